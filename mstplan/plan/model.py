@@ -1,0 +1,100 @@
+"""What the planner knows about a model: the sizes and switches of its config.json that decide memory.
+
+Everything else (weights, intermediates, what autograd keeps) follows from these facts in `layers.py`.
+All sizes are counts of elements; tokens and bytes appear nowhere here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Norm = Literal["rms", "rms-fp32-weight", "gemma", "layer"]
+Block = Literal["pre", "sandwich", "post", "parallel"]
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, keys and values."""
+
+    q_rank: int | None  # None: queries are projected directly
+    kv_rank: int
+    nope_dim: int  # per head, without position
+    rope_dim: int  # per head, rotary; one key shared by all heads
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    heads: int
+    kv_heads: int
+    head_dim: int  # of queries and keys
+    v_head_dim: int
+    rotary_dim: int  # of each head; 0: no rotary embedding
+    qkv_bias: bool = False
+    out_bias: bool = False
+    fused_qkv: bool = False  # one projection makes queries, keys and values (Phi-3, GPT-2, GPT-NeoX)
+    qk_norm: Literal["none", "head", "full"] = "none"  # per head (Qwen3, Gemma 3) or over the whole width (OLMo 2)
+    dropout: float = 0.0
+    softcap: bool = False  # attention scores are soft-capped (Gemma 2)
+    sinks: bool = False  # a learned sink per head (gpt-oss)
+    latent: Latent | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    width: int
+    activation: str  # as in transformers' ACT2FN: silu, gelu, gelu_new, gelu_pytorch_tanh, ...
+    gated: bool = True
+    fused: bool = False  # gate and up in one matrix (Phi-3)
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts. Weights are two fused tensors, gate_up and down, as in current transformers."""
+
+    count: int
+    per_token: int
+    width: int
+    activation: str
+    shared_width: int = 0  # of the experts that every token visits, together
+    bias: bool = False  # gpt-oss: biases on experts and router
+    router: Literal["softmax", "topk-softmax", "sigmoid-groups"] = "softmax"
+    router_fp32: bool = False  # the router's product runs in fp32 (DeepSeek)
+    clamped: bool = False  # gpt-oss' clamped, interleaved activation
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    window: int | None = None  # tokens of a sliding window; None: full attention
+    experts: bool = False  # a mixture of experts instead of the dense MLP
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    name: str
+    model_type: str
+    hidden: int
+    vocab: int
+    context: int | None  # max_position_embeddings; None: the file does not say
+    layer_kinds: tuple[LayerKind, ...]  # one a layer, in order
+    attention: Attention
+    mlp: Mlp | None  # of the dense layers; None: every layer has experts
+    experts: Experts | None = None
+    norm: Norm = "rms"
+    norm_bias: bool = False
+    block: Block = "pre"
+    tied: bool = False  # the LM head is the embedding
+    learned_positions: int = 0  # rows of a learned position table (GPT-2)
+    head_bias: bool = False
+    logit_softcap: bool = False
+    scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden) (Gemma)
+    dropout: float = 0.0  # after embedding, attention and MLP (GPT-2)
+    dtype: str = "bfloat16"  # of the published weights
+    has_sdpa: bool = True  # transformers offers attn_implementation="sdpa" for it
+    hub_id: str | None = None
+    notes: tuple[str, ...] = ()  # what the reader should know about how the file was read
+
+    @property
+    def layers(self) -> int:
+        return len(self.layer_kinds)
