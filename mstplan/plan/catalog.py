@@ -1,0 +1,217 @@
+"""Finds a model: one that ships with mstplan, a config.json, a folder that holds one, or a Hugging Face id.
+
+An existing path wins when the spec has a path separator or ends in .json; otherwise a shipped name wins over a folder of
+that name. Only an id of the form org/name that is neither goes to the Hugging Face cache, and then to the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NoReturn
+
+from mstplan import profiles
+from mstplan.errors import ModelError, did_you_mean
+from mstplan.plan.config import read_config
+from mstplan.plan.model import Model
+
+_INDEX = "index"
+_LARGEST_FILE = 10_000_000  # bytes; a config.json has a few thousand
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def model_names() -> tuple[str, ...]:
+    """The models that ship with mstplan."""
+    stems = (name[: -len(".json")] for name in os.listdir(profiles.ROOT / "models") if name.endswith(".json"))
+    return tuple(sorted(stem for stem in stems if stem != _INDEX))
+
+
+def load_model(spec: str | os.PathLike[str]) -> Model:
+    """The model that `spec` names: a shipped name or its Hugging Face id, a config.json, a folder, or any other id."""
+    given = os.fspath(spec)
+    if not isinstance(given, str) or not given.strip() or "\0" in given:
+        raise ModelError(
+            f"{given!r} names no model.\nGive a name such as llama3.1-8b, the path of a config.json, or an id org/name."
+        )
+    path = os.path.expanduser(given)
+    if not isinstance(spec, str):
+        return _from_path(path)
+    separated = "/" in given or os.sep in given
+    if (separated or given.lower().endswith(".json")) and os.path.exists(path):
+        return _from_path(path)
+    shipped = _shipped_name(given)
+    if shipped is not None:
+        return _shipped(shipped)
+    if os.path.exists(path):
+        return _from_path(path)
+    if _HUB_ID.fullmatch(given) and not given.lower().endswith(".json"):
+        return _from_hub(given)
+    _unknown(given, looks_like_a_path=separated or given.lower().endswith(".json"))
+
+
+def _shipped_name(spec: str) -> str | None:
+    # Looked up among the names, never joined to a path: "../secrets" cannot leave the folder.
+    wanted = spec.lower()
+    if wanted in model_names():
+        return wanted
+    if "/" not in wanted:
+        return None
+    return next((name for name, facts in _index().items() if facts["hub_id"].lower() == wanted), None)
+
+
+def _shipped(name: str) -> Model:
+    config = _read_json(str(profiles.ROOT / "models" / f"{name}.json"))
+    return replace(read_config(config, name), hub_id=_index()[name]["hub_id"])
+
+
+def _index() -> dict[str, dict[str, str]]:
+    """Of each shipped model: its Hugging Face id, parameters, and a note on its file."""
+    with open(profiles.ROOT / "models" / f"{_INDEX}.json", encoding="utf-8") as file:
+        index: dict[str, dict[str, str]] = json.load(file)
+    return index
+
+
+def _from_path(path: str) -> Model:
+    if os.path.isdir(path):
+        folder, path = path, os.path.join(path, "config.json")
+        if not os.path.isfile(path):
+            if not os.path.lexists(path):
+                _unknown(path, looks_like_a_path=True)
+            raise ModelError(
+                f"the folder {_quoted(folder)} holds no config.json.\n"
+                "Give the folder that the model's weights and config.json lie in, or the path of the file."
+            )
+    model = read_config(_read_json(path), _quoted(path))
+    return replace(model, name=_short_name(path))
+
+
+def _short_name(path: str) -> str:
+    """The name of a model read from a file: the file's, or its folder's when the file is just called config.json."""
+    folder, file = os.path.split(os.path.abspath(path))
+    stem = file.removesuffix(".json")
+    name = os.path.basename(folder) if stem == "config" and os.path.basename(folder) else stem
+    return name if name.isprintable() else ascii(name)
+
+
+def _from_hub(repo: str) -> Model:
+    path = _hub_file(repo)
+    return replace(read_config(_read_json(path), repo), hub_id=repo)
+
+
+def _hub_file(repo: str) -> str:
+    """The config.json of a Hugging Face repository: the cached copy if there is one, else downloaded."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        _unreachable(repo, "huggingface_hub, which would fetch it, is not installed")
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repo, "config.json")
+        if isinstance(cached, str):
+            return cached
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            _look_up_host(huggingface_hub.constants.ENDPOINT)
+        return huggingface_hub.hf_hub_download(repo, "config.json")
+    except Exception as error:  # noqa: BLE001  whatever goes wrong on the way there, the answer is: bring the file
+        _unreachable(repo, _hub_reason(error))
+
+
+def _look_up_host(endpoint: str) -> None:
+    """Fails at once where there is no network; huggingface_hub would retry for half a minute."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    if not getproxies():  # a proxy knows hosts that this machine does not
+        socket.getaddrinfo(urlsplit(endpoint).hostname, None)
+
+
+def _hub_reason(error: Exception) -> str:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "its owner asks for consent: accept the terms on its page and log in (hf auth login)"
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set and it is not in the cache" if constants.HF_HUB_OFFLINE else "no network"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private"
+    if isinstance(error, errors.EntryNotFoundError):
+        return "the repository holds no config.json"
+    if isinstance(error, errors.HfHubHTTPError):
+        status = getattr(error.response, "status_code", "?")
+        return f"the hub answered with status {status}"
+    if isinstance(error, errors.HFValidationError):
+        return "it is no valid repository id"
+    return "no network" if isinstance(error, OSError) else f"the hub could not be asked ({type(error).__name__})"
+
+
+def _unreachable(repo: str, reason: str) -> NoReturn:
+    near = did_you_mean(repo.rpartition("/")[2], model_names())
+    raise ModelError(
+        f"{repo} does not ship with mstplan and could not be fetched from Hugging Face: {reason}.\n"
+        f"Download its config.json and pass the file's path.{near}"
+    )
+
+
+def _unknown(spec: str, looks_like_a_path: bool) -> NoReturn:
+    if looks_like_a_path:
+        raise ModelError(f"there is no file or folder {_quoted(spec)}.\nGive the path of a model's config.json.")
+    near = did_you_mean(spec[:100], model_names())
+    raise ModelError(
+        f"unknown model {_quoted(spec)}.{near}\nGive a shipped name, the path of a config.json, or an id org/name."
+    )
+
+
+def _read_json(path: str) -> Mapping[str, object]:
+    name = _quoted(path)
+    text = _read_text(path, name)
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"{name} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.\n"
+            "Was it cut off, or edited by hand? Download it again."
+        ) from None
+    except (RecursionError, ValueError):  # lists in lists in lists; an int of thousands of digits
+        raise ModelError(f"{name} is no model's config.json: its values are too deep or too long to read.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{name} holds a JSON {_KINDS[type(config)]}, not an object with a model's fields.")
+    return config
+
+
+_KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "true or false", type(None): "null"}
+
+
+def _read_text(path: str, name: str) -> str:
+    try:
+        # A pipe or a device would block, or never end.
+        if not os.path.isfile(path):
+            if not os.path.lexists(path):
+                _unknown(path, looks_like_a_path=True)
+            raise ModelError(f"{name} is not a file.\nGive the path of a model's config.json.")
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST_FILE + 1)
+    except OSError as error:
+        raise ModelError(f"{name} cannot be read: {error.strerror or error}.") from None
+    if len(data) > _LARGEST_FILE:
+        raise ModelError(
+            f"{name} is larger than {_LARGEST_FILE // 10**6} MB and thus no config.json.\n"
+            "Give the config.json, not the weights or the tokenizer."
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
+        raise ModelError(
+            f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} at line {line}, column {column}.\n"
+            "Give the config.json, not the weights; or save it as UTF-8."
+        ) from None
+
+
+def _quoted(path: str) -> str:
+    """A path or a name as a message shows it: on one line, and no longer than helps."""
+    shown = path if path.isprintable() else ascii(path)[1:-1]
+    return f"'{shown}'" if len(shown) <= 200 else f"'{shown[:80]}...{shown[-100:]}'"

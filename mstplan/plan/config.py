@@ -1,0 +1,770 @@
+"""Reads a model's config.json into `Model`.
+
+One row of `_FAMILIES` says what a family does differently from Llama; whatever a file leaves out takes the default of
+that family's configuration class in transformers. A model_type without a row is planned as a Llama-like decoder, and a
+note says so. What is no decoder trained on next-token loss is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NoReturn
+
+from mstplan.errors import ModelError, did_you_mean
+from mstplan.plan.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, Norm
+
+_LARGEST = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
+_MOST_LAYERS = 10_000
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+_WAY_OUT = "Correct it there, or pass the config.json as published."
+
+# The same fact under other names: GPT-2's, GPT-NeoX', and those of the mixtures of experts.
+_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "intermediate_size": ("intermediate_size", "n_inner"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions"),
+    "hidden_act": ("hidden_act", "hidden_activation", "activation_function"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token"),
+    "dtype": ("dtype", "torch_dtype"),
+}
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ACTIVATIONS = _words(
+    "gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh hardswish laplace "
+    "leaky_relu linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu sqrtsoftplus swish tanh xielu"
+)
+_DTYPES = _words("float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2")
+
+_REFUSED: Mapping[str, frozenset[str]] = {
+    "an encoder-only model": _words(
+        # text
+        "albert bert bert-generation big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra "
+        "ernie esm eurobert flaubert fnet funnel ibert layoutlm layoutlmv2 layoutlmv3 longformer luke markuplm "
+        "megatron-bert mobilebert modernbert mpnet mra neobert new nomic_bert nystromformer perceiver rembert roberta "
+        "roberta-prelayernorm roc_bert roformer squeezebert tapas xlm xlm-roberta xlm-roberta-xl xmod yoso "
+        # images and sound
+        "align altclip audio-spectrogram-transformer beit blip chinese_clip clap clip clip_text_model "
+        "clip_vision_model clipseg convnext convnextv2 deit detr dinov2 dinov3_vit efficientnet groupvit hiera hubert "
+        "ijepa levit metaclip_2 mobilenet_v2 mobilevit owlvit regnet resnet sam segformer siglip siglip2 "
+        "siglip_vision_model swin swinv2 unispeech videomae vilt vit vit_mae vivit wav2vec2 wav2vec2-bert wavlm xclip"
+    ),
+    "an encoder-decoder model": _words(
+        "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder florence2 fsmt led longt5 m2m_100 marian "
+        "mbart moonshine mt5 mvp nllb-moe pegasus pegasus_x pix2struct plbart pop2piano prophetnet seamless_m4t "
+        "seamless_m4t_v2 speech-encoder-decoder speech_to_text speecht5 switch_transformers t5 t5gemma t5gemma2 umt5 "
+        "vision-encoder-decoder whisper"
+    ),
+    "a state-space, recurrent or hybrid model": _words(
+        "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 "
+        "minimax nemotron_h olmo_hybrid plamo2 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next "
+        "recurrent_gemma rwkv rwkv5 rwkv6 rwkv7 xlstm zamba zamba2 zaya"
+    ),
+}
+_ENCODER_CLASSES = ("ForMaskedLM", "EncoderModel", "Encoder")
+_ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+# Decoders without a row whose MLP is known to have no gate.
+_UNGATED = _words("arcee biogpt bloom codegen falcon gpt_bigcode gpt_neo gptj mpt nemotron opt persimmon phi")
+
+
+def _defaults(
+    hidden: int, layers: int, heads: int, kv_heads: int | None, vocab: int, width: int | None, **more: object
+) -> dict[str, object]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "intermediate_size": width,
+        **more,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Routed:
+    """How a family routes tokens to experts."""
+
+    width: str = "moe_intermediate_size"  # the field that holds an expert's width
+    router: Literal["softmax", "topk-softmax", "sigmoid-groups"] = "softmax"
+    fp32: bool = False
+    bias: bool = False
+    clamped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What a family does differently from Llama. A switch is a constant, or the name of the field that holds it."""
+
+    defaults: Mapping[str, object] = field(default_factory=dict)  # of the configuration class in transformers
+    known: bool = True  # False: the family of all model types without a row
+    norm: Norm = "rms"
+    norm_bias: bool = False
+    block: Block = "pre"
+    qkv_bias: bool | str = "attention_bias"
+    out_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = False
+    fused_qkv: bool = False
+    fused_mlp: bool = False
+    gated: bool = True
+    qk_norm: Literal["none", "head", "full"] = "none"
+    own_heads: bool = True  # num_key_value_heads and head_dim may differ from num_attention_heads and hidden / heads
+    latent: bool = False
+    # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds
+    windows: Literal["none", "every", "listed", "late", "found"] = "none"
+    period: int = 0  # without layer_types, each period-th layer has full attention; 0: none has
+    window_switch: bool = False  # sliding_window counts only under use_sliding_window
+    experts: _Routed | None = None
+    activation: str = "hidden_act"
+    attention_dropout: str = "attention_dropout"
+    dropout: str | None = None  # the field of the dropout after attention and MLP
+    softcap: bool = False  # attn_logit_softcapping acts
+    sinks: bool = False
+    learned_positions: bool = False
+    scaled_embedding: bool = False
+    has_sdpa: bool = True
+    uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
+
+
+_LLAMA = _Family(_defaults(4096, 32, 32, None, 32000, 11008), mlp_bias="mlp_bias")
+_MISTRAL = _Family(
+    _defaults(4096, 32, 32, 8, 32000, 14336, sliding_window=4096), windows="every", qkv_bias=False, out_bias=False
+)
+_QWEN2 = _Family(
+    _defaults(4096, 32, 32, 32, 151936, 22016, sliding_window=4096, max_window_layers=28),
+    windows="late",
+    window_switch=True,
+    qkv_bias=True,
+    out_bias=False,
+)
+_QWEN3 = replace(
+    _QWEN2,
+    defaults={**_QWEN2.defaults, "head_dim": 128},
+    qkv_bias="attention_bias",
+    out_bias="attention_bias",
+    qk_norm="head",
+)
+_OLMO2 = _Family(_defaults(4096, 32, 32, None, 50304, 11008), norm="rms-fp32-weight", block="post", qk_norm="full")
+_GLM = _Family(
+    _defaults(4096, 40, 32, 2, 151552, 13696, head_dim=128, attention_bias=True, partial_rotary_factor=0.5),
+    out_bias=False,
+    fused_mlp=True,
+)
+_GEMMA: Mapping[str, Any] = {
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+_GEMMA2 = _Family(
+    _defaults(
+        *(2304, 26, 8, 4, 256000, 9216),
+        sliding_window=4096,
+        final_logit_softcapping=30.0,
+        attn_logit_softcapping=50.0,
+        **_GEMMA,
+    ),
+    norm="gemma",
+    block="sandwich",
+    windows="listed",
+    period=2,
+    activation="hidden_activation",
+    softcap=True,
+    scaled_embedding=True,
+    has_sdpa=False,
+)
+_LATENT: Mapping[str, Any] = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+
+_FAMILIES: Mapping[str, _Family] = {
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "ministral": replace(_MISTRAL, windows="listed"),
+    "mixtral": replace(
+        _MISTRAL,
+        defaults=_defaults(4096, 32, 32, 8, 32000, 14336, num_experts=8, num_experts_per_tok=2),
+        experts=_Routed("intermediate_size"),
+    ),
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN3,
+    "qwen3_moe": replace(
+        _QWEN3,
+        defaults=_defaults(
+            *(2048, 24, 32, 4, 151936, 6144),
+            sliding_window=4096,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+        ),
+        windows="every",
+        experts=_Routed(),
+    ),
+    "smollm3": replace(
+        _LLAMA,
+        defaults=_defaults(2048, 36, 16, 4, 128256, 11008, tie_word_embeddings=True),
+        windows="listed",
+        window_switch=True,
+    ),
+    "gemma": _Family(_defaults(3072, 28, 16, 16, 256000, 24576, **_GEMMA), norm="gemma", scaled_embedding=True),
+    "gemma2": _GEMMA2,
+    "gemma3_text": replace(
+        _GEMMA2,
+        # The published multimodal files leave out the context, too.
+        defaults=_defaults(
+            *(2304, 26, 8, 4, 262208, 9216), sliding_window=4096, max_position_embeddings=131072, **_GEMMA
+        ),
+        period=6,
+        qk_norm="head",
+        softcap=False,  # the field exists, the attention does not use it
+        has_sdpa=True,
+    ),
+    "phi3": _Family(
+        _defaults(3072, 32, 32, None, 32064, 8192),
+        windows="every",
+        qkv_bias=False,
+        out_bias=False,
+        fused_qkv=True,
+        fused_mlp=True,
+        dropout="resid_pdrop",
+    ),
+    "gpt_oss": _Family(
+        _defaults(
+            *(2880, 36, 64, 8, 201088, 2880),
+            head_dim=64,
+            attention_bias=True,
+            sliding_window=128,
+            num_experts=128,
+            num_experts_per_tok=4,
+        ),
+        norm="rms-fp32-weight",
+        windows="listed",
+        period=2,
+        experts=_Routed("intermediate_size", "topk-softmax", bias=True, clamped=True),
+        sinks=True,
+        has_sdpa=False,
+    ),
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, defaults={**_OLMO2.defaults, "sliding_window": 4096}, windows="listed", period=4),
+    "gpt2": _Family(
+        _defaults(
+            *(768, 12, 12, None, 50257, None),
+            max_position_embeddings=1024,
+            activation_function="gelu_new",
+            tie_word_embeddings=True,
+            partial_rotary_factor=0.0,
+            resid_pdrop=0.1,
+            attn_pdrop=0.1,
+            dtype="float32",  # its files are older than the field
+        ),
+        norm="layer",
+        norm_bias=True,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        fused_qkv=True,
+        gated=False,
+        own_heads=False,
+        activation="activation_function",
+        attention_dropout="attn_pdrop",
+        dropout="resid_pdrop",
+        learned_positions=True,
+        uncounted=("add_cross_attention", "reorder_and_upcast_attn"),
+    ),
+    "gpt_neox": _Family(
+        _defaults(
+            *(6144, 44, 64, None, 50432, 24576),
+            hidden_act="gelu",
+            attention_bias=True,
+            partial_rotary_factor=0.25,
+            dtype="float16",  # of the published GPT-NeoX and Pythia weights
+        ),
+        norm="layer",
+        norm_bias=True,
+        block="parallel",
+        mlp_bias=True,
+        fused_qkv=True,
+        gated=False,
+        own_heads=False,
+        dropout="hidden_dropout",
+    ),
+    "deepseek_v2": _Family(
+        _defaults(
+            *(4096, 32, 32, None, 102400, 11008),
+            num_experts=64,
+            moe_intermediate_size=1407,
+            n_shared_experts=2,
+            **_LATENT,
+        ),
+        mlp_bias="mlp_bias",
+        latent=True,
+        experts=_Routed(fp32=True),
+    ),
+    "deepseek_v3": _Family(
+        _defaults(
+            *(7168, 61, 128, 128, 129280, 18432),
+            num_experts=256,
+            num_experts_per_tok=8,
+            moe_intermediate_size=2048,
+            n_shared_experts=1,
+            first_k_dense_replace=3,
+            **_LATENT,
+        ),
+        latent=True,
+        experts=_Routed(router="sigmoid-groups", fp32=True),
+    ),
+    "starcoder2": _Family(
+        _defaults(
+            *(3072, 30, 24, 2, 49152, 12288),
+            hidden_act="gelu_pytorch_tanh",
+            tie_word_embeddings=True,
+            use_bias=True,
+        ),
+        norm="layer",
+        norm_bias=True,
+        qkv_bias="use_bias",
+        out_bias="use_bias",
+        mlp_bias="use_bias",
+        gated=False,
+        windows="every",
+        dropout="residual_dropout",
+    ),
+    "stablelm": _Family(
+        _defaults(2560, 32, 32, 32, 50304, 6912, partial_rotary_factor=0.25),
+        norm="layer",
+        norm_bias=True,
+        qkv_bias="use_qkv_bias",
+        out_bias=False,
+        dropout="hidden_dropout",
+        uncounted=("qk_layernorm", "use_parallel_residual"),
+    ),
+    "glm": _GLM,
+    "glm4": replace(_GLM, block="sandwich"),
+}
+_OTHER = _Family(mlp_bias="mlp_bias", windows="found", experts=_Routed(), known=False)
+
+
+def read_config(config: Mapping[str, object], name: str) -> Model:
+    """The model that a config.json describes; `name` names it in messages. Raises ModelError on what cannot be planned."""
+    if not isinstance(config, Mapping):
+        raise ModelError(f"{name}: holds {_shown(config)}, not a JSON object with a model's fields.")
+    _refuse(config, name)
+    notes: list[str] = []
+    text = config.get("text_config")
+    nested = isinstance(text, Mapping)
+    if isinstance(text, Mapping):
+        notes.append("only the text part is planned: a vision or audio tower is not counted")
+        config = _text_part(config, text)
+        _refuse(config, name)
+    model_type = _model_type(config, name)
+    known = _FAMILIES.get(model_type)
+    f = _Fields(config, name, known or replace(_OTHER, gated=model_type not in _UNGATED))
+    f.require(() if nested else _REQUIRED)
+    if known is None:
+        notes.append(_other_note(f, model_type))
+    model = _model(f, model_type)
+    return replace(model, notes=(*notes, *_notes(f)))
+
+
+class _Fields:
+    """Typed look-ups in one config.json. What is absent takes the family's default; what is wrong is a ModelError."""
+
+    def __init__(self, config: Mapping[str, object], name: str, family: _Family) -> None:
+        self.config = config
+        self.name = name
+        self.family = family
+        self.defaulted: dict[str, int] = {}  # sizes that the file leaves out
+
+    def find(self, wanted: str) -> tuple[str, object]:
+        """The name that the file uses, and the value: None if null, the family's default if absent."""
+        present = [key for key in _ALIASES.get(wanted, (wanted,)) if key in self.config]
+        for key in present:
+            if self.config[key] is not None:
+                return key, self.config[key]
+        return (present[0], None) if present else (wanted, self.family.defaults.get(wanted))
+
+    def require(self, wanted: tuple[str, ...]) -> None:
+        nullable = {key for key, value in self.family.defaults.items() if value is None}
+        missing = [key for key in wanted if key not in nullable and not self.holds(key)]
+        if missing:
+            raise ModelError(
+                f"{self.name}: lacks {', '.join(missing)}, without which its memory cannot be planned.\n"
+                "Pass the complete config.json that lies beside the model's weights."
+            )
+
+    def holds(self, wanted: str) -> bool:
+        return any(key in self.config for key in _ALIASES.get(wanted, (wanted,)))
+
+    def optional(self, wanted: str, low: int = 1, top: int = _LARGEST) -> int | None:
+        key, value = self.find(wanted)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= top:
+            self.wrong(key, value, f"a whole number from {low} to {top}")
+        return value
+
+    def size(self, wanted: str, top: int = _LARGEST) -> int:
+        value = self.optional(wanted, top=top)
+        if value is None:
+            key, _ = self.find(wanted)
+            self.refuse(f"{key} is {'null' if self.holds(wanted) else 'missing'}, must be a whole number from 1")
+        if not self.holds(wanted):
+            self.defaulted[wanted] = value
+        return value
+
+    def count(self, wanted: str, absent: int) -> int:
+        value = self.optional(wanted, low=0)
+        return absent if value is None else value
+
+    def flag(self, wanted: str, absent: bool = False) -> bool:
+        key, value = self.find(wanted)
+        if value is None:
+            value = self.family.defaults.get(wanted, absent)
+        if not isinstance(value, bool):
+            self.wrong(key, value, "true or false")
+        return value
+
+    def switch(self, constant_or_field: bool | str) -> bool:
+        return self.flag(constant_or_field) if isinstance(constant_or_field, str) else constant_or_field
+
+    def share(self, wanted: str, absent: float = 0.0) -> float:
+        key, value = self.find(wanted)
+        if value is None:
+            return absent
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:  # NaN fails, too
+            self.wrong(key, value, "a number from 0 to 1")
+        return float(value)
+
+    def number(self, wanted: str) -> bool:
+        """Whether a switch that is a number, or null, is on."""
+        key, value = self.find(wanted)
+        if value is None:
+            return False
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            self.wrong(key, value, "a positive number, or null")
+        return True
+
+    def one_of(self, wanted: str, known: frozenset[str], absent: str) -> str:
+        key, value = self.find(wanted)
+        if value is None:
+            return absent
+        if not isinstance(value, str) or value not in known:
+            near = did_you_mean(value, known) if isinstance(value, str) and len(value) < 100 else ""
+            self.refuse(f"{key} is {_shown(value)}, which mstplan does not know.{near}", _WAY_OUT)
+        return value
+
+    def wrong(self, key: str, value: object, must_be: str) -> NoReturn:
+        self.refuse(f"{key} is {_shown(value)}, must be {must_be}")
+
+    def refuse(self, what: str, way_out: str = _WAY_OUT) -> NoReturn:
+        raise ModelError(f"{self.name}: {what.rstrip('.') if what[-1] != '?' else what}\n{way_out}")
+
+
+def _model(f: _Fields, model_type: str) -> Model:
+    family = f.family
+    experts = _experts(f)
+    kinds = _layer_kinds(f, routed=experts is not None)
+    context = f.optional("max_position_embeddings")
+    if family.learned_positions:
+        context = f.size("max_position_embeddings")
+    return Model(
+        name=f.name,
+        model_type=model_type,
+        hidden=f.size("hidden_size"),
+        vocab=f.size("vocab_size"),
+        context=context,
+        layer_kinds=kinds,
+        attention=_attention(f),
+        mlp=None if all(kind.experts for kind in kinds) else _mlp(f),
+        experts=experts if any(kind.experts for kind in kinds) else None,
+        norm=family.norm,
+        norm_bias=family.norm_bias,
+        block=_block(f, model_type),
+        tied=f.flag("tie_word_embeddings"),
+        learned_positions=context or 0 if family.learned_positions else 0,
+        logit_softcap=f.number("final_logit_softcapping"),
+        scaled_embedding=family.scaled_embedding,
+        dropout=f.share(family.dropout) if family.dropout else 0.0,
+        dtype=_dtype(f),
+        has_sdpa=family.has_sdpa,
+    )
+
+
+def _block(f: _Fields, model_type: str) -> Block:
+    if model_type == "gpt_neox" and not f.flag("use_parallel_residual", absent=True):
+        return "pre"
+    return f.family.block
+
+
+def _dtype(f: _Fields) -> str:
+    key, value = f.find("dtype")
+    if isinstance(value, str):
+        value = value.removeprefix("torch.")
+    if value in (None, "auto"):
+        return "bfloat16"
+    if not isinstance(value, str) or value not in _DTYPES:
+        f.wrong(key, value, f"one of {', '.join(sorted(_DTYPES))}")
+    return value
+
+
+def _activation(f: _Fields) -> str:
+    name = f.one_of(f.family.activation, _ACTIVATIONS, absent="silu")
+    # Files of the first Gemma say gelu and mean its tanh approximation; transformers corrects them in the same way.
+    return "gelu_pytorch_tanh" if f.family is _FAMILIES["gemma"] and name == "gelu" else name
+
+
+def _mlp(f: _Fields) -> Mlp:
+    family = f.family
+    return Mlp(
+        width=_width(f),
+        activation=_activation(f),
+        gated=family.gated,
+        fused=family.fused_mlp,
+        bias=f.switch(family.mlp_bias),
+    )
+
+
+def _width(f: _Fields) -> int:
+    if f.family.learned_positions:  # GPT-2's n_inner is null in most files
+        return f.optional("intermediate_size") or 4 * f.size("hidden_size")
+    return f.size("intermediate_size")
+
+
+def _attention(f: _Fields) -> Attention:
+    family = f.family
+    heads = f.size("num_attention_heads")
+    if family.latent or (not family.known and f.optional("kv_lora_rank") is not None):
+        return _latent_attention(f, heads)
+    kv_heads = f.optional("num_key_value_heads") if family.own_heads else None
+    kv_heads = heads if kv_heads is None else kv_heads
+    if heads % kv_heads:
+        f.refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    head_dim = _head_dim(f, heads)
+    return Attention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        rotary_dim=int(head_dim * _rotary_share(f)),
+        qkv_bias=f.switch(family.qkv_bias),
+        out_bias=f.switch(family.out_bias),
+        fused_qkv=family.fused_qkv,
+        qk_norm=family.qk_norm,
+        dropout=f.share(family.attention_dropout),
+        softcap=family.softcap and f.number("attn_logit_softcapping"),
+        sinks=family.sinks,
+    )
+
+
+def _head_dim(f: _Fields, heads: int) -> int:
+    head_dim = f.optional("head_dim") if f.family.own_heads else None
+    if head_dim is not None:
+        return head_dim
+    hidden = f.size("hidden_size")
+    if hidden % heads:
+        f.refuse(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
+    return hidden // heads
+
+
+def _rotary_share(f: _Fields) -> float:
+    for holder in ("rope_parameters", "rope_scaling"):  # new and old home of the rotary settings
+        rope = f.config.get(holder)
+        if isinstance(rope, Mapping) and "partial_rotary_factor" in rope:
+            return _Fields(rope, f.name, f.family).share("partial_rotary_factor", absent=1.0)
+    return f.share("partial_rotary_factor", absent=1.0)
+
+
+def _latent_attention(f: _Fields, heads: int) -> Attention:
+    """DeepSeek's: keys and values are expanded to every head, so num_key_value_heads and head_dim mean nothing here."""
+    latent = Latent(
+        q_rank=f.optional("q_lora_rank"),
+        kv_rank=f.size("kv_lora_rank"),
+        nope_dim=f.size("qk_nope_head_dim"),
+        rope_dim=f.size("qk_rope_head_dim"),
+    )
+    return Attention(
+        heads=heads,
+        kv_heads=heads,
+        head_dim=latent.nope_dim + latent.rope_dim,
+        v_head_dim=f.size("v_head_dim"),
+        rotary_dim=latent.rope_dim,
+        qkv_bias=f.switch(f.family.qkv_bias),  # on the projections to the low ranks
+        out_bias=f.switch(f.family.out_bias),
+        dropout=f.share(f.family.attention_dropout),
+        latent=latent,
+    )
+
+
+def _experts(f: _Fields) -> Experts | None:
+    routed = f.family.experts
+    if routed is None or not f.count("num_experts", absent=0):
+        return None
+    count, per_token = f.size("num_experts"), f.size("num_experts_per_tok")
+    if per_token > count:
+        f.refuse(f"{f.find('num_experts_per_tok')[0]} {per_token} is more than its {count} experts")
+    own_width = f.family.known or f.holds(routed.width)
+    width = f.size(routed.width if own_width else "intermediate_size")
+    sigmoid = not f.family.known and f.find("scoring_func")[1] == "sigmoid"
+    return Experts(
+        count=count,
+        per_token=per_token,
+        width=width,
+        activation=_activation(f),
+        shared_width=_shared_width(f, width),
+        bias=routed.bias,
+        router="sigmoid-groups" if sigmoid else routed.router,
+        router_fp32=routed.fp32,
+        clamped=routed.clamped,
+    )
+
+
+def _shared_width(f: _Fields, width: int) -> int:
+    together = f.optional("shared_expert_intermediate_size", low=0) if not f.family.known else None
+    return f.count("n_shared_experts", absent=0) * width if together is None else together
+
+
+def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
+    layers = f.size("num_hidden_layers", top=_MOST_LAYERS)
+    first = f.count("first_k_dense_replace", absent=0)
+    every = f.optional("moe_layer_freq") or 1
+    step = f.optional("decoder_sparse_step") or 1
+    dense = _dense_layers(f)
+    sparse = [
+        routed and i >= first and i % every == 0 and (i + 1) % step == 0 and i not in dense for i in range(layers)
+    ]
+    return tuple(LayerKind(window, experts) for window, experts in zip(_windows(f, layers), sparse, strict=True))
+
+
+def _dense_layers(f: _Fields) -> frozenset[int]:
+    value = f.config.get("mlp_only_layers")
+    if value is None:
+        return frozenset()
+    if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+        f.wrong("mlp_only_layers", value, "a list of layer numbers")
+    return frozenset(value)
+
+
+def _windows(f: _Fields, layers: int) -> list[int | None]:
+    """The sliding window of each layer, None where attention is full."""
+    rule = f.family.windows
+    if rule == "none":
+        return [None] * layers
+    switched = f.family.window_switch or (rule == "found" and f.holds("use_sliding_window"))
+    on = f.flag("use_sliding_window") if switched else True
+    window = f.optional("sliding_window") if on else None
+    sliding = [True] * layers if rule == "every" else _sliding_layers(f, layers)
+    return [window if slides else None for slides in sliding]
+
+
+def _sliding_layers(f: _Fields, layers: int) -> list[bool]:
+    listed = f.config.get("layer_types")
+    if listed is not None:
+        return [kind == "sliding_attention" for kind in _layer_types(f, listed, layers)]
+    if f.family.windows == "late" or f.holds("max_window_layers"):
+        first = f.count("max_window_layers", absent=0)
+        return [i >= first for i in range(layers)]
+    period = f.optional("sliding_window_pattern") or f.family.period
+    return [not period or (i + 1) % period != 0 for i in range(layers)]
+
+
+def _layer_types(f: _Fields, listed: object, layers: int) -> list[str]:
+    if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
+        f.wrong("layer_types", listed, "a list with one kind of attention per layer")
+    if len(listed) != layers:
+        f.refuse(f"layer_types has {len(listed)} entries for the {layers} layers of num_hidden_layers")
+    for kind in listed:
+        if kind not in _ATTENTION_KINDS:
+            f.refuse(
+                f"layer_types names {_shown(kind)}, which is no attention that mstplan can plan",
+                "It plans full_attention and sliding_attention; state-space and hybrid models are not planned.",
+            )
+    return listed
+
+
+def _notes(f: _Fields) -> list[str]:
+    notes = []
+    if f.defaulted:
+        listed = ", ".join(f"{key} {value}" for key, value in f.defaulted.items())
+        notes.append(f"not in the file, transformers' default taken: {listed}")
+    notes += [f"{key} is set: what it adds is not counted" for key in f.family.uncounted if f.flag(key)]
+    if f.family.latent and f.count("num_nextn_predict_layers", absent=0):
+        notes.append("the layer that predicts further tokens (num_nextn_predict_layers) is not counted")
+    quantized = f.config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+        how = f" ({method[:40]})" if isinstance(method, str) and method.isprintable() else ""
+        notes.append(f"the published weights are quantised{how}: full fine-tuning is planned on unquantised weights")
+    return notes
+
+
+def _other_note(f: _Fields, model_type: str) -> str:
+    what = f"model_type {_shown(model_type)} is not known to mstplan" if model_type else "the file names no model_type"
+    head = "" if f.holds("tie_word_embeddings") else ", with an LM head of its own"
+    return f"{what}: planned as a Llama-like decoder from its usual fields{head}"
+
+
+def _model_type(config: Mapping[str, object], name: str) -> str:
+    value = config.get("model_type")
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ModelError(f"{name}: model_type is {_shown(value)}, must be text such as 'llama'\n{_WAY_OUT}")
+    return value
+
+
+def _text_part(whole: Mapping[str, object], text: Mapping[str, object]) -> dict[str, object]:
+    """The text model's fields; what holds for the whole model stands one level up."""
+    above = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+    inherited = {key: whole[key] for key in above if whole.get(key) is not None}
+    kind = {"model_type": "gemma3_text"} if whole.get("model_type") == "gemma3" else {}
+    return {**kind, **text, **inherited}
+
+
+def _refuse(config: Mapping[str, object], name: str) -> None:
+    """Refuses what is not a decoder trained on next-token loss."""
+    model_type = config.get("model_type")
+    kind = next((kind for kind, types in _REFUSED.items() if isinstance(model_type, str) and model_type in types), None)
+    if kind is None and config.get("is_encoder_decoder") is True:
+        kind = "an encoder-decoder model"
+    if kind is None and (
+        _only_encoders(config.get("architectures")) or config.get("use_bidirectional_attention") is True
+    ):
+        kind = "an encoder-only model"
+    if kind is not None:
+        raise ModelError(
+            f"{name} is {kind} (model_type {_shown(model_type)}): mstplan plans decoders trained on next-token loss.\n"
+            "Pass the config.json of a decoder, such as Llama, Qwen, Mistral, Gemma or DeepSeek."
+        )
+
+
+def _only_encoders(architectures: object) -> bool:
+    return (
+        isinstance(architectures, list)
+        and bool(architectures)
+        and all(isinstance(each, str) and each.endswith(_ENCODER_CLASSES) for each in architectures)
+    )
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: on one line, and short."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits; lists in lists in lists
+        return "far too large to show"
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 60 else text[:57] + "..."

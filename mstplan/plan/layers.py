@@ -1,0 +1,591 @@
+"""The forward pass of transformers' decoders, operation by operation, on a `Tape`.
+
+Each function follows the code of transformers 5 (models/*/modeling_*.py) and says, for every operation, what PyTorch's
+autograd keeps of it (tools/autograd/derivatives.yaml). Weights are declared where they are used, so that the parameter
+counts, the intermediates and the arithmetic all come from this one description.
+
+Axes: b batch, s tokens (c, k: of one MLP or loss chunk), d hidden, H heads, G key/value heads, e head size, I MLP width,
+V vocabulary, X experts. `t` stands for the tokens at hand: "b s" or "b c".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .model import Attention, Experts, LayerKind, Mlp, Model
+from .tape import Op, Part, Tape, Tensor, Weight, _axes
+
+HIDDEN = "hidden states"
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """How the step computes: weights' dtype, whether bf16 autocast casts them, attention kernel."""
+
+    weights: str = "bfloat16"
+    autocast: bool = False
+    attention: str = "sdpa"  # sdpa | flash | eager
+    masked: bool = False  # sliding-window layers get an explicit mask (sdpa beyond the window)
+
+    @property
+    def compute(self) -> str:
+        return "bfloat16" if self.autocast else self.weights
+
+
+class Writer:
+    """Writes a model's operations onto a tape."""
+
+    def __init__(self, model: Model, numerics: Numerics, tokens: str = "b s"):
+        a = model.attention
+        self.model, self.numerics, self.t = model, numerics, tokens
+        self.tape = Tape(dims={"d": model.hidden, "V": model.vocab, "H": a.heads, "G": a.kv_heads, "e": a.head_dim})
+        self.wide = numerics.weights  # dtype of the residual stream
+
+    def new(self, name: str, shape: str, dtype: str | None = None) -> Tensor:
+        return self.tape.new(name, f"{self.t} {shape}".rstrip(), dtype or self.numerics.compute)
+
+    def source(self, name: str = HIDDEN, dtype: str | None = None) -> Tensor:
+        self.tape.source = self.new(name, "d", dtype or self.wide)
+        return self.tape.source
+
+    # ---- elementary operations ------------------------------------------------------------------------------------
+
+    def cast(self, x: Tensor, dtype: str, name: str = "") -> Tensor:
+        if x.dtype == dtype:
+            return x
+        y = self.tape.new(name or f"{x.name}, {dtype}", x.shape, dtype)
+        return self.tape.op("cast " + x.name, [x], y, grads=((x, self.tape.grad(x)),))
+
+    def autocast(self, x: Tensor) -> Tensor:
+        """The copy in bf16 that autocast makes for each operation that wants it."""
+        return self.cast(x, "bfloat16") if self.numerics.autocast else x
+
+    def weight(self, name: str, *shape: int, active: tuple[int, int] = (1, 1)) -> Weight:
+        return Weight(name, shape, active)
+
+    def used(self, weight: Weight) -> tuple[Tensor, ...]:
+        """A weight as an operation keeps it: autocast's bf16 copy, or nothing beyond the parameter itself."""
+        if not self.numerics.autocast or len(weight.shape) < 2:
+            return ()
+        copy = self.tape.new(f"{weight.name}, bf16 copy", " ".join(map(str, weight.shape)), "bfloat16")
+        copy.cached = weight.cast = True
+        self.tape.op("cast " + weight.name, [], copy)
+        return (copy,)
+
+    def linear(self, x: Tensor, y: Tensor, name: str, *, bias: bool = False, weight: Weight | None = None) -> Tensor:
+        """y = x W^T (+ bias). Keeps x and W (aten::mm, aten::addmm)."""
+        x = self.autocast(x)
+        inner, outer = self._width(x), self._width(y)
+        w = weight or self.weight(name + ".weight", outer, inner)
+        weights = (w, self.weight(name + ".bias", outer)) if bias else (w,)
+        copies = self.used(w)
+        return self.tape.op(
+            name, [x, *copies], y, keeps=(x, *copies), grads=((x, self.tape.grad(x)),), weights=weights,
+            flops=((y.basis, 2 * inner * outer),),
+        )  # fmt: skip
+
+    def _width(self, x: Tensor) -> int:
+        width = 1
+        for axis in _axes(x.shape)[1]:
+            width *= int(axis) if axis.isdigit() else self.tape.dims[axis]
+        return width
+
+    def pointwise(self, name: str, x: Tensor, y: Tensor, *keeps: Tensor, temps: int = 0, back_temps: int = 0) -> Tensor:
+        """An operation of one input that keeps `keeps` and makes `temps` more tensors of the output's size on the way."""
+        return self.tape.op(
+            name, [x], y, keeps=keeps, grads=((x, self.tape.grad(x)),),
+            temps=(self.tape.new("temporary", y.shape, y.dtype),) * temps,
+            back_temps=(self.tape.new("temporary", y.shape, y.dtype),) * back_temps,
+        )  # fmt: skip
+
+    def multiply(self, name: str, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """y = x * z, both with gradients: keeps both."""
+        grads = ((x, self.tape.grad(x)), (z, self.tape.grad(z)))
+        return self.tape.op(name, [x, z], y, keeps=(x, z), grads=grads)
+
+    def add(self, x: Tensor, z: Tensor, y: Tensor, name: str = "residual add") -> Tensor:
+        """y = x + z: keeps nothing, hands the gradient on to both (casting it where dtypes differ)."""
+        grads = tuple((u, None if u.dtype == y.dtype else self.tape.grad(u)) for u in (x, z))
+        return self.tape.op(name, [x, z], y, grads=grads)
+
+    def slice(self, x: Tensor, name: str, shape: str) -> Tensor:
+        """A view of part of x, whose backward writes into zeros of x's full size (slice_backward)."""
+        part = self.tape.view(x, name, shape)
+        return self.tape.op("slice " + name, [x], part, grads=((x, self.tape.grad(x)),))
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """CUDA's fused dropout keeps a mask of one byte per element (native_dropout)."""
+        if p == 0:
+            return x
+        y = self.tape.new(x.name + " after dropout", x.shape, x.dtype)
+        mask = self.tape.new(f"dropout mask of {x.name}", x.shape, "bool")
+        return self.tape.op("dropout of " + x.name, [x], y, mask, keeps=(mask,), grads=((x, self.tape.grad(x)),))
+
+    # ---- normalisation --------------------------------------------------------------------------------------------
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        if self.model.norm == "layer":
+            return self._layer_norm(x, name)
+        if self.model.norm == "gemma":
+            return self._gemma_norm(x, name)
+        return self._rms_norm(x, name, late_cast=self.model.norm == "rms-fp32-weight")
+
+    def _layer_norm(self, x: Tensor, name: str) -> Tensor:
+        """nn.LayerNorm: one kernel, keeps its input (autocast runs it in fp32)."""
+        rows = x.shape.rsplit(" ", 1)[0]
+        stats = self.tape.new(f"{name} mean and rstd", rows + " 2", "float32")
+        y = self.tape.new(name, x.shape, "float32" if self.numerics.autocast else x.dtype)
+        width = self._width(x)
+        weights = [self.weight(name + ".weight", width)] + [self.weight(name + ".bias", width)] * self.model.norm_bias
+        return self.tape.op(
+            name, [x], y, stats, keeps=(x, stats), grads=((x, self.tape.grad(x)),), weights=tuple(weights)
+        )  # fmt: skip
+
+    def _root_mean_square(self, x32: Tensor, name: str) -> Tensor:
+        """x * rsqrt(mean(x^2) + eps) in fp32, as its Python code runs: keeps x32 and one number a row."""
+        rows = x32.shape.rsplit(" ", 1)[0]
+        scale = self.tape.new(f"{name} 1/rms", rows, "float32")
+        square = self.tape.new(f"{name} square", x32.shape, "float32")
+        self.tape.op(
+            f"{name}: 1/rms", [x32], scale, keeps=(x32, scale), temps=(square,),
+            grads=((x32, self.tape.grad(x32)),), back_temps=(square,),
+        )  # fmt: skip
+        normed = self.tape.new(f"{name}, normed", x32.shape, "float32")
+        return self.tape.op(
+            f"{name}: scale", [x32, scale], normed, keeps=(x32, scale),
+            grads=((x32, self.tape.grad(x32)), (scale, self.tape.grad(scale))), back_temps=(square,),
+        )  # fmt: skip
+
+    def _rms_norm(self, x: Tensor, name: str, late_cast: bool) -> Tensor:
+        """LlamaRMSNorm: weight * normed.to(dtype); with late_cast (weight * normed).to(dtype)."""
+        normed = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
+        if not late_cast:
+            normed = self.cast(normed, x.dtype, f"{name}, normed, {x.dtype}")
+        y = self._weighted(normed, name)
+        return self.cast(y, x.dtype, name)
+
+    def _weighted(self, normed: Tensor, name: str) -> Tensor:
+        w = self.weight(name + ".weight", self._width(normed))
+        y = self.tape.new(name, normed.shape, normed.dtype)
+        product = self.tape.new("gradient x normed", normed.shape, normed.dtype)
+        grads = ((normed, self.tape.grad(normed)),)
+        return self.tape.op(f"{name}: weight", [normed], y, keeps=(normed,), grads=grads, weights=(w,), back_temps=(product,))
+
+    def _gemma_norm(self, x: Tensor, name: str) -> Tensor:
+        """Gemma: the product with (1 + weight) runs in fp32, then back to x's dtype."""
+        normed = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
+        return self.cast(self._weighted(normed, name), x.dtype, name)
+
+    # ---- attention ------------------------------------------------------------------------------------------------
+
+    def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
+        a = self.model.attention
+        q, k, v = self._latent_qkv(x, a) if a.latent else self._qkv(x, a)
+        q, k, v = self.autocast(q), self.autocast(k), self.autocast(v)
+        mixed = self._attend(q, k, v, a, kind)
+        y = self.linear(mixed, self.new("attention output", "d"), "o_proj", bias=a.out_bias)
+        self.tape.ops[-1].holds = (x, q, k, v)
+        return self.dropout(y, self.model.dropout)
+
+    def _qkv(self, x: Tensor, a: Attention) -> tuple[Tensor, Tensor, Tensor]:
+        t = self.t
+        if a.fused_qkv:
+            width = (a.heads + 2 * a.kv_heads) * a.head_dim
+            fused = self.linear(x, self.new("Q, K and V", str(width)), "qkv_proj", bias=a.qkv_bias)
+            q, k, v = self._split(fused, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
+        else:
+            q = self.linear(x, self.new("Q", "H e"), "q_proj", bias=a.qkv_bias)
+            if a.qk_norm != "none":
+                q = self._qk_norm(q, "q_norm", a)
+            k = self.linear(x, self.new("K", "G e"), "k_proj", bias=a.qkv_bias)
+            if a.qk_norm != "none":
+                k = self._qk_norm(k, "k_norm", a)
+            v = self.linear(x, self.new("V", "G e"), "v_proj", bias=a.qkv_bias)
+        if a.rotary_dim:
+            q, k = self._rotary(q, a.rotary_dim, a.head_dim), self._rotary(k, a.rotary_dim, a.head_dim)
+        return q, k, v
+
+    def _split(self, fused: Tensor, *parts: tuple[str, str]) -> tuple[Tensor, ...]:
+        """Views of one tensor; their gradients are joined into one (Phi-3 slices instead: zeros each, added)."""
+        views = tuple(self.tape.view(fused, name, shape) for name, shape in parts)
+        if self.model.model_type == "phi3" and len(parts) == 3:
+            for view in views:
+                self.tape.op("slice " + view.name, [fused], view, grads=((fused, self.tape.grad(fused)),))
+        else:
+            self.tape.op("split " + fused.name, [fused], *views, grads=((fused, self.tape.grad(fused)),))
+        return views
+
+    def _qk_norm(self, x: Tensor, name: str, a: Attention) -> Tensor:
+        if a.qk_norm == "full":
+            heads, e = x.shape.split()[-2:]
+            self.tape.dims.setdefault(f"{heads}{e}", self.tape.dims[heads] * self.tape.dims[e])
+            x.shape = f"{self.t} {heads}{e}"
+        return self.norm(x, name)
+
+    def _rotary(self, x: Tensor, rotary: int, width: int) -> Tensor:
+        """x * cos + rotate_half(x) * sin. Nothing is kept but cos and sin, which all layers share."""
+        heads = x.shape.split()[2] if not x.shape.endswith(("He", "Ge")) else x.shape.split()[-1][0]
+        e = "e" if rotary == width else str(rotary)
+        shape = f"{self.t} {heads} {e}"
+        turned = x if rotary == width else self.slice(x, x.name + ", rotary part", shape)
+        wide = "float32" if self.numerics.autocast else x.dtype  # cos and sin have the residual stream's dtype
+        cosine = self.tape.new(f"{x.name} cos", shape, wide)
+        self.tape.op(f"{x.name} * cos", [turned], cosine, grads=((turned, self.tape.grad(turned)),))
+        half = f"{self.t} {heads} {rotary // 2}"
+        first, second = self.slice(turned, x.name + " first half", half), self.slice(turned, x.name + " second half", half)
+        minus = self.tape.new(f"-{x.name} half", half, x.dtype)
+        self.tape.op("negate", [second], minus, grads=((second, self.tape.grad(second)),))
+        rotated = self.tape.new(f"{x.name} rotated", shape, x.dtype)
+        self.tape.op("rotate half", [minus, first], rotated, grads=((minus, None), (first, None)))
+        sine = self.tape.new(f"{x.name} sin", shape, wide)
+        self.tape.op(f"{x.name} * sin", [rotated], sine, grads=((rotated, self.tape.grad(rotated)),), holds=(turned,))
+        y = self.tape.new(f"{x.name} after rotary", shape, wide)
+        self.tape.op("rotary add", [cosine, sine], y, grads=((cosine, None), (sine, None)), holds=(x,))
+        if rotary == width:
+            return y
+        rest = self.slice(x, x.name + ", rest", f"{self.t} {heads} {width - rotary}")
+        whole = self.tape.new(f"{x.name} after rotary", f"{self.t} {heads} e", wide)
+        return self.tape.op("join rotary and rest", [y, rest], whole, grads=((y, None), (rest, None)))
+
+    def _latent_qkv(self, x: Tensor, a: Attention) -> tuple[Tensor, Tensor, Tensor]:
+        """DeepSeek's multi-head latent attention (modeling_deepseek_v3.py)."""
+        latent = a.latent
+        assert latent is not None
+        t, dims = self.t, self.tape.dims
+        dims.update({"kv_rank": latent.kv_rank, "nope": latent.nope_dim, "rope": latent.rope_dim, "ev": a.v_head_dim})
+        q_in = x
+        if latent.q_rank is not None:
+            dims["q_rank"] = latent.q_rank
+            low = self.linear(x, self.new("Q latent", "q_rank"), "q_a_proj", bias=a.qkv_bias)
+            q_in = self._rms_norm(low, "q_a_layernorm", late_cast=False)
+        q = self.linear(q_in, self.new("Q", "H e"), "q_b_proj" if latent.q_rank is not None else "q_proj")
+        q_rest, q_turned = self._split(q, ("Q without position", f"{t} H nope"), ("Q rotary part", f"{t} H rope"))
+        both = self.linear(x, self.new("K and V latent", str(latent.kv_rank + latent.rope_dim)), "kv_a_proj", bias=a.qkv_bias)
+        low, k_turned = self._split(both, ("KV latent", f"{t} kv_rank"), ("K rotary part", f"{t} 1 rope"))
+        low = self._rms_norm(low, "kv_a_layernorm", late_cast=False)
+        q_turned = self._rotary(q_turned, latent.rope_dim, latent.rope_dim)
+        k_turned = self._rotary(k_turned, latent.rope_dim, latent.rope_dim)
+        q_whole = self.tape.new("Q after rotary", f"{t} H e", q_turned.dtype)
+        self.tape.op("join Q", [q_rest, q_turned], q_whole, grads=((q_rest, None), (q_turned, None)))
+        kv = self.linear(low, self.new("K and V", f"H {latent.nope_dim + a.v_head_dim}"), "kv_b_proj")
+        k_rest, v = self._split(kv, ("K without position", f"{t} H nope"), ("V", f"{t} H ev"))
+        k_whole = self.tape.new("K after rotary", f"{t} H e", q_turned.dtype)
+        parts = ((k_rest, self.tape.grad(k_rest)), (k_turned, self.tape.grad(k_turned)))
+        self.tape.op("join K", [k_rest, k_turned], k_whole, grads=parts)
+        return q_whole, k_whole, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, kind: LayerKind) -> Tensor:
+        how = self.numerics.attention
+        if how == "eager" or (how == "sdpa" and self._falls_back_to_math(a)):
+            return self._eager(q, k, v, a)
+        if how == "sdpa" and kind.window is not None and self.numerics.masked:
+            return self._masked(q, k, v, a)
+        return self._flash(q, k, v, a)
+
+    def _falls_back_to_math(self, a: Attention) -> bool:
+        """fp32 has no flash kernel, and the memory-efficient one takes no grouped queries (aten sdp_utils.cpp)."""
+        return self.numerics.compute == "float32" and a.kv_heads != a.heads
+
+    def _flops(self, a: Attention) -> tuple[tuple[int, int], ...]:
+        """Half of the scores are masked by causality; 2 products of 2 operations."""
+        return ((4, a.heads * (a.head_dim + a.v_head_dim)),)
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+        """FlashAttention-2 (aten transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd).
+
+        Keeps q, k, v, the output and one fp32 log-sum-exp a row. Backward makes dq, dk, dv, an fp32 accumulator of dq
+        over rows rounded up to 128 and head sizes to 32, an fp32 row sum, and with grouped queries dk and dv for every
+        query head.
+        """
+        tape = self.tape
+        e_out = "e" if a.v_head_dim == a.head_dim else "ev"
+        out = tape.new("attention mixed", f"{self.t} H {e_out}", q.dtype)
+        rows = tape.new("log-sum-exp", f"{self.t} H", "float32")
+        rounded = -(-a.head_dim // 32) * 32 if a.head_dim <= 192 else 256
+        temps = [
+            tape.new("dQ accumulator", f"b r H {rounded}", "float32"),
+            tape.new("row sums of dO * O", "b r H", "float32"),
+        ]
+        if a.kv_heads != a.heads:
+            temps += [tape.new(f"d{x} for every query head", f"{self.t} H {e}", q.dtype) for x, e in (("K", "e"), ("V", e_out))]
+        return tape.op(
+            "flash attention", [q, k, v], out, rows, keeps=(q, k, v, out, rows),
+            grads=tuple((x, tape.grad(x)) for x in (q, k, v)), back_temps=tuple(temps), flops=self._flops(a),
+        )  # fmt: skip
+
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+        """sdpa with an explicit sliding-window mask: keys and values are repeated, the boolean mask becomes a bf16 bias,
+        and the memory-efficient kernel keeps it (aten attention.cpp, convert_boolean_attn_mask; attention.cu)."""
+        tape = self.tape
+        k, v = self._repeated(k, a), self._repeated(v, a)
+        bias = tape.new("attention bias", "s s", q.dtype)
+        tape.op("mask to bias", [], bias, temps=(tape.new("negated mask", "s s", "bool"),))
+        out = tape.new("attention mixed", f"{self.t} H e", q.dtype)
+        rows = tape.new("log-sum-exp", f"{self.t} H", "float32")
+        return tape.op(
+            "masked attention", [q, k, v, bias], out, rows, keeps=(q, k, v, out, rows, bias),
+            grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
+            back_temps=(tape.new("row sums of dO * O", f"{self.t} H", "float32"),), flops=self._flops(a),
+        )  # fmt: skip
+
+    def _repeated(self, x: Tensor, a: Attention) -> Tensor:
+        if a.kv_heads == a.heads:
+            return x
+        y = self.tape.new(x.name + " for every query head", f"{self.t} H e", x.dtype)
+        return self.tape.op("repeat " + x.name, [x], y, grads=((x, self.tape.grad(x)),))
+
+    def _eager(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+        """transformers' eager_attention_forward: the score matrix is written out several times."""
+        tape = self.tape
+        k, v = self._repeated(k, a), self._repeated(v, a)
+        scores = self._scores("scores", q.dtype)
+        tape.op(
+            "scores", [q, k], scores, keeps=(q, k), grads=tuple((x, tape.grad(x)) for x in (q, k)),
+            flops=((4, a.heads * a.head_dim * 2),),
+        )  # fmt: skip
+        scores = self.pointwise("scale scores", scores, self._scores("scaled scores", q.dtype))
+        if a.softcap:
+            scores = self.pointwise("divide scores", scores, self._scores("scores / cap", q.dtype))
+            capped = self._scores("tanh of scores", q.dtype)
+            scores = self.pointwise("tanh", scores, capped, capped)
+            scores = self.pointwise("multiply scores", scores, self._scores("capped scores", q.dtype))
+        masked = self._scores("masked scores", q.dtype)
+        tape.op("mask scores", [scores], masked, grads=((scores, None),))
+        if a.sinks:
+            return self._eager_sinks(masked, v, a)
+        scores = self.cast(masked, "float32", "scores, fp32")
+        weights = self._scores("softmax of scores", "float32")
+        self.pointwise("softmax", scores, weights, weights)
+        weights = self.dropout(self.cast(weights, q.dtype, "attention matrix"), a.dropout)
+        return self._mix(weights, v, a)
+
+    def _eager_sinks(self, masked: Tensor, v: Tensor, a: Attention) -> Tensor:
+        """gpt-oss: a sink column is joined to the scores, the row maximum is taken off, softmax runs in bf16."""
+        sink = self.weight("sinks", a.heads)
+        joined = self._scores("scores and sinks", masked.dtype)
+        self.tape.op("join sinks", [masked], joined, grads=((masked, None),), weights=(sink,))
+        shifted = self._scores("shifted scores", masked.dtype)
+        self.tape.op("shift scores", [joined], shifted, grads=((joined, None),), back_temps=(self._scores("negated", masked.dtype),))
+        weights = self._scores("softmax of scores", masked.dtype)
+        self.pointwise("softmax", shifted, weights, weights)
+        view = self.pointwise("drop sinks", weights, self._scores("attention matrix", masked.dtype))
+        return self._mix(view, v, a)
+
+    def _scores(self, name: str, dtype: str) -> Tensor:
+        return self.tape.new(name, "b H s s", dtype)
+
+    def _mix(self, weights: Tensor, v: Tensor, a: Attention) -> Tensor:
+        e = "e" if a.v_head_dim == a.head_dim else "ev"
+        mixed = self.tape.new("attention mixed, by head", f"{self.t} H {e}", v.dtype)
+        self.tape.op(
+            "mix values", [weights, v], mixed, keeps=(weights, v),
+            grads=((weights, self.tape.grad(weights)), (v, self.tape.grad(v))), flops=((4, a.heads * a.v_head_dim * 2),),
+        )  # fmt: skip
+        out = self.tape.new("attention mixed", mixed.shape, v.dtype)
+        return self.tape.op("join heads", [mixed], out, grads=((mixed, None),))
+
+    # ---- MLP and experts ------------------------------------------------------------------------------------------
+
+    def mlp(self, x: Tensor, mlp: Mlp, name: str = "mlp") -> Tensor:
+        self.tape.dims["I"] = mlp.width
+        return self._mlp(x, mlp, name, "I")
+
+    def _mlp(self, x: Tensor, mlp: Mlp, name: str, width: str) -> Tensor:
+        if not mlp.gated:
+            inner = self.linear(x, self.new("MLP up", width), name + ".up_proj", bias=mlp.bias)
+            inner = self.activation(inner, mlp.activation)
+        elif mlp.fused:
+            both = self.linear(x, self.new("MLP gate and up", str(2 * mlp.width)), name + ".gate_up_proj", bias=mlp.bias)
+            gate, up = self._split(both, ("MLP gate", f"{self.t} {width}"), ("MLP up", f"{self.t} {width}"))
+            active = self.activation(gate, mlp.activation)
+            inner = self.multiply("gate * up", up, active, self.new("MLP product", width))
+        else:
+            gate = self.linear(x, self.new("MLP gate", width), name + ".gate_proj", bias=mlp.bias)
+            active = self.activation(gate, mlp.activation)
+            up = self.linear(x, self.new("MLP up", width), name + ".up_proj", bias=mlp.bias)
+            inner = self.multiply("gate * up", active, up, self.new("MLP product", width))
+        y = self.linear(inner, self.new("MLP output", "d"), name + ".down_proj", bias=mlp.bias)
+        return self.dropout(y, self.model.dropout)
+
+    def activation(self, x: Tensor, name: str) -> Tensor:
+        y = self.tape.new(f"MLP {name}", x.shape, x.dtype)
+        if name == "gelu_new":  # eight operations in Python (transformers activations.py)
+            return self._gelu_new(x, y)
+        keeps = (y,) if name in ("relu", "tanh", "sigmoid") else (x,)
+        return self.pointwise(name, x, y, *keeps)
+
+    def _gelu_new(self, x: Tensor, y: Tensor) -> Tensor:
+        """0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3))): keeps x, the tanh, the half and the factor."""
+        tape = self.tape
+
+        def like(name: str) -> Tensor:
+            return tape.new(name, x.shape, x.dtype)
+
+        half = self.pointwise("0.5 * x", x, like("MLP half"))
+        cube = self.pointwise("x^3", x, like("MLP cube"), x)
+        cube = self.pointwise("0.044715 * x^3", cube, like("MLP scaled cube"))
+        inner = like("MLP x + cube")
+        tape.op("x + cube", [x, cube], inner, grads=((x, None), (cube, None)))
+        inner = self.pointwise("scale", inner, like("MLP tanh input"))
+        tanh = like("MLP tanh")
+        self.pointwise("tanh", inner, tanh, tanh)
+        factor = like("MLP 1 + tanh")
+        tape.op("1 + tanh", [tanh], factor, grads=((tanh, None),))
+        return self.multiply("gelu", half, factor, y)
+
+    def experts(self, x: Tensor, e: Experts) -> Tensor:
+        """A mixture of experts through grouped products (transformers integrations/moe.py, grouped_mm).
+
+        Every token is copied for each of its experts; rows are sorted by expert.
+        """
+        tape, rows = self.tape, e.per_token
+        tape.dims.update({"X": e.count, "A": rows, "F": e.width})
+        scores, order = self._router(x, e)
+        picked = self.new("expert inputs", "A d", x.dtype)
+        tape.op("gather tokens", [x, order], picked, keeps=(order,), grads=((x, tape.grad(x)),))
+        up = self._grouped(picked, self.new("expert gate and up", f"A {2 * e.width}"), "experts.gate_up_proj", e, (e.count, 2 * e.width, x_width(self)))
+        if e.bias:
+            up = self._expert_bias(up, "experts.gate_up_proj_bias", 2 * e.width, e, order)
+        inner = self._clamped_gate(up) if e.clamped else self._expert_gate(up, e)
+        down = self._grouped(inner, self.new("expert outputs", "A d"), "experts.down_proj", e, (e.count, x_width(self), e.width))
+        if e.bias:
+            down = self._expert_bias(down, "experts.down_proj_bias", x_width(self), e, order)
+        weighted = self.new("weighted expert outputs", "A d")
+        tape.op(
+            "weigh experts", [down, scores], weighted, keeps=(down, scores),
+            grads=((down, tape.grad(down)), (scores, tape.grad(scores))), back_temps=(self.new("gradient x outputs", "A d"),),
+        )  # fmt: skip
+        restored = self.new("expert outputs in token order", "A d")
+        tape.op("restore order", [weighted, order], restored, keeps=(order,), grads=((weighted, tape.grad(weighted)),))
+        y = self.new("MLP output", "d")
+        tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),))
+        if not e.shared_width:
+            return y
+        tape.dims["I"] = e.shared_width
+        shared = self._mlp(x, Mlp(e.shared_width, e.activation), "shared_experts", "I")
+        return self.add(y, shared, self.new("MLP output", "d"), "add shared experts")
+
+    def _router(self, x: Tensor, e: Experts) -> tuple[Tensor, Tensor]:
+        """Scores of the chosen experts (t A) and the order that sorts rows by expert (t A, int64)."""
+        tape = self.tape
+        x_in = self.cast(x, "float32", "router input in fp32") if e.router_fp32 else x
+        weight = self.weight("router.weight", e.count, x_width(self))
+        dtype = "float32" if e.router_fp32 else self.numerics.compute
+        logits = self.linear(x_in, self.new("router logits", "X", dtype), "router", weight=weight, bias=e.bias)
+        order = self.new("expert order", "A", "int64")
+        scores = self.new("expert scores", "A")
+        chosen = self.new("chosen experts", "A", "int64")
+        if e.router == "topk-softmax":
+            top = self.new("top logits", "A")
+            tape.op("top experts", [logits], top, chosen, keeps=(chosen,), grads=((logits, tape.grad(logits)),))
+            self.pointwise("softmax of experts", top, scores, scores)
+        else:
+            probs = self.new("router probabilities", "X", "float32")
+            temp = () if logits.dtype == "float32" else (self.new("router logits in fp32", "X", "float32"),)
+            tape.op("router probabilities", [logits], probs, keeps=(probs,), temps=temp, grads=((logits, tape.grad(logits)),))
+            top32 = self.new("top probabilities", "A", "float32")
+            choosing = (self.new("masked scores", "X", "float32"),) * 2 if e.router == "sigmoid-groups" else ()
+            tape.op("top experts", [probs], top32, chosen, keeps=(chosen,), temps=choosing, grads=((probs, tape.grad(probs)),))
+            self.pointwise("normalise experts", top32, scores, top32)
+        tape.op("sort by expert", [chosen], order, temps=(self.new("sorted experts", "A", "int64"),))
+        return scores, order
+
+    def _grouped(self, x: Tensor, y: Tensor, name: str, e: Experts, shape: tuple[int, int, int]) -> Tensor:
+        x = self.autocast(x)
+        w = self.weight(name, *shape, active=(e.per_token, e.count))
+        copies = self.used(w)
+        return self.tape.op(
+            name, [x, *copies], y, keeps=(x, *copies), grads=((x, self.tape.grad(x)),), weights=(w,),
+            flops=((y.basis, 2 * e.per_token * shape[1] * shape[2]),),
+        )  # fmt: skip
+
+    def _expert_bias(self, x: Tensor, name: str, width: int, e: Experts, order: Tensor) -> Tensor:
+        w = self.weight(name, e.count, width, active=(e.per_token, e.count))
+        rows = self.tape.new(name + " by row", x.shape, x.dtype)
+        y = self.tape.new(x.name + " with bias", x.shape, x.dtype)
+        self.tape.op(name, [order], rows, keeps=(order,), weights=(w,))
+        return self.tape.op("add " + name, [x, rows], y, grads=((x, None), (rows, None)))
+
+    def _expert_gate(self, up: Tensor, e: Experts) -> Tensor:
+        gate, linear = self._split(up, ("expert gate", f"{self.t} A F"), ("expert up", f"{self.t} A F"))
+        active = self.activation(gate, e.activation)
+        return self.multiply("expert gate * up", active, linear, self.new("expert product", "A F"))
+
+    def _clamped_gate(self, up: Tensor) -> Tensor:
+        """gpt-oss: (clamp(up) + 1) * clamp(gate) * sigmoid(alpha * clamp(gate)), gate and up interleaved."""
+
+        def like(name: str) -> Tensor:
+            return self.new(name, "A F")
+
+        gate, linear = self.slice(up, "expert gate", f"{self.t} A F"), self.slice(up, "expert up", f"{self.t} A F")
+        gate = self.pointwise("clamp gate", gate, like("clamped gate"), gate)
+        linear = self.pointwise("clamp up", linear, like("clamped up"), linear)
+        scaled = self.pointwise("alpha * gate", gate, like("scaled gate"))
+        sigmoid = like("sigmoid of gate")
+        self.pointwise("sigmoid", scaled, sigmoid, sigmoid)
+        glu = self.multiply("gate * sigmoid", gate, sigmoid, like("gated"))
+        plus = like("up + 1")
+        self.tape.op("up + 1", [linear], plus, grads=((linear, None),))
+        return self.multiply("(up + 1) * gated", plus, glu, like("expert product"))
+
+
+def x_width(writer: Writer) -> int:
+    return writer.model.hidden
+
+
+@dataclass(frozen=True, slots=True)
+class MlpChunks:
+    """How the MLP runs: in one go, or in several pieces, each recomputed by itself in backward or not."""
+
+    several: bool = False
+    recompute: bool = False
+
+
+def layer(model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks) -> Tape:
+    """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d)."""
+    w = Writer(model, numerics)
+    x = w.source()
+    block = model.block
+    attention_in = x if block == "post" else w.norm(x, "input norm")
+    attended = w.attention(attention_in, kind)
+    if block in ("sandwich", "post"):
+        attended = w.norm(attended, "post-attention norm")
+    if block == "parallel":
+        mlp_out = _feed_forward(w, w.norm(x, "post-attention norm"), kind, chunks)
+        both = w.add(mlp_out, attended, w.new("MLP and attention", "d"), "add MLP and attention")
+        w.add(both, x, w.new(HIDDEN, "d", w.wide))
+        return w.tape
+    middle = w.add(x, attended, w.new("hidden states after attention", "d", w.wide))
+    mlp_in = middle if block == "post" else w.norm(middle, "post-attention norm" if block == "pre" else "pre-MLP norm")
+    mlp_out = _feed_forward(w, mlp_in, kind, chunks)
+    if block in ("sandwich", "post"):
+        mlp_out = w.norm(mlp_out, "post-MLP norm")
+    w.add(middle, mlp_out, w.new(HIDDEN, "d", w.wide))
+    return w.tape
+
+
+def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> Tensor:
+    model = w.model
+    if not (chunks.several or chunks.recompute):
+        return w.experts(x, _experts(model)) if kind.experts else w.mlp(x, _mlp(model))
+    inner = Writer(model, w.numerics, "b c")
+    source = inner.source(x.name, x.dtype)
+    y = inner.experts(source, _experts(model)) if kind.experts else inner.mlp(source, _mlp(model))
+    weights = [weight for op in inner.tape.ops for weight in op.weights]
+    shapes = [" ".join(map(str, weight.shape)) for weight in weights]
+    sums = [w.tape.new(f"sum of the gradient of {v.name}", s, "float32") for v, s in zip(weights, shapes, strict=True)]
+    part = Part(inner.tape, recompute=chunks.recompute, chunked=True, sums=tuple(sums) if chunks.several else ())
+    out = w.tape.new(y.name, "b s d", y.dtype)
+    w.tape.ops.append(Op("MLP in chunks", (x,), (out,), part=part))
+    w.tape.output = out
+    return out
+
+
+def _mlp(model: Model) -> Mlp:
+    assert model.mlp is not None
+    return model.mlp
+
+
+def _experts(model: Model) -> Experts:
+    assert model.experts is not None
+    return model.experts

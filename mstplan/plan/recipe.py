@@ -1,0 +1,143 @@
+"""A recipe: how one trains. One validated object, readable from and writable to JSON, and the five named strategies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import OutputError, RecipeError, did_you_mean
+
+Chunks = Literal["auto"] | int
+
+
+class Recipe(BaseModel):
+    """How a model is fine-tuned (all of its weights), as the step model sees it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    precision: Literal["bf16", "mixed", "fp32"] = "bf16"
+    """bf16: weights, gradients and moments in bf16. mixed: fp32 weights under bf16 autocast. fp32: fp32 throughout."""
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd"] = "adamw"
+    """adamw: torch.optim.AdamW; adamw-8bit: bitsandbytes'; adafactor: transformers'; sgd: torch's, without momentum."""
+    adamw_kernel: Literal["foreach", "fused", "for-loop"] = "foreach"
+    """How torch's AdamW steps: foreach (CUDA's default) makes a temporary as large as the weights."""
+    optimizer_in_backward: bool = False
+    """Step each weight as soon as its gradient is made, then free the gradient."""
+    optimizer_on_host: bool = False
+    """Optimizer states and step on the host; gradients travel there, updated weights back."""
+    weights_on_host: bool = False
+    """Weights on the host as well, gathered layer by layer (ZeRO-3 parameter offload); needs optimizer_on_host."""
+    accumulation: int = Field(default=1, ge=1, le=1_000_000)
+    """Micro-batches per optimizer step; beyond 1, gradients exist during every forward."""
+    batch: int = Field(default=1, ge=1, le=1_000_000)
+    """Sequences per micro-batch."""
+    checkpoint: Literal["none", "layer", "sqrt"] | int = "none"
+    """Checkpointing: none, every layer, every sqrt(L) layers, or every k layers (an integer)."""
+    mlp_chunks: Chunks = 1
+    """Pieces of the sequence the MLP runs over; "auto": as recommended for model, card and length."""
+    mlp_recompute: bool = False
+    """Recompute each MLP chunk by itself in backward, so that its intermediates live for one chunk in both passes."""
+    loss_chunks: Chunks = 1
+    """Pieces for the LM head and the chunked loss; "auto": as recommended."""
+    loss: Literal["transformers", "transformers<4.45", "chunked"] = "transformers"
+    """The loss of current transformers, that of releases before 4.45 (one more fp32 copy of the logits), or MsT's."""
+    offload_layer_inputs: bool = False
+    """Keep checkpointed layers' inputs in host memory."""
+    attention: Literal["sdpa", "flash", "eager"] = "sdpa"
+    """attn_implementation: sdpa (its flash kernel, explicit masks for sliding windows), flash-attn, or eager."""
+
+    def model_post_init(self, _context: object) -> None:
+        for name in ("mlp_chunks", "loss_chunks"):
+            value = getattr(self, name)
+            if value != "auto" and not 1 <= value <= 1 << 32:
+                raise ValueError(f"{name} must be 'auto' or a whole number from 1, not {value}")
+        if self.checkpoint not in ("none", "layer", "sqrt") and not 1 <= int(self.checkpoint) <= 100_000:
+            raise ValueError(f"checkpoint must be none, layer, sqrt or a number of layers from 1, not {self.checkpoint}")
+        for bad, message in (
+            (self.loss != "chunked" and self.loss_chunks != 1, "loss_chunks needs loss='chunked'"),
+            (
+                self.offload_layer_inputs and self.checkpoint == "none",
+                "offload_layer_inputs needs checkpointing: without it there are no layer inputs to move",
+            ),
+            (
+                self.optimizer_in_backward and self.accumulation > 1,
+                "optimizer_in_backward uses up each gradient at once, so it cannot accumulate: set accumulation to 1",
+            ),
+            (
+                self.optimizer_in_backward and self.optimizer_on_host,
+                "optimizer_in_backward and optimizer_on_host exclude each other",
+            ),
+            (self.weights_on_host and not self.optimizer_on_host, "weights_on_host needs optimizer_on_host"),
+        ):
+            if bad:
+                raise ValueError(message)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one weight on the device."""
+        return 2 if self.precision == "bf16" else 4
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Recipe:
+        """A recipe from a JSON file. Raises RecipeError."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise RecipeError(f"cannot read recipe {path}: {getattr(e, 'strerror', None) or e}") from None
+        return cls.from_json(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "recipe") -> Recipe:
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as e:
+            raise RecipeError(f"{source}: {first_problem(e)}") from None
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe as JSON. Raises OutputError."""
+        try:
+            Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        except OSError as e:
+            raise OutputError(f"cannot write {path}: {e.strerror}") from None
+
+    def changed(self, **fields: object) -> Recipe:
+        """A copy with other values, validated. Raises RecipeError."""
+        try:
+            return Recipe.model_validate({**self.model_dump(), **fields})
+        except ValidationError as e:
+            raise RecipeError(first_problem(e)) from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line for the first thing pydantic found wrong."""
+    problem = error.errors(include_url=False)[0]
+    where = str(problem["loc"][0]) if problem["loc"] else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"a recipe has no field '{where}'.{did_you_mean(where, Recipe.model_fields)}"
+    if where:
+        return f"{where}: {message} (got {str(problem['input'])[:60]!r})"
+    return message
+
+
+_CHECKPOINT = Recipe(checkpoint="layer")
+_MST = Recipe(checkpoint="layer", mlp_chunks="auto", mlp_recompute=True, loss="chunked", loss_chunks="auto")
+STRATEGIES: dict[str, Recipe] = {
+    "standard": Recipe(),
+    "checkpoint": _CHECKPOINT,
+    "checkpoint-sqrt": Recipe(checkpoint="sqrt"),
+    "mst": _MST,
+    "mst-offload": _MST.model_copy(update={"offload_layer_inputs": True}),
+}
+STRATEGY_FIELDS = ("checkpoint", "mlp_chunks", "mlp_recompute", "loss_chunks", "loss", "offload_layer_inputs")
+"""What a strategy decides; everything else about a recipe is the user's choice."""
+
+
+def strategy(name: str, **fields: object) -> Recipe:
+    """The named strategy, with some fields changed. Raises RecipeError."""
+    if name not in STRATEGIES:
+        raise RecipeError(f"unknown strategy '{name}'.{did_you_mean(name, STRATEGIES)} Known: {', '.join(STRATEGIES)}")
+    return STRATEGIES[name].changed(**fields) if fields else STRATEGIES[name]

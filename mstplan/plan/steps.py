@@ -1,0 +1,428 @@
+"""The step model: one training step as instants, each a sum of tensors, in closed form over batch, length and chunks.
+
+A step is forward, loss, backward and optimizer step. `Step` lays a model's layers out on a tape as the recipe asks
+(checkpointed, chunked, offloaded), replays it (`tape.py`), and keeps for every named instant the moments that can be its
+largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S_max are read off those vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
+from typing import NamedTuple
+
+from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer
+from .model import LayerKind, Model
+from .optimizers import Memory, optimizer_memory
+from .recipe import Recipe
+from .tape import (
+    BASIS,
+    ZERO,
+    Alive,
+    Label,
+    Moment,
+    Op,
+    Part,
+    Rules,
+    Tape,
+    Tensor,
+    Vector,
+    Weight,
+    add,
+    backward,
+    forward,
+    undominated,
+    weight_gradient,
+)
+
+END_OF_FORWARD = "end of forward"
+LOSS = "loss"
+LOSS_BACKWARD = "backward of the loss"
+LAST_LAYER = "backward of the last layer"
+MIDDLE_LAYER = "backward of a layer between"
+FIRST_LAYER = "backward of the first layer"
+EMBEDDING = "backward of the embedding"
+OPTIMIZER = "optimizer step"
+INSTANTS = (END_OF_FORWARD, LOSS, LOSS_BACKWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER, EMBEDDING, OPTIMIZER)
+
+
+class Layout(NamedTuple):
+    """The part of a recipe that decides a step's structure; lengths, batch and chunk counts are filled in later."""
+
+    recipe: Recipe  # with batch and chunk counts normalised
+    several_mlp_chunks: bool
+    several_loss_chunks: bool
+    masked: bool  # sliding-window layers carry an explicit mask
+
+
+class Entry(NamedTuple):
+    """One tensor, or several of one kind, alive at an instant."""
+
+    name: str
+    shape: str  # symbolic, such as "(b, s, I)"
+    dtype: str
+    count: int
+    bytes: int  # of all `count`
+
+
+class Instant(NamedTuple):
+    name: str
+    bytes: int
+    operation: str  # the moment within the instant at which it is largest
+    entries: tuple[Entry, ...]  # largest first; they add up to `bytes`
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a vector is evaluated at. Counts of sequences and tokens."""
+
+    batch: int
+    seq_len: int
+    mlp_chunk_tokens: int
+    loss_chunk_tokens: int
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        b, s = self.batch, self.seq_len
+        return (1, b * s, b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens, b * s * s, s * s, s, b * (-(-s // 128) * 128))
+
+
+def evaluate(vector: Vector, units: tuple[int, ...]) -> int:
+    return sum(map(int.__mul__, vector, units))
+
+
+class Step:
+    """One training step of `model` under `layout` on a card with the given cuBLAS workspace."""
+
+    def __init__(self, model: Model, layout: Layout, workspace: int):
+        self.model, self.layout, self.workspace = model, layout, workspace
+        self.tape = build(model, layout)
+        self.weights = step_weights(self.tape)
+        self.optimizer = optimizer_memory(layout.recipe, self.weights)
+        self.parameters = sum(w.numel * n for w, n in self.weights)
+        self.moments = {name: undominated(moments) for name, moments in self._moments(self.rules()).items()}
+
+    # ---- replay -----------------------------------------------------------------------------------------------------
+
+    def rules(self, **changes: bool) -> Rules:
+        recipe = self.layout.recipe
+        gradients = "kept" if recipe.accumulation == 1 else "added"
+        if recipe.optimizer_in_backward or recipe.weights_on_host:
+            gradients = "used"
+        dtype = "bfloat16" if recipe.weight_bytes == 2 else "float32"
+        return Rules(gradients, dtype, recipe.precision == "mixed", self.optimizer.per_weight, **changes)
+
+    def _moments(self, rules: Rules) -> dict[str, list[Moment]]:
+        """Every moment of the step by the instant it belongs to, with all that is alive."""
+        found: dict[str, list[Moment]] = {}
+
+        def note(moments: Iterable[Moment], alive: Alive, instant_of: Callable[[str], str]) -> None:
+            base = total(alive)
+            for live, at, inside in moments:
+                moment = Moment(add(base, live), at, (*alive, *inside) if rules.detail else ())
+                found.setdefault(instant_of(at), []).append(moment)
+
+        resident = labels([*self._resident(), *self._batch()])
+        running = resident + labels(self._running())
+        ahead = forward(self.tape, rules, keep=True)
+        note(ahead.moments, running + labels(self._in_transfer(1)), _forward_instant)
+        left = add(ahead.net, tuple(-n for n in ahead.cached))  # autocast's cache goes with the end of forward
+        behind = backward(self.tape, rules)
+        moments = [Moment(add(left, m.live), m.at, (*ahead.alive, *m.alive)) for m in behind.moments]
+        note(moments, running + labels(self._in_transfer(2)), _backward_instant)
+        if rules.gradients != "used":
+            step_only = labels([*self._gradients(always_alive=False), *_tensors(self.optimizer.temporaries)])
+            note([Moment(ZERO, "step", ())], resident + step_only, lambda _: OPTIMIZER)
+        return found
+
+    # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
+
+    def _resident(self) -> list[Tensor]:
+        """Weights, optimizer states, cuBLAS workspace, and gradients where they outlive a backward pass."""
+        recipe, dtype = self.layout.recipe, "bfloat16" if self.layout.recipe.weight_bytes == 2 else "float32"
+        size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.parameters)
+        name = "weights gathered from the host" if recipe.weights_on_host else "weights"
+        tensors = [constant(name, dtype, size), constant("cuBLAS workspace", "uint8", self.workspace)]
+        tensors += _tensors(self.optimizer.states)
+        return tensors + self._gradients(always_alive=True)
+
+    def _gathered(self) -> int:
+        """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
+        units = [sum(w.numel for op in t.ops for w in _op_weights(op)) for t in {id(o.part.tape): o.part.tape for o in self.tape.ops if o.part and not o.part.in_forward}.values()]
+        outer = [w.numel for op in self.tape.ops for w in (op.weights if op.part is None else op.part.weights if op.part.in_forward else ())]
+        return max(outer, default=0) + 2 * max(units, default=0)
+
+    def _gradients(self, always_alive: bool) -> list[Tensor]:
+        recipe = self.layout.recipe
+        if always_alive != (recipe.accumulation > 1) or recipe.weights_on_host:
+            return []
+        dtype = "bfloat16" if recipe.weight_bytes == 2 else "float32"
+        return [constant("gradients", dtype, recipe.weight_bytes * self.parameters)]
+
+    def _batch(self) -> list[Tensor]:
+        new = self.tape.new
+        return [new("token ids", "b s", "int64"), new("labels", "b s", "int64")]
+
+    def _running(self) -> list[Tensor]:
+        """Alive from the start of forward to the end of backward."""
+        new, a = self.tape.new, self.model.attention
+        tensors = [new("position ids", "s", "int64")]
+        rotary = a.latent.rope_dim if a.latent else a.rotary_dim
+        if rotary:
+            dtype = "bfloat16" if self.layout.recipe.precision == "bf16" else "float32"
+            sets = 2 if self.model.model_type.startswith("gemma3") else 1  # local and global frequencies
+            tensors += [new(f"{name} of positions", f"s {rotary}", dtype) for name in ("cos", "sin") * sets]
+        if self.layout.masked:
+            tensors.append(new("sliding-window mask", "s s", "bool"))
+        elif self.layout.recipe.attention == "eager":
+            dtype = "float32" if self.layout.recipe.precision != "bf16" else "bfloat16"
+            kinds = {kind.window is not None for kind in self.model.layer_kinds}
+            tensors += [new("causal mask", "s s", dtype)] * len(kinds)
+        return tensors
+
+    def _in_transfer(self, count: int) -> list[Tensor]:
+        """Layer inputs on their way to the host, or fetched back ahead of their use."""
+        if not self.layout.recipe.offload_layer_inputs:
+            return []
+        return [self.tape.new("layer input in transfer", "b s d", self.tape.ops[0].makes[0].dtype)] * count
+
+    # ---- reading off --------------------------------------------------------------------------------------------------
+
+    def largest(self, sizes: Sizes) -> tuple[str, int]:
+        """The binding instant and its bytes."""
+        units = sizes.units
+        best_name, best = "", -1
+        for name, moments in self.moments.items():
+            for moment in moments:
+                value = sum(map(int.__mul__, moment.live, units))
+                if value > best:
+                    best_name, best = name, value
+        return best_name, best
+
+    def instants(self, sizes: Sizes) -> tuple[Instant, ...]:
+        """Every instant at its largest moment, in the order of a step, with the tensors alive."""
+        found = self._moments(self.rules(detail=True))
+        units = sizes.units
+        result = []
+        for name in INSTANTS:
+            moments = found.get(name)
+            if moments:
+                top = max(moments, key=lambda m: evaluate(m.live, units))
+                entries = _entries(top.alive, units)
+                result.append(Instant(name, evaluate(top.live, units), _operation(top.at), entries))
+        return tuple(result)
+
+
+def labels(tensors: Iterable[Tensor]) -> Alive:
+    return tuple((t.label, 1) for t in tensors)
+
+
+def total(alive: Alive) -> Vector:
+    vector = [0] * len(BASIS)
+    for label, count in alive:
+        vector[label.basis] += label.bytes * count
+    return tuple(vector)
+
+
+def constant(name: str, dtype: str, size: int) -> Tensor:
+    """A tensor, or a group of them, of a fixed number of bytes."""
+    return Tensor(name, "", dtype, 0, size)
+
+
+def _tensors(rows: Iterable[tuple[str, str, int]]) -> list[Tensor]:
+    return [constant(name, dtype, size) for name, dtype, size in rows if size]
+
+
+def _forward_instant(at: str) -> str:
+    return END_OF_FORWARD if at.startswith("layer") or at.startswith("embedding") else LOSS
+
+
+def _backward_instant(at: str) -> str:
+    for prefix, name in (("layer, first", FIRST_LAYER), ("layer, last", LAST_LAYER), ("layer", MIDDLE_LAYER)):
+        if at.startswith(prefix):
+            return name
+    return EMBEDDING if "embed" in at else LOSS_BACKWARD
+
+
+def _operation(at: str) -> str:
+    return at.split(": ", 1)[-1] if at.startswith("layer") else at
+
+
+def _entries(alive: Alive, units: tuple[int, ...]) -> tuple[Entry, ...]:
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for label, count in alive:
+        name, shape = label.name, label.shape
+        if name.startswith("gradient of ") and label.basis == 0:
+            name, shape = "gradients", ""
+        group = groups.setdefault((name, shape, label.dtype), [0, 0])
+        group[0] += count
+        group[1] += count * label.bytes * units[label.basis]
+    entries = [Entry(n, f"({', '.join(s.split())})" if s else "", d, c, size) for (n, s, d), (c, size) in groups.items() if size]
+    return tuple(sorted(entries, key=lambda e: -e.bytes))
+
+
+# ---- laying a step out on a tape ------------------------------------------------------------------------------------
+
+
+def build(model: Model, layout: Layout) -> Tape:
+    """The whole step: embedding, layers, final norm, head and loss."""
+    recipe = layout.recipe
+    numerics = Numerics(
+        weights="bfloat16" if recipe.precision == "bf16" else "float32",
+        autocast=recipe.precision == "mixed",
+        attention=attention_kernel(model, recipe),
+        masked=layout.masked,
+    )
+    w = Writer(model, numerics)
+    table = w.weight("embed_tokens.weight", model.vocab, model.hidden)
+    hidden = _embedding(w, table)
+    w.tape.source = None
+    chunks = MlpChunks(layout.several_mlp_chunks, recipe.mlp_recompute)
+    tapes = {kind: layer(model, kind, numerics, chunks) for kind in set(model.layer_kinds)}
+    hidden = _layers(w.tape, hidden, [tapes[kind] for kind in model.layer_kinds], recipe)
+    if model.block != "none":
+        hidden = w.norm(hidden, "final norm")
+    _head(w, hidden, table, layout)
+    return w.tape
+
+
+def attention_kernel(model: Model, recipe: Recipe) -> str:
+    """sdpa becomes flash where transformers has no sdpa for the model (soft-capping, sinks)."""
+    return "flash" if recipe.attention == "sdpa" and not model.has_sdpa else recipe.attention
+
+
+def _embedding(w: Writer, table: Weight) -> Tensor:
+    model, tape = w.model, w.tape
+    looked_up = w.new("embeddings" if model.scaled_embedding or model.learned_positions else HIDDEN, "d", w.wide)
+    tape.op("embedding", [], looked_up, weights=(table,))
+    tape.ops[-1].joins = table if model.tied else None
+    hidden = looked_up
+    if model.scaled_embedding:
+        hidden = w.pointwise("embedding scale", looked_up, w.new(HIDDEN, "d", w.wide))
+    if model.learned_positions:
+        positions = tape.new("position embeddings", "s d", w.wide)
+        rows = w.weight("position embeddings.weight", model.learned_positions, model.hidden)
+        tape.op("embedding of positions", [], positions, weights=(rows,))
+        y = w.new(HIDDEN, "d", w.wide)
+        grads = ((hidden, None), (positions, tape.grad(positions)))
+        hidden = tape.op("embedding add", [hidden, positions], y, grads=grads)
+    if model.dropout:
+        dropped = w.dropout(hidden, model.dropout)
+        dropped.name = HIDDEN
+        tape.ops[-1].name = "embedding dropout"
+        hidden = dropped
+    return hidden
+
+
+def _layers(tape: Tape, hidden: Tensor, layers: list[Tape], recipe: Recipe) -> Tensor:
+    every = segment_length(recipe, len(layers))
+    if every == 0:
+        return _chain(tape, hidden, layers, recompute=False, offload=False, what="layer")
+    if every == 1:
+        return _chain(tape, hidden, layers, recompute=True, offload=recipe.offload_layer_inputs, what="layer")
+    segments: list[Tape] = []
+    made: dict[tuple[int, ...], Tape] = {}
+    for start in range(0, len(layers), every):
+        inside = layers[start : start + every]
+        key = tuple(map(id, inside))
+        if key not in made:
+            segment = Tape(tape.dims)
+            segment.source = segment.new(HIDDEN, "b s d", hidden.dtype)
+            _chain(segment, segment.source, inside, recompute=False, offload=False, what="layer of the segment")
+            made[key] = segment
+        segments.append(made[key])
+    return _chain(tape, hidden, segments, recompute=True, offload=recipe.offload_layer_inputs, what="layer")
+
+
+def segment_length(recipe: Recipe, layers: int) -> int:
+    """Layers per checkpoint; 0: no checkpointing. sqrt: the nearest whole number to sqrt(layers)."""
+    if recipe.checkpoint == "none":
+        return 0
+    if recipe.checkpoint == "layer":
+        return 1
+    if recipe.checkpoint == "sqrt":
+        low = isqrt(layers)
+        return max(1, low + (layers - low * low > low))
+    return min(int(recipe.checkpoint), layers)
+
+
+def _chain(tape: Tape, hidden: Tensor, tapes: list[Tape], *, recompute: bool, offload: bool, what: str) -> Tensor:
+    count = len(tapes)
+    for i, inner in enumerate(tapes):
+        place = "first" if i == 0 else "last" if i == count - 1 else str(i)
+        out = tape.new(HIDDEN, "b s d", hidden.dtype)
+        interior = 0 < i < count - 1 and tapes[i - 1] is inner is tapes[i + 1]
+        name = f"{what}, {place}"
+        tape.ops.append(Op(name, (hidden,), (out,), part=Part(inner, recompute=recompute, offload=offload), interior=interior))
+        hidden = tape.output = out
+    return hidden
+
+
+def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout) -> None:
+    """LM head and loss; with the chunked loss as a part of its own."""
+    model, tape, recipe = w.model, w.tape, layout.recipe
+    weight = table if model.tied else w.weight("lm_head.weight", model.vocab, model.hidden)
+    if recipe.loss != "chunked":
+        _loss(w, hidden, weight, recipe.loss)
+        head = next(op for op in tape.ops if op.name == "lm_head")
+        head.defers = model.tied
+        return
+    inner = Writer(model, w.numerics, "b k")
+    _loss(inner, inner.source(hidden.name, hidden.dtype), weight, "transformers")
+    sums: tuple[Tensor, ...] = ()
+    if layout.several_loss_chunks:
+        weights = [v for op in inner.tape.ops for v in op.weights]
+        sums = tuple(tape.new(f"sum of the gradient of {v.name}", " ".join(map(str, v.shape)), "float32") for v in weights)
+    loss = tape.new("loss", "", "float32")
+    tape.ops.append(Op("loss chunk", (hidden,), (loss,), part=Part(inner.tape, chunked=True, sums=sums, in_forward=True), defers=model.tied))
+    tape.output = loss
+
+
+def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str) -> None:
+    """lm_head, soft-capping, and ForCausalLMLoss (transformers loss/loss_utils.py)."""
+    tape, model = w.tape, w.model
+    logits = w.linear(hidden, w.new("logits", "V"), "lm_head", weight=weight, bias=model.head_bias)
+    first = logits
+    if model.logit_softcap:
+        logits = w.pointwise("divide logits", logits, w.new("logits / cap", "V"))
+        tanh = w.new("tanh of logits", "V")
+        logits = w.pointwise("tanh of logits", logits, tanh, tanh)
+        logits = w.pointwise("multiply logits", logits, w.new("capped logits", "V"))
+    wide = w.cast(logits, "float32", "logits, fp32")
+    if loss == "transformers<4.45":
+        shifted = w.new("shifted logits, fp32", "V", "float32")
+        tape.op("shift logits", [wide], shifted, keeps=(wide,), grads=((wide, tape.grad(wide)),))
+        wide, held = shifted, (wide,)
+    else:
+        held = (first, logits)
+    log_probs = w.new("log-softmax of logits", "V", "float32")
+    tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=held)
+    loss_value = tape.new("loss", "", "float32")
+    tape.op("negative log-likelihood", [log_probs], loss_value, keeps=(log_probs,), grads=((log_probs, tape.grad(log_probs)),), holds=(*held, wide))
+
+
+def _op_weights(op: Op) -> tuple[Weight, ...]:
+    if op.part is None:
+        return op.weights
+    return tuple(weight for inner in op.part.tape.ops for weight in _op_weights(inner))
+
+
+def step_weights(tape: Tape) -> list[tuple[Weight, int]]:
+    """Every weight with how many layers have one like it; shared weights once."""
+    counts: dict[Weight, int] = {}
+    shared: set[Weight] = set()
+    for op in tape.ops:
+        shared.update([op.joins] if op.joins is not None else [])
+        for weight in _op_weights(op):
+            counts[weight] = counts.get(weight, 0) + 1
+    return [(weight, 1 if weight in shared else count) for weight, count in counts.items()]
+
+
+@lru_cache(maxsize=1024)
+def step(model: Model, layout: Layout, workspace: int) -> Step:
+    return Step(model, layout, workspace)
+
+
+__all__ = ["INSTANTS", "Entry", "Instant", "LayerKind", "Layout", "Memory", "Sizes", "Step", "build", "step", "weight_gradient"]

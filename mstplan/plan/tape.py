@@ -1,0 +1,560 @@
+"""Autograd's memory, without autograd: a forward pass written down as operations, and what lives at every moment of it.
+
+A `Tape` lists operations in the order a model's code runs them. Each says which tensors it reads, which it makes, which
+it keeps for backward, and what its backward makes. `forward` and `backward` then replay PyTorch's rules and return the
+live bytes at every moment:
+
+- a tensor lives until its last reader in forward has run, or, when kept for backward, until the backward of its keepers;
+- the backward of an operation holds the incoming gradient, what was kept, the gradients it makes and its own temporaries at once;
+- a gradient that reaches a tensor twice is added in place (torch/csrc/autograd/input_buffer.cpp);
+- a checkpointed part keeps its input only, and in backward is run again up to the last tensor that backward needs
+  (torch.utils.checkpoint, non-reentrant, early stop).
+
+Bytes are not numbers here but vectors over `BASIS`, so that one replay serves every batch, length and number of chunks.
+Parts that repeat are replayed once. `tests/plan/test_steps.py` replays every layer one by one and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1}
+
+# What bytes can grow with: b sequences, s tokens each, c tokens in an MLP chunk, k in a loss chunk,
+# r = s rounded up to 128 (the rows of a flash-attention workspace).
+BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br")
+Vector = tuple[int, ...]
+ZERO: Vector = (0,) * len(BASIS)
+_SYMBOLS = frozenset("bsckr")
+
+
+def add(u: Vector, v: Vector) -> Vector:
+    return tuple(map(int.__add__, u, v))
+
+
+@lru_cache(maxsize=4096)
+def _axes(shape: str) -> tuple[int, tuple[str, ...]]:
+    axes = shape.split()
+    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckrs".index))
+    return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
+
+
+class Label(NamedTuple):
+    """What tells tensors apart in a listing."""
+
+    name: str
+    shape: str
+    dtype: str
+    basis: int
+    bytes: int
+
+
+Alive = tuple[tuple[Label, int], ...]  # tensors, and how many of each
+
+
+@dataclass(eq=False, slots=True)
+class Tensor:
+    """A tensor of a step. `shape` names its axes, e.g. "b s I"; a view shares the storage of `of`."""
+
+    name: str
+    shape: str
+    dtype: str
+    basis: int
+    bytes: int  # per unit of BASIS[basis]
+    of: Tensor | None = None
+    cached: bool = False  # a cast weight that autocast keeps until the end of forward
+
+    @property
+    def storage(self) -> Tensor:
+        return self.of or self
+
+    @property
+    def label(self) -> Label:
+        return Label(self.name, self.shape, self.dtype, self.basis, self.bytes)
+
+
+@dataclass(eq=False, slots=True)
+class Weight:
+    """A parameter: shape in numbers, and the share of it that one token uses (below 1 for routed experts)."""
+
+    name: str
+    shape: tuple[int, ...]
+    active: tuple[int, int] = (1, 1)  # numerator, denominator
+    cast: bool = False  # used through autocast's bf16 copy
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+
+@dataclass(eq=False, slots=True)
+class Op:
+    name: str
+    reads: tuple[Tensor, ...]
+    makes: tuple[Tensor, ...]
+    keeps: tuple[Tensor, ...] = ()  # for its backward
+    temps: tuple[Tensor, ...] = ()  # only while it runs
+    grads: tuple[tuple[Tensor, Tensor | None], ...] = ()  # (input, its gradient); None: passes the incoming one on
+    back_temps: tuple[Tensor, ...] = ()
+    weights: tuple[Weight, ...] = ()
+    flops: tuple[tuple[int, int], ...] = ()  # (basis, multiply-adds x 2) of its forward
+    part: Part | None = None  # this operation is a part with a tape of its own
+    interior: bool = False  # neighbours on both sides run the same part: its moments lie between theirs
+    defers: bool = False  # its weight's gradient waits for the weight's other use (tied embeddings)
+    joins: Weight | None = None  # the weight whose deferred gradient joins this one's
+    holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """A stretch of the forward pass that is replayed as one operation.
+
+    recompute: keeps its input only, and runs again in backward (checkpointing).
+    chunked: its tape is one piece of the sequence; output and, in backward, the input's gradient are held whole while
+        the pieces run one after the other.
+    sums: fp32 sums of the weights' gradients over the pieces, where there are several.
+    offload: the input it would keep lives in host memory.
+    in_forward: gradients are made in the forward pass already (the chunked loss), so that nothing else is kept.
+    """
+
+    tape: Tape
+    recompute: bool = False
+    chunked: bool = False
+    sums: tuple[Tensor, ...] = ()
+    in_forward: bool = False
+    offload: bool = False
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return tuple(weight for op in self.tape.ops for weight in op.weights)
+
+
+@dataclass(eq=False, slots=True)
+class Tape:
+    dims: dict[str, int]
+    ops: list[Op] = field(default_factory=list)
+    source: Tensor | None = None  # the tensor that comes in and stays the caller's
+    output: Tensor | None = None
+    replays: dict[object, Replay] = field(default_factory=dict, repr=False)
+
+    def new(self, name: str, shape: str, dtype: str) -> Tensor:
+        basis, axes = _axes(shape)
+        size = ITEMSIZE[dtype]
+        for axis in axes:
+            size *= int(axis) if axis.isdigit() else self.dims[axis]
+        return Tensor(name, shape, dtype, basis, size)
+
+    def grad(self, tensor: Tensor) -> Tensor:
+        return Tensor("grad of " + tensor.name, tensor.shape, tensor.dtype, tensor.basis, tensor.bytes)
+
+    def view(self, tensor: Tensor, name: str, shape: str) -> Tensor:
+        part = self.new(name, shape, tensor.dtype)
+        part.of = tensor.storage
+        return part
+
+    def op(self, name: str, reads: Iterable[Tensor], *makes: Tensor, **more: object) -> Tensor:
+        self.ops.append(Op(name, tuple(reads), makes, **more))  # type: ignore[arg-type]
+        self.output = makes[0]
+        return makes[0]
+
+
+class Moment(NamedTuple):
+    """Live bytes at one moment, relative to where the replay began."""
+
+    live: Vector
+    at: str  # the operation
+    alive: Alive  # when detail was asked for
+
+
+class Replay(NamedTuple):
+    moments: tuple[Moment, ...]
+    net: Vector  # live bytes at the end
+    alive: Alive  # behind `net`, when detail was asked for
+    cached: Vector = ZERO  # the part of `net` that autocast's cache lets go at the end of forward
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How weights' gradients are treated, and how much is written down.
+
+    gradients: "kept" until the optimizer's step, "added" to ones that exist already (accumulation), or "used" at once
+    (optimizer in backward), with `temporaries` bytes per element for the optimizer while it steps one weight.
+    """
+
+    gradients: str = "kept"
+    dtype: str = "bfloat16"  # of weights and their gradients
+    cast: bool = False  # weights are cast to bf16 where they are used, so gradients arrive in bf16 first
+    temporaries: int = 0
+    detail: bool = False  # list the tensors behind every moment
+    every_moment: bool = False  # keep moments that can never be the largest, and replay repeated parts anew
+    in_place: bool = True  # False: as under fake tensors, where autograd adds gradients out of place
+
+
+class _Ledger:
+    """A running sum of live bytes and its moments."""
+
+    __slots__ = ("alive", "moments", "rules", "total")
+
+    def __init__(self, rules: Rules):
+        self.total = [0] * len(BASIS)
+        self.moments: list[Moment] = []
+        self.alive: dict[Label, int] = {}
+        self.rules = rules
+
+    def put(self, tensor: Tensor, count: int = 1) -> None:
+        self.total[tensor.basis] += count * tensor.bytes
+        if self.rules.detail:
+            label = tensor.label
+            self.alive[label] = self.alive.get(label, 0) + count
+
+    def drop(self, tensor: Tensor) -> None:
+        self.put(tensor, -1)
+
+    def mark(self, at: str) -> None:
+        self.moments.append(Moment(tuple(self.total), at, tuple(self.alive.items())))
+
+    def splice(self, replay: Replay, where: str = "", *, moments: bool = True) -> None:
+        """Take over what another replay found, begun from here."""
+        base = tuple(self.total)
+        found = replay.moments if self.rules.every_moment else undominated(replay.moments)
+        for live, at, alive in found if moments else ():
+            at = f"{where}: {at}" if where else at
+            self.moments.append(Moment(add(base, live), at, merged(tuple(self.alive.items()), alive)))
+        self.total = list(add(base, replay.net))
+        self.alive = dict(merged(tuple(self.alive.items()), replay.alive))
+
+    def replay(self, cached: Vector = ZERO) -> Replay:
+        return Replay(tuple(self.moments), tuple(self.total), tuple(self.alive.items()), cached)
+
+
+def merged(*alive: Iterable[tuple[Label, int]]) -> Alive:
+    counts: dict[Label, int] = {}
+    for group in alive:
+        for label, count in group:
+            counts[label] = counts.get(label, 0) + count
+    return tuple((label, count) for label, count in counts.items() if count)
+
+
+def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
+    """The moments that can be the largest for some batch, length and chunks: none exceeded by another in every term."""
+    kept: list[Moment] = []
+    for moment in sorted(moments, key=lambda m: sum(m.live), reverse=True):
+        live = moment.live
+        if not any(all(map(int.__ge__, other.live, live)) for other in kept):
+            kept.append(moment)
+    return tuple(kept)
+
+
+def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False) -> Replay:
+    """Replay the forward pass. keep: autograd records; recomputing: stop at the last tensor that backward needs."""
+    key = ("forward", rules, keep, recomputing)
+    if key not in tape.replays or rules.every_moment:
+        tape.replays[key] = _forward(tape, rules, keep, recomputing)
+    return tape.replays[key]
+
+
+def backward(tape: Tape, rules: Rules, *, owns_incoming: bool = True) -> Replay:
+    """Replay the backward pass; the incoming gradient is alive already, and let go here if `owns_incoming`."""
+    key = ("backward", rules, owns_incoming)
+    if key not in tape.replays or rules.every_moment:
+        tape.replays[key] = _backward(tape, rules, owns_incoming)
+    return tape.replays[key]
+
+
+def _kept(op: Op) -> tuple[Tensor, ...]:
+    """What an operation keeps for backward outside of itself."""
+    part = op.part
+    if part is None:
+        return op.keeps
+    if part.in_forward or part.offload:
+        return ()
+    source = part.tape.source
+    keeps_source = part.recompute or part.chunked or any(t.storage is source for o in part.tape.ops for t in _kept(o))
+    return (op.reads[0],) if keeps_source else ()
+
+
+def _holds_for_backward(op: Op) -> bool:
+    return bool(_kept(op)) or (op.part is not None and not op.part.recompute)
+
+
+def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
+    ledger = _Ledger(rules)
+    mine: set[Tensor] = set()
+    cached = ZERO
+    uses: dict[Tensor, int] = {}
+    for op in tape.ops:
+        for tensor in (*op.reads, *op.holds):
+            uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
+    if tape.output is not None and not recomputing:
+        uses[tape.output.storage] = uses.get(tape.output.storage, 0) + 1
+    last = max((i for i, op in enumerate(tape.ops) if _holds_for_backward(op)), default=-1) if recomputing else None
+    kept = {t.storage for op in tape.ops for t in _kept(op)} if keep else set()
+
+    for i, op in enumerate(tape.ops):
+        stop = i == last
+        makes = [t for t in op.makes if t.of is None and (not stop or t in op.keeps)]
+        if op.part is not None:
+            inner = _part_forward(op, ledger, rules, keep, stop)
+            cached = add(cached, inner)
+            mine.update(makes)
+        else:
+            mine.update(makes)
+            for tensor in makes:
+                ledger.put(tensor)
+                if tensor.cached and not keep:
+                    cached = add(cached, unit(tensor))
+            temps = op.temps if not stop else ()
+            for tensor in temps:
+                ledger.put(tensor)
+            ledger.mark(op.name)
+            for tensor in temps:
+                ledger.drop(tensor)
+        if stop:
+            break
+        for tensor in (*op.reads, *op.holds):
+            uses[tensor.storage] -= 1
+        for tensor in {t.storage for t in (*op.reads, *op.holds, *op.makes)}:
+            if not uses.get(tensor) and tensor in mine and tensor not in kept and not (tensor.cached and not keep):
+                mine.remove(tensor)
+                ledger.drop(tensor)
+    if recomputing:  # the stopped forward's variables go; what backward needs stays
+        for tensor in mine - kept:
+            ledger.drop(tensor)
+    return ledger.replay(cached)
+
+
+def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool) -> Vector:
+    """Replay a part inside a forward pass; its output is alive afterwards. Returns what autocast's cache holds of it."""
+    part = op.part
+    assert part is not None and part.tape.output is not None
+    if stop and part.recompute:
+        return ZERO  # its input is all that backward needs
+    if part.in_forward:
+        _loss_in_forward(op, part, ledger, rules, keep)
+        return ZERO
+    keep_inside = keep and not part.recompute
+    inner = forward(part.tape, rules, keep=keep_inside, recomputing=stop and not part.chunked)
+    if not part.chunked:
+        ledger.splice(inner, op.name, moments=rules.every_moment or not op.interior)
+    else:
+        ledger.put(op.makes[0])
+        ledger.splice(_widened(inner, part.tape.output) if keep_inside else inner, op.name)
+        if stop:
+            ledger.drop(op.makes[0])
+        ledger.drop(part.tape.output)  # copied into the whole
+    return inner.cached
+
+
+def _widened(inner: Replay, output: Tensor) -> Replay:
+    """The last piece of a forward whose pieces all keep their intermediates: those of the others are alive as well."""
+    chunk, tokens = BASIS.index("bc"), BASIS.index("bs")
+
+    def widen(label: Label) -> Label:
+        return label._replace(shape=label.shape.replace("c", "s", 1), basis=tokens)
+
+    kept = add(inner.net, tuple(-n for n in unit(output)))
+    others = tuple(kept[chunk] * ((n == tokens) - (n == chunk)) for n in range(len(BASIS)))
+    own = tuple((t, n) for t, n in inner.alive if t != output.label and t.basis == chunk)
+    alive = merged([(widen(t), n) for t, n in own], [(t, -n) for t, n in own])
+    moments = tuple(
+        Moment(tuple(max(0, n) for n in add(m.live, others)), m.at, tuple((t, n) for t, n in merged(m.alive, alive) if n > 0))
+        for m in inner.moments
+    )
+    return Replay(moments, add(inner.net, others), merged(inner.alive, alive), inner.cached)
+
+
+def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules, keep: bool) -> None:
+    """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
+    assert part.tape.source is not None and part.tape.output is not None
+    ledger.put(part.tape.grad(op.reads[0]))
+    inner = piece(rules) if part.sums else replace(rules, gradients="kept", cast=False, dtype=used_dtype(rules))
+    for tensor in part.sums:
+        ledger.put(tensor)
+    ledger.splice(forward(part.tape, inner, keep=True), op.name)
+    ledger.splice(backward(part.tape, inner), op.name)
+    ledger.drop(part.tape.grad(part.tape.source))  # copied into the whole
+    ledger.put(part.tape.grad(part.tape.output), 1)  # the scalar that `backward` took as incoming
+    ledger.drop(part.tape.output)
+    ledger.put(op.makes[0])
+    for weight, total in zip(part.weights, part.sums, strict=False):
+        gradient = weight_gradient(weight, used_dtype(rules))
+        ledger.put(gradient)
+        ledger.mark("cast the sum of the gradient of " + weight.name)
+        ledger.drop(total)
+
+
+def _backward(tape: Tape, rules: Rules, owns_incoming: bool) -> Replay:
+    ledger = _Ledger(rules)
+    keepers: dict[Tensor, int] = {}
+    made = {tensor for op in tape.ops for tensor in op.makes if tensor.of is None}
+    for op in tape.ops:
+        for tensor in _kept(op):
+            keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
+    assert tape.output is not None
+    incoming = tape.grad(tape.output)
+    pending: dict[Tensor, Tensor] = {tape.output: incoming}
+    holders = {incoming: 1 if owns_incoming else 2}
+
+    def let_go(gradient: Tensor) -> None:
+        holders[gradient] -= 1
+        if holders[gradient] == 0:
+            ledger.drop(gradient)
+
+    def arrive(tensor: Tensor, gradient: Tensor) -> None:
+        earlier = pending.get(tensor)
+        if earlier is None:
+            pending[tensor] = gradient
+        elif rules.in_place and holders[earlier] == 1:
+            let_go(gradient)
+        else:
+            total = tape.grad(tensor)
+            holders[total] = 1
+            ledger.put(total)
+            ledger.mark("add gradients of " + tensor.name)
+            let_go(earlier)
+            let_go(gradient)
+            pending[tensor] = total
+
+    for op in reversed(tape.ops):
+        came = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
+        if not came:
+            continue
+        arrivals: list[tuple[Tensor, Tensor]] = []
+        if op.part is not None:
+            _part_backward(op, op.part, ledger, rules)
+            left = tape.grad(op.reads[0])
+            holders[left] = 1
+            arrivals.append((op.reads[0], left))
+            (gradient,) = came  # the part let go of it, unless somebody else holds it too
+            holders[gradient] -= 1
+            if holders[gradient] > 0:
+                ledger.put(gradient)
+        else:
+            for tensor, gradient_made in op.grads:
+                gradient = gradient_made if gradient_made is not None else came[0]
+                holders[gradient] = holders.get(gradient, 0) + 1
+                if gradient_made is not None:
+                    ledger.put(gradient)
+                arrivals.append((tensor, gradient))
+            if op.grads or op.weights:
+                _weights_backward(op, ledger, rules)
+            for gradient in came:
+                let_go(gradient)
+        for tensor in _kept(op):
+            keepers[tensor.storage] -= 1
+            if keepers[tensor.storage] == 0 and tensor.storage in made:
+                ledger.drop(tensor.storage)
+        if op.joins is not None:  # added in place to the gradient that waited
+            ledger.drop(weight_gradient(op.joins, rules.dtype))
+        if op.part is None:
+            for weight in op.weights:
+                _accumulate(weight, ledger, rules, defers=op.defers)
+        for tensor, gradient in arrivals:
+            arrive(tensor, gradient)
+    return ledger.replay()
+
+
+def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
+    """Replay the backward of a part: it lets go of the incoming gradient and leaves the one of its input."""
+    assert part.tape.source is not None and part.tape.output is not None
+    if part.in_forward:
+        ledger.drop(part.tape.grad(op.makes[0]))
+        for weight in part.weights:
+            _accumulate(weight, ledger, rules, defers=op.defers)
+        return
+    if not part.chunked:
+        moments = rules.every_moment or not op.interior
+        if part.recompute:
+            ledger.splice(forward(part.tape, rules, keep=True, recomputing=True), op.name, moments=moments)
+        ledger.splice(backward(part.tape, rules), op.name, moments=moments)
+        return
+    ledger.put(part.tape.grad(op.reads[0]))
+    for tensor in part.sums:
+        ledger.put(tensor)
+    inner = piece(rules) if part.sums else rules
+    if part.recompute:
+        ledger.splice(forward(part.tape, inner, keep=True, recomputing=True), op.name)
+    ledger.splice(backward(part.tape, inner, owns_incoming=False), op.name)
+    if not part.recompute:
+        ledger.splice(_widened_end(part.tape, inner))
+    ledger.drop(part.tape.grad(part.tape.source))  # copied into the whole
+    ledger.drop(part.tape.grad(op.makes[0]))
+    for weight, total in zip(part.weights, part.sums, strict=False):
+        _finish(weight, total, ledger, rules)
+
+
+def _widened_end(tape: Tape, rules: Rules) -> Replay:
+    """What the pieces before the last one kept, let go of."""
+    assert tape.output is not None
+    kept = forward(tape, rules, keep=True)
+    wide = _widened(kept, tape.output)
+    net = add(kept.net, tuple(-n for n in wide.net))
+    return Replay((), net, merged(kept.alive, [(t, -n) for t, n in wide.alive]))
+
+
+def piece(rules: Rules) -> Rules:
+    """The rules inside one of several pieces: each piece's gradients of the weights are added to sums at once."""
+    return replace(rules, gradients="added", dtype=used_dtype(rules), cast=False)
+
+
+def used_dtype(rules: Rules, weight: Weight | None = None) -> str:
+    """The dtype in which a weight is used, and its gradient made."""
+    return "bfloat16" if rules.cast and (weight is None or weight.cast) else rules.dtype
+
+
+def _weights_backward(op: Op, ledger: _Ledger, rules: Rules) -> None:
+    for weight in op.weights:
+        ledger.put(weight_gradient(weight, used_dtype(rules, weight)))
+    for tensor in op.back_temps:
+        ledger.put(tensor)
+    ledger.mark("backward of " + op.name)
+    for tensor in op.back_temps:
+        ledger.drop(tensor)
+
+
+def _accumulate(weight: Weight, ledger: _Ledger, rules: Rules, defers: bool) -> None:
+    """A weight's gradient, just made in the dtype it was used in, reaches the parameter (unless it waits for another)."""
+    gradient = weight_gradient(weight, rules.dtype)
+    if rules.cast and weight.cast:
+        ledger.put(gradient)
+        ledger.mark("cast the gradient of " + weight.name)
+        ledger.drop(weight_gradient(weight, used_dtype(rules, weight)))
+    if not defers:
+        _reach(weight, gradient, ledger, rules)
+
+
+def _finish(weight: Weight, total: Tensor, ledger: _Ledger, rules: Rules) -> None:
+    """A sum over pieces, in fp32, becomes the weight's gradient."""
+    gradient = weight_gradient(weight, rules.dtype)
+    ledger.put(gradient)
+    if rules.dtype != "float32":
+        ledger.mark("cast the sum of the gradient of " + weight.name)
+    ledger.drop(total)
+    _reach(weight, gradient, ledger, rules)
+
+
+def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> None:
+    if rules.gradients == "used":
+        size = rules.temporaries * weight.numel
+        temps = Tensor("optimizer temporaries of one weight", f"{weight.numel} {rules.temporaries}", "uint8", 0, size)
+        ledger.put(temps)
+        ledger.mark("optimizer step of " + weight.name)
+        ledger.drop(temps)
+    if rules.gradients != "kept":
+        ledger.drop(gradient)
+
+
+def unit(tensor: Tensor) -> Vector:
+    """The bytes of one tensor."""
+    return tuple(tensor.bytes if n == tensor.basis else 0 for n in range(len(BASIS)))
+
+
+def weight_gradient(weight: Weight, dtype: str) -> Tensor:
+    shape = " ".join(map(str, weight.shape))
+    return Tensor("gradient of " + weight.name, shape, dtype, 0, weight.numel * ITEMSIZE[dtype])
