@@ -1,7 +1,7 @@
 """Finds a model: one that ships with mstplan, a config.json, a folder that holds one, or a Hugging Face id.
 
-An existing path wins when the spec has a path separator or ends in .json; otherwise a shipped name wins over a folder of
-that name. Only an id of the form org/name that is neither goes to the Hugging Face cache, and then to the network.
+An existing path wins when the spec has a path separator or ends in .json; otherwise a shipped name wins over a folder
+of that name. Only an id of the form org/name that is neither goes to the Hugging Face cache, and then to the network.
 """
 
 from __future__ import annotations
@@ -78,8 +78,6 @@ def _from_path(path: str) -> Model:
     if os.path.isdir(path):
         folder, path = path, os.path.join(path, "config.json")
         if not os.path.isfile(path):
-            if not os.path.lexists(path):
-                _unknown(path, looks_like_a_path=True)
             raise ModelError(
                 f"the folder {_quoted(folder)} holds no config.json.\n"
                 "Give the folder that the model's weights and config.json lie in, or the path of the file."
@@ -104,16 +102,16 @@ def _from_hub(repo: str) -> Model:
 def _hub_file(repo: str) -> str:
     """The config.json of a Hugging Face repository: the cached copy if there is one, else downloaded."""
     try:
-        import huggingface_hub
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     except ImportError:
         _unreachable(repo, "huggingface_hub, which would fetch it, is not installed")
     try:
-        cached = huggingface_hub.try_to_load_from_cache(repo, "config.json")
+        cached = try_to_load_from_cache(repo, "config.json")
         if isinstance(cached, str):
             return cached
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            _look_up_host(huggingface_hub.constants.ENDPOINT)
-        return huggingface_hub.hf_hub_download(repo, "config.json")
+        if not constants.HF_HUB_OFFLINE:
+            _look_up_host(constants.ENDPOINT)
+        return hf_hub_download(repo, "config.json")
     except Exception as error:  # noqa: BLE001  whatever goes wrong on the way there, the answer is: bring the file
         _unreachable(repo, _hub_reason(error))
 
@@ -131,17 +129,20 @@ def _look_up_host(endpoint: str) -> None:
 def _hub_reason(error: Exception) -> str:
     from huggingface_hub import constants, errors
 
+    missing = "there is no such repository, or it is private"
     if isinstance(error, errors.GatedRepoError):
         return "its owner asks for consent: accept the terms on its page and log in (hf auth login)"
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        return _hub_reason(error.__cause__)  # the hub did answer, and then there was no cached copy either
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set and it is not in the cache" if constants.HF_HUB_OFFLINE else "no network"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such repository, or it is private"
+        return missing
     if isinstance(error, errors.EntryNotFoundError):
         return "the repository holds no config.json"
     if isinstance(error, errors.HfHubHTTPError):
         status = getattr(error.response, "status_code", "?")
-        return f"the hub answered with status {status}"
+        return missing if status == 401 else f"the hub answered with status {status}"
     if isinstance(error, errors.HFValidationError):
         return "it is no valid repository id"
     return "no network" if isinstance(error, OSError) else f"the hub could not be asked ({type(error).__name__})"

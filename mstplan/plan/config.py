@@ -8,8 +8,9 @@ note says so. What is no decoder trained on next-token loss is refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from mstplan.errors import ModelError, did_you_mean
 from mstplan.plan.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, Norm
@@ -24,7 +25,6 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer"),
     "num_attention_heads": ("num_attention_heads", "n_head"),
-    "intermediate_size": ("intermediate_size", "n_inner"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions"),
     "hidden_act": ("hidden_act", "hidden_activation", "activation_function"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
@@ -90,8 +90,7 @@ def _defaults(
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Routed:
+class _Routed(NamedTuple):
     """How a family routes tokens to experts."""
 
     width: str = "moe_intermediate_size"  # the field that holds an expert's width
@@ -101,11 +100,10 @@ class _Routed:
     clamped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
+class _Family(NamedTuple):  # quicker to import than a dataclass of so many fields
     """What a family does differently from Llama. A switch is a constant, or the name of the field that holds it."""
 
-    defaults: Mapping[str, object] = field(default_factory=dict)  # of the configuration class in transformers
+    defaults: Mapping[str, object] = MappingProxyType({})  # of the configuration class in transformers
     known: bool = True  # False: the family of all model types without a row
     norm: Norm = "rms"
     norm_bias: bool = False
@@ -146,8 +144,7 @@ _QWEN2 = _Family(
     qkv_bias=True,
     out_bias=False,
 )
-_QWEN3 = replace(
-    _QWEN2,
+_QWEN3 = _QWEN2._replace(
     defaults={**_QWEN2.defaults, "head_dim": 128},
     qkv_bias="attention_bias",
     out_bias="attention_bias",
@@ -193,16 +190,14 @@ _LATENT: Mapping[str, Any] = {
 _FAMILIES: Mapping[str, _Family] = {
     "llama": _LLAMA,
     "mistral": _MISTRAL,
-    "ministral": replace(_MISTRAL, windows="listed"),
-    "mixtral": replace(
-        _MISTRAL,
+    "ministral": _MISTRAL._replace(windows="listed"),
+    "mixtral": _MISTRAL._replace(
         defaults=_defaults(4096, 32, 32, 8, 32000, 14336, num_experts=8, num_experts_per_tok=2),
         experts=_Routed("intermediate_size"),
     ),
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
-    "qwen3_moe": replace(
-        _QWEN3,
+    "qwen3_moe": _QWEN3._replace(
         defaults=_defaults(
             *(2048, 24, 32, 4, 151936, 6144),
             sliding_window=4096,
@@ -213,16 +208,14 @@ _FAMILIES: Mapping[str, _Family] = {
         windows="every",
         experts=_Routed(),
     ),
-    "smollm3": replace(
-        _LLAMA,
+    "smollm3": _LLAMA._replace(
         defaults=_defaults(2048, 36, 16, 4, 128256, 11008, tie_word_embeddings=True),
         windows="listed",
         window_switch=True,
     ),
     "gemma": _Family(_defaults(3072, 28, 16, 16, 256000, 24576, **_GEMMA), norm="gemma", scaled_embedding=True),
     "gemma2": _GEMMA2,
-    "gemma3_text": replace(
-        _GEMMA2,
+    "gemma3_text": _GEMMA2._replace(
         # The published multimodal files leave out the context, too.
         defaults=_defaults(
             *(2304, 26, 8, 4, 262208, 9216), sliding_window=4096, max_position_embeddings=131072, **_GEMMA
@@ -258,7 +251,7 @@ _FAMILIES: Mapping[str, _Family] = {
         has_sdpa=False,
     ),
     "olmo2": _OLMO2,
-    "olmo3": replace(_OLMO2, defaults={**_OLMO2.defaults, "sliding_window": 4096}, windows="listed", period=4),
+    "olmo3": _OLMO2._replace(defaults={**_OLMO2.defaults, "sliding_window": 4096}, windows="listed", period=4),
     "gpt2": _Family(
         _defaults(
             *(768, 12, 12, None, 50257, None),
@@ -352,13 +345,13 @@ _FAMILIES: Mapping[str, _Family] = {
         uncounted=("qk_layernorm", "use_parallel_residual"),
     ),
     "glm": _GLM,
-    "glm4": replace(_GLM, block="sandwich"),
+    "glm4": _GLM._replace(block="sandwich"),
 }
 _OTHER = _Family(mlp_bias="mlp_bias", windows="found", experts=_Routed(), known=False)
 
 
 def read_config(config: Mapping[str, object], name: str) -> Model:
-    """The model that a config.json describes; `name` names it in messages. Raises ModelError on what cannot be planned."""
+    """The model that a config.json describes; `name` names it in messages. What cannot be planned is a ModelError."""
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: holds {_shown(config)}, not a JSON object with a model's fields.")
     _refuse(config, name)
@@ -371,8 +364,9 @@ def read_config(config: Mapping[str, object], name: str) -> Model:
         _refuse(config, name)
     model_type = _model_type(config, name)
     known = _FAMILIES.get(model_type)
-    f = _Fields(config, name, known or replace(_OTHER, gated=model_type not in _UNGATED))
-    f.require(() if nested else _REQUIRED)
+    f = _Fields(config, name, known or _OTHER._replace(gated=model_type not in _UNGATED))
+    if not nested or known is None:  # files leave out defaults of a part, never of the whole
+        f.require(_REQUIRED)
     if known is None:
         notes.append(_other_note(f, model_type))
     model = _model(f, model_type)
@@ -470,7 +464,8 @@ class _Fields:
         self.refuse(f"{key} is {_shown(value)}, must be {must_be}")
 
     def refuse(self, what: str, way_out: str = _WAY_OUT) -> NoReturn:
-        raise ModelError(f"{self.name}: {what.rstrip('.') if what[-1] != '?' else what}\n{way_out}")
+        stop = "" if what.endswith((".", "?")) else "."
+        raise ModelError(f"{self.name}: {what}{stop}\n{way_out}")
 
 
 def _model(f: _Fields, model_type: str) -> Model:
@@ -538,8 +533,8 @@ def _mlp(f: _Fields) -> Mlp:
 
 
 def _width(f: _Fields) -> int:
-    if f.family.learned_positions:  # GPT-2's n_inner is null in most files
-        return f.optional("intermediate_size") or 4 * f.size("hidden_size")
+    if f.family.learned_positions:  # GPT-2's
+        return f.optional("n_inner") or 4 * f.size("hidden_size")
     return f.size("intermediate_size")
 
 

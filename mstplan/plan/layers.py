@@ -84,6 +84,10 @@ class Writer:
             flops=((y.basis, 2 * inner * outer),),
         )  # fmt: skip
 
+    def _last(self, x: Tensor) -> int:
+        axis = x.shape.rsplit(" ", 1)[1]
+        return int(axis) if axis.isdigit() else self.tape.dims[axis]
+
     def _width(self, x: Tensor) -> int:
         width = 1
         for axis in _axes(x.shape)[1]:
@@ -124,11 +128,15 @@ class Writer:
     # ---- normalisation --------------------------------------------------------------------------------------------
 
     def norm(self, x: Tensor, name: str) -> Tensor:
+        """The model's norm; the caller's variable holds x until it returns."""
         if self.model.norm == "layer":
-            return self._layer_norm(x, name)
-        if self.model.norm == "gemma":
-            return self._gemma_norm(x, name)
-        return self._rms_norm(x, name, late_cast=self.model.norm == "rms-fp32-weight")
+            y = self._layer_norm(x, name)
+        elif self.model.norm == "gemma":
+            y = self._gemma_norm(x, name)
+        else:
+            y = self._rms_norm(x, name, late_cast=self.model.norm == "rms-fp32-weight")
+        self.tape.ops[-1].holds += (x,)
+        return y
 
     def _layer_norm(self, x: Tensor, name: str) -> Tensor:
         """nn.LayerNorm: one kernel, keeps its input (autocast runs it in fp32)."""
@@ -148,7 +156,7 @@ class Writer:
         square = self.tape.new(f"{name} square", x32.shape, "float32")
         self.tape.op(
             f"{name}: 1/rms", [x32], scale, keeps=(x32, scale), temps=(square,),
-            grads=((x32, self.tape.grad(x32)),), back_temps=(square,),
+            grads=((x32, self.tape.grad(x32)),), back_temps=(square,) * 3,
         )  # fmt: skip
         normed = self.tape.new(f"{name}, normed", x32.shape, "float32")
         return self.tape.op(
@@ -158,14 +166,15 @@ class Writer:
 
     def _rms_norm(self, x: Tensor, name: str, late_cast: bool) -> Tensor:
         """LlamaRMSNorm: weight * normed.to(dtype); with late_cast (weight * normed).to(dtype)."""
-        normed = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
+        wide = normed = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
         if not late_cast:
             normed = self.cast(normed, x.dtype, f"{name}, normed, {x.dtype}")
         y = self._weighted(normed, name)
+        self.tape.ops[-1].holds = (wide,)
         return self.cast(y, x.dtype, name)
 
     def _weighted(self, normed: Tensor, name: str) -> Tensor:
-        w = self.weight(name + ".weight", self._width(normed))
+        w = self.weight(name + ".weight", self._last(normed))
         y = self.tape.new(name, normed.shape, normed.dtype)
         product = self.tape.new("gradient x normed", normed.shape, normed.dtype)
         grads = ((normed, self.tape.grad(normed)),)
@@ -302,6 +311,7 @@ class Writer:
         out = tape.new("attention mixed", f"{self.t} H {e_out}", q.dtype)
         rows = tape.new("log-sum-exp", f"{self.t} H", "float32")
         rounded = -(-a.head_dim // 32) * 32 if a.head_dim <= 192 else 256
+        sinks = (self.weight("sinks", a.heads),) if a.sinks else ()
         temps = [
             tape.new("dQ accumulator", f"b r H {rounded}", "float32"),
             tape.new("row sums of dO * O", "b r H", "float32"),
@@ -310,7 +320,7 @@ class Writer:
             temps += [tape.new(f"d{x} for every query head", f"{self.t} H {e}", q.dtype) for x, e in (("K", "e"), ("V", e_out))]
         return tape.op(
             "flash attention", [q, k, v], out, rows, keeps=(q, k, v, out, rows),
-            grads=tuple((x, tape.grad(x)) for x in (q, k, v)), back_temps=tuple(temps), flops=self._flops(a),
+            grads=tuple((x, tape.grad(x)) for x in (q, k, v)), back_temps=tuple(temps), flops=self._flops(a), weights=sinks,
         )  # fmt: skip
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
@@ -405,6 +415,7 @@ class Writer:
             up = self.linear(x, self.new("MLP up", width), name + ".up_proj", bias=mlp.bias)
             inner = self.multiply("gate * up", active, up, self.new("MLP product", width))
         y = self.linear(inner, self.new("MLP output", "d"), name + ".down_proj", bias=mlp.bias)
+        self.tape.ops[-1].holds = (x,)
         return self.dropout(y, self.model.dropout)
 
     def activation(self, x: Tensor, name: str) -> Tensor:
@@ -422,7 +433,7 @@ class Writer:
             return tape.new(name, x.shape, x.dtype)
 
         half = self.pointwise("0.5 * x", x, like("MLP half"))
-        cube = self.pointwise("x^3", x, like("MLP cube"), x)
+        cube = self.pointwise("x^3", x, like("MLP cube"), x, back_temps=2)
         cube = self.pointwise("0.044715 * x^3", cube, like("MLP scaled cube"))
         inner = like("MLP x + cube")
         tape.op("x + cube", [x, cube], inner, grads=((x, None), (cube, None)))
@@ -431,7 +442,9 @@ class Writer:
         self.pointwise("tanh", inner, tanh, tanh)
         factor = like("MLP 1 + tanh")
         tape.op("1 + tanh", [tanh], factor, grads=((tanh, None),))
-        return self.multiply("gelu", half, factor, y)
+        self.multiply("gelu", half, factor, y)
+        tape.ops[-1].holds = (x,)
+        return y
 
     def experts(self, x: Tensor, e: Experts) -> Tensor:
         """A mixture of experts through grouped products (transformers integrations/moe.py, grouped_mm).
@@ -450,15 +463,20 @@ class Writer:
         down = self._grouped(inner, self.new("expert outputs", "A d"), "experts.down_proj", e, (e.count, x_width(self), e.width))
         if e.bias:
             down = self._expert_bias(down, "experts.down_proj_bias", x_width(self), e, order)
-        weighted = self.new("weighted expert outputs", "A d")
+        wide = scores.dtype  # an fp32 router makes everything from here to the sum fp32
+        weighted = self.new("weighted expert outputs", "A d", wide)
+        temps = [self.new("gradient x outputs", "A d", wide)]
+        if wide != down.dtype:
+            temps.append(self.new("gradient before its cast", "A d"))
         tape.op(
             "weigh experts", [down, scores], weighted, keeps=(down, scores),
-            grads=((down, tape.grad(down)), (scores, tape.grad(scores))), back_temps=(self.new("gradient x outputs", "A d"),),
+            grads=((down, tape.grad(down)), (scores, tape.grad(scores))), back_temps=tuple(temps),
         )  # fmt: skip
-        restored = self.new("expert outputs in token order", "A d")
+        restored = self.new("expert outputs in token order", "A d", wide)
         tape.op("restore order", [weighted, order], restored, keeps=(order,), grads=((weighted, tape.grad(weighted)),))
-        y = self.new("MLP output", "d")
-        tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),))
+        y = self.new("sum of expert outputs", "d", wide)
+        tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),), holds=(picked, x))
+        y = self.cast(y, self.numerics.compute, "MLP output")
         if not e.shared_width:
             return y
         tape.dims["I"] = e.shared_width
@@ -473,7 +491,7 @@ class Writer:
         dtype = "float32" if e.router_fp32 else self.numerics.compute
         logits = self.linear(x_in, self.new("router logits", "X", dtype), "router", weight=weight, bias=e.bias)
         order = self.new("expert order", "A", "int64")
-        scores = self.new("expert scores", "A")
+        scores = self.new("expert scores", "A", "float32" if e.router_fp32 else None)
         chosen = self.new("chosen experts", "A", "int64")
         if e.router == "topk-softmax":
             top = self.new("top logits", "A")

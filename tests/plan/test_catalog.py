@@ -127,7 +127,9 @@ def test_unknown_name_says_which_are_near():
     assert message.startswith("unknown model 'lama3-8b'. Did you mean llama3-8b")
 
 
-@pytest.mark.parametrize("spec", ["", "  ", "\0", "a\0b", "a\nb", "x" * 5000, "./" + "x" * 5000, "x/y/z", "/nowhere", ".."])
+@pytest.mark.parametrize(
+    "spec", ["", "  ", "\0", "a\0b", "a\nb", "x" * 5000, "./" + "x" * 5000, "x/y/z", "/nowhere", ".."]
+)
 def test_odd_names(spec, here):
     message = refusal(spec)
     assert len(message) < 500
@@ -147,7 +149,15 @@ def test_no_name_leaves_the_folder_of_shipped_models(tmp_path, monkeypatch):
     monkeypatch.setattr(profiles, "ROOT", root)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert load_model("gpt2").hidden == 768
-    for spec in ("../secrets", "models/../../secrets", "gpt2/../../secrets", "..\\secrets", "index", "./gpt2", "gpt2.json"):
+    for spec in (
+        "../secrets",
+        "models/../../secrets",
+        "gpt2/../../secrets",
+        "..\\secrets",
+        "index",
+        "./gpt2",
+        "gpt2.json",
+    ):
         refusal(spec)
     for spec in ("secrets", "*", "gpt?"):
         assert "unknown model" in refusal(spec)
@@ -157,7 +167,7 @@ def test_bytes_are_no_spec():
     assert "names no model" in refusal(b"gpt2")
 
 
-# --- files that are no config.json --------------------------------------------------------------------------------------
+# --- files that are no config.json ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -214,7 +224,9 @@ def ask_the_hub(repo, home, **environment):
         "try: model = load_model(sys.argv[1]); print(model.name, model.hub_id, model.hidden)\n"
         "except ModelError as error: print(error); sys.exit(3)"
     )
-    plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
+    plain = {
+        key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
+    }
     ran = subprocess.run(
         [sys.executable, "-c", code, repo],
         cwd=CHECKOUT,
