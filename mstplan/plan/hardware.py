@@ -1,0 +1,112 @@
+"""Cards: what torch sees of their memory, how fast they compute and copy; and the budget a training step has on one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..errors import HardwareError, did_you_mean
+from ..profiles import ROOT
+from ..units import GIB, MIB, format_gib
+
+GRANULARITY = 22 * MIB
+"""What the caching allocator's granularity takes: one partly filled segment of its small (2 MiB) and one of its medium
+(20 MiB) pool. Source: kSmallBuffer and kLargeBuffer in c10/core/AllocatorConfig.h. Fragmentation beyond that is not
+counted: it depends on the order of allocations, and expandable segments remove nearly all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A card. Bytes, FLOP/s and bytes/s; each figure's source beside it."""
+
+    name: str
+    aliases: tuple[str, ...]
+    label: str
+    vendor: str
+    architecture: str
+    nominal_gib: float
+    usable_bytes: int  # torch.cuda.get_device_properties(0).total_memory
+    usable_kind: str  # reported | nvidia-smi | estimated
+    usable_source: str
+    bf16_flops: int  # dense, fp32 accumulation
+    memory_bandwidth: int
+    host_link: int  # one direction
+    host_link_name: str
+    rates_source: str
+    context_bytes: int
+    context_source: str
+    cublas_workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card as one training process has it. All in bytes."""
+
+    gpu: Gpu  # for its rates; its memory too unless `named` is False
+    total_bytes: int  # what torch sees
+    reserve_bytes: int = 0  # held by other processes
+    named: bool = True  # False: only the amount of memory was given
+    host_bytes: int | None = None  # host memory, when known
+
+    @property
+    def budget_bytes(self) -> int:
+        """What tensors may take: total - CUDA context - allocator granularity - reserve."""
+        return max(0, self.total_bytes - self.gpu.context_bytes - GRANULARITY - self.reserve_bytes)
+
+
+@lru_cache(maxsize=1)
+def gpus() -> tuple[Gpu, ...]:
+    """Every card that mstplan knows, in the order of the file."""
+    rows = json.loads((ROOT / "gpus.json").read_text(encoding="utf-8"))["gpus"]
+    return tuple(Gpu(**{**row, "aliases": tuple(row["aliases"])}) for row in rows)
+
+
+def find_gpu(name: str) -> Gpu:
+    """A card by name or alias, in any case. Raises HardwareError with the nearest names."""
+    key = name.strip().lower().replace("_", "-").replace(" ", "-")
+    for gpu in gpus():
+        if key == gpu.name or key in gpu.aliases:
+            return gpu
+    known = [gpu.name for gpu in gpus()]
+    raise HardwareError(
+        f"unknown GPU '{name}'.{did_you_mean(key, known)}\n`mstplan gpus` lists all; --gpu-mem 80GB plans for any amount."
+    )
+
+
+def card(
+    gpu: str | None = None, memory: int | None = None, reserve: int = 0, host_memory: int | None = None
+) -> Card:
+    """The card to plan for: by name, by amount of memory (bytes), or a named card limited to an amount.
+
+    With an amount alone, rates are those of the fastest card sold with about that much. Raises HardwareError.
+    """
+    if gpu is None and memory is None:
+        raise HardwareError("no card given.\nSay --gpu h100 (`mstplan gpus` lists them) or --gpu-mem 80GB.")
+    if memory is not None and memory < GIB // 4:
+        raise HardwareError(f"--gpu-mem {format_gib(memory)} is less than any card has.\nWrite it like 80GB or 79.15GiB.")
+    if gpu is not None:
+        found = find_gpu(gpu)
+        if memory is not None and memory > found.nominal_gib * GIB:
+            raise HardwareError(f"--gpu-mem {format_gib(memory)} is more than {found.name} has ({found.nominal_gib:g} GB).\nLeave one of the two out.")
+        result = Card(found, min(memory or found.usable_bytes, found.usable_bytes), reserve, True, host_memory)
+    else:
+        assert memory is not None
+        result = Card(_nearest(memory), memory, reserve, False, host_memory)
+    if reserve >= result.total_bytes:
+        raise HardwareError(f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(result.total_bytes)}.\nGive less.")
+    return result
+
+
+def _nearest(memory: int) -> Gpu:
+    def distance(gpu: Gpu) -> float:
+        size = gpu.nominal_gib * GIB
+        return max(size / memory, memory / size)
+
+    near = min(distance(gpu) for gpu in gpus())
+    return max((g for g in gpus() if distance(g) <= near * 1.02), key=lambda g: g.bf16_flops)
+
+
+def same_size(card: Card) -> tuple[Gpu, ...]:
+    """Named cards sold with the amount of memory that was given."""
+    return tuple(g for g in gpus() if round(g.nominal_gib) == round(card.total_bytes / GIB))

@@ -1,0 +1,300 @@
+"""Solving the step model: the longest sequence that fits, the chunks to use, and what a step needs besides the card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
+from typing import NamedTuple
+
+from .hardware import Card, Gpu
+from .model import Model
+from .optimizers import host_states
+from .recipe import STRATEGIES, Recipe
+from .steps import Entry, Instant, Layout, Sizes, Step, segment_length, step
+from .tape import ITEMSIZE, Vector
+from .timing import step_seconds
+
+LONGEST = 2**40
+GAIN = 0.01
+"""A larger number of chunks must lengthen S_max, or lower the peak, by more than this share to be recommended."""
+
+
+class Chunks(NamedTuple):
+    """Numbers of pieces of the sequence, for the MLP and for LM head and loss."""
+
+    mlp: int
+    loss: int
+
+
+def chunk_tokens(seq_len: int, chunks: int) -> int:
+    return -(-seq_len // chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe on a card at one length. Bytes, tokens, seconds."""
+
+    model: Model
+    recipe: Recipe
+    card: Card
+    seq_len: int
+    chunks: Chunks
+    peak_bytes: int
+    instant: str  # the binding one
+    host_bytes: int
+    step_seconds: float  # of one optimizer step, at the card's nominal rates: no real step is faster
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.card.budget_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.budget_bytes
+
+    def instants(self) -> tuple[Instant, ...]:
+        """Every instant of the step with the tensors alive at its largest moment."""
+        return _step(self.model, self.recipe, self.card.gpu, self.chunks, self.seq_len).instants(sizes(self.recipe, self.seq_len, self.chunks))
+
+    def binding_entries(self) -> tuple[Entry, ...]:
+        return next(i.entries for i in self.instants() if i.name == self.instant)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """S_max of one strategy. `plan` is the step at S_max; at one token when even that does not fit (s_max 0)."""
+
+    strategy: str
+    s_max: int
+    plan: Plan
+
+
+# ---- the step of a recipe -------------------------------------------------------------------------------------------
+
+
+def _window(model: Model, recipe: Recipe) -> int | None:
+    """The length from which sdpa needs explicit masks; None: never."""
+    if recipe.attention != "sdpa" or not model.has_sdpa:
+        return None
+    windows = {kind.window for kind in model.layer_kinds if kind.window is not None}
+    return min(windows) if windows else None
+
+
+@lru_cache(maxsize=256)
+def _bare(recipe: Recipe) -> Recipe:
+    """The recipe without what only sizes depend on, so that steps are shared."""
+    loss_chunks = 1
+    return recipe.model_copy(update={"batch": 1, "mlp_chunks": 1, "loss_chunks": loss_chunks, "accumulation": min(2, recipe.accumulation)})
+
+
+def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
+    window = _window(model, recipe)
+    masked = window is not None and seq_len >= window
+    return _layout_step(model, recipe, gpu, chunks.mlp > 1, chunks.loss > 1, masked)
+
+
+def _layout_step(model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool) -> Step:
+    return step(model, Layout(_bare(recipe), several_mlp, several_loss, masked), gpu.cublas_workspace_bytes)
+
+
+def sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
+    return Sizes(recipe.batch, seq_len, chunk_tokens(seq_len, chunks.mlp), chunk_tokens(seq_len, chunks.loss))
+
+
+# ---- S_max ------------------------------------------------------------------------------------------------------------
+
+
+def longest(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
+    """S_max in tokens for fixed chunks: peak(S_max) <= budget < peak(S_max + 1); 0 when one token does not fit."""
+    window = _window(model, recipe)
+    several = (chunks.mlp > 1, chunks.loss > 1)
+    if window is None:
+        return _longest(_layout_step(model, recipe, card.gpu, *several, False), recipe, chunks, card.budget_bytes)
+    masked = _longest(_layout_step(model, recipe, card.gpu, *several, True), recipe, chunks, card.budget_bytes)
+    if masked >= window:
+        return masked
+    plain = _longest(_layout_step(model, recipe, card.gpu, *several, False), recipe, chunks, card.budget_bytes)
+    return min(plain, window - 1)
+
+
+def _longest(step: Step, recipe: Recipe, chunks: Chunks, budget: int) -> int:
+    """Each moment's bytes are a s^2 + b s + const but for rounding up to chunks and to 128: dropping the rounding gives
+    an upper bound in closed form, taking it at its most a lower one; the exact length between them is bisected."""
+    vectors = [moment.live for moments in step.moments.values() for moment in moments]
+    high = min(_root(_polynomial(v, recipe.batch, chunks, 0), budget) for v in vectors)
+    low = min(_root(_polynomial(v, recipe.batch, chunks, 1), budget) for v in vectors)
+    low = max(0, min(low, high))
+
+    def fits(seq_len: int) -> bool:
+        units = sizes(recipe, seq_len, chunks).units
+        return all(sum(map(int.__mul__, v, units)) <= budget for v in vectors)
+
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _polynomial(vector: Vector, batch: int, chunks: Chunks, rounding: int) -> tuple[int, int, int, int]:
+    """(a, b, c, d) with bytes = (a s^2 + b s + c) / d, over a common denominator d of the chunk counts.
+
+    rounding 0: chunks and 128-row blocks are taken as exact shares; 1: as large as rounding up can make them.
+    """
+    const, bs, bc, bk, bss, ss, s, br = vector
+    d = chunks.mlp * chunks.loss
+    square = (bss * batch + ss) * d
+    linear = (bs + br) * batch * d + s * d + bc * batch * chunks.loss + bk * batch * chunks.mlp
+    extra = (br * 127 + bc + bk) * batch * d * rounding
+    return square, linear, const * d + extra, d
+
+
+def _root(polynomial: tuple[int, int, int, int], budget: int) -> int:
+    """The largest whole s >= 0 with a s^2 + b s + c <= budget * d; -1 when there is none."""
+    a, b, c, d = polynomial
+    room = budget * d - c
+    if room < 0:
+        return -1
+    if a == 0:
+        return min(LONGEST, room // b) if b > 0 else LONGEST
+    return min(LONGEST, (isqrt(b * b + 4 * a * room) - b) // (2 * a))
+
+
+# ---- chunks -------------------------------------------------------------------------------------------------------------
+
+
+def compute_bound_tokens(gpu: Gpu, inner: int, outer: int) -> int:
+    """Rows below which a (rows x inner) (inner x outer) product in bf16 is bound by memory bandwidth on this card.
+
+    Roofline (Williams, Waterman, Patterson 2009): 2 r i o operations over 2 (r i + i o + r o) bytes reach the card's
+    ridge point R = FLOP/s over bytes/s when r >= R i o / (i o - R (i + o)).
+    """
+    ridge = gpu.bf16_flops / gpu.memory_bandwidth
+    room = inner * outer - ridge * (inner + outer)
+    return max(1, -(-int(ridge * inner * outer) // int(room))) if room >= 1 else inner * outer
+
+
+def smallest_chunks_tokens(model: Model, gpu: Gpu) -> tuple[int, int]:
+    """Tokens an MLP chunk and a loss chunk need to stay compute-bound (experts: each gets its share of the rows)."""
+    widths = []
+    if model.mlp is not None:
+        widths.append(compute_bound_tokens(gpu, model.hidden, model.mlp.width))
+    if model.experts is not None:
+        rows = compute_bound_tokens(gpu, model.hidden, model.experts.width)
+        widths.append(-(-rows * model.experts.count // model.experts.per_token))
+    return max(widths), compute_bound_tokens(gpu, model.hidden, model.vocab)
+
+
+def fixed_chunks(recipe: Recipe, mlp: int = 1, loss: int = 1) -> Chunks:
+    """The recipe's chunks, with `mlp` and `loss` where it leaves them to us."""
+    return Chunks(
+        mlp if recipe.mlp_chunks == "auto" else recipe.mlp_chunks,
+        loss if recipe.loss_chunks == "auto" else recipe.loss_chunks,
+    )
+
+
+def _power_below(n: int) -> int:
+    return 1 << (max(1, n).bit_length() - 1)
+
+
+def recommend(model: Model, recipe: Recipe, card: Card) -> Chunks:
+    """The smallest chunk counts (powers of two) beyond which S_max grows by less than `GAIN`, none so large that a
+    chunk's matrix products stop being compute-bound on the card."""
+    if "auto" not in (recipe.mlp_chunks, recipe.loss_chunks):
+        return fixed_chunks(recipe)
+
+    @lru_cache(maxsize=None)
+    def reach(chunks: Chunks) -> int:
+        return longest(model, recipe, card, chunks)
+
+    least = smallest_chunks_tokens(model, card.gpu)
+    limit = fixed_chunks(recipe)
+    for _ in range(8):
+        tokens = reach(limit) * recipe.batch
+        wider = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
+        if wider == limit or reach(wider) < reach(limit):
+            break
+        limit = wider
+    enough = reach(limit) * (1 - GAIN)
+    loss = _smallest(limit.loss, lambda m: reach(limit._replace(loss=m)) >= enough) if recipe.loss_chunks == "auto" else limit.loss
+    mlp = _smallest(limit.mlp, lambda m: reach(Chunks(m, loss)) >= enough) if recipe.mlp_chunks == "auto" else limit.mlp
+    return Chunks(mlp, loss)
+
+
+def _smallest(limit: int, enough: object) -> int:
+    """The smallest power of two up to limit for which enough(m) holds; it holds for limit, and from some power on."""
+    assert callable(enough)
+    if enough(1):
+        return 1
+    low, high = 0, limit.bit_length() - 1
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if enough(1 << middle):
+            high = middle
+        else:
+            low = middle
+    return 1 << high
+
+
+def recommend_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:
+    """The smallest chunk counts whose peak at this length is within `GAIN` of the lowest, all chunks compute-bound."""
+    if "auto" not in (recipe.mlp_chunks, recipe.loss_chunks):
+        return fixed_chunks(recipe)
+
+    @lru_cache(maxsize=None)
+    def peak(chunks: Chunks) -> int:
+        return peak_at(model, recipe, card, seq_len, chunks)[1]
+
+    least = smallest_chunks_tokens(model, card.gpu)
+    tokens = seq_len * recipe.batch
+    limit = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
+    enough = min(peak(limit), peak(fixed_chunks(recipe))) * (1 + GAIN)
+    loss = _smallest(limit.loss, lambda m: peak(limit._replace(loss=m)) <= enough) if recipe.loss_chunks == "auto" else limit.loss
+    mlp = _smallest(limit.mlp, lambda m: peak(Chunks(m, loss)) <= enough) if recipe.mlp_chunks == "auto" else limit.mlp
+    return Chunks(mlp, loss)
+
+
+# ---- answers ------------------------------------------------------------------------------------------------------------
+
+
+def peak_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> tuple[str, int]:
+    """The binding instant and its bytes."""
+    return _step(model, recipe, card.gpu, chunks, seq_len).largest(sizes(recipe, seq_len, chunks))
+
+
+def plan(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks | None = None) -> Plan:
+    """The step of `recipe` at `seq_len` tokens; chunks as given, as in the recipe, or as recommended."""
+    chunks = chunks or recommend_at(model, recipe, card, seq_len)
+    instant, peak = peak_at(model, recipe, card, seq_len, chunks)
+    built = _step(model, recipe, card.gpu, chunks, seq_len)
+    where = sizes(recipe, seq_len, chunks)
+    host = host_bytes(model, recipe, seq_len, built.parameters)
+    return Plan(model, recipe, card, seq_len, chunks, peak, instant, host, step_seconds(built, recipe, card.gpu, where, chunks))
+
+
+def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") -> Answer:
+    """The longest sequence that fits with `recipe` on `card`."""
+    chunks = recommend(model, recipe, card)
+    s_max = longest(model, recipe, card, chunks)
+    return Answer(strategy, s_max, plan(model, recipe, card, max(1, s_max), chunks))
+
+
+def host_bytes(model: Model, recipe: Recipe, seq_len: int, parameters: int) -> int:
+    """Host memory of one process: offloaded layer inputs, optimizer states, weights. Pinned, so it cannot be swapped."""
+    total = host_states(recipe, parameters)
+    if recipe.weights_on_host:
+        total += parameters * recipe.weight_bytes
+    if recipe.offload_layer_inputs:
+        stored = -(-model.layers // max(1, segment_length(recipe, model.layers)))
+        itemsize = ITEMSIZE["bfloat16" if recipe.precision == "bf16" else "float32"]
+        total += stored * recipe.batch * seq_len * model.hidden * itemsize
+    return total
+
+
+def strategies(recipe_changes: dict[str, object], names: Iterable[str] = STRATEGIES) -> dict[str, Recipe]:
+    """The named strategies with the user's choices applied to each. Raises RecipeError."""
+    return {name: STRATEGIES[name].changed(**recipe_changes) if recipe_changes else STRATEGIES[name] for name in names}

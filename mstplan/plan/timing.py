@@ -1,0 +1,100 @@
+"""How long a step takes at best: every operation at the card's nominal arithmetic rate or memory bandwidth.
+
+The roofline bound (Williams, Waterman, Patterson 2009): max(operations / FLOP/s, bytes touched / bandwidth), summed over
+the operations on the tape. Real steps run at a half to three quarters of it; it is for comparing recipes and for chunks.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+from .hardware import Gpu
+from .recipe import Recipe
+from .steps import Sizes, Step, segment_length
+from .tape import BASIS, ITEMSIZE, Op, Tape, Tensor
+
+
+class _Chunks(Protocol):
+    @property
+    def mlp(self) -> int: ...
+    @property
+    def loss(self) -> int: ...
+
+
+class _Cost:
+    """Seconds of forward and backward of tapes at one size."""
+
+    def __init__(self, gpu: Gpu, units: tuple[int, ...], chunks: _Chunks, weight_bytes: int):
+        self.gpu, self.units, self.chunks, self.weight_bytes = gpu, units, chunks, weight_bytes
+        self.known: dict[tuple[int, bool], tuple[float, float]] = {}
+
+    def tape(self, tape: Tape, pieces: int = 1) -> tuple[float, float]:
+        """(forward, backward with what it recomputes) of all pieces."""
+        key = (id(tape), True)
+        if key not in self.known:
+            rows = [self.op(op) for op in tape.ops]
+            self.known[key] = (sum(f for f, _ in rows), sum(b for _, b in rows))
+        ahead, behind = self.known[key]
+        return pieces * ahead, pieces * behind
+
+    def op(self, op: Op) -> tuple[float, float]:
+        part = op.part
+        if part is None:
+            return self._single(op)
+        pieces = 1 if not part.chunked else self.chunks.loss if part.in_forward else self.chunks.mlp
+        ahead, behind = self.tape(part.tape, pieces)
+        if part.in_forward:
+            return ahead + behind, 0.0
+        if not part.recompute:
+            return ahead, behind
+        again = ahead - self._skipped(part.tape)
+        return ahead, behind + again
+
+    def _skipped(self, tape: Tape) -> float:
+        """A checkpointed part that ends in another one leaves that to it: its forward runs in its own backward only."""
+        last = [op for op in tape.ops if op.keeps or op.part is not None]
+        if last and last[-1].part is not None and last[-1].part.recompute:
+            return self.op(last[-1])[0]
+        return 0.0
+
+    def _single(self, op: Op) -> tuple[float, float]:
+        touched = sum(self._bytes(t) for t in (*op.reads, *op.makes)) + sum(w.numel for w in op.weights) * self.weight_bytes
+        flops = sum(amount * self.units[basis] for basis, amount in op.flops)
+        seconds = max(flops / self.gpu.bf16_flops, touched / self.gpu.memory_bandwidth)
+        return seconds, 2 * seconds if op.grads or op.weights else 0.0
+
+    def _bytes(self, tensor: Tensor) -> int:
+        return tensor.bytes * self.units[tensor.basis] if tensor.of is None else 0
+
+
+def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: _Chunks) -> float:
+    """Seconds of one optimizer step (all of its micro-batches), no faster than which any real step runs on this card.
+
+    Copies of layer inputs to the host and back overlap with computing; the optimizer on the host is counted by what
+    crosses the link, not by the host's own arithmetic.
+    """
+    cost = _Cost(gpu, sizes.units, chunks, recipe.weight_bytes)
+    ahead, behind = cost.tape(step.tape)
+    if recipe.offload_layer_inputs:
+        layers = -(-step.model.layers // max(1, segment_length(recipe, step.model.layers)))
+        hidden = step.tape.ops[0].makes[0]
+        moved = layers * hidden.bytes * sizes.units[hidden.basis] / gpu.host_link
+        ahead, behind = max(ahead, moved), max(behind, moved)
+    return recipe.accumulation * (ahead + behind) + _optimizer_seconds(step, recipe, gpu)
+
+
+def _optimizer_seconds(step: Step, recipe: Recipe, gpu: Gpu) -> float:
+    weights = step.parameters * recipe.weight_bytes
+    if recipe.optimizer_on_host:
+        return 2 * weights / gpu.host_link  # gradients there, weights back
+    states = sum(size for _, _, size in step.optimizer.states)
+    return (3 * weights + 2 * states) / gpu.memory_bandwidth  # read weights, gradients, states; write weights, states
+
+
+@lru_cache(maxsize=8)
+def basis_index(name: str) -> int:
+    return BASIS.index(name)
+
+
+__all__ = ["ITEMSIZE", "step_seconds"]
