@@ -11,6 +11,7 @@ V vocabulary, X experts. `t` stands for the tokens at hand: "b s" or "b c".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .model import Attention, Experts, LayerKind, Mlp, Model
 from .tape import Op, Part, Tape, Tensor, Weight, _axes
@@ -559,6 +560,7 @@ class MlpChunks:
     recompute: bool = False
 
 
+@lru_cache(maxsize=256)
 def layer(model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks) -> Tape:
     """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d)."""
     w = Writer(model, numerics)

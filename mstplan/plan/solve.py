@@ -266,7 +266,7 @@ def peak_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
     return _step(model, recipe, card.gpu, chunks, seq_len).largest(sizes(recipe, seq_len, chunks))
 
 
-def plan(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks | None = None) -> Plan:
+def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks | None = None) -> Plan:
     """The step of `recipe` at `seq_len` tokens; chunks as given, as in the recipe, or as recommended."""
     chunks = chunks or recommend_at(model, recipe, card, seq_len)
     instant, peak = peak_at(model, recipe, card, seq_len, chunks)
@@ -280,7 +280,7 @@ def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") 
     """The longest sequence that fits with `recipe` on `card`."""
     chunks = recommend(model, recipe, card)
     s_max = longest(model, recipe, card, chunks)
-    return Answer(strategy, s_max, plan(model, recipe, card, max(1, s_max), chunks))
+    return Answer(strategy, s_max, plan_at(model, recipe, card, max(1, s_max), chunks))
 
 
 def host_bytes(model: Model, recipe: Recipe, seq_len: int, parameters: int) -> int:

@@ -126,11 +126,14 @@ class Step:
 
         resident = labels([*self._resident(), *self._batch()])
         running = resident + labels(self._running())
-        ahead = forward(self.tape, rules, keep=True)
+        ahead = forward(self.tape, rules, keep=True, prune=False)
         note(ahead.moments, running + labels(self._in_transfer(1)), _forward_instant)
-        left = add(ahead.net, tuple(-n for n in ahead.cached))  # autocast's cache goes with the end of forward
-        behind = backward(self.tape, rules)
-        moments = [Moment(add(left, m.live), m.at, (*ahead.alive, *m.alive)) for m in behind.moments]
+        let_go = tuple((label, -count) for label, count in ahead.cached)  # autocast's cache, at the end of forward
+        assert self.tape.output is not None
+        seed = labels([self.tape.grad(self.tape.output)])
+        left = add(ahead.net, total(let_go + seed))
+        behind = backward(self.tape, rules, prune=False)
+        moments = [Moment(add(left, m.live), m.at, (*ahead.alive, *let_go, *seed, *m.alive)) for m in behind.moments]
         note(moments, running + labels(self._in_transfer(2)), _backward_instant)
         if rules.gradients != "used":
             step_only = labels([*self._gradients(always_alive=False), *_tensors(self.optimizer.temporaries)])
@@ -172,7 +175,8 @@ class Step:
         rotary = a.latent.rope_dim if a.latent else a.rotary_dim
         if rotary:
             dtype = "bfloat16" if self.layout.recipe.precision == "bf16" else "float32"
-            sets = 2 if self.model.model_type.startswith("gemma3") else 1  # local and global frequencies
+            kinds = {kind.window is None for kind in self.model.layer_kinds}
+            sets = len(kinds) if self.model.model_type.startswith("gemma3") else 1  # local and global frequencies
             tensors += [new(f"{name} of positions", f"s {rotary}", dtype) for name in ("cos", "sin") * sets]
         if self.layout.masked:
             tensors.append(new("sliding-window mask", "s s", "bool"))
@@ -187,6 +191,17 @@ class Step:
         if not self.layout.recipe.offload_layer_inputs:
             return []
         return [self.tape.new("layer input in transfer", "b s d", self.tape.ops[0].makes[0].dtype)] * count
+
+    def constants(self) -> tuple[Entry, ...]:
+        """Weights, gradients and optimizer states: W_mem of the theorem."""
+        tensors = [t for t in self._resident() if t.name != "cuBLAS workspace"]
+        if not self.layout.recipe.optimizer_in_backward:
+            tensors += self._gradients(always_alive=False)
+        return shown(labels(tensors), (1,) + (0,) * (len(BASIS) - 1))
+
+    def detailed(self) -> dict[str, list[Moment]]:
+        """Every moment by instant, with the tensors alive."""
+        return self._moments(self.rules(detail=True))
 
     # ---- reading off --------------------------------------------------------------------------------------------------
 
@@ -203,14 +218,14 @@ class Step:
 
     def instants(self, sizes: Sizes) -> tuple[Instant, ...]:
         """Every instant at its largest moment, in the order of a step, with the tensors alive."""
-        found = self._moments(self.rules(detail=True))
+        found = self.detailed()
         units = sizes.units
         result = []
         for name in INSTANTS:
             moments = found.get(name)
             if moments:
                 top = max(moments, key=lambda m: evaluate(m.live, units))
-                entries = _entries(top.alive, units)
+                entries = shown(top.alive, units)
                 result.append(Instant(name, evaluate(top.live, units), _operation(top.at), entries))
         return tuple(result)
 
@@ -250,7 +265,12 @@ def _operation(at: str) -> str:
     return at.split(": ", 1)[-1] if at.startswith("layer") else at
 
 
-def _entries(alive: Alive, units: tuple[int, ...]) -> tuple[Entry, ...]:
+def bytes_of(entries: Iterable[Entry]) -> int:
+    return sum(entry.bytes for entry in entries)
+
+
+def shown(alive: Iterable[tuple[Label, int]], units: tuple[int, ...]) -> tuple[Entry, ...]:
+    """Tensors as entries, alike ones together, largest first."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for label, count in alive:
         name, shape = label.name, label.shape
@@ -277,13 +297,12 @@ def build(model: Model, layout: Layout) -> Tape:
     )
     w = Writer(model, numerics)
     table = w.weight("embed_tokens.weight", model.vocab, model.hidden)
-    hidden = _embedding(w, table)
-    w.tape.source = None
+    hidden, embedded = _embedding(w, table)
     chunks = MlpChunks(layout.several_mlp_chunks, recipe.mlp_recompute)
     tapes = {kind: layer(model, kind, numerics, chunks) for kind in set(model.layer_kinds)}
     hidden = _layers(w.tape, hidden, [tapes[kind] for kind in model.layer_kinds], recipe)
-    if model.block != "none":
-        hidden = w.norm(hidden, "final norm")
+    hidden = w.norm(hidden, "final norm")
+    w.tape.ops[-1].holds += embedded  # variables of the model's forward until it returns
     _head(w, hidden, table, layout)
     return w.tape
 
@@ -293,14 +312,16 @@ def attention_kernel(model: Model, recipe: Recipe) -> str:
     return "flash" if recipe.attention == "sdpa" and not model.has_sdpa else recipe.attention
 
 
-def _embedding(w: Writer, table: Weight) -> Tensor:
+def _embedding(w: Writer, table: Weight) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The first hidden states, and the tensors that the model's code still holds beside them."""
     model, tape = w.model, w.tape
     looked_up = w.new("embeddings" if model.scaled_embedding or model.learned_positions else HIDDEN, "d", w.wide)
     tape.op("embedding", [], looked_up, weights=(table,))
     tape.ops[-1].joins = table if model.tied else None
-    hidden = looked_up
+    hidden, held = looked_up, [looked_up]
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.new(HIDDEN, "d", w.wide))
+        held = [hidden]
     if model.learned_positions:
         positions = tape.new("position embeddings", "s d", w.wide)
         rows = w.weight("position embeddings.weight", model.learned_positions, model.hidden)
@@ -308,12 +329,13 @@ def _embedding(w: Writer, table: Weight) -> Tensor:
         y = w.new(HIDDEN, "d", w.wide)
         grads = ((hidden, None), (positions, tape.grad(positions)))
         hidden = tape.op("embedding add", [hidden, positions], y, grads=grads)
+        held.append(positions)
     if model.dropout:
         dropped = w.dropout(hidden, model.dropout)
         dropped.name = HIDDEN
         tape.ops[-1].name = "embedding dropout"
         hidden = dropped
-    return hidden
+    return hidden, tuple(held)
 
 
 def _layers(tape: Tape, hidden: Tensor, layers: list[Tape], recipe: Recipe) -> Tensor:

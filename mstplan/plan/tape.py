@@ -16,7 +16,7 @@ Parts that repeat are replayed once. `tests/plan/test_steps.py` replays every la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -176,7 +176,7 @@ class Replay(NamedTuple):
     moments: tuple[Moment, ...]
     net: Vector  # live bytes at the end
     alive: Alive  # behind `net`, when detail was asked for
-    cached: Vector = ZERO  # the part of `net` that autocast's cache lets go at the end of forward
+    cached: Alive = ()  # the part of `net` that autocast's cache lets go at the end of forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,14 +222,13 @@ class _Ledger:
     def splice(self, replay: Replay, where: str = "", *, moments: bool = True) -> None:
         """Take over what another replay found, begun from here."""
         base = tuple(self.total)
-        found = replay.moments if self.rules.every_moment else undominated(replay.moments)
-        for live, at, alive in found if moments else ():
+        for live, at, alive in replay.moments if moments else ():
             at = f"{where}: {at}" if where else at
             self.moments.append(Moment(add(base, live), at, merged(tuple(self.alive.items()), alive)))
         self.total = list(add(base, replay.net))
         self.alive = dict(merged(tuple(self.alive.items()), replay.alive))
 
-    def replay(self, cached: Vector = ZERO) -> Replay:
+    def replay(self, cached: Alive = ()) -> Replay:
         return Replay(tuple(self.moments), tuple(self.total), tuple(self.alive.items()), cached)
 
 
@@ -251,19 +250,25 @@ def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
     return tuple(kept)
 
 
-def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False) -> Replay:
-    """Replay the forward pass. keep: autograd records; recomputing: stop at the last tensor that backward needs."""
-    key = ("forward", rules, keep, recomputing)
-    if key not in tape.replays or rules.every_moment:
-        tape.replays[key] = _forward(tape, rules, keep, recomputing)
-    return tape.replays[key]
+def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, prune: bool = True) -> Replay:
+    """Replay the forward pass. keep: autograd records; recomputing: stop at the last tensor that backward needs;
+    prune: of the moments, only those that can be the largest."""
+    return _memo(tape, ("forward", rules, keep, recomputing, prune), lambda: _forward(tape, rules, keep, recomputing))
 
 
-def backward(tape: Tape, rules: Rules, *, owns_incoming: bool = True) -> Replay:
+def backward(tape: Tape, rules: Rules, *, owns_incoming: bool = True, prune: bool = True) -> Replay:
     """Replay the backward pass; the incoming gradient is alive already, and let go here if `owns_incoming`."""
-    key = ("backward", rules, owns_incoming)
-    if key not in tape.replays or rules.every_moment:
-        tape.replays[key] = _backward(tape, rules, owns_incoming)
+    return _memo(tape, ("backward", rules, owns_incoming, prune), lambda: _backward(tape, rules, owns_incoming))
+
+
+def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> Replay:
+    rules, prune = key[1], key[-1]
+    assert isinstance(rules, Rules)
+    if rules.every_moment:
+        return replay()
+    if key not in tape.replays:
+        found = replay()
+        tape.replays[key] = found._replace(moments=undominated(found.moments)) if prune else found
     return tape.replays[key]
 
 
@@ -286,7 +291,7 @@ def _holds_for_backward(op: Op) -> bool:
 def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     ledger = _Ledger(rules)
     mine: set[Tensor] = set()
-    cached = ZERO
+    cached: list[tuple[Label, int]] = []
     uses: dict[Tensor, int] = {}
     for op in tape.ops:
         for tensor in (*op.reads, *op.holds):
@@ -300,15 +305,14 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         stop = i == last
         makes = [t for t in op.makes if t.of is None and (not stop or t in op.keeps)]
         if op.part is not None:
-            inner = _part_forward(op, ledger, rules, keep, stop)
-            cached = add(cached, inner)
+            cached += _part_forward(op, ledger, rules, keep, stop)
             mine.update(makes)
         else:
             mine.update(makes)
             for tensor in makes:
                 ledger.put(tensor)
                 if tensor.cached and not keep:
-                    cached = add(cached, unit(tensor))
+                    cached.append((tensor.label, 1))
             temps = op.temps if not stop else ()
             for tensor in temps:
                 ledger.put(tensor)
@@ -326,18 +330,18 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     if recomputing:  # the stopped forward's variables go; what backward needs stays
         for tensor in mine - kept:
             ledger.drop(tensor)
-    return ledger.replay(cached)
+    return ledger.replay(tuple(cached))
 
 
-def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool) -> Vector:
+def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool) -> Alive:
     """Replay a part inside a forward pass; its output is alive afterwards. Returns what autocast's cache holds of it."""
     part = op.part
     assert part is not None and part.tape.output is not None
     if stop and part.recompute:
-        return ZERO  # its input is all that backward needs
+        return ()  # its input is all that backward needs
     if part.in_forward:
-        _loss_in_forward(op, part, ledger, rules, keep)
-        return ZERO
+        _loss_in_forward(op, part, ledger, rules)
+        return ()
     keep_inside = keep and not part.recompute
     inner = forward(part.tape, rules, keep=keep_inside, recomputing=stop and not part.chunked)
     if not part.chunked:
@@ -369,7 +373,7 @@ def _widened(inner: Replay, output: Tensor) -> Replay:
     return Replay(moments, add(inner.net, others), merged(inner.alive, alive), inner.cached)
 
 
-def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules, keep: bool) -> None:
+def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
     assert part.tape.source is not None and part.tape.output is not None
     ledger.put(part.tape.grad(op.reads[0]))
@@ -377,9 +381,9 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules, keep: bo
     for tensor in part.sums:
         ledger.put(tensor)
     ledger.splice(forward(part.tape, inner, keep=True), op.name)
+    ledger.put(part.tape.grad(part.tape.output))
     ledger.splice(backward(part.tape, inner), op.name)
     ledger.drop(part.tape.grad(part.tape.source))  # copied into the whole
-    ledger.put(part.tape.grad(part.tape.output), 1)  # the scalar that `backward` took as incoming
     ledger.drop(part.tape.output)
     ledger.put(op.makes[0])
     for weight, total in zip(part.weights, part.sums, strict=False):
@@ -431,10 +435,8 @@ def _backward(tape: Tape, rules: Rules, owns_incoming: bool) -> Replay:
             left = tape.grad(op.reads[0])
             holders[left] = 1
             arrivals.append((op.reads[0], left))
-            (gradient,) = came  # the part let go of it, unless somebody else holds it too
-            holders[gradient] -= 1
-            if holders[gradient] > 0:
-                ledger.put(gradient)
+            ledger.put(tape.grad(op.makes[0]))  # the part let go of it; here it goes unless somebody else holds it too
+            let_go(came[0])
         else:
             for tensor, gradient_made in op.grads:
                 gradient = gradient_made if gradient_made is not None else came[0]

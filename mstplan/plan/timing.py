@@ -6,13 +6,12 @@ the operations on the tape. Real steps run at a half to three quarters of it; it
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Protocol
 
 from .hardware import Gpu
 from .recipe import Recipe
 from .steps import Sizes, Step, segment_length
-from .tape import BASIS, ITEMSIZE, Op, Tape, Tensor
+from .tape import Op, Tape, Tensor
 
 
 class _Chunks(Protocol):
@@ -90,11 +89,3 @@ def _optimizer_seconds(step: Step, recipe: Recipe, gpu: Gpu) -> float:
         return 2 * weights / gpu.host_link  # gradients there, weights back
     states = sum(size for _, _, size in step.optimizer.states)
     return (3 * weights + 2 * states) / gpu.memory_bandwidth  # read weights, gradients, states; write weights, states
-
-
-@lru_cache(maxsize=8)
-def basis_index(name: str) -> int:
-    return BASIS.index(name)
-
-
-__all__ = ["ITEMSIZE", "step_seconds"]

@@ -1,0 +1,59 @@
+"""The tensors of one layer and the LM head: symbolic shape and bytes at a batch and a length, as the method's
+introduction lists them (arXiv 2407.15892, section 1)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .model import Model
+from .tape import ITEMSIZE
+
+
+class Shape(NamedTuple):
+    name: str
+    symbols: str  # "(b, s, d)"
+    sizes: tuple[int, ...]
+    dtype: str
+    bytes: int
+    quoted: str = ""  # the figure in the method's introduction, where this is its case
+
+
+QUOTED = {
+    "X": "about 1 GB", "Q": "about 1 GB", "K": "about 1 GB", "V": "about 1 GB",
+    "MLP gate and up": "7.5 GB", "logits": "33 GB", "attention matrix, 16 heads": "550 GB",
+}  # fmt: skip
+"""For Llama 3.1 8B at b = 1, S = 131,072, in decimal GB; K and V there without grouped queries."""
+
+
+def shapes(model: Model, batch: int, seq_len: int, dtype: str = "bfloat16") -> tuple[Shape, ...]:
+    """The tensor table at `batch` sequences of `seq_len` tokens. Bytes are exact."""
+    a, size = model.attention, ITEMSIZE[dtype]
+    introduction = (model.hidden, model.vocab, batch, seq_len, dtype) == (4096, 128256, 1, 131072, "bfloat16")
+
+    def row(name: str, symbols: str, *sizes: int) -> Shape:
+        count = 1
+        for n in sizes:
+            count *= n
+        return Shape(name, symbols, sizes, dtype, count * size, QUOTED.get(name, "") if introduction else "")
+
+    b, s = batch, seq_len
+    found = [
+        row("X", "(b, s, d)", b, s, model.hidden),
+        row("Q", "(b, s, H, e)", b, s, a.heads, a.head_dim),
+        row("K", "(b, s, G, e)", b, s, a.kv_heads, a.head_dim),
+        row("V", "(b, s, G, e)", b, s, a.kv_heads, a.v_head_dim),
+    ]
+    if a.kv_heads != a.heads:
+        found.append(row("K, without grouped queries", "(b, s, H, e)", b, s, a.heads, a.head_dim))
+        found.append(row("V, without grouped queries", "(b, s, H, e)", b, s, a.heads, a.v_head_dim))
+    if model.mlp is not None:
+        both = 2 if model.mlp.gated else 1
+        found.append(row("MLP gate and up" if both == 2 else "MLP up", f"({both}, b, s, I)", both, b, s, model.mlp.width))
+    if model.experts is not None:
+        e = model.experts
+        found.append(row("expert gate and up", "(2, b, s, A, F)", 2, b, s, e.per_token, e.width))
+    found.append(row("logits", "(b, s, V)", b, s, model.vocab))
+    found.append(row(f"attention matrix, {a.heads} heads", "(b, H, s, s)", b, a.heads, s, s))
+    if a.heads != 16:
+        found.append(row("attention matrix, 16 heads", "(b, 16, s, s)", b, 16, s, s))
+    return tuple(found)

@@ -1,0 +1,151 @@
+"""The paper's formulas, exactly as published (Mini-Sequence Transformer, arXiv 2407.15892, section 3 and appendix).
+
+    standard          S_max = (M_max - W_mem) / (I_mem       + L       * A_mem)
+    checkpoint (sqrt) S_max = (M_max - W_mem) / (I_mem       + sqrt(L) * A_mem)
+    MsT               S_max = (M_max - W_mem) / (I_mem / M   + sqrt(L) * A_mem)
+    MsT + CPU offload S_max = (M_max - W_mem) / (I_mem / M   + A_mem)
+    memory with MsT         =  W_mem + S * (I_mem / M + sqrt(L) * A_mem)
+
+They are upper-level approximations; `differences` says why the step model answers otherwise. The functions below take
+plain numbers or symbols alike. Bytes; bytes per token; tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from ..errors import RecipeError
+from .hardware import Card
+from .model import LayerKind, Model
+from .recipe import Recipe
+from .solve import Chunks, _layout_step
+from .steps import LAST_LAYER, LOSS_BACKWARD, Entry, Step, bytes_of, shown
+from .tape import BASIS, forward
+
+FORMULAS = ("standard", "checkpoint (sqrt)", "MsT", "MsT + CPU offload")
+_HALF = Fraction(1, 2)
+_TOKENS = BASIS.index("bs")
+
+
+def per_token(formula: str, i_mem: Any, a_mem: Any, layers: Any, chunks: Any) -> Any:
+    """Bytes per token of one of `FORMULAS`: the denominator of its S_max."""
+    return {
+        "standard": lambda: i_mem + layers * a_mem,
+        "checkpoint (sqrt)": lambda: i_mem + layers**_HALF * a_mem,
+        "MsT": lambda: i_mem / chunks + layers**_HALF * a_mem,
+        "MsT + CPU offload": lambda: i_mem / chunks + a_mem,
+    }[formula]()
+
+
+def s_max(formula: str, m_max: Any, w_mem: Any, i_mem: Any, a_mem: Any, layers: Any, chunks: Any) -> Any:
+    """Tokens: (M_max - W_mem) over the formula's bytes per token."""
+    return (m_max - w_mem) / per_token(formula, i_mem, a_mem, layers, chunks)
+
+
+def memory(formula: str, seq_len: Any, w_mem: Any, i_mem: Any, a_mem: Any, layers: Any, chunks: Any) -> Any:
+    """Bytes at `seq_len` tokens: W_mem + S * bytes per token."""
+    return w_mem + seq_len * per_token(formula, i_mem, a_mem, layers, chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """The paper's coefficients of one model and recipe, and the tensors each comes from."""
+
+    w_mem: int  # bytes
+    i_mem: int  # bytes per token
+    a_mem: int  # bytes per token and layer
+    layers: int
+    chunks: int  # M, of whichever of MLP and LM head I_mem comes from
+    m_max: int  # bytes
+    w_from: tuple[Entry, ...] = ()
+    i_from: tuple[Entry, ...] = ()
+    a_from: tuple[Entry, ...] = ()
+
+    def replaced(self, **values: int | None) -> Coefficients:
+        """With the values that are not None in place. Raises RecipeError for values that make no sense."""
+        from dataclasses import replace
+
+        given = {name: value for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            least = 1 if name in ("layers", "chunks") else 0
+            if value < least:
+                raise RecipeError(f"{name.replace('_', '-')} must be at least {least}, not {value}.")
+        return replace(self, **given)
+
+
+class Row(NamedTuple):
+    """One formula evaluated: S_max in tokens (0 when the weights alone do not fit), bytes at the length asked for."""
+
+    formula: str
+    s_max: int
+    memory: int | None
+
+
+def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Coefficients:
+    """W_mem: weights, gradients, optimizer states. A_mem: what autograd keeps of one layer. I_mem: the largest
+    intermediate, of the LM head and loss or of the MLP, at the moment it peaks."""
+    plain = recipe.changed(checkpoint="none", mlp_chunks=1, mlp_recompute=False, loss_chunks=1, offload_layer_inputs=False, loss="transformers" if recipe.loss == "chunked" else recipe.loss)
+    built = _layout_step(model, plain, card.gpu, False, False, False)
+    constants = built.constants()
+    kept = _kept_per_layer(built)
+    by_layer = _layout_step(model, plain.changed(checkpoint="layer"), card.gpu, False, False, False)
+    head = _per_token(by_layer, LOSS_BACKWARD, ("logits",))
+    mlp = _per_token(by_layer, LAST_LAYER, ("MLP", "expert"))
+    largest, pieces = (head, chunks.loss) if bytes_of(head) >= bytes_of(mlp) else (mlp, chunks.mlp)
+    return Coefficients(
+        bytes_of(constants), bytes_of(largest), bytes_of(kept), model.layers, pieces, card.budget_bytes,
+        constants, largest, kept,
+    )  # fmt: skip
+
+
+def rows(c: Coefficients, seq_len: int | None = None) -> tuple[Row, ...]:
+    """The four formulas with these coefficients; memory at `seq_len` tokens where one is given."""
+    values = (c.w_mem, c.i_mem, c.a_mem, c.layers, c.chunks)
+    result = []
+    for formula in FORMULAS:
+        denominator = per_token(formula, c.i_mem, c.a_mem, c.layers, c.chunks)
+        longest = int(s_max(formula, c.m_max, *values)) if c.m_max > c.w_mem and denominator > 0 else 0
+        result.append(Row(formula, longest, None if seq_len is None else int(memory(formula, seq_len, *values))))
+    return tuple(result)
+
+
+def _kept_per_layer(built: Step) -> tuple[Entry, ...]:
+    """What autograd keeps of one layer, per token (of the layer that keeps most)."""
+    best: tuple[Entry, ...] = ()
+    for op in {id(o.part.tape): o for o in built.tape.ops if o.part is not None}.values():
+        assert op.part is not None
+        tape = op.part.tape
+        replay = forward(tape, built.rules(detail=True), keep=True)
+        assert tape.output is not None
+        kept = [(label, count) for label, count in replay.alive if label.basis == _TOKENS and label != tape.output.label]
+        entries = shown(kept, tuple(int(n == _TOKENS) for n in range(len(BASIS))))
+        best = max(best, entries, key=bytes_of)
+    return best
+
+
+def _per_token(built: Step, instant: str, names: tuple[str, ...]) -> tuple[Entry, ...]:
+    units = tuple(int(n == _TOKENS) for n in range(len(BASIS)))
+    best: tuple[Entry, ...] = ()
+    for moment in built.detailed()[instant]:
+        mine = [(label, count) for label, count in moment.alive if any(word in label.name for word in names)]
+        best = max(best, shown(mine, units), key=bytes_of)
+    return best
+
+
+def differences(model: Model, recipe: Recipe) -> tuple[str, ...]:
+    """Why the step model's answer differs from the formulas', in one line each."""
+    reasons = [
+        "the formulas add I_mem and the activations of all kept layers, which never live at the same moment",
+        "they know no optimizer: AdamW's foreach step makes a temporary as large as the weights"
+        if recipe.optimizer == "adamw" and recipe.adamw_kernel == "foreach" and not recipe.optimizer_in_backward
+        else "they know no temporaries of the optimizer",
+        f"sqrt(L) checkpointing keeps sqrt({model.layers}) layers' activations; frameworks checkpoint every layer: "
+        f"{model.layers} layer inputs and one layer's activations",
+        "backward makes gradients of the intermediates and, in attention, fp32 workspace, which A_mem does not hold",
+        "I_mem / M chunks the LM head or the MLP alone; with chunks the other one, or attention, binds",
+    ]
+    if LayerKind(experts=True) in model.layer_kinds:
+        reasons.append("routed experts copy each token once per expert; A_mem holds the layer that keeps most")
+    return tuple(reasons)

@@ -1,0 +1,155 @@
+"""Answers as plain data for --json. Bytes, tokens and seconds are numbers; absent means null."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..plan.advice import Way
+from ..plan.hardware import Card, Gpu
+from ..plan.model import Model
+from ..plan.parameters import parameter_count
+from ..plan.shapes import Shape
+from ..plan.solve import Answer, Plan, chunk_tokens
+from ..plan.steps import Entry, Instant
+from ..plan.theorem import Coefficients, Row
+
+if TYPE_CHECKING:
+    from .report import TheoremView
+
+SCHEMA_VERSION = 1
+
+
+def document(command: str, **fields: Any) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "command": command, "rung": "formula", **fields}
+
+
+def model(m: Model) -> dict[str, Any]:
+    total, active = parameter_count(m)
+    return {
+        "name": m.name,
+        "parameters": total,
+        "active_parameters": active,
+        "layers": m.layers,
+        "hidden_size": m.hidden,
+        "intermediate_size": m.mlp.width if m.mlp else m.experts.width if m.experts else None,
+        "vocab_size": m.vocab,
+        "context": m.context,
+        "model_type": m.model_type,
+        "hub_id": m.hub_id,
+        "notes": list(m.notes),
+    }
+
+
+def card(c: Card) -> dict[str, Any]:
+    return {
+        "gpu": c.gpu.name if c.named else None,
+        "rates_of": c.gpu.name,
+        "total_bytes": c.total_bytes,
+        "context_bytes": c.gpu.context_bytes,
+        "reserve_bytes": c.reserve_bytes,
+        "budget_bytes": c.budget_bytes,
+        "host_bytes": c.host_bytes,
+    }
+
+
+def gpu(g: Gpu) -> dict[str, Any]:
+    return {field: getattr(g, field) for field in g.__dataclass_fields__}
+
+
+def answer(a: Answer) -> dict[str, Any]:
+    p = a.plan
+    return {
+        "strategy": a.strategy,
+        "s_max": a.s_max,
+        "peak_bytes": p.peak_bytes,
+        "instant": p.instant,
+        "mlp_chunks": p.chunks.mlp,
+        "loss_chunks": p.chunks.loss,
+        "chunk_tokens": {"mlp": chunk_tokens(p.seq_len, p.chunks.mlp), "loss": chunk_tokens(p.seq_len, p.chunks.loss)},
+        "host_bytes": p.host_bytes,
+        "step_seconds": p.step_seconds,
+        "recipe": p.recipe.model_dump(),
+    }
+
+
+def entry(e: Entry) -> dict[str, Any]:
+    return {"name": e.name, "shape": e.shape, "dtype": e.dtype, "count": e.count, "bytes": e.bytes}
+
+
+def instant(i: Instant) -> dict[str, Any]:
+    return {"name": i.name, "bytes": i.bytes, "operation": i.operation, "entries": [entry(e) for e in i.entries]}
+
+
+def plan(p: Plan) -> dict[str, Any]:
+    return {
+        "fits": p.fits,
+        "seq_len": p.seq_len,
+        "peak_bytes": p.peak_bytes,
+        "budget_bytes": p.budget_bytes,
+        "instant": p.instant,
+        "mlp_chunks": p.chunks.mlp,
+        "loss_chunks": p.chunks.loss,
+        "host_bytes": p.host_bytes,
+        "step_seconds": p.step_seconds,
+        "instants": [instant(i) for i in p.instants()],
+        "recipe": p.recipe.model_dump(),
+    }
+
+
+def way(w: Way) -> dict[str, Any]:
+    return {
+        "changes": [{"name": c.name, "cost": c.cost, "fields": c.fields} for c in w.changes],
+        "fits": w.plan.fits,
+        "peak_bytes": w.plan.peak_bytes,
+        "host_bytes": w.plan.host_bytes,
+        "step_seconds": w.plan.step_seconds,
+    }
+
+
+def coefficients(c: Coefficients) -> dict[str, Any]:
+    return {
+        "w_mem": c.w_mem,
+        "i_mem": c.i_mem,
+        "a_mem": c.a_mem,
+        "layers": c.layers,
+        "chunks": c.chunks,
+        "m_max": c.m_max,
+        "w_from": [entry(e) for e in c.w_from],
+        "i_from": [entry(e) for e in c.i_from],
+        "a_from": [entry(e) for e in c.a_from],
+    }
+
+
+def row(r: Row) -> dict[str, Any]:
+    return {"formula": r.formula, "s_max": r.s_max, "memory_bytes": r.memory}
+
+
+def shape(s: Shape) -> dict[str, Any]:
+    return {"name": s.name, "shape": s.symbols, "sizes": list(s.sizes), "dtype": s.dtype, "bytes": s.bytes, "quoted": s.quoted or None}
+
+
+def max_seq(m: Model, c: Card, found: Sequence[Answer], best: Answer) -> dict[str, Any]:
+    from .report import max_seq_notes
+
+    return document(
+        "max-seq", model=model(m), card=card(c), budget_bytes=c.budget_bytes, results=[answer(a) for a in found],
+        best=best.strategy, binding=[entry(e) for e in best.plan.binding_entries()], notes=max_seq_notes(m, c, found),
+    )  # fmt: skip
+
+
+def plan_document(p: Plan, strategy: str, singles: Sequence[Way], run: Way | None) -> dict[str, Any]:
+    from .report import plan_notes
+
+    return document(
+        "plan", model=model(p.model), card=card(p.card), strategy=strategy, **plan(p),
+        changes=[way(w) for w in singles], way_to_fit=way(run) if run is not None else None, notes=plan_notes(p),
+    )  # fmt: skip
+
+
+def theorem_document(m: Model, c: Card, view: TheoremView) -> dict[str, Any]:
+    return document(
+        "theorem", model=model(m), card=card(c), coefficients=coefficients(view.coefficients), seq_len=view.seq_len,
+        formulas=[row(r) for r in view.rows], step_model=[{"strategy": n, "s_max": s} for n, s in view.step_model],
+        differences=list(view.differences),
+    )  # fmt: skip

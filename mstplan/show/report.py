@@ -1,0 +1,109 @@
+"""What each command says: tables in their order, and the notes below them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from ..plan import advice, solve
+from ..plan import theorem as formulas
+from ..plan.advice import Way
+from ..plan.hardware import Card
+from ..plan.model import Model
+from ..plan.recipe import STRATEGIES, STRATEGY_FIELDS, Recipe
+from ..plan.solve import Answer, Plan
+from ..units import format_gib, format_tokens
+from . import tables
+
+
+def max_seq_notes(model: Model, card: Card, found: Sequence[Answer]) -> list[str]:
+    lines = advice.card_notes(card) + advice.recipe_notes(model, found[-1].plan.recipe)
+    for answer in found:
+        for line in advice.answer_notes(answer):
+            if line not in lines:
+                lines.append(line)
+        limited = advice.host_limited(answer)
+        if limited is not None:
+            lines.append(f"{answer.strategy}: that host memory allows {format_tokens(limited)} tokens.")
+    return lines
+
+
+def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer], best: Answer) -> None:
+    tables.heading(console, model, card)
+    tables.answers(console, found, best)
+    if best.s_max:
+        title = f"{best.strategy} at {format_tokens(best.s_max)} tokens, {best.plan.instant}:"
+        tables.entries(console, title, best.plan.binding_entries())
+        tables.legend(console, best.plan)
+        console.print()
+    tables.notes(console, max_seq_notes(model, card, found))
+
+
+def plan(console: Console, step: Plan, strategy: str, singles: Sequence[Way], run: Way | None) -> None:
+    tables.heading(console, step.model, step.card)
+    tables.verdict(console, step, strategy)
+    tables.instants(console, step)
+    tables.entries(console, f"{step.instant}:", step.binding_entries())
+    tables.legend(console, step)
+    if not step.fits:
+        console.print()
+        console.print(Text("What would lower the peak, cheapest first", "bold"))
+        tables.ways(console, singles, run)
+        for line in fallback_notes(step, run):
+            console.print(Text(line))
+    console.print()
+    tables.notes(console, plan_notes(step))
+
+
+def plan_notes(step: Plan) -> list[str]:
+    lines = advice.card_notes(step.card) + advice.recipe_notes(step.model, step.recipe)
+    if step.model.context is not None and step.seq_len > step.model.context:
+        lines.append(f"{format_tokens(step.seq_len)} passes the {format_tokens(step.model.context)} positions that {step.model.name} was made for.")
+    if step.card.host_bytes is not None and step.host_bytes > step.card.host_bytes:
+        lines.append(f"host memory is short: {format_gib(step.host_bytes)} needed, {format_gib(step.card.host_bytes)} there.")
+    return lines
+
+
+def fallback_notes(step: Plan, run: Way | None) -> list[str]:
+    lines = []
+    if run is None:
+        lines.append("No change to the recipe makes this length fit on this card.")
+    longest = solve.max_seq(step.model, step.recipe, step.card).s_max
+    lines.append(f"As it is, this recipe reaches {format_tokens(longest)} tokens here." if longest else "As it is, this recipe fits no length here.")
+    bigger = advice.smallest_gpu(step)
+    if bigger is not None:
+        lines.append(f"The smallest card on which it fits as it is: {bigger.name} ({bigger.label}).")
+    return lines
+
+
+class TheoremView(NamedTuple):
+    coefficients: formulas.Coefficients
+    rows: tuple[formulas.Row, ...]
+    step_model: tuple[tuple[str, int], ...]  # strategy, S_max: beside each formula
+    differences: tuple[str, ...]
+    seq_len: int | None
+
+
+BESIDE = ("standard", "checkpoint-sqrt", "mst", "mst-offload")
+"""The strategy whose step-model answer stands beside each of the four formulas."""
+
+
+def theorem_view(model: Model, card: Card, recipe: Recipe, overrides: dict[str, int | None], seq_len: int | None) -> TheoremView:
+    found = []
+    for name in BESIDE:
+        fields = {field: getattr(STRATEGIES[name], field) for field in STRATEGY_FIELDS}
+        found.append(solve.max_seq(model, recipe.changed(**fields), card, name))
+    chunks = found[2].plan.chunks
+    coefficients = formulas.coefficients(model, recipe, card, chunks).replaced(**overrides)
+    rows = formulas.rows(coefficients, seq_len)
+    return TheoremView(coefficients, rows, tuple((a.strategy, a.s_max) for a in found), formulas.differences(model, recipe), seq_len)
+
+
+def theorem(console: Console, model: Model, card: Card, view: TheoremView) -> None:
+    tables.heading(console, model, card)
+    tables.theorem(console, view.coefficients, view.rows, view.step_model, view.seq_len)
+    console.print(Text("Why they differ", "bold"))
+    tables.notes(console, view.differences)

@@ -1,0 +1,207 @@
+"""Answers as tables for a terminal of 80 columns. Everything takes finished answers; nothing is computed here but layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..plan.advice import Way
+from ..plan.hardware import Card, Gpu
+from ..plan.model import Model
+from ..plan.parameters import parameter_count
+from ..plan.shapes import Shape
+from ..plan.solve import Answer, Plan, chunk_tokens
+from ..plan.steps import Entry
+from ..plan.theorem import Coefficients, Row
+from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
+
+RUNG = "formula rung: the bytes of every tensor, from config.json; nothing was measured"
+
+
+def _table(*columns: tuple[str, str], width: int | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), width=width)
+    for name, justify in columns:
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=justify == "right")  # type: ignore[arg-type]
+    return table
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.2f}"
+
+
+def heading(console: Console, model: Model, card: Card) -> None:
+    total, active = parameter_count(model)
+    parameters = format_count(total) + (f" ({format_count(active)} active)" if active != total else "")
+    name = card.gpu.name if card.named else f"{format_gib(card.total_bytes, 0)} card"
+    console.print(
+        Text.assemble((model.name, "bold"), f"  {parameters} parameters, {model.layers} layers   on ", (name, "bold"),
+                      f"   budget {format_gib(card.budget_bytes)}")
+    )  # fmt: skip
+    console.print(Text(RUNG, "dim"))
+
+
+_ROW = "{:<15} {:>10} {:>5} {:>7} {:>7} {:>7}  {}"
+
+
+def answers(console: Console, found: Sequence[Answer], best: Answer) -> None:
+    """Two lines per strategy: S_max, the peak there and the instant that binds; then its chunks."""
+    standard = next((a.s_max for a in found if a.strategy == "standard"), 0)
+    console.print()
+    console.print(Text(_ROW.format("", "", "x", "peak", "host", "step", "binding"), "dim"))
+    console.print(Text(_ROW.format("strategy", "S_max", "std", "GiB", "GiB", ">=", "instant"), "dim"))
+    for a in found:
+        p = a.plan
+        times = f"{a.s_max / standard:.1f}" if standard and a.s_max else "-"
+        host = f"{p.host_bytes / GIB:,.1f}" if p.host_bytes else "-"
+        seconds = format_seconds(p.step_seconds) if a.s_max else "-"
+        s_max = format_tokens(a.s_max) if a.s_max else "none"
+        line = _ROW.format(a.strategy, s_max, times, _gib(p.peak_bytes), host, seconds, p.instant)
+        console.print(Text(line, "bold" if a is best and a.s_max else ""))
+        if max(p.chunks) > 1 and a.s_max:
+            console.print(Text(" " * 16 + chunks(p), "dim"))
+    console.print()
+
+
+def chunks(p: Plan) -> str:
+    """'M: MLP 4 x 21,134 tokens, loss 16 x 5,284 tokens'."""
+    pieces = (("MLP", p.chunks.mlp), ("loss", p.chunks.loss))
+    return "M: " + ", ".join(f"{what} {n} x {chunk_tokens(p.seq_len, n):,} tokens" for what, n in pieces)
+
+
+def entries(console: Console, title: str, rows: Sequence[Entry], most: int = 14) -> None:
+    """The tensors of one instant, largest first."""
+    console.print(Text(title, "bold"))
+    table = _table(("tensor", "left"), ("shape", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right"))
+    for e in rows[:most]:
+        table.add_row(e.name, e.shape, e.dtype, str(e.count) if e.count > 1 else "", _gib(e.bytes))
+    if len(rows) > most:
+        table.add_row(f"{len(rows) - most} smaller", "", "", "", _gib(sum(e.bytes for e in rows[most:])))
+    table.add_section()
+    table.add_row("all", "", "", "", _gib(sum(e.bytes for e in rows)))
+    console.print(table)
+
+
+def legend(console: Console, p: Plan) -> None:
+    """What the symbols in the shapes stand for."""
+    m, a = p.model, p.model.attention
+    symbols = [
+        ("b", p.recipe.batch), ("s", p.seq_len), ("c", chunk_tokens(p.seq_len, p.chunks.mlp) if p.chunks.mlp > 1 else None),
+        ("k", chunk_tokens(p.seq_len, p.chunks.loss) if p.chunks.loss > 1 else None), ("d", m.hidden), ("H", a.heads),
+        ("G", a.kv_heads if a.kv_heads != a.heads else None), ("e", a.head_dim), ("I", m.mlp.width if m.mlp else None),
+        ("V", m.vocab),
+    ]  # fmt: skip
+    console.print(Text("  ".join(f"{name}={value:,}" for name, value in symbols if value is not None), "dim"))
+
+
+def notes(console: Console, lines: Iterable[str]) -> None:
+    grid = Table.grid(padding=(0, 1))
+    for line in lines:
+        grid.add_row("-", Text(line))
+    console.print(grid)
+
+
+def verdict(console: Console, p: Plan, strategy: str) -> None:
+    gap = p.budget_bytes - p.peak_bytes
+    word = ("fits", "bold green") if p.fits else ("does not fit", "bold red")
+    console.print(
+        Text.assemble(
+            f"{format_tokens(p.seq_len)} tokens with {strategy}: ", word,
+            f".  Peak {format_gib(p.peak_bytes)} of {format_gib(p.budget_bytes)}, "
+            f"{format_gib(abs(gap))} {'to spare' if gap >= 0 else 'too much'}.",
+        )
+    )  # fmt: skip
+    cut = [chunks(p)] if max(p.chunks) > 1 else []
+    more = [f"step >= {format_seconds(p.step_seconds)}"] + ([f"host memory {format_gib(p.host_bytes)}"] if p.host_bytes else [])
+    console.print(Text(", ".join([*cut, *more]), "dim"))
+
+
+def instants(console: Console, p: Plan) -> None:
+    table = _table(("instant", "left"), ("largest at", "left"), ("GiB", "right"), ("", "left"))
+    for i in p.instants():
+        table.add_row(i.name, i.operation, _gib(i.bytes), "<- binds" if i.name == p.instant else "", style="bold" if i.name == p.instant else "")
+    console.print(table)
+
+
+def ways(console: Console, singles: Sequence[Way], run: Way | None) -> None:
+    """What would make it fit, cheapest change first."""
+    table = _table(("change", "left"), ("costs", "left"), ("peak GiB", "right"), ("", "left"))
+    for w in singles:
+        table.add_row(w.changes[0].name, w.changes[0].cost, _gib(w.plan.peak_bytes), "fits" if w.plan.fits else "", style="bold" if w.plan.fits else "")
+    console.print(table)
+    if run is not None and len(run.changes) > 1:
+        names = "; ".join(c.name for c in run.changes)
+        console.print(Text.assemble("Together these fit: ", (names, "bold"), f" (peak {format_gib(run.plan.peak_bytes)})."))
+
+
+def theorem(console: Console, c: Coefficients, rows: Sequence[Row], step_answers: Sequence[tuple[str, int]], seq_len: int | None) -> None:
+    console.print(Text("Coefficients of the paper (arXiv 2407.15892)", "bold"))
+    table = _table(("", "left"), ("value", "right"), ("from", "left"))
+    table.add_row("W_mem", format_gib(c.w_mem), _sources(c.w_from, GIB, "GiB"))
+    table.add_row("I_mem", f"{c.i_mem:,} B/token", _sources(c.i_from, 1, "B"))
+    table.add_row("A_mem", f"{c.a_mem:,} B/token/layer", _sources(c.a_from, 1, "B"))
+    table.add_row("L, M", f"{c.layers}, {c.chunks}", "")
+    table.add_row("M_max", format_gib(c.m_max), "the budget")
+    console.print(table)
+    memory = f"at {format_tokens(seq_len)}" if seq_len else ""
+    table = _table(("formula", "left"), ("S_max", "right"), (memory, "right"), ("step model: strategy", "left"), ("S_max", "right"))
+    for r, (name, longest) in zip(rows, step_answers, strict=True):
+        table.add_row(r.formula, format_tokens(r.s_max), format_gib(r.memory) if r.memory is not None else "", name, format_tokens(longest))
+    console.print(table)
+
+
+def _sources(rows: Sequence[Entry], unit: int, name: str, most: int = 6) -> str:
+    if not rows:
+        return "given"
+    parts = [f"{e.name} {e.bytes / unit:,.2f}" if unit > 1 else f"{e.name} {e.bytes:,}" for e in rows[:most]]
+    rest = sum(e.bytes for e in rows[most:])
+    if rest:
+        parts.append(f"{len(rows) - most} smaller {rest / unit:,.2f}" if unit > 1 else f"{len(rows) - most} smaller {rest:,}")
+    return ", ".join(parts) + f" {name}"
+
+
+def shapes(console: Console, rows: Sequence[Shape], model: Model, batch: int, seq_len: int) -> None:
+    quoted = any(s.quoted for s in rows)
+    columns = [("tensor", "left"), ("shape", "left"), ("sizes", "left"), ("GB", "right")]
+    table = _table(*columns, *([("introduction", "right")] if quoted else []))
+    for s in rows:
+        cells = [s.name, s.symbols, " x ".join(f"{n:,}" for n in s.sizes), f"{s.bytes / 1e9:,.2f}"]
+        table.add_row(*cells, *([s.quoted] if quoted else []))
+    console.print(Text(f"{model.name}: b={batch}, s={seq_len:,}, {rows[0].dtype}; decimal GB", "bold"))
+    console.print(table)
+    if quoted:
+        console.print(Text("introduction: as quoted in arXiv 2407.15892, rounded there; K and V there without grouped queries", "dim"))
+
+
+def models(console: Console, rows: Iterable[Model]) -> None:
+    table = _table(
+        ("model", "left"), ("params", "right"), ("active", "right"), ("layers", "right"), ("hidden", "right"), ("context", "right"),
+        ("MLP", "right"), ("vocab", "right"),
+    )  # fmt: skip
+    for m in rows:
+        total, active = parameter_count(m)
+        width = m.mlp.width if m.mlp else m.experts.width if m.experts else 0
+        table.add_row(
+            m.name, format_count(total), format_count(active) if active != total else "", str(m.layers), str(m.hidden),
+            str(m.context or "-"), str(width), str(m.vocab),
+        )  # fmt: skip
+    console.print(table)
+
+
+def gpus(console: Console, rows: Iterable[Gpu], sources: bool) -> None:
+    table = _table(
+        ("gpu", "left"), ("sold GB", "right"), ("torch GiB", "right"), ("bf16 TFLOP/s", "right"), ("GB/s", "right"), ("host link", "left"),
+    )  # fmt: skip
+    for g in rows:
+        mark = "" if g.usable_kind == "reported" else " *"
+        table.add_row(
+            g.name, f"{g.nominal_gib:g}", f"{g.usable_bytes / GIB:.2f}{mark}", f"{g.bf16_flops / 1e12:,.1f}",
+            f"{g.memory_bandwidth / 1e9:,.0f}", g.host_link_name,
+        )  # fmt: skip
+        if sources:
+            table.add_row(Text(f"  {g.label}. Memory: {g.usable_source} Rates: {g.rates_source}", "dim"), "", "", "", "", "")
+    console.print(table)
+    console.print(Text("torch GiB: what torch reports as total memory; * derived, not a reported print.  --sources: where from.", "dim"))
