@@ -1,6 +1,7 @@
 # make plan    answers in one command, without torch:
 #                  make plan ARGS='max-seq --model qwen3-8b --gpu h100-80gb'
 # make help    lists the rest.
+# When a command fails, make says its exit code and itself exits with 2; .venv-plan/bin/mstplan exits with the code itself.
 
 PYTHON ?= python3
 ARGS ?= max-seq --model llama3.1-8b --gpu-mem 80GB

@@ -77,6 +77,10 @@ RECIPE = {
 STRATEGY = {"strategy": _option(str, "--strategy -s", "standard | checkpoint | checkpoint-sqrt | mst | mst-offload.", "mst", metavar="NAME")}
 
 
+_COMMANDS: dict[str, Callable[[], object]] = {}
+"""How to add each command to `app`: done for the one that was asked for only, as typer takes a while over each."""
+
+
 def command(name: str, *groups: dict[str, Any], help: str, epilog: str) -> Callable[[Callable[[Asked], None]], Callable[[Asked], None]]:
     """Register a command that takes the options of `groups` in one namespace; its errors become lines and exit codes."""
     options = {key: value for group in groups for key, value in group.items()}
@@ -95,7 +99,7 @@ def command(name: str, *groups: dict[str, Any], help: str, epilog: str) -> Calla
             [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a) for k, (a, d) in options.items()]
         )
         called.__annotations__ = {key: annotation for key, (annotation, _) in options.items()}
-        app.command(name, help=help, epilog=epilog)(called)
+        _COMMANDS[name] = lambda: app.command(name, help=help, epilog=epilog)(called)
         return run
 
     return register
@@ -421,6 +425,9 @@ def _root(
 
 def main() -> None:
     """The entry point."""
+    asked = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    for name in [asked] if asked in _COMMANDS else _COMMANDS:
+        _COMMANDS[name]()
     try:
         app()
     except BrokenPipeError:  # the reader of our output went away, as `head` does

@@ -16,7 +16,7 @@ from functools import lru_cache
 from .model import Attention, Experts, LayerKind, Mlp, Model
 from .tape import Op, Part, Tape, Tensor, Weight, _axes
 
-HIDDEN = "hidden states"
+HIDDEN = "layer input"
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,11 +364,15 @@ class Writer:
         tape.op("mask scores", [scores], masked, grads=((scores, None),))
         if a.sinks:
             return self._eager_sinks(masked, v, a)
-        scores = self.cast(masked, "float32", "scores, fp32")
-        weights = self._scores("softmax of scores", "float32")
+        # GPT-2's own softmax stays in the scores' dtype; the others run it in fp32, holding the masked scores meanwhile.
+        wide = masked.dtype if self.model.model_type == "gpt2" else "float32"
+        scores = self.cast(masked, wide, "scores, fp32")
+        weights = self._scores("softmax of scores", wide)
         self.pointwise("softmax", scores, weights, weights)
-        weights = self.dropout(self.cast(weights, q.dtype, "attention matrix"), a.dropout)
-        return self._mix(weights, v, a)
+        tape.ops[-1].holds = (masked,)
+        weights = self.cast(weights, q.dtype, "attention matrix")
+        tape.ops[-1].holds += (masked,)
+        return self._mix(self.dropout(weights, a.dropout), v, a)
 
     def _eager_sinks(self, masked: Tensor, v: Tensor, a: Attention) -> Tensor:
         """gpt-oss: a sink column is joined to the scores, the row maximum is taken off, softmax runs in bf16."""
@@ -468,7 +472,7 @@ class Writer:
         weighted = self.new("weighted expert outputs", "A d", wide)
         temps = [self.new("gradient x outputs", "A d", wide)]
         if wide != down.dtype:
-            temps.append(self.new("gradient before its cast", "A d"))
+            temps.append(self.new("gradient before its cast", "A d", wide))
         tape.op(
             "weigh experts", [down, scores], weighted, keeps=(down, scores),
             grads=((down, tape.grad(down)), (scores, tape.grad(scores))), back_temps=tuple(temps),

@@ -16,7 +16,7 @@ Chunks = Literal["auto"] | int
 class Recipe(BaseModel):
     """How a model is fine-tuned (all of its weights), as the step model sees it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     precision: Literal["bf16", "mixed", "fp32"] = "bf16"
     """bf16: weights, gradients and moments in bf16. mixed: fp32 weights under bf16 autocast. fp32: fp32 throughout."""
@@ -123,14 +123,16 @@ def first_problem(error: ValidationError) -> str:
     return message
 
 
-_CHECKPOINT = Recipe(checkpoint="layer")
-_MST = Recipe(checkpoint="layer", mlp_chunks="auto", mlp_recompute=True, loss="chunked", loss_chunks="auto")
+_MST: dict[str, object] = {
+    "checkpoint": "layer", "mlp_chunks": "auto", "mlp_recompute": True, "loss": "chunked", "loss_chunks": "auto",
+}  # fmt: skip
+# Constructed without validation: that would build pydantic's validators at every start (a test validates them).
 STRATEGIES: dict[str, Recipe] = {
-    "standard": Recipe(),
-    "checkpoint": _CHECKPOINT,
-    "checkpoint-sqrt": Recipe(checkpoint="sqrt"),
-    "mst": _MST,
-    "mst-offload": _MST.model_copy(update={"offload_layer_inputs": True}),
+    "standard": Recipe.model_construct(),
+    "checkpoint": Recipe.model_construct(checkpoint="layer"),
+    "checkpoint-sqrt": Recipe.model_construct(checkpoint="sqrt"),
+    "mst": Recipe.model_construct(**_MST),
+    "mst-offload": Recipe.model_construct(**_MST, offload_layer_inputs=True),
 }
 STRATEGY_FIELDS = ("checkpoint", "mlp_chunks", "mlp_recompute", "loss_chunks", "loss", "offload_layer_inputs")
 """What a strategy decides; everything else about a recipe is the user's choice."""

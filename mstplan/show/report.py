@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
 from ..plan import advice, solve
-from ..plan import theorem as formulas
 from ..plan.advice import Way
 from ..plan.hardware import Card
 from ..plan.model import Model
@@ -17,6 +16,9 @@ from ..plan.recipe import STRATEGIES, STRATEGY_FIELDS, Recipe
 from ..plan.solve import Answer, Plan
 from ..units import format_gib, format_tokens
 from . import tables
+
+if TYPE_CHECKING:
+    from ..plan import theorem as formulas
 
 
 def max_seq_notes(model: Model, card: Card, found: Sequence[Answer]) -> list[str]:
@@ -92,6 +94,8 @@ BESIDE = ("standard", "checkpoint-sqrt", "mst", "mst-offload")
 
 
 def theorem_view(model: Model, card: Card, recipe: Recipe, overrides: dict[str, int | None], seq_len: int | None) -> TheoremView:
+    from ..plan import theorem as formulas
+
     found = []
     for name in BESIDE:
         fields = {field: getattr(STRATEGIES[name], field) for field in STRATEGY_FIELDS}

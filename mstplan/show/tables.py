@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -16,14 +17,16 @@ from ..plan.parameters import parameter_count
 from ..plan.shapes import Shape
 from ..plan.solve import Answer, Plan, chunk_tokens
 from ..plan.steps import Entry
-from ..plan.theorem import Coefficients, Row
 from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
+
+if TYPE_CHECKING:
+    from ..plan.theorem import Coefficients, Row
 
 RUNG = "formula rung: the bytes of every tensor, from config.json; nothing was measured"
 
 
-def _table(*columns: tuple[str, str], width: int | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), width=width)
+def _table(*columns: tuple[str, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for name, justify in columns:
         table.add_column(name, justify=justify, overflow="fold", no_wrap=justify == "right")  # type: ignore[arg-type]
     return table
@@ -44,7 +47,7 @@ def heading(console: Console, model: Model, card: Card) -> None:
     console.print(Text(RUNG, "dim"))
 
 
-_ROW = "{:<15} {:>10} {:>5} {:>7} {:>7} {:>7}  {}"
+_ROW = "{:<15}{:>10}{:>5}{:>7}{:>7}{:>8} {}"
 
 
 def answers(console: Console, found: Sequence[Answer], best: Answer) -> None:
@@ -55,7 +58,8 @@ def answers(console: Console, found: Sequence[Answer], best: Answer) -> None:
     console.print(Text(_ROW.format("strategy", "S_max", "std", "GiB", "GiB", ">=", "instant"), "dim"))
     for a in found:
         p = a.plan
-        times = f"{a.s_max / standard:.1f}" if standard and a.s_max else "-"
+        ratio = a.s_max / standard if standard else 0
+        times = f"{ratio:.1f}" if 0 < ratio < 100 else f"{ratio:,.0f}" if ratio else "-"
         host = f"{p.host_bytes / GIB:,.1f}" if p.host_bytes else "-"
         seconds = format_seconds(p.step_seconds) if a.s_max else "-"
         s_max = format_tokens(a.s_max) if a.s_max else "none"

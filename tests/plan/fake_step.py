@@ -162,6 +162,15 @@ class Segment(nn.Module):
         return result
 
 
+def _in_segments(net: Any, every: int) -> None:
+    base = net.base_model
+    field_name = "h" if hasattr(base, "h") else "layers"
+    layers = list(getattr(base, field_name))
+    groups = [Segment(layers[i : i + every]) for i in range(0, len(layers), every)]
+    setattr(base, field_name, nn.ModuleList(groups))
+    net.config.num_hidden_layers = len(groups)
+
+
 def _build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
     settings = AutoConfig.for_model(**config)
     settings.use_cache = False
@@ -172,10 +181,7 @@ def _build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
     if every == 1:
         net.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     elif every > 1:
-        layers = list(net.model.layers)  # type: ignore[union-attr,arg-type]
-        groups = (layers[i : i + every] for i in range(0, len(layers), every))
-        net.model.layers = nn.ModuleList(Segment(group) for group in groups)  # type: ignore[union-attr]
-        net.config.num_hidden_layers = len(net.model.layers)  # type: ignore[union-attr,arg-type]
+        _in_segments(net, every)
     return net
 
 
