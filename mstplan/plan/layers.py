@@ -461,14 +461,15 @@ class Writer:
         scores, order = self._router(x, e)
         picked = self.new("expert inputs", "A d", x.dtype)
         tape.op("gather tokens", [x, order], picked, keeps=(order,), grads=((x, tape.grad(x)),))
-        up = self._grouped(picked, self.new("expert gate and up", f"A {2 * e.width}"), "experts.gate_up_proj", e, (e.count, 2 * e.width, x_width(self)))
+        dtype = self.numerics.weights  # grouped products know no autocast: they cast their input to the weights' dtype
+        up = self._grouped(picked, self.new("expert gate and up", f"A {2 * e.width}", dtype), "experts.gate_up_proj", e, (e.count, 2 * e.width, x_width(self)))
         if e.bias:
             up = self._expert_bias(up, "experts.gate_up_proj_bias", 2 * e.width, e, order)
         inner = self._clamped_gate(up) if e.clamped else self._expert_gate(up, e)
-        down = self._grouped(inner, self.new("expert outputs", "A d"), "experts.down_proj", e, (e.count, x_width(self), e.width))
+        down = self._grouped(inner, self.new("expert outputs", "A d", dtype), "experts.down_proj", e, (e.count, x_width(self), e.width))
         if e.bias:
             down = self._expert_bias(down, "experts.down_proj_bias", x_width(self), e, order)
-        wide = scores.dtype  # an fp32 router makes everything from here to the sum fp32
+        wide = "float32" if "float32" in (scores.dtype, down.dtype) else down.dtype  # up to the sum over experts
         weighted = self.new("weighted expert outputs", "A d", wide)
         temps = [self.new("gradient x outputs", "A d", wide)]
         if wide != down.dtype:
@@ -481,12 +482,12 @@ class Writer:
         tape.op("restore order", [weighted, order], restored, keeps=(order,), grads=((weighted, tape.grad(weighted)),))
         y = self.new("sum of expert outputs", "d", wide)
         tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),), holds=(picked, x))
-        y = self.cast(y, self.numerics.compute, "MLP output")
+        y = self.cast(y, x.dtype, "MLP output")
         if not e.shared_width:
             return y
         tape.dims["I"] = e.shared_width
         shared = self._mlp(x, Mlp(e.shared_width, e.activation), "shared_experts", "I")
-        return self.add(y, shared, self.new("MLP output", "d"), "add shared experts")
+        return self.add(y, shared, self.new("MLP output", "d", y.dtype), "add shared experts")
 
     def _router(self, x: Tensor, e: Experts) -> tuple[Tensor, Tensor]:
         """Scores of the chosen experts (t A) and the order that sorts rows by expert (t A, int64)."""
@@ -514,11 +515,10 @@ class Writer:
         return scores, order
 
     def _grouped(self, x: Tensor, y: Tensor, name: str, e: Experts, shape: tuple[int, int, int]) -> Tensor:
-        x = self.autocast(x)
+        x = self.cast(x, self.numerics.weights)
         w = self.weight(name, *shape, active=(e.per_token, e.count))
-        copies = self.used(w)
         return self.tape.op(
-            name, [x, *copies], y, keeps=(x, *copies), grads=((x, self.tape.grad(x)),), weights=(w,),
+            name, [x], y, keeps=(x,), grads=((x, self.tape.grad(x)),), weights=(w,),
             flops=((y.basis, 2 * e.per_token * shape[1] * shape[2]),),
         )  # fmt: skip
 
@@ -532,13 +532,13 @@ class Writer:
     def _expert_gate(self, up: Tensor, e: Experts) -> Tensor:
         gate, linear = self._split(up, ("expert gate", f"{self.t} A F"), ("expert up", f"{self.t} A F"))
         active = self.activation(gate, e.activation)
-        return self.multiply("expert gate * up", active, linear, self.new("expert product", "A F"))
+        return self.multiply("expert gate * up", active, linear, self.new("expert product", "A F", active.dtype))
 
     def _clamped_gate(self, up: Tensor) -> Tensor:
         """gpt-oss: (clamp(up) + 1) * clamp(gate) * sigmoid(alpha * clamp(gate)), gate and up interleaved."""
 
         def like(name: str) -> Tensor:
-            return self.new(name, "A F")
+            return self.new(name, "A F", up.dtype)
 
         gate, linear = self.slice(up, "expert gate", f"{self.t} A F"), self.slice(up, "expert up", f"{self.t} A F")
         gate = self.pointwise("clamp gate", gate, like("clamped gate"), gate)

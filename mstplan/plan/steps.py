@@ -413,12 +413,13 @@ def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str) -> None:
         logits = w.pointwise("tanh of logits", logits, tanh, tanh)
         logits = w.pointwise("multiply logits", logits, w.new("capped logits", "V"))
     wide = w.cast(logits, "float32", "logits, fp32")
+    tape.ops[-1].holds += (hidden,)
     if loss == "transformers<4.45":
         shifted = w.new("shifted logits, fp32", "V", "float32")
         tape.op("shift logits", [wide], shifted, keeps=(wide,), grads=((wide, tape.grad(wide)),))
-        wide, held = shifted, (wide,)
+        wide, held = shifted, (wide, hidden)
     else:
-        held = (first, logits)
+        held = (first, logits, hidden)  # variables of the model's forward
     log_probs = w.new("log-softmax of logits", "V", "float32")
     tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=held)
     loss_value = tape.new("loss", "", "float32")
