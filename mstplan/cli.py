@@ -62,15 +62,15 @@ RECIPE = {
     "precision": _option(str | None, "--precision", "bf16 | mixed (fp32 weights, bf16 autocast) | fp32. Default bf16.", panel=_RECIPE, metavar="NAME"),
     "optimizer": _option(str | None, "--optimizer", "adamw | adamw-8bit | adafactor | sgd. Default adamw.", panel=_RECIPE, metavar="NAME"),
     "adamw_kernel": _option(str | None, "--adamw-kernel", "foreach | fused | for-loop. Default foreach, as on CUDA.", panel=_RECIPE, metavar="NAME"),
-    "optimizer_in_backward": _option(bool | None, "--optimizer-in-backward", "Step each weight as its gradient is made.", panel=_RECIPE),
-    "optimizer_on_host": _option(bool | None, "--optimizer-on-host", "Optimizer states and step on the host.", panel=_RECIPE),
-    "weights_on_host": _option(bool | None, "--weights-on-host", "Weights on the host too, gathered layer by layer.", panel=_RECIPE),
+    "optimizer_in_backward": _option(bool, "--optimizer-in-backward", "Step each weight as its gradient is made.", False, panel=_RECIPE),
+    "optimizer_on_host": _option(bool, "--optimizer-on-host", "Optimizer states and step on the host.", False, panel=_RECIPE),
+    "weights_on_host": _option(bool, "--weights-on-host", "Weights on the host too, gathered layer by layer.", False, panel=_RECIPE),
     "accumulation": _option(int | None, "--accumulation", "Micro-batches per optimizer step. Default 1.", panel=_RECIPE, metavar="N"),
     "batch": _option(int | None, "--batch -b", "Sequences per micro-batch. Default 1.", panel=_RECIPE, metavar="N"),
     "checkpoint": _option(str | None, "--checkpoint", "none | layer | sqrt | a number of layers.", panel=_RECIPE, metavar="HOW"),
     "chunks": _option(str | None, "--chunks", "M for MLP and loss: 8, or 8,32, or auto (as recommended).", panel=_RECIPE, metavar="M[,M]"),
-    "mlp_recompute": _option(bool | None, "--mlp-recompute/--no-mlp-recompute", "Recompute each MLP chunk by itself.", panel=_RECIPE),
-    "offload": _option(bool | None, "--offload/--no-offload", "Layer inputs in host memory.", panel=_RECIPE),
+    "no_recompute": _option(bool, "--no-recompute", "Do not recompute each MLP chunk by itself.", False, panel=_RECIPE),
+    "offload": _option(bool, "--offload", "Layer inputs in host memory.", False, panel=_RECIPE),
     "attention": _option(str | None, "--attention", "sdpa | flash | eager. Default sdpa.", panel=_RECIPE, metavar="NAME"),
     "loss": _option(str | None, "--loss", "transformers | 'transformers<4.45' | chunked.", panel=_RECIPE, metavar="NAME"),
 }  # fmt: skip
@@ -125,11 +125,15 @@ def _card(asked: Asked) -> Card:
 
 def _changes(asked: Asked) -> dict[str, object]:
     """The recipe fields that the options set."""
-    names = ("precision", "optimizer", "adamw_kernel", "optimizer_in_backward", "optimizer_on_host", "weights_on_host",
-             "accumulation", "batch", "mlp_recompute", "attention", "loss")  # fmt: skip
-    changes: dict[str, object] = {n: getattr(asked, n) for n in names if getattr(asked, n) is not None}
-    if asked.offload is not None:
-        changes["offload_layer_inputs"] = asked.offload
+    named = ("precision", "optimizer", "adamw_kernel", "accumulation", "batch", "attention", "loss")
+    changes: dict[str, object] = {name: getattr(asked, name) for name in named if getattr(asked, name) is not None}
+    for switch in ("optimizer_in_backward", "optimizer_on_host", "weights_on_host"):
+        if getattr(asked, switch):
+            changes[switch] = True
+    if asked.offload:
+        changes["offload_layer_inputs"] = True
+    if asked.no_recompute:
+        changes["mlp_recompute"] = False
     if asked.checkpoint is not None:
         changes["checkpoint"] = int(asked.checkpoint) if asked.checkpoint.isdigit() else asked.checkpoint
     return changes
@@ -142,55 +146,47 @@ def _chunks(text: str | None) -> dict[str, object]:
     if text is None:
         return {}
     parts = [part.strip() for part in text.split(",")]
-    if len(parts) > 2 or not all(part == "auto" or (part.isdigit() and int(part) > 0) for part in parts):
+    if len(parts) > 2 or not all(part == "auto" or (part.isdecimal() and int(part) > 0) for part in parts):
         raise RecipeError(f"cannot read --chunks '{text}'.\nWrite one number for both (8), two (MLP,loss: 8,32), or auto.")
     values = ["auto" if part == "auto" else int(part) for part in parts]
     return {"mlp_chunks": values[0], "loss_chunks": values[-1]}
 
 
-def _base(asked: Asked) -> dict[str, Recipe]:
-    """What the user's options start from: the recipe file, or nothing."""
+def _apply(base: Recipe, asked: Asked, adopt_chunks: bool) -> Recipe:
+    """`base` with the options' changes. --chunks goes to recipes that run in chunks, and with adopt_chunks to any."""
+    changes, chunks = _changes(asked), _chunks(asked.chunks)
+    chunked = base.loss == "chunked" or base.mlp_recompute or base.mlp_chunks != 1
+    if chunks and not chunked and adopt_chunks:
+        changes = {"loss": "chunked", "mlp_recompute": True, **changes}
+    if chunks and (chunked or adopt_chunks):
+        changes.update(chunks)
+    loss = changes.get("loss", base.loss)
+    if loss != "chunked":
+        changes["loss_chunks"] = 1
+    elif base.loss != "chunked":
+        changes.setdefault("loss_chunks", "auto")
+    return base.changed(**changes)
+
+
+def _custom(asked: Asked) -> bool:
+    """Do the options describe one recipe, rather than vary the five strategies?"""
+    return asked.recipe is not None or asked.checkpoint is not None or asked.loss is not None or asked.offload
+
+
+def _base(asked: Asked) -> Recipe:
+    """What a custom recipe starts from: the recipe file, else the standard strategy."""
     from .plan.recipe import Recipe
 
-    return {"custom": Recipe.read(asked.recipe)} if asked.recipe is not None else {}
-
-
-def _apply(recipe: Recipe, asked: Asked) -> Recipe:
-    """The recipe with the options' changes; chunk counts only where it runs in chunks at all."""
-    changed = recipe.changed(**_changes(asked))
-    chunks = _chunks(asked.chunks)
-    if changed.loss != "chunked":
-        chunks.pop("loss_chunks", None)
-        if changed.loss_chunks != 1:
-            chunks["loss_chunks"] = 1
-    if not changed.mlp_recompute and changed.mlp_chunks == 1:
-        chunks.pop("mlp_chunks", None)
-    return changed.changed(**chunks) if chunks else changed
+    return Recipe.read(asked.recipe) if asked.recipe is not None else Recipe.model_construct()
 
 
 def _recipes(asked: Asked) -> dict[str, Recipe]:
-    """The five strategies and the recipe file's, each with the options' changes."""
+    """The five strategies with the options' changes, or the one recipe that the options describe."""
     from .plan.recipe import STRATEGIES
 
-    fixed = {"checkpoint", "loss", "offload", "mlp_recompute"}
-    given = [name for name in fixed if getattr(asked, name) is not None]
-    if asked.recipe is not None or given:
-        return {"custom": _one(asked, None)}
-    return {name: _apply(recipe, asked) for name, recipe in STRATEGIES.items()}
-
-
-def _one(asked: Asked, strategy: str | None) -> Recipe:
-    """One recipe: the file's, else the strategy's (standard when there is none), with the options' changes."""
-    from .plan.recipe import strategy as named
-
-    recipe = _base(asked).get("custom") or named(strategy or "standard")
-    changes = _changes(asked)
-    if strategy is None and changes.get("loss") == "chunked":
-        recipe = recipe.changed(loss="chunked", loss_chunks="auto")
-    if strategy is None and asked.chunks is not None:
-        recipe = recipe.changed(**{**_changes(asked), "loss": "chunked", "mlp_recompute": recipe.mlp_recompute if asked.mlp_recompute is None else asked.mlp_recompute}, **_chunks(asked.chunks))
-        return recipe
-    return _apply(recipe, asked)
+    if _custom(asked):
+        return {"custom": _apply(_base(asked), asked, adopt_chunks=True)}
+    return {name: _apply(recipe, asked, adopt_chunks=False) for name, recipe in STRATEGIES.items()}
 
 
 def _console() -> Console:
@@ -247,9 +243,11 @@ def max_seq(asked: Asked) -> None:
 )  # fmt: skip
 def plan(asked: Asked) -> None:
     from .plan import advice, solve
+    from .plan.recipe import strategy
 
     model, card = _model(asked), _card(asked)
-    recipe = _one(asked, asked.strategy)
+    base = _base(asked) if asked.recipe is not None else strategy(asked.strategy)
+    recipe = _apply(base, asked, adopt_chunks=True)
     step = solve.plan_at(model, recipe, card, _length(asked.seq_len))
     singles, run = ((), None) if step.fits else advice.ways_to_fit(step)
     if asked.write_recipe is not None:
@@ -301,11 +299,9 @@ def theorem(asked: Asked) -> None:
 
 def _changes_for_theorem(asked: Asked) -> Recipe:
     """The user's recipe without what the four formulas themselves vary."""
-    from .plan.recipe import Recipe
+    from .plan.recipe import STRATEGY_FIELDS
 
-    base = _base(asked).get("custom") or Recipe()
-    changes = {k: v for k, v in _changes(asked).items() if k not in ("checkpoint", "mlp_recompute", "offload_layer_inputs", "loss")}
-    return base.changed(**changes)
+    return _base(asked).changed(**{name: value for name, value in _changes(asked).items() if name not in STRATEGY_FIELDS})
 
 
 def _overrides(asked: Asked) -> dict[str, int | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..errors import RecipeError
@@ -36,6 +36,7 @@ CHANGES = (
     Change("8-bit AdamW", "bitsandbytes; slightly different updates", {"optimizer": "adamw-8bit"}),
     Change("weights and moments in bf16", "less exact updates", {"precision": "bf16"}),
     Change("the optimizer on the host", "a slower step; 14 bytes per parameter of host memory", {"optimizer_on_host": True, "optimizer_in_backward": False}),
+    Change("the weights on the host as well", "all weights cross the link twice a step", {"optimizer_on_host": True, "optimizer_in_backward": False, "weights_on_host": True}),
 )  # fmt: skip
 """In the order in which they should be tried: what costs nothing first, then time, then exactness, then the machine."""
 
@@ -153,17 +154,31 @@ def answer_notes(answer: Answer) -> list[str]:
     p = answer.plan
     notes = []
     if answer.s_max == 0:
-        notes.append(
-            f"{answer.strategy}: not even one token fits: {p.instant} needs {format_gib(p.peak_bytes)}, "
-            f"{format_gib(p.peak_bytes - p.budget_bytes)} more than the budget."
-        )
-        return notes
+        return [f"{answer.strategy}: not even one token fits: {p.instant} needs {format_gib(p.peak_bytes)}."]
     if p.model.context is not None and answer.s_max > p.model.context:
         notes.append(f"S_max passes the {format_tokens(p.model.context)} positions that {p.model.name} was made for: longer needs RoPE scaling or the like.")
     if p.card.host_bytes is not None and p.host_bytes > p.card.host_bytes:
         notes.append(f"{answer.strategy}: host memory is short: {format_gib(p.host_bytes)} needed, {format_gib(p.card.host_bytes)} there.")
     notes += larger_chunks_note(answer)
     return notes
+
+
+def nothing_fits_notes(found: Sequence[Answer]) -> list[str]:
+    """When no strategy holds even one token: how much is needed, and what would do."""
+    least = min(found, key=lambda a: a.plan.peak_bytes)
+    p = least.plan
+    lines = [
+        f"Nothing fits: even one token needs {format_gib(p.peak_bytes)} ({p.instant}), "
+        f"{format_gib(p.peak_bytes - p.budget_bytes)} more than the budget."
+    ]
+    _, run = ways_to_fit(p)
+    if run is not None:
+        lines.append(f"What would make {least.strategy} fit: {'; '.join(c.name for c in run.changes)}.")
+    else:
+        bigger = smallest_gpu(p)
+        more = f" The smallest card that holds it: {bigger.name}." if bigger else " No single card holds it."
+        lines.append("No change to the recipe makes it fit on this card." + more)
+    return lines
 
 
 def larger_chunks_note(answer: Answer) -> list[str]:

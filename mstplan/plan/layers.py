@@ -471,12 +471,11 @@ class Writer:
             down = self._expert_bias(down, "experts.down_proj_bias", x_width(self), e, order)
         wide = "float32" if "float32" in (scores.dtype, down.dtype) else down.dtype  # up to the sum over experts
         weighted = self.new("weighted expert outputs", "A d", wide)
-        temps = [self.new("gradient x outputs", "A d", wide)]
-        if wide != down.dtype:
-            temps.append(self.new("gradient before its cast", "A d", wide))
+        product = self.new("gradient x outputs", "A d", wide)
+        uncast = (self.new("gradient before its cast", "A d", down.dtype),) if wide != down.dtype else ()
         tape.op(
             "weigh experts", [down, scores], weighted, keeps=(down, scores),
-            grads=((down, tape.grad(down)), (scores, tape.grad(scores))), back_temps=tuple(temps),
+            grads=((down, tape.grad(down)), (scores, tape.grad(scores))), back_temps=(product, *uncast), late_temps=uncast,
         )  # fmt: skip
         restored = self.new("expert outputs in token order", "A d", wide)
         tape.op("restore order", [weighted, order], restored, keeps=(order,), grads=((weighted, tape.grad(weighted)),))

@@ -105,6 +105,8 @@ class Recipe(BaseModel):
 
     def changed(self, **fields: object) -> Recipe:
         """A copy with other values, validated. Raises RecipeError."""
+        if all(repr(getattr(self, name, self)) == repr(value) for name, value in fields.items()):  # 1 is not True
+            return self
         try:
             return Recipe.model_validate({**self.model_dump(), **fields})
         except ValidationError as e:
@@ -116,6 +118,8 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     where = str(problem["loc"][0]) if problem["loc"] else ""
     message = problem["msg"].removeprefix("Value error, ")
+    if where == "checkpoint":
+        message = "must be none, layer, sqrt, or a number of layers"
     if problem["type"] == "extra_forbidden":
         return f"a recipe has no field '{where}'.{did_you_mean(where, Recipe.model_fields)}"
     if where:

@@ -127,13 +127,16 @@ class Step:
         resident = labels([*self._resident(), *self._batch()])
         running = resident + labels(self._running())
         ahead = forward(self.tape, rules, keep=True, prune=False)
-        note(ahead.moments, running + labels(self._in_transfer(1)), _forward_instant)
+        masks = labels(self._masks())
+        note(ahead.moments, running + masks + labels(self._in_transfer(1)), _forward_instant)
         let_go = tuple((label, -count) for label, count in ahead.cached)  # autocast's cache, at the end of forward
         assert self.tape.output is not None
         seed = labels([self.tape.grad(self.tape.output)])
         left = add(ahead.net, total(let_go + seed))
         behind = backward(self.tape, rules, prune=False)
         moments = [Moment(add(left, m.live), m.at, (*ahead.alive, *let_go, *seed, *m.alive)) for m in behind.moments]
+        if self.layout.recipe.checkpoint != "none":  # checkpoints hold the layers' arguments
+            running += masks
         note(moments, running + labels(self._in_transfer(2)), _backward_instant)
         if rules.gradients != "used":
             step_only = labels([*self._gradients(always_alive=False), *_tensors(self.optimizer.temporaries)])
@@ -178,13 +181,16 @@ class Step:
             kinds = {kind.window is None for kind in self.model.layer_kinds}
             sets = len(kinds) if self.model.model_type.startswith("gemma3") else 1  # local and global frequencies
             tensors += [new(f"{name} of positions", f"s {rotary}", dtype) for name in ("cos", "sin") * sets]
-        if self.layout.masked:
-            tensors.append(new("sliding-window mask", "s s", "bool"))
-        elif self.layout.recipe.attention == "eager":
-            dtype = "float32" if self.layout.recipe.precision != "bf16" else "bfloat16"
-            kinds = {kind.window is not None for kind in self.model.layer_kinds}
-            tensors += [new("causal mask", "s s", dtype)] * len(kinds)
         return tensors
+
+    def _masks(self) -> list[Tensor]:
+        """Explicit attention masks: made once in forward, for all layers of a kind."""
+        new, recipe = self.tape.new, self.layout.recipe
+        if recipe.attention == "eager":
+            dtype = "bfloat16" if recipe.precision == "bf16" else "float32"
+            kinds = {kind.window is not None for kind in self.model.layer_kinds}
+            return [new("causal mask", "s s", dtype)] * len(kinds)
+        return [new("sliding-window mask", "s s", "bool")] if self.layout.masked else []
 
     def _in_transfer(self, count: int) -> list[Tensor]:
         """Layer inputs on their way to the host, or fetched back ahead of their use."""
@@ -406,7 +412,6 @@ def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str) -> None:
     """lm_head, soft-capping, and ForCausalLMLoss (transformers loss/loss_utils.py)."""
     tape, model = w.tape, w.model
     logits = w.linear(hidden, w.new("logits", "V"), "lm_head", weight=weight, bias=model.head_bias)
-    first = logits
     if model.logit_softcap:
         logits = w.pointwise("divide logits", logits, w.new("logits / cap", "V"))
         tanh = w.new("tanh of logits", "V")
@@ -419,7 +424,7 @@ def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str) -> None:
         tape.op("shift logits", [wide], shifted, keeps=(wide,), grads=((wide, tape.grad(wide)),))
         wide, held = shifted, (wide, hidden)
     else:
-        held = (first, logits, hidden)  # variables of the model's forward
+        held = (logits, hidden)  # variables of the model's forward
     log_probs = w.new("log-softmax of logits", "V", "float32")
     tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=held)
     loss_value = tape.new("loss", "", "float32")

@@ -102,6 +102,7 @@ class Op:
     temps: tuple[Tensor, ...] = ()  # only while it runs
     grads: tuple[tuple[Tensor, Tensor | None], ...] = ()  # (input, its gradient); None: passes the incoming one on
     back_temps: tuple[Tensor, ...] = ()
+    late_temps: tuple[Tensor, ...] = ()  # alive in its backward only while what it kept still is (see Rules.recomputed)
     weights: tuple[Weight, ...] = ()
     flops: tuple[tuple[int, int], ...] = ()  # (basis, multiply-adds x 2) of its forward
     part: Part | None = None  # this operation is a part with a tape of its own
@@ -193,6 +194,7 @@ class Rules:
     temporaries: int = 0
     detail: bool = False  # list the tensors behind every moment
     every_moment: bool = False  # keep moments that can never be the largest, and replay repeated parts anew
+    recomputed: bool = False  # checkpoint hands kept tensors out for the function only: they are gone when gradients are cast
     in_place: bool = True  # False: as under fake tensors, where autograd adds gradients out of place
 
 
@@ -452,7 +454,11 @@ def _backward(tape: Tape, rules: Rules, owns_incoming: bool) -> Replay:
             keepers[tensor.storage] -= 1
             if keepers[tensor.storage] == 0 and tensor.storage in made:
                 ledger.drop(tensor.storage)
-        if op.joins is not None:  # added in place to the gradient that waited
+        if op.joins is not None:  # added to the gradient that waited
+            if not rules.in_place:
+                ledger.put(weight_gradient(op.joins, rules.dtype))
+                ledger.mark("add gradients of " + op.joins.name)
+                ledger.drop(weight_gradient(op.joins, rules.dtype))
             ledger.drop(weight_gradient(op.joins, rules.dtype))
         if op.part is None:
             for weight in op.weights:
@@ -473,13 +479,14 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     if not part.chunked:
         moments = rules.every_moment or not op.interior
         if part.recompute:
+            rules = replace(rules, recomputed=True)
             ledger.splice(forward(part.tape, rules, keep=True, recomputing=True), op.name, moments=moments)
         ledger.splice(backward(part.tape, rules), op.name, moments=moments)
         return
     ledger.put(part.tape.grad(op.reads[0]))
     for tensor in part.sums:
         ledger.put(tensor)
-    inner = piece(rules) if part.sums else rules
+    inner = replace(piece(rules) if part.sums else rules, recomputed=rules.recomputed or part.recompute)
     if part.recompute:
         ledger.splice(forward(part.tape, inner, keep=True, recomputing=True), op.name)
     ledger.splice(backward(part.tape, inner, owns_incoming=False), op.name)
@@ -513,10 +520,11 @@ def used_dtype(rules: Rules, weight: Weight | None = None) -> str:
 def _weights_backward(op: Op, ledger: _Ledger, rules: Rules) -> None:
     for weight in op.weights:
         ledger.put(weight_gradient(weight, used_dtype(rules, weight)))
-    for tensor in op.back_temps:
+    temps = op.back_temps if rules.recomputed else op.back_temps + op.late_temps
+    for tensor in temps:
         ledger.put(tensor)
     ledger.mark("backward of " + op.name)
-    for tensor in op.back_temps:
+    for tensor in temps:
         ledger.drop(tensor)
 
 

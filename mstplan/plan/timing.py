@@ -70,7 +70,7 @@ class _Cost:
 def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: _Chunks) -> float:
     """Seconds of one optimizer step (all of its micro-batches), no faster than which any real step runs on this card.
 
-    Copies of layer inputs to the host and back overlap with computing; the optimizer on the host is counted by what
+    Copies of layer inputs and weights between host and card overlap with computing, each direction by itself; the optimizer on the host is counted by what
     crosses the link, not by the host's own arithmetic.
     """
     cost = _Cost(gpu, sizes.units, chunks, recipe.weight_bytes)
@@ -80,6 +80,9 @@ def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: _Ch
         hidden = step.tape.ops[0].makes[0]
         moved = layers * hidden.bytes * sizes.units[hidden.basis] / gpu.host_link
         ahead, behind = max(ahead, moved), max(behind, moved)
+    if recipe.weights_on_host:  # gathered in both passes; gradients leave in backward
+        gathered = step.parameters * recipe.weight_bytes / gpu.host_link
+        ahead, behind = max(ahead, gathered), max(behind, gathered)
     return recipe.accumulation * (ahead + behind) + _optimizer_seconds(step, recipe, gpu)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 def max_seq_notes(model: Model, card: Card, found: Sequence[Answer]) -> list[str]:
     lines = advice.card_notes(card) + advice.recipe_notes(model, found[-1].plan.recipe)
+    if not any(answer.s_max for answer in found):
+        return lines + advice.nothing_fits_notes(found)
     for answer in found:
         for line in advice.answer_notes(answer):
             if line not in lines:

@@ -1,0 +1,624 @@
+"""Memory against sequence length: the points of each strategy's curve, as a CSV file or a picture.
+
+matplotlib is imported only when a picture is drawn, through its object interface: no display and no pyplot.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import log2
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import OutputError
+from ..plan import solve
+from ..plan.hardware import Card
+from ..plan.model import Model
+from ..plan.recipe import Recipe
+from ..plan.solve import Answer, Chunks
+from ..plan.steps import (
+    EMBEDDING,
+    END_OF_FORWARD,
+    FIRST_LAYER,
+    INSTANTS,
+    LAST_LAYER,
+    LOSS,
+    LOSS_BACKWARD,
+    MIDDLE_LAYER,
+    OPTIMIZER,
+)
+from ..units import GIB, format_gib, format_tokens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf", ".csv")
+SHORTEST = 1024
+SCAN = 512
+"""Lengths at which a change of the binding instant is looked for, however few points are asked for."""
+BAR_FROM = 2000
+"""Points per curve from which a progress bar is worth it."""
+
+
+class Point(NamedTuple):
+    seq_len: int
+    bytes: int
+    instant: str  # the binding one
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The peak of one strategy against the length, with the same numbers of chunks everywhere."""
+
+    strategy: str
+    recipe: Recipe
+    s_max: int
+    chunks: Chunks
+    points: tuple[Point, ...]  # by length
+
+    def as_data(self) -> dict[str, Any]:
+        return {
+            "strategy": self.strategy,
+            "s_max": self.s_max,
+            "mlp_chunks": self.chunks.mlp,
+            "loss_chunks": self.chunks.loss,
+            "points": [point._asdict() for point in self.points],
+        }
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------------
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Raises OutputError when the file could not, or must not, be written. Writes nothing."""
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder.\nName a file in it: --out {path / 'memory.png'}")
+        if path.suffix.lower() not in SUFFIXES:
+            raise OutputError(f"cannot tell from '{path.name}' what to write.\nEnd the name in {', '.join(SUFFIXES)}.")
+        folder = Path(os.path.realpath(path)).parent
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise OutputError(f"cannot write {path}: {folder} {what}.\nMake that folder first, or name another with --out.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write {path}: no permission to write in {folder}.\nName another folder with --out.")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write {path}: it is not a regular file.\nName another with --out.")
+        if path.exists() and not force:
+            raise OutputError(f"{path} exists already.\n--force overwrites it; --out names another file.")
+    except OSError as e:
+        raise OutputError(_refused(path, e)) from None
+
+
+def _refused(path: Path, error: OSError) -> str:
+    return f"cannot write {path}: {error.strerror or error}.\nName another file with --out."
+
+
+def write(curves: Sequence[Curve], model: Model, card: Card, path: Path) -> None:
+    """The curves as the file's suffix says. All of the file is written, or nothing. Raises OutputError."""
+    kind = path.suffix.lower()
+    if kind not in SUFFIXES:
+        raise OutputError(f"cannot tell from '{path.name}' what to write.\nEnd the name in {', '.join(SUFFIXES)}.")
+    try:
+        data = _csv(curves, card) if kind == ".csv" else _picture(curves, model, card, kind[1:])
+        _replace(Path(os.path.realpath(path)), data)
+    except OSError as e:
+        raise OutputError(_refused(path, e)) from None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Put `data` in place of the file, or leave everything as it was."""
+    part = path.with_name(f".mstplan-{token_hex(8)}.part")
+    try:
+        with open(part, "xb") as file:
+            file.write(data)
+        os.replace(part, path)
+    except BaseException:  # also Ctrl-C
+        part.unlink(missing_ok=True)
+        raise
+
+
+COLUMNS = ("strategy", "seq_len", "bytes", "gib", "instant", "budget_bytes", "fits")
+
+
+def _csv(curves: Iterable[Curve], card: Card) -> bytes:
+    """RFC 4180, UTF-8."""
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(COLUMNS)
+    budget = card.budget_bytes
+    for curve in curves:
+        for seq_len, size, instant in curve.points:
+            fits = "true" if size <= budget else "false"
+            rows.writerow((curve.strategy, seq_len, size, f"{size / GIB:.6f}", instant, budget, fits))
+    return text.getvalue().encode()
+
+
+# ---- the points --------------------------------------------------------------------------------------------------------
+
+
+def curves(found: Sequence[Answer], longest: int | None = None, points: int = 200) -> list[Curve]:
+    """Each answer's peak at `points` lengths up to `longest`, log-spaced; and at every S_max, at the length after the
+    strategy's own, and on both sides of every change of the binding instant.
+
+    Chunk counts are those of the answer at every length; of a strategy that does not fit at all, those recommended at
+    the longest length drawn. Without `longest`: a little beyond the largest S_max, and the model's context if near.
+    """
+    if not found:
+        return []
+    reached = sorted(a.s_max for a in found if a.s_max)
+    if longest is None:
+        longest = _longest(reached[-1] if reached else 0, found[0].plan.model.context)
+    first = min(SHORTEST, max(1, longest // 4))
+    if reached and reached[0] < first:
+        first = 1 << (reached[0].bit_length() - 1)
+    grid = _spaced(first, longest, points)
+    scan = sorted({*grid, *_spaced(first, longest, SCAN)}) if points < SCAN else grid
+    result = []
+    with _progress(len(found) * len(scan), points > BAR_FROM) as advance:
+        for answer in found:
+            plan = answer.plan
+            chunks = plan.chunks if answer.s_max else solve.recommend_at(plan.model, plan.recipe, plan.card, longest)
+            also = {s for s in (*reached, answer.s_max + 1 if answer.s_max else 0) if first <= s <= longest}
+            spots = _points(answer, chunks, {*grid, *also}, sorted({*scan, *also}), advance)
+            result.append(Curve(answer.strategy, plan.recipe, answer.s_max, chunks, spots))
+    return result
+
+
+def _longest(top: int, context: int | None) -> int:
+    if top == 0:
+        return max(context or 0, 2 * SHORTEST) if context else 128 * 1024
+    longest = top + top // 4
+    return max(longest, context) if context is not None and context <= 2 * top else longest
+
+
+def _spaced(first: int, last: int, count: int) -> list[int]:
+    """Whole numbers, evenly spaced on a log scale; fewer where they would repeat."""
+    ratio = log2(last / first)
+    inner = (round(first * 2 ** (ratio * i / (count - 1))) for i in range(1, count - 1))
+    return sorted({first, last, *(min(last, max(first, s)) for s in inner)})
+
+
+def _points(
+    answer: Answer, chunks: Chunks, wanted: set[int], scan: Sequence[int], advance: Callable[[], None]
+) -> tuple[Point, ...]:
+    plan = answer.plan
+    known: dict[int, Point] = {}
+
+    def at(seq_len: int) -> Point:
+        if seq_len not in known:
+            instant, size = solve.peak_at(plan.model, plan.recipe, plan.card, seq_len, chunks)
+            known[seq_len] = Point(seq_len, size, instant)
+        return known[seq_len]
+
+    for seq_len in scan:
+        at(seq_len)
+        advance()
+    wanted = set(wanted)
+    open_ends = list(zip(scan, scan[1:], strict=False))
+    while open_ends:
+        low, high = open_ends.pop()
+        if at(low).instant == at(high).instant:
+            continue
+        if high - low == 1:
+            wanted |= {low, high}
+        else:
+            middle = (low + high) // 2
+            open_ends += [(low, middle), (middle, high)]
+    return tuple(known[s] for s in sorted(wanted))
+
+
+@contextmanager
+def _progress(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
+    """A function to call at each of `total` steps; a bar on stderr if wanted and someone is there to see it."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("memory at each length", total=total)
+        yield lambda: bar.advance(task)
+
+
+# ---- the picture: what it says -----------------------------------------------------------------------------------------
+
+
+class Style(NamedTuple):
+    color: str
+    dashes: Any
+    width: float
+    marker: str
+
+
+# Okabe and Ito's colours; dashes, widths and markers tell the lines apart without them.
+STYLES = {
+    "standard": Style("#000000", "-", 1.1, "o"),
+    "checkpoint": Style("#0072B2", (0, (6, 2)), 1.6, "s"),
+    "checkpoint-sqrt": Style("#D55E00", (0, (4, 1.5, 1, 1.5)), 1.6, "^"),
+    "mst": Style("#009E73", "-", 2.6, "D"),
+    "mst-offload": Style("#CC79A7", (0, (1.2, 1)), 2.6, "v"),
+}
+OTHERS = (Style("#0072B2", "-", 2.2, "o"), Style("#D55E00", (0, (8, 2, 1, 2)), 2.0, "P"))
+FILLS = {
+    END_OF_FORWARD: ("#ffffff", "\\\\\\\\"),
+    LOSS: ("#fdf3b4", "...."),
+    LOSS_BACKWARD: ("#ffd9a8", "////"),
+    LAST_LAYER: ("#cfe6f7", "||||"),
+    MIDDLE_LAYER: ("#e8e8e8", "++++"),
+    FIRST_LAYER: ("#c5e8dc", "xxxx"),
+    EMBEDDING: ("#f3d9e6", "oo"),
+    OPTIMIZER: ("#d9d9d9", ""),
+}
+"""Each binding instant's fill and hatch."""
+
+
+def _style(name: str, index: int) -> Style:
+    return STYLES.get(name) or OTHERS[index % len(OTHERS)]
+
+
+def _card_name(card: Card) -> str:
+    return card.gpu.name if card.named else f"{format_gib(card.total_bytes, 0)} card"
+
+
+def _recipe_line(curves: Sequence[Curve]) -> str:
+    """What all strategies share; of a single recipe that has no strategy's name, the rest too."""
+    r = curves[0].recipe
+    optimizer = f"{r.optimizer} ({r.adamw_kernel})" if r.optimizer == "adamw" else r.optimizer
+    optimizer += " in backward" if r.optimizer_in_backward else " on the host" if r.optimizer_on_host else ""
+    parts = [f"batch {r.batch}", r.precision, optimizer]
+    parts += ["weights on the host"] if r.weights_on_host else []
+    parts += [f"{r.accumulation} micro-batches per step"] if r.accumulation > 1 else []
+    parts += [f"{r.attention} attention"] if r.attention != "sdpa" else []
+    if len(curves) == 1 and curves[0].strategy not in STYLES:
+        every = r.checkpoint if isinstance(r.checkpoint, str) else f"every {r.checkpoint} layers"
+        parts += [f"checkpoint {every}", f"{r.loss} loss"]
+        parts += ["MLP chunks recomputed"] if r.mlp_recompute else []
+        parts += ["layer inputs on the host"] if r.offload_layer_inputs else []
+    return ", ".join(parts)
+
+
+def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
+    """The lines below the picture. `top`: the most bytes that are drawn."""
+    from .. import __version__
+    from .tables import RUNG
+
+    lines = []
+    cut = [c for c in curves if max(c.chunks) > 1]
+    if cut:
+        when = "S_max" if all(c.s_max for c in cut) else "the longest length drawn" if not any(c.s_max for c in cut) else "S_max or the longest length drawn"
+        chosen = any("auto" in (c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in cut)
+        counts = "; ".join(f"{c.strategy} {c.chunks.mlp} (MLP), {c.chunks.loss} (loss)" for c in cut)
+        lines.append(f"Chunk counts{f', as recommended at {when},' if chosen else ''} are the same at every length: {counts}.")
+    beyond = [f"{c.strategy} {format_tokens(c.s_max)}" for c in curves if c.s_max > c.points[-1].seq_len]
+    if beyond:
+        lines.append(f"S_max beyond the lengths drawn: {', '.join(beyond)}.")
+    none = [c for c in curves if not c.s_max]
+    if none:
+        least = min(c.points[0].bytes for c in none)
+        where = format_tokens(none[0].points[0].seq_len)
+        who = "No strategy fits" if len(none) == len(curves) and len(curves) > 1 else f"Does not fit: {', '.join(c.strategy for c in none)}"
+        at_least = f" {format_gib(least)}" if len(none) == 1 else f" at least {format_gib(least)}"
+        lines.append(f"{who}: even {where} tokens need{at_least}, {format_gib(least - card.budget_bytes)} more than the budget.")
+        hidden = [c.strategy for c in none if c.points[0].bytes > top]
+        if hidden:
+            lines.append(f"Above the picture: {', '.join(hidden)}.")
+    return [*lines, f"{RUNG[0].upper()}{RUNG[1:]}. mstplan {__version__}"]
+
+
+# ---- the picture: where it goes ----------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT, DPI, FONT = 7.0, 6.0, 200, 8.5  # inches, inches, dots per inch, points
+LEFT, RIGHT, LINE = 1.5, 0.2, 0.145  # inches: margins, a line of small text
+SMALL = 8.0
+
+
+def _picture(curves: Sequence[Curve], model: Model, card: Card, kind: str) -> bytes:
+    import warnings
+
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from .. import __version__
+
+    title = f"{_short(model.name)} on {_card_name(card)}: memory of a training step"
+    maker = f"mstplan {__version__}"
+    # Nothing in the file may depend on the day or on the user's own matplotlib settings.
+    metadata: dict[str, dict[str, str | None]] = {
+        "png": {"Software": maker, "Title": title},
+        "svg": {"Date": None, "Creator": maker, "Title": title},
+        "pdf": {"CreationDate": None, "Creator": maker, "Producer": maker, "Title": title},
+    }
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a model's name may be in any script
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "font.size": FONT, "axes.linewidth": 0.7, "hatch.linewidth": 0.45, "text.parse_math": False,
+                "svg.hashsalt": "mstplan", "pdf.fonttype": 42,
+            }
+        )  # fmt: skip
+        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=100, facecolor="white")
+        FigureCanvasAgg(figure)
+        _draw(figure, curves, model, card, title)
+        out = io.BytesIO()
+        figure.savefig(out, format=kind, dpi=DPI, metadata=metadata[kind])
+    return out.getvalue()
+
+
+def _short(name: str, most: int = 48) -> str:
+    return name if len(name) <= most else name[: most - 3] + "..."
+
+
+def _draw(figure: Figure, curves: Sequence[Curve], model: Model, card: Card, title: str) -> None:
+    left, width = LEFT / WIDTH, (WIDTH - LEFT - RIGHT) / WIDTH
+    top = _top(curves, card)
+    shown = _visible_instants(curves)
+    lines = [part for note in _notes(curves, card, top) for part in _wrapped(figure, note)]
+
+    def up(inches: float) -> float:
+        return inches / HEIGHT
+
+    y = 0.1
+    for line in reversed(lines):
+        figure.text(0.1 / WIDTH, up(y), line, fontsize=SMALL, color="0.2", va="bottom")
+        y += LINE
+    y += 0.06
+    _legend(figure, shown, up(y))
+    y += 0.24 + 0.19 * -(-len(shown) // 3)
+    y += 0.42  # the x axis: its label and ticks
+    bars = figure.add_axes((left, up(y), width, up(0.19 * len(curves) + 0.06)))
+    y += 0.19 * len(curves) + 0.06 + 0.09
+    memory = figure.add_axes((left, up(y), width, 1 - up(y + 0.52)), sharex=bars)
+    figure.text(0.1 / WIDTH, 1 - up(0.1), title, fontsize=11, fontweight="bold", va="top")
+    figure.text(0.1 / WIDTH, 1 - up(0.31), _recipe_line(curves), fontsize=FONT, va="top")
+
+    _axis_of_lengths(bars, curves)
+    _instants(bars, curves)
+    memory.set_ylim(0, top / GIB)
+    memory.set_ylabel("memory of the step, GiB")
+    memory.tick_params(axis="x", which="both", labelbottom=False)
+    memory.grid(axis="both", color="0.88", linewidth=0.6)
+    memory.set_axisbelow(True)
+    _memory(memory, curves, model, card)
+
+
+def _top(curves: Sequence[Curve], card: Card) -> float:
+    """Bytes at the upper end of the axis: a little above the card, or above what needs least if nothing is near."""
+    least = min(c.points[0].bytes for c in curves)
+    top = 1.3 * card.budget_bytes
+    return top if least <= top else 1.3 * least
+
+
+def _wrapped(figure: Figure, text: str) -> list[str]:
+    """Lines of small text no wider than the figure."""
+    from matplotlib.text import Text
+
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    room = (WIDTH - 0.2) * figure.dpi
+
+    def fits(line: str) -> bool:
+        return bool(Text(0, 0, line, fontsize=SMALL, figure=figure).get_window_extent(renderer).width <= room)
+
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and not fits(longer):
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _segments(curve: Curve) -> Iterator[tuple[int, int, str, bool]]:
+    """(from, to, instant, fits) along the curve, in one piece while neither changes."""
+    start = curve.points[0]
+    for before, point in zip(curve.points, curve.points[1:], strict=False):
+        if point.instant != before.instant or (before.seq_len <= curve.s_max) != (point.seq_len <= curve.s_max):
+            yield start.seq_len, point.seq_len, start.instant, start.seq_len <= curve.s_max
+            start = point
+    yield start.seq_len, curve.points[-1].seq_len, start.instant, start.seq_len <= curve.s_max
+
+
+def _visible_instants(curves: Iterable[Curve]) -> list[str]:
+    seen = {point.instant for curve in curves for point in curve.points}
+    return [name for name in INSTANTS if name in seen]
+
+
+def _legend(figure: Figure, shown: Sequence[str], y: float) -> None:
+    from matplotlib.patches import Patch
+
+    keys = [Patch(facecolor=FILLS[n][0], hatch=FILLS[n][1], edgecolor="0.25", linewidth=0.6, label=n) for n in shown]
+    legend = figure.legend(
+        handles=keys, loc="lower left", bbox_to_anchor=(0.1 / WIDTH, y), ncols=min(3, len(keys)), fontsize=SMALL,
+        frameon=False, borderpad=0, borderaxespad=0, handlelength=3.2, handleheight=1.3, labelspacing=0.35, columnspacing=1.6,
+        title="What holds the length back: the instant of the step with the most memory (faded: beyond S_max)",
+        title_fontsize=SMALL, alignment="left",
+    )  # fmt: skip
+    legend.get_title().set_fontstyle("italic")
+
+
+def _axis_of_lengths(axes: Axes, curves: Sequence[Curve]) -> None:
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
+
+    first, last = curves[0].points[0].seq_len, curves[0].points[-1].seq_len
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(*((first, last) if first < last else (first / 2, last * 2)))
+    octaves = [1 << n for n in range(41) if first <= 1 << n <= last]
+    every = 1 if len(octaves) <= 6 else 2 if len(octaves) <= 15 else 4
+    ticks = [n for n in octaves if (n.bit_length() - 1) % every == 0] or octaves
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FixedFormatter([_binary(n) for n in ticks]))
+    axes.xaxis.set_minor_locator(FixedLocator([n for n in octaves if n not in ticks]))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("sequence length, tokens (k = 1,024)", labelpad=2)
+
+
+def _binary(n: int) -> str:
+    for unit, name in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "k")):
+        if n >= unit:
+            return f"{n // unit}{name}"
+    return str(n)
+
+
+def _instants(axes: Axes, curves: Sequence[Curve]) -> None:
+    """One bar per strategy, split by what binds."""
+    from matplotlib.lines import Line2D
+    from matplotlib.transforms import ScaledTranslation, blended_transform_factory
+
+    axes.set_ylim(len(curves) - 0.35, -0.65)
+    axes.set_yticks([])
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    names = blended_transform_factory(axes.transAxes, axes.transData)
+    for row, curve in enumerate(curves):
+        for start, end, instant, fits in _segments(curve):
+            fill, hatch = FILLS[instant]
+            axes.barh(
+                row, end - start, left=start, height=0.74, color=fill, hatch=hatch, edgecolor="0.25", linewidth=0.6, alpha=None if fits else 0.25
+            )
+        style = _style(curve.strategy, row)
+        if curve.points[0].seq_len <= curve.s_max <= curve.points[-1].seq_len:
+            axes.plot([curve.s_max] * 2, [row - 0.48, row + 0.48], color="black", linewidth=2, solid_capstyle="butt", clip_on=False, zorder=5)
+        inches = axes.figure.dpi_scale_trans  # type: ignore[union-attr]
+        label = curve.strategy
+        axes.text(0, row, label, transform=names + ScaledTranslation(-0.5, 0, inches), ha="right", va="center_baseline", fontsize=SMALL)
+        sample = Line2D([0, 1], [row, row], color=style.color, linestyle=style.dashes, linewidth=style.width, clip_on=False)
+        width = 0.36 * WIDTH / (WIDTH - LEFT - RIGHT) / WIDTH  # inches as a share of the axes
+        sample.set_xdata([0, width])
+        sample.set_transform(names + ScaledTranslation(-0.43, 0, inches))
+        axes.add_artist(sample)
+
+
+def _memory(axes: Axes, curves: Sequence[Curve], model: Model, card: Card) -> None:
+    budget = card.budget_bytes / GIB
+    top = axes.get_ylim()[1]
+    first, last = axes.get_xlim()
+    axes.axhspan(budget, top, color="0.955", zorder=0, linewidth=0)
+    axes.axhline(budget, color="black", linewidth=1.3, zorder=2.5)
+    order = sorted(range(len(curves)), key=lambda i: -_style(curves[i].strategy, i).width)
+    for i in order:  # thin lines over thick ones
+        style = _style(curves[i].strategy, i)
+        points = list(_up_to(curves[i].points, 1.5 * top * GIB))
+        axes.plot(
+            [p.seq_len for p in points], [p.bytes / GIB for p in points],
+            color=style.color, linestyle=style.dashes, linewidth=style.width, zorder=3,
+        )  # fmt: skip
+    labels = []
+    for i, curve in enumerate(curves):
+        if first <= curve.s_max <= last:
+            style = _style(curve.strategy, i)
+            axes.plot(
+                [curve.s_max], [budget], marker=style.marker, markersize=6.5, color=style.color, markeredgecolor="white",
+                markeredgewidth=0.8, zorder=6, clip_on=False, linestyle="none",
+            )  # fmt: skip
+            labels.append(_Label(f"{curve.strategy} {format_tokens(curve.s_max)}", curve.s_max, budget))
+    _place(axes, labels, curves, budget, f"{_card_name(card)}: budget {format_gib(card.budget_bytes)}", model.context)
+
+
+def _up_to(points: Iterable[Point], most: float) -> Iterator[Point]:
+    """The points up to the first beyond `most` bytes: the rest cannot be seen."""
+    for point in points:
+        yield point
+        if point.bytes > most:
+            return
+
+
+# ---- labels that do not overlap ------------------------------------------------------------------------------------------
+
+
+class _Label(NamedTuple):
+    """A text that stands beside the vertical line at `x`, as near to `y` as there is room."""
+
+    text: str
+    x: float
+    y: float
+    line: str = "mark"  # or context
+
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top; in pixels
+
+
+def _place(
+    axes: Axes, labels: list[_Label], curves: Sequence[Curve], budget: float, on_budget: str, context: int | None
+) -> None:
+    import numpy as np
+    from matplotlib.text import Text
+
+    figure = axes.figure
+    renderer = figure.canvas.get_renderer()  # type: ignore[union-attr]
+    frame = axes.get_window_extent(renderer)
+    top = axes.get_ylim()[1]
+    first, last = axes.get_xlim()
+    if context is not None and first < context < last:
+        labels = [*labels, _Label(f"context {format_tokens(context)}", context, 0.0, "context")]
+
+    def pixels(x: Any, y: Any) -> Any:
+        return axes.transData.transform(np.column_stack([x, y]))
+
+    inked = []  # the curves, pixel by pixel
+    for curve in curves:
+        points = list(_up_to(curve.points, 1.5 * top * GIB))
+        path = pixels([p.seq_len for p in points], [p.bytes / GIB for p in points])
+        run = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(path, axis=0).T))])
+        spots = np.arange(0, run[-1], 1.5)
+        inked.append(np.column_stack([np.interp(spots, run, path[:, k]) for k in (0, 1)]))
+    ink = np.concatenate(inked)
+    guides = pixels([label.x for label in labels], [0] * len(labels))[:, 0] if labels else np.empty(0)
+    level = pixels([first], [budget])[0][1]
+    marks = [pixels([label.x], [label.y])[0] for label in labels if label.line == "mark"]
+    taken: list[Box] = []
+
+    def size(text: str) -> tuple[float, float]:
+        box = Text(0, 0, text, fontsize=SMALL, figure=figure).get_window_extent(renderer)
+        return box.width, box.height
+
+    def cost(box: Box, own: int | None) -> float:
+        x0, y0, x1, y1 = box
+        if x0 < frame.x0 + 2 or x1 > frame.x1 - 2 or y0 < frame.y0 + 2 or y1 > frame.y1 - 2:
+            return 1e6
+        hidden = np.count_nonzero((ink[:, 0] > x0 - 3) & (ink[:, 0] < x1 + 3) & (ink[:, 1] > y0 - 3) & (ink[:, 1] < y1 + 3))
+        crossed = sum(1 for k, x in enumerate(guides) if k != own and x0 - 2 < x < x1 + 2)
+        covered = sum(1 for x, y in marks if x0 - 6 < x < x1 + 6 and y0 - 6 < y < y1 + 6)
+        clash = sum(1 for a in taken if x0 < a[2] + 3 and a[0] < x1 + 3 and y0 < a[3] + 2 and a[1] < y1 + 2)
+        return 1e4 * clash + 500 * covered + 40 * (hidden > 0) + hidden + 25 * crossed + 300 * (y0 - 2 < level < y1 + 2)
+
+    def put(box: Box, text: str, **more: Any) -> None:
+        taken.append(box)
+        at = axes.transData.inverted().transform(((box[0]), (box[1] + box[3]) / 2))
+        back = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9}
+        axes.text(at[0], at[1], text, fontsize=SMALL, va="center", ha="left", bbox=back, zorder=7, **more)
+
+    width, height = size(on_budget)
+    choices = [
+        (x, y, x + width, y + height)
+        for y in (level + 4, level - 4 - height)
+        for x in (frame.x0 + 5, frame.x1 - 5 - width, (frame.x0 + frame.x1 - width) / 2)
+    ]
+    put(min(choices, key=lambda box: cost(box, None)), on_budget, fontweight="bold")
+    for own, label in sorted(enumerate(labels), key=lambda pair: pair[1].x):
+        width, height = size(label.text)
+        x, y = pixels([label.x], [label.y])[0]
+        best, least = (0.0, 0.0, 0.0, 0.0), float("inf")
+        for step in range(int(frame.height / 4)):
+            bottom = frame.y0 + 4 + 4 * step
+            far = abs(bottom + height / 2 - y) / 4
+            for side, left in enumerate((x - 4 - width, x + 4)):
+                box = (left, bottom, left + width, bottom + height)
+                total = cost(box, own) + far + side
+                if total < least:
+                    best, least = box, total
+        put(best, label.text, color="0.35" if label.line == "context" else "black")
+        high = top if label.line == "context" else max(label.y, axes.transData.inverted().transform((x, best[3]))[1])
+        style = (0, (5, 3)) if label.line == "context" else (0, (1, 1.5))
+        axes.plot([label.x] * 2, [0, high], color="0.45", linewidth=0.8, linestyle=style, zorder=2)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from mstplan.plan import advice
+from mstplan.plan.catalog import load_model
+from mstplan.plan.hardware import card
+from mstplan.plan.recipe import STRATEGIES, strategy
+from mstplan.plan.solve import max_seq, plan_at
+
+GIB = 2**30
+MODEL = load_model("llama3.1-8b")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("seq_len", [16384, 65536, 262144])
+def test_what_is_said_to_fit_fits(name: str, seq_len: int) -> None:
+    start = plan_at(MODEL, strategy(name), card("h100"), seq_len)
+    if start.fits:
+        return
+    singles, run = advice.ways_to_fit(start)
+    assert all(way.plan.peak_bytes < start.peak_bytes for way in singles)
+    if run is not None:
+        assert run.plan.fits and run.plan.seq_len == seq_len
+        again = plan_at(MODEL, run.plan.recipe, card("h100"), seq_len)
+        assert again.peak_bytes == run.plan.peak_bytes
+
+
+def test_cheap_changes_come_first() -> None:
+    start = plan_at(MODEL, strategy("checkpoint"), card("h100"), 65536)
+    singles, run = advice.ways_to_fit(start)
+    order = [advice.CHANGES.index(way.changes[0]) for way in singles]
+    assert order == sorted(order)
+    assert run is not None and [c.name for c in run.changes] == ["the chunked loss"]
+
+
+def test_no_change_of_a_run_is_superfluous() -> None:
+    start = plan_at(MODEL, strategy("standard"), card("rtx-4090"), 32768)
+    _, run = advice.ways_to_fit(start)
+    assert run is not None and len(run.changes) > 1
+    for left_out in run.changes:
+        fewer = [c for c in run.changes if c is not left_out]
+        assert not plan_at(MODEL, advice._applied(start.recipe, fewer), start.card, start.seq_len).fits
+
+
+def test_the_smallest_card_that_holds_it() -> None:
+    start = plan_at(MODEL, strategy("checkpoint"), card("h100"), 65536)
+    bigger = advice.smallest_gpu(start)
+    assert bigger is not None and plan_at(MODEL, start.recipe, card(bigger.name), 65536).fits
+    assert not plan_at(MODEL, start.recipe, card("h200"), 65536).fits
+
+
+def test_host_memory_limits() -> None:
+    answer = max_seq(MODEL, strategy("mst-offload"), card("h100", host_memory=16 * GIB), "mst-offload")
+    limited = advice.host_limited(answer)
+    assert limited is not None and 0 < limited < answer.s_max
+    assert plan_at(MODEL, answer.plan.recipe, answer.plan.card, limited, answer.plan.chunks).host_bytes <= 16 * GIB
+    assert plan_at(MODEL, answer.plan.recipe, answer.plan.card, limited + 1, answer.plan.chunks).host_bytes > 16 * GIB
+
+
+def test_notes_are_said_when_they_hold_and_only_then() -> None:
+    long = max_seq(load_model("llama2-7b"), strategy("mst"), card("h100"), "mst")
+    assert any("4,096 positions" in note for note in advice.answer_notes(long))
+    short = max_seq(MODEL, strategy("checkpoint"), card("h100"), "checkpoint")
+    assert advice.answer_notes(short) == []
+    assert any("no sdpa for gemma2" in note for note in advice.recipe_notes(load_model("gemma2-2b"), strategy("mst")))
+    assert any("explicit S x S mask" in note for note in advice.recipe_notes(load_model("gemma3-1b"), strategy("mst")))
+    assert advice.recipe_notes(MODEL, strategy("mst")) == []

@@ -1,0 +1,184 @@
+"""S_max and chunk counts against their definitions, for any model, recipe and card; and against published lengths."""
+
+import dataclasses
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mstplan.plan.catalog import load_model, model_names
+from mstplan.plan.hardware import card
+from mstplan.plan.recipe import STRATEGIES, strategy
+from mstplan.plan.solve import (
+    GAIN,
+    LONGEST,
+    Chunks,
+    _step,
+    chunk_tokens,
+    fixed_chunks,
+    longest,
+    peak_at,
+    recommend,
+    smallest_chunks_tokens,
+)
+from mstplan.units import GIB
+
+from .strategies import POWERS, cards, chunk_counts, models, recipes
+
+A100 = card("a100-80gb")
+quick = settings(derandomize=True, deadline=None, max_examples=150)
+fewer = settings(quick, max_examples=40)
+
+
+def peak(model, recipe, a_card, seq_len, chunks):
+    return peak_at(model, recipe, a_card, seq_len, chunks)[1]
+
+
+# ---- S_max --------------------------------------------------------------------------------------------------------------
+
+
+def check_definition(model, recipe, a_card, chunks):
+    """peak(S_max) <= budget < peak(S_max + 1)"""
+    s_max = longest(model, recipe, a_card, chunks)
+    assert 0 <= s_max <= LONGEST
+    if s_max > 0:
+        assert peak(model, recipe, a_card, s_max, chunks) <= a_card.budget_bytes
+    if s_max < LONGEST:
+        assert a_card.budget_bytes < peak(model, recipe, a_card, s_max + 1, chunks)
+    return s_max
+
+
+def bisected(model, recipe, a_card, chunks, top=1 << 24):
+    """The same by nothing but the peak at a length; `top` when even that fits."""
+    low, high = 0, top
+    while low < high:
+        middle = (low + high + 1) // 2
+        if peak(model, recipe, a_card, middle, chunks) <= a_card.budget_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@quick
+@given(st.data())
+def test_longest_is_what_it_says(data):
+    model, recipe, a_card = data.draw(models()), data.draw(recipes()), data.draw(cards())
+    chunks = data.draw(chunk_counts(recipe))
+    s_max = check_definition(model, recipe, a_card, chunks)
+    assert min(s_max, 1 << 24) == bisected(model, recipe, a_card, chunks)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_longest_is_what_it_says_for_shipped_models(name):
+    model = load_model(name)
+    for gpu in ("a100-80gb", "h200"):
+        for recipe in STRATEGIES.values():
+            for chunks in (fixed_chunks(recipe), fixed_chunks(recipe, 24, 48)):
+                s_max = check_definition(model, recipe, card(gpu), chunks)
+                assert s_max == bisected(model, recipe, card(gpu), chunks)
+
+
+@quick
+@given(st.data())
+def test_more_memory_never_shortens(data):
+    model, recipe, a_card = data.draw(models()), data.draw(recipes()), data.draw(cards())
+    chunks, more = data.draw(chunk_counts(recipe)), data.draw(st.integers(0, 20 * GIB))
+    larger = dataclasses.replace(a_card, total_bytes=a_card.total_bytes + more)
+    assert longest(model, recipe, a_card, chunks) <= longest(model, recipe, larger, chunks)
+
+
+@quick
+@given(st.data())
+def test_twice_the_chunks_never_shorten(data):
+    """From two on; the step from one to two also brings fp32 sums of the weights' gradients."""
+    recipe = data.draw(recipes(mlp_chunks="auto", mlp_recompute=True, loss="chunked", loss_chunks="auto"))
+    model, a_card = data.draw(models()), data.draw(cards())
+    mlp, loss = 2 * data.draw(POWERS), 2 * data.draw(POWERS)
+    few = longest(model, recipe, a_card, Chunks(mlp, loss))
+    assert few <= longest(model, recipe, a_card, Chunks(2 * mlp, loss))
+    assert few <= longest(model, recipe, a_card, Chunks(mlp, 2 * loss))
+
+
+@quick
+@given(st.data())
+def test_two_sequences_of_half_the_length(data):
+    """Two sequences fit at half of what one reaches, but for what rounding up adds: to whole chunks (one token of each,
+    twice) and to the 128 rows of attention's workspace."""
+    one = data.draw(recipes(batch=1))
+    two = one.changed(batch=2)
+    model, a_card = data.draw(models(window=False)), data.draw(cards())
+    chunks = data.draw(chunk_counts(one))
+    alone, together = (longest(model, recipe, a_card, chunks) for recipe in (one, two))
+    assert together <= alone
+    assert together >= (alone - max(254, 2 * max(chunks))) // 2
+
+
+# ---- mst beside checkpointing -------------------------------------------------------------------------------------------
+
+
+def fp32_sums(model, recipe, chunks, seq_len):
+    """What several chunks cost: fp32 sums of the weights' gradients, of one MLP and of the head."""
+    step = _step(model, recipe, A100.gpu, chunks, seq_len)
+    parts = [op.part for op in step.tape.ops if op.part is not None]
+    inner = [op.part for part in parts if not part.in_forward for op in part.tape.ops if op.part is not None]
+    head = sum(t.bytes for part in parts if part.in_forward for t in part.sums)
+    return head, max((sum(t.bytes for t in part.sums) for part in inner), default=0)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_mst_needs_no_more_than_checkpointing(name):
+    """At the same length, beyond one chunk: no more than checkpointing and the fp32 sums."""
+    model = load_model(name)
+    checkpointing, mst = STRATEGIES["checkpoint"], STRATEGIES["mst"]
+    for seq_len in (512, 8192, 100_000):
+        plain = peak(model, checkpointing, A100, seq_len, Chunks(1, 1))
+        for chunks in (Chunks(2, 2), Chunks(2, 16), Chunks(16, 2), Chunks(64, 64)):
+            sums = fp32_sums(model, mst, chunks, seq_len)
+            assert peak(model, mst, A100, seq_len, chunks) <= plain + max(sums), (seq_len, chunks)
+
+
+# ---- recommended chunks -------------------------------------------------------------------------------------------------
+
+
+def compute_bound(model, recipe, a_card, chunks, share=1.0):
+    """Every chunk, where there are several, keeps the tokens its matrix products need at S_max."""
+    s_max = longest(model, recipe, a_card, chunks)
+    least = smallest_chunks_tokens(model, a_card.gpu)
+    return all(m == 1 or recipe.batch * chunk_tokens(s_max, m) >= share * n for m, n in zip(chunks, least, strict=True))
+
+
+def check_recommendation(model, recipe, a_card):
+    chosen = recommend(model, recipe, a_card)
+    assert chosen == fixed_chunks(recipe, *chosen)
+    assert all(m & (m - 1) == 0 for m in chosen)
+    assert compute_bound(model, recipe, a_card, chosen, 1 - GAIN)
+    reached = longest(model, recipe, a_card, chosen)
+    powers = [1 << n for n in range(1, 18)]
+    allowed = [Chunks(1, 1), *(Chunks(m, n) for m in powers for n in powers)]
+    allowed = [c for c in {fixed_chunks(recipe, *c) for c in allowed} if compute_bound(model, recipe, a_card, c)]
+    best = max(longest(model, recipe, a_card, c) for c in allowed)
+    assert reached >= best * (1 - GAIN), (chosen, reached, best)
+
+
+@pytest.mark.parametrize("name", ["llama3.1-8b", "qwen3-4b", "gemma2-2b", "gpt2", "qwen2.5-14b", "phi4"])
+@pytest.mark.parametrize("gpu", ["a100-80gb", "h100-80gb", "rtx-4090"])
+def test_recommended_chunks_of_shipped_models(name, gpu):
+    check_recommendation(load_model(name), strategy("mst", optimizer="adafactor"), card(gpu))
+
+
+@fewer
+@given(models(window=False), recipes(mlp_chunks="auto", mlp_recompute=True, loss="chunked", loss_chunks="auto"), cards())
+def test_recommended_chunks(model, recipe, a_card):
+    assume(longest(model, recipe, a_card, Chunks(1, 1)) < LONGEST)
+    check_recommendation(model, recipe, a_card)
+
+
+# ---- published lengths --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("llama3-8b", 5000), ("llama2-7b", 7000)])
+def test_published_lengths_of_standard_training(name, tokens):
+    """arXiv 2407.15892, table 2: one A100-80GB, bf16, optimizer in backward. (Its other rows ran an older loss.)"""
+    reached = longest(load_model(name), strategy("standard", optimizer_in_backward=True), A100, Chunks(1, 1))
+    assert reached == pytest.approx(tokens, rel=0.1)

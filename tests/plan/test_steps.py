@@ -1,0 +1,175 @@
+"""The step model against itself done the slow and obvious way, and against published figures."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mstplan import profiles
+from mstplan.plan.catalog import load_model, model_names
+from mstplan.plan.hardware import card
+from mstplan.plan.recipe import STRATEGIES, strategy
+from mstplan.plan.solve import Chunks, _step, peak_at, sizes
+from mstplan.plan.steps import (
+    EMBEDDING,
+    END_OF_FORWARD,
+    FIRST_LAYER,
+    INSTANTS,
+    LAST_LAYER,
+    LOSS,
+    LOSS_BACKWARD,
+    OPTIMIZER,
+    Layout,
+    Step,
+    evaluate,
+)
+from mstplan.units import GIB
+
+from .strategies import cards, chunk_counts, models, recipes
+
+A100 = card("a100-80gb")
+INDEX = json.loads((profiles.ROOT / "models" / "index.json").read_text(encoding="utf-8"))
+FEW = ("llama3.2-1b", "gemma3-1b", "qwen3-0.6b", "deepseek-v2-lite", "gpt2")
+SHAPES = ((1, 1, 1), (1, 4096, 1), (2, 1000, 3), (1, 300_001, 64))  # batch, tokens, chunks
+
+quick = settings(derandomize=True, deadline=None, max_examples=150)
+
+
+def chunks_of(recipe, count):
+    return Chunks(count if recipe.mlp_chunks == "auto" else 1, count if recipe.loss_chunks == "auto" else 1)
+
+
+def slow_peaks(step, where):
+    """Every layer replayed anew, no moment left out; the largest of each instant."""
+    found = step._moments(dataclasses.replace(step.rules(), every_moment=True))
+    return {name: max(evaluate(m.live, where.units) for m in moments) for name, moments in found.items()}
+
+
+# ---- the slow way -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("plan", STRATEGIES)
+def test_every_layer_by_itself_gives_the_same_peak(name, plan):
+    model = load_model(name)
+    for batch, seq_len, count in SHAPES:
+        recipe = strategy(plan, batch=batch)
+        chunks = chunks_of(recipe, count)
+        step, where = _step(model, recipe, A100.gpu, chunks, seq_len), sizes(recipe, seq_len, chunks)
+        slow = slow_peaks(step, where)
+        assert max(slow.values()) == step.largest(where)[1]
+        shown = {i.name: i.bytes for i in step.instants(where)}
+        for instant in (END_OF_FORWARD, LOSS, LOSS_BACKWARD, LAST_LAYER, FIRST_LAYER, EMBEDDING, OPTIMIZER):
+            assert shown.get(instant) == slow.get(instant)
+
+
+@quick
+@given(st.data())
+def test_the_same_holds_for_any_model_and_recipe(data):
+    model, recipe = data.draw(models()), data.draw(recipes())
+    chunks, seq_len = data.draw(chunk_counts(recipe)), data.draw(st.integers(1, 200_000))
+    step, where = _step(model, recipe, A100.gpu, chunks, seq_len), sizes(recipe, seq_len, chunks)
+    assert max(slow_peaks(step, where).values()) == step.largest(where)[1]
+
+
+# ---- entries ----------------------------------------------------------------------------------------------------------
+
+
+def check_instants(step, where):
+    instants = step.instants(where)
+    assert [i.name for i in instants] == [name for name in INSTANTS if name in {i.name for i in instants}]
+    assert max(i.bytes for i in instants) == step.largest(where)[1]
+    for instant in instants:
+        assert sum(entry.bytes for entry in instant.entries) == instant.bytes
+        assert all(entry.bytes > 0 and entry.count > 0 for entry in instant.entries)
+        assert all(type(entry.bytes) is int for entry in instant.entries)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_entries_add_up(name):
+    model = load_model(name)
+    for plan in STRATEGIES:
+        recipe = strategy(plan)
+        chunks = chunks_of(recipe, 16)
+        check_instants(_step(model, recipe, A100.gpu, chunks, 32768), sizes(recipe, 32768, chunks))
+
+
+@quick
+@given(st.data())
+def test_entries_add_up_for_any_model_and_recipe(data):
+    model, recipe = data.draw(models()), data.draw(recipes())
+    chunks, seq_len = data.draw(chunk_counts(recipe)), data.draw(st.integers(1, 200_000))
+    check_instants(_step(model, recipe, A100.gpu, chunks, seq_len), sizes(recipe, seq_len, chunks))
+
+
+@quick
+@given(st.data())
+def test_a_longer_sequence_never_needs_less(data):
+    model, recipe, a_card = data.draw(models(window=False)), data.draw(recipes()), data.draw(cards())
+    chunks, seq_len = data.draw(chunk_counts(recipe)), data.draw(st.integers(1, 200_000))
+    peaks = [peak_at(model, recipe, a_card, s, chunks)[1] for s in (seq_len, seq_len + 1, 2 * seq_len)]
+    assert peaks == sorted(peaks)
+
+
+# ---- published figures --------------------------------------------------------------------------------------------------
+
+
+def test_measured_peak_of_llama3_8b():
+    """Published notebook of an MsT run: max_memory_allocated 74.807488 GiB, at the optimizer's step."""
+    instant, peak = peak_at(load_model("llama3-8b"), strategy("mst"), A100, 8192, Chunks(4, 16))
+    assert instant == OPTIMIZER
+    assert peak / GIB == pytest.approx(74.807488, rel=1e-3)
+
+
+IN_BACKWARD = {"optimizer_in_backward": True}
+TABLES_8_TO_11 = [
+    ("standard", {}, Chunks(1, 1), 75),
+    ("standard", IN_BACKWARD, Chunks(1, 1), 74),
+    ("checkpoint", IN_BACKWARD, Chunks(1, 1), 52),
+    ("mst", IN_BACKWARD | {"mlp_chunks": 1, "loss_chunks": 32}, Chunks(1, 32), 48),
+]
+
+
+@pytest.mark.parametrize(("plan", "changes", "chunks", "gib"), TABLES_8_TO_11)
+def test_published_peaks_of_llama3_8b_at_4k(plan, changes, chunks, gib):
+    """arXiv 2407.15892, tables 8 to 11."""
+    _, peak = peak_at(load_model("llama3-8b"), strategy(plan, **changes), A100, 4096, chunks)
+    assert peak / GIB == pytest.approx(gib, rel=0.04)
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------------
+
+
+def step_of(model):
+    return Step(model, Layout(strategy("standard"), False, False, False), 0)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_parameter_counts(name):
+    assert step_of(load_model(name)).parameters == INDEX[name]["parameters"]
+
+
+def counted(name):
+    """transformers' own count: all parameters, and those that one token uses."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    with torch.device("meta"):
+        net = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    routed = load_model(name).experts
+    total = active = 0
+    for path, weight in net.named_parameters():
+        total += weight.numel()
+        shared = routed is not None and ".experts." in path
+        active += weight.numel() * (routed.per_token if shared else 1) // (routed.count if shared else 1)
+    return total, active
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_parameter_counts_of_the_real_model(name):
+    weights = step_of(load_model(name)).weights
+    total = sum(w.numel * n for w, n in weights)
+    active = sum(w.numel * w.active[0] // w.active[1] * n for w, n in weights)
+    assert (total, active) == counted(name)

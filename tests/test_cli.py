@@ -1,0 +1,260 @@
+"""The command line as a user meets it: real output, exit codes, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mstplan import cli
+from mstplan.plan.recipe import STRATEGIES, Recipe
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:  # type: ignore[type-arg]
+        return json.loads(self.out)
+
+
+Run = Callable[..., Said]
+CASE = ("--model", "llama3.1-8b", "--gpu-mem", "80GB")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run mstplan in an empty folder, 80 columns, no colour."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def called(*arguments: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["mstplan", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = stop.value.code
+        return Said(code if isinstance(code, int) else int(code is not None), out, err)
+
+    return called
+
+
+# ---- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_max_seq_answers_for_every_strategy(run: Run) -> None:
+    said = run("max-seq", *CASE)
+    assert said.code == 0 and not said.err
+    for name in STRATEGIES:
+        assert any(line.startswith(name) for line in said.out.splitlines())
+    assert "budget 79.48 GiB" in said.out
+    assert "80 GiB nominal" in said.out or "80.00 GiB nominal" in said.out
+
+
+def test_max_seq_json_has_the_promised_fields(run: Run) -> None:
+    answer = run("max-seq", *CASE, "--json").json
+    assert answer["schema_version"] == 1 and answer["rung"] == "formula"
+    assert {"name", "parameters", "active_parameters", "layers"} <= answer["model"].keys()
+    assert answer["model"]["parameters"] == 8_030_261_248
+    assert answer["budget_bytes"] == answer["card"]["budget_bytes"] < 80 * 2**30
+    fields = {"strategy", "s_max", "peak_bytes", "instant", "mlp_chunks", "loss_chunks", "chunk_tokens", "host_bytes", "step_seconds"}
+    assert [r["strategy"] for r in answer["results"]] == list(STRATEGIES)
+    for result in answer["results"]:
+        assert fields <= result.keys()
+        assert 0 < result["peak_bytes"] <= answer["budget_bytes"]
+        assert result["chunk_tokens"]["mlp"] == -(-result["s_max"] // result["mlp_chunks"])
+    binding = answer["binding"]
+    assert [e["bytes"] for e in binding] == sorted((e["bytes"] for e in binding), reverse=True)
+
+
+def test_the_table_says_what_json_says(run: Run) -> None:
+    table, answer = run("max-seq", *CASE).out, run("max-seq", *CASE, "--json").json
+    for result in answer["results"]:
+        line = next(line for line in table.splitlines() if line.startswith(result["strategy"] + " "))
+        assert f"{result['s_max']:,}" in line and result["instant"] in line
+
+
+def test_plan_fits_and_exit_codes(run: Run) -> None:
+    fits = run("plan", *CASE, "--seq-len", "64k", "--strategy", "mst")
+    assert fits.code == 0 and "fits" in fits.out
+    too_long = run("plan", *CASE, "--seq-len", "1M", "--strategy", "checkpoint")
+    assert too_long.code == 1 and "does not fit" in too_long.out and "cheapest first" in too_long.out
+
+
+def test_plan_json_is_one_ledger(run: Run) -> None:
+    answer = run("plan", *CASE, "--seq-len", "65536", "--strategy", "mst", "--json").json
+    assert answer["fits"] is True
+    by_name = {instant["name"]: instant for instant in answer["instants"]}
+    assert by_name[answer["instant"]]["bytes"] == answer["peak_bytes"] == max(i["bytes"] for i in answer["instants"])
+    for instant in answer["instants"]:
+        assert sum(entry["bytes"] for entry in instant["entries"]) == instant["bytes"]
+        assert {"name", "shape", "dtype", "bytes"} <= instant["entries"][0].keys()
+    assert Recipe.from_json(json.dumps(answer["recipe"])) == STRATEGIES["mst"]
+
+
+def test_plan_says_what_would_make_it_fit(run: Run) -> None:
+    answer = run("plan", *CASE, "--seq-len", "64k", "--strategy", "checkpoint", "--json").json
+    assert answer["fits"] is False
+    assert answer["way_to_fit"]["fits"] is True and answer["way_to_fit"]["peak_bytes"] <= answer["budget_bytes"]
+    assert all(change["peak_bytes"] < answer["peak_bytes"] for change in answer["changes"])
+
+
+def test_a_recipe_goes_out_and_comes_back(run: Run) -> None:
+    first = run("plan", *CASE, "--seq-len", "32k", "--batch", "2", "--write-recipe", "mine.json", "--json").json
+    again = run("plan", *CASE, "--seq-len", "32k", "--recipe", "mine.json", "--json").json
+    assert Recipe.read("mine.json").batch == 2
+    assert first["peak_bytes"] == again["peak_bytes"] and first["recipe"] == again["recipe"]
+
+
+def test_chunks_are_fixed_by_the_user(run: Run) -> None:
+    results = run("max-seq", *CASE, "--chunks", "8,32", "--json").json["results"]
+    chunked = {r["strategy"]: (r["mlp_chunks"], r["loss_chunks"]) for r in results}
+    assert chunked["mst"] == chunked["mst-offload"] == (8, 32)
+    assert chunked["standard"] == chunked["checkpoint"] == (1, 1)
+    (custom,) = run("max-seq", *CASE, "--checkpoint", "4", "--chunks", "16", "--json").json["results"]
+    assert custom["strategy"] == "custom" and custom["recipe"]["checkpoint"] == 4
+    assert (custom["mlp_chunks"], custom["loss_chunks"]) == (16, 16) and custom["recipe"]["mlp_recompute"] is True
+
+
+def test_theorem_shows_coefficients_and_both_answers(run: Run) -> None:
+    said = run("theorem", "-m", "llama3.1-8b", "--gpu", "a100-80gb", "--seq-len", "64k")
+    assert said.code == 0
+    for word in ("W_mem", "I_mem", "A_mem", "MsT + CPU offload", "step model", "Why they differ"):
+        assert word in said.out
+    overridden = run("theorem", *CASE, "--w-mem", "60GiB", "--i-mem", "1000000", "--a-mem", "200000", "--layers", "4", "--m", "10",
+                     "--m-max", "70GiB", "--seq-len", "1000", "--json").json  # fmt: skip
+    mst = next(f for f in overridden["formulas"] if f["formula"] == "MsT")
+    assert mst["s_max"] == 10 * 2**30 // 500_000 and mst["memory_bytes"] == 60 * 2**30 + 1000 * 500_000
+
+
+def test_shapes_shows_what_the_introduction_quotes(run: Run) -> None:
+    said = run("shapes", "--model", "llama3.1-8b", "--seq-len", "131072")
+    for figure in ("33 GB", "7.5 GB", "550 GB", "about 1 GB", "33.62", "7.52", "549.76", "1.07", "0.27"):
+        assert figure in said.out
+
+
+def test_models_shows_the_published_sizes(run: Run) -> None:
+    rows = {m["name"]: m for m in run("models", "--json").json["models"]}
+    published = {"llama2-7b": (32, 4096, 4096, 11008, 32000), "llama3-8b": (32, 4096, 8192, 14336, 128256),
+                 "llama3.1-8b": (32, 4096, 131072, 14336, 128256)}  # fmt: skip
+    for name, sizes in published.items():
+        row = rows[name]
+        assert (row["layers"], row["hidden_size"], row["context"], row["intermediate_size"], row["vocab_size"]) == sizes
+    table = run("models").out
+    assert len(rows) >= 50 and all(name in table for name in rows)
+
+
+def test_gpus_lists_cards_with_sources(run: Run) -> None:
+    cards = {g["name"]: g for g in run("gpus", "--json").json["gpus"]}
+    assert {"t4", "rtx-3090", "rtx-4090", "a100-40gb", "a100-80gb", "h100", "h200", "b200", "mi300x"} <= cards.keys()
+    assert all(g["usable_source"] and g["rates_source"] and g["usable_bytes"] <= g["nominal_gib"] * 2**30 for g in cards.values())
+    assert "h100" in run("gpus").out and "datasheet" in run("gpus", "--sources").out
+
+
+@pytest.mark.parametrize("command", ["max-seq", "plan", "theorem", "shapes", "plot", "models", "gpus"])
+def test_help_has_an_example_and_fits_80_columns(run: Run, command: str) -> None:
+    said = run(command, "--help")
+    assert said.code == 0 and "mstplan " + command in said.out
+    assert max(map(len, said.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("max-seq", *CASE), ("max-seq", "-m", "deepseek-v3", "--gpu", "h200"), ("plan", *CASE, "--seq-len", "1M", "-s", "standard"),
+     ("theorem", *CASE, "--seq-len", "64k"), ("shapes", "-m", "mixtral-8x7b"), ("models",), ("gpus", "--sources")],
+)  # fmt: skip
+def test_output_fits_80_columns_and_carries_no_colour_into_pipes(run: Run, arguments: tuple[str, ...]) -> None:
+    said = run(*arguments)
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert "\x1b" not in said.out
+
+
+def test_reserve_host_memory_and_positions_are_noted(run: Run) -> None:
+    free, held = (run("max-seq", *CASE, *more, "--json").json for more in ((), ("--reserve", "4GB")))
+    assert free["budget_bytes"] - held["budget_bytes"] == 4 * 2**30
+    notes = " ".join(run("max-seq", *CASE, "--host-mem", "16GB", "--json").json["notes"])
+    assert "host memory is short" in notes and "allows" in notes
+    notes = " ".join(run("max-seq", "-m", "llama2-7b", "--gpu", "h100", "--json").json["notes"])
+    assert "4,096 positions" in notes
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------------
+
+BAD = [
+    (("max-seq", "--model", "llama3.1-8b"), "no card given"),
+    (("max-seq", "--model", "llama31-8b", "--gpu", "h100"), "Did you mean llama3.1-8b"),
+    (("max-seq", "--model", "llama3.1-8b", "--gpu", "h10"), "Did you mean h100"),
+    (("max-seq", "--model", "llama3.1-8b", "--gpu-mem", "80"), "79.15GiB"),
+    (("max-seq", "--model", "llama3.1-8b", "--gpu-mem", "-3GB"), "cannot read"),
+    (("max-seq", "--model", "llama3.1-8b", "--gpu-mem", "1MB"), "less than any card"),
+    (("max-seq", "--model", "llama3.1-8b", "--gpu", "h100", "--gpu-mem", "90GB"), "more than h100 has"),
+    (("max-seq", *CASE, "--reserve", "80GB"), "leaves nothing"),
+    (("max-seq", *CASE, "--batch", "0"), "batch"),
+    (("max-seq", *CASE, "--batch", "-1"), "batch"),
+    (("max-seq", *CASE, "--chunks", "0"), "--chunks"),
+    (("max-seq", *CASE, "--chunks", "1,2,3"), "--chunks"),
+    (("max-seq", *CASE, "--optimizer", "adam"), "adamw"),
+    (("max-seq", *CASE, "--precision", "fp8"), "bf16"),
+    (("max-seq", *CASE, "--checkpoint", "lots"), "none, layer, sqrt"),
+    (("max-seq", *CASE, "--offload"), "needs checkpointing"),
+    (("max-seq", *CASE, "--optimizer-in-backward", "--accumulation", "4"), "cannot accumulate"),
+    (("max-seq", *CASE, "--weights-on-host"), "needs optimizer_on_host"),
+    (("max-seq", *CASE, "--recipe", "nowhere.json"), "cannot read recipe"),
+    (("max-seq", "--model", "folder", "--gpu", "h100"), "config.json"),
+    (("max-seq", "--model", "broken.json", "--gpu", "h100"), "not valid JSON"),
+    (("max-seq", "--model", "bert.json", "--gpu", "h100"), "encoder"),
+    (("max-seq", "--model", "../../secrets", "--gpu", "h100"), "secrets"),
+    (("plan", *CASE, "--seq-len", "0"), "whole number of tokens"),
+    (("plan", *CASE, "--seq-len", "-5"), ""),
+    (("plan", *CASE, "--seq-len", "many"), "64k"),
+    (("plan", *CASE, "--seq-len", "64k", "--strategy", "mts"), "Did you mean mst"),
+    (("plan", *CASE, "--seq-len", "64k", "--write-recipe", "no/such/folder/r.json"), "cannot write"),
+    (("plan", *CASE, "--seq-len", "64k", "--recipe", "unknown-field.json"), "no field 'optimiser'. Did you mean optimizer"),
+    (("theorem", *CASE, "--i-mem", "x"), "whole number"),
+    (("theorem", *CASE, "--layers", "0"), "at least 1"),
+    (("shapes", "--model", "llama3.1-8b", "--dtype", "int4"), "bfloat16"),
+    (("plot", *CASE, "--out", "picture.gif"), ".png"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=lambda x: " ".join(x[1:])[-40:] if isinstance(x, tuple) else None)
+def test_bad_input_gets_one_or_two_clear_lines(run: Run, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken.json").write_text('{"model_type": "llama", ')
+    (tmp_path / "bert.json").write_text('{"model_type": "bert", "hidden_size": 768}')
+    (tmp_path / "unknown-field.json").write_text('{"optimiser": "sgd"}')
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    said = run(*arguments)
+    assert said.code == 2
+    assert "Traceback" not in said.err and not said.out
+    if says:
+        assert says in said.err
+        assert len(said.err.strip().splitlines()) <= 2
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_memory_smaller_than_the_weights_says_how_much_is_needed(run: Run) -> None:
+    said = run("max-seq", "--model", "llama3.1-70b", "--gpu", "h100")
+    assert said.code == 1 and "657.11 GiB" in said.out
+    assert all(r["s_max"] == 0 for r in run("max-seq", "--model", "llama3.1-70b", "--gpu", "h100", "--json").json["results"])
+
+
+def test_unknown_commands_and_missing_options_exit_2(run: Run) -> None:
+    assert run("frobnicate").code == 2
+    assert run("max-seq").code == 2
+    assert run("plan", *CASE).code == 2
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    import subprocess
+
+    command = f"{sys.executable} -m mstplan gpus --sources | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
+    assert "Traceback" not in done.stderr
