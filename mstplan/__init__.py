@@ -15,17 +15,36 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .errors import HardwareError as HardwareError, InputError as InputError, ModelError as ModelError, MstplanError as MstplanError, OutputError as OutputError, RecipeError as RecipeError, UnitError as UnitError
+    from .errors import HardwareError as HardwareError
+    from .errors import InputError as InputError
+    from .errors import ModelError as ModelError
+    from .errors import MstplanError as MstplanError
+    from .errors import OutputError as OutputError
+    from .errors import RecipeError as RecipeError
+    from .errors import UnitError as UnitError
     from .plan.advice import ways_to_fit as ways_to_fit
-    from .plan.catalog import load_model as load_model, model_names as model_names
-    from .plan.hardware import Card as Card, Gpu as Gpu, card as card, find_gpu as find_gpu, gpus as gpus
+    from .plan.catalog import load_model as load_model
+    from .plan.catalog import model_names as model_names
+    from .plan.hardware import Card as Card
+    from .plan.hardware import Gpu as Gpu
+    from .plan.hardware import card as card
+    from .plan.hardware import find_gpu as find_gpu
+    from .plan.hardware import gpus as gpus
     from .plan.model import Model as Model
     from .plan.parameters import parameter_count as parameter_count
-    from .plan.recipe import STRATEGIES as STRATEGIES, Recipe as Recipe, strategy as strategy
+    from .plan.recipe import STRATEGIES as STRATEGIES
+    from .plan.recipe import Recipe as Recipe
+    from .plan.recipe import strategy as strategy
     from .plan.shapes import shapes as shapes
-    from .plan.solve import Answer as Answer, Chunks as Chunks, Plan as Plan, max_seq as max_seq, plan_at as plan_at
-    from .plan.steps import Entry as Entry, Instant as Instant
-    from .units import parse_length as parse_length, parse_memory as parse_memory
+    from .plan.solve import Answer as Answer
+    from .plan.solve import Chunks as Chunks
+    from .plan.solve import Plan as Plan
+    from .plan.solve import max_seq as max_seq
+    from .plan.solve import plan_at as plan_at
+    from .plan.steps import Entry as Entry
+    from .plan.steps import Instant as Instant
+    from .units import parse_length as parse_length
+    from .units import parse_memory as parse_memory
 
 __version__ = "0.1.0"
 

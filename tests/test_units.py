@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ def test_memory(text: str, size: int) -> None:
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "80", "GB", "-1GB", "1e3GB", "80 G", "nanGB", "99999999999TB", "8,0GB", "80GBs", "٣GB" * 0 + "x"])
+@pytest.mark.parametrize("text", ["", "80", "GB", "-1GB", "1e3GB", "80 G", "nanGB", "99999999999TB", "8,0GB", "80GBs"])
 def test_memory_that_cannot_be_read(text: str) -> None:
     with pytest.raises(UnitError, match="80GB"):
         parse_memory(text)
@@ -36,13 +38,13 @@ def test_length_that_cannot_be_read(text: str) -> None:
         parse_length(text)
 
 
-@given(st.text(max_size=20))
-def test_any_text_is_read_or_refused(text: str) -> None:
-    for parse in (parse_memory, parse_length):
-        try:
-            assert parse(text) >= 0
-        except UnitError as e:
-            assert len(str(e).splitlines()) <= 2
+@pytest.mark.parametrize("parse", [parse_memory, parse_length])
+@given(text=st.text(max_size=20))
+def test_any_text_is_read_or_refused(parse: Callable[[str], int], text: str) -> None:
+    try:
+        assert parse(text) >= 0
+    except UnitError as e:
+        assert len(str(e).splitlines()) <= 2  # noqa: PT017
 
 
 @given(st.integers(1, LONGEST))

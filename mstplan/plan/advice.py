@@ -21,6 +21,7 @@ class Change(NamedTuple):
     fields: dict[str, object]
 
 
+ON_HOST: dict[str, object] = {"optimizer_on_host": True, "optimizer_in_backward": False}
 CHANGES = (
     Change("fused AdamW (fused=True)", "free", {"adamw_kernel": "fused"}),
     Change("the chunked loss", "free", {"loss": "chunked", "loss_chunks": "auto"}),
@@ -35,8 +36,8 @@ CHANGES = (
     Change("layer inputs on the host", "host memory; hidden behind computing", {"offload_layer_inputs": True}),
     Change("8-bit AdamW", "bitsandbytes; slightly different updates", {"optimizer": "adamw-8bit"}),
     Change("weights and moments in bf16", "less exact updates", {"precision": "bf16"}),
-    Change("the optimizer on the host", "a slower step; 14 bytes per parameter of host memory", {"optimizer_on_host": True, "optimizer_in_backward": False}),
-    Change("the weights on the host as well", "all weights cross the link twice a step", {"optimizer_on_host": True, "optimizer_in_backward": False, "weights_on_host": True}),
+    Change("the optimizer on the host", "a slower step; 14 bytes per parameter of host memory", ON_HOST),
+    Change("the weights on the host as well", "all weights cross the link twice a step", {**ON_HOST, "weights_on_host": True}),
 )  # fmt: skip
 """In the order in which they should be tried: what costs nothing first, then time, then exactness, then the machine."""
 
@@ -167,10 +168,8 @@ def nothing_fits_notes(found: Sequence[Answer]) -> list[str]:
     """When no strategy holds even one token: how much is needed, and what would do."""
     least = min(found, key=lambda a: a.plan.peak_bytes)
     p = least.plan
-    lines = [
-        f"Nothing fits: even one token needs {format_gib(p.peak_bytes)} ({p.instant}), "
-        f"{format_gib(p.peak_bytes - p.budget_bytes)} more than the budget."
-    ]
+    missing = format_gib(p.peak_bytes - p.budget_bytes)
+    lines = [f"Nothing fits: even one token needs {format_gib(p.peak_bytes)} ({p.instant}), {missing} more than the budget."]
     _, run = ways_to_fit(p)
     if run is not None:
         lines.append(f"What would make {least.strategy} fit: {'; '.join(c.name for c in run.changes)}.")

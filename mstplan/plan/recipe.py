@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -127,7 +127,7 @@ def first_problem(error: ValidationError) -> str:
     return message
 
 
-_MST: dict[str, object] = {
+_MST: dict[str, Any] = {
     "checkpoint": "layer", "mlp_chunks": "auto", "mlp_recompute": True, "loss": "chunked", "loss_chunks": "auto",
 }  # fmt: skip
 # Constructed without validation: that would build pydantic's validators at every start (a test validates them).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import isqrt
 from typing import NamedTuple
 
@@ -207,7 +207,7 @@ def recommend(model: Model, recipe: Recipe, card: Card) -> Chunks:
     if "auto" not in (recipe.mlp_chunks, recipe.loss_chunks):
         return fixed_chunks(recipe)
 
-    @lru_cache(maxsize=None)
+    @cache
     def reach(chunks: Chunks) -> int:
         return longest(model, recipe, card, chunks)
 
@@ -245,7 +245,7 @@ def recommend_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chun
     if "auto" not in (recipe.mlp_chunks, recipe.loss_chunks):
         return fixed_chunks(recipe)
 
-    @lru_cache(maxsize=None)
+    @cache
     def peak(chunks: Chunks) -> int:
         return peak_at(model, recipe, card, seq_len, chunks)[1]
 

@@ -63,8 +63,8 @@ class Entry(NamedTuple):
     name: str
     shape: str  # symbolic, such as "(b, s, I)"
     dtype: str
-    count: int
-    bytes: int  # of all `count`
+    copies: int
+    bytes: int  # of all copies
 
 
 class Instant(NamedTuple):
@@ -156,9 +156,11 @@ class Step:
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
-        units = [sum(w.numel for op in t.ops for w in _op_weights(op)) for t in {id(o.part.tape): o.part.tape for o in self.tape.ops if o.part and not o.part.in_forward}.values()]
-        outer = [w.numel for op in self.tape.ops for w in (op.weights if op.part is None else op.part.weights if op.part.in_forward else ())]
-        return max(outer, default=0) + 2 * max(units, default=0)
+        outer, layers = [0], [0]
+        for op in self.tape.ops:
+            whole_op = op.part is None or op.part.in_forward
+            (outer if whole_op else layers).append(sum(weight.numel for weight in _op_weights(op)))
+        return max(outer) + 2 * max(layers)
 
     def _gradients(self, always_alive: bool) -> list[Tensor]:
         recipe = self.layout.recipe
@@ -257,7 +259,7 @@ def _tensors(rows: Iterable[tuple[str, str, int]]) -> list[Tensor]:
 
 
 def _forward_instant(at: str) -> str:
-    return END_OF_FORWARD if at.startswith("layer") or at.startswith("embedding") else LOSS
+    return END_OF_FORWARD if at.startswith(("layer", "embedding")) else LOSS
 
 
 def _backward_instant(at: str) -> str:

@@ -225,8 +225,8 @@ class _Ledger:
         """Take over what another replay found, begun from here."""
         base = tuple(self.total)
         for live, at, alive in replay.moments if moments else ():
-            at = f"{where}: {at}" if where else at
-            self.moments.append(Moment(add(base, live), at, merged(tuple(self.alive.items()), alive)))
+            place = f"{where}: {at}" if where else at
+            self.moments.append(Moment(add(base, live), place, merged(tuple(self.alive.items()), alive)))
         self.total = list(add(base, replay.net))
         self.alive = dict(merged(tuple(self.alive.items()), replay.alive))
 

@@ -12,7 +12,7 @@ plain numbers or symbols alike. Bytes; bytes per token; tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -65,9 +65,7 @@ class Coefficients:
 
     def replaced(self, **values: int | None) -> Coefficients:
         """With the values that are not None in place. Raises RecipeError for values that make no sense."""
-        from dataclasses import replace
-
-        given = {name: value for name, value in values.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
         for name, value in given.items():
             least = 1 if name in ("layers", "chunks") else 0
             if value < least:
@@ -86,7 +84,9 @@ class Row(NamedTuple):
 def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Coefficients:
     """W_mem: weights, gradients, optimizer states. A_mem: what autograd keeps of one layer. I_mem: the largest
     intermediate, of the LM head and loss or of the MLP, at the moment it peaks."""
-    plain = recipe.changed(checkpoint="none", mlp_chunks=1, mlp_recompute=False, loss_chunks=1, offload_layer_inputs=False, loss="transformers" if recipe.loss == "chunked" else recipe.loss)
+    loss = "transformers" if recipe.loss == "chunked" else recipe.loss
+    unchunked = {"mlp_chunks": 1, "mlp_recompute": False, "loss_chunks": 1, "loss": loss}
+    plain = recipe.changed(checkpoint="none", offload_layer_inputs=False, **unchunked)
     built = _layout_step(model, plain, card.gpu, False, False, False)
     constants = built.constants()
     kept = _kept_per_layer(built)
@@ -136,13 +136,13 @@ def _per_token(built: Step, instant: str, names: tuple[str, ...]) -> tuple[Entry
 
 def differences(model: Model, recipe: Recipe) -> tuple[str, ...]:
     """Why the step model's answer differs from the formulas', in one line each."""
+    n = model.layers
     reasons = [
         "the formulas add I_mem and the activations of all kept layers, which never live at the same moment",
         "they know no optimizer: AdamW's foreach step makes a temporary as large as the weights"
         if recipe.optimizer == "adamw" and recipe.adamw_kernel == "foreach" and not recipe.optimizer_in_backward
         else "they know no temporaries of the optimizer",
-        f"sqrt(L) checkpointing keeps sqrt({model.layers}) layers' activations; frameworks checkpoint every layer: "
-        f"{model.layers} layer inputs and one layer's activations",
+        f"sqrt(L) checkpointing keeps sqrt({n}) layers' activations; frameworks keep {n} layer inputs and one layer's activations",
         "backward makes gradients of the intermediates and, in attention, fp32 workspace, which A_mem does not hold",
         "I_mem / M chunks the LM head or the MLP alone; with chunks the other one, or attention, binds",
     ]

@@ -74,7 +74,7 @@ def answer(a: Answer) -> dict[str, Any]:
 
 
 def entry(e: Entry) -> dict[str, Any]:
-    return {"name": e.name, "shape": e.shape, "dtype": e.dtype, "count": e.count, "bytes": e.bytes}
+    return {"name": e.name, "shape": e.shape, "dtype": e.dtype, "count": e.copies, "bytes": e.bytes}
 
 
 def instant(i: Instant) -> dict[str, Any]:

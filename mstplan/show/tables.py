@@ -81,7 +81,7 @@ def entries(console: Console, title: str, rows: Sequence[Entry], most: int = 14)
     console.print(Text(title, "bold"))
     table = _table(("tensor", "left"), ("shape", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right"))
     for e in rows[:most]:
-        table.add_row(e.name, e.shape, e.dtype, str(e.count) if e.count > 1 else "", _gib(e.bytes))
+        table.add_row(e.name, e.shape, e.dtype, str(e.copies) if e.copies > 1 else "", _gib(e.bytes))
     if len(rows) > most:
         table.add_row(f"{len(rows) - most} smaller", "", "", "", _gib(sum(e.bytes for e in rows[most:])))
     table.add_section()

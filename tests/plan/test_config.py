@@ -521,7 +521,7 @@ def answer_or_error(config):
     try:
         model = read_config(config, "any.json")
     except ModelError as error:
-        assert "any.json" in str(error) and len(str(error).splitlines()) <= 2
+        assert "any.json" in str(error) and len(str(error).splitlines()) <= 2  # noqa: PT017
     else:
         assert isinstance(model, Model) and model.layers >= 1
         assert all(len(note.splitlines()) == 1 for note in model.notes)

@@ -58,7 +58,7 @@ def test_any_fields_make_a_recipe_or_a_clear_error(fields: dict[str, object]) ->
     try:
         Recipe().changed(**fields)
     except RecipeError as e:
-        assert len(str(e).splitlines()) <= 2
+        assert len(str(e).splitlines()) <= 2  # noqa: PT017
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:

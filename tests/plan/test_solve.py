@@ -138,6 +138,20 @@ def test_mst_needs_no_more_than_checkpointing(name):
             assert peak(model, mst, A100, seq_len, chunks) <= plain + max(sums), (seq_len, chunks)
 
 
+@quick
+@given(st.data())
+def test_mst_beside_checkpointing_for_any_model(data):
+    """Where MLP and vocabulary are no wider than the hidden states, chunks have next to nothing to save. Then the cost
+    shows: the fp32 sums, the bf16 gradients that they become while they live, and one whole tensor of hidden states."""
+    plain = data.draw(recipes(checkpoint="layer", mlp_chunks=1, mlp_recompute=False, loss="transformers", loss_chunks=1))
+    mst = plain.changed(mlp_chunks="auto", mlp_recompute=True, loss="chunked", loss_chunks="auto")
+    model, seq_len = data.draw(models(window=False)), data.draw(st.integers(1, 200_000))
+    chunks = Chunks(data.draw(st.integers(2, 64)), data.draw(st.integers(2, 64)))
+    whole = mst.batch * seq_len * model.hidden * (2 if mst.precision == "bf16" else 4)
+    cost = max(fp32_sums(model, mst, chunks, seq_len)) * 3 // 2 + whole
+    assert peak(model, mst, A100, seq_len, chunks) <= peak(model, plain, A100, seq_len, Chunks(1, 1)) + cost
+
+
 # ---- recommended chunks -------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from mstplan.plan.hardware import card
 from mstplan.plan.recipe import Recipe
 from mstplan.plan.solve import Chunks
 
-M_max, W, I, A, L, M, S = sp.symbols("M_max W_mem I_mem A_mem L M S", positive=True)
+M_max, W, I, A, L, M, S = sp.symbols("M_max W_mem I_mem A_mem L M S", positive=True)  # noqa: E741
 PUBLISHED = {
     "standard": (M_max - W) / (I + L * A),
     "checkpoint (sqrt)": (M_max - W) / (I + sp.sqrt(L) * A),

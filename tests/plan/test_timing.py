@@ -6,10 +6,9 @@ import pytest
 
 from mstplan.plan.catalog import load_model
 from mstplan.plan.hardware import card
-from mstplan.plan.recipe import strategy
+from mstplan.plan.recipe import Recipe, strategy
 from mstplan.plan.solve import Chunks, compute_bound_tokens, plan_at
 from mstplan.plan.steps import Layout, build
-from mstplan.plan.recipe import Recipe
 
 MODEL, H100 = load_model("llama3.1-8b"), card("h100")
 
