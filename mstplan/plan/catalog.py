@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NoReturn
 
 from mstplan import profiles
@@ -64,7 +63,7 @@ def _shipped_name(spec: str) -> str | None:
 
 def _shipped(name: str) -> Model:
     config = _read_json(str(profiles.ROOT / "models" / f"{name}.json"))
-    return replace(read_config(config, name), hub_id=_index()[name]["hub_id"])
+    return read_config(config, name)._replace(hub_id=_index()[name]["hub_id"])
 
 
 def _index() -> dict[str, dict[str, str]]:
@@ -83,7 +82,7 @@ def _from_path(path: str) -> Model:
                 "Give the folder that the model's weights and config.json lie in, or the path of the file."
             )
     model = read_config(_read_json(path), _quoted(path))
-    return replace(model, name=_short_name(path))
+    return model._replace(name=_short_name(path))
 
 
 def _short_name(path: str) -> str:
@@ -96,7 +95,7 @@ def _short_name(path: str) -> str:
 
 def _from_hub(repo: str) -> Model:
     path = _hub_file(repo)
-    return replace(read_config(_read_json(path), repo), hub_id=repo)
+    return read_config(_read_json(path), repo)._replace(hub_id=repo)
 
 
 def _hub_file(repo: str) -> str:

@@ -8,7 +8,6 @@ note says so. What is no decoder trained on next-token loss is refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -370,7 +369,7 @@ def read_config(config: Mapping[str, object], name: str) -> Model:
     if known is None:
         notes.append(_other_note(f, model_type))
     model = _model(f, model_type)
-    return replace(model, notes=(*notes, *_notes(f)))
+    return model._replace(notes=(*notes, *_notes(f)))
 
 
 class _Fields:
@@ -614,7 +613,7 @@ def _experts(f: _Fields) -> Experts | None:
     width = f.size(routed.width if own_width else "intermediate_size")
     sigmoid = not f.family.known and f.find("scoring_func")[1] == "sigmoid"
     return Experts(
-        count=count,
+        number=count,
         per_token=per_token,
         width=width,
         activation=_activation(f),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from ..errors import HardwareError, did_you_mean
 from ..profiles import ROOT
@@ -16,8 +16,7 @@ GRANULARITY = 22 * MIB
 counted: it depends on the order of allocations, and expandable segments remove nearly all of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A card. Bytes, FLOP/s and bytes/s; each figure's source beside it."""
 
     name: str
@@ -39,8 +38,7 @@ class Gpu:
     cublas_workspace_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(NamedTuple):
     """A card as one training process has it. All in bytes."""
 
     gpu: Gpu  # for its rates; its memory too unless `named` is False

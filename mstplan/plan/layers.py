@@ -10,17 +10,16 @@ V vocabulary, X experts. `t` stands for the tokens at hand: "b s" or "b c".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from .model import Attention, Experts, LayerKind, Mlp, Model
-from .tape import Op, Part, Tape, Tensor, Weight, _axes
+from .tape import Op, Part, Tape, Tensor, Weight, axes_of
 
 HIDDEN = "layer input"
 
 
-@dataclass(frozen=True, slots=True)
-class Numerics:
+class Numerics(NamedTuple):
     """How the step computes: weights' dtype, whether bf16 autocast casts them, attention kernel."""
 
     weights: str = "bfloat16"
@@ -91,7 +90,7 @@ class Writer:
 
     def _width(self, x: Tensor) -> int:
         width = 1
-        for axis in _axes(x.shape)[1]:
+        for axis in axes_of(x.shape)[1]:
             width *= int(axis) if axis.isdigit() else self.tape.dims[axis]
         return width
 
@@ -457,18 +456,18 @@ class Writer:
         Every token is copied for each of its experts; rows are sorted by expert.
         """
         tape, rows = self.tape, e.per_token
-        tape.dims.update({"X": e.count, "A": rows, "F": e.width})
+        tape.dims.update({"X": e.number, "A": rows, "F": e.width})
         scores, order = self._router(x, e)
         picked = self.new("expert inputs", "A d", x.dtype)
         tape.op("gather tokens", [x, order], picked, keeps=(order,), grads=((x, tape.grad(x)),))
         dtype = self.numerics.weights  # grouped products know no autocast: they cast their input to the weights' dtype
-        up = self._grouped(picked, self.new("expert gate and up", f"A {2 * e.width}", dtype), "experts.gate_up_proj", e, (e.count, 2 * e.width, x_width(self)))
+        up = self._grouped(picked, self.new("expert gate and up", f"A {2 * e.width}", dtype), "experts.gate_up_proj", e, (e.number, 2 * e.width, self.model.hidden))
         if e.bias:
             up = self._expert_bias(up, "experts.gate_up_proj_bias", 2 * e.width, e, order)
         inner = self._clamped_gate(up) if e.clamped else self._expert_gate(up, e)
-        down = self._grouped(inner, self.new("expert outputs", "A d", dtype), "experts.down_proj", e, (e.count, x_width(self), e.width))
+        down = self._grouped(inner, self.new("expert outputs", "A d", dtype), "experts.down_proj", e, (e.number, self.model.hidden, e.width))
         if e.bias:
-            down = self._expert_bias(down, "experts.down_proj_bias", x_width(self), e, order)
+            down = self._expert_bias(down, "experts.down_proj_bias", self.model.hidden, e, order)
         wide = "float32" if "float32" in (scores.dtype, down.dtype) else down.dtype  # up to the sum over experts
         weighted = self.new("weighted expert outputs", "A d", wide)
         product = self.new("gradient x outputs", "A d", wide)
@@ -492,7 +491,7 @@ class Writer:
         """Scores of the chosen experts (t A) and the order that sorts rows by expert (t A, int64)."""
         tape = self.tape
         x_in = self.cast(x, "float32", "router input in fp32") if e.router_fp32 else x
-        weight = self.weight("router.weight", e.count, x_width(self))
+        weight = self.weight("router.weight", e.number, self.model.hidden)
         dtype = "float32" if e.router_fp32 else self.numerics.compute
         logits = self.linear(x_in, self.new("router logits", "X", dtype), "router", weight=weight, bias=e.bias)
         order = self.new("expert order", "A", "int64")
@@ -515,14 +514,14 @@ class Writer:
 
     def _grouped(self, x: Tensor, y: Tensor, name: str, e: Experts, shape: tuple[int, int, int]) -> Tensor:
         x = self.cast(x, self.numerics.weights)
-        w = self.weight(name, *shape, active=(e.per_token, e.count))
+        w = self.weight(name, *shape, active=(e.per_token, e.number))
         return self.tape.op(
             name, [x], y, keeps=(x,), grads=((x, self.tape.grad(x)),), weights=(w,),
             flops=((y.basis, 2 * e.per_token * shape[1] * shape[2]),),
         )  # fmt: skip
 
     def _expert_bias(self, x: Tensor, name: str, width: int, e: Experts, order: Tensor) -> Tensor:
-        w = self.weight(name, e.count, width, active=(e.per_token, e.count))
+        w = self.weight(name, e.number, width, active=(e.per_token, e.number))
         rows = self.tape.new(name + " by row", x.shape, x.dtype)
         y = self.tape.new(x.name + " with bias", x.shape, x.dtype)
         self.tape.op(name, [order], rows, keeps=(order,), weights=(w,))
@@ -551,12 +550,7 @@ class Writer:
         return self.multiply("(up + 1) * gated", plus, glu, like("expert product"))
 
 
-def x_width(writer: Writer) -> int:
-    return writer.model.hidden
-
-
-@dataclass(frozen=True, slots=True)
-class MlpChunks:
+class MlpChunks(NamedTuple):
     """How the MLP runs: in one go, or in several pieces, each recomputed by itself in backward or not."""
 
     several: bool = False

@@ -6,15 +6,13 @@ All sizes are counts of elements; tokens and bytes appear nowhere here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Norm = Literal["rms", "rms-fp32-weight", "gemma", "layer"]
 Block = Literal["pre", "sandwich", "post", "parallel"]
 
 
-@dataclass(frozen=True, slots=True)
-class Latent:
+class Latent(NamedTuple):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, keys and values."""
 
     q_rank: int | None  # None: queries are projected directly
@@ -23,8 +21,7 @@ class Latent:
     rope_dim: int  # per head, rotary; one key shared by all heads
 
 
-@dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int  # of queries and keys
@@ -40,8 +37,7 @@ class Attention:
     latent: Latent | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Mlp:
+class Mlp(NamedTuple):
     width: int
     activation: str  # as in transformers' ACT2FN: silu, gelu, gelu_new, gelu_pytorch_tanh, ...
     gated: bool = True
@@ -49,11 +45,10 @@ class Mlp:
     bias: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Experts:
+class Experts(NamedTuple):
     """A mixture of experts. Weights are two fused tensors, gate_up and down, as in current transformers."""
 
-    count: int
+    number: int
     per_token: int
     width: int
     activation: str
@@ -64,14 +59,12 @@ class Experts:
     clamped: bool = False  # gpt-oss' clamped, interleaved activation
 
 
-@dataclass(frozen=True, slots=True)
-class LayerKind:
+class LayerKind(NamedTuple):
     window: int | None = None  # tokens of a sliding window; None: full attention
     experts: bool = False  # a mixture of experts instead of the dense MLP
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(NamedTuple):
     name: str
     model_type: str
     hidden: int

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import lru_cache
 
 from .model import Model
-from .recipe import Recipe
+from .recipe import STRATEGIES
 from .steps import Layout, build, step_weights
 
 
 @lru_cache(maxsize=256)
 def parameter_count(model: Model) -> tuple[int, int]:
     """(all parameters, those that one token uses): a routed expert counts by its share of the experts chosen."""
-    weights = step_weights(build(model, Layout(Recipe(), False, False, False)))
+    weights = step_weights(build(model, Layout(STRATEGIES["standard"], False, False, False)))
     total = sum(weight.numel * n for weight, n in weights)
     active = sum(weight.numel * weight.active[0] // weight.active[1] * n for weight, n in weights)
     return total, active

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import isqrt
 from typing import NamedTuple
@@ -32,8 +31,7 @@ def chunk_tokens(seq_len: int, chunks: int) -> int:
     return -(-seq_len // chunks)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """A recipe on a card at one length. Bytes, tokens, seconds."""
 
     model: Model
@@ -62,8 +60,7 @@ class Plan:
         return next(i.entries for i in self.instants() if i.name == self.instant)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """S_max of one strategy. `plan` is the step at S_max; at one token when even that does not fit (s_max 0)."""
 
     strategy: str
@@ -185,7 +182,7 @@ def smallest_chunks_tokens(model: Model, gpu: Gpu) -> tuple[int, int]:
         widths.append(compute_bound_tokens(gpu, model.hidden, model.mlp.width))
     if model.experts is not None:
         rows = compute_bound_tokens(gpu, model.hidden, model.experts.width)
-        widths.append(-(-rows * model.experts.count // model.experts.per_token))
+        widths.append(-(-rows * model.experts.number // model.experts.per_token))
     return max(widths), compute_bound_tokens(gpu, model.hidden, model.vocab)
 
 

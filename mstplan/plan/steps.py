@@ -8,14 +8,13 @@ largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer
-from .model import LayerKind, Model
-from .optimizers import Memory, optimizer_memory
+from .model import Model
+from .optimizers import optimizer_memory
 from .recipe import Recipe
 from .tape import (
     BASIS,
@@ -34,7 +33,6 @@ from .tape import (
     backward,
     forward,
     undominated,
-    weight_gradient,
 )
 
 END_OF_FORWARD = "end of forward"
@@ -74,8 +72,7 @@ class Instant(NamedTuple):
     entries: tuple[Entry, ...]  # largest first; they add up to `bytes`
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
+class Sizes(NamedTuple):
     """What a vector is evaluated at. Counts of sequences and tokens."""
 
     batch: int
@@ -453,6 +450,3 @@ def step_weights(tape: Tape) -> list[tuple[Weight, int]]:
 @lru_cache(maxsize=1024)
 def step(model: Model, layout: Layout, workspace: int) -> Step:
     return Step(model, layout, workspace)
-
-
-__all__ = ["INSTANTS", "Entry", "Instant", "LayerKind", "Layout", "Memory", "Sizes", "Step", "build", "step", "weight_gradient"]

@@ -17,7 +17,7 @@ Parts that repeat are replayed once. `tests/plan/test_steps.py` replays every la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,7 +36,8 @@ def add(u: Vector, v: Vector) -> Vector:
 
 
 @lru_cache(maxsize=4096)
-def _axes(shape: str) -> tuple[int, tuple[str, ...]]:
+def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
+    """(index into BASIS, the axes whose sizes do not change) of a shape such as "b s d"."""
     axes = shape.split()
     symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckrs".index))
     return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
@@ -55,7 +56,7 @@ class Label(NamedTuple):
 Alive = tuple[tuple[Label, int], ...]  # tensors, and how many of each
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False)
 class Tensor:
     """A tensor of a step. `shape` names its axes, e.g. "b s I"; a view shares the storage of `of`."""
 
@@ -76,7 +77,7 @@ class Tensor:
         return Label(self.name, self.shape, self.dtype, self.basis, self.bytes)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False)
 class Weight:
     """A parameter: shape in numbers, and the share of it that one token uses (below 1 for routed experts)."""
 
@@ -93,7 +94,7 @@ class Weight:
         return n
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False)
 class Op:
     name: str
     reads: tuple[Tensor, ...]
@@ -112,7 +113,7 @@ class Op:
     holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False)
 class Part:
     """A stretch of the forward pass that is replayed as one operation.
 
@@ -136,7 +137,7 @@ class Part:
         return tuple(weight for op in self.tape.ops for weight in op.weights)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False)
 class Tape:
     dims: dict[str, int]
     ops: list[Op] = field(default_factory=list)
@@ -145,7 +146,7 @@ class Tape:
     replays: dict[object, Replay] = field(default_factory=dict, repr=False)
 
     def new(self, name: str, shape: str, dtype: str) -> Tensor:
-        basis, axes = _axes(shape)
+        basis, axes = axes_of(shape)
         size = ITEMSIZE[dtype]
         for axis in axes:
             size *= int(axis) if axis.isdigit() else self.dims[axis]
@@ -180,8 +181,7 @@ class Replay(NamedTuple):
     cached: Alive = ()  # the part of `net` that autocast's cache lets go at the end of forward
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
+class Rules(NamedTuple):
     """How weights' gradients are treated, and how much is written down.
 
     gradients: "kept" until the optimizer's step, "added" to ones that exist already (accumulation), or "used" at once
@@ -379,7 +379,7 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
     assert part.tape.source is not None and part.tape.output is not None
     ledger.put(part.tape.grad(op.reads[0]))
-    inner = piece(rules) if part.sums else replace(rules, gradients="kept", cast=False, dtype=used_dtype(rules))
+    inner = piece(rules) if part.sums else rules._replace(gradients="kept", cast=False, dtype=used_dtype(rules))
     for tensor in part.sums:
         ledger.put(tensor)
     ledger.splice(forward(part.tape, inner, keep=True), op.name)
@@ -479,14 +479,14 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     if not part.chunked:
         moments = rules.every_moment or not op.interior
         if part.recompute:
-            rules = replace(rules, recomputed=True)
+            rules = rules._replace(recomputed=True)
             ledger.splice(forward(part.tape, rules, keep=True, recomputing=True), op.name, moments=moments)
         ledger.splice(backward(part.tape, rules), op.name, moments=moments)
         return
     ledger.put(part.tape.grad(op.reads[0]))
     for tensor in part.sums:
         ledger.put(tensor)
-    inner = replace(piece(rules) if part.sums else rules, recomputed=rules.recomputed or part.recompute)
+    inner = (piece(rules) if part.sums else rules)._replace(recomputed=rules.recomputed or part.recompute)
     if part.recompute:
         ledger.splice(forward(part.tape, inner, keep=True, recomputing=True), op.name)
     ledger.splice(backward(part.tape, inner, owns_incoming=False), op.name)
@@ -509,7 +509,7 @@ def _widened_end(tape: Tape, rules: Rules) -> Replay:
 
 def piece(rules: Rules) -> Rules:
     """The rules inside one of several pieces: each piece's gradients of the weights are added to sums at once."""
-    return replace(rules, gradients="added", dtype=used_dtype(rules), cast=False)
+    return rules._replace(gradients="added", dtype=used_dtype(rules), cast=False)
 
 
 def used_dtype(rules: Rules, weight: Weight | None = None) -> str:

@@ -54,7 +54,7 @@ def card(c: Card) -> dict[str, Any]:
 
 
 def gpu(g: Gpu) -> dict[str, Any]:
-    return {field: getattr(g, field) for field in g.__dataclass_fields__}
+    return {field: getattr(g, field) for field in g._fields}
 
 
 def answer(a: Answer) -> dict[str, Any]:

@@ -257,7 +257,7 @@ FILLS = {
     MIDDLE_LAYER: ("#e8e8e8", "++++"),
     FIRST_LAYER: ("#c5e8dc", "xxxx"),
     EMBEDDING: ("#f3d9e6", "oo"),
-    OPTIMIZER: ("#d9d9d9", ""),
+    OPTIMIZER: ("#d4d4d4", "---"),
 }
 """Each binding instant's fill and hatch."""
 
@@ -273,8 +273,11 @@ def _card_name(card: Card) -> str:
 def _recipe_line(curves: Sequence[Curve]) -> str:
     """What all strategies share; of a single recipe that has no strategy's name, the rest too."""
     r = curves[0].recipe
-    optimizer = f"{r.optimizer} ({r.adamw_kernel})" if r.optimizer == "adamw" else r.optimizer
-    optimizer += " in backward" if r.optimizer_in_backward else " on the host" if r.optimizer_on_host else ""
+    optimizer = r.optimizer
+    if r.optimizer_in_backward or r.optimizer_on_host:
+        optimizer += " in backward" if r.optimizer_in_backward else " on the host"
+    elif r.optimizer == "adamw":
+        optimizer += f" ({r.adamw_kernel})"
     parts = [f"batch {r.batch}", r.precision, optimizer]
     parts += ["weights on the host"] if r.weights_on_host else []
     parts += [f"{r.accumulation} micro-batches per step"] if r.accumulation > 1 else []
@@ -293,25 +296,22 @@ def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
     from .tables import RUNG
 
     lines = []
-    cut = [c for c in curves if max(c.chunks) > 1]
-    if cut:
-        when = "S_max" if all(c.s_max for c in cut) else "the longest length drawn" if not any(c.s_max for c in cut) else "S_max or the longest length drawn"
-        chosen = any("auto" in (c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in cut)
-        counts = "; ".join(f"{c.strategy} {c.chunks.mlp} (MLP), {c.chunks.loss} (loss)" for c in cut)
-        lines.append(f"Chunk counts{f', as recommended at {when},' if chosen else ''} are the same at every length: {counts}.")
+    none = [c for c in curves if not c.s_max]
+    if none:
+        least, where = min(c.points[0].bytes for c in none), format_tokens(none[0].points[0].seq_len)
+        who = "No strategy fits" if len(none) == len(curves) > 1 else f"Does not fit: {', '.join(c.strategy for c in none)}"
+        over = format_gib(least - card.budget_bytes)
+        lines.append(f"{who}. Even {where} tokens need {format_gib(least)}, {over} more than the budget.")
+        hidden = [c.strategy for c in none if c.points[0].bytes > top]
+        lines += [f"Above what is drawn: {', '.join(hidden)}."] if hidden else []
     beyond = [f"{c.strategy} {format_tokens(c.s_max)}" for c in curves if c.s_max > c.points[-1].seq_len]
     if beyond:
         lines.append(f"S_max beyond the lengths drawn: {', '.join(beyond)}.")
-    none = [c for c in curves if not c.s_max]
-    if none:
-        least = min(c.points[0].bytes for c in none)
-        where = format_tokens(none[0].points[0].seq_len)
-        who = "No strategy fits" if len(none) == len(curves) and len(curves) > 1 else f"Does not fit: {', '.join(c.strategy for c in none)}"
-        at_least = f" {format_gib(least)}" if len(none) == 1 else f" at least {format_gib(least)}"
-        lines.append(f"{who}: even {where} tokens need{at_least}, {format_gib(least - card.budget_bytes)} more than the budget.")
-        hidden = [c.strategy for c in none if c.points[0].bytes > top]
-        if hidden:
-            lines.append(f"Above the picture: {', '.join(hidden)}.")
+    for cut, when in (([c for c in curves if c.s_max], "S_max"), (none, "the longest length drawn")):
+        counts = "; ".join(f"{c.strategy} {c.chunks.mlp}, {c.chunks.loss}" for c in cut if max(c.chunks) > 1)
+        chosen = any("auto" in (c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in cut)
+        why = f" as recommended at {when}," if chosen else ""
+        lines += [f"Chunks (MLP, loss){why} the same at every length: {counts}."] if counts else []
     return [*lines, f"{RUNG[0].upper()}{RUNG[1:]}. mstplan {__version__}"]
 
 
@@ -376,7 +376,7 @@ def _draw(figure: Figure, curves: Sequence[Curve], model: Model, card: Card, tit
     y += 0.06
     _legend(figure, shown, up(y))
     y += 0.24 + 0.19 * -(-len(shown) // 3)
-    y += 0.42  # the x axis: its label and ticks
+    y += 0.34  # the x axis: its label and ticks
     bars = figure.add_axes((left, up(y), width, up(0.19 * len(curves) + 0.06)))
     y += 0.19 * len(curves) + 0.06 + 0.09
     memory = figure.add_axes((left, up(y), width, 1 - up(y + 0.52)), sharex=bars)
@@ -485,7 +485,7 @@ def _instants(axes: Axes, curves: Sequence[Curve]) -> None:
         for start, end, instant, fits in _segments(curve):
             fill, hatch = FILLS[instant]
             axes.barh(
-                row, end - start, left=start, height=0.74, color=fill, hatch=hatch, edgecolor="0.25", linewidth=0.6, alpha=None if fits else 0.25
+                row, end - start, left=start, height=0.74, color=fill, hatch=hatch, edgecolor="0.25", linewidth=0.6, alpha=None if fits else 0.35
             )
         style = _style(curve.strategy, row)
         if curve.points[0].seq_len <= curve.s_max <= curve.points[-1].seq_len:
@@ -602,8 +602,8 @@ def _place(
     width, height = size(on_budget)
     choices = [
         (x, y, x + width, y + height)
+        for x in np.linspace(frame.x0 + 5, frame.x1 - 5 - width, 40)
         for y in (level + 4, level - 4 - height)
-        for x in (frame.x0 + 5, frame.x1 - 5 - width, (frame.x0 + frame.x1 - width) / 2)
     ]
     put(min(choices, key=lambda box: cost(box, None)), on_budget, fontweight="bold")
     for own, label in sorted(enumerate(labels), key=lambda pair: pair[1].x):

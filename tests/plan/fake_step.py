@@ -199,8 +199,9 @@ def _optimizer(recipe: Recipe) -> Callable[[Iterable[nn.Parameter]], torch.optim
 
 def _step_in_backward(net: nn.Module, make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]) -> None:
     for weight in net.parameters():
+        optimizer = make([weight])
 
-        def hook(weight: nn.Parameter, optimizer: torch.optim.Optimizer = make([weight])) -> None:
+        def hook(_weight: nn.Parameter, optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

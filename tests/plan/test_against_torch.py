@@ -82,7 +82,9 @@ def test_layers_of_every_family(name, seq_len, checkpoint):
     agree(found, max(FAMILIES[name], 0.0015 if seq_len == 1024 else 0))  # at 1024 tokens what is small counts for more
 
 
-@pytest.mark.parametrize("name", ["llama3.1-8b", "qwen3-4b", "gemma2-2b", "gemma3-1b", "gpt2", "pythia-1.4b", "mixtral-8x7b"])
+@pytest.mark.parametrize(
+    "name", ["llama3.1-8b", "qwen3-4b", "gemma2-2b", "gemma3-1b", "gpt2", "pythia-1.4b", "mixtral-8x7b"]
+)
 def test_loss_with_the_published_vocabulary(name):
     agree(errors(config_of(name, small=False), Recipe(checkpoint="layer"), 8192), FAMILIES[name], (FORWARD, BACKWARD))
 
@@ -93,7 +95,7 @@ def test_two_sequences(name, checkpoint):
     agree(errors(config_of(name), Recipe(checkpoint=checkpoint, batch=2), 8192), EXACT)
 
 
-@pytest.mark.parametrize("layers,every", [(5, 2), (5, 3), (6, "sqrt")])
+@pytest.mark.parametrize(("layers", "every"), [(5, 2), (5, 3), (6, "sqrt")])
 @pytest.mark.parametrize("name", ["llama3.1-8b", "qwen3-4b", "pythia-1.4b"])
 def test_several_layers_to_a_checkpoint(name, layers, every):
     found = errors(config_of(name, layers), Recipe(checkpoint=every), 32768)

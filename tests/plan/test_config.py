@@ -91,7 +91,7 @@ def test_shipped_model_is_what_transformers_reads(name):
         assert model.mlp.width == config.intermediate_size
     if model.experts is not None:
         assert model.experts.per_token == config.num_experts_per_tok
-        assert model.experts.count == (getattr(config, "n_routed_experts", None) or config.num_experts)
+        assert model.experts.number == (getattr(config, "n_routed_experts", None) or config.num_experts)
 
 
 @pytest.mark.parametrize("model_type", sorted(_FAMILIES))
@@ -160,8 +160,8 @@ def mlp_weights(model, routed):
     hidden = model.hidden
     if routed:
         e = model.experts
-        biases = e.count * (2 * e.width + hidden + 1) * e.bias
-        return 3 * hidden * (e.count * e.width + e.shared_width) + hidden * e.count + biases
+        biases = e.number * (2 * e.width + hidden + 1) * e.bias
+        return 3 * hidden * (e.number * e.width + e.shared_width) + hidden * e.number + biases
     into = 2 if model.mlp.gated else 1
     return (into + 1) * hidden * model.mlp.width + (into * model.mlp.width + hidden) * model.mlp.bias
 
@@ -240,11 +240,11 @@ def test_attention_of_a_family(name, facts):
 @pytest.mark.parametrize(
     ("name", "facts"),
     {
-        "mixtral-8x7b": {"count": 8, "per_token": 2, "width": 14336, "router": "softmax", "shared_width": 0},
-        "qwen3-30b-a3b": {"count": 128, "per_token": 8, "width": 768, "router": "softmax", "router_fp32": False},
-        "gpt-oss-20b": {"count": 32, "width": 2880, "router": "topk-softmax", "bias": True, "clamped": True},
-        "deepseek-v2-lite": {"count": 64, "shared_width": 2816, "router": "softmax", "router_fp32": True},
-        "deepseek-v3": {"count": 256, "shared_width": 2048, "router": "sigmoid-groups", "router_fp32": True},
+        "mixtral-8x7b": {"number": 8, "per_token": 2, "width": 14336, "router": "softmax", "shared_width": 0},
+        "qwen3-30b-a3b": {"number": 128, "per_token": 8, "width": 768, "router": "softmax", "router_fp32": False},
+        "gpt-oss-20b": {"number": 32, "width": 2880, "router": "topk-softmax", "bias": True, "clamped": True},
+        "deepseek-v2-lite": {"number": 64, "shared_width": 2816, "router": "softmax", "router_fp32": True},
+        "deepseek-v3": {"number": 256, "shared_width": 2048, "router": "sigmoid-groups", "router_fp32": True},
     }.items(),
 )
 def test_experts_of_a_family(name, facts):
@@ -329,7 +329,7 @@ def test_unknown_decoder_is_planned_like_llama_and_says_so():
 def test_unknown_decoder_with_experts():
     config = small("new_moe", num_local_experts=16, num_experts_per_tok=2, moe_intermediate_size=32)
     model = read_config({**config, "n_shared_experts": 1, "first_k_dense_replace": 1}, "m")
-    assert (model.experts.count, model.experts.width, model.experts.shared_width) == (16, 32, 32)
+    assert (model.experts.number, model.experts.width, model.experts.shared_width) == (16, 32, 32)
     assert [kind.experts for kind in model.layer_kinds] == [False, True, True, True]
 
 

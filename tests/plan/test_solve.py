@@ -1,6 +1,5 @@
 """S_max and chunk counts against their definitions, for any model, recipe and card; and against published lengths."""
 
-import dataclasses
 
 import pytest
 from hypothesis import assume, given, settings
@@ -84,7 +83,7 @@ def test_longest_is_what_it_says_for_shipped_models(name):
 def test_more_memory_never_shortens(data):
     model, recipe, a_card = data.draw(models()), data.draw(recipes()), data.draw(cards())
     chunks, more = data.draw(chunk_counts(recipe)), data.draw(st.integers(0, 20 * GIB))
-    larger = dataclasses.replace(a_card, total_bytes=a_card.total_bytes + more)
+    larger = a_card._replace(total_bytes=a_card.total_bytes + more)
     assert longest(model, recipe, a_card, chunks) <= longest(model, recipe, larger, chunks)
 
 
@@ -143,7 +142,9 @@ def test_mst_needs_no_more_than_checkpointing(name):
 def test_mst_beside_checkpointing_for_any_model(data):
     """Where MLP and vocabulary are no wider than the hidden states, chunks have next to nothing to save. Then the cost
     shows: the fp32 sums, the bf16 gradients that they become while they live, and one whole tensor of hidden states."""
-    plain = data.draw(recipes(checkpoint="layer", mlp_chunks=1, mlp_recompute=False, loss="transformers", loss_chunks=1))
+    plain = data.draw(
+        recipes(checkpoint="layer", mlp_chunks=1, mlp_recompute=False, loss="transformers", loss_chunks=1)
+    )
     mst = plain.changed(mlp_chunks="auto", mlp_recompute=True, loss="chunked", loss_chunks="auto")
     model, seq_len = data.draw(models(window=False)), data.draw(st.integers(1, 200_000))
     chunks = Chunks(data.draw(st.integers(2, 64)), data.draw(st.integers(2, 64)))
@@ -182,7 +183,9 @@ def test_recommended_chunks_of_shipped_models(name, gpu):
 
 
 @fewer
-@given(models(window=False), recipes(mlp_chunks="auto", mlp_recompute=True, loss="chunked", loss_chunks="auto"), cards())
+@given(
+    models(window=False), recipes(mlp_chunks="auto", mlp_recompute=True, loss="chunked", loss_chunks="auto"), cards()
+)
 def test_recommended_chunks(model, recipe, a_card):
     assume(longest(model, recipe, a_card, Chunks(1, 1)) < LONGEST)
     check_recommendation(model, recipe, a_card)

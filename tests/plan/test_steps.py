@@ -1,6 +1,5 @@
 """The step model against itself done the slow and obvious way, and against published figures."""
 
-import dataclasses
 import json
 
 import pytest
@@ -43,7 +42,7 @@ def chunks_of(recipe, count):
 
 def slow_peaks(step, where):
     """Every layer replayed anew, no moment left out; the largest of each instant."""
-    found = step._moments(dataclasses.replace(step.rules(), every_moment=True))
+    found = step._moments(step.rules(every_moment=True))
     return {name: max(evaluate(m.live, where.units) for m in moments) for name, moments in found.items()}
 
 
@@ -83,7 +82,7 @@ def check_instants(step, where):
     assert max(i.bytes for i in instants) == step.largest(where)[1]
     for instant in instants:
         assert sum(entry.bytes for entry in instant.entries) == instant.bytes
-        assert all(entry.bytes > 0 and entry.count > 0 for entry in instant.entries)
+        assert all(entry.bytes > 0 and entry.copies > 0 for entry in instant.entries)
         assert all(type(entry.bytes) is int for entry in instant.entries)
 
 
@@ -163,7 +162,7 @@ def counted(name):
     for path, weight in net.named_parameters():
         total += weight.numel()
         shared = routed is not None and ".experts." in path
-        active += weight.numel() * (routed.per_token if shared else 1) // (routed.count if shared else 1)
+        active += weight.numel() * (routed.per_token if shared else 1) // (routed.number if shared else 1)
     return total, active
 
 
