@@ -348,7 +348,7 @@ def shapes(asked: Asked) -> None:
 
 @command(
     "plot", MODEL, CARD, RECIPE, {
-        "out": _option(Path, "--out -o", "PNG or SVG picture, or CSV of the points.", Path("memory.png"), metavar="FILE"),
+        "out": _option(Path, "--out -o", "PNG, SVG or PDF picture, or CSV of the points.", Path("memory.png"), metavar="FILE"),
         "to": _option(str | None, "--to", "The longest length drawn. Default: a little beyond the largest S_max.", metavar="TOKENS"),
         "points": _option(int, "--points", "Lengths per curve.", 200, metavar="N", min=2, max=100_000),
         "force": _option(bool, "--force", "Overwrite the file.", False),
@@ -362,14 +362,15 @@ def plot(asked: Asked) -> None:
 
     drawing.check_output(asked.out, asked.force)
     model, card = _model(asked), _card(asked)
-    found = [solve.max_seq(model, recipe, card, name) for name, recipe in _recipes(asked).items()]
     longest = _length(asked.to) if asked.to is not None else None
+    found = [solve.max_seq(model, recipe, card, name) for name, recipe in _recipes(asked).items()]
     curves = drawing.curves(found, longest, asked.points)
     drawing.write(curves, model, card, asked.out)
     if asked.json:
         from .show import payload
 
-        _print_json(payload.document("plot", file=str(asked.out), curves=[curve.as_data() for curve in curves]))
+        about = {"model": payload.model(model), "card": payload.card(card), "budget_bytes": card.budget_bytes}
+        _print_json(payload.document("plot", **about, file=str(asked.out), curves=[curve.as_data() for curve in curves]))
     else:
         typer.echo(f"wrote {asked.out}")
 

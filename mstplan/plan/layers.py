@@ -212,6 +212,8 @@ class Writer:
             v = self.linear(x, self.new("V", "G e"), "v_proj", bias=a.qkv_bias)
         if a.rotary_dim:
             q, k = self._rotary(q, a.rotary_dim, a.head_dim), self._rotary(k, a.rotary_dim, a.head_dim)
+        if self.model.model_type.startswith("olmo"):
+            q, k = self.cast(q, self.numerics.compute), self.cast(k, self.numerics.compute)
         return q, k, v
 
     def _split(self, fused: Tensor, *parts: tuple[str, str]) -> tuple[Tensor, ...]:
@@ -237,7 +239,7 @@ class Writer:
         e = "e" if rotary == width else str(rotary)
         shape = f"{self.t} {heads} {e}"
         turned = x if rotary == width else self.slice(x, x.name + ", rotary part", shape)
-        wide = "float32" if self.numerics.autocast else x.dtype  # cos and sin have the residual stream's dtype
+        wide = rotary_dtype(self.model, self.wide)
         cosine = self.tape.new(f"{x.name} cos", shape, wide)
         self.tape.op(f"{x.name} * cos", [turned], cosine, grads=((turned, self.tape.grad(turned)),))
         half = f"{self.t} {heads} {rotary // 2}"
@@ -461,13 +463,11 @@ class Writer:
         picked = self.new("expert inputs", "A d", x.dtype)
         tape.op("gather tokens", [x, order], picked, keeps=(order,), grads=((x, tape.grad(x)),))
         dtype = self.numerics.weights  # grouped products know no autocast: they cast their input to the weights' dtype
-        up = self._grouped(picked, self.new("expert gate and up", f"A {2 * e.width}", dtype), "experts.gate_up_proj", e, (e.number, 2 * e.width, self.model.hidden))
-        if e.bias:
-            up = self._expert_bias(up, "experts.gate_up_proj_bias", 2 * e.width, e, order)
+        d, width = self.model.hidden, 2 * e.width
+        up, held = self._grouped(picked, self.new("expert gate and up", f"A {width}", dtype), "experts.gate_up_proj", e, (width, d), order)
         inner = self._clamped_gate(up) if e.clamped else self._expert_gate(up, e)
-        down = self._grouped(inner, self.new("expert outputs", "A d", dtype), "experts.down_proj", e, (e.number, self.model.hidden, e.width))
-        if e.bias:
-            down = self._expert_bias(down, "experts.down_proj_bias", self.model.hidden, e, order)
+        self.tape.ops[-1].holds += held
+        down, held = self._grouped(inner, self.new("expert outputs", "A d", dtype), "experts.down_proj", e, (d, e.width), order)
         wide = "float32" if "float32" in (scores.dtype, down.dtype) else down.dtype  # up to the sum over experts
         weighted = self.new("weighted expert outputs", "A d", wide)
         product = self.new("gradient x outputs", "A d", wide)
@@ -479,7 +479,7 @@ class Writer:
         restored = self.new("expert outputs in token order", "A d", wide)
         tape.op("restore order", [weighted, order], restored, keeps=(order,), grads=((weighted, tape.grad(weighted)),))
         y = self.new("sum of expert outputs", "d", wide)
-        tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),), holds=(picked, x))
+        tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),), holds=(down, picked, x, *held))
         y = self.cast(y, x.dtype, "MLP output")
         if not e.shared_width:
             return y
@@ -495,7 +495,7 @@ class Writer:
         dtype = "float32" if e.router_fp32 else self.numerics.compute
         logits = self.linear(x_in, self.new("router logits", "X", dtype), "router", weight=weight, bias=e.bias)
         order = self.new("expert order", "A", "int64")
-        scores = self.new("expert scores", "A", "float32" if e.router_fp32 else None)
+        scores = self.new("expert scores", "A", "float32" if e.router_fp32 or self.model.model_type == "mixtral" else None)
         chosen = self.new("chosen experts", "A", "int64")
         if e.router == "topk-softmax":
             top = self.new("top logits", "A")
@@ -512,20 +512,23 @@ class Writer:
         tape.op("sort by expert", [chosen], order, temps=(self.new("sorted experts", "A", "int64"),))
         return scores, order
 
-    def _grouped(self, x: Tensor, y: Tensor, name: str, e: Experts, shape: tuple[int, int, int]) -> Tensor:
+    def _grouped(
+        self, x: Tensor, y: Tensor, name: str, e: Experts, shape: tuple[int, int], order: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(product, rows of biases that the code holds on to). Biases are gathered by row first and added in place."""
         x = self.cast(x, self.numerics.weights)
-        w = self.weight(name, *shape, active=(e.per_token, e.number))
-        return self.tape.op(
-            name, [x], y, keeps=(x,), grads=((x, self.tape.grad(x)),), weights=(w,),
-            flops=((y.basis, 2 * e.per_token * shape[1] * shape[2]),),
+        share = (e.per_token, e.number)
+        w = self.weight(name, e.number, *shape, active=share)
+        rows: tuple[Tensor, ...] = ()
+        if e.bias:
+            rows = (self.tape.new(name + "_bias by row", y.shape, y.dtype),)
+            bias = self.weight(name + "_bias", e.number, shape[0], active=share)
+            self.tape.op(name + "_bias", [order], *rows, keeps=(order,), weights=(bias,))
+        self.tape.op(
+            name, [x], y, keeps=(x,), grads=((x, self.tape.grad(x)), *((row, None) for row in rows)), weights=(w,), holds=rows,
+            flops=((y.basis, 2 * e.per_token * shape[0] * shape[1]),),
         )  # fmt: skip
-
-    def _expert_bias(self, x: Tensor, name: str, width: int, e: Experts, order: Tensor) -> Tensor:
-        w = self.weight(name, e.number, width, active=(e.per_token, e.number))
-        rows = self.tape.new(name + " by row", x.shape, x.dtype)
-        y = self.tape.new(x.name + " with bias", x.shape, x.dtype)
-        self.tape.op(name, [order], rows, keeps=(order,), weights=(w,))
-        return self.tape.op("add " + name, [x, rows], y, grads=((x, None), (rows, None)))
+        return y, rows
 
     def _expert_gate(self, up: Tensor, e: Experts) -> Tensor:
         gate, linear = self._split(up, ("expert gate", f"{self.t} A F"), ("expert up", f"{self.t} A F"))
@@ -547,7 +550,14 @@ class Writer:
         glu = self.multiply("gate * sigmoid", gate, sigmoid, like("gated"))
         plus = like("up + 1")
         self.tape.op("up + 1", [linear], plus, grads=((linear, None),))
-        return self.multiply("(up + 1) * gated", plus, glu, like("expert product"))
+        product = self.multiply("(up + 1) * gated", plus, glu, like("expert product"))
+        self.tape.ops[-1].holds = (gate, linear, glu)
+        return product
+
+
+def rotary_dtype(model: Model, residual: str) -> str:
+    """cos and sin have the residual stream's dtype; OLMo leaves them in fp32."""
+    return "float32" if model.model_type.startswith("olmo") else residual
 
 
 class MlpChunks(NamedTuple):
@@ -578,6 +588,8 @@ def layer(model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks) 
     if block in ("sandwich", "post"):
         mlp_out = w.norm(mlp_out, "post-MLP norm")
     w.add(middle, mlp_out, w.new(HIDDEN, "d", w.wide))
+    if model.model_type == "gpt2":  # its block keeps attention's output in a variable
+        w.tape.ops[-1].holds = (attended,)
     return w.tape
 
 

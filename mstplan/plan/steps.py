@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
-from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer
+from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
 from .model import Model
 from .optimizers import optimizer_memory
 from .recipe import Recipe
@@ -176,7 +176,7 @@ class Step:
         tensors = [new("position ids", "s", "int64")]
         rotary = a.latent.rope_dim if a.latent else a.rotary_dim
         if rotary:
-            dtype = "bfloat16" if self.layout.recipe.precision == "bf16" else "float32"
+            dtype = rotary_dtype(self.model, "bfloat16" if self.layout.recipe.precision == "bf16" else "float32")
             kinds = {kind.window is None for kind in self.model.layer_kinds}
             sets = len(kinds) if self.model.model_type.startswith("gemma3") else 1  # local and global frequencies
             tensors += [new(f"{name} of positions", f"s {rotary}", dtype) for name in ("cos", "sin") * sets]

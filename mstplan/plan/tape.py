@@ -258,9 +258,15 @@ def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, 
     return _memo(tape, ("forward", rules, keep, recomputing, prune), lambda: _forward(tape, rules, keep, recomputing))
 
 
-def backward(tape: Tape, rules: Rules, *, owns_incoming: bool = True, prune: bool = True) -> Replay:
-    """Replay the backward pass; the incoming gradient is alive already, and let go here if `owns_incoming`."""
-    return _memo(tape, ("backward", rules, owns_incoming, prune), lambda: _backward(tape, rules, owns_incoming))
+def backward(
+    tape: Tape, rules: Rules, *, recompute: bool = False, owns_incoming: bool = True, prune: bool = True
+) -> Replay:
+    """Replay the backward pass; the incoming gradient is alive already, and let go here if `owns_incoming`.
+
+    recompute: the forward pass is run again first, when backward comes to the first operation that kept something.
+    """
+    key = ("backward", rules, recompute, owns_incoming, prune)
+    return _memo(tape, key, lambda: _backward(tape, rules, recompute, owns_incoming))
 
 
 def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> Replay:
@@ -395,7 +401,8 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
         ledger.drop(total)
 
 
-def _backward(tape: Tape, rules: Rules, owns_incoming: bool) -> Replay:
+def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) -> Replay:
+    rules = rules._replace(recomputed=rules.recomputed or recompute)
     ledger = _Ledger(rules)
     keepers: dict[Tensor, int] = {}
     made = {tensor for op in tape.ops for tensor in op.makes if tensor.of is None}
@@ -431,6 +438,9 @@ def _backward(tape: Tape, rules: Rules, owns_incoming: bool) -> Replay:
         came = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
         if not came:
             continue
+        if recompute and _holds_for_backward(op):
+            ledger.splice(forward(tape, rules, keep=True, recomputing=True))
+            recompute = False
         arrivals: list[tuple[Tensor, Tensor]] = []
         if op.part is not None:
             _part_backward(op, op.part, ledger, rules)
@@ -478,18 +488,13 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
         return
     if not part.chunked:
         moments = rules.every_moment or not op.interior
-        if part.recompute:
-            rules = rules._replace(recomputed=True)
-            ledger.splice(forward(part.tape, rules, keep=True, recomputing=True), op.name, moments=moments)
-        ledger.splice(backward(part.tape, rules), op.name, moments=moments)
+        ledger.splice(backward(part.tape, rules, recompute=part.recompute), op.name, moments=moments)
         return
     ledger.put(part.tape.grad(op.reads[0]))
     for tensor in part.sums:
         ledger.put(tensor)
-    inner = (piece(rules) if part.sums else rules)._replace(recomputed=rules.recomputed or part.recompute)
-    if part.recompute:
-        ledger.splice(forward(part.tape, inner, keep=True, recomputing=True), op.name)
-    ledger.splice(backward(part.tape, inner, owns_incoming=False), op.name)
+    inner = piece(rules) if part.sums else rules
+    ledger.splice(backward(part.tape, inner, recompute=part.recompute, owns_incoming=False), op.name)
     if not part.recompute:
         ledger.splice(_widened_end(part.tape, inner))
     ledger.drop(part.tape.grad(part.tape.source))  # copied into the whole

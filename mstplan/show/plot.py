@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from math import log2
 from pathlib import Path
 from secrets import token_hex
@@ -203,7 +204,7 @@ def _points(
         at(seq_len)
         advance()
     wanted = set(wanted)
-    open_ends = list(zip(scan, scan[1:], strict=False))
+    open_ends = list(pairwise(scan))
     while open_ends:
         low, high = open_ends.pop()
         if at(low).instant == at(high).instant:
@@ -273,7 +274,7 @@ def _card_name(card: Card) -> str:
 def _recipe_line(curves: Sequence[Curve]) -> str:
     """What all strategies share; of a single recipe that has no strategy's name, the rest too."""
     r = curves[0].recipe
-    optimizer = r.optimizer
+    optimizer: str = r.optimizer
     if r.optimizer_in_backward or r.optimizer_on_host:
         optimizer += " in backward" if r.optimizer_in_backward else " on the host"
     elif r.optimizer == "adamw":
@@ -307,11 +308,11 @@ def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
     beyond = [f"{c.strategy} {format_tokens(c.s_max)}" for c in curves if c.s_max > c.points[-1].seq_len]
     if beyond:
         lines.append(f"S_max beyond the lengths drawn: {', '.join(beyond)}.")
-    for cut, when in (([c for c in curves if c.s_max], "S_max"), (none, "the longest length drawn")):
+    for cut, when in (([c for c in curves if c.s_max], "S_max"), (none, "the longest")):
         counts = "; ".join(f"{c.strategy} {c.chunks.mlp}, {c.chunks.loss}" for c in cut if max(c.chunks) > 1)
         chosen = any("auto" in (c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in cut)
-        why = f" as recommended at {when}," if chosen else ""
-        lines += [f"Chunks (MLP, loss){why} the same at every length: {counts}."] if counts else []
+        why = f", as recommended at {when}" if chosen else ""
+        lines += [f"Chunks (MLP, loss) at every length{why}: {counts}."] if counts else []
     return [*lines, f"{RUNG[0].upper()}{RUNG[1:]}. mstplan {__version__}"]
 
 
@@ -365,6 +366,7 @@ def _draw(figure: Figure, curves: Sequence[Curve], model: Model, card: Card, tit
     top = _top(curves, card)
     shown = _visible_instants(curves)
     lines = [part for note in _notes(curves, card, top) for part in _wrapped(figure, note)]
+    recipe = _wrapped(figure, _recipe_line(curves))
 
     def up(inches: float) -> float:
         return inches / HEIGHT
@@ -379,9 +381,9 @@ def _draw(figure: Figure, curves: Sequence[Curve], model: Model, card: Card, tit
     y += 0.34  # the x axis: its label and ticks
     bars = figure.add_axes((left, up(y), width, up(0.19 * len(curves) + 0.06)))
     y += 0.19 * len(curves) + 0.06 + 0.09
-    memory = figure.add_axes((left, up(y), width, 1 - up(y + 0.52)), sharex=bars)
+    memory = figure.add_axes((left, up(y), width, 1 - up(y + 0.38 + LINE * len(recipe))), sharex=bars)
     figure.text(0.1 / WIDTH, 1 - up(0.1), title, fontsize=11, fontweight="bold", va="top")
-    figure.text(0.1 / WIDTH, 1 - up(0.31), _recipe_line(curves), fontsize=FONT, va="top")
+    figure.text(0.1 / WIDTH, 1 - up(0.31), "\n".join(recipe), fontsize=SMALL, va="top")
 
     _axis_of_lengths(bars, curves)
     _instants(bars, curves)
@@ -394,10 +396,9 @@ def _draw(figure: Figure, curves: Sequence[Curve], model: Model, card: Card, tit
 
 
 def _top(curves: Sequence[Curve], card: Card) -> float:
-    """Bytes at the upper end of the axis: a little above the card, or above what needs least if nothing is near."""
-    least = min(c.points[0].bytes for c in curves)
-    top = 1.3 * card.budget_bytes
-    return top if least <= top else 1.3 * least
+    """Bytes at the upper end of the axis: a little above the card, or above what needs least if nothing fits."""
+    least = 0 if any(c.s_max for c in curves) else min(c.points[0].bytes for c in curves)
+    return 1.3 * max(card.budget_bytes, least)
 
 
 def _wrapped(figure: Figure, text: str) -> list[str]:
@@ -423,7 +424,7 @@ def _wrapped(figure: Figure, text: str) -> list[str]:
 def _segments(curve: Curve) -> Iterator[tuple[int, int, str, bool]]:
     """(from, to, instant, fits) along the curve, in one piece while neither changes."""
     start = curve.points[0]
-    for before, point in zip(curve.points, curve.points[1:], strict=False):
+    for before, point in pairwise(curve.points):
         if point.instant != before.instant or (before.seq_len <= curve.s_max) != (point.seq_len <= curve.s_max):
             yield start.seq_len, point.seq_len, start.instant, start.seq_len <= curve.s_max
             start = point
@@ -485,14 +486,17 @@ def _instants(axes: Axes, curves: Sequence[Curve]) -> None:
         for start, end, instant, fits in _segments(curve):
             fill, hatch = FILLS[instant]
             axes.barh(
-                row, end - start, left=start, height=0.74, color=fill, hatch=hatch, edgecolor="0.25", linewidth=0.6, alpha=None if fits else 0.35
-            )
+                row, end - start, left=start, height=0.74, color=fill, hatch=hatch, edgecolor="0.25", linewidth=0.6,
+                alpha=None if fits else 0.35,
+            )  # fmt: skip
         style = _style(curve.strategy, row)
         if curve.points[0].seq_len <= curve.s_max <= curve.points[-1].seq_len:
-            axes.plot([curve.s_max] * 2, [row - 0.48, row + 0.48], color="black", linewidth=2, solid_capstyle="butt", clip_on=False, zorder=5)
+            axes.plot(
+                [curve.s_max] * 2, [row - 0.48, row + 0.48], color="black", linewidth=2, solid_capstyle="butt",
+                clip_on=False, zorder=5,
+            )  # fmt: skip
         inches = axes.figure.dpi_scale_trans  # type: ignore[union-attr]
-        label = curve.strategy
-        axes.text(0, row, label, transform=names + ScaledTranslation(-0.5, 0, inches), ha="right", va="center_baseline", fontsize=SMALL)
+        axes.text(0, row, curve.strategy, transform=names + ScaledTranslation(-0.5, 0, inches), ha="right", va="center_baseline", fontsize=SMALL)
         sample = Line2D([0, 1], [row, row], color=style.color, linestyle=style.dashes, linewidth=style.width, clip_on=False)
         width = 0.36 * WIDTH / (WIDTH - LEFT - RIGHT) / WIDTH  # inches as a share of the axes
         sample.set_xdata([0, width])
@@ -556,7 +560,7 @@ def _place(
     from matplotlib.text import Text
 
     figure = axes.figure
-    renderer = figure.canvas.get_renderer()  # type: ignore[union-attr]
+    renderer = figure.canvas.get_renderer()  # type: ignore[union-attr, attr-defined]
     frame = axes.get_window_extent(renderer)
     top = axes.get_ylim()[1]
     first, last = axes.get_xlim()
@@ -579,8 +583,8 @@ def _place(
     marks = [pixels([label.x], [label.y])[0] for label in labels if label.line == "mark"]
     taken: list[Box] = []
 
-    def size(text: str) -> tuple[float, float]:
-        box = Text(0, 0, text, fontsize=SMALL, figure=figure).get_window_extent(renderer)
+    def size(text: str, **more: Any) -> tuple[float, float]:
+        box = Text(0, 0, text, fontsize=SMALL, figure=figure, **more).get_window_extent(renderer)
         return box.width, box.height
 
     def cost(box: Box, own: int | None) -> float:
@@ -599,13 +603,6 @@ def _place(
         back = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9}
         axes.text(at[0], at[1], text, fontsize=SMALL, va="center", ha="left", bbox=back, zorder=7, **more)
 
-    width, height = size(on_budget)
-    choices = [
-        (x, y, x + width, y + height)
-        for x in np.linspace(frame.x0 + 5, frame.x1 - 5 - width, 40)
-        for y in (level + 4, level - 4 - height)
-    ]
-    put(min(choices, key=lambda box: cost(box, None)), on_budget, fontweight="bold")
     for own, label in sorted(enumerate(labels), key=lambda pair: pair[1].x):
         width, height = size(label.text)
         x, y = pixels([label.x], [label.y])[0]
@@ -622,3 +619,10 @@ def _place(
         high = top if label.line == "context" else max(label.y, axes.transData.inverted().transform((x, best[3]))[1])
         style = (0, (5, 3)) if label.line == "context" else (0, (1, 1.5))
         axes.plot([label.x] * 2, [0, high], color="0.45", linewidth=0.8, linestyle=style, zorder=2)
+    width, height = size(on_budget, fontweight="bold")
+    choices = [
+        (x, y, x + width, y + height)
+        for y in (level + 5, level - 5 - height)
+        for x in np.linspace(frame.x0 + 5, frame.x1 - 5 - width, 60)
+    ]
+    put(min(choices, key=lambda box: cost(box, None)), on_budget, fontweight="bold")
