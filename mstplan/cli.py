@@ -422,13 +422,26 @@ def _root(
 
 
 def main() -> None:
-    """The entry point."""
-    gc.disable()  # a short-lived process: collecting the many objects that imports make is wasted time
+    """Run the command of sys.argv; ends in SystemExit, as typer's programs do."""
     asked = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     for name in [asked] if asked in _COMMANDS else _COMMANDS:
         _COMMANDS[name]()
+    app()
+
+
+def process() -> None:
+    """`main` as a process of its own, which may skip what only matters to processes that live on."""
+    gc.disable()  # collecting the many objects that imports make is wasted time here
+    code: object = 0
     try:
-        app()
+        main()
+    except SystemExit as stop:
+        code = stop.code
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = 1
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = 1
+    os._exit(code if isinstance(code, int) else int(code is not None))  # all is written; tearing down takes as long as answering

@@ -145,7 +145,7 @@ def test_installed_package_answers(elsewhere):
 
 def test_installed_command_is_the_same_program(installed):
     (entry_points,) = installed.glob("mstplan-*.dist-info/entry_points.txt")
-    assert "mstplan = mstplan.cli:main" in entry_points.read_text(encoding="utf-8").splitlines()
+    assert "mstplan = mstplan.cli:process" in entry_points.read_text(encoding="utf-8").splitlines()
 
 
 # --- what the planner imports -----------------------------------------------------------------------------------------

@@ -209,13 +209,16 @@ def recommend(model: Model, recipe: Recipe, card: Card) -> Chunks:
         return longest(model, recipe, card, chunks)
 
     least = smallest_chunks_tokens(model, card.gpu)
-    limit = fixed_chunks(recipe)
+    limit = fixed_chunks(recipe, 2, 2)
     for _ in range(8):
         tokens = reach(limit) * recipe.batch
-        wider = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
-        if wider == limit or reach(wider) < reach(limit):
+        allowed = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
+        if allowed.mlp < limit.mlp or allowed.loss < limit.loss:
+            limit = Chunks(min(limit.mlp, allowed.mlp), min(limit.loss, allowed.loss))
             break
-        limit = wider
+        if allowed == limit:
+            break
+        limit = allowed
     enough = reach(limit) * (1 - GAIN)
     loss = _smallest(limit.loss, lambda m: reach(limit._replace(loss=m)) >= enough) if recipe.loss_chunks == "auto" else limit.loss
     mlp = _smallest(limit.mlp, lambda m: reach(Chunks(m, loss)) >= enough) if recipe.mlp_chunks == "auto" else limit.mlp

@@ -431,20 +431,26 @@ def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str) -> None:
 
 
 def _op_weights(op: Op) -> tuple[Weight, ...]:
-    if op.part is None:
-        return op.weights
-    return tuple(weight for inner in op.part.tape.ops for weight in _op_weights(inner))
+    return tuple(weight for weight, n in step_weights(op.part.tape) for _ in range(n)) if op.part is not None else op.weights
 
 
 def step_weights(tape: Tape) -> list[tuple[Weight, int]]:
     """Every weight with how many layers have one like it; shared weights once."""
     counts: dict[Weight, int] = {}
-    shared: set[Weight] = set()
+    parts: dict[int, list[tuple[Weight, int]]] = {}
     for op in tape.ops:
-        shared.update([op.joins] if op.joins is not None else [])
-        for weight in _op_weights(op):
-            counts[weight] = counts.get(weight, 0) + 1
-    return [(weight, 1 if weight in shared else count) for weight, count in counts.items()]
+        rows = [(weight, 1) for weight in op.weights]
+        if op.part is not None:
+            inner = op.part.tape
+            if id(inner) not in parts:
+                parts[id(inner)] = step_weights(inner)
+            rows = parts[id(inner)]
+        for weight, n in rows:
+            counts[weight] = counts.get(weight, 0) + n
+    for op in tape.ops:
+        if op.joins is not None:
+            counts[op.joins] = 1
+    return list(counts.items())
 
 
 @lru_cache(maxsize=1024)

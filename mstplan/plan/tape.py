@@ -56,21 +56,18 @@ class Label(NamedTuple):
 Alive = tuple[tuple[Label, int], ...]  # tensors, and how many of each
 
 
-@dataclass(eq=False, repr=False)
 class Tensor:
-    """A tensor of a step. `shape` names its axes, e.g. "b s I"; a view shares the storage of `of`."""
+    """A tensor of a step. `shape` names its axes, e.g. "b s I"; `bytes` are per unit of BASIS[basis].
 
-    name: str
-    shape: str
-    dtype: str
-    basis: int
-    bytes: int  # per unit of BASIS[basis]
-    of: Tensor | None = None
-    cached: bool = False  # a cast weight that autocast keeps until the end of forward
+    A view shares the `storage` of another tensor. `cached`: a cast weight that autocast keeps until the end of forward.
+    """
 
-    @property
-    def storage(self) -> Tensor:
-        return self.of or self
+    __slots__ = ("basis", "bytes", "cached", "dtype", "name", "shape", "storage")
+
+    def __init__(self, name: str, shape: str, dtype: str, basis: int, bytes: int, of: Tensor | None = None):
+        self.name, self.shape, self.dtype, self.basis, self.bytes = name, shape, dtype, basis, bytes
+        self.storage: Tensor = of.storage if of is not None else self
+        self.cached = False
 
     @property
     def label(self) -> Label:
@@ -157,7 +154,7 @@ class Tape:
 
     def view(self, tensor: Tensor, name: str, shape: str) -> Tensor:
         part = self.new(name, shape, tensor.dtype)
-        part.of = tensor.storage
+        part.storage = tensor.storage
         return part
 
     def op(self, name: str, reads: Iterable[Tensor], *makes: Tensor, **more: object) -> Tensor:
@@ -224,11 +221,13 @@ class _Ledger:
     def splice(self, replay: Replay, where: str = "", *, moments: bool = True) -> None:
         """Take over what another replay found, begun from here."""
         base = tuple(self.total)
+        held = tuple(self.alive.items())
         for live, at, alive in replay.moments if moments else ():
             place = f"{where}: {at}" if where else at
-            self.moments.append(Moment(add(base, live), place, merged(tuple(self.alive.items()), alive)))
+            self.moments.append(Moment(add(base, live), place, merged(held, alive) if self.rules.detail else ()))
         self.total = list(add(base, replay.net))
-        self.alive = dict(merged(tuple(self.alive.items()), replay.alive))
+        if self.rules.detail:
+            self.alive = dict(merged(held, replay.alive))
 
     def replay(self, cached: Alive = ()) -> Replay:
         return Replay(tuple(self.moments), tuple(self.total), tuple(self.alive.items()), cached)
@@ -307,11 +306,11 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     if tape.output is not None and not recomputing:
         uses[tape.output.storage] = uses.get(tape.output.storage, 0) + 1
     last = max((i for i, op in enumerate(tape.ops) if _holds_for_backward(op)), default=-1) if recomputing else None
-    kept = {t.storage for op in tape.ops for t in _kept(op)} if keep else set()
+    kept = {tensor.storage for op in tape.ops for tensor in _kept(op)} if keep else set()
 
     for i, op in enumerate(tape.ops):
         stop = i == last
-        makes = [t for t in op.makes if t.of is None and (not stop or t in op.keeps)]
+        makes = [t for t in op.makes if t.storage is t and (not stop or t in op.keeps)]
         if op.part is not None:
             cached += _part_forward(op, ledger, rules, keep, stop)
             mine.update(makes)
@@ -405,9 +404,10 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) ->
     rules = rules._replace(recomputed=rules.recomputed or recompute)
     ledger = _Ledger(rules)
     keepers: dict[Tensor, int] = {}
-    made = {tensor for op in tape.ops for tensor in op.makes if tensor.of is None}
-    for op in tape.ops:
-        for tensor in _kept(op):
+    made = {tensor for op in tape.ops for tensor in op.makes if tensor.storage is tensor}
+    kept_by = [_kept(op) for op in tape.ops]
+    for kept in kept_by:
+        for tensor in kept:
             keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
     assert tape.output is not None
     incoming = tape.grad(tape.output)
@@ -434,7 +434,7 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) ->
             let_go(gradient)
             pending[tensor] = total
 
-    for op in reversed(tape.ops):
+    for op, kept in zip(reversed(tape.ops), reversed(kept_by), strict=True):
         came = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
         if not came:
             continue
@@ -460,7 +460,7 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) ->
                 _weights_backward(op, ledger, rules)
             for gradient in came:
                 let_go(gradient)
-        for tensor in _kept(op):
+        for tensor in kept:
             keepers[tensor.storage] -= 1
             if keepers[tensor.storage] == 0 and tensor.storage in made:
                 ledger.drop(tensor.storage)

@@ -64,7 +64,7 @@ class _Cost:
         return seconds, 2 * seconds if op.grads or op.weights else 0.0
 
     def _bytes(self, tensor: Tensor) -> int:
-        return tensor.bytes * self.units[tensor.basis] if tensor.of is None else 0
+        return tensor.bytes * self.units[tensor.basis] if tensor.storage is tensor else 0
 
 
 def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: _Chunks) -> float:

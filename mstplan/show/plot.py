@@ -88,9 +88,13 @@ def check_output(path: Path, force: bool) -> None:
         folder = Path(os.path.realpath(path)).parent
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
-            raise OutputError(f"cannot write {path}: {folder} {what}.\nMake that folder first, or name another with --out.")
+            raise OutputError(
+                f"cannot write {path}: {folder} {what}.\nMake that folder first, or name another with --out."
+            )
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise OutputError(f"cannot write {path}: no permission to write in {folder}.\nName another folder with --out.")
+            raise OutputError(
+                f"cannot write {path}: no permission to write in {folder}.\nName another folder with --out."
+            )
         if path.exists() and not path.is_file():
             raise OutputError(f"cannot write {path}: it is not a regular file.\nName another with --out.")
         if path.exists() and not force:
@@ -300,7 +304,11 @@ def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
     none = [c for c in curves if not c.s_max]
     if none:
         least, where = min(c.points[0].bytes for c in none), format_tokens(none[0].points[0].seq_len)
-        who = "No strategy fits" if len(none) == len(curves) > 1 else f"Does not fit: {', '.join(c.strategy for c in none)}"
+        who = (
+            "No strategy fits"
+            if len(none) == len(curves) > 1
+            else f"Does not fit: {', '.join(c.strategy for c in none)}"
+        )
         over = format_gib(least - card.budget_bytes)
         lines.append(f"{who}. Even {where} tokens need {format_gib(least)}, {over} more than the budget.")
         hidden = [c.strategy for c in none if c.points[0].bytes > top]
@@ -496,8 +504,18 @@ def _instants(axes: Axes, curves: Sequence[Curve]) -> None:
                 clip_on=False, zorder=5,
             )  # fmt: skip
         inches = axes.figure.dpi_scale_trans  # type: ignore[union-attr]
-        axes.text(0, row, curve.strategy, transform=names + ScaledTranslation(-0.5, 0, inches), ha="right", va="center_baseline", fontsize=SMALL)
-        sample = Line2D([0, 1], [row, row], color=style.color, linestyle=style.dashes, linewidth=style.width, clip_on=False)
+        axes.text(
+            0,
+            row,
+            curve.strategy,
+            transform=names + ScaledTranslation(-0.5, 0, inches),
+            ha="right",
+            va="center_baseline",
+            fontsize=SMALL,
+        )
+        sample = Line2D(
+            [0, 1], [row, row], color=style.color, linestyle=style.dashes, linewidth=style.width, clip_on=False
+        )
         width = 0.36 * WIDTH / (WIDTH - LEFT - RIGHT) / WIDTH  # inches as a share of the axes
         sample.set_xdata([0, width])
         sample.set_transform(names + ScaledTranslation(-0.43, 0, inches))
@@ -591,7 +609,9 @@ def _place(
         x0, y0, x1, y1 = box
         if x0 < frame.x0 + 2 or x1 > frame.x1 - 2 or y0 < frame.y0 + 2 or y1 > frame.y1 - 2:
             return 1e6
-        hidden = np.count_nonzero((ink[:, 0] > x0 - 3) & (ink[:, 0] < x1 + 3) & (ink[:, 1] > y0 - 3) & (ink[:, 1] < y1 + 3))
+        hidden = np.count_nonzero(
+            (ink[:, 0] > x0 - 3) & (ink[:, 0] < x1 + 3) & (ink[:, 1] > y0 - 3) & (ink[:, 1] < y1 + 3)
+        )
         crossed = sum(1 for k, x in enumerate(guides) if k != own and x0 - 2 < x < x1 + 2)
         covered = sum(1 for x, y in marks if x0 - 6 < x < x1 + 6 and y0 - 6 < y < y1 + 6)
         clash = sum(1 for a in taken if x0 < a[2] + 3 and a[0] < x1 + 3 and y0 < a[3] + 2 and a[1] < y1 + 2)
@@ -603,6 +623,15 @@ def _place(
         back = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9}
         axes.text(at[0], at[1], text, fontsize=SMALL, va="center", ha="left", bbox=back, zorder=7, **more)
 
+    width, height = size(on_budget, fontweight="bold")
+    nearest = [(k, sign) for k in range(6) for sign in (1, -1)]  # rows of 5 pixels above and below the line
+    rows = [(k * 5, level + 5 + k * 5 if sign > 0 else level - 5 - k * 5 - height) for k, sign in nearest]
+    choices = [
+        (cost((x, y, x + width, y + height), None) + far + (x - frame.x0) / 40, (x, y, x + width, y + height))
+        for far, y in rows
+        for x in np.linspace(frame.x0 + 5, frame.x1 - 5 - width, 60)
+    ]
+    put(min(choices)[1], on_budget, fontweight="bold")
     for own, label in sorted(enumerate(labels), key=lambda pair: pair[1].x):
         width, height = size(label.text)
         x, y = pixels([label.x], [label.y])[0]
@@ -619,10 +648,3 @@ def _place(
         high = top if label.line == "context" else max(label.y, axes.transData.inverted().transform((x, best[3]))[1])
         style = (0, (5, 3)) if label.line == "context" else (0, (1, 1.5))
         axes.plot([label.x] * 2, [0, high], color="0.45", linewidth=0.8, linestyle=style, zorder=2)
-    width, height = size(on_budget, fontweight="bold")
-    choices = [
-        (x, y, x + width, y + height)
-        for y in (level + 5, level - 5 - height)
-        for x in np.linspace(frame.x0 + 5, frame.x1 - 5 - width, 60)
-    ]
-    put(min(choices, key=lambda box: cost(box, None)), on_budget, fontweight="bold")

@@ -1,6 +1,5 @@
 """S_max and chunk counts against their definitions, for any model, recipe and card; and against published lengths."""
 
-
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st

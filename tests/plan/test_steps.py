@@ -23,6 +23,7 @@ from mstplan.plan.steps import (
     Layout,
     Step,
     evaluate,
+    segment_length,
 )
 from mstplan.units import GIB
 
@@ -71,6 +72,12 @@ def test_the_same_holds_for_any_model_and_recipe(data):
     chunks, seq_len = data.draw(chunk_counts(recipe)), data.draw(st.integers(1, 200_000))
     step, where = _step(model, recipe, A100.gpu, chunks, seq_len), sizes(recipe, seq_len, chunks)
     assert max(slow_peaks(step, where).values()) == step.largest(where)[1]
+
+
+def test_every_sqrt_of_the_layers():
+    recipe = strategy("checkpoint-sqrt")
+    assert [segment_length(recipe, n) for n in (1, 2, 3, 6, 7, 12, 13, 32, 80, 126)] == [1, 1, 2, 2, 3, 3, 4, 6, 9, 11]
+    assert [segment_length(strategy("checkpoint", checkpoint=k), 32) for k in (1, 5, 40)] == [1, 5, 32]
 
 
 # ---- entries ----------------------------------------------------------------------------------------------------------
