@@ -209,16 +209,15 @@ def recommend(model: Model, recipe: Recipe, card: Card) -> Chunks:
         return longest(model, recipe, card, chunks)
 
     least = smallest_chunks_tokens(model, card.gpu)
-    limit = fixed_chunks(recipe, 2, 2)
+    limit = fixed_chunks(recipe, 1, 2)
+    if reach(limit) * recipe.batch < 2 * least[1]:
+        limit = fixed_chunks(recipe)
     for _ in range(8):
         tokens = reach(limit) * recipe.batch
-        allowed = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
-        if allowed.mlp < limit.mlp or allowed.loss < limit.loss:
-            limit = Chunks(min(limit.mlp, allowed.mlp), min(limit.loss, allowed.loss))
+        wider = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
+        if wider == limit or reach(wider) < reach(limit):
             break
-        if allowed == limit:
-            break
-        limit = allowed
+        limit = wider
     enough = reach(limit) * (1 - GAIN)
     loss = _smallest(limit.loss, lambda m: reach(limit._replace(loss=m)) >= enough) if recipe.loss_chunks == "auto" else limit.loss
     mlp = _smallest(limit.mlp, lambda m: reach(Chunks(m, loss)) >= enough) if recipe.mlp_chunks == "auto" else limit.mlp
