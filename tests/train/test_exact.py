@@ -1,0 +1,210 @@
+"""Loss and gradients in mini-sequences equal the plain model's: in float64 to 1e-10, over families, lengths and chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mstplan.errors import ModelError, RecipeError
+from mstplan.train import minisequence
+from mstplan.train.finding import find_parts
+
+from .families import FAMILIES, small_batch, small_model
+
+BOUND = 1e-10
+
+
+def exact_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
+    """transformers' loss without its cast to fp32, which would drown a difference in float64."""
+    targets = F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+
+
+def step(model: nn.Module, ids, labels, **more) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=labels, **more).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_step(model, ids, labels, **more):
+    model.loss_function = exact_loss
+    result = step(model, ids, labels, **more)
+    del model._loss_function
+    return result
+
+
+def assert_equal(found, wanted) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=BOUND)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        assert (found[1][name] - gradient).norm() <= BOUND * gradient.norm() + 1e-300, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpoint", ["none", "layer"])
+def test_every_family(family, checkpoint):
+    model = small_model(family)
+    for sequences, tokens in ((1, 8), (2, 13)):  # 13 tokens divide into no number of chunks below
+        ids, labels = small_batch(sequences, tokens)
+        wanted = plain_step(model, ids, labels)
+        for mlp_chunks, loss_chunks in ((2, 3), (5, 4), (50, 50)):
+            minisequence(model, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, checkpoint=checkpoint)
+            assert_equal(step(model, ids, labels), wanted)
+            minisequence.undo(model)
+
+
+def test_the_comparison_notices_a_lost_token():
+    """An implementation that drops the tail when S is not a multiple of M must not pass."""
+    model = small_model("llama")
+    ids, labels = small_batch(1, 13)
+    wanted = plain_step(model, ids, labels)
+    labels[0, -1] = -100
+    with pytest.raises(AssertionError):
+        assert_equal(plain_step(model, ids, labels), wanted)
+
+
+def test_num_items_in_batch_and_shift_labels():
+    model = small_model("qwen3")
+    ids, labels = small_batch(2, 13)
+    shifted = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    for more in ({"num_items_in_batch": torch.tensor(40)}, {"num_items_in_batch": 40}, {"shift_labels": shifted}):
+        wanted = plain_step(model, ids, labels, **more)
+        minisequence(model, mlp_chunks=3, loss_chunks=4)
+        assert_equal(step(model, ids, labels, **more), wanted)
+        minisequence.undo(model)
+
+
+def test_gradient_accumulation_adds_up():
+    model = small_model("llama")
+    ids, labels = small_batch(2, 13)
+    wanted = plain_step(model, ids, labels)[1]
+    minisequence(model, mlp_chunks=3, loss_chunks=4, checkpoint="layer")
+    for _ in range(2):
+        model(input_ids=ids, labels=labels).loss.backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad - 3 * wanted[name]).norm() <= BOUND * weight.grad.norm()  # one plain step's is there already
+
+
+def test_frozen_parameters_get_no_gradient():
+    model = small_model("llama")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("layers.1" in name or "lm_head" in name)
+    ids, labels = small_batch(2, 13)
+    wanted = plain_step(model, ids, labels)
+    assert wanted[1].keys() == {n for n, w in model.named_parameters() if w.requires_grad}
+    minisequence(model, mlp_chunks=3, loss_chunks=4)
+    assert_equal(step(model, ids, labels), wanted)
+
+
+def test_dropout_draws_the_same_numbers_again():
+    """With dropout the gradients of a fixed seed must be those of its own forward: checked by finite differences."""
+    model = small_model("gpt2", dropout=0.2)
+    minisequence(model, mlp_chunks=3, loss_chunks=4)
+    ids, labels = small_batch(1, 13)
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
+
+    def loss_at(shift: float) -> torch.Tensor:
+        torch.manual_seed(7)
+        with torch.no_grad():
+            weight.add_(shift * direction)
+        loss = model(input_ids=ids, labels=labels).loss
+        with torch.no_grad():
+            weight.sub_(shift * direction)
+        return loss
+
+    slope = (loss_at(1e-6).item() - loss_at(-1e-6).item()) / 2e-6
+    loss_at(0.0).backward()
+    assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize(("family", "passes"), [("llama", 2.0), ("qwen3", 2.0), ("cohere", 2.0), ("mixtral", 2.0)])
+def test_checkpointed_layers_run_the_mlp_twice_not_three_times(family, passes):
+    tokens = dict.fromkeys(("plain", "chunked"), 0)
+    for way in tokens:
+        model = small_model(family)
+        ids, labels = small_batch(2, 16)
+        for mlp in find_parts(model).mlps:
+            matrix = next(m for m in mlp.modules() if isinstance(m, nn.Linear) or "Router" in type(m).__name__)
+            matrix.register_forward_pre_hook(lambda _, inputs, way=way: tokens.__setitem__(way, tokens[way] + inputs[0].numel() // 32))
+        if way == "chunked":
+            minisequence(model, mlp_chunks=4, loss_chunks=4, checkpoint="layer")
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=ids, labels=labels).loss.backward()
+    assert tokens["chunked"] == tokens["plain"] == passes * 2 * 2 * 16  # passes x layers x batch x tokens
+
+
+def test_the_head_runs_once_forward_per_token():
+    model = small_model("llama")
+    rows = []
+    minisequence(model, mlp_chunks=4, loss_chunks=4)
+    model.lm_head.weight.register_hook(lambda g: rows.append("gradient"))
+    whole = F.linear
+
+    def counted(x, w, b=None):
+        rows.extend([x.shape[:-1].numel()] if w.shape == (61, 32) else [])
+        return whole(x, w, b)
+
+    nn.functional.linear, ids_labels = counted, small_batch(2, 16)
+    try:
+        model(input_ids=ids_labels[0], labels=ids_labels[1]).loss.backward()
+    finally:
+        nn.functional.linear = whole
+    assert sum(r for r in rows if r != "gradient") == 32 and rows.count("gradient") == 1
+
+
+def test_everything_else_stays_as_it_was(tmp_path):
+    model = small_model("llama")
+    ids, labels = small_batch(2, 13)
+    keys, logits = list(model.state_dict()), model(input_ids=ids).logits.detach()
+    generated = model.eval().generate(ids, max_new_tokens=4, do_sample=False)
+    evaluated = model(input_ids=ids, labels=labels)
+    minisequence(model.train(), mlp_chunks=3, loss_chunks=4)
+    assert list(model.state_dict()) == keys
+    assert torch.allclose(model(input_ids=ids).logits, logits, rtol=1e-12)
+    assert model(input_ids=ids, labels=labels).logits is None
+    assert torch.equal(model.eval().generate(ids, max_new_tokens=4, do_sample=False), generated)
+    assert torch.allclose(model(input_ids=ids, labels=labels).logits, evaluated.logits)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    minisequence.undo(model)
+    assert not any("forward" in module.__dict__ for module in model.modules()) and "_loss_function" not in model.__dict__
+
+
+def test_refusals_name_what_is_wrong():
+    model = small_model("llama")
+    for bad in (0, -1, 1.5, True, "4"):
+        with pytest.raises(RecipeError, match="mlp_chunks"):
+            minisequence(model, mlp_chunks=bad)
+    minisequence(model, mlp_chunks=2)
+    with pytest.raises(ModelError, match="already"):
+        minisequence(model, mlp_chunks=2)
+    with pytest.raises(ModelError, match="no LM head"):
+        minisequence(small_model("llama").model, mlp_chunks=2)
+    model = minisequence.undo(model)
+    model.loss_function = None
+    minisequence.undo(model)  # nothing to undo is fine
+
+
+def test_unknown_use_of_the_logits_is_refused_not_ignored():
+    model = small_model("llama")
+    minisequence(model, loss_chunks=4)
+    ids, labels = small_batch(1, 8)
+    model.lm_head.register_forward_hook(lambda *args: args[2].argmax(-1))
+    with pytest.raises(ModelError, match="argmax"):
+        model(input_ids=ids, labels=labels)
+
+
+def test_the_loss_is_backpropagated_once():
+    model = minisequence(small_model("llama"), loss_chunks=4)
+    ids, labels = small_batch(1, 8)
+    loss = model(input_ids=ids, labels=labels).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
