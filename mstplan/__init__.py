@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from .plan.recipe import strategy as strategy
     from .plan.shapes import shapes as shapes
     from .plan.solve import Answer as Answer
-    from .plan.solve import Chunks as Chunks
     from .plan.solve import Plan as Plan
     from .plan.solve import max_seq as max_seq
     from .plan.solve import plan_at as plan_at
+    from .plan.steps import Chunks as Chunks
     from .plan.steps import Entry as Entry
     from .plan.steps import Instant as Instant
     from .units import parse_length as parse_length
@@ -57,8 +57,8 @@ _WHERE = {
     "plan.parameters": ("parameter_count",),
     "plan.recipe": ("STRATEGIES", "Recipe", "strategy"),
     "plan.shapes": ("shapes",),
-    "plan.solve": ("Answer", "Chunks", "Plan", "max_seq", "plan_at"),
-    "plan.steps": ("Entry", "Instant"),
+    "plan.solve": ("Answer", "Plan", "max_seq", "plan_at"),
+    "plan.steps": ("Chunks", "Entry", "Instant"),
     "units": ("parse_length", "parse_memory"),
 }
 __all__ = [

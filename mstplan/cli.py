@@ -1,18 +1,21 @@
 """The command line: options in, one library call, a table or JSON out, an exit code.
 
-Exit codes: 0 an answer (for `plan`: it fits), 1 it does not fit, 2 the input cannot be used, 130 interrupted.
+Exit codes: 0 an answer (for `plan`: it fits), 1 it does not fit, 2 the input cannot be used, 130 interrupted, 141 the reader
+of the output went away.
 """
 
 from __future__ import annotations
 
 import gc
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for plugins reads every installed package's metadata
 
@@ -40,11 +43,17 @@ app = typer.Typer(
 # ---- options, each said once -----------------------------------------------------------------------------------------
 
 Asked = SimpleNamespace
-_Option = tuple[str, Any, Any]  # name, annotation, default
 
 
-def _option(kind: Any, flags: str, help: str, default: Any = None, panel: str | None = None, **more: Any) -> Any:
-    return Annotated[kind, typer.Option(*flags.split(), help=help, rich_help_panel=panel, **more)], default
+class _Option(NamedTuple):
+    annotation: Any
+    default: Any
+    flags: tuple[str, ...]
+
+
+def _option(kind: Any, flags: str, help: str, default: Any = None, panel: str | None = None, **more: Any) -> _Option:
+    option = typer.Option(*flags.split(), help=help, rich_help_panel=panel, **more)
+    return _Option(Annotated[kind, option], default, tuple(flags.replace("/", " ").split()))
 
 
 _CARD, _RECIPE = "Card", "Recipe"
@@ -75,35 +84,59 @@ RECIPE = {
     "attention": _option(str | None, "--attention", "sdpa | flash | eager. Default sdpa.", panel=_RECIPE, metavar="NAME"),
     "loss": _option(str | None, "--loss", "transformers | 'transformers<4.45' | chunked.", panel=_RECIPE, metavar="NAME"),
 }  # fmt: skip
-STRATEGY = {"strategy": _option(str, "--strategy -s", "standard | checkpoint | checkpoint-sqrt | mst | mst-offload.", "mst", metavar="NAME")}
+_VARIED_BY_THE_FORMULAS = ("checkpoint", "chunks", "no_recompute", "offload", "loss")
+THEOREM_RECIPE = {name: option for name, option in RECIPE.items() if name not in _VARIED_BY_THE_FORMULAS}
+STRATEGY = {
+    "strategy": _option(str | None, "--strategy -s", "standard | checkpoint | checkpoint-sqrt | mst | mst-offload. Default mst.", metavar="NAME"),
+}
+FORCE = {"force": _option(bool, "--force", "Overwrite the file.", False)}
 
 
 _COMMANDS: dict[str, Callable[[], object]] = {}
 """How to add each command to `app`: done for the one that was asked for only, as typer takes a while over each."""
 
 
-def command(name: str, *groups: dict[str, Any], help: str, epilog: str) -> Callable[[Callable[[Asked], None]], Callable[[Asked], None]]:
+def command(name: str, *groups: dict[str, _Option], help: str, epilog: str) -> Callable[[Callable[[Asked], None]], Callable[[Asked], None]]:
     """Register a command that takes the options of `groups` in one namespace; its errors become lines and exit codes."""
-    options = {key: value for group in groups for key, value in group.items()}
+    options = {key: option for group in groups for key, option in group.items()}
 
     def register(run: Callable[[Asked], None]) -> Callable[[Asked], None]:
-        def called(**values: Any) -> None:
+        def called(**given: Any) -> None:
             from .errors import MstplanError
 
+            values = {key: given.get(key, option.default) for key, option in options.items()}
             try:
+                missing = next((o for key, o in options.items() if o.default is ... and values[key] in (None, ...)), None)
+                if missing is not None:  # some releases of typer and click together do not notice
+                    flags = " / ".join(f"'{flag}'" for flag in missing.flags)
+                    _complain(f"Missing option {flags}.\nTry 'mstplan {name} --help'.")
+                    raise typer.Exit(2)
                 run(Asked(**values))
             except MstplanError as e:
-                typer.echo(f"mstplan: {e}", err=True)
+                _complain(str(e))
                 raise typer.Exit(2) from None
 
-        called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a) for k, (a, d) in options.items()]
-        )
-        called.__annotations__ = {key: annotation for key, (annotation, _) in options.items()}
-        _COMMANDS[name] = lambda: app.command(name, help=help, epilog=epilog)(called)
+        def add() -> None:
+            built = _asked_for(options, sys.argv[1:])
+            called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+                [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=o.default, annotation=o.annotation) for k, o in built.items()]
+            )
+            called.__annotations__ = {key: option.annotation for key, option in built.items()}
+            app.command(name, help=help, epilog=epilog)(called)
+
+        _COMMANDS[name] = add
         return run
 
     return register
+
+
+def _asked_for(options: dict[str, _Option], arguments: list[str]) -> dict[str, _Option]:
+    """The options that the arguments name, and the required ones: typer takes a while over each. All of them when an
+    argument is none of them, be it --help or a slip to complain about."""
+    named = {a.split("=")[0] if a.startswith("--") else a[:2] for a in arguments if a.startswith("-")}
+    if not named <= {flag for option in options.values() for flag in option.flags}:
+        return options
+    return {key: option for key, option in options.items() if option.default is ... or not named.isdisjoint(option.flags)}
 
 
 # ---- from options to the library's objects -----------------------------------------------------------------------------
@@ -126,6 +159,8 @@ def _card(asked: Asked) -> Card:
 
 def _changes(asked: Asked) -> dict[str, object]:
     """The recipe fields that the options set."""
+    from .units import parse_whole
+
     named = ("precision", "optimizer", "adamw_kernel", "accumulation", "batch", "attention", "loss")
     changes: dict[str, object] = {name: getattr(asked, name) for name in named if getattr(asked, name) is not None}
     for switch in ("optimizer_in_backward", "optimizer_on_host", "weights_on_host"):
@@ -136,20 +171,24 @@ def _changes(asked: Asked) -> dict[str, object]:
     if asked.no_recompute:
         changes["mlp_recompute"] = False
     if asked.checkpoint is not None:
-        changes["checkpoint"] = int(asked.checkpoint) if asked.checkpoint.isdigit() else asked.checkpoint
+        changes["checkpoint"] = parse_whole(asked.checkpoint, "--checkpoint") if "0" <= asked.checkpoint[:1] <= "9" else asked.checkpoint
     return changes
 
 
 def _chunks(text: str | None) -> dict[str, object]:
     """mlp_chunks and loss_chunks from '8', '8,32' or 'auto'."""
-    from .errors import RecipeError
+    from .errors import RecipeError, UnitError, quoted
+    from .units import parse_whole
 
     if text is None:
         return {}
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) > 2 or not all(part == "auto" or (part.isdecimal() and int(part) > 0) for part in parts):
-        raise RecipeError(f"cannot read --chunks '{text}'.\nWrite one number for both (8), two (MLP,loss: 8,32), or auto.")
-    values = ["auto" if part == "auto" else int(part) for part in parts]
+    parts = [part.strip() for part in text[:100].split(",")]
+    try:
+        values = ["auto" if part == "auto" else parse_whole(part) for part in parts]
+    except UnitError:
+        values = []
+    if len(values) not in (1, 2) or 0 in values or len(text) > 100:
+        raise RecipeError(f"cannot read --chunks {quoted(text)}.\nWrite one number for both (8), two (MLP,loss: 8,32), or auto.")
     return {"mlp_chunks": values[0], "loss_chunks": values[-1]}
 
 
@@ -213,7 +252,8 @@ def _length(text: str) -> int:
 
 @command(
     "max-seq", MODEL, CARD, RECIPE, JSON,
-    help="The longest sequence that fits, for each strategy, and what holds it back.",
+    help="The longest sequence that fits, for each strategy, and what holds it back. With --checkpoint, --loss, --offload or --recipe, "
+    "the options describe one recipe (\"custom\") instead of varying the five strategies.",
     epilog="mstplan max-seq --model llama3.1-8b --gpu h100 --optimizer-in-backward   |   "
     "mstplan max-seq -m ./my-model --gpu-mem 24GB --chunks 8,32",
 )  # fmt: skip
@@ -238,29 +278,36 @@ def max_seq(asked: Asked) -> None:
 @command(
     "plan", MODEL, {"seq_len": _option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
     STRATEGY, CARD, RECIPE,
-    {"write_recipe": _option(Path | None, "--write-recipe", "Write the recipe as JSON.", panel=_RECIPE, metavar="FILE")}, JSON,
+    {"write_recipe": _option(Path | None, "--write-recipe", "Write the recipe as JSON.", panel=_RECIPE, metavar="FILE")}, FORCE, JSON,
     help="Does this length fit? The peak, its instant, and what would make it fit. Exit code 0: fits, 1: does not.",
     epilog="mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k --strategy mst",
 )  # fmt: skip
 def plan(asked: Asked) -> None:
+    from . import files
+    from .errors import RecipeError
     from .plan import advice, solve
     from .plan.recipe import strategy
 
+    if asked.recipe is not None and asked.strategy is not None:
+        raise RecipeError("--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out.")
+    if asked.write_recipe is not None:
+        files.check_writable(asked.write_recipe, asked.force)
     model, card = _model(asked), _card(asked)
-    base = _base(asked) if asked.recipe is not None else strategy(asked.strategy)
+    name = "custom" if asked.recipe is not None else asked.strategy if asked.strategy is not None else "mst"
+    base = _base(asked) if asked.recipe is not None else strategy(name)
     recipe = _apply(base, asked, adopt_chunks=True)
     step = solve.plan_at(model, recipe, card, _length(asked.seq_len))
     singles, run = ((), None) if step.fits else advice.ways_to_fit(step)
     if asked.write_recipe is not None:
-        recipe.write(asked.write_recipe)
+        recipe.write(asked.write_recipe, asked.force)
     if asked.json:
         from .show import payload
 
-        _print_json(payload.plan_document(step, asked.strategy, singles, run))
+        _print_json(payload.plan_document(step, name, singles, run))
     else:
         from .show import report
 
-        report.plan(_console(), step, asked.strategy if asked.recipe is None else "this recipe", singles, run)
+        report.plan(_console(), step, name if asked.recipe is None else "this recipe", singles, run)
     if not step.fits:
         raise typer.Exit(1)
 
@@ -270,7 +317,7 @@ def _coefficient(flag: str, what: str, metavar: str) -> Any:
 
 
 @command(
-    "theorem", MODEL, {"seq_len": _option(str | None, "--seq-len", "Also the memory at this length.", metavar="TOKENS")}, CARD, RECIPE,
+    "theorem", MODEL, {"seq_len": _option(str | None, "--seq-len", "Also the memory at this length.", metavar="TOKENS")}, CARD, THEOREM_RECIPE,
     {
         "w_mem": _coefficient("--w-mem", "W_mem, e.g. 60GiB.", "SIZE"),
         "i_mem": _coefficient("--i-mem", "I_mem, bytes per token.", "BYTES"),
@@ -289,7 +336,7 @@ def theorem(asked: Asked) -> None:
     model, card = _model(asked), _card(asked)
     seq_len = _length(asked.seq_len) if asked.seq_len is not None else None
     overrides = _overrides(asked)
-    view = report.theorem_view(model, card, _changes_for_theorem(asked), overrides, seq_len)
+    view = report.theorem_view(model, card, _theorem_recipe(asked), overrides, seq_len)
     if asked.json:
         from .show import payload
 
@@ -298,21 +345,20 @@ def theorem(asked: Asked) -> None:
         report.theorem(_console(), model, card, view)
 
 
-def _changes_for_theorem(asked: Asked) -> Recipe:
+def _theorem_recipe(asked: Asked) -> Recipe:
     """The user's recipe without what the four formulas themselves vary."""
-    from .plan.recipe import STRATEGY_FIELDS
+    from .plan.recipe import STRATEGY_FIELDS, Recipe
 
-    return _base(asked).changed(**{name: value for name, value in _changes(asked).items() if name not in STRATEGY_FIELDS})
+    left_out = {name: RECIPE[name][1] for name in _VARIED_BY_THE_FORMULAS}
+    base = {name: value for name, value in _base(asked).model_dump().items() if name not in STRATEGY_FIELDS}
+    return Recipe.model_construct().changed(**{**base, **_changes(Asked(**left_out, **vars(asked)))})
 
 
 def _overrides(asked: Asked) -> dict[str, int | None]:
-    from .errors import UnitError
-    from .units import parse_memory
+    from .units import parse_memory, parse_whole
 
     def number(name: str, text: str | None) -> int | None:
-        if text is not None and not text.replace("_", "").replace(",", "").isdigit():
-            raise UnitError(f"cannot read --{name} '{text}' as a whole number.")
-        return int(text.replace("_", "").replace(",", "")) if text is not None else None
+        return parse_whole(text, f"--{name}") if text is not None else None
 
     sizes = {name: parse_memory(getattr(asked, name)) if getattr(asked, name) is not None else None for name in ("w_mem", "m_max")}
     counts = {"i_mem": number("i-mem", asked.i_mem), "a_mem": number("a-mem", asked.a_mem), "layers": number("layers", asked.layers)}
@@ -322,18 +368,18 @@ def _overrides(asked: Asked) -> dict[str, int | None]:
 @command(
     "shapes", MODEL, {
         "seq_len": _option(str, "--seq-len", "Tokens per sequence.", "128k", metavar="TOKENS"),
-        "batch": _option(int, "--batch -b", "Sequences.", 1, metavar="N", min=1),
+        "batch": _option(int, "--batch -b", "Sequences.", 1, metavar="N", min=1, max=1_000_000),
         "dtype": _option(str, "--dtype", "bfloat16 | float32.", "bfloat16", metavar="NAME"),
     }, JSON,
     help="The large tensors of a layer and the LM head: shape and bytes.",
     epilog="mstplan shapes -m llama3.1-8b --seq-len 131072",
 )  # fmt: skip
 def shapes(asked: Asked) -> None:
-    from .errors import RecipeError
+    from .errors import RecipeError, quoted
     from .plan.shapes import shapes as table
 
     if asked.dtype not in ("bfloat16", "float32"):
-        raise RecipeError(f"unknown dtype '{asked.dtype}'.\nKnown: bfloat16, float32.")
+        raise RecipeError(f"unknown dtype {quoted(asked.dtype)}.\nKnown: bfloat16, float32.")
     model, seq_len = _model(asked), _length(asked.seq_len)
     rows = table(model, asked.batch, seq_len, asked.dtype)
     if asked.json:
@@ -351,8 +397,7 @@ def shapes(asked: Asked) -> None:
         "out": _option(Path, "--out -o", "PNG, SVG or PDF picture, or CSV of the points.", Path("memory.png"), metavar="FILE"),
         "to": _option(str | None, "--to", "The longest length drawn. Default: a little beyond the largest S_max.", metavar="TOKENS"),
         "points": _option(int, "--points", "Lengths per curve.", 200, metavar="N", min=2, max=100_000),
-        "force": _option(bool, "--force", "Overwrite the file.", False),
-    }, JSON,
+    }, FORCE, JSON,
     help="Memory against sequence length for the strategies, with the card, S_max and the binding instants.",
     epilog="mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",
 )  # fmt: skip
@@ -378,9 +423,12 @@ def plot(asked: Asked) -> None:
 @command("models", {"names": _option(str | None, "--filter", "Only names that contain this.", metavar="TEXT")}, JSON,
          help="The models that ship with mstplan.", epilog="mstplan models --filter qwen3")  # fmt: skip
 def models(asked: Asked) -> None:
+    from .errors import ModelError, quoted
     from .plan.catalog import load_model, model_names
 
     rows = [load_model(name) for name in model_names() if asked.names is None or asked.names.lower() in name]
+    if not rows:
+        raise ModelError(f"no model's name contains {quoted(asked.names)}")
     if asked.json:
         from .show import payload
 
@@ -421,27 +469,94 @@ def _root(
     pass
 
 
+def _complain(message: str) -> None:
+    with suppress(OSError):  # nobody is there to read it
+        print(f"mstplan: {message}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Run the command of sys.argv; ends in SystemExit, as typer's programs do."""
     asked = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     for name in [asked] if asked in _COMMANDS else _COMMANDS:
         _COMMANDS[name]()
-    app()
+    try:
+        code = app(prog_name="mstplan", standalone_mode=False)  # or else typer draws a box around each mistake
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except Exception as e:
+        if not hasattr(e, "format_message"):
+            raise
+        code = _misused(e)
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _misused(error: Any) -> int:
+    """Says what is wrong with the command line, in two lines. `error` is click's UsageError, wherever typer has it from."""
+    from .errors import one_line
+
+    said = " ".join(error.format_message().split())
+    if type(error).__name__ != "NoArgsIsHelpError":
+        context = getattr(error, "ctx", None)
+        _complain(f"{one_line(said, 200)}\nTry '{context.command_path if context else 'mstplan'} --help'.")
+    elif said:  # else typer has printed the help already
+        typer.echo(error.format_message(), err=True)
+    return 2
+
+
+class _Unwritten(Exception):
+    """Standard output takes no more. Not an OSError: click and rich have their own ideas about those."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.gone = isinstance(error, BrokenPipeError)
+        self.reason = error.strerror or str(error)
+
+
+class _Output(io.TextIOWrapper):
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as e:
+            raise _Unwritten(e) from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as e:
+            raise _Unwritten(e) from None
+
+
+def _open_streams() -> None:
+    """Standard output whose errors reach `process`; a stream that the caller closed swallows what it gets."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        now = sys.stdout
+        about = {"encoding": now.encoding, "errors": "backslashreplace" if now.errors == "strict" else now.errors}
+        lines, through = now.line_buffering, now.write_through
+        sys.stdout = _Output(now.detach(), **about, line_buffering=lines, write_through=through)  # type: ignore[arg-type]
 
 
 def process() -> None:
     """`main` as a process of its own, which may skip what only matters to processes that live on."""
     gc.disable()  # collecting the many objects that imports make is wasted time here
+    _open_streams()
     code: object = 0
     try:
-        main()
-    except SystemExit as stop:
-        code = stop.code
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        code = 1
-    try:
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
         sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
+    except _Unwritten as e:
+        code = 141 if e.gone else 2  # 141: as for a process that SIGPIPE ended; what a reader that left, as `head` does, expects
+        if not e.gone:
+            _complain(f"cannot write the answer: {e.reason}")
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:  # noqa: BLE001  a defect of mstplan's: say where
+        sys.excepthook(*sys.exc_info())
         code = 1
     os._exit(code if isinstance(code, int) else int(code is not None))  # all is written; tearing down takes as long as answering

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import re
 
-from .errors import UnitError
+from .errors import UnitError, quoted
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 _MEMORY = {"B": 1, "KB": KIB, "KIB": KIB, "MB": MIB, "MIB": MIB, "GB": GIB, "GIB": GIB, "TB": TIB, "TIB": TIB}
 _LENGTH = {"": 1, "K": KIB, "M": MIB}
 LONGEST = 2**40
 """Tokens beyond which a length is taken for a slip."""
+MOST_MEMORY = 2**60
+"""Bytes from which an amount of memory is taken for a slip."""
 
 
-def _shown(text: str) -> str:
-    """What the user wrote, on one line and not too long."""
-    return repr(text if len(text) <= 40 else text[:37] + "...")
+# ASCII digits only: \d takes those of every script, and int() reads no more than some thousands of them.
+_WHOLE = r"[0-9]{1,18}|[0-9]{1,3}(?:,[0-9]{3}){1,5}|[0-9]{1,3}(?:_[0-9]{3}){1,5}"
+_FRACTION = r"(?:\.([0-9]{1,18}))?"
+
+
+def parse_whole(text: str, name: str = "") -> int:
+    """A whole number such as 1000, 1,000 or 1_000; `name` says in messages what it is. Raises UnitError."""
+    match = _match(f"({_WHOLE})", text)
+    if match is None:
+        raise UnitError(f"cannot read {name + ' ' if name else ''}{quoted(text)} as a whole number.\nWrite it like 32 or 1,000, with at most 18 digits.")
+    return _digits(match[1])
+
+
+def _match(pattern: str, text: object) -> re.Match[str] | None:
+    return re.fullmatch(rf"\s*{pattern}\s*", text, re.IGNORECASE | re.ASCII) if isinstance(text, str) else None
+
+
+def _digits(text: str) -> int:
+    return int(text.replace(",", "").replace("_", ""))
 
 
 def parse_memory(text: str) -> int:
@@ -23,26 +41,28 @@ def parse_memory(text: str) -> int:
 
     Memory is sold in powers of two: a card sold as 80 GB holds 80 GiB, so GB is read as GiB, MB as MiB.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", text, re.IGNORECASE)
+    match = _match(rf"([0-9]{{1,18}}){_FRACTION}\s*([kmgt]?i?b)", text)
     if match is None:
-        raise UnitError(f"cannot read {_shown(text)} as an amount of memory.\nWrite it like 80GB, 79.15GiB or 24576MiB.")
-    size = int(float(match[1]) * _MEMORY[match[2].upper()]) if "." in match[1] else int(match[1]) * _MEMORY[match[2].upper()]
-    if not 0 <= size < 2**60:
-        raise UnitError(f"{_shown(text)} is more memory than any machine has.\nWrite it like 80GB, 79.15GiB or 24576MiB.")
+        raise UnitError(f"cannot read {quoted(text)} as an amount of memory.\nWrite it like 80GB, 79.15GiB or 24576MiB.")
+    fraction = match[2] or ""
+    scale: int = 10 ** len(fraction)
+    size = int(match[1] + fraction) * _MEMORY[match[3].upper()] // scale
+    if size >= MOST_MEMORY:
+        raise UnitError(f"{quoted(text)} is more memory than any machine has.\nWrite it like 80GB, 79.15GiB or 24576MiB.")
     return size
 
 
 def parse_length(text: str) -> int:
     """Tokens of '65536', '64k' (65,536) or '1M' (1,048,576). Raises UnitError."""
-    match = re.fullmatch(r"\s*(\d[\d,_]*(?:\.\d+)?)\s*([km]?)\s*", text, re.IGNORECASE)
+    match = _match(rf"({_WHOLE}){_FRACTION}\s*([km]?)", text)
     if match is None:
-        raise UnitError(f"cannot read {_shown(text)} as a number of tokens.\nWrite it like 65536, 64k (65,536) or 1M (1,048,576).")
-    digits = match[1].replace(",", "").replace("_", "")
-    unit = _LENGTH[match[2].upper()]
-    tokens = float(digits) * unit if "." in digits else int(digits) * unit
-    if tokens != int(tokens) or not 1 <= tokens <= LONGEST:
-        raise UnitError(f"{_shown(text)} is not a whole number of tokens between 1 and {LONGEST:,}.")
-    return int(tokens)
+        raise UnitError(f"cannot read {quoted(text)} as a number of tokens.\nWrite it like 65536, 64k (65,536) or 1M (1,048,576).")
+    fraction = match[2] or ""
+    scale: int = 10 ** len(fraction)
+    tokens, rest = divmod((_digits(match[1]) * scale + int(fraction or "0")) * _LENGTH[match[3].upper()], scale)
+    if rest or not 1 <= tokens <= LONGEST:
+        raise UnitError(f"{quoted(text)} is not a whole number of tokens between 1 and {LONGEST:,}.")
+    return tokens
 
 
 def format_gib(size: int, digits: int = 2) -> str:

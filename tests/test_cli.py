@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,8 +110,10 @@ def test_plan_says_what_would_make_it_fit(run: Run) -> None:
 
 def test_a_recipe_goes_out_and_comes_back(run: Run) -> None:
     first = run("plan", *CASE, "--seq-len", "32k", "--batch", "2", "--write-recipe", "mine.json", "--json").json
+    assert run("plan", *CASE, "--seq-len", "32k", "--batch", "2", "--write-recipe", "mine.json", "--force").code == 0
     again = run("plan", *CASE, "--seq-len", "32k", "--recipe", "mine.json", "--json").json
     assert Recipe.read("mine.json").batch == 2
+    assert (first["strategy"], again["strategy"]) == ("mst", "custom")
     assert first["peak_bytes"] == again["peak_bytes"] and first["recipe"] == again["recipe"]
 
 
@@ -207,7 +210,35 @@ BAD = [
     (("max-seq", *CASE, "--offload"), "needs checkpointing"),
     (("max-seq", *CASE, "--optimizer-in-backward", "--accumulation", "4"), "cannot accumulate"),
     (("max-seq", *CASE, "--weights-on-host"), "needs optimizer_on_host"),
-    (("max-seq", *CASE, "--recipe", "nowhere.json"), "cannot read recipe"),
+    (("max-seq", *CASE, "--recipe", "nowhere.json"), "there is no file 'nowhere.json'"),
+    (("max-seq", *CASE, "--recipe", "pipe"), "is not a file"),
+    (("max-seq", *CASE, "--checkpoint", "²"), "none, layer, sqrt"),
+    (("max-seq", *CASE, "--checkpoint", "9" * 5000), "whole number"),
+    (("max-seq", *CASE, "--chunks", "9" * 5000), "--chunks"),
+    (("max-seq", *CASE, "--chunks", "²"), "--chunks"),
+    (("max-seq", *CASE, "--chunks", "," * 100_000), "--chunks"),
+    (("max-seq", "--model", "llama3.1-8b", "--gpu-mem", "9" * 5000 + "GB"), "cannot read"),
+    (("max-seq", "--model", "llama3.1-8b", "--gpu-mem", "9" * 400 + ".0GB"), "cannot read"),
+    (("max-seq", "--model", "llama3.1-8b", "--gpu", "x" * 100_000), "unknown GPU"),
+    (("max-seq", "--model", "x" * 100_000, "--gpu", "h100"), "unknown model"),
+    (("max-seq", *CASE, "--precision", "fp32", "--attention", "flash"), "flash-attn computes in"),
+    (("max-seq", *CASE, "--batch", "9" * 5000), "--batch"),
+    (("max-seq", "--gpu", "h100"), "Missing option '--model' / '-m'.\nTry 'mstplan max-seq --help'."),
+    (("max-seq", *CASE, "--frob"), "--frob"),
+    (("max-seq", *CASE, "more"), ""),
+    (("frobnicate",), "No such command 'frobnicate'.\nTry 'mstplan --help'."),
+    (("a\nb\x1b[31m" + "c" * 100_000,), "No such command"),
+    (("plan", *CASE), "Missing option '--seq-len'."),
+    (("plan", *CASE, "--seq-len", "9" * 5000), "64k"),
+    (("plan", *CASE, "--seq-len", "1,,,_"), "64k"),
+    (("plan", *CASE, "--seq-len", "64k", "--write-recipe", "broken.json"), "exists already"),
+    (("plan", *CASE, "--seq-len", "64k", "--write-recipe", "folder"), "is a folder"),
+    (("plan", *CASE, "--seq-len", "64k", "--strategy", "mst", "--recipe", "unknown-field.json"), "exclude each other"),
+    (("plan", *CASE, "--seq-len", "64k", "--strategy", "x" * 100_000), "unknown strategy"),
+    *((("theorem", *CASE, option, "9" * 5000), "whole number") for option in ("--i-mem", "--a-mem", "--layers", "--m")),
+    *((("theorem", *CASE, *option), option[0]) for option in (("--checkpoint", "layer"), ("--chunks", "8"), ("--loss", "chunked"), ("--offload",))),
+    (("theorem", *CASE, "--no-recompute"), "--no-recompute"),
+    (("models", "--filter", "zzz"), "no model's name contains 'zzz'"),
     (("max-seq", "--model", "folder", "--gpu", "h100"), "config.json"),
     (("max-seq", "--model", "broken.json", "--gpu", "h100"), "not valid JSON"),
     (("max-seq", "--model", "bert.json", "--gpu", "h100"), "encoder"),
@@ -231,13 +262,15 @@ def test_bad_input_gets_one_or_two_clear_lines(run: Run, tmp_path: Path, argumen
     (tmp_path / "broken.json").write_text('{"model_type": "llama", ')
     (tmp_path / "bert.json").write_text('{"model_type": "bert", "hidden_size": 768}')
     (tmp_path / "unknown-field.json").write_text('{"optimiser": "sgd"}')
+    os.mkfifo(tmp_path / "pipe")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     said = run(*arguments)
     assert said.code == 2
     assert "Traceback" not in said.err and not said.out
     if says:
         assert says in said.err
-        assert len(said.err.strip().splitlines()) <= 2
+    assert len(said.err.strip().splitlines()) <= 2 and said.err.startswith("mstplan: ")
+    assert max(map(len, said.err.splitlines())) < 300
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
@@ -253,11 +286,78 @@ def test_unknown_commands_and_missing_options_exit_2(run: Run) -> None:
     assert run("plan", *CASE).code == 2
 
 
-def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
-    import subprocess
+def test_help_says_when_one_recipe_is_planned(run: Run) -> None:
+    assert 'one recipe ("custom")' in " ".join(run("max-seq", "--help").out.split())
 
-    command = f"{sys.executable} -m mstplan gpus --sources | head -n 1"
+
+def test_theorem_leaves_out_what_the_formulas_vary(run: Run, tmp_path: Path) -> None:
+    STRATEGIES["mst"].changed(batch=2).write(tmp_path / "r.json")
+    assert run("theorem", *CASE, "--recipe", "r.json", "--json").json == run("theorem", *CASE, "--batch", "2", "--json").json
+
+
+def test_ctrl_c_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mstplan.plan.catalog.load_model", stop)
+    said = run("max-seq", *CASE)
+    assert said.code == 130 and not said.out and "Traceback" not in said.err
+
+
+# ---- as a process ----------------------------------------------------------------------------------------------------
+
+EVERY = {
+    "max-seq": ("max-seq", *CASE),
+    "plan": ("plan", *CASE, "--seq-len", "64k"),
+    "theorem": ("theorem", *CASE),
+    "shapes": ("shapes", "-m", "llama3.1-8b"),
+    "models": ("models", "--json"),
+    "gpus": ("gpus", "--sources"),
+    "help": ("--help",),
+    "version": ("--version",),
+}
+
+
+def shell(arguments: tuple[str, ...], redirected: str, folder: Path) -> Said:
+    command = f'"$0" -m mstplan "$@" {redirected}'
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
-    assert len(done.stdout.splitlines()) == 1
-    assert "Traceback" not in done.stderr
+    line = ["bash", "-c", command, sys.executable, *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=folder, env=environment, timeout=60)
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_a_reader_that_goes_away_is_no_traceback(command: str, tmp_path: Path) -> None:
+    said = shell(EVERY[command], "| true; exit ${PIPESTATUS[0]}", tmp_path)
+    assert (said.code, said.err) == (141, "")
+
+
+def test_a_reader_that_leaves_after_a_line(tmp_path: Path) -> None:
+    said = shell(("models", "--json"), "| head -n 1", tmp_path)
+    assert (said.out, said.err) == ("{\n", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("command", EVERY)
+def test_a_full_disk_is_one_line(command: str, tmp_path: Path) -> None:
+    said = shell(EVERY[command], "> /dev/full", tmp_path)
+    assert (said.code, said.err) == (2, "mstplan: cannot write the answer: No space left on device\n")
+    assert shell(("frobnicate",), "2> /dev/full", tmp_path) == (2, "", "")
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_closed_streams_are_no_crash(command: str, tmp_path: Path) -> None:
+    assert shell(EVERY[command], ">&-", tmp_path) == (0, "", "")
+    said = shell(EVERY[command], "2>&-", tmp_path)
+    assert said.code == 0 and said.out
+    assert shell(("frobnicate",), "2>&-", tmp_path) == (2, "", "")
+
+
+def test_any_name_can_be_printed_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "模型.json").write_text((ROOT / "profiles" / "models" / "gpt2.json").read_text())
+    said = shell(("shapes", "-m", "模型.json"), "2>&1", tmp_path)
+    assert said.code == 0
+    command = ["env", "PYTHONIOENCODING=ascii", sys.executable, "-m", "mstplan", "shapes", "-m", "模型.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr

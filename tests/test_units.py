@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mstplan.errors import UnitError
-from mstplan.units import LONGEST, format_count, format_gib, format_seconds, parse_length, parse_memory
+from mstplan.units import LONGEST, format_count, format_gib, format_seconds, parse_length, parse_memory, parse_whole
+
+ODD_SIZES = ["٨GB", "²GB", "9" * 5000 + "GB", "9" * 400 + ".0GB", "80\u212aB"]  # the last: Kelvin's sign
+ODD_LENGTHS = ["1,,,_", "1,0", "1,000_000", "²", "٣k", "9" * 5000, "1\u212a"]
 
 
 @pytest.mark.parametrize(
@@ -19,7 +22,7 @@ def test_memory(text: str, size: int) -> None:
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "80", "GB", "-1GB", "1e3GB", "80 G", "nanGB", "99999999999TB", "8,0GB", "80GBs"])
+@pytest.mark.parametrize("text", ["", "80", "GB", "-1GB", "1e3GB", "80 G", "nanGB", "99999999999TB", "8,0GB", "80GBs", *ODD_SIZES])
 def test_memory_that_cannot_be_read(text: str) -> None:
     with pytest.raises(UnitError, match="80GB"):
         parse_memory(text)
@@ -32,13 +35,29 @@ def test_length(text: str, tokens: int) -> None:
     assert parse_length(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "k", "0", "0k", "-1", "1.0001k", "1e6", "1G", str(LONGEST + 1), "9" * 400, "1.5"])
+@pytest.mark.parametrize("text", ["", "k", "0", "0k", "-1", "1.0001k", "1e6", "1G", str(LONGEST + 1), "9" * 400, "1.5", *ODD_LENGTHS])
 def test_length_that_cannot_be_read(text: str) -> None:
     with pytest.raises(UnitError):
         parse_length(text)
 
 
-@pytest.mark.parametrize("parse", [parse_memory, parse_length])
+@pytest.mark.parametrize(("text", "number"), [("0", 0), ("32", 32), ("1,000", 1000), ("1_000_000", 10**6), (" 7 ", 7), ("9" * 18, 10**18 - 1)])
+def test_whole_numbers(text: str, number: int) -> None:
+    assert parse_whole(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.0", "²", "٣", "1,00", "1,,000", "_1", "9" * 19, "9" * 5000, "a\nb"])
+def test_what_is_no_whole_number(text: str) -> None:
+    with pytest.raises(UnitError, match=r"--m '.*whole number") as e:
+        parse_whole(text, "--m")
+    assert len(str(e.value).splitlines()) == 2 and len(str(e.value)) < 250
+
+
+def test_memory_is_read_to_the_byte() -> None:
+    assert parse_memory("0.000000001GB") == 1 and parse_memory("999999999999999999B") == 10**18 - 1
+
+
+@pytest.mark.parametrize("parse", [parse_memory, parse_length, parse_whole])
 @given(text=st.text(max_size=20))
 def test_any_text_is_read_or_refused(parse: Callable[[str], int], text: str) -> None:
     try:

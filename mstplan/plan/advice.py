@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from ..errors import RecipeError
 from ..units import GIB, format_gib, format_tokens
-from .hardware import Card, Gpu, card, gpus, same_size
+from .hardware import GRANULARITY, Card, Gpu, gpus, same_size
 from .model import Model
 from .recipe import Recipe
-from .solve import Answer, Chunks, Plan, longest, plan_at, smallest_chunks_tokens
+from .solve import Answer, Plan, longest, plan_at, smallest_chunks_tokens
+from .steps import Chunks
 
 
 class Change(NamedTuple):
@@ -22,24 +23,34 @@ class Change(NamedTuple):
 
 
 ON_HOST: dict[str, object] = {"optimizer_on_host": True, "optimizer_in_backward": False}
-CHANGES = (
-    Change("fused AdamW (fused=True)", "free", {"adamw_kernel": "fused"}),
-    Change("the chunked loss", "free", {"loss": "chunked", "loss_chunks": "auto"}),
-    Change("checkpoint every layer", "one more forward", {"checkpoint": "layer"}),
-    Change(
-        "the MLP in chunks, each recomputed by itself",
-        "free with checkpointing, else one more MLP forward",
-        {"mlp_chunks": "auto", "mlp_recompute": True},
-    ),
-    Change("flash-attn instead of sdpa with explicit masks", "a package to install", {"attention": "flash"}),
-    Change("the optimizer in backward", "no gradient accumulation or clipping", {"optimizer_in_backward": True}),
-    Change("layer inputs on the host", "host memory; hidden behind computing", {"offload_layer_inputs": True}),
-    Change("8-bit AdamW", "bitsandbytes; slightly different updates", {"optimizer": "adamw-8bit"}),
-    Change("weights and moments in bf16", "less exact updates", {"precision": "bf16"}),
-    Change("the optimizer on the host", "a slower step; 14 bytes per parameter of host memory", ON_HOST),
-    Change("the weights on the host as well", "all weights cross the link twice a step", {**ON_HOST, "weights_on_host": True}),
-)  # fmt: skip
-"""In the order in which they should be tried: what costs nothing first, then time, then exactness, then the machine."""
+CHUNKED_MLP: dict[str, object] = {"mlp_chunks": "auto", "mlp_recompute": True}
+
+
+def changes(recipe: Recipe) -> tuple[Change, ...]:
+    """What can be changed about a recipe, in the order in which it should be tried: what costs nothing first, then time,
+    then exactness, then the machine."""
+    found = [
+        Change("sdpa instead of eager attention", "free", {"attention": "sdpa"}),
+        Change("fused AdamW (fused=True)", "free", {"adamw_kernel": "fused"}),
+        Change("the chunked loss", "free", {"loss": "chunked", "loss_chunks": "auto"}),
+        Change("batch 1, accumulated", "smaller matrix products", _batch_1(recipe)),
+        Change("checkpoint every layer", "one more forward", {"checkpoint": "layer"}),
+        Change("the MLP in chunks, each recomputed", "free with checkpointing, else one more MLP forward", CHUNKED_MLP),
+        Change("flash-attn: no explicit masks", "a package to install", {"attention": "flash"}),
+        Change("the optimizer in backward", "no gradient accumulation or clipping", {"optimizer_in_backward": True}),
+        Change("layer inputs on the host", "host memory; hidden behind computing", {"offload_layer_inputs": True}),
+        Change("8-bit AdamW", "bitsandbytes; slightly different updates", {"optimizer": "adamw-8bit"}),
+        Change("weights and moments in bf16", "less exact updates", {"precision": "bf16"}),
+        Change("the optimizer on the host", "host memory; a slower step", ON_HOST),
+        Change("optimizer and weights on the host", "all weights cross the link twice a step", {**ON_HOST, "weights_on_host": True}),
+    ]
+    left_out = "sdpa" if recipe.attention == "flash" else "flash" if recipe.attention == "eager" else ""
+    return tuple(change for change in found if not left_out or change.fields.get("attention") != left_out)
+
+
+def _batch_1(recipe: Recipe) -> dict[str, object]:
+    more = {} if recipe.optimizer_in_backward else {"accumulation": recipe.accumulation * recipe.batch}
+    return {"batch": 1, **more}
 
 
 class Way(NamedTuple):
@@ -59,12 +70,13 @@ def _with(recipe: Recipe, change: Change) -> Recipe | None:
 
 
 def ways_to_fit(start: Plan) -> tuple[tuple[Way, ...], Way | None]:
-    """(single changes that lower the peak, cheapest first; the shortest run of changes that fits, or None).
+    """(single changes that lower the peak, cheapest first; changes that together fit, or None).
 
-    The run is found by taking the changes in order until the step fits, then leaving out each that is not needed.
+    A single change that fits is preferred. Else they are taken in order until the step fits, and those that are not
+    needed are left out again, the dearest first.
     """
     singles = []
-    for change in CHANGES:
+    for change in changes(start.recipe):
         changed = _with(start.recipe, change)
         if changed is not None:
             way = Way((change,), plan_at(start.model, changed, start.card, start.seq_len))
@@ -76,7 +88,7 @@ def ways_to_fit(start: Plan) -> tuple[tuple[Way, ...], Way | None]:
 
 def _run(start: Plan) -> Way | None:
     taken: list[Change] = []
-    for change in CHANGES:
+    for change in changes(start.recipe):
         if _with(_applied(start.recipe, taken), change) is None:
             continue
         taken.append(change)
@@ -107,9 +119,9 @@ def _thinned(start: Plan, taken: list[Change]) -> Way:
 
 
 def smallest_gpu(start: Plan) -> Gpu | None:
-    """The smallest card on which the recipe fits as it is."""
+    """The smallest card on which the recipe fits as it is, with the same reserve and host memory."""
     for gpu in sorted(gpus(), key=lambda g: (g.usable_bytes, -g.bf16_flops)):
-        on = card(gpu.name, reserve=0)
+        on = start.card._replace(gpu=gpu, total_bytes=gpu.usable_bytes, named=True)
         if on.budget_bytes > start.card.budget_bytes and plan_at(start.model, start.recipe, on, start.seq_len).fits:
             return gpu
     return None
@@ -120,12 +132,15 @@ def smallest_gpu(start: Plan) -> Gpu | None:
 
 def card_notes(on: Card) -> list[str]:
     """How the budget came about."""
-    if on.named:
-        size = f"{on.gpu.label}: torch sees {format_gib(on.total_bytes)} ({on.gpu.usable_kind})"
+    gpu = on.gpu
+    if on.named and on.total_bytes == gpu.usable_bytes:
+        size = f"{gpu.label}: torch sees {format_gib(on.total_bytes)} ({gpu.usable_kind})"
+    elif on.named:
+        size = f"{gpu.label}, limited to {format_gib(on.total_bytes)} by --gpu-mem"
     else:
         size = f"--gpu-mem: {format_gib(on.total_bytes)} nominal (GB is read as GiB: a card sold as 80 GB holds 80 GiB)"
     notes = [
-        f"{size}; minus {format_gib(on.gpu.context_bytes)} CUDA context and 22 MiB allocator granularity"
+        f"{size}; minus {format_gib(gpu.context_bytes)} CUDA context and {format_gib(GRANULARITY, 0)} allocator granularity"
         + (f" and {format_gib(on.reserve_bytes)} reserve" if on.reserve_bytes else "")
         + f": a budget of {format_gib(on.budget_bytes)}."
     ]
@@ -134,14 +149,17 @@ def card_notes(on: Card) -> list[str]:
         if near:
             seen = ", ".join(f"{g.name} {g.usable_bytes / GIB:.2f}" for g in near[:4])
             notes.append(f"Real cards show less; name yours with --gpu (GiB that torch sees: {seen}).")
-        notes.append(f"Chunk sizes and step times assume the rates of {on.gpu.name}; --gpu names another.")
+        notes.append(f"Chunk sizes and step times assume the rates of {gpu.name}; --gpu names another.")
+    if gpu.architecture in ("pascal", "volta", "turing"):
+        notes.append(f"{gpu.name} has neither bf16 tensor cores nor FlashAttention-2: real steps there need more memory and time.")
     return notes
 
 
 def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     notes = list(model.notes)
     if recipe.attention == "sdpa" and not model.has_sdpa:
-        notes.append(f"transformers has no sdpa for {model.model_type}: planned with flash attention (attn_implementation='flash_attention_2').")
+        how = "eager" if recipe.precision == "fp32" else "flash_attention_2"
+        notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{how}'.")
     windows = any(kind.window is not None for kind in model.layer_kinds)
     if recipe.attention == "sdpa" and model.has_sdpa and windows:
         notes.append("With sdpa, sliding-window layers take an explicit S x S mask beyond their window; --attention flash needs none.")
@@ -155,13 +173,24 @@ def answer_notes(answer: Answer) -> list[str]:
     p = answer.plan
     notes = []
     if answer.s_max == 0:
+        if not p.fits_host:
+            return [f"{answer.strategy}: host memory is short: {format_gib(p.host_bytes)} are needed for even one token."]
         return [f"{answer.strategy}: not even one token fits: {p.instant} needs {format_gib(p.peak_bytes)}."]
-    if p.model.context is not None and answer.s_max > p.model.context:
-        notes.append(f"S_max passes the {format_tokens(p.model.context)} positions that {p.model.name} was made for: longer needs RoPE scaling or the like.")
-    if p.card.host_bytes is not None and p.host_bytes > p.card.host_bytes:
-        notes.append(f"{answer.strategy}: host memory is short: {format_gib(p.host_bytes)} needed, {format_gib(p.card.host_bytes)} there.")
-    notes += larger_chunks_note(answer)
-    return notes
+    notes += position_notes(p.model, answer.s_max)
+    if p.card.host_bytes is not None and p.recipe.offload_layer_inputs:
+        alone = longest(p.model, p.recipe, p.card, p.chunks)
+        if alone > answer.s_max:
+            there = format_gib(p.card.host_bytes)
+            notes.append(f"{answer.strategy}: host memory is short: {there} allows {format_tokens(answer.s_max)} tokens, the card {format_tokens(alone)}.")
+    return notes + larger_chunks_note(answer)
+
+
+def position_notes(model: Model, seq_len: int) -> list[str]:
+    """What a length beyond the model's positions asks for."""
+    if model.context is None or seq_len <= model.context:
+        return []
+    more = "a longer position table" if model.learned_positions else "RoPE scaling or the like"
+    return [f"{model.name} was made for {format_tokens(model.context)} positions: longer sequences need {more}."]
 
 
 def nothing_fits_notes(found: Sequence[Answer]) -> list[str]:
@@ -172,7 +201,8 @@ def nothing_fits_notes(found: Sequence[Answer]) -> list[str]:
     lines = [f"Nothing fits: even one token needs {format_gib(p.peak_bytes)} ({p.instant}), {missing} more than the budget."]
     _, run = ways_to_fit(p)
     if run is not None:
-        lines.append(f"What would make {least.strategy} fit: {'; '.join(c.name for c in run.changes)}.")
+        host = f" ({format_gib(run.plan.host_bytes)} of host memory)" if run.plan.host_bytes else ""
+        lines.append(f"What would make {least.strategy} fit: {'; '.join(c.name for c in run.changes)}{host}.")
     else:
         bigger = smallest_gpu(p)
         more = f" The smallest card that holds it: {bigger.name}." if bigger else " No single card holds it."
@@ -188,18 +218,14 @@ def larger_chunks_note(answer: Answer) -> list[str]:
         return []
     double = Chunks(p.chunks.mlp * (2 if mlp else 1), p.chunks.loss * (2 if loss else 1))
     more = longest(p.model, p.recipe, p.card, double)
+    gain = (more - answer.s_max) / answer.s_max
+    what = f"{answer.strategy}: M doubled to {double.mlp} (MLP) and {double.loss} (loss) would "
+    if abs(gain) < 0.0005:
+        return [what + "buy nothing."]
+    if gain < 0:
+        return [f"{what}shorten S_max by {-gain:.1%}: chunks need fp32 sums of their weights' gradients."]
     least = smallest_chunks_tokens(p.model, p.card.gpu)
-    short = min((more // double.mlp, least[0]), (more // double.loss, least[1]), key=lambda pair: pair[0] / pair[1])
-    gain = f"{(more - answer.s_max) / answer.s_max:+.2%}"
-    cost = f"; a chunk would fall below the {short[1]} tokens that keep {p.card.gpu.name} compute-bound" if short[0] < short[1] else ""
-    return [f"{answer.strategy}: M doubled to {double.mlp} (MLP) and {double.loss} (loss) would change S_max by {gain}{cost}."]
-
-
-def host_limited(answer: Answer) -> int | None:
-    """S_max that the given host memory allows, when it is less than the card's."""
-    p = answer.plan
-    if p.card.host_bytes is None or p.host_bytes <= p.card.host_bytes or answer.s_max == 0:
-        return None
-    fixed = plan_at(p.model, p.recipe, p.card, 1, p.chunks).host_bytes
-    per_token = (p.host_bytes - fixed) / max(1, p.seq_len - 1)
-    return max(0, int((p.card.host_bytes - fixed) / per_token) + 1) if per_token > 0 else 0
+    rows = more * p.recipe.batch
+    short = [need for count, need in ((double.mlp, least[0]), (double.loss, least[1])) if rows // count < need]
+    cost = f"; a chunk would fall below the {short[0]:,} tokens that keep {p.card.gpu.name} compute-bound" if short else ""
+    return [f"{what}lengthen S_max by {gain:.1%}{cost}."]

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from mstplan import profiles
-from mstplan.errors import ModelError, did_you_mean
+from mstplan.errors import ModelError, did_you_mean, quoted
+from mstplan.files import read_text
 from mstplan.plan.config import read_config
 from mstplan.plan.model import Model
 
@@ -33,7 +34,7 @@ def load_model(spec: str | os.PathLike[str]) -> Model:
     given = os.fspath(spec)
     if not isinstance(given, str) or not given.strip() or "\0" in given:
         raise ModelError(
-            f"{given!r} names no model.\nGive a name such as llama3.1-8b, the path of a config.json, or an id org/name."
+            f"{quoted(given)} names no model.\nGive a name such as llama3.1-8b, the path of a config.json, or an id org/name."
         )
     path = os.path.expanduser(given)
     if not isinstance(spec, str):
@@ -78,10 +79,10 @@ def _from_path(path: str) -> Model:
         folder, path = path, os.path.join(path, "config.json")
         if not os.path.isfile(path):
             raise ModelError(
-                f"the folder {_quoted(folder)} holds no config.json.\n"
+                f"the folder {quoted(folder)} holds no config.json.\n"
                 "Give the folder that the model's weights and config.json lie in, or the path of the file."
             )
-    model = read_config(_read_json(path), _quoted(path))
+    model = read_config(_read_json(path), quoted(path))
     return model._replace(name=_short_name(path))
 
 
@@ -157,16 +158,16 @@ def _unreachable(repo: str, reason: str) -> NoReturn:
 
 def _unknown(spec: str, looks_like_a_path: bool) -> NoReturn:
     if looks_like_a_path:
-        raise ModelError(f"there is no file or folder {_quoted(spec)}.\nGive the path of a model's config.json.")
-    near = did_you_mean(spec[:100], model_names())
+        raise ModelError(f"there is no file or folder {quoted(spec)}.\nGive the path of a model's config.json.")
+    near = did_you_mean(spec, model_names())
     raise ModelError(
-        f"unknown model {_quoted(spec)}.{near}\nGive a shipped name, the path of a config.json, or an id org/name."
+        f"unknown model {quoted(spec)}.{near}\nGive a shipped name, the path of a config.json, or an id org/name."
     )
 
 
 def _read_json(path: str) -> Mapping[str, object]:
-    name = _quoted(path)
-    text = _read_text(path, name)
+    name = quoted(path)
+    text = read_text(path, "a model's config.json", _LARGEST_FILE, ModelError)
     try:
         config = json.loads(text)
     except json.JSONDecodeError as error:
@@ -182,36 +183,3 @@ def _read_json(path: str) -> Mapping[str, object]:
 
 
 _KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "true or false", type(None): "null"}
-
-
-def _read_text(path: str, name: str) -> str:
-    try:
-        # A pipe or a device would block, or never end.
-        if not os.path.isfile(path):
-            if not os.path.lexists(path):
-                _unknown(path, looks_like_a_path=True)
-            raise ModelError(f"{name} is not a file.\nGive the path of a model's config.json.")
-        with open(path, "rb") as file:
-            data = file.read(_LARGEST_FILE + 1)
-    except OSError as error:
-        raise ModelError(f"{name} cannot be read: {error.strerror or error}.") from None
-    if len(data) > _LARGEST_FILE:
-        raise ModelError(
-            f"{name} is larger than {_LARGEST_FILE // 10**6} MB and thus no config.json.\n"
-            "Give the config.json, not the weights or the tokenizer."
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start]
-        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
-        raise ModelError(
-            f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} at line {line}, column {column}.\n"
-            "Give the config.json, not the weights; or save it as UTF-8."
-        ) from None
-
-
-def _quoted(path: str) -> str:
-    """A path or a name as a message shows it: on one line, and no longer than helps."""
-    shown = path if path.isprintable() else ascii(path)[1:-1]
-    return f"'{shown}'" if len(shown) <= 200 else f"'{shown[:80]}...{shown[-100:]}'"

@@ -69,6 +69,7 @@ _REFUSED: Mapping[str, frozenset[str]] = {
     ),
 }
 _ENCODER_CLASSES = ("ForMaskedLM", "EncoderModel", "Encoder")
+_CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 # Decoders without a row whose MLP is known to have no gate.
@@ -730,18 +731,29 @@ def _text_part(whole: Mapping[str, object], text: Mapping[str, object]) -> dict[
 def _refuse(config: Mapping[str, object], name: str) -> None:
     """Refuses what is not a decoder trained on next-token loss."""
     model_type = config.get("model_type")
-    kind = next((kind for kind, types in _REFUSED.items() if isinstance(model_type, str) and model_type in types), None)
+    lower = model_type.lower() if isinstance(model_type, str) else ""
+    kind = next((kind for kind, types in _REFUSED.items() if lower in types), None)
     if kind is None and config.get("is_encoder_decoder") is True:
         kind = "an encoder-decoder model"
     if kind is None and (
         _only_encoders(config.get("architectures")) or config.get("use_bidirectional_attention") is True
     ):
         kind = "an encoder-only model"
+    if kind is None and model_type not in (*_FAMILIES, *_UNGATED) and _no_causal_lm(config.get("architectures")):
+        kind = f"no causal language model, going by its architectures {_shown(config['architectures'])}"
     if kind is not None:
         raise ModelError(
             f"{name} is {kind} (model_type {_shown(model_type)}): mstplan plans decoders trained on next-token loss.\n"
             "Pass the config.json of a decoder, such as Llama, Qwen, Mistral, Gemma or DeepSeek."
         )
+
+
+def _no_causal_lm(architectures: object) -> bool:
+    return (
+        isinstance(architectures, list)
+        and bool(architectures)
+        and all(isinstance(each, str) and not each.endswith(_CAUSAL_CLASSES) for each in architectures)
+    )
 
 
 def _only_encoders(architectures: object) -> bool:

@@ -6,9 +6,9 @@ import json
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..errors import HardwareError, did_you_mean
+from ..errors import HardwareError, did_you_mean, quoted
 from ..profiles import ROOT
-from ..units import GIB, MIB, format_gib
+from ..units import GIB, MIB, MOST_MEMORY, format_gib
 
 GRANULARITY = 22 * MIB
 """What the caching allocator's granularity takes: one partly filled segment of its small (2 MiB) and one of its medium
@@ -48,6 +48,11 @@ class Card(NamedTuple):
     host_bytes: int | None = None  # host memory, when known
 
     @property
+    def label(self) -> str:
+        """What to call it: its name, or its amount of memory when only that is known."""
+        return self.gpu.name if self.named else f"{format_gib(self.total_bytes)} card"
+
+    @property
     def budget_bytes(self) -> int:
         """What tensors may take: total - CUDA context - allocator granularity - reserve."""
         return max(0, self.total_bytes - self.gpu.context_bytes - GRANULARITY - self.reserve_bytes)
@@ -62,13 +67,15 @@ def gpus() -> tuple[Gpu, ...]:
 
 def find_gpu(name: str) -> Gpu:
     """A card by name or alias, in any case. Raises HardwareError with the nearest names."""
+    if not isinstance(name, str):
+        raise HardwareError(f"{quoted(name)} is no name of a GPU.\n`mstplan gpus` lists all.")
     key = name.strip().lower().replace("_", "-").replace(" ", "-")
     for gpu in gpus():
         if key == gpu.name or key in gpu.aliases:
             return gpu
     known = [gpu.name for gpu in gpus()]
     raise HardwareError(
-        f"unknown GPU '{name}'.{did_you_mean(key, known)}\n`mstplan gpus` lists all; --gpu-mem 80GB plans for any amount."
+        f"unknown GPU {quoted(name)}.{did_you_mean(key, known)}\n`mstplan gpus` lists all; --gpu-mem 80GB plans for any amount."
     )
 
 
@@ -79,6 +86,11 @@ def card(
 
     With an amount alone, rates are those of the fastest card sold with about that much. Raises HardwareError.
     """
+    for what, size in (("memory", memory), ("reserve", reserve), ("host_memory", host_memory)):
+        if size is None and what != "reserve":
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < MOST_MEMORY:
+            raise HardwareError(f"{what} is {quoted(size)}, must be a whole number of bytes from 0.\nparse_memory('80GB') reads an amount.")
     if gpu is None and memory is None:
         raise HardwareError("no card given.\nSay --gpu h100 (`mstplan gpus` lists them) or --gpu-mem 80GB.")
     if memory is not None and memory < GIB // 4:

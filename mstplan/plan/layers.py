@@ -5,7 +5,7 @@ autograd keeps of it (tools/autograd/derivatives.yaml). Weights are declared whe
 counts, the intermediates and the arithmetic all come from this one description.
 
 Axes: b batch, s tokens (c, k: of one MLP or loss chunk), d hidden, H heads, G key/value heads, e head size, I MLP width,
-V vocabulary, X experts. `t` stands for the tokens at hand: "b s" or "b c".
+V vocabulary, X experts, A experts that a token visits, F their width, r tokens rounded up to 128. `t` stands for the tokens at hand: "b s" or "b c".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .model import Attention, Experts, LayerKind, Mlp, Model
-from .tape import Op, Part, Tape, Tensor, Weight, axes_of
+from .tape import Op, Part, Tape, Tensor, Weight, axes_of, sums_of
 
 HIDDEN = "layer input"
 
@@ -68,7 +68,7 @@ class Writer:
         if not self.numerics.autocast or len(weight.shape) < 2:
             return ()
         copy = self.tape.new(f"{weight.name}, bf16 copy", " ".join(map(str, weight.shape)), "bfloat16")
-        copy.cached = weight.cast = True
+        copy.cached = True
         self.tape.op("cast " + weight.name, [], copy)
         return (copy,)
 
@@ -81,7 +81,7 @@ class Writer:
         copies = self.used(w)
         return self.tape.op(
             name, [x, *copies], y, keeps=(x, *copies), grads=((x, self.tape.grad(x)),), weights=weights,
-            flops=((y.basis, 2 * inner * outer),),
+            flops=((y.basis, 2 * inner * outer),), cast=bool(copies),
         )  # fmt: skip
 
     def _last(self, x: Tensor) -> int:
@@ -287,21 +287,23 @@ class Writer:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, kind: LayerKind) -> Tensor:
         how = self.numerics.attention
-        if how == "eager" or (how == "sdpa" and self._falls_back_to_math(a)):
-            return self._eager(q, k, v, a)
         if how == "sdpa" and kind.window is not None and self.numerics.masked:
             return self._masked(q, k, v, a)
-        return self._flash(q, k, v, a)
+        if how == "eager" or (how == "sdpa" and self._falls_back_to_math(a)):
+            return self._eager(q, k, v, a)
+        return self._flash(q, k, v, a, kind.window)
 
     def _falls_back_to_math(self, a: Attention) -> bool:
         """fp32 has no flash kernel, and the memory-efficient one takes no grouped queries (aten sdp_utils.cpp)."""
         return self.numerics.compute == "float32" and a.kv_heads != a.heads
 
-    def _flops(self, a: Attention) -> tuple[tuple[int, int], ...]:
-        """Half of the scores are masked by causality; 2 products of 2 operations."""
-        return ((4, a.heads * (a.head_dim + a.v_head_dim)),)
+    def _flops(self, a: Attention, window: int | None = None) -> tuple[tuple[int, int], ...]:
+        """Two products of 2 operations; causality masks half of the scores, a window what is further away."""
+        per_pair = a.heads * (a.head_dim + a.v_head_dim)
+        full = ((4, per_pair),)
+        return full if window is None else (*full, (1, 2 * window * per_pair))
 
-    def _flash(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, window: int | None) -> Tensor:
         """FlashAttention-2 (aten transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd).
 
         Keeps q, k, v, the output and one fp32 log-sum-exp a row. Backward makes dq, dk, dv, an fp32 accumulator of dq
@@ -322,7 +324,7 @@ class Writer:
             temps += [tape.new(f"d{x} for every query head", f"{self.t} H {e}", q.dtype) for x, e in (("K", "e"), ("V", e_out))]
         return tape.op(
             "flash attention", [q, k, v], out, rows, keeps=(q, k, v, out, rows),
-            grads=tuple((x, tape.grad(x)) for x in (q, k, v)), back_temps=tuple(temps), flops=self._flops(a), weights=sinks,
+            grads=tuple((x, tape.grad(x)) for x in (q, k, v)), back_temps=tuple(temps), flops=self._flops(a, window), weights=sinks,
         )  # fmt: skip
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
@@ -330,14 +332,15 @@ class Writer:
         and the memory-efficient kernel keeps it (aten attention.cpp, convert_boolean_attn_mask; attention.cu)."""
         tape = self.tape
         k, v = self._repeated(k, a), self._repeated(v, a)
-        bias = tape.new("attention bias", "s s", q.dtype)
-        tape.op("mask to bias", [], bias, temps=(tape.new("negated mask", "s s", "bool"),))
+        bias = tape.new("attention bias", "b s s", q.dtype)
+        tape.op("mask to bias", [], bias)
         out = tape.new("attention mixed", f"{self.t} H e", q.dtype)
         rows = tape.new("log-sum-exp", f"{self.t} H", "float32")
         return tape.op(
             "masked attention", [q, k, v, bias], out, rows, keeps=(q, k, v, out, rows, bias),
             grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
-            back_temps=(tape.new("row sums of dO * O", f"{self.t} H", "float32"),), flops=self._flops(a),
+            back_temps=(tape.new("row sums of dO * O", f"{self.t} H", "float32"),),
+            flops=((4, 2 * a.heads * (a.head_dim + a.v_head_dim)),),  # a mask that is a tensor skips nothing
         )  # fmt: skip
 
     def _repeated(self, x: Tensor, a: Attention) -> Tensor:
@@ -366,7 +369,8 @@ class Writer:
         if a.sinks:
             return self._eager_sinks(masked, v, a)
         # GPT-2's own softmax stays in the scores' dtype; the others run it in fp32, holding the masked scores meanwhile.
-        wide = masked.dtype if self.model.model_type == "gpt2" else "float32"
+        own = self.model.model_type == "gpt2" and not self.numerics.autocast  # autocast runs any softmax in fp32
+        wide = masked.dtype if own else "float32"
         scores = self.cast(masked, wide, "scores, fp32")
         weights = self._scores("softmax of scores", wide)
         self.pointwise("softmax", scores, weights, weights)
@@ -404,9 +408,7 @@ class Writer:
 
     def mlp(self, x: Tensor, mlp: Mlp, name: str = "mlp") -> Tensor:
         self.tape.dims["I"] = mlp.width
-        return self._mlp(x, mlp, name, "I")
-
-    def _mlp(self, x: Tensor, mlp: Mlp, name: str, width: str) -> Tensor:
+        width = "I"
         if not mlp.gated:
             inner = self.linear(x, self.new("MLP up", width), name + ".up_proj", bias=mlp.bias)
             inner = self.activation(inner, mlp.activation)
@@ -483,8 +485,7 @@ class Writer:
         y = self.cast(y, x.dtype, "MLP output")
         if not e.shared_width:
             return y
-        tape.dims["I"] = e.shared_width
-        shared = self._mlp(x, Mlp(e.shared_width, e.activation), "shared_experts", "I")
+        shared = self.mlp(x, Mlp(e.shared_width, e.activation), "shared_experts")
         return self.add(y, shared, self.new("MLP output", "d", y.dtype), "add shared experts")
 
     def _router(self, x: Tensor, e: Experts) -> tuple[Tensor, Tensor]:
@@ -600,10 +601,8 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     inner = Writer(model, w.numerics, "b c")
     source = inner.source(x.name, x.dtype)
     y = inner.experts(source, _experts(model)) if kind.experts else inner.mlp(source, _mlp(model))
-    weights = [weight for op in inner.tape.ops for weight in op.weights]
-    shapes = [" ".join(map(str, weight.shape)) for weight in weights]
-    sums = [w.tape.new(f"sum of the gradient of {v.name}", s, "float32") for v, s in zip(weights, shapes, strict=True)]
-    part = Part(inner.tape, recompute=chunks.recompute, chunked=True, sums=tuple(sums) if chunks.several else ())
+    sums = sums_of(inner.tape) if chunks.several else ()
+    part = Part(inner.tape, recompute=chunks.recompute, chunked=True, sums=sums)
     out = w.tape.new(y.name, "b s d", y.dtype)
     w.tape.ops.append(Op("MLP in chunks", (x,), (out,), part=part))
     w.tape.output = out

@@ -79,7 +79,6 @@ class Model(NamedTuple):
     block: Block = "pre"
     tied: bool = False  # the LM head is the embedding
     learned_positions: int = 0  # rows of a learned position table (GPT-2)
-    head_bias: bool = False
     logit_softcap: bool = False
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden) (Gemma)
     dropout: float = 0.0  # after embedding, attention and MLP (GPT-2)
@@ -87,6 +86,11 @@ class Model(NamedTuple):
     has_sdpa: bool = True  # transformers offers attn_implementation="sdpa" for it
     hub_id: str | None = None
     notes: tuple[str, ...] = ()  # what the reader should know about how the file was read
+
+    @property
+    def mlp_width(self) -> int | None:
+        """Of the dense layers, else of one expert."""
+        return self.mlp.width if self.mlp is not None else self.experts.width if self.experts is not None else None
 
     @property
     def layers(self) -> int:

@@ -35,7 +35,7 @@ def _total(weights: Sequence[tuple[Weight, int]]) -> int:
 def _adamw(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:
     """Two moments in the weights' dtype. step(): the square root of the second moment, for all weights at once (foreach,
     torch/optim/adam.py _multi_tensor_adam) or, with its quotient, for one (for-loop); none when fused."""
-    size, dtype, total = recipe.weight_bytes, _dtype(recipe), _total(weights)
+    size, dtype, total = recipe.weight_bytes, recipe.weight_dtype, _total(weights)
     states = (("AdamW first moment", dtype, size * total), ("AdamW second moment", dtype, size * total))
     if recipe.adamw_kernel == "fused":
         return Memory(states, (), 0)
@@ -80,10 +80,6 @@ ADAFACTOR_COPIES = {2: 4, 4: 2}  # by bytes of a weight: fp32 tensors of one wei
 def _sgd(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:
     """torch.optim.SGD without momentum or weight decay: updates in place."""
     return Memory((), (), 0)
-
-
-def _dtype(recipe: Recipe) -> str:
-    return "bfloat16" if recipe.weight_bytes == 2 else "float32"
 
 
 def host_states(recipe: Recipe, parameters: int) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import OutputError, RecipeError, did_you_mean
+from .. import files
+from ..errors import RecipeError, did_you_mean, quoted
 
-Chunks = Literal["auto"] | int
+ChunkCount = Literal["auto"] | int
+_LARGEST_FILE = 1_000_000  # bytes; a recipe has some hundred
 
 
 class Recipe(BaseModel):
@@ -36,11 +37,11 @@ class Recipe(BaseModel):
     """Sequences per micro-batch."""
     checkpoint: Literal["none", "layer", "sqrt"] | int = "none"
     """Checkpointing: none, every layer, every sqrt(L) layers, or every k layers (an integer)."""
-    mlp_chunks: Chunks = 1
+    mlp_chunks: ChunkCount = 1
     """Pieces of the sequence the MLP runs over; "auto": as recommended for model, card and length."""
     mlp_recompute: bool = False
     """Recompute each MLP chunk by itself in backward, so that its intermediates live for one chunk in both passes."""
-    loss_chunks: Chunks = 1
+    loss_chunks: ChunkCount = 1
     """Pieces for the LM head and the chunked loss; "auto": as recommended."""
     loss: Literal["transformers", "transformers<4.45", "chunked"] = "transformers"
     """The loss of current transformers, that of releases before 4.45 (one more fp32 copy of the logits), or MsT's."""
@@ -49,18 +50,28 @@ class Recipe(BaseModel):
     attention: Literal["sdpa", "flash", "eager"] = "sdpa"
     """attn_implementation: sdpa (its flash kernel, explicit masks for sliding windows), flash-attn, or eager."""
 
+    if not TYPE_CHECKING:  # type checkers know the fields better than this signature does
+
+        def __init__(self, **fields: object) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as e:
+                raise RecipeError(first_problem(e)) from None
+
+        __init__.__pydantic_base_init__ = True  # so that model_validate, which raises ValidationError, does not come by
+
     def model_post_init(self, _context: object) -> None:
         for name in ("mlp_chunks", "loss_chunks"):
             value = getattr(self, name)
             if value != "auto" and not 1 <= value <= 1 << 32:
-                raise ValueError(f"{name} must be 'auto' or a whole number from 1, not {value}")
+                raise ValueError(f"{name}: {_MUST_BE[name]} (got {quoted(value)})")
         if self.checkpoint not in ("none", "layer", "sqrt") and not 1 <= int(self.checkpoint) <= 100_000:
-            raise ValueError(f"checkpoint must be none, layer, sqrt or a number of layers from 1, not {self.checkpoint}")
+            raise ValueError(f"checkpoint: {_MUST_BE['checkpoint']} (got {quoted(self.checkpoint)})")
         for bad, message in (
             (self.loss != "chunked" and self.loss_chunks != 1, "loss_chunks needs loss='chunked'"),
             (
                 self.offload_layer_inputs and self.checkpoint == "none",
-                "offload_layer_inputs needs checkpointing: without it there are no layer inputs to move",
+                "offload_layer_inputs needs checkpointing, or there are no layer inputs to move: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
                 self.optimizer_in_backward and self.accumulation > 1,
@@ -69,6 +80,10 @@ class Recipe(BaseModel):
             (
                 self.optimizer_in_backward and self.optimizer_on_host,
                 "optimizer_in_backward and optimizer_on_host exclude each other",
+            ),
+            (
+                self.attention == "flash" and self.precision == "fp32",
+                "flash-attn computes in bf16 or fp16 only: use precision bf16 or mixed",
             ),
             (self.weights_on_host and not self.optimizer_on_host, "weights_on_host needs optimizer_on_host"),
         ):
@@ -80,28 +95,30 @@ class Recipe(BaseModel):
         """Bytes of one weight on the device."""
         return 2 if self.precision == "bf16" else 4
 
+    @property
+    def weight_dtype(self) -> str:
+        """What one weight on the device is held in."""
+        return "bfloat16" if self.precision == "bf16" else "float32"
+
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:
         """A recipe from a JSON file. Raises RecipeError."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise RecipeError(f"cannot read recipe {path}: {getattr(e, 'strerror', None) or e}") from None
-        return cls.from_json(text, str(path))
+        return cls.from_json(files.read_text(path, "a recipe in JSON", _LARGEST_FILE, RecipeError), quoted(path))
 
     @classmethod
     def from_json(cls, text: str, source: str = "recipe") -> Recipe:
+        """A recipe from JSON text; `source` says in messages where it is from. Raises RecipeError."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as e:
             raise RecipeError(f"{source}: {first_problem(e)}") from None
+        except UnicodeError:
+            raise RecipeError(f"{source}: holds what is no Unicode text.\n{_WRITES_ONE}") from None
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the recipe as JSON. Raises OutputError."""
-        try:
-            Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        except OSError as e:
-            raise OutputError(f"cannot write {path}: {e.strerror}") from None
+    def write(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        """Write the recipe as JSON; over a file that is there only with `force`. Raises OutputError."""
+        files.check_writable(path, force)
+        files.write(path, (self.model_dump_json(indent=1) + "\n").encode())
 
     def changed(self, **fields: object) -> Recipe:
         """A copy with other values, validated. Raises RecipeError."""
@@ -113,18 +130,26 @@ class Recipe(BaseModel):
             raise RecipeError(first_problem(e)) from None
 
 
+_MUST_BE = {
+    "checkpoint": "must be none, layer, sqrt, or a number of layers from 1",
+    "mlp_chunks": "must be 'auto' or a whole number from 1",
+    "loss_chunks": "must be 'auto' or a whole number from 1",
+}
+_WRITES_ONE = "`mstplan plan ... --write-recipe FILE` writes one to start from."
+
+
 def first_problem(error: ValidationError) -> str:
-    """One line for the first thing pydantic found wrong."""
+    """One or two lines for the first thing pydantic found wrong."""
     problem = error.errors(include_url=False)[0]
     where = str(problem["loc"][0]) if problem["loc"] else ""
-    message = problem["msg"].removeprefix("Value error, ")
-    if where == "checkpoint":
-        message = "must be none, layer, sqrt, or a number of layers"
+    message = _MUST_BE.get(where) or problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"a recipe has no field '{where}'.{did_you_mean(where, Recipe.model_fields)}"
+        return f"a recipe has no field {quoted(where)}.{did_you_mean(where, Recipe.model_fields)}"
+    if problem["type"] == "json_invalid":
+        return f"{message.replace('Invalid JSON', 'not valid JSON')}\n{_WRITES_ONE}"
     if where:
-        return f"{where}: {message} (got {str(problem['input'])[:60]!r})"
-    return message
+        return f"{where}: {message} (got {quoted(problem['input'])})"
+    return message if problem["type"] == "value_error" else f"{message}\n{_WRITES_ONE}"
 
 
 _MST: dict[str, Any] = {
@@ -144,6 +169,7 @@ STRATEGY_FIELDS = ("checkpoint", "mlp_chunks", "mlp_recompute", "loss_chunks", "
 
 def strategy(name: str, **fields: object) -> Recipe:
     """The named strategy, with some fields changed. Raises RecipeError."""
-    if name not in STRATEGIES:
-        raise RecipeError(f"unknown strategy '{name}'.{did_you_mean(name, STRATEGIES)} Known: {', '.join(STRATEGIES)}")
+    if not isinstance(name, str) or name not in STRATEGIES:
+        near = did_you_mean(str(name), STRATEGIES)
+        raise RecipeError(f"unknown strategy {quoted(name)}.{near} Known: {', '.join(STRATEGIES)}")
     return STRATEGIES[name].changed(**fields) if fields else STRATEGIES[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..errors import RecipeError, UnitError
 from .model import Model
 from .tape import ITEMSIZE
 
@@ -26,7 +27,11 @@ QUOTED = {
 
 
 def shapes(model: Model, batch: int, seq_len: int, dtype: str = "bfloat16") -> tuple[Shape, ...]:
-    """The tensor table at `batch` sequences of `seq_len` tokens. Bytes are exact."""
+    """The tensor table at `batch` sequences of `seq_len` tokens. Bytes are exact. Raises RecipeError, UnitError."""
+    if dtype not in ITEMSIZE:
+        raise RecipeError(f"unknown dtype {dtype!r}.\nKnown: {', '.join(ITEMSIZE)}.")
+    if not all(isinstance(n, int) and n >= 1 for n in (batch, seq_len)):
+        raise UnitError(f"batch and seq_len must be whole numbers from 1, not {batch!r} and {seq_len!r}.")
     a, size = model.attention, ITEMSIZE[dtype]
     introduction = (model.hidden, model.vocab, batch, seq_len, dtype) == (4096, 128256, 1, 131072, "bfloat16")
 

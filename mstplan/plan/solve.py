@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import cache, lru_cache
 from math import isqrt
 from typing import NamedTuple
 
+from ..errors import RecipeError, UnitError
+from ..units import LONGEST
 from .hardware import Card, Gpu
 from .model import Model
 from .optimizers import host_states
-from .recipe import STRATEGIES, Recipe
-from .steps import Entry, Instant, Layout, Sizes, Step, segment_length, step
+from .recipe import Recipe
+from .steps import Chunks, Entry, Instant, Layout, Sizes, Step, evaluate, step, stored_inputs
 from .tape import ITEMSIZE, Vector
 from .timing import step_seconds
 
-LONGEST = 2**40
 GAIN = 0.01
 """A larger number of chunks must lengthen S_max, or lower the peak, by more than this share to be recommended."""
-
-
-class Chunks(NamedTuple):
-    """Numbers of pieces of the sequence, for the MLP and for LM head and loss."""
-
-    mlp: int
-    loss: int
 
 
 def chunk_tokens(seq_len: int, chunks: int) -> int:
@@ -50,7 +44,12 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.budget_bytes
+        """On the card, and in host memory where that is known."""
+        return self.peak_bytes <= self.budget_bytes and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        return self.card.host_bytes is None or self.host_bytes <= self.card.host_bytes
 
     def instants(self) -> tuple[Instant, ...]:
         """Every instant of the step with the tensors alive at its largest moment."""
@@ -82,8 +81,7 @@ def _window(model: Model, recipe: Recipe) -> int | None:
 @lru_cache(maxsize=256)
 def _bare(recipe: Recipe) -> Recipe:
     """The recipe without what only sizes depend on, so that steps are shared."""
-    loss_chunks = 1
-    return recipe.model_copy(update={"batch": 1, "mlp_chunks": 1, "loss_chunks": loss_chunks, "accumulation": min(2, recipe.accumulation)})
+    return recipe.model_copy(update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation)})
 
 
 def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
@@ -126,7 +124,7 @@ def _longest(step: Step, recipe: Recipe, chunks: Chunks, budget: int) -> int:
 
     def fits(seq_len: int) -> bool:
         units = sizes(recipe, seq_len, chunks).units
-        return all(sum(map(int.__mul__, v, units)) <= budget for v in vectors)
+        return all(evaluate(v, units) <= budget for v in vectors)
 
     while low < high:
         middle = (low + high + 1) // 2
@@ -224,9 +222,8 @@ def recommend(model: Model, recipe: Recipe, card: Card) -> Chunks:
     return Chunks(mlp, loss)
 
 
-def _smallest(limit: int, enough: object) -> int:
+def _smallest(limit: int, enough: Callable[[int], bool]) -> int:
     """The smallest power of two up to limit for which enough(m) holds; it holds for limit, and from some power on."""
-    assert callable(enough)
     if enough(1):
         return 1
     low, high = 0, limit.bit_length() - 1
@@ -265,21 +262,52 @@ def peak_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
     return _step(model, recipe, card.gpu, chunks, seq_len).largest(sizes(recipe, seq_len, chunks))
 
 
+def chunks_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:
+    """The chunks to use at one length: as few as that length asks for, or those of S_max where only they fit. Beyond
+    S_max those of S_max stay, so that a length fits exactly when it is at most S_max."""
+    most = recommend(model, recipe, card)
+    if longest(model, recipe, card, most) < seq_len:
+        return most
+    here = recommend_at(model, recipe, card, seq_len)
+    return here if peak_at(model, recipe, card, seq_len, here)[1] <= card.budget_bytes else most
+
+
 def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks | None = None) -> Plan:
-    """The step of `recipe` at `seq_len` tokens; chunks as given, as in the recipe, or as recommended."""
-    chunks = chunks or recommend_at(model, recipe, card, seq_len)
-    instant, peak = peak_at(model, recipe, card, seq_len, chunks)
-    built = _step(model, recipe, card.gpu, chunks, seq_len)
-    where = sizes(recipe, seq_len, chunks)
+    """The step of `recipe` at `seq_len` tokens; chunks as given, as in the recipe, or as recommended.
+
+    Raises UnitError for a length that is none, RecipeError for chunks that are none.
+    """
+    if not isinstance(seq_len, int) or isinstance(seq_len, bool) or not 1 <= seq_len <= LONGEST:
+        raise UnitError(f"seq_len must be a whole number of tokens between 1 and {LONGEST:,}, not {seq_len!r}.")
+    if chunks is not None and not all(isinstance(m, int) and m >= 1 for m in chunks):
+        raise RecipeError(f"chunks must be whole numbers from 1, not {tuple(chunks)!r}.")
+    given = Chunks(*chunks) if chunks is not None else chunks_at(model, recipe, card, seq_len)
+    used = Chunks(min(given.mlp, seq_len), min(given.loss, seq_len))  # no more pieces than tokens
+    built, where = _step(model, recipe, card.gpu, used, seq_len), sizes(recipe, seq_len, used)
+    instant, peak = built.largest(where)
     host = host_bytes(model, recipe, seq_len, built.parameters)
-    return Plan(model, recipe, card, seq_len, chunks, peak, instant, host, step_seconds(built, recipe, card.gpu, where, chunks))
+    return Plan(model, recipe, card, seq_len, used, peak, instant, host, step_seconds(built, recipe, card.gpu, where, used))
 
 
 def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") -> Answer:
-    """The longest sequence that fits with `recipe` on `card`."""
+    """The longest sequence that fits with `recipe` on `card`, and in host memory where that is known."""
     chunks = recommend(model, recipe, card)
     s_max = longest(model, recipe, card, chunks)
-    return Answer(strategy, s_max, plan_at(model, recipe, card, max(1, s_max), chunks))
+    found = plan_at(model, recipe, card, max(1, s_max), chunks)
+    if s_max and not found.fits_host:
+        s_max = _longest_on_host(found)
+        found = plan_at(model, recipe, card, max(1, s_max), chunks)
+    return Answer(strategy, s_max, found)
+
+
+def _longest_on_host(found: Plan) -> int:
+    """Tokens whose offloaded tensors host memory holds: they grow by as much with every token."""
+    assert found.card.host_bytes is not None
+    parameters = _step(found.model, found.recipe, found.card.gpu, found.chunks, 1).parameters
+    fixed = host_bytes(found.model, found.recipe, 0, parameters)
+    per_token = host_bytes(found.model, found.recipe, 1, parameters) - fixed
+    room = found.card.host_bytes - fixed
+    return min(found.seq_len, room // per_token) if room >= 0 and per_token else 0
 
 
 def host_bytes(model: Model, recipe: Recipe, seq_len: int, parameters: int) -> int:
@@ -288,12 +316,6 @@ def host_bytes(model: Model, recipe: Recipe, seq_len: int, parameters: int) -> i
     if recipe.weights_on_host:
         total += parameters * recipe.weight_bytes
     if recipe.offload_layer_inputs:
-        stored = -(-model.layers // max(1, segment_length(recipe, model.layers)))
-        itemsize = ITEMSIZE["bfloat16" if recipe.precision == "bf16" else "float32"]
-        total += stored * recipe.batch * seq_len * model.hidden * itemsize
+        stored = stored_inputs(recipe, model.layers)
+        total += stored * recipe.batch * seq_len * model.hidden * ITEMSIZE[recipe.weight_dtype]
     return total
-
-
-def strategies(recipe_changes: dict[str, object], names: Iterable[str] = STRATEGIES) -> dict[str, Recipe]:
-    """The named strategies with the user's choices applied to each. Raises RecipeError."""
-    return {name: STRATEGIES[name].changed(**recipe_changes) if recipe_changes else STRATEGIES[name] for name in names}

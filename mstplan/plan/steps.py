@@ -32,6 +32,7 @@ from .tape import (
     add,
     backward,
     forward,
+    sums_of,
     undominated,
 )
 
@@ -72,6 +73,13 @@ class Instant(NamedTuple):
     entries: tuple[Entry, ...]  # largest first; they add up to `bytes`
 
 
+class Chunks(NamedTuple):
+    """Numbers of pieces of the sequence, for the MLP and for LM head and loss."""
+
+    mlp: int
+    loss: int
+
+
 class Sizes(NamedTuple):
     """What a vector is evaluated at. Counts of sequences and tokens."""
 
@@ -108,7 +116,7 @@ class Step:
         gradients = "kept" if recipe.accumulation == 1 else "added"
         if recipe.optimizer_in_backward or recipe.weights_on_host:
             gradients = "used"
-        dtype = "bfloat16" if recipe.weight_bytes == 2 else "float32"
+        dtype = recipe.weight_dtype
         return Rules(gradients, dtype, recipe.precision == "mixed", self.optimizer.per_weight, **changes)
 
     def _moments(self, rules: Rules) -> dict[str, list[Moment]]:
@@ -144,7 +152,7 @@ class Step:
 
     def _resident(self) -> list[Tensor]:
         """Weights, optimizer states, cuBLAS workspace, and gradients where they outlive a backward pass."""
-        recipe, dtype = self.layout.recipe, "bfloat16" if self.layout.recipe.weight_bytes == 2 else "float32"
+        recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
         size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.parameters)
         name = "weights gathered from the host" if recipe.weights_on_host else "weights"
         tensors = [constant(name, dtype, size), constant("cuBLAS workspace", "uint8", self.workspace)]
@@ -153,17 +161,21 @@ class Step:
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
-        outer, layers = [0], [0]
-        for op in self.tape.ops:
-            whole_op = op.part is None or op.part.in_forward
-            (outer if whole_op else layers).append(sum(weight.numel for weight in _op_weights(op)))
+        def units(op: Op) -> list[int]:
+            inner = op.part.tape.ops if op.part is not None else ()
+            if any(i.part is not None and not i.part.chunked for i in inner):  # a segment: its layers are the units
+                return [n for i in inner for n in units(i)]
+            return [sum(weight.numel for weight in _op_weights(op))]
+
+        outer = [0] + [n for op in self.tape.ops if op.part is None or op.part.in_forward for n in units(op)]
+        layers = [0] + [n for op in self.tape.ops if op.part is not None and not op.part.in_forward for n in units(op)]
         return max(outer) + 2 * max(layers)
 
     def _gradients(self, always_alive: bool) -> list[Tensor]:
         recipe = self.layout.recipe
         if always_alive != (recipe.accumulation > 1) or recipe.weights_on_host:
             return []
-        dtype = "bfloat16" if recipe.weight_bytes == 2 else "float32"
+        dtype = recipe.weight_dtype
         return [constant("gradients", dtype, recipe.weight_bytes * self.parameters)]
 
     def _batch(self) -> list[Tensor]:
@@ -176,7 +188,7 @@ class Step:
         tensors = [new("position ids", "s", "int64")]
         rotary = a.latent.rope_dim if a.latent else a.rotary_dim
         if rotary:
-            dtype = rotary_dtype(self.model, "bfloat16" if self.layout.recipe.precision == "bf16" else "float32")
+            dtype = rotary_dtype(self.model, self.layout.recipe.weight_dtype)
             kinds = {kind.window is None for kind in self.model.layer_kinds}
             sets = len(kinds) if self.model.model_type.startswith("gemma3") else 1  # local and global frequencies
             tensors += [new(f"{name} of positions", f"s {rotary}", dtype) for name in ("cos", "sin") * sets]
@@ -186,9 +198,9 @@ class Step:
         """Explicit attention masks: made once in forward, for all layers of a kind."""
         new, recipe = self.tape.new, self.layout.recipe
         if recipe.attention == "eager":
-            dtype = "bfloat16" if recipe.precision == "bf16" else "float32"
+            dtype = recipe.weight_dtype
             kinds = {kind.window is not None for kind in self.model.layer_kinds}
-            return [new("causal mask", "s s", dtype)] * len(kinds)
+            return [new("causal mask", "b s s", dtype)] * len(kinds)
         return [new("sliding-window mask", "s s", "bool")] if self.layout.masked else []
 
     def _in_transfer(self, count: int) -> list[Tensor]:
@@ -216,7 +228,7 @@ class Step:
         best_name, best = "", -1
         for name, moments in self.moments.items():
             for moment in moments:
-                value = sum(map(int.__mul__, moment.live, units))
+                value = evaluate(moment.live, units)
                 if value > best:
                     best_name, best = name, value
         return best_name, best
@@ -263,7 +275,7 @@ def _backward_instant(at: str) -> str:
     for prefix, name in (("layer, first", FIRST_LAYER), ("layer, last", LAST_LAYER), ("layer", MIDDLE_LAYER)):
         if at.startswith(prefix):
             return name
-    return EMBEDDING if "embed" in at else LOSS_BACKWARD
+    return EMBEDDING if at.startswith(("backward of embedding", "optimizer step of embed", "optimizer step of position")) else LOSS_BACKWARD
 
 
 def _operation(at: str) -> str:
@@ -295,7 +307,7 @@ def build(model: Model, layout: Layout) -> Tape:
     """The whole step: embedding, layers, final norm, head and loss."""
     recipe = layout.recipe
     numerics = Numerics(
-        weights="bfloat16" if recipe.precision == "bf16" else "float32",
+        weights=recipe.weight_dtype,
         autocast=recipe.precision == "mixed",
         attention=attention_kernel(model, recipe),
         masked=layout.masked,
@@ -313,8 +325,11 @@ def build(model: Model, layout: Layout) -> Tape:
 
 
 def attention_kernel(model: Model, recipe: Recipe) -> str:
-    """sdpa becomes flash where transformers has no sdpa for the model (soft-capping, sinks)."""
-    return "flash" if recipe.attention == "sdpa" and not model.has_sdpa else recipe.attention
+    """Where transformers has no sdpa for the model (soft-capping, sinks), flash stands for it; eager in fp32, as flash
+    computes in 16 bits only."""
+    if recipe.attention != "sdpa" or model.has_sdpa:
+        return recipe.attention
+    return "eager" if recipe.precision == "fp32" else "flash"
 
 
 def _embedding(w: Writer, table: Weight) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -375,6 +390,11 @@ def segment_length(recipe: Recipe, layers: int) -> int:
     return min(int(recipe.checkpoint), layers)
 
 
+def stored_inputs(recipe: Recipe, layers: int) -> int:
+    """How many layer inputs a checkpointed step keeps: one a checkpoint."""
+    return -(-layers // segment_length(recipe, layers)) if recipe.checkpoint != "none" else 0
+
+
 def _chain(tape: Tape, hidden: Tensor, tapes: list[Tape], *, recompute: bool, offload: bool, what: str) -> Tensor:
     count = len(tapes)
     for i, inner in enumerate(tapes):
@@ -400,8 +420,7 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout) -> None:
     _loss(inner, inner.source(hidden.name, hidden.dtype), weight, "transformers")
     sums: tuple[Tensor, ...] = ()
     if layout.several_loss_chunks:
-        weights = [v for op in inner.tape.ops for v in op.weights]
-        sums = tuple(tape.new(f"sum of the gradient of {v.name}", " ".join(map(str, v.shape)), "float32") for v in weights)
+        sums = sums_of(inner.tape)
     loss = tape.new("loss", "", "float32")
     tape.ops.append(Op("loss chunk", (hidden,), (loss,), part=Part(inner.tape, chunked=True, sums=sums, in_forward=True), defers=model.tied))
     tape.output = loss
@@ -410,7 +429,7 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout) -> None:
 def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str) -> None:
     """lm_head, soft-capping, and ForCausalLMLoss (transformers loss/loss_utils.py)."""
     tape, model = w.tape, w.model
-    logits = w.linear(hidden, w.new("logits", "V"), "lm_head", weight=weight, bias=model.head_bias)
+    logits = w.linear(hidden, w.new("logits", "V"), "lm_head", weight=weight)
     if model.logit_softcap:
         logits = w.pointwise("divide logits", logits, w.new("logits / cap", "V"))
         tanh = w.new("tanh of logits", "V")

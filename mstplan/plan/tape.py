@@ -81,7 +81,6 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     active: tuple[int, int] = (1, 1)  # numerator, denominator
-    cast: bool = False  # used through autocast's bf16 copy
 
     @property
     def numel(self) -> int:
@@ -102,9 +101,10 @@ class Op:
     back_temps: tuple[Tensor, ...] = ()
     late_temps: tuple[Tensor, ...] = ()  # alive in its backward only while what it kept still is (see Rules.recomputed)
     weights: tuple[Weight, ...] = ()
-    flops: tuple[tuple[int, int], ...] = ()  # (basis, multiply-adds x 2) of its forward
+    flops: tuple[tuple[int, int], ...] = ()  # (basis, operations) of its forward; of several, the least holds
     part: Part | None = None  # this operation is a part with a tape of its own
     interior: bool = False  # neighbours on both sides run the same part: its moments lie between theirs
+    cast: bool = False  # its weights are used through autocast's bf16 copies
     defers: bool = False  # its weight's gradient waits for the weight's other use (tied embeddings)
     joins: Weight | None = None  # the weight whose deferred gradient joins this one's
     holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
@@ -279,7 +279,7 @@ def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> 
     return tape.replays[key]
 
 
-def _kept(op: Op) -> tuple[Tensor, ...]:
+def kept_by(op: Op) -> tuple[Tensor, ...]:
     """What an operation keeps for backward outside of itself."""
     part = op.part
     if part is None:
@@ -287,12 +287,12 @@ def _kept(op: Op) -> tuple[Tensor, ...]:
     if part.in_forward or part.offload:
         return ()
     source = part.tape.source
-    keeps_source = part.recompute or part.chunked or any(t.storage is source for o in part.tape.ops for t in _kept(o))
+    keeps_source = part.recompute or part.chunked or any(t.storage is source for o in part.tape.ops for t in kept_by(o))
     return (op.reads[0],) if keeps_source else ()
 
 
 def _holds_for_backward(op: Op) -> bool:
-    return bool(_kept(op)) or (op.part is not None and not op.part.recompute)
+    return bool(kept_by(op)) or (op.part is not None and not op.part.recompute)
 
 
 def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
@@ -306,7 +306,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     if tape.output is not None and not recomputing:
         uses[tape.output.storage] = uses.get(tape.output.storage, 0) + 1
     last = max((i for i, op in enumerate(tape.ops) if _holds_for_backward(op)), default=-1) if recomputing else None
-    kept = {tensor.storage for op in tape.ops for tensor in _kept(op)} if keep else set()
+    kept = {tensor.storage for op in tape.ops for tensor in kept_by(op)} if keep else set()
 
     for i, op in enumerate(tape.ops):
         stop = i == last
@@ -384,7 +384,7 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
     assert part.tape.source is not None and part.tape.output is not None
     ledger.put(part.tape.grad(op.reads[0]))
-    inner = piece(rules) if part.sums else rules._replace(gradients="kept", cast=False, dtype=used_dtype(rules))
+    inner = piece(rules) if part.sums else rules._replace(gradients="kept")
     for tensor in part.sums:
         ledger.put(tensor)
     ledger.splice(forward(part.tape, inner, keep=True), op.name)
@@ -394,9 +394,9 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     ledger.drop(part.tape.output)
     ledger.put(op.makes[0])
     for weight, total in zip(part.weights, part.sums, strict=False):
-        gradient = weight_gradient(weight, used_dtype(rules))
-        ledger.put(gradient)
-        ledger.mark("cast the sum of the gradient of " + weight.name)
+        ledger.put(weight_gradient(weight, rules.dtype))
+        if rules.dtype != "float32":  # else the sum itself is the gradient
+            ledger.mark("cast the sum of the gradient of " + weight.name)
         ledger.drop(total)
 
 
@@ -405,8 +405,8 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) ->
     ledger = _Ledger(rules)
     keepers: dict[Tensor, int] = {}
     made = {tensor for op in tape.ops for tensor in op.makes if tensor.storage is tensor}
-    kept_by = [_kept(op) for op in tape.ops]
-    for kept in kept_by:
+    all_kept = [kept_by(op) for op in tape.ops]
+    for kept in all_kept:
         for tensor in kept:
             keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
     assert tape.output is not None
@@ -434,7 +434,7 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) ->
             let_go(gradient)
             pending[tensor] = total
 
-    for op, kept in zip(reversed(tape.ops), reversed(kept_by), strict=True):
+    for op, kept in zip(reversed(tape.ops), reversed(all_kept), strict=True):
         came = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
         if not came:
             continue
@@ -472,7 +472,7 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) ->
             ledger.drop(weight_gradient(op.joins, rules.dtype))
         if op.part is None:
             for weight in op.weights:
-                _accumulate(weight, ledger, rules, defers=op.defers)
+                _accumulate(weight, op, ledger, rules)
         for tensor, gradient in arrivals:
             arrive(tensor, gradient)
     return ledger.replay()
@@ -484,7 +484,7 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     if part.in_forward:
         ledger.drop(part.tape.grad(op.makes[0]))
         for weight in part.weights:
-            _accumulate(weight, ledger, rules, defers=op.defers)
+            _accumulate(weight, op, ledger, rules)
         return
     if not part.chunked:
         moments = rules.every_moment or not op.interior
@@ -514,17 +514,17 @@ def _widened_end(tape: Tape, rules: Rules) -> Replay:
 
 def piece(rules: Rules) -> Rules:
     """The rules inside one of several pieces: each piece's gradients of the weights are added to sums at once."""
-    return rules._replace(gradients="added", dtype=used_dtype(rules), cast=False)
+    return rules._replace(gradients="added")
 
 
-def used_dtype(rules: Rules, weight: Weight | None = None) -> str:
-    """The dtype in which a weight is used, and its gradient made."""
-    return "bfloat16" if rules.cast and (weight is None or weight.cast) else rules.dtype
+def used_dtype(rules: Rules, cast: bool = True) -> str:
+    """The dtype in which an operation uses its weights, and makes their gradients."""
+    return "bfloat16" if rules.cast and cast else rules.dtype
 
 
 def _weights_backward(op: Op, ledger: _Ledger, rules: Rules) -> None:
     for weight in op.weights:
-        ledger.put(weight_gradient(weight, used_dtype(rules, weight)))
+        ledger.put(weight_gradient(weight, used_dtype(rules, op.cast)))
     temps = op.back_temps if rules.recomputed else op.back_temps + op.late_temps
     for tensor in temps:
         ledger.put(tensor)
@@ -533,14 +533,14 @@ def _weights_backward(op: Op, ledger: _Ledger, rules: Rules) -> None:
         ledger.drop(tensor)
 
 
-def _accumulate(weight: Weight, ledger: _Ledger, rules: Rules, defers: bool) -> None:
+def _accumulate(weight: Weight, op: Op, ledger: _Ledger, rules: Rules) -> None:
     """A weight's gradient, just made in the dtype it was used in, reaches the parameter (unless it waits for another)."""
     gradient = weight_gradient(weight, rules.dtype)
-    if rules.cast and weight.cast:
+    if rules.cast and op.cast:
         ledger.put(gradient)
-        ledger.mark("cast the gradient of " + weight.name)
-        ledger.drop(weight_gradient(weight, used_dtype(rules, weight)))
-    if not defers:
+        ledger.mark(f"backward of {op.name}: cast the gradient of {weight.name}")
+        ledger.drop(weight_gradient(weight, used_dtype(rules)))
+    if not op.defers:
         _reach(weight, gradient, ledger, rules)
 
 
@@ -563,6 +563,12 @@ def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> N
         ledger.drop(temps)
     if rules.gradients != "kept":
         ledger.drop(gradient)
+
+
+def sums_of(tape: Tape) -> tuple[Tensor, ...]:
+    """fp32 sums of the gradients of a tape's weights, over several pieces."""
+    weights = [weight for op in tape.ops for weight in op.weights]
+    return tuple(tape.new(f"sum of the gradient of {w.name}", " ".join(map(str, w.shape)), "float32") for w in weights)
 
 
 def unit(tensor: Tensor) -> Vector:

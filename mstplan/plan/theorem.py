@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from ..errors import RecipeError
 from .hardware import Card
-from .model import LayerKind, Model
+from .model import Model
 from .recipe import Recipe
-from .solve import Chunks, _layout_step
-from .steps import LAST_LAYER, LOSS_BACKWARD, Entry, Step, bytes_of, shown
-from .tape import BASIS, forward
+from .solve import _layout_step
+from .steps import FIRST_LAYER, LAST_LAYER, LOSS_BACKWARD, Chunks, Entry, Step, bytes_of, shown
+from .tape import BASIS, forward, kept_by
 
 FORMULAS = ("standard", "checkpoint (sqrt)", "MsT", "MsT + CPU offload")
 _HALF = Fraction(1, 2)
@@ -59,6 +59,7 @@ class Coefficients:
     layers: int
     chunks: int  # M, of whichever of MLP and LM head I_mem comes from
     m_max: int  # bytes
+    batch: int = 1  # sequences that i_mem and a_mem count
     w_from: tuple[Entry, ...] = ()
     i_from: tuple[Entry, ...] = ()
     a_from: tuple[Entry, ...] = ()
@@ -70,6 +71,10 @@ class Coefficients:
             least = 1 if name in ("layers", "chunks") else 0
             if value < least:
                 raise RecipeError(f"{name.replace('_', '-')} must be at least {least}, not {value}.")
+        if given.get("i_mem", self.i_mem) == 0 and given.get("a_mem", self.a_mem) == 0:
+            raise RecipeError("i-mem and a-mem cannot both be 0: then no length would need more memory than another.")
+        sources = {"w_mem": "w_from", "i_mem": "i_from", "a_mem": "a_from"}
+        given.update({source: () for name, source in sources.items() if name in given})
         return replace(self, **given)
 
 
@@ -92,10 +97,11 @@ def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Co
     kept = _kept_per_layer(built)
     by_layer = _layout_step(model, plain.changed(checkpoint="layer"), card.gpu, False, False, False)
     head = _per_token(by_layer, LOSS_BACKWARD, ("logits",))
-    mlp = _per_token(by_layer, LAST_LAYER, ("MLP", "expert"))
+    mlp = _per_token(by_layer, FIRST_LAYER if model.layers == 1 else LAST_LAYER, ("MLP", "expert"))
     largest, pieces = (head, chunks.loss) if bytes_of(head) >= bytes_of(mlp) else (mlp, chunks.mlp)
+    b = recipe.batch  # the formulas know one sequence: with b of them a token position costs b times as much
     return Coefficients(
-        bytes_of(constants), bytes_of(largest), bytes_of(kept), model.layers, pieces, card.budget_bytes,
+        bytes_of(constants), b * bytes_of(largest), b * bytes_of(kept), model.layers, pieces, card.budget_bytes, b,
         constants, largest, kept,
     )  # fmt: skip
 
@@ -119,7 +125,8 @@ def _kept_per_layer(built: Step) -> tuple[Entry, ...]:
         tape = op.part.tape
         replay = forward(tape, built.rules(detail=True), keep=True)
         assert tape.output is not None
-        kept = [(label, count) for label, count in replay.alive if label.basis == _TOKENS and label != tape.output.label]
+        # the output belongs to the next layer, which may keep it as its input
+        kept = [(x, n) for x, n in replay.alive if x.basis == _TOKENS and (x != tape.output.label or kept_by(op))]
         entries = shown(kept, tuple(int(n == _TOKENS) for n in range(len(BASIS))))
         best = max(best, entries, key=bytes_of)
     return best
@@ -146,6 +153,8 @@ def differences(model: Model, recipe: Recipe) -> tuple[str, ...]:
         "backward makes gradients of the intermediates and, in attention, fp32 workspace, which A_mem does not hold",
         "I_mem / M chunks the LM head or the MLP alone; with chunks the other one, or attention, binds",
     ]
-    if LayerKind(experts=True) in model.layer_kinds:
+    if recipe.attention == "eager":
+        reasons.append("eager attention's score matrices grow with S^2 and stand in none of the coefficients")
+    if any(kind.experts for kind in model.layer_kinds):
         reasons.append("routed experts copy each token once per expert; A_mem holds the layer that keeps most")
     return tuple(reasons)

@@ -1,36 +1,27 @@
 """How long a step takes at best: every operation at the card's nominal arithmetic rate or memory bandwidth.
 
 The roofline bound (Williams, Waterman, Patterson 2009): max(operations / FLOP/s, bytes touched / bandwidth), summed over
-the operations on the tape. Real steps run at a half to three quarters of it; it is for comparing recipes and for chunks.
+the operations on the tape, with the card's bf16 rate also where a recipe computes in fp32. It is for comparing recipes.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from .hardware import Gpu
 from .recipe import Recipe
-from .steps import Sizes, Step, segment_length
+from .steps import Chunks, Sizes, Step, stored_inputs
 from .tape import Op, Tape, Tensor
-
-
-class _Chunks(Protocol):
-    @property
-    def mlp(self) -> int: ...
-    @property
-    def loss(self) -> int: ...
 
 
 class _Cost:
     """Seconds of forward and backward of tapes at one size."""
 
-    def __init__(self, gpu: Gpu, units: tuple[int, ...], chunks: _Chunks, weight_bytes: int):
+    def __init__(self, gpu: Gpu, units: tuple[int, ...], chunks: Chunks, weight_bytes: int):
         self.gpu, self.units, self.chunks, self.weight_bytes = gpu, units, chunks, weight_bytes
-        self.known: dict[tuple[int, bool], tuple[float, float]] = {}
+        self.known: dict[int, tuple[float, float]] = {}
 
     def tape(self, tape: Tape, pieces: int = 1) -> tuple[float, float]:
         """(forward, backward with what it recomputes) of all pieces."""
-        key = (id(tape), True)
+        key = id(tape)
         if key not in self.known:
             rows = [self.op(op) for op in tape.ops]
             self.known[key] = (sum(f for f, _ in rows), sum(b for _, b in rows))
@@ -59,15 +50,16 @@ class _Cost:
 
     def _single(self, op: Op) -> tuple[float, float]:
         touched = sum(self._bytes(t) for t in (*op.reads, *op.makes)) + sum(w.numel for w in op.weights) * self.weight_bytes
-        flops = sum(amount * self.units[basis] for basis, amount in op.flops)
+        flops = min((amount * self.units[basis] for basis, amount in op.flops), default=0)
         seconds = max(flops / self.gpu.bf16_flops, touched / self.gpu.memory_bandwidth)
-        return seconds, 2 * seconds if op.grads or op.weights else 0.0
+        works = bool(op.weights) or any(gradient is not None for _, gradient in op.grads)
+        return seconds, 2 * seconds if works else 0.0
 
     def _bytes(self, tensor: Tensor) -> int:
         return tensor.bytes * self.units[tensor.basis] if tensor.storage is tensor else 0
 
 
-def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: _Chunks) -> float:
+def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chunks) -> float:
     """Seconds of one optimizer step (all of its micro-batches), no faster than which any real step runs on this card.
 
     Copies of layer inputs and weights between host and card overlap with computing, each direction by itself; the optimizer on the host is counted by what
@@ -76,7 +68,7 @@ def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: _Ch
     cost = _Cost(gpu, sizes.units, chunks, recipe.weight_bytes)
     ahead, behind = cost.tape(step.tape)
     if recipe.offload_layer_inputs:
-        layers = -(-step.model.layers // max(1, segment_length(recipe, step.model.layers)))
+        layers = stored_inputs(recipe, step.model.layers)
         hidden = step.tape.ops[0].makes[0]
         moved = layers * hidden.bytes * sizes.units[hidden.basis] / gpu.host_link
         ahead, behind = max(ahead, moved), max(behind, moved)

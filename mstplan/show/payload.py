@@ -32,7 +32,7 @@ def model(m: Model) -> dict[str, Any]:
         "active_parameters": active,
         "layers": m.layers,
         "hidden_size": m.hidden,
-        "intermediate_size": m.mlp.width if m.mlp else m.experts.width if m.experts else None,
+        "intermediate_size": m.mlp_width,
         "vocab_size": m.vocab,
         "context": m.context,
         "model_type": m.model_type,

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import OutputError
+from .. import files
+from ..errors import OutputError, quoted
 from ..plan import solve
 from ..plan.hardware import Card
 from ..plan.model import Model
 from ..plan.recipe import Recipe
-from ..plan.solve import Answer, Chunks
+from ..plan.solve import Answer
 from ..plan.steps import (
     EMBEDDING,
     END_OF_FORWARD,
@@ -34,6 +34,7 @@ from ..plan.steps import (
     LOSS_BACKWARD,
     MIDDLE_LAYER,
     OPTIMIZER,
+    Chunks,
 )
 from ..units import GIB, format_gib, format_tokens
 
@@ -80,55 +81,23 @@ class Curve:
 
 def check_output(path: Path, force: bool) -> None:
     """Raises OutputError when the file could not, or must not, be written. Writes nothing."""
-    try:
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder.\nName a file in it: --out {path / 'memory.png'}")
-        if path.suffix.lower() not in SUFFIXES:
-            raise OutputError(f"cannot tell from '{path.name}' what to write.\nEnd the name in {', '.join(SUFFIXES)}.")
-        folder = Path(os.path.realpath(path)).parent
-        if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            raise OutputError(
-                f"cannot write {path}: {folder} {what}.\nMake that folder first, or name another with --out."
-            )
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise OutputError(
-                f"cannot write {path}: no permission to write in {folder}.\nName another folder with --out."
-            )
-        if path.exists() and not path.is_file():
-            raise OutputError(f"cannot write {path}: it is not a regular file.\nName another with --out.")
-        if path.exists() and not force:
-            raise OutputError(f"{path} exists already.\n--force overwrites it; --out names another file.")
-    except OSError as e:
-        raise OutputError(_refused(path, e)) from None
+    _kind(path)
+    files.check_writable(path, force)
 
 
-def _refused(path: Path, error: OSError) -> str:
-    return f"cannot write {path}: {error.strerror or error}.\nName another file with --out."
+def _kind(path: Path) -> str:
+    kind = path.suffix.lower()
+    if kind not in SUFFIXES and not os.path.isdir(path):
+        raise OutputError(f"cannot tell from {quoted(path.name)} what to write.\nEnd the name in {', '.join(SUFFIXES)}.")
+    return kind
 
 
 def write(curves: Sequence[Curve], model: Model, card: Card, path: Path) -> None:
     """The curves as the file's suffix says. All of the file is written, or nothing. Raises OutputError."""
-    kind = path.suffix.lower()
-    if kind not in SUFFIXES:
-        raise OutputError(f"cannot tell from '{path.name}' what to write.\nEnd the name in {', '.join(SUFFIXES)}.")
-    try:
+    kind = _kind(path)
+    with files.refusing(path):  # fonts and caches are read while drawing
         data = _csv(curves, card) if kind == ".csv" else _picture(curves, model, card, kind[1:])
-        _replace(Path(os.path.realpath(path)), data)
-    except OSError as e:
-        raise OutputError(_refused(path, e)) from None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` in place of the file, or leave everything as it was."""
-    part = path.with_name(f".mstplan-{token_hex(8)}.part")
-    try:
-        with open(part, "xb") as file:
-            file.write(data)
-        os.replace(part, path)
-    except BaseException:  # also Ctrl-C
-        part.unlink(missing_ok=True)
-        raise
+    files.write(path, data)
 
 
 COLUMNS = ("strategy", "seq_len", "bytes", "gib", "instant", "budget_bytes", "fits")

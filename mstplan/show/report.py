@@ -29,9 +29,6 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Answer]) -> list[str
         for line in advice.answer_notes(answer):
             if line not in lines:
                 lines.append(line)
-        limited = advice.host_limited(answer)
-        if limited is not None:
-            lines.append(f"{answer.strategy}: that host memory allows {format_tokens(limited)} tokens.")
     return lines
 
 
@@ -48,9 +45,10 @@ def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer],
 
 def plan(console: Console, step: Plan, strategy: str, singles: Sequence[Way], run: Way | None) -> None:
     tables.heading(console, step.model, step.card)
+    found = step.instants()
     tables.verdict(console, step, strategy)
-    tables.instants(console, step)
-    tables.entries(console, f"{step.instant}:", step.binding_entries())
+    tables.instants(console, step, found)
+    tables.entries(console, f"{step.instant}:", next(i.entries for i in found if i.name == step.instant))
     tables.legend(console, step)
     if not step.fits:
         console.print()
@@ -64,9 +62,8 @@ def plan(console: Console, step: Plan, strategy: str, singles: Sequence[Way], ru
 
 def plan_notes(step: Plan) -> list[str]:
     lines = advice.card_notes(step.card) + advice.recipe_notes(step.model, step.recipe)
-    if step.model.context is not None and step.seq_len > step.model.context:
-        lines.append(f"{format_tokens(step.seq_len)} passes the {format_tokens(step.model.context)} positions that {step.model.name} was made for.")
-    if step.card.host_bytes is not None and step.host_bytes > step.card.host_bytes:
+    lines += advice.position_notes(step.model, step.seq_len)
+    if not step.fits_host and step.card.host_bytes is not None:
         lines.append(f"host memory is short: {format_gib(step.host_bytes)} needed, {format_gib(step.card.host_bytes)} there.")
     return lines
 

@@ -16,7 +16,7 @@ from ..plan.model import Model
 from ..plan.parameters import parameter_count
 from ..plan.shapes import Shape
 from ..plan.solve import Answer, Plan, chunk_tokens
-from ..plan.steps import Entry
+from ..plan.steps import Entry, Instant
 from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
 
 if TYPE_CHECKING:
@@ -39,35 +39,51 @@ def _gib(size: int) -> str:
 def heading(console: Console, model: Model, card: Card) -> None:
     total, active = parameter_count(model)
     parameters = format_count(total) + (f" ({format_count(active)} active)" if active != total else "")
-    name = card.gpu.name if card.named else f"{format_gib(card.total_bytes, 0)} card"
     console.print(
-        Text.assemble((model.name, "bold"), f"  {parameters} parameters, {model.layers} layers   on ", (name, "bold"),
+        Text.assemble((model.name, "bold"), f"  {parameters} parameters, {model.layers} layers   on ", (card.label, "bold"),
                       f"   budget {format_gib(card.budget_bytes)}")
     )  # fmt: skip
     console.print(Text(RUNG, "dim"))
 
 
-_ROW = "{:<15}{:>10}{:>5}{:>7}{:>7}{:>8} {}"
+HEADER = (("strategy", ""), ("S_max", ""), ("x", "std"), ("peak", "GiB"), ("host", "GiB"), ("step", ">="), ("binding", "instant"))
 
 
 def answers(console: Console, found: Sequence[Answer], best: Answer) -> None:
     """Two lines per strategy: S_max, the peak there and the instant that binds; then its chunks."""
     standard = next((a.s_max for a in found if a.strategy == "standard"), 0)
+    rows = [_answer_cells(a, standard) for a in found]
+    widths = [max(map(len, column)) for column in zip(*rows, *zip(*HEADER, strict=True), strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *numbers, last = cells
+        return " ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(numbers, widths[1:], strict=False)), last])
+
     console.print()
-    console.print(Text(_ROW.format("", "", "x", "peak", "host", "step", "binding"), "dim"))
-    console.print(Text(_ROW.format("strategy", "S_max", "std", "GiB", "GiB", ">=", "instant"), "dim"))
-    for a in found:
-        p = a.plan
-        ratio = a.s_max / standard if standard else 0
-        times = f"{ratio:.1f}" if 0 < ratio < 100 else f"{ratio:,.0f}" if ratio else "-"
-        host = f"{p.host_bytes / GIB:,.1f}" if p.host_bytes else "-"
-        seconds = format_seconds(p.step_seconds) if a.s_max else "-"
-        s_max = format_tokens(a.s_max) if a.s_max else "none"
-        line = _ROW.format(a.strategy, s_max, times, _gib(p.peak_bytes), host, seconds, p.instant)
-        console.print(Text(line, "bold" if a is best and a.s_max else ""))
-        if max(p.chunks) > 1 and a.s_max:
-            console.print(Text(" " * 16 + chunks(p), "dim"))
+    top, bottom = zip(*((h, "") if not t else (h, t) for h, t in HEADER), strict=True)
+    console.print(Text(line([t if b else "" for t, b in zip(top, bottom, strict=True)]), "dim"))
+    console.print(Text(line([b or t for t, b in zip(top, bottom, strict=True)]), "dim"))
+    for a, row in zip(found, rows, strict=True):
+        console.print(Text(line(row), "bold" if a is best and a.s_max else ""))
+        if max(a.plan.chunks) > 1 and a.s_max:
+            console.print(Text(" " * (widths[0] + 1) + chunks(a.plan), "dim"))
     console.print()
+
+
+def _answer_cells(a: Answer, standard: int) -> list[str]:
+    p = a.plan
+    ratio = a.s_max / standard if standard else 0
+    times = f"{ratio:.1f}" if 0 < ratio < 100 else f"{ratio:,.0f}" if ratio else "-"
+    host = _short_gib(p.host_bytes) if p.host_bytes else "-"
+    seconds = format_seconds(p.step_seconds) if a.s_max else "-"
+    s_max = format_tokens(a.s_max) if a.s_max else "none"
+    return [a.strategy, s_max, times, _short_gib(p.peak_bytes), host, seconds, p.instant]
+
+
+def _short_gib(size: int) -> str:
+    """GiB in at most seven characters up to a million."""
+    gib = size / GIB
+    return f"{gib:,.2f}" if gib < 1000 else f"{gib:,.0f}"
 
 
 def chunks(p: Plan) -> str:
@@ -96,7 +112,7 @@ def legend(console: Console, p: Plan) -> None:
         ("b", p.recipe.batch), ("s", p.seq_len), ("c", chunk_tokens(p.seq_len, p.chunks.mlp) if p.chunks.mlp > 1 else None),
         ("k", chunk_tokens(p.seq_len, p.chunks.loss) if p.chunks.loss > 1 else None), ("d", m.hidden), ("H", a.heads),
         ("G", a.kv_heads if a.kv_heads != a.heads else None), ("e", a.head_dim), ("I", m.mlp.width if m.mlp else None),
-        ("V", m.vocab),
+        ("V", m.vocab), ("A", m.experts.per_token if m.experts else None), ("F", m.experts.width if m.experts else None),
     ]  # fmt: skip
     console.print(Text("  ".join(f"{name}={value:,}" for name, value in symbols if value is not None), "dim"))
 
@@ -123,22 +139,25 @@ def verdict(console: Console, p: Plan, strategy: str) -> None:
     console.print(Text(", ".join([*cut, *more]), "dim"))
 
 
-def instants(console: Console, p: Plan) -> None:
+def instants(console: Console, p: Plan, found: Sequence[Instant]) -> None:
     table = _table(("instant", "left"), ("largest at", "left"), ("GiB", "right"), ("", "left"))
-    for i in p.instants():
+    for i in found:
         table.add_row(i.name, i.operation, _gib(i.bytes), "<- binds" if i.name == p.instant else "", style="bold" if i.name == p.instant else "")
     console.print(table)
 
 
 def ways(console: Console, singles: Sequence[Way], run: Way | None) -> None:
     """What would make it fit, cheapest change first."""
-    table = _table(("change", "left"), ("costs", "left"), ("peak GiB", "right"), ("", "left"))
+    table = _table(("change", "left"), ("costs", "left"), ("peak", "right"), ("host", "right"), ("", "left"))
     for w in singles:
-        table.add_row(w.changes[0].name, w.changes[0].cost, _gib(w.plan.peak_bytes), "fits" if w.plan.fits else "", style="bold" if w.plan.fits else "")
+        host = _short_gib(w.plan.host_bytes) if w.plan.host_bytes else "-"
+        cells = (w.changes[0].name, w.changes[0].cost, _short_gib(w.plan.peak_bytes), host, "fits" if w.plan.fits else "")
+        table.add_row(*cells, style="bold" if w.plan.fits else "")
     console.print(table)
     if run is not None and len(run.changes) > 1:
         names = "; ".join(c.name for c in run.changes)
-        console.print(Text.assemble("Together these fit: ", (names, "bold"), f" (peak {format_gib(run.plan.peak_bytes)})."))
+        host = f", host {format_gib(run.plan.host_bytes)}" if run.plan.host_bytes else ""
+        console.print(Text.assemble("Together these fit: ", (names, "bold"), f" (peak {format_gib(run.plan.peak_bytes)}{host})."))
 
 
 def theorem(console: Console, c: Coefficients, rows: Sequence[Row], step_answers: Sequence[tuple[str, int]], seq_len: int | None) -> None:
@@ -187,10 +206,9 @@ def models(console: Console, rows: Iterable[Model]) -> None:
     )  # fmt: skip
     for m in rows:
         total, active = parameter_count(m)
-        width = m.mlp.width if m.mlp else m.experts.width if m.experts else 0
         table.add_row(
             m.name, format_count(total), format_count(active) if active != total else "", str(m.layers), str(m.hidden),
-            str(m.context or "-"), str(width), str(m.vocab),
+            str(m.context or "-"), str(m.mlp_width or "-"), str(m.vocab),
         )  # fmt: skip
     console.print(table)
 

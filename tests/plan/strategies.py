@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from mstplan.plan.hardware import Card, gpus
 from mstplan.plan.model import Attention, Experts, Latent, LayerKind, Mlp, Model
 from mstplan.plan.recipe import Recipe
-from mstplan.plan.solve import Chunks
+from mstplan.plan.steps import Chunks
 from mstplan.units import GIB
 
 ACTIVATIONS = st.sampled_from(["silu", "gelu_pytorch_tanh", "gelu_new", "relu"])
@@ -84,8 +84,9 @@ def recipes(draw: st.DrawFn, **fixed: object) -> Recipe:
     checkpoint = draw(st.sampled_from(["none", "layer", "sqrt", 2]))
     in_backward = draw(st.booleans())
     chunked_loss, recompute = draw(st.booleans()), draw(st.booleans())
+    precision = fixed.get("precision") or draw(st.sampled_from(["bf16", "mixed", "fp32"]))
     choices = {
-        "precision": draw(st.sampled_from(["bf16", "mixed", "fp32"])),
+        "precision": precision,
         "optimizer": draw(st.sampled_from(["adamw", "adamw-8bit", "adafactor", "sgd"])),
         "adamw_kernel": draw(st.sampled_from(["foreach", "fused", "for-loop"])),
         "optimizer_in_backward": in_backward,
@@ -98,7 +99,7 @@ def recipes(draw: st.DrawFn, **fixed: object) -> Recipe:
         "loss_chunks": "auto" if chunked_loss else 1,
         "loss": "chunked" if chunked_loss else draw(st.sampled_from(["transformers", "transformers<4.45"])),
         "offload_layer_inputs": checkpoint != "none" and draw(st.booleans()),
-        "attention": draw(st.sampled_from(["sdpa", "flash", "eager"])),
+        "attention": draw(st.sampled_from(["sdpa", "eager"] if precision == "fp32" else ["sdpa", "flash", "eager"])),
     }
     return Recipe(**{**choices, **fixed})
 

@@ -29,7 +29,8 @@ def test_what_is_said_to_fit_fits(name: str, seq_len: int) -> None:
 def test_cheap_changes_come_first() -> None:
     start = plan_at(MODEL, strategy("checkpoint"), card("h100"), 65536)
     singles, run = advice.ways_to_fit(start)
-    order = [advice.CHANGES.index(way.changes[0]) for way in singles]
+    names = [change.name for change in advice.changes(start.recipe)]
+    order = [names.index(way.changes[0].name) for way in singles]
     assert order == sorted(order)
     assert run is not None and [c.name for c in run.changes] == ["the chunked loss"]
 
@@ -50,17 +51,37 @@ def test_the_smallest_card_that_holds_it() -> None:
     assert not plan_at(MODEL, start.recipe, card("h200"), 65536).fits
 
 
-def test_host_memory_limits() -> None:
+def test_a_smaller_batch_is_offered() -> None:
+    start = plan_at(MODEL, strategy("mst", batch=16), card("h100"), 16384)
+    singles, run = advice.ways_to_fit(start)
+    assert run is not None and [c.name for c in run.changes] == ["batch 1, accumulated"]
+    assert run.plan.recipe.batch == 1 and run.plan.recipe.accumulation == 16
+    assert singles
+
+
+def test_changes_fit_the_attention_at_hand() -> None:
+    offered = {how: {c.fields.get("attention") for c in advice.changes(strategy("mst", attention=how))} for how in ("eager", "sdpa", "flash")}
+    assert "sdpa" in offered["eager"] and "flash" not in offered["eager"]
+    assert "flash" in offered["sdpa"] and "sdpa" not in offered["flash"]
+
+
+def test_the_smallest_card_keeps_the_reserve() -> None:
+    free, held = (plan_at(MODEL, strategy("mst"), card("rtx-4090", reserve=n * GIB), 8192) for n in (0, 4))
+    first, second = advice.smallest_gpu(free), advice.smallest_gpu(held)
+    assert first is not None and second is not None and first.usable_bytes <= second.usable_bytes
+    assert plan_at(MODEL, strategy("mst"), card(second.name, reserve=4 * GIB), 8192).fits
+
+
+def test_host_memory_is_named() -> None:
     answer = max_seq(MODEL, strategy("mst-offload"), card("h100", host_memory=16 * GIB), "mst-offload")
-    limited = advice.host_limited(answer)
-    assert limited is not None and 0 < limited < answer.s_max
-    assert plan_at(MODEL, answer.plan.recipe, answer.plan.card, limited, answer.plan.chunks).host_bytes <= 16 * GIB
-    assert plan_at(MODEL, answer.plan.recipe, answer.plan.card, limited + 1, answer.plan.chunks).host_bytes > 16 * GIB
+    assert any("host memory is short" in note and f"{answer.s_max:,}" in note for note in advice.answer_notes(answer))
 
 
 def test_notes_are_said_when_they_hold_and_only_then() -> None:
     long = max_seq(load_model("llama2-7b"), strategy("mst"), card("h100"), "mst")
-    assert any("4,096 positions" in note for note in advice.answer_notes(long))
+    assert any("4,096 positions" in note and "RoPE" in note for note in advice.answer_notes(long))
+    table = max_seq(load_model("gpt2"), strategy("mst"), card("h100"), "mst")
+    assert any("1,024 positions" in note and "position table" in note for note in advice.answer_notes(table))
     short = max_seq(MODEL, strategy("checkpoint"), card("h100"), "checkpoint")
     assert advice.answer_notes(short) == []
     assert any("no sdpa for gemma2" in note for note in advice.recipe_notes(load_model("gemma2-2b"), strategy("mst")))

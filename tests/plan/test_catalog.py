@@ -122,6 +122,12 @@ def test_bad_byte_order_mark_is_no_obstacle(here):
 # --- names that name nothing ------------------------------------------------------------------------------------------
 
 
+def test_a_long_name_costs_no_time(here):
+    start = time.perf_counter()
+    assert len(refusal("llama" * 20_000)) < 300
+    assert time.perf_counter() - start < 1
+
+
 def test_unknown_name_says_which_are_near():
     message = refusal("lama3-8b")
     assert message.startswith("unknown model 'lama3-8b'. Did you mean llama3-8b")

@@ -475,6 +475,24 @@ def test_what_says_that_it_is_no_decoder_is_refused(changes, kind):
     assert kind in refusal(small("novel", **changes))
 
 
+@pytest.mark.parametrize("model_type", ("BERT", "Bert", "T5"))
+def test_capitals_are_no_way_around(model_type):
+    assert "trained on next-token loss" in refusal(small(model_type))
+
+
+@pytest.mark.parametrize("architectures", (["NovelModel"], ["NovelForSequenceClassification", "NovelModel"]))
+def test_unknown_model_without_a_causal_lm_is_refused(architectures):
+    assert "no causal language model" in refusal(small("novel", architectures=architectures))
+
+
+@pytest.mark.parametrize(
+    "architectures", (["NovelForCausalLM"], ["NovelLMHeadModel"], ["NovelForConditionalGeneration", "X"], [], None, 3, [3])
+)
+def test_unknown_model_that_may_be_a_causal_lm_is_planned(architectures):
+    assert read_config(small("novel", architectures=architectures), "m").layers == 4
+    assert read_config(small("bloom", architectures=["BloomModel"]), "m").layers == 4
+
+
 @pytest.mark.parametrize("architectures", (["LlamaForCausalLM", "LlamaForMaskedLM"], [], None, 3, ["LlamaModel"]))
 def test_other_architectures_are_not_refused(architectures):
     assert read_config({**LLAMA, "architectures": architectures}, "m").layers == 4

@@ -54,3 +54,23 @@ def test_bad_cards(arguments: dict, says: str) -> None:  # type: ignore[type-arg
     with pytest.raises(HardwareError, match=says) as e:
         card(**arguments)
     assert len(str(e.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, float("nan"), True, "80GB", 2**60, 10**5000], ids=lambda size: type(size).__name__)
+@pytest.mark.parametrize("name", ["memory", "reserve", "host_memory"])
+def test_amounts_are_whole_numbers(name: str, size: object) -> None:
+    with pytest.raises(HardwareError, match=f"{name} is .*whole number of bytes") as e:
+        card("h100", **{name: size})  # type: ignore[arg-type]
+    assert len(str(e.value).splitlines()) <= 2 and len(str(e.value)) < 250
+
+
+@pytest.mark.parametrize("name", [3, b"h100", "x" * 100_000, "a\nb"], ids=lambda name: type(name).__name__)
+def test_what_is_no_gpu(name: object) -> None:
+    with pytest.raises(HardwareError) as e:
+        card(name)  # type: ignore[arg-type]
+    assert len(str(e.value).splitlines()) <= 2 and len(str(e.value)) < 250
+
+
+def test_labels() -> None:
+    assert card("h100").label == card("h100", memory=40 * GIB).label == "h100"
+    assert card(memory=80 * GIB).label == "80.00 GiB card"

@@ -4,22 +4,24 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mstplan.errors import UnitError
 from mstplan.plan.catalog import load_model, model_names
 from mstplan.plan.hardware import card
 from mstplan.plan.recipe import STRATEGIES, strategy
 from mstplan.plan.solve import (
     GAIN,
-    LONGEST,
-    Chunks,
     _step,
     chunk_tokens,
     fixed_chunks,
     longest,
+    max_seq,
     peak_at,
+    plan_at,
     recommend,
     smallest_chunks_tokens,
 )
-from mstplan.units import GIB
+from mstplan.plan.steps import Chunks
+from mstplan.units import GIB, LONGEST
 
 from .strategies import POWERS, cards, chunk_counts, models, recipes
 
@@ -198,3 +200,41 @@ def test_published_lengths_of_standard_training(name, tokens):
     """arXiv 2407.15892, table 2: one A100-80GB, bf16, optimizer in backward. (Its other rows ran an older loss.)"""
     reached = longest(load_model(name), strategy("standard", optimizer_in_backward=True), A100, Chunks(1, 1))
     assert reached == pytest.approx(tokens, rel=0.1)
+
+
+# ---- max-seq and plan say the same ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama3.1-8b", "qwen3-4b", "gemma3-1b", "qwen3-30b-a3b", "gpt2"])
+@pytest.mark.parametrize("gpu", ["rtx-4090", "h100", "b200"])
+@pytest.mark.parametrize("which", ["mst", "mst-offload"])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_plan_agrees_with_max_seq(name, gpu, which, in_backward):
+    """With recommended chunks too, a length fits exactly when it is at most S_max."""
+    model, recipe, on = load_model(name), strategy(which, optimizer_in_backward=in_backward), card(gpu)
+    s_max = max_seq(model, recipe, on).s_max
+    if s_max:
+        assert plan_at(model, recipe, on, s_max).fits
+        assert all(plan_at(model, recipe, on, s_max * n // 7 + 1).fits for n in range(7))
+    assert not plan_at(model, recipe, on, s_max + 1).fits
+    assert not plan_at(model, recipe, on, s_max * 2 + 1).fits
+
+
+def test_host_memory_decides_as_well():
+    model, recipe = load_model("llama3.1-8b"), strategy("mst-offload")
+    free, short = (max_seq(model, recipe, card("h100", host_memory=size)) for size in (1 << 40, 1 << 30))
+    assert short.s_max == 4096 < free.s_max == max_seq(model, recipe, card("h100")).s_max  # 32 inputs of 8 KiB a token
+    on = card("h100", host_memory=1 << 30)
+    assert plan_at(model, recipe, on, 4096, short.plan.chunks).fits and not plan_at(model, recipe, on, 4097, short.plan.chunks).fits
+    assert max_seq(model, recipe.changed(optimizer_on_host=True), on).s_max == 0
+
+
+def test_no_more_pieces_than_tokens():
+    found = plan_at(load_model("llama3.1-8b"), strategy("mst"), card("h100"), 5, Chunks(1 << 30, 64))
+    assert found.chunks == Chunks(5, 5) and found.step_seconds < 60
+
+
+@pytest.mark.parametrize("seq_len", [0, -5, 1.5, "64k", None, True, 1 << 50])
+def test_lengths_that_are_none(seq_len):
+    with pytest.raises(UnitError, match="seq_len"):
+        plan_at(load_model("gpt2"), strategy("mst"), card("h100"), seq_len)

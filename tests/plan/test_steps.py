@@ -10,7 +10,7 @@ from mstplan import profiles
 from mstplan.plan.catalog import load_model, model_names
 from mstplan.plan.hardware import card
 from mstplan.plan.recipe import STRATEGIES, strategy
-from mstplan.plan.solve import Chunks, _step, peak_at, sizes
+from mstplan.plan.solve import _step, peak_at, sizes
 from mstplan.plan.steps import (
     EMBEDDING,
     END_OF_FORWARD,
@@ -20,6 +20,7 @@ from mstplan.plan.steps import (
     LOSS,
     LOSS_BACKWARD,
     OPTIMIZER,
+    Chunks,
     Layout,
     Step,
     evaluate,

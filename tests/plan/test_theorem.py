@@ -10,7 +10,9 @@ from mstplan.plan import theorem
 from mstplan.plan.catalog import load_model
 from mstplan.plan.hardware import card
 from mstplan.plan.recipe import Recipe
-from mstplan.plan.solve import Chunks
+from mstplan.plan.solve import _layout_step
+from mstplan.plan.steps import Chunks
+from mstplan.plan.tape import BASIS, forward
 
 M_max, W, I, A, L, M, S = sp.symbols("M_max W_mem I_mem A_mem L M S", positive=True)  # noqa: E741
 PUBLISHED = {
@@ -75,3 +77,29 @@ def test_coefficients_can_be_overridden() -> None:
 
 def test_too_little_memory_is_zero_not_negative() -> None:
     assert {row.s_max for row in theorem.rows(coefficients().replaced(m_max=1))} == {0}
+
+
+def test_batches_count_in_every_coefficient_of_tokens() -> None:
+    one, four = (theorem.coefficients(load_model("llama3-8b"), Recipe(batch=b), card("a100-80gb"), Chunks(4, 32)) for b in (1, 4))
+    assert (four.i_mem, four.a_mem, four.w_mem) == (4 * one.i_mem, 4 * one.a_mem, one.w_mem)
+
+
+def test_what_is_given_no_longer_names_tensors() -> None:
+    c = coefficients().replaced(i_mem=5)
+    assert c.i_from == () and c.a_from == coefficients().a_from
+    with pytest.raises(RecipeError, match="both be 0"):
+        coefficients().replaced(i_mem=0, a_mem=0)
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "gpt2", "olmo2-7b", "gemma2-2b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("precision", ["bf16", "mixed", "fp32"])
+def test_a_mem_is_what_one_more_layer_keeps(name: str, precision: str) -> None:
+    """Against the step model: the end of forward grows by A_mem per token with every layer."""
+    recipe, model = Recipe(precision=precision, optimizer="sgd"), load_model(name)
+    model = model._replace(layer_kinds=(model.layer_kinds[-1],) * 4)
+    kept = []
+    for layers in (3, 4):
+        fewer = model._replace(layer_kinds=model.layer_kinds[:layers])
+        built = _layout_step(fewer, recipe, card("h100").gpu, False, False, False)
+        kept.append(forward(built.tape, built.rules(), keep=True, prune=False).net[BASIS.index("bs")])
+    assert theorem.coefficients(model, recipe, card("h100"), Chunks(1, 1)).a_mem == kept[1] - kept[0]

@@ -7,8 +7,8 @@ import pytest
 from mstplan.plan.catalog import load_model
 from mstplan.plan.hardware import card
 from mstplan.plan.recipe import Recipe, strategy
-from mstplan.plan.solve import Chunks, compute_bound_tokens, plan_at
-from mstplan.plan.steps import Layout, build
+from mstplan.plan.solve import compute_bound_tokens, plan_at
+from mstplan.plan.steps import Chunks, Layout, build
 
 MODEL, H100 = load_model("llama3.1-8b"), card("h100")
 

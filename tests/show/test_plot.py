@@ -17,6 +17,7 @@ from mstplan.plan import solve
 from mstplan.plan.catalog import load_model
 from mstplan.plan.hardware import card
 from mstplan.plan.recipe import STRATEGIES
+from mstplan.plan.steps import Chunks
 from mstplan.show import plot
 from mstplan.units import GIB
 
@@ -31,7 +32,7 @@ CASES = {
 def solved(case):
     name, gpu, changes = CASES[case]
     model, on = load_model(name), card(gpu)
-    recipes = solve.strategies(changes)
+    recipes = {name: recipe.changed(**changes) for name, recipe in STRATEGIES.items()}
     return model, on, [solve.max_seq(model, recipe, on, strategy) for strategy, recipe in recipes.items()]
 
 
@@ -129,7 +130,7 @@ def test_short_reaches(fits, longest):
 
 def test_s_max_below_the_usual_start_is_drawn():
     model = load_model("llama3.1-8b")
-    most = solve.peak_at(model, STRATEGIES["standard"], card("h100"), 1, solve.Chunks(1, 1))[1]
+    most = solve.peak_at(model, STRATEGIES["standard"], card("h100"), 1, Chunks(1, 1))[1]
     small = card(None, most + card("h100").gpu.context_bytes + 200 * 2**20)
     answer = solve.max_seq(model, STRATEGIES["standard"].changed(optimizer_in_backward=True), small, "standard")
     while answer.s_max >= 1024:
@@ -291,10 +292,11 @@ from pathlib import Path
 from mstplan.plan import solve
 from mstplan.plan.catalog import load_model
 from mstplan.plan.hardware import card
+from mstplan.plan.recipe import STRATEGIES
 from mstplan.show import plot
 assert "matplotlib" not in sys.modules
 model, on = load_model("qwen3-0.6b"), card("rtx-4090")
-found = [solve.max_seq(model, solve.STRATEGIES[s], on, s) for s in ("checkpoint", "mst")]
+found = [solve.max_seq(model, STRATEGIES[s], on, s) for s in ("checkpoint", "mst")]
 plot.write(plot.curves(found, None, 40), model, on, Path(sys.argv[1]))
 assert "matplotlib.pyplot" not in sys.modules
 """
@@ -339,6 +341,13 @@ def test_bad_outputs(tmp_path, name, says):
         plot.check_output(tmp_path / name, False)
     assert len(str(caught.value).splitlines()) <= 2 and "Traceback" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before and (tmp_path / "old.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000 + ".png", "a\nb/x.png", "a\nb.gif", "a\0b.png", "x" * 100_000])
+def test_messages_about_odd_names_are_short(tmp_path, name):
+    with pytest.raises(OutputError) as caught:
+        plot.check_output(tmp_path / name, False)
+    assert len(str(caught.value).splitlines()) <= 2 and len(str(caught.value)) < 400 and str(caught.value).isascii()
 
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):
