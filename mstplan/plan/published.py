@@ -57,7 +57,7 @@ def comparisons() -> tuple[Comparison, ...]:
 def _compare(row: dict[str, Any]) -> Comparison:
     about, tokens = row["mstplan"], row["s_max"]
     known = {"model": row["model"], "gpu": row["hardware"], "case": f"{row['strategy']}; {row['optimizer']}", "source": row["source"],
-             "kind": row["kind"], "published_tokens": tokens, "published_gib": row["measured_peak_gb"]}  # fmt: skip
+             "kind": row["kind"], "published_tokens": tokens, "published_gib": row["measured_peak_gib"]}  # fmt: skip
     if "not_predicted" in about:
         return Comparison(**known, predicted_tokens=None, predicted_gib=None, device_wide=False, recipe=None,
                           predicted_with_older_loss=None, explained_by=(), not_predicted=about["not_predicted"])  # fmt: skip

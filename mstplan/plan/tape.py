@@ -384,12 +384,14 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
     assert part.tape.source is not None and part.tape.output is not None
     ledger.put(part.tape.grad(op.reads[0]))
-    inner = piece(rules) if part.sums else rules._replace(gradients="kept")
+    inner = rules._replace(gradients="kept")
     for tensor in part.sums:
         ledger.put(tensor)
     ledger.splice(forward(part.tape, inner, keep=True), op.name)
     ledger.put(part.tape.grad(part.tape.output))
     ledger.splice(backward(part.tape, inner), op.name)
+    if part.sums:
+        _added_to_sums(part, ledger, rules)
     ledger.drop(part.tape.grad(part.tape.source))  # copied into the whole
     ledger.drop(part.tape.output)
     ledger.put(op.makes[0])
@@ -493,8 +495,14 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     ledger.put(part.tape.grad(op.reads[0]))
     for tensor in part.sums:
         ledger.put(tensor)
-    inner = piece(rules) if part.sums else rules
-    ledger.splice(backward(part.tape, inner, recompute=part.recompute, owns_incoming=False), op.name)
+    inner = rules._replace(gradients="kept" if part.sums else rules.gradients, recomputed=False)
+    if part.recompute:  # by an autograd function of its own, which holds the output meanwhile
+        ledger.splice(forward(part.tape, inner, keep=True), op.name)
+    ledger.splice(backward(part.tape, inner, owns_incoming=False), op.name)
+    if part.recompute:
+        ledger.drop(part.tape.output)
+    if part.sums:
+        _added_to_sums(part, ledger, rules)
     if not part.recompute:
         ledger.splice(_widened_end(part.tape, inner))
     ledger.drop(part.tape.grad(part.tape.source))  # copied into the whole
@@ -512,9 +520,10 @@ def _widened_end(tape: Tape, rules: Rules) -> Replay:
     return Replay((), net, merged(kept.alive, [(t, -n) for t, n in wide.alive]))
 
 
-def piece(rules: Rules) -> Rules:
-    """The rules inside one of several pieces: each piece's gradients of the weights are added to sums at once."""
-    return rules._replace(gradients="added")
+def _added_to_sums(part: Part, ledger: _Ledger, rules: Rules) -> None:
+    """A piece's gradients of the weights come back together at its end, and go into the sums."""
+    for weight in part.weights:
+        ledger.drop(weight_gradient(weight, rules.dtype))
 
 
 def used_dtype(rules: Rules, cast: bool = True) -> str:

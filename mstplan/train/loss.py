@@ -34,6 +34,11 @@ def chunked_loss(
     return _ChunkedLoss.apply(hidden, logits, targets, count, rows, ignore_index, *trained_weights(logits.head))
 
 
+def _add(sums: list[torch.Tensor], found: list[torch.Tensor]) -> None:
+    for running, gradient in zip(sums, found, strict=True):
+        running.add_(gradient)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, logits: LazyLogits, targets: torch.Tensor, count: Any, rows: int, ignore: int,
@@ -55,8 +60,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 found = list(torch.autograd.grad(loss, inputs))
                 if d_hidden is not None:
                     d_hidden[start : start + rows] = found.pop(0)
-                for running, gradient in zip(sums, found, strict=True):
-                    running.add_(gradient)
+                _add(sums, found)
+                del found  # before the next chunk's logits are made
             del loss, chunk
         ctx.d_hidden = d_hidden
         ctx.d_weights = [s.to(w.dtype) for s, w in zip(sums, weights, strict=False)]

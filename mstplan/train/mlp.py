@@ -97,6 +97,7 @@ class _ChunkedMlp(torch.autograd.Function):
             if d_x is not None:
                 d_x[rows] = found.pop(0)
             _add(sums, found, weights, several)
+            del found, piece  # before the next chunk's intermediates are made
         d_weights = [s.to(w.dtype) if s is not None else None for s, w in zip(sums, weights, strict=True)]
         return (d_x, None, None, None, None, None, *d_weights)
 

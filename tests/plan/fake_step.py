@@ -33,7 +33,9 @@ from mstplan import profiles
 from mstplan.plan.config import read_config
 from mstplan.plan.model import Model
 from mstplan.plan.recipe import Recipe
-from mstplan.plan.steps import INSTANTS, OPTIMIZER, Layout, Sizes, Step, evaluate, segment_length
+from mstplan.plan.solve import sizes
+from mstplan.plan.steps import INSTANTS, OPTIMIZER, Chunks, Layout, Step, evaluate, segment_length
+from mstplan.train import minisequence
 
 STAND_IN = "fused_stand_in"  # transformers looks for a library behind any name with "flash" in it
 FORWARD, BACKWARD, STEP = PHASES = ("forward", "backward", "optimizer")
@@ -182,6 +184,8 @@ def _build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
         net.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     elif every > 1:
         _in_segments(net, every)
+    if recipe.loss == "chunked":
+        minisequence(net, mlp_chunks=recipe.mlp_chunks, loss_chunks=recipe.loss_chunks)
     return net
 
 
@@ -249,8 +253,9 @@ def model_of(config: dict[str, Any]) -> Model:
 
 def planned(config: dict[str, Any], recipe: Recipe, seq_len: int) -> dict[str, int]:
     """The step model's peak of each phase."""
-    step = Step(model_of(config), Layout(recipe, False, False, False), workspace=0)
-    units = Sizes(recipe.batch, seq_len, seq_len, seq_len).units
+    chunks = Chunks(recipe.mlp_chunks, recipe.loss_chunks)
+    step = Step(model_of(config), Layout(recipe, chunks.mlp > 1, chunks.loss > 1, False), workspace=0)
+    units = sizes(recipe, seq_len, chunks).units
     peaks: dict[str, int] = {}
     for instant, moments in step._moments(step.rules(in_place=False)).items():
         phase = STEP if instant == OPTIMIZER else FORWARD if instant in INSTANTS[:2] else BACKWARD
