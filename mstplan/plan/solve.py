@@ -217,9 +217,16 @@ def recommend(model: Model, recipe: Recipe, card: Card) -> Chunks:
             break
         limit = wider
     enough = reach(limit) * (1 - GAIN)
-    loss = _smallest(limit.loss, lambda m: reach(limit._replace(loss=m)) >= enough) if recipe.loss_chunks == "auto" else limit.loss
-    mlp = _smallest(limit.mlp, lambda m: reach(Chunks(m, loss)) >= enough) if recipe.mlp_chunks == "auto" else limit.mlp
-    return Chunks(mlp, loss)
+    return _fewest(recipe, limit, lambda chunks: reach(chunks) >= enough)
+
+
+def _fewest(recipe: Recipe, limit: Chunks, good: Callable[[Chunks], bool]) -> Chunks:
+    """The fewest chunks that are still good, first for the loss, then for the MLP; where the recipe leaves them to us."""
+    if recipe.loss_chunks == "auto":
+        limit = limit._replace(loss=_smallest(limit.loss, lambda m: good(limit._replace(loss=m))))
+    if recipe.mlp_chunks == "auto":
+        limit = limit._replace(mlp=_smallest(limit.mlp, lambda m: good(limit._replace(mlp=m))))
+    return limit
 
 
 def _smallest(limit: int, enough: Callable[[int], bool]) -> int:
@@ -249,9 +256,7 @@ def recommend_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chun
     tokens = seq_len * recipe.batch
     limit = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
     enough = min(peak(limit), peak(fixed_chunks(recipe))) * (1 + GAIN)
-    loss = _smallest(limit.loss, lambda m: peak(limit._replace(loss=m)) <= enough) if recipe.loss_chunks == "auto" else limit.loss
-    mlp = _smallest(limit.mlp, lambda m: peak(Chunks(m, loss)) <= enough) if recipe.mlp_chunks == "auto" else limit.mlp
-    return Chunks(mlp, loss)
+    return _fewest(recipe, limit, lambda chunks: peak(chunks) <= enough)
 
 
 # ---- answers ------------------------------------------------------------------------------------------------------------

@@ -116,8 +116,7 @@ class Step:
         gradients = "kept" if recipe.accumulation == 1 else "added"
         if recipe.optimizer_in_backward or recipe.weights_on_host:
             gradients = "used"
-        dtype = recipe.weight_dtype
-        return Rules(gradients, dtype, recipe.precision == "mixed", self.optimizer.per_weight, **changes)
+        return Rules(gradients, recipe.weight_dtype, recipe.precision == "mixed", self.optimizer.per_weight, **changes)
 
     def _moments(self, rules: Rules) -> dict[str, list[Moment]]:
         """Every moment of the step by the instant it belongs to, with all that is alive."""
@@ -175,8 +174,7 @@ class Step:
         recipe = self.layout.recipe
         if always_alive != (recipe.accumulation > 1) or recipe.weights_on_host:
             return []
-        dtype = recipe.weight_dtype
-        return [constant("gradients", dtype, recipe.weight_bytes * self.parameters)]
+        return [constant("gradients", recipe.weight_dtype, recipe.weight_bytes * self.parameters)]
 
     def _batch(self) -> list[Tensor]:
         new = self.tape.new
@@ -198,9 +196,8 @@ class Step:
         """Explicit attention masks: made once in forward, for all layers of a kind."""
         new, recipe = self.tape.new, self.layout.recipe
         if recipe.attention == "eager":
-            dtype = recipe.weight_dtype
             kinds = {kind.window is not None for kind in self.model.layer_kinds}
-            return [new("causal mask", "b s s", dtype)] * len(kinds)
+            return [new("causal mask", "b s s", recipe.weight_dtype)] * len(kinds)
         return [new("sliding-window mask", "s s", "bool")] if self.layout.masked else []
 
     def _in_transfer(self, count: int) -> list[Tensor]:

@@ -396,10 +396,7 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     ledger.drop(part.tape.output)
     ledger.put(op.makes[0])
     for weight, total in zip(part.weights, part.sums, strict=False):
-        ledger.put(weight_gradient(weight, rules.dtype))
-        if rules.dtype != "float32":  # else the sum itself is the gradient
-            ledger.mark("cast the sum of the gradient of " + weight.name)
-        ledger.drop(total)
+        _sum_to_gradient(weight, total, ledger, rules)
 
 
 def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) -> Replay:
@@ -508,7 +505,8 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     ledger.drop(part.tape.grad(part.tape.source))  # copied into the whole
     ledger.drop(part.tape.grad(op.makes[0]))
     for weight, total in zip(part.weights, part.sums, strict=False):
-        _finish(weight, total, ledger, rules)
+        _sum_to_gradient(weight, total, ledger, rules)
+        _reach(weight, weight_gradient(weight, rules.dtype), ledger, rules)
 
 
 def _widened_end(tape: Tape, rules: Rules) -> Replay:
@@ -553,14 +551,12 @@ def _accumulate(weight: Weight, op: Op, ledger: _Ledger, rules: Rules) -> None:
         _reach(weight, gradient, ledger, rules)
 
 
-def _finish(weight: Weight, total: Tensor, ledger: _Ledger, rules: Rules) -> None:
-    """A sum over pieces, in fp32, becomes the weight's gradient."""
-    gradient = weight_gradient(weight, rules.dtype)
-    ledger.put(gradient)
+def _sum_to_gradient(weight: Weight, total: Tensor, ledger: _Ledger, rules: Rules) -> None:
+    """A sum over pieces, in fp32, becomes the weight's gradient: itself, or a copy in the weight's dtype."""
+    ledger.put(weight_gradient(weight, rules.dtype))
     if rules.dtype != "float32":
         ledger.mark("cast the sum of the gradient of " + weight.name)
     ledger.drop(total)
-    _reach(weight, gradient, ledger, rules)
 
 
 def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> None:

@@ -62,8 +62,8 @@ class _Cost:
 def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chunks) -> float:
     """Seconds of one optimizer step (all of its micro-batches), no faster than which any real step runs on this card.
 
-    Copies of layer inputs and weights between host and card overlap with computing, each direction by itself; the optimizer on the host is counted by what
-    crosses the link, not by the host's own arithmetic.
+    Copies of layer inputs and weights between host and card overlap with computing, each direction by itself; the
+    optimizer on the host is counted by what crosses the link, not by the host's own arithmetic.
     """
     cost = _Cost(gpu, sizes.units, chunks, recipe.weight_bytes)
     ahead, behind = cost.tape(step.tape)

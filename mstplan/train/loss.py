@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..plan.solve import chunk_tokens
 from .leaves import standing_in, trained_weights
 from .logits import LazyLogits
 
@@ -30,7 +31,7 @@ def chunked_loss(
     hidden = logits.hidden.flatten(0, -2)
     targets = shift_labels.flatten().to(hidden.device)
     count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    rows = -(-logits.hidden.shape[-2] // chunks) * (hidden.shape[0] // logits.hidden.shape[-2])
+    rows = chunk_tokens(logits.hidden.shape[-2], chunks) * (hidden.shape[0] // logits.hidden.shape[-2])
     return _ChunkedLoss.apply(hidden, logits, targets, count, rows, ignore_index, *trained_weights(logits.head))
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..plan.solve import chunk_tokens
 from .leaves import standing_in, trained_weights
 
 Forward = Callable[[torch.Tensor], Any]
@@ -28,7 +29,7 @@ def chunked_mlp(
     """`forward`, which is `mlp`'s, over x (b, s, d) in `chunks` pieces of the sequence. random: it draws random numbers (dropout);
     skip: nobody reads the output, so leave it empty."""
     tokens = x.flatten(0, -2)
-    rows = -(-x.shape[-2] // chunks) * (tokens.shape[0] // x.shape[-2])
+    rows = chunk_tokens(x.shape[-2], chunks) * (tokens.shape[0] // x.shape[-2])
     out: torch.Tensor = _ChunkedMlp.apply(tokens, mlp, forward, rows, random, skip, *trained_weights(mlp))
     return out.view(x.shape)
 
