@@ -1,53 +1,136 @@
 """Where a model's layers, MLPs and LM head are, asked of transformers' own interfaces.
 
-The head is `get_output_embeddings()`. Decoder layers are transformers' checkpointable layers (GradientCheckpointingLayer).
-The MLP of a layer is the child that maps hidden states alone to hidden states and owns matrices: its forward takes one
-required argument, where attention takes masks and positions, and a norm owns vectors only.
+The head is `get_output_embeddings()`. Decoder layers are transformers' checkpointable layers (GradientCheckpointingLayer)
+in `get_decoder()`. What mixes tokens (attention, state spaces) takes masks, positions, caches or states beside the hidden
+states; models that cannot be checkpointed keep them in a plain list. The MLP is a child of the layer that owns matrices and takes hidden states alone; or, where it is no module of its
+own, the two matrices outside of what mixes tokens, one of which takes what the other gives.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
 
+MIXING = ("mask", "position", "past_key", "cache", "state")
+"""What the names of arguments hold that let a module look from one token to another. `hidden_states` is no such name."""
+
+
+class Mlp(NamedTuple):
+    """What a layer runs token by token. down: the second matrix, where `first` is but the first one."""
+
+    first: nn.Module
+    down: nn.Module | None
+    beside: tuple[nn.Module, ...]  # norms, dropout, activations of the layer, which may follow it
+
 
 class Parts(NamedTuple):
-    layers: list[nn.Module]
-    mlps: list[nn.Module]  # one a layer
+    model: PreTrainedModel  # the one with the head, inside of what wraps it (adapters, DDP)
     head: nn.Module
+    layers: list[nn.Module]
 
 
 def find_parts(model: nn.Module) -> Parts:
-    """Layers, MLPs and head of a causal language model. Raises ModelError naming what was not found."""
+    """Head and decoder layers of a causal language model. Raises ModelError naming what was not found."""
     name = type(model).__name__
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    if head is None:
-        raise ModelError(f"{name} has no LM head (get_output_embeddings() gave none).\nminisequence serves causal language models.")
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ModelError(f"{name} has no checkpointable decoder layers (transformers' GradientCheckpointingLayer).")
-    return Parts(layers, [_mlp(name, layer) for layer in layers], head)
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel) and (head := inner.get_output_embeddings()) is not None:
+            break
+    else:
+        raise ModelError(f"{name} has no LM head (get_output_embeddings() gave none).\nminisequence serves transformers' causal language models.")
+    decoder: Any = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    for part in (decoder, inner):
+        layers = [m for m in part.modules() if isinstance(m, GradientCheckpointingLayer)] if part is not None else []
+        if layers:
+            return Parts(inner, head, layers)
+    layers = list(max((m for m in inner.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]))
+    if len(layers) > 1 and not inner.supports_gradient_checkpointing:
+        return Parts(inner, head, layers)
+    raise ModelError(f"{name} has no decoder layers (transformers' GradientCheckpointingLayer, or a list of layers).")
 
 
-def _mlp(name: str, layer: nn.Module) -> nn.Module:
-    found = [child for child in layer.children() if _is_mlp(child)]
-    if len(found) != 1:
-        kinds = ", ".join(type(child).__name__ for child in layer.children())
-        what = "no MLP" if not found else f"{len(found)} modules that could be the MLP"
-        raise ModelError(f"{name}: {what} found in {type(layer).__name__}, whose parts are {kinds}.\nSet mlp_chunks=1.")
-    return found[0]
+def find_mlps(parts: Parts) -> list[tuple[nn.Module, Mlp]]:
+    """Layers and their MLPs; layers that only mix tokens have none. Raises ModelError when no layer has one, or when a
+    layer owns matrices that are neither."""
+    mlps = {mlp.first: (layer, mlp) for layer in parts.layers for part in _with_sublayers(layer) for mlp in _layer_mlps(parts.model, part)}
+    if not mlps:
+        kinds = ", ".join(sorted({type(child).__name__ for child in parts.layers[0].children()}))
+        raise ModelError(f"{type(parts.model).__name__}: no MLP found in {type(parts.layers[0]).__name__}, whose parts are {kinds}.\nSet mlp_chunks=1.")
+    return list(mlps.values())
 
 
-def _is_mlp(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Linear, nn.Embedding)) or all(p.dim() < 2 for p in module.parameters()):
-        return False
-    signature = inspect.signature(module.forward)
-    required = [p for p in signature.parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    takes_more = any(p.name in ("attention_mask", "position_embeddings", "past_key_values") for p in signature.parameters.values())
-    return len(required) == 1 and not takes_more
+def _layer_mlps(model: nn.Module, layer: nn.Module) -> list[Mlp]:
+    outside = list(_outside_mixers(layer))
+    beside = tuple(m for m in outside if _takes_tokens_alone(m) and not _matrices(m))
+    children = [part for child in layer.children() for part in (child if isinstance(child, nn.ModuleList) else [child])]
+    modules = [child for child in children if _matrices(child) > 1 and _takes_tokens_alone(child)]
+    if any(p.dim() == 3 and not any(p is q for m in modules for q in m.parameters()) for part in outside for p in part._parameters.values() if p is not None):
+        raise ModelError(f"{type(model).__name__}: the experts of {type(layer).__name__} are given more than hidden states.\nSet mlp_chunks=1.")
+    if modules:
+        return [Mlp(module, None, tuple(m for m in beside if not _within(m, modules))) for module in modules]
+    linears = [m for m in outside if _is_linear(m)]
+    pairs = [(a, b) for a, b in combinations(linears, 2) if _sizes(a) == _sizes(b)[::-1]]
+    if not pairs:
+        return []
+    if len(linears) == 2:
+        return [Mlp(*pairs[0], beside)]
+    raise ModelError(
+        f"{type(model).__name__}: {len(linears)} matrices of {type(layer).__name__} stand by themselves, none of them known as the MLP."
+        "\nSet mlp_chunks=1."
+    )
+
+
+def _with_sublayers(layer: nn.Module) -> list[nn.Module]:
+    """The layer, and what in it is a layer too: it mixes tokens in one part and works token by token in another."""
+    found = [layer]
+    for part in layer.modules():
+        children = list(part.children())
+        if part is not layer and any(map(_mixes, children)) and any(_matrices(c) > 1 and _takes_tokens_alone(c) for c in children):
+            found.append(part)
+    return found
+
+
+def _within(module: nn.Module, others: list[nn.Module]) -> bool:
+    return any(module is part for other in others for part in other.modules())
+
+
+def _outside_mixers(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if not _mixes(child):
+            yield child
+            yield from _outside_mixers(child)
+
+
+def _mixes(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return True
+    names = inspect.signature(module.forward).parameters
+    return any(part in name for name in names if not name.endswith("hidden_states") for part in MIXING)
+
+
+def _takes_tokens_alone(module: nn.Module) -> bool:
+    """Does it take one tensor and nothing by which to look at other tokens?"""
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(required) == 1 and not _mixes(module)
+
+
+def _matrices(module: nn.Module) -> int:
+    """How many it owns; a stack of matrices, such as experts', is several."""
+    return sum(p.dim() - 1 for p in module.parameters() if p.dim() >= 2)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,14 +10,14 @@ from torch import nn
 
 
 @contextmanager
-def standing_in(module: nn.Module, weights: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Within the context `module` computes with detached copies (same storage) of `weights`, which are given out.
+def standing_in(modules: Iterable[nn.Module], weights: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Within the context the modules compute with detached copies (same storage) of `weights`, which are given out.
 
     Hooks on the real weights, and the graphs they belong to, see the sum over all chunks only, once.
     """
     leaves = {id(w): w.detach().requires_grad_() for w in weights}
     swapped: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
-    for part in module.modules():
+    for part in (part for module in modules for part in module.modules()):
         for name, weight in part._parameters.items():
             if weight is not None and id(weight) in leaves:
                 swapped.append((part._parameters, name, weight))
@@ -30,5 +30,7 @@ def standing_in(module: nn.Module, weights: list[torch.Tensor]) -> Iterator[list
             parameters[name] = weight
 
 
-def trained_weights(module: nn.Module) -> list[torch.Tensor]:
-    return [weight for weight in module.parameters() if weight.requires_grad]
+def trained_weights(*modules: nn.Module) -> list[torch.Tensor]:
+    """Each once, in the modules' order."""
+    found = {id(w): w for module in modules for w in module.parameters() if w.requires_grad}
+    return list(found.values())

@@ -1,8 +1,10 @@
-"""LM head and cross entropy, a chunk of tokens at a time.
+"""LM head and cross entropy, a chunk of tokens at a time, under the model's own loss function.
 
-The gradients of hidden states and head are made in the forward pass already, chunk by chunk, as soon as a chunk's logits
-exist: three matrix products in all, as many as plain training takes, and never more than one chunk's logits. Weights'
-gradients are summed over the chunks in fp32, so that their rounding does not grow with the number of chunks.
+In training with labels the LM head hands out `LazyLogits`. The model's loss function shifts and flattens them as ever;
+when it comes to cross entropy, logits, loss and gradients are made chunk by chunk. The gradients of hidden states and head
+are made in the forward pass already, as soon as a chunk's logits exist: three matrix products in all, as many as plain
+training takes, and never more than one chunk's logits. Weights' gradients are summed over the chunks in fp32, so that
+their rounding does not grow with the number of chunks.
 
 Memory, in bytes, for n = b * s tokens, chunks of k, hidden size d and vocabulary V in bf16: 2 n d for the hidden states'
 gradient, 4 V d for the head's sum, and about 12 k V while a chunk is worked on (see mstplan/plan/steps.py, `_loss`).
@@ -10,29 +12,98 @@ gradient, 4 V d for the head's sum, and about 12 k V while a chunk is worked on 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ..plan.solve import chunk_tokens
+from ..errors import ModelError
+from .lazy import Lazy, Run
 from .leaves import standing_in, trained_weights
-from .logits import LazyLogits
 
 
-def chunked_loss(
-    logits: LazyLogits, labels: torch.Tensor, chunks: int, *, num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100, shift_labels: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Mean cross entropy of the next token, as transformers' ForCausalLMLoss: labels (b, s), -100 ignored; a sum over
-    `num_items_in_batch` where that is given (gradient accumulation). Returns a scalar in fp32 (fp64 for fp64 logits)."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    hidden = logits.hidden.flatten(0, -2)
-    targets = shift_labels.flatten().to(hidden.device)
-    count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    rows = chunk_tokens(logits.hidden.shape[-2], chunks) * (hidden.shape[0] // logits.hidden.shape[-2])
-    return _ChunkedLoss.apply(hidden, logits, targets, count, rows, ignore_index, *trained_weights(logits.head))
+class LazyLogits(Lazy):
+    """Logits of a whole batch, never made whole. divisor: what the loss function will divide the summed loss by."""
+
+    divisor: torch.Tensor | int | None = None
+
+    def like(self, run: Run, *modules: nn.Module, random: bool = False) -> Lazy:
+        more = super().like(run, *modules, random=random)
+        more.divisor = self.divisor  # type: ignore[attr-defined]
+        return more
+
+    def over(self, source: torch.Tensor) -> LazyLogits:
+        """The same function of other tokens."""
+        more = LazyLogits(source, self.run, self.modules, self.rows)
+        more.divisor = self.divisor
+        return more
+
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func is F.cross_entropy:
+            return self.cross_entropy(*args[1:], **kwargs) if args and args[0] is self else self.refuse("cross_entropy")
+        return super().call(func, args, kwargs)
+
+    def cross_entropy(
+        self, target: torch.Tensor, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
+        reduction: str = "mean", label_smoothing: float = 0.0,
+    ) -> torch.Tensor:  # fmt: skip
+        """`torch.nn.functional.cross_entropy` of logits (n, V) and targets (n,); a scalar in the logits' dtype."""
+        if label_smoothing:
+            self.refuse(f"label smoothing ({label_smoothing:g})")
+        if weight is not None or reduction not in ("mean", "sum") or target.shape != self.source.shape[:-1]:
+            self.refuse(f"cross_entropy with reduction={reduction!r}, weight={weight is not None} and targets {tuple(target.shape)}")
+        target = target.flatten()
+        hidden = self.source.flatten(0, -2)
+        count = (target != ignore_index).sum() if reduction == "mean" else 1 if self.divisor is None else self.divisor
+        early = 1 if hidden.dtype == torch.float16 else count  # fp16 is scaled late: a loss scale must not come after underflow
+        loss = _ChunkedLoss.apply(hidden, self.run, self.modules, target, early, self.rows, ignore_index, *trained_weights(*self.modules))
+        if reduction == "mean":
+            return loss if early is count else loss / count
+        return loss * count if early is count else loss
+
+    def view(self, *shape: Any) -> LazyLogits:
+        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape
+        if len(sizes) != 2 or sizes[0] not in (-1, self.source.shape[:-1].numel()):
+            self.refuse(f"view{tuple(sizes)}")
+        return self.over(self.source.flatten(0, -2))
+
+    reshape = view
+
+    def flatten(self, start: int = 0, end: int = -1) -> LazyLogits:
+        if start != 0 or end not in (-2, self.source.dim() - 2):
+            self.refuse(f"flatten({start}, {end})")
+        return self.over(self.source.flatten(0, -2))
+
+    def __getitem__(self, index: Any) -> LazyLogits:
+        """Some of the tokens, or part of the vocabulary of all."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if parts and parts[-1] == slice(None) and (len(parts) == self.source.dim() or Ellipsis in parts) and _keeps_shape(parts):
+            return self.over(self.source[index])
+        if Ellipsis not in parts and len(parts) < self.source.dim() and _keeps_shape(parts):
+            return self.over(self.source[index])
+        if _keeps_shape(parts) and parts[:-1] in ((...,), (slice(None),) * (self.source.dim() - 1)):  # part of the vocabulary
+            return self.then(lambda value: value[..., parts[-1]])  # type: ignore[no-any-return]
+        return self.refuse("part of them")
+
+    @property
+    def shape(self) -> torch.Size:
+        width = getattr(self.modules[0], "out_features", None)
+        return torch.Size((*self.source.shape[:-1], width)) if width is not None else self.refuse("shape")
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def unknown(self, what: str, use: Callable[[Any], Any]) -> Any:
+        self.refuse(what)
+
+    def refuse(self, what: str) -> NoReturn:
+        raise ModelError(f"cannot run the loss in chunks: the model's code uses {what} on its logits.\nSet loss_chunks=1.")
+
+
+def _keeps_shape(parts: Sequence[Any]) -> bool:
+    return all(isinstance(part, slice) or part is Ellipsis for part in parts)
 
 
 def _add(sums: list[torch.Tensor], found: list[torch.Tensor]) -> None:
@@ -42,19 +113,19 @@ def _add(sums: list[torch.Tensor], found: list[torch.Tensor]) -> None:
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, logits: LazyLogits, targets: torch.Tensor, count: Any, rows: int, ignore: int,
-                *weights: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def forward(ctx: Any, hidden: torch.Tensor, run: Run, modules: tuple[nn.Module, ...], targets: torch.Tensor, divisor: Any, rows: int,
+                ignore: int, *weights: torch.Tensor) -> torch.Tensor:  # fmt: skip
         wants_hidden, wants_any = ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights] if wants_any else []
         total = None
         for start in range(0, hidden.shape[0], rows):
             chunk = hidden[start : start + rows].detach().requires_grad_(wants_hidden)
-            with torch.set_grad_enabled(wants_any), standing_in(logits.head, list(weights)) as leaves:
-                out = logits.of(chunk)
-                out = out.to(torch.promote_types(out.dtype, torch.float32))
-                loss = F.cross_entropy(out, targets[start : start + rows], ignore_index=ignore, reduction="sum") / count
-                del out
+            with torch.set_grad_enabled(wants_any), standing_in(modules, list(weights)) as leaves:
+                logits = run(chunk.unsqueeze(0)).squeeze(0)
+                aims = targets[start : start + rows].to(logits.device)
+                loss = F.cross_entropy(logits, aims, ignore_index=ignore, reduction="sum") / divisor
+                del logits
             total = loss.detach() if total is None else total + loss.detach()
             if wants_any:
                 inputs = [chunk, *leaves] if wants_hidden else leaves
@@ -76,4 +147,4 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden, d_weights = ctx.d_hidden, ctx.d_weights
         ctx.d_hidden = ctx.d_weights = None
         scaled = [gradient.mul_(incoming) for gradient in d_weights]
-        return (d_hidden.mul_(incoming) if d_hidden is not None else None, None, None, None, None, None, *scaled)
+        return (d_hidden.mul_(incoming) if d_hidden is not None else None, *[None] * 6, *scaled)

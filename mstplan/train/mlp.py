@@ -3,77 +3,183 @@
 The forward pass keeps the input only. Backward runs the MLP again for one chunk, takes that chunk's gradients, and goes
 on: intermediates exist for one chunk at a time. Weights' gradients are summed over the chunks in fp32.
 
-Inside a checkpointed layer the layer's own recomputation would run the MLP a third time, for an output that nobody reads
-when only a residual addition follows. `output_is_read` finds that out from autograd's graph; then the recomputation hands
-on an empty tensor instead, and two passes over the tokens remain, as many as plain checkpointing makes.
+What follows an MLP token by token (a norm, dropout, in some families the residual) is recorded (see `lazy.py`) and run in
+the same chunks. Then, inside a checkpointed layer, nothing reads the MLP's output but an addition: `output_is_read` finds
+that out from autograd's graph, the layer's recomputation hands on an empty tensor instead of running the MLP a third
+time, and two passes over the tokens remain, as many as plain checkpointing makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ..plan.solve import chunk_tokens
+from ..errors import ModelError
+from .lazy import Lazy, Run
 from .leaves import standing_in, trained_weights
 
-Forward = Callable[[torch.Tensor], Any]
+
+class Between(Lazy):
+    """What lies between the two matrices of an MLP that is no module of its own. Never made whole."""
+
+    def unknown(self, what: str, use: Callable[[Any], Any]) -> Any:
+        self.refuse(what)
+
+    def refuse(self, what: str) -> NoReturn:
+        kind = type(self.modules[0]).__name__
+        raise ModelError(f"cannot run the MLP in chunks: the model's code uses {what} on the output of its first {kind}.\nSet mlp_chunks=1.")
 
 
-def chunked_mlp(
-    mlp: nn.Module, forward: Forward, x: torch.Tensor, chunks: int, *, random: bool = False, skip: bool = False
-) -> torch.Tensor:
-    """`forward`, which is `mlp`'s, over x (b, s, d) in `chunks` pieces of the sequence. random: it draws random numbers (dropout);
-    skip: nobody reads the output, so leave it empty."""
-    tokens = x.flatten(0, -2)
-    rows = chunk_tokens(x.shape[-2], chunks) * (tokens.shape[0] // x.shape[-2])
-    out: torch.Tensor = _ChunkedMlp.apply(tokens, mlp, forward, rows, random, skip, *trained_weights(mlp))
-    return out.view(x.shape)
+class Output(Lazy):
+    """What an MLP hands out. Made, chunk by chunk, as soon as something wants it that is not done token by token."""
+
+    skip: Callable[[], bool]  # says when nobody will read the values
+    nodes: list[Any]  # of autograd's graph, that made them
+
+    @property
+    def value(self) -> Any:
+        """(..., d); a tuple where the MLP returns one, its first entry made, the others (router scores) `Unmade`."""
+        if "_value" not in self.__dict__:
+            self._value = chunked_mlp(self)
+            del self.source, self.run  # nobody else may need those
+        return self._value
+
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if "_value" in self.__dict__:
+            return func(*[self.value if a is self else a for a in args], **kwargs)
+        return super().call(func, args, kwargs)
+
+    def like(self, run: Run, *modules: nn.Module, random: bool = False) -> Lazy:
+        more = super().like(run, *modules, random=random)
+        more.skip, more.nodes = self.skip, self.nodes  # type: ignore[attr-defined]
+        return more
+
+    def unknown(self, what: str, use: Callable[[Any], Any]) -> Any:
+        return use(self.value)
+
+    def refuse(self, what: str) -> NoReturn:
+        raise ModelError(f"cannot run the MLP in chunks: the model's code calls {what} on a list with its output.\nSet mlp_chunks=1.")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.value)
 
 
-def in_backward() -> bool:
-    """Is this code running inside a backward pass, that is, as a checkpoint's recomputation?"""
-    return torch._C._current_graph_task_id() != -1
+class Unmade(Lazy):
+    """What an MLP hands out beside its output. It exists for one chunk at a time and is not kept."""
+
+    def __init__(self, modules: tuple[nn.Module, ...]):
+        self.name = type(modules[0]).__name__
+
+    def unknown(self, what: str, use: Callable[[Any], Any]) -> Any:
+        self.refuse(what)
+
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        self.refuse(getattr(func, "__name__", str(func)))
+
+    def refuse(self, what: str) -> NoReturn:
+        raise ModelError(f"cannot run {self.name} in chunks: the model's code uses {what} on something it returns beside hidden states.\nSet mlp_chunks=1.")
 
 
-def output_is_read(output: torch.Tensor) -> bool:
-    """Does anything between the chunked MLP and `output` need the MLP's values for its backward? Additions and changes
-    of shape do not; whatever else stands between is taken to need them."""
-    pending, seen = [output.grad_fn], set()
+def made(out: Any) -> Any:
+    """What a layer gives, with all of it there."""
+    if isinstance(out, tuple) and any(isinstance(part, Output) for part in out):
+        return tuple(made(part) for part in out)
+    return out.value if isinstance(out, Output) else out
+
+
+def chunked_mlp(lazy: Output) -> Any:
+    """The tensor that `lazy` stands for: source (..., d) to (..., width), differentiable."""
+    x, beside = lazy.source, [0]
+    seed = int(torch.randint(1 << 62, ())) if lazy.random or draws_random(lazy.modules) else None
+    weights = trained_weights(*lazy.modules)
+    out: torch.Tensor = _ChunkedMlp.apply(x.flatten(0, -2), lazy.modules, lazy.run, lazy.rows, seed, lazy.skip(), beside, *weights)
+    if out.grad_fn is not None:
+        lazy.nodes.append(out.grad_fn)
+    out = out.view(*x.shape[:-1], out.shape[-1])
+    return (out, *[Unmade(lazy.modules)] * beside[0]) if beside[0] else out
+
+
+def check_tokenwise(run: Run, x: torch.Tensor, modules: tuple[nn.Module, ...]) -> None:
+    """Try `run` on a few tokens together and apart; raises ModelError when that differs: it looks from token to token."""
+    if type(x) is not torch.Tensor or x.is_meta:  # no values, or traced
+        return
+    few = x.detach().flatten(0, -2)[:4].unsqueeze(0)
+    training = [m for module in modules for m in module.modules() if m.training]
+    try:
+        for part in training:
+            part.training = False
+        with torch.no_grad():
+            together = _first(run(few))
+            apart = torch.cat([_first(run(few[:, :1])), _first(run(few[:, 1:]))])
+    finally:
+        for part in training:
+            part.training = True
+    if (together - apart).norm() > 0.05 * together.norm():  # far above rounding, far below another token's share
+        name = type(modules[0]).__name__
+        raise ModelError(f"cannot run {name} in chunks: what it gives for a token depends on the tokens beside it.\nSet mlp_chunks=1.")
+
+
+def draws_random(modules: tuple[nn.Module, ...]) -> bool:
+    """Could they draw random numbers now (dropout, jitter, noise)? What only looks so costs one needless draw."""
+    return any(part.training and _draws_random(part) for module in modules for part in module.modules())
+
+
+def _draws_random(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    shares = [v for k, v in vars(module).items() if any(w in k for w in ("drop", "jitter", "noise")) and isinstance(v, (int, float))]
+    return any(share > 0 for share in shares) if shares else _calls_random(type(module))
+
+
+def _calls_random(kind: type[nn.Module]) -> bool:
+    names = getattr(getattr(kind.forward, "__code__", None), "co_names", ())
+    return any(word in name for name in names for word in ("bernoulli", "uniform_", "normal_", "multinomial", "rand"))
+
+
+def output_is_read(node: Any, output: torch.Tensor) -> bool:
+    """Does anything between a chunked MLP, `node` of autograd's graph, and `output` need the MLP's values for its backward?
+    Additions and changes of shape do not, nor does scaling by what is not trained; whatever else stands between may."""
+    pending, seen = [(output.grad_fn, False)], set()
     while pending:
-        node = pending.pop()
-        if node is None or node in seen:
+        at, reading = pending.pop()
+        if at is None or (at, reading) in seen or at._sequence_nr() < node._sequence_nr():  # older ones cannot lie between
             continue
-        seen.add(node)
-        if node.name().startswith("_ChunkedMlp"):
-            return False
-        if node.name() in _VALUE_FREE:
-            pending += [following for following, _ in node.next_functions]
-    return True
+        seen.add((at, reading))
+        if at is node:
+            if reading:
+                return True
+            continue
+        following = [n for n, _ in at.next_functions if n is not None]
+        free = at.name() in _VALUE_FREE or (at.name() in _SCALING and len(following) == 1)
+        pending += [(n, reading or not free) for n in following]
+    return False
 
 
 _VALUE_FREE = {"AddBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "SqueezeBackward1"}
+_SCALING = {"MulBackward0", "DivBackward0"}  # these keep a factor only when the other one is trained
 
 
 class _ChunkedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, mlp: nn.Module, forward: Forward, rows: int, random: bool, skip: bool, *_weights: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.mlp, ctx.run, ctx.rows, ctx.random = mlp, forward, rows, random
+        ctx: Any, x: torch.Tensor, modules: tuple[nn.Module, ...], run: Run, rows: int, seed: int | None, skip: bool,
+        beside: list[int], *weights: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.modules, ctx.run, ctx.rows, ctx.seed = modules, run, rows, seed
         ctx.save_for_backward(x)
         ctx.autocast = _autocast_state(x.device.type)
-        ctx.seeds = [_random_state(x)] * -(-x.shape[0] // rows) if random and skip else []
         if skip:
             return torch.empty_like(x)
         out: torch.Tensor | None = None
-        for start in range(0, x.shape[0], rows):
-            if random:
-                ctx.seeds.append(_random_state(x))
-            piece = forward(x[start : start + rows].unsqueeze(0)).squeeze(0)
+        for n, start in enumerate(range(0, x.shape[0], rows)):
+            with _seeded(x.device, seed, n):
+                piece = run(x[start : start + rows].unsqueeze(0))
+            beside[0] = len(piece) - 1 if isinstance(piece, tuple) else 0
+            piece = _first(piece)
             if out is None:
                 out = piece.new_empty(x.shape[0], piece.shape[-1])
             out[start : start + rows] = piece
@@ -83,14 +189,14 @@ class _ChunkedMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        weights = trained_weights(ctx.mlp)
+        weights = trained_weights(*ctx.modules)
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         several = x.shape[0] > ctx.rows
         sums: list[torch.Tensor | None] = [None] * len(weights)
         for n, start in enumerate(range(0, x.shape[0], ctx.rows)):
             rows = slice(start, start + ctx.rows)
             piece = x[rows].detach().requires_grad_(d_x is not None)
-            with standing_in(ctx.mlp, weights) as leaves:
+            with standing_in(ctx.modules, weights) as leaves:
                 out = _again(ctx, n, piece)
             inputs = [piece, *leaves] if d_x is not None else leaves
             found = list(torch.autograd.grad(out, inputs, incoming[rows], allow_unused=True))
@@ -100,7 +206,19 @@ class _ChunkedMlp(torch.autograd.Function):
             _add(sums, found, weights, several)
             del found, piece  # before the next chunk's intermediates are made
         d_weights = [s.to(w.dtype) if s is not None else None for s, w in zip(sums, weights, strict=True)]
-        return (d_x, None, None, None, None, None, *d_weights)
+        return (d_x, *[None] * 6, *d_weights)
+
+
+def _again(ctx: Any, n: int, piece: torch.Tensor) -> torch.Tensor:
+    """Chunk n's forward once more, with the random numbers and the autocast of the first time."""
+    with _seeded(piece.device, ctx.seed, n), torch.enable_grad(), torch.autocast(**ctx.autocast):
+        return _first(ctx.run(piece.unsqueeze(0)))
+
+
+def _first(out: Any) -> torch.Tensor:
+    """The hidden states (n, d) in what an MLP returns for (1, n, d)."""
+    hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden.flatten(0, -2)
 
 
 def _add(sums: list[torch.Tensor | None], found: list[Any], weights: list[torch.Tensor], several: bool) -> None:
@@ -116,27 +234,16 @@ def _add(sums: list[torch.Tensor | None], found: list[Any], weights: list[torch.
             running += gradient
 
 
-def _again(ctx: Any, n: int, piece: torch.Tensor) -> torch.Tensor:
-    """One chunk's forward once more, with the random numbers and the autocast of the first time."""
-    devices = [piece.device.index] if piece.device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices, enabled=ctx.random, device_type=piece.device.type if devices else "cuda"):
-        if ctx.random:
-            _set_random_state(ctx.seeds[n])
-        with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            out: torch.Tensor = ctx.run(piece.unsqueeze(0)).squeeze(0)
-    return out
+@contextmanager
+def _seeded(device: torch.device, seed: int | None, chunk: int) -> Iterator[None]:
+    """Random numbers of their own for a chunk, the same in both passes; None: nothing random happens."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type if device.type != "cpu" else "cuda"):
+        torch.manual_seed(seed + chunk)
+        yield
 
 
 def _autocast_state(device: str) -> dict[str, Any]:
     return {"device_type": device, "enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
-
-
-def _random_state(x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    return torch.get_rng_state(), get_device_states(x)
-
-
-def _set_random_state(state: tuple[torch.Tensor, Any]) -> None:
-    cpu, (devices, states) = state
-    torch.set_rng_state(cpu)
-    if devices:
-        set_device_states(devices, states)

@@ -1,147 +1,282 @@
-"""`minisequence(model)`: a transformers model, in place, with its MLPs and its loss in chunks; `minisequence.undo(model)`."""
+"""`minisequence(model)`: a transformers model, in place, with its MLPs and its loss in chunks; `minisequence.undo(model)`.
+
+What is put in the way of a module's `forward` is a method bound to that module, and what it has to know stands on the
+module: a deep copy of a model runs on its own weights.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal, TypeVar
+from types import MethodType
+from typing import Any, Literal, TypeVar, Union
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import ModelError, RecipeError
-from .finding import Parts, find_parts
-from .logits import LazyLogits
-from .loss import chunked_loss
-from .mlp import chunked_mlp, in_backward, output_is_read
+from ..plan.recipe import Recipe, strategy
+from ..plan.solve import chunk_tokens
+from ..plan.steps import segment_length
+from .checkpoint import Checkpoints
+from .chunks import ChunkCounts
+from .finding import Mlp, find_mlps, find_parts
+from .lazy import Lazy
+from .loss import LazyLogits
+from .mlp import Between, Output, check_tokenwise, made, output_is_read
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
-_MARK = "_mstplan_undo"
+Checkpoint = Union[Literal["none", "layer", "sqrt"], int]
 
 
-def _minisequence(
-    model: AnyModel, *, mlp_chunks: int = 1, loss_chunks: int = 1, checkpoint: Literal["none", "layer"] = "none"
-) -> AnyModel:
-    """Train `model` with its MLPs over `mlp_chunks` and its LM head and loss over `loss_chunks` pieces of the sequence.
+class _Settings:
+    """What a wrapped model and its modules know."""
 
-    In place; parameters, state_dict keys, saving, generation and evaluation without labels stay as they are. In training
-    with labels the loss comes back and the full logits never exist (`logits` is None). Raises ModelError naming what was
-    not found in the model, RecipeError for settings that make no sense.
-    """
-    for name, value in (("mlp_chunks", mlp_chunks), ("loss_chunks", loss_chunks)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RecipeError(f"{name} must be a whole number from 1, not {value!r}.")
-    if checkpoint not in ("none", "layer"):
-        raise RecipeError(f"checkpoint must be 'none' or 'layer', not {checkpoint!r}.")
-    if hasattr(model, _MARK):
-        raise ModelError(f"{type(model).__name__} runs in mini-sequences already.\nCall minisequence.undo(model) first.")
-    parts = find_parts(model)
-    undo: list[Callable[[], None]] = []
-    if mlp_chunks > 1:
-        for layer, mlp in zip(parts.layers, parts.mlps, strict=True):
-            undo.append(_chunk_mlp(layer, mlp, mlp_chunks))
-    if loss_chunks > 1:
-        undo.append(_chunk_loss(model, parts, loss_chunks))
-    if checkpoint == "layer":
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        undo.append(model.gradient_checkpointing_disable)  # type: ignore[arg-type]
-    setattr(model, _MARK, undo)
-    return model
-
-
-def _undo(model: AnyModel) -> AnyModel:
-    """The model as it was before `minisequence`."""
-    for step in reversed(getattr(model, _MARK, [])):
-        step()
-    if hasattr(model, _MARK):
-        delattr(model, _MARK)
-    return model
-
-
-def _chunk_mlp(layer: nn.Module, mlp: nn.Module, chunks: int) -> Callable[[], None]:
-    whole = mlp.forward
-    random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in mlp.modules())
-    read: bool | None = None  # does the layer's backward read the MLP's output? None: not seen yet
-    more = 0  # what the MLP returns beside hidden states (router scores), which only auxiliary losses would read
-
-    def first(x: torch.Tensor) -> torch.Tensor:
-        nonlocal more
-        out = whole(x)
-        if isinstance(out, tuple):
-            more = len(out) - 1
-            return out[0]
-        return out
-
-    @wraps(whole)
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or args or kwargs or x.dim() < 2 or x.shape[-2] == 1:
-            return whole(x, *args, **kwargs)
-        draws = random and mlp.training
-        y = chunked_mlp(mlp, first, x, chunks, random=draws, skip=read is False and not draws and in_backward())
-        return (y, *[None] * more) if more else y
-
-    def watch(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-        nonlocal read
-        hidden = output[0] if isinstance(output, tuple) else output
-        if read is None and hidden.grad_fn is not None:
-            read = output_is_read(hidden)
-
-    mlp.forward = forward
-    handle = layer.register_forward_hook(watch)
-
-    def undo() -> None:
-        handle.remove()
-        del mlp.forward
-
-    return undo
-
-
-def _chunk_loss(model: Any, parts: Parts, chunks: int) -> Callable[[], None]:
-    """In training with labels: the head hands on lazy logits, the loss function makes them chunk by chunk."""
-    head, head_forward, model_forward = parts.head, parts.head.forward, model.forward
-    had_loss = model.__dict__.get("_loss_function")
-    active = False
-
-    @wraps(head_forward)
-    def lazy_head(hidden: torch.Tensor) -> Any:
-        return LazyLogits(hidden, head, head_forward) if active else head_forward(hidden)
-
-    def loss_function(logits: Any, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
-        if not isinstance(logits, LazyLogits):
-            return plain_loss(logits, labels, vocab_size, **kwargs)
-        known = {k: kwargs[k] for k in ("num_items_in_batch", "ignore_index", "shift_labels") if k in kwargs}
-        return chunked_loss(logits, labels, chunks, **known)
-
-    @wraps(model_forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal active
-        active = model.training and kwargs.get("labels") is not None
-        try:
-            out = model_forward(*args, **kwargs)
-        finally:
-            active = False
-        if isinstance(getattr(out, "logits", None), LazyLogits):
-            out.logits = None
-        return out
-
-    plain_loss = model.loss_function
-    head.forward, model.forward, model.loss_function = lazy_head, forward, loss_function
-
-    def undo() -> None:
-        del head.forward, model.forward
-        if had_loss is None:
-            del model._loss_function
-        else:
-            model.loss_function = had_loss
-
-    return undo
+    def __init__(self, recipe: Recipe, counts: ChunkCounts, checkpoints: Checkpoints | None):
+        self.counts, self.checkpoints = counts, checkpoints
+        self.mlps, self.loss = recipe.mlp_chunks != 1, recipe.loss_chunks != 1
 
 
 class _Minisequence:
     """`minisequence(model, ...)` wraps, `minisequence.undo(model)` unwraps."""
 
-    __call__ = staticmethod(_minisequence)
-    undo = staticmethod(_undo)
+    def __call__(
+        self, model: AnyModel, *, mlp_chunks: int | None = None, loss_chunks: int | None = None, checkpoint: Checkpoint = "layer", offload: bool = False
+    ) -> AnyModel:  # fmt: skip
+        """Train `model` with its MLPs and its LM head and loss over pieces of the sequence, in place.
+
+        mlp_chunks, loss_chunks: how many pieces; None: as many as the planner recommends for model, card and length.
+        checkpoint: "none", "layer", "sqrt" (every sqrt(L) layers) or a number of layers. offload: the checkpoints' inputs
+        wait for backward in pinned host memory. The defaults are the planner's strategy `mst`; with offload, `mst-offload`.
+
+        Parameters, state_dict keys, saving, generation and evaluation stay as they are. In training with labels the loss
+        comes back and the full logits never exist (`logits` is None). Raises ModelError naming what was not found in the
+        model, RecipeError for settings that make no sense; the model is as it was then.
+        """
+        recipe = _recipe(mlp_chunks, loss_chunks, checkpoint, offload)
+        parts = find_parts(model)
+        inner = parts.model
+        if hasattr(inner, "_mstplan"):
+            raise ModelError(f"{type(inner).__name__} runs in mini-sequences already.\nCall minisequence.undo(model) first.")
+        mlps = find_mlps(parts) if recipe.mlp_chunks != 1 else []
+        counts = ChunkCounts(inner.config, recipe)
+        if checkpoint != "none" and not inner.supports_gradient_checkpointing:
+            raise ModelError(f"{type(inner).__name__} does not support gradient checkpointing.\nSet checkpoint='none'.")
+        every = segment_length(recipe, len(parts.layers))
+        settings = _Settings(recipe, counts, Checkpoints(inner, parts.layers, every, offload) if every else None)
+        for layer, mlp in mlps:
+            _chunk_mlp(layer, mlp, settings)
+        inner._mstplan = settings
+        _patch(inner, _model_forward)
+        return model
+
+    def undo(self, model: AnyModel) -> AnyModel:
+        """The model as it was before `minisequence`; nothing happens to one that was not wrapped."""
+        for module in model.modules():
+            settings = module.__dict__.pop("_mstplan", None)
+            if isinstance(settings, _Settings) and isinstance(module, PreTrainedModel) and settings.checkpoints is not None:
+                settings.checkpoints.undo()
+            if "_mstplan_whole" in module.__dict__:
+                _restore(module)
+            for key in [k for k, hook in module._forward_hooks.items() if hook is _layer_done]:
+                del module._forward_hooks[key]
+            for name in ("_mstplan_mlps", "_mstplan_read", "_mstplan_nodes"):
+                module.__dict__.pop(name, None)
+        return model
 
 
 minisequence = _Minisequence()
+
+
+def _recipe(mlp_chunks: int | None, loss_chunks: int | None, checkpoint: Checkpoint, offload: bool) -> Recipe:
+    for name, value in (("mlp_chunks", mlp_chunks), ("loss_chunks", loss_chunks)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise RecipeError(f"{name} must be a whole number from 1, or None for the recommended one, not {value!r}.")
+    if isinstance(checkpoint, bool) or (checkpoint not in ("none", "layer", "sqrt") and not (isinstance(checkpoint, int) and checkpoint >= 1)):
+        raise RecipeError(f"checkpoint must be 'none', 'layer', 'sqrt' or a number of layers from 1, not {checkpoint!r}.")
+    if not isinstance(offload, bool):
+        raise RecipeError(f"offload must be True or False, not {offload!r}.")
+    if offload and checkpoint == "none":
+        raise RecipeError("offload needs checkpointing, or there are no layer inputs to move.\nSet checkpoint='layer'.")
+    return strategy(
+        "mst", checkpoint=checkpoint, offload_layer_inputs=offload,
+        mlp_chunks="auto" if mlp_chunks is None else mlp_chunks, loss_chunks="auto" if loss_chunks is None else loss_chunks,
+    )  # fmt: skip
+
+
+# ---- in the way of a module's forward ---------------------------------------------------------------------------------
+
+
+def _patch(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Let `function(module, ...)` run for module.forward, under the signature of the latter."""
+    module._mstplan_whole = module.__dict__.get("forward")  # type: ignore[assignment]
+
+    @wraps(type(module).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    module.forward = MethodType(forward, module)
+
+
+def _restore(module: Any) -> None:
+    before = module.__dict__.pop("_mstplan_whole")
+    del module.forward
+    if before is not None:
+        module.forward = before
+
+
+def _whole(module: Any) -> Callable[..., Any]:
+    """The forward that the module would run had it not been patched."""
+    return module._mstplan_whole or MethodType(type(module).forward, module)
+
+
+# ---- MLP ----------------------------------------------------------------------------------------------------------------
+
+
+def _chunk_mlp(layer: Any, mlp: Mlp, settings: _Settings) -> None:
+    mlp.first._mstplan = settings  # type: ignore[assignment]
+    mlp.first._mstplan_read = None  # type: ignore[assignment]
+    _patch(mlp.first, _mlp_forward if mlp.down is None else _up_forward)
+    for module in (*mlp.beside, *([mlp.down] if mlp.down is not None else [])):
+        if "_mstplan_whole" not in module.__dict__:
+            _patch(module, _following_forward if module is not mlp.down else _down_forward)
+    if "_mstplan_mlps" not in layer.__dict__:
+        layer._mstplan_mlps = ()
+        layer.register_forward_hook(_layer_done)
+    layer._mstplan_mlps += (mlp.first,)
+
+
+def _mlp_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """An MLP: its output is made as soon as something reads it, in chunks."""
+    x = made(x)
+    rows = _chunk_rows(self, x, *args, *kwargs.values())
+    if rows is None:
+        return _whole(self)(x, *args, **kwargs)
+    whole = _whole(self)
+    return _output(self, x, lambda piece: whole(piece, *args, **kwargs), (self,), rows)
+
+
+def _up_forward(self: Any, x: torch.Tensor) -> Any:
+    """The first matrix of an MLP that is no module: what it gives is not made before the second one."""
+    x = made(x)
+    rows = _chunk_rows(self, x)
+    if rows is None:
+        return _whole(self)(x)
+    return Between(x, _whole(self), (self,), rows)
+
+
+def _down_forward(self: Any, x: Any) -> Any:
+    whole = _whole(self)
+    if not isinstance(x, Between):
+        return whole(x)
+    return _output(x.modules[0], x.source, x.then(whole, self).run, (*x.modules, self), x.rows, x.random)
+
+
+def _following_forward(self: Any, x: Any) -> Any:
+    """A norm, dropout or activation: of what is not made yet it makes something that is not made yet."""
+    whole = _whole(self)
+    return x.then(whole, self) if isinstance(x, Lazy) else whole(x)
+
+
+def _chunk_rows(mlp: Any, x: torch.Tensor, *others: Any) -> int | None:
+    """Tokens to a chunk of hidden states (b, s, d) or (s, d); None: do not chunk."""
+    if not (torch.is_grad_enabled() or mlp.training) or not torch.is_tensor(x) or x.dim() not in (2, 3) or x.shape[-2] == 1:
+        return None
+    if any(torch.is_tensor(other) or isinstance(other, Lazy) for other in others):
+        raise ModelError(f"cannot run {type(mlp).__name__} in chunks: it is given more tensors than hidden states.\nSet mlp_chunks=1.")
+    chunks = mlp._mstplan.counts.of(x).mlp
+    return chunk_tokens(x.shape[-2], chunks) * (x.shape[:-1].numel() // x.shape[-2]) if chunks > 1 else None
+
+
+def _output(mlp: Any, x: torch.Tensor, run: Callable[..., Any], modules: tuple[nn.Module, ...], rows: int, random: bool = False) -> Any:
+    out = Output(x, run, modules, rows, random)
+    out.nodes = []
+    checkpoints = mlp._mstplan.checkpoints
+    out.skip = lambda: mlp._mstplan_read is False and checkpoints is not None and checkpoints.discards
+    if mlp._mstplan_read is None:
+        check_tokenwise(run, x, modules)
+        mlp._mstplan_nodes = out.nodes
+    return out.value if torch.compiler.is_compiling() else out
+
+
+def _layer_done(layer: Any, _inputs: Any, output: Any) -> Any:
+    """After a layer: is its MLP's output read by anything whose backward wants the values?"""
+    output = made(output)
+    hidden = output[0] if isinstance(output, tuple) else output
+    for mlp in layer._mstplan_mlps:
+        nodes = mlp.__dict__.pop("_mstplan_nodes", [])
+        if nodes and torch.is_tensor(hidden):
+            mlp._mstplan_read = any(output_is_read(node, hidden) for node in nodes)
+    return output
+
+
+# ---- LM head and loss ---------------------------------------------------------------------------------------------------
+
+
+def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """In training with labels: the head hands on lazy logits, which cross entropy makes chunk by chunk."""
+    settings, whole = self._mstplan, _whole(self)
+    given = {**dict(zip(inspect.signature(whole).parameters, args, strict=False)), **kwargs} if args else kwargs
+    _refuse_router_losses(self, settings, given)
+    head = self.get_output_embeddings() if self.training and given.get("labels") is not None and settings.loss else None
+    used: list[bool] = []
+    before = head.__dict__.get("forward") if head is not None else None
+    if head is not None:
+        head.forward = _lazily(head, settings, given.get("num_items_in_batch"), used)
+    try:
+        out = whole(*args, **kwargs)
+        if head is not None and not used:
+            raise ModelError(f"{type(self).__name__} computes its loss past its LM head (get_output_embeddings()).\nSet loss_chunks=1.")
+    finally:
+        if head is not None:
+            _set_forward(head, before)
+        if settings.checkpoints is not None:
+            settings.checkpoints.abandon()
+    return _without_lazy(out)
+
+
+def _lazily(head: nn.Module, settings: _Settings, divisor: Any, used: list[bool]) -> Callable[..., Any]:
+    """The head's forward for one step; it notes in `used` that it ran."""
+    plain = head.forward
+
+    @wraps(plain)
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        used.append(True)
+        chunks = settings.counts.of(hidden).loss
+        if chunks == 1:
+            return plain(hidden, *args, **kwargs)
+        rows = chunk_tokens(hidden.shape[-2], chunks) * (hidden.shape[:-1].numel() // hidden.shape[-2])
+        logits = LazyLogits(hidden, lambda piece: plain(piece, *args, **kwargs), (head,), rows)
+        logits.divisor = divisor
+        return logits
+
+    return forward
+
+
+def _set_forward(module: Any, forward: Any) -> None:
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
+
+
+def _without_lazy(out: Any) -> Any:
+    """The model's output without the logits that were never made."""
+    if isinstance(out, tuple):
+        return tuple(part for part in out if not isinstance(part, Lazy))
+    for name, part in list(vars(out).items()):
+        if isinstance(part, Lazy):
+            setattr(out, name, None)
+    return out
+
+
+def _refuse_router_losses(model: Any, settings: _Settings, given: dict[str, Any]) -> None:
+    wanted = given.get("output_router_logits")
+    wanted = getattr(model.config, "output_router_logits", False) if wanted is None else wanted
+    if wanted and settings.mlps and torch.is_grad_enabled():
+        raise ModelError(
+            f"{type(model).__name__}: output_router_logits wants the router's scores of all tokens, which chunks do not keep."
+            "\nSet mlp_chunks=1, or output_router_logits=False to train without the auxiliary loss."
+        )

@@ -180,12 +180,12 @@ def _build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
     attention = "eager" if recipe.attention == "eager" else STAND_IN
     net: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attention).train()
     every = segment_length(recipe, settings.num_hidden_layers)
-    if every == 1:
-        net.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if recipe.loss == "chunked":
+        minisequence(net, mlp_chunks=recipe.mlp_chunks, loss_chunks=recipe.loss_chunks, checkpoint=recipe.checkpoint, offload=recipe.offload_layer_inputs)
+    elif every == 1:
+        net.activation_checkpointing_enable()  # type: ignore[operator]
     elif every > 1:
         _in_segments(net, every)
-    if recipe.loss == "chunked":
-        minisequence(net, mlp_chunks=recipe.mlp_chunks, loss_chunks=recipe.loss_chunks)
     return net
 
 

@@ -18,6 +18,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
 }  # fmt: skip
+
 DROPOUTS = ("resid_pdrop", "attn_pdrop", "embd_pdrop", "hidden_dropout", "attention_dropout", "residual_dropout", "embedding_dropout")
 
 

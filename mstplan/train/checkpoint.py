@@ -1,0 +1,128 @@
+"""Checkpoints over one layer or several, their inputs on the device or on the host.
+
+transformers hands every decoder layer's run to a function of one's choice (`_set_gradient_checkpointing`); `Checkpoints.run`
+is that function. torch's own checkpoint does the work: it is opened at the first layer of a segment and closed after the
+last, and its one saved input goes through `HostCopies` where offload is on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import checkpoint as torch_checkpoint
+from transformers import PreTrainedModel
+
+from ..errors import ModelError
+from .mlp import made
+from .offload import HostCopies
+
+LayerRun = Callable[..., Any]
+
+
+class Checkpoints:
+    """`every` layers to a checkpoint. One for a model; `abandon` after a forward pass that failed."""
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], every: int, offload: bool):
+        self.name, self.count, self.every = type(model).__name__, len(layers), every
+        self.host = HostCopies() if offload else None
+        self._segment = ExitStack()  # the one being run, its layers so far, and what the last of them gave
+        self._runs: list[tuple[LayerRun, tuple[Any, ...]]] = []
+        self._next = 0
+        self.discards = False  # is a layer being recomputed whose output nobody will read?
+        self._output: Any = None
+        self.model, self.before = model, [(m, {k: m.__dict__[k] for k in _FLAGS if k in m.__dict__}) for m in model.modules()]
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run_alone)
+        for index, layer in enumerate(layers):
+            layer._gradient_checkpointing_func = partial(self.run, index)  # type: ignore[assignment]
+        for name in _SWITCHES:  # Trainer and others switch it on once more, as transformers does it
+            setattr(model, name, MethodType(_stays_on, model))
+
+    def undo(self) -> None:
+        """Checkpointing as it was before."""
+        for name in _SWITCHES:
+            self.model.__dict__.pop(name, None)
+        for module, flags in self.before:
+            for name in _FLAGS:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(flags)
+
+    def run(self, index: int, run: LayerRun, *args: Any) -> Any:
+        """Layer `index`, which maps hidden states (b, s, d), its first argument, to (b, s, d) or a tuple that begins with them."""
+        if not args or not torch.is_tensor(args[0]):
+            raise ModelError(f"{self.name} gives its layers their hidden states by name, so they cannot be checkpointed here.\nSet checkpoint='none'.")
+        try:
+            if index % self.every == 0:
+                self._begin(index, args[0])
+            elif self._next != index or args[0] is not self._output:
+                raise ModelError(
+                    f"{self.name} does not hand layer {index - 1}'s output to layer {index} as it is, so checkpoints cannot span layers."
+                    "\nSet checkpoint='layer'."
+                )
+            self._runs.append((run, args[1:]))
+            out = made(run(*args))
+            self._next, self._output = index + 1, _hidden(out)
+            if self._next % self.every == 0 or self._next == self.count:
+                self._end()
+        except BaseException:
+            self.abandon()
+            raise
+        return out
+
+    def _begin(self, index: int, hidden: torch.Tensor) -> None:
+        self.abandon()
+        runs: list[tuple[LayerRun, tuple[Any, ...]]] = []
+        self._runs = runs
+
+        def again(hidden: torch.Tensor) -> None:
+            try:
+                for n, (run, more) in enumerate(runs, 1):
+                    self.discards = n == len(runs)
+                    hidden = _hidden(made(run(hidden, *more)))
+            finally:
+                self.discards = False
+
+        self._segment = ExitStack()
+        if self.host is not None and torch.is_grad_enabled():
+            self._segment.enter_context(self.host.keeping(index))
+        self._segment.enter_context(_checkpoint(again, hidden))
+
+    def _end(self) -> None:
+        self._output, self._runs = None, []
+        self._segment.close()
+
+    def abandon(self) -> None:
+        """Close a segment that an error left open."""
+        if self._runs:
+            self._end()
+
+
+_FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
+_SWITCHES = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
+
+
+def run_alone(run: LayerRun, *args: Any) -> Any:
+    """What is no decoder layer but can be checkpointed too: as transformers does it."""
+    return torch_checkpoint.checkpoint(run, *args, use_reentrant=False)
+
+
+def _stays_on(_model: nn.Module, *_args: Any, **_kwargs: Any) -> None:
+    """Checkpointing is on already, as `minisequence` was told."""
+
+
+def _checkpoint(again: Callable[[torch.Tensor], None], hidden: torch.Tensor) -> AbstractContextManager[None]:
+    """torch's checkpoint as a context: it keeps `hidden` and drops whatever is saved within, until `again` makes it anew.
+    torch.utils.checkpoint.checkpoint takes one function, but the layers of a segment are called one by one by the model."""
+    generator = torch_checkpoint._checkpoint_without_reentrant_generator
+    early_stop = (True,) if "early_stop" in inspect.signature(generator).parameters else ()  # not in older torch
+    return contextmanager(generator)(again, True, torch_checkpoint.noop_context_fn, "default", False, *early_stop, hidden)
+
+
+def _hidden(out: Any) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,61 @@
+"""How many chunks: as the caller says, or as the planner recommends for the model, the card and the length at hand."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from ..errors import HardwareError, ModelError
+from ..plan.config import read_config
+from ..plan.hardware import Card, card, find_gpu
+from ..plan.recipe import Recipe
+from ..plan.solve import chunks_at
+from ..plan.steps import Chunks
+
+_ATTENTION = {"eager": "eager", "flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attention_4": "flash"}
+
+
+class ChunkCounts:
+    """The chunks of MLP and loss for hidden states (b, s, d). `recipe` says which of them are "auto".
+
+    Raises ModelError when the planner is needed and cannot read `config`, a transformers configuration.
+    """
+
+    def __init__(self, config: Any, recipe: Recipe):
+        self.recipe = recipe.changed(attention=_ATTENTION.get(getattr(config, "_attn_implementation", "sdpa"), "sdpa"))
+        self.fixed: Chunks | None = None
+        self._found: dict[tuple[Any, ...], Chunks] = {}
+        if recipe.mlp_chunks != "auto" and recipe.loss_chunks != "auto":
+            self.fixed = Chunks(recipe.mlp_chunks, recipe.loss_chunks)
+            return
+        try:
+            self.model = read_config(config.to_dict(), type(config).__name__)
+        except ModelError as e:
+            raise ModelError(f"no chunks can be recommended: {str(e).splitlines()[0]}\nGive mlp_chunks and loss_chunks.") from None
+
+    def of(self, hidden: torch.Tensor) -> Chunks:
+        """Chunks for hidden states (b, s, d), or (s, d) of one sequence."""
+        if self.fixed is not None:
+            return self.fixed
+        batch, length = hidden.shape[:-1].numel() // hidden.shape[-2], hidden.shape[-2]
+        mixed = torch.is_autocast_enabled(hidden.device.type)
+        key = (batch, length, hidden.device, hidden.dtype, mixed)
+        if key not in self._found:
+            precision = "mixed" if mixed else "bf16" if hidden.dtype.itemsize == 2 else "fp32"
+            recipe = self.recipe.changed(batch=batch, precision=precision)
+            self._found[key] = chunks_at(self.model, recipe, card_of(hidden.device), length)
+        return self._found[key]
+
+
+def card_of(device: torch.device) -> Card:
+    """What the planner knows about `device`: the card by the name that torch gives it, or by its amount of memory; for a CPU
+    a card with as much memory as the machine has."""
+    if device.type != "cuda":
+        return card(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        return Card(find_gpu(properties.name.removeprefix("NVIDIA ").removeprefix("AMD ")), properties.total_memory)
+    except HardwareError:
+        return card(memory=properties.total_memory)

@@ -1,0 +1,103 @@
+"""Layer inputs in host memory: copied out on a side stream while the layer computes, fetched back before backward needs them.
+
+On the device there are never more than two: in the forward pass the input of the running layer and that of the layer
+before, until its copy is done; in the backward pass that of the running layer and the next one on its way.
+
+Nothing here waits on the CPU: streams wait for each other's events. The memory of a tensor goes back to the compute stream
+only after that stream has waited for the copy, so the caching allocator may hand it on at once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class HostCopies:
+    """The layer inputs of a model that are, or were, on the host. They live as long as the graph that needs them."""
+
+    def __init__(self) -> None:
+        self._latest: Callable[[], Copy | None] = _nothing
+        self._streams: dict[torch.device, Any] = {}
+
+    def __deepcopy__(self, _memo: Any) -> HostCopies:
+        return HostCopies()  # of another model
+
+    @contextmanager
+    def keeping(self, index: int) -> Iterator[None]:
+        """Within the context, what autograd saves is kept on the host; index: of the layer, 0 begins a forward pass."""
+
+        def pack(tensor: torch.Tensor) -> Copy:
+            before = self._latest if index > 0 else _nothing
+            copy = Copy(tensor, before, self._side_stream(tensor.device))
+            if (last := before()) is not None:
+                last.release()
+            self._latest = weakref.ref(copy)
+            return copy
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: pack(t) if t.numel() else t, lambda k: k.take() if isinstance(k, Copy) else k):
+            yield
+
+    def _side_stream(self, device: torch.device) -> Any:
+        if device.type == "cpu":
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.Stream(device)
+        return self._streams[device]
+
+
+class Copy:
+    """One tensor on the host. before: gives that of the layer before, which backward wants next."""
+
+    def __init__(self, tensor: torch.Tensor, before: Callable[[], Copy | None], side: Any):
+        self.before, self.side, self.device = before, side, tensor.device
+        self.host = torch.empty_like(tensor, device="cpu", pin_memory=side is not None)
+        self.source: torch.Tensor | None = tensor  # held until the copy is done
+        self.fetched: torch.Tensor | None = None
+        self._copy(self.source, self.host)
+
+    def release(self) -> None:
+        """Let go of the tensor on the device; its memory is free once the compute stream is past the copy."""
+        if self.source is not None:
+            self._wait()
+            self.source = None
+
+    def fetch(self) -> None:
+        """Begin to bring it back."""
+        if self.source is not None:  # it never left
+            self.fetched, self.source = self.source, None
+        if self.fetched is None:
+            self.fetched = torch.empty_like(self.host, device=self.device)
+            self._copy(self.host, self.fetched)
+
+    def take(self) -> torch.Tensor:
+        """The tensor, back on the device, for the recomputation of its layer; the one before is on its way then."""
+        self.fetch()
+        self._wait()
+        assert self.fetched is not None
+        tensor, self.fetched = self.fetched, None
+        if (before := self.before()) is not None:
+            before.fetch()
+        return tensor
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        if self.side is None:
+            target.copy_(source)
+            return
+        self.side.wait_stream(torch.accelerator.current_stream(self.device))
+        with self.side:
+            target.copy_(source, non_blocking=True)
+            self.done = self.side.record_event()
+
+    def _wait(self) -> None:
+        if self.side is not None:
+            torch.accelerator.current_stream(self.device).wait_event(self.done)
+
+
+
+def _nothing() -> None:
+    return None
