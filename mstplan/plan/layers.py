@@ -586,7 +586,9 @@ def layer(model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks) 
     middle = w.add(x, attended, w.new("hidden states after attention", "d", w.wide))
     mlp_in = middle if block == "post" else w.norm(middle, "post-attention norm" if block == "pre" else "pre-MLP norm")
     mlp_out = _feed_forward(w, mlp_in, kind, chunks)
-    if block in ("sandwich", "post"):
+    if block == "post" and chunks.recompute:
+        return w.tape  # the residual is the MLP's input, so the chunks add it
+    if block in ("sandwich", "post") and not chunks.recompute:
         mlp_out = w.norm(mlp_out, "post-MLP norm")
     w.add(middle, mlp_out, w.new(HIDDEN, "d", w.wide))
     if model.model_type == "gpt2":  # its block keeps attention's output in a variable
@@ -595,12 +597,18 @@ def layer(model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks) 
 
 
 def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> Tensor:
+    """The MLP or the experts; in chunks that are recomputed, with the norm and the residual that follow token by token, as
+    mstplan/train runs it."""
     model = w.model
     if not (chunks.several or chunks.recompute):
         return w.experts(x, _experts(model)) if kind.experts else w.mlp(x, _mlp(model))
     inner = Writer(model, w.numerics, "b c")
     source = inner.source(x.name, x.dtype)
     y = inner.experts(source, _experts(model)) if kind.experts else inner.mlp(source, _mlp(model))
+    if chunks.recompute and model.block in ("sandwich", "post"):
+        y = inner.norm(y, "post-MLP norm")
+    if chunks.recompute and model.block == "post":
+        y = inner.add(source, y, inner.new(HIDDEN, "d", w.wide))
     sums = sums_of(inner.tape) if chunks.several else ()
     part = Part(inner.tape, recompute=chunks.recompute, chunked=True, sums=sums)
     out = w.tape.new(y.name, "b s d", y.dtype)

@@ -132,7 +132,8 @@ class Step:
         running = resident + labels(self._running())
         ahead = forward(self.tape, rules, keep=True, prune=False)
         masks = labels(self._masks())
-        note(ahead.moments, running + masks + labels(self._in_transfer(1)), _forward_instant)
+        waiting = labels(self._in_transfer())
+        note(ahead.moments, running + masks + waiting, _forward_instant)
         let_go = tuple((label, -count) for label, count in ahead.cached)  # autocast's cache, at the end of forward
         assert self.tape.output is not None
         seed = labels([self.tape.grad(self.tape.output)])
@@ -141,7 +142,9 @@ class Step:
         moments = [Moment(add(left, m.live), m.at, (*ahead.alive, *let_go, *seed, *m.alive)) for m in behind.moments]
         if self.layout.recipe.checkpoint != "none":  # checkpoints hold the layers' arguments
             running += masks
-        note(moments, running + labels(self._in_transfer(2)), _backward_instant)
+        first = [m for m in moments if _backward_instant(m.at) in (FIRST_LAYER, EMBEDDING)]  # nothing is left to fetch then
+        note(first, running, _backward_instant)
+        note([m for m in moments if m not in first], running + waiting, _backward_instant)
         if rules.gradients != "used":
             step_only = labels([*self._gradients(always_alive=False), *_tensors(self.optimizer.temporaries)])
             note([Moment(ZERO, "step", ())], resident + step_only, lambda _: OPTIMIZER)
@@ -200,11 +203,11 @@ class Step:
             return [new("causal mask", "b s s", recipe.weight_dtype)] * len(kinds)
         return [new("sliding-window mask", "s s", "bool")] if self.layout.masked else []
 
-    def _in_transfer(self, count: int) -> list[Tensor]:
-        """Layer inputs on their way to the host, or fetched back ahead of their use."""
+    def _in_transfer(self) -> list[Tensor]:
+        """One layer input on its way to the host, or fetched back ahead of its use (mstplan/train/offload.py)."""
         if not self.layout.recipe.offload_layer_inputs:
             return []
-        return [self.tape.new("layer input in transfer", "b s d", self.tape.ops[0].makes[0].dtype)] * count
+        return [self.tape.new("layer input in transfer", "b s d", self.tape.ops[0].makes[0].dtype)]
 
     def constants(self) -> tuple[Entry, ...]:
         """Weights, gradients and optimizer states: W_mem of the theorem."""
@@ -397,7 +400,8 @@ def _chain(tape: Tape, hidden: Tensor, tapes: list[Tape], *, recompute: bool, of
     for i, inner in enumerate(tapes):
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
-        interior = 0 < i < count - 1 and tapes[i - 1] is inner is tapes[i + 1]
+        early = 1 if offload else 0  # the second layer's input comes while the first one's is fetched, the first one's alone
+        interior = early < i < count - 1 and tapes[i - 1] is inner is tapes[i + 1]
         name = f"{what}, {place}"
         tape.ops.append(Op(name, (hidden,), (out,), part=Part(inner, recompute=recompute, offload=offload), interior=interior))
         hidden = tape.output = out

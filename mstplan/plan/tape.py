@@ -258,14 +258,15 @@ def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, 
 
 
 def backward(
-    tape: Tape, rules: Rules, *, recompute: bool = False, owns_incoming: bool = True, prune: bool = True
+    tape: Tape, rules: Rules, *, recompute: bool = False, fetch: bool = False, owns_incoming: bool = True, prune: bool = True
 ) -> Replay:
     """Replay the backward pass; the incoming gradient is alive already, and let go here if `owns_incoming`.
 
     recompute: the forward pass is run again first, when backward comes to the first operation that kept something.
+    fetch: from an input that comes from the host for that, and goes when nothing of the layer keeps it.
     """
-    key = ("backward", rules, recompute, owns_incoming, prune)
-    return _memo(tape, key, lambda: _backward(tape, rules, recompute, owns_incoming))
+    key = ("backward", rules, recompute, fetch, owns_incoming, prune)
+    return _memo(tape, key, lambda: _backward(tape, rules, recompute, fetch, owns_incoming))
 
 
 def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> Replay:
@@ -399,7 +400,7 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
         _sum_to_gradient(weight, total, ledger, rules)
 
 
-def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) -> Replay:
+def _backward(tape: Tape, rules: Rules, recompute: bool, fetch: bool, owns_incoming: bool) -> Replay:
     rules = rules._replace(recomputed=rules.recomputed or recompute)
     ledger = _Ledger(rules)
     keepers: dict[Tensor, int] = {}
@@ -438,7 +439,12 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) ->
         if not came:
             continue
         if recompute and _holds_for_backward(op):
+            if fetch and tape.source is not None:
+                ledger.put(tape.source)
+                made.add(tape.source)
             ledger.splice(forward(tape, rules, keep=True, recomputing=True))
+            if fetch and tape.source is not None and not keepers.get(tape.source):
+                ledger.drop(tape.source)
             recompute = False
         arrivals: list[tuple[Tensor, Tensor]] = []
         if op.part is not None:
@@ -474,6 +480,10 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, owns_incoming: bool) ->
                 _accumulate(weight, op, ledger, rules)
         for tensor, gradient in arrivals:
             arrive(tensor, gradient)
+    left = pending.get(tape.source) if tape.source is not None else None
+    if left is not None and tape.source is not None:  # another name when it was handed on: to the caller it is the input's
+        ledger.drop(left)
+        ledger.put(tape.grad(tape.source))
     return ledger.replay()
 
 
@@ -487,7 +497,7 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
         return
     if not part.chunked:
         moments = rules.every_moment or not op.interior
-        ledger.splice(backward(part.tape, rules, recompute=part.recompute), op.name, moments=moments)
+        ledger.splice(backward(part.tape, rules, recompute=part.recompute, fetch=part.offload), op.name, moments=moments)
         return
     ledger.put(part.tape.grad(op.reads[0]))
     for tensor in part.sums:

@@ -1,9 +1,10 @@
 """Where a model's layers, MLPs and LM head are, asked of transformers' own interfaces.
 
 The head is `get_output_embeddings()`. Decoder layers are transformers' checkpointable layers (GradientCheckpointingLayer)
-in `get_decoder()`. What mixes tokens (attention, state spaces) takes masks, positions, caches or states beside the hidden
-states; models that cannot be checkpointed keep them in a plain list. The MLP is a child of the layer that owns matrices and takes hidden states alone; or, where it is no module of its
-own, the two matrices outside of what mixes tokens, one of which takes what the other gives.
+in `get_decoder()`; models that cannot be checkpointed keep theirs in a plain list. What mixes tokens (attention, state
+spaces) takes masks, positions, caches or states beside the hidden states. The MLP is a child of the layer that owns matrices
+and takes hidden states alone; or, where it is no module of its own, the two matrices outside of what mixes tokens, one of
+which takes what the other gives.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _layer_mlps(model: nn.Module, layer: nn.Module) -> list[Mlp]:
     beside = tuple(m for m in outside if _takes_tokens_alone(m) and not _matrices(m))
     children = [part for child in layer.children() for part in (child if isinstance(child, nn.ModuleList) else [child])]
     modules = [child for child in children if _matrices(child) > 1 and _takes_tokens_alone(child)]
-    if any(p.dim() == 3 and not any(p is q for m in modules for q in m.parameters()) for part in outside for p in part._parameters.values() if p is not None):
+    served = {id(p) for module in modules for p in module.parameters()}
+    if any(p.dim() == 3 and id(p) not in served for part in outside for p in part.parameters(recurse=False)):
         raise ModelError(f"{type(model).__name__}: the experts of {type(layer).__name__} are given more than hidden states.\nSet mlp_chunks=1.")
     if modules:
         return [Mlp(module, None, tuple(m for m in beside if not _within(m, modules))) for module in modules]
@@ -93,7 +95,8 @@ def _with_sublayers(layer: nn.Module) -> list[nn.Module]:
     found = [layer]
     for part in layer.modules():
         children = list(part.children())
-        if part is not layer and any(map(_mixes, children)) and any(_matrices(c) > 1 and _takes_tokens_alone(c) for c in children):
+        attends = any(_mixes(c) and not isinstance(c, nn.modules.conv._ConvNd) for c in children)
+        if part is not layer and attends and any(_matrices(c) > 1 and _takes_tokens_alone(c) for c in children):
             found.append(part)
     return found
 

@@ -34,7 +34,8 @@ _VALUE, _TOKENS = object(), object()  # in recorded arguments: what was made so 
 class Lazy:
     """`run` of the tokens of `source` (..., d), a function of each token by itself: (1, n, d) to (1, n, width).
 
-    `run` holds no tensor that spans tokens, for graphs keep it. modules: those whose weights it uses. rows: tokens to a chunk. random: a recorded step draws random numbers.
+    `run` holds no tensor that spans tokens, for graphs keep it. modules: those whose weights it uses. rows: tokens to a
+    chunk. random: a recorded step draws random numbers.
     """
 
     def __init__(self, source: torch.Tensor, run: Run, modules: tuple[nn.Module, ...], rows: int, random: bool = False):

@@ -118,8 +118,10 @@ def check_tokenwise(run: Run, x: torch.Tensor, modules: tuple[nn.Module, ...]) -
     finally:
         for part in training:
             part.training = True
+    name = type(modules[0]).__name__
+    if together.shape != apart.shape or together.shape[0] != few.shape[1]:
+        raise ModelError(f"cannot run {name} in chunks: it does not give one row for each token.\nSet mlp_chunks=1.")
     if (together - apart).norm() > 0.05 * together.norm():  # far above rounding, far below another token's share
-        name = type(modules[0]).__name__
         raise ModelError(f"cannot run {name} in chunks: what it gives for a token depends on the tokens beside it.\nSet mlp_chunks=1.")
 
 

@@ -55,7 +55,7 @@ class Copy:
 
     def __init__(self, tensor: torch.Tensor, before: Callable[[], Copy | None], side: Any):
         self.before, self.side, self.device = before, side, tensor.device
-        self.host = torch.empty_like(tensor, device="cpu", pin_memory=side is not None)
+        self.host = host_memory(tensor, pinned=side is not None)
         self.source: torch.Tensor | None = tensor  # held until the copy is done
         self.fetched: torch.Tensor | None = None
         self._copy(self.source, self.host)
@@ -97,6 +97,10 @@ class Copy:
         if self.side is not None:
             torch.accelerator.current_stream(self.device).wait_event(self.done)
 
+
+
+def host_memory(like: torch.Tensor, pinned: bool) -> torch.Tensor:
+    return torch.empty_like(like, device="cpu", pin_memory=pinned)
 
 
 def _nothing() -> None:

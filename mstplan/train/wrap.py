@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from types import MethodType
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from .loss import LazyLogits
 from .mlp import Between, Output, check_tokenwise, made, output_is_read
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
-Checkpoint = Union[Literal["none", "layer", "sqrt"], int]
+Checkpoint = Literal["none", "layer", "sqrt"] | int
 
 
 class _Settings:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ from mstplan.plan.model import Model
 from mstplan.plan.recipe import Recipe
 from mstplan.plan.solve import sizes
 from mstplan.plan.steps import INSTANTS, OPTIMIZER, Chunks, Layout, Step, evaluate, segment_length
-from mstplan.train import minisequence
+from mstplan.train import minisequence, offload
 
 STAND_IN = "fused_stand_in"  # transformers looks for a library behind any name with "flash" in it
 FORWARD, BACKWARD, STEP = PHASES = ("forward", "backward", "optimizer")
@@ -94,6 +95,16 @@ class Watch(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._made_by: dict[int, tuple[str, str, str]] = {}
         self._list_alive = list_alive
+        self._on_host: set[int] = set()
+
+    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+        """Stands in for mstplan.train.offload's: on fake tensors host and device are one, but only the device is counted."""
+        made = torch.empty_like(like)
+        storage = made.untyped_storage()
+        self._forget(storage._cdata)
+        self._on_host.add(storage._cdata)
+        weakref.finalize(storage, self._on_host.discard, storage._cdata)
+        return made
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -108,7 +119,7 @@ class Watch(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor, op: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._sizes or not storage.nbytes():
+        if key in self._sizes or key in self._on_host or not storage.nbytes():
             return
         self._sizes[key] = storage.nbytes()
         self._made_by[key] = (op, str(tuple(tensor.shape)), str(tensor.dtype))
@@ -116,8 +127,8 @@ class Watch(TorchDispatchMode):
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-        del self._made_by[key]
+        self.live -= self._sizes.pop(key, 0)
+        self._made_by.pop(key, None)
 
     def _alive(self) -> Counter[tuple[str, str, str]]:
         found: Counter[tuple[str, str, str]] = Counter()
@@ -214,7 +225,8 @@ def _step_in_backward(net: nn.Module, make: Callable[[Iterable[nn.Parameter]], t
 
 @contextmanager
 def watching(list_alive: bool = False) -> Iterator[Watch]:
-    with FakeTensorMode(allow_non_fake_inputs=True), Watch(list_alive) as watch:
+    watch = Watch(list_alive)
+    with FakeTensorMode(allow_non_fake_inputs=True), watch, patch.object(offload, "host_memory", watch.host_memory):
         yield watch
 
 
