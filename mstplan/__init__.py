@@ -7,7 +7,7 @@
     (19709, 'backward of the loss')
 
 Sizes are ints in bytes, lengths ints in tokens. Whatever cannot be used raises a subclass of `mstplan.InputError`.
-Nothing here imports torch.
+Nothing here imports torch, but for `minisequence(model)`, which trains what was planned.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .plan.steps import Chunks as Chunks
     from .plan.steps import Entry as Entry
     from .plan.steps import Instant as Instant
+    from .train import minisequence as minisequence
     from .units import parse_length as parse_length
     from .units import parse_memory as parse_memory
 
@@ -59,8 +60,10 @@ _WHERE = {
     "plan.shapes": ("shapes",),
     "plan.solve": ("Answer", "Plan", "max_seq", "plan_at"),
     "plan.steps": ("Chunks", "Entry", "Instant"),
+    "train": ("minisequence",),
     "units": ("parse_length", "parse_memory"),
 }
+# All but `minisequence`, so that `from mstplan import *` works without torch.
 __all__ = [
     "STRATEGIES",
     "Answer",
@@ -106,4 +109,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "__version__", "minisequence"]

@@ -480,9 +480,8 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, fetch: bool, owns_incom
                 _accumulate(weight, op, ledger, rules)
         for tensor, gradient in arrivals:
             arrive(tensor, gradient)
-    left = pending.get(tape.source) if tape.source is not None else None
-    if left is not None and tape.source is not None:  # another name when it was handed on: to the caller it is the input's
-        ledger.drop(left)
+    if tape.source is not None and tape.source in pending:  # handed on under another name, maybe: to the caller it is the input's
+        ledger.drop(pending[tape.source])
         ledger.put(tape.grad(tape.source))
     return ledger.replay()
 

@@ -40,7 +40,8 @@ class ChunkCounts:
         if self.fixed is not None:
             return self.fixed
         batch, length = hidden.shape[:-1].numel() // hidden.shape[-2], hidden.shape[-2]
-        mixed = torch.is_autocast_enabled(hidden.device.type)
+        device = hidden.device.type
+        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         key = (batch, length, hidden.device, hidden.dtype, mixed)
         if key not in self._found:
             precision = "mixed" if mixed else "bf16" if hidden.dtype.itemsize == 2 else "fp32"
