@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,3 +35,12 @@ def trained_weights(*modules: nn.Module) -> list[torch.Tensor]:
     """Each once, in the modules' order."""
     found = {id(w): w for module in modules for w in module.parameters() if w.requires_grad}
     return list(found.values())
+
+
+def autocast_as_now(device: str) -> dict[str, Any]:
+    """The autocast of this moment, for a chunk. Without its cache: that would keep the casts of every chunk's stand-in weights
+    until autocast ends."""
+    state = {"device_type": device, "enabled": False, "cache_enabled": False}
+    if torch.amp.is_autocast_available(device):
+        state |= {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
+    return state

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..errors import ModelError
 from .lazy import Lazy, Run
-from .leaves import standing_in, trained_weights
+from .leaves import autocast_as_now, standing_in, trained_weights
 
 
 class LazyLogits(Lazy):
@@ -118,10 +118,10 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_hidden, wants_any = ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights] if wants_any else []
-        total = None
+        total, autocast = None, autocast_as_now(hidden.device.type)
         for start in range(0, hidden.shape[0], rows):
             chunk = hidden[start : start + rows].detach().requires_grad_(wants_hidden)
-            with torch.set_grad_enabled(wants_any), standing_in(modules, list(weights)) as leaves:
+            with torch.set_grad_enabled(wants_any), torch.autocast(**autocast), standing_in(modules, list(weights)) as leaves:
                 logits = run(chunk.unsqueeze(0)).squeeze(0)
                 aims = targets[start : start + rows].to(logits.device)
                 loss = F.cross_entropy(logits, aims, ignore_index=ignore, reduction="sum") / divisor

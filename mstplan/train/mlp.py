@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import ModelError
 from .lazy import Lazy, Run
-from .leaves import standing_in, trained_weights
+from .leaves import autocast_as_now, standing_in, trained_weights
 
 
 class Between(Lazy):
@@ -173,7 +173,7 @@ class _ChunkedMlp(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         ctx.modules, ctx.run, ctx.rows, ctx.seed = modules, run, rows, seed
         ctx.save_for_backward(x)
-        ctx.autocast = _autocast_state(x.device.type)
+        ctx.autocast = autocast_as_now(x.device.type)
         if skip:
             return torch.empty_like(x)
         out: torch.Tensor | None = None
@@ -245,7 +245,3 @@ def _seeded(device: torch.device, seed: int | None, chunk: int) -> Iterator[None
     with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type if device.type != "cpu" else "cuda"):
         torch.manual_seed(seed + chunk)
         yield
-
-
-def _autocast_state(device: str) -> dict[str, Any]:
-    return {"device_type": device, "enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}

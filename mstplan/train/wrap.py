@@ -117,6 +117,8 @@ def _patch(module: nn.Module, function: Callable[..., Any]) -> None:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
 
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__  # which accelerate's unwrap_model would follow past us
     module.forward = MethodType(forward, module)
 
 
@@ -266,9 +268,8 @@ def _without_lazy(out: Any) -> Any:
     """The model's output without the logits that were never made."""
     if isinstance(out, tuple):
         return tuple(part for part in out if not isinstance(part, Lazy))
-    for name, part in list(vars(out).items()):
-        if isinstance(part, Lazy):
-            setattr(out, name, None)
+    if any(isinstance(part, Lazy) for part in out.values()):
+        return type(out)(**{name: part for name, part in out.items() if not isinstance(part, Lazy)})
     return out
 
 
