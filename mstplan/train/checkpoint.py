@@ -53,6 +53,7 @@ class Checkpoints:
                 module.__dict__.pop(name, None)
             module.__dict__.update(flags)
 
+    @torch.compiler.disable  # a compiled layer and its recomputation would take different paths
     def run(self, index: int, run: LayerRun, *args: Any) -> Any:
         """Layer `index`, which maps hidden states (b, s, d), its first argument, to (b, s, d) or a tuple that begins with them."""
         if not args or not torch.is_tensor(args[0]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, Literal, TypeVar
 
@@ -131,7 +131,7 @@ def _restore(module: Any) -> None:
 
 def _whole(module: Any) -> Callable[..., Any]:
     """The forward that the module would run had it not been patched."""
-    return module._mstplan_whole or MethodType(type(module).forward, module)
+    return module._mstplan_whole or partial(type(module).forward, module)
 
 
 # ---- MLP ----------------------------------------------------------------------------------------------------------------
@@ -144,6 +144,8 @@ def _chunk_mlp(layer: Any, mlp: Mlp, settings: _Settings) -> None:
     for module in (*mlp.beside, *([mlp.down] if mlp.down is not None else [])):
         if "_mstplan_whole" not in module.__dict__:
             _patch(module, _following_forward if module is not mlp.down else _down_forward)
+    if mlp.down is not None and "_mstplan_whole" not in layer.__dict__:
+        _patch(layer, _layer_as_it_is)
     if "_mstplan_mlps" not in layer.__dict__:
         layer._mstplan_mlps = ()
         layer.register_forward_hook(_layer_done)
@@ -151,13 +153,27 @@ def _chunk_mlp(layer: Any, mlp: Mlp, settings: _Settings) -> None:
 
 
 def _mlp_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """An MLP: its output is made as soon as something reads it, in chunks."""
+    """An MLP: its output is made as soon as something reads it, in chunks. Compiled code gets it at once, and does not look in."""
+    return _made_mlp(self, x, *args, **kwargs) if torch.compiler.is_compiling() else _lazy_mlp(self, x, *args, **kwargs)
+
+
+@torch.compiler.disable
+def _made_mlp(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return made(_lazy_mlp(self, x, *args, **kwargs))
+
+
+def _lazy_mlp(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     x = made(x)
     rows = _chunk_rows(self, x, *args, *kwargs.values())
     if rows is None:
         return _whole(self)(x, *args, **kwargs)
     whole = _whole(self)
     return _output(self, x, lambda piece: whole(piece, *args, **kwargs), (self,), rows)
+
+
+@torch.compiler.disable  # what lies between the two matrices is no tensor that compiled code could hand on
+def _layer_as_it_is(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _whole(self)(*args, **kwargs)
 
 
 def _up_forward(self: Any, x: torch.Tensor) -> Any:
@@ -200,7 +216,7 @@ def _output(mlp: Any, x: torch.Tensor, run: Callable[..., Any], modules: tuple[n
     if mlp._mstplan_read is None:
         check_tokenwise(run, x, modules)
         mlp._mstplan_nodes = out.nodes
-    return out.value if torch.compiler.is_compiling() else out
+    return out
 
 
 def _layer_done(layer: Any, _inputs: Any, output: Any) -> Any:

@@ -15,11 +15,14 @@ FAMILIES: dict[str, dict[str, object]] = {
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8}, "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8}, "phi3": {},
     "olmo2": {}, "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, "gpt_neox": {}, "cohere": {}, "granite": {},
     "starcoder2": {}, "stablelm": {}, "phi": {}, "olmo": {}, "glm4": {"head_dim": 8}, "falcon": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "bloom": {"n_head": 4, "n_layer": 2}, "bert": {"is_decoder": True},
     "mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "deepseek_v3": {
+        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
 }  # fmt: skip
-
-DROPOUTS = ("resid_pdrop", "attn_pdrop", "embd_pdrop", "hidden_dropout", "attention_dropout", "residual_dropout", "embedding_dropout")
 
 
 def small_model(family: str, dropout: float = 0.0, **more: object) -> nn.Module:
@@ -27,9 +30,9 @@ def small_model(family: str, dropout: float = 0.0, **more: object) -> nn.Module:
     grouped product."""
     config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family], **more})
     config.use_cache = False
-    for name in DROPOUTS:
-        if hasattr(config, name):
-            setattr(config, name, dropout)
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0 if name == "layerdrop" else dropout)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     return model.double().train()

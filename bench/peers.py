@@ -1,0 +1,99 @@
+"""What bench/runtime.py compares with: other libraries' chunked MLPs and losses, each on top of gradient checkpointing.
+
+A peer is a function of a model that runs on its device, and of a number of pieces for the MLP and for the loss; it changes
+the model and gives the function from token ids to the loss. One that cannot run here raises Absent, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from types import MethodType, ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Absent(Exception):
+    """A way of training that cannot run here, and why."""
+
+
+def checkpointed(model: nn.Module) -> Loss:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return lambda ids: model(input_ids=ids, labels=ids).loss
+
+
+def deepspeed_mlp(model: nn.Module, mlp_chunks: int, _loss_chunks: int) -> Loss:
+    """DeepSpeed's TiledMLP."""
+    tiled = _library("deepspeed", "deepspeed.runtime.sequence_parallel.ulysses_sp").TiledMLP
+    for mlp in _mlps(model):
+        _replace(mlp, lambda self, x: tiled.apply(type(self).forward, self, x, mlp_chunks, list(self.parameters())))
+    return checkpointed(model)
+
+
+def deepspeed_both(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
+    """DeepSpeed's TiledMLP and TiledFusedLogitsLoss, as in Arctic long sequence training (ALST)."""
+    deepspeed_mlp(model, mlp_chunks, loss_chunks)
+    tiled = _library("deepspeed", "deepspeed.runtime.sequence_parallel.ulysses_sp").TiledFusedLogitsLoss
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        hidden = model.model(input_ids=ids).last_hidden_state
+        targets = F.pad(ids, (0, 1), value=-100)[:, 1:]
+        count = ids.numel() - ids.shape[0]
+
+        def chunk(head: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(head(x).float(), y, reduction="sum") / count
+
+        return tiled.apply(chunk, model.lm_head, hidden, targets, None, loss_chunks, list(model.lm_head.parameters()), "sum")
+
+    return loss
+
+
+def liger_loss(model: nn.Module, _mlp_chunks: int, _loss_chunks: int) -> Loss:
+    """Liger's fused linear cross entropy, which chooses its pieces itself."""
+    patch = _on_gpu(model, "liger_kernel.transformers").apply_liger_kernel_to_llama
+    patch(rope=False, rms_norm=False, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=True, model=model)
+    return checkpointed(model)
+
+
+def liger_both(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
+    """The same, with Liger's tiled MLP."""
+    tiled = _on_gpu(model, "liger_kernel.ops.tiled_mlp").apply_tiled_mlp
+    for mlp in _mlps(model):
+        _replace(mlp, lambda self, x: tiled(type(self).forward, self, x, mlp_chunks, list(self.parameters())))
+    return liger_loss(model, mlp_chunks, loss_chunks)
+
+
+PEERS = {
+    "DeepSpeed TiledMLP": deepspeed_mlp,
+    "DeepSpeed TiledMLP, tiled loss": deepspeed_both,
+    "Liger fused loss": liger_loss,
+    "Liger fused loss, tiled MLP": liger_both,
+}
+
+
+def _library(package: str, module: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as e:
+        raise Absent(f"not installed: pip install {package}" if e.name == package else f"lacks {e.name}") from None
+    except Exception as e:  # noqa: BLE001 - whatever another library's import raises means that it cannot run here
+        raise Absent(f"{package} cannot be imported: {str(e).splitlines()[0]}") from None
+
+
+def _on_gpu(model: nn.Module, module: str) -> ModuleType:
+    found = _library("liger_kernel", module)
+    if not next(model.parameters()).is_cuda:
+        raise Absent("needs a GPU")
+    return found
+
+
+def _mlps(model: nn.Module) -> list[nn.Module]:
+    return [layer.mlp for layer in model.model.layers]
+
+
+def _replace(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+    module.forward = MethodType(forward, module)
