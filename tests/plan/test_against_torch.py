@@ -188,6 +188,12 @@ def test_mini_sequences(name, mlp_chunks, loss_chunks):
     agree(errors(config_of(name, small=False), recipe, 16384), 0.0015, phases)
 
 
+@pytest.mark.parametrize("name", ["llama3.1-8b", "qwen3-4b", "olmo2-7b"])
+def test_mini_sequences_under_autocast(name):
+    recipe = Recipe(precision="mixed", checkpoint="layer", mlp_chunks=4, mlp_recompute=True, loss="chunked", loss_chunks=16)
+    agree(errors(config_of(name, small=False), recipe, 16384), 0.0015)
+
+
 @pytest.mark.parametrize("every", ["layer", 2])
 @pytest.mark.parametrize("name", ["llama3.1-8b", "pythia-1.4b", "olmo2-7b"])
 def test_layer_inputs_on_the_host(name, every):
