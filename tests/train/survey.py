@@ -14,14 +14,12 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
@@ -29,10 +27,9 @@ from transformers.utils import logging
 from mstplan.errors import ModelError
 from mstplan.train import minisequence
 
+from .double import Float64, Step, difference, float64, total_norm
 from .tiny import EXPERTS, HIDDEN, VOCABULARY, WIDTH, tiny_batch, tiny_model
 
-BOUND = 1e-10
-ROUNDING = 1e-14  # of all gradients together: what is left of a gradient that is 0 in truth, as of a key's bias in softmax
 CHUNKS: dict[str, Any] = {"mlp_chunks": 3, "loss_chunks": 4, "checkpoint": "none"}
 OUTCOMES = ("exact", "whole", "refused", "wrong", "crash", "unbuildable")
 # Settings that change where the MLP stands or what it is.
@@ -53,7 +50,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 Batch = dict[str, torch.Tensor]
-Step = tuple[float, dict[str, torch.Tensor]]
 Finding = tuple[str, str]  # outcome, and the reason in one line where it is not "exact"
 
 
@@ -68,37 +64,6 @@ class Record(NamedTuple):
     checkpoint: bool = True  # does the class support checkpoints?
     variant: str = ""  # the class with other settings than its defaults
     seconds: float = 0.0
-
-
-class Float64(TorchDispatchMode):
-    """Within the context torch computes in float64 what it is told to compute in float32. Notes the shapes it sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: set[torch.Size] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        args = [torch.float64 if a is torch.float32 else a for a in args]
-        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
-        out = func(*args, **kwargs)
-        if isinstance(out, torch.Tensor) and out.is_floating_point():
-            self.shapes.add(out.shape)
-        return out
-
-    def whole(self, rows: Sequence[int], width: int) -> bool:
-        """Was there a tensor so wide for so many tokens?"""
-        return any(len(shape) > 1 and shape[-1] == width and shape[:-1].numel() in rows for shape in self.shapes)
-
-
-@contextmanager
-def float64() -> Iterator[Float64]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Float64() as mode:
-            yield mode
-    finally:
-        torch.set_default_dtype(before)
 
 
 def causal_lm_classes() -> list[type[PreTrainedModel]]:
@@ -188,10 +153,6 @@ def check(found: Step) -> None:
         raise ValueError("the plain gradients are not finite, or all 0")
 
 
-def total_norm(gradients: dict[str, torch.Tensor]) -> float:
-    return sum(float(g.norm()) ** 2 for g in gradients.values()) ** 0.5
-
-
 def compare(model: PreTrainedModel, batch: Batch, **settings: Any) -> Finding:
     """The step in mini-sequences against the plain one."""
     how = ", ".join(f"{k}={v}" for k, v in settings.items())
@@ -222,19 +183,6 @@ def compare(model: PreTrainedModel, batch: Batch, **settings: Any) -> Finding:
 def patched(model: nn.Module) -> set[str]:
     """The modules whose forward or loss function is not their class's own."""
     return {f"{name}.{key}" for name, m in model.named_modules() for key in ("forward", "_loss_function") if key in m.__dict__}
-
-
-def difference(found: Step, wanted: Step) -> str:
-    """Where two steps differ most, "" if nowhere by more than the bound."""
-    if abs(found[0] - wanted[0]) > BOUND * abs(wanted[0]):
-        return f"loss {found[0]} for {wanted[0]}"
-    if odd := found[1].keys() ^ wanted[1].keys():
-        return f"gradients of {len(odd)} weights missing or too many: {min(odd)}"
-    least = ROUNDING / BOUND * total_norm(wanted[1])
-    errors = {n: float((found[1][n] - g).norm()) / max(float(g.norm()), least) for n, g in wanted[1].items()}
-    worst = max(errors, key=lambda n: errors[n])
-    wrong = sum(not error <= BOUND for error in errors.values())
-    return f"{wrong} of {len(errors)} gradients differ, most {worst} by {errors[worst]:.1e}" if wrong else ""
 
 
 def in_one_piece(batch: Batch, plain: Float64, seen: Float64, mlp: bool) -> str:
