@@ -7,6 +7,7 @@ module: a deep copy of a model runs on its own weights.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial, wraps
 from types import MethodType
@@ -36,6 +37,7 @@ class _Settings:
 
     def __init__(self, recipe: Recipe, counts: ChunkCounts, checkpoints: Checkpoints | None):
         self.counts, self.checkpoints = counts, checkpoints
+        self.warned = False
         self.mlps, self.loss = recipe.mlp_chunks != 1, recipe.loss_chunks != 1
 
 
@@ -238,7 +240,10 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     settings, whole = self._mstplan, _whole(self)
     given = {**dict(zip(inspect.signature(whole).parameters, args, strict=False)), **kwargs} if args else kwargs
     _refuse_router_losses(self, settings, given)
-    head = self.get_output_embeddings() if self.training and given.get("labels") is not None and settings.loss else None
+    chunked = settings.loss and self.training and given.get("labels") is not None
+    if settings.loss and self.training and torch.is_grad_enabled() and not chunked:
+        _say_that_logits_are_whole(self, settings, given)
+    head = self.get_output_embeddings() if chunked else None
     used: list[bool] = []
     before = head.__dict__.get("forward") if head is not None else None
     if head is not None:
@@ -253,6 +258,18 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if settings.checkpoints is not None:
             settings.checkpoints.abandon()
     return _without_lazy(out)
+
+
+def _say_that_logits_are_whole(model: Any, settings: _Settings, given: dict[str, Any]) -> None:
+    """A training step without labels. Trainer still gives the number of tokens when it means to compute the loss itself."""
+    if given.get("num_items_in_batch") is not None:
+        raise ModelError(
+            f"{type(model).__name__} is asked for logits, for a loss that the trainer computes itself (label smoothing, compute_loss_func): "
+            "that cannot run in chunks.\nSet loss_chunks=1, or leave label_smoothing_factor and compute_loss_func out."
+        )
+    if not settings.warned:
+        settings.warned = True
+        warnings.warn("minisequence: a training step without labels makes the logits of all its tokens; loss_chunks had no effect.", stacklevel=3)
 
 
 def _lazily(head: nn.Module, settings: _Settings, divisor: Any, used: list[bool]) -> Callable[..., Any]:

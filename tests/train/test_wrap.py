@@ -31,7 +31,9 @@ def test_everything_else_stays_as_it_was(tmp_path):
     evaluated = model(input_ids=ids, labels=labels)
     minisequence(model.train(), **CHUNKS)
     assert list(model.state_dict()) == keys
-    assert torch.allclose(model(input_ids=ids).logits, logits, rtol=1e-12)
+    with pytest.warns(UserWarning, match="without labels"):
+        assert torch.allclose(model(input_ids=ids).logits, logits, rtol=1e-12)
+    assert torch.allclose(model(input_ids=ids).logits, logits, rtol=1e-12)  # said once is enough
     assert model(input_ids=ids, labels=labels).logits is None
     assert torch.equal(model.eval().generate(ids, max_new_tokens=4, do_sample=False), generated)
     assert torch.allclose(model(input_ids=ids, labels=labels).logits, evaluated.logits)
@@ -58,7 +60,7 @@ def test_undo_restores_checkpointing_as_it_was():
     model = small_model("llama")
     model.activation_checkpointing_enable()
     minisequence.undo(minisequence(model, **CHUNKS, checkpoint="sqrt"))
-    assert model.is_gradient_checkpointing
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
     ids, labels = small_batch(1, 8)
     wanted = step(small_model("llama"), ids, labels)
     assert_equal(step(model, ids, labels), wanted)
@@ -189,6 +191,16 @@ def test_label_smoothing_is_refused():
     minisequence(model, **CHUNKS)
     with pytest.raises(ModelError, match=r"label smoothing \(0.1\)"):
         model(input_ids=ids, labels=labels)
+
+
+def test_a_trainer_that_computes_the_loss_itself_is_refused():
+    """Trainer with label smoothing takes the labels out of the batch and leaves the number of tokens in."""
+    model = minisequence(small_model("llama"), **CHUNKS)
+    ids, _ = small_batch(1, 8)
+    with pytest.raises(ModelError, match="label_smoothing_factor"):
+        model(input_ids=ids, num_items_in_batch=torch.tensor(7))
+    with torch.no_grad():
+        assert model(input_ids=ids, num_items_in_batch=torch.tensor(7)).logits.shape == (1, 8, 61)
 
 
 def test_unknown_use_of_the_logits_is_refused_not_ignored():
