@@ -63,7 +63,7 @@ class Checkpoints:
                 self._begin(index, args[0])
             elif self._next != index or args[0] is not self._output:
                 raise ModelError(
-                    f"{self.name} does not hand layer {index - 1}'s output to layer {index} as it is, so checkpoints cannot span layers."
+                    f"{self.name} does not hand layer {index - 1}'s output to layer {index} as it is (FSDP wraps it, too), so checkpoints cannot span layers."
                     "\nSet checkpoint='layer'."
                 )
             self._runs.append((run, args[1:]))

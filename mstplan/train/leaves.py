@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+
+from ..errors import ModelError
 
 
 @contextmanager
@@ -32,9 +34,20 @@ def standing_in(modules: Iterable[nn.Module], weights: list[torch.Tensor]) -> It
 
 
 def trained_weights(*modules: nn.Module) -> list[torch.Tensor]:
-    """Each once, in the modules' order."""
-    found = {id(w): w for module in modules for w in module.parameters() if w.requires_grad}
+    """Each once, in the modules' order. Raises ModelError for weights that are not there as a whole."""
+    parts = [part for module in modules for part in module.modules()]
+    for part in parts:
+        if any(torch.is_tensor(value) and value.requires_grad for value in vars(part).values()):
+            _refuse(part, "its weights are views of FSDP 1's flat one. Use FSDP 2 (fully_shard, or fsdp_version: 2)")
+    found = {id(w): w for part in parts for w in part.parameters(recurse=False) if w.requires_grad}
+    for part in parts:
+        if any(hasattr(w, "placements") or hasattr(w, "ds_id") for w in part.parameters(recurse=False)):
+            _refuse(part, "its weights are sharded by themselves. Shard whole decoder layers with FSDP 2 (fully_shard)")
     return list(found.values())
+
+
+def _refuse(part: nn.Module, why: str) -> NoReturn:
+    raise ModelError(f"cannot run {type(part).__name__} in chunks: {why},\nor set mlp_chunks=1 and loss_chunks=1.")
 
 
 def autocast_as_now(device: str) -> dict[str, Any]:

@@ -57,7 +57,11 @@ class LazyLogits(Lazy):
         target = target.flatten()
         hidden = self.source.flatten(0, -2)
         count = (target != ignore_index).sum() if reduction == "mean" else 1 if self.divisor is None else self.divisor
-        early = 1 if hidden.dtype == torch.float16 else count  # fp16 is scaled late: a loss scale must not come after underflow
+        early = 1 if _in_fp16(hidden) else count  # fp16 divides late: a loss scale must not come after underflow
+        for module in self.modules:
+            unshard: Any = getattr(module, "unshard", None)  # FSDP 2 of the head by itself, which thinks that the head has run
+            if unshard is not None:
+                unshard()
         loss = _ChunkedLoss.apply(hidden, self.run, self.modules, target, early, self.rows, ignore_index, *trained_weights(*self.modules))
         if reduction == "mean":
             return loss if early is count else loss / count
@@ -102,6 +106,11 @@ class LazyLogits(Lazy):
         raise ModelError(f"cannot run the loss in chunks: the model's code uses {what} on its logits.\nSet loss_chunks=1.")
 
 
+def _in_fp16(hidden: torch.Tensor) -> bool:
+    autocast = autocast_as_now(hidden.device.type)
+    return torch.float16 in (hidden.dtype, autocast["dtype"] if autocast["enabled"] else None)
+
+
 def _keeps_shape(parts: Sequence[Any]) -> bool:
     return all(isinstance(part, slice) or part is Ellipsis for part in parts)
 
@@ -135,8 +144,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 _add(sums, found)
                 del found  # before the next chunk's logits are made
             del loss, chunk
-        ctx.d_hidden = d_hidden
-        ctx.d_weights = [s.to(w.dtype) for s, w in zip(sums, weights, strict=False)]
+        ctx.d_hidden, ctx.dtypes = d_hidden, [w.dtype for w in weights]
+        ctx.d_weights = sums if _in_fp16(hidden) else [s.to(w.dtype) for s, w in zip(sums, weights, strict=False)]
         assert total is not None
         return total
 
@@ -146,5 +155,5 @@ class _ChunkedLoss(torch.autograd.Function):
             raise RuntimeError("the chunked loss can be backpropagated once: its gradients are made in the forward pass")
         d_hidden, d_weights = ctx.d_hidden, ctx.d_weights
         ctx.d_hidden = ctx.d_weights = None
-        scaled = [gradient.mul_(incoming) for gradient in d_weights]
+        scaled = [gradient.mul_(incoming).to(dtype) for gradient, dtype in zip(d_weights, ctx.dtypes, strict=False)]
         return (d_hidden.mul_(incoming) if d_hidden is not None else None, *[None] * 6, *scaled)
