@@ -39,6 +39,7 @@ class Output(Lazy):
 
     skip: Callable[[], bool]  # says when nobody will read the values
     nodes: list[Any]  # of autograd's graph, that made them
+    beside: list[int]  # how many things the MLP hands out beside hidden states, once it is known
 
     @property
     def value(self) -> Any:
@@ -55,8 +56,11 @@ class Output(Lazy):
 
     def like(self, run: Run, *modules: nn.Module, random: bool = False) -> Lazy:
         more = super().like(run, *modules, random=random)
-        more.skip, more.nodes = self.skip, self.nodes  # type: ignore[attr-defined]
+        more.skip, more.nodes, more.beside = self.skip, self.nodes, self.beside  # type: ignore[attr-defined]
         return more
+
+    def then(self, run: Run, *modules: nn.Module, random: bool = False) -> Any:
+        return run(self.value) if "_value" in self.__dict__ else super().then(run, *modules, random=random)
 
     def unknown(self, what: str, use: Callable[[Any], Any]) -> Any:
         return use(self.value)
@@ -93,7 +97,7 @@ def made(out: Any) -> Any:
 
 def chunked_mlp(lazy: Output) -> Any:
     """The tensor that `lazy` stands for: source (..., d) to (..., width), differentiable."""
-    x, beside = lazy.source, [0]
+    x, beside = lazy.source, lazy.beside
     seed = int(torch.randint(1 << 62, ())) if lazy.random or draws_random(lazy.modules) else None
     weights = trained_weights(*lazy.modules)
     out: torch.Tensor = _ChunkedMlp.apply(x.flatten(0, -2), lazy.modules, lazy.run, lazy.rows, seed, lazy.skip(), beside, *weights)
@@ -242,6 +246,9 @@ def _seeded(device: torch.device, seed: int | None, chunk: int) -> Iterator[None
     if seed is None:
         yield
         return
-    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type if device.type != "cpu" else "cuda"):
-        torch.manual_seed(seed + chunk)
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        torch.default_generator.manual_seed(seed + chunk)
+        if not on_cpu:
+            torch.get_device_module(device).default_generators[device.index].manual_seed(seed + chunk)
         yield

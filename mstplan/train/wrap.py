@@ -84,7 +84,7 @@ class _Minisequence:
                 _restore(module)
             for key in [k for k, hook in module._forward_hooks.items() if hook is _layer_done]:
                 del module._forward_hooks[key]
-            for name in ("_mstplan_mlps", "_mstplan_read", "_mstplan_nodes"):
+            for name in ("_mstplan_mlps", "_mstplan_read", "_mstplan_nodes", "_mstplan_beside"):
                 module.__dict__.pop(name, None)
         return model
 
@@ -154,18 +154,20 @@ def _chunk_mlp(layer: Any, mlp: Mlp, settings: _Settings) -> None:
     layer._mstplan_mlps += (mlp.first,)
 
 
-def _mlp_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """An MLP: its output is made as soon as something reads it, in chunks. Compiled code gets it at once, and does not look in."""
-    return _made_mlp(self, x, *args, **kwargs) if torch.compiler.is_compiling() else _lazy_mlp(self, x, *args, **kwargs)
+    return _made_mlp(self, *args, **kwargs) if torch.compiler.is_compiling() else _lazy_mlp(self, *args, **kwargs)
 
 
 @torch.compiler.disable
-def _made_mlp(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    return made(_lazy_mlp(self, x, *args, **kwargs))
+def _made_mlp(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return made(_lazy_mlp(self, *args, **kwargs))
 
 
-def _lazy_mlp(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    x = made(x)
+def _lazy_mlp(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if not args:  # hidden states by name
+        args = (kwargs.pop(next(iter(kwargs))),)
+    x, args = made(args[0]), args[1:]
     rows = _chunk_rows(self, x, *args, *kwargs.values())
     if rows is None:
         return _whole(self)(x, *args, **kwargs)
@@ -212,7 +214,7 @@ def _chunk_rows(mlp: Any, x: torch.Tensor, *others: Any) -> int | None:
 
 def _output(mlp: Any, x: torch.Tensor, run: Callable[..., Any], modules: tuple[nn.Module, ...], rows: int, random: bool = False) -> Any:
     out = Output(x, run, modules, rows, random)
-    out.nodes = []
+    out.nodes, out.beside = [], mlp.__dict__.setdefault("_mstplan_beside", [0])
     checkpoints = mlp._mstplan.checkpoints
     out.skip = lambda: mlp._mstplan_read is False and checkpoints is not None and checkpoints.discards
     if mlp._mstplan_read is None:

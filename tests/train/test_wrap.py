@@ -111,6 +111,12 @@ def test_labels_by_position_and_outputs_as_a_tuple():
     assert len(model(ids, labels=labels, return_dict=False)) == len(plain) - 1
 
 
+def test_hidden_states_by_name():
+    model = minisequence(small_model("llama"), **CHUNKS, checkpoint="none")
+    mlp, x = model.model.layers[0].mlp, torch.randn(1, 8, 32, dtype=torch.float64)
+    assert torch.allclose(mlp(x=x) + 0, mlp(x) + 0)
+
+
 def test_a_failed_forward_does_no_harm():
     model = small_model("llama", num_hidden_layers=3)
     ids, labels = small_batch(1, 8)
