@@ -1,0 +1,63 @@
+"""A wrapped model in two processes, each with half of the batch, gets the loss and gradients of the whole batch in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .two_processes import cases
+
+ROOT = Path(__file__).parents[2]
+EXACT = 1e-10  # float64; two halves are averaged in another order than the whole is summed
+REFUSED = {  # and what the message says
+    "FSDP, wrapped before, two layers": "Set checkpoint='layer'",  # a segment's recomputation would need several layers' weights at once
+    "FSDP, wrapped after, two layers": "Set checkpoint='layer'",
+    "FSDP, MLPs by themselves": "Shard whole decoder layers",
+    "FSDP 1, False": "FSDP 2",
+    "FSDP 1, True": "FSDP 2",
+}
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory) -> dict[str, float | str]:
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    outputs = [(folder / f"output{rank}").open("w") for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.train.two_processes", str(rank), str(folder)],
+            cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+        )
+        for rank, output in enumerate(outputs)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process, output in zip(processes, outputs, strict=True):
+            process.kill()
+            process.wait()
+            output.close()
+    assert codes == [0, 0], (folder / "output0").read_text()[-2000:] + (folder / "output1").read_text()[-2000:]
+    return json.loads((folder / "differences.json").read_text())
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if "lost" not in case and case not in REFUSED])
+def test_two_processes(differences, case):
+    found = differences[case]
+    assert not isinstance(found, str), found
+    assert found < EXACT
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_go_together_is_refused(differences, case):
+    found = str(differences[case])
+    assert found.startswith("ModelError") and REFUSED[case] in found
+
+
+def test_the_comparison_notices_a_lost_token(differences):
+    assert differences["DDP, a token lost"] > 1e-3
