@@ -57,15 +57,13 @@ class LazyLogits(Lazy):
         target = target.flatten()
         hidden = self.source.flatten(0, -2)
         count = (target != ignore_index).sum() if reduction == "mean" else 1 if self.divisor is None else self.divisor
-        early = 1 if _in_fp16(hidden) else count  # fp16 divides late: a loss scale must not come after underflow
+        early = _mantissa(count) if _in_fp16(hidden) else count
         for module in self.modules:
             unshard: Any = getattr(module, "unshard", None)  # FSDP 2 of the head by itself, which thinks that the head has run
             if unshard is not None:
                 unshard()
         loss = _ChunkedLoss.apply(hidden, self.run, self.modules, target, early, self.rows, ignore_index, *trained_weights(*self.modules))
-        if reduction == "mean":
-            return loss if early is count else loss / count
-        return loss * count if early is count else loss
+        return loss / (count / early) if reduction == "mean" else loss * early
 
     def view(self, *shape: Any) -> LazyLogits:
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape
@@ -104,6 +102,13 @@ class LazyLogits(Lazy):
 
     def refuse(self, what: str) -> NoReturn:
         raise ModelError(f"cannot run the loss in chunks: the model's code uses {what} on its logits.\nSet loss_chunks=1.")
+
+
+def _mantissa(count: torch.Tensor | int) -> torch.Tensor:
+    """count / 2^n, between 1 and 2. fp16 divides by this early and by 2^n late, which is exact: a loss scale must not come after
+    underflow."""
+    whole = torch.as_tensor(count, dtype=torch.float32)
+    return whole / whole.log2().floor().exp2()
 
 
 def _in_fp16(hidden: torch.Tensor) -> bool:

@@ -1,7 +1,9 @@
 """Layer inputs in host memory: copied out on a side stream while the layer computes, fetched back before backward needs them.
 
 On the device there are never more than two: in the forward pass the input of the running layer and that of the layer
-before, until its copy is done; in the backward pass that of the running layer and the next one on its way.
+before, until its copy is done; in the backward pass that of the running layer and the next one on its way. (Some models'
+own code holds on to the first layer's input until its forward pass is over, and a loss that waits for its backward holds the
+last layer's.)
 
 Nothing here waits on the CPU: streams wait for each other's events. The memory of a tensor goes back to the compute stream
 only after that stream has waited for the copy, so the caching allocator may hand it on at once.
@@ -83,6 +85,10 @@ class Copy:
         if (before := self.before()) is not None:
             before.fetch()
         return tensor
+
+    def __del__(self) -> None:
+        if self.fetched is not None:  # fetched for nothing: its memory must not go to others before the copy has arrived
+            self._wait()
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         if self.side is None:

@@ -18,6 +18,7 @@ class Event(NamedTuple):
     time: int  # nanoseconds
     bytes: int  # less than 0: given back
     phase: str
+    address: int
 
 
 @dataclass
@@ -26,33 +27,39 @@ class Recording:
 
     events: list[Event]
 
-    def during(self, phase: str) -> Recording:
-        return Recording([e for e in self.events if e.phase == phase])
-
     def sizes(self) -> set[int]:
         """Of every single allocation."""
         return {e.bytes for e in self.events if e.bytes > 0}
 
     def peak(self, phase: str = "", keep: Keep = lambda size: True) -> int:
-        """The most bytes alive at once, of what was allocated since the recording began in blocks of a size to `keep`."""
+        """The most bytes alive at once in a phase (or ever), in blocks of a size to `keep`."""
         totals = accumulate(e.bytes if keep(abs(e.bytes)) else 0 for e in self.events)
         return max((t for t, e in zip(totals, self.events, strict=True) if e.phase.startswith(phase)), default=0)
 
-    def alive(self, keep: Keep = lambda size: True) -> int:
-        """Bytes that nobody has given back at the end."""
-        return sum(e.bytes for e in self.events if keep(abs(e.bytes)))
-
 
 def record(step: Callable[[Mark], object]) -> Recording:
-    """`step` is called with a function that marks phases: `with mark("backward"): ...`."""
+    """`step` is called with a function that marks phases: `with mark("backward"): ...`. What it returns is kept to the end."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = step(lambda phase: record_function(f"phase {phase}"))
     del kept
-    return Recording(sorted(_events(profiler.profiler.kineto_results.experimental_event_tree(), ""), key=lambda e: e.time))
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    return Recording(list(_own(sorted(_events(tree, ""), key=lambda e: e.time))))
 
 
 def _events(tree: Sequence[Any], phase: str) -> Iterator[Event]:
     for event in tree:
         if event.name == "[memory]":
-            yield Event(event.start_time_ns, event.extra_fields.alloc_size, phase)
+            yield Event(event.start_time_ns, event.extra_fields.alloc_size, phase, event.extra_fields.ptr)
         yield from _events(event.children, event.name[6:] if event.name.startswith("phase ") else phase)
+
+
+def _own(events: Sequence[Event]) -> Iterator[Event]:
+    """Without the release of what was there before."""
+    own: set[int] = set()
+    for event in events:
+        if event.bytes > 0:
+            own.add(event.address)
+            yield event
+        elif event.address in own:
+            own.remove(event.address)
+            yield event

@@ -49,7 +49,7 @@ def test_every_family(family, mode):
 @pytest.mark.parametrize("every", ["layer", 2, 3, "sqrt", 100])
 @pytest.mark.parametrize("offload", [False, True])
 def test_checkpoints_over_several_layers(every, offload):
-    model = small_model("gpt2", n_layer=5)  # 5 layers divide into none of these
+    model = small_model("gpt2", n_layer=5, num_hidden_layers=5)  # 5 layers divide into none of these
     ids, labels = small_batch(2, 13)
     wanted = step(model, ids, labels)
     minisequence(model, mlp_chunks=3, loss_chunks=4, checkpoint=every, offload=offload)
