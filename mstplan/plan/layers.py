@@ -81,7 +81,7 @@ class Writer:
         copies = self.used(w)
         return self.tape.op(
             name, [x, *copies], y, keeps=(x, *copies), grads=((x, self.tape.grad(x)),), weights=weights,
-            flops=((y.basis, 2 * inner * outer),), cast=bool(copies),
+            flops=((y.basis, 2 * inner * outer),), cast=bool(copies), product=not copies,
         )  # fmt: skip
 
     def _last(self, x: Tensor) -> int:

@@ -108,6 +108,7 @@ class Op:
     defers: bool = False  # its weight's gradient waits for the weight's other use (tied embeddings)
     joins: Weight | None = None  # the weight whose deferred gradient joins this one's
     holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
+    product: bool = False  # with its weights as they are: it can add their gradients to a sum (mstplan/train/products.py)
 
 
 @dataclass(eq=False, repr=False)
@@ -193,6 +194,7 @@ class Rules(NamedTuple):
     every_moment: bool = False  # keep moments that can never be the largest, and replay repeated parts anew
     recomputed: bool = False  # checkpoint hands kept tensors out for the function only: they are gone when gradients are cast
     in_place: bool = True  # False: as under fake tensors, where autograd adds gradients out of place
+    summing: bool = False  # gradients are summed over pieces, and those of matrix products are never there by themselves
 
 
 class _Ledger:
@@ -385,7 +387,7 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
     assert part.tape.source is not None and part.tape.output is not None
     ledger.put(part.tape.grad(op.reads[0]))
-    inner = rules._replace(gradients="kept")
+    inner = rules._replace(gradients="kept", summing=bool(part.sums))
     for tensor in part.sums:
         ledger.put(tensor)
     ledger.splice(forward(part.tape, inner, keep=True), op.name)
@@ -448,11 +450,13 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, fetch: bool, owns_incom
             recompute = False
         arrivals: list[tuple[Tensor, Tensor]] = []
         if op.part is not None:
+            ledger.drop(came[0])  # under the name that the part knows it by
+            ledger.put(tape.grad(op.makes[0]))
             _part_backward(op, op.part, ledger, rules)
             left = tape.grad(op.reads[0])
             holders[left] = 1
             arrivals.append((op.reads[0], left))
-            ledger.put(tape.grad(op.makes[0]))  # the part let go of it; here it goes unless somebody else holds it too
+            ledger.put(came[0])  # the part let go of it; here it goes unless somebody else holds it too
             let_go(came[0])
         else:
             for tensor, gradient_made in op.grads:
@@ -501,7 +505,7 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     ledger.put(part.tape.grad(op.reads[0]))
     for tensor in part.sums:
         ledger.put(tensor)
-    inner = rules._replace(gradients="kept" if part.sums else rules.gradients, recomputed=False)
+    inner = rules._replace(gradients="kept" if part.sums else rules.gradients, recomputed=False, summing=bool(part.sums))
     if part.recompute:  # by an autograd function of its own, which holds the output meanwhile
         ledger.splice(forward(part.tape, inner, keep=True), op.name)
     ledger.splice(backward(part.tape, inner, owns_incoming=False), op.name)
@@ -529,8 +533,9 @@ def _widened_end(tape: Tape, rules: Rules) -> Replay:
 
 def _added_to_sums(part: Part, ledger: _Ledger, rules: Rules) -> None:
     """A piece's gradients of the weights come back together at its end, and go into the sums."""
-    for weight in part.weights:
-        ledger.drop(weight_gradient(weight, rules.dtype))
+    for op in part.tape.ops:
+        for weight in () if op.product else op.weights:
+            ledger.drop(weight_gradient(weight, rules.dtype))
 
 
 def used_dtype(rules: Rules, cast: bool = True) -> str:
@@ -539,7 +544,7 @@ def used_dtype(rules: Rules, cast: bool = True) -> str:
 
 
 def _weights_backward(op: Op, ledger: _Ledger, rules: Rules) -> None:
-    for weight in op.weights:
+    for weight in () if rules.summing and op.product else op.weights:
         ledger.put(weight_gradient(weight, used_dtype(rules, op.cast)))
     temps = op.back_temps if rules.recomputed else op.back_temps + op.late_temps
     for tensor in temps:

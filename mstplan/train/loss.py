@@ -22,6 +22,7 @@ from torch import nn
 from ..errors import ModelError
 from .lazy import Lazy, Run
 from .leaves import autocast_as_now, standing_in, trained_weights
+from .products import Sums, add_gradients, as_gradients, can_sum_products, summing
 
 
 class LazyLogits(Lazy):
@@ -120,37 +121,34 @@ def _keeps_shape(parts: Sequence[Any]) -> bool:
     return all(isinstance(part, slice) or part is Ellipsis for part in parts)
 
 
-def _add(sums: list[torch.Tensor], found: list[torch.Tensor]) -> None:
-    for running, gradient in zip(sums, found, strict=True):
-        running.add_(gradient)
-
-
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, run: Run, modules: tuple[nn.Module, ...], targets: torch.Tensor, divisor: Any, rows: int,
                 ignore: int, *weights: torch.Tensor) -> torch.Tensor:  # fmt: skip
         wants_hidden, wants_any = ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights] if wants_any else []
+        sums: Sums = [None] * len(weights)
+        straight = wants_any and can_sum_products(hidden)
         total, autocast = None, autocast_as_now(hidden.device.type)
         for start in range(0, hidden.shape[0], rows):
             chunk = hidden[start : start + rows].detach().requires_grad_(wants_hidden)
             with torch.set_grad_enabled(wants_any), torch.autocast(**autocast), standing_in(modules, list(weights)) as leaves:
-                logits = run(chunk.unsqueeze(0)).squeeze(0)
+                with summing(straight, leaves, sums):
+                    logits = run(chunk.unsqueeze(0)).squeeze(0)
                 aims = targets[start : start + rows].to(logits.device)
                 loss = F.cross_entropy(logits, aims, ignore_index=ignore, reduction="sum") / divisor
                 del logits
             total = loss.detach() if total is None else total + loss.detach()
             if wants_any:
                 inputs = [chunk, *leaves] if wants_hidden else leaves
-                found = list(torch.autograd.grad(loss, inputs))
+                found = list(torch.autograd.grad(loss, inputs, allow_unused=True))
                 if d_hidden is not None:
                     d_hidden[start : start + rows] = found.pop(0)
-                _add(sums, found)
+                add_gradients(sums, found, several=True)
                 del found  # before the next chunk's logits are made
             del loss, chunk
         ctx.d_hidden, ctx.dtypes = d_hidden, [w.dtype for w in weights]
-        ctx.d_weights = sums if _in_fp16(hidden) else [s.to(w.dtype) for s, w in zip(sums, weights, strict=False)]
+        ctx.d_weights = sums if _in_fp16(hidden) else as_gradients(sums, weights)
         assert total is not None
         return total
 
@@ -160,5 +158,5 @@ class _ChunkedLoss(torch.autograd.Function):
             raise RuntimeError("the chunked loss can be backpropagated once: its gradients are made in the forward pass")
         d_hidden, d_weights = ctx.d_hidden, ctx.d_weights
         ctx.d_hidden = ctx.d_weights = None
-        scaled = [gradient.mul_(incoming).to(dtype) for gradient, dtype in zip(d_weights, ctx.dtypes, strict=False)]
+        scaled = [g.mul_(incoming).to(dtype) if g is not None else None for g, dtype in zip(d_weights, ctx.dtypes, strict=True)]
         return (d_hidden.mul_(incoming) if d_hidden is not None else None, *[None] * 6, *scaled)

@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import ModelError
 from .lazy import Lazy, Run
 from .leaves import autocast_as_now, standing_in, trained_weights
+from .products import Sums, add_gradients, as_gradients, can_sum_products, summing
 
 
 class Between(Lazy):
@@ -177,7 +178,7 @@ class _ChunkedMlp(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         ctx.modules, ctx.run, ctx.rows, ctx.seed = modules, run, rows, seed
         ctx.save_for_backward(x)
-        ctx.autocast = autocast_as_now(x.device.type)
+        ctx.autocast, ctx.sums_products = autocast_as_now(x.device.type), can_sum_products(x)
         if skip:
             return torch.empty_like(x)
         out: torch.Tensor | None = None
@@ -198,21 +199,20 @@ class _ChunkedMlp(torch.autograd.Function):
         weights = trained_weights(*ctx.modules)
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         several = x.shape[0] > ctx.rows
-        sums: list[torch.Tensor | None] = [None] * len(weights)
+        sums: Sums = [None] * len(weights)
         for n, start in enumerate(range(0, x.shape[0], ctx.rows)):
             rows = slice(start, start + ctx.rows)
             piece = x[rows].detach().requires_grad_(d_x is not None)
-            with standing_in(ctx.modules, weights) as leaves:
+            with standing_in(ctx.modules, weights) as leaves, summing(several and ctx.sums_products, leaves, sums):
                 out = _again(ctx, n, piece)
             inputs = [piece, *leaves] if d_x is not None else leaves
             found = list(torch.autograd.grad(out, inputs, incoming[rows], allow_unused=True))
             del out
             if d_x is not None:
                 d_x[rows] = found.pop(0)
-            _add(sums, found, weights, several)
+            add_gradients(sums, found, several)
             del found, piece  # before the next chunk's intermediates are made
-        d_weights = [s.to(w.dtype) if s is not None else None for s, w in zip(sums, weights, strict=True)]
-        return (d_x, *[None] * 6, *d_weights)
+        return (d_x, *[None] * 6, *as_gradients(sums, weights))
 
 
 def _again(ctx: Any, n: int, piece: torch.Tensor) -> torch.Tensor:
@@ -225,19 +225,6 @@ def _first(out: Any) -> torch.Tensor:
     """The hidden states (n, d) in what an MLP returns for (1, n, d)."""
     hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return hidden.flatten(0, -2)
-
-
-def _add(sums: list[torch.Tensor | None], found: list[Any], weights: list[torch.Tensor], several: bool) -> None:
-    """Add a chunk's gradients of the weights to their sums, in place; one chunk alone needs no sum in fp32."""
-    for i, (gradient, weight) in enumerate(zip(found, weights, strict=True)):
-        if gradient is None:
-            continue
-        running = sums[i]
-        if running is None:
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            sums[i] = gradient.to(wide) if several else gradient
-        else:
-            running += gradient
 
 
 @contextmanager

@@ -158,10 +158,12 @@ def one_by_one(pieces: list[tuple[nn.Module, torch.Tensor]], graph: bool) -> Rec
 
 
 def test_in_bfloat16_too():
+    """The gradients' products run in fp32, which takes copies in fp32 on a CPU; on a GPU it does not."""
     model = build("llama", dtype=torch.bfloat16)
     for chunks in CHUNKS:
         found = in_chunks(model, chunks, checkpoint="layer")
-        assert {s for s in found.sizes() if wide(model, WIDTH)(s)} == {bytes_of(model, WIDTH, TOKENS // chunks)}
+        chunk = bytes_of(model, WIDTH, TOKENS // chunks)
+        assert {s for s in found.sizes() if wide(model, WIDTH)(s)} == {chunk, 2 * chunk}
         assert max(s for s in found.sizes() if wide(model, VOCABULARY)(s)) == 2 * bytes_of(model, VOCABULARY, TOKENS // chunks)  # in fp32
 
 
@@ -176,11 +178,11 @@ def test_under_autocast_too():
     assert plain.peak() > found[0].peak() > found[1].peak()
 
 
-def test_weights_have_one_sum_and_the_gradient_of_one_chunk():
+def test_weights_have_one_sum_and_no_gradients_of_chunks():
     model = build("llama", layers=1)
     found = in_chunks(model, 4, checkpoint="layer")
-    assert found.peak("backward", lambda size: size == 4 * WIDTH * HIDDEN) == 2 * 3 * 4 * WIDTH * HIDDEN  # gate, up, down
-    assert found.peak("forward", lambda size: size == 4 * VOCABULARY * HIDDEN) == 2 * 4 * VOCABULARY * HIDDEN
+    assert found.peak("backward", lambda size: size == 4 * WIDTH * HIDDEN) == 3 * 4 * WIDTH * HIDDEN  # gate, up, down
+    assert found.peak("forward", lambda size: size == 4 * VOCABULARY * HIDDEN) == 4 * VOCABULARY * HIDDEN
 
 
 def test_the_first_step_is_as_lean():

@@ -1,11 +1,11 @@
-"""In 16 bits, mini-sequences are as near to the truth as the plain model, but for one rounding that every chunk adds.
+"""In 16 bits, mini-sequences are as near to the truth as the plain model.
 
 The truth is the same weights' gradient in float64. Errors are norms over all gradients together, relative to the truth.
 
-What holds in bf16: weights that no chunk uses have the plain model's gradient. Those of MLPs, of norms run with them and of the
-head have theirs as a sum over chunks, in fp32, of products that torch rounds to bf16 one by one. If the chunks' roundings are
-independent, that is one rounding more than the plain model's, whatever the number of chunks: 0 to 6% of the whole error in
-models as small as these. Autocast rounds the plain model's products as well, and sums in fp32: no difference on average.
+What holds in bf16: weights that no chunk uses have the plain model's gradient. Those of matrices in MLPs and of the head are
+summed over chunks in fp32 and rounded once, as the plain model's are. Those of experts, and of norms run with an MLP, are
+rounded once a chunk before they are summed: up to 1% of the whole error in models as small as these. Autocast rounds the
+plain model's products as well, and sums in fp32: no difference on average.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from mstplan.train import minisequence
+from mstplan.train import loss, minisequence, mlp
 from mstplan.train.finding import find_mlps, find_parts
 
 from .double import float64
@@ -102,11 +102,17 @@ def served(model: nn.Module) -> set[str]:
     return {n for n, w in model.named_parameters() if id(w) in found}
 
 
+def rounds_chunks(model: nn.Module) -> bool:
+    """Has it weights in its chunks that are no matrices, or stacks of them?"""
+    names = served(model)
+    return any(w.dim() != 2 for n, w in model.named_parameters() if n in names and not n.endswith("bias"))
+
+
 # ---- bf16 -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_one_rounding_from_plain(family):
+def test_bfloat16_is_as_near_as_plain(family):
     model, batch = model_of(family, 0, torch.bfloat16), batch_of(2, 48)
     truth, plain = in_float64(model, batch), gradients(model, batch)
     chunked = served(model)
@@ -115,7 +121,7 @@ def test_bfloat16_is_one_rounding_from_plain(family):
         found = in_chunks(model, batch, setting)
         assert error(found, truth, others) <= 1.01 * error(plain, truth, others)  # on most CPUs they are the same bit for bit
         assert error(found, truth, chunked) ** 2 <= error(plain, truth, chunked) ** 2 + ROUNDOFF**2
-        assert error(found, truth) <= 1.07 * error(plain, truth)
+        assert error(found, truth) <= (1.03 if rounds_chunks(model) else 1.005) * error(plain, truth)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,12 +144,15 @@ def mean_ratios(family: str, seeds: int) -> list[float]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_error_does_not_grow_with_the_number_of_chunks(family):
-    assert max(mean_ratios(family, 4)) <= 1.04
+    assert max(mean_ratios(family, 4)) <= 1.005
 
 
 def test_sums_in_bfloat16_are_noticed():
-    with patch.object(torch, "promote_types", lambda dtype, _: dtype):
-        _, more, many = mean_ratios("llama", 2)
+    no = lambda _x: False  # noqa: E731
+    with patch.object(mlp, "can_sum_products", no), patch.object(loss, "can_sum_products", no):
+        assert max(mean_ratios("llama", 2)) > 1.01  # every chunk's gradient is rounded
+        with patch.object(torch, "promote_types", lambda dtype, _: dtype):
+            _, more, many = mean_ratios("llama", 2)
     assert more > 1.1 and many > 1.3
 
 
