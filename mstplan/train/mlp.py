@@ -1,7 +1,7 @@
 """An MLP, a chunk of tokens at a time, in both passes.
 
 The forward pass keeps the input only. Backward runs the MLP again for one chunk, takes that chunk's gradients, and goes
-on: intermediates exist for one chunk at a time. Weights' gradients are summed over the chunks in fp32.
+on: intermediates exist for one chunk at a time. Weights' gradients are summed over the chunks in fp32 (`products.py`).
 
 What follows an MLP token by token (a norm, dropout, in some families the residual) is recorded (see `lazy.py`) and run in
 the same chunks. Then, inside a checkpointed layer, nothing reads the MLP's output but an addition: `output_is_read` finds

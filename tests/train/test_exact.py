@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +46,24 @@ def test_every_family(family, mode):
         assert_equal(step(model, ids, labels), wanted)
         minisequence.undo(model)
     assert_equal(step(model, ids, labels), wanted)
+
+
+MODELS = {family: small_model(family, num_hidden_layers=3) for family in ("llama", "gemma2", "opt", "gpt_oss")}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    family=st.sampled_from(sorted(MODELS)), sequences=st.integers(1, 3), tokens=st.integers(2, 24), mlp_chunks=st.integers(1, 30),
+    loss_chunks=st.integers(1, 30), checkpoint=st.sampled_from(["none", "layer", "sqrt", 2, 5]), offload=st.booleans(),
+)  # fmt: skip
+def test_any_length_batch_and_chunks(family, sequences, tokens, mlp_chunks, loss_chunks, checkpoint, offload):
+    model, (ids, labels) = MODELS[family], small_batch(sequences, tokens)
+    wanted = step(model, ids, labels)
+    minisequence(model, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, checkpoint=checkpoint, offload=offload and checkpoint != "none")
+    try:
+        assert_equal(step(model, ids, labels), wanted)
+    finally:
+        minisequence.undo(model)
 
 
 @pytest.mark.parametrize("every", ["layer", 2, 3, "sqrt", 100])

@@ -177,6 +177,17 @@ def test_an_mlp_that_looks_at_other_tokens_is_refused():
         model(input_ids=ids, labels=labels)
 
 
+def test_what_cannot_be_recorded_between_two_matrices_is_refused():
+    model = small_model("opt")
+    layer = model.model.decoder.layers[1]
+    del layer.activation_fn
+    layer.activation_fn = lambda x: torch.cumsum(x, -2)
+    minisequence(model, **CHUNKS)
+    ids, labels = small_batch(1, 8)
+    with pytest.raises(ModelError, match="cumsum on the output of its first Linear"):
+        model(input_ids=ids, labels=labels)
+
+
 def test_router_losses_are_refused():
     model = minisequence(small_model("mixtral"), **CHUNKS)
     ids, labels = small_batch(1, 8)
