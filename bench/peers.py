@@ -1,7 +1,8 @@
-"""What bench/runtime.py compares with: other libraries' chunked MLPs and losses, each on top of gradient checkpointing.
+"""The ways of training that bench/runtime.py compares: mstplan's, and other libraries' chunked MLPs and losses.
 
-A peer is a function of a model that runs on its device, and of a number of pieces for the MLP and for the loss; it changes
-the model and gives the function from token ids to the loss. One that cannot run here raises Absent, with the reason.
+A way is a function of a model, on its device, and of how many pieces the MLP and the loss shall run in; it changes the model
+and gives the function from token ids to the loss. One that cannot run here raises Absent, with the reason. The peers stand on
+checkpoints of each layer, as transformers makes them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mstplan.train import minisequence
+
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -21,9 +24,27 @@ class Absent(Exception):
     """A way of training that cannot run here, and why."""
 
 
-def checkpointed(model: nn.Module) -> Loss:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def plain(model: nn.Module, *_chunks: int) -> Loss:
     return lambda ids: model(input_ids=ids, labels=ids).loss
+
+
+def mst(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
+    return plain(minisequence(model, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks))
+
+
+def mst_auto(model: nn.Module, *_chunks: int) -> Loss:
+    """With as many chunks as are recommended."""
+    return plain(minisequence(model))
+
+
+def mst_offload(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
+    """Layer inputs on the host."""
+    return plain(minisequence(model, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, offload=True))
+
+
+def checkpoint(model: nn.Module, *_chunks: int) -> Loss:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return plain(model)
 
 
 def deepspeed_mlp(model: nn.Module, mlp_chunks: int, _loss_chunks: int) -> Loss:
@@ -31,7 +52,7 @@ def deepspeed_mlp(model: nn.Module, mlp_chunks: int, _loss_chunks: int) -> Loss:
     tiled = _library("deepspeed", "deepspeed.runtime.sequence_parallel.ulysses_sp").TiledMLP
     for mlp in _mlps(model):
         _replace(mlp, lambda self, x: tiled.apply(type(self).forward, self, x, mlp_chunks, list(self.parameters())))
-    return checkpointed(model)
+    return checkpoint(model)
 
 
 def deepspeed_both(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
@@ -56,7 +77,7 @@ def liger_loss(model: nn.Module, _mlp_chunks: int, _loss_chunks: int) -> Loss:
     """Liger's fused linear cross entropy, which chooses its pieces itself."""
     patch = _on_gpu(model, "liger_kernel.transformers").apply_liger_kernel_to_llama
     patch(rope=False, rms_norm=False, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=True, model=model)
-    return checkpointed(model)
+    return checkpoint(model)
 
 
 def liger_both(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
@@ -67,11 +88,16 @@ def liger_both(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
     return liger_loss(model, mlp_chunks, loss_chunks)
 
 
-PEERS = {
-    "DeepSpeed TiledMLP": deepspeed_mlp,
-    "DeepSpeed TiledMLP, tiled loss": deepspeed_both,
-    "Liger fused loss": liger_loss,
-    "Liger fused loss, tiled MLP": liger_both,
+WAYS = {
+    "plain": plain,
+    "checkpoint": checkpoint,
+    "mst": mst,
+    "mst-auto": mst_auto,
+    "mst-offload": mst_offload,
+    "deepspeed-mlp": deepspeed_mlp,
+    "deepspeed-mlp-loss": deepspeed_both,
+    "liger-loss": liger_loss,
+    "liger-mlp-loss": liger_both,
 }
 
 
