@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,9 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.optimization import Adafactor
 
 from mstplan import profiles
+from mstplan.observe.step import optimizer_of, step_in_backward
 from mstplan.plan.config import read_config
 from mstplan.plan.model import Model
 from mstplan.plan.recipe import Recipe
@@ -203,26 +203,6 @@ def _build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
 # ---- the step -------------------------------------------------------------------------------------------------------
 
 
-def _optimizer(recipe: Recipe) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
-    if recipe.optimizer == "sgd":
-        return lambda weights: torch.optim.SGD(weights, lr=1e-5, foreach=recipe.adamw_kernel == "foreach")
-    if recipe.optimizer == "adafactor":  # as transformers' Trainer makes it
-        return lambda weights: Adafactor(weights, lr=1e-5, scale_parameter=False, relative_step=False)
-    kernel = {"foreach": recipe.adamw_kernel == "foreach", "fused": recipe.adamw_kernel == "fused" or None}
-    return lambda weights: torch.optim.AdamW(weights, lr=1e-5, **kernel)
-
-
-def _step_in_backward(net: nn.Module, make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]) -> None:
-    for weight in net.parameters():
-        optimizer = make([weight])
-
-        def hook(_weight: nn.Parameter, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        weight.register_post_accumulate_grad_hook(hook)
-
-
 @contextmanager
 def watching(list_alive: bool = False) -> Iterator[Watch]:
     watch = Watch(list_alive)
@@ -236,9 +216,9 @@ def run_step(config: dict[str, Any], recipe: Recipe, seq_len: int, list_alive: b
         net = _build(config, recipe)
         optimizer = None
         if recipe.optimizer_in_backward:
-            _step_in_backward(net, _optimizer(recipe))
+            step_in_backward(net, optimizer_of(recipe))
         else:
-            optimizer = _optimizer(recipe)(net.parameters())
+            optimizer = optimizer_of(recipe)(net.parameters())
         ids, targets = (torch.randint(0, config["vocab_size"], (recipe.batch, seq_len)) for _ in range(2))
         for _ in range(2):
             watch.peaks = {}
