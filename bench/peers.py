@@ -1,4 +1,4 @@
-"""The ways of training that bench/runtime.py compares: mstplan's, and other libraries' chunked MLPs and losses.
+"""The models of bench/runtime.py and the ways of training it compares: mstplan's, and other libraries' chunked MLPs and losses.
 
 A way is a function of a model, on its device, and of how many pieces the MLP and the loss shall run in; it changes the model
 and gives the function from token ids to the loss. One that cannot run here raises Absent, with the reason. The peers stand on
@@ -7,6 +7,7 @@ checkpoints of each layer, as transformers makes them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib import import_module
 from types import MethodType, ModuleType
@@ -14,14 +15,29 @@ from types import MethodType, ModuleType
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from mstplan import profiles
 from mstplan.train import minisequence
 
+SMALL = {
+    "model_type": "llama", "hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 10, "num_attention_heads": 10,
+    "num_key_value_heads": 5, "vocab_size": 32000, "max_position_embeddings": 2**17, "tie_word_embeddings": False,
+}  # fmt: skip
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Absent(Exception):
     """A way of training that cannot run here, and why."""
+
+
+def build(name: str, layers: int | None, device: str, dtype: torch.dtype) -> nn.Module:
+    """The model "small" or a shipped one, with random weights and as many layers as asked for."""
+    path = profiles.ROOT / "models" / f"{name}.json"
+    config = SMALL if name == "small" else json.loads(path.read_text(encoding="utf-8"))
+    changes = {"use_cache": False, **({"num_hidden_layers": layers} if layers else {})}
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, **changes}), dtype=dtype).train()
 
 
 def plain(model: nn.Module, *_chunks: int) -> Loss:
@@ -105,7 +121,7 @@ def _library(package: str, module: str) -> ModuleType:
     try:
         return import_module(module)
     except ModuleNotFoundError as e:
-        raise Absent(f"not installed: pip install {package}" if e.name == package else f"lacks {e.name}") from None
+        raise Absent(f"not installed: pip install {package.replace('_', '-')}" if e.name == package else f"lacks {e.name}") from None
     except Exception as e:  # noqa: BLE001 - whatever another library's import raises means that it cannot run here
         raise Absent(f"{package} cannot be imported: {str(e).splitlines()[0]}") from None
 
