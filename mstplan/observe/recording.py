@@ -1,25 +1,31 @@
-"""What a step allocates and releases, in order, and for what: read off every operation by a dispatch mode.
+"""What a step allocates and releases, in order, and what for. Plain data: nothing here needs torch.
 
-A storage counts from the operation that makes it until Python lets go of its last tensor. Each is labelled with the
-operation, the module that ran, the phase, the shape and the dtype of the tensor it was made for.
+A step is walked through in places: a pass (forward, recomputation, backward, optimizer) of a unit. Units are what is
+checkpointed together, a decoder layer or a segment of several; what runs before them is unit -1, what runs after them
+unit n. Places follow each other as blocks of events, and `extend.py` repeats the blocks of a layer for many.
 """
 
 from __future__ import annotations
 
-import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
-from torch.nn.modules import module as hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+FORWARD, RECOMPUTE, BACKWARD, OPTIMIZER = "forward", "recompute", "backward", "optimizer"
+
+WEIGHTS, GRADIENTS, STATES, INPUTS, ATTENTION = "weights", "gradients", "optimizer", "layer inputs", "attention"
+MLP, NORMS, LOSS, WORKSPACE, OTHER = "MLP", "norms and residuals", "loss", "workspace", "other"
+CATEGORIES = (WEIGHTS, GRADIENTS, STATES, INPUTS, ATTENTION, MLP, NORMS, LOSS, WORKSPACE, OTHER)
 
 
-class Made(NamedTuple):
+class Place(NamedTuple):
+    run: str  # forward | recompute | backward | optimizer
+    unit: int
+
+
+@dataclass(slots=True)
+class Made:
     """A storage: bytes, and the tensor that it was made for."""
 
     bytes: int
@@ -27,112 +33,82 @@ class Made(NamedTuple):
     dtype: str
     operation: str
     module: str  # its path in the model; in backward that of the module whose forward made the node
-    phase: str
-    backward: bool  # was it made by autograd, as opposed to a forward pass or a recomputation?
+    category: str = OTHER
+    host: bool = False  # in host memory
 
 
+@dataclass
 class Recording:
-    """events: (index into `made`, +1 allocated or -1 released), in order. phases: (name, index of its first event)."""
+    """events: (index into `made`, +1 allocated or -1 released), in order. places: (place, index of its first event)."""
 
-    def __init__(self) -> None:
-        self.made: list[Made] = []
-        self.events: list[tuple[int, int]] = []
-        self.phases: list[tuple[str, int]] = []
+    made: list[Made] = field(default_factory=list)
+    events: list[tuple[int, int]] = field(default_factory=list)
+    places: list[tuple[Place, int]] = field(default_factory=list)
+
+    def enter(self, place: Place) -> None:
+        """What follows happens at `place`."""
+        if self.places and self.places[-1][1] == len(self.events):
+            self.places.pop()  # nothing happened there
+        if not self.places or self.places[-1][0] != place:
+            self.places.append((place, len(self.events)))
+
+    def add(self, made: Made) -> int:
+        """Record an allocation; returns its index."""
+        self.made.append(made)
+        self.events.append((len(self.made) - 1, 1))
+        return len(self.made) - 1
+
+    def blocks(self) -> Iterator[tuple[Place, range]]:
+        """The events of each place, in order."""
+        ends = [start for _, start in self.places[1:]] + [len(self.events)]
+        for (place, start), end in zip(self.places, ends, strict=True):
+            yield place, range(start, end)
+
+    def place_of(self, event: int) -> Place:
+        return self.places[bisect_right(self.places, event, key=lambda p: p[1]) - 1][0]
 
     def live(self) -> Iterator[int]:
-        """Bytes alive after each event."""
+        """Bytes on the device after each event."""
         total = 0
         for index, sign in self.events:
-            total += sign * self.made[index].bytes
+            made = self.made[index]
+            total += 0 if made.host else sign * made.bytes
             yield total
 
-    def peak(self, phase: str | None = None) -> tuple[int, int]:
-        """(bytes, index of the event) of the largest moment, of one phase or of all."""
-        best, at = 0, 0
-        names = self._phase_of_events()
-        for n, (total, name) in enumerate(zip(self.live(), names, strict=True)):
-            if (phase is None or name == phase) and total > best:
-                best, at = total, n
-        return best, at
-
-    def alive_at(self, event: int) -> list[Made]:
-        """The storages alive after an event, largest first."""
+    def alive_at(self, event: int) -> list[int]:
+        """Indices of what is alive on the device after an event, largest first."""
         alive: set[int] = set()
         for index, sign in self.events[: event + 1]:
             (alive.add if sign > 0 else alive.discard)(index)
-        return sorted((self.made[i] for i in alive), key=lambda made: -made.bytes)
+        return sorted((i for i in alive if not self.made[i].host), key=lambda i: -self.made[i].bytes)
 
-    def _phase_of_events(self) -> Iterator[str]:
-        starts = [start for _, start in self.phases]
-        for n in range(len(self.events)):
-            where = bisect_right(starts, n) - 1
-            yield self.phases[where][0] if where >= 0 else ""
+    def without(self, left_out: Collection[int | None]) -> Recording:
+        """The same without some of the storages."""
+        kept = [i for i in range(len(self.made)) if i not in left_out]
+        new = {old: n for n, old in enumerate(kept)}
+        events = [(new[index], sign) for index, sign in self.events if index in new]
+        places = [(place, sum(index in new for index, _ in self.events[:start])) for place, start in self.places]
+        return Recording([self.made[i] for i in kept], events, places)
+
+    def as_data(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "made": [[m.bytes, list(m.shape), m.dtype, m.operation, m.module, m.category, m.host] for m in self.made],
+            "events": [[index, sign] for index, sign in self.events],
+            "places": [[place.run, place.unit, start] for place, start in self.places],
+        }
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Recording:
+        made = [Made(size, tuple(shape), *rest) for size, shape, *rest in data["made"]]
+        events = [(index, sign) for index, sign in data["events"]]
+        return cls(made, events, [(Place(run, unit), start) for run, unit, start in data["places"]])
 
 
-class Recorder(TorchDispatchMode):
-    """Records into `recording` from when it is entered; `phase(name)` begins a phase of the step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recording = Recording()
-        self._known: dict[int, int] = {}  # storage: index into made
-        self._phase = ""
-        self._stack: list[str] = [""]
-        self._forward_of: list[tuple[int, str]] = []  # autograd's sequence numbers and the module whose forward they are of
-        self._names: dict[nn.Module, str] = {}
-
-    def phase(self, name: str) -> None:
-        self._phase = name
-        self.recording.phases.append((name, len(self.recording.events)))
-
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, torch.Tensor):
-                self._see(value, func)
-        return out
-
-    def _see(self, tensor: torch.Tensor, func: Any) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known or not storage.nbytes():
-            return
-        node = torch._C._current_autograd_node()
-        module = self._stack[-1] if node is None or len(self._stack) > 1 else self._module_of(node)
-        made = Made(
-            storage.nbytes(), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), str(func), module, self._phase, node is not None,
-        )  # fmt: skip
-        self._known[key] = len(self.recording.made)
-        self.recording.events.append((len(self.recording.made), 1))
-        self.recording.made.append(made)
-        weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.recording.events.append((self._known.pop(key), -1))
-
-    def _module_of(self, node: Any) -> str:
-        at = bisect_right(self._forward_of, (node._sequence_nr(), "\U0010ffff")) - 1
-        return self._forward_of[at][1] if at >= 0 else ""
-
-    @contextmanager
-    def modules_of(self, model: nn.Module) -> Iterator[None]:
-        """Within the context the forward passes of the model's modules label what they, and autograd after them, make."""
-        self._names = {module: name for name, module in model.named_modules()}
-
-        def enter(module: nn.Module, _inputs: Any) -> None:
-            self._stack.append(self._names.get(module, self._stack[-1]))
-            self._mark()
-
-        def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-            self._stack.pop()
-            self._mark()
-
-        handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave, always_call=True)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _mark(self) -> None:
-        self._forward_of.append((torch._C._autograd._get_sequence_nr(), self._stack[-1]))
+def largest(totals: Iterable[int]) -> tuple[int, int]:
+    """(the largest, its index) of running totals; (0, -1) of none."""
+    best, at = 0, -1
+    for n, total in enumerate(totals):
+        if total > best:
+            best, at = total, n
+    return best, at

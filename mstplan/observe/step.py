@@ -1,6 +1,6 @@
 """One training step of a transformers model as a recipe describes it: the same code on fake tensors, on the CPU and on CUDA.
 
-Only the recorder around it differs. Phases follow the step model's instants: forward (with the loss), backward, optimizer.
+Only the recorder around it differs. Passes follow the step model's instants: forward (with the loss), backward, optimizer.
 """
 
 from __future__ import annotations
@@ -10,69 +10,99 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.optimization import Adafactor
 
-from ..errors import RecipeError
+from ..errors import ModelError, RecipeError, one_line
 from ..plan.recipe import Recipe
 from ..train import minisequence
+from .recording import BACKWARD, FORWARD, OPTIMIZER
 
-FORWARD, BACKWARD, OPTIMIZER = PHASES = ("forward", "backward", "optimizer")
 DTYPES = {"bf16": torch.bfloat16, "mixed": torch.float32, "fp32": torch.float32}
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-class TrainingStep:
-    """A model with random weights, its optimizer, and a batch of random tokens (b, s). `run` makes one optimizer step.
+def read_settings(config: dict[str, Any]) -> PreTrainedConfig:
+    """transformers' configuration object of a config.json. Raises ModelError when transformers has no code for it."""
+    fields = {name: value for name, value in config.items() if name != "quantization_config"}
+    try:
+        settings = AutoConfig.for_model(**fields)
+    except Exception as e:  # transformers raises what it likes
+        kind = one_line(config.get("model_type"))
+        raise ModelError(f"transformers cannot read this model ({kind}): {one_line(e)}") from None
+    settings.use_cache = False
+    return settings
 
-    config: of a causal language model, as in its config.json. Chunks must be numbers here, not "auto". Raises RecipeError
-    for what no step can be built for, ModelError for a model that the runtime refuses.
+
+def build(settings: PreTrainedConfig, recipe: Recipe, attention: str, device: str) -> PreTrainedModel:
+    """The model with random weights, in training mode. Raises ModelError where transformers has none."""
+    with torch.device(device):
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=DTYPES[recipe.precision], attn_implementation=attention)
+        except (ValueError, ImportError, AttributeError, NotImplementedError, TypeError, KeyError) as e:
+            raise ModelError(f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}") from None
+    return model.train()
+
+
+class TrainingStep:
+    """A model, its optimizer, and a batch of random tokens (b, s). `run` makes one optimizer step.
+
+    Chunks must be numbers here, not "auto". Raises RecipeError for what no step can be built for, ModelError for a model
+    that the runtime refuses.
     """
 
-    def __init__(self, config: dict[str, Any], recipe: Recipe, seq_len: int, attention: str, device: str = "cpu"):
-        if "auto" in (recipe.mlp_chunks, recipe.loss_chunks):
-            raise RecipeError("a training step needs numbers of chunks, not 'auto'.")
-        if recipe.weights_on_host or recipe.optimizer_on_host or recipe.optimizer == "adamw-8bit":
-            raise RecipeError("optimizers or weights on the host, and 8-bit optimizers, cannot be run here.\nPlan them with the formula rung.")
-        self.recipe, self.device = recipe, device
-        self.model = _model(config, recipe, attention, device)
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, seq_len: int, checkpoint: Any = None):
+        """checkpoint: in place of the recipe's, where it counts layers that are not there."""
+        check_runnable(recipe)
+        self.recipe, self.model = recipe, model
+        self.device = next(model.parameters()).device
+        chunked = recipe.loss == "chunked"
+        how = recipe.checkpoint if checkpoint is None else checkpoint
+        if how != "none" or chunked or recipe.mlp_chunks != 1:
+            minisequence(
+                model, mlp_chunks=int(recipe.mlp_chunks), loss_chunks=int(recipe.loss_chunks), checkpoint=how, offload=recipe.offload_layer_inputs,
+            )  # fmt: skip
         make = optimizer_of(recipe)
-        self.optimizer = None if recipe.optimizer_in_backward else make(self.model.parameters())
-        if recipe.optimizer_in_backward:
-            step_in_backward(self.model, make)
-        shape = (recipe.batch, seq_len)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        self.tokens, self.labels = (torch.randint(0, vocabulary, shape, device=device) for _ in range(2))
+        self.optimizer = None if recipe.optimizer_in_backward else make(model.parameters())
+        self.in_backward = step_in_backward(model, make) if recipe.optimizer_in_backward else []
+        vocabulary = model.get_input_embeddings().num_embeddings
+        self.tokens, self.labels = (torch.randint(0, vocabulary, (recipe.batch, seq_len), device=self.device) for _ in range(2))
 
-    def run(self, phase: Callable[[str], Any] = lambda _name: None) -> torch.Tensor:
-        """One optimizer step; `phase` is told when each part of it begins. Returns the loss of the last micro-batch, detached."""
+    def run(self, begin: Callable[[str], Any] = lambda _name: None) -> torch.Tensor:
+        """One optimizer step; `begin` is told when each pass of it begins. Returns the loss of the last micro-batch, detached."""
         for _ in range(self.recipe.accumulation):
-            phase(FORWARD)
-            with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.recipe.precision == "mixed"):
-                loss = self.model(input_ids=self.tokens, labels=self.labels).loss
-            phase(BACKWARD)
+            begin(FORWARD)
+            loss = self.forward()
+            begin(BACKWARD)
             loss.backward()
             loss = loss.detach()
-        phase(OPTIMIZER)
+        begin(OPTIMIZER)
+        self.update()
+        return loss
+
+    def forward(self) -> torch.Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "mixed"):
+            loss: torch.Tensor = self.model(input_ids=self.tokens, labels=self.labels).loss
+        return loss
+
+    def update(self) -> None:
+        """The optimizer's step; gradients go."""
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return loss
 
 
-def _model(config: dict[str, Any], recipe: Recipe, attention: str, device: str) -> PreTrainedModel:
-    settings = AutoConfig.for_model(**config)
-    settings.use_cache = False
-    with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=DTYPES[recipe.precision], attn_implementation=attention)
-    chunked = recipe.loss == "chunked"
-    if recipe.checkpoint != "none" or chunked or recipe.mlp_chunks != 1:
-        minisequence(
-            model, mlp_chunks=int(recipe.mlp_chunks), loss_chunks=int(recipe.loss_chunks), checkpoint=recipe.checkpoint,
-            offload=recipe.offload_layer_inputs,
-        )  # fmt: skip
-    return model.train()
+def check_runnable(recipe: Recipe) -> None:
+    """Raises RecipeError for a recipe that no step here can follow."""
+    if "auto" in (recipe.mlp_chunks, recipe.loss_chunks):
+        raise RecipeError("a training step needs numbers of chunks, not 'auto'.")
+    if recipe.weights_on_host or recipe.optimizer_on_host or recipe.optimizer == "adamw-8bit":
+        raise RecipeError("optimizers or weights on the host, and 8-bit optimizers, cannot be run here.\nPlan them with the formula rung.")
+    if recipe.loss == "transformers<4.45":
+        raise RecipeError("the loss of transformers before 4.45 is not that of the code at hand.\nPlan it with the formula rung.")
+    if not recipe.mlp_recompute and recipe.mlp_chunks != 1:
+        raise RecipeError("minisequence recomputes each MLP chunk by itself; --no-recompute is for the formula rung.")
 
 
 def optimizer_of(recipe: Recipe) -> MakeOptimizer:
@@ -84,13 +114,26 @@ def optimizer_of(recipe: Recipe) -> MakeOptimizer:
     return lambda weights: torch.optim.AdamW(weights, lr=1e-5, foreach=foreach, fused=recipe.adamw_kernel == "fused" or None)
 
 
-def step_in_backward(model: nn.Module, make: MakeOptimizer) -> None:
+def step_in_backward(model: nn.Module, make: MakeOptimizer) -> list[torch.optim.Optimizer]:
+    """Step each weight as soon as its gradient is there, then let the gradient go."""
+    optimizers = []
     for weight in model.parameters():
         optimizer = make([weight])
+        optimizers.append(optimizer)
 
         def hook(_weight: torch.Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         weight.register_post_accumulate_grad_hook(hook)
+    return optimizers
 
+
+def make_states(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Let optimizers make the states that they make in their first step: gradients of any value do."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.grad = torch.empty_like(weight)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

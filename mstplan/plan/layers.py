@@ -13,6 +13,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from .cuda import flash_head_size
 from .model import Attention, Experts, LayerKind, Mlp, Model
 from .tape import Op, Part, Tape, Tensor, Weight, axes_of, sums_of
 
@@ -314,7 +315,7 @@ class Writer:
         e_out = "e" if a.v_head_dim == a.head_dim else "ev"
         out = tape.new("attention mixed", f"{self.t} H {e_out}", q.dtype)
         rows = tape.new("log-sum-exp", f"{self.t} H", "float32")
-        rounded = -(-a.head_dim // 32) * 32 if a.head_dim <= 192 else 256
+        rounded = flash_head_size(a.head_dim)
         sinks = (self.weight("sinks", a.heads),) if a.sinks else ()
         temps = [
             tape.new("dQ accumulator", f"b r H {rounded}", "float32"),

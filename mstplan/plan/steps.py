@@ -12,6 +12,7 @@ from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
+from .cuda import flash_rows
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
 from .model import Model
 from .optimizers import optimizer_memory
@@ -91,7 +92,7 @@ class Sizes(NamedTuple):
     @property
     def units(self) -> tuple[int, ...]:
         b, s = self.batch, self.seq_len
-        return (1, b * s, b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens, b * s * s, s * s, s, b * (-(-s // 128) * 128))
+        return (1, b * s, b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens, b * s * s, s * s, s, b * flash_rows(s))
 
 
 def evaluate(vector: Vector, units: tuple[int, ...]) -> int:

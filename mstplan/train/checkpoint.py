@@ -35,7 +35,8 @@ class Checkpoints:
         self._segment = ExitStack()  # the one being run, its layers so far, and what the last of them gave
         self._runs: list[tuple[LayerRun, tuple[Any, ...]]] = []
         self._next = 0
-        self.discards = False  # is a layer being recomputed whose output nobody will read?
+        self.recomputing: int | None = None  # the number of the layer that is being run again
+        self.discards = False  # and will nobody read its output?
         self._output: Any = None
         self.model, self.before = model, [(m, {k: m.__dict__[k] for k in _FLAGS if k in m.__dict__}) for m in model.modules()]
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run_alone)
@@ -84,10 +85,10 @@ class Checkpoints:
         def again(hidden: torch.Tensor) -> None:
             try:
                 for n, (run, more) in enumerate(runs, 1):
-                    self.discards = n == len(runs)
+                    self.recomputing, self.discards = index + n - 1, n == len(runs)
                     hidden = _hidden(made(run(hidden, *more)))
             finally:
-                self.discards = False
+                self.recomputing, self.discards = None, False
 
         self._segment = ExitStack()
         if self.host is not None and torch.is_grad_enabled():

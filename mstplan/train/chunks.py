@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ from ..plan.solve import chunks_at
 from ..plan.steps import Chunks
 
 _ATTENTION = {"eager": "eager", "flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attention_4": "flash"}
+
+
+def pieces(tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
+    """(number, place) of each chunk of at most `rows` of `tokens` tokens."""
+    for n, start in enumerate(range(0, tokens, rows)):
+        yield n, slice(start, min(start + rows, tokens))
 
 
 class ChunkCounts:

@@ -95,7 +95,7 @@ def _with_sublayers(layer: nn.Module) -> list[nn.Module]:
     found = [layer]
     for part in layer.modules():
         children = list(part.children())
-        attends = any(_mixes(c) and not isinstance(c, nn.modules.conv._ConvNd) for c in children)
+        attends = any(mixes(c) and not isinstance(c, nn.modules.conv._ConvNd) for c in children)
         if part is not layer and attends and any(_matrices(c) > 1 and _takes_tokens_alone(c) for c in children):
             found.append(part)
     return found
@@ -107,12 +107,12 @@ def _within(module: nn.Module, others: list[nn.Module]) -> bool:
 
 def _outside_mixers(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if not _mixes(child):
+        if not mixes(child):
             yield child
             yield from _outside_mixers(child)
 
 
-def _mixes(module: nn.Module) -> bool:
+def mixes(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         return True
     names = inspect.signature(module.forward).parameters
@@ -123,7 +123,7 @@ def _takes_tokens_alone(module: nn.Module) -> bool:
     """Does it take one tensor and nothing by which to look at other tokens?"""
     parameters = inspect.signature(module.forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(required) == 1 and not _mixes(module)
+    return len(required) == 1 and not mixes(module)
 
 
 def _matrices(module: nn.Module) -> int:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ModelError
+from . import chunks
 from .lazy import Lazy, Run
 from .leaves import autocast_as_now, standing_in, trained_weights
 from .products import Sums, add_gradients, as_gradients, can_sum_products, summing
@@ -129,12 +130,12 @@ class _ChunkedLoss(torch.autograd.Function):
         sums: Sums = [None] * len(weights)
         straight = wants_any and can_sum_products(hidden)
         total, autocast = None, autocast_as_now(hidden.device.type)
-        for start in range(0, hidden.shape[0], rows):
-            chunk = hidden[start : start + rows].detach().requires_grad_(wants_hidden)
+        for _, place in chunks.pieces(hidden.shape[0], rows):
+            chunk = hidden[place].detach().requires_grad_(wants_hidden)
             with torch.set_grad_enabled(wants_any), torch.autocast(**autocast), standing_in(modules, list(weights)) as leaves:
                 with summing(straight, leaves, sums):
                     logits = run(chunk.unsqueeze(0)).squeeze(0)
-                aims = targets[start : start + rows].to(logits.device)
+                aims = targets[place].to(logits.device)
                 loss = F.cross_entropy(logits, aims, ignore_index=ignore, reduction="sum") / divisor
                 del logits
             total = loss.detach() if total is None else total + loss.detach()
@@ -142,7 +143,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 inputs = [chunk, *leaves] if wants_hidden else leaves
                 found = list(torch.autograd.grad(loss, inputs, allow_unused=True))
                 if d_hidden is not None:
-                    d_hidden[start : start + rows] = found.pop(0)
+                    d_hidden[place] = found.pop(0)
                 add_gradients(sums, found, several=True)
                 del found  # before the next chunk's logits are made
             del loss, chunk

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from . import chunks
 from .lazy import Lazy, Run
 from .leaves import autocast_as_now, standing_in, trained_weights
 from .products import Sums, add_gradients, as_gradients, can_sum_products, summing
@@ -99,13 +100,18 @@ def made(out: Any) -> Any:
 def chunked_mlp(lazy: Output) -> Any:
     """The tensor that `lazy` stands for: source (..., d) to (..., width), differentiable."""
     x, beside = lazy.source, lazy.beside
-    seed = int(torch.randint(1 << 62, ())) if lazy.random or draws_random(lazy.modules) else None
+    seed = draw_seed() if lazy.random or draws_random(lazy.modules) else None
     weights = trained_weights(*lazy.modules)
     out: torch.Tensor = _ChunkedMlp.apply(x.flatten(0, -2), lazy.modules, lazy.run, lazy.rows, seed, lazy.skip(), beside, *weights)
     if out.grad_fn is not None:
         lazy.nodes.append(out.grad_fn)
     out = out.view(*x.shape[:-1], out.shape[-1])
     return (out, *[Unmade(lazy.modules)] * beside[0]) if beside[0] else out
+
+
+def draw_seed() -> int | None:
+    """For the random numbers of one MLP's chunks."""
+    return int(torch.randint(1 << 62, ()))
 
 
 def check_tokenwise(run: Run, x: torch.Tensor, modules: tuple[nn.Module, ...]) -> None:
@@ -182,14 +188,14 @@ class _ChunkedMlp(torch.autograd.Function):
         if skip:
             return torch.empty_like(x)
         out: torch.Tensor | None = None
-        for n, start in enumerate(range(0, x.shape[0], rows)):
+        for n, place in chunks.pieces(x.shape[0], rows):
             with _seeded(x.device, seed, n):
-                piece = run(x[start : start + rows].unsqueeze(0))
+                piece = run(x[place].unsqueeze(0))
             beside[0] = len(piece) - 1 if isinstance(piece, tuple) else 0
             piece = _first(piece)
             if out is None:
                 out = piece.new_empty(x.shape[0], piece.shape[-1])
-            out[start : start + rows] = piece
+            out[place] = piece
         assert out is not None
         return out
 
@@ -200,16 +206,15 @@ class _ChunkedMlp(torch.autograd.Function):
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         several = x.shape[0] > ctx.rows
         sums: Sums = [None] * len(weights)
-        for n, start in enumerate(range(0, x.shape[0], ctx.rows)):
-            rows = slice(start, start + ctx.rows)
-            piece = x[rows].detach().requires_grad_(d_x is not None)
+        for n, place in chunks.pieces(x.shape[0], ctx.rows):
+            piece = x[place].detach().requires_grad_(d_x is not None)
             with standing_in(ctx.modules, weights) as leaves, summing(several and ctx.sums_products, leaves, sums):
                 out = _again(ctx, n, piece)
             inputs = [piece, *leaves] if d_x is not None else leaves
-            found = list(torch.autograd.grad(out, inputs, incoming[rows], allow_unused=True))
+            found = list(torch.autograd.grad(out, inputs, incoming[place], allow_unused=True))
             del out
             if d_x is not None:
-                d_x[rows] = found.pop(0)
+                d_x[place] = found.pop(0)
             add_gradients(sums, found, several)
             del found, piece  # before the next chunk's intermediates are made
         return (d_x, *[None] * 6, *as_gradients(sums, weights))

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 Sums = list[torch.Tensor | None]
@@ -66,7 +65,12 @@ def can_sum_products(x: torch.Tensor) -> bool:
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return False
-    return x.dtype in (torch.float32, torch.float64) or kind == "cpu" or "dtype_out" in torch.ops.aten.addmm.overloads()
+    return x.dtype in (torch.float32, torch.float64) or not adds_to_fp32(kind) or "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+def adds_to_fp32(device: str) -> bool:
+    """Has this kind of device a product of 16-bit matrices that adds to an fp32 one? CPUs take fp32 copies instead."""
+    return device != "cpu"
 
 
 class _Product(torch.autograd.Function):
@@ -98,7 +102,7 @@ def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -
     """total + a b, in place, in fp32 (fp64 for fp64)."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b if total is None else total.addmm_(a, b)
-    if a.device.type == "cpu" and not isinstance(a, FakeTensor):  # no such kernel there; fake tensors stand for a GPU's
+    if not adds_to_fp32(a.device.type):
         return _add_product(total, a.float(), b.float())
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)

@@ -4,75 +4,81 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mstplan.errors import RecipeError
-from mstplan.observe.recording import Recorder, Recording
-from mstplan.observe.step import PHASES, TrainingStep
+from mstplan.observe.recording import ATTENTION, BACKWARD, FORWARD, GRADIENTS, INPUTS, LOSS, MLP, RECOMPUTE, Place, Recording, largest
+from mstplan.observe.step import TrainingStep, build, read_settings
+from mstplan.observe.tracer import trace
 from mstplan.plan.recipe import Recipe, strategy
 
-from ..plan.fake_step import STAND_IN, cut, run_step
-
 TINY = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 48, "vocab_size": 61, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MST = strategy("mst", mlp_chunks=4, loss_chunks=8)
 
 
-def recorded(config, recipe: Recipe, seq_len: int) -> Recording:
-    """The second step, on fake tensors."""
-    recorder = Recorder()
-    with FakeTensorMode(allow_non_fake_inputs=True), recorder:
-        step = TrainingStep(config, recipe, seq_len, STAND_IN)
-        with recorder.modules_of(step.model):
-            step.run()
-            step.run(recorder.phase)
-    return recorder.recording
+@pytest.fixture(scope="module")
+def plain() -> Recording:
+    return trace(TINY, Recipe(), 32, whole=True).step
 
 
-@pytest.mark.parametrize("recipe", [MST, Recipe(), Recipe(optimizer="sgd", precision="mixed"), MST.changed(optimizer_in_backward=True)])
-def test_as_many_bytes_as_another_count(recipe):
-    config = cut("qwen3-4b", 2)
-    found, counted = recorded(config, recipe, 2048), run_step(config, recipe, 2048)
-    for phase in PHASES[:2]:
-        assert found.peak(phase)[0] == counted[phase].bytes
+def test_what_is_alive_adds_up(plain):
+    most, at = largest(plain.live())
+    assert sum(plain.made[i].bytes for i in plain.alive_at(at)) == most
+    released = [index for index, sign in plain.events if sign < 0]
+    assert len(set(released)) == len(released) and len(plain.events) == len(plain.made) + len(released)
 
 
-def test_what_is_alive_adds_up():
-    found = recorded(TINY, MST, 32)
-    for phase in PHASES:
-        most, at = found.peak(phase)
-        assert sum(made.bytes for made in found.alive_at(at)) == most
-    assert [name for name, _ in found.phases] == list(PHASES)
-    released = [index for index, sign in found.events if sign < 0]
-    assert len(set(released)) == len(released) and len(found.events) == len(found.made) + len(released)
-
-
-def test_modules_are_named_in_both_passes():
-    found = recorded(TINY, Recipe(), 32)
-    for backward in (False, True):
-        wide = {made.module for made in found.made if made.phase and made.backward is backward and made.shape[1:] == (32, 48)}
+def test_modules_are_named_in_both_passes(plain):
+    for run in (FORWARD, BACKWARD):
+        wide = {
+            plain.made[plain.events[e][0]].module for place, span in plain.blocks() if place.run == run for e in span
+            if plain.events[e][1] > 0 and plain.made[plain.events[e][0]].shape[1:] == (32, 48)
+        }  # fmt: skip
         assert wide and all(".mlp" in name for name in wide), wide
-    scores = {made.module for made in found.made if made.backward and made.shape == (32, 61)}
-    assert scores <= {"", "lm_head"}
+
+
+def test_categories(plain):
+    by_shape = {(m.shape, m.category) for m in plain.made}
+    assert ((1, 32, 48), MLP) in by_shape
+    assert ((1, 32, 32), INPUTS) in by_shape
+    assert ((1, 4, 32), ATTENTION) in by_shape or ((1, 32, 4, 8), ATTENTION) in by_shape
+    gradients = [m for m in plain.made if m.category == GRADIENTS]
+    assert len(gradients) == len(list(build(read_settings(TINY), Recipe(), "eager", "meta").parameters()))
+    logits = [m for m in plain.made if m.shape[-1:] == (61,) and m.shape[0] != 61]
+    assert len(logits) > 4 and {m.category for m in logits} == {LOSS}
+
+
+def test_places_are_those_of_a_step():
+    step = trace(TINY, strategy("checkpoint"), 32, whole=True).step
+    places = [place for place, _ in step.places]
+    forward = [place.unit for place in places if place.run == FORWARD]
+    assert forward == [-1, 0, 1, 2, 3, 4]
+    again = [place.unit for place in places if place.run == RECOMPUTE]
+    assert again == [3, 2, 1, 0]
+    assert [p for p in places if p.run == BACKWARD][0] == Place(BACKWARD, 4)
+
+
+def test_a_recording_survives_json(plain):
+    assert Recording.from_data(plain.as_data()) == plain
 
 
 @pytest.mark.parametrize(
     "recipe", [MST, Recipe(optimizer="adafactor"), Recipe(adamw_kernel="fused", accumulation=2), Recipe(checkpoint=2, optimizer_in_backward=True)]
 )
 def test_the_same_step_runs_for_real(recipe):
-    step = TrainingStep(TINY, recipe, 32, "sdpa")
+    step = TrainingStep(build(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 32)
     before = [weight.detach().clone() for weight in step.model.parameters()]
-    phases: list[str] = []
-    losses = [step.run(phases.append).item() for _ in range(3)]
+    passes: list[str] = []
+    losses = [step.run(passes.append).item() for _ in range(3)]
     assert losses[-1] < losses[0] + 1e-3
     assert not all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
     assert all(weight.grad is None for weight in step.model.parameters())
-    assert phases == [*["forward", "backward"] * recipe.accumulation, "optimizer"] * 3
+    assert passes == [*["forward", "backward"] * recipe.accumulation, "optimizer"] * 3
 
 
 def test_what_cannot_be_run_is_refused():
-    for recipe in (strategy("mst"), Recipe(optimizer="adamw-8bit"), Recipe(optimizer_on_host=True)):
+    for recipe in (strategy("mst"), Recipe(optimizer="adamw-8bit"), Recipe(optimizer_on_host=True), Recipe(loss="transformers<4.45")):
         with pytest.raises(RecipeError):
-            TrainingStep(TINY, recipe, 32, "sdpa")
+            trace(TINY, recipe, 32)

@@ -36,7 +36,7 @@ from mstplan.plan.model import Model
 from mstplan.plan.recipe import Recipe
 from mstplan.plan.solve import sizes
 from mstplan.plan.steps import INSTANTS, OPTIMIZER, Chunks, Layout, Step, evaluate, segment_length
-from mstplan.train import minisequence, offload
+from mstplan.train import minisequence, offload, products
 
 STAND_IN = "fused_stand_in"  # transformers looks for a library behind any name with "flash" in it
 FORWARD, BACKWARD, STEP = PHASES = ("forward", "backward", "optimizer")
@@ -206,7 +206,8 @@ def _build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
 @contextmanager
 def watching(list_alive: bool = False) -> Iterator[Watch]:
     watch = Watch(list_alive)
-    with FakeTensorMode(allow_non_fake_inputs=True), watch, patch.object(offload, "host_memory", watch.host_memory):
+    on_host = patch.object(offload, "host_memory", watch.host_memory)
+    with FakeTensorMode(allow_non_fake_inputs=True), watch, on_host, patch.object(products, "adds_to_fp32", lambda _device: True):
         yield watch
 
 

@@ -1,0 +1,192 @@
+"""What a CUDA card does where fake tensors on the CPU would do something else. `as_on_cuda` puts all of it in place.
+
+| on the card | source |
+|---|---|
+| attention by FlashAttention-2, its saved row statistics and the workspace of its backward | from source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd |
+| with an explicit mask the memory-efficient kernel, which keeps the mask as a bias | from source: aten transformers/attention.cpp, convert_boolean_attn_mask; transformers/cuda/attention_backward.cu |
+| which kernel scaled_dot_product_attention takes | from source: aten transformers/cuda/sdp_utils.cpp |
+| dropout keeps a mask of one byte a number | from source: aten native/Dropout.cpp, native_dropout |
+| products of bf16 matrices that add to an fp32 one | from source: aten native/cuda/Blas.cpp, addmm with out_dtype |
+| layer inputs on the host | mstplan/train/offload.py |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..plan.cuda import flash_head_size, flash_rows
+from ..train import chunks, mlp, offload, products
+from .recorder import Recorder
+
+FLASH = "mstplan_fused"  # transformers looks for a library behind any name with "flash" in it
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+class _Flash(torch.autograd.Function):
+    """q (b, H, s, e), k and v (b, G, s, e) -> (b, H, s, e); allocates what FlashAttention-2 does, computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recorder: Recorder) -> torch.Tensor:
+        batch, heads, tokens, _ = q.shape
+        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+        with recorder.purpose("flash: log-sum-exp"):
+            log_sum_exp = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        ctx.recorder = recorder
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        batch, heads, tokens, size = q.shape
+        made = tuple(torch.empty_like(x) for x in (q, k, v))
+        with ctx.recorder.purpose("flash: row sums of dO * O"):
+            workspace = [q.new_empty(batch, heads, flash_rows(tokens), dtype=torch.float32)]
+        with ctx.recorder.purpose("flash: dQ accumulator"):
+            workspace.append(q.new_empty(batch, flash_rows(tokens), heads, flash_head_size(size), dtype=torch.float32))
+        if k.shape[1] != heads:  # gradients of keys and values are summed over the query heads that share them
+            with ctx.recorder.purpose("flash: dK, dV of every query head"):
+                workspace += [q.new_empty(batch, k.shape[2], heads, width) for width in (size, v.shape[-1])]
+        return (*made, None)
+
+
+class _Efficient(torch.autograd.Function):
+    """The memory-efficient kernel, with a bias (b or 1, 1 or H, s, s) or without."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, recorder: Recorder) -> torch.Tensor:
+        batch, heads, tokens, _ = q.shape
+        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+        with recorder.purpose("efficient attention: log-sum-exp"):
+            log_sum_exp = q.new_empty(batch, heads, -(-tokens // 32) * 32, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp, *([bias] if bias is not None else []))
+        ctx.recorder = recorder
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        made = tuple(torch.empty_like(x) for x in (q, k, v))
+        with ctx.recorder.purpose("efficient attention: row sums of dO * O"):
+            _rows = q.new_empty(q.shape[:3], dtype=torch.float32)
+        return (*made, None, None)
+
+
+class _Dropout(torch.autograd.Function):
+    """CUDA's fused dropout, which keeps a mask of one byte a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (_mask,) = ctx.saved_tensors
+        return torch.empty_like(grads[0])
+
+
+def _attention(recorder: Recorder) -> Any:
+    """scaled_dot_product_attention as CUDA chooses its kernel."""
+    plain = F.scaled_dot_product_attention
+
+    def attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        q, k, v = _cast(query, key, value)
+        size, same = q.shape[-1], q.shape[-1] == k.shape[-1] == v.shape[-1]
+        shared = k.shape[1] != q.shape[1]
+        if attn_mask is None and q.dtype in SIXTEEN_BIT and same and size <= 256:
+            return _Flash.apply(q, k, v, recorder)
+        if shared:
+            with sdpa_kernel(SDPBackend.MATH):
+                return plain(q, k, v, attn_mask, dropout_p, is_causal and attn_mask is None, scale=scale, enable_gqa=True)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            with recorder.purpose("attention bias", "attention"):
+                attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+        return _Efficient.apply(q, k, v, attn_mask, recorder)
+
+    return attention
+
+
+def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As autocast does for scaled_dot_product_attention."""
+    return tuple(x.to(torch.bfloat16) for x in tensors) if torch.is_autocast_enabled("cpu") else tensors
+
+
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    if not training or p == 0:
+        return x
+    out: torch.Tensor = _Dropout.apply(x)
+    return out
+
+
+def _fused(_module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: object, **_: object) -> tuple[torch.Tensor, None]:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(FLASH, _fused)
+ALL_MASK_ATTENTION_FUNCTIONS.register(FLASH, lambda *_args, **_kwargs: None)
+
+
+@contextmanager
+def as_on_cuda(recorder: Recorder) -> Iterator[None]:
+    """Within the context a step on fake CPU tensors, seen by `recorder`, allocates what it would on a card."""
+
+    with ExitStack() as stack:
+        for where, name, new in (
+            (F, "scaled_dot_product_attention", _attention(recorder)),
+            (F, "dropout", _dropout),
+            (products, "adds_to_fp32", lambda _device: True),
+        ):
+            stack.enter_context(patch.object(where, name, new))
+        stack.enter_context(on_fake_tensors(recorder))
+        yield
+
+
+@contextmanager
+def on_fake_tensors(recorder: Recorder) -> Iterator[None]:
+    """Within the context what needs values of tensors goes on as if it had seen usual ones."""
+    packed = masking_utils.find_packed_sequence_indices
+
+    def not_packed(position_ids: torch.Tensor) -> None:
+        packed(position_ids)  # for what it allocates
+
+    with ExitStack() as stack:
+        for where, name, new in (
+            (masking_utils, "find_packed_sequence_indices", not_packed),
+            (offload, "host_memory", recorder.host_memory),
+            (mlp, "draw_seed", lambda: None),
+        ):
+            stack.enter_context(patch.object(where, name, new))
+        yield
+
+
+@contextmanager
+def few_chunks(most: int = 3) -> Iterator[None]:
+    """Within the context the runtime runs the first chunks of a sequence and the last: those between repeat the second."""
+    every = chunks.pieces
+
+    def few(tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
+        found = list(every(tokens, rows)) if tokens <= most * rows else None
+        if found is not None:
+            yield from found
+            return
+        last = -(-tokens // rows) - 1
+        yield from ((n, slice(n * rows, (n + 1) * rows)) for n in range(most - 1))
+        yield last, slice(last * rows, tokens)
+
+    with patch.object(chunks, "pieces", few):
+        yield

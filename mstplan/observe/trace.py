@@ -1,0 +1,188 @@
+"""What a trace found: a training step of the whole model as a sequence of allocations, and what can be read off it.
+
+Plain data, so that a trace can be kept and read again without torch. `tracer.py` makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from ..plan.recipe import Recipe
+from ..plan.steps import (
+    EMBEDDING,
+    END_OF_FORWARD,
+    FIRST_LAYER,
+    INSTANTS,
+    LAST_LAYER,
+    LOSS,
+    LOSS_BACKWARD,
+    MIDDLE_LAYER,
+)
+from ..plan.steps import OPTIMIZER as OPTIMIZER_STEP
+from .extend import extend
+from .recording import FORWARD, GRADIENTS, OPTIMIZER, STATES, WEIGHTS, WORKSPACE, Made, Place, Recording
+
+BLOCK = 512
+"""Bytes that the caching allocator rounds every tensor up to. from source: kMinBlockSize, c10/core/AllocatorConfig.h."""
+
+
+class Weight(NamedTuple):
+    """A parameter or buffer of the whole model."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    trained: bool
+
+
+class State(NamedTuple):
+    """A tensor that the optimizer keeps."""
+
+    name: str
+    dtype: str
+    bytes: int
+
+
+class Peak(NamedTuple):
+    """The largest moment of an instant: bytes on the device, requested ones rounded up to blocks."""
+
+    instant: str
+    bytes: int
+    event: int  # of the trace's `events`
+
+
+class Alive(NamedTuple):
+    """Tensors alive at a moment that are alike. bytes: of all `count`, rounded up to blocks."""
+
+    category: str
+    module: str  # with * for the number of a layer
+    operation: str
+    shape: tuple[int, ...]
+    dtype: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A step. `short`: the forward and backward pass of the units that were run; kinds: of all units; `update`: the optimizer's step.
+
+    on: "cuda" or "cpu". workspace: bytes that cuBLAS holds. seq_len in tokens.
+    """
+
+    recipe: Recipe
+    seq_len: int
+    on: str
+    workspace: int
+    weights: tuple[Weight, ...]
+    states: tuple[State, ...]
+    kinds: tuple[int, ...]
+    kept: tuple[int, ...]
+    reach: int
+    short: Recording
+    update: Recording
+
+    @property
+    def units(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def block(self) -> int:
+        return BLOCK if self.on == "cuda" else 1
+
+    def rounded(self, size: int) -> int:
+        return -(-size // self.block) * self.block
+
+    @cached_property
+    def step(self) -> Recording:
+        """Forward, backward and update of the whole model."""
+        long = extend(self.short, self.kept, self.kinds, self.reach)
+        first = len(long.made)
+        return Recording(
+            long.made + self.update.made,
+            long.events + [(first + index, sign) for index, sign in self.update.events],
+            [*long.places, (Place(OPTIMIZER, -1), len(long.events))],
+        )
+
+    @cached_property
+    def resident(self) -> tuple[Alive, ...]:
+        """What is there all the time: weights, the optimizer's states, the cuBLAS workspace, gradients that are added to."""
+        def group(category: str, name: str, sizes: list[tuple[str, int]]) -> Iterator[Alive]:
+            for dtype in dict.fromkeys(d for d, _ in sizes):
+                same = [self.rounded(size) for d, size in sizes if d == dtype]
+                yield Alive(category, "", name, (), dtype, len(same), sum(same))
+
+        found = [*group(WEIGHTS, "weights and buffers", [(w.dtype, w.bytes) for w in self.weights])]
+        for name in dict.fromkeys(state.name for state in self.states):
+            found += group(STATES, name, [(s.dtype, s.bytes) for s in self.states if s.name == name])
+        if self.recipe.accumulation > 1:
+            found += group(GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
+        if self.workspace:
+            found.append(Alive(WORKSPACE, "", "cuBLAS", (), "uint8", 1, self.workspace))
+        return tuple(found)
+
+    @cached_property
+    def live(self) -> list[int]:
+        """Bytes on the device after each event, all that is resident included."""
+        total, found = sum(alive.bytes for alive in self.resident), []
+        sizes = [0 if made.host else self.rounded(made.bytes) for made in self.step.made]
+        for index, sign in self.step.events:
+            total += sign * sizes[index]
+            found.append(total)
+        return found
+
+    @cached_property
+    def host_peak(self) -> int:
+        """The most bytes in host memory."""
+        total = most = 0
+        for index, sign in self.step.events:
+            total += sign * self.step.made[index].bytes if self.step.made[index].host else 0
+            most = max(most, total)
+        return most
+
+    def instant_of(self, place: Place) -> str:
+        if place.run == OPTIMIZER:
+            return OPTIMIZER_STEP
+        if place.run == FORWARD:
+            return END_OF_FORWARD if place.unit < self.units else LOSS
+        at_ends = {-1: EMBEDDING, 0: FIRST_LAYER, self.units: LOSS_BACKWARD}
+        return at_ends.get(place.unit) or (LAST_LAYER if place.unit == self.units - 1 else MIDDLE_LAYER)
+
+    @cached_property
+    def peaks(self) -> tuple[Peak, ...]:
+        """Of every instant of the step, in its order."""
+        found: dict[str, Peak] = {}
+        for place, span in self.step.blocks():
+            instant = self.instant_of(place)
+            for event in span:
+                if instant not in found or self.live[event] > found[instant].bytes:
+                    found[instant] = Peak(instant, self.live[event], event)
+        if OPTIMIZER_STEP not in found and not self.recipe.optimizer_in_backward:  # one that makes nothing
+            found[OPTIMIZER_STEP] = Peak(OPTIMIZER_STEP, self.live[-1], len(self.live) - 1)
+        return tuple(found[name] for name in INSTANTS if name in found)
+
+    @property
+    def peak(self) -> Peak:
+        return max(self.peaks, key=lambda p: p.bytes)
+
+    def alive(self, event: int) -> tuple[Alive, ...]:
+        """What is alive after an event, alike tensors together, largest first; they add up to `live[event]`."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index in self.step.alive_at(event):
+            made = self.step.made[index]
+            group = groups.setdefault(_kind(made), [0, 0])
+            group[0] += 1
+            group[1] += self.rounded(made.bytes)
+        found = [Alive(*kind, *numbers) for kind, numbers in groups.items()]
+        return tuple(sorted([*self.resident, *found], key=lambda a: -a.bytes))
+
+
+def _kind(made: Made) -> tuple[Any, ...]:
+    if made.category == GRADIENTS:
+        return GRADIENTS, "", "gradients", (), made.dtype
+    module = ".".join("*" if part.isdigit() else part for part in made.module.split("."))
+    return made.category, module, made.operation, made.shape, made.dtype

@@ -1,0 +1,206 @@
+"""The trace: transformers' own model code and mstplan's own training step run on fake tensors, seen allocation by allocation.
+
+Few layers are run, and few chunks; `extend.py` writes the whole step down from them. The optimizer's step is run over all
+weights of the whole model. What a card does otherwise than a CPU stands in `cuda.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..errors import ModelError
+from ..plan.recipe import Recipe
+from ..plan.steps import segment_length
+from ..train import finding
+from .cuda import FLASH, as_on_cuda, few_chunks, on_fake_tensors
+from .extend import Unlike, extend, few
+from .recorder import Label, Recorder
+from .recording import ATTENTION, BACKWARD, FORWARD, LOSS, MLP, NORMS, OPTIMIZER, OTHER, STATES, Recording
+from .step import TrainingStep, build, check_runnable, make_states, optimizer_of, read_settings
+from .trace import State, Trace, Weight
+
+
+def trace(config: dict[str, Any], recipe: Recipe, seq_len: int, *, on: str = "cuda", workspace: int = 0, whole: bool = False) -> Trace:
+    """Trace one training step, after the first, of the model that `config` (a config.json) describes.
+
+    on: "cuda", or "cpu" for what the same step allocates there. workspace: bytes that cuBLAS holds on the card. whole: run
+    every layer and every chunk. Raises ModelError for a model that transformers or the runtime cannot serve, RecipeError
+    for a recipe that no step can follow.
+    """
+    check_runnable(recipe)
+    full, every, kinds = _whole_model(config, recipe, on)
+    update, states = _update(list(full.parameters()), recipe)
+    weights = _weights(full)
+    reach = 2 if recipe.offload_layer_inputs else 1  # a layer's input is let go one layer later than usual
+    numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
+    everything = list(range(len(kinds)))
+    kept = everything if whole else few(kinds, reach)
+    try:
+        short = _run(full, recipe, seq_len, kept, every, on, whole)
+        extend(short, kept, kinds, reach)
+    except Unlike:
+        full, kept = _whole_model(config, recipe, on)[0], everything
+        short = _run(full, recipe, seq_len, kept, every, on, whole)
+    return Trace(recipe, seq_len, on, workspace, weights, states, tuple(numbers[k] for k in kinds), tuple(kept), reach, short, update)
+
+
+def _whole_model(config: dict[str, Any], recipe: Recipe, on: str) -> tuple[PreTrainedModel, int, list[Hashable]]:
+    """The model without any memory, layers to a unit, and the kind of each unit."""
+    settings = read_settings(config)
+    full = build(settings, recipe, attention_of(recipe, settings, on), "meta")
+    layers = finding.find_parts(full).layers
+    every = segment_length(recipe, len(layers)) or 1
+    kinds = _kinds(full, layers)
+    return full, every, [tuple(kinds[i : i + every]) for i in range(0, len(kinds), every)]
+
+
+def attention_of(recipe: Recipe, settings: Any, on: str) -> str:
+    """attn_implementation for a recipe's attention. A model for which transformers has no sdpa runs flash attention on a
+    card where it can (16 bits), else eager."""
+    if recipe.attention == "eager":
+        return "eager"
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    if recipe.attention == "sdpa" and getattr(kind, "_supports_sdpa", True):
+        return "sdpa"
+    flash = on == "cuda" and recipe.precision != "fp32" and getattr(kind, "_supports_flash_attn", False)
+    return FLASH if flash else "eager"
+
+
+def _run(full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], every: int, on: str, whole: bool) -> Recording:
+    """Forward and backward of a step with the layers of the `kept` units."""
+    parts = finding.find_parts(full)
+    model = _shortened(full, parts.layers, [i for unit in kept for i in range(unit * every, min((unit + 1) * every, len(parts.layers)))])
+    checkpoint = recipe.checkpoint if recipe.checkpoint in ("none", "layer") else every
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        recorder = Recorder(_labels(model, every), len(kept))
+        with as_on_cuda(recorder) if on == "cuda" else on_fake_tensors(recorder), nullcontext() if whole else few_chunks():
+            bare = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
+            step = TrainingStep(model, bare, seq_len, checkpoint)
+            make_states(step.in_backward)
+            if recipe.accumulation > 1:
+                for weight in model.parameters():
+                    weight.grad = torch.empty_like(weight)
+            recorder.were_there(_held(model, step.in_backward))
+            with recorder, recorder.watching(model):
+                recorder.begin(FORWARD)
+                step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
+                loss = step.forward()
+                recorder.begin(BACKWARD)
+                loss.backward()
+                loss = loss.detach()
+                del loss
+                recorder.begin(OPTIMIZER)
+    return recorder.recording
+
+
+def _kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
+    """What tells a layer from another: its modules' types and sizes, and what the configuration lists for each layer."""
+    lists = [values for values in vars(model.config).values() if isinstance(values, list | tuple) and len(values) == len(layers)]
+    return [(_signature(layer), tuple(repr(values[i]) for values in lists)) for i, layer in enumerate(layers)]
+
+
+def _signature(layer: nn.Module) -> Hashable:
+    def of(module: nn.Module) -> Hashable:
+        scalars = sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, int | float | str | None) and not k.startswith("_") and k != "layer_idx")
+        sizes = tuple(tuple(weight.shape) for weight in module.parameters(recurse=False))
+        return type(module).__name__, tuple(scalars), sizes
+
+    return tuple((name, of(module)) for name, module in layer.named_modules())
+
+
+def _weights(model: PreTrainedModel) -> tuple[Weight, ...]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return tuple(Weight(name, tuple(t.shape), _dtype(t), t.numel() * t.element_size(), t.requires_grad) for name, t in tensors)
+
+
+def _shortened(model: PreTrainedModel, layers: list[nn.Module], kept: list[int]) -> PreTrainedModel:
+    """The model with these of its layers only, and its configuration to match. Raises Unlike where layers are in no one list."""
+    if len(kept) == len(layers):
+        return model
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and [*child] == layers:
+                setattr(module, name, nn.ModuleList([layers[i] for i in kept]))
+                for settings in {id(c): c for c in (model.config, getattr(module, "config", model.config))}.values():
+                    _shorten(settings, len(layers), kept)
+                return model
+    raise Unlike
+
+
+def _shorten(settings: Any, count: int, kept: list[int]) -> None:
+    for name, value in list(vars(settings).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(settings, name, [value[i] for i in kept])
+    settings.num_hidden_layers = len(kept)
+
+
+def _labels(model: PreTrainedModel, every: int) -> dict[nn.Module, Label]:
+    """What is known of each module: its path, category and unit."""
+    parts = finding.find_parts(model)
+    try:
+        mlps = {part for _, mlp in finding.find_mlps(parts) for top in (mlp.first, mlp.down) if top is not None for part in top.modules()}
+    except ModelError:
+        mlps = set()
+    of_layer = {part: (n // every, part is layer) for n, layer in enumerate(parts.layers) for part in layer.modules()}
+    head = set(parts.head.modules())
+    mixing = {part for layer in parts.layers for child in layer.modules() if child is not layer and finding.mixes(child) for part in child.modules()}
+    labels: dict[nn.Module, Label] = {}
+    for path, module in model.named_modules():
+        unit, is_layer = of_layer.get(module, (None, False))
+        category = (
+            MLP if module in mlps else ATTENTION if module in mixing and unit is not None else NORMS if unit is not None
+            else LOSS if module in head else NORMS if "Norm" in type(module).__name__ else OTHER
+        )  # fmt: skip
+        labels[module] = Label(path, category, unit, is_layer)
+    return labels
+
+
+def _held(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    """Weights, buffers, gradients and the optimizers' states that are there now."""
+    tensors = [*model.parameters(), *model.buffers(), *(w.grad for w in model.parameters() if w.grad is not None)]
+    return tensors + [t for _, t in _states(optimizers)]
+
+
+def _states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, t) for o in optimizers for state in o.state.values() for name, t in state.items() if torch.is_tensor(t)]
+
+
+def _update(weights: list[nn.Parameter], recipe: Recipe) -> tuple[Recording, tuple[State, ...]]:
+    """What the optimizer's step makes and lets go of, over all weights, once it has its states; and the states: (dtype, bytes).
+
+    The first step is run, and what it leaves behind are the states. On meta tensors, which take a fraction of fake ones' time;
+    fused kernels know no meta tensors, and step one by one over CPU's.
+    """
+    fused = recipe.optimizer == "adamw" and recipe.adamw_kernel == "fused"
+    apart = recipe.optimizer_in_backward
+    recorder = Recorder({}, 0)
+    with FakeTensorMode() if fused else nullcontext():
+        weights = [nn.Parameter(torch.empty(w.shape, dtype=w.dtype, device="cpu" if fused else "meta")) for w in weights]
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        optimizers = [optimizer_of(recipe)(group) for group in ([[w] for w in weights] if apart else [weights])]
+        with recorder:
+            recorder.begin(OPTIMIZER)
+            for optimizer in optimizers:
+                optimizer.step()
+        states = tuple(State(name, _dtype(t), t.numel() * t.element_size()) for name, t in _states(optimizers))
+        stay = {recorder.index_of(t) for _, t in _states(optimizers)}
+    recording = recorder.recording.without(stay)
+    for made in recording.made:
+        made.category = STATES
+    return (Recording() if apart else recording), states
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
