@@ -100,11 +100,14 @@ class _Extension:
         self.blocks = self._numbered_blocks()
         self.home: dict[int, tuple[Place, int, int]] = {}  # of a storage: its block's place and number, its number there
         self.there: dict[tuple[str, int, int, int], int] = {}  # the other way round
+        self.sizes: dict[tuple[Place, int], int] = {}  # allocations of a block
         for (place, nth), span in self.blocks.items():
             allocated = [short.events[e][0] for e in span if short.events[e][1] > 0]
             for k, index in enumerate(allocated):
                 self.home[index] = (place, nth, k)
-                self.there[place.run, nth, k, place.unit] = index
+                for number in (k, k - len(allocated)):  # from the block's beginning, and from its end
+                    self.there[place.run, nth, number, place.unit] = index
+            self.sizes[place, nth] = len(allocated)
         self._check([patterns[unit] for unit in kept])
         self.long = Recording()
         self.now: dict[tuple[int, int], int] = {}  # (unit, storage of the short step): storage of the long one
@@ -130,15 +133,16 @@ class _Extension:
                 raise Unlike
 
     def _story(self, span: range, unit: int) -> list[object]:
-        """What happens in a block, in terms that do not depend on the unit's number."""
-        return [self._role(index, sign, unit) for index, sign in (self.short.events[e] for e in span)]
+        """What happens in a block, in terms that do not depend on the unit's number. What all units share, only the last lets go."""
+        events = [self.short.events[e] for e in span]
+        return [self._role(index, sign, unit) for index, sign in events if sign > 0 or 0 <= self.home[index][0].unit < self.few]
 
     def _role(self, index: int, sign: int, unit: int) -> object:
         made, (place, nth, k) = self.short.made[index], self.home[index]
-        away = place.unit - unit if 0 <= place.unit < self.few else None
-        if away is not None and abs(away) > self.reach:
+        away = place.unit - unit
+        if abs(away) > self.reach:
             raise Unlike
-        return sign, made.bytes, made.dtype, made.operation, place.run, nth, k, away
+        return sign, made.bytes, made.dtype, made.operation, place.run, nth, away, None if away else k
 
     def run(self) -> Recording:
         for run, units in (
@@ -179,10 +183,11 @@ class _Extension:
             return [] if not final else [(self.count if place.unit == self.few else -1, index)]
         if 0 <= unit < self.count:
             other = unit + place.unit - stand_in
-            meant = self.there.get((place.run, nth, k, self._stand_in(other)), -1)
-            if meant < 0 or self._kind(meant) != self._kind(index):
-                raise Unlike
-            return [(other, meant)]
+            for number in (k, k - self.sizes[place, nth]):  # a unit of another kind makes more or less before or after it
+                meant = self.there.get((place.run, nth, number, self._stand_in(other)))
+                if meant is not None and self._kind(meant) == self._kind(index):
+                    return [(other, meant)]
+            raise Unlike
         # Before or after all units, one of each is meant: that of every unit that is like it.
         return [(u, index) for u in range(self.count) if self.like[u] == place.unit]
 
