@@ -66,7 +66,8 @@ def _shortest(start: int, end: int, following: dict[int, list[int]], count: int,
         return before | 1 << number | (1 << count if again else 0)
 
     first = (start, seen(0, start))
-    queue, came_from = deque([first]), {first: None}
+    queue = deque([first])
+    came_from: dict[tuple[int, int], tuple[int, int] | None] = {first: None}
     while queue:
         state = queue.popleft()
         if state == (end, goal):

@@ -18,10 +18,22 @@ from torch import nn
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-
 from transformers import PreTrainedModel
 
-from .recording import BACKWARD, FORWARD, GRADIENTS, INPUTS, LOSS, OTHER, RECOMPUTE, STATES, WORKSPACE, Made, Place, Recording
+from .recording import (
+    BACKWARD,
+    FORWARD,
+    GRADIENTS,
+    INPUTS,
+    LOSS,
+    OTHER,
+    RECOMPUTE,
+    STATES,
+    WORKSPACE,
+    Made,
+    Place,
+    Recording,
+)
 
 
 class Label(NamedTuple):

@@ -56,14 +56,14 @@ class Peak(NamedTuple):
 
 
 class Alive(NamedTuple):
-    """Tensors alive at a moment that are alike. bytes: of all `count`, rounded up to blocks."""
+    """Tensors alive at a moment that are alike. bytes: of all copies, rounded up to blocks."""
 
     category: str
     module: str  # with * for the number of a layer
     operation: str
     shape: tuple[int, ...]
     dtype: str
-    count: int
+    copies: int
     bytes: int
 
 

@@ -42,8 +42,8 @@ def test_few_layers_and_chunks_tell_all(model, layers, name):
     if recipe.loss != "chunked":  # with chunks left out events are fewer, but no moment is higher or lower
         assert short.live == whole.live
     assert short.live[-1] == whole.live[-1]
-    assert {(a.category, a.shape, a.dtype, a.count) for a in short.alive(short.peak.event)} == {
-        (a.category, a.shape, a.dtype, a.count) for a in whole.alive(whole.peak.event)
+    assert {(a.category, a.shape, a.dtype, a.copies) for a in short.alive(short.peak.event)} == {
+        (a.category, a.shape, a.dtype, a.copies) for a in whole.alive(whole.peak.event)
     }
 
 

@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from mstplan.errors import RecipeError
-from mstplan.observe.recording import ATTENTION, BACKWARD, FORWARD, GRADIENTS, INPUTS, LOSS, MLP, RECOMPUTE, Place, Recording, largest
+from mstplan.observe.recording import (
+    ATTENTION,
+    BACKWARD,
+    FORWARD,
+    GRADIENTS,
+    INPUTS,
+    LOSS,
+    MLP,
+    RECOMPUTE,
+    Place,
+    Recording,
+    largest,
+)
 from mstplan.observe.step import TrainingStep, build, read_settings
 from mstplan.observe.tracer import trace
 from mstplan.plan.recipe import Recipe, strategy
@@ -57,7 +69,7 @@ def test_places_are_those_of_a_step():
     assert forward == [-1, 0, 1, 2, 3, 4]
     again = [place.unit for place in places if place.run == RECOMPUTE]
     assert again == [3, 2, 1, 0]
-    assert [p for p in places if p.run == BACKWARD][0] == Place(BACKWARD, 4)
+    assert next(p for p in places if p.run == BACKWARD) == Place(BACKWARD, 4)
 
 
 def test_a_recording_survives_json(plain):
