@@ -22,12 +22,9 @@ from ..plan.steps import (
     MIDDLE_LAYER,
 )
 from ..plan.steps import OPTIMIZER as OPTIMIZER_STEP
+from .allocator import MIN_BLOCK
 from .extend import extend
 from .recording import FORWARD, GRADIENTS, OPTIMIZER, STATES, WEIGHTS, WORKSPACE, Made, Place, Recording
-
-BLOCK = 512
-"""Bytes that the caching allocator rounds every tensor up to. from source: kMinBlockSize, c10/core/AllocatorConfig.h."""
-
 
 class Weight(NamedTuple):
     """A parameter or buffer of the whole model."""
@@ -92,7 +89,7 @@ class Trace:
 
     @property
     def block(self) -> int:
-        return BLOCK if self.on == "cuda" else 1
+        return MIN_BLOCK if self.on == "cuda" else 1
 
     def rounded(self, size: int) -> int:
         return -(-size // self.block) * self.block

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from mstplan import profiles
 from mstplan.errors import ModelError, did_you_mean, quoted
@@ -29,8 +29,26 @@ def model_names() -> tuple[str, ...]:
     return tuple(sorted(stem for stem in stems if stem != _INDEX))
 
 
+class _Source(NamedTuple):
+    path: str  # of the config.json
+    said: str  # what messages call it
+    name: str | None = None  # of the model; None: as it was said
+    hub_id: str | None = None
+
+
 def load_model(spec: str | os.PathLike[str]) -> Model:
     """The model that `spec` names: a shipped name or its Hugging Face id, a config.json, a folder, or any other id."""
+    source = _find(spec)
+    model = read_config(_read_json(source.path), source.said)
+    return model._replace(name=source.name or model.name, hub_id=source.hub_id)
+
+
+def load_config(spec: str | os.PathLike[str]) -> Mapping[str, object]:
+    """The fields of its config.json."""
+    return _read_json(_find(spec).path)
+
+
+def _find(spec: str | os.PathLike[str]) -> _Source:
     given = os.fspath(spec)
     if not isinstance(given, str) or not given.strip() or "\0" in given:
         raise ModelError(
@@ -38,17 +56,17 @@ def load_model(spec: str | os.PathLike[str]) -> Model:
         )
     path = os.path.expanduser(given)
     if not isinstance(spec, str):
-        return _from_path(path)
+        return _at_path(path)
     separated = "/" in given or os.sep in given
     if (separated or given.lower().endswith(".json")) and os.path.exists(path):
-        return _from_path(path)
+        return _at_path(path)
     shipped = _shipped_name(given)
     if shipped is not None:
-        return _shipped(shipped)
+        return _Source(str(profiles.ROOT / "models" / f"{shipped}.json"), shipped, None, _index()[shipped]["hub_id"])
     if os.path.exists(path):
-        return _from_path(path)
+        return _at_path(path)
     if _HUB_ID.fullmatch(given) and not given.lower().endswith(".json"):
-        return _from_hub(given)
+        return _Source(_hub_file(given), given, None, given)
     _unknown(given, looks_like_a_path=separated or given.lower().endswith(".json"))
 
 
@@ -62,11 +80,6 @@ def _shipped_name(spec: str) -> str | None:
     return next((name for name, facts in _index().items() if facts["hub_id"].lower() == wanted), None)
 
 
-def _shipped(name: str) -> Model:
-    config = _read_json(str(profiles.ROOT / "models" / f"{name}.json"))
-    return read_config(config, name)._replace(hub_id=_index()[name]["hub_id"])
-
-
 def _index() -> dict[str, dict[str, str]]:
     """Of each shipped model: its Hugging Face id, parameters, and a note on its file."""
     with open(profiles.ROOT / "models" / f"{_INDEX}.json", encoding="utf-8") as file:
@@ -74,7 +87,7 @@ def _index() -> dict[str, dict[str, str]]:
     return index
 
 
-def _from_path(path: str) -> Model:
+def _at_path(path: str) -> _Source:
     if os.path.isdir(path):
         folder, path = path, os.path.join(path, "config.json")
         if not os.path.isfile(path):
@@ -82,8 +95,7 @@ def _from_path(path: str) -> Model:
                 f"the folder {quoted(folder)} holds no config.json.\n"
                 "Give the folder that the model's weights and config.json lie in, or the path of the file."
             )
-    model = read_config(_read_json(path), quoted(path))
-    return model._replace(name=_short_name(path))
+    return _Source(path, quoted(path), _short_name(path))
 
 
 def _short_name(path: str) -> str:
@@ -92,11 +104,6 @@ def _short_name(path: str) -> str:
     stem = file.removesuffix(".json")
     name = os.path.basename(folder) if stem == "config" and os.path.basename(folder) else stem
     return name if name.isprintable() else ascii(name)
-
-
-def _from_hub(repo: str) -> Model:
-    path = _hub_file(repo)
-    return read_config(_read_json(path), repo)._replace(hub_id=repo)
 
 
 def _hub_file(repo: str) -> str:
