@@ -11,8 +11,8 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -24,6 +24,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .observe.trace import Trace
     from .plan.hardware import Card
     from .plan.model import Model
     from .plan.recipe import Recipe
@@ -56,7 +57,7 @@ def _option(kind: Any, flags: str, help: str, default: Any = None, panel: str | 
     return _Option(Annotated[kind, option], default, tuple(flags.replace("/", " ").split()))
 
 
-_CARD, _RECIPE = "Card", "Recipe"
+_CARD, _RECIPE, _TRACE = "Card", "Recipe", "Trace"
 JSON = {"json": _option(bool, "--json", "Print JSON instead of tables.", False)}
 MODEL = {
     "model": _option(str, "--model -m", "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id.", ...),
@@ -229,6 +230,18 @@ def _recipes(asked: Asked) -> dict[str, Recipe]:
     return {name: _apply(recipe, asked, adopt_chunks=False) for name, recipe in STRATEGIES.items()}
 
 
+def _one_recipe(asked: Asked) -> tuple[str, Recipe]:
+    """The one recipe that --strategy or --recipe and the other options describe, and its name."""
+    from .errors import RecipeError
+    from .plan.recipe import strategy
+
+    if asked.recipe is not None and asked.strategy is not None:
+        raise RecipeError("--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out.")
+    name = "custom" if asked.recipe is not None else asked.strategy if asked.strategy is not None else "mst"
+    base = _base(asked) if asked.recipe is not None else strategy(name)
+    return name, _apply(base, asked, adopt_chunks=True)
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -284,18 +297,12 @@ def max_seq(asked: Asked) -> None:
 )  # fmt: skip
 def plan(asked: Asked) -> None:
     from . import files
-    from .errors import RecipeError
     from .plan import advice, solve
-    from .plan.recipe import strategy
 
-    if asked.recipe is not None and asked.strategy is not None:
-        raise RecipeError("--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out.")
     if asked.write_recipe is not None:
         files.check_writable(asked.write_recipe, asked.force)
     model, card = _model(asked), _card(asked)
-    name = "custom" if asked.recipe is not None else asked.strategy if asked.strategy is not None else "mst"
-    base = _base(asked) if asked.recipe is not None else strategy(name)
-    recipe = _apply(base, asked, adopt_chunks=True)
+    name, recipe = _one_recipe(asked)
     step = solve.plan_at(model, recipe, card, _length(asked.seq_len))
     singles, run = ((), None) if step.fits else advice.ways_to_fit(step)
     if asked.write_recipe is not None:
@@ -310,6 +317,84 @@ def plan(asked: Asked) -> None:
         report.plan(_console(), step, name if asked.recipe is None else "this recipe", singles, run)
     if not step.fits:
         raise typer.Exit(1)
+
+
+TRACING = {
+    "no_cache": _option(bool, "--no-cache", "Trace anew, and keep nothing.", False, panel=_TRACE),
+    "trust_remote_code": _option(bool, "--trust-remote-code", "Run the model's own code where transformers has none.", False, panel=_TRACE),
+}
+
+
+@command(
+    "trace", MODEL, {"seq_len": _option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
+    STRATEGY, CARD, RECIPE, TRACING,
+    {
+        "plot": _option(Path | None, "--plot", "Draw the step's memory over its course (PNG, SVG, PDF).", panel=_TRACE, metavar="FILE"),
+        "snapshot": _option(Path | None, "--snapshot", "Write what PyTorch's memory viewer opens (pytorch.org/memory_viz).", panel=_TRACE, metavar="FILE"),
+    }, FORCE, JSON,
+    help="Run the model's real code, one training step on fake tensors, and see every allocation: no GPU needed, but torch. "
+    "Exit code 0: fits, 1: does not.",
+    epilog="mstplan trace -m llama3.1-8b --seq-len 64k --strategy mst --gpu h100 --plot step.png",
+)  # fmt: skip
+def trace(asked: Asked) -> None:
+    from . import files
+    from .plan import solve
+
+    for path in (asked.plot, asked.snapshot):
+        if path is not None:
+            files.check_writable(path, asked.force)
+    if asked.plot is not None:
+        from .show import timeline
+
+        timeline.check_output(asked.plot)
+    model, card = _model(asked), _card(asked)
+    name, recipe = _one_recipe(asked)
+    step = solve.plan_at(model, recipe, card, _length(asked.seq_len))
+    fixed = recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
+    with _tracing(asked) as trace_step:
+        found = trace_step(fixed, step.seq_len, card)
+    from .observe import cache
+    from .show import trace as shown
+
+    view = shown.view(model, card, name, found, step, cache.versions())
+    if asked.plot is not None:
+        timeline.write(view, asked.plot)
+    if asked.snapshot is not None:
+        from .observe.card import all_events, name_of
+        from .observe.snapshot import snapshot, to_pickle
+
+        files.write(asked.snapshot, to_pickle(snapshot(all_events(found), lambda key: name_of(found, key), expandable=True)))
+    if asked.json:
+        from .show import payload
+
+        _print_json(payload.trace_document(view))
+    else:
+        shown.report(_console(), view)
+        for path in (asked.plot, asked.snapshot):
+            if path is not None:
+                typer.echo(f"wrote {path}")
+    if not view.fits:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
+    """A function that traces a step of the model, with a word on the terminal while it does."""
+    from .observe import cache
+    from .plan.catalog import load_config
+
+    config = load_config(asked.model)
+    cache.versions()  # no torch: said before anything else
+
+    def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
+        waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")
+        workspace = card.gpu.cublas_workspace_bytes
+        return cache.trace_of(config, recipe, seq_len, workspace=workspace, keep=not asked.no_cache)
+
+    from .show.trace import recipe_words, status
+
+    with status() as waiting:
+        yield run
 
 
 def _coefficient(flag: str, what: str, metavar: str) -> Any:

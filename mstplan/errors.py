@@ -6,6 +6,7 @@
           +-- ModelError       a model that is unknown, malformed or cannot be planned
           +-- HardwareError    a card that is unknown, or a memory figure that makes no sense
           +-- RecipeError      a recipe that is malformed or contradicts itself
+          +-- MissingError     something that has to be installed first, or run first
           +-- OutputError      a file that cannot be written
 
 Messages are one or two lines: what is wrong, then the way out. That something does not fit is an answer, not an error.
@@ -38,6 +39,10 @@ class HardwareError(InputError):
 
 class RecipeError(InputError):
     """A recipe that is malformed or contradicts itself."""
+
+
+class MissingError(InputError):
+    """Something has to be installed, or run, first."""
 
 
 class OutputError(InputError):

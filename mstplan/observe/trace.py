@@ -6,7 +6,7 @@ Plain data, so that a trace can be kept and read again without torch. `tracer.py
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -82,6 +82,27 @@ class Trace:
     reach: int
     short: Recording
     update: Recording
+
+    def with_workspace(self, workspace: int) -> Trace:
+        """The same on a card whose cuBLAS holds that many bytes."""
+        return replace(self, workspace=workspace)
+
+    def as_data(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = {name: [list(row) for row in getattr(self, name)] for name in ("weights", "states")}
+        return {
+            "recipe": self.recipe.model_dump(), "seq_len": self.seq_len, "on": self.on, "workspace": self.workspace, **rows,
+            "kinds": list(self.kinds), "kept": list(self.kept), "reach": self.reach,
+            "short": self.short.as_data(), "update": self.update.as_data(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Trace:
+        weights = tuple(Weight(name, tuple(shape), *rest) for name, shape, *rest in data["weights"])
+        return cls(
+            Recipe(**data["recipe"]), data["seq_len"], data["on"], data["workspace"], weights, tuple(State(*row) for row in data["states"]),
+            tuple(data["kinds"]), tuple(data["kept"]), data["reach"], Recording.from_data(data["short"]), Recording.from_data(data["update"]),
+        )  # fmt: skip
 
     @property
     def units(self) -> int:

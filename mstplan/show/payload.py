@@ -15,13 +15,15 @@ from ..plan.steps import Entry, Instant
 from ..plan.theorem import Coefficients, Row
 
 if TYPE_CHECKING:
+    from ..observe.card import Held
     from .report import TheoremView
+    from .trace import View
 
 SCHEMA_VERSION = 1
 
 
-def document(command: str, **fields: Any) -> dict[str, Any]:
-    return {"schema_version": SCHEMA_VERSION, "command": command, "rung": "formula", **fields}
+def document(command: str, rung: str = "formula", **fields: Any) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "command": command, "rung": rung, **fields}
 
 
 def model(m: Model) -> dict[str, Any]:
@@ -152,4 +154,24 @@ def theorem_document(m: Model, c: Card, view: TheoremView) -> dict[str, Any]:
         "theorem", model=model(m), card=card(c), coefficients=coefficients(view.coefficients), seq_len=view.seq_len,
         formulas=[row(r) for r in view.rows], step_model=[{"strategy": n, "s_max": s} for n, s in view.step_model],
         differences=list(view.differences),
+    )  # fmt: skip
+
+
+def trace_document(v: View) -> dict[str, Any]:
+    from .trace import notes
+
+    def kept(h: Held) -> dict[str, Any]:
+        lost = h.out_of_memory._asdict() if h.out_of_memory is not None else None
+        return {"allocated": h.allocated, "reserved": h.reserved, "retries": h.retries, "out_of_memory": lost}
+
+    formula = {i.name: i.bytes for i in v.plan.instants()}
+    return document(
+        "trace", "trace", model=model(v.model), card=card(v.card), strategy=v.strategy, versions=v.versions, seq_len=v.trace.seq_len,
+        recipe=v.trace.recipe.model_dump(), mlp_chunks=v.plan.chunks.mlp, loss_chunks=v.plan.chunks.loss, fits=v.fits,
+        peak_bytes=v.trace.peak.bytes, budget_bytes=v.card.budget_bytes, instant=v.trace.peak.instant, host_bytes=v.trace.host_peak,
+        instants=[{"name": p.instant, "bytes": p.bytes, "formula_bytes": formula.get(p.instant)} for p in v.trace.peaks],
+        alive=[a._asdict() for a in v.trace.alive(v.trace.peak.event)],
+        allocator={"expandable_segments": kept(v.expandable), "default": kept(v.usual)},
+        differences=[{**row._asdict(), "difference": row.difference} for row in v.differences if row.difference],
+        units={"all": v.trace.units, "run": list(v.trace.kept)}, notes=notes(v),
     )  # fmt: skip

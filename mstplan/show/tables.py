@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 RUNG = "formula rung: the bytes of every tensor, from config.json; nothing was measured"
 
 
-def _table(*columns: tuple[str, str]) -> Table:
+def new_table(*columns: tuple[str, str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name, justify in columns:
         table.add_column(name, justify=justify, overflow="fold", no_wrap=justify == "right")  # type: ignore[arg-type]
     return table
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     return f"{size / GIB:,.2f}"
 
 
-def heading(console: Console, model: Model, card: Card) -> None:
+def heading(console: Console, model: Model, card: Card, rung: str = RUNG) -> None:
     total, active = parameter_count(model)
     parameters = format_count(total) + (f" ({format_count(active)} active)" if active != total else "")
     console.print(
         Text.assemble((model.name, "bold"), f"  {parameters} parameters, {model.layers} layers   on ", (card.label, "bold"),
                       f"   budget {format_gib(card.budget_bytes)}")
     )  # fmt: skip
-    console.print(Text(RUNG, "dim"))
+    console.print(Text(rung, "dim"))
 
 
 HEADER = (("strategy", ""), ("S_max", ""), ("x", "std"), ("peak", "GiB"), ("host", "GiB"), ("step", ">="), ("binding", "instant"))
@@ -95,13 +95,13 @@ def chunks(p: Plan) -> str:
 def entries(console: Console, title: str, rows: Sequence[Entry], most: int = 14) -> None:
     """The tensors of one instant, largest first."""
     console.print(Text(title, "bold"))
-    table = _table(("tensor", "left"), ("shape", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right"))
+    table = new_table(("tensor", "left"), ("shape", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right"))
     for e in rows[:most]:
-        table.add_row(e.name, e.shape, e.dtype, str(e.copies) if e.copies > 1 else "", _gib(e.bytes))
+        table.add_row(e.name, e.shape, e.dtype, str(e.copies) if e.copies > 1 else "", gib(e.bytes))
     if len(rows) > most:
-        table.add_row(f"{len(rows) - most} smaller", "", "", "", _gib(sum(e.bytes for e in rows[most:])))
+        table.add_row(f"{len(rows) - most} smaller", "", "", "", gib(sum(e.bytes for e in rows[most:])))
     table.add_section()
-    table.add_row("all", "", "", "", _gib(sum(e.bytes for e in rows)))
+    table.add_row("all", "", "", "", gib(sum(e.bytes for e in rows)))
     console.print(table)
 
 
@@ -125,30 +125,31 @@ def notes(console: Console, lines: Iterable[str]) -> None:
 
 
 def verdict(console: Console, p: Plan, strategy: str) -> None:
-    gap = p.budget_bytes - p.peak_bytes
-    word = ("fits", "bold green") if p.fits else ("does not fit", "bold red")
-    console.print(
-        Text.assemble(
-            f"{format_tokens(p.seq_len)} tokens with {strategy}: ", word,
-            f".  Peak {format_gib(p.peak_bytes)} of {format_gib(p.budget_bytes)}, "
-            f"{format_gib(abs(gap))} {'to spare' if gap >= 0 else 'too much'}.",
-        )
-    )  # fmt: skip
+    fits(console, p.seq_len, strategy, p.peak_bytes, p.budget_bytes, p.fits)
     cut = [chunks(p)] if max(p.chunks) > 1 else []
     more = [f"step >= {format_seconds(p.step_seconds)}"] + ([f"host memory {format_gib(p.host_bytes)}"] if p.host_bytes else [])
     console.print(Text(", ".join([*cut, *more]), "dim"))
 
 
+def fits(console: Console, seq_len: int, strategy: str, peak: int, budget: int, does: bool) -> None:
+    """Does it fit, and by how much?"""
+    word = ("fits", "bold green") if does else ("does not fit", "bold red")
+    room = f"{format_gib(abs(budget - peak))} {'to spare' if budget >= peak else 'too much'}"
+    console.print(
+        Text.assemble(f"{format_tokens(seq_len)} tokens with {strategy}: ", word, f".  Peak {format_gib(peak)} of {format_gib(budget)}, {room}.")
+    )  # fmt: skip
+
+
 def instants(console: Console, p: Plan, found: Sequence[Instant]) -> None:
-    table = _table(("instant", "left"), ("largest at", "left"), ("GiB", "right"), ("", "left"))
+    table = new_table(("instant", "left"), ("largest at", "left"), ("GiB", "right"), ("", "left"))
     for i in found:
-        table.add_row(i.name, i.operation, _gib(i.bytes), "<- binds" if i.name == p.instant else "", style="bold" if i.name == p.instant else "")
+        table.add_row(i.name, i.operation, gib(i.bytes), "<- binds" if i.name == p.instant else "", style="bold" if i.name == p.instant else "")
     console.print(table)
 
 
 def ways(console: Console, singles: Sequence[Way], run: Way | None) -> None:
     """What would make it fit, cheapest change first."""
-    table = _table(("change", "left"), ("costs", "left"), ("peak", "right"), ("host", "right"), ("", "left"))
+    table = new_table(("change", "left"), ("costs", "left"), ("peak", "right"), ("host", "right"), ("", "left"))
     for w in singles:
         host = _short_gib(w.plan.host_bytes) if w.plan.host_bytes else "-"
         cells = (w.changes[0].name, w.changes[0].cost, _short_gib(w.plan.peak_bytes), host, "fits" if w.plan.fits else "")
@@ -162,7 +163,7 @@ def ways(console: Console, singles: Sequence[Way], run: Way | None) -> None:
 
 def theorem(console: Console, c: Coefficients, rows: Sequence[Row], step_answers: Sequence[tuple[str, int]], seq_len: int | None) -> None:
     console.print(Text("Coefficients of the paper (arXiv 2407.15892)", "bold"))
-    table = _table(("", "left"), ("value", "right"), ("from", "left"))
+    table = new_table(("", "left"), ("value", "right"), ("from", "left"))
     table.add_row("W_mem", format_gib(c.w_mem), _sources(c.w_from, GIB, "GiB"))
     table.add_row("I_mem", f"{c.i_mem:,} B/token", _sources(c.i_from, 1, "B"))
     table.add_row("A_mem", f"{c.a_mem:,} B/token/layer", _sources(c.a_from, 1, "B"))
@@ -170,7 +171,7 @@ def theorem(console: Console, c: Coefficients, rows: Sequence[Row], step_answers
     table.add_row("M_max", format_gib(c.m_max), "the budget")
     console.print(table)
     memory = f"at {format_tokens(seq_len)}" if seq_len else ""
-    table = _table(("formula", "left"), ("S_max", "right"), (memory, "right"), ("step model: strategy", "left"), ("S_max", "right"))
+    table = new_table(("formula", "left"), ("S_max", "right"), (memory, "right"), ("step model: strategy", "left"), ("S_max", "right"))
     for r, (name, longest) in zip(rows, step_answers, strict=True):
         table.add_row(r.formula, format_tokens(r.s_max), format_gib(r.memory) if r.memory is not None else "", name, format_tokens(longest))
     console.print(table)
@@ -189,7 +190,7 @@ def _sources(rows: Sequence[Entry], unit: int, name: str, most: int = 6) -> str:
 def shapes(console: Console, rows: Sequence[Shape], model: Model, batch: int, seq_len: int) -> None:
     quoted = any(s.quoted for s in rows)
     columns = [("tensor", "left"), ("shape", "left"), ("sizes", "left"), ("GB", "right")]
-    table = _table(*columns, *([("introduction", "right")] if quoted else []))
+    table = new_table(*columns, *([("introduction", "right")] if quoted else []))
     for s in rows:
         cells = [s.name, s.symbols, " x ".join(f"{n:,}" for n in s.sizes), f"{s.bytes / 1e9:,.2f}"]
         table.add_row(*cells, *([s.quoted] if quoted else []))
@@ -200,7 +201,7 @@ def shapes(console: Console, rows: Sequence[Shape], model: Model, batch: int, se
 
 
 def models(console: Console, rows: Iterable[Model]) -> None:
-    table = _table(
+    table = new_table(
         ("model", "left"), ("params", "right"), ("active", "right"), ("layers", "right"), ("hidden", "right"), ("context", "right"),
         ("MLP", "right"), ("vocab", "right"),
     )  # fmt: skip
@@ -214,7 +215,7 @@ def models(console: Console, rows: Iterable[Model]) -> None:
 
 
 def gpus(console: Console, rows: Iterable[Gpu], sources: bool) -> None:
-    table = _table(
+    table = new_table(
         ("gpu", "left"), ("sold GB", "right"), ("torch GiB", "right"), ("bf16 TFLOP/s", "right"), ("GB/s", "right"), ("host link", "left"),
     )  # fmt: skip
     for g in rows:

@@ -1,0 +1,82 @@
+"""Traces that were made before: one file each, named by everything that decides what is in it.
+
+A file is written whole or not at all, so that two processes may write the same one; a damaged one is made anew. None of
+this needs torch: a trace that is there is read without importing it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import MissingError, OutputError
+from ..plan.recipe import Recipe
+from .trace import Trace
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers")
+
+
+def folder() -> Path:
+    """Where traces are kept: $MSTPLAN_CACHE, else mstplan in $XDG_CACHE_HOME, else ~/.cache/mstplan."""
+    named = os.environ.get("MSTPLAN_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mstplan"
+
+
+def versions() -> dict[str, str]:
+    """Of what a trace depends on. Raises MissingError when torch or transformers is not installed."""
+    try:
+        found = {name: metadata.version(name) for name in PACKAGES}
+    except metadata.PackageNotFoundError as e:
+        raise MissingError(f"{e.name} is not installed, and tracing needs torch and transformers: pip install 'mstplan[torch]'") from None
+    return {**found, "mstplan": _digest_of_package()}
+
+
+def _digest_of_package() -> str:
+    """Of the code that makes traces, so that none outlives a change to it."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("observe/*.py"), *root.glob("train/*.py"), root / "plan" / "cuda.py"]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def trace_of(
+    config: Mapping[str, Any], recipe: Recipe, seq_len: int, *, on: str = "cuda", workspace: int = 0, keep: bool = True
+) -> Trace:  # fmt: skip
+    """The trace of one step, from the cache or made now. keep: use and fill the cache.
+
+    Raises MissingError without torch, and what `tracer.trace` raises.
+    """
+    named = versions()
+    what = {"schema_version": SCHEMA_VERSION, "config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "versions": named}
+    path = folder() / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.json.gz"
+    found = _read(path) if keep else None
+    if found is None:
+        from .tracer import trace
+
+        found = trace(dict(config), recipe, seq_len, on=on)
+        if keep:
+            _write(path, found)
+    return found.with_workspace(workspace)
+
+
+def _read(path: Path) -> Trace | None:
+    try:
+        return Trace.from_data(json.loads(gzip.decompress(path.read_bytes())))
+    except Exception:  # noqa: BLE001  not there, cut off, or something else altogether: it is made anew
+        return None
+
+
+def _write(path: Path, trace: Trace) -> None:
+    with suppress(OSError, OutputError):  # a cache that cannot be written is none
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, gzip.compress(json.dumps(trace.as_data()).encode(), 3, mtime=0))

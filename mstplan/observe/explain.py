@@ -1,0 +1,83 @@
+"""The formula's answer beside the trace's, entry by entry.
+
+Both say which tensors are alive at an instant. They call them by different names, so tensors are told apart by what counts:
+their dtype and their size. Where one side has more of a kind than the other, the difference is shown with the names that both
+have for that kind. Weights, gradients and the optimizer's states are compared as groups.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from ..plan.steps import Entry
+from .allocator import round_size
+from .recording import GRADIENTS, STATES, WEIGHTS, WORKSPACE
+from .trace import Alive
+
+GROUPS = {
+    "weights": WEIGHTS, "gradients": GRADIENTS, "cuBLAS workspace": WORKSPACE, "AdamW first moment": "exp_avg",
+    "AdamW second moment": "exp_avg_sq",
+}  # fmt: skip
+"""What the formula sums up as one entry: the trace's category, or the name of the optimizer's state."""
+
+
+class Row(NamedTuple):
+    """One kind of tensor. bytes: of all of that kind, on each side; names: what each side calls them."""
+
+    formula: tuple[str, ...]
+    trace: tuple[str, ...]
+    dtype: str
+    formula_copies: int
+    trace_copies: int
+    formula_bytes: int
+    trace_bytes: int
+
+    @property
+    def difference(self) -> int:
+        """Formula less trace."""
+        return self.formula_bytes - self.trace_bytes
+
+
+def compare(entries: Iterable[Entry], alive: Iterable[Alive]) -> tuple[Row, ...]:
+    """Every kind of tensor that either side has, largest difference first. The rows add up to both sides' totals."""
+    theirs: dict[object, list[Entry]] = defaultdict(list)
+    ours: dict[object, list[Alive]] = defaultdict(list)
+    for entry in entries:
+        theirs[_kind_of_entry(entry)].append(entry)
+    for group in alive:
+        ours[_kind_of_group(group)].append(group)
+    rows = [_row(theirs[kind], ours[kind]) for kind in dict.fromkeys([*theirs, *ours])]
+    return tuple(sorted(rows, key=lambda row: -abs(row.difference)))
+
+
+def _kind_of_entry(entry: Entry) -> object:
+    if entry.name in GROUPS:
+        return GROUPS[entry.name]
+    if not entry.shape:  # the optimizer's temporaries: as many as there are weights
+        return STATES
+    return entry.dtype, round_size(entry.bytes // entry.copies)
+
+
+def _kind_of_group(group: Alive) -> object:
+    if group.category == STATES:
+        return group.operation if group.operation in GROUPS.values() else STATES
+    if group.category in (WEIGHTS, GRADIENTS) or group.operation == "cuBLAS":
+        return group.category
+    return group.dtype, round_size(group.bytes // group.copies)
+
+
+def _row(theirs: Sequence[Entry], ours: Sequence[Alive]) -> Row:
+    return Row(
+        tuple(dict.fromkeys(f"{e.name} {e.shape}".strip() for e in theirs)),
+        tuple(dict.fromkeys(f"{name_of(a)} {a.shape or ''}".strip() for a in ours)),
+        next((x.dtype for x in (*theirs, *ours)), ""),
+        sum(e.copies for e in theirs), sum(a.copies for a in ours), sum(e.bytes for e in theirs), sum(a.bytes for a in ours),
+    )  # fmt: skip
+
+
+def name_of(group: Alive) -> str:
+    """Module and operation in few letters: 'self_attn.q_proj: mm'."""
+    module = group.module.rpartition("*.")[2] if "*" in group.module else group.module
+    return f"{module}: {group.operation}" if module.strip("*.") else group.operation

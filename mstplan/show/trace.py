@@ -1,0 +1,160 @@
+"""What a trace says, in a terminal: the peaks beside the formula's, what is alive, what the allocator makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from ..observe import explain
+from ..observe.card import Held, held
+from ..observe.trace import Alive, Trace
+from ..plan.hardware import Card
+from ..plan.model import Model
+from ..plan.recipe import Recipe
+from ..plan.solve import Plan
+from ..units import MIB, format_gib, format_tokens
+from . import tables
+
+
+class View(NamedTuple):
+    """A trace, the plan for the same step, and the card that both are for."""
+
+    model: Model
+    card: Card
+    strategy: str
+    trace: Trace
+    plan: Plan
+    versions: dict[str, str]
+    expandable: Held
+    usual: Held  # without expandable segments
+    differences: tuple[explain.Row, ...]  # at the trace's binding instant
+
+    @property
+    def fits(self) -> bool:
+        return self.trace.peak.bytes <= self.card.budget_bytes
+
+
+def view(model: Model, card: Card, strategy: str, trace: Trace, plan: Plan, versions: dict[str, str]) -> View:
+    room = card.total_bytes - card.gpu.context_bytes - card.reserve_bytes
+    at_peak = next((i.entries for i in plan.instants() if i.name == trace.peak.instant), ())
+    differences = explain.compare(at_peak, trace.alive(trace.peak.event))
+    kept = [held(trace, expandable=expandable, limit=room) for expandable in (True, False)]
+    return View(model, card, strategy, trace, plan, versions, kept[0], kept[1], differences)
+
+
+def rung(v: View) -> str:
+    ran = "all" if len(v.trace.kept) == v.trace.units else f"{len(v.trace.kept)} of {v.trace.units}"
+    what = "layers" if v.trace.units == v.model.layers else "checkpointed segments"
+    return (
+        f"trace rung: transformers {v.versions['transformers']} on fake tensors, torch {v.versions['torch']}; {ran} {what} run, "
+        "the rest written down from them"
+    )
+
+
+def report(console: Console, v: View, most: int = 14) -> None:
+    tables.heading(console, v.model, v.card, rung(v))
+    tables.fits(console, v.trace.seq_len, v.strategy, v.trace.peak.bytes, v.card.budget_bytes, v.fits)
+    if max(v.plan.chunks) > 1:
+        console.print(Text(tables.chunks(v.plan), "dim"))
+    _instants(console, v)
+    _alive(console, v, most)
+    _differences(console, v)
+    console.print()
+    tables.notes(console, notes(v))
+
+
+def _instants(console: Console, v: View) -> None:
+    table = tables.new_table(("instant", "left"), ("trace GiB", "right"), ("formula", "right"), ("differs", "right"), ("", "left"))
+    formula = {i.name: i.bytes for i in v.plan.instants()}
+    for peak in v.trace.peaks:
+        planned = formula.get(peak.instant)
+        differs = f"{planned / peak.bytes - 1:+.2%}" if planned is not None else ""
+        binds = peak is v.trace.peak or peak.instant == v.trace.peak.instant
+        cells = (peak.instant, tables.gib(peak.bytes), tables.gib(planned) if planned is not None else "-", differs, "<- binds" if binds else "")
+        table.add_row(*cells, style="bold" if binds else "")
+    console.print(table)
+
+
+def _alive(console: Console, v: View, most: int) -> None:
+    rows = v.trace.alive(v.trace.peak.event)
+    console.print(Text(f"{v.trace.peak.instant}, {_at(v.trace)}:", "bold"))
+    table = tables.new_table(("for", "left"), ("made by", "left"), ("shape", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right"))
+    for a in rows[:most]:
+        table.add_row(a.category, explain.name_of(a), _shape(a), a.dtype, str(a.copies) if a.copies > 1 else "", tables.gib(a.bytes))
+    if len(rows) > most:
+        table.add_row(f"{len(rows) - most} smaller", "", "", "", "", tables.gib(sum(a.bytes for a in rows[most:])))
+    table.add_section()
+    table.add_row("all", "", "", "", "", tables.gib(sum(a.bytes for a in rows)))
+    console.print(table)
+
+
+def _at(trace: Trace) -> str:
+    made = trace.step.made[trace.step.events[trace.peak.event][0]]
+    return f"{made.module}: {made.operation}" if made.module else made.operation
+
+
+def _shape(a: Alive) -> str:
+    return " x ".join(f"{n:,}" for n in a.shape)
+
+
+def _differences(console: Console, v: View, least: int = MIB, most: int = 8) -> None:
+    differing = [row for row in v.differences if abs(row.difference) >= least]
+    if not differing:
+        total = sum(row.difference for row in v.differences)
+        console.print(Text(f"Formula and trace have the same tensors there, but for {format_gib(abs(total))} of small ones and rounding.", "dim"))
+        return
+    console.print(Text("Where formula and trace differ there", "bold"))
+    table = tables.new_table(("formula", "left"), ("trace", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right"))
+    for row in differing[:most]:
+        counts = f"{row.formula_copies} / {row.trace_copies}"
+        table.add_row(_names(row.formula), _names(row.trace), row.dtype, counts, f"{row.difference / 2**30:+.2f}")
+    console.print(table)
+
+
+def _names(names: Sequence[str]) -> str:
+    return "; ".join(names[:3]) + (f"; {len(names) - 3} more" if len(names) > 3 else "") or "-"
+
+
+def notes(v: View) -> list[str]:
+    """How the allocator fares, and what was not seen."""
+    from ..plan import advice
+
+    lines = advice.card_notes(v.card) + [_allocator_note(v.expandable, "with expandable_segments:True"), _allocator_note(v.usual, "without it")]
+    if v.trace.host_peak:
+        lines.append(f"host memory: {format_gib(v.trace.host_peak)} at most.")
+    if v.trace.recipe.attention != "eager":
+        lines.append("attention's workspace, cuBLAS' and the allocator's rules are from PyTorch's source, not yet measured on a card.")
+    return lines + advice.position_notes(v.model, v.trace.seq_len)
+
+
+def _allocator_note(kept: Held, how: str) -> str:
+    if kept.out_of_memory is not None:
+        lost = kept.out_of_memory
+        return (
+            f"caching allocator {how}: out of memory, with {format_gib(lost.allocated)} allocated, {format_gib(lost.reserved)} reserved and "
+            f"{format_gib(lost.needed)} asked for."
+        )  # fmt: skip
+    again = f", the cache given back {kept.retries} times" if kept.retries else ""
+    return f"caching allocator {how}: runs, {format_gib(kept.reserved)} reserved for {format_gib(kept.allocated)} allocated at most{again}."
+
+
+# ---- while it runs ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def status() -> Iterator[Status]:
+    """A spinner on the terminal, if there is one; what is printed meanwhile goes above it."""
+    console = Console(stderr=True, highlight=False)
+    with console.status("importing torch and transformers", spinner="dots") as waiting:
+        yield waiting
+
+
+def recipe_words(recipe: Recipe) -> str:
+    """A recipe in a few words."""
+    chunks = f", {recipe.mlp_chunks} and {recipe.loss_chunks} chunks" if recipe.loss == "chunked" else ""
+    return f"checkpoint {recipe.checkpoint}{chunks}{', offload' if recipe.offload_layer_inputs else ''}"
