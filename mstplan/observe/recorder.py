@@ -122,7 +122,7 @@ class Recorder(TorchDispatchMode):
         self._sum = None
         if isinstance(out, torch.Tensor):
             self._see(out, func, label)
-            if self.in_place and func is torch.ops.aten.add.Tensor and self._run == BACKWARD and not torch.is_grad_enabled():
+            if self.in_place and func is torch.ops.aten.add.Tensor and self._run == BACKWARD and _holds_its_own(args[0]):
                 self._sum = (out.untyped_storage()._cdata, args[0].untyped_storage()._cdata)
         else:
             for value in tree_iter(out):
@@ -139,10 +139,17 @@ class Recorder(TorchDispatchMode):
         dtype = str(tensor.dtype).removeprefix("torch.")
         made = Made(storage.nbytes(), tuple(tensor.shape), dtype, operation, label.path, category)
         self._known[key] = self.recording.add(made)
-        weakref.finalize(storage, self._forget, key)
+        weakref.finalize(storage, self._forget, key).atexit = False
+
+    def close(self) -> Recording:
+        """What was recorded; what is let go from now on is no part of it."""
+        self._known.clear()
+        return self.recording
 
     def _forget(self, key: int) -> None:
-        index = self._known.pop(key)
+        index = self._known.pop(key, None)
+        if index is None:
+            return
         if self._sum is not None and self._sum[1] == key and self._took_over(index):
             return
         self.recording.events.append((index, -1))
@@ -221,6 +228,12 @@ class Recorder(TorchDispatchMode):
 
     def _mark(self) -> None:
         self._forward_of.append((torch._C._autograd._get_sequence_nr(), self._here(), self._unit))
+
+
+def _holds_its_own(summand: torch.Tensor) -> bool:
+    """Would autograd add to it in place, if nothing else held it? A view has its base, which holds the same storage
+    (can_accumulate_inplace in torch/csrc/autograd/input_buffer.cpp)."""
+    return not torch.is_grad_enabled() and not summand._is_view() and torch.ops.aten.is_non_overlapping_and_dense(summand)
 
 
 def _name(func: Any) -> str:

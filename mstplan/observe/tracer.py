@@ -101,7 +101,7 @@ def _run(full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], e
                 loss = loss.detach()
                 del loss
                 recorder.begin(OPTIMIZER)
-    return recorder.recording
+    return recorder.close()
 
 
 def _kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
@@ -196,7 +196,7 @@ def _update(weights: list[nn.Parameter], recipe: Recipe) -> tuple[Recording, tup
                 optimizer.step()
         states = tuple(State(name, _dtype(t), t.numel() * t.element_size()) for name, t in _states(optimizers))
         stay = {recorder.index_of(t) for _, t in _states(optimizers)}
-    recording = recorder.recording.without(stay)
+    recording = recorder.close().without(stay)
     for made in recording.made:
         made.category = STATES
     return (Recording() if apart else recording), states
