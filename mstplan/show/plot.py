@@ -240,7 +240,7 @@ def _style(name: str, index: int) -> Style:
     return STYLES.get(name) or OTHERS[index % len(OTHERS)]
 
 
-def _card_name(card: Card) -> str:
+def card_name(card: Card) -> str:
     return card.gpu.name if card.named else f"{format_gib(card.total_bytes, 0)} card"
 
 
@@ -301,6 +301,12 @@ SMALL = 8.0
 
 
 def _picture(curves: Sequence[Curve], model: Model, card: Card, kind: str) -> bytes:
+    title = f"{short_name(model.name)} on {card_name(card)}: memory of a training step"
+    return render(kind, title, lambda figure: _draw(figure, curves, model, card, title))
+
+
+def render(kind: str, title: str, draw: Callable[[Figure], None]) -> bytes:
+    """A picture of a kind (png, svg, pdf), drawn on a figure of WIDTH x HEIGHT inches. The same input gives the same bytes."""
     import warnings
 
     import matplotlib
@@ -309,7 +315,6 @@ def _picture(curves: Sequence[Curve], model: Model, card: Card, kind: str) -> by
 
     from .. import __version__
 
-    title = f"{_short(model.name)} on {_card_name(card)}: memory of a training step"
     maker = f"mstplan {__version__}"
     # Nothing in the file may depend on the day or on the user's own matplotlib settings.
     metadata: dict[str, dict[str, str | None]] = {
@@ -328,13 +333,13 @@ def _picture(curves: Sequence[Curve], model: Model, card: Card, kind: str) -> by
         )  # fmt: skip
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=100, facecolor="white")
         FigureCanvasAgg(figure)
-        _draw(figure, curves, model, card, title)
+        draw(figure)
         out = io.BytesIO()
         figure.savefig(out, format=kind, dpi=DPI, metadata=metadata[kind])
     return out.getvalue()
 
 
-def _short(name: str, most: int = 48) -> str:
+def short_name(name: str, most: int = 48) -> str:
     return name if len(name) <= most else name[: most - 3] + "..."
 
 
@@ -514,7 +519,7 @@ def _memory(axes: Axes, curves: Sequence[Curve], model: Model, card: Card) -> No
                 markeredgewidth=0.8, zorder=6, clip_on=False, linestyle="none",
             )  # fmt: skip
             labels.append(_Label(f"{curve.strategy} {format_tokens(curve.s_max)}", curve.s_max, budget))
-    _place(axes, labels, curves, budget, f"{_card_name(card)}: budget {format_gib(card.budget_bytes)}", model.context)
+    _place(axes, labels, curves, budget, f"{card_name(card)}: budget {format_gib(card.budget_bytes)}", model.context)
 
 
 def _up_to(points: Iterable[Point], most: float) -> Iterator[Point]:
