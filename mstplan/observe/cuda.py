@@ -150,14 +150,15 @@ def as_on_cuda(recorder: Recorder) -> Iterator[None]:
             (F, "scaled_dot_product_attention", _attention(recorder)),
             (F, "dropout", _dropout),
             (products, "adds_to_fp32", lambda _device: True),
+            (offload, "host_memory", recorder.host_memory),
         ):
             stack.enter_context(patch.object(where, name, new))
-        stack.enter_context(on_fake_tensors(recorder))
+        stack.enter_context(on_fake_tensors())
         yield
 
 
 @contextmanager
-def on_fake_tensors(recorder: Recorder) -> Iterator[None]:
+def on_fake_tensors() -> Iterator[None]:
     """Within the context what needs values of tensors goes on as if it had seen usual ones."""
     packed = masking_utils.find_packed_sequence_indices
 
@@ -167,7 +168,6 @@ def on_fake_tensors(recorder: Recorder) -> Iterator[None]:
     with ExitStack() as stack:
         for where, name, new in (
             (masking_utils, "find_packed_sequence_indices", not_packed),
-            (offload, "host_memory", recorder.host_memory),
             (mlp, "draw_seed", lambda: None),
         ):
             stack.enter_context(patch.object(where, name, new))

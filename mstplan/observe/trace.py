@@ -26,6 +26,7 @@ from .allocator import MIN_BLOCK
 from .extend import extend
 from .recording import FORWARD, GRADIENTS, OPTIMIZER, STATES, WEIGHTS, WORKSPACE, Made, Place, Recording
 
+
 class Weight(NamedTuple):
     """A parameter or buffer of the whole model."""
 
@@ -163,12 +164,7 @@ class Trace:
         return most
 
     def instant_of(self, place: Place) -> str:
-        if place.run == OPTIMIZER:
-            return OPTIMIZER_STEP
-        if place.run == FORWARD:
-            return END_OF_FORWARD if place.unit < self.units else LOSS
-        at_ends = {-1: EMBEDDING, 0: FIRST_LAYER, self.units: LOSS_BACKWARD}
-        return at_ends.get(place.unit) or (LAST_LAYER if place.unit == self.units - 1 else MIDDLE_LAYER)
+        return instant_of(place, self.units)
 
     @cached_property
     def peaks(self) -> tuple[Peak, ...]:
@@ -197,6 +193,16 @@ class Trace:
             group[1] += self.rounded(made.bytes)
         found = [Alive(*kind, *numbers) for kind, numbers in groups.items()]
         return tuple(sorted([*self.resident, *found], key=lambda a: -a.bytes))
+
+
+def instant_of(place: Place, units: int) -> str:
+    """The step model's name for what happens at a place of a step of so many units."""
+    if place.run == OPTIMIZER:
+        return OPTIMIZER_STEP
+    if place.run == FORWARD:
+        return END_OF_FORWARD if place.unit < units else LOSS
+    at_ends = {-1: EMBEDDING, 0: FIRST_LAYER, units: LOSS_BACKWARD}
+    return at_ends.get(place.unit) or (LAST_LAYER if place.unit == units - 1 else MIDDLE_LAYER)
 
 
 def _kind(made: Made) -> tuple[Any, ...]:

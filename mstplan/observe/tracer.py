@@ -84,7 +84,7 @@ def _run(full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], e
         model.to_empty(device="cpu")
         model.tie_weights()
         recorder = Recorder(_labels(model, every), len(kept))
-        with as_on_cuda(recorder) if on == "cuda" else on_fake_tensors(recorder), nullcontext() if whole else few_chunks():
+        with as_on_cuda(recorder) if on == "cuda" else on_fake_tensors(), nullcontext() if whole else few_chunks():
             bare = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
             step = TrainingStep(model, bare, seq_len, checkpoint)
             make_states(step.in_backward)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mstplan.observe.allocations import Allocations, Keep, record
 from mstplan.train import minisequence, offload
 
-from .allocations import Keep, Recording, record
 from .double import float64
 from .families import SMALL, small_batch, small_model
 from .test_exact import assert_equal, step
@@ -55,21 +55,21 @@ def tokens_for(model: nn.Module, tokens: int = TOKENS) -> torch.Tensor:
     return torch.randint(3, model.config.vocab_size, (BATCH, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def recorded(model: nn.Module, tokens: int = TOKENS) -> Recording:
+def recorded(model: nn.Module, tokens: int = TOKENS) -> Allocations:
     """One step."""
     ids = tokens_for(model, tokens)
     model.zero_grad()
 
     def train(mark: Any) -> None:
-        with mark("forward"):
-            loss = model(input_ids=ids, labels=ids).loss
-        with mark("backward"):
-            loss.backward()
+        mark("forward")
+        loss = model(input_ids=ids, labels=ids).loss
+        mark("backward")
+        loss.backward()
 
     return record(train)
 
 
-def in_chunks(model: nn.Module, chunks: int, **settings: Any) -> Recording:
+def in_chunks(model: nn.Module, chunks: int, **settings: Any) -> Allocations:
     """One step in mini-sequences; not the first, which also tries out a few tokens and leaves Python's caches filled."""
     minisequence(model, mlp_chunks=chunks, loss_chunks=chunks, **settings)
     recorded(model)
@@ -78,7 +78,7 @@ def in_chunks(model: nn.Module, chunks: int, **settings: Any) -> Recording:
     return found
 
 
-def checkpointed(model: nn.Module, tokens: int = TOKENS) -> Recording:
+def checkpointed(model: nn.Module, tokens: int = TOKENS) -> Allocations:
     """One step of the plain model under transformers' own checkpointing, which stays on."""
     switch_on = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     switch_on({"use_reentrant": False})
@@ -143,7 +143,7 @@ def pieces_of(x: torch.Tensor, chunks: int) -> tuple[torch.Tensor, ...]:
     return x.flatten(0, -2).split(BATCH * TOKENS // chunks)
 
 
-def one_by_one(pieces: list[tuple[nn.Module, torch.Tensor]], graph: bool) -> Recording:
+def one_by_one(pieces: list[tuple[nn.Module, torch.Tensor]], graph: bool) -> Allocations:
     """Plain MLPs, each on a few tokens (n, d), and their gradients where they make a graph."""
 
     def run(_mark: Any) -> None:

@@ -1,0 +1,169 @@
+"""What torch really allocates on the CPU during a step: every allocation and release, in order, from torch's profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ..plan.steps import segment_length
+from ..train import finding
+from .recording import FORWARD, Place
+from .step import TrainingStep
+from .trace import instant_of
+
+Keep = Callable[[int], bool]
+Mark = Callable[[str], None]
+
+_MARK = "phase: "
+
+
+class Event(NamedTuple):
+    time: int  # nanoseconds
+    bytes: int  # less than 0: given back
+    phase: str
+    address: int
+    operations: tuple[str, ...]  # what allocates, outermost first: autograd's nodes, torch's operations
+
+
+@dataclass
+class Allocations:
+    """Allocations and releases in the order in which they happened. resident: bytes that were there before, and stay."""
+
+    events: list[Event]
+    resident: int = 0
+
+    def sizes(self) -> set[int]:
+        """Of every single allocation."""
+        return {e.bytes for e in self.events if e.bytes > 0}
+
+    def peak(self, phase: str = "", keep: Keep = lambda size: True) -> int:
+        """The most bytes alive at once in a phase (or ever), in blocks of a size to `keep`, beside what is resident."""
+        totals = accumulate(e.bytes if keep(abs(e.bytes)) else 0 for e in self.events)
+        return max((t for t, e in zip(totals, self.events, strict=True) if e.phase.startswith(phase)), default=0)
+
+    def peaks(self) -> dict[str, int]:
+        """The most bytes alive at once in each phase, with what is resident."""
+        totals = accumulate((e.bytes for e in self.events), initial=self.resident)
+        next(totals)
+        found: dict[str, int] = {}
+        for total, event in zip(totals, self.events, strict=True):
+            found[event.phase] = max(total, found.get(event.phase, 0))
+        return found
+
+
+def record(step: Callable[[Mark], object]) -> Allocations:
+    """`step` is called with a function that says which phase begins: `mark("backward")`. What it returns is kept to the end."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = step(_mark)
+    del kept
+    results: Any = profiler.profiler
+    found = sorted(_walk(results.kineto_results.experimental_event_tree(), ()), key=lambda e: e.time)
+    return Allocations(list(_own(_in_phases(found))))
+
+
+def record_step(step: TrainingStep) -> Allocations:
+    """One step on the CPU, its phases named as the step model's instants. Not the first, which makes the optimizer's states."""
+    resident = sum(bytes_of(_there(step)).values())
+
+    def run(mark: Mark) -> None:
+        step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
+        with _marking(step, mark) as begin:
+            step.run(begin)
+
+    found = record(run)
+    found.resident = resident
+    return found
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Of each of their storages, by its address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def _there(step: TrainingStep) -> Iterator[torch.Tensor]:
+    """Weights, buffers and the optimizer's states."""
+    yield from step.model.parameters()
+    yield from step.model.buffers()
+    for optimizer in [*step.in_backward, *([step.optimizer] if step.optimizer is not None else [])]:
+        yield from (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+
+
+@contextmanager
+def _marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[str], None]]:
+    """Gives a function that says which pass begins. In the forward pass layers mark where it is, in the backward pass the
+    gradients of their inputs do: when one is there, everything after its layer is done."""
+    layers = finding.find_parts(step.model).layers
+    every = segment_length(step.recipe, len(layers)) or 1
+    units = -(-len(layers) // every)
+    run = FORWARD
+
+    def at(unit: int) -> None:
+        mark(instant_of(Place(run, unit), units))
+
+    def begin(name: str) -> None:
+        nonlocal run
+        run = name
+        at(-1 if run == FORWARD else units)
+
+    def enter(unit: int) -> Callable[[nn.Module, Any], None]:
+        def hook(_layer: nn.Module, inputs: Any) -> None:
+            if run == FORWARD:
+                at(unit)
+                inputs[0].register_hook(lambda _gradient: at(unit - 1))
+
+        return hook
+
+    def leave(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        if run == FORWARD:
+            at(units)
+            (output[0] if isinstance(output, tuple) else output).register_hook(lambda _gradient: at(units - 1))
+
+    handles: list[Any] = [layers[n].register_forward_pre_hook(enter(n // every)) for n in range(0, len(layers), every)]
+    handles.append(layers[-1].register_forward_hook(leave))
+    try:
+        yield begin
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mark(phase: str) -> None:
+    with record_function(_MARK + phase):
+        pass
+
+
+def _walk(tree: Sequence[Any], operations: tuple[str, ...]) -> Iterator[Event]:
+    for event in tree:
+        if event.name == "[memory]":
+            yield Event(event.start_time_ns, event.extra_fields.alloc_size, "", event.extra_fields.ptr, operations)
+        elif event.name.startswith(_MARK):
+            yield Event(event.start_time_ns, 0, event.name.removeprefix(_MARK), 0, ())
+        yield from _walk(event.children, (*operations, event.name))
+
+
+def _in_phases(events: Iterable[Event]) -> Iterator[Event]:
+    phase = ""
+    for event in events:
+        if event.bytes:
+            yield event._replace(phase=phase)
+        else:
+            phase = event.phase
+
+
+def _own(events: Iterable[Event]) -> Iterator[Event]:
+    """Without the release of what was there before."""
+    own: set[int] = set()
+    for event in events:
+        if event.bytes > 0:
+            own.add(event.address)
+            yield event
+        elif event.address in own:
+            own.remove(event.address)
+            yield event
