@@ -84,6 +84,8 @@ RECIPE = {
     "offload": _option(bool, "--offload", "Layer inputs in host memory.", False, panel=_RECIPE),
     "attention": _option(str | None, "--attention", "sdpa | flash | eager. Default sdpa.", panel=_RECIPE, metavar="NAME"),
     "loss": _option(str | None, "--loss", "transformers | 'transformers<4.45' | chunked.", panel=_RECIPE, metavar="NAME"),
+    "gpus": _option(int | None, "--gpus", "Cards that train together, all alike; answers are per card. Default 1.", panel=_RECIPE, metavar="N"),
+    "sharding": _option(str | None, "--sharding", "none | fsdp (FSDP2, ZeRO-3: everything in shards over --gpus).", panel=_RECIPE, metavar="NAME"),
 }  # fmt: skip
 _VARIED_BY_THE_FORMULAS = ("checkpoint", "chunks", "no_recompute", "offload", "loss")
 THEOREM_RECIPE = {name: option for name, option in RECIPE.items() if name not in _VARIED_BY_THE_FORMULAS}
@@ -162,7 +164,7 @@ def _changes(asked: Asked) -> dict[str, object]:
     """The recipe fields that the options set."""
     from .units import parse_whole
 
-    named = ("precision", "optimizer", "adamw_kernel", "accumulation", "batch", "attention", "loss")
+    named = ("precision", "optimizer", "adamw_kernel", "accumulation", "batch", "attention", "loss", "gpus", "sharding")
     changes: dict[str, object] = {name: getattr(asked, name) for name in named if getattr(asked, name) is not None}
     for switch in ("optimizer_in_backward", "optimizer_on_host", "weights_on_host"):
         if getattr(asked, switch):
@@ -227,7 +229,10 @@ def _recipes(asked: Asked) -> dict[str, Recipe]:
 
     if _custom(asked):
         return {"custom": _apply(_base(asked), asked, adopt_chunks=True)}
-    return {name: _apply(recipe, asked, adopt_chunks=False) for name, recipe in STRATEGIES.items()}
+    strategies = STRATEGIES
+    if asked.sharding == "fsdp":  # which gathers one layer at a time
+        strategies = {name: recipe for name, recipe in STRATEGIES.items() if recipe.checkpoint != "sqrt"}
+    return {name: _apply(recipe, asked, adopt_chunks=False) for name, recipe in strategies.items()}
 
 
 def _one_recipe(asked: Asked) -> tuple[str, Recipe]:

@@ -49,6 +49,12 @@ class Recipe(BaseModel):
     """Keep checkpointed layers' inputs in host memory."""
     attention: Literal["sdpa", "flash", "eager"] = "sdpa"
     """attn_implementation: sdpa (its flash kernel, explicit masks for sliding windows), flash-attn, or eager."""
+    gpus: int = Field(default=1, ge=1, le=65_536)
+    """Cards that train together, each with `batch` sequences of its own."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: weights, gradients and optimizer states in shards over all cards, each decoder layer gathered while it runs
+    (PyTorch's fully_shard of every layer, then of the model; ZeRO-3). mixed is then its MixedPrecisionPolicy: fp32 shards,
+    gathered in bf16, gradients reduced in fp32, and no autocast."""
 
     if not TYPE_CHECKING:  # type checkers know the fields better than this signature does
 
@@ -86,9 +92,30 @@ class Recipe(BaseModel):
                 "flash-attn computes in bf16 or fp16 only: use precision bf16 or mixed",
             ),
             (self.weights_on_host and not self.optimizer_on_host, "weights_on_host needs optimizer_on_host"),
+            *self._bad_sharding(),
         ):
             if bad:
                 raise ValueError(message)
+
+    def _bad_sharding(self) -> tuple[tuple[bool, str], ...]:
+        if self.sharding == "none":
+            return ((self.gpus > 1, "several gpus are planned with sharding='fsdp' (--sharding fsdp) only"),)
+        return (
+            (self.gpus < 2, "sharding='fsdp' needs 2 gpus or more (--gpus 8)"),
+            (
+                self.checkpoint not in ("none", "layer", 1),
+                "fsdp gathers one layer at a time, so a checkpoint cannot span several: set checkpoint='layer' (--checkpoint layer)",
+            ),
+            (
+                self.optimizer in ("adamw-8bit", "adafactor"),
+                "bitsandbytes' AdamW8bit and transformers' Adafactor cannot step fsdp's shards: use adamw or sgd",
+            ),
+            (self.optimizer_on_host or self.weights_on_host, "fsdp with weights or optimizer on the host is not planned"),
+        )
+
+    @property
+    def sharded(self) -> bool:
+        return self.sharding == "fsdp"
 
     @property
     def weight_bytes(self) -> int:
@@ -99,6 +126,16 @@ class Recipe(BaseModel):
     def weight_dtype(self) -> str:
         """What one weight on the device is held in."""
         return "bfloat16" if self.precision == "bf16" else "float32"
+
+    @property
+    def autocast(self) -> bool:
+        """Are weights cast to bf16 where they are used?"""
+        return self.precision == "mixed" and not self.sharded
+
+    @property
+    def used_dtype(self) -> str:
+        """What layers find their weights in, and hand hidden states on in: under fsdp, what shards are gathered in."""
+        return "float32" if self.precision == "fp32" or self.autocast else "bfloat16"
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:
