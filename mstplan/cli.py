@@ -268,17 +268,31 @@ def _length(text: str) -> int:
 # ---- commands ------------------------------------------------------------------------------------------------------------
 
 
+TRACING = {
+    "no_cache": _option(bool, "--no-cache", "Trace anew, and keep nothing.", False, panel=_TRACE),
+    "trust_remote_code": _option(bool, "--trust-remote-code", "Run the model's own code where transformers has none.", False, panel=_TRACE),
+}
+
+
 @command(
-    "max-seq", MODEL, CARD, RECIPE, JSON,
+    "max-seq", MODEL, CARD, RECIPE,
+    {"rung": _option(str, "--rung", "formula (at once) | trace (needs torch, takes seconds). Default formula.", "formula", panel=_TRACE, metavar="NAME")},
+    TRACING, JSON,
     help="The longest sequence that fits, for each strategy, and what holds it back. With --checkpoint, --loss, --offload or --recipe, "
     "the options describe one recipe (\"custom\") instead of varying the five strategies.",
     epilog="mstplan max-seq --model llama3.1-8b --gpu h100 --optimizer-in-backward   |   "
-    "mstplan max-seq -m ./my-model --gpu-mem 24GB --chunks 8,32",
+    "mstplan max-seq -m ./my-model --gpu-mem 24GB --chunks 8,32   |   mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
 )  # fmt: skip
 def max_seq(asked: Asked) -> None:
+    from .errors import RecipeError, quoted
     from .plan import solve
 
+    if asked.rung not in ("formula", "trace"):
+        raise RecipeError(f"unknown rung {quoted(asked.rung)}.\nKnown: formula, trace.")
     model, card = _model(asked), _card(asked)
+    if asked.rung == "trace":
+        _max_seq_by_trace(asked, model, card)
+        return
     found = [solve.max_seq(model, recipe, card, name) for name, recipe in _recipes(asked).items()]
     best = max(found, key=lambda a: a.s_max)
     if asked.json:
@@ -290,6 +304,24 @@ def max_seq(asked: Asked) -> None:
 
         report.max_seq(_console(), model, card, found, best)
     if best.s_max == 0:
+        raise typer.Exit(1)
+
+
+def _max_seq_by_trace(asked: Asked, model: Model, card: Card) -> None:
+    from .observe import search
+
+    with _tracing(asked) as trace_step:
+        found = [search.longest(model, recipe, card, trace_step, name) for name, recipe in _recipes(asked).items()]
+    best = max(found, key=lambda f: f.answer.s_max)
+    if asked.json:
+        from .show import payload
+
+        _print_json(payload.max_seq_by_trace(model, card, found, best))
+    else:
+        from .show import trace as shown
+
+        shown.max_seq(_console(), model, card, found, best)
+    if best.answer.s_max == 0:
         raise typer.Exit(1)
 
 
@@ -322,12 +354,6 @@ def plan(asked: Asked) -> None:
         report.plan(_console(), step, name if asked.recipe is None else "this recipe", singles, run)
     if not step.fits:
         raise typer.Exit(1)
-
-
-TRACING = {
-    "no_cache": _option(bool, "--no-cache", "Trace anew, and keep nothing.", False, panel=_TRACE),
-    "trust_remote_code": _option(bool, "--trust-remote-code", "Run the model's own code where transformers has none.", False, panel=_TRACE),
-}
 
 
 @command(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ..plan.hardware import Card
+from ..units import MIB
 from .allocator import Allocator, OutOfMemory
 from .recording import OPTIMIZER
 from .trace import Trace
@@ -33,6 +35,28 @@ def held(trace: Trace, *, expandable: bool, limit: int | None = None, steps: int
             elif (failed := allocator.allocate(key, size)) is not None:
                 return Held(allocator.peak_allocated, allocator.peak_reserved, allocator.retries, failed)
     return Held(allocator.peak_allocated, allocator.peak_reserved, allocator.retries, None)
+
+
+def room(card: Card) -> int:
+    """Bytes of a card that the allocator can reserve."""
+    return card.total_bytes - card.gpu.context_bytes - card.reserve_bytes
+
+
+def runs(trace: Trace, card: Card) -> bool:
+    """Does the allocator find room for the step on this card, with expandable segments?"""
+    return trace.peak.bytes <= room(card) and held(trace, expandable=True, limit=room(card)).out_of_memory is None
+
+
+def needed(trace: Trace, precision: int = 16 * MIB) -> int:
+    """The least room, to `precision` bytes, in which the allocator runs the step with expandable segments."""
+    low, high = trace.peak.bytes, held(trace, expandable=True).reserved  # too little, or just enough; enough
+    while high - low > precision:
+        middle = (low + high) // 2
+        if held(trace, expandable=True, limit=middle).out_of_memory is None:
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 def all_events(trace: Trace, steps: int = 2) -> Iterator[Event]:

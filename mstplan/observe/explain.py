@@ -79,5 +79,6 @@ def _row(theirs: Sequence[Entry], ours: Sequence[Alive]) -> Row:
 
 def name_of(group: Alive) -> str:
     """Module and operation in few letters: 'self_attn.q_proj: mm'."""
-    module = group.module.rpartition("*.")[2] if "*" in group.module else group.module
-    return f"{module}: {group.operation}" if module.strip("*.") else group.operation
+    module = group.module.rpartition("*.")[2] if "*." in group.module else group.module.rpartition(".")[2]
+    operation = group.operation.removesuffix(".Tensor").removesuffix(".Scalar")
+    return f"{module}: {operation}" if module.strip("*.") else operation

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 FORWARD, RECOMPUTE, BACKWARD, OPTIMIZER = "forward", "recompute", "backward", "optimizer"
 
 WEIGHTS, GRADIENTS, STATES, INPUTS, ATTENTION = "weights", "gradients", "optimizer", "layer inputs", "attention"
-MLP, NORMS, LOSS, WORKSPACE, OTHER = "MLP", "norms and residuals", "loss", "workspace", "other"
+MLP, NORMS, LOSS, WORKSPACE, OTHER = "MLP", "norms", "loss", "workspace", "other"
 CATEGORIES = (WEIGHTS, GRADIENTS, STATES, INPUTS, ATTENTION, MLP, NORMS, LOSS, WORKSPACE, OTHER)
 
 

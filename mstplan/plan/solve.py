@@ -259,6 +259,11 @@ def recommend_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chun
     return _fewest(recipe, limit, lambda chunks: peak(chunks) <= enough)
 
 
+def within(chunks: Chunks, seq_len: int) -> Chunks:
+    """No more pieces than tokens."""
+    return Chunks(min(chunks.mlp, seq_len), min(chunks.loss, seq_len))
+
+
 # ---- answers ------------------------------------------------------------------------------------------------------------
 
 
@@ -287,7 +292,7 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
     if chunks is not None and not all(isinstance(m, int) and m >= 1 for m in chunks):
         raise RecipeError(f"chunks must be whole numbers from 1, not {tuple(chunks)!r}.")
     given = Chunks(*chunks) if chunks is not None else chunks_at(model, recipe, card, seq_len)
-    used = Chunks(min(given.mlp, seq_len), min(given.loss, seq_len))  # no more pieces than tokens
+    used = within(given, seq_len)
     built, where = _step(model, recipe, card.gpu, used, seq_len), sizes(recipe, seq_len, used)
     instant, peak = built.largest(where)
     host = host_bytes(model, recipe, seq_len, built.parameters)

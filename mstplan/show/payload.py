@@ -16,6 +16,7 @@ from ..plan.theorem import Coefficients, Row
 
 if TYPE_CHECKING:
     from ..observe.card import Held
+    from ..observe.search import Found
     from .report import TheoremView
     from .trace import View
 
@@ -137,6 +138,17 @@ def max_seq(m: Model, c: Card, found: Sequence[Answer], best: Answer) -> dict[st
     return document(
         "max-seq", model=model(m), card=card(c), budget_bytes=c.budget_bytes, results=[answer(a) for a in found],
         best=best.strategy, binding=[entry(e) for e in best.plan.binding_entries()], notes=max_seq_notes(m, c, found),
+    )  # fmt: skip
+
+
+def max_seq_by_trace(m: Model, c: Card, found: Sequence[Found], best: Found) -> dict[str, Any]:
+    from ..observe.cache import versions
+    from .trace import max_seq_notes
+
+    return document(
+        "max-seq", "trace", model=model(m), card=card(c), budget_bytes=c.budget_bytes, versions=versions(),
+        results=[{**answer(f.answer), "traces": f.traces} for f in found], best=best.answer.strategy,
+        alive=[a._asdict() for a in best.trace.alive(best.trace.peak.event)], notes=max_seq_notes(m, c, found),
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from rich.status import Status
 from rich.text import Text
 
 from ..observe import explain
-from ..observe.card import Held, held
+from ..observe.card import Held, held, room
+from ..observe.search import Found
 from ..observe.trace import Alive, Trace
 from ..plan.hardware import Card
 from ..plan.model import Model
@@ -36,33 +37,66 @@ class View(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.trace.peak.bytes <= self.card.budget_bytes
+        """Does the allocator find room, with expandable segments?"""
+        return self.expandable.out_of_memory is None
 
 
 def view(model: Model, card: Card, strategy: str, trace: Trace, plan: Plan, versions: dict[str, str]) -> View:
-    room = card.total_bytes - card.gpu.context_bytes - card.reserve_bytes
     at_peak = next((i.entries for i in plan.instants() if i.name == trace.peak.instant), ())
     differences = explain.compare(at_peak, trace.alive(trace.peak.event))
-    kept = [held(trace, expandable=expandable, limit=room) for expandable in (True, False)]
+    kept = [held(trace, expandable=expandable, limit=room(card)) for expandable in (True, False)]
     return View(model, card, strategy, trace, plan, versions, kept[0], kept[1], differences)
 
 
-def rung(v: View) -> str:
-    ran = "all" if len(v.trace.kept) == v.trace.units else f"{len(v.trace.kept)} of {v.trace.units}"
-    what = "layers" if v.trace.units == v.model.layers else "checkpointed segments"
-    return (
-        f"trace rung: transformers {v.versions['transformers']} on fake tensors, torch {v.versions['torch']}; {ran} {what} run, "
-        "the rest written down from them"
-    )
+DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
+RUNG = "trace rung: the model's real code on fake tensors; nothing was measured"
+
+
+def max_seq(console: Console, model: Model, card: Card, found: Sequence[Found], best: Found) -> None:
+    """S_max of every strategy by trace, and what is alive at the best one's peak."""
+    tables.heading(console, model, card, RUNG)
+    tables.answers(console, [f.answer for f in found], best.answer)
+    if best.answer.s_max:
+        console.print(Text(f"{best.answer.strategy} at {format_tokens(best.answer.s_max)} tokens:", "bold"))
+        alive(console, best.trace)
+        console.print()
+    tables.notes(console, max_seq_notes(model, card, found))
+
+
+def max_seq_notes(model: Model, card: Card, found: Sequence[Found]) -> list[str]:
+    from ..observe.cache import versions
+    from ..plan import advice
+
+    answers = [f.answer for f in found]
+    lines = [*advice.card_notes(card), *advice.recipe_notes(model, answers[-1].plan.recipe), _versions_note(versions())]
+    if not any(answer.s_max for answer in answers):
+        return lines + advice.nothing_fits_notes(answers)
+    lines.append(
+        "S_max is what the caching allocator finds room for, with expandable_segments:True; the formula counts tensors alone and comes to "
+        + ", ".join(f"{format_tokens(f.formula)} ({f.answer.strategy})" for f in found) + "."
+    )  # fmt: skip
+    return [*lines, UNMEASURED]
+
+
+UNMEASURED = "attention's workspace, cuBLAS' and the allocator's rules are from PyTorch's source, not yet measured on a card."
+
+
+def _versions_note(versions: dict[str, str]) -> str:
+    return f"traced with torch {versions['torch']} and transformers {versions['transformers']}."
+
+
+def _ran_note(trace: Trace) -> str:
+    what = "units that are checkpointed together" if trace.recipe.checkpoint not in ("none", "layer") else "layers"
+    return f"{len(trace.kept)} of {trace.units} {what} were run; the others do the same as one of them."
 
 
 def report(console: Console, v: View, most: int = 14) -> None:
-    tables.heading(console, v.model, v.card, rung(v))
+    tables.heading(console, v.model, v.card, RUNG)
     tables.fits(console, v.trace.seq_len, v.strategy, v.trace.peak.bytes, v.card.budget_bytes, v.fits)
     if max(v.plan.chunks) > 1:
         console.print(Text(tables.chunks(v.plan), "dim"))
     _instants(console, v)
-    _alive(console, v, most)
+    alive(console, v.trace, most)
     _differences(console, v)
     console.print()
     tables.notes(console, notes(v))
@@ -80,12 +114,13 @@ def _instants(console: Console, v: View) -> None:
     console.print(table)
 
 
-def _alive(console: Console, v: View, most: int) -> None:
-    rows = v.trace.alive(v.trace.peak.event)
-    console.print(Text(f"{v.trace.peak.instant}, {_at(v.trace)}:", "bold"))
+def alive(console: Console, trace: Trace, most: int = 14) -> None:
+    """The tensors at the trace's peak, largest first."""
+    rows = trace.alive(trace.peak.event)
+    console.print(Text(f"{trace.peak.instant}, {_at(trace)}:", "bold"))
     table = tables.new_table(("for", "left"), ("made by", "left"), ("shape", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right"))
     for a in rows[:most]:
-        table.add_row(a.category, explain.name_of(a), _shape(a), a.dtype, str(a.copies) if a.copies > 1 else "", tables.gib(a.bytes))
+        table.add_row(a.category, explain.name_of(a), _shape(a), DTYPES.get(a.dtype, a.dtype), str(a.copies) if a.copies > 1 else "", tables.gib(a.bytes))
     if len(rows) > most:
         table.add_row(f"{len(rows) - most} smaller", "", "", "", "", tables.gib(sum(a.bytes for a in rows[most:])))
     table.add_section()
@@ -99,7 +134,7 @@ def _at(trace: Trace) -> str:
 
 
 def _shape(a: Alive) -> str:
-    return " x ".join(f"{n:,}" for n in a.shape)
+    return f"({', '.join(map(str, a.shape))})" if a.shape else ""
 
 
 def _differences(console: Console, v: View, least: int = MIB, most: int = 8) -> None:
@@ -127,8 +162,7 @@ def notes(v: View) -> list[str]:
     lines = advice.card_notes(v.card) + [_allocator_note(v.expandable, "with expandable_segments:True"), _allocator_note(v.usual, "without it")]
     if v.trace.host_peak:
         lines.append(f"host memory: {format_gib(v.trace.host_peak)} at most.")
-    if v.trace.recipe.attention != "eager":
-        lines.append("attention's workspace, cuBLAS' and the allocator's rules are from PyTorch's source, not yet measured on a card.")
+    lines += [_versions_note(v.versions), _ran_note(v.trace), UNMEASURED]
     return lines + advice.position_notes(v.model, v.trace.seq_len)
 
 
