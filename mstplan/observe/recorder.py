@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -69,7 +70,7 @@ class Recorder(TorchDispatchMode):
 
     def were_there(self, tensors: Iterable[torch.Tensor]) -> None:
         """Tensors that stay through all that is recorded, and are not part of it: weights, the optimizer's states."""
-        self._resident.update(tensor.untyped_storage()._cdata for tensor in tensors)
+        self._resident.update(held_by(tensor).untyped_storage()._cdata for tensor in tensors)
 
     # ---- places -------------------------------------------------------------------------------------------------------
 
@@ -116,7 +117,9 @@ class Recorder(TorchDispatchMode):
 
     # ---- events -------------------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again for the shard that is here
         label = self._locate()
         out = func(*args, **(kwargs or {}))
         self._sum = None
@@ -140,6 +143,14 @@ class Recorder(TorchDispatchMode):
         made = Made(storage.nbytes(), tuple(tensor.shape), dtype, operation, label.path, category)
         self._known[key] = self.recording.add(made)
         weakref.finalize(storage, self._forget, key).atexit = False
+
+    def grew(self, tensor: torch.Tensor) -> None:
+        """The storage of `tensor`, that was emptied, has memory again (FSDP2 fills and empties those of gathered weights)."""
+        self._see(tensor, None, self._locate())
+
+    def emptied(self, tensor: torch.Tensor) -> None:
+        """The storage of `tensor` has no memory any more."""
+        self._forget(tensor.untyped_storage()._cdata)
 
     def close(self) -> Recording:
         """What was recorded; what is let go from now on is no part of it."""
@@ -179,7 +190,7 @@ class Recorder(TorchDispatchMode):
 
     def is_for(self, tensor: torch.Tensor, category: str) -> None:
         """A tensor that turns out to be a gradient or a layer's input."""
-        index = self._known.get(tensor.untyped_storage()._cdata)
+        index = self._known.get(held_by(tensor).untyped_storage()._cdata)
         if index is not None:
             self.recording.made[index].category = category
 
@@ -234,6 +245,11 @@ def _holds_its_own(summand: torch.Tensor) -> bool:
     """Would autograd add to it in place, if nothing else held it? A view has its base, which holds the same storage
     (can_accumulate_inplace in torch/csrc/autograd/input_buffer.cpp)."""
     return not torch.is_grad_enabled() and not summand._is_view() and torch.ops.aten.is_non_overlapping_and_dense(summand)
+
+
+def held_by(tensor: torch.Tensor) -> torch.Tensor:
+    """What is on this device of a tensor: all of it, or the shard of a distributed one."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _name(func: Any) -> str:

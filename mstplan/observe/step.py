@@ -82,7 +82,7 @@ class TrainingStep:
         return loss
 
     def forward(self) -> torch.Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "mixed"):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.autocast):
             loss: torch.Tensor = self.model(input_ids=self.tokens, labels=self.labels).loss
         return loss
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from contextlib import nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .cuda import FLASH, as_on_cuda, few_chunks, on_fake_tensors
 from .extend import Unlike, extend, few
 from .recorder import Label, Recorder
 from .recording import ATTENTION, BACKWARD, FORWARD, LOSS, MLP, NORMS, OPTIMIZER, OTHER, STATES, Recording
+from .sharding import ranks, seen_by, shard, shard_shape
 from .step import TrainingStep, build, check_runnable, make_states, optimizer_of, read_settings
 from .trace import State, Trace, Weight
 
@@ -38,8 +40,8 @@ def trace(config: dict[str, Any], recipe: Recipe, seq_len: int, *, on: str = "cu
     check_runnable(recipe)
     full, every, kinds = _whole_model(config, recipe, on)
     update, states = _update(list(full.parameters()), recipe)
-    weights = _weights(full)
-    reach = 2 if recipe.offload_layer_inputs else 1  # a layer's input is let go one layer later than usual
+    weights = _weights(full, recipe)
+    reach = 2 if recipe.offload_layer_inputs or recipe.sharded else 1  # a layer's input is let go one layer later than usual
     numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
     everything = list(range(len(kinds)))
     kept = everything if whole else few(kinds, reach)
@@ -80,11 +82,14 @@ def _run(full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], e
     parts = finding.find_parts(full)
     model = _shortened(full, parts.layers, [i for unit in kept for i in range(unit * every, min((unit + 1) * every, len(parts.layers)))])
     checkpoint = recipe.checkpoint if recipe.checkpoint in ("none", "layer") else every
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.tie_weights()
         recorder = Recorder(_labels(model, every), len(kept))
-        with as_on_cuda(recorder) if on == "cuda" else on_fake_tensors(), nullcontext() if whole else few_chunks():
+        if mesh is not None:
+            shard(model, recipe, mesh)
+        as_there = as_on_cuda(recorder) if on == "cuda" else on_fake_tensors()
+        with as_there, nullcontext() if whole else few_chunks(), seen_by(recorder):
             bare = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
             step = TrainingStep(model, bare, seq_len, checkpoint)
             make_states(step.in_backward)
@@ -119,9 +124,11 @@ def _signature(layer: nn.Module) -> Hashable:
     return tuple((name, of(module)) for name, module in layer.named_modules())
 
 
-def _weights(model: PreTrainedModel) -> tuple[Weight, ...]:
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return tuple(Weight(name, tuple(t.shape), _dtype(t), t.numel() * t.element_size(), t.requires_grad) for name, t in tensors)
+def _weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
+    """Parameters and buffers; of sharded ones this card's share."""
+    shards = [(name, w, shard_shape(tuple(w.shape), recipe.gpus)) for name, w in model.named_parameters()]
+    tensors = [*shards, *((name, t, tuple(t.shape)) for name, t in model.named_buffers())]
+    return tuple(Weight(name, shape, _dtype(t), prod(shape) * t.element_size(), t.requires_grad) for name, t, shape in tensors)
 
 
 def _shortened(model: PreTrainedModel, layers: list[nn.Module], kept: list[int]) -> PreTrainedModel:
@@ -186,7 +193,8 @@ def _update(weights: list[nn.Parameter], recipe: Recipe) -> tuple[Recording, tup
     apart = recipe.optimizer_in_backward
     recorder = Recorder({}, 0)
     with FakeTensorMode() if fused else nullcontext():
-        weights = [nn.Parameter(torch.empty(w.shape, dtype=w.dtype, device="cpu" if fused else "meta")) for w in weights]
+        shapes = [shard_shape(tuple(w.shape), recipe.gpus) for w in weights]
+        weights = [nn.Parameter(torch.empty(s, dtype=w.dtype, device="cpu" if fused else "meta")) for s, w in zip(shapes, weights, strict=True)]
         for weight in weights:
             weight.grad = torch.empty_like(weight)
         optimizers = [optimizer_of(recipe)(group) for group in ([[w] for w in weights] if apart else [weights])]
