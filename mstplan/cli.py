@@ -428,6 +428,47 @@ def _tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
         yield run
 
 
+@command(
+    "calibrate", {
+        "models": _option(str, "--model -m", "A model, as elsewhere; several with commas between; or all-dense, all.", ..., metavar="NAME[,NAME]"),
+        "source": _option(str, "--from", "trace. (Measurements are to come.)", ..., metavar="RUNG"),
+        "strategies": _option(str | None, "--strategy -s", "Some strategies only, with commas between. Default: all five.", metavar="NAME[,NAME]"),
+        "out": _option(Path | None, "--out -o", "The folder to write to. Default: the user's own, which the planner reads first.", metavar="FOLDER"),
+    }, TRACING, JSON,
+    help="Solve a model's coefficients from traces of its steps, for the planner to use in place of the formula's. An older file is kept.",
+    epilog="mstplan calibrate --from trace --model llama3.1-8b",
+)  # fmt: skip
+def calibrate(asked: Asked) -> None:
+    from .errors import RecipeError, quoted
+    from .plan import calibration
+    from .plan.recipe import STRATEGIES, strategy
+
+    if asked.source != "trace":
+        raise RecipeError(f"cannot calibrate from {quoted(asked.source)}.\nKnown: trace.")
+    names = asked.strategies.split(",") if asked.strategies else list(STRATEGIES)
+    for name in names:
+        strategy(name)  # refuses unknown ones
+    folder = asked.out if asked.out is not None else calibration.folders()[0]
+    from .show import calibrating
+
+    rows = calibrating.run(_models_named(asked.models), names, folder, keep=not asked.no_cache)
+    if asked.json:
+        from .show import payload
+
+        _print_json(payload.document("calibrate", "trace", folder=str(folder), calibrations=[row._asdict() for row in rows]))
+    else:
+        calibrating.report(_console(), rows)
+
+
+def _models_named(text: str) -> list[str]:
+    """Specs of models: one, several with commas between, or all that ship, the dense ones or all."""
+    from .plan.catalog import load_model, model_names
+
+    if text not in ("all", "all-dense"):
+        return [part.strip() for part in text.split(",")]
+    return [name for name in model_names() if text == "all" or load_model(name).experts is None]
+
+
 def _coefficient(flag: str, what: str, metavar: str) -> Any:
     return _option(str | None, flag, what, panel="Coefficients", metavar=metavar)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -19,6 +18,7 @@ from typing import Any
 from .. import files
 from ..errors import MissingError, OutputError
 from ..plan.recipe import Recipe
+from ..profiles import user_folder
 from .trace import Trace
 
 SCHEMA_VERSION = 1
@@ -26,9 +26,7 @@ PACKAGES = ("torch", "transformers")
 
 
 def folder() -> Path:
-    """Where traces are kept: $MSTPLAN_CACHE, else mstplan in $XDG_CACHE_HOME, else ~/.cache/mstplan."""
-    named = os.environ.get("MSTPLAN_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mstplan"
+    return user_folder() / "traces"
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from ..plan.recipe import Recipe
@@ -153,6 +154,15 @@ class Trace:
             total += sign * sizes[index]
             found.append(total)
         return found
+
+    @cached_property
+    def requested(self) -> list[int]:
+        """`live` without the rounding up to blocks: whole numbers of bytes per token."""
+        step = self.step
+        sizes = [0 if made.host else made.bytes for made in step.made]
+        fixed = sum(w.bytes for w in self.weights) + sum(s.bytes for s in self.states) + self.workspace
+        fixed += sum(w.bytes for w in self.weights if w.trained) if self.recipe.accumulation > 1 else 0
+        return [fixed + total for total in accumulate(sign * sizes[index] for index, sign in step.events)]
 
     @cached_property
     def host_peak(self) -> int:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
 from ..units import LONGEST
+from . import calibration
+from .calibration import Calibration
 from .hardware import Card, Gpu
 from .model import Model
 from .optimizers import host_states
@@ -51,6 +53,11 @@ class Plan(NamedTuple):
     def fits_host(self) -> bool:
         return self.card.host_bytes is None or self.host_bytes <= self.card.host_bytes
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the peak stands on beside the formula."""
+        return calibration_at(self.model, self.recipe, self.seq_len, self.chunks)
+
     def instants(self) -> tuple[Instant, ...]:
         """Every instant of the step with the tensors alive at its largest moment."""
         return _step(self.model, self.recipe, self.card.gpu, self.chunks, self.seq_len).instants(sizes(self.recipe, self.seq_len, self.chunks))
@@ -70,7 +77,7 @@ class Answer(NamedTuple):
 # ---- the step of a recipe -------------------------------------------------------------------------------------------
 
 
-def _window(model: Model, recipe: Recipe) -> int | None:
+def window_of(model: Model, recipe: Recipe) -> int | None:
     """The length from which sdpa needs explicit masks; None: never."""
     if recipe.attention != "sdpa" or not model.has_sdpa:
         return None
@@ -85,13 +92,29 @@ def _bare(recipe: Recipe) -> Recipe:
 
 
 def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
-    window = _window(model, recipe)
+    window = window_of(model, recipe)
     masked = window is not None and seq_len >= window
     return _layout_step(model, recipe, gpu, chunks.mlp > 1, chunks.loss > 1, masked)
 
 
 def _layout_step(model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool) -> Step:
-    return step(model, Layout(_bare(recipe), several_mlp, several_loss, masked), gpu.cublas_workspace_bytes)
+    layout = Layout(_bare(recipe), several_mlp, several_loss, masked)
+    return _calibrated(model, layout, gpu.cublas_workspace_bytes)
+
+
+@lru_cache(maxsize=1024)
+def _calibrated(model: Model, layout: Layout, workspace: int) -> Step:
+    """The formula's step, or what a calibration has in its place."""
+    found = calibration.find(model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked)
+    formula = step(model, layout, workspace)
+    return formula if found is None else formula.calibrated(found.moments)
+
+
+def calibration_at(model: Model, recipe: Recipe, seq_len: int, chunks: Chunks) -> Calibration | None:
+    """The calibration that the answer at this length stands on; None: the formula."""
+    window = window_of(model, recipe)
+    masked = window is not None and seq_len >= window
+    return calibration.find(model, _bare(recipe), chunks.mlp > 1, chunks.loss > 1, masked)
 
 
 def sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
@@ -103,7 +126,7 @@ def sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
 
 def longest(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
     """S_max in tokens for fixed chunks: peak(S_max) <= budget < peak(S_max + 1); 0 when one token does not fit."""
-    window = _window(model, recipe)
+    window = window_of(model, recipe)
     several = (chunks.mlp > 1, chunks.loss > 1)
     if window is None:
         return _longest(_layout_step(model, recipe, card.gpu, *several, False), recipe, chunks, card.budget_bytes)

@@ -60,6 +60,11 @@ def gpu(g: Gpu) -> dict[str, Any]:
     return {field: getattr(g, field) for field in g._fields}
 
 
+def calibrated(p: Plan) -> dict[str, Any] | None:
+    c = p.calibration
+    return {"residual": c.residual, **c.provenance} if c is not None else None
+
+
 def answer(a: Answer) -> dict[str, Any]:
     p = a.plan
     return {
@@ -67,6 +72,7 @@ def answer(a: Answer) -> dict[str, Any]:
         "s_max": a.s_max,
         "peak_bytes": p.peak_bytes,
         "instant": p.instant,
+        "calibration": calibrated(p),
         "mlp_chunks": p.chunks.mlp,
         "loss_chunks": p.chunks.loss,
         "chunk_tokens": {"mlp": chunk_tokens(p.seq_len, p.chunks.mlp), "loss": chunk_tokens(p.seq_len, p.chunks.loss)},
@@ -91,6 +97,7 @@ def plan(p: Plan) -> dict[str, Any]:
         "peak_bytes": p.peak_bytes,
         "budget_bytes": p.budget_bytes,
         "instant": p.instant,
+        "calibration": calibrated(p),
         "mlp_chunks": p.chunks.mlp,
         "loss_chunks": p.chunks.loss,
         "host_bytes": p.host_bytes,
@@ -147,7 +154,7 @@ def max_seq_by_trace(m: Model, c: Card, found: Sequence[Found], best: Found) -> 
 
     return document(
         "max-seq", "trace", model=model(m), card=card(c), budget_bytes=c.budget_bytes, versions=versions(),
-        results=[{**answer(f.answer), "traces": f.traces} for f in found], best=best.answer.strategy,
+        results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in found], best=best.answer.strategy,
         alive=[a._asdict() for a in best.trace.alive(best.trace.peak.event)], notes=max_seq_notes(m, c, found),
     )  # fmt: skip
 

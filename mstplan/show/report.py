@@ -32,8 +32,17 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Answer]) -> list[str
     return lines
 
 
+def rung(plans: Sequence[Plan]) -> str:
+    """What answers stand on, in a line."""
+    sources = dict.fromkeys(p.calibration.said for p in plans if p.calibration is not None)
+    if not sources:
+        return tables.RUNG
+    some = "" if all(p.calibration is not None for p in plans) else " in part"
+    return f"formula rung, calibrated{some} from {'; '.join(sources)}"
+
+
 def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer], best: Answer) -> None:
-    tables.heading(console, model, card)
+    tables.heading(console, model, card, rung([a.plan for a in found]))
     tables.answers(console, found, best)
     if best.s_max:
         title = f"{best.strategy} at {format_tokens(best.s_max)} tokens, {best.plan.instant}:"
@@ -44,7 +53,7 @@ def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer],
 
 
 def plan(console: Console, step: Plan, strategy: str, singles: Sequence[Way], run: Way | None) -> None:
-    tables.heading(console, step.model, step.card)
+    tables.heading(console, step.model, step.card, rung([step]))
     found = step.instants()
     tables.verdict(console, step, strategy)
     tables.instants(console, step, found)

@@ -1,0 +1,63 @@
+"""`mstplan calibrate` at work: a progress bar, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import Progress, TimeRemainingColumn
+
+from ..observe import cache
+from ..observe.calibrate import calibrate, families
+from ..observe.trace import Trace
+from ..plan import calibration
+from ..plan.catalog import load_config, load_model
+from ..plan.recipe import Recipe
+from . import tables
+
+
+class Row(NamedTuple):
+    model: str
+    strategy: str
+    mlp_in_chunks: bool
+    masked: bool  # sliding windows with explicit masks
+    vectors: int
+    residual: float
+    file: str
+
+
+def run(models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bool) -> list[Row]:
+    """Calibrate each model and write its file as soon as it is done. Raises what the trace refuses."""
+    cache.versions()  # no torch: said at once
+    work = [(spec, load_model(spec)) for spec in models]
+    rows: list[Row] = []
+    console = Console(stderr=True)
+    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("calibrating", total=sum(len(families(model, strategies)) for _, model in work))
+        for spec, model in work:
+            config, found = load_config(spec), []
+
+            def trace_at(recipe: Recipe, seq_len: int) -> Trace:
+                return cache.trace_of(config, recipe, seq_len, keep=keep)  # noqa: B023  used within this turn only
+
+            for family in families(model, strategies):
+                bar.update(task, description=f"{model.name}, {family.strategy}")
+                found.append((family, calibrate(model, family, trace_at)))
+                bar.advance(task)
+            path = calibration.write(model, [c for _, c in found], folder)
+            rows += [
+                Row(model.name, f.strategy, f.several_mlp, f.masked, sum(map(len, c.moments.values())), c.residual, str(path)) for f, c in found
+            ]  # fmt: skip
+    return rows
+
+
+def report(console: Console, rows: Sequence[Row]) -> None:
+    table = tables.new_table(("model", "left"), ("strategy", "left"), ("MLP", "left"), ("vectors", "right"), ("residual", "right"))
+    for row in rows:
+        how = ("in chunks" if row.mlp_in_chunks else "whole") + (", masks" if row.masked else "")
+        table.add_row(row.model, row.strategy, how, str(row.vectors), f"{row.residual:.1e}")
+    console.print(table)
+    for path in dict.fromkeys(row.file for row in rows):
+        console.print(f"wrote {path}", soft_wrap=True)
