@@ -6,7 +6,8 @@ from functools import lru_cache
 
 from .model import Model
 from .recipe import STRATEGIES
-from .steps import Layout, build, step_weights
+from .steps import Layout, build
+from .tape import step_weights
 
 
 @lru_cache(maxsize=256)

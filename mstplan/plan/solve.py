@@ -350,5 +350,5 @@ def host_bytes(model: Model, recipe: Recipe, seq_len: int, parameters: int) -> i
         total += parameters * recipe.weight_bytes
     if recipe.offload_layer_inputs:
         stored = stored_inputs(recipe, model.layers)
-        total += stored * recipe.batch * seq_len * model.hidden * ITEMSIZE[recipe.weight_dtype]
+        total += stored * recipe.batch * seq_len * model.hidden * ITEMSIZE[recipe.used_dtype]
     return total

@@ -17,6 +17,7 @@ from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
 from .model import Model
 from .optimizers import optimizer_memory
 from .recipe import Recipe
+from .sharding import into_groups, shards_of
 from .tape import (
     BASIS,
     ZERO,
@@ -33,6 +34,7 @@ from .tape import (
     add,
     backward,
     forward,
+    step_weights,
     sums_of,
     undominated,
 )
@@ -106,8 +108,10 @@ class Step:
         self.model, self.layout, self.workspace = model, layout, workspace
         self.tape = build(model, layout)
         self.weights = step_weights(self.tape)
-        self.optimizer = optimizer_memory(layout.recipe, self.weights)
         self.parameters = sum(w.numel * n for w, n in self.weights)
+        held = shards_of(self.weights, layout.recipe.gpus)
+        self.optimizer = optimizer_memory(layout.recipe, held)
+        self.held = sum(w.numel * n for w, n in held)  # parameters on one card: all, or its share
         self.moments = {name: undominated(moments) for name, moments in self._moments(self.rules()).items()}
 
     # ---- replay -----------------------------------------------------------------------------------------------------
@@ -117,7 +121,9 @@ class Step:
         gradients = "kept" if recipe.accumulation == 1 else "added"
         if recipe.optimizer_in_backward or recipe.weights_on_host:
             gradients = "used"
-        return Rules(gradients, recipe.weight_dtype, recipe.precision == "mixed", self.optimizer.per_weight, **changes)
+        if recipe.sharded:  # whole ones stay until they are scattered
+            gradients = "kept"
+        return Rules(gradients, recipe.used_dtype, recipe.autocast, self.optimizer.per_weight, **changes)
 
     def _moments(self, rules: Rules) -> dict[str, list[Moment]]:
         """Every moment of the step by the instant it belongs to, with all that is alive."""
@@ -146,7 +152,7 @@ class Step:
         first = [m for m in moments if _backward_instant(m.at) in (FIRST_LAYER, EMBEDDING)]  # nothing is left to fetch then
         note(first, running, _backward_instant)
         note([m for m in moments if m not in first], running + waiting, _backward_instant)
-        if rules.gradients != "used":
+        if not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host):
             step_only = labels([*self._gradients(always_alive=False), *_tensors(self.optimizer.temporaries)])
             note([Moment(ZERO, "step", ())], resident + step_only, lambda _: OPTIMIZER)
         return found
@@ -156,7 +162,7 @@ class Step:
     def _resident(self) -> list[Tensor]:
         """Weights, optimizer states, cuBLAS workspace, and gradients where they outlive a backward pass."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
-        size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.parameters)
+        size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.held)
         name = "weights gathered from the host" if recipe.weights_on_host else "weights"
         tensors = [constant(name, dtype, size), constant("cuBLAS workspace", "uint8", self.workspace)]
         tensors += _tensors(self.optimizer.states)
@@ -178,7 +184,7 @@ class Step:
         recipe = self.layout.recipe
         if always_alive != (recipe.accumulation > 1) or recipe.weights_on_host:
             return []
-        return [constant("gradients", recipe.weight_dtype, recipe.weight_bytes * self.parameters)]
+        return [constant("gradients", recipe.weight_dtype, recipe.weight_bytes * self.held)]
 
     def _batch(self) -> list[Tensor]:
         new = self.tape.new
@@ -190,7 +196,7 @@ class Step:
         tensors = [new("position ids", "s", "int64")]
         rotary = a.latent.rope_dim if a.latent else a.rotary_dim
         if rotary:
-            dtype = rotary_dtype(self.model, self.layout.recipe.weight_dtype)
+            dtype = rotary_dtype(self.model, self.layout.recipe.used_dtype)
             kinds = {kind.window is None for kind in self.model.layer_kinds}
             sets = len(kinds) if self.model.model_type.startswith("gemma3") else 1  # local and global frequencies
             tensors += [new(f"{name} of positions", f"s {rotary}", dtype) for name in ("cos", "sin") * sets]
@@ -201,7 +207,7 @@ class Step:
         new, recipe = self.tape.new, self.layout.recipe
         if recipe.attention == "eager":
             kinds = {kind.window is not None for kind in self.model.layer_kinds}
-            return [new("causal mask", "b s s", recipe.weight_dtype)] * len(kinds)
+            return [new("causal mask", "b s s", recipe.used_dtype)] * len(kinds)
         return [new("sliding-window mask", "s s", "bool")] if self.layout.masked else []
 
     def _in_transfer(self) -> list[Tensor]:
@@ -308,8 +314,8 @@ def build(model: Model, layout: Layout) -> Tape:
     """The whole step: embedding, layers, final norm, head and loss."""
     recipe = layout.recipe
     numerics = Numerics(
-        weights=recipe.weight_dtype,
-        autocast=recipe.precision == "mixed",
+        weights=recipe.used_dtype,
+        autocast=recipe.autocast,
         attention=attention_kernel(model, recipe),
         masked=layout.masked,
     )
@@ -322,6 +328,8 @@ def build(model: Model, layout: Layout) -> Tape:
     hidden = w.norm(hidden, "final norm")
     w.tape.ops[-1].holds += embedded  # variables of the model's forward until it returns
     _head(w, hidden, table, layout)
+    if recipe.sharded:
+        into_groups(w.tape, recipe)
     return w.tape
 
 
@@ -453,25 +461,6 @@ def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str) -> None:
 
 def _op_weights(op: Op) -> tuple[Weight, ...]:
     return tuple(weight for weight, n in step_weights(op.part.tape) for _ in range(n)) if op.part is not None else op.weights
-
-
-def step_weights(tape: Tape) -> list[tuple[Weight, int]]:
-    """Every weight with how many layers have one like it; shared weights once."""
-    counts: dict[Weight, int] = {}
-    parts: dict[int, list[tuple[Weight, int]]] = {}
-    for op in tape.ops:
-        rows = [(weight, 1) for weight in op.weights]
-        if op.part is not None:
-            inner = op.part.tape
-            if id(inner) not in parts:
-                parts[id(inner)] = step_weights(inner)
-            rows = parts[id(inner)]
-        for weight, n in rows:
-            counts[weight] = counts.get(weight, 0) + n
-    for op in tape.ops:
-        if op.joins is not None:
-            counts[op.joins] = 1
-    return list(counts.items())
 
 
 @lru_cache(maxsize=1024)

@@ -109,6 +109,21 @@ class Op:
     joins: Weight | None = None  # the weight whose deferred gradient joins this one's
     holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
     product: bool = False  # with its weights as they are: it can add their gradients to a sum (mstplan/train/products.py)
+    group: Group | None = None  # of a part: its weights are gathered for it
+
+
+@dataclass(eq=False, repr=False)
+class Group:
+    """Weights that FSDP2 gathers and scatters together (`sharding.py`), and what it makes for them."""
+
+    gathered: Tensor
+    buffer: Tensor  # of the all-gather
+    copy_in: Tensor | None  # the shards in the dtype that is gathered, where that is another one
+    gradients: tuple[Tensor, ...]  # whole
+    scatter: Tensor  # the reduce-scatter's input
+    shards: Tensor  # its output, the gradients' shards
+    stay: bool  # until the optimizer's step; else they are added to ones that exist, or used at once
+    temporaries: Tensor  # of the optimizer, where it steps in backward
 
 
 @dataclass(eq=False, repr=False)
@@ -141,6 +156,7 @@ class Tape:
     ops: list[Op] = field(default_factory=list)
     source: Tensor | None = None  # the tensor that comes in and stays the caller's
     output: Tensor | None = None
+    group: Group | None = None  # of the weights that are outside of parts with a group; gathered throughout
     replays: dict[object, Replay] = field(default_factory=dict, repr=False)
 
     def new(self, name: str, shape: str, dtype: str) -> Tensor:
@@ -253,6 +269,99 @@ def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
     return tuple(kept)
 
 
+class _Groups:
+    """What FSDP2 holds beside a tape's tensors: in forward and in backward, before and after each part with a group."""
+
+    def __init__(self, tape: Tape, ledger: _Ledger):
+        self.rest, self.ledger = tape.group, ledger
+        self.order = [op.group for op in tape.ops if op.group is not None]
+        self.buffer: Tensor | None = None
+        self.scatter: Tensor | None = None
+
+    def begin_forward(self) -> None:
+        if self.rest is not None:
+            self._gather_now(self.rest, "embedding", listed=True)
+
+    def before_forward(self, op: Op, listed: bool) -> None:
+        if op.group is not None:
+            self._gather_now(op.group, op.name, listed)
+
+    def after_forward(self, op: Op) -> None:
+        if op.group is not None:
+            self.ledger.drop(op.group.gathered)
+
+    def end_forward(self) -> None:
+        self._replace_buffer(None)
+
+    def begin_backward(self) -> None:
+        if self.rest is not None and self.order:
+            self._gather(self.order[-1], "backward of the loss", listed=True)
+            self.buffer = self.order[-1].buffer
+
+    def before_backward(self, op: Op, listed: bool) -> None:
+        if op.group is None:
+            return
+        self.order.pop()
+        self.ledger.put(op.group.gathered)
+        if listed:
+            self.ledger.mark(op.name + ": copy out of the all-gather")
+        self._replace_buffer(None)
+        if self.order:
+            self._gather(self.order[-1], op.name, listed)
+            self.buffer = self.order[-1].buffer
+
+    def after_backward(self, op: Op, listed: bool) -> None:
+        if op.group is not None:
+            self._scatter(op.group, op.name, listed)
+
+    def end_backward(self) -> None:
+        if self.rest is not None:
+            self._scatter(self.rest, "backward of embedding", listed=True)
+        if self.scatter is not None:
+            self.ledger.drop(self.scatter)
+
+    def _gather(self, group: Group, where: str, listed: bool) -> None:
+        copies = [group.copy_in] if group.copy_in is not None else []
+        for tensor in (*copies, group.buffer):
+            self.ledger.put(tensor)
+        if listed:
+            self.ledger.mark(where + ": all-gather")
+        for tensor in copies:
+            self.ledger.drop(tensor)
+
+    def _gather_now(self, group: Group, where: str, listed: bool) -> None:
+        """In forward: the buffer of the group before stays until this one's is copied out (a variable of wait_for_unshard)."""
+        self._gather(group, where, listed)
+        self.ledger.put(group.gathered)
+        if listed:
+            self.ledger.mark(where + ": copy out of the all-gather")
+        self._replace_buffer(group.buffer)
+
+    def _replace_buffer(self, buffer: Tensor | None) -> None:
+        if self.buffer is not None:
+            self.ledger.drop(self.buffer)
+        self.buffer = buffer
+
+    def _scatter(self, group: Group, where: str, listed: bool) -> None:
+        ledger = self.ledger
+        ledger.drop(group.gathered)
+        if self.scatter is not None:
+            ledger.drop(self.scatter)
+        ledger.put(group.scatter)
+        if listed:
+            ledger.mark(where + ": copy in of the reduce-scatter")
+        for gradient in group.gradients:
+            ledger.drop(gradient)
+        ledger.put(group.shards)
+        ledger.put(group.temporaries)
+        if listed:
+            ledger.mark(where + ": reduce-scatter")
+        ledger.drop(group.temporaries)
+        if not group.stay:
+            ledger.drop(group.shards)
+        self.scatter = group.scatter
+
+
 def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, prune: bool = True) -> Replay:
     """Replay the forward pass. keep: autograd records; recomputing: stop at the last tensor that backward needs;
     prune: of the moments, only those that can be the largest."""
@@ -310,8 +419,11 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         uses[tape.output.storage] = uses.get(tape.output.storage, 0) + 1
     last = max((i for i, op in enumerate(tape.ops) if _holds_for_backward(op)), default=-1) if recomputing else None
     kept = {tensor.storage for op in tape.ops for tensor in kept_by(op)} if keep else set()
+    groups = _Groups(tape, ledger)
+    groups.begin_forward()
 
     for i, op in enumerate(tape.ops):
+        groups.before_forward(op, rules.every_moment or not op.interior)
         stop = i == last
         makes = [t for t in op.makes if t.storage is t and (not stop or t in op.keeps)]
         if op.part is not None:
@@ -329,6 +441,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
             ledger.mark(op.name)
             for tensor in temps:
                 ledger.drop(tensor)
+        groups.after_forward(op)
         if stop:
             break
         for tensor in (*op.reads, *op.holds):
@@ -337,6 +450,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
             if not uses.get(tensor) and tensor in mine and tensor not in kept and not (tensor.cached and not keep):
                 mine.remove(tensor)
                 ledger.drop(tensor)
+    groups.end_forward()
     if recomputing:  # the stopped forward's variables go; what backward needs stays
         for tensor in mine - kept:
             ledger.drop(tensor)
@@ -436,10 +550,13 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, fetch: bool, owns_incom
             let_go(gradient)
             pending[tensor] = total
 
+    groups = _Groups(tape, ledger)
+    groups.begin_backward()
     for op, kept in zip(reversed(tape.ops), reversed(all_kept), strict=True):
         came = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
         if not came:
             continue
+        groups.before_backward(op, rules.every_moment or not op.interior)
         if recompute and _holds_for_backward(op):
             if fetch and tape.source is not None:
                 ledger.put(tape.source)
@@ -484,6 +601,8 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, fetch: bool, owns_incom
                 _accumulate(weight, op, ledger, rules)
         for tensor, gradient in arrivals:
             arrive(tensor, gradient)
+        groups.after_backward(op, rules.every_moment or not op.interior)
+    groups.end_backward()
     if tape.source is not None and tape.source in pending:  # handed on under another name, maybe: to the caller it is the input's
         ledger.drop(pending[tape.source])
         ledger.put(tape.grad(tape.source))
@@ -588,6 +707,25 @@ def sums_of(tape: Tape) -> tuple[Tensor, ...]:
     """fp32 sums of the gradients of a tape's weights, over several pieces."""
     weights = [weight for op in tape.ops for weight in op.weights]
     return tuple(tape.new(f"sum of the gradient of {w.name}", " ".join(map(str, w.shape)), "float32") for w in weights)
+
+
+def step_weights(tape: Tape) -> list[tuple[Weight, int]]:
+    """Every weight with how many layers have one like it; shared weights once."""
+    counts: dict[Weight, int] = {}
+    parts: dict[int, list[tuple[Weight, int]]] = {}
+    for op in tape.ops:
+        rows = [(weight, 1) for weight in op.weights]
+        if op.part is not None:
+            inner = op.part.tape
+            if id(inner) not in parts:
+                parts[id(inner)] = step_weights(inner)
+            rows = parts[id(inner)]
+        for weight, n in rows:
+            counts[weight] = counts.get(weight, 0) + n
+    for op in tape.ops:
+        if op.joins is not None:
+            counts[op.joins] = 1
+    return list(counts.items())
 
 
 def unit(tensor: Tensor) -> Vector:

@@ -79,7 +79,7 @@ def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chu
 
 
 def _optimizer_seconds(step: Step, recipe: Recipe, gpu: Gpu) -> float:
-    weights = step.parameters * recipe.weight_bytes
+    weights = step.held * recipe.weight_bytes
     if recipe.optimizer_on_host:
         return 2 * weights / gpu.host_link  # gradients there, weights back
     states = sum(size for _, _, size in step.optimizer.states)

@@ -1,0 +1,69 @@
+"""FSDP2 (ZeRO-3) in closed form: the groups of weights that are gathered and scattered together, and what a card makes for each.
+
+Groups are those of `fully_shard(layer)` for every decoder layer and `fully_shard(model)` for the rest: embedding, final norm,
+head. What is held when follows torch/distributed/fsdp/_fully_shard (torch 2.13); `tape.py` replays it:
+
+- forward: a group's all-gather makes a flat buffer, which is copied out into the weights; the weights go when the layer has
+  run, the buffer when the next group's weights are there (_fsdp_param_group.py, wait_for_unshard: three times a layer then).
+  The rest's weights stay for backward;
+- backward: while a layer runs, the buffer of the layer before it is there (_backward_prefetch). When it has run, its weights go,
+  and its whole gradients are copied into the reduce-scatter's input, which stays until the next group's is made (post_backward);
+- the rest is scattered last, when all of backward is over (_root_post_backward_final_callback).
+
+Each weight is split along dimension 0 and padded to a multiple of the cards, in shards and gathered (FSDPParam). The first
+card's share is counted: no other holds more. Experts that are one tensor (number, ., .) are split by their number: with more
+cards than experts most of what is gathered is padding (FSDP2's shard_placement_fn can split them along another dimension).
+"""
+
+from __future__ import annotations
+
+from .optimizers import optimizer_memory
+from .recipe import Recipe
+from .tape import ITEMSIZE, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
+
+
+def shard_of(weight: Weight, gpus: int) -> Weight:
+    """The first card's share, padded."""
+    return Weight(weight.name, (-(-weight.shape[0] // gpus), *weight.shape[1:]), weight.active)
+
+
+def shards_of(weights: list[tuple[Weight, int]], gpus: int) -> list[tuple[Weight, int]]:
+    return [(shard_of(weight, gpus), n) for weight, n in weights] if gpus > 1 else weights
+
+
+def into_groups(tape: Tape, recipe: Recipe) -> None:
+    """Give every layer of a step's tape, and the tape for the rest, its group."""
+    made: dict[int, Group] = {}
+    for op in tape.ops:
+        if is_layer(op) and op.part is not None:
+            inner = op.part.tape
+            if id(inner) not in made:
+                made[id(inner)] = _group([w for w, n in step_weights(inner) for _ in range(n)], recipe, "a layer")
+            op.group = made[id(inner)]
+    rest = Tape(tape.dims, [op for op in tape.ops if op.group is None])
+    tape.group = _group([weight for weight, _ in step_weights(rest)], recipe, "embedding, norm and head")
+
+
+def is_layer(op: Op) -> bool:
+    return op.part is not None and not op.part.in_forward
+
+
+def _group(weights: list[Weight], recipe: Recipe, of: str) -> Group:
+    used, held = recipe.used_dtype, recipe.weight_dtype  # what is gathered in, what shards are kept and reduced in
+    shards = [shard_of(weight, recipe.gpus).numel for weight in weights]
+
+    def tensor(name: str, dtype: str, numel: int) -> Tensor:
+        return Tensor(f"{name} of {of}", "", dtype, 0, numel * ITEMSIZE[dtype])
+
+    each = optimizer_memory(recipe, [(weight, 1) for weight in weights]).per_weight if recipe.optimizer_in_backward else 0
+    whole = sum(shards) * recipe.gpus
+    return Group(
+        gathered=tensor("gathered weights", used, whole),
+        buffer=tensor("all-gather buffer", used, whole),
+        copy_in=tensor("shards in bf16", used, sum(shards)) if used != held else None,
+        gradients=tuple(weight_gradient(weight, used) for weight in weights),
+        scatter=tensor("reduce-scatter input", held, whole),
+        shards=Tensor("gradient shards", "", held, 0, sum(shards) * ITEMSIZE[held]),
+        stay=recipe.accumulation == 1 and not recipe.optimizer_in_backward,
+        temporaries=Tensor("optimizer temporaries of one shard", "", "uint8", 0, each * max(shards)),
+    )
