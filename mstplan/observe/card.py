@@ -47,7 +47,7 @@ def runs(trace: Trace, card: Card) -> bool:
     return trace.peak.bytes <= room(card) and held(trace, expandable=True, limit=room(card)).out_of_memory is None
 
 
-def needed(trace: Trace, precision: int = 16 * MIB) -> int:
+def needed(trace: Trace, precision: int = 2 * MIB) -> int:
     """The least room, to `precision` bytes, in which the allocator runs the step with expandable segments."""
     low, high = trace.peak.bytes, held(trace, expandable=True).reserved  # too little, or just enough; enough
     while high - low > precision:

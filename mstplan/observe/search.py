@@ -15,6 +15,7 @@ from ..plan.hardware import Card
 from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.solve import Answer, Plan
+from ..units import LONGEST
 from .card import needed, room, runs
 from .trace import Trace
 
@@ -47,15 +48,17 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
         host = card.host_bytes is None or trace(seq_len).host_peak <= card.host_bytes
         return host and runs(trace(seq_len), card)
 
-    low, high, guess = 0, None, max(1, start.s_max)  # the longest known to fit, the shortest known not to
-    while high is None or high - low > 1:
+    low, high, guess, step = 0, LONGEST, max(1, start.s_max), 1  # the longest known to run, the shortest known not to
+    while high - low > 1 and len(seen) < MOST_TRACES:
         if fits(guess):
             low = guess
         else:
             high = guess
-        if len(seen) >= MOST_TRACES:
-            break
-        guess = _next(guess, low, high, _corrected(model, recipe, card, chunks, trace(guess)), len(seen))
+        corrected = _corrected(model, recipe, card, chunks, trace(guess))
+        if low < corrected < high and corrected != guess:
+            guess = corrected
+        else:  # close by: feel the way in growing steps
+            guess, step = (min(low + step, high - 1), 2 * step) if guess == low else (max(high - step, low + 1), 2 * step)
     plan = solve.plan_at(model, recipe, card, max(1, low), solve.within(chunks, max(1, low)))
     return Found(Answer(strategy, low, _as_traced(plan, trace(max(1, low)))), trace(max(1, low)), len(seen), start.s_max)
 
@@ -66,17 +69,6 @@ def _corrected(model: Model, recipe: Recipe, card: Card, chunks: solve.Chunks, t
     off = needed(trace) - solve.peak_at(model, recipe, card, trace.seq_len, here)[1]
     spare = room(card) - card.budget_bytes - off
     return solve.longest(model, recipe, card._replace(reserve_bytes=card.reserve_bytes - spare), chunks)
-
-
-def _next(guess: int, low: int, high: int | None, corrected: int, traces: int) -> int:
-    """Between what fits and what does not: where the formula points, next to what is known, or in the middle."""
-    if high is None:
-        return max(corrected, low + 1) if traces < 8 else 2 * max(low, 1)
-    if corrected > low and corrected < high:
-        return corrected
-    if traces < 8:
-        return low + 1 if guess == low else high - 1
-    return (low + high) // 2
 
 
 def _as_traced(plan: Plan, trace: Trace) -> Plan:

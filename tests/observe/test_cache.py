@@ -1,0 +1,130 @@
+"""Traces are kept by what they depend on, read without torch, and made anew when damaged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from multiprocessing import get_context
+
+import pytest
+
+from mstplan.errors import MissingError
+from mstplan.observe import cache, tracer
+from mstplan.plan.recipe import strategy
+
+from .tiny import TINY
+
+CHECKPOINT = strategy("checkpoint")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path))
+    return tmp_path / "traces"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Counts the traces that are made."""
+    times = []
+    real = tracer.trace
+
+    def counted(*args, **kwargs):
+        times.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(tracer, "trace", counted)
+    return times
+
+
+def test_a_trace_is_made_once(made):
+    first, second = (cache.trace_of(TINY, CHECKPOINT, 512, workspace=1024) for _ in range(2))
+    assert len(made) == 1
+    assert first == second and first.live == second.live and first.workspace == 1024
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"num_hidden_layers": 7}])
+def test_another_model_is_another_trace(made, change):
+    cache.trace_of(TINY, CHECKPOINT, 512)
+    cache.trace_of({**TINY, **change}, CHECKPOINT, 512)
+    cache.trace_of(TINY, CHECKPOINT.changed(batch=2), 512)
+    cache.trace_of(TINY, CHECKPOINT, 513)
+    assert len(made) == 4
+
+
+def test_other_versions_are_another_trace(made, monkeypatch):
+    cache.trace_of(TINY, CHECKPOINT, 512)
+    monkeypatch.setattr(cache.metadata, "version", lambda name: "99")
+    cache.trace_of(TINY, CHECKPOINT, 512)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"not gzip", b"\x1f\x8b\x08\x00"])
+def test_a_damaged_file_is_made_anew(made, own_folder, damage):
+    kept = cache.trace_of(TINY, CHECKPOINT, 512)
+    (file,) = own_folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage)
+    assert cache.trace_of(TINY, CHECKPOINT, 512) == kept
+    assert len(made) == 2 and file.read_bytes() == whole
+
+
+def test_half_a_file_is_made_anew(made, own_folder):
+    cache.trace_of(TINY, CHECKPOINT, 512)
+    (file,) = own_folder.iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    cache.trace_of(TINY, CHECKPOINT, 512)
+    assert len(made) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path, monkeypatch, made):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        cache.trace_of(TINY, CHECKPOINT, 512)
+    assert len(made) == 2
+
+
+def _write(folder: str, times: int) -> None:
+    import os
+
+    os.environ["MSTPLAN_HOME"] = folder
+    trace = tracer.trace(TINY, CHECKPOINT, 512)
+    for _ in range(times):
+        cache._write(cache.folder() / "same.json.gz", trace)
+
+
+def test_two_processes_may_write_the_same(tmp_path):
+    context = get_context("spawn")
+    writers = [context.Process(target=_write, args=(str(tmp_path), 30)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    path, seen = tmp_path / "traces" / "same.json.gz", 0
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            assert cache._read(path) is not None
+            seen += 1
+    assert seen and [writer.exitcode for writer in writers] == [0, 0]
+    assert [file.name for file in path.parent.iterdir()] == ["same.json.gz"]
+
+
+def test_reading_takes_no_torch(tmp_path):
+    cache.trace_of(TINY, CHECKPOINT, 512)
+    code = (
+        "import json, sys\nfrom mstplan.observe import cache\nfrom mstplan.plan.recipe import strategy\n"
+        f"trace = cache.trace_of({TINY!r}, strategy('checkpoint'), 512)\n"
+        "print(trace.peak.bytes, 'torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert said == [str(cache.trace_of(TINY, CHECKPOINT, 512).peak.bytes), "False"]
+
+
+def test_no_torch_is_one_line(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cache.metadata, "version", absent)
+    with pytest.raises(MissingError, match=r"pip install 'mstplan\[torch\]'") as e:
+        cache.trace_of(TINY, CHECKPOINT, 512)
+    assert "\n" not in str(e.value)

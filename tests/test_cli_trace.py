@@ -1,0 +1,139 @@
+"""`mstplan trace`, `max-seq --rung trace` and `calibrate` as a user meets them, on a small model."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from mstplan.observe import cache, tracer
+
+from .observe.tiny import write_tiny
+from .test_cli import Run, run  # noqa: F401  a fixture
+
+STEP = ("trace", "--model", "tiny.json", "--gpu-mem", "8GB", "--seq-len", "4k", "--strategy")
+
+
+@pytest.fixture(autouse=True)
+def model(run: Run, tmp_path: Path) -> Path:  # noqa: F811
+    """tiny.json in the folder that commands run in."""
+    return write_tiny(tmp_path)
+
+
+def test_trace_tells_peaks_and_tensors(run: Run) -> None:  # noqa: F811
+    said = run(*STEP, "checkpoint")
+    assert said.code == 0 and not said.err
+    for part in ("trace rung", "fits.", "<- binds", "backward of the loss", "_log_softmax", "expandable_segments:True: runs", "traced with torch"):
+        assert part in said.out
+    assert all(len(line) <= 80 for line in said.out.splitlines())
+
+
+def test_trace_json_is_one_ledger(run: Run) -> None:  # noqa: F811
+    told = run(*STEP, "mst", "--json").json
+    assert (told["schema_version"], told["command"], told["rung"]) == (1, "trace", "trace")
+    assert told["peak_bytes"] == max(i["bytes"] for i in told["instants"]) == sum(a["bytes"] for a in told["alive"])
+    assert told["allocator"]["expandable_segments"]["allocated"] == told["peak_bytes"]
+    assert {"torch", "transformers"} <= told["versions"].keys()
+
+
+def test_exit_code_says_whether_it_fits(run: Run) -> None:  # noqa: F811
+    said = run("trace", "-m", "tiny.json", "--gpu-mem", "2GB", "--seq-len", "256k", "-s", "checkpoint")
+    assert said.code == 1 and "does not fit" in said.out and "out of memory" in said.out
+
+
+def test_plot_and_snapshot_are_written(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    files = ("--plot", "step.png", "--snapshot", "step.pickle")
+    said = run(*STEP, "checkpoint", *files)
+    assert said.code == 0 and "wrote step.png" in said.out and "wrote step.pickle" in said.out
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    assert pickle.loads((tmp_path / "step.pickle").read_bytes())["device_traces"][0]
+    again = run(*STEP, "checkpoint", *files)
+    assert again.code == 2 and "--force" in again.err
+    assert run(*STEP, "checkpoint", *files, "--force").code == 0
+
+
+def test_max_seq_by_trace(run: Run) -> None:  # noqa: F811
+    asked = ("max-seq", "-m", "tiny.json", "--gpu-mem", "2GB", "--rung", "trace", "--checkpoint", "layer")
+    told = run(*asked, "--json").json
+    (row,) = told["results"]
+    assert told["rung"] == "trace" and row["s_max"] > 1000 and row["peak_bytes"] <= told["budget_bytes"]
+    said = run(*asked)
+    assert f"{row['s_max']:,}" in said.out and "trace rung" in said.out and all(len(line) <= 80 for line in said.out.splitlines())
+
+
+def test_calibrate_and_then_plan(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    from mstplan.plan import calibration, solve
+
+    monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "home"))
+    before = run("plan", "-m", "tiny.json", "--gpu-mem", "8GB", "--seq-len", "4k", "-s", "checkpoint", "--json").json
+    said = run("calibrate", "--from", "trace", "-m", "tiny.json", "-s", "checkpoint")
+    assert said.code == 0 and "tiny" in said.out and (tmp_path / "home" / "calibrations" / "tiny.json").exists()
+    solve._calibrated.cache_clear()
+    calibration.of_model.cache_clear()
+    asked = ("plan", "-m", "tiny.json", "--gpu-mem", "8GB", "--seq-len", "4k", "-s", "checkpoint")
+    assert "calibrated from traces" in run(*asked).out
+    after = run(*asked, "--json").json
+    assert abs(after["peak_bytes"] / before["peak_bytes"] - 1) < 0.005
+    monkeypatch.undo()
+    solve._calibrated.cache_clear()
+    calibration.of_model.cache_clear()
+
+
+BAD = [
+    ((*STEP, "mst", "--optimizer", "adamw-8bit"), "cannot be run here"),
+    ((*STEP, "mst", "--loss", "transformers<4.45"), "formula rung"),
+    ((*STEP, "mst", "--plot", "step.csv"), "what to draw"),
+    ((*STEP, "mst", "--plot", "nowhere/step.png"), "does not exist"),
+    (("max-seq", "-m", "tiny.json", "--gpu-mem", "8GB", "--rung", "guess"), "Known: formula, trace"),
+    (("calibrate", "--from", "dreams", "-m", "tiny.json"), "Known: trace"),
+    (("calibrate", "--from", "trace", "-m", "tiny.json", "-s", "mts"), "unknown strategy"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD)
+def test_bad_input_gets_one_or_two_lines(run: Run, arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:  # noqa: F811
+    said = run(*arguments)
+    assert said.code == 2 and says in said.err and len(said.err.strip().splitlines()) <= 2 and not said.out
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+
+
+def test_no_code_for_a_model_is_refused(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    path = write_tiny(tmp_path, "other", model_type="nobody_knows")
+    said = run("trace", "-m", str(path), "--gpu-mem", "8GB", "--seq-len", "4k")
+    assert said.code == 2 and "nobody_knows" in said.err and len(said.err.strip().splitlines()) <= 2
+
+
+def test_no_torch_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cache.metadata, "version", absent)
+    said = run(*STEP, "mst")
+    assert said.code == 2 and said.err.count("\n") == 1 and "pip install 'mstplan[torch]'" in said.err
+
+
+def test_ctrl_c_leaves_nothing_half_written(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tracer, "trace", interrupted)
+    said = run(*STEP, "mst", "--plot", "step.png", "--snapshot", "step.pickle")
+    assert said.code == 130
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"tiny.json"}
+
+
+def test_a_kept_trace_is_read_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    write_tiny(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code = "import sys; from mstplan import cli\ntry:\n cli.main()\nexcept SystemExit: print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, *STEP, "checkpoint", "--json"]
+    outs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    told = [json.JSONDecoder().raw_decode(out)[0] for out in outs]
+    assert told[0] == told[1] and outs[1].rstrip().endswith("False")
