@@ -72,7 +72,7 @@ def _row(theirs: Sequence[Entry], ours: Sequence[Alive]) -> Row:
     return Row(
         tuple(dict.fromkeys(f"{e.name} {e.shape}".strip() for e in theirs)),
         tuple(dict.fromkeys(f"{name_of(a)} {a.shape or ''}".strip() for a in ours)),
-        next((x.dtype for x in (*theirs, *ours)), ""),
+        theirs[0].dtype if theirs else ours[0].dtype,
         sum(e.copies for e in theirs), sum(a.copies for a in ours), sum(e.bytes for e in theirs), sum(a.bytes for a in ours),
     )  # fmt: skip
 

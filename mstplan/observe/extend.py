@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from .recording import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Made, Place, Recording
 
@@ -49,7 +50,7 @@ def few(kinds: Sequence[Hashable], reach: int = 1) -> list[int]:
     walk = [numbers[pattern] for pattern in patterns]
     twin = max(range(len(numbers)), key=walk.count)
     following: dict[int, list[int]] = {}
-    for one, other in dict.fromkeys(zip(walk, walk[1:], strict=False)):
+    for one, other in dict.fromkeys(pairwise(walk)):
         following.setdefault(one, []).append(other)
     found = _shortest(walk[0], walk[-1], following, len(numbers), twin if walk.count(twin) > 1 else None)
     places = {number: iter([i for i, at in enumerate(walk) if at == number]) for number in set(walk)}

@@ -15,6 +15,7 @@ from ..plan.hardware import Card
 from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.solve import Answer, Plan
+from ..plan.steps import Chunks
 from ..units import LONGEST
 from .card import needed, room, runs
 from .trace import Trace
@@ -63,7 +64,7 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
     return Found(Answer(strategy, low, _as_traced(plan, trace(max(1, low)))), trace(max(1, low)), len(seen), start.s_max)
 
 
-def _corrected(model: Model, recipe: Recipe, card: Card, chunks: solve.Chunks, trace: Trace) -> int:
+def _corrected(model: Model, recipe: Recipe, card: Card, chunks: Chunks, trace: Trace) -> int:
     """The formula's S_max, were it as far off everywhere as it is here."""
     here = solve.within(chunks, trace.seq_len)
     off = needed(trace) - solve.peak_at(model, recipe, card, trace.seq_len, here)[1]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-def document(command: str, rung: str = "formula", **fields: Any) -> dict[str, Any]:
+def document(command: str, rung: str = "formula", /, **fields: Any) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "command": command, "rung": rung, **fields}
 
 

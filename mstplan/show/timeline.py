@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING
 
 from .. import files
 from ..errors import OutputError, quoted
-from ..observe.recording import ATTENTION, CATEGORIES, GRADIENTS, INPUTS, LOSS, MLP, NORMS, OTHER, STATES, WEIGHTS, WORKSPACE
+from ..observe.recording import (
+    ATTENTION,
+    CATEGORIES,
+    GRADIENTS,
+    INPUTS,
+    LOSS,
+    MLP,
+    NORMS,
+    OTHER,
+    STATES,
+    WEIGHTS,
+    WORKSPACE,
+)
 from ..observe.trace import Trace
 from ..plan.steps import END_OF_FORWARD, LOSS_BACKWARD, OPTIMIZER
 from ..plan.steps import LOSS as LOSS_INSTANT

@@ -159,7 +159,9 @@ def notes(v: View) -> list[str]:
     """How the allocator fares, and what was not seen."""
     from ..plan import advice
 
-    lines = advice.card_notes(v.card) + [_allocator_note(v.expandable, "with expandable_segments:True"), _allocator_note(v.usual, "without it")]
+    lines = [
+        *advice.card_notes(v.card), _allocator_note(v.expandable, "with expandable_segments:True"), _allocator_note(v.usual, "without it"),
+    ]  # fmt: skip
     if v.trace.host_peak:
         lines.append(f"host memory: {format_gib(v.trace.host_peak)} at most.")
     lines += [_versions_note(v.versions), _ran_note(v.trace), UNMEASURED]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from mstplan.errors import OutputError
@@ -45,7 +47,7 @@ def test_parts_cover_the_step(shown):
     parts = timeline.parts(shown.trace)
     assert [name for name, _, _ in parts] == ["forward", "loss", "backward", "optimizer"]
     assert parts[0][1] == 0 and parts[-1][2] == len(shown.trace.live)
-    assert all(one[2] == other[1] for one, other in zip(parts, parts[1:], strict=False))
+    assert all(one[2] == other[1] for one, other in pairwise(parts))
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
