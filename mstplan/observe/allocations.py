@@ -14,14 +14,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..plan.steps import segment_length
 from ..train import finding
-from .recording import FORWARD, Place
+from .compare import MISSING, Allocation, Known
+from .recording import FORWARD, OPTIMIZER, Place
 from .step import TrainingStep
 from .trace import instant_of
 
 Keep = Callable[[int], bool]
 Mark = Callable[[str], None]
 
-_MARK = "phase: "
+_MARK, _OPERATION = "phase: ", "aten::"
 
 
 class Event(NamedTuple):
@@ -30,6 +31,7 @@ class Event(NamedTuple):
     phase: str
     address: int
     operations: tuple[str, ...]  # what allocates, outermost first: autograd's nodes, torch's operations
+    running: int  # the number of the outermost of torch's operations; 0: none runs
 
 
 @dataclass
@@ -38,6 +40,30 @@ class Allocations:
 
     events: list[Event]
     resident: int = 0
+
+    def sequence(self) -> list[Allocation]:
+        """The allocations."""
+        return [allocation for _, _, allocation in self._lives()]
+
+    def without(self, known: Sequence[Known]) -> Allocations:
+        """The same without the buffers that a list names."""
+        out = {n for born, died, a in self._lives() if any(k.explains(MISSING, a) for k in known) for n in (born, died)}
+        return Allocations([event for n, event in enumerate(self.events) if n not in out], self.resident)
+
+    def _lives(self) -> list[tuple[int, int, Allocation]]:
+        """(number of the event that allocates, of the one that gives back or -1, what is known of it)."""
+        found: list[tuple[int, int, Allocation]] = []
+        latest: dict[int, int] = {}
+        for n, event in enumerate(self.events):
+            if event.bytes > 0:
+                latest[event.address] = len(found)
+                found.append((n, -1, Allocation(event.bytes, " > ".join(event.operations))))
+            else:
+                at = latest.pop(event.address)
+                born, _, allocation = found[at]
+                inside = event.running == self.events[born].running != 0
+                found[at] = born, n, allocation._replace(inside=inside)
+        return found
 
     def sizes(self) -> set[int]:
         """Of every single allocation."""
@@ -49,12 +75,13 @@ class Allocations:
         return max((t for t, e in zip(totals, self.events, strict=True) if e.phase.startswith(phase)), default=0)
 
     def peaks(self) -> dict[str, int]:
-        """The most bytes alive at once in each phase, with what is resident."""
-        totals = accumulate((e.bytes for e in self.events), initial=self.resident)
-        next(totals)
+        """The most bytes alive at once in each phase, with what is resident; what a phase begins with, if it allocates nothing."""
         found: dict[str, int] = {}
-        for total, event in zip(totals, self.events, strict=True):
-            found[event.phase] = max(total, found.get(event.phase, 0))
+        allocating = {event.phase for event in self.events if event.bytes > 0}
+        total = self.resident
+        for event in self.events:
+            before, total = total, total + event.bytes
+            found[event.phase] = max(total if event.phase in allocating else before, found.get(event.phase, 0))
         return found
 
 
@@ -64,7 +91,7 @@ def record(step: Callable[[Mark], object]) -> Allocations:
         kept = step(_mark)
     del kept
     results: Any = profiler.profiler
-    found = sorted(_walk(results.kineto_results.experimental_event_tree(), ()), key=lambda e: e.time)
+    found = sorted(_walk(results.kineto_results.experimental_event_tree()), key=lambda e: e.time)
     return Allocations(list(_own(_in_phases(found))))
 
 
@@ -73,8 +100,9 @@ def record_step(step: TrainingStep) -> Allocations:
     resident = sum(bytes_of(_there(step)).values())
 
     def run(mark: Mark) -> None:
-        step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
         with _marking(step, mark) as begin:
+            begin(FORWARD)
+            step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             step.run(begin)
 
     found = record(run)
@@ -110,7 +138,8 @@ def _marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[str], None]]:
     def begin(name: str) -> None:
         nonlocal run
         run = name
-        at(-1 if run == FORWARD else units)
+        if run != OPTIMIZER or step.optimizer is not None:
+            at(-1 if run == FORWARD else units)
 
     def enter(unit: int) -> Callable[[nn.Module, Any], None]:
         def hook(_layer: nn.Module, inputs: Any) -> None:
@@ -139,13 +168,18 @@ def _mark(phase: str) -> None:
         pass
 
 
-def _walk(tree: Sequence[Any], operations: tuple[str, ...]) -> Iterator[Event]:
+def _walk(tree: Sequence[Any], operations: tuple[str, ...] = (), running: int = 0) -> Iterator[Event]:
     for event in tree:
         if event.name == "[memory]":
-            yield Event(event.start_time_ns, event.extra_fields.alloc_size, "", event.extra_fields.ptr, operations)
+            yield Event(event.start_time_ns, event.extra_fields.alloc_size, "", event.extra_fields.ptr, operations, running)
         elif event.name.startswith(_MARK):
-            yield Event(event.start_time_ns, 0, event.name.removeprefix(_MARK), 0, ())
-        yield from _walk(event.children, (*operations, event.name))
+            yield Event(event.start_time_ns, 0, event.name.removeprefix(_MARK), 0, (), 0)
+        inner = running or (event.id if event.name.startswith(_OPERATION) else 0)
+        yield from _walk(event.children, (*operations, _short(event.name)), inner)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix(_OPERATION).removeprefix("autograd::engine::evaluate_function: ")
 
 
 def _in_phases(events: Iterable[Event]) -> Iterator[Event]:

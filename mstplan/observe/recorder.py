@@ -2,14 +2,14 @@
 
 A storage counts from the operation that makes it until Python lets go of its last tensor. Autograd adds gradients in place,
 but under any dispatch mode out of place (aten::isTensorSubclassLike in torch/csrc/autograd/input_buffer.cpp). The recorder
-undoes that: a sum whose first summand is let go at once takes that one's place.
+undoes that: a sum whose first summand is let go at once takes that one's place. So do gradients written onto zeros.
 """
 
 from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -48,6 +48,10 @@ class Label(NamedTuple):
 
 ROOT = Label("", OTHER, None)
 IN_HOOK = Label("", STATES, None)  # an optimizer that steps in backward, as soon as a gradient is there
+
+ONTO_ZEROS = {torch.ops.aten.index_put, torch.ops.aten.index_add, torch.ops.aten.scatter, torch.ops.aten.scatter_add}
+"""What gradients of picked entries are made by, from zeros made just before: in place, but under a dispatch mode not
+(areAnyTensorSubclassLike in torch/csrc/autograd/FunctionsManual.cpp)."""
 
 
 class Recorder(TorchDispatchMode):
@@ -127,7 +131,7 @@ class Recorder(TorchDispatchMode):
         self._sum = None
         if isinstance(out, torch.Tensor):
             self._see(out, func, label)
-            if self.in_place and func is torch.ops.aten.add.Tensor and self._run == BACKWARD and _holds_its_own(args[0]):
+            if self.in_place and self._run == BACKWARD and self._would_be_in_place(func, args):
                 self._sum = (out.untyped_storage()._cdata, args[0].untyped_storage()._cdata)
         else:
             for value in tree_iter(out):
@@ -166,6 +170,13 @@ class Recorder(TorchDispatchMode):
         if self._sum is not None and self._sum[1] == key and self._took_over(index):
             return
         self.recording.events.append((index, -1))
+
+    def _would_be_in_place(self, func: Any, args: Sequence[Any]) -> bool:
+        """Would autograd put the result just made where the first operand is, if no dispatch mode was there?"""
+        if func is torch.ops.aten.add.Tensor:
+            node = torch._C._current_autograd_node()  # in a hook of a weight's gradient an optimizer adds, not autograd
+            return not (node is not None and "AccumulateGrad" in node.name()) and _holds_its_own(args[0])
+        return func.overloadpacket in ONTO_ZEROS and self.index_of(args[0]) == len(self.recording.made) - 2
 
     def _took_over(self, index: int) -> bool:
         """Let the sum that was just made be its first summand, `index`, with another value."""

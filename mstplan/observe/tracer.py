@@ -21,6 +21,7 @@ from ..errors import ModelError
 from ..plan.recipe import Recipe
 from ..plan.steps import segment_length
 from ..train import finding
+from .cpu import KernelBuffers
 from .cuda import FLASH, as_on_cuda, few_chunks, on_fake_tensors
 from .extend import Unlike, extend, few
 from .recorder import Label, Recorder
@@ -97,7 +98,8 @@ def _run(full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], e
                 for weight in model.parameters():
                     weight.grad = torch.empty_like(weight)
             recorder.were_there(_held(model, step.in_backward))
-            with recorder, recorder.watching(model):
+            beside = KernelBuffers(recorder) if on == "cpu" else nullcontext()
+            with recorder, beside, recorder.watching(model):
                 recorder.begin(FORWARD)
                 step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
                 loss = step.forward()
@@ -198,6 +200,7 @@ def _update(weights: list[nn.Parameter], recipe: Recipe) -> tuple[Recording, tup
         for weight in weights:
             weight.grad = torch.empty_like(weight)
         optimizers = [optimizer_of(recipe)(group) for group in ([[w] for w in weights] if apart else [weights])]
+        recorder.were_there(t for w in weights for t in (w, w.grad) if t is not None)
         with recorder:
             recorder.begin(OPTIMIZER)
             for optimizer in optimizers:
