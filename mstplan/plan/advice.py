@@ -165,6 +165,25 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
         notes.append("With sdpa, sliding-window layers take an explicit S x S mask beyond their window; --attention flash needs none.")
     if recipe.precision == "fp32" and recipe.attention == "sdpa" and model.attention.kv_heads != model.attention.heads:
         notes.append("In fp32, sdpa has no fast kernel for grouped queries and writes out the score matrix.")
+    return notes + (sharding_notes(model, recipe) if recipe.sharded else [])
+
+
+def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
+    """What a card holds under FSDP2, and what is not counted."""
+    notes = [
+        (
+            f"Per card, of {recipe.gpus:,}, each with its own {'sequences' if recipe.batch > 1 else 'sequence'}: FSDP2 over every layer and the model. "
+            "Counted: shards, padded; the layer that runs and the all-gather buffer of its neighbour; embedding, norm and head, gathered "
+            "throughout; whole gradients until they are scattered, and the reduce-scatter's input (docs/sharding.md)."
+        ),
+        "Not counted: NCCL's own memory, 1 to 2 GiB a card; leave room with --reserve 2GiB. Step times count no communication.",
+    ]
+    experts = model.experts.number if model.experts is not None else None
+    if experts is not None and recipe.gpus > experts:
+        notes.append(
+            f"{experts:,} experts in one tensor over {recipe.gpus:,} cards: fully_shard pads it to {recipe.gpus:,} experts wherever it is gathered. "
+            "Its shard_placement_fn can split another dimension; that is not planned."
+        )
     return notes
 
 

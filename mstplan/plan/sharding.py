@@ -8,7 +8,8 @@ head. What is held when follows torch/distributed/fsdp/_fully_shard (torch 2.13)
   The rest's weights stay for backward;
 - backward: while a layer runs, the buffer of the layer before it is there (_backward_prefetch). When it has run, its weights go,
   and its whole gradients are copied into the reduce-scatter's input, which stays until the next group's is made (post_backward);
-- the rest is scattered last, when all of backward is over (_root_post_backward_final_callback).
+- the rest is scattered last, when all of backward is over (_root_post_backward_final_callback). Of a group's whole gradients the
+  last one outlives the others (a variable of foreach_reduce's loop): with the rest that is the head's; a layer's is small.
 
 Each weight is split along dimension 0 and padded to a multiple of the cards, in shards and gathered (FSDPParam). The first
 card's share is counted: no other holds more. Experts that are one tensor (number, ., .) are split by their number: with more
@@ -19,7 +20,9 @@ from __future__ import annotations
 
 from .optimizers import optimizer_memory
 from .recipe import Recipe
-from .tape import ITEMSIZE, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
+from .tape import ITEMSIZE, Group, Tape, Tensor, Weight, step_weights, weight_gradient
+
+REST = "embedding, norm and head"
 
 
 def shard_of(weight: Weight, gpus: int) -> Weight:
@@ -34,18 +37,16 @@ def shards_of(weights: list[tuple[Weight, int]], gpus: int) -> list[tuple[Weight
 def into_groups(tape: Tape, recipe: Recipe) -> None:
     """Give every layer of a step's tape, and the tape for the rest, its group."""
     made: dict[int, Group] = {}
-    for op in tape.ops:
-        if is_layer(op) and op.part is not None:
-            inner = op.part.tape
-            if id(inner) not in made:
-                made[id(inner)] = _group([w for w, n in step_weights(inner) for _ in range(n)], recipe, "a layer")
-            op.group = made[id(inner)]
+    layers = [op for op in tape.ops if op.part is not None and not op.part.in_forward]
+    tapes = [op.part.tape for op in layers if op.part is not None]
+    for i, (op, inner) in enumerate(zip(layers, tapes, strict=True)):
+        if id(inner) not in made:
+            made[id(inner)] = _group([w for w, n in step_weights(inner) for _ in range(n)], recipe, "a layer")
+        op.group = made[id(inner)]
+        # Buffers of the layers on both sides are there with a layer: its moments lie between its neighbours' when theirs are alike.
+        op.interior = 1 < i < len(layers) - 2 and all(near is inner for near in tapes[i - 2 : i + 3])
     rest = Tape(tape.dims, [op for op in tape.ops if op.group is None])
-    tape.group = _group([weight for weight, _ in step_weights(rest)], recipe, "embedding, norm and head")
-
-
-def is_layer(op: Op) -> bool:
-    return op.part is not None and not op.part.in_forward
+    tape.group = _group([weight for weight, _ in step_weights(rest)], recipe, REST)
 
 
 def _group(weights: list[Weight], recipe: Recipe, of: str) -> Group:
@@ -63,6 +64,7 @@ def _group(weights: list[Weight], recipe: Recipe, of: str) -> Group:
         copy_in=tensor("shards in bf16", used, sum(shards)) if used != held else None,
         gradients=tuple(weight_gradient(weight, used) for weight in weights),
         scatter=tensor("reduce-scatter input", held, whole),
+        held=weight_gradient(weights[-1], used) if of == REST else None,
         shards=Tensor("gradient shards", "", held, 0, sum(shards) * ITEMSIZE[held]),
         stay=recipe.accumulation == 1 and not recipe.optimizer_in_backward,
         temporaries=Tensor("optimizer temporaries of one shard", "", "uint8", 0, each * max(shards)),

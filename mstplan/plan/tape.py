@@ -122,6 +122,7 @@ class Group:
     gradients: tuple[Tensor, ...]  # whole
     scatter: Tensor  # the reduce-scatter's input
     shards: Tensor  # its output, the gradients' shards
+    held: Tensor | None  # of the gradients, one that a variable holds until all is done
     stay: bool  # until the optimizer's step; else they are added to ones that exist, or used at once
     temporaries: Tensor  # of the optimizer, where it steps in backward
 
@@ -352,10 +353,13 @@ class _Groups:
             ledger.mark(where + ": copy in of the reduce-scatter")
         for gradient in group.gradients:
             ledger.drop(gradient)
-        ledger.put(group.shards)
-        ledger.put(group.temporaries)
+        held = [group.held] if group.held is not None else []
+        for tensor in (*held, group.shards, group.temporaries):
+            ledger.put(tensor)
         if listed:
             ledger.mark(where + ": reduce-scatter")
+        for tensor in held:
+            ledger.drop(tensor)
         ledger.drop(group.temporaries)
         if not group.stay:
             ledger.drop(group.shards)
