@@ -420,7 +420,8 @@ def _tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
     def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
         waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")
         workspace = card.gpu.cublas_workspace_bytes
-        return cache.trace_of(config, recipe, seq_len, workspace=workspace, keep=not asked.no_cache)
+        code_from = asked.model if asked.trust_remote_code else None
+        return cache.trace_of(config, recipe, seq_len, workspace=workspace, keep=not asked.no_cache, code_from=code_from)
 
     from .show.trace import recipe_words, status
 
@@ -434,7 +435,8 @@ def _tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
         "source": _option(str, "--from", "trace. (Measurements are to come.)", ..., metavar="RUNG"),
         "strategies": _option(str | None, "--strategy -s", "Some strategies only, with commas between. Default: all five.", metavar="NAME[,NAME]"),
         "out": _option(Path | None, "--out -o", "The folder to write to. Default: the user's own, which the planner reads first.", metavar="FOLDER"),
-    }, TRACING, JSON,
+        "no_cache": TRACING["no_cache"],
+    }, JSON,
     help="Solve a model's coefficients from traces of its steps, for the planner to use in place of the formula's. An older file is kept.",
     epilog="mstplan calibrate --from trace --model llama3.1-8b",
 )  # fmt: skip

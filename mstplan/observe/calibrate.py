@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import __version__
 from ..errors import ModelError
 from ..plan import calibration
 from ..plan.calibration import Calibration
@@ -79,7 +80,7 @@ def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
     residual = max(_error(found, p, t) for p, t in zip(points, traces, strict=True))
     if residual > WORST:
         raise ModelError(f"{model.name}, {family.strategy}: the coefficients miss a trace by {residual:.2%}, more than {WORST:.1%}: not written.")
-    provenance = {"rung": "trace", **versions(), "points": [list(p) for p in points[:-1]], "checked": list(points[-1])}
+    provenance = {"rung": "trace", **versions(), "mstplan": __version__, "points": [list(p) for p in points[:-1]], "checked": list(points[-1])}
     return Calibration(
         calibration.family_of(recipe), family.several_mlp, chunked, family.masked, False, found, residual, provenance,
     )  # fmt: skip

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
 from ..observe import cache
-from ..observe.calibrate import calibrate, families
+from ..observe.calibrate import Family, calibrate, families
 from ..observe.trace import Trace
 from ..plan import calibration
+from ..plan.calibration import Calibration
 from ..plan.catalog import load_config, load_model
 from ..plan.recipe import Recipe
 from . import tables
@@ -33,6 +34,7 @@ def run(models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bo
     cache.versions()  # no torch: said at once
     work = [(spec, load_model(spec)) for spec in models]
     rows: list[Row] = []
+    solved: dict[tuple[str, Family], Calibration] = {}
     console = Console(stderr=True)
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("calibrating", total=sum(len(families(model, strategies)) for _, model in work))
@@ -44,7 +46,10 @@ def run(models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bo
 
             for family in families(model, strategies):
                 bar.update(task, description=f"{model.name}, {family.strategy}")
-                found.append((family, calibrate(model, family, trace_at)))
+                same = (calibration.fingerprint(model), family)  # models of other names and the same sizes
+                if same not in solved:
+                    solved[same] = calibrate(model, family, trace_at)
+                found.append((family, solved[same]))
                 bar.advance(task)
             path = calibration.write(model, [c for _, c in found], folder)
             rows += [
