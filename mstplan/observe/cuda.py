@@ -12,14 +12,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import _meta_registrations, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -165,10 +165,26 @@ def on_fake_tensors() -> Iterator[None]:
     def not_packed(position_ids: torch.Tensor) -> None:
         packed(position_ids)  # for what it allocates
 
+    def nothing_hidden(skips_mask: Callable[..., bool]) -> Callable[..., bool]:
+        """A padding mask of ones, which some models make for themselves, is none."""
+        return lambda _padding_mask, *args, **kwargs: skips_mask(None, *args, **kwargs)
+
+    plain_grouped = _meta_registrations._meta_grouped_mm_common
+
+    def grouped(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Products of experts' matrices, which kernels make in every dtype, but torch's rules for fake tensors in bf16 only."""
+        if a.dtype not in (torch.float32, torch.float16):
+            return plain_grouped(a, b, *args, **kwargs)
+        return plain_grouped(a.bfloat16(), b.bfloat16(), *args, **kwargs).to(a.dtype)
+
     with ExitStack() as stack:
+        for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"):
+            if hasattr(masking_utils, name):  # not in every transformers
+                stack.enter_context(patch.object(masking_utils, name, nothing_hidden(getattr(masking_utils, name))))
         for where, name, new in (
             (masking_utils, "find_packed_sequence_indices", not_packed),
             (mlp, "draw_seed", lambda: None),
+            (_meta_registrations, "_meta_grouped_mm_common", grouped),
         ):
             stack.enter_context(patch.object(where, name, new))
         yield

@@ -74,7 +74,9 @@ class Recorder(TorchDispatchMode):
 
     def were_there(self, tensors: Iterable[torch.Tensor]) -> None:
         """Tensors that stay through all that is recorded, and are not part of it: weights, the optimizer's states."""
-        self._resident.update(held_by(tensor).untyped_storage()._cdata for tensor in tensors)
+        for storage in [held_by(tensor).untyped_storage() for tensor in tensors]:
+            self._resident.add(storage._cdata)
+            weakref.finalize(storage, self._resident.discard, storage._cdata).atexit = False  # its address may be another's then
 
     # ---- places -------------------------------------------------------------------------------------------------------
 
@@ -207,6 +209,10 @@ class Recorder(TorchDispatchMode):
         if index is not None:
             self.recording.made[index].category = category
 
+    def _is_gradient(self, weight: torch.Tensor) -> None:
+        if weight.grad is not None:  # autograd may find that there is none
+            self.is_for(weight.grad, GRADIENTS)
+
     def index_of(self, tensor: torch.Tensor) -> int | None:
         """Of the storage of a tensor in what was made."""
         return self._known.get(tensor.untyped_storage()._cdata)
@@ -243,7 +249,7 @@ class Recorder(TorchDispatchMode):
             self._mark()
 
         handles: list[Any] = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave, always_call=True)]
-        handles += [w.register_post_accumulate_grad_hook(lambda w: self.is_for(w.grad, GRADIENTS)) for w in model.parameters() if w.requires_grad]
+        handles += [w.register_post_accumulate_grad_hook(self._is_gradient) for w in model.parameters() if w.requires_grad]
         try:
             yield
         finally:

@@ -5,12 +5,15 @@ Only the recorder around it differs. Passes follow the step model's instants: fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.optimization import Adafactor
 
 from ..errors import ModelError, RecipeError, one_line
@@ -23,26 +26,46 @@ DTYPES = {"bf16": torch.bfloat16, "mixed": torch.float32, "fp32": torch.float32}
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-def read_settings(config: dict[str, Any]) -> PreTrainedConfig:
-    """transformers' configuration object of a config.json. Raises ModelError when transformers has no code for it."""
+def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> PreTrainedConfig:
+    """transformers' configuration object of a config.json. code_from: the folder or Hugging Face id that it lies in, when
+    the code that lies there may be run. Raises ModelError when transformers has no code for it."""
     fields = {name: value for name, value in config.items() if name != "quantization_config"}
+    kind = one_line(config.get("model_type"))
+    if code_from is not None and "auto_map" in config:
+        return _read(lambda: AutoConfig.from_pretrained(code_from, trust_remote_code=True), kind)
+    if kind not in CONFIG_MAPPING:
+        way_out = "--trust-remote-code runs the code that comes with it." if "auto_map" in config else "A newer one may have it."
+        raise ModelError(f"transformers {transformers.__version__} has no code for this model (model_type {kind}).\n{way_out}")
+    return _read(lambda: AutoConfig.for_model(**fields), kind)
+
+
+def _read(make: Callable[[], PreTrainedConfig], kind: str) -> PreTrainedConfig:
     try:
-        settings = AutoConfig.for_model(**fields)
-    except Exception as e:  # transformers raises what it likes
-        kind = one_line(config.get("model_type"))
+        return make()
+    except Exception as e:  # noqa: BLE001  transformers raises what it likes
         raise ModelError(f"transformers cannot read this model ({kind}): {one_line(e)}") from None
-    settings.use_cache = False
-    return settings
 
 
-def build(settings: PreTrainedConfig, recipe: Recipe, attention: str, device: str) -> PreTrainedModel:
-    """The model with random weights, in training mode. Raises ModelError where transformers has none."""
+def build(settings: PreTrainedConfig, recipe: Recipe, attention: str, device: str, remote_code: bool = False) -> PreTrainedModel:
+    """The model with random weights, in training mode; `settings` stay as they are. remote_code: may code that is not
+    transformers' be run? Raises ModelError where there is none."""
+    settings = without_cache(copy.deepcopy(settings))
     with torch.device(device):
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=DTYPES[recipe.precision], attn_implementation=attention)
-        except (ValueError, ImportError, AttributeError, NotImplementedError, TypeError, KeyError) as e:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                settings, dtype=DTYPES[recipe.precision], attn_implementation=attention, trust_remote_code=remote_code
+            )  # fmt: skip
+        except Exception as e:  # noqa: BLE001  transformers raises what it likes
             raise ModelError(f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}") from None
     return model.train()
+
+
+def without_cache(settings: PreTrainedConfig) -> PreTrainedConfig:
+    """The same, and what it is made of, with no cache of keys and values, which no training step reads."""
+    for part in (settings, *(getattr(settings, name, None) for name in settings.sub_configs)):
+        if part is not None:
+            part.use_cache = False
+    return settings
 
 
 class TrainingStep:
@@ -66,7 +89,7 @@ class TrainingStep:
         make = optimizer_of(recipe)
         self.optimizer = None if recipe.optimizer_in_backward else make(model.parameters())
         self.in_backward = step_in_backward(model, make) if recipe.optimizer_in_backward else []
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = vocabulary_of(model)
         self.tokens, self.labels = (torch.randint(0, vocabulary, (recipe.batch, seq_len), device=self.device) for _ in range(2))
 
     def run(self, begin: Callable[[str], Any] = lambda _name: None) -> torch.Tensor:
@@ -83,7 +106,9 @@ class TrainingStep:
 
     def forward(self) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.autocast):
-            loss: torch.Tensor = self.model(input_ids=self.tokens, labels=self.labels).loss
+            loss: torch.Tensor | None = self.model(input_ids=self.tokens, labels=self.labels).loss
+        if loss is None:
+            raise ModelError(f"{type(self.model).__name__} gives no loss for token ids and labels.")
         return loss
 
     def update(self) -> None:
@@ -91,6 +116,13 @@ class TrainingStep:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many tokens a model both reads and tells apart: some have rows that are for one of the two only, or for nothing."""
+    read = model.get_input_embeddings().num_embeddings
+    written = getattr(model.get_output_embeddings(), "out_features", read)
+    return min(read, written, getattr(model.config.get_text_config(), "unpadded_vocab_size", read))
 
 
 def check_runnable(recipe: Recipe) -> None:

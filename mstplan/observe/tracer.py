@@ -6,18 +6,19 @@ weights of the whole model. What a card does otherwise than a CPU stands in `cud
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from contextlib import nullcontext
+import logging
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from math import prod
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..errors import ModelError
+from ..errors import InputError, ModelError, one_line
 from ..plan.recipe import Recipe
 from ..plan.steps import segment_length
 from ..train import finding
@@ -30,16 +31,31 @@ from .sharding import ranks, seen_by, shard, shard_shape
 from .step import TrainingStep, build, check_runnable, make_states, optimizer_of, read_settings
 from .trace import State, Trace, Weight
 
+OWN_FAILURE = "makes no training step of token ids and labels alone"
 
-def trace(config: dict[str, Any], recipe: Recipe, seq_len: int, *, on: str = "cuda", workspace: int = 0, whole: bool = False) -> Trace:
+
+def trace(
+    config: Mapping[str, Any], recipe: Recipe, seq_len: int, *, on: str = "cuda", workspace: int = 0, whole: bool = False,
+    code_from: str | None = None,
+) -> Trace:  # fmt: skip
     """Trace one training step, after the first, of the model that `config` (a config.json) describes.
 
     on: "cuda", or "cpu" for what the same step allocates there. workspace: bytes that cuBLAS holds on the card. whole: run
-    every layer and every chunk. Raises ModelError for a model that transformers or the runtime cannot serve, RecipeError
-    for a recipe that no step can follow.
+    every layer and every chunk. code_from: the folder or Hugging Face id of a model whose own code may be run. Raises
+    ModelError for a model that transformers or the runtime cannot serve, RecipeError for a recipe that no step can follow.
     """
+    settings = read_settings(config, code_from)
+    return trace_settings(settings, recipe, seq_len, on=on, workspace=workspace, whole=whole, remote_code=code_from is not None)
+
+
+def trace_settings(
+    settings: PreTrainedConfig, recipe: Recipe, seq_len: int, *, on: str = "cuda", workspace: int = 0, whole: bool = False,
+    remote_code: bool = False,
+) -> Trace:  # fmt: skip
+    """`trace` of transformers' own description of a model, which stays as it is."""
     check_runnable(recipe)
-    full, every, kinds = _whole_model(config, recipe, on)
+    full = whole_model(settings, recipe, on, remote_code)
+    every, kinds = _units(full, recipe)
     update, states = _update(list(full.parameters()), recipe)
     weights = _weights(full, recipe)
     reach = 2 if recipe.offload_layer_inputs else 1  # a layer's input is let go one layer later than usual
@@ -49,23 +65,37 @@ def trace(config: dict[str, Any], recipe: Recipe, seq_len: int, *, on: str = "cu
     try:
         short = _run(full, recipe, seq_len, kept, every, on, whole)
         extend(short, kept, kinds, reach)
-    except Unlike:
-        full, kept = _whole_model(config, recipe, on)[0], everything
+    except (Unlike, ModelError):
+        if kept == everything:
+            raise
+        full, kept = whole_model(settings, recipe, on, remote_code), everything
         short = _run(full, recipe, seq_len, kept, every, on, whole)
     return Trace(recipe, seq_len, on, workspace, weights, states, tuple(numbers[k] for k in kinds), tuple(kept), reach, short, update)
 
 
-def _whole_model(config: dict[str, Any], recipe: Recipe, on: str) -> tuple[PreTrainedModel, int, list[Hashable]]:
-    """The model without any memory, layers to a unit, and the kind of each unit."""
-    settings = read_settings(config)
-    full = build(settings, recipe, attention_of(recipe, settings, on), "meta")
-    layers = finding.find_parts(full).layers
+def _units(model: PreTrainedModel, recipe: Recipe) -> tuple[int, list[Hashable]]:
+    """Layers to a unit, and the kind of each unit."""
+    layers = finding.find_parts(model).layers
     every = segment_length(recipe, len(layers)) or 1
-    kinds = _kinds(full, layers)
-    return full, every, [tuple(kinds[i : i + every]) for i in range(0, len(kinds), every)]
+    kinds = _kinds(model, layers)
+    return every, [tuple(kinds[i : i + every]) for i in range(0, len(kinds), every)]
 
 
-def attention_of(recipe: Recipe, settings: Any, on: str) -> str:
+def whole_model(settings: PreTrainedConfig, recipe: Recipe, on: str, remote_code: bool) -> PreTrainedModel:
+    """The model without any memory."""
+    attention = attention_of(recipe, settings, on)
+    try:
+        return build(settings, recipe, attention, "meta", remote_code)
+    except ModelError:
+        if attention != FLASH:
+            raise
+    full = build(settings, recipe, "eager", "meta", remote_code)  # its code knows no attention functions by name
+    if recipe.attention == "flash":
+        raise ModelError(f"{type(full).__name__} has flash attention of its own, which cannot be traced.\nUse --attention sdpa or eager.")
+    return full
+
+
+def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
     """attn_implementation for a recipe's attention. A model for which transformers has no sdpa runs flash attention on a
     card where it can (16 bits), else eager."""
     if recipe.attention == "eager":
@@ -82,33 +112,56 @@ def _run(full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], e
     """Forward and backward of a step with the layers of the `kept` units."""
     parts = finding.find_parts(full)
     model = _shortened(full, parts.layers, [i for unit in kept for i in range(unit * every, min((unit + 1) * every, len(parts.layers)))])
-    checkpoint = recipe.checkpoint if recipe.checkpoint in ("none", "layer") else every
-    with ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    with ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if whole else few_chunks():
         model.to_empty(device="cpu")
         model.tie_weights()
-        recorder = Recorder(_labels(model, every), len(kept))
         if mesh is not None:
             shard(model, recipe, mesh)
-        as_there = as_on_cuda(recorder) if on == "cuda" else on_fake_tensors()
-        with as_there, nullcontext() if whole else few_chunks(), seen_by(recorder):
-            bare = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
-            step = TrainingStep(model, bare, seq_len, checkpoint)
-            make_states(step.in_backward)
-            if recipe.accumulation > 1:
-                for weight in model.parameters():
-                    weight.grad = torch.empty_like(weight)
-            recorder.were_there(_held(model, step.in_backward))
-            beside = KernelBuffers(recorder) if on == "cpu" else nullcontext()
-            with recorder, beside, recorder.watching(model):
-                recorder.begin(FORWARD)
-                step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
-                loss = step.forward()
-                recorder.begin(BACKWARD)
-                loss.backward()
-                loss = loss.detach()
-                del loss
-                recorder.begin(OPTIMIZER)
+        return record(model, recipe, seq_len, len(kept), every, on)
+
+
+def record(model: PreTrainedModel, recipe: Recipe, seq_len: int, units: int, every: int, on: str) -> Recording:
+    """Forward and backward of a step of a model that is there, `every` layers to a unit."""
+    checkpoint = recipe.checkpoint if recipe.checkpoint in ("none", "layer") else every
+    recorder = Recorder(_labels(model, every), units)
+    with as_on_cuda(recorder) if on == "cuda" else on_fake_tensors(), seen_by(recorder):
+        bare = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
+        step = TrainingStep(model, bare, seq_len, checkpoint)
+        make_states(step.in_backward)
+        if recipe.accumulation > 1:
+            for weight in model.parameters():
+                weight.grad = torch.empty_like(weight)
+        recorder.were_there(_held(model, step.in_backward))
+        beside = KernelBuffers(recorder) if on == "cpu" else nullcontext()
+        with _naming(model), recorder, beside, recorder.watching(model):
+            recorder.begin(FORWARD)
+            step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
+            loss = step.forward()
+            recorder.begin(BACKWARD)
+            loss.backward()
+            loss = loss.detach()
+            del loss
+            recorder.begin(OPTIMIZER)
     return recorder.close()
+
+
+@contextmanager
+def _naming(model: PreTrainedModel) -> Iterator[None]:
+    """What a model's code cannot do on token ids without values is said with the model's name."""
+    name, log = type(model).__name__, logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True  # it writes whole stacks
+    try:
+        yield
+    except InputError:
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as e:
+        raise ModelError(
+            f"{name} needs the values of tensors in {e.func}, and a trace has none.\nPlan it with the formula rung, or measure it on a card."
+        ) from None
+    except Exception as e:
+        raise ModelError(f"{name} {OWN_FAILURE}: {type(e).__name__}: {one_line(e, 200)}") from e
+    finally:
+        log.disabled = before
 
 
 def _kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
@@ -119,7 +172,8 @@ def _kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
 
 def _signature(layer: nn.Module) -> Hashable:
     def of(module: nn.Module) -> Hashable:
-        scalars = sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, int | float | str | None) and not k.startswith("_") and k != "layer_idx")
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | None)}
+        scalars = sorted((k, repr(v)) for k, v in plain.items() if not k.startswith("_") and k != "layer_idx")
         sizes = tuple(tuple(weight.shape) for weight in module.parameters(recurse=False))
         return type(module).__name__, tuple(scalars), sizes
 
@@ -151,7 +205,12 @@ def _shorten(settings: Any, count: int, kept: list[int]) -> None:
     for name, value in list(vars(settings).items()):
         if isinstance(value, list) and len(value) == count:
             setattr(settings, name, [value[i] for i in kept])
-    settings.num_hidden_layers = len(kept)
+    one_by_one = getattr(vars(settings).get("_heterogeneity_spec"), "per_layer_overrides", {})
+    renumbered = {n: one_by_one[i] for n, i in enumerate(kept) if i in one_by_one}
+    one_by_one.clear()
+    one_by_one.update(renumbered)
+    with suppress(NotImplementedError):  # of an encoder and a decoder
+        settings.num_hidden_layers = len(kept)
 
 
 def _labels(model: PreTrainedModel, every: int) -> dict[nn.Module, Label]:
