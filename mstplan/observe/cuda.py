@@ -2,9 +2,12 @@
 
 | on the card | source |
 |---|---|
-| attention by FlashAttention-2, its saved row statistics and the workspace of its backward | from source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd |
-| with an explicit mask the memory-efficient kernel, which keeps the mask as a bias | from source: aten transformers/attention.cpp, convert_boolean_attn_mask; transformers/cuda/attention_backward.cu |
+| attention by FlashAttention-2, its row statistics and workspace | from source: aten native/transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd |
+| with a mask, or head sizes not for that, the memory-efficient kernel | from source: aten transformers/cuda/attention.cu, attention_backward.cu |
+| its sums and workspace | mstplan/plan/cuda.py |
+| a mask as a bias, padded to rows of 8 | from source: aten transformers/attention.cpp, convert_boolean_attn_mask and preprocess_mask |
 | which kernel scaled_dot_product_attention takes | from source: aten transformers/cuda/sdp_utils.cpp |
+| layer norm keeps its row statistics in fp32 | from source: aten native/cuda/layer_norm_kernel.cu, layer_norm_cuda |
 | dropout keeps a mask of one byte a number | from source: aten native/Dropout.cpp, native_dropout |
 | products of bf16 matrices that add to an fp32 one | from source: aten native/cuda/Blas.cpp, addmm with out_dtype |
 | layer inputs on the host | mstplan/train/offload.py |
@@ -12,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +28,7 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..plan.cuda import flash_head_size, flash_rows
+from ..plan.cuda import efficient_accumulates, efficient_workspace, flash_head_size, flash_rows
 from ..train import chunks, mlp, offload, products
 from .recorder import Recorder
 
@@ -66,8 +69,11 @@ class _Efficient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, recorder: Recorder) -> torch.Tensor:
-        batch, heads, tokens, _ = q.shape
+        batch, heads, tokens, size = q.shape
         out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+        if efficient_accumulates(size, v.shape[-1], q.itemsize):
+            with recorder.purpose("efficient attention: output accumulator"):
+                _accumulator = q.new_empty(batch, tokens, heads, v.shape[-1], dtype=torch.float32)
         with recorder.purpose("efficient attention: log-sum-exp"):
             log_sum_exp = q.new_empty(batch, heads, -(-tokens // 32) * 32, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, log_sum_exp, *([bias] if bias is not None else []))
@@ -77,9 +83,16 @@ class _Efficient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, *_ = ctx.saved_tensors
+        batch, heads, tokens, size = q.shape
         made = tuple(torch.empty_like(x) for x in (q, k, v))
         with ctx.recorder.purpose("efficient attention: row sums of dO * O"):
-            _rows = q.new_empty(q.shape[:3], dtype=torch.float32)
+            products = None if q.dtype in SIXTEEN_BIT else torch.empty_like(grads[0])  # in 16 bits the kernel needs none
+            sums = products.sum(-1) if products is not None else None
+            _rows = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+            del products, sums
+        with ctx.recorder.purpose("efficient attention: dQ accumulator, dK and dV of the blocks at work"):
+            workspace = efficient_workspace(size, v.shape[-1], q.itemsize)
+            _sums = q.new_empty(workspace.bytes(batch * heads, tokens), dtype=torch.uint8)
         return (*made, None, None)
 
 
@@ -95,6 +108,21 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         (_mask,) = ctx.saved_tensors
         return torch.empty_like(grads[0])
+
+
+class _LayerNorm(torch.autograd.Function):
+    """CUDA's layer norm of 16-bit rows, whose mean and deviation are fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        ctx.save_for_backward(x, weight, *(x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2)))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weight, *_ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _attention(recorder: Recorder) -> Any:
@@ -115,10 +143,16 @@ def _attention(recorder: Recorder) -> Any:
                 return plain(q, k, v, attn_mask, dropout_p, is_causal and attn_mask is None, scale=scale, enable_gqa=True)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             with recorder.purpose("attention bias", "attention"):
-                attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+                attn_mask = _padded(torch.empty_like(attn_mask, dtype=q.dtype))
         return _Efficient.apply(q, k, v, attn_mask, recorder)
 
     return attention
+
+
+def _padded(bias: torch.Tensor) -> torch.Tensor:
+    """The same with rows that begin at multiples of 8 numbers."""
+    tokens = bias.shape[-1]
+    return F.pad(bias, (0, 8 - tokens % 8))[..., :tokens] if tokens % 8 else bias
 
 
 def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -130,6 +164,17 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
     if not training or p == 0:
         return x
     out: torch.Tensor = _Dropout.apply(x)
+    return out
+
+
+def _layer_norm(
+    x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:  # fmt: skip
+    if torch.is_autocast_enabled("cpu"):
+        x = x.float()  # as autocast does on a card
+    if x.dtype not in SIXTEEN_BIT or weight is None or bias is None or len(shape) != 1:
+        return torch.layer_norm(x, shape, weight, bias, eps)
+    out: torch.Tensor = _LayerNorm.apply(x, weight, bias)
     return out
 
 
@@ -149,6 +194,7 @@ def as_on_cuda(recorder: Recorder) -> Iterator[None]:
         for where, name, new in (
             (F, "scaled_dot_product_attention", _attention(recorder)),
             (F, "dropout", _dropout),
+            (F, "layer_norm", _layer_norm),
             (products, "adds_to_fp32", lambda _device: True),
             (offload, "host_memory", recorder.host_memory),
         ):

@@ -3,6 +3,8 @@ PyTorch's code, `measured` on a card."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 FLASH_ROWS = 128
 """from source: mha_bwd rounds the rows of its workspace up to this (aten transformers/cuda/flash_attn/flash_api.cpp)."""
 
@@ -15,3 +17,50 @@ def flash_rows(tokens: int) -> int:
 def flash_head_size(size: int) -> int:
     """Head size of that workspace. from source: mha_bwd rounds up to 32, beyond 192 to 256."""
     return -(-size // 32) * 32 if size <= 192 else 256
+
+
+class EfficientWorkspace(NamedTuple):
+    """What the memory-efficient kernel's backward allocates beside gradients and row sums, in one piece.
+
+    Sums of dQ in fp32, in tiles of `queries` rows, and in 16 bits beyond a head size of 128 those of dK and dV for the blocks of
+    `keys` rows that are at work. from source: aten transformers/cuda/mem_eff_attention/kernel_backward.h, workspace_size; the
+    blocks of compute capability 8.0 and 9.0 in kernels/cutlassB.h. Bytes.
+    """
+
+    queries: int
+    keys: int
+    tiles: int  # of a block of rows
+    of_tile: int
+    of_keys: int  # of one block's dK and dV
+
+    @property
+    def of_row(self) -> int:
+        """Of one query's row in one head, but for rounding rows up to blocks."""
+        return -(-self.tiles * self.of_tile // self.queries)
+
+    def blocks_at_work(self, heads: int) -> int:
+        """Blocks of keys of each head; heads: of all sequences (attention_backward.cu: about 200 in all)."""
+        return max(1, 200 // heads)
+
+    def bytes(self, heads: int, tokens: int) -> int:
+        """Of all `heads` of all sequences, each of so many tokens."""
+        blocks = min(self.blocks_at_work(heads), -(-tokens // self.keys))
+        one = -(-tokens // self.queries) * self.tiles * self.of_tile + blocks * self.of_keys
+        return heads * (-(-one // 16) * 16)
+
+
+def efficient_workspace(size: int, v_size: int, itemsize: int) -> EfficientWorkspace:
+    """size, v_size: of a head of queries and keys, and of values. itemsize: bytes of a number."""
+    largest = max(size, v_size)
+    wide = largest > 64
+    queries, keys = 128 if wide else 64, 128 if wide and largest <= 128 and itemsize == 2 else 64
+    of_keys = 0
+    if itemsize == 2 and largest > 128:
+        of_keys = 4 * keys * sum(-(-n // queries) * queries for n in (size, v_size))
+    return EfficientWorkspace(queries, keys, -(-size // keys), 4 * queries * keys + 16, of_keys)
+
+
+def efficient_accumulates(size: int, v_size: int, itemsize: int) -> bool:
+    """Whether the memory-efficient kernel's forward sums its output in an fp32 tensor of its own. from source:
+    mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer; kernels/cutlassF.h."""
+    return itemsize == 2 and max(size, v_size) > 128

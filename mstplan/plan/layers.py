@@ -13,9 +13,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from .cuda import flash_head_size
+from .cuda import efficient_accumulates, efficient_workspace, flash_head_size
 from .model import Attention, Experts, LayerKind, Mlp, Model
-from .tape import Op, Part, Tape, Tensor, Weight, axes_of, sums_of
+from .tape import ITEMSIZE, Op, Part, Tape, Tensor, Weight, axes_of, sums_of
 
 HIDDEN = "layer input"
 
@@ -49,6 +49,10 @@ class Writer:
         self.tape.source = self.new(name, "d", dtype or self.wide)
         return self.tape.source
 
+    def hold(self, *tensors: Tensor) -> None:
+        """Variables of the code at hand that live at least until the latest operation is done."""
+        self.tape.ops[-1].holds += tensors
+
     # ---- elementary operations ------------------------------------------------------------------------------------
 
     def cast(self, x: Tensor, dtype: str, name: str = "") -> Tensor:
@@ -73,16 +77,18 @@ class Writer:
         self.tape.op("cast " + weight.name, [], copy)
         return (copy,)
 
-    def linear(self, x: Tensor, y: Tensor, name: str, *, bias: bool = False, weight: Weight | None = None) -> Tensor:
-        """y = x W^T (+ bias). Keeps x and W (aten::mm, aten::addmm)."""
+    def linear(
+        self, x: Tensor, y: Tensor, name: str, *, bias: bool = False, weight: Weight | None = None, copy: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """y = x W^T (+ bias). Keeps x and W (aten::mm, aten::addmm). copy: of W, made for this in another dtype."""
         x = self.autocast(x)
         inner, outer = self._width(x), self._width(y)
         w = weight or self.weight(name + ".weight", outer, inner)
         weights = (w, self.weight(name + ".bias", outer)) if bias else (w,)
-        copies = self.used(w)
+        copies = (copy,) if copy is not None else self.used(w)
         return self.tape.op(
             name, [x, *copies], y, keeps=(x, *copies), grads=((x, self.tape.grad(x)),), weights=weights,
-            flops=((y.basis, 2 * inner * outer),), cast=bool(copies), product=not copies,
+            flops=((y.basis, 2 * inner * outer),), cast=bool(copies) and copy is None, product=not copies,
         )  # fmt: skip
 
     def _last(self, x: Tensor) -> int:
@@ -136,7 +142,7 @@ class Writer:
             y = self._gemma_norm(x, name)
         else:
             y = self._rms_norm(x, name, late_cast=self.model.norm == "rms-fp32-weight")
-        self.tape.ops[-1].holds += (x,)
+        self.hold(x)
         return y
 
     def _layer_norm(self, x: Tensor, name: str) -> Tensor:
@@ -150,29 +156,30 @@ class Writer:
             name, [x], y, stats, keeps=(x, stats), grads=((x, self.tape.grad(x)),), weights=tuple(weights)
         )  # fmt: skip
 
-    def _root_mean_square(self, x32: Tensor, name: str) -> Tensor:
-        """x * rsqrt(mean(x^2) + eps) in fp32, as its Python code runs: keeps x32 and one number a row."""
-        rows = x32.shape.rsplit(" ", 1)[0]
-        scale = self.tape.new(f"{name} 1/rms", rows, "float32")
-        square = self.tape.new(f"{name} square", x32.shape, "float32")
-        self.tape.op(
-            f"{name}: 1/rms", [x32], scale, keeps=(x32, scale), temps=(square,),
-            grads=((x32, self.tape.grad(x32)),), back_temps=(square,) * 3,
-        )  # fmt: skip
-        normed = self.tape.new(f"{name}, normed", x32.shape, "float32")
-        return self.tape.op(
+    def _root_mean_square(self, x32: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """x * rsqrt(mean(x^2) + eps) in fp32, as its Python code runs: keeps x32 and one number a row. With it the mean."""
+        tape, rows = self.tape, x32.shape.rsplit(" ", 1)[0]
+        square = tape.new(f"{name} square", x32.shape, "float32")
+        mean, scale = (tape.new(f"{name} {what}", rows, "float32") for what in ("mean square", "1/rms"))
+        tape.op(f"{name}: square", [x32], square, keeps=(x32,), grads=((x32, tape.grad(x32)),), back_temps=(square,) * 2)
+        tape.op(f"{name}: mean square", [square], mean, grads=((square, tape.grad(square)),))
+        tape.op(f"{name}: 1/rms", [mean], scale, keeps=(scale,), grads=((mean, tape.grad(mean)),))
+        normed = tape.new(f"{name}, normed", x32.shape, "float32")
+        tape.op(
             f"{name}: scale", [x32, scale], normed, keeps=(x32, scale),
-            grads=((x32, self.tape.grad(x32)), (scale, self.tape.grad(scale))), back_temps=(square,),
+            grads=((x32, tape.grad(x32)), (scale, tape.grad(scale))), back_temps=(square,),
         )  # fmt: skip
+        return normed, mean
 
     def _rms_norm(self, x: Tensor, name: str, late_cast: bool) -> Tensor:
         """LlamaRMSNorm: weight * normed.to(dtype); with late_cast (weight * normed).to(dtype)."""
-        wide = normed = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
+        normed, mean = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
+        variables = (normed, mean)
         if not late_cast:
             normed = self.cast(normed, x.dtype, f"{name}, normed, {x.dtype}")
-        y = self._weighted(normed, name)
-        self.tape.ops[-1].holds = (wide,)
-        return self.cast(y, x.dtype, name)
+        y = self.cast(self._weighted(normed, name), x.dtype, name)
+        self.hold(*variables)
+        return y
 
     def _weighted(self, normed: Tensor, name: str) -> Tensor:
         w = self.weight(name + ".weight", self._last(normed))
@@ -183,26 +190,31 @@ class Writer:
 
     def _gemma_norm(self, x: Tensor, name: str) -> Tensor:
         """Gemma: the product with (1 + weight) runs in fp32, then back to x's dtype."""
-        normed = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
+        normed, _ = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
         return self.cast(self._weighted(normed, name), x.dtype, name)
 
     # ---- attention ------------------------------------------------------------------------------------------------
 
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
         a = self.model.attention
-        q, k, v = self._latent_qkv(x, a) if a.latent else self._qkv(x, a)
-        q, k, v = self.autocast(q), self.autocast(k), self.autocast(v)
-        mixed = self._attend(q, k, v, a, kind)
+        q, k, v, *others = self._latent_qkv(x, a) if a.latent else self._qkv(x, a)
+        mixed = self._attend(self.autocast(q), self.autocast(k), self.autocast(v), a, kind)
         y = self.linear(mixed, self.new("attention output", "d"), "o_proj", bias=a.out_bias)
-        self.tape.ops[-1].holds = (x, q, k, v)
-        return self.dropout(y, self.model.dropout)
+        self.hold(x, q, k, v, *others)
+        y = self.dropout(y, self.model.dropout)
+        if self.model.model_type == "gpt2":  # elsewhere dropout follows when attention has returned
+            self.hold(x, q, k, v)
+        return y
 
-    def _qkv(self, x: Tensor, a: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x: Tensor, a: Attention) -> tuple[Tensor, ...]:
+        """q, k, v, and what else the code's variables hold until attention is done."""
         t = self.t
+        fused: tuple[Tensor, ...] = ()
         if a.fused_qkv:
             width = (a.heads + 2 * a.kv_heads) * a.head_dim
-            fused = self.linear(x, self.new("Q, K and V", str(width)), "qkv_proj", bias=a.qkv_bias)
-            q, k, v = self._split(fused, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
+            whole = self.linear(x, self.new("Q, K and V", str(width)), "qkv_proj", bias=a.qkv_bias)
+            fused = (whole,)
+            q, k, v = self._split(whole, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
         else:
             q = self.linear(x, self.new("Q", "H e"), "q_proj", bias=a.qkv_bias)
             if a.qk_norm != "none":
@@ -212,10 +224,16 @@ class Writer:
                 k = self._qk_norm(k, "k_norm", a)
             v = self.linear(x, self.new("V", "G e"), "v_proj", bias=a.qkv_bias)
         if a.rotary_dim:
+            before = (q, k)
             q, k = self._rotary(q, a.rotary_dim, a.head_dim), self._rotary(k, a.rotary_dim, a.head_dim)
-        if self.model.model_type.startswith("olmo"):
-            q, k = self.cast(q, self.numerics.compute), self.cast(k, self.numerics.compute)
-        return q, k, v
+            self.hold(*before)  # until both are turned
+            if self.model.model_type.startswith("olmo"):
+                turned = (q, k)
+                q = self.cast(q, self.numerics.compute)
+                self.hold(*before, *turned)
+                k = self.cast(k, self.numerics.compute)
+                self.hold(*before, *turned)
+        return q, k, v, *fused
 
     def _split(self, fused: Tensor, *parts: tuple[str, str]) -> tuple[Tensor, ...]:
         """Views of one tensor; their gradients are joined into one (Phi-3 slices instead: zeros each, added)."""
@@ -237,7 +255,11 @@ class Writer:
     def _rotary(self, x: Tensor, rotary: int, width: int) -> Tensor:
         """x * cos + rotate_half(x) * sin. Nothing is kept but cos and sin, which all layers share."""
         heads = x.shape.split()[2] if not x.shape.endswith(("He", "Ge")) else x.shape.split()[-1][0]
-        e = "e" if rotary == width else str(rotary)
+        if self.model.model_type == "deepseek_v2":
+            return self._rotary_complex(x)
+        if self.model.model_type in ("deepseek_v3", "gpt_oss"):
+            return self._rotary_by_halves(x, heads, rotary)
+        e = "e" if rotary == width and not self.model.attention.latent else str(rotary)
         shape = f"{self.t} {heads} {e}"
         turned = x if rotary == width else self.slice(x, x.name + ", rotary part", shape)
         wide = rotary_dtype(self.model, self.wide)
@@ -259,8 +281,37 @@ class Writer:
         whole = self.tape.new(f"{x.name} after rotary", f"{self.t} {heads} e", wide)
         return self.tape.op("join rotary and rest", [y, rest], whole, grads=((y, None), (rest, None)))
 
-    def _latent_qkv(self, x: Tensor, a: Attention) -> tuple[Tensor, Tensor, Tensor]:
-        """DeepSeek's multi-head latent attention (modeling_deepseek_v3.py)."""
+    def _rotary_by_halves(self, x: Tensor, heads: str, rotary: int) -> Tensor:
+        """(x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 being halves of x: DeepSeek-V3, gpt-oss."""
+        tape, half = self.tape, f"{self.t} {heads} {rotary // 2}"
+        x1, x2 = self._split(x, (x.name + " first half", half), (x.name + " second half", half))
+
+        def product(part: Tensor, what: str) -> Tensor:
+            y = tape.new(f"{part.name} {what}", half, x.dtype)
+            return tape.op(f"{part.name} * {what}", [part], y, grads=((part, tape.grad(part)),))
+
+        turned = []
+        for name, one, other in (("first", x1, x2), ("second", x2, x1)):
+            cosine, sine = product(one, "cos"), product(other, "sin")
+            y = tape.new(f"{x.name} {name} half turned", half, x.dtype)
+            minus = None if name == "second" else tape.grad(sine)
+            turned.append(tape.op("rotary add", [cosine, sine], y, grads=((cosine, None), (sine, minus))))
+        whole = tape.new(f"{x.name} after rotary", x.shape, x.dtype)
+        tape.op("join halves", turned, whole, grads=tuple((y, None) for y in turned), holds=(x,))
+        return whole
+
+    def _rotary_complex(self, x: Tensor) -> Tensor:
+        """Pairs of numbers as complex ones in fp32, times a rotation: DeepSeek-V2."""
+        tape = self.tape
+        pairs = self.cast(x, "float32", f"{x.name} as complex numbers")
+        turned = tape.new(f"{x.name} turned", x.shape, "float32")
+        tape.op("rotate", [pairs], turned, grads=((pairs, tape.grad(pairs)),))
+        y = self.cast(turned, x.dtype, f"{x.name} after rotary")
+        self.hold(pairs)
+        return y
+
+    def _latent_qkv(self, x: Tensor, a: Attention) -> tuple[Tensor, ...]:
+        """DeepSeek's multi-head latent attention (modeling_deepseek_v3.py): q, k, v, and what else its variables hold."""
         latent = a.latent
         assert latent is not None
         t, dims = self.t, self.tape.dims
@@ -284,7 +335,7 @@ class Writer:
         k_whole = self.tape.new("K after rotary", f"{t} H e", q_turned.dtype)
         parts = ((k_rest, self.tape.grad(k_rest)), (k_turned, self.tape.grad(k_turned)))
         self.tape.op("join K", [k_rest, k_turned], k_whole, grads=parts)
-        return q_whole, k_whole, v
+        return q_whole, k_whole, v, q, both, low, q_turned, k_turned
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, kind: LayerKind) -> Tensor:
         how = self.numerics.attention
@@ -292,6 +343,8 @@ class Writer:
             return self._masked(q, k, v, a)
         if how == "eager" or (how == "sdpa" and self._falls_back_to_math(a)):
             return self._eager(q, k, v, a)
+        if how == "sdpa" and (self.numerics.compute == "float32" or a.v_head_dim != a.head_dim or a.head_dim > 256):
+            return self._efficient(q, k, v, a)  # what FlashAttention-2 does not take (aten sdp_utils.cpp)
         return self._flash(q, k, v, a, kind.window)
 
     def _falls_back_to_math(self, a: Attention) -> bool:
@@ -329,25 +382,42 @@ class Writer:
         )  # fmt: skip
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
-        """sdpa with an explicit sliding-window mask: keys and values are repeated, the boolean mask becomes a bf16 bias,
-        and the memory-efficient kernel keeps it (aten attention.cpp, convert_boolean_attn_mask; attention.cu)."""
-        tape = self.tape
+        """sdpa with an explicit sliding-window mask: keys and values are repeated, the boolean mask becomes a bias
+        (aten attention.cpp, convert_boolean_attn_mask)."""
         k, v = self._repeated(k, a), self._repeated(v, a)
-        bias = tape.new("attention bias", "b s s", q.dtype)
-        tape.op("mask to bias", [], bias)
-        out = tape.new("attention mixed", f"{self.t} H e", q.dtype)
+        bias = self.tape.new("attention bias", "b s s", q.dtype)
+        self.tape.op("mask to bias", [], bias)
+        return self._efficient(q, k, v, a, bias)
+
+    def _efficient(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, *bias: Tensor) -> Tensor:
+        """The memory-efficient kernel (aten transformers/cuda/attention.cu, attention_backward.cu).
+
+        Keeps q, k, v, the output, one fp32 log-sum-exp a row, and a bias. Forward sums the output of large heads in fp32;
+        backward makes dq, dk, dv, an fp32 row sum, and a workspace of sums of dq, for large heads of some dk and dv as well.
+        """
+        tape, sizes = self.tape, (a.head_dim, a.v_head_dim, ITEMSIZE[q.dtype])
+        out = tape.new("attention mixed", f"{self.t} H {'e' if a.v_head_dim == a.head_dim else 'ev'}", q.dtype)
         rows = tape.new("log-sum-exp", f"{self.t} H", "float32")
+        space = efficient_workspace(*sizes)
+        back = (
+            tape.new("row sums of dO * O", f"{self.t} H", "float32"),
+            tape.new("dQ accumulator in tiles", f"b r {a.heads * space.of_row}", "uint8"),
+            tape.new("dK and dV of the blocks at work", str(a.heads * space.blocks_at_work(a.heads) * space.of_keys), "uint8"),
+        )
+        pairs = a.heads * (a.head_dim + a.v_head_dim)
         return tape.op(
-            "masked attention", [q, k, v, bias], out, rows, keeps=(q, k, v, out, rows, bias),
-            grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
-            back_temps=(tape.new("row sums of dO * O", f"{self.t} H", "float32"),),
-            flops=((4, 2 * a.heads * (a.head_dim + a.v_head_dim)),),  # a mask that is a tensor skips nothing
+            "masked attention" if bias else "memory-efficient attention", [q, k, v, *bias], out, rows, keeps=(q, k, v, out, rows, *bias),
+            temps=(tape.new("output accumulator", out.shape, "float32"),) if efficient_accumulates(*sizes) else (),
+            grads=tuple((x, tape.grad(x)) for x in (q, k, v)), back_temps=tuple(t for t in back if t.bytes),
+            flops=((4, 2 * pairs),) if bias else self._flops(a),  # a mask that is a tensor skips nothing
         )  # fmt: skip
 
     def _repeated(self, x: Tensor, a: Attention) -> Tensor:
+        """Keys or values for every query head: a copy, of a single head a view."""
         if a.kv_heads == a.heads:
             return x
-        y = self.tape.new(x.name + " for every query head", f"{self.t} H e", x.dtype)
+        name, shape = x.name + " for every query head", f"{self.t} H e"
+        y = self.tape.view(x, name, shape) if a.kv_heads == 1 else self.tape.new(name, shape, x.dtype)
         return self.tape.op("repeat " + x.name, [x], y, grads=((x, self.tape.grad(x)),))
 
     def _eager(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
@@ -456,66 +526,92 @@ class Writer:
         return y
 
     def experts(self, x: Tensor, e: Experts) -> Tensor:
-        """A mixture of experts through grouped products (transformers integrations/moe.py, grouped_mm).
+        """A mixture of experts through grouped products (transformers integrations/moe.py, grouped_mm_experts_forward).
 
         Every token is copied for each of its experts; rows are sorted by expert.
         """
         tape, rows = self.tape, e.per_token
         tape.dims.update({"X": e.number, "A": rows, "F": e.width})
-        scores, order = self._router(x, e)
+
+        def integers(name: str, dtype: str = "int64") -> Tensor:
+            return self.new(name, "A", dtype)
+
+        scores, chosen, *others = self._router(x, e)
+        outside = (x, scores, chosen, *others)
+        order, ids, tokens = integers("expert order"), integers("sorted experts"), integers("tokens by expert")
+        tape.op("sort by expert", [chosen], order, ids)
+        tape.op("tokens by expert", [order], tokens)
         picked = self.new("expert inputs", "A d", x.dtype)
-        tape.op("gather tokens", [x, order], picked, keeps=(order,), grads=((x, tape.grad(x)),))
+        tape.op("gather tokens", [x, tokens], picked, keeps=(tokens,), grads=((x, tape.grad(x)),))
+        weights = self.new("expert scores by expert", "A", scores.dtype)
+        tape.op("sort scores", [scores, order], weights, keeps=(order,), grads=((scores, tape.grad(scores)),))
+        counted = integers("experts to count", "int32")
+        tape.op("count by expert", [ids], counted)
+        inside = (*outside, ids, order, picked, weights, counted)
         dtype = self.numerics.weights  # grouped products know no autocast: they cast their input to the weights' dtype
         d, width = self.model.hidden, 2 * e.width
-        up, held = self._grouped(picked, self.new("expert gate and up", f"A {width}", dtype), "experts.gate_up_proj", e, (width, d), order)
+        up, bias = self._grouped(picked, self.new("expert gate and up", f"A {width}", dtype), "experts.gate_up_proj", e, (width, d), ids)
         inner = self._clamped_gate(up) if e.clamped else self._expert_gate(up, e)
-        self.tape.ops[-1].holds += held
-        down, held = self._grouped(inner, self.new("expert outputs", "A d", dtype), "experts.down_proj", e, (d, e.width), order)
+        self.hold(up, *bias)
+        down, bias = self._grouped(inner, self.new("expert outputs", "A d", dtype), "experts.down_proj", e, (d, e.width), ids)
         wide = "float32" if "float32" in (scores.dtype, down.dtype) else down.dtype  # up to the sum over experts
         weighted = self.new("weighted expert outputs", "A d", wide)
         product = self.new("gradient x outputs", "A d", wide)
         uncast = (self.new("gradient before its cast", "A d", down.dtype),) if wide != down.dtype else ()
         tape.op(
-            "weigh experts", [down, scores], weighted, keeps=(down, scores),
-            grads=((down, tape.grad(down)), (scores, tape.grad(scores))), back_temps=(product, *uncast), late_temps=uncast,
+            "weigh experts", [down, weights], weighted, keeps=(down, weights),
+            grads=((down, tape.grad(down)), (weights, tape.grad(weights))), back_temps=(product, *uncast), late_temps=uncast,
         )  # fmt: skip
+        places = integers("rows in token order")
+        tape.op("invert the order", [order], places, temps=(integers("numbers of rows"),))
         restored = self.new("expert outputs in token order", "A d", wide)
-        tape.op("restore order", [weighted, order], restored, keeps=(order,), grads=((weighted, tape.grad(weighted)),))
+        tape.op("restore order", [weighted, places], restored, keeps=(places,), grads=((weighted, tape.grad(weighted)),))
         y = self.new("sum of expert outputs", "d", wide)
-        tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),), holds=(down, picked, x, *held))
+        tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),))
         y = self.cast(y, x.dtype, "MLP output")
+        self.hold(*inside, *bias, down, places, restored)
         if not e.shared_width:
             return y
         shared = self.mlp(x, Mlp(e.shared_width, e.activation), "shared_experts")
-        return self.add(y, shared, self.new("MLP output", "d", y.dtype), "add shared experts")
+        y = self.add(y, shared, self.new("MLP output", "d", y.dtype), "add shared experts")
+        self.hold(*outside)
+        return y
 
-    def _router(self, x: Tensor, e: Experts) -> tuple[Tensor, Tensor]:
-        """Scores of the chosen experts (t A) and the order that sorts rows by expert (t A, int64)."""
+    def _router(self, x: Tensor, e: Experts) -> tuple[Tensor, ...]:
+        """Scores of the chosen experts (t A), their numbers (t A, int64), and the logits, which a variable holds."""
         tape = self.tape
-        x_in = self.cast(x, "float32", "router input in fp32") if e.router_fp32 else x
-        weight = self.weight("router.weight", e.number, self.model.hidden)
-        dtype = "float32" if e.router_fp32 else self.numerics.compute
-        logits = self.linear(x_in, self.new("router logits", "X", dtype), "router", weight=weight, bias=e.bias)
-        order = self.new("expert order", "A", "int64")
+        dtype, copy = self.numerics.compute, None
+        weight, x_in = self.weight("router.weight", e.number, self.model.hidden), x
+        if e.router_fp32:
+            dtype, x_in = "float32", self.cast(x, "float32", "router input in fp32")
+            if self.numerics.weights != "float32":
+                copy = tape.new("router.weight in fp32", "X d", "float32")
+                tape.op("cast router.weight", [], copy)
+        logits = self.linear(x_in, self.new("router logits", "X", dtype), "router", weight=weight, bias=e.bias, copy=copy)
         scores = self.new("expert scores", "A", "float32" if e.router_fp32 or self.model.model_type == "mixtral" else None)
         chosen = self.new("chosen experts", "A", "int64")
         if e.router == "topk-softmax":
             top = self.new("top logits", "A")
             tape.op("top experts", [logits], top, chosen, keeps=(chosen,), grads=((logits, tape.grad(logits)),))
             self.pointwise("softmax of experts", top, scores, scores)
-        else:
-            probs = self.new("router probabilities", "X", "float32")
-            temp = () if logits.dtype == "float32" else (self.new("router logits in fp32", "X", "float32"),)
-            tape.op("router probabilities", [logits], probs, keeps=(probs,), temps=temp, grads=((logits, tape.grad(logits)),))
-            top32 = self.new("top probabilities", "A", "float32")
-            choosing = (self.new("masked scores", "X", "float32"),) * 2 if e.router == "sigmoid-groups" else ()
-            tape.op("top experts", [probs], top32, chosen, keeps=(chosen,), temps=choosing, grads=((probs, tape.grad(probs)),))
-            self.pointwise("normalise experts", top32, scores, top32)
-        tape.op("sort by expert", [chosen], order, temps=(self.new("sorted experts", "A", "int64"),))
-        return scores, order
+            self.hold(x, top)
+            return scores, chosen, logits
+        probs, top = self.new("router probabilities", "X", "float32"), self.new("top probabilities", "A", "float32")
+        cast = () if logits.dtype == "float32" else (self.new("router logits in fp32", "X", "float32"),)
+        tape.op("router probabilities", [logits], probs, keeps=(probs,), temps=cast, grads=((logits, tape.grad(logits)),))
+        grouping: tuple[Tensor, ...] = ()
+        if e.router == "sigmoid-groups":  # scores with the correction, before and after masking; the mask of groups, twice as bool
+            grouping = (self.new("scores to choose by", "X", "float32"),) * 3 + (self.new("mask of groups", "X", "bool"),) * 2
+        tape.op("top experts", [probs], top, chosen, keeps=(chosen,), temps=grouping, grads=((probs, tape.grad(probs)),))
+        scaled = e.router_fp32 and e.router == "softmax"  # DeepSeek-V2 multiplies by a number, the others divide by the sum
+        sums = () if scaled else (self.new("sum of top probabilities", "", "float32"),)
+        tape.op(
+            "normalise experts", [top], scores, *sums, keeps=() if scaled else (top, *sums), grads=((top, tape.grad(top)),), holds=(x, logits, probs),
+        )  # fmt: skip
+        return scores, chosen, logits
 
     def _grouped(
-        self, x: Tensor, y: Tensor, name: str, e: Experts, shape: tuple[int, int], order: Tensor
+        self, x: Tensor, y: Tensor, name: str, e: Experts, shape: tuple[int, int], ids: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(product, rows of biases that the code holds on to). Biases are gathered by row first and added in place."""
         x = self.cast(x, self.numerics.weights)
@@ -525,7 +621,7 @@ class Writer:
         if e.bias:
             rows = (self.tape.new(name + "_bias by row", y.shape, y.dtype),)
             bias = self.weight(name + "_bias", e.number, shape[0], active=share)
-            self.tape.op(name + "_bias", [order], *rows, keeps=(order,), weights=(bias,))
+            self.tape.op(name + "_bias", [ids], *rows, keeps=(ids,), weights=(bias,))
         self.tape.op(
             name, [x], y, keeps=(x,), grads=((x, self.tape.grad(x)), *((row, None) for row in rows)), weights=(w,), holds=rows,
             flops=((y.basis, 2 * e.per_token * shape[0] * shape[1]),),
@@ -583,6 +679,7 @@ def layer(model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks) 
         mlp_out = _feed_forward(w, w.norm(x, "post-attention norm"), kind, chunks)
         both = w.add(mlp_out, attended, w.new("MLP and attention", "d"), "add MLP and attention")
         w.add(both, x, w.new(HIDDEN, "d", w.wide))
+        w.hold(attended, mlp_out)
         return w.tape
     middle = w.add(x, attended, w.new("hidden states after attention", "d", w.wide))
     mlp_in = middle if block == "post" else w.norm(middle, "post-attention norm" if block == "pre" else "pre-MLP norm")
@@ -592,8 +689,8 @@ def layer(model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks) 
     if block in ("sandwich", "post") and not chunks.recompute:
         mlp_out = w.norm(mlp_out, "post-MLP norm")
     w.add(middle, mlp_out, w.new(HIDDEN, "d", w.wide))
-    if model.model_type == "gpt2":  # its block keeps attention's output in a variable
-        w.tape.ops[-1].holds = (attended,)
+    if model.model_type == "gpt2":  # its block keeps these in variables
+        w.hold(attended, mlp_in)
     return w.tape
 
 

@@ -7,14 +7,15 @@ largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
 from .cuda import flash_rows
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
-from .model import Model
+from .model import LayerKind, Model
 from .optimizers import optimizer_memory
 from .recipe import Recipe
 from .sharding import into_groups, shards_of
@@ -47,6 +48,7 @@ MIDDLE_LAYER = "backward of a layer between"
 FIRST_LAYER = "backward of the first layer"
 EMBEDDING = "backward of the embedding"
 OPTIMIZER = "optimizer step"
+CALIBRATED = "calibration less formula"
 INSTANTS = (END_OF_FORWARD, LOSS, LOSS_BACKWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER, EMBEDDING, OPTIMIZER)
 
 
@@ -113,6 +115,16 @@ class Step:
         self.optimizer = optimizer_memory(layout.recipe, held)
         self.held = sum(w.numel * n for w, n in held)  # parameters on one card: all, or its share
         self.moments = {name: undominated(moments) for name, moments in self._moments(self.rules()).items()}
+        self.is_calibrated = False
+
+    def calibrated(self, moments: Mapping[str, Iterable[Vector]]) -> Step:
+        """The same with moments of its instants as they were found, without the cuBLAS workspace, in place of the formula's.
+        Instants that the formula leaves out, for they lie between others, stay out."""
+        held = (self.workspace,) + (0,) * (len(BASIS) - 1)
+        other = copy(self)
+        other.is_calibrated = True
+        other.moments = {name: tuple(Moment(add(v, held), CALIBRATED, ()) for v in moments[name]) for name in self.moments if name in moments}
+        return other
 
     # ---- replay -----------------------------------------------------------------------------------------------------
 
@@ -136,22 +148,19 @@ class Step:
                 found.setdefault(instant_of(at), []).append(moment)
 
         resident = labels([*self._resident(), *self._batch()])
-        running = resident + labels(self._running())
         ahead = forward(self.tape, rules, keep=True, prune=False)
-        masks = labels(self._masks())
         waiting = labels(self._in_transfer())
-        note(ahead.moments, running + masks + waiting, _forward_instant)
+        note([m for m in ahead.moments if _forward_instant(m.at) == END_OF_FORWARD], resident, _forward_instant)
+        note([m for m in ahead.moments if _forward_instant(m.at) == LOSS], resident + waiting, _forward_instant)
         let_go = tuple((label, -count) for label, count in ahead.cached)  # autocast's cache, at the end of forward
         assert self.tape.output is not None
         seed = labels([self.tape.grad(self.tape.output)])
         left = add(ahead.net, total(let_go + seed))
         behind = backward(self.tape, rules, prune=False)
         moments = [Moment(add(left, m.live), m.at, (*ahead.alive, *let_go, *seed, *m.alive)) for m in behind.moments]
-        if self.layout.recipe.checkpoint != "none":  # checkpoints hold the layers' arguments
-            running += masks
         first = [m for m in moments if _backward_instant(m.at) in (FIRST_LAYER, EMBEDDING)]  # nothing is left to fetch then
-        note(first, running, _backward_instant)
-        note([m for m in moments if m not in first], running + waiting, _backward_instant)
+        note(first, resident, _backward_instant)
+        note([m for m in moments if m not in first], resident + waiting, _backward_instant)
         if not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host):
             step_only = labels([*self._gradients(always_alive=False), *_tensors(self.optimizer.temporaries)])
             note([Moment(ZERO, "step", ())], resident + step_only, lambda _: OPTIMIZER)
@@ -190,28 +199,8 @@ class Step:
         new = self.tape.new
         return [new("token ids", "b s", "int64"), new("labels", "b s", "int64")]
 
-    def _running(self) -> list[Tensor]:
-        """Alive from the start of forward to the end of backward."""
-        new, a = self.tape.new, self.model.attention
-        tensors = [new("position ids", "s", "int64")]
-        rotary = a.latent.rope_dim if a.latent else a.rotary_dim
-        if rotary:
-            dtype = rotary_dtype(self.model, self.layout.recipe.used_dtype)
-            kinds = {kind.window is None for kind in self.model.layer_kinds}
-            sets = len(kinds) if self.model.model_type.startswith("gemma3") else 1  # local and global frequencies
-            tensors += [new(f"{name} of positions", f"s {rotary}", dtype) for name in ("cos", "sin") * sets]
-        return tensors
-
-    def _masks(self) -> list[Tensor]:
-        """Explicit attention masks: made once in forward, for all layers of a kind."""
-        new, recipe = self.tape.new, self.layout.recipe
-        if recipe.attention == "eager":
-            kinds = {kind.window is not None for kind in self.model.layer_kinds}
-            return [new("causal mask", "b s s", recipe.used_dtype)] * len(kinds)
-        return [new("sliding-window mask", "s s", "bool")] if self.layout.masked else []
-
     def _in_transfer(self) -> list[Tensor]:
-        """One layer input on its way to the host, or fetched back ahead of its use (mstplan/train/offload.py)."""
+        """The last layer's input, which stays, or in backward the one fetched back ahead of its use (mstplan/train/offload.py)."""
         if not self.layout.recipe.offload_layer_inputs:
             return []
         return [self.tape.new("layer input in transfer", "b s d", self.tape.ops[0].makes[0].dtype)]
@@ -249,8 +238,12 @@ class Step:
             moments = found.get(name)
             if moments:
                 top = max(moments, key=lambda m: evaluate(m.live, units))
-                entries = shown(top.alive, units)
-                result.append(Instant(name, evaluate(top.live, units), _operation(top.at), entries))
+                size, entries = evaluate(top.live, units), shown(top.alive, units)
+                if self.is_calibrated and name in self.moments:
+                    told = max(evaluate(m.live, units) for m in self.moments[name])
+                    entries += (Entry(CALIBRATED, "", "", 1, told - size),) if told != size else ()
+                    size = told
+                result.append(Instant(name, size, _operation(top.at), entries))
         return tuple(result)
 
 
@@ -275,14 +268,15 @@ def _tensors(rows: Iterable[tuple[str, str, int]]) -> list[Tensor]:
 
 
 def _forward_instant(at: str) -> str:
-    return END_OF_FORWARD if at.startswith(("layer", "embedding")) else LOSS
+    return END_OF_FORWARD if at.startswith(("layer", "embedding", "position", "mask")) else LOSS
 
 
 def _backward_instant(at: str) -> str:
     for prefix, name in (("layer, first", FIRST_LAYER), ("layer, last", LAST_LAYER), ("layer", MIDDLE_LAYER)):
         if at.startswith(prefix):
             return name
-    return EMBEDDING if at.startswith(("backward of embedding", "optimizer step of embed", "optimizer step of position")) else LOSS_BACKWARD
+    of_embedding = ("backward of embedding", "add gradients of embed", "optimizer step of embed", "optimizer step of position")
+    return EMBEDDING if at.startswith(of_embedding) else LOSS_BACKWARD
 
 
 def _operation(at: str) -> str:
@@ -321,12 +315,14 @@ def build(model: Model, layout: Layout) -> Tape:
     )
     w = Writer(model, numerics)
     table = w.weight("embed_tokens.weight", model.vocab, model.hidden)
-    hidden, embedded = _embedding(w, table)
-    chunks = MlpChunks(layout.several_mlp_chunks, recipe.mlp_recompute)
-    tapes = {kind: layer(model, kind, numerics, chunks) for kind in set(model.layer_kinds)}
-    hidden = _layers(w.tape, hidden, [tapes[kind] for kind in model.layer_kinds], recipe)
+    hidden, held = _embedding(w, table)
+    shared = _shared(w, held[0], layout)
+    several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
+    chunks = MlpChunks(several, several and recipe.mlp_recompute)
+    layers = {kind: Given(layer(model, kind, numerics, chunks), shared[kind]) for kind in set(model.layer_kinds)}
+    hidden = _layers(w.tape, hidden, [layers[kind] for kind in model.layer_kinds], recipe)
     hidden = w.norm(hidden, "final norm")
-    w.tape.ops[-1].holds += embedded  # variables of the model's forward until it returns
+    w.hold(*held, *(tensor for tensors in shared.values() for tensor in tensors))  # until the model's forward returns
     _head(w, hidden, table, layout)
     if recipe.sharded:
         into_groups(w.tape, recipe)
@@ -342,8 +338,9 @@ def attention_kernel(model: Model, recipe: Recipe) -> str:
 
 
 def _embedding(w: Writer, table: Weight) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The first hidden states, and the tensors that the model's code still holds beside them."""
+    """The first hidden states, and what the model's code still holds beside them: position ids first."""
     model, tape = w.model, w.tape
+    ids = tape.new("position ids", "s", "int64")
     looked_up = w.new("embeddings" if model.scaled_embedding or model.learned_positions else HIDDEN, "d", w.wide)
     tape.op("embedding", [], looked_up, weights=(table,))
     tape.ops[-1].joins = table if model.tied else None
@@ -351,10 +348,11 @@ def _embedding(w: Writer, table: Weight) -> tuple[Tensor, tuple[Tensor, ...]]:
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.new(HIDDEN, "d", w.wide))
         held = [hidden]
+    tape.op("position ids", [], ids)
     if model.learned_positions:
         positions = tape.new("position embeddings", "s d", w.wide)
         rows = w.weight("position embeddings.weight", model.learned_positions, model.hidden)
-        tape.op("embedding of positions", [], positions, weights=(rows,))
+        tape.op("embedding of positions", [ids], positions, keeps=(ids,), weights=(rows,))
         y = w.new(HIDDEN, "d", w.wide)
         grads = ((hidden, None), (positions, tape.grad(positions)))
         hidden = tape.op("embedding add", [hidden, positions], y, grads=grads)
@@ -364,25 +362,75 @@ def _embedding(w: Writer, table: Weight) -> tuple[Tensor, tuple[Tensor, ...]]:
         dropped.name = HIDDEN
         tape.ops[-1].name = "embedding dropout"
         hidden = dropped
-    return hidden, tuple(held)
+    tape.output = hidden
+    return hidden, (ids, *held)
 
 
-def _layers(tape: Tape, hidden: Tensor, layers: list[Tape], recipe: Recipe) -> Tensor:
+def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[Tensor, ...]]:
+    """What the layers of each kind are given beside hidden states: position ids, cos and sin, a mask."""
+    kinds = dict.fromkeys(w.model.layer_kinds)
+    sliding = {kind: kind.window is not None for kind in kinds}
+    several = w.model.model_type.startswith("gemma3")  # local and global frequencies
+    rotary = {of: _rotary_tables(w, layout) for of in dict.fromkeys(sliding[kind] and several for kind in kinds)}
+    masks = {of: _mask(w, of, layout) for of in dict.fromkeys(sliding.values())}
+    return {kind: (ids, *rotary[sliding[kind] and several], *masks[sliding[kind]]) for kind in kinds}
+
+
+def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
+    a, model = w.model.attention, w.model
+    width = a.latent.rope_dim if a.latent else a.rotary_dim
+    if not width:
+        return ()
+    tables: tuple[Tensor, ...]
+    if model.model_type == "deepseek_v2":
+        tables = (w.tape.new("complex rotation of positions", f"s {width // 2}", "complex64"),)
+    else:
+        width = width // 2 if model.model_type == "gpt_oss" else width
+        dtype = rotary_dtype(model, layout.recipe.used_dtype)
+        tables = tuple(w.tape.new(f"{name} of positions", f"s {width}", dtype) for name in ("cos", "sin"))
+    w.tape.op("positions", [], *tables)
+    return tables
+
+
+def _mask(w: Writer, sliding: bool, layout: Layout) -> tuple[Tensor, ...]:
+    """An explicit attention mask: made once in forward, for all layers of a kind."""
+    if layout.recipe.attention == "eager":
+        mask = w.tape.new("causal mask", "b s s", layout.recipe.used_dtype)
+    elif sliding and layout.masked:
+        mask = w.tape.new("sliding-window mask", "s s", "bool")
+    else:
+        return ()
+    w.tape.op("mask", [], mask)
+    return (mask,)
+
+
+class Given(NamedTuple):
+    """A layer, or several, and what it is given beside hidden states."""
+
+    tape: Tape
+    arguments: tuple[Tensor, ...]
+
+    def kept(self, recompute: bool) -> tuple[Tensor, ...]:
+        """For backward: a checkpoint keeps all of it, else cos and sin are kept by the products with them."""
+        return tuple(t for t in self.arguments if recompute or t.name.endswith("of positions"))
+
+
+def _layers(tape: Tape, hidden: Tensor, layers: list[Given], recipe: Recipe) -> Tensor:
     every = segment_length(recipe, len(layers))
     if every == 0:
         return _chain(tape, hidden, layers, recompute=False, offload=False, what="layer")
     if every == 1:
         return _chain(tape, hidden, layers, recompute=True, offload=recipe.offload_layer_inputs, what="layer")
-    segments: list[Tape] = []
-    made: dict[tuple[int, ...], Tape] = {}
+    segments: list[Given] = []
+    made: dict[tuple[int, ...], Given] = {}
     for start in range(0, len(layers), every):
         inside = layers[start : start + every]
-        key = tuple(map(id, inside))
+        key = tuple(id(layer.tape) for layer in inside)
         if key not in made:
             segment = Tape(tape.dims)
             segment.source = segment.new(HIDDEN, "b s d", hidden.dtype)
-            _chain(segment, segment.source, inside, recompute=False, offload=False, what="layer of the segment")
-            made[key] = segment
+            _chain(segment, segment.source, [Given(layer.tape, ()) for layer in inside], recompute=False, offload=False, what="layer of the segment")
+            made[key] = Given(segment, tuple(dict.fromkeys(t for layer in inside for t in layer.arguments)))
         segments.append(made[key])
     return _chain(tape, hidden, segments, recompute=True, offload=recipe.offload_layer_inputs, what="layer")
 
@@ -404,15 +452,15 @@ def stored_inputs(recipe: Recipe, layers: int) -> int:
     return -(-layers // segment_length(recipe, layers)) if recipe.checkpoint != "none" else 0
 
 
-def _chain(tape: Tape, hidden: Tensor, tapes: list[Tape], *, recompute: bool, offload: bool, what: str) -> Tensor:
-    count = len(tapes)
-    for i, inner in enumerate(tapes):
+def _chain(tape: Tape, hidden: Tensor, layers: list[Given], *, recompute: bool, offload: bool, what: str) -> Tensor:
+    count = len(layers)
+    for i, (inner, _) in enumerate(layers):
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
-        early = 1 if offload else 0  # the second layer's input comes while the first one's is fetched, the first one's alone
-        interior = early < i < count - 1 and tapes[i - 1] is inner is tapes[i + 1]
-        name = f"{what}, {place}"
-        tape.ops.append(Op(name, (hidden,), (out,), part=Part(inner, recompute=recompute, offload=offload), interior=interior))
+        # The instants of the first layer, of the last and of those between are told apart, so both ends of all three are listed.
+        interior = 1 < i < count - 2 and layers[i - 1].tape is inner is layers[i + 1].tape
+        part = Part(inner, recompute=recompute, offload=offload)
+        tape.ops.append(Op(f"{what}, {place}", (hidden,), (out,), part=part, interior=interior, arguments=layers[i].kept(recompute)))
         hidden = tape.output = out
     return hidden
 
@@ -421,23 +469,24 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout) -> None:
     """LM head and loss; with the chunked loss as a part of its own."""
     model, tape, recipe = w.model, w.tape, layout.recipe
     weight = table if model.tied else w.weight("lm_head.weight", model.vocab, model.hidden)
-    if recipe.loss != "chunked":
-        _loss(w, hidden, weight, recipe.loss)
+    labels = tape.new("shifted labels", "b s", "int64")
+    if recipe.loss != "chunked" or not layout.several_loss_chunks:
+        _loss(w, hidden, weight, "transformers" if recipe.loss == "chunked" else recipe.loss, labels)
         head = next(op for op in tape.ops if op.name == "lm_head")
         head.defers = model.tied
+        next(op for op in tape.ops if op.name == "embedding").joins_view = not head.cast
         return
     inner = Writer(model, w.numerics, "b k")
     _loss(inner, inner.source(hidden.name, hidden.dtype), weight, "transformers")
-    sums: tuple[Tensor, ...] = ()
-    if layout.several_loss_chunks:
-        sums = sums_of(inner.tape)
+    tape.op("shift labels", [], labels)
     loss = tape.new("loss", "", "float32")
-    tape.ops.append(Op("loss chunk", (hidden,), (loss,), part=Part(inner.tape, chunked=True, sums=sums, in_forward=True), defers=model.tied))
+    part = Part(inner.tape, chunked=True, sums=sums_of(inner.tape), in_forward=True)
+    tape.ops.append(Op("loss chunk", (hidden,), (loss,), part=part, defers=model.tied, holds=(labels,)))
     tape.output = loss
 
 
-def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str) -> None:
-    """lm_head, soft-capping, and ForCausalLMLoss (transformers loss/loss_utils.py)."""
+def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str, *labels: Tensor) -> None:
+    """lm_head, soft-capping, and ForCausalLMLoss (transformers loss/loss_utils.py), which makes `labels`."""
     tape, model = w.tape, w.model
     logits = w.linear(hidden, w.new("logits", "V"), "lm_head", weight=weight)
     if model.logit_softcap:
@@ -447,6 +496,8 @@ def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str) -> None:
         logits = w.pointwise("multiply logits", logits, w.new("capped logits", "V"))
     wide = w.cast(logits, "float32", "logits, fp32")
     tape.ops[-1].holds += (hidden,)
+    if labels:
+        tape.op("shift labels", [], *labels)
     if loss == "transformers<4.45":
         shifted = w.new("shifted logits, fp32", "V", "float32")
         tape.op("shift logits", [wide], shifted, keeps=(wide,), grads=((wide, tape.grad(wide)),))
@@ -456,7 +507,10 @@ def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str) -> None:
     log_probs = w.new("log-softmax of logits", "V", "float32")
     tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=held)
     loss_value = tape.new("loss", "", "float32")
-    tape.op("negative log-likelihood", [log_probs], loss_value, keeps=(log_probs,), grads=((log_probs, tape.grad(log_probs)),), holds=(*held, wide))
+    tape.op(
+        "negative log-likelihood", [log_probs, *labels], loss_value, keeps=(log_probs, *labels),
+        grads=((log_probs, tape.grad(log_probs)),), holds=(*held, wide),
+    )  # fmt: skip
 
 
 def _op_weights(op: Op) -> tuple[Weight, ...]:

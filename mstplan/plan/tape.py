@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1}
+ITEMSIZE = {"complex64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1}
 
 # What bytes can grow with: b sequences, s tokens each, c tokens in an MLP chunk, k in a loss chunk,
 # r = s rounded up to 128 (the rows of a flash-attention workspace).
@@ -107,6 +107,8 @@ class Op:
     cast: bool = False  # its weights are used through autocast's bf16 copies
     defers: bool = False  # its weight's gradient waits for the weight's other use (tied embeddings)
     joins: Weight | None = None  # the weight whose deferred gradient joins this one's
+    joins_view: bool = False  # that gradient is a view (a matrix product's, transposed): adding to it makes a new tensor
+    arguments: tuple[Tensor, ...] = ()  # of a part, beside its input: kept for its backward as well
     holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
     product: bool = False  # with its weights as they are: it can add their gradients to a sum (mstplan/train/products.py)
     group: Group | None = None  # of a part: its weights are gathered for it
@@ -373,15 +375,17 @@ def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, 
 
 
 def backward(
-    tape: Tape, rules: Rules, *, recompute: bool = False, fetch: bool = False, owns_incoming: bool = True, prune: bool = True
+    tape: Tape, rules: Rules, *, recompute: bool = False, fetch: bool = False, owns_incoming: bool = True, prune: bool = True,
+    end_of: Tape | None = None,
 ) -> Replay:
     """Replay the backward pass; the incoming gradient is alive already, and let go here if `owns_incoming`.
 
     recompute: the forward pass is run again first, when backward comes to the first operation that kept something.
     fetch: from an input that comes from the host for that, and goes when nothing of the layer keeps it.
+    end_of: the tape that is run again in that way, and that this one is the end of.
     """
-    key = ("backward", rules, recompute, fetch, owns_incoming, prune)
-    return _memo(tape, key, lambda: _backward(tape, rules, recompute, fetch, owns_incoming))
+    key = ("backward", rules, recompute, fetch, owns_incoming, end_of, prune)
+    return _memo(tape, key, lambda: _backward(tape, rules, tape if recompute else end_of, fetch, owns_incoming))
 
 
 def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> Replay:
@@ -400,11 +404,13 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
     part = op.part
     if part is None:
         return op.keeps
-    if part.in_forward or part.offload:
+    if part.in_forward:
         return ()
     source = part.tape.source
-    keeps_source = part.recompute or part.chunked or any(t.storage is source for o in part.tape.ops for t in kept_by(o))
-    return (op.reads[0],) if keeps_source else ()
+    keeps_source = not part.offload and (
+        part.recompute or part.chunked or any(t.storage is source for o in part.tape.ops for t in kept_by(o))
+    )
+    return (op.reads[0], *op.arguments) if keeps_source else op.arguments
 
 
 def _holds_for_backward(op: Op) -> bool:
@@ -520,8 +526,16 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
         _sum_to_gradient(weight, total, ledger, rules)
 
 
-def _backward(tape: Tape, rules: Rules, recompute: bool, fetch: bool, owns_incoming: bool) -> Replay:
-    rules = rules._replace(recomputed=rules.recomputed or recompute)
+def _run_again(tape: Tape, rules: Rules, fetch: bool, ledger: _Ledger) -> None:
+    if fetch and tape.source is not None:
+        ledger.put(tape.source)
+    ledger.splice(forward(tape, rules, keep=True, recomputing=True))
+    if fetch and tape.source is not None and not any(t.storage is tape.source for op in tape.ops for t in kept_by(op)):
+        ledger.drop(tape.source)
+
+
+def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_incoming: bool) -> Replay:
+    rules = rules._replace(recomputed=rules.recomputed or again is not None)
     ledger = _Ledger(rules)
     keepers: dict[Tensor, int] = {}
     made = {tensor for op in tape.ops for tensor in op.makes if tensor.storage is tensor}
@@ -561,19 +575,20 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, fetch: bool, owns_incom
         if not came:
             continue
         groups.before_backward(op, rules.every_moment or not op.interior)
-        if recompute and _holds_for_backward(op):
-            if fetch and tape.source is not None:
-                ledger.put(tape.source)
+        end_of = None
+        if again is not None and _holds_for_backward(op):
+            if fetch and again is tape and tape.source is not None:
                 made.add(tape.source)
-            ledger.splice(forward(tape, rules, keep=True, recomputing=True))
-            if fetch and tape.source is not None and not keepers.get(tape.source):
-                ledger.drop(tape.source)
-            recompute = False
+            if op.part is not None and not (op.part.recompute or op.part.chunked):
+                end_of = again  # the first operation that kept something is in there
+            else:
+                _run_again(again, rules, fetch, ledger)
+            again = None
         arrivals: list[tuple[Tensor, Tensor]] = []
         if op.part is not None:
             ledger.drop(came[0])  # under the name that the part knows it by
             ledger.put(tape.grad(op.makes[0]))
-            _part_backward(op, op.part, ledger, rules)
+            _part_backward(op, op.part, ledger, rules, end_of, fetch)
             left = tape.grad(op.reads[0])
             holders[left] = 1
             arrivals.append((op.reads[0], left))
@@ -595,7 +610,7 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, fetch: bool, owns_incom
             if keepers[tensor.storage] == 0 and tensor.storage in made:
                 ledger.drop(tensor.storage)
         if op.joins is not None:  # added to the gradient that waited
-            if not rules.in_place:
+            if op.joins_view or not rules.in_place:
                 ledger.put(weight_gradient(op.joins, rules.dtype))
                 ledger.mark("add gradients of " + op.joins.name)
                 ledger.drop(weight_gradient(op.joins, rules.dtype))
@@ -613,8 +628,11 @@ def _backward(tape: Tape, rules: Rules, recompute: bool, fetch: bool, owns_incom
     return ledger.replay()
 
 
-def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
-    """Replay the backward of a part: it lets go of the incoming gradient and leaves the one of its input."""
+def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Tape | None, fetch: bool) -> None:
+    """Replay the backward of a part: it lets go of the incoming gradient and leaves the one of its input.
+
+    end_of: a tape that the part is the end of, and that is to be run again first; fetch: from an input on the host.
+    """
     assert part.tape.source is not None and part.tape.output is not None
     if part.in_forward:
         ledger.drop(part.tape.grad(op.makes[0]))
@@ -623,7 +641,8 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
         return
     if not part.chunked:
         moments = rules.every_moment or not op.interior
-        ledger.splice(backward(part.tape, rules, recompute=part.recompute, fetch=part.offload), op.name, moments=moments)
+        replay = backward(part.tape, rules, recompute=part.recompute, fetch=fetch if end_of else part.offload, end_of=end_of)
+        ledger.splice(replay, op.name, moments=moments)
         return
     ledger.put(part.tape.grad(op.reads[0]))
     for tensor in part.sums:
@@ -639,9 +658,10 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     if not part.recompute:
         ledger.splice(_widened_end(part.tape, inner))
     ledger.drop(part.tape.grad(part.tape.source))  # copied into the whole
-    ledger.drop(part.tape.grad(op.makes[0]))
     for weight, total in zip(part.weights, part.sums, strict=False):
         _sum_to_gradient(weight, total, ledger, rules)
+    ledger.drop(part.tape.grad(op.makes[0]))
+    for weight, _ in zip(part.weights, part.sums, strict=False):
         _reach(weight, weight_gradient(weight, rules.dtype), ledger, rules)
 
 

@@ -126,7 +126,7 @@ def _kept_per_layer(built: Step) -> tuple[Entry, ...]:
         replay = forward(tape, built.rules(detail=True), keep=True)
         assert tape.output is not None
         # the output belongs to the next layer, which may keep it as its input
-        kept = [(x, n) for x, n in replay.alive if x.basis == _TOKENS and (x != tape.output.label or kept_by(op))]
+        kept = [(x, n) for x, n in replay.alive if x.basis == _TOKENS and (x != tape.output.label or op.reads[0] in kept_by(op))]
         entries = shown(kept, tuple(int(n == _TOKENS) for n in range(len(BASIS))))
         best = max(best, entries, key=bytes_of)
     return best

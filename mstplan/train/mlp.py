@@ -196,6 +196,7 @@ class _ChunkedMlp(torch.autograd.Function):
             if out is None:
                 out = piece.new_empty(x.shape[0], piece.shape[-1])
             out[place] = piece
+            del piece  # before the next chunk's intermediates are made
         assert out is not None
         return out
 

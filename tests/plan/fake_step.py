@@ -32,6 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mstplan import profiles
 from mstplan.observe.step import optimizer_of, step_in_backward
 from mstplan.plan.config import read_config
+from mstplan.plan.cuda import efficient_accumulates, efficient_workspace
 from mstplan.plan.model import Model
 from mstplan.plan.recipe import Recipe
 from mstplan.plan.solve import sizes
@@ -67,10 +68,35 @@ class FlashStandIn(torch.autograd.Function):
         return made
 
 
+class EfficientStandIn(torch.autograd.Function):
+    """Allocates what the memory-efficient kernel does (attention.cu, attention_backward.cu)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        batch, heads, tokens, size = q.shape
+        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+        if efficient_accumulates(size, v.shape[-1], q.itemsize):
+            _sums = torch.empty_like(out, dtype=torch.float32)
+        log_sum_exp = q.new_empty(batch, heads, -(-tokens // 32) * 32, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        batch, heads, tokens, size = q.shape
+        made = tuple(torch.empty_like(x) for x in (q, k, v))
+        _rows = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+        space = efficient_workspace(size, v.shape[-1], q.itemsize).bytes(batch * heads, tokens)
+        _workspace = q.new_empty(space, dtype=torch.uint8)
+        return made
+
+
 def _attend(_module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: object, **_: object) -> tuple:
     if torch.is_autocast_enabled("cpu"):  # as autocast does for scaled_dot_product_attention
         q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
-    return FlashStandIn.apply(q, k, v).transpose(1, 2), None
+    flash = q.dtype != torch.float32 and q.shape[-1] == v.shape[-1]
+    return (FlashStandIn if flash else EfficientStandIn).apply(q, k, v).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(STAND_IN, _attend)
