@@ -72,7 +72,7 @@ def name_of(trace: Trace, key: int) -> list[str]:
         weight = trace.weights[number]
         return [f"{weight.dtype} {weight.shape}", weight.name]
     if kind == _STATE:
-        state = trace.states[number]
+        state = trace.held_states[number]
         return [state.dtype, state.name, "optimizer"]
     if kind == _WORKSPACE:
         return ["cuBLAS workspace"]
@@ -105,11 +105,11 @@ def _step(trace: Trace, n: int) -> Iterator[Event]:
 
     for e, (index, sign) in enumerate(trace.step.events):
         if n == 0 and e == update:
-            yield from ((4 * i + _STATE, state.bytes, 1) for i, state in enumerate(trace.states))
+            yield from ((4 * i + _STATE, state.bytes, 1) for i, state in enumerate(trace.held_states))
         if made[index].host:
             continue
         (alive.add if sign > 0 else alive.discard)(index)
         yield key(index), made[index].bytes, sign
     if n == 0 and update == len(trace.step.events):
-        yield from ((4 * i + _STATE, state.bytes, 1) for i, state in enumerate(trace.states))
+        yield from ((4 * i + _STATE, state.bytes, 1) for i, state in enumerate(trace.held_states))
     yield from ((key(index), made[index].bytes, -1) for index in sorted(alive))  # gradients, the batch

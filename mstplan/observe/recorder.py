@@ -100,7 +100,8 @@ class Recorder(TorchDispatchMode):
                 label = label if len(self._stack) > 1 else self._layers[layer]
             elif len(self._stack) == 1:  # else one chunk's forward pass
                 label = self._backward_of(torch._C._current_autograd_node())
-            self._unit = label.unit if label.unit is not None else self._unit
+            unit = label.unit if label.unit is not None or layer is None else self._layers[layer].unit
+            self._unit = unit if unit is not None else self._unit
             self._latest = label
             self._enter(Place(RECOMPUTE if layer is not None else BACKWARD, self._unit))
         return label

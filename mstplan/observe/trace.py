@@ -128,6 +128,12 @@ class Trace:
             [*long.places, (Place(OPTIMIZER, -1), len(long.events))],
         )
 
+    @property
+    def held_states(self) -> tuple[State, ...]:
+        """The optimizer's states on the device. AdamW's counts of steps are on the host unless it is fused (torch/optim/adam.py, _init_group)."""
+        on_host = self.on == "cuda" and self.recipe.adamw_kernel != "fused"
+        return tuple(state for state in self.states if state.name != "step" or not on_host)
+
     @cached_property
     def resident(self) -> tuple[Alive, ...]:
         """What is there all the time: weights, the optimizer's states, the cuBLAS workspace, gradients that are added to."""
@@ -137,8 +143,8 @@ class Trace:
                 yield Alive(category, "", name, (), dtype, len(same), sum(same))
 
         found = [*group(WEIGHTS, "weights and buffers", [(w.dtype, w.bytes) for w in self.weights])]
-        for name in dict.fromkeys(state.name for state in self.states):
-            found += group(STATES, name, [(s.dtype, s.bytes) for s in self.states if s.name == name])
+        for name in dict.fromkeys(state.name for state in self.held_states):
+            found += group(STATES, name, [(s.dtype, s.bytes) for s in self.held_states if s.name == name])
         if self.recipe.accumulation > 1:
             found += group(GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
         if self.workspace:
@@ -160,7 +166,7 @@ class Trace:
         """`live` without the rounding up to blocks: whole numbers of bytes per token."""
         step = self.step
         sizes = [0 if made.host else made.bytes for made in step.made]
-        fixed = sum(w.bytes for w in self.weights) + sum(s.bytes for s in self.states) + self.workspace
+        fixed = sum(w.bytes for w in self.weights) + sum(s.bytes for s in self.held_states) + self.workspace
         fixed += sum(w.bytes for w in self.weights if w.trained) if self.recipe.accumulation > 1 else 0
         return [fixed + total for total in accumulate(sign * sizes[index] for index, sign in step.events)]
 

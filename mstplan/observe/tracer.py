@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -31,6 +32,7 @@ from .sharding import ranks, seen_by, shard, shard_shape
 from .step import TrainingStep, build, check_runnable, make_states, optimizer_of, read_settings
 from .trace import State, Trace, Weight
 
+Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 OWN_FAILURE = "makes no training step of token ids and labels alone"
 
 
@@ -56,7 +58,8 @@ def trace_settings(
     check_runnable(recipe)
     full = whole_model(settings, recipe, on, remote_code)
     every, kinds = _units(full, recipe)
-    update, states = _update(list(full.parameters()), recipe)
+    sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in full.parameters())
+    update, states = _update(sizes, recipe.optimizer, recipe.adamw_kernel, recipe.optimizer_in_backward)
     weights = _weights(full, recipe)
     reach = 2 if recipe.offload_layer_inputs else 1  # a layer's input is let go one layer later than usual
     numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
@@ -166,18 +169,27 @@ def _naming(model: PreTrainedModel) -> Iterator[None]:
 
 def _kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
     """What tells a layer from another: its modules' types and sizes, and what the configuration lists for each layer."""
-    lists = [values for values in vars(model.config).values() if isinstance(values, list | tuple) and len(values) == len(layers)]
-    return [(_signature(layer), tuple(repr(values[i]) for values in lists)) for i, layer in enumerate(layers)]
+    settings = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
+    values = [v for config in settings for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == len(layers)]
+    numbers = _numbers(layers)
+    return [(_signature(layer, numbers), tuple(repr(v[i]) for v in values)) for i, layer in enumerate(layers)]
 
 
-def _signature(layer: nn.Module) -> Hashable:
-    def of(module: nn.Module) -> Hashable:
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | None)}
-        scalars = sorted((k, repr(v)) for k, v in plain.items() if not k.startswith("_") and k != "layer_idx")
+def _numbers(layers: list[nn.Module]) -> set[tuple[str, str]]:
+    """(module, attribute) that hold but a layer's own number."""
+    at = {(path, k, v == i) for i, layer in enumerate(layers) for path, m in layer.named_modules() for k, v in vars(m).items() if type(v) is int}
+    return {(path, k) for path, k, is_number in at if is_number and (path, k, False) not in at}
+
+
+def _signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashable:
+    def of(path: str, module: nn.Module) -> Hashable:
+        told = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | None) and not k.startswith("_")}
+        told = {k: v != 0 if isinstance(v, float) else v for k, v in told.items()}  # is there a dropout? which one, does not matter
+        scalars = sorted((k, repr(v)) for k, v in told.items() if (path, k) not in numbers and k != "layer_idx")
         sizes = tuple(tuple(weight.shape) for weight in module.parameters(recurse=False))
-        return type(module).__name__, tuple(scalars), sizes
+        return path, type(module).__name__, tuple(scalars), sizes
 
-    return tuple((name, of(module)) for name, module in layer.named_modules())
+    return tuple(of(path, module) for path, module in layer.named_modules())
 
 
 def _weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
@@ -220,17 +232,22 @@ def _labels(model: PreTrainedModel, every: int) -> dict[nn.Module, Label]:
         mlps = {part for _, mlp in finding.find_mlps(parts) for top in (mlp.first, mlp.down) if top is not None for part in top.modules()}
     except ModelError:
         mlps = set()
-    of_layer = {part: (n // every, part is layer) for n, layer in enumerate(parts.layers) for part in layer.modules()}
+    units: dict[nn.Module, set[int]] = {}
+    for n, layer in enumerate(parts.layers):
+        for part in layer.modules():
+            units.setdefault(part, set()).add(n // every)
     head = set(parts.head.modules())
     mixing = {part for layer in parts.layers for child in layer.modules() if child is not layer and finding.mixes(child) for part in child.modules()}
+    layers = set(parts.layers)
     labels: dict[nn.Module, Label] = {}
     for path, module in model.named_modules():
-        unit, is_layer = of_layer.get(module, (None, False))
+        within = units.get(module, set())
         category = (
-            MLP if module in mlps else ATTENTION if module in mixing and unit is not None else NORMS if unit is not None
+            MLP if module in mlps else ATTENTION if module in mixing and within else NORMS if within
             else LOSS if module in head else NORMS if "Norm" in type(module).__name__ else OTHER
         )  # fmt: skip
-        labels[module] = Label(path, category, unit, is_layer)
+        unit = min(within) if len(within) == 1 else None  # what several share is of the one that runs it
+        labels[module] = Label(path, category, unit, module in layers)
     return labels
 
 
@@ -244,26 +261,27 @@ def _states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, torch.Te
     return [(name, t) for o in optimizers for state in o.state.values() for name, t in state.items() if torch.is_tensor(t)]
 
 
-def _update(weights: list[nn.Parameter], recipe: Recipe) -> tuple[Recording, tuple[State, ...]]:
-    """What the optimizer's step makes and lets go of, over all weights, once it has its states; and the states: (dtype, bytes).
+@lru_cache(maxsize=16)
+def _update(sizes: Sizes, optimizer: str, kernel: str, apart: bool) -> tuple[Recording, tuple[State, ...]]:
+    """What the optimizer's step makes and lets go of, over weights of these sizes, once it has its states; and the states.
+    apart: each weight has an optimizer of its own.
 
     The first step is run, and what it leaves behind are the states. On meta tensors, which take a fraction of fake ones' time;
     fused kernels know no meta tensors, and step one by one over CPU's.
     """
-    fused = recipe.optimizer == "adamw" and recipe.adamw_kernel == "fused"
-    apart = recipe.optimizer_in_backward
+    fused = (optimizer, kernel) == ("adamw", "fused")
+    make = optimizer_of(Recipe.model_construct(optimizer=optimizer, adamw_kernel=kernel))
     recorder = Recorder({}, 0)
     with FakeTensorMode() if fused else nullcontext():
-        shapes = [shard_shape(tuple(w.shape), recipe.gpus) for w in weights]
-        weights = [nn.Parameter(torch.empty(s, dtype=w.dtype, device="cpu" if fused else "meta")) for s, w in zip(shapes, weights, strict=True)]
+        weights = [nn.Parameter(torch.empty(shape, dtype=dtype, device="cpu" if fused else "meta")) for shape, dtype in sizes]
         for weight in weights:
             weight.grad = torch.empty_like(weight)
-        optimizers = [optimizer_of(recipe)(group) for group in ([[w] for w in weights] if apart else [weights])]
+        optimizers = [make(group) for group in ([[w] for w in weights] if apart else [weights])]
         recorder.were_there(t for w in weights for t in (w, w.grad) if t is not None)
         with recorder:
             recorder.begin(OPTIMIZER)
-            for optimizer in optimizers:
-                optimizer.step()
+            for each in optimizers:
+                each.step()
         states = tuple(State(name, _dtype(t), t.numel() * t.element_size()) for name, t in _states(optimizers))
         stay = {recorder.index_of(t) for _, t in _states(optimizers)}
     recording = recorder.close().without(stay)

@@ -35,7 +35,7 @@ def test_what_a_step_releases_is_all_it_made():
             alive[key] = size
         else:
             assert alive.pop(key) == size
-    assert sum(alive.values()) == sum(w.bytes for w in trace.weights) + sum(s.bytes for s in trace.states)
+    assert sum(alive.values()) == sum(w.bytes for w in trace.weights) + sum(s.bytes for s in trace.held_states)
 
 
 def test_a_card_too_small_is_an_answer():
