@@ -57,7 +57,7 @@ class Difference(NamedTuple):
 KNOWN_ON_CPU = (
     Known(
         "oneDNN's scratch memory", "products of 16-bit matrices run in code that oneDNN makes for the CPU at hand; how much memory that needs is its affair",
-        "aten native/mkldnn/Matmul.cpp, mkldnn_bf16_gemm: ideep takes scratch memory from torch's allocator; measured",
+        "measured; the call: aten native/mkldnn/Matmul.cpp, mkldnn_gemm and mkldnn_matmul, ideep::matmul_forward",
         r"(^|> )(mm|addmm|bmm|baddbmm|_scaled_dot_product_flash_attention_for_cpu(_backward)?)$",
     ),
 )  # fmt: skip

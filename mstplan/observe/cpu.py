@@ -5,7 +5,7 @@
 | attention (scaled_dot_product_attention's flash kernel for CPUs) | for every thread, a block of scores and of what is summed; in 16 bits the scores once more | from source: aten native/cpu/FlashAttentionKernel.cpp, `buf` and `buf_reduced`; measured |
 | its backward | for every thread, two blocks of scores; in 16 bits once more | the same; measured |
 | element by element, over tensors of several dtypes | copies in the common dtype (CUDA converts as it reads) | from source: aten TensorIterator.cpp, compute_types, promote_inputs_to_common_dtype_; measured |
-| sums and means in another dtype | a copy in that dtype (CUDA does not, from 16 bits to fp32) | from source: aten native/ReduceOpsUtils.h, make_reduction_from_ty; measured |
+| sums and means in another dtype | a copy in that dtype (CUDA does not, from 16 bits to fp32) | from source: aten native/ReduceOpsUtils.h, make_reduction_from_out_ty; measured |
 
 Not here: oneDNN's scratch memory for products in 16 bits, whose size depends on the code that it makes for the CPU at hand.
 """  # noqa: E501 - a table
