@@ -179,7 +179,10 @@ def _layer_norm(
 
 
 def _fused(_module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: object, **_: object) -> tuple[torch.Tensor, None]:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2), None
+    width = v.shape[-1]
+    if width != q.shape[-1]:  # as transformers does for FlashAttention (integrations/flash_attention.py)
+        v = F.pad(v, (0, q.shape[-1] - width))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)[..., :width], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(FLASH, _fused)

@@ -362,11 +362,14 @@ class Writer:
 
         Keeps q, k, v, the output and one fp32 log-sum-exp a row. Backward makes dq, dk, dv, an fp32 accumulator of dq
         over rows rounded up to 128 and head sizes to 32, an fp32 row sum, and with grouped queries dk and dv for every
-        query head.
+        query head. Values of smaller heads are padded, and the output is cropped (transformers integrations/flash_attention.py).
         """
         tape = self.tape
-        e_out = "e" if a.v_head_dim == a.head_dim else "ev"
-        out = tape.new("attention mixed", f"{self.t} H {e_out}", q.dtype)
+        narrow = a.v_head_dim != a.head_dim
+        if narrow:
+            padded = tape.new("V, padded", f"{self.t} H e", v.dtype)
+            v = tape.op("pad V", [v], padded, grads=((v, tape.grad(v)),))
+        out = tape.new("attention mixed", f"{self.t} H e", q.dtype)
         rows = tape.new("log-sum-exp", f"{self.t} H", "float32")
         rounded = flash_head_size(a.head_dim)
         sinks = (self.weight("sinks", a.heads),) if a.sinks else ()
@@ -375,11 +378,15 @@ class Writer:
             tape.new("row sums of dO * O", "b r H", "float32"),
         ]
         if a.kv_heads != a.heads:
-            temps += [tape.new(f"d{x} for every query head", f"{self.t} H {e}", q.dtype) for x, e in (("K", "e"), ("V", e_out))]
-        return tape.op(
+            temps += [tape.new(f"d{x} for every query head", f"{self.t} H e", q.dtype) for x in "KV"]
+        tape.op(
             "flash attention", [q, k, v], out, rows, keeps=(q, k, v, out, rows),
             grads=tuple((x, tape.grad(x)) for x in (q, k, v)), back_temps=tuple(temps), flops=self._flops(a, window), weights=sinks,
         )  # fmt: skip
+        if not narrow:
+            return out
+        cropped = tape.new("attention mixed, cropped", f"{self.t} H ev", q.dtype)
+        return tape.op("crop", [out], cropped, grads=((out, tape.grad(out)),))
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
         """sdpa with an explicit sliding-window mask: keys and values are repeated, the boolean mask becomes a bias

@@ -82,6 +82,7 @@ OTHERS = [
     ("gpt2", {"attention": "eager"}), ("gpt2", {"precision": "mixed"}), ("gemma3-1b", {"attention": "eager"}),
     ("llama3.2-1b", {"precision": "mixed"}), ("pythia-1.4b", {"precision": "fp32"}), ("qwen3-0.6b", {"batch": 3}),
     ("mistral-7b-v0.1", {"batch": 2}), ("llama3.2-1b", {"accumulation": 2}), ("llama3.2-1b", {"optimizer_in_backward": True}),
+    ("deepseek-v2-lite", {"attention": "flash"}),
 ]  # fmt: skip
 
 
