@@ -164,6 +164,7 @@ class Recorder(TorchDispatchMode):
     def close(self) -> Recording:
         """What was recorded; what is let go from now on is no part of it."""
         self._known.clear()
+        self.labels, self.recomputing = {}, lambda: None  # gradients that live on hold the recorder; it must not hold their model
         return self.recording
 
     def _forget(self, key: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
+import logging.handlers
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,11 @@ import transformers
 from transformers import GPT2Config, PreTrainedConfig, dynamic_module_utils
 
 from mstplan.errors import ModelError
+from mstplan.observe.recorder import Recorder
 from mstplan.observe.recording import BACKWARD, FORWARD
 from mstplan.observe.step import build, read_settings, vocabulary_of
 from mstplan.observe.trace import Trace
-from mstplan.observe.tracer import trace, trace_settings
+from mstplan.observe.tracer import _shorten, trace, trace_settings
 from mstplan.plan.recipe import Recipe
 
 from .survey import settings_of
@@ -49,10 +53,17 @@ def test_what_depends_on_values_is_named(name, operation):
         trace_settings(settings(name), Recipe(), 13)
 
 
-def test_a_failure_of_the_models_own_code_is_told_with_its_name(caplog):
-    with pytest.raises(ModelError, match=r"^GitForCausalLM makes no training step of token ids and labels alone: ValueError: .*batch_size") as raised:
-        trace_settings(settings("GitForCausalLM"), Recipe(), 13)
-    assert isinstance(raised.value.__cause__, ValueError) and not caplog.records
+@pytest.mark.parametrize(("name", "kind"), [("GitForCausalLM", ValueError), ("XLNetLMHeadModel", RuntimeError)])
+def test_a_failure_of_the_models_own_code_is_told_with_its_name(name, kind):
+    log, said = logging.getLogger("torch._subclasses.fake_tensor"), logging.handlers.BufferingHandler(99)
+    log.addHandler(said)
+    try:
+        with pytest.raises(ModelError, match=f"^{name} makes no training step of token ids and labels alone: {kind.__name__}: ") as raised:
+            trace_settings(settings(name), Recipe(), 13)
+    finally:
+        log.removeHandler(said)
+    assert isinstance(raised.value.__cause__, kind)
+    assert not said.buffer  # torch would write whole stacks
 
 
 def test_a_mask_of_ones_is_no_mask():
@@ -87,10 +98,11 @@ def test_a_buffer_that_a_model_replaces_leaves_no_gap():
 
 def test_settings_of_single_layers_move_with_them():
     """Gemma 4 gives some layers a head size of their own, by their number."""
-    made = settings("Gemma4UnifiedForCausalLM")
-    traced = trace_settings(made, Recipe(), 13)
-    assert len(traced.kept) < traced.units
-    assert [(p.instant, p.bytes) for p in traced.peaks] == [(p.instant, p.bytes) for p in trace_settings(made, Recipe(), 13, whole=True).peaks]
+    gemma = settings("Gemma4UnifiedForCausalLM")
+    assert [layer.head_dim for layer in gemma.per_layer_config] == [8, 8, 8, 8, 8, 16]
+    _shorten(gemma, 6, [0, 1, 5])
+    assert [layer.head_dim for layer in gemma.per_layer_config] == [8, 8, 16]
+    assert gemma.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
 
 
 def test_flash_attention_of_its_own():
@@ -98,6 +110,16 @@ def test_flash_attention_of_its_own():
     with pytest.raises(ModelError, match="GPTJForCausalLM has flash attention of its own"):
         trace_settings(gptj, Recipe(attention="flash"), 13)
     assert (1, 4, 13, 13) in shapes(trace_settings(gptj, Recipe(), 13))  # no sdpa either: scores are made
+
+
+def test_nothing_is_kept_of_a_model():
+    def kept() -> int:
+        gc.collect()
+        return sum(type(thing) is Recorder for thing in gc.get_objects())
+
+    before = kept()
+    traced = trace(TINY, Recipe(), 16)
+    assert kept() == before and traced.peaks
 
 
 def test_settings_stay_as_they_are():
@@ -125,7 +147,7 @@ def test_code_of_its_own_runs_when_asked_only(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"\n--trust-remote-code"):
         trace(config, Recipe(), 16)
     with pytest.raises(ModelError, match="cannot build"):  # transformers knows the type, but no causal language model of it
-        trace({**config, "model_type": "clip"}, Recipe(), 16)
+        trace({**config, "model_type": "clip", "_name_or_path": str(folder)}, Recipe(), 16)
     assert not list(tmp_path.rglob("*.ran"))
     own = trace(config, Recipe(), 16, code_from=str(folder))
     assert list(tmp_path.rglob("*.ran"))
