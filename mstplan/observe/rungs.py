@@ -9,8 +9,8 @@ from .. import profiles
 from ..plan.catalog import load_model
 from ..plan.hardware import Card
 from ..plan.recipe import Recipe
-from ..plan.solve import fixed_chunks, sizes, window_of
-from ..plan.steps import Layout, step
+from ..plan.solve import fixed_chunks, layout_of, sizes
+from ..plan.steps import step
 from .tracer import trace
 
 BOUNDS = {"dense": 0.02, "experts": 0.05}
@@ -52,9 +52,9 @@ def both_rungs(name: str, recipe: Recipe, seq_len: int, card: Card) -> Rungs:
     """A shipped model's step of `recipe`, its chunks given as numbers, at `seq_len` tokens on `card`. The formula's own word:
     calibrations are left aside."""
     config = json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
-    model, chunks, window = load_model(name), fixed_chunks(recipe), window_of(load_model(name), recipe)
-    layout = Layout(recipe, chunks.mlp > 1, chunks.loss > 1, window is not None and seq_len >= window)
-    told, where = step(model, layout, card.gpu.cublas_workspace_bytes), sizes(recipe, seq_len, chunks)
+    model, chunks = load_model(name), fixed_chunks(recipe)
+    told = step(model, layout_of(model, recipe, chunks, seq_len), card.gpu.cublas_workspace_bytes)
+    where = sizes(recipe, seq_len, chunks)
     seen = trace(config, recipe, seq_len, workspace=card.gpu.cublas_workspace_bytes)
     by_name = {instant.name: instant.bytes for instant in told.instants(where)}
     pairs = tuple(Pair(peak.instant, by_name.get(peak.instant, 0), peak.bytes) for peak in seen.peaks)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..errors import RecipeError
 from ..units import GIB, format_gib, format_tokens
+from .cuda import BIAS_ROWS
 from .hardware import GRANULARITY, Card, Gpu, gpus, same_size
 from .model import Model
 from .recipe import Recipe
@@ -162,7 +163,10 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
         notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{how}'.")
     windows = any(kind.window is not None for kind in model.layer_kinds)
     if recipe.attention == "sdpa" and model.has_sdpa and windows:
-        notes.append("With sdpa, sliding-window layers take an explicit S x S mask beyond their window; --attention flash needs none.")
+        notes.append(
+            "With sdpa, sliding-window layers take an explicit S x S mask beyond their window, and a padded copy of it where S is no multiple"
+            f" of {BIAS_ROWS}; --attention flash needs none."
+        )
     if recipe.precision == "fp32" and recipe.attention == "sdpa" and model.attention.kv_heads != model.attention.heads:
         notes.append("In fp32, sdpa has no fast kernel for grouped queries and writes out the score matrix.")
     return notes + (sharding_notes(model, recipe) if recipe.sharded else [])

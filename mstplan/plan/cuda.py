@@ -19,6 +19,11 @@ def flash_head_size(size: int) -> int:
     return -(-size // 32) * 32 if size <= 192 else 256
 
 
+BIAS_ROWS = 8
+"""from source: the memory-efficient kernel takes a mask whose rows begin at multiples of so many numbers; one of another length is
+copied into one that is padded (aten transformers/attention.cpp, preprocess_mask)."""
+
+
 class EfficientWorkspace(NamedTuple):
     """What the memory-efficient kernel's backward allocates beside gradients and row sums, in one piece.
 

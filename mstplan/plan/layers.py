@@ -27,6 +27,7 @@ class Numerics(NamedTuple):
     autocast: bool = False
     attention: str = "sdpa"  # sdpa | flash | eager
     masked: bool = False  # sliding-window layers get an explicit mask (sdpa beyond the window)
+    padded: bool = False  # its rows are padded
 
     @property
     def compute(self) -> str:
@@ -394,6 +395,9 @@ class Writer:
         k, v = self._repeated(k, a), self._repeated(v, a)
         bias = self.tape.new("attention bias", "b s s", q.dtype)
         self.tape.op("mask to bias", [], bias)
+        if self.numerics.padded:  # (aten attention.cpp, preprocess_mask)
+            padded = self.tape.new("attention bias, rows padded", "b s s", q.dtype)  # by 7 columns at most, not counted
+            bias = self.tape.op("pad the bias", [bias], padded)
         return self._efficient(q, k, v, a, bias)
 
     def _efficient(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, *bias: Tensor) -> Tensor:

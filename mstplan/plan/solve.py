@@ -11,6 +11,7 @@ from ..errors import RecipeError, UnitError
 from ..units import LONGEST
 from . import calibration
 from .calibration import Calibration
+from .cuda import BIAS_ROWS
 from .hardware import Card, Gpu
 from .model import Model
 from .optimizers import host_states
@@ -91,30 +92,42 @@ def _bare(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation)})
 
 
-def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
+def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Layout:
+    """The structure of the step at `seq_len` tokens."""
     window = window_of(model, recipe)
     masked = window is not None and seq_len >= window
-    return _layout_step(model, recipe, gpu, chunks.mlp > 1, chunks.loss > 1, masked)
+    return Layout(_bare(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
 
 
-def _layout_step(model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool) -> Step:
-    layout = Layout(_bare(recipe), several_mlp, several_loss, masked)
+def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
+    return _calibrated(model, layout_of(model, recipe, chunks, seq_len), gpu.cublas_workspace_bytes)
+
+
+def _layout_step(
+    model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
+) -> Step:  # fmt: skip
+    layout = Layout(_bare(recipe), several_mlp, several_loss, masked, padded)
     return _calibrated(model, layout, gpu.cublas_workspace_bytes)
 
 
 @lru_cache(maxsize=1024)
 def _calibrated(model: Model, layout: Layout, workspace: int) -> Step:
     """The formula's step, or what a calibration has in its place."""
-    found = calibration.find(model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked)
+    found = _calibration(model, layout)
     formula = step(model, layout, workspace)
     return formula if found is None else formula.calibrated(found.moments)
 
 
 def calibration_at(model: Model, recipe: Recipe, seq_len: int, chunks: Chunks) -> Calibration | None:
     """The calibration that the answer at this length stands on; None: the formula."""
-    window = window_of(model, recipe)
-    masked = window is not None and seq_len >= window
-    return calibration.find(model, _bare(recipe), chunks.mlp > 1, chunks.loss > 1, masked)
+    return _calibration(model, layout_of(model, recipe, chunks, seq_len))
+
+
+def _calibration(model: Model, layout: Layout) -> Calibration | None:
+    """Calibrations are of lengths without padding."""
+    if layout.padded:
+        return None
+    return calibration.find(model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked)
 
 
 def sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
@@ -130,7 +143,10 @@ def longest(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
     several = (chunks.mlp > 1, chunks.loss > 1)
     if window is None:
         return _longest(_layout_step(model, recipe, card.gpu, *several, False), recipe, chunks, card.budget_bytes)
-    masked = _longest(_layout_step(model, recipe, card.gpu, *several, True), recipe, chunks, card.budget_bytes)
+    aligned, padded = (
+        _longest(_layout_step(model, recipe, card.gpu, *several, True, pads), recipe, chunks, card.budget_bytes) for pads in (False, True)
+    )
+    masked = max(aligned // BIAS_ROWS * BIAS_ROWS, padded)  # padding takes memory: what fits with it fits without
     if masked >= window:
         return masked
     plain = _longest(_layout_step(model, recipe, card.gpu, *several, False), recipe, chunks, card.budget_bytes)
@@ -330,6 +346,9 @@ def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") 
     if s_max and not found.fits_host:
         s_max = _longest_on_host(found)
         found = plan_at(model, recipe, card, max(1, s_max), chunks)
+        if s_max and not found.fits:  # on the card, for its mask has to be padded
+            s_max -= s_max % BIAS_ROWS
+            found = plan_at(model, recipe, card, max(1, s_max), chunks)
     return Answer(strategy, s_max, found)
 
 

@@ -59,6 +59,7 @@ class Layout(NamedTuple):
     several_mlp_chunks: bool
     several_loss_chunks: bool
     masked: bool  # sliding-window layers carry an explicit mask
+    padded: bool = False  # whose rows are padded (cuda.BIAS_ROWS)
 
 
 class Entry(NamedTuple):
@@ -312,6 +313,7 @@ def build(model: Model, layout: Layout) -> Tape:
         autocast=recipe.autocast,
         attention=attention_kernel(model, recipe),
         masked=layout.masked,
+        padded=layout.padded,
     )
     w = Writer(model, numerics)
     table = w.weight("embed_tokens.weight", model.vocab, model.hidden)

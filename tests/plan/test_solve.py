@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from mstplan.errors import UnitError
 from mstplan.plan.catalog import load_model, model_names
+from mstplan.plan.cuda import BIAS_ROWS
 from mstplan.plan.hardware import card
 from mstplan.plan.recipe import STRATEGIES, strategy
 from mstplan.plan.solve import (
@@ -19,6 +20,7 @@ from mstplan.plan.solve import (
     plan_at,
     recommend,
     smallest_chunks_tokens,
+    window_of,
 )
 from mstplan.plan.steps import Chunks
 from mstplan.units import GIB, LONGEST
@@ -49,15 +51,20 @@ def check_definition(model, recipe, a_card, chunks):
 
 
 def bisected(model, recipe, a_card, chunks, top=1 << 24):
-    """The same by nothing but the peak at a length; `top` when even that fits."""
-    low, high = 0, top
+    """The same by nothing but the peak at a length; `top` when even that fits. Lengths that leave the same remainder are bisected
+    together: explicit masks take more where their rows have to be padded."""
+    return max(_bisected(model, recipe, a_card, chunks, rest, top) for rest in range(BIAS_ROWS))
+
+
+def _bisected(model, recipe, a_card, chunks, rest, top):
+    low, high = (0 if rest == 0 else -1), (top - rest) // BIAS_ROWS  # no length fits always
     while low < high:
         middle = (low + high + 1) // 2
-        if peak(model, recipe, a_card, middle, chunks) <= a_card.budget_bytes:
+        if peak(model, recipe, a_card, max(1, middle * BIAS_ROWS + rest), chunks) <= a_card.budget_bytes:
             low = middle
         else:
             high = middle - 1
-    return low
+    return max(0, low * BIAS_ROWS + rest)
 
 
 @quick
@@ -67,6 +74,16 @@ def test_longest_is_what_it_says(data):
     chunks = data.draw(chunk_counts(recipe))
     s_max = check_definition(model, recipe, a_card, chunks)
     assert min(s_max, 1 << 24) == bisected(model, recipe, a_card, chunks)
+
+
+@pytest.mark.parametrize("plan", ["mst", "mst-offload"])
+@pytest.mark.parametrize("gib", [120, 200, 700, 3000])
+def test_nothing_longer_fits_with_masks(gib, plan):
+    """Mistral's first release: between lengths whose mask needs no padding lie some that take more than the next one does."""
+    model, recipe, large = load_model("mistral-7b-v0.1"), strategy(plan), card(memory=gib * GIB)
+    s_max = check_definition(model, recipe, large, Chunks(16, 32))
+    assert s_max > 4096
+    assert all(peak(model, recipe, large, s_max + n, Chunks(16, 32)) > large.budget_bytes for n in range(1, 200))
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -210,12 +227,12 @@ def test_published_lengths_of_standard_training(name, tokens):
 @pytest.mark.parametrize("which", ["mst", "mst-offload"])
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_plan_agrees_with_max_seq(name, gpu, which, in_backward):
-    """With recommended chunks too, a length fits exactly when it is at most S_max."""
+    """With recommended chunks too, a length fits exactly when it is at most S_max (of lengths whose masks need no padding)."""
     model, recipe, on = load_model(name), strategy(which, optimizer_in_backward=in_backward), card(gpu)
-    s_max = max_seq(model, recipe, on).s_max
+    s_max, step = max_seq(model, recipe, on).s_max, 1 if window_of(model, recipe) is None else BIAS_ROWS
     if s_max:
         assert plan_at(model, recipe, on, s_max).fits
-        assert all(plan_at(model, recipe, on, s_max * n // 7 + 1).fits for n in range(7))
+        assert all(plan_at(model, recipe, on, (s_max * n // 7 // step + 1) * step).fits for n in range(7))
     assert not plan_at(model, recipe, on, s_max + 1).fits
     assert not plan_at(model, recipe, on, s_max * 2 + 1).fits
 
