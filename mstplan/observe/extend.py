@@ -5,8 +5,8 @@ pattern that occurs in between once. `extend` then writes the events of the whol
 from the layer that stands for it. Sizes, order and life of every tensor are those of the whole step; its peak may lie at another
 moment than that of the few (all layer inputs are alive in the last layer's backward, all gradients in the first one's).
 
-That layers which should be alike are alike is checked; where they are not, or where they share tensors over more than their
-neighbours, `Unlike` is raised, and the whole step has to be run.
+That layers which should be alike are alike is checked; where they are not, where they share tensors over more than their
+neighbours, or where they do not follow each other, `Unlike` is raised, and the whole step has to be run.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ class _Extension:
                     self.there[place.run, nth, number, place.unit] = index
             self.sizes[place, nth] = len(allocated)
         self._check([patterns[unit] for unit in kept])
+        self._check_order()
         self.long = Recording()
         self.now: dict[tuple[int, int], int] = {}  # (unit, storage of the short step): storage of the long one
 
@@ -133,6 +134,13 @@ class _Extension:
             ]  # fmt: skip
             if told.setdefault(pattern, did) != did:
                 raise Unlike
+
+    def _check_order(self) -> None:
+        """Units must follow each other, as they do when they are written down: reversible models come back to what is no layer."""
+        forward = [place.unit for place, _ in self.blocks if place.run == FORWARD]
+        backward = [place.unit for place, _ in self.blocks if place.run in (BACKWARD, RECOMPUTE)]
+        if forward != sorted(forward) or backward != sorted(backward, reverse=True):
+            raise Unlike
 
     def _story(self, span: range, unit: int) -> list[object]:
         """What happens in a block, in terms that do not depend on the unit's number. What all units share, only the last lets go."""

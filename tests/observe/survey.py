@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -32,9 +33,11 @@ from mstplan.observe.step import TrainingStep, build
 from mstplan.observe.trace import Trace
 from mstplan.observe.tracer import OWN_FAILURE, record, trace_settings, whole_model
 from mstplan.plan.recipe import Recipe, strategy
+from mstplan.train.finding import find_parts
 from tests.train.survey import causal_lm_classes, one_line
 from tests.train.tiny import WIDTH, tiny_config
 
+MOST_LAYERS = 12  # some count layers in another way
 MORE_LAYERS = 4  # than tiny configs have, of the first one's kind: so many that one repeats
 PLAIN, CHECKPOINT = strategy("standard"), strategy("checkpoint")
 CHUNKS = strategy("mst", mlp_chunks=4, loss_chunks=6)  # more than few_chunks runs
@@ -110,16 +113,18 @@ def settings_of(cls: type[PreTrainedModel]) -> PreTrainedConfig:
     entries = {kind: entry for kind in MODEL_FOR_CAUSAL_LM_MAPPING for entry in [MODEL_FOR_CAUSAL_LM_MAPPING[kind]]}
     config_classes = [kind for kind, entry in entries.items() if cls in (entry if isinstance(entry, tuple) else (entry,))]
     config_cls = cls.config_class if cls.config_class in config_classes else config_classes[0]
-    try:
-        settings = deep_config(config_cls)
-        build(settings, PLAIN, "eager", "meta")
-    except Exception:  # noqa: BLE001 - layers that cannot be more
-        settings = widened(tiny_config(config_cls))
-    return settings
+    for make in (deep_config, partial(deep_config, per_layer=str)):
+        try:
+            settings = make(config_cls)
+            if len(find_parts(build(settings, PLAIN, "eager", "meta")).layers) <= MOST_LAYERS:
+                return settings
+        except Exception:  # noqa: BLE001, PERF203 - layers that cannot be more
+            continue
+    return widened(tiny_config(config_cls))
 
 
-def deep_config(config_cls: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """`tiny_config` with more layers: the first one's kind comes first several times."""
+def deep_config(config_cls: type[PreTrainedConfig], per_layer: type = object) -> PreTrainedConfig:
+    """`tiny_config` with more layers: the first one's kind comes first several times. per_layer: what lists for layers hold."""
     small = tiny_config(config_cls)
     for name in small.sub_configs:
         if getattr(small, name) is small.get_text_config(decoder=True):
@@ -130,8 +135,10 @@ def deep_config(config_cls: type[PreTrainedConfig]) -> PreTrainedConfig:
     for name, value in vars(small).items():
         if isinstance(value, int) and re.fullmatch(r"num_(hidden_)?layers|n_layers?|(num_)?decoder_layers|num_blocks", name) and name in declared:
             more[name] = value + MORE_LAYERS
-        elif isinstance(value, list) and len(value) == count and name in declared:
+        elif isinstance(value, list) and len(value) == count and name in declared and isinstance(value[0], per_layer):
             more[name] = value[:1] * MORE_LAYERS + value
+    if "attention_types" in declared:  # GPT-Neo's: kinds, and how often they follow each other
+        more["attention_types"] = [[["global", "local"], 1 + MORE_LAYERS // 2]]
     return widened(tiny_config(config_cls, **more))
 
 

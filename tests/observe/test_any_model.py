@@ -90,6 +90,12 @@ def test_a_module_that_all_layers_share_is_of_the_layer_that_runs_it():
         assert units == set(range(len(traced.kept))), run
 
 
+def test_a_reversible_model_is_run_whole():
+    """Reformer goes forward and backward through all its layers in one node of autograd's graph."""
+    traced = trace_settings(settings("ReformerModelWithLMHead"), Recipe(precision="fp32"), 12)
+    assert len(traced.kept) == traced.units == 6
+
+
 def test_a_buffer_that_a_model_replaces_leaves_no_gap():
     """CTRL lets go of one on its way; what is made at the same address later is seen all the same."""
     sizes = {tuple(trace_settings(settings("CTRLLMHeadModel"), Recipe(), 13, whole=True).live) for _ in range(4)}

@@ -18,7 +18,7 @@ from .survey import PLAIN, Record, difference, for_real, line, settings_of, surv
 README = Path(__file__).parents[2] / "README.md"
 CLAIM = "Of transformers X's N causal-LM classes, N are traced, N are refused by name"
 SHARE = 0.9  # of all classes must be traced
-EVERY = 30  # so many classes one goes through checkpoints and chunks as well
+EVERY = 60  # so many classes one goes through checkpoints and chunks as well
 
 pytestmark = pytest.mark.slow
 
