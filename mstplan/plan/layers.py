@@ -182,17 +182,20 @@ class Writer:
         self.hold(*variables)
         return y
 
-    def _weighted(self, normed: Tensor, name: str) -> Tensor:
+    def _weighted(self, normed: Tensor, name: str, *made: Tensor) -> Tensor:
+        """The product with the weight, or with what was made of it."""
         w = self.weight(name + ".weight", self._last(normed))
         y = self.tape.new(name, normed.shape, normed.dtype)
         product = self.tape.new("gradient x normed", normed.shape, normed.dtype)
         grads = ((normed, self.tape.grad(normed)),)
-        return self.tape.op(f"{name}: weight", [normed], y, keeps=(normed,), grads=grads, weights=(w,), back_temps=(product,))
+        return self.tape.op(f"{name}: weight", [normed, *made], y, keeps=(normed, *made), grads=grads, weights=(w,), back_temps=(product,))
 
     def _gemma_norm(self, x: Tensor, name: str) -> Tensor:
         """Gemma: the product with (1 + weight) runs in fp32, then back to x's dtype."""
         normed, _ = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
-        return self.cast(self._weighted(normed, name), x.dtype, name)
+        plus = self.tape.new(f"{name}, 1 + weight", str(self._last(normed)), "float32")
+        self.tape.op(f"{name}: 1 + weight", [], plus)
+        return self.cast(self._weighted(normed, name, plus), x.dtype, name)
 
     # ---- attention ------------------------------------------------------------------------------------------------
 

@@ -67,12 +67,12 @@ class Record(NamedTuple):
 
 
 def causal_lm_classes() -> list[type[PreTrainedModel]]:
-    """All classes that AutoModelForCausalLM gives, each once, by name."""
+    """All classes of transformers that AutoModelForCausalLM gives, each once, by name; not what remote code has added to it."""
     found: set[type[PreTrainedModel]] = set()
     for config_cls in list(MODEL_FOR_CAUSAL_LM_MAPPING.keys()):
         entry = MODEL_FOR_CAUSAL_LM_MAPPING[config_cls]
         found.update(entry if isinstance(entry, tuple) else [entry])
-    return sorted(found, key=lambda cls: cls.__name__)
+    return sorted((cls for cls in found if cls.__module__.startswith("transformers.")), key=lambda cls: cls.__name__)
 
 
 def survey(only: Sequence[str] = ()) -> Iterator[Record]:
