@@ -24,6 +24,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .observe.measurement import Case
     from .observe.trace import Trace
     from .plan.hardware import Card
     from .plan.model import Model
@@ -469,6 +470,124 @@ def _models_named(text: str) -> list[str]:
     if text not in ("all", "all-dense"):
         return [part.strip() for part in text.split(",")]
     return [name for name in model_names() if text == "all" or load_model(name).experts is None]
+
+
+_MEASURE = "Measurement"
+DEVICE = {"device": _option(str, "--device", "cuda | cpu (its own kernels, seen by torch's profiler). Default cuda.", "cuda", panel=_MEASURE, metavar="NAME")}
+MEASURING = {
+    "layers": _option(int | None, "--layers", "The model's first N layers only, for one too large to hold.", panel=_MEASURE, metavar="N", min=1),
+    **DEVICE,
+    "gpu_mem": _option(str | None, "--gpu-mem", "Let the process use that much of the card only.", panel=_MEASURE, metavar="SIZE"),
+    "steps": _option(int, "--steps", "Steps that are timed, after a first one.", 3, panel=_MEASURE, metavar="N", min=1),
+    "timeout": _option(float | None, "--timeout", "Give up on a point after so many seconds.", panel=_MEASURE, metavar="SECONDS", min=1),
+    "out": _option(Path, "--out -o", "The results file, which is appended to.", Path("measurements.jsonl"), panel=_MEASURE, metavar="FILE"),
+    "again": _option(bool, "--again", "Also points that the results file has already.", False, panel=_MEASURE),
+}
+
+
+@command(
+    "measure", {
+        "model": MODEL["model"]._replace(default=None),
+        "seq_len": _option(str | None, "--seq-len", "Tokens per sequence; several with commas between: 8k,16k,32k.", metavar="TOKENS[,TOKENS]"),
+        "strategy": _option(str, "--strategy -s", "Strategies with commas between, or all. Default all.", "all", metavar="NAME[,NAME]"),
+        "suite": _option(str | None, "--suite", "Points in a JSON file, or a suite that ships (quick, cards).", metavar="FILE"),
+    }, MEASURING, RECIPE, JSON,
+    help="Real training steps with random weights and tokens on this machine's device, each in a process of its own: peaks of memory, "
+    "time, tokens per second. What runs out of memory or fails is a result, too. A rerun measures what is missing. Under torchrun, with "
+    "--sharding fsdp, one point of all ranks together.",
+    epilog="mstplan measure -m llama3.1-8b --seq-len 8k,16k,32k --strategy all   |   mstplan measure -m smollm2-135m --seq-len 512 --device cpu   |   "
+    "torchrun --nproc-per-node 8 -m mstplan measure -m llama3.1-8b --seq-len 64k -s mst --sharding fsdp",
+)  # fmt: skip
+def measure(asked: Asked) -> None:
+    from .errors import RecipeError, quoted
+    from .observe import cache, sweep
+    from .show import measuring
+
+    if asked.device not in ("cuda", "cpu"):
+        raise RecipeError(f"unknown device {quoted(asked.device)}.\nKnown: cuda, cpu.")
+    cache.versions()  # no torch: said before anything else
+    if _under_torchrun():
+        _measure_on_all_ranks(asked)
+        return
+    known = sweep.environment(asked.device)
+    console = None if asked.json else _console()
+    cases = _cases(asked, known)
+    if console is not None:
+        measuring.heading(console, known)
+    found = measuring.run(cases, known, asked.out, asked.timeout, console, asked.again)
+    if console is not None:
+        measuring.report(console, found, asked.out)
+    else:
+        from .show import payload
+
+        rows = [m.as_data() for m in found.measurements]
+        _print_json(payload.document("measure", "measurement", environment=known, file=str(asked.out), damaged=found.damaged, results=rows))
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _under_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
+    """The points that --suite, or the model, lengths and strategies, describe."""
+    from .errors import RecipeError
+    from .observe import sweep
+    from .units import parse_memory
+
+    limit = parse_memory(asked.gpu_mem) if asked.gpu_mem is not None else None
+    card = sweep.card_of(known, limit)
+    more = {"card": card, "device": asked.device, "limit": limit, "steps": asked.steps}
+    if asked.suite is not None:
+        return [case for row in sweep.read_suite(asked.suite) for case in sweep.cases(**row, **more)]
+    if asked.model is None or asked.seq_len is None:
+        raise RecipeError("no point to measure.\nGive --model and --seq-len, or --suite.")
+    lengths = [_length(part) for part in asked.seq_len.split(",")]
+    return sweep.cases(asked.model, lengths, _chosen(asked), layers=asked.layers, **more)
+
+
+def _chosen(asked: Asked) -> dict[str, Recipe]:
+    """The strategies that --strategy names, or the one recipe that the options describe."""
+    from .plan.recipe import strategy
+
+    recipes = _recipes(asked)
+    if asked.strategy == "all" or _custom(asked):
+        return recipes
+    names = [name.strip() for name in asked.strategy.split(",")]
+    for name in names:
+        strategy(name)  # refuses unknown ones
+    return {name: _apply(strategy(name), asked, adopt_chunks=False) for name in names}
+
+
+def _measure_on_all_ranks(asked: Asked) -> None:
+    """One point, in the processes that torchrun started."""
+    from .errors import RecipeError
+    from .observe import ranks
+
+    gpus = int(os.environ["WORLD_SIZE"])
+    if asked.sharding != "fsdp" or asked.gpus not in (None, gpus):
+        raise RecipeError(f"torchrun started {gpus} ranks: say --sharding fsdp, and no other number with --gpus.")
+    asked.gpus = gpus
+    with ranks.process_group(asked.device):
+        known = ranks.environment(asked.device)
+        cases = _cases(asked, known)
+        if len(cases) != 1:
+            raise RecipeError(f"{len(cases)} points under torchrun: measure one with each command.\nName one strategy and one length.")
+        found = ranks.measure(cases[0], known, asked.out)
+    if found is None:  # another rank says it
+        return
+    if asked.json:
+        from .show import payload
+
+        _print_json(payload.document("measure", "measurement", environment=known, file=str(asked.out), damaged=[], results=[found.as_data()]))
+    else:
+        from .show import measuring
+
+        measuring.heading(_console(), known)
+        _console().print(measuring.line(found), soft_wrap=True)
+    if found.outcome == "failed":
+        raise typer.Exit(1)
 
 
 def _coefficient(flag: str, what: str, metavar: str) -> Any:

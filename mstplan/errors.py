@@ -6,6 +6,7 @@
           +-- ModelError       a model that is unknown, malformed or cannot be planned
           +-- HardwareError    a card that is unknown, or a memory figure that makes no sense
           +-- RecipeError      a recipe that is malformed or contradicts itself
+          +-- MeasurementError results that cannot be read, or a measurement that cannot be made
           +-- MissingError     something that has to be installed first, or run first
           +-- OutputError      a file that cannot be written
 
@@ -39,6 +40,10 @@ class HardwareError(InputError):
 
 class RecipeError(InputError):
     """A recipe that is malformed or contradicts itself."""
+
+
+class MeasurementError(InputError):
+    """Results that cannot be read, or a measurement that cannot be made."""
 
 
 class MissingError(InputError):

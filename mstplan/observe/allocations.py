@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ..plan.steps import segment_length
-from ..train import finding
 from .compare import MISSING, Allocation, Known
-from .recording import FORWARD, OPTIMIZER, Place
+from .marking import Mark, marking
+from .recorder import held_by
+from .recording import FORWARD
 from .step import TrainingStep
-from .trace import instant_of
 
 Keep = Callable[[int], bool]
-Mark = Callable[[str], None]
 
 _MARK, _OPERATION = "phase: ", "aten::"
 
@@ -97,10 +93,10 @@ def record(step: Callable[[Mark], object]) -> Allocations:
 
 def record_step(step: TrainingStep) -> Allocations:
     """One step on the CPU, its phases named as the step model's instants. Not the first, which makes the optimizer's states."""
-    resident = sum(bytes_of(_there(step)).values())
+    resident = sum(bytes_of(there(step)).values())
 
     def run(mark: Mark) -> None:
-        with _marking(step, mark) as begin:
+        with marking(step, mark) as begin:
             begin(FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             step.run(begin)
@@ -111,56 +107,17 @@ def record_step(step: TrainingStep) -> Allocations:
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Of each of their storages, by its address."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    """Of each of their storages, by its address; of distributed tensors the shard that is here."""
+    storages = (held_by(tensor).untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def _there(step: TrainingStep) -> Iterator[torch.Tensor]:
+def there(step: TrainingStep) -> Iterator[torch.Tensor]:
     """Weights, buffers and the optimizer's states."""
     yield from step.model.parameters()
     yield from step.model.buffers()
     for optimizer in [*step.in_backward, *([step.optimizer] if step.optimizer is not None else [])]:
         yield from (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-
-
-@contextmanager
-def _marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[str], None]]:
-    """Gives a function that says which pass begins. In the forward pass layers mark where it is, in the backward pass the
-    gradients of their inputs do: when one is there, everything after its layer is done."""
-    layers = finding.find_parts(step.model).layers
-    every = segment_length(step.recipe, len(layers)) or 1
-    units = -(-len(layers) // every)
-    run = FORWARD
-
-    def at(unit: int) -> None:
-        mark(instant_of(Place(run, unit), units))
-
-    def begin(name: str) -> None:
-        nonlocal run
-        run = name
-        if run != OPTIMIZER or step.optimizer is not None:
-            at(-1 if run == FORWARD else units)
-
-    def enter(unit: int) -> Callable[[nn.Module, Any], None]:
-        def hook(_layer: nn.Module, inputs: Any) -> None:
-            if run == FORWARD:
-                at(unit)
-                inputs[0].register_hook(lambda _gradient: at(unit - 1))
-
-        return hook
-
-    def leave(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-        if run == FORWARD:
-            at(units)
-            (output[0] if isinstance(output, tuple) else output).register_hook(lambda _gradient: at(units - 1))
-
-    handles: list[Any] = [layers[n].register_forward_pre_hook(enter(n // every)) for n in range(0, len(layers), every)]
-    handles.append(layers[-1].register_forward_hook(leave))
-    try:
-        yield begin
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _mark(phase: str) -> None:

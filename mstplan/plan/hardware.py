@@ -108,6 +108,14 @@ def card(
     return result
 
 
+def card_that_torch_names(name: str, total_bytes: int) -> Card:
+    """The card of torch's device properties: a known one by its name, or any with that memory. Raises HardwareError."""
+    try:
+        return Card(find_gpu(name.removeprefix("NVIDIA ").removeprefix("AMD ")), total_bytes)
+    except HardwareError:
+        return card(memory=total_bytes)
+
+
 def _nearest(memory: int) -> Gpu:
     def distance(gpu: Gpu) -> float:
         size = gpu.nominal_gib * GIB

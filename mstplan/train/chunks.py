@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..errors import HardwareError, ModelError
+from ..errors import ModelError
 from ..plan.config import read_config
-from ..plan.hardware import Card, card, find_gpu
+from ..plan.hardware import Card, card, card_that_torch_names
 from ..plan.recipe import Recipe
 from ..plan.solve import chunks_at
 from ..plan.steps import Chunks
@@ -63,7 +63,4 @@ def card_of(device: torch.device) -> Card:
     if device.type != "cuda":
         return card(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     properties = torch.cuda.get_device_properties(device)
-    try:
-        return Card(find_gpu(properties.name.removeprefix("NVIDIA ").removeprefix("AMD ")), properties.total_memory)
-    except HardwareError:
-        return card(memory=properties.total_memory)
+    return card_that_torch_names(properties.name, properties.total_memory)

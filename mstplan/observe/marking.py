@@ -1,0 +1,57 @@
+"""Which of the step model's instants a real step is at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..plan.steps import segment_length
+from ..train import finding
+from .recording import FORWARD, OPTIMIZER, Place
+from .step import TrainingStep
+from .trace import instant_of
+
+Mark = Callable[[str], None]
+
+
+@contextmanager
+def marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[str], None]]:
+    """Gives a function that says which pass begins. In the forward pass layers mark where it is, in the backward pass the
+    gradients of their inputs do: when one is there, everything after its layer is done."""
+    layers = finding.find_parts(step.model).layers
+    every = segment_length(step.recipe, len(layers)) or 1
+    units = -(-len(layers) // every)
+    run = FORWARD
+
+    def at(unit: int) -> None:
+        mark(instant_of(Place(run, unit), units))
+
+    def begin(name: str) -> None:
+        nonlocal run
+        run = name
+        if run != OPTIMIZER or step.optimizer is not None:
+            at(-1 if run == FORWARD else units)
+
+    def enter(unit: int) -> Callable[[nn.Module, Any], None]:
+        def hook(_layer: nn.Module, inputs: Any) -> None:
+            if run == FORWARD:
+                at(unit)
+                inputs[0].register_hook(lambda _gradient: at(unit - 1))
+
+        return hook
+
+    def leave(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        if run == FORWARD:
+            at(units)
+            (output[0] if isinstance(output, tuple) else output).register_hook(lambda _gradient: at(units - 1))
+
+    handles: list[Any] = [layers[n].register_forward_pre_hook(enter(n // every)) for n in range(0, len(layers), every)]
+    handles.append(layers[-1].register_forward_hook(leave))
+    try:
+        yield begin
+    finally:
+        for handle in handles:
+            handle.remove()

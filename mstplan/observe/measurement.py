@@ -1,0 +1,252 @@
+"""Measurements: what a real training step took on a device, and the files they are kept in. No torch.
+
+A results file has one measurement a line (JSON), appended as soon as it is made, so that what ends a sweep costs one point at
+most. Several files are merged by putting one behind the other.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from .. import files
+from ..errors import MeasurementError, ModelError, quoted
+from ..plan.config import read_config
+from ..plan.model import Model
+from ..plan.recipe import Recipe
+
+SCHEMA_VERSION = 1
+OK, OUT_OF_MEMORY, REFUSED, FAILED = "ok", "out of memory", "refused", "failed"
+"""Outcomes. refused: the model or recipe cannot be run; failed: an error, a crash, a kill, too little time."""
+PHASES = ("forward", "backward", "optimizer")
+_LARGEST_FILE = 200_000_000  # bytes
+
+
+class Peak(NamedTuple):
+    """The most bytes within an instant or a phase. None: the device does not tell.
+
+    allocated: in tensors; reserved: by torch's allocator; device: in use on the whole card, other processes and the CUDA
+    context included, at the end of the phase.
+    """
+
+    allocated: int
+    reserved: int | None = None
+    device: int | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one rank saw of a step, not its first. Bytes; seconds."""
+
+    static: int  # in weights, buffers and optimizer states, between steps
+    instants: dict[str, Peak]
+    phases: dict[str, Peak]
+    step_seconds: tuple[float, ...]  # of every timed step
+    loss: float
+    context: int | None = None  # in use on the card beside what the allocator reserved: the CUDA context, and other processes
+    workspace: int | None = None  # of cuBLAS, measured by one product
+
+    @property
+    def peak(self) -> Peak:
+        """The largest of the step, each figure by itself."""
+        found = [[value for value in column if value is not None] for column in zip(*self.phases.values(), strict=True)]
+        return Peak(max(found[0]), *(max(column) if column else None for column in found[1:]))
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Figures:
+        peaks = {name: {key: Peak(*row) for key, row in data[name].items()} for name in ("instants", "phases")}
+        return cls(**{**data, **peaks, "step_seconds": tuple(data["step_seconds"])})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to measure. `config`: of the model as it is to be run, that is of `layers` of its layers when they are not all."""
+
+    model: str
+    strategy: str
+    config: dict[str, Any]
+    recipe: Recipe  # its chunks are numbers
+    seq_len: int  # tokens
+    layers: int | None = None
+    device: str = "cuda"
+    limit: int | None = None  # bytes of the card that the process may use, its CUDA context included
+    steps: int = 3  # that are timed
+
+    @cached_property
+    def described(self) -> Model:
+        return read_config(self.config, self.model)
+
+    def as_data(self) -> dict[str, Any]:
+        return {**{f.name: getattr(self, f.name) for f in fields(Case)}, "recipe": self.recipe.model_dump()}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Case:
+        return cls(**{**data, "recipe": Recipe(**data["recipe"])})
+
+    @property
+    def words(self) -> str:
+        part = f", {self.layers} layers" if self.layers else ""
+        return f"{self.model}{part}, {self.strategy}, {self.seq_len:,} tokens"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What became of a case. environment: card, its bytes, driver, versions. ranks: the figures of each, when the outcome is ok."""
+
+    case: Case
+    environment: dict[str, Any]
+    outcome: str
+    error: str = ""
+    ranks: tuple[Figures, ...] = ()
+    when: str = ""  # ISO date and time, UTC
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def as_data(self) -> dict[str, Any]:
+        return {**{f.name: getattr(self, f.name) for f in fields(Measurement)}, "case": self.case.as_data(), "ranks": [asdict(r) for r in self.ranks]}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Measurement:
+        found = {**data, "case": Case.from_data(data["case"]), "ranks": tuple(map(Figures.from_data, data["ranks"]))}
+        return cls(**found)
+
+    @property
+    def key(self) -> str:
+        """The same for measurements of the same case on the same kind of device with the same libraries."""
+        return key_of(self.case, self.environment)
+
+    @property
+    def peak(self) -> Peak:
+        """Of the rank that holds most."""
+        return max((rank.peak for rank in self.ranks), key=lambda peak: peak.allocated)
+
+    @property
+    def seconds(self) -> float:
+        """The median time of a step, of the slowest rank."""
+        return max(median(rank.step_seconds) for rank in self.ranks)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks together."""
+        recipe = self.case.recipe
+        return recipe.batch * recipe.accumulation * self.case.seq_len * len(self.ranks) / self.seconds
+
+    @property
+    def instants(self) -> dict[str, int]:
+        """Bytes allocated at most in each instant, of the rank that holds most there."""
+        return {name: max(rank.instants[name].allocated for rank in self.ranks) for name in self.ranks[0].instants}
+
+
+def key_of(case: Case, environment: Mapping[str, Any]) -> str:
+    same = {name: environment.get(name) for name in ("card", "torch", "transformers", "allocator")}
+    what = {**case.as_data(), "model": "", "strategy": "", "steps": 0}
+    return sha256(json.dumps([what, same], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sliced(config: Mapping[str, Any], layers: int, name: str) -> dict[str, Any]:
+    """The config.json of a model's first layers. Raises ModelError when it has no more than that."""
+    count = read_config(config, name).layers
+    if not 1 <= layers <= count:
+        raise ModelError(f"--layers {layers}: {name} has {count} layers.\nGive a number from 1 to {count}.")
+    return _shorter(config, count, layers)
+
+
+def _shorter(config: Mapping[str, Any], count: int, layers: int) -> dict[str, Any]:
+    found = dict(config)
+    for name, value in config.items():
+        if name in ("num_hidden_layers", "n_layer") and value == count:
+            found[name] = layers
+        elif isinstance(value, list) and len(value) == count:
+            found[name] = value[:layers]
+        elif name == "text_config" and isinstance(value, dict):
+            found[name] = _shorter(value, count, layers)
+    return found
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------
+
+
+class Read(NamedTuple):
+    """What a results file holds; `skipped`: a line for each that is damaged, with its number."""
+
+    measurements: list[Measurement]
+    skipped: list[str]
+
+
+def read(path: Path) -> Read:
+    """Raises MeasurementError for a file that is none, or written by a newer mstplan."""
+    text = files.read_text(path, "a results file of `mstplan measure`", _LARGEST_FILE, MeasurementError)
+    found = Read([], [])
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            newer = isinstance(data, dict) and isinstance(version := data.get("schema_version"), int) and version > SCHEMA_VERSION
+            if not newer:
+                found.measurements.append(Measurement.from_data(data))
+                continue
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            found.skipped.append(f"{path}: line {number} is damaged and left out.")
+            continue
+        raise MeasurementError(
+            f"{quoted(path)} has results of schema {version}, and this mstplan reads up to {SCHEMA_VERSION}.\nUpdate mstplan."
+        )
+    return found
+
+
+def read_all(paths: Iterable[Path]) -> Read:
+    """Several files together; of measurements with the same key the last one."""
+    found = [read(path) for path in paths]
+    return Read(latest(m for one in found for m in one.measurements), [line for one in found for line in one.skipped])
+
+
+def latest(measurements: Iterable[Measurement]) -> list[Measurement]:
+    return list({m.key: m for m in measurements}.values())
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Measurement], None]]:
+    """Gives a function that appends to a results file, which no other process may write to meanwhile. A line that a kill cut
+    off stays as it is and gets an end. Raises MeasurementError, OutputError."""
+    with files.refusing(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        with files.refusing(path):
+            _lock(handle, path)
+            size = os.fstat(handle).st_size
+            if size and os.pread(handle, 1, size - 1) != b"\n":
+                os.write(handle, b"\n")
+
+        def append(measurement: Measurement) -> None:
+            with files.refusing(path):
+                os.write(handle, (json.dumps(measurement.as_data(), separators=(",", ":")) + "\n").encode())
+                os.fsync(handle)
+
+        yield append
+    finally:
+        os.close(handle)
+        with suppress(OSError):
+            if not path.stat().st_size:  # nothing came of it
+                path.unlink()
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system: lines are still appended whole
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno not in (errno.EAGAIN, errno.EACCES):
+            return  # a file system without locks
+        raise MeasurementError(f"another mstplan is writing to {quoted(path)}.\nWait for it, or name another file with --out.") from None

@@ -1,0 +1,202 @@
+"""A sweep of measured steps: which points, each in a process of its own, and what became of each. No torch.
+
+    for case, found in sweep(cases, done, timeout): ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime, timezone
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from .. import files, profiles
+from ..errors import MeasurementError, one_line, quoted
+from ..plan import solve
+from ..plan.catalog import load_config, load_model
+from ..plan.config import read_config
+from ..plan.hardware import Card, card_that_torch_names
+from ..plan.model import Model
+from ..plan.recipe import STRATEGIES, Recipe, strategy
+from ..units import format_gib, parse_length
+from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, Measurement, key_of, sliced
+
+PROCESS = (sys.executable, "-m", "mstplan.observe.point")
+FINAL = (OK, OUT_OF_MEMORY, REFUSED)
+"""Outcomes that a rerun takes for done."""
+_LARGEST_SUITE = 1_000_000  # bytes
+
+
+# ---- which points -------------------------------------------------------------------------------------------------------
+
+
+def card_of(known: Mapping[str, Any], limit: int | None = None) -> Card:
+    """The card to plan for: the device of that environment (for a CPU any card with as much memory), or `limit` bytes of it."""
+    whole = card_that_torch_names(known["card"], known["total_bytes"])
+    return whole if limit is None else whole._replace(total_bytes=min(limit, whole.total_bytes))
+
+
+def cases(
+    model: str, lengths: Iterable[int], recipes: Mapping[str, Recipe], card: Card, layers: int | None = None, device: str = "cuda",
+    limit: int | None = None, steps: int = 3,
+) -> list[Case]:  # fmt: skip
+    """Every recipe of a model at every length, chunks as the recipe says or as recommended for `card`. Raises ModelError,
+    and MeasurementError when no length at all can fit."""
+    config, name = dict(load_config(model)), load_model(model).name
+    if layers is not None:
+        config = sliced(config, layers, name)
+    described, found = read_config(config, name), []
+    for (how, recipe), seq_len in product(recipes.items(), lengths):
+        chunks = solve.plan_at(described, recipe, card, seq_len).chunks
+        fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
+        found.append(Case(name, how, config, fixed, seq_len, layers, device, limit, steps))
+    for case in found:
+        _refuse_hopeless(described, case, card)
+    return sorted(found, key=lambda case: case.seq_len)
+
+
+def _refuse_hopeless(model: Model, case: Case, card: Card) -> None:
+    """A step whose weights, gradients and optimizer states alone are more than the memory there is."""
+    needed = solve.plan_at(model, case.recipe, card, 1).peak_bytes
+    if needed <= card.total_bytes:
+        return
+    each = (needed - solve.plan_at(_first(model, 1), case.recipe, card, 1).peak_bytes) / max(1, model.layers - 1)
+    fitting = model.layers - int((needed - card.total_bytes) / max(1.0, each)) - 1
+    way_out = f"--layers {fitting} measures a slice of it." if fitting >= 1 else "Take a smaller model."
+    raise MeasurementError(
+        f"{model.name}, {case.strategy}: one token takes {format_gib(needed)}, most of it weights and optimizer states; there are "
+        f"{format_gib(card.total_bytes)}.\n{way_out}"
+    )
+
+
+def _first(model: Model, layers: int) -> Model:
+    return model._replace(layer_kinds=model.layer_kinds[:layers])
+
+
+def read_suite(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Rows of a suite: {"model", "seq_len": [...], "strategy": [...], "layers": N, "recipe": {...}}, the last three optional."""
+    where = _suite_path(path)
+    text = files.read_text(where, "a suite in JSON", _LARGEST_SUITE, MeasurementError)
+    try:
+        rows = json.loads(text)["cases"]
+        return [_suite_row(row) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise MeasurementError(
+            f"{quoted(path)} is no suite: {type(e).__name__}: {one_line(e)}.\n"
+            'Write {"cases": [{"model": "llama3.1-8b", "seq_len": ["8k", "16k"], "strategy": ["mst"], "layers": 4}]}.'
+        ) from None
+
+
+def _suite_path(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The file of that name, or the suite that ships under it."""
+    shipped = profiles.ROOT / "suites" / f"{path}.json"
+    return shipped if os.sep not in str(path) and not Path(path).exists() and shipped.is_file() else path
+
+
+def _suite_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = set(row) - {"model", "seq_len", "strategy", "layers", "recipe"}
+    if unknown:
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+    lengths = row["seq_len"] if isinstance(row["seq_len"], list) else [row["seq_len"]]
+    names = row.get("strategy", list(STRATEGIES))
+    return {
+        "model": str(row["model"]), "lengths": [parse_length(str(length)) for length in lengths], "layers": row.get("layers"),
+        "recipes": {name: strategy(name, **row.get("recipe", {})) for name in ([names] if isinstance(names, str) else names)},
+    }  # fmt: skip
+
+
+# ---- each in a process of its own ------------------------------------------------------------------------------------------
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What figures on this device depend on: card, bytes, driver, versions. Raises MeasurementError where there is none."""
+    done = subprocess.run([*PROCESS, "describe", device], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        raise MeasurementError(f"cannot look at the device: {_last_line(done.stderr)}") from None
+    if "error" in found:
+        raise MeasurementError(found["error"])
+    return found
+
+
+def is_done(case: Case, known: Mapping[str, Any], earlier: Iterable[Measurement]) -> bool:
+    """Is there a result that a rerun need not make again?"""
+    key = key_of(case, known)
+    return any(m.key == key and m.outcome in FINAL for m in earlier)
+
+
+def run(case: Case, known: Mapping[str, Any], timeout: float | None = None) -> Measurement:
+    """Measure in a new process. Whatever becomes of that is an outcome: running out of memory, an error, a crash, a kill, or
+    too little time (seconds). `known`: the environment, for a process that dies before it can tell."""
+    late = threading.Event()
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(PROCESS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+
+        def stop() -> None:
+            late.set()
+            child.kill()
+
+        timer = threading.Timer(timeout, stop) if timeout is not None else None
+        try:
+            if timer is not None:
+                timer.start()
+            line = _converse(child, case)
+        finally:  # also Ctrl-C
+            if timer is not None:
+                timer.cancel()
+            child.kill()
+            child.wait()
+        errors.seek(0)
+        said = errors.read().decode(errors="replace")
+    if line:
+        found = json.loads(line)
+    else:
+        found = {"outcome": FAILED, "error": f"took more than {timeout:g} s" if late.is_set() else _death(child.returncode, said), "figures": None}
+    ranks = (Figures.from_data(found["figures"]),) if found["figures"] is not None else ()
+    return Measurement(case, found.get("environment", dict(known)), found["outcome"], found["error"], ranks, now())
+
+
+def _converse(child: subprocess.Popen[bytes], case: Case) -> bytes:
+    """What the process writes, once it was told the case; nothing when it dies before that. It lives while its input is open."""
+    assert child.stdin is not None and child.stdout is not None
+    line = b""
+    try:
+        child.stdin.write((json.dumps(case.as_data()) + "\n").encode())
+        child.stdin.flush()
+        line = child.stdout.read()
+        child.wait(10)
+    except (BrokenPipeError, subprocess.TimeoutExpired):
+        pass
+    finally:
+        child.stdout.close()
+        with suppress(OSError):  # what it did not read
+            child.stdin.close()
+    return line
+
+
+def _death(code: int, said: str) -> str:
+    """How a process ended that gave no answer."""
+    if code == -signal.SIGKILL:
+        return "killed (SIGKILL): by hand, or by the system for want of host memory"
+    if code < 0:
+        return f"crashed: {signal.Signals(-code).name}. {_last_line(said)}".rstrip()
+    return f"ended with code {code}. {_last_line(said)}".rstrip()
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return one_line(lines[-1], 300) if lines else ""
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,92 @@
+"""`mstplan measure` at work: a line for each point as it comes, and how much time is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..observe import measurement, sweep
+from ..observe.measurement import FAILED, OK, Case, Measurement
+from ..units import GIB, format_seconds
+from . import tables
+
+
+class Sweep(NamedTuple):
+    """What became of the points asked for. skipped: how many had been measured before; damaged: lines of the file left out."""
+
+    measurements: list[Measurement]
+    skipped: int
+    damaged: list[str]
+
+    @property
+    def failed(self) -> bool:
+        return any(m.outcome == FAILED for m in self.measurements)
+
+
+def run(cases: Sequence[Case], known: Mapping[str, Any], out: Path, timeout: float | None, console: Console | None, again: bool = False) -> Sweep:
+    """Measure each point that the file `out` has no result for, or with `again` all, and append what comes of it. Lines go to
+    `console`. Raises MeasurementError and OutputError about the file."""
+    with measurement.appending(out) as append, _progress(len(cases)) as advance:
+        earlier = measurement.read(out)
+        by_key = {m.key: m for m in earlier.measurements}
+        found, skipped = [], 0
+        for case in cases:
+            if sweep.is_done(case, known, earlier.measurements) and not again:
+                skipped += 1
+                found.append(by_key[measurement.key_of(case, known)])
+            else:
+                advance(case.words, 0)
+                found.append(sweep.run(case, known, timeout))
+                append(found[-1])
+            advance("", 1)
+            if console is not None:
+                console.print(line(found[-1]), soft_wrap=True)
+    return Sweep(found, skipped, earlier.skipped)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A function that is told what is measured now, and how many points are done."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("measuring", total=total)
+
+        def advance(what: str, points: int) -> None:
+            bar.update(task, advance=points, description=what[:40] or None)
+
+        yield advance
+
+
+HEADER = f"{'model':16s} {'strategy':15s} {'tokens':>9s} {'allocated':>10s} {'reserved':>9s} {'device':>7s} {'step':>7s} {'tokens/s':>9s}"
+
+
+def heading(console: Console, known: Mapping[str, Any]) -> None:
+    what = f"{known['card']}, {known['total_bytes'] / GIB:.2f} GiB; torch {known['torch']}, transformers {known['transformers']}"
+    console.print(f"measurement rung: real steps on {what}", style="dim")
+    console.print(HEADER, soft_wrap=True, style="dim")
+
+
+def line(m: Measurement) -> str:
+    """One point in 80 columns or a little more; peaks in GiB."""
+    name = m.case.model + (f"/{m.case.layers}" if m.case.layers else "")
+    start = f"{name:16.16s} {m.case.strategy:15s} {m.case.seq_len:9,}"
+    if m.outcome != OK:
+        return f"{start} {m.outcome}" + (f": {m.error.splitlines()[0]}" if m.error else "")
+    peak = m.peak
+    numbers = [tables.gib(size) if size is not None else "-" for size in peak]
+    return f"{start} {numbers[0]:>10s} {numbers[1]:>9s} {numbers[2]:>7s} {format_seconds(m.seconds):>7s} {m.tokens_per_second:9,.0f}"
+
+
+def report(console: Console, found: Sweep, out: Path) -> None:
+    """What remains to be said once all points are through."""
+    for said in found.damaged:
+        console.print(said, soft_wrap=True)
+    if found.skipped:
+        console.print(f"{found.skipped} of {len(found.measurements)} had been measured before (--again measures them anew).", soft_wrap=True)
+    console.print(f"results: {out}", soft_wrap=True)
