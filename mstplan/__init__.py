@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .errors import HardwareError as HardwareError
     from .errors import InputError as InputError
+    from .errors import MeasurementError as MeasurementError
     from .errors import MissingError as MissingError
     from .errors import ModelError as ModelError
     from .errors import MstplanError as MstplanError
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
-    "errors": ("HardwareError", "InputError", "MissingError", "ModelError", "MstplanError", "OutputError", "RecipeError", "UnitError"),
+    "errors": ("HardwareError", "InputError", "MeasurementError", "MissingError", "ModelError", "MstplanError", "OutputError", "RecipeError", "UnitError"),
     "plan.advice": ("ways_to_fit",),
     "plan.catalog": ("load_model", "model_names"),
     "plan.hardware": ("Card", "Gpu", "card", "find_gpu", "gpus"),
@@ -75,6 +76,7 @@ __all__ = [
     "HardwareError",
     "InputError",
     "Instant",
+    "MeasurementError",
     "MissingError",
     "Model",
     "ModelError",

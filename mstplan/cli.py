@@ -433,34 +433,47 @@ def _tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
 @command(
     "calibrate", {
         "models": _option(str, "--model -m", "A model, as elsewhere; several with commas between; or all-dense, all.", ..., metavar="NAME[,NAME]"),
-        "source": _option(str, "--from", "trace. (Measurements are to come.)", ..., metavar="RUNG"),
+        "source": _option(str, "--from", "trace | measurements.", ..., metavar="RUNG"),
+        "results": _option(str, "--results", "From measurements: results files, with commas between.", "measurements.jsonl", metavar="FILE[,FILE]"),
         "strategies": _option(str | None, "--strategy -s", "Some strategies only, with commas between. Default: all five.", metavar="NAME[,NAME]"),
         "out": _option(Path | None, "--out -o", "The folder to write to. Default: the user's own, which the planner reads first.", metavar="FOLDER"),
         "no_cache": TRACING["no_cache"],
     }, JSON,
-    help="Solve a model's coefficients from traces of its steps, for the planner to use in place of the formula's. An older file is kept.",
-    epilog="mstplan calibrate --from trace --model llama3.1-8b",
+    help="Solve a model's coefficients from traces of its steps, or from measurements of them, for the planner to use in place of the formula's; "
+    "from measurements, a card's CUDA context and workspace, too. Older files are kept.",
+    epilog="mstplan calibrate --from trace --model llama3.1-8b   |   mstplan calibrate --from measurements --model llama3.1-8b --results h100.jsonl",
 )  # fmt: skip
 def calibrate(asked: Asked) -> None:
     from .errors import RecipeError, quoted
     from .plan import calibration
     from .plan.recipe import STRATEGIES, strategy
 
-    if asked.source != "trace":
-        raise RecipeError(f"cannot calibrate from {quoted(asked.source)}.\nKnown: trace.")
+    if asked.source not in ("trace", "measurements"):
+        raise RecipeError(f"cannot calibrate from {quoted(asked.source)}.\nKnown: trace, measurements.")
     names = asked.strategies.split(",") if asked.strategies else list(STRATEGIES)
     for name in names:
         strategy(name)  # refuses unknown ones
     folder = asked.out if asked.out is not None else calibration.folders()[0]
     from .show import calibrating
 
-    rows = calibrating.run(_models_named(asked.models), names, folder, keep=not asked.no_cache)
+    said: list[str] = []
+    if asked.source == "trace":
+        rows = calibrating.run(_models_named(asked.models), names, folder, keep=not asked.no_cache)
+    else:
+        rows, said = calibrating.from_measurements(_models_named(asked.models), names, folder, _results(asked.results), asked.out is not None)
     if asked.json:
         from .show import payload
 
-        _print_json(payload.document("calibrate", "trace", folder=str(folder), calibrations=[row._asdict() for row in rows]))
+        rung = "trace" if asked.source == "trace" else "measurement"
+        _print_json(payload.document("calibrate", rung, folder=str(folder), calibrations=[row._asdict() for row in rows], notes=said))
     else:
         calibrating.report(_console(), rows)
+        for line in said:
+            _console().print(line, soft_wrap=True)
+
+
+def _results(text: str) -> list[Path]:
+    return [Path(part.strip()) for part in text.split(",")]
 
 
 def _models_named(text: str) -> list[str]:
@@ -587,6 +600,126 @@ def _measure_on_all_ranks(asked: Asked) -> None:
         measuring.heading(_console(), known)
         _console().print(measuring.line(found), soft_wrap=True)
     if found.outcome == "failed":
+        raise typer.Exit(1)
+
+
+_CHECK = "What is checked"
+
+
+@command(
+    "validate", {
+        "results": _option(str | None, "--results", "Results files, with commas between. Default: those that ship.", metavar="FILE[,FILE]"),
+        "rungs": _option(str, "--rung", "formula, calibrated, trace: some of them, with commas between. Default all.", "all", metavar="NAME[,NAME]"),
+        "published": _option(bool, "--published", "Published figures instead, with the assumptions that each is read with.", False, panel=_CHECK),
+        "smax": _option(bool, "--smax", "Measure now, at 98% and 103% of the predicted S_max, then find the true one.", False, panel=_CHECK),
+        "throughput": _option(bool, "--throughput", "Measure now what M, M/2 and 2M cost against one chunk.", False, panel=_CHECK),
+        "model": MODEL["model"]._replace(default=None),
+        "seq_len": _option(str | None, "--seq-len", "For --throughput: tokens per sequence.", metavar="TOKENS"),
+        "strategy": _option(str, "--strategy -s", "For --smax and --throughput: strategies with commas between, or all.", "mst", metavar="NAME[,NAME]"),
+        "mean": _option(str, "--mean", "The mean error that trace and calibrated formula may have.", "1%", metavar="SHARE"),
+        "worst": _option(str, "--worst", "The worst.", "3%", metavar="SHARE"),
+        "formula_worst": _option(str, "--formula-worst", "The worst of the bare formula.", "5%", metavar="SHARE"),
+        "plot": _option(Path | None, "--plot", "Draw predicted against measured: PNG, SVG or PDF.", metavar="FILE"),
+        "markdown": _option(bool, "--markdown", "The errors as the table that README shows.", False),
+    }, MEASURING, RECIPE, FORCE, JSON,
+    help="Hold predictions against measurements: formula, calibrated formula and trace beside every measured step. Exit code 1 when an "
+    "error is beyond its bound, or a step that was to fit ran out of memory.",
+    epilog="mstplan validate --results h100.jsonl --plot errors.png   |   mstplan validate --published   |   "
+    "mstplan validate --smax -m llama3.1-8b --gpu-mem 80GB -s checkpoint,mst",
+)  # fmt: skip
+def validate(asked: Asked) -> None:
+    from .errors import RecipeError
+
+    if asked.published + asked.smax + asked.throughput > 1:
+        raise RecipeError("--published, --smax and --throughput exclude each other.\nCheck one after the other.")
+    if asked.published:
+        _validate_published(asked)
+    elif asked.smax or asked.throughput:
+        _validate_now(asked)
+    else:
+        _validate_results(asked)
+
+
+def _validate_results(asked: Asked) -> None:
+    from . import files
+    from .errors import MeasurementError, RecipeError, quoted
+    from .observe import measurement, validate
+    from .show import timeline, validating
+
+    if asked.plot is not None:
+        files.check_writable(asked.plot, asked.force)
+        timeline.check_output(asked.plot)
+    rungs = validate.RUNGS if asked.rungs == "all" else tuple(name.strip() for name in asked.rungs.split(","))
+    if unknown := [name for name in rungs if name not in validate.RUNGS]:
+        raise RecipeError(f"unknown rung {quoted(unknown[0])}.\nKnown: {', '.join(validate.RUNGS)}.")
+    bounds = _bounds(asked)
+    read = measurement.read_all(_results(asked.results) if asked.results is not None else measurement.archive())
+    if not read.measurements:
+        raise MeasurementError("no measurement to hold predictions against.\nmstplan measure makes some; --results names the file.")
+    with validating.progress(len(read.measurements)) as tell:
+        found = validate.validate(read.measurements, rungs, tell)
+    said = validate.beyond(found, bounds)
+    if asked.plot is not None:
+        validating.plot(found, asked.plot)
+    if asked.json:
+        from .show import payload
+
+        _print_json(payload.document("validate", "measurement", **validating.as_data(found, said, read.skipped)))
+    elif asked.markdown:
+        typer.echo(validating.markdown(found), nl=False)
+    else:
+        validating.report(_console(), found, read.skipped, said)
+        if asked.plot is not None:
+            typer.echo(f"wrote {asked.plot}")
+    if said:
+        raise typer.Exit(1)
+
+
+def _bounds(asked: Asked) -> dict[str, Any]:
+    from .observe.validate import CALIBRATED, FORMULA, TRACE, Bounds
+    from .units import parse_share
+
+    bounds = Bounds(parse_share(asked.mean, "--mean"), parse_share(asked.worst, "--worst"))
+    formula = parse_share(asked.formula_worst, "--formula-worst")
+    return {FORMULA: Bounds(formula, formula), CALIBRATED: bounds, TRACE: bounds}
+
+
+def _validate_published(asked: Asked) -> None:
+    from .plan.published import comparisons
+    from .show import published
+
+    rows = comparisons()
+    if asked.json:
+        from .show import payload
+
+        _print_json(payload.document("validate", published=[published.as_data(row) for row in rows]))
+    elif asked.markdown:
+        typer.echo(published.page(), nl=False)
+    else:
+        published.report(_console(), rows)
+
+
+def _validate_now(asked: Asked) -> None:
+    """Predictions that are measured at once."""
+    from .errors import RecipeError
+    from .observe import cache, sweep
+    from .show import checking
+    from .units import parse_memory
+
+    if asked.model is None or (asked.throughput and asked.seq_len is None):
+        raise RecipeError("nothing to measure.\nGive --model" + (" and --seq-len." if asked.throughput else "; --gpu-mem limits what is used of the card."))
+    cache.versions()  # no torch: said before anything else
+    known = sweep.environment(asked.device)
+    limit = parse_memory(asked.gpu_mem) if asked.gpu_mem is not None else None
+    bench = checking.Bench(asked.model, known, sweep.card_of(known, limit), asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out)
+    recipes = _chosen(asked)
+    console = None if asked.json else _console()
+    found = checking.smax(bench, recipes, console) if asked.smax else checking.throughput(bench, recipes, _length(asked.seq_len), console)
+    if asked.json:
+        from .show import payload
+
+        _print_json(payload.document("validate", "measurement", environment=known, file=str(asked.out), **found.data))
+    if not found.holds:
         raise typer.Exit(1)
 
 

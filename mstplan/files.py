@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError, OutputError, quoted
 
@@ -77,3 +79,17 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
         except BaseException:  # also Ctrl-C
             part.unlink(missing_ok=True)
             raise
+
+
+def replace_json(path: Path, document: dict[str, Any]) -> None:
+    """Write JSON whole or not at all, making the folder first. A file of other content is kept as NAME.1, NAME.2, ... Raises OutputError."""
+    data = (json.dumps(document, separators=(",", ":")) + "\n").encode()
+    with refusing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_bytes() if path.exists() else data
+    if before != data:
+        n = 1
+        while (old := path.with_name(f"{path.name}.{n}")).exists():
+            n += 1
+        write(old, before)
+    write(path, data)

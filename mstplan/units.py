@@ -65,6 +65,15 @@ def parse_length(text: str) -> int:
     return tokens
 
 
+def parse_share(text: str, name: str) -> float:
+    """A share of '1%' or '0.01', from 0 to 1; `name` says in messages what it is. Raises UnitError."""
+    match = _match(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(%?)", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match is not None else -1.0
+    if not 0 <= share <= 1:
+        raise UnitError(f"cannot read {name} {quoted(text)} as a share.\nWrite it like 1% or 0.01.")
+    return share
+
+
 def format_gib(size: int, digits: int = 2) -> str:
     """Bytes as GiB; small ones as MiB or KiB."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):

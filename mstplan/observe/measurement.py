@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from .. import files
+from .. import files, profiles
 from ..errors import MeasurementError, ModelError, quoted
 from ..plan.config import read_config
 from ..plan.model import Model
@@ -207,6 +207,11 @@ def read_all(paths: Iterable[Path]) -> Read:
     """Several files together; of measurements with the same key the last one."""
     found = [read(path) for path in paths]
     return Read(latest(m for one in found for m in one.measurements), [line for one in found for line in one.skipped])
+
+
+def archive() -> list[Path]:
+    """The results files that ship with mstplan."""
+    return sorted((profiles.ROOT / "measurements").glob("*.jsonl"))
 
 
 def latest(measurements: Iterable[Measurement]) -> list[Measurement]:

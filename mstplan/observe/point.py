@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import InputError, MeasurementError, MissingError, one_line
 from ..plan.recipe import Recipe
 from ..plan.steps import EMBEDDING, FIRST_LAYER, LAST_LAYER, LOSS_BACKWARD, MIDDLE_LAYER, OPTIMIZER
+from ..units import format_gib
 from . import cache
 from .allocations import bytes_of, record_step, there
 from .cuda import FLASH
@@ -82,8 +83,16 @@ def measure(case: Case) -> Figures:
     loss = step.run()  # the first makes the optimizer's states
     seconds = tuple(_timed(step, cuda) for _ in range(case.steps))
     instants, phases = _watched_on_cuda(step) if cuda else _watched_on_cpu(step)
+    _check_limit_of_cpu(case, instants)
     static = sum(bytes_of(there(step)).values())
     return Figures(static, instants, phases, seconds, float(loss), _beside_tensors() if cuda else None, workspace)
+
+
+def _check_limit_of_cpu(case: Case, instants: dict[str, Peak]) -> None:
+    """Nothing limits a process's tensors on a CPU: the peak is compared. Raises MemoryError."""
+    peak = max(peak.allocated for peak in instants.values())
+    if case.device == "cpu" and case.limit is not None and peak > case.limit:
+        raise MemoryError(f"the peak of {format_gib(peak)} is more than {format_gib(case.limit)}")
 
 
 def _model(case: Case) -> PreTrainedModel:
@@ -118,12 +127,14 @@ Watched = tuple[dict[str, Peak], dict[str, Peak]]
 
 
 def _watched_on_cpu(step: TrainingStep) -> Watched:
-    """By torch's profiler, which sees every allocation."""
-    instants = {name: Peak(size) for name, size in record_step(step).peaks().items()}
-    return instants, {phase: Peak(size) for phase, size in _by_phase({name: p.allocated for name, p in instants.items()}).items()}
+    """By torch's profiler, which sees every allocation. Between ranks the least of a few steps: gloo's thread may hold on to a
+    finished collective's buffers for a moment."""
+    runs = [record_step(step).peaks() for _ in range(3 if step.recipe.sharded else 1)]
+    instants = {name: min(run[name] for run in runs) for name in runs[0]}
+    return {name: Peak(size) for name, size in instants.items()}, {phase: Peak(size) for phase, size in by_phase(instants).items()}
 
 
-def _by_phase(instants: dict[str, int]) -> dict[str, int]:
+def by_phase(instants: dict[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, size in instants.items():
         phase = PHASES[2] if name == OPTIMIZER else PHASES[1] if name in BACKWARDS else PHASES[0]

@@ -6,7 +6,8 @@ Only the recorder around it differs. Passes follow the step model's instants: fo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.optimization import Adafactor
+from transformers.utils import logging
 
 from ..errors import ModelError, RecipeError, one_line
 from ..plan.recipe import Recipe
@@ -50,7 +52,7 @@ def build(settings: PreTrainedConfig, recipe: Recipe, attention: str, device: st
     """The model with random weights, in training mode; `settings` stay as they are. remote_code: may code that is not
     transformers' be run? Raises ModelError where there is none."""
     settings = without_cache(copy.deepcopy(settings))
-    with torch.device(device):
+    with torch.device(device), quiet():
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 settings, dtype=DTYPES[recipe.precision], attn_implementation=attention, trust_remote_code=remote_code
@@ -58,6 +60,17 @@ def build(settings: PreTrainedConfig, recipe: Recipe, attention: str, device: st
         except Exception as e:  # noqa: BLE001  transformers raises what it likes
             raise ModelError(f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}") from None
     return model.train()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers says about settings that no training step reads."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def without_cache(settings: PreTrainedConfig) -> PreTrainedConfig:

@@ -39,6 +39,11 @@ class Calibration(NamedTuple):
     provenance: dict[str, Any]  # rung, versions, points
 
     @property
+    def family(self) -> tuple[object, ...]:
+        """The same for calibrations that take each other's place."""
+        return repr(sorted(self.recipe.items())), self.several_mlp, self.several_loss, self.masked, self.accumulating
+
+    @property
     def said(self) -> str:
         """Where it comes from, in a few words."""
         p = self.provenance
@@ -99,22 +104,14 @@ def _from_data(row: dict[str, Any]) -> Calibration:
 
 
 def write(model: Model, found: Iterable[Calibration], folder: Path) -> Path:
-    """Write a model's calibrations, an older file kept as NAME.json.1, .2, ... Returns where. Raises OutputError."""
+    """Write a model's calibrations in place of those of the same families; others of the same model stay. An older file is kept
+    as NAME.json.1, .2, ... Returns where. Raises OutputError."""
     path = folder / f"{model.name}.json"
-    with files.refusing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-    rows = [c._asdict() for c in found]
+    new = list(found)
+    families = {c.family for c in new}
+    stay = [c for c in _read(path, fingerprint(model)) if c.family not in families] if path.is_file() else []
+    rows = [c._asdict() for c in [*new, *stay]]
     document = {"schema_version": SCHEMA_VERSION, "model": model.name, "fingerprint": fingerprint(model), "families": rows}
-    data = (json.dumps(document, separators=(",", ":")) + "\n").encode()
-    if path.exists() and path.read_bytes() != data:
-        _keep(path)
-    files.write(path, data)
+    files.replace_json(path, document)
     of_model.cache_clear()
     return path
-
-
-def _keep(path: Path) -> None:
-    n = 1
-    while (old := path.with_name(f"{path.name}.{n}")).exists():
-        n += 1
-    files.write(old, path.read_bytes())

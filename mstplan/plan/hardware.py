@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from .. import files
 from ..errors import HardwareError, did_you_mean, quoted
-from ..profiles import ROOT
+from ..profiles import ROOT, user_folder
 from ..units import GIB, MIB, MOST_MEMORY, format_gib
 
 GRANULARITY = 22 * MIB
@@ -62,14 +64,55 @@ class Card(NamedTuple):
 def gpus() -> tuple[Gpu, ...]:
     """Every card that mstplan knows, in the order of the file."""
     rows = json.loads((ROOT / "gpus.json").read_text(encoding="utf-8"))["gpus"]
-    return tuple(Gpu(**{**row, "aliases": tuple(row["aliases"])}) for row in rows)
+    measured = {_key(_sold_as(name)): figures for name, figures in measured_constants().items()}
+    found = []
+    for row in rows:
+        own = next((measured[name] for name in (row["name"], *row["aliases"]) if name in measured), {})
+        found.append(Gpu(**{**row, **own, "aliases": tuple(row["aliases"])}))
+    return tuple(found)
+
+
+MEASURED = ("context_bytes", "cublas_workspace_bytes", "context_source")
+"""What `mstplan calibrate --from measurements` finds of a card, in place of what ships."""
+
+
+def measured_file() -> Path:
+    return user_folder() / "devices.json"
+
+
+def measured_constants() -> dict[str, dict[str, Any]]:
+    """MEASURED, by the card as torch names it. Nothing when the file is not there or damaged."""
+    try:
+        rows = json.loads(measured_file().read_text(encoding="utf-8"))["cards"]
+        found = {name: {field: row[field] for field in MEASURED} for name, row in rows.items()}
+        sound = all(isinstance(row[field], int) and 0 <= row[field] < MOST_MEMORY for row in found.values() for field in MEASURED[:2])
+        return found if sound else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_measured(found: dict[str, dict[str, Any]]) -> Path:
+    """Keep a card's constants for the planner, those of others as they are. Returns where. Raises OutputError."""
+    path = measured_file()
+    files.replace_json(path, {"cards": {**measured_constants(), **found}})
+    gpus.cache_clear()
+    return path
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().replace("_", "-").replace(" ", "-")
+
+
+def _sold_as(name: str) -> str:
+    """torch's name of a card without the maker's."""
+    return name.removeprefix("NVIDIA ").removeprefix("AMD ")
 
 
 def find_gpu(name: str) -> Gpu:
     """A card by name or alias, in any case. Raises HardwareError with the nearest names."""
     if not isinstance(name, str):
         raise HardwareError(f"{quoted(name)} is no name of a GPU.\n`mstplan gpus` lists all.")
-    key = name.strip().lower().replace("_", "-").replace(" ", "-")
+    key = _key(name)
     for gpu in gpus():
         if key == gpu.name or key in gpu.aliases:
             return gpu
@@ -111,7 +154,7 @@ def card(
 def card_that_torch_names(name: str, total_bytes: int) -> Card:
     """The card of torch's device properties: a known one by its name, or any with that memory. Raises HardwareError."""
     try:
-        return Card(find_gpu(name.removeprefix("NVIDIA ").removeprefix("AMD ")), total_bytes)
+        return Card(find_gpu(_sold_as(name)), total_bytes)
     except HardwareError:
         return card(memory=total_bytes)
 

@@ -119,12 +119,13 @@ class Step:
         self.is_calibrated = False
 
     def calibrated(self, moments: Mapping[str, Iterable[Vector]]) -> Step:
-        """The same with moments of its instants as they were found, without the cuBLAS workspace, in place of the formula's.
-        Instants that the formula leaves out, for they lie between others, stay out."""
+        """The same with moments of its instants as they were found, without the cuBLAS workspace, in place of the formula's, which
+        stay where none were. Instants that the formula leaves out, for they lie between others, stay out."""
         held = (self.workspace,) + (0,) * (len(BASIS) - 1)
         other = copy(self)
         other.is_calibrated = True
-        other.moments = {name: tuple(Moment(add(v, held), CALIBRATED, ()) for v in moments[name]) for name in self.moments if name in moments}
+        found = {name: tuple(Moment(add(v, held), CALIBRATED, ()) for v in moments[name]) for name in self.moments if name in moments}
+        other.moments = {**self.moments, **found}
         return other
 
     # ---- replay -----------------------------------------------------------------------------------------------------

@@ -9,13 +9,15 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
-from ..observe import cache
+from ..errors import MeasurementError
+from ..observe import cache, fit, measurement
 from ..observe.calibrate import Family, calibrate, families
 from ..observe.trace import Trace
 from ..plan import calibration
 from ..plan.calibration import Calibration
 from ..plan.catalog import load_config, load_model
-from ..plan.recipe import Recipe
+from ..plan.hardware import write_measured
+from ..plan.recipe import STRATEGIES, Recipe
 from . import tables
 
 
@@ -56,6 +58,40 @@ def run(models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bo
                 Row(model.name, f.strategy, f.several_mlp, f.masked, sum(map(len, c.moments.values())), c.residual, str(path)) for f, c in found
             ]  # fmt: skip
     return rows
+
+
+def from_measurements(
+    models: Sequence[str], strategies: Sequence[str], folder: Path, results: Sequence[Path], elsewhere: bool
+) -> tuple[list[Row], list[str]]:  # fmt: skip
+    """Fit each model's families to measurements and write them; of CUDA measurements also the cards' constants. elsewhere: is `folder`
+    one that the planner does not read? Gives the rows, and what else is to be said. Raises MeasurementError."""
+    read = measurement.read_all(results)
+    chosen = [m for m in read.measurements if m.case.strategy in (*strategies, "custom")]
+    if not elsewhere:
+        cpu = [m for m in chosen if m.case.device == "cpu"]
+        if len(cpu) == len(chosen) and cpu:
+            raise MeasurementError("these were measured on a CPU, and the planner plans for cards.\n--out FOLDER writes calibrations that it does not use.")
+        chosen = [m for m in chosen if m.case.device != "cpu"]
+    rows, said = [], list(read.skipped)
+    for spec in models:
+        model = load_model(spec)
+        found = fit.fit(model, chosen)
+        path = calibration.write(model, found.calibrations, folder)
+        said += found.left_out
+        rows += [
+            Row(model.name, strategy_of(c), c.several_mlp, c.masked, sum(map(len, c.moments.values())), c.residual, str(path)) for c in found.calibrations
+        ]  # fmt: skip
+    constants = fit.devices(chosen)
+    if constants:
+        path = write_measured(constants)
+        said += [f"{card}: {about['context_bytes'] / 2**20:,.0f} MiB of CUDA context, measured; wrote {path}" for card, about in constants.items()]
+    return rows, said
+
+
+def strategy_of(found: Calibration) -> str:
+    """The strategy whose family it is of."""
+    same = (name for name, recipe in STRATEGIES.items() if calibration.family_of(recipe) == found.recipe)
+    return next(same, "custom")
 
 
 def report(console: Console, rows: Sequence[Row]) -> None:

@@ -5,8 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
 from ..plan.published import Comparison, comparisons
 from ..plan.recipe import Recipe
+from . import tables
 
 HEADER = """# Published measurements and the formula rung
 
@@ -53,6 +59,28 @@ def _peaks(rows: list[Comparison]) -> list[str]:
             f"| {_assumptions(c.recipe)} | {'; '.join(c.explained_by)} |"
         )
     return lines
+
+
+def as_data(c: Comparison) -> dict[str, Any]:
+    """For --json: the row with its signed differences."""
+    more = {"tokens_difference": c.tokens_difference, "gib_difference": c.gib_difference}
+    return {**vars(c), "recipe": c.recipe.model_dump() if c.recipe is not None else None, "explained_by": list(c.explained_by), **more}
+
+
+def report(console: Console, rows: Sequence[Comparison]) -> None:
+    """Published and predicted side by side; the assumptions under each."""
+    table = tables.new_table(("published", "left"), ("tokens", "right"), ("predicted", "right"), ("GiB", "right"), ("predicted", "right"), ("differs", "right"))
+    for c in rows:
+        if c.recipe is None:
+            table.add_row(f"{c.model}, {c.gpu}: {c.case}\nnot predicted: {c.not_predicted}", f"{c.published_tokens:,}", "", "", "", "")
+            continue
+        s_max = f"{c.predicted_tokens:,}" if c.predicted_tokens is not None else ""
+        peaks = (f"{c.published_gib:.2f}", f"{c.predicted_gib:.2f}") if c.published_gib is not None else ("", "")
+        difference = c.gib_difference if c.published_gib is not None else c.tokens_difference
+        read = f"{c.model}, {c.gpu}: {c.case}\nread as {_assumptions(c.recipe)}"
+        table.add_row(read, f"{c.published_tokens:,}", s_max, *peaks, _signed(difference))
+    console.print(table)
+    console.print("nothing is fitted to them; what explains each difference: docs/published.md, or --json.", soft_wrap=True)
 
 
 def page() -> str:

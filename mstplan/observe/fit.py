@@ -1,0 +1,167 @@
+"""Solves a model's coefficients, and a card's constants, from measurements.
+
+A measurement gives each instant's peak. Over steps of one family that is a constant, and so much for every token and every
+token of a chunk, whatever the kernels and the allocator do; with the first few layers of a model whose layers are all alike, so much for every layer
+as well. Least squares over at least one more point than there are coefficients; what is left over is the residual.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import __version__
+from ..errors import MeasurementError
+from ..plan.calibration import Calibration, family_of, fingerprint
+from ..plan.model import Model
+from ..plan.solve import layout_of, sizes
+from ..plan.tape import BASIS, Vector
+from .calibrate import WORST
+from .measurement import OK, Measurement
+from .validate import chunks_of, workspace_of
+
+Factors = np.ndarray
+
+
+class _Group(NamedTuple):
+    """The measurements of one family. columns: names of tape.BASIS; by_layer: also each of them times the number of layers."""
+
+    measurements: tuple[Measurement, ...]
+    columns: tuple[str, ...]
+    by_layer: bool
+
+    def factors(self, layers: int | None = None) -> Factors:
+        """A row for each measurement, as if it had been of so many layers."""
+        rows = []
+        for m in self.measurements:
+            units = dict(zip(BASIS, sizes(m.case.recipe, m.case.seq_len, chunks_of(m)).units, strict=True))
+            row = [units[name] for name in self.columns]
+            count = m.case.described.layers if layers is None else layers
+            rows.append(row + [value * count for value in row] if self.by_layer else row)
+        return np.array(rows, dtype=float)
+
+
+class Fitted(NamedTuple):
+    calibrations: list[Calibration]
+    left_out: list[str]  # why a family has none
+
+
+def fit(model: Model, measurements: Iterable[Measurement]) -> Fitted:
+    """A calibration of every family that has points enough. Raises MeasurementError when none has."""
+    groups: dict[tuple[object, ...], list[Measurement]] = defaultdict(list)
+    for m in measurements:
+        if m.outcome == OK and m.case.model == model.name and _is_of(m, model):
+            layout = layout_of(model, m.case.recipe, chunks_of(m), m.case.seq_len)
+            if not layout.padded:  # see solve._calibration
+                groups[_family(m, model)].append(m)
+    found = Fitted([], [])
+    for members in groups.values():
+        solved = _solve(model, members)
+        if isinstance(solved, str):
+            found.left_out.append(f"{model.name}, {members[0].case.strategy}: {solved}")
+        else:
+            found.calibrations.append(solved)
+    if not found.calibrations:
+        raise MeasurementError(
+            ("; ".join(found.left_out) + "." if found.left_out else f"no measurement of {model.name} that a calibration could be solved from.")
+            + f"\nMeasure it: mstplan measure -m {model.name} --seq-len 2k,4k,6k,8k"
+        )
+    return found
+
+
+def _is_of(m: Measurement, model: Model) -> bool:
+    """All of the model, or the first layers of one whose layers are alike and stand for themselves."""
+    layers = m.case.described.layers
+    alike = layers == model.layers or (len(set(model.layer_kinds)) == 1 and m.case.recipe.checkpoint in ("none", "layer"))
+    return alike and fingerprint(model._replace(layer_kinds=model.layer_kinds[:layers])) == fingerprint(m.case.described)
+
+
+def _family(m: Measurement, model: Model) -> tuple[object, ...]:
+    layout = layout_of(model, m.case.recipe, chunks_of(m), m.case.seq_len)
+    flags = (layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked, m.case.recipe.accumulation > 1)
+    same = (m.case.device, m.environment["card"], m.environment["torch"], m.environment["transformers"])
+    return *same, *flags, repr(sorted(family_of(m.case.recipe).items()))
+
+
+def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
+    """The calibration, or why there is none."""
+    first = members[0]
+    layout = layout_of(model, first.case.recipe, chunks_of(first), first.case.seq_len)
+    columns = ["", "bs", *(["bc"] if layout.several_mlp_chunks else []), *(["bk"] if layout.several_loss_chunks else [])]
+    if first.case.recipe.attention == "eager" or layout.masked:
+        columns.append("bss")
+    by_layer = any(m.case.described.layers != model.layers for m in members)
+    group = _Group(tuple(members), tuple(columns), by_layer)
+    factors = group.factors()
+    needed = factors.shape[1] + 1
+    if len(members) < needed or np.linalg.matrix_rank(factors / np.abs(factors).max(axis=0)) < factors.shape[1]:
+        varied = "lengths" + (", numbers of chunks" if layout.several_loss_chunks else "") + (", numbers of layers" if by_layer else "")
+        return f"{len(members)} points, and {needed} are needed, of different {varied}"
+    names = [name for name in first.instants if all(name in m.instants for m in members)]
+    bytes_ = np.array([[m.instants[name] - workspace_of(m) for name in names] for m in members], dtype=float)
+    solution = _least_squares(factors, bytes_)
+    residual = float(np.abs(factors @ solution / bytes_ - 1).max())
+    if residual > WORST:
+        return f"the coefficients miss a measurement by {residual:.2%}, more than {WORST:.1%}"
+    if by_layer:
+        half = len(columns)
+        solution = solution[:half] + model.layers * solution[half:]
+    moments: dict[str, tuple[Vector, ...]] = {name: (_vector(columns, solution[:, n]),) for n, name in enumerate(names)}
+    return Calibration(
+        family_of(first.case.recipe), layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked,
+        first.case.recipe.accumulation > 1, moments, residual, _provenance(members, _left_out_error(factors, bytes_)),
+    )  # fmt: skip
+
+
+def _least_squares(factors: Factors, bytes_: Factors) -> Factors:
+    scale = np.abs(factors).max(axis=0)
+    found: Factors = np.linalg.lstsq(factors / scale, bytes_, rcond=None)[0] / scale[:, None]
+    return found
+
+
+def _left_out_error(factors: Factors, bytes_: Factors) -> float:
+    """The largest error of a step's peak for a point that was not solved from."""
+    errors = [0.0]
+    for n in range(len(factors)):
+        others = np.arange(len(factors)) != n
+        if np.linalg.matrix_rank(factors[others] / np.abs(factors).max(axis=0)) == factors.shape[1]:
+            told = factors[n] @ _least_squares(factors[others], bytes_[others])
+            errors.append(abs(told.max() / bytes_[n].max() - 1))
+    return float(max(errors))
+
+
+def _vector(columns: Sequence[str], values: Factors) -> Vector:
+    vector = [0] * len(BASIS)
+    for name, value in zip(columns, values, strict=True):
+        vector[BASIS.index(name)] = round(float(value))
+    return tuple(vector)
+
+
+def _provenance(members: Sequence[Measurement], left_out: float) -> dict[str, Any]:
+    about = members[0].environment
+    points = [[m.case.recipe.batch, m.case.seq_len, *chunks_of(m), m.case.described.layers] for m in members]
+    return {
+        "rung": "measurement", "card": about["card"], "torch": about["torch"], "transformers": about["transformers"], "mstplan": __version__,
+        "driver": about.get("driver"), "when": max(m.when for m in members), "points": points, "left_out_error": left_out,
+    }  # fmt: skip
+
+
+def devices(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
+    """By card as torch names it: bytes of the CUDA context and of cuBLAS' workspace, medians, and what they are from."""
+    seen: dict[str, list[Measurement]] = defaultdict(list)
+    for m in measurements:
+        if m.outcome == OK and m.case.device == "cuda":
+            seen[m.environment["card"]].append(m)
+    found: dict[str, dict[str, Any]] = {}
+    for card, members in seen.items():
+        ranks = [rank for m in members for rank in m.ranks]
+        contexts, workspaces = ([v for v in column if v is not None] for column in zip(*((r.context, r.workspace) for r in ranks), strict=True))
+        if contexts and workspaces:
+            about = members[-1].environment
+            source = f"measured: {len(ranks)} steps with torch {about['torch']}, driver {about.get('driver')}, until {members[-1].when}"
+            found[card] = {"context_bytes": int(median(contexts)), "cublas_workspace_bytes": int(median(workspaces)), "context_source": source}
+    return found

@@ -1,0 +1,132 @@
+"""Predicted limits put to the test: steps a little below and above S_max, the true S_max, and what chunks cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from ..errors import MeasurementError
+from ..plan import solve
+from ..plan.hardware import Card
+from ..plan.model import Model
+from ..plan.recipe import Recipe
+from ..plan.solve import chunk_tokens
+from ..plan.steps import Chunks
+from ..units import LONGEST
+from .measurement import OK, OUT_OF_MEMORY, Measurement
+from .trace import Trace
+
+BELOW, ABOVE = 0.98, 1.03
+"""Shares of S_max at which a step must run, and must not."""
+PRECISION = 0.005
+"""The true S_max is found to this share."""
+MOST_POINTS = 16
+
+Measure = Callable[[int], Measurement]
+
+
+class Limit(NamedTuple):
+    """S_max as predicted and as found; runs and fails in tokens: the longest length that ran, the shortest that did not."""
+
+    strategy: str
+    rung: str
+    predicted: int
+    runs: int
+    fails: int | None
+    points: tuple[Measurement, ...]
+
+    def outcome_at(self, share: float) -> str:
+        return next((m.outcome for m in self.points if m.case.seq_len == at(self.predicted, share)), "not measured")
+
+    @property
+    def holds(self) -> bool:
+        return self.outcome_at(BELOW) == OK and self.outcome_at(ABOVE) == OUT_OF_MEMORY
+
+    @property
+    def error(self) -> float:
+        """Signed, of the predicted length as a share of the longest that ran."""
+        return self.predicted / self.runs - 1 if self.runs else float("inf")
+
+
+def at(s_max: int, share: float) -> int:
+    """The length to try: rounded away from S_max."""
+    return max(1, int(s_max * share)) if share < 1 else max(s_max + 1, -int(-s_max * share // 1))
+
+
+def check(strategy: str, rung: str, predicted: int, measure: Measure) -> Limit:
+    """Measure below and above the predicted S_max, then close in on the true one. Raises MeasurementError for a step that neither
+    runs nor runs out of memory."""
+    if not predicted:
+        raise MeasurementError(f"{strategy}: not even one token is predicted to fit.\nGive more memory, or --layers.")
+    points: list[Measurement] = []
+    runs, fails = 0, LONGEST
+
+    def ran(seq_len: int) -> bool:
+        nonlocal runs, fails
+        points.append(measure(seq_len))
+        if points[-1].outcome not in (OK, OUT_OF_MEMORY):
+            raise MeasurementError(f"{points[-1].case.words}: {points[-1].outcome}: {points[-1].error.splitlines()[0]}")
+        ok = points[-1].outcome == OK
+        runs, fails = (max(runs, seq_len), fails) if ok else (runs, min(fails, seq_len))
+        return ok
+
+    ran(at(predicted, BELOW))
+    ran(at(predicted, ABOVE))
+    while len(points) < MOST_POINTS and (fails - runs) > max(1, int(runs * PRECISION)):
+        ran((runs + fails) // 2 if runs and fails < LONGEST else int(runs * 1.1) + 1 if runs else max(1, int(fails * 0.9)))
+        if fails == 1:
+            break
+    return Limit(strategy, rung, predicted, runs, fails if fails < LONGEST else None, tuple(points))
+
+
+def longest_on_cpu(limit: int, trace_at: Callable[[int], Trace], start: int = 1024) -> int:
+    """The longest sequence whose traced peak on a CPU is at most `limit` bytes; 0 when one token is more."""
+    low, high = 0, start
+    while trace_at(high).peak.bytes <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if trace_at(middle).peak.bytes <= limit else (low, middle)
+    return low
+
+
+# ---- what chunks cost ---------------------------------------------------------------------------------------------------
+
+
+class Throughput(NamedTuple):
+    """A number of chunks and what came of it; share: of the tokens per second in one chunk."""
+
+    chunks: Chunks
+    tokens: tuple[int, int]  # in a chunk of MLP and of loss
+    measurement: Measurement
+    share: float | None
+    recommended: bool
+
+
+MOST_LOST = 0.03
+"""What the recommended number of chunks may cost of the throughput in one chunk."""
+
+
+def chunk_counts(recommended: Chunks) -> list[Chunks]:
+    """One chunk; half, all and twice the recommended number."""
+    some = [Chunks(max(1, recommended.mlp * n // 2), max(1, recommended.loss * n // 2)) for n in (1, 2, 4)]
+    return list(dict.fromkeys([Chunks(1, 1), *some]))
+
+
+def throughput(model: Model, recipe: Recipe, card: Card, seq_len: int, measure: Callable[[Chunks], Measurement]) -> list[Throughput]:
+    """The step's time over numbers of chunks. In one chunk the loss still is that of chunks: only their number differs."""
+    best = solve.plan_at(model, recipe, card, seq_len).chunks
+    found = {chunks: measure(chunks) for chunks in chunk_counts(best)}
+    whole = found[Chunks(1, 1)]
+    return [
+        Throughput(
+            chunks, (chunk_tokens(seq_len, chunks.mlp), chunk_tokens(seq_len, chunks.loss)), m,
+            m.tokens_per_second / whole.tokens_per_second if m.outcome == whole.outcome == OK else None, chunks == best,
+        )
+        for chunks, m in found.items()
+    ]  # fmt: skip
+
+
+def holds(rows: Iterable[Throughput]) -> bool:
+    """Does the recommended number cost no more than it may?"""
+    return all(row.share is not None and row.share >= 1 - MOST_LOST for row in rows if row.recommended)

@@ -1,0 +1,215 @@
+"""Predictions held against measurements: each rung's answer for the very step that was measured, and how far off it is. No torch,
+but for traces that are not kept yet."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mean, median
+from typing import NamedTuple
+
+from ..plan import solve
+from ..plan.hardware import Card
+from ..plan.solve import layout_of, sizes
+from ..plan.steps import Chunks, Step, step
+from . import cache
+from .card import held, room, runs
+from .measurement import OK, OUT_OF_MEMORY, Measurement
+from .sweep import card_of
+from .trace import Trace
+
+FORMULA, CALIBRATED, TRACE = "formula", "calibrated", "trace"
+RUNGS = (FORMULA, CALIBRATED, TRACE)
+ALLOCATED, RESERVED, DEVICE = "allocated", "reserved", "device"
+
+
+class Row(NamedTuple):
+    """A measured step's peak and a rung's prediction of it, in bytes. what: allocated | reserved | device."""
+
+    measurement: Measurement
+    rung: str
+    what: str
+    predicted: int
+    measured: int
+    instants: tuple[tuple[str, int, int], ...] = ()  # (name, predicted, measured) of each, where both tell
+
+    @property
+    def error(self) -> float:
+        """Signed, as a share of what was measured: + is too much."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def worst_instant(self) -> tuple[str, float]:
+        return max(((name, told / seen - 1) for name, told, seen in self.instants), key=lambda pair: abs(pair[1]), default=("", 0.0))
+
+
+class Broken(NamedTuple):
+    """A step that a rung said would fit, and that ran out of memory."""
+
+    measurement: Measurement
+    rung: str
+
+
+class Summary(NamedTuple):
+    """Of the errors of some rows: means of their absolute values, and the worst with its sign."""
+
+    rung: str
+    what: str
+    group: str
+    n: int
+    mean: float
+    median: float
+    worst: float
+
+
+class Validation(NamedTuple):
+    rows: list[Row]
+    broken: list[Broken]
+    out_of_memory: int  # how many measurements ran out of memory
+    left_out: list[str]  # why a measurement was not compared
+
+
+def chunks_of(m: Measurement) -> Chunks:
+    return Chunks(int(m.case.recipe.mlp_chunks), int(m.case.recipe.loss_chunks))
+
+
+def validate(measurements: Iterable[Measurement], rungs: Sequence[str] = RUNGS, tell: Callable[[str], object] = lambda _words: None) -> Validation:
+    """Every measurement beside every rung that has an answer. `tell` hears what is compared at the moment."""
+    found = Validation([], [], 0, [])
+    lost = 0
+    for m in measurements:
+        tell(m.case.words)
+        if m.outcome == OUT_OF_MEMORY:
+            lost += 1
+            found.broken.extend(Broken(m, rung) for rung in rungs if _said_to_fit(m, rung))
+        elif m.outcome == OK:
+            for rung in rungs:
+                found.rows.extend(_rows(m, rung))
+        else:
+            found.left_out.append(f"{m.case.words}: {m.outcome}, {m.error.splitlines()[0] if m.error else 'no reason given'}")
+    found.rows.extend(_on_the_device(found.rows))
+    return found._replace(out_of_memory=lost)
+
+
+def _rows(m: Measurement, rung: str) -> list[Row]:
+    if rung == TRACE:
+        trace = traced(m)
+        rows = [_row(m, rung, {peak.instant: peak.bytes for peak in trace.peaks})]
+        if m.case.device == "cuda" and m.peak.reserved is not None:
+            expandable = "expandable_segments:True" in m.environment.get("allocator", "")
+            rows.append(Row(m, rung, RESERVED, held(trace, expandable=expandable).reserved, m.peak.reserved))
+        return rows
+    told = step_of(m, rung)
+    if told is None:
+        return []
+    instants = {instant.name: instant.bytes for instant in told.instants(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))}
+    return [_row(m, rung, instants)]
+
+
+def _row(m: Measurement, rung: str, told: dict[str, int]) -> Row:
+    seen = m.instants
+    both = tuple((name, told[name], seen[name]) for name in told if name in seen)
+    return Row(m, rung, ALLOCATED, max(told.values()), m.peak.allocated, both)
+
+
+def step_of(m: Measurement, rung: str) -> Step | None:
+    """The formula's step, or the one a calibration makes of it; None when there is none for it."""
+    model, recipe, seq_len, chunks = m.case.described, m.case.recipe, m.case.seq_len, chunks_of(m)
+    formula = step(model, layout_of(model, recipe, chunks, seq_len), workspace_of(m))
+    if rung == FORMULA:
+        return formula
+    found = solve.calibration_at(model, recipe, seq_len, chunks)
+    return formula.calibrated(found.moments) if found is not None else None
+
+
+def traced(m: Measurement) -> Trace:
+    return cache.trace_of(m.case.config, m.case.recipe, m.case.seq_len, on=m.case.device, workspace=workspace_of(m))
+
+
+def workspace_of(m: Measurement) -> int:
+    """What cuBLAS was seen to take, else what is known of the card; nothing on a CPU."""
+    if m.case.device == "cpu":
+        return 0
+    seen = next((rank.workspace for rank in m.ranks if rank.workspace is not None), None)
+    return seen if seen is not None else card(m).gpu.cublas_workspace_bytes
+
+
+def card(m: Measurement) -> Card:
+    return card_of(m.environment, m.case.limit)
+
+
+def _said_to_fit(m: Measurement, rung: str) -> bool:
+    on = card(m)
+    if rung == TRACE:
+        trace = traced(m)
+        return runs(trace, on) if m.case.device == "cuda" else trace.peak.bytes <= room(on)
+    told = step_of(m, rung)
+    return told is not None and told.largest(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))[1] <= on.budget_bytes
+
+
+def _on_the_device(rows: Sequence[Row]) -> list[Row]:
+    """What the whole card shows as used: reserved by trace, and the CUDA context as the measurements of other models had it. The
+    context is the one thing that is fitted, so that no model is predicted from its own."""
+    reserved = [row for row in rows if row.what == RESERVED and row.measurement.peak.device is not None]
+    found = []
+    for row in reserved:
+        m = row.measurement
+        others = [
+            rank.context for other in reserved for rank in other.measurement.ranks
+            if rank.context is not None and other.measurement.case.model != m.case.model
+            and other.measurement.environment["card"] == m.environment["card"]
+        ]  # fmt: skip
+        if others and m.peak.device is not None:
+            found.append(Row(m, row.rung, DEVICE, row.predicted + int(median(others)), m.peak.device))
+    return found
+
+
+# ---- how good that is ---------------------------------------------------------------------------------------------------
+
+
+def summaries(rows: Iterable[Row], group: Callable[[Row], str] = lambda _row: "all") -> list[Summary]:
+    """By rung, by what is predicted, and by what `group` gives of a row."""
+    sorted_in: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        sorted_in[row.rung, row.what, group(row)].append(row.error)
+    return [
+        Summary(*key, len(errors), mean(map(abs, errors)), median(map(abs, errors)), max(errors, key=abs))
+        for key, errors in sorted_in.items()
+    ]  # fmt: skip
+
+
+def by_strategy(row: Row) -> str:
+    return row.measurement.case.strategy
+
+
+def by_model(row: Row) -> str:
+    return row.measurement.case.model
+
+
+def by_length(row: Row) -> str:
+    """In powers of two."""
+    tokens = row.measurement.case.seq_len
+    return f"{1 << (tokens.bit_length() - 1):,} tokens on"
+
+
+class Bounds(NamedTuple):
+    """The errors that a rung may have, as shares."""
+
+    mean: float
+    worst: float
+
+
+BOUNDS = {FORMULA: Bounds(0.05, 0.05), CALIBRATED: Bounds(0.01, 0.03), TRACE: Bounds(0.01, 0.03)}
+
+
+def beyond(found: Validation, bounds: dict[str, Bounds]) -> list[str]:
+    """What is worse than it may be, a line each; of allocated bytes, which all rungs predict."""
+    lines = []
+    for s in summaries(row for row in found.rows if row.what == ALLOCATED):
+        may = bounds[s.rung]
+        if s.mean > may.mean:
+            lines.append(f"{s.rung}: mean error {s.mean:.2%}, more than {may.mean:.2%}")
+        if abs(s.worst) > may.worst:
+            lines.append(f"{s.rung}: worst error {s.worst:+.2%}, more than {may.worst:.2%}")
+    lines += [f"{b.rung}: {b.measurement.case.words} was to fit and ran out of memory" for b in found.broken]
+    return lines

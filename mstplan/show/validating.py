@@ -1,0 +1,174 @@
+"""`mstplan validate`: errors of each rung as tables, JSON, a plot, and the page and the table that the documentation shows.
+
+    mstplan validate --markdown           what README shows of the archive
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress, TimeRemainingColumn
+from rich.text import Text
+
+from .. import files
+from ..errors import OutputError
+from ..observe.validate import (
+    ALLOCATED,
+    Row,
+    Summary,
+    Validation,
+    by_length,
+    by_model,
+    by_strategy,
+    summaries,
+)
+from ..units import GIB
+from . import tables
+from .plot import FONT, render
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GROUPS = (("", lambda _row: "all"), ("strategy", by_strategy), ("length", by_length), ("model", by_model))
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Any]:
+    """A function that is told what is compared now."""
+    console = Console(stderr=True)
+    columns = Progress.get_default_columns()[:-1]
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("comparing", total=total)
+        yield lambda words: bar.update(task, advance=1, description=words[:40])
+
+
+def devices(rows: Sequence[Row]) -> list[str]:
+    """Where the rows were measured, most rows first."""
+    names = [row.measurement.environment["card"] for row in rows]
+    return sorted(dict.fromkeys(names), key=names.count, reverse=True)
+
+
+def report(console: Console, found: Validation, damaged: Sequence[str], said: Sequence[str]) -> None:
+    """The errors by rung, strategy, length and model; then what is wrong, and what was not measured."""
+    for device in devices(found.rows):
+        rows = [row for row in found.rows if row.measurement.environment["card"] == device]
+        steps = len({id(row.measurement) for row in rows})
+        console.print(Text.assemble((f"{steps} measured steps", "bold"), " on ", (device, "bold")))
+        console.print(_table(rows))
+    for line in [*damaged, *found.left_out]:
+        console.print(f"left out: {line}", soft_wrap=True)
+    if found.out_of_memory:
+        console.print(f"{found.out_of_memory} steps ran out of memory; predicted to fit: {len(found.broken)}.", soft_wrap=True)
+    for line in said:
+        console.print(Text(line, "bold"), soft_wrap=True)
+    console.print()
+    tables.notes(console, notes(found))
+
+
+def _table(rows: Sequence[Row]) -> Any:
+    table = tables.new_table(("", "left"), ("rung", "left"), ("of", "left"), ("n", "right"), ("mean", "right"), ("median", "right"), ("worst", "right"))
+    for title, group in GROUPS:
+        for n, s in enumerate(sorted(summaries(rows, group), key=lambda s: s.group)):
+            if title and s.what != ALLOCATED:
+                continue
+            if n == 0 and title:
+                table.add_section()
+            table.add_row(s.group, s.rung, s.what, str(s.n), f"{s.mean:.3%}", f"{s.median:.3%}", f"{s.worst:+.3%}")
+    return table
+
+
+def notes(found: Validation) -> list[str]:
+    on = devices(found.rows)
+    lines = []
+    if on == ["cpu"] or not on:
+        lines.append("nothing here was measured on a CUDA device: attention's workspace, cuBLAS' and the allocator are from PyTorch's source.")
+    if "cpu" in on:
+        lines.append("cpu: the trace follows the CPU's kernels; the formula counts those of CUDA, whatever device it is compared on.")
+    lines.append("errors are signed: + means that more was predicted than was measured.")
+    return lines
+
+
+def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> dict[str, Any]:
+    def row(r: Row) -> dict[str, Any]:
+        m = r.measurement
+        instants = [{"name": name, "predicted": told, "measured": seen} for name, told, seen in r.instants]
+        return {
+            "model": m.case.model, "layers": m.case.layers, "strategy": m.case.strategy, "seq_len": m.case.seq_len, "card": m.environment["card"],
+            "recipe": m.case.recipe.model_dump(), "rung": r.rung, "what": r.what, "predicted_bytes": r.predicted, "measured_bytes": r.measured,
+            "error": r.error, "instants": instants,
+        }  # fmt: skip
+
+    def summary(s: Summary, by: str) -> dict[str, Any]:
+        return {"by": by or "all", **s._asdict()}
+
+    return {
+        "rows": [row(r) for r in found.rows], "summaries": [summary(s, title) for title, group in GROUPS for s in summaries(found.rows, group)],
+        "out_of_memory": found.out_of_memory, "fit_predicted_but_ran_out": [{"case": b.measurement.case.words, "rung": b.rung} for b in found.broken],
+        "left_out": [*damaged, *found.left_out], "beyond_bounds": list(said), "notes": notes(found),
+    }  # fmt: skip
+
+
+# ---- the documentation's table ------------------------------------------------------------------------------------------
+
+
+def markdown(found: Validation) -> str:
+    """The errors by device, rung and strategy."""
+    lines = [
+        "| measured on | rung | steps | mean error | median | worst | at |", "|---|---|---:|---:|---:|---:|---|",
+    ]  # fmt: skip
+    for device in devices(found.rows):
+        rows = [row for row in found.rows if row.measurement.environment["card"] == device]
+        for s in summaries(rows):
+            worst = max((r for r in rows if (r.rung, r.what) == (s.rung, s.what)), key=lambda r: abs(r.error))
+            what = s.rung if s.what == ALLOCATED else f"{s.rung}, {s.what}"
+            lines.append(f"| {device} | {what} | {s.n} | {s.mean:.3%} | {s.median:.3%} | {s.worst:+.3%} | {worst.measurement.case.words} |")
+    return "\n".join(lines) + "\n"
+
+
+# ---- the plot -----------------------------------------------------------------------------------------------------------
+
+
+def plot(found: Validation, path: Path) -> None:
+    """Predicted against measured, and the error of each. All of the file is written, or nothing. Raises OutputError."""
+    rows = [row for row in found.rows if row.what == ALLOCATED]
+    if not rows:
+        raise OutputError("no measured step to draw.")
+    title = f"Predicted and measured peaks of {len({id(row.measurement) for row in rows})} training steps on {', '.join(devices(rows))}"
+    with files.refusing(path):
+        data = render(path.suffix.lower()[1:], title, lambda figure: _draw(figure, rows, title))
+    files.write(path, data)
+
+
+def _draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
+    figure.suptitle(title, fontsize=FONT, x=0.02, ha="left")
+    figure.subplots_adjust(left=0.1, right=0.97, top=0.93, bottom=0.08, hspace=0.3)
+    upper, lower = figure.subplots(2, 1)
+    _against(upper, rows)
+    _errors(lower, rows)
+
+
+COLOURS = {"formula": "#7a7a7a", "calibrated": "#0072b2", "trace": "#d55e00"}
+MARKS = {"formula": "s", "calibrated": "D", "trace": "o"}
+
+
+def _against(axes: Axes, rows: Sequence[Row]) -> None:
+    for rung in dict.fromkeys(row.rung for row in rows):
+        points = [(row.measured / GIB, row.predicted / GIB) for row in rows if row.rung == rung]
+        axes.plot(*zip(*points, strict=True), MARKS[rung], color=COLOURS[rung], label=rung, markersize=5, fillstyle="none")
+    ends = [min(min(r.measured, r.predicted) for r in rows) / GIB * 0.9, max(max(r.measured, r.predicted) for r in rows) / GIB * 1.1]
+    axes.plot(ends, ends, color="black", linewidth=0.7, zorder=0)
+    axes.set(xscale="log", yscale="log", xlabel="measured peak, GiB allocated", ylabel="predicted, GiB")
+    axes.legend(frameon=False)
+
+
+def _errors(axes: Axes, rows: Sequence[Row]) -> None:
+    for rung in dict.fromkeys(row.rung for row in rows):
+        points = [(row.measurement.case.seq_len, 100 * row.error) for row in rows if row.rung == rung]
+        axes.plot(*zip(*points, strict=True), MARKS[rung], color=COLOURS[rung], label=rung, markersize=5, fillstyle="none")
+    axes.axhline(0, color="black", linewidth=0.7, zorder=0)
+    axes.set(xscale="log", xlabel="tokens", ylabel="error, % (+: too much predicted)")

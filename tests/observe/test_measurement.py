@@ -1,0 +1,161 @@
+"""Results files: what is written is read again, whatever else is in the file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mstplan import InputError, MeasurementError, ModelError, OutputError
+from mstplan.observe.measurement import (
+    FAILED,
+    SCHEMA_VERSION,
+    Figures,
+    Measurement,
+    Peak,
+    appending,
+    key_of,
+    latest,
+    read,
+    read_all,
+    sliced,
+)
+from mstplan.plan.catalog import load_config, model_names
+from mstplan.plan.config import read_config
+
+from .measured import CARD, CPU, case, measured
+
+BYTES = st.integers(0, 2**50)
+PEAKS = st.dictionaries(st.sampled_from(["loss", "end of forward", "optimizer step"]), st.builds(Peak, BYTES, st.none() | BYTES, st.none() | BYTES), min_size=1)
+FIGURES = st.builds(
+    Figures, BYTES, PEAKS, PEAKS, st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=4).map(tuple), st.floats(0, 100), st.none() | BYTES, st.none() | BYTES
+)  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "results.jsonl"
+
+
+def write(path: Path, *measurements: Measurement) -> None:
+    with appending(path) as append:
+        for m in measurements:
+            append(m)
+
+
+@given(ranks=st.lists(FIGURES, max_size=3).map(tuple), error=st.text(), seq_len=st.integers(1, 2**30), limit=st.none() | BYTES)
+def test_what_is_written_is_read(tmp_path_factory, ranks, error, seq_len, limit):
+    path = tmp_path_factory.mktemp("results") / "r.jsonl"
+    m = Measurement(case(seq_len=seq_len, limit=limit), CARD, "ok", error, ranks, "2026-11-24T00:00:00+00:00")
+    write(path, m)
+    assert read(path) == ([m], [])
+
+
+def test_of_a_step(path):
+    m = measured(case(batch=2, seq_len=100, accumulation=3), {"loss": 5, "optimizer step": 7})
+    assert (m.peak.allocated, m.peak.reserved, m.seconds) == (7, None, 0.5)
+    assert m.tokens_per_second == pytest.approx(2 * 3 * 100 / 0.5)
+    both = replace(m, ranks=(m.ranks[0], replace(m.ranks[0], step_seconds=(1.0,), phases={"loss": Peak(9, 11)}, instants={"loss": Peak(9), "optimizer step": Peak(1)})))
+    assert both.peak == Peak(9, 11) and both.seconds == 1.0  # of the rank that holds most, and of the slowest
+    assert both.tokens_per_second == pytest.approx(2 * 2 * 3 * 100 / 1.0)
+    assert both.instants == {"loss": 9, "optimizer step": 7}
+
+
+@pytest.mark.parametrize(
+    "damage", ["not json", "{}", "[]", "7", "null", '{"schema_version": 1}', '{"schema_version": 1, "case": []}', '"x"', "{" * 100_000],
+    ids=lambda damage: damage[:20],
+)  # fmt: skip
+def test_a_damaged_line_is_left_out_and_said(path, damage):
+    first, last = measured(case(), {"loss": 1}), measured(case(seq_len=7), {"loss": 2})
+    write(path, first)
+    with path.open("a") as file:
+        file.write(damage + "\n\n")
+    write(path, last)
+    found = read(path)
+    assert found.measurements == [first, last]
+    assert len(found.skipped) == 1 and "line 2" in found.skipped[0]
+
+
+def test_a_line_that_a_kill_cut_off(path):
+    first, last = measured(case(), {"loss": 1}), measured(case(seq_len=7), {"loss": 2})
+    write(path, first, last)
+    path.write_bytes(path.read_bytes()[:-40])
+    write(path, last)
+    found = read(path)
+    assert found.measurements == [first, last] and len(found.skipped) == 1
+
+
+def test_a_newer_schema_is_refused(path):
+    write(path, measured(case(), {"loss": 1}))
+    newer = {**json.loads(path.read_text()), "schema_version": SCHEMA_VERSION + 1}
+    path.write_text(path.read_text() + json.dumps(newer) + "\n")
+    with pytest.raises(MeasurementError, match=rf"schema {SCHEMA_VERSION + 1}.*\n.*[Uu]pdate"):
+        read(path)
+
+
+def test_one_writer_at_a_time(path):
+    write(path, measured(case(), {"loss": 1}))
+    before = path.read_bytes()
+    program = f"from pathlib import Path\nfrom mstplan.observe.measurement import appending\nwith appending(Path({str(path)!r})): pass"
+    with appending(path):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert done.returncode and "another mstplan is writing" in done.stderr
+    assert path.read_bytes() == before
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_file_that_nothing_came_of_goes(path):
+    with appending(path):
+        assert path.exists()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["", "missing/results.jsonl"])
+def test_no_file_to_write(tmp_path, name):
+    with pytest.raises(OutputError), appending(tmp_path / name):
+        pass
+
+
+def test_no_file_to_read(tmp_path):
+    with pytest.raises(InputError, match="no file"):
+        read(tmp_path / "none.jsonl")
+
+
+def test_files_together(tmp_path):
+    old, new, other = measured(case(), {"loss": 1}), measured(case(), {"loss": 2}), measured(case(seq_len=9), {"loss": 3})
+    write(tmp_path / "a", old, other)
+    write(tmp_path / "b", new)
+    assert read_all([tmp_path / "a", tmp_path / "b"]).measurements == [new, other]
+    assert latest([old, new]) == [new]
+
+
+def test_what_makes_a_point_the_same():
+    one = case()
+    same = replace(one, model="other name", strategy="custom", steps=9)
+    assert key_of(one, CPU) == key_of(same, {**CPU, "driver": "another", "python": "3.12"})
+    for other in (case(seq_len=513), case(batch=2), case("standard"), replace(one, limit=1), replace(one, device="cuda"), replace(one, layers=2)):
+        assert key_of(other, CPU) != key_of(one, CPU)
+    for changed in ({"torch": "2.14"}, {"card": "other"}, {"allocator": "expandable_segments:True"}):
+        assert key_of(one, {**CPU, **changed}) != key_of(one, CPU)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_the_first_layers_of_a_model(name):
+    config = load_config(name)
+    whole, first = read_config(config, name), read_config(sliced(config, 2, name), name)
+    experts = whole.experts if any(kind.experts for kind in first.layer_kinds) else None  # deepseek-v3 begins with dense layers
+    assert first == whole._replace(layer_kinds=whole.layer_kinds[:2], experts=experts)
+    for layers in (0, whole.layers + 1):
+        with pytest.raises(ModelError, match=f"has {whole.layers} layers"):
+            sliced(config, layers, name)
+
+
+def test_what_failed_has_no_figures():
+    m = Measurement(case(), CPU, FAILED, "killed")
+    assert Measurement.from_data(json.loads(json.dumps(m.as_data()))) == m

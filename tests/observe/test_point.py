@@ -1,0 +1,127 @@
+"""One measured step: on the CPU for real, on CUDA as far as that can be seen without a card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mstplan import MeasurementError, ModelError, strategy
+from mstplan.observe import point
+from mstplan.observe.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Figures, Peak
+from mstplan.observe.point import attempt, by_phase, environment, measure, real_attention
+from mstplan.observe.step import TrainingStep, build, read_settings
+from mstplan.observe.tracer import trace
+from mstplan.plan.recipe import STRATEGIES
+from mstplan.plan.steps import INSTANTS
+
+from .measured import case
+from .tiny import TINY
+
+CHUNKS = {"mlp_chunks": 3, "loss_chunks": 4}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("more", [{}, {"optimizer_in_backward": True}, {"accumulation": 2, "batch": 2}], ids=["", "in backward", "accumulation"])
+def test_every_instant_as_the_trace_has_it(name, more):
+    one = case(name, 200, precision="fp32", steps=1, **(CHUNKS if STRATEGIES[name].loss == "chunked" else {}), **more)
+    found, told = measure(one), trace(TINY, one.recipe, 200, on="cpu")
+    assert {n: p.allocated for n, p in found.instants.items()} == {p.instant: pytest.approx(p.bytes, rel=0.005) for p in told.peaks}
+    assert found.peak.allocated == max(p.allocated for p in found.instants.values())
+    assert found.context is found.workspace is found.peak.reserved is None
+
+
+def test_a_limit_on_a_cpu():
+    peak = measure(case(seq_len=64, precision="fp32", steps=1)).peak.allocated
+    assert attempt(lambda: measure(case(seq_len=64, precision="fp32", steps=1, limit=peak)))["outcome"] == OK
+    beyond = attempt(lambda: measure(case(seq_len=64, precision="fp32", steps=1, limit=peak - 1)))
+    assert beyond["outcome"] == OUT_OF_MEMORY and "more than" in beyond["error"]
+
+
+def test_instants_belong_to_phases():
+    assert by_phase({name: n for n, name in enumerate(INSTANTS)}) == {"forward": 1, "backward": 6, "optimizer": 7}
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(ModelError("no"), REFUSED), (torch.OutOfMemoryError("CUDA out of memory"), OUT_OF_MEMORY), (MemoryError(), OUT_OF_MEMORY),
+     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), OUT_OF_MEMORY), (RuntimeError("other"), FAILED),
+     (KeyError("x"), FAILED)],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_raised_is_an_outcome(error, outcome):
+    def fails() -> Figures:
+        raise error
+
+    found = attempt(fails)
+    assert found["outcome"] == outcome and found["figures"] is None and isinstance(found["error"], str)
+
+
+def test_too_much_for_this_machine():
+    assert attempt(lambda: torch.empty(2**50))["outcome"] == OUT_OF_MEMORY  # type: ignore[arg-type, return-value]
+
+
+def test_attention_that_runs():
+    llama = read_settings(TINY)
+    assert real_attention(strategy("standard"), llama, "cuda") == "sdpa"
+    assert real_attention(strategy("standard", attention="eager"), llama, "cuda") == "eager"
+    assert real_attention(strategy("standard", attention="flash"), llama, "cuda") == "flash_attention_2"
+
+
+# ---- CUDA's counters, without CUDA ------------------------------------------------------------------------------------
+
+
+class Counters:
+    """torch.cuda's, as its caching allocator keeps them: `took` bytes are allocated at every reading, and given back."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self.resets = 0
+
+    def allocate(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def reset(self) -> None:
+        self.most = self.now
+        self.resets += 1
+
+
+@pytest.fixture
+def counters(monkeypatch: pytest.MonkeyPatch) -> Counters:
+    found = Counters()
+    for name, stand_in in {
+        "max_memory_allocated": lambda: found.most, "max_memory_reserved": lambda: 2 * found.most, "reset_peak_memory_stats": found.reset,
+        "memory_reserved": lambda: 2 * found.now, "mem_get_info": lambda: (1000 - 3 * found.now, 1000), "synchronize": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return found
+
+
+def test_peaks_are_of_what_is_named(counters):
+    peaks = point._Peaks()
+    for name, sizes in (("forward", (5, -2)), ("loss", (10, -10)), ("forward", (1,)), ("optimizer", (0,))):
+        peaks(name)
+        for size in sizes:
+            counters.allocate(size)
+    peaks("")
+    assert peaks.found == {"forward": Peak(5, 10), "loss": Peak(13, 26), "optimizer": Peak(4, 8)}
+
+
+def test_instants_and_phases_from_counters(counters):
+    """A step on the CPU, of which each instant adds a byte for every mark: what is read belongs to the right names."""
+    recipe = strategy("checkpoint", precision="fp32")
+    step = TrainingStep(build(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 16)
+    step.run()
+    counters.allocate(100)
+    instants, phases = point._watched_on_cuda(step)
+    assert list(instants) == [name for name in INSTANTS if name in instants] and len(instants) == len(INSTANTS)
+    assert instants["loss"] == Peak(100, 200) and counters.resets > 10
+    assert phases == {name: Peak(100, 200, 300) for name in ("forward", "backward", "optimizer")}
+    assert point._beside_tensors() == 300 - 200
+
+
+def test_environment_of_a_cpu():
+    found = environment("cpu")
+    assert found["card"] == "cpu" and found["total_bytes"] > 2**30 and found["transformers"]
+    with pytest.raises(MeasurementError, match=r"CUDA[\s\S]*--device cpu"):
+        environment("cuda")

@@ -1,0 +1,52 @@
+"""`mstplan measure` under torchrun: two real ranks, one record."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mstplan.observe import measurement
+from mstplan.observe.measurement import OK, REFUSED
+from mstplan.observe.tracer import trace
+from mstplan.plan.recipe import strategy
+
+from .tiny import TINY, write_tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mstplan", "measure", "--device", "cpu",
+               "-m", str(write_tiny(folder)), "--steps", "1", "-o", str(folder / "results.jsonl"), *arguments]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.slow
+def test_two_ranks_make_one_record(tmp_path):
+    done = torchrun(tmp_path, "--seq-len", "96", "-s", "checkpoint", "--sharding", "fsdp", "--precision", "fp32")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("checkpoint") == 1
+    (found,) = measurement.read(tmp_path / "results.jsonl").measurements
+    assert (found.outcome, len(found.ranks)) == (OK, 2)
+    recipe = strategy("checkpoint", sharding="fsdp", gpus=2, precision="fp32")
+    assert found.case.recipe == recipe
+    told = trace(TINY, recipe, 96, on="cpu")
+    # gloo and the CPU's kernels hold buffers of their own for a collective (test_sharding.py names them): at most a layer's
+    layer = sum(w.bytes for w in told.weights if ".layers.0." in w.name) * 2
+    assert 0 <= found.peak.allocated - told.peak.bytes <= 2 * layer
+    assert found.ranks[0].static == found.ranks[1].static == sum(alive.bytes for alive in told.resident)
+    assert found.tokens_per_second == pytest.approx(2 * 96 / found.seconds)
+
+
+@pytest.mark.slow
+def test_what_two_ranks_cannot_do(tmp_path):
+    many = torchrun(tmp_path, "--seq-len", "96,97", "-s", "checkpoint", "--sharding", "fsdp")
+    assert many.returncode and "one with each command" in many.stderr
+    refused = torchrun(tmp_path, "--seq-len", "96", "-s", "checkpoint", "--sharding", "fsdp", "--attention", "flash")
+    (found,) = measurement.read(tmp_path / "results.jsonl").measurements
+    assert found.outcome == REFUSED and "flash" in found.error, refused.stderr[-500:]
