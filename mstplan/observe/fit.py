@@ -1,8 +1,11 @@
 """Solves a model's coefficients, and a card's constants, from measurements.
 
-A measurement gives each instant's peak. Over steps of one family that is a constant, and so much for every token and every
-token of a chunk, whatever the kernels and the allocator do; with the first few layers of a model whose layers are all alike, so much for every layer
-as well. Least squares over at least one more point than there are coefficients; what is left over is the residual.
+A measurement gives each instant's peak: the largest of several moments, and which of them that is changes with the length (a
+layer's backward early on holds more layer inputs, a late one more gradients). So it is not the peaks that are solved for but
+what they differ by from the formula's, which knows the moments: over steps of one family a constant, so much for every token
+and every token of a chunk, and with the first few layers of a model whose layers are alike, so much for every layer as well. Least squares
+over at least one point more than there are coefficients; what is left over is the residual. The calibration is the formula's
+moments with that added.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from ..errors import MeasurementError
 from ..plan.calibration import Calibration, family_of, fingerprint
 from ..plan.model import Model
 from ..plan.solve import layout_of, sizes
-from ..plan.tape import BASIS, Vector
+from ..plan.steps import step
+from ..plan.tape import BASIS, Vector, add
 from .calibrate import WORST
 from .measurement import OK, Measurement
-from .validate import chunks_of, workspace_of
+from .validate import FORMULA, chunks_of, step_of
 
 Factors = np.ndarray
 
@@ -101,19 +105,24 @@ def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
     if len(members) < needed or np.linalg.matrix_rank(factors / np.abs(factors).max(axis=0)) < factors.shape[1]:
         varied = "lengths" + (", numbers of chunks" if layout.several_loss_chunks else "") + (", numbers of layers" if by_layer else "")
         return f"{len(members)} points, and {needed} are needed, of different {varied}"
-    names = [name for name in first.instants if all(name in m.instants for m in members)]
-    bytes_ = np.array([[m.instants[name] - workspace_of(m) for name in names] for m in members], dtype=float)
-    solution = _least_squares(factors, bytes_)
-    residual = float(np.abs(factors @ solution / bytes_ - 1).max())
+    formula = step(model, layout, 0)
+    told = [_formula(m) for m in members]
+    names = [name for name in formula.moments if all(name in m.instants and name in t for m, t in zip(members, told, strict=True))]
+    bytes_ = np.array([[m.instants[name] for name in names] for m in members], dtype=float)
+    off = bytes_ - np.array([[t[name] for name in names] for t in told], dtype=float)
+    solution = _least_squares(factors, off)
+    residual = float(np.abs((factors @ solution - off) / bytes_).max())
     if residual > WORST:
         return f"the coefficients miss a measurement by {residual:.2%}, more than {WORST:.1%}"
     if by_layer:
         half = len(columns)
         solution = solution[:half] + model.layers * solution[half:]
-    moments: dict[str, tuple[Vector, ...]] = {name: (_vector(columns, solution[:, n]),) for n, name in enumerate(names)}
+    moments = {
+        name: tuple(add(moment.live, _vector(columns, solution[:, n])) for moment in formula.moments[name]) for n, name in enumerate(names)
+    }  # fmt: skip
     return Calibration(
         family_of(first.case.recipe), layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked,
-        first.case.recipe.accumulation > 1, moments, residual, _provenance(members, _left_out_error(factors, bytes_)),
+        first.case.recipe.accumulation > 1, moments, residual, _provenance(members, _left_out_error(factors, off, bytes_)),
     )  # fmt: skip
 
 
@@ -123,13 +132,20 @@ def _least_squares(factors: Factors, bytes_: Factors) -> Factors:
     return found
 
 
-def _left_out_error(factors: Factors, bytes_: Factors) -> float:
+def _formula(m: Measurement) -> dict[str, int]:
+    """The formula's bytes of each instant of the step that was measured."""
+    told = step_of(m, FORMULA)
+    assert told is not None
+    return {instant.name: instant.bytes for instant in told.instants(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))}
+
+
+def _left_out_error(factors: Factors, off: Factors, bytes_: Factors) -> float:
     """The largest error of a step's peak for a point that was not solved from."""
     errors = [0.0]
     for n in range(len(factors)):
         others = np.arange(len(factors)) != n
         if np.linalg.matrix_rank(factors[others] / np.abs(factors).max(axis=0)) == factors.shape[1]:
-            told = factors[n] @ _least_squares(factors[others], bytes_[others])
+            told = factors[n] @ _least_squares(factors[others], off[others]) - off[n] + bytes_[n]
             errors.append(abs(told.max() / bytes_[n].max() - 1))
     return float(max(errors))
 

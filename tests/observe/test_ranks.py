@@ -36,9 +36,10 @@ def test_two_ranks_make_one_record(tmp_path):
     recipe = strategy("checkpoint", sharding="fsdp", gpus=2, precision="fp32")
     assert found.case.recipe == recipe
     told = trace(TINY, recipe, 96, on="cpu")
-    # gloo and the CPU's kernels hold buffers of their own for a collective (test_sharding.py names them): at most a layer's
-    layer = sum(w.bytes for w in told.weights if ".layers.0." in w.name) * 2
-    assert 0 <= found.peak.allocated - told.peak.bytes <= 2 * layer
+    # gloo holds copies of its own of what it gathers and scatters (test_sharding.py names them): at most two of the largest group,
+    # that of embedding and head.
+    largest = 2 * sum(w.bytes for w in told.weights if w.trained and ".layers." not in w.name)
+    assert 0 <= found.peak.allocated - told.peak.bytes <= 2 * largest
     assert found.ranks[0].static == found.ranks[1].static == sum(alive.bytes for alive in told.resident)
     assert found.tokens_per_second == pytest.approx(2 * 96 / found.seconds)
 
