@@ -72,21 +72,28 @@ def check(strategy: str, rung: str, predicted: int, measure: Measure) -> Limit:
 
     ran(at(predicted, BELOW))
     ran(at(predicted, ABOVE))
-    while len(points) < MOST_POINTS and (fails - runs) > max(1, int(runs * PRECISION)):
-        ran((runs + fails) // 2 if runs and fails < LONGEST else int(runs * 1.1) + 1 if runs else max(1, int(fails * 0.9)))
-        if fails == 1:
-            break
+    step = max(1, predicted // 16)  # further and further away, until one runs and one does not
+    while len(points) < MOST_POINTS and fails - runs > max(1, int(runs * PRECISION)):
+        if runs and fails < LONGEST:
+            ran((runs + fails) // 2)
+        else:
+            ran(runs + step if runs else max(1, fails - step))
+            step *= 2
     return Limit(strategy, rung, predicted, runs, fails if fails < LONGEST else None, tuple(points))
 
 
 def longest_on_cpu(limit: int, trace_at: Callable[[int], Trace], start: int = 1024) -> int:
     """The longest sequence whose traced peak on a CPU is at most `limit` bytes; 0 when one token is more."""
-    low, high = 0, start
-    while trace_at(high).peak.bytes <= limit:
-        low, high = high, 2 * high
+    low, high = 0, LONGEST  # the longest known to fit, the shortest known not to
+    seq_len, before = max(1, start), (1, trace_at(1).peak.bytes)
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if trace_at(middle).peak.bytes <= limit else (low, middle)
+        peak = trace_at(seq_len).peak.bytes
+        low, high = (seq_len, high) if peak <= limit else (low, seq_len)
+        slope = (peak - before[1]) / (seq_len - before[0]) if seq_len != before[0] else 0.0
+        before = (seq_len, peak)
+        # As if peaks lay on a line; where that leads nowhere new, half the way.
+        guess = seq_len + int((limit - peak) / slope) if slope > 0 else 0
+        seq_len = guess if low < guess < high else min(low + 1, high - 1) if guess == low else (low + high) // 2 if high < LONGEST else 2 * seq_len
     return low
 
 

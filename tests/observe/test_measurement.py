@@ -61,7 +61,8 @@ def test_of_a_step(path):
     m = measured(case(batch=2, seq_len=100, accumulation=3), {"loss": 5, "optimizer step": 7})
     assert (m.peak.allocated, m.peak.reserved, m.seconds) == (7, None, 0.5)
     assert m.tokens_per_second == pytest.approx(2 * 3 * 100 / 0.5)
-    both = replace(m, ranks=(m.ranks[0], replace(m.ranks[0], step_seconds=(1.0,), phases={"loss": Peak(9, 11)}, instants={"loss": Peak(9), "optimizer step": Peak(1)})))
+    other = replace(m.ranks[0], step_seconds=(1.0,), phases={"loss": Peak(9, 11)}, instants={"loss": Peak(9), "optimizer step": Peak(1)})
+    both = replace(m, ranks=(m.ranks[0], other))
     assert both.peak == Peak(9, 11) and both.seconds == 1.0  # of the rank that holds most, and of the slowest
     assert both.tokens_per_second == pytest.approx(2 * 2 * 3 * 100 / 1.0)
     assert both.instants == {"loss": 9, "optimizer step": 7}

@@ -1,0 +1,131 @@
+"""Errors of every rung beside measurements: made-up ones for the arithmetic, the archive for the rungs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mstplan import card
+from mstplan.observe import measurement, validate
+from mstplan.observe.card import held, needed
+from mstplan.observe.measurement import FAILED, OUT_OF_MEMORY, Measurement
+from mstplan.observe.tracer import trace
+from mstplan.observe.validate import ALLOCATED, BOUNDS, CALIBRATED, DEVICE, FORMULA, RESERVED, TRACE, Bounds
+from mstplan.plan.recipe import strategy
+from mstplan.units import MIB
+
+from .measured import CARD, as_traced, case
+from .tiny import TINY
+
+WORKSPACE = 32 * MIB
+
+
+def on_card(tokens: int = 512, share: float = 1.0, model: str = "tiny", context: int = 500 * MIB, **more: object) -> Measurement:
+    """A step on a card, as the trace has it, times a share."""
+    one = case(seq_len=tokens, device="cuda", model=model)
+    traced = trace(TINY, one.recipe, tokens, workspace=WORKSPACE)
+    reserved = held(traced, expandable=False).reserved
+    found = as_traced(one, traced, share, reserved=reserved, device=reserved + context, context=context, workspace=WORKSPACE)
+    return replace(found, **more)  # type: ignore[arg-type]
+
+
+def test_errors_are_signed_and_of_what_was_measured():
+    low, high = (validate.validate([on_card(share=share)]) for share in (1.25, 0.8))
+    for found, error in ((low, 1 / 1.25 - 1), (high, 1 / 0.8 - 1)):
+        errors = {row.rung: row.error for row in found.rows if row.what == ALLOCATED}
+        assert errors == {FORMULA: pytest.approx(error, abs=2e-3), TRACE: pytest.approx(error, abs=1e-6)}
+        assert all(told / seen - 1 == pytest.approx(error, abs=2e-3) for row in found.rows for _, told, seen in row.instants)
+
+
+def test_reserved_is_what_the_simulated_allocator_reserves():
+    row = next(row for row in validate.validate([on_card()]).rows if row.what == RESERVED)
+    assert row.rung == TRACE and row.error == 0
+    m = on_card(environment={**CARD, "allocator": "expandable_segments:True"})
+    expandable = held(validate.traced(m), expandable=True).reserved
+    assert next(row for row in validate.validate([m]).rows if row.what == RESERVED).predicted == expandable != row.predicted
+
+
+def test_the_context_is_never_from_the_model_that_it_predicts():
+    """Leave one model out: the one thing that is fitted."""
+    one, other = on_card(), on_card(model="other", context=700 * MIB)
+    assert not [row for row in validate.validate([one]).rows if row.what == DEVICE]
+    rows = {row.measurement.case.model: row for row in validate.validate([one, other]).rows if row.what == DEVICE}
+    assert {name: row.predicted - row.measured for name, row in rows.items()} == {"tiny": 200 * MIB, "other": -200 * MIB}
+    elsewhere = replace(other, environment={**CARD, "card": "NVIDIA H200"})
+    assert not [row for row in validate.validate([one, elsewhere]).rows if row.what == DEVICE]
+
+
+def test_what_was_to_fit_and_ran_out():
+    fits = trace(TINY, strategy("checkpoint"), 512, workspace=WORKSPACE)
+    context = card("h100").gpu.context_bytes
+    enough = needed(fits) + context + 30 * MIB
+    lost = [on_card(outcome=OUT_OF_MEMORY, ranks=(), case=case(device="cuda", limit=limit)) for limit in (enough, fits.peak.bytes // 2 + context)]
+    found = validate.validate(lost)
+    assert found.out_of_memory == 2 and {(b.measurement.case.limit, b.rung) for b in found.broken} == {(enough, FORMULA), (enough, TRACE)}
+    said = validate.beyond(found, BOUNDS)
+    assert len(said) == 2 and all("was to fit and ran out of memory" in line for line in said)
+    cpu = on_card(outcome=OUT_OF_MEMORY, ranks=(), case=case(limit=2**20, device="cpu"), environment={**CARD, "card": "cpu"})
+    assert not validate.validate([cpu], [TRACE]).broken
+
+
+def test_what_failed_is_left_out_and_said():
+    found = validate.validate([on_card(outcome=FAILED, ranks=(), error="killed\nby hand")])
+    assert not found.rows and found.left_out == ["tiny, checkpoint, 512 tokens: failed, killed"]
+
+
+def test_summaries():
+    found = validate.validate([on_card(), on_card(share=0.5), on_card(tokens=1024, share=1.25)], [TRACE])
+    rows = [row for row in found.rows if row.what == ALLOCATED]
+    (everything,) = validate.summaries(rows)
+    assert (everything.n, everything.worst) == (3, pytest.approx(1.0, abs=1e-5))
+    assert everything.mean == pytest.approx((0 + 1 + 0.2) / 3, abs=1e-5) and everything.median == pytest.approx(0.2, abs=1e-5)
+    assert {s.group: s.n for s in validate.summaries(rows, validate.by_length)} == {"512 tokens on": 2, "1,024 tokens on": 1}
+    assert {s.group for s in validate.summaries(rows, validate.by_strategy)} == {"checkpoint"}
+    assert validate.summaries([]) == []
+
+
+def test_bounds():
+    found = validate.validate([on_card(share=0.98)], [TRACE])
+    assert validate.beyond(found, {TRACE: Bounds(0.03, 0.03)}) == []
+    assert len(validate.beyond(found, {TRACE: Bounds(0.01, 0.03)})) == 1
+    assert len(validate.beyond(found, {TRACE: Bounds(0.01, 0.01)})) == 2
+
+
+def test_no_calibration_no_row():
+    assert not validate.validate([on_card()], [CALIBRATED]).rows
+
+
+# ---- the archive --------------------------------------------------------------------------------------------------------
+
+
+def archived() -> list[Measurement]:
+    return measurement.read_all(measurement.archive()).measurements
+
+
+@pytest.fixture(scope="module")
+def replayed() -> validate.Validation:
+    return validate.validate(archived())
+
+
+@pytest.mark.slow
+def test_every_archived_step_is_within_bounds(replayed):
+    """On a CPU the trace is what is held to it: the formula counts the kernels of CUDA."""
+    rows = [row for row in replayed.rows if row.measurement.case.device == "cuda" or row.rung == TRACE]
+    assert len(rows) >= 40
+    assert validate.beyond(replayed._replace(rows=rows), BOUNDS) == []
+
+
+@pytest.mark.slow
+def test_every_instant_of_an_archived_step(replayed):
+    """In fp32 no kernel has scratch memory that the trace does not know."""
+    for row in replayed.rows:
+        if row.rung == TRACE and row.what == ALLOCATED and row.measurement.case.recipe.precision == "fp32":
+            assert abs(row.worst_instant[1]) < 0.005, (row.measurement.case.words, row.worst_instant)
+
+
+def test_the_archive_is_whole():
+    for path in measurement.archive():
+        found = measurement.read(path)
+        assert not found.skipped and found.measurements and path.stat().st_size < 500_000
+        assert len({m.environment["card"] for m in found.measurements}) == 1  # a file for each card and date
