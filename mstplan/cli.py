@@ -525,9 +525,7 @@ def measure(asked: Asked) -> None:
     known = sweep.environment(asked.device)
     console = None if asked.json else _console()
     cases = _cases(asked, known)
-    if console is not None:
-        measuring.heading(console, known)
-    found = measuring.run(cases, known, asked.out, asked.timeout, console, asked.again)
+    found = measuring.run(cases, known, asked.out, asked.timeout, console, asked.again, headed=True)
     if console is not None:
         measuring.report(console, found, asked.out)
     else:

@@ -161,8 +161,9 @@ def _provenance(members: Sequence[Measurement], left_out: float) -> dict[str, An
     about = members[0].environment
     points = [[m.case.recipe.batch, m.case.seq_len, *chunks_of(m), m.case.described.layers] for m in members]
     return {
-        "rung": "measurement", "card": about["card"], "torch": about["torch"], "transformers": about["transformers"], "mstplan": __version__,
-        "driver": about.get("driver"), "when": max(m.when for m in members), "points": points, "left_out_error": left_out,
+        "rung": "measurement", "strategy": members[0].case.strategy, "card": about["card"], "driver": about.get("driver"),
+        "torch": about["torch"], "transformers": about["transformers"], "mstplan": __version__,
+        "when": max(m.when for m in members), "points": points, "left_out_error": left_out,
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from ..plan import calibration
 from ..plan.calibration import Calibration
 from ..plan.catalog import load_config, load_model
 from ..plan.hardware import write_measured
-from ..plan.recipe import STRATEGIES, Recipe
+from ..plan.recipe import Recipe
 from . import tables
 
 
@@ -79,19 +79,14 @@ def from_measurements(
         path = calibration.write(model, found.calibrations, folder)
         said += found.left_out
         rows += [
-            Row(model.name, strategy_of(c), c.several_mlp, c.masked, sum(map(len, c.moments.values())), c.residual, str(path)) for c in found.calibrations
+            Row(model.name, c.provenance["strategy"], c.several_mlp, c.masked, sum(map(len, c.moments.values())), c.residual, str(path))
+            for c in found.calibrations
         ]  # fmt: skip
     constants = fit.devices(chosen)
     if constants:
         path = write_measured(constants)
         said += [f"{card}: {about['context_bytes'] / 2**20:,.0f} MiB of CUDA context, measured; wrote {path}" for card, about in constants.items()]
     return rows, said
-
-
-def strategy_of(found: Calibration) -> str:
-    """The strategy whose family it is of."""
-    same = (name for name, recipe in STRATEGIES.items() if calibration.family_of(recipe) == found.recipe)
-    return next(same, "custom")
 
 
 def report(console: Console, rows: Sequence[Row]) -> None:

@@ -28,10 +28,14 @@ class Sweep(NamedTuple):
         return any(m.outcome == FAILED for m in self.measurements)
 
 
-def run(cases: Sequence[Case], known: Mapping[str, Any], out: Path, timeout: float | None, console: Console | None, again: bool = False) -> Sweep:
+def run(
+    cases: Sequence[Case], known: Mapping[str, Any], out: Path, timeout: float | None, console: Console | None, again: bool = False, headed: bool = False
+) -> Sweep:  # fmt: skip
     """Measure each point that the file `out` has no result for, or with `again` all, and append what comes of it. Lines go to
-    `console`. Raises MeasurementError and OutputError about the file."""
+    `console`, under a heading where it is to be `headed`. Raises MeasurementError and OutputError about the file."""
     with measurement.appending(out) as append, _progress(len(cases)) as advance:
+        if console is not None and headed:
+            heading(console, known)
         earlier = measurement.read(out)
         by_key = {m.key: m for m in earlier.measurements}
         found, skipped = [], 0

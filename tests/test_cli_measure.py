@@ -1,0 +1,258 @@
+"""`mstplan measure`, `calibrate --from measurements` and `validate` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mstplan.observe import measurement, sweep
+from mstplan.observe.measurement import FAILED, OK, OUT_OF_MEMORY, Case, Measurement
+from mstplan.observe.point import measure
+from mstplan.observe.trace import Trace
+from mstplan.plan import calibration
+
+from .observe.measured import CARD, CPU, as_traced, measured
+from .observe.tiny import TINY, write_tiny
+from .test_cli import Run, run  # noqa: F401  a fixture
+
+ASKED = ("measure", "-m", "tiny.json", "--device", "cpu", "--precision", "fp32")
+
+
+@pytest.fixture(autouse=True)
+def model(run: Run, tmp_path: Path) -> Path:  # noqa: F811
+    """tiny.json in the folder that commands run in."""
+    return write_tiny(tmp_path)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """Measures within this process, as test_sweep.py has shown that others do; gives what was measured."""
+    made: list[Case] = []
+
+    def run_here(case: Case, known: dict[str, Any], _timeout: float | None = None) -> Measurement:
+        made.append(case)
+        try:
+            return Measurement(case, known, OK, "", (measure(replace(case, steps=1)),), sweep.now())
+        except MemoryError as e:
+            return Measurement(case, known, OUT_OF_MEMORY, str(e), (), sweep.now())
+
+    monkeypatch.setattr(sweep, "run", run_here)
+    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    return made
+
+
+def write(path: Path, *measurements: Measurement) -> None:
+    with measurement.appending(path) as append:
+        for m in measurements:
+            append(m)
+
+
+# ---- measure ----------------------------------------------------------------------------------------------------------
+
+
+def test_points_are_told_as_they_come_and_kept(run: Run, quick: list[Case], tmp_path: Path) -> None:  # noqa: F811
+    said = run(*ASKED, "--seq-len", "64,128", "-s", "checkpoint,mst")
+    assert said.code == 0 and not said.err
+    assert [line.split()[1:3] for line in said.out.splitlines() if line.startswith("tiny")] == [
+        ["checkpoint", "64"], ["mst", "64"], ["checkpoint", "128"], ["mst", "128"]
+    ]  # fmt: skip
+    assert "measurement rung: real steps on cpu" in said.out and "results: measurements.jsonl" in said.out
+    assert len(measurement.read(tmp_path / "measurements.jsonl").measurements) == 4
+    again = run(*ASKED, "--seq-len", "64,256", "-s", "checkpoint")
+    assert len(quick) == 5 and "1 of 2 had been measured before" in again.out
+    assert run(*ASKED, "--seq-len", "64", "-s", "checkpoint", "--again").code == 0 and len(quick) == 6
+
+
+def test_json(run: Run, quick: list[Case]) -> None:  # noqa: F811
+    told = run(*ASKED, "--seq-len", "64", "-s", "checkpoint", "--json").json
+    assert (told["schema_version"], told["command"], told["rung"], told["file"]) == (1, "measure", "measurement", "measurements.jsonl")
+    (row,) = told["results"]
+    assert row["outcome"] == "ok" and row["case"]["seq_len"] == 64 and set(row["ranks"][0]["phases"]) == {"forward", "backward", "optimizer"}
+
+
+def test_one_recipe_and_all_strategies(run: Run, quick: list[Case]) -> None:  # noqa: F811
+    assert run(*ASKED, "--seq-len", "64").code == 0
+    assert [case.strategy for case in quick] == ["standard", "checkpoint", "checkpoint-sqrt", "mst", "mst-offload"]
+    assert run(*ASKED, "--seq-len", "64", "--checkpoint", "2", "--optimizer", "sgd", "--layers", "4").code == 0
+    assert (quick[-1].strategy, quick[-1].recipe.checkpoint, quick[-1].recipe.optimizer, quick[-1].described.layers) == ("custom", 2, "sgd", 4)
+
+
+def test_a_suite(run: Run, quick: list[Case], tmp_path: Path) -> None:  # noqa: F811
+    row = {"model": "tiny.json", "seq_len": [64, "0.25k"], "strategy": "mst", "recipe": {"precision": "fp32"}}
+    (tmp_path / "suite.json").write_text(json.dumps({"cases": [row, {"model": "tiny.json", "seq_len": 32, "layers": 2}]}))
+    assert run("measure", "--suite", "suite.json", "--device", "cpu").code == 0
+    assert [(c.strategy, c.seq_len, c.layers) for c in quick][:2] == [("mst", 64, None), ("mst", 256, None)] and len(quick) == 7
+
+
+def test_a_point_that_fails_is_a_result_and_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811
+    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, FAILED, "killed (SIGKILL)\nand more"))
+    said = run(*ASKED, "--seq-len", "64,128", "-s", "mst")
+    assert said.code == 1 and said.out.count("failed: killed (SIGKILL)") == 2 and "and more" not in said.out
+    assert len(measurement.read(tmp_path / "measurements.jsonl").measurements) == 2
+
+
+BAD = [
+    ((*ASKED,), "--model and --seq-len"),
+    ((*ASKED, "--seq-len", "64,"), "cannot read ''"),
+    ((*ASKED, "--seq-len", "64", "-s", "fast"), "unknown strategy 'fast'"),
+    ((*ASKED, "--seq-len", "64", "--layers", "7"), "tiny has 6 layers"),
+    ((*ASKED, "--seq-len", "64", "--layers", "0"), "--layers"),
+    ((*ASKED, "--seq-len", "64", "--device", "tpu"), "unknown device 'tpu'"),
+    ((*ASKED, "--seq-len", "64", "-o", "no/folder.jsonl"), "cannot write"),
+    ((*ASKED, "--suite", "none.json"), "none.json"),
+    (("measure", "-m", "llama3.1-405b", "--seq-len", "64", "--device", "cpu"), "one token takes"),
+    (("validate", "--results", "none.jsonl"), "none.jsonl"),
+    (("validate", "--results", "empty.jsonl"), "no measurement"),
+    (("validate", "--published", "--smax"), "exclude each other"),
+    (("validate", "--smax"), "Give --model"),
+    (("validate", "--throughput", "-m", "tiny.json"), "--seq-len"),
+    (("validate", "--mean", "lots"), "cannot read --mean 'lots'"),
+    (("validate", "--rung", "guess"), "unknown rung 'guess'"),
+    (("validate", "--results", "ok.jsonl", "--plot", "errors.txt"), "cannot tell from 'errors.txt'"),
+    (("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "ok.jsonl"), "measured on a CPU"),
+    (("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "newer.jsonl"), "schema 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD)
+def test_bad_input_gets_one_or_two_lines(run: Run, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    (tmp_path / "empty.jsonl").touch()
+    write(tmp_path / "ok.jsonl", measured(Case("tiny", "checkpoint", TINY, sweep.STRATEGIES["checkpoint"], 64, None, "cpu"), {"loss": 5}))
+    (tmp_path / "newer.jsonl").write_text('{"schema_version": 2}\n')
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    said = run(*arguments)
+    assert said.code == 2 and says in said.err and not said.out and len(said.err.splitlines()) <= 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_no_cuda_offers_the_cpu(run: Run) -> None:  # noqa: F811
+    said = run("measure", "-m", "tiny.json", "--seq-len", "64")
+    assert said.code == 2 and "no CUDA device" in said.err and "--device cpu" in said.err
+
+
+@pytest.mark.parametrize("command", [ASKED, ("validate", "--smax", "-m", "tiny.json", "--device", "cpu")])
+def test_no_torch_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:  # noqa: F811
+    from importlib import metadata
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    said = run(*command, "--seq-len", "64")
+    assert said.code == 2 and "pip install 'mstplan[torch]'" in said.err and len(said.err.splitlines()) == 1
+
+
+# ---- validate -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(run: Run, quick: list[Case]) -> Path:  # noqa: F811
+    run(*ASKED, "--seq-len", "64,128", "-s", "checkpoint,mst", "-o", "r.jsonl")
+    return Path("r.jsonl")
+
+
+def test_errors_of_a_results_file(run: Run, results: Path, tmp_path: Path) -> None:  # noqa: F811
+    said = run("validate", "--results", str(results), "--rung", "trace", "--plot", "errors.png")
+    assert said.code == 0 and "4 measured steps on cpu" in said.out and "nothing here was measured on a CUDA device" in " ".join(said.out.split())
+    assert all(len(line) <= 80 for line in said.out.splitlines()) and (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    told = run("validate", "--results", str(results), "--rung", "trace,formula", "--json", "--formula-worst", "100%").json
+    assert {row["rung"] for row in told["rows"]} == {"trace", "formula"} and not told["beyond_bounds"]
+    assert all(abs(row["error"]) < 0.005 for row in told["rows"] if row["rung"] == "trace")
+    table = run("validate", "--results", str(results), "--rung", "trace", "--markdown").out
+    assert table.startswith("| measured on | rung |") and "| cpu | trace | 4 |" in table
+
+
+def test_worse_than_it_may_be_is_exit_code_1(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    from .observe.tiny import step_of
+
+    case = Case("tiny", "checkpoint", TINY, sweep.STRATEGIES["checkpoint"], 128, None, "cuda")
+    write(tmp_path / "off.jsonl", as_traced(case, step_of(case.recipe, 128), 1.2, workspace=0))
+    said = run("validate", "--results", "off.jsonl", "--rung", "trace")
+    assert said.code == 1 and "trace: worst error -16.67%, more than 3.00%" in said.out
+    assert run("validate", "--results", "off.jsonl", "--rung", "trace", "--mean", "0.2", "--worst", "20%").code == 0
+
+
+def test_a_damaged_line_is_said(run: Run, results: Path, tmp_path: Path) -> None:  # noqa: F811
+    with (tmp_path / results).open("a") as file:
+        file.write("{half\n")
+    said = run("validate", "--results", str(results), "--rung", "trace")
+    assert said.code == 0 and "line 5 is damaged and left out" in said.out and "4 measured steps" in said.out
+
+
+def test_published_figures(run: Run) -> None:  # noqa: F811
+    said = run("validate", "--published")
+    assert said.code == 0 and "read as" in said.out and "nothing is fitted" in said.out
+    told = run("validate", "--published", "--json").json["published"]
+    assert len(told) > 20 and {"published_tokens", "predicted_tokens", "tokens_difference", "recipe", "explained_by"} <= told[0].keys()
+    assert run("validate", "--published", "--markdown").out.startswith("# Published measurements")
+
+
+def test_s_max_is_tried_and_found(run: Run, quick: list[Case], tmp_path: Path) -> None:  # noqa: F811
+    asked = ("validate", "--smax", "-m", "tiny.json", "--device", "cpu", "--precision", "fp32", "-s", "checkpoint", "--gpu-mem", "122MiB", "-o", "s.jsonl")
+    told = run(*asked, "--json").json
+    (found,) = told["results"]
+    assert found["holds"] and abs(found["error"]) <= 0.03 and found["runs"] < found["fails"]
+    assert [point["outcome"] for point in found["points"]][:2] == ["ok", "out of memory"]
+    made = len(quick)
+    said = run(*asked)
+    assert said.code == 0 and len(quick) == made and "S_max of tiny in 0.12 GiB" in said.out  # all of it had been measured
+
+
+def test_what_chunks_cost_is_measured(run: Run, quick: list[Case]) -> None:  # noqa: F811
+    said = run("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "256", "-o", "t.jsonl")
+    assert said.code in (0, 1) and "<- recommended" in said.out and "of one chunk" in said.out
+    assert {case.seq_len for case in quick} == {256} and (1, 1) in {(c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in quick}
+
+
+# ---- calibrate ------------------------------------------------------------------------------------------------------------
+
+
+def test_calibrated_from_measurements(run: Run, quick: list[Case], tmp_path: Path) -> None:  # noqa: F811
+    run(*ASKED, "--seq-len", "64,128,192,256", "-s", "checkpoint,mst", "-o", "r.jsonl")
+    said = run("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here")
+    assert said.code == 0 and "checkpoint" in said.out and "wrote here/tiny.json" in said.out
+    found, _ = calibration._read(tmp_path / "here" / "tiny.json", calibration.fingerprint(calibration_model()))
+    assert found.residual < 0.005 and found.provenance["rung"] == "measurement" and found.provenance["card"] == "cpu"
+    told = run("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here", "--json").json
+    assert told["rung"] == "measurement" and told["calibrations"][0]["strategy"] == "checkpoint"
+
+
+def calibration_model() -> Any:
+    from mstplan.plan.config import read_config
+
+    return read_config(TINY, "tiny")
+
+
+def test_a_calibration_from_a_card_is_what_the_planner_uses(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "home"))
+    from .observe.tiny import step_of
+
+    def on_card(tokens: int) -> Measurement:
+        case = Case("tiny", "checkpoint", TINY, sweep.STRATEGIES["checkpoint"], tokens, None, "cuda")
+        trace: Trace = step_of(case.recipe, tokens).with_workspace(2**25)
+        return as_traced(case, trace, reserved=2**30, device=2**31, context=600 * 2**20, workspace=2**25, environment=CARD)
+
+    write(tmp_path / "card.jsonl", *(on_card(tokens) for tokens in (512, 1024, 2048, 4096)))
+    said = run("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "card.jsonl")
+    assert said.code == 0 and "600 MiB of CUDA context, measured" in said.out
+    planned = run("plan", "-m", "tiny.json", "--gpu", "h100", "--seq-len", "3000", "-s", "checkpoint")
+    assert planned.code == 0 and "measurements with torch 2.13.0" in planned.out
+    told = run("plan", "-m", "tiny.json", "--gpu", "h100", "--seq-len", "3000", "-s", "checkpoint", "--json").json
+    assert told["card"]["context_bytes"] == 600 * 2**20 and told["calibration"]["rung"] == "measurement"
+
+
+def test_the_measuring_commands_start_without_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Only the processes that measure import it."""
+    import subprocess
+
+    from mstplan.observe import sweep as _sweep  # noqa: F401
+
+    program = "import sys; from mstplan.show import checking, measuring, validating; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
