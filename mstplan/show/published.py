@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean, median
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
 from ..plan.published import Comparison, comparisons
 from ..plan.recipe import Recipe
-from . import tables
 
 HEADER = """# Published measurements and the formula rung
 
@@ -68,19 +70,30 @@ def as_data(c: Comparison) -> dict[str, Any]:
 
 
 def report(console: Console, rows: Sequence[Comparison]) -> None:
-    """Published and predicted side by side; the assumptions under each."""
-    table = tables.new_table(("published", "left"), ("tokens", "right"), ("predicted", "right"), ("GiB", "right"), ("predicted", "right"), ("differs", "right"))
+    """Published and predicted, the assumptions under each, then how far off they are."""
+    console.print(Text("published -> predicted, tokens or GiB", "bold"))
     for c in rows:
+        where = f"{c.model}, {c.gpu}"
         if c.recipe is None:
-            table.add_row(f"{c.model}, {c.gpu}: {c.case}\nnot predicted: {c.not_predicted}", f"{c.published_tokens:,}", "", "", "", "")
+            console.print(f"{c.published_tokens:>11,}    not predicted: {c.not_predicted}.  {where}")
             continue
-        s_max = f"{c.predicted_tokens:,}" if c.predicted_tokens is not None else ""
-        peaks = (f"{c.published_gib:.2f}", f"{c.predicted_gib:.2f}") if c.published_gib is not None else ("", "")
-        difference = c.gib_difference if c.published_gib is not None else c.tokens_difference
-        read = f"{c.model}, {c.gpu}: {c.case}\nread as {_assumptions(c.recipe)}"
-        table.add_row(read, f"{c.published_tokens:,}", s_max, *peaks, _signed(difference))
-    console.print(table)
-    console.print("nothing is fitted to them; what explains each difference: docs/published.md, or --json.", soft_wrap=True)
+        if c.published_gib is not None and c.predicted_gib is not None:
+            told = f"{c.published_gib:>10.2f} -> {c.predicted_gib:<10.2f} {_signed(c.gib_difference):>7}  {where}, {c.published_tokens:,} tokens"
+        else:
+            told = f"{c.published_tokens:>10,} -> {c.predicted_tokens:<10,} {_signed(c.tokens_difference):>7}  {where}"
+        console.print(Text(told, "bold"))
+        console.print(Padding(Text(f"{c.case}; read as {_assumptions(c.recipe)}", "dim"), (0, 0, 0, 4)))
+    console.print()
+    for what, errors in errors_of(rows).items():
+        sizes = [abs(error) for error in errors]
+        console.print(f"{what}: {len(errors)} rows, mean error {mean(sizes):.1%}, median {median(sizes):.1%}, worst {max(errors, key=abs):+.1%}")
+    console.print("Nothing is fitted to them; what explains each difference: docs/published.md, or --json.")
+
+
+def errors_of(rows: Sequence[Comparison]) -> dict[str, list[float]]:
+    """Signed, of lengths and of peaks."""
+    found = {"lengths": [c.tokens_difference for c in rows], "peaks": [c.gib_difference for c in rows]}
+    return {what: [error for error in errors if error is not None] for what, errors in found.items()}
 
 
 def page() -> str:
