@@ -40,9 +40,10 @@ def test_nothing_fits():
 
 
 def test_host_memory_limits_too():
-    offload = strategy("mst-offload")
-    free = longest(MODEL, offload, CARD, trace_at, "mst-offload")
-    tight = card(memory=3 * GIB, host_memory=free.trace.host_peak // 2)
-    found = longest(MODEL, offload, tight, trace_at, "mst-offload")
+    offload = strategy("checkpoint", offload_layer_inputs=True)
+    small = card(memory=3 * GIB, reserve=2 * GIB)
+    free = longest(MODEL, offload, small, trace_at, "custom")
+    tight = card(memory=3 * GIB, reserve=2 * GIB, host_memory=free.trace.host_peak // 2)
+    found = longest(MODEL, offload, tight, trace_at, "custom")
     assert 0 < found.answer.s_max < free.answer.s_max
     assert found.trace.host_peak <= tight.host_bytes

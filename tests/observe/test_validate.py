@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from mstplan import card
+from mstplan import card, profiles
 from mstplan.observe import measurement, validate
 from mstplan.observe.card import held, needed
 from mstplan.observe.measurement import FAILED, OUT_OF_MEMORY, Measurement
 from mstplan.observe.tracer import trace
 from mstplan.observe.validate import ALLOCATED, BOUNDS, CALIBRATED, DEVICE, FORMULA, RESERVED, TRACE, Bounds
 from mstplan.plan.recipe import strategy
+from mstplan.show import validating
 from mstplan.units import MIB
 
 from .measured import CARD, as_traced, case
@@ -129,3 +132,20 @@ def test_the_archive_is_whole():
         found = measurement.read(path)
         assert not found.skipped and found.measurements and path.stat().st_size < 500_000
         assert len({m.environment["card"] for m in found.measurements}) == 1  # a file for each card and date
+
+
+def test_the_archives_index_is_true():
+    index = json.loads((profiles.ROOT / "measurements" / "index.json").read_text())
+    assert {row["file"] for row in index["files"]} == {path.name for path in measurement.archive()}
+    for row in index["files"]:
+        found = measurement.read(profiles.ROOT / "measurements" / row["file"]).measurements
+        told = {name: {m.environment[name] for m in found} for name in ("card", "torch", "transformers")}
+        assert told == {name: {row[name]} for name in told} and row["points"] == len(found)
+        assert max(m.when for m in found).startswith(row["date"]) and row["about"]
+
+
+@pytest.mark.slow
+def test_readme_shows_the_errors(replayed):
+    """Made by `mstplan validate --markdown`."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    assert text.split("<!-- errors -->\n")[1] == validating.markdown(replayed)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from ..processes import on_two_ranks
 from .two_processes import cases
 
-ROOT = Path(__file__).parents[2]
 EXACT = 1e-10  # float64; two halves are averaged in another order than the whole is summed
 REFUSED = {  # and what the message says
     "FSDP, wrapped before, two layers": "Set checkpoint='layer'",  # a segment's recomputation would need several layers' weights at once
@@ -26,23 +22,7 @@ REFUSED = {  # and what the message says
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory) -> dict[str, float | str]:
     folder = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    outputs = [(folder / f"output{rank}").open("w") for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train.two_processes", str(rank), str(folder)],
-            cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
-        )
-        for rank, output in enumerate(outputs)
-    ]  # fmt: skip
-    try:
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process, output in zip(processes, outputs, strict=True):
-            process.kill()
-            process.wait()
-            output.close()
-    assert codes == [0, 0], (folder / "output0").read_text()[-2000:] + (folder / "output1").read_text()[-2000:]
+    on_two_ranks("tests.train.two_processes", folder, 120)
     return json.loads((folder / "differences.json").read_text())
 
 

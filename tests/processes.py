@@ -1,0 +1,28 @@
+"""Two real processes of a distributed run on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_two_ranks(module: str, folder: Path, timeout: float = 240) -> None:
+    """Run `python -m MODULE RANK FOLDER` for ranks 0 and 1, each on one thread; fails when one of them does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    outputs = [(folder / f"output{rank}").open("w") for rank in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, "-m", module, str(rank), str(folder)], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        for rank, output in enumerate(outputs)
+    ]
+    try:
+        codes = [process.wait(timeout=timeout) for process in processes]
+    finally:
+        for process, output in zip(processes, outputs, strict=True):
+            process.kill()
+            process.wait()
+            output.close()
+    assert codes == [0, 0], "".join((folder / f"output{rank}").read_text()[-2000:] for rank in range(2))
