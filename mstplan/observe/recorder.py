@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
+from ..train.checkpoint import Checkpoints
 from .recording import (
     BACKWARD,
     FORWARD,
@@ -231,9 +232,8 @@ class Recorder(TorchDispatchMode):
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Within the context forward passes of the model's modules label what they, and autograd after them, make."""
         last = [module for module, label in self.labels.items() if label.is_layer][-1:]
-        settings = next((m._mstplan for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "_mstplan")), None)
-        if settings is not None and settings.checkpoints is not None:
-            self.recomputing = lambda: settings.checkpoints.recomputing
+        if (checkpoints := checkpoints_of(model)) is not None:
+            self.recomputing = lambda: checkpoints.recomputing
 
         def enter(module: nn.Module, inputs: Any) -> None:
             label = self.labels.get(module, self._stack[-1])
@@ -260,6 +260,12 @@ class Recorder(TorchDispatchMode):
 
     def _mark(self) -> None:
         self._forward_of.append((torch._C._autograd._get_sequence_nr(), self._here(), self._unit))
+
+
+def checkpoints_of(model: nn.Module) -> Checkpoints | None:
+    """The checkpoints of a model that runs in mini-sequences, if it has any."""
+    settings = next((m._mstplan for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "_mstplan")), None)
+    return settings.checkpoints if settings is not None else None
 
 
 def _holds_its_own(summand: torch.Tensor) -> bool:
