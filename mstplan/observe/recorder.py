@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,6 +132,8 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "profiler":
             return func(*args, **(kwargs or {}))  # a name for what follows: it makes nothing, and is at no place
         label = self._locate()
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].device  # what most calls are: the modes below would say the same
         out = func(*args, **(kwargs or {}))
         self._sum = None
         if isinstance(out, torch.Tensor):
