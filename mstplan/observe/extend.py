@@ -1,9 +1,10 @@
 """From a step of few layers to that of many, exactly: what a layer allocates and releases is repeated, event by event.
 
-Layers of one kind between layers of one kind do the same. `few` picks the layers to run: those at both ends, and of every
-pattern that occurs in between once. `extend` then writes the events of the whole step down, layer for layer, each copied
-from the layer that stands for it. Sizes, order and life of every tensor are those of the whole step; its peak may lie at another
-moment than that of the few (all layer inputs are alive in the last layer's backward, all gradients in the first one's).
+Layers of one kind between layers of one kind do the same, if they stand alike in their checkpoints, where these hold several.
+`few` picks the layers to run: the first checkpoints, until every kind was there, then of every pattern that occurs one.
+`extend` then writes the events of the whole step down, layer for layer, each copied from the layer that stands for it. Sizes,
+order and life of every tensor are those of the whole step; its peak may lie at another moment than that of the few (all layer
+inputs are alive in the last layer's backward, all gradients in the first one's).
 
 That layers which should be alike are alike is checked; where they are not, where they share tensors over more than their
 neighbours, or where they do not follow each other, `Unlike` is raised, and the whole step has to be run.
@@ -11,195 +12,283 @@ neighbours, or where they do not follow each other, `Unlike` is raised, and the 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from .recording import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Made, Place, Recording
 
-MOST_PATTERNS = 12
-"""With more, the shortest sequence that shows them all is not looked for: it would hardly be shorter."""
-
 Pattern = tuple[Hashable, ...]
+Block = tuple[str, int, int]  # pass, unit, and which time a step comes there, from 0
 
 
 class Unlike(Exception):
     """The units do not repeat."""
 
 
-def patterns_of(kinds: Sequence[Hashable], reach: int) -> list[Pattern]:
-    """Each unit's kind between those of its neighbours, and how near an end it is, up to `reach` units."""
-    count = len(kinds)
+class Row:
+    """Layers in a row, by kind; starts: the first layer of every checkpoint. reach: over how many checkpoints a tensor's life may go."""
 
-    def at(i: int, away: int) -> Hashable:
-        if not 0 <= i + away < count:
-            return "beyond"
-        return kinds[i + away] if abs(away) <= 1 else "some unit"
+    def __init__(self, kinds: Sequence[Hashable], starts: Sequence[int], reach: int):
+        self.kinds, self.count, self.reach = kinds, len(kinds), reach
+        self.checkpoints = [range(*bounds) for bounds in pairwise([*starts, self.count])]
+        self.number = [n for n, checkpoint in enumerate(self.checkpoints) for _ in checkpoint]
 
-    return [tuple(at(i, away) for away in range(-reach, reach + 1)) for i in range(count)]
+    def ends(self, unit: int) -> tuple[bool, bool]:
+        """Is it the first layer of its checkpoint, is it the last?"""
+        checkpoint = self.checkpoints[self.number[unit]]
+        return unit == checkpoint[0], unit == checkpoint[-1]
+
+    def kinds_beside(self, unit: int) -> set[Hashable]:
+        """The kinds in its checkpoint."""
+        return {self.kinds[i] for i in self.checkpoints[self.number[unit]]}
+
+    def patterns(self) -> list[Pattern]:
+        """What tells what a layer does: it and its neighbours, by kind and place in their checkpoints; and, where lives are
+        long, how near an end its checkpoint is."""
+        marked: list[Hashable] = ["beyond", *((kind, *self.ends(unit)) for unit, kind in enumerate(self.kinds)), "beyond"]
+        if self.reach == 1:
+            return list(zip(marked, marked[1:], marked[2:], strict=False))
+        near = [(min(n, self.reach), min(len(self.checkpoints) - 1 - n, self.reach)) for n in self.number]
+        return list(zip(marked, marked[1:], marked[2:], near, strict=False))
+
+    def way(self, unit: int, other: int) -> tuple[str, int]:
+        """From a layer to another: to the one so many on, or from an end of a checkpoint to one of that so many on."""
+        if abs(other - unit) <= 1:
+            return "layers", other - unit
+        on = self.number[other] - self.number[unit]
+        if not 1 < self.reach >= abs(on) or True not in self.ends(unit) or True not in self.ends(other):
+            raise Unlike
+        return "to the first" if self.ends(other)[0] else "to the last", on
+
+    def follow(self, unit: int, way: tuple[str, int]) -> int:
+        """The layer that one comes to."""
+        what, on = way
+        number = unit + on if what == "layers" else self.number[unit] + on
+        if not 0 <= number < (self.count if what == "layers" else len(self.checkpoints)):
+            raise Unlike
+        return number if what == "layers" else self.checkpoints[number][0 if what == "to the first" else -1]
+
+    def beginning(self) -> int:
+        """How many layers the first checkpoints have, up to that which shows the last new kind; where that comes late, the first checkpoint."""
+        newest = max(self.kinds.index(kind) for kind in set(self.kinds))
+        stop = self.checkpoints[self.number[newest]].stop
+        return stop if 2 * stop <= self.count else self.checkpoints[0].stop
+
+    def in_order(self, blocks: Callable[[int], list[tuple[str, int]]]) -> Iterator[Block]:
+        """What a step does, one after the other, whose layers have these blocks each: (pass, which time)."""
+
+        def of(unit: int, *passes: str) -> list[Block]:
+            return [(run, unit, nth) for run, nth in blocks(unit) if run in passes]
+
+        for unit in range(-1, self.count + 1):
+            yield from of(unit, FORWARD)
+        yield from of(self.count, BACKWARD, RECOMPUTE)
+        for checkpoint in reversed(self.checkpoints):
+            *before, last = checkpoint
+            backward = of(last, BACKWARD, RECOMPUTE)  # it is the last layer's that has a checkpoint run again
+            again = next((n for n, (run, _, _) in enumerate(backward) if run == RECOMPUTE), 0)
+            yield from backward[:again]
+            for unit in before:
+                yield from of(unit, RECOMPUTE)
+            yield from backward[again:]
+            for unit in reversed(before):
+                yield from of(unit, BACKWARD)
+        yield from of(-1, BACKWARD, RECOMPUTE)
+        for unit in range(-1, self.count + 1):
+            yield from of(unit, OPTIMIZER)
 
 
-def few(kinds: Sequence[Hashable], reach: int = 1) -> list[int]:
-    """Which units to run of units of these kinds: the first, the last, and between them every pattern of the whole at least once,
-    the commonest twice, in an order in which each pattern is followed by one that follows it in the whole."""
-    patterns = patterns_of(kinds, reach)
-    numbers = {pattern: n for n, pattern in enumerate(dict.fromkeys(patterns))}
-    if len(numbers) > MOST_PATTERNS:
-        return list(range(len(kinds)))
-    walk = [numbers[pattern] for pattern in patterns]
-    twin = max(range(len(numbers)), key=walk.count)
-    following: dict[int, list[int]] = {}
+def row(kinds: Sequence[Hashable], every: int = 1, reach: int = 1) -> Row:
+    """Layers, `every` of them to a checkpoint."""
+    return Row(kinds, range(0, len(kinds), every), reach)
+
+
+def part(whole: Row, kept: Sequence[int]) -> Row:
+    """Some layers of a row, as they are run."""
+    return Row([whole.kinds[i] for i in kept], [n for n, i in enumerate(kept) if whole.ends(i)[0]], whole.reach)
+
+
+def few(whole: Row) -> list[int]:
+    """Which layers to run: those at the beginning, as they are; then every pattern of the whole at least once, the commonest
+    twice, each followed by one that follows it in the whole; and the last."""
+    patterns, begin = whole.patterns(), whole.beginning()
+    number = {pattern: n for n, pattern in enumerate(dict.fromkeys(patterns))}
+    walk = [number[pattern] for pattern in patterns]
+    missing = Counter(set(walk))
+    commonest, times = Counter(walk).most_common(1)[0]
+    missing[commonest] = min(times, 2)
+    places = {n: iter([i for i in range(begin, whole.count) if walk[i] == n]) for n in set(walk)}
+    kept = [*range(begin), *(next(places[n], -1) for n in _tour(walk[begin - 1 :], missing - Counter(walk[:begin])))]
+    return kept if -1 not in kept and len(kept) < whole.count else list(range(whole.count))
+
+
+def _tour(walk: Sequence[int], missing: Counter[int]) -> Iterator[int]:
+    """A short way from the first of a walk to its last, without the first, by steps that the walk takes, past all that is missing: always
+    on to the nearest from which one still comes to the others."""
+    steps: dict[int, list[int]] = {n: [] for n in walk}
     for one, other in dict.fromkeys(pairwise(walk)):
-        following.setdefault(one, []).append(other)
-    found = _shortest(walk[0], walk[-1], following, len(numbers), twin if walk.count(twin) > 1 else None)
-    places = {number: iter([i for i, at in enumerate(walk) if at == number]) for number in set(walk)}
-    kept = [next(places[number], -1) for number in found]
-    return kept if -1 not in kept and len(kept) < len(kinds) else list(range(len(kinds)))
+        steps[one].append(other)
+    beyond = {n: set(_ways(n, steps)) for n in steps}  # the last is the only way's end, so it comes last
+    at = walk[0]
+    while missing:
+        ways = _ways(at, steps)
+        goal = next(n for n in ways if n in missing and set(missing - Counter([n])) <= beyond[n])
+        for at in ways[goal]:
+            missing -= Counter([at])
+            yield at
 
 
-def _shortest(start: int, end: int, following: dict[int, list[int]], count: int, twin: int | None) -> list[int]:
-    """The shortest walk from start to end over all numbers below count, twice over `twin`."""
-    goal = (1 << count) - 1 | (1 << count if twin is not None else 0)
-
-    def seen(before: int, number: int) -> int:
-        again = twin == number and before >> number & 1
-        return before | 1 << number | (1 << count if again else 0)
-
-    first = (start, seen(0, start))
-    queue = deque([first])
-    came_from: dict[tuple[int, int], tuple[int, int] | None] = {first: None}
+def _ways(start: int, steps: dict[int, list[int]]) -> dict[int, list[int]]:
+    """The shortest way to everything that can be come to, nearest first."""
+    found: dict[int, list[int]] = {}
+    queue = deque([(start, list[int]())])
     while queue:
-        state = queue.popleft()
-        if state == (end, goal):
-            walk: list[int] = []
-            at: tuple[int, int] | None = state
-            while at is not None:
-                walk.insert(0, at[0])
-                at = came_from[at]
-            return walk
-        for number in following.get(state[0], []):
-            after = (number, seen(state[1], number))
-            if after not in came_from:
-                came_from[after] = state
-                queue.append(after)
-    raise AssertionError("the whole is such a walk")
+        at, way = queue.popleft()
+        for n in steps[at]:
+            if n not in found:
+                found[n] = [*way, n]
+                queue.append((n, found[n]))
+    return found
 
 
-def extend(short: Recording, kept: Sequence[int], kinds: Sequence[Hashable], reach: int = 1) -> Recording:
-    """The recording of a step of all units, of one that ran the `kept` ones, as `few` chose them. Raises Unlike."""
-    if len(kept) == len(kinds):
+def extend(short: Recording, kept: Sequence[int], whole: Row) -> Recording:
+    """The recording of a step of all layers, of one that ran the `kept` ones, as `few` chose them. Raises Unlike."""
+    if len(kept) == whole.count:
         return short
-    return _Extension(short, kept, kinds, reach).run()
+    return _Extension(short, kept, whole).run()
 
 
 class _Extension:
-    def __init__(self, short: Recording, kept: Sequence[int], kinds: Sequence[Hashable], reach: int):
-        self.short, self.count, self.few, self.reach = short, len(kinds), len(kept), reach
-        patterns = patterns_of(kinds, reach)
+    def __init__(self, short: Recording, kept: Sequence[int], whole: Row):
+        self.short, self.kept, self.whole, self.part = short, kept, whole, part(whole, kept)
+        self.count, self.few, self.begin = whole.count, len(kept), whole.beginning()
+        patterns = whole.patterns()
         stands_for = {patterns[unit]: n for n, unit in reversed(list(enumerate(kept)))}
-        self.like = [stands_for[pattern] for pattern in patterns]
+        self.like = [unit if unit < self.begin else stands_for[pattern] for unit, pattern in enumerate(patterns)]
         self.blocks = self._numbered_blocks()
-        self.home: dict[int, tuple[Place, int, int]] = {}  # of a storage: its block's place and number, its number there
-        self.there: dict[tuple[str, int, int, int], int] = {}  # the other way round
-        self.sizes: dict[tuple[Place, int], int] = {}  # allocations of a block
-        for (place, nth), span in self.blocks.items():
-            allocated = [short.events[e][0] for e in span if short.events[e][1] > 0]
+        self.home: dict[int, tuple[Block, int]] = {}  # of a storage: its block, and its number there
+        self.there: dict[tuple[Block, int], int] = {}  # the other way round
+        self.sizes: dict[Block, int] = {}  # allocations of a block
+        for block, span in self.blocks.items():
+            allocated = [index for index, sign in self._events(span) if sign > 0]
             for k, index in enumerate(allocated):
-                self.home[index] = (place, nth, k)
+                self.home[index] = block, k
                 for number in (k, k - len(allocated)):  # from the block's beginning, and from its end
-                    self.there[place.run, nth, number, place.unit] = index
-            self.sizes[place, nth] = len(allocated)
+                    self.there[block, number] = index
+            self.sizes[block] = len(allocated)
         self._check([patterns[unit] for unit in kept])
-        self._check_order()
         self.long = Recording()
         self.now: dict[tuple[int, int], int] = {}  # (unit, storage of the short step): storage of the long one
 
-    def _numbered_blocks(self) -> dict[tuple[Place, int], range]:
+    def _numbered_blocks(self) -> dict[Block, range]:
         """Blocks in order; a place that is come back to has several, numbered from 0."""
-        found: dict[tuple[Place, int], range] = {}
+        times: Counter[Place] = Counter()
+        found: dict[Block, range] = {}
         for place, span in self.short.blocks():
-            nth = 0
-            while (place, nth) in found:
-                nth += 1
-            found[place, nth] = span
+            found[place.run, place.unit, times[place]] = span
+            times[place] += 1
         return found
 
+    def _events(self, span: range) -> list[tuple[int, int]]:
+        return self.short.events[span.start : span.stop]
+
+    def _blocks_of(self, unit: int) -> list[tuple[str, int]]:
+        return [(run, nth) for run, at, nth in self.blocks if at == unit]
+
+    def _is_layer(self, unit: int) -> bool:
+        """Of the short step."""
+        return 0 <= unit < self.few
+
+    # ---- are they alike? --------------------------------------------------------------------------------------------------
+
     def _check(self, patterns: Sequence[Pattern]) -> None:
-        """Units of one pattern must have done the same."""
-        told: dict[Pattern, list[object]] = {}
+        """Units must follow each other as they do when they are written down, which those of reversible models do not; and
+        units of one pattern must have done the same."""
+        if list(self.blocks) != list(self.part.in_order(self._blocks_of)):
+            raise Unlike
+        told: dict[Pattern, object] = {}
         for unit, pattern in enumerate(patterns):
-            did: list[object] = [
-                (place.run, nth, self._story(span, unit)) for (place, nth), span in self.blocks.items() if place.unit == unit
-            ]  # fmt: skip
+            did = [(run, nth, self._story(span, unit)) for (run, at, nth), span in self.blocks.items() if at == unit], self._left(unit)
             if told.setdefault(pattern, did) != did:
                 raise Unlike
 
-    def _check_order(self) -> None:
-        """Units must follow each other, as they do when they are written down: reversible models come back to what is no layer."""
-        forward = [place.unit for place, _ in self.blocks if place.run == FORWARD]
-        backward = [place.unit for place, _ in self.blocks if place.run in (BACKWARD, RECOMPUTE)]
-        if forward != sorted(forward) or backward != sorted(backward, reverse=True):
-            raise Unlike
-
     def _story(self, span: range, unit: int) -> list[object]:
-        """What happens in a block, in terms that do not depend on the unit's number. What all units share, only the last lets go."""
-        events = [self.short.events[e] for e in span]
-        return [self._role(index, sign, unit) for index, sign in events if sign > 0 or 0 <= self.home[index][0].unit < self.few]
+        """What happens in a block, in terms that do not depend on the unit's number. What all units share, only one lets go."""
+        return [self._role(index, sign, unit) for index, sign in self._events(span) if sign > 0 or self._is_layer(self.home[index][0][1])]
 
     def _role(self, index: int, sign: int, unit: int) -> object:
-        made, (place, nth, k) = self.short.made[index], self.home[index]
-        away = place.unit - unit
-        if abs(away) > self.reach:
-            raise Unlike
-        return sign, made.bytes, made.dtype, made.operation, place.run, nth, away, None if away else k
+        (run, at, nth), k = self.home[index]
+        way = self.part.way(unit, at)
+        return sign, self._kind(index), run, nth, way, k if at == unit else None
+
+    def _left(self, unit: int) -> list[object]:
+        """What of a unit's is let go of before or after all units."""
+        found: list[object] = []
+        for (run, at, nth), span in self.blocks.items():
+            gone = [self.home[index] for index, sign in self._events(span) if sign < 0] if not self._is_layer(at) else []
+            found += [(run, at, nth, made_in, made_nth, k) for (made_in, by, made_nth), k in gone if by == unit]
+        return found
+
+    # ---- written down -------------------------------------------------------------------------------------------------------
 
     def run(self) -> Recording:
-        for run, units in (
-            (FORWARD, range(-1, self.count + 1)), (BACKWARD, range(self.count, -2, -1)), (OPTIMIZER, range(-1, self.count + 1)),
-        ):  # fmt: skip
-            for unit in units:
-                stand_in = self._stand_in(unit)
-                for (place, _), span in self.blocks.items():
-                    again = place.run == RECOMPUTE and run == BACKWARD
-                    if place.unit == stand_in and (place.run == run or again):
-                        self.long.enter(Place(place.run, unit))
-                        self._copy(span, unit, stand_in, unit == self._final(run, unit, stand_in))
+        did = {unit: self._blocks_of(unit) for unit in range(-1, self.few + 1)}
+        for run, unit, nth in self.whole.in_order(lambda unit: did[self._stand_in(unit)]):
+            self.long.enter(Place(run, unit))
+            self._copy((run, self._stand_in(unit), nth), unit)
+        gone = {index for index, sign in self.short.events if sign < 0}
+        if any(index in gone for _, index in self.now):
+            raise Unlike
         return self.long
 
     def _stand_in(self, unit: int) -> int:
         return unit if unit < 0 else self.few if unit == self.count else self.like[unit]
 
-    def _final(self, run: str, unit: int, stand_in: int) -> int:
-        """The unit that comes last in a pass, of those that do as `unit` does."""
-        alike = [u for u in range(self.count) if self.like[u] == stand_in] if 0 <= unit < self.count else [unit]
-        return alike[0] if run == BACKWARD else alike[-1]
-
-    def _copy(self, span: range, unit: int, stand_in: int, final: bool) -> None:
-        for e in span:
-            index, sign = self.short.events[e]
+    def _copy(self, block: Block, unit: int) -> None:
+        """Do in `unit` what was done in a block of its stand-in."""
+        for index, sign in self._events(self.blocks[block]):
             if sign > 0:
                 made = self.short.made[index]
-                self.now[unit, index] = self.long.add(replace(made, module=self._renamed(made, unit, stand_in)))
+                self.now[unit, index] = self.long.add(replace(made, module=self._renamed(made, unit, block[1])))
                 continue
-            for key in self._meant(index, unit, stand_in, final):
-                if (long := self.now.pop(key, None)) is not None:
-                    self.long.events.append((long, -1))
+            for key in self._meant(index, block, unit):
+                if key not in self.now:
+                    raise Unlike
+                self.long.events.append((self.now.pop(key), -1))
 
-    def _meant(self, index: int, unit: int, stand_in: int, final: bool) -> list[tuple[int, int]]:
-        """What a release of `index` releases when `unit` repeats what `stand_in` did; what all units share, the last one does."""
-        place, nth, k = self.home[index]
-        if not 0 <= place.unit < self.few:
-            return [] if not final else [(self.count if place.unit == self.few else -1, index)]
-        if 0 <= unit < self.count:
-            other = unit + place.unit - stand_in
-            for number in (k, k - self.sizes[place, nth]):  # a unit of another kind makes more or less before or after it
-                meant = self.there.get((place.run, nth, number, self._stand_in(other)))
-                if meant is not None and self._kind(meant) == self._kind(index):
-                    return [(other, meant)]
+    def _meant(self, index: int, block: Block, unit: int) -> list[tuple[int, int]]:
+        """What a release of `index` in a block releases when `unit` repeats it."""
+        (run, at, nth), k = self.home[index]
+        if not self._is_layer(block[1]):  # before or after all units one of each is meant: that of every unit that is like it
+            return [(u, index) for u in range(self.count) if self.like[u] == at] if self._is_layer(at) else [(self._outside(at), index)]
+        if not self._is_layer(at):
+            return [(self._outside(at), index)] if self._lets_go(block, unit) else []
+        other = self.whole.follow(unit, self.part.way(block[1], at))
+        for number in (k, k - self.sizes[run, at, nth]):  # a unit of another kind makes more or less before or after it
+            meant = self.there.get(((run, self._stand_in(other), nth), number))
+            if meant is not None and self._kind(meant) == self._kind(index):
+                return [(other, meant)]
+        raise Unlike
+
+    def _outside(self, unit: int) -> int:
+        return self.count if unit == self.few else unit
+
+    def _lets_go(self, block: Block, unit: int) -> bool:
+        """Is `unit` the one that lets go of what all units share, where the short step does it in `block`? That must be at one
+        certain layer, and nothing may come after it in the whole that does not in the short step, as it could need it."""
+        run, short_unit, _ = block
+        its, at_the_beginning = self.kept[short_unit], short_unit < self.begin
+        if not at_the_beginning and (self.like.count(short_unit) > 1 or run == RECOMPUTE):
             raise Unlike
-        # Before or after all units, one of each is meant: that of every unit that is like it.
-        return [(u, index) for u in range(self.count) if self.like[u] == place.unit]
+        if unit == its and (run == FORWARD or not at_the_beginning):
+            after, shown = (slice(its + 1, None), slice(short_unit + 1, None)) if run == FORWARD else (slice(its), slice(short_unit))
+            if not {*self.whole.kinds[after]} <= {*self.part.kinds[shown]}:
+                raise Unlike
+            if self.part.ends(short_unit)[0] and not self.part.kinds_beside(short_unit) <= self.whole.kinds_beside(its):
+                raise Unlike  # its checkpoint let go of it, for another of its layers
+        return unit == its
 
     def _kind(self, index: int) -> object:
         made = self.short.made[index]

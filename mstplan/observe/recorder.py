@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
+from ..train.checkpoint import Checkpoints
 from .recording import (
     BACKWARD,
     FORWARD,
@@ -130,6 +132,8 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "profiler":
             return func(*args, **(kwargs or {}))  # a name for what follows: it makes nothing, and is at no place
         label = self._locate()
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].device  # what most calls are: the modes below would say the same
         out = func(*args, **(kwargs or {}))
         self._sum = None
         if isinstance(out, torch.Tensor):
@@ -231,9 +235,8 @@ class Recorder(TorchDispatchMode):
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Within the context forward passes of the model's modules label what they, and autograd after them, make."""
         last = [module for module, label in self.labels.items() if label.is_layer][-1:]
-        settings = next((m._mstplan for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "_mstplan")), None)
-        if settings is not None and settings.checkpoints is not None:
-            self.recomputing = lambda: settings.checkpoints.recomputing
+        if (checkpoints := checkpoints_of(model)) is not None:
+            self.recomputing = lambda: checkpoints.recomputing
 
         def enter(module: nn.Module, inputs: Any) -> None:
             label = self.labels.get(module, self._stack[-1])
@@ -260,6 +263,12 @@ class Recorder(TorchDispatchMode):
 
     def _mark(self) -> None:
         self._forward_of.append((torch._C._autograd._get_sequence_nr(), self._here(), self._unit))
+
+
+def checkpoints_of(model: nn.Module) -> Checkpoints | None:
+    """The checkpoints of a model that runs in mini-sequences, if it has any."""
+    settings = next((m._mstplan for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "_mstplan")), None)
+    return settings.checkpoints if settings is not None else None
 
 
 def _holds_its_own(summand: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
 """What a step allocates and releases, in order, and what for. Plain data: nothing here needs torch.
 
-A step is walked through in places: a pass (forward, recomputation, backward, optimizer) of a unit. Units are what is
-checkpointed together, a decoder layer or a segment of several; what runs before them is unit -1, what runs after them
-unit n. Places follow each other as blocks of events, and `extend.py` repeats the blocks of a layer for many.
+A step is walked through in places: a pass (forward, recomputation, backward, optimizer) of a unit. Units are the decoder
+layers; what runs before them is unit -1, what runs after them unit n. Places follow each other as blocks of events, and
+`extend.py` repeats the blocks of a layer for many.
 """
 
 from __future__ import annotations

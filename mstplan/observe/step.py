@@ -88,16 +88,15 @@ class TrainingStep:
     that the runtime refuses.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, seq_len: int, checkpoint: Any = None):
-        """checkpoint: in place of the recipe's, where it counts layers that are not there."""
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, seq_len: int):
         check_runnable(recipe)
         self.recipe, self.model = recipe, model
         self.device = next(model.parameters()).device
         chunked = recipe.loss == "chunked"
-        how = recipe.checkpoint if checkpoint is None else checkpoint
-        if how != "none" or chunked or recipe.mlp_chunks != 1:
+        if recipe.checkpoint != "none" or chunked or recipe.mlp_chunks != 1:
             minisequence(
-                model, mlp_chunks=int(recipe.mlp_chunks), loss_chunks=int(recipe.loss_chunks), checkpoint=how, offload=recipe.offload_layer_inputs,
+                model, mlp_chunks=int(recipe.mlp_chunks), loss_chunks=int(recipe.loss_chunks), checkpoint=recipe.checkpoint,
+                offload=recipe.offload_layer_inputs,
             )  # fmt: skip
         make = optimizer_of(recipe)
         self.optimizer = None if recipe.optimizer_in_backward else make(model.parameters())

@@ -24,7 +24,7 @@ from ..plan.steps import (
 )
 from ..plan.steps import OPTIMIZER as OPTIMIZER_STEP
 from .allocator import MIN_BLOCK
-from .extend import extend
+from .extend import extend, row
 from .recording import FORWARD, GRADIENTS, OPTIMIZER, STATES, WEIGHTS, WORKSPACE, Made, Place, Recording
 
 
@@ -68,7 +68,8 @@ class Alive(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """A step. `short`: the forward and backward pass of the units that were run; kinds: of all units; `update`: the optimizer's step.
+    """A step. `short`: the forward and backward pass of the layers that were run, `kept`; kinds: of all layers, `every` of them to
+    a checkpoint; `update`: the optimizer's step.
 
     on: "cuda" or "cpu". workspace: bytes that cuBLAS holds. seq_len in tokens.
     """
@@ -81,6 +82,7 @@ class Trace:
     states: tuple[State, ...]
     kinds: tuple[int, ...]
     kept: tuple[int, ...]
+    every: int
     reach: int
     short: Recording
     update: Recording
@@ -94,7 +96,7 @@ class Trace:
         rows = {name: [list(row) for row in getattr(self, name)] for name in ("weights", "states")}
         return {
             "recipe": self.recipe.model_dump(), "seq_len": self.seq_len, "on": self.on, "workspace": self.workspace, **rows,
-            "kinds": list(self.kinds), "kept": list(self.kept), "reach": self.reach,
+            "kinds": list(self.kinds), "kept": list(self.kept), "every": self.every, "reach": self.reach,
             "short": self.short.as_data(), "update": self.update.as_data(),
         }  # fmt: skip
 
@@ -103,7 +105,8 @@ class Trace:
         weights = tuple(Weight(name, tuple(shape), *rest) for name, shape, *rest in data["weights"])
         return cls(
             Recipe(**data["recipe"]), data["seq_len"], data["on"], data["workspace"], weights, tuple(State(*row) for row in data["states"]),
-            tuple(data["kinds"]), tuple(data["kept"]), data["reach"], Recording.from_data(data["short"]), Recording.from_data(data["update"]),
+            tuple(data["kinds"]), tuple(data["kept"]), data["every"], data["reach"], Recording.from_data(data["short"]),
+            Recording.from_data(data["update"]),
         )  # fmt: skip
 
     @property
@@ -120,7 +123,7 @@ class Trace:
     @cached_property
     def step(self) -> Recording:
         """Forward, backward and update of the whole model."""
-        long = extend(self.short, self.kept, self.kinds, self.reach)
+        long = extend(self.short, self.kept, row(self.kinds, self.every, self.reach))
         first = len(long.made)
         return Recording(
             long.made + self.update.made,
@@ -180,7 +183,9 @@ class Trace:
         return most
 
     def instant_of(self, place: Place) -> str:
-        return instant_of(place, self.units)
+        """The step model counts what is checkpointed together as one layer."""
+        checkpoints = -(-self.units // self.every)
+        return instant_of(Place(place.run, checkpoints if place.unit == self.units else place.unit // self.every), checkpoints)
 
     @cached_property
     def peaks(self) -> tuple[Peak, ...]:

@@ -25,8 +25,8 @@ from ..plan.steps import segment_length
 from ..train import finding
 from .cpu import KernelBuffers
 from .cuda import FLASH, as_on_cuda, few_chunks, on_fake_tensors
-from .extend import Unlike, extend, few
-from .recorder import Label, Recorder
+from .extend import Unlike, few, row
+from .recorder import Label, Recorder, checkpoints_of
 from .recording import ATTENTION, BACKWARD, FORWARD, LOSS, MLP, NORMS, OPTIMIZER, OTHER, STATES, Recording
 from .sharding import ranks, seen_by, shard, shard_shape
 from .step import TrainingStep, build, check_runnable, make_states, optimizer_of, read_settings
@@ -57,31 +57,30 @@ def trace_settings(
     """`trace` of transformers' own description of a model, which stays as it is."""
     check_runnable(recipe)
     full = whole_model(settings, recipe, on, remote_code)
-    every, kinds = _units(full, recipe)
+    layers = finding.find_parts(full).layers
+    kinds, every = _kinds(full, layers), segment_length(recipe, len(layers)) or 1
     sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in full.parameters())
     update, states = _update(sizes, recipe.optimizer, recipe.adamw_kernel, recipe.optimizer_in_backward)
     weights = _weights(full, recipe)
     reach = 2 if recipe.offload_layer_inputs else 1  # a layer's input is let go one layer later than usual
     numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
     everything = list(range(len(kinds)))
-    kept = everything if whole else few(kinds, reach)
+
+    def of(model: PreTrainedModel, kept: list[int]) -> Trace:
+        short = _run(model, recipe, seq_len, kept, every, on, whole)
+        return Trace(
+            recipe, seq_len, on, workspace, weights, states, tuple(numbers[k] for k in kinds), tuple(kept), every, reach, short, update
+        )  # fmt: skip
+
+    kept = everything if whole else few(row(kinds, every, reach))
     try:
-        short = _run(full, recipe, seq_len, kept, every, on, whole)
-        extend(short, kept, kinds, reach)
+        found = of(full, kept)
+        _ = found.step  # kept for whoever asks next; here to know that the layers are alike
     except (Unlike, ModelError):
         if kept == everything:
             raise
-        full, kept = whole_model(settings, recipe, on, remote_code), everything
-        short = _run(full, recipe, seq_len, kept, every, on, whole)
-    return Trace(recipe, seq_len, on, workspace, weights, states, tuple(numbers[k] for k in kinds), tuple(kept), reach, short, update)
-
-
-def _units(model: PreTrainedModel, recipe: Recipe) -> tuple[int, list[Hashable]]:
-    """Layers to a unit, and the kind of each unit."""
-    layers = finding.find_parts(model).layers
-    every = segment_length(recipe, len(layers)) or 1
-    kinds = _kinds(model, layers)
-    return every, [tuple(kinds[i : i + every]) for i in range(0, len(kinds), every)]
+        found = of(whole_model(settings, recipe, on, remote_code), everything)
+    return found
 
 
 def whole_model(settings: PreTrainedConfig, recipe: Recipe, on: str, remote_code: bool) -> PreTrainedModel:
@@ -112,24 +111,25 @@ def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
 
 
 def _run(full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], every: int, on: str, whole: bool) -> Recording:
-    """Forward and backward of a step with the layers of the `kept` units."""
-    parts = finding.find_parts(full)
-    model = _shortened(full, parts.layers, [i for unit in kept for i in range(unit * every, min((unit + 1) * every, len(parts.layers)))])
+    """Forward and backward of a step with the `kept` layers, where checkpoints begin as in the whole, every so many layers."""
+    model = _shortened(full, finding.find_parts(full).layers, kept)
     with ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if whole else few_chunks():
         model.to_empty(device="cpu")
         model.tie_weights()
         if mesh is not None:
             shard(model, recipe, mesh)
-        return record(model, recipe, seq_len, len(kept), every, on)
+        return record(model, recipe, seq_len, [n for n, i in enumerate(kept) if i % every == 0], on)
 
 
-def record(model: PreTrainedModel, recipe: Recipe, seq_len: int, units: int, every: int, on: str) -> Recording:
-    """Forward and backward of a step of a model that is there, `every` layers to a unit."""
-    checkpoint = recipe.checkpoint if recipe.checkpoint in ("none", "layer") else every
-    recorder = Recorder(_labels(model, every), units)
+def record(model: PreTrainedModel, recipe: Recipe, seq_len: int, starts: list[int], on: str) -> Recording:
+    """Forward and backward of a step of a model that is there. starts: the layers that checkpoints begin with."""
+    units = len(finding.find_parts(model).layers)
+    recorder = Recorder(_labels(model), units)
     with as_on_cuda(recorder) if on == "cuda" else on_fake_tensors(), seen_by(recorder):
         bare = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
-        step = TrainingStep(model, bare, seq_len, checkpoint)
+        step = TrainingStep(model, bare, seq_len)
+        if (checkpoints := checkpoints_of(model)) is not None:
+            checkpoints.bounds = {*starts, units}
         make_states(step.in_backward)
         if recipe.accumulation > 1:
             for weight in model.parameters():
@@ -159,7 +159,7 @@ def _naming(model: PreTrainedModel) -> Iterator[None]:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as e:
         raise ModelError(
-            f"{name} needs the values of tensors in {e.func}, and a trace has none.\nPlan it with the formula rung, or measure it on a card."
+            f"{name} needs the values of tensors in {e.func}, and a trace has none.\nPlan it with the formula rung, or measure it on a card: mstplan measure."
         ) from None
     except Exception as e:
         raise ModelError(f"{name} {OWN_FAILURE}: {type(e).__name__}: {one_line(e, 200)}") from e
@@ -225,7 +225,7 @@ def _shorten(settings: Any, count: int, kept: list[int]) -> None:
         settings.num_hidden_layers = len(kept)
 
 
-def _labels(model: PreTrainedModel, every: int) -> dict[nn.Module, Label]:
+def _labels(model: PreTrainedModel) -> dict[nn.Module, Label]:
     """What is known of each module: its path, category and unit."""
     parts = finding.find_parts(model)
     try:
@@ -235,7 +235,7 @@ def _labels(model: PreTrainedModel, every: int) -> dict[nn.Module, Label]:
     units: dict[nn.Module, set[int]] = {}
     for n, layer in enumerate(parts.layers):
         for part in layer.modules():
-            units.setdefault(part, set()).add(n // every)
+            units.setdefault(part, set()).add(n)
     head = set(parts.head.modules())
     mixing = {part for layer in parts.layers for child in layer.modules() if child is not layer and finding.mixes(child) for part in child.modules()}
     layers = set(parts.layers)

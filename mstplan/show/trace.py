@@ -86,8 +86,7 @@ def _versions_note(versions: dict[str, str]) -> str:
 
 
 def _ran_note(trace: Trace) -> str:
-    what = "units that are checkpointed together" if trace.recipe.checkpoint not in ("none", "layer") else "layers"
-    return f"{len(trace.kept)} of {trace.units} {what} were run; the others do the same as one of them."
+    return f"{len(trace.kept)} of {trace.units} layers were run; the others do the same as one of them."
 
 
 def report(console: Console, v: View, most: int = 14) -> None:

@@ -30,7 +30,8 @@ class Checkpoints:
     """`every` layers to a checkpoint. One for a model; `abandon` after a forward pass that failed."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], every: int, offload: bool):
-        self.name, self.count, self.every = type(model).__name__, len(layers), every
+        self.name = type(model).__name__
+        self.bounds = {*range(0, len(layers), every), len(layers)}  # where a checkpoint begins or ends
         self.host = HostCopies() if offload else None
         self._segment = ExitStack()  # the one being run, its layers so far, and what the last of them gave
         self._runs: list[tuple[LayerRun, tuple[Any, ...]]] = []
@@ -60,7 +61,7 @@ class Checkpoints:
         if not args or not torch.is_tensor(args[0]):
             raise ModelError(f"{self.name} gives its layers their hidden states by name, so they cannot be checkpointed here.\nSet checkpoint='none'.")
         try:
-            if index % self.every == 0:
+            if index in self.bounds:
                 self._begin(index, args[0])
             elif self._next != index or args[0] is not self._output:
                 raise ModelError(
@@ -70,7 +71,7 @@ class Checkpoints:
             self._runs.append((run, args[1:]))
             out = made(run(*args))
             self._next, self._output = index + 1, _hidden(out)
-            if self._next % self.every == 0 or self._next == self.count:
+            if self._next in self.bounds:
                 self._end()
         except BaseException:
             self.abandon()

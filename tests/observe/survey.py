@@ -186,7 +186,7 @@ def for_real(settings: PreTrainedConfig, recipe: Recipe, short: Trace) -> Trace:
     attention = whole_model(settings, recipe, short.on, remote_code=False).config._attn_implementation
     model = build(settings, recipe, attention, "cpu")
     with patch.object(cuda, "on_fake_tensors", nullcontext):
-        made = record(model, recipe, short.seq_len, short.units, 1, short.on)
+        made = record(model, recipe, short.seq_len, list(range(short.units)), short.on)
     return replace(short, kept=tuple(range(short.units)), short=made)
 
 

@@ -25,7 +25,7 @@ def test_equal_totals(recipe):
     """Both run under a dispatch mode, so gradients are added out of place for both; MemTracker counts bytes as requested."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(read_settings(TINY), recipe, "sdpa", "cpu")
-        recorder = Recorder(labels_of(model, 1), TINY["num_hidden_layers"], in_place=False)
+        recorder = Recorder(labels_of(model), TINY["num_hidden_layers"], in_place=False)
         with as_on_cuda(recorder):
             step = TrainingStep(model, recipe, 1024)
             recorder.were_there([*model.parameters(), *model.buffers(), step.tokens, step.labels])
