@@ -50,30 +50,30 @@ PLAIN, SQUARES = ("", "bs", "bc", "bk", "s", "br"), ("bss", "ss")
 
 
 class Family(NamedTuple):
-    """What is calibrated: a strategy, and whether its MLP runs in chunks (few are recommended for some models)."""
+    """What is calibrated: a strategy, and whether its MLP and its loss run in several chunks (one is recommended where that is enough)."""
 
     strategy: str
     several_mlp: bool
+    several_loss: bool
     masked: bool
 
 
 def families(model: Model, names: Sequence[str] = tuple(STRATEGIES)) -> list[Family]:
     found = []
     for name in names:
-        chunked = STRATEGIES[name].loss == "chunked"
+        chunks = ((True, True), (False, True), (False, False)) if STRATEGIES[name].loss == "chunked" else ((False, False),)
         for masked in (False, True) if window_of(model, STRATEGIES[name]) is not None else (False,):
-            found += [Family(name, several, masked) for several in ((True, False) if chunked else (False,))]
+            found += [Family(name, *several, masked) for several in chunks]
     return found
 
 
 def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
     """Solve the family's moments. Raises ModelError when the steps are not alike, or the residual is over `WORST`."""
     recipe = STRATEGIES[family.strategy]
-    chunked = recipe.loss == "chunked"
-    basis = [name for name in PLAIN if chunked or name not in ("bc", "bk")]
-    basis = [name for name in basis if family.several_mlp or name != "bc"] + list(SQUARES if family.masked else ())
+    left_out = {name for name, several in (("bc", family.several_mlp), ("bk", family.several_loss)) if not several}
+    basis = [name for name in PLAIN if name not in left_out] + list(SQUARES if family.masked else ())
     window = window_of(model, recipe)
-    points = [_fitting(p, chunked, family.several_mlp, window, family.masked) for p in (*POINTS[: len(basis) + 1], CHECK)]
+    points = [_fitting(p, family, window) for p in (*POINTS[: len(basis) + 1], CHECK)]
     traces = [trace_at(_at(recipe, p), p.seq_len) for p in points]
     moments = _solve(model, basis, points[:-1], traces[:-1])
     found = {name: tuple(m.live for m in undominated([Moment(v, "", ()) for v in vectors])) for name, vectors in moments.items()}
@@ -82,19 +82,19 @@ def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
         raise ModelError(f"{model.name}, {family.strategy}: the coefficients miss a trace by {residual:.2%}, more than {WORST:.1%}: not written.")
     provenance = {"rung": "trace", **versions(), "mstplan": __version__, "points": [list(p) for p in points[:-1]], "checked": list(points[-1])}
     return Calibration(
-        calibration.family_of(recipe), family.several_mlp, chunked, family.masked, False, found, residual, provenance,
+        calibration.family_of(recipe), family.several_mlp, family.several_loss, family.masked, False, found, residual, provenance,
     )  # fmt: skip
 
 
-def _fitting(point: Point, chunked: bool, several_mlp: bool, window: int | None, masked: bool) -> Point:
+def _fitting(point: Point, family: Family, window: int | None) -> Point:
     """The point on the family's side of the sliding window, with the family's chunks."""
-    if window is not None and not masked:
+    if window is not None and not family.masked:
         scale = max(1, -(-point.seq_len // max(1, window - 1)))
         step = point.mlp_chunks * point.loss_chunks
         point = point._replace(seq_len=max(step, point.seq_len // scale // step * step))
     elif window is not None and point.seq_len < window:
         point = point._replace(seq_len=point.seq_len * -(-window // point.seq_len))
-    return point._replace(mlp_chunks=point.mlp_chunks if several_mlp else 1, loss_chunks=point.loss_chunks if chunked else 1)
+    return point._replace(mlp_chunks=point.mlp_chunks if family.several_mlp else 1, loss_chunks=point.loss_chunks if family.several_loss else 1)
 
 
 def _at(recipe: Recipe, point: Point) -> Recipe:

@@ -25,6 +25,7 @@ class Row(NamedTuple):
     model: str
     strategy: str
     mlp_in_chunks: bool
+    loss_in_chunks: bool
     masked: bool  # sliding windows with explicit masks
     vectors: int
     residual: float
@@ -55,7 +56,7 @@ def run(models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bo
                 bar.advance(task)
             path = calibration.write(model, [c for _, c in found], folder)
             rows += [
-                Row(model.name, f.strategy, f.several_mlp, f.masked, sum(map(len, c.moments.values())), c.residual, str(path)) for f, c in found
+                Row(model.name, f.strategy, f.several_mlp, f.several_loss, f.masked, sum(map(len, c.moments.values())), c.residual, str(path)) for f, c in found
             ]  # fmt: skip
     return rows
 
@@ -79,7 +80,7 @@ def from_measurements(
         path = calibration.write(model, found.calibrations, folder)
         said += found.left_out
         rows += [
-            Row(model.name, c.provenance["strategy"], c.several_mlp, c.masked, sum(map(len, c.moments.values())), c.residual, str(path))
+            Row(model.name, c.provenance["strategy"], c.several_mlp, c.several_loss, c.masked, sum(map(len, c.moments.values())), c.residual, str(path))
             for c in found.calibrations
         ]  # fmt: skip
     constants = fit.devices(chosen)
@@ -90,9 +91,10 @@ def from_measurements(
 
 
 def report(console: Console, rows: Sequence[Row]) -> None:
-    table = tables.new_table(("model", "left"), ("strategy", "left"), ("MLP", "left"), ("vectors", "right"), ("residual", "right"))
+    table = tables.new_table(("model", "left"), ("strategy", "left"), ("in chunks", "left"), ("vectors", "right"), ("residual", "right"))
     for row in rows:
-        how = ("in chunks" if row.mlp_in_chunks else "whole") + (", masks" if row.masked else "")
+        chunked = " and ".join(part for part, several in (("MLP", row.mlp_in_chunks), ("loss", row.loss_in_chunks)) if several)
+        how = (chunked or "nothing") + (", masks" if row.masked else "")
         table.add_row(row.model, row.strategy, how, str(row.vectors), f"{row.residual:.1e}")
     console.print(table)
     for path in dict.fromkeys(row.file for row in rows):

@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def mst():
-    return calibrate(MODEL, Family("mst", True, False), trace_at)
+    return calibrate(MODEL, Family("mst", True, True, False), trace_at)
 
 
 def test_the_residual_is_rounding(mst):
@@ -116,7 +116,7 @@ def test_steps_that_are_not_alike_are_refused():
         return step_of(Recipe() if seq_len == solving.POINTS[1].seq_len else recipe, seq_len)
 
     with pytest.raises(ModelError, match="differ between lengths"):
-        calibrate(MODEL, Family("checkpoint", False, False), other_at_some_length)
+        calibrate(MODEL, Family("checkpoint", False, False, False), other_at_some_length)
 
 
 def test_a_residual_too_large_is_refused():
@@ -124,10 +124,10 @@ def test_a_residual_too_large_is_refused():
         return step_of(recipe, seq_len if seq_len != solving.CHECK.seq_len else seq_len + 2000)
 
     with pytest.raises(ModelError, match="not written"):
-        calibrate(MODEL, Family("checkpoint", False, False), more_where_it_is_checked)
+        calibrate(MODEL, Family("checkpoint", False, False, False), more_where_it_is_checked)
 
 
 def test_families_follow_windows_and_chunks():
-    assert Family("mst", False, False) in families(MODEL) and not any(f.masked for f in families(MODEL))
+    assert Family("mst", False, False, False) in families(MODEL) and not any(f.masked for f in families(MODEL))
     sliding = MODEL._replace(layer_kinds=tuple(kind._replace(window=512) for kind in MODEL.layer_kinds))
     assert {f.masked for f in families(sliding, ["checkpoint"])} == {False, True}

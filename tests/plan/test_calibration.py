@@ -1,0 +1,76 @@
+"""The calibrations that ship: one for every dense model, strategy and side of a sliding window, and within a hair of the formula."""
+
+from __future__ import annotations
+
+import pytest
+
+from mstplan import card, load_model, model_names, plan_at
+from mstplan.plan import calibration, solve
+from mstplan.plan.recipe import STRATEGIES
+from mstplan.plan.solve import chunks_at, fixed_chunks, layout_of, sizes
+from mstplan.plan.steps import Chunks, step
+from mstplan.profiles import ROOT
+
+DENSE = [name for name in model_names() if load_model(name).experts is None]
+ON = card("h100")
+LENGTHS = (4096, 65536, 1048576)
+
+
+@pytest.fixture(autouse=True)
+def shipped_ones(tmp_path, monkeypatch):
+    """None of the user's own."""
+    monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path))
+    calibration.of_model.cache_clear()
+    solve._calibrated.cache_clear()
+
+
+def test_no_file_without_a_model():
+    assert {path.stem for path in (ROOT / "calibrations").glob("*.json")} == set(DENSE)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_every_strategy_at_every_length(name):
+    model = load_model(name)
+    for strategy, recipe in STRATEGIES.items():
+        for seq_len in LENGTHS:
+            plan = plan_at(model, recipe, ON, seq_len)
+            assert plan.calibration is not None, (strategy, seq_len)
+            assert plan.calibration.provenance["rung"] == "trace" and plan.calibration.residual <= 0.005
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_what_it_changes(name):
+    """Formula and trace count the same tensors. A calibration adds buffers of some bytes, and to the loss the copy of the labels
+    (8 bytes a token) that transformers makes of several sequences: it is solved from two sequences and three."""
+    model = load_model(name)
+    for strategy, recipe in STRATEGIES.items():
+        chunks = fixed_chunks(recipe, 16, 32) if recipe.loss == "chunked" else Chunks(1, 1)
+        for seq_len in LENGTHS:
+            layout, where = layout_of(model, recipe, chunks, seq_len), sizes(recipe, seq_len, chunks)
+            formula = step(model, layout, 0)
+            found = solve.calibration_at(model, recipe, seq_len, chunks)
+            assert found is not None, (strategy, seq_len)
+            told, calibrated = formula.largest(where)[1], formula.calibrated(found.moments).largest(where)[1]
+            assert abs(calibrated - told) <= 8 * seq_len + 1e-4 * told, (strategy, seq_len)
+
+
+def test_other_recipes_stand_on_the_formula():
+    model = load_model("llama3.1-8b")
+    for changes in ({"optimizer": "sgd"}, {"precision": "mixed"}, {"attention": "eager"}, {"accumulation": 2}):
+        assert plan_at(model, STRATEGIES["checkpoint"].changed(**changes), ON, 4096).calibration is None
+    assert plan_at(model, STRATEGIES["checkpoint"].changed(batch=3), ON, 4096).calibration is not None
+    assert chunks_at(model, STRATEGIES["mst"], ON, 65536).loss > 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 1}', '{"schema_version": 99, "fingerprint": "", "families": []}'])
+def test_a_damaged_file_is_none(tmp_path, text):
+    """The one that ships is used."""
+    folder = tmp_path / "calibrations"
+    folder.mkdir()
+    (folder / "llama3.1-8b.json").write_text(text)
+    assert plan_at(load_model("llama3.1-8b"), STRATEGIES["mst"], ON, 4096).calibration is not None
+
+
+def test_another_model_of_the_same_name_has_none():
+    other = load_model("llama3.1-8b")._replace(hidden=2048)
+    assert calibration.of_model(other) == ()
