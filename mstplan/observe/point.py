@@ -156,7 +156,8 @@ def _prepare_cuda(case: Case) -> int:
     product = square @ square
     workspace = torch.cuda.memory_allocated() - before - product.untyped_storage().nbytes()
     if case.limit is not None:
-        torch.cuda.set_per_process_memory_fraction(max(0, case.limit - _beside_tensors()) / torch.cuda.mem_get_info()[1])
+        share = (case.limit - _beside_tensors()) / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
     return workspace
 
 

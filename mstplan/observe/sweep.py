@@ -119,13 +119,22 @@ def _suite_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def environment(device: str) -> dict[str, Any]:
     """What figures on this device depend on: card, bytes, driver, versions. Raises MeasurementError where there is none."""
-    done = subprocess.run([*PROCESS, "describe", device], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run([*PROCESS, "describe", device], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=variables(device))
     try:
         found: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         raise MeasurementError(f"cannot look at the device: {_last_line(done.stderr)}") from None
     if "error" in found:
         raise MeasurementError(found["error"])
+    return found
+
+
+def variables(device: str) -> dict[str, str]:
+    """Of the environment of a process that measures. On CUDA with expandable segments, as predictions assume and most long runs want,
+    unless the user has set the allocator up."""
+    found = dict(os.environ)
+    if device == "cuda" and "PYTORCH_ALLOC_CONF" not in found:
+        found.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return found
 
 
@@ -140,7 +149,7 @@ def run(case: Case, known: Mapping[str, Any], timeout: float | None = None) -> M
     too little time (seconds). `known`: the environment, for a process that dies before it can tell."""
     late = threading.Event()
     with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(PROCESS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        child = subprocess.Popen(PROCESS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=variables(case.device))
 
         def stop() -> None:
             late.set()

@@ -147,6 +147,15 @@ def test_no_such_device():
         sweep.environment("cuda")
 
 
+def test_the_allocator_of_a_card_is_as_predicted_unless_the_user_set_it_up(monkeypatch):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert sweep.variables("cuda")["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in sweep.variables("cpu")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert sweep.variables("cuda")["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+
+
 # ---- a sweep that is ended --------------------------------------------------------------------------------------------
 
 
