@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .. import files
 from ..errors import OutputError, quoted
 from ..plan import solve
+from ..plan.calibration import Calibration
 from ..plan.cuda import BIAS_ROWS
 from ..plan.hardware import Card
 from ..plan.model import Model
@@ -66,6 +67,7 @@ class Curve:
     s_max: int
     chunks: Chunks
     points: tuple[Point, ...]  # by length
+    calibration: Calibration | None = None
 
     def as_data(self) -> dict[str, Any]:
         return {
@@ -146,7 +148,7 @@ def curves(found: Sequence[Answer], longest: int | None = None, points: int = 20
             chunks = plan.chunks if answer.s_max else solve.recommend_at(plan.model, plan.recipe, plan.card, longest)
             also = {s for s in (*reached, answer.s_max + every if answer.s_max else 0) if first <= s <= longest}
             spots = _points(answer, chunks, {*grid, *also}, sorted({*scan, *also}), advance, every)
-            result.append(Curve(answer.strategy, plan.recipe, answer.s_max, chunks, spots))
+            result.append(Curve(answer.strategy, plan.recipe, answer.s_max, chunks, spots, plan.calibration))
     return result
 
 
@@ -270,7 +272,7 @@ def _recipe_line(curves: Sequence[Curve]) -> str:
 def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
     """The lines below the picture. `top`: the most bytes that are drawn."""
     from .. import __version__
-    from .tables import RUNG
+    from .tables import rung
 
     lines = []
     none = [c for c in curves if not c.s_max]
@@ -293,7 +295,8 @@ def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
         chosen = any("auto" in (c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in cut)
         why = f", as recommended at {when}" if chosen else ""
         lines += [f"Chunks (MLP, loss) at every length{why}: {counts}."] if counts else []
-    return [*lines, f"{RUNG[0].upper()}{RUNG[1:]}. mstplan {__version__}"]
+    stands_on = rung([curve.calibration for curve in curves])
+    return [*lines, f"{stands_on[0].upper()}{stands_on[1:]}. mstplan {__version__}"]
 
 
 # ---- the picture: where it goes ----------------------------------------------------------------------------------------

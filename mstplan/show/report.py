@@ -32,17 +32,8 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Answer]) -> list[str
     return lines
 
 
-def rung(plans: Sequence[Plan]) -> str:
-    """What answers stand on, in a line."""
-    sources = dict.fromkeys(p.calibration.said for p in plans if p.calibration is not None)
-    if not sources:
-        return tables.RUNG
-    some = "" if all(p.calibration is not None for p in plans) else " in part"
-    return f"formula rung, calibrated{some} from {'; '.join(sources)}"
-
-
 def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer], best: Answer) -> None:
-    tables.heading(console, model, card, rung([a.plan for a in found]))
+    tables.heading(console, model, card, tables.rung([a.plan.calibration for a in found]))
     tables.answers(console, found, best)
     if best.s_max:
         title = f"{best.strategy} at {format_tokens(best.s_max)} tokens, {best.plan.instant}:"
@@ -53,7 +44,7 @@ def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer],
 
 
 def plan(console: Console, step: Plan, strategy: str, singles: Sequence[Way], run: Way | None) -> None:
-    tables.heading(console, step.model, step.card, rung([step]))
+    tables.heading(console, step.model, step.card, tables.rung([step.calibration]))
     found = step.instants()
     tables.verdict(console, step, strategy)
     tables.instants(console, step, found)
@@ -95,6 +86,7 @@ class TheoremView(NamedTuple):
     step_model: tuple[tuple[str, int], ...]  # strategy, S_max: beside each formula
     differences: tuple[str, ...]
     seq_len: int | None
+    rung: str  # what the step model's answers stand on
 
 
 BESIDE = ("standard", "checkpoint-sqrt", "mst", "mst-offload")
@@ -111,11 +103,14 @@ def theorem_view(model: Model, card: Card, recipe: Recipe, overrides: dict[str, 
     chunks = found[2].plan.chunks
     coefficients = formulas.coefficients(model, recipe, card, chunks).replaced(**overrides)
     rows = formulas.rows(coefficients, seq_len)
-    return TheoremView(coefficients, rows, tuple((a.strategy, a.s_max) for a in found), formulas.differences(model, recipe), seq_len)
+    return TheoremView(
+        coefficients, rows, tuple((a.strategy, a.s_max) for a in found), formulas.differences(model, recipe), seq_len,
+        tables.rung([answer.plan.calibration for answer in found]),
+    )  # fmt: skip
 
 
 def theorem(console: Console, model: Model, card: Card, view: TheoremView) -> None:
-    tables.heading(console, model, card)
+    tables.heading(console, model, card, view.rung)
     tables.theorem(console, view.coefficients, view.rows, view.step_model, view.seq_len)
     console.print(Text("Why they differ", "bold"))
     tables.notes(console, view.differences)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..plan.advice import Way
+from ..plan.calibration import Calibration
 from ..plan.hardware import Card, Gpu
 from ..plan.model import Model
 from ..plan.parameters import parameter_count
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from ..plan.theorem import Coefficients, Row
 
 RUNG = "formula rung: the bytes of every tensor, from config.json; nothing was measured"
+
+
+def rung(calibrations: Sequence[Calibration | None]) -> str:
+    """What answers of the planner stand on, in a line."""
+    sources = dict.fromkeys(c.said for c in calibrations if c is not None)
+    if not sources:
+        return RUNG
+    some = "" if None not in calibrations else " in part"
+    return f"formula rung, calibrated{some} from {'; '.join(sources)}"
 
 
 def new_table(*columns: tuple[str, str]) -> Table:

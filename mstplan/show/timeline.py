@@ -91,9 +91,14 @@ def _draw(figure: Figure, view: View, title: str) -> None:
     axes.stackplot(at, [[found[c][e] / GIB for e in at] for c in shown], colors=[COLORS[c] for c in shown], labels=shown, linewidth=0)
     axes.set_xlim(0, len(trace.live))
     budget = view.card.budget_bytes / GIB
-    axes.set_ylim(0, 1.12 * max(trace.peak.bytes / GIB, min(budget, 1.5 * trace.peak.bytes / GIB)))
-    axes.axhline(budget, color="black", linewidth=1.2)
-    axes.text(0.005 * len(trace.live), budget, f"budget {format_gib(view.card.budget_bytes)}", va="bottom", clip_on=True)
+    top = 1.12 * max(trace.peak.bytes / GIB, budget if budget <= 1.5 * trace.peak.bytes / GIB else 0)
+    axes.set_ylim(0, top)
+    words, left = f"budget {format_gib(view.card.budget_bytes)}", 0.005 * len(trace.live)
+    if budget <= top:
+        axes.axhline(budget, color="black", linewidth=1.2)
+        axes.text(left, budget, words, va="bottom")
+    else:
+        axes.text(left, top, f"{words}: above what is drawn", va="top")
     _peak(axes, view)
     _parts(axes, trace)
     axes.set_ylabel("GiB on the card")
@@ -133,5 +138,6 @@ def _parts(axes: Axes, trace: Trace) -> None:
     for n, (name, start, end) in enumerate(parts(trace)):
         if n:
             axes.axvline(start, color="black", linewidth=0.6, linestyle=(0, (2, 2)))
-        axes.text((start + end) / 2, below, name, ha="center", va="top")
+        at_edge = end == len(trace.live) and end - start < 0.1 * end  # a name as wide as its part must not leave the picture
+        axes.text(end if at_edge else (start + end) / 2, below, name, ha="right" if at_edge else "center", va="top")
     axes.set_xlabel("the step's allocations and releases, in order", labelpad=20)

@@ -88,7 +88,7 @@ def notes(found: Validation) -> list[str]:
     if on == ["cpu"] or not on:
         lines.append("nothing here was measured on a CUDA device: attention's workspace, cuBLAS' and the allocator are from PyTorch's source.")
     if "cpu" in on:
-        lines.append("cpu: the trace follows the CPU's kernels; the formula counts those of CUDA, whatever device it is compared on.")
+        lines.append("cpu: the trace follows the CPU's kernels and is held to its bounds; the formula counts those of CUDA and is only shown.")
     lines.append("errors are signed: + means that more was predicted than was measured.")
     return lines
 
@@ -146,7 +146,7 @@ def plot(found: Validation, path: Path) -> None:
 
 def _draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
     figure.suptitle(title, fontsize=FONT, x=0.02, ha="left")
-    figure.subplots_adjust(left=0.1, right=0.97, top=0.93, bottom=0.08, hspace=0.3)
+    figure.subplots_adjust(left=0.12, right=0.97, top=0.93, bottom=0.08, hspace=0.3)
     upper, lower = figure.subplots(2, 1)
     _against(upper, rows)
     _errors(lower, rows)
@@ -163,7 +163,19 @@ def _against(axes: Axes, rows: Sequence[Row]) -> None:
     ends = [min(min(r.measured, r.predicted) for r in rows) / GIB * 0.9, max(max(r.measured, r.predicted) for r in rows) / GIB * 1.1]
     axes.plot(ends, ends, color="black", linewidth=0.7, zorder=0)
     axes.set(xscale="log", yscale="log", xlabel="measured peak, GiB allocated", ylabel="predicted, GiB")
+    _plain(axes, axes.xaxis, axes.yaxis)
     axes.legend(frameon=False)
+
+
+def _plain(axes: Axes, *scales: Any) -> None:
+    """Numbers in full on logarithmic axes."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for scale in scales:
+        scale.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        scale.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:,g}"))
+        scale.set_minor_formatter(NullFormatter())
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _errors(axes: Axes, rows: Sequence[Row]) -> None:
@@ -171,4 +183,7 @@ def _errors(axes: Axes, rows: Sequence[Row]) -> None:
         points = [(row.measurement.case.seq_len, 100 * row.error) for row in rows if row.rung == rung]
         axes.plot(*zip(*points, strict=True), MARKS[rung], color=COLOURS[rung], label=rung, markersize=5, fillstyle="none")
     axes.axhline(0, color="black", linewidth=0.7, zorder=0)
-    axes.set(xscale="log", xlabel="tokens", ylabel="error, % (+: too much predicted)")
+    widest = 1.15 * max(0.1, *(100 * abs(row.error) for row in rows))
+    axes.set_ylim(-widest, widest)
+    axes.set(xscale="log", xlabel="tokens", ylabel="predicted less measured, %")
+    _plain(axes, axes.xaxis)
