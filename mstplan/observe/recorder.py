@@ -120,8 +120,9 @@ class Recorder(TorchDispatchMode):
         return label
 
     def _here(self) -> Label:
-        """The module that runs a forward pass; what the model itself does after its layers is the loss."""
-        label = self._stack[-1]
+        """The module that runs a forward pass; what the model itself does after its layers is the loss. Between modules of a chunk
+        that backward runs again it is the one whose backward that is."""
+        label = self._latest if self._run == BACKWARD and len(self._stack) == 1 else self._stack[-1]
         return label._replace(category=LOSS) if label.category == OTHER and self._unit == self.units else label
 
     # ---- events -------------------------------------------------------------------------------------------------------
