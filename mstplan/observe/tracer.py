@@ -29,7 +29,7 @@ from .extend import Unlike, few, row
 from .recorder import Label, Recorder, checkpoints_of
 from .recording import ATTENTION, BACKWARD, FORWARD, LOSS, MLP, NORMS, OPTIMIZER, OTHER, STATES, Recording
 from .sharding import ranks, seen_by, shard, shard_shape
-from .step import TrainingStep, build, check_runnable, make_states, optimizer_of, read_settings
+from .step import TrainingStep, build, check_runnable, make_states, optimizer_of, quiet, read_settings
 from .trace import State, Trace, Weight
 
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -136,7 +136,7 @@ def record(model: PreTrainedModel, recipe: Recipe, seq_len: int, starts: list[in
                 weight.grad = torch.empty_like(weight)
         recorder.were_there(_held(model, step.in_backward))
         beside = KernelBuffers(recorder) if on == "cpu" else nullcontext()
-        with _naming(model), recorder, beside, recorder.watching(model):
+        with _naming(model), quiet(), recorder, beside, recorder.watching(model):
             recorder.begin(FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             loss = step.forward()

@@ -35,14 +35,14 @@ def family(name: str) -> str:
 
 
 def in_rotation() -> list[tuple[str, str, int]]:
-    """(model, strategy, tokens): of each family as many as it has models, and no fewer than there are strategies. The strategy
-    that takes longest to trace, with several layers to a checkpoint, goes to the model of fewest layers, and comes once."""
-    others = [plan for plan in STRATEGIES if plan != "checkpoint-sqrt"]
+    """(model, strategy, tokens): of each family as many as it has models, and no fewer than three; the strategies go round over
+    all of them. The strategy that takes longest to trace, with several layers to a checkpoint, goes to the model of fewest layers."""
+    others = cycle(plan for plan in STRATEGIES if plan != "checkpoint-sqrt")
     cases = []
     for kind in dict.fromkeys(map(family, NAMES)):
         models = sorted((name for name in NAMES if family(name) == kind), key=lambda name: mstplan.load_model(name).layers)
-        plans = chain(["checkpoint-sqrt"], cycle(others))
-        cases += islice(zip(cycle(models), plans, cycle(LENGTHS), strict=False), max(len(models), len(STRATEGIES)))
+        plans = chain(["checkpoint-sqrt"], others)
+        cases += islice(zip(cycle(models), plans, cycle(LENGTHS), strict=False), max(len(models), 3))
     return cases
 
 
