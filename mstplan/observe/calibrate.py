@@ -61,7 +61,7 @@ class Family(NamedTuple):
 def families(model: Model, names: Sequence[str] = tuple(STRATEGIES)) -> list[Family]:
     found = []
     for name in names:
-        chunks = ((True, True), (False, True), (False, False)) if STRATEGIES[name].loss == "chunked" else ((False, False),)
+        chunks = ((True, True), (False, True), (True, False), (False, False)) if STRATEGIES[name].loss == "chunked" else ((False, False),)
         for masked in (False, True) if window_of(model, STRATEGIES[name]) is not None else (False,):
             found += [Family(name, *several, masked) for several in chunks]
     return found
