@@ -40,6 +40,18 @@ def test_trace_json_is_one_ledger(run: Run) -> None:  # noqa: F811
     assert {"torch", "transformers"} <= told["versions"].keys()
 
 
+def test_cards_that_train_together(run: Run) -> None:  # noqa: F811
+    alone = run(*STEP, "checkpoint", "--json").json
+    told = run(*STEP, "checkpoint", "--gpus", "8", "--sharding", "fsdp", "--json").json
+    assert (told["recipe"]["gpus"], told["recipe"]["sharding"]) == (8, "fsdp") and told["peak_bytes"] < alone["peak_bytes"]
+    assert all(i["formula_bytes"] == pytest.approx(i["bytes"], rel=0.03) for i in told["instants"])
+    said = run("max-seq", "-m", "tiny.json", "--gpu-mem", "2GB", "--gpus", "8", "--sharding", "fsdp")
+    assert said.code == 0 and "8" in said.out
+    for arguments in (("--gpus", "8"), ("--sharding", "fsdp"), ("--gpus", "0", "--sharding", "fsdp")):
+        refused = run(*STEP, "checkpoint", *arguments)
+        assert refused.code == 2 and len(refused.err.splitlines()) <= 2
+
+
 def test_exit_code_says_whether_it_fits(run: Run) -> None:  # noqa: F811
     said = run("trace", "-m", "tiny.json", "--gpu-mem", "2GB", "--seq-len", "256k", "-s", "checkpoint")
     assert said.code == 1 and "does not fit" in said.out and "out of memory" in said.out

@@ -151,7 +151,8 @@ def record(model: PreTrainedModel, recipe: Recipe, seq_len: int, starts: list[in
 @contextmanager
 def _naming(model: PreTrainedModel) -> Iterator[None]:
     """What a model's code cannot do on token ids without values is said with the model's name."""
-    name, log = type(model).__name__, logging.getLogger("torch._subclasses.fake_tensor")
+    name = type(model).__name__.removeprefix("FSDP")  # fully_shard's class of it
+    log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True  # it writes whole stacks
     try:
         yield
