@@ -122,7 +122,7 @@ class Recorder(TorchDispatchMode):
     def _here(self) -> Label:
         """The module that runs a forward pass; what the model itself does after its layers is the loss. Between modules of a chunk
         that backward runs again it is the one whose backward that is."""
-        label = self._latest if self._run == BACKWARD and len(self._stack) == 1 else self._stack[-1]
+        label = self._latest._replace(unit=None) if self._run == BACKWARD and len(self._stack) == 1 else self._stack[-1]
         return label._replace(category=LOSS) if label.category == OTHER and self._unit == self.units else label
 
     # ---- events -------------------------------------------------------------------------------------------------------

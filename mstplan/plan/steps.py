@@ -243,7 +243,8 @@ class Step:
                 size, entries = evaluate(top.live, units), shown(top.alive, units)
                 if self.is_calibrated and name in self.moments:
                     told = max(evaluate(m.live, units) for m in self.moments[name])
-                    entries += (Entry(CALIBRATED, "", "", 1, told - size),) if told != size else ()
+                    off = (Entry(CALIBRATED, "", "", 1, told - size),) if told != size else ()
+                    entries = tuple(sorted((*entries, *off), key=lambda entry: -entry.bytes))
                     size = told
                 result.append(Instant(name, size, _operation(top.at), entries))
         return tuple(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 
 import pytest
 
@@ -37,12 +37,14 @@ def family(name: str) -> str:
 def in_rotation() -> list[tuple[str, str, int]]:
     """(model, strategy, tokens): of each family as many as it has models, and no fewer than three; the strategies go round over
     all of them. The strategy that takes longest to trace, with several layers to a checkpoint, goes to the model of fewest layers."""
-    others = cycle(plan for plan in STRATEGIES if plan != "checkpoint-sqrt")
+    others = cycle((plan, seq_len) for seq_len in LENGTHS for plan in STRATEGIES if plan != "checkpoint-sqrt")
+    sqrt = cycle(("checkpoint-sqrt", seq_len) for seq_len in LENGTHS)
     cases = []
     for kind in dict.fromkeys(map(family, NAMES)):
         models = sorted((name for name in NAMES if family(name) == kind), key=lambda name: mstplan.load_model(name).layers)
-        plans = chain(["checkpoint-sqrt"], others)
-        cases += islice(zip(cycle(models), plans, cycle(LENGTHS), strict=False), max(len(models), 3))
+        count = max(len(models), 3)
+        plans = [next(sqrt), *islice(others, count - 1)]
+        cases += [(name, *plan) for name, plan in zip(islice(cycle(models), count), plans, strict=True)]
     return cases
 
 
@@ -63,12 +65,13 @@ def test_the_formula_agrees_with_the_trace(name: str, plan: str, seq_len: int) -
     assert rungs.holds and not off(rungs), (rungs.peak, off(rungs))
 
 
-def test_every_strategy_and_length_comes_in_every_family() -> None:
+def test_every_model_strategy_and_length_comes() -> None:
     cases = in_rotation()
     assert {name for name, _, _ in cases} == set(NAMES)
+    assert {(plan, seq_len) for _, plan, seq_len in cases} >= {(plan, seq_len) for plan in STRATEGIES for seq_len in LENGTHS}
     for kind in map(family, NAMES):
-        mine = [(plan, seq_len) for name, plan, seq_len in cases if family(name) == kind]
-        assert {plan for plan, _ in mine} == set(STRATEGIES) and {seq_len for _, seq_len in mine} == set(LENGTHS)
+        mine = [plan for name, plan, _ in cases if family(name) == kind]
+        assert len(mine) >= 3 and "checkpoint-sqrt" in mine and len(set(mine)) >= 3
 
 
 @pytest.mark.parametrize("chunks", [(1, 1), (1, 32), (16, 1), (3, 7)])

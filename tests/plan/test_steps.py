@@ -10,8 +10,9 @@ from mstplan import profiles
 from mstplan.plan.catalog import load_model, model_names
 from mstplan.plan.hardware import card
 from mstplan.plan.recipe import STRATEGIES, strategy
-from mstplan.plan.solve import _step, peak_at, sizes
+from mstplan.plan.solve import _step, layout_of, peak_at, sizes
 from mstplan.plan.steps import (
+    CALIBRATED,
     EMBEDDING,
     END_OF_FORWARD,
     FIRST_LAYER,
@@ -25,6 +26,7 @@ from mstplan.plan.steps import (
     Step,
     evaluate,
     segment_length,
+    step,
 )
 from mstplan.units import GIB
 
@@ -42,9 +44,14 @@ def chunks_of(recipe, count):
     return Chunks(count if recipe.mlp_chunks == "auto" else 1, count if recipe.loss_chunks == "auto" else 1)
 
 
-def slow_peaks(step, where):
+def formula(model, recipe, chunks, seq_len):
+    """The step without any calibration."""
+    return step(model, layout_of(model, recipe, chunks, seq_len), A100.gpu.cublas_workspace_bytes)
+
+
+def slow_peaks(built, where):
     """Every layer replayed anew, no moment left out; the largest of each instant."""
-    found = step._moments(step.rules(every_moment=True))
+    found = built._moments(built.rules(every_moment=True))
     return {name: max(evaluate(m.live, where.units) for m in moments) for name, moments in found.items()}
 
 
@@ -58,10 +65,10 @@ def test_every_layer_by_itself_gives_the_same_peak(name, plan):
     for batch, seq_len, count in SHAPES:
         recipe = strategy(plan, batch=batch)
         chunks = chunks_of(recipe, count)
-        step, where = _step(model, recipe, A100.gpu, chunks, seq_len), sizes(recipe, seq_len, chunks)
-        slow = slow_peaks(step, where)
-        assert max(slow.values()) == step.largest(where)[1]
-        shown = {i.name: i.bytes for i in step.instants(where)}
+        built, where = formula(model, recipe, chunks, seq_len), sizes(recipe, seq_len, chunks)
+        slow = slow_peaks(built, where)
+        assert max(slow.values()) == built.largest(where)[1]
+        shown = {i.name: i.bytes for i in built.instants(where)}
         for instant in (END_OF_FORWARD, LOSS, LOSS_BACKWARD, LAST_LAYER, FIRST_LAYER, EMBEDDING, OPTIMIZER):
             assert shown.get(instant) == slow.get(instant)
 
@@ -71,8 +78,8 @@ def test_every_layer_by_itself_gives_the_same_peak(name, plan):
 def test_the_same_holds_for_any_model_and_recipe(data):
     model, recipe = data.draw(models()), data.draw(recipes())
     chunks, seq_len = data.draw(chunk_counts(recipe)), data.draw(st.integers(1, 200_000))
-    step, where = _step(model, recipe, A100.gpu, chunks, seq_len), sizes(recipe, seq_len, chunks)
-    assert max(slow_peaks(step, where).values()) == step.largest(where)[1]
+    built, where = formula(model, recipe, chunks, seq_len), sizes(recipe, seq_len, chunks)
+    assert max(slow_peaks(built, where).values()) == built.largest(where)[1]
 
 
 def test_every_sqrt_of_the_layers():
@@ -84,13 +91,14 @@ def test_every_sqrt_of_the_layers():
 # ---- entries ----------------------------------------------------------------------------------------------------------
 
 
-def check_instants(step, where):
-    instants = step.instants(where)
+def check_instants(built, where):
+    instants = built.instants(where)
     assert [i.name for i in instants] == [name for name in INSTANTS if name in {i.name for i in instants}]
-    assert max(i.bytes for i in instants) == step.largest(where)[1]
+    assert max(i.bytes for i in instants) == built.largest(where)[1]
     for instant in instants:
         assert sum(entry.bytes for entry in instant.entries) == instant.bytes
-        assert all(entry.bytes > 0 and entry.copies > 0 for entry in instant.entries)
+        assert all((entry.bytes > 0 or entry.name == CALIBRATED) and entry.copies > 0 for entry in instant.entries)
+        assert [entry.bytes for entry in instant.entries] == sorted((entry.bytes for entry in instant.entries), reverse=True)
         assert all(type(entry.bytes) is int for entry in instant.entries)
 
 
