@@ -473,7 +473,12 @@ def calibrate(asked: Asked) -> None:
 
 
 def _results(text: str) -> list[Path]:
-    return [Path(part.strip()) for part in text.split(",")]
+    from .errors import MeasurementError
+
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise MeasurementError("a results file without a name.\nWrite --results a.jsonl or --results a.jsonl,b.jsonl.")
+    return [Path(part) for part in parts]
 
 
 def _models_named(text: str) -> list[str]:
@@ -491,8 +496,8 @@ MEASURING = {
     "layers": _option(int | None, "--layers", "The model's first N layers only, for one too large to hold.", panel=_MEASURE, metavar="N", min=1),
     **DEVICE,
     "gpu_mem": _option(str | None, "--gpu-mem", "Let the process use that much of the card only.", panel=_MEASURE, metavar="SIZE"),
-    "steps": _option(int, "--steps", "Steps that are timed, after a first one.", 3, panel=_MEASURE, metavar="N", min=1),
-    "timeout": _option(float | None, "--timeout", "Give up on a point after so many seconds.", panel=_MEASURE, metavar="SECONDS", min=1),
+    "steps": _option(int, "--steps", "Steps that are timed, after a first one.", 3, panel=_MEASURE, metavar="N", min=1, max=1_000_000),
+    "timeout": _option(float | None, "--timeout", "Give up on a point after so many seconds.", panel=_MEASURE, metavar="SECONDS", min=1, max=1_000_000),
     "out": _option(Path, "--out -o", "The results file, which is appended to.", Path("measurements.jsonl"), panel=_MEASURE, metavar="FILE"),
     "again": _option(bool, "--again", "Also points that the results file has already.", False, panel=_MEASURE),
 }
@@ -550,7 +555,14 @@ def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
     limit = parse_memory(asked.gpu_mem) if asked.gpu_mem is not None else None
     card = sweep.card_of(known, limit)
     more = {"card": card, "device": asked.device, "limit": limit, "steps": asked.steps}
+    if asked.sharding == "fsdp" and not _under_torchrun():
+        gpus = asked.gpus or "N"
+        raise RecipeError(f"several ranks are measured under torchrun.\nRun: torchrun --nproc-per-node {gpus} -m mstplan measure ... --sharding fsdp")
     if asked.suite is not None:
+        given = [RECIPE[name].flags[0] for name in RECIPE if getattr(asked, name) != RECIPE[name].default]
+        given += [flag for flag, value in (("--model", asked.model), ("--seq-len", asked.seq_len), ("--layers", asked.layers)) if value is not None]
+        if given:
+            raise RecipeError(f"--suite says what is measured: {', '.join(given)} cannot be given beside it.\nWrite it in the suite, or leave --suite out.")
         return [case for row in sweep.read_suite(asked.suite) for case in sweep.cases(**row, **more)]
     if asked.model is None or asked.seq_len is None:
         raise RecipeError("no point to measure.\nGive --model and --seq-len, or --suite.")
@@ -630,6 +642,17 @@ def validate(asked: Asked) -> None:
 
     if asked.published + asked.smax + asked.throughput > 1:
         raise RecipeError("--published, --smax and --throughput exclude each other.\nCheck one after the other.")
+    if asked.markdown and asked.json:
+        raise RecipeError("--markdown and --json exclude each other.\nLeave one of the two out.")
+    now = asked.smax or asked.throughput
+    unused = [
+        flag for flag, value, used in (
+            ("--results", asked.results, not (asked.published or now)), ("--plot", asked.plot, not (asked.published or now)),
+            ("--model", asked.model, not asked.published), ("--layers", asked.layers, now), ("--seq-len", asked.seq_len, asked.throughput),
+        ) if value is not None and not used
+    ]  # fmt: skip
+    if unused:
+        raise RecipeError(f"{', '.join(unused)}: nothing to do with this check.\nLeave it out, or see 'mstplan validate --help'.")
     if asked.published:
         _validate_published(asked)
     elif asked.smax or asked.throughput:
@@ -652,10 +675,12 @@ def _validate_results(asked: Asked) -> None:
         raise RecipeError(f"unknown rung {quoted(unknown[0])}.\nKnown: {', '.join(validate.RUNGS)}.")
     bounds = _bounds(asked)
     read = measurement.read_all(_results(asked.results) if asked.results is not None else measurement.archive())
-    if not read.measurements:
-        raise MeasurementError("no measurement to hold predictions against.\nmstplan measure makes some; --results names the file.")
-    with validating.progress(len(read.measurements)) as tell:
-        found = validate.validate(read.measurements, rungs, tell)
+    chosen = [m for m in read.measurements if asked.model is None or m.case.model == _model(asked).name]
+    if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):
+        of = f" of {_model(asked).name}" if asked.model is not None else ""
+        raise MeasurementError(f"no measurement{of} to hold predictions against.\nmstplan measure makes some; --results names the file.")
+    with validating.progress(len(chosen)) as tell:
+        found = validate.validate(chosen, rungs, tell)
     said = validate.beyond(found, bounds)
     if asked.plot is not None:
         validating.plot(found, asked.plot)

@@ -105,11 +105,23 @@ BAD = [
     ((*ASKED, "--seq-len", "64", "--layers", "0"), "--layers"),
     ((*ASKED, "--seq-len", "64", "--device", "tpu"), "unknown device 'tpu'"),
     ((*ASKED, "--seq-len", "64", "-o", "no/folder.jsonl"), "cannot write"),
-    ((*ASKED, "--suite", "none.json"), "none.json"),
+    (("measure", "--suite", "none.json", "--device", "cpu"), "none.json"),
     (("measure", "-m", "llama3.1-405b", "--seq-len", "64", "--device", "cpu"), "one token takes"),
     (("validate", "--results", "none.jsonl"), "none.jsonl"),
     (("validate", "--results", "empty.jsonl"), "no measurement"),
     (("validate", "--published", "--smax"), "exclude each other"),
+    (("validate", "--json", "--markdown"), "exclude each other"),
+    (("validate", "--published", "--results", "ok.jsonl"), "--results: nothing to do"),
+    (("validate", "--results", "ok.jsonl", "--seq-len", "64"), "--seq-len: nothing to do"),
+    (("validate", "--results", "ok.jsonl", "-m", "gpt2"), "no measurement of gpt2"),
+    (("validate", "--results", "failed.jsonl"), "no measurement"),
+    (("validate", "--results", "ok.jsonl,"), "without a name"),
+    ((*ASKED, "--seq-len", "64", "-o", "notes.txt"), "holds no results"),
+    ((*ASKED, "--seq-len", "64", "--timeout", "inf"), "--timeout"),
+    ((*ASKED, "--seq-len", "64", "--gpus", "2", "--sharding", "fsdp"), "torchrun --nproc-per-node 2"),
+    (("measure", "--suite", "quick", "--device", "cpu", "--precision", "fp32", "--layers", "2"), "--precision, --layers cannot be given"),
+    (("measure", "--suite", "no-case.json", "--device", "cpu"), "no point to measure"),
+    (("calibrate", "--from", "measurements", "-m", "nope", "--results", "ok.jsonl"), "nope"),
     (("validate", "--smax"), "Give --model"),
     (("validate", "--throughput", "-m", "tiny.json"), "--seq-len"),
     (("validate", "--mean", "lots"), "cannot read --mean 'lots'"),
@@ -125,11 +137,14 @@ def test_bad_input_gets_one_or_two_lines(run: Run, arguments: tuple[str, ...], s
     monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
     (tmp_path / "empty.jsonl").touch()
     write(tmp_path / "ok.jsonl", measured(Case("tiny", "checkpoint", TINY, sweep.STRATEGIES["checkpoint"], 64, None, "cpu"), {"loss": 5}))
+    write(tmp_path / "failed.jsonl", measured(Case("tiny", "checkpoint", TINY, sweep.STRATEGIES["checkpoint"], 64, None, "cpu"), {}, FAILED))
+    (tmp_path / "notes.txt").write_text("my own notes\nno results")
+    (tmp_path / "no-case.json").write_text('{"cases": []}')
     (tmp_path / "newer.jsonl").write_text('{"schema_version": 2}\n')
-    before = sorted(path.name for path in tmp_path.rglob("*"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     said = run(*arguments)
     assert said.code == 2 and says in said.err and not said.out and len(said.err.splitlines()) <= 2
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_no_cuda_offers_the_cpu(run: Run) -> None:  # noqa: F811
@@ -137,7 +152,7 @@ def test_no_cuda_offers_the_cpu(run: Run) -> None:  # noqa: F811
     assert said.code == 2 and "no CUDA device" in said.err and "--device cpu" in said.err
 
 
-@pytest.mark.parametrize("command", [ASKED, ("validate", "--smax", "-m", "tiny.json", "--device", "cpu")])
+@pytest.mark.parametrize("command", [(*ASKED, "--seq-len", "64"), ("validate", "--smax", "-m", "tiny.json", "--device", "cpu")])
 def test_no_torch_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:  # noqa: F811
     from importlib import metadata
 
@@ -145,7 +160,7 @@ def test_no_torch_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, command
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    said = run(*command, "--seq-len", "64")
+    said = run(*command)
     assert said.code == 2 and "pip install 'mstplan[torch]'" in said.err and len(said.err.splitlines()) == 1
 
 

@@ -70,10 +70,8 @@ def fit(model: Model, measurements: Iterable[Measurement]) -> Fitted:
         else:
             found.calibrations.append(solved)
     if not found.calibrations:
-        raise MeasurementError(
-            ("; ".join(found.left_out) + "." if found.left_out else f"no measurement of {model.name} that a calibration could be solved from.")
-            + f"\nMeasure it: mstplan measure -m {model.name} --seq-len 2k,4k,6k,8k"
-        )
+        why = "; ".join([*dict.fromkeys(found.left_out)][:3]) or f"no measurement of {model.name} that a calibration could be solved from"
+        raise MeasurementError(f"{why}.\nMeasure more lengths and chunks: mstplan measure -m {model.name} --seq-len 2k,4k,6k,8k,12k")
     return found
 
 
@@ -103,8 +101,8 @@ def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
     factors = group.factors()
     needed = factors.shape[1] + 1
     if len(members) < needed or np.linalg.matrix_rank(factors / np.abs(factors).max(axis=0)) < factors.shape[1]:
-        varied = "lengths" + (", numbers of chunks" if layout.several_loss_chunks else "") + (", numbers of layers" if by_layer else "")
-        return f"{len(members)} points, and {needed} are needed, of different {varied}"
+        varied = "lengths" + (" and numbers of chunks" if layout.several_loss_chunks else "") + (" and numbers of layers" if by_layer else "")
+        return f"{len(members)} point{'s' * (len(members) > 1)}, and {needed} are needed, of different {varied}"
     formula = step(model, layout, 0)
     told = [_formula(m) for m in members]
     names = [name for name in formula.moments if all(name in m.instants and name in t for m, t in zip(members, told, strict=True))]

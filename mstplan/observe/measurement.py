@@ -29,6 +29,7 @@ OK, OUT_OF_MEMORY, REFUSED, FAILED = "ok", "out of memory", "refused", "failed"
 """Outcomes. refused: the model or recipe cannot be run; failed: an error, a crash, a kill, too little time."""
 PHASES = ("forward", "backward", "optimizer")
 _LARGEST_FILE = 200_000_000  # bytes
+_BEGINNING = b'{"case":'
 
 
 class Peak(NamedTuple):
@@ -221,7 +222,9 @@ def latest(measurements: Iterable[Measurement]) -> list[Measurement]:
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[Measurement], None]]:
     """Gives a function that appends to a results file, which no other process may write to meanwhile. A line that a kill cut
-    off stays as it is and gets an end. Raises MeasurementError, OutputError."""
+    off stays as it is and gets an end. Raises MeasurementError, also for a file that holds something else, and OutputError."""
+    if path.is_file() and path.stat().st_size:
+        _check_results(path)
     with files.refusing(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -242,6 +245,13 @@ def appending(path: Path) -> Iterator[Callable[[Measurement], None]]:
         with suppress(OSError):
             if not path.stat().st_size:  # nothing came of it
                 path.unlink()
+
+
+def _check_results(path: Path) -> None:
+    with open(path, "rb") as file:
+        begins = file.read(len(_BEGINNING)).startswith(_BEGINNING)  # or the only line was cut off
+    if not read(path).measurements and not begins:
+        raise MeasurementError(f"{quoted(path)} holds no results of `mstplan measure`, so none are added.\nName another file with --out.")
 
 
 def _lock(handle: int, path: Path) -> None:

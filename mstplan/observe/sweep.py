@@ -87,8 +87,10 @@ def read_suite(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     where = _suite_path(path)
     text = files.read_text(where, "a suite in JSON", _LARGEST_SUITE, MeasurementError)
     try:
-        rows = json.loads(text)["cases"]
-        return [_suite_row(row) for row in rows]
+        rows = [_suite_row(row) for row in json.loads(text)["cases"]]
+        if not any(row["lengths"] and row["recipes"] for row in rows):
+            raise ValueError("it has no point to measure")
+        return rows
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise MeasurementError(
             f"{quoted(path)} is no suite: {type(e).__name__}: {one_line(e)}.\n"

@@ -66,6 +66,7 @@ def from_measurements(
 ) -> tuple[list[Row], list[str]]:  # fmt: skip
     """Fit each model's families to measurements and write them; of CUDA measurements also the cards' constants. elsewhere: is `folder`
     one that the planner does not read? Gives the rows, and what else is to be said. Raises MeasurementError."""
+    named = [load_model(spec) for spec in models]
     read = measurement.read_all(results)
     chosen = [m for m in read.measurements if m.case.strategy in (*strategies, "custom")]
     if not elsewhere:
@@ -74,15 +75,22 @@ def from_measurements(
             raise MeasurementError("these were measured on a CPU, and the planner plans for cards.\n--out FOLDER writes calibrations that it does not use.")
         chosen = [m for m in chosen if m.case.device != "cpu"]
     rows, said = [], list(read.skipped)
-    for spec in models:
-        model = load_model(spec)
-        found = fit.fit(model, chosen)
+    for model in named:
+        try:
+            found = fit.fit(model, chosen)
+        except MeasurementError as e:
+            if len(named) == 1:
+                raise
+            said.append(str(e).splitlines()[0])
+            continue
         path = calibration.write(model, found.calibrations, folder)
         said += found.left_out
         rows += [
             Row(model.name, c.provenance["strategy"], c.several_mlp, c.several_loss, c.masked, sum(map(len, c.moments.values())), c.residual, str(path))
             for c in found.calibrations
         ]  # fmt: skip
+    if not rows:
+        raise MeasurementError("none of these models has measurements enough.\nmstplan calibrate with one --model says what it lacks.")
     constants = fit.devices(chosen)
     if constants:
         path = write_measured(constants)

@@ -67,7 +67,7 @@ def _progress(total: int) -> Iterator[Any]:
         yield advance
 
 
-HEADER = f"{'model':16s} {'strategy':15s} {'tokens':>9s} {'allocated':>10s} {'reserved':>9s} {'device':>7s} {'step':>7s} {'tokens/s':>9s}"
+HEADER = f"{'peaks in GiB':12s} {'strategy':15s} {'tokens':>9s} {'alloc.':>7s} {'reserved':>8s} {'device':>7s} {'step':>7s} {'tokens/s':>8s}"
 
 
 def heading(console: Console, known: Mapping[str, Any]) -> None:
@@ -77,14 +77,14 @@ def heading(console: Console, known: Mapping[str, Any]) -> None:
 
 
 def line(m: Measurement) -> str:
-    """One point in 80 columns or a little more; peaks in GiB."""
+    """One point in 80 columns; peaks in GiB."""
     name = m.case.model + (f"/{m.case.layers}" if m.case.layers else "")
-    start = f"{name:16.16s} {m.case.strategy:15s} {m.case.seq_len:9,}"
+    start = f"{name:12.12s} {m.case.strategy:15s} {m.case.seq_len:9,}"
     if m.outcome != OK:
         return f"{start} {m.outcome}" + (f": {m.error.splitlines()[0]}" if m.error else "")
     peak = m.peak
     numbers = [tables.gib(size) if size is not None else "-" for size in peak]
-    return f"{start} {numbers[0]:>10s} {numbers[1]:>9s} {numbers[2]:>7s} {format_seconds(m.seconds):>7s} {m.tokens_per_second:9,.0f}"
+    return f"{start} {numbers[0]:>7s} {numbers[1]:>8s} {numbers[2]:>7s} {format_seconds(m.seconds):>7s} {m.tokens_per_second:8,.0f}"
 
 
 def report(console: Console, found: Sweep, out: Path) -> None:

@@ -70,6 +70,11 @@ def report(console: Console, found: Validation, damaged: Sequence[str], said: Se
     tables.notes(console, notes(found))
 
 
+def _percent(share: float, sign: str = "") -> str:
+    """To thousandths of a percent, and nothing as +-0."""
+    return f"{round(share, 5) + 0.0:{sign}.3%}" if round(share, 5) else "0.000%"
+
+
 def _table(rows: Sequence[Row]) -> Any:
     table = tables.new_table(("", "left"), ("rung", "left"), ("of", "left"), ("n", "right"), ("mean", "right"), ("median", "right"), ("worst", "right"))
     for title, group in GROUPS:
@@ -78,7 +83,7 @@ def _table(rows: Sequence[Row]) -> Any:
                 continue
             if n == 0 and title:
                 table.add_section()
-            table.add_row(s.group, s.rung, s.what, str(s.n), f"{s.mean:.3%}", f"{s.median:.3%}", f"{s.worst:+.3%}")
+            table.add_row(s.group, s.rung, s.what, str(s.n), _percent(s.mean), _percent(s.median), _percent(s.worst, "+"))
     return table
 
 
@@ -126,7 +131,8 @@ def markdown(found: Validation) -> str:
         for s in summaries(rows):
             worst = max((r for r in rows if (r.rung, r.what) == (s.rung, s.what)), key=lambda r: abs(r.error))
             what = s.rung if s.what == ALLOCATED else f"{s.rung}, {s.what}"
-            lines.append(f"| {device} | {what} | {s.n} | {s.mean:.3%} | {s.median:.3%} | {s.worst:+.3%} | {worst.measurement.case.words} |")
+            errors = f"{_percent(s.mean)} | {_percent(s.median)} | {_percent(s.worst, '+')}"
+            lines.append(f"| {device} | {what} | {s.n} | {errors} | {worst.measurement.case.words} |")
     return "\n".join(lines) + "\n"
 
 
