@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .plan.hardware import Card
     from .plan.model import Model
     from .plan.recipe import Recipe
+    from .show.measuring import Sweep
 
 app = typer.Typer(
     name="mstplan",
@@ -491,10 +492,9 @@ def _models_named(text: str) -> list[str]:
 
 
 _MEASURE = "Measurement"
-DEVICE = {"device": _option(str, "--device", "cuda | cpu (its own kernels, seen by torch's profiler). Default cuda.", "cuda", panel=_MEASURE, metavar="NAME")}
 MEASURING = {
     "layers": _option(int | None, "--layers", "The model's first N layers only, for one too large to hold.", panel=_MEASURE, metavar="N", min=1),
-    **DEVICE,
+    "device": _option(str, "--device", "cuda | cpu (its own kernels, seen by torch's profiler). Default cuda.", "cuda", panel=_MEASURE, metavar="NAME"),
     "gpu_mem": _option(str | None, "--gpu-mem", "Let the process use that much of the card only.", panel=_MEASURE, metavar="SIZE"),
     "steps": _option(int, "--steps", "Steps that are timed, after a first one.", 3, panel=_MEASURE, metavar="N", min=1, max=1_000_000),
     "timeout": _option(float | None, "--timeout", "Give up on a point after so many seconds.", panel=_MEASURE, metavar="SECONDS", min=1, max=1_000_000),
@@ -534,12 +534,16 @@ def measure(asked: Asked) -> None:
     if console is not None:
         measuring.report(console, found, asked.out)
     else:
-        from .show import payload
-
-        rows = [m.as_data() for m in found.measurements]
-        _print_json(payload.document("measure", "measurement", environment=known, file=str(asked.out), damaged=found.damaged, results=rows))
+        _print_measured(asked, known, found)
     if found.failed:
         raise typer.Exit(1)
+
+
+def _print_measured(asked: Asked, known: dict[str, Any], found: Sweep) -> None:
+    from .show import payload
+
+    rows = [m.as_data() for m in found.measurements]
+    _print_json(payload.document("measure", "measurement", environment=known, file=str(asked.out), damaged=found.damaged, results=rows))
 
 
 def _under_torchrun() -> bool:
@@ -600,16 +604,15 @@ def _measure_on_all_ranks(asked: Asked) -> None:
         found = ranks.measure(cases[0], known, asked.out)
     if found is None:  # another rank says it
         return
+    from .show import measuring
+
+    sweep = measuring.Sweep([found], 0, [])
     if asked.json:
-        from .show import payload
-
-        _print_json(payload.document("measure", "measurement", environment=known, file=str(asked.out), damaged=[], results=[found.as_data()]))
+        _print_measured(asked, known, sweep)
     else:
-        from .show import measuring
-
         measuring.heading(_console(), known)
         _console().print(measuring.line(found), soft_wrap=True)
-    if found.outcome == "failed":
+    if sweep.failed:
         raise typer.Exit(1)
 
 
@@ -666,6 +669,7 @@ def _validate_results(asked: Asked) -> None:
     from .errors import MeasurementError, RecipeError, quoted
     from .observe import measurement, validate
     from .show import timeline, validating
+    from .show.progress import progress
 
     if asked.plot is not None:
         files.check_writable(asked.plot, asked.force)
@@ -679,8 +683,8 @@ def _validate_results(asked: Asked) -> None:
     if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):
         of = f" of {_model(asked).name}" if asked.model is not None else ""
         raise MeasurementError(f"no measurement{of} to hold predictions against.\nmstplan measure makes some; --results names the file.")
-    with validating.progress(len(chosen)) as tell:
-        found = validate.validate(chosen, rungs, tell)
+    with progress("comparing", len(chosen)) as advance:
+        found = validate.validate(chosen, rungs, lambda words: advance(words, 1))
     said = validate.beyond(found, bounds)
     if asked.plot is not None:
         validating.plot(found, asked.plot)

@@ -10,12 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def environment() -> dict[str, str]:
+    """Of a process on one thread, which talks to others on this machine and runs this checkout."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+
+
 def on_two_ranks(module: str, folder: Path, timeout: float = 240) -> None:
     """Run `python -m MODULE RANK FOLDER` for ranks 0 and 1, each on one thread; fails when one of them does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     outputs = [(folder / f"output{rank}").open("w") for rank in range(2)]
     processes = [
-        subprocess.Popen([sys.executable, "-m", module, str(rank), str(folder)], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        subprocess.Popen([sys.executable, "-m", module, str(rank), str(folder)], cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
         for rank, output in enumerate(outputs)
     ]
     try:

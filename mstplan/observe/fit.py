@@ -22,31 +22,13 @@ from ..errors import MeasurementError
 from ..plan.calibration import Calibration, family_of, fingerprint
 from ..plan.model import Model
 from ..plan.solve import layout_of, sizes
-from ..plan.steps import step
+from ..plan.steps import Layout, step
 from ..plan.tape import BASIS, Vector, add
 from .calibrate import WORST
 from .measurement import OK, Measurement
-from .validate import FORMULA, chunks_of, step_of
+from .validate import FORMULA, chunks_of, instants_at, step_of
 
 Factors = np.ndarray
-
-
-class _Group(NamedTuple):
-    """The measurements of one family. columns: names of tape.BASIS; by_layer: also each of them times the number of layers."""
-
-    measurements: tuple[Measurement, ...]
-    columns: tuple[str, ...]
-    by_layer: bool
-
-    def factors(self, layers: int | None = None) -> Factors:
-        """A row for each measurement, as if it had been of so many layers."""
-        rows = []
-        for m in self.measurements:
-            units = dict(zip(BASIS, sizes(m.case.recipe, m.case.seq_len, chunks_of(m)).units, strict=True))
-            row = [units[name] for name in self.columns]
-            count = m.case.described.layers if layers is None else layers
-            rows.append(row + [value * count for value in row] if self.by_layer else row)
-        return np.array(rows, dtype=float)
 
 
 class Fitted(NamedTuple):
@@ -61,7 +43,7 @@ def fit(model: Model, measurements: Iterable[Measurement]) -> Fitted:
         if m.outcome == OK and m.case.model == model.name and _is_of(m, model):
             layout = layout_of(model, m.case.recipe, chunks_of(m), m.case.seq_len)
             if not layout.padded:  # see solve._calibration
-                groups[_family(m, model)].append(m)
+                groups[_family(m, layout)].append(m)
     found = Fitted([], [])
     for members in groups.values():
         solved = _solve(model, members)
@@ -79,11 +61,10 @@ def _is_of(m: Measurement, model: Model) -> bool:
     """All of the model, or the first layers of one whose layers are alike and stand for themselves."""
     layers = m.case.described.layers
     alike = layers == model.layers or (len(set(model.layer_kinds)) == 1 and m.case.recipe.checkpoint in ("none", "layer"))
-    return alike and fingerprint(model._replace(layer_kinds=model.layer_kinds[:layers])) == fingerprint(m.case.described)
+    return alike and fingerprint(model.first(layers)) == fingerprint(m.case.described)
 
 
-def _family(m: Measurement, model: Model) -> tuple[object, ...]:
-    layout = layout_of(model, m.case.recipe, chunks_of(m), m.case.seq_len)
+def _family(m: Measurement, layout: Layout) -> tuple[object, ...]:
     flags = (layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked, m.case.recipe.accumulation > 1)
     same = (m.case.device, m.environment["card"], m.environment["torch"], m.environment["transformers"])
     return *same, *flags, repr(sorted(family_of(m.case.recipe).items()))
@@ -97,8 +78,7 @@ def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
     if first.case.recipe.attention == "eager" or layout.masked:
         columns.append("bss")
     by_layer = any(m.case.described.layers != model.layers for m in members)
-    group = _Group(tuple(members), tuple(columns), by_layer)
-    factors = group.factors()
+    factors = _factors(members, columns, by_layer)
     needed = factors.shape[1] + 1
     if len(members) < needed or np.linalg.matrix_rank(factors / np.abs(factors).max(axis=0)) < factors.shape[1]:
         varied = "lengths" + (" and numbers of chunks" if layout.several_loss_chunks else "") + (" and numbers of layers" if by_layer else "")
@@ -124,6 +104,16 @@ def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
     )  # fmt: skip
 
 
+def _factors(members: Sequence[Measurement], columns: Sequence[str], by_layer: bool) -> Factors:
+    """A row for each measurement: `columns` of tape.BASIS; by_layer: also each of them times the number of layers."""
+    rows = []
+    for m in members:
+        units = dict(zip(BASIS, sizes(m.case.recipe, m.case.seq_len, chunks_of(m)).units, strict=True))
+        row = [units[name] for name in columns]
+        rows.append(row + [value * m.case.described.layers for value in row] if by_layer else row)
+    return np.array(rows, dtype=float)
+
+
 def _least_squares(factors: Factors, bytes_: Factors) -> Factors:
     scale = np.abs(factors).max(axis=0)
     found: Factors = np.linalg.lstsq(factors / scale, bytes_, rcond=None)[0] / scale[:, None]
@@ -134,7 +124,7 @@ def _formula(m: Measurement) -> dict[str, int]:
     """The formula's bytes of each instant of the step that was measured."""
     told = step_of(m, FORMULA)
     assert told is not None
-    return {instant.name: instant.bytes for instant in told.instants(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))}
+    return instants_at(m, told)
 
 
 def _left_out_error(factors: Factors, off: Factors, bytes_: Factors) -> float:

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError, MeasurementError, MissingError, one_line
+from ..plan.hardware import host_memory
 from ..plan.recipe import Recipe
 from ..plan.steps import EMBEDDING, FIRST_LAYER, LAST_LAYER, LOSS_BACKWARD, MIDDLE_LAYER, OPTIMIZER
 from ..units import format_gib
@@ -44,8 +45,7 @@ def environment(device: str) -> dict[str, Any]:
     known = cache.versions()
     found = {"python": platform.python_version(), "torch": known["torch"], "transformers": known["transformers"]}
     if device == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return {"card": "cpu", "total_bytes": memory, "driver": None, "allocator": "", **found}
+        return {"card": "cpu", "total_bytes": host_memory(), "driver": None, "allocator": "", **found}
     check_cuda()
     properties = torch.cuda.get_device_properties(local_rank())
     return {

@@ -1,7 +1,4 @@
-"""A sweep of measured steps: which points, each in a process of its own, and what became of each. No torch.
-
-    for case, found in sweep(cases, done, timeout): ...
-"""
+"""A sweep of measured steps: which points there are, and the measuring of one in a process of its own. No torch."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from ..plan.hardware import Card, card_that_torch_names
 from ..plan.model import Model
 from ..plan.recipe import STRATEGIES, Recipe, strategy
 from ..units import format_gib, parse_length
-from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, Measurement, key_of, sliced
+from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, Measurement, sliced
 
 PROCESS = (sys.executable, "-m", "mstplan.observe.point")
 FINAL = (OK, OUT_OF_MEMORY, REFUSED)
@@ -51,9 +48,7 @@ def cases(
 ) -> list[Case]:  # fmt: skip
     """Every recipe of a model at every length, chunks as the recipe says or as recommended for `card`. Raises ModelError,
     and MeasurementError when no length at all can fit."""
-    config, name = dict(load_config(model)), load_model(model).name
-    if layers is not None:
-        config = sliced(config, layers, name)
+    name, config = subject(model, layers)
     described, found = read_config(config, name), []
     for (how, recipe), seq_len in product(recipes.items(), lengths):
         chunks = solve.plan_at(described, recipe, card, seq_len).chunks
@@ -64,22 +59,24 @@ def cases(
     return sorted(found, key=lambda case: case.seq_len)
 
 
+def subject(spec: str, layers: int | None) -> tuple[str, dict[str, Any]]:
+    """The name and the config.json of what is to be measured: a model, or its first layers. Raises ModelError."""
+    config, name = dict(load_config(spec)), load_model(spec).name
+    return name, config if layers is None else sliced(config, layers, name)
+
+
 def _refuse_hopeless(model: Model, case: Case, card: Card) -> None:
     """A step whose weights, gradients and optimizer states alone are more than the memory there is."""
     needed = solve.plan_at(model, case.recipe, card, 1).peak_bytes
     if needed <= card.total_bytes:
         return
-    each = (needed - solve.plan_at(_first(model, 1), case.recipe, card, 1).peak_bytes) / max(1, model.layers - 1)
+    each = (needed - solve.plan_at(model.first(1), case.recipe, card, 1).peak_bytes) / max(1, model.layers - 1)
     fitting = model.layers - int((needed - card.total_bytes) / max(1.0, each)) - 1
     way_out = f"--layers {fitting} measures a slice of it." if fitting >= 1 else "Take a smaller model."
     raise MeasurementError(
         f"{model.name}, {case.strategy}: one token takes {format_gib(needed)}, most of it weights and optimizer states; there are "
         f"{format_gib(card.total_bytes)}.\n{way_out}"
     )
-
-
-def _first(model: Model, layers: int) -> Model:
-    return model._replace(layer_kinds=model.layer_kinds[:layers])
 
 
 def read_suite(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -140,10 +137,9 @@ def variables(device: str) -> dict[str, str]:
     return found
 
 
-def is_done(case: Case, known: Mapping[str, Any], earlier: Iterable[Measurement]) -> bool:
-    """Is there a result that a rerun need not make again?"""
-    key = key_of(case, known)
-    return any(m.key == key and m.outcome in FINAL for m in earlier)
+def done(earlier: Iterable[Measurement]) -> dict[str, Measurement]:
+    """What a rerun need not make again, by key."""
+    return {m.key: m for m in earlier if m.outcome in FINAL}
 
 
 def run(case: Case, known: Mapping[str, Any], timeout: float | None = None) -> Measurement:

@@ -100,10 +100,12 @@ def _rows(m: Measurement, rung: str) -> list[Row]:
             rows.append(Row(m, rung, RESERVED, held(trace, expandable=expandable).reserved, m.peak.reserved))
         return rows
     told = step_of(m, rung)
-    if told is None:
-        return []
-    instants = {instant.name: instant.bytes for instant in told.instants(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))}
-    return [_row(m, rung, instants)]
+    return [_row(m, rung, instants_at(m, told))] if told is not None else []
+
+
+def instants_at(m: Measurement, told: Step) -> dict[str, int]:
+    """Bytes of each instant of a step at the measured sizes."""
+    return {instant.name: instant.bytes for instant in told.instants(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))}
 
 
 def _row(m: Measurement, rung: str, told: dict[str, int]) -> Row:

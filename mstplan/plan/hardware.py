@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +150,11 @@ def card(
     if reserve >= result.total_bytes:
         raise HardwareError(f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(result.total_bytes)}.\nGive less.")
     return result
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def card_that_torch_names(name: str, total_bytes: int) -> Card:

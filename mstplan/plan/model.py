@@ -95,3 +95,7 @@ class Model(NamedTuple):
     @property
     def layers(self) -> int:
         return len(self.layer_kinds)
+
+    def first(self, layers: int) -> Model:
+        """Its first so many layers, with all that is beside them."""
+        return self._replace(layer_kinds=self.layer_kinds[:layers])

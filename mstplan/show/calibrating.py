@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
 
 from ..errors import MeasurementError
 from ..observe import cache, fit, measurement
@@ -19,6 +18,7 @@ from ..plan.catalog import load_config, load_model
 from ..plan.hardware import write_measured
 from ..plan.recipe import Recipe
 from . import tables
+from .progress import progress
 
 
 class Row(NamedTuple):
@@ -38,9 +38,7 @@ def run(models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bo
     work = [(spec, load_model(spec)) for spec in models]
     rows: list[Row] = []
     solved: dict[tuple[str, Family], Calibration] = {}
-    console = Console(stderr=True)
-    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("calibrating", total=sum(len(families(model, strategies)) for _, model in work))
+    with progress("calibrating", sum(len(families(model, strategies)) for _, model in work)) as advance:
         for spec, model in work:
             config, found = load_config(spec), []
 
@@ -48,12 +46,12 @@ def run(models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bo
                 return cache.trace_of(config, recipe, seq_len, keep=keep)  # noqa: B023  used within this turn only
 
             for family in families(model, strategies):
-                bar.update(task, description=f"{model.name}, {family.strategy}")
+                advance(f"{model.name}, {family.strategy}", 0)
                 same = (calibration.fingerprint(model), family)  # models of other names and the same sizes
                 if same not in solved:
                     solved[same] = calibrate(model, family, trace_at)
                 found.append((family, solved[same]))
-                bar.advance(task)
+                advance("", 1)
             path = calibration.write(model, [c for _, c in found], folder)
             rows += [
                 Row(model.name, f.strategy, f.several_mlp, f.several_loss, f.masked, sum(map(len, c.moments.values())), c.residual, str(path)) for f, c in found

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from ..observe import cache, limits, search
+from ..observe import cache, limits, search, sweep
 from ..observe.limits import ABOVE, BELOW, Limit
-from ..observe.measurement import Case, Measurement, sliced
+from ..observe.measurement import Case, Measurement
 from ..plan import solve
-from ..plan.catalog import load_config, load_model
 from ..plan.config import read_config
 from ..plan.hardware import Card
 from ..plan.model import Model
@@ -46,10 +45,7 @@ class Bench:
     out: Path
 
     def __post_init__(self) -> None:
-        self.name = load_model(self.spec).name
-        self.config = dict(load_config(self.spec))
-        if self.layers is not None:
-            self.config = sliced(self.config, self.layers, self.name)
+        self.name, self.config = sweep.subject(self.spec, self.layers)
         self.model: Model = read_config(self.config, self.name)
 
     def measure(self, strategy: str, recipe: Recipe, seq_len: int, chunks: Chunks, console: Console | None) -> Measurement:

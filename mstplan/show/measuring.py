@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..observe import measurement, sweep
 from ..observe.measurement import FAILED, OK, Case, Measurement
 from ..units import GIB, format_seconds
 from . import tables
+from .progress import progress
 
 
 class Sweep(NamedTuple):
@@ -33,16 +32,16 @@ def run(
 ) -> Sweep:  # fmt: skip
     """Measure each point that the file `out` has no result for, or with `again` all, and append what comes of it. Lines go to
     `console`, under a heading where it is to be `headed`. Raises MeasurementError and OutputError about the file."""
-    with measurement.appending(out) as append, _progress(len(cases)) as advance:
+    with measurement.appending(out) as append, progress("measuring", len(cases)) as advance:
         if console is not None and headed:
             heading(console, known)
         earlier = measurement.read(out)
-        by_key = {m.key: m for m in earlier.measurements}
+        done = {} if again else sweep.done(earlier.measurements)
         found, skipped = [], 0
         for case in cases:
-            if sweep.is_done(case, known, earlier.measurements) and not again:
+            if (before := done.get(measurement.key_of(case, known))) is not None:
                 skipped += 1
-                found.append(by_key[measurement.key_of(case, known)])
+                found.append(before)
             else:
                 advance(case.words, 0)
                 found.append(sweep.run(case, known, timeout))
@@ -51,20 +50,6 @@ def run(
             if console is not None:
                 console.print(line(found[-1]), soft_wrap=True)
     return Sweep(found, skipped, earlier.skipped)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A function that is told what is measured now, and how many points are done."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("measuring", total=total)
-
-        def advance(what: str, points: int) -> None:
-            bar.update(task, advance=points, description=what[:40] or None)
-
-        yield advance
 
 
 HEADER = f"{'peaks in GiB':12s} {'strategy':15s} {'tokens':>9s} {'alloc.':>7s} {'reserved':>8s} {'device':>7s} {'step':>7s} {'tokens/s':>8s}"

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
 from rich.text import Text
 
 from .. import files
@@ -35,16 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GROUPS = (("", lambda _row: "all"), ("strategy", by_strategy), ("length", by_length), ("model", by_model))
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Any]:
-    """A function that is told what is compared now."""
-    console = Console(stderr=True)
-    columns = Progress.get_default_columns()[:-1]
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("comparing", total=total)
-        yield lambda words: bar.update(task, advance=1, description=words[:40])
 
 
 def devices(rows: Sequence[Row]) -> list[str]:
@@ -71,8 +59,8 @@ def report(console: Console, found: Validation, damaged: Sequence[str], said: Se
 
 
 def _percent(share: float, sign: str = "") -> str:
-    """To thousandths of a percent, and nothing as +-0."""
-    return f"{round(share, 5) + 0.0:{sign}.3%}" if round(share, 5) else "0.000%"
+    """To thousandths of a percent; what rounds to nothing has no sign."""
+    return f"{share:{sign}.3%}" if round(share, 5) else "0.000%"
 
 
 def _table(rows: Sequence[Row]) -> Any:

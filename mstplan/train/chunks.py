@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from ..errors import ModelError
 from ..plan.config import read_config
-from ..plan.hardware import Card, card, card_that_torch_names
+from ..plan.hardware import Card, card, card_that_torch_names, host_memory
 from ..plan.recipe import Recipe
 from ..plan.solve import chunks_at
 from ..plan.steps import Chunks
@@ -61,6 +60,6 @@ def card_of(device: torch.device) -> Card:
     """What the planner knows about `device`: the card by the name that torch gives it, or by its amount of memory; for a CPU
     a card with as much memory as the machine has."""
     if device.type != "cuda":
-        return card(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return card(memory=host_memory())
     properties = torch.cuda.get_device_properties(device)
     return card_that_torch_names(properties.name, properties.total_memory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +13,14 @@ from mstplan.observe.measurement import OK, REFUSED
 from mstplan.observe.tracer import trace
 from mstplan.plan.recipe import strategy
 
+from ..processes import environment
 from .tiny import TINY, write_tiny
-
-ROOT = Path(__file__).parents[2]
 
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mstplan", "measure", "--device", "cpu",
                "-m", str(write_tiny(folder)), "--steps", "1", "-o", str(folder / "results.jsonl"), *arguments]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.slow

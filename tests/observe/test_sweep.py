@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,15 +13,15 @@ import pytest
 
 from mstplan import MeasurementError, MstplanError, card, load_model, strategy
 from mstplan.observe import measurement, sweep
-from mstplan.observe.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED
+from mstplan.observe.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, key_of
 from mstplan.observe.tracer import trace
 from mstplan.plan.recipe import STRATEGIES
 from mstplan.units import GIB
 
+from ..processes import ROOT, environment
 from .measured import CPU, case, measured
 from .tiny import TINY, write_tiny
 
-ROOT = Path(__file__).parents[2]
 FP32 = {"precision": "fp32"}
 
 
@@ -98,7 +97,7 @@ def test_a_step_is_measured_in_a_process_of_its_own():
     assert len(figures.step_seconds) == 2 and min(figures.step_seconds) > 0 and 0 < figures.loss < 20
     assert figures.static == pytest.approx(3 * sum(w.bytes for w in trace(TINY, one.recipe, 8, on="cpu").weights), rel=0.001)
     assert found.environment["card"] == "cpu" and found.environment["torch"].startswith("2.")
-    assert sweep.is_done(one, found.environment, [found])
+    assert key_of(one, found.environment) in sweep.done([found])
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,7 @@ def test_a_process_that_gives_no_answer(process, program, said):
     process(program)
     found = sweep.run(case(), CPU)
     assert found.outcome == FAILED and said in found.error and found.environment == CPU
-    assert not sweep.is_done(case(), CPU, [found])  # a rerun tries again
+    assert key_of(case(), CPU) not in sweep.done([found])  # a rerun tries again
 
 
 def test_a_process_that_takes_too_long(process):
@@ -134,12 +133,12 @@ def test_what_cannot_be_run_is_said_and_not_tried_again():
     unknown = case(config={**TINY, "model_type": "llama", "hidden_act": "no such function"})
     found = sweep.run(unknown, CPU)
     assert found.outcome == REFUSED and "no such function" in found.error
-    assert sweep.is_done(unknown, found.environment, [found])
+    assert key_of(unknown, found.environment) in sweep.done([found])
 
 
 def test_out_of_memory_is_an_answer():
     found = measured(case(), {}, OUT_OF_MEMORY)
-    assert sweep.is_done(case(), CPU, [found]) and not sweep.is_done(case(seq_len=513), CPU, [found])
+    assert key_of(case(), CPU) in sweep.done([found]) and key_of(case(seq_len=513), CPU) not in sweep.done([found])
 
 
 def test_no_such_device():
@@ -162,8 +161,7 @@ def test_the_allocator_of_a_card_is_as_predicted_unless_the_user_set_it_up(monke
 def start(folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mstplan", "measure", "-m", str(write_tiny(folder)), "--seq-len", "64,65,66", "-s", "checkpoint", "--device", "cpu",
                "--steps", "1", "-o", str(folder / "results.jsonl")]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(path: Path, lines: int) -> None:
