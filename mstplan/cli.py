@@ -435,7 +435,9 @@ def _tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
     "calibrate", {
         "models": _option(str, "--model -m", "A model, as elsewhere; several with commas between; or all-dense, all.", ..., metavar="NAME[,NAME]"),
         "source": _option(str, "--from", "trace | measurements.", ..., metavar="RUNG"),
-        "results": _option(str, "--results", "From measurements: results files, with commas between.", "measurements.jsonl", metavar="FILE[,FILE]"),
+        "results": _option(
+            str | None, "--results", "From measurements: results files, with commas between. Default: measurements.jsonl.", metavar="FILE[,FILE]"
+        ),
         "strategies": _option(str | None, "--strategy -s", "Some strategies only, with commas between. Default: all five.", metavar="NAME[,NAME]"),
         "out": _option(Path | None, "--out -o", "The folder to write to. Default: the user's own, which the planner reads first.", metavar="FOLDER"),
         "no_cache": TRACING["no_cache"],
@@ -451,6 +453,9 @@ def calibrate(asked: Asked) -> None:
 
     if asked.source not in ("trace", "measurements"):
         raise RecipeError(f"cannot calibrate from {quoted(asked.source)}.\nKnown: trace, measurements.")
+    unused = ("--results", asked.results is not None) if asked.source == "trace" else ("--no-cache", asked.no_cache)
+    if unused[1]:
+        raise RecipeError(f"{unused[0]}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'.")
     names = asked.strategies.split(",") if asked.strategies else list(STRATEGIES)
     for name in names:
         strategy(name)  # refuses unknown ones
@@ -461,7 +466,8 @@ def calibrate(asked: Asked) -> None:
     if asked.source == "trace":
         rows = calibrating.run(_models_named(asked.models), names, folder, keep=not asked.no_cache)
     else:
-        rows, said = calibrating.from_measurements(_models_named(asked.models), names, folder, _results(asked.results), asked.out is not None)
+        results = _results(asked.results if asked.results is not None else "measurements.jsonl")
+        rows, said = calibrating.from_measurements(_models_named(asked.models), names, folder, results, asked.out is not None)
     if asked.json:
         from .show import payload
 
@@ -530,13 +536,25 @@ def measure(asked: Asked) -> None:
     known = sweep.environment(asked.device)
     console = None if asked.json else _console()
     cases = _cases(asked, known)
-    found = measuring.run(cases, known, asked.out, asked.timeout, console, asked.again, headed=True)
+    with _kept(asked.out):
+        found = measuring.run(cases, known, asked.out, asked.timeout, console, asked.again, headed=True)
     if console is not None:
         measuring.report(console, found, asked.out)
     else:
         _print_measured(asked, known, found)
-    if found.failed:
+    if not found.complete:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Who interrupts a sweep hears what became of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"what was measured is kept in {out}" if out.exists() else "nothing was measured yet"
+        _complain(f"interrupted; {kept}.\nThe same command goes on from there.")
+        raise
 
 
 def _print_measured(asked: Asked, known: dict[str, Any], found: Sweep) -> None:
@@ -553,12 +571,12 @@ def _under_torchrun() -> bool:
 def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
     """The points that --suite, or the model, lengths and strategies, describe."""
     from .errors import RecipeError
-    from .observe import sweep
+    from .observe import suites, sweep
     from .units import parse_memory
 
     limit = parse_memory(asked.gpu_mem) if asked.gpu_mem is not None else None
     card = sweep.card_of(known, limit)
-    more = {"card": card, "device": asked.device, "limit": limit, "steps": asked.steps}
+    more: dict[str, Any] = {"card": card, "device": asked.device, "limit": limit, "steps": asked.steps}
     if asked.sharding == "fsdp" and not _under_torchrun():
         gpus = asked.gpus or "N"
         raise RecipeError(f"several ranks are measured under torchrun.\nRun: torchrun --nproc-per-node {gpus} -m mstplan measure ... --sharding fsdp")
@@ -567,7 +585,7 @@ def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
         given += [flag for flag, value in (("--model", asked.model), ("--seq-len", asked.seq_len), ("--layers", asked.layers)) if value is not None]
         if given:
             raise RecipeError(f"--suite says what is measured: {', '.join(given)} cannot be given beside it.\nWrite it in the suite, or leave --suite out.")
-        return [case for row in sweep.read_suite(asked.suite) for case in sweep.cases(**row, **more)]
+        return suites.cases(asked.suite, **more)
     if asked.model is None or asked.seq_len is None:
         raise RecipeError("no point to measure.\nGive --model and --seq-len, or --suite.")
     lengths = [_length(part) for part in asked.seq_len.split(",")]
@@ -612,7 +630,7 @@ def _measure_on_all_ranks(asked: Asked) -> None:
     else:
         measuring.heading(_console(), known)
         _console().print(measuring.line(found), soft_wrap=True)
-    if sweep.failed:
+    if not sweep.complete:
         raise typer.Exit(1)
 
 
@@ -741,7 +759,8 @@ def _validate_now(asked: Asked) -> None:
     bench = checking.Bench(asked.model, known, sweep.card_of(known, limit), asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out)
     recipes = _chosen(asked)
     console = None if asked.json else _console()
-    found = checking.smax(bench, recipes, console) if asked.smax else checking.throughput(bench, recipes, _length(asked.seq_len), console)
+    with _kept(asked.out):
+        found = checking.smax(bench, recipes, console) if asked.smax else checking.throughput(bench, recipes, _length(asked.seq_len), console)
     if asked.json:
         from .show import payload
 
@@ -853,7 +872,8 @@ def plot(asked: Asked) -> None:
         from .show import payload
 
         about = {"model": payload.model(model), "card": payload.card(card), "budget_bytes": card.budget_bytes}
-        _print_json(payload.document("plot", **about, file=str(asked.out), curves=[curve.as_data() for curve in curves]))
+        data = [{**curve.as_data(), "calibration": payload.calibrated(curve.calibration)} for curve in curves]
+        _print_json(payload.document("plot", **about, file=str(asked.out), curves=data))
     else:
         typer.echo(f"wrote {asked.out}")
 

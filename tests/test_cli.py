@@ -136,6 +136,7 @@ def test_theorem_shows_coefficients_and_both_answers(run: Run) -> None:
                      "--m-max", "70GiB", "--seq-len", "1000", "--json").json  # fmt: skip
     mst = next(f for f in overridden["formulas"] if f["formula"] == "MsT")
     assert mst["s_max"] == 10 * 2**30 // 500_000 and mst["memory_bytes"] == 60 * 2**30 + 1000 * 500_000
+    assert [beside["calibration"]["rung"] for beside in overridden["step_model"]] == ["trace"] * 4
 
 
 def test_shapes_shows_what_the_introduction_quotes(run: Run) -> None:

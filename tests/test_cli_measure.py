@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from mstplan.observe import measurement, sweep
-from mstplan.observe.measurement import FAILED, OK, OUT_OF_MEMORY, Case, Measurement
+from mstplan.observe.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement
 from mstplan.observe.point import measure
 from mstplan.observe.trace import Trace
 from mstplan.plan import calibration
+from mstplan.plan.recipe import STRATEGIES
 
 from .observe.measured import CARD, CPU, as_traced, measured
 from .observe.tiny import TINY, write_tiny
@@ -97,8 +98,36 @@ def test_a_point_that_fails_is_a_result_and_exit_code_1(run: Run, monkeypatch: p
     assert len(measurement.read(tmp_path / "measurements.jsonl").measurements) == 2
 
 
+def test_a_point_that_is_refused_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, REFUSED, "no flash-attn here"))
+    said = run(*ASKED, "--seq-len", "64", "-s", "mst")
+    assert said.code == 1 and "refused: no flash-attn here" in said.out
+
+
+def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811
+    def interrupted(*_: object) -> Measurement:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "run", interrupted)
+    said = run(*ASKED, "--seq-len", "64", "-s", "mst")
+    assert said.code == 130 and "interrupted; nothing was measured yet" in said.err and "goes on from there" in said.err
+    write(tmp_path / "r.jsonl", measured(Case("tiny", "mst", TINY, STRATEGIES["mst"], 64, None, "cpu"), {"loss": 5}))
+    said = run("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "-o", "r.jsonl")
+    assert said.code == 130 and "what was measured is kept in r.jsonl" in said.err
+
+
 BAD = [
     ((*ASKED,), "--model and --seq-len"),
+    ((*ASKED, "--seq-len", "64", "-o", ""), "is a folder"),
+    ((*ASKED, "--seq-len", "64", "--optimizer", "adamw-8bit"), "no 8-bit optimizer"),
+    ((*ASKED, "--seq-len", "64", "-s", "mst", "--chunks", "99"), "64 tokens cannot be run in 99 chunks"),
+    ((*ASKED, "--seq-len", "64", "--gpu-mem", "1KB"), "one token takes"),
+    (("measure", "--suite", "nope", "--device", "cpu"), "there is no file 'nope'"),
+    (("validate", "--smax", "-m", "tiny.json", "--device", "cpu", "--gpu-mem", "1KB"), "not even one token is predicted to fit in 1.00 KiB"),
+    (("calibrate", "--from", "trace", "-m", "tiny.json", "--results", "ok.jsonl"), "--results: nothing to do with --from trace"),
+    (("calibrate", "--from", "measurements", "-m", "tiny.json", "--no-cache"), "--no-cache: nothing to do with --from measurements"),
     ((*ASKED, "--seq-len", "64,"), "cannot read ''"),
     ((*ASKED, "--seq-len", "64", "-s", "fast"), "unknown strategy 'fast'"),
     ((*ASKED, "--seq-len", "64", "--layers", "7"), "tiny has 6 layers"),
@@ -136,8 +165,8 @@ BAD = [
 def test_bad_input_gets_one_or_two_lines(run: Run, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
     (tmp_path / "empty.jsonl").touch()
-    write(tmp_path / "ok.jsonl", measured(Case("tiny", "checkpoint", TINY, sweep.STRATEGIES["checkpoint"], 64, None, "cpu"), {"loss": 5}))
-    write(tmp_path / "failed.jsonl", measured(Case("tiny", "checkpoint", TINY, sweep.STRATEGIES["checkpoint"], 64, None, "cpu"), {}, FAILED))
+    write(tmp_path / "ok.jsonl", measured(Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 64, None, "cpu"), {"loss": 5}))
+    write(tmp_path / "failed.jsonl", measured(Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 64, None, "cpu"), {}, FAILED))
     (tmp_path / "notes.txt").write_text("my own notes\nno results")
     (tmp_path / "no-case.json").write_text('{"cases": []}')
     (tmp_path / "newer.jsonl").write_text('{"schema_version": 2}\n')
@@ -187,7 +216,7 @@ def test_errors_of_a_results_file(run: Run, results: Path, tmp_path: Path) -> No
 def test_worse_than_it_may_be_is_exit_code_1(run: Run, tmp_path: Path) -> None:  # noqa: F811
     from .observe.tiny import step_of
 
-    case = Case("tiny", "checkpoint", TINY, sweep.STRATEGIES["checkpoint"], 128, None, "cuda")
+    case = Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 128, None, "cuda")
     write(tmp_path / "off.jsonl", as_traced(case, step_of(case.recipe, 128), 1.2, workspace=0))
     said = run("validate", "--results", "off.jsonl", "--rung", "trace")
     assert said.code == 1 and "trace: worst error -16.67%, more than 3.00%" in said.out
@@ -225,6 +254,7 @@ def test_s_max_is_tried_and_found(run: Run, quick: list[Case], tmp_path: Path) -
 def test_what_chunks_cost_is_measured(run: Run, quick: list[Case]) -> None:  # noqa: F811
     said = run("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "256", "-o", "t.jsonl")
     assert said.code in (0, 1) and "<- recommended" in said.out and "of one chunk" in said.out
+    assert "\nM 1, 1       mst " in said.out  # each row tells its chunks while it comes
     assert {case.seq_len for case in quick} == {256} and (1, 1) in {(c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in quick}
 
 
@@ -252,7 +282,7 @@ def test_a_calibration_from_a_card_is_what_the_planner_uses(run: Run, tmp_path: 
     from .observe.tiny import step_of
 
     def on_card(tokens: int) -> Measurement:
-        case = Case("tiny", "checkpoint", TINY, sweep.STRATEGIES["checkpoint"], tokens, None, "cuda")
+        case = Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], tokens, None, "cuda")
         trace: Trace = step_of(case.recipe, tokens).with_workspace(2**25)
         return as_traced(case, trace, reserved=2**30, device=2**31, context=600 * 2**20, workspace=2**25, environment=CARD)
 

@@ -56,8 +56,6 @@ def at(s_max: int, share: float) -> int:
 def check(strategy: str, rung: str, predicted: int, measure: Measure) -> Limit:
     """Measure below and above the predicted S_max, then close in on the true one. Raises MeasurementError for a step that neither
     runs nor runs out of memory."""
-    if not predicted:
-        raise MeasurementError(f"{strategy}: not even one token is predicted to fit.\nGive more memory, or --layers.")
     points: list[Measurement] = []
     runs, fails = 0, LONGEST
 
@@ -123,7 +121,8 @@ def chunk_counts(recommended: Chunks) -> list[Chunks]:
 def throughput(model: Model, recipe: Recipe, card: Card, seq_len: int, measure: Callable[[Chunks], Measurement]) -> list[Throughput]:
     """The step's time over numbers of chunks. In one chunk the loss still is that of chunks: only their number differs."""
     best = solve.plan_at(model, recipe, card, seq_len).chunks
-    found = {chunks: measure(chunks) for chunks in chunk_counts(best)}
+    counts = dict.fromkeys(solve.within(chunks, seq_len) for chunks in chunk_counts(best))
+    found = {chunks: measure(chunks) for chunks in counts}
     whole = found[Chunks(1, 1)]
     return [
         Throughput(

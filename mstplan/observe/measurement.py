@@ -225,6 +225,7 @@ def appending(path: Path) -> Iterator[Callable[[Measurement], None]]:
     off stays as it is and gets an end. Raises MeasurementError, also for a file that holds something else, and OutputError."""
     if path.is_file() and path.stat().st_size:
         _check_results(path)
+    files.check_writable(path, force=True)
     with files.refusing(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:

@@ -18,10 +18,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.optimization import Adafactor
 from transformers.utils import logging
 
-from ..errors import ModelError, RecipeError, one_line
+from ..errors import ModelError, one_line
 from ..plan.recipe import Recipe
 from ..train import minisequence
 from .recording import BACKWARD, FORWARD, OPTIMIZER
+from .runnable import check_runnable
 
 DTYPES = {"bf16": torch.bfloat16, "mixed": torch.float32, "fp32": torch.float32}
 
@@ -135,18 +136,6 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     read = model.get_input_embeddings().num_embeddings
     written = getattr(model.get_output_embeddings(), "out_features", read)
     return min(read, written, getattr(model.config.get_text_config(), "unpadded_vocab_size", read))
-
-
-def check_runnable(recipe: Recipe) -> None:
-    """Raises RecipeError for a recipe that no step here can follow."""
-    if "auto" in (recipe.mlp_chunks, recipe.loss_chunks):
-        raise RecipeError("a training step needs numbers of chunks, not 'auto'.")
-    if recipe.weights_on_host or recipe.optimizer_on_host or recipe.optimizer == "adamw-8bit":
-        raise RecipeError("optimizers or weights on the host, and 8-bit optimizers, cannot be run here.\nPlan them with the formula rung.")
-    if recipe.loss == "transformers<4.45":
-        raise RecipeError("the loss of transformers before 4.45 is not that of the code at hand.\nPlan it with the formula rung.")
-    if not recipe.mlp_recompute and recipe.mlp_chunks != 1:
-        raise RecipeError("minisequence recomputes each MLP chunk by itself; --no-recompute is for the formula rung.")
 
 
 def optimizer_of(recipe: Recipe) -> MakeOptimizer:

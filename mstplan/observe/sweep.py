@@ -13,24 +13,22 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from .. import files, profiles
-from ..errors import MeasurementError, one_line, quoted
+from ..errors import MeasurementError, RecipeError, one_line
 from ..plan import solve
 from ..plan.catalog import load_config, load_model
 from ..plan.config import read_config
 from ..plan.hardware import Card, card_that_torch_names
 from ..plan.model import Model
-from ..plan.recipe import STRATEGIES, Recipe, strategy
-from ..units import format_gib, parse_length
-from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, Measurement, sliced
+from ..plan.recipe import Recipe
+from ..units import format_gib
+from .measurement import FAILED, OK, OUT_OF_MEMORY, Case, Figures, Measurement, sliced
+from .runnable import check_runnable
 
 PROCESS = (sys.executable, "-m", "mstplan.observe.point")
-FINAL = (OK, OUT_OF_MEMORY, REFUSED)
-"""Outcomes that a rerun takes for done."""
-_LARGEST_SUITE = 1_000_000  # bytes
+FINAL = (OK, OUT_OF_MEMORY)
+"""Outcomes that a rerun takes for done. Not what was refused: a package more, and it may run."""
 
 
 # ---- which points -------------------------------------------------------------------------------------------------------
@@ -46,13 +44,15 @@ def cases(
     model: str, lengths: Iterable[int], recipes: Mapping[str, Recipe], card: Card, layers: int | None = None, device: str = "cuda",
     limit: int | None = None, steps: int = 3,
 ) -> list[Case]:  # fmt: skip
-    """Every recipe of a model at every length, chunks as the recipe says or as recommended for `card`. Raises ModelError,
-    and MeasurementError when no length at all can fit."""
+    """Every recipe of a model at every length, chunks as the recipe says or as recommended for `card`. Raises ModelError;
+    RecipeError for a recipe that cannot be run; MeasurementError when no length at all can fit."""
     name, config = subject(model, layers)
     described, found = read_config(config, name), []
     for (how, recipe), seq_len in product(recipes.items(), lengths):
         chunks = solve.plan_at(described, recipe, card, seq_len).chunks
         fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
+        check_runnable(fixed)
+        _refuse_fewer_tokens_than_chunks(recipe, fixed, seq_len)
         found.append(Case(name, how, config, fixed, seq_len, layers, device, limit, steps))
     for case in found:
         _refuse_hopeless(described, case, card)
@@ -65,6 +65,13 @@ def subject(spec: str, layers: int | None) -> tuple[str, dict[str, Any]]:
     return name, config if layers is None else sliced(config, layers, name)
 
 
+def _refuse_fewer_tokens_than_chunks(asked: Recipe, fixed: Recipe, seq_len: int) -> None:
+    """No result is to stand under another number of chunks than was asked for."""
+    for what in ("mlp_chunks", "loss_chunks"):
+        if getattr(asked, what) not in ("auto", getattr(fixed, what)):
+            raise RecipeError(f"{seq_len:,} tokens cannot be run in {getattr(asked, what):,} chunks.\nGive {seq_len:,} at most (--chunks), or auto.")
+
+
 def _refuse_hopeless(model: Model, case: Case, card: Card) -> None:
     """A step whose weights, gradients and optimizer states alone are more than the memory there is."""
     needed = solve.plan_at(model, case.recipe, card, 1).peak_bytes
@@ -72,45 +79,12 @@ def _refuse_hopeless(model: Model, case: Case, card: Card) -> None:
         return
     each = (needed - solve.plan_at(model.first(1), case.recipe, card, 1).peak_bytes) / max(1, model.layers - 1)
     fitting = model.layers - int((needed - card.total_bytes) / max(1.0, each)) - 1
-    way_out = f"--layers {fitting} measures a slice of it." if fitting >= 1 else "Take a smaller model."
+    slice_of_it = f'Measure a slice of it: --layers {fitting} ("layers": {fitting} in a suite).'
+    more = "Take a smaller model" + (", or give more with --gpu-mem." if case.limit is not None else ".")
     raise MeasurementError(
         f"{model.name}, {case.strategy}: one token takes {format_gib(needed)}, most of it weights and optimizer states; there are "
-        f"{format_gib(card.total_bytes)}.\n{way_out}"
+        f"{format_gib(card.total_bytes)}.\n{slice_of_it if fitting >= 1 else more}"
     )
-
-
-def read_suite(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Rows of a suite: {"model", "seq_len": [...], "strategy": [...], "layers": N, "recipe": {...}}, the last three optional."""
-    where = _suite_path(path)
-    text = files.read_text(where, "a suite in JSON", _LARGEST_SUITE, MeasurementError)
-    try:
-        rows = [_suite_row(row) for row in json.loads(text)["cases"]]
-        if not any(row["lengths"] and row["recipes"] for row in rows):
-            raise ValueError("it has no point to measure")
-        return rows
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise MeasurementError(
-            f"{quoted(path)} is no suite: {type(e).__name__}: {one_line(e)}.\n"
-            'Write {"cases": [{"model": "llama3.1-8b", "seq_len": ["8k", "16k"], "strategy": ["mst"], "layers": 4}]}.'
-        ) from None
-
-
-def _suite_path(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The file of that name, or the suite that ships under it."""
-    shipped = profiles.ROOT / "suites" / f"{path}.json"
-    return shipped if os.sep not in str(path) and not Path(path).exists() and shipped.is_file() else path
-
-
-def _suite_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = set(row) - {"model", "seq_len", "strategy", "layers", "recipe"}
-    if unknown:
-        raise ValueError(f"unknown {', '.join(sorted(unknown))}")
-    lengths = row["seq_len"] if isinstance(row["seq_len"], list) else [row["seq_len"]]
-    names = row.get("strategy", list(STRATEGIES))
-    return {
-        "model": str(row["model"]), "lengths": [parse_length(str(length)) for length in lengths], "layers": row.get("layers"),
-        "recipes": {name: strategy(name, **row.get("recipe", {})) for name in ([names] if isinstance(names, str) else names)},
-    }  # fmt: skip
 
 
 # ---- each in a process of its own ------------------------------------------------------------------------------------------

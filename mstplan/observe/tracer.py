@@ -28,8 +28,9 @@ from .cuda import FLASH, as_on_cuda, few_chunks, on_fake_tensors
 from .extend import Unlike, few, row
 from .recorder import Label, Recorder, checkpoints_of
 from .recording import ATTENTION, BACKWARD, FORWARD, LOSS, MLP, NORMS, OPTIMIZER, OTHER, STATES, Recording
+from .runnable import check_runnable
 from .sharding import ranks, seen_by, shard, shard_shape
-from .step import TrainingStep, build, check_runnable, make_states, optimizer_of, quiet, read_settings
+from .step import TrainingStep, build, make_states, optimizer_of, quiet, read_settings
 from .trace import State, Trace, Weight
 
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]

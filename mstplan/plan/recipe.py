@@ -74,7 +74,7 @@ class Recipe(BaseModel):
         if self.checkpoint not in ("none", "layer", "sqrt") and not 1 <= int(self.checkpoint) <= 100_000:
             raise ValueError(f"checkpoint: {_MUST_BE['checkpoint']} (got {quoted(self.checkpoint)})")
         for bad, message in (
-            (self.loss != "chunked" and self.loss_chunks != 1, "loss_chunks needs loss='chunked'"),
+            (self.loss != "chunked" and self.loss_chunks != 1, "loss_chunks needs loss='chunked' (--loss chunked)"),
             (
                 self.offload_layer_inputs and self.checkpoint == "none",
                 "offload_layer_inputs needs checkpointing, or there are no layer inputs to move: set checkpoint='layer' (--checkpoint layer)",
@@ -85,13 +85,13 @@ class Recipe(BaseModel):
             ),
             (
                 self.optimizer_in_backward and self.optimizer_on_host,
-                "optimizer_in_backward and optimizer_on_host exclude each other",
+                "optimizer_in_backward and optimizer_on_host exclude each other: leave one of the two out",
             ),
             (
                 self.attention == "flash" and self.precision == "fp32",
                 "flash-attn computes in bf16 or fp16 only: use precision bf16 or mixed",
             ),
-            (self.weights_on_host and not self.optimizer_on_host, "weights_on_host needs optimizer_on_host"),
+            (self.weights_on_host and not self.optimizer_on_host, "weights_on_host needs optimizer_on_host (--optimizer-on-host)"),
             *self._bad_sharding(),
         ):
             if bad:
@@ -157,7 +157,7 @@ class Recipe(BaseModel):
         files.check_writable(path, force)
         files.write(path, (self.model_dump_json(indent=1) + "\n").encode())
 
-    def changed(self, **fields: object) -> Recipe:
+    def changed(self, /, **fields: object) -> Recipe:
         """A copy with other values, validated. Raises RecipeError."""
         if all(repr(getattr(self, name, self)) == repr(value) for name, value in fields.items()):  # 1 is not True
             return self
@@ -179,7 +179,7 @@ def first_problem(error: ValidationError) -> str:
     """One or two lines for the first thing pydantic found wrong."""
     problem = error.errors(include_url=False)[0]
     where = str(problem["loc"][0]) if problem["loc"] else ""
-    message = _MUST_BE.get(where) or problem["msg"].removeprefix("Value error, ")
+    message = _MUST_BE.get(where) or problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if problem["type"] == "extra_forbidden":
         return f"a recipe has no field {quoted(where)}.{did_you_mean(where, Recipe.model_fields)}"
     if problem["type"] == "json_invalid":

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
+from ..errors import MeasurementError
 from ..observe import cache, limits, search, sweep
 from ..observe.limits import ABOVE, BELOW, Limit
 from ..observe.measurement import Case, Measurement
@@ -48,23 +49,27 @@ class Bench:
         self.name, self.config = sweep.subject(self.spec, self.layers)
         self.model: Model = read_config(self.config, self.name)
 
-    def measure(self, strategy: str, recipe: Recipe, seq_len: int, chunks: Chunks, console: Console | None) -> Measurement:
+    def measure(
+        self, strategy: str, recipe: Recipe, seq_len: int, chunks: Chunks, console: Console | None, name: Callable[[Measurement], str] = measuring.subject
+    ) -> Measurement:  # fmt: skip
         fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
         case = Case(self.name, strategy, self.config, fixed, seq_len, self.layers, self.device, self.limit, self.steps)
-        return measuring.run([case], self.known, self.out, self.timeout, console).measurements[0]
+        return measuring.run([case], self.known, self.out, self.timeout, console, name=name).measurements[0]
 
     def trace_at(self, recipe: Recipe, seq_len: int, card: Card) -> Any:
         return cache.trace_of(self.config, recipe, seq_len, on=self.device, workspace=card.gpu.cublas_workspace_bytes if self.device == "cuda" else 0)
 
 
 def smax(bench: Bench, recipes: Mapping[str, Recipe], console: Console | None) -> Found:
-    """Each strategy's S_max by trace, tried from below and above, and the true one."""
+    """Each strategy's S_max by trace, tried from below and above, and the true one. Raises MeasurementError, before anything is
+    measured, where not even one token is predicted to fit."""
+    predictions = {strategy: _predicted(bench, strategy, recipe) for strategy, recipe in recipes.items()}
     if console is not None:
         measuring.heading(console, bench.known)
     found = []
-    for strategy, recipe in recipes.items():
-        predicted, formula, chunks = _predicted(bench, strategy, recipe)
-        found.append((limits.check(strategy, "trace", predicted, _at_lengths(bench, strategy, recipe, chunks, console)), formula))
+    for strategy, (predicted, formula, chunks) in predictions.items():
+        measure = _at_lengths(bench, strategy, recipes[strategy], chunks, console)
+        found.append((limits.check(strategy, "trace", predicted, measure), formula))
     if console is not None:
         _report_smax(console, bench, found)
     data = {"limit_bytes": bench.card.total_bytes, "results": [_limit_data(limit, formula) for limit, formula in found]}
@@ -76,7 +81,15 @@ def _at_lengths(bench: Bench, strategy: str, recipe: Recipe, chunks: Chunks, con
 
 
 def _predicted(bench: Bench, strategy: str, recipe: Recipe) -> tuple[int, int, Chunks]:
-    """S_max by trace and by formula, and the chunks to run it with."""
+    """S_max by trace and by formula, and the chunks to run it with. Raises MeasurementError when nothing fits."""
+    found = _searched(bench, strategy, recipe)
+    if not found[0]:
+        raise MeasurementError(f"{bench.name}, {strategy}: not even one token is predicted to fit in {format_gib(bench.card.total_bytes)}.\n"
+                               "Give more memory (--gpu-mem), or measure a slice of it (--layers).")  # fmt: skip
+    return found
+
+
+def _searched(bench: Bench, strategy: str, recipe: Recipe) -> tuple[int, int, Chunks]:
     if bench.device == "cuda":
         found = search.longest(bench.model, recipe, bench.card, bench.trace_at, strategy)
         return found.answer.s_max, found.formula, found.answer.plan.chunks
@@ -134,7 +147,10 @@ def throughput(bench: Bench, recipes: Mapping[str, Recipe], seq_len: int, consol
 
 
 def _in_chunks(bench: Bench, strategy: str, recipe: Recipe, seq_len: int, console: Console | None) -> Callable[[Chunks], Measurement]:
-    return lambda chunks: bench.measure(strategy, recipe, seq_len, chunks, console)
+    def name(m: Measurement) -> str:
+        return f"M {m.case.recipe.mlp_chunks}, {m.case.recipe.loss_chunks}"
+
+    return lambda chunks: bench.measure(strategy, recipe, seq_len, chunks, console, name)
 
 
 def _report_throughput(console: Console, strategy: str, rows: list[limits.Throughput]) -> None:
@@ -148,4 +164,6 @@ def _report_throughput(console: Console, strategy: str, rows: list[limits.Throug
     console.print()
     console.print(Text(f"{strategy}:", "bold"))
     console.print(table)
+    if len(rows) < 4:
+        console.print("what is recommended is so few chunks that half, all and twice of it are not three different numbers.", soft_wrap=True)
     console.print(f"the recommended number may cost {limits.MOST_LOST:.0%} of the throughput in one chunk.", soft_wrap=True)

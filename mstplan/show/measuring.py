@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from ..observe import measurement, sweep
-from ..observe.measurement import FAILED, OK, Case, Measurement
+from ..observe.measurement import OK, Case, Measurement
+from ..observe.sweep import FINAL
 from ..units import GIB, format_seconds
 from . import tables
 from .progress import progress
@@ -23,15 +24,22 @@ class Sweep(NamedTuple):
     damaged: list[str]
 
     @property
-    def failed(self) -> bool:
-        return any(m.outcome == FAILED for m in self.measurements)
+    def complete(self) -> bool:
+        """Does every point have its answer? That it runs out of memory is one; a failure or a refusal is none."""
+        return all(m.outcome in FINAL for m in self.measurements)
+
+
+def subject(m: Measurement) -> str:
+    return m.case.model + (f"/{m.case.layers}" if m.case.layers else "")
 
 
 def run(
-    cases: Sequence[Case], known: Mapping[str, Any], out: Path, timeout: float | None, console: Console | None, again: bool = False, headed: bool = False
+    cases: Sequence[Case], known: Mapping[str, Any], out: Path, timeout: float | None, console: Console | None, again: bool = False, headed: bool = False,
+    name: Callable[[Measurement], str] = subject,
 ) -> Sweep:  # fmt: skip
     """Measure each point that the file `out` has no result for, or with `again` all, and append what comes of it. Lines go to
-    `console`, under a heading where it is to be `headed`. Raises MeasurementError and OutputError about the file."""
+    `console`, each beginning with the point's `name`, under a heading where it is to be `headed`. Raises MeasurementError and
+    OutputError about the file."""
     with measurement.appending(out) as append, progress("measuring", len(cases)) as advance:
         if console is not None and headed:
             heading(console, known)
@@ -48,7 +56,7 @@ def run(
                 append(found[-1])
             advance("", 1)
             if console is not None:
-                console.print(line(found[-1]), soft_wrap=True)
+                console.print(line(found[-1], name), soft_wrap=True)
     return Sweep(found, skipped, earlier.skipped)
 
 
@@ -61,10 +69,9 @@ def heading(console: Console, known: Mapping[str, Any]) -> None:
     console.print(HEADER, soft_wrap=True, style="dim")
 
 
-def line(m: Measurement) -> str:
+def line(m: Measurement, name: Callable[[Measurement], str] = subject) -> str:
     """One point in 80 columns; peaks in GiB."""
-    name = m.case.model + (f"/{m.case.layers}" if m.case.layers else "")
-    start = f"{name:12.12s} {m.case.strategy:15s} {m.case.seq_len:9,}"
+    start = f"{name(m):12.12s} {m.case.strategy:15s} {m.case.seq_len:9,}"
     if m.outcome != OK:
         return f"{start} {m.outcome}" + (f": {m.error.splitlines()[0]}" if m.error else "")
     peak = m.peak

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..plan.advice import Way
+from ..plan.calibration import Calibration
 from ..plan.hardware import Card, Gpu
 from ..plan.model import Model
 from ..plan.parameters import parameter_count
@@ -60,8 +61,7 @@ def gpu(g: Gpu) -> dict[str, Any]:
     return {field: getattr(g, field) for field in g._fields}
 
 
-def calibrated(p: Plan) -> dict[str, Any] | None:
-    c = p.calibration
+def calibrated(c: Calibration | None) -> dict[str, Any] | None:
     return {"residual": c.residual, **c.provenance} if c is not None else None
 
 
@@ -72,7 +72,7 @@ def answer(a: Answer) -> dict[str, Any]:
         "s_max": a.s_max,
         "peak_bytes": p.peak_bytes,
         "instant": p.instant,
-        "calibration": calibrated(p),
+        "calibration": calibrated(p.calibration),
         "mlp_chunks": p.chunks.mlp,
         "loss_chunks": p.chunks.loss,
         "chunk_tokens": {"mlp": chunk_tokens(p.seq_len, p.chunks.mlp), "loss": chunk_tokens(p.seq_len, p.chunks.loss)},
@@ -97,7 +97,7 @@ def plan(p: Plan) -> dict[str, Any]:
         "peak_bytes": p.peak_bytes,
         "budget_bytes": p.budget_bytes,
         "instant": p.instant,
-        "calibration": calibrated(p),
+        "calibration": calibrated(p.calibration),
         "mlp_chunks": p.chunks.mlp,
         "loss_chunks": p.chunks.loss,
         "host_bytes": p.host_bytes,
@@ -171,8 +171,8 @@ def plan_document(p: Plan, strategy: str, singles: Sequence[Way], run: Way | Non
 def theorem_document(m: Model, c: Card, view: TheoremView) -> dict[str, Any]:
     return document(
         "theorem", model=model(m), card=card(c), coefficients=coefficients(view.coefficients), seq_len=view.seq_len,
-        formulas=[row(r) for r in view.rows], step_model=[{"strategy": n, "s_max": s} for n, s in view.step_model],
-        differences=list(view.differences),
+        formulas=[row(r) for r in view.rows], differences=list(view.differences),
+        step_model=[{"strategy": a.strategy, "s_max": a.s_max, "calibration": calibrated(a.plan.calibration)} for a in view.answers],
     )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def write(curves: Sequence[Curve], model: Model, card: Card, path: Path) -> None
     files.write(path, data)
 
 
-COLUMNS = ("strategy", "seq_len", "bytes", "gib", "instant", "budget_bytes", "fits")
+COLUMNS = ("strategy", "seq_len", "bytes", "gib", "instant", "budget_bytes", "fits", "calibrated_from")
 
 
 def _csv(curves: Iterable[Curve], card: Card) -> bytes:
@@ -113,9 +113,10 @@ def _csv(curves: Iterable[Curve], card: Card) -> bytes:
     rows.writerow(COLUMNS)
     budget = card.budget_bytes
     for curve in curves:
+        calibrated = curve.calibration.said if curve.calibration is not None else ""
         for seq_len, size, instant in curve.points:
             fits = "true" if size <= budget else "false"
-            rows.writerow((curve.strategy, seq_len, size, f"{size / GIB:.6f}", instant, budget, fits))
+            rows.writerow((curve.strategy, seq_len, size, f"{size / GIB:.6f}", instant, budget, fits, calibrated))
     return text.getvalue().encode()
 
 

@@ -75,7 +75,8 @@ def report(console: Console, rows: Sequence[Comparison]) -> None:
     for c in rows:
         where = f"{c.model}, {c.gpu}"
         if c.recipe is None:
-            console.print(f"{c.published_tokens:>11,}    not predicted: {c.not_predicted}.  {where}")
+            console.print(Text(f"{c.published_tokens:>10,} -> not predicted       {where}", "bold"))
+            console.print(Padding(Text(f"{c.case}; {c.not_predicted}", "dim"), (0, 0, 0, 4)))
             continue
         if c.published_gib is not None and c.predicted_gib is not None:
             told = f"{c.published_gib:>10.2f} -> {c.predicted_gib:<10.2f} {_signed(c.gib_difference):>7}  {where}, {c.published_tokens:,} tokens"

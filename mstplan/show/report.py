@@ -83,10 +83,9 @@ def fallback_notes(step: Plan, run: Way | None) -> list[str]:
 class TheoremView(NamedTuple):
     coefficients: formulas.Coefficients
     rows: tuple[formulas.Row, ...]
-    step_model: tuple[tuple[str, int], ...]  # strategy, S_max: beside each formula
+    answers: tuple[Answer, ...]  # the step model's, one beside each formula
     differences: tuple[str, ...]
     seq_len: int | None
-    rung: str  # what the step model's answers stand on
 
 
 BESIDE = ("standard", "checkpoint-sqrt", "mst", "mst-offload")
@@ -103,14 +102,11 @@ def theorem_view(model: Model, card: Card, recipe: Recipe, overrides: dict[str, 
     chunks = found[2].plan.chunks
     coefficients = formulas.coefficients(model, recipe, card, chunks).replaced(**overrides)
     rows = formulas.rows(coefficients, seq_len)
-    return TheoremView(
-        coefficients, rows, tuple((a.strategy, a.s_max) for a in found), formulas.differences(model, recipe), seq_len,
-        tables.rung([answer.plan.calibration for answer in found]),
-    )  # fmt: skip
+    return TheoremView(coefficients, rows, tuple(found), formulas.differences(model, recipe), seq_len)
 
 
 def theorem(console: Console, model: Model, card: Card, view: TheoremView) -> None:
-    tables.heading(console, model, card, view.rung)
-    tables.theorem(console, view.coefficients, view.rows, view.step_model, view.seq_len)
+    tables.heading(console, model, card, tables.rung([answer.plan.calibration for answer in view.answers]))
+    tables.theorem(console, view.coefficients, view.rows, view.answers, view.seq_len)
     console.print(Text("Why they differ", "bold"))
     tables.notes(console, view.differences)

@@ -171,7 +171,7 @@ def ways(console: Console, singles: Sequence[Way], run: Way | None) -> None:
         console.print(Text.assemble("Together these fit: ", (names, "bold"), f" (peak {format_gib(run.plan.peak_bytes)}{host})."))
 
 
-def theorem(console: Console, c: Coefficients, rows: Sequence[Row], step_answers: Sequence[tuple[str, int]], seq_len: int | None) -> None:
+def theorem(console: Console, c: Coefficients, rows: Sequence[Row], answers: Sequence[Answer], seq_len: int | None) -> None:
     console.print(Text("Coefficients of the paper (arXiv 2407.15892)", "bold"))
     table = new_table(("", "left"), ("value", "right"), ("from", "left"))
     table.add_row("W_mem", format_gib(c.w_mem), _sources(c.w_from, GIB, "GiB"))
@@ -182,8 +182,8 @@ def theorem(console: Console, c: Coefficients, rows: Sequence[Row], step_answers
     console.print(table)
     memory = f"at {format_tokens(seq_len)}" if seq_len else ""
     table = new_table(("formula", "left"), ("S_max", "right"), (memory, "right"), ("step model: strategy", "left"), ("S_max", "right"))
-    for r, (name, longest) in zip(rows, step_answers, strict=True):
-        table.add_row(r.formula, format_tokens(r.s_max), format_gib(r.memory) if r.memory is not None else "", name, format_tokens(longest))
+    for r, a in zip(rows, answers, strict=True):
+        table.add_row(r.formula, format_tokens(r.s_max), format_gib(r.memory) if r.memory is not None else "", a.strategy, format_tokens(a.s_max))
     console.print(table)
 
 

@@ -179,7 +179,7 @@ def test_csv(drawn, tmp_path):
     raw = path.read_bytes()
     assert raw.count(b"\r\n") == raw.count(b"\n") == 1 + sum(len(c.points) for c in curves)
     rows = list(csv.DictReader(io.StringIO(raw.decode(), newline="")))
-    assert list(rows[0]) == ["strategy", "seq_len", "bytes", "gib", "instant", "budget_bytes", "fits"]
+    assert list(rows[0]) == ["strategy", "seq_len", "bytes", "gib", "instant", "budget_bytes", "fits", "calibrated_from"]
     points = [(c, p) for c in curves for p in c.points]
     for row, (curve, point) in zip(rows, points, strict=True):
         assert row["strategy"] == curve.strategy and row["instant"] == point.instant
@@ -187,6 +187,7 @@ def test_csv(drawn, tmp_path):
         assert float(row["gib"]) == pytest.approx(point.bytes / GIB, abs=1e-6)
         assert int(row["budget_bytes"]) == on.budget_bytes
         assert row["fits"] == ("true" if point.seq_len <= curve.s_max else "false")
+        assert row["calibrated_from"] == (curve.calibration.said if curve.calibration is not None else "")
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------------

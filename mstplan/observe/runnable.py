@@ -1,0 +1,20 @@
+"""Which recipes a real training step can follow, on fake tensors or on a device. No torch."""
+
+from __future__ import annotations
+
+from ..errors import RecipeError
+from ..plan.recipe import Recipe
+
+
+def check_runnable(recipe: Recipe) -> None:
+    """Raises RecipeError for a recipe that no step here can follow."""
+    if "auto" in (recipe.mlp_chunks, recipe.loss_chunks):
+        raise RecipeError("a training step needs numbers of chunks, not 'auto'.")
+    for bad, why in (
+        (recipe.optimizer_on_host or recipe.weights_on_host, "the step that is run keeps weights and optimizer on its device"),
+        (recipe.optimizer == "adamw-8bit", "the step that is run has no 8-bit optimizer (adamw, adafactor and sgd run)"),
+        (recipe.loss == "transformers<4.45", "the step that is run has the loss of the transformers at hand, not that of releases before 4.45"),
+        (not recipe.mlp_recompute and recipe.mlp_chunks != 1, "the step that is run recomputes each MLP chunk by itself, so --no-recompute is not for it"),
+    ):
+        if bad:
+            raise RecipeError(f"{why}.\nPlan this recipe with the formula rung: mstplan max-seq, mstplan plan.")
