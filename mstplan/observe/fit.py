@@ -26,7 +26,7 @@ from ..plan.steps import Layout, step
 from ..plan.tape import BASIS, Vector, add
 from .calibrate import WORST
 from .measurement import OK, Measurement
-from .validate import FORMULA, chunks_of, instants_at, step_of
+from .validate import FORMULA, chunks_of, instants_at, point_of, step_of
 
 Factors = np.ndarray
 
@@ -147,7 +147,7 @@ def _vector(columns: Sequence[str], values: Factors) -> Vector:
 
 def _provenance(members: Sequence[Measurement], left_out: float) -> dict[str, Any]:
     about = members[0].environment
-    points = [[m.case.recipe.batch, m.case.seq_len, *chunks_of(m), m.case.described.layers] for m in members]
+    points = [point_of(m) for m in members]
     return {
         "rung": "measurement", "strategy": members[0].case.strategy, "card": about["card"], "driver": about.get("driver"),
         "torch": about["torch"], "transformers": about["transformers"], "mstplan": __version__,

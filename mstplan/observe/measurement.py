@@ -12,17 +12,20 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from .. import files, profiles
 from ..errors import MeasurementError, ModelError, quoted
 from ..plan.config import read_config
 from ..plan.model import Model
 from ..plan.recipe import Recipe
+from ..units import LONGEST
 
 SCHEMA_VERSION = 1
 OK, OUT_OF_MEMORY, REFUSED, FAILED = "ok", "out of memory", "refused", "failed"
@@ -32,6 +35,11 @@ _LARGEST_FILE = 200_000_000  # bytes
 _BEGINNING = b'{"case":'
 
 
+Bytes = Annotated[int, Field(ge=0, le=1 << 62)]
+Tokens = Annotated[int, Field(ge=1, le=LONGEST)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Peak(NamedTuple):
     """The most bytes within an instant or a phase. None: the device does not tell.
 
@@ -39,22 +47,22 @@ class Peak(NamedTuple):
     context included, at the end of the phase.
     """
 
-    allocated: int
-    reserved: int | None = None
-    device: int | None = None
+    allocated: Annotated[int, Field(gt=0, le=1 << 62)]
+    reserved: Bytes | None = None
+    device: Bytes | None = None
 
 
 @dataclass(frozen=True)
 class Figures:
     """What one rank saw of a step, not its first. Bytes; seconds."""
 
-    static: int  # in weights, buffers and optimizer states, between steps
-    instants: dict[str, Peak]
-    phases: dict[str, Peak]
-    step_seconds: tuple[float, ...]  # of every timed step
+    static: Bytes  # in weights, buffers and optimizer states, between steps
+    instants: Annotated[dict[str, Peak], Field(min_length=1)]
+    phases: Annotated[dict[str, Peak], Field(min_length=1)]
+    step_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)]  # of every timed step
     loss: float
-    context: int | None = None  # in use on the card beside what the allocator reserved: the CUDA context, and other processes
-    workspace: int | None = None  # of cuBLAS, measured by one product
+    context: Bytes | None = None  # in use on the card beside what the allocator reserved: the CUDA context, and other processes
+    workspace: Bytes | None = None  # of cuBLAS, measured by one product
 
     @property
     def peak(self) -> Peak:
@@ -63,9 +71,10 @@ class Figures:
         return Peak(max(found[0]), *(max(column) if column else None for column in found[1:]))
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Figures:
-        peaks = {name: {key: Peak(*row) for key, row in data[name].items()} for name in ("instants", "phases")}
-        return cls(**{**data, **peaks, "step_seconds": tuple(data["step_seconds"])})
+    def from_data(cls, data: object) -> Figures:
+        """Raises ValueError."""
+        found: Figures = _adapter(Figures).validate_python(data)
+        return found
 
 
 @dataclass(frozen=True)
@@ -76,10 +85,10 @@ class Case:
     strategy: str
     config: dict[str, Any]
     recipe: Recipe  # its chunks are numbers
-    seq_len: int  # tokens
+    seq_len: Tokens
     layers: int | None = None
-    device: str = "cuda"
-    limit: int | None = None  # bytes of the card that the process may use, its CUDA context included
+    device: Annotated[str, Field(pattern="^(cuda|cpu)$")] = "cuda"
+    limit: Bytes | None = None  # of the card that the process may use, its CUDA context included
     steps: int = 3  # that are timed
 
     @cached_property
@@ -90,8 +99,10 @@ class Case:
         return {**{f.name: getattr(self, f.name) for f in fields(Case)}, "recipe": self.recipe.model_dump()}
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Case:
-        return cls(**{**data, "recipe": Recipe(**data["recipe"])})
+    def from_data(cls, data: object) -> Case:
+        """Raises ValueError."""
+        found: Case = _adapter(Case).validate_python(data)
+        return found
 
     @property
     def words(self) -> str:
@@ -99,13 +110,21 @@ class Case:
         return f"{self.model}{part}, {self.strategy}, {self.seq_len:,} tokens"
 
 
+def _tells_where(environment: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(environment.get(name), str) for name in ("card", "torch", "transformers", "allocator")):
+        raise ValueError("no environment")
+    if type(environment.get("total_bytes")) is not int or environment["total_bytes"] <= 0:
+        raise ValueError("no bytes of memory")
+    return environment
+
+
 @dataclass(frozen=True)
 class Measurement:
     """What became of a case. environment: card, its bytes, driver, versions. ranks: the figures of each, when the outcome is ok."""
 
     case: Case
-    environment: dict[str, Any]
-    outcome: str
+    environment: Annotated[dict[str, Any], AfterValidator(_tells_where)]
+    outcome: Annotated[str, Field(pattern=f"^({OK}|{OUT_OF_MEMORY}|{REFUSED}|{FAILED})$")]
     error: str = ""
     ranks: tuple[Figures, ...] = ()
     when: str = ""  # ISO date and time, UTC
@@ -115,9 +134,13 @@ class Measurement:
         return {**{f.name: getattr(self, f.name) for f in fields(Measurement)}, "case": self.case.as_data(), "ranks": [asdict(r) for r in self.ranks]}
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Measurement:
-        found = {**data, "case": Case.from_data(data["case"]), "ranks": tuple(map(Figures.from_data, data["ranks"]))}
-        return cls(**found)
+    def from_data(cls, data: object) -> Measurement:
+        """Raises ValueError, also for what contradicts itself, and ModelError for a model that cannot be read."""
+        found: Measurement = _adapter(Measurement).validate_python(data)
+        recipe, told = found.case.recipe, {tuple(sorted(rank.instants)) for rank in found.ranks}
+        if "auto" in (recipe.mlp_chunks, recipe.loss_chunks) or len(told) != (found.outcome == OK) or not found.case.described.layers:
+            raise ValueError("no measurement")
+        return found
 
     @property
     def key(self) -> str:
@@ -144,6 +167,11 @@ class Measurement:
     def instants(self) -> dict[str, int]:
         """Bytes allocated at most in each instant, of the rank that holds most there."""
         return {name: max(rank.instants[name].allocated for rank in self.ranks) for name in self.ranks[0].instants}
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def key_of(case: Case, environment: Mapping[str, Any]) -> str:
@@ -195,7 +223,7 @@ def read(path: Path) -> Read:
             if not newer:
                 found.measurements.append(Measurement.from_data(data))
                 continue
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, ModelError, RecursionError):
             found.skipped.append(f"{path}: line {number} is damaged and left out.")
             continue
         raise MeasurementError(

@@ -9,6 +9,7 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from ..plan import solve
+from ..plan.calibration import Calibration
 from ..plan.hardware import Card
 from ..plan.solve import layout_of, sizes
 from ..plan.steps import Chunks, Step, step
@@ -34,13 +35,18 @@ class Row(NamedTuple):
     instants: tuple[tuple[str, int, int], ...] = ()  # (name, predicted, measured) of each, where both tell
 
     @property
+    def held(self) -> bool:
+        return is_held_to(self.rung, self.measurement)
+
+    @property
     def error(self) -> float:
         """Signed, as a share of what was measured: + is too much."""
         return self.predicted / self.measured - 1
 
     @property
     def worst_instant(self) -> tuple[str, float]:
-        return max(((name, told / seen - 1) for name, told, seen in self.instants), key=lambda pair: abs(pair[1]), default=("", 0.0))
+        """The name and the error of the instant that is furthest off."""
+        return max(((name, told / seen - 1) for name, told, seen in self.instants), key=lambda pair: abs(pair[1]))
 
 
 class Broken(NamedTuple):
@@ -51,15 +57,18 @@ class Broken(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Of the errors of some rows: means of their absolute values, and the worst with its sign."""
+    """Of the errors of some rows: means of their absolute values, and the worst with its sign. worst_instant: of all instants, whether
+    they make the peak or not; None where rows have none."""
 
     rung: str
     what: str
+    held: bool  # to the rung's bounds
     group: str
     n: int
     mean: float
     median: float
     worst: float
+    worst_instant: float | None
 
 
 class Validation(NamedTuple):
@@ -84,7 +93,10 @@ def validate(measurements: Iterable[Measurement], rungs: Sequence[str] = RUNGS, 
             found.broken.extend(Broken(m, rung) for rung in rungs if is_held_to(rung, m) and _said_to_fit(m, rung))
         elif m.outcome == OK:
             for rung in rungs:
-                found.rows.extend(_rows(m, rung))
+                if rung == CALIBRATED and _solved_from(m):
+                    found.left_out.append(f"{m.case.words}: its calibration was solved from this very step, which says nothing about predictions")
+                else:
+                    found.rows.extend(_rows(m, rung))
         else:
             found.left_out.append(f"{m.case.words}: {m.outcome}, {m.error.splitlines()[0] if m.error else 'no reason given'}")
     found.rows.extend(_on_the_device(found.rows))
@@ -120,8 +132,25 @@ def step_of(m: Measurement, rung: str) -> Step | None:
     formula = step(model, layout_of(model, recipe, chunks, seq_len), workspace_of(m))
     if rung == FORMULA:
         return formula
-    found = solve.calibration_at(model, recipe, seq_len, chunks)
+    found = _calibration(m)
     return formula.calibrated(found.moments) if found is not None else None
+
+
+def _calibration(m: Measurement) -> Calibration | None:
+    return solve.calibration_at(m.case.described, m.case.recipe, m.case.seq_len, chunks_of(m))
+
+
+def _solved_from(m: Measurement) -> bool:
+    """Is the calibration that predicts a step one that was solved from it?"""
+    found = _calibration(m)
+    if found is None or found.provenance["rung"] != "measurement" or found.provenance["card"] != m.environment["card"]:
+        return False
+    return point_of(m) in found.provenance["points"]
+
+
+def point_of(m: Measurement) -> list[int]:
+    """What a calibration's provenance says of a step that it was solved from: b, s, chunks of MLP and loss, L."""
+    return [m.case.recipe.batch, m.case.seq_len, *chunks_of(m), m.case.described.layers]
 
 
 def traced(m: Measurement) -> Trace:
@@ -170,14 +199,15 @@ def _on_the_device(rows: Sequence[Row]) -> list[Row]:
 
 
 def summaries(rows: Iterable[Row], group: Callable[[Row], str] = lambda _row: "all") -> list[Summary]:
-    """By rung, by what is predicted, and by what `group` gives of a row."""
-    sorted_in: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    """By rung, by what is predicted, by whether the rung is held to it, and by what `group` gives of a row."""
+    sorted_in: dict[tuple[str, str, bool, str], list[Row]] = defaultdict(list)
     for row in rows:
-        sorted_in[row.rung, row.what, group(row)].append(row.error)
-    return [
-        Summary(*key, len(errors), mean(map(abs, errors)), median(map(abs, errors)), max(errors, key=abs))
-        for key, errors in sorted_in.items()
-    ]  # fmt: skip
+        sorted_in[row.rung, row.what, row.held, group(row)].append(row)
+    found = []
+    for key, members in sorted_in.items():
+        errors, instants = [row.error for row in members], [row.worst_instant[1] for row in members if row.instants]
+        found.append(Summary(*key, len(errors), mean(map(abs, errors)), median(map(abs, errors)), max(errors, key=abs), max(instants, key=abs, default=None)))
+    return found
 
 
 def by_strategy(row: Row) -> str:
@@ -205,14 +235,18 @@ BOUNDS = {FORMULA: Bounds(0.05, 0.05), CALIBRATED: Bounds(0.01, 0.03), TRACE: Bo
 
 
 def is_held_to(rung: str, m: Measurement) -> bool:
-    """Does a rung predict what was measured? The trace follows a CPU's kernels; the formula counts those of CUDA."""
-    return rung == TRACE or m.case.device == "cuda"
+    """Does a rung predict what was measured? The trace follows the kernels of the device. Formula and calibrations count those of
+    CUDA, as a CPU runs them too in bf16; in fp32, or with dropout, its attention is another, and what is offloaded stays in the same memory."""
+    if rung == TRACE or m.case.device == "cuda":
+        return True
+    recipe, attention = m.case.recipe, m.case.described.attention
+    return recipe.precision != "fp32" and not recipe.offload_layer_inputs and not attention.dropout
 
 
 def beyond(found: Validation, bounds: dict[str, Bounds]) -> list[str]:
     """What is worse than it may be, a line each; of allocated bytes, which all rungs predict."""
     lines = []
-    for s in summaries(row for row in found.rows if row.what == ALLOCATED and is_held_to(row.rung, row.measurement)):
+    for s in summaries(row for row in found.rows if row.what == ALLOCATED and row.held):
         may = bounds[s.rung]
         if s.mean > may.mean:
             lines.append(f"{s.rung}: mean error {s.mean:.2%}, more than {may.mean:.2%}")

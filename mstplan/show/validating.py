@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import ceil, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from .. import files
 from ..errors import OutputError
 from ..observe.validate import (
     ALLOCATED,
+    RUNGS,
     Row,
     Summary,
     Validation,
@@ -63,16 +65,37 @@ def _percent(share: float, sign: str = "") -> str:
     return f"{share:{sign}.3%}" if round(share, 5) else "0.000%"
 
 
+OTHER_KERNELS = (
+    "* formula and calibrated formula count the kernels of CUDA. Here the CPU ran others (attention in fp32 or with dropout), or kept what is offloaded "
+    "in the same memory: shown, and held to no bound"
+)
+
+
+def _rung(s: Summary) -> str:
+    return s.rung if s.held else f"{s.rung}*"
+
+
 def _table(rows: Sequence[Row]) -> Any:
-    table = tables.new_table(("", "left"), ("rung", "left"), ("of", "left"), ("n", "right"), ("mean", "right"), ("median", "right"), ("worst", "right"))
+    table = tables.new_table(
+        ("", "left"), ("rung", "left"), ("of", "left"), ("n", "right"), ("mean", "right"), ("median", "right"), ("worst", "right"), ("instant", "right")
+    )  # fmt: skip
     for title, group in GROUPS:
-        for n, s in enumerate(sorted(summaries(rows, group), key=lambda s: s.group)):
-            if title and s.what != ALLOCATED:
-                continue
+        shown = [s for s in summaries(rows, group) if s.what == ALLOCATED or not title]
+        for n, s in enumerate(sorted(shown, key=_order)):
             if n == 0 and title:
                 table.add_section()
-            table.add_row(s.group, s.rung, s.what, str(s.n), _percent(s.mean), _percent(s.median), _percent(s.worst, "+"))
+            table.add_row(s.group, _rung(s), s.what, str(s.n), _percent(s.mean), _percent(s.median), _percent(s.worst, "+"), _instant(s))
     return table
+
+
+def _order(s: Summary) -> tuple[int, str, str, int, bool]:
+    """Lengths by size, all else by name; then the rungs, first what each is held to."""
+    first = s.group.split()[0].replace(",", "")
+    return int(first) if first.isdigit() else 0, s.group, s.what, RUNGS.index(s.rung), not s.held
+
+
+def _instant(s: Summary) -> str:
+    return _percent(s.worst_instant, "+") if s.worst_instant is not None else ""
 
 
 def notes(found: Validation) -> list[str]:
@@ -80,9 +103,12 @@ def notes(found: Validation) -> list[str]:
     lines = []
     if on == ["cpu"] or not on:
         lines.append("nothing here was measured on a CUDA device: attention's workspace, cuBLAS' and the allocator are from PyTorch's source.")
-    if "cpu" in on:
-        lines.append("cpu: the trace follows the CPU's kernels and is held to its bounds; the formula counts those of CUDA and is only shown.")
-    lines.append("errors are signed: + means that more was predicted than was measured.")
+    if not all(row.held for row in found.rows):
+        lines.append(f"{OTHER_KERNELS}.")
+    lines.append(
+        "errors are of the step's peak, and signed: + means that more was predicted than was measured. instant: the worst of any instant's peak, "
+        "whether it is the step's or not."
+    )
     return lines
 
 
@@ -92,7 +118,7 @@ def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> d
         instants = [{"name": name, "predicted": told, "measured": seen} for name, told, seen in r.instants]
         return {
             "model": m.case.model, "layers": m.case.layers, "strategy": m.case.strategy, "seq_len": m.case.seq_len, "card": m.environment["card"],
-            "recipe": m.case.recipe.model_dump(), "rung": r.rung, "what": r.what, "predicted_bytes": r.predicted, "measured_bytes": r.measured,
+            "recipe": m.case.recipe.model_dump(), "rung": r.rung, "what": r.what, "held": r.held, "predicted_bytes": r.predicted, "measured_bytes": r.measured,
             "error": r.error, "instants": instants,
         }  # fmt: skip
 
@@ -112,15 +138,17 @@ def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> d
 def markdown(found: Validation) -> str:
     """The errors by device, rung and strategy."""
     lines = [
-        "| measured on | rung | steps | mean error | median | worst | at |", "|---|---|---:|---:|---:|---:|---|",
+        "| measured on | rung | steps | mean error | median | worst | at | any instant |", "|---|---|---:|---:|---:|---:|---|---:|",
     ]  # fmt: skip
     for device in devices(found.rows):
         rows = [row for row in found.rows if row.measurement.environment["card"] == device]
-        for s in summaries(rows):
-            worst = max((r for r in rows if (r.rung, r.what) == (s.rung, s.what)), key=lambda r: abs(r.error))
-            what = s.rung if s.what == ALLOCATED else f"{s.rung}, {s.what}"
+        for s in sorted(summaries(rows), key=_order):
+            worst = max((r for r in rows if (r.rung, r.what, r.held) == (s.rung, s.what, s.held)), key=lambda r: abs(r.error))
+            what = _rung(s) if s.what == ALLOCATED else f"{_rung(s)}, {s.what}"
             errors = f"{_percent(s.mean)} | {_percent(s.median)} | {_percent(s.worst, '+')}"
-            lines.append(f"| {device} | {what} | {s.n} | {errors} | {worst.measurement.case.words} |")
+            lines.append(f"| {device} | {what} | {s.n} | {errors} | {worst.measurement.case.words} | {_instant(s)} |")
+    if not all(row.held for row in found.rows):
+        lines += ["", f"\\{OTHER_KERNELS}."]
     return "\n".join(lines) + "\n"
 
 
@@ -146,14 +174,21 @@ def _draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
     _errors(lower, rows)
 
 
-COLOURS = {"formula": "#7a7a7a", "calibrated": "#0072b2", "trace": "#d55e00"}
+COLOURS = {"formula": "#0072b2", "calibrated": "#009e73", "trace": "#d55e00"}
 MARKS = {"formula": "s", "calibrated": "D", "trace": "o"}
+Place = Callable[[Row], tuple[float, float]]
+
+
+def _marks(axes: Axes, rows: Sequence[Row], place: Place) -> None:
+    """A mark for each row; grey ones for what the rung is held to no bound for."""
+    for rung, held in dict.fromkeys((row.rung, row.held) for row in sorted(rows, key=lambda row: (row.held, RUNGS.index(row.rung)))):
+        points = [place(row) for row in rows if (row.rung, row.held) == (rung, held)]
+        colour, label = (COLOURS[rung], rung) if held else ("#9a9a9a", f"{rung}, other kernels")
+        axes.plot(*zip(*points, strict=True), MARKS[rung], color=colour, label=label, markersize=5, fillstyle="none")
 
 
 def _against(axes: Axes, rows: Sequence[Row]) -> None:
-    for rung in dict.fromkeys(row.rung for row in rows):
-        points = [(row.measured / GIB, row.predicted / GIB) for row in rows if row.rung == rung]
-        axes.plot(*zip(*points, strict=True), MARKS[rung], color=COLOURS[rung], label=rung, markersize=5, fillstyle="none")
+    _marks(axes, rows, lambda row: (row.measured / GIB, row.predicted / GIB))
     ends = [min(min(r.measured, r.predicted) for r in rows) / GIB * 0.9, max(max(r.measured, r.predicted) for r in rows) / GIB * 1.1]
     axes.plot(ends, ends, color="black", linewidth=0.7, zorder=0)
     axes.set(xscale="log", yscale="log", xlabel="measured peak, GiB allocated", ylabel="predicted, GiB")
@@ -173,11 +208,15 @@ def _plain(axes: Axes, *scales: Any) -> None:
 
 
 def _errors(axes: Axes, rows: Sequence[Row]) -> None:
-    for rung in dict.fromkeys(row.rung for row in rows):
-        points = [(row.measurement.case.seq_len, 100 * row.error) for row in rows if row.rung == rung]
-        axes.plot(*zip(*points, strict=True), MARKS[rung], color=COLOURS[rung], label=rung, markersize=5, fillstyle="none")
+    """In percent, to scale up to a thousandth, by magnitude beyond: errors from nothing to tens of percent stand in one picture."""
+    _marks(axes, rows, lambda row: (row.measurement.case.seq_len, 100 * row.error))
     axes.axhline(0, color="black", linewidth=0.7, zorder=0)
-    widest = 1.15 * max(0.1, *(100 * abs(row.error) for row in rows))
-    axes.set_ylim(-widest, widest)
-    axes.set(xscale="log", xlabel="tokens", ylabel="predicted less measured, %")
+    widest = 2 * max(0.01, *(100 * abs(row.error) for row in rows))
+    ticks = [10.0**n for n in range(-3, ceil(log10(widest)) + 1)]
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set(xscale="log", xlabel="tokens", ylabel="predicted less measured, %", ylim=(-widest, widest))
+    axes.set_yticks([*(-tick for tick in reversed(ticks)), 0, *ticks], minor=False)
+    axes.set_yticks([], minor=True)
+    axes.yaxis.set_major_formatter(lambda value, _at: f"{value:+g}" if value else "0")
     _plain(axes, axes.xaxis)
+    axes.set_ylim(-widest, widest)

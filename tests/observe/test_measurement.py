@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan import InputError, MeasurementError, ModelError, OutputError
+from mstplan.observe import validate
 from mstplan.observe.measurement import (
     FAILED,
+    OK,
     SCHEMA_VERSION,
     Figures,
     Measurement,
@@ -26,13 +29,15 @@ from mstplan.observe.measurement import (
     read_all,
     sliced,
 )
+from mstplan.observe.validate import BOUNDS, CALIBRATED, FORMULA
 from mstplan.plan.catalog import load_config, model_names
 from mstplan.plan.config import read_config
+from mstplan.show import measuring, validating
 
 from .measured import CARD, CPU, case, measured
 
 BYTES = st.integers(0, 2**50)
-PEAKS = st.dictionaries(st.sampled_from(["loss", "end of forward", "optimizer step"]), st.builds(Peak, BYTES, st.none() | BYTES, st.none() | BYTES), min_size=1)
+PEAKS = st.fixed_dictionaries({name: st.builds(Peak, st.integers(1, 2**50), st.none() | BYTES, st.none() | BYTES) for name in ("loss", "optimizer step")})
 FIGURES = st.builds(
     Figures, BYTES, PEAKS, PEAKS, st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=4).map(tuple), st.floats(0, 100), st.none() | BYTES, st.none() | BYTES
 )  # fmt: skip
@@ -52,7 +57,7 @@ def write(path: Path, *measurements: Measurement) -> None:
 @given(ranks=st.lists(FIGURES, max_size=3).map(tuple), error=st.text(), seq_len=st.integers(1, 2**30), limit=st.none() | BYTES)
 def test_what_is_written_is_read(tmp_path_factory, ranks, error, seq_len, limit):
     path = tmp_path_factory.mktemp("results") / "r.jsonl"
-    m = Measurement(case(seq_len=seq_len, limit=limit), CARD, "ok", error, ranks, "2026-11-24T00:00:00+00:00")
+    m = Measurement(case(seq_len=seq_len, limit=limit), CARD, OK if ranks else FAILED, error, ranks, "2026-11-24T00:00:00+00:00")
     write(path, m)
     assert read(path) == ([m], [])
 
@@ -81,6 +86,44 @@ def test_a_damaged_line_is_left_out_and_said(path, damage):
     found = read(path)
     assert found.measurements == [first, last]
     assert len(found.skipped) == 1 and "line 2" in found.skipped[0]
+
+
+WRONG = st.none() | st.integers(-1, 1) | st.sampled_from([1.5, float("nan"), 10**30, "x", "auto", True]) | st.just([]) | st.just({}) | st.just(["a"])
+
+
+def places(data: object, so_far: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in inner:
+        yield (*so_far, key)
+        yield from places(value, (*so_far, key))
+
+
+@settings(max_examples=300)
+@given(draw=st.data())
+def test_a_line_with_one_wrong_value_is_left_out_or_serves_whole(tmp_path_factory, draw):
+    """Results pass through other tools: whatever they made of a line, nothing that reads it falls over."""
+    config = load_config("smollm2-135m")
+    instants = {"loss": 2**30, "optimizer step": 2**29}
+    one = measured(case("mst", model="smollm2-135m", config=config, mlp_chunks=2, loss_chunks=2), instants, context=7, workspace=9)
+    data = json.loads(json.dumps(one.as_data()))
+    *above, last = draw.draw(st.sampled_from(list(places(data))))
+    part = data
+    for key in above:
+        part = part[key]
+    if isinstance(part, dict) and draw.draw(st.booleans()):
+        del part[last]
+    else:
+        part[last] = draw.draw(WRONG)
+    path = tmp_path_factory.mktemp("results") / "r.jsonl"
+    path.write_text(json.dumps(data) + "\n")
+    try:
+        found = read(path)
+    except MeasurementError:  # a newer schema
+        return
+    assert len(found.measurements) + len(found.skipped) == 1
+    compared = validate.validate(found.measurements, [FORMULA, CALIBRATED])
+    assert validating.markdown(compared) and validating.as_data(compared, [], []) and validate.beyond(compared, BOUNDS) is not None
+    assert all(measuring.line(m) and m.key for m in found.measurements)
 
 
 def test_a_line_that_a_kill_cut_off(path):

@@ -14,15 +14,17 @@ from mstplan.observe.card import held, needed
 from mstplan.observe.measurement import FAILED, OUT_OF_MEMORY, Measurement
 from mstplan.observe.tracer import trace
 from mstplan.observe.validate import ALLOCATED, BOUNDS, CALIBRATED, DEVICE, FORMULA, RESERVED, TRACE, Bounds
+from mstplan.plan import calibration
 from mstplan.plan.recipe import strategy
 from mstplan.plan.solve import sizes
 from mstplan.show import validating
 from mstplan.units import MIB
 
-from .measured import CARD, as_traced, case
+from .measured import CARD, as_traced, case, measured
 from .tiny import TINY
 
 WORKSPACE = 32 * MIB
+DROPOUT = {**TINY, "attention_dropout": 0.1}
 
 
 def on_card(tokens: int = 512, share: float = 1.0, model: str = "tiny", context: int = 500 * MIB, **more: object) -> Measurement:
@@ -84,6 +86,9 @@ def test_summaries():
     (everything,) = validate.summaries(rows)
     assert (everything.n, everything.worst) == (3, pytest.approx(1.0, abs=1e-5))
     assert everything.mean == pytest.approx((0 + 1 + 0.2) / 3, abs=1e-5) and everything.median == pytest.approx(0.2, abs=1e-5)
+    assert everything.worst_instant == pytest.approx(1.0, abs=1e-5)
+    one = rows[0]._replace(instants=(("loss", 90, 100), ("optimizer step", 100, 100)))
+    assert one.worst_instant == ("loss", pytest.approx(-0.1)) and validate.summaries([one])[0].worst_instant == pytest.approx(-0.1)
     assert {s.group: s.n for s in validate.summaries(rows, validate.by_length)} == {"512 tokens on": 2, "1,024 tokens on": 1}
     assert {s.group for s in validate.summaries(rows, validate.by_strategy)} == {"checkpoint"}
     assert validate.summaries([]) == []
@@ -96,11 +101,35 @@ def test_bounds():
     assert len(validate.beyond(found, {TRACE: Bounds(0.01, 0.01)})) == 2
 
 
-def test_on_a_cpu_the_formula_is_only_shown():
-    one = case(seq_len=512, precision="fp32")
-    found = validate.validate([as_traced(one, trace(TINY, one.recipe, 512, on="cpu"), 2.0)])
-    assert {row.rung for row in found.rows} == {FORMULA, TRACE}
-    assert [line.split(":")[0] for line in validate.beyond(found, BOUNDS)] == [TRACE, TRACE]
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [({}, True), ({"precision": "mixed"}, True), ({"precision": "fp32"}, False),
+     ({"name": "mst-offload", "mlp_chunks": 2, "loss_chunks": 2}, False), ({"config": DROPOUT}, False)],
+    ids=["bf16", "mixed", "fp32", "offload", "dropout"],
+)  # fmt: skip
+def test_on_a_cpu_the_formula_is_held_to_its_bounds_where_the_kernels_are_those_of_cuda(changes, held):
+    one = case(seq_len=512, **changes)
+    found = validate.validate([measured(one, {"loss": 2**30})], [FORMULA])
+    assert [row.held for row in found.rows] == [held]
+    assert {line.split(":")[0] for line in validate.beyond(found, BOUNDS)} == ({FORMULA} if held else set())
+    assert [s.held for s in validate.summaries(found.rows)] == [held]
+    assert ("formula* |" in validating.markdown(found)) == (not held) == any("*" in line for line in validating.notes(found))
+    on_cuda = validate.validate([measured(replace(one, device="cuda"), {"loss": 2**30})], [FORMULA])
+    assert all(row.held for row in on_cuda.rows)
+
+
+def test_no_step_is_predicted_by_a_calibration_that_was_solved_from_it(tmp_path, monkeypatch):
+    """Leave one out, of what is fitted."""
+    monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path))
+    seen = [on_card(tokens) for tokens in (512, 1024, 2048, 4096)]
+    model = seen[0].case.described
+    calibration.write(model, fit.fit(model, seen).calibrations, tmp_path / "calibrations")
+    other = on_card(3000)
+    found = validate.validate([*seen, other], [CALIBRATED])
+    assert [row.measurement for row in found.rows] == [other] and abs(found.rows[0].error) < 1e-4
+    assert len(found.left_out) == 4 and all("solved from this very step" in line for line in found.left_out)
+    elsewhere = replace(seen[0], environment={**CARD, "card": "NVIDIA H200"})
+    assert len(validate.validate([elsewhere], [CALIBRATED]).rows) == 1
 
 
 def test_no_calibration_no_row():
