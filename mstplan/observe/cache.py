@@ -49,22 +49,28 @@ def _digest_of_package() -> str:
 
 def trace_of(
     config: Mapping[str, Any], recipe: Recipe, seq_len: int, *, on: str = "cuda", workspace: int = 0, keep: bool = True,
-    code_from: str | None = None,
+    code_from: str | None = None, threads: int | None = None,
 ) -> Trace:  # fmt: skip
     """The trace of one step, from the cache or made now. keep: use and fill the cache, which knows nothing of a model's own
-    code (code_from).
+    code (code_from). threads: of a CPU, whose kernels hold something for each; as many as torch has here by default.
 
     Raises MissingError without torch, and what `tracer.trace` raises.
     """
     named = versions()
-    what = {"schema_version": SCHEMA_VERSION, "config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "versions": named}
+    if on == "cpu":
+        import torch
+
+        threads = threads or torch.get_num_threads()
+    what = {"schema_version": SCHEMA_VERSION, "config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "threads": threads, "versions": named}
     path = folder() / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.json.gz"
     keep = keep and code_from is None
     found = _read(path) if keep else None
     if found is None:
+        from .cpu import on_threads
         from .tracer import trace
 
-        found = trace(config, recipe, seq_len, on=on, code_from=code_from)
+        with on_threads(threads):
+            found = trace(config, recipe, seq_len, on=on, code_from=code_from)
         if keep:
             _write(path, found)
     return found.with_workspace(workspace)

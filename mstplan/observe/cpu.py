@@ -12,7 +12,8 @@ Not here: oneDNN's scratch memory for products in 16 bits, whose size depends on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
@@ -30,6 +31,17 @@ REDUCTIONS = {_aten.sum, _aten.mean}
 ATTENTION, ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_product_flash_attention_for_cpu_backward
 KEYS_AT_ONCE = 512
 """Keys to a block of scores: kv_split_size of every kernel."""
+
+
+@contextmanager
+def on_threads(count: int | None) -> Iterator[None]:
+    """As if torch had so many threads, each of which holds buffers of its own. None: as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class KernelBuffers(TorchDispatchMode):

@@ -115,12 +115,14 @@ def _tells_where(environment: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("no environment")
     if type(environment.get("total_bytes")) is not int or environment["total_bytes"] <= 0:
         raise ValueError("no bytes of memory")
+    if environment["card"] == "cpu" and (type(environment.get("threads")) is not int or not 1 <= environment["threads"] <= 1 << 16):
+        raise ValueError("no number of threads")
     return environment
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What became of a case. environment: card, its bytes, driver, versions. ranks: the figures of each, when the outcome is ok."""
+    """What became of a case. environment: card, its bytes, driver, versions; of a CPU, its threads. ranks: the figures of each, when the outcome is ok."""
 
     case: Case
     environment: Annotated[dict[str, Any], AfterValidator(_tells_where)]
@@ -175,7 +177,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def key_of(case: Case, environment: Mapping[str, Any]) -> str:
-    same = {name: environment.get(name) for name in ("card", "torch", "transformers", "allocator")}
+    same = {name: environment.get(name) for name in ("card", "torch", "transformers", "allocator", "threads")}
     what = {**case.as_data(), "model": "", "strategy": "", "steps": 0}
     return sha256(json.dumps([what, same], sort_keys=True).encode()).hexdigest()[:32]
 

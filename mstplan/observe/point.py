@@ -45,7 +45,7 @@ def environment(device: str) -> dict[str, Any]:
     known = cache.versions()
     found = {"python": platform.python_version(), "torch": known["torch"], "transformers": known["transformers"]}
     if device == "cpu":
-        return {"card": "cpu", "total_bytes": host_memory(), "driver": None, "allocator": "", **found}
+        return {"card": "cpu", "total_bytes": host_memory(), "driver": None, "allocator": "", "threads": torch.get_num_threads(), **found}
     check_cuda()
     properties = torch.cuda.get_device_properties(local_rank())
     return {

@@ -154,7 +154,8 @@ def point_of(m: Measurement) -> list[int]:
 
 
 def traced(m: Measurement) -> Trace:
-    return cache.trace_of(m.case.config, m.case.recipe, m.case.seq_len, on=m.case.device, workspace=workspace_of(m))
+    where = {"on": m.case.device, "threads": m.environment.get("threads"), "workspace": workspace_of(m)}
+    return cache.trace_of(m.case.config, m.case.recipe, m.case.seq_len, **where)
 
 
 def workspace_of(m: Measurement) -> int:

@@ -57,7 +57,8 @@ class Bench:
         return measuring.run([case], self.known, self.out, self.timeout, console, name=name).measurements[0]
 
     def trace_at(self, recipe: Recipe, seq_len: int, card: Card) -> Any:
-        return cache.trace_of(self.config, recipe, seq_len, on=self.device, workspace=card.gpu.cublas_workspace_bytes if self.device == "cuda" else 0)
+        workspace = card.gpu.cublas_workspace_bytes if self.device == "cuda" else 0
+        return cache.trace_of(self.config, recipe, seq_len, on=self.device, workspace=workspace, threads=self.known.get("threads"))
 
 
 def smax(bench: Bench, recipes: Mapping[str, Recipe], console: Console | None) -> Found:

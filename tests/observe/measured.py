@@ -12,8 +12,8 @@ from mstplan.plan.recipe import Recipe, strategy
 
 from .tiny import TINY
 
-CPU = {"card": "cpu", "total_bytes": 16 * 2**30, "driver": None, "allocator": "", "python": "3.11", "torch": "2.13.0", "transformers": "5.23.0"}
-CARD = {**CPU, "card": "NVIDIA H100 80GB HBM3", "total_bytes": 84932978278, "driver": "580.1"}
+CPU = {"card": "cpu", "total_bytes": 16 * 2**30, "threads": 1, "driver": None, "allocator": "", "python": "3.11", "torch": "2.13.0", "transformers": "5.23.0"}
+CARD = {**CPU, "threads": None, "card": "NVIDIA H100 80GB HBM3", "total_bytes": 84932978278, "driver": "580.1"}
 
 
 def case(name: str = "checkpoint", seq_len: int = 512, config: Mapping[str, Any] = TINY, **more: Any) -> Case:
