@@ -154,8 +154,8 @@ def point_of(m: Measurement) -> list[int]:
 
 
 def traced(m: Measurement) -> Trace:
-    where = {"on": m.case.device, "threads": m.environment.get("threads"), "workspace": workspace_of(m)}
-    return cache.trace_of(m.case.config, m.case.recipe, m.case.seq_len, **where)
+    case, threads = m.case, m.environment.get("threads")
+    return cache.trace_of(case.config, case.recipe, case.seq_len, on=case.device, workspace=workspace_of(m), threads=threads)
 
 
 def workspace_of(m: Measurement) -> int:

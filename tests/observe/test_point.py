@@ -122,6 +122,6 @@ def test_instants_and_phases_from_counters(counters):
 
 def test_environment_of_a_cpu():
     found = environment("cpu")
-    assert found["card"] == "cpu" and found["total_bytes"] > 2**30 and found["transformers"]
+    assert found["card"] == "cpu" and found["total_bytes"] > 2**30 and found["transformers"] and found["threads"] == torch.get_num_threads()
     with pytest.raises(MeasurementError, match=r"CUDA[\s\S]*--device cpu"):
         environment("cuda")

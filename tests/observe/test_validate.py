@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mstplan import card, profiles
 from mstplan.observe import fit, measurement, validate
@@ -17,10 +18,11 @@ from mstplan.observe.validate import ALLOCATED, BOUNDS, CALIBRATED, DEVICE, FORM
 from mstplan.plan import calibration
 from mstplan.plan.recipe import strategy
 from mstplan.plan.solve import sizes
+from mstplan.plan.steps import MIDDLE_LAYER
 from mstplan.show import validating
 from mstplan.units import MIB
 
-from .measured import CARD, as_traced, case, measured
+from .measured import CARD, CPU, as_traced, case, measured
 from .tiny import TINY
 
 WORKSPACE = 32 * MIB
@@ -130,6 +132,15 @@ def test_no_step_is_predicted_by_a_calibration_that_was_solved_from_it(tmp_path,
     assert len(found.left_out) == 4 and all("solved from this very step" in line for line in found.left_out)
     elsewhere = replace(seen[0], environment={**CARD, "card": "NVIDIA H200"})
     assert len(validate.validate([elsewhere], [CALIBRATED]).rows) == 1
+
+
+def test_a_cpu_is_traced_with_the_threads_that_it_had():
+    """Attention's kernel has buffers for each."""
+    one = case("standard", seq_len=512)
+    few, many = (measured(one, {"loss": 2**30}, environment={**CPU, "threads": threads}) for threads in (64, 128))
+    less, more = ({peak.instant: peak.bytes for peak in validate.traced(m).peaks}[MIDDLE_LAYER] for m in (few, many))
+    assert more - less == 64 * 2 * 64 * 512 * (4 + 2)  # for each two blocks of 64 queries by 512 keys, in fp32 and in bf16
+    assert few.key != many.key and torch.get_num_threads() == 1
 
 
 def test_no_calibration_no_row():
