@@ -85,7 +85,7 @@ def test_wheel_holds_the_code_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     code = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "mstplan").rglob("*.py")}
-    assert "mstplan/cli.py" in code
+    assert "mstplan/cli/__init__.py" in code
     assert {name for name in names if name.endswith(".py")} == code
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"mstplan"}
 
@@ -129,7 +129,7 @@ def test_installed_package_is_what_runs(elsewhere, installed):
     modules = "import mstplan, mstplan.cli, mstplan.profiles"
     files = "mstplan.__file__, mstplan.cli.__file__, mstplan.profiles.ROOT"
     files = [Path(line) for line in elsewhere("-c", f"{modules}; print({files}, sep='\\n')").splitlines()]
-    assert files == [installed / "mstplan" / name for name in ("__init__.py", "cli.py", "profiles")]
+    assert files == [installed / "mstplan" / name for name in ("__init__.py", "cli/__init__.py", "profiles")]
     assert not installed.is_relative_to(CHECKOUT)
 
 

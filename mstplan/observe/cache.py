@@ -61,7 +61,8 @@ def trace_of(
         import torch
 
         threads = threads or torch.get_num_threads()
-    what = {"schema_version": SCHEMA_VERSION, "config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "threads": threads, "versions": named}
+    case = {"config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "threads": threads}
+    what = {"schema_version": SCHEMA_VERSION, "versions": named, **case}
     path = folder() / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.json.gz"
     keep = keep and code_from is None
     found = _read(path) if keep else None

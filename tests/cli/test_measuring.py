@@ -17,15 +17,15 @@ from mstplan.observe.trace import Trace
 from mstplan.plan import calibration
 from mstplan.plan.recipe import STRATEGIES
 
-from .observe.measured import CARD, CPU, as_traced, measured
-from .observe.tiny import TINY, write_tiny
-from .test_cli import Run, run  # noqa: F401  a fixture
+from ..observe.measured import CARD, CPU, as_traced, measured
+from ..observe.tiny import TINY, write_tiny
+from .conftest import Run
 
 ASKED = ("measure", "-m", "tiny.json", "--device", "cpu", "--precision", "fp32")
 
 
 @pytest.fixture(autouse=True)
-def model(run: Run, tmp_path: Path) -> Path:  # noqa: F811
+def model(run: Run, tmp_path: Path) -> Path:
     """tiny.json in the folder that commands run in."""
     return write_tiny(tmp_path)
 
@@ -56,7 +56,7 @@ def write(path: Path, *measurements: Measurement) -> None:
 # ---- measure ----------------------------------------------------------------------------------------------------------
 
 
-def test_points_are_told_as_they_come_and_kept(run: Run, quick: list[Case], tmp_path: Path) -> None:  # noqa: F811
+def test_points_are_told_as_they_come_and_kept(run: Run, quick: list[Case], tmp_path: Path) -> None:
     said = run(*ASKED, "--seq-len", "64,128", "-s", "checkpoint,mst")
     assert said.code == 0 and not said.err
     assert [line.split()[1:3] for line in said.out.splitlines() if line.startswith("tiny")] == [
@@ -69,28 +69,28 @@ def test_points_are_told_as_they_come_and_kept(run: Run, quick: list[Case], tmp_
     assert run(*ASKED, "--seq-len", "64", "-s", "checkpoint", "--again").code == 0 and len(quick) == 6
 
 
-def test_json(run: Run, quick: list[Case]) -> None:  # noqa: F811
+def test_json(run: Run, quick: list[Case]) -> None:
     told = run(*ASKED, "--seq-len", "64", "-s", "checkpoint", "--json").json
     assert (told["schema_version"], told["command"], told["rung"], told["file"]) == (1, "measure", "measurement", "measurements.jsonl")
     (row,) = told["results"]
     assert row["outcome"] == "ok" and row["case"]["seq_len"] == 64 and set(row["ranks"][0]["phases"]) == {"forward", "backward", "optimizer"}
 
 
-def test_one_recipe_and_all_strategies(run: Run, quick: list[Case]) -> None:  # noqa: F811
+def test_one_recipe_and_all_strategies(run: Run, quick: list[Case]) -> None:
     assert run(*ASKED, "--seq-len", "64").code == 0
     assert [case.strategy for case in quick] == ["standard", "checkpoint", "checkpoint-sqrt", "mst", "mst-offload"]
     assert run(*ASKED, "--seq-len", "64", "--checkpoint", "2", "--optimizer", "sgd", "--layers", "4").code == 0
     assert (quick[-1].strategy, quick[-1].recipe.checkpoint, quick[-1].recipe.optimizer, quick[-1].described.layers) == ("custom", 2, "sgd", 4)
 
 
-def test_a_suite(run: Run, quick: list[Case], tmp_path: Path) -> None:  # noqa: F811
+def test_a_suite(run: Run, quick: list[Case], tmp_path: Path) -> None:
     row = {"model": "tiny.json", "seq_len": [64, "0.25k"], "strategy": "mst", "recipe": {"precision": "fp32"}}
     (tmp_path / "suite.json").write_text(json.dumps({"cases": [row, {"model": "tiny.json", "seq_len": 32, "layers": 2}]}))
     assert run("measure", "--suite", "suite.json", "--device", "cpu").code == 0
     assert [(c.strategy, c.seq_len, c.layers) for c in quick][:2] == [("mst", 64, None), ("mst", 256, None)] and len(quick) == 7
 
 
-def test_a_point_that_fails_is_a_result_and_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811
+def test_a_point_that_fails_is_a_result_and_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
     monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, FAILED, "killed (SIGKILL)\nand more"))
     said = run(*ASKED, "--seq-len", "64,128", "-s", "mst")
@@ -98,14 +98,14 @@ def test_a_point_that_fails_is_a_result_and_exit_code_1(run: Run, monkeypatch: p
     assert len(measurement.read(tmp_path / "measurements.jsonl").measurements) == 2
 
 
-def test_a_point_that_is_refused_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_point_that_is_refused_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
     monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, REFUSED, "no flash-attn here"))
     said = run(*ASKED, "--seq-len", "64", "-s", "mst")
     assert said.code == 1 and "refused: no flash-attn here" in said.out
 
 
-def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: F811
+def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupted(*_: object) -> Measurement:
         raise KeyboardInterrupt
 
@@ -162,7 +162,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "says"), BAD)
-def test_bad_input_gets_one_or_two_lines(run: Run, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_bad_input_gets_one_or_two_lines(run: Run, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
     (tmp_path / "empty.jsonl").touch()
     write(tmp_path / "ok.jsonl", measured(Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 64, None, "cpu"), {"loss": 5}))
@@ -176,13 +176,13 @@ def test_bad_input_gets_one_or_two_lines(run: Run, arguments: tuple[str, ...], s
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_no_cuda_offers_the_cpu(run: Run) -> None:  # noqa: F811
+def test_no_cuda_offers_the_cpu(run: Run) -> None:
     said = run("measure", "-m", "tiny.json", "--seq-len", "64")
     assert said.code == 2 and "no CUDA device" in said.err and "--device cpu" in said.err
 
 
 @pytest.mark.parametrize("command", [(*ASKED, "--seq-len", "64"), ("validate", "--smax", "-m", "tiny.json", "--device", "cpu")])
-def test_no_torch_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:  # noqa: F811
+def test_no_torch_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
     from importlib import metadata
 
     def missing(name: str) -> str:
@@ -197,12 +197,12 @@ def test_no_torch_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, command
 
 
 @pytest.fixture
-def results(run: Run, quick: list[Case]) -> Path:  # noqa: F811
+def results(run: Run, quick: list[Case]) -> Path:
     run(*ASKED, "--seq-len", "64,128", "-s", "checkpoint,mst", "-o", "r.jsonl")
     return Path("r.jsonl")
 
 
-def test_errors_of_a_results_file(run: Run, results: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_errors_of_a_results_file(run: Run, results: Path, tmp_path: Path) -> None:
     said = run("validate", "--results", str(results), "--rung", "trace", "--plot", "errors.png")
     assert said.code == 0 and "4 measured steps on cpu" in said.out and "nothing here was measured on a CUDA device" in " ".join(said.out.split())
     assert all(len(line) <= 80 for line in said.out.splitlines()) and (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
@@ -213,8 +213,8 @@ def test_errors_of_a_results_file(run: Run, results: Path, tmp_path: Path) -> No
     assert table.startswith("| measured on | rung |") and "| cpu | trace | 4 |" in table
 
 
-def test_worse_than_it_may_be_is_exit_code_1(run: Run, tmp_path: Path) -> None:  # noqa: F811
-    from .observe.tiny import step_of
+def test_worse_than_it_may_be_is_exit_code_1(run: Run, tmp_path: Path) -> None:
+    from ..observe.tiny import step_of
 
     case = Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 128, None, "cuda")
     write(tmp_path / "off.jsonl", as_traced(case, step_of(case.recipe, 128), 1.2, workspace=0))
@@ -223,14 +223,14 @@ def test_worse_than_it_may_be_is_exit_code_1(run: Run, tmp_path: Path) -> None: 
     assert run("validate", "--results", "off.jsonl", "--rung", "trace", "--mean", "0.2", "--worst", "20%").code == 0
 
 
-def test_a_damaged_line_is_said(run: Run, results: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_damaged_line_is_said(run: Run, results: Path, tmp_path: Path) -> None:
     with (tmp_path / results).open("a") as file:
         file.write("{half\n")
     said = run("validate", "--results", str(results), "--rung", "trace")
     assert said.code == 0 and "line 5 is damaged and left out" in said.out and "4 measured steps" in said.out
 
 
-def test_published_figures(run: Run) -> None:  # noqa: F811
+def test_published_figures(run: Run) -> None:
     said = run("validate", "--published")
     words = " ".join(said.out.split())
     assert said.code == 0 and "read as" in words and "Nothing is fitted to them" in words and "lengths: 15 rows, mean error" in words
@@ -239,7 +239,7 @@ def test_published_figures(run: Run) -> None:  # noqa: F811
     assert run("validate", "--published", "--markdown").out.startswith("# Published measurements")
 
 
-def test_s_max_is_tried_and_found(run: Run, quick: list[Case], tmp_path: Path) -> None:  # noqa: F811
+def test_s_max_is_tried_and_found(run: Run, quick: list[Case], tmp_path: Path) -> None:
     where = ("-m", "tiny.json", "--layers", "2", "--device", "cpu", "--gpu-mem", "60MiB", "-o", "s.jsonl")
     asked = ("validate", "--smax", *where, "--precision", "fp32", "-s", "checkpoint")
     told = run(*asked, "--json").json
@@ -251,7 +251,7 @@ def test_s_max_is_tried_and_found(run: Run, quick: list[Case], tmp_path: Path) -
     assert said.code == 0 and len(quick) == made and "S_max of tiny in 60.00 MiB" in said.out  # all of it had been measured
 
 
-def test_what_chunks_cost_is_measured(run: Run, quick: list[Case]) -> None:  # noqa: F811
+def test_what_chunks_cost_is_measured(run: Run, quick: list[Case]) -> None:
     said = run("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "256", "-o", "t.jsonl")
     assert said.code in (0, 1) and "<- recommended" in said.out and "of one chunk" in said.out
     assert "\nM 1, 1       mst " in said.out  # each row tells its chunks while it comes
@@ -261,7 +261,7 @@ def test_what_chunks_cost_is_measured(run: Run, quick: list[Case]) -> None:  # n
 # ---- calibrate ------------------------------------------------------------------------------------------------------------
 
 
-def test_calibrated_from_measurements(run: Run, quick: list[Case], tmp_path: Path) -> None:  # noqa: F811
+def test_calibrated_from_measurements(run: Run, quick: list[Case], tmp_path: Path) -> None:
     run(*ASKED, "--seq-len", "64,128,192,256", "-s", "checkpoint,mst", "-o", "r.jsonl")
     said = run("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here")
     assert said.code == 0 and "checkpoint" in said.out and "wrote here/tiny.json" in said.out
@@ -277,9 +277,9 @@ def calibration_model() -> Any:
     return read_config(TINY, "tiny")
 
 
-def test_a_calibration_from_a_card_is_what_the_planner_uses(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_calibration_from_a_card_is_what_the_planner_uses(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "home"))
-    from .observe.tiny import step_of
+    from ..observe.tiny import step_of
 
     def on_card(tokens: int) -> Measurement:
         case = Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], tokens, None, "cuda")
@@ -295,7 +295,7 @@ def test_a_calibration_from_a_card_is_what_the_planner_uses(run: Run, tmp_path: 
     assert told["card"]["context_bytes"] == 600 * 2**20 and told["calibration"]["rung"] == "measurement"
 
 
-def test_the_measuring_commands_start_without_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_measuring_commands_start_without_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the processes that measure import it."""
     import subprocess
 

@@ -6,46 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from mstplan import cli
 from mstplan.plan.recipe import STRATEGIES, Recipe
 
+from ..processes import ROOT
+from .conftest import Run, Said
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict:  # type: ignore[type-arg]
-        return json.loads(self.out)
-
-
-ROOT = Path(__file__).resolve().parent.parent
-Run = Callable[..., Said]
 CASE = ("--model", "llama3.1-8b", "--gpu-mem", "80GB")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run mstplan in an empty folder, 80 columns, no colour."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def called(*arguments: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["mstplan", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        code = stop.value.code
-        return Said(code if isinstance(code, int) else int(code is not None), out, err)
-
-    return called
 
 
 # ---- answers ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""The command line: options in, one library call, a table or JSON out, an exit code.
+
+Exit codes: 0 an answer (for `plan`: it fits), 1 it does not fit, 2 the input cannot be used, 130 interrupted, 141 the reader
+of the output went away.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from .commands import COMMANDS, app, complain
+
+
+def _version(value: bool) -> None:
+    if value:
+        from .. import __version__
+
+        typer.echo(f"mstplan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+def declarations(asked: str | None) -> dict[str, Callable[[], object]]:
+    """How to declare each command to typer, by name; only some of them when `asked` is among those."""
+    for module in ("planning", "tracing", "measuring"):
+        if asked not in COMMANDS:
+            import_module(f".{module}", __name__)  # registers its commands
+    return COMMANDS
+
+
+def main() -> None:
+    """Run the command of sys.argv; ends in SystemExit, as typer's programs do."""
+    asked = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    known = declarations(asked)
+    for name, declare in known.items():
+        if name == asked or asked not in known:
+            declare()
+    try:
+        code = app(prog_name="mstplan", standalone_mode=False)  # or else typer draws a box around each mistake
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except Exception as e:
+        if not hasattr(e, "format_message"):
+            raise
+        code = _misused(e)
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _misused(error: Any) -> int:
+    """Says what is wrong with the command line, in two lines. `error` is click's UsageError, wherever typer has it from."""
+    from ..errors import one_line
+
+    said = " ".join(error.format_message().split())
+    if type(error).__name__ != "NoArgsIsHelpError":
+        context = getattr(error, "ctx", None)
+        complain(f"{one_line(said, 200)}\nTry '{context.command_path if context else 'mstplan'} --help'.")
+    elif said:  # else typer has printed the help already
+        typer.echo(error.format_message(), err=True)
+    return 2
+
+
+class _Unwritten(Exception):
+    """Standard output takes no more. Not an OSError: click and rich have their own ideas about those."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.gone = isinstance(error, BrokenPipeError)
+        self.reason = error.strerror or str(error)
+
+
+class _Output(io.TextIOWrapper):
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as e:
+            raise _Unwritten(e) from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as e:
+            raise _Unwritten(e) from None
+
+
+def _open_streams() -> None:
+    """Standard output whose errors reach `process`; a stream that the caller closed swallows what it gets."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        now = sys.stdout
+        about = {"encoding": now.encoding, "errors": "backslashreplace" if now.errors == "strict" else now.errors}
+        lines, through = now.line_buffering, now.write_through
+        sys.stdout = _Output(now.detach(), **about, line_buffering=lines, write_through=through)  # type: ignore[arg-type]
+
+
+def process() -> None:
+    """`main` as a process of its own, which may skip what only matters to processes that live on."""
+    gc.disable()  # collecting the many objects that imports make is wasted time here
+    _open_streams()
+    code: object = 0
+    try:
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        sys.stdout.flush()
+    except _Unwritten as e:
+        code = 141 if e.gone else 2  # 141: as for a process that SIGPIPE ended; what a reader that left, as `head` does, expects
+        if not e.gone:
+            complain(f"cannot write the answer: {e.reason}")
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:  # noqa: BLE001  a defect of mstplan's: say where
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    os._exit(code if isinstance(code, int) else int(code is not None))  # all is written; tearing down takes as long as answering

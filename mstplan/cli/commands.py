@@ -1,0 +1,92 @@
+"""Commands: options in one namespace, declared for typer only when they are asked for, errors as lines and exit codes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Annotated, Any, NamedTuple
+
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for plugins reads every installed package's metadata
+
+import typer
+
+app = typer.Typer(
+    name="mstplan",
+    help="How long a sequence can I train on this GPU, with which settings, and how sure is that?",
+    epilog="Start with:  mstplan max-seq --model llama3.1-8b --gpu-mem 80GB",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Asked = SimpleNamespace
+"""What the options of a command were given."""
+
+
+class Option(NamedTuple):
+    annotation: Any
+    default: Any
+    flags: tuple[str, ...]
+
+
+def option(kind: Any, flags: str, help: str, default: Any = None, panel: str | None = None, **more: Any) -> Option:
+    option = typer.Option(*flags.split(), help=help, rich_help_panel=panel, **more)
+    return Option(Annotated[kind, option], default, tuple(flags.replace("/", " ").split()))
+
+
+COMMANDS: dict[str, Callable[[], object]] = {}
+"""How to add each command to `app`: done for the one that was asked for only, as typer takes a while over each."""
+
+
+def command(name: str, *groups: dict[str, Option], help: str, epilog: str) -> Callable[[Callable[[Asked], None]], Callable[[Asked], None]]:
+    """Register a command that takes the options of `groups` in one namespace; its errors become lines and exit codes."""
+    options = {key: option for group in groups for key, option in group.items()}
+
+    def register(run: Callable[[Asked], None]) -> Callable[[Asked], None]:
+        def called(**given: Any) -> None:
+            from ..errors import MstplanError
+
+            values = {key: given.get(key, option.default) for key, option in options.items()}
+            try:
+                missing = next((o for key, o in options.items() if o.default is ... and values[key] in (None, ...)), None)
+                if missing is not None:  # some releases of typer and click together do not notice
+                    flags = " / ".join(f"'{flag}'" for flag in missing.flags)
+                    complain(f"Missing option {flags}.\nTry 'mstplan {name} --help'.")
+                    raise typer.Exit(2)
+                run(Asked(**values))
+            except MstplanError as e:
+                complain(str(e))
+                raise typer.Exit(2) from None
+
+        def add() -> None:
+            built = _asked_for(options, sys.argv[1:])
+            called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+                [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=o.default, annotation=o.annotation) for k, o in built.items()]
+            )
+            called.__annotations__ = {key: option.annotation for key, option in built.items()}
+            app.command(name, help=help, epilog=epilog)(called)
+
+        COMMANDS[name] = add
+        return run
+
+    return register
+
+
+def _asked_for(options: dict[str, Option], arguments: list[str]) -> dict[str, Option]:
+    """The options that the arguments name, and the required ones: typer takes a while over each. All of them when an
+    argument is none of them, be it --help or a slip to complain about."""
+    named = {a.split("=")[0] if a.startswith("--") else a[:2] for a in arguments if a.startswith("-")}
+    if not named <= {flag for option in options.values() for flag in option.flags}:
+        return options
+    return {key: option for key, option in options.items() if option.default is ... or not named.isdisjoint(option.flags)}
+
+
+def complain(message: str) -> None:
+    with suppress(OSError):  # nobody is there to read it
+        print(f"mstplan: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,292 @@
+"""The commands of real steps: measure, and validate, which holds predictions against them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .commands import Asked, command, complain, option
+from .options import (
+    FORCE,
+    JSON,
+    MEASURING,
+    MODEL,
+    RECIPE,
+    applied,
+    is_custom,
+    length,
+    model_of,
+    new_console,
+    print_json,
+    recipes_of,
+    results_files,
+)
+
+if TYPE_CHECKING:
+    from ..observe.measurement import Case
+    from ..plan.recipe import Recipe
+    from ..show.measuring import Sweep
+
+
+@command(
+    "measure", {
+        "model": MODEL["model"]._replace(default=None),
+        "seq_len": option(str | None, "--seq-len", "Tokens per sequence; several with commas between: 8k,16k,32k.", metavar="TOKENS[,TOKENS]"),
+        "strategy": option(str, "--strategy -s", "Strategies with commas between, or all. Default all.", "all", metavar="NAME[,NAME]"),
+        "suite": option(str | None, "--suite", "Points in a JSON file, or a suite that ships (quick, cards).", metavar="FILE"),
+    }, MEASURING, RECIPE, JSON,
+    help="Real training steps with random weights and tokens on this machine's device, each in a process of its own: peaks of memory, "
+    "time, tokens per second. What runs out of memory or fails is a result, too. A rerun measures what is missing. Under torchrun, with "
+    "--sharding fsdp, one point of all ranks together.",
+    epilog="mstplan measure -m llama3.1-8b --seq-len 8k,16k,32k --strategy all   |   mstplan measure -m smollm2-135m --seq-len 512 --device cpu   |   "
+    "torchrun --nproc-per-node 8 -m mstplan measure -m llama3.1-8b --seq-len 64k -s mst --sharding fsdp",
+)  # fmt: skip
+def measure(asked: Asked) -> None:
+    from ..errors import RecipeError, quoted
+    from ..observe import cache, sweep
+    from ..show import measuring
+
+    if asked.device not in ("cuda", "cpu"):
+        raise RecipeError(f"unknown device {quoted(asked.device)}.\nKnown: cuda, cpu.")
+    cache.versions()  # no torch: said before anything else
+    if _under_torchrun():
+        _measure_on_all_ranks(asked)
+        return
+    known = sweep.environment(asked.device)
+    console = None if asked.json else new_console()
+    cases = _cases(asked, known)
+    with _kept(asked.out):
+        found = measuring.run(cases, known, asked.out, asked.timeout, console, asked.again, headed=True)
+    if console is not None:
+        measuring.report(console, found, asked.out)
+    else:
+        _print_measured(asked, known, found)
+    if not found.complete:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Who interrupts a sweep hears what became of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"what was measured is kept in {out}" if out.exists() else "nothing was measured yet"
+        complain(f"interrupted; {kept}.\nThe same command goes on from there.")
+        raise
+
+
+def _print_measured(asked: Asked, known: dict[str, Any], found: Sweep) -> None:
+    from ..show import payload
+
+    rows = [m.as_data() for m in found.measurements]
+    print_json(payload.document("measure", "measurement", environment=known, file=str(asked.out), damaged=found.damaged, results=rows))
+
+
+def _under_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
+    """The points that --suite, or the model, lengths and strategies, describe."""
+    from ..errors import RecipeError
+    from ..observe import suites, sweep
+    from ..units import parse_memory
+
+    limit = parse_memory(asked.gpu_mem) if asked.gpu_mem is not None else None
+    card = sweep.card_of(known, limit)
+    more: dict[str, Any] = {"card": card, "device": asked.device, "limit": limit, "steps": asked.steps}
+    if asked.sharding == "fsdp" and not _under_torchrun():
+        gpus = asked.gpus or "N"
+        raise RecipeError(f"several ranks are measured under torchrun.\nRun: torchrun --nproc-per-node {gpus} -m mstplan measure ... --sharding fsdp")
+    if asked.suite is not None:
+        given = [RECIPE[name].flags[0] for name in RECIPE if getattr(asked, name) != RECIPE[name].default]
+        given += [flag for flag, value in (("--model", asked.model), ("--seq-len", asked.seq_len), ("--layers", asked.layers)) if value is not None]
+        if given:
+            raise RecipeError(f"--suite says what is measured: {', '.join(given)} cannot be given beside it.\nWrite it in the suite, or leave --suite out.")
+        return suites.cases(asked.suite, **more)
+    if asked.model is None or asked.seq_len is None:
+        raise RecipeError("no point to measure.\nGive --model and --seq-len, or --suite.")
+    lengths = [length(part) for part in asked.seq_len.split(",")]
+    return sweep.cases(asked.model, lengths, _chosen(asked), layers=asked.layers, **more)
+
+
+def _chosen(asked: Asked) -> dict[str, Recipe]:
+    """The strategies that --strategy names, or the one recipe that the options describe."""
+    from ..plan.recipe import strategy
+
+    recipes = recipes_of(asked)
+    if asked.strategy == "all" or is_custom(asked):
+        return recipes
+    names = [name.strip() for name in asked.strategy.split(",")]
+    for name in names:
+        strategy(name)  # refuses unknown ones
+    return {name: applied(strategy(name), asked, adopt_chunks=False) for name in names}
+
+
+def _measure_on_all_ranks(asked: Asked) -> None:
+    """One point, in the processes that torchrun started."""
+    from ..errors import RecipeError
+    from ..observe import ranks
+
+    gpus = int(os.environ["WORLD_SIZE"])
+    if asked.sharding != "fsdp" or asked.gpus not in (None, gpus):
+        raise RecipeError(f"torchrun started {gpus} ranks: say --sharding fsdp, and no other number with --gpus.")
+    asked.gpus = gpus
+    with ranks.process_group(asked.device):
+        known = ranks.environment(asked.device)
+        cases = _cases(asked, known)
+        if len(cases) != 1:
+            raise RecipeError(f"{len(cases)} points under torchrun: measure one with each command.\nName one strategy and one length.")
+        found = ranks.measure(cases[0], known, asked.out)
+    if found is None:  # another rank says it
+        return
+    from ..show import measuring
+
+    sweep = measuring.Sweep([found], 0, [])
+    if asked.json:
+        _print_measured(asked, known, sweep)
+    else:
+        measuring.heading(new_console(), known)
+        new_console().print(measuring.line(found), soft_wrap=True)
+    if not sweep.complete:
+        raise typer.Exit(1)
+
+
+
+
+@command(
+    "validate", {
+        "results": option(str | None, "--results", "Results files, with commas between. Default: those that ship.", metavar="FILE[,FILE]"),
+        "rungs": option(str, "--rung", "formula, calibrated, trace: some of them, with commas between. Default all.", "all", metavar="NAME[,NAME]"),
+        "published": option(bool, "--published", "Published figures instead, with the assumptions that each is read with.", False, panel="What is checked"),
+        "smax": option(bool, "--smax", "Measure now, at 98% and 103% of the predicted S_max, then find the true one.", False, panel="What is checked"),
+        "throughput": option(bool, "--throughput", "Measure now what M, M/2 and 2M cost against one chunk.", False, panel="What is checked"),
+        "model": MODEL["model"]._replace(default=None),
+        "seq_len": option(str | None, "--seq-len", "For --throughput: tokens per sequence.", metavar="TOKENS"),
+        "strategy": option(str, "--strategy -s", "For --smax and --throughput: strategies with commas between, or all.", "mst", metavar="NAME[,NAME]"),
+        "mean": option(str, "--mean", "The mean error that trace and calibrated formula may have.", "1%", metavar="SHARE"),
+        "worst": option(str, "--worst", "The worst.", "3%", metavar="SHARE"),
+        "formula_worst": option(str, "--formula-worst", "The worst of the bare formula.", "5%", metavar="SHARE"),
+        "plot": option(Path | None, "--plot", "Draw predicted against measured: PNG, SVG or PDF.", metavar="FILE"),
+        "markdown": option(bool, "--markdown", "The errors as the table that README shows.", False),
+    }, MEASURING, RECIPE, FORCE, JSON,
+    help="Hold predictions against measurements: formula, calibrated formula and trace beside every measured step. Exit code 1 when an "
+    "error is beyond its bound, or a step that was to fit ran out of memory.",
+    epilog="mstplan validate --results h100.jsonl --plot errors.png   |   mstplan validate --published   |   "
+    "mstplan validate --smax -m llama3.1-8b --gpu-mem 80GB -s checkpoint,mst",
+)  # fmt: skip
+def validate(asked: Asked) -> None:
+    from ..errors import RecipeError
+
+    if asked.published + asked.smax + asked.throughput > 1:
+        raise RecipeError("--published, --smax and --throughput exclude each other.\nCheck one after the other.")
+    if asked.markdown and asked.json:
+        raise RecipeError("--markdown and --json exclude each other.\nLeave one of the two out.")
+    now = asked.smax or asked.throughput
+    unused = [
+        flag for flag, value, used in (
+            ("--results", asked.results, not (asked.published or now)), ("--plot", asked.plot, not (asked.published or now)),
+            ("--model", asked.model, not asked.published), ("--layers", asked.layers, now), ("--seq-len", asked.seq_len, asked.throughput),
+        ) if value is not None and not used
+    ]  # fmt: skip
+    if unused:
+        raise RecipeError(f"{', '.join(unused)}: nothing to do with this check.\nLeave it out, or see 'mstplan validate --help'.")
+    if asked.published:
+        _validate_published(asked)
+    elif asked.smax or asked.throughput:
+        _validate_now(asked)
+    else:
+        _validate_results(asked)
+
+
+def _validate_results(asked: Asked) -> None:
+    from .. import files
+    from ..errors import MeasurementError, RecipeError, quoted
+    from ..observe import measurement, validate
+    from ..show import timeline, validating
+    from ..show.progress import progress
+
+    if asked.plot is not None:
+        files.check_writable(asked.plot, asked.force)
+        timeline.check_output(asked.plot)
+    rungs = validate.RUNGS if asked.rungs == "all" else tuple(name.strip() for name in asked.rungs.split(","))
+    if unknown := [name for name in rungs if name not in validate.RUNGS]:
+        raise RecipeError(f"unknown rung {quoted(unknown[0])}.\nKnown: {', '.join(validate.RUNGS)}.")
+    bounds = _bounds(asked)
+    read = measurement.read_all(results_files(asked.results) if asked.results is not None else measurement.archive())
+    chosen = [m for m in read.measurements if asked.model is None or m.case.model == model_of(asked).name]
+    if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):
+        of = f" of {model_of(asked).name}" if asked.model is not None else ""
+        raise MeasurementError(f"no measurement{of} to hold predictions against.\nmstplan measure makes some; --results names the file.")
+    with progress("comparing", len(chosen)) as advance:
+        found = validate.validate(chosen, rungs, lambda words: advance(words, 1))
+    said = validate.beyond(found, bounds)
+    if asked.plot is not None:
+        validating.plot(found, asked.plot)
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.document("validate", "measurement", **validating.as_data(found, said, read.skipped)))
+    elif asked.markdown:
+        typer.echo(validating.markdown(found), nl=False)
+    else:
+        validating.report(new_console(), found, read.skipped, said)
+        if asked.plot is not None:
+            typer.echo(f"wrote {asked.plot}")
+    if said:
+        raise typer.Exit(1)
+
+
+def _bounds(asked: Asked) -> dict[str, Any]:
+    from ..observe.validate import CALIBRATED, FORMULA, TRACE, Bounds
+    from ..units import parse_share
+
+    bounds = Bounds(parse_share(asked.mean, "--mean"), parse_share(asked.worst, "--worst"))
+    formula = parse_share(asked.formula_worst, "--formula-worst")
+    return {FORMULA: Bounds(formula, formula), CALIBRATED: bounds, TRACE: bounds}
+
+
+def _validate_published(asked: Asked) -> None:
+    from ..plan.published import comparisons
+    from ..show import published
+
+    rows = comparisons()
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.document("validate", published=[published.as_data(row) for row in rows]))
+    elif asked.markdown:
+        typer.echo(published.page(), nl=False)
+    else:
+        published.report(new_console(), rows)
+
+
+def _validate_now(asked: Asked) -> None:
+    """Predictions that are measured at once."""
+    from ..errors import RecipeError
+    from ..observe import cache, sweep
+    from ..show import checking
+    from ..units import parse_memory
+
+    if asked.model is None or (asked.throughput and asked.seq_len is None):
+        raise RecipeError("nothing to measure.\nGive --model" + (" and --seq-len." if asked.throughput else "; --gpu-mem limits what is used of the card."))
+    cache.versions()  # no torch: said before anything else
+    known = sweep.environment(asked.device)
+    limit = parse_memory(asked.gpu_mem) if asked.gpu_mem is not None else None
+    bench = checking.Bench(asked.model, known, sweep.card_of(known, limit), asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out)
+    recipes = _chosen(asked)
+    console = None if asked.json else new_console()
+    with _kept(asked.out):
+        found = checking.smax(bench, recipes, console) if asked.smax else checking.throughput(bench, recipes, length(asked.seq_len), console)
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.document("validate", "measurement", environment=known, file=str(asked.out), **found.data))
+    if not found.holds:
+        raise typer.Exit(1)

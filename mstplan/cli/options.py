@@ -1,0 +1,198 @@
+"""Options, each said once, and what they make: the library's objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .commands import Asked, option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..plan.hardware import Card
+    from ..plan.model import Model
+    from ..plan.recipe import Recipe
+
+JSON = {"json": option(bool, "--json", "Print JSON instead of tables.", False)}
+MODEL = {
+    "model": option(str, "--model -m", "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id.", ...),
+}
+CARD = {
+    "gpu": option(str | None, "--gpu", "A card by name (see `mstplan gpus`).", panel="Card", metavar="NAME"),
+    "gpu_mem": option(str | None, "--gpu-mem", "Any amount of card memory: 80GB, 79.15GiB, 24576MiB.", panel="Card", metavar="SIZE"),
+    "host_mem": option(str | None, "--host-mem", "Host memory for what is offloaded.", panel="Card", metavar="SIZE"),
+    "reserve": option(str, "--reserve", "Card memory that other processes hold.", "0B", panel="Card", metavar="SIZE"),
+}
+RECIPE = {
+    "recipe": option(Path | None, "--recipe", "A recipe in a JSON file; options below override it.", panel="Recipe", metavar="FILE"),
+    "precision": option(str | None, "--precision", "bf16 | mixed (fp32 weights, bf16 autocast) | fp32. Default bf16.", panel="Recipe", metavar="NAME"),
+    "optimizer": option(str | None, "--optimizer", "adamw | adamw-8bit | adafactor | sgd. Default adamw.", panel="Recipe", metavar="NAME"),
+    "adamw_kernel": option(str | None, "--adamw-kernel", "foreach | fused | for-loop. Default foreach, as on CUDA.", panel="Recipe", metavar="NAME"),
+    "optimizer_in_backward": option(bool, "--optimizer-in-backward", "Step each weight as its gradient is made.", False, panel="Recipe"),
+    "optimizer_on_host": option(bool, "--optimizer-on-host", "Optimizer states and step on the host.", False, panel="Recipe"),
+    "weights_on_host": option(bool, "--weights-on-host", "Weights on the host too, gathered layer by layer.", False, panel="Recipe"),
+    "accumulation": option(int | None, "--accumulation", "Micro-batches per optimizer step. Default 1.", panel="Recipe", metavar="N"),
+    "batch": option(int | None, "--batch -b", "Sequences per micro-batch. Default 1.", panel="Recipe", metavar="N"),
+    "checkpoint": option(str | None, "--checkpoint", "none | layer | sqrt | a number of layers.", panel="Recipe", metavar="HOW"),
+    "chunks": option(str | None, "--chunks", "M for MLP and loss: 8, or 8,32, or auto (as recommended).", panel="Recipe", metavar="M[,M]"),
+    "no_recompute": option(bool, "--no-recompute", "Do not recompute each MLP chunk by itself.", False, panel="Recipe"),
+    "offload": option(bool, "--offload", "Layer inputs in host memory.", False, panel="Recipe"),
+    "attention": option(str | None, "--attention", "sdpa | flash | eager. Default sdpa.", panel="Recipe", metavar="NAME"),
+    "loss": option(str | None, "--loss", "transformers | 'transformers<4.45' | chunked.", panel="Recipe", metavar="NAME"),
+    "gpus": option(int | None, "--gpus", "Cards that train together, all alike; answers are per card. Default 1.", panel="Recipe", metavar="N"),
+    "sharding": option(str | None, "--sharding", "none | fsdp (FSDP2, ZeRO-3: everything in shards over --gpus).", panel="Recipe", metavar="NAME"),
+}  # fmt: skip
+VARIED_BY_THE_FORMULAS = ("checkpoint", "chunks", "no_recompute", "offload", "loss")
+THEOREM_RECIPE = {name: option for name, option in RECIPE.items() if name not in VARIED_BY_THE_FORMULAS}
+STRATEGY = {
+    "strategy": option(str | None, "--strategy -s", "standard | checkpoint | checkpoint-sqrt | mst | mst-offload. Default mst.", metavar="NAME"),
+}
+FORCE = {"force": option(bool, "--force", "Overwrite the file.", False)}
+TRACING = {
+    "no_cache": option(bool, "--no-cache", "Trace anew, and keep nothing.", False, panel="Trace"),
+    "trust_remote_code": option(bool, "--trust-remote-code", "Run the model's own code where transformers has none.", False, panel="Trace"),
+}
+MEASURING = {
+    "layers": option(int | None, "--layers", "The model's first N layers only, for one too large to hold.", panel="Measurement", metavar="N", min=1),
+    "device": option(str, "--device", "cuda | cpu (its own kernels, seen by torch's profiler). Default cuda.", "cuda", panel="Measurement", metavar="NAME"),
+    "gpu_mem": option(str | None, "--gpu-mem", "Let the process use that much of the card only.", panel="Measurement", metavar="SIZE"),
+    "steps": option(int, "--steps", "Steps that are timed, after a first one.", 3, panel="Measurement", metavar="N", min=1, max=1_000_000),
+    "timeout": option(float | None, "--timeout", "Give up on a point after so many seconds.", panel="Measurement", metavar="SECONDS", min=1, max=1_000_000),
+    "out": option(Path, "--out -o", "The results file, which is appended to.", Path("measurements.jsonl"), panel="Measurement", metavar="FILE"),
+    "again": option(bool, "--again", "Also points that the results file has already.", False, panel="Measurement"),
+}
+
+
+# ---- from options to the library's objects -----------------------------------------------------------------------------
+
+
+def model_of(asked: Asked) -> Model:
+    from ..plan.catalog import load_model
+
+    return load_model(asked.model)
+
+
+def card_of(asked: Asked) -> Card:
+    from ..plan.hardware import card
+    from ..units import parse_memory
+
+    memory = parse_memory(asked.gpu_mem) if asked.gpu_mem is not None else None
+    host = parse_memory(asked.host_mem) if asked.host_mem is not None else None
+    return card(asked.gpu, memory, parse_memory(asked.reserve), host)
+
+
+def changes_of(asked: Asked) -> dict[str, object]:
+    """The recipe fields that the options set."""
+    from ..units import parse_whole
+
+    named = ("precision", "optimizer", "adamw_kernel", "accumulation", "batch", "attention", "loss", "gpus", "sharding")
+    changes: dict[str, object] = {name: getattr(asked, name) for name in named if getattr(asked, name) is not None}
+    for switch in ("optimizer_in_backward", "optimizer_on_host", "weights_on_host"):
+        if getattr(asked, switch):
+            changes[switch] = True
+    if asked.offload:
+        changes["offload_layer_inputs"] = True
+    if asked.no_recompute:
+        changes["mlp_recompute"] = False
+    if asked.checkpoint is not None:
+        changes["checkpoint"] = parse_whole(asked.checkpoint, "--checkpoint") if "0" <= asked.checkpoint[:1] <= "9" else asked.checkpoint
+    return changes
+
+
+def _chunks(text: str | None) -> dict[str, object]:
+    """mlp_chunks and loss_chunks from '8', '8,32' or 'auto'."""
+    from ..errors import RecipeError, UnitError, quoted
+    from ..units import parse_whole
+
+    if text is None:
+        return {}
+    parts = [part.strip() for part in text[:100].split(",")]
+    try:
+        values = ["auto" if part == "auto" else parse_whole(part) for part in parts]
+    except UnitError:
+        values = []
+    if len(values) not in (1, 2) or 0 in values or len(text) > 100:
+        raise RecipeError(f"cannot read --chunks {quoted(text)}.\nWrite one number for both (8), two (MLP,loss: 8,32), or auto.")
+    return {"mlp_chunks": values[0], "loss_chunks": values[-1]}
+
+
+def applied(base: Recipe, asked: Asked, adopt_chunks: bool) -> Recipe:
+    """`base` with the options' changes. --chunks goes to recipes that run in chunks, and with adopt_chunks to any."""
+    changes, chunks = changes_of(asked), _chunks(asked.chunks)
+    chunked = base.loss == "chunked" or base.mlp_recompute or base.mlp_chunks != 1
+    if chunks and not chunked and adopt_chunks:
+        changes = {"loss": "chunked", "mlp_recompute": True, **changes}
+    if chunks and (chunked or adopt_chunks):
+        changes.update(chunks)
+    loss = changes.get("loss", base.loss)
+    if loss != "chunked":
+        changes["loss_chunks"] = 1
+    elif base.loss != "chunked":
+        changes.setdefault("loss_chunks", "auto")
+    return base.changed(**changes)
+
+
+def is_custom(asked: Asked) -> bool:
+    """Do the options describe one recipe, rather than vary the five strategies?"""
+    return asked.recipe is not None or asked.checkpoint is not None or asked.loss is not None or asked.offload
+
+
+def base_recipe(asked: Asked) -> Recipe:
+    """What a custom recipe starts from: the recipe file, else the standard strategy."""
+    from ..plan.recipe import Recipe
+
+    return Recipe.read(asked.recipe) if asked.recipe is not None else Recipe.model_construct()
+
+
+def recipes_of(asked: Asked) -> dict[str, Recipe]:
+    """The five strategies with the options' changes, or the one recipe that the options describe."""
+    from ..plan.recipe import STRATEGIES
+
+    if is_custom(asked):
+        return {"custom": applied(base_recipe(asked), asked, adopt_chunks=True)}
+    strategies = STRATEGIES
+    if asked.sharding == "fsdp":  # which gathers one layer at a time
+        strategies = {name: recipe for name, recipe in STRATEGIES.items() if recipe.checkpoint != "sqrt"}
+    return {name: applied(recipe, asked, adopt_chunks=False) for name, recipe in strategies.items()}
+
+
+def one_recipe(asked: Asked) -> tuple[str, Recipe]:
+    """The one recipe that --strategy or --recipe and the other options describe, and its name."""
+    from ..errors import RecipeError
+    from ..plan.recipe import strategy
+
+    if asked.recipe is not None and asked.strategy is not None:
+        raise RecipeError("--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out.")
+    name = "custom" if asked.recipe is not None else asked.strategy if asked.strategy is not None else "mst"
+    base = base_recipe(asked) if asked.recipe is not None else strategy(name)
+    return name, applied(base, asked, adopt_chunks=True)
+
+
+def new_console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, soft_wrap=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(document, indent=1))
+
+
+def length(text: str) -> int:
+    from ..units import parse_length
+
+    return parse_length(text)
+
+
+def results_files(text: str) -> list[Path]:
+    from ..errors import MeasurementError
+
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise MeasurementError("a results file without a name.\nWrite --results a.jsonl or --results a.jsonl,b.jsonl.")
+    return [Path(part) for part in parts]

@@ -1,0 +1,262 @@
+"""The commands that plan: max-seq, plan, theorem, shapes, plot, and what is known, models and gpus. Without torch but for
+`max-seq --rung trace`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .commands import Asked, command, option
+from .options import (
+    CARD,
+    FORCE,
+    JSON,
+    MODEL,
+    RECIPE,
+    STRATEGY,
+    THEOREM_RECIPE,
+    TRACING,
+    VARIED_BY_THE_FORMULAS,
+    base_recipe,
+    card_of,
+    changes_of,
+    length,
+    model_of,
+    new_console,
+    one_recipe,
+    print_json,
+    recipes_of,
+)
+
+if TYPE_CHECKING:
+    from ..plan.hardware import Card
+    from ..plan.model import Model
+    from ..plan.recipe import Recipe
+
+
+@command(
+    "max-seq", MODEL, CARD, RECIPE,
+    {"rung": option(str, "--rung", "formula (at once) | trace (needs torch, takes seconds). Default formula.", "formula", panel="Trace", metavar="NAME")},
+    TRACING, JSON,
+    help="The longest sequence that fits, for each strategy, and what holds it back. With --checkpoint, --loss, --offload or --recipe, "
+    "the options describe one recipe (\"custom\") instead of varying the five strategies.",
+    epilog="mstplan max-seq --model llama3.1-8b --gpu h100 --optimizer-in-backward   |   "
+    "mstplan max-seq -m ./my-model --gpu-mem 24GB --chunks 8,32   |   mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
+)  # fmt: skip
+def max_seq(asked: Asked) -> None:
+    from ..errors import RecipeError, quoted
+    from ..plan import solve
+
+    if asked.rung not in ("formula", "trace"):
+        raise RecipeError(f"unknown rung {quoted(asked.rung)}.\nKnown: formula, trace.")
+    model, card = model_of(asked), card_of(asked)
+    if asked.rung == "trace":
+        _max_seq_by_trace(asked, model, card)
+        return
+    found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(asked).items()]
+    best = max(found, key=lambda a: a.s_max)
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.max_seq(model, card, found, best))
+    else:
+        from ..show import report
+
+        report.max_seq(new_console(), model, card, found, best)
+    if best.s_max == 0:
+        raise typer.Exit(1)
+
+
+def _max_seq_by_trace(asked: Asked, model: Model, card: Card) -> None:
+    from ..observe import search
+    from .tracing import tracing
+
+    with tracing(asked) as trace_step:
+        found = [search.longest(model, recipe, card, trace_step, name) for name, recipe in recipes_of(asked).items()]
+    best = max(found, key=lambda f: f.answer.s_max)
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.max_seq_by_trace(model, card, found, best))
+    else:
+        from ..show import trace as shown
+
+        shown.max_seq(new_console(), model, card, found, best)
+    if best.answer.s_max == 0:
+        raise typer.Exit(1)
+
+
+@command(
+    "plan", MODEL, {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
+    STRATEGY, CARD, RECIPE,
+    {"write_recipe": option(Path | None, "--write-recipe", "Write the recipe as JSON.", panel="Recipe", metavar="FILE")}, FORCE, JSON,
+    help="Does this length fit? The peak, its instant, and what would make it fit. Exit code 0: fits, 1: does not.",
+    epilog="mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k --strategy mst",
+)  # fmt: skip
+def plan(asked: Asked) -> None:
+    from .. import files
+    from ..plan import advice, solve
+
+    if asked.write_recipe is not None:
+        files.check_writable(asked.write_recipe, asked.force)
+    model, card = model_of(asked), card_of(asked)
+    name, recipe = one_recipe(asked)
+    step = solve.plan_at(model, recipe, card, length(asked.seq_len))
+    singles, run = ((), None) if step.fits else advice.ways_to_fit(step)
+    if asked.write_recipe is not None:
+        recipe.write(asked.write_recipe, asked.force)
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.plan_document(step, name, singles, run))
+    else:
+        from ..show import report
+
+        report.plan(new_console(), step, name if asked.recipe is None else "this recipe", singles, run)
+    if not step.fits:
+        raise typer.Exit(1)
+
+
+def _coefficient(flag: str, what: str, metavar: str) -> Any:
+    return option(str | None, flag, what, panel="Coefficients", metavar=metavar)
+
+
+@command(
+    "theorem", MODEL, {"seq_len": option(str | None, "--seq-len", "Also the memory at this length.", metavar="TOKENS")}, CARD, THEOREM_RECIPE,
+    {
+        "w_mem": _coefficient("--w-mem", "W_mem, e.g. 60GiB.", "SIZE"),
+        "i_mem": _coefficient("--i-mem", "I_mem, bytes per token.", "BYTES"),
+        "a_mem": _coefficient("--a-mem", "A_mem, bytes per token and layer.", "BYTES"),
+        "layers": _coefficient("--layers", "L.", "N"),
+        "m": _coefficient("--m", "M, the number of mini-sequences.", "N"),
+        "m_max": _coefficient("--m-max", "M_max, e.g. 80GiB.", "SIZE"),
+    },
+    JSON,
+    help="The paper's formulas with this model's coefficients, next to the step model's answer.",
+    epilog="mstplan theorem -m llama3.1-8b --gpu a100-80gb --seq-len 64k --m 32",
+)  # fmt: skip
+def theorem(asked: Asked) -> None:
+    from ..show import report
+
+    model, card = model_of(asked), card_of(asked)
+    seq_len = length(asked.seq_len) if asked.seq_len is not None else None
+    overrides = _overrides(asked)
+    view = report.theorem_view(model, card, _theorem_recipe(asked), overrides, seq_len)
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.theorem_document(model, card, view))
+    else:
+        report.theorem(new_console(), model, card, view)
+
+
+def _theorem_recipe(asked: Asked) -> Recipe:
+    """The user's recipe without what the four formulas themselves vary."""
+    from ..plan.recipe import STRATEGY_FIELDS, Recipe
+
+    left_out = {name: RECIPE[name][1] for name in VARIED_BY_THE_FORMULAS}
+    base = {name: value for name, value in base_recipe(asked).model_dump().items() if name not in STRATEGY_FIELDS}
+    return Recipe.model_construct().changed(**{**base, **changes_of(Asked(**left_out, **vars(asked)))})
+
+
+def _overrides(asked: Asked) -> dict[str, int | None]:
+    from ..units import parse_memory, parse_whole
+
+    def number(name: str, text: str | None) -> int | None:
+        return parse_whole(text, f"--{name}") if text is not None else None
+
+    sizes = {name: parse_memory(getattr(asked, name)) if getattr(asked, name) is not None else None for name in ("w_mem", "m_max")}
+    counts = {"i_mem": number("i-mem", asked.i_mem), "a_mem": number("a-mem", asked.a_mem), "layers": number("layers", asked.layers)}
+    return {**sizes, **counts, "chunks": number("m", asked.m)}
+
+
+@command(
+    "shapes", MODEL, {
+        "seq_len": option(str, "--seq-len", "Tokens per sequence.", "128k", metavar="TOKENS"),
+        "batch": option(int, "--batch -b", "Sequences.", 1, metavar="N", min=1, max=1_000_000),
+        "dtype": option(str, "--dtype", "bfloat16 | float32.", "bfloat16", metavar="NAME"),
+    }, JSON,
+    help="The large tensors of a layer and the LM head: shape and bytes.",
+    epilog="mstplan shapes -m llama3.1-8b --seq-len 131072",
+)  # fmt: skip
+def shapes(asked: Asked) -> None:
+    from ..errors import RecipeError, quoted
+    from ..plan.shapes import shapes as table
+
+    if asked.dtype not in ("bfloat16", "float32"):
+        raise RecipeError(f"unknown dtype {quoted(asked.dtype)}.\nKnown: bfloat16, float32.")
+    model, seq_len = model_of(asked), length(asked.seq_len)
+    rows = table(model, asked.batch, seq_len, asked.dtype)
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.document("shapes", model=payload.model(model), batch=asked.batch, seq_len=seq_len, shapes=[payload.shape(r) for r in rows]))
+    else:
+        from ..show import tables
+
+        tables.shapes(new_console(), rows, model, asked.batch, seq_len)
+
+
+@command(
+    "plot", MODEL, CARD, RECIPE, {
+        "out": option(Path, "--out -o", "PNG, SVG or PDF picture, or CSV of the points.", Path("memory.png"), metavar="FILE"),
+        "to": option(str | None, "--to", "The longest length drawn. Default: a little beyond the largest S_max.", metavar="TOKENS"),
+        "points": option(int, "--points", "Lengths per curve.", 200, metavar="N", min=2, max=100_000),
+    }, FORCE, JSON,
+    help="Memory against sequence length for the strategies, with the card, S_max and the binding instants.",
+    epilog="mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",
+)  # fmt: skip
+def plot(asked: Asked) -> None:
+    from ..plan import solve
+    from ..show import plot as drawing
+
+    drawing.check_output(asked.out, asked.force)
+    model, card = model_of(asked), card_of(asked)
+    longest = length(asked.to) if asked.to is not None else None
+    found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(asked).items()]
+    curves = drawing.curves(found, longest, asked.points)
+    drawing.write(curves, model, card, asked.out)
+    if asked.json:
+        from ..show import payload
+
+        about = {"model": payload.model(model), "card": payload.card(card), "budget_bytes": card.budget_bytes}
+        data = [{**curve.as_data(), "calibration": payload.calibrated(curve.calibration)} for curve in curves]
+        print_json(payload.document("plot", **about, file=str(asked.out), curves=data))
+    else:
+        typer.echo(f"wrote {asked.out}")
+
+
+@command("models", {"names": option(str | None, "--filter", "Only names that contain this.", metavar="TEXT")}, JSON,
+         help="The models that ship with mstplan.", epilog="mstplan models --filter qwen3")  # fmt: skip
+def models(asked: Asked) -> None:
+    from ..errors import ModelError, quoted
+    from ..plan.catalog import load_model, model_names
+
+    rows = [load_model(name) for name in model_names() if asked.names is None or asked.names.lower() in name]
+    if not rows:
+        raise ModelError(f"no model's name contains {quoted(asked.names)}")
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.document("models", models=[payload.model(m) for m in rows]))
+    else:
+        from ..show import tables
+
+        tables.models(new_console(), rows)
+
+
+@command("gpus", {"sources": option(bool, "--sources", "Also where each figure is from.", False)}, JSON,
+         help="The cards that mstplan knows.", epilog="mstplan gpus --json")  # fmt: skip
+def gpus(asked: Asked) -> None:
+    from ..plan.hardware import gpus as known
+
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.document("gpus", gpus=[payload.gpu(g) for g in known()]))
+    else:
+        from ..show import tables
+
+        tables.gpus(new_console(), known(), asked.sources)

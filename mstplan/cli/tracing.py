@@ -1,0 +1,163 @@
+"""The commands that run a model's code without a device: trace, and calibrate, which also reads measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from .commands import Asked, command, option
+from .options import (
+    CARD,
+    FORCE,
+    JSON,
+    MODEL,
+    RECIPE,
+    STRATEGY,
+    TRACING,
+    card_of,
+    length,
+    model_of,
+    new_console,
+    one_recipe,
+    print_json,
+    results_files,
+)
+
+if TYPE_CHECKING:
+    from ..observe.trace import Trace
+    from ..plan.hardware import Card
+    from ..plan.recipe import Recipe
+
+
+@command(
+    "trace", MODEL, {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
+    STRATEGY, CARD, RECIPE, TRACING,
+    {
+        "plot": option(Path | None, "--plot", "Draw the step's memory over its course (PNG, SVG, PDF).", panel="Trace", metavar="FILE"),
+        "snapshot": option(Path | None, "--snapshot", "Write what PyTorch's memory viewer opens (pytorch.org/memory_viz).", panel="Trace", metavar="FILE"),
+    }, FORCE, JSON,
+    help="Run the model's real code, one training step on fake tensors, and see every allocation: no GPU needed, but torch. "
+    "Exit code 0: fits, 1: does not.",
+    epilog="mstplan trace -m llama3.1-8b --seq-len 64k --strategy mst --gpu h100 --plot step.png",
+)  # fmt: skip
+def trace(asked: Asked) -> None:
+    from .. import files
+    from ..plan import solve
+
+    for path in (asked.plot, asked.snapshot):
+        if path is not None:
+            files.check_writable(path, asked.force)
+    if asked.plot is not None:
+        from ..show import timeline
+
+        timeline.check_output(asked.plot)
+    model, card = model_of(asked), card_of(asked)
+    name, recipe = one_recipe(asked)
+    step = solve.plan_at(model, recipe, card, length(asked.seq_len))
+    fixed = recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
+    with tracing(asked) as trace_step:
+        found = trace_step(fixed, step.seq_len, card)
+    from ..observe import cache
+    from ..show import trace as shown
+
+    view = shown.view(model, card, name, found, step, cache.versions())
+    if asked.plot is not None:
+        timeline.write(view, asked.plot)
+    if asked.snapshot is not None:
+        from ..observe.card import all_events, name_of
+        from ..observe.snapshot import snapshot, to_pickle
+
+        files.write(asked.snapshot, to_pickle(snapshot(all_events(found), lambda key: name_of(found, key), expandable=True)))
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.trace_document(view))
+    else:
+        shown.report(new_console(), view)
+        for path in (asked.plot, asked.snapshot):
+            if path is not None:
+                typer.echo(f"wrote {path}")
+    if not view.fits:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
+    """A function that traces a step of the model, with a word on the terminal while it does."""
+    from ..observe import cache
+    from ..plan.catalog import load_config
+
+    config = load_config(asked.model)
+    cache.versions()  # no torch: said before anything else
+
+    def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
+        waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")
+        workspace = card.gpu.cublas_workspace_bytes
+        code_from = asked.model if asked.trust_remote_code else None
+        return cache.trace_of(config, recipe, seq_len, workspace=workspace, keep=not asked.no_cache, code_from=code_from)
+
+    from ..show.trace import recipe_words, status
+
+    with status() as waiting:
+        yield run
+
+
+@command(
+    "calibrate", {
+        "models": option(str, "--model -m", "A model, as elsewhere; several with commas between; or all-dense, all.", ..., metavar="NAME[,NAME]"),
+        "source": option(str, "--from", "trace | measurements.", ..., metavar="RUNG"),
+        "results": option(
+            str | None, "--results", "From measurements: results files, with commas between. Default: measurements.jsonl.", metavar="FILE[,FILE]"
+        ),
+        "strategies": option(str | None, "--strategy -s", "Some strategies only, with commas between. Default: all five.", metavar="NAME[,NAME]"),
+        "out": option(Path | None, "--out -o", "The folder to write to. Default: the user's own, which the planner reads first.", metavar="FOLDER"),
+        "no_cache": TRACING["no_cache"],
+    }, JSON,
+    help="Solve a model's coefficients from traces of its steps, or from measurements of them, for the planner to use in place of the formula's; "
+    "from measurements, a card's CUDA context and workspace, too. Older files are kept.",
+    epilog="mstplan calibrate --from trace --model llama3.1-8b   |   mstplan calibrate --from measurements --model llama3.1-8b --results h100.jsonl",
+)  # fmt: skip
+def calibrate(asked: Asked) -> None:
+    from ..errors import RecipeError, quoted
+    from ..plan import calibration
+    from ..plan.recipe import STRATEGIES, strategy
+
+    if asked.source not in ("trace", "measurements"):
+        raise RecipeError(f"cannot calibrate from {quoted(asked.source)}.\nKnown: trace, measurements.")
+    unused = ("--results", asked.results is not None) if asked.source == "trace" else ("--no-cache", asked.no_cache)
+    if unused[1]:
+        raise RecipeError(f"{unused[0]}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'.")
+    names = asked.strategies.split(",") if asked.strategies else list(STRATEGIES)
+    for name in names:
+        strategy(name)  # refuses unknown ones
+    folder = asked.out if asked.out is not None else calibration.folders()[0]
+    from ..show import calibrating
+
+    said: list[str] = []
+    if asked.source == "trace":
+        rows = calibrating.run(_models_named(asked.models), names, folder, keep=not asked.no_cache)
+    else:
+        results = results_files(asked.results if asked.results is not None else "measurements.jsonl")
+        rows, said = calibrating.from_measurements(_models_named(asked.models), names, folder, results, asked.out is not None)
+    if asked.json:
+        from ..show import payload
+
+        rung = "trace" if asked.source == "trace" else "measurement"
+        print_json(payload.document("calibrate", rung, folder=str(folder), calibrations=[row._asdict() for row in rows], notes=said))
+    else:
+        calibrating.report(new_console(), rows)
+        for line in said:
+            new_console().print(line, soft_wrap=True)
+
+
+def _models_named(text: str) -> list[str]:
+    """Specs of models: one, several with commas between, or all that ship, the dense ones or all."""
+    from ..plan.catalog import load_model, model_names
+
+    if text not in ("all", "all-dense"):
+        return [part.strip() for part in text.split(",")]
+    return [name for name in model_names() if text == "all" or load_model(name).experts is None]
