@@ -4,7 +4,7 @@
     >>> model, card = mstplan.load_model("llama3.1-8b"), mstplan.card("h100")
     >>> answer = mstplan.max_seq(model, mstplan.strategy("checkpoint"), card)
     >>> answer.s_max, answer.plan.instant
-    (19709, 'backward of the loss')
+    (19691, 'backward of the loss')
 
 Sizes are ints in bytes, lengths ints in tokens. Whatever cannot be used raises a subclass of `mstplan.InputError`.
 Nothing here imports torch, but for `minisequence(model)`, which trains what was planned.

@@ -1,13 +1,12 @@
 """The command line: options in, one library call, a table or JSON out, an exit code.
 
-Exit codes: 0 an answer (for `plan`: it fits), 1 it does not fit, 2 the input cannot be used, 130 interrupted, 141 the reader
-of the output went away.
+Exit codes: 0 an answer (for `plan`: it fits), 1 it does not fit, 2 the input cannot be used, 70 a defect of mstplan's,
+130 interrupted, 141 the reader of the output went away.
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import COMMANDS, app, complain
+from .commands import COMMANDS, app
+from .output import Unwritten, complain, open_streams
 
 
 def _version(value: bool) -> None:
@@ -36,7 +36,7 @@ def _root(
 
 def declarations(asked: str | None) -> dict[str, Callable[[], object]]:
     """How to declare each command to typer, by name; only some of them when `asked` is among those."""
-    for module in ("planning", "tracing", "measuring"):
+    for module in ("planning", "tracing", "measuring", "listing"):
         if asked not in COMMANDS:
             import_module(f".{module}", __name__)  # registers its commands
     return COMMANDS
@@ -66,53 +66,17 @@ def _misused(error: Any) -> int:
 
     said = " ".join(error.format_message().split())
     if type(error).__name__ != "NoArgsIsHelpError":
-        context = getattr(error, "ctx", None)
-        complain(f"{one_line(said, 200)}\nTry '{context.command_path if context else 'mstplan'} --help'.")
+        named = next((argument for argument in sys.argv[1:] if argument in COMMANDS), "")
+        complain(f"{one_line(said, 200)}\nTry 'mstplan {named} --help'.".replace("  ", " "))
     elif said:  # else typer has printed the help already
         typer.echo(error.format_message(), err=True)
     return 2
 
 
-class _Unwritten(Exception):
-    """Standard output takes no more. Not an OSError: click and rich have their own ideas about those."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(error)
-        self.gone = isinstance(error, BrokenPipeError)
-        self.reason = error.strerror or str(error)
-
-
-class _Output(io.TextIOWrapper):
-    def write(self, text: str) -> int:
-        try:
-            return super().write(text)
-        except OSError as e:
-            raise _Unwritten(e) from None
-
-    def flush(self) -> None:
-        try:
-            super().flush()
-        except OSError as e:
-            raise _Unwritten(e) from None
-
-
-def _open_streams() -> None:
-    """Standard output whose errors reach `process`; a stream that the caller closed swallows what it gets."""
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    elif isinstance(sys.stdout, io.TextIOWrapper):
-        now = sys.stdout
-        about = {"encoding": now.encoding, "errors": "backslashreplace" if now.errors == "strict" else now.errors}
-        lines, through = now.line_buffering, now.write_through
-        sys.stdout = _Output(now.detach(), **about, line_buffering=lines, write_through=through)  # type: ignore[arg-type]
-
-
 def process() -> None:
     """`main` as a process of its own, which may skip what only matters to processes that live on."""
     gc.disable()  # collecting the many objects that imports make is wasted time here
-    _open_streams()
+    open_streams()
     code: object = 0
     try:
         try:
@@ -120,7 +84,7 @@ def process() -> None:
         except SystemExit as stop:
             code = stop.code
         sys.stdout.flush()
-    except _Unwritten as e:
+    except Unwritten as e:
         code = 141 if e.gone else 2  # 141: as for a process that SIGPIPE ended; what a reader that left, as `head` does, expects
         if not e.gone:
             complain(f"cannot write the answer: {e.reason}")
@@ -128,5 +92,5 @@ def process() -> None:
         code = 130
     except BaseException:  # noqa: BLE001  a defect of mstplan's: say where
         sys.excepthook(*sys.exc_info())
-        code = 1
+        code = 70  # EX_SOFTWARE
     os._exit(code if isinstance(code, int) else int(code is not None))  # all is written; tearing down takes as long as answering

@@ -6,13 +6,14 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple
 
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for plugins reads every installed package's metadata
 
 import typer
+
+from .output import complain
 
 app = typer.Typer(
     name="mstplan",
@@ -36,8 +37,9 @@ class Option(NamedTuple):
 
 
 def option(kind: Any, flags: str, help: str, default: Any = None, panel: str | None = None, **more: Any) -> Option:
-    option = typer.Option(*flags.split(), help=help, rich_help_panel=panel, **more)
-    return Option(Annotated[kind, option], default, tuple(flags.replace("/", " ").split()))
+    """An option that `command` takes; typer shows its default unless `help` tells of one."""
+    declared = typer.Option(*flags.split(), help=help, rich_help_panel=panel, show_default="Default" not in help, **more)
+    return Option(Annotated[kind, declared], default, tuple(flags.replace("/", " ").split()))
 
 
 COMMANDS: dict[str, Callable[[], object]] = {}
@@ -46,13 +48,13 @@ COMMANDS: dict[str, Callable[[], object]] = {}
 
 def command(name: str, *groups: dict[str, Option], help: str, epilog: str) -> Callable[[Callable[[Asked], None]], Callable[[Asked], None]]:
     """Register a command that takes the options of `groups` in one namespace; its errors become lines and exit codes."""
-    options = {key: option for group in groups for key, option in group.items()}
+    options = {key: one for group in groups for key, one in group.items()}
 
     def register(run: Callable[[Asked], None]) -> Callable[[Asked], None]:
         def called(**given: Any) -> None:
             from ..errors import MstplanError
 
-            values = {key: given.get(key, option.default) for key, option in options.items()}
+            values = {key: given.get(key, one.default) for key, one in options.items()}
             try:
                 missing = next((o for key, o in options.items() if o.default is ... and values[key] in (None, ...)), None)
                 if missing is not None:  # some releases of typer and click together do not notice
@@ -69,7 +71,7 @@ def command(name: str, *groups: dict[str, Option], help: str, epilog: str) -> Ca
             called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
                 [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=o.default, annotation=o.annotation) for k, o in built.items()]
             )
-            called.__annotations__ = {key: option.annotation for key, option in built.items()}
+            called.__annotations__ = {key: one.annotation for key, one in built.items()}
             app.command(name, help=help, epilog=epilog)(called)
 
         COMMANDS[name] = add
@@ -82,11 +84,6 @@ def _asked_for(options: dict[str, Option], arguments: list[str]) -> dict[str, Op
     """The options that the arguments name, and the required ones: typer takes a while over each. All of them when an
     argument is none of them, be it --help or a slip to complain about."""
     named = {a.split("=")[0] if a.startswith("--") else a[:2] for a in arguments if a.startswith("-")}
-    if not named <= {flag for option in options.values() for flag in option.flags}:
+    if not named <= {flag for one in options.values() for flag in one.flags}:
         return options
-    return {key: option for key, option in options.items() if option.default is ... or not named.isdisjoint(option.flags)}
-
-
-def complain(message: str) -> None:
-    with suppress(OSError):  # nobody is there to read it
-        print(f"mstplan: {message}", file=sys.stderr, flush=True)
+    return {key: one for key, one in options.items() if one.default is ... or not named.isdisjoint(one.flags)}

@@ -10,36 +10,38 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .commands import Asked, command, complain, option
+from .commands import Asked, command, option
 from .options import (
     FORCE,
     JSON,
     MEASURING,
     MODEL,
     RECIPE,
-    applied,
-    is_custom,
+    STRATEGIES,
+    given,
     length,
+    memory,
     model_of,
-    new_console,
-    print_json,
     recipes_of,
     results_files,
 )
+from .output import complain, new_console, print_json
 
 if TYPE_CHECKING:
     from ..observe.measurement import Case
-    from ..plan.recipe import Recipe
     from ..show.measuring import Sweep
+
+
+_LENGTHS = {
+    "seq_len": option(str | None, "--seq-len", "Tokens per sequence; several with commas between: 8k,16k,32k.", metavar="TOKENS[,TOKENS]"),
+}
 
 
 @command(
     "measure", {
-        "model": MODEL["model"]._replace(default=None),
-        "seq_len": option(str | None, "--seq-len", "Tokens per sequence; several with commas between: 8k,16k,32k.", metavar="TOKENS[,TOKENS]"),
-        "strategy": option(str, "--strategy -s", "Strategies with commas between, or all. Default all.", "all", metavar="NAME[,NAME]"),
-        "suite": option(str | None, "--suite", "Points in a JSON file, or a suite that ships (quick, cards).", metavar="FILE"),
-    }, MEASURING, RECIPE, JSON,
+        "model": MODEL["model"]._replace(default=None), **_LENGTHS,
+        "suite": option(str | None, "--suite", "Points in a JSON file, or a suite that ships (quick, small, cards).", metavar="FILE"),
+    }, STRATEGIES, MEASURING, RECIPE, JSON,
     help="Real training steps with random weights and tokens on this machine's device, each in a process of its own: peaks of memory, "
     "time, tokens per second. What runs out of memory or fails is a result, too. A rerun measures what is missing. Under torchrun, with "
     "--sharding fsdp, one point of all ranks together.",
@@ -96,86 +98,81 @@ def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
     """The points that --suite, or the model, lengths and strategies, describe."""
     from ..errors import RecipeError
     from ..observe import suites, sweep
-    from ..units import parse_memory
 
-    limit = parse_memory(asked.gpu_mem) if asked.gpu_mem is not None else None
+    limit = memory(asked.gpu_mem)
     card = sweep.card_of(known, limit)
     more: dict[str, Any] = {"card": card, "device": asked.device, "limit": limit, "steps": asked.steps}
     if asked.sharding == "fsdp" and not _under_torchrun():
         gpus = asked.gpus or "N"
         raise RecipeError(f"several ranks are measured under torchrun.\nRun: torchrun --nproc-per-node {gpus} -m mstplan measure ... --sharding fsdp")
     if asked.suite is not None:
-        given = [RECIPE[name].flags[0] for name in RECIPE if getattr(asked, name) != RECIPE[name].default]
-        given += [flag for flag, value in (("--model", asked.model), ("--seq-len", asked.seq_len), ("--layers", asked.layers)) if value is not None]
-        if given:
-            raise RecipeError(f"--suite says what is measured: {', '.join(given)} cannot be given beside it.\nWrite it in the suite, or leave --suite out.")
+        beside = {"model": MODEL["model"]._replace(default=None), **RECIPE, **STRATEGIES, **_LENGTHS, "layers": MEASURING["layers"]}
+        if flags := given(asked, beside):
+            raise RecipeError(f"--suite says what is measured: {', '.join(flags)} cannot be given beside it.\nWrite it in the suite, or leave --suite out.")
         return suites.cases(asked.suite, **more)
     if asked.model is None or asked.seq_len is None:
         raise RecipeError("no point to measure.\nGive --model and --seq-len, or --suite.")
     lengths = [length(part) for part in asked.seq_len.split(",")]
-    return sweep.cases(asked.model, lengths, _chosen(asked), layers=asked.layers, **more)
-
-
-def _chosen(asked: Asked) -> dict[str, Recipe]:
-    """The strategies that --strategy names, or the one recipe that the options describe."""
-    from ..plan.recipe import strategy
-
-    recipes = recipes_of(asked)
-    if asked.strategy == "all" or is_custom(asked):
-        return recipes
-    names = [name.strip() for name in asked.strategy.split(",")]
-    for name in names:
-        strategy(name)  # refuses unknown ones
-    return {name: applied(strategy(name), asked, adopt_chunks=False) for name in names}
+    return sweep.cases(asked.model, lengths, recipes_of(asked), layers=asked.layers, **more)
 
 
 def _measure_on_all_ranks(asked: Asked) -> None:
     """One point, in the processes that torchrun started."""
     from ..errors import RecipeError
+    from ..observe import sweep
+
+    os.environ.update(sweep.variables(asked.device))  # torch reads its allocator's settings once
     from ..observe import ranks
 
     gpus = int(os.environ["WORLD_SIZE"])
     if asked.sharding != "fsdp" or asked.gpus not in (None, gpus):
         raise RecipeError(f"torchrun started {gpus} ranks: say --sharding fsdp, and no other number with --gpus.")
     asked.gpus = gpus
-    with ranks.process_group(asked.device):
-        known = ranks.environment(asked.device)
+    with ranks.Ranks(asked.device) as group:
+        known = group.environment()
         cases = _cases(asked, known)
         if len(cases) != 1:
             raise RecipeError(f"{len(cases)} points under torchrun: measure one with each command.\nName one strategy and one length.")
-        found = ranks.measure(cases[0], known, asked.out)
+        found = group.measure(cases[0], known, asked.out)
     if found is None:  # another rank says it
         return
     from ..show import measuring
 
-    sweep = measuring.Sweep([found], 0, [])
+    alone = measuring.Sweep([found], 0, [])
     if asked.json:
-        _print_measured(asked, known, sweep)
+        _print_measured(asked, known, alone)
     else:
         measuring.heading(new_console(), known)
         new_console().print(measuring.line(found), soft_wrap=True)
-    if not sweep.complete:
+    if not alone.complete:
         raise typer.Exit(1)
 
 
+_PANEL = "What is checked"
+_RESULTS = {
+    "results": option(str | None, "--results", "Results files, with commas between. Default: those that ship.", metavar="FILE[,FILE]"),
+    "rungs": option(str, "--rung", "formula, calibrated, trace: some of them, with commas between. Default all.", "all", metavar="NAME[,NAME]"),
+    "mean": option(str, "--mean", "The mean error that trace and calibrated formula may have.", "1%", metavar="SHARE"),
+    "worst": option(str, "--worst", "The worst.", "3%", metavar="SHARE"),
+    "formula_worst": option(str, "--formula-worst", "The worst of the bare formula.", "5%", metavar="SHARE"),
+    "plot": option(Path | None, "--plot", "Draw predicted against measured: PNG, SVG or PDF.", metavar="FILE"),
+}
+_PAGE = {"markdown": option(bool, "--markdown", "As the documentation shows it.", False)}
+_CHECKS = {
+    "published": option(bool, "--published", "Published figures instead, with the assumptions that each is read with.", False, panel=_PANEL),
+    "smax": option(bool, "--smax", "Measure now, at 98% and 103% of the predicted S_max, then find the true one.", False, panel=_PANEL),
+    "throughput": option(bool, "--throughput", "Measure now what M, M/2 and 2M cost against one chunk.", False, panel=_PANEL),
+}
+_MODEL = {"model": MODEL["model"]._replace(default=None)}
+_NOW = {
+    "seq_len": option(str | None, "--seq-len", "For --throughput: tokens per sequence.", metavar="TOKENS"),
+    "strategy": option(str | None, "--strategy -s", "For --smax and --throughput: strategies with commas between, or all. Default mst.", metavar="NAME[,NAME]"),
+    **MEASURING, **RECIPE,
+}  # fmt: skip
 
 
 @command(
-    "validate", {
-        "results": option(str | None, "--results", "Results files, with commas between. Default: those that ship.", metavar="FILE[,FILE]"),
-        "rungs": option(str, "--rung", "formula, calibrated, trace: some of them, with commas between. Default all.", "all", metavar="NAME[,NAME]"),
-        "published": option(bool, "--published", "Published figures instead, with the assumptions that each is read with.", False, panel="What is checked"),
-        "smax": option(bool, "--smax", "Measure now, at 98% and 103% of the predicted S_max, then find the true one.", False, panel="What is checked"),
-        "throughput": option(bool, "--throughput", "Measure now what M, M/2 and 2M cost against one chunk.", False, panel="What is checked"),
-        "model": MODEL["model"]._replace(default=None),
-        "seq_len": option(str | None, "--seq-len", "For --throughput: tokens per sequence.", metavar="TOKENS"),
-        "strategy": option(str, "--strategy -s", "For --smax and --throughput: strategies with commas between, or all.", "mst", metavar="NAME[,NAME]"),
-        "mean": option(str, "--mean", "The mean error that trace and calibrated formula may have.", "1%", metavar="SHARE"),
-        "worst": option(str, "--worst", "The worst.", "3%", metavar="SHARE"),
-        "formula_worst": option(str, "--formula-worst", "The worst of the bare formula.", "5%", metavar="SHARE"),
-        "plot": option(Path | None, "--plot", "Draw predicted against measured: PNG, SVG or PDF.", metavar="FILE"),
-        "markdown": option(bool, "--markdown", "The errors as the table that README shows.", False),
-    }, MEASURING, RECIPE, FORCE, JSON,
+    "validate", _RESULTS, _CHECKS, _MODEL, _PAGE, _NOW, FORCE, JSON,
     help="Hold predictions against measurements: formula, calibrated formula and trace beside every measured step. Exit code 1 when an "
     "error is beyond its bound, or a step that was to fit ran out of memory.",
     epilog="mstplan validate --results h100.jsonl --plot errors.png   |   mstplan validate --published   |   "
@@ -189,17 +186,14 @@ def validate(asked: Asked) -> None:
     if asked.markdown and asked.json:
         raise RecipeError("--markdown and --json exclude each other.\nLeave one of the two out.")
     now = asked.smax or asked.throughput
-    unused = [
-        flag for flag, value, used in (
-            ("--results", asked.results, not (asked.published or now)), ("--plot", asked.plot, not (asked.published or now)),
-            ("--model", asked.model, not asked.published), ("--layers", asked.layers, now), ("--seq-len", asked.seq_len, asked.throughput),
-        ) if value is not None and not used
-    ]  # fmt: skip
-    if unused:
+    idle = {**({} if now else _NOW), **(_RESULTS if now or asked.published else {}), **(_PAGE if now else {}), **(_MODEL if asked.published else {})}
+    if asked.smax:
+        idle["seq_len"] = _NOW["seq_len"]
+    if unused := given(asked, idle):
         raise RecipeError(f"{', '.join(unused)}: nothing to do with this check.\nLeave it out, or see 'mstplan validate --help'.")
     if asked.published:
         _validate_published(asked)
-    elif asked.smax or asked.throughput:
+    elif now:
         _validate_now(asked)
     else:
         _validate_results(asked)
@@ -220,12 +214,15 @@ def _validate_results(asked: Asked) -> None:
         raise RecipeError(f"unknown rung {quoted(unknown[0])}.\nKnown: {', '.join(validate.RUNGS)}.")
     bounds = _bounds(asked)
     read = measurement.read_all(results_files(asked.results) if asked.results is not None else measurement.archive())
-    chosen = [m for m in read.measurements if asked.model is None or m.case.model == model_of(asked).name]
+    name = model_of(asked).name if asked.model is not None else None
+    chosen = [m for m in read.measurements if name in (None, m.case.model)]
     if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):
-        of = f" of {model_of(asked).name}" if asked.model is not None else ""
-        raise MeasurementError(f"no measurement{of} to hold predictions against.\nmstplan measure makes some; --results names the file.")
+        of, damaged = f" of {name}" if name else "", f" ({read.skipped[0]})" if read.skipped else ""
+        raise MeasurementError(f"no measurement{of} to hold predictions against{damaged}.\nmstplan measure makes some; --results names the file.")
     with progress("comparing", len(chosen)) as advance:
         found = validate.validate(chosen, rungs, lambda words: advance(words, 1))
+    if not found.rows and not found.out_of_memory:
+        raise MeasurementError(f"{asked.rungs} has no answer for any of these {len(chosen)} measurements.\nName other rungs, or leave --rung out.")
     said = validate.beyond(found, bounds)
     if asked.plot is not None:
         validating.plot(found, asked.plot)
@@ -272,15 +269,15 @@ def _validate_now(asked: Asked) -> None:
     from ..errors import RecipeError
     from ..observe import cache, sweep
     from ..show import checking
-    from ..units import parse_memory
 
     if asked.model is None or (asked.throughput and asked.seq_len is None):
         raise RecipeError("nothing to measure.\nGive --model" + (" and --seq-len." if asked.throughput else "; --gpu-mem limits what is used of the card."))
     cache.versions()  # no torch: said before anything else
     known = sweep.environment(asked.device)
-    limit = parse_memory(asked.gpu_mem) if asked.gpu_mem is not None else None
-    bench = checking.Bench(asked.model, known, sweep.card_of(known, limit), asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out)
-    recipes = _chosen(asked)
+    limit = memory(asked.gpu_mem)
+    settings = (asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out, asked.again)
+    bench = checking.Bench(asked.model, known, sweep.card_of(known, limit), *settings)
+    recipes = recipes_of(asked, "mst")
     console = None if asked.json else new_console()
     with _kept(asked.out):
         found = checking.smax(bench, recipes, console) if asked.smax else checking.throughput(bench, recipes, length(asked.seq_len), console)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import typer
-
-from .commands import Asked, option
+from .commands import Asked, Option, option
 
 if TYPE_CHECKING:
-    from rich.console import Console
 
     from ..plan.hardware import Card
     from ..plan.model import Model
@@ -46,9 +43,12 @@ RECIPE = {
     "sharding": option(str | None, "--sharding", "none | fsdp (FSDP2, ZeRO-3: everything in shards over --gpus).", panel="Recipe", metavar="NAME"),
 }  # fmt: skip
 VARIED_BY_THE_FORMULAS = ("checkpoint", "chunks", "no_recompute", "offload", "loss")
-THEOREM_RECIPE = {name: option for name, option in RECIPE.items() if name not in VARIED_BY_THE_FORMULAS}
+THEOREM_RECIPE = {name: one for name, one in RECIPE.items() if name not in (*VARIED_BY_THE_FORMULAS, "gpus", "sharding")}
 STRATEGY = {
     "strategy": option(str | None, "--strategy -s", "standard | checkpoint | checkpoint-sqrt | mst | mst-offload. Default mst.", metavar="NAME"),
+}
+STRATEGIES = {
+    "strategy": option(str | None, "--strategy -s", "Some strategies only, with commas between. Default: all five.", metavar="NAME[,NAME]"),
 }
 FORCE = {"force": option(bool, "--force", "Overwrite the file.", False)}
 TRACING = {
@@ -66,8 +66,12 @@ MEASURING = {
 }
 
 
-# ---- from options to the library's objects -----------------------------------------------------------------------------
+def given(asked: Asked, options: dict[str, Option]) -> list[str]:
+    """The flags, of these options, that the command line sets."""
+    return [one.flags[0] for name, one in options.items() if getattr(asked, name, one.default) != one.default]
 
+
+# ---- what options make: the library's objects --------------------------------------------------------------------------
 
 def model_of(asked: Asked) -> Model:
     from ..plan.catalog import load_model
@@ -79,9 +83,14 @@ def card_of(asked: Asked) -> Card:
     from ..plan.hardware import card
     from ..units import parse_memory
 
-    memory = parse_memory(asked.gpu_mem) if asked.gpu_mem is not None else None
-    host = parse_memory(asked.host_mem) if asked.host_mem is not None else None
-    return card(asked.gpu, memory, parse_memory(asked.reserve), host)
+    return card(asked.gpu, memory(asked.gpu_mem), parse_memory(asked.reserve), memory(asked.host_mem))
+
+
+def memory(text: str | None) -> int | None:
+    """Bytes; None where nothing was said."""
+    from ..units import parse_memory
+
+    return parse_memory(text) if text is not None else None
 
 
 def changes_of(asked: Asked) -> dict[str, object]:
@@ -147,40 +156,36 @@ def base_recipe(asked: Asked) -> Recipe:
     return Recipe.read(asked.recipe) if asked.recipe is not None else Recipe.model_construct()
 
 
-def recipes_of(asked: Asked) -> dict[str, Recipe]:
-    """The five strategies with the options' changes, or the one recipe that the options describe."""
-    from ..plan.recipe import STRATEGIES
+def recipes_of(asked: Asked, usual: str = "all") -> dict[str, Recipe]:
+    """The strategies that --strategy names, else the `usual` ones, with the options' changes; or the one recipe that the options
+    describe."""
+    from ..errors import RecipeError
+    from ..plan.recipe import STRATEGIES, strategy
 
     if is_custom(asked):
+        if asked.strategy is not None:
+            raise RecipeError("--strategy names recipes; --recipe, --checkpoint, --loss and --offload describe one.\nLeave --strategy or those out.")
         return {"custom": applied(base_recipe(asked), asked, adopt_chunks=True)}
-    strategies = STRATEGIES
-    if asked.sharding == "fsdp":  # which gathers one layer at a time
-        strategies = {name: recipe for name, recipe in STRATEGIES.items() if recipe.checkpoint != "sqrt"}
-    return {name: applied(recipe, asked, adopt_chunks=False) for name, recipe in strategies.items()}
+    named = asked.strategy if asked.strategy is not None else usual
+    names = [name.strip() for name in named.split(",")] if named != "all" else list(STRATEGIES)
+    if named == "all" and asked.sharding == "fsdp":  # which gathers one layer at a time
+        names.remove("checkpoint-sqrt")
+    return {name: applied(strategy(name), asked, adopt_chunks=False) for name in names}
 
 
 def one_recipe(asked: Asked) -> tuple[str, Recipe]:
-    """The one recipe that --strategy or --recipe and the other options describe, and its name."""
+    """The one recipe that --strategy or --recipe and the other options describe, and its name: the strategy's while it is one."""
     from ..errors import RecipeError
     from ..plan.recipe import strategy
 
     if asked.recipe is not None and asked.strategy is not None:
         raise RecipeError("--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out.")
-    name = "custom" if asked.recipe is not None else asked.strategy if asked.strategy is not None else "mst"
-    base = base_recipe(asked) if asked.recipe is not None else strategy(name)
-    return name, applied(base, asked, adopt_chunks=True)
-
-
-def new_console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, soft_wrap=False)
-
-
-def print_json(document: dict[str, Any]) -> None:
-    import json
-
-    typer.echo(json.dumps(document, indent=1))
+    if asked.recipe is not None:
+        return "custom", applied(base_recipe(asked), asked, adopt_chunks=True)
+    name = asked.strategy if asked.strategy is not None else "mst"
+    found = applied(strategy(name), asked, adopt_chunks=True)
+    same = all(getattr(found, field) == getattr(strategy(name), field) for field in ("checkpoint", "mlp_recompute", "loss", "offload_layer_inputs"))
+    return name if same else "custom", found
 
 
 def length(text: str) -> int:

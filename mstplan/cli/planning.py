@@ -15,20 +15,21 @@ from .options import (
     JSON,
     MODEL,
     RECIPE,
+    STRATEGIES,
     STRATEGY,
     THEOREM_RECIPE,
     TRACING,
-    VARIED_BY_THE_FORMULAS,
     base_recipe,
     card_of,
     changes_of,
+    given,
     length,
+    memory,
     model_of,
-    new_console,
     one_recipe,
-    print_json,
     recipes_of,
 )
+from .output import new_console, print_json
 
 if TYPE_CHECKING:
     from ..plan.hardware import Card
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    "max-seq", MODEL, CARD, RECIPE,
+    "max-seq", MODEL, STRATEGIES, CARD, RECIPE,
     {"rung": option(str, "--rung", "formula (at once) | trace (needs torch, takes seconds). Default formula.", "formula", panel="Trace", metavar="NAME")},
     TRACING, JSON,
     help="The longest sequence that fits, for each strategy, and what holds it back. With --checkpoint, --loss, --offload or --recipe, "
@@ -51,6 +52,8 @@ def max_seq(asked: Asked) -> None:
 
     if asked.rung not in ("formula", "trace"):
         raise RecipeError(f"unknown rung {quoted(asked.rung)}.\nKnown: formula, trace.")
+    if asked.rung == "formula" and (unused := given(asked, TRACING)):
+        raise RecipeError(f"{', '.join(unused)}: nothing to do with the formula.\nAdd --rung trace, or leave it out.")
     model, card = model_of(asked), card_of(asked)
     if asked.rung == "trace":
         _max_seq_by_trace(asked, model, card)
@@ -114,7 +117,7 @@ def plan(asked: Asked) -> None:
     else:
         from ..show import report
 
-        report.plan(new_console(), step, name if asked.recipe is None else "this recipe", singles, run)
+        report.plan(new_console(), step, name if name != "custom" else "this recipe", singles, run)
     if not step.fits:
         raise typer.Exit(1)
 
@@ -154,20 +157,24 @@ def theorem(asked: Asked) -> None:
 
 def _theorem_recipe(asked: Asked) -> Recipe:
     """The user's recipe without what the four formulas themselves vary."""
+    from ..errors import RecipeError
     from ..plan.recipe import STRATEGY_FIELDS, Recipe
 
-    left_out = {name: RECIPE[name][1] for name in VARIED_BY_THE_FORMULAS}
-    base = {name: value for name, value in base_recipe(asked).model_dump().items() if name not in STRATEGY_FIELDS}
-    return Recipe.model_construct().changed(**{**base, **changes_of(Asked(**left_out, **vars(asked)))})
+    left_out = {name: one.default for name, one in RECIPE.items() if name not in THEOREM_RECIPE}
+    base = base_recipe(asked)
+    if base.sharded:
+        raise RecipeError("the paper's formulas are of one card and know no sharding.\nPlan this recipe with mstplan max-seq or mstplan plan.")
+    own = {name: value for name, value in base.model_dump().items() if name not in STRATEGY_FIELDS}
+    return Recipe.model_construct().changed(**{**own, **changes_of(Asked(**left_out, **vars(asked)))})
 
 
 def _overrides(asked: Asked) -> dict[str, int | None]:
-    from ..units import parse_memory, parse_whole
+    from ..units import parse_whole
 
     def number(name: str, text: str | None) -> int | None:
         return parse_whole(text, f"--{name}") if text is not None else None
 
-    sizes = {name: parse_memory(getattr(asked, name)) if getattr(asked, name) is not None else None for name in ("w_mem", "m_max")}
+    sizes = {"w_mem": memory(asked.w_mem), "m_max": memory(asked.m_max)}
     counts = {"i_mem": number("i-mem", asked.i_mem), "a_mem": number("a-mem", asked.a_mem), "layers": number("layers", asked.layers)}
     return {**sizes, **counts, "chunks": number("m", asked.m)}
 
@@ -200,7 +207,7 @@ def shapes(asked: Asked) -> None:
 
 
 @command(
-    "plot", MODEL, CARD, RECIPE, {
+    "plot", MODEL, STRATEGIES, CARD, RECIPE, {
         "out": option(Path, "--out -o", "PNG, SVG or PDF picture, or CSV of the points.", Path("memory.png"), metavar="FILE"),
         "to": option(str | None, "--to", "The longest length drawn. Default: a little beyond the largest S_max.", metavar="TOKENS"),
         "points": option(int, "--points", "Lengths per curve.", 200, metavar="N", min=2, max=100_000),
@@ -226,37 +233,3 @@ def plot(asked: Asked) -> None:
         print_json(payload.document("plot", **about, file=str(asked.out), curves=data))
     else:
         typer.echo(f"wrote {asked.out}")
-
-
-@command("models", {"names": option(str | None, "--filter", "Only names that contain this.", metavar="TEXT")}, JSON,
-         help="The models that ship with mstplan.", epilog="mstplan models --filter qwen3")  # fmt: skip
-def models(asked: Asked) -> None:
-    from ..errors import ModelError, quoted
-    from ..plan.catalog import load_model, model_names
-
-    rows = [load_model(name) for name in model_names() if asked.names is None or asked.names.lower() in name]
-    if not rows:
-        raise ModelError(f"no model's name contains {quoted(asked.names)}")
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.document("models", models=[payload.model(m) for m in rows]))
-    else:
-        from ..show import tables
-
-        tables.models(new_console(), rows)
-
-
-@command("gpus", {"sources": option(bool, "--sources", "Also where each figure is from.", False)}, JSON,
-         help="The cards that mstplan knows.", epilog="mstplan gpus --json")  # fmt: skip
-def gpus(asked: Asked) -> None:
-    from ..plan.hardware import gpus as known
-
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.document("gpus", gpus=[payload.gpu(g) for g in known()]))
-    else:
-        from ..show import tables
-
-        tables.gpus(new_console(), known(), asked.sources)

@@ -21,11 +21,10 @@ from .options import (
     card_of,
     length,
     model_of,
-    new_console,
     one_recipe,
-    print_json,
     results_files,
 )
+from .output import new_console, print_json
 
 if TYPE_CHECKING:
     from ..observe.trace import Trace
@@ -48,13 +47,7 @@ def trace(asked: Asked) -> None:
     from .. import files
     from ..plan import solve
 
-    for path in (asked.plot, asked.snapshot):
-        if path is not None:
-            files.check_writable(path, asked.force)
-    if asked.plot is not None:
-        from ..show import timeline
-
-        timeline.check_output(asked.plot)
+    _check_outputs(asked)
     model, card = model_of(asked), card_of(asked)
     name, recipe = one_recipe(asked)
     step = solve.plan_at(model, recipe, card, length(asked.seq_len))
@@ -66,6 +59,8 @@ def trace(asked: Asked) -> None:
 
     view = shown.view(model, card, name, found, step, cache.versions())
     if asked.plot is not None:
+        from ..show import timeline
+
         timeline.write(view, asked.plot)
     if asked.snapshot is not None:
         from ..observe.card import all_events, name_of
@@ -85,6 +80,20 @@ def trace(asked: Asked) -> None:
         raise typer.Exit(1)
 
 
+def _check_outputs(asked: Asked) -> None:
+    from .. import files
+    from ..errors import OutputError, quoted
+    from ..show import timeline
+
+    if asked.plot is not None:
+        timeline.check_output(asked.plot)
+        if asked.plot == asked.snapshot:
+            raise OutputError(f"--plot and --snapshot both name {quoted(asked.plot)}.\nName two files.")
+    for path in (asked.plot, asked.snapshot):
+        if path is not None:
+            files.check_writable(path, asked.force)
+
+
 @contextmanager
 def tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
     """A function that traces a step of the model, with a word on the terminal while it does."""
@@ -96,7 +105,7 @@ def tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
 
     def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
         waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")
-        workspace = card.gpu.cublas_workspace_bytes
+        workspace = card.gpu.workspaces_bytes
         code_from = asked.model if asked.trust_remote_code else None
         return cache.trace_of(config, recipe, seq_len, workspace=workspace, keep=not asked.no_cache, code_from=code_from)
 
@@ -128,10 +137,10 @@ def calibrate(asked: Asked) -> None:
 
     if asked.source not in ("trace", "measurements"):
         raise RecipeError(f"cannot calibrate from {quoted(asked.source)}.\nKnown: trace, measurements.")
-    unused = ("--results", asked.results is not None) if asked.source == "trace" else ("--no-cache", asked.no_cache)
-    if unused[1]:
-        raise RecipeError(f"{unused[0]}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'.")
-    names = asked.strategies.split(",") if asked.strategies else list(STRATEGIES)
+    unused, said_anyway = ("--results", asked.results is not None) if asked.source == "trace" else ("--no-cache", asked.no_cache)
+    if said_anyway:
+        raise RecipeError(f"{unused}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'.")
+    names = [name.strip() for name in asked.strategies.split(",")] if asked.strategies is not None else list(STRATEGIES)
     for name in names:
         strategy(name)  # refuses unknown ones
     folder = asked.out if asked.out is not None else calibration.folders()[0]

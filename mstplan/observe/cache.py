@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
     try:
         found = {name: metadata.version(name) for name in PACKAGES}
     except metadata.PackageNotFoundError as e:
-        raise MissingError(f"{e.name} is not installed, and tracing needs torch and transformers: pip install 'mstplan[torch]'") from None
+        raise MissingError(f"{e.name} is not installed; tracing and measuring need torch and transformers: pip install 'mstplan[torch]'") from None
     return {**found, "mstplan": _digest_of_package()}
 
 

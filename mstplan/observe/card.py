@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..plan.hardware import Card
+from ..plan.hardware import HANDLES, Card
 from ..units import MIB
 from .allocator import Allocator, OutOfMemory
 from .recording import OPTIMIZER
@@ -75,7 +75,7 @@ def name_of(trace: Trace, key: int) -> list[str]:
         state = trace.held_states[number]
         return [state.dtype, state.name, "optimizer"]
     if kind == _WORKSPACE:
-        return ["cuBLAS workspace"]
+        return [f"cuBLAS workspace {number + 1} of {HANDLES}"]
     made = trace.step.made[number % len(trace.step.made)]
     return [f"{made.dtype} {made.shape}", made.operation, made.module or "step", made.category]
 
@@ -93,7 +93,7 @@ def _steps(trace: Trace, steps: int) -> Iterator[Iterator[Event]]:
 def _before(trace: Trace) -> Iterator[Event]:
     yield from ((4 * n + _WEIGHT, weight.bytes, 1) for n, weight in enumerate(trace.weights))
     if trace.workspace:
-        yield _WORKSPACE, trace.workspace, 1
+        yield from ((4 * n + _WORKSPACE, trace.workspace // HANDLES, 1) for n in range(HANDLES))
 
 
 def _step(trace: Trace, n: int) -> Iterator[Event]:

@@ -6,7 +6,7 @@
 | with a mask, or head sizes not for that, the memory-efficient kernel | from source: aten transformers/cuda/attention.cu, attention_backward.cu |
 | its sums and workspace | mstplan/plan/cuda.py |
 | a mask as a bias, padded to rows of 8 | from source: aten transformers/attention.cpp, convert_boolean_attn_mask and preprocess_mask |
-| which kernel scaled_dot_product_attention takes | from source: aten transformers/cuda/sdp_utils.cpp |
+| which kernel scaled_dot_product_attention takes | from source: aten transformers/cuda/sdp_utils.cpp; cuDNN's, first on Hopper from torch 2.11, is left out |
 | layer norm keeps its row statistics in fp32 | from source: aten native/cuda/layer_norm_kernel.cu, layer_norm_cuda |
 | dropout keeps a mask of one byte a number | from source: aten native/Dropout.cpp, native_dropout |
 | products of bf16 matrices that add to an fp32 one | from source: aten native/cuda/Blas.cpp, addmm with out_dtype |

@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..plan.steps import Entry
+from ..plan.steps import WORKSPACES, Entry
 from .allocator import round_size
 from .recording import GRADIENTS, STATES, WEIGHTS, WORKSPACE
 from .trace import Alive
 
 GROUPS = {
-    "weights": WEIGHTS, "gradients": GRADIENTS, "cuBLAS workspace": WORKSPACE, "AdamW first moment": "exp_avg",
+    "weights": WEIGHTS, "gradients": GRADIENTS, WORKSPACES: WORKSPACE, "AdamW first moment": "exp_avg",
     "AdamW second moment": "exp_avg_sq",
 }  # fmt: skip
 """What the formula sums up as one entry: the trace's category, or the name of the optimizer's state."""

@@ -20,6 +20,7 @@ import numpy as np
 from .. import __version__
 from ..errors import MeasurementError
 from ..plan.calibration import Calibration, family_of, fingerprint
+from ..plan.hardware import HANDLES
 from ..plan.model import Model
 from ..plan.solve import layout_of, sizes
 from ..plan.steps import Layout, step
@@ -159,7 +160,7 @@ def devices(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
     """By card as torch names it: bytes of the CUDA context and of cuBLAS' workspace, medians, and what they are from."""
     seen: dict[str, list[Measurement]] = defaultdict(list)
     for m in measurements:
-        if m.outcome == OK and m.case.device == "cuda":
+        if m.outcome == OK and m.case.device == "cuda" and not m.case.recipe.sharded:  # NCCL's memory would count as context
             seen[m.environment["card"]].append(m)
     found: dict[str, dict[str, Any]] = {}
     for card, members in seen.items():
@@ -168,5 +169,5 @@ def devices(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
         if contexts and workspaces:
             about = members[-1].environment
             source = f"measured: {len(ranks)} steps with torch {about['torch']}, driver {about.get('driver')}, until {members[-1].when}"
-            found[card] = {"context_bytes": int(median(contexts)), "cublas_workspace_bytes": int(median(workspaces)), "context_source": source}
+            found[card] = {"context_bytes": int(median(contexts)), "cublas_workspace_bytes": int(median(workspaces)) // HANDLES, "context_source": source}
     return found

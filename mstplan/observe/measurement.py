@@ -177,7 +177,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def key_of(case: Case, environment: Mapping[str, Any]) -> str:
-    same = {name: environment.get(name) for name in ("card", "torch", "transformers", "allocator", "threads")}
+    same = {name: environment.get(name) for name in ("card", "torch", "transformers", "allocator", "threads", "cudnn", "sdpa")}
     what = {**case.as_data(), "model": "", "strategy": "", "steps": 0}
     return sha256(json.dumps([what, same], sort_keys=True).encode()).hexdigest()[:32]
 

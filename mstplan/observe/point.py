@@ -21,10 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.attention import SDPBackend
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError, MeasurementError, MissingError, one_line
-from ..plan.hardware import host_memory
+from ..plan.hardware import card_that_torch_names, host_memory
 from ..plan.recipe import Recipe
 from ..plan.steps import EMBEDDING, FIRST_LAYER, LAST_LAYER, LOSS_BACKWARD, MIDDLE_LAYER, OPTIMIZER
 from ..units import format_gib
@@ -47,9 +48,11 @@ def environment(device: str) -> dict[str, Any]:
     if device == "cpu":
         return {"card": "cpu", "total_bytes": host_memory(), "driver": None, "allocator": "", "threads": torch.get_num_threads(), **found}
     check_cuda()
+    torch.cuda.set_device(local_rank())
     properties = torch.cuda.get_device_properties(local_rank())
     return {
         "card": properties.name, "total_bytes": properties.total_memory, "driver": _driver(), "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(), "sdpa": _sdpa_kernel(),
         "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "", **found,
     }  # fmt: skip
 
@@ -68,8 +71,15 @@ def _driver() -> str | None:
     return None
 
 
+def _sdpa_kernel() -> str:
+    """The kernel that scaled_dot_product_attention chooses for causal attention in bf16."""
+    query = torch.ones(1, 1, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    return SDPBackend(torch._fused_sdp_choice(query, query, query, is_causal=True)).name.lower()
+
+
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """The device of this rank, of those that it sees."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------------
@@ -116,6 +126,8 @@ def real_attention(recipe: Recipe, settings: PreTrainedConfig, device: str) -> s
 
 
 def _timed(step: TrainingStep, cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()  # what earlier steps left to do
     started = time.perf_counter()
     step.run()
     if cuda:
@@ -149,16 +161,27 @@ def _beside_tensors() -> int:
 
 
 def _prepare_cuda(case: Case) -> int:
-    """Limits the process where the case does. Gives the bytes of cuBLAS' workspace, which the first product makes."""
+    """Limits the process where the case does. Gives the bytes of cuBLAS' workspaces: of the handle of this thread, and of that of
+    autograd's."""
     torch.cuda.set_device(local_rank())
-    square = torch.ones(128, 128, device="cuda", dtype=torch.bfloat16)
     before = torch.cuda.memory_allocated()
-    product = square @ square
-    workspace = torch.cuda.memory_allocated() - before - product.untyped_storage().nbytes()
+    _multiply_and_attend()
+    workspaces = torch.cuda.memory_allocated() - before
     if case.limit is not None:
-        share = (case.limit - _beside_tensors()) / torch.cuda.mem_get_info()[1]
+        total = torch.cuda.mem_get_info()[1]
+        context = card_that_torch_names(torch.cuda.get_device_name(), total).gpu.context_bytes  # as predictions have it: kernels are yet to be loaded
+        share = (case.limit - max(context, _beside_tensors())) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
-    return workspace
+    return workspaces
+
+
+def _multiply_and_attend() -> None:
+    """A pass forward and back of what brings libraries in: cuBLAS, cuDNN, and between ranks NCCL. Leaves no tensor."""
+    square = torch.ones(1, 1, 128, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.nn.functional.scaled_dot_product_attention(square @ square, square, square, is_causal=True).sum().backward()
+    if dist.is_initialized():
+        dist.all_reduce(torch.ones(1, device="cuda"))
+    torch.cuda.synchronize()
 
 
 class _Peaks:
@@ -203,6 +226,14 @@ def _watched_on_cuda(step: TrainingStep) -> Watched:
 # ---- the process ------------------------------------------------------------------------------------------------------------
 
 
+_NO_MEMORY = (
+    "can't allocate memory",  # torch's allocator for CPUs
+    "CUDA error: out of memory",  # loading a kernel
+    "ALLOC_FAILED", "when calling `cublasCreate",  # cuBLAS and cuDNN
+)  # fmt: skip
+"""Words of RuntimeErrors that tell of memory: only torch's allocator for cards has an error of its own."""
+
+
 def attempt(run: Callable[[], Figures]) -> dict[str, Any]:
     """{outcome, error, figures} of one rank."""
     try:
@@ -212,7 +243,7 @@ def attempt(run: Callable[[], Figures]) -> dict[str, Any]:
     except (torch.OutOfMemoryError, MemoryError) as e:
         return {"outcome": OUT_OF_MEMORY, "error": one_line(e, 300), "figures": None}
     except RuntimeError as e:
-        no_memory = "can't allocate memory" in str(e)  # torch's allocator for CPUs has no error of its own
+        no_memory = any(words in str(e) for words in _NO_MEMORY)
         return {"outcome": OUT_OF_MEMORY if no_memory else FAILED, "error": f"{type(e).__name__}: {one_line(e, 300)}", "figures": None}
     except Exception as e:  # noqa: BLE001  a model's code, or a kernel, raises what it likes
         return {"outcome": FAILED, "error": f"{type(e).__name__}: {one_line(e, 300)}", "figures": None}

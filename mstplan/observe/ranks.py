@@ -1,56 +1,92 @@
-"""One measured step on all the ranks that torchrun started, with FSDP2; rank 0 writes what each of them saw.
+"""One measured step on all the ranks that torchrun started, with FSDP2; one of them writes what each saw.
 
-A rank that fails leaves the others waiting in a collective. So the first that fails writes the record, and ends; torchrun ends
-the others.
+A rank that fails leaves the others waiting in a collective, under NCCL for minutes. So the first that fails writes the record, and a
+thread of every other rank, which looks for that, ends it.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from .measurement import OK, Case, Figures, Measurement, appending
 from .point import attempt, check_cuda, environment, local_rank
 from .point import measure as measure_here
 from .sweep import now
 
-__all__ = ["environment", "measure", "process_group"]
-
-_FAILED = "mstplan: failed"
-
-
-@contextmanager
-def process_group(device: str) -> Iterator[None]:
-    """The one that torchrun prepared."""
-    if device == "cuda":
-        check_cuda()
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+_FAILED, _RECORDED = "mstplan: a rank failed", "mstplan: its record is written"
+_SECONDS = 0.5  # between two looks
 
 
-def measure(case: Case, known: dict[str, Any], out: Path) -> Measurement | None:
-    """Measure, and append what comes of it to `out`: one record. None on ranks that have nothing to say. Raises OutputError."""
-    mine = attempt(lambda: measure_here(case))
-    if mine["outcome"] != OK:
-        rank = str(dist.get_rank())
-        store = dist.distributed_c10d._get_default_store()
-        if store.compare_set(_FAILED, "", rank).decode() != rank:
+class Ranks:
+    """The process group that torchrun prepared, while the context lasts."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.failed = False
+
+    def __enter__(self) -> Ranks:
+        if self.device == "cuda":
+            check_cuda()
+            torch.cuda.set_device(local_rank())
+        dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
+        # A connection of one's own: whoever waits for others holds the process group's.
+        self.store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.failed:  # else the others are gone or stuck, and NCCL would wait for them
+            dist.destroy_process_group()
+
+    def environment(self) -> dict[str, Any]:
+        return environment(self.device)
+
+    def measure(self, case: Case, known: dict[str, Any], out: Path) -> Measurement | None:
+        """Measure, and append what comes of it to `out`: one record. None on ranks that have nothing to say. Raises OutputError."""
+        with self._ending_with_the_first_that_fails():
+            mine = attempt(lambda: measure_here(case))
+            if mine["outcome"] != OK:
+                return self._record_failure(case, known, mine, out)
+            found: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, mine["figures"])
+        if dist.get_rank() != 0:
             return None
-        return _write(Measurement(case, known, mine["outcome"], f"rank {rank}: {mine['error']}", (), now()), out)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine["figures"])
-    if dist.get_rank() != 0:
-        return None
-    return _write(Measurement(case, known, OK, "", tuple(map(Figures.from_data, found)), now()), out)
+        return _write(Measurement(case, known, OK, "", tuple(map(Figures.from_data, found)), now()), out)
+
+    def _record_failure(self, case: Case, known: dict[str, Any], mine: dict[str, Any], out: Path) -> Measurement | None:
+        """Of the first rank that fails; later ones have nothing to add."""
+        self.failed, rank = True, str(dist.get_rank())
+        if self.store.compare_set(_FAILED, "", rank).decode() != rank:
+            self.store.wait([_RECORDED], timedelta(minutes=1))
+            return None
+        try:
+            return _write(Measurement(case, known, mine["outcome"], f"rank {rank}: {mine['error']}", (), now()), out)
+        finally:
+            self.store.set(_RECORDED, rank)
+
+    @contextmanager
+    def _ending_with_the_first_that_fails(self) -> Iterator[None]:
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(_SECONDS):
+                if not self.failed and self.store.check([_RECORDED]):
+                    os._exit(0)
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
 
 
 def _write(found: Measurement, out: Path) -> Measurement:

@@ -53,9 +53,9 @@ def both_rungs(name: str, recipe: Recipe, seq_len: int, card: Card) -> Rungs:
     calibrations are left aside."""
     config = json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
     model, chunks = load_model(name), fixed_chunks(recipe)
-    told = step(model, layout_of(model, recipe, chunks, seq_len), card.gpu.cublas_workspace_bytes)
+    told = step(model, layout_of(model, recipe, chunks, seq_len), card.gpu.workspaces_bytes)
     where = sizes(recipe, seq_len, chunks)
-    seen = trace(config, recipe, seq_len, workspace=card.gpu.cublas_workspace_bytes)
+    seen = trace(config, recipe, seq_len, workspace=card.gpu.workspaces_bytes)
     by_name = {instant.name: instant.bytes for instant in told.instants(where)}
     pairs = tuple(Pair(peak.instant, by_name.get(peak.instant, 0), peak.bytes) for peak in seen.peaks)
     peak = Pair(seen.peak.instant, told.largest(where)[1], seen.peak.bytes)

@@ -58,6 +58,8 @@ def build(settings: PreTrainedConfig, recipe: Recipe, attention: str, device: st
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 settings, dtype=DTYPES[recipe.precision], attn_implementation=attention, trust_remote_code=remote_code
             )  # fmt: skip
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as e:  # noqa: BLE001  transformers raises what it likes
             raise ModelError(f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}") from None
     return model.train()

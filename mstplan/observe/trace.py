@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from ..plan.hardware import HANDLES
 from ..plan.recipe import Recipe
 from ..plan.steps import (
     EMBEDDING,
@@ -139,7 +140,7 @@ class Trace:
 
     @cached_property
     def resident(self) -> tuple[Alive, ...]:
-        """What is there all the time: weights, the optimizer's states, the cuBLAS workspace, gradients that are added to."""
+        """What is there all the time: weights, the optimizer's states, cuBLAS' workspaces, gradients that are added to."""
         def group(category: str, name: str, sizes: list[tuple[str, int]]) -> Iterator[Alive]:
             for dtype in dict.fromkeys(d for d, _ in sizes):
                 same = [self.rounded(size) for d, size in sizes if d == dtype]
@@ -151,7 +152,7 @@ class Trace:
         if self.recipe.accumulation > 1:
             found += group(GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
         if self.workspace:
-            found.append(Alive(WORKSPACE, "", "cuBLAS", (), "uint8", 1, self.workspace))
+            found.append(Alive(WORKSPACE, "", "cuBLAS", (), "uint8", HANDLES, self.workspace))
         return tuple(found)
 
     @cached_property

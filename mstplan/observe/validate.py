@@ -107,7 +107,7 @@ def _rows(m: Measurement, rung: str) -> list[Row]:
     if rung == TRACE:
         trace = traced(m)
         rows = [_row(m, rung, {peak.instant: peak.bytes for peak in trace.peaks})]
-        if m.case.device == "cuda" and m.peak.reserved is not None:
+        if m.case.device == "cuda" and m.peak.reserved is not None and not m.case.recipe.sharded:  # its blocks are of several streams
             expandable = "expandable_segments:True" in m.environment.get("allocator", "")
             rows.append(Row(m, rung, RESERVED, held(trace, expandable=expandable).reserved, m.peak.reserved))
         return rows
@@ -163,7 +163,7 @@ def workspace_of(m: Measurement) -> int:
     if m.case.device == "cpu":
         return 0
     seen = next((rank.workspace for rank in m.ranks if rank.workspace is not None), None)
-    return seen if seen is not None else card(m).gpu.cublas_workspace_bytes
+    return seen if seen is not None else card(m).gpu.workspaces_bytes
 
 
 def card(m: Measurement) -> Card:
@@ -190,6 +190,7 @@ def _on_the_device(rows: Sequence[Row]) -> list[Row]:
             rank.context for other in reserved for rank in other.measurement.ranks
             if rank.context is not None and other.measurement.case.model != m.case.model
             and other.measurement.environment["card"] == m.environment["card"]
+            and other.measurement.case.recipe.sharded == m.case.recipe.sharded
         ]  # fmt: skip
         if others and m.peak.device is not None:
             found.append(Row(m, row.rung, DEVICE, row.predicted + int(median(others)), m.peak.device))
@@ -221,8 +222,8 @@ def by_model(row: Row) -> str:
 
 def by_length(row: Row) -> str:
     """In powers of two."""
-    tokens = row.measurement.case.seq_len
-    return f"{1 << (tokens.bit_length() - 1):,} tokens on"
+    least = 1 << (row.measurement.case.seq_len.bit_length() - 1)
+    return f"{least:,} to {2 * least - 1:,}"
 
 
 class Bounds(NamedTuple):

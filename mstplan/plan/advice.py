@@ -172,6 +172,18 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     return notes + (sharding_notes(model, recipe) if recipe.sharded else [])
 
 
+def kernel_notes(model: Model, recipe: Recipe, on: Card) -> list[str]:
+    """Where another attention kernel runs than the one that is counted. From source, see Gpu.prefers_cudnn; huggingface/transformers#48163
+    found it so on Hopper."""
+    if not (on.named and on.gpu.prefers_cudnn and recipe.attention == "sdpa" and recipe.precision != "fp32" and model.has_sdpa):
+        return []
+    note = (
+        f"sdpa on {on.gpu.name}: from torch 2.11 it runs cuDNN's attention, whose workspace nobody has published; FlashAttention-2's is counted, which "
+        "runs with TORCH_CUDNN_SDPA_DEPRIORITIZED=1 or --attention flash."
+    )
+    return [note]
+
+
 def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
     """What a card holds under FSDP2, and what is not counted."""
     notes = [

@@ -27,7 +27,7 @@ SIZES = ("batch", "mlp_chunks", "loss_chunks", "accumulation")
 
 
 class Calibration(NamedTuple):
-    """Of one family. moments: by instant, vectors over tape.BASIS in bytes, without the cuBLAS workspace; the largest counts."""
+    """Of one family. moments: by instant, vectors over tape.BASIS in bytes, without cuBLAS' workspaces; the largest counts."""
 
     recipe: dict[str, Any]  # what `family_of` gives of it
     several_mlp: bool  # is the MLP in several chunks?

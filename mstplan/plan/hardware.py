@@ -38,7 +38,23 @@ class Gpu(NamedTuple):
     rates_source: str
     context_bytes: int
     context_source: str
-    cublas_workspace_bytes: int
+    cublas_workspace_bytes: int  # of one handle
+
+    @property
+    def workspaces_bytes(self) -> int:
+        """What cuBLAS holds through a training step: from source (aten cuda/CublasHandlePool.cpp), a handle for every thread, and a
+        workspace for every handle."""
+        return HANDLES * self.cublas_workspace_bytes
+
+    @property
+    def prefers_cudnn(self) -> bool:
+        """Does sdpa run cuDNN's attention? From source (aten native/transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention): on
+        compute capability 9 and 10, from cuDNN 9.15.1, which torch 2.11 brings."""
+        return self.architecture == "hopper" or self.name in ("b200", "b300")
+
+
+HANDLES = 2
+"""Threads that multiply: the one that runs the forward pass, and autograd's for the device, which runs the backward pass."""
 
 
 class Card(NamedTuple):

@@ -100,14 +100,14 @@ def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Lay
 
 
 def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
-    return _calibrated(model, layout_of(model, recipe, chunks, seq_len), gpu.cublas_workspace_bytes)
+    return _calibrated(model, layout_of(model, recipe, chunks, seq_len), gpu.workspaces_bytes)
 
 
 def _layout_step(
     model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
 ) -> Step:  # fmt: skip
     layout = Layout(_bare(recipe), several_mlp, several_loss, masked, padded)
-    return _calibrated(model, layout, gpu.cublas_workspace_bytes)
+    return _calibrated(model, layout, gpu.workspaces_bytes)
 
 
 @lru_cache(maxsize=1024)

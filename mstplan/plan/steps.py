@@ -49,6 +49,7 @@ FIRST_LAYER = "backward of the first layer"
 EMBEDDING = "backward of the embedding"
 OPTIMIZER = "optimizer step"
 CALIBRATED = "calibration less formula"
+WORKSPACES = "cuBLAS workspaces"
 INSTANTS = (END_OF_FORWARD, LOSS, LOSS_BACKWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER, EMBEDDING, OPTIMIZER)
 
 
@@ -105,7 +106,7 @@ def evaluate(vector: Vector, units: tuple[int, ...]) -> int:
 
 
 class Step:
-    """One training step of `model` under `layout` on a card with the given cuBLAS workspace."""
+    """One training step of `model` under `layout` on a card whose cuBLAS workspaces take so many bytes."""
 
     def __init__(self, model: Model, layout: Layout, workspace: int):
         self.model, self.layout, self.workspace = model, layout, workspace
@@ -119,7 +120,7 @@ class Step:
         self.is_calibrated = False
 
     def calibrated(self, moments: Mapping[str, Iterable[Vector]]) -> Step:
-        """The same with moments of its instants as they were found, without the cuBLAS workspace, in place of the formula's, which
+        """The same with moments of its instants as they were found, without cuBLAS' workspaces, in place of the formula's, which
         stay where none were. Instants that the formula leaves out, for they lie between others, stay out."""
         held = (self.workspace,) + (0,) * (len(BASIS) - 1)
         other = copy(self)
@@ -171,11 +172,11 @@ class Step:
     # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
 
     def _resident(self) -> list[Tensor]:
-        """Weights, optimizer states, cuBLAS workspace, and gradients where they outlive a backward pass."""
+        """Weights, optimizer states, cuBLAS' workspaces, and gradients where they outlive a backward pass."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
         size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.held)
         name = "weights gathered from the host" if recipe.weights_on_host else "weights"
-        tensors = [constant(name, dtype, size), constant("cuBLAS workspace", "uint8", self.workspace)]
+        tensors = [constant(name, dtype, size), constant(WORKSPACES, "uint8", self.workspace)]
         tensors += _tensors(self.optimizer.states)
         return tensors + self._gradients(always_alive=True)
 
@@ -209,7 +210,7 @@ class Step:
 
     def constants(self) -> tuple[Entry, ...]:
         """Weights, gradients and optimizer states: W_mem of the theorem."""
-        tensors = [t for t in self._resident() if t.name != "cuBLAS workspace"]
+        tensors = [t for t in self._resident() if t.name != WORKSPACES]
         if not self.layout.recipe.optimizer_in_backward:
             tensors += self._gradients(always_alive=False)
         return shown(labels(tensors), (1,) + (0,) * (len(BASIS) - 1))

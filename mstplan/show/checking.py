@@ -33,7 +33,8 @@ class Found(NamedTuple):
 
 @dataclass
 class Bench:
-    """Where and what to measure. Every point is appended to the results file `out`, and one that is there already is not made again."""
+    """Where and what to measure. Every point is appended to the results file `out`, and one that is there already is not made once
+    more but with `again`."""
 
     spec: str
     known: Mapping[str, Any]
@@ -44,6 +45,7 @@ class Bench:
     steps: int
     timeout: float | None
     out: Path
+    again: bool = False
 
     def __post_init__(self) -> None:
         self.name, self.config = sweep.subject(self.spec, self.layers)
@@ -54,10 +56,10 @@ class Bench:
     ) -> Measurement:  # fmt: skip
         fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
         case = Case(self.name, strategy, self.config, fixed, seq_len, self.layers, self.device, self.limit, self.steps)
-        return measuring.run([case], self.known, self.out, self.timeout, console, name=name).measurements[0]
+        return measuring.run([case], self.known, self.out, self.timeout, console, self.again, name=name).measurements[0]
 
     def trace_at(self, recipe: Recipe, seq_len: int, card: Card) -> Any:
-        workspace = card.gpu.cublas_workspace_bytes if self.device == "cuda" else 0
+        workspace = card.gpu.workspaces_bytes if self.device == "cuda" else 0
         return cache.trace_of(self.config, recipe, seq_len, on=self.device, workspace=workspace, threads=self.known.get("threads"))
 
 

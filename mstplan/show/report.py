@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def max_seq_notes(model: Model, card: Card, found: Sequence[Answer]) -> list[str]:
-    lines = advice.card_notes(card) + advice.recipe_notes(model, found[-1].plan.recipe)
+    recipe = found[-1].plan.recipe
+    lines = advice.card_notes(card) + advice.kernel_notes(model, recipe, card) + advice.recipe_notes(model, recipe)
     if not any(answer.s_max for answer in found):
         return lines + advice.nothing_fits_notes(found)
     for answer in found:
@@ -61,7 +62,7 @@ def plan(console: Console, step: Plan, strategy: str, singles: Sequence[Way], ru
 
 
 def plan_notes(step: Plan) -> list[str]:
-    lines = advice.card_notes(step.card) + advice.recipe_notes(step.model, step.recipe)
+    lines = advice.card_notes(step.card) + advice.kernel_notes(step.model, step.recipe, step.card) + advice.recipe_notes(step.model, step.recipe)
     lines += advice.position_notes(step.model, step.seq_len)
     if not step.fits_host and step.card.host_bytes is not None:
         lines.append(f"host memory is short: {format_gib(step.host_bytes)} needed, {format_gib(step.card.host_bytes)} there.")

@@ -68,7 +68,8 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Found]) -> list[str]
     from ..plan import advice
 
     answers = [f.answer for f in found]
-    lines = [*advice.card_notes(card), *advice.recipe_notes(model, answers[-1].plan.recipe), _versions_note(versions())]
+    recipe = answers[-1].plan.recipe
+    lines = [*advice.card_notes(card), *advice.kernel_notes(model, recipe, card), *advice.recipe_notes(model, recipe), _versions_note(versions())]
     if not any(answer.s_max for answer in answers):
         return lines + advice.nothing_fits_notes(answers)
     lines.append(
@@ -159,7 +160,7 @@ def notes(v: View) -> list[str]:
     from ..plan import advice
 
     lines = [
-        *advice.card_notes(v.card), _allocator_note(v.expandable, "with expandable_segments:True"), _allocator_note(v.usual, "without it"),
+        *advice.card_notes(v.card), *advice.kernel_notes(v.model, v.trace.recipe, v.card), _allocator_note(v.expandable, "with expandable_segments:True"), _allocator_note(v.usual, "without it"),
     ]  # fmt: skip
     if v.trace.host_peak:
         lines.append(f"host memory: {format_gib(v.trace.host_peak)} at most.")

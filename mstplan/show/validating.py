@@ -103,6 +103,8 @@ def notes(found: Validation) -> list[str]:
     lines = []
     if on == ["cpu"] or not on:
         lines.append("nothing here was measured on a CUDA device: attention's workspace, cuBLAS' and the allocator are from PyTorch's source.")
+    if any(row.measurement.environment.get("sdpa") == "cudnn_attention" for row in found.rows):
+        lines.append("sdpa ran cuDNN's attention; formula and trace count FlashAttention-2's (TORCH_CUDNN_SDPA_DEPRIORITIZED=1 runs that one).")
     if not all(row.held for row in found.rows):
         lines.append(f"{OTHER_KERNELS}.")
     lines.append(

@@ -106,7 +106,10 @@ class Copy:
 
 
 def host_memory(like: torch.Tensor, pinned: bool) -> torch.Tensor:
-    return torch.empty_like(like, device="cpu", pin_memory=pinned)
+    try:
+        return torch.empty_like(like, device="cpu", pin_memory=pinned)
+    except RuntimeError as e:  # CUDA's words for it are those for a full card
+        raise RuntimeError(f"no {'pinned ' * pinned}host memory for {like.numel() * like.itemsize} bytes more of layer inputs") from e
 
 
 def _nothing() -> None:

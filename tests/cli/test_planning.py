@@ -247,7 +247,7 @@ def test_bad_input_gets_one_or_two_clear_lines(run: Run, tmp_path: Path, argumen
 
 def test_memory_smaller_than_the_weights_says_how_much_is_needed(run: Run) -> None:
     said = run("max-seq", "--model", "llama3.1-70b", "--gpu", "h100")
-    assert said.code == 1 and "657.11 GiB" in said.out
+    assert said.code == 1 and "657.15 GiB" in said.out
     assert all(r["s_max"] == 0 for r in run("max-seq", "--model", "llama3.1-70b", "--gpu", "h100", "--json").json["results"])
 
 

@@ -54,7 +54,7 @@ def test_the_planner_uses_it_and_says_so(mst, folder):
     solve._calibrated.cache_clear()  # as in another process
     after = solve.plan_at(MODEL, recipe, CARD, 7777)
     assert after.calibration == mst
-    traced = step_of(recipe, 7777).with_workspace(CARD.gpu.cublas_workspace_bytes).peak
+    traced = step_of(recipe, 7777).with_workspace(CARD.gpu.workspaces_bytes).peak
     assert after.instant == traced.instant
     assert abs(after.peak_bytes / traced.bytes - 1) <= 1e-3
     for instant in after.instants():  # one ledger: entries still add up to what is told
@@ -75,7 +75,7 @@ def test_batches_are_of_the_family(mst, folder):
     calibration.write(MODEL, [mst], folder)
     recipe = strategy("mst", mlp_chunks=3, loss_chunks=7, batch=5)
     found = solve.plan_at(MODEL, recipe, CARD, 3001)
-    traced = step_of(recipe, 3001).with_workspace(CARD.gpu.cublas_workspace_bytes).peak
+    traced = step_of(recipe, 3001).with_workspace(CARD.gpu.workspaces_bytes).peak
     assert found.calibration is not None and abs(found.peak_bytes / traced.bytes - 1) <= 1e-3
 
 

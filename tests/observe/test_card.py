@@ -62,4 +62,4 @@ def test_a_snapshot_of_it_has_names():
     trace = step_of(CHECKPOINT, 4096).with_workspace(32 * MIB)
     document = snapshot(all_events(trace), lambda key: name_of(trace, key), expandable=True)
     lines = {frame["name"] for entry in document["device_traces"][0] for frame in entry.get("frames", [])}
-    assert {"cuBLAS workspace", "optimizer", "exp_avg", "model.layers.5.mlp.gate_proj", "model.embed_tokens.weight"} <= lines
+    assert {"cuBLAS workspace 1 of 2", "cuBLAS workspace 2 of 2", "optimizer", "exp_avg", "model.layers.5.mlp.gate_proj", "model.embed_tokens.weight"} <= lines

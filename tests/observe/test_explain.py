@@ -19,7 +19,7 @@ CARD = card(memory=8 * GIB)
 def sides(seq_len: int = 8192):
     recipe = strategy("checkpoint")
     plan = solve.plan_at(read_config(TINY, "tiny"), recipe, CARD, seq_len)
-    trace = step_of(recipe, seq_len).with_workspace(CARD.gpu.cublas_workspace_bytes)
+    trace = step_of(recipe, seq_len).with_workspace(CARD.gpu.workspaces_bytes)
     entries = next(i.entries for i in plan.instants() if i.name == trace.peak.instant)
     return entries, trace.alive(trace.peak.event)
 

@@ -13,6 +13,7 @@ from mstplan.observe.step import TrainingStep, build, read_settings
 from mstplan.observe.tracer import trace
 from mstplan.plan.recipe import STRATEGIES
 from mstplan.plan.steps import INSTANTS
+from mstplan.units import GIB, MIB
 
 from .measured import case
 from .tiny import TINY
@@ -45,7 +46,9 @@ def test_instants_belong_to_phases():
     ("error", "outcome"),
     [(ModelError("no"), REFUSED), (torch.OutOfMemoryError("CUDA out of memory"), OUT_OF_MEMORY), (MemoryError(), OUT_OF_MEMORY),
      (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), OUT_OF_MEMORY), (RuntimeError("other"), FAILED),
-     (KeyError("x"), FAILED)],
+     (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), OUT_OF_MEMORY),
+     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OUT_OF_MEMORY),
+     (RuntimeError("no pinned host memory for 9 bytes more of layer inputs"), FAILED), (KeyError("x"), FAILED)],
     ids=repr,
 )  # fmt: skip
 def test_what_is_raised_is_an_outcome(error, outcome):
@@ -118,6 +121,22 @@ def test_instants_and_phases_from_counters(counters):
     assert instants["loss"] == Peak(100, 200) and counters.resets > 10
     assert phases == {name: Peak(100, 200, 300) for name in ("forward", "backward", "optimizer")}
     assert point._beside_tensors() == 300 - 200
+
+
+@pytest.mark.parametrize(("beside", "held"), [(100 * MIB, 512 * MIB), (700 * MIB, 700 * MIB)])
+def test_a_limit_leaves_room_for_the_context_that_predictions_count(monkeypatch, beside, held):
+    """Kernels that are loaded later take more; what is there already counts if it is more than that."""
+    counters, shares = Counters(), []
+    total = 80 * GIB
+    for name, stand_in in {
+        "set_device": lambda _n: None, "memory_allocated": lambda: counters.now, "mem_get_info": lambda: (total - beside, total),
+        "memory_reserved": lambda: 0, "get_device_name": lambda: "NVIDIA H100 80GB HBM3", "set_per_process_memory_fraction": shares.append,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(point, "_multiply_and_attend", lambda: counters.allocate(64 * MIB))
+    assert point._prepare_cuda(case(device="cuda", limit=40 * GIB)) == 64 * MIB
+    assert shares == [(40 * GIB - held) / total]
+    assert point._prepare_cuda(case(device="cuda")) == 64 * MIB and len(shares) == 1
 
 
 def test_environment_of_a_cpu():

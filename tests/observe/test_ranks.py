@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from mstplan.observe import measurement
-from mstplan.observe.measurement import OK, REFUSED
+from mstplan.observe.measurement import OK, OUT_OF_MEMORY, REFUSED
 from mstplan.observe.tracer import trace
 from mstplan.plan.recipe import strategy
 
-from ..processes import environment
+from ..processes import ROOT, environment
 from .tiny import TINY, write_tiny
 
 
@@ -39,6 +39,15 @@ def test_two_ranks_make_one_record(tmp_path):
     assert 0 <= found.peak.allocated - told.peak.bytes <= 2 * largest
     assert found.ranks[0].static == found.ranks[1].static == sum(alive.bytes for alive in told.resident)
     assert found.tokens_per_second == pytest.approx(2 * 96 / found.seconds)
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_out_of_memory_does_not_leave_the_others_waiting(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.observe.one_rank_fails", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = measurement.read(tmp_path / "results.jsonl").measurements
+    assert (found.outcome, found.error) == (OUT_OF_MEMORY, "rank 1: too much")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ CARD = card(memory=3 * GIB)
 
 
 def trace_at(recipe: Recipe, seq_len: int, on) -> object:
-    return step_of(recipe, seq_len).with_workspace(on.gpu.cublas_workspace_bytes)
+    return step_of(recipe, seq_len).with_workspace(on.gpu.workspaces_bytes)
 
 
 @pytest.mark.parametrize("name", ["standard", "mst"])

@@ -167,7 +167,7 @@ def test_what_is_held_while_a_layer_runs():
 
 def check_formula(name: str, recipe: Recipe, tokens: int) -> None:
     """Every instant within 1%, the peak within 0.2%."""
-    found = trace(load_config(name), recipe, tokens, workspace=GPU.cublas_workspace_bytes)
+    found = trace(load_config(name), recipe, tokens, workspace=GPU.workspaces_bytes)
     chunks = fixed_chunks(recipe)
     step = _step(load_model(name), recipe, GPU, chunks, tokens)
     formula = {instant.name: instant.bytes for instant in step.instants(sizes(recipe, tokens, chunks))}

@@ -91,7 +91,7 @@ def test_summaries():
     assert everything.worst_instant == pytest.approx(1.0, abs=1e-5)
     one = rows[0]._replace(instants=(("loss", 90, 100), ("optimizer step", 100, 100)))
     assert one.worst_instant == ("loss", pytest.approx(-0.1)) and validate.summaries([one])[0].worst_instant == pytest.approx(-0.1)
-    assert {s.group: s.n for s in validate.summaries(rows, validate.by_length)} == {"512 tokens on": 2, "1,024 tokens on": 1}
+    assert {s.group: s.n for s in validate.summaries(rows, validate.by_length)} == {"512 to 1,023": 2, "1,024 to 2,047": 1}
     assert {s.group for s in validate.summaries(rows, validate.by_strategy)} == {"checkpoint"}
     assert validate.summaries([]) == []
 

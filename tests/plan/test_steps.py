@@ -46,7 +46,7 @@ def chunks_of(recipe, count):
 
 def formula(model, recipe, chunks, seq_len):
     """The step without any calibration."""
-    return step(model, layout_of(model, recipe, chunks, seq_len), A100.gpu.cublas_workspace_bytes)
+    return step(model, layout_of(model, recipe, chunks, seq_len), A100.gpu.workspaces_bytes)
 
 
 def slow_peaks(built, where):
@@ -135,7 +135,7 @@ def test_measured_peak_of_llama3_8b():
     """Published notebook of an MsT run: max_memory_allocated 74.807488 GiB, at the optimizer's step."""
     instant, peak = peak_at(load_model("llama3-8b"), strategy("mst"), A100, 8192, Chunks(4, 16))
     assert instant == OPTIMIZER
-    assert peak / GIB == pytest.approx(74.807488, rel=1e-3)
+    assert peak / GIB == pytest.approx(74.807488, rel=1e-4)
 
 
 IN_BACKWARD = {"optimizer_in_backward": True}

@@ -25,7 +25,7 @@ CARD = card(memory=8 * GIB)
 @pytest.fixture(scope="module")
 def shown():
     model = read_config(TINY, "tiny")
-    trace = step_of(RECIPE, 4096).with_workspace(CARD.gpu.cublas_workspace_bytes)
+    trace = step_of(RECIPE, 4096).with_workspace(CARD.gpu.workspaces_bytes)
     return view(model, CARD, "checkpoint", trace, solve.plan_at(model, RECIPE, CARD, 4096), {"torch": "1", "transformers": "2"})
 
 

@@ -1,0 +1,43 @@
+"""The commands that list what is known: models and cards."""
+
+from __future__ import annotations
+
+from .commands import Asked, command, option
+from .options import (
+    JSON,
+)
+from .output import new_console, print_json
+
+
+@command("models", {"names": option(str | None, "--filter", "Only names that contain this.", metavar="TEXT")}, JSON,
+         help="The models that ship with mstplan.", epilog="mstplan models --filter qwen3")  # fmt: skip
+def models(asked: Asked) -> None:
+    from ..errors import ModelError, quoted
+    from ..plan.catalog import load_model, model_names
+
+    rows = [load_model(name) for name in model_names() if asked.names is None or asked.names.lower() in name]
+    if not rows:
+        raise ModelError(f"no model's name contains {quoted(asked.names)}")
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.document("models", models=[payload.model(m) for m in rows]))
+    else:
+        from ..show import tables
+
+        tables.models(new_console(), rows)
+
+
+@command("gpus", {"sources": option(bool, "--sources", "Also where each figure is from.", False)}, JSON,
+         help="The cards that mstplan knows.", epilog="mstplan gpus --json")  # fmt: skip
+def gpus(asked: Asked) -> None:
+    from ..plan.hardware import gpus as known
+
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.document("gpus", gpus=[payload.gpu(g) for g in known()]))
+    else:
+        from ..show import tables
+
+        tables.gpus(new_console(), known(), asked.sources)

@@ -1,0 +1,67 @@
+"""What commands say: tables on a console, JSON, complaints; and streams that take no more."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def new_console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, soft_wrap=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(document, indent=1))
+
+
+def complain(message: str) -> None:
+    with suppress(OSError):  # nobody is there to read it
+        print(f"mstplan: {message}", file=sys.stderr, flush=True)
+
+
+class Unwritten(Exception):
+    """Standard output takes no more. Not an OSError: click and rich have their own ideas about those."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.gone = isinstance(error, BrokenPipeError)
+        self.reason = error.strerror or str(error)
+
+
+class _Output(io.TextIOWrapper):
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as e:
+            raise Unwritten(e) from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as e:
+            raise Unwritten(e) from None
+
+
+def open_streams() -> None:
+    """Standard output whose errors reach `process`; a stream that the caller closed swallows what it gets."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        now = sys.stdout
+        about = {"encoding": now.encoding, "errors": "backslashreplace" if now.errors == "strict" else now.errors}
+        lines, through = now.line_buffering, now.write_through
+        sys.stdout = _Output(now.detach(), **about, line_buffering=lines, write_through=through)  # type: ignore[arg-type]
