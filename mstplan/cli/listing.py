@@ -17,7 +17,7 @@ def models(asked: Asked) -> None:
 
     rows = [load_model(name) for name in model_names() if asked.names is None or asked.names.lower() in name]
     if not rows:
-        raise ModelError(f"no model's name contains {quoted(asked.names)}")
+        raise ModelError(f"no model's name contains {quoted(asked.names)}.\nmstplan models lists them all.")
     if asked.json:
         from ..show import payload
 

@@ -148,7 +148,8 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as e:
-            raise RecipeError(f"{source}: {first_problem(e)}") from None
+            said = first_problem(e)
+            raise RecipeError(f"{source}: {said}" + ("" if "\n" in said else f"\n{_WRITES_ONE}")) from None
         except UnicodeError:
             raise RecipeError(f"{source}: holds what is no Unicode text.\n{_WRITES_ONE}") from None
 

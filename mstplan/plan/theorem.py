@@ -70,12 +70,16 @@ class Coefficients:
         for name, value in given.items():
             least = 1 if name in ("layers", "chunks") else 0
             if value < least:
-                raise RecipeError(f"{name.replace('_', '-')} must be at least {least}, not {value}.")
+                raise RecipeError(f"{_FLAGS.get(name, name.replace('_', '-'))} must be at least {least}, not {value}.")
         if given.get("i_mem", self.i_mem) == 0 and given.get("a_mem", self.a_mem) == 0:
             raise RecipeError("i-mem and a-mem cannot both be 0: then no length would need more memory than another.")
         sources = {"w_mem": "w_from", "i_mem": "i_from", "a_mem": "a_from"}
         given.update({source: () for name, source in sources.items() if name in given})
         return replace(self, **given)
+
+
+_FLAGS = {"chunks": "m"}
+"""What the paper and the command line call a coefficient, where that differs."""
 
 
 class Row(NamedTuple):

@@ -160,7 +160,8 @@ def notes(v: View) -> list[str]:
     from ..plan import advice
 
     lines = [
-        *advice.card_notes(v.card), *advice.kernel_notes(v.model, v.trace.recipe, v.card), _allocator_note(v.expandable, "with expandable_segments:True"), _allocator_note(v.usual, "without it"),
+        *advice.card_notes(v.card), *advice.kernel_notes(v.model, v.trace.recipe, v.card),
+        _allocator_note(v.expandable, "with expandable_segments:True"), _allocator_note(v.usual, "without it"),
     ]  # fmt: skip
     if v.trace.host_peak:
         lines.append(f"host memory: {format_gib(v.trace.host_peak)} at most.")

@@ -162,7 +162,41 @@ def test_reserve_host_memory_and_positions_are_noted(run: Run) -> None:
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------
 
+def test_some_strategies_only(run: Run) -> None:
+    answer = run("max-seq", *CASE, "-s", "mst, checkpoint", "--json").json
+    every = {r["strategy"]: r["s_max"] for r in run("max-seq", *CASE, "--json").json["results"]}
+    assert {r["strategy"]: r["s_max"] for r in answer["results"]} == {name: every[name] for name in ("mst", "checkpoint")}
+    assert {c["strategy"] for c in run("plot", *CASE, "-s", "mst", "-o", "m.csv", "--json").json["curves"]} == {"mst"}
+
+
+def test_a_recipe_is_called_a_strategy_only_while_it_is_one(run: Run) -> None:
+    def named(*options: str) -> str:
+        return run("plan", *CASE, "--seq-len", "4k", *options, "--json").json["strategy"]
+
+    assert named("-s", "mst", "--chunks", "8,32", "--batch", "2") == "mst" and named() == "mst"
+    assert named("-s", "standard", "--chunks", "8") == named("-s", "standard", "--checkpoint", "layer") == named("-s", "mst", "--loss", "transformers") == "custom"
+    assert "with this recipe" in " ".join(run("plan", *CASE, "--seq-len", "4k", "-s", "standard", "--checkpoint", "2").out.split())
+
+
+def test_the_papers_formulas_know_one_card(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "sharded.json").write_text('{"sharding": "fsdp", "gpus": 8}')
+    said = run("theorem", *CASE, "--recipe", "sharded.json")
+    assert said.code == 2 and "one card" in said.err and "max-seq" in said.err
+    assert run("theorem", *CASE, "--gpus", "8").code == 2
+
+
+def test_a_defect_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    program = "from mstplan import cli\ncli.main = lambda: 1 / 0\ncli.process()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 70 and "ZeroDivisionError" in done.stderr
+
+
 BAD = [
+    (("max-seq", *CASE, "-s", "fast"), "unknown strategy 'fast'"),
+    (("max-seq", *CASE, "-s", ""), "unknown strategy ''"),
+    (("max-seq", *CASE, "-s", "mst", "--checkpoint", "2"), "Leave --strategy or those out"),
+    (("max-seq", *CASE, "--no-cache"), "--no-cache: nothing to do with the formula"),
+    (("plan", *CASE, "--seq-len"), "Try 'mstplan plan --help'"),
     (("max-seq", "--model", "llama3.1-8b"), "no card given"),
     (("max-seq", "--model", "llama31-8b", "--gpu", "h100"), "Did you mean llama3.1-8b"),
     (("max-seq", "--model", "llama3.1-8b", "--gpu", "h10"), "Did you mean h100"),

@@ -77,6 +77,18 @@ def test_host_memory_is_named() -> None:
     assert any("host memory is short" in note and f"{answer.s_max:,}" in note for note in advice.answer_notes(answer))
 
 
+@pytest.mark.parametrize(
+    ("on", "changes", "said"),
+    [("h100", {}, True), ("b200", {}, True), ("a100", {}, False), ("rtx-5090", {}, False), ("h100", {"attention": "flash"}, False),
+     ("h100", {"precision": "fp32"}, False), ("h100", {"precision": "mixed"}, True)],
+)  # fmt: skip
+def test_another_attention_kernel_than_the_one_counted_is_said(on: str, changes: dict[str, object], said: bool) -> None:
+    notes = advice.kernel_notes(load_model("llama3.1-8b"), strategy("mst", **changes), card(on))
+    assert [("cuDNN" in note and "--attention flash" in note) for note in notes] == [True] * said
+    assert advice.kernel_notes(load_model("gpt-oss-20b"), strategy("mst"), card("h100")) == []  # which has no sdpa
+    assert advice.kernel_notes(load_model("llama3.1-8b"), strategy("mst"), card(memory=80 * 2**30)) == []  # a card nobody named
+
+
 def test_notes_are_said_when_they_hold_and_only_then() -> None:
     long = max_seq(load_model("llama2-7b"), strategy("mst"), card("h100"), "mst")
     assert any("4,096 positions" in note and "RoPE" in note for note in advice.answer_notes(long))
