@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,8 @@ from .options import (
 from .output import complain, new_console, print_json
 
 if TYPE_CHECKING:
-    from ..observe.measurement import Case
-    from ..show.measuring import Sweep
+    from ..observe.measurement import Case, Measurement
+    from ..observe.sweep import Sweep
 
 
 _LENGTHS = {
@@ -52,6 +52,7 @@ def measure(asked: Asked) -> None:
     from ..errors import RecipeError, quoted
     from ..observe import cache, sweep
     from ..show import measuring
+    from ..show.progress import progress
 
     if asked.device not in ("cuda", "cpu"):
         raise RecipeError(f"unknown device {quoted(asked.device)}.\nKnown: cuda, cpu.")
@@ -60,14 +61,13 @@ def measure(asked: Asked) -> None:
         _measure_on_all_ranks(asked)
         return
     known = sweep.environment(asked.device)
-    console = None if asked.json else new_console()
-    cases = _cases(asked, known)
+    cases, (begins, tell) = _cases(asked, known), _telling(asked, known)
     with _kept(asked.out):
-        found = measuring.run(cases, known, asked.out, asked.timeout, console, asked.again, headed=True)
-    if console is not None:
-        measuring.report(console, found, asked.out)
-    else:
+        found = sweep.measure_all(cases, known, asked.out, asked.timeout, asked.again, begins, tell, progress)
+    if asked.json:
         _print_measured(asked, known, found)
+    else:
+        measuring.report(new_console(), found, asked.out)
     if not found.complete:
         raise typer.Exit(1)
 
@@ -136,14 +136,11 @@ def _measure_on_all_ranks(asked: Asked) -> None:
         found = group.measure(cases[0], known, asked.out)
     if found is None:  # another rank says it
         return
-    from ..show import measuring
-
-    alone = measuring.Sweep([found], 0, [])
+    alone, (begins, tell) = sweep.Sweep([found], 0, []), _telling(asked, known)
+    begins()
+    tell(found)
     if asked.json:
         _print_measured(asked, known, alone)
-    else:
-        measuring.heading(new_console(), known)
-        new_console().print(measuring.line(found), soft_wrap=True)
     if not alone.complete:
         raise typer.Exit(1)
 
@@ -267,23 +264,44 @@ def _validate_published(asked: Asked) -> None:
 def _validate_now(asked: Asked) -> None:
     """Predictions that are measured at once."""
     from ..errors import RecipeError
-    from ..observe import cache, sweep
+    from ..observe import cache, limits, sweep
     from ..show import checking
+    from ..show.progress import progress
 
     if asked.model is None or (asked.throughput and asked.seq_len is None):
         raise RecipeError("nothing to measure.\nGive --model" + (" and --seq-len." if asked.throughput else "; --gpu-mem limits what is used of the card."))
     cache.versions()  # no torch: said before anything else
     known = sweep.environment(asked.device)
     limit = memory(asked.gpu_mem)
-    settings = (asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out, asked.again)
-    bench = checking.Bench(asked.model, known, sweep.card_of(known, limit), *settings)
-    recipes = recipes_of(asked, "mst")
-    console = None if asked.json else new_console()
+    settings = (asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out, asked.again, progress)
+    bench = limits.Bench(asked.model, known, sweep.card_of(known, limit), *settings)
+    recipes, (begins, tell) = recipes_of(asked, "mst"), _telling(asked, known)
     with _kept(asked.out):
-        found = checking.smax(bench, recipes, console) if asked.smax else checking.throughput(bench, recipes, length(asked.seq_len), console)
+        if asked.smax:
+            limited = limits.smax(bench, recipes, begins, tell)
+            data, holds = checking.smax_data(bench, limited), all(limit.holds for limit, _ in limited)
+        else:
+            begins()
+            found = limits.throughputs(bench, recipes, length(asked.seq_len), tell)
+            data, holds = checking.throughput_data(length(asked.seq_len), found), all(map(limits.holds, found.values()))
     if asked.json:
         from ..show import payload
 
-        print_json(payload.document("validate", "measurement", environment=known, file=str(asked.out), **found.data))
-    if not found.holds:
+        print_json(payload.document("validate", "measurement", environment=known, file=str(asked.out), **data))
+    elif asked.smax:
+        checking.smax(new_console(), bench, limited)
+    else:
+        for strategy, rows in found.items():
+            checking.throughput(new_console(), strategy, rows)
+    if not holds:
         raise typer.Exit(1)
+
+
+def _telling(asked: Asked, known: dict[str, Any]) -> tuple[Callable[[], None], Callable[[Measurement], None]]:
+    """What to say when measuring begins, and of each point as it comes: nothing under --json."""
+    from ..show import checking, measuring
+
+    if asked.json:
+        return lambda: None, lambda _m: None
+    console, name = new_console(), checking.chunks if getattr(asked, "throughput", False) else measuring.subject
+    return lambda: measuring.heading(console, known), lambda m: console.print(measuring.line(m, name), soft_wrap=True)

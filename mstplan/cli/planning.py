@@ -141,17 +141,19 @@ def _coefficient(flag: str, what: str, metavar: str) -> Any:
     epilog="mstplan theorem -m llama3.1-8b --gpu a100-80gb --seq-len 64k --m 32",
 )  # fmt: skip
 def theorem(asked: Asked) -> None:
-    from ..show import report
+    from ..plan import theorem as formulas
 
     model, card = model_of(asked), card_of(asked)
     seq_len = length(asked.seq_len) if asked.seq_len is not None else None
     overrides = _overrides(asked)
-    view = report.theorem_view(model, card, _theorem_recipe(asked), overrides, seq_len)
+    view = formulas.view(model, card, _theorem_recipe(asked), overrides, seq_len)
     if asked.json:
         from ..show import payload
 
         print_json(payload.theorem_document(model, card, view))
     else:
+        from ..show import report
+
         report.theorem(new_console(), model, card, view)
 
 

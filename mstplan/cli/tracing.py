@@ -144,14 +144,17 @@ def calibrate(asked: Asked) -> None:
     for name in names:
         strategy(name)  # refuses unknown ones
     folder = asked.out if asked.out is not None else calibration.folders()[0]
+    from ..observe.calibrate import calibrate_all
+    from ..observe.fit import fit_all
     from ..show import calibrating
+    from ..show.progress import progress
 
     said: list[str] = []
     if asked.source == "trace":
-        rows = calibrating.run(_models_named(asked.models), names, folder, keep=not asked.no_cache)
+        rows = calibrate_all(_models_named(asked.models), names, folder, keep=not asked.no_cache, showing=progress)
     else:
         results = results_files(asked.results if asked.results is not None else "measurements.jsonl")
-        rows, said = calibrating.from_measurements(_models_named(asked.models), names, folder, results, asked.out is not None)
+        rows, said = fit_all(_models_named(asked.models), names, folder, results, asked.out is not None)
     if asked.json:
         from ..show import payload
 

@@ -9,6 +9,7 @@ solved from but compared: the residual holds for it as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +18,14 @@ from .. import __version__
 from ..errors import ModelError
 from ..plan import calibration
 from ..plan.calibration import Calibration
+from ..plan.catalog import load_config, load_model
 from ..plan.model import Model
 from ..plan.recipe import STRATEGIES, Recipe
 from ..plan.solve import sizes, window_of
 from ..plan.steps import Chunks, evaluate
 from ..plan.tape import BASIS, Moment, Vector, undominated
-from .cache import versions
+from .cache import trace_of, versions
+from .showing import Showing, unseen
 from .trace import Trace
 
 TraceAt = Callable[[Recipe, int], Trace]
@@ -84,6 +87,49 @@ def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
     return Calibration(
         calibration.family_of(recipe), family.several_mlp, family.several_loss, family.masked, False, found, residual, provenance,
     )  # fmt: skip
+
+
+class Written(NamedTuple):
+    """A calibration of one family, in its file."""
+
+    model: str
+    strategy: str
+    mlp_in_chunks: bool
+    loss_in_chunks: bool
+    masked: bool  # sliding windows with explicit masks
+    vectors: int
+    residual: float
+    file: str
+
+
+def written(model: Model, strategy: str, c: Calibration, file: Path) -> Written:
+    return Written(model.name, strategy, c.several_mlp, c.several_loss, c.masked, sum(map(len, c.moments.values())), c.residual, str(file))
+
+
+def calibrate_all(models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bool, showing: Showing = unseen) -> list[Written]:
+    """Calibrate each model (a name, path or id) and write its file as soon as it is done. keep: use and fill the cache of traces.
+    Raises what the trace refuses, ModelError and OutputError."""
+    versions()  # no torch: said at once
+    work = [(spec, load_model(spec)) for spec in models]
+    rows: list[Written] = []
+    solved: dict[tuple[str, Family], Calibration] = {}
+    with showing("calibrating", sum(len(families(model, strategies)) for _, model in work)) as advance:
+        for spec, model in work:
+            config, found = load_config(spec), []
+
+            def trace_at(recipe: Recipe, seq_len: int) -> Trace:
+                return trace_of(config, recipe, seq_len, keep=keep)  # noqa: B023  used within this turn only
+
+            for family in families(model, strategies):
+                advance(f"{model.name}, {family.strategy}", 0)
+                same = (calibration.fingerprint(model), family)  # models of other names and the same sizes
+                if same not in solved:
+                    solved[same] = calibrate(model, family, trace_at)
+                found.append((family, solved[same]))
+                advance("", 1)
+            path = calibration.write(model, [c for _, c in found], folder)
+            rows += [written(model, family.strategy, c, path) for family, c in found]
+    return rows
 
 
 def _fitting(point: Point, family: Family, window: int | None) -> Point:

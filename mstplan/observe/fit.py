@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -19,14 +20,17 @@ import numpy as np
 
 from .. import __version__
 from ..errors import MeasurementError
+from ..plan import calibration
 from ..plan.calibration import Calibration, family_of, fingerprint
-from ..plan.hardware import HANDLES
+from ..plan.catalog import load_model
+from ..plan.hardware import HANDLES, write_measured
 from ..plan.model import Model
 from ..plan.solve import layout_of, sizes
 from ..plan.steps import Layout, step
 from ..plan.tape import BASIS, Vector, add
-from .calibrate import WORST
-from .measurement import OK, Measurement
+from ..units import MIB
+from .calibrate import WORST, Written, written
+from .measurement import OK, Measurement, read_all
 from .validate import FORMULA, chunks_of, instants_at, point_of, step_of
 
 Factors = np.ndarray
@@ -55,6 +59,44 @@ def fit(model: Model, measurements: Iterable[Measurement]) -> Fitted:
     if not found.calibrations:
         why = "; ".join([*dict.fromkeys(found.left_out)][:3]) or f"no measurement of {model.name} that a calibration could be solved from"
         raise MeasurementError(f"{why}.\nMeasure more lengths and chunks: mstplan measure -m {model.name} --seq-len 2k,4k,6k,8k,12k")
+    return found
+
+
+def fit_all(
+    models: Sequence[str], strategies: Sequence[str], folder: Path, results: Sequence[Path], elsewhere: bool
+) -> tuple[list[Written], list[str]]:  # fmt: skip
+    """Fit each model's families to measurements and write them; of CUDA measurements also the cards' constants. elsewhere: is `folder`
+    one that the planner does not read? Gives what was written, and what else is to be said. Raises MeasurementError."""
+    named = [load_model(spec) for spec in models]
+    read = read_all(results)
+    chosen = _usable([m for m in read.measurements if m.case.strategy in (*strategies, "custom")], elsewhere)
+    rows, said = [], list(read.skipped)
+    for model in named:
+        try:
+            found = fit(model, chosen)
+        except MeasurementError as e:
+            if len(named) == 1:
+                raise
+            said.append(str(e).splitlines()[0])
+            continue
+        path = calibration.write(model, found.calibrations, folder)
+        said += found.left_out
+        rows += [written(model, c.provenance["strategy"], c, path) for c in found.calibrations]
+    if not rows:
+        raise MeasurementError("none of these models has measurements enough.\nmstplan calibrate with one --model says what it lacks.")
+    if constants := devices(chosen):
+        path = write_measured(constants)
+        said += [f"{card}: {about['context_bytes'] / MIB:,.0f} MiB of CUDA context, measured; wrote {path}" for card, about in constants.items()]
+    return rows, said
+
+
+def _usable(measurements: list[Measurement], elsewhere: bool) -> list[Measurement]:
+    """Those that the planner may be given: it plans for cards."""
+    if elsewhere:
+        return measurements
+    found = [m for m in measurements if m.case.device != "cpu"]
+    if measurements and not found:
+        raise MeasurementError("these were measured on a CPU, and the planner plans for cards.\n--out FOLDER writes calibrations that it does not use.")
     return found
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..errors import MeasurementError
 from ..plan import solve
+from ..plan.config import read_config
 from ..plan.hardware import Card
 from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.solve import chunk_tokens
 from ..plan.steps import Chunks
-from ..units import LONGEST
-from .measurement import OK, OUT_OF_MEMORY, Measurement
+from ..units import LONGEST, format_gib
+from . import cache, search
+from .measurement import OK, OUT_OF_MEMORY, Case, Measurement
+from .showing import Showing, unseen
+from .sweep import measure_all, subject
 from .trace import Trace
 
 BELOW, ABOVE = 0.98, 1.03
@@ -23,6 +30,93 @@ PRECISION = 0.005
 MOST_POINTS = 16
 
 Measure = Callable[[int], Measurement]
+Tell = Callable[[Measurement], object]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and what to measure. Every point is appended to the results file `out`, and one that is there already is not made once
+    more but with `again`. limit: bytes of the card that may be used; timeout: seconds for a point."""
+
+    spec: str
+    known: Mapping[str, Any]
+    card: Card
+    device: str
+    limit: int | None
+    layers: int | None
+    steps: int
+    timeout: float | None
+    out: Path
+    again: bool = False
+    showing: Showing = unseen
+
+    @cached_property
+    def subject(self) -> tuple[str, dict[str, Any]]:
+        return subject(self.spec, self.layers)
+
+    @cached_property
+    def model(self) -> Model:
+        name, config = self.subject
+        return read_config(config, name)
+
+    def measure(self, strategy: str, recipe: Recipe, seq_len: int, chunks: Chunks, tell: Tell) -> Measurement:
+        name, config = self.subject
+        fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
+        case = Case(name, strategy, config, fixed, seq_len, self.layers, self.device, self.limit, self.steps)
+        return measure_all([case], self.known, self.out, self.timeout, self.again, tell=tell, showing=self.showing).measurements[0]
+
+    def trace_at(self, recipe: Recipe, seq_len: int, card: Card) -> Trace:
+        workspace = card.gpu.workspaces_bytes if self.device == "cuda" else 0
+        return cache.trace_of(self.subject[1], recipe, seq_len, on=self.device, workspace=workspace, threads=self.known.get("threads"))
+
+    def predicted(self, strategy: str, recipe: Recipe) -> Prediction:
+        """Raises MeasurementError when not even one token fits."""
+        found = self._searched(strategy, recipe)
+        if not found.s_max:
+            raise MeasurementError(
+                f"{self.model.name}, {strategy}: not even one token is predicted to fit in {format_gib(self.card.total_bytes)}.\n"
+                "Give more memory (--gpu-mem), or measure a slice of it (--layers)."
+            )
+        return found
+
+    def _searched(self, strategy: str, recipe: Recipe) -> Prediction:
+        if self.device == "cuda":
+            found = search.longest(self.model, recipe, self.card, self.trace_at, strategy)
+            return Prediction(found.answer.s_max, found.formula, found.answer.plan.chunks)
+        answer = solve.max_seq(self.model, recipe, self.card, strategy)
+        chunks = answer.plan.chunks
+
+        def trace_at(seq_len: int) -> Trace:
+            few = solve.within(chunks, seq_len)
+            return self.trace_at(recipe.changed(mlp_chunks=few.mlp, loss_chunks=few.loss), seq_len, self.card)
+
+        return Prediction(longest_on_cpu(self.card.total_bytes, trace_at, max(2, answer.s_max)), answer.s_max, chunks)
+
+
+class Prediction(NamedTuple):
+    """S_max by trace and by formula, in tokens, and the chunks to run it with."""
+
+    s_max: int
+    formula: int
+    chunks: Chunks
+
+
+# ---- S_max --------------------------------------------------------------------------------------------------------------
+
+
+def smax(bench: Bench, recipes: Mapping[str, Recipe], begins: Callable[[], object], tell: Tell) -> list[tuple[Limit, Prediction]]:
+    """Each strategy's S_max by trace, tried from below and above, and the true one. Raises MeasurementError, before anything is
+    measured (which `begins` tells), where not even one token is predicted to fit."""
+    predictions = {strategy: bench.predicted(strategy, recipe) for strategy, recipe in recipes.items()}
+    begins()
+    found = []
+    for strategy, told in predictions.items():
+
+        def measure(seq_len: int) -> Measurement:
+            return bench.measure(strategy, recipes[strategy], seq_len, solve.within(told.chunks, seq_len), tell)  # noqa: B023  used within this turn only
+
+        found.append((check(strategy, "trace", told.s_max, measure), told))
+    return found
 
 
 class Limit(NamedTuple):
@@ -116,6 +210,14 @@ def chunk_counts(recommended: Chunks) -> list[Chunks]:
     """One chunk; half, all and twice the recommended number."""
     some = [Chunks(max(1, recommended.mlp * n // 2), max(1, recommended.loss * n // 2)) for n in (1, 2, 4)]
     return list(dict.fromkeys([Chunks(1, 1), *some]))
+
+
+def throughputs(bench: Bench, recipes: Mapping[str, Recipe], seq_len: int, tell: Tell) -> dict[str, list[Throughput]]:
+    """Of each strategy, tokens per second over numbers of chunks around the recommended one."""
+    return {
+        strategy: throughput(bench.model, recipe, bench.card, seq_len, lambda chunks: bench.measure(strategy, recipe, seq_len, chunks, tell))  # noqa: B023
+        for strategy, recipe in recipes.items()
+    }
 
 
 def throughput(model: Model, recipe: Recipe, card: Card, seq_len: int, measure: Callable[[Chunks], Measurement]) -> list[Throughput]:

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..errors import MeasurementError, RecipeError, one_line
 from ..plan import solve
@@ -23,8 +24,9 @@ from ..plan.hardware import Card, card_that_torch_names
 from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..units import format_gib
-from .measurement import FAILED, OK, OUT_OF_MEMORY, Case, Figures, Measurement, sliced
+from .measurement import FAILED, OK, OUT_OF_MEMORY, Case, Figures, Measurement, appending, key_of, read, sliced
 from .runnable import check_runnable
+from .showing import Showing, unseen
 
 PROCESS = (sys.executable, "-m", "mstplan.observe.point")
 FINAL = (OK, OUT_OF_MEMORY)
@@ -109,6 +111,43 @@ def variables(device: str) -> dict[str, str]:
     if device == "cuda" and "PYTORCH_ALLOC_CONF" not in found:
         found.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return found
+
+
+class Sweep(NamedTuple):
+    """What became of the points asked for. skipped: how many had been measured before; damaged: lines of the file left out."""
+
+    measurements: list[Measurement]
+    skipped: int
+    damaged: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Does every point have its answer? That it runs out of memory is one; a failure or a refusal is none."""
+        return all(m.outcome in FINAL for m in self.measurements)
+
+
+def measure_all(
+    cases: Sequence[Case], known: Mapping[str, Any], out: Path, timeout: float | None = None, again: bool = False,
+    begins: Callable[[], object] = lambda: None, tell: Callable[[Measurement], object] = lambda _m: None, showing: Showing = unseen,
+) -> Sweep:  # fmt: skip
+    """Measure each point that the results file `out` has no answer for, or with `again` all, and append what comes of it. `begins` is
+    called once the file is found in order, `tell` with each result as it comes. Raises MeasurementError and OutputError about the file."""
+    with appending(out) as append, showing("measuring", len(cases)) as advance:
+        begins()
+        earlier = read(out)
+        known_before = {} if again else done(earlier.measurements)
+        found, skipped = [], 0
+        for case in cases:
+            if (before := known_before.get(key_of(case, known))) is not None:
+                skipped += 1
+                found.append(before)
+            else:
+                advance(case.words, 0)
+                found.append(run(case, known, timeout))
+                append(found[-1])
+            advance("", 1)
+            tell(found[-1])
+    return Sweep(found, skipped, earlier.skipped)
 
 
 def done(earlier: Iterable[Measurement]) -> dict[str, Measurement]:

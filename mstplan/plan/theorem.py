@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from ..errors import RecipeError
 from .hardware import Card
 from .model import Model
-from .recipe import Recipe
-from .solve import _layout_step
+from .recipe import STRATEGIES, STRATEGY_FIELDS, Recipe
+from .solve import Answer, _layout_step, max_seq
 from .steps import FIRST_LAYER, LAST_LAYER, LOSS_BACKWARD, Chunks, Entry, Step, bytes_of, shown
 from .tape import BASIS, forward, kept_by
 
@@ -88,6 +88,29 @@ class Row(NamedTuple):
     formula: str
     s_max: int
     memory: int | None
+
+
+class View(NamedTuple):
+    """The formulas beside the step model."""
+
+    coefficients: Coefficients
+    rows: tuple[Row, ...]
+    answers: tuple[Answer, ...]  # the step model's, one beside each formula
+    differences: tuple[str, ...]
+    seq_len: int | None
+
+
+BESIDE = ("standard", "checkpoint-sqrt", "mst", "mst-offload")
+"""The strategy whose step-model answer stands beside each of FORMULAS."""
+
+
+def view(model: Model, card: Card, recipe: Recipe, overrides: dict[str, int | None], seq_len: int | None) -> View:
+    found = []
+    for name in BESIDE:
+        fields = {field: getattr(STRATEGIES[name], field) for field in STRATEGY_FIELDS}
+        found.append(max_seq(model, recipe.changed(**fields), card, name))
+    own = coefficients(model, recipe, card, found[2].plan.chunks).replaced(**overrides)
+    return View(own, rows(own, seq_len), tuple(found), differences(model, recipe), seq_len)
 
 
 def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Coefficients:

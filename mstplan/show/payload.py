@@ -14,11 +14,11 @@ from ..plan.shapes import Shape
 from ..plan.solve import Answer, Plan, chunk_tokens
 from ..plan.steps import Entry, Instant
 from ..plan.theorem import Coefficients, Row
+from ..plan.theorem import View as TheView
 
 if TYPE_CHECKING:
     from ..observe.card import Held
     from ..observe.search import Found
-    from .report import TheoremView
     from .trace import View
 
 SCHEMA_VERSION = 1
@@ -168,7 +168,7 @@ def plan_document(p: Plan, strategy: str, singles: Sequence[Way], run: Way | Non
     )  # fmt: skip
 
 
-def theorem_document(m: Model, c: Card, view: TheoremView) -> dict[str, Any]:
+def theorem_document(m: Model, c: Card, view: TheView) -> dict[str, Any]:
     return document(
         "theorem", model=model(m), card=card(c), coefficients=coefficients(view.coefficients), seq_len=view.seq_len,
         formulas=[row(r) for r in view.rows], differences=list(view.differences),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
@@ -12,13 +12,12 @@ from ..plan import advice, solve
 from ..plan.advice import Way
 from ..plan.hardware import Card
 from ..plan.model import Model
-from ..plan.recipe import STRATEGIES, STRATEGY_FIELDS, Recipe
 from ..plan.solve import Answer, Plan
 from ..units import format_gib, format_tokens
 from . import tables
 
 if TYPE_CHECKING:
-    from ..plan import theorem as formulas
+    from ..plan.theorem import View
 
 
 def max_seq_notes(model: Model, card: Card, found: Sequence[Answer]) -> list[str]:
@@ -81,32 +80,7 @@ def fallback_notes(step: Plan, run: Way | None) -> list[str]:
     return lines
 
 
-class TheoremView(NamedTuple):
-    coefficients: formulas.Coefficients
-    rows: tuple[formulas.Row, ...]
-    answers: tuple[Answer, ...]  # the step model's, one beside each formula
-    differences: tuple[str, ...]
-    seq_len: int | None
-
-
-BESIDE = ("standard", "checkpoint-sqrt", "mst", "mst-offload")
-"""The strategy whose step-model answer stands beside each of the four formulas."""
-
-
-def theorem_view(model: Model, card: Card, recipe: Recipe, overrides: dict[str, int | None], seq_len: int | None) -> TheoremView:
-    from ..plan import theorem as formulas
-
-    found = []
-    for name in BESIDE:
-        fields = {field: getattr(STRATEGIES[name], field) for field in STRATEGY_FIELDS}
-        found.append(solve.max_seq(model, recipe.changed(**fields), card, name))
-    chunks = found[2].plan.chunks
-    coefficients = formulas.coefficients(model, recipe, card, chunks).replaced(**overrides)
-    rows = formulas.rows(coefficients, seq_len)
-    return TheoremView(coefficients, rows, tuple(found), formulas.differences(model, recipe), seq_len)
-
-
-def theorem(console: Console, model: Model, card: Card, view: TheoremView) -> None:
+def theorem(console: Console, model: Model, card: Card, view: View) -> None:
     tables.heading(console, model, card, tables.rung([answer.plan.calibration for answer in view.answers]))
     tables.theorem(console, view.coefficients, view.rows, view.answers, view.seq_len)
     console.print(Text("Why they differ", "bold"))
