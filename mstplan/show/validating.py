@@ -72,19 +72,20 @@ OTHER_KERNELS = (
 
 
 def _rung(s: Summary) -> str:
-    return s.rung if s.held else f"{s.rung}*"
+    name = s.rung if s.held else f"{s.rung}*"
+    return name if s.what == ALLOCATED else f"{name}, {s.what}"
 
 
 def _table(rows: Sequence[Row]) -> Any:
     table = tables.new_table(
-        ("", "left"), ("rung", "left"), ("of", "left"), ("n", "right"), ("mean", "right"), ("median", "right"), ("worst", "right"), ("instant", "right")
+        ("", "left"), ("rung", "left"), ("n", "right"), ("mean", "right"), ("median", "right"), ("worst", "right"), ("instant", "right")
     )  # fmt: skip
     for title, group in GROUPS:
         shown = [s for s in summaries(rows, group) if s.what == ALLOCATED or not title]
         for n, s in enumerate(sorted(shown, key=_order)):
             if n == 0 and title:
                 table.add_section()
-            table.add_row(s.group, _rung(s), s.what, str(s.n), _percent(s.mean), _percent(s.median), _percent(s.worst, "+"), _instant(s))
+            table.add_row(s.group, _rung(s), str(s.n), _percent(s.mean), _percent(s.median), _percent(s.worst, "+"), _instant(s))
     return table
 
 
@@ -146,9 +147,8 @@ def markdown(found: Validation) -> str:
         rows = [row for row in found.rows if row.measurement.environment["card"] == device]
         for s in sorted(summaries(rows), key=_order):
             worst = max((r for r in rows if (r.rung, r.what, r.held) == (s.rung, s.what, s.held)), key=lambda r: abs(r.error))
-            what = _rung(s) if s.what == ALLOCATED else f"{_rung(s)}, {s.what}"
             errors = f"{_percent(s.mean)} | {_percent(s.median)} | {_percent(s.worst, '+')}"
-            lines.append(f"| {device} | {what} | {s.n} | {errors} | {worst.measurement.case.words} | {_instant(s)} |")
+            lines.append(f"| {device} | {_rung(s)} | {s.n} | {errors} | {worst.measurement.case.words} | {_instant(s)} |")
     if not all(row.held for row in found.rows):
         lines += ["", f"\\{OTHER_KERNELS}."]
     return "\n".join(lines) + "\n"
