@@ -49,14 +49,11 @@ _LENGTHS = {
     "torchrun --nproc-per-node 8 -m mstplan measure -m llama3.1-8b --seq-len 64k -s mst --sharding fsdp",
 )  # fmt: skip
 def measure(asked: Asked) -> None:
-    from ..errors import RecipeError, quoted
-    from ..observe import cache, sweep
+    from ..observe import sweep
     from ..show import measuring
     from ..show.progress import progress
 
-    if asked.device not in ("cuda", "cpu"):
-        raise RecipeError(f"unknown device {quoted(asked.device)}.\nKnown: cuda, cpu.")
-    cache.versions()  # no torch: said before anything else
+    _check_device(asked)
     if _under_torchrun():
         _measure_on_all_ranks(asked)
         return
@@ -70,6 +67,15 @@ def measure(asked: Asked) -> None:
         measuring.report(new_console(), found, asked.out)
     if not found.complete:
         raise typer.Exit(1)
+
+
+def _check_device(asked: Asked) -> None:
+    from ..errors import RecipeError, quoted
+    from ..observe import cache
+
+    if asked.device not in ("cuda", "cpu"):
+        raise RecipeError(f"unknown device {quoted(asked.device)}.\nKnown: cuda, cpu.")
+    cache.versions()  # no torch: said before anything else
 
 
 @contextmanager
@@ -264,13 +270,13 @@ def _validate_published(asked: Asked) -> None:
 def _validate_now(asked: Asked) -> None:
     """Predictions that are measured at once."""
     from ..errors import RecipeError
-    from ..observe import cache, limits, sweep
+    from ..observe import limits, sweep
     from ..show import checking
     from ..show.progress import progress
 
     if asked.model is None or (asked.throughput and asked.seq_len is None):
         raise RecipeError("nothing to measure.\nGive --model" + (" and --seq-len." if asked.throughput else "; --gpu-mem limits what is used of the card."))
-    cache.versions()  # no torch: said before anything else
+    _check_device(asked)
     known = sweep.environment(asked.device)
     limit = memory(asked.gpu_mem)
     settings = (asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out, asked.again, progress)

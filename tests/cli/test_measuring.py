@@ -152,6 +152,7 @@ BAD = [
     (("measure", "--suite", "no-case.json", "--device", "cpu"), "no point to measure"),
     (("calibrate", "--from", "measurements", "-m", "nope", "--results", "ok.jsonl"), "nope"),
     (("validate", "--smax"), "Give --model"),
+    (("validate", "--smax", "-m", "tiny.json", "--device", "tpu"), "unknown device 'tpu'"),
     (("validate", "--published", "--batch", "4"), "--batch: nothing to do with this check"),
     (("validate", "--published", "--rung", "trace", "-s", "mst"), "nothing to do with this check"),
     (("validate", "--results", "ok.jsonl", "--device", "cpu", "--again"), "--device, --again: nothing to do with this check"),
