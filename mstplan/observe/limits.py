@@ -90,14 +90,14 @@ class Bench:
             few = solve.within(chunks, seq_len)
             return self.trace_at(recipe.changed(mlp_chunks=few.mlp, loss_chunks=few.loss), seq_len, self.card)
 
-        return Prediction(longest_on_cpu(self.card.total_bytes, trace_at, max(2, answer.s_max)), answer.s_max, chunks)
+        return Prediction(longest_on_cpu(self.card.total_bytes, trace_at, max(2, answer.s_max)), None, chunks)
 
 
 class Prediction(NamedTuple):
-    """S_max by trace and by formula, in tokens, and the chunks to run it with."""
+    """S_max by trace and by formula, in tokens, and the chunks to run it with. The formula has none for a CPU: it counts on a CUDA context."""
 
     s_max: int
-    formula: int
+    formula: int | None
     chunks: Chunks
 
 

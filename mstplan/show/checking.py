@@ -23,8 +23,9 @@ def smax(console: Console, bench: Bench, found: Sequence[tuple[Limit, Prediction
     )  # fmt: skip
     for limit, told in found:
         outcomes = [limit.outcome_at(share) for share in (BELOW, ABOVE)]
+        formula = format_tokens(told.formula) if told.formula is not None else "-"
         table.add_row(
-            limit.strategy, format_tokens(told.formula), format_tokens(limit.predicted), *("ran" if o == "ok" else o for o in outcomes),
+            limit.strategy, formula, format_tokens(limit.predicted), *("ran" if o == "ok" else o for o in outcomes),
             format_tokens(limit.runs), format_tokens(limit.fails) if limit.fails else "-", f"{limit.error:+.1%}", style="" if limit.holds else "bold",
         )  # fmt: skip
     console.print(table)
