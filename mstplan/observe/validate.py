@@ -14,7 +14,7 @@ from ..plan.hardware import Card
 from ..plan.solve import layout_of, sizes
 from ..plan.steps import Chunks, Step, step
 from . import cache
-from .card import held, room, runs
+from .card import held, runs
 from .measurement import OK, OUT_OF_MEMORY, Measurement
 from .sweep import card_of
 from .trace import Trace
@@ -171,12 +171,12 @@ def card(m: Measurement) -> Card:
 
 
 def _said_to_fit(m: Measurement, rung: str) -> bool:
-    on = card(m)
+    on, cuda = card(m), m.case.device == "cuda"
     if rung == TRACE:
-        trace = traced(m)
-        return runs(trace, on) if m.case.device == "cuda" else trace.peak.bytes <= room(on)
+        return runs(traced(m), on) if cuda else traced(m).peak.bytes <= on.total_bytes
     told = step_of(m, rung)
-    return told is not None and told.largest(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))[1] <= on.budget_bytes
+    most = on.budget_bytes if cuda else on.total_bytes  # a CPU has no context
+    return told is not None and told.largest(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))[1] <= most
 
 
 def _on_the_device(rows: Sequence[Row]) -> list[Row]:
