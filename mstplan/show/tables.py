@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -224,7 +225,7 @@ def models(console: Console, rows: Iterable[Model]) -> None:
     console.print(table)
 
 
-def gpus(console: Console, rows: Iterable[Gpu], sources: bool) -> None:
+def gpus(console: Console, rows: Sequence[Gpu], sources: bool) -> None:
     table = new_table(
         ("gpu", "left"), ("sold GB", "right"), ("torch GiB", "right"), ("bf16 TFLOP/s", "right"), ("GB/s", "right"), ("host link", "left"),
     )  # fmt: skip
@@ -234,7 +235,8 @@ def gpus(console: Console, rows: Iterable[Gpu], sources: bool) -> None:
             g.name, f"{g.nominal_gib:g}", f"{g.usable_bytes / GIB:.2f}{mark}", f"{g.bf16_flops / 1e12:,.1f}",
             f"{g.memory_bandwidth / 1e9:,.0f}", g.host_link_name,
         )  # fmt: skip
-        if sources:
-            table.add_row(Text(f"  {g.label}. Memory: {g.usable_source} Rates: {g.rates_source}", "dim"), "", "", "", "", "")
     console.print(table)
+    for g in rows if sources else ():
+        console.print(Text(g.name, "bold"))
+        console.print(Padding(Text(f"{g.label}. Memory: {g.usable_source} Rates: {g.rates_source} Context: {g.context_source}", "dim"), (0, 0, 0, 2)))
     console.print(Text("torch GiB: what torch reports as total memory; * derived, not a reported print.  --sources: where from.", "dim"))
