@@ -71,10 +71,13 @@ def _driver() -> str | None:
     return None
 
 
-def _sdpa_kernel() -> str:
+def _sdpa_kernel(device: str = "cuda") -> str:
     """The kernel that scaled_dot_product_attention chooses for causal attention in bf16."""
-    query = torch.ones(1, 1, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    return SDPBackend(torch._fused_sdp_choice(query, query, query, is_causal=True)).name.lower()
+    query = torch.ones(1, 1, 128, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    names = {kernel.value: name.lower() for name, kernel in SDPBackend.__members__.items()}
+    with suppress(AttributeError):  # the question is not among torch's public functions
+        return names.get(torch._fused_sdp_choice(query, query, query, is_causal=True), "unknown")
+    return "unknown"
 
 
 def local_rank() -> int:

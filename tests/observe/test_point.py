@@ -139,6 +139,12 @@ def test_a_limit_leaves_room_for_the_context_that_predictions_count(monkeypatch,
     assert point._prepare_cuda(case(device="cuda")) == 64 * MIB and len(shares) == 1
 
 
+def test_the_attention_kernel_that_is_chosen(monkeypatch):
+    assert point._sdpa_kernel("cpu") == "flash_attention"
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 99)
+    assert point._sdpa_kernel("cpu") == "unknown"
+
+
 def test_environment_of_a_cpu():
     found = environment("cpu")
     assert found["card"] == "cpu" and found["total_bytes"] > 2**30 and found["transformers"] and found["threads"] == torch.get_num_threads()

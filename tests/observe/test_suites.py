@@ -30,7 +30,7 @@ def test_suites_that_ship(name):
 
 
 def test_those_that_ship_are_known():
-    assert suites.shipped() == ["cards", "quick"]
+    assert suites.shipped() == ["cards", "quick", "small"]
 
 
 def test_points_of_a_suite(tmp_path):
@@ -80,7 +80,7 @@ def test_what_is_wrong_is_said_with_the_file_and_the_case(tmp_path, content, say
 
 
 def test_an_unknown_suite_names_those_that_ship():
-    with pytest.raises(MeasurementError, match=r"(?s)no file 'nope'.*cards, quick"):
+    with pytest.raises(MeasurementError, match=r"(?s)no file 'nope'.*cards, quick, small"):
         suites.cases("nope", H100)
 
 

@@ -168,6 +168,26 @@ def wait_for(path: Path, lines: int) -> None:
     raise AssertionError(f"not {lines} results in a minute")
 
 
+def test_an_interrupt_that_python_loses_ends_the_sweep_before_the_next_point(monkeypatch, tmp_path):
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    made = []
+
+    def run(one, known, _timeout):
+        made.append(one.seq_len)
+        Dying()
+        return measured(one, {"loss": 9}, environment=known)
+
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _lost: None)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.measure_all([case(seq_len=64), case(seq_len=65)], CPU, tmp_path / "r.jsonl")
+    assert made == [64] and len(measurement.read(tmp_path / "r.jsonl").measurements) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.slow
 def test_a_kill_and_an_interrupt_lose_the_current_point_and_a_rerun_goes_on(tmp_path):
     results = tmp_path / "results.jsonl"
