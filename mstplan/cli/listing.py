@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from .commands import Asked, command, option
-from .options import (
-    JSON,
-)
+from .options import JSON
 from .output import new_console, print_json
 
 

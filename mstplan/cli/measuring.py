@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from .output import complain, new_console, print_json
 if TYPE_CHECKING:
     from ..observe.measurement import Case, Measurement
     from ..observe.sweep import Sweep
+    from ..plan.recipe import Recipe
 
 
 _LENGTHS = {
@@ -59,7 +60,7 @@ def measure(asked: Asked) -> None:
         return
     known = sweep.environment(asked.device)
     cases, (begins, tell) = _cases(asked, known), _telling(asked, known)
-    with _kept(asked.out):
+    with _kept(asked):
         found = sweep.measure_all(cases, known, asked.out, asked.timeout, asked.again, begins, tell, progress)
     if asked.json:
         _print_measured(asked, known, found)
@@ -79,13 +80,13 @@ def _check_device(asked: Asked) -> None:
 
 
 @contextmanager
-def _kept(out: Path) -> Iterator[None]:
+def _kept(asked: Asked) -> Iterator[None]:
     """Who interrupts a sweep hears what became of it."""
     try:
         yield
     except KeyboardInterrupt:
-        kept = f"what was measured is kept in {out}" if out.exists() else "nothing was measured yet"
-        complain(f"interrupted; {kept}.\nThe same command goes on from there.")
+        kept = f"results are kept in {asked.out}" if asked.out.exists() else "nothing was measured yet"
+        complain(f"interrupted; {kept}.\nThe same command{', without --again,' * asked.again} goes on from there.")
         raise
 
 
@@ -108,22 +109,34 @@ def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
     limit = memory(asked.gpu_mem)
     card = sweep.card_of(known, limit)
     more: dict[str, Any] = {"card": card, "device": asked.device, "limit": limit, "steps": asked.steps}
-    if asked.sharding == "fsdp" and not _under_torchrun():
-        gpus = asked.gpus or "N"
-        raise RecipeError(f"several ranks are measured under torchrun.\nRun: torchrun --nproc-per-node {gpus} -m mstplan measure ... --sharding fsdp")
     if asked.suite is not None:
+        if _under_torchrun():
+            raise RecipeError("a suite is measured point by point, each in a process of its own: not under torchrun.\nName one point: --model, --seq-len, -s.")
         beside = {"model": MODEL["model"]._replace(default=None), **RECIPE, **STRATEGIES, **_LENGTHS, "layers": MEASURING["layers"]}
         if flags := given(asked, beside):
             raise RecipeError(f"--suite says what is measured: {', '.join(flags)} cannot be given beside it.\nWrite it in the suite, or leave --suite out.")
-        return suites.cases(asked.suite, **more)
+        found = suites.cases(asked.suite, **more)
+        _refuse_sharded(case.recipe for case in found)
+        return found
     if asked.model is None or asked.seq_len is None:
         raise RecipeError("no point to measure.\nGive --model and --seq-len, or --suite.")
     lengths = [length(part) for part in asked.seq_len.split(",")]
-    return sweep.cases(asked.model, lengths, recipes_of(asked), layers=asked.layers, **more)
+    recipes = recipes_of(asked)
+    if not _under_torchrun():
+        _refuse_sharded(recipes.values())
+    return sweep.cases(asked.model, lengths, recipes, layers=asked.layers, **more)
+
+
+def _refuse_sharded(recipes: Iterable[Recipe]) -> None:
+    from ..errors import RecipeError
+
+    if gpus := next((recipe.gpus for recipe in recipes if recipe.sharded), None):
+        raise RecipeError(f"several ranks are measured under torchrun.\nRun: torchrun --nproc-per-node {gpus} -m mstplan measure ... --sharding fsdp")
 
 
 def _measure_on_all_ranks(asked: Asked) -> None:
     """One point, in the processes that torchrun started."""
+    from .. import files
     from ..errors import RecipeError
     from ..observe import sweep
 
@@ -133,6 +146,9 @@ def _measure_on_all_ranks(asked: Asked) -> None:
     gpus = int(os.environ["WORLD_SIZE"])
     if asked.sharding != "fsdp" or asked.gpus not in (None, gpus):
         raise RecipeError(f"torchrun started {gpus} ranks: say --sharding fsdp, and no other number with --gpus.")
+    if unused := given(asked, {name: MEASURING[name] for name in ("timeout", "again")}):
+        raise RecipeError(f"{', '.join(unused)}: nothing to do under torchrun, where a command measures its point each time.\nLeave it out.")
+    files.check_writable(asked.out, force=True)
     asked.gpus = gpus
     with ranks.Ranks(asked.device) as group:
         known = group.environment()
@@ -225,7 +241,8 @@ def _validate_results(asked: Asked) -> None:
     with progress("comparing", len(chosen)) as advance:
         found = validate.validate(chosen, rungs, lambda words: advance(words, 1))
     if not found.rows and not found.out_of_memory:
-        raise MeasurementError(f"{asked.rungs} has no answer for any of these {len(chosen)} measurements.\nName other rungs, or leave --rung out.")
+        why = f" ({found.left_out[0]})" if found.left_out else ""
+        raise MeasurementError(f"{asked.rungs} has no answer for any of these {len(chosen)} measurements{why}.\nName other rungs, or leave --rung out.")
     said = validate.beyond(found, bounds)
     if asked.plot is not None:
         validating.plot(found, asked.plot)
@@ -282,14 +299,17 @@ def _validate_now(asked: Asked) -> None:
     settings = (asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out, asked.again, progress)
     bench = limits.Bench(asked.model, known, sweep.card_of(known, limit), *settings)
     recipes, (begins, tell) = recipes_of(asked, "mst"), _telling(asked, known)
-    with _kept(asked.out):
+    _refuse_sharded(recipes.values())
+    seq_len = length(asked.seq_len) if asked.throughput else 0
+    if asked.throughput:  # refuses what cannot be run, before anything is; of S_max, the trace does
+        sweep.cases(asked.model, [seq_len], recipes, bench.card, asked.layers, asked.device, limit)
+    with _kept(asked):
         if asked.smax:
             limited = limits.smax(bench, recipes, begins, tell)
             data, holds = checking.smax_data(bench, limited), all(limit.holds for limit, _ in limited)
         else:
-            begins()
-            found = limits.throughputs(bench, recipes, length(asked.seq_len), tell)
-            data, holds = checking.throughput_data(length(asked.seq_len), found), all(map(limits.holds, found.values()))
+            found = limits.throughputs(bench, recipes, seq_len, begins, tell)
+            data, holds = checking.throughput_data(seq_len, found), all(map(limits.holds, found.values()))
     if asked.json:
         from ..show import payload
 

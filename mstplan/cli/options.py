@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from .commands import Asked, Option, option
 
 if TYPE_CHECKING:
-
     from ..plan.hardware import Card
     from ..plan.model import Model
     from ..plan.recipe import Recipe

@@ -1,5 +1,4 @@
-"""The commands that plan: max-seq, plan, theorem, shapes, plot, and what is known, models and gpus. Without torch but for
-`max-seq --rung trace`."""
+"""The commands that plan: max-seq, plan, theorem, shapes, plot. Without torch but for `max-seq --rung trace`."""
 
 from __future__ import annotations
 

@@ -57,10 +57,10 @@ def trace_of(
     Raises MissingError without torch, and what `tracer.trace` raises.
     """
     named = versions()
-    if on == "cpu":
+    if on == "cpu" and threads is None:
         import torch
 
-        threads = threads or torch.get_num_threads()
+        threads = torch.get_num_threads()
     case = {"config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "threads": threads}
     what = {"schema_version": SCHEMA_VERSION, "versions": named, **case}
     path = folder() / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.json.gz"

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import MeasurementError
+from ..errors import MeasurementError, RecipeError
 from ..plan import solve
 from ..plan.config import read_config
 from ..plan.hardware import Card
@@ -212,8 +212,15 @@ def chunk_counts(recommended: Chunks) -> list[Chunks]:
     return list(dict.fromkeys([Chunks(1, 1), *some]))
 
 
-def throughputs(bench: Bench, recipes: Mapping[str, Recipe], seq_len: int, tell: Tell) -> dict[str, list[Throughput]]:
-    """Of each strategy, tokens per second over numbers of chunks around the recommended one."""
+def throughputs(
+    bench: Bench, recipes: Mapping[str, Recipe], seq_len: int, begins: Callable[[], object], tell: Tell
+) -> dict[str, list[Throughput]]:  # fmt: skip
+    """Of each strategy that runs in chunks, tokens per second over numbers of them around the recommended one. Raises RecipeError when
+    none does."""
+    recipes = {strategy: recipe for strategy, recipe in recipes.items() if recipe.loss == "chunked"}
+    if not recipes:
+        raise RecipeError("none of these recipes runs in chunks, so that there is nothing to compare.\nTake -s mst, mst-offload or --loss chunked.")
+    begins()
     return {
         strategy: throughput(bench.model, recipe, bench.card, seq_len, lambda chunks: bench.measure(strategy, recipe, seq_len, chunks, tell))  # noqa: B023
         for strategy, recipe in recipes.items()

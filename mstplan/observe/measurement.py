@@ -62,7 +62,7 @@ class Figures:
     step_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)]  # of every timed step
     loss: float
     context: Bytes | None = None  # in use on the card beside what the allocator reserved: the CUDA context, and other processes
-    workspace: Bytes | None = None  # of cuBLAS, measured by one product
+    workspace: Bytes | None = None  # of cuBLAS, for all of its handles
 
     @property
     def peak(self) -> Peak:

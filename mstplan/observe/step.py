@@ -60,7 +60,9 @@ def build(settings: PreTrainedConfig, recipe: Recipe, attention: str, device: st
             )  # fmt: skip
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except Exception as e:  # noqa: BLE001  transformers raises what it likes
+        except Exception as e:
+            if "can't allocate memory" in str(e):  # torch's allocator for CPUs
+                raise
             raise ModelError(f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}") from None
     return model.train()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -67,7 +66,7 @@ def shipped() -> list[str]:
 
 def _read(path: str | os.PathLike[str]) -> _Suite:
     known, name = shipped(), str(path)
-    if not Path(path).exists():
+    if not os.path.exists(path):  # whatever it is: False for what can be no path
         if name not in known:
             raise MeasurementError(f"there is no file {quoted(path)}.\nGive the path of a suite in JSON, or the name of one that ships: {', '.join(known)}.")
         path = profiles.ROOT / "suites" / f"{name}.json"

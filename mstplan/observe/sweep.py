@@ -9,12 +9,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from ..errors import MeasurementError, RecipeError, one_line
@@ -133,13 +132,12 @@ def measure_all(
 ) -> Sweep:  # fmt: skip
     """Measure each point that the results file `out` has no answer for, or with `again` all, and append what comes of it. `begins` is
     called once the file is found in order, `tell` with each result as it comes. Raises MeasurementError and OutputError about the file."""
-    with appending(out) as append, showing("measuring", len(cases)) as advance, _interrupts() as check:
+    with appending(out) as append, showing("measuring", len(cases)) as advance:
         begins()
         earlier = read(out)
         known_before = {} if again else done(earlier.measurements)
         found, skipped = [], 0
         for case in cases:
-            check()
             if (before := known_before.get(key_of(case, known))) is not None:
                 skipped += 1
                 found.append(before)
@@ -149,34 +147,7 @@ def measure_all(
                 append(found[-1])
             advance("", 1)
             tell(found[-1])
-        check()
     return Sweep(found, skipped, earlier.skipped)
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], None]]:
-    """Python loses a KeyboardInterrupt that comes while it runs a finalizer, or the callback of a weak reference as imports do. Gives a
-    function that raises one that was lost."""
-    came: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if callable(before):
-            before(number, frame)
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
-        yield check
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def done(earlier: Iterable[Measurement]) -> dict[str, Measurement]:

@@ -1,4 +1,4 @@
-"""`mstplan validate`: errors of each rung as tables, JSON, a plot, and the page and the table that the documentation shows.
+"""`mstplan validate`: errors of each rung as tables, JSON, a plot, and the table that the documentation shows.
 
     mstplan validate --markdown           what README shows of the archive
 """

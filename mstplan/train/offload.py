@@ -104,12 +104,14 @@ class Copy:
             torch.accelerator.current_stream(self.device).wait_event(self.done)
 
 
-
 def host_memory(like: torch.Tensor, pinned: bool) -> torch.Tensor:
     try:
         return torch.empty_like(like, device="cpu", pin_memory=pinned)
-    except RuntimeError as e:  # CUDA's words for it are those for a full card
-        raise RuntimeError(f"no {'pinned ' * pinned}host memory for {like.numel() * like.itemsize} bytes more of layer inputs") from e
+    except RuntimeError as e:
+        if not pinned:
+            raise
+        # CUDA's words for it are those for a full card
+        raise RuntimeError(f"no pinned host memory for {like.numel() * like.itemsize} bytes more of layer inputs") from e
 
 
 def _nothing() -> None:

@@ -115,7 +115,7 @@ def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest
     assert said.code == 130 and "interrupted; nothing was measured yet" in said.err and "goes on from there" in said.err
     write(tmp_path / "r.jsonl", measured(Case("tiny", "mst", TINY, STRATEGIES["mst"], 64, None, "cpu"), {"loss": 5}))
     said = run("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "-o", "r.jsonl")
-    assert said.code == 130 and "what was measured is kept in r.jsonl" in said.err
+    assert said.code == 130 and "results are kept in r.jsonl" in said.err
 
 
 BAD = [
@@ -153,6 +153,12 @@ BAD = [
     (("calibrate", "--from", "measurements", "-m", "nope", "--results", "ok.jsonl"), "nope"),
     (("validate", "--smax"), "Give --model"),
     (("validate", "--smax", "-m", "tiny.json", "--device", "tpu"), "unknown device 'tpu'"),
+    (("validate", "--smax", "-m", "tiny.json", "--device", "cpu", "--gpus", "2", "--sharding", "fsdp"), "torchrun --nproc-per-node 2"),
+    (("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "-s", "checkpoint"), "none of these recipes runs in chunks"),
+    (("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "--optimizer", "adamw-8bit"), "no 8-bit optimizer"),
+    (("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "abc"), "cannot read 'abc'"),
+    (("measure", "--suite", "sharded.json", "--device", "cpu"), "torchrun --nproc-per-node 2"),
+    (("measure", "--suite", "a" * 300, "--device", "cpu"), "there is no file"),
     (("validate", "--published", "--batch", "4"), "--batch: nothing to do with this check"),
     (("validate", "--published", "--rung", "trace", "-s", "mst"), "nothing to do with this check"),
     (("validate", "--results", "ok.jsonl", "--device", "cpu", "--again"), "--device, --again: nothing to do with this check"),
@@ -181,6 +187,8 @@ def test_bad_input_gets_one_or_two_lines(run: Run, arguments: tuple[str, ...], s
     (tmp_path / "notes.txt").write_text("my own notes\nno results")
     (tmp_path / "no-case.json").write_text('{"cases": []}')
     (tmp_path / "newer.jsonl").write_text('{"schema_version": 2}\n')
+    sharded = {"model": "tiny.json", "seq_len": 64, "strategy": "checkpoint", "recipe": {"gpus": 2, "sharding": "fsdp"}}
+    (tmp_path / "sharded.json").write_text(json.dumps({"cases": [sharded]}))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     said = run(*arguments)
     assert said.code == 2 and says in said.err and not said.out and len(said.err.splitlines()) <= 2
