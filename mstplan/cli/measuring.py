@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from ..plan.recipe import Recipe
 
 
+_MODEL = {"model": MODEL["model"]._replace(default=None)}  # a suite, or a results file, names its own
 _LENGTHS = {
     "seq_len": option(str | None, "--seq-len", "Tokens per sequence; several with commas between: 8k,16k,32k.", metavar="TOKENS[,TOKENS]"),
 }
 
 
 @command(
-    "measure", {
-        "model": MODEL["model"]._replace(default=None), **_LENGTHS,
+    "measure", _MODEL, _LENGTHS, {
         "suite": option(str | None, "--suite", "Points in a JSON file, or a suite that ships (quick, small, cards).", metavar="FILE"),
     }, STRATEGIES, MEASURING, RECIPE, JSON,
     help="Real training steps with random weights and tokens on this machine's device, each in a process of its own: peaks of memory, "
@@ -112,7 +112,7 @@ def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
     if asked.suite is not None:
         if _under_torchrun():
             raise RecipeError("a suite is measured point by point, each in a process of its own: not under torchrun.\nName one point: --model, --seq-len, -s.")
-        beside = {"model": MODEL["model"]._replace(default=None), **RECIPE, **STRATEGIES, **_LENGTHS, "layers": MEASURING["layers"]}
+        beside = {**_MODEL, **RECIPE, **STRATEGIES, **_LENGTHS, "layers": MEASURING["layers"]}
         if flags := given(asked, beside):
             raise RecipeError(f"--suite says what is measured: {', '.join(flags)} cannot be given beside it.\nWrite it in the suite, or leave --suite out.")
         found = suites.cases(asked.suite, **more)
@@ -182,7 +182,6 @@ _CHECKS = {
     "smax": option(bool, "--smax", "Measure now, at 98% and 103% of the predicted S_max, then find the true one.", False, panel=_PANEL),
     "throughput": option(bool, "--throughput", "Measure now what M, M/2 and 2M cost against one chunk.", False, panel=_PANEL),
 }
-_MODEL = {"model": MODEL["model"]._replace(default=None)}
 _NOW = {
     "seq_len": option(str | None, "--seq-len", "For --throughput: tokens per sequence.", metavar="TOKENS"),
     "strategy": option(str | None, "--strategy -s", "For --smax and --throughput: strategies with commas between, or all. Default mst.", metavar="NAME[,NAME]"),

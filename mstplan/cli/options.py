@@ -72,6 +72,7 @@ def given(asked: Asked, options: dict[str, Option]) -> list[str]:
 
 # ---- what options make: the library's objects --------------------------------------------------------------------------
 
+
 def model_of(asked: Asked) -> Model:
     from ..plan.catalog import load_model
 
@@ -175,15 +176,16 @@ def recipes_of(asked: Asked, usual: str = "all") -> dict[str, Recipe]:
 def one_recipe(asked: Asked) -> tuple[str, Recipe]:
     """The one recipe that --strategy or --recipe and the other options describe, and its name: the strategy's while it is one."""
     from ..errors import RecipeError
-    from ..plan.recipe import strategy
+    from ..plan.recipe import STRATEGY_FIELDS, strategy
 
     if asked.recipe is not None and asked.strategy is not None:
         raise RecipeError("--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out.")
     if asked.recipe is not None:
         return "custom", applied(base_recipe(asked), asked, adopt_chunks=True)
     name = asked.strategy if asked.strategy is not None else "mst"
-    found = applied(strategy(name), asked, adopt_chunks=True)
-    same = all(getattr(found, field) == getattr(strategy(name), field) for field in ("checkpoint", "mlp_recompute", "loss", "offload_layer_inputs"))
+    named = strategy(name)
+    found = applied(named, asked, adopt_chunks=True)
+    same = all(getattr(found, field) == getattr(named, field) for field in STRATEGY_FIELDS if not field.endswith("_chunks"))  # any M will do
     return name if same else "custom", found
 
 

@@ -35,7 +35,7 @@ from .cuda import FLASH
 from .marking import marking
 from .measurement import FAILED, OK, OUT_OF_MEMORY, PHASES, REFUSED, Case, Figures, Peak
 from .sharding import shard
-from .step import TrainingStep, build, read_settings
+from .step import NO_HOST_MEMORY, TrainingStep, build, read_settings
 from .tracer import attention_of
 
 BACKWARDS = (LOSS_BACKWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER, EMBEDDING)
@@ -230,7 +230,7 @@ def _watched_on_cuda(step: TrainingStep) -> Watched:
 
 
 _NO_MEMORY = (
-    "can't allocate memory",  # torch's allocator for CPUs
+    NO_HOST_MEMORY,
     "CUDA error: out of memory",  # loading a kernel
     "ALLOC_FAILED", "when calling `cublasCreate",  # cuBLAS and cuDNN
 )  # fmt: skip

@@ -26,6 +26,8 @@ from .runnable import check_runnable
 
 DTYPES = {"bf16": torch.bfloat16, "mixed": torch.float32, "fp32": torch.float32}
 
+NO_HOST_MEMORY = "can't allocate memory"
+"""What the RuntimeError of torch's allocator for CPUs says."""
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -61,7 +63,7 @@ def build(settings: PreTrainedConfig, recipe: Recipe, attention: str, device: st
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as e:
-            if "can't allocate memory" in str(e):  # torch's allocator for CPUs
+            if NO_HOST_MEMORY in str(e):
                 raise
             raise ModelError(f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}") from None
     return model.train()
