@@ -32,6 +32,7 @@ RECIPE = {
     "weights_on_host": option(bool, "--weights-on-host", "Weights on the host too, gathered layer by layer.", False, panel="Recipe"),
     "accumulation": option(int | None, "--accumulation", "Micro-batches per optimizer step. Default 1.", panel="Recipe", metavar="N"),
     "batch": option(int | None, "--batch -b", "Sequences per micro-batch. Default 1.", panel="Recipe", metavar="N"),
+    "pad_to": option(int | None, "--pad-to", "Tokens that batches are padded to a multiple of. Default 1.", panel="Recipe", metavar="N"),
     "checkpoint": option(str | None, "--checkpoint", "none | layer | sqrt | a number of layers.", panel="Recipe", metavar="HOW"),
     "chunks": option(str | None, "--chunks", "M for MLP and loss: 8, or 8,32, or auto (as recommended).", panel="Recipe", metavar="M[,M]"),
     "no_recompute": option(bool, "--no-recompute", "Do not recompute each MLP chunk by itself.", False, panel="Recipe"),
@@ -97,7 +98,7 @@ def changes_of(asked: Asked) -> dict[str, object]:
     """The recipe fields that the options set."""
     from ..units import parse_whole
 
-    named = ("precision", "optimizer", "adamw_kernel", "accumulation", "batch", "attention", "loss", "gpus", "sharding")
+    named = ("precision", "optimizer", "adamw_kernel", "accumulation", "batch", "pad_to", "attention", "loss", "gpus", "sharding")
     changes: dict[str, object] = {name: getattr(asked, name) for name in named if getattr(asked, name) is not None}
     for switch in ("optimizer_in_backward", "optimizer_on_host", "weights_on_host"):
         if getattr(asked, switch):

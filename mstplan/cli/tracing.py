@@ -53,7 +53,7 @@ def trace(asked: Asked) -> None:
     step = solve.plan_at(model, recipe, card, length(asked.seq_len))
     fixed = recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
     with tracing(asked) as trace_step:
-        found = trace_step(fixed, step.seq_len, card)
+        found = trace_step(fixed, recipe.padded(step.seq_len), card)
     from ..observe import cache
     from ..show import trace as shown
 

@@ -62,7 +62,7 @@ class Bench:
     def measure(self, strategy: str, recipe: Recipe, seq_len: int, chunks: Chunks, tell: Tell) -> Measurement:
         name, config = self.subject
         fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
-        case = Case(name, strategy, config, fixed, seq_len, self.layers, self.device, self.limit, self.steps)
+        case = Case(name, strategy, config, fixed, recipe.padded(seq_len), self.layers, self.device, self.limit, self.steps)
         return measure_all([case], self.known, self.out, self.timeout, self.again, tell=tell, showing=self.showing).measurements[0]
 
     def trace_at(self, recipe: Recipe, seq_len: int, card: Card) -> Trace:

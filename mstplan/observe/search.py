@@ -14,7 +14,7 @@ from ..plan import solve
 from ..plan.hardware import Card
 from ..plan.model import Model
 from ..plan.recipe import Recipe
-from ..plan.solve import Answer, Plan
+from ..plan.solve import Answer, Peak, Plan
 from ..plan.steps import Chunks
 from ..units import LONGEST
 from .card import needed, room, runs
@@ -73,4 +73,4 @@ def _corrected(model: Model, recipe: Recipe, card: Card, chunks: Chunks, trace: 
 
 
 def _as_traced(plan: Plan, trace: Trace) -> Plan:
-    return plan._replace(peak_bytes=trace.peak.bytes, instant=trace.peak.instant, host_bytes=trace.host_peak)
+    return plan._replace(peak=Peak(trace.peak.bytes, trace.peak.instant, trace.seq_len), host_bytes=trace.host_peak)

@@ -50,7 +50,8 @@ def cases(
     RecipeError for a recipe that cannot be run; MeasurementError when no length at all can fit."""
     name, config = subject(model, layers)
     described, found = read_config(config, name), []
-    for (how, recipe), seq_len in product(recipes.items(), lengths):
+    for (how, recipe), asked in product(recipes.items(), lengths):
+        seq_len = recipe.padded(asked)
         chunks = solve.plan_at(described, recipe, card, seq_len).chunks
         fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
         check_runnable(fixed)

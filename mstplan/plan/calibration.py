@@ -22,7 +22,7 @@ from .recipe import Recipe
 from .tape import Vector
 
 SCHEMA_VERSION = 1
-SIZES = ("batch", "mlp_chunks", "loss_chunks", "accumulation")
+SIZES = ("batch", "mlp_chunks", "loss_chunks", "accumulation", "pad_to")
 """Fields of a recipe that a family leaves open."""
 
 

@@ -35,6 +35,8 @@ class Recipe(BaseModel):
     """Micro-batches per optimizer step; beyond 1, gradients exist during every forward."""
     batch: int = Field(default=1, ge=1, le=1_000_000)
     """Sequences per micro-batch."""
+    pad_to: int = Field(default=1, ge=1, le=1_000_000)
+    """Tokens that batches are padded to a multiple of (a collator's pad_to_multiple_of)."""
     checkpoint: Literal["none", "layer", "sqrt"] | int = "none"
     """Checkpointing: none, every layer, every sqrt(L) layers, or every k layers (an integer)."""
     mlp_chunks: ChunkCount = 1
@@ -136,6 +138,10 @@ class Recipe(BaseModel):
     def used_dtype(self) -> str:
         """What layers find their weights in, and hand hidden states on in: under fsdp, what shards are gathered in."""
         return "float32" if self.precision == "fp32" or self.autocast else "bfloat16"
+
+    def padded(self, tokens: int) -> int:
+        """The length that a batch of so many tokens is run at."""
+        return -(-tokens // self.pad_to) * self.pad_to
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
+from itertools import islice
 from math import isqrt
 from typing import NamedTuple
 
@@ -28,18 +29,34 @@ def chunk_tokens(seq_len: int, chunks: int) -> int:
     return -(-seq_len // chunks)
 
 
+class Peak(NamedTuple):
+    """The most bytes of a step: at which instant, and in a batch of how many tokens."""
+
+    bytes: int
+    instant: str
+    tokens: int
+
+
 class Plan(NamedTuple):
-    """A recipe on a card at one length. Bytes, tokens, seconds."""
+    """A recipe on a card for batches of up to so many tokens. Bytes, tokens, seconds."""
 
     model: Model
     recipe: Recipe
     card: Card
     seq_len: int
     chunks: Chunks
-    peak_bytes: int
-    instant: str  # the binding one
+    peak: Peak  # of the batch that needs most
     host_bytes: int
     step_seconds: float  # of one optimizer step, at the card's nominal rates: no real step is faster
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peak.bytes
+
+    @property
+    def instant(self) -> str:
+        """The binding one."""
+        return self.peak.instant
 
     @property
     def budget_bytes(self) -> int:
@@ -57,11 +74,12 @@ class Plan(NamedTuple):
     @property
     def calibration(self) -> Calibration | None:
         """What the peak stands on beside the formula."""
-        return calibration_at(self.model, self.recipe, self.seq_len, self.chunks)
+        return calibration_at(self.model, self.recipe, self.peak.tokens, self.chunks)
 
     def instants(self) -> tuple[Instant, ...]:
         """Every instant of the step with the tensors alive at its largest moment."""
-        return _step(self.model, self.recipe, self.card.gpu, self.chunks, self.seq_len).instants(sizes(self.recipe, self.seq_len, self.chunks))
+        tokens = self.peak.tokens
+        return _step(self.model, self.recipe, self.card.gpu, self.chunks, tokens).instants(sizes(self.recipe, tokens, self.chunks))
 
     def binding_entries(self) -> tuple[Entry, ...]:
         return next(i.entries for i in self.instants() if i.name == self.instant)
@@ -89,7 +107,7 @@ def window_of(model: Model, recipe: Recipe) -> int | None:
 @lru_cache(maxsize=256)
 def _bare(recipe: Recipe) -> Recipe:
     """The recipe without what only sizes depend on, so that steps are shared."""
-    return recipe.model_copy(update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation)})
+    return recipe.model_copy(update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation), "pad_to": 1})
 
 
 def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Layout:
@@ -138,19 +156,34 @@ def sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
 
 
 def longest(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
-    """S_max in tokens for fixed chunks: peak(S_max) <= budget < peak(S_max + 1); 0 when one token does not fit."""
-    window = window_of(model, recipe)
-    several = (chunks.mlp > 1, chunks.loss > 1)
-    if window is None:
-        return _longest(_layout_step(model, recipe, card.gpu, *several, False), recipe, chunks, card.budget_bytes)
-    aligned, padded = (
-        _longest(_layout_step(model, recipe, card.gpu, *several, True, pads), recipe, chunks, card.budget_bytes) for pads in (False, True)
-    )
-    masked = max(aligned // BIAS_ROWS * BIAS_ROWS, padded)  # padding takes memory: what fits with it fits without
-    if masked >= window:
-        return masked
-    plain = _longest(_layout_step(model, recipe, card.gpu, *several, False), recipe, chunks, card.budget_bytes)
-    return min(plain, window - 1)
+    """S_max in tokens for fixed chunks: it and every shorter length fit, and one more does not; 0 when one token does not fit."""
+    found = _up_to(model, recipe, card, chunks)
+    if found > 1 or max(chunks) == 1:
+        return found
+    alone = recipe.padded(1)  # fewer tokens than chunks are run in as many pieces as there are tokens
+    return alone if peak_up_to(model, recipe, card, 1, within(chunks, alone)).bytes <= card.budget_bytes else 0
+
+
+def _up_to(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
+    """The longest of the lengths that batches can have, up to which all fit in so many pieces. Where a sliding window asks for an explicit
+    mask, lengths whose mask is padded need more than their neighbours: the first length of either kind that does not fit ends it."""
+    window, every = window_of(model, recipe), recipe.pad_to
+
+    def reach(masked: bool, padded: bool = False) -> int:
+        step = _layout_step(model, recipe, card.gpu, chunks.mlp > 1, chunks.loss > 1, masked, padded)
+        return _longest(step, recipe, chunks, card.budget_bytes) // every * every
+
+    plain = reach(masked=False)
+    if window is None or plain < (below := (window - 1) // every * every):
+        return plain
+    too_long = (_following(max(below, reach(masked=True, padded=pads)), every, pads) for pads in (False, True))
+    return min(LONGEST // every * every, *(length - every for length in too_long if length is not None))
+
+
+def _following(length: int, every: int, pads: bool) -> int | None:
+    """The next multiple of `every` whose mask is padded, or is not; None where no multiple is of that kind."""
+    multiples = (length // every * every + n * every for n in range(1, BIAS_ROWS + 1))
+    return next((n for n in multiples if (n % BIAS_ROWS != 0) == pads), None)
 
 
 def _longest(step: Step, recipe: Recipe, chunks: Chunks, budget: int) -> int:
@@ -246,8 +279,13 @@ def recommend(model: Model, recipe: Recipe, card: Card) -> Chunks:
         return longest(model, recipe, card, chunks)
 
     least = smallest_chunks_tokens(model, card.gpu)
+
+    def compute_bound(chunks: Chunks) -> bool:
+        ours = zip((recipe.mlp_chunks, recipe.loss_chunks), chunks, least, strict=True)
+        return all(asked != "auto" or m == 1 or reach(chunks) * recipe.batch >= m * tokens for asked, m, tokens in ours)
+
     limit = fixed_chunks(recipe, 1, 2)
-    if reach(limit) * recipe.batch < 2 * least[1]:
+    if not compute_bound(limit):
         limit = fixed_chunks(recipe)
     for _ in range(8):
         tokens = reach(limit) * recipe.batch
@@ -255,8 +293,16 @@ def recommend(model: Model, recipe: Recipe, card: Card) -> Chunks:
         if wider == limit or reach(wider) < reach(limit):
             break
         limit = wider
+    while more := next((c for c in _doubled(recipe, limit) if reach(c) > reach(limit) and compute_bound(c)), None):
+        limit = more
     enough = reach(limit) * (1 - GAIN)
     return _fewest(recipe, limit, lambda chunks: reach(chunks) >= enough)
+
+
+def _doubled(recipe: Recipe, chunks: Chunks) -> list[Chunks]:
+    """Twice the pieces for loss, MLP or both, where the recipe leaves them to us."""
+    found = (fixed_chunks(recipe, chunks.mlp * m, chunks.loss * n) for m, n in ((1, 2), (2, 1), (2, 2)))
+    return [each for each in found if each != chunks]
 
 
 def _fewest(recipe: Recipe, limit: Chunks, good: Callable[[Chunks], bool]) -> Chunks:
@@ -289,7 +335,7 @@ def recommend_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chun
 
     @cache
     def peak(chunks: Chunks) -> int:
-        return peak_at(model, recipe, card, seq_len, chunks)[1]
+        return peak_up_to(model, recipe, card, seq_len, chunks).bytes
 
     least = smallest_chunks_tokens(model, card.gpu)
     tokens = seq_len * recipe.batch
@@ -311,14 +357,27 @@ def peak_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
     return _step(model, recipe, card.gpu, chunks, seq_len).largest(sizes(recipe, seq_len, chunks))
 
 
+def peak_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> Peak:
+    """The peak of the batch, among those of up to `seq_len` tokens, that needs most."""
+    peaks = [(*peak_at(model, recipe, card, tokens, chunks), tokens) for tokens in hardest(model, recipe, seq_len)]
+    return max((Peak(size, instant, tokens) for instant, size, tokens in peaks), key=lambda peak: peak.bytes)
+
+
+def hardest(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:
+    """Lengths of which one needs more than every other up to `seq_len`: that one as it is run, and the nearest shorter one whose mask
+    has to be padded where this one's has not, or the other way round."""
+    run, window = recipe.padded(seq_len), window_of(model, recipe)
+    shorter = (run - n * recipe.pad_to for n in range(1, BIAS_ROWS + 1))
+    others = (n for n in shorter if window is not None and n >= window and (n % BIAS_ROWS != 0) != (run % BIAS_ROWS != 0))
+    return (run, *islice(others, 1))
+
+
 def chunks_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:
-    """The chunks to use at one length: as few as that length asks for, or those of S_max where only they fit. Beyond
-    S_max those of S_max stay, so that a length fits exactly when it is at most S_max."""
-    most = recommend(model, recipe, card)
-    if longest(model, recipe, card, most) < seq_len:
-        return most
-    here = recommend_at(model, recipe, card, seq_len)
-    return here if peak_at(model, recipe, card, seq_len, here)[1] <= card.budget_bytes else most
+    """The chunks to use at one length: as few as that length asks for, or those of S_max where only they fit, or where a length beyond
+    S_max would fit in more pieces than are recommended, so that a length fits exactly when it is at most S_max."""
+    most, here = recommend(model, recipe, card), recommend_at(model, recipe, card, seq_len)
+    fits_here = peak_up_to(model, recipe, card, seq_len, here).bytes <= card.budget_bytes
+    return here if fits_here == (seq_len <= longest(model, recipe, card, most)) else most
 
 
 def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks | None = None) -> Plan:
@@ -331,11 +390,12 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
     if chunks is not None and not all(isinstance(m, int) and m >= 1 for m in chunks):
         raise RecipeError(f"chunks must be whole numbers from 1, not {tuple(chunks)!r}.")
     given = Chunks(*chunks) if chunks is not None else chunks_at(model, recipe, card, seq_len)
-    used = within(given, seq_len)
-    built, where = _step(model, recipe, card.gpu, used, seq_len), sizes(recipe, seq_len, used)
-    instant, peak = built.largest(where)
-    host = host_bytes(model, recipe, seq_len, built.parameters)
-    return Plan(model, recipe, card, seq_len, used, peak, instant, host, step_seconds(built, recipe, card.gpu, where, used))
+    run = recipe.padded(seq_len)
+    used = within(given, run)
+    built, where = _step(model, recipe, card.gpu, used, run), sizes(recipe, run, used)
+    host = host_bytes(model, recipe, run, built.parameters)
+    peak = peak_up_to(model, recipe, card, seq_len, used)
+    return Plan(model, recipe, card, seq_len, used, peak, host, step_seconds(built, recipe, card.gpu, where, used))
 
 
 def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") -> Answer:
@@ -344,11 +404,8 @@ def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") 
     s_max = longest(model, recipe, card, chunks)
     found = plan_at(model, recipe, card, max(1, s_max), chunks)
     if s_max and not found.fits_host:
-        s_max = _longest_on_host(found)
+        s_max = min(s_max, _longest_on_host(found))
         found = plan_at(model, recipe, card, max(1, s_max), chunks)
-        if s_max and not found.fits:  # on the card, for its mask has to be padded
-            s_max -= s_max % BIAS_ROWS
-            found = plan_at(model, recipe, card, max(1, s_max), chunks)
     return Answer(strategy, s_max, found)
 
 
@@ -358,8 +415,8 @@ def _longest_on_host(found: Plan) -> int:
     parameters = _step(found.model, found.recipe, found.card.gpu, found.chunks, 1).parameters
     fixed = host_bytes(found.model, found.recipe, 0, parameters)
     per_token = host_bytes(found.model, found.recipe, 1, parameters) - fixed
-    room = found.card.host_bytes - fixed
-    return min(found.seq_len, room // per_token) if room >= 0 and per_token else 0
+    room, every = found.card.host_bytes - fixed, found.recipe.pad_to
+    return room // per_token // every * every if room >= 0 and per_token else 0
 
 
 def host_bytes(model: Model, recipe: Recipe, seq_len: int, parameters: int) -> int:

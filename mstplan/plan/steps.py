@@ -301,8 +301,20 @@ def shown(alive: Iterable[tuple[Label, int]], units: tuple[int, ...]) -> tuple[E
         group = groups.setdefault((name, shape, label.dtype), [0, 0])
         group[0] += count
         group[1] += count * label.bytes * units[label.basis]
+    _without_negatives(groups)
     entries = [Entry(n, f"({', '.join(s.split())})" if s else "", d, c, size) for (n, s, d), (c, size) in groups.items() if size]
     return tuple(sorted(entries, key=lambda e: -e.bytes))
+
+
+def _without_negatives(groups: dict[tuple[str, str, str], list[int]]) -> None:
+    """Of tensors kept by every piece of a sequence, those of the running piece go first: whole ones less a piece each, (b, s, I) and
+    -1 x (b, c, I), are what the other pieces keep, (b, s-c, I)."""
+    for (name, shape, dtype), (count, size) in [(key, tuple(group)) for key, group in groups.items() if group[0] < 0]:
+        whole = groups[name, shape.replace("c", "s", 1), dtype]
+        each = whole[1] // whole[0]
+        del groups[name, shape, dtype]
+        groups[name, shape.replace("c", "s-c", 1), dtype] = [-count, size - count * each]
+        whole[0], whole[1] = whole[0] + count, whole[1] + count * each
 
 
 # ---- laying a step out on a tape ------------------------------------------------------------------------------------

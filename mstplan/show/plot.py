@@ -21,7 +21,6 @@ from .. import files
 from ..errors import OutputError, quoted
 from ..plan import solve
 from ..plan.calibration import Calibration
-from ..plan.cuda import BIAS_ROWS
 from ..plan.hardware import Card
 from ..plan.model import Model
 from ..plan.recipe import Recipe
@@ -129,7 +128,7 @@ def curves(found: Sequence[Answer], longest: int | None = None, points: int = 20
 
     Chunk counts are those of the answer at every length; of a strategy that does not fit at all, those recommended at
     the longest length drawn. Without `longest`: a little beyond the largest S_max, and the model's context if near.
-    Where masks are padded, the lengths are those at which they need not be: a line through both kinds would be a saw.
+    The peak at a length is that of the batch, among those of up to so many tokens, that needs most.
     """
     if not found:
         return []
@@ -139,16 +138,15 @@ def curves(found: Sequence[Answer], longest: int | None = None, points: int = 20
     first = min(SHORTEST, max(1, longest // 4))
     if reached and reached[0] < first:
         first = 1 << (reached[0].bit_length() - 1)
-    every = max(1 if solve.window_of(a.plan.model, a.plan.recipe) is None else BIAS_ROWS for a in found)
-    grid = _spaced(first, longest, points, every)
-    scan = sorted({*grid, *_spaced(first, longest, SCAN, every)}) if points < SCAN else grid
+    grid = _spaced(first, longest, points)
+    scan = sorted({*grid, *_spaced(first, longest, SCAN)}) if points < SCAN else grid
     result = []
     with _progress(len(found) * len(scan), points > BAR_FROM) as advance:
         for answer in found:
             plan = answer.plan
             chunks = plan.chunks if answer.s_max else solve.recommend_at(plan.model, plan.recipe, plan.card, longest)
-            also = {s for s in (*reached, answer.s_max + every if answer.s_max else 0) if first <= s <= longest}
-            spots = _points(answer, chunks, {*grid, *also}, sorted({*scan, *also}), advance, every)
+            also = {s for s in (*reached, answer.s_max + 1 if answer.s_max else 0) if first <= s <= longest}
+            spots = _points(answer, chunks, {*grid, *also}, sorted({*scan, *also}), advance)
             result.append(Curve(answer.strategy, plan.recipe, answer.s_max, chunks, spots, plan.calibration))
     return result
 
@@ -160,23 +158,23 @@ def _longest(top: int, context: int | None) -> int:
     return max(longest, context) if context is not None and context <= 2 * top else longest
 
 
-def _spaced(first: int, last: int, count: int, every: int) -> list[int]:
-    """Multiples of `every`, but for first and last, evenly spaced on a log scale; fewer where they would repeat."""
+def _spaced(first: int, last: int, count: int) -> list[int]:
+    """Lengths evenly spaced on a log scale; fewer where they would repeat."""
     ratio = log2(last / first)
-    inner = (round(first * 2 ** (ratio * i / (count - 1)) / every) * every for i in range(1, count - 1))
+    inner = (round(first * 2 ** (ratio * i / (count - 1))) for i in range(1, count - 1))
     return sorted({first, last, *(min(last, max(first, s)) for s in inner)})
 
 
 def _points(
-    answer: Answer, chunks: Chunks, wanted: set[int], scan: Sequence[int], advance: Callable[[], None], every: int
+    answer: Answer, chunks: Chunks, wanted: set[int], scan: Sequence[int], advance: Callable[[], None]
 ) -> tuple[Point, ...]:
     plan = answer.plan
     known: dict[int, Point] = {}
 
     def at(seq_len: int) -> Point:
         if seq_len not in known:
-            instant, size = solve.peak_at(plan.model, plan.recipe, plan.card, seq_len, chunks)
-            known[seq_len] = Point(seq_len, size, instant)
+            peak = solve.peak_up_to(plan.model, plan.recipe, plan.card, seq_len, chunks)
+            known[seq_len] = Point(seq_len, peak.bytes, peak.instant)
         return known[seq_len]
 
     for seq_len in scan:
@@ -188,8 +186,8 @@ def _points(
         low, high = open_ends.pop()
         if at(low).instant == at(high).instant:
             continue
-        middle = (low + high) // 2 // every * every
-        if high - low <= every or not low < middle < high:
+        middle = (low + high) // 2
+        if middle == low:
             wanted |= {low, high}
         else:
             open_ends += [(low, middle), (middle, high)]

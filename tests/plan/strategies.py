@@ -84,6 +84,7 @@ def recipes(draw: st.DrawFn, **fixed: object) -> Recipe:
     checkpoint = draw(st.sampled_from(["none", "layer", "sqrt", 2]))
     in_backward = draw(st.booleans())
     chunked_loss, recompute = draw(st.booleans()), draw(st.booleans())
+    mlp_chunks = "auto" if recompute else draw(st.sampled_from([1, 1, 4, "auto"]))
     precision = fixed.get("precision") or draw(st.sampled_from(["bf16", "mixed", "fp32"]))
     choices = {
         "precision": precision,
@@ -94,7 +95,8 @@ def recipes(draw: st.DrawFn, **fixed: object) -> Recipe:
         "accumulation": 1 if in_backward else draw(st.sampled_from([1, 4])),
         "batch": draw(st.integers(1, 3)),
         "checkpoint": checkpoint,
-        "mlp_chunks": "auto" if recompute else 1,
+        "pad_to": draw(st.sampled_from([1, 1, 1, 3, 4, 8, 64])),
+        "mlp_chunks": mlp_chunks,
         "mlp_recompute": recompute,
         "loss_chunks": "auto" if chunked_loss else 1,
         "loss": "chunked" if chunked_loss else draw(st.sampled_from(["transformers", "transformers<4.45"])),

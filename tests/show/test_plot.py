@@ -15,7 +15,6 @@ import pytest
 from mstplan.errors import OutputError
 from mstplan.plan import solve
 from mstplan.plan.catalog import load_model
-from mstplan.plan.cuda import BIAS_ROWS
 from mstplan.plan.hardware import card
 from mstplan.plan.recipe import STRATEGIES
 from mstplan.plan.steps import Chunks
@@ -63,8 +62,8 @@ def test_every_point_is_the_step_models(drawn):
         assert curve.s_max == answer.s_max
         assert curve.chunks == answer.plan.chunks or answer.s_max == 0
         for point in curve.points:
-            instant, size = solve.peak_at(model, answer.plan.recipe, on, point.seq_len, curve.chunks)
-            assert (point.instant, point.bytes) == (instant, size)
+            peak = solve.plan_at(model, answer.plan.recipe, on, point.seq_len, curve.chunks).peak
+            assert (point.instant, point.bytes) == (peak.instant, peak.bytes)
 
 
 def test_lengths_and_bytes_rise(drawn):
@@ -82,13 +81,11 @@ def test_s_max_is_a_point_that_fits_and_the_next_does_not(fits):
 
 
 def test_an_instant_changes_between_neighbouring_lengths(drawn):
-    """Neighbours of those that are drawn: with windows, lengths whose masks need no padding."""
-    step = 1 if solve.window_of(drawn[0], drawn[2][0].plan.recipe) is None else BIAS_ROWS
     lengths = []
     for curve in drawn[3]:
         for before, after in pairwise(curve.points):
             if before.instant != after.instant:
-                assert after.seq_len == before.seq_len + step
+                assert after.seq_len == before.seq_len + 1
                 lengths.append(before.seq_len)
     assert lengths
 
