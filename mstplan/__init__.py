@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .errors import OutputError as OutputError
     from .errors import RecipeError as RecipeError
     from .errors import UnitError as UnitError
-    from .plan.advice import ways_to_fit as ways_to_fit
     from .plan.catalog import load_model as load_model
     from .plan.catalog import model_names as model_names
     from .plan.hardware import Card as Card
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from .plan.steps import Chunks as Chunks
     from .plan.steps import Entry as Entry
     from .plan.steps import Instant as Instant
+    from .plan.ways import ways_to_fit as ways_to_fit
     from .train import minisequence as minisequence
     from .units import parse_length as parse_length
     from .units import parse_memory as parse_memory
@@ -53,7 +53,6 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "errors": ("HardwareError", "InputError", "MeasurementError", "MissingError", "ModelError", "MstplanError", "OutputError", "RecipeError", "UnitError"),
-    "plan.advice": ("ways_to_fit",),
     "plan.catalog": ("load_model", "model_names"),
     "plan.hardware": ("Card", "Gpu", "card", "find_gpu", "gpus"),
     "plan.model": ("Model",),
@@ -62,6 +61,7 @@ _WHERE = {
     "plan.shapes": ("shapes",),
     "plan.solve": ("Answer", "Plan", "max_seq", "plan_at"),
     "plan.steps": ("Chunks", "Entry", "Instant"),
+    "plan.ways": ("ways_to_fit",),
     "train": ("minisequence",),
     "units": ("parse_length", "parse_memory"),
 }

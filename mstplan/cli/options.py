@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ..plan.hardware import Card
     from ..plan.model import Model
     from ..plan.recipe import Recipe
+    from ..plan.solve import Plan
 
 JSON = {"json": option(bool, "--json", "Print JSON instead of tables.", False)}
 MODEL = {
@@ -42,14 +43,18 @@ RECIPE = {
     "gpus": option(int | None, "--gpus", "Cards that train together, all alike; answers are per card. Default 1.", panel="Recipe", metavar="N"),
     "sharding": option(str | None, "--sharding", "none | fsdp (FSDP2, ZeRO-3: everything in shards over --gpus).", panel="Recipe", metavar="NAME"),
 }  # fmt: skip
+ONE_RECIPE = (
+    'With --checkpoint, --chunks, --no-recompute, --loss, --offload or --recipe, and no --strategy, the options describe one recipe ("custom"), '
+    "which starts from standard, in every command alike; all others vary the strategies."
+)
 VARIED_BY_THE_FORMULAS = ("checkpoint", "chunks", "no_recompute", "offload", "loss")
 THEOREM_RECIPE = {name: one for name, one in RECIPE.items() if name not in (*VARIED_BY_THE_FORMULAS, "gpus", "sharding")}
-STRATEGY = {
-    "strategy": option(str | None, "--strategy -s", "standard | checkpoint | checkpoint-sqrt | mst | mst-offload. Default mst.", metavar="NAME"),
-}
 STRATEGIES = {
-    "strategy": option(str | None, "--strategy -s", "Some strategies only, with commas between. Default: all five.", metavar="NAME[,NAME]"),
-}
+    "strategy": option(
+        str | None, "--strategy -s", "standard | checkpoint | checkpoint-sqrt | mst | mst-offload: some of them, with commas between. Default: all five.",
+        metavar="NAME[,NAME]",
+    ),
+}  # fmt: skip
 FORCE = {"force": option(bool, "--force", "Overwrite the file.", False)}
 TRACING = {
     "no_cache": option(bool, "--no-cache", "Trace anew, and keep nothing.", False, panel="Trace"),
@@ -129,13 +134,16 @@ def _chunks(text: str | None) -> dict[str, object]:
     return {"mlp_chunks": values[0], "loss_chunks": values[-1]}
 
 
+def runs_in_chunks(recipe: Recipe) -> bool:
+    return recipe.loss == "chunked" or recipe.mlp_recompute or recipe.mlp_chunks != 1
+
+
 def applied(base: Recipe, asked: Asked, adopt_chunks: bool) -> Recipe:
     """`base` with the options' changes. --chunks goes to recipes that run in chunks, and with adopt_chunks to any."""
     changes, chunks = changes_of(asked), _chunks(asked.chunks)
-    chunked = base.loss == "chunked" or base.mlp_recompute or base.mlp_chunks != 1
-    if chunks and not chunked and adopt_chunks:
+    if chunks and not runs_in_chunks(base) and adopt_chunks:
         changes = {"loss": "chunked", "mlp_recompute": True, **changes}
-    if chunks and (chunked or adopt_chunks):
+    if chunks and (runs_in_chunks(base) or adopt_chunks):
         changes.update(chunks)
     loss = changes.get("loss", base.loss)
     if loss != "chunked":
@@ -145,9 +153,9 @@ def applied(base: Recipe, asked: Asked, adopt_chunks: bool) -> Recipe:
     return base.changed(**changes)
 
 
-def is_custom(asked: Asked) -> bool:
-    """Do the options describe one recipe, rather than vary the five strategies?"""
-    return asked.recipe is not None or asked.checkpoint is not None or asked.loss is not None or asked.offload
+DESCRIBING = ("recipe", "checkpoint", "chunks", "no_recompute", "loss", "offload")
+"""Options for what a strategy decides. Without --strategy they describe, with all others, one recipe that starts from the standard
+strategy; where there are none of them, the others vary every strategy."""
 
 
 def base_recipe(asked: Asked) -> Recipe:
@@ -158,36 +166,54 @@ def base_recipe(asked: Asked) -> Recipe:
 
 
 def recipes_of(asked: Asked, usual: str = "all") -> dict[str, Recipe]:
-    """The strategies that --strategy names, else the `usual` ones, with the options' changes; or the one recipe that the options
-    describe."""
+    """What the options ask for, by name, in every command alike: the strategies that --strategy names, with the options' changes; else
+    the one recipe that they describe; else the `usual` strategies."""
     from ..errors import RecipeError
+
+    if asked.strategy is None and given(asked, {name: RECIPE[name] for name in DESCRIBING}):
+        return {"custom": applied(base_recipe(asked), asked, adopt_chunks=True)}
+    if asked.recipe is not None:
+        raise RecipeError("--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out.")
+    bases = _named(asked, usual)
+    none_in_chunks = not any(map(runs_in_chunks, bases.values()))
+    found = {name: applied(base, asked, adopt_chunks=none_in_chunks) for name, base in bases.items()}
+    return {_name_of(name, recipe, alone=len(found) == 1): recipe for name, recipe in found.items()}
+
+
+def plans_of(asked: Asked, model: Model, card: Card) -> dict[str, Plan]:
+    """What the options ask for, at the length that they say."""
+    from ..plan.solve import plan_at
+
+    seq_len = length(asked.seq_len)
+    return {name: plan_at(model, recipe, card, seq_len) for name, recipe in recipes_of(asked).items()}
+
+
+def simplest(plans: dict[str, Plan]) -> str:
+    """The name of the first plan that fits; where none does, of the nearest."""
+    from ..plan.ways import nearest
+
+    fitting = next((name for name, plan in plans.items() if plan.fits), None)
+    return fitting or next(name for name, plan in plans.items() if plan is nearest(list(plans.values())))
+
+
+def _named(asked: Asked, usual: str) -> dict[str, Recipe]:
     from ..plan.recipe import STRATEGIES, strategy
 
-    if is_custom(asked):
-        if asked.strategy is not None:
-            raise RecipeError("--strategy names recipes; --recipe, --checkpoint, --loss and --offload describe one.\nLeave --strategy or those out.")
-        return {"custom": applied(base_recipe(asked), asked, adopt_chunks=True)}
     named = asked.strategy if asked.strategy is not None else usual
     names = [name.strip() for name in named.split(",")] if named != "all" else list(STRATEGIES)
     if named == "all" and asked.sharding == "fsdp":  # which gathers one layer at a time
         names.remove("checkpoint-sqrt")
-    return {name: applied(strategy(name), asked, adopt_chunks=False) for name in names}
+    return {name: strategy(name) for name in names}
 
 
-def one_recipe(asked: Asked) -> tuple[str, Recipe]:
-    """The one recipe that --strategy or --recipe and the other options describe, and its name: the strategy's while it is one."""
-    from ..errors import RecipeError
-    from ..plan.recipe import STRATEGY_FIELDS, strategy
+def _name_of(name: str, recipe: Recipe, alone: bool) -> str:
+    """The strategy's while the recipe is one, with any number of chunks."""
+    from ..plan.recipe import STRATEGIES, STRATEGY_FIELDS
 
-    if asked.recipe is not None and asked.strategy is not None:
-        raise RecipeError("--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out.")
-    if asked.recipe is not None:
-        return "custom", applied(base_recipe(asked), asked, adopt_chunks=True)
-    name = asked.strategy if asked.strategy is not None else "mst"
-    named = strategy(name)
-    found = applied(named, asked, adopt_chunks=True)
-    same = all(getattr(found, field) == getattr(named, field) for field in STRATEGY_FIELDS if not field.endswith("_chunks"))  # any M will do
-    return name if same else "custom", found
+    fields = (field for field in STRATEGY_FIELDS if not field.endswith("_chunks"))
+    if all(getattr(recipe, field) == getattr(STRATEGIES[name], field) for field in fields):
+        return name
+    return "custom" if alone else f"{name}*"
 
 
 def length(text: str) -> int:

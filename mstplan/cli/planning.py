@@ -13,9 +13,9 @@ from .options import (
     FORCE,
     JSON,
     MODEL,
+    ONE_RECIPE,
     RECIPE,
     STRATEGIES,
-    STRATEGY,
     THEOREM_RECIPE,
     TRACING,
     base_recipe,
@@ -25,8 +25,9 @@ from .options import (
     length,
     memory,
     model_of,
-    one_recipe,
+    plans_of,
     recipes_of,
+    simplest,
 )
 from .output import new_console, print_json
 
@@ -40,14 +41,13 @@ if TYPE_CHECKING:
     "max-seq", MODEL, STRATEGIES, CARD, RECIPE,
     {"rung": option(str, "--rung", "formula (at once) | trace (needs torch, takes seconds). Default formula.", "formula", panel="Trace", metavar="NAME")},
     TRACING, JSON,
-    help="The longest sequence that fits, for each strategy, and what holds it back. With --checkpoint, --loss, --offload or --recipe, "
-    "the options describe one recipe (\"custom\") instead of varying the five strategies.",
+    help=f"The longest sequence that fits, and every shorter one with it, for each strategy, and what holds it back. {ONE_RECIPE}",
     epilog="mstplan max-seq --model llama3.1-8b --gpu h100 --optimizer-in-backward   |   "
-    "mstplan max-seq -m ./my-model --gpu-mem 24GB --chunks 8,32   |   mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
+    "mstplan max-seq -m ./my-model --gpu-mem 24GB --checkpoint layer --chunks 8,32   |   mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
 )  # fmt: skip
 def max_seq(asked: Asked) -> None:
     from ..errors import RecipeError, quoted
-    from ..plan import solve
+    from ..plan import solve, ways
 
     if asked.rung not in ("formula", "trace"):
         raise RecipeError(f"unknown rung {quoted(asked.rung)}.\nKnown: formula, trace.")
@@ -59,14 +59,15 @@ def max_seq(asked: Asked) -> None:
         return
     found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(asked).items()]
     best = max(found, key=lambda a: a.s_max)
+    to_fit = () if best.s_max else ways.ways_to_train([answer.plan for answer in found])
     if asked.json:
         from ..show import payload
 
-        print_json(payload.max_seq(model, card, found, best))
+        print_json(payload.max_seq(model, card, found, best, to_fit))
     else:
         from ..show import report
 
-        report.max_seq(new_console(), model, card, found, best)
+        report.max_seq(new_console(), model, card, found, best, to_fit)
     if best.s_max == 0:
         raise typer.Exit(1)
 
@@ -92,31 +93,34 @@ def _max_seq_by_trace(asked: Asked, model: Model, card: Card) -> None:
 
 @command(
     "plan", MODEL, {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
-    STRATEGY, CARD, RECIPE,
+    STRATEGIES, CARD, RECIPE,
     {"write_recipe": option(Path | None, "--write-recipe", "Write the recipe as JSON.", panel="Recipe", metavar="FILE")}, FORCE, JSON,
-    help="Does this length fit? The peak, its instant, and what would make it fit. Exit code 0: fits, 1: does not.",
-    epilog="mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k --strategy mst",
+    help="Do batches of up to this length fit? For each strategy; of the first that fits, the peak and its instant, or what would make one fit. "
+    f"{ONE_RECIPE} Exit code 0: fits, 1: does not.",
+    epilog="mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k",
 )  # fmt: skip
 def plan(asked: Asked) -> None:
     from .. import files
-    from ..plan import advice, solve
+    from ..plan import solve, ways
 
     if asked.write_recipe is not None:
         files.check_writable(asked.write_recipe, asked.force)
-    model, card = model_of(asked), card_of(asked)
-    name, recipe = one_recipe(asked)
-    step = solve.plan_at(model, recipe, card, length(asked.seq_len))
-    singles, run = ((), None) if step.fits else advice.ways_to_fit(step)
+    found = plans_of(asked, model_of(asked), card_of(asked))
+    name = simplest(found)
+    step = found[name]
+    reaches = {name: solve.max_seq(p.model, p.recipe, p.card, name).s_max for name, p in found.items()}
+    to_fit = () if step.fits else ways.ways_to_fit(step)
+    beyond = ways.furthest(step) if not (step.fits or to_fit) else None
     if asked.write_recipe is not None:
-        recipe.write(asked.write_recipe, asked.force)
+        step.recipe.write(asked.write_recipe, asked.force)
     if asked.json:
         from ..show import payload
 
-        print_json(payload.plan_document(step, name, singles, run))
+        print_json(payload.plan_document(found, reaches, name, to_fit, beyond))
     else:
         from ..show import report
 
-        report.plan(new_console(), step, name if name != "custom" else "this recipe", singles, run)
+        report.plan(new_console(), found, reaches, name, to_fit, beyond)
     if not step.fits:
         raise typer.Exit(1)
 
@@ -213,7 +217,7 @@ def shapes(asked: Asked) -> None:
         "to": option(str | None, "--to", "The longest length drawn. Default: a little beyond the largest S_max.", metavar="TOKENS"),
         "points": option(int, "--points", "Lengths per curve.", 200, metavar="N", min=2, max=100_000),
     }, FORCE, JSON,
-    help="Memory against sequence length for the strategies, with the card, S_max and the binding instants.",
+    help=f"Memory against sequence length for the strategies, with the card, S_max and the binding instants. {ONE_RECIPE}",
     epilog="mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",
 )  # fmt: skip
 def plot(asked: Asked) -> None:

@@ -15,14 +15,15 @@ from .options import (
     FORCE,
     JSON,
     MODEL,
+    ONE_RECIPE,
     RECIPE,
-    STRATEGY,
+    STRATEGIES,
     TRACING,
     card_of,
-    length,
     model_of,
-    one_recipe,
+    plans_of,
     results_files,
+    simplest,
 )
 from .output import new_console, print_json
 
@@ -34,23 +35,24 @@ if TYPE_CHECKING:
 
 @command(
     "trace", MODEL, {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
-    STRATEGY, CARD, RECIPE, TRACING,
+    STRATEGIES, CARD, RECIPE, TRACING,
     {
         "plot": option(Path | None, "--plot", "Draw the step's memory over its course (PNG, SVG, PDF).", panel="Trace", metavar="FILE"),
         "snapshot": option(Path | None, "--snapshot", "Write what PyTorch's memory viewer opens (pytorch.org/memory_viz).", panel="Trace", metavar="FILE"),
     }, FORCE, JSON,
-    help="Run the model's real code, one training step on fake tensors, and see every allocation: no GPU needed, but torch. "
-    "Exit code 0: fits, 1: does not.",
+    help="Run the model's real code, one training step on fake tensors, and see every allocation: no GPU needed, but torch. Of several "
+    f"strategies the first that fits by formula. {ONE_RECIPE} Exit code 0: fits, 1: does not.",
     epilog="mstplan trace -m llama3.1-8b --seq-len 64k --strategy mst --gpu h100 --plot step.png",
 )  # fmt: skip
 def trace(asked: Asked) -> None:
     from .. import files
-    from ..plan import solve
 
     _check_outputs(asked)
     model, card = model_of(asked), card_of(asked)
-    name, recipe = one_recipe(asked)
-    step = solve.plan_at(model, recipe, card, length(asked.seq_len))
+    plans = plans_of(asked, model, card)
+    name = simplest(plans)
+    step = plans[name].exactly()
+    recipe = step.recipe
     fixed = recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
     with tracing(asked) as trace_step:
         found = trace_step(fixed, recipe.padded(step.seq_len), card)

@@ -1,134 +1,17 @@
-"""What would make a step fit, cheapest change first; and what is worth saying about an answer."""
+"""What is worth saying about an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from ..errors import RecipeError
 from ..units import GIB, format_gib, format_tokens
 from .cuda import BIAS_ROWS
-from .hardware import GRANULARITY, Card, Gpu, gpus, same_size
+from .hardware import GRANULARITY, Card, same_size
 from .model import Model
 from .recipe import Recipe
-from .solve import Answer, Plan, longest, plan_at, smallest_chunks_tokens
+from .solve import Answer, Plan, longest, max_seq, smallest_chunks_tokens, window_of
 from .steps import Chunks
-
-
-class Change(NamedTuple):
-    """A change to a recipe and what it costs the user."""
-
-    name: str
-    cost: str
-    fields: dict[str, object]
-
-
-ON_HOST: dict[str, object] = {"optimizer_on_host": True, "optimizer_in_backward": False}
-CHUNKED_MLP: dict[str, object] = {"mlp_chunks": "auto", "mlp_recompute": True}
-
-
-def changes(recipe: Recipe) -> tuple[Change, ...]:
-    """What can be changed about a recipe, in the order in which it should be tried: what costs nothing first, then time,
-    then exactness, then the machine."""
-    found = [
-        Change("sdpa instead of eager attention", "free", {"attention": "sdpa"}),
-        Change("fused AdamW (fused=True)", "free", {"adamw_kernel": "fused"}),
-        Change("the chunked loss", "free", {"loss": "chunked", "loss_chunks": "auto"}),
-        Change("batch 1, accumulated", "smaller matrix products", _batch_1(recipe)),
-        Change("checkpoint every layer", "one more forward", {"checkpoint": "layer"}),
-        Change("the MLP in chunks, each recomputed", "free with checkpointing, else one more MLP forward", CHUNKED_MLP),
-        Change("flash-attn: no explicit masks", "a package to install", {"attention": "flash"}),
-        Change("the optimizer in backward", "no gradient accumulation or clipping", {"optimizer_in_backward": True}),
-        Change("layer inputs on the host", "host memory; hidden behind computing", {"offload_layer_inputs": True}),
-        Change("8-bit AdamW", "bitsandbytes; slightly different updates", {"optimizer": "adamw-8bit"}),
-        Change("weights and moments in bf16", "less exact updates", {"precision": "bf16"}),
-        Change("the optimizer on the host", "host memory; a slower step", ON_HOST),
-        Change("optimizer and weights on the host", "all weights cross the link twice a step", {**ON_HOST, "weights_on_host": True}),
-    ]
-    left_out = "sdpa" if recipe.attention == "flash" else "flash" if recipe.attention == "eager" else ""
-    return tuple(change for change in found if not left_out or change.fields.get("attention") != left_out)
-
-
-def _batch_1(recipe: Recipe) -> dict[str, object]:
-    more = {} if recipe.optimizer_in_backward else {"accumulation": recipe.accumulation * recipe.batch}
-    return {"batch": 1, **more}
-
-
-class Way(NamedTuple):
-    """Changes that together lead to `plan`."""
-
-    changes: tuple[Change, ...]
-    plan: Plan
-
-
-def _with(recipe: Recipe, change: Change) -> Recipe | None:
-    """The changed recipe; None when the change does not apply or alters nothing."""
-    try:
-        changed = recipe.changed(**change.fields)
-    except RecipeError:
-        return None
-    return None if changed == recipe else changed
-
-
-def ways_to_fit(start: Plan) -> tuple[tuple[Way, ...], Way | None]:
-    """(single changes that lower the peak, cheapest first; changes that together fit, or None).
-
-    A single change that fits is preferred. Else they are taken in order until the step fits, and those that are not
-    needed are left out again, the dearest first.
-    """
-    singles = []
-    for change in changes(start.recipe):
-        changed = _with(start.recipe, change)
-        if changed is not None:
-            way = Way((change,), plan_at(start.model, changed, start.card, start.seq_len))
-            if way.plan.peak_bytes < start.peak_bytes:
-                singles.append(way)
-    fitting = next((way for way in singles if way.plan.fits), None)
-    return tuple(singles), fitting or _run(start)
-
-
-def _run(start: Plan) -> Way | None:
-    taken: list[Change] = []
-    for change in changes(start.recipe):
-        if _with(_applied(start.recipe, taken), change) is None:
-            continue
-        taken.append(change)
-        found = _plan(start, taken)
-        if found.fits:
-            return _thinned(start, taken)
-    return None
-
-
-def _applied(recipe: Recipe, changes: Iterable[Change]) -> Recipe:
-    for change in changes:
-        recipe = _with(recipe, change) or recipe
-    return recipe
-
-
-def _plan(start: Plan, changes: list[Change]) -> Plan:
-    return plan_at(start.model, _applied(start.recipe, changes), start.card, start.seq_len)
-
-
-def _thinned(start: Plan, taken: list[Change]) -> Way:
-    """Without the changes that are not needed, the dearest first."""
-    needed = list(taken)
-    for change in reversed(taken):
-        fewer = [c for c in needed if c is not change]
-        if fewer and _plan(start, fewer).fits:
-            needed = fewer
-    return Way(tuple(needed), _plan(start, needed))
-
-
-def smallest_gpu(start: Plan) -> Gpu | None:
-    """The smallest card on which the recipe fits as it is, with the same reserve and host memory."""
-    for gpu in sorted(gpus(), key=lambda g: (g.usable_bytes, -g.bf16_flops)):
-        on = start.card._replace(gpu=gpu, total_bytes=gpu.usable_bytes, named=True)
-        if on.budget_bytes > start.card.budget_bytes and plan_at(start.model, start.recipe, on, start.seq_len).fits:
-            return gpu
-    return None
-
-
-# ---- notes --------------------------------------------------------------------------------------------------------------
+from .ways import Way, nearest, smallest_gpu
 
 
 def card_notes(on: Card) -> list[str]:
@@ -204,20 +87,52 @@ def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
 
 
 def answer_notes(answer: Answer) -> list[str]:
-    """Position limit passed, host memory short, what a larger M would buy."""
+    """Position limit passed, host memory short, padded batches, what a larger M would buy."""
     p = answer.plan
-    notes = []
     if answer.s_max == 0:
-        if not p.fits_host:
-            return [f"{answer.strategy}: host memory is short: {format_gib(p.host_bytes)} are needed for even one token."]
-        return [f"{answer.strategy}: not even one token fits: {p.instant} needs {format_gib(p.peak_bytes)}."]
-    notes += position_notes(p.model, answer.s_max)
-    if p.card.host_bytes is not None and p.recipe.offload_layer_inputs:
+        return [f"{answer.strategy}: not even one token fits: {_short_of(p)}."]
+    notes = position_notes(p.model, answer.s_max)
+    if p.card.host_bytes is not None:
         alone = longest(p.model, p.recipe, p.card, p.chunks)
         if alone > answer.s_max:
             there = format_gib(p.card.host_bytes)
             notes.append(f"{answer.strategy}: host memory is short: {there} allows {format_tokens(answer.s_max)} tokens, the card {format_tokens(alone)}.")
-    return notes + larger_chunks_note(answer)
+    return notes + padding_notes(answer.strategy, p, answer.s_max) + larger_chunks_note(answer)
+
+
+def padding_notes(strategy: str, plan: Plan, s_max: int) -> list[str]:
+    """How far batches reach whose masks need no padding."""
+    window = window_of(plan.model, plan.recipe)
+    if window is None or s_max < window - 1 or plan.recipe.pad_to % BIAS_ROWS == 0:
+        return []
+    padded = max_seq(plan.model, plan.recipe.changed(pad_to=BIAS_ROWS), plan.card).s_max
+    if padded <= s_max:
+        return []
+    with_them = f"with batches padded to multiples of {BIAS_ROWS} (--pad-to {BIAS_ROWS}) {format_tokens(padded)} tokens fit"
+    return [f"{strategy}: lengths that are no multiple of {BIAS_ROWS} need a padded mask, which ends it at {format_tokens(s_max)}; {with_them}."]
+
+
+def _short_of(plan: Plan) -> str:
+    """What is missing of the card, and of host memory."""
+    parts = []
+    if plan.peak_bytes > plan.budget_bytes:
+        missing = format_gib(plan.peak_bytes - plan.budget_bytes)
+        parts.append(f"{plan.instant} needs {format_gib(plan.peak_bytes)}, {missing} more than the budget")
+    return "; ".join([*parts, *host_notes(plan)])
+
+
+def host_notes(plan: Plan) -> list[str]:
+    """Host memory that is short, and of what."""
+    if plan.fits_host or plan.card.host_bytes is None:
+        return []
+    recipe = plan.recipe
+    asking = {
+        "optimizer states": recipe.optimizer_on_host,
+        "weights": recipe.weights_on_host,
+        "layer inputs": recipe.offload_layer_inputs,
+    }
+    what = ", ".join(name for name, asked in asking.items() if asked)
+    return [f"host memory is short: {what} need {format_gib(plan.host_bytes)} there, and it has {format_gib(plan.card.host_bytes)}"]
 
 
 def position_notes(model: Model, seq_len: int) -> list[str]:
@@ -228,17 +143,11 @@ def position_notes(model: Model, seq_len: int) -> list[str]:
     return [f"{model.name} was made for {format_tokens(model.context)} positions: longer sequences need {more}."]
 
 
-def nothing_fits_notes(found: Sequence[Answer]) -> list[str]:
-    """When no strategy holds even one token: how much is needed, and what would do."""
-    least = min(found, key=lambda a: a.plan.peak_bytes)
-    p = least.plan
-    missing = format_gib(p.peak_bytes - p.budget_bytes)
-    lines = [f"Nothing fits: even one token needs {format_gib(p.peak_bytes)} ({p.instant}), {missing} more than the budget."]
-    _, run = ways_to_fit(p)
-    if run is not None:
-        host = f" ({format_gib(run.plan.host_bytes)} of host memory)" if run.plan.host_bytes else ""
-        lines.append(f"What would make {least.strategy} fit: {'; '.join(c.name for c in run.changes)}{host}.")
-    else:
+def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way]) -> list[str]:
+    """When no strategy holds even one token: what is missing, and where it would be enough."""
+    p = nearest([answer.plan for answer in found])
+    lines = [f"Nothing fits, not even one token: {_short_of(p)}."]
+    if not to_fit:
         bigger = smallest_gpu(p)
         more = f" The smallest card that holds it: {bigger.name}." if bigger else " No single card holds it."
         lines.append("No change to the recipe makes it fit on this card." + more)

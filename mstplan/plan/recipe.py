@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -217,3 +219,44 @@ def strategy(name: str, **fields: object) -> Recipe:
         near = did_you_mean(str(name), STRATEGIES)
         raise RecipeError(f"unknown strategy {quoted(name)}.{near} Known: {', '.join(STRATEGIES)}")
     return STRATEGIES[name].changed(**fields) if fields else STRATEGIES[name]
+
+
+# ---- a recipe as options --------------------------------------------------------------------------------------------------
+
+_SWITCHES = {
+    "optimizer_in_backward": "--optimizer-in-backward",
+    "optimizer_on_host": "--optimizer-on-host",
+    "weights_on_host": "--weights-on-host",
+}
+
+
+def options_of(recipe: Recipe) -> str:
+    """The options of the command line that describe a recipe, ready to paste: --strategy where it is a strategy's, else its own."""
+    usual, words = STRATEGIES["standard"], _strategy_options(recipe)
+    for name in Recipe.model_fields:
+        value = getattr(recipe, name)
+        if name in STRATEGY_FIELDS or value == getattr(usual, name):
+            continue
+        words += [_SWITCHES[name]] if name in _SWITCHES else [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def _strategy_options(recipe: Recipe) -> list[str]:
+    """Those for what a strategy decides."""
+    chunks = {"mlp_chunks", "loss_chunks"}
+
+    def same(name: str, fields: Iterable[str]) -> bool:
+        return all(getattr(recipe, field) == getattr(STRATEGIES[name], field) for field in fields)
+
+    if found := next((name for name in STRATEGIES if same(name, STRATEGY_FIELDS)), None):
+        return ["--strategy", found]
+    counts = ["--chunks", f"{recipe.mlp_chunks},{recipe.loss_chunks}"]
+    in_chunks = (name for name in STRATEGIES if STRATEGIES[name].loss == "chunked")
+    if found := next((name for name in in_chunks if same(name, set(STRATEGY_FIELDS) - chunks)), None):
+        return ["--strategy", found, *counts]
+    words = ["--checkpoint", str(recipe.checkpoint)] if recipe.checkpoint != "none" else []
+    words += ["--offload"] if recipe.offload_layer_inputs else []
+    if recipe.mlp_chunks == 1 and not recipe.mlp_recompute and recipe.loss_chunks == ("auto" if recipe.loss == "chunked" else 1):
+        return words + (["--loss", recipe.loss] if recipe.loss != "transformers" else [])
+    words += counts + (["--loss", recipe.loss] if recipe.loss != "chunked" else [])
+    return words + ([] if recipe.mlp_recompute else ["--no-recompute"])

@@ -63,6 +63,11 @@ class Plan(NamedTuple):
         return self.card.budget_bytes
 
     @property
+    def in_chunks(self) -> bool:
+        """Does the recipe run the MLP or the loss in chunks, be it in one?"""
+        return self.recipe.loss == "chunked" or self.recipe.mlp_chunks != 1
+
+    @property
     def fits(self) -> bool:
         """On the card, and in host memory where that is known."""
         return self.peak_bytes <= self.budget_bytes and self.fits_host
@@ -75,6 +80,12 @@ class Plan(NamedTuple):
     def calibration(self) -> Calibration | None:
         """What the peak stands on beside the formula."""
         return calibration_at(self.model, self.recipe, self.peak.tokens, self.chunks)
+
+    def exactly(self) -> Plan:
+        """The same for batches of just so many tokens, whatever shorter ones need."""
+        tokens = self.recipe.padded(self.seq_len)
+        instant, size = peak_at(self.model, self.recipe, self.card, tokens, self.chunks)
+        return self._replace(peak=Peak(size, instant, tokens))
 
     def instants(self) -> tuple[Instant, ...]:
         """Every instant of the step with the tensors alive at its largest moment."""

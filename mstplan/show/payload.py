@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plan.advice import Way
 from ..plan.calibration import Calibration
 from ..plan.hardware import Card, Gpu
 from ..plan.model import Model
 from ..plan.parameters import parameter_count
+from ..plan.recipe import options_of
 from ..plan.shapes import Shape
 from ..plan.solve import Answer, Plan, chunk_tokens
 from ..plan.steps import Entry, Instant
 from ..plan.theorem import Coefficients, Row
 from ..plan.theorem import View as TheView
+from ..plan.ways import Way
 
 if TYPE_CHECKING:
     from ..observe.card import Held
@@ -90,11 +91,12 @@ def instant(i: Instant) -> dict[str, Any]:
     return {"name": i.name, "bytes": i.bytes, "operation": i.operation, "entries": [entry(e) for e in i.entries]}
 
 
-def plan(p: Plan) -> dict[str, Any]:
+def brief(p: Plan) -> dict[str, Any]:
     return {
         "fits": p.fits,
         "seq_len": p.seq_len,
         "peak_bytes": p.peak_bytes,
+        "peak_tokens": p.peak.tokens,
         "budget_bytes": p.budget_bytes,
         "instant": p.instant,
         "calibration": calibrated(p.calibration),
@@ -102,15 +104,22 @@ def plan(p: Plan) -> dict[str, Any]:
         "loss_chunks": p.chunks.loss,
         "host_bytes": p.host_bytes,
         "step_seconds": p.step_seconds,
-        "instants": [instant(i) for i in p.instants()],
         "recipe": p.recipe.model_dump(),
     }
 
 
+def plan(p: Plan) -> dict[str, Any]:
+    return {**brief(p), "instants": [instant(i) for i in p.instants()]}
+
+
 def way(w: Way) -> dict[str, Any]:
     return {
-        "changes": [{"name": c.name, "cost": c.cost, "fields": c.fields} for c in w.changes],
+        "options": options_of(w.plan.recipe),
+        "changes": [{"name": c.name, "fields": c.fields} for c in w.changes],
+        "gives_up": w.gives_up,
+        "s_max": w.s_max,
         "fits": w.plan.fits,
+        "seq_len": w.plan.seq_len,
         "peak_bytes": w.plan.peak_bytes,
         "host_bytes": w.plan.host_bytes,
         "step_seconds": w.plan.step_seconds,
@@ -139,12 +148,13 @@ def shape(s: Shape) -> dict[str, Any]:
     return {"name": s.name, "shape": s.symbols, "sizes": list(s.sizes), "dtype": s.dtype, "bytes": s.bytes, "quoted": s.quoted or None}
 
 
-def max_seq(m: Model, c: Card, found: Sequence[Answer], best: Answer) -> dict[str, Any]:
+def max_seq(m: Model, c: Card, found: Sequence[Answer], best: Answer, to_fit: Sequence[Way]) -> dict[str, Any]:
     from .report import max_seq_notes
 
     return document(
         "max-seq", model=model(m), card=card(c), budget_bytes=c.budget_bytes, results=[answer(a) for a in found],
-        best=best.strategy, binding=[entry(e) for e in best.plan.binding_entries()], notes=max_seq_notes(m, c, found),
+        best=best.strategy, binding=[entry(e) for e in best.plan.binding_entries()], ways_to_fit=[way(w) for w in to_fit],
+        notes=max_seq_notes(m, c, found, to_fit),
     )  # fmt: skip
 
 
@@ -159,12 +169,15 @@ def max_seq_by_trace(m: Model, c: Card, found: Sequence[Found], best: Found) -> 
     )  # fmt: skip
 
 
-def plan_document(p: Plan, strategy: str, singles: Sequence[Way], run: Way | None) -> dict[str, Any]:
+def plan_document(plans: Mapping[str, Plan], reaches: Mapping[str, int], name: str, to_fit: Sequence[Way], beyond: Way | None) -> dict[str, Any]:
+    """The detailed plan, and of every strategy that was asked for whether it fits."""
     from .report import plan_notes
 
+    p = plans[name]
+    strategies = [{"strategy": each, "s_max": reaches[each], **brief(its)} for each, its in plans.items()]
     return document(
-        "plan", model=model(p.model), card=card(p.card), strategy=strategy, **plan(p),
-        changes=[way(w) for w in singles], way_to_fit=way(run) if run is not None else None, notes=plan_notes(p),
+        "plan", model=model(p.model), card=card(p.card), strategy=name, **plan(p), s_max=reaches[name], strategies=strategies,
+        ways_to_fit=[way(w) for w in to_fit], furthest=way(beyond) if beyond is not None else None, notes=plan_notes(p, reaches[name]),
     )  # fmt: skip
 
 

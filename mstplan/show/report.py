@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from ..plan import advice, solve
-from ..plan.advice import Way
+from ..plan import advice, ways
 from ..plan.hardware import Card
 from ..plan.model import Model
 from ..plan.solve import Answer, Plan
-from ..units import format_gib, format_tokens
+from ..plan.ways import Way
+from ..units import format_tokens
 from . import tables
 
 if TYPE_CHECKING:
     from ..plan.theorem import View
 
 
-def max_seq_notes(model: Model, card: Card, found: Sequence[Answer]) -> list[str]:
+def max_seq_notes(model: Model, card: Card, found: Sequence[Answer], to_fit: Sequence[Way]) -> list[str]:
     recipe = found[-1].plan.recipe
     lines = advice.card_notes(card) + advice.kernel_notes(model, recipe, card) + advice.recipe_notes(model, recipe)
     if not any(answer.s_max for answer in found):
-        return lines + advice.nothing_fits_notes(found)
+        return lines + advice.nothing_fits_notes(found, to_fit)
     for answer in found:
         for line in advice.answer_notes(answer):
             if line not in lines:
@@ -32,49 +32,55 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Answer]) -> list[str
     return lines
 
 
-def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer], best: Answer) -> None:
+def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer], best: Answer, to_fit: Sequence[Way]) -> None:
     tables.heading(console, model, card, tables.rung([a.plan.calibration for a in found]))
     tables.answers(console, found, best)
     if best.s_max:
-        title = f"{best.strategy} at {format_tokens(best.s_max)} tokens, {best.plan.instant}:"
+        title = f"{best.strategy} at {format_tokens(best.plan.peak.tokens)} tokens, {best.plan.instant}:"
         tables.entries(console, title, best.plan.binding_entries())
         tables.legend(console, best.plan)
-        console.print()
-    tables.notes(console, max_seq_notes(model, card, found))
+    else:
+        tables.ways(console, f"Ways to train {model.name} on {card.label}", to_fit)
+    console.print()
+    tables.notes(console, max_seq_notes(model, card, found, to_fit))
 
 
-def plan(console: Console, step: Plan, strategy: str, singles: Sequence[Way], run: Way | None) -> None:
-    tables.heading(console, step.model, step.card, tables.rung([step.calibration]))
+def plan(console: Console, plans: Mapping[str, Plan], reaches: Mapping[str, int], name: str, to_fit: Sequence[Way], beyond: Way | None) -> None:
+    step = plans[name]
+    tables.heading(console, step.model, step.card, tables.rung([plan.calibration for plan in plans.values()]))
+    if len(plans) > 1:
+        tables.plans(console, plans, reaches, name)
     found = step.instants()
-    tables.verdict(console, step, strategy)
+    tables.verdict(console, step, name if name != "custom" else "this recipe")
     tables.instants(console, step, found)
     tables.entries(console, f"{step.instant}:", next(i.entries for i in found if i.name == step.instant))
     tables.legend(console, step)
     if not step.fits:
         console.print()
-        console.print(Text("What would lower the peak, cheapest first", "bold"))
-        tables.ways(console, singles, run)
-        for line in fallback_notes(step, run):
+        tables.ways(console, f"Ways to fit {format_tokens(step.seq_len)} tokens on {step.card.label}, cheapest first", to_fit)
+        tables.ways(console, "No change to the recipe makes this length fit on this card. The longest they reach", [beyond] if beyond is not None else [])
+        for line in fallback_notes(step, reaches[name], to_fit, beyond):
             console.print(Text(line))
     console.print()
-    tables.notes(console, plan_notes(step))
+    tables.notes(console, plan_notes(step, reaches[name]))
 
 
-def plan_notes(step: Plan) -> list[str]:
+def plan_notes(step: Plan, reaches: int) -> list[str]:
     lines = advice.card_notes(step.card) + advice.kernel_notes(step.model, step.recipe, step.card) + advice.recipe_notes(step.model, step.recipe)
     lines += advice.position_notes(step.model, step.seq_len)
-    if not step.fits_host and step.card.host_bytes is not None:
-        lines.append(f"host memory is short: {format_gib(step.host_bytes)} needed, {format_gib(step.card.host_bytes)} there.")
-    return lines
+    if step.peak.tokens != step.recipe.padded(step.seq_len):
+        lines.append(f"Of batches up to that length one of {format_tokens(step.peak.tokens)} tokens needs most: its mask has to be padded.")
+    lines += advice.padding_notes("This recipe", step, reaches) if step.seq_len > reaches else []
+    return lines + [f"{line}." for line in advice.host_notes(step)]
 
 
-def fallback_notes(step: Plan, run: Way | None) -> list[str]:
+def fallback_notes(step: Plan, reaches: int, to_fit: Sequence[Way], beyond: Way | None) -> list[str]:
+    """How far the recipe reaches as it is, how far changes would take it, and the card that holds the length."""
     lines = []
-    if run is None:
-        lines.append("No change to the recipe makes this length fit on this card.")
-    longest = solve.max_seq(step.model, step.recipe, step.card).s_max
-    lines.append(f"As it is, this recipe reaches {format_tokens(longest)} tokens here." if longest else "As it is, this recipe fits no length here.")
-    bigger = advice.smallest_gpu(step)
+    if not to_fit and beyond is None:
+        lines.append("No change to the recipe makes any length fit on this card.")
+    lines.append(f"As it is, this recipe reaches {format_tokens(reaches)} tokens here." if reaches else "As it is, this recipe fits no length here.")
+    bigger = ways.smallest_gpu(step)
     if bigger is not None:
         lines.append(f"The smallest card on which it fits as it is: {bigger.name} ({bigger.label}).")
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -11,14 +11,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..plan.advice import Way
 from ..plan.calibration import Calibration
 from ..plan.hardware import Card, Gpu
 from ..plan.model import Model
 from ..plan.parameters import parameter_count
+from ..plan.recipe import options_of
 from ..plan.shapes import Shape
 from ..plan.solve import Answer, Plan, chunk_tokens
 from ..plan.steps import Entry, Instant
+from ..plan.ways import Way
 from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def answers(console: Console, found: Sequence[Answer], best: Answer) -> None:
     console.print(Text(line([b or t for t, b in zip(top, bottom, strict=True)]), "dim"))
     for a, row in zip(found, rows, strict=True):
         console.print(Text(line(row), "bold" if a is best and a.s_max else ""))
-        if max(a.plan.chunks) > 1 and a.s_max:
+        if a.plan.in_chunks and a.s_max:
             console.print(Text(" " * (widths[0] + 1) + chunks(a.plan), "dim"))
     console.print()
 
@@ -118,10 +119,10 @@ def entries(console: Console, title: str, rows: Sequence[Entry], most: int = 14)
 
 def legend(console: Console, p: Plan) -> None:
     """What the symbols in the shapes stand for."""
-    m, a = p.model, p.model.attention
+    m, a, s = p.model, p.model.attention, p.peak.tokens
     symbols = [
-        ("b", p.recipe.batch), ("s", p.seq_len), ("c", chunk_tokens(p.seq_len, p.chunks.mlp) if p.chunks.mlp > 1 else None),
-        ("k", chunk_tokens(p.seq_len, p.chunks.loss) if p.chunks.loss > 1 else None), ("d", m.hidden), ("H", a.heads),
+        ("b", p.recipe.batch), ("s", s), ("c", chunk_tokens(s, p.chunks.mlp) if p.chunks.mlp > 1 else None),
+        ("k", chunk_tokens(s, p.chunks.loss) if p.chunks.loss > 1 else None), ("d", m.hidden), ("H", a.heads),
         ("G", a.kv_heads if a.kv_heads != a.heads else None), ("e", a.head_dim), ("I", m.mlp.width if m.mlp else None),
         ("V", m.vocab), ("A", m.experts.per_token if m.experts else None), ("F", m.experts.width if m.experts else None),
     ]  # fmt: skip
@@ -137,7 +138,7 @@ def notes(console: Console, lines: Iterable[str]) -> None:
 
 def verdict(console: Console, p: Plan, strategy: str) -> None:
     fits(console, p.seq_len, strategy, p.peak_bytes, p.budget_bytes, p.fits)
-    cut = [chunks(p)] if max(p.chunks) > 1 else []
+    cut = [chunks(p)] if p.in_chunks else []
     more = [f"step >= {format_seconds(p.step_seconds)}"] + ([f"host memory {format_gib(p.host_bytes)}"] if p.host_bytes else [])
     console.print(Text(", ".join([*cut, *more]), "dim"))
 
@@ -158,18 +159,27 @@ def instants(console: Console, p: Plan, found: Sequence[Instant]) -> None:
     console.print(table)
 
 
-def ways(console: Console, singles: Sequence[Way], run: Way | None) -> None:
-    """What would make it fit, cheapest change first."""
-    table = new_table(("change", "left"), ("costs", "left"), ("peak", "right"), ("host", "right"), ("", "left"))
-    for w in singles:
-        host = _short_gib(w.plan.host_bytes) if w.plan.host_bytes else "-"
-        cells = (w.changes[0].name, w.changes[0].cost, _short_gib(w.plan.peak_bytes), host, "fits" if w.plan.fits else "")
-        table.add_row(*cells, style="bold" if w.plan.fits else "")
+def plans(console: Console, found: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) -> None:
+    """A line for each strategy at one length; the one that is detailed below stands out."""
+    table = new_table(("strategy", "left"), ("", "left"), ("peak GiB", "right"), ("host GiB", "right"), ("step >=", "right"), ("up to", "right"))
+    for name, p in found.items():
+        host = _short_gib(p.host_bytes) if p.host_bytes else "-"
+        reach = format_tokens(reaches[name]) if reaches[name] else "none"
+        fit = "fits" if p.fits else "does not fit"
+        table.add_row(name, fit, _short_gib(p.peak_bytes), host, format_seconds(p.step_seconds), reach, style="bold" if name == detailed else "")
     console.print(table)
-    if run is not None and len(run.changes) > 1:
-        names = "; ".join(c.name for c in run.changes)
-        host = f", host {format_gib(run.plan.host_bytes)}" if run.plan.host_bytes else ""
-        console.print(Text.assemble("Together these fit: ", (names, "bold"), f" (peak {format_gib(run.plan.peak_bytes)}{host})."))
+
+
+def ways(console: Console, title: str, found: Sequence[Way]) -> None:
+    """Changes with which it fits, cheapest first: what they bring and cost, and the options to paste."""
+    if not found:
+        return
+    console.print(Text(title, "bold"))
+    console.print(Text(f"{'longest':>9} {'host GiB':>8}  you give up", "dim"))
+    for way in found:
+        host = _short_gib(way.plan.host_bytes) if way.plan.host_bytes else "-"
+        console.print(Text(f"{format_tokens(way.s_max):>9} {host:>8}  {way.gives_up}"))
+        console.print(Text(f"    {options_of(way.plan.recipe)}", "bold"), soft_wrap=True)
 
 
 def theorem(console: Console, c: Coefficients, rows: Sequence[Row], answers: Sequence[Answer], seq_len: int | None) -> None:

@@ -17,7 +17,7 @@ from ..observe.trace import Alive, Trace
 from ..plan.hardware import Card
 from ..plan.model import Model
 from ..plan.recipe import Recipe
-from ..plan.solve import Plan
+from ..plan.solve import Plan, hardest
 from ..units import MIB, format_gib, format_tokens
 from . import tables
 
@@ -65,13 +65,13 @@ def max_seq(console: Console, model: Model, card: Card, found: Sequence[Found], 
 
 def max_seq_notes(model: Model, card: Card, found: Sequence[Found]) -> list[str]:
     from ..observe.cache import versions
-    from ..plan import advice
+    from ..plan import advice, ways
 
     answers = [f.answer for f in found]
     recipe = answers[-1].plan.recipe
     lines = [*advice.card_notes(card), *advice.kernel_notes(model, recipe, card), *advice.recipe_notes(model, recipe), _versions_note(versions())]
     if not any(answer.s_max for answer in answers):
-        return lines + advice.nothing_fits_notes(answers)
+        return lines + advice.nothing_fits_notes(answers, ways.ways_to_train([answer.plan for answer in answers]))
     lines.append(
         "S_max is what the caching allocator finds room for, with expandable_segments:True; the formula counts tensors alone and comes to "
         + ", ".join(f"{format_tokens(f.formula)} ({f.answer.strategy})" for f in found) + "."
@@ -166,6 +166,8 @@ def notes(v: View) -> list[str]:
     if v.trace.host_peak:
         lines.append(f"host memory: {format_gib(v.trace.host_peak)} at most.")
     lines += [_versions_note(v.versions), _ran_note(v.trace), UNMEASURED]
+    _, *others = hardest(v.model, v.trace.recipe, v.trace.seq_len)
+    lines += [f"a batch of {format_tokens(n)} tokens takes a mask of another kind, and may need more: trace it as well." for n in others]
     return lines + advice.position_notes(v.model, v.trace.seq_len)
 
 

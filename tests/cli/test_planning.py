@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_the_table_says_what_json_says(run: Run) -> None:
 def test_plan_fits_and_exit_codes(run: Run) -> None:
     fits = run("plan", *CASE, "--seq-len", "64k", "--strategy", "mst")
     assert fits.code == 0 and "fits" in fits.out
-    too_long = run("plan", *CASE, "--seq-len", "1M", "--strategy", "checkpoint")
+    too_long = run("plan", *CASE, "--seq-len", "128k", "--strategy", "checkpoint")
     assert too_long.code == 1 and "does not fit" in too_long.out and "cheapest first" in too_long.out
 
 
@@ -72,10 +73,65 @@ def test_plan_json_is_one_ledger(run: Run) -> None:
 
 
 def test_plan_says_what_would_make_it_fit(run: Run) -> None:
-    answer = run("plan", *CASE, "--seq-len", "64k", "--strategy", "checkpoint", "--json").json
-    assert answer["fits"] is False
-    assert answer["way_to_fit"]["fits"] is True and answer["way_to_fit"]["peak_bytes"] <= answer["budget_bytes"]
-    assert all(change["peak_bytes"] < answer["peak_bytes"] for change in answer["changes"])
+    asked = ("plan", *CASE, "--seq-len", "64k")
+    answer = run(*asked, "--strategy", "checkpoint", "--json").json
+    assert answer["fits"] is False and answer["furthest"] is None
+    table = run(*asked, "--strategy", "checkpoint").out
+    for way in answer["ways_to_fit"]:
+        pasted = run(*asked, *shlex.split(way["options"]), "--json")
+        assert pasted.code == 0 and pasted.json["fits"] is way["fits"] is True
+        assert (pasted.json["peak_bytes"], pasted.json["host_bytes"]) == (way["peak_bytes"], way["host_bytes"])
+        (there,) = run("max-seq", *CASE, *shlex.split(way["options"]), "--json").json["results"]
+        assert there["s_max"] == way["s_max"] >= 65536
+        assert way["options"] in table and f"{way['s_max']:,}" in table and way["gives_up"] in table
+    assert answer["ways_to_fit"]
+
+
+def test_plan_without_a_way_says_how_far_changes_reach(run: Run) -> None:
+    asked = ("plan", *CASE, "--seq-len", "4M")
+    answer = run(*asked, "--json").json
+    assert not answer["fits"] and answer["ways_to_fit"] == []
+    (there,) = run("max-seq", *CASE, *shlex.split(answer["furthest"]["options"]), "--json").json["results"]
+    assert max(s["s_max"] for s in answer["strategies"]) < there["s_max"] == answer["furthest"]["s_max"] < 4 * 2**20
+    said = run(*asked).out
+    assert f"{there['s_max']:,}" in said and answer["furthest"]["options"] in said and "No change" in said
+
+
+def test_plan_answers_for_every_strategy_and_details_the_first_that_fits(run: Run) -> None:
+    asked = ("plan", *CASE, "--seq-len", "64k")
+    answer, table = run(*asked, "--json").json, run(*asked).out
+    reached = {r["strategy"]: r["s_max"] for r in run("max-seq", *CASE, "--json").json["results"]}
+    assert {s["strategy"]: s["s_max"] for s in answer["strategies"]} == reached and list(reached) == list(STRATEGIES)
+    for line in answer["strategies"]:
+        assert line["fits"] == (line["s_max"] >= 65536)
+        (alone,) = run(*asked, "-s", line["strategy"], "--json").json["strategies"]
+        assert alone == line
+        assert any(row.split()[:1] == [line["strategy"]] and f"{line['s_max']:,}" in row for row in table.splitlines())
+    assert answer["strategy"] == next(name for name in STRATEGIES if reached[name] >= 65536) == "mst"
+
+
+DESCRIBED = [
+    (), ("--batch", "2"), ("--optimizer", "adafactor"), ("--checkpoint", "layer"), ("--checkpoint", "layer", "--attention", "flash"), ("--chunks", "8,32"),
+    ("--chunks", "4", "--checkpoint", "layer", "--no-recompute"), ("--loss", "chunked"), ("--checkpoint", "sqrt", "--offload"), ("-s", "mst"),
+    ("-s", "mst", "--chunks", "4,8"), ("-s", "checkpoint", "--chunks", "4"), ("-s", "mst", "--checkpoint", "2"), ("-s", "standard,mst", "--chunks", "2,4"),
+    ("-s", "mst,checkpoint", "--checkpoint", "3"), ("--recipe", "mine.json"), ("--recipe", "mine.json", "--precision", "mixed"), ("--pad-to", "64"),
+    ("--loss", "transformers<4.45", "--checkpoint", "layer"), ("-s", "all", "--loss", "transformers<4.45"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", DESCRIBED, ids=" ".join)
+def test_the_same_options_are_the_same_recipe_in_every_command(run: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
+    Recipe(checkpoint=2, optimizer="sgd").write(tmp_path / "mine.json")
+    asked = ("-m", "llama3.2-1b", "--gpu", "rtx-4090", *options)
+    told = {r["strategy"]: r["recipe"] for r in run("max-seq", *asked, "--json").json["results"]}
+    planned = {s["strategy"]: s["recipe"] for s in run("plan", *asked, "--seq-len", "2k", "--json").json["strategies"]}
+    drawn = [c["strategy"] for c in run("plot", *asked, "-o", "m.csv", "--json").json["curves"]]
+    assert told == planned and list(told) == list(planned) == drawn
+    if "--recipe" not in options and "-s" not in options and len(told) == 1:
+        usual = Recipe().model_dump()
+        changed = {name for name, value in told["custom"].items() if value != usual[name]}
+        assert "checkpoint" not in changed or "--checkpoint" in options  # that is, it starts from the standard strategy
+        assert "loss" not in changed or {"--loss", "--chunks"} & set(options)
 
 
 def test_a_recipe_goes_out_and_comes_back(run: Run) -> None:
@@ -88,7 +144,7 @@ def test_a_recipe_goes_out_and_comes_back(run: Run) -> None:
 
 
 def test_chunks_are_fixed_by_the_user(run: Run) -> None:
-    results = run("max-seq", *CASE, "--chunks", "8,32", "--json").json["results"]
+    results = run("max-seq", *CASE, "-s", "all", "--chunks", "8,32", "--json").json["results"]
     chunked = {r["strategy"]: (r["mlp_chunks"], r["loss_chunks"]) for r in results}
     assert chunked["mst"] == chunked["mst-offload"] == (8, 32)
     assert chunked["standard"] == chunked["checkpoint"] == (1, 1)
@@ -173,7 +229,7 @@ def test_a_recipe_is_called_a_strategy_only_while_it_is_one(run: Run) -> None:
     def named(*options: str) -> str:
         return run("plan", *CASE, "--seq-len", "4k", *options, "--json").json["strategy"]
 
-    assert named("-s", "mst", "--chunks", "8,32", "--batch", "2") == "mst" and named() == "mst"
+    assert named("-s", "mst", "--chunks", "8,32", "--batch", "2") == "mst" and named() == "standard"
     for other in (("-s", "standard", "--chunks", "8"), ("-s", "standard", "--checkpoint", "layer"), ("-s", "mst", "--loss", "transformers")):
         assert named(*other) == "custom"
     assert "with this recipe" in " ".join(run("plan", *CASE, "--seq-len", "4k", "-s", "standard", "--checkpoint", "2").out.split())
@@ -195,7 +251,7 @@ def test_a_defect_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
 BAD = [
     (("max-seq", *CASE, "-s", "fast"), "unknown strategy 'fast'"),
     (("max-seq", *CASE, "-s", ""), "unknown strategy ''"),
-    (("max-seq", *CASE, "-s", "mst", "--checkpoint", "2"), "Leave --strategy or those out"),
+    (("max-seq", *CASE, "-s", "mst", "--recipe", "unknown-field.json"), "exclude each other"),
     (("max-seq", *CASE, "--no-cache"), "--no-cache: nothing to do with the formula"),
     (("plan", *CASE, "--seq-len"), "Try 'mstplan plan --help'"),
     (("max-seq", "--model", "llama3.1-8b"), "no card given"),

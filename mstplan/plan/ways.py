@@ -1,0 +1,195 @@
+"""Ways to make a step fit: sets of changes to a recipe, the cheapest first, and the cards that hold it as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
+
+from ..errors import RecipeError
+from .hardware import Gpu, gpus
+from .recipe import Recipe
+from .solve import Plan, max_seq, plan_at, recommend_at
+
+MOST = 4
+"""Ways that are listed."""
+USEFUL = 2048
+"""Tokens that a way should reach where no length was asked for, if any does."""
+
+
+class Change(NamedTuple):
+    """A change to a recipe. gives_up: what it takes of the user, nothing where it is empty; cost: to put ways in order."""
+
+    name: str
+    gives_up: str
+    cost: int
+    fields: dict[str, object]
+
+
+class Way(NamedTuple):
+    """Changes that together lead to `plan`, and the longest sequence with them, in tokens."""
+
+    changes: tuple[Change, ...]
+    plan: Plan
+    s_max: int
+
+    @property
+    def gives_up(self) -> str:
+        """What they take of the user together."""
+        return "; ".join(dict.fromkeys(change.gives_up for change in self.changes if change.gives_up)) or "nothing"
+
+
+def _cost(changes: Iterable[Change]) -> int:
+    return sum(change.cost for change in changes)
+
+
+def _names(changes: Iterable[Change]) -> set[str]:
+    return {change.name for change in changes}
+
+
+Lever = tuple[Change, ...]
+"""Changes that exclude each other."""
+
+def _states(start: Plan) -> tuple[Lever, ...]:
+    """What decides the bytes that do not grow with the sequence."""
+    back: Lever = () if start.fits_host else (Change("optimizer states on the card", "", 0, {"optimizer_on_host": False, "weights_on_host": False}),)
+    return (
+        (Change("weights and moments in bf16", "exact updates", 8, {"precision": "bf16"}),),
+        (
+            Change("Adafactor", "Adam's updates", 5, {"optimizer": "adafactor"}),
+            Change("8-bit AdamW", "exact moments", 5, {"optimizer": "adamw-8bit"}),
+        ),
+        (Change("the optimizer in backward", "accumulation and clipping; own loop", 4, {"optimizer_in_backward": True}),),
+        (*back, Change("the optimizer on the host", "step time (DeepSpeed offload)", 10, {"optimizer_on_host": True, "optimizer_in_backward": False})),
+        (Change("weights on the host", "more step time", 6, {"weights_on_host": True}),),
+    )
+
+
+def _tokens(start: Plan) -> tuple[Lever, ...]:
+    """What decides the bytes that grow with the sequence."""
+    recipe = start.recipe
+    more = {} if recipe.optimizer_in_backward else {"accumulation": recipe.accumulation * recipe.batch}
+    back: Lever = () if start.fits_host else (Change("layer inputs on the card", "", 0, {"offload_layer_inputs": False}),)
+    attention = (
+        Change("sdpa instead of eager attention", "", 0, {"attention": "sdpa"})
+        if recipe.attention == "eager"
+        else Change("flash-attn: no explicit masks", "a package more", 1, {"attention": "flash"})
+    )
+    return (
+        (attention,),
+        (Change("fused AdamW", "", 0, {"adamw_kernel": "fused"}),),
+        (Change("the loss in chunks", "", 1, {"loss": "chunked", "loss_chunks": "auto"}),),
+        (Change("the MLP in chunks", "", 2, {"mlp_chunks": "auto", "mlp_recompute": True}),),
+        (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **more}),),
+        (Change("checkpoint every layer", "time: a second forward pass", 3, {"checkpoint": "layer"}),),
+        (*back, Change("layer inputs on the host", "CPU RAM", 3, {"offload_layer_inputs": True})),
+    )
+
+
+def ways_to_fit(start: Plan) -> tuple[Way, ...]:
+    """Sets of changes with which the step fits at its length, cheapest first; of sets within each other the smallest."""
+    ways: list[Way] = []
+    for changes in _sets(start):
+        if len(ways) == MOST:
+            break
+        if any(_names(way.changes) <= _names(changes) for way in ways) or not _seems_to_fit(start, changes):
+            continue
+        recipe = _changed(start.recipe, changes)
+        assert recipe is not None
+        plan = plan_at(start.model, recipe, start.card, start.seq_len)
+        if plan.fits:
+            ways.append(Way(changes, plan, max_seq(start.model, recipe, start.card).s_max))
+    return tuple(ways)
+
+
+def nearest(plans: Sequence[Plan]) -> Plan:
+    """The plan that comes closest to fitting; of equals the one that asks least of the host, and of those the last, as strategies are listed."""
+    return min(reversed(plans), key=lambda plan: (not plan.fits_host, plan.peak_bytes, plan.host_bytes))
+
+
+def ways_to_train(starts: Sequence[Plan]) -> tuple[Way, ...]:
+    """What would make a strategy fit where none holds a single token: for the nearest, with which at least `USEFUL` tokens fit, if with any."""
+    start = nearest(starts)
+    useful = max(start.seq_len, min(USEFUL, start.model.context or USEFUL))
+    lengths = dict.fromkeys((useful, start.seq_len))
+    return next((found for n in lengths if (found := ways_to_fit(plan_at(start.model, start.recipe, start.card, n)))), ())
+
+
+def furthest(start: Plan) -> Way | None:
+    """The longest sequence that changes reach, where the step's own length is beyond all of them; None where nothing fits at all."""
+    most = [(*states, *_all_that_apply(start, states)) for states in _choices(start.recipe, _states(start))]
+    found = [way for changes in most if (way := _reach(start, changes)) is not None and way.s_max]
+    if not found:
+        return None
+    best = max(found, key=lambda way: (way.s_max, -_cost(way.changes)))
+    for change in sorted(best.changes, key=lambda change: -change.cost):  # not what brings nothing
+        fewer = _reach(start, [each for each in best.changes if each is not change])
+        best = fewer if fewer is not None and fewer.s_max >= best.s_max else best
+    return best
+
+
+def _reach(start: Plan, changes: Iterable[Change]) -> Way | None:
+    recipe = _changed(start.recipe, changes)
+    if recipe is None:
+        return None
+    answer = max_seq(start.model, recipe, start.card)
+    return Way(tuple(changes), answer.plan, answer.s_max)
+
+
+def _sets(start: Plan) -> Iterator[tuple[Change, ...]]:
+    """Every set of changes that may help, the cheapest first: none whose optimizer, precision and place of states leave no room for the
+    step with all else that saves memory."""
+    found = []
+    for states in _choices(start.recipe, _states(start)):
+        if _seems_to_fit(start, (*states, *_all_that_apply(start, states))) or _seems_to_fit(start, states):
+            found += [(*states, *tokens) for tokens in _choices(start.recipe, _tokens(start))]
+    return iter(sorted(filter(None, found), key=lambda changes: (_cost(changes), len(changes))))
+
+
+def _choices(recipe: Recipe, levers: Sequence[Lever]) -> Iterator[tuple[Change, ...]]:
+    """At most one change of each lever, of those that alter the recipe by themselves or could beside others."""
+    options = [(None, *(change for change in lever if _alters(recipe, change))) for lever in levers]
+    return (tuple(change for change in chosen if change is not None) for chosen in product(*options))
+
+
+def _alters(recipe: Recipe, change: Change) -> bool:
+    return any(getattr(recipe, field) != value for field, value in change.fields.items())
+
+
+def _all_that_apply(start: Plan, states: tuple[Change, ...]) -> tuple[Change, ...]:
+    """Everything that shortens what grows with the sequence, beside changes of the states."""
+    taken: tuple[Change, ...] = ()
+    for lever in _tokens(start):
+        change = next((each for each in lever if _alters(start.recipe, each)), None)
+        if change is not None and _changed(start.recipe, (*states, *taken, change)) is not None:
+            taken = (*taken, change)
+    return taken
+
+
+def _changed(recipe: Recipe, changes: Iterable[Change]) -> Recipe | None:
+    """The changed recipe; None where they contradict each other."""
+    fields: dict[str, object] = {}
+    for change in changes:
+        fields |= change.fields
+    try:
+        return recipe.changed(**fields)
+    except RecipeError:
+        return None
+
+
+def _seems_to_fit(start: Plan, changes: tuple[Change, ...]) -> bool:
+    """By the chunks that are best at this length alone, which is quicker than to plan it."""
+    recipe = _changed(start.recipe, changes)
+    if recipe is None:
+        return False
+    chunks = recommend_at(start.model, recipe, start.card, start.seq_len)
+    return plan_at(start.model, recipe, start.card, start.seq_len, chunks).fits
+
+
+def smallest_gpu(start: Plan) -> Gpu | None:
+    """The smallest card on which the recipe fits as it is, with the same reserve and host memory."""
+    for gpu in sorted(gpus(), key=lambda g: (g.usable_bytes, -g.bf16_flops)):
+        on = start.card._replace(gpu=gpu, total_bytes=gpu.usable_bytes, named=True)
+        if on.budget_bytes > start.card.budget_bytes and plan_at(start.model, start.recipe, on, start.seq_len).fits:
+            return gpu
+    return None

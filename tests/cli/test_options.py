@@ -1,0 +1,55 @@
+"""What options ask for: the same recipe wherever they stand, and back again from a recipe to the options that ask for it."""
+
+from __future__ import annotations
+
+import shlex
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mstplan.cli.options import RECIPE, STRATEGIES, recipes_of
+from mstplan.plan.recipe import STRATEGIES as NAMED
+from mstplan.plan.recipe import Recipe, options_of, strategy
+
+from ..plan.strategies import recipes
+
+OPTIONS = {**RECIPE, **STRATEGIES}
+FLAGS = {flag: name for name, one in OPTIONS.items() for flag in one.flags}
+
+
+def parsed(text: str) -> SimpleNamespace:
+    """What the command line makes of these options."""
+    found, words = {name: one.default for name, one in OPTIONS.items()}, iter(shlex.split(text))
+    for word in words:
+        name = FLAGS[word]
+        kind = OPTIONS[name].annotation.__origin__
+        found[name] = True if kind is bool else int(next(words)) if "int" in str(kind) else next(words)
+    return SimpleNamespace(**found)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(st.data())
+def test_options_of_a_recipe_ask_for_it(data: st.DataObject) -> None:
+    recipe = data.draw(recipes())
+    for name in ("mlp_chunks", "loss_chunks"):
+        if getattr(recipe, name) == "auto" and data.draw(st.booleans()):
+            recipe = recipe.changed(**{name: data.draw(st.integers(1, 64))})
+    if data.draw(st.booleans()):
+        recipe = recipe.changed(**{name: getattr(NAMED[data.draw(st.sampled_from([*NAMED]))], name) for name in ("mlp_recompute",)})
+    (found,) = recipes_of(parsed(options_of(recipe))).values()
+    assert found == recipe
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_strategy_is_called_by_its_name(name: str) -> None:
+    assert options_of(strategy(name)) == f"--strategy {name}"
+    sharded = strategy(name if name != "checkpoint-sqrt" else "checkpoint", gpus=8, sharding="fsdp", optimizer_in_backward=True)
+    assert recipes_of(parsed(options_of(sharded))) == {name if name != "checkpoint-sqrt" else "checkpoint": sharded}
+
+
+def test_a_recipe_of_ones_own_is_described() -> None:
+    assert options_of(Recipe(checkpoint=4)) == "--checkpoint 4"
+    assert options_of(Recipe(loss="transformers<4.45")) == "--loss 'transformers<4.45'"
+    assert options_of(strategy("mst", mlp_chunks=4, loss_chunks=8, optimizer="sgd")) == "--strategy mst --chunks 4,8 --optimizer sgd"

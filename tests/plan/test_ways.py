@@ -1,0 +1,132 @@
+"""Ways to make a step fit, against the plans that they lead to."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mstplan.plan import ways
+from mstplan.plan.catalog import load_model
+from mstplan.plan.hardware import card
+from mstplan.plan.recipe import STRATEGIES, Recipe, strategy
+from mstplan.plan.solve import Plan, max_seq, plan_at
+from mstplan.plan.ways import Way, furthest, nearest, smallest_gpu, ways_to_fit, ways_to_train
+from mstplan.units import GIB
+
+from .strategies import recipes
+
+MODEL = load_model("llama3.1-8b")
+SMALL = load_model("llama3.2-1b")
+
+
+def check(start: Plan, found: tuple[Way, ...]) -> None:
+    """Each way fits, reaches as far as it says, changes what it says, and does without none of its changes; the cheapest comes first."""
+    costs = [sum(change.cost for change in way.changes) for way in found]
+    assert costs == sorted(costs) and len(found) <= ways.MOST
+    for way in found:
+        plan = plan_at(start.model, way.plan.recipe, start.card, start.seq_len)
+        assert plan.fits and plan == way.plan and way.s_max == max_seq(start.model, plan.recipe, start.card).s_max >= start.seq_len
+        fields = {name: value for change in way.changes for name, value in change.fields.items()}
+        assert start.recipe.changed(**fields) == plan.recipe != start.recipe
+        for left_out in way.changes:
+            fewer = {name: value for change in way.changes if change is not left_out for name, value in change.fields.items()}
+            try:
+                without = start.recipe.changed(**fewer)
+            except ways.RecipeError:
+                continue
+            assert not plan_at(start.model, without, start.card, start.seq_len).fits
+    named = [{change.name for change in way.changes} for way in found]
+    assert not any(a < b for a in named for b in named)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("seq_len", [16384, 65536, 262144])
+def test_what_is_said_to_fit_fits(name: str, seq_len: int) -> None:
+    start = plan_at(MODEL, strategy(name), card("h100"), seq_len)
+    if not start.fits:
+        found = ways_to_fit(start)
+        check(start, found)
+        assert found
+
+
+@settings(derandomize=True, deadline=None, max_examples=15)
+@given(recipes(pad_to=1), st.sampled_from([1, 2, 4, 8, 24]), st.sampled_from([512, 8192, 65536]), st.booleans())
+def test_ways_of_any_recipe(recipe: Recipe, gib: int, seq_len: int, little: bool) -> None:
+    start = plan_at(SMALL, recipe, card(memory=gib * GIB, host_memory=GIB if little else None), seq_len)
+    if not start.fits:
+        check(start, ways_to_fit(start))
+
+
+def test_the_simplest_change_comes_first_and_alone() -> None:
+    start = plan_at(MODEL, strategy("checkpoint"), card("h100"), 65536)
+    assert [c.name for c in ways_to_fit(start)[0].changes] == ["the loss in chunks"]
+
+
+def test_adafactor_before_the_host() -> None:
+    """Qwen3-4B on 24 GB: half of the states would do, and no optimizer on the host."""
+    found = ways_to_train([max_seq(load_model("qwen3-4b"), recipe, card("rtx-4090"), name).plan for name, recipe in STRATEGIES.items()])
+    assert [c.name for c in found[0].changes] == ["Adafactor"] and found[0].plan.host_bytes == 0 and found[0].s_max > 40_000
+    assert all("host" not in c.name for way in found[:2] for c in way.changes)
+
+
+@pytest.mark.parametrize("asked", [{"optimizer_on_host": True}, {"optimizer_on_host": True, "weights_on_host": True}, {"offload_layer_inputs": True}])
+def test_host_memory_that_is_short_is_turned_back_from(asked: dict[str, object]) -> None:
+    recipe, small = strategy("mst", **asked), card("h100", host_memory=GIB // 8)
+    start = plan_at(MODEL, recipe, small, 65536)
+    assert start.peak_bytes <= small.budget_bytes and not start.fits
+    first = ways_to_fit(start)[0]
+    assert not any(getattr(first.plan.recipe, field) for field in asked) and first.gives_up == "nothing"
+
+
+def test_a_smaller_batch_is_offered() -> None:
+    start = plan_at(MODEL, strategy("mst", batch=16), card("h100"), 16384)
+    first = ways_to_fit(start)[0]
+    assert [c.name for c in first.changes] == ["batch 1, accumulated"]
+    assert first.plan.recipe.batch == 1 and first.plan.recipe.accumulation == 16
+
+
+def test_changes_fit_the_attention_at_hand() -> None:
+    def offered(attention: str) -> set[object]:
+        start = plan_at(MODEL, strategy("mst", attention=attention), card("h100"), 4096)
+        return {change.fields.get("attention") for changes in ways._choices(start.recipe, ways._tokens(start)) for change in changes} - {None}
+
+    assert (offered("eager"), offered("sdpa"), offered("flash")) == ({"sdpa"}, {"flash"}, set())
+
+
+def test_the_furthest_is_what_no_change_exceeds() -> None:
+    start = plan_at(MODEL, strategy("mst"), card("h100"), 1 << 22)
+    assert ways_to_fit(start) == ()
+    best = furthest(start)
+    assert best is not None and best.s_max == max_seq(MODEL, best.plan.recipe, start.card).s_max > max_seq(MODEL, start.recipe, start.card).s_max
+    assert furthest(plan_at(MODEL, strategy("mst"), card(memory=GIB), 4096)) is None
+
+
+def test_the_nearest_asks_no_more_of_the_host_than_it_must() -> None:
+    def plans(gpu: str, name: str) -> list[Plan]:
+        return [plan_at(load_model(name), recipe, card(gpu), 1024) for recipe in STRATEGIES.values()]
+
+    same = plans("rtx-4090", "qwen3-4b")
+    assert len({plan.peak_bytes for plan in same[1:]}) == 1 and nearest(same) is same[3]
+
+
+def test_the_smallest_card_that_holds_it() -> None:
+    start = plan_at(MODEL, strategy("checkpoint"), card("h100"), 65536)
+    bigger = smallest_gpu(start)
+    assert bigger is not None and plan_at(MODEL, start.recipe, card(bigger.name), 65536).fits
+    assert not plan_at(MODEL, start.recipe, card("h200"), 65536).fits
+
+
+def test_the_smallest_card_keeps_the_reserve() -> None:
+    free, held = (plan_at(MODEL, strategy("mst"), card("rtx-4090", reserve=n * GIB), 8192) for n in (0, 4))
+    first, second = smallest_gpu(free), smallest_gpu(held)
+    assert first is not None and second is not None and first.usable_bytes <= second.usable_bytes
+    assert plan_at(MODEL, strategy("mst"), card(second.name, reserve=4 * GIB), 8192).fits
+
+
+def test_a_peak_and_its_card_are_of_the_step_that_was_asked_for() -> None:
+    """70B over 8 cards at 32k fits nowhere: chunks are those of that length all the same, and so is the card that would hold it."""
+    start = plan_at(load_model("llama3.1-70b"), strategy("mst", gpus=8, sharding="fsdp"), card("h100"), 32768)
+    assert not start.fits and min(start.chunks) > 1
+    bigger = smallest_gpu(start)
+    assert bigger is not None and bigger.usable_bytes >= start.peak_bytes
