@@ -470,16 +470,29 @@ def stored_inputs(recipe: Recipe, layers: int) -> int:
 
 
 def _chain(tape: Tape, hidden: Tensor, layers: list[Given], *, recompute: bool, offload: bool, what: str) -> Tensor:
-    count = len(layers)
+    count, tapes = len(layers), [id(layer.tape) for layer in layers]
     for i, (inner, _) in enumerate(layers):
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
-        # The instants of the first layer, of the last and of those between are told apart, so both ends of all three are listed.
-        interior = 1 < i < count - 2 and layers[i - 1].tape is inner is layers[i + 1].tape
+        interior = any(_lies_between(tapes, i, period) for period in range(1, _LONGEST_PERIOD + 1))
         part = Part(inner, recompute=recompute, offload=offload)
         tape.ops.append(Op(f"{what}, {place}", (hidden,), (out,), part=part, interior=interior, arguments=layers[i].kept(recompute)))
         hidden = tape.output = out
     return hidden
+
+
+_LONGEST_PERIOD = 8
+"""Layers after which kinds of layers are taken to repeat."""
+
+
+def _lies_between(tapes: list[int], i: int, period: int) -> bool:
+    """Does a layer need neither more than one that is a period before it nor than the one a period after it? What is alive beside it grows
+    or shrinks by the same from one to the next where the layers on both sides are the same. The first layer and the last are instants of
+    their own, and what a kind of layers is given goes with the first of them."""
+    before, after = i - period, i + period
+    if before < 1 or after > len(tapes) - 2 or tapes[before:i] != tapes[i:after] or tapes[i] != tapes[after]:
+        return False
+    return period == 1 or (tapes[before - 1] == tapes[i - 1] and set(tapes[before:i]) <= set(tapes[: before + 1]))
 
 
 def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout) -> None:

@@ -265,10 +265,15 @@ def merged(*alive: Iterable[tuple[Label, int]]) -> Alive:
 def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
     """The moments that can be the largest for some batch, length and chunks: none exceeded by another in every term."""
     kept: list[Moment] = []
+    tried: list[Vector] = []  # the same, those first that exceeded others last: neighbours are exceeded by the same one
     for moment in sorted(moments, key=lambda m: sum(m.live), reverse=True):
         live = moment.live
-        if not any(all(map(int.__ge__, other.live, live)) for other in kept):
+        larger = next((i for i, other in enumerate(tried) if all(map(int.__ge__, other, live))), None)
+        if larger is None:
             kept.append(moment)
+            tried.append(live)
+        elif larger:
+            tried.insert(0, tried.pop(larger))
     return tuple(kept)
 
 

@@ -11,6 +11,7 @@ from .hardware import Gpu, gpus
 from .recipe import Recipe
 from .solve import Plan, max_seq, plan_at, recommend_at
 
+_MLP_AGAIN = "time: the MLPs run twice"
 MOST = 4
 """Ways that are listed."""
 USEFUL = 2048
@@ -36,7 +37,8 @@ class Way(NamedTuple):
     @property
     def gives_up(self) -> str:
         """What they take of the user together."""
-        return "; ".join(dict.fromkeys(change.gives_up for change in self.changes if change.gives_up)) or "nothing"
+        again = () if self.plan.recipe.checkpoint == "none" else (_MLP_AGAIN,)  # a checkpointed layer runs again anyway
+        return "; ".join(change.gives_up for change in self.changes if change.gives_up not in ("", *again)) or "nothing"
 
 
 def _cost(changes: Iterable[Change]) -> int:
@@ -61,7 +63,7 @@ def _states(start: Plan) -> tuple[Lever, ...]:
         ),
         (Change("the optimizer in backward", "accumulation and clipping; own loop", 4, {"optimizer_in_backward": True}),),
         (*back, Change("the optimizer on the host", "step time (DeepSpeed offload)", 10, {"optimizer_on_host": True, "optimizer_in_backward": False})),
-        (Change("weights on the host", "more step time", 6, {"weights_on_host": True}),),
+        (Change("weights on the host", "weights cross the host link", 6, {"weights_on_host": True}),),
     )
 
 
@@ -79,7 +81,7 @@ def _tokens(start: Plan) -> tuple[Lever, ...]:
         (attention,),
         (Change("fused AdamW", "", 0, {"adamw_kernel": "fused"}),),
         (Change("the loss in chunks", "", 1, {"loss": "chunked", "loss_chunks": "auto"}),),
-        (Change("the MLP in chunks", "", 2, {"mlp_chunks": "auto", "mlp_recompute": True}),),
+        (Change("the MLP in chunks", _MLP_AGAIN, 2, {"mlp_chunks": "auto", "mlp_recompute": True}),),
         (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **more}),),
         (Change("checkpoint every layer", "time: a second forward pass", 3, {"checkpoint": "layer"}),),
         (*back, Change("layer inputs on the host", "CPU RAM", 3, {"offload_layer_inputs": True})),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..plan.theorem import View
 
 
-def max_seq_notes(model: Model, card: Card, found: Sequence[Answer], to_fit: Sequence[Way]) -> list[str]:
+def max_seq_notes(model: Model, card: Card, found: Sequence[Answer], to_fit: Sequence[Way] = ()) -> list[str]:
     recipe = found[-1].plan.recipe
     lines = advice.card_notes(card) + advice.kernel_notes(model, recipe, card) + advice.recipe_notes(model, recipe)
     if not any(answer.s_max for answer in found):
@@ -32,7 +32,7 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Answer], to_fit: Seq
     return lines
 
 
-def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer], best: Answer, to_fit: Sequence[Way]) -> None:
+def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer], best: Answer, to_fit: Sequence[Way] = ()) -> None:
     tables.heading(console, model, card, tables.rung([a.plan.calibration for a in found]))
     tables.answers(console, found, best)
     if best.s_max:

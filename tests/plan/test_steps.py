@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mstplan import profiles
 from mstplan.plan.catalog import load_model, model_names
 from mstplan.plan.hardware import card
+from mstplan.plan.model import LayerKind, Mlp
 from mstplan.plan.recipe import STRATEGIES, strategy
 from mstplan.plan.solve import _step, layout_of, peak_at, sizes
 from mstplan.plan.steps import (
@@ -20,6 +21,7 @@ from mstplan.plan.steps import (
     LAST_LAYER,
     LOSS,
     LOSS_BACKWARD,
+    MIDDLE_LAYER,
     OPTIMIZER,
     Chunks,
     Layout,
@@ -80,6 +82,25 @@ def test_the_same_holds_for_any_model_and_recipe(data):
     chunks, seq_len = data.draw(chunk_counts(recipe)), data.draw(st.integers(1, 200_000))
     built, where = formula(model, recipe, chunks, seq_len), sizes(recipe, seq_len, chunks)
     assert max(slow_peaks(built, where).values()) == built.largest(where)[1]
+
+
+@settings(quick, max_examples=40)
+@given(st.data())
+def test_the_same_holds_where_kinds_of_layers_repeat(data):
+    """Local and global layers in turn, dense ones first, a pattern that is cut off or broken somewhere."""
+    model, recipe = data.draw(models()), data.draw(recipes())
+    kinds = (LayerKind(256), LayerKind(), *([LayerKind(256, True), LayerKind(None, True)] if model.experts is not None else []))
+    pattern = data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=5))
+    layers = [*data.draw(st.lists(st.sampled_from(kinds), max_size=2)), *pattern * data.draw(st.integers(3, 5))]
+    layers[data.draw(st.integers(0, len(layers) - 1))] = data.draw(st.sampled_from(kinds))
+    model = model._replace(layer_kinds=tuple(layers), mlp=model.mlp or Mlp(64, "silu"))
+    chunks = data.draw(chunk_counts(recipe))
+    for seq_len in (16, 300, 1000, 4000, 50_000):  # gradients that come outweigh inputs that go in short ones
+        built, where = formula(model, recipe, chunks, seq_len), sizes(recipe, seq_len, chunks)
+        slow = slow_peaks(built, where)
+        assert max(slow.values()) == built.largest(where)[1]
+        shown = {i.name: i.bytes for i in built.instants(where)}
+        assert all(shown[name] == slow[name] for name in (END_OF_FORWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER) if name in slow)
 
 
 def test_every_sqrt_of_the_layers():
