@@ -138,7 +138,7 @@ def _measure_on_all_ranks(asked: Asked) -> None:
     """One point, in the processes that torchrun started."""
     from .. import files
     from ..errors import RecipeError
-    from ..observe import sweep
+    from ..observe import measurement, sweep
 
     os.environ.update(sweep.variables(asked.device))  # torch reads its allocator's settings once
     from ..observe import ranks
@@ -148,7 +148,10 @@ def _measure_on_all_ranks(asked: Asked) -> None:
         raise RecipeError(f"torchrun started {gpus} ranks: say --sharding fsdp, and no other number with --gpus.")
     if unused := given(asked, {name: MEASURING[name] for name in ("timeout", "again")}):
         raise RecipeError(f"{', '.join(unused)}: nothing to do under torchrun, where a command measures its point each time.\nLeave it out.")
-    files.check_writable(asked.out, force=True)
+    if os.environ.get("RANK") == "0":  # not all of them: each would find another's lock
+        measurement.check_appendable(asked.out)
+    else:
+        files.check_writable(asked.out, force=True)
     asked.gpus = gpus
     with ranks.Ranks(asked.device) as group:
         known = group.environment()

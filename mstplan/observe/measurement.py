@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, Field, TypeAdapter
 
 from .. import files, profiles
-from ..errors import MeasurementError, ModelError, quoted
+from ..errors import MeasurementError, ModelError, OutputError, quoted
 from ..plan.config import read_config
 from ..plan.model import Model
 from ..plan.recipe import Recipe
@@ -253,46 +253,93 @@ def latest(measurements: Iterable[Measurement]) -> list[Measurement]:
 def appending(path: Path) -> Iterator[Callable[[Measurement], None]]:
     """Gives a function that appends to a results file, which no other process may write to meanwhile. A line that a kill cut
     off stays as it is and gets an end. Raises MeasurementError, also for a file that holds something else, and OutputError."""
-    if path.is_file() and path.stat().st_size:
-        _check_results(path)
     files.check_writable(path, force=True)
-    with files.refusing(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    file = _Locked(path)
     try:
-        with files.refusing(path):
-            _lock(handle, path)
-            size = os.fstat(handle).st_size
-            if size and os.pread(handle, 1, size - 1) != b"\n":
-                os.write(handle, b"\n")
-
-        def append(measurement: Measurement) -> None:
-            with files.refusing(path):
-                os.write(handle, (json.dumps(measurement.as_data(), separators=(",", ":")) + "\n").encode())
-                os.fsync(handle)
-
-        yield append
+        yield file.append
     finally:
-        os.close(handle)
+        file.close()
+
+
+def check_appendable(path: Path) -> None:
+    """Raises what `appending` raises of the file as it is. Writes nothing."""
+    with appending(path):
+        pass
+
+
+class _Locked:
+    """A results file that this process alone writes to, and alone may remove."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle, self.locked = _take(path)
+
+    def append(self, measurement: Measurement) -> None:
+        line = (json.dumps(measurement.as_data(), separators=(",", ":")) + "\n").encode()
+        if not _is_at(self.handle, self.path):  # removed or replaced: what is written to it nobody would find
+            before, (self.handle, self.locked) = self.handle, _take(self.path)
+            os.close(before)
+        with files.refusing(self.path):
+            _end_last_line(self.handle)
+            while line:
+                line = line[os.write(self.handle, line) :]
+            os.fsync(self.handle)
+
+    def close(self) -> None:
         with suppress(OSError):
-            if not path.stat().st_size:  # nothing came of it
-                path.unlink()
+            if self.locked and _is_at(self.handle, self.path) and not os.fstat(self.handle).st_size:  # nothing came of it
+                os.unlink(os.path.realpath(self.path))  # not a link to it
+        os.close(self.handle)
 
 
-def _check_results(path: Path) -> None:
-    with open(path, "rb") as file:
-        begins = file.read(len(_BEGINNING)).startswith(_BEGINNING)  # or the only line was cut off
-    if not read(path).measurements and not begins:
+def _take(path: Path) -> tuple[int, bool]:
+    """Open and lock a results file; also whether there are locks here. A lock is of the file that was opened: whether the path still
+    names that one is certain only once it is locked."""
+    for _ in range(100):
+        with files.refusing(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            locked = _lock(handle, path)
+            if _is_at(handle, path):
+                _check_results(path, handle)
+                return handle, locked
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # who had the lock removed the file meanwhile
+    raise OutputError(f"cannot write {quoted(path)}: it is removed as soon as it is made.\nName another file.")
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
+
+
+def _end_last_line(handle: int) -> None:
+    size = os.fstat(handle).st_size
+    if size and os.pread(handle, 1, size - 1) != b"\n":
+        os.write(handle, b"\n")
+
+
+def _check_results(path: Path, handle: int) -> None:
+    """Raises MeasurementError for a file that holds something else."""
+    begins = os.pread(handle, len(_BEGINNING), 0)
+    if not _BEGINNING.startswith(begins) and not read(path).measurements:  # of results the only line may be cut off
         raise MeasurementError(f"{quoted(path)} holds no results of `mstplan measure`, so none are added.\nName another file with --out.")
 
 
-def _lock(handle: int, path: Path) -> None:
+def _lock(handle: int, path: Path) -> bool:
+    """Whether there are locks here; lines are appended whole in any case. Raises MeasurementError when another process has this one."""
     try:
         import fcntl
-    except ImportError:  # no such locks on this system: lines are still appended whole
-        return
+    except ImportError:
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno not in (errno.EAGAIN, errno.EACCES):
-            return  # a file system without locks
+            return False  # a file system without locks
         raise MeasurementError(f"another mstplan is writing to {quoted(path)}.\nWait for it, or name another file with --out.") from None
+    return True

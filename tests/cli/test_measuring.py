@@ -105,6 +105,15 @@ def test_a_point_that_is_refused_is_exit_code_1(run: Run, monkeypatch: pytest.Mo
     assert said.code == 1 and "refused: no flash-attn here" in said.out
 
 
+@pytest.mark.parametrize("command", [("measure", "--seq-len", "64", "-s", "mst"), ("validate", "--throughput", "--seq-len", "64")])
+def test_who_is_refused_as_the_second_writer_leaves_the_file(run: Run, quick: list[Case], tmp_path: Path, command: tuple[str, ...]) -> None:
+    with measurement.appending(tmp_path / "r.jsonl") as append:
+        said = run(*command, "-m", "tiny.json", "--device", "cpu", "-o", "r.jsonl")
+        assert said.code == 2 and "another mstplan is writing to 'r.jsonl'" in said.err and not quick
+        append(measured(Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 64, None, "cpu"), {"loss": 5}))
+    assert len(measurement.read(tmp_path / "r.jsonl").measurements) == 1
+
+
 def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupted(*_: object) -> Measurement:
         raise KeyboardInterrupt
