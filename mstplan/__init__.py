@@ -10,9 +10,15 @@ Sizes are ints in bytes, lengths ints in tokens. Whatever cannot be used raises 
 Nothing here imports torch, but for `minisequence(model)`, which trains what was planned.
 """
 
-from __future__ import annotations
+import sys
 
-from typing import TYPE_CHECKING
+# `python -m mstplan` begins with the current folder on the path, and whatever random.py lies there. Nothing is imported before it is off,
+# not even __future__; the package itself is found by then. While it is looked for, `-m` stands where its name will.
+_as_module = getattr(sys, "argv", [])[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("mstplan", "-mmstplan")
+if _as_module and not getattr(sys.flags, "safe_path", sys.flags.isolated):
+    del sys.path[0]
+
+from typing import TYPE_CHECKING  # noqa: E402
 
 if TYPE_CHECKING:
     from .errors import HardwareError as HardwareError

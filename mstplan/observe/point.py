@@ -1,5 +1,5 @@
-"""One measured step, in a process of its own: `python -m mstplan.observe.point` reads a case from standard input (a line of
-JSON) and writes what it took to standard output. It ends when its standard input does, that is, with the process that began it.
+"""One measured step, in a process of its own, which sweep.py starts: it reads a case from standard input (a line of JSON) and writes
+what it took to standard output. It ends when its standard input does, that is, with the process that began it.
 
 With `describe DEVICE` for arguments it writes the device's environment only.
 """
@@ -279,7 +279,3 @@ def main() -> None:
     answer.write(json.dumps(found) + "\n")
     answer.flush()
     os._exit(0)  # tearing down CUDA and torch takes seconds
-
-
-if __name__ == "__main__":
-    main()

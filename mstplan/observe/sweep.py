@@ -28,7 +28,20 @@ from .measurement import FAILED, OK, OUT_OF_MEMORY, Case, Figures, Measurement, 
 from .runnable import check_runnable
 from .showing import Showing, unseen
 
-PROCESS = (sys.executable, "-m", "mstplan.observe.point")
+_PACKAGE = Path(__file__).parents[1]
+_PROGRAM = f"""
+import sys
+sys.path = [folder for folder in sys.path if folder]  # not the current one, and whatever random.py lies there
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("mstplan", {str(_PACKAGE / "__init__.py")!r}, submodule_search_locations=[{str(_PACKAGE)!r}])
+sys.modules["mstplan"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["mstplan"])
+from mstplan.observe.point import main
+main()
+"""
+PROCESS = (sys.executable, "-c", _PROGRAM)
+"""How a process starts that measures: with this very mstplan, wherever it was found. `python -m` would take the current folder for a place
+to look for modules."""
 FINAL = (OK, OUT_OF_MEMORY)
 """Outcomes that a rerun takes for done. Not what was refused: a package more, and it may run."""
 
@@ -107,8 +120,10 @@ def environment(device: str) -> dict[str, Any]:
 
 def variables(device: str) -> dict[str, str]:
     """Of the environment of a process that measures. On CUDA with expandable segments, as predictions assume and most long runs want,
-    unless the user has set the allocator up."""
+    unless the user has set the allocator up. A place without a name in PYTHONPATH would be the current folder."""
     found = dict(os.environ)
+    if "PYTHONPATH" in found:
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, found["PYTHONPATH"].split(os.pathsep)))
     if device == "cuda" and "PYTORCH_ALLOC_CONF" not in found:
         found.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return found
