@@ -11,8 +11,8 @@ _MEMORY = {"B": 1, "KB": KIB, "KIB": KIB, "MB": MIB, "MIB": MIB, "GB": GIB, "GIB
 _LENGTH = {"": 1, "K": KIB, "M": MIB}
 LONGEST = 2**40
 """Tokens beyond which a length is taken for a slip."""
-MOST_MEMORY = 2**60
-"""Bytes from which an amount of memory is taken for a slip."""
+LEAST_MEMORY, MOST_MEMORY = GIB // 4, 2**60
+"""Bytes of a card below which, and from which on, an amount of memory is taken for a slip."""
 
 
 # ASCII digits only: \d takes those of every script, and int() reads no more than some thousands of them.

@@ -25,7 +25,7 @@ from .options import (
     recipes_of,
     results_files,
 )
-from .output import complain, new_console, print_json
+from .output import complain, new_console, print_json, say_written
 
 if TYPE_CHECKING:
     from ..observe.measurement import Case, Measurement
@@ -82,10 +82,12 @@ def _check_device(asked: Asked) -> None:
 @contextmanager
 def _kept(asked: Asked) -> Iterator[None]:
     """Who interrupts a sweep hears what became of it."""
+    from ..errors import one_line
+
     try:
         yield
     except KeyboardInterrupt:
-        kept = f"results are kept in {asked.out}" if asked.out.exists() else "nothing was measured yet"
+        kept = f"results are kept in {one_line(asked.out, 200)}" if asked.out.exists() else "nothing was measured yet"
         complain(f"interrupted; {kept}.\nThe same command{', without --again,' * asked.again} goes on from there.")
         raise
 
@@ -257,7 +259,7 @@ def _validate_results(asked: Asked) -> None:
     else:
         validating.report(new_console(), found, read.skipped, said)
         if asked.plot is not None:
-            typer.echo(f"wrote {asked.plot}")
+            say_written(asked.plot)
     if said:
         raise typer.Exit(1)
 

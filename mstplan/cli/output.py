@@ -6,9 +6,13 @@ import io
 import os
 import sys
 from contextlib import suppress
+from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from ..errors import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,14 +25,33 @@ def new_console() -> Console:
 
 
 def print_json(document: dict[str, Any]) -> None:
+    """What is infinite or no number has no place in JSON: null."""
     import json
 
-    typer.echo(json.dumps(document, indent=1))
+    try:
+        text = json.dumps(document, indent=1, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(document), indent=1, allow_nan=False)
+    typer.echo(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def say_written(path: Path) -> None:
+    typer.echo(f"wrote {one_line(path, 200)}")
 
 
 def complain(message: str) -> None:
+    """On stderr. Lines are printable and of some length at most, whatever got into them."""
+    shown = "\n".join(one_line(line, 500) for line in message.split("\n"))
     with suppress(OSError):  # nobody is there to read it
-        print(f"mstplan: {message}", file=sys.stderr, flush=True)
+        print(f"mstplan: {shown}", file=sys.stderr, flush=True)
 
 
 class Unwritten(Exception):

@@ -29,7 +29,7 @@ from .options import (
     recipes_of,
     simplest,
 )
-from .output import new_console, print_json
+from .output import new_console, print_json, say_written
 
 if TYPE_CHECKING:
     from ..plan.hardware import Card
@@ -237,4 +237,4 @@ def plot(asked: Asked) -> None:
         data = [{**curve.as_data(), "calibration": payload.calibrated(curve.calibration)} for curve in curves]
         print_json(payload.document("plot", **about, file=str(asked.out), curves=data))
     else:
-        typer.echo(f"wrote {asked.out}")
+        say_written(asked.out)

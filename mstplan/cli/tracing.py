@@ -25,7 +25,7 @@ from .options import (
     results_files,
     simplest,
 )
-from .output import new_console, print_json
+from .output import new_console, print_json, say_written
 
 if TYPE_CHECKING:
     from ..observe.trace import Trace
@@ -77,7 +77,7 @@ def trace(asked: Asked) -> None:
         shown.report(new_console(), view)
         for path in (asked.plot, asked.snapshot):
             if path is not None:
-                typer.echo(f"wrote {path}")
+                say_written(path)
     if not view.fits:
         raise typer.Exit(1)
 

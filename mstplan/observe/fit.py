@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import __version__
-from ..errors import MeasurementError
+from ..errors import MeasurementError, one_line
 from ..plan import calibration
 from ..plan.calibration import Calibration, family_of, fingerprint
 from ..plan.catalog import load_model
@@ -86,7 +86,7 @@ def fit_all(
         raise MeasurementError("none of these models has measurements enough.\nmstplan calibrate with one --model says what it lacks.")
     if constants := devices(chosen):
         path = write_measured(constants)
-        said += [f"{card}: {about['context_bytes'] / MIB:,.0f} MiB of CUDA context, measured; wrote {path}" for card, about in constants.items()]
+        said += [f"{card}: {about['context_bytes'] / MIB:,.0f} MiB of CUDA context, measured; wrote {one_line(path, 200)}" for card, about in constants.items()]
     return rows, said
 
 

@@ -157,7 +157,7 @@ def check(strategy: str, rung: str, predicted: int, measure: Measure) -> Limit:
         nonlocal runs, fails
         points.append(measure(seq_len))
         if points[-1].outcome not in (OK, OUT_OF_MEMORY):
-            raise MeasurementError(f"{points[-1].case.words}: {points[-1].outcome}: {points[-1].error.splitlines()[0]}")
+            raise MeasurementError(f"{points[-1].case.words}: {points[-1].outcome}: {points[-1].reason}")
         ok = points[-1].outcome == OK
         runs, fails = (max(runs, seq_len), fails) if ok else (runs, min(fails, seq_len))
         return ok

@@ -14,18 +14,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from .. import files, profiles
-from ..errors import MeasurementError, ModelError, OutputError, quoted
+from ..errors import MeasurementError, ModelError, OutputError, one_line, quoted
 from ..plan.config import read_config
 from ..plan.model import Model
 from ..plan.recipe import Recipe
-from ..units import LONGEST
+from ..units import LEAST_MEMORY, LONGEST, MOST_MEMORY
 
 SCHEMA_VERSION = 1
 OK, OUT_OF_MEMORY, REFUSED, FAILED = "ok", "out of memory", "refused", "failed"
@@ -38,6 +39,23 @@ _BEGINNING = b'{"case":'
 Bytes = Annotated[int, Field(ge=0, le=1 << 62)]
 Tokens = Annotated[int, Field(ge=1, le=LONGEST)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("not printable")
+    return text
+
+
+def _named(text: str) -> str:
+    if not text.strip():
+        raise ValueError("no name")
+    return text
+
+
+Word = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
+Name = Annotated[str, Field(max_length=255), AfterValidator(_named)]  # whatever characters: a folder's name becomes a model's
+Loss = Annotated[float | None, AfterValidator(lambda loss: loss if loss is not None and isfinite(loss) else None)]
 
 
 class Peak(NamedTuple):
@@ -60,7 +78,7 @@ class Figures:
     instants: Annotated[dict[str, Peak], Field(min_length=1)]
     phases: Annotated[dict[str, Peak], Field(min_length=1)]
     step_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)]  # of every timed step
-    loss: float
+    loss: Loss  # None: infinite, or no number
     context: Bytes | None = None  # in use on the card beside what the allocator reserved: the CUDA context, and other processes
     workspace: Bytes | None = None  # of cuBLAS, for all of its handles
 
@@ -81,15 +99,15 @@ class Figures:
 class Case:
     """A step to measure. `config`: of the model as it is to be run, that is of `layers` of its layers when they are not all."""
 
-    model: str
-    strategy: str
+    model: Name
+    strategy: Name
     config: dict[str, Any]
     recipe: Recipe  # its chunks are numbers
     seq_len: Tokens
-    layers: int | None = None
+    layers: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     device: Annotated[str, Field(pattern="^(cuda|cpu)$")] = "cuda"
     limit: Bytes | None = None  # of the card that the process may use, its CUDA context included
-    steps: int = 3  # that are timed
+    steps: Annotated[int, Field(ge=1, le=1 << 20)] = 3  # that are timed
 
     @cached_property
     def described(self) -> Model:
@@ -107,15 +125,30 @@ class Case:
     @property
     def words(self) -> str:
         part = f", {self.layers} layers" if self.layers else ""
-        return f"{self.model}{part}, {self.strategy}, {self.seq_len:,} tokens"
+        return f"{one_line(self.model, 80)}{part}, {one_line(self.strategy, 40)}, {self.seq_len:,} tokens"
+
+
+class _Environment(BaseModel):
+    """What is sure of a measurement's environment. Whatever else it tells may be anything."""
+
+    model_config = ConfigDict(strict=True)
+
+    card: Word
+    total_bytes: Annotated[int, Field(ge=LEAST_MEMORY, lt=MOST_MEMORY)]
+    torch: Word
+    transformers: Word
+    allocator: Annotated[str, Field(max_length=10_000)]
+    threads: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    driver: Word | None = None
+    cuda: Word | None = None
+    cudnn: int | None = None
+    sdpa: Word | None = None
+    python: Word | None = None
 
 
 def _tells_where(environment: dict[str, Any]) -> dict[str, Any]:
-    if not all(isinstance(environment.get(name), str) for name in ("card", "torch", "transformers", "allocator")):
-        raise ValueError("no environment")
-    if type(environment.get("total_bytes")) is not int or environment["total_bytes"] <= 0:
-        raise ValueError("no bytes of memory")
-    if environment["card"] == "cpu" and (type(environment.get("threads")) is not int or not 1 <= environment["threads"] <= 1 << 16):
+    found = _Environment.model_validate(environment)
+    if found.card == "cpu" and found.threads is None:
         raise ValueError("no number of threads")
     return environment
 
@@ -129,7 +162,7 @@ class Measurement:
     outcome: Annotated[str, Field(pattern=f"^({OK}|{OUT_OF_MEMORY}|{REFUSED}|{FAILED})$")]
     error: str = ""
     ranks: tuple[Figures, ...] = ()
-    when: str = ""  # ISO date and time, UTC
+    when: Word = ""  # ISO date and time, UTC
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def as_data(self) -> dict[str, Any]:
@@ -140,11 +173,18 @@ class Measurement:
         """Raises ValueError, also for what contradicts itself, and ModelError for a model that cannot be read."""
         found: Measurement = _adapter(Measurement).validate_python(data)
         recipe, told = found.case.recipe, {tuple(sorted(rank.instants)) for rank in found.ranks}
-        if "auto" in (recipe.mlp_chunks, recipe.loss_chunks) or len(told) != (found.outcome == OK) or not found.case.described.layers:
+        elsewhere = (found.case.device == "cpu") != (found.environment["card"] == "cpu")
+        unread = not (found.case.described.layers and found.key)  # raises now what it would later
+        if "auto" in (recipe.mlp_chunks, recipe.loss_chunks) or len(told) != (found.outcome == OK) or elsewhere or unread:
             raise ValueError("no measurement")
         return found
 
     @property
+    def reason(self) -> str:
+        """Why there are no figures, in some words."""
+        return one_line(next(iter(self.error.splitlines()), ""), 150) or "no reason given"
+
+    @cached_property
     def key(self) -> str:
         """The same for measurements of the same case on the same kind of device with the same libraries."""
         return key_of(self.case, self.environment)
@@ -213,24 +253,26 @@ class Read(NamedTuple):
 
 
 def read(path: Path) -> Read:
-    """Raises MeasurementError for a file that is none, or written by a newer mstplan."""
+    """Raises MeasurementError for a file that is none, or all written by a newer mstplan."""
     text = files.read_text(path, "a results file of `mstplan measure`", _LARGEST_FILE, MeasurementError)
-    found = Read([], [])
+    found, newer = Read([], []), None
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        why = "is damaged"
         try:
             data = json.loads(line)
-            newer = isinstance(data, dict) and isinstance(version := data.get("schema_version"), int) and version > SCHEMA_VERSION
-            if not newer:
+            schema = data.get("schema_version") if isinstance(data, dict) else None
+            if not isinstance(schema, int) or schema <= SCHEMA_VERSION:
                 found.measurements.append(Measurement.from_data(data))
                 continue
+            newer = newer or f"of schema {one_line(schema, 20)}, and this mstplan reads up to {SCHEMA_VERSION}"
+            why = f"is {newer}"
         except (ValueError, ModelError, RecursionError):
-            found.skipped.append(f"{path}: line {number} is damaged and left out.")
-            continue
-        raise MeasurementError(
-            f"{quoted(path)} has results of schema {version}, and this mstplan reads up to {SCHEMA_VERSION}.\nUpdate mstplan."
-        )
+            pass
+        found.skipped.append(f"{one_line(path)}: line {number} {why} and left out.")
+    if newer is not None and not found.measurements:
+        raise MeasurementError(f"{quoted(path)} has results {newer}.\nUpdate mstplan.")
     return found
 
 

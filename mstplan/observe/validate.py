@@ -4,10 +4,12 @@ but for traces that are not kept yet."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import mean, median
 from typing import NamedTuple
 
+from ..errors import InputError, MissingError, one_line
 from ..plan import solve
 from ..plan.calibration import Calibration
 from ..plan.hardware import Card
@@ -90,17 +92,32 @@ def validate(measurements: Iterable[Measurement], rungs: Sequence[str] = RUNGS, 
         tell(m.case.words)
         if m.outcome == OUT_OF_MEMORY:
             lost += 1
-            found.broken.extend(Broken(m, rung) for rung in rungs if is_held_to(rung, m) and _said_to_fit(m, rung))
+            for rung in rungs:
+                with _leaving_out(m, found):
+                    if is_held_to(rung, m) and _said_to_fit(m, rung):
+                        found.broken.append(Broken(m, rung))
         elif m.outcome == OK:
             for rung in rungs:
-                if rung == CALIBRATED and _solved_from(m):
-                    found.left_out.append(f"{m.case.words}: its calibration was solved from this very step, which says nothing about predictions")
-                else:
-                    found.rows.extend(_rows(m, rung))
+                with _leaving_out(m, found):
+                    if rung == CALIBRATED and _solved_from(m):
+                        found.left_out.append(f"{m.case.words}: its calibration was solved from this very step, which says nothing about predictions")
+                    else:
+                        found.rows.extend(_rows(m, rung))
         else:
-            found.left_out.append(f"{m.case.words}: {m.outcome}, {m.error.splitlines()[0] if m.error else 'no reason given'}")
+            found.left_out.append(f"{m.case.words}: {m.outcome}, {m.reason}")
     found.rows.extend(_on_the_device(found.rows))
     return found._replace(out_of_memory=lost)
+
+
+@contextmanager
+def _leaving_out(m: Measurement, found: Validation) -> Iterator[None]:
+    """What cannot be predicted of one measurement is said, and the others go on."""
+    try:
+        yield
+    except MissingError:
+        raise
+    except InputError as e:
+        found.left_out.append(f"{m.case.words}: {one_line(e, 150)}")
 
 
 def _rows(m: Measurement, rung: str) -> list[Row]:
@@ -213,11 +230,11 @@ def summaries(rows: Iterable[Row], group: Callable[[Row], str] = lambda _row: "a
 
 
 def by_strategy(row: Row) -> str:
-    return row.measurement.case.strategy
+    return one_line(row.measurement.case.strategy)
 
 
 def by_model(row: Row) -> str:
-    return row.measurement.case.model
+    return one_line(row.measurement.case.model)
 
 
 def by_length(row: Row) -> str:

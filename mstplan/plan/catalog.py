@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 from mstplan import profiles
-from mstplan.errors import ModelError, did_you_mean, quoted
+from mstplan.errors import ModelError, did_you_mean, one_line, quoted
 from mstplan.files import read_text
 from mstplan.plan.config import read_config
 from mstplan.plan.model import Model
@@ -103,7 +103,7 @@ def _short_name(path: str) -> str:
     folder, file = os.path.split(os.path.abspath(path))
     stem = file.removesuffix(".json")
     name = os.path.basename(folder) if stem == "config" and os.path.basename(folder) else stem
-    return name if name.isprintable() else ascii(name)
+    return one_line(name, 200)
 
 
 def _hub_file(repo: str) -> str:
@@ -158,7 +158,7 @@ def _hub_reason(error: Exception) -> str:
 def _unreachable(repo: str, reason: str) -> NoReturn:
     near = did_you_mean(repo.rpartition("/")[2], model_names())
     raise ModelError(
-        f"{repo} does not ship with mstplan and could not be fetched from Hugging Face: {reason}.\n"
+        f"{one_line(repo, 200)} does not ship with mstplan and could not be fetched from Hugging Face: {reason}.\n"
         f"Download its config.json and pass the file's path.{near}"
     )
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from .. import files
 from ..errors import HardwareError, did_you_mean, quoted
 from ..profiles import ROOT, user_folder
-from ..units import GIB, MIB, MOST_MEMORY, format_gib
+from ..units import GIB, LEAST_MEMORY, MIB, MOST_MEMORY, format_gib
 
 GRANULARITY = 22 * MIB
 """What the caching allocator's granularity takes: one partly filled segment of its small (2 MiB) and one of its medium
@@ -153,7 +153,7 @@ def card(
             raise HardwareError(f"{what} is {quoted(size)}, must be a whole number of bytes from 0.\nparse_memory('80GB') reads an amount.")
     if gpu is None and memory is None:
         raise HardwareError("no card given.\nSay --gpu h100 (`mstplan gpus` lists them) or --gpu-mem 80GB.")
-    if memory is not None and memory < GIB // 4:
+    if memory is not None and memory < LEAST_MEMORY:
         raise HardwareError(f"--gpu-mem {format_gib(memory)} is less than any card has.\nWrite it like 80GB or 79.15GiB.")
     if gpu is not None:
         found = find_gpu(gpu)

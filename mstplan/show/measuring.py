@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..errors import one_line
 from ..observe.measurement import OK, Measurement
 from ..observe.sweep import Sweep
 from ..units import GIB, format_seconds
@@ -16,7 +17,7 @@ from . import tables
 
 def subject(m: Measurement) -> str:
     """What a line begins with: the model, and how many of its layers."""
-    return m.case.model + (f"/{m.case.layers}" if m.case.layers else "")
+    return one_line(m.case.model) + (f"/{m.case.layers}" if m.case.layers else "")
 
 
 HEADER = f"{'peaks in GiB':12s} {'strategy':15s} {'tokens':>9s} {'alloc.':>7s} {'reserved':>8s} {'device':>7s} {'step':>7s} {'tokens/s':>8s}"
@@ -30,9 +31,9 @@ def heading(console: Console, known: Mapping[str, Any]) -> None:
 
 def line(m: Measurement, name: Callable[[Measurement], str] = subject) -> str:
     """One point in 80 columns; peaks in GiB."""
-    start = f"{name(m):12.12s} {m.case.strategy:15s} {m.case.seq_len:9,}"
+    start = f"{name(m):12.12s} {one_line(m.case.strategy):15s} {m.case.seq_len:9,}"
     if m.outcome != OK:
-        return f"{start} {m.outcome}" + (f": {m.error.splitlines()[0]}" if m.error else "")
+        return f"{start} {m.outcome}" + (f": {m.reason}" if m.error else "")
     peak = m.peak
     numbers = [tables.gib(size) if size is not None else "-" for size in peak]
     return f"{start} {numbers[0]:>7s} {numbers[1]:>8s} {numbers[2]:>7s} {format_seconds(m.seconds):>7s} {m.tokens_per_second:8,.0f}"
@@ -44,4 +45,4 @@ def report(console: Console, found: Sweep, out: Path) -> None:
         console.print(said, soft_wrap=True)
     if found.skipped:
         console.print(f"{found.skipped} of {len(found.measurements)} had been measured before (--again measures them anew).", soft_wrap=True)
-    console.print(f"results: {out}", soft_wrap=True)
+    console.print(f"results: {one_line(out, 200)}", soft_wrap=True)

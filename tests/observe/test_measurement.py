@@ -34,7 +34,7 @@ from mstplan.plan.catalog import load_config, model_names
 from mstplan.plan.config import read_config
 from mstplan.show import measuring, validating
 
-from .measured import CARD, CPU, case, measured
+from .measured import CPU, case, measured
 
 BYTES = st.integers(0, 2**50)
 PEAKS = st.fixed_dictionaries({name: st.builds(Peak, st.integers(1, 2**50), st.none() | BYTES, st.none() | BYTES) for name in ("loss", "optimizer step")})
@@ -57,7 +57,7 @@ def write(path: Path, *measurements: Measurement) -> None:
 @given(ranks=st.lists(FIGURES, max_size=3).map(tuple), error=st.text(), seq_len=st.integers(1, 2**30), limit=st.none() | BYTES)
 def test_what_is_written_is_read(tmp_path_factory, ranks, error, seq_len, limit):
     path = tmp_path_factory.mktemp("results") / "r.jsonl"
-    m = Measurement(case(seq_len=seq_len, limit=limit), CARD, OK if ranks else FAILED, error, ranks, "2026-11-24T00:00:00+00:00")
+    m = Measurement(case(seq_len=seq_len, limit=limit), CPU, OK if ranks else FAILED, error, ranks, "2026-11-24T00:00:00+00:00")
     write(path, m)
     assert read(path) == ([m], [])
 
@@ -135,10 +135,13 @@ def test_a_line_that_a_kill_cut_off(path):
     assert found.measurements == [first, last] and len(found.skipped) == 1
 
 
-def test_a_newer_schema_is_refused(path):
+def test_lines_of_a_newer_schema_are_left_out_and_a_file_of_nothing_else_is_refused(path):
     write(path, measured(case(), {"loss": 1}))
-    newer = {**json.loads(path.read_text()), "schema_version": SCHEMA_VERSION + 1}
-    path.write_text(path.read_text() + json.dumps(newer) + "\n")
+    newer = json.dumps({**json.loads(path.read_text()), "schema_version": SCHEMA_VERSION + 1}) + "\n"
+    path.write_text(path.read_text() + newer)
+    found = read(path)
+    assert len(found.measurements) == 1 and f"line 2 is of schema {SCHEMA_VERSION + 1}" in found.skipped[0]
+    path.write_text(newer)
     with pytest.raises(MeasurementError, match=rf"schema {SCHEMA_VERSION + 1}.*\n.*[Uu]pdate"):
         read(path)
 
