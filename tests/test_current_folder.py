@@ -51,10 +51,11 @@ def test_a_command_takes_nothing_from_the_folder(tmp_path: Path, module: str) ->
 
 
 def test_measuring_takes_nothing_from_the_folder(tmp_path: Path) -> None:
-    """Two processes of real ones here: one describes the device, one measures."""
+    """Two processes: one describes the device, one measures. What a job scheduler may have left in the environment changes nothing either."""
+    left = {"WORLD_SIZE": "abc", "RANK": "", "LOCAL_RANK": "x", "MASTER_PORT": "y", "GROUP_RANK": "-1"}
     shadow(tmp_path, NAMES - BEFORE_US)
     point = ("--seq-len", "16", "-s", "checkpoint", "--steps", "1", "--device", "cpu", "-o", "r.jsonl")
-    done = called(tmp_path, "-m", "mstplan", "measure", "-m", ".", *point, PYTHONPATH=str(ROOT))
+    done = called(tmp_path, "-m", "mstplan", "measure", "-m", ".", *point, PYTHONPATH=str(ROOT), **left)
     assert (done.returncode, imported(tmp_path)) == (0, ""), done.stdout + done.stderr
     assert [m.outcome for m in measurement.read(tmp_path / "r.jsonl").measurements] == ["ok"]
 

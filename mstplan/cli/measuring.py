@@ -28,6 +28,7 @@ from .options import (
 from .output import complain, new_console, print_json, say_written
 
 if TYPE_CHECKING:
+    from ..observe.launch import Launch
     from ..observe.measurement import Case, Measurement
     from ..observe.sweep import Sweep
     from ..plan.recipe import Recipe
@@ -51,12 +52,13 @@ _LENGTHS = {
 )  # fmt: skip
 def measure(asked: Asked) -> None:
     from ..observe import sweep
+    from ..observe.launch import launched
     from ..show import measuring
     from ..show.progress import progress
 
     _check_device(asked)
-    if _under_torchrun():
-        _measure_on_all_ranks(asked)
+    if (launch := launched()) is not None:
+        _measure_on_all_ranks(asked, launch)
         return
     known = sweep.environment(asked.device)
     cases, (begins, tell) = _cases(asked, known), _telling(asked, known)
@@ -99,12 +101,8 @@ def _print_measured(asked: Asked, known: dict[str, Any], found: Sweep) -> None:
     print_json(payload.document("measure", "measurement", environment=known, file=str(asked.out), damaged=found.damaged, results=rows))
 
 
-def _under_torchrun() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
-    """The points that --suite, or the model, lengths and strategies, describe."""
+def _cases(asked: Asked, known: dict[str, Any], alone: bool = True) -> list[Case]:
+    """The points that --suite, or the model, lengths and strategies, describe. alone: is this the only rank?"""
     from ..errors import RecipeError
     from ..observe import suites, sweep
 
@@ -112,7 +110,7 @@ def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
     card = sweep.card_of(known, limit)
     more: dict[str, Any] = {"card": card, "device": asked.device, "limit": limit, "steps": asked.steps}
     if asked.suite is not None:
-        if _under_torchrun():
+        if not alone:
             raise RecipeError("a suite is measured point by point, each in a process of its own: not under torchrun.\nName one point: --model, --seq-len, -s.")
         beside = {**_MODEL, **RECIPE, **STRATEGIES, **_LENGTHS, "layers": MEASURING["layers"]}
         if flags := given(asked, beside):
@@ -124,7 +122,7 @@ def _cases(asked: Asked, known: dict[str, Any]) -> list[Case]:
         raise RecipeError("no point to measure.\nGive --model and --seq-len, or --suite.")
     lengths = [length(part) for part in asked.seq_len.split(",")]
     recipes = recipes_of(asked)
-    if not _under_torchrun():
+    if alone:
         _refuse_sharded(recipes.values())
     return sweep.cases(asked.model, lengths, recipes, layers=asked.layers, **more)
 
@@ -136,7 +134,7 @@ def _refuse_sharded(recipes: Iterable[Recipe]) -> None:
         raise RecipeError(f"several ranks are measured under torchrun.\nRun: torchrun --nproc-per-node {gpus} -m mstplan measure ... --sharding fsdp")
 
 
-def _measure_on_all_ranks(asked: Asked) -> None:
+def _measure_on_all_ranks(asked: Asked, launch: Launch) -> None:
     """One point, in the processes that torchrun started."""
     from .. import files
     from ..errors import RecipeError
@@ -145,19 +143,18 @@ def _measure_on_all_ranks(asked: Asked) -> None:
     os.environ.update(sweep.variables(asked.device))  # torch reads its allocator's settings once
     from ..observe import ranks
 
-    gpus = int(os.environ["WORLD_SIZE"])
-    if asked.sharding != "fsdp" or asked.gpus not in (None, gpus):
-        raise RecipeError(f"torchrun started {gpus} ranks: say --sharding fsdp, and no other number with --gpus.")
+    if asked.sharding != "fsdp" or asked.gpus not in (None, launch.ranks):
+        raise RecipeError(f"torchrun started {launch.ranks} ranks: say --sharding fsdp, and no other number with --gpus.")
     if unused := given(asked, {name: MEASURING[name] for name in ("timeout", "again")}):
         raise RecipeError(f"{', '.join(unused)}: nothing to do under torchrun, where a command measures its point each time.\nLeave it out.")
-    if os.environ.get("RANK") == "0":  # not all of them: each would find another's lock
+    if launch.rank == 0:  # not all of them: each would find another's lock
         measurement.check_appendable(asked.out)
     else:
         files.check_writable(asked.out, force=True)
-    asked.gpus = gpus
-    with ranks.Ranks(asked.device) as group:
+    asked.gpus = launch.ranks
+    with ranks.Ranks(asked.device, launch) as group:
         known = group.environment()
-        cases = _cases(asked, known)
+        cases = _cases(asked, known, alone=False)
         if len(cases) != 1:
             raise RecipeError(f"{len(cases)} points under torchrun: measure one with each command.\nName one strategy and one length.")
         found = group.measure(cases[0], known, asked.out)

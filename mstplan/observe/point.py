@@ -32,6 +32,7 @@ from ..units import format_gib
 from . import cache
 from .allocations import bytes_of, record_step, there
 from .cuda import FLASH
+from .launch import launched
 from .marking import marking
 from .measurement import FAILED, OK, OUT_OF_MEMORY, PHASES, REFUSED, Case, Figures, Peak
 from .sharding import shard
@@ -82,7 +83,8 @@ def _sdpa_kernel(device: str = "cuda") -> str:
 
 def local_rank() -> int:
     """The device of this rank, of those that it sees."""
-    return int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
+    here = launched()
+    return here.local_rank % max(1, torch.cuda.device_count()) if here is not None else 0
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ thread of every other rank, which looks for that, ends it.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ..errors import MeasurementError, one_line, quoted
+from .launch import Launch
 from .measurement import OK, Case, Figures, Measurement, appending
 from .point import attempt, check_cuda, environment, local_rank
 from .point import measure as measure_here
@@ -28,19 +31,27 @@ _SECONDS = 0.5  # between two looks
 
 
 class Ranks:
-    """The process group that torchrun prepared, while the context lasts."""
+    """The process group that torchrun prepared, while the context lasts. Raises MeasurementError where the ranks do not meet."""
 
-    def __init__(self, device: str):
-        self.device = device
+    def __init__(self, device: str, launch: Launch):
+        self.device, self.launch = device, launch
         self.failed = False
 
     def __enter__(self) -> Ranks:
         if self.device == "cuda":
             check_cuda()
             torch.cuda.set_device(local_rank())
-        dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
-        # A connection of one's own: whoever waits for others holds the process group's.
-        self.store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+        host, port = self.launch.host, self.launch.port
+        try:
+            socket.getaddrinfo(host, port)  # torch would try again and again
+            dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
+            # A connection of one's own: whoever waits for others holds the process group's.
+            self.store = TCPStore(host, port, is_master=False, wait_for_workers=False)
+        except Exception as e:  # noqa: BLE001  torch raises what it likes
+            raise MeasurementError(
+                f"the {self.launch.ranks} ranks do not meet at {quoted(host)}, port {port} (MASTER_ADDR, MASTER_PORT): {one_line(e)}.\n"
+                "Start them with torchrun, which sets both."
+            ) from None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mstplan.observe import ranks
+from mstplan.observe.launch import launched
 
 from .measured import CPU, case
 
 folder = Path(sys.argv[1])
-rank = int(os.environ["RANK"])
+launch = launched()
+assert launch is not None
+rank = launch.rank
 
 
 def measure_here(_case: object) -> None:
@@ -25,7 +28,7 @@ def measure_here(_case: object) -> None:
 
 
 ranks.measure_here = measure_here  # type: ignore[assignment]
-with ranks.Ranks("cpu") as group:
+with ranks.Ranks("cpu", launch) as group:
     group.measure(case(), CPU, folder / "results.jsonl")
     other = folder / "0.pid"
     for _ in range(600):  # rank 1 stays, or gloo would tell rank 0 that it is gone

@@ -1,0 +1,123 @@
+"""The environment variables that torchrun sets, whoever set them to whatever: an answer, or two lines and exit code 2."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from mstplan import MeasurementError
+from mstplan.observe import sweep
+from mstplan.observe.launch import MEETING, Launch, launched
+from mstplan.observe.measurement import OUT_OF_MEMORY, Measurement
+
+from ..observe.measured import CPU
+from ..observe.tiny import write_tiny
+from .conftest import Run, Said
+
+COMPLETE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
+OTHERS = (
+    "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+)  # fmt: skip
+EMPTY = ("", " ", "\t\n")
+NO_NUMBERS = ("abc", "-1", "1.5", "1e3", "0x2", "2 2", "None", "\uff17", "²", "9" * 30, "9" * 5000, "\x1b[31m2", "\udcff", "70000")
+BAD = [(name, value) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") for value in NO_NUMBERS]
+BAD += [("RANK", "2"), ("RANK", "7"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "0"), *(("LOCAL_RANK", value) for value in EMPTY)]
+
+Put = Callable[[dict[str, str]], None]
+
+
+@pytest.fixture
+def put(monkeypatch: pytest.MonkeyPatch) -> Put:
+    """Sets these of the variables, and none of the others."""
+
+    def put_(variables: dict[str, str]) -> None:
+        for name in (*COMPLETE, *OTHERS):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put_
+
+
+@pytest.fixture
+def measure(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, OUT_OF_MEMORY))
+    write_tiny(tmp_path)
+    return lambda *more: run("measure", "-m", "tiny.json", "--seq-len", "16", "-s", "checkpoint", "--device", "cpu", *more)
+
+
+def test_a_variable_that_stands_alone_means_nothing(put: Put) -> None:
+    for name in (*COMPLETE, *OTHERS):
+        for value in ("0", "2", *EMPTY, *NO_NUMBERS):
+            put({name: value})
+            if name == "TORCHELASTIC_RUN_ID":
+                with pytest.raises(MeasurementError, match=r"RANK is not set in the environment\.\n"):
+                    launched()
+            else:
+                assert launched() is None
+
+
+def test_what_a_launch_lacks(put: Put) -> None:
+    """Where torchrun is not said to be at work, job schedulers may have set the rest."""
+    for name in MEETING:
+        for value in (None, *EMPTY):
+            launch = {**COMPLETE, name: value}
+            put({key: text for key, text in launch.items() if text is not None})
+            with pytest.raises(MeasurementError, match=f"{name} is not set in the environment"):
+                launched()
+            put({key: text for key, text in launch.items() if text is not None and key != "TORCHELASTIC_RUN_ID"})
+            assert launched() is None
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+def test_a_launch_that_makes_no_sense(put: Put, by_torchrun: bool) -> None:
+    for name, value in BAD:
+        put({key: text for key, text in {**COMPLETE, name: value}.items() if by_torchrun or key != "TORCHELASTIC_RUN_ID"})
+        with pytest.raises(MeasurementError, match=f"^{name} is '.*' in the environment, must be") as refused:
+            launched()
+        lines = str(refused.value).splitlines()
+        assert len(lines) == 2 and all(line.isprintable() and len(line) < 300 for line in lines)
+
+
+def test_a_launch(put: Put) -> None:
+    put({**COMPLETE, "RANK": "1", "LOCAL_RANK": "1"})
+    assert launched() == Launch(1, 2, 1, "127.0.0.1", 29500)
+    put({**COMPLETE, "RANK": "0", "WORLD_SIZE": "1"})  # one rank is none among others
+    assert launched() is None
+    put({name: COMPLETE[name] for name in MEETING} | {"RANK": "1"})  # by hand
+    assert launched() == Launch(1, 2, 1, "127.0.0.1", 29500)
+
+
+def test_the_command(put: Put, measure: Callable[..., Said]) -> None:
+    put({"WORLD_SIZE": "abc", "LOCAL_RANK": "abc", "RANK": ""})
+    assert measure().code == 0
+    assert "torchrun --nproc-per-node 2" in measure("--sharding", "fsdp", "--gpus", "2").err
+    put({**COMPLETE, "WORLD_SIZE": "abc"})
+    said = measure()
+    assert said.code == 2 and "WORLD_SIZE is 'abc'" in said.err and len(said.err.splitlines()) == 2
+    put(COMPLETE)
+    assert "torchrun started 2 ranks" in measure().err
+
+
+def test_rank_0_refuses_a_foreign_file_before_anything_runs(put: Put, measure: Callable[..., Said], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("my own notes")
+    put(COMPLETE)
+    assert "'notes.txt' holds no results" in measure("--sharding", "fsdp", "-o", "notes.txt").err
+
+
+def test_ranks_that_cannot_meet(put: Put, measure: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(host: str, _port: int) -> NoReturn:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for host in ("nowhere", "a" * 300, "\x1b[31m"):
+        put({**COMPLETE, "RANK": "1", "MASTER_ADDR": host})
+        said = measure("--sharding", "fsdp")
+        assert said.code == 2 and "do not meet at" in said.err and "Name or service not known" in said.err and not said.out
+        assert len(said.err.splitlines()) == 2 and said.err.replace("\n", "").isprintable()
