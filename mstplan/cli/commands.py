@@ -31,15 +31,41 @@ Asked = SimpleNamespace
 
 
 class Option(NamedTuple):
+    """What a command may be given. Whatever takes a value is declared to typer as a list: given twice, none is lost without a word."""
+
     annotation: Any
     default: Any
-    flags: tuple[str, ...]
+    flags: tuple[str, ...]  # of what has no flag its name
+    adds_up: bool = False
+
+    @property
+    def declared(self) -> inspect.Parameter:
+        listed = self.default is not None and self.default is not ... and not isinstance(self.default, bool)
+        return inspect.Parameter("_", inspect.Parameter.KEYWORD_ONLY, default=[self.default] if listed else self.default, annotation=self.annotation)
+
+    def value(self, given: Any) -> Any:
+        """Of what typer hands over. Raises InputError for different values where one is taken."""
+        if not isinstance(given, list) or not self.flags[0].startswith("-"):
+            return self.default if given is None or given == [] else given
+        values = list(dict.fromkeys(given))
+        if len(values) > 1 and not self.adds_up:
+            from ..errors import InputError, quoted
+
+            raise InputError(f"{self.flags[0]} is given twice: {quoted(values[0])} and {quoted(values[1])}.\nGive it once.")
+        return ",".join(values) if len(values) > 1 else values[0] if values else self.default
 
 
-def option(kind: Any, flags: str, help: str, default: Any = None, panel: str | None = None, **more: Any) -> Option:
-    """An option that `command` takes; typer shows its default unless `help` tells of one."""
+def option(kind: Any, flags: str, help: str, default: Any = None, panel: str | None = None, adds_up: bool = False, **more: Any) -> Option:
+    """An option that `command` takes; typer shows its default unless `help` tells of one. adds_up: several values with commas between, and
+    given several times all of them."""
     declared = typer.Option(*flags.split(), help=help, rich_help_panel=panel, show_default="Default" not in help, **more)
-    return Option(Annotated[kind, declared], default, tuple(flags.replace("/", " ").split()))
+    taken = kind if kind is bool else list[getattr(kind, "__args__", (kind,))[0]]  # type: ignore[misc]  # of `str | None` str
+    return Option(Annotated[taken, declared], default, tuple(flags.replace("/", " ").split()), adds_up)
+
+
+def arguments(kind: Any, name: str, help: str) -> Option:
+    """Any number of values without a flag."""
+    return Option(Annotated[list[kind], typer.Argument(help=help, metavar=name, show_default=False)], None, (name,))
 
 
 COMMANDS: dict[str, Callable[[], object]] = {}
@@ -54,8 +80,8 @@ def command(name: str, *groups: dict[str, Option], help: str, epilog: str) -> Ca
         def called(**given: Any) -> None:
             from ..errors import MstplanError
 
-            values = {key: given.get(key, one.default) for key, one in options.items()}
             try:
+                values = {key: one.value(given.get(key)) for key, one in options.items()}
                 missing = next((o for key, o in options.items() if o.default is ... and values[key] in (None, ...)), None)
                 if missing is not None:  # some releases of typer and click together do not notice
                     flags = " / ".join(f"'{flag}'" for flag in missing.flags)
@@ -69,7 +95,7 @@ def command(name: str, *groups: dict[str, Option], help: str, epilog: str) -> Ca
         def add() -> None:
             built = _asked_for(options, sys.argv[1:])
             called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-                [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=o.default, annotation=o.annotation) for k, o in built.items()]
+                [one.declared.replace(name=key) for key, one in built.items()]
             )
             called.__annotations__ = {key: one.annotation for key, one in built.items()}
             app.command(name, help=help, epilog=epilog)(called)
@@ -86,4 +112,5 @@ def _asked_for(options: dict[str, Option], arguments: list[str]) -> dict[str, Op
     named = {a.split("=")[0] if a.startswith("--") else a[:2] for a in arguments if a.startswith("-")}
     if not named <= {flag for one in options.values() for flag in one.flags}:
         return options
-    return {key: one for key, one in options.items() if one.default is ... or not named.isdisjoint(one.flags)}
+    always = {key for key, one in options.items() if one.default is ... or not one.flags[0].startswith("-")}
+    return {key: one for key, one in options.items() if key in always or not named.isdisjoint(one.flags)}

@@ -17,6 +17,7 @@ from .options import (
     MEASURING,
     MODEL,
     RECIPE,
+    RESULTS_FILES,
     STRATEGIES,
     given,
     length,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 _MODEL = {"model": MODEL["model"]._replace(default=None)}  # a suite, or a results file, names its own
 _LENGTHS = {
-    "seq_len": option(str | None, "--seq-len", "Tokens per sequence; several with commas between: 8k,16k,32k.", metavar="TOKENS[,TOKENS]"),
+    "seq_len": option(str | None, "--seq-len", "Tokens per sequence; several with commas between: 8k,16k,32k.", adds_up=True, metavar="TOKENS[,TOKENS]"),
 }
 
 
@@ -171,8 +172,11 @@ def _measure_on_all_ranks(asked: Asked, launch: Launch) -> None:
 
 _PANEL = "What is checked"
 _RESULTS = {
-    "results": option(str | None, "--results", "Results files, with commas between. Default: those that ship.", metavar="FILE[,FILE]"),
-    "rungs": option(str, "--rung", "formula, calibrated, trace: some of them, with commas between. Default all.", "all", metavar="NAME[,NAME]"),
+    **RESULTS_FILES,
+    "results": option(str | None, "--results", "Results files, with commas between. Default: those that ship.", adds_up=True, metavar="FILE[,FILE]"),
+    "rungs": option(
+        str, "--rung", "formula, calibrated, trace: some of them, with commas between. Default all.", "all", adds_up=True, metavar="NAME[,NAME]"
+    ),
     "mean": option(str, "--mean", "The mean error that trace and calibrated formula may have.", "1%", metavar="SHARE"),
     "worst": option(str, "--worst", "The worst.", "3%", metavar="SHARE"),
     "formula_worst": option(str, "--formula-worst", "The worst of the bare formula.", "5%", metavar="SHARE"),
@@ -186,7 +190,9 @@ _CHECKS = {
 }
 _NOW = {
     "seq_len": option(str | None, "--seq-len", "For --throughput: tokens per sequence.", metavar="TOKENS"),
-    "strategy": option(str | None, "--strategy -s", "For --smax and --throughput: strategies with commas between, or all. Default mst.", metavar="NAME[,NAME]"),
+    "strategy": option(
+        str | None, "--strategy -s", "For --smax and --throughput: strategies with commas between, or all. Default mst.", adds_up=True, metavar="NAME[,NAME]"
+    ),
     **MEASURING, **RECIPE,
 }  # fmt: skip
 
@@ -195,7 +201,7 @@ _NOW = {
     "validate", _RESULTS, _CHECKS, _MODEL, _PAGE, _NOW, FORCE, JSON,
     help="Hold predictions against measurements: formula, calibrated formula and trace beside every measured step. Exit code 1 when an "
     "error is beyond its bound, or a step that was to fit ran out of memory.",
-    epilog="mstplan validate --results h100.jsonl --plot errors.png   |   mstplan validate --published   |   "
+    epilog="mstplan validate h100.jsonl a100.jsonl --plot errors.png   |   mstplan validate --published   |   "
     "mstplan validate --smax -m llama3.1-8b --gpu-mem 80GB -s checkpoint,mst",
 )  # fmt: skip
 def validate(asked: Asked) -> None:
@@ -233,7 +239,7 @@ def _validate_results(asked: Asked) -> None:
     if unknown := [name for name in rungs if name not in validate.RUNGS]:
         raise RecipeError(f"unknown rung {quoted(unknown[0])}.\nKnown: {', '.join(validate.RUNGS)}.")
     bounds = _bounds(asked)
-    read = measurement.read_all(results_files(asked.results) if asked.results is not None else measurement.archive())
+    read = measurement.read_all(results_files(asked) or measurement.archive())
     name = model_of(asked).name if asked.model is not None else None
     chosen = [m for m in read.measurements if name in (None, m.case.model)]
     if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):

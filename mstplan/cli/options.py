@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import Asked, Option, option
+from .commands import Asked, Option, arguments, option
 
 if TYPE_CHECKING:
     from ..plan.hardware import Card
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 JSON = {"json": option(bool, "--json", "Print JSON instead of tables.", False)}
 MODEL = {
-    "model": option(str, "--model -m", "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id.", ...),
+    "model": option(str, "--model -m", "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id.", ..., metavar="MODEL"),
 }
 CARD = {
     "gpu": option(str | None, "--gpu", "A card by name (see `mstplan gpus`).", panel="Card", metavar="NAME"),
@@ -52,9 +52,10 @@ THEOREM_RECIPE = {name: one for name, one in RECIPE.items() if name not in (*VAR
 STRATEGIES = {
     "strategy": option(
         str | None, "--strategy -s", "standard | checkpoint | checkpoint-sqrt | mst | mst-offload: some of them, with commas between. Default: all five.",
-        metavar="NAME[,NAME]",
+        adds_up=True, metavar="NAME[,NAME]",
     ),
 }  # fmt: skip
+RESULTS_FILES = {"files": arguments(Path, "RESULTS", "Results files, as --results names them.")}
 FORCE = {"force": option(bool, "--force", "Overwrite the file.", False)}
 TRACING = {
     "no_cache": option(bool, "--no-cache", "Trace anew, and keep nothing.", False, panel="Trace"),
@@ -222,10 +223,11 @@ def length(text: str) -> int:
     return parse_length(text)
 
 
-def results_files(text: str) -> list[Path]:
+def results_files(asked: Asked) -> list[Path]:
+    """Those that stand by themselves, whatever their names, and those of --results."""
     from ..errors import MeasurementError
 
-    parts = [part.strip() for part in text.split(",")]
-    if "" in parts:
-        raise MeasurementError("a results file without a name.\nWrite --results a.jsonl or --results a.jsonl,b.jsonl.")
-    return [Path(part) for part in parts]
+    parts = [part.strip() for part in asked.results.split(",")] if asked.results is not None else []
+    if "" in [*parts, *(str(path) if path.name else "" for path in asked.files or ())]:
+        raise MeasurementError("a results file without a name.\nWrite a.jsonl b.jsonl, or --results a.jsonl,b.jsonl.")
+    return [*(asked.files or ()), *map(Path, parts)]

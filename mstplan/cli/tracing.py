@@ -17,9 +17,11 @@ from .options import (
     MODEL,
     ONE_RECIPE,
     RECIPE,
+    RESULTS_FILES,
     STRATEGIES,
     TRACING,
     card_of,
+    given,
     model_of,
     plans_of,
     results_files,
@@ -117,20 +119,24 @@ def tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
         yield run
 
 
+_RESULTS = option(
+    str | None, "--results", "From measurements: results files, with commas between. Default: measurements.jsonl.", adds_up=True, metavar="FILE[,FILE]"
+)
+
+
 @command(
     "calibrate", {
-        "models": option(str, "--model -m", "A model, as elsewhere; several with commas between; or all-dense, all.", ..., metavar="NAME[,NAME]"),
+        **RESULTS_FILES,
+        "models": option(str, "--model -m", "A model, as elsewhere; several with commas between; or all-dense, all.", ..., adds_up=True, metavar="NAME[,NAME]"),
         "source": option(str, "--from", "trace | measurements.", ..., metavar="RUNG"),
-        "results": option(
-            str | None, "--results", "From measurements: results files, with commas between. Default: measurements.jsonl.", metavar="FILE[,FILE]"
-        ),
-        "strategies": option(str | None, "--strategy -s", "Some strategies only, with commas between. Default: all five.", metavar="NAME[,NAME]"),
+        "results": _RESULTS,
+        "strategies": STRATEGIES["strategy"],
         "out": option(Path | None, "--out -o", "The folder to write to. Default: the user's own, which the planner reads first.", metavar="FOLDER"),
         "no_cache": TRACING["no_cache"],
     }, JSON,
     help="Solve a model's coefficients from traces of its steps, or from measurements of them, for the planner to use in place of the formula's; "
     "from measurements, a card's CUDA context and workspace, too. Older files are kept.",
-    epilog="mstplan calibrate --from trace --model llama3.1-8b   |   mstplan calibrate --from measurements --model llama3.1-8b --results h100.jsonl",
+    epilog="mstplan calibrate --from trace --model llama3.1-8b   |   mstplan calibrate --from measurements --model llama3.1-8b h100.jsonl",
 )  # fmt: skip
 def calibrate(asked: Asked) -> None:
     from ..errors import RecipeError, quoted
@@ -139,9 +145,9 @@ def calibrate(asked: Asked) -> None:
 
     if asked.source not in ("trace", "measurements"):
         raise RecipeError(f"cannot calibrate from {quoted(asked.source)}.\nKnown: trace, measurements.")
-    unused, said_anyway = ("--results", asked.results is not None) if asked.source == "trace" else ("--no-cache", asked.no_cache)
-    if said_anyway:
-        raise RecipeError(f"{unused}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'.")
+    idle = {**RESULTS_FILES, "results": _RESULTS} if asked.source == "trace" else {"no_cache": TRACING["no_cache"]}
+    if unused := given(asked, idle):
+        raise RecipeError(f"{', '.join(unused)}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'.")
     names = [name.strip() for name in asked.strategies.split(",")] if asked.strategies is not None else list(STRATEGIES)
     for name in names:
         strategy(name)  # refuses unknown ones
@@ -155,7 +161,7 @@ def calibrate(asked: Asked) -> None:
     if asked.source == "trace":
         rows = calibrate_all(_models_named(asked.models), names, folder, keep=not asked.no_cache, showing=progress)
     else:
-        results = results_files(asked.results if asked.results is not None else "measurements.jsonl")
+        results = results_files(asked) or [Path("measurements.jsonl")]
         rows, said = fit_all(_models_named(asked.models), names, folder, results, asked.out is not None)
     if asked.json:
         from ..show import payload

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from mstplan import cli
+from mstplan.cli import commands
 
 
 class Said(NamedTuple):
@@ -34,6 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     def called(*arguments: str) -> Said:
         monkeypatch.setattr(sys, "argv", ["mstplan", *arguments])
+        monkeypatch.setattr(commands.app, "registered_commands", [])  # of earlier calls, each of which typer would make anew
         with pytest.raises(SystemExit) as stop:
             cli.main()
         out, err = capsys.readouterr()

@@ -79,6 +79,12 @@ PART = 12
 """Places whose damages share a file: fewer commands."""
 
 
+@pytest.fixture(autouse=True)
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """calibrate keeps a card's constants there, and these make no sense."""
+    monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "home"))
+
+
 def strictly(text: str) -> Any:
     def refuse(constant: str) -> NoReturn:
         raise AssertionError(f"{constant} is no JSON")
@@ -96,7 +102,7 @@ def fit_to_be_read(said: Said) -> None:
 def test_any_value_of_any_line_damaged(run: Run, start: int, tmp_path: Path) -> None:
     lines = [line for place in ALL[start : start + PART] for line in damaged(*place)]
     (tmp_path / "r.jsonl").write_text("\n".join([*lines, *map(json.dumps, GOOD)]) + "\n")
-    asked = ("validate", "--results", "r.jsonl", "--rung", "formula,calibrated")
+    asked = ("validate", "r.jsonl", "--rung", "formula,calibrated")
     for more in ((), ("--markdown",)):
         said = run(*asked, *more)
         fit_to_be_read(said)
@@ -106,7 +112,7 @@ def test_any_value_of_any_line_damaged(run: Run, start: int, tmp_path: Path) -> 
     for good in GOOD:
         where, peaks = good["case"], [peak[0] for peak in good["ranks"][0]["instants"].values()]
         assert (where["model"], where["strategy"], where["seq_len"], max(peaks)) in rows
-    said = run("calibrate", "--from", "measurements", "-m", "smollm2-135m", "-o", "here", "--results", "r.jsonl")
+    said = run("calibrate", "--from", "measurements", "-m", "smollm2-135m", "-o", "here", "r.jsonl")
     fit_to_be_read(said)
 
 
@@ -115,14 +121,14 @@ def test_any_value_of_any_line_damaged(run: Run, start: int, tmp_path: Path) -> 
 def test_a_damaged_line_alone(run: Run, tmp_path: Path, draw: st.DataObject) -> None:
     line, place = draw.draw(st.sampled_from([one for one in ALL if one[1][:2] != ("case", "config")]))
     (tmp_path / "r.jsonl").write_text(draw.draw(st.sampled_from(list(damaged(line, place)))) + "\n")
-    fit_to_be_read(run("validate", "--results", "r.jsonl", "--rung", "formula,calibrated"))
+    fit_to_be_read(run("validate", "r.jsonl", "--rung", "formula,calibrated"))
 
 
 def test_what_the_trace_cannot_follow_is_left_out(run: Run, tmp_path: Path) -> None:
     strange = {**TINY, "rms_norm_eps": "\x1b[31mno number"}
     both = [measured(case(config=config, seq_len=64), {"loss": 2**30}) for config in (strange, TINY)]
     (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(m.as_data()) for m in both) + "\n")
-    said = run("validate", "--results", "r.jsonl", "--rung", "trace")
+    said = run("validate", "r.jsonl", "--rung", "trace")
     fit_to_be_read(said)
     assert "1 measured steps" in said.out and "left out: tiny, checkpoint, 64 tokens: " in said.out
 

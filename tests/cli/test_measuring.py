@@ -141,7 +141,7 @@ BAD = [
     ((*ASKED, "--seq-len", "64", "-s", "fast"), "unknown strategy 'fast'"),
     ((*ASKED, "--seq-len", "64", "--layers", "7"), "tiny has 6 layers"),
     ((*ASKED, "--seq-len", "64", "--layers", "0"), "--layers"),
-    ((*ASKED, "--seq-len", "64", "--device", "tpu"), "unknown device 'tpu'"),
+    (("measure", "-m", "tiny.json", "--seq-len", "64", "--device", "tpu"), "unknown device 'tpu'"),
     ((*ASKED, "--seq-len", "64", "-o", "no/folder.jsonl"), "cannot write"),
     (("measure", "--suite", "none.json", "--device", "cpu"), "none.json"),
     (("measure", "-m", "llama3.1-405b", "--seq-len", "64", "--device", "cpu"), "one token takes"),
