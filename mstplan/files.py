@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError, OutputError, quoted
 
+_PART = r"\.mstplan-[0-9a-f]{16}\.part"
+_LEFT_OVER = 3600  # seconds
 
-def read_text(path: str | os.PathLike[str], what: str, largest: int, error: type[InputError]) -> str:
-    """The text of a file that should hold `what`. A pipe or a device, more than `largest` bytes, no UTF-8: an `error`."""
+
+def read_bytes(path: str | os.PathLike[str], what: str, largest: int, error: type[InputError]) -> bytes:
+    """What a file holds that should be `what`. A pipe or a device, more than `largest` bytes: an `error`."""
     name, way_out = quoted(path), f"Give the path of {what}."
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device would block, or never end
@@ -27,14 +32,20 @@ def read_text(path: str | os.PathLike[str], what: str, largest: int, error: type
         raise error(f"{name} cannot be read: {getattr(e, 'strerror', None) or e}.\n{way_out}") from None
     if len(data) > largest:
         raise error(f"{name} is larger than {largest // 10**6} MB and thus not {what}.\n{way_out}")
+    return data
+
+
+def read_text(path: str | os.PathLike[str], what: str, largest: int, error: type[InputError]) -> str:
+    """The text of a file that should hold `what`; what is no UTF-8 is an `error`, too."""
+    data = read_bytes(path, what, largest, error)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         before = data[: e.start]
         line, column = before.count(b"\n") + 1, e.start - (before.rfind(b"\n") + 1) + 1
         raise error(
-            f"{name} is not UTF-8 text: byte 0x{data[e.start]:02x} at line {line}, column {column}.\n"
-            f"{way_out[:-1]}, saved as UTF-8."
+            f"{quoted(path)} is not UTF-8 text: byte 0x{data[e.start]:02x} at line {line}, column {column}.\n"
+            f"Give the path of {what}, saved as UTF-8."
         ) from None
 
 
@@ -65,15 +76,19 @@ def check_writable(path: str | os.PathLike[str], force: bool) -> None:
             raise OutputError(f"{name} exists already.\n--force overwrites it, or name another file.")
 
 
-def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Put `data` in place of the file, or leave everything as it was. Raises OutputError."""
+def write(path: str | os.PathLike[str], data: bytes, like: str | os.PathLike[str] | None = None) -> None:
+    """Put `data` in place of the file, or leave everything as it was: a link stays one, and a file that is there keeps its mode; a new
+    one takes that of `like`. Raises OutputError."""
     from secrets import token_hex
 
     with refusing(path):
         target = Path(os.path.realpath(path))
+        _clear_parts(target.parent)
         part = target.with_name(f".mstplan-{token_hex(8)}.part")
         try:
             with open(part, "xb") as file:
+                with suppress(FileNotFoundError):  # before anything is in it that others may not read
+                    os.chmod(part, stat.S_IMODE(os.stat(target if like is None else like).st_mode))
                 file.write(data)
             os.replace(part, target)
         except BaseException:  # also Ctrl-C
@@ -81,15 +96,25 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
             raise
 
 
+def _clear_parts(folder: Path) -> None:
+    """Remove what a process left there that was killed while it wrote, which takes less than a second."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if re.fullmatch(_PART, entry.name) and entry.is_file(follow_symlinks=False) and time.time() - entry.stat().st_mtime > _LEFT_OVER:
+                with suppress(OSError):
+                    os.unlink(entry)
+
+
 def replace_json(path: Path, document: dict[str, Any]) -> None:
     """Write JSON whole or not at all, making the folder first. A file of other content is kept as NAME.1, NAME.2, ... Raises OutputError."""
-    data = (json.dumps(document, separators=(",", ":")) + "\n").encode()
     with refusing(path):
+        data = (json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n").encode()
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path, force=True)
         before = path.read_bytes() if path.exists() else data
-    if before != data:
-        n = 1
-        while (old := path.with_name(f"{path.name}.{n}")).exists():
-            n += 1
-        write(old, before)
+        if before != data:
+            n = 1
+            while (old := path.with_name(f"{path.name}.{n}")).exists():
+                n += 1
+            write(old, before, like=path)
     write(path, data)

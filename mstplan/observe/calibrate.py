@@ -81,7 +81,7 @@ def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
     moments = _solve(model, basis, points[:-1], traces[:-1])
     found = {name: tuple(m.live for m in undominated([Moment(v, "", ()) for v in vectors])) for name, vectors in moments.items()}
     residual = max(_error(found, p, t) for p, t in zip(points, traces, strict=True))
-    if residual > WORST:
+    if not residual <= WORST:  # nor NaN
         raise ModelError(f"{model.name}, {family.strategy}: the coefficients miss a trace by {residual:.2%}, more than {WORST:.1%}: not written.")
     provenance = {"rung": "trace", **versions(), "mstplan": __version__, "points": [list(p) for p in points[:-1]], "checked": list(points[-1])}
     return Calibration(

@@ -23,7 +23,7 @@ from ..errors import MeasurementError, one_line
 from ..plan import calibration
 from ..plan.calibration import Calibration, family_of, fingerprint
 from ..plan.catalog import load_model
-from ..plan.hardware import HANDLES, write_measured
+from ..plan.hardware import HANDLES, Constants, write_measured
 from ..plan.model import Model
 from ..plan.solve import layout_of, sizes
 from ..plan.steps import Layout, step
@@ -86,7 +86,7 @@ def fit_all(
         raise MeasurementError("none of these models has measurements enough.\nmstplan calibrate with one --model says what it lacks.")
     if constants := devices(chosen):
         path = write_measured(constants)
-        said += [f"{card}: {about['context_bytes'] / MIB:,.0f} MiB of CUDA context, measured; wrote {one_line(path, 200)}" for card, about in constants.items()]
+        said += [f"{card}: {about.context_bytes / MIB:,.0f} MiB of CUDA context, measured; wrote {one_line(path, 200)}" for card, about in constants.items()]
     return rows, said
 
 
@@ -133,7 +133,7 @@ def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
     off = bytes_ - np.array([[t[name] for name in names] for t in told], dtype=float)
     solution = _least_squares(factors, off)
     residual = float(np.abs((factors @ solution - off) / bytes_).max())
-    if residual > WORST:
+    if not residual <= WORST:  # nor NaN
         return f"the coefficients miss a measurement by {residual:.2%}, more than {WORST:.1%}"
     if by_layer:
         half = len(columns)
@@ -198,18 +198,18 @@ def _provenance(members: Sequence[Measurement], left_out: float) -> dict[str, An
     }  # fmt: skip
 
 
-def devices(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
+def devices(measurements: Iterable[Measurement]) -> dict[str, Constants]:
     """By card as torch names it: bytes of the CUDA context and of cuBLAS' workspace, medians, and what they are from."""
     seen: dict[str, list[Measurement]] = defaultdict(list)
     for m in measurements:
         if m.outcome == OK and m.case.device == "cuda" and not m.case.recipe.sharded:  # NCCL's memory would count as context
             seen[m.environment["card"]].append(m)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Constants] = {}
     for card, members in seen.items():
         ranks = [rank for m in members for rank in m.ranks]
         contexts, workspaces = ([v for v in column if v is not None] for column in zip(*((r.context, r.workspace) for r in ranks), strict=True))
         if contexts and workspaces:
             about = members[-1].environment
             source = f"measured: {len(ranks)} steps with torch {about['torch']}, driver {about.get('driver')}, until {members[-1].when}"
-            found[card] = {"context_bytes": int(median(contexts)), "cublas_workspace_bytes": int(median(workspaces)) // HANDLES, "context_source": source}
+            found[card] = Constants(int(median(contexts)), int(median(workspaces)) // HANDLES, source)
     return found

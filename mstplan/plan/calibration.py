@@ -2,7 +2,8 @@
 
 A calibration is of one model and one family of recipes: those that differ in batch, length and number of chunks only. It takes
 the place of the formula's moments; its residual says how far it was off where it was checked. Files lie beside the shipped
-models, or, made by `mstplan calibrate`, in the user's folder, which comes first. An old file is kept beside a new one.
+models, or, made by `mstplan calibrate`, in the user's folder, which comes first. An old file is kept beside a new one. The user's
+are checked whole when they are read; those that ship are the package's own data, which a test checks in the same way.
 """
 
 from __future__ import annotations
@@ -13,17 +14,30 @@ import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from .. import files
+from pydantic import Field
+
+from .. import files, kept
+from ..errors import InputError, one_line
+from ..kept import Kept
 from ..profiles import ROOT, user_folder
 from .model import Model
 from .recipe import Recipe
-from .tape import Vector
+from .steps import INSTANTS
+from .tape import BASIS, Vector
 
 SCHEMA_VERSION = 1
 SIZES = ("batch", "mlp_chunks", "loss_chunks", "accumulation", "pad_to")
 """Fields of a recipe that a family leaves open."""
+MOST_OF_A_WEIGHT = 128
+"""Bytes for each weight that no share of a moment reaches: weight, gradient, states and temporaries are some 30 at most, and what
+grows with tokens is far less."""
+NOISE = 64
+"""Bytes a token by which an instant of constant size may seem to shrink, where it is solved from measurements."""
+
+_Vector = Annotated[tuple[int, ...], Field(min_length=len(BASIS), max_length=len(BASIS))]
+_Moments = Annotated[dict[str, Annotated[tuple[_Vector, ...], Field(min_length=1)]], Field(min_length=1)]
 
 
 class Calibration(NamedTuple):
@@ -34,8 +48,8 @@ class Calibration(NamedTuple):
     several_loss: bool
     masked: bool  # do sliding-window layers carry an explicit mask?
     accumulating: bool
-    moments: dict[str, tuple[Vector, ...]]
-    residual: float  # the largest error as a share of a traced peak, of all instants and points, one of them not solved from
+    moments: _Moments
+    residual: Annotated[float, Field(ge=0, le=1)]  # the largest error as a share of a traced peak, of all instants and points, one of them not solved from
     provenance: dict[str, Any]  # rung, versions, points
 
     @property
@@ -47,7 +61,14 @@ class Calibration(NamedTuple):
     def said(self) -> str:
         """Where it comes from, in a few words."""
         p = self.provenance
-        return f"{p['rung']}s with torch {p['torch'].partition('+')[0]}, transformers {p['transformers']}"
+        return one_line(f"{p['rung']}s with torch {p['torch'].partition('+')[0]}, transformers {p['transformers']}")
+
+
+class _File(NamedTuple):
+    schema_version: int
+    model: str
+    fingerprint: str
+    families: tuple[Calibration, ...]
 
 
 def family_of(recipe: Recipe) -> dict[str, Any]:
@@ -63,19 +84,118 @@ def fingerprint(model: Model) -> str:
 
 
 def folders() -> tuple[Path, ...]:
+    """Where they are looked for, in this order. Raises OutputError where the user has no folder."""
     return user_folder() / "calibrations", ROOT / "calibrations"
 
 
-@lru_cache(maxsize=256)
+def file_name(model: Model) -> str:
+    return f"{model.name.replace(os.sep, '--')}.json"  # of an id org/name, too
+
+
+class Own(NamedTuple):
+    """What the user's folder has for a model; left_out: why it is left out, in a line."""
+
+    calibrations: tuple[Calibration, ...] = ()
+    left_out: str = ""
+
+
+def file_of(model: Model) -> Kept | None:
+    """The user's own calibrations of a model, as they are now. Answers that stand on others do not compare equal."""
+    return kept.look("calibrations", file_name(model))
+
+
 def of_model(model: Model) -> tuple[Calibration, ...]:
-    """The calibrations that are there for a model; none when the file is damaged, or of another model of that name."""
-    for folder in folders():
-        path = folder / f"{model.name}.json"
-        if os.sep not in model.name and path.is_file():
-            found = _read(path, fingerprint(model))
-            if found:
-                return found
-    return ()
+    """The calibrations that are there for a model: the user's own, else those that ship. None of another model of that name."""
+    return _own(model, file_of(model)).calibrations or _shipped(model)
+
+
+def left_out(model: Model) -> list[str]:
+    """A line when the user's own calibrations of the model are there and cannot be used."""
+    line = _own(model, file_of(model)).left_out
+    return [line] if line else []
+
+
+@lru_cache(maxsize=256)
+def _own(model: Model, file: Kept | None) -> Own:
+    try:
+        return Own(_checked(model, file)) if file is not None else Own()
+    except InputError as e:
+        return Own(left_out=kept.left_out(e))
+
+
+@lru_cache(maxsize=256)
+def _shipped(model: Model) -> tuple[Calibration, ...]:
+    path = ROOT / "calibrations" / file_name(model)
+    if not os.path.isfile(path):
+        return ()
+    document = json.loads(path.read_text(encoding="utf-8"))  # pydantic would take as long as the rest of an answer
+    return tuple(_from_data(row) for row in document["families"]) if document["fingerprint"] == fingerprint(model) else ()
+
+
+def _from_data(row: dict[str, Any]) -> Calibration:
+    moments = {name: tuple(tuple(vector) for vector in vectors) for name, vectors in row["moments"].items()}
+    return Calibration(**{**row, "moments": moments})
+
+
+def _checked(model: Model, file: Kept) -> tuple[Calibration, ...]:
+    """A file's calibrations of the model. Raises InputError for one that holds what cannot be."""
+    found: _File = kept.read(file, "calibrations of `mstplan calibrate`", _File)
+    if found.schema_version != SCHEMA_VERSION:
+        raise kept.damaged(file, f"its schema is {one_line(found.schema_version)}, and this mstplan reads {SCHEMA_VERSION}")
+    if found.fingerprint != fingerprint(model):
+        return ()
+    for number, calibration in enumerate(found.families):
+        if why := _wrong(model, calibration):
+            raise kept.damaged(file, f"families.{number}: {why}")
+    return found.families
+
+
+def _wrong(model: Model, calibration: Calibration) -> str | None:
+    """What of it cannot be, if anything."""
+    try:
+        recipe = Recipe(**calibration.recipe)
+    except (InputError, TypeError):
+        return "recipe: none that mstplan knows"
+    if family_of(recipe) != calibration.recipe:
+        return "recipe: more than tells a family"
+    if not set(calibration.moments) <= set(INSTANTS):
+        return "moments: of an instant that a step does not have"
+    return _wrong_moments(model, recipe, calibration.moments) or _wrong_provenance(calibration.provenance)
+
+
+def _wrong_moments(model: Model, recipe: Recipe, moments: dict[str, tuple[Vector, ...]]) -> str | None:
+    """Every moment holds the weights that are on the device, and grows with the sequence; some moment, by a hidden state a token."""
+    from .parameters import parameter_count
+
+    parameters = parameter_count(model)[0]
+    weights = 0 if recipe.weights_on_host else parameters * recipe.weight_bytes // recipe.gpus
+    vectors = [dict(zip(BASIS, vector, strict=True)) for several in moments.values() for vector in several]
+    slopes = [v["bs"] + v["s"] + v["br"] + min(0, v["bc"]) + min(0, v["bk"]) for v in vectors]
+    steepest = max(v["bs"] + v["s"] + v["br"] + v["bc"] + v["bk"] for v in vectors)
+    if max(abs(n) for v in vectors for n in v.values()) > MOST_OF_A_WEIGHT * parameters:
+        return "moments: more bytes than a step of the model can take"
+    if min(v[""] for v in vectors) < weights // 2:  # what is solved from measurements has some noise
+        return "moments: fewer bytes than the model's weights take"
+    if min(slopes) < -NOISE or min(v["bss"] + v["ss"] for v in vectors) < 0 or steepest < model.hidden:
+        return "moments: they do not grow with the sequence as a step does"
+    return None
+
+
+def _wrong_provenance(provenance: dict[str, Any]) -> str | None:
+    """What is read of it is there, and the rest can be printed as JSON."""
+    measured = provenance.get("rung") == "measurement"
+    names = ("rung", "torch", "transformers", *(("card", "strategy") if measured else ()))
+    texts = [provenance.get(name) for name in names]
+    if not all(isinstance(text, str) and 0 < len(text) <= 100 for text in texts) or provenance["rung"] not in ("trace", "measurement"):
+        return "provenance: it does not say where the numbers are from"
+    points = provenance.get("points")
+    if not isinstance(points, list) or not all(isinstance(p, list) and all(type(n) is int and n > 0 for n in p) for p in points):
+        return "provenance: it does not say which points were solved from"
+    try:
+        json.dumps(provenance, allow_nan=False)
+    except ValueError:
+        return "provenance: it holds what is no number"
+    return None
 
 
 def find(model: Model, recipe: Recipe, several_mlp: bool, several_loss: bool, masked: bool) -> Calibration | None:
@@ -88,30 +208,14 @@ def find(model: Model, recipe: Recipe, several_mlp: bool, several_loss: bool, ma
     return next((c for c in candidates if c.recipe == family), None)
 
 
-def _read(path: Path, wanted: str) -> tuple[Calibration, ...]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["schema_version"] != SCHEMA_VERSION or document["fingerprint"] != wanted:
-            return ()
-        return tuple(_from_data(row) for row in document["families"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
-
-
-def _from_data(row: dict[str, Any]) -> Calibration:
-    moments = {name: tuple(tuple(vector) for vector in vectors) for name, vectors in row["moments"].items()}
-    return Calibration(**{**row, "moments": moments})
-
-
 def write(model: Model, found: Iterable[Calibration], folder: Path) -> Path:
     """Write a model's calibrations in place of those of the same families; others of the same model stay. An older file is kept
     as NAME.json.1, .2, ... Returns where. Raises OutputError."""
-    path = folder / f"{model.name}.json"
+    path = folder / file_name(model)
     new = list(found)
     families = {c.family for c in new}
-    stay = [c for c in _read(path, fingerprint(model)) if c.family not in families] if path.is_file() else []
+    stay = [c for c in _own(model, kept.at(path)).calibrations if c.family not in families]
     rows = [c._asdict() for c in [*new, *stay]]
     document = {"schema_version": SCHEMA_VERSION, "model": model.name, "fingerprint": fingerprint(model), "families": rows}
     files.replace_json(path, document)
-    of_model.cache_clear()
     return path

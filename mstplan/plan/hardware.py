@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
-from .. import files
-from ..errors import HardwareError, did_you_mean, quoted
+from .. import files, kept
+from ..errors import HardwareError, InputError, did_you_mean, one_line, quoted
+from ..kept import Kept
 from ..profiles import ROOT, user_folder
 from ..units import GIB, LEAST_MEMORY, MIB, MOST_MEMORY, format_gib
 
@@ -17,6 +20,9 @@ GRANULARITY = 22 * MIB
 """What the caching allocator's granularity takes: one partly filled segment of its small (2 MiB) and one of its medium
 (20 MiB) pool. Source: kSmallBuffer and kLargeBuffer in c10/core/AllocatorConfig.h. Fragmentation beyond that is not
 counted: it depends on the order of allocations, and expandable segments remove nearly all of it."""
+
+
+_MEASURED = "devices.json"
 
 
 class Gpu(NamedTuple):
@@ -77,42 +83,91 @@ class Card(NamedTuple):
         return max(0, self.total_bytes - self.gpu.context_bytes - GRANULARITY - self.reserve_bytes)
 
 
-@lru_cache(maxsize=1)
 def gpus() -> tuple[Gpu, ...]:
-    """Every card that mstplan knows, in the order of the file."""
-    rows = json.loads((ROOT / "gpus.json").read_text(encoding="utf-8"))["gpus"]
-    measured = {_key(_sold_as(name)): figures for name, figures in measured_constants().items()}
+    """Every card that mstplan knows, in the order of the file, with the constants that were measured here."""
+    return _gpus(_measured_now())
+
+
+@lru_cache(maxsize=8)
+def _gpus(file: Kept | None) -> tuple[Gpu, ...]:
+    measured = {_key(_sold_as(name)): constants for name, constants in _measured(file).cards.items()}
     found = []
-    for row in rows:
-        own = next((measured[name] for name in (row["name"], *row["aliases"]) if name in measured), {})
-        found.append(Gpu(**{**row, **own, "aliases": tuple(row["aliases"])}))
+    for gpu in _shipped():
+        own = next((measured[name] for name in (gpu.name, *gpu.aliases) if name in measured), None)
+        found.append(gpu._replace(**own._asdict()) if own is not None else gpu)
     return tuple(found)
 
 
-MEASURED = ("context_bytes", "cublas_workspace_bytes", "context_source")
-"""What `mstplan calibrate --from measurements` finds of a card, in place of what ships."""
+@lru_cache(maxsize=1)
+def _shipped() -> tuple[Gpu, ...]:
+    rows = json.loads((ROOT / "gpus.json").read_text(encoding="utf-8"))["gpus"]
+    return tuple(Gpu(**{**row, "aliases": tuple(row["aliases"])}) for row in rows)
+
+
+class Constants(NamedTuple):
+    """What `mstplan calibrate --from measurements` finds of a card, in place of what ships."""
+
+    context_bytes: int
+    cublas_workspace_bytes: int
+    context_source: str
+
+
+class _File(NamedTuple):
+    cards: dict[str, Constants]  # by the card as torch names it
+
+
+class Measured(NamedTuple):
+    """What the user's folder has; left_out: why it is left out, in a line."""
+
+    cards: Mapping[str, Constants] = MappingProxyType({})
+    left_out: str = ""
 
 
 def measured_file() -> Path:
-    return user_folder() / "devices.json"
+    """Where they lie. Raises OutputError where the user has no folder."""
+    return user_folder() / _MEASURED
 
 
-def measured_constants() -> dict[str, dict[str, Any]]:
-    """MEASURED, by the card as torch names it. Nothing when the file is not there or damaged."""
+def _measured_now() -> Kept | None:
+    return kept.look(_MEASURED)
+
+
+def measured_constants() -> Mapping[str, Constants]:
+    """By the card as torch names it. Nothing when the file is not there or damaged."""
+    return _measured(_measured_now()).cards
+
+
+def left_out() -> list[str]:
+    """A line when constants were measured and cannot be used."""
+    line = _measured(_measured_now()).left_out
+    return [line] if line else []
+
+
+@lru_cache(maxsize=8)
+def _measured(file: Kept | None) -> Measured:
+    if file is None:
+        return Measured()
     try:
-        rows = json.loads(measured_file().read_text(encoding="utf-8"))["cards"]
-        found = {name: {field: row[field] for field in MEASURED} for name, row in rows.items()}
-        sound = all(isinstance(row[field], int) and 0 <= row[field] < MOST_MEMORY for row in found.values() for field in MEASURED[:2])
-        return found if sound else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        found: _File = kept.read(file, "the constants of cards that `mstplan calibrate` found", _File)
+        for name, constants in found.cards.items():
+            _check_constants(file, name, constants)
+    except InputError as e:
+        return Measured(left_out=kept.left_out(e))
+    return Measured({name: constants._replace(context_source=one_line(constants.context_source, 200)) for name, constants in found.cards.items()})
 
 
-def write_measured(found: dict[str, dict[str, Any]]) -> Path:
+def _check_constants(file: Kept, name: str, constants: Constants) -> None:
+    """Amounts of memory, which leave something of the card, where it is known. Raises InputError."""
+    key, taken = _key(_sold_as(name)), (constants.context_bytes, constants.cublas_workspace_bytes)
+    sizes = [gpu.usable_bytes for gpu in _shipped() if key in (gpu.name, *gpu.aliases)]
+    if min(taken) < 0 or taken[0] + HANDLES * taken[1] >= min(sizes, default=MOST_MEMORY):
+        raise kept.damaged(file, f"{one_line(name, 40)}: bytes that no card of that name can have taken")
+
+
+def write_measured(found: Mapping[str, Constants]) -> Path:
     """Keep a card's constants for the planner, those of others as they are. Returns where. Raises OutputError."""
     path = measured_file()
-    files.replace_json(path, {"cards": {**measured_constants(), **found}})
-    gpus.cache_clear()
+    files.replace_json(path, {"cards": {name: constants._asdict() for name, constants in {**measured_constants(), **found}.items()}})
     return path
 
 

@@ -9,6 +9,7 @@ from math import isqrt
 from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
+from ..kept import Kept
 from ..units import LONGEST
 from . import calibration
 from .calibration import Calibration
@@ -139,9 +140,14 @@ def _layout_step(
     return _calibrated(model, layout, gpu.workspaces_bytes)
 
 
-@lru_cache(maxsize=1024)
 def _calibrated(model: Model, layout: Layout, workspace: int) -> Step:
     """The formula's step, or what a calibration has in its place."""
+    return _standing_on(model, layout, workspace, calibration.file_of(model))
+
+
+@lru_cache(maxsize=1024)
+def _standing_on(model: Model, layout: Layout, workspace: int, _own: Kept | None) -> Step:
+    """The same for one state of the user's file of calibrations."""
     found = _calibration(model, layout)
     formula = step(model, layout, workspace)
     return formula if found is None else formula.calibrated(found.moments)

@@ -13,7 +13,7 @@ from mstplan.plan import calibration, solve
 from mstplan.plan.config import read_config
 from mstplan.plan.hardware import card
 from mstplan.plan.recipe import Recipe, strategy
-from mstplan.plan.steps import Chunks, step
+from mstplan.plan.steps import Chunks
 from mstplan.units import GIB
 
 from .tiny import TINY, step_of
@@ -28,13 +28,9 @@ def trace_at(recipe: Recipe, seq_len: int):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A user's folder of its own, and no step remembered from before."""
+    """A user's folder of its own."""
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path))
-    for remembered in (calibration.of_model, solve._calibrated, step):
-        remembered.cache_clear()
-    yield tmp_path / "calibrations"
-    for remembered in (calibration.of_model, solve._calibrated):
-        remembered.cache_clear()
+    return tmp_path / "calibrations"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +47,6 @@ def test_the_planner_uses_it_and_says_so(mst, folder):
     recipe = strategy("mst", mlp_chunks=3, loss_chunks=7)
     assert solve.plan_at(MODEL, recipe, CARD, 7777).calibration is None
     calibration.write(MODEL, [mst], folder)
-    solve._calibrated.cache_clear()  # as in another process
     after = solve.plan_at(MODEL, recipe, CARD, 7777)
     assert after.calibration == mst
     traced = step_of(recipe, 7777).with_workspace(CARD.gpu.workspaces_bytes).peak
@@ -91,7 +86,6 @@ def test_s_max_is_solved_from_it(mst, folder):
 def test_a_damaged_or_newer_file_is_none(mst, folder, damage):
     calibration.write(MODEL, [mst], folder)
     (folder / "tiny.json").write_text(damage)
-    calibration.of_model.cache_clear()
     assert calibration.of_model(MODEL) == ()
 
 

@@ -10,7 +10,7 @@ import pytest
 from mstplan import MeasurementError, card, load_model, max_seq
 from mstplan.observe import fit, validate
 from mstplan.observe.measurement import Measurement, sliced
-from mstplan.plan import calibration, hardware, solve
+from mstplan.plan import calibration, hardware
 from mstplan.plan.catalog import load_config
 from mstplan.plan.config import read_config
 from mstplan.plan.recipe import STRATEGIES, Recipe
@@ -27,13 +27,6 @@ LENGTHS = (4096, 6144, 10240, 12288, 20480)
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path))
-    calibration.of_model.cache_clear()
-    hardware.gpus.cache_clear()
-    solve._calibrated.cache_clear()
-    yield
-    calibration.of_model.cache_clear()
-    hardware.gpus.cache_clear()
-    solve._calibrated.cache_clear()
 
 
 def as_planned(strategy: str, tokens: int, layers: int | None = None, change: Callable[[int], int] = lambda size: size, **more: Any) -> Measurement:
@@ -119,7 +112,6 @@ def test_the_planner_uses_it_and_says_so():
     model, on = load_model(NAME), card("h100")
     before = max_seq(model, STRATEGIES["checkpoint"], on).s_max
     calibration.write(model, fit.fit(model, points("checkpoint", change=lambda size: size + size // 10)).calibrations, calibration.folders()[0])
-    solve._calibrated.cache_clear()
     answer = max_seq(model, STRATEGIES["checkpoint"], on)
     assert answer.s_max < before and answer.plan.calibration is not None
     assert answer.plan.calibration.said.startswith("measurements with torch") and answer.plan.calibration.provenance["card"] == CARD["card"]
@@ -136,13 +128,13 @@ def test_other_families_of_a_file_stay():
 
 def test_a_cards_constants():
     found = fit.devices([*points("checkpoint"), *points("checkpoint", device="cpu")])
-    assert list(found) == [CARD["card"]] and found[CARD["card"]]["context_bytes"] == 500 * 2**20
+    assert list(found) == [CARD["card"]] and found[CARD["card"]].context_bytes == 500 * 2**20
     before = hardware.find_gpu("h100")
     hardware.write_measured(found)
     now = hardware.find_gpu("h100")
-    assert now == before._replace(**found[CARD["card"]]) and now.context_source.startswith("measured: 5 steps")
+    assert now == before._replace(**found[CARD["card"]]._asdict()) and now.context_source.startswith("measured: 5 steps")
     assert hardware.find_gpu("a100-80gb").context_bytes == before.context_bytes
-    hardware.write_measured({"NVIDIA A100-SXM4-80GB": {**found[CARD["card"]], "context_bytes": 7}})
+    hardware.write_measured({"NVIDIA A100-SXM4-80GB": found[CARD["card"]]._replace(context_bytes=7)})
     assert hardware.find_gpu("h100") == now and hardware.find_gpu("a100-80gb").context_bytes == 7
 
 
@@ -153,7 +145,6 @@ NEGATIVE = '{"cards": {"NVIDIA H100 80GB HBM3": {"context_bytes": -1, "cublas_wo
 def test_damaged_constants_are_none(text):
     before = hardware.find_gpu("h100")
     hardware.measured_file().write_text(text)
-    hardware.gpus.cache_clear()
     assert hardware.find_gpu("h100") == before
 
 

@@ -20,8 +20,6 @@ LENGTHS = (4096, 65536, 1048576)
 def shipped_ones(tmp_path, monkeypatch):
     """None of the user's own."""
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path))
-    calibration.of_model.cache_clear()
-    solve._calibrated.cache_clear()
 
 
 def test_no_file_without_a_model():
