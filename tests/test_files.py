@@ -66,13 +66,18 @@ def test_what_a_killed_writer_left_goes(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*hours, folder.name, "out"} - {LEFT}
 
 
+def _no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_what_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     path.write_text("old")
     for broken in ("os.replace", "os.chmod"):
-        with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space") as e:
-            patch.setattr(broken, lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-            files.write(path, b"new")
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, _no_space)
+            with pytest.raises(OutputError, match="No space") as e:
+                files.write(path, b"new")
         assert len(str(e.value).splitlines()) == 2 and [p.name for p in tmp_path.iterdir()] == ["file.json"] and path.read_text() == "old"
 
 

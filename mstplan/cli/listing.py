@@ -30,12 +30,13 @@ def models(asked: Asked) -> None:
          help="The cards that mstplan knows.", epilog="mstplan gpus --json")  # fmt: skip
 def gpus(asked: Asked) -> None:
     from ..plan.hardware import gpus as known
+    from ..plan.hardware import left_out
 
     if asked.json:
         from ..show import payload
 
-        print_json(payload.document("gpus", gpus=[payload.gpu(g) for g in known()]))
+        print_json(payload.document("gpus", gpus=[payload.gpu(g) for g in known()], notes=left_out()))
     else:
         from ..show import tables
 
-        tables.gpus(new_console(), known(), asked.sources)
+        tables.gpus(new_console(), known(), asked.sources, left_out())

@@ -221,7 +221,8 @@ def shapes(asked: Asked) -> None:
     epilog="mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",
 )  # fmt: skip
 def plot(asked: Asked) -> None:
-    from ..plan import solve
+    from ..errors import one_line
+    from ..plan import advice, solve
     from ..show import plot as drawing
 
     drawing.check_output(asked.out, asked.force)
@@ -235,6 +236,8 @@ def plot(asked: Asked) -> None:
 
         about = {"model": payload.model(model), "card": payload.card(card), "budget_bytes": card.budget_bytes}
         data = [{**curve.as_data(), "calibration": payload.calibrated(curve.calibration)} for curve in curves]
-        print_json(payload.document("plot", **about, file=str(asked.out), curves=data))
+        print_json(payload.document("plot", **about, file=str(asked.out), curves=data, notes=advice.kept_notes(model)))
     else:
         say_written(asked.out)
+        for line in advice.kept_notes(model):
+            typer.echo(line)

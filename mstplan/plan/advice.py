@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..units import GIB, format_gib, format_tokens
+from . import calibration, hardware
 from .cuda import BIAS_ROWS
 from .hardware import GRANULARITY, Card, same_size
 from .model import Model
@@ -12,6 +13,11 @@ from .recipe import Recipe
 from .solve import Answer, Plan, longest, max_seq, smallest_chunks_tokens, window_of
 from .steps import Chunks
 from .ways import Way, nearest, smallest_gpu
+
+
+def kept_notes(model: Model | None = None) -> list[str]:
+    """A line for each file of the user's folder that answers, on this model, do without because it is damaged."""
+    return hardware.left_out() + (calibration.left_out(model) if model is not None else [])
 
 
 def card_notes(on: Card) -> list[str]:

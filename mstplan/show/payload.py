@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..plan.advice import kept_notes
 from ..plan.calibration import Calibration
 from ..plan.hardware import Card, Gpu
 from ..plan.model import Model
@@ -186,6 +187,7 @@ def theorem_document(m: Model, c: Card, view: TheView) -> dict[str, Any]:
         "theorem", model=model(m), card=card(c), coefficients=coefficients(view.coefficients), seq_len=view.seq_len,
         formulas=[row(r) for r in view.rows], differences=list(view.differences),
         step_model=[{"strategy": a.strategy, "s_max": a.s_max, "calibration": calibrated(a.plan.calibration)} for a in view.answers],
+        notes=kept_notes(m),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def max_seq_notes(model: Model, card: Card, found: Sequence[Answer], to_fit: Sequence[Way] = ()) -> list[str]:
     recipe = found[-1].plan.recipe
-    lines = advice.card_notes(card) + advice.kernel_notes(model, recipe, card) + advice.recipe_notes(model, recipe)
+    lines = advice.kept_notes(model) + advice.card_notes(card) + advice.kernel_notes(model, recipe, card) + advice.recipe_notes(model, recipe)
     if not any(answer.s_max for answer in found):
         return lines + advice.nothing_fits_notes(found, to_fit)
     for answer in found:
@@ -66,7 +66,8 @@ def plan(console: Console, plans: Mapping[str, Plan], reaches: Mapping[str, int]
 
 
 def plan_notes(step: Plan, reaches: int) -> list[str]:
-    lines = advice.card_notes(step.card) + advice.kernel_notes(step.model, step.recipe, step.card) + advice.recipe_notes(step.model, step.recipe)
+    lines = advice.kept_notes(step.model)
+    lines += advice.card_notes(step.card) + advice.kernel_notes(step.model, step.recipe, step.card) + advice.recipe_notes(step.model, step.recipe)
     lines += advice.position_notes(step.model, step.seq_len)
     if step.peak.tokens != step.recipe.padded(step.seq_len):
         lines.append(f"Of batches up to that length one of {format_tokens(step.peak.tokens)} tokens needs most: its mask has to be padded.")
@@ -90,4 +91,4 @@ def theorem(console: Console, model: Model, card: Card, view: View) -> None:
     tables.heading(console, model, card, tables.rung([answer.plan.calibration for answer in view.answers]))
     tables.theorem(console, view.coefficients, view.rows, view.answers, view.seq_len)
     console.print(Text("Why they differ", "bold"))
-    tables.notes(console, view.differences)
+    tables.notes(console, [*view.differences, *advice.kept_notes(model)])

@@ -235,7 +235,7 @@ def models(console: Console, rows: Iterable[Model]) -> None:
     console.print(table)
 
 
-def gpus(console: Console, rows: Sequence[Gpu], sources: bool) -> None:
+def gpus(console: Console, rows: Sequence[Gpu], sources: bool, lines: Sequence[str] = ()) -> None:
     table = new_table(
         ("gpu", "left"), ("sold GB", "right"), ("torch GiB", "right"), ("bf16 TFLOP/s", "right"), ("GB/s", "right"), ("host link", "left"),
     )  # fmt: skip
@@ -250,3 +250,5 @@ def gpus(console: Console, rows: Sequence[Gpu], sources: bool) -> None:
         console.print(Text(g.name, "bold"))
         console.print(Padding(Text(f"{g.label}. Memory: {g.usable_source} Rates: {g.rates_source} Context: {g.context_source}", "dim"), (0, 0, 0, 2)))
     console.print(Text("torch GiB: what torch reports as total memory; * derived, not a reported print.  --sources: where from.", "dim"))
+    if lines:
+        notes(console, lines)

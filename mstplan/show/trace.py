@@ -69,7 +69,8 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Found]) -> list[str]
 
     answers = [f.answer for f in found]
     recipe = answers[-1].plan.recipe
-    lines = [*advice.card_notes(card), *advice.kernel_notes(model, recipe, card), *advice.recipe_notes(model, recipe), _versions_note(versions())]
+    lines = [*advice.kept_notes(model), *advice.card_notes(card), *advice.kernel_notes(model, recipe, card)]
+    lines += [*advice.recipe_notes(model, recipe), _versions_note(versions())]
     if not any(answer.s_max for answer in answers):
         return lines + advice.nothing_fits_notes(answers, ways.ways_to_train([answer.plan for answer in answers]))
     lines.append(
@@ -160,7 +161,7 @@ def notes(v: View) -> list[str]:
     from ..plan import advice
 
     lines = [
-        *advice.card_notes(v.card), *advice.kernel_notes(v.model, v.trace.recipe, v.card),
+        *advice.kept_notes(v.model), *advice.card_notes(v.card), *advice.kernel_notes(v.model, v.trace.recipe, v.card),
         _allocator_note(v.expandable, "with expandable_segments:True"), _allocator_note(v.usual, "without it"),
     ]  # fmt: skip
     if v.trace.host_peak:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from mstplan import card, load_model, model_names, plan_at
+from mstplan import card, kept, load_model, model_names, plan_at
 from mstplan.plan import calibration, solve
 from mstplan.plan.recipe import STRATEGIES
 from mstplan.plan.solve import chunks_at, fixed_chunks, layout_of, sizes
-from mstplan.plan.steps import Chunks, step
+from mstplan.plan.steps import Chunks, Layout, step
 from mstplan.profiles import ROOT
 
 DENSE = [name for name in model_names() if load_model(name).experts is None]
@@ -72,3 +72,28 @@ def test_a_damaged_file_is_none(tmp_path, text):
 def test_another_model_of_the_same_name_has_none():
     other = load_model("llama3.1-8b")._replace(hidden=2048)
     assert calibration.of_model(other) == ()
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_what_ships_passes_the_check_of_what_users_keep(name):
+    """And is read in the same way."""
+    model, file = load_model(name), kept.at(ROOT / "calibrations" / f"{name}.json")
+    assert file is not None and calibration._checked(model, file) == calibration.of_model(model) != ()
+
+
+CHANGES = (
+    {}, {"optimizer": "sgd"}, {"precision": "mixed"}, {"precision": "fp32", "attention": "eager"}, {"optimizer_in_backward": True},
+    {"gpus": 8, "sharding": "fsdp"}, {"optimizer_on_host": True, "weights_on_host": True},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt2", "smollm2-135m", "llama3.1-405b", "gpt-oss-20b"])
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_moments_of_real_steps_are_no_damage(name, changes):
+    model = load_model(name)
+    for strategy in ("standard", "checkpoint", "mst-offload"):
+        recipe = STRATEGIES[strategy].changed(**changes)
+        several = recipe.loss == "chunked"
+        moments = step(model, Layout(solve._bare(recipe), several, several, False), 0).moments
+        found = {instant: tuple(moment.live for moment in those) for instant, those in moments.items()}
+        assert calibration._wrong_moments(model, recipe, found) is None
