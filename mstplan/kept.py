@@ -1,4 +1,4 @@
-"""What mstplan keeps for its user from one run to the next, read back: calibrations, a card's constants.
+"""What mstplan keeps for its user from one run to the next, read back: calibrations, a card's constants, traces.
 
 Anybody may have written to these files, or nobody may look at them. They are looked at anew for every answer, so that what was
 written a moment ago counts; they are checked whole before anything of them is used; and what is damaged is left out of answers,
@@ -50,7 +50,7 @@ def read(file: Kept, what: str, kind: Any) -> Any:
 
     text = read_text(file.path, what, LARGEST, InputError)
     try:
-        return _adapter(kind).validate_json(text)
+        return adapter(kind).validate_json(text)
     except ValidationError as e:
         raise damaged(file, _first_problem(e)) from None
     except UnicodeError:
@@ -67,7 +67,8 @@ def left_out(error: InputError) -> str:
 
 
 @cache
-def _adapter(kind: Any) -> Any:
+def adapter(kind: Any) -> Any:
+    """Pydantic's, which takes no value for one of another type."""
     from pydantic import ConfigDict, TypeAdapter
 
     return TypeAdapter(kind, config=ConfigDict(strict=True))

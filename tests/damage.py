@@ -32,18 +32,19 @@ def at(document: Any, path: Path) -> Any:
     return document
 
 
+MISSING = object()
+
+
 def changed(document: Any, path: Path, value: Any) -> Any:
-    """A copy with another value there."""
+    """A copy with another value there, or none."""
     if not path:
         return value
-    found = copy.deepcopy(document)
-    at(found, path[:-1])[path[-1]] = value
-    return found
-
-
-def without(document: Any, path: Path) -> Any:
-    found = copy.deepcopy(document)
-    del at(found, path[:-1])[path[-1]]
+    step, *rest = path
+    found = copy.copy(document)
+    if rest or value is not MISSING:
+        found[step] = changed(document[step], tuple(rest), value)
+    else:
+        del found[step]
     return found
 
 
@@ -51,17 +52,15 @@ def damages(document: Any, seed: int, per_place: int = 2) -> Iterator[tuple[str,
     """(what was done, JSON text): some kinds of damage at each place, so that over the places every kind comes often."""
     chance = random.Random(seed)
     for path in places(document):
-        told, here = "/".join(map(str, path)) or "all", at(document, path)
-        kinds: list[tuple[str, Any]] = [(f"is {str(value)[:12]!r}", changed(document, path, value)) for value in VALUES if value != here]
-        kinds.append(("is nested", changed(document, path, [here])))
-        if path:
-            kinds.append(("is missing", without(document, path)))
+        here = at(document, path)
+        kinds: list[tuple[str, Any]] = [(f"is {str(value)[:12]!r}", value) for value in VALUES if value != here]
+        kinds += [("is nested", [here]), *([("is missing", MISSING)] if path else [])]
         if isinstance(here, dict):
-            kinds.append(("has more", changed(document, path, {**here, "\x1b": 1})))
+            kinds.append(("has more", {**here, "\x1b": 1}))
         if isinstance(here, list) and here:
-            kinds += [("is twice as long", changed(document, path, here * 2)), ("is cut", changed(document, path, here[:-1]))]
-        for what, damaged in chance.sample(kinds, min(per_place, len(kinds))):
-            yield f"{told} {what}", json.dumps(damaged)
+            kinds += [("is twice as long", here * 2), ("is cut", here[:-1])]
+        for what, value in chance.sample(kinds, min(per_place, len(kinds))):
+            yield f"{'/'.join(map(str, path)) or 'all'} {what}", json.dumps(changed(document, path, value))
 
 
 def strict(text: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..errors import MissingError, OutputError
+from ..errors import InputError, MissingError, OutputError
 from ..plan.recipe import Recipe
 from ..profiles import user_folder
 from .trace import Trace
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_LARGEST = 100_000_000  # bytes; of the largest models some 100,000
 PACKAGES = ("torch", "transformers")
 
 
@@ -63,28 +65,42 @@ def trace_of(
         threads = torch.get_num_threads()
     case = {"config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "threads": threads}
     what = {"schema_version": SCHEMA_VERSION, "versions": named, **case}
-    path = folder() / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.json.gz"
-    keep = keep and code_from is None
-    found = _read(path) if keep else None
+    path = _path(what) if keep and code_from is None else None
+    found = _read(path) if path is not None else None
     if found is None:
         from .cpu import on_threads
         from .tracer import trace
 
         with on_threads(threads):
             found = trace(config, recipe, seq_len, on=on, code_from=code_from)
-        if keep:
+        if path is not None:
             _write(path, found)
     return found.with_workspace(workspace)
 
 
+def _path(what: object) -> Path | None:
+    """Where the trace that this decides is kept; None for a user who has no folder."""
+    with suppress(OutputError):
+        return folder() / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.json.gz"
+    return None
+
+
 def _read(path: Path) -> Trace | None:
     try:
-        return Trace.from_data(json.loads(gzip.decompress(path.read_bytes())))
+        with gzip.open(io.BytesIO(files.read_bytes(path, "a trace", _LARGEST, InputError))) as file:
+            digest, _, text = file.read(10 * _LARGEST).partition(b"\n")
+        return Trace.from_json(text) if digest == _digest(path, text) else None
     except Exception:  # noqa: BLE001  not there, cut off, or something else altogether: it is made anew
         return None
 
 
 def _write(path: Path, trace: Trace) -> None:
+    text = json.dumps(trace.as_data()).encode()
     with suppress(OSError, OutputError):  # a cache that cannot be written is none
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, gzip.compress(json.dumps(trace.as_data()).encode(), 3, mtime=0))
+        files.write(path, gzip.compress(_digest(path, text) + b"\n" + text, 3, mtime=0))
+
+
+def _digest(path: Path, text: bytes) -> bytes:
+    """So that a file holds what was written to it, and nothing else: what looks like a trace may not be the one that was made."""
+    return hashlib.sha256(path.name.encode() + text).hexdigest().encode()

@@ -10,13 +10,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
 
 FORWARD, RECOMPUTE, BACKWARD, OPTIMIZER = "forward", "recompute", "backward", "optimizer"
 
 WEIGHTS, GRADIENTS, STATES, INPUTS, ATTENTION = "weights", "gradients", "optimizer", "layer inputs", "attention"
 MLP, NORMS, LOSS, WORKSPACE, OTHER = "MLP", "norms", "loss", "workspace", "other"
 CATEGORIES = (WEIGHTS, GRADIENTS, STATES, INPUTS, ATTENTION, MLP, NORMS, LOSS, WORKSPACE, OTHER)
+
+Size = Annotated[int, Field(ge=0, le=1 << 62)]  # bytes, or of an axis
 
 
 class Place(NamedTuple):
@@ -99,10 +103,31 @@ class Recording:
         }
 
     @classmethod
-    def from_data(cls, data: dict[str, Any]) -> Recording:
-        made = [Made(size, tuple(shape), *rest) for size, shape, *rest in data["made"]]
-        events = [(index, sign) for index, sign in data["events"]]
-        return cls(made, events, [(Place(run, unit), start) for run, unit, start in data["places"]])
+    def of(cls, data: Recorded) -> Recording:
+        """Raises ValueError for what is no recording."""
+        made = [Made(row[0], tuple(row[1]), *row[2:]) for row in data.made]
+        found = cls(made, list(data.events), [(Place(run, unit), start) for run, unit, start in data.places])
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Every storage is allocated once, and let go of at most once, later; every event is at a place. Raises ValueError."""
+        alive: list[bool | None] = [None] * len(self.made)
+        for index, sign in self.events:
+            if not 0 <= index < len(self.made) or alive[index] is not (None if sign > 0 else True):
+                raise ValueError(f"storage {index} comes or goes twice")
+            alive[index] = sign > 0
+        starts = [start for _, start in self.places]
+        if None in alive or (self.events and starts[:1] != [0]) or sorted(starts) != starts or max(starts, default=0) > len(self.events):
+            raise ValueError("storages that never come, or places out of order")
+
+
+class Recorded(NamedTuple):
+    """A recording as JSON has it."""
+
+    made: list[tuple[Size, list[Size], str, str, str, str, bool]]
+    events: list[tuple[int, Literal[1, -1]]]
+    places: list[tuple[Literal["forward", "recompute", "backward", "optimizer"], int, int]]
 
 
 def largest(totals: Iterable[int]) -> tuple[int, int]:

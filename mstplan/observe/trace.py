@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from ..kept import adapter
 from ..plan.hardware import HANDLES
 from ..plan.recipe import Recipe
 from ..plan.steps import (
@@ -26,16 +27,16 @@ from ..plan.steps import (
 from ..plan.steps import OPTIMIZER as OPTIMIZER_STEP
 from .allocator import MIN_BLOCK
 from .extend import extend, row
-from .recording import FORWARD, GRADIENTS, OPTIMIZER, STATES, WEIGHTS, WORKSPACE, Made, Place, Recording
+from .recording import FORWARD, GRADIENTS, OPTIMIZER, STATES, WEIGHTS, WORKSPACE, Made, Place, Recorded, Recording, Size
 
 
 class Weight(NamedTuple):
     """A parameter or buffer of the whole model."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     dtype: str
-    bytes: int
+    bytes: Size
     trained: bool
 
 
@@ -44,7 +45,7 @@ class State(NamedTuple):
 
     name: str
     dtype: str
-    bytes: int
+    bytes: Size
 
 
 class Peak(NamedTuple):
@@ -90,7 +91,10 @@ class Trace:
 
     def with_workspace(self, workspace: int) -> Trace:
         """The same on a card whose cuBLAS holds that many bytes."""
-        return replace(self, workspace=workspace)
+        other = replace(self, workspace=workspace)
+        if "step" in vars(self):
+            vars(other)["step"] = self.step  # which takes a while to write down
+        return other
 
     def as_data(self) -> dict[str, Any]:
         """For JSON."""
@@ -102,13 +106,16 @@ class Trace:
         }  # fmt: skip
 
     @classmethod
-    def from_data(cls, data: dict[str, Any]) -> Trace:
-        weights = tuple(Weight(name, tuple(shape), *rest) for name, shape, *rest in data["weights"])
-        return cls(
-            Recipe(**data["recipe"]), data["seq_len"], data["on"], data["workspace"], weights, tuple(State(*row) for row in data["states"]),
-            tuple(data["kinds"]), tuple(data["kept"]), data["every"], data["reach"], Recording.from_data(data["short"]),
-            Recording.from_data(data["update"]),
-        )  # fmt: skip
+    def from_json(cls, text: bytes) -> Trace:
+        """Raises ValueError, RecipeError or Unlike for what is no trace: one that is read can be used."""
+        data: _Kept = adapter(_Kept).validate_json(text)
+        layers = sorted(set(data.kept)) == list(data.kept) and all(0 <= unit < len(data.kinds) for unit in data.kept)
+        if not (layers and data.kept and min(data.every, data.reach, data.seq_len) > 0 and data.short.events):
+            raise ValueError("no trace")
+        fields = {**data._asdict(), "recipe": Recipe(**data.recipe), "short": Recording.of(data.short), "update": Recording.of(data.update)}
+        found = cls(**fields)
+        assert found.step  # written down once, here
+        return found
 
     @property
     def units(self) -> int:
@@ -215,6 +222,23 @@ class Trace:
             group[1] += self.rounded(made.bytes)
         found = [Alive(*kind, *numbers) for kind, numbers in groups.items()]
         return tuple(sorted([*self.resident, *found], key=lambda a: -a.bytes))
+
+
+class _Kept(NamedTuple):
+    """A trace as JSON has it."""
+
+    recipe: dict[str, Any]
+    seq_len: int
+    on: Literal["cuda", "cpu"]
+    workspace: Size
+    weights: tuple[Weight, ...]
+    states: tuple[State, ...]
+    kinds: tuple[int, ...]
+    kept: tuple[int, ...]
+    every: int
+    reach: int
+    short: Recorded
+    update: Recorded
 
 
 def instant_of(place: Place, units: int) -> str:

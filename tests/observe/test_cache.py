@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 import subprocess
 import sys
 from importlib import metadata
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
 from mstplan.errors import MissingError
 from mstplan.observe import cache, tracer
+from mstplan.observe.card import all_events, held, name_of
+from mstplan.observe.snapshot import snapshot
+from mstplan.observe.trace import Trace
 from mstplan.plan.recipe import strategy
 
+from ..damage import damages
 from .tiny import TINY
 
 CHECKPOINT = strategy("checkpoint")
@@ -76,6 +84,92 @@ def test_half_a_file_is_made_anew(made, own_folder):
     file.write_bytes(file.read_bytes()[:1000])
     cache.trace_of(TINY, CHECKPOINT, 512)
     assert len(made) == 2
+
+
+def _kept(path: Path, text: bytes, digest: bytes | None = None) -> None:
+    path.unlink(missing_ok=True)
+    path.write_bytes(gzip.compress((digest or cache._digest(path, text)) + b"\n" + text))
+
+
+def test_another_text_is_made_anew(made, own_folder):
+    """Also one that could be a trace: of other bytes, or of another step."""
+    kept, other = cache.trace_of(TINY, CHECKPOINT, 512), cache.trace_of(TINY, CHECKPOINT, 1024)
+    file, others = sorted(own_folder.iterdir(), key=lambda path: cache._read(path) == other)
+    whole, digest = file.read_bytes(), gzip.decompress(file.read_bytes()).split(b"\n")[0]
+    for damage in (lambda text: text.replace(b"512", b"513", 1), lambda text: text + b" ", lambda text: text[:-1]):
+        _kept(file, damage(gzip.decompress(whole).split(b"\n")[1]), digest)
+        assert cache.trace_of(TINY, CHECKPOINT, 512) == kept and file.read_bytes() == whole
+    file.write_bytes(others.read_bytes())
+    assert cache.trace_of(TINY, CHECKPOINT, 512) == kept and file.read_bytes() == whole
+    assert len(made) == 6
+
+
+def _use(trace: Trace) -> None:
+    """All that commands read off a trace."""
+    assert trace.peak.bytes >= 0 and trace.requested and trace.host_peak >= 0 and trace.alive(trace.peak.event)
+    held(trace, expandable=True, limit=2**40)
+    snapshot(all_events(trace), lambda key: name_of(trace, key), expandable=True)
+    json.dumps([trace.as_data(), [a._asdict() for a in trace.alive(trace.peak.event)]], allow_nan=False)
+
+
+def test_what_is_read_can_be_used(own_folder):
+    """Damage at every place, signed as if it was written so: no trace, or one that nothing fails on."""
+    path = own_folder / "some.json.gz"
+    own_folder.mkdir()
+    document = json.loads(json.dumps(tracer.trace(TINY, CHECKPOINT, 512).as_data()))
+    seen = {True: 0, False: 0}
+    _kept(path, json.dumps(document).encode())
+    _use(cache._read(path))
+    for what, text in damages(document, seed=3, per_place=3):
+        _kept(path, text.encode())
+        found = cache._read(path)
+        seen[found is None] += 1
+        try:
+            if found is not None:
+                _use(found)
+        except Exception as e:
+            raise AssertionError(what) from e
+    assert seen[True] > 150 and seen[False] > 5, seen
+
+
+EVENTS = ([], [[0, 1]] * 2, [[0, -1]], [[0, 1], [0, -1], [0, -1]], [[99999, 1]], [[-1, 1]], [[0, 2]], [[0, 1, 1]], [[0]])
+
+
+@pytest.mark.parametrize("events", EVENTS, ids=str)
+@pytest.mark.parametrize("part", ["short", "update"])
+def test_events_that_contradict_themselves(own_folder, events, part):
+    path = own_folder / "some.json.gz"
+    own_folder.mkdir()
+    document = json.loads(json.dumps(tracer.trace(TINY, CHECKPOINT, 512).as_data()))
+    document[part]["events"][: len(events) or None] = events
+    _kept(path, json.dumps(document).encode())
+    assert cache._read(path) is None
+
+
+def test_no_pipe_and_no_bomb(made, own_folder, monkeypatch):
+    kept = cache.trace_of(TINY, CHECKPOINT, 512)
+    (file,) = own_folder.iterdir()
+    whole = file.read_bytes()
+    for make in (lambda: os.mkfifo(file), lambda: file.symlink_to("/dev/zero"), lambda: file.write_bytes(gzip.compress(bytes(10**7)))):
+        file.unlink()
+        make()
+        assert cache._read(file) is None
+    file.unlink()
+    os.mkfifo(file)
+    assert cache.trace_of(TINY, CHECKPOINT, 512) == kept and file.read_bytes() == whole
+
+
+def test_a_user_without_a_home(made, monkeypatch):
+    for name in ("MSTPLAN_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", _no_home)
+    for _ in range(2):
+        cache.trace_of(TINY, CHECKPOINT, 512)
+    assert len(made) == 2
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path, monkeypatch, made):

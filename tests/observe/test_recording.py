@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from mstplan.errors import RecipeError
+from mstplan.kept import adapter
 from mstplan.observe.recording import (
     ATTENTION,
     BACKWARD,
@@ -16,6 +19,7 @@ from mstplan.observe.recording import (
     MLP,
     RECOMPUTE,
     Place,
+    Recorded,
     Recording,
     largest,
 )
@@ -73,7 +77,7 @@ def test_places_are_those_of_a_step():
 
 
 def test_a_recording_survives_json(plain):
-    assert Recording.from_data(plain.as_data()) == plain
+    assert Recording.of(adapter(Recorded).validate_json(json.dumps(plain.as_data()))) == plain
 
 
 @pytest.mark.parametrize(
