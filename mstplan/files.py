@@ -76,6 +76,25 @@ def check_writable(path: str | os.PathLike[str], force: bool) -> None:
             raise OutputError(f"{name} exists already.\n--force overwrites it, or name another file.")
 
 
+def check_folder(folder: Path) -> None:
+    """Raises OutputError when files could not be written to a folder, which is made once there is one to write. Writes nothing."""
+    with refusing(folder):
+        there = next((path for path in (folder, *folder.parents) if _is_there(path)), folder)
+        if not there.is_dir():
+            raise OutputError(f"cannot write to {quoted(folder)}: {quoted(there)} is not a folder.\nName another.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write to {quoted(folder)}: no permission to write in {quoted(there)}.\nName another folder.")
+
+
+def _is_there(path: Path) -> bool:
+    """Also of a link that leads nowhere. Raises OSError where one may not look."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def write(path: str | os.PathLike[str], data: bytes, like: str | os.PathLike[str] | None = None) -> None:
     """Put `data` in place of the file, or leave everything as it was: a link stays one, and a file that is there keeps its mode; a new
     one takes that of `like`. Raises OutputError."""

@@ -139,6 +139,7 @@ _RESULTS = option(
     epilog="mstplan calibrate --from trace --model llama3.1-8b   |   mstplan calibrate --from measurements --model llama3.1-8b h100.jsonl",
 )  # fmt: skip
 def calibrate(asked: Asked) -> None:
+    from .. import files
     from ..errors import RecipeError, quoted
     from ..plan import calibration
     from ..plan.recipe import STRATEGIES, strategy
@@ -152,6 +153,7 @@ def calibrate(asked: Asked) -> None:
     for name in names:
         strategy(name)  # refuses unknown ones
     folder = asked.out if asked.out is not None else calibration.folders()[0]
+    files.check_folder(folder)
     from ..observe.calibrate import calibrate_all
     from ..observe.fit import fit_all
     from ..show import calibrating
