@@ -41,7 +41,7 @@ def parse_memory(text: str) -> int:
 
     Memory is sold in powers of two: a card sold as 80 GB holds 80 GiB, so GB is read as GiB, MB as MiB.
     """
-    match = _match(rf"([0-9]{{1,18}}){_FRACTION}\s*([kmgt]?i?b)", text)
+    match = _match(rf"([0-9]{{1,18}}){_FRACTION}\s*([kmgt]i?b|b)", text)
     if match is None:
         raise UnitError(f"cannot read {quoted(text)} as an amount of memory.\nWrite it like 80GB, 79.15GiB or 24576MiB.")
     fraction = match[2] or ""

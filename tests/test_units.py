@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan.errors import UnitError
-from mstplan.units import LONGEST, format_count, format_gib, format_seconds, parse_length, parse_memory, parse_whole
+from mstplan.units import (
+    LONGEST,
+    format_count,
+    format_gib,
+    format_seconds,
+    parse_length,
+    parse_memory,
+    parse_share,
+    parse_whole,
+)
 
 ODD_SIZES = ["٨GB", "²GB", "9" * 5000 + "GB", "9" * 400 + ".0GB", "80\u212aB"]  # the last: Kelvin's sign
 ODD_LENGTHS = ["1,,,_", "1,0", "1,000_000", "²", "٣k", "9" * 5000, "1\u212a"]
@@ -22,7 +32,7 @@ def test_memory(text: str, size: int) -> None:
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "80", "GB", "-1GB", "1e3GB", "80 G", "nanGB", "99999999999TB", "8,0GB", "80GBs", *ODD_SIZES])
+@pytest.mark.parametrize("text", ["", "80", "GB", "-1GB", "1e3GB", "80 G", "nanGB", "99999999999TB", "8,0GB", "80GBs", "80iB", "80 ib", *ODD_SIZES])
 def test_memory_that_cannot_be_read(text: str) -> None:
     with pytest.raises(UnitError, match="80GB"):
         parse_memory(text)
@@ -64,6 +74,37 @@ def test_any_text_is_read_or_refused(parse: Callable[[str], int], text: str) -> 
         assert parse(text) >= 0
     except UnitError as e:
         assert len(str(e).splitlines()) <= 2  # noqa: PT017
+
+
+ALPHABET = "019.,_ +-%\nkKmMgGtTiIbBeEfx"
+PARSERS: list[Callable[[str], float]] = [parse_memory, parse_length, parse_whole, lambda text: parse_share(text, "--to")]
+
+
+def reads(parse: Callable[[str], float], text: str) -> bool:
+    """Is it read, rather than refused?"""
+    try:
+        return parse(text) >= 0
+    except UnitError as e:
+        assert len(str(e).splitlines()) <= 2 and len(str(e)) < 300  # noqa: PT017
+        return False
+
+
+@pytest.mark.parametrize("parse", PARSERS)
+def test_every_short_text_of_units_is_read_or_refused(parse: Callable[[str], float]) -> None:
+    """All of up to three characters, and all unit-like endings behind numbers."""
+    texts = ["".join(t) for n in range(4) for t in product(ALPHABET, repeat=n)]
+    texts += [f"{number}{''.join(unit)}" for number in ("80", "1.5", "0", "1,000") for n in range(4) for unit in product(" %kmgtibKMGTIB", repeat=n)]
+    read = 0
+    for text in texts:
+        read += reads(parse, text)
+    assert read > 50
+
+
+@pytest.mark.parametrize("parse", PARSERS)
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(text=st.text(alphabet=ALPHABET, max_size=40))
+def test_longer_ones_too(parse: Callable[[str], float], text: str) -> None:
+    reads(parse, text)
 
 
 @given(st.integers(1, LONGEST))

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from .commands import COMMANDS, app
-from .output import Unwritten, complain, open_streams
+from .output import Unwritten, complain, open_streams, sane_terminal
 
 
 def _version(value: bool) -> None:
@@ -44,6 +44,7 @@ def declarations(asked: str | None) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     """Run the command of sys.argv; ends in SystemExit, as typer's programs do."""
+    sane_terminal()
     asked = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     known = declarations(asked)
     for name, declare in known.items():

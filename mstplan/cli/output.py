@@ -18,10 +18,28 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+NARROWEST, WIDEST = 60, 1000
+"""Columns between which tables and help are laid out. In fewer, cells would be left out."""
+
+
+def sane_terminal() -> None:
+    """What the environment says of the terminal's size, where it is none or one that nothing can be laid out in, is put right: rich and
+    typer would print nothing, a column of letters, or a traceback."""
+    for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):
+        said = os.environ.get(name, "80")
+        size = int(said) if said.isascii() and said.isdigit() and len(said) < 10 else 0
+        if not size:
+            del os.environ[name]
+        elif not NARROWEST <= size <= WIDEST and name != "LINES":
+            os.environ[name] = str(min(max(size, NARROWEST), WIDEST))
+
+
 def new_console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, soft_wrap=False)
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    console.width = max(console.width, NARROWEST)
+    return console
 
 
 def print_json(document: dict[str, Any]) -> None:
