@@ -221,7 +221,6 @@ def shapes(asked: Asked) -> None:
     epilog="mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",
 )  # fmt: skip
 def plot(asked: Asked) -> None:
-    from ..errors import one_line
     from ..plan import advice, solve
     from ..show import plot as drawing
 

@@ -15,7 +15,7 @@ from mstplan.errors import ModelError, did_you_mean
 from mstplan.plan.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, Norm
 
 _LARGEST = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 1000  # eight times as many as the deepest published one
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 _WAY_OUT = "Correct it there, or pass the config.json as published."
 

@@ -263,10 +263,14 @@ def merged(*alive: Iterable[tuple[Label, int]]) -> Alive:
 
 
 def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
-    """The moments that can be the largest for some batch, length and chunks: none exceeded by another in every term."""
+    """The moments that can be the largest for some batch, length and chunks: none exceeded by another in every term, or by a mix of two
+    that differ from it in the constant and in tokens only, as layers one after the other do."""
     kept: list[Moment] = []
     tried: list[Vector] = []  # the same, those first that exceeded others last: neighbours are exceeded by the same one
-    for moment in sorted(moments, key=lambda m: sum(m.live), reverse=True):
+    alike: dict[Vector, list[Moment]] = {}
+    for moment in moments:
+        alike.setdefault(moment.live[2:], []).append(moment)
+    for moment in sorted((m for group in alike.values() for m in _corners(group)), key=lambda m: sum(m.live), reverse=True):
         live = moment.live
         larger = next((i for i, other in enumerate(tried) if all(map(int.__ge__, other, live))), None)
         if larger is None:
@@ -275,6 +279,24 @@ def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
         elif larger:
             tried.insert(0, tried.pop(larger))
     return tuple(kept)
+
+
+def _corners(moments: Sequence[Moment]) -> list[Moment]:
+    """Those that are the largest for some weights of the first two terms: the corners of their convex hull, upwards."""
+    if len(moments) < 3:
+        return list(moments)
+    kept: list[Moment] = []
+    for moment in sorted(moments, key=lambda m: m.live[:2], reverse=True):
+        x, y = moment.live[:2]
+        if kept and y <= kept[-1].live[1]:
+            continue
+        while len(kept) > 1:
+            (ax, ay), (bx, by) = kept[-2].live[:2], kept[-1].live[:2]
+            if (bx - ax) * (y - ay) > (by - ay) * (x - ax):
+                break
+            kept.pop()
+        kept.append(moment)
+    return kept
 
 
 class _Groups:

@@ -385,8 +385,8 @@ def test_null_size(key):
 
 
 def test_too_many_layers():
-    assert "num_hidden_layers is 10001, must be a whole number from 1 to 10000" in refusal(
-        {**LLAMA, "num_hidden_layers": 10_001}
+    assert "num_hidden_layers is 1001, must be a whole number from 1 to 1000" in refusal(
+        {**LLAMA, "num_hidden_layers": 1001}
     )
 
 

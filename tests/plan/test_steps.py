@@ -1,6 +1,7 @@
 """The step model against itself done the slow and obvious way, and against published figures."""
 
 import json
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -30,6 +31,7 @@ from mstplan.plan.steps import (
     segment_length,
     step,
 )
+from mstplan.plan.tape import Moment, undominated
 from mstplan.units import GIB
 
 from .strategies import cards, chunk_counts, models, recipes
@@ -101,6 +103,37 @@ def test_the_same_holds_where_kinds_of_layers_repeat(data):
         assert max(slow.values()) == built.largest(where)[1]
         shown = {i.name: i.bytes for i in built.instants(where)}
         assert all(shown[name] == slow[name] for name in (END_OF_FORWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER) if name in slow)
+
+
+@quick
+@given(
+    st.lists(st.tuples(*[st.integers(-3, 9)] * 2, *[st.integers(0, 2)] * 6), max_size=40),
+    st.lists(st.tuples(*[st.integers(0, 50)] * 8), min_size=30, max_size=30),
+)
+def test_what_is_left_out_is_never_the_largest(vectors, weights):
+    """Not for any batch, length and chunks, of which the units are whole numbers from 0."""
+    moments = [Moment(vector, "", ()) for vector in vectors]
+    kept = undominated(moments)
+    assert set(kept) <= set(moments) and bool(kept) == bool(moments)
+    for units in weights if moments else ():
+        assert max(evaluate(m.live, units) for m in kept) == max(evaluate(v, units) for v in vectors)
+
+
+PATTERNS = {
+    "alike": lambda n: [0] * n, "in turn": lambda n: [i % 2 for i in range(n)], "one of six": lambda n: [int(i % 6 == 5) for i in range(n)],
+    "one change": lambda n: [int(i > n // 3) for i in range(n)], "any": lambda n: Random(0).choices([0, 1], k=n),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("plan", ["standard", "checkpoint", "checkpoint-sqrt", "mst-offload"])
+def test_many_layers_leave_few_moments(pattern, plan):
+    """So that the deepest model that is read takes seconds at most, whatever its layers are like."""
+    model = load_model("gemma2-2b")
+    kinds = sorted(set(model.layer_kinds), key=str)
+    deep = model._replace(layer_kinds=tuple(kinds[k] for k in PATTERNS[pattern](400)))
+    built = formula(deep, strategy(plan), chunks_of(strategy(plan), 8), 4096)
+    assert sum(map(len, built.moments.values())) < 150
 
 
 def test_every_sqrt_of_the_layers():
