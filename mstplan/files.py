@@ -49,6 +49,22 @@ def read_text(path: str | os.PathLike[str], what: str, largest: int, error: type
         ) from None
 
 
+def repeated_key(text: str) -> str | None:
+    """A key that an object in a JSON text has twice, of which readers would take the last value silently. None where all is well, and
+    where the text is no JSON."""
+    found: list[str] = []
+
+    def pairs(items: list[tuple[str, object]]) -> None:
+        seen: set[str] = set()
+        found.extend(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+
+    try:
+        json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError):
+        return None
+    return found[0] if found else None
+
+
 @contextmanager
 def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
     """What goes wrong with files inside becomes an OutputError about `path`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import time
@@ -9,8 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from mstplan import files
-from mstplan.errors import OutputError
+from mstplan import card, files, load_model
+from mstplan.errors import InputError, OutputError
+from mstplan.observe import suites
+from mstplan.plan.catalog import load_config
+from mstplan.plan.recipe import STRATEGIES, Recipe
+
+from .damage import at, places
 
 LEFT = ".mstplan-0123456789abcdef.part"
 
@@ -106,3 +112,49 @@ def test_no_number_is_not_written(tmp_path):
     with pytest.raises(OutputError):
         files.replace_json(tmp_path / "file.json", {"n": float("nan")})
     assert not any(tmp_path.iterdir())
+
+
+# ---- JSON that users write ----------------------------------------------------------------------------------------------
+
+SUITE = {"about": "a few", "cases": [{"model": "gpt2", "seq_len": ["8", "16"], "strategy": ["mst"], "layers": 2, "recipe": {"batch": 2}}]}
+READERS = {
+    "recipe": (json.loads(STRATEGIES["mst"].model_dump_json()), Recipe.read),
+    "suite": (SUITE, lambda path: suites.cases(path, card("h100"))),
+    "config.json": ({**load_config("gemma3-4b"), "nested": {"deep": [{"er": 1}]}}, load_model),
+}
+
+
+def with_twice(document: object, path: tuple[object, ...], again: object) -> str:
+    """JSON text with the key at the end of a path given again, with another value."""
+    if not path:
+        return json.dumps(document)
+    if isinstance(document, list):
+        return "[" + ",".join(with_twice(v, path[1:], again) if n == path[0] else json.dumps(v) for n, v in enumerate(document)) + "]"
+    assert isinstance(document, dict)
+    rows = [f"{json.dumps(k)}:{with_twice(v, path[1:], again) if k == path[0] else json.dumps(v)}" for k, v in document.items()]
+    return "{" + ",".join([*rows, *([f"{json.dumps(path[0])}:{json.dumps(again)}"] if len(path) == 1 else [])]) + "}"
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_key_given_twice_is_refused_by_name(tmp_path, kind):
+    document, read = READERS[kind]
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(document))
+    read(path)
+    keys = [where for where in places(document) if where and isinstance(where[-1], str)]
+    assert len(keys) > 5
+    for where in keys:
+        for again in (at(document, where), 7):
+            path.write_text(with_twice(document, where, again))
+            with pytest.raises(InputError, match=f"'{where[-1]}'.* twice") as e:
+                read(path)
+            assert "some.json" in str(e.value) and len(str(e.value).splitlines()) == 2
+
+
+def test_keys_of_any_form():
+    assert files.repeated_key('{"a": 1, "\\u0061": 2}') == "a" and files.repeated_key('[{"a": 1}, {"a": 1}]') is None
+    assert files.repeated_key("[" * 100_000) is files.repeated_key("{") is files.repeated_key("9" * 5000) is None
+    long = files.repeated_key('{"' + "k" * 10**6 + '": 1, "' + "k" * 10**6 + '": 1}')
+    with pytest.raises(InputError) as e:
+        Recipe.from_json(json.dumps({str(long): 1})[:-1] + f', "{long}": 2}}')
+    assert len(str(e.value)) < 300

@@ -71,6 +71,8 @@ def _read(path: str | os.PathLike[str]) -> _Suite:
             raise MeasurementError(f"there is no file {quoted(path)}.\nGive the path of a suite in JSON, or the name of one that ships: {', '.join(known)}.")
         path = profiles.ROOT / "suites" / f"{name}.json"
     text = files.read_text(path, "a suite in JSON", _LARGEST, MeasurementError)
+    if (key := files.repeated_key(text)) is not None:
+        raise MeasurementError(f"{quoted(path)}: {quoted(key)} is given twice.\nLeave one of the two out.")
     try:
         return _Suite.model_validate_json(text)
     except ValidationError as e:

@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from mstplan import profiles
 from mstplan.errors import ModelError, did_you_mean, one_line, quoted
-from mstplan.files import read_text
+from mstplan.files import read_text, repeated_key
 from mstplan.plan.config import read_config
 from mstplan.plan.model import Model
 
@@ -184,6 +184,8 @@ def _read_json(path: str) -> Mapping[str, object]:
         ) from None
     except (RecursionError, ValueError):  # lists in lists in lists; an int of thousands of digits
         raise ModelError(f"{name} is no model's config.json: its values are too deep or too long to read.") from None
+    if (key := repeated_key(text)) is not None:
+        raise ModelError(f"{name} gives {quoted(key)} twice.\nLeave one of the two out, or download the file again.")
     if not isinstance(config, dict):
         raise ModelError(f"{name} holds a JSON {_KINDS[type(config)]}, not an object with a model's fields.")
     return config

@@ -153,6 +153,8 @@ class Recipe(BaseModel):
     @classmethod
     def from_json(cls, text: str, source: str = "recipe") -> Recipe:
         """A recipe from JSON text; `source` says in messages where it is from. Raises RecipeError."""
+        if (key := files.repeated_key(text)) is not None:
+            raise RecipeError(f"{source}: {quoted(key)} is given twice.\nLeave one of the two out.")
         try:
             return cls.model_validate_json(text)
         except ValidationError as e:
