@@ -90,7 +90,7 @@ def gpus() -> tuple[Gpu, ...]:
 
 @lru_cache(maxsize=8)
 def _gpus(file: Kept | None) -> tuple[Gpu, ...]:
-    measured = {_key(_sold_as(name)): constants for name, constants in _measured(file).cards.items()}
+    measured = {_key(name): constants for name, constants in _measured(file).cards.items()}
     found = []
     for gpu in _shipped():
         own = next((measured[name] for name in (gpu.name, *gpu.aliases) if name in measured), None)
@@ -171,13 +171,15 @@ def write_measured(found: Mapping[str, Constants]) -> Path:
     return path
 
 
+_MAKERS = ("nvidia-", "amd-", "geforce-", "tesla-", "instinct-")
+
+
 def _key(name: str) -> str:
-    return name.strip().lower().replace("_", "-").replace(" ", "-")
-
-
-def _sold_as(name: str) -> str:
-    """torch's name of a card without the maker's."""
-    return name.removeprefix("NVIDIA ").removeprefix("AMD ")
+    """A name of a card as it is compared: in any dress, without the maker and the line of cards that torch prints before it."""
+    key = "-".join(name.lower().replace("_", " ").split())
+    for maker in _MAKERS:
+        key = key.removeprefix(maker)
+    return key
 
 
 def find_gpu(name: str) -> Gpu:
@@ -231,7 +233,7 @@ def host_memory() -> int:
 def card_that_torch_names(name: str, total_bytes: int) -> Card:
     """The card of torch's device properties: a known one by its name, or any with that memory. Raises HardwareError."""
     try:
-        return Card(find_gpu(_sold_as(name)), total_bytes)
+        return Card(find_gpu(name), total_bytes)
     except HardwareError:
         return card(memory=total_bytes)
 

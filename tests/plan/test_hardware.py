@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mstplan.errors import HardwareError
-from mstplan.plan.hardware import GRANULARITY, card, find_gpu, gpus, same_size
+from mstplan.plan.hardware import GRANULARITY, card, card_that_torch_names, find_gpu, gpus, same_size
 
 GIB = 2**30
 
@@ -30,6 +30,26 @@ def test_cards_from_t4_to_b200_and_mi300x() -> None:
 @pytest.mark.parametrize("name", ["h100", "H100", " h100 ", "h100-80gb", "A100_80GB", "rtx 4090"])
 def test_names_in_any_dress(name: str) -> None:
     assert find_gpu(name).name in ("h100", "a100-80gb", "rtx-4090")
+
+
+def test_every_name_in_every_dress() -> None:
+    """As torch prints it: with the maker before it, in capitals, with blanks."""
+    for gpu in gpus():
+        for name in (gpu.name, *gpu.aliases):
+            for maker in ("", "NVIDIA ", "nvidia-", "Tesla ", "NVIDIA GeForce ", "AMD Instinct "):
+                assert {find_gpu(maker + dress) for dress in (name, name.upper(), name.replace("-", " "), name.replace("-", "_"), f"{name}  ")} == {gpu}
+
+
+def test_cards_sold_under_two_names() -> None:
+    """A800 and H800 are the A100 and the H100 with a slower link between cards."""
+    for card_is, names in {
+        "a100-80gb": ("A800", "A800-80GB", "nvidia a800", "NVIDIA A800-SXM4-80GB", "NVIDIA A800 80GB PCIe", "NVIDIA A100 80GB PCIe"),
+        "a100-40gb": ("a800-40gb", "NVIDIA A800-SXM4-40GB", "NVIDIA A800 40GB Active", "NVIDIA A100-PCIE-40GB"),
+        "h100": ("H800", "nvidia h800", "NVIDIA H800", "h800-80gb", "NVIDIA H100 80GB HBM3"),
+        "h100-pcie": ("NVIDIA H800 PCIe", "NVIDIA H100 PCIe"),
+    }.items():
+        assert {find_gpu(name).name for name in names} == {card_is}
+    assert card_that_torch_names("NVIDIA A800-SXM4-80GB", 79 * GIB).gpu.name == "a100-80gb"
 
 
 def test_the_budget_is_what_is_left() -> None:
