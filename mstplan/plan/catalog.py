@@ -16,10 +16,11 @@ from mstplan import profiles
 from mstplan.errors import ModelError, did_you_mean, one_line, quoted
 from mstplan.files import read_text, repeated_key
 from mstplan.plan.config import read_config
-from mstplan.plan.model import Model
+from mstplan.plan.model import NO_ADAPTERS, Model
 
 _INDEX = "index"
 _LARGEST_FILE = 10_000_000  # bytes; a config.json has a few thousand
+_ADAPTER = "adapter_config.json"  # of peft
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -90,6 +91,8 @@ def _index() -> dict[str, dict[str, str]]:
 def _at_path(path: str) -> _Source:
     if os.path.isdir(path):
         folder, path = path, os.path.join(path, "config.json")
+        if not os.path.isfile(path) and os.path.isfile(os.path.join(folder, _ADAPTER)):
+            path = os.path.join(folder, _ADAPTER)  # says of which model
         if not os.path.isfile(path):
             raise ModelError(
                 f"the folder {quoted(folder)} holds no config.json.\n"
@@ -146,7 +149,7 @@ def _hub_reason(error: Exception) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return missing
     if isinstance(error, errors.EntryNotFoundError):
-        return "the repository holds no config.json"
+        return "the repository holds no config.json (an adapter's does not: give its base model)"
     if isinstance(error, errors.HfHubHTTPError):
         status = getattr(error.response, "status_code", "?")
         return missing if status == 401 else f"the hub answered with status {status}"
@@ -188,7 +191,21 @@ def _read_json(path: str) -> Mapping[str, object]:
         raise ModelError(f"{name} gives {quoted(key)} twice.\nLeave one of the two out, or download the file again.")
     if not isinstance(config, dict):
         raise ModelError(f"{name} holds a JSON {_KINDS[type(config)]}, not an object with a model's fields.")
+    if "peft_type" in config or os.path.basename(path) == _ADAPTER:
+        _adapter(config, name)
     return config
+
+
+def _adapter(config: Mapping[str, object], name: str) -> NoReturn:
+    """Refuses an adapter: its file says little more than which model it is trained on."""
+    import shlex
+
+    kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    what = f"an adapter ({one_line(kind, 40)})" if isinstance(kind, str) else "an adapter"
+    of, way = "", "give the base's name or config.json"
+    if isinstance(base, str) and base.strip():
+        of, way = f" of {one_line(base)}", f"-m {one_line(shlex.quote(base))}"
+    raise ModelError(f"{name} is {what}{of}: {NO_ADAPTERS}.\nPlan full fine-tuning of its base model: {way}.")
 
 
 _KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "true or false", type(None): "null"}

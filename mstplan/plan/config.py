@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from mstplan.errors import ModelError, did_you_mean
-from mstplan.plan.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, Norm
+from mstplan.errors import ModelError, did_you_mean, one_line
+from mstplan.plan.model import NO_ADAPTERS, Attention, Block, Experts, Latent, LayerKind, Mlp, Model, Norm
 
 _LARGEST = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
 _MOST_LAYERS = 1000  # eight times as many as the deepest published one
@@ -370,7 +370,7 @@ def read_config(config: Mapping[str, object], name: str) -> Model:
     if known is None:
         notes.append(_other_note(f, model_type))
     model = _model(f, model_type)
-    return model._replace(notes=(*notes, *_notes(f)))
+    return model._replace(notes=(*_quantised_notes(f), *notes, *_notes(f)))
 
 
 class _Fields:
@@ -697,12 +697,17 @@ def _notes(f: _Fields) -> list[str]:
     notes += [f"{key} is set: what it adds is not counted" for key in f.family.uncounted if f.flag(key)]
     if f.family.latent and f.count("num_nextn_predict_layers", absent=0):
         notes.append("the layer that predicts further tokens (num_nextn_predict_layers) is not counted")
-    quantized = f.config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
-        how = f" ({method[:40]})" if isinstance(method, str) and method.isprintable() else ""
-        notes.append(f"the published weights are quantised{how}: full fine-tuning is planned on unquantised weights")
     return notes
+
+
+def _quantised_notes(f: _Fields) -> list[str]:
+    """What is planned of weights that are published quantised: who has them usually trains adapters on them."""
+    quantised = f.config.get("quantization_config")
+    if not quantised:
+        return []
+    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+    how = f" ({one_line(method, 40)})" if isinstance(method, str) else ""
+    return [f"{NO_ADAPTERS}: this is full fine-tuning of unquantised weights, though the published ones are quantised{how}"]
 
 
 def _other_note(f: _Fields, model_type: str) -> str:

@@ -158,7 +158,7 @@ def _measured(file: Kept | None) -> Measured:
 
 def _check_constants(file: Kept, name: str, constants: Constants) -> None:
     """Amounts of memory, which leave something of the card, where it is known. Raises InputError."""
-    key, taken = _key(_sold_as(name)), (constants.context_bytes, constants.cublas_workspace_bytes)
+    key, taken = _key(name), (constants.context_bytes, constants.cublas_workspace_bytes)
     sizes = [gpu.usable_bytes for gpu in _shipped() if key in (gpu.name, *gpu.aliases)]
     if min(taken) < 0 or taken[0] + HANDLES * taken[1] >= min(sizes, default=MOST_MEMORY):
         raise kept.damaged(file, f"{one_line(name, 40)}: bytes that no card of that name can have taken")

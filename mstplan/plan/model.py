@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+NO_ADAPTERS = "adapters (LoRA, QLoRA) are not planned yet"
+
 Norm = Literal["rms", "rms-fp32-weight", "gemma", "layer"]
 Block = Literal["pre", "sandwich", "post", "parallel"]
 

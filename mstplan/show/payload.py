@@ -155,7 +155,7 @@ def max_seq(m: Model, c: Card, found: Sequence[Answer], best: Answer, to_fit: Se
     return document(
         "max-seq", model=model(m), card=card(c), budget_bytes=c.budget_bytes, results=[answer(a) for a in found],
         best=best.strategy, binding=[entry(e) for e in best.plan.binding_entries()], ways_to_fit=[way(w) for w in to_fit],
-        notes=max_seq_notes(m, c, found, to_fit),
+        notes=[*m.notes, *max_seq_notes(m, c, found, to_fit)],
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def max_seq_by_trace(m: Model, c: Card, found: Sequence[Found], best: Found) -> 
     return document(
         "max-seq", "trace", model=model(m), card=card(c), budget_bytes=c.budget_bytes, versions=versions(),
         results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in found], best=best.answer.strategy,
-        alive=[a._asdict() for a in best.trace.alive(best.trace.peak.event)], notes=max_seq_notes(m, c, found),
+        alive=[a._asdict() for a in best.trace.alive(best.trace.peak.event)], notes=[*m.notes, *max_seq_notes(m, c, found)],
     )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def plan_document(plans: Mapping[str, Plan], reaches: Mapping[str, int], name: s
     strategies = [{"strategy": each, "s_max": reaches[each], **brief(its)} for each, its in plans.items()]
     return document(
         "plan", model=model(p.model), card=card(p.card), strategy=name, **plan(p), s_max=reaches[name], strategies=strategies,
-        ways_to_fit=[way(w) for w in to_fit], furthest=way(beyond) if beyond is not None else None, notes=plan_notes(p, reaches[name]),
+        ways_to_fit=[way(w) for w in to_fit], furthest=way(beyond) if beyond is not None else None, notes=[*p.model.notes, *plan_notes(p, reaches[name])],
     )  # fmt: skip
 
 
@@ -207,5 +207,5 @@ def trace_document(v: View) -> dict[str, Any]:
         alive=[a._asdict() for a in v.trace.alive(v.trace.peak.event)],
         allocator={"expandable_segments": kept(v.expandable), "default": kept(v.usual)},
         differences=[{**row._asdict(), "difference": row.difference} for row in v.differences if row.difference],
-        units={"all": v.trace.units, "run": list(v.trace.kept)}, notes=notes(v),
+        units={"all": v.trace.units, "run": list(v.trace.kept)}, notes=[*v.model.notes, *notes(v)],
     )  # fmt: skip

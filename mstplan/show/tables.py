@@ -56,6 +56,7 @@ def heading(console: Console, model: Model, card: Card, rung: str = RUNG) -> Non
                       f"   budget {format_gib(card.budget_bytes)}")
     )  # fmt: skip
     console.print(Text(rung, "dim"))
+    notes(console, model.notes)  # before any answer: that adapters are not planned comes before "nothing fits"
 
 
 HEADER = (("strategy", ""), ("S_max", ""), ("x", "std"), ("peak", "GiB"), ("host", "GiB"), ("step", ">="), ("binding", "instant"))
@@ -129,7 +130,9 @@ def legend(console: Console, p: Plan) -> None:
     console.print(Text("  ".join(f"{name}={value:,}" for name, value in symbols if value is not None), "dim"))
 
 
-def notes(console: Console, lines: Iterable[str]) -> None:
+def notes(console: Console, lines: Sequence[str]) -> None:
+    if not lines:
+        return
     grid = Table.grid(padding=(0, 1))
     for line in lines:
         grid.add_row("-", Text(line))

@@ -216,6 +216,20 @@ def test_reserve_host_memory_and_positions_are_noted(run: Run) -> None:
     assert "4,096 positions" in notes
 
 
+@pytest.mark.parametrize("more", [("max-seq",), ("max-seq", "-s", "mst"), ("plan", "--seq-len", "4k"), ("theorem",)], ids=" ".join)
+@pytest.mark.parametrize("card", ["rtx-4090", "h200"])
+def test_a_quantised_model_is_told_first_that_adapters_are_not_planned(run: Run, tmp_path: Path, more: tuple[str, ...], card: str) -> None:
+    config = json.loads((ROOT / "profiles" / "models" / "llama3.1-8b.json").read_text())
+    (tmp_path / "q.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    said = run(more[0], "-m", "q.json", "--gpu", card, *more[1:])
+    lines = said.out.splitlines()
+    first = next(at for at, line in enumerate(lines) if line.startswith("- "))
+    assert first <= 2 and lines[first].startswith("- adapters (LoRA, QLoRA) are not planned yet") and "(bitsandbytes)" in lines[first + 1]
+    assert said.out.count("are not planned yet") == 1 and ("Nothing fits" in said.out) <= (card == "rtx-4090")
+    if more[0] != "theorem":
+        assert "adapters" in run(more[0], "-m", "q.json", "--gpu", card, *more[1:], "--json").json["notes"][0]
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------------
 
 def test_some_strategies_only(run: Run) -> None:

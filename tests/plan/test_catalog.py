@@ -93,6 +93,39 @@ def test_a_folder_and_its_config(here):
         assert load_model(spec).name == "my-llama"
 
 
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.1-8B", "r": 16, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize("spec", ["mine", "mine/adapter_config.json", "renamed.json"])
+def test_an_adapter_is_refused_with_its_base(here, spec):
+    (here / "mine").mkdir()
+    for path in ("mine/adapter_config.json", "renamed.json"):
+        (here / path).write_text(json.dumps(ADAPTER))
+    said = refusal(spec)
+    assert "an adapter (LORA) of meta-llama/Llama-3.1-8B: adapters (LoRA, QLoRA) are not planned yet" in said
+    assert said.endswith("\nPlan full fine-tuning of its base model: -m meta-llama/Llama-3.1-8B.")
+    (here / "mine" / "config.json").write_text(LLAMA)  # the model lies there, too
+    assert load_model("mine").name == "mine"
+
+
+@pytest.mark.parametrize("field", ["peft_type", "base_model_name_or_path"])
+@pytest.mark.parametrize("value", [..., None, 3, "", " ", "x" * 1000, "a\nb\x1b[31m", "../my models/llama", [], {"a": 1}])
+def test_an_adapter_whose_file_says_little(here, field, value):
+    kept = {key: one for key, one in {**ADAPTER, field: value}.items() if one is not ...}
+    (here / "adapter_config.json").write_text(json.dumps(kept))
+    said = refusal(".")
+    assert "is an adapter" in said and "not planned yet" in said and said.isprintable() is False and said.replace("\n", "").isprintable()
+    assert max(map(len, said.splitlines())) < 300
+    if value == "../my models/llama" and field != "peft_type":
+        assert said.endswith("-m '../my models/llama'.")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+def test_an_adapters_file_that_is_damaged(here, text):
+    (here / "adapter_config.json").write_text(text)
+    assert "adapter_config.json" in refusal(".")
+
+
 def test_home_folder(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     (here / "m.json").write_text(LLAMA)
