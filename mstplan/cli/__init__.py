@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import COMMANDS, app
+from .commands import COMMANDS, FLAGS, app
 from .output import Unwritten, complain, open_streams, sane_terminal
 
 
@@ -68,10 +68,28 @@ def _misused(error: Any) -> int:
     said = " ".join(error.format_message().split())
     if type(error).__name__ != "NoArgsIsHelpError":
         named = next((argument for argument in sys.argv[1:] if argument in COMMANDS), "")
-        complain(f"{one_line(said, 200)}\nTry 'mstplan {named} --help'.".replace("  ", " "))
+        known = _unknown_option(error.option_name, getattr(error.ctx, "info_name", "")) if type(error).__name__ == "NoSuchOption" else None
+        complain(known or f"{one_line(said, 200)}\nTry 'mstplan {named} --help'.".replace("  ", " "))
     elif said:  # else typer has printed the help already
         typer.echo(error.format_message(), err=True)
     return 2
+
+
+def _unknown_option(typed: str, command: str) -> str | None:
+    """Two lines about an option that `command` does not have: whose it is, or what is planned of it. None: nothing is known."""
+    from ..plan import names
+
+    declarations(None)  # of every command
+    row, whose = names.option(typed), _commands_with({typed})
+    if row is not None:
+        flags = set(names.flags_of(row))
+        return names.unknown_option(typed, row, "" if flags <= FLAGS.get(command, set()) else f" (mstplan {_commands_with(flags)})")
+    here = command if command in FLAGS else "mstplan, before the name of a command,"
+    return f"{here} has no option {typed}.\nIt is one of mstplan {whose}." if whose else None
+
+
+def _commands_with(flags: set[str]) -> str:
+    return ", ".join(name for name, own in FLAGS.items() if flags <= own)
 
 
 def process() -> None:

@@ -70,6 +70,8 @@ def arguments(kind: Any, name: str, help: str) -> Option:
 
 COMMANDS: dict[str, Callable[[], object]] = {}
 """How to add each command to `app`: done for the one that was asked for only, as typer takes a while over each."""
+FLAGS: dict[str, set[str]] = {}
+"""The options of each command."""
 
 
 def command(name: str, *groups: dict[str, Option], help: str, epilog: str) -> Callable[[Callable[[Asked], None]], Callable[[Asked], None]]:
@@ -101,6 +103,7 @@ def command(name: str, *groups: dict[str, Option], help: str, epilog: str) -> Ca
             app.command(name, help=help, epilog=epilog)(called)
 
         COMMANDS[name] = add
+        FLAGS[name] = {flag for one in options.values() for flag in one.flags}
         return run
 
     return register

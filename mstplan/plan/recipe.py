@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -186,13 +186,24 @@ _MUST_BE = {
 _WRITES_ONE = "`mstplan plan ... --write-recipe FILE` writes one to start from."
 
 
+def planned(field: str) -> tuple[list[str], str]:
+    """The names that a field of a recipe can have as its value; and what else, in words."""
+    kinds = get_args(Recipe.model_fields[field].annotation)
+    names = [name for kind in kinds for name in get_args(kind) or (kind,) if isinstance(name, str)]
+    return names, " or a number of layers from 1" if int in kinds else ""
+
+
 def first_problem(error: ValidationError) -> str:
     """One or two lines for the first thing pydantic found wrong."""
+    from . import names
+
     problem = error.errors(include_url=False)[0]
     where = str(problem["loc"][0]) if problem["loc"] else ""
     message = _MUST_BE.get(where) or problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if problem["type"] == "extra_forbidden":
-        return f"a recipe has no field {quoted(where)}.{did_you_mean(where, Recipe.model_fields)}"
+        return names.unknown_field(where) or f"a recipe has no field {quoted(where)}.{did_you_mean(where, Recipe.model_fields)}"
+    if problem["type"] == "literal_error" and where in names.VALUES:
+        return names.unknown_value(where, problem["input"], *planned(where))
     if problem["type"] == "json_invalid":
         return f"{message.replace('Invalid JSON', 'not valid JSON')}\n{_WRITES_ONE}"
     if where:
@@ -218,8 +229,9 @@ STRATEGY_FIELDS = ("checkpoint", "mlp_chunks", "mlp_recompute", "loss_chunks", "
 def strategy(name: str, **fields: object) -> Recipe:
     """The named strategy, with some fields changed. Raises RecipeError."""
     if not isinstance(name, str) or name not in STRATEGIES:
-        near = did_you_mean(str(name), STRATEGIES)
-        raise RecipeError(f"unknown strategy {quoted(name)}.{near} Known: {', '.join(STRATEGIES)}")
+        from . import names
+
+        raise RecipeError(names.unknown_value("strategy", name, STRATEGIES))
     return STRATEGIES[name].changed(**fields) if fields else STRATEGIES[name]
 
 

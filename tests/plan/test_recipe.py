@@ -43,7 +43,7 @@ def test_json_round_trip(name: str, tmp_path: Path) -> None:
      ({"weights_on_host": True}, "optimizer_on_host"), ({"attention": "flash", "precision": "fp32"}, "bf16 or mixed"),
      ({"optimiser": "adamw"}, "Did you mean optimizer"), ({"accumulation": 10**9}, "accumulation"),
      ({"gpus": 8}, "--sharding fsdp"), ({"sharding": "fsdp"}, "2 gpus or more"), ({"gpus": 0}, "gpus"), ({"gpus": 100_000}, "gpus"),
-     ({"gpus": 2, "sharding": "zero"}, "none"), ({"gpus": 2, "sharding": "fsdp", "checkpoint": "sqrt"}, "checkpoint='layer'"),
+     ({"gpus": 2, "sharding": "zero"}, "ZeRO-3"), ({"gpus": 2, "sharding": "fsdp", "checkpoint": "sqrt"}, "checkpoint='layer'"),
      ({"gpus": 2, "sharding": "fsdp", "checkpoint": 4}, "checkpoint='layer'"), ({"gpus": 2, "sharding": "fsdp", "optimizer": "adamw-8bit"}, "adamw or sgd"),
      ({"gpus": 2, "sharding": "fsdp", "optimizer": "adafactor"}, "adamw or sgd"),
      ({"gpus": 2, "sharding": "fsdp", "optimizer_on_host": True}, "not planned")],

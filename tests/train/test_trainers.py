@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 from unittest.mock import patch
 
@@ -18,9 +19,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.training_args import OptimizerNames
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from mstplan.errors import ModelError
+from mstplan.errors import ModelError, RecipeError
+from mstplan.plan.names import option
+from mstplan.plan.recipe import Recipe, planned
 from mstplan.train import minisequence
 
 from .llama import CHUNKS, VOCABULARY, difference, head_rows, small_llama, step, tokens
@@ -386,3 +391,20 @@ def losses_on_text(model: nn.Module) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def test_what_trainers_call_things_is_known_to_the_planner() -> None:
+    """Every optimizer and attention of transformers, every setting of TRL that decides memory: planned, or known by name."""
+    attentions = [name for name in ALL_ATTENTION_FUNCTIONS.keys() if not name.startswith("mstplan")]  # noqa: SIM118  the wrapper adds its own
+    typed = {"optimizer": [one.value for one in OptimizerNames], "attention": attentions}
+    for field, values in typed.items():
+        for value in set(values) - set(planned(field)[0]):
+            with pytest.raises(RecipeError, match="is") as e:
+                Recipe(**{field: value})
+            assert not str(e.value).startswith("unknown"), value
+    settings = [one.name for one in fields(ModelConfig) if one.name not in ("model_revision", "trust_remote_code")]
+    settings += ["per_device_train_batch_size", "gradient_accumulation_steps", "optim", "bf16", "fp16", "tf32", "gradient_checkpointing",
+                 "activation_checkpointing", "activation_offloading", "torch_compile", "use_liger_kernel", "fsdp", "deepspeed", "max_length", "packing",
+                 "loss_type", "learning_rate"]  # fmt: skip
+    assert set(settings) <= {one.name for one in (*fields(SFTConfig), *fields(ModelConfig))}
+    assert [name for name in settings if option(f"--{name}") is None] == []

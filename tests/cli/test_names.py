@@ -1,0 +1,111 @@
+"""Options and values of other trainers on the command line: two lines, exit code 2, and what they recommend is taken."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mstplan import cli
+from mstplan.cli.commands import COMMANDS, FLAGS
+from mstplan.plan import names
+
+from .conftest import Run
+
+CASE = ("-m", "gpt2", "--gpu", "h100")
+USERS_OWN = {"--batch": "2", "--accumulation": "2", "--attention": "eager", "--precision": "bf16", "--optimizer": "sgd", "--loss": "chunked", "--gpus": "1",
+             "--model": "gpt2", "--gpu": "h200", "--gpu-mem": "80GB", "--host-mem": "64GB", "--seq-len": "512", "--chunks": "4"}  # fmt: skip
+cli.declarations(None)
+
+
+def refused(run: Run, *arguments: str) -> str:
+    said = run(*arguments)
+    assert said.code == 2 and not said.out and said.err.startswith("mstplan: ")
+    assert len(said.err.splitlines()) == 2 and max(map(len, said.err.splitlines())) < 300
+    return said.err
+
+
+def recommended(message: str) -> list[tuple[str, ...]]:
+    """The options that a message says to write, with their values; several that belong together in one."""
+    found = []
+    for together in re.findall(r"--[a-z][\w-]*(?: (?!or |and )[\w<.-]*\w)?(?: --[a-z][\w-]*(?: [\w<.-]*\w)?)*", message.partition("\n")[2]):
+        words = together.split()
+        found.append(tuple(w for at, word in enumerate(words) for w in ((word, USERS_OWN[word]) if needs_a_value(words, at) else (word,))))
+    return found
+
+
+def needs_a_value(words: list[str], at: int) -> bool:
+    return words[at] in USERS_OWN and (at + 1 == len(words) or words[at + 1].startswith("--"))
+
+
+def taken(run: Run, options: tuple[str, ...]) -> bool:
+    """Does some command answer with these options?"""
+    more = ("--gpus", "8") if "fsdp" in options else ()
+    beside = [word for flag, word in (("--model", "-m gpt2"), ("--gpu", "--gpu h100"), ("--seq-len", "--seq-len 512")) if flag not in options]
+    return run("plan", *" ".join(beside).split(), *options, *more, "--json").code in (0, 1)
+
+
+def test_every_option_of_other_trainers(run: Run) -> None:
+    ways = set()
+    for row in names._OPTIONS:
+        typed = "--" + row.names.split()[-1].replace("*", "-of-some-kind")
+        said = refused(run, "max-seq", *CASE, typed, "16")
+        assert said.startswith(f"mstplan: no option {typed}") and row.said in said
+        assert bool(recommended(said)) == bool(row.write)
+        ways.update(recommended(said))
+    assert len(ways) > 25
+    assert [way for way in ways if not taken(run, way)] == []
+
+
+def test_every_value_of_other_trainers(run: Run) -> None:
+    ways = set()
+    for field, rows in names.VALUES.items():
+        for row in rows:
+            said = refused(run, "max-seq", *CASE, f"--{field.replace('_', '-')}", row.names.split()[0].replace("*", "x"))
+            assert bool(recommended(said)) == bool(row.write)
+            ways.update(recommended(said))
+    assert len(ways) > 20
+    assert [way for way in ways if not taken(run, way)] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_in_any_command(run: Run, command: str) -> None:
+    """What is recommended is an option of the command, or the message says of which it is one."""
+    for typed in ("--load_in_4bit", "--MAX-LENGTH=4096"):
+        said = refused(run, command, typed)
+        assert typed.partition("=")[0] in said
+        for way in recommended(said):
+            flags = {word for word in way if word.startswith("--")}
+            named = re.findall(r"\(mstplan ([\w, -]+)\)", said)
+            commands = named[0].split(", ") if named else [command]
+            assert all(flags <= FLAGS[each] for each in commands) and commands
+
+
+def test_an_option_of_another_command(run: Run) -> None:
+    said = refused(run, "max-seq", *CASE, "--seq-len", "64k")
+    assert said == "mstplan: max-seq has no option --seq-len.\nIt is one of mstplan plan, theorem, shapes, trace, measure, validate.\n"
+    said = refused(run, "--gpu", "h100", "max-seq", "-m", "gpt2")
+    assert "before the name of a command" in said and "max-seq" in said
+    assert "adapters" in refused(run, "--lora")
+
+
+def test_what_is_known_of_a_table_is_not_an_option_of_ours() -> None:
+    """No pattern covers an option that only some commands have: those say whose it is."""
+    ours = set().union(*FLAGS.values())
+    assert [flag for flag in ours if names.option(flag) is not None] == ["--dtype"]  # of shapes; elsewhere it is --precision
+
+
+def test_a_slip_in_an_option_is_clicks_to_tell(run: Run) -> None:
+    assert "--optimizer" in refused(run, "max-seq", *CASE, "--optimzer", "sgd")
+    assert "Try 'mstplan max-seq --help'" in refused(run, "max-seq", *CASE, "--frobnicate")
+
+
+def test_the_table_is_imported_for_a_slip_only() -> None:
+    program = (
+        "import sys; from mstplan import cli; sys.argv[1:] = ['max-seq', '-m', 'gpt2', '--gpu', 'h100']\n"
+        "try: cli.main()\nexcept SystemExit: print([m for m in sys.modules if m.endswith('plan.names')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
