@@ -4,6 +4,7 @@
      +-- InputError            something the user gave cannot be used (exit code 2)
           +-- UnitError        a size or a length that cannot be read
           +-- ModelError       a model that is unknown, malformed or cannot be planned
+          |    +-- UnreadError one that the formula cannot count; the trace may answer for it
           +-- HardwareError    a card that is unknown, or a memory figure that makes no sense
           +-- RecipeError      a recipe that is malformed or contradicts itself
           +-- MeasurementError results that cannot be read, or a measurement that cannot be made
@@ -32,6 +33,10 @@ class UnitError(InputError):
 
 class ModelError(InputError):
     """A model that is unknown, malformed or cannot be planned."""
+
+
+class UnreadError(ModelError):
+    """A model that the formula cannot count; the trace may answer for it."""
 
 
 class HardwareError(InputError):

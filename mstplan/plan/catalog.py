@@ -37,11 +37,20 @@ class _Source(NamedTuple):
     hub_id: str | None = None
 
 
-def load_model(spec: str | os.PathLike[str]) -> Model:
-    """The model that `spec` names: a shipped name or its Hugging Face id, a config.json, a folder, or any other id."""
+def load_model(spec: str | os.PathLike[str], assume: str | None = None) -> Model:
+    """The model that `spec` names: a shipped name or its Hugging Face id, a config.json, a folder, or any other id.
+
+    assume: "llama-like" counts a model that the formula does not read as a Llama.
+    """
     source = _find(spec)
-    model = read_config(_read_json(source.path), source.said)
+    model = read_config(_read_json(source.path), source.said, assume)
     return model._replace(name=source.name or model.name, hub_id=source.hub_id)
+
+
+def named(spec: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """The model's name, and its Hugging Face id where that is known, whether or not its config.json can be read."""
+    source = _find(spec)
+    return source.name or source.said, source.hub_id
 
 
 def load_config(spec: str | os.PathLike[str]) -> Mapping[str, object]:

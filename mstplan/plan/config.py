@@ -1,8 +1,9 @@
 """Reads a model's config.json into `Model`.
 
 One row of `_FAMILIES` says what a family does differently from Llama; whatever a file leaves out takes the default of
-that family's configuration class in transformers. A model_type without a row is planned as a Llama-like decoder, and a
-note says so. What is no decoder trained on next-token loss is refused by name.
+that family's configuration class in transformers. A model_type that neither has a row nor is known to transformers is
+planned as a Llama-like decoder when every field of its file is known, and a note says so. Whatever else cannot be
+counted is refused by name (`unread.py`); so is what is no decoder trained on next-token loss.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from mstplan.errors import ModelError, did_you_mean, one_line
+from mstplan.errors import ModelError, UnreadError, did_you_mean, one_line
 from mstplan.plan.model import NO_ADAPTERS, Attention, Block, Experts, Latent, LayerKind, Mlp, Model, Norm
 
 _LARGEST = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
@@ -62,18 +63,21 @@ _REFUSED: Mapping[str, frozenset[str]] = {
         "seamless_m4t_v2 speech-encoder-decoder speech_to_text speecht5 switch_transformers t5 t5gemma t5gemma2 umt5 "
         "vision-encoder-decoder whisper"
     ),
-    "a state-space, recurrent or hybrid model": _words(
-        "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 "
-        "minimax nemotron_h olmo_hybrid plamo2 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next "
-        "recurrent_gemma rwkv rwkv5 rwkv6 rwkv7 xlstm zamba zamba2 zaya"
-    ),
 }
 _ENCODER_CLASSES = ("ForMaskedLM", "EncoderModel", "Encoder")
 _CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
-# Decoders without a row whose MLP is known to have no gate.
-_UNGATED = _words("arcee biogpt bloom codegen falcon gpt_bigcode gpt_neo gptj mpt nemotron opt persimmon phi")
+# Files of several models whose text part stands in the fields themselves, or names no family of its own.
+_TEXT_TYPES = {
+    "emu3": "emu3_text_model",
+    "gemma3": "gemma3_text",
+    "phi4mm": "phi3",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen2_vl": "qwen2_vl_text",
+}
+_TEXT_PARTS = ("text_config", "llm_config", "language_config")
+_TOWERS = ("vision", "visual", "image", "img", "video", "audio", "speech", "embd_layer")
 
 
 def _defaults(
@@ -98,6 +102,7 @@ class _Routed(NamedTuple):
     fp32: bool = False
     bias: bool = False
     clamped: bool = False
+    may_be_none: bool = False  # 0 experts: a dense model
 
 
 class _Family(NamedTuple):  # quicker to import than a dataclass of so many fields
@@ -143,6 +148,9 @@ _QWEN2 = _Family(
     window_switch=True,
     qkv_bias=True,
     out_bias=False,
+)
+_QWEN2_VL = _QWEN2._replace(
+    defaults=_defaults(8192, 80, 64, 8, 152064, 29568, sliding_window=4096, max_window_layers=80)
 )
 _QWEN3 = _QWEN2._replace(
     defaults={**_QWEN2.defaults, "head_dim": 128},
@@ -206,7 +214,7 @@ _FAMILIES: Mapping[str, _Family] = {
             moe_intermediate_size=768,
         ),
         windows="every",
-        experts=_Routed(),
+        experts=_Routed(may_be_none=True),
     ),
     "smollm3": _LLAMA._replace(
         defaults=_defaults(2048, 36, 16, 4, 128256, 11008, tie_word_embeddings=True),
@@ -302,9 +310,9 @@ _FAMILIES: Mapping[str, _Family] = {
             n_shared_experts=2,
             **_LATENT,
         ),
-        mlp_bias="mlp_bias",
         latent=True,
         experts=_Routed(fp32=True),
+        uncounted=("mlp_bias",),
     ),
     "deepseek_v3": _Family(
         _defaults(
@@ -346,58 +354,117 @@ _FAMILIES: Mapping[str, _Family] = {
     ),
     "glm": _GLM,
     "glm4": _GLM._replace(block="sandwich"),
+    "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_vl_text": _QWEN2_VL,
+    "ministral3": _MISTRAL._replace(
+        defaults=_defaults(4096, 34, 32, 8, 131072, 14336, head_dim=128, max_position_embeddings=262144)
+    ),
+    "emu3_text_model": _LLAMA._replace(defaults=_defaults(4096, 32, 32, 8, 184622, 14336, attention_dropout=0.1)),
+    "granite": _LLAMA,
+    "granitemoe": _LLAMA._replace(
+        defaults=_defaults(4096, 32, 32, None, 32000, 11008, num_experts=8, num_experts_per_tok=2),
+        experts=_Routed("intermediate_size"),
+    ),
+    "internlm3": _LLAMA._replace(
+        defaults=_defaults(4096, 48, 32, 2, 128512, 10240, head_dim=128), uncounted=("qkv_bias", "bias")
+    ),
+    "iquestcoder": _LLAMA._replace(defaults=_defaults(5120, 80, 40, 8, 76800, 27648, head_dim=128)),
+    "youtu": _LLAMA._replace(
+        defaults=_defaults(2048, 32, 16, 16, 128256, 6144, tie_word_embeddings=True, **_LATENT),
+        mlp_bias=False,
+        latent=True,
+    ),
 }
-_OTHER = _Family(mlp_bias="mlp_bias", windows="found", experts=_Routed(), known=False)
+_OTHER = _Family(mlp_bias="mlp_bias", windows="found", experts=_Routed(may_be_none=True), known=False)
 
 
-def read_config(config: Mapping[str, object], name: str) -> Model:
-    """The model that a config.json describes; `name` names it in messages. What cannot be planned is a ModelError."""
+def read_config(config: Mapping[str, object], name: str, assume: str | None = None) -> Model:
+    """The model that a config.json describes; `name` names it in messages. What cannot be planned is a ModelError; of that,
+    what the formula cannot count is an UnreadError. assume: "llama-like" counts the latter as a Llama all the same."""
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: holds {_shown(config)}, not a JSON object with a model's fields.")
+    _check_assumption(assume)
     _refuse(config, name)
     notes: list[str] = []
-    text = config.get("text_config")
+    text = next((config[part] for part in _TEXT_PARTS if isinstance(config.get(part), Mapping)), None)
     nested = isinstance(text, Mapping)
     if isinstance(text, Mapping):
-        notes.append("only the text part is planned: a vision or audio tower is not counted")
+        if text is config.get("text_config"):  # as transformers writes it
+            _refuse_other_classes(config, name)
         config = _text_part(config, text)
         _refuse(config, name)
     model_type = _model_type(config, name)
+    if not nested:
+        model_type = _TEXT_TYPES.get(model_type, model_type)
     known = _FAMILIES.get(model_type)
-    f = _Fields(config, name, known or _OTHER._replace(gated=model_type not in _UNGATED))
-    if not nested or known is None:  # files leave out defaults of a part, never of the whole
-        f.require(_REQUIRED)
+    if nested or (known is not None and _has_towers(config)):
+        notes.append("only the text part is planned: a vision or audio tower is not counted")
+    f = _Fields(config, name, known or _OTHER, assumed=assume is not None)
     if known is None:
-        notes.append(_other_note(f, model_type))
+        notes.append(_read_as_a_llama(f, model_type))
+    elif not nested:  # files leave out defaults of a part, never of the whole
+        f.require(_REQUIRED)
     model = _model(f, model_type)
     return model._replace(notes=(*_quantised_notes(f), *notes, *_notes(f)))
+
+
+def _check_assumption(assume: str | None) -> None:
+    if assume not in (None, "llama-like"):
+        raise ModelError(f"cannot assume that a model is {_shown(assume)}.\nKnown: llama-like.")
+
+
+def _read_as_a_llama(f: _Fields, model_type: str) -> str:
+    """The note on a file without a row. Refuses one that may be something else than a Llama, unless that is assumed."""
+    from mstplan.plan import unread
+
+    what = f"model_type {_shown(model_type)} is not known to mstplan" if model_type else "the file names no model_type"
+    head = "" if f.holds("tie_word_embeddings") else ", with an LM head of its own"
+    fields = unread.unread_fields(f.config)
+    if f.assumed:
+        f.require(_REQUIRED)
+        aside = f"; not read: {unread.listed(fields, 12)}" if fields else ""
+        return f"{what}: counted as a Llama{head}, for --assume llama-like was given{aside}"
+    unread.refuse_family(f.name, model_type)
+    _refuse_other_classes(f.config, f.name)
+    if fields and (missing := f.missing(_REQUIRED)):
+        unread.refuse_names(f.name, model_type, missing)
+    unread.refuse_fields(f.name, fields)
+    f.require(_REQUIRED)
+    return f"{what}: planned as a Llama-like decoder{head}, for all its fields are a Llama's"
 
 
 class _Fields:
     """Typed look-ups in one config.json. What is absent takes the family's default; what is wrong is a ModelError."""
 
-    def __init__(self, config: Mapping[str, object], name: str, family: _Family) -> None:
+    def __init__(self, config: Mapping[str, object], name: str, family: _Family, assumed: bool = False) -> None:
         self.config = config
         self.name = name
         self.family = family
+        self.assumed = assumed  # count what is not read as a Llama's
         self.defaulted: dict[str, int] = {}  # sizes that the file leaves out
 
     def find(self, wanted: str) -> tuple[str, object]:
         """The name that the file uses, and the value: None if null, the family's default if absent."""
         present = [key for key in _ALIASES.get(wanted, (wanted,)) if key in self.config]
-        for key in present:
-            if self.config[key] is not None:
-                return key, self.config[key]
+        given = [key for key in present if self.config[key] is not None]
+        for key in given[1:]:
+            one, other = self.config[given[0]], self.config[key]
+            if isinstance(one, int) and isinstance(other, int) and one != other:
+                self.refuse(f"{given[0]} {_shown(one)} and {key} {_shown(other)} contradict each other")
+        if given:
+            return given[0], self.config[given[0]]
         return (present[0], None) if present else (wanted, self.family.defaults.get(wanted))
 
     def require(self, wanted: tuple[str, ...]) -> None:
-        nullable = {key for key, value in self.family.defaults.items() if value is None}
-        missing = [key for key in wanted if key not in nullable and not self.holds(key)]
-        if missing:
+        if missing := self.missing(wanted):
             raise ModelError(
                 f"{self.name}: lacks {', '.join(missing)}, without which its memory cannot be planned.\n"
                 "Pass the complete config.json that lies beside the model's weights."
             )
+
+    def missing(self, wanted: tuple[str, ...]) -> list[str]:
+        nullable = {key for key, value in self.family.defaults.items() if value is None}
+        return [key for key in wanted if key not in nullable and not self.holds(key)]
 
     def holds(self, wanted: str) -> bool:
         return any(key in self.config for key in _ALIASES.get(wanted, (wanted,)))
@@ -470,6 +537,12 @@ class _Fields:
 
 def _model(f: _Fields, model_type: str) -> Model:
     family = f.family
+    if not f.assumed and (uncounted := _uncounted(f)):
+        from mstplan.plan.unread import WAY_OUT
+
+        raise UnreadError(
+            f"{f.name}: {uncounted[0]} is set, and the formula does not count what that changes.\n{WAY_OUT}"
+        )
     experts = _experts(f)
     kinds = _layer_kinds(f, routed=experts is not None)
     context = f.optional("max_position_embeddings")
@@ -605,7 +678,7 @@ def _latent_attention(f: _Fields, heads: int) -> Attention:
 
 def _experts(f: _Fields) -> Experts | None:
     routed = f.family.experts
-    if routed is None or not f.count("num_experts", absent=0):
+    if routed is None or (routed.may_be_none and not f.count("num_experts", absent=0)):
         return None
     count, per_token = f.size("num_experts"), f.size("num_experts_per_tok")
     if per_token > count:
@@ -681,12 +754,22 @@ def _layer_types(f: _Fields, listed: object, layers: int) -> list[str]:
     if len(listed) != layers:
         f.refuse(f"layer_types has {len(listed)} entries for the {layers} layers of num_hidden_layers")
     for kind in listed:
-        if kind not in _ATTENTION_KINDS:
-            f.refuse(
-                f"layer_types names {_shown(kind)}, which is no attention that mstplan can plan",
-                "It plans full_attention and sliding_attention; state-space and hybrid models are not planned.",
-            )
+        if kind not in _ATTENTION_KINDS and not f.assumed:
+            _refuse_layer_type(f, kind)
     return listed
+
+
+def _refuse_layer_type(f: _Fields, kind: str) -> NoReturn:
+    what = f"layer_types names {_shown(kind)}, which is no attention that mstplan can plan"
+    if f.family.known:
+        f.refuse(what, "It plans full_attention and sliding_attention.")
+    from mstplan.plan.unread import WAY_OUT
+
+    raise UnreadError(f"{f.name}: {what}.\n{WAY_OUT}")
+
+
+def _uncounted(f: _Fields) -> list[str]:
+    return [key for key in f.family.uncounted if f.flag(key)]
 
 
 def _notes(f: _Fields) -> list[str]:
@@ -694,7 +777,7 @@ def _notes(f: _Fields) -> list[str]:
     if f.defaulted:
         listed = ", ".join(f"{key} {value}" for key, value in f.defaulted.items())
         notes.append(f"not in the file, transformers' default taken: {listed}")
-    notes += [f"{key} is set: what it adds is not counted" for key in f.family.uncounted if f.flag(key)]
+    notes += [f"{key} is set: what it adds is not counted" for key in _uncounted(f)]
     if f.family.latent and f.count("num_nextn_predict_layers", absent=0):
         notes.append("the layer that predicts further tokens (num_nextn_predict_layers) is not counted")
     return notes
@@ -710,12 +793,6 @@ def _quantised_notes(f: _Fields) -> list[str]:
     return [f"{NO_ADAPTERS}: this is full fine-tuning of unquantised weights, though the published ones are quantised{how}"]
 
 
-def _other_note(f: _Fields, model_type: str) -> str:
-    what = f"model_type {_shown(model_type)} is not known to mstplan" if model_type else "the file names no model_type"
-    head = "" if f.holds("tie_word_embeddings") else ", with an LM head of its own"
-    return f"{what}: planned as a Llama-like decoder from its usual fields{head}"
-
-
 def _model_type(config: Mapping[str, object], name: str) -> str:
     value = config.get("model_type")
     if value is None:
@@ -729,8 +806,15 @@ def _text_part(whole: Mapping[str, object], text: Mapping[str, object]) -> dict[
     """The text model's fields; what holds for the whole model stands one level up."""
     above = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
     inherited = {key: whole[key] for key in above if whole.get(key) is not None}
-    kind = {"model_type": "gemma3_text"} if whole.get("model_type") == "gemma3" else {}
-    return {**kind, **text, **inherited}
+    kind = whole.get("model_type")
+    kind = _TEXT_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+    return {"model_type": kind, **text, **inherited}
+
+
+def _has_towers(config: Mapping[str, object]) -> bool:
+    return any(
+        isinstance(value, Mapping) and value and any(word in key for word in _TOWERS) for key, value in config.items()
+    )
 
 
 def _refuse(config: Mapping[str, object], name: str) -> None:
@@ -744,21 +828,28 @@ def _refuse(config: Mapping[str, object], name: str) -> None:
         _only_encoders(config.get("architectures")) or config.get("use_bidirectional_attention") is True
     ):
         kind = "an encoder-only model"
-    if kind is None and model_type not in (*_FAMILIES, *_UNGATED) and _no_causal_lm(config.get("architectures")):
-        kind = f"no causal language model, going by its architectures {_shown(config['architectures'])}"
     if kind is not None:
-        raise ModelError(
-            f"{name} is {kind} (model_type {_shown(model_type)}): mstplan plans decoders trained on next-token loss.\n"
-            "Pass the config.json of a decoder, such as Llama, Qwen, Mistral, Gemma or DeepSeek."
-        )
+        _refuse_kind(config, name, kind)
 
 
-def _no_causal_lm(architectures: object) -> bool:
-    return (
+def _refuse_kind(config: Mapping[str, object], name: str, kind: str) -> NoReturn:
+    raise ModelError(
+        f"{name} is {kind} (model_type {_shown(config.get('model_type'))}): mstplan plans decoders trained on next-token loss.\n"
+        "Pass the config.json of a decoder, such as Llama, Qwen, Mistral, Gemma or DeepSeek."
+    )
+
+
+def _refuse_other_classes(config: Mapping[str, object], name: str) -> None:
+    """Refuses a file without a row that names classes which are no causal language model, and none among code of its own."""
+    architectures, code = config.get("architectures"), config.get("auto_map")
+    own = isinstance(code, Mapping) and "AutoModelForCausalLM" in code
+    if (
         isinstance(architectures, list)
         and bool(architectures)
         and all(isinstance(each, str) and not each.endswith(_CAUSAL_CLASSES) for each in architectures)
-    )
+        and not own
+    ):
+        _refuse_kind(config, name, f"no causal language model, going by its architectures {_shown(architectures)}")
 
 
 def _only_encoders(architectures: object) -> bool:
