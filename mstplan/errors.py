@@ -36,7 +36,11 @@ class ModelError(InputError):
 
 
 class UnreadError(ModelError):
-    """A model that the formula cannot count; the trace may answer for it."""
+    """A model that the formula cannot count; the trace may answer for it. reason: what is in the way, in a line."""
+
+    def __init__(self, name: str, reason: str, way_out: str) -> None:
+        super().__init__(f"{name}: {reason}\n{way_out}")
+        self.reason = reason
 
 
 class HardwareError(InputError):

@@ -22,7 +22,6 @@ from .options import (
     given,
     length,
     memory,
-    model_of,
     recipes_of,
     results_files,
 )
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from ..plan.recipe import Recipe
 
 
-_MODEL = {"model": MODEL["model"]._replace(default=None)}  # a suite, or a results file, names its own
+_MODEL = {**MODEL, "model": MODEL["model"]._replace(default=None)}  # a suite, or a results file, names its own
 _LENGTHS = {
     "seq_len": option(str | None, "--seq-len", "Tokens per sequence; several with commas between: 8k,16k,32k.", adds_up=True, metavar="TOKENS[,TOKENS]"),
 }
@@ -125,7 +124,7 @@ def _cases(asked: Asked, known: dict[str, Any], alone: bool = True) -> list[Case
     recipes = recipes_of(asked)
     if alone:
         _refuse_sharded(recipes.values())
-    return sweep.cases(asked.model, lengths, recipes, layers=asked.layers, **more)
+    return sweep.cases(asked.model, lengths, recipes, layers=asked.layers, assume=asked.assume, **more)
 
 
 def _refuse_sharded(recipes: Iterable[Recipe]) -> None:
@@ -229,6 +228,7 @@ def _validate_results(asked: Asked) -> None:
     from .. import files
     from ..errors import MeasurementError, RecipeError, quoted
     from ..observe import measurement, validate
+    from ..plan.catalog import named
     from ..show import timeline, validating
     from ..show.progress import progress
 
@@ -240,7 +240,7 @@ def _validate_results(asked: Asked) -> None:
         raise RecipeError(f"unknown rung {quoted(unknown[0])}.\nKnown: {', '.join(validate.RUNGS)}.")
     bounds = _bounds(asked)
     read = measurement.read_all(results_files(asked) or measurement.archive())
-    name = model_of(asked).name if asked.model is not None else None
+    name = named(asked.model)[0] if asked.model is not None else None
     chosen = [m for m in read.measurements if name in (None, m.case.model)]
     if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):
         of, damaged = f" of {name}" if name else "", f" ({read.skipped[0]})" if read.skipped else ""
@@ -303,13 +303,13 @@ def _validate_now(asked: Asked) -> None:
     _check_device(asked)
     known = sweep.environment(asked.device)
     limit = memory(asked.gpu_mem)
-    settings = (asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out, asked.again, progress)
+    settings = (asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out, asked.again, progress, asked.assume)
     bench = limits.Bench(asked.model, known, sweep.card_of(known, limit), *settings)
     recipes, (begins, tell) = recipes_of(asked, "mst"), _telling(asked, known)
     _refuse_sharded(recipes.values())
     seq_len = length(asked.seq_len) if asked.throughput else 0
     if asked.throughput:  # refuses what cannot be run, before anything is; of S_max, the trace does
-        sweep.cases(asked.model, [seq_len], recipes, bench.card, asked.layers, asked.device, limit)
+        sweep.cases(asked.model, [seq_len], recipes, bench.card, asked.layers, asked.device, limit, assume=asked.assume)
     with _kept(asked):
         if asked.smax:
             limited = limits.smax(bench, recipes, begins, tell)

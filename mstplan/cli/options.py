@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 JSON = {"json": option(bool, "--json", "Print JSON instead of tables.", False)}
 MODEL = {
     "model": option(str, "--model -m", "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id.", ..., metavar="MODEL"),
+    "assume": option(str | None, "--assume", "llama-like: count a model that mstplan does not read as a Llama.", metavar="NAME"),
 }
 CARD = {
     "gpu": option(str | None, "--gpu", "A card by name (see `mstplan gpus`).", panel="Card", metavar="NAME"),
@@ -83,7 +84,19 @@ def given(asked: Asked, options: dict[str, Option]) -> list[str]:
 def model_of(asked: Asked) -> Model:
     from ..plan.catalog import load_model
 
-    return load_model(asked.model)
+    return load_model(asked.model, asked.assume)
+
+
+def known_or_traced(asked: Asked) -> Model:
+    """The model as the formula reads it; where that does not know it and torch is there, a stand-in for which answers are traced."""
+    from ..errors import UnreadError
+
+    try:
+        return model_of(asked)
+    except UnreadError as e:
+        from .tracing import stand_in
+
+        return stand_in(asked, e)
 
 
 def card_of(asked: Asked) -> Card:

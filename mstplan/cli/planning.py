@@ -22,6 +22,7 @@ from .options import (
     card_of,
     changes_of,
     given,
+    known_or_traced,
     length,
     memory,
     model_of,
@@ -51,13 +52,13 @@ def max_seq(asked: Asked) -> None:
 
     if asked.rung not in ("formula", "trace"):
         raise RecipeError(f"unknown rung {quoted(asked.rung)}.\nKnown: formula, trace.")
-    if asked.rung == "formula" and (unused := given(asked, TRACING)):
-        raise RecipeError(f"{', '.join(unused)}: nothing to do with the formula.\nAdd --rung trace, or leave it out.")
-    model, card = model_of(asked), card_of(asked)
-    if asked.rung == "trace":
-        _max_seq_by_trace(asked, model, card)
+    card, recipes = card_of(asked), recipes_of(asked)
+    model = known_or_traced(asked)
+    if asked.rung == "trace" or model.stand_in is not None:
+        _max_seq_by_trace(asked, model, card, recipes)
         return
-    found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(asked).items()]
+    _refuse_tracing(asked, "Add --rung trace, or leave it out.")
+    found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes.items()]
     best = max(found, key=lambda a: a.s_max)
     to_fit = () if best.s_max else ways.ways_to_train([answer.plan for answer in found])
     if asked.json:
@@ -72,12 +73,19 @@ def max_seq(asked: Asked) -> None:
         raise typer.Exit(1)
 
 
-def _max_seq_by_trace(asked: Asked, model: Model, card: Card) -> None:
+def _refuse_tracing(asked: Asked, way_out: str) -> None:
+    from ..errors import RecipeError
+
+    if unused := given(asked, TRACING):
+        raise RecipeError(f"{', '.join(unused)}: nothing to do with the formula.\n{way_out}")
+
+
+def _max_seq_by_trace(asked: Asked, model: Model, card: Card, recipes: dict[str, Recipe]) -> None:
     from ..observe import search
     from .tracing import tracing
 
-    with tracing(asked) as trace_step:
-        found = [search.longest(model, recipe, card, trace_step, name) for name, recipe in recipes_of(asked).items()]
+    with tracing(asked, model) as trace_step:
+        found = [search.longest(model, recipe, card, trace_step, name) for name, recipe in recipes.items()]
     best = max(found, key=lambda f: f.answer.s_max)
     if asked.json:
         from ..show import payload
@@ -94,7 +102,8 @@ def _max_seq_by_trace(asked: Asked, model: Model, card: Card) -> None:
 @command(
     "plan", MODEL, {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
     STRATEGIES, CARD, RECIPE,
-    {"write_recipe": option(Path | None, "--write-recipe", "Write the recipe as JSON.", panel="Recipe", metavar="FILE")}, FORCE, JSON,
+    {"write_recipe": option(Path | None, "--write-recipe", "Write the recipe as JSON.", panel="Recipe", metavar="FILE")},
+    TRACING, FORCE, JSON,
     help="Do batches of up to this length fit? For each strategy; of the first that fits, the peak and its instant, or what would make one fit. "
     f"{ONE_RECIPE} Exit code 0: fits, 1: does not.",
     epilog="mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k",
@@ -105,7 +114,14 @@ def plan(asked: Asked) -> None:
 
     if asked.write_recipe is not None:
         files.check_writable(asked.write_recipe, asked.force)
-    found = plans_of(asked, model_of(asked), card_of(asked))
+    card, model = card_of(asked), known_or_traced(asked)
+    if model.stand_in is not None:
+        from .tracing import plan_by_trace
+
+        plan_by_trace(asked, model)
+        return
+    _refuse_tracing(asked, "Use mstplan trace, or leave it out.")
+    found = plans_of(asked, model, card)
     name = simplest(found)
     step = found[name]
     reaches = {name: solve.max_seq(p.model, p.recipe, p.card, name).s_max for name, p in found.items()}

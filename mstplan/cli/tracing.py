@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from .options import (
     TRACING,
     card_of,
     given,
-    model_of,
+    known_or_traced,
     plans_of,
     results_files,
     simplest,
@@ -30,9 +30,12 @@ from .options import (
 from .output import new_console, print_json, say_written
 
 if TYPE_CHECKING:
+    from ..errors import UnreadError
     from ..observe.trace import Trace
     from ..plan.hardware import Card
+    from ..plan.model import Model
     from ..plan.recipe import Recipe
+    from ..show.trace import View
 
 
 @command(
@@ -50,18 +53,7 @@ def trace(asked: Asked) -> None:
     from .. import files
 
     _check_outputs(asked)
-    model, card = model_of(asked), card_of(asked)
-    plans = plans_of(asked, model, card)
-    name = simplest(plans)
-    step = plans[name].exactly()
-    recipe = step.recipe
-    fixed = recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
-    with tracing(asked) as trace_step:
-        found = trace_step(fixed, recipe.padded(step.seq_len), card)
-    from ..observe import cache
-    from ..show import trace as shown
-
-    view = shown.view(model, card, name, found, step, cache.versions())
+    view, _ = _views(asked)
     if asked.plot is not None:
         from ..show import timeline
 
@@ -70,18 +62,55 @@ def trace(asked: Asked) -> None:
         from ..observe.card import all_events, name_of
         from ..observe.snapshot import snapshot, to_pickle
 
-        files.write(asked.snapshot, to_pickle(snapshot(all_events(found), lambda key: name_of(found, key), expandable=True)))
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.trace_document(view))
-    else:
-        shown.report(new_console(), view)
+        files.write(asked.snapshot, to_pickle(snapshot(all_events(view.trace), lambda key: name_of(view.trace, key), expandable=True)))
+    _tell(asked, "trace", view)
+    if not asked.json:
         for path in (asked.plot, asked.snapshot):
             if path is not None:
                 say_written(path)
     if not view.fits:
         raise typer.Exit(1)
+
+
+def plan_by_trace(asked: Asked, model: Model) -> None:
+    """What `plan` says of a model that the formula does not know."""
+    view, others = _views(asked, model)
+    if asked.write_recipe is not None:
+        view.plan.recipe.write(asked.write_recipe, asked.force)
+    _tell(asked, "plan", view, others)
+    if not view.fits:
+        raise typer.Exit(1)
+
+
+def _views(asked: Asked, model: Model | None = None) -> tuple[View, list[View]]:
+    """The step that is told of, traced: of several strategies the first that fits, else the nearest; and those traced before. The formula
+    says which that is, where it knows the model."""
+    from ..observe import cache
+    from ..show import trace as shown
+
+    model, card, found = known_or_traced(asked) if model is None else model, card_of(asked), []
+    plans = plans_of(asked, model, card)
+    with tracing(asked, model) as trace_step:
+        for name in plans if model.stand_in is not None else [simplest(plans)]:
+            step = plans[name].exactly()
+            fixed = step.recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
+            traced = trace_step(fixed, step.recipe.padded(step.seq_len), card)
+            found.append(shown.view(model, card, name, traced, step, cache.versions()))
+            if found[-1].fits:
+                break
+    told = min(found, key=lambda view: (not view.fits, view.trace.peak.bytes))
+    return told, [view for view in found if view is not told]
+
+
+def _tell(asked: Asked, command: str, view: View, others: Sequence[View] = ()) -> None:
+    from ..show import trace as shown
+
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.trace_document(view, command, others))
+    else:
+        shown.report(new_console(), view, others)
 
 
 def _check_outputs(asked: Asked) -> None:
@@ -98,20 +127,56 @@ def _check_outputs(asked: Asked) -> None:
             files.check_writable(path, asked.force)
 
 
+def stand_in(asked: Asked, unread: UnreadError) -> Model:
+    """What answers are traced for when the formula does not know the model. Raises its refusal where there is no torch."""
+    from ..errors import MissingError
+    from ..observe import cache
+    from ..plan.catalog import load_config, named
+
+    try:
+        cache.versions()
+    except MissingError:
+        raise unread from None
+    from ..show.trace import status
+
+    name, hub_id = named(asked.model)
+    with status(), _told_after(name, unread.reason):
+        from ..observe.tracer import stand_in_for
+
+        return stand_in_for(load_config(asked.model), name, unread.reason, _code_from(asked))._replace(hub_id=hub_id)
+
+
 @contextmanager
-def tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
+def _told_after(name: str, reason: str) -> Iterator[None]:
+    """Where the trace fails as well, say first why it was asked."""
+    from ..errors import ModelError
+    from ..plan.unread import ASSUME
+
+    try:
+        yield
+    except ModelError as e:
+        raise ModelError(f"{name}: {reason}\nNor is it traced: {' '.join(str(e).splitlines())} {ASSUME}") from None
+
+
+def _code_from(asked: Asked) -> str | None:
+    return asked.model if asked.trust_remote_code else None
+
+
+@contextmanager
+def tracing(asked: Asked, model: Model) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
     """A function that traces a step of the model, with a word on the terminal while it does."""
     from ..observe import cache
     from ..plan.catalog import load_config
 
-    config = load_config(asked.model)
+    config, stands_in = load_config(asked.model), model.stand_in
     cache.versions()  # no torch: said before anything else
 
     def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
         waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")
         workspace = card.gpu.workspaces_bytes
-        code_from = asked.model if asked.trust_remote_code else None
-        return cache.trace_of(config, recipe, seq_len, workspace=workspace, keep=not asked.no_cache, code_from=code_from)
+        kept = not asked.no_cache
+        with _told_after(model.name, stands_in.why) if stands_in is not None else nullcontext():
+            return cache.trace_of(config, recipe, seq_len, workspace=workspace, keep=kept, code_from=_code_from(asked))
 
     from ..show.trace import recipe_words, status
 

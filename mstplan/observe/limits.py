@@ -49,20 +49,21 @@ class Bench:
     out: Path
     again: bool = False
     showing: Showing = unseen
+    assume: str | None = None
 
     @cached_property
     def subject(self) -> tuple[str, dict[str, Any]]:
-        return subject(self.spec, self.layers)
+        return subject(self.spec, self.layers, self.assume)
 
     @cached_property
     def model(self) -> Model:
         name, config = self.subject
-        return read_config(config, name)
+        return read_config(config, name, self.assume)
 
     def measure(self, strategy: str, recipe: Recipe, seq_len: int, chunks: Chunks, tell: Tell) -> Measurement:
         name, config = self.subject
         fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
-        case = Case(name, strategy, config, fixed, recipe.padded(seq_len), self.layers, self.device, self.limit, self.steps)
+        case = Case(name, strategy, config, fixed, recipe.padded(seq_len), self.layers, self.device, self.limit, self.steps, self.assume)
         return measure_all([case], self.known, self.out, self.timeout, self.again, tell=tell, showing=self.showing).measurements[0]
 
     def trace_at(self, recipe: Recipe, seq_len: int, card: Card) -> Trace:

@@ -108,13 +108,15 @@ class Case:
     device: Annotated[str, Field(pattern="^(cuda|cpu)$")] = "cuda"
     limit: Bytes | None = None  # of the card that the process may use, its CUDA context included
     steps: Annotated[int, Field(ge=1, le=1 << 20)] = 3  # that are timed
+    assume: str | None = None  # how the formula reads a config that it does not know
 
     @cached_property
     def described(self) -> Model:
-        return read_config(self.config, self.model)
+        return read_config(self.config, self.model, self.assume)
 
     def as_data(self) -> dict[str, Any]:
-        return {**{f.name: getattr(self, f.name) for f in fields(Case)}, "recipe": self.recipe.model_dump()}
+        named = [f.name for f in fields(Case) if f.name != "assume" or self.assume is not None]  # as results of before have it
+        return {**{name: getattr(self, name) for name in named}, "recipe": self.recipe.model_dump()}
 
     @classmethod
     def from_data(cls, data: object) -> Case:
@@ -222,9 +224,9 @@ def key_of(case: Case, environment: Mapping[str, Any]) -> str:
     return sha256(json.dumps([what, same], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def sliced(config: Mapping[str, Any], layers: int, name: str) -> dict[str, Any]:
+def sliced(config: Mapping[str, Any], layers: int, name: str, assume: str | None = None) -> dict[str, Any]:
     """The config.json of a model's first layers. Raises ModelError when it has no more than that."""
-    count = read_config(config, name).layers
+    count = read_config(config, name, assume).layers
     if not 1 <= layers <= count:
         raise ModelError(f"--layers {layers}: {name} has {count} layers.\nGive a number from 1 to {count}.")
     return _shorter(config, count, layers)

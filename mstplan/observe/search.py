@@ -1,15 +1,17 @@
 """The longest sequence by trace: the one for which the caching allocator just finds room.
 
 The formula points the way: what the allocator needs at a length differs from the formula's peak by nearly the same bytes at the
-lengths around, so the length at which the formula, corrected by that, fills the card is tried next. It ends with two traces: of a
-length that runs, and of one token more, which does not.
+lengths around, so the length at which the formula, corrected by that, fills the card is tried next. Two traces tell also how much
+steeper than the formula the allocator's need grows, and that corrects it where a formula only stands in for a model that it does
+not know. It ends with two traces: of a length that runs, and of one token more, which does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..errors import ModelError
 from ..plan import solve
 from ..plan.hardware import Card
 from ..plan.model import Model
@@ -22,10 +24,22 @@ from .trace import Trace
 
 TraceAt = Callable[[Recipe, int, Card], Trace]
 MOST_TRACES = 40
+SHORT = 256
+"""Tokens that say how large a model is for which the formula has but a stand-in."""
+NOTICEABLE, STEEPEST = 1 / 64, 64
+"""Of the card's memory: two traces that are closer tell nothing of how the need grows. And how much steeper that may be."""
+
+
+class Need(NamedTuple):
+    """What a step needs, by trace and by formula. Bytes."""
+
+    traced: int
+    formula: int
 
 
 class Found(NamedTuple):
-    """S_max of one strategy by trace; `trace` is that of S_max, or of one token when even that does not fit (s_max 0)."""
+    """S_max of one strategy by trace; `trace` is that of the batch up to it that needs most, or of one token when even that does not fit
+    (s_max 0)."""
 
     answer: Answer
     trace: Trace
@@ -35,42 +49,88 @@ class Found(NamedTuple):
 
 def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strategy: str) -> Found:
     """The longest sequence that runs, with the formula's recommended chunks. Host memory limits it as well."""
-    start = solve.max_seq(model, recipe, card, strategy)
-    chunks = start.plan.chunks if start.s_max else solve.recommend(model, recipe, card)
+    near = card if model.stand_in is None else _near(model, recipe, card, trace_at)
+    start = solve.max_seq(model, recipe, near, strategy)
+    chunks = start.plan.chunks if start.s_max else solve.recommend(model, recipe, near)
     seen: dict[int, Trace] = {}
 
     def trace(seq_len: int) -> Trace:
-        if seq_len not in seen:
-            few = solve.within(chunks, seq_len)
-            seen[seq_len] = trace_at(recipe.changed(mlp_chunks=few.mlp, loss_chunks=few.loss), seq_len, card)
-        return seen[seq_len]
+        run = recipe.padded(seq_len)
+        if run not in seen:
+            seen[run] = trace_at(_in(recipe, solve.within(chunks, run)), run, card)
+        return seen[run]
+
+    def hardest(seq_len: int) -> list[Trace]:
+        return [trace(tokens) for tokens in solve.hardest(model, recipe, seq_len)]
 
     def fits(seq_len: int) -> bool:
-        host = card.host_bytes is None or trace(seq_len).host_peak <= card.host_bytes
-        return host and runs(trace(seq_len), card)
+        """Does it, and every shorter length? Beyond its positions the code of some models fails."""
+        try:
+            traces = hardest(seq_len)
+        except ModelError:
+            if model.context is None or seq_len <= model.context:
+                raise
+            return False
+        return all((card.host_bytes is None or each.host_peak <= card.host_bytes) and runs(each, card) for each in traces)
 
+    needs: list[Need] = []
     low, high, guess, step = 0, LONGEST, max(1, start.s_max), 1  # the longest known to run, the shortest known not to
     while high - low > 1 and len(seen) < MOST_TRACES:
         if fits(guess):
             low = guess
         else:
             high = guess
-        corrected = _corrected(model, recipe, card, chunks, trace(guess))
+        if recipe.padded(guess) not in seen:
+            guess = max(low + 1, min(model.context or 1, high - 1))
+            continue
+        needs.append(Need(needed(trace(guess)), _formula(model, recipe, card, chunks, guess)))
+        corrected = solve.longest(model, recipe, _moved(card, _off(needs, room(card))), chunks)
         if low < corrected < high and corrected != guess:
             guess = corrected
+        elif low and high < LONGEST and 2 * step >= high - low:
+            guess = (low + high) // 2
         else:  # close by: feel the way in growing steps
             guess, step = (min(low + step, high - 1), 2 * step) if guess == low else (max(high - step, low + 1), 2 * step)
-    plan = solve.plan_at(model, recipe, card, max(1, low), solve.within(chunks, max(1, low)))
-    return Found(Answer(strategy, low, _as_traced(plan, trace(max(1, low)))), trace(max(1, low)), len(seen), start.s_max)
+    plan = solve.plan_at(model, recipe, card, max(1, low), chunks)
+    largest = max(hardest(max(1, low)), key=lambda each: each.peak.bytes)
+    return Found(Answer(strategy, low, _as_traced(plan, largest)), largest, len(seen), start.s_max)
 
 
-def _corrected(model: Model, recipe: Recipe, card: Card, chunks: Chunks, trace: Trace) -> int:
-    """The formula's S_max, were it as far off everywhere as it is here."""
-    here = solve.within(chunks, trace.seq_len)
-    off = needed(trace) - solve.peak_at(model, recipe, card, trace.seq_len, here)[1]
-    spare = room(card) - card.budget_bytes - off
-    return solve.longest(model, recipe, card._replace(reserve_bytes=card.reserve_bytes - spare), chunks)
+def _in(recipe: Recipe, chunks: Chunks) -> Recipe:
+    return recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
+
+
+def _formula(model: Model, recipe: Recipe, card: Card, chunks: Chunks, seq_len: int) -> int:
+    run = recipe.padded(seq_len)
+    return solve.peak_at(model, recipe, card, run, solve.within(chunks, run))[1]
+
+
+def _near(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt) -> Card:
+    """The card for a stand-in, whose weights may be few or many: one short trace tells."""
+    whole = Chunks(1, 1)
+    return _moved(card, needed(trace_at(_in(recipe, whole), SHORT, card)) - _formula(model, recipe, card, whole, SHORT))
+
+
+def _moved(card: Card, off: int) -> Card:
+    """The card on which the formula, were it off by so many bytes everywhere, would answer rightly."""
+    return card._replace(reserve_bytes=card.reserve_bytes - (room(card) - card.budget_bytes - off))
+
+
+def _off(needs: Sequence[Need], room: int) -> int:
+    """How many bytes the allocator needs beyond the formula's peak where it needs all the room: as many as in the last trace, and as
+    much steeper as between the last two."""
+    last = needs[-1]
+    off = last.traced - last.formula
+    if len(needs) > 1:
+        rise, told = last.traced - needs[-2].traced, last.formula - needs[-2].formula
+        if abs(told) > room * NOTICEABLE and 1 / STEEPEST < rise / told < STEEPEST:
+            missing = room - last.traced
+            off += missing - round(missing * told / rise)
+    return off
 
 
 def _as_traced(plan: Plan, trace: Trace) -> Plan:
-    return plan._replace(peak=Peak(trace.peak.bytes, trace.peak.instant, trace.seq_len), host_bytes=trace.host_peak)
+    """What the trace says in place of the formula; of a time it says nothing."""
+    seconds = plan.step_seconds if plan.model.stand_in is None else 0.0
+    peak = Peak(trace.peak.bytes, trace.peak.instant, trace.seq_len)
+    return plan._replace(peak=peak, host_bytes=trace.host_peak, step_seconds=seconds)

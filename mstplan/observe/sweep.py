@@ -57,28 +57,28 @@ def card_of(known: Mapping[str, Any], limit: int | None = None) -> Card:
 
 def cases(
     model: str, lengths: Iterable[int], recipes: Mapping[str, Recipe], card: Card, layers: int | None = None, device: str = "cuda",
-    limit: int | None = None, steps: int = 3,
+    limit: int | None = None, steps: int = 3, assume: str | None = None,
 ) -> list[Case]:  # fmt: skip
     """Every recipe of a model at every length, chunks as the recipe says or as recommended for `card`. Raises ModelError;
     RecipeError for a recipe that cannot be run; MeasurementError when no length at all can fit."""
-    name, config = subject(model, layers)
-    described, found = read_config(config, name), []
+    name, config = subject(model, layers, assume)
+    described, found = read_config(config, name, assume), []
     for (how, recipe), asked in product(recipes.items(), lengths):
         seq_len = recipe.padded(asked)
         chunks = solve.plan_at(described, recipe, card, seq_len).chunks
         fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
         check_runnable(fixed)
         _refuse_fewer_tokens_than_chunks(recipe, fixed, seq_len)
-        found.append(Case(name, how, config, fixed, seq_len, layers, device, limit, steps))
+        found.append(Case(name, how, config, fixed, seq_len, layers, device, limit, steps, assume))
     for case in found:
         _refuse_hopeless(described, case, card)
     return sorted(found, key=lambda case: case.seq_len)
 
 
-def subject(spec: str, layers: int | None) -> tuple[str, dict[str, Any]]:
+def subject(spec: str, layers: int | None, assume: str | None = None) -> tuple[str, dict[str, Any]]:
     """The name and the config.json of what is to be measured: a model, or its first layers. Raises ModelError."""
-    config, name = dict(load_config(spec)), load_model(spec).name
-    return name, config if layers is None else sliced(config, layers, name)
+    config, name = dict(load_config(spec)), load_model(spec, assume).name
+    return name, config if layers is None else sliced(config, layers, name, assume)
 
 
 def _refuse_fewer_tokens_than_chunks(asked: Recipe, fixed: Recipe, seq_len: int) -> None:

@@ -20,9 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, ModelError, one_line
+from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.steps import segment_length
 from ..train import finding
+from ..train.stand_in import stand_in
 from .cpu import KernelBuffers
 from .cuda import FLASH, as_on_cuda, few_chunks, on_fake_tensors
 from .extend import Unlike, few, row
@@ -96,6 +98,13 @@ def whole_model(settings: PreTrainedConfig, recipe: Recipe, on: str, remote_code
     if recipe.attention == "flash":
         raise ModelError(f"{type(full).__name__} has flash attention of its own, which cannot be traced.\nUse --attention sdpa or eager.")
     return full
+
+
+def stand_in_for(config: Mapping[str, Any], name: str, why: str, code_from: str | None = None) -> Model:
+    """What stands in for the description of a model that the formula does not know; why: its refusal, in a line. Raises ModelError
+    for a model that transformers cannot serve."""
+    full = whole_model(read_settings(config, code_from), Recipe(), "cuda", code_from is not None)
+    return stand_in(full, name, why)
 
 
 def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:

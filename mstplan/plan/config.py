@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from mstplan.errors import ModelError, UnreadError, did_you_mean, one_line
+from mstplan.errors import ModelError, did_you_mean, one_line
 from mstplan.plan.model import NO_ADAPTERS, Attention, Block, Experts, Latent, LayerKind, Mlp, Model, Norm
 
 _LARGEST = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
@@ -538,11 +538,9 @@ class _Fields:
 def _model(f: _Fields, model_type: str) -> Model:
     family = f.family
     if not f.assumed and (uncounted := _uncounted(f)):
-        from mstplan.plan.unread import WAY_OUT
+        from mstplan.plan import unread
 
-        raise UnreadError(
-            f"{f.name}: {uncounted[0]} is set, and the formula does not count what that changes.\n{WAY_OUT}"
-        )
+        unread.refuse(f.name, f"{uncounted[0]} is set, and the formula does not count what that changes.")
     experts = _experts(f)
     kinds = _layer_kinds(f, routed=experts is not None)
     context = f.optional("max_position_embeddings")
@@ -763,9 +761,9 @@ def _refuse_layer_type(f: _Fields, kind: str) -> NoReturn:
     what = f"layer_types names {_shown(kind)}, which is no attention that mstplan can plan"
     if f.family.known:
         f.refuse(what, "It plans full_attention and sliding_attention.")
-    from mstplan.plan.unread import WAY_OUT
+    from mstplan.plan import unread
 
-    raise UnreadError(f"{f.name}: {what}.\n{WAY_OUT}")
+    unread.refuse(f.name, f"{what}.")
 
 
 def _uncounted(f: _Fields) -> list[str]:

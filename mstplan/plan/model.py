@@ -66,6 +66,14 @@ class LayerKind(NamedTuple):
     experts: bool = False  # a mixture of experts instead of the dense MLP
 
 
+class StandIn(NamedTuple):
+    """Marks a model whose sizes only stand in for those of a module that the formula does not know: a search by trace begins with
+    them, and no answer is counted from them. The first of its notes says why."""
+
+    parameters: int  # of the module
+    why: str  # the formula's refusal, in a line
+
+
 class Model(NamedTuple):
     name: str
     model_type: str
@@ -88,6 +96,7 @@ class Model(NamedTuple):
     has_sdpa: bool = True  # transformers offers attn_implementation="sdpa" for it
     hub_id: str | None = None
     notes: tuple[str, ...] = ()  # what the reader should know about how the file was read
+    stand_in: StandIn | None = None
 
     @property
     def mlp_width(self) -> int | None:

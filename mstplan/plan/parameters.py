@@ -12,7 +12,10 @@ from .tape import step_weights
 
 @lru_cache(maxsize=256)
 def parameter_count(model: Model) -> tuple[int, int]:
-    """(all parameters, those that one token uses): a routed expert counts by its share of the experts chosen."""
+    """(all parameters, those that one token uses): a routed expert counts by its share of the experts chosen. Of a module that the
+    formula does not know, all for both."""
+    if model.stand_in is not None:
+        return model.stand_in.parameters, model.stand_in.parameters
     weights = step_weights(build(model, Layout(STRATEGIES["standard"], False, False, False)))
     total = sum(weight.numel * n for weight, n in weights)
     active = sum(weight.numel * weight.active[0] // weight.active[1] * n for weight, n in weights)

@@ -7,14 +7,13 @@ listed here as one that decides no memory. Loaded for files without a row alone.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import NoReturn
 
 from ..errors import UnreadError, one_line, quoted
 
 LLAMA_LIKE = "llama-like"
-WAY_OUT = (
-    "mstplan max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]'); --assume llama-like counts "
-    "it as a Llama all the same."
-)
+ASSUME = "--assume llama-like counts it as a Llama all the same."
+WAY_OUT = f"mstplan max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]'); {ASSUME}"
 
 
 def _words(text: str) -> frozenset[str]:
@@ -82,23 +81,25 @@ def refuse_fields(name: str, fields: Collection[str]) -> None:
     if not fields:
         return
     verb = "is a field" if len(fields) == 1 else "are fields"
-    raise UnreadError(f"{name}: {listed(fields)} {verb} that mstplan does not read, so its memory cannot be counted from the file.\n{WAY_OUT}")
+    refuse(name, f"{listed(fields)} {verb} that mstplan does not read, so its memory cannot be counted from the file.")
 
 
 def refuse_family(name: str, model_type: str) -> None:
     """Refuses families of transformers that are no Llamas, and other hybrids, by name."""
     if model_type.lower() in _HYBRIDS:
-        raise UnreadError(
-            f"{name} is a state-space, recurrent or hybrid model (model_type {quoted(model_type)}), which mstplan's formula does not count.\n{WAY_OUT}"
-        )
+        refuse(name, f"mstplan's formula counts no state-space, recurrent or hybrid models (model_type {quoted(model_type)}).")
     if {model_type, model_type.lower()} & TYPES:
-        raise UnreadError(f"{name}: mstplan does not read configs of this family (model_type {quoted(model_type)}) yet.\n{WAY_OUT}")
+        refuse(name, f"mstplan does not read configs of this family (model_type {quoted(model_type)}) yet.")
 
 
 def refuse_names(name: str, model_type: str, missing: Collection[str]) -> None:
     """Refuses a file that says elsewhere what is asked for."""
     family = f"model_type {quoted(model_type)}" if model_type else "no model_type"
-    raise UnreadError(f"{name}: mstplan does not read this family's names of fields ({family}) yet: it finds no {listed(missing)}.\n{WAY_OUT}")
+    refuse(name, f"mstplan does not read this family's names of fields ({family}) yet: it finds no {listed(missing)}.")
+
+
+def refuse(name: str, reason: str) -> NoReturn:
+    raise UnreadError(name, reason, WAY_OUT)
 
 
 def listed(fields: Collection[str], most: int = 4) -> str:

@@ -35,7 +35,7 @@ def model(m: Model) -> dict[str, Any]:
     return {
         "name": m.name,
         "parameters": total,
-        "active_parameters": active,
+        "active_parameters": active if m.stand_in is None else None,
         "layers": m.layers,
         "hidden_size": m.hidden,
         "intermediate_size": m.mlp_width,
@@ -79,7 +79,7 @@ def answer(a: Answer) -> dict[str, Any]:
         "loss_chunks": p.chunks.loss,
         "chunk_tokens": {"mlp": chunk_tokens(p.seq_len, p.chunks.mlp), "loss": chunk_tokens(p.seq_len, p.chunks.loss)},
         "host_bytes": p.host_bytes,
-        "step_seconds": p.step_seconds,
+        "step_seconds": p.step_seconds or None,
         "recipe": p.recipe.model_dump(),
     }
 
@@ -191,21 +191,23 @@ def theorem_document(m: Model, c: Card, view: TheView) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def trace_document(v: View) -> dict[str, Any]:
+def trace_document(v: View, command: str = "trace", others: Sequence[View] = ()) -> dict[str, Any]:
+    """Of a trace; `others`: traces of other strategies at the same length."""
     from .trace import notes
 
     def kept(h: Held) -> dict[str, Any]:
         lost = h.out_of_memory._asdict() if h.out_of_memory is not None else None
         return {"allocated": h.allocated, "reserved": h.reserved, "retries": h.retries, "out_of_memory": lost}
 
-    formula = {i.name: i.bytes for i in v.plan.instants()}
+    formula = {i.name: i.bytes for i in v.formula}
     return document(
-        "trace", "trace", model=model(v.model), card=card(v.card), strategy=v.strategy, versions=v.versions, seq_len=v.trace.seq_len,
+        command, "trace", model=model(v.model), card=card(v.card), strategy=v.strategy, versions=v.versions, seq_len=v.trace.seq_len,
         recipe=v.trace.recipe.model_dump(), mlp_chunks=v.plan.chunks.mlp, loss_chunks=v.plan.chunks.loss, fits=v.fits,
         peak_bytes=v.trace.peak.bytes, budget_bytes=v.card.budget_bytes, instant=v.trace.peak.instant, host_bytes=v.trace.host_peak,
         instants=[{"name": p.instant, "bytes": p.bytes, "formula_bytes": formula.get(p.instant)} for p in v.trace.peaks],
         alive=[a._asdict() for a in v.trace.alive(v.trace.peak.event)],
         allocator={"expandable_segments": kept(v.expandable), "default": kept(v.usual)},
         differences=[{**row._asdict(), "difference": row.difference} for row in v.differences if row.difference],
+        strategies=[{"strategy": each.strategy, "fits": each.fits, "peak_bytes": each.trace.peak.bytes} for each in (*others, v)],
         units={"all": v.trace.units, "run": list(v.trace.kept)}, notes=[*v.model.notes, *notes(v)],
     )  # fmt: skip

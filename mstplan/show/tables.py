@@ -88,7 +88,7 @@ def _answer_cells(a: Answer, standard: int) -> list[str]:
     ratio = a.s_max / standard if standard else 0
     times = f"{ratio:.1f}" if 0 < ratio < 100 else f"{ratio:,.0f}" if ratio else "-"
     host = _short_gib(p.host_bytes) if p.host_bytes else "-"
-    seconds = format_seconds(p.step_seconds) if a.s_max else "-"
+    seconds = format_seconds(p.step_seconds) if a.s_max and p.step_seconds else "-"
     s_max = format_tokens(a.s_max) if a.s_max else "none"
     return [a.strategy, s_max, times, _short_gib(p.peak_bytes), host, seconds, p.instant]
 

@@ -17,7 +17,8 @@ from ..observe.trace import Alive, Trace
 from ..plan.hardware import Card
 from ..plan.model import Model
 from ..plan.recipe import Recipe
-from ..plan.solve import Plan, hardest
+from ..plan.solve import Answer, Plan, hardest
+from ..plan.steps import Instant
 from ..units import MIB, format_gib, format_tokens
 from . import tables
 
@@ -34,6 +35,7 @@ class View(NamedTuple):
     expandable: Held
     usual: Held  # without expandable segments
     differences: tuple[explain.Row, ...]  # at the trace's binding instant
+    formula: tuple[Instant, ...]  # the formula's; none where it does not know the model
 
     @property
     def fits(self) -> bool:
@@ -42,10 +44,11 @@ class View(NamedTuple):
 
 
 def view(model: Model, card: Card, strategy: str, trace: Trace, plan: Plan, versions: dict[str, str]) -> View:
-    at_peak = next((i.entries for i in plan.instants() if i.name == trace.peak.instant), ())
-    differences = explain.compare(at_peak, trace.alive(trace.peak.event))
+    formula = plan.instants() if model.stand_in is None else ()
+    at_peak = next((i.entries for i in formula if i.name == trace.peak.instant), ())
+    differences = explain.compare(at_peak, trace.alive(trace.peak.event)) if formula else ()
     kept = [held(trace, expandable=expandable, limit=room(card)) for expandable in (True, False)]
-    return View(model, card, strategy, trace, plan, versions, kept[0], kept[1], differences)
+    return View(model, card, strategy, trace, plan, versions, kept[0], kept[1], differences, formula)
 
 
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
@@ -60,7 +63,12 @@ def max_seq(console: Console, model: Model, card: Card, found: Sequence[Found], 
         console.print(Text(f"{best.answer.strategy} at {format_tokens(best.answer.s_max)} tokens:", "bold"))
         alive(console, best.trace)
         console.print()
-    tables.notes(console, max_seq_notes(model, card, found))
+    tables.notes(console, _below(model, max_seq_notes(model, card, found)))
+
+
+def _below(model: Model, lines: list[str]) -> list[str]:
+    """Without what the heading says of a model that the formula does not know."""
+    return lines if model.stand_in is None else [line for line in lines if line not in model.notes]
 
 
 def max_seq_notes(model: Model, card: Card, found: Sequence[Found]) -> list[str]:
@@ -72,12 +80,24 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Found]) -> list[str]
     lines = [*advice.kept_notes(model), *advice.card_notes(card), *advice.kernel_notes(model, recipe, card)]
     lines += [*advice.recipe_notes(model, recipe), _versions_note(versions())]
     if not any(answer.s_max for answer in answers):
+        if model.stand_in is not None:
+            return lines + _nothing_fits(answers)
         return lines + advice.nothing_fits_notes(answers, ways.ways_to_train([answer.plan for answer in answers]))
+    if model.stand_in is not None:
+        longest = max(answer.s_max for answer in answers)
+        what = "S_max is what the caching allocator finds room for, with expandable_segments:True."
+        return [*lines, *advice.position_notes(model, longest), what, UNMEASURED]
     lines.append(
         "S_max is what the caching allocator finds room for, with expandable_segments:True; the formula counts tensors alone and comes to "
         + ", ".join(f"{format_tokens(f.formula)} ({f.answer.strategy})" for f in found) + "."
     )  # fmt: skip
     return [*lines, UNMEASURED]
+
+
+def _nothing_fits(answers: Sequence[Answer]) -> list[str]:
+    least = min(answers, key=lambda a: a.plan.peak_bytes).plan
+    missing = format_gib(max(0, least.peak_bytes - least.budget_bytes))
+    return [f"Nothing fits: even one token needs {format_gib(least.peak_bytes)} ({least.instant}), {missing} more than the budget."]
 
 
 UNMEASURED = "attention's workspace, cuBLAS' and the allocator's rules are from PyTorch's source, not yet measured on a card."
@@ -91,26 +111,31 @@ def _ran_note(trace: Trace) -> str:
     return f"{len(trace.kept)} of {trace.units} layers were run; the others do the same as one of them."
 
 
-def report(console: Console, v: View, most: int = 14) -> None:
+def report(console: Console, v: View, others: Sequence[View] = (), most: int = 14) -> None:
+    """A trace; before it whether other strategies fit that were traced at the same length."""
     tables.heading(console, v.model, v.card, RUNG)
+    for other in others:
+        tables.fits(console, other.trace.seq_len, other.strategy, other.trace.peak.bytes, other.card.budget_bytes, other.fits)
     tables.fits(console, v.trace.seq_len, v.strategy, v.trace.peak.bytes, v.card.budget_bytes, v.fits)
-    if max(v.plan.chunks) > 1:
+    if v.plan.in_chunks:
         console.print(Text(tables.chunks(v.plan), "dim"))
     _instants(console, v)
     alive(console, v.trace, most)
-    _differences(console, v)
+    if v.formula:
+        _differences(console, v)
     console.print()
-    tables.notes(console, notes(v))
+    tables.notes(console, _below(v.model, notes(v)))
 
 
 def _instants(console: Console, v: View) -> None:
-    table = tables.new_table(("instant", "left"), ("trace GiB", "right"), ("formula", "right"), ("differs", "right"), ("", "left"))
-    formula = {i.name: i.bytes for i in v.plan.instants()}
+    beside = (("formula", "right"), ("differs", "right")) if v.formula else ()
+    table = tables.new_table(("instant", "left"), ("trace GiB", "right"), *beside, ("", "left"))
+    formula = {i.name: i.bytes for i in v.formula}
     for peak in v.trace.peaks:
         planned = formula.get(peak.instant)
-        differs = f"{planned / peak.bytes - 1:+.2%}" if planned is not None else ""
+        compared = ("-", "") if planned is None else (tables.gib(planned), f"{planned / peak.bytes - 1:+.2%}")
         binds = peak is v.trace.peak or peak.instant == v.trace.peak.instant
-        cells = (peak.instant, tables.gib(peak.bytes), tables.gib(planned) if planned is not None else "-", differs, "<- binds" if binds else "")
+        cells = (peak.instant, tables.gib(peak.bytes), *(compared if v.formula else ()), "<- binds" if binds else "")
         table.add_row(*cells, style="bold" if binds else "")
     console.print(table)
 

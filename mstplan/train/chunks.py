@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from ..errors import ModelError
+from ..errors import ModelError, UnreadError
 from ..plan.config import read_config
 from ..plan.hardware import Card, card, card_that_torch_names, host_memory
 from ..plan.recipe import Recipe
 from ..plan.solve import chunks_at
 from ..plan.steps import Chunks
+from .stand_in import stand_in
 
 _ATTENTION = {"eager": "eager", "flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attention_4": "flash"}
 
@@ -26,10 +28,11 @@ def pieces(tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
 class ChunkCounts:
     """The chunks of MLP and loss for hidden states (b, s, d). `recipe` says which of them are "auto".
 
-    Raises ModelError when the planner is needed and cannot read `config`, a transformers configuration.
+    What the planner does not read in `config`, a transformers configuration, it takes from the module, if there is one. Raises
+    ModelError when the planner is needed and cannot.
     """
 
-    def __init__(self, config: Any, recipe: Recipe):
+    def __init__(self, config: Any, recipe: Recipe, module: PreTrainedModel | None = None):
         self.recipe = recipe.changed(attention=_ATTENTION.get(getattr(config, "_attn_implementation", "sdpa"), "sdpa"))
         self.fixed: Chunks | None = None
         self._found: dict[tuple[Any, ...], Chunks] = {}
@@ -39,6 +42,9 @@ class ChunkCounts:
         try:
             self.model = read_config(config.to_dict(), type(config).__name__)
         except ModelError as e:
+            if isinstance(e, UnreadError) and module is not None:
+                self.model = stand_in(module, type(config).__name__, str(e).splitlines()[0])
+                return
             raise ModelError(f"no chunks can be recommended: {str(e).splitlines()[0]}\nGive mlp_chunks and loss_chunks.") from None
 
     def of(self, hidden: torch.Tensor) -> Chunks:

@@ -63,7 +63,7 @@ class _Minisequence:
         if hasattr(inner, "_mstplan"):
             raise ModelError(f"{type(inner).__name__} runs in mini-sequences already.\nCall minisequence.undo(model) first.")
         mlps = find_mlps(parts) if recipe.mlp_chunks != 1 else []
-        counts = ChunkCounts(inner.config, recipe)
+        counts = ChunkCounts(inner.config, recipe, inner)
         if checkpoint != "none" and not inner.supports_gradient_checkpointing:
             raise ModelError(f"{type(inner).__name__} does not support gradient checkpointing.\nSet checkpoint='none'.")
         every = segment_length(recipe, len(parts.layers))
