@@ -26,8 +26,8 @@ TraceAt = Callable[[Recipe, int, Card], Trace]
 MOST_TRACES = 40
 SHORT = 256
 """Tokens that say how large a model is for which the formula has but a stand-in."""
-NOTICEABLE, STEEPEST = 1 / 64, 64
-"""Of the card's memory: two traces that are closer tell nothing of how the need grows. And how much steeper that may be."""
+NOTICEABLE, STEEPEST = 1 / 512, 64
+"""Of the card's memory: two traces that are closer tell nothing of how the need grows. And how much steeper than told that may be."""
 
 
 class Need(NamedTuple):
@@ -117,15 +117,16 @@ def _moved(card: Card, off: int) -> Card:
 
 
 def _off(needs: Sequence[Need], room: int) -> int:
-    """How many bytes the allocator needs beyond the formula's peak where it needs all the room: as many as in the last trace, and as
-    much steeper as between the last two."""
+    """How many bytes the allocator needs beyond the formula's peak where it needs all the room: as many as in the last trace, and
+    more by the slope between it and the nearest one that is not too near."""
     last = needs[-1]
-    off = last.traced - last.formula
-    if len(needs) > 1:
-        rise, told = last.traced - needs[-2].traced, last.formula - needs[-2].formula
-        if abs(told) > room * NOTICEABLE and 1 / STEEPEST < rise / told < STEEPEST:
-            missing = room - last.traced
-            off += missing - round(missing * told / rise)
+    off, missing = last.traced - last.formula, room - last.traced
+    apart = [need for need in needs if abs(need.traced - last.traced) > room * NOTICEABLE and need.formula != last.formula]
+    if apart:
+        near = min(apart, key=lambda need: abs(need.traced - last.traced))
+        slope = (last.traced - near.traced) / (last.formula - near.formula)
+        if 1 / STEEPEST < slope < STEEPEST:
+            off += round(missing - missing / slope)
     return off
 
 
