@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mstplan import kept
 from mstplan.observe import measurement, sweep
 from mstplan.observe.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement
 from mstplan.observe.point import measure
@@ -293,7 +294,7 @@ def test_calibrated_from_measurements(run: Run, quick: list[Case], tmp_path: Pat
     run(*ASKED, "--seq-len", "64,128,192,256", "-s", "checkpoint,mst", "-o", "r.jsonl")
     said = run("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here")
     assert said.code == 0 and "checkpoint" in said.out and "wrote here/tiny.json" in said.out
-    found, _ = calibration._read(tmp_path / "here" / "tiny.json", calibration.fingerprint(calibration_model()))
+    found, _ = calibration._own(calibration_model(), kept.at(tmp_path / "here" / "tiny.json")).calibrations
     assert found.residual < 0.005 and found.provenance["rung"] == "measurement" and found.provenance["card"] == "cpu"
     told = run("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here", "--json").json
     assert told["rung"] == "measurement" and told["calibrations"][0]["strategy"] == "checkpoint"
