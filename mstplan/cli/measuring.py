@@ -212,6 +212,8 @@ def validate(asked: Asked) -> None:
         raise RecipeError("--markdown and --json exclude each other.\nLeave one of the two out.")
     now = asked.smax or asked.throughput
     idle = {**({} if now else _NOW), **(_RESULTS if now or asked.published else {}), **(_PAGE if now else {}), **(_MODEL if asked.published else {})}
+    if not now:
+        idle["assume"] = MODEL["assume"]
     if asked.smax:
         idle["seq_len"] = _NOW["seq_len"]
     if unused := given(asked, idle):

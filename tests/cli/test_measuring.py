@@ -178,7 +178,7 @@ BAD = [
     (("validate", "--results", "ok.jsonl", "--rung", "calibrated"), "calibrated has no answer for any of these 1 measurements"),
     (("validate", "--results", "notes.txt"), "notes.txt: line 1 is damaged"),
     (("calibrate", "--from", "trace", "-m", "tiny.json", "-s", ""), "unknown strategy ''"),
-    ((*ASKED, "--seq-len", "64", "-s", "mst", "--checkpoint", "2"), "Leave --strategy or those out"),
+    ((*ASKED, "--seq-len", "64", "-s", "mst", "--recipe", "mine.json"), "exclude each other"),
     (("validate", "--throughput", "-m", "tiny.json"), "--seq-len"),
     (("validate", "--mean", "lots"), "cannot read --mean 'lots'"),
     (("validate", "--rung", "guess"), "unknown rung 'guess'"),

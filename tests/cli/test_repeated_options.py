@@ -23,7 +23,8 @@ REQUIRED = {
     "measure": {"--model": "gpt2", "--seq-len": "64"}, "validate": {}, "models": {}, "gpus": {},
 }  # fmt: skip
 ADD_UP = {
-    ("max-seq", "--strategy"), ("plot", "--strategy"), ("measure", "--strategy"), ("measure", "--seq-len"), ("validate", "--strategy"),
+    ("max-seq", "--strategy"), ("plan", "--strategy"), ("trace", "--strategy"), ("plot", "--strategy"),
+    ("measure", "--strategy"), ("measure", "--seq-len"), ("validate", "--strategy"),
     ("validate", "--results"), ("validate", "--rung"), ("calibrate", "--model"), ("calibrate", "--strategy"), ("calibrate", "--results"),
 }  # fmt: skip
 
