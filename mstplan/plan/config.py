@@ -424,7 +424,7 @@ def _read_as_a_llama(f: _Fields, model_type: str) -> str:
         f.require(_REQUIRED)
         aside = f"; not read: {unread.listed(fields, 12)}" if fields else ""
         return f"{what}: counted as a Llama{head}, for --assume llama-like was given{aside}"
-    unread.refuse_family(f.name, model_type)
+    unread.refuse_family(f.name, model_type, fields)
     _refuse_other_classes(f.config, f.name)
     if fields and (missing := f.missing(_REQUIRED)):
         unread.refuse_names(f.name, model_type, missing)

@@ -264,7 +264,7 @@ def _strategy_options(recipe: Recipe) -> list[str]:
 
     if found := next((name for name in STRATEGIES if same(name, STRATEGY_FIELDS)), None):
         return ["--strategy", found]
-    counts = ["--chunks", f"{recipe.mlp_chunks},{recipe.loss_chunks}"]
+    counts = ["--chunks", ",".join(dict.fromkeys((str(recipe.mlp_chunks), str(recipe.loss_chunks))))]
     in_chunks = (name for name in STRATEGIES if STRATEGIES[name].loss == "chunked")
     if found := next((name for name in in_chunks if same(name, set(STRATEGY_FIELDS) - chunks)), None):
         return ["--strategy", found, *counts]

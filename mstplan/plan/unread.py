@@ -84,12 +84,13 @@ def refuse_fields(name: str, fields: Collection[str]) -> None:
     refuse(name, f"{listed(fields)} {verb} that mstplan does not read, so its memory cannot be counted from the file.")
 
 
-def refuse_family(name: str, model_type: str) -> None:
-    """Refuses families of transformers that are no Llamas, and other hybrids, by name."""
+def refuse_family(name: str, model_type: str, fields: Collection[str]) -> None:
+    """Refuses families of transformers that are no Llamas, and other hybrids, by name and by the fields that are not read."""
+    such = f"; it has {listed(fields)}" if fields else ""
     if model_type.lower() in _HYBRIDS:
-        refuse(name, f"mstplan's formula counts no state-space, recurrent or hybrid models (model_type {quoted(model_type)}).")
+        refuse(name, f"mstplan's formula counts no state-space, recurrent or hybrid models (model_type {quoted(model_type)}){such}.")
     if {model_type, model_type.lower()} & TYPES:
-        refuse(name, f"mstplan does not read configs of this family (model_type {quoted(model_type)}) yet.")
+        refuse(name, f"mstplan does not read configs of this family yet (model_type {quoted(model_type)}){such}.")
 
 
 def refuse_names(name: str, model_type: str, missing: Collection[str]) -> None:

@@ -133,7 +133,7 @@ INTERNVL = {
 
 
 def test_a_published_file_is_never_called_incomplete():
-    assert refused(OPT) == "FILE: mstplan does not read configs of this family (model_type 'opt') yet."
+    assert refused(OPT) == "FILE: mstplan does not read configs of this family yet (model_type 'opt'); it has ffn_dim."
     assert "names of fields (model_type 'chatglm') yet: it finds no num_hidden_layers, vocab_size, intermediate_size" in refused(CHATGLM)
     assert "kv_channels, no_bias, layer_norm_epsilon are fields" in refused(QWEN_1)
     with pytest.raises(ModelError, match=r"lacks vocab_size.*\nPass the complete"):
