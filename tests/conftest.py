@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
+from pathlib import Path
+
+import pytest
 
 _folder = tempfile.TemporaryDirectory(prefix="mstplan-tests-")
 os.environ["MSTPLAN_HOME"] = _folder.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+LONGEST_FIRST = (
+    "observe/test_survey.py", "plan/test_against_torch.py", "observe/test_sharding.py", "observe/test_against_cpu.py", "observe/test_rungs.py",
+    "observe/test_validate.py", "test_notebooks.py", "observe/test_extend.py", "observe/test_sweep.py", "observe/test_ranks.py", "plan/test_solve.py",
+    "cli/test_measuring.py", "plan/test_survey.py", "train/test_survey.py", "plan/test_steps.py", "plan/test_ways.py", "observe/test_point.py",
+)  # fmt: skip
+"""Files that take 20 seconds or more, of two workers that take a file each: the last one to begin must not be one of these."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    assert all(path.is_file() for path in first), "LONGEST_FIRST names a file that is not there"
+    items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
+_files: list[Path] = []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is there before a file's first test stays: the libraries, and what earlier files keep. The collector need not walk all of it
+    again, as it did each time that a trainer or a tracer called it; that took half of the time of some files."""
+    if item.path not in _files:
+        _files.append(item.path)
+        gc.collect()
+        gc.freeze()
