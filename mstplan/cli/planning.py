@@ -82,10 +82,10 @@ def _refuse_tracing(asked: Asked, way_out: str) -> None:
 
 def _max_seq_by_trace(asked: Asked, model: Model, card: Card, recipes: dict[str, Recipe]) -> None:
     from ..observe import search
-    from .tracing import tracing
+    from .tracing import told_after, tracing
 
-    with tracing(asked, model) as trace_step:
-        found = [search.longest(model, recipe, card, trace_step, name) for name, recipe in recipes.items()]
+    with told_after(model), tracing(asked) as trace_step:
+        found, model = search.longest_of(model, recipes, card, trace_step)
     best = max(found, key=lambda f: f.answer.s_max)
     if asked.json:
         from ..show import payload

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,20 +86,28 @@ def _views(asked: Asked, model: Model | None = None) -> tuple[View, list[View]]:
     """The step that is told of, traced: of several strategies the first that fits, else the nearest; and those traced before. The formula
     says which that is, where it knows the model."""
     from ..observe import cache
+    from ..observe.search import those_it_follows
     from ..show import trace as shown
 
-    model, card, found = known_or_traced(asked) if model is None else model, card_of(asked), []
+    card = card_of(asked)
+    model = known_or_traced(asked) if model is None else model
     plans = plans_of(asked, model, card)
-    with tracing(asked, model) as trace_step:
-        for name in plans if model.stand_in is not None else [simplest(plans)]:
-            step = plans[name].exactly()
-            fixed = step.recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
-            traced = trace_step(fixed, step.recipe.padded(step.seq_len), card)
-            found.append(shown.view(model, card, name, traced, step, cache.versions()))
-            if found[-1].fits:
+
+    def view(name: str) -> View:
+        step = plans[name].exactly()
+        fixed = step.recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
+        return shown.view(model, card, name, trace_step(fixed, step.recipe.padded(step.seq_len), card), step, cache.versions())
+
+    found: list[View] = []
+    left_out: list[str] = []
+    with told_after(model), tracing(asked) as trace_step:
+        for one in those_it_follows(plans if model.stand_in is not None else [simplest(plans)], view, left_out):
+            found.append(one)
+            if one.fits:
                 break
-    told = min(found, key=lambda view: (not view.fits, view.trace.peak.bytes))
-    return told, [view for view in found if view is not told]
+    told = min(found, key=lambda each: (not each.fits, each.trace.peak.bytes))
+    others = [each for each in found if each is not told]
+    return told._replace(model=model._replace(notes=(*model.notes, *left_out))), others
 
 
 def _tell(asked: Asked, command: str, view: View, others: Sequence[View] = ()) -> None:
@@ -140,22 +148,26 @@ def stand_in(asked: Asked, unread: UnreadError) -> Model:
     from ..show.trace import status
 
     name, hub_id = named(asked.model)
-    with status(), _told_after(name, unread.reason):
+    with status(), _said_first(f"{name}: {unread.reason}"):
         from ..observe.tracer import stand_in_for
 
         return stand_in_for(load_config(asked.model), name, unread.reason, _code_from(asked))._replace(hub_id=hub_id)
 
 
-@contextmanager
-def _told_after(name: str, reason: str) -> Iterator[None]:
+def told_after(model: Model) -> AbstractContextManager[None]:
     """Where the trace fails as well, say first why it was asked."""
+    return nullcontext() if model.stand_in is None else _said_first(f"{model.name}: {model.stand_in.why}")
+
+
+@contextmanager
+def _said_first(why: str) -> Iterator[None]:
     from ..errors import ModelError
     from ..plan.unread import ASSUME
 
     try:
         yield
     except ModelError as e:
-        raise ModelError(f"{name}: {reason}\nNor is it traced: {' '.join(str(e).splitlines())} {ASSUME}") from None
+        raise ModelError(f"{why}\nNor is it traced: {' '.join(str(e).splitlines())} {ASSUME}") from None
 
 
 def _code_from(asked: Asked) -> str | None:
@@ -163,20 +175,18 @@ def _code_from(asked: Asked) -> str | None:
 
 
 @contextmanager
-def tracing(asked: Asked, model: Model) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
+def tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
     """A function that traces a step of the model, with a word on the terminal while it does."""
     from ..observe import cache
     from ..plan.catalog import load_config
 
-    config, stands_in = load_config(asked.model), model.stand_in
+    config = load_config(asked.model)
     cache.versions()  # no torch: said before anything else
 
     def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
         waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")
         workspace = card.gpu.workspaces_bytes
-        kept = not asked.no_cache
-        with _told_after(model.name, stands_in.why) if stands_in is not None else nullcontext():
-            return cache.trace_of(config, recipe, seq_len, workspace=workspace, keep=kept, code_from=_code_from(asked))
+        return cache.trace_of(config, recipe, seq_len, workspace=workspace, keep=not asked.no_cache, code_from=_code_from(asked))
 
     from ..show.trace import recipe_words, status
 

@@ -2,14 +2,16 @@
 
 The formula points the way: what the allocator needs at a length differs from the formula's peak by nearly the same bytes at the
 lengths around, so the length at which the formula, corrected by that, fills the card is tried next. Two traces tell also how much
-steeper than the formula the allocator's need grows, and that corrects it where a formula only stands in for a model that it does
-not know. It ends with two traces: of a length that runs, and of one token more, which does not.
+steeper than the formula the allocator's need grows, and that corrects it where the formula has but a stand-in for a model that it
+does not know; while such a search is far off, every other length halves what is not known yet. It ends with two traces: of a length that
+runs, and of one token more, which does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import isqrt
+from typing import NamedTuple, TypeVar
 
 from ..errors import ModelError
 from ..plan import solve
@@ -22,12 +24,14 @@ from ..units import LONGEST
 from .card import needed, room, runs
 from .trace import Trace
 
+T = TypeVar("T")
 TraceAt = Callable[[Recipe, int, Card], Trace]
 MOST_TRACES = 40
 SHORT = 256
 """Tokens that say how large a model is for which the formula has but a stand-in."""
-NOTICEABLE, STEEPEST = 1 / 512, 64
-"""Of the card's memory: two traces that are closer tell nothing of how the need grows. And how much steeper than told that may be."""
+FAR, NOTICEABLE = 1 / 64, 1 / 512
+"""Shares of the card's memory: what a trace is off where the search still looks for the region, and the least by which two traces
+differ that tell how the need grows."""
 
 
 class Need(NamedTuple):
@@ -45,6 +49,31 @@ class Found(NamedTuple):
     trace: Trace
     traces: int  # how many it took
     formula: int  # the formula's S_max
+    at_the_end: bool = False  # of what the model's own code can run: one token more fails, however much memory there is
+
+
+def longest_of(model: Model, recipes: Mapping[str, Recipe], card: Card, trace_at: TraceAt) -> tuple[list[Found], Model]:
+    """`longest` of each recipe; and the model, with a note on each of several that its code cannot follow."""
+    left_out: list[str] = []
+    found = [*those_it_follows(recipes, lambda name: longest(model, recipes[name], card, trace_at, name), left_out)]
+    return found, model._replace(notes=(*model.notes, *left_out))
+
+
+def those_it_follows(names: Iterable[str], of: Callable[[str], T], left_out: list[str]) -> Iterator[T]:
+    """What `of` gives for each of these recipes; left_out: takes a note on each that the model's code cannot follow. Raises the first's
+    ModelError when it follows none."""
+    found, failed = 0, []
+    for name in names:
+        try:
+            one = of(name)
+        except ModelError as e:
+            failed.append(e)
+            left_out.append(f"{name} is left out: {str(e).splitlines()[0]}")
+            continue
+        found += 1
+        yield one
+    if failed and not found:
+        raise failed[0]
 
 
 def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strategy: str) -> Found:
@@ -64,36 +93,52 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
         return [trace(tokens) for tokens in solve.hardest(model, recipe, seq_len)]
 
     def fits(seq_len: int) -> bool:
-        """Does it, and every shorter length? Beyond its positions the code of some models fails."""
+        """Does it, and every shorter length? Beyond its positions the code of some models fails; a stand-in may not know them."""
         try:
             traces = hardest(seq_len)
         except ModelError:
-            if model.context is None or seq_len <= model.context:
+            if seq_len <= (model.context or SHORT):
                 raise
             return False
         return all((card.host_bytes is None or each.host_peak <= card.host_bytes) and runs(each, card) for each in traces)
 
     needs: list[Need] = []
-    low, high, guess, step = 0, LONGEST, max(1, start.s_max), 1  # the longest known to run, the shortest known not to
+    low, high, guess, step, far = 0, LONGEST, max(1, start.s_max), 1, 0  # the longest known to run, the shortest known not to
     while high - low > 1 and len(seen) < MOST_TRACES:
         if fits(guess):
             low = guess
         else:
             high = guess
         if recipe.padded(guess) not in seen:
-            guess = max(low + 1, min(model.context or 1, high - 1))
+            guess = model.context if model.context is not None and low < model.context < high else _between(max(low, SHORT), high)
             continue
         needs.append(Need(needed(trace(guess)), _formula(model, recipe, card, chunks, guess)))
-        corrected = solve.longest(model, recipe, _moved(card, _off(needs, room(card))), chunks)
-        if low < corrected < high and corrected != guess:
+        if model.stand_in is None:
+            off = needs[-1].traced - needs[-1].formula
+        else:
+            off, far = _off(needs, room(card)), far + 1 if abs(needs[-1].traced - room(card)) > room(card) * FAR else 0
+        corrected = solve.longest(model, recipe, _moved(card, off), chunks)
+        if card.host_bytes is not None and (there := trace(guess).host_peak):  # as good as proportional to the length
+            corrected = min(corrected, guess * card.host_bytes // there)
+        if low < corrected < high and corrected != guess and (far < 2 or far % 2 or high == LONGEST):
             guess = corrected
-        elif low and high < LONGEST and 2 * step >= high - low:
-            guess = (low + high) // 2
+        elif far or (low and high < LONGEST and 2 * step >= high - low):
+            guess = _between(low, high)
         else:  # close by: feel the way in growing steps
             guess, step = (min(low + step, high - 1), 2 * step) if guess == low else (max(high - step, low + 1), 2 * step)
     plan = solve.plan_at(model, recipe, card, max(1, low), chunks)
     largest = max(hardest(max(1, low)), key=lambda each: each.peak.bytes)
-    return Found(Answer(strategy, low, _as_traced(plan, largest)), largest, len(seen), start.s_max)
+    at_the_end = high == low + 1 and recipe.padded(high) not in seen
+    answer = Answer(strategy, low, _as_traced(plan, largest))
+    return Found(answer, largest, len(seen) + (model.stand_in is not None), start.s_max, at_the_end)
+
+
+def _between(low: int, high: int) -> int:
+    """A length that halves what is not known yet: the geometric mean while that is orders of magnitude."""
+    if high == LONGEST:
+        return 4 * max(1, low)
+    middle = isqrt(low * high) if high > 2 * low > 0 else (low + high) // 2 if low else isqrt(high)
+    return min(max(middle, low + 1), high - 1)
 
 
 def _in(recipe: Recipe, chunks: Chunks) -> Recipe:
@@ -125,7 +170,7 @@ def _off(needs: Sequence[Need], room: int) -> int:
     if apart:
         near = min(apart, key=lambda need: abs(need.traced - last.traced))
         slope = (last.traced - near.traced) / (last.formula - near.formula)
-        if 1 / STEEPEST < slope < STEEPEST:
+        if slope > 0:
             off += round(missing - missing / slope)
     return off
 

@@ -47,7 +47,7 @@ def card_notes(on: Card) -> list[str]:
 
 def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     notes = []
-    if recipe.attention == "sdpa" and not model.has_sdpa:
+    if recipe.attention == "sdpa" and not model.has_sdpa and model.stand_in is None:
         how = "eager" if recipe.precision == "fp32" else "flash_attention_2"
         notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{how}'.")
     windows = any(kind.window is not None for kind in model.layer_kinds)

@@ -63,12 +63,7 @@ def max_seq(console: Console, model: Model, card: Card, found: Sequence[Found], 
         console.print(Text(f"{best.answer.strategy} at {format_tokens(best.answer.s_max)} tokens:", "bold"))
         alive(console, best.trace)
         console.print()
-    tables.notes(console, _below(model, max_seq_notes(model, card, found)))
-
-
-def _below(model: Model, lines: list[str]) -> list[str]:
-    """Without what the heading says of a model that the formula does not know."""
-    return lines if model.stand_in is None else [line for line in lines if line not in model.notes]
+    tables.notes(console, max_seq_notes(model, card, found))
 
 
 def max_seq_notes(model: Model, card: Card, found: Sequence[Found]) -> list[str]:
@@ -83,6 +78,8 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Found]) -> list[str]
         if model.stand_in is not None:
             return lines + _nothing_fits(answers)
         return lines + advice.nothing_fits_notes(answers, ways.ways_to_train([answer.plan for answer in answers]))
+    if ends := [f.answer.strategy for f in found if f.at_the_end]:
+        lines.append(f"{', '.join(ends)}: S_max is the longest that the model's own code runs; there would be memory for more.")
     if model.stand_in is not None:
         longest = max(answer.s_max for answer in answers)
         what = "S_max is what the caching allocator finds room for, with expandable_segments:True."
@@ -124,7 +121,7 @@ def report(console: Console, v: View, others: Sequence[View] = (), most: int = 1
     if v.formula:
         _differences(console, v)
     console.print()
-    tables.notes(console, _below(v.model, notes(v)))
+    tables.notes(console, notes(v))
 
 
 def _instants(console: Console, v: View) -> None:

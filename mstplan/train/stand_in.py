@@ -14,6 +14,7 @@ from ..errors import ModelError
 from ..plan.model import Attention, Experts, LayerKind, Mlp, Model, StandIn
 from .finding import Parts, find_mlps, find_parts
 
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "top_k")
 
 
@@ -35,7 +36,7 @@ def stand_in(model: PreTrainedModel, name: str, why: str) -> Model:
         model_type=str(settings.model_type),
         hidden=hidden,
         vocab=head.shape[0],
-        context=_number(settings, "max_position_embeddings"),
+        context=_first_number(settings, _POSITIONS),
         layer_kinds=tuple(LayerKind(None, layer in routed) for layer in parts.layers),
         attention=attention,
         mlp=None if mlp is None and experts is not None and len(routed) == len(parts.layers) else mlp or Mlp(4 * hidden, "silu"),
