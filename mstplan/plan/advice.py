@@ -149,6 +149,9 @@ def position_notes(model: Model, seq_len: int) -> list[str]:
     return [f"{model.name} was made for {format_tokens(model.context)} positions: longer sequences need {more}."]
 
 
+NOTHING_TRIED = "Nothing that is tried (checkpointing, chunks, batch 1, bf16, Adafactor, 8-bit AdamW, the optimizer in backward, host memory)"
+
+
 def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way]) -> list[str]:
     """When no strategy holds even one token: what is missing, and where it would be enough."""
     p = nearest([answer.plan for answer in found])
@@ -156,7 +159,7 @@ def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way]) -> list[s
     if not to_fit:
         bigger = smallest_gpu(p)
         more = f" The smallest card that holds it: {bigger.name}." if bigger else " No single card holds it."
-        lines.append("No change to the recipe makes it fit on this card." + more)
+        lines.append(f"{NOTHING_TRIED} makes it fit on this card." + more)
     return lines
 
 

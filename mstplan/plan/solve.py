@@ -69,6 +69,12 @@ class Plan(NamedTuple):
         return self.recipe.loss == "chunked" or self.recipe.mlp_chunks != 1
 
     @property
+    def chunk_tokens(self) -> Chunks:
+        """Tokens of a sequence, as it is run, in a chunk of the MLP and of the loss."""
+        run = self.recipe.padded(self.seq_len)
+        return Chunks(chunk_tokens(run, self.chunks.mlp), chunk_tokens(run, self.chunks.loss))
+
+    @property
     def fits(self) -> bool:
         """On the card, and in host memory where that is known."""
         return self.peak_bytes <= self.budget_bytes and self.fits_host
@@ -305,7 +311,7 @@ def recommend(model: Model, recipe: Recipe, card: Card) -> Chunks:
     if not compute_bound(limit):
         limit = fixed_chunks(recipe)
     for _ in range(8):
-        tokens = reach(limit) * recipe.batch
+        tokens = max(reach(limit), recipe.padded(1)) * recipe.batch  # no batch is shorter than what it is padded to
         wider = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
         if wider == limit or reach(wider) < reach(limit):
             break
@@ -355,7 +361,7 @@ def recommend_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chun
         return peak_up_to(model, recipe, card, seq_len, chunks).bytes
 
     least = smallest_chunks_tokens(model, card.gpu)
-    tokens = seq_len * recipe.batch
+    tokens = recipe.padded(seq_len) * recipe.batch
     limit = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
     enough = min(peak(limit), peak(fixed_chunks(recipe))) * (1 + GAIN)
     return _fewest(recipe, limit, lambda chunks: peak(chunks) <= enough)
@@ -381,12 +387,14 @@ def peak_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: C
 
 
 def hardest(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:
-    """Lengths of which one needs more than every other up to `seq_len`: that one as it is run, and the nearest shorter one whose mask
-    has to be padded where this one's has not, or the other way round."""
-    run, window = recipe.padded(seq_len), window_of(model, recipe)
-    shorter = (run - n * recipe.pad_to for n in range(1, BIAS_ROWS + 1))
-    others = (n for n in shorter if window is not None and n >= window and (n % BIAS_ROWS != 0) != (run % BIAS_ROWS != 0))
-    return (run, *islice(others, 1))
+    """Lengths of which one needs more than every other up to `seq_len`: that one as it is run; beyond a window, the nearest shorter one
+    whose mask has to be padded where this one's has not, or the other way round, and the longest that needs no mask."""
+    run, window, every = recipe.padded(seq_len), window_of(model, recipe), recipe.pad_to
+    if window is None or run < window:
+        return (run,)
+    others = (n for n in range(run - every, max(window, run - BIAS_ROWS * every) - 1, -every) if (n % BIAS_ROWS != 0) != (run % BIAS_ROWS != 0))
+    plain = (window - 1) // every * every
+    return (run, *islice(others, 1), *([plain] if plain else []))
 
 
 def chunks_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:

@@ -80,8 +80,8 @@ def _tokens(start: Plan) -> tuple[Lever, ...]:
     return (
         (attention,),
         (Change("fused AdamW", "", 0, {"adamw_kernel": "fused"}),),
-        (Change("the loss in chunks", "", 1, {"loss": "chunked", "loss_chunks": "auto"}),),
-        (Change("the MLP in chunks", _MLP_AGAIN, 2, {"mlp_chunks": "auto", "mlp_recompute": True}),),
+        (Change("the loss in chunks", "", 0, {"loss": "chunked", "loss_chunks": "auto"}),),
+        (Change("the MLP in chunks", _MLP_AGAIN, 2 if recipe.checkpoint == "none" else 0, {"mlp_chunks": "auto", "mlp_recompute": True}),),
         (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **more}),),
         (Change("checkpoint every layer", "time: a second forward pass", 3, {"checkpoint": "layer"}),),
         (*back, Change("layer inputs on the host", "CPU RAM", 3, {"offload_layer_inputs": True})),
@@ -119,7 +119,7 @@ def ways_to_train(starts: Sequence[Plan]) -> tuple[Way, ...]:
 
 def furthest(start: Plan) -> Way | None:
     """The longest sequence that changes reach, where the step's own length is beyond all of them; None where nothing fits at all."""
-    most = [(*states, *_all_that_apply(start, states)) for states in _choices(start.recipe, _states(start))]
+    most = [changes for states in _choices(start.recipe, _states(start)) for changes in _everything(start, states)]
     found = [way for changes in most if (way := _reach(start, changes)) is not None and way.s_max]
     if not found:
         return None
@@ -143,7 +143,7 @@ def _sets(start: Plan) -> Iterator[tuple[Change, ...]]:
     step with all else that saves memory."""
     found = []
     for states in _choices(start.recipe, _states(start)):
-        if _seems_to_fit(start, (*states, *_all_that_apply(start, states))) or _seems_to_fit(start, states):
+        if any(_seems_to_fit(start, changes) for changes in (*_everything(start, states), states)):
             found += [(*states, *tokens) for tokens in _choices(start.recipe, _tokens(start))]
     return iter(sorted(filter(None, found), key=lambda changes: (_cost(changes), len(changes))))
 
@@ -158,14 +158,17 @@ def _alters(recipe: Recipe, change: Change) -> bool:
     return any(getattr(recipe, field) != value for field, value in change.fields.items())
 
 
-def _all_that_apply(start: Plan, states: tuple[Change, ...]) -> tuple[Change, ...]:
-    """Everything that shortens what grows with the sequence, beside changes of the states."""
-    taken: tuple[Change, ...] = ()
+def _everything(start: Plan, states: tuple[Change, ...]) -> Iterator[tuple[Change, ...]]:
+    """Changes of the states with all that shortens what grows with the sequence; and without what needs host memory, which may be short."""
+    taken: tuple[Change, ...] = states
     for lever in _tokens(start):
         change = next((each for each in lever if _alters(start.recipe, each)), None)
-        if change is not None and _changed(start.recipe, (*states, *taken, change)) is not None:
+        if change is not None and _changed(start.recipe, (*taken, change)) is not None:
             taken = (*taken, change)
-    return taken
+    yield taken
+    on_card = tuple(change for change in taken if not change.fields.get("offload_layer_inputs"))
+    if on_card != taken:
+        yield on_card
 
 
 def _changed(recipe: Recipe, changes: Iterable[Change]) -> Recipe | None:

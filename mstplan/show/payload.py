@@ -12,7 +12,7 @@ from ..plan.model import Model
 from ..plan.parameters import parameter_count
 from ..plan.recipe import options_of
 from ..plan.shapes import Shape
-from ..plan.solve import Answer, Plan, chunk_tokens
+from ..plan.solve import Answer, Plan
 from ..plan.steps import Entry, Instant
 from ..plan.theorem import Coefficients, Row
 from ..plan.theorem import View as TheView
@@ -77,7 +77,7 @@ def answer(a: Answer) -> dict[str, Any]:
         "calibration": calibrated(p.calibration),
         "mlp_chunks": p.chunks.mlp,
         "loss_chunks": p.chunks.loss,
-        "chunk_tokens": {"mlp": chunk_tokens(p.seq_len, p.chunks.mlp), "loss": chunk_tokens(p.seq_len, p.chunks.loss)},
+        "chunk_tokens": p.chunk_tokens._asdict(),
         "host_bytes": p.host_bytes,
         "step_seconds": p.step_seconds or None,
         "recipe": p.recipe.model_dump(),

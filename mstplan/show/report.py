@@ -58,7 +58,7 @@ def plan(console: Console, plans: Mapping[str, Plan], reaches: Mapping[str, int]
     if not step.fits:
         console.print()
         tables.ways(console, f"Ways to fit {format_tokens(step.seq_len)} tokens on {step.card.label}, cheapest first", to_fit)
-        tables.ways(console, "No change to the recipe makes this length fit on this card. The longest they reach", [beyond] if beyond is not None else [])
+        tables.ways(console, "No change that is tried makes this length fit on this card. The longest they reach", [beyond] if beyond is not None else [])
         for line in fallback_notes(step, reaches[name], to_fit, beyond):
             console.print(Text(line))
     console.print()
@@ -79,7 +79,7 @@ def fallback_notes(step: Plan, reaches: int, to_fit: Sequence[Way], beyond: Way 
     """How far the recipe reaches as it is, how far changes would take it, and the card that holds the length."""
     lines = []
     if not to_fit and beyond is None:
-        lines.append("No change to the recipe makes any length fit on this card.")
+        lines.append(f"{advice.NOTHING_TRIED} makes this length fit on this card.")
     lines.append(f"As it is, this recipe reaches {format_tokens(reaches)} tokens here." if reaches else "As it is, this recipe fits no length here.")
     bigger = ways.smallest_gpu(step)
     if bigger is not None:

@@ -101,8 +101,8 @@ def _short_gib(size: int) -> str:
 
 def chunks(p: Plan) -> str:
     """'M: MLP 4 x 21,134 tokens, loss 16 x 5,284 tokens'."""
-    pieces = (("MLP", p.chunks.mlp), ("loss", p.chunks.loss))
-    return "M: " + ", ".join(f"{what} {n} x {chunk_tokens(p.seq_len, n):,} tokens" for what, n in pieces)
+    pieces = zip(("MLP", "loss"), p.chunks, p.chunk_tokens, strict=True)
+    return "M: " + ", ".join(f"{what} {n} x {tokens:,} tokens" for what, n, tokens in pieces)
 
 
 def entries(console: Console, title: str, rows: Sequence[Entry], most: int = 14) -> None:

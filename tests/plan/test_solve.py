@@ -104,7 +104,8 @@ def test_a_length_fits_exactly_when_it_is_at_most_s_max(data):
         a_card = a_card._replace(host_bytes=data.draw(st.integers(0, 64 * GIB)))
     answer = max_seq(model, recipe, a_card)
     near = [answer.s_max + n for n in range(-9, 10)]
-    for seq_len in {1, 2, 3, *near, *data.draw(st.lists(st.integers(1, 1 << 20), min_size=3, max_size=3))}:
+    windows = {window + n for window in (256, 4096) for n in (-1, 0, 1)}
+    for seq_len in {1, 2, 3, *windows, *near, *data.draw(st.lists(st.integers(1, 1 << 20), min_size=3, max_size=3))}:
         if 1 <= seq_len <= LONGEST:
             assert plan_at(model, recipe, a_card, seq_len).fits == (seq_len <= answer.s_max), (seq_len, answer.s_max)
     assert answer.plan.fits == (answer.s_max > 0)
@@ -118,6 +119,24 @@ def test_longest_is_what_it_says_for_shipped_models(name):
             for chunks in (fixed_chunks(recipe), fixed_chunks(recipe, 24, 48)):
                 s_max = check_definition(model, recipe, card(gpu), chunks)
                 assert s_max == bisected(model, recipe, card(gpu), chunks)
+
+
+@pytest.mark.parametrize("pad_to", [4096, 65536, 100_000])
+@pytest.mark.parametrize("name", ["mst", "mst-offload"])
+def test_chunks_are_chosen_for_padded_batches(name, pad_to):
+    """Also where the shortest batch is padded to more than one chunk holds."""
+    model, on = load_model("llama3.1-8b"), card("h100")
+    free, padded = (max_seq(model, strategy(name, pad_to=n), on) for n in (1, pad_to))
+    assert padded.s_max == free.s_max // pad_to * pad_to
+    plan = plan_at(model, strategy(name, pad_to=pad_to), on, 100)
+    assert plan.fits == (padded.s_max > 0) and plan.chunk_tokens.loss * plan.chunks.loss >= pad_to
+
+
+def test_a_window_may_need_less_than_none():
+    """In fp32 with grouped queries sdpa writes the scores out, but with a mask it does not: lengths beyond the window follow those below."""
+    model, recipe, on = load_model("mistral-7b-v0.1"), strategy("standard", precision="fp32"), card(memory=160 * GIB)
+    s_max = max_seq(model, recipe, on).s_max
+    assert s_max < 4096 and not any(plan_at(model, recipe, on, n).fits for n in (s_max + 1, 4095, 4096, 4097, 5000))
 
 
 @quick

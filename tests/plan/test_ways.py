@@ -51,11 +51,27 @@ def test_what_is_said_to_fit_fits(name: str, seq_len: int) -> None:
 
 
 @settings(derandomize=True, deadline=None, max_examples=15)
-@given(recipes(pad_to=1), st.sampled_from([1, 2, 4, 8, 24]), st.sampled_from([512, 8192, 65536]), st.booleans())
-def test_ways_of_any_recipe(recipe: Recipe, gib: int, seq_len: int, little: bool) -> None:
-    start = plan_at(SMALL, recipe, card(memory=gib * GIB, host_memory=GIB if little else None), seq_len)
+@given(recipes(pad_to=1), st.sampled_from([1, 2, 4, 8, 24]), st.sampled_from([512, 8192, 65536]), st.sampled_from([None, 0, GIB]))
+def test_ways_of_any_recipe(recipe: Recipe, gib: int, seq_len: int, host: int | None) -> None:
+    start = plan_at(SMALL, recipe, card(memory=gib * GIB, host_memory=host), seq_len)
     if not start.fits:
-        check(start, ways_to_fit(start))
+        check(start, found := ways_to_fit(start))
+        best = furthest(start)
+        assert max((way.s_max for way in found), default=0) <= (best.s_max if best is not None else 0)
+
+
+@pytest.mark.parametrize("host", [0, GIB, None])
+def test_what_asks_nothing_of_the_host_is_found_whatever_it_holds(host: int | None) -> None:
+    start = plan_at(MODEL, strategy("standard"), card("h100", host_memory=host), 65536)
+    assert {"the loss in chunks", "checkpoint every layer"} == {change.name for change in ways_to_fit(start)[0].changes}
+    best, least = furthest(start), max_seq(MODEL, strategy("mst", optimizer="adafactor"), start.card).s_max
+    assert best is not None and best.s_max >= least
+
+
+def test_what_gives_up_nothing_comes_first() -> None:
+    start = plan_at(load_model("mistral-7b-v0.1"), strategy("checkpoint", batch=2, accumulation=8), card("h100"), 24576)
+    found = ways_to_fit(start)
+    assert found[0].gives_up == "nothing" and all(way.gives_up != "nothing" for way in found[1:])
 
 
 def test_the_simplest_change_comes_first_and_alone() -> None:
