@@ -167,7 +167,8 @@ def _said_first(why: str) -> Iterator[None]:
     try:
         yield
     except ModelError as e:
-        raise ModelError(f"{why}\nNor is it traced: {' '.join(str(e).splitlines())} {ASSUME}") from None
+        failed = " ".join(str(e).splitlines())
+        raise ModelError(f"{why}\nNor is it traced: {failed}{'' if failed.endswith('.') else '.'} {ASSUME}") from None
 
 
 def _code_from(asked: Asked) -> str | None:

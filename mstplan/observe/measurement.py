@@ -6,6 +6,7 @@ most. Several files are merged by putting one behind the other.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -256,17 +257,17 @@ class Read(NamedTuple):
 
 def read(path: Path) -> Read:
     """Raises MeasurementError for a file that is none, or all written by a newer mstplan."""
-    text = files.read_text(path, "a results file of `mstplan measure`", _LARGEST_FILE, MeasurementError)
+    data = files.read_bytes(path, "a results file of `mstplan measure`", _LARGEST_FILE, MeasurementError)
     found, newer = Read([], []), None
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         why = "is damaged"
         try:
-            data = json.loads(line)
-            schema = data.get("schema_version") if isinstance(data, dict) else None
+            told = json.loads(line.decode())
+            schema = told.get("schema_version") if isinstance(told, dict) else None
             if not isinstance(schema, int) or schema <= SCHEMA_VERSION:
-                found.measurements.append(Measurement.from_data(data))
+                found.measurements.append(Measurement.from_data(told))
                 continue
             newer = newer or f"of schema {one_line(schema, 20)}, and this mstplan reads up to {SCHEMA_VERSION}"
             why = f"is {newer}"

@@ -402,8 +402,10 @@ def read_config(config: Mapping[str, object], name: str, assume: str | None = No
     f = _Fields(config, name, known or _OTHER, assumed=assume is not None)
     if known is None:
         notes.append(_read_as_a_llama(f, model_type))
-    elif not nested:  # files leave out defaults of a part, never of the whole
-        f.require(_REQUIRED)
+    else:
+        _refuse_foreign_experts(f)
+        if not nested:  # files leave out defaults of a part, never of the whole
+            f.require(_REQUIRED)
     model = _model(f, model_type)
     return model._replace(notes=(*_quantised_notes(f), *notes, *_notes(f)))
 
@@ -411,6 +413,18 @@ def read_config(config: Mapping[str, object], name: str, assume: str | None = No
 def _check_assumption(assume: str | None) -> None:
     if assume not in (None, "llama-like"):
         raise ModelError(f"cannot assume that a model is {_shown(assume)}.\nKnown: llama-like.")
+
+
+def _refuse_foreign_experts(f: _Fields) -> None:
+    """Refuses a known family's file that tells of experts which that family has not: it is another model under its name."""
+    words = ("expert", "moe", "shared_intermediate", "block_configs")
+    of_experts = (key for key in f.config if any(word in key.lower() for word in words))
+    named = [key for key in of_experts if key not in _ALIASES["num_experts_per_tok"]]  # which says nothing alone
+    if named and not f.assumed:
+        from mstplan.plan import unread
+
+        routed = (f.family.experts.width,) if f.family.experts is not None else ()
+        unread.refuse_fields(f.name, unread.foreign_fields(f.config, named, routed))
 
 
 def _read_as_a_llama(f: _Fields, model_type: str) -> str:
@@ -456,7 +470,12 @@ class _Fields:
         return (present[0], None) if present else (wanted, self.family.defaults.get(wanted))
 
     def require(self, wanted: tuple[str, ...]) -> None:
-        if missing := self.missing(wanted):
+        if (missing := self.missing(wanted)) and self.assumed:
+            raise ModelError(
+                f"{self.name}: lacks {', '.join(missing)}, so that it cannot be counted as a Llama.\n"
+                "Leave --assume out: max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]')."
+            )
+        if missing:
             raise ModelError(
                 f"{self.name}: lacks {', '.join(missing)}, without which its memory cannot be planned.\n"
                 "Pass the complete config.json that lies beside the model's weights."

@@ -84,12 +84,19 @@ def refuse_fields(name: str, fields: Collection[str]) -> None:
     refuse(name, f"{listed(fields)} {verb} that mstplan does not read, so its memory cannot be counted from the file.")
 
 
+def foreign_fields(config: Mapping[str, object], named: Collection[str], routed: Collection[str]) -> list[str]:
+    """The fields of experts, of those `named`, that a file of a known family has, but that family not. routed: those that it reads, if it
+    has experts."""
+    known = NEUTRAL | ({*READ, *READ_BESIDE["num_experts", "num_local_experts", "n_routed_experts"], *routed} if routed else frozenset())
+    return [name for name in named if name not in known and not _is_off(name, config[name])]
+
+
 def refuse_family(name: str, model_type: str, fields: Collection[str]) -> None:
     """Refuses families of transformers that are no Llamas, and other hybrids, by name and by the fields that are not read."""
     such = f"; it has {listed(fields)}" if fields else ""
     if model_type.lower() in _HYBRIDS:
         refuse(name, f"mstplan's formula counts no state-space, recurrent or hybrid models (model_type {quoted(model_type)}){such}.")
-    if {model_type, model_type.lower()} & TYPES:
+    if {model_type, model_type.lower()} & (TYPES | _REMOTE):
         refuse(name, f"mstplan does not read configs of this family yet (model_type {quoted(model_type)}){such}.")
 
 
@@ -112,6 +119,8 @@ _HYBRIDS = _words(
     "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax nemotron_h olmo_hybrid "
     "plamo2 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv rwkv5 rwkv6 rwkv7 xlstm zamba zamba2 zaya"
 )
+_REMOTE = _words("qwen")
+"""Families with code of their own whose fields have a Llama's names, but mean something else: Qwen-1's intermediate_size is two MLPs'."""
 TYPES = _words(
     """
     EvollaModel afmoe aimv2 aimv2_text_model aimv2_vision_model align_text_model align_vision_model altclip_text_model altclip_vision_model apertus arcee

@@ -150,6 +150,8 @@ def fits(console: Console, seq_len: int, strategy: str, peak: int, budget: int, 
     """Does it fit, and by how much?"""
     word = ("fits", "bold green") if does else ("does not fit", "bold red")
     room = f"{format_gib(abs(budget - peak))} {'to spare' if budget >= peak else 'too much'}"
+    if budget >= peak and not does:
+        room += " in all, but the allocator, or host memory, has no room for it"
     console.print(
         Text.assemble(f"{format_tokens(seq_len)} tokens with {strategy}: ", word, f".  Peak {format_gib(peak)} of {format_gib(budget)}, {room}.")
     )  # fmt: skip

@@ -174,3 +174,11 @@ def test_names_of_files_are_shown_escaped(run: Run, tmp_path: Path) -> None:
     for command in (("max-seq", "--gpu", "h100"), ("calibrate", "--from", "measurements", "--results", f"{name}.jsonl")):
         fit_to_be_read(run(*command, "-m", f"{'o' * 300}/{'n' * 300}"))
         fit_to_be_read(run(*command, "-m", f"{name}/{name}"))
+
+
+@pytest.mark.parametrize("bad", [b"\xff\xfe{}", b"\x80", b'{"case": "\xc3"}', b"\x00\x01", b"\xef\xbb\xbf{}"])
+def test_bytes_that_are_no_text_stop_nothing_else(run: Run, tmp_path: Path, bad: bytes) -> None:
+    good = measurement.archive()[0].read_bytes().splitlines()[:2]
+    (tmp_path / "m.jsonl").write_bytes(b"\n".join([good[0], bad, good[1]]) + b"\n")
+    told = run("validate", "m.jsonl", "--rung", "formula", "--json").json
+    assert len(told["rows"]) == 2 and any("line 2 is damaged" in line for line in told["left_out"])

@@ -135,7 +135,7 @@ INTERNVL = {
 def test_a_published_file_is_never_called_incomplete():
     assert refused(OPT) == "FILE: mstplan does not read configs of this family yet (model_type 'opt'); it has ffn_dim."
     assert "names of fields (model_type 'chatglm') yet: it finds no num_hidden_layers, vocab_size, intermediate_size" in refused(CHATGLM)
-    assert "kv_channels, no_bias, layer_norm_epsilon are fields" in refused(QWEN_1)
+    assert "(model_type 'qwen'); it has kv_channels, no_bias, layer_norm_epsilon" in refused(QWEN_1)
     with pytest.raises(ModelError, match=r"lacks vocab_size.*\nPass the complete"):
         read_config({name: value for name, value in of("grok-9").items() if name != "vocab_size"}, "FILE")
 
@@ -161,6 +161,24 @@ def test_hybrids_are_sent_to_the_trace(model_type):
 def test_sparse_attention_is_no_hybrid():
     kinds = ["full_attention", "indexed_attention"] * 2
     assert "layer_types names 'indexed_attention'" in refused(of("grok-9", layer_types=kinds))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [("llama", {"num_experts": 8, "num_selects": 2}), ("llama", {"num_local_experts": 4}), ("mistral", {"moe": {"num_experts": 8}}),
+     ("llama", {"block_configs": [{}]}), ("mixtral", {"num_local_experts": 4, "num_shared_experts": 2, "shared_intermediate_size": 64}),
+     ("qwen3_moe", {"num_experts": 16, "shared_expert_intermediate_size": 64}), ("gemma2", {"expert_width": 3}), ("phi3", {"moe_layers": [1]})],
+)  # fmt: skip
+def test_experts_of_another_model_under_a_known_name(model_type, fields):
+    """A family's own code has no such fields: the file is somebody's own model."""
+    strange = [name for name in fields if model_type not in ("mixtral", "qwen3_moe") or "shared" in name]
+    said = refused(of(model_type, **fields))
+    assert all(name in said for name in strange if name != "num_selects")
+    read_config(of(model_type, **{**fields, **dict.fromkeys(strange)}), "FILE")  # null: not there
+
+
+def test_qwen_1_under_a_llamas_fields():
+    assert "'qwen'" in refused(of("qwen"))
 
 
 # --- --assume ---------------------------------------------------------------------------------------------------------------
