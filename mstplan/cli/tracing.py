@@ -167,8 +167,10 @@ def _said_first(why: str) -> Iterator[None]:
     try:
         yield
     except ModelError as e:
-        failed = " ".join(str(e).splitlines())
-        raise ModelError(f"{why}\nNor is it traced: {failed}{'' if failed.endswith('.') else '.'} {ASSUME}") from None
+        said, *way_out = str(e).splitlines()
+        options = [line for line in way_out if line.startswith("--")]  # the formula, which others offer, was asked before
+        full_stop = "" if said.endswith(".") else "."
+        raise ModelError(f"{why}\n{' '.join([f'Nor is it traced: {said}{full_stop}', *options, ASSUME])}") from None
 
 
 def _code_from(asked: Asked) -> str | None:

@@ -70,7 +70,6 @@ _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 # Files of several models whose text part stands in the fields themselves, or names no family of its own.
 _TEXT_TYPES = {
-    "emu3": "emu3_text_model",
     "gemma3": "gemma3_text",
     "phi4mm": "phi3",
     "qwen2_5_vl": "qwen2_5_vl_text",
@@ -359,7 +358,6 @@ _FAMILIES: Mapping[str, _Family] = {
     "ministral3": _MISTRAL._replace(
         defaults=_defaults(4096, 34, 32, 8, 131072, 14336, head_dim=128, max_position_embeddings=262144)
     ),
-    "emu3_text_model": _LLAMA._replace(defaults=_defaults(4096, 32, 32, 8, 184622, 14336, attention_dropout=0.1)),
     "granite": _LLAMA,
     "granitemoe": _LLAMA._replace(
         defaults=_defaults(4096, 32, 32, None, 32000, 11008, num_experts=8, num_experts_per_tok=2),

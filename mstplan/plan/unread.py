@@ -134,22 +134,22 @@ TYPES = _words(
     deepseek_ocr2_vision deepseek_v32 deepseek_v4 deepseek_vl deepseek_vl_hybrid deformable_detr deimv2 depth_anything depth_pro dia dia_decoder
     dia_encoder diffllama diffusion_gemma diffusion_gemma_text dinat dinov2_with_registers dinov3_convnext doge donut-swin dots1 dots3_note
     dots3_note_audio_encoder dots3_note_text dots3_note_vision_encoder dpr dpt edgetam edgetam_mask_decoder edgetam_prompt_encoder edgetam_video
-    edgetam_video_mask_decoder edgetam_video_prompt_encoder edgetam_vision_model efficientloftr embedding_gemma2 embedding_gemma2_text emu3 emu3_vqgan
-    encodec eomt eomt_dinov3 ernie4_5 ernie4_5_moe ernie4_5_vl_moe ernie4_5_vl_moe_text ernie4_5_vl_moe_vision esmc esmfold2 evolla exaone4 exaone4_5
-    exaone4_5_vision exaone_moe falcon fast_vlm fastspeech2_conformer fastspeech2_conformer_hifigan fastspeech2_conformer_with_hifigan flava
-    flava_image_codebook flava_image_model flava_multimodal_model flava_text_model flex_olmo flint florence_vision focalnet fun_asr_nano
-    fun_asr_nano_encoder fuyu gemma3 gemma3n gemma3n_audio gemma3n_text gemma3n_vision gemma4 gemma4_assistant gemma4_audio gemma4_text gemma4_unified
-    gemma4_unified_assistant gemma4_unified_audio gemma4_unified_text gemma4_unified_vision gemma4_vision git git_vision_model glm46v glm4_moe
-    glm4_moe_lite glm4v glm4v_moe glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm5_next glm5_next_text glm5_next_vision glm_image
-    glm_image_text glm_image_vision glm_image_vqmodel glm_moe_dsa glm_ocr glm_ocr_text glm_ocr_vision glmasr glmasr_encoder glmga glpn got_ocr2
-    got_ocr2_vision gpt-sw3 gpt_bigcode gpt_neo gpt_neox_japanese gptj gradium_phonon_tts granite4_vision granite4_vision_text granite_docling
-    granite_docling_text granite_docling_vision granite_speech granite_speech5_ctc granite_speech5_encoder granite_speech_encoder granite_speech_plus
-    granite_speech_plus_encoder granite_swa granitemoe_swa granitemoeshared grounding-dino groupvit_text_model groupvit_vision_model gte helium hgnet_v2
-    higgs_audio_v2 higgs_audio_v2_tokenizer hrm_text hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl hunyuan_vl_text hunyuan_vl_vision hy_v3 hy_v4 hyperclovax
-    hyperclovax_vision_v2 idefics idefics2 idefics2_perceiver idefics2_vision idefics3 idefics3_vision idefics_perciever idefics_vision imagegpt informer
-    inkling2 inkling2_text inkling2_vision inkling_audio inkling_mm_model inkling_text inkling_vision instructblip instructblip_qformer
-    instructblip_vision_model instructblipvideo instructblipvideo_qformer instructblipvideo_vision_model internvl internvl_vision jais2 janus
-    janus_vision_model janus_vqgan jetmoe jev jina_embeddings_v3 kimi_k25 kimi_k25_vision kolibri1 kosmos-2 kosmos-2.5 kosmos_2_5_text_model
+    edgetam_video_mask_decoder edgetam_video_prompt_encoder edgetam_vision_model efficientloftr embedding_gemma2 embedding_gemma2_text emu3
+    emu3_text_model emu3_vqgan encodec eomt eomt_dinov3 ernie4_5 ernie4_5_moe ernie4_5_vl_moe ernie4_5_vl_moe_text ernie4_5_vl_moe_vision esmc esmfold2
+    evolla exaone4 exaone4_5 exaone4_5_vision exaone_moe falcon fast_vlm fastspeech2_conformer fastspeech2_conformer_hifigan
+    fastspeech2_conformer_with_hifigan flava flava_image_codebook flava_image_model flava_multimodal_model flava_text_model flex_olmo flint
+    florence_vision focalnet fun_asr_nano fun_asr_nano_encoder fuyu gemma3 gemma3n gemma3n_audio gemma3n_text gemma3n_vision gemma4 gemma4_assistant
+    gemma4_audio gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_audio gemma4_unified_text gemma4_unified_vision gemma4_vision git
+    git_vision_model glm46v glm4_moe glm4_moe_lite glm4v glm4v_moe glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm5_next glm5_next_text
+    glm5_next_vision glm_image glm_image_text glm_image_vision glm_image_vqmodel glm_moe_dsa glm_ocr glm_ocr_text glm_ocr_vision glmasr glmasr_encoder
+    glmga glpn got_ocr2 got_ocr2_vision gpt-sw3 gpt_bigcode gpt_neo gpt_neox_japanese gptj gradium_phonon_tts granite4_vision granite4_vision_text
+    granite_docling granite_docling_text granite_docling_vision granite_speech granite_speech5_ctc granite_speech5_encoder granite_speech_encoder
+    granite_speech_plus granite_speech_plus_encoder granite_swa granitemoe_swa granitemoeshared grounding-dino groupvit_text_model groupvit_vision_model
+    gte helium hgnet_v2 higgs_audio_v2 higgs_audio_v2_tokenizer hrm_text hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl hunyuan_vl_text hunyuan_vl_vision
+    hy_v3 hy_v4 hyperclovax hyperclovax_vision_v2 idefics idefics2 idefics2_perceiver idefics2_vision idefics3 idefics3_vision idefics_perciever
+    idefics_vision imagegpt informer inkling2 inkling2_text inkling2_vision inkling_audio inkling_mm_model inkling_text inkling_vision instructblip
+    instructblip_qformer instructblip_vision_model instructblipvideo instructblipvideo_qformer instructblipvideo_vision_model internvl internvl_vision
+    jais2 janus janus_vision_model janus_vqgan jetmoe jev jina_embeddings_v3 kimi_k25 kimi_k25_vision kolibri1 kosmos-2 kosmos-2.5 kosmos_2_5_text_model
     kosmos_2_5_vision_model kosmos_2_text_model kosmos_2_vision_model kyutai_speech_to_text laguna lasr_ctc lasr_encoder layoutxlm lfm2_vl lfm3 lfm3_vl
     lfm3_vl_vision lightglue lighton_ocr lilt llama4 llama4_text llama4_vision_model llava llava_next llava_next_video llava_onevision longcat_flash
     lw_detr lw_detr_vit lxmert mask2former maskformer maskformer-swin mellum metaclip_2_text_model metaclip_2_vision_model mgp-str mimi mimi_decoder

@@ -110,13 +110,24 @@ def test_a_models_own_code_is_traced_when_asked(run: Run, tmp_path: Path, monkey
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
-    folder = _with_own_code(tmp_path / "own_model")
+    folder = _with_own_code(tmp_path / "traced_of_its_own")  # another name: transformers imports code of a name once
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "moe_num_experts": 3}))
     asked = ("plan", "-m", str(folder), *ON, "--seq-len", "64", "-s", "standard")
     refused = run(*asked)
     assert refused.code == 2 and "--trust-remote-code" in refused.err and not list(tmp_path.rglob("*.ran"))
     assert run(*asked, "--trust-remote-code", "--json").json["rung"] == "trace" and list(tmp_path.rglob("*.ran"))
+
+
+def test_what_no_trace_can_follow_is_not_sent_back_to_the_formula(run: Run, tmp_path: Path) -> None:
+    """Its code decides by the values of tensors."""
+    parts = {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}}
+    dbrx = {"model_type": "dbrx", "d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 99, **parts}
+    (tmp_path / "dbrx.json").write_text(json.dumps(dbrx))
+    said = run("max-seq", "-m", "dbrx.json", *ON, "-s", "standard")
+    first, second = said.err.strip().splitlines()
+    assert said.code == 2 and "(model_type 'dbrx')" in first and "needs the values of tensors" in second
+    assert "formula rung" not in second and second.endswith("--assume llama-like counts it as a Llama all the same.")
 
 
 @pytest.mark.parametrize("command", [("max-seq",), ("plan", "--seq-len", "1k")], ids=["max-seq", "plan"])

@@ -11,8 +11,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     CONFIG_MAPPING,
-    Emu3Config,
-    Emu3ForCausalLM,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -188,14 +186,13 @@ def test_what_is_read_gives_the_published_parameters(name):
 
 def class_of(config):
     """transformers' class of what a row reads; of a text part the whole's."""
-    whole = config.model_type.removesuffix("_text_model").removesuffix("_text")
+    whole = config.model_type.removesuffix("_text")
     if whole in WHOLES:
         return WHOLES[whole][1]
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 WHOLES = {
-    "emu3": (Emu3Config, Emu3ForCausalLM),
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
 }
