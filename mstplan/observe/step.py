@@ -153,10 +153,15 @@ def optimizer_of(recipe: Recipe) -> MakeOptimizer:
     return lambda weights: torch.optim.AdamW(weights, lr=1e-5, foreach=foreach, fused=recipe.adamw_kernel == "fused" or None)
 
 
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Its weights that get gradients; some families have others, such as routers' corrections."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
 def step_in_backward(model: nn.Module, make: MakeOptimizer) -> list[torch.optim.Optimizer]:
     """Step each weight as soon as its gradient is there, then let the gradient go."""
     optimizers = []
-    for weight in model.parameters():
+    for weight in trained(model):
         optimizer = make([weight])
         optimizers.append(optimizer)
 

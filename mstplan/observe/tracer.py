@@ -32,7 +32,7 @@ from .recorder import Label, Recorder, checkpoints_of
 from .recording import ATTENTION, BACKWARD, FORWARD, LOSS, MLP, NORMS, OPTIMIZER, OTHER, STATES, Recording
 from .runnable import check_runnable
 from .sharding import ranks, seen_by, shard, shard_shape
-from .step import TrainingStep, build, make_states, optimizer_of, quiet, read_settings
+from .step import TrainingStep, build, make_states, optimizer_of, quiet, read_settings, trained
 from .trace import State, Trace, Weight
 
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -62,7 +62,7 @@ def trace_settings(
     full = whole_model(settings, recipe, on, remote_code)
     layers = finding.find_parts(full).layers
     kinds, every = _kinds(full, layers), segment_length(recipe, len(layers)) or 1
-    sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in full.parameters())
+    sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in trained(full))
     update, states = _update(sizes, recipe.optimizer, recipe.adamw_kernel, recipe.optimizer_in_backward)
     weights = _weights(full, recipe)
     reach = 2 if recipe.offload_layer_inputs else 1  # a layer's input is let go one layer later than usual
@@ -142,7 +142,7 @@ def record(model: PreTrainedModel, recipe: Recipe, seq_len: int, starts: list[in
             checkpoints.bounds = {*starts, units}
         make_states(step.in_backward)
         if recipe.accumulation > 1:
-            for weight in model.parameters():
+            for weight in trained(model):
                 weight.grad = torch.empty_like(weight)
         recorder.were_there(_held(model, step.in_backward))
         beside = KernelBuffers(recorder) if on == "cpu" else nullcontext()

@@ -79,6 +79,15 @@ def test_experts_in_other_precisions(precision):
     assert any(made.operation == "_grouped_mm" and made.dtype == "float32" for made in traced.step.made)
 
 
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(accumulation=2), Recipe(optimizer_in_backward=True)], ids=["plain", "accumulated", "in backward"])
+def test_weights_that_are_not_trained_have_no_gradients_and_no_states(recipe):
+    """Ernie's routers have a correction that its loss does not move."""
+    traced = trace_settings(settings("Ernie4_5_MoeForCausalLM"), recipe, 16)
+    frozen = [weight for weight in traced.weights if not weight.trained and "e_score_correction" in weight.name]
+    trained = sum(weight.trained for weight in traced.weights)
+    assert frozen and sum(state.name == "exp_avg" for state in traced.states) == trained
+
+
 def test_a_module_that_all_layers_share_is_of_the_layer_that_runs_it():
     traced = trace_settings(settings("OpenAIGPTLMHeadModel"), Recipe(), 13)
     assert traced.units > len(traced.kept)
