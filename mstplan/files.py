@@ -118,6 +118,8 @@ def write(path: str | os.PathLike[str], data: bytes, like: str | os.PathLike[str
 
     with refusing(path):
         target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():  # a device behind a link must not become a file
+            raise ValueError("it is not a regular file")
         _clear_parts(target.parent)
         part = target.with_name(f".mstplan-{token_hex(8)}.part")
         try:
