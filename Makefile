@@ -29,7 +29,7 @@ plan: .venv-plan/.ready  ## answer: make plan ARGS='max-seq --model NAME --gpu N
 	@.venv-plan/bin/mstplan $(ARGS)
 
 test: .venv-test/.ready  ## run the tests: make test PYTEST_ARGS='tests/plan -x'
-	.venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_ARGS)
 
 lint: .venv-test/.ready  ## ruff
 	.venv-test/bin/ruff check .

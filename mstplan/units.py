@@ -9,8 +9,8 @@ from .errors import UnitError, quoted
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 _MEMORY = {"B": 1, "KB": KIB, "KIB": KIB, "MB": MIB, "MIB": MIB, "GB": GIB, "GIB": GIB, "TB": TIB, "TIB": TIB}
 _LENGTH = {"": 1, "K": KIB, "M": MIB}
-LONGEST = 2**40
-"""Tokens beyond which a length is taken for a slip."""
+SHORTEST, LONGEST = 2, 2**40
+"""Tokens of a sequence: a single one has no next one to learn; beyond the longest, a length is taken for a slip."""
 LEAST_MEMORY, MOST_MEMORY = GIB // 4, 2**60
 """Bytes of a card below which, and from which on, an amount of memory is taken for a slip."""
 
@@ -60,8 +60,8 @@ def parse_length(text: str) -> int:
     fraction = match[2] or ""
     scale: int = 10 ** len(fraction)
     tokens, rest = divmod((_digits(match[1]) * scale + int(fraction or "0")) * _LENGTH[match[3].upper()], scale)
-    if rest or not 1 <= tokens <= LONGEST:
-        raise UnitError(f"{quoted(text)} is not a whole number of tokens between 1 and {LONGEST:,}.")
+    if rest or not SHORTEST <= tokens <= LONGEST:
+        raise UnitError(f"{quoted(text)} is not a whole number of tokens between {SHORTEST} and {LONGEST:,}.")
     return tokens
 
 

@@ -16,7 +16,7 @@ from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.solve import chunk_tokens
 from ..plan.steps import Chunks
-from ..units import LONGEST, format_gib
+from ..units import LONGEST, SHORTEST, format_gib
 from . import cache, search
 from .measurement import OK, OUT_OF_MEMORY, Case, Measurement
 from .showing import Showing, unseen
@@ -71,11 +71,11 @@ class Bench:
         return cache.trace_of(self.subject[1], recipe, seq_len, on=self.device, workspace=workspace, threads=self.known.get("threads"))
 
     def predicted(self, strategy: str, recipe: Recipe) -> Prediction:
-        """Raises MeasurementError when not even one token fits."""
+        """Raises MeasurementError when not even `SHORTEST` tokens fit."""
         found = self._searched(strategy, recipe)
         if not found.s_max:
             raise MeasurementError(
-                f"{self.model.name}, {strategy}: not even one token is predicted to fit in {format_gib(self.card.total_bytes)}.\n"
+                f"{self.model.name}, {strategy}: not even {SHORTEST} tokens are predicted to fit in {format_gib(self.card.total_bytes)}.\n"
                 "Give more memory (--gpu-mem), or measure a slice of it (--layers)."
             )
         return found
@@ -107,7 +107,7 @@ class Prediction(NamedTuple):
 
 def smax(bench: Bench, recipes: Mapping[str, Recipe], begins: Callable[[], object], tell: Tell) -> list[tuple[Limit, Prediction]]:
     """Each strategy's S_max by trace, tried from below and above, and the true one. Raises MeasurementError, before anything is
-    measured (which `begins` tells), where not even one token is predicted to fit."""
+    measured (which `begins` tells), where not even `SHORTEST` tokens are predicted to fit."""
     predictions = {strategy: bench.predicted(strategy, recipe) for strategy, recipe in recipes.items()}
     begins()
     found = []
@@ -145,7 +145,7 @@ class Limit(NamedTuple):
 
 def at(s_max: int, share: float) -> int:
     """The length to try: rounded away from S_max."""
-    return max(1, int(s_max * share)) if share < 1 else max(s_max + 1, -int(-s_max * share // 1))
+    return max(SHORTEST, int(s_max * share)) if share < 1 else max(s_max + 1, -int(-s_max * share // 1))
 
 
 def check(strategy: str, rung: str, predicted: int, measure: Measure) -> Limit:
@@ -166,19 +166,19 @@ def check(strategy: str, rung: str, predicted: int, measure: Measure) -> Limit:
     ran(at(predicted, BELOW))
     ran(at(predicted, ABOVE))
     step = max(1, predicted // 16)  # further and further away, until one runs and one does not
-    while len(points) < MOST_POINTS and fails - runs > max(1, int(runs * PRECISION)):
+    while len(points) < MOST_POINTS and fails - max(runs, SHORTEST - 1) > max(1, int(runs * PRECISION)):
         if runs and fails < LONGEST:
             ran((runs + fails) // 2)
         else:
-            ran(runs + step if runs else max(1, fails - step))
+            ran(runs + step if runs else max(SHORTEST, fails - step))
             step *= 2
     return Limit(strategy, rung, predicted, runs, fails if fails < LONGEST else None, tuple(points))
 
 
 def longest_on_cpu(limit: int, trace_at: Callable[[int], Trace], start: int = 1024) -> int:
-    """The longest sequence whose traced peak on a CPU is at most `limit` bytes; 0 when one token is more."""
-    low, high = 0, LONGEST  # the longest known to fit, the shortest known not to
-    seq_len, before = max(1, start), (1, trace_at(1).peak.bytes)
+    """The longest sequence whose traced peak on a CPU is at most `limit` bytes; 0 when that of `SHORTEST` tokens is more."""
+    low, high = SHORTEST - 1, LONGEST  # the longest known to fit, the shortest known not to
+    seq_len, before = max(SHORTEST, start), (SHORTEST, trace_at(SHORTEST).peak.bytes)
     while high - low > 1:
         peak = trace_at(seq_len).peak.bytes
         low, high = (seq_len, high) if peak <= limit else (low, seq_len)
@@ -187,7 +187,7 @@ def longest_on_cpu(limit: int, trace_at: Callable[[int], Trace], start: int = 10
         # As if peaks lay on a line; where that leads nowhere new, half the way.
         guess = seq_len + int((limit - peak) / slope) if slope > 0 else 0
         seq_len = guess if low < guess < high else min(low + 1, high - 1) if guess == low else (low + high) // 2 if high < LONGEST else 2 * seq_len
-    return low
+    return low if low >= SHORTEST else 0
 
 
 # ---- what chunks cost ---------------------------------------------------------------------------------------------------

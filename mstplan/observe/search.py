@@ -20,7 +20,7 @@ from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.solve import Answer, Peak, Plan
 from ..plan.steps import Chunks
-from ..units import LONGEST
+from ..units import LONGEST, SHORTEST
 from .card import needed, room, runs
 from .trace import Trace
 
@@ -42,8 +42,8 @@ class Need(NamedTuple):
 
 
 class Found(NamedTuple):
-    """S_max of one strategy by trace; `trace` is that of the batch up to it that needs most, or of one token when even that does not fit
-    (s_max 0)."""
+    """S_max of one strategy by trace; `trace` is that of the batch up to it that needs most, or of `SHORTEST` tokens when even those
+    do not fit (s_max 0)."""
 
     answer: Answer
     trace: Trace
@@ -103,7 +103,7 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
         return all((card.host_bytes is None or each.host_peak <= card.host_bytes) and runs(each, card) for each in traces)
 
     needs: list[Need] = []
-    low, high, guess, step, far = 0, LONGEST, max(1, start.s_max), 1, 0  # the longest known to run, the shortest known not to
+    low, high, guess, step, far = SHORTEST - 1, LONGEST, max(SHORTEST, start.s_max), 1, 0  # the longest known to run, the shortest known not to
     while high - low > 1 and len(seen) < MOST_TRACES:
         if fits(guess):
             low = guess
@@ -122,22 +122,23 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
             corrected = min(corrected, guess * card.host_bytes // there)
         if low < corrected < high and corrected != guess and (far < 2 or far % 2 or high == LONGEST):
             guess = corrected
-        elif far or (low and high < LONGEST and 2 * step >= high - low):
+        elif far or (low >= SHORTEST and high < LONGEST and 2 * step >= high - low):
             guess = _between(low, high)
         else:  # close by: feel the way in growing steps
             guess, step = (min(low + step, high - 1), 2 * step) if guess == low else (max(high - step, low + 1), 2 * step)
-    plan = solve.plan_at(model, recipe, card, max(1, low), chunks)
-    largest = max(hardest(max(1, low)), key=lambda each: each.peak.bytes)
+    shown = max(SHORTEST, low)
+    plan = solve.plan_at(model, recipe, card, shown, chunks)
+    largest = max(hardest(shown), key=lambda each: each.peak.bytes)
     at_the_end = high == low + 1 and recipe.padded(high) not in seen
-    answer = Answer(strategy, low, _as_traced(plan, largest))
+    answer = Answer(strategy, low if low >= SHORTEST else 0, _as_traced(plan, largest))
     return Found(answer, largest, len(seen) + (model.stand_in is not None), start.s_max, at_the_end)
 
 
 def _between(low: int, high: int) -> int:
     """A length that halves what is not known yet: the geometric mean while that is orders of magnitude."""
     if high == LONGEST:
-        return 4 * max(1, low)
-    middle = isqrt(low * high) if high > 2 * low > 0 else (low + high) // 2 if low else isqrt(high)
+        return 4 * low
+    middle = isqrt(low * high) if high > 2 * low else (low + high) // 2
     return min(max(middle, low + 1), high - 1)
 
 

@@ -23,7 +23,7 @@ from ..plan.config import read_config
 from ..plan.hardware import Card, card_that_torch_names
 from ..plan.model import Model
 from ..plan.recipe import Recipe
-from ..units import format_gib
+from ..units import SHORTEST, format_gib
 from .measurement import FAILED, OK, OUT_OF_MEMORY, Case, Figures, Measurement, appending, key_of, read, sliced
 from .runnable import check_runnable
 from .showing import Showing, unseen
@@ -90,15 +90,15 @@ def _refuse_fewer_tokens_than_chunks(asked: Recipe, fixed: Recipe, seq_len: int)
 
 def _refuse_hopeless(model: Model, case: Case, card: Card) -> None:
     """A step whose weights, gradients and optimizer states alone are more than the memory there is."""
-    needed = solve.plan_at(model, case.recipe, card, 1).peak_bytes
+    needed = solve.plan_at(model, case.recipe, card, SHORTEST).peak_bytes
     if needed <= card.total_bytes:
         return
-    each = (needed - solve.plan_at(model.first(1), case.recipe, card, 1).peak_bytes) / max(1, model.layers - 1)
+    each = (needed - solve.plan_at(model.first(1), case.recipe, card, SHORTEST).peak_bytes) / max(1, model.layers - 1)
     fitting = model.layers - int((needed - card.total_bytes) / max(1.0, each)) - 1
     slice_of_it = f'Measure a slice of it: --layers {fitting} ("layers": {fitting} in a suite).'
     more = "Take a smaller model" + (", or give more with --gpu-mem." if case.limit is not None else ".")
     raise MeasurementError(
-        f"{model.name}, {case.strategy}: one token takes {format_gib(needed)}, most of it weights and optimizer states; there are "
+        f"{model.name}, {case.strategy}: {SHORTEST} tokens take {format_gib(needed)}, most of it weights and optimizer states; there are "
         f"{format_gib(card.total_bytes)}.\n{slice_of_it if fitting >= 1 else more}"
     )
 

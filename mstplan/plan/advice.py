@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..units import GIB, format_gib, format_tokens
+from ..units import GIB, SHORTEST, format_gib, format_tokens
 from . import calibration, hardware
 from .cuda import BIAS_ROWS
 from .hardware import GRANULARITY, Card, same_size
@@ -96,7 +96,7 @@ def answer_notes(answer: Answer) -> list[str]:
     """Position limit passed, host memory short, padded batches, what a larger M would buy."""
     p = answer.plan
     if answer.s_max == 0:
-        return [f"{answer.strategy}: not even one token fits: {_short_of(p)}."]
+        return [f"{answer.strategy}: not even {SHORTEST} tokens fit: {_short_of(p)}."]
     notes = position_notes(p.model, answer.s_max)
     if p.card.host_bytes is not None:
         alone = longest(p.model, p.recipe, p.card, p.chunks)
@@ -153,9 +153,9 @@ NOTHING_TRIED = "Nothing that is tried (checkpointing, chunks, batch 1, bf16, Ad
 
 
 def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way]) -> list[str]:
-    """When no strategy holds even one token: what is missing, and where it would be enough."""
+    """When no strategy holds even the shortest sequence: what is missing, and where it would be enough."""
     p = nearest([answer.plan for answer in found])
-    lines = [f"Nothing fits, not even one token: {_short_of(p)}."]
+    lines = [f"Nothing fits, not even {SHORTEST} tokens: {_short_of(p)}."]
     if not to_fit:
         bigger = smallest_gpu(p)
         more = f" The smallest card that holds it: {bigger.name}." if bigger else " No single card holds it."

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
 from ..kept import Kept
-from ..units import LONGEST
+from ..units import LONGEST, SHORTEST
 from . import calibration
 from .calibration import Calibration
 from .cuda import BIAS_ROWS
@@ -104,7 +104,7 @@ class Plan(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """S_max of one strategy. `plan` is the step at S_max; at one token when even that does not fit (s_max 0)."""
+    """S_max of one strategy. `plan` is the step at S_max; at `SHORTEST` tokens when even those do not fit (s_max 0)."""
 
     strategy: str
     s_max: int
@@ -179,12 +179,12 @@ def sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
 
 
 def longest(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
-    """S_max in tokens for fixed chunks: it and every shorter length fit, and one more does not; 0 when one token does not fit."""
-    found = _up_to(model, recipe, card, chunks)
-    if found > 1 or max(chunks) == 1:
-        return found
-    alone = recipe.padded(1)  # fewer tokens than chunks are run in as many pieces as there are tokens
-    return alone if peak_up_to(model, recipe, card, 1, within(chunks, alone)).bytes <= card.budget_bytes else 0
+    """S_max in tokens for fixed chunks: it and every shorter length fit, and one more does not; 0 when not even `SHORTEST` fits."""
+    return _length(_up_to(model, recipe, card, chunks))
+
+
+def _length(tokens: int) -> int:
+    return tokens if tokens >= SHORTEST else 0
 
 
 def _up_to(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
@@ -410,8 +410,8 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
 
     Raises UnitError for a length that is none, RecipeError for chunks that are none.
     """
-    if not isinstance(seq_len, int) or isinstance(seq_len, bool) or not 1 <= seq_len <= LONGEST:
-        raise UnitError(f"seq_len must be a whole number of tokens between 1 and {LONGEST:,}, not {seq_len!r}.")
+    if not isinstance(seq_len, int) or isinstance(seq_len, bool) or not SHORTEST <= seq_len <= LONGEST:
+        raise UnitError(f"seq_len must be a whole number of tokens between {SHORTEST} and {LONGEST:,}, not {seq_len!r}.")
     if chunks is not None and not all(isinstance(m, int) and m >= 1 for m in chunks):
         raise RecipeError(f"chunks must be whole numbers from 1, not {tuple(chunks)!r}.")
     given = Chunks(*chunks) if chunks is not None else chunks_at(model, recipe, card, seq_len)
@@ -427,10 +427,10 @@ def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") 
     """The longest sequence that fits with `recipe` on `card`, and in host memory where that is known."""
     chunks = recommend(model, recipe, card)
     s_max = longest(model, recipe, card, chunks)
-    found = plan_at(model, recipe, card, max(1, s_max), chunks)
+    found = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
     if s_max and not found.fits_host:
-        s_max = min(s_max, _longest_on_host(found))
-        found = plan_at(model, recipe, card, max(1, s_max), chunks)
+        s_max = _length(min(s_max, _longest_on_host(found)))
+        found = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
     return Answer(strategy, s_max, found)
 
 

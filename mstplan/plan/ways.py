@@ -110,7 +110,7 @@ def nearest(plans: Sequence[Plan]) -> Plan:
 
 
 def ways_to_train(starts: Sequence[Plan]) -> tuple[Way, ...]:
-    """What would make a strategy fit where none holds a single token: for the nearest, with which at least `USEFUL` tokens fit, if with any."""
+    """What would make a strategy fit where none holds the shortest sequence: for the nearest, with which at least `USEFUL` tokens fit, if with any."""
     start = nearest(starts)
     useful = max(start.seq_len, min(USEFUL, start.model.context or USEFUL))
     lengths = dict.fromkeys((useful, start.seq_len))

@@ -19,7 +19,7 @@ from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.solve import Answer, Plan, hardest
 from ..plan.steps import Instant
-from ..units import MIB, format_gib, format_tokens
+from ..units import MIB, SHORTEST, format_gib, format_tokens
 from . import tables
 
 
@@ -94,7 +94,7 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Found]) -> list[str]
 def _nothing_fits(answers: Sequence[Answer]) -> list[str]:
     least = min(answers, key=lambda a: a.plan.peak_bytes).plan
     missing = format_gib(max(0, least.peak_bytes - least.budget_bytes))
-    return [f"Nothing fits: even one token needs {format_gib(least.peak_bytes)} ({least.instant}), {missing} more than the budget."]
+    return [f"Nothing fits: even {SHORTEST} tokens need {format_gib(least.peak_bytes)} ({least.instant}), {missing} more than the budget."]
 
 
 UNMEASURED = "attention's workspace, cuBLAS' and the allocator's rules are from PyTorch's source, not yet measured on a card."

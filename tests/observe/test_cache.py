@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import stat
 import subprocess
 import sys
 from importlib import metadata
@@ -146,17 +147,20 @@ def test_events_that_contradict_themselves(own_folder, events, part):
     assert cache._read(path) is None
 
 
-def test_no_pipe_and_no_bomb(made, own_folder, monkeypatch):
+def test_no_pipe_and_no_bomb(made, own_folder, tmp_path):
+    """What is no file is neither read nor replaced, above all no device behind a link. A bomb is a file."""
     kept = cache.trace_of(TINY, CHECKPOINT, 512)
     (file,) = own_folder.iterdir()
-    whole = file.read_bytes()
-    for make in (lambda: os.mkfifo(file), lambda: file.symlink_to("/dev/zero"), lambda: file.write_bytes(gzip.compress(bytes(10**7)))):
+    whole, device = file.read_bytes(), tmp_path / "device"
+    os.mkfifo(device)
+    for make in (lambda: os.mkfifo(file), lambda: file.symlink_to(device), lambda: file.write_bytes(gzip.compress(bytes(10**7)))):
         file.unlink()
         make()
         assert cache._read(file) is None
-    file.unlink()
-    os.mkfifo(file)
-    assert cache.trace_of(TINY, CHECKPOINT, 512) == kept and file.read_bytes() == whole
+        pipes = [stat.S_ISFIFO(os.stat(path).st_mode) for path in (file, device)]
+        assert cache.trace_of(TINY, CHECKPOINT, 512) == kept
+        assert pipes == [stat.S_ISFIFO(os.stat(path).st_mode) for path in (file, device)]
+    assert file.read_bytes() == whole
 
 
 def test_a_user_without_a_home(made, monkeypatch):

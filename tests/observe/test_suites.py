@@ -63,7 +63,7 @@ BAD = [
     ([{**GPT2, "layers": 99}], "case 1: --layers 99: gpt2 has 12 layers"), ([{**GPT2, "layers": 0}], "case 1: layers must be"),
     ([{**GPT2, "recipe": {"batch": "x"}}], "case 1: batch: must be"), ([{**GPT2, "recipe": {"name": 1, "self": 2}}], "case 1: a recipe has no field"),
     ([{**GPT2, "recipe": []}], "case 1: recipe must be"), ([GPT2, {"model": "gpt3", "seq_len": 8}], "case 2: unknown model 'gpt3'"),
-    ([{"model": "llama3.1-405b", "seq_len": 8}], "case 1: llama3.1-405b, standard: one token takes"),
+    ([{"model": "llama3.1-405b", "seq_len": 8}], "case 1: llama3.1-405b, standard: 2 tokens take"),
     ([{**GPT2, "recipe": {"optimizer": "adamw-8bit"}}], "case 1: the step that is run has no 8-bit optimizer"),
     ('{"cases": [{"model": "\\ud800", "seq_len": 8}]}', "is not valid JSON"), ("[" * 5000, "is not valid JSON"),
 ]  # fmt: skip

@@ -48,7 +48,7 @@ def test_points_are_every_recipe_at_every_length():
 
 
 def test_a_model_too_large_is_refused_with_the_number_and_the_slice_that_fits():
-    with pytest.raises(MeasurementError, match=r"one token takes 74\.\d+ GiB.*there are 24\.00 GiB\.\nMeasure a slice of it: --layers \d+") as refused:
+    with pytest.raises(MeasurementError, match=r"2 tokens take 74\.\d+ GiB.*there are 24\.00 GiB\.\nMeasure a slice of it: --layers \d+") as refused:
         sweep.cases("llama3.1-8b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=24 * GIB))
     fitting = int(str(refused.value).split("--layers ")[1].split()[0])
     assert sweep.cases("llama3.1-8b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=24 * GIB), layers=fitting)

@@ -24,7 +24,7 @@ from mstplan.plan.solve import (
     within,
 )
 from mstplan.plan.steps import Chunks
-from mstplan.units import GIB, LONGEST
+from mstplan.units import GIB, LONGEST, SHORTEST
 
 from .strategies import POWERS, cards, chunk_counts, models, recipes
 
@@ -46,18 +46,19 @@ def check_definition(model, recipe, a_card, chunks):
     """S_max and what is shorter fits; one more token does not."""
     s_max = longest(model, recipe, a_card, chunks)
     assert 0 <= s_max <= LONGEST
-    shorter = {*range(max(1, s_max - 17), s_max + 1), *(s_max * n // 12 for n in range(1, 12)), *range(1, min(5, s_max + 1))} - {0}
+    shorter = {*range(max(SHORTEST, s_max - 17), s_max + 1), *(s_max * n // 12 for n in range(1, 12)), *range(2, min(5, s_max + 1))} - {0, 1}
     for seq_len in sorted(shorter):
         assert peak(model, recipe, a_card, seq_len, chunks) <= a_card.budget_bytes, (seq_len, s_max)
     if s_max < LONGEST - recipe.pad_to:
-        assert a_card.budget_bytes < peak(model, recipe, a_card, s_max + 1, chunks)
+        assert a_card.budget_bytes < peak(model, recipe, a_card, max(SHORTEST, s_max + 1), chunks)
     return s_max
 
 
 def bisected(model, recipe, a_card, chunks, top=1 << 24):
     """The same by nothing but the peak at a length; `top` when even that fits. Lengths that leave the same remainder are bisected by
     themselves: explicit masks take more where their rows have to be padded."""
-    return min(_first_too_long(model, recipe, a_card, chunks, rest, top) for rest in range(BIAS_ROWS)) - 1
+    found = min(_first_too_long(model, recipe, a_card, chunks, rest, top) for rest in range(BIAS_ROWS)) - 1
+    return found if found >= SHORTEST else 0
 
 
 def _first_too_long(model, recipe, a_card, chunks, rest, top):
@@ -65,7 +66,7 @@ def _first_too_long(model, recipe, a_card, chunks, rest, top):
     while high - low > 1:
         middle = (low + high) // 2
         seq_len = middle * BIAS_ROWS + rest
-        if seq_len == 0 or peak(model, recipe, a_card, seq_len, chunks) <= a_card.budget_bytes:
+        if seq_len < SHORTEST or peak(model, recipe, a_card, seq_len, chunks) <= a_card.budget_bytes:
             low = middle
         else:
             high = middle
@@ -105,8 +106,8 @@ def test_a_length_fits_exactly_when_it_is_at_most_s_max(data):
     answer = max_seq(model, recipe, a_card)
     near = [answer.s_max + n for n in range(-9, 10)]
     windows = {window + n for window in (256, 4096) for n in (-1, 0, 1)}
-    for seq_len in {1, 2, 3, *windows, *near, *data.draw(st.lists(st.integers(1, 1 << 20), min_size=3, max_size=3))}:
-        if 1 <= seq_len <= LONGEST:
+    for seq_len in {2, 3, *windows, *near, *data.draw(st.lists(st.integers(2, 1 << 20), min_size=3, max_size=3))}:
+        if SHORTEST <= seq_len <= LONGEST:
             assert plan_at(model, recipe, a_card, seq_len).fits == (seq_len <= answer.s_max), (seq_len, answer.s_max)
     assert answer.plan.fits == (answer.s_max > 0)
 
@@ -275,9 +276,9 @@ def test_plan_agrees_with_max_seq(name, gpu, which, in_backward):
     s_max, step = max_seq(model, recipe, on).s_max, 1 if window_of(model, recipe) is None else BIAS_ROWS
     if s_max:
         assert plan_at(model, recipe, on, s_max).fits
-        assert all(plan_at(model, recipe, on, (s_max * n // 7 // step + 1) * step).fits for n in range(7))
-    assert not plan_at(model, recipe, on, s_max + 1).fits
-    assert not plan_at(model, recipe, on, s_max * 2 + 1).fits
+        assert all(plan_at(model, recipe, on, max(SHORTEST, (s_max * n // 7 // step + 1) * step)).fits for n in range(7))
+    assert not plan_at(model, recipe, on, max(SHORTEST, s_max + 1)).fits
+    assert not plan_at(model, recipe, on, s_max * 2 + SHORTEST).fits
 
 
 def test_host_memory_decides_as_well():
