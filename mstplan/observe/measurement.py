@@ -27,7 +27,7 @@ from ..errors import MeasurementError, ModelError, OutputError, one_line, quoted
 from ..plan.config import read_config
 from ..plan.model import Model
 from ..plan.recipe import Recipe
-from ..units import LEAST_MEMORY, LONGEST, MOST_MEMORY, SHORTEST
+from ..units import LEAST_MEMORY, LONGEST, MOST_MEMORY
 
 SCHEMA_VERSION = 1
 OK, OUT_OF_MEMORY, REFUSED, FAILED = "ok", "out of memory", "refused", "failed"
@@ -38,7 +38,7 @@ _BEGINNING = b'{"case":'
 
 
 Bytes = Annotated[int, Field(ge=0, le=1 << 62)]
-Tokens = Annotated[int, Field(ge=SHORTEST, le=LONGEST)]
+Tokens = Annotated[int, Field(ge=1, le=LONGEST)]  # results of before have one token, too
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
