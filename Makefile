@@ -8,7 +8,7 @@ ARGS ?= max-seq --model llama3.1-8b --gpu-mem 80GB
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := plan
-.PHONY: plan test lint types check clean help
+.PHONY: plan test lint format types check clean help
 
 # $(call environment,FOLDER,WHAT TO INSTALL,IN WORDS): a fresh virtual environment with the pinned versions.
 # What it says goes to stderr, so that `make -s plan ARGS='... --json'` leaves nothing but JSON on stdout.
@@ -31,8 +31,12 @@ plan: .venv-plan/.ready  ## answer: make plan ARGS='max-seq --model NAME --gpu N
 test: .venv-test/.ready  ## run the tests: make test PYTEST_ARGS='tests/plan -x'
 	.venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_ARGS)
 
-lint: .venv-test/.ready  ## ruff
+lint: .venv-test/.ready  ## ruff: likely mistakes, and code that is laid out otherwise than its formatter does
 	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --diff --quiet .
+
+format: .venv-test/.ready  ## lay code out
+	.venv-test/bin/ruff format .
 
 types: .venv-test/.ready  ## mypy
 	.venv-test/bin/mypy

@@ -21,9 +21,16 @@ from mstplan import profiles
 from mstplan.train import minisequence
 
 SMALL = {
-    "model_type": "llama", "hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 10, "num_attention_heads": 10,
-    "num_key_value_heads": 5, "vocab_size": 32000, "max_position_embeddings": 2**17, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 640,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2**17,
+    "tie_word_embeddings": False,
+}
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -84,7 +91,9 @@ def deepspeed_both(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
         def chunk(head: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return F.cross_entropy(head(x).float(), y, reduction="sum") / count
 
-        return tiled.apply(chunk, model.lm_head, hidden, targets, None, loss_chunks, list(model.lm_head.parameters()), "sum")
+        return tiled.apply(
+            chunk, model.lm_head, hidden, targets, None, loss_chunks, list(model.lm_head.parameters()), "sum"
+        )
 
     return loss
 
@@ -121,7 +130,9 @@ def _library(package: str, module: str) -> ModuleType:
     try:
         return import_module(module)
     except ModuleNotFoundError as e:
-        raise Absent(f"not installed: pip install {package.replace('_', '-')}" if e.name == package else f"lacks {e.name}") from None
+        raise Absent(
+            f"not installed: pip install {package.replace('_', '-')}" if e.name == package else f"lacks {e.name}"
+        ) from None
     except Exception as e:  # noqa: BLE001 - whatever another library's import raises means that it cannot run here
         raise Absent(f"{package} cannot be imported: {str(e).splitlines()[0]}") from None
 

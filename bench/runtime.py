@@ -129,7 +129,9 @@ class Training:
 
     def _held(self) -> int:
         """Bytes that live between steps."""
-        states = [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        states = [
+            value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+        ]
         storages = [t.untyped_storage() for t in (*self.model.parameters(), *self.model.buffers(), *states, self.ids)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -195,7 +197,9 @@ def measure(jobs: list[Job], rounds: int, together: bool) -> list[Row]:
     for row in ran.values() if "checkpoint" in ran else []:
         base = ran["checkpoint"]
         row.ratios = [theirs / mine for mine, theirs in zip(row.seconds, base.seconds, strict=True)]
-        if any(not abs(mine - theirs) <= 0.02 * abs(theirs) for mine, theirs in zip(row.check, base.check, strict=True)):
+        if any(
+            not abs(mine - theirs) <= 0.02 * abs(theirs) for mine, theirs in zip(row.check, base.check, strict=True)
+        ):
             row.why = f"trains something else: loss and gradient norm {row.check}, those of checkpoint {base.check}"
     return rows
 
@@ -209,7 +213,9 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def show(rows: list[Row]) -> None:
     base = next((row.allocated for row in rows if row.job.way == "checkpoint"), 0)  # bytes
     print(f"\n{rows[0].job.seq_len:,} tokens")
-    print(f"{'':20s} {'chunks':>7s} {'tokens/s (quartiles)':>29s} {'x checkpoint (quartiles)':>27s} {'peak':>10s} {'x':>5s}")
+    print(
+        f"{'':20s} {'chunks':>7s} {'tokens/s (quartiles)':>29s} {'x checkpoint (quartiles)':>27s} {'peak':>10s} {'x':>5s}"
+    )
     for row in rows:
         if row.why:
             print(f"{row.job.way:20s}         {row.why}")
@@ -250,8 +256,14 @@ def place(options: argparse.Namespace) -> dict[str, Any]:
     wanted = ("mstplan", "torch", "transformers", "deepspeed", "liger-kernel", "liger_kernel")
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     clock = "CPU time" if options.threads == 1 else "wall time"
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{cpu}, {options.threads} thread(s), {clock}"
-    return {"device": device, "rounds": options.rounds, "versions": {name: installed[name] for name in wanted if name in installed}}
+    device = (
+        torch.cuda.get_device_name() if options.device == "cuda" else f"{cpu}, {options.threads} thread(s), {clock}"
+    )
+    return {
+        "device": device,
+        "rounds": options.rounds,
+        "versions": {name: installed[name] for name in wanted if name in installed},
+    }
 
 
 def read_options() -> argparse.Namespace:
@@ -260,12 +272,21 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="timed steps of each way (default: 7)")
     parser.add_argument("--ways", default=",".join(WAYS), help="some of them (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", help="a shipped name (mstplan models), or small (default: small; on CUDA llama3.1-8b)")
+    parser.add_argument(
+        "--model", help="a shipped name (mstplan models), or small (default: small; on CUDA llama3.1-8b)"
+    )
     parser.add_argument("--layers", type=int, help="another number of layers than the model's (default on CUDA: 8)")
-    parser.add_argument("--mlp-chunks", type=int, default=4, help="of mst, mst-offload and the others (default: %(default)s)")
+    parser.add_argument(
+        "--mlp-chunks", type=int, default=4, help="of mst, mst-offload and the others (default: %(default)s)"
+    )
     parser.add_argument("--loss-chunks", type=int, default=8, help="likewise (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1; more wait for each other where other programs run)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of the CPU (default: 1; more wait for each other where other programs run)",
+    )
     parser.add_argument("--quick", action="store_true", help="2,048 tokens, four layers, four rounds, where not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     options = parser.parse_args()
@@ -294,7 +315,10 @@ def main() -> int:
         good &= options.device != "cpu" or verdict(found)
         rows += found
     if options.json:
-        options.json.write_text(json.dumps({"schema_version": 1, **here, "rows": [as_json(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps({"schema_version": 1, **here, "rows": [as_json(row) for row in rows]}, indent=1) + "\n",
+            encoding="utf-8",
+        )
     return 0 if good else 1
 
 

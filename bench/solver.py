@@ -24,7 +24,9 @@ def measure(name: str, call: Callable[[], object], runs: int) -> None:
         started = time.perf_counter()
         call()
         times.append(1000 * (time.perf_counter() - started))
-    low, middle, high = statistics.quantiles(times, n=4) if runs > 3 else (min(times), statistics.median(times), max(times))
+    low, middle, high = (
+        statistics.quantiles(times, n=4) if runs > 3 else (min(times), statistics.median(times), max(times))
+    )
     print(f"{name:58s} median {middle:9.3f} ms   quartiles {low:9.3f} to {high:9.3f}   ({runs} runs)")
 
 
@@ -42,8 +44,11 @@ def grid() -> object:
     cards = [mstplan.card(memory=(24 + n) * 2**30) for n in range(100)]
     return [
         solve.longest(MODEL, recipe.model_copy(update={"batch": batch}), on, mstplan.Chunks(2**m, 2**k))
-        for on in cards for batch in (1, 2, 4, 8) for m in range(5) for k in range(5)
-    ]  # fmt: skip
+        for on in cards
+        for batch in (1, 2, 4, 8)
+        for m in range(5)
+        for k in range(5)
+    ]
 
 
 def main() -> None:
@@ -56,7 +61,11 @@ def main() -> None:
     measure("peak at one length", lambda: solve.peak_at(MODEL, fixed, CARD, 65536, mstplan.Chunks(8, 32)), 1000)
     measure("10,000 S_max (100 cards x 4 batches x 25 chunk counts)", grid, 1)
     lengths = range(1024, 1024 + 10_000 * 64, 64)
-    measure("10,000 peaks over length", lambda: [solve.peak_at(MODEL, fixed, CARD, s, mstplan.Chunks(8, 32)) for s in lengths], 1)
+    measure(
+        "10,000 peaks over length",
+        lambda: [solve.peak_at(MODEL, fixed, CARD, s, mstplan.Chunks(8, 32)) for s in lengths],
+        1,
+    )
 
 
 if __name__ == "__main__":

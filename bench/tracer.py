@@ -105,7 +105,9 @@ def main() -> int:
     theirs = seconds(lambda: with_mem_tracker(config, recipe, seq_len), 1)
     ratio = theirs / ours
     good &= ratio >= TIMES
-    print(f"{options.model}, checkpoint, {seq_len:,} tokens: trace {ours:.2f} s, MemTracker {theirs:.1f} s: {ratio:.1f} times (claim: {TIMES})")
+    print(
+        f"{options.model}, checkpoint, {seq_len:,} tokens: trace {ours:.2f} s, MemTracker {theirs:.1f} s: {ratio:.1f} times (claim: {TIMES})"
+    )
 
     names = model_names() if options.million == "all" else options.million.split(",") if options.million else []
     slowest = sorted(at_a_million(names), reverse=True)
@@ -113,7 +115,9 @@ def main() -> int:
         print(f"  {name}, {kind}: {took:.2f} s, {ran} layers run")
     if slowest:
         good &= slowest[0][0] < SLOWEST
-        print(f"1M tokens, {len(names)} models, {len(STRATEGIES)} strategies: the slowest {slowest[0][0]:.2f} s (claim: under {SLOWEST:.0f})")
+        print(
+            f"1M tokens, {len(names)} models, {len(STRATEGIES)} strategies: the slowest {slowest[0][0]:.2f} s (claim: under {SLOWEST:.0f})"
+        )
     held = memory() - before
     good &= held < MOST
     print(f"memory beside torch and transformers: {format_gib(held)} (claim: under {format_gib(MOST)})")

@@ -58,7 +58,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
-    "errors": ("HardwareError", "InputError", "MeasurementError", "MissingError", "ModelError", "MstplanError", "OutputError", "RecipeError", "UnitError"),
+    "errors": (
+        "HardwareError",
+        "InputError",
+        "MeasurementError",
+        "MissingError",
+        "ModelError",
+        "MstplanError",
+        "OutputError",
+        "RecipeError",
+        "UnitError",
+    ),
     "plan.catalog": ("load_model", "model_names"),
     "plan.hardware": ("Card", "Gpu", "card", "find_gpu", "gpus"),
     "plan.model": ("Model",),

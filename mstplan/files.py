@@ -71,7 +71,9 @@ def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as e:
-        raise OutputError(f"cannot write {quoted(path)}: {getattr(e, 'strerror', None) or e}.\nName another file.") from None
+        raise OutputError(
+            f"cannot write {quoted(path)}: {getattr(e, 'strerror', None) or e}.\nName another file."
+        ) from None
 
 
 def check_writable(path: str | os.PathLike[str], force: bool) -> None:
@@ -83,7 +85,9 @@ def check_writable(path: str | os.PathLike[str], force: bool) -> None:
         folder = Path(os.path.realpath(path)).parent
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
-            raise OutputError(f"cannot write {name}: {quoted(folder)} {what}.\nMake that folder first, or name another.")
+            raise OutputError(
+                f"cannot write {name}: {quoted(folder)} {what}.\nMake that folder first, or name another."
+            )
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"cannot write {name}: no permission to write in {quoted(folder)}.\nName another folder.")
         if path.exists() and not path.is_file():
@@ -99,7 +103,9 @@ def check_folder(folder: Path) -> None:
         if not there.is_dir():
             raise OutputError(f"cannot write to {quoted(folder)}: {quoted(there)} is not a folder.\nName another.")
         if not os.access(there, os.W_OK | os.X_OK):
-            raise OutputError(f"cannot write to {quoted(folder)}: no permission to write in {quoted(there)}.\nName another folder.")
+            raise OutputError(
+                f"cannot write to {quoted(folder)}: no permission to write in {quoted(there)}.\nName another folder."
+            )
 
 
 def _is_there(path: Path) -> bool:
@@ -137,7 +143,11 @@ def _clear_parts(folder: Path) -> None:
     """Remove what a process left there that was killed while it wrote, which takes less than a second."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if re.fullmatch(_PART, entry.name) and entry.is_file(follow_symlinks=False) and time.time() - entry.stat().st_mtime > _LEFT_OVER:
+            if (
+                re.fullmatch(_PART, entry.name)
+                and entry.is_file(follow_symlinks=False)
+                and time.time() - entry.stat().st_mtime > _LEFT_OVER
+            ):
                 with suppress(OSError):
                     os.unlink(entry)
 

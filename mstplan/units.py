@@ -24,7 +24,9 @@ def parse_whole(text: str, name: str = "") -> int:
     """A whole number such as 1000, 1,000 or 1_000; `name` says in messages what it is. Raises UnitError."""
     match = _match(f"({_WHOLE})", text)
     if match is None:
-        raise UnitError(f"cannot read {name + ' ' if name else ''}{quoted(text)} as a whole number.\nWrite it like 32 or 1,000, with at most 18 digits.")
+        raise UnitError(
+            f"cannot read {name + ' ' if name else ''}{quoted(text)} as a whole number.\nWrite it like 32 or 1,000, with at most 18 digits."
+        )
     return _digits(match[1])
 
 
@@ -43,12 +45,16 @@ def parse_memory(text: str) -> int:
     """
     match = _match(rf"([0-9]{{1,18}}){_FRACTION}\s*([kmgt]i?b|b)", text)
     if match is None:
-        raise UnitError(f"cannot read {quoted(text)} as an amount of memory.\nWrite it like 80GB, 79.15GiB or 24576MiB.")
+        raise UnitError(
+            f"cannot read {quoted(text)} as an amount of memory.\nWrite it like 80GB, 79.15GiB or 24576MiB."
+        )
     fraction = match[2] or ""
     scale: int = 10 ** len(fraction)
     size = int(match[1] + fraction) * _MEMORY[match[3].upper()] // scale
     if size >= MOST_MEMORY:
-        raise UnitError(f"{quoted(text)} is more memory than any machine has.\nWrite it like 80GB, 79.15GiB or 24576MiB.")
+        raise UnitError(
+            f"{quoted(text)} is more memory than any machine has.\nWrite it like 80GB, 79.15GiB or 24576MiB."
+        )
     return size
 
 
@@ -56,7 +62,9 @@ def parse_length(text: str) -> int:
     """Tokens of '65536', '64k' (65,536) or '1M' (1,048,576). Raises UnitError."""
     match = _match(rf"({_WHOLE}){_FRACTION}\s*([km]?)", text)
     if match is None:
-        raise UnitError(f"cannot read {quoted(text)} as a number of tokens.\nWrite it like 65536, 64k (65,536) or 1M (1,048,576).")
+        raise UnitError(
+            f"cannot read {quoted(text)} as a number of tokens.\nWrite it like 65536, 64k (65,536) or 1M (1,048,576)."
+        )
     fraction = match[2] or ""
     scale: int = 10 ** len(fraction)
     tokens, rest = divmod((_digits(match[1]) * scale + int(fraction or "0")) * _LENGTH[match[3].upper()], scale)

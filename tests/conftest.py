@@ -15,10 +15,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 LONGEST_FIRST = (
-    "observe/test_survey.py", "plan/test_against_torch.py", "observe/test_sharding.py", "observe/test_against_cpu.py", "observe/test_rungs.py",
-    "observe/test_validate.py", "test_notebooks.py", "observe/test_extend.py", "observe/test_sweep.py", "observe/test_ranks.py", "plan/test_solve.py",
-    "cli/test_measuring.py", "plan/test_survey.py", "train/test_survey.py", "plan/test_steps.py", "plan/test_ways.py", "observe/test_point.py",
-)  # fmt: skip
+    "observe/test_survey.py",
+    "plan/test_against_torch.py",
+    "observe/test_sharding.py",
+    "observe/test_against_cpu.py",
+    "observe/test_rungs.py",
+    "observe/test_validate.py",
+    "test_notebooks.py",
+    "observe/test_extend.py",
+    "observe/test_sweep.py",
+    "observe/test_ranks.py",
+    "plan/test_solve.py",
+    "cli/test_measuring.py",
+    "plan/test_survey.py",
+    "train/test_survey.py",
+    "plan/test_steps.py",
+    "plan/test_ways.py",
+    "observe/test_point.py",
+)
 """Files that take 20 seconds or more, of two workers that take a file each: the last one to begin must not be one of these."""
 
 

@@ -11,8 +11,25 @@ from typing import Any
 Path = tuple[Any, ...]
 
 VALUES: tuple[Any, ...] = (
-    None, True, "", "x", "\x1b[31m", "9" * 400, 1.5, -1, -(10**12), 10**15, 10**30, float("nan"), float("inf"), [], [[]], {}, {"a": 1}, [None],
-)  # fmt: skip
+    None,
+    True,
+    "",
+    "x",
+    "\x1b[31m",
+    "9" * 400,
+    1.5,
+    -1,
+    -(10**12),
+    10**15,
+    10**30,
+    float("nan"),
+    float("inf"),
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    [None],
+)
 
 
 def places(value: Any, path: Path = ()) -> Iterator[Path]:

@@ -19,7 +19,13 @@ def on_two_ranks(module: str, folder: Path, timeout: float = 240) -> None:
     """Run `python -m MODULE RANK FOLDER` for ranks 0 and 1, each on one thread; fails when one of them does."""
     outputs = [(folder / f"output{rank}").open("w") for rank in range(2)]
     processes = [
-        subprocess.Popen([sys.executable, "-m", module, str(rank), str(folder)], cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(rank), str(folder)],
+            cwd=ROOT,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         for rank, output in enumerate(outputs)
     ]
     try:

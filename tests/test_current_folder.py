@@ -17,19 +17,75 @@ from .observe.tiny import TINY
 from .processes import ROOT
 
 # What Python itself imports on the way to `python -m NAME`, before anything of NAME runs, is not ours to keep away.
-BEFORE_US = {"contextlib", "types", "functools", "warnings", "collections", "keyword", "operator", "reprlib", "runpy", "pkgutil", "importlib", "abc"}
+BEFORE_US = {
+    "contextlib",
+    "types",
+    "functools",
+    "warnings",
+    "collections",
+    "keyword",
+    "operator",
+    "reprlib",
+    "runpy",
+    "pkgutil",
+    "importlib",
+    "abc",
+}
 NAMES = {
-    "__future__", "typing", "typing_extensions", "torch", "numpy", "transformers", "huggingface_hub", "typer", "click", "rich", "pydantic", "random",
-    "token", "tokenize", "sitecustomize", "usercustomize", "json", "dataclasses", "inspect", "enum", "re", "copy", "ast", "dis", "secrets", "tempfile",
-    "subprocess", "signal", "selectors", "threading", "statistics", "hashlib", "datetime", "pathlib", "platform", "ctypes", "gzip", "struct", "string",
-    "logging", "inductor", "triton", "configuration_llama", "modeling_llama", "matplotlib",
-}  # fmt: skip
+    "__future__",
+    "typing",
+    "typing_extensions",
+    "torch",
+    "numpy",
+    "transformers",
+    "huggingface_hub",
+    "typer",
+    "click",
+    "rich",
+    "pydantic",
+    "random",
+    "token",
+    "tokenize",
+    "sitecustomize",
+    "usercustomize",
+    "json",
+    "dataclasses",
+    "inspect",
+    "enum",
+    "re",
+    "copy",
+    "ast",
+    "dis",
+    "secrets",
+    "tempfile",
+    "subprocess",
+    "signal",
+    "selectors",
+    "threading",
+    "statistics",
+    "hashlib",
+    "datetime",
+    "pathlib",
+    "platform",
+    "ctypes",
+    "gzip",
+    "struct",
+    "string",
+    "logging",
+    "inductor",
+    "triton",
+    "configuration_llama",
+    "modeling_llama",
+    "matplotlib",
+}
 
 
 def shadow(folder: Path, names: set[str]) -> Path:
     """Of each name a file that tells when it is imported, and fails; and a tiny model."""
     for name in names:
-        (folder / f"{name}.py").write_text(f"open({str(folder / 'imported')!r}, 'a').write({name + ' '!r})\nraise ImportError({name!r} + ' of the folder')\n")
+        (folder / f"{name}.py").write_text(
+            f"open({str(folder / 'imported')!r}, 'a').write({name + ' '!r})\nraise ImportError({name!r} + ' of the folder')\n"
+        )
     (folder / "config.json").write_text(json.dumps({**TINY, "num_hidden_layers": 2}))
     return folder
 
@@ -40,7 +96,15 @@ def imported(folder: Path) -> str:
 
 def called(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env={**plain, **more}, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**plain, **more},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("module", ["-m mstplan", "-mmstplan", "-um mstplan"])
@@ -68,13 +132,16 @@ def test_a_process_that_measures_takes_nothing_from_the_folder(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("path", "handed_on"), [("", ""), (":", ""), (":a", "a"), ("a:", "a"), ("a::b", "a:b"), ("a:b", "a:b"), (None, None)]
-)  # fmt: skip
+    ("path", "handed_on"),
+    [("", ""), (":", ""), (":a", "a"), ("a:", "a"), ("a::b", "a:b"), ("a:b", "a:b"), (None, None)],
+)
 def test_what_is_handed_to_a_process(monkeypatch: pytest.MonkeyPatch, path: str | None, handed_on: str | None) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     if path is not None:
         monkeypatch.setenv("PYTHONPATH", path.replace(":", os.pathsep))
-    assert sweep.variables("cpu").get("PYTHONPATH") == (handed_on.replace(":", os.pathsep) if handed_on is not None else None)
+    assert sweep.variables("cpu").get("PYTHONPATH") == (
+        handed_on.replace(":", os.pathsep) if handed_on is not None else None
+    )
 
 
 def test_a_checkout_that_only_the_current_folder_leads_to(tmp_path: Path) -> None:

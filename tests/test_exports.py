@@ -28,4 +28,6 @@ def test_the_docstring_example_is_true() -> None:
 
 def test_import_alone_loads_nothing() -> None:
     code = "import sys, mstplan; print([m for m in ('torch', 'transformers', 'matplotlib', 'pydantic', 'rich') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -26,13 +26,17 @@ def mode(path: Path) -> int:
 
 
 @pytest.mark.parametrize("bits", [0o600, 0o640, 0o444, 0o755, 0o666])
-@pytest.mark.parametrize("write", [lambda path: files.write(path, b"new"), lambda path: files.replace_json(path, {"a": 1})])
+@pytest.mark.parametrize(
+    "write", [lambda path: files.write(path, b"new"), lambda path: files.replace_json(path, {"a": 1})]
+)
 def test_a_file_that_is_there_keeps_its_mode(tmp_path, bits, write):
     path = tmp_path / "file.json"
     path.write_text("old")
     path.chmod(bits)
     write(path)
-    assert path.read_text() != "old" and {mode(p) for p in tmp_path.iterdir()} == {bits}  # the one that is kept beside it, too
+    assert path.read_text() != "old" and {mode(p) for p in tmp_path.iterdir()} == {
+        bits
+    }  # the one that is kept beside it, too
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
@@ -84,7 +88,11 @@ def test_what_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
             patch.setattr(broken, _no_space)
             with pytest.raises(OutputError, match="No space") as e:
                 files.write(path, b"new")
-        assert len(str(e.value).splitlines()) == 2 and [p.name for p in tmp_path.iterdir()] == ["file.json"] and path.read_text() == "old"
+        assert (
+            len(str(e.value).splitlines()) == 2
+            and [p.name for p in tmp_path.iterdir()] == ["file.json"]
+            and path.read_text() == "old"
+        )
 
 
 def test_old_content_is_kept_beside_the_new(tmp_path):
@@ -92,15 +100,20 @@ def test_old_content_is_kept_beside_the_new(tmp_path):
     for n in (1, 2, 2, 3):
         files.replace_json(path, {"n": n})
     assert {p.name: p.read_text().strip() for p in path.parent.iterdir()} == {
-        "file.json": '{"n":3}', "file.json.1": '{"n":1}', "file.json.2": '{"n":2}',
-    }  # fmt: skip
+        "file.json": '{"n":3}',
+        "file.json.1": '{"n":1}',
+        "file.json.2": '{"n":2}',
+    }
 
 
 def _fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("make", [_fifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir(), lambda path: path.symlink_to(path)])
+@pytest.mark.parametrize(
+    "make",
+    [_fifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir(), lambda path: path.symlink_to(path)],
+)
 def test_what_is_no_file_is_not_replaced(tmp_path, make):
     make(tmp_path / "file.json")
     with pytest.raises(OutputError) as e:
@@ -116,7 +129,10 @@ def test_no_number_is_not_written(tmp_path):
 
 # ---- JSON that users write ----------------------------------------------------------------------------------------------
 
-SUITE = {"about": "a few", "cases": [{"model": "gpt2", "seq_len": ["8", "16"], "strategy": ["mst"], "layers": 2, "recipe": {"batch": 2}}]}
+SUITE = {
+    "about": "a few",
+    "cases": [{"model": "gpt2", "seq_len": ["8", "16"], "strategy": ["mst"], "layers": 2, "recipe": {"batch": 2}}],
+}
 READERS = {
     "recipe": (json.loads(STRATEGIES["mst"].model_dump_json()), Recipe.read),
     "suite": (SUITE, lambda path: suites.cases(path, card("h100"))),
@@ -129,9 +145,18 @@ def with_twice(document: object, path: tuple[object, ...], again: object) -> str
     if not path:
         return json.dumps(document)
     if isinstance(document, list):
-        return "[" + ",".join(with_twice(v, path[1:], again) if n == path[0] else json.dumps(v) for n, v in enumerate(document)) + "]"
+        return (
+            "["
+            + ",".join(
+                with_twice(v, path[1:], again) if n == path[0] else json.dumps(v) for n, v in enumerate(document)
+            )
+            + "]"
+        )
     assert isinstance(document, dict)
-    rows = [f"{json.dumps(k)}:{with_twice(v, path[1:], again) if k == path[0] else json.dumps(v)}" for k, v in document.items()]
+    rows = [
+        f"{json.dumps(k)}:{with_twice(v, path[1:], again) if k == path[0] else json.dumps(v)}"
+        for k, v in document.items()
+    ]
     return "{" + ",".join([*rows, *([f"{json.dumps(path[0])}:{json.dumps(again)}"] if len(path) == 1 else [])]) + "}"
 
 

@@ -1,6 +1,6 @@
 """The notebooks run without an error, and what they show is what they say now.
 
-    python -m tests.test_notebooks        runs them all and writes their outputs
+python -m tests.test_notebooks        runs them all and writes their outputs
 """
 
 from __future__ import annotations
@@ -28,10 +28,15 @@ SECONDS = 300
 def executed(notebook: NotebookNode, folder: Path) -> NotebookNode:
     """A copy with the outputs of a run in that folder, in which everything lies that the run leaves. Raises CellExecutionError."""
     found = nbformat.from_dict(notebook)
-    where = {name: str(folder / "home") for name in ("MSTPLAN_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
+    where = {
+        name: str(folder / "home")
+        for name in ("MSTPLAN_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    }
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with mock.patch.dict(os.environ, {**where, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}):
-        NotebookClient(found, timeout=SECONDS, record_timing=False, resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(
+            found, timeout=SECONDS, record_timing=False, resources={"metadata": {"path": str(folder)}}
+        ).execute()
     found.metadata = notebook.metadata  # the kernel adds its version of Python
     for cell in found.cells:
         cell.get("outputs", [])[:] = list(joined(cell.get("outputs", [])))
@@ -55,7 +60,9 @@ def read(path: Path) -> NotebookNode:
 
 def texts(notebook: NotebookNode, without: set[str]) -> list[str]:
     """What its cells print, but for those with such a tag; without the build of torch."""
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and not without & set(cell.metadata.get("tags", []))]
+    cells = [
+        cell for cell in notebook.cells if cell.cell_type == "code" and not without & set(cell.metadata.get("tags", []))
+    ]
     return [re.sub(r"\+(cpu|cu\d+)\b", "", o.text) for cell in cells for o in cell.outputs if o.output_type == "stream"]
 
 
@@ -87,7 +94,9 @@ def test_a_run_says_what_is_kept(both: tuple[NotebookNode, NotebookNode]) -> Non
 def test_trace_and_measurement_agree(both: tuple[NotebookNode, NotebookNode]) -> None:
     """Both in the run just made and in the one that is kept. The notebook itself stops where they do not."""
     for notebook in both:
-        (found,) = re.findall(r"largest difference between trace and measurement: ([\d.]+)%", "".join(texts(notebook, set())))
+        (found,) = re.findall(
+            r"largest difference between trace and measurement: ([\d.]+)%", "".join(texts(notebook, set()))
+        )
         assert float(found) < 0.5
         assert "tokens: measured on cpu" in "".join(texts(notebook, set()))
 

@@ -26,33 +26,58 @@ ODD_LENGTHS = ["1,,,_", "1,0", "1,000_000", "²", "٣k", "9" * 5000, "1\u212a"]
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("80GB", 80 * 2**30), ("80 GiB", 80 * 2**30), ("79.15GiB", int(79.15 * 2**30)), ("24576MiB", 24 * 2**30), ("512mb", 2**29),
-     ("1tb", 2**40), ("0B", 0), ("123B", 123)],
-)  # fmt: skip
+    [
+        ("80GB", 80 * 2**30),
+        ("80 GiB", 80 * 2**30),
+        ("79.15GiB", int(79.15 * 2**30)),
+        ("24576MiB", 24 * 2**30),
+        ("512mb", 2**29),
+        ("1tb", 2**40),
+        ("0B", 0),
+        ("123B", 123),
+    ],
+)
 def test_memory(text: str, size: int) -> None:
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "80", "GB", "-1GB", "1e3GB", "80 G", "nanGB", "99999999999TB", "8,0GB", "80GBs", "80iB", "80 ib", *ODD_SIZES])
+@pytest.mark.parametrize(
+    "text",
+    ["", "80", "GB", "-1GB", "1e3GB", "80 G", "nanGB", "99999999999TB", "8,0GB", "80GBs", "80iB", "80 ib", *ODD_SIZES],
+)
 def test_memory_that_cannot_be_read(text: str) -> None:
     with pytest.raises(UnitError, match="80GB"):
         parse_memory(text)
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"), [("65536", 65536), ("64k", 65536), ("64K", 65536), ("1M", 1048576), ("1.5k", 1536), ("1,048,576", 1048576), ("0.5M", 524288)]
+    ("text", "tokens"),
+    [
+        ("65536", 65536),
+        ("64k", 65536),
+        ("64K", 65536),
+        ("1M", 1048576),
+        ("1.5k", 1536),
+        ("1,048,576", 1048576),
+        ("0.5M", 524288),
+    ],
 )
 def test_length(text: str, tokens: int) -> None:
     assert parse_length(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "k", "0", "0k", "-1", "1.0001k", "1e6", "1G", str(LONGEST + 1), "9" * 400, "1.5", *ODD_LENGTHS])
+@pytest.mark.parametrize(
+    "text", ["", "k", "0", "0k", "-1", "1.0001k", "1e6", "1G", str(LONGEST + 1), "9" * 400, "1.5", *ODD_LENGTHS]
+)
 def test_length_that_cannot_be_read(text: str) -> None:
     with pytest.raises(UnitError):
         parse_length(text)
 
 
-@pytest.mark.parametrize(("text", "number"), [("0", 0), ("32", 32), ("1,000", 1000), ("1_000_000", 10**6), (" 7 ", 7), ("9" * 18, 10**18 - 1)])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("32", 32), ("1,000", 1000), ("1_000_000", 10**6), (" 7 ", 7), ("9" * 18, 10**18 - 1)],
+)
 def test_whole_numbers(text: str, number: int) -> None:
     assert parse_whole(text) == number
 
@@ -78,7 +103,12 @@ def test_any_text_is_read_or_refused(parse: Callable[[str], int], text: str) -> 
 
 
 ALPHABET = "019.,_ +-%\nkKmMgGtTiIbBeEfx"
-PARSERS: list[Callable[[str], float]] = [parse_memory, parse_length, parse_whole, lambda text: parse_share(text, "--to")]
+PARSERS: list[Callable[[str], float]] = [
+    parse_memory,
+    parse_length,
+    parse_whole,
+    lambda text: parse_share(text, "--to"),
+]
 
 
 def reads(parse: Callable[[str], float], text: str) -> bool:
@@ -94,7 +124,12 @@ def reads(parse: Callable[[str], float], text: str) -> bool:
 def test_every_short_text_of_units_is_read_or_refused(parse: Callable[[str], float]) -> None:
     """All of up to three characters, and all unit-like endings behind numbers."""
     texts = ["".join(t) for n in range(4) for t in product(ALPHABET, repeat=n)]
-    texts += [f"{number}{''.join(unit)}" for number in ("80", "1.5", "0", "1,000") for n in range(4) for unit in product(" %kmgtibKMGTIB", repeat=n)]
+    texts += [
+        f"{number}{''.join(unit)}"
+        for number in ("80", "1.5", "0", "1,000")
+        for n in range(4)
+        for unit in product(" %kmgtibKMGTIB", repeat=n)
+    ]
     read = 0
     for text in texts:
         read += reads(parse, text)
@@ -115,5 +150,9 @@ def test_a_written_length_reads_back(tokens: int) -> None:
 
 def test_formats() -> None:
     assert format_gib(80 * 2**30) == "80.00 GiB" and format_gib(3 * 2**20) == "3.00 MiB" and format_gib(12) == "12 B"
-    assert format_count(8_030_261_248) == "8.03B" and format_count(999_885_952) == "1.00B" and format_count(134_515_008) == "135M"
+    assert (
+        format_count(8_030_261_248) == "8.03B"
+        and format_count(999_885_952) == "1.00B"
+        and format_count(134_515_008) == "135M"
+    )
     assert format_seconds(0.25) == "250 ms" and format_seconds(600) == "10.0 min" and format_seconds(9000) == "2.5 h"

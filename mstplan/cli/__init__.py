@@ -29,7 +29,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -68,7 +70,11 @@ def _misused(error: Any) -> int:
     said = " ".join(error.format_message().split())
     if type(error).__name__ != "NoArgsIsHelpError":
         named = next((argument for argument in sys.argv[1:] if argument in COMMANDS), "")
-        known = _unknown_option(error.option_name, getattr(error.ctx, "info_name", "")) if type(error).__name__ == "NoSuchOption" else None
+        known = (
+            _unknown_option(error.option_name, getattr(error.ctx, "info_name", ""))
+            if type(error).__name__ == "NoSuchOption"
+            else None
+        )
         complain(known or f"{one_line(said, 200)}\nTry 'mstplan {named} --help'.".replace("  ", " "))
     elif said:  # else typer has printed the help already
         typer.echo(error.format_message(), err=True)
@@ -83,7 +89,9 @@ def _unknown_option(typed: str, command: str) -> str | None:
     row, whose = names.option(typed), _commands_with({typed})
     if row is not None:
         flags = set(names.flags_of(row))
-        return names.unknown_option(typed, row, "" if flags <= FLAGS.get(command, set()) else f" (mstplan {_commands_with(flags)})")
+        return names.unknown_option(
+            typed, row, "" if flags <= FLAGS.get(command, set()) else f" (mstplan {_commands_with(flags)})"
+        )
     here = command if command in FLAGS else "mstplan, before the name of a command,"
     return f"{here} has no option {typed}.\nIt is one of mstplan {whose}." if whose else None
 
@@ -104,7 +112,9 @@ def process() -> None:
             code = stop.code
         sys.stdout.flush()
     except Unwritten as e:
-        code = 141 if e.gone else 2  # 141: as for a process that SIGPIPE ended; what a reader that left, as `head` does, expects
+        code = (
+            141 if e.gone else 2
+        )  # 141: as for a process that SIGPIPE ended; what a reader that left, as `head` does, expects
         if not e.gone:
             complain(f"cannot write the answer: {e.reason}")
     except KeyboardInterrupt:
@@ -112,4 +122,6 @@ def process() -> None:
     except BaseException:  # noqa: BLE001  a defect of mstplan's: say where
         sys.excepthook(*sys.exc_info())
         code = 70  # EX_SOFTWARE
-    os._exit(code if isinstance(code, int) else int(code is not None))  # all is written; tearing down takes as long as answering
+    os._exit(
+        code if isinstance(code, int) else int(code is not None)
+    )  # all is written; tearing down takes as long as answering

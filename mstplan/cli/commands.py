@@ -9,7 +9,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple
 
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for plugins reads every installed package's metadata
+os.environ.setdefault(
+    "PYDANTIC_DISABLE_PLUGINS", "__all__"
+)  # looking for plugins reads every installed package's metadata
 
 import typer
 
@@ -41,7 +43,12 @@ class Option(NamedTuple):
     @property
     def declared(self) -> inspect.Parameter:
         listed = self.default is not None and self.default is not ... and not isinstance(self.default, bool)
-        return inspect.Parameter("_", inspect.Parameter.KEYWORD_ONLY, default=[self.default] if listed else self.default, annotation=self.annotation)
+        return inspect.Parameter(
+            "_",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=[self.default] if listed else self.default,
+            annotation=self.annotation,
+        )
 
     def value(self, given: Any) -> Any:
         """Of what typer hands over. Raises InputError for different values where one is taken."""
@@ -51,14 +58,20 @@ class Option(NamedTuple):
         if len(values) > 1 and not self.adds_up:
             from ..errors import InputError, quoted
 
-            raise InputError(f"{self.flags[0]} is given twice: {quoted(values[0])} and {quoted(values[1])}.\nGive it once.")
+            raise InputError(
+                f"{self.flags[0]} is given twice: {quoted(values[0])} and {quoted(values[1])}.\nGive it once."
+            )
         return ",".join(values) if len(values) > 1 else values[0] if values else self.default
 
 
-def option(kind: Any, flags: str, help: str, default: Any = None, panel: str | None = None, adds_up: bool = False, **more: Any) -> Option:
+def option(
+    kind: Any, flags: str, help: str, default: Any = None, panel: str | None = None, adds_up: bool = False, **more: Any
+) -> Option:
     """An option that `command` takes; typer shows its default unless `help` tells of one. adds_up: several values with commas between, and
     given several times all of them."""
-    declared = typer.Option(*flags.split(), help=help, rich_help_panel=panel, show_default="Default" not in help, **more)
+    declared = typer.Option(
+        *flags.split(), help=help, rich_help_panel=panel, show_default="Default" not in help, **more
+    )
     taken = kind if kind is bool else list[getattr(kind, "__args__", (kind,))[0]]  # type: ignore[misc]  # of `str | None` str
     return Option(Annotated[taken, declared], default, tuple(flags.replace("/", " ").split()), adds_up)
 
@@ -74,7 +87,9 @@ FLAGS: dict[str, set[str]] = {}
 """The options of each command."""
 
 
-def command(name: str, *groups: dict[str, Option], help: str, epilog: str) -> Callable[[Callable[[Asked], None]], Callable[[Asked], None]]:
+def command(
+    name: str, *groups: dict[str, Option], help: str, epilog: str
+) -> Callable[[Callable[[Asked], None]], Callable[[Asked], None]]:
     """Register a command that takes the options of `groups` in one namespace; its errors become lines and exit codes."""
     options = {key: one for group in groups for key, one in group.items()}
 
@@ -84,7 +99,9 @@ def command(name: str, *groups: dict[str, Option], help: str, epilog: str) -> Ca
 
             try:
                 values = {key: one.value(given.get(key)) for key, one in options.items()}
-                missing = next((o for key, o in options.items() if o.default is ... and values[key] in (None, ...)), None)
+                missing = next(
+                    (o for key, o in options.items() if o.default is ... and values[key] in (None, ...)), None
+                )
                 if missing is not None:  # some releases of typer and click together do not notice
                     flags = " / ".join(f"'{flag}'" for flag in missing.flags)
                     complain(f"Missing option {flags}.\nTry 'mstplan {name} --help'.")

@@ -7,8 +7,13 @@ from .options import JSON
 from .output import new_console, print_json
 
 
-@command("models", {"names": option(str | None, "--filter", "Only names that contain this.", metavar="TEXT")}, JSON,
-         help="The models that ship with mstplan.", epilog="mstplan models --filter qwen3")  # fmt: skip
+@command(
+    "models",
+    {"names": option(str | None, "--filter", "Only names that contain this.", metavar="TEXT")},
+    JSON,
+    help="The models that ship with mstplan.",
+    epilog="mstplan models --filter qwen3",
+)
 def models(asked: Asked) -> None:
     from ..errors import ModelError, quoted
     from ..plan.catalog import load_model, model_names
@@ -26,8 +31,13 @@ def models(asked: Asked) -> None:
         tables.models(new_console(), rows)
 
 
-@command("gpus", {"sources": option(bool, "--sources", "Also where each figure is from.", False)}, JSON,
-         help="The cards that mstplan knows.", epilog="mstplan gpus --json")  # fmt: skip
+@command(
+    "gpus",
+    {"sources": option(bool, "--sources", "Also where each figure is from.", False)},
+    JSON,
+    help="The cards that mstplan knows.",
+    epilog="mstplan gpus --json",
+)
 def gpus(asked: Asked) -> None:
     from ..plan.hardware import gpus as known
     from ..plan.hardware import left_out

@@ -36,20 +36,35 @@ if TYPE_CHECKING:
 
 _MODEL = {**MODEL, "model": MODEL["model"]._replace(default=None)}  # a suite, or a results file, names its own
 _LENGTHS = {
-    "seq_len": option(str | None, "--seq-len", "Tokens per sequence; several with commas between: 8k,16k,32k.", adds_up=True, metavar="TOKENS[,TOKENS]"),
+    "seq_len": option(
+        str | None,
+        "--seq-len",
+        "Tokens per sequence; several with commas between: 8k,16k,32k.",
+        adds_up=True,
+        metavar="TOKENS[,TOKENS]",
+    ),
 }
 
 
 @command(
-    "measure", _MODEL, _LENGTHS, {
-        "suite": option(str | None, "--suite", "Points in a JSON file, or a suite that ships (quick, small, cards).", metavar="FILE"),
-    }, STRATEGIES, MEASURING, RECIPE, JSON,
+    "measure",
+    _MODEL,
+    _LENGTHS,
+    {
+        "suite": option(
+            str | None, "--suite", "Points in a JSON file, or a suite that ships (quick, small, cards).", metavar="FILE"
+        ),
+    },
+    STRATEGIES,
+    MEASURING,
+    RECIPE,
+    JSON,
     help="Real training steps with random weights and tokens on this machine's device, each in a process of its own: peaks of memory, "
     "time, tokens per second. What runs out of memory or fails is a result, too. A rerun measures what is missing. Under torchrun, with "
     "--sharding fsdp, one point of all ranks together.",
     epilog="mstplan measure -m llama3.1-8b --seq-len 8k,16k,32k --strategy all   |   mstplan measure -m smollm2-135m --seq-len 512 --device cpu   |   "
     "torchrun --nproc-per-node 8 -m mstplan measure -m llama3.1-8b --seq-len 64k -s mst --sharding fsdp",
-)  # fmt: skip
+)
 def measure(asked: Asked) -> None:
     from ..observe import sweep
     from ..observe.launch import launched
@@ -98,7 +113,11 @@ def _print_measured(asked: Asked, known: dict[str, Any], found: Sweep) -> None:
     from ..show import payload
 
     rows = [m.as_data() for m in found.measurements]
-    print_json(payload.document("measure", "measurement", environment=known, file=str(asked.out), damaged=found.damaged, results=rows))
+    print_json(
+        payload.document(
+            "measure", "measurement", environment=known, file=str(asked.out), damaged=found.damaged, results=rows
+        )
+    )
 
 
 def _cases(asked: Asked, known: dict[str, Any], alone: bool = True) -> list[Case]:
@@ -111,10 +130,14 @@ def _cases(asked: Asked, known: dict[str, Any], alone: bool = True) -> list[Case
     more: dict[str, Any] = {"card": card, "device": asked.device, "limit": limit, "steps": asked.steps}
     if asked.suite is not None:
         if not alone:
-            raise RecipeError("a suite is measured point by point, each in a process of its own: not under torchrun.\nName one point: --model, --seq-len, -s.")
+            raise RecipeError(
+                "a suite is measured point by point, each in a process of its own: not under torchrun.\nName one point: --model, --seq-len, -s."
+            )
         beside = {**_MODEL, **RECIPE, **STRATEGIES, **_LENGTHS, "layers": MEASURING["layers"]}
         if flags := given(asked, beside):
-            raise RecipeError(f"--suite says what is measured: {', '.join(flags)} cannot be given beside it.\nWrite it in the suite, or leave --suite out.")
+            raise RecipeError(
+                f"--suite says what is measured: {', '.join(flags)} cannot be given beside it.\nWrite it in the suite, or leave --suite out."
+            )
         found = suites.cases(asked.suite, **more)
         _refuse_sharded(case.recipe for case in found)
         return found
@@ -131,7 +154,9 @@ def _refuse_sharded(recipes: Iterable[Recipe]) -> None:
     from ..errors import RecipeError
 
     if gpus := next((recipe.gpus for recipe in recipes if recipe.sharded), None):
-        raise RecipeError(f"several ranks are measured under torchrun.\nRun: torchrun --nproc-per-node {gpus} -m mstplan measure ... --sharding fsdp")
+        raise RecipeError(
+            f"several ranks are measured under torchrun.\nRun: torchrun --nproc-per-node {gpus} -m mstplan measure ... --sharding fsdp"
+        )
 
 
 def _measure_on_all_ranks(asked: Asked, launch: Launch) -> None:
@@ -144,9 +169,13 @@ def _measure_on_all_ranks(asked: Asked, launch: Launch) -> None:
     from ..observe import ranks
 
     if asked.sharding != "fsdp" or asked.gpus not in (None, launch.ranks):
-        raise RecipeError(f"torchrun started {launch.ranks} ranks: say --sharding fsdp, and no other number with --gpus.")
+        raise RecipeError(
+            f"torchrun started {launch.ranks} ranks: say --sharding fsdp, and no other number with --gpus."
+        )
     if unused := given(asked, {name: MEASURING[name] for name in ("timeout", "again")}):
-        raise RecipeError(f"{', '.join(unused)}: nothing to do under torchrun, where a command measures its point each time.\nLeave it out.")
+        raise RecipeError(
+            f"{', '.join(unused)}: nothing to do under torchrun, where a command measures its point each time.\nLeave it out."
+        )
     if launch.rank == 0:  # not all of them: each would find another's lock
         measurement.check_appendable(asked.out)
     else:
@@ -156,7 +185,9 @@ def _measure_on_all_ranks(asked: Asked, launch: Launch) -> None:
         known = group.environment()
         cases = _cases(asked, known, alone=False)
         if len(cases) != 1:
-            raise RecipeError(f"{len(cases)} points under torchrun: measure one with each command.\nName one strategy and one length.")
+            raise RecipeError(
+                f"{len(cases)} points under torchrun: measure one with each command.\nName one strategy and one length."
+            )
         found = group.measure(cases[0], known, asked.out)
     if found is None:  # another rank says it
         return
@@ -172,9 +203,20 @@ def _measure_on_all_ranks(asked: Asked, launch: Launch) -> None:
 _PANEL = "What is checked"
 _RESULTS = {
     **RESULTS_FILES,
-    "results": option(str | None, "--results", "Results files, with commas between. Default: those that ship.", adds_up=True, metavar="FILE[,FILE]"),
+    "results": option(
+        str | None,
+        "--results",
+        "Results files, with commas between. Default: those that ship.",
+        adds_up=True,
+        metavar="FILE[,FILE]",
+    ),
     "rungs": option(
-        str, "--rung", "formula, calibrated, trace: some of them, with commas between. Default all.", "all", adds_up=True, metavar="NAME[,NAME]"
+        str,
+        "--rung",
+        "formula, calibrated, trace: some of them, with commas between. Default all.",
+        "all",
+        adds_up=True,
+        metavar="NAME[,NAME]",
     ),
     "mean": option(str, "--mean", "The mean error that trace and calibrated formula may have.", "1%", metavar="SHARE"),
     "worst": option(str, "--worst", "The worst.", "3%", metavar="SHARE"),
@@ -183,26 +225,52 @@ _RESULTS = {
 }
 _PAGE = {"markdown": option(bool, "--markdown", "As the documentation shows it.", False)}
 _CHECKS = {
-    "published": option(bool, "--published", "Published figures instead, with the assumptions that each is read with.", False, panel=_PANEL),
-    "smax": option(bool, "--smax", "Measure now, at 98% and 103% of the predicted S_max, then find the true one.", False, panel=_PANEL),
-    "throughput": option(bool, "--throughput", "Measure now what M, M/2 and 2M cost against one chunk.", False, panel=_PANEL),
+    "published": option(
+        bool,
+        "--published",
+        "Published figures instead, with the assumptions that each is read with.",
+        False,
+        panel=_PANEL,
+    ),
+    "smax": option(
+        bool,
+        "--smax",
+        "Measure now, at 98% and 103% of the predicted S_max, then find the true one.",
+        False,
+        panel=_PANEL,
+    ),
+    "throughput": option(
+        bool, "--throughput", "Measure now what M, M/2 and 2M cost against one chunk.", False, panel=_PANEL
+    ),
 }
 _NOW = {
     "seq_len": option(str | None, "--seq-len", "For --throughput: tokens per sequence.", metavar="TOKENS"),
     "strategy": option(
-        str | None, "--strategy -s", "For --smax and --throughput: strategies with commas between, or all. Default mst.", adds_up=True, metavar="NAME[,NAME]"
+        str | None,
+        "--strategy -s",
+        "For --smax and --throughput: strategies with commas between, or all. Default mst.",
+        adds_up=True,
+        metavar="NAME[,NAME]",
     ),
-    **MEASURING, **RECIPE,
-}  # fmt: skip
+    **MEASURING,
+    **RECIPE,
+}
 
 
 @command(
-    "validate", _RESULTS, _CHECKS, _MODEL, _PAGE, _NOW, FORCE, JSON,
+    "validate",
+    _RESULTS,
+    _CHECKS,
+    _MODEL,
+    _PAGE,
+    _NOW,
+    FORCE,
+    JSON,
     help="Hold predictions against measurements: formula, calibrated formula and trace beside every measured step. Exit code 1 when an "
     "error is beyond its bound, or a step that was to fit ran out of memory.",
     epilog="mstplan validate h100.jsonl a100.jsonl --plot errors.png   |   mstplan validate --published   |   "
     "mstplan validate --smax -m llama3.1-8b --gpu-mem 80GB -s checkpoint,mst",
-)  # fmt: skip
+)
 def validate(asked: Asked) -> None:
     from ..errors import RecipeError
 
@@ -211,13 +279,20 @@ def validate(asked: Asked) -> None:
     if asked.markdown and asked.json:
         raise RecipeError("--markdown and --json exclude each other.\nLeave one of the two out.")
     now = asked.smax or asked.throughput
-    idle = {**({} if now else _NOW), **(_RESULTS if now or asked.published else {}), **(_PAGE if now else {}), **(_MODEL if asked.published else {})}
+    idle = {
+        **({} if now else _NOW),
+        **(_RESULTS if now or asked.published else {}),
+        **(_PAGE if now else {}),
+        **(_MODEL if asked.published else {}),
+    }
     if not now:
         idle["assume"] = MODEL["assume"]
     if asked.smax:
         idle["seq_len"] = _NOW["seq_len"]
     if unused := given(asked, idle):
-        raise RecipeError(f"{', '.join(unused)}: nothing to do with this check.\nLeave it out, or see 'mstplan validate --help'.")
+        raise RecipeError(
+            f"{', '.join(unused)}: nothing to do with this check.\nLeave it out, or see 'mstplan validate --help'."
+        )
     if asked.published:
         _validate_published(asked)
     elif now:
@@ -246,12 +321,16 @@ def _validate_results(asked: Asked) -> None:
     chosen = [m for m in read.measurements if name in (None, m.case.model)]
     if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):
         of, damaged = f" of {name}" if name else "", f" ({read.skipped[0]})" if read.skipped else ""
-        raise MeasurementError(f"no measurement{of} to hold predictions against{damaged}.\nmstplan measure makes some; --results names the file.")
+        raise MeasurementError(
+            f"no measurement{of} to hold predictions against{damaged}.\nmstplan measure makes some; --results names the file."
+        )
     with progress("comparing", len(chosen)) as advance:
         found = validate.validate(chosen, rungs, lambda words: advance(words, 1))
     if not found.rows and not found.out_of_memory:
         why = f" ({found.left_out[0]})" if found.left_out else ""
-        raise MeasurementError(f"{asked.rungs} has no answer for any of these {len(chosen)} measurements{why}.\nName other rungs, or leave --rung out.")
+        raise MeasurementError(
+            f"{asked.rungs} has no answer for any of these {len(chosen)} measurements{why}.\nName other rungs, or leave --rung out."
+        )
     said = validate.beyond(found, bounds)
     if asked.plot is not None:
         validating.plot(found, asked.plot)
@@ -301,11 +380,24 @@ def _validate_now(asked: Asked) -> None:
     from ..show.progress import progress
 
     if asked.model is None or (asked.throughput and asked.seq_len is None):
-        raise RecipeError("nothing to measure.\nGive --model" + (" and --seq-len." if asked.throughput else "; --gpu-mem limits what is used of the card."))
+        raise RecipeError(
+            "nothing to measure.\nGive --model"
+            + (" and --seq-len." if asked.throughput else "; --gpu-mem limits what is used of the card.")
+        )
     _check_device(asked)
     known = sweep.environment(asked.device)
     limit = memory(asked.gpu_mem)
-    settings = (asked.device, limit, asked.layers, asked.steps, asked.timeout, asked.out, asked.again, progress, asked.assume)
+    settings = (
+        asked.device,
+        limit,
+        asked.layers,
+        asked.steps,
+        asked.timeout,
+        asked.out,
+        asked.again,
+        progress,
+        asked.assume,
+    )
     bench = limits.Bench(asked.model, known, sweep.card_of(known, limit), *settings)
     recipes, (begins, tell) = recipes_of(asked, "mst"), _telling(asked, known)
     _refuse_sharded(recipes.values())

@@ -15,60 +15,175 @@ if TYPE_CHECKING:
 
 JSON = {"json": option(bool, "--json", "Print JSON instead of tables.", False)}
 MODEL = {
-    "model": option(str, "--model -m", "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id.", ..., metavar="MODEL"),
-    "assume": option(str | None, "--assume", "llama-like: count a model that mstplan does not read as a Llama.", metavar="NAME"),
+    "model": option(
+        str,
+        "--model -m",
+        "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id.",
+        ...,
+        metavar="MODEL",
+    ),
+    "assume": option(
+        str | None, "--assume", "llama-like: count a model that mstplan does not read as a Llama.", metavar="NAME"
+    ),
 }
 CARD = {
     "gpu": option(str | None, "--gpu", "A card by name (see `mstplan gpus`).", panel="Card", metavar="NAME"),
-    "gpu_mem": option(str | None, "--gpu-mem", "Any amount of card memory: 80GB, 79.15GiB, 24576MiB.", panel="Card", metavar="SIZE"),
+    "gpu_mem": option(
+        str | None, "--gpu-mem", "Any amount of card memory: 80GB, 79.15GiB, 24576MiB.", panel="Card", metavar="SIZE"
+    ),
     "host_mem": option(str | None, "--host-mem", "Host memory for what is offloaded.", panel="Card", metavar="SIZE"),
     "reserve": option(str, "--reserve", "Card memory that other processes hold.", "0B", panel="Card", metavar="SIZE"),
 }
 RECIPE = {
-    "recipe": option(Path | None, "--recipe", "A recipe in a JSON file; options below override it.", panel="Recipe", metavar="FILE"),
-    "precision": option(str | None, "--precision", "bf16 | mixed (fp32 weights, bf16 autocast) | fp32. Default bf16.", panel="Recipe", metavar="NAME"),
-    "optimizer": option(str | None, "--optimizer", "adamw | adamw-8bit | adafactor | sgd. Default adamw.", panel="Recipe", metavar="NAME"),
-    "adamw_kernel": option(str | None, "--adamw-kernel", "foreach | fused | for-loop. Default foreach, as on CUDA.", panel="Recipe", metavar="NAME"),
-    "optimizer_in_backward": option(bool, "--optimizer-in-backward", "Step each weight as its gradient is made.", False, panel="Recipe"),
-    "optimizer_on_host": option(bool, "--optimizer-on-host", "Optimizer states and step on the host.", False, panel="Recipe"),
-    "weights_on_host": option(bool, "--weights-on-host", "Weights on the host too, gathered layer by layer.", False, panel="Recipe"),
-    "accumulation": option(int | None, "--accumulation", "Micro-batches per optimizer step. Default 1.", panel="Recipe", metavar="N"),
+    "recipe": option(
+        Path | None, "--recipe", "A recipe in a JSON file; options below override it.", panel="Recipe", metavar="FILE"
+    ),
+    "precision": option(
+        str | None,
+        "--precision",
+        "bf16 | mixed (fp32 weights, bf16 autocast) | fp32. Default bf16.",
+        panel="Recipe",
+        metavar="NAME",
+    ),
+    "optimizer": option(
+        str | None,
+        "--optimizer",
+        "adamw | adamw-8bit | adafactor | sgd. Default adamw.",
+        panel="Recipe",
+        metavar="NAME",
+    ),
+    "adamw_kernel": option(
+        str | None,
+        "--adamw-kernel",
+        "foreach | fused | for-loop. Default foreach, as on CUDA.",
+        panel="Recipe",
+        metavar="NAME",
+    ),
+    "optimizer_in_backward": option(
+        bool, "--optimizer-in-backward", "Step each weight as its gradient is made.", False, panel="Recipe"
+    ),
+    "optimizer_on_host": option(
+        bool, "--optimizer-on-host", "Optimizer states and step on the host.", False, panel="Recipe"
+    ),
+    "weights_on_host": option(
+        bool, "--weights-on-host", "Weights on the host too, gathered layer by layer.", False, panel="Recipe"
+    ),
+    "accumulation": option(
+        int | None, "--accumulation", "Micro-batches per optimizer step. Default 1.", panel="Recipe", metavar="N"
+    ),
     "batch": option(int | None, "--batch -b", "Sequences per micro-batch. Default 1.", panel="Recipe", metavar="N"),
-    "pad_to": option(int | None, "--pad-to", "Tokens that batches are padded to a multiple of. Default 1.", panel="Recipe", metavar="N"),
-    "checkpoint": option(str | None, "--checkpoint", "none | layer | sqrt | a number of layers.", panel="Recipe", metavar="HOW"),
-    "chunks": option(str | None, "--chunks", "M for MLP and loss: 8, or 8,32, or auto (as recommended).", panel="Recipe", metavar="M[,M]"),
+    "pad_to": option(
+        int | None,
+        "--pad-to",
+        "Tokens that batches are padded to a multiple of. Default 1.",
+        panel="Recipe",
+        metavar="N",
+    ),
+    "checkpoint": option(
+        str | None, "--checkpoint", "none | layer | sqrt | a number of layers.", panel="Recipe", metavar="HOW"
+    ),
+    "chunks": option(
+        str | None,
+        "--chunks",
+        "M for MLP and loss: 8, or 8,32, or auto (as recommended).",
+        panel="Recipe",
+        metavar="M[,M]",
+    ),
     "no_recompute": option(bool, "--no-recompute", "Do not recompute each MLP chunk by itself.", False, panel="Recipe"),
     "offload": option(bool, "--offload", "Layer inputs in host memory.", False, panel="Recipe"),
-    "attention": option(str | None, "--attention", "sdpa | flash | eager. Default sdpa.", panel="Recipe", metavar="NAME"),
-    "loss": option(str | None, "--loss", "transformers | 'transformers<4.45' | chunked.", panel="Recipe", metavar="NAME"),
-    "gpus": option(int | None, "--gpus", "Cards that train together, all alike; answers are per card. Default 1.", panel="Recipe", metavar="N"),
-    "sharding": option(str | None, "--sharding", "none | fsdp (FSDP2, ZeRO-3: everything in shards over --gpus).", panel="Recipe", metavar="NAME"),
-}  # fmt: skip
+    "attention": option(
+        str | None, "--attention", "sdpa | flash | eager. Default sdpa.", panel="Recipe", metavar="NAME"
+    ),
+    "loss": option(
+        str | None, "--loss", "transformers | 'transformers<4.45' | chunked.", panel="Recipe", metavar="NAME"
+    ),
+    "gpus": option(
+        int | None,
+        "--gpus",
+        "Cards that train together, all alike; answers are per card. Default 1.",
+        panel="Recipe",
+        metavar="N",
+    ),
+    "sharding": option(
+        str | None,
+        "--sharding",
+        "none | fsdp (FSDP2, ZeRO-3: everything in shards over --gpus).",
+        panel="Recipe",
+        metavar="NAME",
+    ),
+}
 ONE_RECIPE = (
     'With --checkpoint, --chunks, --no-recompute, --loss, --offload or --recipe, and no --strategy, the options describe one recipe ("custom"), '
     "which starts from standard, in every command alike; all others vary the strategies."
 )
 VARIED_BY_THE_FORMULAS = ("checkpoint", "chunks", "no_recompute", "offload", "loss")
-THEOREM_RECIPE = {name: one for name, one in RECIPE.items() if name not in (*VARIED_BY_THE_FORMULAS, "gpus", "sharding")}
+THEOREM_RECIPE = {
+    name: one for name, one in RECIPE.items() if name not in (*VARIED_BY_THE_FORMULAS, "gpus", "sharding")
+}
 STRATEGIES = {
     "strategy": option(
-        str | None, "--strategy -s", "standard | checkpoint | checkpoint-sqrt | mst | mst-offload: some of them, with commas between. Default: all five.",
-        adds_up=True, metavar="NAME[,NAME]",
+        str | None,
+        "--strategy -s",
+        "standard | checkpoint | checkpoint-sqrt | mst | mst-offload: some of them, with commas between. Default: all five.",
+        adds_up=True,
+        metavar="NAME[,NAME]",
     ),
-}  # fmt: skip
+}
 RESULTS_FILES = {"files": arguments(Path, "RESULTS", "Results files, as --results names them.")}
 FORCE = {"force": option(bool, "--force", "Overwrite the file.", False)}
 TRACING = {
     "no_cache": option(bool, "--no-cache", "Trace anew, and keep nothing.", False, panel="Trace"),
-    "trust_remote_code": option(bool, "--trust-remote-code", "Run the model's own code where transformers has none.", False, panel="Trace"),
+    "trust_remote_code": option(
+        bool, "--trust-remote-code", "Run the model's own code where transformers has none.", False, panel="Trace"
+    ),
 }
 MEASURING = {
-    "layers": option(int | None, "--layers", "The model's first N layers only, for one too large to hold.", panel="Measurement", metavar="N", min=1),
-    "device": option(str, "--device", "cuda | cpu (its own kernels, seen by torch's profiler). Default cuda.", "cuda", panel="Measurement", metavar="NAME"),
-    "gpu_mem": option(str | None, "--gpu-mem", "Let the process use that much of the card only.", panel="Measurement", metavar="SIZE"),
-    "steps": option(int, "--steps", "Steps that are timed, after a first one.", 3, panel="Measurement", metavar="N", min=1, max=1_000_000),
-    "timeout": option(float | None, "--timeout", "Give up on a point after so many seconds.", panel="Measurement", metavar="SECONDS", min=1, max=1_000_000),
-    "out": option(Path, "--out -o", "The results file, which is appended to.", Path("measurements.jsonl"), panel="Measurement", metavar="FILE"),
+    "layers": option(
+        int | None,
+        "--layers",
+        "The model's first N layers only, for one too large to hold.",
+        panel="Measurement",
+        metavar="N",
+        min=1,
+    ),
+    "device": option(
+        str,
+        "--device",
+        "cuda | cpu (its own kernels, seen by torch's profiler). Default cuda.",
+        "cuda",
+        panel="Measurement",
+        metavar="NAME",
+    ),
+    "gpu_mem": option(
+        str | None, "--gpu-mem", "Let the process use that much of the card only.", panel="Measurement", metavar="SIZE"
+    ),
+    "steps": option(
+        int,
+        "--steps",
+        "Steps that are timed, after a first one.",
+        3,
+        panel="Measurement",
+        metavar="N",
+        min=1,
+        max=1_000_000,
+    ),
+    "timeout": option(
+        float | None,
+        "--timeout",
+        "Give up on a point after so many seconds.",
+        panel="Measurement",
+        metavar="SECONDS",
+        min=1,
+        max=1_000_000,
+    ),
+    "out": option(
+        Path,
+        "--out -o",
+        "The results file, which is appended to.",
+        Path("measurements.jsonl"),
+        panel="Measurement",
+        metavar="FILE",
+    ),
     "again": option(bool, "--again", "Also points that the results file has already.", False, panel="Measurement"),
 }
 
@@ -117,7 +232,18 @@ def changes_of(asked: Asked) -> dict[str, object]:
     """The recipe fields that the options set."""
     from ..units import parse_whole
 
-    named = ("precision", "optimizer", "adamw_kernel", "accumulation", "batch", "pad_to", "attention", "loss", "gpus", "sharding")
+    named = (
+        "precision",
+        "optimizer",
+        "adamw_kernel",
+        "accumulation",
+        "batch",
+        "pad_to",
+        "attention",
+        "loss",
+        "gpus",
+        "sharding",
+    )
     changes: dict[str, object] = {name: getattr(asked, name) for name in named if getattr(asked, name) is not None}
     for switch in ("optimizer_in_backward", "optimizer_on_host", "weights_on_host"):
         if getattr(asked, switch):
@@ -127,7 +253,9 @@ def changes_of(asked: Asked) -> dict[str, object]:
     if asked.no_recompute:
         changes["mlp_recompute"] = False
     if asked.checkpoint is not None:
-        changes["checkpoint"] = parse_whole(asked.checkpoint, "--checkpoint") if "0" <= asked.checkpoint[:1] <= "9" else asked.checkpoint
+        changes["checkpoint"] = (
+            parse_whole(asked.checkpoint, "--checkpoint") if "0" <= asked.checkpoint[:1] <= "9" else asked.checkpoint
+        )
     return changes
 
 
@@ -144,7 +272,9 @@ def _chunks(text: str | None) -> dict[str, object]:
     except UnitError:
         values = []
     if len(values) not in (1, 2) or 0 in values or len(text) > 100:
-        raise RecipeError(f"cannot read --chunks {quoted(text)}.\nWrite one number for both (8), two (MLP,loss: 8,32), or auto.")
+        raise RecipeError(
+            f"cannot read --chunks {quoted(text)}.\nWrite one number for both (8), two (MLP,loss: 8,32), or auto."
+        )
     return {"mlp_chunks": values[0], "loss_chunks": values[-1]}
 
 
@@ -187,7 +317,9 @@ def recipes_of(asked: Asked, usual: str = "all") -> dict[str, Recipe]:
     if asked.strategy is None and given(asked, {name: RECIPE[name] for name in DESCRIBING}):
         return {"custom": applied(base_recipe(asked), asked, adopt_chunks=True)}
     if asked.recipe is not None:
-        raise RecipeError("--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out.")
+        raise RecipeError(
+            "--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out."
+        )
     bases = _named(asked, usual)
     none_in_chunks = not any(map(runs_in_chunks, bases.values()))
     found = {name: applied(base, asked, adopt_chunks=none_in_chunks) for name, base in bases.items()}

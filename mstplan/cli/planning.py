@@ -39,13 +39,27 @@ if TYPE_CHECKING:
 
 
 @command(
-    "max-seq", MODEL, STRATEGIES, CARD, RECIPE,
-    {"rung": option(str, "--rung", "formula (at once) | trace (needs torch, takes seconds). Default formula.", "formula", panel="Trace", metavar="NAME")},
-    TRACING, JSON,
+    "max-seq",
+    MODEL,
+    STRATEGIES,
+    CARD,
+    RECIPE,
+    {
+        "rung": option(
+            str,
+            "--rung",
+            "formula (at once) | trace (needs torch, takes seconds). Default formula.",
+            "formula",
+            panel="Trace",
+            metavar="NAME",
+        )
+    },
+    TRACING,
+    JSON,
     help=f"The longest sequence that fits, and every shorter one with it, for each strategy, and what holds it back. {ONE_RECIPE}",
     epilog="mstplan max-seq --model llama3.1-8b --gpu h100 --optimizer-in-backward   |   "
     "mstplan max-seq -m ./my-model --gpu-mem 24GB --checkpoint layer --chunks 8,32   |   mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
-)  # fmt: skip
+)
 def max_seq(asked: Asked) -> None:
     from ..errors import RecipeError, quoted
     from ..plan import solve, ways
@@ -100,14 +114,24 @@ def _max_seq_by_trace(asked: Asked, model: Model, card: Card, recipes: dict[str,
 
 
 @command(
-    "plan", MODEL, {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
-    STRATEGIES, CARD, RECIPE,
-    {"write_recipe": option(Path | None, "--write-recipe", "Write the recipe as JSON.", panel="Recipe", metavar="FILE")},
-    TRACING, FORCE, JSON,
+    "plan",
+    MODEL,
+    {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
+    STRATEGIES,
+    CARD,
+    RECIPE,
+    {
+        "write_recipe": option(
+            Path | None, "--write-recipe", "Write the recipe as JSON.", panel="Recipe", metavar="FILE"
+        )
+    },
+    TRACING,
+    FORCE,
+    JSON,
     help="Do batches of up to this length fit? For each strategy; of the first that fits, the peak and its instant, or what would make one fit. "
     f"{ONE_RECIPE} Exit code 0: fits, 1: does not.",
     epilog="mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k",
-)  # fmt: skip
+)
 def plan(asked: Asked) -> None:
     from .. import files
     from ..plan import solve, ways
@@ -146,7 +170,11 @@ def _coefficient(flag: str, what: str, metavar: str) -> Any:
 
 
 @command(
-    "theorem", MODEL, {"seq_len": option(str | None, "--seq-len", "Also the memory at this length.", metavar="TOKENS")}, CARD, THEOREM_RECIPE,
+    "theorem",
+    MODEL,
+    {"seq_len": option(str | None, "--seq-len", "Also the memory at this length.", metavar="TOKENS")},
+    CARD,
+    THEOREM_RECIPE,
     {
         "w_mem": _coefficient("--w-mem", "W_mem, e.g. 60GiB.", "SIZE"),
         "i_mem": _coefficient("--i-mem", "I_mem, bytes per token.", "BYTES"),
@@ -158,7 +186,7 @@ def _coefficient(flag: str, what: str, metavar: str) -> Any:
     JSON,
     help="The paper's formulas with this model's coefficients, next to the step model's answer.",
     epilog="mstplan theorem -m llama3.1-8b --gpu a100-80gb --seq-len 64k --m 32",
-)  # fmt: skip
+)
 def theorem(asked: Asked) -> None:
     from ..plan import theorem as formulas
 
@@ -184,7 +212,9 @@ def _theorem_recipe(asked: Asked) -> Recipe:
     left_out = {name: one.default for name, one in RECIPE.items() if name not in THEOREM_RECIPE}
     base = base_recipe(asked)
     if base.sharded:
-        raise RecipeError("the paper's formulas are of one card and know no sharding.\nPlan this recipe with mstplan max-seq or mstplan plan.")
+        raise RecipeError(
+            "the paper's formulas are of one card and know no sharding.\nPlan this recipe with mstplan max-seq or mstplan plan."
+        )
     own = {name: value for name, value in base.model_dump().items() if name not in STRATEGY_FIELDS}
     return Recipe.model_construct().changed(**{**own, **changes_of(Asked(**left_out, **vars(asked)))})
 
@@ -196,19 +226,26 @@ def _overrides(asked: Asked) -> dict[str, int | None]:
         return parse_whole(text, f"--{name}") if text is not None else None
 
     sizes = {"w_mem": memory(asked.w_mem), "m_max": memory(asked.m_max)}
-    counts = {"i_mem": number("i-mem", asked.i_mem), "a_mem": number("a-mem", asked.a_mem), "layers": number("layers", asked.layers)}
+    counts = {
+        "i_mem": number("i-mem", asked.i_mem),
+        "a_mem": number("a-mem", asked.a_mem),
+        "layers": number("layers", asked.layers),
+    }
     return {**sizes, **counts, "chunks": number("m", asked.m)}
 
 
 @command(
-    "shapes", MODEL, {
+    "shapes",
+    MODEL,
+    {
         "seq_len": option(str, "--seq-len", "Tokens per sequence.", "128k", metavar="TOKENS"),
         "batch": option(int, "--batch -b", "Sequences.", 1, metavar="N", min=1, max=1_000_000),
         "dtype": option(str, "--dtype", "bfloat16 | float32.", "bfloat16", metavar="NAME"),
-    }, JSON,
+    },
+    JSON,
     help="The large tensors of a layer and the LM head: shape and bytes.",
     epilog="mstplan shapes -m llama3.1-8b --seq-len 131072",
-)  # fmt: skip
+)
 def shapes(asked: Asked) -> None:
     from ..errors import RecipeError, quoted
     from ..plan.shapes import shapes as table
@@ -220,7 +257,15 @@ def shapes(asked: Asked) -> None:
     if asked.json:
         from ..show import payload
 
-        print_json(payload.document("shapes", model=payload.model(model), batch=asked.batch, seq_len=seq_len, shapes=[payload.shape(r) for r in rows]))
+        print_json(
+            payload.document(
+                "shapes",
+                model=payload.model(model),
+                batch=asked.batch,
+                seq_len=seq_len,
+                shapes=[payload.shape(r) for r in rows],
+            )
+        )
     else:
         from ..show import tables
 
@@ -228,14 +273,28 @@ def shapes(asked: Asked) -> None:
 
 
 @command(
-    "plot", MODEL, STRATEGIES, CARD, RECIPE, {
-        "out": option(Path, "--out -o", "PNG, SVG or PDF picture, or CSV of the points.", Path("memory.png"), metavar="FILE"),
-        "to": option(str | None, "--to", "The longest length drawn. Default: a little beyond the largest S_max.", metavar="TOKENS"),
+    "plot",
+    MODEL,
+    STRATEGIES,
+    CARD,
+    RECIPE,
+    {
+        "out": option(
+            Path, "--out -o", "PNG, SVG or PDF picture, or CSV of the points.", Path("memory.png"), metavar="FILE"
+        ),
+        "to": option(
+            str | None,
+            "--to",
+            "The longest length drawn. Default: a little beyond the largest S_max.",
+            metavar="TOKENS",
+        ),
         "points": option(int, "--points", "Lengths per curve.", 200, metavar="N", min=2, max=100_000),
-    }, FORCE, JSON,
+    },
+    FORCE,
+    JSON,
     help=f"Memory against sequence length for the strategies, with the card, S_max and the binding instants. {ONE_RECIPE}",
     epilog="mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",
-)  # fmt: skip
+)
 def plot(asked: Asked) -> None:
     from ..plan import advice, solve
     from ..show import plot as drawing

@@ -39,16 +39,35 @@ if TYPE_CHECKING:
 
 
 @command(
-    "trace", MODEL, {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
-    STRATEGIES, CARD, RECIPE, TRACING,
+    "trace",
+    MODEL,
+    {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
+    STRATEGIES,
+    CARD,
+    RECIPE,
+    TRACING,
     {
-        "plot": option(Path | None, "--plot", "Draw the step's memory over its course (PNG, SVG, PDF).", panel="Trace", metavar="FILE"),
-        "snapshot": option(Path | None, "--snapshot", "Write what PyTorch's memory viewer opens (pytorch.org/memory_viz).", panel="Trace", metavar="FILE"),
-    }, FORCE, JSON,
+        "plot": option(
+            Path | None,
+            "--plot",
+            "Draw the step's memory over its course (PNG, SVG, PDF).",
+            panel="Trace",
+            metavar="FILE",
+        ),
+        "snapshot": option(
+            Path | None,
+            "--snapshot",
+            "Write what PyTorch's memory viewer opens (pytorch.org/memory_viz).",
+            panel="Trace",
+            metavar="FILE",
+        ),
+    },
+    FORCE,
+    JSON,
     help="Run the model's real code, one training step on fake tensors, and see every allocation: no GPU needed, but torch. Of several "
     f"strategies the first that fits by formula. {ONE_RECIPE} Exit code 0: fits, 1: does not.",
     epilog="mstplan trace -m llama3.1-8b --seq-len 64k --strategy mst --gpu h100 --plot step.png",
-)  # fmt: skip
+)
 def trace(asked: Asked) -> None:
     from .. import files
 
@@ -62,7 +81,10 @@ def trace(asked: Asked) -> None:
         from ..observe.card import all_events, name_of
         from ..observe.snapshot import snapshot, to_pickle
 
-        files.write(asked.snapshot, to_pickle(snapshot(all_events(view.trace), lambda key: name_of(view.trace, key), expandable=True)))
+        files.write(
+            asked.snapshot,
+            to_pickle(snapshot(all_events(view.trace), lambda key: name_of(view.trace, key), expandable=True)),
+        )
     _tell(asked, "trace", view)
     if not asked.json:
         for path in (asked.plot, asked.snapshot):
@@ -96,7 +118,9 @@ def _views(asked: Asked, model: Model | None = None) -> tuple[View, list[View]]:
     def view(name: str) -> View:
         step = plans[name].exactly()
         fixed = step.recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
-        return shown.view(model, card, name, trace_step(fixed, step.recipe.padded(step.seq_len), card), step, cache.versions())
+        return shown.view(
+            model, card, name, trace_step(fixed, step.recipe.padded(step.seq_len), card), step, cache.versions()
+        )
 
     found: list[View] = []
     left_out: list[str] = []
@@ -168,7 +192,9 @@ def _said_first(why: str) -> Iterator[None]:
         yield
     except ModelError as e:
         said, *way_out = str(e).splitlines()
-        options = [line for line in way_out if line.startswith("--")]  # the formula, which others offer, was asked before
+        options = [
+            line for line in way_out if line.startswith("--")
+        ]  # the formula, which others offer, was asked before
         full_stop = "" if said.endswith(".") else "."
         raise ModelError(f"{why}\n{' '.join([f'Nor is it traced: {said}{full_stop}', *options, ASSUME])}") from None
 
@@ -189,7 +215,9 @@ def tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
     def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
         waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")
         workspace = card.gpu.workspaces_bytes
-        return cache.trace_of(config, recipe, seq_len, workspace=workspace, keep=not asked.no_cache, code_from=_code_from(asked))
+        return cache.trace_of(
+            config, recipe, seq_len, workspace=workspace, keep=not asked.no_cache, code_from=_code_from(asked)
+        )
 
     from ..show.trace import recipe_words, status
 
@@ -198,24 +226,42 @@ def tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
 
 
 _RESULTS = option(
-    str | None, "--results", "From measurements: results files, with commas between. Default: measurements.jsonl.", adds_up=True, metavar="FILE[,FILE]"
+    str | None,
+    "--results",
+    "From measurements: results files, with commas between. Default: measurements.jsonl.",
+    adds_up=True,
+    metavar="FILE[,FILE]",
 )
 
 
 @command(
-    "calibrate", {
+    "calibrate",
+    {
         **RESULTS_FILES,
-        "models": option(str, "--model -m", "A model, as elsewhere; several with commas between; or all-dense, all.", ..., adds_up=True, metavar="NAME[,NAME]"),
+        "models": option(
+            str,
+            "--model -m",
+            "A model, as elsewhere; several with commas between; or all-dense, all.",
+            ...,
+            adds_up=True,
+            metavar="NAME[,NAME]",
+        ),
         "source": option(str, "--from", "trace | measurements.", ..., metavar="RUNG"),
         "results": _RESULTS,
         "strategies": STRATEGIES["strategy"],
-        "out": option(Path | None, "--out -o", "The folder to write to. Default: the user's own, which the planner reads first.", metavar="FOLDER"),
+        "out": option(
+            Path | None,
+            "--out -o",
+            "The folder to write to. Default: the user's own, which the planner reads first.",
+            metavar="FOLDER",
+        ),
         "no_cache": TRACING["no_cache"],
-    }, JSON,
+    },
+    JSON,
     help="Solve a model's coefficients from traces of its steps, or from measurements of them, for the planner to use in place of the formula's; "
     "from measurements, a card's CUDA context and workspace, too. Older files are kept.",
     epilog="mstplan calibrate --from trace --model llama3.1-8b   |   mstplan calibrate --from measurements --model llama3.1-8b h100.jsonl",
-)  # fmt: skip
+)
 def calibrate(asked: Asked) -> None:
     from .. import files
     from ..errors import RecipeError, quoted
@@ -226,7 +272,9 @@ def calibrate(asked: Asked) -> None:
         raise RecipeError(f"cannot calibrate from {quoted(asked.source)}.\nKnown: trace, measurements.")
     idle = {**RESULTS_FILES, "results": _RESULTS} if asked.source == "trace" else {"no_cache": TRACING["no_cache"]}
     if unused := given(asked, idle):
-        raise RecipeError(f"{', '.join(unused)}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'.")
+        raise RecipeError(
+            f"{', '.join(unused)}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'."
+        )
     names = [name.strip() for name in asked.strategies.split(",")] if asked.strategies is not None else list(STRATEGIES)
     for name in names:
         strategy(name)  # refuses unknown ones
@@ -247,7 +295,11 @@ def calibrate(asked: Asked) -> None:
         from ..show import payload
 
         rung = "trace" if asked.source == "trace" else "measurement"
-        print_json(payload.document("calibrate", rung, folder=str(folder), calibrations=[row._asdict() for row in rows], notes=said))
+        print_json(
+            payload.document(
+                "calibrate", rung, folder=str(folder), calibrations=[row._asdict() for row in rows], notes=said
+            )
+        )
     else:
         calibrating.report(new_console(), rows)
         for line in said:

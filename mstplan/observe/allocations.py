@@ -128,7 +128,9 @@ def _mark(phase: str) -> None:
 def _walk(tree: Sequence[Any], operations: tuple[str, ...] = (), running: int = 0) -> Iterator[Event]:
     for event in tree:
         if event.name == "[memory]":
-            yield Event(event.start_time_ns, event.extra_fields.alloc_size, "", event.extra_fields.ptr, operations, running)
+            yield Event(
+                event.start_time_ns, event.extra_fields.alloc_size, "", event.extra_fields.ptr, operations, running
+            )
         elif event.name.startswith(_MARK):
             yield Event(event.start_time_ns, 0, event.name.removeprefix(_MARK), 0, (), 0)
         inner = running or (event.id if event.name.startswith(_OPERATION) else 0)

@@ -316,7 +316,9 @@ class Allocator:
             first = before if before is not None and before.key is None else unmapped
             if self._stretches(first, size):
                 return first
-        card = max(_NO_CARD, size) if self._limit is None else self._limit  # torch asks for all that the card has, in use or not
+        card = (
+            max(_NO_CARD, size) if self._limit is None else self._limit
+        )  # torch asks for all that the card has, in use or not
         space = -(-(card + card // 8) // pool.page) * pool.page
         self._take_addresses(-self._next_address % pool.page)
         block = _Block(pool, self._take_addresses(space), space, mapped=False)

@@ -36,7 +36,9 @@ def versions() -> dict[str, str]:
     try:
         found = {name: metadata.version(name) for name in PACKAGES}
     except metadata.PackageNotFoundError as e:
-        raise MissingError(f"{e.name} is not installed; tracing and measuring need torch and transformers: pip install 'mstplan[torch]'") from None
+        raise MissingError(
+            f"{e.name} is not installed; tracing and measuring need torch and transformers: pip install 'mstplan[torch]'"
+        ) from None
     return {**found, "mstplan": _digest_of_package()}
 
 
@@ -50,9 +52,16 @@ def _digest_of_package() -> str:
 
 
 def trace_of(
-    config: Mapping[str, Any], recipe: Recipe, seq_len: int, *, on: str = "cuda", workspace: int = 0, keep: bool = True,
-    code_from: str | None = None, threads: int | None = None,
-) -> Trace:  # fmt: skip
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    seq_len: int,
+    *,
+    on: str = "cuda",
+    workspace: int = 0,
+    keep: bool = True,
+    code_from: str | None = None,
+    threads: int | None = None,
+) -> Trace:
     """The trace of one step, from the cache or made now. keep: use and fill the cache, which knows nothing of a model's own
     code (code_from). threads: of a CPU, whose kernels hold something for each; as many as torch has here by default.
 

@@ -45,9 +45,17 @@ class Point(NamedTuple):
 # Lengths whose remainders by 128 differ, so that rows rounded up to 128 are told from tokens. Of two sequences and three: one
 # alone takes an allocation less (transformers' loss copies the labels of several).
 POINTS = (
-    Point(2, 5040, 5, 8), Point(3, 7920, 8, 5), Point(2, 6160, 4, 10), Point(3, 12240, 4, 9), Point(2, 16200, 15, 4), Point(3, 9000, 9, 6),
-    Point(2, 10080, 6, 20), Point(3, 14000, 7, 7), Point(2, 5400, 10, 12), Point(3, 20160, 9, 14),
-)  # fmt: skip
+    Point(2, 5040, 5, 8),
+    Point(3, 7920, 8, 5),
+    Point(2, 6160, 4, 10),
+    Point(3, 12240, 4, 9),
+    Point(2, 16200, 15, 4),
+    Point(3, 9000, 9, 6),
+    Point(2, 10080, 6, 20),
+    Point(3, 14000, 7, 7),
+    Point(2, 5400, 10, 12),
+    Point(3, 20160, 9, 14),
+)
 CHECK = Point(1, 100800, 25, 30)
 PLAIN, SQUARES = ("", "bs", "bc", "bk", "s", "br"), ("bss", "ss")
 
@@ -64,7 +72,11 @@ class Family(NamedTuple):
 def families(model: Model, names: Sequence[str] = tuple(STRATEGIES)) -> list[Family]:
     found = []
     for name in names:
-        chunks = ((True, True), (False, True), (True, False), (False, False)) if STRATEGIES[name].loss == "chunked" else ((False, False),)
+        chunks = (
+            ((True, True), (False, True), (True, False), (False, False))
+            if STRATEGIES[name].loss == "chunked"
+            else ((False, False),)
+        )
         for masked in (False, True) if window_of(model, STRATEGIES[name]) is not None else (False,):
             found += [Family(name, *several, masked) for several in chunks]
     return found
@@ -79,14 +91,32 @@ def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
     points = [_fitting(p, family, window) for p in (*POINTS[: len(basis) + 1], CHECK)]
     traces = [trace_at(_at(recipe, p), p.seq_len) for p in points]
     moments = _solve(model, basis, points[:-1], traces[:-1])
-    found = {name: tuple(m.live for m in undominated([Moment(v, "", ()) for v in vectors])) for name, vectors in moments.items()}
+    found = {
+        name: tuple(m.live for m in undominated([Moment(v, "", ()) for v in vectors]))
+        for name, vectors in moments.items()
+    }
     residual = max(_error(found, p, t) for p, t in zip(points, traces, strict=True))
     if not residual <= WORST:  # nor NaN
-        raise ModelError(f"{model.name}, {family.strategy}: the coefficients miss a trace by {residual:.2%}, more than {WORST:.1%}: not written.")
-    provenance = {"rung": "trace", **versions(), "mstplan": __version__, "points": [list(p) for p in points[:-1]], "checked": list(points[-1])}
+        raise ModelError(
+            f"{model.name}, {family.strategy}: the coefficients miss a trace by {residual:.2%}, more than {WORST:.1%}: not written."
+        )
+    provenance = {
+        "rung": "trace",
+        **versions(),
+        "mstplan": __version__,
+        "points": [list(p) for p in points[:-1]],
+        "checked": list(points[-1]),
+    }
     return Calibration(
-        calibration.family_of(recipe), family.several_mlp, family.several_loss, family.masked, False, found, residual, provenance,
-    )  # fmt: skip
+        calibration.family_of(recipe),
+        family.several_mlp,
+        family.several_loss,
+        family.masked,
+        False,
+        found,
+        residual,
+        provenance,
+    )
 
 
 class Written(NamedTuple):
@@ -103,10 +133,21 @@ class Written(NamedTuple):
 
 
 def written(model: Model, strategy: str, c: Calibration, file: Path) -> Written:
-    return Written(model.name, strategy, c.several_mlp, c.several_loss, c.masked, sum(map(len, c.moments.values())), c.residual, str(file))
+    return Written(
+        model.name,
+        strategy,
+        c.several_mlp,
+        c.several_loss,
+        c.masked,
+        sum(map(len, c.moments.values())),
+        c.residual,
+        str(file),
+    )
 
 
-def calibrate_all(models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bool, showing: Showing = unseen) -> list[Written]:
+def calibrate_all(
+    models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bool, showing: Showing = unseen
+) -> list[Written]:
     """Calibrate each model (a name, path or id) and write its file as soon as it is done. keep: use and fill the cache of traces.
     Raises what the trace refuses, ModelError and OutputError."""
     versions()  # no torch: said at once
@@ -140,7 +181,10 @@ def _fitting(point: Point, family: Family, window: int | None) -> Point:
         point = point._replace(seq_len=max(step, point.seq_len // scale // step * step))
     elif window is not None and point.seq_len < window:
         point = point._replace(seq_len=point.seq_len * -(-window // point.seq_len))
-    return point._replace(mlp_chunks=point.mlp_chunks if family.several_mlp else 1, loss_chunks=point.loss_chunks if family.several_loss else 1)
+    return point._replace(
+        mlp_chunks=point.mlp_chunks if family.several_mlp else 1,
+        loss_chunks=point.loss_chunks if family.several_loss else 1,
+    )
 
 
 def _at(recipe: Recipe, point: Point) -> Recipe:
@@ -149,13 +193,19 @@ def _at(recipe: Recipe, point: Point) -> Recipe:
 
 def _units(point: Point) -> dict[str, int]:
     recipe = Recipe.model_construct(batch=point.batch)
-    return dict(zip(BASIS, sizes(recipe, point.seq_len, Chunks(point.mlp_chunks, point.loss_chunks)).units, strict=True))
+    return dict(
+        zip(BASIS, sizes(recipe, point.seq_len, Chunks(point.mlp_chunks, point.loss_chunks)).units, strict=True)
+    )
 
 
-def _solve(model: Model, basis: Sequence[str], points: Sequence[Point], traces: Sequence[Trace]) -> dict[str, list[Vector]]:
+def _solve(
+    model: Model, basis: Sequence[str], points: Sequence[Point], traces: Sequence[Trace]
+) -> dict[str, list[Vector]]:
     """Every moment's vector, by instant."""
     if len({(len(t.live), tuple(t.step.places)) for t in traces}) > 1:
-        raise ModelError(f"{model.name}: its steps differ between lengths in more than sizes, so that no coefficients describe them.")
+        raise ModelError(
+            f"{model.name}: its steps differ between lengths in more than sizes, so that no coefficients describe them."
+        )
     factors = np.array([[_units(p)[name] for name in basis] for p in points], dtype=float)
     bytes_ = np.array([t.requested for t in traces], dtype=float)
     solution = np.rint(np.linalg.lstsq(factors, bytes_, rcond=None)[0]).astype(np.int64)

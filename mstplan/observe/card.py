@@ -98,7 +98,9 @@ def _before(trace: Trace) -> Iterator[Event]:
 
 def _step(trace: Trace, n: int) -> Iterator[Event]:
     made, alive = trace.step.made, set[int]()
-    update = next((start for place, start in trace.step.places if place.run == OPTIMIZER and start), len(trace.step.events))
+    update = next(
+        (start for place, start in trace.step.places if place.run == OPTIMIZER and start), len(trace.step.events)
+    )
 
     def key(index: int) -> int:
         return 4 * (n * len(made) + index) + _MADE

@@ -38,7 +38,11 @@ class Known(NamedTuple):
     inside: bool = True  # given back before the operation was over; where that is not known, it cannot be asked for
 
     def explains(self, what: str, allocation: Allocation) -> bool:
-        return what == self.what and allocation.inside >= self.inside and re.search(self.pattern, allocation.name) is not None
+        return (
+            what == self.what
+            and allocation.inside >= self.inside
+            and re.search(self.pattern, allocation.name) is not None
+        )
 
 
 class Difference(NamedTuple):
@@ -56,16 +60,21 @@ class Difference(NamedTuple):
 
 KNOWN_ON_CPU = (
     Known(
-        "oneDNN's scratch memory", "products of 16-bit matrices run in code that oneDNN makes for the CPU at hand; how much memory that needs is its affair",
+        "oneDNN's scratch memory",
+        "products of 16-bit matrices run in code that oneDNN makes for the CPU at hand; how much memory that needs is its affair",
         "measured; the call: aten native/mkldnn/Matmul.cpp, mkldnn_gemm and mkldnn_matmul, ideep::matmul_forward",
         r"(^|> )(mm|addmm|bmm|baddbmm|_scaled_dot_product_flash_attention_for_cpu(_backward)?)$",
     ),
-)  # fmt: skip
+)
 """What `trace(..., on="cpu")` leaves out. What else kernels of a CPU allocate for themselves stands in cpu.py, and is traced."""
 
 
 def differences(
-    traced: Iterable[Allocation], real: Iterable[Allocation], known: Sequence[Known] = (), above: int = MIB, block: int = 1
+    traced: Iterable[Allocation],
+    real: Iterable[Allocation],
+    known: Sequence[Known] = (),
+    above: int = MIB,
+    block: int = 1,
 ) -> list[Difference]:
     """Of all allocations of more than `above` bytes, sizes rounded up to blocks of so many bytes. Explained ones are among them."""
 
@@ -79,9 +88,11 @@ def differences(
     ours, theirs = large(traced), large(real)
     extra, missing = [reason(EXTRA, a) for a in ours], [reason(MISSING, a) for a in theirs]
     path = _side_by_side(
-        [a.bytes for a in ours], [a.bytes for a in theirs],
-        [_UNEXPLAINED if k is None else 1 for k in extra], [_UNEXPLAINED if k is None else 1 for k in missing],
-    )  # fmt: skip
+        [a.bytes for a in ours],
+        [a.bytes for a in theirs],
+        [_UNEXPLAINED if k is None else 1 for k in extra],
+        [_UNEXPLAINED if k is None else 1 for k in missing],
+    )
     return [
         Difference(EXTRA, i, ours[i], extra[i]) if what == EXTRA else Difference(MISSING, j, theirs[j], missing[j])
         for what, i, j in path
@@ -103,7 +114,9 @@ def of_cuda(rows: Iterable[Sequence[Any]]) -> list[Allocation]:
     return [Allocation(size, " > ".join(reversed(frames))) for action, size, _, frames in rows if action == "alloc"]
 
 
-def _side_by_side(ours: Sequence[int], theirs: Sequence[int], skip_ours: Sequence[int], skip_theirs: Sequence[int]) -> list[tuple[str, int, int]]:
+def _side_by_side(
+    ours: Sequence[int], theirs: Sequence[int], skip_ours: Sequence[int], skip_theirs: Sequence[int]
+) -> list[tuple[str, int, int]]:
     """The cheapest way through both sequences (Dijkstra), as the steps that skip an entry of one: (EXTRA or MISSING, i, j)."""
     goal = (len(ours), len(theirs))
 

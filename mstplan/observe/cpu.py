@@ -24,11 +24,33 @@ from .recorder import Recorder
 
 _aten = torch.ops.aten
 ELEMENT_BY_ELEMENT = {
-    _aten.add, _aten.sub, _aten.mul, _aten.div, _aten.pow, _aten.where, _aten.maximum, _aten.minimum, _aten.lerp, _aten.addcmul,
-    _aten.addcdiv, _aten.add_, _aten.sub_, _aten.mul_, _aten.div_, _aten.eq, _aten.ne, _aten.lt, _aten.le, _aten.gt, _aten.ge,
-}  # fmt: skip
+    _aten.add,
+    _aten.sub,
+    _aten.mul,
+    _aten.div,
+    _aten.pow,
+    _aten.where,
+    _aten.maximum,
+    _aten.minimum,
+    _aten.lerp,
+    _aten.addcmul,
+    _aten.addcdiv,
+    _aten.add_,
+    _aten.sub_,
+    _aten.mul_,
+    _aten.div_,
+    _aten.eq,
+    _aten.ne,
+    _aten.lt,
+    _aten.le,
+    _aten.gt,
+    _aten.ge,
+}
 REDUCTIONS = {_aten.sum, _aten.mean}
-ATTENTION, ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_product_flash_attention_for_cpu_backward
+ATTENTION, ATTENTION_BACKWARD = (
+    _aten._scaled_dot_product_flash_attention_for_cpu,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+)
 KEYS_AT_ONCE = 512
 """Keys to a block of scores: kv_split_size of every kernel."""
 

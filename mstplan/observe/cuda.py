@@ -68,7 +68,9 @@ class _Efficient(torch.autograd.Function):
     """The memory-efficient kernel, with a bias (b or 1, 1 or H, s, s) or without."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, recorder: Recorder) -> torch.Tensor:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, recorder: Recorder
+    ) -> torch.Tensor:
         batch, heads, tokens, size = q.shape
         out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
         if efficient_accumulates(size, v.shape[-1], q.itemsize):
@@ -86,7 +88,9 @@ class _Efficient(torch.autograd.Function):
         batch, heads, tokens, size = q.shape
         made = tuple(torch.empty_like(x) for x in (q, k, v))
         with ctx.recorder.purpose("efficient attention: row sums of dO * O"):
-            products = None if q.dtype in SIXTEEN_BIT else torch.empty_like(grads[0])  # in 16 bits the kernel needs none
+            products = (
+                None if q.dtype in SIXTEEN_BIT else torch.empty_like(grads[0])
+            )  # in 16 bits the kernel needs none
             sums = products.sum(-1) if products is not None else None
             _rows = q.new_empty(batch, heads, tokens, dtype=torch.float32)
             del products, sums
@@ -130,9 +134,15 @@ def _attention(recorder: Recorder) -> Any:
     plain = F.scaled_dot_product_attention
 
     def attention(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
         q, k, v = _cast(query, key, value)
         size, same = q.shape[-1], q.shape[-1] == k.shape[-1] == v.shape[-1]
         shared = k.shape[1] != q.shape[1]
@@ -140,7 +150,9 @@ def _attention(recorder: Recorder) -> Any:
             return _Flash.apply(q, k, v, recorder)
         if shared:
             with sdpa_kernel(SDPBackend.MATH):
-                return plain(q, k, v, attn_mask, dropout_p, is_causal and attn_mask is None, scale=scale, enable_gqa=True)
+                return plain(
+                    q, k, v, attn_mask, dropout_p, is_causal and attn_mask is None, scale=scale, enable_gqa=True
+                )
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             with recorder.purpose("attention bias", "attention"):
                 attn_mask = _padded(torch.empty_like(attn_mask, dtype=q.dtype))
@@ -168,8 +180,12 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
 
 
 def _layer_norm(
-    x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
     if torch.is_autocast_enabled("cpu"):
         x = x.float()  # as autocast does on a card
     if x.dtype not in SIXTEEN_BIT or weight is None or bias is None or len(shape) != 1:
@@ -178,7 +194,9 @@ def _layer_norm(
     return out
 
 
-def _fused(_module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: object, **_: object) -> tuple[torch.Tensor, None]:
+def _fused(
+    _module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: object, **_: object
+) -> tuple[torch.Tensor, None]:
     width = v.shape[-1]
     if width != q.shape[-1]:  # as transformers does for FlashAttention (integrations/flash_attention.py)
         v = F.pad(v, (0, q.shape[-1] - width))

@@ -17,9 +17,12 @@ from .recording import GRADIENTS, STATES, WEIGHTS, WORKSPACE
 from .trace import Alive
 
 GROUPS = {
-    "weights": WEIGHTS, "gradients": GRADIENTS, WORKSPACES: WORKSPACE, "AdamW first moment": "exp_avg",
+    "weights": WEIGHTS,
+    "gradients": GRADIENTS,
+    WORKSPACES: WORKSPACE,
+    "AdamW first moment": "exp_avg",
     "AdamW second moment": "exp_avg_sq",
-}  # fmt: skip
+}
 """What the formula sums up as one entry: the trace's category, or the name of the optimizer's state."""
 
 
@@ -73,8 +76,11 @@ def _row(theirs: Sequence[Entry], ours: Sequence[Alive]) -> Row:
         tuple(dict.fromkeys(f"{e.name} {e.shape}".strip() for e in theirs)),
         tuple(dict.fromkeys(f"{name_of(a)} {a.shape or ''}".strip() for a in ours)),
         theirs[0].dtype if theirs else ours[0].dtype,
-        sum(e.copies for e in theirs), sum(a.copies for a in ours), sum(e.bytes for e in theirs), sum(a.bytes for a in ours),
-    )  # fmt: skip
+        sum(e.copies for e in theirs),
+        sum(a.copies for a in ours),
+        sum(e.bytes for e in theirs),
+        sum(a.bytes for a in ours),
+    )
 
 
 def name_of(group: Alive) -> str:

@@ -47,7 +47,11 @@ class Row:
     def patterns(self) -> list[Pattern]:
         """What tells what a layer does: it and its neighbours, by kind and place in their checkpoints; and, where lives are
         long, how near an end its checkpoint is."""
-        marked: list[Hashable] = ["beyond", *((kind, *self.ends(unit)) for unit, kind in enumerate(self.kinds)), "beyond"]
+        marked: list[Hashable] = [
+            "beyond",
+            *((kind, *self.ends(unit)) for unit, kind in enumerate(self.kinds)),
+            "beyond",
+        ]
         if self.reach == 1:
             return list(zip(marked, marked[1:], marked[2:], strict=False))
         near = [(min(n, self.reach), min(len(self.checkpoints) - 1 - n, self.reach)) for n in self.number]
@@ -210,13 +214,20 @@ class _Extension:
             raise Unlike
         told: dict[Pattern, object] = {}
         for unit, pattern in enumerate(patterns):
-            did = [(run, nth, self._story(span, unit)) for (run, at, nth), span in self.blocks.items() if at == unit], self._left(unit)
+            did = (
+                [(run, nth, self._story(span, unit)) for (run, at, nth), span in self.blocks.items() if at == unit],
+                self._left(unit),
+            )
             if told.setdefault(pattern, did) != did:
                 raise Unlike
 
     def _story(self, span: range, unit: int) -> list[object]:
         """What happens in a block, in terms that do not depend on the unit's number. What all units share, only one lets go."""
-        return [self._role(index, sign, unit) for index, sign in self._events(span) if sign > 0 or self._is_layer(self.home[index][0][1])]
+        return [
+            self._role(index, sign, unit)
+            for index, sign in self._events(span)
+            if sign > 0 or self._is_layer(self.home[index][0][1])
+        ]
 
     def _role(self, index: int, sign: int, unit: int) -> object:
         (run, at, nth), k = self.home[index]
@@ -227,7 +238,9 @@ class _Extension:
         """What of a unit's is let go of before or after all units."""
         found: list[object] = []
         for (run, at, nth), span in self.blocks.items():
-            gone = [self.home[index] for index, sign in self._events(span) if sign < 0] if not self._is_layer(at) else []
+            gone = (
+                [self.home[index] for index, sign in self._events(span) if sign < 0] if not self._is_layer(at) else []
+            )
             found += [(run, at, nth, made_in, made_nth, k) for (made_in, by, made_nth), k in gone if by == unit]
         return found
 
@@ -261,8 +274,14 @@ class _Extension:
     def _meant(self, index: int, block: Block, unit: int) -> list[tuple[int, int]]:
         """What a release of `index` in a block releases when `unit` repeats it."""
         (run, at, nth), k = self.home[index]
-        if not self._is_layer(block[1]):  # before or after all units one of each is meant: that of every unit that is like it
-            return [(u, index) for u in range(self.count) if self.like[u] == at] if self._is_layer(at) else [(self._outside(at), index)]
+        if not self._is_layer(
+            block[1]
+        ):  # before or after all units one of each is meant: that of every unit that is like it
+            return (
+                [(u, index) for u in range(self.count) if self.like[u] == at]
+                if self._is_layer(at)
+                else [(self._outside(at), index)]
+            )
         if not self._is_layer(at):
             return [(self._outside(at), index)] if self._lets_go(block, unit) else []
         other = self.whole.follow(unit, self.part.way(block[1], at))
@@ -283,7 +302,11 @@ class _Extension:
         if not at_the_beginning and (self.like.count(short_unit) > 1 or run == RECOMPUTE):
             raise Unlike
         if unit == its and (run == FORWARD or not at_the_beginning):
-            after, shown = (slice(its + 1, None), slice(short_unit + 1, None)) if run == FORWARD else (slice(its), slice(short_unit))
+            after, shown = (
+                (slice(its + 1, None), slice(short_unit + 1, None))
+                if run == FORWARD
+                else (slice(its), slice(short_unit))
+            )
             if not {*self.whole.kinds[after]} <= {*self.part.kinds[shown]}:
                 raise Unlike
             if self.part.ends(short_unit)[0] and not self.part.kinds_beside(short_unit) <= self.whole.kinds_beside(its):

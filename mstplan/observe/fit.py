@@ -57,14 +57,19 @@ def fit(model: Model, measurements: Iterable[Measurement]) -> Fitted:
         else:
             found.calibrations.append(solved)
     if not found.calibrations:
-        why = "; ".join([*dict.fromkeys(found.left_out)][:3]) or f"no measurement of {model.name} that a calibration could be solved from"
-        raise MeasurementError(f"{why}.\nMeasure more lengths and chunks: mstplan measure -m {model.name} --seq-len 2k,4k,6k,8k,12k")
+        why = (
+            "; ".join([*dict.fromkeys(found.left_out)][:3])
+            or f"no measurement of {model.name} that a calibration could be solved from"
+        )
+        raise MeasurementError(
+            f"{why}.\nMeasure more lengths and chunks: mstplan measure -m {model.name} --seq-len 2k,4k,6k,8k,12k"
+        )
     return found
 
 
 def fit_all(
     models: Sequence[str], strategies: Sequence[str], folder: Path, results: Sequence[Path], elsewhere: bool
-) -> tuple[list[Written], list[str]]:  # fmt: skip
+) -> tuple[list[Written], list[str]]:
     """Fit each model's families to measurements and write them; of CUDA measurements also the cards' constants. elsewhere: is `folder`
     one that the planner does not read? Gives what was written, and what else is to be said. Raises MeasurementError."""
     named = [load_model(spec) for spec in models]
@@ -83,10 +88,15 @@ def fit_all(
         said += found.left_out
         rows += [written(model, c.provenance["strategy"], c, path) for c in found.calibrations]
     if not rows:
-        raise MeasurementError("none of these models has measurements enough.\nmstplan calibrate with one --model says what it lacks.")
+        raise MeasurementError(
+            "none of these models has measurements enough.\nmstplan calibrate with one --model says what it lacks."
+        )
     if constants := devices(chosen):
         path = write_measured(constants)
-        said += [f"{card}: {about.context_bytes / MIB:,.0f} MiB of CUDA context, measured; wrote {one_line(path, 200)}" for card, about in constants.items()]
+        said += [
+            f"{card}: {about.context_bytes / MIB:,.0f} MiB of CUDA context, measured; wrote {one_line(path, 200)}"
+            for card, about in constants.items()
+        ]
     return rows, said
 
 
@@ -96,14 +106,18 @@ def _usable(measurements: list[Measurement], elsewhere: bool) -> list[Measuremen
         return measurements
     found = [m for m in measurements if m.case.device != "cpu"]
     if measurements and not found:
-        raise MeasurementError("these were measured on a CPU, and the planner plans for cards.\n--out FOLDER writes calibrations that it does not use.")
+        raise MeasurementError(
+            "these were measured on a CPU, and the planner plans for cards.\n--out FOLDER writes calibrations that it does not use."
+        )
     return found
 
 
 def _is_of(m: Measurement, model: Model) -> bool:
     """All of the model, or the first layers of one whose layers are alike and stand for themselves."""
     layers = m.case.described.layers
-    alike = layers == model.layers or (len(set(model.layer_kinds)) == 1 and m.case.recipe.checkpoint in ("none", "layer"))
+    alike = layers == model.layers or (
+        len(set(model.layer_kinds)) == 1 and m.case.recipe.checkpoint in ("none", "layer")
+    )
     return alike and fingerprint(model.first(layers)) == fingerprint(m.case.described)
 
 
@@ -117,18 +131,31 @@ def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
     """The calibration, or why there is none."""
     first = members[0]
     layout = layout_of(model, first.case.recipe, chunks_of(first), first.case.seq_len)
-    columns = ["", "bs", *(["bc"] if layout.several_mlp_chunks else []), *(["bk"] if layout.several_loss_chunks else [])]
+    columns = [
+        "",
+        "bs",
+        *(["bc"] if layout.several_mlp_chunks else []),
+        *(["bk"] if layout.several_loss_chunks else []),
+    ]
     if first.case.recipe.attention == "eager" or layout.masked:
         columns.append("bss")
     by_layer = any(m.case.described.layers != model.layers for m in members)
     factors = _factors(members, columns, by_layer)
     needed = factors.shape[1] + 1
     if len(members) < needed or np.linalg.matrix_rank(factors / np.abs(factors).max(axis=0)) < factors.shape[1]:
-        varied = "lengths" + (" and numbers of chunks" if layout.several_loss_chunks else "") + (" and numbers of layers" if by_layer else "")
+        varied = (
+            "lengths"
+            + (" and numbers of chunks" if layout.several_loss_chunks else "")
+            + (" and numbers of layers" if by_layer else "")
+        )
         return f"{len(members)} point{'s' * (len(members) > 1)}, and {needed} are needed, of different {varied}"
     formula = step(model, layout, 0)
     told = [_formula(m) for m in members]
-    names = [name for name in formula.moments if all(name in m.instants and name in t for m, t in zip(members, told, strict=True))]
+    names = [
+        name
+        for name in formula.moments
+        if all(name in m.instants and name in t for m, t in zip(members, told, strict=True))
+    ]
     bytes_ = np.array([[m.instants[name] for name in names] for m in members], dtype=float)
     off = bytes_ - np.array([[t[name] for name in names] for t in told], dtype=float)
     solution = _least_squares(factors, off)
@@ -139,12 +166,19 @@ def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
         half = len(columns)
         solution = solution[:half] + model.layers * solution[half:]
     moments = {
-        name: tuple(add(moment.live, _vector(columns, solution[:, n])) for moment in formula.moments[name]) for n, name in enumerate(names)
-    }  # fmt: skip
+        name: tuple(add(moment.live, _vector(columns, solution[:, n])) for moment in formula.moments[name])
+        for n, name in enumerate(names)
+    }
     return Calibration(
-        family_of(first.case.recipe), layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked,
-        first.case.recipe.accumulation > 1, moments, residual, _provenance(members, _left_out_error(factors, off, bytes_)),
-    )  # fmt: skip
+        family_of(first.case.recipe),
+        layout.several_mlp_chunks,
+        layout.several_loss_chunks,
+        layout.masked,
+        first.case.recipe.accumulation > 1,
+        moments,
+        residual,
+        _provenance(members, _left_out_error(factors, off, bytes_)),
+    )
 
 
 def _factors(members: Sequence[Measurement], columns: Sequence[str], by_layer: bool) -> Factors:
@@ -192,22 +226,34 @@ def _provenance(members: Sequence[Measurement], left_out: float) -> dict[str, An
     about = members[0].environment
     points = [point_of(m) for m in members]
     return {
-        "rung": "measurement", "strategy": members[0].case.strategy, "card": about["card"], "driver": about.get("driver"),
-        "torch": about["torch"], "transformers": about["transformers"], "mstplan": __version__,
-        "when": max(m.when for m in members), "points": points, "left_out_error": left_out,
-    }  # fmt: skip
+        "rung": "measurement",
+        "strategy": members[0].case.strategy,
+        "card": about["card"],
+        "driver": about.get("driver"),
+        "torch": about["torch"],
+        "transformers": about["transformers"],
+        "mstplan": __version__,
+        "when": max(m.when for m in members),
+        "points": points,
+        "left_out_error": left_out,
+    }
 
 
 def devices(measurements: Iterable[Measurement]) -> dict[str, Constants]:
     """By card as torch names it: bytes of the CUDA context and of cuBLAS' workspace, medians, and what they are from."""
     seen: dict[str, list[Measurement]] = defaultdict(list)
     for m in measurements:
-        if m.outcome == OK and m.case.device == "cuda" and not m.case.recipe.sharded:  # NCCL's memory would count as context
+        if (
+            m.outcome == OK and m.case.device == "cuda" and not m.case.recipe.sharded
+        ):  # NCCL's memory would count as context
             seen[m.environment["card"]].append(m)
     found: dict[str, Constants] = {}
     for card, members in seen.items():
         ranks = [rank for m in members for rank in m.ranks]
-        contexts, workspaces = ([v for v in column if v is not None] for column in zip(*((r.context, r.workspace) for r in ranks), strict=True))
+        contexts, workspaces = (
+            [v for v in column if v is not None]
+            for column in zip(*((r.context, r.workspace) for r in ranks), strict=True)
+        )
         if contexts and workspaces:
             about = members[-1].environment
             source = f"measured: {len(ranks)} steps with torch {about['torch']}, driver {about.get('driver')}, until {members[-1].when}"

@@ -28,7 +28,9 @@ def launched() -> Launch | None:
     if missing and "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     if missing:
-        raise MeasurementError(f"torchrun started this process (TORCHELASTIC_RUN_ID), but {missing[0]} is not set in the environment.\n{_WAY_OUT}")
+        raise MeasurementError(
+            f"torchrun started this process (TORCHELASTIC_RUN_ID), but {missing[0]} is not set in the environment.\n{_WAY_OUT}"
+        )
     ranks = _number("WORLD_SIZE", 1, 1 << 16)
     rank = _number("RANK", 0, ranks - 1)
     local_rank = _number("LOCAL_RANK", 0, ranks - 1) if "LOCAL_RANK" in os.environ else rank
@@ -40,5 +42,7 @@ def _number(name: str, least: int, most: int) -> int:
     text = os.environ[name].strip()
     value = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
     if not least <= value <= most:
-        raise MeasurementError(f"{name} is {quoted(os.environ[name])} in the environment, must be a whole number from {least} to {most}.\n{_WAY_OUT}")
+        raise MeasurementError(
+            f"{name} is {quoted(os.environ[name])} in the environment, must be a whole number from {least} to {most}.\n{_WAY_OUT}"
+        )
     return value

@@ -63,12 +63,27 @@ class Bench:
     def measure(self, strategy: str, recipe: Recipe, seq_len: int, chunks: Chunks, tell: Tell) -> Measurement:
         name, config = self.subject
         fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
-        case = Case(name, strategy, config, fixed, recipe.padded(seq_len), self.layers, self.device, self.limit, self.steps, self.assume)
-        return measure_all([case], self.known, self.out, self.timeout, self.again, tell=tell, showing=self.showing).measurements[0]
+        case = Case(
+            name,
+            strategy,
+            config,
+            fixed,
+            recipe.padded(seq_len),
+            self.layers,
+            self.device,
+            self.limit,
+            self.steps,
+            self.assume,
+        )
+        return measure_all(
+            [case], self.known, self.out, self.timeout, self.again, tell=tell, showing=self.showing
+        ).measurements[0]
 
     def trace_at(self, recipe: Recipe, seq_len: int, card: Card) -> Trace:
         workspace = card.gpu.workspaces_bytes if self.device == "cuda" else 0
-        return cache.trace_of(self.subject[1], recipe, seq_len, on=self.device, workspace=workspace, threads=self.known.get("threads"))
+        return cache.trace_of(
+            self.subject[1], recipe, seq_len, on=self.device, workspace=workspace, threads=self.known.get("threads")
+        )
 
     def predicted(self, strategy: str, recipe: Recipe) -> Prediction:
         """Raises MeasurementError when not even `SHORTEST` tokens fit."""
@@ -105,7 +120,9 @@ class Prediction(NamedTuple):
 # ---- S_max --------------------------------------------------------------------------------------------------------------
 
 
-def smax(bench: Bench, recipes: Mapping[str, Recipe], begins: Callable[[], object], tell: Tell) -> list[tuple[Limit, Prediction]]:
+def smax(
+    bench: Bench, recipes: Mapping[str, Recipe], begins: Callable[[], object], tell: Tell
+) -> list[tuple[Limit, Prediction]]:
     """Each strategy's S_max by trace, tried from below and above, and the true one. Raises MeasurementError, before anything is
     measured (which `begins` tells), where not even `SHORTEST` tokens are predicted to fit."""
     predictions = {strategy: bench.predicted(strategy, recipe) for strategy, recipe in recipes.items()}
@@ -186,7 +203,15 @@ def longest_on_cpu(limit: int, trace_at: Callable[[int], Trace], start: int = 10
         before = (seq_len, peak)
         # As if peaks lay on a line; where that leads nowhere new, half the way.
         guess = seq_len + int((limit - peak) / slope) if slope > 0 else 0
-        seq_len = guess if low < guess < high else min(low + 1, high - 1) if guess == low else (low + high) // 2 if high < LONGEST else 2 * seq_len
+        seq_len = (
+            guess
+            if low < guess < high
+            else min(low + 1, high - 1)
+            if guess == low
+            else (low + high) // 2
+            if high < LONGEST
+            else 2 * seq_len
+        )
     return low if low >= SHORTEST else 0
 
 
@@ -215,20 +240,31 @@ def chunk_counts(recommended: Chunks) -> list[Chunks]:
 
 def throughputs(
     bench: Bench, recipes: Mapping[str, Recipe], seq_len: int, begins: Callable[[], object], tell: Tell
-) -> dict[str, list[Throughput]]:  # fmt: skip
+) -> dict[str, list[Throughput]]:
     """Of each strategy that runs in chunks, tokens per second over numbers of them around the recommended one. Raises RecipeError when
     none does."""
     recipes = {strategy: recipe for strategy, recipe in recipes.items() if recipe.loss == "chunked"}
     if not recipes:
-        raise RecipeError("none of these recipes runs in chunks, so that there is nothing to compare.\nTake -s mst, mst-offload or --loss chunked.")
+        raise RecipeError(
+            "none of these recipes runs in chunks, so that there is nothing to compare.\nTake -s mst, mst-offload or --loss chunked."
+        )
     begins()
-    return {
-        strategy: throughput(bench.model, recipe, bench.card, seq_len, lambda chunks: bench.measure(strategy, recipe, seq_len, chunks, tell))  # noqa: B023
-        for strategy, recipe in recipes.items()
-    }
+
+    def rows(strategy: str, recipe: Recipe) -> list[Throughput]:
+        return throughput(
+            bench.model,
+            recipe,
+            bench.card,
+            seq_len,
+            lambda chunks: bench.measure(strategy, recipe, seq_len, chunks, tell),
+        )
+
+    return {strategy: rows(strategy, recipe) for strategy, recipe in recipes.items()}
 
 
-def throughput(model: Model, recipe: Recipe, card: Card, seq_len: int, measure: Callable[[Chunks], Measurement]) -> list[Throughput]:
+def throughput(
+    model: Model, recipe: Recipe, card: Card, seq_len: int, measure: Callable[[Chunks], Measurement]
+) -> list[Throughput]:
     """The step's time over numbers of chunks. In one chunk the loss still is that of chunks: only their number differs."""
     best = solve.plan_at(model, recipe, card, seq_len).chunks
     counts = dict.fromkeys(solve.within(chunks, seq_len) for chunks in chunk_counts(best))
@@ -236,11 +272,14 @@ def throughput(model: Model, recipe: Recipe, card: Card, seq_len: int, measure: 
     whole = found[Chunks(1, 1)]
     return [
         Throughput(
-            chunks, (chunk_tokens(seq_len, chunks.mlp), chunk_tokens(seq_len, chunks.loss)), m,
-            m.tokens_per_second / whole.tokens_per_second if m.outcome == whole.outcome == OK else None, chunks == best,
+            chunks,
+            (chunk_tokens(seq_len, chunks.mlp), chunk_tokens(seq_len, chunks.loss)),
+            m,
+            m.tokens_per_second / whole.tokens_per_second if m.outcome == whole.outcome == OK else None,
+            chunks == best,
         )
         for chunks, m in found.items()
-    ]  # fmt: skip
+    ]
 
 
 def holds(rows: Iterable[Throughput]) -> bool:

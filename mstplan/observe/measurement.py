@@ -55,7 +55,9 @@ def _named(text: str) -> str:
 
 
 Word = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
-Name = Annotated[str, Field(max_length=255), AfterValidator(_named)]  # whatever characters: a folder's name becomes a model's
+Name = Annotated[
+    str, Field(max_length=255), AfterValidator(_named)
+]  # whatever characters: a folder's name becomes a model's
 Loss = Annotated[float | None, AfterValidator(lambda loss: loss if loss is not None and isfinite(loss) else None)]
 
 
@@ -80,7 +82,9 @@ class Figures:
     phases: Annotated[dict[str, Peak], Field(min_length=1)]
     step_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)]  # of every timed step
     loss: Loss  # None: infinite, or no number
-    context: Bytes | None = None  # in use on the card beside what the allocator reserved: the CUDA context, and other processes
+    context: Bytes | None = (
+        None  # in use on the card beside what the allocator reserved: the CUDA context, and other processes
+    )
     workspace: Bytes | None = None  # of cuBLAS, for all of its handles
 
     @property
@@ -116,7 +120,9 @@ class Case:
         return read_config(self.config, self.model, self.assume)
 
     def as_data(self) -> dict[str, Any]:
-        named = [f.name for f in fields(Case) if f.name != "assume" or self.assume is not None]  # as results of before have it
+        named = [
+            f.name for f in fields(Case) if f.name != "assume" or self.assume is not None
+        ]  # as results of before have it
         return {**{name: getattr(self, name) for name in named}, "recipe": self.recipe.model_dump()}
 
     @classmethod
@@ -169,7 +175,11 @@ class Measurement:
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def as_data(self) -> dict[str, Any]:
-        return {**{f.name: getattr(self, f.name) for f in fields(Measurement)}, "case": self.case.as_data(), "ranks": [asdict(r) for r in self.ranks]}
+        return {
+            **{f.name: getattr(self, f.name) for f in fields(Measurement)},
+            "case": self.case.as_data(),
+            "ranks": [asdict(r) for r in self.ranks],
+        }
 
     @classmethod
     def from_data(cls, data: object) -> Measurement:
@@ -178,7 +188,12 @@ class Measurement:
         recipe, told = found.case.recipe, {tuple(sorted(rank.instants)) for rank in found.ranks}
         elsewhere = (found.case.device == "cpu") != (found.environment["card"] == "cpu")
         unread = not (found.case.described.layers and found.key)  # raises now what it would later
-        if "auto" in (recipe.mlp_chunks, recipe.loss_chunks) or len(told) != (found.outcome == OK) or elsewhere or unread:
+        if (
+            "auto" in (recipe.mlp_chunks, recipe.loss_chunks)
+            or len(told) != (found.outcome == OK)
+            or elsewhere
+            or unread
+        ):
             raise ValueError("no measurement")
         return found
 
@@ -220,7 +235,10 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def key_of(case: Case, environment: Mapping[str, Any]) -> str:
-    same = {name: environment.get(name) for name in ("card", "torch", "transformers", "allocator", "threads", "cudnn", "sdpa")}
+    same = {
+        name: environment.get(name)
+        for name in ("card", "torch", "transformers", "allocator", "threads", "cudnn", "sdpa")
+    }
     what = {**case.as_data(), "model": "", "strategy": "", "steps": 0}
     return sha256(json.dumps([what, same], sort_keys=True).encode()).hexdigest()[:32]
 
@@ -332,7 +350,9 @@ class _Locked:
 
     def close(self) -> None:
         with suppress(OSError):
-            if self.locked and _is_at(self.handle, self.path) and not os.fstat(self.handle).st_size:  # nothing came of it
+            if (
+                self.locked and _is_at(self.handle, self.path) and not os.fstat(self.handle).st_size
+            ):  # nothing came of it
                 os.unlink(os.path.realpath(self.path))  # not a link to it
         os.close(self.handle)
 
@@ -372,7 +392,9 @@ def _check_results(path: Path, handle: int) -> None:
     """Raises MeasurementError for a file that holds something else."""
     begins = os.pread(handle, len(_BEGINNING), 0)
     if not _BEGINNING.startswith(begins) and not read(path).measurements:  # of results the only line may be cut off
-        raise MeasurementError(f"{quoted(path)} holds no results of `mstplan measure`, so none are added.\nName another file with --out.")
+        raise MeasurementError(
+            f"{quoted(path)} holds no results of `mstplan measure`, so none are added.\nName another file with --out."
+        )
 
 
 def _lock(handle: int, path: Path) -> bool:
@@ -386,5 +408,7 @@ def _lock(handle: int, path: Path) -> bool:
     except OSError as e:
         if e.errno not in (errno.EAGAIN, errno.EACCES):
             return False  # a file system without locks
-        raise MeasurementError(f"another mstplan is writing to {quoted(path)}.\nWait for it, or name another file with --out.") from None
+        raise MeasurementError(
+            f"another mstplan is writing to {quoted(path)}.\nWait for it, or name another file with --out."
+        ) from None
     return True

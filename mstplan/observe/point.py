@@ -47,20 +47,34 @@ def environment(device: str) -> dict[str, Any]:
     known = cache.versions()
     found = {"python": platform.python_version(), "torch": known["torch"], "transformers": known["transformers"]}
     if device == "cpu":
-        return {"card": "cpu", "total_bytes": host_memory(), "driver": None, "allocator": "", "threads": torch.get_num_threads(), **found}
+        return {
+            "card": "cpu",
+            "total_bytes": host_memory(),
+            "driver": None,
+            "allocator": "",
+            "threads": torch.get_num_threads(),
+            **found,
+        }
     check_cuda()
     torch.cuda.set_device(local_rank())
     properties = torch.cuda.get_device_properties(local_rank())
     return {
-        "card": properties.name, "total_bytes": properties.total_memory, "driver": _driver(), "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(), "sdpa": _sdpa_kernel(),
-        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "", **found,
-    }  # fmt: skip
+        "card": properties.name,
+        "total_bytes": properties.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "sdpa": _sdpa_kernel(),
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "",
+        **found,
+    }
 
 
 def check_cuda() -> None:
     if not torch.cuda.is_available():
-        raise MeasurementError("no CUDA device that torch can use.\n--device cpu measures the same step on the CPU, with its own kernels.")
+        raise MeasurementError(
+            "no CUDA device that torch can use.\n--device cpu measures the same step on the CPU, with its own kernels."
+        )
 
 
 def _driver() -> str | None:
@@ -148,7 +162,9 @@ def _watched_on_cpu(step: TrainingStep) -> Watched:
     finished collective's buffers for a moment."""
     runs = [record_step(step).peaks() for _ in range(3 if step.recipe.sharded else 1)]
     instants = {name: min(run[name] for run in runs) for name in runs[0]}
-    return {name: Peak(size) for name, size in instants.items()}, {phase: Peak(size) for phase, size in by_phase(instants).items()}
+    return {name: Peak(size) for name, size in instants.items()}, {
+        phase: Peak(size) for phase, size in by_phase(instants).items()
+    }
 
 
 def by_phase(instants: dict[str, int]) -> dict[str, int]:
@@ -174,7 +190,9 @@ def _prepare_cuda(case: Case) -> int:
     workspaces = torch.cuda.memory_allocated() - before
     if case.limit is not None:
         total = torch.cuda.mem_get_info()[1]
-        context = card_that_torch_names(torch.cuda.get_device_name(), total).gpu.context_bytes  # as predictions have it: kernels are yet to be loaded
+        context = card_that_torch_names(
+            torch.cuda.get_device_name(), total
+        ).gpu.context_bytes  # as predictions have it: kernels are yet to be loaded
         share = (case.limit - max(context, _beside_tensors())) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
     return workspaces
@@ -200,8 +218,13 @@ class _Peaks:
     def __call__(self, name: str) -> None:
         """What was named before ends, `name` begins."""
         if self.name:
-            now, before = Peak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()), self.found.get(self.name, Peak(0, 0))
-            self.found[self.name] = Peak(max(now.allocated, before.allocated), max(now.reserved or 0, before.reserved or 0))
+            now, before = (
+                Peak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()),
+                self.found.get(self.name, Peak(0, 0)),
+            )
+            self.found[self.name] = Peak(
+                max(now.allocated, before.allocated), max(now.reserved or 0, before.reserved or 0)
+            )
         torch.cuda.reset_peak_memory_stats()
         self.name = name
 
@@ -234,8 +257,9 @@ def _watched_on_cuda(step: TrainingStep) -> Watched:
 _NO_MEMORY = (
     NO_HOST_MEMORY,
     "CUDA error: out of memory",  # loading a kernel
-    "ALLOC_FAILED", "when calling `cublasCreate",  # cuBLAS and cuDNN
-)  # fmt: skip
+    "ALLOC_FAILED",
+    "when calling `cublasCreate",  # cuBLAS and cuDNN
+)
 """Words of RuntimeErrors that tell of memory: only torch's allocator for cards has an error of its own."""
 
 
@@ -249,7 +273,11 @@ def attempt(run: Callable[[], Figures]) -> dict[str, Any]:
         return {"outcome": OUT_OF_MEMORY, "error": one_line(e, 300), "figures": None}
     except RuntimeError as e:
         no_memory = any(words in str(e) for words in _NO_MEMORY)
-        return {"outcome": OUT_OF_MEMORY if no_memory else FAILED, "error": f"{type(e).__name__}: {one_line(e, 300)}", "figures": None}
+        return {
+            "outcome": OUT_OF_MEMORY if no_memory else FAILED,
+            "error": f"{type(e).__name__}: {one_line(e, 300)}",
+            "figures": None,
+        }
     except Exception as e:  # noqa: BLE001  a model's code, or a kernel, raises what it likes
         return {"outcome": FAILED, "error": f"{type(e).__name__}: {one_line(e, 300)}", "figures": None}
 

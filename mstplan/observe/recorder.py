@@ -68,17 +68,23 @@ class Recorder(TorchDispatchMode):
         self._resident: set[int] = set()  # storages that were there before
         self._stack: list[Label] = [ROOT]
         self._run, self._unit, self._latest = FORWARD, -1, ROOT
-        self._forward_of: list[tuple[int, Label, int]] = []  # autograd's sequence numbers, and whose forward they are of
+        self._forward_of: list[
+            tuple[int, Label, int]
+        ] = []  # autograd's sequence numbers, and whose forward they are of
         self._layers = [label for label in labels.values() if label.is_layer]
         self.recomputing: Callable[[], int | None] = lambda: None  # the layer that a checkpoint runs again
         self._purpose: tuple[str, str] | None = None  # what a stand-in says it allocates for
-        self._sum: tuple[int, int] | None = None  # a sum of gradients just made: (its storage, that of its first summand)
+        self._sum: tuple[int, int] | None = (
+            None  # a sum of gradients just made: (its storage, that of its first summand)
+        )
 
     def were_there(self, tensors: Iterable[torch.Tensor]) -> None:
         """Tensors that stay through all that is recorded, and are not part of it: weights, the optimizer's states."""
         for storage in [held_by(tensor).untyped_storage() for tensor in tensors]:
             self._resident.add(storage._cdata)
-            weakref.finalize(storage, self._resident.discard, storage._cdata).atexit = False  # its address may be another's then
+            weakref.finalize(
+                storage, self._resident.discard, storage._cdata
+            ).atexit = False  # its address may be another's then
 
     # ---- places -------------------------------------------------------------------------------------------------------
 
@@ -169,7 +175,10 @@ class Recorder(TorchDispatchMode):
     def close(self) -> Recording:
         """What was recorded; what is let go from now on is no part of it."""
         self._known.clear()
-        self.labels, self.recomputing = {}, lambda: None  # gradients that live on hold the recorder; it must not hold their model
+        self.labels, self.recomputing = (
+            {},
+            lambda: None,
+        )  # gradients that live on hold the recorder; it must not hold their model
         return self.recording
 
     def _forget(self, key: int) -> None:
@@ -254,8 +263,13 @@ class Recorder(TorchDispatchMode):
                 self._unit = self.units
             self._mark()
 
-        handles: list[Any] = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave, always_call=True)]
-        handles += [w.register_post_accumulate_grad_hook(self._is_gradient) for w in model.parameters() if w.requires_grad]
+        handles: list[Any] = [
+            hooks.register_module_forward_pre_hook(enter),
+            hooks.register_module_forward_hook(leave, always_call=True),
+        ]
+        handles += [
+            w.register_post_accumulate_grad_hook(self._is_gradient) for w in model.parameters() if w.requires_grad
+        ]
         try:
             yield
         finally:
@@ -268,14 +282,18 @@ class Recorder(TorchDispatchMode):
 
 def checkpoints_of(model: nn.Module) -> Checkpoints | None:
     """The checkpoints of a model that runs in mini-sequences, if it has any."""
-    settings = next((m._mstplan for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "_mstplan")), None)
+    settings = next(
+        (m._mstplan for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "_mstplan")), None
+    )
     return settings.checkpoints if settings is not None else None
 
 
 def _holds_its_own(summand: torch.Tensor) -> bool:
     """Would autograd add to it in place, if nothing else held it? A view has its base, which holds the same storage
     (can_accumulate_inplace in torch/csrc/autograd/input_buffer.cpp)."""
-    return not torch.is_grad_enabled() and not summand._is_view() and torch.ops.aten.is_non_overlapping_and_dense(summand)
+    return (
+        not torch.is_grad_enabled() and not summand._is_view() and torch.ops.aten.is_non_overlapping_and_dense(summand)
+    )
 
 
 def held_by(tensor: torch.Tensor) -> torch.Tensor:

@@ -118,7 +118,12 @@ class Recording:
                 raise ValueError(f"storage {index} comes or goes twice")
             alive[index] = sign > 0
         starts = [start for _, start in self.places]
-        if None in alive or (self.events and starts[:1] != [0]) or sorted(starts) != starts or max(starts, default=0) > len(self.events):
+        if (
+            None in alive
+            or (self.events and starts[:1] != [0])
+            or sorted(starts) != starts
+            or max(starts, default=0) > len(self.events)
+        ):
             raise ValueError("storages that never come, or places out of order")
 
 

@@ -11,10 +11,22 @@ def check_runnable(recipe: Recipe) -> None:
     if "auto" in (recipe.mlp_chunks, recipe.loss_chunks):
         raise RecipeError("a training step needs numbers of chunks, not 'auto'.")
     for bad, why in (
-        (recipe.optimizer_on_host or recipe.weights_on_host, "the step that is run keeps weights and optimizer on its device"),
-        (recipe.optimizer == "adamw-8bit", "the step that is run has no 8-bit optimizer (adamw, adafactor and sgd run)"),
-        (recipe.loss == "transformers<4.45", "the step that is run has the loss of the transformers at hand, not that of releases before 4.45"),
-        (not recipe.mlp_recompute and recipe.mlp_chunks != 1, "the step that is run recomputes each MLP chunk by itself, so --no-recompute is not for it"),
+        (
+            recipe.optimizer_on_host or recipe.weights_on_host,
+            "the step that is run keeps weights and optimizer on its device",
+        ),
+        (
+            recipe.optimizer == "adamw-8bit",
+            "the step that is run has no 8-bit optimizer (adamw, adafactor and sgd run)",
+        ),
+        (
+            recipe.loss == "transformers<4.45",
+            "the step that is run has the loss of the transformers at hand, not that of releases before 4.45",
+        ),
+        (
+            not recipe.mlp_recompute and recipe.mlp_chunks != 1,
+            "the step that is run recomputes each MLP chunk by itself, so --no-recompute is not for it",
+        ),
     ):
         if bad:
             raise RecipeError(f"{why}.\nPlan this recipe with the formula rung: mstplan max-seq, mstplan plan.")

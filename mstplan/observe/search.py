@@ -100,17 +100,29 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
             if seq_len <= (model.context or SHORT):
                 raise
             return False
-        return all((card.host_bytes is None or each.host_peak <= card.host_bytes) and runs(each, card) for each in traces)
+        return all(
+            (card.host_bytes is None or each.host_peak <= card.host_bytes) and runs(each, card) for each in traces
+        )
 
     needs: list[Need] = []
-    low, high, guess, step, far = SHORTEST - 1, LONGEST, max(SHORTEST, start.s_max), 1, 0  # the longest known to run, the shortest known not to
+    low, high, guess, step, far = (
+        SHORTEST - 1,
+        LONGEST,
+        max(SHORTEST, start.s_max),
+        1,
+        0,
+    )  # the longest known to run, the shortest known not to
     while high - low > 1 and len(seen) < MOST_TRACES:
         if fits(guess):
             low = guess
         else:
             high = guess
         if recipe.padded(guess) not in seen:
-            guess = model.context if model.context is not None and low < model.context < high else _between(max(low, SHORT), high)
+            guess = (
+                model.context
+                if model.context is not None and low < model.context < high
+                else _between(max(low, SHORT), high)
+            )
             continue
         needs.append(Need(needed(trace(guess)), _formula(model, recipe, card, chunks, guess)))
         if model.stand_in is None:
@@ -125,7 +137,9 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
         elif far or (low >= SHORTEST and high < LONGEST and 2 * step >= high - low):
             guess = _between(low, high)
         else:  # close by: feel the way in growing steps
-            guess, step = (min(low + step, high - 1), 2 * step) if guess == low else (max(high - step, low + 1), 2 * step)
+            guess, step = (
+                (min(low + step, high - 1), 2 * step) if guess == low else (max(high - step, low + 1), 2 * step)
+            )
     shown = max(SHORTEST, low)
     plan = solve.plan_at(model, recipe, card, shown, chunks)
     largest = max(hardest(shown), key=lambda each: each.peak.bytes)
@@ -167,7 +181,9 @@ def _off(needs: Sequence[Need], room: int) -> int:
     more by the slope between it and the nearest one that is not too near."""
     last = needs[-1]
     off, missing = last.traced - last.formula, room - last.traced
-    apart = [need for need in needs if abs(need.traced - last.traced) > room * NOTICEABLE and need.formula != last.formula]
+    apart = [
+        need for need in needs if abs(need.traced - last.traced) > room * NOTICEABLE and need.formula != last.formula
+    ]
     if apart:
         near = min(apart, key=lambda need: abs(need.traced - last.traced))
         slope = (last.traced - near.traced) / (last.formula - near.formula)

@@ -48,7 +48,9 @@ def ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
         yield None
         return
     if dist.is_initialized():
-        raise RecipeError("a trace of several GPUs needs a process without a process group.\nTrace before init_process_group.")
+        raise RecipeError(
+            "a trace of several GPUs needs a process without a process group.\nTrace before init_process_group."
+        )
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=recipe.gpus)
@@ -61,7 +63,11 @@ def ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
 def shard(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
     """Shard every decoder layer, then the rest, over the ranks of `mesh`; in place."""
     mixed = recipe.precision == "mixed"
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if mixed
+        else MixedPrecisionPolicy()
+    )
     for layer in finding.find_parts(model).layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -99,11 +105,27 @@ def seen_by(recorder: Recorder) -> Iterator[None]:
         for where, name, new in (
             (_fsdp_param, "alloc_storage", fill),
             (_fsdp_param, "free_storage", empty),
-            (_fsdp_param.FSDPParam, "init_all_gather_outputs", naming(_fsdp_param.FSDPParam.init_all_gather_outputs, cycle([GATHERED]), WEIGHTS)),
-            (_fsdp_collectives, "_get_param_all_gather_inputs", naming(_fsdp_collectives._get_param_all_gather_inputs, cycle([COPY_IN]), WEIGHTS)),
-            (_fsdp_collectives.DefaultAllGather, "allocate", naming(_fsdp_collectives.DefaultAllGather.allocate, cycle([BUFFER]), WEIGHTS)),
+            (
+                _fsdp_param.FSDPParam,
+                "init_all_gather_outputs",
+                naming(_fsdp_param.FSDPParam.init_all_gather_outputs, cycle([GATHERED]), WEIGHTS),
+            ),
+            (
+                _fsdp_collectives,
+                "_get_param_all_gather_inputs",
+                naming(_fsdp_collectives._get_param_all_gather_inputs, cycle([COPY_IN]), WEIGHTS),
+            ),
+            (
+                _fsdp_collectives.DefaultAllGather,
+                "allocate",
+                naming(_fsdp_collectives.DefaultAllGather.allocate, cycle([BUFFER]), WEIGHTS),
+            ),
             # of a reduce-scatter, first the input, then the output
-            (_fsdp_collectives.DefaultReduceScatter, "allocate", naming(_fsdp_collectives.DefaultReduceScatter.allocate, cycle([SCATTER, SHARDS]), GRADIENTS)),
-        ):  # fmt: skip
+            (
+                _fsdp_collectives.DefaultReduceScatter,
+                "allocate",
+                naming(_fsdp_collectives.DefaultReduceScatter.allocate, cycle([SCATTER, SHARDS]), GRADIENTS),
+            ),
+        ):
             stack.enter_context(patch.object(where, name, new))
         yield

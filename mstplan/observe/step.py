@@ -39,8 +39,14 @@ def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> Pr
     if code_from is not None and "auto_map" in config:
         return _read(lambda: AutoConfig.from_pretrained(code_from, trust_remote_code=True), kind)
     if kind not in CONFIG_MAPPING:
-        way_out = "--trust-remote-code runs the code that comes with it." if "auto_map" in config else "A newer one may have it."
-        raise ModelError(f"transformers {transformers.__version__} has no code for this model (model_type {kind}).\n{way_out}")
+        way_out = (
+            "--trust-remote-code runs the code that comes with it."
+            if "auto_map" in config
+            else "A newer one may have it."
+        )
+        raise ModelError(
+            f"transformers {transformers.__version__} has no code for this model (model_type {kind}).\n{way_out}"
+        )
     return _read(lambda: AutoConfig.for_model(**fields), kind)
 
 
@@ -51,7 +57,9 @@ def _read(make: Callable[[], PreTrainedConfig], kind: str) -> PreTrainedConfig:
         raise ModelError(f"transformers cannot read this model ({kind}): {one_line(e)}") from None
 
 
-def build(settings: PreTrainedConfig, recipe: Recipe, attention: str, device: str, remote_code: bool = False) -> PreTrainedModel:
+def build(
+    settings: PreTrainedConfig, recipe: Recipe, attention: str, device: str, remote_code: bool = False
+) -> PreTrainedModel:
     """The model with random weights, in training mode; `settings` stay as they are. remote_code: may code that is not
     transformers' be run? Raises ModelError where there is none."""
     settings = without_cache(copy.deepcopy(settings))
@@ -59,13 +67,15 @@ def build(settings: PreTrainedConfig, recipe: Recipe, attention: str, device: st
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 settings, dtype=DTYPES[recipe.precision], attn_implementation=attention, trust_remote_code=remote_code
-            )  # fmt: skip
+            )
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as e:
             if NO_HOST_MEMORY in str(e):
                 raise
-            raise ModelError(f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}") from None
+            raise ModelError(
+                f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}"
+            ) from None
     return model.train()
 
 
@@ -102,14 +112,19 @@ class TrainingStep:
         chunked = recipe.loss == "chunked"
         if recipe.checkpoint != "none" or chunked or recipe.mlp_chunks != 1:
             minisequence(
-                model, mlp_chunks=int(recipe.mlp_chunks), loss_chunks=int(recipe.loss_chunks), checkpoint=recipe.checkpoint,
+                model,
+                mlp_chunks=int(recipe.mlp_chunks),
+                loss_chunks=int(recipe.loss_chunks),
+                checkpoint=recipe.checkpoint,
                 offload=recipe.offload_layer_inputs,
-            )  # fmt: skip
+            )
         make = optimizer_of(recipe)
         self.optimizer = None if recipe.optimizer_in_backward else make(model.parameters())
         self.in_backward = step_in_backward(model, make) if recipe.optimizer_in_backward else []
         vocabulary = vocabulary_of(model)
-        self.tokens, self.labels = (torch.randint(0, vocabulary, (recipe.batch, seq_len), device=self.device) for _ in range(2))
+        self.tokens, self.labels = (
+            torch.randint(0, vocabulary, (recipe.batch, seq_len), device=self.device) for _ in range(2)
+        )
 
     def run(self, begin: Callable[[str], Any] = lambda _name: None) -> torch.Tensor:
         """One optimizer step; `begin` is told when each pass of it begins. Returns the loss of the last micro-batch, detached."""
@@ -150,7 +165,9 @@ def optimizer_of(recipe: Recipe) -> MakeOptimizer:
         return lambda weights: torch.optim.SGD(weights, lr=1e-5, foreach=foreach)
     if recipe.optimizer == "adafactor":  # as transformers' Trainer makes it
         return lambda weights: Adafactor(weights, lr=1e-5, scale_parameter=False, relative_step=False)
-    return lambda weights: torch.optim.AdamW(weights, lr=1e-5, foreach=foreach, fused=recipe.adamw_kernel == "fused" or None)
+    return lambda weights: torch.optim.AdamW(
+        weights, lr=1e-5, foreach=foreach, fused=recipe.adamw_kernel == "fused" or None
+    )
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

@@ -26,7 +26,9 @@ _LARGEST = 1_000_000  # bytes
 _WAY_OUT = 'Write {"cases": [{"model": "llama3.1-8b", "seq_len": ["8k", "16k"], "strategy": ["mst"], "layers": 4}]}.'
 
 _Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
-_Texts = Annotated[list[_Text], BeforeValidator(lambda value: value if isinstance(value, list) else [value]), Field(min_length=1)]
+_Texts = Annotated[
+    list[_Text], BeforeValidator(lambda value: value if isinstance(value, list) else [value]), Field(min_length=1)
+]
 
 
 class _Row(BaseModel):
@@ -46,7 +48,9 @@ class _Suite(BaseModel):
     cases: list[_Row]
 
 
-def cases(path: str | os.PathLike[str], card: Card, device: str = "cuda", limit: int | None = None, steps: int = 3) -> list[Case]:
+def cases(
+    path: str | os.PathLike[str], card: Card, device: str = "cuda", limit: int | None = None, steps: int = 3
+) -> list[Case]:
     """All points of a suite: of a file, or of one that ships. Raises MeasurementError, which names the file and the case."""
     found: list[Case] = []
     for number, row in enumerate(_read(path).cases, 1):
@@ -68,7 +72,9 @@ def _read(path: str | os.PathLike[str]) -> _Suite:
     known, name = shipped(), str(path)
     if not os.path.exists(path):  # whatever it is: False for what can be no path
         if name not in known:
-            raise MeasurementError(f"there is no file {quoted(path)}.\nGive the path of a suite in JSON, or the name of one that ships: {', '.join(known)}.")
+            raise MeasurementError(
+                f"there is no file {quoted(path)}.\nGive the path of a suite in JSON, or the name of one that ships: {', '.join(known)}."
+            )
         path = profiles.ROOT / "suites" / f"{name}.json"
     text = files.read_text(path, "a suite in JSON", _LARGEST, MeasurementError)
     if (key := files.repeated_key(text)) is not None:

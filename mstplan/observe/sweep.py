@@ -56,9 +56,16 @@ def card_of(known: Mapping[str, Any], limit: int | None = None) -> Card:
 
 
 def cases(
-    model: str, lengths: Iterable[int], recipes: Mapping[str, Recipe], card: Card, layers: int | None = None, device: str = "cuda",
-    limit: int | None = None, steps: int = 3, assume: str | None = None,
-) -> list[Case]:  # fmt: skip
+    model: str,
+    lengths: Iterable[int],
+    recipes: Mapping[str, Recipe],
+    card: Card,
+    layers: int | None = None,
+    device: str = "cuda",
+    limit: int | None = None,
+    steps: int = 3,
+    assume: str | None = None,
+) -> list[Case]:
     """Every recipe of a model at every length, chunks as the recipe says or as recommended for `card`. Raises ModelError;
     RecipeError for a recipe that cannot be run; MeasurementError when no length at all can fit."""
     name, config = subject(model, layers, assume)
@@ -85,7 +92,9 @@ def _refuse_fewer_tokens_than_chunks(asked: Recipe, fixed: Recipe, seq_len: int)
     """No result is to stand under another number of chunks than was asked for."""
     for what in ("mlp_chunks", "loss_chunks"):
         if getattr(asked, what) not in ("auto", getattr(fixed, what)):
-            raise RecipeError(f"{seq_len:,} tokens cannot be run in {getattr(asked, what):,} chunks.\nGive {seq_len:,} at most (--chunks), or auto.")
+            raise RecipeError(
+                f"{seq_len:,} tokens cannot be run in {getattr(asked, what):,} chunks.\nGive {seq_len:,} at most (--chunks), or auto."
+            )
 
 
 def _refuse_hopeless(model: Model, case: Case, card: Card) -> None:
@@ -108,7 +117,14 @@ def _refuse_hopeless(model: Model, case: Case, card: Card) -> None:
 
 def environment(device: str) -> dict[str, Any]:
     """What figures on this device depend on: card, bytes, driver, versions. Raises MeasurementError where there is none."""
-    done = subprocess.run([*PROCESS, "describe", device], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=variables(device))
+    done = subprocess.run(
+        [*PROCESS, "describe", device],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=variables(device),
+    )
     try:
         found: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
@@ -143,9 +159,15 @@ class Sweep(NamedTuple):
 
 
 def measure_all(
-    cases: Sequence[Case], known: Mapping[str, Any], out: Path, timeout: float | None = None, again: bool = False,
-    begins: Callable[[], object] = lambda: None, tell: Callable[[Measurement], object] = lambda _m: None, showing: Showing = unseen,
-) -> Sweep:  # fmt: skip
+    cases: Sequence[Case],
+    known: Mapping[str, Any],
+    out: Path,
+    timeout: float | None = None,
+    again: bool = False,
+    begins: Callable[[], object] = lambda: None,
+    tell: Callable[[Measurement], object] = lambda _m: None,
+    showing: Showing = unseen,
+) -> Sweep:
     """Measure each point that the results file `out` has no answer for, or with `again` all, and append what comes of it. `begins` is
     called once the file is found in order, `tell` with each result as it comes. Raises MeasurementError and OutputError about the file."""
     with appending(out) as append, showing("measuring", len(cases)) as advance:
@@ -176,7 +198,9 @@ def run(case: Case, known: Mapping[str, Any], timeout: float | None = None) -> M
     too little time (seconds). `known`: the environment, for a process that dies before it can tell."""
     late = threading.Event()
     with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(PROCESS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=variables(case.device))
+        child = subprocess.Popen(
+            PROCESS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=variables(case.device)
+        )
 
         def stop() -> None:
             late.set()
@@ -197,7 +221,11 @@ def run(case: Case, known: Mapping[str, Any], timeout: float | None = None) -> M
     if line:
         found = json.loads(line)
     else:
-        found = {"outcome": FAILED, "error": f"took more than {timeout:g} s" if late.is_set() else _death(child.returncode, said), "figures": None}
+        found = {
+            "outcome": FAILED,
+            "error": f"took more than {timeout:g} s" if late.is_set() else _death(child.returncode, said),
+            "figures": None,
+        }
     ranks = (Figures.from_data(found["figures"]),) if found["figures"] is not None else ()
     return Measurement(case, found.get("environment", dict(known)), found["outcome"], found["error"], ranks, now())
 

@@ -100,10 +100,18 @@ class Trace:
         """For JSON."""
         rows = {name: [list(row) for row in getattr(self, name)] for name in ("weights", "states")}
         return {
-            "recipe": self.recipe.model_dump(), "seq_len": self.seq_len, "on": self.on, "workspace": self.workspace, **rows,
-            "kinds": list(self.kinds), "kept": list(self.kept), "every": self.every, "reach": self.reach,
-            "short": self.short.as_data(), "update": self.update.as_data(),
-        }  # fmt: skip
+            "recipe": self.recipe.model_dump(),
+            "seq_len": self.seq_len,
+            "on": self.on,
+            "workspace": self.workspace,
+            **rows,
+            "kinds": list(self.kinds),
+            "kept": list(self.kept),
+            "every": self.every,
+            "reach": self.reach,
+            "short": self.short.as_data(),
+            "update": self.update.as_data(),
+        }
 
     @classmethod
     def from_json(cls, text: bytes) -> Trace:
@@ -112,7 +120,12 @@ class Trace:
         layers = sorted(set(data.kept)) == list(data.kept) and all(0 <= unit < len(data.kinds) for unit in data.kept)
         if not (layers and data.kept and min(data.every, data.reach, data.seq_len) > 0):
             raise ValueError("layers that there cannot be")
-        fields = {**data._asdict(), "recipe": Recipe(**data.recipe), "short": Recording.of(data.short), "update": Recording.of(data.update)}
+        fields = {
+            **data._asdict(),
+            "recipe": Recipe(**data.recipe),
+            "short": Recording.of(data.short),
+            "update": Recording.of(data.update),
+        }
         found = cls(**fields)
         if not found.step.events:  # written down once, here
             raise ValueError("nothing happens")
@@ -149,6 +162,7 @@ class Trace:
     @cached_property
     def resident(self) -> tuple[Alive, ...]:
         """What is there all the time: weights, the optimizer's states, cuBLAS' workspaces, gradients that are added to."""
+
         def group(category: str, name: str, sizes: list[tuple[str, int]]) -> Iterator[Alive]:
             for dtype in dict.fromkeys(d for d, _ in sizes):
                 same = [self.rounded(size) for d, size in sizes if d == dtype]
@@ -194,7 +208,9 @@ class Trace:
     def instant_of(self, place: Place) -> str:
         """The step model counts what is checkpointed together as one layer."""
         checkpoints = -(-self.units // self.every)
-        return instant_of(Place(place.run, checkpoints if place.unit == self.units else place.unit // self.every), checkpoints)
+        return instant_of(
+            Place(place.run, checkpoints if place.unit == self.units else place.unit // self.every), checkpoints
+        )
 
     @cached_property
     def peaks(self) -> tuple[Peak, ...]:

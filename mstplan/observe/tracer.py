@@ -40,9 +40,15 @@ OWN_FAILURE = "makes no training step of token ids and labels alone"
 
 
 def trace(
-    config: Mapping[str, Any], recipe: Recipe, seq_len: int, *, on: str = "cuda", workspace: int = 0, whole: bool = False,
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    seq_len: int,
+    *,
+    on: str = "cuda",
+    workspace: int = 0,
+    whole: bool = False,
     code_from: str | None = None,
-) -> Trace:  # fmt: skip
+) -> Trace:
     """Trace one training step, after the first, of the model that `config` (a config.json) describes.
 
     on: "cuda", or "cpu" for what the same step allocates there. workspace: bytes that cuBLAS holds on the card. whole: run
@@ -50,13 +56,21 @@ def trace(
     ModelError for a model that transformers or the runtime cannot serve, RecipeError for a recipe that no step can follow.
     """
     settings = read_settings(config, code_from)
-    return trace_settings(settings, recipe, seq_len, on=on, workspace=workspace, whole=whole, remote_code=code_from is not None)
+    return trace_settings(
+        settings, recipe, seq_len, on=on, workspace=workspace, whole=whole, remote_code=code_from is not None
+    )
 
 
 def trace_settings(
-    settings: PreTrainedConfig, recipe: Recipe, seq_len: int, *, on: str = "cuda", workspace: int = 0, whole: bool = False,
+    settings: PreTrainedConfig,
+    recipe: Recipe,
+    seq_len: int,
+    *,
+    on: str = "cuda",
+    workspace: int = 0,
+    whole: bool = False,
     remote_code: bool = False,
-) -> Trace:  # fmt: skip
+) -> Trace:
     """`trace` of transformers' own description of a model, which stays as it is."""
     check_runnable(recipe)
     full = whole_model(settings, recipe, on, remote_code)
@@ -72,8 +86,19 @@ def trace_settings(
     def of(model: PreTrainedModel, kept: list[int]) -> Trace:
         short = _run(model, recipe, seq_len, kept, every, on, whole)
         return Trace(
-            recipe, seq_len, on, workspace, weights, states, tuple(numbers[k] for k in kinds), tuple(kept), every, reach, short, update
-        )  # fmt: skip
+            recipe,
+            seq_len,
+            on,
+            workspace,
+            weights,
+            states,
+            tuple(numbers[k] for k in kinds),
+            tuple(kept),
+            every,
+            reach,
+            short,
+            update,
+        )
 
     kept = everything if whole else few(row(kinds, every, reach))
     try:
@@ -96,7 +121,9 @@ def whole_model(settings: PreTrainedConfig, recipe: Recipe, on: str, remote_code
             raise
     full = build(settings, recipe, "eager", "meta", remote_code)  # its code knows no attention functions by name
     if recipe.attention == "flash":
-        raise ModelError(f"{type(full).__name__} has flash attention of its own, which cannot be traced.\nUse --attention sdpa or eager.")
+        raise ModelError(
+            f"{type(full).__name__} has flash attention of its own, which cannot be traced.\nUse --attention sdpa or eager."
+        )
     return full
 
 
@@ -120,7 +147,9 @@ def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
     return FLASH if flash else "eager"
 
 
-def _run(full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], every: int, on: str, whole: bool) -> Recording:
+def _run(
+    full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], every: int, on: str, whole: bool
+) -> Recording:
     """Forward and backward of a step with the `kept` layers, where checkpoints begin as in the whole, every so many layers."""
     model = _shortened(full, finding.find_parts(full).layers, kept)
     with ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if whole else few_chunks():
@@ -181,21 +210,33 @@ def _naming(model: PreTrainedModel) -> Iterator[None]:
 def _kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
     """What tells a layer from another: its modules' types and sizes, and what the configuration lists for each layer."""
     settings = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
-    values = [v for config in settings for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == len(layers)]
+    values = [
+        v for config in settings for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == len(layers)
+    ]
     numbers = _numbers(layers)
     return [(_signature(layer, numbers), tuple(repr(v[i]) for v in values)) for i, layer in enumerate(layers)]
 
 
 def _numbers(layers: list[nn.Module]) -> set[tuple[str, str]]:
     """(module, attribute) that hold but a layer's own number."""
-    at = {(path, k, v == i) for i, layer in enumerate(layers) for path, m in layer.named_modules() for k, v in vars(m).items() if type(v) is int}
+    at = {
+        (path, k, v == i)
+        for i, layer in enumerate(layers)
+        for path, m in layer.named_modules()
+        for k, v in vars(m).items()
+        if type(v) is int
+    }
     return {(path, k) for path, k, is_number in at if is_number and (path, k, False) not in at}
 
 
 def _signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashable:
     def of(path: str, module: nn.Module) -> Hashable:
-        told = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | None) and not k.startswith("_")}
-        told = {k: v != 0 if isinstance(v, float) else v for k, v in told.items()}  # is there a dropout? which one, does not matter
+        told = {
+            k: v for k, v in vars(module).items() if isinstance(v, int | float | str | None) and not k.startswith("_")
+        }
+        told = {
+            k: v != 0 if isinstance(v, float) else v for k, v in told.items()
+        }  # is there a dropout? which one, does not matter
         scalars = sorted((k, repr(v)) for k, v in told.items() if (path, k) not in numbers and k != "layer_idx")
         sizes = tuple(tuple(weight.shape) for weight in module.parameters(recurse=False))
         return path, type(module).__name__, tuple(scalars), sizes
@@ -207,7 +248,9 @@ def _weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
     """Parameters and buffers; of sharded ones this card's share."""
     shards = [(name, w, shard_shape(tuple(w.shape), recipe.gpus)) for name, w in model.named_parameters()]
     tensors = [*shards, *((name, t, tuple(t.shape)) for name, t in model.named_buffers())]
-    return tuple(Weight(name, shape, _dtype(t), prod(shape) * t.element_size(), t.requires_grad) for name, t, shape in tensors)
+    return tuple(
+        Weight(name, shape, _dtype(t), prod(shape) * t.element_size(), t.requires_grad) for name, t, shape in tensors
+    )
 
 
 def _shortened(model: PreTrainedModel, layers: list[nn.Module], kept: list[int]) -> PreTrainedModel:
@@ -240,7 +283,13 @@ def _labels(model: PreTrainedModel) -> dict[nn.Module, Label]:
     """What is known of each module: its path, category and unit."""
     parts = finding.find_parts(model)
     try:
-        mlps = {part for _, mlp in finding.find_mlps(parts) for top in (mlp.first, mlp.down) if top is not None for part in top.modules()}
+        mlps = {
+            part
+            for _, mlp in finding.find_mlps(parts)
+            for top in (mlp.first, mlp.down)
+            if top is not None
+            for part in top.modules()
+        }
     except ModelError:
         mlps = set()
     units: dict[nn.Module, set[int]] = {}
@@ -248,15 +297,30 @@ def _labels(model: PreTrainedModel) -> dict[nn.Module, Label]:
         for part in layer.modules():
             units.setdefault(part, set()).add(n)
     head = set(parts.head.modules())
-    mixing = {part for layer in parts.layers for child in layer.modules() if child is not layer and finding.mixes(child) for part in child.modules()}
+    mixing = {
+        part
+        for layer in parts.layers
+        for child in layer.modules()
+        if child is not layer and finding.mixes(child)
+        for part in child.modules()
+    }
     layers = set(parts.layers)
     labels: dict[nn.Module, Label] = {}
     for path, module in model.named_modules():
         within = units.get(module, set())
         category = (
-            MLP if module in mlps else ATTENTION if module in mixing and within else NORMS if within
-            else LOSS if module in head else NORMS if "Norm" in type(module).__name__ else OTHER
-        )  # fmt: skip
+            MLP
+            if module in mlps
+            else ATTENTION
+            if module in mixing and within
+            else NORMS
+            if within
+            else LOSS
+            if module in head
+            else NORMS
+            if "Norm" in type(module).__name__
+            else OTHER
+        )
         unit = min(within) if len(within) == 1 else None  # what several share is of the one that runs it
         labels[module] = Label(path, category, unit, module in layers)
     return labels
@@ -269,7 +333,9 @@ def _held(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[tor
 
 
 def _states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, torch.Tensor]]:
-    return [(name, t) for o in optimizers for state in o.state.values() for name, t in state.items() if torch.is_tensor(t)]
+    return [
+        (name, t) for o in optimizers for state in o.state.values() for name, t in state.items() if torch.is_tensor(t)
+    ]
 
 
 @lru_cache(maxsize=16)
@@ -284,7 +350,9 @@ def _update(sizes: Sizes, optimizer: str, kernel: str, apart: bool) -> tuple[Rec
     make = optimizer_of(Recipe.model_construct(optimizer=optimizer, adamw_kernel=kernel))
     recorder = Recorder({}, 0)
     with FakeTensorMode() if fused else nullcontext():
-        weights = [nn.Parameter(torch.empty(shape, dtype=dtype, device="cpu" if fused else "meta")) for shape, dtype in sizes]
+        weights = [
+            nn.Parameter(torch.empty(shape, dtype=dtype, device="cpu" if fused else "meta")) for shape, dtype in sizes
+        ]
         for weight in weights:
             weight.grad = torch.empty_like(weight)
         optimizers = [make(group) for group in ([[w] for w in weights] if apart else [weights])]

@@ -84,7 +84,11 @@ def chunks_of(m: Measurement) -> Chunks:
     return Chunks(int(m.case.recipe.mlp_chunks), int(m.case.recipe.loss_chunks))
 
 
-def validate(measurements: Iterable[Measurement], rungs: Sequence[str] = RUNGS, tell: Callable[[str], object] = lambda _words: None) -> Validation:
+def validate(
+    measurements: Iterable[Measurement],
+    rungs: Sequence[str] = RUNGS,
+    tell: Callable[[str], object] = lambda _words: None,
+) -> Validation:
     """Every measurement beside every rung that has an answer. `tell` hears what is compared at the moment."""
     found = Validation([], [], 0, [])
     lost = 0
@@ -100,7 +104,9 @@ def validate(measurements: Iterable[Measurement], rungs: Sequence[str] = RUNGS, 
             for rung in rungs:
                 with _leaving_out(m, found):
                     if rung == CALIBRATED and _solved_from(m):
-                        found.left_out.append(f"{m.case.words}: its calibration was solved from this very step, which says nothing about predictions")
+                        found.left_out.append(
+                            f"{m.case.words}: its calibration was solved from this very step, which says nothing about predictions"
+                        )
                     else:
                         found.rows.extend(_rows(m, rung))
         else:
@@ -124,7 +130,9 @@ def _rows(m: Measurement, rung: str) -> list[Row]:
     if rung == TRACE:
         trace = traced(m)
         rows = [_row(m, rung, {peak.instant: peak.bytes for peak in trace.peaks})]
-        if m.case.device == "cuda" and m.peak.reserved is not None and not m.case.recipe.sharded:  # its blocks are of several streams
+        if (
+            m.case.device == "cuda" and m.peak.reserved is not None and not m.case.recipe.sharded
+        ):  # its blocks are of several streams
             expandable = "expandable_segments:True" in m.environment.get("allocator", "")
             rows.append(Row(m, rung, RESERVED, held(trace, expandable=expandable).reserved, m.peak.reserved))
         return rows
@@ -134,7 +142,9 @@ def _rows(m: Measurement, rung: str) -> list[Row]:
 
 def instants_at(m: Measurement, told: Step) -> dict[str, int]:
     """Bytes of each instant of a step at the measured sizes."""
-    return {instant.name: instant.bytes for instant in told.instants(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))}
+    return {
+        instant.name: instant.bytes for instant in told.instants(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))
+    }
 
 
 def _row(m: Measurement, rung: str, told: dict[str, int]) -> Row:
@@ -172,7 +182,9 @@ def point_of(m: Measurement) -> list[int]:
 
 def traced(m: Measurement) -> Trace:
     case, threads = m.case, m.environment.get("threads")
-    return cache.trace_of(case.config, case.recipe, case.seq_len, on=case.device, workspace=workspace_of(m), threads=threads)
+    return cache.trace_of(
+        case.config, case.recipe, case.seq_len, on=case.device, workspace=workspace_of(m), threads=threads
+    )
 
 
 def workspace_of(m: Measurement) -> int:
@@ -204,11 +216,14 @@ def _on_the_device(rows: Sequence[Row]) -> list[Row]:
     for row in reserved:
         m = row.measurement
         others = [
-            rank.context for other in reserved for rank in other.measurement.ranks
-            if rank.context is not None and other.measurement.case.model != m.case.model
+            rank.context
+            for other in reserved
+            for rank in other.measurement.ranks
+            if rank.context is not None
+            and other.measurement.case.model != m.case.model
             and other.measurement.environment["card"] == m.environment["card"]
             and other.measurement.case.recipe.sharded == m.case.recipe.sharded
-        ]  # fmt: skip
+        ]
         if others and m.peak.device is not None:
             found.append(Row(m, row.rung, DEVICE, row.predicted + int(median(others)), m.peak.device))
     return found
@@ -225,7 +240,16 @@ def summaries(rows: Iterable[Row], group: Callable[[Row], str] = lambda _row: "a
     found = []
     for key, members in sorted_in.items():
         errors, instants = [row.error for row in members], [row.worst_instant[1] for row in members if row.instants]
-        found.append(Summary(*key, len(errors), mean(map(abs, errors)), median(map(abs, errors)), max(errors, key=abs), max(instants, key=abs, default=None)))
+        found.append(
+            Summary(
+                *key,
+                len(errors),
+                mean(map(abs, errors)),
+                median(map(abs, errors)),
+                max(errors, key=abs),
+                max(instants, key=abs, default=None),
+            )
+        )
     return found
 
 

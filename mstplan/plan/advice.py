@@ -41,7 +41,9 @@ def card_notes(on: Card) -> list[str]:
             notes.append(f"Real cards show less; name yours with --gpu (GiB that torch sees: {seen}).")
         notes.append(f"Chunk sizes and step times assume the rates of {gpu.name}; --gpu names another.")
     if gpu.architecture in ("pascal", "volta", "turing"):
-        notes.append(f"{gpu.name} has neither bf16 tensor cores nor FlashAttention-2: real steps there need more memory and time.")
+        notes.append(
+            f"{gpu.name} has neither bf16 tensor cores nor FlashAttention-2: real steps there need more memory and time."
+        )
     return notes
 
 
@@ -64,7 +66,13 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
 def kernel_notes(model: Model, recipe: Recipe, on: Card) -> list[str]:
     """Where another attention kernel runs than the one that is counted. From source, see Gpu.prefers_cudnn; huggingface/transformers#48163
     found it so on Hopper."""
-    if not (on.named and on.gpu.prefers_cudnn and recipe.attention == "sdpa" and recipe.precision != "fp32" and model.has_sdpa):
+    if not (
+        on.named
+        and on.gpu.prefers_cudnn
+        and recipe.attention == "sdpa"
+        and recipe.precision != "fp32"
+        and model.has_sdpa
+    ):
         return []
     note = (
         f"sdpa on {on.gpu.name}: from torch 2.11 it runs cuDNN's attention, whose workspace nobody has published; FlashAttention-2's is counted, which "
@@ -102,7 +110,9 @@ def answer_notes(answer: Answer) -> list[str]:
         alone = longest(p.model, p.recipe, p.card, p.chunks)
         if alone > answer.s_max:
             there = format_gib(p.card.host_bytes)
-            notes.append(f"{answer.strategy}: host memory is short: {there} allows {format_tokens(answer.s_max)} tokens, the card {format_tokens(alone)}.")
+            notes.append(
+                f"{answer.strategy}: host memory is short: {there} allows {format_tokens(answer.s_max)} tokens, the card {format_tokens(alone)}."
+            )
     return notes + padding_notes(answer.strategy, p, answer.s_max) + larger_chunks_note(answer)
 
 
@@ -114,8 +124,12 @@ def padding_notes(strategy: str, plan: Plan, s_max: int) -> list[str]:
     padded = max_seq(plan.model, plan.recipe.changed(pad_to=BIAS_ROWS), plan.card).s_max
     if padded <= s_max:
         return []
-    with_them = f"with batches padded to multiples of {BIAS_ROWS} (--pad-to {BIAS_ROWS}) {format_tokens(padded)} tokens fit"
-    return [f"{strategy}: lengths that are no multiple of {BIAS_ROWS} need a padded mask, which ends it at {format_tokens(s_max)}; {with_them}."]
+    with_them = (
+        f"with batches padded to multiples of {BIAS_ROWS} (--pad-to {BIAS_ROWS}) {format_tokens(padded)} tokens fit"
+    )
+    return [
+        f"{strategy}: lengths that are no multiple of {BIAS_ROWS} need a padded mask, which ends it at {format_tokens(s_max)}; {with_them}."
+    ]
 
 
 def _short_of(plan: Plan) -> str:
@@ -138,7 +152,9 @@ def host_notes(plan: Plan) -> list[str]:
         "layer inputs": recipe.offload_layer_inputs,
     }
     what = ", ".join(name for name, asked in asking.items() if asked)
-    return [f"host memory is short: {what} need {format_gib(plan.host_bytes)} there, and it has {format_gib(plan.card.host_bytes)}"]
+    return [
+        f"host memory is short: {what} need {format_gib(plan.host_bytes)} there, and it has {format_gib(plan.card.host_bytes)}"
+    ]
 
 
 def position_notes(model: Model, seq_len: int) -> list[str]:
@@ -180,5 +196,7 @@ def larger_chunks_note(answer: Answer) -> list[str]:
     least = smallest_chunks_tokens(p.model, p.card.gpu)
     rows = more * p.recipe.batch
     short = [need for count, need in ((double.mlp, least[0]), (double.loss, least[1])) if rows // count < need]
-    cost = f"; a chunk would fall below the {short[0]:,} tokens that keep {p.card.gpu.name} compute-bound" if short else ""
+    cost = (
+        f"; a chunk would fall below the {short[0]:,} tokens that keep {p.card.gpu.name} compute-bound" if short else ""
+    )
     return [f"{what}lengthen S_max by {gain:.1%}{cost}."]

@@ -49,7 +49,9 @@ class Calibration(NamedTuple):
     masked: bool  # do sliding-window layers carry an explicit mask?
     accumulating: bool
     moments: _Moments
-    residual: Annotated[float, Field(ge=0, le=1)]  # the largest error as a share of a traced peak, of all instants and points, one of them not solved from
+    residual: Annotated[
+        float, Field(ge=0, le=1)
+    ]  # the largest error as a share of a traced peak, of all instants and points, one of them not solved from
     provenance: dict[str, Any]  # rung, versions, points
 
     @property
@@ -130,7 +132,9 @@ def _shipped(model: Model) -> tuple[Calibration, ...]:
     if not os.path.isfile(path):
         return ()
     document = json.loads(path.read_text(encoding="utf-8"))  # building what checks it would take a tenth of an answer
-    return tuple(_from_data(row) for row in document["families"]) if document["fingerprint"] == fingerprint(model) else ()
+    return (
+        tuple(_from_data(row) for row in document["families"]) if document["fingerprint"] == fingerprint(model) else ()
+    )
 
 
 def _from_data(row: dict[str, Any]) -> Calibration:
@@ -142,7 +146,9 @@ def _checked(model: Model, file: Kept) -> tuple[Calibration, ...]:
     """A file's calibrations of the model. Raises InputError for one that holds what cannot be."""
     found: _File = kept.read(file, "calibrations of `mstplan calibrate`", _File)
     if found.schema_version != SCHEMA_VERSION:
-        raise kept.damaged(file, f"its schema is {one_line(found.schema_version)}, and this mstplan reads {SCHEMA_VERSION}")
+        raise kept.damaged(
+            file, f"its schema is {one_line(found.schema_version)}, and this mstplan reads {SCHEMA_VERSION}"
+        )
     if found.fingerprint != fingerprint(model):
         return ()
     for number, calibration in enumerate(found.families):
@@ -176,7 +182,11 @@ def _wrong_moments(model: Model, recipe: Recipe, moments: dict[str, tuple[Vector
         return "moments: more bytes than a step of the model can take"
     if min(v[""] for v in vectors) < weights // 2:  # what is solved from measurements has some noise
         return "moments: fewer bytes than the model's weights take"
-    if min(slopes) < -NOISE or min(v["bss"] + v["ss"] for v in vectors) < 0 or max(v["bs"] for v in vectors) < model.hidden:
+    if (
+        min(slopes) < -NOISE
+        or min(v["bss"] + v["ss"] for v in vectors) < 0
+        or max(v["bs"] for v in vectors) < model.hidden
+    ):
         return "moments: they do not grow with the sequence as a step does"
     return None
 
@@ -186,10 +196,15 @@ def _wrong_provenance(provenance: dict[str, Any]) -> str | None:
     measured = provenance.get("rung") == "measurement"
     names = ("rung", "torch", "transformers", *(("card", "strategy") if measured else ()))
     texts = [provenance.get(name) for name in names]
-    if not all(isinstance(text, str) and 0 < len(text) <= 100 for text in texts) or provenance["rung"] not in ("trace", "measurement"):
+    if not all(isinstance(text, str) and 0 < len(text) <= 100 for text in texts) or provenance["rung"] not in (
+        "trace",
+        "measurement",
+    ):
         return "provenance: it does not say where the numbers are from"
     points = provenance.get("points")
-    if not isinstance(points, list) or not all(isinstance(p, list) and all(type(n) is int and n > 0 for n in p) for p in points):
+    if not isinstance(points, list) or not all(
+        isinstance(p, list) and all(type(n) is int and n > 0 for n in p) for p in points
+    ):
         return "provenance: it does not say which points were solved from"
     try:
         json.dumps(provenance, allow_nan=False)
@@ -216,6 +231,11 @@ def write(model: Model, found: Iterable[Calibration], folder: Path) -> Path:
     families = {c.family for c in new}
     stay = [c for c in _own(model, kept.at(path)).calibrations if c.family not in families]
     rows = [c._asdict() for c in [*new, *stay]]
-    document = {"schema_version": SCHEMA_VERSION, "model": model.name, "fingerprint": fingerprint(model), "families": rows}
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "model": model.name,
+        "fingerprint": fingerprint(model),
+        "families": rows,
+    }
     files.replace_json(path, document)
     return path

@@ -805,7 +805,9 @@ def _quantised_notes(f: _Fields) -> list[str]:
         return []
     method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
     how = f" ({one_line(method, 40)})" if isinstance(method, str) else ""
-    return [f"{NO_ADAPTERS}: this is full fine-tuning of unquantised weights, though the published ones are quantised{how}"]
+    return [
+        f"{NO_ADAPTERS}: this is full fine-tuning of unquantised weights, though the published ones are quantised{how}"
+    ]
 
 
 def _model_type(config: Mapping[str, object], name: str) -> str:

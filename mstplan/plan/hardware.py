@@ -153,7 +153,12 @@ def _measured(file: Kept | None) -> Measured:
             _check_constants(file, name, constants)
     except InputError as e:
         return Measured(left_out=kept.left_out(e))
-    return Measured({name: constants._replace(context_source=one_line(constants.context_source, 200)) for name, constants in found.cards.items()})
+    return Measured(
+        {
+            name: constants._replace(context_source=one_line(constants.context_source, 200))
+            for name, constants in found.cards.items()
+        }
+    )
 
 
 def _check_constants(file: Kept, name: str, constants: Constants) -> None:
@@ -167,7 +172,9 @@ def _check_constants(file: Kept, name: str, constants: Constants) -> None:
 def write_measured(found: Mapping[str, Constants]) -> Path:
     """Keep a card's constants for the planner, those of others as they are. Returns where. Raises OutputError."""
     path = measured_file()
-    files.replace_json(path, {"cards": {name: constants._asdict() for name, constants in {**measured_constants(), **found}.items()}})
+    files.replace_json(
+        path, {"cards": {name: constants._asdict() for name, constants in {**measured_constants(), **found}.items()}}
+    )
     return path
 
 
@@ -196,9 +203,7 @@ def find_gpu(name: str) -> Gpu:
     )
 
 
-def card(
-    gpu: str | None = None, memory: int | None = None, reserve: int = 0, host_memory: int | None = None
-) -> Card:
+def card(gpu: str | None = None, memory: int | None = None, reserve: int = 0, host_memory: int | None = None) -> Card:
     """The card to plan for: by name, by amount of memory (bytes), or a named card limited to an amount.
 
     With an amount alone, rates are those of the fastest card sold with about that much. Raises HardwareError.
@@ -207,21 +212,29 @@ def card(
         if size is None and what != "reserve":
             continue
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < MOST_MEMORY:
-            raise HardwareError(f"{what} is {quoted(size)}, must be a whole number of bytes from 0.\nparse_memory('80GB') reads an amount.")
+            raise HardwareError(
+                f"{what} is {quoted(size)}, must be a whole number of bytes from 0.\nparse_memory('80GB') reads an amount."
+            )
     if gpu is None and memory is None:
         raise HardwareError("no card given.\nSay --gpu h100 (`mstplan gpus` lists them) or --gpu-mem 80GB.")
     if memory is not None and memory < LEAST_MEMORY:
-        raise HardwareError(f"--gpu-mem {format_gib(memory)} is less than any card has.\nWrite it like 80GB or 79.15GiB.")
+        raise HardwareError(
+            f"--gpu-mem {format_gib(memory)} is less than any card has.\nWrite it like 80GB or 79.15GiB."
+        )
     if gpu is not None:
         found = find_gpu(gpu)
         if memory is not None and memory > found.nominal_gib * GIB:
-            raise HardwareError(f"--gpu-mem {format_gib(memory)} is more than {found.name} has ({found.nominal_gib:g} GB).\nLeave one of the two out.")
+            raise HardwareError(
+                f"--gpu-mem {format_gib(memory)} is more than {found.name} has ({found.nominal_gib:g} GB).\nLeave one of the two out."
+            )
         result = Card(found, min(memory or found.usable_bytes, found.usable_bytes), reserve, True, host_memory)
     else:
         assert memory is not None
         result = Card(_nearest(memory), memory, reserve, False, host_memory)
     if reserve >= result.total_bytes:
-        raise HardwareError(f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(result.total_bytes)}.\nGive less.")
+        raise HardwareError(
+            f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(result.total_bytes)}.\nGive less."
+        )
     return result
 
 

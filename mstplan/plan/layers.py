@@ -79,8 +79,15 @@ class Writer:
         return (copy,)
 
     def linear(
-        self, x: Tensor, y: Tensor, name: str, *, bias: bool = False, weight: Weight | None = None, copy: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        y: Tensor,
+        name: str,
+        *,
+        bias: bool = False,
+        weight: Weight | None = None,
+        copy: Tensor | None = None,
+    ) -> Tensor:
         """y = x W^T (+ bias). Keeps x and W (aten::mm, aten::addmm). copy: of W, made for this in another dtype."""
         x = self.autocast(x)
         inner, outer = self._width(x), self._width(y)
@@ -88,9 +95,16 @@ class Writer:
         weights = (w, self.weight(name + ".bias", outer)) if bias else (w,)
         copies = (copy,) if copy is not None else self.used(w)
         return self.tape.op(
-            name, [x, *copies], y, keeps=(x, *copies), grads=((x, self.tape.grad(x)),), weights=weights,
-            flops=((y.basis, 2 * inner * outer),), cast=bool(copies) and copy is None, product=not copies,
-        )  # fmt: skip
+            name,
+            [x, *copies],
+            y,
+            keeps=(x, *copies),
+            grads=((x, self.tape.grad(x)),),
+            weights=weights,
+            flops=((y.basis, 2 * inner * outer),),
+            cast=bool(copies) and copy is None,
+            product=not copies,
+        )
 
     def _last(self, x: Tensor) -> int:
         axis = x.shape.rsplit(" ", 1)[1]
@@ -105,10 +119,14 @@ class Writer:
     def pointwise(self, name: str, x: Tensor, y: Tensor, *keeps: Tensor, temps: int = 0, back_temps: int = 0) -> Tensor:
         """An operation of one input that keeps `keeps` and makes `temps` more tensors of the output's size on the way."""
         return self.tape.op(
-            name, [x], y, keeps=keeps, grads=((x, self.tape.grad(x)),),
+            name,
+            [x],
+            y,
+            keeps=keeps,
+            grads=((x, self.tape.grad(x)),),
             temps=(self.tape.new("temporary", y.shape, y.dtype),) * temps,
             back_temps=(self.tape.new("temporary", y.shape, y.dtype),) * back_temps,
-        )  # fmt: skip
+        )
 
     def multiply(self, name: str, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
         """y = x * z, both with gradients: keeps both."""
@@ -155,21 +173,27 @@ class Writer:
         weights = [self.weight(name + ".weight", width)] + [self.weight(name + ".bias", width)] * self.model.norm_bias
         return self.tape.op(
             name, [x], y, stats, keeps=(x, stats), grads=((x, self.tape.grad(x)),), weights=tuple(weights)
-        )  # fmt: skip
+        )
 
     def _root_mean_square(self, x32: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """x * rsqrt(mean(x^2) + eps) in fp32, as its Python code runs: keeps x32 and one number a row. With it the mean."""
         tape, rows = self.tape, x32.shape.rsplit(" ", 1)[0]
         square = tape.new(f"{name} square", x32.shape, "float32")
         mean, scale = (tape.new(f"{name} {what}", rows, "float32") for what in ("mean square", "1/rms"))
-        tape.op(f"{name}: square", [x32], square, keeps=(x32,), grads=((x32, tape.grad(x32)),), back_temps=(square,) * 2)
+        tape.op(
+            f"{name}: square", [x32], square, keeps=(x32,), grads=((x32, tape.grad(x32)),), back_temps=(square,) * 2
+        )
         tape.op(f"{name}: mean square", [square], mean, grads=((square, tape.grad(square)),))
         tape.op(f"{name}: 1/rms", [mean], scale, keeps=(scale,), grads=((mean, tape.grad(mean)),))
         normed = tape.new(f"{name}, normed", x32.shape, "float32")
         tape.op(
-            f"{name}: scale", [x32, scale], normed, keeps=(x32, scale),
-            grads=((x32, tape.grad(x32)), (scale, tape.grad(scale))), back_temps=(square,),
-        )  # fmt: skip
+            f"{name}: scale",
+            [x32, scale],
+            normed,
+            keeps=(x32, scale),
+            grads=((x32, tape.grad(x32)), (scale, tape.grad(scale))),
+            back_temps=(square,),
+        )
         return normed, mean
 
     def _rms_norm(self, x: Tensor, name: str, late_cast: bool) -> Tensor:
@@ -188,7 +212,15 @@ class Writer:
         y = self.tape.new(name, normed.shape, normed.dtype)
         product = self.tape.new("gradient x normed", normed.shape, normed.dtype)
         grads = ((normed, self.tape.grad(normed)),)
-        return self.tape.op(f"{name}: weight", [normed, *made], y, keeps=(normed, *made), grads=grads, weights=(w,), back_temps=(product,))
+        return self.tape.op(
+            f"{name}: weight",
+            [normed, *made],
+            y,
+            keeps=(normed, *made),
+            grads=grads,
+            weights=(w,),
+            back_temps=(product,),
+        )
 
     def _gemma_norm(self, x: Tensor, name: str) -> Tensor:
         """Gemma: the product with (1 + weight) runs in fp32, then back to x's dtype."""
@@ -270,7 +302,10 @@ class Writer:
         cosine = self.tape.new(f"{x.name} cos", shape, wide)
         self.tape.op(f"{x.name} * cos", [turned], cosine, grads=((turned, self.tape.grad(turned)),))
         half = f"{self.t} {heads} {rotary // 2}"
-        first, second = self.slice(turned, x.name + " first half", half), self.slice(turned, x.name + " second half", half)
+        first, second = (
+            self.slice(turned, x.name + " first half", half),
+            self.slice(turned, x.name + " second half", half),
+        )
         minus = self.tape.new(f"-{x.name} half", half, x.dtype)
         self.tape.op("negate", [second], minus, grads=((second, self.tape.grad(second)),))
         rotated = self.tape.new(f"{x.name} rotated", shape, x.dtype)
@@ -327,7 +362,9 @@ class Writer:
             q_in = self._rms_norm(low, "q_a_layernorm", late_cast=False)
         q = self.linear(q_in, self.new("Q", "H e"), "q_b_proj" if latent.q_rank is not None else "q_proj")
         q_rest, q_turned = self._split(q, ("Q without position", f"{t} H nope"), ("Q rotary part", f"{t} H rope"))
-        both = self.linear(x, self.new("K and V latent", str(latent.kv_rank + latent.rope_dim)), "kv_a_proj", bias=a.qkv_bias)
+        both = self.linear(
+            x, self.new("K and V latent", str(latent.kv_rank + latent.rope_dim)), "kv_a_proj", bias=a.qkv_bias
+        )
         low, k_turned = self._split(both, ("KV latent", f"{t} kv_rank"), ("K rotary part", f"{t} 1 rope"))
         low = self._rms_norm(low, "kv_a_layernorm", late_cast=False)
         q_turned = self._rotary(q_turned, latent.rope_dim, latent.rope_dim)
@@ -384,9 +421,16 @@ class Writer:
         if a.kv_heads != a.heads:
             temps += [tape.new(f"d{x} for every query head", f"{self.t} H e", q.dtype) for x in "KV"]
         tape.op(
-            "flash attention", [q, k, v], out, rows, keeps=(q, k, v, out, rows),
-            grads=tuple((x, tape.grad(x)) for x in (q, k, v)), back_temps=tuple(temps), flops=self._flops(a, window), weights=sinks,
-        )  # fmt: skip
+            "flash attention",
+            [q, k, v],
+            out,
+            rows,
+            keeps=(q, k, v, out, rows),
+            grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
+            back_temps=tuple(temps),
+            flops=self._flops(a, window),
+            weights=sinks,
+        )
         if not narrow:
             return out
         cropped = tape.new("attention mixed, cropped", f"{self.t} H ev", q.dtype)
@@ -416,15 +460,22 @@ class Writer:
         back = (
             tape.new("row sums of dO * O", f"{self.t} H", "float32"),
             tape.new("dQ accumulator in tiles", f"b r {a.heads * space.of_row}", "uint8"),
-            tape.new("dK and dV of the blocks at work", str(a.heads * space.blocks_at_work(a.heads) * space.of_keys), "uint8"),
+            tape.new(
+                "dK and dV of the blocks at work", str(a.heads * space.blocks_at_work(a.heads) * space.of_keys), "uint8"
+            ),
         )
         pairs = a.heads * (a.head_dim + a.v_head_dim)
         return tape.op(
-            "masked attention" if bias else "memory-efficient attention", [q, k, v, *bias], out, rows, keeps=(q, k, v, out, rows, *bias),
+            "masked attention" if bias else "memory-efficient attention",
+            [q, k, v, *bias],
+            out,
+            rows,
+            keeps=(q, k, v, out, rows, *bias),
             temps=(tape.new("output accumulator", out.shape, "float32"),) if efficient_accumulates(*sizes) else (),
-            grads=tuple((x, tape.grad(x)) for x in (q, k, v)), back_temps=tuple(t for t in back if t.bytes),
+            grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
+            back_temps=tuple(t for t in back if t.bytes),
             flops=((4, 2 * pairs),) if bias else self._flops(a),  # a mask that is a tensor skips nothing
-        )  # fmt: skip
+        )
 
     def _repeated(self, x: Tensor, a: Attention) -> Tensor:
         """Keys or values for every query head: a copy, of a single head a view."""
@@ -440,9 +491,13 @@ class Writer:
         k, v = self._repeated(k, a), self._repeated(v, a)
         scores = self._scores("scores", q.dtype)
         tape.op(
-            "scores", [q, k], scores, keeps=(q, k), grads=tuple((x, tape.grad(x)) for x in (q, k)),
+            "scores",
+            [q, k],
+            scores,
+            keeps=(q, k),
+            grads=tuple((x, tape.grad(x)) for x in (q, k)),
             flops=((4, a.heads * a.head_dim * 2),),
-        )  # fmt: skip
+        )
         scores = self.pointwise("scale scores", scores, self._scores("scaled scores", q.dtype))
         if a.softcap:
             scores = self.pointwise("divide scores", scores, self._scores("scores / cap", q.dtype))
@@ -470,7 +525,13 @@ class Writer:
         joined = self._scores("scores and sinks", masked.dtype)
         self.tape.op("join sinks", [masked], joined, grads=((masked, None),), weights=(sink,))
         shifted = self._scores("shifted scores", masked.dtype)
-        self.tape.op("shift scores", [joined], shifted, grads=((joined, None),), back_temps=(self._scores("negated", masked.dtype),))
+        self.tape.op(
+            "shift scores",
+            [joined],
+            shifted,
+            grads=((joined, None),),
+            back_temps=(self._scores("negated", masked.dtype),),
+        )
         weights = self._scores("softmax of scores", masked.dtype)
         self.pointwise("softmax", shifted, weights, weights)
         view = self.pointwise("drop sinks", weights, self._scores("attention matrix", masked.dtype))
@@ -483,9 +544,13 @@ class Writer:
         e = "e" if a.v_head_dim == a.head_dim else "ev"
         mixed = self.tape.new("attention mixed, by head", f"{self.t} H {e}", v.dtype)
         self.tape.op(
-            "mix values", [weights, v], mixed, keeps=(weights, v),
-            grads=((weights, self.tape.grad(weights)), (v, self.tape.grad(v))), flops=((4, a.heads * a.v_head_dim * 2),),
-        )  # fmt: skip
+            "mix values",
+            [weights, v],
+            mixed,
+            keeps=(weights, v),
+            grads=((weights, self.tape.grad(weights)), (v, self.tape.grad(v))),
+            flops=((4, a.heads * a.v_head_dim * 2),),
+        )
         out = self.tape.new("attention mixed", mixed.shape, v.dtype)
         return self.tape.op("join heads", [mixed], out, grads=((mixed, None),))
 
@@ -498,7 +563,9 @@ class Writer:
             inner = self.linear(x, self.new("MLP up", width), name + ".up_proj", bias=mlp.bias)
             inner = self.activation(inner, mlp.activation)
         elif mlp.fused:
-            both = self.linear(x, self.new("MLP gate and up", str(2 * mlp.width)), name + ".gate_up_proj", bias=mlp.bias)
+            both = self.linear(
+                x, self.new("MLP gate and up", str(2 * mlp.width)), name + ".gate_up_proj", bias=mlp.bias
+            )
             gate, up = self._split(both, ("MLP gate", f"{self.t} {width}"), ("MLP up", f"{self.t} {width}"))
             active = self.activation(gate, mlp.activation)
             inner = self.multiply("gate * up", up, active, self.new("MLP product", width))
@@ -564,22 +631,33 @@ class Writer:
         inside = (*outside, ids, order, picked, weights, counted)
         dtype = self.numerics.weights  # grouped products know no autocast: they cast their input to the weights' dtype
         d, width = self.model.hidden, 2 * e.width
-        up, bias = self._grouped(picked, self.new("expert gate and up", f"A {width}", dtype), "experts.gate_up_proj", e, (width, d), ids)
+        up, bias = self._grouped(
+            picked, self.new("expert gate and up", f"A {width}", dtype), "experts.gate_up_proj", e, (width, d), ids
+        )
         inner = self._clamped_gate(up) if e.clamped else self._expert_gate(up, e)
         self.hold(up, *bias)
-        down, bias = self._grouped(inner, self.new("expert outputs", "A d", dtype), "experts.down_proj", e, (d, e.width), ids)
+        down, bias = self._grouped(
+            inner, self.new("expert outputs", "A d", dtype), "experts.down_proj", e, (d, e.width), ids
+        )
         wide = "float32" if "float32" in (scores.dtype, down.dtype) else down.dtype  # up to the sum over experts
         weighted = self.new("weighted expert outputs", "A d", wide)
         product = self.new("gradient x outputs", "A d", wide)
         uncast = (self.new("gradient before its cast", "A d", down.dtype),) if wide != down.dtype else ()
         tape.op(
-            "weigh experts", [down, weights], weighted, keeps=(down, weights),
-            grads=((down, tape.grad(down)), (weights, tape.grad(weights))), back_temps=(product, *uncast), late_temps=uncast,
-        )  # fmt: skip
+            "weigh experts",
+            [down, weights],
+            weighted,
+            keeps=(down, weights),
+            grads=((down, tape.grad(down)), (weights, tape.grad(weights))),
+            back_temps=(product, *uncast),
+            late_temps=uncast,
+        )
         places = integers("rows in token order")
         tape.op("invert the order", [order], places, temps=(integers("numbers of rows"),))
         restored = self.new("expert outputs in token order", "A d", wide)
-        tape.op("restore order", [weighted, places], restored, keeps=(places,), grads=((weighted, tape.grad(weighted)),))
+        tape.op(
+            "restore order", [weighted, places], restored, keeps=(places,), grads=((weighted, tape.grad(weighted)),)
+        )
         y = self.new("sum of expert outputs", "d", wide)
         tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),))
         y = self.cast(y, x.dtype, "MLP output")
@@ -601,8 +679,12 @@ class Writer:
             if self.numerics.weights != "float32":
                 copy = tape.new("router.weight in fp32", "X d", "float32")
                 tape.op("cast router.weight", [], copy)
-        logits = self.linear(x_in, self.new("router logits", "X", dtype), "router", weight=weight, bias=e.bias, copy=copy)
-        scores = self.new("expert scores", "A", "float32" if e.router_fp32 or self.model.model_type == "mixtral" else None)
+        logits = self.linear(
+            x_in, self.new("router logits", "X", dtype), "router", weight=weight, bias=e.bias, copy=copy
+        )
+        scores = self.new(
+            "expert scores", "A", "float32" if e.router_fp32 or self.model.model_type == "mixtral" else None
+        )
         chosen = self.new("chosen experts", "A", "int64")
         if e.router == "topk-softmax":
             top = self.new("top logits", "A")
@@ -612,16 +694,32 @@ class Writer:
             return scores, chosen, logits
         probs, top = self.new("router probabilities", "X", "float32"), self.new("top probabilities", "A", "float32")
         cast = () if logits.dtype == "float32" else (self.new("router logits in fp32", "X", "float32"),)
-        tape.op("router probabilities", [logits], probs, keeps=(probs,), temps=cast, grads=((logits, tape.grad(logits)),))
+        tape.op(
+            "router probabilities", [logits], probs, keeps=(probs,), temps=cast, grads=((logits, tape.grad(logits)),)
+        )
         grouping: tuple[Tensor, ...] = ()
-        if e.router == "sigmoid-groups":  # scores with the correction, before and after masking; the mask of groups, twice as bool
-            grouping = (self.new("scores to choose by", "X", "float32"),) * 3 + (self.new("mask of groups", "X", "bool"),) * 2
-        tape.op("top experts", [probs], top, chosen, keeps=(chosen,), temps=grouping, grads=((probs, tape.grad(probs)),))
-        scaled = e.router_fp32 and e.router == "softmax"  # DeepSeek-V2 multiplies by a number, the others divide by the sum
+        if (
+            e.router == "sigmoid-groups"
+        ):  # scores with the correction, before and after masking; the mask of groups, twice as bool
+            grouping = (self.new("scores to choose by", "X", "float32"),) * 3 + (
+                self.new("mask of groups", "X", "bool"),
+            ) * 2
+        tape.op(
+            "top experts", [probs], top, chosen, keeps=(chosen,), temps=grouping, grads=((probs, tape.grad(probs)),)
+        )
+        scaled = (
+            e.router_fp32 and e.router == "softmax"
+        )  # DeepSeek-V2 multiplies by a number, the others divide by the sum
         sums = () if scaled else (self.new("sum of top probabilities", "", "float32"),)
         tape.op(
-            "normalise experts", [top], scores, *sums, keeps=() if scaled else (top, *sums), grads=((top, tape.grad(top)),), holds=(x, logits, probs),
-        )  # fmt: skip
+            "normalise experts",
+            [top],
+            scores,
+            *sums,
+            keeps=() if scaled else (top, *sums),
+            grads=((top, tape.grad(top)),),
+            holds=(x, logits, probs),
+        )
         return scores, chosen, logits
 
     def _grouped(
@@ -637,9 +735,15 @@ class Writer:
             bias = self.weight(name + "_bias", e.number, shape[0], active=share)
             self.tape.op(name + "_bias", [ids], *rows, keeps=(ids,), weights=(bias,))
         self.tape.op(
-            name, [x], y, keeps=(x,), grads=((x, self.tape.grad(x)), *((row, None) for row in rows)), weights=(w,), holds=rows,
+            name,
+            [x],
+            y,
+            keeps=(x,),
+            grads=((x, self.tape.grad(x)), *((row, None) for row in rows)),
+            weights=(w,),
+            holds=rows,
             flops=((y.basis, 2 * e.per_token * shape[0] * shape[1]),),
-        )  # fmt: skip
+        )
         return y, rows
 
     def _expert_gate(self, up: Tensor, e: Experts) -> Tensor:

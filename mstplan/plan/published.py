@@ -56,11 +56,26 @@ def comparisons() -> tuple[Comparison, ...]:
 
 def _compare(row: dict[str, Any]) -> Comparison:
     about, tokens = row["mstplan"], row["s_max"]
-    known = {"model": row["model"], "gpu": row["hardware"], "case": f"{row['strategy']}; {row['optimizer']}", "source": row["source"],
-             "kind": row["kind"], "published_tokens": tokens, "published_gib": row["measured_peak_gib"]}  # fmt: skip
+    known = {
+        "model": row["model"],
+        "gpu": row["hardware"],
+        "case": f"{row['strategy']}; {row['optimizer']}",
+        "source": row["source"],
+        "kind": row["kind"],
+        "published_tokens": tokens,
+        "published_gib": row["measured_peak_gib"],
+    }
     if "not_predicted" in about:
-        return Comparison(**known, predicted_tokens=None, predicted_gib=None, device_wide=False, recipe=None,
-                          predicted_with_older_loss=None, explained_by=(), not_predicted=about["not_predicted"])  # fmt: skip
+        return Comparison(
+            **known,
+            predicted_tokens=None,
+            predicted_gib=None,
+            device_wide=False,
+            recipe=None,
+            predicted_with_older_loss=None,
+            explained_by=(),
+            not_predicted=about["not_predicted"],
+        )
     model, on, recipe = load_model(about["model"]), card(about["gpu"]), Recipe.model_validate(about["recipe"])
     chunks = recommend(model, recipe, on)
     device_wide = about.get("device_wide", False)
@@ -69,5 +84,12 @@ def _compare(row: dict[str, Any]) -> Comparison:
     older = None
     if s_max is not None and about.get("older_loss"):
         older = longest(model, recipe.changed(loss="transformers<4.45"), on, chunks)
-    return Comparison(**known, predicted_tokens=s_max, predicted_gib=peak / GIB, device_wide=device_wide, recipe=recipe,
-                      predicted_with_older_loss=older, explained_by=tuple(about["explained_by"]))  # fmt: skip
+    return Comparison(
+        **known,
+        predicted_tokens=s_max,
+        predicted_gib=peak / GIB,
+        device_wide=device_wide,
+        recipe=recipe,
+        predicted_with_older_loss=older,
+        explained_by=tuple(about["explained_by"]),
+    )

@@ -95,7 +95,10 @@ class Recipe(BaseModel):
                 self.attention == "flash" and self.precision == "fp32",
                 "flash-attn computes in bf16 or fp16 only: use precision bf16 or mixed",
             ),
-            (self.weights_on_host and not self.optimizer_on_host, "weights_on_host needs optimizer_on_host (--optimizer-on-host)"),
+            (
+                self.weights_on_host and not self.optimizer_on_host,
+                "weights_on_host needs optimizer_on_host (--optimizer-on-host)",
+            ),
             *self._bad_sharding(),
         ):
             if bad:
@@ -114,7 +117,10 @@ class Recipe(BaseModel):
                 self.optimizer in ("adamw-8bit", "adafactor"),
                 "bitsandbytes' AdamW8bit and transformers' Adafactor cannot step fsdp's shards: use adamw or sgd",
             ),
-            (self.optimizer_on_host or self.weights_on_host, "fsdp with weights or optimizer on the host is not planned"),
+            (
+                self.optimizer_on_host or self.weights_on_host,
+                "fsdp with weights or optimizer on the host is not planned",
+            ),
         )
 
     @property
@@ -201,7 +207,10 @@ def first_problem(error: ValidationError) -> str:
     where = str(problem["loc"][0]) if problem["loc"] else ""
     message = _MUST_BE.get(where) or problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if problem["type"] == "extra_forbidden":
-        return names.unknown_field(where) or f"a recipe has no field {quoted(where)}.{did_you_mean(where, Recipe.model_fields)}"
+        return (
+            names.unknown_field(where)
+            or f"a recipe has no field {quoted(where)}.{did_you_mean(where, Recipe.model_fields)}"
+        )
     if problem["type"] == "literal_error" and where in names.VALUES:
         return names.unknown_value(where, problem["input"], *planned(where))
     if problem["type"] == "json_invalid":
@@ -212,8 +221,12 @@ def first_problem(error: ValidationError) -> str:
 
 
 _MST: dict[str, Any] = {
-    "checkpoint": "layer", "mlp_chunks": "auto", "mlp_recompute": True, "loss": "chunked", "loss_chunks": "auto",
-}  # fmt: skip
+    "checkpoint": "layer",
+    "mlp_chunks": "auto",
+    "mlp_recompute": True,
+    "loss": "chunked",
+    "loss_chunks": "auto",
+}
 # Constructed without validation: that would build pydantic's validators at every start (a test validates them).
 STRATEGIES: dict[str, Recipe] = {
     "standard": Recipe.model_construct(),
@@ -270,7 +283,11 @@ def _strategy_options(recipe: Recipe) -> list[str]:
         return ["--strategy", found, *counts]
     words = ["--checkpoint", str(recipe.checkpoint)] if recipe.checkpoint != "none" else []
     words += ["--offload"] if recipe.offload_layer_inputs else []
-    if recipe.mlp_chunks == 1 and not recipe.mlp_recompute and recipe.loss_chunks == ("auto" if recipe.loss == "chunked" else 1):
+    if (
+        recipe.mlp_chunks == 1
+        and not recipe.mlp_recompute
+        and recipe.loss_chunks == ("auto" if recipe.loss == "chunked" else 1)
+    ):
         return words + (["--loss", recipe.loss] if recipe.loss != "transformers" else [])
     words += counts + (["--loss", recipe.loss] if recipe.loss != "chunked" else [])
     return words + ([] if recipe.mlp_recompute else ["--no-recompute"])

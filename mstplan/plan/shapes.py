@@ -20,9 +20,14 @@ class Shape(NamedTuple):
 
 
 QUOTED = {
-    "X": "about 1 GB", "Q": "about 1 GB", "K": "about 1 GB", "V": "about 1 GB",
-    "MLP gate and up": "7.5 GB", "logits": "33 GB", "attention matrix, 16 heads": "550 GB",
-}  # fmt: skip
+    "X": "about 1 GB",
+    "Q": "about 1 GB",
+    "K": "about 1 GB",
+    "V": "about 1 GB",
+    "MLP gate and up": "7.5 GB",
+    "logits": "33 GB",
+    "attention matrix, 16 heads": "550 GB",
+}
 """For Llama 3.1 8B at b = 1, S = 131,072, in decimal GB; K and V there without grouped queries."""
 
 
@@ -53,7 +58,9 @@ def shapes(model: Model, batch: int, seq_len: int, dtype: str = "bfloat16") -> t
         found.append(row("V, without grouped queries", "(b, s, H, e)", b, s, a.heads, a.v_head_dim))
     if model.mlp is not None:
         both = 2 if model.mlp.gated else 1
-        found.append(row("MLP gate and up" if both == 2 else "MLP up", f"({both}, b, s, I)", both, b, s, model.mlp.width))
+        found.append(
+            row("MLP gate and up" if both == 2 else "MLP up", f"({both}, b, s, I)", both, b, s, model.mlp.width)
+        )
     if model.experts is not None:
         e = model.experts
         found.append(row("expert gate and up", "(2, b, s, A, F)", 2, b, s, e.per_token, e.width))

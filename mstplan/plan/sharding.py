@@ -56,7 +56,9 @@ def _group(weights: list[Weight], recipe: Recipe, of: str) -> Group:
     def tensor(name: str, dtype: str, numel: int) -> Tensor:
         return Tensor(f"{name} of {of}", "", dtype, 0, numel * ITEMSIZE[dtype])
 
-    each = optimizer_memory(recipe, [(weight, 1) for weight in weights]).per_weight if recipe.optimizer_in_backward else 0
+    each = (
+        optimizer_memory(recipe, [(weight, 1) for weight in weights]).per_weight if recipe.optimizer_in_backward else 0
+    )
     whole = sum(shards) * recipe.gpus
     return Group(
         gathered=tensor("gathered weights", used, whole),

@@ -97,7 +97,9 @@ class Plan(NamedTuple):
     def instants(self) -> tuple[Instant, ...]:
         """Every instant of the step with the tensors alive at its largest moment."""
         tokens = self.peak.tokens
-        return _step(self.model, self.recipe, self.card.gpu, self.chunks, tokens).instants(sizes(self.recipe, tokens, self.chunks))
+        return _step(self.model, self.recipe, self.card.gpu, self.chunks, tokens).instants(
+            sizes(self.recipe, tokens, self.chunks)
+        )
 
     def binding_entries(self) -> tuple[Entry, ...]:
         return next(i.entries for i in self.instants() if i.name == self.instant)
@@ -125,7 +127,9 @@ def window_of(model: Model, recipe: Recipe) -> int | None:
 @lru_cache(maxsize=256)
 def _bare(recipe: Recipe) -> Recipe:
     """The recipe without what only sizes depend on, so that steps are shared."""
-    return recipe.model_copy(update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation), "pad_to": 1})
+    return recipe.model_copy(
+        update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation), "pad_to": 1}
+    )
 
 
 def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Layout:
@@ -141,7 +145,7 @@ def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) 
 
 def _layout_step(
     model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
-) -> Step:  # fmt: skip
+) -> Step:
     layout = Layout(_bare(recipe), several_mlp, several_loss, masked, padded)
     return _calibrated(model, layout, gpu.workspaces_bytes)
 
@@ -392,7 +396,11 @@ def hardest(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:
     run, window, every = recipe.padded(seq_len), window_of(model, recipe), recipe.pad_to
     if window is None or run < window:
         return (run,)
-    others = (n for n in range(run - every, max(window, run - BIAS_ROWS * every) - 1, -every) if (n % BIAS_ROWS != 0) != (run % BIAS_ROWS != 0))
+    others = (
+        n
+        for n in range(run - every, max(window, run - BIAS_ROWS * every) - 1, -every)
+        if (n % BIAS_ROWS != 0) != (run % BIAS_ROWS != 0)
+    )
     plain = (window - 1) // every * every
     return (run, *islice(others, 1), *([plain] if plain else []))
 
@@ -411,7 +419,9 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
     Raises UnitError for a length that is none, RecipeError for chunks that are none.
     """
     if not isinstance(seq_len, int) or isinstance(seq_len, bool) or not SHORTEST <= seq_len <= LONGEST:
-        raise UnitError(f"seq_len must be a whole number of tokens between {SHORTEST} and {LONGEST:,}, not {seq_len!r}.")
+        raise UnitError(
+            f"seq_len must be a whole number of tokens between {SHORTEST} and {LONGEST:,}, not {seq_len!r}."
+        )
     if chunks is not None and not all(isinstance(m, int) and m >= 1 for m in chunks):
         raise RecipeError(f"chunks must be whole numbers from 1, not {tuple(chunks)!r}.")
     given = Chunks(*chunks) if chunks is not None else chunks_at(model, recipe, card, seq_len)

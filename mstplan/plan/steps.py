@@ -125,7 +125,11 @@ class Step:
         held = (self.workspace,) + (0,) * (len(BASIS) - 1)
         other = copy(self)
         other.is_calibrated = True
-        found = {name: tuple(Moment(add(v, held), CALIBRATED, ()) for v in moments[name]) for name in self.moments if name in moments}
+        found = {
+            name: tuple(Moment(add(v, held), CALIBRATED, ()) for v in moments[name])
+            for name in self.moments
+            if name in moments
+        }
         other.moments = {**self.moments, **found}
         return other
 
@@ -161,7 +165,9 @@ class Step:
         left = add(ahead.net, total(let_go + seed))
         behind = backward(self.tape, rules, prune=False)
         moments = [Moment(add(left, m.live), m.at, (*ahead.alive, *let_go, *seed, *m.alive)) for m in behind.moments]
-        first = [m for m in moments if _backward_instant(m.at) in (FIRST_LAYER, EMBEDDING)]  # nothing is left to fetch then
+        first = [
+            m for m in moments if _backward_instant(m.at) in (FIRST_LAYER, EMBEDDING)
+        ]  # nothing is left to fetch then
         note(first, resident, _backward_instant)
         note([m for m in moments if m not in first], resident + waiting, _backward_instant)
         if not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host):
@@ -182,6 +188,7 @@ class Step:
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
+
         def units(op: Op) -> list[int]:
             inner = op.part.tape.ops if op.part is not None else ()
             if any(i.part is not None and not i.part.chunked for i in inner):  # a segment: its layers are the units
@@ -279,7 +286,12 @@ def _backward_instant(at: str) -> str:
     for prefix, name in (("layer, first", FIRST_LAYER), ("layer, last", LAST_LAYER), ("layer", MIDDLE_LAYER)):
         if at.startswith(prefix):
             return name
-    of_embedding = ("backward of embedding", "add gradients of embed", "optimizer step of embed", "optimizer step of position")
+    of_embedding = (
+        "backward of embedding",
+        "add gradients of embed",
+        "optimizer step of embed",
+        "optimizer step of position",
+    )
     return EMBEDDING if at.startswith(of_embedding) else LOSS_BACKWARD
 
 
@@ -302,7 +314,11 @@ def shown(alive: Iterable[tuple[Label, int]], units: tuple[int, ...]) -> tuple[E
         group[0] += count
         group[1] += count * label.bytes * units[label.basis]
     _without_negatives(groups)
-    entries = [Entry(n, f"({', '.join(s.split())})" if s else "", d, c, size) for (n, s, d), (c, size) in groups.items() if size]
+    entries = [
+        Entry(n, f"({', '.join(s.split())})" if s else "", d, c, size)
+        for (n, s, d), (c, size) in groups.items()
+        if size
+    ]
     return tuple(sorted(entries, key=lambda e: -e.bytes))
 
 
@@ -446,7 +462,14 @@ def _layers(tape: Tape, hidden: Tensor, layers: list[Given], recipe: Recipe) -> 
         if key not in made:
             segment = Tape(tape.dims)
             segment.source = segment.new(HIDDEN, "b s d", hidden.dtype)
-            _chain(segment, segment.source, [Given(layer.tape, ()) for layer in inside], recompute=False, offload=False, what="layer of the segment")
+            _chain(
+                segment,
+                segment.source,
+                [Given(layer.tape, ()) for layer in inside],
+                recompute=False,
+                offload=False,
+                what="layer of the segment",
+            )
             made[key] = Given(segment, tuple(dict.fromkeys(t for layer in inside for t in layer.arguments)))
         segments.append(made[key])
     return _chain(tape, hidden, segments, recompute=True, offload=recipe.offload_layer_inputs, what="layer")
@@ -476,7 +499,9 @@ def _chain(tape: Tape, hidden: Tensor, layers: list[Given], *, recompute: bool, 
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
         interior = any(_lies_between(tapes, i, period) for period in range(1, _LONGEST_PERIOD + 1))
         part = Part(inner, recompute=recompute, offload=offload)
-        tape.ops.append(Op(f"{what}, {place}", (hidden,), (out,), part=part, interior=interior, arguments=layers[i].kept(recompute)))
+        tape.ops.append(
+            Op(f"{what}, {place}", (hidden,), (out,), part=part, interior=interior, arguments=layers[i].kept(recompute))
+        )
         hidden = tape.output = out
     return hidden
 
@@ -538,13 +563,21 @@ def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str, *labels: Tensor)
     tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=held)
     loss_value = tape.new("loss", "", "float32")
     tape.op(
-        "negative log-likelihood", [log_probs, *labels], loss_value, keeps=(log_probs, *labels),
-        grads=((log_probs, tape.grad(log_probs)),), holds=(*held, wide),
-    )  # fmt: skip
+        "negative log-likelihood",
+        [log_probs, *labels],
+        loss_value,
+        keeps=(log_probs, *labels),
+        grads=((log_probs, tape.grad(log_probs)),),
+        holds=(*held, wide),
+    )
 
 
 def _op_weights(op: Op) -> tuple[Weight, ...]:
-    return tuple(weight for weight, n in step_weights(op.part.tape) for _ in range(n)) if op.part is not None else op.weights
+    return (
+        tuple(weight for weight, n in step_weights(op.part.tape) for _ in range(n))
+        if op.part is not None
+        else op.weights
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -107,10 +107,14 @@ class Op:
     cast: bool = False  # its weights are used through autocast's bf16 copies
     defers: bool = False  # its weight's gradient waits for the weight's other use (tied embeddings)
     joins: Weight | None = None  # the weight whose deferred gradient joins this one's
-    joins_view: bool = False  # that gradient is a view (a matrix product's, transposed): adding to it makes a new tensor
+    joins_view: bool = (
+        False  # that gradient is a view (a matrix product's, transposed): adding to it makes a new tensor
+    )
     arguments: tuple[Tensor, ...] = ()  # of a part, beside its input: kept for its backward as well
     holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
-    product: bool = False  # with its weights as they are: it can add their gradients to a sum (mstplan/train/products.py)
+    product: bool = (
+        False  # with its weights as they are: it can add their gradients to a sum (mstplan/train/products.py)
+    )
     group: Group | None = None  # of a part: its weights are gathered for it
 
 
@@ -211,9 +215,13 @@ class Rules(NamedTuple):
     temporaries: int = 0
     detail: bool = False  # list the tensors behind every moment
     every_moment: bool = False  # keep moments that can never be the largest, and replay repeated parts anew
-    recomputed: bool = False  # checkpoint hands kept tensors out for the function only: they are gone when gradients are cast
+    recomputed: bool = (
+        False  # checkpoint hands kept tensors out for the function only: they are gone when gradients are cast
+    )
     in_place: bool = True  # False: as under fake tensors, where autograd adds gradients out of place
-    summing: bool = False  # gradients are summed over pieces, and those of matrix products are never there by themselves
+    summing: bool = (
+        False  # gradients are summed over pieces, and those of matrix products are never there by themselves
+    )
 
 
 class _Ledger:
@@ -270,7 +278,9 @@ def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
     alike: dict[Vector, list[Moment]] = {}
     for moment in moments:
         alike.setdefault(moment.live[2:], []).append(moment)
-    for moment in sorted((m for group in alike.values() for m in _corners(group)), key=lambda m: sum(m.live), reverse=True):
+    for moment in sorted(
+        (m for group in alike.values() for m in _corners(group)), key=lambda m: sum(m.live), reverse=True
+    ):
         live = moment.live
         larger = next((i for i, other in enumerate(tried) if all(map(int.__ge__, other, live))), None)
         if larger is None:
@@ -402,7 +412,13 @@ def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, 
 
 
 def backward(
-    tape: Tape, rules: Rules, *, recompute: bool = False, fetch: bool = False, owns_incoming: bool = True, prune: bool = True,
+    tape: Tape,
+    rules: Rules,
+    *,
+    recompute: bool = False,
+    fetch: bool = False,
+    owns_incoming: bool = True,
+    prune: bool = True,
     end_of: Tape | None = None,
 ) -> Replay:
     """Replay the backward pass; the incoming gradient is alive already, and let go here if `owns_incoming`.
@@ -528,7 +544,11 @@ def _widened(inner: Replay, output: Tensor) -> Replay:
     own = tuple((t, n) for t, n in inner.alive if t != output.label and t.basis == chunk)
     alive = merged([(widen(t), n) for t, n in own], [(t, -n) for t, n in own])
     moments = tuple(
-        Moment(tuple(max(0, n) for n in add(m.live, others)), m.at, tuple((t, n) for t, n in merged(m.alive, alive) if n > 0))
+        Moment(
+            tuple(max(0, n) for n in add(m.live, others)),
+            m.at,
+            tuple((t, n) for t, n in merged(m.alive, alive) if n > 0),
+        )
         for m in inner.moments
     )
     return Replay(moments, add(inner.net, others), merged(inner.alive, alive), inner.cached)
@@ -649,7 +669,9 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
             arrive(tensor, gradient)
         groups.after_backward(op, rules.every_moment or not op.interior)
     groups.end_backward()
-    if tape.source is not None and tape.source in pending:  # handed on under another name, maybe: to the caller it is the input's
+    if (
+        tape.source is not None and tape.source in pending
+    ):  # handed on under another name, maybe: to the caller it is the input's
         ledger.drop(pending[tape.source])
         ledger.put(tape.grad(tape.source))
     return ledger.replay()
@@ -668,13 +690,17 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
         return
     if not part.chunked:
         moments = rules.every_moment or not op.interior
-        replay = backward(part.tape, rules, recompute=part.recompute, fetch=fetch if end_of else part.offload, end_of=end_of)
+        replay = backward(
+            part.tape, rules, recompute=part.recompute, fetch=fetch if end_of else part.offload, end_of=end_of
+        )
         ledger.splice(replay, op.name, moments=moments)
         return
     ledger.put(part.tape.grad(op.reads[0]))
     for tensor in part.sums:
         ledger.put(tensor)
-    inner = rules._replace(gradients="kept" if part.sums else rules.gradients, recomputed=False, summing=bool(part.sums))
+    inner = rules._replace(
+        gradients="kept" if part.sums else rules.gradients, recomputed=False, summing=bool(part.sums)
+    )
     if part.recompute:  # by an autograd function of its own, which holds the output meanwhile
         ledger.splice(forward(part.tape, inner, keep=True), op.name)
     ledger.splice(backward(part.tape, inner, owns_incoming=False), op.name)

@@ -128,9 +128,17 @@ def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Co
     largest, pieces = (head, chunks.loss) if bytes_of(head) >= bytes_of(mlp) else (mlp, chunks.mlp)
     b = recipe.batch  # the formulas know one sequence: with b of them a token position costs b times as much
     return Coefficients(
-        bytes_of(constants), b * bytes_of(largest), b * bytes_of(kept), model.layers, pieces, card.budget_bytes, b,
-        constants, largest, kept,
-    )  # fmt: skip
+        bytes_of(constants),
+        b * bytes_of(largest),
+        b * bytes_of(kept),
+        model.layers,
+        pieces,
+        card.budget_bytes,
+        b,
+        constants,
+        largest,
+        kept,
+    )
 
 
 def rows(c: Coefficients, seq_len: int | None = None) -> tuple[Row, ...]:
@@ -153,7 +161,11 @@ def _kept_per_layer(built: Step) -> tuple[Entry, ...]:
         replay = forward(tape, built.rules(detail=True), keep=True)
         assert tape.output is not None
         # the output belongs to the next layer, which may keep it as its input
-        kept = [(x, n) for x, n in replay.alive if x.basis == _TOKENS and (x != tape.output.label or op.reads[0] in kept_by(op))]
+        kept = [
+            (x, n)
+            for x, n in replay.alive
+            if x.basis == _TOKENS and (x != tape.output.label or op.reads[0] in kept_by(op))
+        ]
         entries = shown(kept, tuple(int(n == _TOKENS) for n in range(len(BASIS))))
         best = max(best, entries, key=bytes_of)
     return best

@@ -49,7 +49,9 @@ class _Cost:
         return 0.0
 
     def _single(self, op: Op) -> tuple[float, float]:
-        touched = sum(self._bytes(t) for t in (*op.reads, *op.makes)) + sum(w.numel for w in op.weights) * self.weight_bytes
+        touched = (
+            sum(self._bytes(t) for t in (*op.reads, *op.makes)) + sum(w.numel for w in op.weights) * self.weight_bytes
+        )
         flops = min((amount * self.units[basis] for basis, amount in op.flops), default=0)
         seconds = max(flops / self.gpu.bf16_flops, touched / self.gpu.memory_bandwidth)
         works = bool(op.weights) or any(gradient is not None for _, gradient in op.grads)

@@ -55,7 +55,9 @@ NEUTRAL = _words(
 )
 """Fields that decide no memory."""
 _NEUTRAL_ENDS = ("_token_id", "_token_ids", "_token_index")
-_SAY_SO_WHEN_OFF = _words("no non not without disable disabled skip gate gated glu swiglu geglu rms rmsnorm rope rotary norm layernorm causal")
+_SAY_SO_WHEN_OFF = _words(
+    "no non not without disable disabled skip gate gated glu swiglu geglu rms rmsnorm rope rotary norm layernorm causal"
+)
 """Words of switches that are off in what is no Llama."""
 
 
@@ -65,7 +67,11 @@ def unread_fields(config: Mapping[str, object]) -> list[str]:
     for names, beside in READ_BESIDE.items():
         if any(name in config for name in names):
             known |= beside
-    return [name for name, value in config.items() if name not in known and not name.endswith(_NEUTRAL_ENDS) and not _is_off(name, value)]
+    return [
+        name
+        for name, value in config.items()
+        if name not in known and not name.endswith(_NEUTRAL_ENDS) and not _is_off(name, value)
+    ]
 
 
 def _is_off(name: str, value: object) -> bool:
@@ -87,7 +93,11 @@ def refuse_fields(name: str, fields: Collection[str]) -> None:
 def foreign_fields(config: Mapping[str, object], named: Collection[str], routed: Collection[str]) -> list[str]:
     """The fields of experts, of those `named`, that a file of a known family has, but that family not. routed: those that it reads, if it
     has experts."""
-    known = NEUTRAL | ({*READ, *READ_BESIDE["num_experts", "num_local_experts", "n_routed_experts"], *routed} if routed else frozenset())
+    known = NEUTRAL | (
+        {*READ, *READ_BESIDE["num_experts", "num_local_experts", "n_routed_experts"], *routed}
+        if routed
+        else frozenset()
+    )
     return [name for name in named if name not in known and not _is_off(name, config[name])]
 
 
@@ -95,7 +105,10 @@ def refuse_family(name: str, model_type: str, fields: Collection[str]) -> None:
     """Refuses families of transformers that are no Llamas, and other hybrids, by name and by the fields that are not read."""
     such = f"; it has {listed(fields)}" if fields else ""
     if model_type.lower() in _HYBRIDS:
-        refuse(name, f"mstplan's formula counts no state-space, recurrent or hybrid models (model_type {quoted(model_type)}){such}.")
+        refuse(
+            name,
+            f"mstplan's formula counts no state-space, recurrent or hybrid models (model_type {quoted(model_type)}){such}.",
+        )
     if {model_type, model_type.lower()} & (TYPES | _REMOTE):
         refuse(name, f"mstplan does not read configs of this family yet (model_type {quoted(model_type)}){such}.")
 

@@ -52,17 +52,34 @@ def _names(changes: Iterable[Change]) -> set[str]:
 Lever = tuple[Change, ...]
 """Changes that exclude each other."""
 
+
 def _states(start: Plan) -> tuple[Lever, ...]:
     """What decides the bytes that do not grow with the sequence."""
-    back: Lever = () if start.fits_host else (Change("optimizer states on the card", "", 0, {"optimizer_on_host": False, "weights_on_host": False}),)
+    back: Lever = (
+        ()
+        if start.fits_host
+        else (Change("optimizer states on the card", "", 0, {"optimizer_on_host": False, "weights_on_host": False}),)
+    )
     return (
         (Change("weights and moments in bf16", "exact updates", 8, {"precision": "bf16"}),),
         (
             Change("Adafactor", "Adam's updates", 5, {"optimizer": "adafactor"}),
             Change("8-bit AdamW", "exact moments", 5, {"optimizer": "adamw-8bit"}),
         ),
-        (Change("the optimizer in backward", "accumulation and clipping; own loop", 4, {"optimizer_in_backward": True}),),
-        (*back, Change("the optimizer on the host", "step time (DeepSpeed offload)", 10, {"optimizer_on_host": True, "optimizer_in_backward": False})),
+        (
+            Change(
+                "the optimizer in backward", "accumulation and clipping; own loop", 4, {"optimizer_in_backward": True}
+            ),
+        ),
+        (
+            *back,
+            Change(
+                "the optimizer on the host",
+                "step time (DeepSpeed offload)",
+                10,
+                {"optimizer_on_host": True, "optimizer_in_backward": False},
+            ),
+        ),
         (Change("weights on the host", "weights cross the host link", 6, {"weights_on_host": True}),),
     )
 
@@ -71,7 +88,9 @@ def _tokens(start: Plan) -> tuple[Lever, ...]:
     """What decides the bytes that grow with the sequence."""
     recipe = start.recipe
     more = {} if recipe.optimizer_in_backward else {"accumulation": recipe.accumulation * recipe.batch}
-    back: Lever = () if start.fits_host else (Change("layer inputs on the card", "", 0, {"offload_layer_inputs": False}),)
+    back: Lever = (
+        () if start.fits_host else (Change("layer inputs on the card", "", 0, {"offload_layer_inputs": False}),)
+    )
     attention = (
         Change("sdpa instead of eager attention", "", 0, {"attention": "sdpa"})
         if recipe.attention == "eager"
@@ -81,7 +100,14 @@ def _tokens(start: Plan) -> tuple[Lever, ...]:
         (attention,),
         (Change("fused AdamW", "", 0, {"adamw_kernel": "fused"}),),
         (Change("the loss in chunks", "", 0, {"loss": "chunked", "loss_chunks": "auto"}),),
-        (Change("the MLP in chunks", _MLP_AGAIN, 2 if recipe.checkpoint == "none" else 0, {"mlp_chunks": "auto", "mlp_recompute": True}),),
+        (
+            Change(
+                "the MLP in chunks",
+                _MLP_AGAIN,
+                2 if recipe.checkpoint == "none" else 0,
+                {"mlp_chunks": "auto", "mlp_recompute": True},
+            ),
+        ),
         (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **more}),),
         (Change("checkpoint every layer", "time: a second forward pass", 3, {"checkpoint": "layer"}),),
         (*back, Change("layer inputs on the host", "CPU RAM", 3, {"offload_layer_inputs": True})),
@@ -114,7 +140,9 @@ def ways_to_train(starts: Sequence[Plan]) -> tuple[Way, ...]:
     start = nearest(starts)
     useful = max(start.seq_len, min(USEFUL, start.model.context or USEFUL))
     lengths = dict.fromkeys((useful, start.seq_len))
-    return next((found for n in lengths if (found := ways_to_fit(plan_at(start.model, start.recipe, start.card, n)))), ())
+    return next(
+        (found for n in lengths if (found := ways_to_fit(plan_at(start.model, start.recipe, start.card, n)))), ()
+    )
 
 
 def furthest(start: Plan) -> Way | None:

@@ -12,9 +12,13 @@ from . import tables
 
 
 def report(console: Console, rows: Sequence[Written]) -> None:
-    table = tables.new_table(("model", "left"), ("strategy", "left"), ("in chunks", "left"), ("vectors", "right"), ("residual", "right"))
+    table = tables.new_table(
+        ("model", "left"), ("strategy", "left"), ("in chunks", "left"), ("vectors", "right"), ("residual", "right")
+    )
     for row in rows:
-        chunked = " and ".join(part for part, several in (("MLP", row.mlp_in_chunks), ("loss", row.loss_in_chunks)) if several)
+        chunked = " and ".join(
+            part for part, several in (("MLP", row.mlp_in_chunks), ("loss", row.loss_in_chunks)) if several
+        )
         how = (chunked or "nothing") + (", masks" if row.masked else "")
         table.add_row(one_line(row.model), one_line(row.strategy), how, str(row.vectors), f"{row.residual:.1e}")
     console.print(table)

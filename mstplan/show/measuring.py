@@ -44,5 +44,8 @@ def report(console: Console, found: Sweep, out: Path) -> None:
     for said in found.damaged:
         console.print(said, soft_wrap=True)
     if found.skipped:
-        console.print(f"{found.skipped} of {len(found.measurements)} had been measured before (--again measures them anew).", soft_wrap=True)
+        console.print(
+            f"{found.skipped} of {len(found.measurements)} had been measured before (--again measures them anew).",
+            soft_wrap=True,
+        )
     console.print(f"results: {one_line(out, 200)}", soft_wrap=True)

@@ -146,17 +146,30 @@ def row(r: Row) -> dict[str, Any]:
 
 
 def shape(s: Shape) -> dict[str, Any]:
-    return {"name": s.name, "shape": s.symbols, "sizes": list(s.sizes), "dtype": s.dtype, "bytes": s.bytes, "quoted": s.quoted or None}
+    return {
+        "name": s.name,
+        "shape": s.symbols,
+        "sizes": list(s.sizes),
+        "dtype": s.dtype,
+        "bytes": s.bytes,
+        "quoted": s.quoted or None,
+    }
 
 
 def max_seq(m: Model, c: Card, found: Sequence[Answer], best: Answer, to_fit: Sequence[Way]) -> dict[str, Any]:
     from .report import max_seq_notes
 
     return document(
-        "max-seq", model=model(m), card=card(c), budget_bytes=c.budget_bytes, results=[answer(a) for a in found],
-        best=best.strategy, binding=[entry(e) for e in best.plan.binding_entries()], ways_to_fit=[way(w) for w in to_fit],
+        "max-seq",
+        model=model(m),
+        card=card(c),
+        budget_bytes=c.budget_bytes,
+        results=[answer(a) for a in found],
+        best=best.strategy,
+        binding=[entry(e) for e in best.plan.binding_entries()],
+        ways_to_fit=[way(w) for w in to_fit],
         notes=[*m.notes, *max_seq_notes(m, c, found, to_fit)],
-    )  # fmt: skip
+    )
 
 
 def max_seq_by_trace(m: Model, c: Card, found: Sequence[Found], best: Found) -> dict[str, Any]:
@@ -164,31 +177,56 @@ def max_seq_by_trace(m: Model, c: Card, found: Sequence[Found], best: Found) -> 
     from .trace import max_seq_notes
 
     return document(
-        "max-seq", "trace", model=model(m), card=card(c), budget_bytes=c.budget_bytes, versions=versions(),
-        results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in found], best=best.answer.strategy,
-        alive=[a._asdict() for a in best.trace.alive(best.trace.peak.event)], notes=[*m.notes, *max_seq_notes(m, c, found)],
-    )  # fmt: skip
+        "max-seq",
+        "trace",
+        model=model(m),
+        card=card(c),
+        budget_bytes=c.budget_bytes,
+        versions=versions(),
+        results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in found],
+        best=best.answer.strategy,
+        alive=[a._asdict() for a in best.trace.alive(best.trace.peak.event)],
+        notes=[*m.notes, *max_seq_notes(m, c, found)],
+    )
 
 
-def plan_document(plans: Mapping[str, Plan], reaches: Mapping[str, int], name: str, to_fit: Sequence[Way], beyond: Way | None) -> dict[str, Any]:
+def plan_document(
+    plans: Mapping[str, Plan], reaches: Mapping[str, int], name: str, to_fit: Sequence[Way], beyond: Way | None
+) -> dict[str, Any]:
     """The detailed plan, and of every strategy that was asked for whether it fits."""
     from .report import plan_notes
 
     p = plans[name]
     strategies = [{"strategy": each, "s_max": reaches[each], **brief(its)} for each, its in plans.items()]
     return document(
-        "plan", model=model(p.model), card=card(p.card), strategy=name, **plan(p), s_max=reaches[name], strategies=strategies,
-        ways_to_fit=[way(w) for w in to_fit], furthest=way(beyond) if beyond is not None else None, notes=[*p.model.notes, *plan_notes(p, reaches[name])],
-    )  # fmt: skip
+        "plan",
+        model=model(p.model),
+        card=card(p.card),
+        strategy=name,
+        **plan(p),
+        s_max=reaches[name],
+        strategies=strategies,
+        ways_to_fit=[way(w) for w in to_fit],
+        furthest=way(beyond) if beyond is not None else None,
+        notes=[*p.model.notes, *plan_notes(p, reaches[name])],
+    )
 
 
 def theorem_document(m: Model, c: Card, view: TheView) -> dict[str, Any]:
     return document(
-        "theorem", model=model(m), card=card(c), coefficients=coefficients(view.coefficients), seq_len=view.seq_len,
-        formulas=[row(r) for r in view.rows], differences=list(view.differences),
-        step_model=[{"strategy": a.strategy, "s_max": a.s_max, "calibration": calibrated(a.plan.calibration)} for a in view.answers],
+        "theorem",
+        model=model(m),
+        card=card(c),
+        coefficients=coefficients(view.coefficients),
+        seq_len=view.seq_len,
+        formulas=[row(r) for r in view.rows],
+        differences=list(view.differences),
+        step_model=[
+            {"strategy": a.strategy, "s_max": a.s_max, "calibration": calibrated(a.plan.calibration)}
+            for a in view.answers
+        ],
         notes=kept_notes(m),
-    )  # fmt: skip
+    )
 
 
 def trace_document(v: View, command: str = "trace", others: Sequence[View] = ()) -> dict[str, Any]:
@@ -201,13 +239,30 @@ def trace_document(v: View, command: str = "trace", others: Sequence[View] = ())
 
     formula = {i.name: i.bytes for i in v.formula}
     return document(
-        command, "trace", model=model(v.model), card=card(v.card), strategy=v.strategy, versions=v.versions, seq_len=v.trace.seq_len,
-        recipe=v.trace.recipe.model_dump(), mlp_chunks=v.plan.chunks.mlp, loss_chunks=v.plan.chunks.loss, fits=v.fits,
-        peak_bytes=v.trace.peak.bytes, budget_bytes=v.card.budget_bytes, instant=v.trace.peak.instant, host_bytes=v.trace.host_peak,
-        instants=[{"name": p.instant, "bytes": p.bytes, "formula_bytes": formula.get(p.instant)} for p in v.trace.peaks],
+        command,
+        "trace",
+        model=model(v.model),
+        card=card(v.card),
+        strategy=v.strategy,
+        versions=v.versions,
+        seq_len=v.trace.seq_len,
+        recipe=v.trace.recipe.model_dump(),
+        mlp_chunks=v.plan.chunks.mlp,
+        loss_chunks=v.plan.chunks.loss,
+        fits=v.fits,
+        peak_bytes=v.trace.peak.bytes,
+        budget_bytes=v.card.budget_bytes,
+        instant=v.trace.peak.instant,
+        host_bytes=v.trace.host_peak,
+        instants=[
+            {"name": p.instant, "bytes": p.bytes, "formula_bytes": formula.get(p.instant)} for p in v.trace.peaks
+        ],
         alive=[a._asdict() for a in v.trace.alive(v.trace.peak.event)],
         allocator={"expandable_segments": kept(v.expandable), "default": kept(v.usual)},
         differences=[{**row._asdict(), "difference": row.difference} for row in v.differences if row.difference],
-        strategies=[{"strategy": each.strategy, "fits": each.fits, "peak_bytes": each.trace.peak.bytes} for each in (*others, v)],
-        units={"all": v.trace.units, "run": list(v.trace.kept)}, notes=[*v.model.notes, *notes(v)],
-    )  # fmt: skip
+        strategies=[
+            {"strategy": each.strategy, "fits": each.fits, "peak_bytes": each.trace.peak.bytes} for each in (*others, v)
+        ],
+        units={"all": v.trace.units, "run": list(v.trace.kept)},
+        notes=[*v.model.notes, *notes(v)],
+    )

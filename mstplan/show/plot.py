@@ -90,7 +90,9 @@ def check_output(path: Path, force: bool) -> None:
 def _kind(path: Path) -> str:
     kind = path.suffix.lower()
     if kind not in SUFFIXES and not os.path.isdir(path):
-        raise OutputError(f"cannot tell from {quoted(path.name)} what to write.\nEnd the name in {', '.join(SUFFIXES)}.")
+        raise OutputError(
+            f"cannot tell from {quoted(path.name)} what to write.\nEnd the name in {', '.join(SUFFIXES)}."
+        )
     return kind
 
 
@@ -332,10 +334,14 @@ def render(kind: str, title: str, draw: Callable[[Figure], None]) -> bytes:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {
-                "font.size": FONT, "axes.linewidth": 0.7, "hatch.linewidth": 0.45, "text.parse_math": False,
-                "svg.hashsalt": "mstplan", "pdf.fonttype": 42,
+                "font.size": FONT,
+                "axes.linewidth": 0.7,
+                "hatch.linewidth": 0.45,
+                "text.parse_math": False,
+                "svg.hashsalt": "mstplan",
+                "pdf.fonttype": 42,
             }
-        )  # fmt: skip
+        )
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=100, facecolor="white")
         FigureCanvasAgg(figure)
         draw(figure)
@@ -428,11 +434,22 @@ def _legend(figure: Figure, shown: Sequence[str], y: float) -> None:
 
     keys = [Patch(facecolor=FILLS[n][0], hatch=FILLS[n][1], edgecolor="0.25", linewidth=0.6, label=n) for n in shown]
     legend = figure.legend(
-        handles=keys, loc="lower left", bbox_to_anchor=(0.1 / WIDTH, y), ncols=min(3, len(keys)), fontsize=SMALL,
-        frameon=False, borderpad=0, borderaxespad=0, handlelength=3.2, handleheight=1.3, labelspacing=0.35, columnspacing=1.6,
+        handles=keys,
+        loc="lower left",
+        bbox_to_anchor=(0.1 / WIDTH, y),
+        ncols=min(3, len(keys)),
+        fontsize=SMALL,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=3.2,
+        handleheight=1.3,
+        labelspacing=0.35,
+        columnspacing=1.6,
         title="What holds the length back: the instant of the step with the most memory (faded: beyond S_max)",
-        title_fontsize=SMALL, alignment="left",
-    )  # fmt: skip
+        title_fontsize=SMALL,
+        alignment="left",
+    )
     legend.get_title().set_fontstyle("italic")
 
 
@@ -473,15 +490,27 @@ def _instants(axes: Axes, curves: Sequence[Curve]) -> None:
         for start, end, instant, fits in _segments(curve):
             fill, hatch = FILLS[instant]
             axes.barh(
-                row, end - start, left=start, height=0.74, color=fill, hatch=hatch, edgecolor="0.25", linewidth=0.6,
+                row,
+                end - start,
+                left=start,
+                height=0.74,
+                color=fill,
+                hatch=hatch,
+                edgecolor="0.25",
+                linewidth=0.6,
                 alpha=None if fits else 0.35,
-            )  # fmt: skip
+            )
         style = _style(curve.strategy, row)
         if curve.points[0].seq_len <= curve.s_max <= curve.points[-1].seq_len:
             axes.plot(
-                [curve.s_max] * 2, [row - 0.48, row + 0.48], color="black", linewidth=2, solid_capstyle="butt",
-                clip_on=False, zorder=5,
-            )  # fmt: skip
+                [curve.s_max] * 2,
+                [row - 0.48, row + 0.48],
+                color="black",
+                linewidth=2,
+                solid_capstyle="butt",
+                clip_on=False,
+                zorder=5,
+            )
         inches = axes.figure.dpi_scale_trans  # type: ignore[union-attr]
         axes.text(
             0,
@@ -512,17 +541,29 @@ def _memory(axes: Axes, curves: Sequence[Curve], model: Model, card: Card) -> No
         style = _style(curves[i].strategy, i)
         points = list(_up_to(curves[i].points, 1.5 * top * GIB))
         axes.plot(
-            [p.seq_len for p in points], [p.bytes / GIB for p in points],
-            color=style.color, linestyle=style.dashes, linewidth=style.width, zorder=3,
-        )  # fmt: skip
+            [p.seq_len for p in points],
+            [p.bytes / GIB for p in points],
+            color=style.color,
+            linestyle=style.dashes,
+            linewidth=style.width,
+            zorder=3,
+        )
     labels = []
     for i, curve in enumerate(curves):
         if first <= curve.s_max <= last:
             style = _style(curve.strategy, i)
             axes.plot(
-                [curve.s_max], [budget], marker=style.marker, markersize=6.5, color=style.color, markeredgecolor="white",
-                markeredgewidth=0.8, zorder=6, clip_on=False, linestyle="none",
-            )  # fmt: skip
+                [curve.s_max],
+                [budget],
+                marker=style.marker,
+                markersize=6.5,
+                color=style.color,
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                zorder=6,
+                clip_on=False,
+                linestyle="none",
+            )
             labels.append(_Label(f"{curve.strategy} {format_tokens(curve.s_max)}", curve.s_max, budget))
     _place(axes, labels, curves, budget, f"{card_name(card)}: budget {format_gib(card.budget_bytes)}", model.context)
 

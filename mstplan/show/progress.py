@@ -14,7 +14,14 @@ def progress(what: str, total: int) -> Iterator[Callable[[str, int], None]]:
     """A function that is told what is at work now ("": the same) and how many more of `total` are done. On stderr, if anyone is there to see it."""
     console = Console(stderr=True)
     words = TextColumn("{task.description}", markup=False)
-    columns = (words, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        words,
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda words, done: bar.update(task, advance=done, description=words[:40] or None)

@@ -1,6 +1,6 @@
 """docs/published.md: published lengths and peaks beside the step model's, as a generated table.
 
-    python -m mstplan.show.published > docs/published.md
+python -m mstplan.show.published > docs/published.md
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ def _assumptions(recipe: Recipe) -> str:
 
 
 def _lengths(rows: list[Comparison]) -> list[str]:
-    lines = ["| model, card | published as | published | predicted | difference | older loss | read as | what explains the difference |",
-             "|---|---|---:|---:|---:|---:|---|---|"]  # fmt: skip
+    lines = [
+        "| model, card | published as | published | predicted | difference | older loss | read as | what explains the difference |",
+        "|---|---|---:|---:|---:|---:|---|---|",
+    ]
     for c in rows:
         older = f"{c.predicted_with_older_loss:,}" if c.predicted_with_older_loss else ""
         assert c.recipe is not None and c.predicted_tokens is not None
@@ -51,8 +53,10 @@ def _lengths(rows: list[Comparison]) -> list[str]:
 
 
 def _peaks(rows: list[Comparison]) -> list[str]:
-    lines = ["| model, card | published as | tokens | published GiB | predicted GiB | difference | read as | what explains the difference |",
-             "|---|---|---:|---:|---:|---:|---|---|"]  # fmt: skip
+    lines = [
+        "| model, card | published as | tokens | published GiB | predicted GiB | difference | read as | what explains the difference |",
+        "|---|---|---:|---:|---:|---:|---|---|",
+    ]
     for c in rows:
         assert c.recipe is not None
         wide = " (nvidia-smi; 0.5 GiB CUDA context added)" if c.device_wide else ""
@@ -66,7 +70,12 @@ def _peaks(rows: list[Comparison]) -> list[str]:
 def as_data(c: Comparison) -> dict[str, Any]:
     """For --json: the row with its signed differences."""
     more = {"tokens_difference": c.tokens_difference, "gib_difference": c.gib_difference}
-    return {**vars(c), "recipe": c.recipe.model_dump() if c.recipe is not None else None, "explained_by": list(c.explained_by), **more}
+    return {
+        **vars(c),
+        "recipe": c.recipe.model_dump() if c.recipe is not None else None,
+        "explained_by": list(c.explained_by),
+        **more,
+    }
 
 
 def report(console: Console, rows: Sequence[Comparison]) -> None:
@@ -87,7 +96,9 @@ def report(console: Console, rows: Sequence[Comparison]) -> None:
     console.print()
     for what, errors in errors_of(rows).items():
         sizes = [abs(error) for error in errors]
-        console.print(f"{what}: {len(errors)} rows, mean error {mean(sizes):.1%}, median {median(sizes):.1%}, worst {max(errors, key=abs):+.1%}")
+        console.print(
+            f"{what}: {len(errors)} rows, mean error {mean(sizes):.1%}, median {median(sizes):.1%}, worst {max(errors, key=abs):+.1%}"
+        )
     console.print("Nothing is fitted to them; what explains each difference: docs/published.md, or --json.")
 
 
@@ -102,12 +113,33 @@ def page() -> str:
     predicted = [c for c in rows if c.recipe is not None]
     lengths = [c for c in predicted if c.predicted_tokens is not None]
     peaks = [c for c in predicted if c.published_gib is not None]
-    left_out = [f"- {c.model}, {c.gpu}, {c.case}, {c.published_tokens:,} tokens: {c.not_predicted}." for c in rows if c.not_predicted]
+    left_out = [
+        f"- {c.model}, {c.gpu}, {c.case}, {c.published_tokens:,} tokens: {c.not_predicted}."
+        for c in rows
+        if c.not_predicted
+    ]
     sources = [f"- {source}" for source in dict.fromkeys(c.source for c in rows)]
     return "\n".join(
-        [HEADER, "## Longest sequence, tokens", "", *_lengths(lengths), "", "## Peak at a published length", "", *_peaks(peaks),
-         "", "## Not predicted", "", *left_out, "", "## Sources", "", *sources, ""]
-    )  # fmt: skip
+        [
+            HEADER,
+            "## Longest sequence, tokens",
+            "",
+            *_lengths(lengths),
+            "",
+            "## Peak at a published length",
+            "",
+            *_peaks(peaks),
+            "",
+            "## Not predicted",
+            "",
+            *left_out,
+            "",
+            "## Sources",
+            "",
+            *sources,
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

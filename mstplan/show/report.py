@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 def max_seq_notes(model: Model, card: Card, found: Sequence[Answer], to_fit: Sequence[Way] = ()) -> list[str]:
     recipe = found[-1].plan.recipe
-    lines = advice.kept_notes(model) + advice.card_notes(card) + advice.kernel_notes(model, recipe, card) + advice.recipe_notes(model, recipe)
+    lines = (
+        advice.kept_notes(model)
+        + advice.card_notes(card)
+        + advice.kernel_notes(model, recipe, card)
+        + advice.recipe_notes(model, recipe)
+    )
     if not any(answer.s_max for answer in found):
         return lines + advice.nothing_fits_notes(found, to_fit)
     for answer in found:
@@ -32,7 +37,9 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Answer], to_fit: Seq
     return lines
 
 
-def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer], best: Answer, to_fit: Sequence[Way] = ()) -> None:
+def max_seq(
+    console: Console, model: Model, card: Card, found: Sequence[Answer], best: Answer, to_fit: Sequence[Way] = ()
+) -> None:
     tables.heading(console, model, card, tables.rung([a.plan.calibration for a in found]))
     tables.answers(console, found, best)
     if best.s_max:
@@ -45,7 +52,14 @@ def max_seq(console: Console, model: Model, card: Card, found: Sequence[Answer],
     tables.notes(console, max_seq_notes(model, card, found, to_fit))
 
 
-def plan(console: Console, plans: Mapping[str, Plan], reaches: Mapping[str, int], name: str, to_fit: Sequence[Way], beyond: Way | None) -> None:
+def plan(
+    console: Console,
+    plans: Mapping[str, Plan],
+    reaches: Mapping[str, int],
+    name: str,
+    to_fit: Sequence[Way],
+    beyond: Way | None,
+) -> None:
     step = plans[name]
     tables.heading(console, step.model, step.card, tables.rung([plan.calibration for plan in plans.values()]))
     if len(plans) > 1:
@@ -57,8 +71,14 @@ def plan(console: Console, plans: Mapping[str, Plan], reaches: Mapping[str, int]
     tables.legend(console, step)
     if not step.fits:
         console.print()
-        tables.ways(console, f"Ways to fit {format_tokens(step.seq_len)} tokens on {step.card.label}, cheapest first", to_fit)
-        tables.ways(console, "No change that is tried makes this length fit on this card. The longest they reach", [beyond] if beyond is not None else [])
+        tables.ways(
+            console, f"Ways to fit {format_tokens(step.seq_len)} tokens on {step.card.label}, cheapest first", to_fit
+        )
+        tables.ways(
+            console,
+            "No change that is tried makes this length fit on this card. The longest they reach",
+            [beyond] if beyond is not None else [],
+        )
         for line in fallback_notes(step, reaches[name], to_fit, beyond):
             console.print(Text(line))
     console.print()
@@ -67,10 +87,16 @@ def plan(console: Console, plans: Mapping[str, Plan], reaches: Mapping[str, int]
 
 def plan_notes(step: Plan, reaches: int) -> list[str]:
     lines = advice.kept_notes(step.model)
-    lines += advice.card_notes(step.card) + advice.kernel_notes(step.model, step.recipe, step.card) + advice.recipe_notes(step.model, step.recipe)
+    lines += (
+        advice.card_notes(step.card)
+        + advice.kernel_notes(step.model, step.recipe, step.card)
+        + advice.recipe_notes(step.model, step.recipe)
+    )
     lines += advice.position_notes(step.model, step.seq_len)
     if step.peak.tokens != step.recipe.padded(step.seq_len):
-        lines.append(f"Of batches up to that length one of {format_tokens(step.peak.tokens)} tokens needs most: its mask has to be padded.")
+        lines.append(
+            f"Of batches up to that length one of {format_tokens(step.peak.tokens)} tokens needs most: its mask has to be padded."
+        )
     lines += advice.padding_notes("This recipe", step, reaches) if step.seq_len > reaches else []
     return lines + [f"{line}." for line in advice.host_notes(step)]
 
@@ -80,7 +106,11 @@ def fallback_notes(step: Plan, reaches: int, to_fit: Sequence[Way], beyond: Way 
     lines = []
     if not to_fit and beyond is None:
         lines.append(f"{advice.NOTHING_TRIED} makes this length fit on this card.")
-    lines.append(f"As it is, this recipe reaches {format_tokens(reaches)} tokens here." if reaches else "As it is, this recipe fits no length here.")
+    lines.append(
+        f"As it is, this recipe reaches {format_tokens(reaches)} tokens here."
+        if reaches
+        else "As it is, this recipe fits no length here."
+    )
     bigger = ways.smallest_gpu(step)
     if bigger is not None:
         lines.append(f"The smallest card on which it fits as it is: {bigger.name} ({bigger.label}).")

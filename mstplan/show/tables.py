@@ -52,14 +52,26 @@ def heading(console: Console, model: Model, card: Card, rung: str = RUNG) -> Non
     total, active = parameter_count(model)
     parameters = format_count(total) + (f" ({format_count(active)} active)" if active != total else "")
     console.print(
-        Text.assemble((model.name, "bold"), f"  {parameters} parameters, {model.layers} layers   on ", (card.label, "bold"),
-                      f"   budget {format_gib(card.budget_bytes)}")
-    )  # fmt: skip
+        Text.assemble(
+            (model.name, "bold"),
+            f"  {parameters} parameters, {model.layers} layers   on ",
+            (card.label, "bold"),
+            f"   budget {format_gib(card.budget_bytes)}",
+        )
+    )
     console.print(Text(rung, "dim"))
     notes(console, model.notes)  # before any answer: that adapters are not planned comes before "nothing fits"
 
 
-HEADER = (("strategy", ""), ("S_max", ""), ("x", "std"), ("peak", "GiB"), ("host", "GiB"), ("step", ">="), ("binding", "instant"))
+HEADER = (
+    ("strategy", ""),
+    ("S_max", ""),
+    ("x", "std"),
+    ("peak", "GiB"),
+    ("host", "GiB"),
+    ("step", ">="),
+    ("binding", "instant"),
+)
 
 
 def answers(console: Console, found: Sequence[Answer], best: Answer) -> None:
@@ -70,7 +82,9 @@ def answers(console: Console, found: Sequence[Answer], best: Answer) -> None:
 
     def line(cells: Sequence[str]) -> str:
         first, *numbers, last = cells
-        return " ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(numbers, widths[1:], strict=False)), last])
+        return " ".join(
+            [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(numbers, widths[1:], strict=False)), last]
+        )
 
     console.print()
     top, bottom = zip(*((h, "") if not t else (h, t) for h, t in HEADER), strict=True)
@@ -122,11 +136,19 @@ def legend(console: Console, p: Plan) -> None:
     """What the symbols in the shapes stand for."""
     m, a, s = p.model, p.model.attention, p.peak.tokens
     symbols = [
-        ("b", p.recipe.batch), ("s", s), ("c", chunk_tokens(s, p.chunks.mlp) if p.chunks.mlp > 1 else None),
-        ("k", chunk_tokens(s, p.chunks.loss) if p.chunks.loss > 1 else None), ("d", m.hidden), ("H", a.heads),
-        ("G", a.kv_heads if a.kv_heads != a.heads else None), ("e", a.head_dim), ("I", m.mlp.width if m.mlp else None),
-        ("V", m.vocab), ("A", m.experts.per_token if m.experts else None), ("F", m.experts.width if m.experts else None),
-    ]  # fmt: skip
+        ("b", p.recipe.batch),
+        ("s", s),
+        ("c", chunk_tokens(s, p.chunks.mlp) if p.chunks.mlp > 1 else None),
+        ("k", chunk_tokens(s, p.chunks.loss) if p.chunks.loss > 1 else None),
+        ("d", m.hidden),
+        ("H", a.heads),
+        ("G", a.kv_heads if a.kv_heads != a.heads else None),
+        ("e", a.head_dim),
+        ("I", m.mlp.width if m.mlp else None),
+        ("V", m.vocab),
+        ("A", m.experts.per_token if m.experts else None),
+        ("F", m.experts.width if m.experts else None),
+    ]
     console.print(Text("  ".join(f"{name}={value:,}" for name, value in symbols if value is not None), "dim"))
 
 
@@ -142,7 +164,9 @@ def notes(console: Console, lines: Sequence[str]) -> None:
 def verdict(console: Console, p: Plan, strategy: str) -> None:
     fits(console, p.seq_len, strategy, p.peak_bytes, p.budget_bytes, p.fits)
     cut = [chunks(p)] if p.in_chunks else []
-    more = [f"step >= {format_seconds(p.step_seconds)}"] + ([f"host memory {format_gib(p.host_bytes)}"] if p.host_bytes else [])
+    more = [f"step >= {format_seconds(p.step_seconds)}"] + (
+        [f"host memory {format_gib(p.host_bytes)}"] if p.host_bytes else []
+    )
     console.print(Text(", ".join([*cut, *more]), "dim"))
 
 
@@ -153,25 +177,50 @@ def fits(console: Console, seq_len: int, strategy: str, peak: int, budget: int, 
     if budget >= peak and not does:
         room += " in all, but the allocator, or host memory, has no room for it"
     console.print(
-        Text.assemble(f"{format_tokens(seq_len)} tokens with {strategy}: ", word, f".  Peak {format_gib(peak)} of {format_gib(budget)}, {room}.")
-    )  # fmt: skip
+        Text.assemble(
+            f"{format_tokens(seq_len)} tokens with {strategy}: ",
+            word,
+            f".  Peak {format_gib(peak)} of {format_gib(budget)}, {room}.",
+        )
+    )
 
 
 def instants(console: Console, p: Plan, found: Sequence[Instant]) -> None:
     table = new_table(("instant", "left"), ("largest at", "left"), ("GiB", "right"), ("", "left"))
     for i in found:
-        table.add_row(i.name, i.operation, gib(i.bytes), "<- binds" if i.name == p.instant else "", style="bold" if i.name == p.instant else "")
+        table.add_row(
+            i.name,
+            i.operation,
+            gib(i.bytes),
+            "<- binds" if i.name == p.instant else "",
+            style="bold" if i.name == p.instant else "",
+        )
     console.print(table)
 
 
 def plans(console: Console, found: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) -> None:
     """A line for each strategy at one length; the one that is detailed below stands out."""
-    table = new_table(("strategy", "left"), ("", "left"), ("peak GiB", "right"), ("host GiB", "right"), ("step >=", "right"), ("up to", "right"))
+    table = new_table(
+        ("strategy", "left"),
+        ("", "left"),
+        ("peak GiB", "right"),
+        ("host GiB", "right"),
+        ("step >=", "right"),
+        ("up to", "right"),
+    )
     for name, p in found.items():
         host = _short_gib(p.host_bytes) if p.host_bytes else "-"
         reach = format_tokens(reaches[name]) if reaches[name] else "none"
         fit = "fits" if p.fits else "does not fit"
-        table.add_row(name, fit, _short_gib(p.peak_bytes), host, format_seconds(p.step_seconds), reach, style="bold" if name == detailed else "")
+        table.add_row(
+            name,
+            fit,
+            _short_gib(p.peak_bytes),
+            host,
+            format_seconds(p.step_seconds),
+            reach,
+            style="bold" if name == detailed else "",
+        )
     console.print(table)
 
 
@@ -187,7 +236,9 @@ def ways(console: Console, title: str, found: Sequence[Way]) -> None:
         console.print(Text(f"    {options_of(way.plan.recipe)}", "bold"), soft_wrap=True)
 
 
-def theorem(console: Console, c: Coefficients, rows: Sequence[Row], answers: Sequence[Answer], seq_len: int | None) -> None:
+def theorem(
+    console: Console, c: Coefficients, rows: Sequence[Row], answers: Sequence[Answer], seq_len: int | None
+) -> None:
     console.print(Text("Coefficients of the paper (arXiv 2407.15892)", "bold"))
     table = new_table(("", "left"), ("value", "right"), ("from", "left"))
     table.add_row("W_mem", format_gib(c.w_mem), _sources(c.w_from, GIB, "GiB"))
@@ -197,9 +248,17 @@ def theorem(console: Console, c: Coefficients, rows: Sequence[Row], answers: Seq
     table.add_row("M_max", format_gib(c.m_max), "the budget")
     console.print(table)
     memory = f"at {format_tokens(seq_len)}" if seq_len else ""
-    table = new_table(("formula", "left"), ("S_max", "right"), (memory, "right"), ("step model: strategy", "left"), ("S_max", "right"))
+    table = new_table(
+        ("formula", "left"), ("S_max", "right"), (memory, "right"), ("step model: strategy", "left"), ("S_max", "right")
+    )
     for r, a in zip(rows, answers, strict=True):
-        table.add_row(r.formula, format_tokens(r.s_max), format_gib(r.memory) if r.memory is not None else "", a.strategy, format_tokens(a.s_max))
+        table.add_row(
+            r.formula,
+            format_tokens(r.s_max),
+            format_gib(r.memory) if r.memory is not None else "",
+            a.strategy,
+            format_tokens(a.s_max),
+        )
     console.print(table)
 
 
@@ -209,7 +268,9 @@ def _sources(rows: Sequence[Entry], unit: int, name: str, most: int = 6) -> str:
     parts = [f"{e.name} {e.bytes / unit:,.2f}" if unit > 1 else f"{e.name} {e.bytes:,}" for e in rows[:most]]
     rest = sum(e.bytes for e in rows[most:])
     if rest:
-        parts.append(f"{len(rows) - most} smaller {rest / unit:,.2f}" if unit > 1 else f"{len(rows) - most} smaller {rest:,}")
+        parts.append(
+            f"{len(rows) - most} smaller {rest / unit:,.2f}" if unit > 1 else f"{len(rows) - most} smaller {rest:,}"
+        )
     return ", ".join(parts) + f" {name}"
 
 
@@ -223,37 +284,75 @@ def shapes(console: Console, rows: Sequence[Shape], model: Model, batch: int, se
     console.print(Text(f"{model.name}: b={batch}, s={seq_len:,}, {rows[0].dtype}; decimal GB", "bold"))
     console.print(table)
     if quoted:
-        console.print(Text("introduction: as quoted in arXiv 2407.15892, rounded there; K and V there without grouped queries", "dim"))
+        console.print(
+            Text(
+                "introduction: as quoted in arXiv 2407.15892, rounded there; K and V there without grouped queries",
+                "dim",
+            )
+        )
 
 
 def models(console: Console, rows: Iterable[Model]) -> None:
     table = new_table(
-        ("model", "left"), ("params", "right"), ("active", "right"), ("layers", "right"), ("hidden", "right"), ("context", "right"),
-        ("MLP", "right"), ("vocab", "right"),
-    )  # fmt: skip
+        ("model", "left"),
+        ("params", "right"),
+        ("active", "right"),
+        ("layers", "right"),
+        ("hidden", "right"),
+        ("context", "right"),
+        ("MLP", "right"),
+        ("vocab", "right"),
+    )
     for m in rows:
         total, active = parameter_count(m)
         table.add_row(
-            m.name, format_count(total), format_count(active) if active != total else "", str(m.layers), str(m.hidden),
-            str(m.context or "-"), str(m.mlp_width or "-"), str(m.vocab),
-        )  # fmt: skip
+            m.name,
+            format_count(total),
+            format_count(active) if active != total else "",
+            str(m.layers),
+            str(m.hidden),
+            str(m.context or "-"),
+            str(m.mlp_width or "-"),
+            str(m.vocab),
+        )
     console.print(table)
 
 
 def gpus(console: Console, rows: Sequence[Gpu], sources: bool, lines: Sequence[str] = ()) -> None:
     table = new_table(
-        ("gpu", "left"), ("sold GB", "right"), ("torch GiB", "right"), ("bf16 TFLOP/s", "right"), ("GB/s", "right"), ("host link", "left"),
-    )  # fmt: skip
+        ("gpu", "left"),
+        ("sold GB", "right"),
+        ("torch GiB", "right"),
+        ("bf16 TFLOP/s", "right"),
+        ("GB/s", "right"),
+        ("host link", "left"),
+    )
     for g in rows:
         mark = "" if g.usable_kind == "reported" else " *"
         table.add_row(
-            g.name, f"{g.nominal_gib:g}", f"{g.usable_bytes / GIB:.2f}{mark}", f"{g.bf16_flops / 1e12:,.1f}",
-            f"{g.memory_bandwidth / 1e9:,.0f}", g.host_link_name,
-        )  # fmt: skip
+            g.name,
+            f"{g.nominal_gib:g}",
+            f"{g.usable_bytes / GIB:.2f}{mark}",
+            f"{g.bf16_flops / 1e12:,.1f}",
+            f"{g.memory_bandwidth / 1e9:,.0f}",
+            g.host_link_name,
+        )
     console.print(table)
     for g in rows if sources else ():
         console.print(Text(g.name, "bold"))
-        console.print(Padding(Text(f"{g.label}. Memory: {g.usable_source} Rates: {g.rates_source} Context: {g.context_source}", "dim"), (0, 0, 0, 2)))
-    console.print(Text("torch GiB: what torch reports as total memory; * derived, not a reported print.  --sources: where from.", "dim"))
+        console.print(
+            Padding(
+                Text(
+                    f"{g.label}. Memory: {g.usable_source} Rates: {g.rates_source} Context: {g.context_source}", "dim"
+                ),
+                (0, 0, 0, 2),
+            )
+        )
+    console.print(
+        Text(
+            "torch GiB: what torch reports as total memory; * derived, not a reported print.  --sources: where from.",
+            "dim",
+        )
+    )
     if lines:
         notes(console, lines)

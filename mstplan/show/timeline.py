@@ -41,9 +41,17 @@ SUFFIXES = (".png", ".svg", ".pdf")
 MOST_POINTS = 1500
 """More would not be seen. Of the events between two points the largest is drawn, so no peak is lost."""
 COLORS = {
-    WEIGHTS: "#999999", STATES: "#cccccc", GRADIENTS: "#0072B2", INPUTS: "#56B4E9", ATTENTION: "#E69F00", MLP: "#009E73",
-    NORMS: "#F0E442", LOSS: "#D55E00", WORKSPACE: "#CC79A7", OTHER: "#000000",
-}  # fmt: skip
+    WEIGHTS: "#999999",
+    STATES: "#cccccc",
+    GRADIENTS: "#0072B2",
+    INPUTS: "#56B4E9",
+    ATTENTION: "#E69F00",
+    MLP: "#009E73",
+    NORMS: "#F0E442",
+    LOSS: "#D55E00",
+    WORKSPACE: "#CC79A7",
+    OTHER: "#000000",
+}
 
 
 def check_output(path: Path) -> None:
@@ -88,7 +96,13 @@ def _draw(figure: Figure, view: View, title: str) -> None:
     figure.text(0.015, 0.965, title, fontsize=12, weight="bold", va="top")
     found, at = stacks(trace), drawn(trace.live)
     shown = [category for category in CATEGORIES if any(found[category])]
-    axes.stackplot(at, [[found[c][e] / GIB for e in at] for c in shown], colors=[COLORS[c] for c in shown], labels=shown, linewidth=0)
+    axes.stackplot(
+        at,
+        [[found[c][e] / GIB for e in at] for c in shown],
+        colors=[COLORS[c] for c in shown],
+        labels=shown,
+        linewidth=0,
+    )
     axes.set_xlim(0, len(trace.live))
     budget = view.card.budget_bytes / GIB
     top = 1.12 * max(trace.peak.bytes / GIB, budget if budget <= 1.5 * trace.peak.bytes / GIB else 0)
@@ -103,7 +117,9 @@ def _draw(figure: Figure, view: View, title: str) -> None:
     _parts(axes, trace)
     axes.set_ylabel("GiB on the card")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=5, frameon=False, bbox_to_anchor=(0.53, 0.01))
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="lower center", ncols=5, frameon=False, bbox_to_anchor=(0.53, 0.01)
+    )
 
 
 def _peak(axes: Axes, view: View) -> None:
@@ -111,9 +127,15 @@ def _peak(axes: Axes, view: View) -> None:
     left = peak.event > 0.6 * count
     axes.plot([peak.event], [peak.bytes / GIB], marker="v", color="black", markersize=6, clip_on=False)
     axes.annotate(
-        f"{peak.instant}: {format_gib(peak.bytes)}", (peak.event, peak.bytes / GIB), xytext=(-9 if left else 9, 0), textcoords="offset points",
-        va="center", ha="right" if left else "left", weight="bold", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
-    )  # fmt: skip
+        f"{peak.instant}: {format_gib(peak.bytes)}",
+        (peak.event, peak.bytes / GIB),
+        xytext=(-9 if left else 9, 0),
+        textcoords="offset points",
+        va="center",
+        ha="right" if left else "left",
+        weight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
+    )
 
 
 PARTS = {END_OF_FORWARD: "forward", LOSS_INSTANT: "loss", LOSS_BACKWARD: "loss", OPTIMIZER: "optimizer"}
@@ -138,6 +160,8 @@ def _parts(axes: Axes, trace: Trace) -> None:
     for n, (name, start, end) in enumerate(parts(trace)):
         if n:
             axes.axvline(start, color="black", linewidth=0.6, linestyle=(0, (2, 2)))
-        at_edge = end == len(trace.live) and end - start < 0.1 * end  # a name as wide as its part must not leave the picture
+        at_edge = (
+            end == len(trace.live) and end - start < 0.1 * end
+        )  # a name as wide as its part must not leave the picture
         axes.text(end if at_edge else (start + end) / 2, below, name, ha="right" if at_edge else "center", va="top")
     axes.set_xlabel("the step's allocations and releases, in order", labelpad=20)

@@ -79,25 +79,32 @@ def max_seq_notes(model: Model, card: Card, found: Sequence[Found]) -> list[str]
             return lines + _nothing_fits(answers)
         return lines + advice.nothing_fits_notes(answers, ways.ways_to_train([answer.plan for answer in answers]))
     if ends := [f.answer.strategy for f in found if f.at_the_end]:
-        lines.append(f"{', '.join(ends)}: S_max is the longest that the model's own code runs; there would be memory for more.")
+        lines.append(
+            f"{', '.join(ends)}: S_max is the longest that the model's own code runs; there would be memory for more."
+        )
     if model.stand_in is not None:
         longest = max(answer.s_max for answer in answers)
         what = "S_max is what the caching allocator finds room for, with expandable_segments:True."
         return [*lines, *advice.position_notes(model, longest), what, UNMEASURED]
     lines.append(
         "S_max is what the caching allocator finds room for, with expandable_segments:True; the formula counts tensors alone and comes to "
-        + ", ".join(f"{format_tokens(f.formula)} ({f.answer.strategy})" for f in found) + "."
-    )  # fmt: skip
+        + ", ".join(f"{format_tokens(f.formula)} ({f.answer.strategy})" for f in found)
+        + "."
+    )
     return [*lines, UNMEASURED]
 
 
 def _nothing_fits(answers: Sequence[Answer]) -> list[str]:
     least = min(answers, key=lambda a: a.plan.peak_bytes).plan
     missing = format_gib(max(0, least.peak_bytes - least.budget_bytes))
-    return [f"Nothing fits: even {SHORTEST} tokens need {format_gib(least.peak_bytes)} ({least.instant}), {missing} more than the budget."]
+    return [
+        f"Nothing fits: even {SHORTEST} tokens need {format_gib(least.peak_bytes)} ({least.instant}), {missing} more than the budget."
+    ]
 
 
-UNMEASURED = "attention's workspace, cuBLAS' and the allocator's rules are from PyTorch's source, not yet measured on a card."
+UNMEASURED = (
+    "attention's workspace, cuBLAS' and the allocator's rules are from PyTorch's source, not yet measured on a card."
+)
 
 
 def _versions_note(versions: dict[str, str]) -> str:
@@ -112,7 +119,9 @@ def report(console: Console, v: View, others: Sequence[View] = (), most: int = 1
     """A trace; before it whether other strategies fit that were traced at the same length."""
     tables.heading(console, v.model, v.card, RUNG)
     for other in others:
-        tables.fits(console, other.trace.seq_len, other.strategy, other.trace.peak.bytes, other.card.budget_bytes, other.fits)
+        tables.fits(
+            console, other.trace.seq_len, other.strategy, other.trace.peak.bytes, other.card.budget_bytes, other.fits
+        )
     tables.fits(console, v.trace.seq_len, v.strategy, v.trace.peak.bytes, v.card.budget_bytes, v.fits)
     if v.plan.in_chunks:
         console.print(Text(tables.chunks(v.plan), "dim"))
@@ -141,9 +150,18 @@ def alive(console: Console, trace: Trace, most: int = 14) -> None:
     """The tensors at the trace's peak, largest first."""
     rows = trace.alive(trace.peak.event)
     console.print(Text(f"{trace.peak.instant}, {_at(trace)}:", "bold"))
-    table = tables.new_table(("for", "left"), ("made by", "left"), ("shape", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right"))
+    table = tables.new_table(
+        ("for", "left"), ("made by", "left"), ("shape", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right")
+    )
     for a in rows[:most]:
-        table.add_row(a.category, explain.name_of(a), _shape(a), DTYPES.get(a.dtype, a.dtype), str(a.copies) if a.copies > 1 else "", tables.gib(a.bytes))
+        table.add_row(
+            a.category,
+            explain.name_of(a),
+            _shape(a),
+            DTYPES.get(a.dtype, a.dtype),
+            str(a.copies) if a.copies > 1 else "",
+            tables.gib(a.bytes),
+        )
     if len(rows) > most:
         table.add_row(f"{len(rows) - most} smaller", "", "", "", "", tables.gib(sum(a.bytes for a in rows[most:])))
     table.add_section()
@@ -164,10 +182,17 @@ def _differences(console: Console, v: View, least: int = MIB, most: int = 8) -> 
     differing = [row for row in v.differences if abs(row.difference) >= least]
     if not differing:
         total = sum(row.difference for row in v.differences)
-        console.print(Text(f"Formula and trace have the same tensors there, but for {format_gib(abs(total))} of small ones and rounding.", "dim"))
+        console.print(
+            Text(
+                f"Formula and trace have the same tensors there, but for {format_gib(abs(total))} of small ones and rounding.",
+                "dim",
+            )
+        )
         return
     console.print(Text("Where formula and trace differ there", "bold"))
-    table = tables.new_table(("formula", "left"), ("trace", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right"))
+    table = tables.new_table(
+        ("formula", "left"), ("trace", "left"), ("dtype", "left"), ("n", "right"), ("GiB", "right")
+    )
     for row in differing[:most]:
         counts = f"{row.formula_copies} / {row.trace_copies}"
         table.add_row(_names(row.formula), _names(row.trace), row.dtype, counts, f"{row.difference / 2**30:+.2f}")
@@ -183,14 +208,20 @@ def notes(v: View) -> list[str]:
     from ..plan import advice
 
     lines = [
-        *advice.kept_notes(v.model), *advice.card_notes(v.card), *advice.kernel_notes(v.model, v.trace.recipe, v.card),
-        _allocator_note(v.expandable, "with expandable_segments:True"), _allocator_note(v.usual, "without it"),
-    ]  # fmt: skip
+        *advice.kept_notes(v.model),
+        *advice.card_notes(v.card),
+        *advice.kernel_notes(v.model, v.trace.recipe, v.card),
+        _allocator_note(v.expandable, "with expandable_segments:True"),
+        _allocator_note(v.usual, "without it"),
+    ]
     if v.trace.host_peak:
         lines.append(f"host memory: {format_gib(v.trace.host_peak)} at most.")
     lines += [_versions_note(v.versions), _ran_note(v.trace), UNMEASURED]
     _, *others = hardest(v.model, v.trace.recipe, v.trace.seq_len)
-    lines += [f"a batch of {format_tokens(n)} tokens takes a mask of another kind, and may need more: trace it as well." for n in others]
+    lines += [
+        f"a batch of {format_tokens(n)} tokens takes a mask of another kind, and may need more: trace it as well."
+        for n in others
+    ]
     return lines + advice.position_notes(v.model, v.trace.seq_len)
 
 
@@ -200,7 +231,7 @@ def _allocator_note(kept: Held, how: str) -> str:
         return (
             f"caching allocator {how}: out of memory, with {format_gib(lost.allocated)} allocated, {format_gib(lost.reserved)} reserved and "
             f"{format_gib(lost.needed)} asked for."
-        )  # fmt: skip
+        )
     again = f", the cache given back {kept.retries} times" if kept.retries else ""
     return f"caching allocator {how}: runs, {format_gib(kept.reserved)} reserved for {format_gib(kept.allocated)} allocated at most{again}."
 

@@ -1,6 +1,6 @@
 """`mstplan validate`: errors of each rung as tables, JSON, a plot, and the table that the documentation shows.
 
-    mstplan validate --markdown           what README shows of the archive
+mstplan validate --markdown           what README shows of the archive
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def report(console: Console, found: Validation, damaged: Sequence[str], said: Se
     for line in [*damaged, *found.left_out]:
         console.print(f"left out: {line}", soft_wrap=True)
     if found.out_of_memory:
-        console.print(f"{found.out_of_memory} steps ran out of memory; predicted to fit: {len(found.broken)}.", soft_wrap=True)
+        console.print(
+            f"{found.out_of_memory} steps ran out of memory; predicted to fit: {len(found.broken)}.", soft_wrap=True
+        )
     for line in said:
         console.print(Text(line, "bold"), soft_wrap=True)
     console.print()
@@ -78,14 +80,22 @@ def _rung(s: Summary) -> str:
 
 def _table(rows: Sequence[Row]) -> Any:
     table = tables.new_table(
-        ("", "left"), ("rung", "left"), ("n", "right"), ("mean", "right"), ("median", "right"), ("worst", "right"), ("instant", "right")
-    )  # fmt: skip
+        ("", "left"),
+        ("rung", "left"),
+        ("n", "right"),
+        ("mean", "right"),
+        ("median", "right"),
+        ("worst", "right"),
+        ("instant", "right"),
+    )
     for title, group in GROUPS:
         shown = [s for s in summaries(rows, group) if s.what == ALLOCATED or not title]
         for n, s in enumerate(sorted(shown, key=_order)):
             if n == 0 and title:
                 table.add_section()
-            table.add_row(s.group, _rung(s), str(s.n), _percent(s.mean), _percent(s.median), _percent(s.worst, "+"), _instant(s))
+            table.add_row(
+                s.group, _rung(s), str(s.n), _percent(s.mean), _percent(s.median), _percent(s.worst, "+"), _instant(s)
+            )
     return table
 
 
@@ -103,9 +113,13 @@ def notes(found: Validation) -> list[str]:
     on = devices(found.rows)
     lines = []
     if on == ["cpu"] or not on:
-        lines.append("nothing here was measured on a CUDA device: attention's workspace, cuBLAS' and the allocator are from PyTorch's source.")
+        lines.append(
+            "nothing here was measured on a CUDA device: attention's workspace, cuBLAS' and the allocator are from PyTorch's source."
+        )
     if any(row.measurement.environment.get("sdpa") == "cudnn_attention" for row in found.rows):
-        lines.append("sdpa ran cuDNN's attention; formula and trace count FlashAttention-2's (TORCH_CUDNN_SDPA_DEPRIORITIZED=1 runs that one).")
+        lines.append(
+            "sdpa ran cuDNN's attention; formula and trace count FlashAttention-2's (TORCH_CUDNN_SDPA_DEPRIORITIZED=1 runs that one)."
+        )
     if not all(row.held for row in found.rows):
         lines.append(f"{OTHER_KERNELS}.")
     lines.append(
@@ -120,19 +134,33 @@ def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> d
         m = r.measurement
         instants = [{"name": name, "predicted": told, "measured": seen} for name, told, seen in r.instants]
         return {
-            "model": m.case.model, "layers": m.case.layers, "strategy": m.case.strategy, "seq_len": m.case.seq_len, "card": m.environment["card"],
-            "recipe": m.case.recipe.model_dump(), "rung": r.rung, "what": r.what, "held": r.held, "predicted_bytes": r.predicted, "measured_bytes": r.measured,
-            "error": r.error, "instants": instants,
-        }  # fmt: skip
+            "model": m.case.model,
+            "layers": m.case.layers,
+            "strategy": m.case.strategy,
+            "seq_len": m.case.seq_len,
+            "card": m.environment["card"],
+            "recipe": m.case.recipe.model_dump(),
+            "rung": r.rung,
+            "what": r.what,
+            "held": r.held,
+            "predicted_bytes": r.predicted,
+            "measured_bytes": r.measured,
+            "error": r.error,
+            "instants": instants,
+        }
 
     def summary(s: Summary, by: str) -> dict[str, Any]:
         return {"by": by or "all", **s._asdict()}
 
     return {
-        "rows": [row(r) for r in found.rows], "summaries": [summary(s, title) for title, group in GROUPS for s in summaries(found.rows, group)],
-        "out_of_memory": found.out_of_memory, "fit_predicted_but_ran_out": [{"case": b.measurement.case.words, "rung": b.rung} for b in found.broken],
-        "left_out": [*damaged, *found.left_out], "beyond_bounds": list(said), "notes": notes(found),
-    }  # fmt: skip
+        "rows": [row(r) for r in found.rows],
+        "summaries": [summary(s, title) for title, group in GROUPS for s in summaries(found.rows, group)],
+        "out_of_memory": found.out_of_memory,
+        "fit_predicted_but_ran_out": [{"case": b.measurement.case.words, "rung": b.rung} for b in found.broken],
+        "left_out": [*damaged, *found.left_out],
+        "beyond_bounds": list(said),
+        "notes": notes(found),
+    }
 
 
 # ---- the documentation's table ------------------------------------------------------------------------------------------
@@ -141,14 +169,19 @@ def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> d
 def markdown(found: Validation) -> str:
     """The errors by device, rung and strategy."""
     lines = [
-        "| measured on | rung | steps | mean error | median | worst | at | any instant |", "|---|---|---:|---:|---:|---:|---|---:|",
-    ]  # fmt: skip
+        "| measured on | rung | steps | mean error | median | worst | at | any instant |",
+        "|---|---|---:|---:|---:|---:|---|---:|",
+    ]
     for device in devices(found.rows):
         rows = [row for row in found.rows if row.measurement.environment["card"] == device]
         for s in sorted(summaries(rows), key=_order):
-            worst = max((r for r in rows if (r.rung, r.what, r.held) == (s.rung, s.what, s.held)), key=lambda r: abs(r.error))
+            worst = max(
+                (r for r in rows if (r.rung, r.what, r.held) == (s.rung, s.what, s.held)), key=lambda r: abs(r.error)
+            )
             errors = f"{_percent(s.mean)} | {_percent(s.median)} | {_percent(s.worst, '+')}"
-            lines.append(f"| {device} | {_rung(s)} | {s.n} | {errors} | {worst.measurement.case.words} | {_instant(s)} |")
+            lines.append(
+                f"| {device} | {_rung(s)} | {s.n} | {errors} | {worst.measurement.case.words} | {_instant(s)} |"
+            )
     if not all(row.held for row in found.rows):
         lines += ["", f"\\{OTHER_KERNELS}."]
     return "\n".join(lines) + "\n"
@@ -183,7 +216,9 @@ Place = Callable[[Row], tuple[float, float]]
 
 def _marks(axes: Axes, rows: Sequence[Row], place: Place) -> None:
     """A mark for each row; grey ones for what the rung is held to no bound for."""
-    for rung, held in dict.fromkeys((row.rung, row.held) for row in sorted(rows, key=lambda row: (row.held, RUNGS.index(row.rung)))):
+    for rung, held in dict.fromkeys(
+        (row.rung, row.held) for row in sorted(rows, key=lambda row: (row.held, RUNGS.index(row.rung)))
+    ):
         points = [place(row) for row in rows if (row.rung, row.held) == (rung, held)]
         colour, label = (COLOURS[rung], rung) if held else ("#9a9a9a", f"{rung}, other kernels")
         axes.plot(*zip(*points, strict=True), MARKS[rung], color=colour, label=label, markersize=5, fillstyle="none")
@@ -191,7 +226,10 @@ def _marks(axes: Axes, rows: Sequence[Row], place: Place) -> None:
 
 def _against(axes: Axes, rows: Sequence[Row]) -> None:
     _marks(axes, rows, lambda row: (row.measured / GIB, row.predicted / GIB))
-    ends = [min(min(r.measured, r.predicted) for r in rows) / GIB * 0.9, max(max(r.measured, r.predicted) for r in rows) / GIB * 1.1]
+    ends = [
+        min(min(r.measured, r.predicted) for r in rows) / GIB * 0.9,
+        max(max(r.measured, r.predicted) for r in rows) / GIB * 1.1,
+    ]
     axes.plot(ends, ends, color="black", linewidth=0.7, zorder=0)
     axes.set(xscale="log", yscale="log", xlabel="measured peak, GiB allocated", ylabel="predicted, GiB")
     _plain(axes, axes.xaxis, axes.yaxis)

@@ -39,7 +39,10 @@ class Checkpoints:
         self.recomputing: int | None = None  # the number of the layer that is being run again
         self.discards = False  # and will nobody read its output?
         self._output: Any = None
-        self.model, self.before = model, [(m, {k: m.__dict__[k] for k in _FLAGS if k in m.__dict__}) for m in model.modules()]
+        self.model, self.before = (
+            model,
+            [(m, {k: m.__dict__[k] for k in _FLAGS if k in m.__dict__}) for m in model.modules()],
+        )
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run_alone)
         for index, layer in enumerate(layers):
             layer._gradient_checkpointing_func = partial(self.run, index)  # type: ignore[assignment]
@@ -59,7 +62,9 @@ class Checkpoints:
     def run(self, index: int, run: LayerRun, *args: Any) -> Any:
         """Layer `index`, which maps hidden states (b, s, d), its first argument, to (b, s, d) or a tuple that begins with them."""
         if not args or not torch.is_tensor(args[0]):
-            raise ModelError(f"{self.name} gives its layers their hidden states by name, so they cannot be checkpointed here.\nSet checkpoint='none'.")
+            raise ModelError(
+                f"{self.name} gives its layers their hidden states by name, so they cannot be checkpointed here.\nSet checkpoint='none'."
+            )
         try:
             if index in self.bounds:
                 self._begin(index, args[0])
@@ -124,7 +129,9 @@ def _checkpoint(again: Callable[[torch.Tensor], None], hidden: torch.Tensor) -> 
     torch.utils.checkpoint.checkpoint takes one function, but the layers of a segment are called one by one by the model."""
     generator = torch_checkpoint._checkpoint_without_reentrant_generator
     early_stop = (True,) if "early_stop" in inspect.signature(generator).parameters else ()  # not in older torch
-    return contextmanager(generator)(again, True, torch_checkpoint.noop_context_fn, "default", False, *early_stop, hidden)
+    return contextmanager(generator)(
+        again, True, torch_checkpoint.noop_context_fn, "default", False, *early_stop, hidden
+    )
 
 
 def _hidden(out: Any) -> torch.Tensor:

@@ -16,7 +16,12 @@ from ..plan.solve import chunks_at
 from ..plan.steps import Chunks
 from .stand_in import stand_in
 
-_ATTENTION = {"eager": "eager", "flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attention_4": "flash"}
+_ATTENTION = {
+    "eager": "eager",
+    "flash_attention_2": "flash",
+    "flash_attention_3": "flash",
+    "flash_attention_4": "flash",
+}
 
 
 def pieces(tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
@@ -45,7 +50,9 @@ class ChunkCounts:
             if isinstance(e, UnreadError) and module is not None:
                 self.model = stand_in(module, type(config).__name__, str(e).splitlines()[0])
                 return
-            raise ModelError(f"no chunks can be recommended: {str(e).splitlines()[0]}\nGive mlp_chunks and loss_chunks.") from None
+            raise ModelError(
+                f"no chunks can be recommended: {str(e).splitlines()[0]}\nGive mlp_chunks and loss_chunks."
+            ) from None
 
     def of(self, hidden: torch.Tensor) -> Chunks:
         """Chunks for hidden states (b, s, d), or (s, d) of one sequence."""

@@ -46,7 +46,9 @@ def find_parts(model: nn.Module) -> Parts:
         if isinstance(inner, PreTrainedModel) and (head := inner.get_output_embeddings()) is not None:
             break
     else:
-        raise ModelError(f"{name} has no LM head (get_output_embeddings() gave none).\nminisequence serves transformers' causal language models.")
+        raise ModelError(
+            f"{name} has no LM head (get_output_embeddings() gave none).\nminisequence serves transformers' causal language models."
+        )
     decoder: Any = inner.get_decoder() if hasattr(inner, "get_decoder") else None
     for part in (decoder, inner):
         layers = [m for m in part.modules() if isinstance(m, GradientCheckpointingLayer)] if part is not None else []
@@ -61,10 +63,17 @@ def find_parts(model: nn.Module) -> Parts:
 def find_mlps(parts: Parts) -> list[tuple[nn.Module, Mlp]]:
     """Layers and their MLPs; layers that only mix tokens have none. Raises ModelError when no layer has one, or when a
     layer owns matrices that are neither."""
-    mlps = {mlp.first: (layer, mlp) for layer in parts.layers for part in _with_sublayers(layer) for mlp in _layer_mlps(parts.model, part)}
+    mlps = {
+        mlp.first: (layer, mlp)
+        for layer in parts.layers
+        for part in _with_sublayers(layer)
+        for mlp in _layer_mlps(parts.model, part)
+    }
     if not mlps:
         kinds = ", ".join(sorted({type(child).__name__ for child in parts.layers[0].children()}))
-        raise ModelError(f"{type(parts.model).__name__}: no MLP found in {type(parts.layers[0]).__name__}, whose parts are {kinds}.\nSet mlp_chunks=1.")
+        raise ModelError(
+            f"{type(parts.model).__name__}: no MLP found in {type(parts.layers[0]).__name__}, whose parts are {kinds}.\nSet mlp_chunks=1."
+        )
     return list(mlps.values())
 
 
@@ -75,7 +84,9 @@ def _layer_mlps(model: nn.Module, layer: nn.Module) -> list[Mlp]:
     modules = [child for child in children if _matrices(child) > 1 and _takes_tokens_alone(child)]
     served = {id(p) for module in modules for p in module.parameters()}
     if any(p.dim() == 3 and id(p) not in served for part in outside for p in part.parameters(recurse=False)):
-        raise ModelError(f"{type(model).__name__}: the experts of {type(layer).__name__} are given more than hidden states.\nSet mlp_chunks=1.")
+        raise ModelError(
+            f"{type(model).__name__}: the experts of {type(layer).__name__} are given more than hidden states.\nSet mlp_chunks=1."
+        )
     if modules:
         return [Mlp(module, None, tuple(m for m in beside if not _within(m, modules))) for module in modules]
     linears = [m for m in outside if _is_linear(m)]
@@ -122,7 +133,9 @@ def mixes(module: nn.Module) -> bool:
 def _takes_tokens_alone(module: nn.Module) -> bool:
     """Does it take one tensor and nothing by which to look at other tokens?"""
     parameters = inspect.signature(module.forward).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     return len(required) == 1 and not mixes(module)
 
 
@@ -132,7 +145,9 @@ def _matrices(module: nn.Module) -> int:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D)) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    return isinstance(module, (nn.Linear, Conv1D)) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features")
+    )
 
 
 def _sizes(linear: Any) -> tuple[int, int]:

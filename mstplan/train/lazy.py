@@ -18,14 +18,31 @@ from torch import nn
 Run = Callable[[torch.Tensor], Any]
 
 _UNARY = (
-    "tanh", "sigmoid", "relu", "square", "sqrt", "exp", "abs", "neg", "float", "double", "half", "bfloat16", "erf", "clone",
-)  # fmt: skip
+    "tanh",
+    "sigmoid",
+    "relu",
+    "square",
+    "sqrt",
+    "exp",
+    "abs",
+    "neg",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "erf",
+    "clone",
+)
 _BINARY = ("mul", "div", "true_divide", "add", "sub", "pow", "clamp", "maximum", "minimum")
 _CASTS = ("to", "type_as", "type")
 _ACTIVATIONS = (F.gelu, F.silu, F.relu, F.relu6, F.elu, F.leaky_relu, F.softplus, F.mish, F.hardswish, F.hardtanh)
 _METHODS = frozenset((*_UNARY, *_BINARY, *_CASTS))
 _RECORDED = frozenset(
-    (*_ACTIVATIONS, F.dropout, *(getattr(space, name) for name in _METHODS for space in (torch, torch.Tensor) if hasattr(space, name)))
+    (
+        *_ACTIVATIONS,
+        F.dropout,
+        *(getattr(space, name) for name in _METHODS for space in (torch, torch.Tensor) if hasattr(space, name)),
+    )
 )
 _CAST_FUNCTIONS = frozenset(getattr(torch.Tensor, name) for name in _CASTS)
 _VALUE, _TOKENS = object(), object()  # in recorded arguments: what was made so far, and the tokens it is made of
@@ -59,11 +76,20 @@ class Lazy:
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         lazy = next((a for a in args if isinstance(a, Lazy)), None)
         if lazy is None:
-            nested = next(b for a in (*args, *(kwargs or {}).values()) for b in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(b, Lazy))
+            nested = next(
+                b
+                for a in (*args, *(kwargs or {}).values())
+                for b in (a if isinstance(a, (list, tuple)) else [a])
+                if isinstance(b, Lazy)
+            )
             nested.refuse(_name(func))
         return lazy.call(func, args, kwargs or {})
 
@@ -73,9 +99,15 @@ class Lazy:
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """`func`, a torch function or Tensor method, with this tensor among its arguments."""
         others = [a for a in (*args, *kwargs.values()) if a is not self and a is not self.source]
-        if func in _RECORDED and (func in _CAST_FUNCTIONS or not any(_spans_tokens(a) for a in others)) and not self.continued:
+        if (
+            func in _RECORDED
+            and (func in _CAST_FUNCTIONS or not any(_spans_tokens(a) for a in others))
+            and not self.continued
+        ):
             self.continued, mine = True, self.run
-            places = [_VALUE if a is self else _TOKENS if a is self.source else a for a in args]  # a graph may keep what is recorded: no tensors
+            places = [
+                _VALUE if a is self else _TOKENS if a is self.source else a for a in args
+            ]  # a graph may keep what is recorded: no tensors
 
             def run(rows: torch.Tensor) -> Any:
                 value = mine(rows)

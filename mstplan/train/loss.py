@@ -47,23 +47,35 @@ class LazyLogits(Lazy):
         return super().call(func, args, kwargs)
 
     def cross_entropy(
-        self, target: torch.Tensor, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
-        reduction: str = "mean", label_smoothing: float = 0.0,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        target: torch.Tensor,
+        weight: Any = None,
+        size_average: Any = None,
+        ignore_index: int = -100,
+        reduce: Any = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor:
         """`torch.nn.functional.cross_entropy` of logits (n, V) and targets (n,); a scalar in the logits' dtype."""
         if label_smoothing:
             self.refuse(f"label smoothing ({label_smoothing:g})")
         if weight is not None or reduction not in ("mean", "sum") or target.shape != self.source.shape[:-1]:
-            self.refuse(f"cross_entropy with reduction={reduction!r}, weight={weight is not None} and targets {tuple(target.shape)}")
+            self.refuse(
+                f"cross_entropy with reduction={reduction!r}, weight={weight is not None} and targets {tuple(target.shape)}"
+            )
         target = target.flatten()
         hidden = self.source.flatten(0, -2)
         count = (target != ignore_index).sum() if reduction == "mean" else 1 if self.divisor is None else self.divisor
         early = _mantissa(count) if _in_fp16(hidden) else count
         for module in self.modules:
-            unshard: Any = getattr(module, "unshard", None)  # FSDP 2 of the head by itself, which thinks that the head has run
+            unshard: Any = getattr(
+                module, "unshard", None
+            )  # FSDP 2 of the head by itself, which thinks that the head has run
             if unshard is not None:
                 unshard()
-        loss = _ChunkedLoss.apply(hidden, self.run, self.modules, target, early, self.rows, ignore_index, *trained_weights(*self.modules))
+        loss = _ChunkedLoss.apply(
+            hidden, self.run, self.modules, target, early, self.rows, ignore_index, *trained_weights(*self.modules)
+        )
         return loss / (count / early) if reduction == "mean" else loss * early
 
     def view(self, *shape: Any) -> LazyLogits:
@@ -82,11 +94,19 @@ class LazyLogits(Lazy):
     def __getitem__(self, index: Any) -> LazyLogits:
         """Some of the tokens, or part of the vocabulary of all."""
         parts = index if isinstance(index, tuple) else (index,)
-        if parts and parts[-1] == slice(None) and (len(parts) == self.source.dim() or Ellipsis in parts) and _keeps_shape(parts):
+        if (
+            parts
+            and parts[-1] == slice(None)
+            and (len(parts) == self.source.dim() or Ellipsis in parts)
+            and _keeps_shape(parts)
+        ):
             return self.over(self.source[index])
         if Ellipsis not in parts and len(parts) < self.source.dim() and _keeps_shape(parts):
             return self.over(self.source[index])
-        if _keeps_shape(parts) and parts[:-1] in ((...,), (slice(None),) * (self.source.dim() - 1)):  # part of the vocabulary
+        if _keeps_shape(parts) and parts[:-1] in (
+            (...,),
+            (slice(None),) * (self.source.dim() - 1),
+        ):  # part of the vocabulary
             return self.then(lambda value: value[..., parts[-1]])  # type: ignore[no-any-return]
         return self.refuse("part of them")
 
@@ -102,7 +122,9 @@ class LazyLogits(Lazy):
         self.refuse(what)
 
     def refuse(self, what: str) -> NoReturn:
-        raise ModelError(f"cannot run the loss in chunks: the model's code uses {what} on its logits.\nSet loss_chunks=1.")
+        raise ModelError(
+            f"cannot run the loss in chunks: the model's code uses {what} on its logits.\nSet loss_chunks=1."
+        )
 
 
 def _mantissa(count: torch.Tensor | int) -> torch.Tensor:
@@ -123,8 +145,17 @@ def _keeps_shape(parts: Sequence[Any]) -> bool:
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, run: Run, modules: tuple[nn.Module, ...], targets: torch.Tensor, divisor: Any, rows: int,
-                ignore: int, *weights: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        run: Run,
+        modules: tuple[nn.Module, ...],
+        targets: torch.Tensor,
+        divisor: Any,
+        rows: int,
+        ignore: int,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
         wants_hidden, wants_any = ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         sums: Sums = [None] * len(weights)
@@ -132,7 +163,11 @@ class _ChunkedLoss(torch.autograd.Function):
         total, autocast = None, autocast_as_now(hidden.device.type)
         for _, place in chunks.pieces(hidden.shape[0], rows):
             chunk = hidden[place].detach().requires_grad_(wants_hidden)
-            with torch.set_grad_enabled(wants_any), torch.autocast(**autocast), standing_in(modules, list(weights)) as leaves:
+            with (
+                torch.set_grad_enabled(wants_any),
+                torch.autocast(**autocast),
+                standing_in(modules, list(weights)) as leaves,
+            ):
                 with summing(straight, leaves, sums):
                     logits = run(chunk.unsqueeze(0)).squeeze(0)
                 aims = targets[place].to(logits.device)
@@ -155,8 +190,13 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         if ctx.d_weights is None:
-            raise RuntimeError("the chunked loss can be backpropagated once: its gradients are made in the forward pass")
+            raise RuntimeError(
+                "the chunked loss can be backpropagated once: its gradients are made in the forward pass"
+            )
         d_hidden, d_weights = ctx.d_hidden, ctx.d_weights
         ctx.d_hidden = ctx.d_weights = None
-        scaled = [g.mul_(incoming).to(dtype) if g is not None else None for g, dtype in zip(d_weights, ctx.dtypes, strict=True)]
+        scaled = [
+            g.mul_(incoming).to(dtype) if g is not None else None
+            for g, dtype in zip(d_weights, ctx.dtypes, strict=True)
+        ]
         return (d_hidden.mul_(incoming) if d_hidden is not None else None, *[None] * 6, *scaled)

@@ -33,7 +33,9 @@ class Between(Lazy):
 
     def refuse(self, what: str) -> NoReturn:
         kind = type(self.modules[0]).__name__
-        raise ModelError(f"cannot run the MLP in chunks: the model's code uses {what} on the output of its first {kind}.\nSet mlp_chunks=1.")
+        raise ModelError(
+            f"cannot run the MLP in chunks: the model's code uses {what} on the output of its first {kind}.\nSet mlp_chunks=1."
+        )
 
 
 class Output(Lazy):
@@ -68,7 +70,9 @@ class Output(Lazy):
         return use(self.value)
 
     def refuse(self, what: str) -> NoReturn:
-        raise ModelError(f"cannot run the MLP in chunks: the model's code calls {what} on a list with its output.\nSet mlp_chunks=1.")
+        raise ModelError(
+            f"cannot run the MLP in chunks: the model's code calls {what} on a list with its output.\nSet mlp_chunks=1."
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.value)
@@ -87,7 +91,9 @@ class Unmade(Lazy):
         self.refuse(getattr(func, "__name__", str(func)))
 
     def refuse(self, what: str) -> NoReturn:
-        raise ModelError(f"cannot run {self.name} in chunks: the model's code uses {what} on something it returns beside hidden states.\nSet mlp_chunks=1.")
+        raise ModelError(
+            f"cannot run {self.name} in chunks: the model's code uses {what} on something it returns beside hidden states.\nSet mlp_chunks=1."
+        )
 
 
 def made(out: Any) -> Any:
@@ -102,7 +108,9 @@ def chunked_mlp(lazy: Output) -> Any:
     x, beside = lazy.source, lazy.beside
     seed = draw_seed() if lazy.random or draws_random(lazy.modules) else None
     weights = trained_weights(*lazy.modules)
-    out: torch.Tensor = _ChunkedMlp.apply(x.flatten(0, -2), lazy.modules, lazy.run, lazy.rows, seed, lazy.skip(), beside, *weights)
+    out: torch.Tensor = _ChunkedMlp.apply(
+        x.flatten(0, -2), lazy.modules, lazy.run, lazy.rows, seed, lazy.skip(), beside, *weights
+    )
     if out.grad_fn is not None:
         lazy.nodes.append(out.grad_fn)
     out = out.view(*x.shape[:-1], out.shape[-1])
@@ -133,7 +141,9 @@ def check_tokenwise(run: Run, x: torch.Tensor, modules: tuple[nn.Module, ...]) -
     if together.shape != apart.shape or together.shape[0] != few.shape[1]:
         raise ModelError(f"cannot run {name} in chunks: it does not give one row for each token.\nSet mlp_chunks=1.")
     if (together - apart).norm() > 0.05 * together.norm():  # far above rounding, far below another token's share
-        raise ModelError(f"cannot run {name} in chunks: what it gives for a token depends on the tokens beside it.\nSet mlp_chunks=1.")
+        raise ModelError(
+            f"cannot run {name} in chunks: what it gives for a token depends on the tokens beside it.\nSet mlp_chunks=1."
+        )
 
 
 def draws_random(modules: tuple[nn.Module, ...]) -> bool:
@@ -144,7 +154,11 @@ def draws_random(modules: tuple[nn.Module, ...]) -> bool:
 def _draws_random(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
-    shares = [v for k, v in vars(module).items() if any(w in k for w in ("drop", "jitter", "noise")) and isinstance(v, (int, float))]
+    shares = [
+        v
+        for k, v in vars(module).items()
+        if any(w in k for w in ("drop", "jitter", "noise")) and isinstance(v, (int, float))
+    ]
     return any(share > 0 for share in shares) if shares else _calls_random(type(module))
 
 
@@ -159,7 +173,9 @@ def output_is_read(node: Any, output: torch.Tensor) -> bool:
     pending, seen = [(output.grad_fn, False)], set()
     while pending:
         at, reading = pending.pop()
-        if at is None or (at, reading) in seen or at._sequence_nr() < node._sequence_nr():  # older ones cannot lie between
+        if (
+            at is None or (at, reading) in seen or at._sequence_nr() < node._sequence_nr()
+        ):  # older ones cannot lie between
             continue
         seen.add((at, reading))
         if at is node:
@@ -172,16 +188,30 @@ def output_is_read(node: Any, output: torch.Tensor) -> bool:
     return False
 
 
-_VALUE_FREE = {"AddBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "SqueezeBackward1"}
+_VALUE_FREE = {
+    "AddBackward0",
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "UnsqueezeBackward0",
+    "SqueezeBackward1",
+}
 _SCALING = {"MulBackward0", "DivBackward0"}  # these keep a factor only when the other one is trained
 
 
 class _ChunkedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, modules: tuple[nn.Module, ...], run: Run, rows: int, seed: int | None, skip: bool,
-        beside: list[int], *weights: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        x: torch.Tensor,
+        modules: tuple[nn.Module, ...],
+        run: Run,
+        rows: int,
+        seed: int | None,
+        skip: bool,
+        beside: list[int],
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.modules, ctx.run, ctx.rows, ctx.seed = modules, run, rows, seed
         ctx.save_for_backward(x)
         ctx.autocast, ctx.sums_products = autocast_as_now(x.device.type), can_sum_products(x)

@@ -41,7 +41,9 @@ class HostCopies:
             self._latest = weakref.ref(copy)
             return copy
 
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: pack(t) if t.numel() else t, lambda k: k.take() if isinstance(k, Copy) else k):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: pack(t) if t.numel() else t, lambda k: k.take() if isinstance(k, Copy) else k
+        ):
             yield
 
     def _side_stream(self, device: torch.device) -> Any:
@@ -87,7 +89,9 @@ class Copy:
         return tensor
 
     def __del__(self) -> None:
-        if self.fetched is not None:  # fetched for nothing: its memory must not go to others before the copy has arrived
+        if (
+            self.fetched is not None
+        ):  # fetched for nothing: its memory must not go to others before the copy has arrived
             self._wait()
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -111,7 +115,9 @@ def host_memory(like: torch.Tensor, pinned: bool) -> torch.Tensor:
         if not pinned:
             raise
         # CUDA's words for it are those for a full card
-        raise RuntimeError(f"no pinned host memory for {like.numel() * like.itemsize} bytes more of layer inputs") from e
+        raise RuntimeError(
+            f"no pinned host memory for {like.numel() * like.itemsize} bytes more of layer inputs"
+        ) from e
 
 
 def _nothing() -> None:

@@ -27,7 +27,9 @@ class SummedProducts(TorchFunctionMode):
         self.places = {id(leaf): n for n, leaf in enumerate(leaves)}
         self.sums = sums
 
-    def __torch_function__(self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if func is F.linear and not kwargs and id(args[1]) in self.places and args[0].dtype == args[1].dtype:
             x, weight, bias = args if len(args) == 3 else (*args, None)
             return _Product.apply(x, weight, bias, self.sums, self.places[id(weight)], self.places.get(id(bias)), False)
@@ -46,7 +48,11 @@ def add_gradients(sums: Sums, found: Sequence[torch.Tensor | None], several: boo
     for n, gradient in enumerate(found):
         if gradient is not None:
             total = sums[n]
-            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) if several and total is None else gradient
+            wide = (
+                gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                if several and total is None
+                else gradient
+            )
             sums[n] = wide if total is None else total.add_(gradient)
 
 
@@ -65,7 +71,11 @@ def can_sum_products(x: torch.Tensor) -> bool:
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return False
-    return x.dtype in (torch.float32, torch.float64) or not adds_to_fp32(kind) or "dtype_out" in torch.ops.aten.addmm.overloads()
+    return (
+        x.dtype in (torch.float32, torch.float64)
+        or not adds_to_fp32(kind)
+        or "dtype_out" in torch.ops.aten.addmm.overloads()
+    )
 
 
 def adds_to_fp32(device: str) -> bool:
@@ -78,8 +88,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sums: Sums, place: int, bias_place: int | None, turned: bool
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        sums: Sums,
+        place: int,
+        bias_place: int | None,
+        turned: bool,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sums, ctx.place, ctx.bias_place, ctx.turned = sums, place, bias_place, turned
         return torch.addmm(bias, x, weight) if turned else F.linear(x, weight, bias)  # type: ignore[arg-type]

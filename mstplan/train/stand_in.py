@@ -29,7 +29,9 @@ def stand_in(model: PreTrainedModel, name: str, why: str) -> Model:
     experts, mlp = max(routed.values(), default=None), max(mlps.values(), default=None)
     heads = _divisor(settings, "num_attention_heads", hidden) or 1
     head_dim = _number(settings, "head_dim") or hidden // heads
-    attention = Attention(heads, _divisor(settings, "num_key_value_heads", heads) or heads, head_dim, head_dim, head_dim)
+    attention = Attention(
+        heads, _divisor(settings, "num_key_value_heads", heads) or heads, head_dim, head_dim, head_dim
+    )
     head = next(iter(parts.head.parameters()))
     return Model(
         name=name,
@@ -39,7 +41,9 @@ def stand_in(model: PreTrainedModel, name: str, why: str) -> Model:
         context=_first_number(settings, _POSITIONS),
         layer_kinds=tuple(LayerKind(None, layer in routed) for layer in parts.layers),
         attention=attention,
-        mlp=None if mlp is None and experts is not None and len(routed) == len(parts.layers) else mlp or Mlp(4 * hidden, "silu"),
+        mlp=None
+        if mlp is None and experts is not None and len(routed) == len(parts.layers)
+        else mlp or Mlp(4 * hidden, "silu"),
         experts=experts,
         tied=head is embedding.weight,
         has_sdpa=bool(parts.model._supports_sdpa),

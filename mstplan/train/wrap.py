@@ -45,8 +45,14 @@ class _Minisequence:
     """`minisequence(model, ...)` wraps, `minisequence.undo(model)` unwraps."""
 
     def __call__(
-        self, model: AnyModel, *, mlp_chunks: int | None = None, loss_chunks: int | None = None, checkpoint: Checkpoint = "layer", offload: bool = False
-    ) -> AnyModel:  # fmt: skip
+        self,
+        model: AnyModel,
+        *,
+        mlp_chunks: int | None = None,
+        loss_chunks: int | None = None,
+        checkpoint: Checkpoint = "layer",
+        offload: bool = False,
+    ) -> AnyModel:
         """Train `model` with its MLPs and its LM head and loss over pieces of the sequence, in place.
 
         mlp_chunks, loss_chunks: how many pieces; None: as many as the planner recommends for model, card and length.
@@ -61,7 +67,9 @@ class _Minisequence:
         parts = find_parts(model)
         inner = parts.model
         if hasattr(inner, "_mstplan"):
-            raise ModelError(f"{type(inner).__name__} runs in mini-sequences already.\nCall minisequence.undo(model) first.")
+            raise ModelError(
+                f"{type(inner).__name__} runs in mini-sequences already.\nCall minisequence.undo(model) first."
+            )
         mlps = find_mlps(parts) if recipe.mlp_chunks != 1 else []
         counts = ChunkCounts(inner.config, recipe, inner)
         if checkpoint != "none" and not inner.supports_gradient_checkpointing:
@@ -78,7 +86,11 @@ class _Minisequence:
         """The model as it was before `minisequence`; nothing happens to one that was not wrapped."""
         for module in model.modules():
             settings = module.__dict__.pop("_mstplan", None)
-            if isinstance(settings, _Settings) and isinstance(module, PreTrainedModel) and settings.checkpoints is not None:
+            if (
+                isinstance(settings, _Settings)
+                and isinstance(module, PreTrainedModel)
+                and settings.checkpoints is not None
+            ):
                 settings.checkpoints.undo()
             if "_mstplan_whole" in module.__dict__:
                 _restore(module)
@@ -96,16 +108,23 @@ def _recipe(mlp_chunks: int | None, loss_chunks: int | None, checkpoint: Checkpo
     for name, value in (("mlp_chunks", mlp_chunks), ("loss_chunks", loss_chunks)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise RecipeError(f"{name} must be a whole number from 1, or None for the recommended one, not {value!r}.")
-    if isinstance(checkpoint, bool) or (checkpoint not in ("none", "layer", "sqrt") and not (isinstance(checkpoint, int) and checkpoint >= 1)):
-        raise RecipeError(f"checkpoint must be 'none', 'layer', 'sqrt' or a number of layers from 1, not {checkpoint!r}.")
+    if isinstance(checkpoint, bool) or (
+        checkpoint not in ("none", "layer", "sqrt") and not (isinstance(checkpoint, int) and checkpoint >= 1)
+    ):
+        raise RecipeError(
+            f"checkpoint must be 'none', 'layer', 'sqrt' or a number of layers from 1, not {checkpoint!r}."
+        )
     if not isinstance(offload, bool):
         raise RecipeError(f"offload must be True or False, not {offload!r}.")
     if offload and checkpoint == "none":
         raise RecipeError("offload needs checkpointing, or there are no layer inputs to move.\nSet checkpoint='layer'.")
     return strategy(
-        "mst", checkpoint=checkpoint, offload_layer_inputs=offload,
-        mlp_chunks="auto" if mlp_chunks is None else mlp_chunks, loss_chunks="auto" if loss_chunks is None else loss_chunks,
-    )  # fmt: skip
+        "mst",
+        checkpoint=checkpoint,
+        offload_layer_inputs=offload,
+        mlp_chunks="auto" if mlp_chunks is None else mlp_chunks,
+        loss_chunks="auto" if loss_chunks is None else loss_chunks,
+    )
 
 
 # ---- in the way of a module's forward ---------------------------------------------------------------------------------
@@ -204,15 +223,24 @@ def _following_forward(self: Any, x: Any) -> Any:
 
 def _chunk_rows(mlp: Any, x: torch.Tensor, *others: Any) -> int | None:
     """Tokens to a chunk of hidden states (b, s, d) or (s, d); None: do not chunk."""
-    if not (torch.is_grad_enabled() or mlp.training) or not torch.is_tensor(x) or x.dim() not in (2, 3) or x.shape[-2] == 1:
+    if (
+        not (torch.is_grad_enabled() or mlp.training)
+        or not torch.is_tensor(x)
+        or x.dim() not in (2, 3)
+        or x.shape[-2] == 1
+    ):
         return None
     if any(torch.is_tensor(other) or isinstance(other, Lazy) for other in others):
-        raise ModelError(f"cannot run {type(mlp).__name__} in chunks: it is given more tensors than hidden states.\nSet mlp_chunks=1.")
+        raise ModelError(
+            f"cannot run {type(mlp).__name__} in chunks: it is given more tensors than hidden states.\nSet mlp_chunks=1."
+        )
     chunks = mlp._mstplan.counts.of(x).mlp
     return chunk_tokens(x.shape[-2], chunks) * (x.shape[:-1].numel() // x.shape[-2]) if chunks > 1 else None
 
 
-def _output(mlp: Any, x: torch.Tensor, run: Callable[..., Any], modules: tuple[nn.Module, ...], rows: int, random: bool = False) -> Any:
+def _output(
+    mlp: Any, x: torch.Tensor, run: Callable[..., Any], modules: tuple[nn.Module, ...], rows: int, random: bool = False
+) -> Any:
     out = Output(x, run, modules, rows, random)
     out.nodes, out.beside = [], mlp.__dict__.setdefault("_mstplan_beside", [0])
     checkpoints = mlp._mstplan.checkpoints
@@ -253,7 +281,9 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         out = whole(*args, **kwargs)
         if head is not None and not used:
-            raise ModelError(f"{type(self).__name__} computes its loss past its LM head (get_output_embeddings()).\nSet loss_chunks=1.")
+            raise ModelError(
+                f"{type(self).__name__} computes its loss past its LM head (get_output_embeddings()).\nSet loss_chunks=1."
+            )
     finally:
         if head is not None:
             _set_forward(head, before)
@@ -271,7 +301,10 @@ def _say_that_logits_are_whole(model: Any, settings: _Settings, given: dict[str,
         )
     if not settings.warned:
         settings.warned = True
-        warnings.warn("minisequence: a training step without labels makes the logits of all its tokens; loss_chunks had no effect.", stacklevel=3)
+        warnings.warn(
+            "minisequence: a training step without labels makes the logits of all its tokens; loss_chunks had no effect.",
+            stacklevel=3,
+        )
 
 
 def _lazily(head: nn.Module, settings: _Settings, divisor: Any, used: list[bool]) -> Callable[..., Any]:

@@ -35,7 +35,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     def called(*arguments: str) -> Said:
         monkeypatch.setattr(sys, "argv", ["mstplan", *arguments])
-        monkeypatch.setattr(commands.app, "registered_commands", [])  # of earlier calls, each of which typer would make anew
+        monkeypatch.setattr(
+            commands.app, "registered_commands", []
+        )  # of earlier calls, each of which typer would make anew
         with pytest.raises(SystemExit) as stop:
             cli.main()
         out, err = capsys.readouterr()

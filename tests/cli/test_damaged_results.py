@@ -23,13 +23,46 @@ from .conftest import Run, Said
 
 INSTANTS = {"loss": 2**30, "optimizer step": 2**29}
 RAW = [
-    "null", "true", "-1", "0", "1", "1.5", "1000", "1e999", "NaN", "-Infinity", "9" * 30, "1" + "0" * 4000, "1" + "0" * 5000, "[]", "{}", '["a", {}]',
-    '{"": null}', "[" * 300 + "]" * 300, "[" * 5000 + "]" * 5000, "{half",
-]  # fmt: skip
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1",
+    "1.5",
+    "1000",
+    "1e999",
+    "NaN",
+    "-Infinity",
+    "9" * 30,
+    "1" + "0" * 4000,
+    "1" + "0" * 5000,
+    "[]",
+    "{}",
+    '["a", {}]',
+    '{"": null}',
+    "[" * 300 + "]" * 300,
+    "[" * 5000 + "]" * 5000,
+    "{half",
+]
 TEXTS = [
-    "", " ", "x", "\x1b[31mred", "a\nb\r\n\x07", "[/bold]", "$\\frac{", "\ud800", "\u202e", "\0", "é模", "x" * 300, "\x1b" * 80, "e" * 100_000, "../../x",
-    "cpu", "auto",
-]  # fmt: skip
+    "",
+    " ",
+    "x",
+    "\x1b[31mred",
+    "a\nb\r\n\x07",
+    "[/bold]",
+    "$\\frac{",
+    "\ud800",
+    "\u202e",
+    "\0",
+    "é模",
+    "x" * 300,
+    "\x1b" * 80,
+    "e" * 100_000,
+    "../../x",
+    "cpu",
+    "auto",
+]
 DAMAGES = [*RAW, *map(json.dumps, TEXTS)]
 
 
@@ -40,12 +73,34 @@ def shipped(number: int) -> dict[str, Any]:
 
 
 def on_card(outcome: str = "ok", error: str = "", **more: Any) -> dict[str, Any]:
-    one = case("mst", model="smollm2-135m", config=load_config("smollm2-135m"), device="cuda", mlp_chunks=2, loss_chunks=2, **more)
-    m = measured(one, INSTANTS, outcome, {**CARD, "sdpa": "flash_attention", "cudnn": 90100, "cuda": "12.8"}, reserved=2**31, context=7, workspace=2**23)
+    one = case(
+        "mst",
+        model="smollm2-135m",
+        config=load_config("smollm2-135m"),
+        device="cuda",
+        mlp_chunks=2,
+        loss_chunks=2,
+        **more,
+    )
+    m = measured(
+        one,
+        INSTANTS,
+        outcome,
+        {**CARD, "sdpa": "flash_attention", "cudnn": 90100, "cuda": "12.8"},
+        reserved=2**31,
+        context=7,
+        workspace=2**23,
+    )
     return json.loads(json.dumps({**m.as_data(), "error": error}))  # type: ignore[no-any-return]
 
 
-LINES = [shipped(0), on_card(), on_card(OUT_OF_MEMORY, "no memory", limit=2**30), on_card(REFUSED, "no kernel"), on_card(FAILED, "killed\nand more")]
+LINES = [
+    shipped(0),
+    on_card(),
+    on_card(OUT_OF_MEMORY, "no memory", limit=2**30),
+    on_card(REFUSED, "no kernel"),
+    on_card(FAILED, "killed\nand more"),
+]
 GOOD = [shipped(1), on_card(seq_len=768)]
 
 
@@ -72,8 +127,19 @@ def damaged(line: dict[str, Any], place: tuple[Any, ...]) -> Iterator[str]:
 
 SHARED = (("case", "config"), ("case", "recipe"), ("environment",))
 """What all lines have alike: the damage of two of them is enough, of one for a model's config."""
-ALL = [(line, place) for line in LINES for place in places(line) if not any(place[: len(alike)] == alike for alike in SHARED)]
-ALL += [(line, place) for line in LINES[:2] for alike in SHARED[1:] for place in places(line) if place[: len(alike)] == alike]
+ALL = [
+    (line, place)
+    for line in LINES
+    for place in places(line)
+    if not any(place[: len(alike)] == alike for alike in SHARED)
+]
+ALL += [
+    (line, place)
+    for line in LINES[:2]
+    for alike in SHARED[1:]
+    for place in places(line)
+    if place[: len(alike)] == alike
+]
 ALL += [(LINES[0], place) for place in places(LINES[0]) if place[:2] == SHARED[0]]
 PART = 12
 """Places whose damages share a file: fewer commands."""
@@ -134,7 +200,9 @@ def test_what_the_trace_cannot_follow_is_left_out(run: Run, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
-def test_a_loss_that_is_no_number_is_null(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: float) -> None:
+def test_a_loss_that_is_no_number_is_null(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: float
+) -> None:
     """Of a child that says so, of an older results file, and in answers."""
     write_tiny(tmp_path)
     child = f"import json, sys; print(json.dumps({{'environment': {CPU!r}, 'outcome': 'ok', 'error': '', 'figures': json.load(open('figures'))}}))"
@@ -144,7 +212,20 @@ def test_a_loss_that_is_no_number_is_null(run: Run, monkeypatch: pytest.MonkeyPa
     (tmp_path / "figures").write_text(json.dumps(data["ranks"][0]))
     monkeypatch.setattr(sweep, "PROCESS", (sys.executable, "-c", child))
     monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
-    said = run("measure", "-m", "tiny.json", "--seq-len", "64", "-s", "checkpoint", "--device", "cpu", "-o", "new.jsonl", "--json")
+    said = run(
+        "measure",
+        "-m",
+        "tiny.json",
+        "--seq-len",
+        "64",
+        "-s",
+        "checkpoint",
+        "--device",
+        "cpu",
+        "-o",
+        "new.jsonl",
+        "--json",
+    )
     assert said.code == 0 and strictly(said.out)["results"][0]["ranks"][0]["loss"] is None
     assert strictly((tmp_path / "new.jsonl").read_text())["ranks"][0]["loss"] is None
     (tmp_path / "old.jsonl").write_text(json.dumps(data) + "\n")
@@ -171,7 +252,10 @@ def test_names_of_files_are_shown_escaped(run: Run, tmp_path: Path) -> None:
     said = run("validate", "--results", f"{name}.jsonl", "--rung", "formula")
     fit_to_be_read(said)
     assert "left out: a\\x1b[31mb\\u202e.jsonl: line 1 is damaged" in said.out
-    for command in (("max-seq", "--gpu", "h100"), ("calibrate", "--from", "measurements", "--results", f"{name}.jsonl")):
+    for command in (
+        ("max-seq", "--gpu", "h100"),
+        ("calibrate", "--from", "measurements", "--results", f"{name}.jsonl"),
+    ):
         fit_to_be_read(run(*command, "-m", f"{'o' * 300}/{'n' * 300}"))
         fit_to_be_read(run(*command, "-m", f"{name}/{name}"))
 

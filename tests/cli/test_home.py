@@ -19,14 +19,22 @@ from .conftest import Run
 Make = Callable[[Path, pytest.MonkeyPatch], str]  # gives MSTPLAN_HOME, "" for none
 ON = ("-m", "gpt2", "--gpu", "h100")
 ASKED = (
-    ("gpus",), ("models", "--filter", "gpt"), ("shapes", "-m", "gpt2"), ("max-seq", *ON), ("plan", *ON, "--seq-len", "4k", "-s", "mst"), ("theorem", *ON),
+    ("gpus",),
+    ("models", "--filter", "gpt"),
+    ("shapes", "-m", "gpt2"),
+    ("max-seq", *ON),
+    ("plan", *ON, "--seq-len", "4k", "-s", "mst"),
+    ("theorem", *ON),
     ("plot", *ON, "-o", "out.csv", "--points", "2", "--force"),
-)  # fmt: skip
+)
 
 
 def _denied(folder: Path, patch: pytest.MonkeyPatch) -> str:
     """What somebody else's folder of mode 700 says to anybody but root."""
-    home, real = str(folder / "theirs"), {name: getattr(os, name) for name in ("stat", "lstat", "open", "mkdir", "scandir")}
+    home, real = (
+        str(folder / "theirs"),
+        {name: getattr(os, name) for name in ("stat", "lstat", "open", "mkdir", "scandir")},
+    )
 
     def refuse(name: str) -> Callable[..., object]:
         def refusing(path: object = ".", *more: object, **named: object) -> object:
@@ -104,12 +112,20 @@ def test_the_api_refuses_it_too(tmp_path: Path) -> None:
     assert len(str(e.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize("name", ["m" * n for n in range(249, 256)] + ["\x1b" * 70, "\x01" * 255, "é" * 127, "a.json", " ", "-m", "'\"", "%s{}"], ids=repr)
+@pytest.mark.parametrize(
+    "name",
+    ["m" * n for n in range(249, 256)] + ["\x1b" * 70, "\x01" * 255, "é" * 127, "a.json", " ", "-m", "'\"", "%s{}"],
+    ids=repr,
+)
 def test_models_in_folders_of_any_name(run: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "home"))
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text(json.dumps(dict(load_config("smollm2-135m"))))
     model = str(tmp_path / name)
-    for asked in (("max-seq",), ("plan", "--seq-len", "4k", "-s", "mst"), ("plot", "-o", "out.csv", "--points", "2", "--force", "-s", "mst")):
+    for asked in (
+        ("max-seq",),
+        ("plan", "--seq-len", "4k", "-s", "mst"),
+        ("plot", "-o", "out.csv", "--points", "2", "--force", "-s", "mst"),
+    ):
         said = run(*asked, "-m", model, "--gpu", "h100")
         assert said.code == 0 and said.err == "" and said.out.replace("\n", "").isprintable(), said

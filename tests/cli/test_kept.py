@@ -23,15 +23,21 @@ SHIPPED = json.loads((ROOT / "calibrations" / "gpt2.json").read_text())
 RECIPES = [strategy(name) for name in ("standard", "checkpoint", "mst")]
 CONSTANTS = {
     "cards": {
-        "NVIDIA H100 80GB HBM3": {"context_bytes": 500 * 2**20, "cublas_workspace_bytes": 32 * 2**20, "context_source": "measured: 3 steps"},
+        "NVIDIA H100 80GB HBM3": {
+            "context_bytes": 500 * 2**20,
+            "cublas_workspace_bytes": 32 * 2**20,
+            "context_source": "measured: 3 steps",
+        },
         "A card of another kind": {"context_bytes": 1, "cublas_workspace_bytes": 0, "context_source": "measured"},
     }
 }
 PLAN = ("plan", "-m", "gpt2", "--gpu", "h100", "--seq-len", "4k", "-s", "checkpoint")
 COMMANDS = (
-    PLAN, ("max-seq", "-m", "gpt2", "--gpu", "h100"), ("theorem", "-m", "gpt2", "--gpu", "h100"),
+    PLAN,
+    ("max-seq", "-m", "gpt2", "--gpu", "h100"),
+    ("theorem", "-m", "gpt2", "--gpu", "h100"),
     ("plot", "-m", "gpt2", "--gpu", "h100", "-o", "points.csv", "--points", "2", "--force", "-s", "checkpoint,mst"),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +56,9 @@ def put(path: Path, text: str) -> None:
 
 def answers() -> list[int]:
     on = card("h100")
-    return [n for recipe in RECIPES for n in (plan_at(MODEL, recipe, on, 4096).peak_bytes, max_seq(MODEL, recipe, on).s_max)]
+    return [
+        n for recipe in RECIPES for n in (plan_at(MODEL, recipe, on, 4096).peak_bytes, max_seq(MODEL, recipe, on).s_max)
+    ]
 
 
 def sound(note: str, name: str) -> bool:
@@ -83,12 +91,20 @@ def test_moments_that_no_step_has(folder: Path, number: int, where: int | None) 
     """All vectors alike damaged: in one share, or in all."""
     usual = answers()
     families = [
-        {**f, "moments": {name: [[number if where in (None, n) else v[n] for n in range(8)] for v in vs] for name, vs in f["moments"].items()}}
+        {
+            **f,
+            "moments": {
+                name: [[number if where in (None, n) else v[n] for n in range(8)] for v in vs]
+                for name, vs in f["moments"].items()
+            },
+        }
         for f in SHIPPED["families"]
-    ]  # fmt: skip
+    ]
     put(folder / "calibrations" / "gpt2.json", json.dumps({**SHIPPED, "families": families}))
     notes, found = advice.kept_notes(MODEL), answers()
-    assert (notes and found == usual) or (-1 <= number <= 1 and where not in (0, 1, None) and min(found) > 0 and max(found) < 1 << 40)
+    assert (notes and found == usual) or (
+        -1 <= number <= 1 and where not in (0, 1, None) and min(found) > 0 and max(found) < 1 << 40
+    )
 
 
 def test_damaged_constants(folder: Path) -> None:
@@ -102,7 +118,11 @@ def test_damaged_constants(folder: Path) -> None:
         assert not notes or (len(notes) == 1 and sound(notes[0], "devices.json") and found == usual), what
         assert 0 <= found.context_bytes < found.usable_bytes, what
         assert found.context_source.isprintable() and len(found.context_source) <= 300
-        assert notes or found in (usual, measured) or found._replace(context_source="") == measured._replace(context_source=""), what
+        assert (
+            notes
+            or found in (usual, measured)
+            or found._replace(context_source="") == measured._replace(context_source="")
+        ), what
     assert noted > 50
 
 
@@ -138,7 +158,12 @@ def test_files_of_every_kind(folder: Path, run: Run, kind: str, name: str, monke
     FILES[kind](folder / name)
     said = run(*PLAN, "--json")
     told = strict(said.out)
-    assert said.code == 0 and said.err == "" and told["peak_bytes"] == usual["peak_bytes"] and told["budget_bytes"] == usual["budget_bytes"]
+    assert (
+        said.code == 0
+        and said.err == ""
+        and told["peak_bytes"] == usual["peak_bytes"]
+        and told["budget_bytes"] == usual["budget_bytes"]
+    )
     new = [line for line in told["notes"] if line not in usual["notes"]]
     assert len(new) == ("link" not in kind) and all(sound(line, name.rpartition("/")[2]) for line in new)
 
@@ -148,10 +173,15 @@ def _told(said: Said) -> str:
 
 
 @pytest.mark.parametrize("asked", COMMANDS, ids=lambda asked: asked[0])
-def test_every_command_says_it_once(folder: Path, run: Run, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_says_it_once(
+    folder: Path, run: Run, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(folder / "devices.json", "[]")
     put(folder / "calibrations" / "gpt2.json", json.dumps({**SHIPPED, "families": [{}]}))
-    assert [sum(name in line for line in strict(run(*asked, "--json").out)["notes"]) for name in ("devices.json", "gpt2.json")] == [1, 1]
+    assert [
+        sum(name in line for line in strict(run(*asked, "--json").out)["notes"])
+        for name in ("devices.json", "gpt2.json")
+    ] == [1, 1]
     assert _told(run(*asked)).count("it is left out.") == 2
     assert _told(run("gpus")).count("it is left out.") == len(strict(run("gpus", "--json").out)["notes"]) == 1
     put(folder / "devices.json", json.dumps(CONSTANTS))
@@ -162,13 +192,17 @@ def test_every_command_says_it_once(folder: Path, run: Run, asked: tuple[str, ..
 def _more(share: float) -> str:
     """The calibrations of a model whose every byte is more by that share."""
     families = [
-        {**f, "moments": {name: [[round(n * (1 + share)) for n in v] for v in vs] for name, vs in f["moments"].items()}} for f in SHIPPED["families"]
-    ]  # fmt: skip
+        {**f, "moments": {name: [[round(n * (1 + share)) for n in v] for v in vs] for name, vs in f["moments"].items()}}
+        for f in SHIPPED["families"]
+    ]
     return json.dumps({**SHIPPED, "families": families})
 
 
-def test_what_is_written_counts_for_the_next_answer(folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_counts_for_the_next_answer(
+    folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the same process: written by it or by another, taken away, or in another folder."""
+
     def asked() -> tuple[int, int, int]:
         told = run(*PLAN, "--json").json
         found = plan_at(MODEL, RECIPES[1], card("h100"), 4096)
@@ -205,5 +239,8 @@ def test_a_models_name_leads_nowhere_else(folder: Path) -> None:
         except calibration.files.OutputError as e:
             assert len(str(e).splitlines()) == 2 and len(name) != len("org/model")  # noqa: PT017
         else:
-            assert path.parent == folder / "calibrations" and plan_at(model, RECIPES[1], card("h100"), 4096).calibration is not None
+            assert (
+                path.parent == folder / "calibrations"
+                and plan_at(model, RECIPES[1], card("h100"), 4096).calibration is not None
+            )
     assert {p.name for p in folder.iterdir()} == {"calibrations"}

@@ -18,15 +18,53 @@ from ..observe.measured import CPU
 from ..observe.tiny import write_tiny
 from .conftest import Run, Said
 
-COMPLETE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
+COMPLETE = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
+}
 OTHERS = (
-    "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT",
-    "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
-)  # fmt: skip
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "ROLE_WORLD_SIZE",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_ERROR_FILE",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+)
 EMPTY = ("", " ", "\t\n")
-NO_NUMBERS = ("abc", "-1", "1.5", "1e3", "0x2", "2 2", "None", "\uff17", "²", "9" * 30, "9" * 5000, "\x1b[31m2", "\udcff", "70000")
+NO_NUMBERS = (
+    "abc",
+    "-1",
+    "1.5",
+    "1e3",
+    "0x2",
+    "2 2",
+    "None",
+    "\uff17",
+    "²",
+    "9" * 30,
+    "9" * 5000,
+    "\x1b[31m2",
+    "\udcff",
+    "70000",
+)
 BAD = [(name, value) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") for value in NO_NUMBERS]
-BAD += [("RANK", "2"), ("RANK", "7"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "0"), *(("LOCAL_RANK", value) for value in EMPTY)]
+BAD += [
+    ("RANK", "2"),
+    ("RANK", "7"),
+    ("LOCAL_RANK", "2"),
+    ("WORLD_SIZE", "0"),
+    ("MASTER_PORT", "0"),
+    *(("LOCAL_RANK", value) for value in EMPTY),
+]
 
 Put = Callable[[dict[str, str]], None]
 
@@ -49,7 +87,9 @@ def measure(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
     monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, OUT_OF_MEMORY))
     write_tiny(tmp_path)
-    return lambda *more: run("measure", "-m", "tiny.json", "--seq-len", "16", "-s", "checkpoint", "--device", "cpu", *more)
+    return lambda *more: run(
+        "measure", "-m", "tiny.json", "--seq-len", "16", "-s", "checkpoint", "--device", "cpu", *more
+    )
 
 
 def test_a_variable_that_stands_alone_means_nothing(put: Put) -> None:
@@ -78,7 +118,13 @@ def test_what_a_launch_lacks(put: Put) -> None:
 @pytest.mark.parametrize("by_torchrun", [True, False])
 def test_a_launch_that_makes_no_sense(put: Put, by_torchrun: bool) -> None:
     for name, value in BAD:
-        put({key: text for key, text in {**COMPLETE, name: value}.items() if by_torchrun or key != "TORCHELASTIC_RUN_ID"})
+        put(
+            {
+                key: text
+                for key, text in {**COMPLETE, name: value}.items()
+                if by_torchrun or key != "TORCHELASTIC_RUN_ID"
+            }
+        )
         with pytest.raises(MeasurementError, match=f"^{name} is '.*' in the environment, must be") as refused:
             launched()
         lines = str(refused.value).splitlines()
@@ -105,7 +151,9 @@ def test_the_command(put: Put, measure: Callable[..., Said]) -> None:
     assert "torchrun started 2 ranks" in measure().err
 
 
-def test_rank_0_refuses_a_foreign_file_before_anything_runs(put: Put, measure: Callable[..., Said], tmp_path: Path) -> None:
+def test_rank_0_refuses_a_foreign_file_before_anything_runs(
+    put: Put, measure: Callable[..., Said], tmp_path: Path
+) -> None:
     (tmp_path / "notes.txt").write_text("my own notes")
     put(COMPLETE)
     assert "'notes.txt' holds no results" in measure("--sharding", "fsdp", "-o", "notes.txt").err
@@ -119,5 +167,7 @@ def test_ranks_that_cannot_meet(put: Put, measure: Callable[..., Said], monkeypa
     for host in ("nowhere", "a" * 300, "\x1b[31m"):
         put({**COMPLETE, "RANK": "1", "MASTER_ADDR": host})
         said = measure("--sharding", "fsdp")
-        assert said.code == 2 and "do not meet at" in said.err and "Name or service not known" in said.err and not said.out
+        assert (
+            said.code == 2 and "do not meet at" in said.err and "Name or service not known" in said.err and not said.out
+        )
         assert len(said.err.splitlines()) == 2 and said.err.replace("\n", "").isprintable()

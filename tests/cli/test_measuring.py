@@ -61,8 +61,11 @@ def test_points_are_told_as_they_come_and_kept(run: Run, quick: list[Case], tmp_
     said = run(*ASKED, "--seq-len", "64,128", "-s", "checkpoint,mst")
     assert said.code == 0 and not said.err
     assert [line.split()[1:3] for line in said.out.splitlines() if line.startswith("tiny")] == [
-        ["checkpoint", "64"], ["mst", "64"], ["checkpoint", "128"], ["mst", "128"]
-    ]  # fmt: skip
+        ["checkpoint", "64"],
+        ["mst", "64"],
+        ["checkpoint", "128"],
+        ["mst", "128"],
+    ]
     assert "measurement rung: real steps on cpu" in said.out and "results: measurements.jsonl" in said.out
     assert len(measurement.read(tmp_path / "measurements.jsonl").measurements) == 4
     again = run(*ASKED, "--seq-len", "64,256", "-s", "checkpoint")
@@ -72,28 +75,50 @@ def test_points_are_told_as_they_come_and_kept(run: Run, quick: list[Case], tmp_
 
 def test_json(run: Run, quick: list[Case]) -> None:
     told = run(*ASKED, "--seq-len", "64", "-s", "checkpoint", "--json").json
-    assert (told["schema_version"], told["command"], told["rung"], told["file"]) == (1, "measure", "measurement", "measurements.jsonl")
+    assert (told["schema_version"], told["command"], told["rung"], told["file"]) == (
+        1,
+        "measure",
+        "measurement",
+        "measurements.jsonl",
+    )
     (row,) = told["results"]
-    assert row["outcome"] == "ok" and row["case"]["seq_len"] == 64 and set(row["ranks"][0]["phases"]) == {"forward", "backward", "optimizer"}
+    assert (
+        row["outcome"] == "ok"
+        and row["case"]["seq_len"] == 64
+        and set(row["ranks"][0]["phases"]) == {"forward", "backward", "optimizer"}
+    )
 
 
 def test_one_recipe_and_all_strategies(run: Run, quick: list[Case]) -> None:
     assert run(*ASKED, "--seq-len", "64").code == 0
     assert [case.strategy for case in quick] == ["standard", "checkpoint", "checkpoint-sqrt", "mst", "mst-offload"]
     assert run(*ASKED, "--seq-len", "64", "--checkpoint", "2", "--optimizer", "sgd", "--layers", "4").code == 0
-    assert (quick[-1].strategy, quick[-1].recipe.checkpoint, quick[-1].recipe.optimizer, quick[-1].described.layers) == ("custom", 2, "sgd", 4)
+    assert (
+        quick[-1].strategy,
+        quick[-1].recipe.checkpoint,
+        quick[-1].recipe.optimizer,
+        quick[-1].described.layers,
+    ) == ("custom", 2, "sgd", 4)
 
 
 def test_a_suite(run: Run, quick: list[Case], tmp_path: Path) -> None:
     row = {"model": "tiny.json", "seq_len": [64, "0.25k"], "strategy": "mst", "recipe": {"precision": "fp32"}}
-    (tmp_path / "suite.json").write_text(json.dumps({"cases": [row, {"model": "tiny.json", "seq_len": 32, "layers": 2}]}))
+    (tmp_path / "suite.json").write_text(
+        json.dumps({"cases": [row, {"model": "tiny.json", "seq_len": 32, "layers": 2}]})
+    )
     assert run("measure", "--suite", "suite.json", "--device", "cpu").code == 0
-    assert [(c.strategy, c.seq_len, c.layers) for c in quick][:2] == [("mst", 64, None), ("mst", 256, None)] and len(quick) == 7
+    assert [(c.strategy, c.seq_len, c.layers) for c in quick][:2] == [("mst", 64, None), ("mst", 256, None)] and len(
+        quick
+    ) == 7
 
 
-def test_a_point_that_fails_is_a_result_and_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_point_that_fails_is_a_result_and_exit_code_1(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, FAILED, "killed (SIGKILL)\nand more"))
+    monkeypatch.setattr(
+        sweep, "run", lambda case, known, _timeout: Measurement(case, known, FAILED, "killed (SIGKILL)\nand more")
+    )
     said = run(*ASKED, "--seq-len", "64,128", "-s", "mst")
     assert said.code == 1 and said.out.count("failed: killed (SIGKILL)") == 2 and "and more" not in said.out
     assert len(measurement.read(tmp_path / "measurements.jsonl").measurements) == 2
@@ -101,13 +126,19 @@ def test_a_point_that_fails_is_a_result_and_exit_code_1(run: Run, monkeypatch: p
 
 def test_a_point_that_is_refused_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, REFUSED, "no flash-attn here"))
+    monkeypatch.setattr(
+        sweep, "run", lambda case, known, _timeout: Measurement(case, known, REFUSED, "no flash-attn here")
+    )
     said = run(*ASKED, "--seq-len", "64", "-s", "mst")
     assert said.code == 1 and "refused: no flash-attn here" in said.out
 
 
-@pytest.mark.parametrize("command", [("measure", "--seq-len", "64", "-s", "mst"), ("validate", "--throughput", "--seq-len", "64")])
-def test_who_is_refused_as_the_second_writer_leaves_the_file(run: Run, quick: list[Case], tmp_path: Path, command: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "command", [("measure", "--seq-len", "64", "-s", "mst"), ("validate", "--throughput", "--seq-len", "64")]
+)
+def test_who_is_refused_as_the_second_writer_leaves_the_file(
+    run: Run, quick: list[Case], tmp_path: Path, command: tuple[str, ...]
+) -> None:
     with measurement.appending(tmp_path / "r.jsonl") as append:
         said = run(*command, "-m", "tiny.json", "--device", "cpu", "-o", "r.jsonl")
         assert said.code == 2 and "another mstplan is writing to 'r.jsonl'" in said.err and not quick
@@ -135,9 +166,18 @@ BAD = [
     ((*ASKED, "--seq-len", "64", "-s", "mst", "--chunks", "99"), "64 tokens cannot be run in 99 chunks"),
     ((*ASKED, "--seq-len", "64", "--gpu-mem", "1KB"), "2 tokens take"),
     (("measure", "--suite", "nope", "--device", "cpu"), "there is no file 'nope'"),
-    (("validate", "--smax", "-m", "tiny.json", "--device", "cpu", "--gpu-mem", "1KB"), "not even 2 tokens are predicted to fit in 1.00 KiB"),
-    (("calibrate", "--from", "trace", "-m", "tiny.json", "--results", "ok.jsonl"), "--results: nothing to do with --from trace"),
-    (("calibrate", "--from", "measurements", "-m", "tiny.json", "--no-cache"), "--no-cache: nothing to do with --from measurements"),
+    (
+        ("validate", "--smax", "-m", "tiny.json", "--device", "cpu", "--gpu-mem", "1KB"),
+        "not even 2 tokens are predicted to fit in 1.00 KiB",
+    ),
+    (
+        ("calibrate", "--from", "trace", "-m", "tiny.json", "--results", "ok.jsonl"),
+        "--results: nothing to do with --from trace",
+    ),
+    (
+        ("calibrate", "--from", "measurements", "-m", "tiny.json", "--no-cache"),
+        "--no-cache: nothing to do with --from measurements",
+    ),
     ((*ASKED, "--seq-len", "64,"), "cannot read ''"),
     ((*ASKED, "--seq-len", "64", "-s", "fast"), "unknown strategy 'fast'"),
     ((*ASKED, "--seq-len", "64", "--layers", "7"), "tiny has 6 layers"),
@@ -158,24 +198,56 @@ BAD = [
     ((*ASKED, "--seq-len", "64", "-o", "notes.txt"), "holds no results"),
     ((*ASKED, "--seq-len", "64", "--timeout", "inf"), "--timeout"),
     ((*ASKED, "--seq-len", "64", "--gpus", "2", "--sharding", "fsdp"), "torchrun --nproc-per-node 2"),
-    (("measure", "--suite", "quick", "--device", "cpu", "--precision", "fp32", "--layers", "2"), "--precision, --layers cannot be given"),
+    (
+        ("measure", "--suite", "quick", "--device", "cpu", "--precision", "fp32", "--layers", "2"),
+        "--precision, --layers cannot be given",
+    ),
     (("measure", "--suite", "no-case.json", "--device", "cpu"), "no point to measure"),
     (("calibrate", "--from", "measurements", "-m", "nope", "--results", "ok.jsonl"), "nope"),
     (("validate", "--smax"), "Give --model"),
     (("validate", "--smax", "-m", "tiny.json", "--device", "tpu"), "unknown device 'tpu'"),
-    (("validate", "--smax", "-m", "tiny.json", "--device", "cpu", "--gpus", "2", "--sharding", "fsdp"), "torchrun --nproc-per-node 2"),
-    (("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "-s", "checkpoint"), "none of these recipes runs in chunks"),
-    (("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "--optimizer", "adamw-8bit"), "no 8-bit optimizer"),
+    (
+        ("validate", "--smax", "-m", "tiny.json", "--device", "cpu", "--gpus", "2", "--sharding", "fsdp"),
+        "torchrun --nproc-per-node 2",
+    ),
+    (
+        ("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "-s", "checkpoint"),
+        "none of these recipes runs in chunks",
+    ),
+    (
+        (
+            "validate",
+            "--throughput",
+            "-m",
+            "tiny.json",
+            "--device",
+            "cpu",
+            "--seq-len",
+            "64",
+            "--optimizer",
+            "adamw-8bit",
+        ),
+        "no 8-bit optimizer",
+    ),
     (("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "abc"), "cannot read 'abc'"),
     (("measure", "--suite", "sharded.json", "--device", "cpu"), "torchrun --nproc-per-node 2"),
     (("measure", "--suite", "a" * 300, "--device", "cpu"), "there is no file"),
     (("validate", "--published", "--batch", "4"), "--batch: nothing to do with this check"),
     (("validate", "--published", "--rung", "trace", "-s", "mst"), "nothing to do with this check"),
-    (("validate", "--results", "ok.jsonl", "--device", "cpu", "--again"), "--device, --again: nothing to do with this check"),
+    (
+        ("validate", "--results", "ok.jsonl", "--device", "cpu", "--again"),
+        "--device, --again: nothing to do with this check",
+    ),
     (("validate", "--smax", "-m", "tiny.json", "--mean", "2%"), "--mean: nothing to do with this check"),
     (("validate", "--smax", "-m", "tiny.json", "--seq-len", "64"), "--seq-len: nothing to do with this check"),
-    (("validate", "--throughput", "-m", "tiny.json", "--seq-len", "64", "--markdown"), "--markdown: nothing to do with this check"),
-    (("validate", "--results", "ok.jsonl", "--rung", "calibrated"), "calibrated has no answer for any of these 1 measurements"),
+    (
+        ("validate", "--throughput", "-m", "tiny.json", "--seq-len", "64", "--markdown"),
+        "--markdown: nothing to do with this check",
+    ),
+    (
+        ("validate", "--results", "ok.jsonl", "--rung", "calibrated"),
+        "calibrated has no answer for any of these 1 measurements",
+    ),
     (("validate", "--results", "notes.txt"), "notes.txt: line 1 is damaged"),
     (("calibrate", "--from", "trace", "-m", "tiny.json", "-s", ""), "unknown strategy ''"),
     ((*ASKED, "--seq-len", "64", "-s", "mst", "--recipe", "mine.json"), "exclude each other"),
@@ -185,15 +257,23 @@ BAD = [
     (("validate", "--results", "ok.jsonl", "--plot", "errors.txt"), "cannot tell from 'errors.txt'"),
     (("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "ok.jsonl"), "measured on a CPU"),
     (("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "newer.jsonl"), "schema 2"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "says"), BAD)
-def test_bad_input_gets_one_or_two_lines(run: Run, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_gets_one_or_two_lines(
+    run: Run, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
     (tmp_path / "empty.jsonl").touch()
-    write(tmp_path / "ok.jsonl", measured(Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 64, None, "cpu"), {"loss": 5}))
-    write(tmp_path / "failed.jsonl", measured(Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 64, None, "cpu"), {}, FAILED))
+    write(
+        tmp_path / "ok.jsonl",
+        measured(Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 64, None, "cpu"), {"loss": 5}),
+    )
+    write(
+        tmp_path / "failed.jsonl",
+        measured(Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 64, None, "cpu"), {}, FAILED),
+    )
     (tmp_path / "notes.txt").write_text("my own notes\nno results")
     (tmp_path / "no-case.json").write_text('{"cases": []}')
     (tmp_path / "newer.jsonl").write_text('{"schema_version": 2}\n')
@@ -210,7 +290,9 @@ def test_no_cuda_offers_the_cpu(run: Run) -> None:
     assert said.code == 2 and "no CUDA device" in said.err and "--device cpu" in said.err
 
 
-@pytest.mark.parametrize("command", [(*ASKED, "--seq-len", "64"), ("validate", "--smax", "-m", "tiny.json", "--device", "cpu")])
+@pytest.mark.parametrize(
+    "command", [(*ASKED, "--seq-len", "64"), ("validate", "--smax", "-m", "tiny.json", "--device", "cpu")]
+)
 def test_no_torch_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
     from importlib import metadata
 
@@ -233,8 +315,14 @@ def results(run: Run, quick: list[Case]) -> Path:
 
 def test_errors_of_a_results_file(run: Run, results: Path, tmp_path: Path) -> None:
     said = run("validate", "--results", str(results), "--rung", "trace", "--plot", "errors.png")
-    assert said.code == 0 and "4 measured steps on cpu" in said.out and "nothing here was measured on a CUDA device" in " ".join(said.out.split())
-    assert all(len(line) <= 80 for line in said.out.splitlines()) and (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        said.code == 0
+        and "4 measured steps on cpu" in said.out
+        and "nothing here was measured on a CUDA device" in " ".join(said.out.split())
+    )
+    assert all(len(line) <= 80 for line in said.out.splitlines()) and (tmp_path / "errors.png").read_bytes().startswith(
+        b"\x89PNG"
+    )
     told = run("validate", "--results", str(results), "--rung", "trace,formula", "--json").json
     assert {row["rung"] for row in told["rows"]} == {"trace", "formula"} and not told["beyond_bounds"]
     assert all(abs(row["error"]) < 0.005 for row in told["rows"] if row["rung"] == "trace")
@@ -262,9 +350,17 @@ def test_a_damaged_line_is_said(run: Run, results: Path, tmp_path: Path) -> None
 def test_published_figures(run: Run) -> None:
     said = run("validate", "--published")
     words = " ".join(said.out.split())
-    assert said.code == 0 and "read as" in words and "Nothing is fitted to them" in words and "lengths: 15 rows, mean error" in words
+    assert (
+        said.code == 0
+        and "read as" in words
+        and "Nothing is fitted to them" in words
+        and "lengths: 15 rows, mean error" in words
+    )
     told = run("validate", "--published", "--json").json["published"]
-    assert len(told) > 20 and {"published_tokens", "predicted_tokens", "tokens_difference", "recipe", "explained_by"} <= told[0].keys()
+    assert (
+        len(told) > 20
+        and {"published_tokens", "predicted_tokens", "tokens_difference", "recipe", "explained_by"} <= told[0].keys()
+    )
     assert run("validate", "--published", "--markdown").out.startswith("# Published measurements")
 
 
@@ -277,14 +373,18 @@ def test_s_max_is_tried_and_found(run: Run, quick: list[Case], tmp_path: Path) -
     assert [point["outcome"] for point in found["points"]][:2] == ["ok", "out of memory"]
     made = len(quick)
     said = run(*asked)
-    assert said.code == 0 and len(quick) == made and "S_max of tiny in 60.00 MiB" in said.out  # all of it had been measured
+    assert (
+        said.code == 0 and len(quick) == made and "S_max of tiny in 60.00 MiB" in said.out
+    )  # all of it had been measured
 
 
 def test_what_chunks_cost_is_measured(run: Run, quick: list[Case]) -> None:
     said = run("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "256", "-o", "t.jsonl")
     assert said.code in (0, 1) and "<- recommended" in said.out and "of one chunk" in said.out
     assert "\nM 1, 1       mst " in said.out  # each row tells its chunks while it comes
-    assert {case.seq_len for case in quick} == {256} and (1, 1) in {(c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in quick}
+    assert {case.seq_len for case in quick} == {256} and (1, 1) in {
+        (c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in quick
+    }
 
 
 # ---- calibrate ------------------------------------------------------------------------------------------------------------
@@ -296,7 +396,9 @@ def test_calibrated_from_measurements(run: Run, quick: list[Case], tmp_path: Pat
     assert said.code == 0 and "checkpoint" in said.out and "wrote here/tiny.json" in said.out
     found, _ = calibration._own(calibration_model(), kept.at(tmp_path / "here" / "tiny.json")).calibrations
     assert found.residual < 0.005 and found.provenance["rung"] == "measurement" and found.provenance["card"] == "cpu"
-    told = run("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here", "--json").json
+    told = run(
+        "calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here", "--json"
+    ).json
     assert told["rung"] == "measurement" and told["calibrations"][0]["strategy"] == "checkpoint"
 
 
@@ -306,14 +408,18 @@ def calibration_model() -> Any:
     return read_config(TINY, "tiny")
 
 
-def test_a_calibration_from_a_card_is_what_the_planner_uses(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_calibration_from_a_card_is_what_the_planner_uses(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "home"))
     from ..observe.tiny import step_of
 
     def on_card(tokens: int) -> Measurement:
         case = Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], tokens, None, "cuda")
         trace: Trace = step_of(case.recipe, tokens).with_workspace(2**25)
-        return as_traced(case, trace, reserved=2**30, device=2**31, context=600 * 2**20, workspace=2**25, environment=CARD)
+        return as_traced(
+            case, trace, reserved=2**30, device=2**31, context=600 * 2**20, workspace=2**25, environment=CARD
+        )
 
     write(tmp_path / "card.jsonl", *(on_card(tokens) for tokens in (512, 1024, 2048, 4096)))
     said = run("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "card.jsonl")

@@ -15,8 +15,21 @@ from mstplan.plan import names
 from .conftest import Run
 
 CASE = ("-m", "gpt2", "--gpu", "h100")
-USERS_OWN = {"--batch": "2", "--accumulation": "2", "--attention": "eager", "--precision": "bf16", "--optimizer": "sgd", "--loss": "chunked", "--gpus": "1",
-             "--model": "gpt2", "--gpu": "h200", "--gpu-mem": "80GB", "--host-mem": "64GB", "--seq-len": "512", "--chunks": "4"}  # fmt: skip
+USERS_OWN = {
+    "--batch": "2",
+    "--accumulation": "2",
+    "--attention": "eager",
+    "--precision": "bf16",
+    "--optimizer": "sgd",
+    "--loss": "chunked",
+    "--gpus": "1",
+    "--model": "gpt2",
+    "--gpu": "h200",
+    "--gpu-mem": "80GB",
+    "--host-mem": "64GB",
+    "--seq-len": "512",
+    "--chunks": "4",
+}
 cli.declarations(None)
 
 
@@ -30,9 +43,17 @@ def refused(run: Run, *arguments: str) -> str:
 def recommended(message: str) -> list[tuple[str, ...]]:
     """The options that a message says to write, with their values; several that belong together in one."""
     found = []
-    for together in re.findall(r"--[a-z][\w-]*(?: (?!or |and )[\w<.-]*\w)?(?: --[a-z][\w-]*(?: [\w<.-]*\w)?)*", message.partition("\n")[2]):
+    for together in re.findall(
+        r"--[a-z][\w-]*(?: (?!or |and )[\w<.-]*\w)?(?: --[a-z][\w-]*(?: [\w<.-]*\w)?)*", message.partition("\n")[2]
+    ):
         words = together.split()
-        found.append(tuple(w for at, word in enumerate(words) for w in ((word, USERS_OWN[word]) if needs_a_value(words, at) else (word,))))
+        found.append(
+            tuple(
+                w
+                for at, word in enumerate(words)
+                for w in ((word, USERS_OWN[word]) if needs_a_value(words, at) else (word,))
+            )
+        )
     return found
 
 
@@ -43,7 +64,11 @@ def needs_a_value(words: list[str], at: int) -> bool:
 def taken(run: Run, options: tuple[str, ...]) -> bool:
     """Does some command answer with these options?"""
     more = ("--gpus", "8") if "fsdp" in options else ()
-    beside = [word for flag, word in (("--model", "-m gpt2"), ("--gpu", "--gpu h100"), ("--seq-len", "--seq-len 512")) if flag not in options]
+    beside = [
+        word
+        for flag, word in (("--model", "-m gpt2"), ("--gpu", "--gpu h100"), ("--seq-len", "--seq-len 512"))
+        if flag not in options
+    ]
     return run("plan", *" ".join(beside).split(), *options, *more, "--json").code in (0, 1)
 
 
@@ -63,7 +88,9 @@ def test_every_value_of_other_trainers(run: Run) -> None:
     ways = set()
     for field, rows in names.VALUES.items():
         for row in rows:
-            said = refused(run, "max-seq", *CASE, f"--{field.replace('_', '-')}", row.names.split()[0].replace("*", "x"))
+            said = refused(
+                run, "max-seq", *CASE, f"--{field.replace('_', '-')}", row.names.split()[0].replace("*", "x")
+            )
             assert bool(recommended(said)) == bool(row.write)
             ways.update(recommended(said))
     assert len(ways) > 20
@@ -85,7 +112,10 @@ def test_in_any_command(run: Run, command: str) -> None:
 
 def test_an_option_of_another_command(run: Run) -> None:
     said = refused(run, "max-seq", *CASE, "--seq-len", "64k")
-    assert said == "mstplan: max-seq has no option --seq-len.\nIt is one of mstplan plan, theorem, shapes, trace, measure, validate.\n"
+    assert (
+        said
+        == "mstplan: max-seq has no option --seq-len.\nIt is one of mstplan plan, theorem, shapes, trace, measure, validate.\n"
+    )
     said = refused(run, "--gpu", "h100", "max-seq", "-m", "gpt2")
     assert "before the name of a command" in said and "max-seq" in said
     assert "adapters" in refused(run, "--lora")
@@ -94,7 +124,9 @@ def test_an_option_of_another_command(run: Run) -> None:
 def test_what_is_known_of_a_table_is_not_an_option_of_ours() -> None:
     """No pattern covers an option that only some commands have: those say whose it is."""
     ours = set().union(*FLAGS.values())
-    assert [flag for flag in ours if names.option(flag) is not None] == ["--dtype"]  # of shapes; elsewhere it is --precision
+    assert [flag for flag in ours if names.option(flag) is not None] == [
+        "--dtype"
+    ]  # of shapes; elsewhere it is --precision
 
 
 def test_a_slip_in_an_option_is_clicks_to_tell(run: Run) -> None:

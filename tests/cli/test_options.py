@@ -37,7 +37,9 @@ def test_options_of_a_recipe_ask_for_it(data: st.DataObject) -> None:
         if getattr(recipe, name) == "auto" and data.draw(st.booleans()):
             recipe = recipe.changed(**{name: data.draw(st.integers(1, 64))})
     if data.draw(st.booleans()):
-        recipe = recipe.changed(**{name: getattr(NAMED[data.draw(st.sampled_from([*NAMED]))], name) for name in ("mlp_recompute",)})
+        recipe = recipe.changed(
+            **{name: getattr(NAMED[data.draw(st.sampled_from([*NAMED]))], name) for name in ("mlp_recompute",)}
+        )
     (found,) = recipes_of(parsed(options_of(recipe))).values()
     assert found == recipe
 
@@ -45,11 +47,16 @@ def test_options_of_a_recipe_ask_for_it(data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_a_strategy_is_called_by_its_name(name: str) -> None:
     assert options_of(strategy(name)) == f"--strategy {name}"
-    sharded = strategy(name if name != "checkpoint-sqrt" else "checkpoint", gpus=8, sharding="fsdp", optimizer_in_backward=True)
+    sharded = strategy(
+        name if name != "checkpoint-sqrt" else "checkpoint", gpus=8, sharding="fsdp", optimizer_in_backward=True
+    )
     assert recipes_of(parsed(options_of(sharded))) == {name if name != "checkpoint-sqrt" else "checkpoint": sharded}
 
 
 def test_a_recipe_of_ones_own_is_described() -> None:
     assert options_of(Recipe(checkpoint=4)) == "--checkpoint 4"
     assert options_of(Recipe(loss="transformers<4.45")) == "--loss 'transformers<4.45'"
-    assert options_of(strategy("mst", mlp_chunks=4, loss_chunks=8, optimizer="sgd")) == "--strategy mst --chunks 4,8 --optimizer sgd"
+    assert (
+        options_of(strategy("mst", mlp_chunks=4, loss_chunks=8, optimizer="sgd"))
+        == "--strategy mst --chunks 4,8 --optimizer sgd"
+    )

@@ -37,7 +37,17 @@ def test_max_seq_json_has_the_promised_fields(run: Run) -> None:
     assert {"name", "parameters", "active_parameters", "layers"} <= answer["model"].keys()
     assert answer["model"]["parameters"] == 8_030_261_248
     assert answer["budget_bytes"] == answer["card"]["budget_bytes"] < 80 * 2**30
-    fields = {"strategy", "s_max", "peak_bytes", "instant", "mlp_chunks", "loss_chunks", "chunk_tokens", "host_bytes", "step_seconds"}
+    fields = {
+        "strategy",
+        "s_max",
+        "peak_bytes",
+        "instant",
+        "mlp_chunks",
+        "loss_chunks",
+        "chunk_tokens",
+        "host_bytes",
+        "step_seconds",
+    }
     assert [r["strategy"] for r in answer["results"]] == list(STRATEGIES)
     for result in answer["results"]:
         assert fields <= result.keys()
@@ -111,16 +121,33 @@ def test_plan_answers_for_every_strategy_and_details_the_first_that_fits(run: Ru
 
 
 DESCRIBED = [
-    (), ("--batch", "2"), ("--optimizer", "adafactor"), ("--checkpoint", "layer"), ("--checkpoint", "layer", "--attention", "flash"), ("--chunks", "8,32"),
-    ("--chunks", "4", "--checkpoint", "layer", "--no-recompute"), ("--loss", "chunked"), ("--checkpoint", "sqrt", "--offload"), ("-s", "mst"),
-    ("-s", "mst", "--chunks", "4,8"), ("-s", "checkpoint", "--chunks", "4"), ("-s", "mst", "--checkpoint", "2"), ("-s", "standard,mst", "--chunks", "2,4"),
-    ("-s", "mst,checkpoint", "--checkpoint", "3"), ("--recipe", "mine.json"), ("--recipe", "mine.json", "--precision", "mixed"), ("--pad-to", "64"),
-    ("--loss", "transformers<4.45", "--checkpoint", "layer"), ("-s", "all", "--loss", "transformers<4.45"),
-]  # fmt: skip
+    (),
+    ("--batch", "2"),
+    ("--optimizer", "adafactor"),
+    ("--checkpoint", "layer"),
+    ("--checkpoint", "layer", "--attention", "flash"),
+    ("--chunks", "8,32"),
+    ("--chunks", "4", "--checkpoint", "layer", "--no-recompute"),
+    ("--loss", "chunked"),
+    ("--checkpoint", "sqrt", "--offload"),
+    ("-s", "mst"),
+    ("-s", "mst", "--chunks", "4,8"),
+    ("-s", "checkpoint", "--chunks", "4"),
+    ("-s", "mst", "--checkpoint", "2"),
+    ("-s", "standard,mst", "--chunks", "2,4"),
+    ("-s", "mst,checkpoint", "--checkpoint", "3"),
+    ("--recipe", "mine.json"),
+    ("--recipe", "mine.json", "--precision", "mixed"),
+    ("--pad-to", "64"),
+    ("--loss", "transformers<4.45", "--checkpoint", "layer"),
+    ("-s", "all", "--loss", "transformers<4.45"),
+]
 
 
 @pytest.mark.parametrize("options", DESCRIBED, ids=" ".join)
-def test_the_same_options_are_the_same_recipe_in_every_command(run: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_the_same_options_are_the_same_recipe_in_every_command(
+    run: Run, tmp_path: Path, options: tuple[str, ...]
+) -> None:
     Recipe(checkpoint=2, optimizer="sgd").write(tmp_path / "mine.json")
     asked = ("-m", "llama3.2-1b", "--gpu", "rtx-4090", *options)
     told = {r["strategy"]: r["recipe"] for r in run("max-seq", *asked, "--json").json["results"]}
@@ -158,8 +185,25 @@ def test_theorem_shows_coefficients_and_both_answers(run: Run) -> None:
     assert said.code == 0
     for word in ("W_mem", "I_mem", "A_mem", "MsT + CPU offload", "step model", "Why they differ"):
         assert word in said.out
-    overridden = run("theorem", *CASE, "--w-mem", "60GiB", "--i-mem", "1000000", "--a-mem", "200000", "--layers", "4", "--m", "10",
-                     "--m-max", "70GiB", "--seq-len", "1000", "--json").json  # fmt: skip
+    overridden = run(
+        "theorem",
+        *CASE,
+        "--w-mem",
+        "60GiB",
+        "--i-mem",
+        "1000000",
+        "--a-mem",
+        "200000",
+        "--layers",
+        "4",
+        "--m",
+        "10",
+        "--m-max",
+        "70GiB",
+        "--seq-len",
+        "1000",
+        "--json",
+    ).json
     mst = next(f for f in overridden["formulas"] if f["formula"] == "MsT")
     assert mst["s_max"] == 10 * 2**30 // 500_000 and mst["memory_bytes"] == 60 * 2**30 + 1000 * 500_000
     assert [beside["calibration"]["rung"] for beside in overridden["step_model"]] == ["trace"] * 4
@@ -173,8 +217,11 @@ def test_shapes_shows_what_the_introduction_quotes(run: Run) -> None:
 
 def test_models_shows_the_published_sizes(run: Run) -> None:
     rows = {m["name"]: m for m in run("models", "--json").json["models"]}
-    published = {"llama2-7b": (32, 4096, 4096, 11008, 32000), "llama3-8b": (32, 4096, 8192, 14336, 128256),
-                 "llama3.1-8b": (32, 4096, 131072, 14336, 128256)}  # fmt: skip
+    published = {
+        "llama2-7b": (32, 4096, 4096, 11008, 32000),
+        "llama3-8b": (32, 4096, 8192, 14336, 128256),
+        "llama3.1-8b": (32, 4096, 131072, 14336, 128256),
+    }
     for name, sizes in published.items():
         row = rows[name]
         assert (row["layers"], row["hidden_size"], row["context"], row["intermediate_size"], row["vocab_size"]) == sizes
@@ -185,7 +232,10 @@ def test_models_shows_the_published_sizes(run: Run) -> None:
 def test_gpus_lists_cards_with_sources(run: Run) -> None:
     cards = {g["name"]: g for g in run("gpus", "--json").json["gpus"]}
     assert {"t4", "rtx-3090", "rtx-4090", "a100-40gb", "a100-80gb", "h100", "h200", "b200", "mi300x"} <= cards.keys()
-    assert all(g["usable_source"] and g["rates_source"] and g["usable_bytes"] <= g["nominal_gib"] * 2**30 for g in cards.values())
+    assert all(
+        g["usable_source"] and g["rates_source"] and g["usable_bytes"] <= g["nominal_gib"] * 2**30
+        for g in cards.values()
+    )
     assert "h100" in run("gpus").out and "datasheet" in run("gpus", "--sources").out
 
 
@@ -198,9 +248,16 @@ def test_help_has_an_example_and_fits_80_columns(run: Run, command: str) -> None
 
 @pytest.mark.parametrize(
     "arguments",
-    [("max-seq", *CASE), ("max-seq", "-m", "deepseek-v3", "--gpu", "h200"), ("plan", *CASE, "--seq-len", "1M", "-s", "standard"),
-     ("theorem", *CASE, "--seq-len", "64k"), ("shapes", "-m", "mixtral-8x7b"), ("models",), ("gpus", "--sources")],
-)  # fmt: skip
+    [
+        ("max-seq", *CASE),
+        ("max-seq", "-m", "deepseek-v3", "--gpu", "h200"),
+        ("plan", *CASE, "--seq-len", "1M", "-s", "standard"),
+        ("theorem", *CASE, "--seq-len", "64k"),
+        ("shapes", "-m", "mixtral-8x7b"),
+        ("models",),
+        ("gpus", "--sources"),
+    ],
+)
 def test_output_fits_80_columns_and_carries_no_colour_into_pipes(run: Run, arguments: tuple[str, ...]) -> None:
     said = run(*arguments)
     assert max(map(len, said.out.splitlines())) <= 80
@@ -216,15 +273,25 @@ def test_reserve_host_memory_and_positions_are_noted(run: Run) -> None:
     assert "4,096 positions" in notes
 
 
-@pytest.mark.parametrize("more", [("max-seq",), ("max-seq", "-s", "mst"), ("plan", "--seq-len", "4k"), ("theorem",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "more", [("max-seq",), ("max-seq", "-s", "mst"), ("plan", "--seq-len", "4k"), ("theorem",)], ids=" ".join
+)
 @pytest.mark.parametrize("card", ["rtx-4090", "h200"])
-def test_a_quantised_model_is_told_first_that_adapters_are_not_planned(run: Run, tmp_path: Path, more: tuple[str, ...], card: str) -> None:
+def test_a_quantised_model_is_told_first_that_adapters_are_not_planned(
+    run: Run, tmp_path: Path, more: tuple[str, ...], card: str
+) -> None:
     config = json.loads((ROOT / "profiles" / "models" / "llama3.1-8b.json").read_text())
-    (tmp_path / "q.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    (tmp_path / "q.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    )
     said = run(more[0], "-m", "q.json", "--gpu", card, *more[1:])
     lines = said.out.splitlines()
     first = next(at for at, line in enumerate(lines) if line.startswith("- "))
-    assert first <= 2 and lines[first].startswith("- adapters (LoRA, QLoRA) are not planned yet") and "(bitsandbytes)" in lines[first + 1]
+    assert (
+        first <= 2
+        and lines[first].startswith("- adapters (LoRA, QLoRA) are not planned yet")
+        and "(bitsandbytes)" in lines[first + 1]
+    )
     assert said.out.count("are not planned yet") == 1 and ("Nothing fits" in said.out) <= (card == "rtx-4090")
     if more[0] != "theorem":
         assert "adapters" in run(more[0], "-m", "q.json", "--gpu", card, *more[1:], "--json").json["notes"][0]
@@ -232,10 +299,13 @@ def test_a_quantised_model_is_told_first_that_adapters_are_not_planned(run: Run,
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------
 
+
 def test_some_strategies_only(run: Run) -> None:
     answer = run("max-seq", *CASE, "-s", "mst, checkpoint", "--json").json
     every = {r["strategy"]: r["s_max"] for r in run("max-seq", *CASE, "--json").json["results"]}
-    assert {r["strategy"]: r["s_max"] for r in answer["results"]} == {name: every[name] for name in ("mst", "checkpoint")}
+    assert {r["strategy"]: r["s_max"] for r in answer["results"]} == {
+        name: every[name] for name in ("mst", "checkpoint")
+    }
     assert {c["strategy"] for c in run("plot", *CASE, "-s", "mst", "-o", "m.csv", "--json").json["curves"]} == {"mst"}
 
 
@@ -244,9 +314,15 @@ def test_a_recipe_is_called_a_strategy_only_while_it_is_one(run: Run) -> None:
         return run("plan", *CASE, "--seq-len", "4k", *options, "--json").json["strategy"]
 
     assert named("-s", "mst", "--chunks", "8,32", "--batch", "2") == "mst" and named() == "standard"
-    for other in (("-s", "standard", "--chunks", "8"), ("-s", "standard", "--checkpoint", "layer"), ("-s", "mst", "--loss", "transformers")):
+    for other in (
+        ("-s", "standard", "--chunks", "8"),
+        ("-s", "standard", "--checkpoint", "layer"),
+        ("-s", "mst", "--loss", "transformers"),
+    ):
         assert named(*other) == "custom"
-    assert "with this recipe" in " ".join(run("plan", *CASE, "--seq-len", "4k", "-s", "standard", "--checkpoint", "2").out.split())
+    assert "with this recipe" in " ".join(
+        run("plan", *CASE, "--seq-len", "4k", "-s", "standard", "--checkpoint", "2").out.split()
+    )
 
 
 def test_the_papers_formulas_know_one_card(run: Run, tmp_path: Path) -> None:
@@ -312,7 +388,10 @@ BAD = [
     (("plan", *CASE, "--seq-len", "64k", "--strategy", "mst", "--recipe", "unknown-field.json"), "exclude each other"),
     (("plan", *CASE, "--seq-len", "64k", "--strategy", "x" * 100_000), "unknown strategy"),
     *((("theorem", *CASE, option, "9" * 5000), "whole number") for option in ("--i-mem", "--a-mem", "--layers", "--m")),
-    *((("theorem", *CASE, *option), option[0]) for option in (("--checkpoint", "layer"), ("--chunks", "8"), ("--loss", "chunked"), ("--offload",))),
+    *(
+        (("theorem", *CASE, *option), option[0])
+        for option in (("--checkpoint", "layer"), ("--chunks", "8"), ("--loss", "chunked"), ("--offload",))
+    ),
     (("theorem", *CASE, "--no-recompute"), "--no-recompute"),
     (("models", "--filter", "zzz"), "no model's name contains 'zzz'"),
     (("max-seq", "--model", "folder", "--gpu", "h100"), "config.json"),
@@ -324,7 +403,10 @@ BAD = [
     (("plan", *CASE, "--seq-len", "many"), "64k"),
     (("plan", *CASE, "--seq-len", "64k", "--strategy", "mts"), "Did you mean mst"),
     (("plan", *CASE, "--seq-len", "64k", "--write-recipe", "no/such/folder/r.json"), "cannot write"),
-    (("plan", *CASE, "--seq-len", "64k", "--recipe", "unknown-field.json"), "no field 'optimiser'. Did you mean optimizer"),
+    (
+        ("plan", *CASE, "--seq-len", "64k", "--recipe", "unknown-field.json"),
+        "no field 'optimiser'. Did you mean optimizer",
+    ),
     (("theorem", *CASE, "--i-mem", "x"), "whole number"),
     (("theorem", *CASE, "--layers", "0"), "at least 1"),
     (("shapes", "--model", "llama3.1-8b", "--dtype", "int4"), "bfloat16"),
@@ -332,7 +414,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "says"), BAD, ids=lambda x: " ".join(x[1:])[-40:] if isinstance(x, tuple) else None)
+@pytest.mark.parametrize(
+    ("arguments", "says"), BAD, ids=lambda x: " ".join(x[1:])[-40:] if isinstance(x, tuple) else None
+)
 def test_bad_input_gets_one_or_two_clear_lines(run: Run, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "broken.json").write_text('{"model_type": "llama", ')
@@ -353,7 +437,9 @@ def test_bad_input_gets_one_or_two_clear_lines(run: Run, tmp_path: Path, argumen
 def test_memory_smaller_than_the_weights_says_how_much_is_needed(run: Run) -> None:
     said = run("max-seq", "--model", "llama3.1-70b", "--gpu", "h100")
     assert said.code == 1 and "657.15 GiB" in said.out
-    assert all(r["s_max"] == 0 for r in run("max-seq", "--model", "llama3.1-70b", "--gpu", "h100", "--json").json["results"])
+    assert all(
+        r["s_max"] == 0 for r in run("max-seq", "--model", "llama3.1-70b", "--gpu", "h100", "--json").json["results"]
+    )
 
 
 def test_unknown_commands_and_missing_options_exit_2(run: Run) -> None:
@@ -368,7 +454,10 @@ def test_help_says_when_one_recipe_is_planned(run: Run) -> None:
 
 def test_theorem_leaves_out_what_the_formulas_vary(run: Run, tmp_path: Path) -> None:
     STRATEGIES["mst"].changed(batch=2).write(tmp_path / "r.json")
-    assert run("theorem", *CASE, "--recipe", "r.json", "--json").json == run("theorem", *CASE, "--batch", "2", "--json").json
+    assert (
+        run("theorem", *CASE, "--recipe", "r.json", "--json").json
+        == run("theorem", *CASE, "--batch", "2", "--json").json
+    )
 
 
 def test_ctrl_c_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,15 +18,32 @@ from ..observe.measured import CARD
 from .conftest import Run
 
 REQUIRED = {
-    "max-seq": {"--model": "gpt2"}, "plan": {"--model": "gpt2", "--seq-len": "64"}, "theorem": {"--model": "gpt2"}, "shapes": {"--model": "gpt2"},
-    "plot": {"--model": "gpt2"}, "trace": {"--model": "gpt2", "--seq-len": "64"}, "calibrate": {"--model": "gpt2", "--from": "measurements"},
-    "measure": {"--model": "gpt2", "--seq-len": "64"}, "validate": {}, "models": {}, "gpus": {},
-}  # fmt: skip
+    "max-seq": {"--model": "gpt2"},
+    "plan": {"--model": "gpt2", "--seq-len": "64"},
+    "theorem": {"--model": "gpt2"},
+    "shapes": {"--model": "gpt2"},
+    "plot": {"--model": "gpt2"},
+    "trace": {"--model": "gpt2", "--seq-len": "64"},
+    "calibrate": {"--model": "gpt2", "--from": "measurements"},
+    "measure": {"--model": "gpt2", "--seq-len": "64"},
+    "validate": {},
+    "models": {},
+    "gpus": {},
+}
 ADD_UP = {
-    ("max-seq", "--strategy"), ("plan", "--strategy"), ("trace", "--strategy"), ("plot", "--strategy"),
-    ("measure", "--strategy"), ("measure", "--seq-len"), ("validate", "--strategy"),
-    ("validate", "--results"), ("validate", "--rung"), ("calibrate", "--model"), ("calibrate", "--strategy"), ("calibrate", "--results"),
-}  # fmt: skip
+    ("max-seq", "--strategy"),
+    ("plan", "--strategy"),
+    ("trace", "--strategy"),
+    ("plot", "--strategy"),
+    ("measure", "--strategy"),
+    ("measure", "--seq-len"),
+    ("validate", "--strategy"),
+    ("validate", "--results"),
+    ("validate", "--rung"),
+    ("calibrate", "--model"),
+    ("calibrate", "--strategy"),
+    ("calibrate", "--results"),
+}
 
 
 def declared() -> dict[str, list[Any]]:
@@ -36,11 +53,18 @@ def declared() -> dict[str, list[Any]]:
         declare()
     sys.argv = before
     group = typer.main.get_command(app)
-    return {name: [p for p in command.params if p.param_type_name == "option"] for name, command in group.commands.items()}  # type: ignore[attr-defined]
+    return {
+        name: [p for p in command.params if p.param_type_name == "option"] for name, command in group.commands.items()
+    }  # type: ignore[attr-defined]
 
 
 OPTIONS = declared()
-SINGLE = [(name, option.opts[0]) for name, options in OPTIONS.items() for option in options if not option.is_flag and (name, option.opts[0]) not in ADD_UP]
+SINGLE = [
+    (name, option.opts[0])
+    for name, options in OPTIONS.items()
+    for option in options
+    if not option.is_flag and (name, option.opts[0]) not in ADD_UP
+]
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +86,9 @@ def test_different_values_where_one_is_taken(run: Run, tmp_path: Path, name: str
     for _, flag in (one for one in SINGLE if one[0] == name):
         for values in (("3", "4"), ("4", "3", "4")):
             said = run(name, *beside(name, flag), *(word for value in values for word in (flag, value)))
-            assert said.code == 2 and not said.out and said.err.startswith(f"mstplan: {flag} is given twice: '{values[0]}"), (flag, said.err)
+            assert (
+                said.code == 2 and not said.out and said.err.startswith(f"mstplan: {flag} is given twice: '{values[0]}")
+            ), (flag, said.err)
             assert f" and '{values[1]}" in said.err and said.err.splitlines()[1:] == ["Give it once."]
     assert list(tmp_path.iterdir()) == []
 
@@ -94,7 +120,10 @@ def test_lists_add_up(run: Run, name: str, flag: str) -> None:
     """As if they were given with commas between: here of values that every such option refuses by name."""
     asked = (name, *beside(name, flag))
     together = run(*asked, flag, "one,two")
-    assert run(*asked, flag, "one", flag, "two") == together == run(*asked, flag, "one", flag, "two", flag, "one") and together.code == 2
+    assert (
+        run(*asked, flag, "one", flag, "two") == together == run(*asked, flag, "one", flag, "two", flag, "one")
+        and together.code == 2
+    )
 
 
 def test_strategies_and_files_add_up(run: Run, tmp_path: Path) -> None:
@@ -103,19 +132,38 @@ def test_strategies_and_files_add_up(run: Run, tmp_path: Path) -> None:
     lines = measurement.archive()[0].read_text().splitlines()
     for n, file in enumerate(("a.jsonl", "b,c.jsonl", "d.jsonl", "e.jsonl")):
         (tmp_path / file).write_text(lines[n] + "\n")
-    said = run("validate", "a.jsonl", "b,c.jsonl", "--results", "d.jsonl", "--results", "e.jsonl,a.jsonl", "--rung", "formula", "--json")
-    expected = [(case["model"], case["strategy"], case["seq_len"]) for case in (json.loads(line)["case"] for line in lines[:4])]
+    said = run(
+        "validate",
+        "a.jsonl",
+        "b,c.jsonl",
+        "--results",
+        "d.jsonl",
+        "--results",
+        "e.jsonl,a.jsonl",
+        "--rung",
+        "formula",
+        "--json",
+    )
+    expected = [
+        (case["model"], case["strategy"], case["seq_len"]) for case in (json.loads(line)["case"] for line in lines[:4])
+    ]
     found = [(row["model"], row["strategy"], row["seq_len"]) for row in said.json["rows"]]
     assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(("validate", "--published", "a.jsonl"), "RESULTS: nothing to do"), (("validate", "--smax", "-m", "gpt2", "a.jsonl"), "RESULTS: nothing to do"),
-     (("calibrate", "--from", "trace", "-m", "gpt2", "a.jsonl"), "RESULTS: nothing to do with --from trace"), (("validate", ""), "without a name"),
-     (("calibrate", "--from", "measurements", "-m", "gpt2", "none.jsonl"), "none.jsonl"), (("measure", "a.jsonl"), "unexpected extra argument"),
-     (("validate", "--", "-x.jsonl"), "'-x.jsonl'"), (("validate", "a.jsonl", "none.jsonl"), "no file 'a.jsonl'")],
-)  # fmt: skip
+    [
+        (("validate", "--published", "a.jsonl"), "RESULTS: nothing to do"),
+        (("validate", "--smax", "-m", "gpt2", "a.jsonl"), "RESULTS: nothing to do"),
+        (("calibrate", "--from", "trace", "-m", "gpt2", "a.jsonl"), "RESULTS: nothing to do with --from trace"),
+        (("validate", ""), "without a name"),
+        (("calibrate", "--from", "measurements", "-m", "gpt2", "none.jsonl"), "none.jsonl"),
+        (("measure", "a.jsonl"), "unexpected extra argument"),
+        (("validate", "--", "-x.jsonl"), "'-x.jsonl'"),
+        (("validate", "a.jsonl", "none.jsonl"), "no file 'a.jsonl'"),
+    ],
+)
 def test_files_that_stand_by_themselves(run: Run, arguments: tuple[str, ...], says: str) -> None:
     said = run(*arguments)
     assert said.code == 2 and says in said.err and len(said.err.splitlines()) == 2 and not said.out

@@ -14,10 +14,34 @@ from .conftest import Run
 
 ON = ("-m", "gpt2", "--gpu", "h100")
 ASKED = (
-    ("gpus", "--sources"), ("models",), ("shapes", "-m", "gpt2"), ("max-seq", *ON), ("plan", *ON, "--seq-len", "4k", "-s", "mst"), ("theorem", *ON),
-    ("plan", "-m", "llama3.1-8b", "--gpu", "rtx-4090", "--seq-len", "4k", "-s", "standard"), ("--help",), ("plan", "--help"), ("plan", "--no-such-option"),
-)  # fmt: skip
-SIZES = ("0", "-5", "abc", "", "1", "59", "60", "67", "200", "1001", "99999999999", "9" * 5000, "1e3", "\u0661", "\x1b[31m")
+    ("gpus", "--sources"),
+    ("models",),
+    ("shapes", "-m", "gpt2"),
+    ("max-seq", *ON),
+    ("plan", *ON, "--seq-len", "4k", "-s", "mst"),
+    ("theorem", *ON),
+    ("plan", "-m", "llama3.1-8b", "--gpu", "rtx-4090", "--seq-len", "4k", "-s", "standard"),
+    ("--help",),
+    ("plan", "--help"),
+    ("plan", "--no-such-option"),
+)
+SIZES = (
+    "0",
+    "-5",
+    "abc",
+    "",
+    "1",
+    "59",
+    "60",
+    "67",
+    "200",
+    "1001",
+    "99999999999",
+    "9" * 5000,
+    "1e3",
+    "\u0661",
+    "\x1b[31m",
+)
 
 
 def letters(text: str) -> Counter[str]:
@@ -32,7 +56,9 @@ def test_sizes_of_every_kind(run: Run, asked: tuple[str, ...], monkeypatch: pyte
         monkeypatch.setenv("COLUMNS", size)
         said = run(*asked)
         lost = letters(usual.out) - letters(said.out)
-        assert (said.code, said.err) == (usual.code, usual.err) and sum(lost.values()) <= 5 * ("--help" in asked), size  # typer's own cut
+        assert (said.code, said.err) == (usual.code, usual.err) and sum(lost.values()) <= 5 * ("--help" in asked), (
+            size
+        )  # typer's own cut
         assert max(map(len, said.out.splitlines()), default=0) <= 1000
         assert os.environ.get("COLUMNS", "80").isascii()
 
@@ -40,10 +66,23 @@ def test_sizes_of_every_kind(run: Run, asked: tuple[str, ...], monkeypatch: pyte
 @pytest.mark.parametrize("asked", ASKED[3:5], ids=" ".join)
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("LINES", "0"), ("LINES", "abc"), ("LINES", "1"), ("LINES", "9" * 5000), ("TERM", ""), ("TERM", "dumb"), ("TERM", "\x1b"), ("NO_COLOR", "1"),
-     ("FORCE_COLOR", "1"), ("COLORTERM", "truecolor"), ("TTY_COMPATIBLE", "1")],
-)  # fmt: skip
-def test_other_words_on_the_terminal(run: Run, asked: tuple[str, ...], name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    [
+        ("LINES", "0"),
+        ("LINES", "abc"),
+        ("LINES", "1"),
+        ("LINES", "9" * 5000),
+        ("TERM", ""),
+        ("TERM", "dumb"),
+        ("TERM", "\x1b"),
+        ("NO_COLOR", "1"),
+        ("FORCE_COLOR", "1"),
+        ("COLORTERM", "truecolor"),
+        ("TTY_COMPATIBLE", "1"),
+    ],
+)
+def test_other_words_on_the_terminal(
+    run: Run, asked: tuple[str, ...], name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usual = run(*asked)
     monkeypatch.setenv(name, value)
     said = run(*asked)
@@ -54,5 +93,7 @@ def test_other_words_on_the_terminal(run: Run, asked: tuple[str, ...], name: str
 def test_typers_own_variable(width: str) -> None:
     """Which it reads once."""
     asked = [sys.executable, "-m", "mstplan", "--help"]
-    said = subprocess.run(asked, env={**os.environ, "TERMINAL_WIDTH": width}, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        asked, env={**os.environ, "TERMINAL_WIDTH": width}, capture_output=True, text=True, check=True
+    )
     assert "max-seq" in said.stdout and not said.stderr

@@ -27,7 +27,15 @@ def model(run: Run, tmp_path: Path) -> Path:
 def test_trace_tells_peaks_and_tensors(run: Run) -> None:
     said = run(*STEP, "checkpoint")
     assert said.code == 0 and not said.err
-    for part in ("trace rung", "fits.", "<- binds", "backward of the loss", "_log_softmax", "expandable_segments:True: runs", "traced with torch"):
+    for part in (
+        "trace rung",
+        "fits.",
+        "<- binds",
+        "backward of the loss",
+        "_log_softmax",
+        "expandable_segments:True: runs",
+        "traced with torch",
+    ):
         assert part in said.out
     assert all(len(line) <= 80 for line in said.out.splitlines())
 
@@ -43,7 +51,9 @@ def test_trace_json_is_one_ledger(run: Run) -> None:
 def test_cards_that_train_together(run: Run) -> None:
     alone = run(*STEP, "checkpoint", "--json").json
     told = run(*STEP, "checkpoint", "--gpus", "8", "--sharding", "fsdp", "--json").json
-    assert (told["recipe"]["gpus"], told["recipe"]["sharding"]) == (8, "fsdp") and told["peak_bytes"] < alone["peak_bytes"]
+    assert (told["recipe"]["gpus"], told["recipe"]["sharding"]) == (8, "fsdp") and told["peak_bytes"] < alone[
+        "peak_bytes"
+    ]
     assert all(i["formula_bytes"] == pytest.approx(i["bytes"], rel=0.03) for i in told["instants"])
     said = run("max-seq", "-m", "tiny.json", "--gpu-mem", "2GB", "--gpus", "8", "--sharding", "fsdp")
     assert said.code == 0 and "8" in said.out
@@ -74,7 +84,11 @@ def test_max_seq_by_trace(run: Run) -> None:
     (row,) = told["results"]
     assert told["rung"] == "trace" and row["s_max"] > 1000 and row["peak_bytes"] <= told["budget_bytes"]
     said = run(*asked)
-    assert f"{row['s_max']:,}" in said.out and "trace rung" in said.out and all(len(line) <= 80 for line in said.out.splitlines())
+    assert (
+        f"{row['s_max']:,}" in said.out
+        and "trace rung" in said.out
+        and all(len(line) <= 80 for line in said.out.splitlines())
+    )
 
 
 def test_calibrate_and_then_plan(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,14 +22,37 @@ from ..observe.tiny import write_tiny
 from .conftest import Run
 
 OPT = {
-    "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 6,
-    "num_attention_heads": 4, "vocab_size": 500, "max_position_embeddings": 512, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "opt",
+    "architectures": ["OPTForCausalLM"],
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "ffn_dim": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "vocab_size": 500,
+    "max_position_embeddings": 512,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+}
 ERNIE = {
-    "model_type": "ernie4_5_moe", "architectures": ["Ernie4_5_MoeForCausalLM"], "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64,
-    "moe_num_shared_experts": 1, "moe_layer_start_index": 1, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "pad_token_id": 0,
-}  # fmt: skip
+    "model_type": "ernie4_5_moe",
+    "architectures": ["Ernie4_5_MoeForCausalLM"],
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_intermediate_size": 64,
+    "moe_num_shared_experts": 1,
+    "moe_layer_start_index": 1,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "pad_token_id": 0,
+}
 PARAMETERS = sum(weight.numel() for weight in OPTForCausalLM(OPTConfig(**OPT)).parameters())
 WHY = "mstplan does not read configs of this family yet (model_type 'opt'); it has word_embed_proj_dim, ffn_dim."
 ON = ("--gpu-mem", "1GB")
@@ -57,13 +80,19 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_max_seq_is_traced(run: Run) -> None:
     told = run(*MAX_SEQ, "--json").json
     (row,) = told["results"]
-    assert told["rung"] == "trace" and told["model"]["parameters"] == PARAMETERS and told["model"]["active_parameters"] is None
+    assert (
+        told["rung"] == "trace"
+        and told["model"]["parameters"] == PARAMETERS
+        and told["model"]["active_parameters"] is None
+    )
     assert f"answered by the trace: {WHY}" in told["notes"]
     assert row["s_max"] > 512 and row["peak_bytes"] <= told["budget_bytes"] and row["step_seconds"] is None
     said = run(*MAX_SEQ)
     lines = said.out.splitlines()
     assert said.code == 0 and f"{row['s_max']:,}" in said.out and "the formula" not in said.out.replace(WHY, "")
-    assert lines[1].startswith("trace rung") and f"answered by the trace: {WHY}" in " ".join(" ".join(lines[2:4]).split())
+    assert lines[1].startswith("trace rung") and f"answered by the trace: {WHY}" in " ".join(
+        " ".join(lines[2:4]).split()
+    )
     assert "made for 512 positions" in " ".join(said.out.split())
     assert all(len(line) <= 80 for line in lines)
     assert told == run(*MAX_SEQ, "--json", "--rung", "trace").json
@@ -76,16 +105,27 @@ def test_a_step_is_traced(run: Run, asked: tuple[str, ...]) -> None:
     assert told["peak_bytes"] == sum(a["bytes"] for a in told["alive"]) and not told["differences"]
     assert all(i["formula_bytes"] is None for i in told["instants"])
     said = run(*asked)
-    assert said.code == 0 and WHY in " ".join(said.out.split()) and "differs" not in said.out and "formula counts" not in said.out
+    assert (
+        said.code == 0
+        and WHY in " ".join(said.out.split())
+        and "differs" not in said.out
+        and "formula counts" not in said.out
+    )
 
 
 def test_plan_exits_with_1_where_it_does_not_fit_and_writes_the_recipe(run: Run, tmp_path: Path) -> None:
     said = run(*PLAN[:-4], "--seq-len", "1M", "-s", "checkpoint", "--write-recipe", "recipe.json")
-    assert said.code == 1 and "does not fit" in said.out and json.loads((tmp_path / "recipe.json").read_text())["checkpoint"] == "layer"
+    assert (
+        said.code == 1
+        and "does not fit" in said.out
+        and json.loads((tmp_path / "recipe.json").read_text())["checkpoint"] == "layer"
+    )
 
 
 @pytest.mark.parametrize("asked", [MAX_SEQ, PLAN, TRACE, *FORMULA], ids=lambda asked: asked[0])
-def test_without_torch_two_lines_say_what_to_install(run: Run, without_torch: None, asked: tuple[str, ...], tmp_path: Path) -> None:
+def test_without_torch_two_lines_say_what_to_install(
+    run: Run, without_torch: None, asked: tuple[str, ...], tmp_path: Path
+) -> None:
     said = run(*asked)
     assert said.code == 2 and not said.out and said.err == f"mstplan: 'opt.json': {WHY}\n{WAY_OUT}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["opt.json"]
@@ -103,7 +143,9 @@ def test_where_the_trace_fails_too_both_reasons_are_said(run: Run, tmp_path: Pat
         said = run(*command, "-m", str(path), *ON)
         first, second = said.err.strip().splitlines()
         assert said.code == 2 and "moe_num_experts is a field that mstplan does not read" in first
-        assert "has no code for this model (model_type nobody_knows)" in second and second.endswith("--assume llama-like counts it as a Llama all the same.")
+        assert "has no code for this model (model_type nobody_knows)" in second and second.endswith(
+            "--assume llama-like counts it as a Llama all the same."
+        )
 
 
 def test_a_models_own_code_is_traced_when_asked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +163,10 @@ def test_a_models_own_code_is_traced_when_asked(run: Run, tmp_path: Path, monkey
 
 def test_what_no_trace_can_follow_is_not_sent_back_to_the_formula(run: Run, tmp_path: Path) -> None:
     """Its code decides by the values of tensors."""
-    parts = {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}}
+    parts = {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    }
     dbrx = {"model_type": "dbrx", "d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 99, **parts}
     (tmp_path / "dbrx.json").write_text(json.dumps(dbrx))
     said = run("max-seq", "-m", "dbrx.json", *ON, "-s", "standard")
@@ -144,7 +189,10 @@ def test_assumed_to_be_a_llama_every_command_answers_by_the_formula(run: Run, tm
     write_tiny(tmp_path, "llama")
     for asked in (("max-seq", *ON), ("plan", "--seq-len", "1k", *ON), ("theorem", *ON), ("shapes",)):
         told = run(*asked, "-m", "other.json", "--assume", "llama-like", "--json").json
-        assert told["rung"] == "formula" and told["model"]["parameters"] == run(*asked, "-m", "llama.json", "--json").json["model"]["parameters"]
+        assert (
+            told["rung"] == "formula"
+            and told["model"]["parameters"] == run(*asked, "-m", "llama.json", "--json").json["model"]["parameters"]
+        )
         assert told["model"]["notes"][0].endswith("for --assume llama-like was given; not read: moe_num_experts")
     assert run("plot", "-m", "other.json", *ON, "--assume", "llama-like", "-o", "points.csv").code == 0
 
@@ -186,12 +234,18 @@ def test_max_seq_and_plan_agree(run: Run, tmp_path: Path, name: str, config: dic
     told = run("max-seq", *asked, "-s", "checkpoint", "--json").json
     (row,) = told["results"]
     assert told["rung"] == "trace" and told["model"]["parameters"] == parameters(name) and row["calibration"] is None
-    assert any(note.startswith("answered by the trace: ") and f"'{config['model_type']}'" in note for note in told["notes"])
+    assert any(
+        note.startswith("answered by the trace: ") and f"'{config['model_type']}'" in note for note in told["notes"]
+    )
     s_max = row["s_max"]
     assert s_max > 64 and row["peak_bytes"] <= told["budget_bytes"]
-    fits, too_long = (run("plan", *asked, "-s", "checkpoint", "--seq-len", str(n), "--json") for n in (s_max, s_max + 1))
+    fits, too_long = (
+        run("plan", *asked, "-s", "checkpoint", "--seq-len", str(n), "--json") for n in (s_max, s_max + 1)
+    )
     assert (fits.code, too_long.code) == (0, 1) and fits.json["rung"] == too_long.json["rung"] == "trace"
-    assert fits.json["peak_bytes"] == row["peak_bytes"] and all(i["formula_bytes"] is None for i in fits.json["instants"])
+    assert fits.json["peak_bytes"] == row["peak_bytes"] and all(
+        i["formula_bytes"] is None for i in fits.json["instants"]
+    )
     said = run("plan", *asked, "-s", "checkpoint", "--seq-len", str(s_max))
     assert "answered by the trace" in said.out and "formula" not in said.out.split("answered", 1)[1].split("\n\n")[0]
     assert max(map(len, said.out.splitlines())) <= 80
@@ -200,5 +254,7 @@ def test_max_seq_and_plan_agree(run: Run, tmp_path: Path, name: str, config: dic
 def test_strategies_are_traced_until_one_fits(run: Run) -> None:
     told = run("plan", "-m", "opt.json", *ON, "--seq-len", "8", "--json").json
     assert told["strategy"] == "standard" and [s["strategy"] for s in told["strategies"]] == ["standard"]
-    told = run("plan", "-m", "opt.json", *ON, "-s", "standard,checkpoint", "--seq-len", "4000", "--batch", "64", "--json").json
+    told = run(
+        "plan", "-m", "opt.json", *ON, "-s", "standard,checkpoint", "--seq-len", "4000", "--batch", "64", "--json"
+    ).json
     assert [s["strategy"] for s in told["strategies"]] == ["standard", "checkpoint"] or told["fits"]

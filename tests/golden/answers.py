@@ -1,7 +1,7 @@
 """The planner's and the trace's answers, written down so that rebuilding the inside changes none of them without notice.
 
-    python -m tests.golden.answers [formula|trace] [MODEL ...]     # compares, a line for every difference
-    python -m tests.golden.answers --write                         # writes them anew, where an answer is meant to change
+python -m tests.golden.answers [formula|trace] [MODEL ...]     # compares, a line for every difference
+python -m tests.golden.answers --write                         # writes them anew, where an answer is meant to change
 """
 
 from __future__ import annotations
@@ -22,13 +22,24 @@ FOLDER = Path(__file__).parent
 LENGTHS = (1024, 16_384, 131_072)
 CARDS = ("h100", "a100-40gb")
 TRACED = (
-    "deepseek-v2-lite", "gemma2-2b", "gemma3-4b", "gpt-oss-20b", "gpt2", "llama3.1-8b", "mistral-7b-v0.1", "olmo2-7b", "phi3-mini-4k", "qwen3-30b-a3b",
-)  # fmt: skip
+    "deepseek-v2-lite",
+    "gemma2-2b",
+    "gemma3-4b",
+    "gpt-oss-20b",
+    "gpt2",
+    "llama3.1-8b",
+    "mistral-7b-v0.1",
+    "olmo2-7b",
+    "phi3-mini-4k",
+    "qwen3-30b-a3b",
+)
 TRACED_TOKENS = 4096 + 8
 VARIANTS: dict[str, Recipe] = {
     "mixed, accumulation": STRATEGIES["checkpoint"].changed(precision="mixed", accumulation=2, batch=2),
     "fp32, eager": STRATEGIES["mst"].changed(precision="fp32", attention="eager", optimizer="adafactor"),
-    "8-bit in backward": STRATEGIES["mst"].changed(optimizer="adamw-8bit", optimizer_in_backward=True, attention="flash"),
+    "8-bit in backward": STRATEGIES["mst"].changed(
+        optimizer="adamw-8bit", optimizer_in_backward=True, attention="flash"
+    ),
     "on the host": STRATEGIES["mst-offload"].changed(optimizer_on_host=True, weights_on_host=True),
     "fsdp": STRATEGIES["mst"].changed(sharding="fsdp", gpus=8, precision="mixed", adamw_kernel="fused"),
     "every 3 layers": STRATEGIES["mst"].changed(checkpoint=3, mlp_recompute=False, pad_to=8),
@@ -50,9 +61,14 @@ def formula(name: str) -> dict[str, Any]:
                 plan = plan_at(model, recipe, there, seq_len)
                 instants = plan.instants()
                 row[str(seq_len)] = [
-                    *plan.chunks, plan.peak.bytes, plan.instant, plan.host_bytes, f"{plan.step_seconds:.6g}", [i.bytes for i in instants],
+                    *plan.chunks,
+                    plan.peak.bytes,
+                    plan.instant,
+                    plan.host_bytes,
+                    f"{plan.step_seconds:.6g}",
+                    [i.bytes for i in instants],
                     digest([i.operation, *map(list, i.entries)] for i in instants),
-                ]  # fmt: skip
+                ]
             found[f"{on}, {what}"] = row
     return found
 
@@ -66,12 +82,20 @@ def trace(name: str) -> dict[str, Any]:
     for what in ("standard", "mst", "mst-offload"):
         recipe = STRATEGIES[what].changed(**({"mlp_chunks": 2, "loss_chunks": 4} if what != "standard" else {}))
         one = trace_step(config, recipe, TRACED_TOKENS)
-        found[what] = [one.peak.bytes, one.peak.instant, one.host_peak, [[p.instant, p.bytes] for p in one.peaks], digest(one.as_data()["short"])]
+        found[what] = [
+            one.peak.bytes,
+            one.peak.instant,
+            one.host_peak,
+            [[p.instant, p.bytes] for p in one.peaks],
+            digest(one.as_data()["short"]),
+        ]
     return found
 
 
 def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(list(value) if not isinstance(value, dict) else value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        json.dumps(list(value) if not isinstance(value, dict) else value, sort_keys=True, default=str).encode()
+    ).hexdigest()[:12]
 
 
 def differences(now: Any, before: Any, where: str = "") -> Iterable[str]:
@@ -93,7 +117,9 @@ def main(arguments: list[str]) -> int:
         chosen = [name for name in all_names if not names or name in names]
         now = {name: of(name) for name in chosen}
         if write:
-            path.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in {**before, **now}.items()) + "\n}\n")
+            path.write_text(
+                "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in {**before, **now}.items()) + "\n}\n"
+            )
             continue
         for line in differences(now, {name: before.get(name) for name in chosen}, kind):
             print(line)

@@ -69,7 +69,9 @@ def survey(only: Sequence[str] = (), every: int = 1) -> Iterator[Record]:
     checkpoints and in chunks, too."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    classes = [cls for cls in causal_lm_classes() if not only or any(part.lower() in cls.__name__.lower() for part in only)]
+    classes = [
+        cls for cls in causal_lm_classes() if not only or any(part.lower() in cls.__name__.lower() for part in only)
+    ]
     for n, cls in enumerate(classes):
         start = time.process_time()
         with warnings.catch_warnings():
@@ -111,7 +113,9 @@ def examine(cls: type[PreTrainedModel], thoroughly: bool = True) -> Record:
 def settings_of(cls: type[PreTrainedModel]) -> PreTrainedConfig:
     """A configuration that AutoModelForCausalLM makes a small model of the class of, with several layers alike where it can."""
     entries = {kind: entry for kind in MODEL_FOR_CAUSAL_LM_MAPPING for entry in [MODEL_FOR_CAUSAL_LM_MAPPING[kind]]}
-    config_classes = [kind for kind, entry in entries.items() if cls in (entry if isinstance(entry, tuple) else (entry,))]
+    config_classes = [
+        kind for kind, entry in entries.items() if cls in (entry if isinstance(entry, tuple) else (entry,))
+    ]
     config_cls = cls.config_class if cls.config_class in config_classes else config_classes[0]
     for make in (deep_config, partial(deep_config, per_layer=str)):
         try:
@@ -133,7 +137,11 @@ def deep_config(config_cls: type[PreTrainedConfig], per_layer: type = object) ->
     declared = {field.name for field in fields(config_cls)}
     more: dict[str, Any] = {}
     for name, value in vars(small).items():
-        if isinstance(value, int) and re.fullmatch(r"num_(hidden_)?layers|n_layers?|(num_)?decoder_layers|num_blocks", name) and name in declared:
+        if (
+            isinstance(value, int)
+            and re.fullmatch(r"num_(hidden_)?layers|n_layers?|(num_)?decoder_layers|num_blocks", name)
+            and name in declared
+        ):
             more[name] = value + MORE_LAYERS
         elif isinstance(value, list) and len(value) == count and name in declared and isinstance(value[0], per_layer):
             more[name] = value[:1] * MORE_LAYERS + value
@@ -223,7 +231,9 @@ def main(only: Sequence[str]) -> None:
         records.append(found)
         if found.outcome != "traced" or found.units[0] == found.units[1] or only:
             print(line(found), flush=True)
-    print(f"transformers {transformers.__version__}: {len(records)} classes in {time.process_time() - start:.0f} s of the CPU")
+    print(
+        f"transformers {transformers.__version__}: {len(records)} classes in {time.process_time() - start:.0f} s of the CPU"
+    )
     counts = Counter(record.outcome for record in records)
     for outcome in OUTCOMES:
         print(f"  {outcome:12} {counts[outcome]:4} {counts[outcome] / max(len(records), 1):7.1%}")
@@ -237,7 +247,11 @@ def main(only: Sequence[str]) -> None:
 def line(record: Record) -> str:
     """What is to be said of a class, in one line."""
     of = f" {record.units[0]} of {record.units[1]} layers, {record.precision}" if record.outcome == "traced" else ""
-    more = "".join(f" | {what}: {how}" for what, how in (("checkpoint", record.checkpoint), ("chunks", record.chunks)) if how not in ("", "traced"))
+    more = "".join(
+        f" | {what}: {how}"
+        for what, how in (("checkpoint", record.checkpoint), ("chunks", record.chunks))
+        if how not in ("", "traced")
+    )
     return f"{record.outcome} | {record.name} |{of} {record.reason}{more} | {record.seconds:.1f} s"
 
 

@@ -18,20 +18,40 @@ from mstplan.plan.recipe import STRATEGIES, Recipe, strategy
 
 HIDDEN, LAYERS = 256, 3  # sqrt: a checkpoint over two layers and one over the third
 SMALL: dict[str, Any] = {
-    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512,
-    "vocab_size": 2000, "max_position_embeddings": 2048, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 512,
+    "vocab_size": 2000,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {}, "mistral": {}, "qwen3": {"head_dim": 64}, "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64}, "phi3": {}, "olmo2": {},
+    "llama": {},
+    "mistral": {},
+    "qwen3": {"head_dim": 64},
+    "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64},
+    "phi3": {},
+    "olmo2": {},
     "gpt2": {
-        "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_inner": 512, "n_positions": 2048,
-        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+        "n_embd": HIDDEN,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "n_inner": 512,
+        "n_positions": 2048,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
     },
     "gpt_neox": {},
-}  # fmt: skip
+}
 EXPERTS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "head_dim": 64},
-}  # fmt: skip
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "head_dim": 64},
+}
 SIZES = ((1, 1055), (2, 599))  # sequences, tokens: hidden states in fp32 are just above 1 MiB, and chunks are uneven
 ABOVE = 64 * 1024
 """Bytes: every allocation above this is compared. Hidden states in 16 bits are, and all matrices but the smallest."""
@@ -91,8 +111,10 @@ def test_the_trace_is_what_happens(family, name, batch, seq_len):
 
 IN_16_BITS = [
     *[(family, "mst", "bf16") for family in ("llama", "gemma2", "olmo2", "gpt2", "gpt_neox", *EXPERTS)],
-    *[(family, "standard", "bf16") for family in ("gpt2", "gpt_neox", *EXPERTS)], ("llama", "standard", "mixed"), ("gemma2", "mst", "mixed"),
-]  # fmt: skip
+    *[(family, "standard", "bf16") for family in ("gpt2", "gpt_neox", *EXPERTS)],
+    ("llama", "standard", "mixed"),
+    ("gemma2", "mst", "mixed"),
+]
 
 
 @pytest.mark.parametrize(("family", "name", "precision"), IN_16_BITS)
@@ -106,12 +128,17 @@ def test_in_16_bits(family, name, precision):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"adamw_kernel": "fused"}, {"adamw_kernel": "for-loop"}, {"optimizer": "sgd"}, {"optimizer": "sgd", "adamw_kernel": "for-loop"},
-        {"optimizer": "adafactor"}, {"optimizer_in_backward": True}, {"optimizer_in_backward": True, "optimizer": "adafactor"},
+        {"adamw_kernel": "fused"},
+        {"adamw_kernel": "for-loop"},
+        {"optimizer": "sgd"},
+        {"optimizer": "sgd", "adamw_kernel": "for-loop"},
+        {"optimizer": "adafactor"},
+        {"optimizer_in_backward": True},
+        {"optimizer_in_backward": True, "optimizer": "adafactor"},
         {"attention": "eager"},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
-)  # fmt: skip
+)
 def test_with_other_settings(fields):
     traced, real = both(config_of("llama"), recipe_of("checkpoint", precision="fp32", **fields), 599)
     assert_same_sequence(traced, real)

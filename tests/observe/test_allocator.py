@@ -52,7 +52,9 @@ def mib(*sizes: int) -> tuple[int, ...]:
     return tuple(size // MIB for size in sizes)
 
 
-@pytest.mark.parametrize(("size", "rounded"), [(1, 512), (512, 512), (513, 1024), (MIB - 1, MIB), (MIB, MIB), (MIB + 1, MIB + 512)])
+@pytest.mark.parametrize(
+    ("size", "rounded"), [(1, 512), (512, 512), (513, 1024), (MIB - 1, MIB), (MIB, MIB), (MIB + 1, MIB + 512)]
+)
 def test_round_size(size, rounded):
     assert round_size(size) == rounded
     allocator = Allocator(expandable=False)
@@ -63,12 +65,16 @@ def test_round_size(size, rounded):
 @pytest.mark.parametrize(
     ("size", "segment"),
     [
-        (1, 2 * MIB), (MIB, 2 * MIB),  # small: 2
-        (MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB),  # under 10: 20
+        (1, 2 * MIB),
+        (MIB, 2 * MIB),  # small: 2
+        (MIB + 1, 20 * MIB),
+        (10 * MIB - 512, 20 * MIB),  # under 10: 20
         (10 * MIB - 1, 10 * MIB),  # rounded to 10 first, and 10 is not under 10
-        (10 * MIB + 1, 12 * MIB), (31 * MIB, 32 * MIB), (32 * MIB, 32 * MIB),  # else the next even number
+        (10 * MIB + 1, 12 * MIB),
+        (31 * MIB, 32 * MIB),
+        (32 * MIB, 32 * MIB),  # else the next even number
     ],
-)  # fmt: skip
+)
 def test_segment_sizes(size, segment):
     allocator = Allocator(expandable=False)
     allocator.allocate(0, size)
@@ -89,7 +95,9 @@ def test_the_rest_of_a_large_block_must_be_worth_it():
     for asked, allocated, pieces in [(11 * MIB, 12 * MIB, 1), (11 * MIB - 512, 11 * MIB - 512, 2)]:
         allocator = filled(False, [12])
         allocator.free(0)
-        allocator.allocate(1, asked)  # what is left: 1 MiB, not more than 1 MiB, so all is handed out; 512 B more, and it is split
+        allocator.allocate(
+            1, asked
+        )  # what is left: 1 MiB, not more than 1 MiB, so all is handed out; 512 B more, and it is split
         assert allocator.allocated == allocated and allocator.reserved == 12 * MIB
         assert len(allocator.segments()[0].blocks) == pieces
 
@@ -126,7 +134,10 @@ def test_free_neighbours_join(expandable):
     assert allocator.allocate(3, 9 * MIB) is None  # 0-9; the largest of three separate ones would be 6
     assert place(allocator, 3) == (0, 0) and allocator.reserved == 20 * MIB
     allocator.free(2)  # joins what is before and after it: 9-20
-    assert [mib(b.address - allocator.segments()[0].address, b.size) for b in allocator.segments()[0].blocks] == [(0, 9), (9, 11)]
+    assert [mib(b.address - allocator.segments()[0].address, b.size) for b in allocator.segments()[0].blocks] == [
+        (0, 9),
+        (9, 11),
+    ]
 
 
 @BOTH
@@ -191,7 +202,9 @@ def test_the_cache_is_released_before_giving_up(expandable):
 
 @BOTH
 def test_fragmented_memory_runs_out_early(expandable):
-    allocator = filled(expandable, [9, 9, 9, 9], limit=40)  # two in 20 and two in 20; E: 0-9, 9-18, 18-27, 27-36 in two pages of 20
+    allocator = filled(
+        expandable, [9, 9, 9, 9], limit=40
+    )  # two in 20 and two in 20; E: 0-9, 9-18, 18-27, 27-36 in two pages of 20
     allocator.free(0)
     allocator.free(2)
     # 22 are free, 11 in a piece at most (E: 9), and neither segment (E: page) is wholly free.
@@ -238,7 +251,9 @@ def test_wholly_free_pages_are_unmapped_and_gaps_filled_first():
     allocator.empty_cache()
     assert allocator.reserved == 20 * MIB  # 0-20 went; 20-30 lies in a page in use
     assert [mib(b.size) for b in allocator.segments()[0].blocks] == [(10,), (5,), (5,)]
-    allocator.allocate(2, 31 * MIB)  # 30 are in the gap and behind it, so it goes to the end: 35-66, two pages more, 14 left
+    allocator.allocate(
+        2, 31 * MIB
+    )  # 30 are in the gap and behind it, so it goes to the end: 35-66, two pages more, 14 left
     assert place(allocator, 2) == (0, 15 * MIB) and allocator.reserved == 60 * MIB
     allocator.allocate(3, 20 * MIB)  # no free block has 20: the gap is the lowest address with room
     assert place(allocator, 3) == (0, 0) and allocator.reserved == 80 * MIB
@@ -294,7 +309,9 @@ def test_misuse_is_refused():
 
 def watched(expandable: bool) -> list[tuple[str, int]]:
     seen: list[tuple[str, int]] = []
-    allocator = Allocator(expandable, 42 * MIB, lambda action, address, size: seen.append((action, address if action == "oom" else size)))
+    allocator = Allocator(
+        expandable, 42 * MIB, lambda action, address, size: seen.append((action, address if action == "oom" else size))
+    )
     allocator.allocate(0, 1000)
     allocator.allocate(1, 12 * MIB)
     allocator.free(0)
@@ -305,11 +322,21 @@ def watched(expandable: bool) -> list[tuple[str, int]]:
 def test_what_a_watcher_sees():
     work = [("alloc", 1000), ("alloc", 12 * MIB), ("free_requested", 1000), ("free_completed", 1000)]
     assert watched(False) == [
-        ("segment_alloc", 2 * MIB), work[0], ("segment_alloc", 12 * MIB), *work[1:], ("segment_free", 2 * MIB), ("oom", 30 * MIB),
-    ]  # fmt: skip
+        ("segment_alloc", 2 * MIB),
+        work[0],
+        ("segment_alloc", 12 * MIB),
+        *work[1:],
+        ("segment_free", 2 * MIB),
+        ("oom", 30 * MIB),
+    ]
     assert watched(True) == [
-        ("segment_map", 2 * MIB), work[0], ("segment_map", 20 * MIB), *work[1:], ("segment_unmap", 2 * MIB), ("oom", 22 * MIB),
-    ]  # fmt: skip
+        ("segment_map", 2 * MIB),
+        work[0],
+        ("segment_map", 20 * MIB),
+        *work[1:],
+        ("segment_unmap", 2 * MIB),
+        ("oom", 22 * MIB),
+    ]
 
 
 def test_torch_is_not_needed():
@@ -318,9 +345,12 @@ def test_torch_is_not_needed():
 
 
 SIZES = st.one_of(
-    st.integers(0, 4 * KIB), st.integers(0, 2 * MIB), st.integers(MIB, 24 * MIB), st.integers(20 * MIB, 200 * MIB),
+    st.integers(0, 4 * KIB),
+    st.integers(0, 2 * MIB),
+    st.integers(MIB, 24 * MIB),
+    st.integers(20 * MIB, 200 * MIB),
     st.sampled_from([512, MIB, MIB + 1, 10 * MIB - 512, 10 * MIB, 20 * MIB, 22 * MIB]),
-)  # fmt: skip
+)
 FREE = st.floats(0, 1, exclude_max=True)  # which of the live ones
 ACTIONS = st.lists(st.one_of(SIZES, SIZES, FREE, FREE, st.just("empty")), max_size=60)
 LIMITS = st.one_of(st.none(), st.integers(2, 400).map(lambda n: n * MIB))
@@ -357,13 +387,19 @@ class Follower:
         rounded = round_size(size)
         if answer is not None:
             assert self.limit is not None
-            assert (answer.requested, answer.allocated, answer.reserved) == (size, self.allocator.allocated, self.allocator.reserved)
+            assert (answer.requested, answer.allocated, answer.reserved) == (
+                size,
+                self.allocator.allocated,
+                self.allocator.reserved,
+            )
             assert self.expandable or answer.reserved + answer.needed > self.limit
             self.nothing_more_to_release(self.allocator.segments())
         else:
             self.live[self.key] = size
             if size:
-                self.compare_with_best_fit(before, rounded, self.allocator.reserved > reserved or self.allocator.retries > retries)
+                self.compare_with_best_fit(
+                    before, rounded, self.allocator.reserved > reserved or self.allocator.retries > retries
+                )
         self.key += 1
 
     def compare_with_best_fit(self, before: list[Segment], rounded: int, grew: bool) -> None:
@@ -371,7 +407,11 @@ class Follower:
         mine = [segment for segment in before if segment.small == (rounded <= SMALL_SIZE)]
         following = [segment.address for segment in mine[1:]] + [2**60]
         fits = sorted(
-            (block.size, block.address, after - block.address if self.expandable and block is segment.blocks[-1] else block.size)
+            (
+                block.size,
+                block.address,
+                after - block.address if self.expandable and block is segment.blocks[-1] else block.size,
+            )
             for segment, after in zip(mine, following, strict=False)
             for block in segment.blocks
             if block.key is None and block.size >= rounded
@@ -405,14 +445,20 @@ class Follower:
             assert segment.address >= end and segment.expandable is self.expandable
             end = segment.address
             for n, block in enumerate(segment.blocks):
-                assert block.address == end and block.size > 0 and block.size % MIN_BLOCK == 0  # they tile it: no two overlap
-                assert not (n and block.key is None and segment.blocks[n - 1].key is None)  # free neighbours have joined
+                assert (
+                    block.address == end and block.size > 0 and block.size % MIN_BLOCK == 0
+                )  # they tile it: no two overlap
+                assert not (
+                    n and block.key is None and segment.blocks[n - 1].key is None
+                )  # free neighbours have joined
                 end += block.size
             assert end - segment.address == segment.size
             page = SMALL_BUFFER if segment.small or not self.expandable else LARGE_BUFFER
             assert segment.size % page == 0 and (not self.expandable or segment.address % page == 0)
         held = {block.key: block for block in blocks if block.key is not None}
-        assert {key: block.requested for key, block in held.items()} == {key: size for key, size in self.live.items() if size}
+        assert {key: block.requested for key, block in held.items()} == {
+            key: size for key, size in self.live.items() if size
+        }
         for block in held.values():
             waste = block.size - round_size(block.requested)
             assert waste == 0 if self.expandable or block.size <= SMALL_SIZE else 0 <= waste <= SMALL_SIZE

@@ -23,7 +23,7 @@ from mstplan.plan.recipe import Recipe
 from .survey import settings_of
 from .tiny import TINY
 
-OWN_CODE = '''
+OWN_CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,7 +36,7 @@ class OwnConfig(LlamaConfig):
 
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
-'''
+"""
 
 
 def settings(name: str) -> PreTrainedConfig:
@@ -47,9 +47,13 @@ def shapes(traced: Trace) -> set[tuple[int, ...]]:
     return {made.shape for made in traced.step.made}
 
 
-@pytest.mark.parametrize(("name", "operation"), [("DbrxForCausalLM", "aten.nonzero"), ("XLMWithLMHeadModel", "aten._local_scalar_dense")])
+@pytest.mark.parametrize(
+    ("name", "operation"), [("DbrxForCausalLM", "aten.nonzero"), ("XLMWithLMHeadModel", "aten._local_scalar_dense")]
+)
 def test_what_depends_on_values_is_named(name, operation):
-    with pytest.raises(ModelError, match=rf"^{name} needs the values of tensors in {operation}.*\n.*formula rung.*mstplan measure"):
+    with pytest.raises(
+        ModelError, match=rf"^{name} needs the values of tensors in {operation}.*\n.*formula rung.*mstplan measure"
+    ):
         trace_settings(settings(name), Recipe(), 13)
 
 
@@ -58,7 +62,9 @@ def test_a_failure_of_the_models_own_code_is_told_with_its_name(name, kind):
     log, said = logging.getLogger("torch._subclasses.fake_tensor"), logging.handlers.BufferingHandler(99)
     log.addHandler(said)
     try:
-        with pytest.raises(ModelError, match=f"^{name} makes no training step of token ids and labels alone: {kind.__name__}: ") as raised:
+        with pytest.raises(
+            ModelError, match=f"^{name} makes no training step of token ids and labels alone: {kind.__name__}: "
+        ) as raised:
             trace_settings(settings(name), Recipe(), 13)
     finally:
         log.removeHandler(said)
@@ -79,7 +85,11 @@ def test_experts_in_other_precisions(precision):
     assert any(made.operation == "_grouped_mm" and made.dtype == "float32" for made in traced.step.made)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(accumulation=2), Recipe(optimizer_in_backward=True)], ids=["plain", "accumulated", "in backward"])
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(), Recipe(accumulation=2), Recipe(optimizer_in_backward=True)],
+    ids=["plain", "accumulated", "in backward"],
+)
 def test_weights_that_are_not_trained_have_no_gradients_and_no_states(recipe):
     """Ernie's routers have a correction that its loss does not move."""
     traced = trace_settings(settings("Ernie4_5_MoeForCausalLM"), recipe, 16)
@@ -93,9 +103,11 @@ def test_a_module_that_all_layers_share_is_of_the_layer_that_runs_it():
     assert traced.units > len(traced.kept)
     for run in (FORWARD, BACKWARD):
         units = {
-            place.unit for place, span in traced.short.blocks() for event in span
+            place.unit
+            for place, span in traced.short.blocks()
+            for event in span
             if place.run == run and "act" in traced.short.made[traced.short.events[event][0]].module.split(".")
-        }  # fmt: skip
+        }
         assert units == set(range(len(traced.kept))), run
 
 
@@ -161,7 +173,9 @@ def test_code_of_its_own_runs_when_asked_only(tmp_path, monkeypatch):
     config = json.loads((folder / "config.json").read_text())
     with pytest.raises(ModelError, match=r"\n--trust-remote-code"):
         trace(config, Recipe(), 16)
-    with pytest.raises(ModelError, match="cannot build"):  # transformers knows the type, but no causal language model of it
+    with pytest.raises(
+        ModelError, match="cannot build"
+    ):  # transformers knows the type, but no causal language model of it
         trace({**config, "model_type": "clip", "_name_or_path": str(folder)}, Recipe(), 16)
     assert not list(tmp_path.rglob("*.ran"))
     own = trace(config, Recipe(), 16, code_from=str(folder))
@@ -172,6 +186,9 @@ def test_code_of_its_own_runs_when_asked_only(tmp_path, monkeypatch):
 def _with_own_code(folder: Path) -> Path:
     folder.mkdir()
     (folder / "own.py").write_text(OWN_CODE)
-    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}}
+    own = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    }
     (folder / "config.json").write_text(json.dumps({**TINY, "architectures": ["OwnForCausalLM"], **own}))
     return folder

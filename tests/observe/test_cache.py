@@ -133,7 +133,17 @@ def test_what_is_read_can_be_used(own_folder):
     assert seen[True] > 150 and seen[False] > 5, seen
 
 
-EVENTS = ([], [[0, 1]] * 2, [[0, -1]], [[0, 1], [0, -1], [0, -1]], [[99999, 1]], [[-1, 1]], [[0, 2]], [[0, 1, 1]], [[0]])
+EVENTS = (
+    [],
+    [[0, 1]] * 2,
+    [[0, -1]],
+    [[0, 1], [0, -1], [0, -1]],
+    [[99999, 1]],
+    [[-1, 1]],
+    [[0, 2]],
+    [[0, 1, 1]],
+    [[0]],
+)
 
 
 @pytest.mark.parametrize("events", EVENTS, ids=str)
@@ -153,7 +163,11 @@ def test_no_pipe_and_no_bomb(made, own_folder, tmp_path):
     (file,) = own_folder.iterdir()
     whole, device = file.read_bytes(), tmp_path / "device"
     os.mkfifo(device)
-    for make in (lambda: os.mkfifo(file), lambda: file.symlink_to(device), lambda: file.write_bytes(gzip.compress(bytes(10**7)))):
+    for make in (
+        lambda: os.mkfifo(file),
+        lambda: file.symlink_to(device),
+        lambda: file.write_bytes(gzip.compress(bytes(10**7))),
+    ):
         file.unlink()
         make()
         assert cache._read(file) is None

@@ -58,7 +58,15 @@ def test_the_planner_uses_it_and_says_so(mst, folder):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"optimizer": "sgd"}, {"precision": "mixed"}, {"checkpoint": 2}, {"mlp_chunks": 1}, {"accumulation": 2}, {"attention": "eager"}]
+    "changes",
+    [
+        {"optimizer": "sgd"},
+        {"precision": "mixed"},
+        {"checkpoint": 2},
+        {"mlp_chunks": 1},
+        {"accumulation": 2},
+        {"attention": "eager"},
+    ],
 )
 def test_other_recipes_stand_on_the_formula(mst, folder, changes):
     calibration.write(MODEL, [mst], folder)
@@ -79,7 +87,11 @@ def test_s_max_is_solved_from_it(mst, folder):
     recipe = strategy("mst", mlp_chunks=4, loss_chunks=8)
     chunks = Chunks(4, 8)
     s_max = solve.longest(MODEL, recipe, CARD, chunks)
-    assert solve.peak_at(MODEL, recipe, CARD, s_max, chunks)[1] <= CARD.budget_bytes < solve.peak_at(MODEL, recipe, CARD, s_max + 1, chunks)[1]
+    assert (
+        solve.peak_at(MODEL, recipe, CARD, s_max, chunks)[1]
+        <= CARD.budget_bytes
+        < solve.peak_at(MODEL, recipe, CARD, s_max + 1, chunks)[1]
+    )
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"schema_version": 99}', "[]"])

@@ -13,7 +13,13 @@ from mstplan.units import GIB, MIB
 from .tiny import step_of
 
 CHECKPOINT = strategy("checkpoint")
-RECIPES = [CHECKPOINT, Recipe(), strategy("mst", mlp_chunks=4, loss_chunks=4), Recipe(optimizer_in_backward=True), Recipe(optimizer="sgd")]
+RECIPES = [
+    CHECKPOINT,
+    Recipe(),
+    strategy("mst", mlp_chunks=4, loss_chunks=4),
+    Recipe(optimizer_in_backward=True),
+    Recipe(optimizer="sgd"),
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -62,4 +68,11 @@ def test_a_snapshot_of_it_has_names():
     trace = step_of(CHECKPOINT, 4096).with_workspace(32 * MIB)
     document = snapshot(all_events(trace), lambda key: name_of(trace, key), expandable=True)
     lines = {frame["name"] for entry in document["device_traces"][0] for frame in entry.get("frames", [])}
-    assert {"cuBLAS workspace 1 of 2", "cuBLAS workspace 2 of 2", "optimizer", "exp_avg", "model.layers.5.mlp.gate_proj", "model.embed_tokens.weight"} <= lines
+    assert {
+        "cuBLAS workspace 1 of 2",
+        "cuBLAS workspace 2 of 2",
+        "optimizer",
+        "exp_avg",
+        "model.layers.5.mlp.gate_proj",
+        "model.embed_tokens.weight",
+    } <= lines

@@ -99,7 +99,9 @@ def test_the_fewest_unexplained_differences():
     random = Random(1)
     for _ in range(200):
         ours = sequence(*[(random.randint(1, 3), "x") for _ in range(random.randint(0, 6))])
-        theirs = sequence(*[(random.randint(1, 3), random.choice(["x", "scratch"])) for _ in range(random.randint(0, 6))])
+        theirs = sequence(
+            *[(random.randint(1, 3), random.choice(["x", "scratch"])) for _ in range(random.randint(0, 6))]
+        )
         found = differences(ours, theirs, [SCRATCH])
         bad = len(unexplained(found))
         assert (bad, len(found) - bad) == fewest(ours, theirs)
@@ -110,9 +112,12 @@ def test_the_fewest_unexplained_differences():
 
 def test_rows_of_cudas_history():
     rows = [
-        ["segment_alloc", 20 << 20, 0, []], ["alloc", LARGE + 512, 0, ["nn.py:3:linear", "train.py:9:step"]],
-        ["free_requested", LARGE + 512, 0, []], ["free_completed", LARGE + 512, 0, []], ["alloc", 512, 0, []],
-    ]  # fmt: skip
+        ["segment_alloc", 20 << 20, 0, []],
+        ["alloc", LARGE + 512, 0, ["nn.py:3:linear", "train.py:9:step"]],
+        ["free_requested", LARGE + 512, 0, []],
+        ["free_completed", LARGE + 512, 0, []],
+        ["alloc", 512, 0, []],
+    ]
     assert of_cuda(rows) == [Allocation(LARGE + 512, "train.py:9:step > nn.py:3:linear"), Allocation(512, "")]
 
 

@@ -17,7 +17,14 @@ from mstplan.observe.trace import Trace
 from mstplan.observe.tracer import trace
 from mstplan.plan.recipe import STRATEGIES, Recipe, strategy
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def narrow(name: str, layers: int) -> dict[str, Any]:
@@ -52,7 +59,13 @@ def check(config: dict[str, Any], recipe: Recipe) -> None:
 
 
 # As few layers as show that some are written down: plain or checkpointed, in chunks, and with layer inputs on the host.
-CASES = {"llama3.1-8b": (7, 6, 7), "gemma2-2b": (8, 7, 9), "gemma3-1b": (14, 8, 11), "deepseek-v3": (9, 7, 8), "gpt-oss-20b": (8, 7, 9)}
+CASES = {
+    "llama3.1-8b": (7, 6, 7),
+    "gemma2-2b": (8, 7, 9),
+    "gemma3-1b": (14, 8, 11),
+    "deepseek-v3": (9, 7, 8),
+    "gpt-oss-20b": (8, 7, 9),
+}
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "checkpoint-sqrt"])
@@ -89,7 +102,9 @@ def test_few_shows_every_pattern(kinds, every, reach):
     patterns = whole.patterns()
     assert {patterns[i] for i in kept} == set(patterns)
     assert len(set(kept)) == len(kept)
-    assert part(whole, kept).patterns() == [patterns[i] for i in kept]  # each between the neighbours that it has in the whole
+    assert part(whole, kept).patterns() == [
+        patterns[i] for i in kept
+    ]  # each between the neighbours that it has in the whole
     assert kept[: whole.beginning()] == list(range(whole.beginning()))
 
 
@@ -163,7 +178,11 @@ def test_only_one_of_two_alike_is_let_go_of(unit):
 def test_what_all_share():
     first = Step(*FEW).moved("of -1", before=(BACKWARD, 0))
     assert extend(first.recording(), FEW, ALIKE) == Step(0, 1, 2, 3, 4).moved("of -1", before=(BACKWARD, 0)).recording()
-    for place in ((BACKWARD, 1), (FORWARD, 1), (FORWARD, 2)):  # does the second of the whole do that, or the last but one?
+    for place in (
+        (BACKWARD, 1),
+        (FORWARD, 1),
+        (FORWARD, 2),
+    ):  # does the second of the whole do that, or the last but one?
         with pytest.raises(Unlike):
             extend(Step(*FEW).moved("of -1", before=place).recording(), FEW, ALIKE)
 

@@ -16,9 +16,15 @@ from mstplan.plan.recipe import strategy
 CARD = card("h100")
 FAMILIES = ("granite", "granitemoe", "internlm3", "iquestcoder", "ministral3", "youtu")
 SIZES = {
-    "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "num_attention_heads": 8, "vocab_size": 16000, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "vocab_size": 16000,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 EXACT = 0.0005
 
 

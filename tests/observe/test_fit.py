@@ -29,7 +29,9 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path))
 
 
-def as_planned(strategy: str, tokens: int, layers: int | None = None, change: Callable[[int], int] = lambda size: size, **more: Any) -> Measurement:
+def as_planned(
+    strategy: str, tokens: int, layers: int | None = None, change: Callable[[int], int] = lambda size: size, **more: Any
+) -> Measurement:
     """What the formula says of a step, measured."""
     config: dict[str, Any] = dict(load_config(NAME)) if layers is None else sliced(load_config(NAME), layers, NAME)
     one = case(strategy, tokens, config, model=NAME, layers=layers, device=more.pop("device", "cuda"), **more)
@@ -43,7 +45,10 @@ def as_planned(strategy: str, tokens: int, layers: int | None = None, change: Ca
 def points(strategy: str, **more: Any) -> list[Measurement]:
     if STRATEGIES[strategy].loss != "chunked":
         return [as_planned(strategy, tokens, **more) for tokens in LENGTHS]
-    return [as_planned(strategy, tokens, mlp_chunks=2 + n % 3, loss_chunks=8 >> n % 3, **more) for n, tokens in enumerate((*LENGTHS, 16384))]
+    return [
+        as_planned(strategy, tokens, mlp_chunks=2 + n % 3, loss_chunks=8 >> n % 3, **more)
+        for n, tokens in enumerate((*LENGTHS, 16384))
+    ]
 
 
 def errors(found: Iterable[calibration.Calibration], at: Measurement) -> list[float]:
@@ -67,7 +72,10 @@ def test_what_the_formula_says_comes_back(strategy):
 @pytest.mark.parametrize("strategy", ["standard", "checkpoint", "mst", "mst-offload"])
 def test_slices_tell_the_whole_model(strategy):
     """Memory at an instant is a constant and so much for every layer."""
-    chunks = [{"mlp_chunks": 2 + n % 3, "loss_chunks": 8 >> n % 3} if STRATEGIES[strategy].loss == "chunked" else {} for n in range(9)]
+    chunks = [
+        {"mlp_chunks": 2 + n % 3, "loss_chunks": 8 >> n % 3} if STRATEGIES[strategy].loss == "chunked" else {}
+        for n in range(9)
+    ]
     lengths = (4096, 6144, 10240, 12288, 20480, 8192, 16384, 5120, 9216)
     some = [as_planned(strategy, tokens, layers=(4, 6, 9)[n // 3], **chunks[n]) for n, tokens in enumerate(lengths)]
     found = fit.fit(load_model(NAME), some)
@@ -91,7 +99,10 @@ def test_too_few_or_too_equal_points():
 
 
 def test_what_no_coefficients_describe_is_refused():
-    noisy = [as_planned("checkpoint", tokens, change=lambda size, n=n: int(size * (1 + 0.02 * (-1) ** n))) for n, tokens in enumerate(LENGTHS)]
+    noisy = [
+        as_planned("checkpoint", tokens, change=lambda size, n=n: int(size * (1 + 0.02 * (-1) ** n)))
+        for n, tokens in enumerate(LENGTHS)
+    ]
     with pytest.raises(MeasurementError, match=r"miss a measurement by .*more than 0\.5%"):
         fit.fit(load_model(NAME), noisy)
 
@@ -101,7 +112,10 @@ def test_families_are_apart():
     from dataclasses import replace
 
     some = points("checkpoint")
-    other_card = [replace(m, environment={**CARD, "card": "NVIDIA A100-SXM4-80GB"}) for m in points("checkpoint", change=lambda size: 2 * size)]
+    other_card = [
+        replace(m, environment={**CARD, "card": "NVIDIA A100-SXM4-80GB"})
+        for m in points("checkpoint", change=lambda size: 2 * size)
+    ]
     lost = [replace(m, outcome="out of memory", ranks=()) for m in points("checkpoint")]
     found = fit.fit(load_model(NAME), [*some, *other_card, *lost, *points("checkpoint", optimizer="sgd")])
     assert len(found.calibrations) == 3 and all(c.residual < 1e-5 for c in found.calibrations)
@@ -111,10 +125,17 @@ def test_the_planner_uses_it_and_says_so():
     """A card that takes a tenth more than the formula says."""
     model, on = load_model(NAME), card("h100")
     before = max_seq(model, STRATEGIES["checkpoint"], on).s_max
-    calibration.write(model, fit.fit(model, points("checkpoint", change=lambda size: size + size // 10)).calibrations, calibration.folders()[0])
+    calibration.write(
+        model,
+        fit.fit(model, points("checkpoint", change=lambda size: size + size // 10)).calibrations,
+        calibration.folders()[0],
+    )
     answer = max_seq(model, STRATEGIES["checkpoint"], on)
     assert answer.s_max < before and answer.plan.calibration is not None
-    assert answer.plan.calibration.said.startswith("measurements with torch") and answer.plan.calibration.provenance["card"] == CARD["card"]
+    assert (
+        answer.plan.calibration.said.startswith("measurements with torch")
+        and answer.plan.calibration.provenance["card"] == CARD["card"]
+    )
     kept = max_seq(model, STRATEGIES["mst"], on)
     assert kept.plan.calibration is None or kept.plan.calibration.provenance["rung"] == "trace"
 
@@ -132,13 +153,17 @@ def test_a_cards_constants():
     before = hardware.find_gpu("h100")
     hardware.write_measured(found)
     now = hardware.find_gpu("h100")
-    assert now == before._replace(**found[CARD["card"]]._asdict()) and now.context_source.startswith("measured: 5 steps")
+    assert now == before._replace(**found[CARD["card"]]._asdict()) and now.context_source.startswith(
+        "measured: 5 steps"
+    )
     assert hardware.find_gpu("a100-80gb").context_bytes == before.context_bytes
     hardware.write_measured({"NVIDIA A100-SXM4-80GB": found[CARD["card"]]._replace(context_bytes=7)})
     assert hardware.find_gpu("h100") == now and hardware.find_gpu("a100-80gb").context_bytes == 7
 
 
-NEGATIVE = '{"cards": {"NVIDIA H100 80GB HBM3": {"context_bytes": -1, "cublas_workspace_bytes": 0, "context_source": ""}}}'
+NEGATIVE = (
+    '{"cards": {"NVIDIA H100 80GB HBM3": {"context_bytes": -1, "cublas_workspace_bytes": 0, "context_source": ""}}}'
+)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"cards": 1}', '{"cards": {"NVIDIA H100 80GB HBM3": {}}}', NEGATIVE])

@@ -30,7 +30,12 @@ def up_to(longest: int):
 def test_the_true_limit_is_found(predicted, ratio):
     longest = max(SHORTEST, int(predicted * ratio))
     found = check("mst", "trace", predicted, up_to(longest))
-    assert len(found.points) <= limits.MOST_POINTS and found.runs <= longest and found.fails is not None and found.fails > longest
+    assert (
+        len(found.points) <= limits.MOST_POINTS
+        and found.runs <= longest
+        and found.fails is not None
+        and found.fails > longest
+    )
     assert found.fails - found.runs <= max(1, found.runs * limits.PRECISION)
     assert found.holds == (at(predicted, BELOW) <= longest < at(predicted, ABOVE))
     assert found.error == pytest.approx(predicted / longest - 1, rel=0.02, abs=0.02) or longest < 100

@@ -37,10 +37,22 @@ from mstplan.show import measuring, validating
 from .measured import CPU, case, measured
 
 BYTES = st.integers(0, 2**50)
-PEAKS = st.fixed_dictionaries({name: st.builds(Peak, st.integers(1, 2**50), st.none() | BYTES, st.none() | BYTES) for name in ("loss", "optimizer step")})
+PEAKS = st.fixed_dictionaries(
+    {
+        name: st.builds(Peak, st.integers(1, 2**50), st.none() | BYTES, st.none() | BYTES)
+        for name in ("loss", "optimizer step")
+    }
+)
 FIGURES = st.builds(
-    Figures, BYTES, PEAKS, PEAKS, st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=4).map(tuple), st.floats(0, 100), st.none() | BYTES, st.none() | BYTES
-)  # fmt: skip
+    Figures,
+    BYTES,
+    PEAKS,
+    PEAKS,
+    st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=4).map(tuple),
+    st.floats(0, 100),
+    st.none() | BYTES,
+    st.none() | BYTES,
+)
 
 
 @pytest.fixture
@@ -54,10 +66,17 @@ def write(path: Path, *measurements: Measurement) -> None:
             append(m)
 
 
-@given(ranks=st.lists(FIGURES, max_size=3).map(tuple), error=st.text(), seq_len=st.integers(1, 2**30), limit=st.none() | BYTES)
+@given(
+    ranks=st.lists(FIGURES, max_size=3).map(tuple),
+    error=st.text(),
+    seq_len=st.integers(1, 2**30),
+    limit=st.none() | BYTES,
+)
 def test_what_is_written_is_read(tmp_path_factory, ranks, error, seq_len, limit):
     path = tmp_path_factory.mktemp("results") / "r.jsonl"
-    m = Measurement(case(seq_len=seq_len, limit=limit), CPU, OK if ranks else FAILED, error, ranks, "2026-11-24T00:00:00+00:00")
+    m = Measurement(
+        case(seq_len=seq_len, limit=limit), CPU, OK if ranks else FAILED, error, ranks, "2026-11-24T00:00:00+00:00"
+    )
     write(path, m)
     assert read(path) == ([m], [])
 
@@ -66,7 +85,12 @@ def test_of_a_step(path):
     m = measured(case(batch=2, seq_len=100, accumulation=3), {"loss": 5, "optimizer step": 7})
     assert (m.peak.allocated, m.peak.reserved, m.seconds) == (7, None, 0.5)
     assert m.tokens_per_second == pytest.approx(2 * 3 * 100 / 0.5)
-    other = replace(m.ranks[0], step_seconds=(1.0,), phases={"loss": Peak(9, 11)}, instants={"loss": Peak(9), "optimizer step": Peak(1)})
+    other = replace(
+        m.ranks[0],
+        step_seconds=(1.0,),
+        phases={"loss": Peak(9, 11)},
+        instants={"loss": Peak(9), "optimizer step": Peak(1)},
+    )
     both = replace(m, ranks=(m.ranks[0], other))
     assert both.peak == Peak(9, 11) and both.seconds == 1.0  # of the rank that holds most, and of the slowest
     assert both.tokens_per_second == pytest.approx(2 * 2 * 3 * 100 / 1.0)
@@ -74,9 +98,20 @@ def test_of_a_step(path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["not json", "{}", "[]", "7", "null", '{"schema_version": 1}', '{"schema_version": 1, "case": []}', '"x"', "{" * 100_000],
+    "damage",
+    [
+        "not json",
+        "{}",
+        "[]",
+        "7",
+        "null",
+        '{"schema_version": 1}',
+        '{"schema_version": 1, "case": []}',
+        '"x"',
+        "{" * 100_000,
+    ],
     ids=lambda damage: damage[:20],
-)  # fmt: skip
+)
 def test_a_damaged_line_is_left_out_and_said(path, damage):
     first, last = measured(case(), {"loss": 1}), measured(case(seq_len=7), {"loss": 2})
     write(path, first)
@@ -88,7 +123,14 @@ def test_a_damaged_line_is_left_out_and_said(path, damage):
     assert len(found.skipped) == 1 and "line 2" in found.skipped[0]
 
 
-WRONG = st.none() | st.integers(-1, 1) | st.sampled_from([1.5, float("nan"), 10**30, "x", "auto", True]) | st.just([]) | st.just({}) | st.just(["a"])
+WRONG = (
+    st.none()
+    | st.integers(-1, 1)
+    | st.sampled_from([1.5, float("nan"), 10**30, "x", "auto", True])
+    | st.just([])
+    | st.just({})
+    | st.just(["a"])
+)
 
 
 def places(data: object, so_far: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
@@ -104,7 +146,9 @@ def test_a_line_with_one_wrong_value_is_left_out_or_serves_whole(tmp_path_factor
     """Results pass through other tools: whatever they made of a line, nothing that reads it falls over."""
     config = load_config("smollm2-135m")
     instants = {"loss": 2**30, "optimizer step": 2**29}
-    one = measured(case("mst", model="smollm2-135m", config=config, mlp_chunks=2, loss_chunks=2), instants, context=7, workspace=9)
+    one = measured(
+        case("mst", model="smollm2-135m", config=config, mlp_chunks=2, loss_chunks=2), instants, context=7, workspace=9
+    )
     data = json.loads(json.dumps(one.as_data()))
     *above, last = draw.draw(st.sampled_from(list(places(data))))
     part = data
@@ -122,7 +166,11 @@ def test_a_line_with_one_wrong_value_is_left_out_or_serves_whole(tmp_path_factor
         return
     assert len(found.measurements) + len(found.skipped) == 1
     compared = validate.validate(found.measurements, [FORMULA, CALIBRATED])
-    assert validating.markdown(compared) and validating.as_data(compared, [], []) and validate.beyond(compared, BOUNDS) is not None
+    assert (
+        validating.markdown(compared)
+        and validating.as_data(compared, [], [])
+        and validate.beyond(compared, BOUNDS) is not None
+    )
     assert all(measuring.line(m) and m.key for m in found.measurements)
 
 
@@ -175,7 +223,11 @@ def test_no_file_to_read(tmp_path):
 
 
 def test_files_together(tmp_path):
-    old, new, other = measured(case(), {"loss": 1}), measured(case(), {"loss": 2}), measured(case(seq_len=9), {"loss": 3})
+    old, new, other = (
+        measured(case(), {"loss": 1}),
+        measured(case(), {"loss": 2}),
+        measured(case(seq_len=9), {"loss": 3}),
+    )
     write(tmp_path / "a", old, other)
     write(tmp_path / "b", new)
     assert read_all([tmp_path / "a", tmp_path / "b"]).measurements == [new, other]
@@ -186,7 +238,14 @@ def test_what_makes_a_point_the_same():
     one = case()
     same = replace(one, model="other name", strategy="custom", steps=9)
     assert key_of(one, CPU) == key_of(same, {**CPU, "driver": "another", "python": "3.12"})
-    for other in (case(seq_len=513), case(batch=2), case("standard"), replace(one, limit=1), replace(one, device="cuda"), replace(one, layers=2)):
+    for other in (
+        case(seq_len=513),
+        case(batch=2),
+        case("standard"),
+        replace(one, limit=1),
+        replace(one, device="cuda"),
+        replace(one, layers=2),
+    ):
         assert key_of(other, CPU) != key_of(one, CPU)
     for changed in ({"torch": "2.14"}, {"card": "other"}, {"allocator": "expandable_segments:True"}):
         assert key_of(one, {**CPU, **changed}) != key_of(one, CPU)
@@ -196,7 +255,9 @@ def test_what_makes_a_point_the_same():
 def test_the_first_layers_of_a_model(name):
     config = load_config(name)
     whole, first = read_config(config, name), read_config(sliced(config, 2, name), name)
-    experts = whole.experts if any(kind.experts for kind in first.layer_kinds) else None  # deepseek-v3 begins with dense layers
+    experts = (
+        whole.experts if any(kind.experts for kind in first.layer_kinds) else None
+    )  # deepseek-v3 begins with dense layers
     assert first == whole._replace(layer_kinds=whole.layer_kinds[:2], experts=experts)
     for layers in (0, whole.layers + 1):
         with pytest.raises(ModelError, match=f"has {whole.layers} layers"):

@@ -22,11 +22,17 @@ CHUNKS = {"mlp_chunks": 3, "loss_chunks": 4}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("more", [{}, {"optimizer_in_backward": True}, {"accumulation": 2, "batch": 2}], ids=["", "in backward", "accumulation"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"optimizer_in_backward": True}, {"accumulation": 2, "batch": 2}],
+    ids=["", "in backward", "accumulation"],
+)
 def test_every_instant_as_the_trace_has_it(name, more):
     one = case(name, 200, precision="fp32", steps=1, **(CHUNKS if STRATEGIES[name].loss == "chunked" else {}), **more)
     found, told = measure(one), trace(TINY, one.recipe, 200, on="cpu")
-    assert {n: p.allocated for n, p in found.instants.items()} == {p.instant: pytest.approx(p.bytes, rel=0.005) for p in told.peaks}
+    assert {n: p.allocated for n, p in found.instants.items()} == {
+        p.instant: pytest.approx(p.bytes, rel=0.005) for p in told.peaks
+    }
     assert found.peak.allocated == max(p.allocated for p in found.instants.values())
     assert found.context is found.workspace is found.peak.reserved is None
 
@@ -44,13 +50,19 @@ def test_instants_belong_to_phases():
 
 @pytest.mark.parametrize(
     ("error", "outcome"),
-    [(ModelError("no"), REFUSED), (torch.OutOfMemoryError("CUDA out of memory"), OUT_OF_MEMORY), (MemoryError(), OUT_OF_MEMORY),
-     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), OUT_OF_MEMORY), (RuntimeError("other"), FAILED),
-     (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), OUT_OF_MEMORY),
-     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OUT_OF_MEMORY),
-     (RuntimeError("no pinned host memory for 9 bytes more of layer inputs"), FAILED), (KeyError("x"), FAILED)],
+    [
+        (ModelError("no"), REFUSED),
+        (torch.OutOfMemoryError("CUDA out of memory"), OUT_OF_MEMORY),
+        (MemoryError(), OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), OUT_OF_MEMORY),
+        (RuntimeError("other"), FAILED),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OUT_OF_MEMORY),
+        (RuntimeError("no pinned host memory for 9 bytes more of layer inputs"), FAILED),
+        (KeyError("x"), FAILED),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_what_is_raised_is_an_outcome(error, outcome):
     def fails() -> Figures:
         raise error
@@ -93,9 +105,13 @@ class Counters:
 def counters(monkeypatch: pytest.MonkeyPatch) -> Counters:
     found = Counters()
     for name, stand_in in {
-        "max_memory_allocated": lambda: found.most, "max_memory_reserved": lambda: 2 * found.most, "reset_peak_memory_stats": found.reset,
-        "memory_reserved": lambda: 2 * found.now, "mem_get_info": lambda: (1000 - 3 * found.now, 1000), "synchronize": lambda: None,
-    }.items():  # fmt: skip
+        "max_memory_allocated": lambda: found.most,
+        "max_memory_reserved": lambda: 2 * found.most,
+        "reset_peak_memory_stats": found.reset,
+        "memory_reserved": lambda: 2 * found.now,
+        "mem_get_info": lambda: (1000 - 3 * found.now, 1000),
+        "synchronize": lambda: None,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     return found
 
@@ -129,9 +145,13 @@ def test_a_limit_leaves_room_for_the_context_that_predictions_count(monkeypatch,
     counters, shares = Counters(), []
     total = 80 * GIB
     for name, stand_in in {
-        "set_device": lambda _n: None, "memory_allocated": lambda: counters.now, "mem_get_info": lambda: (total - beside, total),
-        "memory_reserved": lambda: 0, "get_device_name": lambda: "NVIDIA H100 80GB HBM3", "set_per_process_memory_fraction": shares.append,
-    }.items():  # fmt: skip
+        "set_device": lambda _n: None,
+        "memory_allocated": lambda: counters.now,
+        "mem_get_info": lambda: (total - beside, total),
+        "memory_reserved": lambda: 0,
+        "get_device_name": lambda: "NVIDIA H100 80GB HBM3",
+        "set_per_process_memory_fraction": shares.append,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(point, "_multiply_and_attend", lambda: counters.allocate(64 * MIB))
     assert point._prepare_cuda(case(device="cuda", limit=40 * GIB)) == 64 * MIB
@@ -147,6 +167,11 @@ def test_the_attention_kernel_that_is_chosen(monkeypatch):
 
 def test_environment_of_a_cpu():
     found = environment("cpu")
-    assert found["card"] == "cpu" and found["total_bytes"] > 2**30 and found["transformers"] and found["threads"] == torch.get_num_threads()
+    assert (
+        found["card"] == "cpu"
+        and found["total_bytes"] > 2**30
+        and found["transformers"]
+        and found["threads"] == torch.get_num_threads()
+    )
     with pytest.raises(MeasurementError, match=r"CUDA[\s\S]*--device cpu"):
         environment("cuda")

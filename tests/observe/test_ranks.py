@@ -18,9 +18,29 @@ from .tiny import TINY, write_tiny
 
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mstplan", "measure", "--device", "cpu",
-               "-m", str(write_tiny(folder)), "--steps", "1", "-o", str(folder / "results.jsonl"), *arguments]  # fmt: skip
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mstplan",
+        "measure",
+        "--device",
+        "cpu",
+        "-m",
+        str(write_tiny(folder)),
+        "--steps",
+        "1",
+        "-o",
+        str(folder / "results.jsonl"),
+        *arguments,
+    ]
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 @pytest.mark.slow
@@ -43,8 +63,20 @@ def test_two_ranks_make_one_record(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_runs_out_of_memory_does_not_leave_the_others_waiting(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.observe.one_rank_fails", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tests.observe.one_rank_fails",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (found,) = measurement.read(tmp_path / "results.jsonl").measurements
     assert (found.outcome, found.error) == (OUT_OF_MEMORY, "rank 1: too much")

@@ -28,9 +28,18 @@ from mstplan.observe.tracer import trace
 from mstplan.plan.recipe import Recipe, strategy
 
 TINY = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "vocab_size": 61, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MST = strategy("mst", mlp_chunks=4, loss_chunks=8)
 
 
@@ -49,9 +58,12 @@ def test_what_is_alive_adds_up(plain):
 def test_modules_are_named_in_both_passes(plain):
     for run in (FORWARD, BACKWARD):
         wide = {
-            plain.made[plain.events[e][0]].module for place, span in plain.blocks() if place.run == run for e in span
+            plain.made[plain.events[e][0]].module
+            for place, span in plain.blocks()
+            if place.run == run
+            for e in span
             if plain.events[e][1] > 0 and plain.made[plain.events[e][0]].shape[1:] == (32, 48)
-        }  # fmt: skip
+        }
         assert wide and all(".mlp" in name for name in wide), wide
 
 
@@ -81,7 +93,13 @@ def test_a_recording_survives_json(plain):
 
 
 @pytest.mark.parametrize(
-    "recipe", [MST, Recipe(optimizer="adafactor"), Recipe(adamw_kernel="fused", accumulation=2), Recipe(checkpoint=2, optimizer_in_backward=True)]
+    "recipe",
+    [
+        MST,
+        Recipe(optimizer="adafactor"),
+        Recipe(adamw_kernel="fused", accumulation=2),
+        Recipe(checkpoint=2, optimizer_in_backward=True),
+    ],
 )
 def test_the_same_step_runs_for_real(recipe):
     step = TrainingStep(build(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 32)
@@ -95,6 +113,11 @@ def test_the_same_step_runs_for_real(recipe):
 
 
 def test_what_cannot_be_run_is_refused():
-    for recipe in (strategy("mst"), Recipe(optimizer="adamw-8bit"), Recipe(optimizer_on_host=True), Recipe(loss="transformers<4.45")):
+    for recipe in (
+        strategy("mst"),
+        Recipe(optimizer="adamw-8bit"),
+        Recipe(optimizer_on_host=True),
+        Recipe(loss="transformers<4.45"),
+    ):
         with pytest.raises(RecipeError):
             trace(TINY, recipe, 32)

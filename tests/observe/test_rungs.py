@@ -41,7 +41,9 @@ def in_rotation() -> list[tuple[str, str, int]]:
     sqrt = cycle(("checkpoint-sqrt", seq_len) for seq_len in LENGTHS)
     cases = []
     for kind in dict.fromkeys(map(family, NAMES)):
-        models = sorted((name for name in NAMES if family(name) == kind), key=lambda name: mstplan.load_model(name).layers)
+        models = sorted(
+            (name for name in NAMES if family(name) == kind), key=lambda name: mstplan.load_model(name).layers
+        )
         count = max(len(models), 3)
         plans = [next(sqrt), *islice(others, count - 1)]
         cases += [(name, *plan) for name, plan in zip(islice(cycle(models), count), plans, strict=True)]
@@ -68,7 +70,9 @@ def test_the_formula_agrees_with_the_trace(name: str, plan: str, seq_len: int) -
 def test_every_model_strategy_and_length_comes() -> None:
     cases = in_rotation()
     assert {name for name, _, _ in cases} == set(NAMES)
-    assert {(plan, seq_len) for _, plan, seq_len in cases} >= {(plan, seq_len) for plan in STRATEGIES for seq_len in LENGTHS}
+    assert {(plan, seq_len) for _, plan, seq_len in cases} >= {
+        (plan, seq_len) for plan in STRATEGIES for seq_len in LENGTHS
+    }
     for kind in map(family, NAMES):
         mine = [plan for name, plan, _ in cases if family(name) == kind]
         assert len(mine) >= 3 and "checkpoint-sqrt" in mine and len(set(mine)) >= 3
@@ -88,11 +92,17 @@ def test_masks_whose_rows_are_padded() -> None:
 
 
 OTHERS = [
-    ("gpt2", {"attention": "eager"}), ("gpt2", {"precision": "mixed"}), ("gemma3-1b", {"attention": "eager"}),
-    ("llama3.2-1b", {"precision": "mixed"}), ("pythia-1.4b", {"precision": "fp32"}), ("qwen3-0.6b", {"batch": 3}),
-    ("mistral-7b-v0.1", {"batch": 2}), ("llama3.2-1b", {"accumulation": 2}), ("llama3.2-1b", {"optimizer_in_backward": True}),
+    ("gpt2", {"attention": "eager"}),
+    ("gpt2", {"precision": "mixed"}),
+    ("gemma3-1b", {"attention": "eager"}),
+    ("llama3.2-1b", {"precision": "mixed"}),
+    ("pythia-1.4b", {"precision": "fp32"}),
+    ("qwen3-0.6b", {"batch": 3}),
+    ("mistral-7b-v0.1", {"batch": 2}),
+    ("llama3.2-1b", {"accumulation": 2}),
+    ("llama3.2-1b", {"optimizer_in_backward": True}),
     ("deepseek-v2-lite", {"attention": "flash"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "changes"), OTHERS)

@@ -80,9 +80,11 @@ def polynomials(monkeypatch):
 
 @settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    start=st.floats(0, 2.9 * GIB), slope=st.floats(6, 24).map(lambda n: 2**n), curve=st.just(0.0) | st.floats(-20, 12).map(lambda n: 2**n),
+    start=st.floats(0, 2.9 * GIB),
+    slope=st.floats(6, 24).map(lambda n: 2**n),
+    curve=st.just(0.0) | st.floats(-20, 12).map(lambda n: 2**n),
     name=st.sampled_from(["standard", "mst"]),
-)  # fmt: skip
+)
 def test_however_a_step_grows_the_longest_is_found(polynomials, start, slope, curve, name):
     """Thousands of times more slowly or more steeply than what stands in for it, and with the square of the length."""
     tried = []

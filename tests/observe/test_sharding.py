@@ -136,11 +136,16 @@ def test_shards_of_all_ranks_are_the_model_and_its_padding():
 def test_more_ranks_need_no_more_each(name):
     chunks = {"mlp_chunks": 4, "loss_chunks": 16} if name.startswith("mst") else {}
     config = load_config("llama3.1-8b")
-    peaks = [trace(config, strategy(name, gpus=gpus, sharding="fsdp", **chunks), 4096).peak.bytes for gpus in (2, 8, 64, 1024)]
+    peaks = [
+        trace(config, strategy(name, gpus=gpus, sharding="fsdp", **chunks), 4096).peak.bytes
+        for gpus in (2, 8, 64, 1024)
+    ]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.3 * peaks[1]
 
 
-@pytest.mark.parametrize("more", [{}, {"precision": "mixed"}, {"accumulation": 2}, {"optimizer_in_backward": True}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"precision": "mixed"}, {"accumulation": 2}, {"optimizer_in_backward": True}], ids=str
+)
 @pytest.mark.parametrize("name", ["standard", "checkpoint", "mst", "mst-offload"])
 def test_few_layers_tell_all(name, more):
     chunks = {"mlp_chunks": 4, "loss_chunks": 3} if name.startswith("mst") else {}
@@ -158,7 +163,9 @@ def test_what_is_held_while_a_layer_runs():
     layer = sum(m.bytes for m in found.step.made if m.operation == GATHERED and "layers.2." in m.module + ".") // 2
     for run, buffers in (("forward", {"2": 1}), ("backward", {"1": 1})):
         span = next(span for place, span in found.step.blocks() if place == (run, 2))
-        alive = [found.step.made[i] for i in found.step.alive_at(span[-1] if run == "forward" else span[len(span) // 2])]
+        alive = [
+            found.step.made[i] for i in found.step.alive_at(span[-1] if run == "forward" else span[len(span) // 2])
+        ]
         held = [m for m in alive if m.operation == BUFFER and "layers" in m.module]
         assert len(held) == sum(buffers.values()) and all(m.bytes == layer for m in held)
         assert len([m for m in alive if m.operation == SCATTER]) == (run == "backward")
@@ -178,9 +185,11 @@ def check_formula(name: str, recipe: Recipe, tokens: int) -> None:
 # Every number of ranks with every strategy and every model, every length with each.
 ROTATION = [
     (model, name, (2048, 32768)[(m + n + g) % 2], gpus)
-    for m, model in enumerate(("llama3.1-8b", "qwen3-4b", "mixtral-8x7b")) for n, name in enumerate(("standard", "checkpoint", "mst"))
-    for g, gpus in enumerate((2, 8, 64)) if (m + n + g) % 3 != 1 or gpus == 8
-]  # fmt: skip
+    for m, model in enumerate(("llama3.1-8b", "qwen3-4b", "mixtral-8x7b"))
+    for n, name in enumerate(("standard", "checkpoint", "mst"))
+    for g, gpus in enumerate((2, 8, 64))
+    if (m + n + g) % 3 != 1 or gpus == 8
+]
 
 
 @pytest.mark.parametrize(("model", "name", "tokens", "gpus"), ROTATION)
@@ -191,10 +200,18 @@ def test_formula_and_trace_agree(model, name, tokens, gpus):
 
 @pytest.mark.parametrize(
     ("model", "more"),
-    [("gemma3-4b", {}), ("gpt-oss-20b", {}), ("gpt2", {}), ("llama3.1-8b", {"precision": "mixed"}), ("qwen3-4b", {"accumulation": 2}),
-     ("qwen3-4b", {"optimizer_in_backward": True}), ("llama3.1-8b", {"adamw_kernel": "for-loop"}), ("llama3.1-8b", {"precision": "mixed", "gpus": 2})],
+    [
+        ("gemma3-4b", {}),
+        ("gpt-oss-20b", {}),
+        ("gpt2", {}),
+        ("llama3.1-8b", {"precision": "mixed"}),
+        ("qwen3-4b", {"accumulation": 2}),
+        ("qwen3-4b", {"optimizer_in_backward": True}),
+        ("llama3.1-8b", {"adamw_kernel": "for-loop"}),
+        ("llama3.1-8b", {"precision": "mixed", "gpus": 2}),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_formula_and_trace_agree_on_other_models_and_recipes(model, more):
     check_formula(model, strategy("checkpoint", **{"gpus": 8, "sharding": "fsdp", **more}), 1024)
 
@@ -202,7 +219,10 @@ def test_formula_and_trace_agree_on_other_models_and_recipes(model, more):
 def test_a_process_group_that_is_there_is_left_alone(tmp_path):
     dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
     try:
-        with pytest.raises(RecipeError, match="init_process_group"), ranks(strategy("checkpoint", gpus=2, sharding="fsdp")):
+        with (
+            pytest.raises(RecipeError, match="init_process_group"),
+            ranks(strategy("checkpoint", gpus=2, sharding="fsdp")),
+        ):
             pass
         assert dist.is_initialized()
     finally:

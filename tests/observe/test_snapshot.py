@@ -20,10 +20,39 @@ from mstplan.units import MIB
 
 # Opcodes that unpickleData in torch/utils/viz/MemoryViz.js reads; it throws on any other.
 READ_BY_THE_VIEWER = {
-    "APPEND", "APPENDS", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPUT", "BINUNICODE", "DICT", "EMPTY_DICT", "EMPTY_LIST",
-    "EMPTY_TUPLE", "FRAME", "LIST", "LONG1", "LONG_BINGET", "LONG_BINPUT", "MARK", "MEMOIZE", "NEWFALSE", "NEWTRUE", "NONE", "PROTO",
-    "SETITEM", "SETITEMS", "SHORT_BINUNICODE", "STOP", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
-}  # fmt: skip
+    "APPEND",
+    "APPENDS",
+    "BINFLOAT",
+    "BINGET",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "BINPUT",
+    "BINUNICODE",
+    "DICT",
+    "EMPTY_DICT",
+    "EMPTY_LIST",
+    "EMPTY_TUPLE",
+    "FRAME",
+    "LIST",
+    "LONG1",
+    "LONG_BINGET",
+    "LONG_BINPUT",
+    "MARK",
+    "MEMOIZE",
+    "NEWFALSE",
+    "NEWTRUE",
+    "NONE",
+    "PROTO",
+    "SETITEM",
+    "SETITEMS",
+    "SHORT_BINUNICODE",
+    "STOP",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+}
 
 BOTH = pytest.mark.parametrize("expandable", [False, True])
 
@@ -88,7 +117,9 @@ def test_torchs_readers_take_it_and_agree(expandable):
     assert f"total_reserved: {viz.Bytes(allocator.reserved)}\n" in summary
     assert f"total_allocated: {viz.Bytes(wanted)}\n" in summary
     told = viz.trace(document)
-    assert told.startswith("Device 0 ---") and told.count("del ") == sum(sign < 0 and size > 0 for _, size, sign in events)
+    assert told.startswith("Device 0 ---") and told.count("del ") == sum(
+        sign < 0 and size > 0 for _, size, sign in events
+    )
     assert told.count(" = cudaMalloc(") == (0 if expandable else len(allocator.segments()))
     for reader in (viz.memory, viz.segments):
         lines = reader(document, format_flamegraph=str.splitlines)
@@ -141,13 +172,21 @@ def test_entries_carry_their_frames_in_order():
     document = snapshot([(0, 512, 1), (1, 30 * MIB, 1), (0, 512, -1)], frames_of, expandable=False)
     entries = document["device_traces"][0]
     assert [(e["action"], e["size"], e["time_us"]) for e in entries] == [
-        ("segment_alloc", 2 * MIB, 0), ("alloc", 512, 0), ("segment_alloc", 30 * MIB, 1), ("alloc", 30 * MIB, 1),
-        ("free_requested", 512, 2), ("free_completed", 512, 2),
-    ]  # fmt: skip
+        ("segment_alloc", 2 * MIB, 0),
+        ("alloc", 512, 0),
+        ("segment_alloc", 30 * MIB, 1),
+        ("alloc", 30 * MIB, 1),
+        ("free_requested", 512, 2),
+        ("free_completed", 512, 2),
+    ]
     assert [[frame["name"] for frame in e["frames"]] for e in entries] == [frames_of(key) for key in (0, 0, 1, 1, 0, 0)]
     small, large = document["segments"]
     assert (small["segment_type"], small["allocated_size"], small["blocks"][0]["state"]) == ("small", 0, "inactive")
-    assert (large["segment_type"], large["allocated_size"], large["blocks"][0]["frames"]) == ("large", 30 * MIB, entries[3]["frames"])
+    assert (large["segment_type"], large["allocated_size"], large["blocks"][0]["frames"]) == (
+        "large",
+        30 * MIB,
+        entries[3]["frames"],
+    )
     assert small["frames"] == entries[0]["frames"] and large["frames"] == entries[2]["frames"]
 
 
@@ -172,7 +211,9 @@ def test_it_ends_where_memory_does(expandable):
 
 @BOTH
 def test_the_file_has_only_what_the_viewer_reads(expandable):
-    document = snapshot([*made_up(), (10**6, 3 * 2**31, 1)], lambda key: ["a" * 300, "é"], expandable)  # long names, sizes beyond 32 bits
+    document = snapshot(
+        [*made_up(), (10**6, 3 * 2**31, 1)], lambda key: ["a" * 300, "é"], expandable
+    )  # long names, sizes beyond 32 bits
     data = to_pickle(document)
     opcodes = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(data)]
     assert opcodes[0] == ("PROTO", 4)
@@ -183,7 +224,9 @@ def test_the_file_has_only_what_the_viewer_reads(expandable):
 
 def test_equal_frames_are_written_once():
     events = [(key, 1024, 1) for key in range(2000)]
-    data = to_pickle(snapshot(events, lambda key: ["model.layers.0.mlp.down_proj", "aten.mm.default"], expandable=False))
+    data = to_pickle(
+        snapshot(events, lambda key: ["model.layers.0.mlp.down_proj", "aten.mm.default"], expandable=False)
+    )
     assert data.count(b"down_proj") == 1
 
 

@@ -44,7 +44,12 @@ def test_most_are_traced_from_few_layers(records):
 
 
 def test_refusals_name_the_class_or_say_what_to_set(records):
-    said = [(r, text) for r in records for text in (r.reason, r.checkpoint, r.chunks) if text not in ("", "traced", "loss alone")]
+    said = [
+        (r, text)
+        for r in records
+        for text in (r.reason, r.checkpoint, r.chunks)
+        if text not in ("", "traced", "loss alone")
+    ]
     assert any(record.reason for record in records)
     named = re.compile(r"transformers cannot build \w+ ")  # by its model type: there is no class yet
     assert not [line(r) for r, text in said if r.name not in text and "Set " not in text and not named.match(text)]
@@ -53,7 +58,9 @@ def test_refusals_name_the_class_or_say_what_to_set(records):
 def test_a_sample_is_traced_in_chunks(records):
     tried = [record for record in records if record.checkpoint]
     assert len(tried) > len(records) / EVERY / 2
-    assert sum(record.chunks == "traced" for record in tried) > SHARE * len(tried) - 1, [line(record) for record in tried]
+    assert sum(record.chunks == "traced" for record in tried) > SHARE * len(tried) - 1, [
+        line(record) for record in tried
+    ]
 
 
 def test_the_comparison_notices():

@@ -41,14 +41,27 @@ def process(monkeypatch: pytest.MonkeyPatch):
 def test_points_are_every_recipe_at_every_length():
     recipes = {name: STRATEGIES[name] for name in ("checkpoint", "mst")}
     found = sweep.cases("llama3.1-8b", [4096, 1024], recipes, card("h100"), layers=2)
-    assert [(c.strategy, c.seq_len) for c in found] == [("checkpoint", 1024), ("mst", 1024), ("checkpoint", 4096), ("mst", 4096)]
+    assert [(c.strategy, c.seq_len) for c in found] == [
+        ("checkpoint", 1024),
+        ("mst", 1024),
+        ("checkpoint", 4096),
+        ("mst", 4096),
+    ]
     assert all(c.described.layers == 2 and c.layers == 2 and c.model == "llama3.1-8b" for c in found)
     assert all(isinstance(c.recipe.loss_chunks, int) for c in found)
-    assert sweep.cases("qwen3-4b", [64], {"mst": strategy("mst", mlp_chunks=4, loss_chunks=8)}, card("h100"))[0].recipe.loss_chunks == 8
+    assert (
+        sweep.cases("qwen3-4b", [64], {"mst": strategy("mst", mlp_chunks=4, loss_chunks=8)}, card("h100"))[
+            0
+        ].recipe.loss_chunks
+        == 8
+    )
 
 
 def test_a_model_too_large_is_refused_with_the_number_and_the_slice_that_fits():
-    with pytest.raises(MeasurementError, match=r"2 tokens take 74\.\d+ GiB.*there are 24\.00 GiB\.\nMeasure a slice of it: --layers \d+") as refused:
+    with pytest.raises(
+        MeasurementError,
+        match=r"2 tokens take 74\.\d+ GiB.*there are 24\.00 GiB\.\nMeasure a slice of it: --layers \d+",
+    ) as refused:
         sweep.cases("llama3.1-8b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=24 * GIB))
     fitting = int(str(refused.value).split("--layers ")[1].split()[0])
     assert sweep.cases("llama3.1-8b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=24 * GIB), layers=fitting)
@@ -62,10 +75,14 @@ def test_a_model_too_large_is_refused_with_the_number_and_the_slice_that_fits():
 
 @pytest.mark.parametrize(
     ("changes", "why"),
-    [({"optimizer": "adamw-8bit"}, "no 8-bit optimizer"), ({"optimizer_on_host": True}, "keeps weights and optimizer"),
-     ({"loss": "transformers<4.45"}, "before 4.45"), ({"loss": "chunked", "mlp_chunks": 2}, "--no-recompute"),
-     ({"loss": "chunked", "loss_chunks": 65}, "64 tokens cannot be run in 65 chunks")],
-)  # fmt: skip
+    [
+        ({"optimizer": "adamw-8bit"}, "no 8-bit optimizer"),
+        ({"optimizer_on_host": True}, "keeps weights and optimizer"),
+        ({"loss": "transformers<4.45"}, "before 4.45"),
+        ({"loss": "chunked", "mlp_chunks": 2}, "--no-recompute"),
+        ({"loss": "chunked", "loss_chunks": 65}, "64 tokens cannot be run in 65 chunks"),
+    ],
+)
 def test_a_recipe_that_no_step_follows_is_refused_before_anything_runs(changes, why):
     recipe = strategy("standard").changed(**changes)
     with pytest.raises(RecipeError, match=why) as refused:
@@ -91,17 +108,23 @@ def test_a_step_is_measured_in_a_process_of_its_own():
     figures = found.ranks[0]
     assert figures.phases["optimizer"].allocated == figures.instants["optimizer step"].allocated
     assert len(figures.step_seconds) == 2 and min(figures.step_seconds) > 0 and 0 < figures.loss < 20
-    assert figures.static == pytest.approx(3 * sum(w.bytes for w in trace(TINY, one.recipe, 8, on="cpu").weights), rel=0.001)
+    assert figures.static == pytest.approx(
+        3 * sum(w.bytes for w in trace(TINY, one.recipe, 8, on="cpu").weights), rel=0.001
+    )
     assert found.environment["card"] == "cpu" and found.environment["torch"].startswith("2.")
     assert key_of(one, found.environment) in sweep.done([found])
 
 
 @pytest.mark.parametrize(
     ("program", "said"),
-    [("import os; os.kill(os.getpid(), 9)", "SIGKILL"), ("import os; os.kill(os.getpid(), 11)", "crashed: SIGSEGV"),
-     ("import sys; print('no such luck', file=sys.stderr); sys.exit(7)", "ended with code 7. no such luck"), ("pass", "ended with code 0")],
+    [
+        ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+        ("import os; os.kill(os.getpid(), 11)", "crashed: SIGSEGV"),
+        ("import sys; print('no such luck', file=sys.stderr); sys.exit(7)", "ended with code 7. no such luck"),
+        ("pass", "ended with code 0"),
+    ],
     ids=["kill", "crash", "error", "nothing"],
-)  # fmt: skip
+)
 def test_a_process_that_gives_no_answer(process, program, said):
     process(program)
     found = sweep.run(case(), CPU)
@@ -155,16 +178,37 @@ def test_the_allocator_of_a_card_is_as_predicted_unless_the_user_set_it_up(monke
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mstplan", "measure", "-m", str(write_tiny(folder)), "--seq-len", "64,65,66", "-s", "checkpoint", "--device", "cpu",
-               "--steps", "1", "-o", str(folder / "results.jsonl")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "mstplan",
+        "measure",
+        "-m",
+        str(write_tiny(folder)),
+        "--seq-len",
+        "64,65,66",
+        "-s",
+        "checkpoint",
+        "--device",
+        "cpu",
+        "--steps",
+        "1",
+        "-o",
+        str(folder / "results.jsonl"),
+    ]
 
     def hear() -> None:  # also where the tests themselves run with interrupts ignored, as in the background of a shell
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     return subprocess.Popen(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         preexec_fn=hear,  # noqa: PLW1509  no other thread is here
-    )  # fmt: skip
+    )
 
 
 def wait_for(path: Path, lines: int) -> None:

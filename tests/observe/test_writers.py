@@ -19,7 +19,14 @@ from mstplan.observe.measurement import Measurement, appending, check_appendable
 from ..processes import environment
 from .measured import case, measured
 
-NO_FILE, EMPTY, HALF, FEW_BYTES, RESULTS, RESULTS_AND_HALF = "none", "empty", "half a line", "few bytes", "results", "results and half a line"
+NO_FILE, EMPTY, HALF, FEW_BYTES, RESULTS, RESULTS_AND_HALF = (
+    "none",
+    "empty",
+    "half a line",
+    "few bytes",
+    "results",
+    "results and half a line",
+)
 KINDS = (NO_FILE, EMPTY, HALF, FEW_BYTES, RESULTS, RESULTS_AND_HALF)
 WRITERS = 3
 Append = Callable[[Measurement], None]
@@ -32,7 +39,14 @@ def of(seq_len: int) -> Measurement:
 def make(path: Path, kind: str) -> list[int]:
     """A results file of that kind; the lengths that it has results of."""
     line = json.dumps(of(1).as_data(), separators=(",", ":")) + "\n"
-    content = {NO_FILE: None, EMPTY: "", HALF: line[:60], FEW_BYTES: line[:3], RESULTS: line, RESULTS_AND_HALF: line + line[:60]}[kind]
+    content = {
+        NO_FILE: None,
+        EMPTY: "",
+        HALF: line[:60],
+        FEW_BYTES: line[:3],
+        RESULTS: line,
+        RESULTS_AND_HALF: line + line[:60],
+    }[kind]
     path.unlink(missing_ok=True)
     if content is not None:
         path.write_text(content)
@@ -47,7 +61,9 @@ def lengths(path: Path) -> list[int]:
     return [m.case.seq_len for m in read(path).measurements] if path.exists() else []
 
 
-ACTION = st.tuples(st.sampled_from(["open", "open", "append", "append", "close", "remove", "replace"]), st.integers(0, WRITERS - 1))
+ACTION = st.tuples(
+    st.sampled_from(["open", "open", "append", "append", "close", "remove", "replace"]), st.integers(0, WRITERS - 1)
+)
 
 
 class Writers:
@@ -56,7 +72,9 @@ class Writers:
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path, self.there, self.count, self.disturbed = path, make(path, kind), 1, False
-        self.inside: dict[int, tuple[AbstractContextManager[Append], Append, int]] = {}  # with the inode that each has locked
+        self.inside: dict[
+            int, tuple[AbstractContextManager[Append], Append, int]
+        ] = {}  # with the inode that each has locked
 
     def check(self) -> None:
         assert lengths(self.path) == self.there
@@ -149,7 +167,9 @@ for turn in range(turns):
 
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_processes_that_come_and_go_at_once(tmp_path: Path) -> None:

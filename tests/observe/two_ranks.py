@@ -25,10 +25,20 @@ from mstplan.plan.recipe import Recipe, strategy
 TOKENS = 96
 # Not to be divided by two: the vocabulary. Weights are larger than what a layer makes of 96 tokens, so that sizes tell them apart.
 CONFIG: dict[str, Any] = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 640, "vocab_size": 1001, "max_position_embeddings": 512, "tie_word_embeddings": False,
-    "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 640,
+    "vocab_size": 1001,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 RUNS = 3
 """gloo's thread may hold on to a finished collective's buffers for a moment more; it does not in all of so many steps."""
 CHUNKS = {"mlp_chunks": 3, "loss_chunks": 2}
@@ -68,12 +78,17 @@ def run(recipe: Recipe) -> dict[str, Any]:
         step.run(mark)
 
     runs = [record(again).events for _ in range(RUNS)]
-    return {"resident": there, "runs": [[[e.bytes, e.phase, e.address, list(e.operations)] for e in events] for events in runs]}
+    return {
+        "resident": there,
+        "runs": [[[e.bytes, e.phase, e.address, list(e.operations)] for e in events] for events in runs],
+    }
 
 
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     found = {name: run(recipe) for name, recipe in recipes().items()}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

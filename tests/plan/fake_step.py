@@ -218,7 +218,13 @@ def _build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
     net: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attention).train()
     every = segment_length(recipe, settings.num_hidden_layers)
     if recipe.loss == "chunked":
-        minisequence(net, mlp_chunks=recipe.mlp_chunks, loss_chunks=recipe.loss_chunks, checkpoint=recipe.checkpoint, offload=recipe.offload_layer_inputs)
+        minisequence(
+            net,
+            mlp_chunks=recipe.mlp_chunks,
+            loss_chunks=recipe.loss_chunks,
+            checkpoint=recipe.checkpoint,
+            offload=recipe.offload_layer_inputs,
+        )
     elif every == 1:
         net.activation_checkpointing_enable()  # type: ignore[operator]
     elif every > 1:
@@ -233,7 +239,12 @@ def _build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
 def watching(list_alive: bool = False) -> Iterator[Watch]:
     watch = Watch(list_alive)
     on_host = patch.object(offload, "host_memory", watch.host_memory)
-    with FakeTensorMode(allow_non_fake_inputs=True), watch, on_host, patch.object(products, "adds_to_fp32", lambda _device: True):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        watch,
+        on_host,
+        patch.object(products, "adds_to_fp32", lambda _device: True),
+    ):
         yield watch
 
 

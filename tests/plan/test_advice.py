@@ -19,14 +19,23 @@ def test_host_memory_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("on", "changes", "said"),
-    [("h100", {}, True), ("b200", {}, True), ("a100", {}, False), ("rtx-5090", {}, False), ("h100", {"attention": "flash"}, False),
-     ("h100", {"precision": "fp32"}, False), ("h100", {"precision": "mixed"}, True)],
-)  # fmt: skip
+    [
+        ("h100", {}, True),
+        ("b200", {}, True),
+        ("a100", {}, False),
+        ("rtx-5090", {}, False),
+        ("h100", {"attention": "flash"}, False),
+        ("h100", {"precision": "fp32"}, False),
+        ("h100", {"precision": "mixed"}, True),
+    ],
+)
 def test_another_attention_kernel_than_the_one_counted_is_said(on: str, changes: dict[str, object], said: bool) -> None:
     notes = advice.kernel_notes(load_model("llama3.1-8b"), strategy("mst", **changes), card(on))
     assert [("cuDNN" in note and "--attention flash" in note) for note in notes] == [True] * said
     assert advice.kernel_notes(load_model("gpt-oss-20b"), strategy("mst"), card("h100")) == []  # which has no sdpa
-    assert advice.kernel_notes(load_model("llama3.1-8b"), strategy("mst"), card(memory=80 * 2**30)) == []  # a card nobody named
+    assert (
+        advice.kernel_notes(load_model("llama3.1-8b"), strategy("mst"), card(memory=80 * 2**30)) == []
+    )  # a card nobody named
 
 
 def test_notes_are_said_when_they_hold_and_only_then() -> None:
@@ -46,10 +55,18 @@ def test_what_is_short_is_named(options: dict[str, object]) -> None:
     """Host memory where that is short, the card where that is; never an amount below nothing."""
     for host in (GIB, None):
         for memory in (80, 8):
-            found = [max_seq(MODEL, strategy(name, **options), card(memory=memory * GIB, host_memory=host), name) for name in ("standard", "mst")]
+            found = [
+                max_seq(MODEL, strategy(name, **options), card(memory=memory * GIB, host_memory=host), name)
+                for name in ("standard", "mst")
+            ]
             if any(answer.s_max for answer in found):
                 continue
-            said = " ".join([*advice.nothing_fits_notes(found, ()), *(line for answer in found for line in advice.answer_notes(answer))])
+            said = " ".join(
+                [
+                    *advice.nothing_fits_notes(found, ()),
+                    *(line for answer in found for line in advice.answer_notes(answer)),
+                ]
+            )
             assert ("host memory is short" in said) == (host is not None)
             assert ("more than the budget" in said) == (found[1].plan.peak_bytes > found[1].plan.budget_bytes)
             assert "-" not in said.replace("not-", "").split("GiB")[0]

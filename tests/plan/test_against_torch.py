@@ -177,10 +177,24 @@ def test_eager_attention(name, checkpoint, precision):
 
 
 @pytest.mark.parametrize(("mlp_chunks", "loss_chunks"), [(2, 2), (4, 16), (8, 24)])
-@pytest.mark.parametrize("name", ["llama3.1-8b", "qwen3-4b", "mistral-7b-v0.3", "gemma3-1b", "phi3-mini-4k", "olmo2-7b", "pythia-1.4b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama3.1-8b",
+        "qwen3-4b",
+        "mistral-7b-v0.3",
+        "gemma3-1b",
+        "phi3-mini-4k",
+        "olmo2-7b",
+        "pythia-1.4b",
+        "qwen3-30b-a3b",
+    ],
+)
 def test_mini_sequences(name, mlp_chunks, loss_chunks):
     """`mst` on mstplan.train's own step: the MLP and the loss in chunks, every layer checkpointed."""
-    recipe = Recipe(checkpoint="layer", mlp_chunks=mlp_chunks, mlp_recompute=True, loss="chunked", loss_chunks=loss_chunks)
+    recipe = Recipe(
+        checkpoint="layer", mlp_chunks=mlp_chunks, mlp_recompute=True, loss="chunked", loss_chunks=loss_chunks
+    )
     # Tied weights' gradients are added out of place under fake tensors, when the layers' backward is over: not the peak.
     phases = (FORWARD,) if name.startswith("gemma") else (FORWARD, BACKWARD)
     agree(errors(config_of(name, small=False), recipe, 16384), 0.0015, phases)
@@ -188,7 +202,9 @@ def test_mini_sequences(name, mlp_chunks, loss_chunks):
 
 @pytest.mark.parametrize("name", ["llama3.1-8b", "qwen3-4b", "olmo2-7b"])
 def test_mini_sequences_under_autocast(name):
-    recipe = Recipe(precision="mixed", checkpoint="layer", mlp_chunks=4, mlp_recompute=True, loss="chunked", loss_chunks=16)
+    recipe = Recipe(
+        precision="mixed", checkpoint="layer", mlp_chunks=4, mlp_recompute=True, loss="chunked", loss_chunks=16
+    )
     agree(errors(config_of(name, small=False), recipe, 16384), 0.0015)
 
 
@@ -196,7 +212,9 @@ def test_mini_sequences_under_autocast(name):
 @pytest.mark.parametrize("name", ["llama3.1-8b", "pythia-1.4b", "olmo2-7b"])
 def test_layer_inputs_on_the_host(name, every):
     """`mst-offload` on mstplan.train's own step: no more layer inputs on the device than the step model says."""
-    recipe = Recipe(checkpoint=every, mlp_chunks=4, mlp_recompute=True, loss="chunked", loss_chunks=16, offload_layer_inputs=True)
+    recipe = Recipe(
+        checkpoint=every, mlp_chunks=4, mlp_recompute=True, loss="chunked", loss_chunks=16, offload_layer_inputs=True
+    )
     agree(errors(config_of(name, small=False), recipe, 16384), 0.0015)
 
 
@@ -236,7 +254,10 @@ def test_tied_embeddings_under_autocast(name, accumulation):
 
 # gpt2 in batches is left out: from two sequences on, eager attention's products keep contiguous copies of queries and keys rather
 # than the one tensor that holds queries, keys and values, which the step model counts (+1.2% at b=4, s=1024).
-@pytest.mark.parametrize(("name", "more"), [("llama3.1-8b", {"batch": 4}), ("llama3.1-8b", {"precision": "mixed"}), ("gpt2", {"precision": "mixed"})])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("llama3.1-8b", {"batch": 4}), ("llama3.1-8b", {"precision": "mixed"}), ("gpt2", {"precision": "mixed"})],
+)
 def test_eager_attention_in_batches_and_under_autocast(name, more):
     recipe = Recipe(attention="eager", checkpoint="layer", **more)
     agree(errors(config_of(name), recipe, 1024), 0.005)

@@ -31,7 +31,9 @@ def test_every_strategy_at_every_length(name):
     model = load_model(name)
     for strategy, recipe in STRATEGIES.items():
         for seq_len in LENGTHS:
-            plan = plan_at(model, recipe.changed(pad_to=8), ON, seq_len)  # else a shorter batch with a padded mask may need most
+            plan = plan_at(
+                model, recipe.changed(pad_to=8), ON, seq_len
+            )  # else a shorter batch with a padded mask may need most
             assert plan.calibration is not None, (strategy, seq_len)
             assert plan.calibration.provenance["rung"] == "trace" and plan.calibration.residual <= 0.005
 
@@ -60,7 +62,9 @@ def test_other_recipes_stand_on_the_formula():
     assert chunks_at(model, STRATEGIES["mst"], ON, 65536).loss > 1
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 1}', '{"schema_version": 99, "fingerprint": "", "families": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"schema_version": 1}', '{"schema_version": 99, "fingerprint": "", "families": []}']
+)
 def test_a_damaged_file_is_none(tmp_path, text):
     """The one that ships is used."""
     folder = tmp_path / "calibrations"
@@ -82,9 +86,14 @@ def test_what_ships_passes_the_check_of_what_users_keep(name):
 
 
 CHANGES = (
-    {}, {"optimizer": "sgd"}, {"precision": "mixed"}, {"precision": "fp32", "attention": "eager"}, {"optimizer_in_backward": True},
-    {"gpus": 8, "sharding": "fsdp"}, {"optimizer_on_host": True, "weights_on_host": True},
-)  # fmt: skip
+    {},
+    {"optimizer": "sgd"},
+    {"precision": "mixed"},
+    {"precision": "fp32", "attention": "eager"},
+    {"optimizer_in_backward": True},
+    {"gpus": 8, "sharding": "fsdp"},
+    {"optimizer_on_host": True, "weights_on_host": True},
+)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2-135m", "llama3.1-405b", "gpt-oss-20b"])

@@ -93,7 +93,12 @@ def test_a_folder_and_its_config(here):
         assert load_model(spec).name == "my-llama"
 
 
-ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.1-8B", "r": 16, "target_modules": ["q_proj"]}
+ADAPTER = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": "meta-llama/Llama-3.1-8B",
+    "r": 16,
+    "target_modules": ["q_proj"],
+}
 
 
 @pytest.mark.parametrize("spec", ["mine", "mine/adapter_config.json", "renamed.json"])
@@ -109,12 +114,19 @@ def test_an_adapter_is_refused_with_its_base(here, spec):
 
 
 @pytest.mark.parametrize("field", ["peft_type", "base_model_name_or_path"])
-@pytest.mark.parametrize("value", [..., None, 3, "", " ", "x" * 1000, "a\nb\x1b[31m", "../my models/llama", [], {"a": 1}])
+@pytest.mark.parametrize(
+    "value", [..., None, 3, "", " ", "x" * 1000, "a\nb\x1b[31m", "../my models/llama", [], {"a": 1}]
+)
 def test_an_adapter_whose_file_says_little(here, field, value):
     kept = {key: one for key, one in {**ADAPTER, field: value}.items() if one is not ...}
     (here / "adapter_config.json").write_text(json.dumps(kept))
     said = refusal(".")
-    assert "is an adapter" in said and "not planned yet" in said and said.isprintable() is False and said.replace("\n", "").isprintable()
+    assert (
+        "is an adapter" in said
+        and "not planned yet" in said
+        and said.isprintable() is False
+        and said.replace("\n", "").isprintable()
+    )
     assert max(map(len, said.splitlines())) < 300
     if value == "../my models/llama" and field != "peft_type":
         assert said.endswith("-m '../my models/llama'.")

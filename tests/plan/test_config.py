@@ -433,14 +433,39 @@ def test_quantised_weights_are_noted():
     assert any("quantised (fp8)" in note for note in read_config(shipped("deepseek-v3"), "m").notes)
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "mxfp4", "fp8", "compressed-tensors", "hqq", "x" * 1000, "a\nb\x1b[31m", 3, None, ["awq"]])
-@pytest.mark.parametrize("whole", [
-    LLAMA, small("grok-9"), shipped("deepseek-v3"), {"model_type": "gemma3", "text_config": small("gemma3_text")},
-    {key: value for key, value in LLAMA.items() if key != "model_type"},
-], ids=["llama", "unknown", "deepseek", "nested", "untyped"])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        "bitsandbytes",
+        "gptq",
+        "awq",
+        "mxfp4",
+        "fp8",
+        "compressed-tensors",
+        "hqq",
+        "x" * 1000,
+        "a\nb\x1b[31m",
+        3,
+        None,
+        ["awq"],
+    ],
+)
+@pytest.mark.parametrize(
+    "whole",
+    [
+        LLAMA,
+        small("grok-9"),
+        shipped("deepseek-v3"),
+        {"model_type": "gemma3", "text_config": small("gemma3_text")},
+        {key: value for key, value in LLAMA.items() if key != "model_type"},
+    ],
+    ids=["llama", "unknown", "deepseek", "nested", "untyped"],
+)
 def test_who_has_quantised_weights_is_told_first_that_adapters_are_not_planned(whole, method):
     model = read_config({**whole, "quantization_config": {"quant_method": method}}, "m")
-    assert model.notes[0].startswith("adapters (LoRA, QLoRA) are not planned yet: this is full fine-tuning of unquantised weights")
+    assert model.notes[0].startswith(
+        "adapters (LoRA, QLoRA) are not planned yet: this is full fine-tuning of unquantised weights"
+    )
     assert model.notes[0].isprintable() and len(model.notes[0]) < 200
     plain = read_config({key: value for key, value in whole.items() if key != "quantization_config"}, "m")
     assert model._replace(notes=()) == plain._replace(notes=()) and model.notes[1:] == plain.notes

@@ -37,13 +37,23 @@ def test_every_name_in_every_dress() -> None:
     for gpu in gpus():
         for name in (gpu.name, *gpu.aliases):
             for maker in ("", "NVIDIA ", "nvidia-", "Tesla ", "NVIDIA GeForce ", "AMD Instinct "):
-                assert {find_gpu(maker + dress) for dress in (name, name.upper(), name.replace("-", " "), name.replace("-", "_"), f"{name}  ")} == {gpu}
+                assert {
+                    find_gpu(maker + dress)
+                    for dress in (name, name.upper(), name.replace("-", " "), name.replace("-", "_"), f"{name}  ")
+                } == {gpu}
 
 
 def test_cards_sold_under_two_names() -> None:
     """A800 and H800 are the A100 and the H100 with a slower link between cards."""
     for card_is, names in {
-        "a100-80gb": ("A800", "A800-80GB", "nvidia a800", "NVIDIA A800-SXM4-80GB", "NVIDIA A800 80GB PCIe", "NVIDIA A100 80GB PCIe"),
+        "a100-80gb": (
+            "A800",
+            "A800-80GB",
+            "nvidia a800",
+            "NVIDIA A800-SXM4-80GB",
+            "NVIDIA A800 80GB PCIe",
+            "NVIDIA A100 80GB PCIe",
+        ),
         "a100-40gb": ("a800-40gb", "NVIDIA A800-SXM4-40GB", "NVIDIA A800 40GB Active", "NVIDIA A100-PCIE-40GB"),
         "h100": ("H800", "nvidia h800", "NVIDIA H800", "h800-80gb", "NVIDIA H100 80GB HBM3"),
         "h100-pcie": ("NVIDIA H800 PCIe", "NVIDIA H100 PCIe"),
@@ -67,16 +77,24 @@ def test_a_named_card_can_be_limited() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [({}, "no card"), ({"gpu": "h10"}, "Did you mean h100"), ({"gpu": ""}, "unknown GPU"), ({"memory": 1}, "less than any card"),
-     ({"gpu": "h100", "memory": 200 * GIB}, "more than h100"), ({"memory": 8 * GIB, "reserve": 8 * GIB}, "leaves nothing")],
-)  # fmt: skip
+    [
+        ({}, "no card"),
+        ({"gpu": "h10"}, "Did you mean h100"),
+        ({"gpu": ""}, "unknown GPU"),
+        ({"memory": 1}, "less than any card"),
+        ({"gpu": "h100", "memory": 200 * GIB}, "more than h100"),
+        ({"memory": 8 * GIB, "reserve": 8 * GIB}, "leaves nothing"),
+    ],
+)
 def test_bad_cards(arguments: dict, says: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(HardwareError, match=says) as e:
         card(**arguments)
     assert len(str(e.value).splitlines()) <= 2
 
 
-@pytest.mark.parametrize("size", [-1, 1.5, float("nan"), True, "80GB", 2**60, 10**5000], ids=lambda size: type(size).__name__)
+@pytest.mark.parametrize(
+    "size", [-1, 1.5, float("nan"), True, "80GB", 2**60, 10**5000], ids=lambda size: type(size).__name__
+)
 @pytest.mark.parametrize("name", ["memory", "reserve", "host_memory"])
 def test_amounts_are_whole_numbers(name: str, size: object) -> None:
     with pytest.raises(HardwareError, match=f"{name} is .*whole number of bytes") as e:

@@ -78,8 +78,18 @@ def test_no_name_says_two_things() -> None:
 @pytest.mark.parametrize("field", VALUES)
 def test_a_value_in_other_dress_is_told_how_it_is_spelled(field: str) -> None:
     for value in values(field):
-        dresses = {value.upper(), value.title(), value.replace("-", "_"), value.replace("-", ""), f" {value} ", f"{value}."} - {value}
-        assert all(f"{field}='{value}'" in said_of(field, dress) or f"--{field} {value}" in said_of(field, dress) for dress in dresses)
+        dresses = {
+            value.upper(),
+            value.title(),
+            value.replace("-", "_"),
+            value.replace("-", ""),
+            f" {value} ",
+            f"{value}.",
+        } - {value}
+        assert all(
+            f"{field}='{value}'" in said_of(field, dress) or f"--{field} {value}" in said_of(field, dress)
+            for dress in dresses
+        )
 
 
 @st.composite
@@ -87,9 +97,16 @@ def slips(draw: st.DrawFn) -> tuple[str, str, str]:
     """(field, a value of it, the value with one letter left out, put in, replaced, or two in each other's place)."""
     field = draw(st.sampled_from(list(VALUES)))
     value = draw(st.sampled_from(values(field)))
-    at, letter = draw(st.integers(0, len(value) - 1)), draw(st.sampled_from(string.ascii_lowercase + string.digits + "-_"))
-    ways = (value[:at] + value[at + 1 :], value[:at] + letter + value[at:], value[:at] + letter + value[at + 1 :],
-            value[:at] + value[at + 1 : at + 2] + value[at] + value[at + 2 :])  # fmt: skip
+    at, letter = (
+        draw(st.integers(0, len(value) - 1)),
+        draw(st.sampled_from(string.ascii_lowercase + string.digits + "-_")),
+    )
+    ways = (
+        value[:at] + value[at + 1 :],
+        value[:at] + letter + value[at:],
+        value[:at] + letter + value[at + 1 :],
+        value[:at] + value[at + 1 : at + 2] + value[at] + value[at + 2 :],
+    )
     return field, value, draw(st.sampled_from(ways))
 
 
@@ -119,9 +136,17 @@ def test_a_recipe_with_a_trainers_fields() -> None:
             with pytest.raises(RecipeError) as e:
                 Recipe.from_json(json.dumps({typed: 1}))
             first, second = str(e.value).removeprefix("recipe: ").splitlines()
-            assert first.startswith(f"a recipe has no field '{typed}'") and first.endswith(f"{row.said}.") and len(second) < 200
+            assert (
+                first.startswith(f"a recipe has no field '{typed}'")
+                and first.endswith(f"{row.said}.")
+                and len(second) < 200
+            )
             assert all(flag in second for flag in names.flags_of(row)) and (row.write or second == "Leave it out.")
 
 
 def test_only_a_slip_asks_for_the_table() -> None:
-    assert isinstance(names.option("--lora-r"), Told) and names.option("--frobnicate") is None and names.unknown_field("frobnicate") is None
+    assert (
+        isinstance(names.option("--lora-r"), Told)
+        and names.option("--frobnicate") is None
+        and names.unknown_field("frobnicate") is None
+    )

@@ -46,7 +46,11 @@ def check_definition(model, recipe, a_card, chunks):
     """S_max and what is shorter fits; one more token does not."""
     s_max = longest(model, recipe, a_card, chunks)
     assert 0 <= s_max <= LONGEST
-    shorter = {*range(max(SHORTEST, s_max - 17), s_max + 1), *(s_max * n // 12 for n in range(1, 12)), *range(2, min(5, s_max + 1))} - {0, 1}
+    shorter = {
+        *range(max(SHORTEST, s_max - 17), s_max + 1),
+        *(s_max * n // 12 for n in range(1, 12)),
+        *range(2, min(5, s_max + 1)),
+    } - {0, 1}
     for seq_len in sorted(shorter):
         assert peak(model, recipe, a_card, seq_len, chunks) <= a_card.budget_bytes, (seq_len, s_max)
     if s_max < LONGEST - recipe.pad_to:
@@ -92,7 +96,11 @@ def test_every_shorter_length_fits_with_masks(gib, plan):
     padded = recipe.changed(pad_to=BIAS_ROWS)
     longer = longest(model, padded, large, Chunks(16, 32))
     assert longer > s_max and longer % BIAS_ROWS == 0
-    assert peak(model, recipe, large, longer, Chunks(16, 32)) <= large.budget_bytes < peak(model, recipe, large, longer - 1, Chunks(16, 32))
+    assert (
+        peak(model, recipe, large, longer, Chunks(16, 32))
+        <= large.budget_bytes
+        < peak(model, recipe, large, longer - 1, Chunks(16, 32))
+    )
     assert max_seq(model, recipe, large).s_max < max_seq(model, padded, large).s_max
 
 
@@ -276,7 +284,9 @@ def test_plan_agrees_with_max_seq(name, gpu, which, in_backward):
     s_max, step = max_seq(model, recipe, on).s_max, 1 if window_of(model, recipe) is None else BIAS_ROWS
     if s_max:
         assert plan_at(model, recipe, on, s_max).fits
-        assert all(plan_at(model, recipe, on, max(SHORTEST, (s_max * n // 7 // step + 1) * step)).fits for n in range(7))
+        assert all(
+            plan_at(model, recipe, on, max(SHORTEST, (s_max * n // 7 // step + 1) * step)).fits for n in range(7)
+        )
     assert not plan_at(model, recipe, on, max(SHORTEST, s_max + 1)).fits
     assert not plan_at(model, recipe, on, s_max * 2 + SHORTEST).fits
 
@@ -286,7 +296,10 @@ def test_host_memory_decides_as_well():
     free, short = (max_seq(model, recipe, card("h100", host_memory=size)) for size in (1 << 40, 1 << 30))
     assert short.s_max == 4096 < free.s_max == max_seq(model, recipe, card("h100")).s_max  # 32 inputs of 8 KiB a token
     on = card("h100", host_memory=1 << 30)
-    assert plan_at(model, recipe, on, 4096, short.plan.chunks).fits and not plan_at(model, recipe, on, 4097, short.plan.chunks).fits
+    assert (
+        plan_at(model, recipe, on, 4096, short.plan.chunks).fits
+        and not plan_at(model, recipe, on, 4097, short.plan.chunks).fits
+    )
     assert max_seq(model, recipe.changed(optimizer_on_host=True), on).s_max == 0
 
 

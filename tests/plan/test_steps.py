@@ -91,7 +91,11 @@ def test_the_same_holds_for_any_model_and_recipe(data):
 def test_the_same_holds_where_kinds_of_layers_repeat(data):
     """Local and global layers in turn, dense ones first, a pattern that is cut off or broken somewhere."""
     model, recipe = data.draw(models()), data.draw(recipes())
-    kinds = (LayerKind(256), LayerKind(), *([LayerKind(256, True), LayerKind(None, True)] if model.experts is not None else []))
+    kinds = (
+        LayerKind(256),
+        LayerKind(),
+        *([LayerKind(256, True), LayerKind(None, True)] if model.experts is not None else []),
+    )
     pattern = data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=5))
     layers = [*data.draw(st.lists(st.sampled_from(kinds), max_size=2)), *pattern * data.draw(st.integers(3, 5))]
     layers[data.draw(st.integers(0, len(layers) - 1))] = data.draw(st.sampled_from(kinds))
@@ -102,7 +106,11 @@ def test_the_same_holds_where_kinds_of_layers_repeat(data):
         slow = slow_peaks(built, where)
         assert max(slow.values()) == built.largest(where)[1]
         shown = {i.name: i.bytes for i in built.instants(where)}
-        assert all(shown[name] == slow[name] for name in (END_OF_FORWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER) if name in slow)
+        assert all(
+            shown[name] == slow[name]
+            for name in (END_OF_FORWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER)
+            if name in slow
+        )
 
 
 @quick
@@ -120,9 +128,12 @@ def test_what_is_left_out_is_never_the_largest(vectors, weights):
 
 
 PATTERNS = {
-    "alike": lambda n: [0] * n, "in turn": lambda n: [i % 2 for i in range(n)], "one of six": lambda n: [int(i % 6 == 5) for i in range(n)],
-    "one change": lambda n: [int(i > n // 3) for i in range(n)], "any": lambda n: Random(0).choices([0, 1], k=n),
-}  # fmt: skip
+    "alike": lambda n: [0] * n,
+    "in turn": lambda n: [i % 2 for i in range(n)],
+    "one of six": lambda n: [int(i % 6 == 5) for i in range(n)],
+    "one change": lambda n: [int(i > n // 3) for i in range(n)],
+    "any": lambda n: Random(0).choices([0, 1], k=n),
+}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -152,7 +163,9 @@ def check_instants(built, where):
     for instant in instants:
         assert sum(entry.bytes for entry in instant.entries) == instant.bytes
         assert all((entry.bytes > 0 or entry.name == CALIBRATED) and entry.copies > 0 for entry in instant.entries)
-        assert [entry.bytes for entry in instant.entries] == sorted((entry.bytes for entry in instant.entries), reverse=True)
+        assert [entry.bytes for entry in instant.entries] == sorted(
+            (entry.bytes for entry in instant.entries), reverse=True
+        )
         assert all(type(entry.bytes) is int for entry in instant.entries)
 
 

@@ -23,7 +23,9 @@ from tests.train.survey import causal_lm_classes
 from tests.train.tiny import tiny_config
 
 README = Path(__file__).parents[2] / "README.md"
-CLAIM = "Of transformers X's N causal-LM classes, the formula counts N exactly, of N the text part, and refuses N by name"
+CLAIM = (
+    "Of transformers X's N causal-LM classes, the formula counts N exactly, of N the text part, and refuses N by name"
+)
 UNBUILDABLE = {"dots3_note", "gemma4_assistant", "gemma4_unified_assistant", "ministral"}
 """Of which transformers 5.23 itself makes no config, or no model, out of defaults or of a tiny config."""
 
@@ -75,7 +77,11 @@ def outcome_of(config: dict[str, Any], settings: PreTrainedConfig) -> tuple[str,
     towers = any("tower is not counted" in note for note in model.notes)
     if towers and text is not settings:
         text.tie_word_embeddings = settings.tie_word_embeddings  # the head is the whole's
-        return ("text", "") if counted == parameters_of(text) else ("wrong", f"{counted} counted, {parameters_of(text)} in the text part")
+        return (
+            ("text", "")
+            if counted == parameters_of(text)
+            else ("wrong", f"{counted} counted, {parameters_of(text)} in the text part")
+        )
     return "wrong", f"{counted} counted, {there} there"
 
 
@@ -107,7 +113,9 @@ def test_refusals_name_the_family_or_the_field_and_the_way_out(records):
             first, way_out = r.said.split("\n")
             assert first.startswith("FILE") and way_out
             assert "(model_type '" in first or " is " in first, r
-            if "trained on next-token loss" not in first and r.model_type != "deepseek_v2":  # whose defaults name no experts per token
+            if (
+                "trained on next-token loss" not in first and r.model_type != "deepseek_v2"
+            ):  # whose defaults name no experts per token
                 assert way_out == WAY_OUT, r
 
 
@@ -119,7 +127,13 @@ def test_every_family_of_transformers_is_known_by_name():
 
 
 def test_no_family_of_transformers_without_a_row_is_planned_from_a_llamas_fields():
-    llama = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99, "intermediate_size": 128}
+    llama = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+        "intermediate_size": 128,
+    }
     for name in sorted(TYPES | _HYBRIDS):
         if name not in _TEXT_TYPES:
             with pytest.raises(UnreadError, match=re.escape(f"'{name}'")):
@@ -153,7 +167,9 @@ def test_the_text_part_of_models_of_images_and_text_is_counted_exactly_or_refuse
         name = (entry[0] if isinstance(entry, tuple) else entry).__name__
         try:
             settings = config_cls()
-            model = read_config({**json.loads(settings.to_json_string(use_diff=False)), "architectures": [name]}, "FILE")
+            model = read_config(
+                {**json.loads(settings.to_json_string(use_diff=False)), "architectures": [name]}, "FILE"
+            )
             with torch.device("meta"):
                 whole = AutoModelForImageTextToText.from_config(settings)
         except Exception:  # noqa: BLE001 - refused; or transformers cannot build its own defaults without further packages

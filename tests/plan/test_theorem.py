@@ -63,7 +63,9 @@ def test_a_mem_by_hand() -> None:
 def test_rows_follow_the_formulas() -> None:
     c = coefficients()
     for row in theorem.rows(c, 65536):
-        exact = float(PUBLISHED[row.formula].subs({M_max: c.m_max, W: c.w_mem, I: c.i_mem, A: c.a_mem, L: c.layers, M: c.chunks}))
+        exact = float(
+            PUBLISHED[row.formula].subs({M_max: c.m_max, W: c.w_mem, I: c.i_mem, A: c.a_mem, L: c.layers, M: c.chunks})
+        )
         assert row.s_max == int(exact)
 
 
@@ -80,7 +82,9 @@ def test_too_little_memory_is_zero_not_negative() -> None:
 
 
 def test_batches_count_in_every_coefficient_of_tokens() -> None:
-    one, four = (theorem.coefficients(load_model("llama3-8b"), Recipe(batch=b), card("a100-80gb"), Chunks(4, 32)) for b in (1, 4))
+    one, four = (
+        theorem.coefficients(load_model("llama3-8b"), Recipe(batch=b), card("a100-80gb"), Chunks(4, 32)) for b in (1, 4)
+    )
     assert (four.i_mem, four.a_mem, four.w_mem) == (4 * one.i_mem, 4 * one.a_mem, one.w_mem)
 
 

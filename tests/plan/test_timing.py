@@ -40,7 +40,9 @@ def test_recomputing_costs_about_a_forward() -> None:
 
 def test_accumulation_and_batch_scale() -> None:
     assert seconds("checkpoint", accumulation=4) == pytest.approx(4 * seconds("checkpoint"), rel=0.05)
-    assert seconds("checkpoint", seq_len=8192, batch=2) == pytest.approx(2 * seconds("checkpoint", seq_len=8192), rel=0.05)
+    assert seconds("checkpoint", seq_len=8192, batch=2) == pytest.approx(
+        2 * seconds("checkpoint", seq_len=8192), rel=0.05
+    )
 
 
 def test_tiny_chunks_cost_time() -> None:
@@ -61,6 +63,12 @@ def test_ridge_point(name: str) -> None:
 
 def test_flops_of_a_forward_are_two_per_active_weight() -> None:
     tape = build(MODEL, Layout(Recipe(), False, False, False))
-    per_token = sum(f for op in tape.ops for inner in (op.part.tape.ops if op.part else [op]) for basis, f in inner.flops if basis == 1)
+    per_token = sum(
+        f
+        for op in tape.ops
+        for inner in (op.part.tape.ops if op.part else [op])
+        for basis, f in inner.flops
+        if basis == 1
+    )
     weights = 8_030_261_248 - 128256 * 4096 - (2 * 32 + 1) * 4096
     assert per_token == 2 * weights

@@ -17,17 +17,31 @@ from mstplan.plan.parameters import parameter_count
 from mstplan.plan.unread import NEUTRAL, READ, READ_BESIDE, WAY_OUT, _words, unread_fields
 
 PLAIN = {
-    "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 100, "intermediate_size": 128,
-    "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-6,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "intermediate_size": 128,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+}
 KNOWN = READ | NEUTRAL | frozenset().union(*READ_BESIDE.values())
 FIRST = _words("moe num n expert shared dense mlp attn kv q ssm mamba conv vision audio index latent ngram layer")
-LAST = _words("experts shared_experts size width dim dims rank heads layers intermediate_size config topk k kernel state blocks")
+LAST = _words(
+    "experts shared_experts size width dim dims rank heads layers intermediate_size config topk k kernel state blocks"
+)
 NAMES = sorted({f"{a}_{b}" for a, b in itertools.product(FIRST, LAST)} - KNOWN)
 THERE = st.one_of(
-    st.integers(1, 9999), st.integers(-9, -1), st.floats(0.01, 9), st.just(True), st.text(min_size=1, max_size=9),
-    st.lists(st.integers(), min_size=1, max_size=4), st.dictionaries(st.sampled_from(["depth", "size"]), st.integers(), min_size=1),
-)  # fmt: skip
+    st.integers(1, 9999),
+    st.integers(-9, -1),
+    st.floats(0.01, 9),
+    st.just(True),
+    st.text(min_size=1, max_size=9),
+    st.lists(st.integers(), min_size=1, max_size=4),
+    st.dictionaries(st.sampled_from(["depth", "size"]), st.integers(), min_size=1),
+)
 NOT_THERE = (None, False, 0, 0.0, "", [], {})
 MODEL_TYPES = (None, "grok-9", "my_llama", "")
 
@@ -47,7 +61,10 @@ def refused(config, name="FILE"):
 @settings(derandomize=True, deadline=None, max_examples=400)
 @given(st.sampled_from(NAMES), THERE, st.sampled_from(MODEL_TYPES))
 def test_a_field_that_is_not_read_is_refused_by_its_name(name, value, model_type):
-    assert refused(of(model_type, **{name: value})) == f"FILE: {name} is a field that mstplan does not read, so its memory cannot be counted from the file."
+    assert (
+        refused(of(model_type, **{name: value}))
+        == f"FILE: {name} is a field that mstplan does not read, so its memory cannot be counted from the file."
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
@@ -69,7 +86,9 @@ def test_what_is_not_there_changes_nothing(value):
         assert read_config(of("grok-9", **{name: value}), "m") == read_config(of("grok-9"), "m")
 
 
-@pytest.mark.parametrize("name", ["no_bias", "use_rms_norm", "gated_mlp", "use_swiglu", "use_rope", "mlp_gate", "without_norms", "causal"])
+@pytest.mark.parametrize(
+    "name", ["no_bias", "use_rms_norm", "gated_mlp", "use_swiglu", "use_rope", "mlp_gate", "without_norms", "causal"]
+)
 def test_off_is_not_always_absence(name):
     """A Llama has norms, gates and rotary positions, and no biases."""
     assert name in refused(of("grok-9", **{name: False}))
@@ -99,63 +118,120 @@ def test_two_names_of_one_size_that_contradict_each_other():
 def test_what_is_read_is_what_the_list_says():
     """Each of these fields changes the model, is checked, or is told in a note."""
     changed = {
-        "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4, "hidden_size": 32, "vocab_size": 7,
-        "intermediate_size": 9, "max_position_embeddings": 77, "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "attention_dropout": 0.5,
-        "tie_word_embeddings": True, "final_logit_softcapping": 30.0, "partial_rotary_factor": 0.5, "sliding_window": 9,
-        "rope_parameters": {"partial_rotary_factor": 0.5}, "rope_scaling": {"partial_rotary_factor": 0.5}, "quantization_config": {"bits": 4},
-        "dtype": "float32", "torch_dtype": "float32", "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    }  # fmt: skip
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "hidden_size": 32,
+        "vocab_size": 7,
+        "intermediate_size": 9,
+        "max_position_embeddings": 77,
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "attention_dropout": 0.5,
+        "tie_word_embeddings": True,
+        "final_logit_softcapping": 30.0,
+        "partial_rotary_factor": 0.5,
+        "sliding_window": 9,
+        "rope_parameters": {"partial_rotary_factor": 0.5},
+        "rope_scaling": {"partial_rotary_factor": 0.5},
+        "quantization_config": {"bits": 4},
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "n_routed_experts": 4,
+    }
     window = {"sliding_window": 9}
-    beside_window = {"use_sliding_window": False, "max_window_layers": 2, "sliding_window_pattern": 2, "layer_types": ["full_attention"] * 4}
+    beside_window = {
+        "use_sliding_window": False,
+        "max_window_layers": 2,
+        "sliding_window_pattern": 2,
+        "layer_types": ["full_attention"] * 4,
+    }
     for name, value in changed.items():
         experts = {"num_experts_per_tok": 2} if "experts" in name else {}
         assert read_config(of("grok-9", **{name: value}, **experts), "m") != read_config(of("grok-9"), "m"), name
     for name, value in beside_window.items():
-        assert read_config(of("grok-9", **window, **{name: value}), "m") != read_config(of("grok-9", **window), "m"), name
+        assert read_config(of("grok-9", **window, **{name: value}), "m") != read_config(of("grok-9", **window), "m"), (
+            name
+        )
     assert READ - {*changed, *beside_window} == {"hidden_activation", "kv_lora_rank"}
 
 
 # --- other names, other families --------------------------------------------------------------------------------------------
 
 OPT = {
-    "model_type": "opt", "architectures": ["OPTForCausalLM"], "hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "vocab_size": 50272,
-}  # fmt: skip
+    "model_type": "opt",
+    "architectures": ["OPTForCausalLM"],
+    "hidden_size": 4096,
+    "ffn_dim": 16384,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 50272,
+}
 CHATGLM = {
-    "model_type": "chatglm", "architectures": ["ChatGLMModel"], "auto_map": {"AutoModelForCausalLM": "m.C"}, "hidden_size": 4096, "num_layers": 28,
-    "ffn_hidden_size": 13696, "padded_vocab_size": 65024, "num_attention_heads": 32,
-}  # fmt: skip
+    "model_type": "chatglm",
+    "architectures": ["ChatGLMModel"],
+    "auto_map": {"AutoModelForCausalLM": "m.C"},
+    "hidden_size": 4096,
+    "num_layers": 28,
+    "ffn_hidden_size": 13696,
+    "padded_vocab_size": 65024,
+    "num_attention_heads": 32,
+}
 QWEN_1 = {**PLAIN, "model_type": "qwen", "kv_channels": 8, "no_bias": True, "layer_norm_epsilon": 1e-6}
 INTERNVL = {
-    "model_type": "internvl_chat", "architectures": ["InternVLChatModel"], "vision_config": {},
+    "model_type": "internvl_chat",
+    "architectures": ["InternVLChatModel"],
+    "vision_config": {},
     "llm_config": {**PLAIN, "model_type": "qwen2"},
-}  # fmt: skip
+}
 
 
 def test_a_published_file_is_never_called_incomplete():
     assert refused(OPT) == "FILE: mstplan does not read configs of this family yet (model_type 'opt'); it has ffn_dim."
-    assert "names of fields (model_type 'chatglm') yet: it finds no num_hidden_layers, vocab_size, intermediate_size" in refused(CHATGLM)
+    assert (
+        "names of fields (model_type 'chatglm') yet: it finds no num_hidden_layers, vocab_size, intermediate_size"
+        in refused(CHATGLM)
+    )
     assert "(model_type 'qwen'); it has kv_channels, no_bias, layer_norm_epsilon" in refused(QWEN_1)
     with pytest.raises(ModelError, match=r"lacks vocab_size.*\nPass the complete"):
         read_config({name: value for name, value in of("grok-9").items() if name != "vocab_size"}, "FILE")
 
 
 def test_the_language_model_of_a_whole_is_found_under_other_names():
-    assert read_config(INTERNVL, "m").attention.qkv_bias and "tower is not counted" in read_config(INTERNVL, "m").notes[0]
+    assert (
+        read_config(INTERNVL, "m").attention.qkv_bias and "tower is not counted" in read_config(INTERNVL, "m").notes[0]
+    )
 
 
 def test_a_flat_file_of_several_models_says_that_towers_are_not_counted():
-    flat = {**PLAIN, "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": {"depth": 32}}
+    flat = {
+        **PLAIN,
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "vision_config": {"depth": 32},
+    }
     model = read_config(flat, "m")
     assert "tower is not counted" in model.notes[0] and model.attention.qkv_bias
-    phi = {**PLAIN, "model_type": "phi4mm", "audio_processor": {"name": "cascades"}, "vision_lora": {"r": 256}, "num_key_value_heads": 8}
+    phi = {
+        **PLAIN,
+        "model_type": "phi4mm",
+        "audio_processor": {"name": "cascades"},
+        "vision_lora": {"r": 256},
+        "num_key_value_heads": 8,
+    }
     assert "tower is not counted" in read_config(phi, "m").notes[0]
     assert not read_config({**PLAIN, "model_type": "qwen2"}, "m").notes
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "jamba", "qwen3_5", "rwkv7", "granitemoehybrid"])
 def test_hybrids_are_sent_to_the_trace(model_type):
-    assert refused(of(model_type)).startswith(f"FILE: mstplan's formula counts no state-space, recurrent or hybrid models (model_type '{model_type}')")
+    assert refused(of(model_type)).startswith(
+        f"FILE: mstplan's formula counts no state-space, recurrent or hybrid models (model_type '{model_type}')"
+    )
 
 
 def test_sparse_attention_is_no_hybrid():
@@ -165,10 +241,17 @@ def test_sparse_attention_is_no_hybrid():
 
 @pytest.mark.parametrize(
     ("model_type", "fields"),
-    [("llama", {"num_experts": 8, "num_selects": 2}), ("llama", {"num_local_experts": 4}), ("mistral", {"moe": {"num_experts": 8}}),
-     ("llama", {"block_configs": [{}]}), ("mixtral", {"num_local_experts": 4, "num_shared_experts": 2, "shared_intermediate_size": 64}),
-     ("qwen3_moe", {"num_experts": 16, "shared_expert_intermediate_size": 64}), ("gemma2", {"expert_width": 3}), ("phi3", {"moe_layers": [1]})],
-)  # fmt: skip
+    [
+        ("llama", {"num_experts": 8, "num_selects": 2}),
+        ("llama", {"num_local_experts": 4}),
+        ("mistral", {"moe": {"num_experts": 8}}),
+        ("llama", {"block_configs": [{}]}),
+        ("mixtral", {"num_local_experts": 4, "num_shared_experts": 2, "shared_intermediate_size": 64}),
+        ("qwen3_moe", {"num_experts": 16, "shared_expert_intermediate_size": 64}),
+        ("gemma2", {"expert_width": 3}),
+        ("phi3", {"moe_layers": [1]}),
+    ],
+)
 def test_experts_of_another_model_under_a_known_name(model_type, fields):
     """A family's own code has no such fields: the file is somebody's own model."""
     strange = [name for name in fields if model_type not in ("mixtral", "qwen3_moe") or "shared" in name]

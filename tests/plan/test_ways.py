@@ -26,11 +26,17 @@ def check(start: Plan, found: tuple[Way, ...]) -> None:
     assert costs == sorted(costs) and len(found) <= ways.MOST
     for way in found:
         plan = plan_at(start.model, way.plan.recipe, start.card, start.seq_len)
-        assert plan.fits and plan == way.plan and way.s_max == max_seq(start.model, plan.recipe, start.card).s_max >= start.seq_len
+        assert (
+            plan.fits
+            and plan == way.plan
+            and way.s_max == max_seq(start.model, plan.recipe, start.card).s_max >= start.seq_len
+        )
         fields = {name: value for change in way.changes for name, value in change.fields.items()}
         assert start.recipe.changed(**fields) == plan.recipe != start.recipe
         for left_out in way.changes:
-            fewer = {name: value for change in way.changes if change is not left_out for name, value in change.fields.items()}
+            fewer = {
+                name: value for change in way.changes if change is not left_out for name, value in change.fields.items()
+            }
             try:
                 without = start.recipe.changed(**fewer)
             except ways.RecipeError:
@@ -51,7 +57,12 @@ def test_what_is_said_to_fit_fits(name: str, seq_len: int) -> None:
 
 
 @settings(derandomize=True, deadline=None, max_examples=15)
-@given(recipes(pad_to=1), st.sampled_from([1, 2, 4, 8, 24]), st.sampled_from([512, 8192, 65536]), st.sampled_from([None, 0, GIB]))
+@given(
+    recipes(pad_to=1),
+    st.sampled_from([1, 2, 4, 8, 24]),
+    st.sampled_from([512, 8192, 65536]),
+    st.sampled_from([None, 0, GIB]),
+)
 def test_ways_of_any_recipe(recipe: Recipe, gib: int, seq_len: int, host: int | None) -> None:
     start = plan_at(SMALL, recipe, card(memory=gib * GIB, host_memory=host), seq_len)
     if not start.fits:
@@ -81,12 +92,21 @@ def test_the_simplest_change_comes_first_and_alone() -> None:
 
 def test_adafactor_before_the_host() -> None:
     """Qwen3-4B on 24 GB: half of the states would do, and no optimizer on the host."""
-    found = ways_to_train([max_seq(load_model("qwen3-4b"), recipe, card("rtx-4090"), name).plan for name, recipe in STRATEGIES.items()])
-    assert [c.name for c in found[0].changes] == ["Adafactor"] and found[0].plan.host_bytes == 0 and found[0].s_max > 40_000
+    found = ways_to_train(
+        [max_seq(load_model("qwen3-4b"), recipe, card("rtx-4090"), name).plan for name, recipe in STRATEGIES.items()]
+    )
+    assert (
+        [c.name for c in found[0].changes] == ["Adafactor"]
+        and found[0].plan.host_bytes == 0
+        and found[0].s_max > 40_000
+    )
     assert all("host" not in c.name for way in found[:2] for c in way.changes)
 
 
-@pytest.mark.parametrize("asked", [{"optimizer_on_host": True}, {"optimizer_on_host": True, "weights_on_host": True}, {"offload_layer_inputs": True}])
+@pytest.mark.parametrize(
+    "asked",
+    [{"optimizer_on_host": True}, {"optimizer_on_host": True, "weights_on_host": True}, {"offload_layer_inputs": True}],
+)
 def test_host_memory_that_is_short_is_turned_back_from(asked: dict[str, object]) -> None:
     recipe, small = strategy("mst", **asked), card("h100", host_memory=GIB // 8)
     start = plan_at(MODEL, recipe, small, 65536)
@@ -105,7 +125,11 @@ def test_a_smaller_batch_is_offered() -> None:
 def test_changes_fit_the_attention_at_hand() -> None:
     def offered(attention: str) -> set[object]:
         start = plan_at(MODEL, strategy("mst", attention=attention), card("h100"), 4096)
-        return {change.fields.get("attention") for changes in ways._choices(start.recipe, ways._tokens(start)) for change in changes} - {None}
+        return {
+            change.fields.get("attention")
+            for changes in ways._choices(start.recipe, ways._tokens(start))
+            for change in changes
+        } - {None}
 
     assert (offered("eager"), offered("sdpa"), offered("flash")) == ({"sdpa"}, {"flash"}, set())
 
@@ -114,7 +138,12 @@ def test_the_furthest_is_what_no_change_exceeds() -> None:
     start = plan_at(MODEL, strategy("mst"), card("h100"), 1 << 22)
     assert ways_to_fit(start) == ()
     best = furthest(start)
-    assert best is not None and best.s_max == max_seq(MODEL, best.plan.recipe, start.card).s_max > max_seq(MODEL, start.recipe, start.card).s_max
+    assert (
+        best is not None
+        and best.s_max
+        == max_seq(MODEL, best.plan.recipe, start.card).s_max
+        > max_seq(MODEL, start.recipe, start.card).s_max
+    )
     assert furthest(plan_at(MODEL, strategy("mst"), card(memory=GIB), 4096)) is None
 
 

@@ -114,7 +114,9 @@ def test_reach_of_the_curves(fits):
     model, _, found, curves = fits
     top = max(a.s_max for a in found)
     assert {c.points[-1].seq_len for c in curves} == {top + top // 4}
-    assert {c.points[-1].seq_len for c in plot.curves(found[:1], None, 10)} == {found[0].s_max * 5 // 4}  # its context is far off
+    assert {c.points[-1].seq_len for c in plot.curves(found[:1], None, 10)} == {
+        found[0].s_max * 5 // 4
+    }  # its context is far off
     near = [a for a in solved("fits")[2] if a.strategy == "mst"]
     assert top > model.context > near[0].s_max * 1.25
     assert plot.curves(near, None, 10)[0].points[-1].seq_len == model.context
@@ -176,7 +178,16 @@ def test_csv(drawn, tmp_path):
     raw = path.read_bytes()
     assert raw.count(b"\r\n") == raw.count(b"\n") == 1 + sum(len(c.points) for c in curves)
     rows = list(csv.DictReader(io.StringIO(raw.decode(), newline="")))
-    assert list(rows[0]) == ["strategy", "seq_len", "bytes", "gib", "instant", "budget_bytes", "fits", "calibrated_from"]
+    assert list(rows[0]) == [
+        "strategy",
+        "seq_len",
+        "bytes",
+        "gib",
+        "instant",
+        "budget_bytes",
+        "fits",
+        "calibrated_from",
+    ]
     points = [(c, p) for c in curves for p in c.points]
     for row, (curve, point) in zip(rows, points, strict=True):
         assert row["strategy"] == curve.strategy and row["instant"] == point.instant
@@ -324,12 +335,21 @@ assert "matplotlib.pyplot" not in sys.modules
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("x.jpg", "what to write"), ("x", "what to write"), ("png", "what to write"), (".png", "what to write"),
-        ("none/x.png", "does not exist"), ("file/x.png", "is not a folder"), ("folder.png", "is a folder"), ("folder", "is a folder"),
-        ("old.png", "exists already"), ("pipe.svg", "not a regular file"), ("n" * 300 + ".png", "cannot write"),
-        ("astray.png", "does not exist"), ("file/y/x.csv", "does not exist"),
+        ("x.jpg", "what to write"),
+        ("x", "what to write"),
+        ("png", "what to write"),
+        (".png", "what to write"),
+        ("none/x.png", "does not exist"),
+        ("file/x.png", "is not a folder"),
+        ("folder.png", "is a folder"),
+        ("folder", "is a folder"),
+        ("old.png", "exists already"),
+        ("pipe.svg", "not a regular file"),
+        ("n" * 300 + ".png", "cannot write"),
+        ("astray.png", "does not exist"),
+        ("file/y/x.csv", "does not exist"),
     ],
-)  # fmt: skip
+)
 def test_bad_outputs(tmp_path, name, says):
     (tmp_path / "file").write_text("f")
     (tmp_path / "folder").mkdir()

@@ -26,7 +26,9 @@ CARD = card(memory=8 * GIB)
 def shown():
     model = read_config(TINY, "tiny")
     trace = step_of(RECIPE, 4096).with_workspace(CARD.gpu.workspaces_bytes)
-    return view(model, CARD, "checkpoint", trace, solve.plan_at(model, RECIPE, CARD, 4096), {"torch": "1", "transformers": "2"})
+    return view(
+        model, CARD, "checkpoint", trace, solve.plan_at(model, RECIPE, CARD, 4096), {"torch": "1", "transformers": "2"}
+    )
 
 
 def test_stacks_add_up(shown):

@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BOUND = 1e-10
-ROUNDING = 1e-14  # of all gradients together: what is left of a gradient that is 0 in truth, as of a key's bias in softmax
+ROUNDING = (
+    1e-14  # of all gradients together: what is left of a gradient that is 0 in truth, as of a key's bias in softmax
+)
 
 Step = tuple[float, dict[str, torch.Tensor]]  # loss, and gradients by the weight's name
 
@@ -22,7 +24,9 @@ class Float64(TorchDispatchMode):
         super().__init__()
         self.shapes: set[torch.Size] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         args = [torch.float64 if a is torch.float32 else a for a in args]
         kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         out = func(*args, **kwargs)

@@ -14,9 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY, HIDDEN = 61, 32
 SIZES = {
-    "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False,
-}  # fmt: skip
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "use_cache": False,
+}
 CHUNKS = {"mlp_chunks": 3, "loss_chunks": 4}
 
 
@@ -29,7 +38,9 @@ def small_llama(dtype: torch.dtype = torch.float64, **more: Any) -> LlamaForCaus
     return model
 
 
-def exact_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any) -> torch.Tensor:
+def exact_loss(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any
+) -> torch.Tensor:
     """transformers' loss without its cast to fp32, which would drown a difference in float64."""
     targets = F.pad(labels, (0, 1), value=-100)[..., 1:]
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
@@ -49,7 +60,9 @@ def step(model: nn.Module, ids: torch.Tensor) -> Step:
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return loss.item(), {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return loss.item(), {
+        name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+    }
 
 
 def difference(found: Step, wanted: Step) -> float:

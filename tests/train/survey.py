@@ -38,7 +38,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("DogeForCausalLM", {"is_moe": True, "num_experts": 16}),
     ("FalconForCausalLM", {"new_decoder_architecture": True}),
     ("FalconForCausalLM", {"parallel_attn": False}),
-    ("Gemma4ForCausalLM", {"enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": WIDTH}),
+    (
+        "Gemma4ForCausalLM",
+        {"enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": WIDTH},
+    ),
     ("GPTNeoXForCausalLM", {"use_parallel_residual": False}),
     ("GraniteMoeHybridForCausalLM", {"num_local_experts": 0}),
     ("GraniteMoeSharedForCausalLM", {"shared_intermediate_size": 0}),
@@ -182,7 +185,12 @@ def compare(model: PreTrainedModel, batch: Batch, **settings: Any) -> Finding:
 
 def patched(model: nn.Module) -> set[str]:
     """The modules whose forward or loss function is not their class's own."""
-    return {f"{name}.{key}" for name, m in model.named_modules() for key in ("forward", "_loss_function") if key in m.__dict__}
+    return {
+        f"{name}.{key}"
+        for name, m in model.named_modules()
+        for key in ("forward", "_loss_function")
+        if key in m.__dict__
+    }
 
 
 def in_one_piece(batch: Batch, plain: Float64, seen: Float64, mlp: bool) -> str:
@@ -190,7 +198,9 @@ def in_one_piece(batch: Batch, plain: Float64, seen: Float64, mlp: bool) -> str:
     sequences, tokens = batch["labels"].shape[:2]
     rows = (sequences * tokens, sequences * (tokens - 1))
     left = ["logits"] * (plain.whole(rows, VOCABULARY) and seen.whole(rows, VOCABULARY))
-    widths = [w for w in (WIDTH, 2 * WIDTH, EXPERTS) if plain.whole(rows[:1], w)] or [4 * HIDDEN]  # some MLPs are 4 times the hidden size
+    widths = [w for w in (WIDTH, 2 * WIDTH, EXPERTS) if plain.whole(rows[:1], w)] or [
+        4 * HIDDEN
+    ]  # some MLPs are 4 times the hidden size
     left += ["MLP"] * (mlp and any(plain.whole(rows[:1], w) and seen.whole(rows[:1], w) for w in widths))
     return f"{' and '.join(left)} in one piece" if left else ""
 

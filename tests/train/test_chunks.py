@@ -19,9 +19,15 @@ from mstplan.train.chunks import ChunkCounts, card_of
 from .families import small_batch, small_model
 
 LLAMA = AutoConfig.for_model(
-    "llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+    "llama",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
     dtype="bfloat16",
-)  # fmt: skip
+)
 AUTO = strategy("mst")
 
 
@@ -60,10 +66,15 @@ def test_one_of_the_two_may_be_given():
 @pytest.mark.parametrize(
     ("reported", "name"),
     [
-        ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("NVIDIA A100 80GB PCIe", "a100-80gb"),
-        ("NVIDIA GeForce RTX 4090", "rtx-4090"), ("Tesla T4", "t4"), ("NVIDIA H200", "h200"), ("NVIDIA L40S", "l40s"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA L40S", "l40s"),
     ],
-)  # fmt: skip
+)
 def test_the_card_by_the_name_that_torch_gives_it(monkeypatch, reported, name):
     properties = SimpleNamespace(name=reported, total_memory=70 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -72,7 +83,9 @@ def test_the_card_by_the_name_that_torch_gives_it(monkeypatch, reported, name):
 
 
 def test_an_unknown_card_counts_by_its_memory_and_a_cpu_by_the_machines(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="Graphics 9", total_memory=24 * 2**30))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="Graphics 9", total_memory=24 * 2**30)
+    )
     assert card_of(torch.device("cuda")).total_bytes == 24 * 2**30
     assert card_of(torch.device("cpu")).total_bytes > 2**28
 

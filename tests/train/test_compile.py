@@ -38,9 +38,15 @@ def compiled(backend: str | Callable[..., Any], order: str = "after", layers: in
 
 @pytest.mark.parametrize(
     ("settings", "order"),
-    [({"checkpoint": "none"}, "before"), ({"checkpoint": "none"}, "after"), ({"checkpoint": "layer"}, "before"),
-     ({"checkpoint": "layer"}, "after"), ({"checkpoint": 2}, "after"), ({"offload": True}, "after")],
-)  # fmt: skip
+    [
+        ({"checkpoint": "none"}, "before"),
+        ({"checkpoint": "none"}, "after"),
+        ({"checkpoint": "layer"}, "before"),
+        ({"checkpoint": "layer"}, "after"),
+        ({"checkpoint": 2}, "after"),
+        ({"offload": True}, "after"),
+    ],
+)
 def test_compiled_layers(settings, order):
     model, plain = compiled("aot_eager", order, layers=2, **settings), small_llama()
     for ids in (tokens(2, LENGTH), tokens(2, LENGTH, seed=2), tokens(1, LENGTH + 4)):
@@ -56,7 +62,9 @@ def test_it_is_compiled_and_in_chunks():
         return graph.forward
 
     model, together = compiled(backend, checkpoint="none"), []
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _m, inputs, _o: together.append(inputs[0].shape[:-1].numel()))
+    model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda _m, inputs, _o: together.append(inputs[0].shape[:-1].numel())
+    )
     with head_rows() as head:
         step(model, tokens(2, LENGTH))
     assert sum("linear" in str(node.target) for graph in graphs for node in graph.nodes) >= 4  # attention's matrices

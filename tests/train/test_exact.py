@@ -30,16 +30,22 @@ def assert_equal(found, wanted) -> None:
 
 
 MODES = {
-    "none": {"checkpoint": "none"}, "layer": {"checkpoint": "layer"}, "offload": {"checkpoint": "layer", "offload": True},
+    "none": {"checkpoint": "none"},
+    "layer": {"checkpoint": "layer"},
+    "offload": {"checkpoint": "layer", "offload": True},
     "segments": {"checkpoint": 2, "offload": True},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, mode):
     model = small_model(family)
-    for (sequences, tokens), chunks in (((1, 8), (2, 3)), ((2, 13), (5, 4)), ((2, 13), (50, 50))):  # 13 tokens divide into none of these
+    for (sequences, tokens), chunks in (
+        ((1, 8), (2, 3)),
+        ((2, 13), (5, 4)),
+        ((2, 13), (50, 50)),
+    ):  # 13 tokens divide into none of these
         ids, labels = small_batch(sequences, tokens)
         wanted = step(model, ids, labels)
         minisequence(model, mlp_chunks=chunks[0], loss_chunks=chunks[1], **MODES[mode])
@@ -53,13 +59,24 @@ MODELS = {family: small_model(family, num_hidden_layers=3) for family in ("llama
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    family=st.sampled_from(sorted(MODELS)), sequences=st.integers(1, 3), tokens=st.integers(2, 24), mlp_chunks=st.integers(1, 30),
-    loss_chunks=st.integers(1, 30), checkpoint=st.sampled_from(["none", "layer", "sqrt", 2, 5]), offload=st.booleans(),
-)  # fmt: skip
+    family=st.sampled_from(sorted(MODELS)),
+    sequences=st.integers(1, 3),
+    tokens=st.integers(2, 24),
+    mlp_chunks=st.integers(1, 30),
+    loss_chunks=st.integers(1, 30),
+    checkpoint=st.sampled_from(["none", "layer", "sqrt", 2, 5]),
+    offload=st.booleans(),
+)
 def test_any_length_batch_and_chunks(family, sequences, tokens, mlp_chunks, loss_chunks, checkpoint, offload):
     model, (ids, labels) = MODELS[family], small_batch(sequences, tokens)
     wanted = step(model, ids, labels)
-    minisequence(model, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, checkpoint=checkpoint, offload=offload and checkpoint != "none")
+    minisequence(
+        model,
+        mlp_chunks=mlp_chunks,
+        loss_chunks=loss_chunks,
+        checkpoint=checkpoint,
+        offload=offload and checkpoint != "none",
+    )
     try:
         assert_equal(step(model, ids, labels), wanted)
     finally:
@@ -107,7 +124,9 @@ def test_gradient_accumulation_adds_up():
         for _ in range(2):
             model(input_ids=ids, labels=labels).loss.backward()
     for name, weight in model.named_parameters():
-        assert (weight.grad - 3 * wanted[name]).norm() <= BOUND * weight.grad.norm()  # one plain step's is there already
+        assert (
+            weight.grad - 3 * wanted[name]
+        ).norm() <= BOUND * weight.grad.norm()  # one plain step's is there already
 
 
 def test_frozen_parameters_get_no_gradient():
@@ -152,10 +171,16 @@ def test_checkpointed_layers_run_the_mlp_twice_not_three_times(family, dropout):
         model = small_model(family, dropout)
         ids, labels = small_batch(2, 16)
         minisequence(model, mlp_chunks=4 if way == "chunked" else 1, loss_chunks=4, checkpoint="layer")
-        model(input_ids=ids, labels=labels).loss.backward()  # the first step tries out a few tokens and looks at the graph
+        model(
+            input_ids=ids, labels=labels
+        ).loss.backward()  # the first step tries out a few tokens and looks at the graph
         for _, mlp in find_mlps(find_parts(model)):
-            matrix = next(m for m in mlp.first.modules() if isinstance(m, nn.Linear | Conv1D) or "Router" in type(m).__name__)
-            matrix.register_forward_pre_hook(lambda _, inputs, way=way: tokens.__setitem__(way, tokens[way] + inputs[0].numel() // 32))
+            matrix = next(
+                m for m in mlp.first.modules() if isinstance(m, nn.Linear | Conv1D) or "Router" in type(m).__name__
+            )
+            matrix.register_forward_pre_hook(
+                lambda _, inputs, way=way: tokens.__setitem__(way, tokens[way] + inputs[0].numel() // 32)
+            )
         model(input_ids=ids, labels=labels).loss.backward()
     assert tokens["chunked"] == tokens["plain"] == 2 * 2 * 2 * 16  # passes x layers x batch x tokens
 

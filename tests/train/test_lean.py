@@ -25,9 +25,12 @@ from .test_exact import assert_equal, step
 BATCH, TOKENS, HIDDEN = 2, 512, 48
 WIDTH, VOCABULARY = 1009, 3001  # primes: no other tensor has a multiple of as many numbers
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {}, "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12}, "gpt2": {"n_embd": HIDDEN, "n_head": 4, "n_positions": TOKENS},
-    "opt": {"word_embed_proj_dim": HIDDEN}, "mixtral": {"num_local_experts": 4},
-}  # fmt: skip
+    "llama": {},
+    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12},
+    "gpt2": {"n_embd": HIDDEN, "n_head": 4, "n_positions": TOKENS},
+    "opt": {"word_embed_proj_dim": HIDDEN},
+    "mixtral": {"num_local_experts": 4},
+}
 # Tensors as wide as the MLP that one run of it has at once, in forward (without a graph) and in backward. Gated: gate or its
 # activation, up, product; then these four kept, and the gradients of the product and of one factor. gpt2's GELU of many
 # operations: 4 and 7. opt: before and after ReLU, and one gradient.
@@ -40,15 +43,27 @@ CHUNKS = (4, 16)
 # ---- what a step allocates --------------------------------------------------------------------------------------------
 
 
-def build(family: str, width: int = WIDTH, vocabulary: int = VOCABULARY, layers: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": width, "ffn_dim": width, "n_inner": width, "vocab_size": vocabulary}
+def build(
+    family: str, width: int = WIDTH, vocabulary: int = VOCABULARY, layers: int = 2, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": width,
+        "ffn_dim": width,
+        "n_inner": width,
+        "vocab_size": vocabulary,
+    }
     more = {"max_position_embeddings": TOKENS, "num_hidden_layers": layers, "n_layer": layers, "use_cache": False}
     config = AutoConfig.for_model(family, **{**SMALL, **sizes, **more, **FAMILIES[family]})
     for name in ("dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
         setattr(config, name, 0.0)
     torch.manual_seed(0)
     attention = "eager" if family == "gemma2" else "sdpa"  # it supports nothing else
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager").to(dtype).train()
+    return (
+        AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
+        .to(dtype)
+        .train()
+    )
 
 
 def tokens_for(model: nn.Module, tokens: int = TOKENS) -> torch.Tensor:
@@ -126,14 +141,21 @@ def test_experts_too():
     model = build("mixtral")
     kind, logits = wide(model, WIDTH), wide(model, VOCABULARY)
     inputs: list[torch.Tensor] = []
-    hooks = [layer.mlp.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach())) for layer in model.model.layers]
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach()))
+        for layer in model.model.layers
+    ]
     plain = recorded(model)
     for hook in hooks:
         hook.remove()
     for chunks in CHUNKS:
         found, chunk = in_chunks(model, chunks, checkpoint="layer"), bytes_of(model, WIDTH, TOKENS // chunks)
         assert max(filter(kind, found.sizes())) <= 2 * chunk < max(filter(kind, plain.sizes()))  # gate and up in one
-        pieces = [(layer.mlp, piece) for layer, x in zip(model.model.layers, inputs, strict=True) for piece in pieces_of(x, chunks)]
+        pieces = [
+            (layer.mlp, piece)
+            for layer, x in zip(model.model.layers, inputs, strict=True)
+            for piece in pieces_of(x, chunks)
+        ]
         assert found.peak("forward", kind) == one_by_one(pieces, graph=False).peak(keep=kind)
         assert found.peak("backward", kind) == one_by_one(pieces, graph=True).peak(keep=kind)
         assert found.peak(keep=logits) == HELD_LOGITS["mixtral"] * bytes_of(model, VOCABULARY, TOKENS // chunks)
@@ -164,7 +186,9 @@ def test_in_bfloat16_too():
         found = in_chunks(model, chunks, checkpoint="layer")
         chunk = bytes_of(model, WIDTH, TOKENS // chunks)
         assert {s for s in found.sizes() if wide(model, WIDTH)(s)} == {chunk, 2 * chunk}
-        assert max(s for s in found.sizes() if wide(model, VOCABULARY)(s)) == 2 * bytes_of(model, VOCABULARY, TOKENS // chunks)  # in fp32
+        assert max(s for s in found.sizes() if wide(model, VOCABULARY)(s)) == 2 * bytes_of(
+            model, VOCABULARY, TOKENS // chunks
+        )  # in fp32
 
 
 def test_under_autocast_too():
@@ -211,7 +235,9 @@ def test_the_count_notices():
 def test_the_peak_falls_as_intermediates_do(family, what):
     """Where intermediates decide the peak, M chunks save 1 - 1/M of them, less what the sums of the weights' gradients take."""
     model = build(family, vocabulary=61) if what == "MLP" else build(family, width=83)
-    whole = HELD[family][1] * bytes_of(model, WIDTH) if what == "MLP" else HELD_LOGITS[family] * bytes_of(model, VOCABULARY)
+    whole = (
+        HELD[family][1] * bytes_of(model, WIDTH) if what == "MLP" else HELD_LOGITS[family] * bytes_of(model, VOCABULARY)
+    )
     peaks = {chunks: in_chunks(model, chunks, checkpoint="layer").peak() for chunks in CHUNKS}
     peaks[1] = checkpointed(model).peak()
     for chunks in CHUNKS:
@@ -242,9 +268,13 @@ def test_a_checkpointed_layer_keeps_its_input_alone(family):
         minisequence(model, mlp_chunks=4, loss_chunks=4, checkpoint="layer")
         recorded(model)
         kept[layers] = kept_for_backward(model)
-        assert plain[bytes_of(model, WIDTH)] > 0 and plain[hidden] > 5 * layers  # the count notices what is not checkpointed
+        assert (
+            plain[bytes_of(model, WIDTH)] > 0 and plain[hidden] > 5 * layers
+        )  # the count notices what is not checkpointed
         assert not any(wide(model, width)(size) for width in (WIDTH, VOCABULARY) for size in kept[layers])
-    assert kept[4][hidden] - kept[2][hidden] == 2 and kept[2][hidden] <= 2 + 3  # the final norm's input, what it keeps, d_hidden
+    assert (
+        kept[4][hidden] - kept[2][hidden] == 2 and kept[2][hidden] <= 2 + 3
+    )  # the final norm's input, what it keeps, d_hidden
     grown = {size: n - kept[2][size] for size, n in kept[4].items() if n != kept[2][size] and size > hidden / 32}
     assert grown == {hidden: 2}
 
@@ -458,7 +488,9 @@ class Streams:
         target.fill_(float("nan"))
         ends = [weak(target), weak(source)]
         self.log.append(name)
-        self.queue.append((name, lambda: all(end() is not None for end in ends) and COPY(ends[0](), ends[1]()) is not None))
+        self.queue.append(
+            (name, lambda: all(end() is not None for end in ends) and COPY(ends[0](), ends[1]()) is not None)
+        )
         return target
 
     def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
@@ -504,16 +536,33 @@ def test_copies_go_to_the_side_stream_and_come_back_one_layer_ahead():
             layer.ln_1.register_forward_pre_hook(lambda _, inputs, index=index: fake.log.append(f"layer {index}"))
         loss = model(input_ids=ids, labels=labels).loss
         assert fake.log == [
-            "side waits", "out 0", "layer 0", "side waits", "out 1", "wait: out 0 done", "layer 1",
-            "side waits", "out 2", "wait: out 1 done", "layer 2",
-        ]  # fmt: skip
+            "side waits",
+            "out 0",
+            "layer 0",
+            "side waits",
+            "out 1",
+            "wait: out 0 done",
+            "layer 1",
+            "side waits",
+            "out 2",
+            "wait: out 1 done",
+            "layer 2",
+        ]
         fake.log.clear()
         model.zero_grad()
         loss.backward()
         assert fake.log == [
-            "wait: out 2 done", "side waits", "in 1", "layer 2", "wait: in 1 done", "side waits", "in 0", "layer 1",
-            "wait: in 0 done", "layer 0",
-        ]  # fmt: skip
+            "wait: out 2 done",
+            "side waits",
+            "in 1",
+            "layer 2",
+            "wait: in 1 done",
+            "side waits",
+            "in 0",
+            "layer 1",
+            "wait: in 0 done",
+            "layer 0",
+        ]
         assert_equal((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), wanted)
     assert all(fake.pinned) and not fake.queue and not fake.lost
 

@@ -28,9 +28,10 @@ from .double import float64
 from .families import FAMILIES, small_model
 
 SETTINGS: list[dict[str, Any]] = [
-    {"mlp_chunks": 4, "loss_chunks": 4, "checkpoint": "none"}, {"mlp_chunks": 4, "loss_chunks": 4, "checkpoint": "layer"},
+    {"mlp_chunks": 4, "loss_chunks": 4, "checkpoint": "none"},
+    {"mlp_chunks": 4, "loss_chunks": 4, "checkpoint": "layer"},
     {"mlp_chunks": 16, "loss_chunks": 16, "checkpoint": "layer"},
-]  # fmt: skip
+]
 ROUNDOFF = 2**-8  # half a step of bf16
 LOSS_SCALE = 65536.0  # as torch.amp.GradScaler begins with
 
@@ -54,7 +55,9 @@ def batch_of(sequences: int, tokens: int, seed: int = 0, vocabulary: int = 61) -
     return {"input_ids": ids, "labels": labels}
 
 
-def gradients(model: nn.Module, batch: dict[str, torch.Tensor], scale: float = 1.0, autocast: torch.dtype | None = None) -> Gradients:
+def gradients(
+    model: nn.Module, batch: dict[str, torch.Tensor], scale: float = 1.0, autocast: torch.dtype | None = None
+) -> Gradients:
     """Of the loss, multiplied by `scale` for backward only."""
     model.zero_grad()
     with torch.autocast("cpu", autocast) if autocast else nullcontext():
@@ -87,7 +90,9 @@ def error(found: Gradients, truth: Gradients, names: Iterable[str] | None = None
     return norm({n: found[n] - truth[n] for n in names}, names) / norm(truth, names)
 
 
-def ratios(model: nn.Module, batch: dict[str, torch.Tensor], settings: list[dict[str, Any]] = SETTINGS, **how: Any) -> list[float]:
+def ratios(
+    model: nn.Module, batch: dict[str, torch.Tensor], settings: list[dict[str, Any]] = SETTINGS, **how: Any
+) -> list[float]:
     """Errors in chunks over the plain model's."""
     truth = in_float64(model, batch)
     plain = error(gradients(model, batch, **how), truth)
@@ -119,7 +124,9 @@ def test_bfloat16_is_as_near_as_plain(family):
     others = truth.keys() - chunked
     for setting in SETTINGS:
         found = in_chunks(model, batch, setting)
-        assert error(found, truth, others) <= 1.01 * error(plain, truth, others)  # on most CPUs they are the same bit for bit
+        assert error(found, truth, others) <= 1.01 * error(
+            plain, truth, others
+        )  # on most CPUs they are the same bit for bit
         assert error(found, truth, chunked) ** 2 <= error(plain, truth, chunked) ** 2 + ROUNDOFF**2
         assert error(found, truth) <= (1.03 if rounds_chunks(model) else 1.005) * error(plain, truth)
 
@@ -158,7 +165,13 @@ def test_sums_in_bfloat16_are_noticed():
 
 def test_a_longer_step_of_a_deeper_model_is_nearer():
     """What the layers' own rounding adds drowns the chunks'."""
-    sizes = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 512, "num_hidden_layers": 6, "max_position_embeddings": 256}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "vocab_size": 512,
+        "num_hidden_layers": 6,
+        "max_position_embeddings": 256,
+    }
     model = model_of("llama", 0, torch.bfloat16, **sizes)
     assert max(ratios(model, batch_of(1, 256, vocabulary=512))) <= 1.015
 
@@ -183,7 +196,9 @@ def test_under_autocast_on_average():
         r
         for family in families
         for seed in range(3)
-        for r in ratios(model_of(family, seed, torch.float32), batch_of(2, 48, seed), SETTINGS[1:], autocast=torch.bfloat16)
+        for r in ratios(
+            model_of(family, seed, torch.float32), batch_of(2, 48, seed), SETTINGS[1:], autocast=torch.bfloat16
+        )
     ]
     assert mean(found) <= 1.005
 
@@ -206,7 +221,9 @@ def test_float16_over_many_tokens(weights, autocast):
     model, batch = model_of("llama", 0, weights, vocab_size=2000), batch_of(24, 64, vocabulary=2000)
     assert max(ratios(model, batch, SETTINGS[2:], scale=LOSS_SCALE, autocast=autocast)) <= LATE
     with patch("mstplan.train.loss._in_fp16", lambda hidden: False):
-        assert max(ratios(model, batch, SETTINGS[2:], scale=LOSS_SCALE, autocast=autocast)) > 2  # the comparison notices
+        assert (
+            max(ratios(model, batch, SETTINGS[2:], scale=LOSS_SCALE, autocast=autocast)) > 2
+        )  # the comparison notices
 
 
 @pytest.mark.parametrize(("weights", "autocast"), HALVES)

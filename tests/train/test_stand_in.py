@@ -34,7 +34,11 @@ def built(settings) -> transformers.PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("settings", [OPTConfig, FalconConfig, GPTJConfig, BloomConfig, MptConfig, Ernie4_5_MoeConfig], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "settings",
+    [OPTConfig, FalconConfig, GPTJConfig, BloomConfig, MptConfig, Ernie4_5_MoeConfig],
+    ids=lambda c: c.__name__,
+)
 def test_published_sizes(settings):
     """But for what it has no place for: norms' biases, position tables, one key for all heads."""
     model = built(settings())
@@ -46,7 +50,14 @@ def test_published_sizes(settings):
 
 
 def test_a_llamas_stand_in_is_the_llama():
-    settings = LlamaConfig(num_hidden_layers=3, hidden_size=256, intermediate_size=600, num_attention_heads=8, num_key_value_heads=2, vocab_size=999)
+    settings = LlamaConfig(
+        num_hidden_layers=3,
+        hidden_size=256,
+        intermediate_size=600,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=999,
+    )
     known, found = read_config(settings.to_dict(), "m"), stand_in(built(settings), "m", "why")
     assert found._replace(stand_in=None, notes=(), dtype=known.dtype) == known._replace(notes=())
 
@@ -58,13 +69,22 @@ def test_any_class_has_one(cls):
     except Exception:  # noqa: BLE001 - of those that AutoModelForCausalLM makes of another config
         pytest.skip("not made of its own config")
     found = stand_in(model, "m", "why")
-    assert found.layers >= 1 and found.vocab >= 1 and parameter_count(found)[0] == sum(weight.numel() for weight in model.parameters())
+    assert (
+        found.layers >= 1
+        and found.vocab >= 1
+        and parameter_count(found)[0] == sum(weight.numel() for weight in model.parameters())
+    )
     assert parameter_count(found._replace(stand_in=None))[0] > 0
 
 
-@pytest.mark.parametrize("settings", [OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99),
-                                      FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)],
-                         ids=lambda c: c.model_type)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99),
+        FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99),
+    ],
+    ids=lambda c: c.model_type,
+)
 def test_chunks_are_recommended_for_what_the_planner_does_not_read(settings):
     model = AutoModelForCausalLM.from_config(settings).train()
     minisequence(model)

@@ -57,7 +57,9 @@ def _own_state() -> Iterator[None]:
 def assert_together(found: dict[str, list[float]], wanted: dict[str, list[float]], bound: float) -> None:
     assert found.keys() == wanted.keys()
     for name, values in wanted.items():
-        margin = 5 * bound if name == "grad_norm" else bound  # plain SFT from weights one rounding away is off by 9e-6 there, 2e-7 elsewhere
+        margin = (
+            5 * bound if name == "grad_norm" else bound
+        )  # plain SFT from weights one rounding away is off by 9e-6 there, 2e-7 elsewhere
         assert len(values) > 0 and found[name] == pytest.approx(values, rel=margin, abs=1e-9), name
 
 
@@ -74,10 +76,20 @@ def rows(sequences: int, seed: int) -> list[dict[str, torch.Tensor]]:
 
 def trainer_of(model: nn.Module, folder: Any, **more: Any) -> Trainer:
     settings = {
-        "seed": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "learning_rate": 1e-2,
-        "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
-        "use_cpu": True, **more,
-    }  # fmt: skip
+        "seed": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **more,
+    }
     compute_loss = settings.pop("compute_loss_func", None)
     arguments = TrainingArguments(output_dir=str(folder), **settings)
     return Trainer(model, arguments, train_dataset=rows(24, 1), eval_dataset=rows(4, 2), compute_loss_func=compute_loss)
@@ -107,7 +119,8 @@ def wrapped(model: Any, checkpoint: str) -> Any:
 
 def test_trainer_in_bf16(tmp_path):
     wanted, found = (
-        trained(model, tmp_path, bf16=True) for model in (small_llama(torch.float32), wrapped(small_llama(torch.float32), "layer"))
+        trained(model, tmp_path, bf16=True)
+        for model in (small_llama(torch.float32), wrapped(small_llama(torch.float32), "layer"))
     )
     for name in ("loss", "eval_loss"):
         assert found[name] == pytest.approx(wanted[name], rel=BFLOAT16)
@@ -134,7 +147,9 @@ def sum_of_squares(outputs: Any, _labels: Any, num_items_in_batch: Any = None) -
     return outputs.logits.square().mean()
 
 
-@pytest.mark.parametrize("settings", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": sum_of_squares}], ids=["smoothing", "own loss"])
+@pytest.mark.parametrize(
+    "settings", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": sum_of_squares}], ids=["smoothing", "own loss"]
+)
 def test_losses_that_need_all_logits_are_refused(tmp_path, settings):
     with pytest.raises(ModelError, match="label_smoothing_factor"):
         trained(wrapped(small_llama(torch.float32), "layer"), tmp_path, **settings)
@@ -146,42 +161,75 @@ def test_losses_that_need_all_logits_are_refused(tmp_path, settings):
 
 
 def words_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *(f"w{n}" for n in range(4, VOCABULARY))])}
+    vocabulary = {
+        word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *(f"w{n}" for n in range(4, VOCABULARY))])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def documents(count: int, seed: int) -> datasets.Dataset:
     """Texts of 10 to 16 words."""
     return datasets.Dataset.from_dict(
-        {"text": [" ".join(f"w{max(4, word)}" for word in ids[: 10 + i % 7].tolist()) for i, ids in enumerate(tokens(count, LENGTH, seed))]}
+        {
+            "text": [
+                " ".join(f"w{max(4, word)}" for word in ids[: 10 + i % 7].tolist())
+                for i, ids in enumerate(tokens(count, LENGTH, seed))
+            ]
+        }
     )
 
 
 def lora(**more: Any) -> LoraConfig:
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM", **more}
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "init_lora_weights": False,
+        "task_type": "CAUSAL_LM",
+        **more,
+    }
     return LoraConfig(**settings)
 
 
 def tuned(model: nn.Module, folder: Any, peft_config: LoraConfig | None = None, **more: Any) -> dict[str, list[float]]:
     settings = {
-        "seed": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-2,
-        "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
-        "use_cpu": True, "bf16": False, **more,
-    }  # fmt: skip
+        "seed": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        **more,
+    }
     datasets.disable_progress_bars()
     torch.manual_seed(5)  # of the adapters
     trainer = SFTTrainer(
-        model, SFTConfig(output_dir=str(folder), **settings), train_dataset=documents(24, 1), eval_dataset=documents(4, 2),
-        processing_class=words_tokenizer(), peft_config=peft_config,
-    )  # fmt: skip
+        model,
+        SFTConfig(output_dir=str(folder), **settings),
+        train_dataset=documents(24, 1),
+        eval_dataset=documents(4, 2),
+        processing_class=words_tokenizer(),
+        peft_config=peft_config,
+    )
     trainer.train()
     return logged(trainer, "loss", "grad_norm", "eval_loss", "entropy", "mean_token_accuracy")
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"gradient_checkpointing": False}, {"packing": True, "max_length": LENGTH}], ids=["", "no checkpointing", "packing"]
+    "settings",
+    [{}, {"gradient_checkpointing": False}, {"packing": True, "max_length": LENGTH}],
+    ids=["", "no checkpointing", "packing"],
 )
 @pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "LoRA"])
 def test_sft_trainer(tmp_path, adapters, settings):
@@ -212,13 +260,17 @@ def with_adapters(model: nn.Module, **more: Any) -> PeftModel:
 
 def both_orders(checkpoint: str, **more: Any) -> list[PeftModel]:
     """Adapters around a wrapped model, and a wrapped model with adapters."""
-    return [with_adapters(wrapped(small_llama(), checkpoint), **more), wrapped(with_adapters(small_llama(), **more), checkpoint)]
+    return [
+        with_adapters(wrapped(small_llama(), checkpoint), **more),
+        wrapped(with_adapters(small_llama(), **more), checkpoint),
+    ]
 
 
 ADAPTED = {
-    "all linear": {}, "the head too": {"target_modules": ["q_proj", "up_proj", "lm_head"]},
+    "all linear": {},
+    "the head too": {"target_modules": ["q_proj", "up_proj", "lm_head"]},
     "a trained head": {"modules_to_save": ["lm_head"]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "layer", "offload"])
@@ -304,7 +356,9 @@ def test_accelerate(precision, bound, checkpoint):
     assert max(together) == CHUNK
 
 
-def gradients(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, scale: float = 1.0, **more: Any) -> dict[str, torch.Tensor]:
+def gradients(
+    model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, scale: float = 1.0, **more: Any
+) -> dict[str, torch.Tensor]:
     """Those of a step with autocast to dtype, float32 for none, and with a loss scale."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = model(input_ids=ids, labels=ids, **more).loss
@@ -328,7 +382,11 @@ def test_autocast_keeps_one_copy_of_the_head():
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16 and out.shape == (VOCABULARY, 32):
+            if (
+                func is torch.ops.aten._to_copy.default
+                and out.dtype == torch.bfloat16
+                and out.shape == (VOCABULARY, 32)
+            ):
                 casts.append(torch.multiprocessing.reductions.StorageWeakRef(out.untyped_storage()))
                 alive.append(sum(not cast.expired() for cast in casts))
             return out
@@ -370,9 +428,14 @@ def test_training_on_text():
     """A model of 0.9 M parameters on the bytes of a text, 50 steps of AdamW in float32: the losses of plain and wrapped stay
     together, and fall. (Measured: 1.5e-6 apart; plain training that begins with weights one rounding off ends 4e-5 apart.)"""
     sizes = {
-        "vocab_size": 256, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "max_position_embeddings": 128,
-    }  # fmt: skip
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128,
+    }
     plain, chunked = (small_llama(torch.float32, **sizes) for _ in range(2))
     assert 0.8e6 < sum(weight.numel() for weight in plain.parameters()) < 1.2e6
     minisequence(chunked, mlp_chunks=5, loss_chunks=7)
@@ -396,7 +459,9 @@ def losses_on_text(model: nn.Module) -> list[float]:
 def test_what_trainers_call_things_is_known_to_the_planner() -> None:
     """Every optimizer and attention of transformers, every setting of TRL that decides memory: planned, or known by name."""
     every = ((name, ALL_ATTENTION_FUNCTIONS[name]) for name in ALL_ATTENTION_FUNCTIONS.keys())  # noqa: SIM118  it is no mapping of the usual kind
-    attentions = [name for name, function in every if function.__module__.startswith("transformers.")]  # others are the tests' own
+    attentions = [
+        name for name, function in every if function.__module__.startswith("transformers.")
+    ]  # others are the tests' own
     typed = {"optimizer": [one.value for one in OptimizerNames], "attention": attentions}
     for field, values in typed.items():
         for value in set(values) - set(planned(field)[0]):
@@ -404,8 +469,24 @@ def test_what_trainers_call_things_is_known_to_the_planner() -> None:
                 Recipe(**{field: value})
             assert not str(e.value).startswith("unknown"), value
     settings = [one.name for one in fields(ModelConfig) if one.name not in ("model_revision", "trust_remote_code")]
-    settings += ["per_device_train_batch_size", "gradient_accumulation_steps", "optim", "bf16", "fp16", "tf32", "gradient_checkpointing",
-                 "activation_checkpointing", "activation_offloading", "torch_compile", "use_liger_kernel", "fsdp", "deepspeed", "max_length", "packing",
-                 "loss_type", "learning_rate"]  # fmt: skip
+    settings += [
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "optim",
+        "bf16",
+        "fp16",
+        "tf32",
+        "gradient_checkpointing",
+        "activation_checkpointing",
+        "activation_offloading",
+        "torch_compile",
+        "use_liger_kernel",
+        "fsdp",
+        "deepspeed",
+        "max_length",
+        "packing",
+        "loss_type",
+        "learning_rate",
+    ]
     assert set(settings) <= {one.name for one in (*fields(SFTConfig), *fields(ModelConfig))}
     assert [name for name in settings if option(f"--{name}") is None] == []

@@ -20,7 +20,11 @@ CHUNKS = {"mlp_chunks": 3, "loss_chunks": 4}
 
 
 def patched(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if any(key.startswith("_mstplan") or key == "forward" for key in vars(module))]
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(key.startswith("_mstplan") or key == "forward" for key in vars(module))
+    ]
 
 
 def test_everything_else_stays_as_it_was(tmp_path):
@@ -52,7 +56,9 @@ def test_undo_leaves_nothing_behind(family):
     step(model, ids, labels)
     assert patched(model)
     minisequence.undo(model)
-    assert [(name, sorted(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()] == before
+    assert [
+        (name, sorted(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()
+    ] == before
     assert minisequence.undo(model) is model  # nothing to undo is fine
 
 
@@ -122,7 +128,9 @@ def test_a_failed_forward_does_no_harm():
     ids, labels = small_batch(1, 8)
     wanted = step(model, ids, labels)
     minisequence(model, **CHUNKS, checkpoint=2, offload=True)
-    handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("stop")))
+    handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(ValueError("stop"))
+    )
     with pytest.raises(ValueError, match="stop"):
         model(input_ids=ids, labels=labels)
     handle.remove()

@@ -16,15 +16,27 @@ VOCABULARY, HIDDEN, WIDTH, EXPERTS = 61, 32, 44, 5
 RULES: list[tuple[str, Any]] = [
     (r".*(dropout|dropout_prob|dropout_p|layerdrop|jitter_noise)|.*_pdrop", 0.0),
     (r"(decoder_|pronunciation_|shape_)?vocab_size(_per_layer_input)?|encoder_hash_byte_group_vocab", VOCABULARY),
-    (r"hidden_size(_global)?|backbone_hidden_size|d_model|n_embd|emb_dim|word_embed_proj_dim|embedding_size|lru_width", HIDDEN),
+    (
+        r"hidden_size(_global)?|backbone_hidden_size|d_model|n_embd|emb_dim|word_embed_proj_dim|embedding_size|lru_width",
+        HIDDEN,
+    ),
     (r"hidden_size_per_layer_input|(input|pronunciation|shape)_embed(ding)?_(size|dim)|router_hidden_size", 16),
-    (r"(.*_)?intermediate_size|.*ffn_dim|.*ffn_hidden_size|intermediate_size_mlp|d_inner|dim_ff|dff|feed_forward_size|block_multiple_of", WIDTH),
+    (
+        r"(.*_)?intermediate_size|.*ffn_dim|.*ffn_hidden_size|intermediate_size_mlp|d_inner|dim_ff|dff|feed_forward_size|block_multiple_of",
+        WIDTH,
+    ),
     (r".*(num_key_value_heads|num_kv_heads|num_query_groups|num_key_heads)", 2),
     (r".*(num_attention_heads|attention_heads|num_heads|n_heads?|num_value_heads)", 4),
     (r"(.*_)?head_dim|d_head|dim_head|kv_channels|mamba_d_head|rotary_dim|attention_head_size|d_rel", 8),
     (r".*_rank|hc_lowrank|output_embedding_size", 8),
-    (r"max_position_embeddings|n_positions|max_seq_len|context_length|n_ctx|max_(source|target)_positions|model_max_length", 64),
-    (r"sliding_window(_size)?|(attention_)?window_size|attention_chunk_size|local_attention.*|index_topk|rel_extent|zero_expert_num", 4),
+    (
+        r"max_position_embeddings|n_positions|max_seq_len|context_length|n_ctx|max_(source|target)_positions|model_max_length",
+        64,
+    ),
+    (
+        r"sliding_window(_size)?|(attention_)?window_size|attention_chunk_size|local_attention.*|index_topk|rel_extent|zero_expert_num",
+        4,
+    ),
     (r"num_(local_)?experts|n_routed_experts|moe_num_experts", EXPERTS),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts", 2),
     (r"n_group|topk_group|num_expert_group|n_groups|mamba_n_?groups|o_groups", 1),
@@ -35,15 +47,26 @@ RULES: list[tuple[str, Any]] = [
     (r"bos_token_id", 1),
     (r"eos_token_id|decoder_start_token_id|sep_token_id", 2),
     (r"use_cache", False),
-]  # fmt: skip
+]
 
 _MULTI_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-_INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+}
 _NGRAMS = {"ple_layer_ids": [1], "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "split_ngram_parts": 1}
 _SLIDING_LATENT = {
-    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 8, "swa_kv_lora_rank": 8, "swa_head_dim": 16,
-    "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
-}  # fmt: skip
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "swa_q_lora_rank": 8,
+    "swa_kv_lora_rank": 8,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
 
 # By model type, what the names of fields do not tell.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -51,7 +74,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "blt_patcher": {"vocab_size": VOCABULARY + 1},  # to tell its logits from the model's
     "cohere_compass_text": {
         "rope_parameters": {"sliding_attention": _MULTI_ROPE, "full_attention": _MULTI_ROPE},
-        "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 2,
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
@@ -79,13 +103,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {**_INDEXER, **_NGRAMS},
     "recurrent_gemma": {"intermediate_size": 2 * WIDTH, "block_types": ["recurrent", "attention"]},
     "reformer": {
-        "is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [3, 4], "axial_pos_embds_dim": [16, 16],
-        "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4, "hash_seed": 0,
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [3, 4],
+        "axial_pos_embds_dim": [16, 16],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "num_buckets": 4,
+        "hash_seed": 0,
     },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zaya": {"num_experts": EXPERTS - 1, "num_experts_per_tok": 1},  # and one that does nothing
-}  # fmt: skip
+}
 ALWAYS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -130,7 +160,11 @@ def _fewer_layers(config: PreTrainedConfig, declared: dict[str, Any]) -> dict[st
     return {**found, number: len(kept)} if number in declared else found
 
 
-_OWN_NONE = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2}  # as it must be
+_OWN_NONE = {
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "num_kv_shared_layers": 2,
+}  # as it must be
 OVERRIDES["gemma4_assistant"] = {"text_config": tiny_config(Gemma4TextConfig, **_OWN_NONE)}
 
 
@@ -140,7 +174,9 @@ def tiny_model(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], *
     torch.manual_seed(0)
     config = tiny_config(config_cls, **more)
     if config.model_type == "gemma3n":  # its vision tower is timm's; a step on text does not touch it
-        config.__dict__["vision_config"] = tiny_config(SiglipVisionConfig, vocab_size=8, vocab_offset=53, rms_norm_eps=1e-6)
+        config.__dict__["vision_config"] = tiny_config(
+            SiglipVisionConfig, vocab_size=8, vocab_offset=53, rms_norm_eps=1e-6
+        )
     model = cls._from_config(config, attn_implementation="eager", experts_implementation="eager").double().train()
     with torch.no_grad():
         for weight in model.parameters():

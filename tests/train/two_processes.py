@@ -26,8 +26,11 @@ from mstplan.train import minisequence
 from .llama import CHUNKS, difference, small_llama, step, tokens
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
-    "none": {"checkpoint": "none"}, "layer": {"checkpoint": "layer"}, "two layers": {"checkpoint": 2}, "offload": {"offload": True},
-}  # fmt: skip
+    "none": {"checkpoint": "none"},
+    "layer": {"checkpoint": "layer"},
+    "two layers": {"checkpoint": 2},
+    "offload": {"offload": True},
+}
 
 
 def shard(model: Any, head: str = "") -> nn.Module:
@@ -62,13 +65,19 @@ def cases() -> dict[str, Callable[[], nn.Module]]:
         "FSDP": lambda: shard(small_llama()),
     }
     for checkpoint in CHECKPOINTS:
-        found[f"DDP, wrapped before, {checkpoint}"] = lambda c=checkpoint: DistributedDataParallel(chunked(small_llama(), c))
-        found[f"DDP, wrapped after, {checkpoint}"] = lambda c=checkpoint: chunked(DistributedDataParallel(small_llama()), c)
+        found[f"DDP, wrapped before, {checkpoint}"] = lambda c=checkpoint: DistributedDataParallel(
+            chunked(small_llama(), c)
+        )
+        found[f"DDP, wrapped after, {checkpoint}"] = lambda c=checkpoint: chunked(
+            DistributedDataParallel(small_llama()), c
+        )
         found[f"FSDP, wrapped before, {checkpoint}"] = lambda c=checkpoint: shard(chunked(small_llama(), c))
         found[f"FSDP, wrapped after, {checkpoint}"] = lambda c=checkpoint: chunked(shard(small_llama()), c)
     for head in ("alone", "with norm"):
         found[f"FSDP, head {head}"] = lambda h=head: shard(chunked(small_llama(), "layer"), h)
-    found["DDP, unused parameters looked for"] = lambda: DistributedDataParallel(chunked(small_llama(), "layer"), find_unused_parameters=True)
+    found["DDP, unused parameters looked for"] = lambda: DistributedDataParallel(
+        chunked(small_llama(), "layer"), find_unused_parameters=True
+    )
     found["FSDP, MLPs by themselves"] = lambda: shard_parts(chunked(small_llama(), "layer"))
     for originals in (False, True):
         found[f"FSDP 1, {originals}"] = lambda o=originals: shard_by_version_1(chunked(small_llama(), "none"), o)
@@ -81,7 +90,10 @@ def half_step(model: nn.Module, ids: torch.Tensor) -> tuple[float, dict[str, tor
     loss, gradients = step(model, ids)
     mean = torch.tensor(loss, dtype=torch.float64)
     dist.all_reduce(mean)
-    whole = {name: gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient for name, gradient in gradients.items()}
+    whole = {
+        name: gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        for name, gradient in gradients.items()
+    }
     return mean.item() / 2, {name.removeprefix("module."): gradient for name, gradient in whole.items()}
 
 
