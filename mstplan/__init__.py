@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .plan.hardware import card as card
     from .plan.hardware import find_gpu as find_gpu
     from .plan.hardware import gpus as gpus
+    from .plan.instants import Instant as Instant
     from .plan.model import Model as Model
     from .plan.parameters import parameter_count as parameter_count
     from .plan.recipe import STRATEGIES as STRATEGIES
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from .plan.solve import plan_at as plan_at
     from .plan.steps import Chunks as Chunks
     from .plan.steps import Entry as Entry
-    from .plan.steps import Instant as Instant
+    from .plan.steps import InstantPeak as InstantPeak
     from .plan.ways import ways_to_fit as ways_to_fit
     from .train import minisequence as minisequence
     from .units import parse_length as parse_length
@@ -76,7 +77,8 @@ _WHERE = {
     "plan.recipe": ("STRATEGIES", "Recipe", "strategy"),
     "plan.shapes": ("shapes",),
     "plan.solve": ("Answer", "Plan", "max_seq", "plan_at"),
-    "plan.steps": ("Chunks", "Entry", "Instant"),
+    "plan.instants": ("Instant",),
+    "plan.steps": ("Chunks", "Entry", "InstantPeak"),
     "plan.ways": ("ways_to_fit",),
     "train": ("minisequence",),
     "units": ("parse_length", "parse_memory"),
@@ -92,6 +94,7 @@ __all__ = [
     "HardwareError",
     "InputError",
     "Instant",
+    "InstantPeak",
     "MeasurementError",
     "MissingError",
     "Model",

@@ -166,7 +166,7 @@ def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
         half = len(columns)
         solution = solution[:half] + model.layers * solution[half:]
     moments = {
-        name: tuple(add(moment.live, _vector(columns, solution[:, n])) for moment in formula.moments[name])
+        name.value: tuple(add(moment.live, _vector(columns, solution[:, n])) for moment in formula.moments[name])
         for n, name in enumerate(names)
     }
     return Calibration(

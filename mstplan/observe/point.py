@@ -26,20 +26,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError, MeasurementError, MissingError, one_line
 from ..plan.hardware import card_that_torch_names, host_memory
+from ..plan.instants import Instant
 from ..plan.recipe import Recipe
-from ..plan.steps import EMBEDDING, FIRST_LAYER, LAST_LAYER, LOSS_BACKWARD, MIDDLE_LAYER, OPTIMIZER
 from ..units import format_gib
 from . import cache
 from .allocations import bytes_of, record_step, there
 from .cuda import FLASH
 from .launch import launched
 from .marking import marking
-from .measurement import FAILED, OK, OUT_OF_MEMORY, PHASES, REFUSED, Case, Figures, Peak
+from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, Peak
 from .sharding import shard
 from .step import NO_HOST_MEMORY, TrainingStep, build, read_settings
 from .tracer import attention_of
-
-BACKWARDS = (LOSS_BACKWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER, EMBEDDING)
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -170,7 +168,7 @@ def _watched_on_cpu(step: TrainingStep) -> Watched:
 def by_phase(instants: dict[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, size in instants.items():
-        phase = PHASES[2] if name == OPTIMIZER else PHASES[1] if name in BACKWARDS else PHASES[0]
+        phase = Instant(name).phase
         found[phase] = max(size, found.get(phase, 0))
     return found
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from .. import profiles
 from ..plan.catalog import load_model
 from ..plan.hardware import Card
+from ..plan.instants import Instant
 from ..plan.recipe import Recipe
 from ..plan.solve import fixed_chunks, layout_of, sizes
 from ..plan.steps import step
@@ -20,7 +21,7 @@ BOUNDS = {"dense": 0.02, "experts": 0.05}
 class Pair(NamedTuple):
     """The peak of one instant on both rungs. Bytes."""
 
-    instant: str
+    instant: Instant
     formula: int
     trace: int
 

@@ -13,18 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from ..kept import adapter
 from ..plan.hardware import HANDLES
+from ..plan.instants import Instant
 from ..plan.recipe import Recipe
-from ..plan.steps import (
-    EMBEDDING,
-    END_OF_FORWARD,
-    FIRST_LAYER,
-    INSTANTS,
-    LAST_LAYER,
-    LOSS,
-    LOSS_BACKWARD,
-    MIDDLE_LAYER,
-)
-from ..plan.steps import OPTIMIZER as OPTIMIZER_STEP
 from .allocator import MIN_BLOCK
 from .extend import extend, row
 from .recording import FORWARD, GRADIENTS, OPTIMIZER, STATES, WEIGHTS, WORKSPACE, Made, Place, Recorded, Recording, Size
@@ -51,7 +41,7 @@ class State(NamedTuple):
 class Peak(NamedTuple):
     """The largest moment of an instant: bytes on the device, requested ones rounded up to blocks."""
 
-    instant: str
+    instant: Instant
     bytes: int
     event: int  # of the trace's `events`
 
@@ -205,7 +195,7 @@ class Trace:
             most = max(most, total)
         return most
 
-    def instant_of(self, place: Place) -> str:
+    def instant_of(self, place: Place) -> Instant:
         """The step model counts what is checkpointed together as one layer."""
         checkpoints = -(-self.units // self.every)
         return instant_of(
@@ -221,9 +211,9 @@ class Trace:
             for event in span:
                 if instant not in found or self.live[event] > found[instant].bytes:
                     found[instant] = Peak(instant, self.live[event], event)
-        if OPTIMIZER_STEP not in found and not self.recipe.optimizer_in_backward:  # one that makes nothing
-            found[OPTIMIZER_STEP] = Peak(OPTIMIZER_STEP, self.live[-1], len(self.live) - 1)
-        return tuple(found[name] for name in INSTANTS if name in found)
+        if Instant.OPTIMIZER not in found and not self.recipe.optimizer_in_backward:  # one that makes nothing
+            found[Instant.OPTIMIZER] = Peak(Instant.OPTIMIZER, self.live[-1], len(self.live) - 1)
+        return tuple(found[name] for name in Instant if name in found)
 
     @property
     def peak(self) -> Peak:
@@ -258,14 +248,14 @@ class _Kept(NamedTuple):
     update: Recorded
 
 
-def instant_of(place: Place, units: int) -> str:
+def instant_of(place: Place, units: int) -> Instant:
     """The step model's name for what happens at a place of a step of so many units."""
     if place.run == OPTIMIZER:
-        return OPTIMIZER_STEP
+        return Instant.OPTIMIZER
     if place.run == FORWARD:
-        return END_OF_FORWARD if place.unit < units else LOSS
-    at_ends = {-1: EMBEDDING, 0: FIRST_LAYER, units: LOSS_BACKWARD}
-    return at_ends.get(place.unit) or (LAST_LAYER if place.unit == units - 1 else MIDDLE_LAYER)
+        return Instant.END_OF_FORWARD if place.unit < units else Instant.LOSS
+    at_ends = {-1: Instant.EMBEDDING, 0: Instant.FIRST_LAYER, units: Instant.LOSS_BACKWARD}
+    return at_ends.get(place.unit) or (Instant.LAST_LAYER if place.unit == units - 1 else Instant.MIDDLE_LAYER)
 
 
 def _kind(made: Made) -> tuple[Any, ...]:

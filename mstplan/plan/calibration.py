@@ -22,9 +22,9 @@ from .. import files, kept
 from ..errors import InputError, one_line
 from ..kept import Kept
 from ..profiles import ROOT, user_folder
+from .instants import Instant
 from .model import Model
 from .recipe import Recipe
-from .steps import INSTANTS
 from .tape import BASIS, Vector
 
 SCHEMA_VERSION = 1
@@ -165,7 +165,7 @@ def _wrong(model: Model, calibration: Calibration) -> str | None:
         return "recipe: none that mstplan knows"
     if family_of(recipe) != calibration.recipe:
         return "recipe: more than tells a family"
-    if not set(calibration.moments) <= set(INSTANTS):
+    if not set(calibration.moments) <= set(Instant):
         return "moments: of an instant that a step does not have"
     return _wrong_moments(model, recipe, calibration.moments) or _wrong_provenance(calibration.provenance)
 

@@ -14,8 +14,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .cuda import efficient_accumulates, efficient_workspace, flash_head_size
+from .instants import Stage
 from .model import Attention, Experts, LayerKind, Mlp, Model
-from .tape import ITEMSIZE, Op, Part, Tape, Tensor, Weight, axes_of, sums_of
+from .tape import ITEMSIZE, Op, Part, Role, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
 
 HIDDEN = "layer input"
 
@@ -37,29 +38,32 @@ class Numerics(NamedTuple):
 class Writer:
     """Writes a model's operations onto a tape."""
 
-    def __init__(self, model: Model, numerics: Numerics, tokens: str = "b s"):
+    def __init__(self, model: Model, numerics: Numerics, tokens: str = "b s", stage: Stage | None = None):
         a = model.attention
         self.model, self.numerics, self.t = model, numerics, tokens
-        self.tape = Tape(dims={"d": model.hidden, "V": model.vocab, "H": a.heads, "G": a.kv_heads, "e": a.head_dim})
+        dims = {"d": model.hidden, "V": model.vocab, "H": a.heads, "G": a.kv_heads, "e": a.head_dim}
+        self.tape = TapeWriter({**dims, "He": a.heads * a.head_dim, "Ge": a.kv_heads * a.head_dim}, stage)
         self.wide = numerics.weights  # dtype of the residual stream
 
     def new(self, name: str, shape: str, dtype: str | None = None) -> Tensor:
         return self.tape.new(name, f"{self.t} {shape}".rstrip(), dtype or self.numerics.compute)
 
-    def source(self, name: str = HIDDEN, dtype: str | None = None) -> Tensor:
-        self.tape.source = self.new(name, "d", dtype or self.wide)
+    def source(self, name: str = HIDDEN, dtype: str | None = None, role: Role | None = None) -> Tensor:
+        with self.tape.part(role):
+            self.tape.source = self.new(name, "d", dtype or self.wide)
         return self.tape.source
 
     def hold(self, *tensors: Tensor) -> None:
         """Variables of the code at hand that live at least until the latest operation is done."""
-        self.tape.ops[-1].holds += tensors
+        self.tape.hold(*tensors)
 
     # ---- elementary operations ------------------------------------------------------------------------------------
 
     def cast(self, x: Tensor, dtype: str, name: str = "") -> Tensor:
         if x.dtype == dtype:
             return x
-        y = self.tape.new(name or f"{x.name}, {dtype}", x.shape, dtype)
+        with self.tape.part(self.tape.role if name else x.role):  # a mere copy is for what the original is for
+            y = self.tape.new(name or f"{x.name}, {dtype}", x.shape, dtype)
         return self.tape.op("cast " + x.name, [x], y, grads=((x, self.tape.grad(x)),))
 
     def autocast(self, x: Tensor) -> Tensor:
@@ -73,8 +77,7 @@ class Writer:
         """A weight as an operation keeps it: autocast's bf16 copy, or nothing beyond the parameter itself."""
         if not self.numerics.autocast or len(weight.shape) < 2:
             return ()
-        copy = self.tape.new(f"{weight.name}, bf16 copy", " ".join(map(str, weight.shape)), "bfloat16")
-        copy.cached = True
+        copy = self.tape.cached(f"{weight.name}, bf16 copy", " ".join(map(str, weight.shape)), "bfloat16")
         self.tape.op("cast " + weight.name, [], copy)
         return (copy,)
 
@@ -87,6 +90,7 @@ class Writer:
         bias: bool = False,
         weight: Weight | None = None,
         copy: Tensor | None = None,
+        defers: bool = False,
     ) -> Tensor:
         """y = x W^T (+ bias). Keeps x and W (aten::mm, aten::addmm). copy: of W, made for this in another dtype."""
         x = self.autocast(x)
@@ -103,6 +107,7 @@ class Writer:
             weights=weights,
             flops=((y.basis, 2 * inner * outer),),
             cast=bool(copies) and copy is None,
+            defers=defers,
             product=not copies,
         )
 
@@ -143,13 +148,13 @@ class Writer:
         part = self.tape.view(x, name, shape)
         return self.tape.op("slice " + name, [x], part, grads=((x, self.tape.grad(x)),))
 
-    def dropout(self, x: Tensor, p: float) -> Tensor:
+    def dropout(self, x: Tensor, p: float, name: str = "", at: str = "") -> Tensor:
         """CUDA's fused dropout keeps a mask of one byte per element (native_dropout)."""
         if p == 0:
             return x
-        y = self.tape.new(x.name + " after dropout", x.shape, x.dtype)
+        y = self.tape.new(name or x.name + " after dropout", x.shape, x.dtype)
         mask = self.tape.new(f"dropout mask of {x.name}", x.shape, "bool")
-        return self.tape.op("dropout of " + x.name, [x], y, mask, keeps=(mask,), grads=((x, self.tape.grad(x)),))
+        return self.tape.op(at or "dropout of " + x.name, [x], y, mask, keeps=(mask,), grads=((x, self.tape.grad(x)),))
 
     # ---- normalisation --------------------------------------------------------------------------------------------
 
@@ -252,16 +257,17 @@ class Writer:
             fused = (whole,)
             q, k, v = self._split(whole, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
         else:
-            q = self.linear(x, self.new("Q", "H e"), "q_proj", bias=a.qkv_bias)
+            by_head = a.qk_norm != "full"  # else the norm is over all heads together
+            q = self.linear(x, self.new("Q", "H e" if by_head else "He"), "q_proj", bias=a.qkv_bias)
             if a.qk_norm != "none":
-                q = self._qk_norm(q, "q_norm", a)
-            k = self.linear(x, self.new("K", "G e"), "k_proj", bias=a.qkv_bias)
+                q = self.norm(q, "q_norm")
+            k = self.linear(x, self.new("K", "G e" if by_head else "Ge"), "k_proj", bias=a.qkv_bias)
             if a.qk_norm != "none":
-                k = self._qk_norm(k, "k_norm", a)
+                k = self.norm(k, "k_norm")
             v = self.linear(x, self.new("V", "G e"), "v_proj", bias=a.qkv_bias)
         if a.rotary_dim:
             before = (q, k)
-            q, k = self._rotary(q, a.rotary_dim, a.head_dim), self._rotary(k, a.rotary_dim, a.head_dim)
+            q, k = self._rotary(q, "H", a.rotary_dim, a.head_dim), self._rotary(k, "G", a.rotary_dim, a.head_dim)
             self.hold(*before)  # until both are turned
             if self.model.model_type.startswith("olmo"):
                 turned = (q, k)
@@ -281,16 +287,8 @@ class Writer:
             self.tape.op("split " + fused.name, [fused], *views, grads=((fused, self.tape.grad(fused)),))
         return views
 
-    def _qk_norm(self, x: Tensor, name: str, a: Attention) -> Tensor:
-        if a.qk_norm == "full":
-            heads, e = x.shape.split()[-2:]
-            self.tape.dims.setdefault(f"{heads}{e}", self.tape.dims[heads] * self.tape.dims[e])
-            x.shape = f"{self.t} {heads}{e}"
-        return self.norm(x, name)
-
-    def _rotary(self, x: Tensor, rotary: int, width: int) -> Tensor:
-        """x * cos + rotate_half(x) * sin. Nothing is kept but cos and sin, which all layers share."""
-        heads = x.shape.split()[2] if not x.shape.endswith(("He", "Ge")) else x.shape.split()[-1][0]
+    def _rotary(self, x: Tensor, heads: str, rotary: int, width: int) -> Tensor:
+        """x * cos + rotate_half(x) * sin. Nothing is kept but cos and sin, which all layers share. heads: their axis."""
         if self.model.model_type == "deepseek_v2":
             return self._rotary_complex(x)
         if self.model.model_type in ("deepseek_v3", "gpt_oss"):
@@ -367,8 +365,8 @@ class Writer:
         )
         low, k_turned = self._split(both, ("KV latent", f"{t} kv_rank"), ("K rotary part", f"{t} 1 rope"))
         low = self._rms_norm(low, "kv_a_layernorm", late_cast=False)
-        q_turned = self._rotary(q_turned, latent.rope_dim, latent.rope_dim)
-        k_turned = self._rotary(k_turned, latent.rope_dim, latent.rope_dim)
+        q_turned = self._rotary(q_turned, "H", latent.rope_dim, latent.rope_dim)
+        k_turned = self._rotary(k_turned, "1", latent.rope_dim, latent.rope_dim)
         q_whole = self.tape.new("Q after rotary", f"{t} H e", q_turned.dtype)
         self.tape.op("join Q", [q_rest, q_turned], q_whole, grads=((q_rest, None), (q_turned, None)))
         kv = self.linear(low, self.new("K and V", f"H {latent.nope_dim + a.v_head_dim}"), "kv_b_proj")
@@ -514,9 +512,9 @@ class Writer:
         scores = self.cast(masked, wide, "scores, fp32")
         weights = self._scores("softmax of scores", wide)
         self.pointwise("softmax", scores, weights, weights)
-        tape.ops[-1].holds = (masked,)
+        self.hold(masked)
         weights = self.cast(weights, q.dtype, "attention matrix")
-        tape.ops[-1].holds += (masked,)
+        self.hold(masked)
         return self._mix(self.dropout(weights, a.dropout), v, a)
 
     def _eager_sinks(self, masked: Tensor, v: Tensor, a: Attention) -> Tensor:
@@ -557,6 +555,10 @@ class Writer:
     # ---- MLP and experts ------------------------------------------------------------------------------------------
 
     def mlp(self, x: Tensor, mlp: Mlp, name: str = "mlp") -> Tensor:
+        with self.tape.part(Role.MLP):
+            return self._mlp(x, mlp, name)
+
+    def _mlp(self, x: Tensor, mlp: Mlp, name: str) -> Tensor:
         self.tape.dims["I"] = mlp.width
         width = "I"
         if not mlp.gated:
@@ -575,7 +577,7 @@ class Writer:
             up = self.linear(x, self.new("MLP up", width), name + ".up_proj", bias=mlp.bias)
             inner = self.multiply("gate * up", active, up, self.new("MLP product", width))
         y = self.linear(inner, self.new("MLP output", "d"), name + ".down_proj", bias=mlp.bias)
-        self.tape.ops[-1].holds = (x,)
+        self.hold(x)
         return self.dropout(y, self.model.dropout)
 
     def activation(self, x: Tensor, name: str) -> Tensor:
@@ -603,10 +605,14 @@ class Writer:
         factor = like("MLP 1 + tanh")
         tape.op("1 + tanh", [tanh], factor, grads=((tanh, None),))
         self.multiply("gelu", half, factor, y)
-        tape.ops[-1].holds = (x,)
+        self.hold(x)
         return y
 
     def experts(self, x: Tensor, e: Experts) -> Tensor:
+        with self.tape.part(Role.MLP):
+            return self._experts(x, e)
+
+    def _experts(self, x: Tensor, e: Experts) -> Tensor:
         """A mixture of experts through grouped products (transformers integrations/moe.py, grouped_mm_experts_forward).
 
         Every token is copied for each of its experts; rows are sorted by expert.
@@ -767,7 +773,7 @@ class Writer:
         plus = like("up + 1")
         self.tape.op("up + 1", [linear], plus, grads=((linear, None),))
         product = self.multiply("(up + 1) * gated", plus, glu, like("expert product"))
-        self.tape.ops[-1].holds = (gate, linear, glu)
+        self.hold(gate, linear, glu)
         return product
 
 
@@ -798,18 +804,21 @@ def layer(model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks) 
         both = w.add(mlp_out, attended, w.new("MLP and attention", "d"), "add MLP and attention")
         w.add(both, x, w.new(HIDDEN, "d", w.wide))
         w.hold(attended, mlp_out)
-        return w.tape
+        return w.tape.written()
     middle = w.add(x, attended, w.new("hidden states after attention", "d", w.wide))
-    mlp_in = middle if block == "post" else w.norm(middle, "post-attention norm" if block == "pre" else "pre-MLP norm")
+    with w.tape.part(Role.MLP if block == "sandwich" else None):
+        name = "post-attention norm" if block == "pre" else "pre-MLP norm"
+        mlp_in = middle if block == "post" else w.norm(middle, name)
     mlp_out = _feed_forward(w, mlp_in, kind, chunks)
     if block == "post" and chunks.recompute:
-        return w.tape  # the residual is the MLP's input, so the chunks add it
+        return w.tape.written()  # the residual is the MLP's input, so the chunks add it
     if block in ("sandwich", "post") and not chunks.recompute:
-        mlp_out = w.norm(mlp_out, "post-MLP norm")
+        with w.tape.part(Role.MLP):
+            mlp_out = w.norm(mlp_out, "post-MLP norm")
     w.add(middle, mlp_out, w.new(HIDDEN, "d", w.wide))
     if model.model_type == "gpt2":  # its block keeps these in variables
         w.hold(attended, mlp_in)
-    return w.tape
+    return w.tape.written()
 
 
 def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> Tensor:
@@ -819,18 +828,19 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     if not (chunks.several or chunks.recompute):
         return w.experts(x, _experts(model)) if kind.experts else w.mlp(x, _mlp(model))
     inner = Writer(model, w.numerics, "b c")
-    source = inner.source(x.name, x.dtype)
+    source = inner.source(x.name, x.dtype, x.role)
     y = inner.experts(source, _experts(model)) if kind.experts else inner.mlp(source, _mlp(model))
     if chunks.recompute and model.block in ("sandwich", "post"):
-        y = inner.norm(y, "post-MLP norm")
+        with inner.tape.part(Role.MLP):
+            y = inner.norm(y, "post-MLP norm")
     if chunks.recompute and model.block == "post":
         y = inner.add(source, y, inner.new(HIDDEN, "d", w.wide))
-    sums = sums_of(inner.tape) if chunks.several else ()
-    part = Part(inner.tape, recompute=chunks.recompute, chunked=True, sums=sums)
-    out = w.tape.new(y.name, "b s d", y.dtype)
-    w.tape.ops.append(Op("MLP in chunks", (x,), (out,), part=part))
-    w.tape.output = out
-    return out
+    written = inner.tape.written()
+    sums = sums_of(written) if chunks.several else ()
+    part = Part(written, recompute=chunks.recompute, chunked=True, sums=sums)
+    with w.tape.part(y.role):
+        out = w.tape.new(y.name, "b s d", y.dtype)
+    return w.tape.add(Op("MLP in chunks", (x,), (out,), part=part))
 
 
 def _mlp(model: Model) -> Mlp:

@@ -16,7 +16,7 @@ def parameter_count(model: Model) -> tuple[int, int]:
     formula does not know, all for both."""
     if model.stand_in is not None:
         return model.stand_in.parameters, model.stand_in.parameters
-    weights = step_weights(build(model, Layout(STRATEGIES["standard"], False, False, False)))
+    weights = step_weights(build(model, Layout(STRATEGIES["standard"], False, False, False)).ops)
     total = sum(weight.numel * n for weight, n in weights)
     active = sum(weight.numel * weight.active[0] // weight.active[1] * n for weight, n in weights)
     return total, active

@@ -18,9 +18,11 @@ cards than experts most of what is gathered is padding (FSDP2's shard_placement_
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .optimizers import optimizer_memory
 from .recipe import Recipe
-from .tape import ITEMSIZE, Group, Tape, Tensor, Weight, step_weights, weight_gradient
+from .tape import ITEMSIZE, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
 
 REST = "embedding, norm and head"
 
@@ -34,19 +36,26 @@ def shards_of(weights: list[tuple[Weight, int]], gpus: int) -> list[tuple[Weight
     return [(shard_of(weight, gpus), n) for weight, n in weights] if gpus > 1 else weights
 
 
-def into_groups(tape: Tape, recipe: Recipe) -> None:
-    """Give every layer of a step's tape, and the tape for the rest, its group."""
+def into_groups(tape: Tape, recipe: Recipe) -> Tape:
+    """A step's tape with a group for every layer, and one for the rest."""
     made: dict[int, Group] = {}
-    layers = [op for op in tape.ops if op.part is not None and not op.part.in_forward]
-    tapes = [op.part.tape for op in layers if op.part is not None]
-    for i, (op, inner) in enumerate(zip(layers, tapes, strict=True)):
+    tapes = [op.part.tape for op in tape.ops if op.part is not None and not op.part.in_forward]
+    for inner in tapes:
         if id(inner) not in made:
-            made[id(inner)] = _group([w for w, n in step_weights(inner) for _ in range(n)], recipe, "a layer")
-        op.group = made[id(inner)]
+            weights = [weight for weight, n in step_weights(inner.ops) for _ in range(n)]
+            made[id(inner)] = _group(weights, recipe, "a layer")
+
+    def in_group(op: Op, i: int) -> Op:
         # Buffers of the layers on both sides are there with a layer: its moments lie between its neighbours' when theirs are alike.
-        op.interior = 1 < i < len(layers) - 2 and all(near is inner for near in tapes[i - 2 : i + 3])
-    rest = Tape(tape.dims, [op for op in tape.ops if op.group is None])
-    tape.group = _group([weight for weight, _ in step_weights(rest)], recipe, REST)
+        interior = 1 < i < len(tapes) - 2 and all(near is tapes[i] for near in tapes[i - 2 : i + 3])
+        return replace(op, group=made[id(tapes[i])], interior=interior)
+
+    numbers = iter(range(len(tapes)))
+    ops = tuple(
+        in_group(op, next(numbers)) if op.part is not None and not op.part.in_forward else op for op in tape.ops
+    )
+    rest = [weight for weight, _ in step_weights([op for op in ops if op.group is None])]
+    return replace(tape, ops=ops, group=_group(rest, recipe, REST))
 
 
 def _group(weights: list[Weight], recipe: Recipe, of: str) -> Group:

@@ -15,10 +15,11 @@ from . import calibration
 from .calibration import Calibration
 from .cuda import BIAS_ROWS
 from .hardware import Card, Gpu
+from .instants import Instant
 from .model import Model
 from .optimizers import host_states
 from .recipe import Recipe
-from .steps import Chunks, Entry, Instant, Layout, Sizes, Step, evaluate, step, stored_inputs
+from .steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, step, stored_inputs
 from .tape import ITEMSIZE, Vector
 from .timing import step_seconds
 
@@ -34,7 +35,7 @@ class Peak(NamedTuple):
     """The most bytes of a step: at which instant, and in a batch of how many tokens."""
 
     bytes: int
-    instant: str
+    instant: Instant
     tokens: int
 
 
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
         return self.peak.bytes
 
     @property
-    def instant(self) -> str:
+    def instant(self) -> Instant:
         """The binding one."""
         return self.peak.instant
 
@@ -94,7 +95,7 @@ class Plan(NamedTuple):
         instant, size = peak_at(self.model, self.recipe, self.card, tokens, self.chunks)
         return self._replace(peak=Peak(size, instant, tokens))
 
-    def instants(self) -> tuple[Instant, ...]:
+    def instants(self) -> tuple[InstantPeak, ...]:
         """Every instant of the step with the tensors alive at its largest moment."""
         tokens = self.peak.tokens
         return _step(self.model, self.recipe, self.card.gpu, self.chunks, tokens).instants(
@@ -379,7 +380,7 @@ def within(chunks: Chunks, seq_len: int) -> Chunks:
 # ---- answers ------------------------------------------------------------------------------------------------------------
 
 
-def peak_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> tuple[str, int]:
+def peak_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> tuple[Instant, int]:
     """The binding instant and its bytes."""
     return _step(model, recipe, card.gpu, chunks, seq_len).largest(sizes(recipe, seq_len, chunks))
 

@@ -7,13 +7,14 @@ largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
 from .cuda import flash_rows
+from .instants import Instant, Stage
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
 from .model import LayerKind, Model
 from .optimizers import optimizer_memory
@@ -27,30 +28,25 @@ from .tape import (
     Moment,
     Op,
     Part,
+    Role,
     Rules,
     Tape,
+    TapeWriter,
     Tensor,
     Vector,
     Weight,
     add,
     backward,
     forward,
+    grad_of,
     step_weights,
     sums_of,
+    tensor_of,
     undominated,
 )
 
-END_OF_FORWARD = "end of forward"
-LOSS = "loss"
-LOSS_BACKWARD = "backward of the loss"
-LAST_LAYER = "backward of the last layer"
-MIDDLE_LAYER = "backward of a layer between"
-FIRST_LAYER = "backward of the first layer"
-EMBEDDING = "backward of the embedding"
-OPTIMIZER = "optimizer step"
 CALIBRATED = "calibration less formula"
 WORKSPACES = "cuBLAS workspaces"
-INSTANTS = (END_OF_FORWARD, LOSS, LOSS_BACKWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER, EMBEDDING, OPTIMIZER)
 
 
 class Layout(NamedTuple):
@@ -73,8 +69,8 @@ class Entry(NamedTuple):
     bytes: int  # of all copies
 
 
-class Instant(NamedTuple):
-    name: str
+class InstantPeak(NamedTuple):
+    name: Instant
     bytes: int
     operation: str  # the moment within the instant at which it is largest
     entries: tuple[Entry, ...]  # largest first; they add up to `bytes`
@@ -111,7 +107,7 @@ class Step:
     def __init__(self, model: Model, layout: Layout, workspace: int):
         self.model, self.layout, self.workspace = model, layout, workspace
         self.tape = build(model, layout)
-        self.weights = step_weights(self.tape)
+        self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
         held = shards_of(self.weights, layout.recipe.gpus)
         self.optimizer = optimizer_memory(layout.recipe, held)
@@ -144,35 +140,37 @@ class Step:
             gradients = "kept"
         return Rules(gradients, recipe.used_dtype, recipe.autocast, self.optimizer.per_weight, **changes)
 
-    def _moments(self, rules: Rules) -> dict[str, list[Moment]]:
+    def _moments(self, rules: Rules) -> dict[Instant, list[Moment]]:
         """Every moment of the step by the instant it belongs to, with all that is alive."""
-        found: dict[str, list[Moment]] = {}
+        found: dict[Instant, list[Moment]] = {}
 
-        def note(moments: Iterable[Moment], alive: Alive, instant_of: Callable[[str], str]) -> None:
+        def note(moments: Iterable[tuple[Instant, Moment]], alive: Alive) -> None:
             base = total(alive)
-            for live, at, inside in moments:
-                moment = Moment(add(base, live), at, (*alive, *inside) if rules.detail else ())
-                found.setdefault(instant_of(at), []).append(moment)
+            for instant, (live, at, inside, stage) in moments:
+                moment = Moment(add(base, live), at, (*alive, *inside) if rules.detail else (), stage)
+                found.setdefault(instant, []).append(moment)
 
         resident = labels([*self._resident(), *self._batch()])
         ahead = forward(self.tape, rules, keep=True, prune=False)
         waiting = labels(self._in_transfer())
-        note([m for m in ahead.moments if _forward_instant(m.at) == END_OF_FORWARD], resident, _forward_instant)
-        note([m for m in ahead.moments if _forward_instant(m.at) == LOSS], resident + waiting, _forward_instant)
+        ahead_at = [(m.stage.forward, m) for m in ahead.moments if m.stage is not None]
+        note([row for row in ahead_at if row[0] is Instant.END_OF_FORWARD], resident)
+        note([row for row in ahead_at if row[0] is Instant.LOSS], resident + waiting)
         let_go = tuple((label, -count) for label, count in ahead.cached)  # autocast's cache, at the end of forward
-        assert self.tape.output is not None
-        seed = labels([self.tape.grad(self.tape.output)])
+        seed = labels([grad_of(self.tape.output)])
         left = add(ahead.net, total(let_go + seed))
         behind = backward(self.tape, rules, prune=False)
-        moments = [Moment(add(left, m.live), m.at, (*ahead.alive, *let_go, *seed, *m.alive)) for m in behind.moments]
-        first = [
-            m for m in moments if _backward_instant(m.at) in (FIRST_LAYER, EMBEDDING)
-        ]  # nothing is left to fetch then
-        note(first, resident, _backward_instant)
-        note([m for m in moments if m not in first], resident + waiting, _backward_instant)
+        behind_at = [
+            (m.stage.backward, Moment(add(left, m.live), m.at, (*ahead.alive, *let_go, *seed, *m.alive), m.stage))
+            for m in behind.moments
+            if m.stage is not None
+        ]
+        all_fetched = (Instant.FIRST_LAYER, Instant.EMBEDDING)
+        note([row for row in behind_at if row[0] in all_fetched], resident)
+        note([row for row in behind_at if row[0] not in all_fetched], resident + waiting)
         if not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host):
             step_only = labels([*self._gradients(always_alive=False), *_tensors(self.optimizer.temporaries)])
-            note([Moment(ZERO, "step", ())], resident + step_only, lambda _: OPTIMIZER)
+            note([(Instant.OPTIMIZER, Moment(ZERO, "step", ()))], resident + step_only)
         return found
 
     # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
@@ -182,8 +180,8 @@ class Step:
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
         size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.held)
         name = "weights gathered from the host" if recipe.weights_on_host else "weights"
-        tensors = [constant(name, dtype, size), constant(WORKSPACES, "uint8", self.workspace)]
-        tensors += _tensors(self.optimizer.states)
+        workspaces = Tensor(WORKSPACES, "", "uint8", 0, self.workspace, role=Role.WORKSPACE)
+        tensors = [constant(name, dtype, size), workspaces, *_tensors(self.optimizer.states)]
         return tensors + self._gradients(always_alive=True)
 
     def _gathered(self) -> int:
@@ -206,32 +204,31 @@ class Step:
         return [constant("gradients", recipe.weight_dtype, recipe.weight_bytes * self.held)]
 
     def _batch(self) -> list[Tensor]:
-        new = self.tape.new
-        return [new("token ids", "b s", "int64"), new("labels", "b s", "int64")]
+        return [tensor_of(self.tape.dims, name, "b s", "int64") for name in ("token ids", "labels")]
 
     def _in_transfer(self) -> list[Tensor]:
         """The last layer's input, which stays, or in backward the one fetched back ahead of its use (mstplan/train/offload.py)."""
         if not self.layout.recipe.offload_layer_inputs:
             return []
-        return [self.tape.new("layer input in transfer", "b s d", self.tape.ops[0].makes[0].dtype)]
+        return [tensor_of(self.tape.dims, "layer input in transfer", "b s d", self.tape.ops[0].makes[0].dtype)]
 
     def constants(self) -> tuple[Entry, ...]:
         """Weights, gradients and optimizer states: W_mem of the theorem."""
-        tensors = [t for t in self._resident() if t.name != WORKSPACES]
+        tensors = [t for t in self._resident() if t.role is not Role.WORKSPACE]
         if not self.layout.recipe.optimizer_in_backward:
             tensors += self._gradients(always_alive=False)
         return shown(labels(tensors), (1,) + (0,) * (len(BASIS) - 1))
 
-    def detailed(self) -> dict[str, list[Moment]]:
+    def detailed(self) -> dict[Instant, list[Moment]]:
         """Every moment by instant, with the tensors alive."""
         return self._moments(self.rules(detail=True))
 
     # ---- reading off --------------------------------------------------------------------------------------------------
 
-    def largest(self, sizes: Sizes) -> tuple[str, int]:
+    def largest(self, sizes: Sizes) -> tuple[Instant, int]:
         """The binding instant and its bytes."""
         units = sizes.units
-        best_name, best = "", -1
+        best_name, best = Instant.OPTIMIZER, -1
         for name, moments in self.moments.items():
             for moment in moments:
                 value = evaluate(moment.live, units)
@@ -239,12 +236,12 @@ class Step:
                     best_name, best = name, value
         return best_name, best
 
-    def instants(self, sizes: Sizes) -> tuple[Instant, ...]:
+    def instants(self, sizes: Sizes) -> tuple[InstantPeak, ...]:
         """Every instant at its largest moment, in the order of a step, with the tensors alive."""
         found = self.detailed()
         units = sizes.units
         result = []
-        for name in INSTANTS:
+        for name in Instant:
             moments = found.get(name)
             if moments:
                 top = max(moments, key=lambda m: evaluate(m.live, units))
@@ -254,7 +251,7 @@ class Step:
                     off = (Entry(CALIBRATED, "", "", 1, told - size),) if told != size else ()
                     entries = tuple(sorted((*entries, *off), key=lambda entry: -entry.bytes))
                     size = told
-                result.append(Instant(name, size, _operation(top.at), entries))
+                result.append(InstantPeak(name, size, top.at, entries))
         return tuple(result)
 
 
@@ -278,27 +275,6 @@ def _tensors(rows: Iterable[tuple[str, str, int]]) -> list[Tensor]:
     return [constant(name, dtype, size) for name, dtype, size in rows if size]
 
 
-def _forward_instant(at: str) -> str:
-    return END_OF_FORWARD if at.startswith(("layer", "embedding", "position", "mask")) else LOSS
-
-
-def _backward_instant(at: str) -> str:
-    for prefix, name in (("layer, first", FIRST_LAYER), ("layer, last", LAST_LAYER), ("layer", MIDDLE_LAYER)):
-        if at.startswith(prefix):
-            return name
-    of_embedding = (
-        "backward of embedding",
-        "add gradients of embed",
-        "optimizer step of embed",
-        "optimizer step of position",
-    )
-    return EMBEDDING if at.startswith(of_embedding) else LOSS_BACKWARD
-
-
-def _operation(at: str) -> str:
-    return at.split(": ", 1)[-1] if at.startswith("layer") else at
-
-
 def bytes_of(entries: Iterable[Entry]) -> int:
     return sum(entry.bytes for entry in entries)
 
@@ -308,7 +284,7 @@ def shown(alive: Iterable[tuple[Label, int]], units: tuple[int, ...]) -> tuple[E
     groups: dict[tuple[str, str, str], list[int]] = {}
     for label, count in alive:
         name, shape = label.name, label.shape
-        if name.startswith("gradient of ") and label.basis == 0:
+        if label.role is Role.WEIGHT_GRADIENT:
             name, shape = "gradients", ""
         group = groups.setdefault((name, shape, label.dtype), [0, 0])
         group[0] += count
@@ -346,20 +322,21 @@ def build(model: Model, layout: Layout) -> Tape:
         masked=layout.masked,
         padded=layout.padded,
     )
-    w = Writer(model, numerics)
+    in_pieces = recipe.loss == "chunked" and layout.several_loss_chunks
+    w = Writer(model, numerics, stage=Stage.EMBEDDING)
     table = w.weight("embed_tokens.weight", model.vocab, model.hidden)
-    hidden, held = _embedding(w, table)
+    hidden, held = _embedding(w, table, joins_view=not in_pieces and not numerics.autocast)
     shared = _shared(w, held[0], layout)
     several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
     chunks = MlpChunks(several, several and recipe.mlp_recompute)
-    layers = {kind: Given(layer(model, kind, numerics, chunks), shared[kind]) for kind in set(model.layer_kinds)}
+    layers = {kind: Given(layer(model, kind, numerics, chunks), *shared[kind]) for kind in set(model.layer_kinds)}
     hidden = _layers(w.tape, hidden, [layers[kind] for kind in model.layer_kinds], recipe)
+    w.tape.stage = Stage.LOSS
     hidden = w.norm(hidden, "final norm")
-    w.hold(*held, *(tensor for tensors in shared.values() for tensor in tensors))  # until the model's forward returns
-    _head(w, hidden, table, layout)
-    if recipe.sharded:
-        into_groups(w.tape, recipe)
-    return w.tape
+    w.hold(*held, *(tensor for given in shared.values() for tensor in given[0]))  # until the model's forward returns
+    _head(w, hidden, table, layout, in_pieces)
+    tape = w.tape.written()
+    return into_groups(tape, recipe) if recipe.sharded else tape
 
 
 def attention_kernel(model: Model, recipe: Recipe) -> str:
@@ -370,13 +347,14 @@ def attention_kernel(model: Model, recipe: Recipe) -> str:
     return "eager" if recipe.precision == "fp32" else "flash"
 
 
-def _embedding(w: Writer, table: Weight) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The first hidden states, and what the model's code still holds beside them: position ids first."""
+def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The first hidden states, and what the model's code still holds beside them: position ids first. joins_view: the gradient that a tied
+    head made of the table is a view."""
     model, tape = w.model, w.tape
     ids = tape.new("position ids", "s", "int64")
     looked_up = w.new("embeddings" if model.scaled_embedding or model.learned_positions else HIDDEN, "d", w.wide)
-    tape.op("embedding", [], looked_up, weights=(table,))
-    tape.ops[-1].joins = table if model.tied else None
+    joins = table if model.tied else None
+    tape.op("embedding", [], looked_up, weights=(table,), joins=joins, joins_view=joins_view)
     hidden, held = looked_up, [looked_up]
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.new(HIDDEN, "d", w.wide))
@@ -391,22 +369,19 @@ def _embedding(w: Writer, table: Weight) -> tuple[Tensor, tuple[Tensor, ...]]:
         hidden = tape.op("embedding add", [hidden, positions], y, grads=grads)
         held.append(positions)
     if model.dropout:
-        dropped = w.dropout(hidden, model.dropout)
-        dropped.name = HIDDEN
-        tape.ops[-1].name = "embedding dropout"
-        hidden = dropped
-    tape.output = hidden
+        hidden = w.dropout(hidden, model.dropout, HIDDEN, at="embedding dropout")
     return hidden, (ids, *held)
 
 
-def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[Tensor, ...]]:
-    """What the layers of each kind are given beside hidden states: position ids, cos and sin, a mask."""
+def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """What the layers of each kind are given beside hidden states: position ids, cos and sin, a mask; and of these, cos and sin."""
     kinds = dict.fromkeys(w.model.layer_kinds)
     sliding = {kind: kind.window is not None for kind in kinds}
     several = w.model.model_type.startswith("gemma3")  # local and global frequencies
     rotary = {of: _rotary_tables(w, layout) for of in dict.fromkeys(sliding[kind] and several for kind in kinds)}
     masks = {of: _mask(w, of, layout) for of in dict.fromkeys(sliding.values())}
-    return {kind: (ids, *rotary[sliding[kind] and several], *masks[sliding[kind]]) for kind in kinds}
+    tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
+    return {kind: ((ids, *tables[kind], *masks[sliding[kind]]), tables[kind]) for kind in kinds}
 
 
 def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
@@ -438,41 +413,40 @@ def _mask(w: Writer, sliding: bool, layout: Layout) -> tuple[Tensor, ...]:
 
 
 class Given(NamedTuple):
-    """A layer, or several, and what it is given beside hidden states."""
+    """A layer, or several, and what it is given beside hidden states: all of it, and the tables of cos and sin."""
 
     tape: Tape
     arguments: tuple[Tensor, ...]
+    tables: tuple[Tensor, ...]
 
     def kept(self, recompute: bool) -> tuple[Tensor, ...]:
         """For backward: a checkpoint keeps all of it, else cos and sin are kept by the products with them."""
-        return tuple(t for t in self.arguments if recompute or t.name.endswith("of positions"))
+        return self.arguments if recompute else self.tables
 
 
-def _layers(tape: Tape, hidden: Tensor, layers: list[Given], recipe: Recipe) -> Tensor:
+def _layers(tape: TapeWriter, hidden: Tensor, layers: list[Given], recipe: Recipe) -> Tensor:
     every = segment_length(recipe, len(layers))
     if every == 0:
-        return _chain(tape, hidden, layers, recompute=False, offload=False, what="layer")
+        return _chain(tape, hidden, layers, recompute=False, offload=False)
     if every == 1:
-        return _chain(tape, hidden, layers, recompute=True, offload=recipe.offload_layer_inputs, what="layer")
-    segments: list[Given] = []
+        return _chain(tape, hidden, layers, recompute=True, offload=recipe.offload_layer_inputs)
     made: dict[tuple[int, ...], Given] = {}
-    for start in range(0, len(layers), every):
-        inside = layers[start : start + every]
+    groups = [layers[start : start + every] for start in range(0, len(layers), every)]
+    for inside in groups:
         key = tuple(id(layer.tape) for layer in inside)
         if key not in made:
-            segment = Tape(tape.dims)
-            segment.source = segment.new(HIDDEN, "b s d", hidden.dtype)
-            _chain(
-                segment,
-                segment.source,
-                [Given(layer.tape, ()) for layer in inside],
-                recompute=False,
-                offload=False,
-                what="layer of the segment",
-            )
-            made[key] = Given(segment, tuple(dict.fromkeys(t for layer in inside for t in layer.arguments)))
-        segments.append(made[key])
-    return _chain(tape, hidden, segments, recompute=True, offload=recipe.offload_layer_inputs, what="layer")
+            made[key] = _segment(tape.dims, hidden.dtype, inside)
+    segments = [made[tuple(id(layer.tape) for layer in inside)] for inside in groups]
+    return _chain(tape, hidden, segments, recompute=True, offload=recipe.offload_layer_inputs)
+
+
+def _segment(dims: dict[str, int], dtype: str, layers: list[Given]) -> Given:
+    """Several layers that are checkpointed together."""
+    segment = TapeWriter(dims)
+    segment.source = segment.new(HIDDEN, "b s d", dtype)
+    _chain(segment, segment.source, [Given(layer.tape, (), ()) for layer in layers], recompute=False, offload=False)
+    arguments = tuple(dict.fromkeys(tensor for layer in layers for tensor in layer.arguments))
+    return Given(segment.written(), arguments, ())
 
 
 def segment_length(recipe: Recipe, layers: int) -> int:
@@ -492,17 +466,19 @@ def stored_inputs(recipe: Recipe, layers: int) -> int:
     return -(-layers // segment_length(recipe, layers)) if recipe.checkpoint != "none" else 0
 
 
-def _chain(tape: Tape, hidden: Tensor, layers: list[Given], *, recompute: bool, offload: bool, what: str) -> Tensor:
+def _chain(tape: TapeWriter, hidden: Tensor, layers: list[Given], *, recompute: bool, offload: bool) -> Tensor:
+    """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not."""
     count, tapes = len(layers), [id(layer.tape) for layer in layers]
-    for i, (inner, _) in enumerate(layers):
+    for i, given in enumerate(layers):
+        stage = Stage.of_layer(i, count) if tape.stage is not None else None
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
+        name = f"layer, {place}" if stage is not None else f"layer of the segment, {place}"
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
         interior = any(_lies_between(tapes, i, period) for period in range(1, _LONGEST_PERIOD + 1))
-        part = Part(inner, recompute=recompute, offload=offload)
-        tape.ops.append(
-            Op(f"{what}, {place}", (hidden,), (out,), part=part, interior=interior, arguments=layers[i].kept(recompute))
-        )
-        hidden = tape.output = out
+        part = Part(given.tape, recompute=recompute, offload=offload)
+        kept = given.kept(recompute)
+        tape.add(Op(name, (hidden,), (out,), part=part, interior=interior, arguments=kept, stage=stage))
+        hidden = out
     return hidden
 
 
@@ -520,37 +496,44 @@ def _lies_between(tapes: list[int], i: int, period: int) -> bool:
     return period == 1 or (tapes[before - 1] == tapes[i - 1] and set(tapes[before:i]) <= set(tapes[: before + 1]))
 
 
-def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout) -> None:
+def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: bool) -> None:
     """LM head and loss; with the chunked loss as a part of its own."""
     model, tape, recipe = w.model, w.tape, layout.recipe
     weight = table if model.tied else w.weight("lm_head.weight", model.vocab, model.hidden)
     labels = tape.new("shifted labels", "b s", "int64")
-    if recipe.loss != "chunked" or not layout.several_loss_chunks:
-        _loss(w, hidden, weight, "transformers" if recipe.loss == "chunked" else recipe.loss, labels)
-        head = next(op for op in tape.ops if op.name == "lm_head")
-        head.defers = model.tied
-        next(op for op in tape.ops if op.name == "embedding").joins_view = not head.cast
+    if not in_pieces:
+        loss_of = "transformers" if recipe.loss == "chunked" else recipe.loss
+        _loss(w, hidden, weight, loss_of, labels, defers=model.tied)
         return
     inner = Writer(model, w.numerics, "b k")
     _loss(inner, inner.source(hidden.name, hidden.dtype), weight, "transformers")
     tape.op("shift labels", [], labels)
     loss = tape.new("loss", "", "float32")
-    part = Part(inner.tape, chunked=True, sums=sums_of(inner.tape), in_forward=True)
-    tape.ops.append(Op("loss chunk", (hidden,), (loss,), part=part, defers=model.tied, holds=(labels,)))
-    tape.output = loss
+    written = inner.tape.written()
+    part = Part(written, chunked=True, sums=sums_of(written), in_forward=True)
+    stage, defers = tape.stage, model.tied
+    tape.add(Op("loss chunk", (hidden,), (loss,), part=part, defers=defers, holds=(labels,), stage=stage))
 
 
-def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str, *labels: Tensor) -> None:
-    """lm_head, soft-capping, and ForCausalLMLoss (transformers loss/loss_utils.py), which makes `labels`."""
+def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str, *labels: Tensor, defers: bool = False) -> None:
+    """lm_head, soft-capping, and ForCausalLMLoss (transformers loss/loss_utils.py), which makes `labels`. defers: the gradient of a tied
+    weight waits for that of the embedding."""
+    with w.tape.part(Role.LOSS):
+        _loss_of_logits(w, hidden, weight, loss, labels, defers)
+
+
+def _loss_of_logits(
+    w: Writer, hidden: Tensor, weight: Weight, loss: str, labels: tuple[Tensor, ...], defers: bool
+) -> None:
     tape, model = w.tape, w.model
-    logits = w.linear(hidden, w.new("logits", "V"), "lm_head", weight=weight)
+    logits = w.linear(hidden, w.new("logits", "V"), "lm_head", weight=weight, defers=defers)
     if model.logit_softcap:
         logits = w.pointwise("divide logits", logits, w.new("logits / cap", "V"))
         tanh = w.new("tanh of logits", "V")
         logits = w.pointwise("tanh of logits", logits, tanh, tanh)
         logits = w.pointwise("multiply logits", logits, w.new("capped logits", "V"))
     wide = w.cast(logits, "float32", "logits, fp32")
-    tape.ops[-1].holds += (hidden,)
+    w.hold(hidden)
     if labels:
         tape.op("shift labels", [], *labels)
     if loss == "transformers<4.45":
@@ -574,7 +557,7 @@ def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str, *labels: Tensor)
 
 def _op_weights(op: Op) -> tuple[Weight, ...]:
     return (
-        tuple(weight for weight, n in step_weights(op.part.tape) for _ in range(n))
+        tuple(weight for weight, n in step_weights(op.part.tape.ops) for _ in range(n))
         if op.part is not None
         else op.weights
     )

@@ -16,10 +16,15 @@ Parts that repeat are replayed once. `tests/plan/test_steps.py` replays every la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
 from functools import lru_cache
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+from .instants import Stage
 
 ITEMSIZE = {"complex64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1}
 
@@ -43,6 +48,15 @@ def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
     return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
 
 
+class Role(Enum):
+    """What a tensor is for, where anything but people asks."""
+
+    WEIGHT_GRADIENT = "gradient of a weight"
+    WORKSPACE = "workspace of a library"
+    MLP = "intermediate of the MLP or the experts"
+    LOSS = "intermediate of the LM head and the loss"
+
+
 class Label(NamedTuple):
     """What tells tensors apart in a listing."""
 
@@ -51,6 +65,7 @@ class Label(NamedTuple):
     dtype: str
     basis: int
     bytes: int
+    role: Role | None = None
 
 
 Alive = tuple[tuple[Label, int], ...]  # tensors, and how many of each
@@ -62,19 +77,30 @@ class Tensor:
     A view shares the `storage` of another tensor. `cached`: a cast weight that autocast keeps until the end of forward.
     """
 
-    __slots__ = ("basis", "bytes", "cached", "dtype", "name", "shape", "storage")
+    __slots__ = ("basis", "bytes", "cached", "dtype", "name", "role", "shape", "storage")
 
-    def __init__(self, name: str, shape: str, dtype: str, basis: int, bytes: int, of: Tensor | None = None):
+    def __init__(
+        self,
+        name: str,
+        shape: str,
+        dtype: str,
+        basis: int,
+        bytes: int,
+        of: Tensor | None = None,
+        *,
+        role: Role | None = None,
+        cached: bool = False,
+    ):
         self.name, self.shape, self.dtype, self.basis, self.bytes = name, shape, dtype, basis, bytes
         self.storage: Tensor = of.storage if of is not None else self
-        self.cached = False
+        self.cached, self.role = cached, role
 
     @property
     def label(self) -> Label:
-        return Label(self.name, self.shape, self.dtype, self.basis, self.bytes)
+        return Label(self.name, self.shape, self.dtype, self.basis, self.bytes, self.role)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Weight:
     """A parameter: shape in numbers, and the share of it that one token uses (below 1 for routed experts)."""
 
@@ -90,9 +116,9 @@ class Weight:
         return n
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Op:
-    name: str
+    name: str  # for people: nothing is found by it
     reads: tuple[Tensor, ...]
     makes: tuple[Tensor, ...]
     keeps: tuple[Tensor, ...] = ()  # for its backward
@@ -116,9 +142,15 @@ class Op:
         False  # with its weights as they are: it can add their gradients to a sum (mstplan/train/products.py)
     )
     group: Group | None = None  # of a part: its weights are gathered for it
+    stage: Stage | None = None  # of the step that it belongs to; None within a part
+
+    @property
+    def where(self) -> str:
+        """What its inner operations' names begin with: nothing for a layer, which the instant tells already."""
+        return "" if self.stage is not None and self.stage.is_layer else self.name
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Group:
     """Weights that FSDP2 gathers and scatters together (`sharding.py`), and what it makes for them."""
 
@@ -133,7 +165,7 @@ class Group:
     temporaries: Tensor  # of the optimizer, where it steps in backward
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Part:
     """A stretch of the forward pass that is replayed as one operation.
 
@@ -157,42 +189,102 @@ class Part:
         return tuple(weight for op in self.tape.ops for weight in op.weights)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tape:
-    dims: dict[str, int]
-    ops: list[Op] = field(default_factory=list)
+    """A forward pass, written down: it changes no more. Without a `source` it begins with what no operation made."""
+
+    dims: Mapping[str, int]
+    ops: tuple[Op, ...]
+    output: Tensor
     source: Tensor | None = None  # the tensor that comes in and stays the caller's
-    output: Tensor | None = None
     group: Group | None = None  # of the weights that are outside of parts with a group; gathered throughout
-    replays: dict[object, Replay] = field(default_factory=dict, repr=False)
+
+
+class TapeWriter:
+    """A tape while it is written. dims: sizes of the axes that do not change.
+
+    role: of the tensors that are made from now on; stage: of the operations. `written` gives the tape.
+    """
+
+    def __init__(self, dims: dict[str, int], stage: Stage | None = None):
+        self.dims, self.stage = dims, stage
+        self.role: Role | None = None
+        self.ops: list[Op] = []
+        self.source: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def written(self) -> Tape:
+        assert self.output is not None
+        return Tape(dict(self.dims), tuple(self.ops), self.output, self.source)
 
     def new(self, name: str, shape: str, dtype: str) -> Tensor:
-        basis, axes = axes_of(shape)
-        size = ITEMSIZE[dtype]
-        for axis in axes:
-            size *= int(axis) if axis.isdigit() else self.dims[axis]
-        return Tensor(name, shape, dtype, basis, size)
+        return self._tensor(name, shape, dtype)
 
     def grad(self, tensor: Tensor) -> Tensor:
-        return Tensor("grad of " + tensor.name, tensor.shape, tensor.dtype, tensor.basis, tensor.bytes)
+        return grad_of(tensor)
 
     def view(self, tensor: Tensor, name: str, shape: str) -> Tensor:
-        part = self.new(name, shape, tensor.dtype)
-        part.storage = tensor.storage
-        return part
+        return self._tensor(name, shape, tensor.dtype, tensor)
+
+    def _tensor(self, name: str, shape: str, dtype: str, of: Tensor | None = None, cached: bool = False) -> Tensor:
+        return tensor_of(self.dims, name, shape, dtype, of, role=self.role, cached=cached)
+
+    def cached(self, name: str, shape: str, dtype: str) -> Tensor:
+        """A cast weight, which autocast keeps until the end of forward."""
+        return self._tensor(name, shape, dtype, cached=True)
 
     def op(self, name: str, reads: Iterable[Tensor], *makes: Tensor, **more: object) -> Tensor:
-        self.ops.append(Op(name, tuple(reads), makes, **more))  # type: ignore[arg-type]
-        self.output = makes[0]
-        return makes[0]
+        return self.add(Op(name, tuple(reads), makes, stage=self.stage, **more))  # type: ignore[arg-type]
+
+    def add(self, op: Op) -> Tensor:
+        """Append an operation; its output is the tape's."""
+        self.ops.append(op)
+        self.output = op.makes[0]
+        return op.makes[0]
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Variables of the code at hand that live at least until the latest operation is done."""
+        self.ops[-1] = replace(self.ops[-1], holds=self.ops[-1].holds + tensors)
+
+    @contextmanager
+    def part(self, role: Role | None) -> Iterator[None]:
+        """What is made inside has that role."""
+        before, self.role = self.role, role
+        try:
+            yield
+        finally:
+            self.role = before
+
+
+def tensor_of(
+    dims: Mapping[str, int],
+    name: str,
+    shape: str,
+    dtype: str,
+    of: Tensor | None = None,
+    *,
+    role: Role | None = None,
+    cached: bool = False,
+) -> Tensor:
+    """A tensor whose bytes follow from its shape; of: the one that it is a view of."""
+    basis, axes = axes_of(shape)
+    size = ITEMSIZE[dtype]
+    for axis in axes:
+        size *= int(axis) if axis.isdigit() else dims[axis]
+    return Tensor(name, shape, dtype, basis, size, of, role=role, cached=cached)
+
+
+def grad_of(tensor: Tensor) -> Tensor:
+    return Tensor("grad of " + tensor.name, tensor.shape, tensor.dtype, tensor.basis, tensor.bytes, role=tensor.role)
 
 
 class Moment(NamedTuple):
     """Live bytes at one moment, relative to where the replay began."""
 
     live: Vector
-    at: str  # the operation
+    at: str  # the operation, for people
     alive: Alive  # when detail was asked for
+    stage: Stage | None = None  # of the step
 
 
 class Replay(NamedTuple):
@@ -227,13 +319,14 @@ class Rules(NamedTuple):
 class _Ledger:
     """A running sum of live bytes and its moments."""
 
-    __slots__ = ("alive", "moments", "rules", "total")
+    __slots__ = ("alive", "moments", "rules", "stage", "total")
 
     def __init__(self, rules: Rules):
         self.total = [0] * len(BASIS)
         self.moments: list[Moment] = []
         self.alive: dict[Label, int] = {}
         self.rules = rules
+        self.stage: Stage | None = None
 
     def put(self, tensor: Tensor, count: int = 1) -> None:
         self.total[tensor.basis] += count * tensor.bytes
@@ -245,21 +338,25 @@ class _Ledger:
         self.put(tensor, -1)
 
     def mark(self, at: str) -> None:
-        self.moments.append(Moment(tuple(self.total), at, tuple(self.alive.items())))
+        self.moments.append(Moment(tuple(self.total), at, tuple(self.alive.items()), self.stage))
 
     def splice(self, replay: Replay, where: str = "", *, moments: bool = True) -> None:
         """Take over what another replay found, begun from here."""
         base = tuple(self.total)
         held = tuple(self.alive.items())
-        for live, at, alive in replay.moments if moments else ():
-            place = f"{where}: {at}" if where else at
-            self.moments.append(Moment(add(base, live), place, merged(held, alive) if self.rules.detail else ()))
+        for live, at, alive, _ in replay.moments if moments else ():
+            listed = merged(held, alive) if self.rules.detail else ()
+            self.moments.append(Moment(add(base, live), _within(where, at), listed, self.stage))
         self.total = list(add(base, replay.net))
         if self.rules.detail:
             self.alive = dict(merged(held, replay.alive))
 
     def replay(self, cached: Alive = ()) -> Replay:
         return Replay(tuple(self.moments), tuple(self.total), tuple(self.alive.items()), cached)
+
+
+def _within(where: str, at: str) -> str:
+    return f"{where}: {at}" if where else at
 
 
 def merged(*alive: Iterable[tuple[Label, int]]) -> Alive:
@@ -324,7 +421,7 @@ class _Groups:
 
     def before_forward(self, op: Op, listed: bool) -> None:
         if op.group is not None:
-            self._gather_now(op.group, op.name, listed)
+            self._gather_now(op.group, op.where, listed)
 
     def after_forward(self, op: Op) -> None:
         if op.group is not None:
@@ -344,15 +441,15 @@ class _Groups:
         self.order.pop()
         self.ledger.put(op.group.gathered)
         if listed:
-            self.ledger.mark(op.name + ": copy out of the all-gather")
+            self.ledger.mark(_within(op.where, "copy out of the all-gather"))
         self._replace_buffer(None)
         if self.order:
-            self._gather(self.order[-1], op.name, listed)
+            self._gather(self.order[-1], op.where, listed)
             self.buffer = self.order[-1].buffer
 
     def after_backward(self, op: Op, listed: bool) -> None:
         if op.group is not None:
-            self._scatter(op.group, op.name, listed)
+            self._scatter(op.group, op.where, listed)
 
     def end_backward(self) -> None:
         if self.rest is not None:
@@ -365,7 +462,7 @@ class _Groups:
         for tensor in (*copies, group.buffer):
             self.ledger.put(tensor)
         if listed:
-            self.ledger.mark(where + ": all-gather")
+            self.ledger.mark(_within(where, "all-gather"))
         for tensor in copies:
             self.ledger.drop(tensor)
 
@@ -374,7 +471,7 @@ class _Groups:
         self._gather(group, where, listed)
         self.ledger.put(group.gathered)
         if listed:
-            self.ledger.mark(where + ": copy out of the all-gather")
+            self.ledger.mark(_within(where, "copy out of the all-gather"))
         self._replace_buffer(group.buffer)
 
     def _replace_buffer(self, buffer: Tensor | None) -> None:
@@ -389,14 +486,14 @@ class _Groups:
             ledger.drop(self.scatter)
         ledger.put(group.scatter)
         if listed:
-            ledger.mark(where + ": copy in of the reduce-scatter")
+            ledger.mark(_within(where, "copy in of the reduce-scatter"))
         for gradient in group.gradients:
             ledger.drop(gradient)
         held = [group.held] if group.held is not None else []
         for tensor in (*held, group.shards, group.temporaries):
             ledger.put(tensor)
         if listed:
-            ledger.mark(where + ": reduce-scatter")
+            ledger.mark(_within(where, "reduce-scatter"))
         for tensor in held:
             ledger.drop(tensor)
         ledger.drop(group.temporaries)
@@ -427,7 +524,7 @@ def backward(
     fetch: from an input that comes from the host for that, and goes when nothing of the layer keeps it.
     end_of: the tape that is run again in that way, and that this one is the end of.
     """
-    key = ("backward", rules, recompute, fetch, owns_incoming, end_of, prune)
+    key = ("backward", rules, recompute, fetch, owns_incoming, ref(end_of) if end_of is not None else None, prune)
     return _memo(tape, key, lambda: _backward(tape, rules, tape if recompute else end_of, fetch, owns_incoming))
 
 
@@ -436,10 +533,15 @@ def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> 
     assert isinstance(rules, Rules)
     if rules.every_moment:
         return replay()
-    if key not in tape.replays:
+    memo = _REPLAYS.setdefault(tape, {})
+    if key not in memo:
         found = replay()
-        tape.replays[key] = found._replace(moments=undominated(found.moments)) if prune else found
-    return tape.replays[key]
+        memo[key] = found._replace(moments=undominated(found.moments)) if prune else found
+    return memo[key]
+
+
+_REPLAYS: WeakKeyDictionary[Tape, dict[tuple[object, ...], Replay]] = WeakKeyDictionary()
+"""What was found of each tape, as long as that is there."""
 
 
 def kept_by(op: Op) -> tuple[Tensor, ...]:
@@ -468,14 +570,16 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     for op in tape.ops:
         for tensor in (*op.reads, *op.holds):
             uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
-    if tape.output is not None and not recomputing:
+    if not recomputing:
         uses[tape.output.storage] = uses.get(tape.output.storage, 0) + 1
     last = max((i for i, op in enumerate(tape.ops) if _holds_for_backward(op)), default=-1) if recomputing else None
     kept = {tensor.storage for op in tape.ops for tensor in kept_by(op)} if keep else set()
     groups = _Groups(tape, ledger)
+    ledger.stage = tape.ops[0].stage
     groups.begin_forward()
 
     for i, op in enumerate(tape.ops):
+        ledger.stage = op.stage
         groups.before_forward(op, rules.every_moment or not op.interior)
         stop = i == last
         makes = [t for t in op.makes if t.storage is t and (not stop or t in op.keeps)]
@@ -513,7 +617,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
 def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool) -> Alive:
     """Replay a part inside a forward pass; its output is alive afterwards. Returns what autocast's cache holds of it."""
     part = op.part
-    assert part is not None and part.tape.output is not None
+    assert part is not None
     if stop and part.recompute:
         return ()  # its input is all that backward needs
     if part.in_forward:
@@ -522,10 +626,10 @@ def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool)
     keep_inside = keep and not part.recompute
     inner = forward(part.tape, rules, keep=keep_inside, recomputing=stop and not part.chunked)
     if not part.chunked:
-        ledger.splice(inner, op.name, moments=rules.every_moment or not op.interior)
+        ledger.splice(inner, op.where, moments=rules.every_moment or not op.interior)
     else:
         ledger.put(op.makes[0])
-        ledger.splice(_widened(inner, part.tape.output) if keep_inside else inner, op.name)
+        ledger.splice(_widened(inner, part.tape.output) if keep_inside else inner, op.where)
         if stop:
             ledger.drop(op.makes[0])
         ledger.drop(part.tape.output)  # copied into the whole
@@ -556,17 +660,17 @@ def _widened(inner: Replay, output: Tensor) -> Replay:
 
 def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
-    assert part.tape.source is not None and part.tape.output is not None
-    ledger.put(part.tape.grad(op.reads[0]))
+    assert part.tape.source is not None
+    ledger.put(grad_of(op.reads[0]))
     inner = rules._replace(gradients="kept", summing=bool(part.sums))
     for tensor in part.sums:
         ledger.put(tensor)
-    ledger.splice(forward(part.tape, inner, keep=True), op.name)
-    ledger.put(part.tape.grad(part.tape.output))
-    ledger.splice(backward(part.tape, inner), op.name)
+    ledger.splice(forward(part.tape, inner, keep=True), op.where)
+    ledger.put(grad_of(part.tape.output))
+    ledger.splice(backward(part.tape, inner), op.where)
     if part.sums:
         _added_to_sums(part, ledger, rules)
-    ledger.drop(part.tape.grad(part.tape.source))  # copied into the whole
+    ledger.drop(grad_of(part.tape.source))  # copied into the whole
     ledger.drop(part.tape.output)
     ledger.put(op.makes[0])
     for weight, total in zip(part.weights, part.sums, strict=False):
@@ -590,8 +694,7 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
     for kept in all_kept:
         for tensor in kept:
             keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
-    assert tape.output is not None
-    incoming = tape.grad(tape.output)
+    incoming = grad_of(tape.output)
     pending: dict[Tensor, Tensor] = {tape.output: incoming}
     holders = {incoming: 1 if owns_incoming else 2}
 
@@ -607,7 +710,7 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
         elif rules.in_place and holders[earlier] == 1:
             let_go(gradient)
         else:
-            total = tape.grad(tensor)
+            total = grad_of(tensor)
             holders[total] = 1
             ledger.put(total)
             ledger.mark("add gradients of " + tensor.name)
@@ -616,8 +719,10 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
             pending[tensor] = total
 
     groups = _Groups(tape, ledger)
+    ledger.stage = tape.ops[-1].stage
     groups.begin_backward()
     for op, kept in zip(reversed(tape.ops), reversed(all_kept), strict=True):
+        ledger.stage = op.stage
         came = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
         if not came:
             continue
@@ -634,9 +739,9 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
         arrivals: list[tuple[Tensor, Tensor]] = []
         if op.part is not None:
             ledger.drop(came[0])  # under the name that the part knows it by
-            ledger.put(tape.grad(op.makes[0]))
+            ledger.put(grad_of(op.makes[0]))
             _part_backward(op, op.part, ledger, rules, end_of, fetch)
-            left = tape.grad(op.reads[0])
+            left = grad_of(op.reads[0])
             holders[left] = 1
             arrivals.append((op.reads[0], left))
             ledger.put(came[0])  # the part let go of it; here it goes unless somebody else holds it too
@@ -673,7 +778,7 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
         tape.source is not None and tape.source in pending
     ):  # handed on under another name, maybe: to the caller it is the input's
         ledger.drop(pending[tape.source])
-        ledger.put(tape.grad(tape.source))
+        ledger.put(grad_of(tape.source))
     return ledger.replay()
 
 
@@ -682,9 +787,9 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
 
     end_of: a tape that the part is the end of, and that is to be run again first; fetch: from an input on the host.
     """
-    assert part.tape.source is not None and part.tape.output is not None
+    assert part.tape.source is not None
     if part.in_forward:
-        ledger.drop(part.tape.grad(op.makes[0]))
+        ledger.drop(grad_of(op.makes[0]))
         for weight in part.weights:
             _accumulate(weight, op, ledger, rules)
         return
@@ -693,34 +798,33 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
         replay = backward(
             part.tape, rules, recompute=part.recompute, fetch=fetch if end_of else part.offload, end_of=end_of
         )
-        ledger.splice(replay, op.name, moments=moments)
+        ledger.splice(replay, op.where, moments=moments)
         return
-    ledger.put(part.tape.grad(op.reads[0]))
+    ledger.put(grad_of(op.reads[0]))
     for tensor in part.sums:
         ledger.put(tensor)
     inner = rules._replace(
         gradients="kept" if part.sums else rules.gradients, recomputed=False, summing=bool(part.sums)
     )
     if part.recompute:  # by an autograd function of its own, which holds the output meanwhile
-        ledger.splice(forward(part.tape, inner, keep=True), op.name)
-    ledger.splice(backward(part.tape, inner, owns_incoming=False), op.name)
+        ledger.splice(forward(part.tape, inner, keep=True), op.where)
+    ledger.splice(backward(part.tape, inner, owns_incoming=False), op.where)
     if part.recompute:
         ledger.drop(part.tape.output)
     if part.sums:
         _added_to_sums(part, ledger, rules)
     if not part.recompute:
         ledger.splice(_widened_end(part.tape, inner))
-    ledger.drop(part.tape.grad(part.tape.source))  # copied into the whole
+    ledger.drop(grad_of(part.tape.source))  # copied into the whole
     for weight, total in zip(part.weights, part.sums, strict=False):
         _sum_to_gradient(weight, total, ledger, rules)
-    ledger.drop(part.tape.grad(op.makes[0]))
+    ledger.drop(grad_of(op.makes[0]))
     for weight, _ in zip(part.weights, part.sums, strict=False):
         _reach(weight, weight_gradient(weight, rules.dtype), ledger, rules)
 
 
 def _widened_end(tape: Tape, rules: Rules) -> Replay:
     """What the pieces before the last one kept, let go of."""
-    assert tape.output is not None
     kept = forward(tape, rules, keep=True)
     wide = _widened(kept, tape.output)
     net = add(kept.net, tuple(-n for n in wide.net))
@@ -783,23 +887,26 @@ def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> N
 def sums_of(tape: Tape) -> tuple[Tensor, ...]:
     """fp32 sums of the gradients of a tape's weights, over several pieces."""
     weights = [weight for op in tape.ops for weight in op.weights]
-    return tuple(tape.new(f"sum of the gradient of {w.name}", " ".join(map(str, w.shape)), "float32") for w in weights)
+    return tuple(
+        tensor_of(tape.dims, f"sum of the gradient of {w.name}", " ".join(map(str, w.shape)), "float32")
+        for w in weights
+    )
 
 
-def step_weights(tape: Tape) -> list[tuple[Weight, int]]:
+def step_weights(ops: Sequence[Op]) -> list[tuple[Weight, int]]:
     """Every weight with how many layers have one like it; shared weights once."""
     counts: dict[Weight, int] = {}
     parts: dict[int, list[tuple[Weight, int]]] = {}
-    for op in tape.ops:
+    for op in ops:
         rows = [(weight, 1) for weight in op.weights]
         if op.part is not None:
             inner = op.part.tape
             if id(inner) not in parts:
-                parts[id(inner)] = step_weights(inner)
+                parts[id(inner)] = step_weights(inner.ops)
             rows = parts[id(inner)]
         for weight, n in rows:
             counts[weight] = counts.get(weight, 0) + n
-    for op in tape.ops:
+    for op in ops:
         if op.joins is not None:
             counts[op.joins] = 1
     return list(counts.items())
@@ -812,4 +919,5 @@ def unit(tensor: Tensor) -> Vector:
 
 def weight_gradient(weight: Weight, dtype: str) -> Tensor:
     shape = " ".join(map(str, weight.shape))
-    return Tensor("gradient of " + weight.name, shape, dtype, 0, weight.numel * ITEMSIZE[dtype])
+    size = weight.numel * ITEMSIZE[dtype]
+    return Tensor("gradient of " + weight.name, shape, dtype, 0, size, role=Role.WEIGHT_GRADIENT)

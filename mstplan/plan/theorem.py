@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 from ..errors import RecipeError
 from .hardware import Card
+from .instants import Instant
 from .model import Model
 from .recipe import STRATEGIES, STRATEGY_FIELDS, Recipe
 from .solve import Answer, _layout_step, max_seq
-from .steps import FIRST_LAYER, LAST_LAYER, LOSS_BACKWARD, Chunks, Entry, Step, bytes_of, shown
-from .tape import BASIS, forward, kept_by
+from .steps import Chunks, Entry, Step, bytes_of, shown
+from .tape import BASIS, Role, forward, kept_by
 
 FORMULAS = ("standard", "checkpoint (sqrt)", "MsT", "MsT + CPU offload")
 _HALF = Fraction(1, 2)
@@ -123,8 +124,8 @@ def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Co
     constants = built.constants()
     kept = _kept_per_layer(built)
     by_layer = _layout_step(model, plain.changed(checkpoint="layer"), card.gpu, False, False, False)
-    head = _per_token(by_layer, LOSS_BACKWARD, ("logits",))
-    mlp = _per_token(by_layer, FIRST_LAYER if model.layers == 1 else LAST_LAYER, ("MLP", "expert"))
+    head = _per_token(by_layer, Instant.LOSS_BACKWARD, Role.LOSS)
+    mlp = _per_token(by_layer, Instant.FIRST_LAYER if model.layers == 1 else Instant.LAST_LAYER, Role.MLP)
     largest, pieces = (head, chunks.loss) if bytes_of(head) >= bytes_of(mlp) else (mlp, chunks.mlp)
     b = recipe.batch  # the formulas know one sequence: with b of them a token position costs b times as much
     return Coefficients(
@@ -159,7 +160,6 @@ def _kept_per_layer(built: Step) -> tuple[Entry, ...]:
         assert op.part is not None
         tape = op.part.tape
         replay = forward(tape, built.rules(detail=True), keep=True)
-        assert tape.output is not None
         # the output belongs to the next layer, which may keep it as its input
         kept = [
             (x, n)
@@ -171,11 +171,11 @@ def _kept_per_layer(built: Step) -> tuple[Entry, ...]:
     return best
 
 
-def _per_token(built: Step, instant: str, names: tuple[str, ...]) -> tuple[Entry, ...]:
+def _per_token(built: Step, instant: Instant, role: Role) -> tuple[Entry, ...]:
     units = tuple(int(n == _TOKENS) for n in range(len(BASIS)))
     best: tuple[Entry, ...] = ()
     for moment in built.detailed()[instant]:
-        mine = [(label, count) for label, count in moment.alive if any(word in label.name for word in names)]
+        mine = [(label, count) for label, count in moment.alive if label.role is role]
         best = max(best, shown(mine, units), key=bytes_of)
     return best
 

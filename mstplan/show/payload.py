@@ -13,7 +13,7 @@ from ..plan.parameters import parameter_count
 from ..plan.recipe import options_of
 from ..plan.shapes import Shape
 from ..plan.solve import Answer, Plan
-from ..plan.steps import Entry, Instant
+from ..plan.steps import Entry, InstantPeak
 from ..plan.theorem import Coefficients, Row
 from ..plan.theorem import View as TheView
 from ..plan.ways import Way
@@ -88,7 +88,7 @@ def entry(e: Entry) -> dict[str, Any]:
     return {"name": e.name, "shape": e.shape, "dtype": e.dtype, "count": e.copies, "bytes": e.bytes}
 
 
-def instant(i: Instant) -> dict[str, Any]:
+def instant(i: InstantPeak) -> dict[str, Any]:
     return {"name": i.name, "bytes": i.bytes, "operation": i.operation, "entries": [entry(e) for e in i.entries]}
 
 

@@ -22,21 +22,11 @@ from ..errors import OutputError, quoted
 from ..plan import solve
 from ..plan.calibration import Calibration
 from ..plan.hardware import Card
+from ..plan.instants import Instant
 from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.solve import Answer
-from ..plan.steps import (
-    EMBEDDING,
-    END_OF_FORWARD,
-    FIRST_LAYER,
-    INSTANTS,
-    LAST_LAYER,
-    LOSS,
-    LOSS_BACKWARD,
-    MIDDLE_LAYER,
-    OPTIMIZER,
-    Chunks,
-)
+from ..plan.steps import Chunks
 from ..units import GIB, format_gib, format_tokens
 
 if TYPE_CHECKING:
@@ -54,7 +44,7 @@ BAR_FROM = 2000
 class Point(NamedTuple):
     seq_len: int
     bytes: int
-    instant: str  # the binding one
+    instant: Instant  # the binding one
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,14 +220,14 @@ STYLES = {
 }
 OTHERS = (Style("#0072B2", "-", 2.2, "o"), Style("#D55E00", (0, (8, 2, 1, 2)), 2.0, "P"))
 FILLS = {
-    END_OF_FORWARD: ("#ffffff", "\\\\\\\\"),
-    LOSS: ("#fdf3b4", "...."),
-    LOSS_BACKWARD: ("#ffd9a8", "////"),
-    LAST_LAYER: ("#cfe6f7", "||||"),
-    MIDDLE_LAYER: ("#e8e8e8", "++++"),
-    FIRST_LAYER: ("#c5e8dc", "xxxx"),
-    EMBEDDING: ("#f3d9e6", "oo"),
-    OPTIMIZER: ("#d4d4d4", "---"),
+    Instant.END_OF_FORWARD: ("#ffffff", "\\\\\\\\"),
+    Instant.LOSS: ("#fdf3b4", "...."),
+    Instant.LOSS_BACKWARD: ("#ffd9a8", "////"),
+    Instant.LAST_LAYER: ("#cfe6f7", "||||"),
+    Instant.MIDDLE_LAYER: ("#e8e8e8", "++++"),
+    Instant.FIRST_LAYER: ("#c5e8dc", "xxxx"),
+    Instant.EMBEDDING: ("#f3d9e6", "oo"),
+    Instant.OPTIMIZER: ("#d4d4d4", "---"),
 }
 """Each binding instant's fill and hatch."""
 
@@ -414,7 +404,7 @@ def _wrapped(figure: Figure, text: str) -> list[str]:
     return lines
 
 
-def _segments(curve: Curve) -> Iterator[tuple[int, int, str, bool]]:
+def _segments(curve: Curve) -> Iterator[tuple[int, int, Instant, bool]]:
     """(from, to, instant, fits) along the curve, in one piece while neither changes."""
     start = curve.points[0]
     for before, point in pairwise(curve.points):
@@ -424,12 +414,12 @@ def _segments(curve: Curve) -> Iterator[tuple[int, int, str, bool]]:
     yield start.seq_len, curve.points[-1].seq_len, start.instant, start.seq_len <= curve.s_max
 
 
-def _visible_instants(curves: Iterable[Curve]) -> list[str]:
+def _visible_instants(curves: Iterable[Curve]) -> list[Instant]:
     seen = {point.instant for curve in curves for point in curve.points}
-    return [name for name in INSTANTS if name in seen]
+    return [name for name in Instant if name in seen]
 
 
-def _legend(figure: Figure, shown: Sequence[str], y: float) -> None:
+def _legend(figure: Figure, shown: Sequence[Instant], y: float) -> None:
     from matplotlib.patches import Patch
 
     keys = [Patch(facecolor=FILLS[n][0], hatch=FILLS[n][1], edgecolor="0.25", linewidth=0.6, label=n) for n in shown]

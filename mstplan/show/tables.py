@@ -18,7 +18,7 @@ from ..plan.parameters import parameter_count
 from ..plan.recipe import options_of
 from ..plan.shapes import Shape
 from ..plan.solve import Answer, Plan, chunk_tokens
-from ..plan.steps import Entry, Instant
+from ..plan.steps import Entry, InstantPeak
 from ..plan.ways import Way
 from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
 
@@ -185,7 +185,7 @@ def fits(console: Console, seq_len: int, strategy: str, peak: int, budget: int, 
     )
 
 
-def instants(console: Console, p: Plan, found: Sequence[Instant]) -> None:
+def instants(console: Console, p: Plan, found: Sequence[InstantPeak]) -> None:
     table = new_table(("instant", "left"), ("largest at", "left"), ("GiB", "right"), ("", "left"))
     for i in found:
         table.add_row(

@@ -26,8 +26,7 @@ from ..observe.recording import (
     WORKSPACE,
 )
 from ..observe.trace import Trace
-from ..plan.steps import END_OF_FORWARD, LOSS_BACKWARD, OPTIMIZER
-from ..plan.steps import LOSS as LOSS_INSTANT
+from ..plan.instants import Instant
 from ..units import GIB, format_gib, format_tokens
 from .plot import card_name, render, short_name
 
@@ -138,7 +137,12 @@ def _peak(axes: Axes, view: View) -> None:
     )
 
 
-PARTS = {END_OF_FORWARD: "forward", LOSS_INSTANT: "loss", LOSS_BACKWARD: "loss", OPTIMIZER: "optimizer"}
+PARTS = {
+    Instant.END_OF_FORWARD: "forward",
+    Instant.LOSS: "loss",
+    Instant.LOSS_BACKWARD: "loss",
+    Instant.OPTIMIZER: "optimizer",
+}
 
 
 def parts(trace: Trace) -> list[tuple[str, int, int]]:

@@ -18,7 +18,7 @@ from ..plan.hardware import Card
 from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.solve import Answer, Plan, hardest
-from ..plan.steps import Instant
+from ..plan.steps import InstantPeak
 from ..units import MIB, SHORTEST, format_gib, format_tokens
 from . import tables
 
@@ -35,7 +35,7 @@ class View(NamedTuple):
     expandable: Held
     usual: Held  # without expandable segments
     differences: tuple[explain.Row, ...]  # at the trace's binding instant
-    formula: tuple[Instant, ...]  # the formula's; none where it does not know the model
+    formula: tuple[InstantPeak, ...]  # the formula's; none where it does not know the model
 
     @property
     def fits(self) -> bool:

@@ -11,8 +11,8 @@ from mstplan.observe.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Figu
 from mstplan.observe.point import attempt, by_phase, environment, measure, real_attention
 from mstplan.observe.step import TrainingStep, build, read_settings
 from mstplan.observe.tracer import trace
+from mstplan.plan.instants import Instant
 from mstplan.plan.recipe import STRATEGIES
-from mstplan.plan.steps import INSTANTS
 from mstplan.units import GIB, MIB
 
 from .measured import case
@@ -45,7 +45,7 @@ def test_a_limit_on_a_cpu():
 
 
 def test_instants_belong_to_phases():
-    assert by_phase({name: n for n, name in enumerate(INSTANTS)}) == {"forward": 1, "backward": 6, "optimizer": 7}
+    assert by_phase({name: n for n, name in enumerate(Instant)}) == {"forward": 1, "backward": 6, "optimizer": 7}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_instants_and_phases_from_counters(counters):
     step.run()
     counters.allocate(100)
     instants, phases = point._watched_on_cuda(step)
-    assert list(instants) == [name for name in INSTANTS if name in instants] and len(instants) == len(INSTANTS)
+    assert list(instants) == [name for name in Instant if name in instants] and len(instants) == len(Instant)
     assert instants["loss"] == Peak(100, 200) and counters.resets > 10
     assert phases == {name: Peak(100, 200, 300) for name in ("forward", "backward", "optimizer")}
     assert point._beside_tensors() == 300 - 200

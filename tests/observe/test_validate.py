@@ -16,9 +16,9 @@ from mstplan.observe.measurement import FAILED, OUT_OF_MEMORY, Measurement
 from mstplan.observe.tracer import trace
 from mstplan.observe.validate import ALLOCATED, BOUNDS, CALIBRATED, DEVICE, FORMULA, RESERVED, TRACE, Bounds
 from mstplan.plan import calibration
+from mstplan.plan.instants import Instant
 from mstplan.plan.recipe import strategy
 from mstplan.plan.solve import sizes
-from mstplan.plan.steps import MIDDLE_LAYER
 from mstplan.show import validating
 from mstplan.units import MIB
 
@@ -175,7 +175,9 @@ def test_a_cpu_is_traced_with_the_threads_that_it_had():
     """Attention's kernel has buffers for each."""
     one = case("standard", seq_len=512)
     few, many = (measured(one, {"loss": 2**30}, environment={**CPU, "threads": threads}) for threads in (64, 128))
-    less, more = ({peak.instant: peak.bytes for peak in validate.traced(m).peaks}[MIDDLE_LAYER] for m in (few, many))
+    less, more = (
+        {peak.instant: peak.bytes for peak in validate.traced(m).peaks}[Instant.MIDDLE_LAYER] for m in (few, many)
+    )
     assert more - less == 64 * 2 * 64 * 512 * (
         4 + 2
     )  # for each two blocks of 64 queries by 512 keys, in fp32 and in bf16

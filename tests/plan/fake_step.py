@@ -36,7 +36,7 @@ from mstplan.plan.cuda import efficient_accumulates, efficient_workspace
 from mstplan.plan.model import Model
 from mstplan.plan.recipe import Recipe
 from mstplan.plan.solve import sizes
-from mstplan.plan.steps import INSTANTS, OPTIMIZER, Chunks, Layout, Step, evaluate, segment_length
+from mstplan.plan.steps import Chunks, Layout, Step, evaluate, segment_length
 from mstplan.train import minisequence, offload, products
 
 STAND_IN = "fused_stand_in"  # transformers looks for a library behind any name with "flash" in it
@@ -288,6 +288,6 @@ def planned(config: dict[str, Any], recipe: Recipe, seq_len: int) -> dict[str, i
     units = sizes(recipe, seq_len, chunks).units
     peaks: dict[str, int] = {}
     for instant, moments in step._moments(step.rules(in_place=False)).items():
-        phase = STEP if instant == OPTIMIZER else FORWARD if instant in INSTANTS[:2] else BACKWARD
+        phase = instant.phase
         peaks[phase] = max(peaks.get(phase, 0), *(evaluate(moment.live, units) for moment in moments))
     return peaks

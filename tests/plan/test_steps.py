@@ -10,20 +10,12 @@ from hypothesis import strategies as st
 from mstplan import profiles
 from mstplan.plan.catalog import load_model, model_names
 from mstplan.plan.hardware import card
+from mstplan.plan.instants import Instant
 from mstplan.plan.model import LayerKind, Mlp
 from mstplan.plan.recipe import STRATEGIES, strategy
 from mstplan.plan.solve import _step, layout_of, peak_at, sizes
 from mstplan.plan.steps import (
     CALIBRATED,
-    EMBEDDING,
-    END_OF_FORWARD,
-    FIRST_LAYER,
-    INSTANTS,
-    LAST_LAYER,
-    LOSS,
-    LOSS_BACKWARD,
-    MIDDLE_LAYER,
-    OPTIMIZER,
     Chunks,
     Layout,
     Step,
@@ -73,7 +65,15 @@ def test_every_layer_by_itself_gives_the_same_peak(name, plan):
         slow = slow_peaks(built, where)
         assert max(slow.values()) == built.largest(where)[1]
         shown = {i.name: i.bytes for i in built.instants(where)}
-        for instant in (END_OF_FORWARD, LOSS, LOSS_BACKWARD, LAST_LAYER, FIRST_LAYER, EMBEDDING, OPTIMIZER):
+        for instant in (
+            Instant.END_OF_FORWARD,
+            Instant.LOSS,
+            Instant.LOSS_BACKWARD,
+            Instant.LAST_LAYER,
+            Instant.FIRST_LAYER,
+            Instant.EMBEDDING,
+            Instant.OPTIMIZER,
+        ):
             assert shown.get(instant) == slow.get(instant)
 
 
@@ -108,7 +108,7 @@ def test_the_same_holds_where_kinds_of_layers_repeat(data):
         shown = {i.name: i.bytes for i in built.instants(where)}
         assert all(
             shown[name] == slow[name]
-            for name in (END_OF_FORWARD, LAST_LAYER, MIDDLE_LAYER, FIRST_LAYER)
+            for name in (Instant.END_OF_FORWARD, Instant.LAST_LAYER, Instant.MIDDLE_LAYER, Instant.FIRST_LAYER)
             if name in slow
         )
 
@@ -158,7 +158,7 @@ def test_every_sqrt_of_the_layers():
 
 def check_instants(built, where):
     instants = built.instants(where)
-    assert [i.name for i in instants] == [name for name in INSTANTS if name in {i.name for i in instants}]
+    assert [i.name for i in instants] == [name for name in Instant if name in {i.name for i in instants}]
     assert max(i.bytes for i in instants) == built.largest(where)[1]
     for instant in instants:
         assert sum(entry.bytes for entry in instant.entries) == instant.bytes
@@ -201,7 +201,7 @@ def test_a_longer_sequence_never_needs_less(data):
 def test_measured_peak_of_llama3_8b():
     """Published notebook of an MsT run: max_memory_allocated 74.807488 GiB, at the optimizer's step."""
     instant, peak = peak_at(load_model("llama3-8b"), strategy("mst"), A100, 8192, Chunks(4, 16))
-    assert instant == OPTIMIZER
+    assert instant == Instant.OPTIMIZER
     assert peak / GIB == pytest.approx(74.807488, rel=1e-4)
 
 
