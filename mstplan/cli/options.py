@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..plan.optimizers import OPTIMIZERS
 from .commands import Asked, Option, arguments, option
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ RECIPE = {
     "optimizer": option(
         str | None,
         "--optimizer",
-        "adamw | adamw-8bit | adafactor | sgd. Default adamw.",
+        f"{' | '.join(OPTIMIZERS)}. Default adamw.",
         panel="Recipe",
         metavar="NAME",
     ),

@@ -46,7 +46,14 @@ def _digest_of_package() -> str:
     """Of the code that makes traces, so that none outlives a change to it."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("observe/*.py"), *root.glob("train/*.py"), root / "plan" / "cuda.py"]):
+    for path in sorted(
+        [
+            *root.glob("observe/*.py"),
+            *root.glob("train/*.py"),
+            *root.glob("plan/optimizers/*.py"),
+            root / "plan" / "cuda.py",
+        ]
+    ):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -11,19 +11,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ..plan.optimizers import OPTIMIZERS
 from ..plan.steps import WORKSPACES, Entry
 from .allocator import round_size
 from .recording import GRADIENTS, STATES, WEIGHTS, WORKSPACE
 from .trace import Alive
 
-GROUPS = {
-    "weights": WEIGHTS,
-    "gradients": GRADIENTS,
-    WORKSPACES: WORKSPACE,
-    "AdamW first moment": "exp_avg",
-    "AdamW second moment": "exp_avg_sq",
-}
-"""What the formula sums up as one entry: the trace's category, or the name of the optimizer's state."""
+
+def _groups() -> dict[str, str]:
+    """What the formula sums up as one entry: the trace's category, or the name of the optimizer's state."""
+    states = {ours: theirs for each in OPTIMIZERS.values() for ours, theirs in each.torch_states.items()}
+    return {"weights": WEIGHTS, "gradients": GRADIENTS, WORKSPACES: WORKSPACE, **states}
 
 
 class Row(NamedTuple):
@@ -56,8 +54,9 @@ def compare(entries: Iterable[Entry], alive: Iterable[Alive]) -> tuple[Row, ...]
 
 
 def _kind_of_entry(entry: Entry) -> object:
-    if entry.name in GROUPS:
-        return GROUPS[entry.name]
+    groups = _groups()
+    if entry.name in groups:
+        return groups[entry.name]
     if not entry.shape:  # the optimizer's temporaries: as many as there are weights
         return STATES
     return entry.dtype, round_size(entry.bytes // entry.copies)
@@ -65,7 +64,7 @@ def _kind_of_entry(entry: Entry) -> object:
 
 def _kind_of_group(group: Alive) -> object:
     if group.category == STATES:
-        return group.operation if group.operation in GROUPS.values() else STATES
+        return group.operation if group.operation in _groups().values() else STATES
     if group.category in (WEIGHTS, GRADIENTS) or group.operation == "cuBLAS":
         return group.category
     return group.dtype, round_size(group.bytes // group.copies)

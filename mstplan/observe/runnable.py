@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import RecipeError
+from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
 
 
@@ -10,14 +11,15 @@ def check_runnable(recipe: Recipe) -> None:
     """Raises RecipeError for a recipe that no step here can follow."""
     if "auto" in (recipe.mlp_chunks, recipe.loss_chunks):
         raise RecipeError("a training step needs numbers of chunks, not 'auto'.")
+    running = ", ".join(name for name, each in OPTIMIZERS.items() if each.runs)
     for bad, why in (
         (
             recipe.optimizer_on_host or recipe.weights_on_host,
             "the step that is run keeps weights and optimizer on its device",
         ),
         (
-            recipe.optimizer == "adamw-8bit",
-            "the step that is run has no 8-bit optimizer (adamw, adafactor and sgd run)",
+            not OPTIMIZERS[recipe.optimizer].runs,
+            f"the step that is run has no {recipe.optimizer} ({running} run)",
         ),
         (
             recipe.loss == "transformers<4.45",

@@ -15,10 +15,10 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.optimization import Adafactor
 from transformers.utils import logging
 
 from ..errors import ModelError, one_line
+from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
 from ..train import minisequence
 from .recording import BACKWARD, FORWARD, OPTIMIZER
@@ -118,7 +118,7 @@ class TrainingStep:
                 checkpoint=recipe.checkpoint,
                 offload=recipe.offload_layer_inputs,
             )
-        make = optimizer_of(recipe)
+        make = OPTIMIZERS[recipe.optimizer].make(recipe)
         self.optimizer = None if recipe.optimizer_in_backward else make(model.parameters())
         self.in_backward = step_in_backward(model, make) if recipe.optimizer_in_backward else []
         vocabulary = vocabulary_of(model)
@@ -157,17 +157,6 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     read = model.get_input_embeddings().num_embeddings
     written = getattr(model.get_output_embeddings(), "out_features", read)
     return min(read, written, getattr(model.config.get_text_config(), "unpadded_vocab_size", read))
-
-
-def optimizer_of(recipe: Recipe) -> MakeOptimizer:
-    foreach = recipe.adamw_kernel == "foreach"
-    if recipe.optimizer == "sgd":
-        return lambda weights: torch.optim.SGD(weights, lr=1e-5, foreach=foreach)
-    if recipe.optimizer == "adafactor":  # as transformers' Trainer makes it
-        return lambda weights: Adafactor(weights, lr=1e-5, scale_parameter=False, relative_step=False)
-    return lambda weights: torch.optim.AdamW(
-        weights, lr=1e-5, foreach=foreach, fused=recipe.adamw_kernel == "fused" or None
-    )
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

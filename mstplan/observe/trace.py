@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from ..kept import adapter
 from ..plan.hardware import HANDLES
 from ..plan.instants import Instant
+from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
 from .allocator import MIN_BLOCK
 from .extend import extend, row
@@ -146,7 +147,7 @@ class Trace:
     @property
     def held_states(self) -> tuple[State, ...]:
         """The optimizer's states on the device. AdamW's counts of steps are on the host unless it is fused (torch/optim/adam.py, _init_group)."""
-        on_host = self.on == "cuda" and self.recipe.adamw_kernel != "fused"
+        on_host = self.on == "cuda" and not OPTIMIZERS[self.recipe.optimizer].is_fused(self.recipe)
         return tuple(state for state in self.states if state.name != "step" or not on_host)
 
     @cached_property

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, ModelError, one_line
 from ..plan.model import Model
+from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
 from ..plan.steps import segment_length
 from ..train import finding
@@ -32,7 +33,7 @@ from .recorder import Label, Recorder, checkpoints_of
 from .recording import ATTENTION, BACKWARD, FORWARD, LOSS, MLP, NORMS, OPTIMIZER, OTHER, STATES, Recording
 from .runnable import check_runnable
 from .sharding import ranks, seen_by, shard, shard_shape
-from .step import TrainingStep, build, make_states, optimizer_of, quiet, read_settings, trained
+from .step import TrainingStep, build, make_states, quiet, read_settings, trained
 from .trace import State, Trace, Weight
 
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -346,8 +347,8 @@ def _update(sizes: Sizes, optimizer: str, kernel: str, apart: bool) -> tuple[Rec
     The first step is run, and what it leaves behind are the states. On meta tensors, which take a fraction of fake ones' time;
     fused kernels know no meta tensors, and step one by one over CPU's.
     """
-    fused = (optimizer, kernel) == ("adamw", "fused")
-    make = optimizer_of(Recipe.model_construct(optimizer=optimizer, adamw_kernel=kernel))
+    recipe = Recipe.model_construct(optimizer=optimizer, adamw_kernel=kernel)
+    fused, make = OPTIMIZERS[optimizer].is_fused(recipe), OPTIMIZERS[optimizer].make(recipe)
     recorder = Recorder({}, 0)
     with FakeTensorMode() if fused else nullcontext():
         weights = [

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .. import files
 from ..errors import RecipeError, did_you_mean, quoted
+from .optimizers import OPTIMIZERS
 
 ChunkCount = Literal["auto"] | int
 _LARGEST_FILE = 1_000_000  # bytes; a recipe has some hundred
@@ -23,8 +24,8 @@ class Recipe(BaseModel):
 
     precision: Literal["bf16", "mixed", "fp32"] = "bf16"
     """bf16: weights, gradients and moments in bf16. mixed: fp32 weights under bf16 autocast. fp32: fp32 throughout."""
-    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd"] = "adamw"
-    """adamw: torch.optim.AdamW; adamw-8bit: bitsandbytes'; adafactor: transformers'; sgd: torch's, without momentum."""
+    optimizer: str = "adamw"
+    """One of `optimizers.OPTIMIZERS`: adamw (torch's), adamw-8bit (bitsandbytes'), adafactor (transformers'), sgd (torch's)."""
     adamw_kernel: Literal["foreach", "fused", "for-loop"] = "foreach"
     """How torch's AdamW steps: foreach (CUDA's default) makes a temporary as large as the weights."""
     optimizer_in_backward: bool = False
@@ -71,6 +72,10 @@ class Recipe(BaseModel):
         __init__.__pydantic_base_init__ = True  # so that model_validate, which raises ValidationError, does not come by
 
     def model_post_init(self, _context: object) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            from . import names
+
+            raise ValueError(names.unknown_value("optimizer", self.optimizer, OPTIMIZERS))
         for name in ("mlp_chunks", "loss_chunks"):
             value = getattr(self, name)
             if value != "auto" and not 1 <= value <= 1 << 32:
@@ -114,8 +119,8 @@ class Recipe(BaseModel):
                 "fsdp gathers one layer at a time, so a checkpoint cannot span several: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
-                self.optimizer in ("adamw-8bit", "adafactor"),
-                "bitsandbytes' AdamW8bit and transformers' Adafactor cannot step fsdp's shards: use adamw or sgd",
+                not OPTIMIZERS[self.optimizer].steps_shards,
+                f"{OPTIMIZERS[self.optimizer].label} cannot step fsdp's shards: use {_any_of(name for name, each in OPTIMIZERS.items() if each.steps_shards)}",
             ),
             (
                 self.optimizer_on_host or self.weights_on_host,
@@ -184,6 +189,10 @@ class Recipe(BaseModel):
             raise RecipeError(first_problem(e)) from None
 
 
+def _any_of(names: Iterable[str]) -> str:
+    return " or ".join(names)
+
+
 _MUST_BE = {
     "checkpoint": "must be none, layer, sqrt, or a number of layers from 1",
     "mlp_chunks": "must be 'auto' or a whole number from 1",
@@ -194,6 +203,8 @@ _WRITES_ONE = "`mstplan plan ... --write-recipe FILE` writes one to start from."
 
 def planned(field: str) -> tuple[list[str], str]:
     """The names that a field of a recipe can have as its value; and what else, in words."""
+    if field == "optimizer":
+        return list(OPTIMIZERS), ""
     kinds = get_args(Recipe.model_fields[field].annotation)
     names = [name for kind in kinds for name in get_args(kind) or (kind,) if isinstance(name, str)]
     return names, " or a number of layers from 1" if int in kinds else ""
@@ -211,7 +222,7 @@ def first_problem(error: ValidationError) -> str:
             names.unknown_field(where)
             or f"a recipe has no field {quoted(where)}.{did_you_mean(where, Recipe.model_fields)}"
         )
-    if problem["type"] == "literal_error" and where in names.VALUES:
+    if problem["type"] in ("literal_error", "string_type") and where in names.VALUES:
         return names.unknown_value(where, problem["input"], *planned(where))
     if problem["type"] == "json_invalid":
         return f"{message.replace('Invalid JSON', 'not valid JSON')}\n{_WRITES_ONE}"

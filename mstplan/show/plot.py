@@ -24,6 +24,7 @@ from ..plan.calibration import Calibration
 from ..plan.hardware import Card
 from ..plan.instants import Instant
 from ..plan.model import Model
+from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
 from ..plan.solve import Answer
 from ..plan.steps import Chunks
@@ -246,7 +247,7 @@ def _recipe_line(curves: Sequence[Curve]) -> str:
     optimizer: str = r.optimizer
     if r.optimizer_in_backward or r.optimizer_on_host:
         optimizer += " in backward" if r.optimizer_in_backward else " on the host"
-    elif r.optimizer == "adamw":
+    elif OPTIMIZERS[r.optimizer].has_kernels:
         optimizer += f" ({r.adamw_kernel})"
     parts = [f"batch {r.batch}", r.precision, optimizer]
     parts += ["weights on the host"] if r.weights_on_host else []

@@ -106,7 +106,7 @@ def test_calibrate_and_then_plan(run: Run, tmp_path: Path, monkeypatch: pytest.M
 
 BAD = [
     ((*STEP, "mst", "--plot", "a.png", "--snapshot", "a.png"), "both name 'a.png'"),
-    ((*STEP, "mst", "--optimizer", "adamw-8bit"), "no 8-bit optimizer"),
+    ((*STEP, "mst", "--optimizer", "adamw-8bit"), "no adamw-8bit"),
     ((*STEP, "mst", "--loss", "transformers<4.45"), "formula rung"),
     ((*STEP, "mst", "--plot", "step.csv"), "what to draw"),
     ((*STEP, "mst", "--plot", "nowhere/step.png"), "does not exist"),

@@ -87,7 +87,7 @@ def trace(name: str) -> dict[str, Any]:
             one.peak.instant,
             one.host_peak,
             [[p.instant, p.bytes] for p in one.peaks],
-            digest(one.as_data()["short"]),
+            digest(sorted(str(made) for made in one.short.made)),
         ]
     return found
 

@@ -95,7 +95,7 @@ BAD = [
     ([{**GPT2, "recipe": []}], "case 1: recipe must be"),
     ([GPT2, {"model": "gpt3", "seq_len": 8}], "case 2: unknown model 'gpt3'"),
     ([{"model": "llama3.1-405b", "seq_len": 8}], "case 1: llama3.1-405b, standard: 2 tokens take"),
-    ([{**GPT2, "recipe": {"optimizer": "adamw-8bit"}}], "case 1: the step that is run has no 8-bit optimizer"),
+    ([{**GPT2, "recipe": {"optimizer": "adamw-8bit"}}], "case 1: the step that is run has no adamw-8bit"),
     ('{"cases": [{"model": "\\ud800", "seq_len": 8}]}', "is not valid JSON"),
     ("[" * 5000, "is not valid JSON"),
 ]

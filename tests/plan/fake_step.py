@@ -30,10 +30,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mstplan import profiles
-from mstplan.observe.step import optimizer_of, step_in_backward
+from mstplan.observe.step import step_in_backward
 from mstplan.plan.config import read_config
 from mstplan.plan.cuda import efficient_accumulates, efficient_workspace
 from mstplan.plan.model import Model
+from mstplan.plan.optimizers import OPTIMIZERS
 from mstplan.plan.recipe import Recipe
 from mstplan.plan.solve import sizes
 from mstplan.plan.steps import Chunks, Layout, Step, evaluate, segment_length
@@ -254,9 +255,9 @@ def run_step(config: dict[str, Any], recipe: Recipe, seq_len: int, list_alive: b
         net = _build(config, recipe)
         optimizer = None
         if recipe.optimizer_in_backward:
-            step_in_backward(net, optimizer_of(recipe))
+            step_in_backward(net, OPTIMIZERS[recipe.optimizer].make(recipe))
         else:
-            optimizer = optimizer_of(recipe)(net.parameters())
+            optimizer = OPTIMIZERS[recipe.optimizer].make(recipe)(net.parameters())
         ids, targets = (torch.randint(0, config["vocab_size"], (recipe.batch, seq_len)) for _ in range(2))
         for _ in range(2):
             watch.peaks = {}

@@ -1,0 +1,41 @@
+"""transformers' Adafactor, as its Trainer makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from .base import Memory, Optimizer, largest_of
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+    from ..tape import Weight
+    from .base import Make
+
+COPIES = {2: 4, 4: 2}  # by bytes of a weight: fp32 tensors of one weight's size alive at once
+
+
+class Adafactor(Optimizer):
+    name = "adafactor"
+    label = "transformers' Adafactor"
+    steps_shards = False
+
+    def memory(self, recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:
+        """One row and one column of fp32 second moments per matrix.
+
+        step() works on one weight at a time, in fp32 (transformers/optimization.py): its gradient and value cast to
+        fp32 where they are bf16, the update, and two temporaries of it.
+        """
+        held = 0
+        for weight, count in weights:
+            *batch, rows, columns = weight.shape if len(weight.shape) > 1 else (1, *weight.shape)
+            held += 4 * count * (prod(batch) * (rows + columns) if len(weight.shape) > 1 else columns)
+        per_weight = COPIES[recipe.weight_bytes] * 4
+        temporaries = (("fp32 working copies of one weight", "float32", per_weight * largest_of(weights)),)
+        return Memory((("factored second moments", "float32", held),), temporaries, per_weight)
+
+    def make(self, recipe: Recipe) -> Make:
+        from transformers.optimization import Adafactor as TheirAdafactor
+
+        return lambda weights: TheirAdafactor(weights, lr=1e-5, scale_parameter=False, relative_step=False)

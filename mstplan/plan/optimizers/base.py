@@ -1,0 +1,61 @@
+"""What mstplan asks of an optimizer: its tensors in bytes, and how torch makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..recipe import Recipe
+    from ..tape import Weight
+
+    Make = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+class Memory(NamedTuple):
+    """An optimizer's tensors: (name, dtype, bytes) that stay, and that live during its step only."""
+
+    states: tuple[tuple[str, str, int], ...]
+    temporaries: tuple[tuple[str, str, int], ...]
+    per_weight: int  # bytes of temporaries per element while a single weight is stepped
+
+
+class Optimizer:
+    """An optimizer as recipes name it. A new one is a file with a subclass, and a line in this folder's `__init__.py`."""
+
+    name: ClassVar[str]
+    """What recipes and --optimizer call it."""
+    label: ClassVar[str]
+    """Whose it is, for messages: "bitsandbytes' AdamW8bit"."""
+    host_state_bytes: ClassVar[int] = 0
+    """Bytes of states for each parameter, beside the fp32 weight, where it steps on the host."""
+    steps_shards: ClassVar[bool] = True
+    """Whether it can step FSDP2's shards."""
+    runs: ClassVar[bool] = True
+    """Whether the step that is traced and measured can be run with it."""
+    has_kernels: ClassVar[bool] = False
+    """Whether --adamw-kernel chooses how it steps."""
+    torch_states: ClassVar[dict[str, str]] = {}
+    """The names of states, here and in torch, by which formula and trace are compared; others are compared by size."""
+
+    def memory(self, recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:
+        """States and temporaries on the device, over weights given as (weight, how many)."""
+        raise NotImplementedError
+
+    def make(self, recipe: Recipe) -> Make:
+        """A function from weights to torch's optimizer. Needs torch; asked only where `runs`."""
+        raise NotImplementedError
+
+    def is_fused(self, recipe: Recipe) -> bool:
+        """Whether one kernel steps all weights: it knows no meta tensors, and counts its steps on the device."""
+        return False
+
+
+def numel_of(weights: Sequence[tuple[Weight, int]]) -> int:
+    return sum(weight.numel * count for weight, count in weights)
+
+
+def largest_of(weights: Sequence[tuple[Weight, int]]) -> int:
+    return max(weight.numel for weight, _ in weights)
