@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from .compare import MISSING, Allocation, Known
 from .marking import Mark, marking
 from .recorder import held_by
-from .recording import FORWARD
+from .recording import Pass
 from .step import TrainingStep
 
 Keep = Callable[[int], bool]
@@ -97,7 +97,7 @@ def record_step(step: TrainingStep) -> Allocations:
 
     def run(mark: Mark) -> None:
         with marking(step, mark) as begin:
-            begin(FORWARD)
+            begin(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             step.run(begin)
 

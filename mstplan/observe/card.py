@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..plan.hardware import HANDLES, Card
 from ..units import MIB
 from .allocator import Allocator, OutOfMemory
-from .recording import OPTIMIZER
+from .recording import Pass
 from .trace import Trace
 
 Event = tuple[int, int, int]  # key, bytes, +1 allocated or -1 released
@@ -99,7 +99,7 @@ def _before(trace: Trace) -> Iterator[Event]:
 def _step(trace: Trace, n: int) -> Iterator[Event]:
     made, alive = trace.step.made, set[int]()
     update = next(
-        (start for place, start in trace.step.places if place.run == OPTIMIZER and start), len(trace.step.events)
+        (start for place, start in trace.step.places if place.run == Pass.OPTIMIZER and start), len(trace.step.events)
     )
 
     def key(index: int) -> int:

@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..plan.cuda import efficient_accumulates, efficient_workspace, flash_head_size, flash_rows
 from ..train import chunks, mlp, offload, products
 from .recorder import Recorder
+from .recording import Category
 
 FLASH = "mstplan_fused"  # transformers looks for a library behind any name with "flash" in it
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -154,7 +155,7 @@ def _attention(recorder: Recorder) -> Any:
                     q, k, v, attn_mask, dropout_p, is_causal and attn_mask is None, scale=scale, enable_gqa=True
                 )
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            with recorder.purpose("attention bias", "attention"):
+            with recorder.purpose("attention bias", Category.ATTENTION):
                 attn_mask = _padded(torch.empty_like(attn_mask, dtype=q.dtype))
         return _Efficient.apply(q, k, v, attn_mask, recorder)
 

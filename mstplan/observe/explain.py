@@ -14,14 +14,14 @@ from typing import NamedTuple
 from ..plan.optimizers import OPTIMIZERS
 from ..plan.steps import WORKSPACES, Entry
 from .allocator import round_size
-from .recording import GRADIENTS, STATES, WEIGHTS, WORKSPACE
+from .recording import Category
 from .trace import Alive
 
 
 def _groups() -> dict[str, str]:
     """What the formula sums up as one entry: the trace's category, or the name of the optimizer's state."""
     states = {ours: theirs for each in OPTIMIZERS.values() for ours, theirs in each.torch_states.items()}
-    return {"weights": WEIGHTS, "gradients": GRADIENTS, WORKSPACES: WORKSPACE, **states}
+    return {"weights": Category.WEIGHTS, "gradients": Category.GRADIENTS, WORKSPACES: Category.WORKSPACE, **states}
 
 
 class Row(NamedTuple):
@@ -58,14 +58,14 @@ def _kind_of_entry(entry: Entry) -> object:
     if entry.name in groups:
         return groups[entry.name]
     if not entry.shape:  # the optimizer's temporaries: as many as there are weights
-        return STATES
+        return Category.STATES
     return entry.dtype, round_size(entry.bytes // entry.copies)
 
 
 def _kind_of_group(group: Alive) -> object:
-    if group.category == STATES:
-        return group.operation if group.operation in _groups().values() else STATES
-    if group.category in (WEIGHTS, GRADIENTS) or group.operation == "cuBLAS":
+    if group.category == Category.STATES:
+        return group.operation if group.operation in _groups().values() else Category.STATES
+    if group.category in (Category.WEIGHTS, Category.GRADIENTS) or group.operation == "cuBLAS":
         return group.category
     return group.dtype, round_size(group.bytes // group.copies)
 

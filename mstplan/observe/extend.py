@@ -17,10 +17,10 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from .recording import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Made, Place, Recording
+from .recording import Made, Pass, Place, Recording
 
 Pattern = tuple[Hashable, ...]
-Block = tuple[str, int, int]  # pass, unit, and which time a step comes there, from 0
+Block = tuple[Pass, int, int]  # pass, unit, and which time a step comes there, from 0
 
 
 class Unlike(Exception):
@@ -80,28 +80,28 @@ class Row:
         stop = self.checkpoints[self.number[newest]].stop
         return stop if 2 * stop <= self.count else self.checkpoints[0].stop
 
-    def in_order(self, blocks: Callable[[int], list[tuple[str, int]]]) -> Iterator[Block]:
+    def in_order(self, blocks: Callable[[int], list[tuple[Pass, int]]]) -> Iterator[Block]:
         """What a step does, one after the other, whose layers have these blocks each: (pass, which time)."""
 
-        def of(unit: int, *passes: str) -> list[Block]:
+        def of(unit: int, *passes: Pass) -> list[Block]:
             return [(run, unit, nth) for run, nth in blocks(unit) if run in passes]
 
         for unit in range(-1, self.count + 1):
-            yield from of(unit, FORWARD)
-        yield from of(self.count, BACKWARD, RECOMPUTE)
+            yield from of(unit, Pass.FORWARD)
+        yield from of(self.count, Pass.BACKWARD, Pass.RECOMPUTE)
         for checkpoint in reversed(self.checkpoints):
             *before, last = checkpoint
-            backward = of(last, BACKWARD, RECOMPUTE)  # it is the last layer's that has a checkpoint run again
-            again = next((n for n, (run, _, _) in enumerate(backward) if run == RECOMPUTE), 0)
+            backward = of(last, Pass.BACKWARD, Pass.RECOMPUTE)  # it is the last layer's that has a checkpoint run again
+            again = next((n for n, (run, _, _) in enumerate(backward) if run == Pass.RECOMPUTE), 0)
             yield from backward[:again]
             for unit in before:
-                yield from of(unit, RECOMPUTE)
+                yield from of(unit, Pass.RECOMPUTE)
             yield from backward[again:]
             for unit in reversed(before):
-                yield from of(unit, BACKWARD)
-        yield from of(-1, BACKWARD, RECOMPUTE)
+                yield from of(unit, Pass.BACKWARD)
+        yield from of(-1, Pass.BACKWARD, Pass.RECOMPUTE)
         for unit in range(-1, self.count + 1):
-            yield from of(unit, OPTIMIZER)
+            yield from of(unit, Pass.OPTIMIZER)
 
 
 def row(kinds: Sequence[Hashable], every: int = 1, reach: int = 1) -> Row:
@@ -198,7 +198,7 @@ class _Extension:
     def _events(self, span: range) -> list[tuple[int, int]]:
         return self.short.events[span.start : span.stop]
 
-    def _blocks_of(self, unit: int) -> list[tuple[str, int]]:
+    def _blocks_of(self, unit: int) -> list[tuple[Pass, int]]:
         return [(run, nth) for run, at, nth in self.blocks if at == unit]
 
     def _is_layer(self, unit: int) -> bool:
@@ -299,12 +299,12 @@ class _Extension:
         certain layer, and nothing may come after it in the whole that does not in the short step, as it could need it."""
         run, short_unit, _ = block
         its, at_the_beginning = self.kept[short_unit], short_unit < self.begin
-        if not at_the_beginning and (self.like.count(short_unit) > 1 or run == RECOMPUTE):
+        if not at_the_beginning and (self.like.count(short_unit) > 1 or run == Pass.RECOMPUTE):
             raise Unlike
-        if unit == its and (run == FORWARD or not at_the_beginning):
+        if unit == its and (run == Pass.FORWARD or not at_the_beginning):
             after, shown = (
                 (slice(its + 1, None), slice(short_unit + 1, None))
-                if run == FORWARD
+                if run == Pass.FORWARD
                 else (slice(its), slice(short_unit))
             )
             if not {*self.whole.kinds[after]} <= {*self.part.kinds[shown]}:

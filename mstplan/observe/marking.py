@@ -8,43 +8,44 @@ from typing import Any
 
 from torch import nn
 
+from ..plan.instants import Instant
 from ..plan.steps import segment_length
 from ..train import finding
-from .recording import FORWARD, OPTIMIZER, Place
+from .recording import Pass, Place
 from .step import TrainingStep
 from .trace import instant_of
 
-Mark = Callable[[str], None]
+Mark = Callable[[Instant], None]
 
 
 @contextmanager
-def marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[str], None]]:
+def marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[Pass], None]]:
     """Gives a function that says which pass begins. In the forward pass layers mark where it is, in the backward pass the
     gradients of their inputs do: when one is there, everything after its layer is done."""
     layers = finding.find_parts(step.model).layers
     every = segment_length(step.recipe, len(layers)) or 1
     units = -(-len(layers) // every)
-    run = FORWARD
+    run = Pass.FORWARD
 
     def at(unit: int) -> None:
         mark(instant_of(Place(run, unit), units))
 
-    def begin(name: str) -> None:
+    def begin(begun: Pass) -> None:
         nonlocal run
-        run = name
-        if run != OPTIMIZER or step.optimizer is not None:
-            at(-1 if run == FORWARD else units)
+        run = begun
+        if run != Pass.OPTIMIZER or step.optimizer is not None:
+            at(-1 if run == Pass.FORWARD else units)
 
     def enter(unit: int) -> Callable[[nn.Module, Any], None]:
         def hook(_layer: nn.Module, inputs: Any) -> None:
-            if run == FORWARD:
+            if run == Pass.FORWARD:
                 at(unit)
                 inputs[0].register_hook(lambda _gradient: at(unit - 1))
 
         return hook
 
     def leave(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-        if run == FORWARD:
+        if run == Pass.FORWARD:
             at(units)
             (output[0] if isinstance(output, tuple) else output).register_hook(lambda _gradient: at(units - 1))
 

@@ -23,33 +23,20 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
 from ..train.checkpoint import Checkpoints
-from .recording import (
-    BACKWARD,
-    FORWARD,
-    GRADIENTS,
-    INPUTS,
-    LOSS,
-    OTHER,
-    RECOMPUTE,
-    STATES,
-    WORKSPACE,
-    Made,
-    Place,
-    Recording,
-)
+from .recording import Category, Made, Pass, Place, Recording
 
 
 class Label(NamedTuple):
     """What is known of a module before it runs."""
 
     path: str
-    category: str
+    category: Category
     unit: int | None  # None: outside of all layers
     is_layer: bool = False
 
 
-ROOT = Label("", OTHER, None)
-IN_HOOK = Label("", STATES, None)  # an optimizer that steps in backward, as soon as a gradient is there
+ROOT = Label("", Category.OTHER, None)
+IN_HOOK = Label("", Category.STATES, None)  # an optimizer that steps in backward, as soon as a gradient is there
 
 ONTO_ZEROS = {torch.ops.aten.index_put, torch.ops.aten.index_add, torch.ops.aten.scatter, torch.ops.aten.scatter_add}
 """What gradients of picked entries are made by, from zeros made just before: in place, but under a dispatch mode not
@@ -67,13 +54,13 @@ class Recorder(TorchDispatchMode):
         self._known: dict[int, int] = {}  # storage: index into made
         self._resident: set[int] = set()  # storages that were there before
         self._stack: list[Label] = [ROOT]
-        self._run, self._unit, self._latest = FORWARD, -1, ROOT
+        self._run, self._unit, self._latest = Pass.FORWARD, -1, ROOT
         self._forward_of: list[
             tuple[int, Label, int]
         ] = []  # autograd's sequence numbers, and whose forward they are of
         self._layers = [label for label in labels.values() if label.is_layer]
         self.recomputing: Callable[[], int | None] = lambda: None  # the layer that a checkpoint runs again
-        self._purpose: tuple[str, str] | None = None  # what a stand-in says it allocates for
+        self._purpose: tuple[str, Category] | None = None  # what a stand-in says it allocates for
         self._sum: tuple[int, int] | None = (
             None  # a sum of gradients just made: (its storage, that of its first summand)
         )
@@ -88,9 +75,9 @@ class Recorder(TorchDispatchMode):
 
     # ---- places -------------------------------------------------------------------------------------------------------
 
-    def begin(self, run: str) -> None:
+    def begin(self, run: Pass) -> None:
         """A pass of the step begins: forward, backward or optimizer."""
-        self._run, self._unit = run, -1 if run == FORWARD else self.units
+        self._run, self._unit = run, -1 if run == Pass.FORWARD else self.units
         self._enter(Place(run, self._unit))
 
     def _enter(self, place: Place) -> None:
@@ -100,9 +87,9 @@ class Recorder(TorchDispatchMode):
     def _locate(self) -> Label:
         """The module that the operation at hand is of; moves on to its place."""
         label = self._here()
-        if self._run == FORWARD:
-            self._enter(Place(FORWARD, self._unit))
-        elif self._run == BACKWARD:
+        if self._run == Pass.FORWARD:
+            self._enter(Place(Pass.FORWARD, self._unit))
+        elif self._run == Pass.BACKWARD:
             layer = self.recomputing()
             if layer is not None:
                 label = label if len(self._stack) > 1 else self._layers[layer]
@@ -111,7 +98,7 @@ class Recorder(TorchDispatchMode):
             unit = label.unit if label.unit is not None or layer is None else self._layers[layer].unit
             self._unit = unit if unit is not None else self._unit
             self._latest = label
-            self._enter(Place(RECOMPUTE if layer is not None else BACKWARD, self._unit))
+            self._enter(Place(Pass.RECOMPUTE if layer is not None else Pass.BACKWARD, self._unit))
         return label
 
     def _backward_of(self, node: Any) -> Label:
@@ -128,8 +115,16 @@ class Recorder(TorchDispatchMode):
     def _here(self) -> Label:
         """The module that runs a forward pass; what the model itself does after its layers is the loss. Between modules of a chunk
         that backward runs again it is the one whose backward that is."""
-        label = self._latest._replace(unit=None) if self._run == BACKWARD and len(self._stack) == 1 else self._stack[-1]
-        return label._replace(category=LOSS) if label.category == OTHER and self._unit == self.units else label
+        label = (
+            self._latest._replace(unit=None)
+            if self._run == Pass.BACKWARD and len(self._stack) == 1
+            else self._stack[-1]
+        )
+        return (
+            label._replace(category=Category.LOSS)
+            if label.category == Category.OTHER and self._unit == self.units
+            else label
+        )
 
     # ---- events -------------------------------------------------------------------------------------------------------
 
@@ -145,7 +140,7 @@ class Recorder(TorchDispatchMode):
         self._sum = None
         if isinstance(out, torch.Tensor):
             self._see(out, func, label)
-            if self.in_place and self._run == BACKWARD and self._would_be_in_place(func, args):
+            if self.in_place and self._run == Pass.BACKWARD and self._would_be_in_place(func, args):
                 self._sum = (out.untyped_storage()._cdata, args[0].untyped_storage()._cdata)
         else:
             for value in tree_iter(out):
@@ -211,7 +206,7 @@ class Recorder(TorchDispatchMode):
     # ---- what tensors are for ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def purpose(self, operation: str, category: str = WORKSPACE) -> Iterator[None]:
+    def purpose(self, operation: str, category: Category = Category.WORKSPACE) -> Iterator[None]:
         """What is made within the context is made for this, whatever operation makes it."""
         before, self._purpose = self._purpose, (operation, category)
         try:
@@ -219,7 +214,7 @@ class Recorder(TorchDispatchMode):
         finally:
             self._purpose = before
 
-    def is_for(self, tensor: torch.Tensor, category: str) -> None:
+    def is_for(self, tensor: torch.Tensor, category: Category) -> None:
         """A tensor that turns out to be a gradient or a layer's input."""
         index = self._known.get(held_by(tensor).untyped_storage()._cdata)
         if index is not None:
@@ -227,7 +222,7 @@ class Recorder(TorchDispatchMode):
 
     def _is_gradient(self, weight: torch.Tensor) -> None:
         if weight.grad is not None:  # autograd may find that there is none
-            self.is_for(weight.grad, GRADIENTS)
+            self.is_for(weight.grad, Category.GRADIENTS)
 
     def index_of(self, tensor: torch.Tensor) -> int | None:
         """Of the storage of a tensor in what was made."""
@@ -251,15 +246,15 @@ class Recorder(TorchDispatchMode):
         def enter(module: nn.Module, inputs: Any) -> None:
             label = self.labels.get(module, self._stack[-1])
             self._stack.append(label)
-            if label.unit is not None and self._run == FORWARD:
+            if label.unit is not None and self._run == Pass.FORWARD:
                 self._unit = label.unit
             if label.is_layer and inputs and isinstance(inputs[0], torch.Tensor):
-                self.is_for(inputs[0], INPUTS)
+                self.is_for(inputs[0], Category.INPUTS)
             self._mark()
 
         def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
             self._stack.pop()
-            if self._run == FORWARD and last and module is last[0]:
+            if self._run == Pass.FORWARD and last and module is last[0]:
                 self._unit = self.units
             self._mark()
 

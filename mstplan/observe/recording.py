@@ -14,17 +14,38 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-FORWARD, RECOMPUTE, BACKWARD, OPTIMIZER = "forward", "recompute", "backward", "optimizer"
+from ..words import Word
 
-WEIGHTS, GRADIENTS, STATES, INPUTS, ATTENTION = "weights", "gradients", "optimizer", "layer inputs", "attention"
-MLP, NORMS, LOSS, WORKSPACE, OTHER = "MLP", "norms", "loss", "workspace", "other"
-CATEGORIES = (WEIGHTS, GRADIENTS, STATES, INPUTS, ATTENTION, MLP, NORMS, LOSS, WORKSPACE, OTHER)
+
+class Pass(Word):
+    """What of a step runs."""
+
+    FORWARD = "forward"
+    RECOMPUTE = "recompute"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+
+
+class Category(Word):
+    """What a storage is for, in the order of a picture."""
+
+    WEIGHTS = "weights"
+    GRADIENTS = "gradients"
+    STATES = "optimizer"
+    INPUTS = "layer inputs"
+    ATTENTION = "attention"
+    MLP = "MLP"
+    NORMS = "norms"
+    LOSS = "loss"
+    WORKSPACE = "workspace"
+    OTHER = "other"
+
 
 Size = Annotated[int, Field(ge=0, le=1 << 62)]  # bytes, or of an axis
 
 
 class Place(NamedTuple):
-    run: str  # forward | recompute | backward | optimizer
+    run: Pass
     unit: int
 
 
@@ -37,7 +58,7 @@ class Made:
     dtype: str
     operation: str
     module: str  # its path in the model; in backward that of the module whose forward made the node
-    category: str = OTHER
+    category: Category = Category.OTHER
     host: bool = False  # in host memory
 
 
@@ -105,8 +126,8 @@ class Recording:
     @classmethod
     def of(cls, data: Recorded) -> Recording:
         """Raises ValueError for what is no recording."""
-        made = [Made(row[0], tuple(row[1]), *row[2:]) for row in data.made]
-        found = cls(made, list(data.events), [(Place(run, unit), start) for run, unit, start in data.places])
+        made = [Made(row[0], tuple(row[1]), *row[2:5], Category(row[5]), row[6]) for row in data.made]
+        found = cls(made, list(data.events), [(Place(Pass(run), unit), start) for run, unit, start in data.places])
         found.check()
         return found
 

@@ -32,7 +32,7 @@ from ..errors import RecipeError
 from ..plan.recipe import Recipe
 from ..train import finding
 from .recorder import Recorder
-from .recording import GRADIENTS, WEIGHTS
+from .recording import Category
 
 GATHERED = "FSDP: gathered weights"
 BUFFER = "FSDP: all-gather buffer"
@@ -82,7 +82,7 @@ def shard_shape(shape: tuple[int, ...], gpus: int) -> tuple[int, ...]:
 def seen_by(recorder: Recorder) -> Iterator[None]:
     """Within the context the recorder knows what FSDP2 allocates, and for what."""
 
-    def naming(plain: Callable[..., Any], names: Iterator[str], category: str) -> Callable[..., Any]:
+    def naming(plain: Callable[..., Any], names: Iterator[str], category: Category) -> Callable[..., Any]:
         def named(*args: Any, **kwargs: Any) -> Any:
             with recorder.purpose(next(names), category):
                 return plain(*args, **kwargs)
@@ -93,7 +93,7 @@ def seen_by(recorder: Recorder) -> Iterator[None]:
         there = tensor.untyped_storage().size()
         plain_fill(tensor)
         if tensor.untyped_storage().size() != there:
-            with recorder.purpose(GATHERED, WEIGHTS):
+            with recorder.purpose(GATHERED, Category.WEIGHTS):
                 recorder.grew(tensor)
 
     def empty(tensor: torch.Tensor) -> None:
@@ -108,23 +108,23 @@ def seen_by(recorder: Recorder) -> Iterator[None]:
             (
                 _fsdp_param.FSDPParam,
                 "init_all_gather_outputs",
-                naming(_fsdp_param.FSDPParam.init_all_gather_outputs, cycle([GATHERED]), WEIGHTS),
+                naming(_fsdp_param.FSDPParam.init_all_gather_outputs, cycle([GATHERED]), Category.WEIGHTS),
             ),
             (
                 _fsdp_collectives,
                 "_get_param_all_gather_inputs",
-                naming(_fsdp_collectives._get_param_all_gather_inputs, cycle([COPY_IN]), WEIGHTS),
+                naming(_fsdp_collectives._get_param_all_gather_inputs, cycle([COPY_IN]), Category.WEIGHTS),
             ),
             (
                 _fsdp_collectives.DefaultAllGather,
                 "allocate",
-                naming(_fsdp_collectives.DefaultAllGather.allocate, cycle([BUFFER]), WEIGHTS),
+                naming(_fsdp_collectives.DefaultAllGather.allocate, cycle([BUFFER]), Category.WEIGHTS),
             ),
             # of a reduce-scatter, first the input, then the output
             (
                 _fsdp_collectives.DefaultReduceScatter,
                 "allocate",
-                naming(_fsdp_collectives.DefaultReduceScatter.allocate, cycle([SCATTER, SHARDS]), GRADIENTS),
+                naming(_fsdp_collectives.DefaultReduceScatter.allocate, cycle([SCATTER, SHARDS]), Category.GRADIENTS),
             ),
         ):
             stack.enter_context(patch.object(where, name, new))

@@ -21,7 +21,7 @@ from ..errors import ModelError, one_line
 from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
 from ..train import minisequence
-from .recording import BACKWARD, FORWARD, OPTIMIZER
+from .recording import Pass
 from .runnable import check_runnable
 
 DTYPES = {"bf16": torch.bfloat16, "mixed": torch.float32, "fp32": torch.float32}
@@ -126,15 +126,15 @@ class TrainingStep:
             torch.randint(0, vocabulary, (recipe.batch, seq_len), device=self.device) for _ in range(2)
         )
 
-    def run(self, begin: Callable[[str], Any] = lambda _name: None) -> torch.Tensor:
+    def run(self, begin: Callable[[Pass], Any] = lambda _pass: None) -> torch.Tensor:
         """One optimizer step; `begin` is told when each pass of it begins. Returns the loss of the last micro-batch, detached."""
         for _ in range(self.recipe.accumulation):
-            begin(FORWARD)
+            begin(Pass.FORWARD)
             loss = self.forward()
-            begin(BACKWARD)
+            begin(Pass.BACKWARD)
             loss.backward()
             loss = loss.detach()
-        begin(OPTIMIZER)
+        begin(Pass.OPTIMIZER)
         self.update()
         return loss
 

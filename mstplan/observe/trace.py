@@ -18,7 +18,7 @@ from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
 from .allocator import MIN_BLOCK
 from .extend import extend, row
-from .recording import FORWARD, GRADIENTS, OPTIMIZER, STATES, WEIGHTS, WORKSPACE, Made, Place, Recorded, Recording, Size
+from .recording import Category, Made, Pass, Place, Recorded, Recording, Size
 
 
 class Weight(NamedTuple):
@@ -50,7 +50,7 @@ class Peak(NamedTuple):
 class Alive(NamedTuple):
     """Tensors alive at a moment that are alike. bytes: of all copies, rounded up to blocks."""
 
-    category: str
+    category: Category
     module: str  # with * for the number of a layer
     operation: str
     shape: tuple[int, ...]
@@ -141,7 +141,7 @@ class Trace:
         return Recording(
             long.made + self.update.made,
             long.events + [(first + index, sign) for index, sign in self.update.events],
-            [*long.places, (Place(OPTIMIZER, -1), len(long.events))],
+            [*long.places, (Place(Pass.OPTIMIZER, -1), len(long.events))],
         )
 
     @property
@@ -154,18 +154,18 @@ class Trace:
     def resident(self) -> tuple[Alive, ...]:
         """What is there all the time: weights, the optimizer's states, cuBLAS' workspaces, gradients that are added to."""
 
-        def group(category: str, name: str, sizes: list[tuple[str, int]]) -> Iterator[Alive]:
+        def group(category: Category, name: str, sizes: list[tuple[str, int]]) -> Iterator[Alive]:
             for dtype in dict.fromkeys(d for d, _ in sizes):
                 same = [self.rounded(size) for d, size in sizes if d == dtype]
                 yield Alive(category, "", name, (), dtype, len(same), sum(same))
 
-        found = [*group(WEIGHTS, "weights and buffers", [(w.dtype, w.bytes) for w in self.weights])]
+        found = [*group(Category.WEIGHTS, "weights and buffers", [(w.dtype, w.bytes) for w in self.weights])]
         for name in dict.fromkeys(state.name for state in self.held_states):
-            found += group(STATES, name, [(s.dtype, s.bytes) for s in self.held_states if s.name == name])
+            found += group(Category.STATES, name, [(s.dtype, s.bytes) for s in self.held_states if s.name == name])
         if self.recipe.accumulation > 1:
-            found += group(GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
+            found += group(Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
         if self.workspace:
-            found.append(Alive(WORKSPACE, "", "cuBLAS", (), "uint8", HANDLES, self.workspace))
+            found.append(Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", HANDLES, self.workspace))
         return tuple(found)
 
     @cached_property
@@ -251,16 +251,16 @@ class _Kept(NamedTuple):
 
 def instant_of(place: Place, units: int) -> Instant:
     """The step model's name for what happens at a place of a step of so many units."""
-    if place.run == OPTIMIZER:
+    if place.run == Pass.OPTIMIZER:
         return Instant.OPTIMIZER
-    if place.run == FORWARD:
+    if place.run == Pass.FORWARD:
         return Instant.END_OF_FORWARD if place.unit < units else Instant.LOSS
     at_ends = {-1: Instant.EMBEDDING, 0: Instant.FIRST_LAYER, units: Instant.LOSS_BACKWARD}
     return at_ends.get(place.unit) or (Instant.LAST_LAYER if place.unit == units - 1 else Instant.MIDDLE_LAYER)
 
 
 def _kind(made: Made) -> tuple[Any, ...]:
-    if made.category == GRADIENTS:
-        return GRADIENTS, "", "gradients", (), made.dtype
+    if made.category == Category.GRADIENTS:
+        return Category.GRADIENTS, "", "gradients", (), made.dtype
     module = ".".join("*" if part.isdigit() else part for part in made.module.split("."))
     return made.category, module, made.operation, made.shape, made.dtype

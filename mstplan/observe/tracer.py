@@ -30,7 +30,7 @@ from .cpu import KernelBuffers
 from .cuda import FLASH, as_on_cuda, few_chunks, on_fake_tensors
 from .extend import Unlike, few, row
 from .recorder import Label, Recorder, checkpoints_of
-from .recording import ATTENTION, BACKWARD, FORWARD, LOSS, MLP, NORMS, OPTIMIZER, OTHER, STATES, Recording
+from .recording import Category, Pass, Recording
 from .runnable import check_runnable
 from .sharding import ranks, seen_by, shard, shard_shape
 from .step import TrainingStep, build, make_states, quiet, read_settings, trained
@@ -177,14 +177,14 @@ def record(model: PreTrainedModel, recipe: Recipe, seq_len: int, starts: list[in
         recorder.were_there(_held(model, step.in_backward))
         beside = KernelBuffers(recorder) if on == "cpu" else nullcontext()
         with _naming(model), quiet(), recorder, beside, recorder.watching(model):
-            recorder.begin(FORWARD)
+            recorder.begin(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             loss = step.forward()
-            recorder.begin(BACKWARD)
+            recorder.begin(Pass.BACKWARD)
             loss.backward()
             loss = loss.detach()
             del loss
-            recorder.begin(OPTIMIZER)
+            recorder.begin(Pass.OPTIMIZER)
     return recorder.close()
 
 
@@ -310,17 +310,17 @@ def _labels(model: PreTrainedModel) -> dict[nn.Module, Label]:
     for path, module in model.named_modules():
         within = units.get(module, set())
         category = (
-            MLP
+            Category.MLP
             if module in mlps
-            else ATTENTION
+            else Category.ATTENTION
             if module in mixing and within
-            else NORMS
+            else Category.NORMS
             if within
-            else LOSS
+            else Category.LOSS
             if module in head
-            else NORMS
+            else Category.NORMS
             if "Norm" in type(module).__name__
-            else OTHER
+            else Category.OTHER
         )
         unit = min(within) if len(within) == 1 else None  # what several share is of the one that runs it
         labels[module] = Label(path, category, unit, module in layers)
@@ -359,14 +359,14 @@ def _update(sizes: Sizes, optimizer: str, kernel: str, apart: bool) -> tuple[Rec
         optimizers = [make(group) for group in ([[w] for w in weights] if apart else [weights])]
         recorder.were_there(t for w in weights for t in (w, w.grad) if t is not None)
         with recorder:
-            recorder.begin(OPTIMIZER)
+            recorder.begin(Pass.OPTIMIZER)
             for each in optimizers:
                 each.step()
         states = tuple(State(name, _dtype(t), t.numel() * t.element_size()) for name, t in _states(optimizers))
         stay = {recorder.index_of(t) for _, t in _states(optimizers)}
     recording = recorder.close().without(stay)
     for made in recording.made:
-        made.category = STATES
+        made.category = Category.STATES
     return (Recording() if apart else recording), states
 
 

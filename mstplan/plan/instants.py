@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 
+from ..words import Word
 
-class Instant(str, Enum):
-    """A moment of a step, in the order of a step. Its value is what people read; it equals that string."""
+
+class Instant(Word):
+    """A moment of a step, in the order of a step."""
 
     END_OF_FORWARD = "end of forward"
     LOSS = "loss"
@@ -16,12 +18,6 @@ class Instant(str, Enum):
     FIRST_LAYER = "backward of the first layer"
     EMBEDDING = "backward of the embedding"
     OPTIMIZER = "optimizer step"
-
-    def __str__(self) -> str:
-        return self.value
-
-    def __repr__(self) -> str:
-        return repr(self.value)
 
     @property
     def phase(self) -> str:

@@ -12,19 +12,7 @@ from typing import TYPE_CHECKING
 
 from .. import files
 from ..errors import OutputError, quoted
-from ..observe.recording import (
-    ATTENTION,
-    CATEGORIES,
-    GRADIENTS,
-    INPUTS,
-    LOSS,
-    MLP,
-    NORMS,
-    OTHER,
-    STATES,
-    WEIGHTS,
-    WORKSPACE,
-)
+from ..observe.recording import Category
 from ..observe.trace import Trace
 from ..plan.instants import Instant
 from ..units import GIB, format_gib, format_tokens
@@ -40,16 +28,16 @@ SUFFIXES = (".png", ".svg", ".pdf")
 MOST_POINTS = 1500
 """More would not be seen. Of the events between two points the largest is drawn, so no peak is lost."""
 COLORS = {
-    WEIGHTS: "#999999",
-    STATES: "#cccccc",
-    GRADIENTS: "#0072B2",
-    INPUTS: "#56B4E9",
-    ATTENTION: "#E69F00",
-    MLP: "#009E73",
-    NORMS: "#F0E442",
-    LOSS: "#D55E00",
-    WORKSPACE: "#CC79A7",
-    OTHER: "#000000",
+    Category.WEIGHTS: "#999999",
+    Category.STATES: "#cccccc",
+    Category.GRADIENTS: "#0072B2",
+    Category.INPUTS: "#56B4E9",
+    Category.ATTENTION: "#E69F00",
+    Category.MLP: "#009E73",
+    Category.NORMS: "#F0E442",
+    Category.LOSS: "#D55E00",
+    Category.WORKSPACE: "#CC79A7",
+    Category.OTHER: "#000000",
 }
 
 
@@ -67,12 +55,12 @@ def write(view: View, path: Path) -> None:
     files.write(path, data)
 
 
-def stacks(trace: Trace) -> dict[str, list[int]]:
+def stacks(trace: Trace) -> dict[Category, list[int]]:
     """Bytes on the device after each event, by category; together `trace.live`."""
-    now = dict.fromkeys(CATEGORIES, 0)
+    now = dict.fromkeys(Category, 0)
     for group in trace.resident:
         now[group.category] += group.bytes
-    found: dict[str, list[int]] = {category: [] for category in CATEGORIES}
+    found: dict[Category, list[int]] = {category: [] for category in Category}
     for index, sign in trace.step.events:
         made = trace.step.made[index]
         now[made.category] += 0 if made.host else sign * trace.rounded(made.bytes)
@@ -94,7 +82,7 @@ def _draw(figure: Figure, view: View, title: str) -> None:
     axes = figure.add_axes((0.075, 0.2, 0.905, 0.7))
     figure.text(0.015, 0.965, title, fontsize=12, weight="bold", va="top")
     found, at = stacks(trace), drawn(trace.live)
-    shown = [category for category in CATEGORIES if any(found[category])]
+    shown = [category for category in Category if any(found[category])]
     axes.stackplot(
         at,
         [[found[c][e] / GIB for e in at] for c in shown],

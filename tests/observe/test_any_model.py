@@ -14,7 +14,7 @@ from transformers import GPT2Config, PreTrainedConfig, dynamic_module_utils
 
 from mstplan.errors import ModelError
 from mstplan.observe.recorder import Recorder
-from mstplan.observe.recording import BACKWARD, FORWARD
+from mstplan.observe.recording import Pass
 from mstplan.observe.step import build, read_settings, vocabulary_of
 from mstplan.observe.trace import Trace
 from mstplan.observe.tracer import _shorten, trace, trace_settings
@@ -101,7 +101,7 @@ def test_weights_that_are_not_trained_have_no_gradients_and_no_states(recipe):
 def test_a_module_that_all_layers_share_is_of_the_layer_that_runs_it():
     traced = trace_settings(settings("OpenAIGPTLMHeadModel"), Recipe(), 13)
     assert traced.units > len(traced.kept)
-    for run in (FORWARD, BACKWARD):
+    for run in (Pass.FORWARD, Pass.BACKWARD):
         units = {
             place.unit
             for place, span in traced.short.blocks()

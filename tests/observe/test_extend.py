@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mstplan import profiles
 from mstplan.observe.extend import Unlike, extend, few, part, row
-from mstplan.observe.recording import BACKWARD, FORWARD, Made, Place, Recording
+from mstplan.observe.recording import Made, Pass, Place, Recording
 from mstplan.observe.trace import Trace
 from mstplan.observe.tracer import trace
 from mstplan.plan.recipe import STRATEGIES, Recipe, strategy
@@ -122,9 +122,9 @@ class Step:
         self.done: list[tuple[Place, int, str]] = []  # (where, +1 or -1, what)
         self.number = {-1: -1, **{unit: n for n, unit in enumerate(units)}, count: len(units)}
         for unit in (-1, *units, count):
-            self.at(FORWARD, unit, 1)
+            self.at(Pass.FORWARD, unit, 1)
         for unit in (count, *reversed(units), -1):
-            self.at(BACKWARD, unit, -1)
+            self.at(Pass.BACKWARD, unit, -1)
 
     def at(self, run: str, unit: int, sign: int, what: str = "") -> None:
         self.done.append((Place(run, unit), sign, what or f"of {unit}"))
@@ -161,7 +161,7 @@ def test_what_is_left_is_let_go_of_before_all_layers():
     def left(*units: int) -> Recording:
         step = Step(*units)
         for unit in reversed(units[1:-1]):
-            step.moved(f"of {unit}", before=(BACKWARD, -1))
+            step.moved(f"of {unit}", before=(Pass.BACKWARD, -1))
         return step.recording()
 
     assert extend(left(*FEW), FEW, ALIKE) == left(0, 1, 2, 3, 4)
@@ -170,18 +170,21 @@ def test_what_is_left_is_let_go_of_before_all_layers():
 @pytest.mark.parametrize("unit", [1, 2])
 def test_only_one_of_two_alike_is_let_go_of(unit):
     """The other would tell that the layers between keep what they made, or that they all let go of it."""
-    step = Step(*FEW).moved(f"of {3 - unit}", before=None).moved(f"of {unit}", before=(BACKWARD, -1))
+    step = Step(*FEW).moved(f"of {3 - unit}", before=None).moved(f"of {unit}", before=(Pass.BACKWARD, -1))
     with pytest.raises(Unlike):
         extend(step.recording(), FEW, ALIKE)
 
 
 def test_what_all_share():
-    first = Step(*FEW).moved("of -1", before=(BACKWARD, 0))
-    assert extend(first.recording(), FEW, ALIKE) == Step(0, 1, 2, 3, 4).moved("of -1", before=(BACKWARD, 0)).recording()
+    first = Step(*FEW).moved("of -1", before=(Pass.BACKWARD, 0))
+    assert (
+        extend(first.recording(), FEW, ALIKE)
+        == Step(0, 1, 2, 3, 4).moved("of -1", before=(Pass.BACKWARD, 0)).recording()
+    )
     for place in (
-        (BACKWARD, 1),
-        (FORWARD, 1),
-        (FORWARD, 2),
+        (Pass.BACKWARD, 1),
+        (Pass.FORWARD, 1),
+        (Pass.FORWARD, 2),
     ):  # does the second of the whole do that, or the last but one?
         with pytest.raises(Unlike):
             extend(Step(*FEW).moved("of -1", before=place).recording(), FEW, ALIKE)
@@ -196,20 +199,20 @@ def test_what_some_share():
     def shared(run: str, *units: int) -> Recording:
         return Step(*units, count=15).moved("of -1", before=(run, 3)).recording()
 
-    assert extend(shared(BACKWARD, *kept), kept, whole) == shared(BACKWARD, *range(15))
+    assert extend(shared(Pass.BACKWARD, *kept), kept, whole) == shared(Pass.BACKWARD, *range(15))
     with pytest.raises(Unlike):
-        extend(shared(FORWARD, *kept), kept, whole)
+        extend(shared(Pass.FORWARD, *kept), kept, whole)
 
 
 def test_units_that_come_in_another_order():
     step = Step(*FEW)
-    backward = next(n for n, (place, _, _) in enumerate(step.done) if place.run == BACKWARD)
+    backward = next(n for n, (place, _, _) in enumerate(step.done) if place.run == Pass.BACKWARD)
     step.done[backward + 2 : backward + 4] = reversed(step.done[backward + 2 : backward + 4])
     with pytest.raises(Unlike):
         extend(step.recording(), FEW, ALIKE)
 
 
 def test_lives_over_more_than_the_neighbours():
-    step = Step(*FEW).moved("of 4", before=(BACKWARD, 0))
+    step = Step(*FEW).moved("of 4", before=(Pass.BACKWARD, 0))
     with pytest.raises(Unlike):
         extend(step.recording(), FEW, ALIKE)

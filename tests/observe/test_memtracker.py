@@ -9,7 +9,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from mstplan.observe.cuda import as_on_cuda
 from mstplan.observe.recorder import Recorder
-from mstplan.observe.recording import BACKWARD, FORWARD, largest
+from mstplan.observe.recording import Pass, largest
 from mstplan.observe.step import TrainingStep, build, read_settings
 from mstplan.observe.tracer import _labels as labels_of
 from mstplan.plan.recipe import Recipe, strategy
@@ -30,9 +30,9 @@ def test_equal_totals(recipe):
             step = TrainingStep(model, recipe, 1024)
             recorder.were_there([*model.parameters(), *model.buffers(), step.tokens, step.labels])
             with recorder, recorder.watching(model):
-                recorder.begin(FORWARD)
+                recorder.begin(Pass.FORWARD)
                 loss = step.forward()
-                recorder.begin(BACKWARD)
+                recorder.begin(Pass.BACKWARD)
                 loss.backward()
         ours = largest(recorder.close().live())[0]
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(Recorder({}, 0)):

@@ -9,20 +9,7 @@ import torch
 
 from mstplan.errors import RecipeError
 from mstplan.kept import adapter
-from mstplan.observe.recording import (
-    ATTENTION,
-    BACKWARD,
-    FORWARD,
-    GRADIENTS,
-    INPUTS,
-    LOSS,
-    MLP,
-    RECOMPUTE,
-    Place,
-    Recorded,
-    Recording,
-    largest,
-)
+from mstplan.observe.recording import Category, Pass, Place, Recorded, Recording, largest
 from mstplan.observe.step import TrainingStep, build, read_settings
 from mstplan.observe.tracer import trace
 from mstplan.plan.recipe import Recipe, strategy
@@ -56,7 +43,7 @@ def test_what_is_alive_adds_up(plain):
 
 
 def test_modules_are_named_in_both_passes(plain):
-    for run in (FORWARD, BACKWARD):
+    for run in (Pass.FORWARD, Pass.BACKWARD):
         wide = {
             plain.made[plain.events[e][0]].module
             for place, span in plain.blocks()
@@ -69,23 +56,23 @@ def test_modules_are_named_in_both_passes(plain):
 
 def test_categories(plain):
     by_shape = {(m.shape, m.category) for m in plain.made}
-    assert ((1, 32, 48), MLP) in by_shape
-    assert ((1, 32, 32), INPUTS) in by_shape
-    assert ((1, 4, 32), ATTENTION) in by_shape or ((1, 32, 4, 8), ATTENTION) in by_shape
-    gradients = [m for m in plain.made if m.category == GRADIENTS]
+    assert ((1, 32, 48), Category.MLP) in by_shape
+    assert ((1, 32, 32), Category.INPUTS) in by_shape
+    assert ((1, 4, 32), Category.ATTENTION) in by_shape or ((1, 32, 4, 8), Category.ATTENTION) in by_shape
+    gradients = [m for m in plain.made if m.category == Category.GRADIENTS]
     assert len(gradients) == len(list(build(read_settings(TINY), Recipe(), "eager", "meta").parameters()))
     logits = [m for m in plain.made if m.shape[-1:] == (61,) and m.shape[0] != 61]
-    assert len(logits) > 4 and {m.category for m in logits} == {LOSS}
+    assert len(logits) > 4 and {m.category for m in logits} == {Category.LOSS}
 
 
 def test_places_are_those_of_a_step():
     step = trace(TINY, strategy("checkpoint"), 32, whole=True).step
     places = [place for place, _ in step.places]
-    forward = [place.unit for place in places if place.run == FORWARD]
+    forward = [place.unit for place in places if place.run == Pass.FORWARD]
     assert forward == [-1, 0, 1, 2, 3, 4]
-    again = [place.unit for place in places if place.run == RECOMPUTE]
+    again = [place.unit for place in places if place.run == Pass.RECOMPUTE]
     assert again == [3, 2, 1, 0]
-    assert next(p for p in places if p.run == BACKWARD) == Place(BACKWARD, 4)
+    assert next(p for p in places if p.run == Pass.BACKWARD) == Place(Pass.BACKWARD, 4)
 
 
 def test_a_recording_survives_json(plain):

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from mstplan.errors import OutputError
-from mstplan.observe.recording import CATEGORIES, GRADIENTS, INPUTS
+from mstplan.observe.recording import Category
 from mstplan.plan import solve
 from mstplan.plan.config import read_config
 from mstplan.plan.hardware import card
@@ -33,9 +33,11 @@ def shown():
 
 def test_stacks_add_up(shown):
     stacks = timeline.stacks(shown.trace)
-    assert list(stacks) == list(CATEGORIES)
+    assert list(stacks) == list(Category)
     assert [sum(sizes) for sizes in zip(*stacks.values(), strict=True)] == shown.trace.live
-    assert stacks[GRADIENTS][-1] == max(stacks[GRADIENTS]) and stacks[INPUTS][0] == 0 < max(stacks[INPUTS])
+    assert stacks[Category.GRADIENTS][-1] == max(stacks[Category.GRADIENTS]) and stacks[Category.INPUTS][0] == 0 < max(
+        stacks[Category.INPUTS]
+    )
 
 
 def test_no_peak_is_lost(shown):
