@@ -9,6 +9,7 @@ from . import calibration, hardware
 from .cuda import BIAS_ROWS
 from .hardware import GRANULARITY, Card, same_size
 from .model import Model
+from .optimizers import stand_ins
 from .recipe import Recipe
 from .solve import Answer, Plan, longest, max_seq, smallest_chunks_tokens, window_of
 from .steps import Chunks
@@ -165,7 +166,9 @@ def position_notes(model: Model, seq_len: int) -> list[str]:
     return [f"{model.name} was made for {format_tokens(model.context)} positions: longer sequences need {more}."]
 
 
-NOTHING_TRIED = "Nothing that is tried (checkpointing, chunks, batch 1, bf16, Adafactor, 8-bit AdamW, the optimizer in backward, host memory)"
+def nothing_tried() -> str:
+    others = ", ".join(each.short for each in stand_ins().values())
+    return f"Nothing that is tried (checkpointing, chunks, batch 1, bf16, {others}, the optimizer in backward, host memory)"
 
 
 def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way]) -> list[str]:
@@ -175,7 +178,7 @@ def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way]) -> list[s
     if not to_fit:
         bigger = smallest_gpu(p)
         more = f" The smallest card that holds it: {bigger.name}." if bigger else " No single card holds it."
-        lines.append(f"{NOTHING_TRIED} makes it fit on this card." + more)
+        lines.append(f"{nothing_tried()} makes it fit on this card." + more)
     return lines
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..errors import RecipeError
 from .hardware import Gpu, gpus
+from .optimizers import stand_ins
 from .recipe import Recipe
 from .solve import Plan, max_seq, plan_at, recommend_at
 
@@ -62,10 +63,7 @@ def _states(start: Plan) -> tuple[Lever, ...]:
     )
     return (
         (Change("weights and moments in bf16", "exact updates", 8, {"precision": "bf16"}),),
-        (
-            Change("Adafactor", "Adam's updates", 5, {"optimizer": "adafactor"}),
-            Change("8-bit AdamW", "exact moments", 5, {"optimizer": "adamw-8bit"}),
-        ),
+        tuple(Change(each.short, each.gives_up, 5, {"optimizer": name}) for name, each in stand_ins().items()),
         (
             Change(
                 "the optimizer in backward", "accumulation and clipping; own loop", 4, {"optimizer_in_backward": True}

@@ -105,7 +105,7 @@ def fallback_notes(step: Plan, reaches: int, to_fit: Sequence[Way], beyond: Way 
     """How far the recipe reaches as it is, how far changes would take it, and the card that holds the length."""
     lines = []
     if not to_fit and beyond is None:
-        lines.append(f"{advice.NOTHING_TRIED} makes this length fit on this card.")
+        lines.append(f"{advice.nothing_tried()} makes this length fit on this card.")
     lines.append(
         f"As it is, this recipe reaches {format_tokens(reaches)} tokens here."
         if reaches

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from mstplan.plan import advice
 from mstplan.plan.optimizers import OPTIMIZERS
 from mstplan.plan.optimizers.base import Memory, Optimizer, numel_of
 from mstplan.plan.tape import Weight
@@ -20,6 +21,8 @@ class Signs(Optimizer):
 
     name = "signs"
     label = "the tests' optimizer"
+    short = "signs alone"
+    gives_up = "the sizes of updates"
     host_state_bytes = 4
     steps_shards = False
     torch_states = {"momentum of signs": "momentum"}  # noqa: RUF012
@@ -80,6 +83,16 @@ def test_it_is_refused_by_name_where_it_cannot_step(run: Run, signs):
     said = run("plan", *MODEL, "--seq-len", "1k", "--sharding", "fsdp", "--gpus", "2")
     assert said.code == 2 and "the tests' optimizer cannot step fsdp's shards" in said.err
     assert "signs" in run("plan", *MODEL[:-1], "sings", "--seq-len", "1k").err
+
+
+def test_it_is_among_the_ways_to_fit(run: Run, signs):
+    """A recipe that AdamW's states do not fit with is sent to it as well, as options to paste."""
+    said = run("plan", "-m", "qwen3-4b", "--gpu", "rtx-4090", "-s", "mst", "--seq-len", "2k", "--json").json
+    tried = [way["options"] for way in said["ways_to_fit"]]
+    assert not said["fits"] and any("--optimizer" in options for options in tried)
+    assert "signs alone" in advice.nothing_tried()
+    for options in (o for o in tried if "--optimizer signs" in o):
+        assert run("plan", "-m", "qwen3-4b", "--gpu", "rtx-4090", "--seq-len", "2k", *options.split()).code == 0
 
 
 @pytest.mark.parametrize("typed", ["adamx", "lion", "muon", "", "ADAMW-9bit", "signs"])

@@ -22,6 +22,11 @@ OPTIMIZERS: dict[str, Optimizer] = {each.name: each for each in (AdamW(), AdamW8
 """By the name that recipes have for them."""
 
 
+def stand_ins() -> dict[str, Optimizer]:
+    """Those with which a recipe of AdamW's may hold less, by name."""
+    return {name: each for name, each in OPTIMIZERS.items() if each.gives_up}
+
+
 def optimizer_memory(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:
     """States and temporaries on the device of the recipe's optimizer over weights, given as (weight, how many)."""
     if recipe.optimizer_on_host:

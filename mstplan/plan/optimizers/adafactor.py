@@ -19,6 +19,8 @@ COPIES = {2: 4, 4: 2}  # by bytes of a weight: fp32 tensors of one weight's size
 class Adafactor(Optimizer):
     name = "adafactor"
     label = "transformers' Adafactor"
+    short = "Adafactor"
+    gives_up = "Adam's updates"
     steps_shards = False
 
     def memory(self, recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class AdamW(Optimizer):
     name = "adamw"
     label = "torch's AdamW"
+    short = "AdamW"
     host_state_bytes = 8
     has_kernels = True
     torch_states: ClassVar[dict[str, str]] = {"AdamW first moment": "exp_avg", "AdamW second moment": "exp_avg_sq"}

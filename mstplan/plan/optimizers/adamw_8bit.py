@@ -18,6 +18,8 @@ SMALL = 4096  # weights below this many values keep fp32 states there (min_8bit_
 class AdamW8bit(Optimizer):
     name = "adamw-8bit"
     label = "bitsandbytes' AdamW8bit"
+    short = "8-bit AdamW"
+    gives_up = "exact moments"
     host_state_bytes = 8
     steps_shards = False
     runs = False

@@ -29,6 +29,10 @@ class Optimizer:
     """What recipes and --optimizer call it."""
     label: ClassVar[str]
     """Whose it is, for messages: "bitsandbytes' AdamW8bit"."""
+    short: ClassVar[str]
+    """As a change of a recipe is called: "8-bit AdamW"."""
+    gives_up: ClassVar[str] = ""
+    """What one gives up with it who trains with AdamW, to hold less; empty: it is no stand-in for AdamW."""
     host_state_bytes: ClassVar[int] = 0
     """Bytes of states for each parameter, beside the fp32 weight, where it steps on the host."""
     steps_shards: ClassVar[bool] = True

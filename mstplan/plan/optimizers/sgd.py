@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Sgd(Optimizer):
     name = "sgd"
     label = "torch's SGD"
+    short = "SGD"
 
     def memory(self, recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:
         """Nothing: it updates in place."""
