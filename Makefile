@@ -8,7 +8,7 @@ ARGS ?= max-seq --model llama3.1-8b --gpu-mem 80GB
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := plan
-.PHONY: plan test lint format types check clean help
+.PHONY: plan test surveys lint format types check clean help
 
 # $(call environment,FOLDER,WHAT TO INSTALL,IN WORDS): a fresh virtual environment with the pinned versions.
 # What it says goes to stderr, so that `make -s plan ARGS='... --json'` leaves nothing but JSON on stdout.
@@ -29,7 +29,10 @@ plan: .venv-plan/.ready  ## answer: make plan ARGS='max-seq --model NAME --gpu N
 	@.venv-plan/bin/mstplan $(ARGS)
 
 test: .venv-test/.ready  ## run the tests: make test PYTEST_ARGS='tests/plan -x'
-	.venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not survey" $(PYTEST_ARGS)
+
+surveys: .venv-test/.ready  ## run the tests that try every class of transformers
+	.venv-test/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m survey tests/observe/test_survey.py tests/plan/test_survey.py
 
 lint: .venv-test/.ready  ## ruff: likely mistakes, and code that is laid out otherwise than its formatter does
 	.venv-test/bin/ruff check .
@@ -41,7 +44,7 @@ format: .venv-test/.ready  ## lay code out
 types: .venv-test/.ready  ## mypy
 	.venv-test/bin/mypy
 
-check: lint types test  ## all three
+check: lint types test surveys  ## all four
 
 clean:  ## remove what these commands made
 	rm -rf .venv-plan .venv-test build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

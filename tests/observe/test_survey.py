@@ -20,7 +20,7 @@ CLAIM = "Of transformers X's N causal-LM classes, N are traced, N are refused by
 SHARE = 0.9  # of all classes must be traced
 EVERY = 60  # so many classes one goes through checkpoints and chunks as well
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.survey]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from mstplan.plan.unread import _HYBRIDS, TYPES, WAY_OUT
 from tests.train.survey import causal_lm_classes
 from tests.train.tiny import tiny_config
 
+pytestmark = pytest.mark.survey
+
 README = Path(__file__).parents[2] / "README.md"
 CLAIM = (
     "Of transformers X's N causal-LM classes, the formula counts N exactly, of N the text part, and refuses N by name"
