@@ -44,7 +44,7 @@ format: .venv-test/.ready  ## lay code out
 types: .venv-test/.ready  ## mypy
 	.venv-test/bin/mypy
 
-check: lint types test surveys  ## all four
+check: lint types test surveys  ## lint, types, tests and surveys
 
 clean:  ## remove what these commands made
 	rm -rf .venv-plan .venv-test build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

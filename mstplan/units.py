@@ -73,6 +73,11 @@ def parse_length(text: str) -> int:
     return tokens
 
 
+def trainable(tokens: int) -> int:
+    """So many tokens, or 0 where they are too few to train on."""
+    return tokens if tokens >= SHORTEST else 0
+
+
 def parse_share(text: str, name: str) -> float:
     """A share of '1%' or '0.01', from 0 to 1; `name` says in messages what it is. Raises UnitError."""
     match = _match(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(%?)", text)

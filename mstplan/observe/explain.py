@@ -43,18 +43,18 @@ class Row(NamedTuple):
 
 def compare(entries: Iterable[Entry], alive: Iterable[Alive]) -> tuple[Row, ...]:
     """Every kind of tensor that either side has, largest difference first. The rows add up to both sides' totals."""
+    groups = _groups()
     theirs: dict[object, list[Entry]] = defaultdict(list)
     ours: dict[object, list[Alive]] = defaultdict(list)
     for entry in entries:
-        theirs[_kind_of_entry(entry)].append(entry)
+        theirs[_kind_of_entry(entry, groups)].append(entry)
     for group in alive:
-        ours[_kind_of_group(group)].append(group)
+        ours[_kind_of_group(group, groups)].append(group)
     rows = [_row(theirs[kind], ours[kind]) for kind in dict.fromkeys([*theirs, *ours])]
     return tuple(sorted(rows, key=lambda row: -abs(row.difference)))
 
 
-def _kind_of_entry(entry: Entry) -> object:
-    groups = _groups()
+def _kind_of_entry(entry: Entry, groups: dict[str, str]) -> object:
     if entry.name in groups:
         return groups[entry.name]
     if not entry.shape:  # the optimizer's temporaries: as many as there are weights
@@ -62,9 +62,9 @@ def _kind_of_entry(entry: Entry) -> object:
     return entry.dtype, round_size(entry.bytes // entry.copies)
 
 
-def _kind_of_group(group: Alive) -> object:
+def _kind_of_group(group: Alive, groups: dict[str, str]) -> object:
     if group.category == Category.STATES:
-        return group.operation if group.operation in _groups().values() else Category.STATES
+        return group.operation if group.operation in groups.values() else Category.STATES
     if group.category in (Category.WEIGHTS, Category.GRADIENTS) or group.operation == "cuBLAS":
         return group.category
     return group.dtype, round_size(group.bytes // group.copies)

@@ -16,7 +16,7 @@ from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.solve import chunk_tokens
 from ..plan.steps import Chunks
-from ..units import LONGEST, SHORTEST, format_gib
+from ..units import LONGEST, SHORTEST, format_gib, trainable
 from . import cache, search
 from .measurement import OK, OUT_OF_MEMORY, Case, Measurement
 from .showing import Showing, unseen
@@ -212,7 +212,7 @@ def longest_on_cpu(limit: int, trace_at: Callable[[int], Trace], start: int = 10
             if high < LONGEST
             else 2 * seq_len
         )
-    return low if low >= SHORTEST else 0
+    return trainable(low)
 
 
 # ---- what chunks cost ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ..plan.model import Model
 from ..plan.recipe import Recipe
 from ..plan.solve import Answer, Peak, Plan
 from ..plan.steps import Chunks
-from ..units import LONGEST, SHORTEST
+from ..units import LONGEST, SHORTEST, trainable
 from .card import needed, room, runs
 from .trace import Trace
 
@@ -144,7 +144,7 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
     plan = solve.plan_at(model, recipe, card, shown, chunks)
     largest = max(hardest(shown), key=lambda each: each.peak.bytes)
     at_the_end = high == low + 1 and recipe.padded(high) not in seen
-    answer = Answer(strategy, low if low >= SHORTEST else 0, _as_traced(plan, largest))
+    answer = Answer(strategy, trainable(low), _as_traced(plan, largest))
     return Found(answer, largest, len(seen) + (model.stand_in is not None), start.s_max, at_the_end)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -24,11 +24,13 @@ from ..train import minisequence
 from .recording import Pass
 from .runnable import check_runnable
 
+if TYPE_CHECKING:
+    from ..plan.optimizers.base import Make
+
 DTYPES = {"bf16": torch.bfloat16, "mixed": torch.float32, "fp32": torch.float32}
 
 NO_HOST_MEMORY = "can't allocate memory"
 """What the RuntimeError of torch's allocator for CPUs says."""
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> PreTrainedConfig:
@@ -164,7 +166,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def step_in_backward(model: nn.Module, make: MakeOptimizer) -> list[torch.optim.Optimizer]:
+def step_in_backward(model: nn.Module, make: Make) -> list[torch.optim.Optimizer]:
     """Step each weight as soon as its gradient is there, then let the gradient go."""
     optimizers = []
     for weight in trained(model):

@@ -77,7 +77,8 @@ class Writer:
         """A weight as an operation keeps it: autocast's bf16 copy, or nothing beyond the parameter itself."""
         if not self.numerics.autocast or len(weight.shape) < 2:
             return ()
-        copy = self.tape.cached(f"{weight.name}, bf16 copy", " ".join(map(str, weight.shape)), "bfloat16")
+        shape = " ".join(map(str, weight.shape))
+        copy = self.tape.new(f"{weight.name}, bf16 copy", shape, "bfloat16", cached=True)
         self.tape.op("cast " + weight.name, [], copy)
         return (copy,)
 

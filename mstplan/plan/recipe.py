@@ -112,6 +112,7 @@ class Recipe(BaseModel):
     def _bad_sharding(self) -> tuple[tuple[bool, str], ...]:
         if self.sharding == "none":
             return ((self.gpus > 1, "several gpus are planned with sharding='fsdp' (--sharding fsdp) only"),)
+        stepping = " or ".join(name for name, each in OPTIMIZERS.items() if each.steps_shards)
         return (
             (self.gpus < 2, "sharding='fsdp' needs 2 gpus or more (--gpus 8)"),
             (
@@ -120,7 +121,7 @@ class Recipe(BaseModel):
             ),
             (
                 not OPTIMIZERS[self.optimizer].steps_shards,
-                f"{OPTIMIZERS[self.optimizer].label} cannot step fsdp's shards: use {_any_of(name for name, each in OPTIMIZERS.items() if each.steps_shards)}",
+                f"{OPTIMIZERS[self.optimizer].label} cannot step fsdp's shards: use {stepping}",
             ),
             (
                 self.optimizer_on_host or self.weights_on_host,
@@ -187,10 +188,6 @@ class Recipe(BaseModel):
             return Recipe.model_validate({**self.model_dump(), **fields})
         except ValidationError as e:
             raise RecipeError(first_problem(e)) from None
-
-
-def _any_of(names: Iterable[str]) -> str:
-    return " or ".join(names)
 
 
 _MUST_BE = {

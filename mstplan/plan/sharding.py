@@ -38,24 +38,21 @@ def shards_of(weights: list[tuple[Weight, int]], gpus: int) -> list[tuple[Weight
 
 def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     """A step's tape with a group for every layer, and one for the rest."""
-    made: dict[int, Group] = {}
-    tapes = [op.part.tape for op in tape.ops if op.part is not None and not op.part.in_forward]
-    for inner in tapes:
-        if id(inner) not in made:
-            weights = [weight for weight, n in step_weights(inner.ops) for _ in range(n)]
-            made[id(inner)] = _group(weights, recipe, "a layer")
+    layers = [op for op in tape.ops if op.is_layer]
+    tapes = [op.part.tape for op in layers if op.part is not None]
+    made: dict[Tape, Group] = {}
+    for inner in dict.fromkeys(tapes):
+        weights = [weight for weight, n in step_weights(inner.ops) for _ in range(n)]
+        made[inner] = _group(weights, recipe, "a layer")
 
-    def in_group(op: Op, i: int) -> Op:
+    def in_group(i: int) -> Op:
         # Buffers of the layers on both sides are there with a layer: its moments lie between its neighbours' when theirs are alike.
         interior = 1 < i < len(tapes) - 2 and all(near is tapes[i] for near in tapes[i - 2 : i + 3])
-        return replace(op, group=made[id(tapes[i])], interior=interior)
+        return replace(layers[i], group=made[tapes[i]], interior=interior)
 
-    numbers = iter(range(len(tapes)))
-    ops = tuple(
-        in_group(op, next(numbers)) if op.part is not None and not op.part.in_forward else op for op in tape.ops
-    )
-    rest = [weight for weight, _ in step_weights([op for op in ops if op.group is None])]
-    return replace(tape, ops=ops, group=_group(rest, recipe, REST))
+    grouped = {op: in_group(i) for i, op in enumerate(layers)}
+    rest = [weight for weight, _ in step_weights([op for op in tape.ops if op not in grouped])]
+    return replace(tape, ops=tuple(grouped.get(op, op) for op in tape.ops), group=_group(rest, recipe, REST))
 
 
 def _group(weights: list[Weight], recipe: Recipe, of: str) -> Group:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
 from ..kept import Kept
-from ..units import LONGEST, SHORTEST
+from ..units import LONGEST, SHORTEST, trainable
 from . import calibration
 from .calibration import Calibration
 from .cuda import BIAS_ROWS
@@ -185,11 +185,7 @@ def sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
 
 def longest(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
     """S_max in tokens for fixed chunks: it and every shorter length fit, and one more does not; 0 when not even `SHORTEST` fits."""
-    return _length(_up_to(model, recipe, card, chunks))
-
-
-def _length(tokens: int) -> int:
-    return tokens if tokens >= SHORTEST else 0
+    return trainable(_up_to(model, recipe, card, chunks))
 
 
 def _up_to(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
@@ -440,7 +436,7 @@ def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") 
     s_max = longest(model, recipe, card, chunks)
     found = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
     if s_max and not found.fits_host:
-        s_max = _length(min(s_max, _longest_on_host(found)))
+        s_max = trainable(min(s_max, _longest_on_host(found)))
         found = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
     return Answer(strategy, s_max, found)
 

@@ -145,9 +145,14 @@ class Op:
     stage: Stage | None = None  # of the step that it belongs to; None within a part
 
     @property
+    def is_layer(self) -> bool:
+        """Whether it is a layer of the step, or several that are checkpointed together."""
+        return self.stage is not None and self.stage.is_layer
+
+    @property
     def where(self) -> str:
         """What its inner operations' names begin with: nothing for a layer, which the instant tells already."""
-        return "" if self.stage is not None and self.stage.is_layer else self.name
+        return "" if self.is_layer else self.name
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -217,21 +222,15 @@ class TapeWriter:
         assert self.output is not None
         return Tape(dict(self.dims), tuple(self.ops), self.output, self.source)
 
-    def new(self, name: str, shape: str, dtype: str) -> Tensor:
-        return self._tensor(name, shape, dtype)
+    def new(self, name: str, shape: str, dtype: str, of: Tensor | None = None, *, cached: bool = False) -> Tensor:
+        """of: the tensor that it is a view of; cached: as of `Tensor`."""
+        return tensor_of(self.dims, name, shape, dtype, of, role=self.role, cached=cached)
 
     def grad(self, tensor: Tensor) -> Tensor:
         return grad_of(tensor)
 
     def view(self, tensor: Tensor, name: str, shape: str) -> Tensor:
-        return self._tensor(name, shape, tensor.dtype, tensor)
-
-    def _tensor(self, name: str, shape: str, dtype: str, of: Tensor | None = None, cached: bool = False) -> Tensor:
-        return tensor_of(self.dims, name, shape, dtype, of, role=self.role, cached=cached)
-
-    def cached(self, name: str, shape: str, dtype: str) -> Tensor:
-        """A cast weight, which autocast keeps until the end of forward."""
-        return self._tensor(name, shape, dtype, cached=True)
+        return self.new(name, shape, tensor.dtype, tensor)
 
     def op(self, name: str, reads: Iterable[Tensor], *makes: Tensor, **more: object) -> Tensor:
         return self.add(Op(name, tuple(reads), makes, stage=self.stage, **more))  # type: ignore[arg-type]

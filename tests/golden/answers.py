@@ -92,10 +92,8 @@ def trace(name: str) -> dict[str, Any]:
     return found
 
 
-def digest(value: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(list(value) if not isinstance(value, dict) else value, sort_keys=True, default=str).encode()
-    ).hexdigest()[:12]
+def digest(values: Iterable[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:12]
 
 
 def differences(now: Any, before: Any, where: str = "") -> Iterable[str]:
