@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plan.optimizers import OPTIMIZERS
+from ..plan.selection import WeightKind
 from .commands import Asked, Option, arguments, option
 
 if TYPE_CHECKING:
@@ -97,6 +98,27 @@ RECIPE = {
     ),
     "loss": option(
         str | None, "--loss", "transformers | 'transformers<4.45' | chunked.", panel="Recipe", metavar="NAME"
+    ),
+    "train": option(
+        str | None,
+        "--train",
+        f"Train these weights only: {' | '.join(WeightKind)}, or patterns over their names.",
+        panel="Recipe",
+        metavar="NAMES",
+    ),
+    "freeze": option(
+        str | None,
+        "--freeze",
+        "Do not train these weights.",
+        panel="Recipe",
+        metavar="NAMES",
+    ),
+    "input_gradients": option(
+        bool,
+        "--input-gradients",
+        "Backward goes down to the embeddings' output whatever is trained, as with transformers' own checkpointing.",
+        False,
+        panel="Recipe",
     ),
     "gpus": option(
         int | None,
@@ -246,7 +268,10 @@ def changes_of(asked: Asked) -> dict[str, object]:
         "sharding",
     )
     changes: dict[str, object] = {name: getattr(asked, name) for name in named if getattr(asked, name) is not None}
-    for switch in ("optimizer_in_backward", "optimizer_on_host", "weights_on_host"):
+    for name in ("train", "freeze"):
+        if (patterns := getattr(asked, name)) is not None:
+            changes[name] = tuple(part.strip() for part in patterns.split(","))
+    for switch in ("optimizer_in_backward", "optimizer_on_host", "weights_on_host", "input_gradients"):
         if getattr(asked, switch):
             changes[switch] = True
     if asked.offload:

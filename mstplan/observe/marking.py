@@ -40,14 +40,17 @@ def marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[Pass], None]]:
         def hook(_layer: nn.Module, inputs: Any) -> None:
             if run == Pass.FORWARD:
                 at(unit)
-                inputs[0].register_hook(lambda _gradient: at(unit - 1))
+                if inputs[0].requires_grad:
+                    inputs[0].register_hook(lambda _gradient: at(unit - 1))
 
         return hook
 
     def leave(_layer: nn.Module, _inputs: Any, output: Any) -> None:
         if run == Pass.FORWARD:
             at(units)
-            (output[0] if isinstance(output, tuple) else output).register_hook(lambda _gradient: at(units - 1))
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _gradient: at(units - 1))
 
     handles: list[Any] = [layers[n].register_forward_pre_hook(enter(n // every)) for n in range(0, len(layers), every)]
     handles.append(layers[-1].register_forward_hook(leave))

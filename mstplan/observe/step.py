@@ -20,7 +20,9 @@ from transformers.utils import logging
 from ..errors import ModelError, one_line
 from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
+from ..plan.selection import Selection
 from ..train import minisequence
+from ..train.selecting import freeze
 from .recording import Pass
 from .runnable import check_runnable
 
@@ -78,6 +80,9 @@ def build(
             raise ModelError(
                 f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}"
             ) from None
+    freeze(model, Selection(recipe.train, recipe.freeze))
+    if recipe.input_gradients:
+        model.enable_input_require_grads()
     return model.train()
 
 
@@ -121,7 +126,7 @@ class TrainingStep:
                 offload=recipe.offload_layer_inputs,
             )
         make = OPTIMIZERS[recipe.optimizer].make(recipe)
-        self.optimizer = None if recipe.optimizer_in_backward else make(model.parameters())
+        self.optimizer = None if recipe.optimizer_in_backward else make(trained(model))
         self.in_backward = step_in_backward(model, make) if recipe.optimizer_in_backward else []
         vocabulary = vocabulary_of(model)
         self.tokens, self.labels = (

@@ -10,7 +10,9 @@ import logging
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
+from operator import or_
 from typing import Any
 
 import torch
@@ -209,13 +211,23 @@ def _naming(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
-    """What tells a layer from another: its modules' types and sizes, and what the configuration lists for each layer."""
+    """What tells a layer from another: its modules' types and sizes, what is trained in it and before it, and what the
+    configuration lists for each layer."""
     settings = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
     values = [
         v for config in settings for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == len(layers)
     ]
     numbers = _numbers(layers)
-    return [(_signature(layer, numbers), tuple(repr(v[i]) for v in values)) for i, layer in enumerate(layers)]
+    told = [(_signature(layer, numbers), tuple(repr(v[i]) for v in values)) for i, layer in enumerate(layers)]
+    return list(zip(told, _wanting_input(model, layers), strict=True))
+
+
+def _wanting_input(model: nn.Module, layers: list[nn.Module]) -> list[bool]:
+    """Of each layer, whether something before it is trained, so that its input gets a gradient."""
+    inside = {module for layer in layers for module in layer.modules()}
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
+    trained_in = [any(w.requires_grad for w in module.parameters()) for module in (nn.ModuleList(tables), *layers)]
+    return list(accumulate(trained_in, or_))[:-1]
 
 
 def _numbers(layers: list[nn.Module]) -> set[tuple[str, str]]:
@@ -239,7 +251,7 @@ def _signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashable:
             k: v != 0 if isinstance(v, float) else v for k, v in told.items()
         }  # is there a dropout? which one, does not matter
         scalars = sorted((k, repr(v)) for k, v in told.items() if (path, k) not in numbers and k != "layer_idx")
-        sizes = tuple(tuple(weight.shape) for weight in module.parameters(recurse=False))
+        sizes = tuple((tuple(weight.shape), weight.requires_grad) for weight in module.parameters(recurse=False))
         return path, type(module).__name__, tuple(scalars), sizes
 
     return tuple(of(path, module) for path, module in layer.named_modules())

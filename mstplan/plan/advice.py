@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..units import GIB, SHORTEST, format_gib, format_tokens
+from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration, hardware
 from .cuda import BIAS_ROWS
 from .hardware import GRANULARITY, Card, same_size
 from .model import Model
 from .optimizers import stand_ins
+from .parameters import parameter_count, trained_count
 from .recipe import Recipe
 from .solve import Answer, Plan, longest, max_seq, smallest_chunks_tokens, window_of
-from .steps import Chunks
+from .steps import Chunks, embeddings_are_frozen
 from .ways import Way, nearest, smallest_gpu
 
 
@@ -61,7 +62,22 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
         )
     if recipe.precision == "fp32" and recipe.attention == "sdpa" and model.attention.kv_heads != model.attention.heads:
         notes.append("In fp32, sdpa has no fast kernel for grouped queries and writes out the score matrix.")
+    notes += _frozen_notes(model, recipe) if recipe.train or recipe.freeze else []
     return notes + (sharding_notes(model, recipe) if recipe.sharded else [])
+
+
+def _frozen_notes(model: Model, recipe: Recipe) -> list[str]:
+    """What is trained of a model whose formula is known, and how far down backward goes."""
+    if model.stand_in is not None:
+        return []
+    trained, total = trained_count(model, recipe), parameter_count(model)[0]
+    notes = [f"{format_count(trained)} of {format_count(total)} parameters are trained."]
+    if recipe.checkpoint != "none" and not recipe.input_gradients and embeddings_are_frozen(model, recipe):
+        notes.append(
+            "Backward ends at the first trained weight, as under minisequence; with transformers' own checkpointing, from 5.0 on,"
+            " it goes on to the embeddings: --input-gradients."
+        )
+    return notes
 
 
 def kernel_notes(model: Model, recipe: Recipe, on: Card) -> list[str]:

@@ -16,7 +16,9 @@ from typing import NamedTuple
 from .cuda import efficient_accumulates, efficient_workspace, flash_head_size
 from .instants import Stage
 from .model import Attention, Experts, LayerKind, Mlp, Model
+from .selection import WeightKind
 from .tape import ITEMSIZE, Op, Part, Role, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
+from .weight_names import names_of
 
 HIDDEN = "layer input"
 
@@ -38,9 +40,17 @@ class Numerics(NamedTuple):
 class Writer:
     """Writes a model's operations onto a tape."""
 
-    def __init__(self, model: Model, numerics: Numerics, tokens: str = "b s", stage: Stage | None = None):
+    def __init__(
+        self,
+        model: Model,
+        numerics: Numerics,
+        tokens: str = "b s",
+        stage: Stage | None = None,
+        frozen: frozenset[str] = frozenset(),
+    ):
         a = model.attention
         self.model, self.numerics, self.t = model, numerics, tokens
+        self.names, self.frozen = names_of(model.model_type), frozen
         dims = {"d": model.hidden, "V": model.vocab, "H": a.heads, "G": a.kv_heads, "e": a.head_dim}
         self.tape = TapeWriter({**dims, "He": a.heads * a.head_dim, "Ge": a.kv_heads * a.head_dim}, stage)
         self.wide = numerics.weights  # dtype of the residual stream
@@ -70,15 +80,25 @@ class Writer:
         """The copy in bf16 that autocast makes for each operation that wants it."""
         return self.cast(x, "bfloat16") if self.numerics.autocast else x
 
-    def weight(self, name: str, *shape: int, active: tuple[int, int] = (1, 1)) -> Weight:
-        return Weight(name, shape, active)
+    def weight(
+        self,
+        of: str,
+        *shape: int,
+        kinds: tuple[WeightKind, ...],
+        name: str = ".weight",
+        active: tuple[int, int] = (1, 1),
+    ) -> Weight:
+        """The weight of a part of the step, as `weight_names` has it; name: what its own name ends in."""
+        whole = self.names.get(of, of) + name
+        return Weight(whole, shape, active, frozenset(kinds), whole not in self.frozen)
 
     def used(self, weight: Weight) -> tuple[Tensor, ...]:
         """A weight as an operation keeps it: autocast's bf16 copy, or nothing beyond the parameter itself."""
         if not self.numerics.autocast or len(weight.shape) < 2:
             return ()
         shape = " ".join(map(str, weight.shape))
-        copy = self.tape.new(f"{weight.name}, bf16 copy", shape, "bfloat16", cached=True)
+        name = f"{weight.name}, bf16 copy"  # autocast keeps copies of what is trained (aten autocast_mode.cpp, cached_cast)
+        copy = self.tape.new(name, shape, "bfloat16", cached=weight.trained)
         self.tape.op("cast " + weight.name, [], copy)
         return (copy,)
 
@@ -88,6 +108,7 @@ class Writer:
         y: Tensor,
         name: str,
         *,
+        kind: WeightKind,
         bias: bool = False,
         weight: Weight | None = None,
         copy: Tensor | None = None,
@@ -96,14 +117,14 @@ class Writer:
         """y = x W^T (+ bias). Keeps x and W (aten::mm, aten::addmm). copy: of W, made for this in another dtype."""
         x = self.autocast(x)
         inner, outer = self._width(x), self._width(y)
-        w = weight or self.weight(name + ".weight", outer, inner)
-        weights = (w, self.weight(name + ".bias", outer)) if bias else (w,)
+        w = weight or self.weight(name, outer, inner, kinds=(kind,))
+        weights = (w, self.weight(name, outer, kinds=(kind,), name=".bias")) if bias else (w,)
         copies = (copy,) if copy is not None else self.used(w)
         return self.tape.op(
             name,
             [x, *copies],
             y,
-            keeps=(x, *copies),
+            keeps_for=((x, w), *((copy, x) for copy in copies)),
             grads=((x, self.tape.grad(x)),),
             weights=weights,
             flops=((y.basis, 2 * inner * outer),),
@@ -137,7 +158,7 @@ class Writer:
     def multiply(self, name: str, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
         """y = x * z, both with gradients: keeps both."""
         grads = ((x, self.tape.grad(x)), (z, self.tape.grad(z)))
-        return self.tape.op(name, [x, z], y, keeps=(x, z), grads=grads)
+        return self.tape.op(name, [x, z], y, keeps_for=((x, z), (z, x)), grads=grads)
 
     def add(self, x: Tensor, z: Tensor, y: Tensor, name: str = "residual add") -> Tensor:
         """y = x + z: keeps nothing, hands the gradient on to both (casting it where dtypes differ)."""
@@ -176,7 +197,8 @@ class Writer:
         stats = self.tape.new(f"{name} mean and rstd", rows + " 2", "float32")
         y = self.tape.new(name, x.shape, "float32" if self.numerics.autocast else x.dtype)
         width = self._width(x)
-        weights = [self.weight(name + ".weight", width)] + [self.weight(name + ".bias", width)] * self.model.norm_bias
+        ends = (".weight", ".bias") if self.model.norm_bias else (".weight",)
+        weights = [self.weight(name, width, kinds=(WeightKind.NORMS,), name=end) for end in ends]
         return self.tape.op(
             name, [x], y, stats, keeps=(x, stats), grads=((x, self.tape.grad(x)),), weights=tuple(weights)
         )
@@ -214,7 +236,7 @@ class Writer:
 
     def _weighted(self, normed: Tensor, name: str, *made: Tensor) -> Tensor:
         """The product with the weight, or with what was made of it."""
-        w = self.weight(name + ".weight", self._last(normed))
+        w = self.weight(name, self._last(normed), kinds=(WeightKind.NORMS,))
         y = self.tape.new(name, normed.shape, normed.dtype)
         product = self.tape.new("gradient x normed", normed.shape, normed.dtype)
         grads = ((normed, self.tape.grad(normed)),)
@@ -222,10 +244,10 @@ class Writer:
             f"{name}: weight",
             [normed, *made],
             y,
-            keeps=(normed, *made),
+            keeps_for=((normed, w), *((factor, normed) for factor in made)),
             grads=grads,
             weights=(w,),
-            back_temps=(product,),
+            back_temps_for=((product, w),),
         )
 
     def _gemma_norm(self, x: Tensor, name: str) -> Tensor:
@@ -241,7 +263,7 @@ class Writer:
         a = self.model.attention
         q, k, v, *others = self._latent_qkv(x, a) if a.latent else self._qkv(x, a)
         mixed = self._attend(self.autocast(q), self.autocast(k), self.autocast(v), a, kind)
-        y = self.linear(mixed, self.new("attention output", "d"), "o_proj", bias=a.out_bias)
+        y = self.linear(mixed, self.new("attention output", "d"), "o_proj", kind=WeightKind.ATTENTION, bias=a.out_bias)
         self.hold(x, q, k, v, *others)
         y = self.dropout(y, self.model.dropout)
         if self.model.model_type == "gpt2":  # elsewhere dropout follows when attention has returned
@@ -254,18 +276,24 @@ class Writer:
         fused: tuple[Tensor, ...] = ()
         if a.fused_qkv:
             width = (a.heads + 2 * a.kv_heads) * a.head_dim
-            whole = self.linear(x, self.new("Q, K and V", str(width)), "qkv_proj", bias=a.qkv_bias)
+            whole = self.linear(
+                x, self.new("Q, K and V", str(width)), "qkv_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
+            )
             fused = (whole,)
             q, k, v = self._split(whole, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
         else:
             by_head = a.qk_norm != "full"  # else the norm is over all heads together
-            q = self.linear(x, self.new("Q", "H e" if by_head else "He"), "q_proj", bias=a.qkv_bias)
+            q = self.linear(
+                x, self.new("Q", "H e" if by_head else "He"), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
+            )
             if a.qk_norm != "none":
                 q = self.norm(q, "q_norm")
-            k = self.linear(x, self.new("K", "G e" if by_head else "Ge"), "k_proj", bias=a.qkv_bias)
+            k = self.linear(
+                x, self.new("K", "G e" if by_head else "Ge"), "k_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
+            )
             if a.qk_norm != "none":
                 k = self.norm(k, "k_norm")
-            v = self.linear(x, self.new("V", "G e"), "v_proj", bias=a.qkv_bias)
+            v = self.linear(x, self.new("V", "G e"), "v_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
         if a.rotary_dim:
             before = (q, k)
             q, k = self._rotary(q, "H", a.rotary_dim, a.head_dim), self._rotary(k, "G", a.rotary_dim, a.head_dim)
@@ -357,12 +385,18 @@ class Writer:
         q_in = x
         if latent.q_rank is not None:
             dims["q_rank"] = latent.q_rank
-            low = self.linear(x, self.new("Q latent", "q_rank"), "q_a_proj", bias=a.qkv_bias)
+            low = self.linear(x, self.new("Q latent", "q_rank"), "q_a_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
             q_in = self._rms_norm(low, "q_a_layernorm", late_cast=False)
-        q = self.linear(q_in, self.new("Q", "H e"), "q_b_proj" if latent.q_rank is not None else "q_proj")
+        q = self.linear(
+            q_in, self.new("Q", "H e"), "q_b_proj" if latent.q_rank is not None else "q_proj", kind=WeightKind.ATTENTION
+        )
         q_rest, q_turned = self._split(q, ("Q without position", f"{t} H nope"), ("Q rotary part", f"{t} H rope"))
         both = self.linear(
-            x, self.new("K and V latent", str(latent.kv_rank + latent.rope_dim)), "kv_a_proj", bias=a.qkv_bias
+            x,
+            self.new("K and V latent", str(latent.kv_rank + latent.rope_dim)),
+            "kv_a_proj",
+            kind=WeightKind.ATTENTION,
+            bias=a.qkv_bias,
         )
         low, k_turned = self._split(both, ("KV latent", f"{t} kv_rank"), ("K rotary part", f"{t} 1 rope"))
         low = self._rms_norm(low, "kv_a_layernorm", late_cast=False)
@@ -370,7 +404,9 @@ class Writer:
         k_turned = self._rotary(k_turned, "1", latent.rope_dim, latent.rope_dim)
         q_whole = self.tape.new("Q after rotary", f"{t} H e", q_turned.dtype)
         self.tape.op("join Q", [q_rest, q_turned], q_whole, grads=((q_rest, None), (q_turned, None)))
-        kv = self.linear(low, self.new("K and V", f"H {latent.nope_dim + a.v_head_dim}"), "kv_b_proj")
+        kv = self.linear(
+            low, self.new("K and V", f"H {latent.nope_dim + a.v_head_dim}"), "kv_b_proj", kind=WeightKind.ATTENTION
+        )
         k_rest, v = self._split(kv, ("K without position", f"{t} H nope"), ("V", f"{t} H ev"))
         k_whole = self.tape.new("K after rotary", f"{t} H e", q_turned.dtype)
         parts = ((k_rest, self.tape.grad(k_rest)), (k_turned, self.tape.grad(k_turned)))
@@ -412,7 +448,7 @@ class Writer:
         out = tape.new("attention mixed", f"{self.t} H e", q.dtype)
         rows = tape.new("log-sum-exp", f"{self.t} H", "float32")
         rounded = flash_head_size(a.head_dim)
-        sinks = (self.weight("sinks", a.heads),) if a.sinks else ()
+        sinks = (self.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name=""),) if a.sinks else ()
         temps = [
             tape.new("dQ accumulator", f"b r H {rounded}", "float32"),
             tape.new("row sums of dO * O", "b r H", "float32"),
@@ -426,6 +462,7 @@ class Writer:
             rows,
             keeps=(q, k, v, out, rows),
             grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
+            all_gradients=True,
             back_temps=tuple(temps),
             flops=self._flops(a, window),
             weights=sinks,
@@ -472,6 +509,7 @@ class Writer:
             keeps=(q, k, v, out, rows, *bias),
             temps=(tape.new("output accumulator", out.shape, "float32"),) if efficient_accumulates(*sizes) else (),
             grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
+            all_gradients=True,
             back_temps=tuple(t for t in back if t.bytes),
             flops=((4, 2 * pairs),) if bias else self._flops(a),  # a mask that is a tensor skips nothing
         )
@@ -493,7 +531,7 @@ class Writer:
             "scores",
             [q, k],
             scores,
-            keeps=(q, k),
+            keeps_for=((q, k), (k, q)),
             grads=tuple((x, tape.grad(x)) for x in (q, k)),
             flops=((4, a.heads * a.head_dim * 2),),
         )
@@ -506,7 +544,7 @@ class Writer:
         masked = self._scores("masked scores", q.dtype)
         tape.op("mask scores", [scores], masked, grads=((scores, None),))
         if a.sinks:
-            return self._eager_sinks(masked, v, a)
+            return self._eager_sinks(masked, k, v, a)
         # GPT-2's own softmax stays in the scores' dtype; the others run it in fp32, holding the masked scores meanwhile.
         own = self.model.model_type == "gpt2" and not self.numerics.autocast  # autocast runs any softmax in fp32
         wide = masked.dtype if own else "float32"
@@ -516,11 +554,11 @@ class Writer:
         self.hold(masked)
         weights = self.cast(weights, q.dtype, "attention matrix")
         self.hold(masked)
-        return self._mix(self.dropout(weights, a.dropout), v, a)
+        return self._mix(self.dropout(weights, a.dropout), k, v, a)
 
-    def _eager_sinks(self, masked: Tensor, v: Tensor, a: Attention) -> Tensor:
+    def _eager_sinks(self, masked: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
         """gpt-oss: a sink column is joined to the scores, the row maximum is taken off, softmax runs in bf16."""
-        sink = self.weight("sinks", a.heads)
+        sink = self.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name="")
         joined = self._scores("scores and sinks", masked.dtype)
         self.tape.op("join sinks", [masked], joined, grads=((masked, None),), weights=(sink,))
         shifted = self._scores("shifted scores", masked.dtype)
@@ -534,24 +572,26 @@ class Writer:
         weights = self._scores("softmax of scores", masked.dtype)
         self.pointwise("softmax", shifted, weights, weights)
         view = self.pointwise("drop sinks", weights, self._scores("attention matrix", masked.dtype))
-        return self._mix(view, v, a)
+        return self._mix(view, k, v, a)
 
     def _scores(self, name: str, dtype: str) -> Tensor:
         return self.tape.new(name, "b H s s", dtype)
 
-    def _mix(self, weights: Tensor, v: Tensor, a: Attention) -> Tensor:
+    def _mix(self, weights: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
         e = "e" if a.v_head_dim == a.head_dim else "ev"
         mixed = self.tape.new("attention mixed, by head", f"{self.t} H {e}", v.dtype)
         self.tape.op(
             "mix values",
             [weights, v],
             mixed,
-            keeps=(weights, v),
+            keeps_for=((weights, v), (v, weights)),
             grads=((weights, self.tape.grad(weights)), (v, self.tape.grad(v))),
             flops=((4, a.heads * a.v_head_dim * 2),),
         )
         out = self.tape.new("attention mixed", mixed.shape, v.dtype)
-        return self.tape.op("join heads", [mixed], out, grads=((mixed, None),))
+        joined = self.tape.op("join heads", [mixed], out, grads=((mixed, None),))
+        self.hold(k, v)
+        return joined
 
     # ---- MLP and experts ------------------------------------------------------------------------------------------
 
@@ -563,21 +603,25 @@ class Writer:
         self.tape.dims["I"] = mlp.width
         width = "I"
         if not mlp.gated:
-            inner = self.linear(x, self.new("MLP up", width), name + ".up_proj", bias=mlp.bias)
+            inner = self.linear(x, self.new("MLP up", width), name + ".up_proj", kind=WeightKind.MLP, bias=mlp.bias)
             inner = self.activation(inner, mlp.activation)
         elif mlp.fused:
             both = self.linear(
-                x, self.new("MLP gate and up", str(2 * mlp.width)), name + ".gate_up_proj", bias=mlp.bias
+                x,
+                self.new("MLP gate and up", str(2 * mlp.width)),
+                name + ".gate_up_proj",
+                kind=WeightKind.MLP,
+                bias=mlp.bias,
             )
             gate, up = self._split(both, ("MLP gate", f"{self.t} {width}"), ("MLP up", f"{self.t} {width}"))
             active = self.activation(gate, mlp.activation)
             inner = self.multiply("gate * up", up, active, self.new("MLP product", width))
         else:
-            gate = self.linear(x, self.new("MLP gate", width), name + ".gate_proj", bias=mlp.bias)
+            gate = self.linear(x, self.new("MLP gate", width), name + ".gate_proj", kind=WeightKind.MLP, bias=mlp.bias)
             active = self.activation(gate, mlp.activation)
-            up = self.linear(x, self.new("MLP up", width), name + ".up_proj", bias=mlp.bias)
+            up = self.linear(x, self.new("MLP up", width), name + ".up_proj", kind=WeightKind.MLP, bias=mlp.bias)
             inner = self.multiply("gate * up", active, up, self.new("MLP product", width))
-        y = self.linear(inner, self.new("MLP output", "d"), name + ".down_proj", bias=mlp.bias)
+        y = self.linear(inner, self.new("MLP output", "d"), name + ".down_proj", kind=WeightKind.MLP, bias=mlp.bias)
         self.hold(x)
         return self.dropout(y, self.model.dropout)
 
@@ -654,9 +698,10 @@ class Writer:
             "weigh experts",
             [down, weights],
             weighted,
-            keeps=(down, weights),
+            keeps_for=((down, weights), (weights, down)),
             grads=((down, tape.grad(down)), (weights, tape.grad(weights))),
-            back_temps=(product, *uncast),
+            back_temps=uncast,
+            back_temps_for=((product, weights),),
             late_temps=uncast,
         )
         places = integers("rows in token order")
@@ -680,14 +725,20 @@ class Writer:
         """Scores of the chosen experts (t A), their numbers (t A, int64), and the logits, which a variable holds."""
         tape = self.tape
         dtype, copy = self.numerics.compute, None
-        weight, x_in = self.weight("router.weight", e.number, self.model.hidden), x
+        weight, x_in = self.weight("router", e.number, self.model.hidden, kinds=(WeightKind.MLP,)), x
         if e.router_fp32:
             dtype, x_in = "float32", self.cast(x, "float32", "router input in fp32")
             if self.numerics.weights != "float32":
                 copy = tape.new("router.weight in fp32", "X d", "float32")
                 tape.op("cast router.weight", [], copy)
         logits = self.linear(
-            x_in, self.new("router logits", "X", dtype), "router", weight=weight, bias=e.bias, copy=copy
+            x_in,
+            self.new("router logits", "X", dtype),
+            "router",
+            kind=WeightKind.MLP,
+            weight=weight,
+            bias=e.bias,
+            copy=copy,
         )
         scores = self.new(
             "expert scores", "A", "float32" if e.router_fp32 or self.model.model_type == "mixtral" else None
@@ -735,17 +786,17 @@ class Writer:
         """(product, rows of biases that the code holds on to). Biases are gathered by row first and added in place."""
         x = self.cast(x, self.numerics.weights)
         share = (e.per_token, e.number)
-        w = self.weight(name, e.number, *shape, active=share)
+        w = self.weight(name, e.number, *shape, kinds=(WeightKind.MLP,), name="", active=share)
         rows: tuple[Tensor, ...] = ()
         if e.bias:
             rows = (self.tape.new(name + "_bias by row", y.shape, y.dtype),)
-            bias = self.weight(name + "_bias", e.number, shape[0], active=share)
+            bias = self.weight(name, e.number, shape[0], kinds=(WeightKind.MLP,), name="_bias", active=share)
             self.tape.op(name + "_bias", [ids], *rows, keeps=(ids,), weights=(bias,))
         self.tape.op(
             name,
             [x],
             y,
-            keeps=(x,),
+            keeps_for=((x, w),),
             grads=((x, self.tape.grad(x)), *((row, None) for row in rows)),
             weights=(w,),
             holds=rows,
@@ -791,9 +842,11 @@ class MlpChunks(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def layer(model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks) -> Tape:
-    """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d)."""
-    w = Writer(model, numerics)
+def layer(
+    model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks, frozen: frozenset[str] = frozenset()
+) -> Tape:
+    """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d); frozen: names of its weights that are not trained."""
+    w = Writer(model, numerics, frozen=frozen)
     x = w.source()
     block = model.block
     attention_in = x if block == "post" else w.norm(x, "input norm")
@@ -828,7 +881,7 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     model = w.model
     if not (chunks.several or chunks.recompute):
         return w.experts(x, _experts(model)) if kind.experts else w.mlp(x, _mlp(model))
-    inner = Writer(model, w.numerics, "b c")
+    inner = Writer(model, w.numerics, "b c", frozen=w.frozen)
     source = inner.source(x.name, x.dtype, x.role)
     y = inner.experts(source, _experts(model)) if kind.experts else inner.mlp(source, _mlp(model))
     if chunks.recompute and model.block in ("sandwich", "post"):

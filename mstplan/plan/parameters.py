@@ -1,11 +1,11 @@
-"""Parameter counts, total and active: the weights that the layers' operations use, each counted once."""
+"""Parameter counts, total, active and trained: the weights that the layers' operations use, each counted once."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 from .model import Model
-from .recipe import STRATEGIES
+from .recipe import STRATEGIES, Recipe
 from .steps import Layout, build
 from .tape import step_weights
 
@@ -20,3 +20,11 @@ def parameter_count(model: Model) -> tuple[int, int]:
     total = sum(weight.numel * n for weight, n in weights)
     active = sum(weight.numel * weight.active[0] // weight.active[1] * n for weight, n in weights)
     return total, active
+
+
+@lru_cache(maxsize=256)
+def trained_count(model: Model, recipe: Recipe) -> int:
+    """Parameters that a recipe trains. Raises RecipeError for patterns that match none."""
+    chosen = STRATEGIES["standard"].changed(train=recipe.train, freeze=recipe.freeze)
+    weights = step_weights(build(model, Layout(chosen, False, False, False)).ops)
+    return sum(weight.numel * n for weight, n in weights if weight.trained)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,11 +14,13 @@ from ..errors import RecipeError, did_you_mean, quoted
 from .optimizers import OPTIMIZERS
 
 ChunkCount = Literal["auto"] | int
+Pattern = Annotated[str, Field(min_length=1, max_length=200)]
+Patterns = Annotated[tuple[Pattern, ...], Field(max_length=100, strict=False)]
 _LARGEST_FILE = 1_000_000  # bytes; a recipe has some hundred
 
 
 class Recipe(BaseModel):
-    """How a model is fine-tuned (all of its weights), as the step model sees it."""
+    """How a model is fine-tuned, as the step model sees it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
@@ -54,6 +56,13 @@ class Recipe(BaseModel):
     """Keep checkpointed layers' inputs in host memory."""
     attention: Literal["sdpa", "flash", "eager"] = "sdpa"
     """attn_implementation: sdpa (its flash kernel, explicit masks for sliding windows), flash-attn, or eager."""
+    train: Patterns = ()
+    """The weights that are trained, by patterns over their names or words (`selection.py`); none: all of them."""
+    freeze: Patterns = ()
+    """Weights that are not."""
+    input_gradients: bool = False
+    """Backward goes down to the embeddings' output even where nothing below is trained: transformers' enable_input_require_grads,
+    which its gradient_checkpointing_enable and peft call. `minisequence` does without."""
     gpus: int = Field(default=1, ge=1, le=65_536)
     """Cards that train together, each with `batch` sequences of its own."""
     sharding: Literal["none", "fsdp"] = "none"
@@ -105,6 +114,10 @@ class Recipe(BaseModel):
                 "weights_on_host needs optimizer_on_host (--optimizer-on-host)",
             ),
             *self._bad_sharding(),
+            (
+                bool(self.train or self.freeze) and self.sharded,
+                "fsdp with frozen weights is not planned yet: leave --train and --freeze out, or --sharding",
+            ),
         ):
             if bad:
                 raise ValueError(message)
@@ -262,6 +275,7 @@ _SWITCHES = {
     "optimizer_in_backward": "--optimizer-in-backward",
     "optimizer_on_host": "--optimizer-on-host",
     "weights_on_host": "--weights-on-host",
+    "input_gradients": "--input-gradients",
 }
 
 
@@ -272,7 +286,8 @@ def options_of(recipe: Recipe) -> str:
         value = getattr(recipe, name)
         if name in STRATEGY_FIELDS or value == getattr(usual, name):
             continue
-        words += [_SWITCHES[name]] if name in _SWITCHES else [f"--{name.replace('_', '-')}", str(value)]
+        said = ",".join(value) if name in ("train", "freeze") else str(value)
+        words += [_SWITCHES[name]] if name in _SWITCHES else [f"--{name.replace('_', '-')}", said]
     return shlex.join(words)
 
 

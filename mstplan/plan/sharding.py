@@ -29,7 +29,7 @@ REST = "embedding, norm and head"
 
 def shard_of(weight: Weight, gpus: int) -> Weight:
     """The first card's share, padded."""
-    return Weight(weight.name, (-(-weight.shape[0] // gpus), *weight.shape[1:]), weight.active)
+    return replace(weight, shape=(-(-weight.shape[0] // gpus), *weight.shape[1:]))
 
 
 def shards_of(weights: list[tuple[Weight, int]], gpus: int) -> list[tuple[Weight, int]]:

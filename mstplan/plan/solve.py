@@ -425,7 +425,7 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
     run = recipe.padded(seq_len)
     used = within(given, run)
     built, where = _step(model, recipe, card.gpu, used, run), sizes(recipe, run, used)
-    host = host_bytes(model, recipe, run, built.parameters)
+    host = host_bytes(model, recipe, run, built)
     peak = peak_up_to(model, recipe, card, seq_len, used)
     return Plan(model, recipe, card, seq_len, used, peak, host, step_seconds(built, recipe, card.gpu, where, used))
 
@@ -444,18 +444,18 @@ def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") 
 def _longest_on_host(found: Plan) -> int:
     """Tokens whose offloaded tensors host memory holds: they grow by as much with every token."""
     assert found.card.host_bytes is not None
-    parameters = _step(found.model, found.recipe, found.card.gpu, found.chunks, 1).parameters
-    fixed = host_bytes(found.model, found.recipe, 0, parameters)
-    per_token = host_bytes(found.model, found.recipe, 1, parameters) - fixed
+    built = _step(found.model, found.recipe, found.card.gpu, found.chunks, 1)
+    fixed = host_bytes(found.model, found.recipe, 0, built)
+    per_token = host_bytes(found.model, found.recipe, 1, built) - fixed
     room, every = found.card.host_bytes - fixed, found.recipe.pad_to
     return room // per_token // every * every if room >= 0 and per_token else 0
 
 
-def host_bytes(model: Model, recipe: Recipe, seq_len: int, parameters: int) -> int:
+def host_bytes(model: Model, recipe: Recipe, seq_len: int, built: Step) -> int:
     """Host memory of one process: offloaded layer inputs, optimizer states, weights. Pinned, so it cannot be swapped."""
-    total = host_states(recipe, parameters)
+    total = host_states(recipe, built.trained)
     if recipe.weights_on_host:
-        total += parameters * recipe.weight_bytes
+        total += built.parameters * recipe.weight_bytes
     if recipe.offload_layer_inputs:
         stored = stored_inputs(recipe, model.layers)
         total += stored * recipe.batch * seq_len * model.hidden * ITEMSIZE[recipe.used_dtype]

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import copy
+from dataclasses import replace
 from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
+from .autograd import recorded
 from .cuda import flash_rows
 from .instants import Instant, Stage
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
 from .model import LayerKind, Model
 from .optimizers import optimizer_memory
-from .recipe import Recipe
+from .recipe import STRATEGIES, Recipe
+from .selection import Named, Selection, WeightKind
 from .sharding import into_groups, shards_of
 from .tape import (
     BASIS,
@@ -44,6 +47,7 @@ from .tape import (
     tensor_of,
     undominated,
 )
+from .weight_names import LAYER, names_of
 
 CALIBRATED = "calibration less formula"
 WORKSPACES = "cuBLAS workspaces"
@@ -110,8 +114,11 @@ class Step:
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
         held = shards_of(self.weights, layout.recipe.gpus)
-        self.optimizer = optimizer_memory(layout.recipe, held)
+        trained = [(w, n) for w, n in held if w.trained]
+        self.optimizer = optimizer_memory(layout.recipe, trained)
         self.held = sum(w.numel * n for w, n in held)  # parameters on one card: all, or its share
+        self.held_trained = sum(w.numel * n for w, n in trained)
+        self.trained = sum(w.numel * n for w, n in self.weights if w.trained)
         self.moments = {name: undominated(moments) for name, moments in self._moments(self.rules()).items()}
         self.is_calibrated = False
 
@@ -152,7 +159,7 @@ class Step:
 
         resident = labels([*self._resident(), *self._batch()])
         ahead = forward(self.tape, rules, keep=True, prune=False)
-        waiting = labels(self._in_transfer())
+        waiting = labels([self.tape.in_transfer] if self.tape.in_transfer is not None else [])
         ahead_at = [(m.stage.forward, m) for m in ahead.moments if m.stage is not None]
         note([row for row in ahead_at if row[0] is Instant.END_OF_FORWARD], resident)
         note([row for row in ahead_at if row[0] is Instant.LOSS], resident + waiting)
@@ -165,9 +172,7 @@ class Step:
             for m in behind.moments
             if m.stage is not None
         ]
-        all_fetched = (Instant.FIRST_LAYER, Instant.EMBEDDING)
-        note([row for row in behind_at if row[0] in all_fetched], resident)
-        note([row for row in behind_at if row[0] not in all_fetched], resident + waiting)
+        note(behind_at, resident)
         if not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host):
             step_only = labels([*self._gradients(always_alive=False), *_tensors(self.optimizer.temporaries)])
             note([(Instant.OPTIMIZER, Moment(ZERO, "step", ()))], resident + step_only)
@@ -201,16 +206,10 @@ class Step:
         recipe = self.layout.recipe
         if always_alive != (recipe.accumulation > 1) or recipe.weights_on_host:
             return []
-        return [constant("gradients", recipe.weight_dtype, recipe.weight_bytes * self.held)]
+        return [constant("gradients", recipe.weight_dtype, recipe.weight_bytes * self.held_trained)]
 
     def _batch(self) -> list[Tensor]:
         return [tensor_of(self.tape.dims, name, "b s", "int64") for name in ("token ids", "labels")]
-
-    def _in_transfer(self) -> list[Tensor]:
-        """The last layer's input, which stays, or in backward the one fetched back ahead of its use (mstplan/train/offload.py)."""
-        if not self.layout.recipe.offload_layer_inputs:
-            return []
-        return [tensor_of(self.tape.dims, "layer input in transfer", "b s d", self.tape.ops[0].makes[0].dtype)]
 
     def constants(self) -> tuple[Entry, ...]:
         """Weights, gradients and optimizer states: W_mem of the theorem."""
@@ -323,20 +322,71 @@ def build(model: Model, layout: Layout) -> Tape:
         padded=layout.padded,
     )
     in_pieces = recipe.loss == "chunked" and layout.several_loss_chunks
-    w = Writer(model, numerics, stage=Stage.EMBEDDING)
-    table = w.weight("embed_tokens.weight", model.vocab, model.hidden)
+    frozen = frozen_names(model, Selection(recipe.train, recipe.freeze))
+    w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
+    kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
+    table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
     hidden, held = _embedding(w, table, joins_view=not in_pieces and not numerics.autocast)
     shared = _shared(w, held[0], layout)
     several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
     chunks = MlpChunks(several, several and recipe.mlp_recompute)
-    layers = {kind: Given(layer(model, kind, numerics, chunks), *shared[kind]) for kind in set(model.layer_kinds)}
-    hidden = _layers(w.tape, hidden, [layers[kind] for kind in model.layer_kinds], recipe)
+    given: dict[tuple[LayerKind, Names], Given] = {}
+    for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
+        given[kind, names] = Given(layer(model, kind, numerics, chunks, names), *shared[kind])
+    rows = [given[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
+    hidden = _layers(w.tape, hidden, rows, recipe)
     w.tape.stage = Stage.LOSS
     hidden = w.norm(hidden, "final norm")
     w.hold(*held, *(tensor for given in shared.values() for tensor in given[0]))  # until the model's forward returns
     _head(w, hidden, table, layout, in_pieces)
-    tape = w.tape.written()
+    tape = recorded(w.tape.written(), held[1] if recipe.input_gradients else None)
+    if any(op.fetches for op in tape.ops):
+        tape = replace(tape, in_transfer=w.tape.new("layer input in transfer", "b s d", hidden.dtype))
     return into_groups(tape, recipe) if recipe.sharded else tape
+
+
+Names = frozenset[str]
+
+
+class Frozen(NamedTuple):
+    """Names of the weights that a recipe does not train: outside of layers, and within each layer."""
+
+    outside: Names
+    layers: tuple[Names, ...]
+
+
+@lru_cache(maxsize=256)
+def frozen_names(model: Model, selection: Selection) -> Frozen:
+    """Raises RecipeError for a selection that makes no sense for the model."""
+    if not selection:
+        return Frozen(frozenset(), (frozenset(),) * model.layers)
+    prefixes = [names_of(model.model_type)[LAYER].format(n) for n in range(model.layers)]
+    found = named_weights(model)
+    selection.check(found, model.name)
+    names = [weight.names[0] for weight in found if not selection.trains(weight)]
+    inside = [frozenset(n.removeprefix(prefix) for n in names if n.startswith(prefix)) for prefix in prefixes]
+    return Frozen(frozenset(n for n in names if not n.startswith(tuple(prefixes))), tuple(inside))
+
+
+@lru_cache(maxsize=64)
+def named_weights(model: Model) -> tuple[Named, ...]:
+    """Every weight of a model, as transformers calls it."""
+    names, number = names_of(model.model_type), 0
+    found: dict[str, Named] = {}
+    for op in build(model, Layout(STRATEGIES["standard"], False, False, False)).ops:
+        prefix = names[LAYER].format(number) if op.is_layer else ""
+        number += op.is_layer
+        for weight in dict.fromkeys(_op_weights(op)):
+            aliases = (f"{names['lm_head']}.weight",) if WeightKind.HEAD in weight.kinds and model.tied else ()
+            found[prefix + weight.name] = Named((prefix + weight.name, *aliases), weight.kinds)
+    return tuple(found.values())
+
+
+def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
+    """Whether no gradient is wanted of what the layers are given."""
+    selection = Selection(recipe.train, recipe.freeze)
+    tables = [weight for weight in named_weights(model) if WeightKind.EMBEDDINGS in weight.kinds]
+    return not any(map(selection.trains, tables))
 
 
 def attention_kernel(model: Model, recipe: Recipe) -> str:
@@ -348,7 +398,7 @@ def attention_kernel(model: Model, recipe: Recipe) -> str:
 
 
 def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The first hidden states, and what the model's code still holds beside them: position ids first. joins_view: the gradient that a tied
+    """The first hidden states, and what the model's code still holds beside them: position ids, what the embedding gave. joins_view: the gradient that a tied
     head made of the table is a view."""
     model, tape = w.model, w.tape
     ids = tape.new("position ids", "s", "int64")
@@ -362,7 +412,8 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
     tape.op("position ids", [], ids)
     if model.learned_positions:
         positions = tape.new("position embeddings", "s d", w.wide)
-        rows = w.weight("position embeddings.weight", model.learned_positions, model.hidden)
+        sizes = model.learned_positions, model.hidden
+        rows = w.weight("position embeddings", *sizes, kinds=(WeightKind.EMBEDDINGS,))
         tape.op("embedding of positions", [ids], positions, keeps=(ids,), weights=(rows,))
         y = w.new(HIDDEN, "d", w.wide)
         grads = ((hidden, None), (positions, tape.grad(positions)))
@@ -468,44 +519,29 @@ def stored_inputs(recipe: Recipe, layers: int) -> int:
 
 def _chain(tape: TapeWriter, hidden: Tensor, layers: list[Given], *, recompute: bool, offload: bool) -> Tensor:
     """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not."""
-    count, tapes = len(layers), [id(layer.tape) for layer in layers]
+    count = len(layers)
     for i, given in enumerate(layers):
         stage = Stage.of_layer(i, count) if tape.stage is not None else None
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
         name = f"layer, {place}" if stage is not None else f"layer of the segment, {place}"
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
-        interior = any(_lies_between(tapes, i, period) for period in range(1, _LONGEST_PERIOD + 1))
         part = Part(given.tape, recompute=recompute, offload=offload)
         kept = given.kept(recompute)
-        tape.add(Op(name, (hidden,), (out,), part=part, interior=interior, arguments=kept, stage=stage))
+        tape.add(Op(name, (hidden,), (out,), part=part, arguments=kept, stage=stage))
         hidden = out
     return hidden
-
-
-_LONGEST_PERIOD = 8
-"""Layers after which kinds of layers are taken to repeat."""
-
-
-def _lies_between(tapes: list[int], i: int, period: int) -> bool:
-    """Does a layer need neither more than one that is a period before it nor than the one a period after it? What is alive beside it grows
-    or shrinks by the same from one to the next where the layers on both sides are the same. The first layer and the last are instants of
-    their own, and what a kind of layers is given goes with the first of them."""
-    before, after = i - period, i + period
-    if before < 1 or after > len(tapes) - 2 or tapes[before:i] != tapes[i:after] or tapes[i] != tapes[after]:
-        return False
-    return period == 1 or (tapes[before - 1] == tapes[i - 1] and set(tapes[before:i]) <= set(tapes[: before + 1]))
 
 
 def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: bool) -> None:
     """LM head and loss; with the chunked loss as a part of its own."""
     model, tape, recipe = w.model, w.tape, layout.recipe
-    weight = table if model.tied else w.weight("lm_head.weight", model.vocab, model.hidden)
+    weight = table if model.tied else w.weight("lm_head", model.vocab, model.hidden, kinds=(WeightKind.HEAD,))
     labels = tape.new("shifted labels", "b s", "int64")
     if not in_pieces:
         loss_of = "transformers" if recipe.loss == "chunked" else recipe.loss
         _loss(w, hidden, weight, loss_of, labels, defers=model.tied)
         return
-    inner = Writer(model, w.numerics, "b k")
+    inner = Writer(model, w.numerics, "b k", frozen=w.frozen)
     _loss(inner, inner.source(hidden.name, hidden.dtype), weight, "transformers")
     tape.op("shift labels", [], labels)
     loss = tape.new("loss", "", "float32")
@@ -526,7 +562,7 @@ def _loss_of_logits(
     w: Writer, hidden: Tensor, weight: Weight, loss: str, labels: tuple[Tensor, ...], defers: bool
 ) -> None:
     tape, model = w.tape, w.model
-    logits = w.linear(hidden, w.new("logits", "V"), "lm_head", weight=weight, defers=defers)
+    logits = w.linear(hidden, w.new("logits", "V"), "lm_head", kind=WeightKind.HEAD, weight=weight, defers=defers)
     if model.logit_softcap:
         logits = w.pointwise("divide logits", logits, w.new("logits / cap", "V"))
         tanh = w.new("tanh of logits", "V")

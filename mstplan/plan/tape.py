@@ -25,6 +25,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 from .instants import Stage
+from .selection import Kinds
 
 ITEMSIZE = {"complex64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1}
 
@@ -104,9 +105,11 @@ class Tensor:
 class Weight:
     """A parameter: shape in numbers, and the share of it that one token uses (below 1 for routed experts)."""
 
-    name: str
+    name: str  # within its layer, or within the model
     shape: tuple[int, ...]
     active: tuple[int, int] = (1, 1)  # numerator, denominator
+    kinds: Kinds = frozenset()
+    trained: bool = True  # False: frozen, it gets no gradient
 
     @property
     def numel(self) -> int:
@@ -116,15 +119,22 @@ class Weight:
         return n
 
 
+Wanted = Tensor | Weight
+"""What a gradient is made of."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Op:
     name: str  # for people: nothing is found by it
     reads: tuple[Tensor, ...]
     makes: tuple[Tensor, ...]
     keeps: tuple[Tensor, ...] = ()  # for its backward
+    keeps_for: tuple[tuple[Tensor, Wanted], ...] = ()  # (tensor, whose gradient it is kept for), see `autograd.py`
     temps: tuple[Tensor, ...] = ()  # only while it runs
     grads: tuple[tuple[Tensor, Tensor | None], ...] = ()  # (input, its gradient); None: passes the incoming one on
     back_temps: tuple[Tensor, ...] = ()
+    back_temps_for: tuple[tuple[Tensor, Wanted], ...] = ()
+    all_gradients: bool = False  # its backward makes all of `grads`, those that nobody wants as well
     late_temps: tuple[Tensor, ...] = ()  # alive in its backward only while what it kept still is (see Rules.recomputed)
     weights: tuple[Weight, ...] = ()
     flops: tuple[tuple[int, int], ...] = ()  # (basis, operations) of its forward; of several, the least holds
@@ -143,6 +153,16 @@ class Op:
     )
     group: Group | None = None  # of a part: its weights are gathered for it
     stage: Stage | None = None  # of the step that it belongs to; None within a part
+
+    @property
+    def trained(self) -> tuple[Weight, ...]:
+        """Its weights that get gradients."""
+        return tuple(weight for weight in self.weights if weight.trained)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether its backward begins with an input that comes back from the host."""
+        return self.part is not None and self.part.offload and self.part.records
 
     @property
     def is_layer(self) -> bool:
@@ -180,6 +200,7 @@ class Part:
     sums: fp32 sums of the weights' gradients over the pieces, where there are several.
     offload: the input it would keep lives in host memory.
     in_forward: gradients are made in the forward pass already (the chunked loss), so that nothing else is kept.
+    records, wants_input: whether backward comes to it at all, and whether its input's gradient is wanted (`autograd.py`).
     """
 
     tape: Tape
@@ -188,10 +209,13 @@ class Part:
     sums: tuple[Tensor, ...] = ()
     in_forward: bool = False
     offload: bool = False
+    records: bool = True
+    wants_input: bool = True
 
     @property
-    def weights(self) -> tuple[Weight, ...]:
-        return tuple(weight for op in self.tape.ops for weight in op.weights)
+    def trained(self) -> tuple[Weight, ...]:
+        """Its weights that get gradients."""
+        return tuple(weight for op in self.tape.ops for weight in op.trained)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -203,6 +227,7 @@ class Tape:
     output: Tensor
     source: Tensor | None = None  # the tensor that comes in and stays the caller's
     group: Group | None = None  # of the weights that are outside of parts with a group; gathered throughout
+    in_transfer: Tensor | None = None  # in backward, the offloaded input of the part before the one at hand
 
 
 class TapeWriter:
@@ -548,7 +573,7 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
     part = op.part
     if part is None:
         return op.keeps
-    if part.in_forward:
+    if part.in_forward or not part.records:
         return ()
     source = part.tape.source
     keeps_source = not part.offload and (
@@ -558,7 +583,7 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
 
 
 def _holds_for_backward(op: Op) -> bool:
-    return bool(kept_by(op)) or (op.part is not None and not op.part.recompute)
+    return bool(kept_by(op)) or (op.part is not None and op.part.records and not op.part.recompute)
 
 
 def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
@@ -589,7 +614,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
             mine.update(makes)
             for tensor in makes:
                 ledger.put(tensor)
-                if tensor.cached and not keep:
+                if tensor.cached and tensor not in kept:
                     cached.append((tensor.label, 1))
             temps = op.temps if not stop else ()
             for tensor in temps:
@@ -603,7 +628,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         for tensor in (*op.reads, *op.holds):
             uses[tensor.storage] -= 1
         for tensor in {t.storage for t in (*op.reads, *op.holds, *op.makes)}:
-            if not uses.get(tensor) and tensor in mine and tensor not in kept and not (tensor.cached and not keep):
+            if not uses.get(tensor) and tensor in mine and tensor not in kept and not tensor.cached:
                 mine.remove(tensor)
                 ledger.drop(tensor)
     groups.end_forward()
@@ -622,7 +647,7 @@ def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool)
     if part.in_forward:
         _loss_in_forward(op, part, ledger, rules)
         return ()
-    keep_inside = keep and not part.recompute
+    keep_inside = keep and part.records and not part.recompute
     inner = forward(part.tape, rules, keep=keep_inside, recomputing=stop and not part.chunked)
     if not part.chunked:
         ledger.splice(inner, op.where, moments=rules.every_moment or not op.interior)
@@ -660,7 +685,8 @@ def _widened(inner: Replay, output: Tensor) -> Replay:
 def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
     assert part.tape.source is not None
-    ledger.put(grad_of(op.reads[0]))
+    if part.wants_input:
+        ledger.put(grad_of(op.reads[0]))
     inner = rules._replace(gradients="kept", summing=bool(part.sums))
     for tensor in part.sums:
         ledger.put(tensor)
@@ -669,10 +695,11 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     ledger.splice(backward(part.tape, inner), op.where)
     if part.sums:
         _added_to_sums(part, ledger, rules)
-    ledger.drop(grad_of(part.tape.source))  # copied into the whole
+    if part.wants_input:
+        ledger.drop(grad_of(part.tape.source))  # copied into the whole
     ledger.drop(part.tape.output)
     ledger.put(op.makes[0])
-    for weight, total in zip(part.weights, part.sums, strict=False):
+    for weight, total in zip(part.trained, part.sums, strict=False):
         _sum_to_gradient(weight, total, ledger, rules)
 
 
@@ -720,8 +747,13 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
     groups = _Groups(tape, ledger)
     ledger.stage = tape.ops[-1].stage
     groups.begin_backward()
+    if tape.in_transfer is not None:
+        ledger.put(tape.in_transfer)
+    fetched_last = next((op for op in tape.ops if tape.in_transfer is not None and op.fetches), None)
     for op, kept in zip(reversed(tape.ops), reversed(all_kept), strict=True):
         ledger.stage = op.stage
+        if op is fetched_last and tape.in_transfer is not None:
+            ledger.drop(tape.in_transfer)
         came = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
         if not came:
             continue
@@ -740,9 +772,10 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
             ledger.drop(came[0])  # under the name that the part knows it by
             ledger.put(grad_of(op.makes[0]))
             _part_backward(op, op.part, ledger, rules, end_of, fetch)
-            left = grad_of(op.reads[0])
-            holders[left] = 1
-            arrivals.append((op.reads[0], left))
+            if op.part.wants_input:
+                left = grad_of(op.reads[0])
+                holders[left] = 1
+                arrivals.append((op.reads[0], left))
             ledger.put(came[0])  # the part let go of it; here it goes unless somebody else holds it too
             let_go(came[0])
         else:
@@ -752,7 +785,7 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
                 if gradient_made is not None:
                     ledger.put(gradient)
                 arrivals.append((tensor, gradient))
-            if op.grads or op.weights:
+            if op.grads or op.trained:
                 _weights_backward(op, ledger, rules)
             for gradient in came:
                 let_go(gradient)
@@ -760,14 +793,14 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
             keepers[tensor.storage] -= 1
             if keepers[tensor.storage] == 0 and tensor.storage in made:
                 ledger.drop(tensor.storage)
-        if op.joins is not None:  # added to the gradient that waited
+        if op.joins is not None and op.joins.trained:  # added to the gradient that waited
             if op.joins_view or not rules.in_place:
                 ledger.put(weight_gradient(op.joins, rules.dtype))
                 ledger.mark("add gradients of " + op.joins.name)
                 ledger.drop(weight_gradient(op.joins, rules.dtype))
             ledger.drop(weight_gradient(op.joins, rules.dtype))
         if op.part is None:
-            for weight in op.weights:
+            for weight in op.trained:
                 _accumulate(weight, op, ledger, rules)
         for tensor, gradient in arrivals:
             arrive(tensor, gradient)
@@ -789,7 +822,7 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
     assert part.tape.source is not None
     if part.in_forward:
         ledger.drop(grad_of(op.makes[0]))
-        for weight in part.weights:
+        for weight in part.trained:
             _accumulate(weight, op, ledger, rules)
         return
     if not part.chunked:
@@ -799,7 +832,8 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
         )
         ledger.splice(replay, op.where, moments=moments)
         return
-    ledger.put(grad_of(op.reads[0]))
+    if part.wants_input:
+        ledger.put(grad_of(op.reads[0]))
     for tensor in part.sums:
         ledger.put(tensor)
     inner = rules._replace(
@@ -814,11 +848,12 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
         _added_to_sums(part, ledger, rules)
     if not part.recompute:
         ledger.splice(_widened_end(part.tape, inner))
-    ledger.drop(grad_of(part.tape.source))  # copied into the whole
-    for weight, total in zip(part.weights, part.sums, strict=False):
+    if part.wants_input:
+        ledger.drop(grad_of(part.tape.source))  # copied into the whole
+    for weight, total in zip(part.trained, part.sums, strict=False):
         _sum_to_gradient(weight, total, ledger, rules)
     ledger.drop(grad_of(op.makes[0]))
-    for weight, _ in zip(part.weights, part.sums, strict=False):
+    for weight, _ in zip(part.trained, part.sums, strict=False):
         _reach(weight, weight_gradient(weight, rules.dtype), ledger, rules)
 
 
@@ -833,7 +868,7 @@ def _widened_end(tape: Tape, rules: Rules) -> Replay:
 def _added_to_sums(part: Part, ledger: _Ledger, rules: Rules) -> None:
     """A piece's gradients of the weights come back together at its end, and go into the sums."""
     for op in part.tape.ops:
-        for weight in () if op.product else op.weights:
+        for weight in () if op.product else op.trained:
             ledger.drop(weight_gradient(weight, rules.dtype))
 
 
@@ -843,7 +878,7 @@ def used_dtype(rules: Rules, cast: bool = True) -> str:
 
 
 def _weights_backward(op: Op, ledger: _Ledger, rules: Rules) -> None:
-    for weight in () if rules.summing and op.product else op.weights:
+    for weight in () if rules.summing and op.product else op.trained:
         ledger.put(weight_gradient(weight, used_dtype(rules, op.cast)))
     temps = op.back_temps if rules.recomputed else op.back_temps + op.late_temps
     for tensor in temps:
@@ -884,8 +919,8 @@ def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> N
 
 
 def sums_of(tape: Tape) -> tuple[Tensor, ...]:
-    """fp32 sums of the gradients of a tape's weights, over several pieces."""
-    weights = [weight for op in tape.ops for weight in op.weights]
+    """fp32 sums of the gradients of a tape's trained weights, over several pieces."""
+    weights = [weight for op in tape.ops for weight in op.trained]
     return tuple(
         tensor_of(tape.dims, f"sum of the gradient of {w.name}", " ".join(map(str, w.shape)), "float32")
         for w in weights

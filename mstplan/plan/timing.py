@@ -54,8 +54,11 @@ class _Cost:
         )
         flops = min((amount * self.units[basis] for basis, amount in op.flops), default=0)
         seconds = max(flops / self.gpu.bf16_flops, touched / self.gpu.memory_bandwidth)
-        works = bool(op.weights) or any(gradient is not None for _, gradient in op.grads)
-        return seconds, 2 * seconds if works else 0.0
+        makes = any(gradient is not None for _, gradient in op.grads)
+        if not op.trained and not makes:
+            return seconds, 0.0
+        frozen = bool(op.flops and op.weights) and not (op.trained and makes)  # of two products one is left
+        return seconds, (1 if frozen else 2) * seconds
 
     def _bytes(self, tensor: Tensor) -> int:
         return tensor.bytes * self.units[tensor.basis] if tensor.storage is tensor else 0
@@ -81,7 +84,7 @@ def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chu
 
 
 def _optimizer_seconds(step: Step, recipe: Recipe, gpu: Gpu) -> float:
-    weights = step.held * recipe.weight_bytes
+    weights = step.held_trained * recipe.weight_bytes
     if recipe.optimizer_on_host:
         return 2 * weights / gpu.host_link  # gradients there, weights back
     states = sum(size for _, _, size in step.optimizer.states)

@@ -9,7 +9,7 @@ from ..plan.advice import kept_notes
 from ..plan.calibration import Calibration
 from ..plan.hardware import Card, Gpu
 from ..plan.model import Model
-from ..plan.parameters import parameter_count
+from ..plan.parameters import parameter_count, trained_count
 from ..plan.recipe import options_of
 from ..plan.shapes import Shape
 from ..plan.solve import Answer, Plan
@@ -80,8 +80,14 @@ def answer(a: Answer) -> dict[str, Any]:
         "chunk_tokens": p.chunk_tokens._asdict(),
         "host_bytes": p.host_bytes,
         "step_seconds": p.step_seconds or None,
+        "trained_parameters": trained_parameters(p),
         "recipe": p.recipe.model_dump(),
     }
+
+
+def trained_parameters(p: Plan) -> int | None:
+    """None: the model is one that the formula does not know."""
+    return trained_count(p.model, p.recipe) if p.model.stand_in is None else None
 
 
 def entry(e: Entry) -> dict[str, Any]:
@@ -105,6 +111,7 @@ def brief(p: Plan) -> dict[str, Any]:
         "loss_chunks": p.chunks.loss,
         "host_bytes": p.host_bytes,
         "step_seconds": p.step_seconds,
+        "trained_parameters": trained_parameters(p),
         "recipe": p.recipe.model_dump(),
     }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -211,12 +211,16 @@ def _in_segments(net: Any, every: int) -> None:
     net.config.num_hidden_layers = len(groups)
 
 
-def _build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
+def _build(config: dict[str, Any], recipe: Recipe, trains: Callable[[str], bool]) -> nn.Module:
     settings = AutoConfig.for_model(**config)
     settings.use_cache = False
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     attention = "eager" if recipe.attention == "eager" else STAND_IN
     net: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attention).train()
+    for name, weight in net.named_parameters():
+        weight.requires_grad_(trains(name))
+    if recipe.input_gradients:
+        net.enable_input_require_grads()  # type: ignore[operator]
     every = segment_length(recipe, settings.num_hidden_layers)
     if recipe.loss == "chunked":
         minisequence(
@@ -249,15 +253,21 @@ def watching(list_alive: bool = False) -> Iterator[Watch]:
         yield watch
 
 
-def run_step(config: dict[str, Any], recipe: Recipe, seq_len: int, list_alive: bool = False) -> dict[str, Peak]:
-    """The peak of each phase of a step after the first, by which time the optimizer has its states."""
+def run_step(
+    config: dict[str, Any],
+    recipe: Recipe,
+    seq_len: int,
+    list_alive: bool = False,
+    trains: Callable[[str], bool] = lambda _name: True,
+) -> dict[str, Peak]:
+    """The peak of each phase of a step after the first, by which time the optimizer has its states. trains: by a weight's name."""
     with watching(list_alive) as watch:
-        net = _build(config, recipe)
+        net = _build(config, recipe, trains)
         optimizer = None
         if recipe.optimizer_in_backward:
             step_in_backward(net, OPTIMIZERS[recipe.optimizer].make(recipe))
         else:
-            optimizer = OPTIMIZERS[recipe.optimizer].make(recipe)(net.parameters())
+            optimizer = OPTIMIZERS[recipe.optimizer].make(recipe)([w for w in net.parameters() if w.requires_grad])
         ids, targets = (torch.randint(0, config["vocab_size"], (recipe.batch, seq_len)) for _ in range(2))
         for _ in range(2):
             watch.peaks = {}

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from mstplan.plan.selection import Selection
 from mstplan.train import minisequence
 from mstplan.train.finding import find_mlps, find_parts
+from mstplan.train.selecting import freeze
 
 from .double import BOUND, difference, float64
 from .families import FAMILIES, small_batch, small_model
@@ -90,6 +92,30 @@ def test_checkpoints_over_several_layers(every, offload):
     ids, labels = small_batch(2, 13)
     wanted = step(model, ids, labels)
     minisequence(model, mlp_chunks=3, loss_chunks=4, checkpoint=every, offload=offload)
+    for _ in range(2):
+        assert_equal(step(model, ids, labels), wanted)
+
+
+FROZEN = {
+    "embeddings": {"freeze": ("embeddings",)},
+    "all but the head": {"train": ("head",)},
+    "all but the MLPs": {"train": ("mlp",)},
+    "all but the norms": {"train": ("norms",)},
+    "all but one layer": {"train": ("*.1.*",)},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_oss"])
+def test_frozen_weights(family, frozen, mode):
+    """What is frozen gets no gradient, and what is trained the plain model's."""
+    model = small_model(family, num_hidden_layers=3)
+    freeze(model, Selection(**FROZEN[frozen]))
+    ids, labels = small_batch(2, 13)
+    wanted = step(model, ids, labels)
+    assert 0 < len(wanted[1]) < len(list(model.parameters()))
+    minisequence(model, mlp_chunks=3, loss_chunks=4, **MODES[mode])
     for _ in range(2):
         assert_equal(step(model, ids, labels), wanted)
 

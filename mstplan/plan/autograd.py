@@ -1,0 +1,89 @@
+"""What autograd records of a tape: "needs a gradient" passed on from the weights that are trained, operation by operation.
+
+An operation is recorded when an input that it hands a gradient to needs one, or when it trains a weight. It then keeps what
+the gradients that are wanted are made from, and its backward makes those only; below the first trained weight there is none
+(torch/csrc/autograd: `compute_requires_grad`, and the conditions of saved variables that tools/autograd generates).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from .tape import Op, Part, Tape, Tensor, Wanted, sums_of
+
+
+def recorded(tape: Tape, leaf: Tensor | None = None) -> Tape:
+    """The tape of a whole step, as it is recorded. leaf: a tensor that needs a gradient in any case; where what it is made
+    from needs none, the graph holds it (AccumulateGrad)."""
+    found = _recorded(tape, {leaf} if leaf is not None else set())
+    ops = (replace(op, keeps=(leaf,)) if leaf in op.makes and not (op.grads or op.trained) else op for op in found.ops)
+    return replace(found, ops=tuple(ops)) if leaf is not None else found
+
+
+@lru_cache(maxsize=2048)
+def recorded_part(tape: Tape, wants_source: bool) -> Tape:
+    """The tape of a part, as it is recorded when its source needs a gradient, or not. Alike parts stay alike."""
+    return _recorded(tape, {tape.source} if wants_source and tape.source is not None else set())
+
+
+def _recorded(tape: Tape, needing: set[Tensor]) -> Tape:
+    """needing: tensors that need a gradient whatever is trained."""
+    ops: list[Op] = []
+    for op in tape.ops:
+        seen = _part(op, op.part, needing) if op.part is not None else _operation(op, needing)
+        if seen.part.records if seen.part is not None else seen.grads or seen.trained:
+            needing.update(seen.makes)
+        ops.append(seen)
+    return replace(tape, ops=_with_interior(ops))
+
+
+def _operation(op: Op, needing: set[Tensor]) -> Op:
+    grads = tuple((tensor, gradient) for tensor, gradient in op.grads if tensor in needing)
+    wanted: set[Wanted] = {tensor for tensor, _ in grads} | set(op.trained)
+    if not wanted:
+        return replace(op, keeps=(), keeps_for=(), grads=(), back_temps=(), back_temps_for=(), late_temps=())
+    keeps = op.keeps + tuple(dict.fromkeys(tensor for tensor, of in op.keeps_for if of in wanted))
+    temps = op.back_temps + tuple(tensor for tensor, of in op.back_temps_for if of in wanted)
+    if op.all_gradients:
+        temps += tuple(gradient for tensor, gradient in op.grads if gradient is not None and tensor not in needing)
+    return replace(op, keeps=keeps, keeps_for=(), grads=grads, back_temps=temps, back_temps_for=())
+
+
+def _part(op: Op, part: Part, needing: set[Tensor]) -> Op:
+    wants_input = op.reads[0] in needing
+    tape = recorded_part(part.tape, wants_input)
+    inside = replace(part, tape=tape, wants_input=wants_input, sums=sums_of(tape) if part.sums else ())
+    records = wants_input or bool(_trains(tape))
+    return replace(op, part=replace(inside, records=records), arguments=op.arguments if records else ())
+
+
+def _trains(tape: Tape) -> bool:
+    return any(op.trained or (op.part is not None and _trains(op.part.tape)) for op in tape.ops)
+
+
+# ---- parts that repeat ----------------------------------------------------------------------------------------------
+
+
+_LONGEST_PERIOD = 8
+"""Layers after which kinds of layers are taken to repeat."""
+
+
+def _with_interior(ops: list[Op]) -> tuple[Op, ...]:
+    """The operations, with those layers marked whose moments lie between their neighbours'."""
+    places = [i for i, op in enumerate(ops) if op.part is not None and not op.part.chunked]
+    tapes = [id(op.part.tape) for op in ops if op.part is not None and not op.part.chunked]
+    for n, i in enumerate(places):
+        interior = any(_lies_between(tapes, n, period) for period in range(1, _LONGEST_PERIOD + 1))
+        ops[i] = replace(ops[i], interior=interior)
+    return tuple(ops)
+
+
+def _lies_between(tapes: list[int], i: int, period: int) -> bool:
+    """Does a layer need neither more than one that is a period before it nor than the one a period after it? What is alive beside it grows
+    or shrinks by the same from one to the next where the layers on both sides are the same. The first layer and the last are instants of
+    their own, and what a kind of layers is given goes with the first of them."""
+    before, after = i - period, i + period
+    if before < 1 or after > len(tapes) - 2 or tapes[before:i] != tapes[i:after] or tapes[i] != tapes[after]:
+        return False
+    return period == 1 or (tapes[before - 1] == tapes[i - 1] and set(tapes[before:i]) <= set(tapes[: before + 1]))
