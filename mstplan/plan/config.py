@@ -1,6 +1,6 @@
 """Reads a model's config.json into `Model`.
 
-One row of `_FAMILIES` says what a family does differently from Llama; whatever a file leaves out takes the default of
+One row of `families` says what a family does differently from Llama; whatever a file leaves out takes the default of
 that family's configuration class in transformers. A model_type that neither has a row nor is known to transformers is
 planned as a Llama-like decoder when every field of its file is known, and a note says so. Whatever else cannot be
 counted is refused by name (`unread.py`); so is what is no decoder trained on next-token loss.
@@ -9,11 +9,12 @@ counted is refused by name (`unread.py`); so is what is no decoder trained on ne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import NoReturn
 
 from mstplan.errors import ModelError, did_you_mean, one_line
-from mstplan.plan.model import NO_ADAPTERS, Attention, Block, Experts, Latent, LayerKind, Mlp, Model, Norm
+from mstplan.plan.families import FAMILIES, LLAMA_LIKE
+from mstplan.plan.families.base import Family
+from mstplan.plan.model import NO_ADAPTERS, Attention, Block, Experts, Latent, LayerKind, Mlp, Model
 
 _LARGEST = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
 _MOST_LAYERS = 1000  # eight times as many as the deepest published one
@@ -79,303 +80,6 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 _TOWERS = ("vision", "visual", "image", "img", "video", "audio", "speech", "embd_layer")
 
 
-def _defaults(
-    hidden: int, layers: int, heads: int, kv_heads: int | None, vocab: int, width: int | None, **more: object
-) -> dict[str, object]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "intermediate_size": width,
-        **more,
-    }
-
-
-class _Routed(NamedTuple):
-    """How a family routes tokens to experts."""
-
-    width: str = "moe_intermediate_size"  # the field that holds an expert's width
-    router: Literal["softmax", "topk-softmax", "sigmoid-groups"] = "softmax"
-    fp32: bool = False
-    bias: bool = False
-    clamped: bool = False
-    may_be_none: bool = False  # 0 experts: a dense model
-
-
-class _Family(NamedTuple):  # quicker to import than a dataclass of so many fields
-    """What a family does differently from Llama. A switch is a constant, or the name of the field that holds it."""
-
-    defaults: Mapping[str, object] = MappingProxyType({})  # of the configuration class in transformers
-    known: bool = True  # False: the family of all model types without a row
-    norm: Norm = "rms"
-    norm_bias: bool = False
-    block: Block = "pre"
-    qkv_bias: bool | str = "attention_bias"
-    out_bias: bool | str = "attention_bias"
-    mlp_bias: bool | str = False
-    fused_qkv: bool = False
-    fused_mlp: bool = False
-    gated: bool = True
-    qk_norm: Literal["none", "head", "full"] = "none"
-    own_heads: bool = True  # num_key_value_heads and head_dim may differ from num_attention_heads and hidden / heads
-    latent: bool = False
-    # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds
-    windows: Literal["none", "every", "listed", "late", "found"] = "none"
-    period: int = 0  # without layer_types, each period-th layer has full attention; 0: none has
-    window_switch: bool = False  # sliding_window counts only under use_sliding_window
-    experts: _Routed | None = None
-    activation: str = "hidden_act"
-    attention_dropout: str = "attention_dropout"
-    dropout: str | None = None  # the field of the dropout after attention and MLP
-    softcap: bool = False  # attn_logit_softcapping acts
-    sinks: bool = False
-    learned_positions: bool = False
-    scaled_embedding: bool = False
-    has_sdpa: bool = True
-    uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
-
-
-_LLAMA = _Family(_defaults(4096, 32, 32, None, 32000, 11008), mlp_bias="mlp_bias")
-_MISTRAL = _Family(
-    _defaults(4096, 32, 32, 8, 32000, 14336, sliding_window=4096), windows="every", qkv_bias=False, out_bias=False
-)
-_QWEN2 = _Family(
-    _defaults(4096, 32, 32, 32, 151936, 22016, sliding_window=4096, max_window_layers=28),
-    windows="late",
-    window_switch=True,
-    qkv_bias=True,
-    out_bias=False,
-)
-_QWEN2_VL = _QWEN2._replace(
-    defaults=_defaults(8192, 80, 64, 8, 152064, 29568, sliding_window=4096, max_window_layers=80)
-)
-_QWEN3 = _QWEN2._replace(
-    defaults={**_QWEN2.defaults, "head_dim": 128},
-    qkv_bias="attention_bias",
-    out_bias="attention_bias",
-    qk_norm="head",
-)
-_OLMO2 = _Family(_defaults(4096, 32, 32, None, 50304, 11008), norm="rms-fp32-weight", block="post", qk_norm="full")
-_GLM = _Family(
-    _defaults(4096, 40, 32, 2, 151552, 13696, head_dim=128, attention_bias=True, partial_rotary_factor=0.5),
-    out_bias=False,
-    fused_mlp=True,
-)
-_GEMMA: Mapping[str, Any] = {
-    "head_dim": 256,
-    "tie_word_embeddings": True,
-    "hidden_act": "gelu_pytorch_tanh",
-    "hidden_activation": "gelu_pytorch_tanh",
-}
-_GEMMA2 = _Family(
-    _defaults(
-        *(2304, 26, 8, 4, 256000, 9216),
-        sliding_window=4096,
-        final_logit_softcapping=30.0,
-        attn_logit_softcapping=50.0,
-        **_GEMMA,
-    ),
-    norm="gemma",
-    block="sandwich",
-    windows="listed",
-    period=2,
-    activation="hidden_activation",
-    softcap=True,
-    scaled_embedding=True,
-    has_sdpa=False,
-)
-_LATENT: Mapping[str, Any] = {
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
-
-_FAMILIES: Mapping[str, _Family] = {
-    "llama": _LLAMA,
-    "mistral": _MISTRAL,
-    "ministral": _MISTRAL._replace(windows="listed"),
-    "mixtral": _MISTRAL._replace(
-        defaults=_defaults(4096, 32, 32, 8, 32000, 14336, num_experts=8, num_experts_per_tok=2),
-        experts=_Routed("intermediate_size"),
-    ),
-    "qwen2": _QWEN2,
-    "qwen3": _QWEN3,
-    "qwen3_moe": _QWEN3._replace(
-        defaults=_defaults(
-            *(2048, 24, 32, 4, 151936, 6144),
-            sliding_window=4096,
-            num_experts=128,
-            num_experts_per_tok=8,
-            moe_intermediate_size=768,
-        ),
-        windows="every",
-        experts=_Routed(may_be_none=True),
-    ),
-    "smollm3": _LLAMA._replace(
-        defaults=_defaults(2048, 36, 16, 4, 128256, 11008, tie_word_embeddings=True),
-        windows="listed",
-        window_switch=True,
-    ),
-    "gemma": _Family(_defaults(3072, 28, 16, 16, 256000, 24576, **_GEMMA), norm="gemma", scaled_embedding=True),
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2._replace(
-        # The published multimodal files leave out the context, too.
-        defaults=_defaults(
-            *(2304, 26, 8, 4, 262208, 9216), sliding_window=4096, max_position_embeddings=131072, **_GEMMA
-        ),
-        period=6,
-        qk_norm="head",
-        softcap=False,  # the field exists, the attention does not use it
-        has_sdpa=True,
-    ),
-    "phi3": _Family(
-        _defaults(3072, 32, 32, None, 32064, 8192),
-        windows="every",
-        qkv_bias=False,
-        out_bias=False,
-        fused_qkv=True,
-        fused_mlp=True,
-        dropout="resid_pdrop",
-    ),
-    "gpt_oss": _Family(
-        _defaults(
-            *(2880, 36, 64, 8, 201088, 2880),
-            head_dim=64,
-            attention_bias=True,
-            sliding_window=128,
-            num_experts=128,
-            num_experts_per_tok=4,
-        ),
-        norm="rms-fp32-weight",
-        windows="listed",
-        period=2,
-        experts=_Routed("intermediate_size", "topk-softmax", bias=True, clamped=True),
-        sinks=True,
-        has_sdpa=False,
-    ),
-    "olmo2": _OLMO2,
-    "olmo3": _OLMO2._replace(defaults={**_OLMO2.defaults, "sliding_window": 4096}, windows="listed", period=4),
-    "gpt2": _Family(
-        _defaults(
-            *(768, 12, 12, None, 50257, None),
-            max_position_embeddings=1024,
-            activation_function="gelu_new",
-            tie_word_embeddings=True,
-            partial_rotary_factor=0.0,
-            resid_pdrop=0.1,
-            attn_pdrop=0.1,
-            dtype="float32",  # its files are older than the field
-        ),
-        norm="layer",
-        norm_bias=True,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        fused_qkv=True,
-        gated=False,
-        own_heads=False,
-        activation="activation_function",
-        attention_dropout="attn_pdrop",
-        dropout="resid_pdrop",
-        learned_positions=True,
-        uncounted=("add_cross_attention", "reorder_and_upcast_attn"),
-    ),
-    "gpt_neox": _Family(
-        _defaults(
-            *(6144, 44, 64, None, 50432, 24576),
-            hidden_act="gelu",
-            attention_bias=True,
-            partial_rotary_factor=0.25,
-            dtype="float16",  # of the published GPT-NeoX and Pythia weights
-        ),
-        norm="layer",
-        norm_bias=True,
-        block="parallel",
-        mlp_bias=True,
-        fused_qkv=True,
-        gated=False,
-        own_heads=False,
-        dropout="hidden_dropout",
-    ),
-    "deepseek_v2": _Family(
-        _defaults(
-            *(4096, 32, 32, None, 102400, 11008),
-            num_experts=64,
-            moe_intermediate_size=1407,
-            n_shared_experts=2,
-            **_LATENT,
-        ),
-        latent=True,
-        experts=_Routed(fp32=True),
-        uncounted=("mlp_bias",),
-    ),
-    "deepseek_v3": _Family(
-        _defaults(
-            *(7168, 61, 128, 128, 129280, 18432),
-            num_experts=256,
-            num_experts_per_tok=8,
-            moe_intermediate_size=2048,
-            n_shared_experts=1,
-            first_k_dense_replace=3,
-            **_LATENT,
-        ),
-        latent=True,
-        experts=_Routed(router="sigmoid-groups", fp32=True),
-    ),
-    "starcoder2": _Family(
-        _defaults(
-            *(3072, 30, 24, 2, 49152, 12288),
-            hidden_act="gelu_pytorch_tanh",
-            tie_word_embeddings=True,
-            use_bias=True,
-        ),
-        norm="layer",
-        norm_bias=True,
-        qkv_bias="use_bias",
-        out_bias="use_bias",
-        mlp_bias="use_bias",
-        gated=False,
-        windows="every",
-        dropout="residual_dropout",
-    ),
-    "stablelm": _Family(
-        _defaults(2560, 32, 32, 32, 50304, 6912, partial_rotary_factor=0.25),
-        norm="layer",
-        norm_bias=True,
-        qkv_bias="use_qkv_bias",
-        out_bias=False,
-        dropout="hidden_dropout",
-        uncounted=("qk_layernorm", "use_parallel_residual"),
-    ),
-    "glm": _GLM,
-    "glm4": _GLM._replace(block="sandwich"),
-    "qwen2_vl_text": _QWEN2_VL,
-    "qwen2_5_vl_text": _QWEN2_VL,
-    "ministral3": _MISTRAL._replace(
-        defaults=_defaults(4096, 34, 32, 8, 131072, 14336, head_dim=128, max_position_embeddings=262144)
-    ),
-    "granite": _LLAMA,
-    "granitemoe": _LLAMA._replace(
-        defaults=_defaults(4096, 32, 32, None, 32000, 11008, num_experts=8, num_experts_per_tok=2),
-        experts=_Routed("intermediate_size"),
-    ),
-    "internlm3": _LLAMA._replace(
-        defaults=_defaults(4096, 48, 32, 2, 128512, 10240, head_dim=128), uncounted=("qkv_bias", "bias")
-    ),
-    "iquestcoder": _LLAMA._replace(defaults=_defaults(5120, 80, 40, 8, 76800, 27648, head_dim=128)),
-    "youtu": _LLAMA._replace(
-        defaults=_defaults(2048, 32, 16, 16, 128256, 6144, tie_word_embeddings=True, **_LATENT),
-        mlp_bias=False,
-        latent=True,
-    ),
-}
-_OTHER = _Family(mlp_bias="mlp_bias", windows="found", experts=_Routed(may_be_none=True), known=False)
-
-
 def read_config(config: Mapping[str, object], name: str, assume: str | None = None) -> Model:
     """The model that a config.json describes; `name` names it in messages. What cannot be planned is a ModelError; of that,
     what the formula cannot count is an UnreadError. assume: "llama-like" counts the latter as a Llama all the same."""
@@ -394,10 +98,10 @@ def read_config(config: Mapping[str, object], name: str, assume: str | None = No
     model_type = _model_type(config, name)
     if not nested:
         model_type = _TEXT_TYPES.get(model_type, model_type)
-    known = _FAMILIES.get(model_type)
+    known = FAMILIES.get(model_type)
     if nested or (known is not None and _has_towers(config)):
         notes.append("only the text part is planned: a vision or audio tower is not counted")
-    f = _Fields(config, name, known or _OTHER, assumed=assume is not None)
+    f = _Fields(config, name, known or LLAMA_LIKE, assumed=assume is not None)
     if known is None:
         notes.append(_read_as_a_llama(f, model_type))
     else:
@@ -448,7 +152,7 @@ def _read_as_a_llama(f: _Fields, model_type: str) -> str:
 class _Fields:
     """Typed look-ups in one config.json. What is absent takes the family's default; what is wrong is a ModelError."""
 
-    def __init__(self, config: Mapping[str, object], name: str, family: _Family, assumed: bool = False) -> None:
+    def __init__(self, config: Mapping[str, object], name: str, family: Family, assumed: bool = False) -> None:
         self.config = config
         self.name = name
         self.family = family
@@ -575,7 +279,7 @@ def _model(f: _Fields, model_type: str) -> Model:
         experts=experts if any(kind.experts for kind in kinds) else None,
         norm=family.norm,
         norm_bias=family.norm_bias,
-        block=_block(f, model_type),
+        block=_block(f),
         tied=f.flag("tie_word_embeddings"),
         learned_positions=context or 0 if family.learned_positions else 0,
         logit_softcap=f.number("final_logit_softcapping"),
@@ -586,10 +290,9 @@ def _model(f: _Fields, model_type: str) -> Model:
     )
 
 
-def _block(f: _Fields, model_type: str) -> Block:
-    if model_type == "gpt_neox" and not f.flag("use_parallel_residual", absent=True):
-        return "pre"
-    return f.family.block
+def _block(f: _Fields) -> Block:
+    switch = f.family.parallel_switch
+    return "pre" if switch is not None and not f.flag(switch, absent=True) else f.family.block
 
 
 def _dtype(f: _Fields) -> str:
@@ -605,8 +308,7 @@ def _dtype(f: _Fields) -> str:
 
 def _activation(f: _Fields) -> str:
     name = f.one_of(f.family.activation, _ACTIVATIONS, absent="silu")
-    # Files of the first Gemma say gelu and mean its tanh approximation; transformers corrects them in the same way.
-    return "gelu_pytorch_tanh" if f.family is _FAMILIES["gemma"] and name == "gelu" else name
+    return "gelu_pytorch_tanh" if f.family.gelu_is_tanh and name == "gelu" else name
 
 
 def _mlp(f: _Fields) -> Mlp:

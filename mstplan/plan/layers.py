@@ -14,11 +14,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .cuda import efficient_accumulates, efficient_workspace, flash_head_size
+from .families import family_of
 from .instants import Stage
 from .model import Attention, Experts, LayerKind, Mlp, Model
 from .selection import WeightKind
 from .tape import ITEMSIZE, Op, Part, Role, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
-from .weight_names import names_of
 
 HIDDEN = "layer input"
 
@@ -50,7 +50,8 @@ class Writer:
     ):
         a = model.attention
         self.model, self.numerics, self.t = model, numerics, tokens
-        self.names, self.frozen = names_of(model.model_type), frozen
+        family = family_of(model.model_type)
+        self.code, self.names, self.frozen = family.code, family.weight_names, frozen
         dims = {"d": model.hidden, "V": model.vocab, "H": a.heads, "G": a.kv_heads, "e": a.head_dim}
         self.tape = TapeWriter({**dims, "He": a.heads * a.head_dim, "Ge": a.kv_heads * a.head_dim}, stage)
         self.wide = numerics.weights  # dtype of the residual stream
@@ -88,7 +89,7 @@ class Writer:
         name: str = ".weight",
         active: tuple[int, int] = (1, 1),
     ) -> Weight:
-        """The weight of a part of the step, as `weight_names` has it; name: what its own name ends in."""
+        """The weight of a part of the step, as its family has it; name: what its own name ends in."""
         whole = self.names.get(of, of) + name
         return Weight(whole, shape, active, frozenset(kinds), whole not in self.frozen)
 
@@ -266,7 +267,7 @@ class Writer:
         y = self.linear(mixed, self.new("attention output", "d"), "o_proj", kind=WeightKind.ATTENTION, bias=a.out_bias)
         self.hold(x, q, k, v, *others)
         y = self.dropout(y, self.model.dropout)
-        if self.model.model_type == "gpt2":  # elsewhere dropout follows when attention has returned
+        if self.code.holds_qkv:  # elsewhere dropout follows when attention has returned
             self.hold(x, q, k, v)
         return y
 
@@ -298,7 +299,7 @@ class Writer:
             before = (q, k)
             q, k = self._rotary(q, "H", a.rotary_dim, a.head_dim), self._rotary(k, "G", a.rotary_dim, a.head_dim)
             self.hold(*before)  # until both are turned
-            if self.model.model_type.startswith("olmo"):
+            if self.code.rotary_in_fp32:
                 turned = (q, k)
                 q = self.cast(q, self.numerics.compute)
                 self.hold(*before, *turned)
@@ -309,7 +310,7 @@ class Writer:
     def _split(self, fused: Tensor, *parts: tuple[str, str]) -> tuple[Tensor, ...]:
         """Views of one tensor; their gradients are joined into one (Phi-3 slices instead: zeros each, added)."""
         views = tuple(self.tape.view(fused, name, shape) for name, shape in parts)
-        if self.model.model_type == "phi3" and len(parts) == 3:
+        if self.code.slices_qkv and len(parts) == 3:
             for view in views:
                 self.tape.op("slice " + view.name, [fused], view, grads=((fused, self.tape.grad(fused)),))
         else:
@@ -318,9 +319,9 @@ class Writer:
 
     def _rotary(self, x: Tensor, heads: str, rotary: int, width: int) -> Tensor:
         """x * cos + rotate_half(x) * sin. Nothing is kept but cos and sin, which all layers share. heads: their axis."""
-        if self.model.model_type == "deepseek_v2":
+        if self.code.rotary == "complex":
             return self._rotary_complex(x)
-        if self.model.model_type in ("deepseek_v3", "gpt_oss"):
+        if self.code.rotary == "halves":
             return self._rotary_by_halves(x, heads, rotary)
         e = "e" if rotary == width and not self.model.attention.latent else str(rotary)
         shape = f"{self.t} {heads} {e}"
@@ -546,7 +547,7 @@ class Writer:
         if a.sinks:
             return self._eager_sinks(masked, k, v, a)
         # GPT-2's own softmax stays in the scores' dtype; the others run it in fp32, holding the masked scores meanwhile.
-        own = self.model.model_type == "gpt2" and not self.numerics.autocast  # autocast runs any softmax in fp32
+        own = self.code.softmax_as_scores and not self.numerics.autocast  # autocast runs any softmax in fp32
         wide = masked.dtype if own else "float32"
         scores = self.cast(masked, wide, "scores, fp32")
         weights = self._scores("softmax of scores", wide)
@@ -740,9 +741,7 @@ class Writer:
             bias=e.bias,
             copy=copy,
         )
-        scores = self.new(
-            "expert scores", "A", "float32" if e.router_fp32 or self.model.model_type == "mixtral" else None
-        )
+        scores = self.new("expert scores", "A", "float32" if e.router_fp32 or self.code.fp32_expert_scores else None)
         chosen = self.new("chosen experts", "A", "int64")
         if e.router == "topk-softmax":
             top = self.new("top logits", "A")
@@ -830,8 +829,8 @@ class Writer:
 
 
 def rotary_dtype(model: Model, residual: str) -> str:
-    """cos and sin have the residual stream's dtype; OLMo leaves them in fp32."""
-    return "float32" if model.model_type.startswith("olmo") else residual
+    """The dtype of cos and sin: the residual stream's, or fp32."""
+    return "float32" if family_of(model.model_type).code.rotary_in_fp32 else residual
 
 
 class MlpChunks(NamedTuple):
@@ -870,7 +869,7 @@ def layer(
         with w.tape.part(Role.MLP):
             mlp_out = w.norm(mlp_out, "post-MLP norm")
     w.add(middle, mlp_out, w.new(HIDDEN, "d", w.wide))
-    if model.model_type == "gpt2":  # its block keeps these in variables
+    if w.code.holds_block:
         w.hold(attended, mlp_in)
     return w.tape.written()
 

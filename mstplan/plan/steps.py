@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from .autograd import recorded
 from .cuda import flash_rows
+from .families import family_of
+from .families.base import LAYER
 from .instants import Instant, Stage
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
 from .model import LayerKind, Model
@@ -47,7 +49,6 @@ from .tape import (
     tensor_of,
     undominated,
 )
-from .weight_names import LAYER, names_of
 
 CALIBRATED = "calibration less formula"
 WORKSPACES = "cuBLAS workspaces"
@@ -360,7 +361,7 @@ def frozen_names(model: Model, selection: Selection) -> Frozen:
     """Raises RecipeError for a selection that makes no sense for the model."""
     if not selection:
         return Frozen(frozenset(), (frozenset(),) * model.layers)
-    prefixes = [names_of(model.model_type)[LAYER].format(n) for n in range(model.layers)]
+    prefixes = [family_of(model.model_type).weight_names[LAYER].format(n) for n in range(model.layers)]
     found = named_weights(model)
     selection.check(found, model.name)
     names = [weight.names[0] for weight in found if not selection.trains(weight)]
@@ -371,7 +372,7 @@ def frozen_names(model: Model, selection: Selection) -> Frozen:
 @lru_cache(maxsize=64)
 def named_weights(model: Model) -> tuple[Named, ...]:
     """Every weight of a model, as transformers calls it."""
-    names, number = names_of(model.model_type), 0
+    names, number = family_of(model.model_type).weight_names, 0
     found: dict[str, Named] = {}
     for op in build(model, Layout(STRATEGIES["standard"], False, False, False)).ops:
         prefix = names[LAYER].format(number) if op.is_layer else ""
@@ -428,7 +429,7 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     """What the layers of each kind are given beside hidden states: position ids, cos and sin, a mask; and of these, cos and sin."""
     kinds = dict.fromkeys(w.model.layer_kinds)
     sliding = {kind: kind.window is not None for kind in kinds}
-    several = w.model.model_type.startswith("gemma3")  # local and global frequencies
+    several = w.code.local_rotary
     rotary = {of: _rotary_tables(w, layout) for of in dict.fromkeys(sliding[kind] and several for kind in kinds)}
     masks = {of: _mask(w, of, layout) for of in dict.fromkeys(sliding.values())}
     tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
@@ -441,10 +442,10 @@ def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
     if not width:
         return ()
     tables: tuple[Tensor, ...]
-    if model.model_type == "deepseek_v2":
+    if w.code.rotary == "complex":
         tables = (w.tape.new("complex rotation of positions", f"s {width // 2}", "complex64"),)
     else:
-        width = width // 2 if model.model_type == "gpt_oss" else width
+        width = width // 2 if w.code.half_tables else width
         dtype = rotary_dtype(model, layout.recipe.used_dtype)
         tables = tuple(w.tape.new(f"{name} of positions", f"s {width}", dtype) for name in ("cos", "sin"))
     w.tape.op("positions", [], *tables)

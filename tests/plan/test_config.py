@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mstplan import profiles
 from mstplan.errors import ModelError
 from mstplan.plan.catalog import model_names
-from mstplan.plan.config import _ACTIVATIONS, _FAMILIES, _REFUSED, read_config
+from mstplan.plan.config import _ACTIVATIONS, _REFUSED, read_config
+from mstplan.plan.families import FAMILIES
 from mstplan.plan.model import Latent, LayerKind, Model
 from mstplan.plan.parameters import parameter_count
 from tests.train.tiny import tiny_config
@@ -104,11 +105,11 @@ def test_shipped_model_is_what_transformers_reads(name):
         assert model.experts.number == (getattr(config, "n_routed_experts", None) or config.num_experts)
 
 
-@pytest.mark.parametrize("model_type", sorted(_FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_defaults_are_those_of_transformers(model_type):
     config = CONFIG_MAPPING[model_type]()
     rope = getattr(config, "rope_parameters", None) or {}
-    for key, value in _FAMILIES[model_type].defaults.items():
+    for key, value in FAMILIES[model_type].defaults.items():
         if key == "dtype" or (model_type == "gpt2" and key in ("intermediate_size", "partial_rotary_factor")):
             continue
         if key in ("hidden_act", "hidden_activation") and not hasattr(config, key):
@@ -125,7 +126,7 @@ def test_defaults_are_those_of_transformers(model_type):
             assert getattr(config, key) == value, key
 
 
-@pytest.mark.parametrize("model_type", sorted(_FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_absent_fields_are_filled_as_transformers_fills_them(model_type):
     given = small(model_type)
     del given["num_key_value_heads"]
@@ -137,7 +138,7 @@ def test_absent_fields_are_filled_as_transformers_fills_them(model_type):
         assert model.attention.kv_heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
 
 
-@pytest.mark.parametrize("model_type", sorted(_FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_has_sdpa_is_what_transformers_says(model_type):
     model_class = class_of(CONFIG_MAPPING[model_type]())
     assert read_config(small(model_type, num_experts_per_tok=2), model_type).has_sdpa is model_class._supports_sdpa
@@ -226,10 +227,10 @@ SWITCHED = {
 
 
 @pytest.mark.parametrize("changes", ({}, SWITCHED), ids=("plain", "switched"))
-@pytest.mark.parametrize("model_type", sorted(_FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_what_is_read_gives_the_parameters_of_transformers(model_type, changes):
-    kv_heads = 8 if _FAMILIES[model_type].latent or not _FAMILIES[model_type].own_heads else 2
-    counted = {name: value for name, value in changes.items() if name not in _FAMILIES[model_type].uncounted}
+    kv_heads = 8 if FAMILIES[model_type].latent or not FAMILIES[model_type].own_heads else 2
+    counted = {name: value for name, value in changes.items() if name not in FAMILIES[model_type].uncounted}
     config = small(model_type, num_key_value_heads=kv_heads, num_experts_per_tok=2, pad_token_id=0, **counted)
     if model_type == "ministral":  # transformers needs it there
         config["head_dim"] = 16
@@ -245,7 +246,7 @@ def changed(value):
     return [0.5] if isinstance(value, float) else [2, True, 0.5] if value is None else []
 
 
-@pytest.mark.parametrize("model_type", sorted(_FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_no_field_of_a_family_is_passed_over(model_type):
     """Each field of its configuration class, set to something else: as many parameters as in transformers, or refused."""
     config_class = CONFIG_MAPPING[model_type]
@@ -278,7 +279,7 @@ def test_activations_are_those_of_transformers():
 
 
 def test_no_refused_family_has_a_row():
-    assert not set(_FAMILIES) & set().union(*_REFUSED.values())
+    assert not set(FAMILIES) & set().union(*_REFUSED.values())
 
 
 @pytest.mark.parametrize(

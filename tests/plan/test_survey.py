@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mstplan.errors import ModelError, UnreadError
-from mstplan.plan.config import _FAMILIES, _REFUSED, _TEXT_TYPES, read_config
+from mstplan.plan.config import _REFUSED, _TEXT_TYPES, read_config
+from mstplan.plan.families import FAMILIES
 from mstplan.plan.parameters import parameter_count
 from mstplan.plan.unread import _HYBRIDS, TYPES, WAY_OUT
 from tests.train.survey import causal_lm_classes
@@ -123,9 +124,9 @@ def test_refusals_name_the_family_or_the_field_and_the_way_out(records):
 
 def test_every_family_of_transformers_is_known_by_name():
     """Or its files would be planned as a Llama's as soon as all their fields have a Llama's names."""
-    named = {*_FAMILIES, *_TEXT_TYPES, *set().union(*_REFUSED.values()), *TYPES, *_HYBRIDS}
+    named = {*FAMILIES, *_TEXT_TYPES, *set().union(*_REFUSED.values()), *TYPES, *_HYBRIDS}
     assert not {name for name in CONFIG_MAPPING if name not in named}
-    assert not TYPES & {*_FAMILIES, *_HYBRIDS, *set().union(*_REFUSED.values())} - {"gemma3", "qwen2_vl", "qwen2_5_vl"}
+    assert not TYPES & {*FAMILIES, *_HYBRIDS, *set().union(*_REFUSED.values())} - {"gemma3", "qwen2_vl", "qwen2_5_vl"}
 
 
 def test_no_family_of_transformers_without_a_row_is_planned_from_a_llamas_fields():

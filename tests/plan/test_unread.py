@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mstplan import profiles
 from mstplan.errors import ModelError, UnreadError
 from mstplan.plan.catalog import load_model, model_names
-from mstplan.plan.config import _FAMILIES, read_config
+from mstplan.plan.config import read_config
+from mstplan.plan.families import FAMILIES
 from mstplan.plan.parameters import parameter_count
 from mstplan.plan.unread import NEUTRAL, READ, READ_BESIDE, WAY_OUT, _words, unread_fields
 
@@ -297,5 +298,5 @@ def test_what_is_no_decoder_stays_refused():
 def test_shipped_files_have_rows():
     for name in model_names():
         config = json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
-        assert config["model_type"] in _FAMILIES
+        assert config["model_type"] in FAMILIES
     assert unread_fields(PLAIN) == []

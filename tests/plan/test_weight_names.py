@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mstplan.observe.step import quiet
-from mstplan.plan.config import _FAMILIES, read_config
+from mstplan.plan.config import read_config
+from mstplan.plan.families import FAMILIES
 from mstplan.plan.steps import named_weights
 from mstplan.train import selecting
 
@@ -19,7 +20,7 @@ MISSING = {"deepseek_v2": {"num_experts_per_tok": 6}}
 """What a default config leaves out and its own module needs."""
 
 
-@pytest.mark.parametrize("family", [family for family in _FAMILIES if family not in NO_CLASS])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NO_CLASS])
 def test_names_and_kinds(family):
     with quiet(), torch.device("meta"):
         config = AutoConfig.for_model(family, **MISSING.get(family, {}))

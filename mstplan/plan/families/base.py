@@ -1,0 +1,152 @@
+"""What mstplan asks of a family of models: what its config.json leaves out, what it does otherwise than Llama, its weights' names.
+
+A new family is a file in this folder and a line in `__init__.py`; most are a row of switches that `layers.py` knows. What no
+switch says is refused (`config.py`), never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from ..model import Block, Norm
+
+LAYER = "layer"
+"""What the names of a layer's weights begin with; {} stands for the layer's number."""
+
+_USUAL_NAMES = {
+    LAYER: "model.layers.{}.",
+    "embed_tokens": "model.embed_tokens",
+    "final norm": "model.norm",
+    "lm_head": "lm_head",
+    "input norm": "input_layernorm",
+    "post-attention norm": "post_attention_layernorm",
+    "pre-MLP norm": "pre_feedforward_layernorm",
+    "post-MLP norm": "post_feedforward_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "qkv_proj": "self_attn.qkv_proj",
+    "o_proj": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "sinks": "self_attn.sinks",
+    "q_a_proj": "self_attn.q_a_proj",
+    "q_a_layernorm": "self_attn.q_a_layernorm",
+    "q_b_proj": "self_attn.q_b_proj",
+    "kv_a_proj": "self_attn.kv_a_proj_with_mqa",
+    "kv_a_layernorm": "self_attn.kv_a_layernorm",
+    "kv_b_proj": "self_attn.kv_b_proj",
+    "router": "mlp.gate",
+    "experts.gate_up_proj": "mlp.experts.gate_up_proj",
+    "experts.down_proj": "mlp.experts.down_proj",
+    "shared_experts.gate_proj": "mlp.shared_experts.gate_proj",
+    "shared_experts.up_proj": "mlp.shared_experts.up_proj",
+    "shared_experts.down_proj": "mlp.shared_experts.down_proj",
+}
+
+LATENT: Mapping[str, Any] = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+"""Defaults of multi-head latent attention."""
+TINY: Mapping[str, object] = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1024,
+    "max_position_embeddings": 65536,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Sizes with which tests run a family's own code; `Family.tiny` adds to them."""
+
+
+def defaults(
+    hidden: int, layers: int, heads: int, kv_heads: int | None, vocab: int, width: int | None, **more: object
+) -> dict[str, object]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "intermediate_size": width,
+        **more,
+    }
+
+
+class Routed(NamedTuple):
+    """How a family routes tokens to experts."""
+
+    width: str = "moe_intermediate_size"  # the field that holds an expert's width
+    router: Literal["softmax", "topk-softmax", "sigmoid-groups"] = "softmax"
+    fp32: bool = False
+    bias: bool = False
+    clamped: bool = False
+    may_be_none: bool = False  # 0 experts: a dense model
+
+
+class Code(NamedTuple):
+    """What a family's modelling code does otherwise than Llama's, where it decides which tensors are made and held."""
+
+    rotary: Literal["rotate half", "halves", "complex"] = "rotate half"
+    """x cos + rotate_half(x) sin; (x1 cos - x2 sin, x2 cos + x1 sin); pairs as complex numbers times a rotation."""
+    rotary_in_fp32: bool = False  # cos and sin stay in fp32; queries and keys are cast back
+    half_tables: bool = False  # cos and sin have one entry for both halves
+    local_rotary: bool = False  # layers with a window have frequencies of their own
+    slices_qkv: bool = False  # a fused projection is sliced: each gradient lies in zeros of the whole
+    holds_qkv: bool = False  # variables hold input, queries, keys and values until dropout after attention is done
+    holds_block: bool = False  # the block's variables hold attention's output and the MLP's input
+    softmax_as_scores: bool = False  # eager attention's softmax stays in the scores' dtype
+    fp32_expert_scores: bool = False
+
+
+class Family(NamedTuple):  # quicker to import than a dataclass of so many fields
+    """What a family does differently from Llama. A switch is a constant, or the name of the field that holds it."""
+
+    defaults: Mapping[str, object] = MappingProxyType({})  # of the configuration class in transformers
+    known: bool = True  # False: the family of all model types without a row
+    norm: Norm = "rms"
+    norm_bias: bool = False
+    block: Block = "pre"
+    qkv_bias: bool | str = "attention_bias"
+    out_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = False
+    fused_qkv: bool = False
+    fused_mlp: bool = False
+    gated: bool = True
+    qk_norm: Literal["none", "head", "full"] = "none"
+    own_heads: bool = True  # num_key_value_heads and head_dim may differ from num_attention_heads and hidden / heads
+    latent: bool = False
+    # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds
+    windows: Literal["none", "every", "listed", "late", "found"] = "none"
+    period: int = 0  # without layer_types, each period-th layer has full attention; 0: none has
+    window_switch: bool = False  # sliding_window counts only under use_sliding_window
+    experts: Routed | None = None
+    activation: str = "hidden_act"
+    attention_dropout: str = "attention_dropout"
+    dropout: str | None = None  # the field of the dropout after attention and MLP
+    softcap: bool = False  # attn_logit_softcapping acts
+    sinks: bool = False
+    learned_positions: bool = False
+    scaled_embedding: bool = False
+    has_sdpa: bool = True
+    uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
+    parallel_switch: str | None = None  # where this is false, the block is a plain one
+    gelu_is_tanh: bool = False  # its first files say gelu and mean the tanh approximation, as transformers corrects
+    code: Code = Code()
+    names: Mapping[str, str] = MappingProxyType({})  # of weights, where they are not Llama's
+    tiny: Mapping[str, object] = MappingProxyType({})  # fields of a small config, beside TINY
+
+    @property
+    def weight_names(self) -> Mapping[str, str]:
+        """By the part of a step: the weight's name, or its module's, within its layer or else within the model."""
+        return {**_USUAL_NAMES, **self.names}

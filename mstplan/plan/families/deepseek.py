@@ -1,0 +1,41 @@
+"""DeepSeek-V2 and V3, and Youtu, with multi-head latent attention."""
+
+from __future__ import annotations
+
+from .base import LATENT, Code, Family, Routed, defaults
+from .llama import LLAMA
+
+FAMILIES = {
+    "deepseek_v2": Family(
+        defaults(
+            *(4096, 32, 32, None, 102400, 11008),
+            num_experts=64,
+            moe_intermediate_size=1407,
+            n_shared_experts=2,
+            **LATENT,
+        ),
+        latent=True,
+        experts=Routed(fp32=True),
+        uncounted=("mlp_bias",),
+        code=Code(rotary="complex"),
+    ),
+    "deepseek_v3": Family(
+        defaults(
+            *(7168, 61, 128, 128, 129280, 18432),
+            num_experts=256,
+            num_experts_per_tok=8,
+            moe_intermediate_size=2048,
+            n_shared_experts=1,
+            first_k_dense_replace=3,
+            **LATENT,
+        ),
+        latent=True,
+        experts=Routed(router="sigmoid-groups", fp32=True),
+        code=Code(rotary="halves"),
+    ),
+    "youtu": LLAMA._replace(
+        defaults=defaults(2048, 32, 16, 16, 128256, 6144, tie_word_embeddings=True, **LATENT),
+        mlp_bias=False,
+        latent=True,
+    ),
+}

@@ -1,0 +1,53 @@
+"""Gemma, Gemma 2 and the text part of Gemma 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .base import Code, Family, defaults
+
+GEMMA: Mapping[str, Any] = {
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+GEMMA2 = Family(
+    defaults(
+        *(2304, 26, 8, 4, 256000, 9216),
+        sliding_window=4096,
+        final_logit_softcapping=30.0,
+        attn_logit_softcapping=50.0,
+        **GEMMA,
+    ),
+    norm="gemma",
+    block="sandwich",
+    windows="listed",
+    period=2,
+    activation="hidden_activation",
+    softcap=True,
+    scaled_embedding=True,
+    has_sdpa=False,
+)
+
+FAMILIES = {
+    "gemma": Family(
+        defaults(3072, 28, 16, 16, 256000, 24576, **GEMMA),
+        norm="gemma",
+        scaled_embedding=True,
+        gelu_is_tanh=True,
+    ),
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA2._replace(
+        # The published multimodal files leave out the context, too.
+        defaults=defaults(
+            *(2304, 26, 8, 4, 262208, 9216), sliding_window=4096, max_position_embeddings=131072, **GEMMA
+        ),
+        period=6,
+        qk_norm="head",
+        softcap=False,  # the field exists, the attention does not use it
+        has_sdpa=True,
+        code=Code(local_rotary=True),
+    ),
+}

@@ -1,0 +1,25 @@
+"""StarCoder2."""
+
+from __future__ import annotations
+
+from .base import Family, defaults
+
+FAMILIES = {
+    "starcoder2": Family(
+        defaults(
+            *(3072, 30, 24, 2, 49152, 12288),
+            hidden_act="gelu_pytorch_tanh",
+            tie_word_embeddings=True,
+            use_bias=True,
+        ),
+        norm="layer",
+        norm_bias=True,
+        qkv_bias="use_bias",
+        out_bias="use_bias",
+        mlp_bias="use_bias",
+        gated=False,
+        windows="every",
+        dropout="residual_dropout",
+        names={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
+    ),
+}
