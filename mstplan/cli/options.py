@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..plan.losses import LOSSES
 from ..plan.optimizers import OPTIMIZERS
 from ..plan.selection import WeightKind
 from .commands import Asked, Option, arguments, option
@@ -305,7 +306,7 @@ def _chunks(text: str | None) -> dict[str, object]:
 
 
 def runs_in_chunks(recipe: Recipe) -> bool:
-    return recipe.loss == "chunked" or recipe.mlp_recompute or recipe.mlp_chunks != 1
+    return recipe.loss_in_chunks or recipe.mlp_recompute or recipe.mlp_chunks != 1
 
 
 def applied(base: Recipe, asked: Asked, adopt_chunks: bool) -> Recipe:
@@ -315,10 +316,10 @@ def applied(base: Recipe, asked: Asked, adopt_chunks: bool) -> Recipe:
         changes = {"loss": "chunked", "mlp_recompute": True, **changes}
     if chunks and (runs_in_chunks(base) or adopt_chunks):
         changes.update(chunks)
-    loss = changes.get("loss", base.loss)
-    if loss != "chunked":
+    loss = LOSSES.get(str(changes.get("loss", base.loss)))
+    if loss is None or not loss.in_chunks:
         changes["loss_chunks"] = 1
-    elif base.loss != "chunked":
+    elif not base.loss_in_chunks:
         changes.setdefault("loss_chunks", "auto")
     return base.changed(**changes)
 

@@ -74,7 +74,7 @@ def families(model: Model, names: Sequence[str] = tuple(STRATEGIES)) -> list[Fam
     for name in names:
         chunks = (
             ((True, True), (False, True), (True, False), (False, False))
-            if STRATEGIES[name].loss == "chunked"
+            if STRATEGIES[name].loss_in_chunks
             else ((False, False),)
         )
         for masked in (False, True) if window_of(model, STRATEGIES[name]) is not None else (False,):

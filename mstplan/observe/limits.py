@@ -243,7 +243,7 @@ def throughputs(
 ) -> dict[str, list[Throughput]]:
     """Of each strategy that runs in chunks, tokens per second over numbers of them around the recommended one. Raises RecipeError when
     none does."""
-    recipes = {strategy: recipe for strategy, recipe in recipes.items() if recipe.loss == "chunked"}
+    recipes = {strategy: recipe for strategy, recipe in recipes.items() if recipe.loss_in_chunks}
     if not recipes:
         raise RecipeError(
             "none of these recipes runs in chunks, so that there is nothing to compare.\nTake -s mst, mst-offload or --loss chunked."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import RecipeError
+from ..plan.losses import LOSSES
 from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
 
@@ -22,8 +23,8 @@ def check_runnable(recipe: Recipe) -> None:
             f"the step that is run has no {recipe.optimizer} ({running} run)",
         ),
         (
-            recipe.loss == "transformers<4.45",
-            "the step that is run has the loss of the transformers at hand, not that of releases before 4.45",
+            bool(LOSSES[recipe.loss].not_run),
+            LOSSES[recipe.loss].not_run,
         ),
         (
             not recipe.mlp_recompute and recipe.mlp_chunks != 1,

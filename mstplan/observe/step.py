@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from ..errors import ModelError, one_line
+from ..plan.losses import LOSSES
 from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
 from ..plan.selection import Selection
@@ -116,7 +117,9 @@ class TrainingStep:
         check_runnable(recipe)
         self.recipe, self.model = recipe, model
         self.device = next(model.parameters()).device
-        chunked = recipe.loss == "chunked"
+        chunked = recipe.loss_in_chunks
+        if not chunked:
+            LOSSES[recipe.loss].install(model)
         if recipe.checkpoint != "none" or chunked or recipe.mlp_chunks != 1:
             minisequence(
                 model,

@@ -13,12 +13,13 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from .cuda import efficient_accumulates, efficient_workspace, flash_head_size
 from .families import family_of
 from .instants import Stage
+from .kernels import SDPA, chosen
+from .kernels.base import Asked
 from .model import Attention, Experts, LayerKind, Mlp, Model
 from .selection import WeightKind
-from .tape import ITEMSIZE, Op, Part, Role, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
+from .tape import Op, Part, Role, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
 
 HIDDEN = "layer input"
 
@@ -416,183 +417,9 @@ class Writer:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, kind: LayerKind) -> Tensor:
         how = self.numerics.attention
-        if how == "sdpa" and kind.window is not None and self.numerics.masked:
-            return self._masked(q, k, v, a)
-        if how == "eager" or (how == "sdpa" and self._falls_back_to_math(a)):
-            return self._eager(q, k, v, a)
-        if how == "sdpa" and (self.numerics.compute == "float32" or a.v_head_dim != a.head_dim or a.head_dim > 256):
-            return self._efficient(q, k, v, a)  # what FlashAttention-2 does not take (aten sdp_utils.cpp)
-        return self._flash(q, k, v, a, kind.window)
-
-    def _falls_back_to_math(self, a: Attention) -> bool:
-        """fp32 has no flash kernel, and the memory-efficient one takes no grouped queries (aten sdp_utils.cpp)."""
-        return self.numerics.compute == "float32" and a.kv_heads != a.heads
-
-    def _flops(self, a: Attention, window: int | None = None) -> tuple[tuple[int, int], ...]:
-        """Two products of 2 operations; causality masks half of the scores, a window what is further away."""
-        per_pair = a.heads * (a.head_dim + a.v_head_dim)
-        full = ((4, per_pair),)
-        return full if window is None else (*full, (1, 2 * window * per_pair))
-
-    def _flash(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, window: int | None) -> Tensor:
-        """FlashAttention-2 (aten transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd).
-
-        Keeps q, k, v, the output and one fp32 log-sum-exp a row. Backward makes dq, dk, dv, an fp32 accumulator of dq
-        over rows rounded up to 128 and head sizes to 32, an fp32 row sum, and with grouped queries dk and dv for every
-        query head. Values of smaller heads are padded, and the output is cropped (transformers integrations/flash_attention.py).
-        """
-        tape = self.tape
-        narrow = a.v_head_dim != a.head_dim
-        if narrow:
-            padded = tape.new("V, padded", f"{self.t} H e", v.dtype)
-            v = tape.op("pad V", [v], padded, grads=((v, tape.grad(v)),))
-        out = tape.new("attention mixed", f"{self.t} H e", q.dtype)
-        rows = tape.new("log-sum-exp", f"{self.t} H", "float32")
-        rounded = flash_head_size(a.head_dim)
-        sinks = (self.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name=""),) if a.sinks else ()
-        temps = [
-            tape.new("dQ accumulator", f"b r H {rounded}", "float32"),
-            tape.new("row sums of dO * O", "b r H", "float32"),
-        ]
-        if a.kv_heads != a.heads:
-            temps += [tape.new(f"d{x} for every query head", f"{self.t} H e", q.dtype) for x in "KV"]
-        tape.op(
-            "flash attention",
-            [q, k, v],
-            out,
-            rows,
-            keeps=(q, k, v, out, rows),
-            grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
-            all_gradients=True,
-            back_temps=tuple(temps),
-            flops=self._flops(a, window),
-            weights=sinks,
-        )
-        if not narrow:
-            return out
-        cropped = tape.new("attention mixed, cropped", f"{self.t} H ev", q.dtype)
-        return tape.op("crop", [out], cropped, grads=((out, tape.grad(out)),))
-
-    def _masked(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
-        """sdpa with an explicit sliding-window mask: keys and values are repeated, the boolean mask becomes a bias
-        (aten attention.cpp, convert_boolean_attn_mask)."""
-        k, v = self._repeated(k, a), self._repeated(v, a)
-        bias = self.tape.new("attention bias", "b s s", q.dtype)
-        self.tape.op("mask to bias", [], bias)
-        if self.numerics.padded:  # (aten attention.cpp, preprocess_mask)
-            padded = self.tape.new("attention bias, rows padded", "b s s", q.dtype)  # by 7 columns at most, not counted
-            bias = self.tape.op("pad the bias", [bias], padded)
-        return self._efficient(q, k, v, a, bias)
-
-    def _efficient(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, *bias: Tensor) -> Tensor:
-        """The memory-efficient kernel (aten transformers/cuda/attention.cu, attention_backward.cu).
-
-        Keeps q, k, v, the output, one fp32 log-sum-exp a row, and a bias. Forward sums the output of large heads in fp32;
-        backward makes dq, dk, dv, an fp32 row sum, and a workspace of sums of dq, for large heads of some dk and dv as well.
-        """
-        tape, sizes = self.tape, (a.head_dim, a.v_head_dim, ITEMSIZE[q.dtype])
-        out = tape.new("attention mixed", f"{self.t} H {'e' if a.v_head_dim == a.head_dim else 'ev'}", q.dtype)
-        rows = tape.new("log-sum-exp", f"{self.t} H", "float32")
-        space = efficient_workspace(*sizes)
-        back = (
-            tape.new("row sums of dO * O", f"{self.t} H", "float32"),
-            tape.new("dQ accumulator in tiles", f"b r {a.heads * space.of_row}", "uint8"),
-            tape.new(
-                "dK and dV of the blocks at work", str(a.heads * space.blocks_at_work(a.heads) * space.of_keys), "uint8"
-            ),
-        )
-        pairs = a.heads * (a.head_dim + a.v_head_dim)
-        return tape.op(
-            "masked attention" if bias else "memory-efficient attention",
-            [q, k, v, *bias],
-            out,
-            rows,
-            keeps=(q, k, v, out, rows, *bias),
-            temps=(tape.new("output accumulator", out.shape, "float32"),) if efficient_accumulates(*sizes) else (),
-            grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
-            all_gradients=True,
-            back_temps=tuple(t for t in back if t.bytes),
-            flops=((4, 2 * pairs),) if bias else self._flops(a),  # a mask that is a tensor skips nothing
-        )
-
-    def _repeated(self, x: Tensor, a: Attention) -> Tensor:
-        """Keys or values for every query head: a copy, of a single head a view."""
-        if a.kv_heads == a.heads:
-            return x
-        name, shape = x.name + " for every query head", f"{self.t} H e"
-        y = self.tape.view(x, name, shape) if a.kv_heads == 1 else self.tape.new(name, shape, x.dtype)
-        return self.tape.op("repeat " + x.name, [x], y, grads=((x, self.tape.grad(x)),))
-
-    def _eager(self, q: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
-        """transformers' eager_attention_forward: the score matrix is written out several times."""
-        tape = self.tape
-        k, v = self._repeated(k, a), self._repeated(v, a)
-        scores = self._scores("scores", q.dtype)
-        tape.op(
-            "scores",
-            [q, k],
-            scores,
-            keeps_for=((q, k), (k, q)),
-            grads=tuple((x, tape.grad(x)) for x in (q, k)),
-            flops=((4, a.heads * a.head_dim * 2),),
-        )
-        scores = self.pointwise("scale scores", scores, self._scores("scaled scores", q.dtype))
-        if a.softcap:
-            scores = self.pointwise("divide scores", scores, self._scores("scores / cap", q.dtype))
-            capped = self._scores("tanh of scores", q.dtype)
-            scores = self.pointwise("tanh", scores, capped, capped)
-            scores = self.pointwise("multiply scores", scores, self._scores("capped scores", q.dtype))
-        masked = self._scores("masked scores", q.dtype)
-        tape.op("mask scores", [scores], masked, grads=((scores, None),))
-        if a.sinks:
-            return self._eager_sinks(masked, k, v, a)
-        # GPT-2's own softmax stays in the scores' dtype; the others run it in fp32, holding the masked scores meanwhile.
-        own = self.code.softmax_as_scores and not self.numerics.autocast  # autocast runs any softmax in fp32
-        wide = masked.dtype if own else "float32"
-        scores = self.cast(masked, wide, "scores, fp32")
-        weights = self._scores("softmax of scores", wide)
-        self.pointwise("softmax", scores, weights, weights)
-        self.hold(masked)
-        weights = self.cast(weights, q.dtype, "attention matrix")
-        self.hold(masked)
-        return self._mix(self.dropout(weights, a.dropout), k, v, a)
-
-    def _eager_sinks(self, masked: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
-        """gpt-oss: a sink column is joined to the scores, the row maximum is taken off, softmax runs in bf16."""
-        sink = self.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name="")
-        joined = self._scores("scores and sinks", masked.dtype)
-        self.tape.op("join sinks", [masked], joined, grads=((masked, None),), weights=(sink,))
-        shifted = self._scores("shifted scores", masked.dtype)
-        self.tape.op(
-            "shift scores",
-            [joined],
-            shifted,
-            grads=((joined, None),),
-            back_temps=(self._scores("negated", masked.dtype),),
-        )
-        weights = self._scores("softmax of scores", masked.dtype)
-        self.pointwise("softmax", shifted, weights, weights)
-        view = self.pointwise("drop sinks", weights, self._scores("attention matrix", masked.dtype))
-        return self._mix(view, k, v, a)
-
-    def _scores(self, name: str, dtype: str) -> Tensor:
-        return self.tape.new(name, "b H s s", dtype)
-
-    def _mix(self, weights: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
-        e = "e" if a.v_head_dim == a.head_dim else "ev"
-        mixed = self.tape.new("attention mixed, by head", f"{self.t} H {e}", v.dtype)
-        self.tape.op(
-            "mix values",
-            [weights, v],
-            mixed,
-            keeps_for=((weights, v), (v, weights)),
-            grads=((weights, self.tape.grad(weights)), (v, self.tape.grad(v))),
-            flops=((4, a.heads * a.v_head_dim * 2),),
-        )
-        out = self.tape.new("attention mixed", mixed.shape, v.dtype)
-        joined = self.tape.op("join heads", [mixed], out, grads=((mixed, None),))
-        self.hold(k, v)
-        return joined
+        masked = how == SDPA and kind.window is not None and self.numerics.masked
+        kernel = chosen(how, Asked.of(a, self.numerics.compute, masked))
+        return kernel.lay_out(self, q, k, v, kind, masked)
 
     # ---- MLP and experts ------------------------------------------------------------------------------------------
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .. import files
 from ..errors import RecipeError, did_you_mean, quoted
+from .kernels import KERNELS, SDPA, attentions
+from .losses import LOSSES
 from .optimizers import OPTIMIZERS
 
+REGISTRIES: dict[str, Callable[[], list[str]]] = {
+    "optimizer": lambda: list(OPTIMIZERS),
+    "loss": lambda: list(LOSSES),
+    "attention": attentions,
+}
+"""Fields whose values are the names of what is registered."""
 ChunkCount = Literal["auto"] | int
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 Patterns = Annotated[tuple[Pattern, ...], Field(max_length=100, strict=False)]
@@ -50,12 +58,12 @@ class Recipe(BaseModel):
     """Recompute each MLP chunk by itself in backward, so that its intermediates live for one chunk in both passes."""
     loss_chunks: ChunkCount = 1
     """Pieces for the LM head and the chunked loss; "auto": as recommended."""
-    loss: Literal["transformers", "transformers<4.45", "chunked"] = "transformers"
-    """The loss of current transformers, that of releases before 4.45 (one more fp32 copy of the logits), or MsT's."""
+    loss: str = "transformers"
+    """One of `losses.LOSSES`: the loss of current transformers, that of releases before 4.45 (one more fp32 copy of the logits), or MsT's."""
     offload_layer_inputs: bool = False
     """Keep checkpointed layers' inputs in host memory."""
-    attention: Literal["sdpa", "flash", "eager"] = "sdpa"
-    """attn_implementation: sdpa (its flash kernel, explicit masks for sliding windows), flash-attn, or eager."""
+    attention: str = "sdpa"
+    """One of `kernels.attentions()`: attn_implementation: sdpa (its flash kernel, explicit masks for sliding windows), flash-attn, or eager."""
     train: Patterns = ()
     """The weights that are trained, by patterns over their names or words (`selection.py`); none: all of them."""
     freeze: Patterns = ()
@@ -81,10 +89,11 @@ class Recipe(BaseModel):
         __init__.__pydantic_base_init__ = True  # so that model_validate, which raises ValidationError, does not come by
 
     def model_post_init(self, _context: object) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            from . import names
+        for name, of in REGISTRIES.items():
+            if getattr(self, name) not in (known := of()):
+                from . import names
 
-            raise ValueError(names.unknown_value("optimizer", self.optimizer, OPTIMIZERS))
+                raise ValueError(names.unknown_value(name, getattr(self, name), known))
         for name in ("mlp_chunks", "loss_chunks"):
             value = getattr(self, name)
             if value != "auto" and not 1 <= value <= 1 << 32:
@@ -92,7 +101,7 @@ class Recipe(BaseModel):
         if self.checkpoint not in ("none", "layer", "sqrt") and not 1 <= int(self.checkpoint) <= 100_000:
             raise ValueError(f"checkpoint: {_MUST_BE['checkpoint']} (got {quoted(self.checkpoint)})")
         for bad, message in (
-            (self.loss != "chunked" and self.loss_chunks != 1, "loss_chunks needs loss='chunked' (--loss chunked)"),
+            (not self.loss_in_chunks and self.loss_chunks != 1, "loss_chunks needs loss='chunked' (--loss chunked)"),
             (
                 self.offload_layer_inputs and self.checkpoint == "none",
                 "offload_layer_inputs needs checkpointing, or there are no layer inputs to move: set checkpoint='layer' (--checkpoint layer)",
@@ -106,7 +115,7 @@ class Recipe(BaseModel):
                 "optimizer_in_backward and optimizer_on_host exclude each other: leave one of the two out",
             ),
             (
-                self.attention == "flash" and self.precision == "fp32",
+                self.attention != SDPA and KERNELS[self.attention].sixteen_bit_only and self.precision == "fp32",
                 "flash-attn computes in bf16 or fp16 only: use precision bf16 or mixed",
             ),
             (
@@ -145,6 +154,10 @@ class Recipe(BaseModel):
     @property
     def sharded(self) -> bool:
         return self.sharding == "fsdp"
+
+    @property
+    def loss_in_chunks(self) -> bool:
+        return LOSSES[self.loss].in_chunks
 
     @property
     def weight_bytes(self) -> int:
@@ -213,8 +226,8 @@ _WRITES_ONE = "`mstplan plan ... --write-recipe FILE` writes one to start from."
 
 def planned(field: str) -> tuple[list[str], str]:
     """The names that a field of a recipe can have as its value; and what else, in words."""
-    if field == "optimizer":
-        return list(OPTIMIZERS), ""
+    if field in REGISTRIES:
+        return REGISTRIES[field](), ""
     kinds = get_args(Recipe.model_fields[field].annotation)
     names = [name for kind in kinds for name in get_args(kind) or (kind,) if isinstance(name, str)]
     return names, " or a number of layers from 1" if int in kinds else ""
@@ -301,7 +314,7 @@ def _strategy_options(recipe: Recipe) -> list[str]:
     if found := next((name for name in STRATEGIES if same(name, STRATEGY_FIELDS)), None):
         return ["--strategy", found]
     counts = ["--chunks", ",".join(dict.fromkeys((str(recipe.mlp_chunks), str(recipe.loss_chunks))))]
-    in_chunks = (name for name in STRATEGIES if STRATEGIES[name].loss == "chunked")
+    in_chunks = (name for name in STRATEGIES if STRATEGIES[name].loss_in_chunks)
     if found := next((name for name in in_chunks if same(name, set(STRATEGY_FIELDS) - chunks)), None):
         return ["--strategy", found, *counts]
     words = ["--checkpoint", str(recipe.checkpoint)] if recipe.checkpoint != "none" else []
@@ -309,7 +322,7 @@ def _strategy_options(recipe: Recipe) -> list[str]:
     if (
         recipe.mlp_chunks == 1
         and not recipe.mlp_recompute
-        and recipe.loss_chunks == ("auto" if recipe.loss == "chunked" else 1)
+        and recipe.loss_chunks == ("auto" if recipe.loss_in_chunks else 1)
     ):
         return words + (["--loss", recipe.loss] if recipe.loss != "transformers" else [])
     words += counts + (["--loss", recipe.loss] if recipe.loss != "chunked" else [])

@@ -16,6 +16,7 @@ from .calibration import Calibration
 from .cuda import BIAS_ROWS
 from .hardware import Card, Gpu
 from .instants import Instant
+from .kernels import SDPA
 from .model import Model
 from .optimizers import host_states
 from .recipe import Recipe
@@ -67,7 +68,7 @@ class Plan(NamedTuple):
     @property
     def in_chunks(self) -> bool:
         """Does the recipe run the MLP or the loss in chunks, be it in one?"""
-        return self.recipe.loss == "chunked" or self.recipe.mlp_chunks != 1
+        return self.recipe.loss_in_chunks or self.recipe.mlp_chunks != 1
 
     @property
     def chunk_tokens(self) -> Chunks:
@@ -119,7 +120,7 @@ class Answer(NamedTuple):
 
 def window_of(model: Model, recipe: Recipe) -> int | None:
     """The length from which sdpa needs explicit masks; None: never."""
-    if recipe.attention != "sdpa" or not model.has_sdpa:
+    if recipe.attention != SDPA or not model.has_sdpa:
         return None
     windows = {kind.window for kind in model.layer_kinds if kind.window is not None}
     return min(windows) if windows else None

@@ -19,7 +19,9 @@ from .cuda import flash_rows
 from .families import family_of
 from .families.base import LAYER
 from .instants import Instant, Stage
+from .kernels import KERNELS, SDPA
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
+from .losses import LOSSES
 from .model import LayerKind, Model
 from .optimizers import optimizer_memory
 from .recipe import STRATEGIES, Recipe
@@ -322,7 +324,7 @@ def build(model: Model, layout: Layout) -> Tape:
         masked=layout.masked,
         padded=layout.padded,
     )
-    in_pieces = recipe.loss == "chunked" and layout.several_loss_chunks
+    in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks
     frozen = frozen_names(model, Selection(recipe.train, recipe.freeze))
     w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
@@ -393,7 +395,7 @@ def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
 def attention_kernel(model: Model, recipe: Recipe) -> str:
     """Where transformers has no sdpa for the model (soft-capping, sinks), flash stands for it; eager in fp32, as flash
     computes in 16 bits only."""
-    if recipe.attention != "sdpa" or model.has_sdpa:
+    if recipe.attention != SDPA or model.has_sdpa:
         return recipe.attention
     return "eager" if recipe.precision == "fp32" else "flash"
 
@@ -454,7 +456,7 @@ def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
 
 def _mask(w: Writer, sliding: bool, layout: Layout) -> tuple[Tensor, ...]:
     """An explicit attention mask: made once in forward, for all layers of a kind."""
-    if layout.recipe.attention == "eager":
+    if layout.recipe.attention != SDPA and KERNELS[layout.recipe.attention].makes_causal_mask:
         mask = w.tape.new("causal mask", "b s s", layout.recipe.used_dtype)
     elif sliding and layout.masked:
         mask = w.tape.new("sliding-window mask", "s s", "bool")
@@ -539,11 +541,10 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     weight = table if model.tied else w.weight("lm_head", model.vocab, model.hidden, kinds=(WeightKind.HEAD,))
     labels = tape.new("shifted labels", "b s", "int64")
     if not in_pieces:
-        loss_of = "transformers" if recipe.loss == "chunked" else recipe.loss
-        _loss(w, hidden, weight, loss_of, labels, defers=model.tied)
+        _loss(w, hidden, weight, recipe.loss, labels, defers=model.tied)
         return
     inner = Writer(model, w.numerics, "b k", frozen=w.frozen)
-    _loss(inner, inner.source(hidden.name, hidden.dtype), weight, "transformers")
+    _loss(inner, inner.source(hidden.name, hidden.dtype), weight, recipe.loss)
     tape.op("shift labels", [], labels)
     loss = tape.new("loss", "", "float32")
     written = inner.tape.written()
@@ -552,44 +553,9 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     tape.add(Op("loss chunk", (hidden,), (loss,), part=part, defers=defers, holds=(labels,), stage=stage))
 
 
-def _loss(w: Writer, hidden: Tensor, weight: Weight, loss: str, *labels: Tensor, defers: bool = False) -> None:
-    """lm_head, soft-capping, and ForCausalLMLoss (transformers loss/loss_utils.py), which makes `labels`. defers: the gradient of a tied
-    weight waits for that of the embedding."""
+def _loss(w: Writer, hidden: Tensor, head: Weight, loss: str, *labels: Tensor, defers: bool = False) -> None:
     with w.tape.part(Role.LOSS):
-        _loss_of_logits(w, hidden, weight, loss, labels, defers)
-
-
-def _loss_of_logits(
-    w: Writer, hidden: Tensor, weight: Weight, loss: str, labels: tuple[Tensor, ...], defers: bool
-) -> None:
-    tape, model = w.tape, w.model
-    logits = w.linear(hidden, w.new("logits", "V"), "lm_head", kind=WeightKind.HEAD, weight=weight, defers=defers)
-    if model.logit_softcap:
-        logits = w.pointwise("divide logits", logits, w.new("logits / cap", "V"))
-        tanh = w.new("tanh of logits", "V")
-        logits = w.pointwise("tanh of logits", logits, tanh, tanh)
-        logits = w.pointwise("multiply logits", logits, w.new("capped logits", "V"))
-    wide = w.cast(logits, "float32", "logits, fp32")
-    w.hold(hidden)
-    if labels:
-        tape.op("shift labels", [], *labels)
-    if loss == "transformers<4.45":
-        shifted = w.new("shifted logits, fp32", "V", "float32")
-        tape.op("shift logits", [wide], shifted, keeps=(wide,), grads=((wide, tape.grad(wide)),))
-        wide, held = shifted, (wide, hidden)
-    else:
-        held = (logits, hidden)  # variables of the model's forward
-    log_probs = w.new("log-softmax of logits", "V", "float32")
-    tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=held)
-    loss_value = tape.new("loss", "", "float32")
-    tape.op(
-        "negative log-likelihood",
-        [log_probs, *labels],
-        loss_value,
-        keeps=(log_probs, *labels),
-        grads=((log_probs, tape.grad(log_probs)),),
-        holds=(*held, wide),
-    )
+        LOSSES[loss].lay_out(w, hidden, head, labels, defers)
 
 
 def _op_weights(op: Op) -> tuple[Weight, ...]:

@@ -117,7 +117,7 @@ def view(model: Model, card: Card, recipe: Recipe, overrides: dict[str, int | No
 def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Coefficients:
     """W_mem: weights, gradients, optimizer states. A_mem: what autograd keeps of one layer. I_mem: the largest
     intermediate, of the LM head and loss or of the MLP, at the moment it peaks."""
-    loss = "transformers" if recipe.loss == "chunked" else recipe.loss
+    loss = "transformers" if recipe.loss_in_chunks else recipe.loss
     unchunked = {"mlp_chunks": 1, "mlp_recompute": False, "loss_chunks": 1, "loss": loss}
     plain = recipe.changed(checkpoint="none", offload_layer_inputs=False, **unchunked)
     built = _layout_step(model, plain, card.gpu, False, False, False)

@@ -249,5 +249,5 @@ def status() -> Iterator[Status]:
 
 def recipe_words(recipe: Recipe) -> str:
     """A recipe in a few words."""
-    chunks = f", {recipe.mlp_chunks} and {recipe.loss_chunks} chunks" if recipe.loss == "chunked" else ""
+    chunks = f", {recipe.mlp_chunks} and {recipe.loss_chunks} chunks" if recipe.loss_in_chunks else ""
     return f"checkpoint {recipe.checkpoint}{chunks}{', offload' if recipe.offload_layer_inputs else ''}"

@@ -1,0 +1,14 @@
+"""Losses, a file each: what LM head and loss make and keep, and how a real step computes them.
+
+Recipes, the command line's help, refusals, the formula and the step that is traced and measured read `LOSSES`.
+"""
+
+from __future__ import annotations
+
+from .base import Loss
+from .chunked import Chunked
+from .transformers import Transformers
+from .transformers_before_445 import TransformersBefore445
+
+LOSSES: dict[str, Loss] = {each.name: each for each in (Transformers(), TransformersBefore445(), Chunked())}
+"""By the name that recipes have for them."""

@@ -1,0 +1,59 @@
+"""What mstplan asks of a loss: the operations from hidden states to its value, and how a real step computes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ..selection import WeightKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..layers import Writer
+    from ..tape import Tensor, Weight
+
+
+class Loss:
+    """A loss as recipes name it, with the LM head before it. A new one is a file with a subclass, and a line in this folder's
+    `__init__.py`."""
+
+    name: ClassVar[str]
+    """What recipes and --loss call it."""
+    in_chunks: ClassVar[bool] = False
+    """Whether it runs over pieces of the sequence, with its gradients made in the forward pass (mstplan/train/loss.py)."""
+    not_run: ClassVar[str] = ""
+    """Why the step that is traced and measured cannot be run with it; empty: it can."""
+
+    def lay_out(self, w: Writer, hidden: Tensor, head: Weight, labels: tuple[Tensor, ...], defers: bool) -> None:
+        """Write LM head and loss on the tape of `w`. hidden (t, d); labels, if any, are made on the way; defers: the gradient of
+        a tied head waits for that of the embedding."""
+        raise NotImplementedError
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Let a transformers model compute it, in place. Needs torch; asked only where it runs whole."""
+
+
+def logits_of(w: Writer, hidden: Tensor, head: Weight, defers: bool) -> Tensor:
+    """Logits (t, V), soft-capped where the model does so, in the dtype that the head computes in."""
+    logits = w.linear(hidden, w.new("logits", "V"), "lm_head", kind=WeightKind.HEAD, weight=head, defers=defers)
+    if w.model.logit_softcap:
+        logits = w.pointwise("divide logits", logits, w.new("logits / cap", "V"))
+        tanh = w.new("tanh of logits", "V")
+        logits = w.pointwise("tanh of logits", logits, tanh, tanh)
+        logits = w.pointwise("multiply logits", logits, w.new("capped logits", "V"))
+    return logits
+
+
+def cross_entropy(w: Writer, wide: Tensor, labels: tuple[Tensor, ...], held: tuple[Tensor, ...]) -> None:
+    """torch.nn.functional.cross_entropy of fp32 logits (t, V); held: tensors that variables hold meanwhile."""
+    tape = w.tape
+    log_probs = w.new("log-softmax of logits", "V", "float32")
+    tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=held)
+    tape.op(
+        "negative log-likelihood",
+        [log_probs, *labels],
+        tape.new("loss", "", "float32"),
+        keeps=(log_probs, *labels),
+        grads=((log_probs, tape.grad(log_probs)),),
+        holds=(*held, wide),
+    )
