@@ -298,7 +298,9 @@ class Writer:
             v = self.linear(x, self.new("V", "G e"), "v_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
         if a.rotary_dim:
             before = (q, k)
-            q, k = self._rotary(q, "H", a.rotary_dim, a.head_dim), self._rotary(k, "G", a.rotary_dim, a.head_dim)
+            tables = self._interleaved(a.rotary_dim) if self.code.interleaved_tables else ()
+            q = self._rotary(q, "H", a.rotary_dim, a.head_dim, *tables)
+            k = self._rotary(k, "G", a.rotary_dim, a.head_dim, *tables)
             self.hold(*before)  # until both are turned
             if self.code.rotary_in_fp32:
                 turned = (q, k)
@@ -318,8 +320,16 @@ class Writer:
             self.tape.op("split " + fused.name, [fused], *views, grads=((fused, self.tape.grad(fused)),))
         return views
 
-    def _rotary(self, x: Tensor, heads: str, rotary: int, width: int) -> Tensor:
-        """x * cos + rotate_half(x) * sin. Nothing is kept but cos and sin, which all layers share. heads: their axis."""
+    def _interleaved(self, rotary: int) -> tuple[Tensor, Tensor]:
+        """cos and sin with every number twice (models/glm/modeling_glm.py, apply_rotary_pos_emb)."""
+        dtype = rotary_dtype(self.model, self.wide)
+        cosine, sine = (self.tape.new(f"{name}, interleaved", f"s {rotary}", dtype) for name in ("cos", "sin"))
+        self.tape.op("interleave", [], cosine, sine)
+        return cosine, sine
+
+    def _rotary(self, x: Tensor, heads: str, rotary: int, width: int, *tables: Tensor) -> Tensor:
+        """x * cos + rotate_half(x) * sin. Nothing is kept but cos and sin: `tables`, or those that all layers share. heads: their
+        axis."""
         if self.code.rotary == "complex":
             return self._rotary_complex(x)
         if self.code.rotary == "halves":
@@ -329,7 +339,9 @@ class Writer:
         turned = x if rotary == width else self.slice(x, x.name + ", rotary part", shape)
         wide = rotary_dtype(self.model, self.wide)
         cosine = self.tape.new(f"{x.name} cos", shape, wide)
-        self.tape.op(f"{x.name} * cos", [turned], cosine, grads=((turned, self.tape.grad(turned)),))
+        cos, sin = (tables[:1], tables[1:]) if tables else ((), ())
+        grads = ((turned, self.tape.grad(turned)),)
+        self.tape.op(f"{x.name} * cos", [turned, *cos], cosine, keeps=cos, grads=grads)
         half = f"{self.t} {heads} {rotary // 2}"
         first, second = (
             self.slice(turned, x.name + " first half", half),
@@ -340,9 +352,10 @@ class Writer:
         rotated = self.tape.new(f"{x.name} rotated", shape, x.dtype)
         self.tape.op("rotate half", [minus, first], rotated, grads=((minus, None), (first, None)))
         sine = self.tape.new(f"{x.name} sin", shape, wide)
-        self.tape.op(f"{x.name} * sin", [rotated], sine, grads=((rotated, self.tape.grad(rotated)),), holds=(turned,))
+        grads = ((rotated, self.tape.grad(rotated)),)
+        self.tape.op(f"{x.name} * sin", [rotated, *sin], sine, keeps=sin, grads=grads, holds=(turned,))
         y = self.tape.new(f"{x.name} after rotary", shape, wide)
-        self.tape.op("rotary add", [cosine, sine], y, grads=((cosine, None), (sine, None)), holds=(x,))
+        self.tape.op("rotary add", [cosine, sine], y, grads=((cosine, None), (sine, None)), holds=(x, *tables))
         if rotary == width:
             return y
         rest = self.slice(x, x.name + ", rest", f"{self.t} {heads} {width - rotary}")

@@ -428,14 +428,16 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
 
 
 def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """What the layers of each kind are given beside hidden states: position ids, cos and sin, a mask; and of these, cos and sin."""
+    """What the layers of each kind are given beside hidden states: position ids, cos and sin, a mask; and of these what products keep: cos
+    and sin."""
     kinds = dict.fromkeys(w.model.layer_kinds)
     sliding = {kind: kind.window is not None for kind in kinds}
     several = w.code.local_rotary
     rotary = {of: _rotary_tables(w, layout) for of in dict.fromkeys(sliding[kind] and several for kind in kinds)}
     masks = {of: _mask(w, of, layout) for of in dict.fromkeys(sliding.values())}
     tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
-    return {kind: ((ids, *tables[kind], *masks[sliding[kind]]), tables[kind]) for kind in kinds}
+    kept = {kind: () if w.code.interleaved_tables else tables[kind] for kind in kinds}
+    return {kind: ((ids, *tables[kind], *masks[sliding[kind]]), kept[kind]) for kind in kinds}
 
 
 def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What varies has one place: an optimizer that only this file knows works in every command."""
+"""What varies has one place: an optimizer, a loss, a family of models that only this file knows work in every command."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import pytest
 
 from mstplan.plan import advice
+from mstplan.plan.families import FAMILIES
+from mstplan.plan.losses import LOSSES
+from mstplan.plan.losses.base import Loss, cross_entropy, logits_of
 from mstplan.plan.optimizers import OPTIMIZERS
 from mstplan.plan.optimizers.base import Memory, Optimizer, numel_of
 from mstplan.plan.tape import Weight
@@ -103,3 +106,103 @@ def test_an_unknown_optimizer_is_an_error(run: Run, typed, tmp_path):
         assert said.code == 2 and len(said.err.strip().splitlines()) <= 4 and not said.out
         assert all(name in said.err for name in OPTIMIZERS), said.err
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+# ---- a loss ---------------------------------------------------------------------------------------------------------
+
+
+class Doubled(Loss):
+    """Cross entropy of twice the logits."""
+
+    name = "doubled"
+
+    def lay_out(self, w, hidden, head, labels, defers):
+        logits = logits_of(w, hidden, head, defers)
+        wide = w.cast(logits, "float32", "logits, fp32")
+        w.hold(hidden)
+        twice = w.pointwise("double", wide, w.new("logits, doubled", "V", "float32"))
+        w.tape.op("shift labels", [], *labels)
+        cross_entropy(w, twice, labels, held=(logits, wide, hidden))
+
+    def install(self, model):
+        import torch.nn.functional as F
+
+        def loss(logits, labels, vocab_size, **_):
+            wide = logits.float()
+            twice = wide * 2
+            targets = F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
+            return F.cross_entropy(twice.view(-1, vocab_size), targets.view(-1))
+
+        model.loss_function = loss
+
+
+@pytest.fixture
+def doubled(monkeypatch, tmp_path):
+    monkeypatch.setitem(LOSSES, "doubled", Doubled())
+    (tmp_path / "tiny.json").write_text(json.dumps({**TINY, "vocab_size": 16000}))
+
+
+def peaks_of(said):
+    return {each["name"]: each["bytes"] for each in said.json["instants"]}
+
+
+def test_formula_and_trace_agree_on_a_loss_from_outside(run: Run, doubled):
+    asked = ("-m", "tiny.json", "--gpu", "h100", "--seq-len", "2k", "-s", "checkpoint", "--json")
+    ours, usual = (peaks_of(run("plan", *asked, "--loss", name)) for name in ("doubled", "transformers"))
+    traced = peaks_of(run("trace", *asked, "--loss", "doubled", "--no-cache"))
+    assert ours["loss"] == pytest.approx(usual["loss"] + 4 * 2048 * 16000, rel=0.01)
+    assert set(ours) == set(traced)
+    for name, size in traced.items():
+        assert ours[name] == pytest.approx(size, rel=0.002), name
+
+
+def test_max_seq_and_plot_know_the_loss(run: Run, doubled, tmp_path):
+    asked = ("-m", "tiny.json", "--gpu", "rtx-4090", "-s", "checkpoint", "--json", "--loss")
+    ours, usual = (run("max-seq", *asked, name).json["results"][0]["s_max"] for name in ("doubled", "transformers"))
+    assert 0 < ours < usual
+    assert run("plot", *asked[:-2], "--loss", "doubled", "-o", "plot.svg").code == 0
+    assert "doubled" in run("plan", *asked[:-2], "--seq-len", "1k", "--loss", "dubled").err
+
+
+# ---- a family -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def normed(monkeypatch, tmp_path):
+    """A family with Qwen3's code under a name of its own, and another name for its norms of queries."""
+    pytest.importorskip("transformers")
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    class NormedConfig(Qwen3Config):
+        model_type = "normed"
+
+    class NormedForCausalLM(Qwen3ForCausalLM):
+        config_class = NormedConfig
+
+    monkeypatch.setitem(FAMILIES, "normed", FAMILIES["qwen3"]._replace(tiny={"head_dim": 64}))
+    AutoConfig.register("normed", NormedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(NormedConfig, NormedForCausalLM, exist_ok=True)
+    config = {**TINY, "model_type": "normed", "architectures": ["NormedForCausalLM"], "head_dim": 64}
+    (tmp_path / "normed.json").write_text(json.dumps(config))
+
+
+def test_formula_and_trace_agree_on_a_family_from_outside(run: Run, normed):
+    asked = ("-m", "normed.json", "--gpu", "h100", "--seq-len", "4k", "-s", "checkpoint", "--json", "--train", "q_norm")
+    told, traced = run("plan", *asked), run("trace", *asked, "--no-cache")
+    assert told.json["trained_parameters"] == 64 * TINY["num_hidden_layers"]
+    ours, theirs = peaks_of(told), peaks_of(traced)
+    assert set(ours) == set(theirs)
+    for name, size in theirs.items():
+        assert ours[name] == pytest.approx(size, rel=0.002), name
+
+
+def test_every_command_knows_the_family(run: Run, normed, tmp_path):
+    asked = ("-m", "normed.json", "--gpu", "rtx-4090")
+    found = run("max-seq", *asked, "--json").json
+    assert all(row["s_max"] for row in found["results"]) and found["model"]["notes"] == []
+    assert run("plot", *asked, "-o", "plot.svg").code == 0 and run("shapes", *asked[:2], "--seq-len", "1k").code == 0
+
+
+def test_without_it_the_file_is_of_an_unknown_family(run: Run, tmp_path):
+    (tmp_path / "normed.json").write_text(json.dumps({**TINY, "model_type": "normed"}))
+    assert "not known to mstplan" in run("max-seq", "-m", "normed.json", "--gpu", "rtx-4090").out

@@ -100,6 +100,7 @@ class Code(NamedTuple):
     rotary: Literal["rotate half", "halves", "complex"] = "rotate half"
     """x cos + rotate_half(x) sin; (x1 cos - x2 sin, x2 cos + x1 sin); pairs as complex numbers times a rotation."""
     rotary_in_fp32: bool = False  # cos and sin stay in fp32; queries and keys are cast back
+    interleaved_tables: bool = False  # each layer makes its own cos and sin, every number twice
     half_tables: bool = False  # cos and sin have one entry for both halves
     local_rotary: bool = False  # layers with a window have frequencies of their own
     slices_qkv: bool = False  # a fused projection is sliced: each gradient lies in zeros of the whole

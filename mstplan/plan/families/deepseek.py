@@ -18,6 +18,7 @@ FAMILIES = {
         experts=Routed(fp32=True),
         uncounted=("mlp_bias",),
         code=Code(rotary="complex"),
+        tiny={"num_experts_per_tok": 2, "moe_intermediate_size": 384},
     ),
     "deepseek_v3": Family(
         defaults(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .base import Family, defaults
+from .base import Code, Family, defaults
 
 GLM = Family(
     defaults(4096, 40, 32, 2, 151552, 13696, head_dim=128, attention_bias=True, partial_rotary_factor=0.5),
     out_bias=False,
     fused_mlp=True,
+    code=Code(interleaved_tables=True),
 )
 
 FAMILIES = {

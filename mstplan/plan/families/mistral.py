@@ -10,7 +10,7 @@ MISTRAL = Family(
 
 FAMILIES = {
     "mistral": MISTRAL,
-    "ministral": MISTRAL._replace(windows="listed"),
+    "ministral": MISTRAL._replace(windows="listed", tiny={"head_dim": 32}),
     "ministral3": MISTRAL._replace(
         defaults=defaults(4096, 34, 32, 8, 131072, 14336, head_dim=128, max_position_embeddings=262144)
     ),
