@@ -1,13 +1,12 @@
 """How long a sequence can I train on this GPU, with which settings, and how sure is that?
 
     >>> import mstplan
-    >>> model, card = mstplan.load_model("llama3.1-8b"), mstplan.card("h100")
-    >>> answer = mstplan.max_seq(model, mstplan.strategy("checkpoint"), card)
+    >>> answer = mstplan.max_seq("llama3.1-8b", "checkpoint", "h100")
     >>> answer.s_max, answer.plan.instant
     (19691, 'backward of the loss')
 
 Sizes are ints in bytes, lengths ints in tokens. Whatever cannot be used raises a subclass of `mstplan.InputError`.
-Nothing here imports torch, but for `minisequence(model)`, which trains what was planned.
+Nothing here imports torch but `trace`, `measure` and `minisequence(model)`, which trains what was planned.
 """
 
 import sys
@@ -21,6 +20,12 @@ if _as_module and not getattr(sys.flags, "safe_path", sys.flags.isolated):
 from typing import TYPE_CHECKING  # noqa: E402
 
 if TYPE_CHECKING:
+    from .api import max_seq as max_seq
+    from .api import measure as measure
+    from .api import parameter_count as parameter_count
+    from .api import plan_at as plan_at
+    from .api import shapes as shapes
+    from .api import trace as trace
     from .errors import HardwareError as HardwareError
     from .errors import InputError as InputError
     from .errors import MeasurementError as MeasurementError
@@ -39,15 +44,11 @@ if TYPE_CHECKING:
     from .plan.hardware import gpus as gpus
     from .plan.instants import Instant as Instant
     from .plan.model import Model as Model
-    from .plan.parameters import parameter_count as parameter_count
     from .plan.recipe import STRATEGIES as STRATEGIES
     from .plan.recipe import Recipe as Recipe
     from .plan.recipe import strategy as strategy
-    from .plan.shapes import shapes as shapes
     from .plan.solve import Answer as Answer
     from .plan.solve import Plan as Plan
-    from .plan.solve import max_seq as max_seq
-    from .plan.solve import plan_at as plan_at
     from .plan.steps import Chunks as Chunks
     from .plan.steps import Entry as Entry
     from .plan.steps import InstantPeak as InstantPeak
@@ -58,74 +59,34 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_WHERE = {
+PUBLIC = {
+    "api": ("max_seq", "measure", "parameter_count", "plan_at", "shapes", "trace"),
     "errors": (
-        "HardwareError",
-        "InputError",
-        "MeasurementError",
-        "MissingError",
-        "ModelError",
-        "MstplanError",
-        "OutputError",
-        "RecipeError",
-        "UnitError",
+        *("HardwareError", "InputError", "MeasurementError", "MissingError", "ModelError"),
+        *("MstplanError", "OutputError", "RecipeError", "UnitError"),
     ),
     "plan.catalog": ("load_model", "model_names"),
     "plan.hardware": ("Card", "Gpu", "card", "find_gpu", "gpus"),
     "plan.model": ("Model",),
-    "plan.parameters": ("parameter_count",),
     "plan.recipe": ("STRATEGIES", "Recipe", "strategy"),
-    "plan.shapes": ("shapes",),
-    "plan.solve": ("Answer", "Plan", "max_seq", "plan_at"),
+    "plan.solve": ("Answer", "Plan"),
     "plan.instants": ("Instant",),
     "plan.steps": ("Chunks", "Entry", "InstantPeak"),
     "plan.ways": ("ways_to_fit",),
     "train": ("minisequence",),
     "units": ("parse_length", "parse_memory"),
 }
-# All but `minisequence`, so that `from mstplan import *` works without torch.
-__all__ = [
-    "STRATEGIES",
-    "Answer",
-    "Card",
-    "Chunks",
-    "Entry",
-    "Gpu",
-    "HardwareError",
-    "InputError",
-    "Instant",
-    "InstantPeak",
-    "MeasurementError",
-    "MissingError",
-    "Model",
-    "ModelError",
-    "MstplanError",
-    "OutputError",
-    "Plan",
-    "Recipe",
-    "RecipeError",
-    "UnitError",
-    "card",
-    "find_gpu",
-    "gpus",
-    "load_model",
-    "max_seq",
-    "model_names",
-    "parameter_count",
-    "parse_length",
-    "parse_memory",
-    "plan_at",
-    "shapes",
-    "strategy",
-    "ways_to_fit",
-]
+"""The public names, by the module that they live in. tests/test_exports.py holds it against what type checkers see."""
+NEEDS_TORCH = "train"
+__all__ = sorted(name for module, names in PUBLIC.items() if module != NEEDS_TORCH for name in names)  # noqa: PLE0605
+"""All but `minisequence`, so that `from mstplan import *` works without torch."""
 
 
 def __getattr__(name: str) -> object:
     """Names are imported when they are first used: `import mstplan` alone costs next to nothing."""
     from importlib import import_module
 
-    for module, names in _WHERE.items():
+    for module, names in PUBLIC.items():
         if name in names:
             return getattr(import_module("." + module, __name__), name)
     raise AttributeError(f"module 'mstplan' has no attribute '{name}'")

@@ -82,7 +82,7 @@ def family_of(recipe: Recipe) -> dict[str, Any]:
 def fingerprint(model: Model) -> str:
     """The same for models of the same sizes and switches, whatever their name."""
     facts = model._replace(name="", hub_id=None, notes=(), context=None, dtype="")
-    said = repr(facts).replace(", stand_in=None", "")  # calibrations are older than the field
+    said = facts.listed().replace(", stand_in=None", "")  # calibrations are older than the field
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 

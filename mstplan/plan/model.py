@@ -98,6 +98,13 @@ class Model(NamedTuple):
     notes: tuple[str, ...] = ()  # what the reader should know about how the file was read
     stand_in: StandIn | None = None
 
+    def __repr__(self) -> str:
+        return f"<Model {self.name}: {self.model_type}, {self.layers} layers of {self.hidden}>"
+
+    def listed(self) -> str:
+        """Every fact with its name."""
+        return f"Model({', '.join(f'{name}={value!r}' for name, value in zip(self._fields, self, strict=True))})"
+
     @property
     def mlp_width(self) -> int | None:
         """Of the dense layers, else of one expert."""
