@@ -502,6 +502,7 @@ def _instants(axes: Axes, curves: Sequence[Curve]) -> None:
                 clip_on=False,
                 zorder=5,
             )
+            _say_s_max(axes, curve.s_max, row)
         inches = axes.figure.dpi_scale_trans  # type: ignore[union-attr]
         axes.text(
             0,
@@ -519,6 +520,23 @@ def _instants(axes: Axes, curves: Sequence[Curve]) -> None:
         sample.set_xdata([0, width])
         sample.set_transform(names + ScaledTranslation(-0.43, 0, inches))
         axes.add_artist(sample)
+
+
+def _say_s_max(axes: Axes, s_max: int, row: int) -> None:
+    """Write the length beside the black tick of its strip: beyond it, or before it where the strip ends."""
+    first, last = axes.get_xlim()
+    near_the_end = s_max / first > (last / first) ** 0.9  # of an axis that is logarithmic
+    axes.annotate(
+        format_tokens(s_max),
+        (s_max, row),
+        xytext=(-5 if near_the_end else 5, 0),
+        textcoords="offset points",
+        ha="right" if near_the_end else "left",
+        va="center_baseline",
+        fontsize=SMALL,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.9},
+        zorder=6,
+    )
 
 
 def _memory(axes: Axes, curves: Sequence[Curve], model: Model, card: Card) -> None:
@@ -539,10 +557,10 @@ def _memory(axes: Axes, curves: Sequence[Curve], model: Model, card: Card) -> No
             linewidth=style.width,
             zorder=3,
         )
-    labels = []
     for i, curve in enumerate(curves):
         if first <= curve.s_max <= last:
             style = _style(curve.strategy, i)
+            axes.plot([curve.s_max] * 2, [0, budget], color="0.45", linewidth=0.8, linestyle=(0, (1, 1.5)), zorder=2)
             axes.plot(
                 [curve.s_max],
                 [budget],
@@ -555,8 +573,9 @@ def _memory(axes: Axes, curves: Sequence[Curve], model: Model, card: Card) -> No
                 clip_on=False,
                 linestyle="none",
             )
-            labels.append(_Label(f"{curve.strategy} {format_tokens(curve.s_max)}", curve.s_max, budget))
-    _place(axes, labels, curves, budget, f"{card_name(card)}: budget {format_gib(card.budget_bytes)}", model.context)
+    if model.context is not None and first < model.context < last:
+        axes.axvline(model.context, color="0.45", linewidth=0.8, linestyle=(0, (5, 3)), zorder=2)
+    _label_lines(axes, curves, budget, f"{card_name(card)}: budget {format_gib(card.budget_bytes)}", model.context)
 
 
 def _up_to(points: Iterable[Point], most: float) -> Iterator[Point]:
@@ -570,92 +589,65 @@ def _up_to(points: Iterable[Point], most: float) -> Iterator[Point]:
 # ---- labels that do not overlap ------------------------------------------------------------------------------------------
 
 
-class _Label(NamedTuple):
-    """A text that stands beside the vertical line at `x`, as near to `y` as there is room."""
-
-    text: str
-    x: float
-    y: float
-    line: str = "mark"  # or context
-
-
 Box = tuple[float, float, float, float]  # left, bottom, right, top; in pixels
 
 
-def _place(
-    axes: Axes, labels: list[_Label], curves: Sequence[Curve], budget: float, on_budget: str, context: int | None
-) -> None:
+def _label_lines(axes: Axes, curves: Sequence[Curve], budget: float, on_budget: str, context: int | None) -> None:
+    """Label the budget's line above or below it, and the model's context at the foot of its line, where no curve runs."""
     import numpy as np
-    from matplotlib.text import Text
 
-    figure = axes.figure
-    renderer = figure.canvas.get_renderer()  # type: ignore[union-attr, attr-defined]
-    frame = axes.get_window_extent(renderer)
-    top = axes.get_ylim()[1]
+    frame, ink = axes.get_window_extent(), _ink(axes, curves)
     first, last = axes.get_xlim()
-    if context is not None and first < context < last:
-        labels = [*labels, _Label(f"context {format_tokens(context)}", context, 0.0, "context")]
+    level = axes.transData.transform((first, budget))[1]
+    marks = [axes.transData.transform((c.s_max, budget)) for c in curves if first <= c.s_max <= last]
 
-    def pixels(x: Any, y: Any) -> Any:
-        return axes.transData.transform(np.column_stack([x, y]))
-
-    inked = []  # the curves, pixel by pixel
-    for curve in curves:
-        points = list(_up_to(curve.points, 1.5 * top * GIB))
-        path = pixels([p.seq_len for p in points], [p.bytes / GIB for p in points])
-        run = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(path, axis=0).T))])
-        spots = np.arange(0, run[-1], 1.5)
-        inked.append(np.column_stack([np.interp(spots, run, path[:, k]) for k in (0, 1)]))
-    ink = np.concatenate(inked)
-    guides = pixels([label.x for label in labels], [0] * len(labels))[:, 0] if labels else np.empty(0)
-    level = pixels([first], [budget])[0][1]
-    marks = [pixels([label.x], [label.y])[0] for label in labels if label.line == "mark"]
-    taken: list[Box] = []
-
-    def size(text: str, **more: Any) -> tuple[float, float]:
-        box = Text(0, 0, text, fontsize=SMALL, figure=figure, **more).get_window_extent(renderer)
-        return box.width, box.height
-
-    def cost(box: Box, own: int | None) -> float:
+    def cost(box: Box) -> float:
         x0, y0, x1, y1 = box
         if x0 < frame.x0 + 2 or x1 > frame.x1 - 2 or y0 < frame.y0 + 2 or y1 > frame.y1 - 2:
             return 1e6
-        hidden = np.count_nonzero(
-            (ink[:, 0] > x0 - 3) & (ink[:, 0] < x1 + 3) & (ink[:, 1] > y0 - 3) & (ink[:, 1] < y1 + 3)
-        )
-        crossed = sum(1 for k, x in enumerate(guides) if k != own and x0 - 2 < x < x1 + 2)
+        near = (ink[:, 0] > x0 - 3) & (ink[:, 0] < x1 + 3) & (ink[:, 1] > y0 - 3) & (ink[:, 1] < y1 + 3)
         covered = sum(1 for x, y in marks if x0 - 6 < x < x1 + 6 and y0 - 6 < y < y1 + 6)
-        clash = sum(1 for a in taken if x0 < a[2] + 3 and a[0] < x1 + 3 and y0 < a[3] + 2 and a[1] < y1 + 2)
-        return 1e4 * clash + 500 * covered + 40 * (hidden > 0) + hidden + 25 * crossed + 300 * (y0 - 2 < level < y1 + 2)
+        return 500 * covered + 40 * bool(near.any()) + np.count_nonzero(near) + 300 * (y0 - 2 < level < y1 + 2)
 
-    def put(box: Box, text: str, **more: Any) -> None:
-        taken.append(box)
-        at = axes.transData.inverted().transform(((box[0]), (box[1] + box[3]) / 2))
-        back = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9}
-        axes.text(at[0], at[1], text, fontsize=SMALL, va="center", ha="left", bbox=back, zorder=7, **more)
+    width, height = _size(axes, on_budget, fontweight="bold")
+    choices = []
+    for k in range(6):  # rows of 5 pixels above and below the line
+        for y in (level + 5 + k * 5, level - 5 - k * 5 - height):
+            for x in np.linspace(frame.x0 + 5, frame.x1 - 5 - width, 60):
+                box = (x, y, x + width, y + height)
+                choices.append((cost(box) + 5 * k + (x - frame.x0) / 40, box))
+    _write(axes, min(choices)[1], on_budget, fontweight="bold")
+    if context is not None and first < context < last:
+        text = f"context {format_tokens(context)}"
+        width, height = _size(axes, text)
+        x = axes.transData.transform((context, 0))[0]
+        sides = [(left, frame.y0 + 4, left + width, frame.y0 + 4 + height) for left in (x - 4 - width, x + 4)]
+        _write(axes, min(sides, key=cost), text, color="0.35")
 
-    width, height = size(on_budget, fontweight="bold")
-    nearest = [(k, sign) for k in range(6) for sign in (1, -1)]  # rows of 5 pixels above and below the line
-    rows = [(k * 5, level + 5 + k * 5 if sign > 0 else level - 5 - k * 5 - height) for k, sign in nearest]
-    choices = [
-        (cost((x, y, x + width, y + height), None) + far + (x - frame.x0) / 40, (x, y, x + width, y + height))
-        for far, y in rows
-        for x in np.linspace(frame.x0 + 5, frame.x1 - 5 - width, 60)
-    ]
-    put(min(choices)[1], on_budget, fontweight="bold")
-    for own, label in sorted(enumerate(labels), key=lambda pair: pair[1].x):
-        width, height = size(label.text)
-        x, y = pixels([label.x], [label.y])[0]
-        best, least = (0.0, 0.0, 0.0, 0.0), float("inf")
-        for step in range(int(frame.height / 4)):
-            bottom = frame.y0 + 4 + 4 * step
-            far = abs(bottom + height / 2 - y) / 4
-            for side, left in enumerate((x - 4 - width, x + 4)):
-                box = (left, bottom, left + width, bottom + height)
-                total = cost(box, own) + far + side
-                if total < least:
-                    best, least = box, total
-        put(best, label.text, color="0.35" if label.line == "context" else "black")
-        high = top if label.line == "context" else max(label.y, axes.transData.inverted().transform((x, best[3]))[1])
-        style = (0, (5, 3)) if label.line == "context" else (0, (1, 1.5))
-        axes.plot([label.x] * 2, [0, high], color="0.45", linewidth=0.8, linestyle=style, zorder=2)
+
+def _ink(axes: Axes, curves: Sequence[Curve]) -> Any:
+    """The curves as they are drawn, a spot (x, y) every 1.5 pixels."""
+    import numpy as np
+
+    top, inked = axes.get_ylim()[1], []
+    for curve in curves:
+        points = [(p.seq_len, p.bytes / GIB) for p in _up_to(curve.points, 1.5 * top * GIB)]
+        path = axes.transData.transform(np.array(points))
+        run = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(path, axis=0).T))])
+        spots = np.arange(0, run[-1], 1.5)
+        inked.append(np.column_stack([np.interp(spots, run, path[:, k]) for k in (0, 1)]))
+    return np.concatenate(inked)
+
+
+def _size(axes: Axes, text: str, **more: Any) -> tuple[float, float]:
+    from matplotlib.text import Text
+
+    renderer = axes.figure.canvas.get_renderer()  # type: ignore[union-attr, attr-defined]
+    box = Text(0, 0, text, fontsize=SMALL, figure=axes.figure, **more).get_window_extent(renderer)
+    return box.width, box.height
+
+
+def _write(axes: Axes, box: Box, text: str, **more: Any) -> None:
+    x, y = axes.transData.inverted().transform((box[0], (box[1] + box[3]) / 2))
+    back = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9}
+    axes.text(x, y, text, fontsize=SMALL, va="center", ha="left", bbox=back, zorder=7, **more)
