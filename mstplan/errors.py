@@ -64,7 +64,7 @@ class OutputError(InputError):
 
 
 def one_line(value: object, most: int = 100) -> str:
-    """What somebody else wrote, as a message shows it: on one line, printable, cut in the middle when long."""
+    """Foreign text as a message shows it: on one line, printable, cut in the middle when long."""
     try:
         text = str(value)
     except (ValueError, RecursionError):  # an int of thousands of digits; lists in lists in lists
@@ -75,7 +75,7 @@ def one_line(value: object, most: int = 100) -> str:
 
 
 def quoted(value: object) -> str:
-    """The same in quotes."""
+    """`one_line(value)` in quotes."""
     return f"'{one_line(value)}'"
 
 

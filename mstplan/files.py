@@ -19,7 +19,7 @@ _LEFT_OVER = 3600  # seconds
 
 
 def read_bytes(path: str | os.PathLike[str], what: str, largest: int, error: type[InputError]) -> bytes:
-    """What a file holds that should be `what`. A pipe or a device, more than `largest` bytes: an `error`."""
+    """Read the bytes of a file that should be `what`. A pipe or a device, more than `largest` bytes: an `error`."""
     name, way_out = quoted(path), f"Give the path of {what}."
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device would block, or never end
@@ -67,7 +67,7 @@ def repeated_key(text: str) -> str | None:
 
 @contextmanager
 def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What goes wrong with files inside becomes an OutputError about `path`."""
+    """Turn what goes wrong with files inside into an OutputError about `path`."""
     try:
         yield
     except (OSError, ValueError) as e:
@@ -77,7 +77,7 @@ def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_writable(path: str | os.PathLike[str], force: bool) -> None:
-    """Raises OutputError when the file could not, or must not, be written. Writes nothing."""
+    """Check that a file could and may be written, and write nothing. Raises OutputError."""
     name, path = quoted(path), Path(path)
     with refusing(path):
         if path.is_dir():
@@ -97,7 +97,7 @@ def check_writable(path: str | os.PathLike[str], force: bool) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises OutputError when files could not be written to a folder, which is made once there is one to write. Writes nothing."""
+    """Check that files could be written to a folder, which is made once there is one; write nothing. Raises OutputError."""
     with refusing(folder):
         there = next((path for path in (folder, *folder.parents) if _is_there(path)), folder)
         if not there.is_dir():

@@ -13,7 +13,7 @@ ROOT = _package / "profiles" if (_package / "profiles").is_dir() else _package.p
 
 
 def user_folder() -> Path:
-    """What mstplan keeps for its user: $MSTPLAN_HOME, else mstplan in $XDG_CACHE_HOME, else ~/.cache/mstplan. Raises OutputError for
+    """Folder that mstplan keeps for its user: $MSTPLAN_HOME, else mstplan in $XDG_CACHE_HOME, else ~/.cache/mstplan. Raises OutputError for
     a user who has no home."""
     named = os.environ.get("MSTPLAN_HOME")
     if named:

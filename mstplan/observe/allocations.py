@@ -42,7 +42,7 @@ class Allocations:
         return [allocation for _, _, allocation in self._lives()]
 
     def without(self, known: Sequence[Known]) -> Allocations:
-        """The same without the buffers that a list names."""
+        """Allocations without the buffers that a list names."""
         out = {n for born, died, a in self._lives() if any(k.explains(MISSING, a) for k in known) for n in (born, died)}
         return Allocations([event for n, event in enumerate(self.events) if n not in out], self.resident)
 
@@ -62,7 +62,7 @@ class Allocations:
         return found
 
     def sizes(self) -> set[int]:
-        """Of every single allocation."""
+        """Bytes of every single allocation."""
         return {e.bytes for e in self.events if e.bytes > 0}
 
     def peak(self, phase: str = "", keep: Keep = lambda size: True) -> int:
@@ -107,7 +107,7 @@ def record_step(step: TrainingStep) -> Allocations:
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Of each of their storages, by its address; of distributed tensors the shard that is here."""
+    """Bytes of each of the tensors' storages, by its address; of distributed tensors the shard that is here."""
     storages = (held_by(tensor).untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
@@ -151,7 +151,7 @@ def _in_phases(events: Iterable[Event]) -> Iterator[Event]:
 
 
 def _own(events: Iterable[Event]) -> Iterator[Event]:
-    """Without the release of what was there before."""
+    """Allocations without the release of what was there before."""
     own: set[int] = set()
     for event in events:
         if event.bytes > 0:

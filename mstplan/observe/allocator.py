@@ -228,7 +228,7 @@ class Allocator:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
     def segments(self) -> list[Segment]:
-        """What the card holds now, in order of addresses."""
+        """Segments that the card holds now, in order of addresses."""
         blocks = [*self._small.free, *self._large.free, *(block for block in self._live.values() if block is not None)]
         heads = [block for block in blocks if block.before is None or not block.before.mapped]
         return [self._segment(head) for head in sorted(heads, key=attrgetter("address"))]
@@ -297,7 +297,7 @@ class Allocator:
     # Expandable segments: address space for the whole card, once for each pool, with memory behind as many pages as are needed.
 
     def _expand(self, pool: _Pool, size: int) -> _Block | None:
-        """As _grow (try_allocate_expandable_block). What was mapped before the card turned out to be full stays, and is free."""
+        """Grow within an expandable segment (try_allocate_expandable_block). What was mapped before the card turned out to be full stays, and is free."""
         block = self._room(pool, size)
         if not block.mapped and not self._map(block, min(block.size, size)):
             return None
@@ -310,7 +310,7 @@ class Allocator:
         return block
 
     def _room(self, pool: _Pool, size: int) -> _Block:
-        """Where `size` bytes of free or unmapped address space begin, lowest address first (find_expandable_block)."""
+        """Address at which `size` bytes of free or unmapped space begin, the lowest first (find_expandable_block)."""
         for unmapped in pool.unmapped:
             before = unmapped.before
             first = before if before is not None and before.key is None else unmapped
@@ -327,7 +327,7 @@ class Allocator:
 
     @staticmethod
     def _stretches(first: _Block, size: int) -> bool:
-        """Are there `size` bytes from `first` on that nobody uses?"""
+        """Whether nobody uses the `size` bytes from `first` on."""
         found, block = 0, first
         while block.key is None:
             found += block.size

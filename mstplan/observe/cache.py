@@ -32,7 +32,7 @@ def folder() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Of what a trace depends on. Raises MissingError when torch or transformers is not installed."""
+    """Versions of what a trace depends on. Raises MissingError when torch or transformers is not installed."""
     try:
         found = {name: metadata.version(name) for name in PACKAGES}
     except metadata.PackageNotFoundError as e:
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def _digest_of_package() -> str:
-    """Of the code that makes traces, so that none outlives a change to it."""
+    """Digest of the code that makes traces, so that none outlives a change to it."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(
@@ -95,7 +95,7 @@ def trace_of(
 
 
 def _path(what: object) -> Path | None:
-    """Where the trace that this decides is kept; None for a user who has no folder."""
+    """Path of the file in which such a trace is kept; None for a user who has no folder."""
     with suppress(OutputError):
         return folder() / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.json.gz"
     return None

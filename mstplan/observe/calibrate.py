@@ -61,7 +61,7 @@ PLAIN, SQUARES = ("", "bs", "bc", "bk", "s", "br"), ("bss", "ss")
 
 
 class Family(NamedTuple):
-    """What is calibrated: a strategy, and whether its MLP and its loss run in several chunks (one is recommended where that is enough)."""
+    """Family of recipes to calibrate: a strategy, and whether its MLP and its loss run in several chunks (one is recommended where that is enough)."""
 
     strategy: str
     several_mlp: bool
@@ -201,7 +201,7 @@ def _units(point: Point) -> dict[str, int]:
 def _solve(
     model: Model, basis: Sequence[str], points: Sequence[Point], traces: Sequence[Trace]
 ) -> dict[str, list[Vector]]:
-    """Every moment's vector, by instant."""
+    """Solve every moment's vector, by instant."""
     if len({(len(t.live), tuple(t.step.places)) for t in traces}) > 1:
         raise ModelError(
             f"{model.name}: its steps differ between lengths in more than sizes, so that no coefficients describe them."

@@ -15,7 +15,7 @@ Event = tuple[int, int, int]  # key, bytes, +1 allocated or -1 released
 
 
 class Held(NamedTuple):
-    """At most, in a step after the first: bytes. retries: how often the cache had to be given back to go on."""
+    """Most bytes in a step after the first. retries: how often the cache had to be given back to go on."""
 
     allocated: int
     reserved: int
@@ -24,7 +24,7 @@ class Held(NamedTuple):
 
 
 def held(trace: Trace, *, expandable: bool, limit: int | None = None, steps: int = 3) -> Held:
-    """What the allocator holds in the last of `steps` steps. limit: bytes of the card beside its CUDA context."""
+    """Simulate what the allocator holds in the last of `steps` steps. limit: bytes of the card beside its CUDA context."""
     allocator = Allocator(expandable=expandable, limit=limit)
     for n, events in enumerate(_steps(trace, steps)):
         if n == steps:  # the first entry is what is there before any step
@@ -43,7 +43,7 @@ def room(card: Card) -> int:
 
 
 def runs(trace: Trace, card: Card) -> bool:
-    """Does the allocator find room for the step on this card, with expandable segments?"""
+    """Whether the allocator finds room for the step on this card, with expandable segments."""
     return trace.peak.bytes <= room(card) and held(trace, expandable=True, limit=room(card)).out_of_memory is None
 
 
@@ -60,13 +60,13 @@ def needed(trace: Trace, precision: int = 2 * MIB) -> int:
 
 
 def all_events(trace: Trace, steps: int = 2) -> Iterator[Event]:
-    """What a run of a few steps allocates and releases."""
+    """Allocations and releases of a run of a few steps."""
     for events in _steps(trace, steps):
         yield from events
 
 
 def name_of(trace: Trace, key: int) -> list[str]:
-    """What a key of `all_events` stands for, innermost first."""
+    """Names behind a key of `all_events`, innermost first."""
     number, kind = divmod(key, 4)
     if kind == _WEIGHT:
         weight = trace.weights[number]

@@ -76,7 +76,7 @@ def differences(
     above: int = MIB,
     block: int = 1,
 ) -> list[Difference]:
-    """Of all allocations of more than `above` bytes, sizes rounded up to blocks of so many bytes. Explained ones are among them."""
+    """Differences between allocations of more than `above` bytes, sizes rounded up to blocks of so many bytes. Explained ones are among them."""
 
     def large(sequence: Iterable[Allocation]) -> list[Allocation]:
         rounded = [a._replace(bytes=-(-a.bytes // block) * block) for a in sequence]
@@ -104,13 +104,13 @@ def unexplained(found: Iterable[Difference]) -> list[Difference]:
 
 
 def of_trace(trace: Trace) -> list[Allocation]:
-    """What a trace allocates on the device."""
+    """Allocations of a trace on the device."""
     made = [trace.step.made[index] for index, sign in trace.step.events if sign > 0]
     return [Allocation(m.bytes, " > ".join(filter(None, (m.module, m.operation)))) for m in made if not m.host]
 
 
 def of_cuda(rows: Iterable[Sequence[Any]]) -> list[Allocation]:
-    """Of torch.cuda.memory's history: rows of [action, bytes, address, frames of Python, innermost first]."""
+    """Allocations of torch.cuda.memory's history: rows of [action, bytes, address, frames of Python, innermost first]."""
     return [Allocation(size, " > ".join(reversed(frames))) for action, size, _, frames in rows if action == "alloc"]
 
 
@@ -121,7 +121,7 @@ def _side_by_side(
     goal = (len(ours), len(theirs))
 
     def along(i: int, j: int) -> tuple[int, int]:
-        """As far as both go on alike, which costs nothing. Where skipping is cheap there may be a better way: stop there."""
+        """Walk on while both are alike, which costs nothing. Where skipping is cheap there may be a better way: stop there."""
         while i < goal[0] and j < goal[1] and ours[i] == theirs[j] and skip_ours[i] == skip_theirs[j] == _UNEXPLAINED:
             i, j = i + 1, j + 1
         return i, j

@@ -57,7 +57,7 @@ KEYS_AT_ONCE = 512
 
 @contextmanager
 def on_threads(count: int | None) -> Iterator[None]:
-    """As if torch had so many threads, each of which holds buffers of its own. None: as it is."""
+    """Let torch seem to have so many threads, each with buffers of its own. None: as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -67,7 +67,7 @@ def on_threads(count: int | None) -> Iterator[None]:
 
 
 class KernelBuffers(TorchDispatchMode):
-    """Within the context, entered after `recorder`'s, it sees what kernels would allocate beside their results."""
+    """Watcher that sees, within its context, what kernels would allocate beside their results; entered after `recorder`'s."""
 
     def __init__(self, recorder: Recorder):
         super().__init__()

@@ -19,7 +19,7 @@ from .trace import Alive
 
 
 def _groups() -> dict[str, str]:
-    """What the formula sums up as one entry: the trace's category, or the name of the optimizer's state."""
+    """Group of a traced tensor as the formula sums it up: its category, or the name of the optimizer's state."""
     states = {ours: theirs for each in OPTIMIZERS.values() for ours, theirs in each.torch_states.items()}
     return {"weights": Category.WEIGHTS, "gradients": Category.GRADIENTS, WORKSPACES: Category.WORKSPACE, **states}
 
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 def compare(entries: Iterable[Entry], alive: Iterable[Alive]) -> tuple[Row, ...]:
-    """Every kind of tensor that either side has, largest difference first. The rows add up to both sides' totals."""
+    """Compare every kind of tensor that either side has, largest difference first. The rows add up to both sides' totals."""
     groups = _groups()
     theirs: dict[object, list[Entry]] = defaultdict(list)
     ours: dict[object, list[Alive]] = defaultdict(list)

@@ -36,7 +36,7 @@ class Row:
         self.number = [n for n, checkpoint in enumerate(self.checkpoints) for _ in checkpoint]
 
     def ends(self, unit: int) -> tuple[bool, bool]:
-        """Is it the first layer of its checkpoint, is it the last?"""
+        """Whether it is the first layer of its checkpoint, and whether the last."""
         checkpoint = self.checkpoints[self.number[unit]]
         return unit == checkpoint[0], unit == checkpoint[-1]
 
@@ -45,7 +45,7 @@ class Row:
         return {self.kinds[i] for i in self.checkpoints[self.number[unit]]}
 
     def patterns(self) -> list[Pattern]:
-        """What tells what a layer does: it and its neighbours, by kind and place in their checkpoints; and, where lives are
+        """Keys that tell what a layer does: it and its neighbours, by kind and place in their checkpoints; and, where lives are
         long, how near an end its checkpoint is."""
         marked: list[Hashable] = [
             "beyond",
@@ -58,7 +58,7 @@ class Row:
         return list(zip(marked, marked[1:], marked[2:], near, strict=False))
 
     def way(self, unit: int, other: int) -> tuple[str, int]:
-        """From a layer to another: to the one so many on, or from an end of a checkpoint to one of that so many on."""
+        """Way from a layer to another: to the one so many on, or from an end of a checkpoint to one of that so many on."""
         if abs(other - unit) <= 1:
             return "layers", other - unit
         on = self.number[other] - self.number[unit]
@@ -75,13 +75,13 @@ class Row:
         return number if what == "layers" else self.checkpoints[number][0 if what == "to the first" else -1]
 
     def beginning(self) -> int:
-        """How many layers the first checkpoints have, up to that which shows the last new kind; where that comes late, the first checkpoint."""
+        """Number of leading layers to run as they are: whole checkpoints until every kind has appeared, or one where that comes late."""
         newest = max(self.kinds.index(kind) for kind in set(self.kinds))
         stop = self.checkpoints[self.number[newest]].stop
         return stop if 2 * stop <= self.count else self.checkpoints[0].stop
 
     def in_order(self, blocks: Callable[[int], list[tuple[Pass, int]]]) -> Iterator[Block]:
-        """What a step does, one after the other, whose layers have these blocks each: (pass, which time)."""
+        """Blocks of a whole step in order, from those that each layer has: (pass, which time)."""
 
         def of(unit: int, *passes: Pass) -> list[Block]:
             return [(run, unit, nth) for run, nth in blocks(unit) if run in passes]
@@ -115,7 +115,7 @@ def part(whole: Row, kept: Sequence[int]) -> Row:
 
 
 def few(whole: Row) -> list[int]:
-    """Which layers to run: those at the beginning, as they are; then every pattern of the whole at least once, the commonest
+    """Choose the layers to run: those at the beginning, as they are; then every pattern of the whole at least once, the commonest
     twice, each followed by one that follows it in the whole; and the last."""
     patterns, begin = whole.patterns(), whole.beginning()
     number = {pattern: n for n, pattern in enumerate(dict.fromkeys(patterns))}
@@ -202,7 +202,7 @@ class _Extension:
         return [(run, nth) for run, at, nth in self.blocks if at == unit]
 
     def _is_layer(self, unit: int) -> bool:
-        """Of the short step."""
+        """Whether a unit of the short step is a layer."""
         return 0 <= unit < self.few
 
     # ---- are they alike? --------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class _Extension:
                 raise Unlike
 
     def _story(self, span: range, unit: int) -> list[object]:
-        """What happens in a block, in terms that do not depend on the unit's number. What all units share, only one lets go."""
+        """The block's events relative to its layer, so that layers can be compared. What all units share, only one lets go."""
         return [
             self._role(index, sign, unit)
             for index, sign in self._events(span)
@@ -235,7 +235,7 @@ class _Extension:
         return sign, self._kind(index), run, nth, way, k if at == unit else None
 
     def _left(self, unit: int) -> list[object]:
-        """What of a unit's is let go of before or after all units."""
+        """Storages of a unit that are let go of before or after all units."""
         found: list[object] = []
         for (run, at, nth), span in self.blocks.items():
             gone = (
@@ -260,7 +260,7 @@ class _Extension:
         return unit if unit < 0 else self.few if unit == self.count else self.like[unit]
 
     def _copy(self, block: Block, unit: int) -> None:
-        """Do in `unit` what was done in a block of its stand-in."""
+        """Repeat in `unit` what was done in a block of its stand-in."""
         for index, sign in self._events(self.blocks[block]):
             if sign > 0:
                 made = self.short.made[index]
@@ -272,7 +272,7 @@ class _Extension:
                 self.long.events.append((self.now.pop(key), -1))
 
     def _meant(self, index: int, block: Block, unit: int) -> list[tuple[int, int]]:
-        """What a release of `index` in a block releases when `unit` repeats it."""
+        """Storage that a release of `index` in a block means when `unit` repeats it."""
         (run, at, nth), k = self.home[index]
         if not self._is_layer(
             block[1]
@@ -295,7 +295,7 @@ class _Extension:
         return self.count if unit == self.few else unit
 
     def _lets_go(self, block: Block, unit: int) -> bool:
-        """Is `unit` the one that lets go of what all units share, where the short step does it in `block`? That must be at one
+        """Whether `unit` is the one that lets go of what all units share, where the short step does it in `block`? That must be at one
         certain layer, and nothing may come after it in the whole that does not in the short step, as it could need it."""
         run, short_unit, _ = block
         its, at_the_beginning = self.kept[short_unit], short_unit < self.begin

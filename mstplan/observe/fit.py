@@ -101,7 +101,7 @@ def fit_all(
 
 
 def _usable(measurements: list[Measurement], elsewhere: bool) -> list[Measurement]:
-    """Those that the planner may be given: it plans for cards."""
+    """Measurements that the planner may be given: it plans for cards."""
     if elsewhere:
         return measurements
     found = [m for m in measurements if m.case.device != "cpu"]
@@ -113,7 +113,7 @@ def _usable(measurements: list[Measurement], elsewhere: bool) -> list[Measuremen
 
 
 def _is_of(m: Measurement, model: Model) -> bool:
-    """All of the model, or the first layers of one whose layers are alike and stand for themselves."""
+    """Whether a measurement is of the model, or of first layers that stand for all of them."""
     layers = m.case.described.layers
     alike = layers == model.layers or (
         len(set(model.layer_kinds)) == 1 and m.case.recipe.checkpoint in ("none", "layer")
@@ -240,7 +240,7 @@ def _provenance(members: Sequence[Measurement], left_out: float) -> dict[str, An
 
 
 def devices(measurements: Iterable[Measurement]) -> dict[str, Constants]:
-    """By card as torch names it: bytes of the CUDA context and of cuBLAS' workspace, medians, and what they are from."""
+    """Constants by card as torch names it: bytes of the CUDA context and of cuBLAS' workspace, medians, and what they are from."""
     seen: dict[str, list[Measurement]] = defaultdict(list)
     for m in measurements:
         if (

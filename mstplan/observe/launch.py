@@ -23,7 +23,7 @@ class Launch(NamedTuple):
 
 
 def launched() -> Launch | None:
-    """How this process was launched as one of several ranks; None where it is by itself. Raises MeasurementError for what makes no sense."""
+    """Launch of this process as one of several ranks; None where it is by itself. Raises MeasurementError for what makes no sense."""
     missing = [name for name in MEETING if not os.environ.get(name, "").strip()]
     if missing and "TORCHELASTIC_RUN_ID" not in os.environ:
         return None

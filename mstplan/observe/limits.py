@@ -35,7 +35,7 @@ Tell = Callable[[Measurement], object]
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and what to measure. Every point is appended to the results file `out`, and one that is there already is not made once
+    """Place and subject of measurements. Every point is appended to the results file `out`, and one that is there already is not made once
     more but with `again`. limit: bytes of the card that may be used; timeout: seconds for a point."""
 
     spec: str
@@ -86,7 +86,7 @@ class Bench:
         )
 
     def predicted(self, strategy: str, recipe: Recipe) -> Prediction:
-        """Raises MeasurementError when not even `SHORTEST` tokens fit."""
+        """Predicted S_max by trace. Raises MeasurementError when not even `SHORTEST` tokens fit."""
         found = self._searched(strategy, recipe)
         if not found.s_max:
             raise MeasurementError(
@@ -123,7 +123,7 @@ class Prediction(NamedTuple):
 def smax(
     bench: Bench, recipes: Mapping[str, Recipe], begins: Callable[[], object], tell: Tell
 ) -> list[tuple[Limit, Prediction]]:
-    """Each strategy's S_max by trace, tried from below and above, and the true one. Raises MeasurementError, before anything is
+    """Try each strategy's S_max by trace from below and above, and find the true one. Raises MeasurementError, before anything is
     measured (which `begins` tells), where not even `SHORTEST` tokens are predicted to fit."""
     predictions = {strategy: bench.predicted(strategy, recipe) for strategy, recipe in recipes.items()}
     begins()
@@ -241,7 +241,7 @@ def chunk_counts(recommended: Chunks) -> list[Chunks]:
 def throughputs(
     bench: Bench, recipes: Mapping[str, Recipe], seq_len: int, begins: Callable[[], object], tell: Tell
 ) -> dict[str, list[Throughput]]:
-    """Of each strategy that runs in chunks, tokens per second over numbers of them around the recommended one. Raises RecipeError when
+    """Measure tokens per second of each strategy in chunks, over numbers of them around the recommended one. Raises RecipeError when
     none does."""
     recipes = {strategy: recipe for strategy, recipe in recipes.items() if recipe.loss_in_chunks}
     if not recipes:
@@ -283,5 +283,5 @@ def throughput(
 
 
 def holds(rows: Iterable[Throughput]) -> bool:
-    """Does the recommended number cost no more than it may?"""
+    """Whether the recommended number costs no more than it may."""
     return all(row.share is not None and row.share >= 1 - MOST_LOST for row in rows if row.recommended)

@@ -20,8 +20,8 @@ Mark = Callable[[Instant], None]
 
 @contextmanager
 def marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[Pass], None]]:
-    """Gives a function that says which pass begins. In the forward pass layers mark where it is, in the backward pass the
-    gradients of their inputs do: when one is there, everything after its layer is done."""
+    """Yield `begin(pass)`, to be called as each pass starts. Hooks then call `mark(instant)`: on entering a layer in forward, and
+    when the gradient of a layer's input arrives in backward."""
     layers = finding.find_parts(step.model).layers
     every = segment_length(step.recipe, len(layers)) or 1
     units = -(-len(layers) // every)

@@ -75,7 +75,7 @@ class Peak(NamedTuple):
 
 @dataclass(frozen=True)
 class Figures:
-    """What one rank saw of a step, not its first. Bytes; seconds."""
+    """Figures of one rank in a step that is not its first. Bytes; seconds."""
 
     static: Bytes  # in weights, buffers and optimizer states, between steps
     instants: Annotated[dict[str, Peak], Field(min_length=1)]
@@ -138,7 +138,7 @@ class Case:
 
 
 class _Environment(BaseModel):
-    """What is sure of a measurement's environment. Whatever else it tells may be anything."""
+    """Facts that every measurement's environment holds; whatever else it tells may be anything."""
 
     model_config = ConfigDict(strict=True)
 
@@ -164,7 +164,7 @@ def _tells_where(environment: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What became of a case. environment: card, its bytes, driver, versions; of a CPU, its threads. ranks: the figures of each, when the outcome is ok."""
+    """Outcome of a case. environment: card, its bytes, driver, versions; of a CPU, its threads. ranks: the figures of each, when the outcome is ok."""
 
     case: Case
     environment: Annotated[dict[str, Any], AfterValidator(_tells_where)]
@@ -204,12 +204,12 @@ class Measurement:
 
     @cached_property
     def key(self) -> str:
-        """The same for measurements of the same case on the same kind of device with the same libraries."""
+        """Identity of a measurement: its case, the kind of device, the libraries' versions."""
         return key_of(self.case, self.environment)
 
     @property
     def peak(self) -> Peak:
-        """Of the rank that holds most."""
+        """Peak of the rank that used the most memory."""
         return max((rank.peak for rank in self.ranks), key=lambda peak: peak.allocated)
 
     @property
@@ -219,7 +219,7 @@ class Measurement:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """Tokens per second of all ranks together."""
         recipe = self.case.recipe
         return recipe.batch * recipe.accumulation * self.case.seq_len * len(self.ranks) / self.seconds
 
@@ -267,14 +267,14 @@ def _shorter(config: Mapping[str, Any], count: int, layers: int) -> dict[str, An
 
 
 class Read(NamedTuple):
-    """What a results file holds; `skipped`: a line for each that is damaged, with its number."""
+    """Contents of a results file; `skipped`: a line for each that is damaged, with its number."""
 
     measurements: list[Measurement]
     skipped: list[str]
 
 
 def read(path: Path) -> Read:
-    """Raises MeasurementError for a file that is none, or all written by a newer mstplan."""
+    """Read a results file. Raises MeasurementError for a file that is none, or all written by a newer mstplan."""
     data = files.read_bytes(path, "a results file of `mstplan measure`", _LARGEST_FILE, MeasurementError)
     found, newer = Read([], []), None
     for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
@@ -314,8 +314,9 @@ def latest(measurements: Iterable[Measurement]) -> list[Measurement]:
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[Measurement], None]]:
-    """Gives a function that appends to a results file, which no other process may write to meanwhile. A line that a kill cut
-    off stays as it is and gets an end. Raises MeasurementError, also for a file that holds something else, and OutputError."""
+    """Lock a results file and yield a function that appends to it. A truncated last line is terminated, not removed.
+
+    Raises MeasurementError, also for a file that holds something else, and OutputError."""
     files.check_writable(path, force=True)
     file = _Locked(path)
     try:
@@ -325,7 +326,7 @@ def appending(path: Path) -> Iterator[Callable[[Measurement], None]]:
 
 
 def check_appendable(path: Path) -> None:
-    """Raises what `appending` raises of the file as it is. Writes nothing."""
+    """Check that `appending` would work on the file as it is; write nothing. Raises what it raises."""
     with appending(path):
         pass
 
@@ -389,7 +390,7 @@ def _end_last_line(handle: int) -> None:
 
 
 def _check_results(path: Path, handle: int) -> None:
-    """Raises MeasurementError for a file that holds something else."""
+    """Check that a file holds results. Raises MeasurementError for one that holds something else."""
     begins = os.pread(handle, len(_BEGINNING), 0)
     if not _BEGINNING.startswith(begins) and not read(path).measurements:  # of results the only line may be cut off
         raise MeasurementError(
@@ -398,7 +399,7 @@ def _check_results(path: Path, handle: int) -> None:
 
 
 def _lock(handle: int, path: Path) -> bool:
-    """Whether there are locks here; lines are appended whole in any case. Raises MeasurementError when another process has this one."""
+    """Lock the file where there are locks, and say whether; lines are appended whole in any case. Raises MeasurementError when another process has this one."""
     try:
         import fcntl
     except ImportError:

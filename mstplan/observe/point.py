@@ -41,7 +41,7 @@ from .tracer import attention_of
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What figures depend on beside the case. Raises MeasurementError where there is no such device."""
+    """Facts that figures depend on beside the case. Raises MeasurementError where there is no such device."""
     known = cache.versions()
     found = {"python": platform.python_version(), "torch": known["torch"], "transformers": known["transformers"]}
     if device == "cpu":
@@ -156,7 +156,7 @@ Watched = tuple[dict[str, Peak], dict[str, Peak]]
 
 
 def _watched_on_cpu(step: TrainingStep) -> Watched:
-    """By torch's profiler, which sees every allocation. Between ranks the least of a few steps: gloo's thread may hold on to a
+    """Watch a step by torch's profiler, which sees every allocation. Between ranks the least of a few steps: gloo's thread may hold on to a
     finished collective's buffers for a moment."""
     runs = [record_step(step).peaks() for _ in range(3 if step.recipe.sharded else 1)]
     instants = {name: min(run[name] for run in runs) for name in runs[0]}
@@ -214,7 +214,7 @@ class _Peaks:
         self.name = ""
 
     def __call__(self, name: str) -> None:
-        """What was named before ends, `name` begins."""
+        """End what was named before; `name` begins."""
         if self.name:
             now, before = (
                 Peak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()),

@@ -74,7 +74,7 @@ class Ranks:
         return _write(Measurement(case, known, OK, "", tuple(map(Figures.from_data, found)), now()), out)
 
     def _record_failure(self, case: Case, known: dict[str, Any], mine: dict[str, Any], out: Path) -> Measurement | None:
-        """Of the first rank that fails; later ones have nothing to add."""
+        """Keep the error of the first rank that fails; later ones have nothing to add."""
         self.failed, rank = True, str(dist.get_rank())
         if self.store.compare_set(_FAILED, "", rank).decode() != rank:
             self.store.wait([_RECORDED], timedelta(minutes=1))

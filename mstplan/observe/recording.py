@@ -18,7 +18,7 @@ from ..words import Word
 
 
 class Pass(Word):
-    """What of a step runs."""
+    """Pass of a step."""
 
     FORWARD = "forward"
     RECOMPUTE = "recompute"
@@ -27,7 +27,7 @@ class Pass(Word):
 
 
 class Category(Word):
-    """What a storage is for, in the order of a picture."""
+    """Purpose of a storage, in the order of a picture."""
 
     WEIGHTS = "weights"
     GRADIENTS = "gradients"
@@ -71,7 +71,7 @@ class Recording:
     places: list[tuple[Place, int]] = field(default_factory=list)
 
     def enter(self, place: Place) -> None:
-        """What follows happens at `place`."""
+        """Note that what follows happens at `place`."""
         if self.places and self.places[-1][1] == len(self.events):
             self.places.pop()  # nothing happened there
         if not self.places or self.places[-1][0] != place:
@@ -108,7 +108,7 @@ class Recording:
         return sorted((i for i in alive if not self.made[i].host), key=lambda i: -self.made[i].bytes)
 
     def without(self, left_out: Collection[int | None]) -> Recording:
-        """The same without some of the storages."""
+        """Recording without some of its storages."""
         kept = [i for i in range(len(self.made)) if i not in left_out]
         new = {old: n for n, old in enumerate(kept)}
         events = [(new[index], sign) for index, sign in self.events if index in new]
@@ -116,7 +116,7 @@ class Recording:
         return Recording([self.made[i] for i in kept], events, places)
 
     def as_data(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain data for JSON."""
         return {
             "made": [[m.bytes, list(m.shape), m.dtype, m.operation, m.module, m.category, m.host] for m in self.made],
             "events": [[index, sign] for index, sign in self.events],
@@ -125,14 +125,14 @@ class Recording:
 
     @classmethod
     def of(cls, data: Recorded) -> Recording:
-        """Raises ValueError for what is no recording."""
+        """Recording of plain data. Raises ValueError for what is none."""
         made = [Made(row[0], tuple(row[1]), *row[2:5], Category(row[5]), row[6]) for row in data.made]
         found = cls(made, list(data.events), [(Place(Pass(run), unit), start) for run, unit, start in data.places])
         found.check()
         return found
 
     def check(self) -> None:
-        """Every storage is allocated once, and let go of at most once, later; every event is at a place. Raises ValueError."""
+        """Check that every storage is allocated once and released at most once, later, and every event has a place. Raises ValueError."""
         alive: list[bool | None] = [None] * len(self.made)
         for index, sign in self.events:
             if not 0 <= index < len(self.made) or alive[index] is not (None if sign > 0 else True):

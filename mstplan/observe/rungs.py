@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """Of the formula, as a share of the trace."""
+        """Difference of the formula, as a share of the trace."""
         return self.formula / self.trace - 1
 
 

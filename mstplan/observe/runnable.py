@@ -9,7 +9,7 @@ from ..plan.recipe import Recipe
 
 
 def check_runnable(recipe: Recipe) -> None:
-    """Raises RecipeError for a recipe that no step here can follow."""
+    """Check that a step here can follow the recipe. Raises RecipeError with the reason."""
     if "auto" in (recipe.mlp_chunks, recipe.loss_chunks):
         raise RecipeError("a training step needs numbers of chunks, not 'auto'.")
     running = ", ".join(name for name, each in OPTIMIZERS.items() if each.runs)

@@ -35,7 +35,7 @@ differ that tell how the need grows."""
 
 
 class Need(NamedTuple):
-    """What a step needs, by trace and by formula. Bytes."""
+    """Bytes that a step needs, by trace and by formula."""
 
     traced: int
     formula: int
@@ -60,7 +60,7 @@ def longest_of(model: Model, recipes: Mapping[str, Recipe], card: Card, trace_at
 
 
 def those_it_follows(names: Iterable[str], of: Callable[[str], T], left_out: list[str]) -> Iterator[T]:
-    """What `of` gives for each of these recipes; left_out: takes a note on each that the model's code cannot follow. Raises the first's
+    """Yield what `of` gives for each of these recipes; left_out: takes a note on each that the model's code cannot follow. Raises the first's
     ModelError when it follows none."""
     found, failed = 0, []
     for name in names:
@@ -93,7 +93,7 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
         return [trace(tokens) for tokens in solve.hardest(model, recipe, seq_len)]
 
     def fits(seq_len: int) -> bool:
-        """Does it, and every shorter length? Beyond its positions the code of some models fails; a stand-in may not know them."""
+        """Whether it fits, and every shorter length. Beyond its positions the code of some models fails; a stand-in may not know them."""
         try:
             traces = hardest(seq_len)
         except ModelError:
@@ -177,7 +177,7 @@ def _moved(card: Card, off: int) -> Card:
 
 
 def _off(needs: Sequence[Need], room: int) -> int:
-    """How many bytes the allocator needs beyond the formula's peak where it needs all the room: as many as in the last trace, and
+    """Bytes that the allocator needs beyond the formula's peak where it needs all the room: as many as in the last trace, and
     more by the slope between it and the nearest one that is not too near."""
     last = needs[-1]
     off, missing = last.traced - last.formula, room - last.traced
@@ -193,7 +193,7 @@ def _off(needs: Sequence[Need], room: int) -> int:
 
 
 def _as_traced(plan: Plan, trace: Trace) -> Plan:
-    """What the trace says in place of the formula; of a time it says nothing."""
+    """Plan as the trace has it in place of the formula; of a time it says nothing."""
     seconds = plan.step_seconds if plan.model.stand_in is None else 0.0
     peak = Peak(trace.peak.bytes, trace.peak.instant, trace.seq_len)
     return plan._replace(peak=peak, host_bytes=trace.host_peak, step_seconds=seconds)

@@ -70,7 +70,7 @@ class _Tape:
         self._time, self._key = 0, 0
 
     def turn(self, time: int, key: int) -> None:
-        """What is added from now on belongs to this event."""
+        """Let what is added from now on belong to this event."""
         self._time, self._key = time, key
 
     def frames(self, key: int) -> Frames:

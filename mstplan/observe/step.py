@@ -89,7 +89,7 @@ def build(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what transformers says about settings that no training step reads."""
+    """Silence what transformers says about settings that no training step reads."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -99,7 +99,7 @@ def quiet() -> Iterator[None]:
 
 
 def without_cache(settings: PreTrainedConfig) -> PreTrainedConfig:
-    """The same, and what it is made of, with no cache of keys and values, which no training step reads."""
+    """Turn the cache of keys and values off, in place, in a configuration and its parts. Training never reads it."""
     for part in (settings, *(getattr(settings, name, None) for name in settings.sub_configs)):
         if part is not None:
             part.use_cache = False
@@ -163,14 +163,14 @@ class TrainingStep:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many tokens a model both reads and tells apart: some have rows that are for one of the two only, or for nothing."""
+    """Vocabulary usable as input and as label; embedding and head may be padded to different sizes."""
     read = model.get_input_embeddings().num_embeddings
     written = getattr(model.get_output_embeddings(), "out_features", read)
     return min(read, written, getattr(model.config.get_text_config(), "unpadded_vocab_size", read))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """Its weights that get gradients; some families have others, such as routers' corrections."""
+    """Weights that get gradients; some families have others, such as routers' corrections."""
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 

@@ -51,7 +51,7 @@ class _Suite(BaseModel):
 def cases(
     path: str | os.PathLike[str], card: Card, device: str = "cuda", limit: int | None = None, steps: int = 3
 ) -> list[Case]:
-    """All points of a suite: of a file, or of one that ships. Raises MeasurementError, which names the file and the case."""
+    """Cases of a suite: of a file, or of one that ships. Raises MeasurementError, which names the file and the case."""
     found: list[Case] = []
     for number, row in enumerate(_read(path).cases, 1):
         with _naming(path, number):
@@ -86,7 +86,7 @@ def _read(path: str | os.PathLike[str]) -> _Suite:
 
 
 def _problem(error: ValidationError) -> str:
-    """Where the first thing is that pydantic found wrong, and what."""
+    """Place of the first thing that pydantic found wrong, and what it is."""
     problem = error.errors(include_url=False)[0]
     where = list(problem["loc"])
     if problem["type"] == "json_invalid":
@@ -102,7 +102,7 @@ def _problem(error: ValidationError) -> str:
 
 @contextmanager
 def _naming(path: str | os.PathLike[str], number: int) -> Iterator[None]:
-    """What is wrong inside is said to be so in that case of the suite."""
+    """Let errors inside name that case of the suite."""
     try:
         yield
     except MstplanError as e:

@@ -66,7 +66,7 @@ def cases(
     steps: int = 3,
     assume: str | None = None,
 ) -> list[Case]:
-    """Every recipe of a model at every length, chunks as the recipe says or as recommended for `card`. Raises ModelError;
+    """Cases of every recipe of a model at every length, chunks as the recipe says or as recommended for `card`. Raises ModelError;
     RecipeError for a recipe that cannot be run; MeasurementError when no length at all can fit."""
     name, config = subject(model, layers, assume)
     described, found = read_config(config, name, assume), []
@@ -116,7 +116,7 @@ def _refuse_hopeless(model: Model, case: Case, card: Card) -> None:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What figures on this device depend on: card, bytes, driver, versions. Raises MeasurementError where there is none."""
+    """Facts that figures on this device depend on: card, bytes, driver, versions. Raises MeasurementError where there is none."""
     done = subprocess.run(
         [*PROCESS, "describe", device],
         stdin=subprocess.DEVNULL,
@@ -135,7 +135,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def variables(device: str) -> dict[str, str]:
-    """Of the environment of a process that measures. On CUDA with expandable segments, as predictions assume and most long runs want,
+    """Environment variables of a process that measures. On CUDA with expandable segments, as predictions assume and most long runs want,
     unless the user has set the allocator up. A place without a name in PYTHONPATH would be the current folder."""
     found = dict(os.environ)
     if "PYTHONPATH" in found:
@@ -146,7 +146,7 @@ def variables(device: str) -> dict[str, str]:
 
 
 class Sweep(NamedTuple):
-    """What became of the points asked for. skipped: how many had been measured before; damaged: lines of the file left out."""
+    """Outcome of the points asked for. skipped: how many had been measured before; damaged: lines of the file left out."""
 
     measurements: list[Measurement]
     skipped: int
@@ -154,7 +154,7 @@ class Sweep(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Does every point have its answer? That it runs out of memory is one; a failure or a refusal is none."""
+        """Whether every point has its answer: running out of memory is one, a failure or a refusal is none."""
         return all(m.outcome in FINAL for m in self.measurements)
 
 
@@ -189,7 +189,7 @@ def measure_all(
 
 
 def done(earlier: Iterable[Measurement]) -> dict[str, Measurement]:
-    """What a rerun need not make again, by key."""
+    """Measurements that a rerun need not make again, by key."""
     return {m.key: m for m in earlier if m.outcome in FINAL}
 
 
@@ -231,7 +231,7 @@ def run(case: Case, known: Mapping[str, Any], timeout: float | None = None) -> M
 
 
 def _converse(child: subprocess.Popen[bytes], case: Case) -> bytes:
-    """What the process writes, once it was told the case; nothing when it dies before that. It lives while its input is open."""
+    """Tell the process its case and read what it writes; nothing when it dies before that. It lives while its input is open."""
     assert child.stdin is not None and child.stdout is not None
     line = b""
     try:
@@ -249,7 +249,7 @@ def _converse(child: subprocess.Popen[bytes], case: Case) -> bytes:
 
 
 def _death(code: int, said: str) -> str:
-    """How a process ended that gave no answer."""
+    """Reason why a process ended without an answer."""
     if code == -signal.SIGKILL:
         return "killed (SIGKILL): by hand, or by the system for want of host memory"
     if code < 0:

@@ -81,14 +81,14 @@ class Trace:
     update: Recording
 
     def with_workspace(self, workspace: int) -> Trace:
-        """The same on a card whose cuBLAS holds that many bytes."""
+        """Trace on a card whose cuBLAS holds that many bytes."""
         other = replace(self, workspace=workspace)
         if "step" in vars(self):
             vars(other)["step"] = self.step  # which takes a while to write down
         return other
 
     def as_data(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain data for JSON."""
         rows = {name: [list(row) for row in getattr(self, name)] for name in ("weights", "states")}
         return {
             "recipe": self.recipe.model_dump(),
@@ -106,7 +106,7 @@ class Trace:
 
     @classmethod
     def from_json(cls, text: bytes) -> Trace:
-        """Raises ValueError, RecipeError or Unlike for what is no trace: one that is read can be used."""
+        """Trace from JSON. Raises ValueError, RecipeError or Unlike for what is none: one that is read can be used."""
         data: _Kept = adapter(_Kept).validate_json(text)
         layers = sorted(set(data.kept)) == list(data.kept) and all(0 <= unit < len(data.kinds) for unit in data.kept)
         if not (layers and data.kept and min(data.every, data.reach, data.seq_len) > 0):
@@ -152,7 +152,7 @@ class Trace:
 
     @cached_property
     def resident(self) -> tuple[Alive, ...]:
-        """What is there all the time: weights, the optimizer's states, cuBLAS' workspaces, gradients that are added to."""
+        """Entries that are there all the time: weights, the optimizer's states, cuBLAS' workspaces, gradients that are added to."""
 
         def group(category: Category, name: str, sizes: list[tuple[str, int]]) -> Iterator[Alive]:
             for dtype in dict.fromkeys(d for d, _ in sizes):
@@ -205,7 +205,7 @@ class Trace:
 
     @cached_property
     def peaks(self) -> tuple[Peak, ...]:
-        """Of every instant of the step, in its order."""
+        """Peaks of every instant, in the order of a step."""
         found: dict[str, Peak] = {}
         for place, span in self.step.blocks():
             instant = self.instant_of(place)
@@ -221,7 +221,7 @@ class Trace:
         return max(self.peaks, key=lambda p: p.bytes)
 
     def alive(self, event: int) -> tuple[Alive, ...]:
-        """What is alive after an event, alike tensors together, largest first; they add up to `live[event]`."""
+        """Entries alive after an event, alike tensors together, largest first; they add up to `live[event]`."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index in self.step.alive_at(event):
             made = self.step.made[index]

@@ -59,7 +59,7 @@ class Broken(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Of the errors of some rows: means of their absolute values, and the worst with its sign. worst_instant: of all instants, whether
+    """Summary of the errors of some rows: means of their absolute values, and the worst with its sign. worst_instant: of all instants, whether
     they make the peak or not; None where rows have none."""
 
     rung: str
@@ -89,7 +89,7 @@ def validate(
     rungs: Sequence[str] = RUNGS,
     tell: Callable[[str], object] = lambda _words: None,
 ) -> Validation:
-    """Every measurement beside every rung that has an answer. `tell` hears what is compared at the moment."""
+    """Compare every measurement with every rung that has an answer. `tell` hears what is compared at the moment."""
     found = Validation([], [], 0, [])
     lost = 0
     for m in measurements:
@@ -117,7 +117,7 @@ def validate(
 
 @contextmanager
 def _leaving_out(m: Measurement, found: Validation) -> Iterator[None]:
-    """What cannot be predicted of one measurement is said, and the others go on."""
+    """Say what cannot be predicted of one measurement, and let the others go on."""
     try:
         yield
     except MissingError:
@@ -168,7 +168,7 @@ def _calibration(m: Measurement) -> Calibration | None:
 
 
 def _solved_from(m: Measurement) -> bool:
-    """Is the calibration that predicts a step one that was solved from it?"""
+    """Whether the calibration that predicts a step was solved from it."""
     found = _calibration(m)
     if found is None or found.provenance["rung"] != "measurement" or found.provenance["card"] != m.environment["card"]:
         return False
@@ -176,7 +176,7 @@ def _solved_from(m: Measurement) -> bool:
 
 
 def point_of(m: Measurement) -> list[int]:
-    """What a calibration's provenance says of a step that it was solved from: b, s, chunks of MLP and loss, L."""
+    """Entry of a calibration's provenance for a step that it was solved from: b, s, chunks of MLP and loss, L."""
     return [m.case.recipe.batch, m.case.seq_len, *chunks_of(m), m.case.described.layers]
 
 
@@ -188,7 +188,7 @@ def traced(m: Measurement) -> Trace:
 
 
 def workspace_of(m: Measurement) -> int:
-    """What cuBLAS was seen to take, else what is known of the card; nothing on a CPU."""
+    """Bytes that cuBLAS was seen to take, else those known of the card; none on a CPU."""
     if m.case.device == "cpu":
         return 0
     seen = next((rank.workspace for rank in m.ranks if rank.workspace is not None), None)
@@ -209,7 +209,7 @@ def _said_to_fit(m: Measurement, rung: str) -> bool:
 
 
 def _on_the_device(rows: Sequence[Row]) -> list[Row]:
-    """What the whole card shows as used: reserved by trace, and the CUDA context as the measurements of other models had it. The
+    """Bytes that the whole card shows as used: reserved by trace, and the CUDA context as the measurements of other models had it. The
     context is the one thing that is fitted, so that no model is predicted from its own."""
     reserved = [row for row in rows if row.what == RESERVED and row.measurement.peak.device is not None]
     found = []
@@ -233,7 +233,7 @@ def _on_the_device(rows: Sequence[Row]) -> list[Row]:
 
 
 def summaries(rows: Iterable[Row], group: Callable[[Row], str] = lambda _row: "all") -> list[Summary]:
-    """By rung, by what is predicted, by whether the rung is held to it, and by what `group` gives of a row."""
+    """Summaries by rung, by what is predicted, by whether the rung is held to it, and by what `group` gives of a row."""
     sorted_in: dict[tuple[str, str, bool, str], list[Row]] = defaultdict(list)
     for row in rows:
         sorted_in[row.rung, row.what, row.held, group(row)].append(row)
@@ -262,7 +262,7 @@ def by_model(row: Row) -> str:
 
 
 def by_length(row: Row) -> str:
-    """In powers of two."""
+    """Range of lengths, a power of two wide, that a row belongs to."""
     least = 1 << (row.measurement.case.seq_len.bit_length() - 1)
     return f"{least:,} to {2 * least - 1:,}"
 
@@ -278,7 +278,7 @@ BOUNDS = {FORMULA: Bounds(0.05, 0.05), CALIBRATED: Bounds(0.01, 0.03), TRACE: Bo
 
 
 def is_held_to(rung: str, m: Measurement) -> bool:
-    """Does a rung predict what was measured? The trace follows the kernels of the device. Formula and calibrations count those of
+    """Whether this rung is held to its error bound for this measurement. The trace follows the kernels of the device. Formula and calibrations count those of
     CUDA, as a CPU runs them too in bf16; in fp32, or with dropout, its attention is another, and what is offloaded stays in the same memory."""
     if rung == TRACE or m.case.device == "cuda":
         return True
@@ -287,7 +287,7 @@ def is_held_to(rung: str, m: Measurement) -> bool:
 
 
 def beyond(found: Validation, bounds: dict[str, Bounds]) -> list[str]:
-    """What is worse than it may be, a line each; of allocated bytes, which all rungs predict."""
+    """Lines on what is worse than it may be; of allocated bytes, which all rungs predict."""
     lines = []
     for s in summaries(row for row in found.rows if row.what == ALLOCATED and row.held):
         may = bounds[s.rung]

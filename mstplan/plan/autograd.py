@@ -80,7 +80,7 @@ def _with_interior(ops: list[Op]) -> tuple[Op, ...]:
 
 
 def _lies_between(tapes: list[int], i: int, period: int) -> bool:
-    """Does a layer need neither more than one that is a period before it nor than the one a period after it? What is alive beside it grows
+    """Whether a layer's moments lie between those of the layers a period before and after it. What is alive beside it grows
     or shrinks by the same from one to the next where the layers on both sides are the same. The first layer and the last are instants of
     their own, and what a kind of layers is given goes with the first of them."""
     before, after = i - period, i + period

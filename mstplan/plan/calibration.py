@@ -41,7 +41,7 @@ _Moments = Annotated[dict[str, Annotated[tuple[_Vector, ...], Field(min_length=1
 
 
 class Calibration(NamedTuple):
-    """Of one family. moments: by instant, vectors over tape.BASIS in bytes, without cuBLAS' workspaces; the largest counts."""
+    """Calibration of one family. moments: by instant, vectors over tape.BASIS in bytes, without cuBLAS' workspaces; the largest counts."""
 
     recipe: dict[str, Any]  # what `family_of` gives of it
     several_mlp: bool  # is the MLP in several chunks?
@@ -56,12 +56,12 @@ class Calibration(NamedTuple):
 
     @property
     def family(self) -> tuple[object, ...]:
-        """The same for calibrations that take each other's place."""
+        """Identity of the family: calibrations that share it take each other's place."""
         return repr(sorted(self.recipe.items())), self.several_mlp, self.several_loss, self.masked, self.accumulating
 
     @property
     def said(self) -> str:
-        """Where it comes from, in a few words."""
+        """Source in a few words."""
         p = self.provenance
         return one_line(f"{p['rung']}s with torch {p['torch'].partition('+')[0]}, transformers {p['transformers']}")
 
@@ -74,20 +74,20 @@ class _File(NamedTuple):
 
 
 def family_of(recipe: Recipe) -> dict[str, Any]:
-    """What tells it from the default recipe, but for SIZES."""
+    """Fields in which a recipe differs from the default one, but for SIZES."""
     usual = Recipe.model_construct()
     return {name: value for name, value in vars(recipe).items() if name not in SIZES and value != getattr(usual, name)}
 
 
 def fingerprint(model: Model) -> str:
-    """The same for models of the same sizes and switches, whatever their name."""
+    """Hash of everything about a model that decides memory."""
     facts = model._replace(name="", hub_id=None, notes=(), context=None, dtype="")
     said = facts.listed().replace(", stand_in=None", "")  # calibrations are older than the field
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def folders() -> tuple[Path, ...]:
-    """Where they are looked for, in this order. Raises OutputError where the user has no folder."""
+    """Folders where calibrations are looked for, in this order. Raises OutputError where the user has no folder."""
     return user_folder() / "calibrations", ROOT / "calibrations"
 
 
@@ -96,7 +96,7 @@ def file_name(model: Model) -> str:
 
 
 class Own(NamedTuple):
-    """What the user's folder has for a model; left_out: why it is left out, in a line."""
+    """Calibrations in the user's folder for a model; left_out: why it is left out, in a line."""
 
     calibrations: tuple[Calibration, ...] = ()
     left_out: str = ""
@@ -158,7 +158,7 @@ def _checked(model: Model, file: Kept) -> tuple[Calibration, ...]:
 
 
 def _wrong(model: Model, calibration: Calibration) -> str | None:
-    """What of it cannot be, if anything."""
+    """Reason why a calibration cannot be right, or ""."""
     try:
         recipe = Recipe(**calibration.recipe)
     except (InputError, TypeError):
@@ -171,7 +171,7 @@ def _wrong(model: Model, calibration: Calibration) -> str | None:
 
 
 def _wrong_moments(model: Model, recipe: Recipe, moments: dict[str, tuple[Vector, ...]]) -> str | None:
-    """Every moment holds the weights that are on the device, and grows with the sequence; some moment, by a hidden state a token."""
+    """Reason why moments cannot be right: each holds the weights on the device and grows with the sequence, one by a hidden state."""
     from .parameters import parameter_count
 
     parameters = parameter_count(model)[0]
@@ -192,7 +192,7 @@ def _wrong_moments(model: Model, recipe: Recipe, moments: dict[str, tuple[Vector
 
 
 def _wrong_provenance(provenance: dict[str, Any]) -> str | None:
-    """What is read of it is there, and the rest can be printed as JSON."""
+    """Reason why a provenance cannot be right: what is read of it is there, and the rest can be printed as JSON."""
     measured = provenance.get("rung") == "measurement"
     names = ("rung", "torch", "transformers", *(("card", "strategy") if measured else ()))
     texts = [provenance.get(name) for name in names]

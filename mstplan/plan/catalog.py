@@ -91,7 +91,7 @@ def _shipped_name(spec: str) -> str | None:
 
 
 def _index() -> dict[str, dict[str, str]]:
-    """Of each shipped model: its Hugging Face id, parameters, and a note on its file."""
+    """Facts of each shipped model: its Hugging Face id, parameters, and a note on its file."""
     with open(profiles.ROOT / "models" / f"{_INDEX}.json", encoding="utf-8") as file:
         index: dict[str, dict[str, str]] = json.load(file)
     return index

@@ -501,7 +501,7 @@ def _notes(f: _Fields) -> list[str]:
 
 
 def _quantised_notes(f: _Fields) -> list[str]:
-    """What is planned of weights that are published quantised: who has them usually trains adapters on them."""
+    """Note on weights that are published quantised: who has them usually trains adapters on them."""
     quantised = f.config.get("quantization_config")
     if not quantised:
         return []

@@ -48,13 +48,13 @@ class Gpu(NamedTuple):
 
     @property
     def workspaces_bytes(self) -> int:
-        """What cuBLAS holds through a training step: from source (aten cuda/CublasHandlePool.cpp), a handle for every thread, and a
+        """Bytes that cuBLAS holds through a training step: from source (aten cuda/CublasHandlePool.cpp), a handle for every thread, and a
         workspace for every handle."""
         return HANDLES * self.cublas_workspace_bytes
 
     @property
     def prefers_cudnn(self) -> bool:
-        """Does sdpa run cuDNN's attention? From source (aten native/transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention): on
+        """Whether sdpa runs cuDNN's attention. From source (aten native/transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention): on
         compute capability 9 and 10, from cuDNN 9.15.1, which torch 2.11 brings."""
         return self.architecture == "hopper" or self.name in ("b200", "b300")
 
@@ -74,17 +74,17 @@ class Card(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What to call it: its name, or its amount of memory when only that is known."""
+        """Name to show: its own, or its amount of memory when only that is known."""
         return self.gpu.name if self.named else f"{format_gib(self.total_bytes)} card"
 
     @property
     def budget_bytes(self) -> int:
-        """What tensors may take: total - CUDA context - allocator granularity - reserve."""
+        """Bytes that tensors may take: total - CUDA context - allocator granularity - reserve."""
         return max(0, self.total_bytes - self.gpu.context_bytes - GRANULARITY - self.reserve_bytes)
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """Every card that mstplan knows, in the order of the file, with the constants that were measured here."""
+    """Cards that mstplan knows, in the order of the file, with the constants that were measured here."""
     return _gpus(_measured_now())
 
 
@@ -105,7 +105,7 @@ def _shipped() -> tuple[Gpu, ...]:
 
 
 class Constants(NamedTuple):
-    """What `mstplan calibrate --from measurements` finds of a card, in place of what ships."""
+    """Constants that `mstplan calibrate --from measurements` finds of a card, in place of what ships."""
 
     context_bytes: int
     cublas_workspace_bytes: int
@@ -117,14 +117,14 @@ class _File(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What the user's folder has; left_out: why it is left out, in a line."""
+    """Constants in the user's folder; left_out: why it is left out, in a line."""
 
     cards: Mapping[str, Constants] = MappingProxyType({})
     left_out: str = ""
 
 
 def measured_file() -> Path:
-    """Where they lie. Raises OutputError where the user has no folder."""
+    """File of measured constants. Raises OutputError where the user has no folder."""
     return user_folder() / _MEASURED
 
 
@@ -133,7 +133,7 @@ def _measured_now() -> Kept | None:
 
 
 def measured_constants() -> Mapping[str, Constants]:
-    """By the card as torch names it. Nothing when the file is not there or damaged."""
+    """Constants by the card as torch names it. None when the file is not there or damaged."""
     return _measured(_measured_now()).cards
 
 

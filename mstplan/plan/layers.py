@@ -25,7 +25,7 @@ HIDDEN = "layer input"
 
 
 class Numerics(NamedTuple):
-    """How the step computes: weights' dtype, whether bf16 autocast casts them, attention kernel."""
+    """Numerics of a step: weights' dtype, whether bf16 autocast casts them, attention kernel."""
 
     weights: str = "bfloat16"
     autocast: bool = False
@@ -674,7 +674,7 @@ def rotary_dtype(model: Model, residual: str) -> str:
 
 
 class MlpChunks(NamedTuple):
-    """How the MLP runs: in one go, or in several pieces, each recomputed by itself in backward or not."""
+    """Way the MLP runs: in one go, or in several pieces, each recomputed by itself in backward or not."""
 
     several: bool = False
     recompute: bool = False

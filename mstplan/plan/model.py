@@ -107,7 +107,7 @@ class Model(NamedTuple):
 
     @property
     def mlp_width(self) -> int | None:
-        """Of the dense layers, else of one expert."""
+        """Width of the dense layers' MLP, else of one expert."""
         return self.mlp.width if self.mlp is not None else self.experts.width if self.experts is not None else None
 
     @property
@@ -115,5 +115,5 @@ class Model(NamedTuple):
         return len(self.layer_kinds)
 
     def first(self, layers: int) -> Model:
-        """Its first so many layers, with all that is beside them."""
+        """Model of the first layers, with all that is beside them."""
         return self._replace(layer_kinds=self.layer_kinds[:layers])

@@ -49,7 +49,7 @@ class Comparison:
 
 
 def comparisons() -> tuple[Comparison, ...]:
-    """Every published row, predicted."""
+    """Compare every published row with its prediction."""
     rows = json.loads((ROOT / "published.json").read_text(encoding="utf-8"))["rows"]
     return tuple(_compare(row) for row in rows)
 

@@ -28,7 +28,7 @@ _LARGEST_FILE = 1_000_000  # bytes; a recipe has some hundred
 
 
 class Recipe(BaseModel):
-    """How a model is fine-tuned, as the step model sees it."""
+    """Recipe by which a model is fine-tuned, as the step model sees it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
@@ -166,17 +166,17 @@ class Recipe(BaseModel):
 
     @property
     def weight_dtype(self) -> str:
-        """What one weight on the device is held in."""
+        """Dtype of one weight on the device."""
         return "bfloat16" if self.precision == "bf16" else "float32"
 
     @property
     def autocast(self) -> bool:
-        """Are weights cast to bf16 where they are used?"""
+        """Whether weights are cast to bf16 where they are used."""
         return self.precision == "mixed" and not self.sharded
 
     @property
     def used_dtype(self) -> str:
-        """What layers find their weights in, and hand hidden states on in: under fsdp, what shards are gathered in."""
+        """Dtype of weights in layers and of hidden states between them: under fsdp, what shards are gathered in."""
         return "float32" if self.precision == "fp32" or self.autocast else "bfloat16"
 
     def padded(self, tokens: int) -> int:
@@ -305,7 +305,7 @@ def options_of(recipe: Recipe) -> str:
 
 
 def _strategy_options(recipe: Recipe) -> list[str]:
-    """Those for what a strategy decides."""
+    """Options for what a strategy decides."""
     chunks = {"mlp_chunks", "loss_chunks"}
 
     def same(name: str, fields: Iterable[str]) -> bool:

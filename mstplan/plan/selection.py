@@ -28,7 +28,7 @@ Kinds = frozenset[WeightKind]
 
 
 class Named(NamedTuple):
-    """What a weight goes by. Tied embeddings have the names and kinds of both of their uses."""
+    """Names and kinds that a weight goes by. Tied embeddings have the names and kinds of both of their uses."""
 
     names: tuple[str, ...]
     kinds: Kinds
@@ -48,7 +48,7 @@ class Selection(NamedTuple):
         return chosen and not any(_matches(pattern, weight) for pattern in self.freeze)
 
     def check(self, weights: Collection[Named], model: str) -> None:
-        """Raises RecipeError where a pattern matches no weight of the model, or no weight is left to train."""
+        """Check that every pattern matches a weight of the model and some weight is trained. Raises RecipeError."""
         for option, patterns in (("train", self.train), ("freeze", self.freeze)):
             for pattern in patterns:
                 if not any(_matches(pattern, weight) for weight in weights):

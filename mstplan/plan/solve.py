@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 
     @property
     def in_chunks(self) -> bool:
-        """Does the recipe run the MLP or the loss in chunks, be it in one?"""
+        """Whether the recipe runs the MLP or the loss in chunks, be it in one."""
         return self.recipe.loss_in_chunks or self.recipe.mlp_chunks != 1
 
     @property
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """On the card, and in host memory where that is known."""
+        """Whether it fits on the card, and in host memory where that is known."""
         return self.peak_bytes <= self.budget_bytes and self.fits_host
 
     @property
@@ -87,17 +87,17 @@ class Plan(NamedTuple):
 
     @property
     def calibration(self) -> Calibration | None:
-        """What the peak stands on beside the formula."""
+        """Calibration that the peak stands on; None: the formula alone."""
         return calibration_at(self.model, self.recipe, self.peak.tokens, self.chunks)
 
     def exactly(self) -> Plan:
-        """The same for batches of just so many tokens, whatever shorter ones need."""
+        """Plan for batches of just so many tokens, whatever shorter ones need."""
         tokens = self.recipe.padded(self.seq_len)
         instant, size = peak_at(self.model, self.recipe, self.card, tokens, self.chunks)
         return self._replace(peak=Peak(size, instant, tokens))
 
     def instants(self) -> tuple[InstantPeak, ...]:
-        """Every instant of the step with the tensors alive at its largest moment."""
+        """Instants of the step, each with the tensors alive at its largest moment."""
         tokens = self.peak.tokens
         return _step(self.model, self.recipe, self.card.gpu, self.chunks, tokens).instants(
             sizes(self.recipe, tokens, self.chunks)
@@ -159,7 +159,7 @@ def _calibrated(model: Model, layout: Layout, workspace: int) -> Step:
 
 @lru_cache(maxsize=1024)
 def _standing_on(model: Model, layout: Layout, workspace: int, _own: Kept | None) -> Step:
-    """The same for one state of the user's file of calibrations."""
+    """Step for one state of the user's file of calibrations."""
     found = _calibration(model, layout)
     formula = step(model, layout, workspace)
     return formula if found is None else formula.calibrated(found.moments)

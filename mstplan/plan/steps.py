@@ -91,7 +91,7 @@ class Chunks(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a vector is evaluated at. Counts of sequences and tokens."""
+    """Sizes at which a vector is evaluated. Counts of sequences and tokens."""
 
     batch: int
     seq_len: int
@@ -126,7 +126,7 @@ class Step:
         self.is_calibrated = False
 
     def calibrated(self, moments: Mapping[str, Iterable[Vector]]) -> Step:
-        """The same with moments of its instants as they were found, without cuBLAS' workspaces, in place of the formula's, which
+        """Step with moments of its instants as they were found, without cuBLAS' workspaces, in place of the formula's, which
         stay where none were. Instants that the formula leaves out, for they lie between others, stay out."""
         held = (self.workspace,) + (0,) * (len(BASIS) - 1)
         other = copy(self)
@@ -151,7 +151,7 @@ class Step:
         return Rules(gradients, recipe.used_dtype, recipe.autocast, self.optimizer.per_weight, **changes)
 
     def _moments(self, rules: Rules) -> dict[Instant, list[Moment]]:
-        """Every moment of the step by the instant it belongs to, with all that is alive."""
+        """Moments of the step by the instant they belong to, with all that is alive."""
         found: dict[Instant, list[Moment]] = {}
 
         def note(moments: Iterable[tuple[Instant, Moment]], alive: Alive) -> None:
@@ -222,7 +222,7 @@ class Step:
         return shown(labels(tensors), (1,) + (0,) * (len(BASIS) - 1))
 
     def detailed(self) -> dict[Instant, list[Moment]]:
-        """Every moment by instant, with the tensors alive."""
+        """Moments by instant, with the tensors alive."""
         return self._moments(self.rules(detail=True))
 
     # ---- reading off --------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ class Step:
         return best_name, best
 
     def instants(self, sizes: Sizes) -> tuple[InstantPeak, ...]:
-        """Every instant at its largest moment, in the order of a step, with the tensors alive."""
+        """Instants in the order of a step, each at its largest moment with the tensors alive."""
         found = self.detailed()
         units = sizes.units
         result = []
@@ -360,7 +360,7 @@ class Frozen(NamedTuple):
 
 @lru_cache(maxsize=256)
 def frozen_names(model: Model, selection: Selection) -> Frozen:
-    """Raises RecipeError for a selection that makes no sense for the model."""
+    """Names of the weights that a selection freezes. Raises RecipeError for one that makes no sense for the model."""
     if not selection:
         return Frozen(frozenset(), (frozenset(),) * model.layers)
     prefixes = [family_of(model.model_type).weight_names[LAYER].format(n) for n in range(model.layers)]
@@ -373,7 +373,7 @@ def frozen_names(model: Model, selection: Selection) -> Frozen:
 
 @lru_cache(maxsize=64)
 def named_weights(model: Model) -> tuple[Named, ...]:
-    """Every weight of a model, as transformers calls it."""
+    """Weights of a model, as transformers calls them."""
     names, number = family_of(model.model_type).weight_names, 0
     found: dict[str, Named] = {}
     for op in build(model, Layout(STRATEGIES["standard"], False, False, False)).ops:
@@ -393,7 +393,7 @@ def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
 
 
 def attention_kernel(model: Model, recipe: Recipe) -> str:
-    """Where transformers has no sdpa for the model (soft-capping, sinks), flash stands for it; eager in fp32, as flash
+    """Attention that runs: where transformers has no sdpa for the model (soft-capping, sinks), flash; eager in fp32, as flash
     computes in 16 bits only."""
     if recipe.attention != SDPA or model.has_sdpa:
         return recipe.attention
@@ -428,7 +428,7 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
 
 
 def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """What the layers of each kind are given beside hidden states: position ids, cos and sin, a mask; and of these what products keep: cos
+    """Tensors that the layers of each kind are given beside hidden states: position ids, cos and sin, a mask; and of these what products keep: cos
     and sin."""
     kinds = dict.fromkeys(w.model.layer_kinds)
     sliding = {kind: kind.window is not None for kind in kinds}
@@ -476,7 +476,7 @@ class Given(NamedTuple):
     tables: tuple[Tensor, ...]
 
     def kept(self, recompute: bool) -> tuple[Tensor, ...]:
-        """For backward: a checkpoint keeps all of it, else cos and sin are kept by the products with them."""
+        """Tensors kept for backward: a checkpoint keeps all of it, else cos and sin are kept by the products with them."""
         return self.arguments if recompute else self.tables
 
 
@@ -518,7 +518,7 @@ def segment_length(recipe: Recipe, layers: int) -> int:
 
 
 def stored_inputs(recipe: Recipe, layers: int) -> int:
-    """How many layer inputs a checkpointed step keeps: one a checkpoint."""
+    """Number of layer inputs that a checkpointed step keeps: one a checkpoint."""
     return -(-layers // segment_length(recipe, layers)) if recipe.checkpoint != "none" else 0
 
 

@@ -50,7 +50,7 @@ def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
 
 
 class Role(Enum):
-    """What a tensor is for, where anything but people asks."""
+    """Purpose of a tensor, where anything but people asks."""
 
     WEIGHT_GRADIENT = "gradient of a weight"
     WORKSPACE = "workspace of a library"
@@ -59,7 +59,7 @@ class Role(Enum):
 
 
 class Label(NamedTuple):
-    """What tells tensors apart in a listing."""
+    """Label that tells tensors apart in a listing."""
 
     name: str
     shape: str
@@ -156,7 +156,7 @@ class Op:
 
     @property
     def trained(self) -> tuple[Weight, ...]:
-        """Its weights that get gradients."""
+        """Weights of its own that get gradients."""
         return tuple(weight for weight in self.weights if weight.trained)
 
     @property
@@ -171,7 +171,7 @@ class Op:
 
     @property
     def where(self) -> str:
-        """What its inner operations' names begin with: nothing for a layer, which the instant tells already."""
+        """Text that its inner operations' names begin with: nothing for a layer, which the instant tells already."""
         return "" if self.is_layer else self.name
 
 
@@ -214,7 +214,7 @@ class Part:
 
     @property
     def trained(self) -> tuple[Weight, ...]:
-        """Its weights that get gradients."""
+        """Weights of its own that get gradients."""
         return tuple(weight for op in self.tape.ops for weight in op.trained)
 
 
@@ -272,7 +272,7 @@ class TapeWriter:
 
     @contextmanager
     def part(self, role: Role | None) -> Iterator[None]:
-        """What is made inside has that role."""
+        """Give what is made inside that role."""
         before, self.role = self.role, role
         try:
             yield
@@ -319,7 +319,7 @@ class Replay(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """How weights' gradients are treated, and how much is written down.
+    """Rules of a replay: how weights' gradients are treated, and how much is written down.
 
     gradients: "kept" until the optimizer's step, "added" to ones that exist already (accumulation), or "used" at once
     (optimizer in backward), with `temporaries` bytes per element for the optimizer while it steps one weight.
@@ -413,7 +413,7 @@ def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
 
 
 def _corners(moments: Sequence[Moment]) -> list[Moment]:
-    """Those that are the largest for some weights of the first two terms: the corners of their convex hull, upwards."""
+    """Moments that are the largest for some weights of the first two terms: the corners of their convex hull, upwards."""
     if len(moments) < 3:
         return list(moments)
     kept: list[Moment] = []
@@ -431,7 +431,7 @@ def _corners(moments: Sequence[Moment]) -> list[Moment]:
 
 
 class _Groups:
-    """What FSDP2 holds beside a tape's tensors: in forward and in backward, before and after each part with a group."""
+    """Tensors that FSDP2 holds beside a tape's own: in forward and in backward, before and after each part with a group."""
 
     def __init__(self, tape: Tape, ledger: _Ledger):
         self.rest, self.ledger = tape.group, ledger
@@ -491,7 +491,7 @@ class _Groups:
             self.ledger.drop(tensor)
 
     def _gather_now(self, group: Group, where: str, listed: bool) -> None:
-        """In forward: the buffer of the group before stays until this one's is copied out (a variable of wait_for_unshard)."""
+        """Gather a group in forward: the buffer of the group before stays until this one's is copied out (a variable of wait_for_unshard)."""
         self._gather(group, where, listed)
         self.ledger.put(group.gathered)
         if listed:
@@ -569,7 +569,7 @@ _REPLAYS: WeakKeyDictionary[Tape, dict[tuple[object, ...], Replay]] = WeakKeyDic
 
 
 def kept_by(op: Op) -> tuple[Tensor, ...]:
-    """What an operation keeps for backward outside of itself."""
+    """Tensors saved for backward that live outside the operation's own part."""
     part = op.part
     if part is None:
         return op.keeps
@@ -858,7 +858,7 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
 
 
 def _widened_end(tape: Tape, rules: Rules) -> Replay:
-    """What the pieces before the last one kept, let go of."""
+    """Release of what the pieces before the last one kept."""
     kept = forward(tape, rules, keep=True)
     wide = _widened(kept, tape.output)
     net = add(kept.net, tuple(-n for n in wide.net))
@@ -928,7 +928,7 @@ def sums_of(tape: Tape) -> tuple[Tensor, ...]:
 
 
 def step_weights(ops: Sequence[Op]) -> list[tuple[Weight, int]]:
-    """Every weight with how many layers have one like it; shared weights once."""
+    """Weights, with how many layers have one like it; shared weights once."""
     counts: dict[Weight, int] = {}
     parts: dict[int, list[tuple[Weight, int]]] = {}
     for op in ops:

@@ -66,7 +66,7 @@ class Coefficients:
     a_from: tuple[Entry, ...] = ()
 
     def replaced(self, **values: int | None) -> Coefficients:
-        """With the values that are not None in place. Raises RecipeError for values that make no sense."""
+        """Coefficients with the values that are not None in place. Raises RecipeError for values that make no sense."""
         given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
         for name, value in given.items():
             least = 1 if name in ("layers", "chunks") else 0
@@ -154,7 +154,7 @@ def rows(c: Coefficients, seq_len: int | None = None) -> tuple[Row, ...]:
 
 
 def _kept_per_layer(built: Step) -> tuple[Entry, ...]:
-    """What autograd keeps of one layer, per token (of the layer that keeps most)."""
+    """Tensors that autograd keeps of one layer, per token (of the layer that keeps most)."""
     best: tuple[Entry, ...] = ()
     for op in {id(o.part.tape): o for o in built.tape.ops if o.part is not None}.values():
         assert op.part is not None

@@ -75,7 +75,7 @@ def unread_fields(config: Mapping[str, object]) -> list[str]:
 
 
 def _is_off(name: str, value: object) -> bool:
-    """Does the value say that what the field is about is not there?"""
+    """Whether the value says that what the field is about is not there."""
     if value is False:
         words = set(name.lower().split("_"))
         return "qk" in words or not _SAY_SO_WHEN_OFF & words

@@ -37,7 +37,7 @@ class Way(NamedTuple):
 
     @property
     def gives_up(self) -> str:
-        """What they take of the user together."""
+        """Price of the changes together, in words."""
         again = () if self.plan.recipe.checkpoint == "none" else (_MLP_AGAIN,)  # a checkpointed layer runs again anyway
         return "; ".join(change.gives_up for change in self.changes if change.gives_up not in ("", *again)) or "nothing"
 
@@ -55,7 +55,7 @@ Lever = tuple[Change, ...]
 
 
 def _states(start: Plan) -> tuple[Lever, ...]:
-    """What decides the bytes that do not grow with the sequence."""
+    """Levers on the bytes that do not grow with the sequence."""
     back: Lever = (
         ()
         if start.fits_host
@@ -83,7 +83,7 @@ def _states(start: Plan) -> tuple[Lever, ...]:
 
 
 def _tokens(start: Plan) -> tuple[Lever, ...]:
-    """What decides the bytes that grow with the sequence."""
+    """Levers on the bytes that grow with the sequence."""
     recipe = start.recipe
     more = {} if recipe.optimizer_in_backward else {"accumulation": recipe.accumulation * recipe.batch}
     back: Lever = (
@@ -134,7 +134,7 @@ def nearest(plans: Sequence[Plan]) -> Plan:
 
 
 def ways_to_train(starts: Sequence[Plan]) -> tuple[Way, ...]:
-    """What would make a strategy fit where none holds the shortest sequence: for the nearest, with which at least `USEFUL` tokens fit, if with any."""
+    """List the ways to train where no strategy holds the shortest sequence: for the nearest, with which at least `USEFUL` tokens fit, if with any."""
     start = nearest(starts)
     useful = max(start.seq_len, min(USEFUL, start.model.context or USEFUL))
     lengths = dict.fromkeys((useful, start.seq_len))
@@ -165,7 +165,7 @@ def _reach(start: Plan, changes: Iterable[Change]) -> Way | None:
 
 
 def _sets(start: Plan) -> Iterator[tuple[Change, ...]]:
-    """Every set of changes that may help, the cheapest first: none whose optimizer, precision and place of states leave no room for the
+    """Sets of changes that may help, the cheapest first: none whose optimizer, precision and place of states leave no room for the
     step with all else that saves memory."""
     found = []
     for states in _choices(start.recipe, _states(start)):
@@ -175,7 +175,7 @@ def _sets(start: Plan) -> Iterator[tuple[Change, ...]]:
 
 
 def _choices(recipe: Recipe, levers: Sequence[Lever]) -> Iterator[tuple[Change, ...]]:
-    """At most one change of each lever, of those that alter the recipe by themselves or could beside others."""
+    """Choices of at most one change of each lever, of those that alter the recipe by themselves or could beside others."""
     options = [(None, *(change for change in lever if _alters(recipe, change))) for lever in levers]
     return (tuple(change for change in chosen if change is not None) for chosen in product(*options))
 
@@ -209,7 +209,7 @@ def _changed(recipe: Recipe, changes: Iterable[Change]) -> Recipe | None:
 
 
 def _seems_to_fit(start: Plan, changes: tuple[Change, ...]) -> bool:
-    """By the chunks that are best at this length alone, which is quicker than to plan it."""
+    """Whether it fits by the chunks that are best at this length alone, which is quicker than to plan it."""
     recipe = _changed(start.recipe, changes)
     if recipe is None:
         return False

@@ -84,7 +84,7 @@ def defaults(
 
 
 class Routed(NamedTuple):
-    """How a family routes tokens to experts."""
+    """Routing of tokens to a family's experts."""
 
     width: str = "moe_intermediate_size"  # the field that holds an expert's width
     router: Literal["softmax", "topk-softmax", "sigmoid-groups"] = "softmax"
@@ -95,7 +95,7 @@ class Routed(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What a family's modelling code does otherwise than Llama's, where it decides which tensors are made and held."""
+    """Deviations of a family's modelling code from Llama's, where it decides which tensors are made and held."""
 
     rotary: Literal["rotate half", "halves", "complex"] = "rotate half"
     """x cos + rotate_half(x) sin; (x1 cos - x2 sin, x2 cos + x1 sin); pairs as complex numbers times a rotation."""
@@ -111,7 +111,7 @@ class Code(NamedTuple):
 
 
 class Family(NamedTuple):  # quicker to import than a dataclass of so many fields
-    """What a family does differently from Llama. A switch is a constant, or the name of the field that holds it."""
+    """Family of models, as it differs from Llama. A switch is a constant, or the name of the field that holds it."""
 
     defaults: Mapping[str, object] = MappingProxyType({})  # of the configuration class in transformers
     known: bool = True  # False: the family of all model types without a row
@@ -149,5 +149,5 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
 
     @property
     def weight_names(self) -> Mapping[str, str]:
-        """By the part of a step: the weight's name, or its module's, within its layer or else within the model."""
+        """Names by the part of a step: the weight's, or its module's, within its layer or else within the model."""
         return {**_USUAL_NAMES, **self.names}

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Asked(NamedTuple):
-    """What scaled_dot_product_attention looks at when it chooses its kernel (aten sdp_utils.cpp)."""
+    """Facts that scaled_dot_product_attention looks at when it chooses its kernel (aten sdp_utils.cpp)."""
 
     dtype: str
     head_dim: int  # of queries and keys

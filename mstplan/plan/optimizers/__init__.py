@@ -23,7 +23,7 @@ OPTIMIZERS: dict[str, Optimizer] = {each.name: each for each in (AdamW(), AdamW8
 
 
 def stand_ins() -> dict[str, Optimizer]:
-    """Those with which a recipe of AdamW's may hold less, by name."""
+    """Optimizers with which a recipe of AdamW's may hold less, by name."""
     return {name: each for name, each in OPTIMIZERS.items() if each.gives_up}
 
 
