@@ -13,7 +13,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mstplan.observe.measurement import sliced
+from mstplan.errors import ModelError
+from mstplan.observe.measurement import Measurement, sliced
 from mstplan.plan.catalog import load_config
 from mstplan.plan.config import read_config
 from mstplan.plan.hardware import card
@@ -110,6 +111,18 @@ def test_a_gradient_too_many_is_noticed():
 
 H100 = Path(__file__).parents[1] / "data" / "h100-2026-11-27"
 CUBLAS = 2 * 33_554_432  # environment.json: of two handles, less the 32 KiB products that brought them in
+
+
+def _readable(path):
+    """Lines of results whose model the formula reads."""
+    for line in map(json.loads, path.read_text().splitlines()):
+        try:
+            read_config(line["case"]["config"], "measured")
+        except ModelError:
+            continue
+        yield line
+
+
 MEASURED = [
     row
     for row in map(json.loads, (H100 / "recipes.jsonl").read_text().splitlines())
@@ -135,6 +148,27 @@ def test_every_phase_is_that_of_an_h100(row):
     assert set(told) == set(PHASES) and len(MEASURED) == 12
     for phase, size in told.items():
         assert size == pytest.approx(row["phases"][phase]["allocated"], rel=1e-5), phase
+
+
+OWN = [
+    case
+    for case in map(Measurement.from_data, _readable(H100 / "measured.jsonl"))
+    if (case.case.recipe.train or case.case.recipe.freeze)
+    and case.case.model != "gemma2-2b"  # whose attention is another there
+]
+
+
+@pytest.mark.parametrize("measured", OWN, ids=lambda one: f"{one.case.words}, {one.case.recipe.train}")
+def test_mstplans_own_step_takes_what_is_planned(measured):
+    """Chunks, offload, checkpoints of transformers: every instant that both have, on the H100."""
+    case = measured.case
+    chunks = Chunks(int(case.recipe.mlp_chunks), int(case.recipe.loss_chunks))
+    step = Step(
+        case.described, Layout(case.recipe, chunks.mlp > 1, chunks.loss > 1, False), measured.ranks[0].workspace
+    )
+    told = {each.name: each.bytes for each in step.instants(sizes(case.recipe, case.seq_len, chunks))}
+    assert len(OWN) == 5 and len(set(told) & set(measured.instants)) >= 4
+    assert max(told.values()) == pytest.approx(measured.peak.allocated, rel=1e-5)
 
 
 # ---- properties -----------------------------------------------------------------------------------------------------
