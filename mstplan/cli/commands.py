@@ -125,7 +125,10 @@ class Options:
     """What the options of a command were given, each an attribute. A subclass says which there are; one that has several bases takes theirs."""
 
     def __init__(self, **given: Any) -> None:
-        vars(self).update({name: given.get(name, one.default) for name, one in declared(type(self)).items()})
+        known = declared(type(self))
+        if not given.keys() <= known.keys():
+            raise TypeError(f"no such options: {', '.join(given.keys() - known.keys())}")
+        vars(self).update({name: given.get(name, one.default) for name, one in known.items()})
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"{name}: what was asked for does not change")
@@ -159,7 +162,7 @@ class _Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        typer.echo("\n".join([" Examples:", *(f"   {example}" for example in EXAMPLES[self.name or ""]), ""]))
+        typer.echo("\n".join([" Examples:", *(f"   {example}" for example in EXAMPLES[self.name or ""])]))
 
     def get_help_option(self, ctx: Any) -> Any:
         return _switch(super().get_help_option(ctx))

@@ -58,8 +58,8 @@ class TraceOptions(PlannedOptions, JsonOptions):
     help="Run the model's real code, one training step on fake tensors, and see every allocation: no GPU needed, but torch. Of several "
     f"strategies the first that fits by formula. {ONE_RECIPE} Exit code 0: fits, 1: does not.",
     examples=(
-        "mstplan trace -m llama3.1-8b --seq-len 64k --gpu h100 -s mst --plot step.png",
-        "mstplan trace -m qwen3-0.6b --seq-len 4k --gpu rtx-4090 --snapshot step.pickle",
+        "mstplan trace -m qwen3-4b --seq-len 64k --gpu h100 -s mst --plot step.png",
+        "mstplan trace -m qwen3-0.6b --seq-len 4k --gpu rtx-4090 --snapshot s.pickle",
     ),
 )
 def trace(asked: TraceOptions) -> None:
