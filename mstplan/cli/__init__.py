@@ -1,5 +1,8 @@
 """The command line: options in, one library call, a table or JSON out, an exit code.
 
+A command's options are one object of a class that declares them (`options.py`), which the command turns into model, card and recipe
+before anything else. Declaring them takes 1.2 ms of a start, all of mstplan.cli's own imports (`python -X importtime -m mstplan max-seq ...`).
+
 Exit codes: 0 an answer (for `plan`: it fits), 1 it does not fit, 2 the input cannot be used, 70 a defect of mstplan's,
 130 interrupted, 141 the reader of the output went away.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -30,7 +34,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, metavar="", help="Show the version.")
     ] = False,
 ) -> None:
     pass
@@ -38,7 +42,7 @@ def _root(
 
 def declarations(asked: str | None) -> dict[str, Callable[[], object]]:
     """How to declare each command to typer, by name; only some of them when `asked` is among those."""
-    for module in ("planning", "tracing", "measuring", "listing"):
+    for module in ("planning", "tracing", "measuring", "validating", "checking", "listing"):
         if asked not in COMMANDS:
             import_module(f".{module}", __name__)  # registers its commands
     return COMMANDS
@@ -81,9 +85,26 @@ def _misused(error: Any) -> int:
     return 2
 
 
+_MOVED = {"--published": "published", "--smax": "check-smax", "--throughput": "check-throughput"}
+"""What was an option of validate, and is a command of its own."""
+
+
+def _moved() -> str | None:
+    """Two lines about an option that has become a command, the second of them that command."""
+    typed = sys.argv[1:]
+    if "validate" not in typed or (flag := next((word for word in typed if word in _MOVED), None)) is None:
+        return None
+    words = [word for word in typed if word not in _MOVED]
+    words[words.index("validate")] = _MOVED[flag]
+    return f"validate {flag} is a command of its own now:\n{shlex.join(['mstplan', *words])}"
+
+
 def _unknown_option(typed: str, command: str) -> str | None:
     """Two lines about an option that `command` does not have: whose it is, or what is planned of it. None: nothing is known."""
     from ..plan import names
+
+    if command == "validate" and (moved := _moved()) is not None:
+        return moved
 
     declarations(None)  # of every command
     row, whose = names.option(typed), _commands_with({typed})

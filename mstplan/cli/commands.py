@@ -1,59 +1,64 @@
-"""Commands: options in one namespace, declared for typer only when they are asked for, errors as lines and exit codes."""
+"""Commands: options in one typed object, declared for typer only when they are asked for, errors as lines and exit codes."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import sys
-from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from types import EllipsisType
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, overload
 
 os.environ.setdefault(
     "PYDANTIC_DISABLE_PLUGINS", "__all__"
 )  # looking for plugins reads every installed package's metadata
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from .output import complain
 
-app = typer.Typer(
-    name="mstplan",
-    help="How long a sequence can I train on this GPU, with which settings, and how sure is that?",
-    epilog="Start with:  mstplan max-seq --model llama3.1-8b --gpu-mem 80GB",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Asked = SimpleNamespace
-"""What the options of a command were given."""
+T = TypeVar("T")
+PANELS = (None, "Card", "Measurement", "Recipe", "Coefficients", "Trace")
+"""Of options, in the order in which help shows them."""
 
 
 class Option(NamedTuple):
     """What a command may be given. Whatever takes a value is declared to typer as a list: given twice, none is lost without a word."""
 
-    annotation: Any
-    default: Any
+    kind: Any
     flags: tuple[str, ...]  # of what has no flag its name
+    help: str | Callable[[], str]  # called when typer is told: choices are read from where they are defined
+    default: Any = None  # ...: there is none
+    panel: str | None = None
     adds_up: bool = False
+    last: bool = False  # of its panel
+    more: Mapping[str, Any] = {}  # for typer
 
     @property
-    def declared(self) -> inspect.Parameter:
-        listed = self.default is not None and self.default is not ... and not isinstance(self.default, bool)
-        return inspect.Parameter(
-            "_",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=[self.default] if listed else self.default,
-            annotation=self.annotation,
-        )
+    def stands_alone(self) -> bool:
+        return not self.flags[0].startswith("-")
+
+    def declared(self, name: str) -> inspect.Parameter:
+        """As typer reads it from a function."""
+        text = self.help() if callable(self.help) else self.help
+        if self.stands_alone:
+            argument = typer.Argument(help=text, metavar=self.flags[0], show_default=False)
+            return _parameter(name, Annotated[list[self.kind], argument], None)  # type: ignore[name-defined]
+        more = {"rich_help_panel": self.panel, "show_default": "Default" not in text, **self.more}
+        switch = self.kind is bool
+        if switch:
+            more["metavar"] = ""
+        option, kind = typer.Option(*self.flags, help=text, **more), bool if switch else list[self.kind]  # type: ignore[name-defined]
+        listed = self.default is not None and self.default is not ... and not switch
+        return _parameter(name, Annotated[kind, option], [self.default] if listed else self.default)
 
     def value(self, given: Any) -> Any:
         """Of what typer hands over. Raises InputError for different values where one is taken."""
-        if not isinstance(given, list) or not self.flags[0].startswith("-"):
-            return self.default if given is None or given == [] else given
+        if self.stands_alone:
+            return tuple(given or ())
+        if not isinstance(given, list):
+            return self.default if given is None else given
         values = list(dict.fromkeys(given))
         if len(values) > 1 and not self.adds_up:
             from ..errors import InputError, quoted
@@ -64,36 +69,143 @@ class Option(NamedTuple):
         return ",".join(values) if len(values) > 1 else values[0] if values else self.default
 
 
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+@overload
 def option(
-    kind: Any, flags: str, help: str, default: Any = None, panel: str | None = None, adds_up: bool = False, **more: Any
-) -> Option:
-    """An option that `command` takes; typer shows its default unless `help` tells of one. adds_up: several values with commas between, and
-    given several times all of them."""
-    declared = typer.Option(
-        *flags.split(), help=help, rich_help_panel=panel, show_default="Default" not in help, **more
-    )
-    taken = kind if kind is bool else list[getattr(kind, "__args__", (kind,))[0]]  # type: ignore[misc]  # of `str | None` str
-    return Option(Annotated[taken, declared], default, tuple(flags.replace("/", " ").split()), adds_up)
+    kind: type[T],
+    flags: str,
+    help: str | Callable[[], str],
+    default: None = None,
+    panel: str | None = None,
+    adds_up: bool = False,
+    last: bool = False,
+    **more: Any,
+) -> T | None: ...
 
 
-def arguments(kind: Any, name: str, help: str) -> Option:
+@overload
+def option(
+    kind: type[T],
+    flags: str,
+    help: str | Callable[[], str],
+    default: T | EllipsisType,
+    panel: str | None = None,
+    adds_up: bool = False,
+    last: bool = False,
+    **more: Any,
+) -> T: ...
+
+
+def option(
+    kind: Any,
+    flags: str,
+    help: str | Callable[[], str],
+    default: Any = None,
+    panel: str | None = None,
+    adds_up: bool = False,
+    last: bool = False,
+    **more: Any,
+) -> Any:
+    """An option, as an attribute of a class of Options; to type checkers it is the value that it has there. default: None where nothing need be
+    given, ... where something must; typer shows it unless `help` tells of one. adds_up: several values with commas between, and given several
+    times all of them. last: shown behind the others."""
+    return Option(kind, tuple(flags.split()), help, default, panel, adds_up, last, more)
+
+
+def arguments(kind: type[T], name: str, help: str) -> tuple[T, ...]:
     """Any number of values without a flag."""
-    return Option(Annotated[list[kind], typer.Argument(help=help, metavar=name, show_default=False)], None, (name,))
+    taken: Any = Option(kind, (name,), help, ())
+    return taken
 
 
+class Options:
+    """What the options of a command were given, each an attribute. A subclass says which there are; one that has several bases takes theirs."""
+
+    def __init__(self, **given: Any) -> None:
+        known = declared(type(self))
+        if not given.keys() <= known.keys():
+            raise TypeError(f"no such options: {', '.join(given.keys() - known.keys())}")
+        vars(self).update({name: given.get(name, one.default) for name, one in known.items()})
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"{name}: what was asked for does not change")
+
+    def changed(self: Taken, **values: Any) -> Taken:
+        return type(self)(**{**vars(self), **values})
+
+
+Taken = TypeVar("Taken", bound=Options)
+
+
+def declared(taken: type[Options]) -> dict[str, Option]:
+    """The options of a class in the order in which help shows them: those of its bases, then its own."""
+    own, *bases = taken.__mro__
+    names = dict.fromkeys(name for each in (*bases, own) for name, one in vars(each).items() if type(one) is Option)
+    found: list[tuple[str, Option]] = [(name, getattr(taken, name)) for name in names]
+    return dict(sorted(found, key=lambda each: (PANELS.index(each[1].panel), each[1].last)))
+
+
+def given(asked: Options, names: Iterable[str]) -> list[str]:
+    """The flags, of the options of these names, that the command line sets."""
+    known = declared(type(asked))
+    return [known[name].flags[0] for name in names if getattr(asked, name) != known[name].default]
+
+
+# ---- commands -----------------------------------------------------------------------------------------------------------
+
+
+class _Command(TyperCommand):
+    """One whose help ends in examples, a line each: what is broken or joined cannot be pasted."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        typer.echo("\n".join([" Examples:", *(f"   {example}" for example in EXAMPLES[self.name or ""])]))
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _switch(super().get_help_option(ctx))
+
+
+class _Group(TyperGroup):
+    def get_help_option(self, ctx: Any) -> Any:
+        return _switch(super().get_help_option(ctx))
+
+
+def _switch(option: Any) -> Any:
+    """typer's own option, shown without the kind of its value: it takes none."""
+    if option is not None:
+        option.metavar = ""
+    return option
+
+
+app = typer.Typer(
+    name="mstplan",
+    cls=_Group,
+    help="How long a sequence can I train on this GPU, with which settings, and how sure is that?",
+    epilog="Start with:  mstplan max-seq --model llama3.1-8b --gpu-mem 80GB",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 COMMANDS: dict[str, Callable[[], object]] = {}
 """How to add each command to `app`: done for the one that was asked for only, as typer takes a while over each."""
 FLAGS: dict[str, set[str]] = {}
 """The options of each command."""
+EXAMPLES: dict[str, tuple[str, ...]] = {}
+"""What each command's help ends in."""
 
 
 def command(
-    name: str, *groups: dict[str, Option], help: str, epilog: str
-) -> Callable[[Callable[[Asked], None]], Callable[[Asked], None]]:
-    """Register a command that takes the options of `groups` in one namespace; its errors become lines and exit codes."""
-    options = {key: one for group in groups for key, one in group.items()}
+    name: str, taken: type[Taken], *, help: str, examples: tuple[str, ...]
+) -> Callable[[Callable[[Taken], None]], Callable[[Taken], None]]:
+    """Register a command that is called with a `taken` of what its options were given; its errors become lines and exit codes."""
+    options = declared(taken)
 
-    def register(run: Callable[[Asked], None]) -> Callable[[Asked], None]:
+    def register(run: Callable[[Taken], None]) -> Callable[[Taken], None]:
         def called(**given: Any) -> None:
             from ..errors import MstplanError
 
@@ -106,21 +218,20 @@ def command(
                     flags = " / ".join(f"'{flag}'" for flag in missing.flags)
                     complain(f"Missing option {flags}.\nTry 'mstplan {name} --help'.")
                     raise typer.Exit(2)
-                run(Asked(**values))
+                run(taken(**values))
             except MstplanError as e:
                 complain(str(e))
                 raise typer.Exit(2) from None
 
         def add() -> None:
-            built = _asked_for(options, sys.argv[1:])
-            called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-                [one.declared.replace(name=key) for key, one in built.items()]
-            )
-            called.__annotations__ = {key: one.annotation for key, one in built.items()}
-            app.command(name, help=help, epilog=epilog)(called)
+            shown = [one.declared(key) for key, one in _asked_for(options, sys.argv[1:]).items()]
+            called.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+            called.__annotations__ = {each.name: each.annotation for each in shown}
+            app.command(name, cls=_Command, help=help)(called)
 
         COMMANDS[name] = add
         FLAGS[name] = {flag for one in options.values() for flag in one.flags}
+        EXAMPLES[name] = examples
         return run
 
     return register
@@ -132,5 +243,5 @@ def _asked_for(options: dict[str, Option], arguments: list[str]) -> dict[str, Op
     named = {a.split("=")[0] if a.startswith("--") else a[:2] for a in arguments if a.startswith("-")}
     if not named <= {flag for one in options.values() for flag in one.flags}:
         return options
-    always = {key for key, one in options.items() if one.default is ... or not one.flags[0].startswith("-")}
+    always = {key for key, one in options.items() if one.default is ... or one.stands_alone}
     return {key: one for key, one in options.items() if key in always or not named.isdisjoint(one.flags)}

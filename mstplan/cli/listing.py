@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from .commands import Asked, command, option
-from .options import JSON
+from .commands import command, option
+from .options import JsonOptions
 from .output import new_console, print_json
+
+
+class ModelsOptions(JsonOptions):
+    names = option(str, "--filter", "Only names that contain this.", metavar="TEXT")
 
 
 @command(
     "models",
-    {"names": option(str | None, "--filter", "Only names that contain this.", metavar="TEXT")},
-    JSON,
+    ModelsOptions,
     help="The models that ship with mstplan.",
-    epilog="mstplan models --filter qwen3",
+    examples=("mstplan models --filter qwen3",),
 )
-def models(asked: Asked) -> None:
+def models(asked: ModelsOptions) -> None:
     from ..errors import ModelError, quoted
     from ..plan.catalog import load_model, model_names
 
@@ -31,14 +34,17 @@ def models(asked: Asked) -> None:
         tables.models(new_console(), rows)
 
 
+class GpusOptions(JsonOptions):
+    sources = option(bool, "--sources", "Also where each figure is from.", False)
+
+
 @command(
     "gpus",
-    {"sources": option(bool, "--sources", "Also where each figure is from.", False)},
-    JSON,
+    GpusOptions,
     help="The cards that mstplan knows.",
-    epilog="mstplan gpus --json",
+    examples=("mstplan gpus --sources", "mstplan gpus --json"),
 )
-def gpus(asked: Asked) -> None:
+def gpus(asked: GpusOptions) -> None:
     from ..plan.hardware import gpus as known
     from ..plan.hardware import left_out
 

@@ -1,14 +1,13 @@
-"""Options, each said once, and what they make: the library's objects."""
+"""Options, each said once, in classes that commands take together; and what they make: the library's objects."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..plan.losses import LOSSES
-from ..plan.optimizers import OPTIMIZERS
-from ..plan.selection import WeightKind
-from .commands import Asked, Option, arguments, option
+from .commands import Options, arguments, given, option
 
 if TYPE_CHECKING:
     from ..plan.hardware import Card
@@ -16,172 +15,230 @@ if TYPE_CHECKING:
     from ..plan.recipe import Recipe
     from ..plan.solve import Plan
 
-JSON = {"json": option(bool, "--json", "Print JSON instead of tables.", False)}
-MODEL = {
-    "model": option(
+
+# ---- choices: read from where they are defined, when help is asked for or something else was typed ------------------------
+
+
+def listed(known: Iterable[str], said: dict[str, str] | None = None) -> str:
+    """'a | b (what b is) | c'."""
+    shown = ((name, (said or {}).get(name)) for name in known)
+    return " | ".join(shlex.quote(name) + (f" ({words})" if words else "") for name, words in shown)
+
+
+def _of_recipe(field: str, said: dict[str, str] | None = None, more: str = "") -> Callable[[], str]:
+    """The values that a field of a recipe can have; and its default, unless the strategy decides it, with `more` about that."""
+
+    def text() -> str:
+        from ..plan.recipe import STRATEGY_FIELDS, Recipe, planned
+
+        known, otherwise = planned(field)
+        default = "" if field in STRATEGY_FIELDS else f" Default {Recipe.model_fields[field].default}{more}."
+        return f"{listed(known, said)}{otherwise}.{default}"
+
+    return text
+
+
+def _weight_kinds() -> str:
+    from ..plan.selection import WeightKind
+
+    return f"Train these weights only: {listed(map(str, WeightKind))}, or patterns over their names."
+
+
+def _assumptions() -> str:
+    from ..plan.unread import LLAMA_LIKE
+
+    return f"{LLAMA_LIKE}: count a model that mstplan does not read as a Llama."
+
+
+def _devices() -> str:
+    from ..observe.measurement import DEVICES
+
+    said = {"cpu": "its own kernels, seen by torch's profiler"}
+    return f"{listed(DEVICES, said)}. Default {DEVICES[0]}."
+
+
+def strategies(default: str) -> Callable[[], str]:
+    def text() -> str:
+        from ..plan.recipe import STRATEGIES
+
+        return f"{listed(STRATEGIES)}: some of them, with commas between, or all. Default {default}."
+
+    return text
+
+
+def one_of(name: str, typed: str, known: Collection[str]) -> str:
+    """`typed`, the value of option `name`, if it is a known one. Raises RecipeError, which tells of the nearest."""
+    if typed not in known:
+        from ..errors import RecipeError
+        from ..plan.names import unknown_value
+
+        raise RecipeError(unknown_value(name, typed, known))
+    return typed
+
+
+# ---- options ------------------------------------------------------------------------------------------------------------
+
+
+class JsonOptions(Options):
+    json = option(bool, "--json", "Print JSON instead of tables.", False, last=True)
+
+
+class AssumeOptions(Options):
+    assume = option(str, "--assume", _assumptions, metavar="NAME")
+
+
+WHICH_MODEL = "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id."
+
+
+class ModelOptions(AssumeOptions):
+    model = option(str, "--model -m", WHICH_MODEL, ..., metavar="MODEL")
+
+
+class LengthOptions(Options):
+    seq_len = option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")
+
+
+class CardOptions(Options):
+    gpu = option(str, "--gpu", "A card by name (see `mstplan gpus`).", panel="Card", metavar="NAME")
+    gpu_mem = option(
+        str, "--gpu-mem", "Any amount of card memory: 80GB, 79.15GiB, 24576MiB.", panel="Card", metavar="SIZE"
+    )
+    host_mem = option(str, "--host-mem", "Host memory for what is offloaded.", panel="Card", metavar="SIZE")
+    reserve = option(str, "--reserve", "Card memory that other processes hold.", "0B", panel="Card", metavar="SIZE")
+
+
+class StepOptions(Options):
+    """Of a recipe, what the paper's formulas leave to the user."""
+
+    recipe = option(
+        Path, "--recipe", "A recipe in a JSON file; options below override it.", panel="Recipe", metavar="FILE"
+    )
+    precision = option(
         str,
-        "--model -m",
-        "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id.",
-        ...,
-        metavar="MODEL",
-    ),
-    "assume": option(
-        str | None, "--assume", "llama-like: count a model that mstplan does not read as a Llama.", metavar="NAME"
-    ),
-}
-CARD = {
-    "gpu": option(str | None, "--gpu", "A card by name (see `mstplan gpus`).", panel="Card", metavar="NAME"),
-    "gpu_mem": option(
-        str | None, "--gpu-mem", "Any amount of card memory: 80GB, 79.15GiB, 24576MiB.", panel="Card", metavar="SIZE"
-    ),
-    "host_mem": option(str | None, "--host-mem", "Host memory for what is offloaded.", panel="Card", metavar="SIZE"),
-    "reserve": option(str, "--reserve", "Card memory that other processes hold.", "0B", panel="Card", metavar="SIZE"),
-}
-RECIPE = {
-    "recipe": option(
-        Path | None, "--recipe", "A recipe in a JSON file; options below override it.", panel="Recipe", metavar="FILE"
-    ),
-    "precision": option(
-        str | None,
         "--precision",
-        "bf16 | mixed (fp32 weights, bf16 autocast) | fp32. Default bf16.",
+        _of_recipe("precision", {"mixed": "fp32 weights, bf16 autocast"}),
         panel="Recipe",
         metavar="NAME",
-    ),
-    "optimizer": option(
-        str | None,
-        "--optimizer",
-        f"{' | '.join(OPTIMIZERS)}. Default adamw.",
-        panel="Recipe",
-        metavar="NAME",
-    ),
-    "adamw_kernel": option(
-        str | None,
-        "--adamw-kernel",
-        "foreach | fused | for-loop. Default foreach, as on CUDA.",
-        panel="Recipe",
-        metavar="NAME",
-    ),
-    "optimizer_in_backward": option(
+    )
+    optimizer = option(str, "--optimizer", _of_recipe("optimizer"), panel="Recipe", metavar="NAME")
+    adamw_kernel = option(
+        str, "--adamw-kernel", _of_recipe("adamw_kernel", more=", as on CUDA"), panel="Recipe", metavar="NAME"
+    )
+    optimizer_in_backward = option(
         bool, "--optimizer-in-backward", "Step each weight as its gradient is made.", False, panel="Recipe"
-    ),
-    "optimizer_on_host": option(
+    )
+    optimizer_on_host = option(
         bool, "--optimizer-on-host", "Optimizer states and step on the host.", False, panel="Recipe"
-    ),
-    "weights_on_host": option(
+    )
+    weights_on_host = option(
         bool, "--weights-on-host", "Weights on the host too, gathered layer by layer.", False, panel="Recipe"
-    ),
-    "accumulation": option(
-        int | None, "--accumulation", "Micro-batches per optimizer step. Default 1.", panel="Recipe", metavar="N"
-    ),
-    "batch": option(int | None, "--batch -b", "Sequences per micro-batch. Default 1.", panel="Recipe", metavar="N"),
-    "pad_to": option(
-        int | None,
-        "--pad-to",
-        "Tokens that batches are padded to a multiple of. Default 1.",
-        panel="Recipe",
-        metavar="N",
-    ),
-    "checkpoint": option(
-        str | None, "--checkpoint", "none | layer | sqrt | a number of layers.", panel="Recipe", metavar="HOW"
-    ),
-    "chunks": option(
-        str | None,
-        "--chunks",
-        "M for MLP and loss: 8, or 8,32, or auto (as recommended).",
-        panel="Recipe",
-        metavar="M[,M]",
-    ),
-    "no_recompute": option(bool, "--no-recompute", "Do not recompute each MLP chunk by itself.", False, panel="Recipe"),
-    "offload": option(bool, "--offload", "Layer inputs in host memory.", False, panel="Recipe"),
-    "attention": option(
-        str | None, "--attention", "sdpa | flash | eager. Default sdpa.", panel="Recipe", metavar="NAME"
-    ),
-    "loss": option(
-        str | None, "--loss", "transformers | 'transformers<4.45' | chunked.", panel="Recipe", metavar="NAME"
-    ),
-    "train": option(
-        str | None,
-        "--train",
-        f"Train these weights only: {' | '.join(WeightKind)}, or patterns over their names.",
-        panel="Recipe",
-        metavar="NAMES",
-    ),
-    "freeze": option(
-        str | None,
-        "--freeze",
-        "Do not train these weights.",
-        panel="Recipe",
-        metavar="NAMES",
-    ),
-    "input_gradients": option(
+    )
+    accumulation = option(
+        int, "--accumulation", "Micro-batches per optimizer step. Default 1.", panel="Recipe", metavar="N"
+    )
+    batch = option(int, "--batch -b", "Sequences per micro-batch. Default 1.", panel="Recipe", metavar="N")
+    pad_to = option(
+        int, "--pad-to", "Tokens that batches are padded to a multiple of. Default 1.", panel="Recipe", metavar="N"
+    )
+    attention = option(str, "--attention", _of_recipe("attention"), panel="Recipe", metavar="NAME")
+    train = option(str, "--train", _weight_kinds, panel="Recipe", metavar="NAMES")
+    freeze = option(str, "--freeze", "Do not train these weights.", panel="Recipe", metavar="NAMES")
+    input_gradients = option(
         bool,
         "--input-gradients",
         "Backward goes down to the embeddings' output whatever is trained, as with transformers' own checkpointing.",
         False,
         panel="Recipe",
-    ),
-    "gpus": option(
-        int | None,
+    )
+
+
+class VariedOptions(Options):
+    """Of a recipe, what the paper's formulas vary themselves, or do not know."""
+
+    checkpoint = option(str, "--checkpoint", _of_recipe("checkpoint"), panel="Recipe", metavar="HOW")
+    chunks = option(
+        str,
+        "--chunks",
+        "M for MLP and loss: 8, or 8,32, or auto (as recommended).",
+        panel="Recipe",
+        metavar="M[,M]",
+    )
+    no_recompute = option(bool, "--no-recompute", "Do not recompute each MLP chunk by itself.", False, panel="Recipe")
+    offload = option(bool, "--offload", "Layer inputs in host memory.", False, panel="Recipe")
+    loss = option(str, "--loss", _of_recipe("loss"), panel="Recipe", metavar="NAME")
+    gpus = option(
+        int,
         "--gpus",
         "Cards that train together, all alike; answers are per card. Default 1.",
         panel="Recipe",
         metavar="N",
-    ),
-    "sharding": option(
-        str | None,
+    )
+    sharding = option(
+        str,
         "--sharding",
-        "none | fsdp (FSDP2, ZeRO-3: everything in shards over --gpus).",
+        _of_recipe("sharding", {"fsdp": "FSDP2, ZeRO-3: everything in shards over --gpus"}),
         panel="Recipe",
         metavar="NAME",
-    ),
-}
-ONE_RECIPE = (
-    'With --checkpoint, --chunks, --no-recompute, --loss, --offload or --recipe, and no --strategy, the options describe one recipe ("custom"), '
-    "which starts from standard, in every command alike; all others vary the strategies."
-)
-VARIED_BY_THE_FORMULAS = ("checkpoint", "chunks", "no_recompute", "offload", "loss")
-THEOREM_RECIPE = {
-    name: one for name, one in RECIPE.items() if name not in (*VARIED_BY_THE_FORMULAS, "gpus", "sharding")
-}
-STRATEGIES = {
-    "strategy": option(
-        str | None,
-        "--strategy -s",
-        "standard | checkpoint | checkpoint-sqrt | mst | mst-offload: some of them, with commas between. Default: all five.",
-        adds_up=True,
-        metavar="NAME[,NAME]",
-    ),
-}
-RESULTS_FILES = {"files": arguments(Path, "RESULTS", "Results files, as --results names them.")}
-FORCE = {"force": option(bool, "--force", "Overwrite the file.", False)}
-TRACING = {
-    "no_cache": option(bool, "--no-cache", "Trace anew, and keep nothing.", False, panel="Trace"),
-    "trust_remote_code": option(
+    )
+
+
+class RecipeOptions(StepOptions, VariedOptions):
+    """All of a recipe."""
+
+
+class RecipesOptions(RecipeOptions):
+    """Strategies, and what differs from them: recipes."""
+
+    strategy = option(str, "--strategy -s", strategies(default="all"), adds_up=True, metavar="NAME[,NAME]")
+
+
+class TracedOptions(ModelOptions):
+    """A model, and how it is traced."""
+
+    no_cache = option(bool, "--no-cache", "Trace anew, and keep nothing.", False, panel="Trace")
+    trust_remote_code = option(
         bool, "--trust-remote-code", "Run the model's own code where transformers has none.", False, panel="Trace"
-    ),
-}
-MEASURING = {
-    "layers": option(
-        int | None,
+    )
+
+
+HOW_TRACED = ("no_cache", "trust_remote_code")
+
+
+class PlannedOptions(TracedOptions, LengthOptions, RecipesOptions, CardOptions):
+    """A step at one length, by formula or by trace."""
+
+
+class ResultsOptions(Options):
+    files = arguments(Path, "RESULTS", "Results files, as --results names them.")
+    results = option(
+        str,
+        "--results",
+        "Results files, with commas between. Default: those that ship.",
+        adds_up=True,
+        metavar="FILE[,FILE]",
+    )
+
+
+FORCE = option(bool, "--force", "Overwrite the file.", False, last=True)
+MARKDOWN = option(bool, "--markdown", "As the documentation shows it.", False, last=True)
+
+
+class MeasuringOptions(Options):
+    """How real steps are measured, and where results go."""
+
+    layers = option(
+        int,
         "--layers",
         "The model's first N layers only, for one too large to hold.",
         panel="Measurement",
         metavar="N",
         min=1,
-    ),
-    "device": option(
-        str,
-        "--device",
-        "cuda | cpu (its own kernels, seen by torch's profiler). Default cuda.",
-        "cuda",
-        panel="Measurement",
-        metavar="NAME",
-    ),
-    "gpu_mem": option(
-        str | None, "--gpu-mem", "Let the process use that much of the card only.", panel="Measurement", metavar="SIZE"
-    ),
-    "steps": option(
+    )
+    device = option(str, "--device", _devices, "cuda", panel="Measurement", metavar="NAME")
+    gpu_mem = option(
+        str, "--gpu-mem", "Let the process use that much of the card only.", panel="Measurement", metavar="SIZE"
+    )
+    steps = option(
         int,
         "--steps",
         "Steps that are timed, after a first one.",
@@ -190,43 +247,43 @@ MEASURING = {
         metavar="N",
         min=1,
         max=1_000_000,
-    ),
-    "timeout": option(
-        float | None,
+    )
+    timeout = option(
+        float,
         "--timeout",
         "Give up on a point after so many seconds.",
         panel="Measurement",
         metavar="SECONDS",
         min=1,
         max=1_000_000,
-    ),
-    "out": option(
+    )
+    out = option(
         Path,
         "--out -o",
         "The results file, which is appended to.",
         Path("measurements.jsonl"),
         panel="Measurement",
         metavar="FILE",
-    ),
-    "again": option(bool, "--again", "Also points that the results file has already.", False, panel="Measurement"),
-}
+    )
+    again = option(bool, "--again", "Also points that the results file has already.", False, panel="Measurement")
 
 
-def given(asked: Asked, options: dict[str, Option]) -> list[str]:
-    """The flags, of these options, that the command line sets."""
-    return [one.flags[0] for name, one in options.items() if getattr(asked, name, one.default) != one.default]
+ONE_RECIPE = (
+    'With --checkpoint, --chunks, --no-recompute, --loss, --offload or --recipe, and no --strategy, the options describe one recipe ("custom"), '
+    "which starts from standard, in every command alike; all others vary the strategies."
+)
 
 
 # ---- what options make: the library's objects --------------------------------------------------------------------------
 
 
-def model_of(asked: Asked) -> Model:
+def model_of(asked: ModelOptions) -> Model:
     from ..plan.catalog import load_model
 
     return load_model(asked.model, asked.assume)
 
 
-def known_or_traced(asked: Asked) -> Model:
+def known_or_traced(asked: TracedOptions) -> Model:
     """The model as the formula reads it; where that does not know it and torch is there, a stand-in for which answers are traced."""
     from ..errors import UnreadError
 
@@ -238,7 +295,7 @@ def known_or_traced(asked: Asked) -> Model:
         return stand_in(asked, e)
 
 
-def card_of(asked: Asked) -> Card:
+def card_of(asked: CardOptions) -> Card:
     from ..plan.hardware import card
     from ..units import parse_memory
 
@@ -252,37 +309,41 @@ def memory(text: str | None) -> int | None:
     return parse_memory(text) if text is not None else None
 
 
-def changes_of(asked: Asked) -> dict[str, object]:
+_FIELDS = (
+    "precision",
+    "optimizer",
+    "adamw_kernel",
+    "accumulation",
+    "batch",
+    "pad_to",
+    "attention",
+    "loss",
+    "gpus",
+    "sharding",
+)
+_SWITCHES = ("optimizer_in_backward", "optimizer_on_host", "weights_on_host", "input_gradients")
+
+
+def changes_of(asked: StepOptions) -> dict[str, object]:
     """The recipe fields that the options set."""
+    changes = {name: value for name in _FIELDS if (value := getattr(asked, name, None)) is not None}
+    for name, patterns in (("train", asked.train), ("freeze", asked.freeze)):
+        if patterns is not None:
+            changes[name] = tuple(part.strip() for part in patterns.split(","))
+    changes.update({name: True for name in _SWITCHES if getattr(asked, name)})
+    return {**changes, **_varied(asked)} if isinstance(asked, VariedOptions) else changes
+
+
+def _varied(asked: VariedOptions) -> dict[str, object]:
     from ..units import parse_whole
 
-    named = (
-        "precision",
-        "optimizer",
-        "adamw_kernel",
-        "accumulation",
-        "batch",
-        "pad_to",
-        "attention",
-        "loss",
-        "gpus",
-        "sharding",
-    )
-    changes: dict[str, object] = {name: getattr(asked, name) for name in named if getattr(asked, name) is not None}
-    for name in ("train", "freeze"):
-        if (patterns := getattr(asked, name)) is not None:
-            changes[name] = tuple(part.strip() for part in patterns.split(","))
-    for switch in ("optimizer_in_backward", "optimizer_on_host", "weights_on_host", "input_gradients"):
-        if getattr(asked, switch):
-            changes[switch] = True
+    changes: dict[str, object] = {}
     if asked.offload:
         changes["offload_layer_inputs"] = True
     if asked.no_recompute:
         changes["mlp_recompute"] = False
-    if asked.checkpoint is not None:
-        changes["checkpoint"] = (
-            parse_whole(asked.checkpoint, "--checkpoint") if "0" <= asked.checkpoint[:1] <= "9" else asked.checkpoint
-        )
+    if (how := asked.checkpoint) is not None:
+        changes["checkpoint"] = parse_whole(how, "--checkpoint") if "0" <= how[:1] <= "9" else how
     return changes
 
 
@@ -309,8 +370,10 @@ def runs_in_chunks(recipe: Recipe) -> bool:
     return recipe.loss_in_chunks or recipe.mlp_recompute or recipe.mlp_chunks != 1
 
 
-def applied(base: Recipe, asked: Asked, adopt_chunks: bool) -> Recipe:
+def applied(base: Recipe, asked: RecipeOptions, adopt_chunks: bool) -> Recipe:
     """`base` with the options' changes. --chunks goes to recipes that run in chunks, and with adopt_chunks to any."""
+    from ..plan.losses import LOSSES
+
     changes, chunks = changes_of(asked), _chunks(asked.chunks)
     if chunks and not runs_in_chunks(base) and adopt_chunks:
         changes = {"loss": "chunked", "mlp_recompute": True, **changes}
@@ -329,19 +392,19 @@ DESCRIBING = ("recipe", "checkpoint", "chunks", "no_recompute", "loss", "offload
 strategy; where there are none of them, the others vary every strategy."""
 
 
-def base_recipe(asked: Asked) -> Recipe:
+def base_recipe(asked: StepOptions) -> Recipe:
     """What a custom recipe starts from: the recipe file, else the standard strategy."""
     from ..plan.recipe import Recipe
 
     return Recipe.read(asked.recipe) if asked.recipe is not None else Recipe.model_construct()
 
 
-def recipes_of(asked: Asked, usual: str = "all") -> dict[str, Recipe]:
+def recipes_of(asked: RecipesOptions, usual: str = "all") -> dict[str, Recipe]:
     """What the options ask for, by name, in every command alike: the strategies that --strategy names, with the options' changes; else
     the one recipe that they describe; else the `usual` strategies."""
     from ..errors import RecipeError
 
-    if asked.strategy is None and given(asked, {name: RECIPE[name] for name in DESCRIBING}):
+    if asked.strategy is None and given(asked, DESCRIBING):
         return {"custom": applied(base_recipe(asked), asked, adopt_chunks=True)}
     if asked.recipe is not None:
         raise RecipeError(
@@ -353,7 +416,7 @@ def recipes_of(asked: Asked, usual: str = "all") -> dict[str, Recipe]:
     return {_name_of(name, recipe, alone=len(found) == 1): recipe for name, recipe in found.items()}
 
 
-def plans_of(asked: Asked, model: Model, card: Card) -> dict[str, Plan]:
+def plans_of(asked: PlannedOptions, model: Model, card: Card) -> dict[str, Plan]:
     """What the options ask for, at the length that they say."""
     from ..plan.solve import plan_at
 
@@ -369,7 +432,7 @@ def simplest(plans: dict[str, Plan]) -> str:
     return fitting or next(name for name, plan in plans.items() if plan is nearest(list(plans.values())))
 
 
-def _named(asked: Asked, usual: str) -> dict[str, Recipe]:
+def _named(asked: RecipesOptions, usual: str) -> dict[str, Recipe]:
     from ..plan.recipe import STRATEGIES, strategy
 
     named = asked.strategy if asked.strategy is not None else usual
@@ -395,11 +458,19 @@ def length(text: str) -> int:
     return parse_length(text)
 
 
-def results_files(asked: Asked) -> list[Path]:
+def results_files(asked: ResultsOptions) -> list[Path]:
     """Those that stand by themselves, whatever their names, and those of --results."""
     from ..errors import MeasurementError
 
     parts = [part.strip() for part in asked.results.split(",")] if asked.results is not None else []
-    if "" in [*parts, *(str(path) if path.name else "" for path in asked.files or ())]:
+    if "" in [*parts, *(str(path) if path.name else "" for path in asked.files)]:
         raise MeasurementError("a results file without a name.\nWrite a.jsonl b.jsonl, or --results a.jsonl,b.jsonl.")
-    return [*(asked.files or ()), *map(Path, parts)]
+    return [*asked.files, *map(Path, parts)]
+
+
+def one_format(asked: JsonOptions, markdown: bool) -> None:
+    """Raises RecipeError where two are asked for."""
+    if markdown and asked.json:
+        from ..errors import RecipeError
+
+        raise RecipeError("--markdown and --json exclude each other.\nLeave one of the two out.")

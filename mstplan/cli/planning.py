@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from .commands import Asked, command, option
+from .commands import command, given, option
 from .options import (
-    CARD,
     FORCE,
-    JSON,
-    MODEL,
+    HOW_TRACED,
     ONE_RECIPE,
-    RECIPE,
-    STRATEGIES,
-    THEOREM_RECIPE,
-    TRACING,
+    CardOptions,
+    JsonOptions,
+    ModelOptions,
+    PlannedOptions,
+    RecipesOptions,
+    StepOptions,
+    TracedOptions,
     base_recipe,
     card_of,
     changes_of,
-    given,
     known_or_traced,
     length,
+    listed,
     memory,
     model_of,
+    one_of,
     plans_of,
     recipes_of,
     simplest,
@@ -38,34 +40,31 @@ if TYPE_CHECKING:
     from ..plan.recipe import Recipe
 
 
+RUNGS = {"formula": "at once", "trace": "needs torch, takes seconds"}
+
+
+class RungOptions(TracedOptions):
+    rung = option(str, "--rung", f"{listed(RUNGS, RUNGS)}. Default formula.", "formula", panel="Trace", metavar="NAME")
+
+
+class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, JsonOptions):
+    pass
+
+
 @command(
     "max-seq",
-    MODEL,
-    STRATEGIES,
-    CARD,
-    RECIPE,
-    {
-        "rung": option(
-            str,
-            "--rung",
-            "formula (at once) | trace (needs torch, takes seconds). Default formula.",
-            "formula",
-            panel="Trace",
-            metavar="NAME",
-        )
-    },
-    TRACING,
-    JSON,
+    MaxSeqOptions,
     help=f"The longest sequence that fits, and every shorter one with it, for each strategy, and what holds it back. {ONE_RECIPE}",
-    epilog="mstplan max-seq --model llama3.1-8b --gpu h100 --optimizer-in-backward   |   "
-    "mstplan max-seq -m ./my-model --gpu-mem 24GB --checkpoint layer --chunks 8,32   |   mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
+    examples=(
+        "mstplan max-seq --model llama3.1-8b --gpu h100 --optimizer-in-backward",
+        "mstplan max-seq -m qwen3-0.6b --gpu-mem 24GB --checkpoint layer --chunks 8,32",
+        "mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
+    ),
 )
-def max_seq(asked: Asked) -> None:
-    from ..errors import RecipeError, quoted
+def max_seq(asked: MaxSeqOptions) -> None:
     from ..plan import solve, ways
 
-    if asked.rung not in ("formula", "trace"):
-        raise RecipeError(f"unknown rung {quoted(asked.rung)}.\nKnown: formula, trace.")
+    one_of("rung", asked.rung, RUNGS)
     card, recipes = card_of(asked), recipes_of(asked)
     model = known_or_traced(asked)
     if asked.rung == "trace" or model.stand_in is not None:
@@ -87,14 +86,14 @@ def max_seq(asked: Asked) -> None:
         raise typer.Exit(1)
 
 
-def _refuse_tracing(asked: Asked, way_out: str) -> None:
+def _refuse_tracing(asked: TracedOptions, way_out: str) -> None:
     from ..errors import RecipeError
 
-    if unused := given(asked, TRACING):
+    if unused := given(asked, HOW_TRACED):
         raise RecipeError(f"{', '.join(unused)}: nothing to do with the formula.\n{way_out}")
 
 
-def _max_seq_by_trace(asked: Asked, model: Model, card: Card, recipes: dict[str, Recipe]) -> None:
+def _max_seq_by_trace(asked: MaxSeqOptions, model: Model, card: Card, recipes: dict[str, Recipe]) -> None:
     from ..observe import search
     from .tracing import told_after, tracing
 
@@ -113,26 +112,22 @@ def _max_seq_by_trace(asked: Asked, model: Model, card: Card, recipes: dict[str,
         raise typer.Exit(1)
 
 
+class PlanOptions(PlannedOptions, JsonOptions):
+    write_recipe = option(Path, "--write-recipe", "Write the recipe as JSON.", panel="Recipe", metavar="FILE")
+    force = FORCE
+
+
 @command(
     "plan",
-    MODEL,
-    {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
-    STRATEGIES,
-    CARD,
-    RECIPE,
-    {
-        "write_recipe": option(
-            Path | None, "--write-recipe", "Write the recipe as JSON.", panel="Recipe", metavar="FILE"
-        )
-    },
-    TRACING,
-    FORCE,
-    JSON,
+    PlanOptions,
     help="Do batches of up to this length fit? For each strategy; of the first that fits, the peak and its instant, or what would make one fit. "
     f"{ONE_RECIPE} Exit code 0: fits, 1: does not.",
-    epilog="mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k",
+    examples=(
+        "mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k",
+        "mstplan plan -m qwen3-4b --gpu h100 --seq-len 32k --write-recipe recipe.json",
+    ),
 )
-def plan(asked: Asked) -> None:
+def plan(asked: PlanOptions) -> None:
     from .. import files
     from ..plan import solve, ways
 
@@ -142,7 +137,7 @@ def plan(asked: Asked) -> None:
     if model.stand_in is not None:
         from .tracing import plan_by_trace
 
-        plan_by_trace(asked, model)
+        plan_by_trace(asked, model, card)
         return
     _refuse_tracing(asked, "Use mstplan trace, or leave it out.")
     found = plans_of(asked, model, card)
@@ -165,29 +160,27 @@ def plan(asked: Asked) -> None:
         raise typer.Exit(1)
 
 
-def _coefficient(flag: str, what: str, metavar: str) -> Any:
-    return option(str | None, flag, what, panel="Coefficients", metavar=metavar)
+def _coefficient(flag: str, what: str, metavar: str) -> str | None:
+    return option(str, flag, what, panel="Coefficients", metavar=metavar)
+
+
+class TheoremOptions(ModelOptions, StepOptions, CardOptions, JsonOptions):
+    seq_len = option(str, "--seq-len", "Also the memory at this length.", metavar="TOKENS")
+    w_mem = _coefficient("--w-mem", "W_mem, e.g. 60GiB.", "SIZE")
+    i_mem = _coefficient("--i-mem", "I_mem, bytes per token.", "BYTES")
+    a_mem = _coefficient("--a-mem", "A_mem, bytes per token and layer.", "BYTES")
+    layers = _coefficient("--layers", "L.", "N")
+    m = _coefficient("--m", "M, the number of mini-sequences.", "N")
+    m_max = _coefficient("--m-max", "M_max, e.g. 80GiB.", "SIZE")
 
 
 @command(
     "theorem",
-    MODEL,
-    {"seq_len": option(str | None, "--seq-len", "Also the memory at this length.", metavar="TOKENS")},
-    CARD,
-    THEOREM_RECIPE,
-    {
-        "w_mem": _coefficient("--w-mem", "W_mem, e.g. 60GiB.", "SIZE"),
-        "i_mem": _coefficient("--i-mem", "I_mem, bytes per token.", "BYTES"),
-        "a_mem": _coefficient("--a-mem", "A_mem, bytes per token and layer.", "BYTES"),
-        "layers": _coefficient("--layers", "L.", "N"),
-        "m": _coefficient("--m", "M, the number of mini-sequences.", "N"),
-        "m_max": _coefficient("--m-max", "M_max, e.g. 80GiB.", "SIZE"),
-    },
-    JSON,
+    TheoremOptions,
     help="The paper's formulas with this model's coefficients, next to the step model's answer.",
-    epilog="mstplan theorem -m llama3.1-8b --gpu a100-80gb --seq-len 64k --m 32",
+    examples=("mstplan theorem -m llama3.1-8b --gpu a100-80gb --seq-len 64k --m 32",),
 )
-def theorem(asked: Asked) -> None:
+def theorem(asked: TheoremOptions) -> None:
     from ..plan import theorem as formulas
 
     model, card = model_of(asked), card_of(asked)
@@ -204,22 +197,21 @@ def theorem(asked: Asked) -> None:
         report.theorem(new_console(), model, card, view)
 
 
-def _theorem_recipe(asked: Asked) -> Recipe:
+def _theorem_recipe(asked: TheoremOptions) -> Recipe:
     """The user's recipe without what the four formulas themselves vary."""
     from ..errors import RecipeError
     from ..plan.recipe import STRATEGY_FIELDS, Recipe
 
-    left_out = {name: one.default for name, one in RECIPE.items() if name not in THEOREM_RECIPE}
     base = base_recipe(asked)
     if base.sharded:
         raise RecipeError(
             "the paper's formulas are of one card and know no sharding.\nPlan this recipe with mstplan max-seq or mstplan plan."
         )
     own = {name: value for name, value in base.model_dump().items() if name not in STRATEGY_FIELDS}
-    return Recipe.model_construct().changed(**{**own, **changes_of(Asked(**left_out, **vars(asked)))})
+    return Recipe.model_construct().changed(**{**own, **changes_of(asked)})
 
 
-def _overrides(asked: Asked) -> dict[str, int | None]:
+def _overrides(asked: TheoremOptions) -> dict[str, int | None]:
     from ..units import parse_whole
 
     def number(name: str, text: str | None) -> int | None:
@@ -234,24 +226,25 @@ def _overrides(asked: Asked) -> dict[str, int | None]:
     return {**sizes, **counts, "chunks": number("m", asked.m)}
 
 
+DTYPES = ("bfloat16", "float32")
+
+
+class ShapesOptions(ModelOptions, JsonOptions):
+    seq_len = option(str, "--seq-len", "Tokens per sequence.", "128k", metavar="TOKENS")
+    batch = option(int, "--batch -b", "Sequences.", 1, metavar="N", min=1, max=1_000_000)
+    dtype = option(str, "--dtype", f"{listed(DTYPES)}.", DTYPES[0], metavar="NAME")
+
+
 @command(
     "shapes",
-    MODEL,
-    {
-        "seq_len": option(str, "--seq-len", "Tokens per sequence.", "128k", metavar="TOKENS"),
-        "batch": option(int, "--batch -b", "Sequences.", 1, metavar="N", min=1, max=1_000_000),
-        "dtype": option(str, "--dtype", "bfloat16 | float32.", "bfloat16", metavar="NAME"),
-    },
-    JSON,
+    ShapesOptions,
     help="The large tensors of a layer and the LM head: shape and bytes.",
-    epilog="mstplan shapes -m llama3.1-8b --seq-len 131072",
+    examples=("mstplan shapes -m llama3.1-8b --seq-len 131072",),
 )
-def shapes(asked: Asked) -> None:
-    from ..errors import RecipeError, quoted
+def shapes(asked: ShapesOptions) -> None:
     from ..plan.shapes import shapes as table
 
-    if asked.dtype not in ("bfloat16", "float32"):
-        raise RecipeError(f"unknown dtype {quoted(asked.dtype)}.\nKnown: bfloat16, float32.")
+    one_of("dtype", asked.dtype, DTYPES)
     model, seq_len = model_of(asked), length(asked.seq_len)
     rows = table(model, asked.batch, seq_len, asked.dtype)
     if asked.json:
@@ -272,30 +265,20 @@ def shapes(asked: Asked) -> None:
         tables.shapes(new_console(), rows, model, asked.batch, seq_len)
 
 
+class PlotOptions(ModelOptions, RecipesOptions, CardOptions, JsonOptions):
+    out = option(Path, "--out -o", "PNG, SVG or PDF picture, or CSV of the points.", Path("memory.png"), metavar="FILE")
+    to = option(str, "--to", "The longest length drawn. Default: a little beyond the largest S_max.", metavar="TOKENS")
+    points = option(int, "--points", "Lengths per curve.", 200, metavar="N", min=2, max=100_000)
+    force = FORCE
+
+
 @command(
     "plot",
-    MODEL,
-    STRATEGIES,
-    CARD,
-    RECIPE,
-    {
-        "out": option(
-            Path, "--out -o", "PNG, SVG or PDF picture, or CSV of the points.", Path("memory.png"), metavar="FILE"
-        ),
-        "to": option(
-            str | None,
-            "--to",
-            "The longest length drawn. Default: a little beyond the largest S_max.",
-            metavar="TOKENS",
-        ),
-        "points": option(int, "--points", "Lengths per curve.", 200, metavar="N", min=2, max=100_000),
-    },
-    FORCE,
-    JSON,
+    PlotOptions,
     help=f"Memory against sequence length for the strategies, with the card, S_max and the binding instants. {ONE_RECIPE}",
-    epilog="mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",
+    examples=("mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",),
 )
-def plot(asked: Asked) -> None:
+def plot(asked: PlotOptions) -> None:
     from ..plan import advice, solve
     from ..show import plot as drawing
 

@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .commands import Asked, command, option
+from .commands import command, given, option
 from .options import (
-    CARD,
     FORCE,
-    JSON,
-    MODEL,
     ONE_RECIPE,
-    RECIPE,
-    RESULTS_FILES,
-    STRATEGIES,
-    TRACING,
+    JsonOptions,
+    PlannedOptions,
+    RecipesOptions,
+    ResultsOptions,
+    TracedOptions,
     card_of,
-    given,
     known_or_traced,
+    listed,
+    one_of,
     plans_of,
     results_files,
     simplest,
@@ -36,43 +35,39 @@ if TYPE_CHECKING:
     from ..plan.model import Model
     from ..plan.recipe import Recipe
     from ..show.trace import View
+    from .planning import PlanOptions
+
+
+class TraceOptions(PlannedOptions, JsonOptions):
+    plot = option(
+        Path, "--plot", "Draw the step's memory over its course (PNG, SVG, PDF).", panel="Trace", metavar="FILE"
+    )
+    snapshot = option(
+        Path,
+        "--snapshot",
+        "Write what PyTorch's memory viewer opens (pytorch.org/memory_viz).",
+        panel="Trace",
+        metavar="FILE",
+    )
+    force = FORCE
 
 
 @command(
     "trace",
-    MODEL,
-    {"seq_len": option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")},
-    STRATEGIES,
-    CARD,
-    RECIPE,
-    TRACING,
-    {
-        "plot": option(
-            Path | None,
-            "--plot",
-            "Draw the step's memory over its course (PNG, SVG, PDF).",
-            panel="Trace",
-            metavar="FILE",
-        ),
-        "snapshot": option(
-            Path | None,
-            "--snapshot",
-            "Write what PyTorch's memory viewer opens (pytorch.org/memory_viz).",
-            panel="Trace",
-            metavar="FILE",
-        ),
-    },
-    FORCE,
-    JSON,
+    TraceOptions,
     help="Run the model's real code, one training step on fake tensors, and see every allocation: no GPU needed, but torch. Of several "
     f"strategies the first that fits by formula. {ONE_RECIPE} Exit code 0: fits, 1: does not.",
-    epilog="mstplan trace -m llama3.1-8b --seq-len 64k --strategy mst --gpu h100 --plot step.png",
+    examples=(
+        "mstplan trace -m qwen3-4b --seq-len 64k --gpu h100 -s mst --plot step.png",
+        "mstplan trace -m qwen3-0.6b --seq-len 4k --gpu rtx-4090 --snapshot s.pickle",
+    ),
 )
-def trace(asked: Asked) -> None:
+def trace(asked: TraceOptions) -> None:
     from .. import files
 
     _check_outputs(asked)
-    view, _ = _views(asked)
+    card, model = card_of(asked), known_or_traced(asked)
+    view, _ = _views(asked, model, card)
     if asked.plot is not None:
         from ..show import timeline
 
@@ -94,9 +89,9 @@ def trace(asked: Asked) -> None:
         raise typer.Exit(1)
 
 
-def plan_by_trace(asked: Asked, model: Model) -> None:
+def plan_by_trace(asked: PlanOptions, model: Model, card: Card) -> None:
     """What `plan` says of a model that the formula does not know."""
-    view, others = _views(asked, model)
+    view, others = _views(asked, model, card)
     if asked.write_recipe is not None:
         view.plan.recipe.write(asked.write_recipe, asked.force)
     _tell(asked, "plan", view, others)
@@ -104,15 +99,13 @@ def plan_by_trace(asked: Asked, model: Model) -> None:
         raise typer.Exit(1)
 
 
-def _views(asked: Asked, model: Model | None = None) -> tuple[View, list[View]]:
+def _views(asked: PlannedOptions, model: Model, card: Card) -> tuple[View, list[View]]:
     """The step that is told of, traced: of several strategies the first that fits, else the nearest; and those traced before. The formula
     says which that is, where it knows the model."""
     from ..observe import cache
     from ..observe.search import those_it_follows
     from ..show import trace as shown
 
-    card = card_of(asked)
-    model = known_or_traced(asked) if model is None else model
     plans = plans_of(asked, model, card)
 
     def view(name: str) -> View:
@@ -134,7 +127,7 @@ def _views(asked: Asked, model: Model | None = None) -> tuple[View, list[View]]:
     return told._replace(model=model._replace(notes=(*model.notes, *left_out))), others
 
 
-def _tell(asked: Asked, command: str, view: View, others: Sequence[View] = ()) -> None:
+def _tell(asked: PlanOptions | TraceOptions, command: str, view: View, others: Sequence[View] = ()) -> None:
     from ..show import trace as shown
 
     if asked.json:
@@ -145,7 +138,7 @@ def _tell(asked: Asked, command: str, view: View, others: Sequence[View] = ()) -
         shown.report(new_console(), view, others)
 
 
-def _check_outputs(asked: Asked) -> None:
+def _check_outputs(asked: TraceOptions) -> None:
     from .. import files
     from ..errors import OutputError, quoted
     from ..show import timeline
@@ -159,7 +152,7 @@ def _check_outputs(asked: Asked) -> None:
             files.check_writable(path, asked.force)
 
 
-def stand_in(asked: Asked, unread: UnreadError) -> Model:
+def stand_in(asked: TracedOptions, unread: UnreadError) -> Model:
     """What answers are traced for when the formula does not know the model. Raises its refusal where there is no torch."""
     from ..errors import MissingError
     from ..observe import cache
@@ -199,12 +192,12 @@ def _said_first(why: str) -> Iterator[None]:
         raise ModelError(f"{why}\n{' '.join([f'Nor is it traced: {said}{full_stop}', *options, ASSUME])}") from None
 
 
-def _code_from(asked: Asked) -> str | None:
+def _code_from(asked: TracedOptions) -> str | None:
     return asked.model if asked.trust_remote_code else None
 
 
 @contextmanager
-def tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
+def tracing(asked: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
     """A function that traces a step of the model, with a word on the terminal while it does."""
     from ..observe import cache
     from ..plan.catalog import load_config
@@ -225,52 +218,54 @@ def tracing(asked: Asked) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
         yield run
 
 
-_RESULTS = option(
-    str | None,
-    "--results",
-    "From measurements: results files, with commas between. Default: measurements.jsonl.",
-    adds_up=True,
-    metavar="FILE[,FILE]",
-)
+SOURCES = ("trace", "measurements")
+
+
+class CalibrateOptions(ResultsOptions, JsonOptions):
+    results = option(
+        str,
+        "--results",
+        "From measurements: results files, with commas between. Default: measurements.jsonl.",
+        adds_up=True,
+        metavar="FILE[,FILE]",
+    )
+    models = option(
+        str,
+        "--model -m",
+        "A model, as elsewhere; several with commas between; or all-dense, all.",
+        ...,
+        adds_up=True,
+        metavar="NAME[,NAME]",
+    )
+    source = option(str, "--from", f"{listed(SOURCES)}.", ..., metavar="RUNG")
+    strategies = RecipesOptions.strategy
+    out = option(
+        Path,
+        "--out -o",
+        "The folder to write to. Default: the user's own, which the planner reads first.",
+        metavar="FOLDER",
+    )
+    no_cache = TracedOptions.no_cache
 
 
 @command(
     "calibrate",
-    {
-        **RESULTS_FILES,
-        "models": option(
-            str,
-            "--model -m",
-            "A model, as elsewhere; several with commas between; or all-dense, all.",
-            ...,
-            adds_up=True,
-            metavar="NAME[,NAME]",
-        ),
-        "source": option(str, "--from", "trace | measurements.", ..., metavar="RUNG"),
-        "results": _RESULTS,
-        "strategies": STRATEGIES["strategy"],
-        "out": option(
-            Path | None,
-            "--out -o",
-            "The folder to write to. Default: the user's own, which the planner reads first.",
-            metavar="FOLDER",
-        ),
-        "no_cache": TRACING["no_cache"],
-    },
-    JSON,
+    CalibrateOptions,
     help="Solve a model's coefficients from traces of its steps, or from measurements of them, for the planner to use in place of the formula's; "
     "from measurements, a card's CUDA context and workspace, too. Older files are kept.",
-    epilog="mstplan calibrate --from trace --model llama3.1-8b   |   mstplan calibrate --from measurements --model llama3.1-8b h100.jsonl",
+    examples=(
+        "mstplan calibrate --from trace --model llama3.1-8b",
+        "mstplan calibrate --from measurements --model llama3.1-8b h100.jsonl",
+    ),
 )
-def calibrate(asked: Asked) -> None:
+def calibrate(asked: CalibrateOptions) -> None:
     from .. import files
-    from ..errors import RecipeError, quoted
+    from ..errors import RecipeError
     from ..plan import calibration
     from ..plan.recipe import STRATEGIES, strategy
 
-    if asked.source not in ("trace", "measurements"):
-        raise RecipeError(f"cannot calibrate from {quoted(asked.source)}.\nKnown: trace, measurements.")
-    idle = {**RESULTS_FILES, "results": _RESULTS} if asked.source == "trace" else {"no_cache": TRACING["no_cache"]}
+    one_of("from", asked.source, SOURCES)
+    idle = ("files", "results") if asked.source == "trace" else ("no_cache",)
     if unused := given(asked, idle):
         raise RecipeError(
             f"{', '.join(unused)}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'."

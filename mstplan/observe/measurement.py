@@ -61,6 +61,10 @@ Name = Annotated[
 Loss = Annotated[float | None, AfterValidator(lambda loss: loss if loss is not None and isfinite(loss) else None)]
 
 
+DEVICES = ("cuda", "cpu")
+"""What steps are measured on."""
+
+
 class Peak(NamedTuple):
     """The most bytes within an instant or a phase. None: the device does not tell.
 
@@ -110,7 +114,7 @@ class Case:
     recipe: Recipe  # its chunks are numbers
     seq_len: Tokens
     layers: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    device: Annotated[str, Field(pattern="^(cuda|cpu)$")] = "cuda"
+    device: Annotated[str, Field(pattern=f"^({'|'.join(DEVICES)})$")] = "cuda"
     limit: Bytes | None = None  # of the card that the process may use, its CUDA context included
     steps: Annotated[int, Field(ge=1, le=1 << 20)] = 3  # that are timed
     assume: str | None = None  # how the formula reads a config that it does not know

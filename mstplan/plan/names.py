@@ -219,6 +219,16 @@ VALUES: dict[str, tuple[Told, ...]] = {
     ),
 }
 
+CHOICES: dict[str, tuple[Told, ...]] = {
+    "device": (Told("gpu nvidia cuda:0", "is a CUDA device", {"device": "cuda"}),),
+    "dtype": (
+        Told("bf16 torch.bfloat16", "is bfloat16", {"dtype": "bfloat16"}),
+        Told("fp32 float full torch.float32", "is float32", {"dtype": "float32"}),
+        Told("fp16 float16 half torch.float16", _IS_NOT, {"dtype": "bfloat16"}, "of the same size"),
+    ),
+}
+"""The same of options that are no fields of a recipe."""
+
 _FULL = f"{NO_ADAPTERS}, only full fine-tuning of unquantised weights"
 _NO_MEMORY = "it does not change what a step holds"
 _OPTIONS = (
@@ -374,7 +384,18 @@ def _of(table: Collection[Told], typed: str) -> Told | None:
 
 
 _FLAGS = {"offload_layer_inputs": "--offload", "mlp_chunks": "--chunks"}
-_OTHERS = ("strategy", "model", "gpu", "gpu_mem", "host_mem", "seq_len")  # options that are no fields of a recipe
+_OTHERS = (
+    "strategy",
+    "model",
+    "gpu",
+    "gpu_mem",
+    "host_mem",
+    "seq_len",
+    "device",
+    "dtype",
+    "rung",
+    "from",
+)  # options that are no fields of a recipe
 
 
 def flags_of(row: Told) -> list[str]:
@@ -404,12 +425,14 @@ def _way(row: Told, written: str, otherwise: str) -> str:
 
 def unknown_value(field: str, typed: object, planned: Collection[str], more: str = "") -> str:
     """Two lines about a value that `field` cannot have; `planned` are those it can, and `more` what else."""
-    text, all_planned = one_line(typed), f"Planned: {', '.join(planned)}{more}."
+    shown, word = (field, "Planned") if field in VALUES else (f"--{field}", "Known")
+    text, all_planned = one_line(typed), f"{word}: {', '.join(planned)}{more}."
     spelled = [Told(value, "is spelled otherwise", {field: value}) for value in planned]
-    row = _of((*spelled, *VALUES[field]), text) if isinstance(typed, str | bool) else None
+    rows = VALUES.get(field) or CHOICES.get(field, ())
+    row = _of((*spelled, *rows), text) if isinstance(typed, str | bool) else None
     if row is None:
-        return f"unknown {field} {quoted(typed)}.{did_you_mean(text, planned)}\n{all_planned}"
-    return f"{field}: {quoted(typed)} {row.said}.\n{_way(row, _as_fields(row), all_planned)}"
+        return f"unknown {shown} {quoted(typed)}.{did_you_mean(text, planned)}\n{all_planned}"
+    return f"{shown}: {quoted(typed)} {row.said}.\n{_way(row, _as_fields(row), all_planned)}"
 
 
 def unknown_field(typed: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What `mstplan validate --smax` and `--throughput` say of predictions that were measured at once."""
+"""What `mstplan check-smax` and `check-throughput` say of predictions that were measured at once."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _limit_data(limit: Limit, told: Prediction) -> dict[str, Any]:
 
 
 def chunks(m: Measurement) -> str:
-    """What a line of --throughput begins with."""
+    """What a line of check-throughput begins with."""
     return f"M {m.case.recipe.mlp_chunks}, {m.case.recipe.loss_chunks}"
 
 

@@ -1,4 +1,4 @@
-"""docs/published.md: published lengths and peaks beside the step model's, as a generated table.
+"""`mstplan published`, and docs/published.md: published lengths and peaks beside the step model's.
 
 python -m mstplan.show.published > docs/published.md
 """

@@ -1,4 +1,4 @@
-"""`mstplan measure`, `calibrate --from measurements` and `validate` as a user meets them."""
+"""`mstplan measure`, `calibrate --from measurements`, `validate`, `published` and the checks as a user meets them."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_point_that_is_refused_is_exit_code_1(run: Run, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "command", [("measure", "--seq-len", "64", "-s", "mst"), ("validate", "--throughput", "--seq-len", "64")]
+    "command", [("measure", "--seq-len", "64", "-s", "mst"), ("check-throughput", "--seq-len", "64")]
 )
 def test_who_is_refused_as_the_second_writer_leaves_the_file(
     run: Run, quick: list[Case], tmp_path: Path, command: tuple[str, ...]
@@ -155,7 +155,7 @@ def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest
     said = run(*ASKED, "--seq-len", "64", "-s", "mst")
     assert said.code == 130 and "interrupted; nothing was measured yet" in said.err and "goes on from there" in said.err
     write(tmp_path / "r.jsonl", measured(Case("tiny", "mst", TINY, STRATEGIES["mst"], 64, None, "cpu"), {"loss": 5}))
-    said = run("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "-o", "r.jsonl")
+    said = run("check-throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "-o", "r.jsonl")
     assert said.code == 130 and "results are kept in r.jsonl" in said.err
 
 
@@ -167,7 +167,7 @@ BAD = [
     ((*ASKED, "--seq-len", "64", "--gpu-mem", "1KB"), "2 tokens take"),
     (("measure", "--suite", "nope", "--device", "cpu"), "there is no file 'nope'"),
     (
-        ("validate", "--smax", "-m", "tiny.json", "--device", "cpu", "--gpu-mem", "1KB"),
+        ("check-smax", "-m", "tiny.json", "--device", "cpu", "--gpu-mem", "1KB"),
         "not even 2 tokens are predicted to fit in 1.00 KiB",
     ),
     (
@@ -182,16 +182,19 @@ BAD = [
     ((*ASKED, "--seq-len", "64", "-s", "fast"), "unknown strategy 'fast'"),
     ((*ASKED, "--seq-len", "64", "--layers", "7"), "tiny has 6 layers"),
     ((*ASKED, "--seq-len", "64", "--layers", "0"), "--layers"),
-    (("measure", "-m", "tiny.json", "--seq-len", "64", "--device", "tpu"), "unknown device 'tpu'"),
+    (
+        ("measure", "-m", "tiny.json", "--seq-len", "64", "--device", "tpu"),
+        "unknown --device 'tpu'. Did you mean cpu?\nKnown: cuda, cpu.",
+    ),
     ((*ASKED, "--seq-len", "64", "-o", "no/folder.jsonl"), "cannot write"),
     (("measure", "--suite", "none.json", "--device", "cpu"), "none.json"),
     (("measure", "-m", "llama3.1-405b", "--seq-len", "64", "--device", "cpu"), "2 tokens take"),
     (("validate", "--results", "none.jsonl"), "none.jsonl"),
     (("validate", "--results", "empty.jsonl"), "no measurement"),
-    (("validate", "--published", "--smax"), "exclude each other"),
+    (("published", "--json", "--markdown"), "exclude each other"),
     (("validate", "--json", "--markdown"), "exclude each other"),
-    (("validate", "--published", "--results", "ok.jsonl"), "--results: nothing to do"),
-    (("validate", "--results", "ok.jsonl", "--seq-len", "64"), "--seq-len: nothing to do"),
+    (("published", "--results", "ok.jsonl"), "It is one of mstplan calibrate, validate."),
+    (("validate", "--results", "ok.jsonl", "--seq-len", "64"), "validate has no option --seq-len"),
     (("validate", "--results", "ok.jsonl", "-m", "gpt2"), "no measurement of gpt2"),
     (("validate", "--results", "failed.jsonl"), "no measurement"),
     (("validate", "--results", "ok.jsonl,"), "without a name"),
@@ -204,20 +207,22 @@ BAD = [
     ),
     (("measure", "--suite", "no-case.json", "--device", "cpu"), "no point to measure"),
     (("calibrate", "--from", "measurements", "-m", "nope", "--results", "ok.jsonl"), "nope"),
-    (("validate", "--smax"), "Give --model"),
-    (("validate", "--smax", "-m", "tiny.json", "--device", "tpu"), "unknown device 'tpu'"),
+    (("check-smax",), "'--model' / '-m'"),
     (
-        ("validate", "--smax", "-m", "tiny.json", "--device", "cpu", "--gpus", "2", "--sharding", "fsdp"),
+        ("check-smax", "-m", "tiny.json", "--device", "tpu"),
+        "unknown --device 'tpu'. Did you mean cpu?\nKnown: cuda, cpu.",
+    ),
+    (
+        ("check-smax", "-m", "tiny.json", "--device", "cpu", "--gpus", "2", "--sharding", "fsdp"),
         "torchrun --nproc-per-node 2",
     ),
     (
-        ("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "-s", "checkpoint"),
+        ("check-throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "64", "-s", "checkpoint"),
         "none of these recipes runs in chunks",
     ),
     (
         (
-            "validate",
-            "--throughput",
+            "check-throughput",
             "-m",
             "tiny.json",
             "--device",
@@ -229,20 +234,23 @@ BAD = [
         ),
         "no adamw-8bit",
     ),
-    (("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "abc"), "cannot read 'abc'"),
+    (("check-throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "abc"), "cannot read 'abc'"),
     (("measure", "--suite", "sharded.json", "--device", "cpu"), "torchrun --nproc-per-node 2"),
     (("measure", "--suite", "a" * 300, "--device", "cpu"), "there is no file"),
-    (("validate", "--published", "--batch", "4"), "--batch: nothing to do with this check"),
-    (("validate", "--published", "--rung", "trace", "-s", "mst"), "nothing to do with this check"),
+    (("published", "--batch", "4"), "published has no option --batch"),
+    (("published", "--rung", "trace", "-s", "mst"), "published has no option --rung"),
     (
         ("validate", "--results", "ok.jsonl", "--device", "cpu", "--again"),
-        "--device, --again: nothing to do with this check",
+        "validate has no option --device",
     ),
-    (("validate", "--smax", "-m", "tiny.json", "--mean", "2%"), "--mean: nothing to do with this check"),
-    (("validate", "--smax", "-m", "tiny.json", "--seq-len", "64"), "--seq-len: nothing to do with this check"),
     (
-        ("validate", "--throughput", "-m", "tiny.json", "--seq-len", "64", "--markdown"),
-        "--markdown: nothing to do with this check",
+        ("check-smax", "-m", "tiny.json", "--mean", "2%"),
+        "check-smax has no option --mean.\nIt is one of mstplan validate.",
+    ),
+    (("check-smax", "-m", "tiny.json", "--seq-len", "64"), "check-smax has no option --seq-len"),
+    (
+        ("check-throughput", "-m", "tiny.json", "--seq-len", "64", "--markdown"),
+        "check-throughput has no option --markdown",
     ),
     (
         ("validate", "--results", "ok.jsonl", "--rung", "calibrated"),
@@ -251,9 +259,12 @@ BAD = [
     (("validate", "--results", "notes.txt"), "notes.txt: line 1 is damaged"),
     (("calibrate", "--from", "trace", "-m", "tiny.json", "-s", ""), "unknown strategy ''"),
     ((*ASKED, "--seq-len", "64", "-s", "mst", "--recipe", "mine.json"), "exclude each other"),
-    (("validate", "--throughput", "-m", "tiny.json"), "--seq-len"),
+    (("check-throughput", "-m", "tiny.json"), "--seq-len"),
+    (("validate", "--rung", "formula,traced"), "unknown --rung 'traced'. Did you mean trace, calibrated?"),
+    (("measure", "-m", "tiny.json", "--seq-len", "64", "--device", "GPU"), "Write --device cuda."),
+    (("calibrate", "--from", "measurement", "-m", "gpt2"), "unknown --from 'measurement'. Did you mean measurements?"),
     (("validate", "--mean", "lots"), "cannot read --mean 'lots'"),
-    (("validate", "--rung", "guess"), "unknown rung 'guess'"),
+    (("validate", "--rung", "guess"), "unknown --rung 'guess'.\nKnown: formula, calibrated, trace."),
     (("validate", "--results", "ok.jsonl", "--plot", "errors.txt"), "cannot tell from 'errors.txt'"),
     (("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "ok.jsonl"), "measured on a CPU"),
     (("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "newer.jsonl"), "schema 2"),
@@ -285,14 +296,33 @@ def test_bad_input_gets_one_or_two_lines(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
+MOVED = [
+    (("--published", "--json"), "mstplan published --json"),
+    (
+        ("-m", "a b", "--smax", "--gpu-mem", "80GB", "-s", "mst,checkpoint"),
+        "mstplan check-smax -m 'a b' --gpu-mem 80GB -s mst,checkpoint",
+    ),
+    (("--seq-len", "64k", "--throughput"), "mstplan check-throughput --seq-len 64k"),
+    (("a.jsonl", "--published", "--smax"), "mstplan published a.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "now"), MOVED)
+def test_what_was_an_option_of_validate_says_which_command_it_is(
+    run: Run, arguments: tuple[str, ...], now: str, tmp_path: Path
+) -> None:
+    said = run("validate", *arguments)
+    assert said.code == 2 and not said.out and [*tmp_path.iterdir()] == [tmp_path / "tiny.json"]
+    first, *command = said.err.splitlines()
+    assert "is a command of its own now" in first and command == [now]
+
+
 def test_no_cuda_offers_the_cpu(run: Run) -> None:
     said = run("measure", "-m", "tiny.json", "--seq-len", "64")
     assert said.code == 2 and "no CUDA device" in said.err and "--device cpu" in said.err
 
 
-@pytest.mark.parametrize(
-    "command", [(*ASKED, "--seq-len", "64"), ("validate", "--smax", "-m", "tiny.json", "--device", "cpu")]
-)
+@pytest.mark.parametrize("command", [(*ASKED, "--seq-len", "64"), ("check-smax", "-m", "tiny.json", "--device", "cpu")])
 def test_no_torch_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
     from importlib import metadata
 
@@ -348,7 +378,7 @@ def test_a_damaged_line_is_said(run: Run, results: Path, tmp_path: Path) -> None
 
 
 def test_published_figures(run: Run) -> None:
-    said = run("validate", "--published")
+    said = run("published")
     words = " ".join(said.out.split())
     assert (
         said.code == 0
@@ -356,20 +386,25 @@ def test_published_figures(run: Run) -> None:
         and "Nothing is fitted to them" in words
         and "lengths: 15 rows, mean error" in words
     )
-    told = run("validate", "--published", "--json").json["published"]
+    told = run("published", "--json").json["published"]
     assert (
         len(told) > 20
         and {"published_tokens", "predicted_tokens", "tokens_difference", "recipe", "explained_by"} <= told[0].keys()
     )
-    assert run("validate", "--published", "--markdown").out.startswith("# Published measurements")
+    assert run("published", "--markdown").out.startswith("# Published measurements")
 
 
 def test_s_max_is_tried_and_found(run: Run, quick: list[Case], tmp_path: Path) -> None:
     where = ("-m", "tiny.json", "--layers", "2", "--device", "cpu", "--gpu-mem", "60MiB", "-o", "s.jsonl")
-    asked = ("validate", "--smax", *where, "--precision", "fp32", "-s", "checkpoint")
+    asked = ("check-smax", *where, "--precision", "fp32", "-s", "checkpoint")
     told = run(*asked, "--json").json
     (found,) = told["results"]
-    assert found["holds"] and abs(found["error"]) <= 0.03 and found["runs"] < found["fails"]
+    assert (
+        told["command"] == "check-smax"
+        and found["holds"]
+        and abs(found["error"]) <= 0.03
+        and found["runs"] < found["fails"]
+    )
     assert [point["outcome"] for point in found["points"]][:2] == ["ok", "out of memory"]
     made = len(quick)
     said = run(*asked)
@@ -379,7 +414,7 @@ def test_s_max_is_tried_and_found(run: Run, quick: list[Case], tmp_path: Path) -
 
 
 def test_what_chunks_cost_is_measured(run: Run, quick: list[Case]) -> None:
-    said = run("validate", "--throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "256", "-o", "t.jsonl")
+    said = run("check-throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "256", "-o", "t.jsonl")
     assert said.code in (0, 1) and "<- recommended" in said.out and "of one chunk" in said.out
     assert "\nM 1, 1       mst " in said.out  # each row tells its chunks while it comes
     assert {case.seq_len for case in quick} == {256} and (1, 1) in {

@@ -114,7 +114,7 @@ def test_an_option_of_another_command(run: Run) -> None:
     said = refused(run, "max-seq", *CASE, "--seq-len", "64k")
     assert (
         said
-        == "mstplan: max-seq has no option --seq-len.\nIt is one of mstplan plan, theorem, shapes, trace, measure, validate.\n"
+        == "mstplan: max-seq has no option --seq-len.\nIt is one of mstplan plan, theorem, shapes, trace, measure, check-throughput.\n"
     )
     said = refused(run, "--gpu", "h100", "max-seq", "-m", "gpt2")
     assert "before the name of a command" in said and "max-seq" in said

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import shlex
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mstplan.cli.options import RECIPE, STRATEGIES, recipes_of
+from mstplan.cli.commands import declared
+from mstplan.cli.options import RecipesOptions, recipes_of
 from mstplan.plan.recipe import STRATEGIES as NAMED
 from mstplan.plan.recipe import Recipe, options_of, strategy
 
 from ..plan.strategies import recipes
 
-OPTIONS = {**RECIPE, **STRATEGIES}
+OPTIONS = declared(RecipesOptions)
 FLAGS = {flag: name for name, one in OPTIONS.items() for flag in one.flags}
 
 
-def parsed(text: str) -> SimpleNamespace:
+def parsed(text: str) -> RecipesOptions:
     """What the command line makes of these options."""
-    found, words = {name: one.default for name, one in OPTIONS.items()}, iter(shlex.split(text))
+    found: dict[str, object] = {}
+    words = iter(shlex.split(text))
     for word in words:
         name = FLAGS[word]
-        kind = OPTIONS[name].annotation.__origin__
-        found[name] = True if kind is bool else int(next(words)) if "int" in str(kind) else next(words)
-    return SimpleNamespace(**found)
+        kind = OPTIONS[name].kind
+        found[name] = True if kind is bool else kind(next(words))
+    return RecipesOptions(**found)
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)

@@ -27,6 +27,9 @@ REQUIRED = {
     "calibrate": {"--model": "gpt2", "--from": "measurements"},
     "measure": {"--model": "gpt2", "--seq-len": "64"},
     "validate": {},
+    "published": {},
+    "check-smax": {"--model": "gpt2"},
+    "check-throughput": {"--model": "gpt2", "--seq-len": "64"},
     "models": {},
     "gpus": {},
 }
@@ -37,7 +40,8 @@ ADD_UP = {
     ("plot", "--strategy"),
     ("measure", "--strategy"),
     ("measure", "--seq-len"),
-    ("validate", "--strategy"),
+    ("check-smax", "--strategy"),
+    ("check-throughput", "--strategy"),
     ("validate", "--results"),
     ("validate", "--rung"),
     ("calibrate", "--model"),
@@ -81,7 +85,7 @@ def test_every_command_is_here() -> None:
     assert {(name, option.opts[0]) for name, options in OPTIONS.items() for option in options} >= ADD_UP
 
 
-@pytest.mark.parametrize("name", [name for name in REQUIRED if name != "gpus"])
+@pytest.mark.parametrize("name", [name for name in REQUIRED if name not in ("gpus", "published")])
 def test_different_values_where_one_is_taken(run: Run, tmp_path: Path, name: str) -> None:
     for _, flag in (one for one in SINGLE if one[0] == name):
         for values in (("3", "4"), ("4", "3", "4")):
@@ -93,7 +97,7 @@ def test_different_values_where_one_is_taken(run: Run, tmp_path: Path, name: str
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [name for name in REQUIRED if name != "gpus"])
+@pytest.mark.parametrize("name", [name for name in REQUIRED if name not in ("gpus", "published")])
 def test_the_same_value_twice_is_as_once(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def none(_device: str) -> NoReturn:
         raise MeasurementError("no device.")
@@ -154,8 +158,8 @@ def test_strategies_and_files_add_up(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("validate", "--published", "a.jsonl"), "RESULTS: nothing to do"),
-        (("validate", "--smax", "-m", "gpt2", "a.jsonl"), "RESULTS: nothing to do"),
+        (("published", "a.jsonl"), "unexpected extra argument"),
+        (("check-smax", "-m", "gpt2", "a.jsonl"), "unexpected extra argument"),
         (("calibrate", "--from", "trace", "-m", "gpt2", "a.jsonl"), "RESULTS: nothing to do with --from trace"),
         (("validate", ""), "without a name"),
         (("calibrate", "--from", "measurements", "-m", "gpt2", "none.jsonl"), "none.jsonl"),

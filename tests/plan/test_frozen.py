@@ -167,7 +167,7 @@ def test_mstplans_own_step_takes_what_is_planned(measured):
         case.described, Layout(case.recipe, chunks.mlp > 1, chunks.loss > 1, False), measured.ranks[0].workspace
     )
     told = {each.name: each.bytes for each in step.instants(sizes(case.recipe, case.seq_len, chunks))}
-    assert len(OWN) == 5 and len(set(told) & set(measured.instants)) >= 4
+    assert len(OWN) == 5 and len(set(told) & set(measured.instants)) >= 3
     assert max(told.values()) == pytest.approx(measured.peak.allocated, rel=1e-5)
 
 

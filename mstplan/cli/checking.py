@@ -1,0 +1,124 @@
+"""The commands that measure at once what was predicted: check-smax and check-throughput."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .commands import command, option
+from .measuring import check_device, kept, refuse_sharded, telling
+from .options import (
+    JsonOptions,
+    MeasuringOptions,
+    ModelOptions,
+    RecipesOptions,
+    length,
+    memory,
+    recipes_of,
+    strategies,
+)
+from .output import new_console, print_json
+
+if TYPE_CHECKING:
+    from ..observe.limits import Bench
+    from ..plan.recipe import Recipe
+
+
+class CheckOptions(ModelOptions, MeasuringOptions, RecipesOptions, JsonOptions):
+    strategy = option(str, "--strategy -s", strategies(default="mst"), adds_up=True, metavar="NAME[,NAME]")
+
+
+class CheckThroughputOptions(CheckOptions):
+    seq_len = option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")
+
+
+@command(
+    "check-smax",
+    CheckOptions,
+    help="Is S_max true? Measures at 98% of what the trace predicts, which must run, and at 103%, which must not; then closes in on the longest "
+    "sequence that runs. Exit code 1 when one of the two is otherwise.",
+    examples=(
+        "mstplan check-smax -m llama3.1-8b --gpu-mem 80GB -s checkpoint,mst",
+        "mstplan check-smax -m smollm2-135m --layers 6 --device cpu --gpu-mem 800MB",
+    ),
+)
+def check_smax(asked: CheckOptions) -> None:
+    from ..observe import limits
+    from ..show import checking
+
+    bench, recipes = _bench(asked)
+    begins, tell = telling(asked.json, bench.known)
+    with kept(asked):
+        found = limits.smax(bench, recipes, begins, tell)
+    if asked.json:
+        _print_checked(asked, "check-smax", bench, checking.smax_data(bench, found))
+    else:
+        checking.smax(new_console(), bench, found)
+    if not all(limit.holds for limit, _ in found):
+        raise typer.Exit(1)
+
+
+@command(
+    "check-throughput",
+    CheckThroughputOptions,
+    help="What do chunks cost? Measures the recommended M, half and twice of it, and one chunk. Exit code 1 when the recommended M costs more of "
+    "the tokens per second than it may.",
+    examples=(
+        "mstplan check-throughput -m llama3.1-8b --seq-len 64k",
+        "mstplan check-throughput -m smollm2-135m --layers 6 --seq-len 4k --device cpu",
+    ),
+)
+def check_throughput(asked: CheckThroughputOptions) -> None:
+    from ..observe import limits, sweep
+    from ..show import checking
+
+    bench, recipes = _bench(asked)
+    seq_len = length(asked.seq_len)
+    # refuses what cannot be run, before anything is; of S_max, the trace does
+    sweep.cases(
+        asked.model, [seq_len], recipes, bench.card, asked.layers, asked.device, bench.limit, assume=asked.assume
+    )
+    begins, tell = telling(asked.json, bench.known, checking.chunks)
+    with kept(asked):
+        found = limits.throughputs(bench, recipes, seq_len, begins, tell)
+    if asked.json:
+        _print_checked(asked, "check-throughput", bench, checking.throughput_data(seq_len, found))
+    else:
+        for strategy, rows in found.items():
+            checking.throughput(new_console(), strategy, rows)
+    if not all(map(limits.holds, found.values())):
+        raise typer.Exit(1)
+
+
+def _bench(asked: CheckOptions) -> tuple[Bench, dict[str, Recipe]]:
+    """Where to measure, and what."""
+    from ..observe import limits, sweep
+    from ..show.progress import progress
+
+    check_device(asked.device)
+    known = sweep.environment(asked.device)
+    limit = memory(asked.gpu_mem)
+    bench = limits.Bench(
+        asked.model,
+        known,
+        sweep.card_of(known, limit),
+        asked.device,
+        limit,
+        asked.layers,
+        asked.steps,
+        asked.timeout,
+        asked.out,
+        asked.again,
+        progress,
+        asked.assume,
+    )
+    recipes = recipes_of(asked, "mst")
+    refuse_sharded(recipes.values())
+    return bench, recipes
+
+
+def _print_checked(asked: CheckOptions, command: str, bench: Bench, data: dict[str, Any]) -> None:
+    from ..show import payload
+
+    print_json(payload.document(command, "measurement", environment=dict(bench.known), file=str(asked.out), **data))

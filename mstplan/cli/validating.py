@@ -1,0 +1,143 @@
+"""The commands that hold predictions against what was measured before: validate, and published against what others published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from .commands import command, option
+from .options import FORCE, MARKDOWN, JsonOptions, ResultsOptions, one_format, one_of, results_files
+from .output import new_console, print_json, say_written
+
+if TYPE_CHECKING:
+    from ..observe.measurement import Measurement, Read
+    from ..observe.validate import Bounds, Validation
+
+
+def _rungs() -> str:
+    from ..observe.validate import RUNGS
+
+    return f"{', '.join(RUNGS)}: some of them, with commas between. Default all."
+
+
+class ValidateOptions(ResultsOptions, JsonOptions):
+    model = option(str, "--model -m", "What was measured of this model only.", metavar="MODEL")
+    rungs = option(str, "--rung", _rungs, "all", adds_up=True, metavar="NAME[,NAME]")
+    mean = option(str, "--mean", "The mean error that trace and calibrated formula may have.", "1%", metavar="SHARE")
+    worst = option(str, "--worst", "The worst error that they may have.", "3%", metavar="SHARE")
+    formula_worst = option(str, "--formula-worst", "The worst error of the bare formula.", "5%", metavar="SHARE")
+    plot = option(Path, "--plot", "Draw predicted against measured: PNG, SVG or PDF.", metavar="FILE")
+    markdown = MARKDOWN
+    force = FORCE
+
+
+@command(
+    "validate",
+    ValidateOptions,
+    help="Hold predictions against measurements: formula, calibrated formula and trace beside every measured step. Exit code 1 when an "
+    "error is beyond its bound, or a step that was to fit ran out of memory.",
+    examples=(
+        "mstplan validate",
+        "mstplan validate --rung formula,calibrated --markdown",
+        "mstplan validate h100.jsonl a100.jsonl --plot errors.png",
+    ),
+)
+def validate(asked: ValidateOptions) -> None:
+    from .. import files
+    from ..observe import validate as rungs
+    from ..show import timeline, validating
+
+    one_format(asked, asked.markdown)
+    if asked.plot is not None:
+        files.check_writable(asked.plot, asked.force)
+        timeline.check_output(asked.plot)
+    names = rungs.RUNGS if asked.rungs == "all" else tuple(name.strip() for name in asked.rungs.split(","))
+    for name in names:
+        one_of("rung", name, rungs.RUNGS)
+    bounds = _bounds(asked)
+    chosen, read = _chosen(asked)
+    found = _compared(asked, chosen, names)
+    said = rungs.beyond(found, bounds)
+    if asked.plot is not None:
+        validating.plot(found, asked.plot)
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.document("validate", "measurement", **validating.as_data(found, said, read.skipped)))
+    elif asked.markdown:
+        typer.echo(validating.markdown(found), nl=False)
+    else:
+        validating.report(new_console(), found, read.skipped, said)
+        if asked.plot is not None:
+            say_written(asked.plot)
+    if said:
+        raise typer.Exit(1)
+
+
+def _bounds(asked: ValidateOptions) -> dict[str, Bounds]:
+    from ..observe.validate import CALIBRATED, FORMULA, TRACE, Bounds
+    from ..units import parse_share
+
+    bounds = Bounds(parse_share(asked.mean, "--mean"), parse_share(asked.worst, "--worst"))
+    formula = parse_share(asked.formula_worst, "--formula-worst")
+    return {FORMULA: Bounds(formula, formula), CALIBRATED: bounds, TRACE: bounds}
+
+
+def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], Read]:
+    """The measurements of the model, where one is named; and all that the results files hold."""
+    from ..errors import MeasurementError
+    from ..observe import measurement
+    from ..plan.catalog import named
+
+    read = measurement.read_all(results_files(asked) or measurement.archive())
+    name = named(asked.model)[0] if asked.model is not None else None
+    chosen = [m for m in read.measurements if name in (None, m.case.model)]
+    if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):
+        of, damaged = f" of {name}" if name else "", f" ({read.skipped[0]})" if read.skipped else ""
+        raise MeasurementError(
+            f"no measurement{of} to hold predictions against{damaged}.\nmstplan measure makes some; --results names the file."
+        )
+    return chosen, read
+
+
+def _compared(asked: ValidateOptions, chosen: list[Measurement], rungs: tuple[str, ...]) -> Validation:
+    from ..errors import MeasurementError
+    from ..observe.validate import validate
+    from ..show.progress import progress
+
+    with progress("comparing", len(chosen)) as advance:
+        found = validate(chosen, rungs, lambda words: advance(words, 1))
+    if not found.rows and not found.out_of_memory:
+        why = f" ({found.left_out[0]})" if found.left_out else ""
+        raise MeasurementError(
+            f"{asked.rungs} has no answer for any of these {len(chosen)} measurements{why}.\nName other rungs, or leave --rung out."
+        )
+    return found
+
+
+class PublishedOptions(JsonOptions):
+    markdown = MARKDOWN
+
+
+@command(
+    "published",
+    PublishedOptions,
+    help="Published lengths and peaks beside the formula's, with the assumptions that each is read with.",
+    examples=("mstplan published", "mstplan published --markdown"),
+)
+def published(asked: PublishedOptions) -> None:
+    from ..plan.published import comparisons
+    from ..show import published as shown
+
+    one_format(asked, asked.markdown)
+    rows = comparisons()
+    if asked.json:
+        from ..show import payload
+
+        print_json(payload.document("published", published=[shown.as_data(row) for row in rows]))
+    elif asked.markdown:
+        typer.echo(shown.page(), nl=False)
+    else:
+        shown.report(new_console(), rows)
