@@ -1,4 +1,5 @@
-"""What a CUDA card does where fake tensors on the CPU would do something else. `as_on_cuda` puts all of it in place.
+"""What a CUDA card does where fake tensors on the CPU would do something else. `as_on_cuda` puts all of it in place, but for
+what mstplan's own part of the step does otherwise (`fake_runtime.py`).
 
 | on the card | source |
 |---|---|
@@ -9,8 +10,6 @@
 | which kernel scaled_dot_product_attention takes | from source: aten transformers/cuda/sdp_utils.cpp; cuDNN's, first on Hopper from torch 2.11, is left out |
 | layer norm keeps its row statistics in fp32 | from source: aten native/cuda/layer_norm_kernel.cu, layer_norm_cuda |
 | dropout keeps a mask of one byte a number | from source: aten native/Dropout.cpp, native_dropout |
-| products of bf16 matrices that add to an fp32 one | from source: aten native/cuda/Blas.cpp, addmm with out_dtype |
-| layer inputs on the host | mstplan/train/offload.py |
 """
 
 from __future__ import annotations
@@ -29,12 +28,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..plan.cuda import efficient_accumulates, efficient_workspace, flash_head_size, flash_rows
-from ..train import chunks, mlp, offload, products
+from .fake_runtime import SIXTEEN_BIT
 from .recorder import Recorder
 from .recording import Category
 
 FLASH = "mstplan_fused"  # transformers looks for a library behind any name with "flash" in it
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 class _Flash(torch.autograd.Function):
@@ -217,8 +215,6 @@ def as_on_cuda(recorder: Recorder) -> Iterator[None]:
             (F, "scaled_dot_product_attention", _attention(recorder)),
             (F, "dropout", _dropout),
             (F, "layer_norm", _layer_norm),
-            (products, "adds_to_fp32", lambda _device: True),
-            (offload, "host_memory", recorder.host_memory),
         ):
             stack.enter_context(patch.object(where, name, new))
         stack.enter_context(on_fake_tensors())
@@ -251,26 +247,7 @@ def on_fake_tensors() -> Iterator[None]:
                 stack.enter_context(patch.object(masking_utils, name, nothing_hidden(getattr(masking_utils, name))))
         for where, name, new in (
             (masking_utils, "find_packed_sequence_indices", not_packed),
-            (mlp, "draw_seed", lambda: None),
             (_meta_registrations, "_meta_grouped_mm_common", grouped),
         ):
             stack.enter_context(patch.object(where, name, new))
-        yield
-
-
-@contextmanager
-def few_chunks(most: int = 3) -> Iterator[None]:
-    """Within the context the runtime runs the first chunks of a sequence and the last: those between repeat the second."""
-    every = chunks.pieces
-
-    def few(tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
-        found = list(every(tokens, rows)) if tokens <= most * rows else None
-        if found is not None:
-            yield from found
-            return
-        last = -(-tokens // rows) - 1
-        yield from ((n, slice(n * rows, (n + 1) * rows)) for n in range(most - 1))
-        yield last, slice(last * rows, tokens)
-
-    with patch.object(chunks, "pieces", few):
         yield
