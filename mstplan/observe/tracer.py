@@ -173,7 +173,8 @@ def record(
     units = len(finding.find_parts(model).layers)
     recorder = Recorder(_labels(model), units)
     runtime = FakeCardRuntime(recorder, most_chunks) if on == "cuda" else FakeRuntime(most_chunks)
-    with as_on_cuda(recorder) if on == "cuda" else on_fake_tensors(), seen_by(recorder):
+    device = as_on_cuda(recorder) if on == "cuda" else on_fake_tensors()
+    with device, seen_by(recorder) if recipe.sharded else nullcontext():
         bare = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
         step = TrainingStep(model, bare, seq_len, runtime)
         if (checkpoints := checkpoints_of(model)) is not None:
