@@ -25,6 +25,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from mstplan import card, load_model, parse_length
 from mstplan.observe.cuda import as_on_cuda
+from mstplan.observe.fake_runtime import FakeCardRuntime
 from mstplan.observe.recorder import Recorder
 from mstplan.observe.step import TrainingStep, build, make_states, read_settings
 from mstplan.observe.trace import Trace
@@ -50,10 +51,12 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
 
 def with_mem_tracker(config: dict[str, object], recipe: Recipe, seq_len: int) -> int:
     """A whole step under MemTracker; its peak in bytes."""
-    with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(Recorder({}, 0)):
+    recorder = Recorder({}, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(recorder):
         tracker = MemTracker()
         with tracker:
-            step = TrainingStep(build(read_settings(config), recipe, "sdpa", "cpu"), recipe, seq_len)
+            model = build(read_settings(config), recipe, "sdpa", "cpu")
+            step = TrainingStep(model, recipe, seq_len, FakeCardRuntime(recorder))
             tracker.track_external(step.model, step.optimizer)
             make_states([step.optimizer])
             step.run()

@@ -9,6 +9,7 @@
           +-- RecipeError      a recipe that is malformed or contradicts itself
           +-- MeasurementError results that cannot be read, or a measurement that cannot be made
           +-- MissingError     something that has to be installed first, or run first
+          |    +-- VersionError another release of torch or transformers
           +-- OutputError      a file that cannot be written
 
 Messages are one or two lines: what is wrong, then the way out. That something does not fit is an answer, not an error.
@@ -57,6 +58,10 @@ class MeasurementError(InputError):
 
 class MissingError(InputError):
     """Something has to be installed, or run, first."""
+
+
+class VersionError(MissingError):
+    """The installed torch or transformers has not what a trace relies on: another release has to be installed first."""
 
 
 class OutputError(InputError):

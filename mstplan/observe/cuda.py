@@ -1,4 +1,5 @@
-"""What a CUDA card does where fake tensors on the CPU would do something else. `as_on_cuda` puts all of it in place.
+"""What a CUDA card does where fake tensors on the CPU would do something else. `as_on_cuda` puts all of it in place, but for
+what mstplan's own part of the step does otherwise (`fake_runtime.py`).
 
 | on the card | source |
 |---|---|
@@ -9,32 +10,39 @@
 | which kernel scaled_dot_product_attention takes | from source: aten transformers/cuda/sdp_utils.cpp; cuDNN's, first on Hopper from torch 2.11, is left out |
 | layer norm keeps its row statistics in fp32 | from source: aten native/cuda/layer_norm_kernel.cu, layer_norm_cuda |
 | dropout keeps a mask of one byte a number | from source: aten native/Dropout.cpp, native_dropout |
-| products of bf16 matrices that add to an fp32 one | from source: aten native/cuda/Blas.cpp, addmm with out_dtype |
-| layer inputs on the host | mstplan/train/offload.py |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import _meta_registrations, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..plan.cuda import efficient_accumulates, efficient_workspace, flash_head_size, flash_rows
-from ..train import chunks, mlp, offload, products
+from .fake_runtime import SIXTEEN_BIT
+from .patches import (
+    ATTENTION,
+    BIDIRECTIONAL_MASK,
+    CAUSAL_MASK,
+    DROPOUT,
+    GROUPED_PRODUCTS,
+    LAYER_NORM,
+    PACKED_SEQUENCES,
+    Make,
+    Target,
+    patched,
+)
 from .recorder import Recorder
 from .recording import Category
 
 FLASH = "mstplan_fused"  # transformers looks for a library behind any name with "flash" in it
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 class _Flash(torch.autograd.Function):
@@ -130,9 +138,8 @@ class _LayerNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _attention(recorder: Recorder) -> Any:
+def _attention(plain: Callable[..., torch.Tensor], recorder: Recorder) -> Callable[..., torch.Tensor]:
     """scaled_dot_product_attention as CUDA chooses its kernel."""
-    plain = F.scaled_dot_product_attention
 
     def attention(
         query: torch.Tensor,
@@ -210,67 +217,50 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(FLASH, lambda *_args, **_kwargs: None)
 
 @contextmanager
 def as_on_cuda(recorder: Recorder) -> Iterator[None]:
-    """Within the context a step on fake CPU tensors, seen by `recorder`, allocates what it would on a card."""
-
-    with ExitStack() as stack:
-        for where, name, new in (
-            (F, "scaled_dot_product_attention", _attention(recorder)),
-            (F, "dropout", _dropout),
-            (F, "layer_norm", _layer_norm),
-            (products, "adds_to_fp32", lambda _device: True),
-            (offload, "host_memory", recorder.host_memory),
-        ):
-            stack.enter_context(patch.object(where, name, new))
-        stack.enter_context(on_fake_tensors())
+    """Within the context a step on fake CPU tensors, seen by `recorder`, allocates what it would on a card. Raises VersionError
+    where torch or transformers has no place for that."""
+    kernels: dict[Target, Make] = {
+        ATTENTION: lambda plain: _attention(plain, recorder),
+        DROPOUT: lambda _plain: _dropout,
+        LAYER_NORM: lambda _plain: _layer_norm,
+    }
+    with patched(kernels), on_fake_tensors():
         yield
 
 
 @contextmanager
 def on_fake_tensors() -> Iterator[None]:
-    """Within the context what needs values of tensors goes on as if it had seen usual ones."""
-    packed = masking_utils.find_packed_sequence_indices
+    """Within the context what needs values of tensors goes on as if it had seen usual ones. Raises VersionError as above."""
+    without_values: dict[Target, Make] = {
+        CAUSAL_MASK: _nothing_hidden,
+        BIDIRECTIONAL_MASK: _nothing_hidden,
+        PACKED_SEQUENCES: _not_packed,
+        GROUPED_PRODUCTS: _grouped,
+    }
+    with patched(without_values):
+        yield
+
+
+def _nothing_hidden(skips_mask: Callable[..., bool]) -> Callable[..., bool]:
+    """A padding mask of ones, which some models make for themselves, is none."""
+    return lambda _padding_mask, *args, **kwargs: skips_mask(None, *args, **kwargs)
+
+
+def _not_packed(packed: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], None]:
+    """No sequence is several, whatever position ids say."""
 
     def not_packed(position_ids: torch.Tensor) -> None:
         packed(position_ids)  # for what it allocates
 
-    def nothing_hidden(skips_mask: Callable[..., bool]) -> Callable[..., bool]:
-        """A padding mask of ones, which some models make for themselves, is none."""
-        return lambda _padding_mask, *args, **kwargs: skips_mask(None, *args, **kwargs)
+    return not_packed
 
-    plain_grouped = _meta_registrations._meta_grouped_mm_common
+
+def _grouped(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Products of experts' matrices, which kernels make in every dtype, but torch's rules for fake tensors in bf16 only."""
 
     def grouped(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Products of experts' matrices, which kernels make in every dtype, but torch's rules for fake tensors in bf16 only."""
         if a.dtype not in (torch.float32, torch.float16):
-            return plain_grouped(a, b, *args, **kwargs)
-        return plain_grouped(a.bfloat16(), b.bfloat16(), *args, **kwargs).to(a.dtype)
+            return plain(a, b, *args, **kwargs)
+        return plain(a.bfloat16(), b.bfloat16(), *args, **kwargs).to(a.dtype)
 
-    with ExitStack() as stack:
-        for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"):
-            if hasattr(masking_utils, name):  # not in every transformers
-                stack.enter_context(patch.object(masking_utils, name, nothing_hidden(getattr(masking_utils, name))))
-        for where, name, new in (
-            (masking_utils, "find_packed_sequence_indices", not_packed),
-            (mlp, "draw_seed", lambda: None),
-            (_meta_registrations, "_meta_grouped_mm_common", grouped),
-        ):
-            stack.enter_context(patch.object(where, name, new))
-        yield
-
-
-@contextmanager
-def few_chunks(most: int = 3) -> Iterator[None]:
-    """Within the context the runtime runs the first chunks of a sequence and the last: those between repeat the second."""
-    every = chunks.pieces
-
-    def few(tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
-        found = list(every(tokens, rows)) if tokens <= most * rows else None
-        if found is not None:
-            yield from found
-            return
-        last = -(-tokens // rows) - 1
-        yield from ((n, slice(n * rows, (n + 1) * rows)) for n in range(most - 1))
-        yield last, slice(last * rows, tokens)
-
-    with patch.object(chunks, "pieces", few):
-        yield
+    return grouped

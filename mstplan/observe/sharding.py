@@ -16,21 +16,21 @@ Rank 0 is traced, whose shards are the largest: a dimension that `gpus` does not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from itertools import cycle
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param
 
 from ..errors import RecipeError
 from ..plan.recipe import Recipe
 from ..train import finding
+from .patches import EMPTY, FILL, GATHER_BUFFER, GATHER_INPUTS, GATHERED_OUTPUTS, SCATTER_BUFFERS, Make, patched
 from .recorder import Recorder
 from .recording import Category
 
@@ -80,52 +80,43 @@ def shard_shape(shape: tuple[int, ...], gpus: int) -> tuple[int, ...]:
 
 @contextmanager
 def seen_by(recorder: Recorder) -> Iterator[None]:
-    """Within the context the recorder knows what FSDP2 allocates, and for what."""
+    """Within the context the recorder knows what FSDP2 allocates, and for what. Raises VersionError where torch's FSDP2 is another."""
 
-    def naming(plain: Callable[..., Any], names: Iterator[str], category: Category) -> Callable[..., Any]:
-        def named(*args: Any, **kwargs: Any) -> Any:
-            with recorder.purpose(next(names), category):
-                return plain(*args, **kwargs)
+    def naming(category: Category, *names: str) -> Make:
+        """Of calls in turn."""
+        following = cycle(names)
 
-        return named
+        def make(plain: Callable[..., Any]) -> Callable[..., Any]:
+            def named(*args: Any, **kwargs: Any) -> Any:
+                with recorder.purpose(next(following), category):
+                    return plain(*args, **kwargs)
 
-    def fill(tensor: torch.Tensor) -> None:
-        there = tensor.untyped_storage().size()
-        plain_fill(tensor)
-        if tensor.untyped_storage().size() != there:
-            with recorder.purpose(GATHERED, Category.WEIGHTS):
-                recorder.grew(tensor)
+            return named
 
-    def empty(tensor: torch.Tensor) -> None:
-        plain_empty(tensor)
-        recorder.emptied(tensor)
+        return make
 
-    plain_fill, plain_empty = _fsdp_param.alloc_storage, _fsdp_param.free_storage
-    with ExitStack() as stack:
-        for where, name, new in (
-            (_fsdp_param, "alloc_storage", fill),
-            (_fsdp_param, "free_storage", empty),
-            (
-                _fsdp_param.FSDPParam,
-                "init_all_gather_outputs",
-                naming(_fsdp_param.FSDPParam.init_all_gather_outputs, cycle([GATHERED]), Category.WEIGHTS),
-            ),
-            (
-                _fsdp_collectives,
-                "_get_param_all_gather_inputs",
-                naming(_fsdp_collectives._get_param_all_gather_inputs, cycle([COPY_IN]), Category.WEIGHTS),
-            ),
-            (
-                _fsdp_collectives.DefaultAllGather,
-                "allocate",
-                naming(_fsdp_collectives.DefaultAllGather.allocate, cycle([BUFFER]), Category.WEIGHTS),
-            ),
-            # of a reduce-scatter, first the input, then the output
-            (
-                _fsdp_collectives.DefaultReduceScatter,
-                "allocate",
-                naming(_fsdp_collectives.DefaultReduceScatter.allocate, cycle([SCATTER, SHARDS]), Category.GRADIENTS),
-            ),
-        ):
-            stack.enter_context(patch.object(where, name, new))
+    named = {
+        GATHERED_OUTPUTS: naming(Category.WEIGHTS, GATHERED),
+        GATHER_INPUTS: naming(Category.WEIGHTS, COPY_IN),
+        GATHER_BUFFER: naming(Category.WEIGHTS, BUFFER),
+        SCATTER_BUFFERS: naming(Category.GRADIENTS, SCATTER, SHARDS),  # first the input, then the output
+    }
+    filled = {
+        FILL: lambda plain: partial(_fill, plain, recorder),
+        EMPTY: lambda plain: partial(_empty, plain, recorder),
+    }
+    with patched({**filled, **named}):
         yield
+
+
+def _fill(plain: Callable[[torch.Tensor], None], recorder: Recorder, tensor: torch.Tensor) -> None:
+    there = tensor.untyped_storage().size()
+    plain(tensor)
+    if tensor.untyped_storage().size() != there:
+        with recorder.purpose(GATHERED, Category.WEIGHTS):
+            recorder.grew(tensor)
+
+
+def _empty(plain: Callable[[torch.Tensor], None], recorder: Recorder, tensor: torch.Tensor) -> None:
+    plain(tensor)
+    recorder.emptied(tensor)

@@ -22,8 +22,9 @@ from ..plan.losses import LOSSES
 from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
 from ..plan.selection import Selection
-from ..train import minisequence
+from ..train.runtime import RUNTIME, Runtime
 from ..train.selecting import freeze
+from ..train.wrap import Minisequence
 from .recording import Pass
 from .runnable import check_runnable
 
@@ -109,11 +110,11 @@ def without_cache(settings: PreTrainedConfig) -> PreTrainedConfig:
 class TrainingStep:
     """A model, its optimizer, and a batch of random tokens (b, s). `run` makes one optimizer step.
 
-    Chunks must be numbers here, not "auto". Raises RecipeError for what no step can be built for, ModelError for a model
-    that the runtime refuses.
+    Chunks must be numbers here, not "auto". runtime: what mstplan's own part of the step runs on. Raises RecipeError for
+    what no step can be built for, ModelError for a model that the runtime refuses.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, seq_len: int):
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, seq_len: int, runtime: Runtime = RUNTIME):
         check_runnable(recipe)
         self.recipe, self.model = recipe, model
         self.device = next(model.parameters()).device
@@ -121,7 +122,7 @@ class TrainingStep:
         if not chunked:
             LOSSES[recipe.loss].install(model)
         if recipe.checkpoint != "none" or chunked or recipe.mlp_chunks != 1:
-            minisequence(
+            Minisequence(runtime)(
                 model,
                 mlp_chunks=int(recipe.mlp_chunks),
                 loss_chunks=int(recipe.loss_chunks),

@@ -29,8 +29,9 @@ from ..plan.steps import segment_length
 from ..train import finding
 from ..train.stand_in import stand_in
 from .cpu import KernelBuffers
-from .cuda import FLASH, as_on_cuda, few_chunks, on_fake_tensors
+from .cuda import FLASH, as_on_cuda, on_fake_tensors
 from .extend import Unlike, few, row
+from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
 from .recorder import Label, Recorder, checkpoints_of
 from .recording import Category, Pass, Recording
 from .runnable import check_runnable
@@ -155,21 +156,27 @@ def _run(
 ) -> Recording:
     """Forward and backward of a step with the `kept` layers, where checkpoints begin as in the whole, every so many layers."""
     model = _shortened(full, finding.find_parts(full).layers, kept)
-    with ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if whole else few_chunks():
+    with ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.tie_weights()
         if mesh is not None:
             shard(model, recipe, mesh)
-        return record(model, recipe, seq_len, [n for n, i in enumerate(kept) if i % every == 0], on)
+        starts = [n for n, i in enumerate(kept) if i % every == 0]
+        return record(model, recipe, seq_len, starts, on, None if whole else FEW_CHUNKS)
 
 
-def record(model: PreTrainedModel, recipe: Recipe, seq_len: int, starts: list[int], on: str) -> Recording:
-    """Forward and backward of a step of a model that is there. starts: the layers that checkpoints begin with."""
+def record(
+    model: PreTrainedModel, recipe: Recipe, seq_len: int, starts: list[int], on: str, most_chunks: int | None = None
+) -> Recording:
+    """Forward and backward of a step of a model that is there. starts: the layers that checkpoints begin with. most_chunks: of a
+    sequence, to be run; None: all."""
     units = len(finding.find_parts(model).layers)
     recorder = Recorder(_labels(model), units)
-    with as_on_cuda(recorder) if on == "cuda" else on_fake_tensors(), seen_by(recorder):
+    runtime = FakeCardRuntime(recorder, most_chunks) if on == "cuda" else FakeRuntime(most_chunks)
+    device = as_on_cuda(recorder) if on == "cuda" else on_fake_tensors()
+    with device, seen_by(recorder) if recipe.sharded else nullcontext():
         bare = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
-        step = TrainingStep(model, bare, seq_len)
+        step = TrainingStep(model, bare, seq_len, runtime)
         if (checkpoints := checkpoints_of(model)) is not None:
             checkpoints.bounds = {*starts, units}
         make_states(step.in_backward)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from .mlp import made
 from .offload import HostCopies
+from .runtime import Runtime
 
 LayerRun = Callable[..., Any]
 
@@ -29,10 +30,12 @@ LayerRun = Callable[..., Any]
 class Checkpoints:
     """`every` layers to a checkpoint. One for a model; `abandon` after a forward pass that failed."""
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], every: int, offload: bool):
+    def __init__(
+        self, model: PreTrainedModel, layers: Sequence[nn.Module], every: int, offload: bool, runtime: Runtime
+    ):
         self.name = type(model).__name__
         self.bounds = {*range(0, len(layers), every), len(layers)}  # where a checkpoint begins or ends
-        self.host = HostCopies() if offload else None
+        self.host = HostCopies(runtime) if offload else None
         self._segment = ExitStack()  # the one being run, its layers so far, and what the last of them gave
         self._runs: list[tuple[LayerRun, tuple[Any, ...]]] = []
         self._next = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,12 +21,6 @@ _ATTENTION = {
     "flash_attention_3": "flash",
     "flash_attention_4": "flash",
 }
-
-
-def pieces(tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
-    """(number, place) of each chunk of at most `rows` of `tokens` tokens."""
-    for n, start in enumerate(range(0, tokens, rows)):
-        yield n, slice(start, min(start + rows, tokens))
 
 
 class ChunkCounts:

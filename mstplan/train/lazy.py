@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .runtime import Runtime
+
 Run = Callable[[torch.Tensor], Any]
 
 _UNARY = (
@@ -52,16 +54,25 @@ class Lazy:
     """`run` of the tokens of `source` (..., d), a function of each token by itself: (1, n, d) to (1, n, width).
 
     `run` holds no tensor that spans tokens, for graphs keep it. modules: those whose weights it uses. rows: tokens to a
-    chunk. random: a recorded step draws random numbers.
+    chunk. runtime: cuts the chunks. random: a recorded step draws random numbers.
     """
 
-    def __init__(self, source: torch.Tensor, run: Run, modules: tuple[nn.Module, ...], rows: int, random: bool = False):
-        self.source, self.run, self.modules, self.rows, self.random = source, run, modules, rows, random
+    def __init__(
+        self,
+        source: torch.Tensor,
+        run: Run,
+        modules: tuple[nn.Module, ...],
+        rows: int,
+        runtime: Runtime,
+        random: bool = False,
+    ):
+        self.source, self.run, self.modules, self.rows = source, run, modules, rows
+        self.runtime, self.random = runtime, random
         self.continued = False
 
     def like(self, run: Run, *modules: nn.Module, random: bool = False) -> Lazy:
         """Another of this kind, over the same chunks, with more modules."""
-        return type(self)(self.source, run, (*self.modules, *modules), self.rows, self.random or random)
+        return type(self)(self.source, run, (*self.modules, *modules), self.rows, self.runtime, self.random or random)
 
     def unknown(self, what: str, use: Callable[[Any], Any]) -> Any:
         """The model's code wants to `use` the tensor in a way that is not recorded, called `what`."""

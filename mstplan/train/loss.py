@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ModelError
-from . import chunks
 from .lazy import Lazy, Run
 from .leaves import autocast_as_now, standing_in, trained_weights
 from .products import Sums, add_gradients, as_gradients, can_sum_products, summing
+from .runtime import Runtime
 
 
 class LazyLogits(Lazy):
@@ -37,7 +37,7 @@ class LazyLogits(Lazy):
 
     def over(self, source: torch.Tensor) -> LazyLogits:
         """The same function of other tokens."""
-        more = LazyLogits(source, self.run, self.modules, self.rows)
+        more = LazyLogits(source, self.run, self.modules, self.rows, self.runtime)
         more.divisor = self.divisor
         return more
 
@@ -74,7 +74,15 @@ class LazyLogits(Lazy):
             if unshard is not None:
                 unshard()
         loss = _ChunkedLoss.apply(
-            hidden, self.run, self.modules, target, early, self.rows, ignore_index, *trained_weights(*self.modules)
+            hidden,
+            self.run,
+            self.modules,
+            target,
+            early,
+            self.rows,
+            self.runtime,
+            ignore_index,
+            *trained_weights(*self.modules),
         )
         return loss / (count / early) if reduction == "mean" else loss * early
 
@@ -153,22 +161,23 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: torch.Tensor,
         divisor: Any,
         rows: int,
+        runtime: Runtime,
         ignore: int,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         wants_hidden, wants_any = ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         sums: Sums = [None] * len(weights)
-        straight = wants_any and can_sum_products(hidden)
+        straight = wants_any and can_sum_products(hidden, runtime)
         total, autocast = None, autocast_as_now(hidden.device.type)
-        for _, place in chunks.pieces(hidden.shape[0], rows):
+        for _, place in runtime.pieces(hidden.shape[0], rows):
             chunk = hidden[place].detach().requires_grad_(wants_hidden)
             with (
                 torch.set_grad_enabled(wants_any),
                 torch.autocast(**autocast),
                 standing_in(modules, list(weights)) as leaves,
             ):
-                with summing(straight, leaves, sums):
+                with summing(straight, leaves, sums, runtime):
                     logits = run(chunk.unsqueeze(0)).squeeze(0)
                 aims = targets[place].to(logits.device)
                 loss = F.cross_entropy(logits, aims, ignore_index=ignore, reduction="sum") / divisor
@@ -199,4 +208,4 @@ class _ChunkedLoss(torch.autograd.Function):
             g.mul_(incoming).to(dtype) if g is not None else None
             for g, dtype in zip(d_weights, ctx.dtypes, strict=True)
         ]
-        return (d_hidden.mul_(incoming) if d_hidden is not None else None, *[None] * 6, *scaled)
+        return (d_hidden.mul_(incoming) if d_hidden is not None else None, *[None] * 7, *scaled)

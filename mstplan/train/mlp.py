@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from . import chunks
 from .lazy import Lazy, Run
 from .leaves import autocast_as_now, standing_in, trained_weights
 from .products import Sums, add_gradients, as_gradients, can_sum_products, summing
+from .runtime import Runtime
 
 
 class Between(Lazy):
@@ -106,20 +106,15 @@ def made(out: Any) -> Any:
 def chunked_mlp(lazy: Output) -> Any:
     """The tensor that `lazy` stands for: source (..., d) to (..., width), differentiable."""
     x, beside = lazy.source, lazy.beside
-    seed = draw_seed() if lazy.random or draws_random(lazy.modules) else None
+    seed = lazy.runtime.draw_seed() if lazy.random or draws_random(lazy.modules) else None
     weights = trained_weights(*lazy.modules)
     out: torch.Tensor = _ChunkedMlp.apply(
-        x.flatten(0, -2), lazy.modules, lazy.run, lazy.rows, seed, lazy.skip(), beside, *weights
+        x.flatten(0, -2), lazy.modules, lazy.run, lazy.rows, lazy.runtime, seed, lazy.skip(), beside, *weights
     )
     if out.grad_fn is not None:
         lazy.nodes.append(out.grad_fn)
     out = out.view(*x.shape[:-1], out.shape[-1])
     return (out, *[Unmade(lazy.modules)] * beside[0]) if beside[0] else out
-
-
-def draw_seed() -> int | None:
-    """For the random numbers of one MLP's chunks."""
-    return int(torch.randint(1 << 62, ()))
 
 
 def check_tokenwise(run: Run, x: torch.Tensor, modules: tuple[nn.Module, ...]) -> None:
@@ -207,18 +202,19 @@ class _ChunkedMlp(torch.autograd.Function):
         modules: tuple[nn.Module, ...],
         run: Run,
         rows: int,
+        runtime: Runtime,
         seed: int | None,
         skip: bool,
         beside: list[int],
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.modules, ctx.run, ctx.rows, ctx.seed = modules, run, rows, seed
+        ctx.modules, ctx.run, ctx.rows, ctx.runtime, ctx.seed = modules, run, rows, runtime, seed
         ctx.save_for_backward(x)
-        ctx.autocast, ctx.sums_products = autocast_as_now(x.device.type), can_sum_products(x)
+        ctx.autocast, ctx.sums_products = autocast_as_now(x.device.type), can_sum_products(x, runtime)
         if skip:
             return torch.empty_like(x)
         out: torch.Tensor | None = None
-        for n, place in chunks.pieces(x.shape[0], rows):
+        for n, place in runtime.pieces(x.shape[0], rows):
             with _seeded(x.device, seed, n):
                 piece = run(x[place].unsqueeze(0))
             beside[0] = len(piece) - 1 if isinstance(piece, tuple) else 0
@@ -237,9 +233,12 @@ class _ChunkedMlp(torch.autograd.Function):
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         several = x.shape[0] > ctx.rows
         sums: Sums = [None] * len(weights)
-        for n, place in chunks.pieces(x.shape[0], ctx.rows):
+        for n, place in ctx.runtime.pieces(x.shape[0], ctx.rows):
             piece = x[place].detach().requires_grad_(d_x is not None)
-            with standing_in(ctx.modules, weights) as leaves, summing(several and ctx.sums_products, leaves, sums):
+            with (
+                standing_in(ctx.modules, weights) as leaves,
+                summing(several and ctx.sums_products, leaves, sums, ctx.runtime),
+            ):
                 out = _again(ctx, n, piece)
             inputs = [piece, *leaves] if d_x is not None else leaves
             found = list(torch.autograd.grad(out, inputs, incoming[place], allow_unused=True))
@@ -248,7 +247,7 @@ class _ChunkedMlp(torch.autograd.Function):
                 d_x[place] = found.pop(0)
             add_gradients(sums, found, several)
             del found, piece  # before the next chunk's intermediates are made
-        return (d_x, *[None] * 6, *as_gradients(sums, weights))
+        return (d_x, *[None] * 7, *as_gradients(sums, weights))
 
 
 def _again(ctx: Any, n: int, piece: torch.Tensor) -> torch.Tensor:

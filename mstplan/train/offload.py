@@ -18,16 +18,19 @@ from typing import Any
 
 import torch
 
+from .runtime import Runtime
+
 
 class HostCopies:
     """The layer inputs of a model that are, or were, on the host. They live as long as the graph that needs them."""
 
-    def __init__(self) -> None:
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
         self._latest: Callable[[], Copy | None] = _nothing
         self._streams: dict[torch.device, Any] = {}
 
     def __deepcopy__(self, _memo: Any) -> HostCopies:
-        return HostCopies()  # of another model
+        return HostCopies(self.runtime)  # of another model
 
     @contextmanager
     def keeping(self, index: int) -> Iterator[None]:
@@ -35,7 +38,7 @@ class HostCopies:
 
         def pack(tensor: torch.Tensor) -> Copy:
             before = self._latest if index > 0 else _nothing
-            copy = Copy(tensor, before, self._side_stream(tensor.device))
+            copy = Copy(tensor, before, self._side_stream(tensor.device), self.runtime)
             if (last := before()) is not None:
                 last.release()
             self._latest = weakref.ref(copy)
@@ -57,9 +60,9 @@ class HostCopies:
 class Copy:
     """One tensor on the host. before: gives that of the layer before, which backward wants next."""
 
-    def __init__(self, tensor: torch.Tensor, before: Callable[[], Copy | None], side: Any):
+    def __init__(self, tensor: torch.Tensor, before: Callable[[], Copy | None], side: Any, runtime: Runtime):
         self.before, self.side, self.device = before, side, tensor.device
-        self.host = host_memory(tensor, pinned=side is not None)
+        self.host = runtime.host_memory(tensor, pinned=side is not None)
         self.source: torch.Tensor | None = tensor  # held until the copy is done
         self.fetched: torch.Tensor | None = None
         self._copy(self.source, self.host)
@@ -106,18 +109,6 @@ class Copy:
     def _wait(self) -> None:
         if self.side is not None:
             torch.accelerator.current_stream(self.device).wait_event(self.done)
-
-
-def host_memory(like: torch.Tensor, pinned: bool) -> torch.Tensor:
-    try:
-        return torch.empty_like(like, device="cpu", pin_memory=pinned)
-    except RuntimeError as e:
-        if not pinned:
-            raise
-        # CUDA's words for it are those for a full card
-        raise RuntimeError(
-            f"no pinned host memory for {like.numel() * like.itemsize} bytes more of layer inputs"
-        ) from e
 
 
 def _nothing() -> None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from .runtime import Runtime
+
 Sums = list[torch.Tensor | None]
 
 
@@ -22,25 +24,29 @@ class SummedProducts(TorchFunctionMode):
     """Within the context, products with the stand-ins `leaves` add their weights' gradients to `sums` when backward comes to
     them, and hand none on. Other uses of the leaves are left to autograd."""
 
-    def __init__(self, leaves: Sequence[torch.Tensor], sums: Sums):
+    def __init__(self, leaves: Sequence[torch.Tensor], sums: Sums, runtime: Runtime):
         super().__init__()
         self.places = {id(leaf): n for n, leaf in enumerate(leaves)}
-        self.sums = sums
+        self.sums, self.runtime = sums, runtime
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is F.linear and not kwargs and id(args[1]) in self.places and args[0].dtype == args[1].dtype:
             x, weight, bias = args if len(args) == 3 else (*args, None)
-            return _Product.apply(x, weight, bias, self.sums, self.places[id(weight)], self.places.get(id(bias)), False)
+            return self._product(x, weight, bias, turned=False)
         if func is torch.addmm and not kwargs and id(args[2]) in self.places and id(args[0]) in self.places:  # Conv1D
             bias, x, weight = args
-            return _Product.apply(x, weight, bias, self.sums, self.places[id(weight)], self.places[id(bias)], True)
+            return self._product(x, weight, bias, turned=True)
         return func(*args, **(kwargs or {}))
 
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, turned: bool) -> Any:
+        places = self.places[id(weight)], self.places.get(id(bias))
+        return _Product.apply(x, weight, bias, self.sums, *places, turned, self.runtime)
 
-def summing(on: bool, leaves: Sequence[torch.Tensor], sums: Sums) -> AbstractContextManager[Any]:
-    return SummedProducts(leaves, sums) if on else nullcontext()
+
+def summing(on: bool, leaves: Sequence[torch.Tensor], sums: Sums, runtime: Runtime) -> AbstractContextManager[Any]:
+    return SummedProducts(leaves, sums, runtime) if on else nullcontext()
 
 
 def add_gradients(sums: Sums, found: Sequence[torch.Tensor | None], several: bool) -> None:
@@ -66,21 +72,16 @@ def as_gradients(sums: Sums, weights: Sequence[torch.Tensor]) -> list[torch.Tens
     return gradients
 
 
-def can_sum_products(x: torch.Tensor) -> bool:
+def can_sum_products(x: torch.Tensor, runtime: Runtime) -> bool:
     """Is there a product that adds to fp32, for what is on x's device? Under autocast the casts stand between."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return False
     return (
         x.dtype in (torch.float32, torch.float64)
-        or not adds_to_fp32(kind)
+        or not runtime.adds_to_fp32(kind)
         or "dtype_out" in torch.ops.aten.addmm.overloads()
     )
-
-
-def adds_to_fp32(device: str) -> bool:
-    """Has this kind of device a product of 16-bit matrices that adds to an fp32 one? CPUs take fp32 copies instead."""
-    return device != "cpu"
 
 
 class _Product(torch.autograd.Function):
@@ -96,9 +97,11 @@ class _Product(torch.autograd.Function):
         place: int,
         bias_place: int | None,
         turned: bool,
+        runtime: Runtime,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sums, ctx.place, ctx.bias_place, ctx.turned = sums, place, bias_place, turned
+        ctx.runtime = runtime
         return torch.addmm(bias, x, weight) if turned else F.linear(x, weight, bias)  # type: ignore[arg-type]
 
     @staticmethod
@@ -107,20 +110,9 @@ class _Product(torch.autograd.Function):
         d_x = incoming @ (weight.t() if ctx.turned else weight) if ctx.needs_input_grad[0] else None
         rows, out = x.flatten(0, -2), incoming.flatten(0, -2)
         a, b = (rows, out) if ctx.turned else (out, rows)
-        ctx.sums[ctx.place] = _add_product(ctx.sums[ctx.place], a.t(), b)
+        ctx.sums[ctx.place] = ctx.runtime.add_product(ctx.sums[ctx.place], a.t(), b)
         if ctx.bias_place is not None:
             wide = torch.promote_types(out.dtype, torch.float32)
             total, share = ctx.sums[ctx.bias_place], out.sum(0, dtype=wide)
             ctx.sums[ctx.bias_place] = share if total is None else total.add_(share)
-        return (d_x, *[None] * 6)
-
-
-def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total + a b, in place, in fp32 (fp64 for fp64)."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b if total is None else total.addmm_(a, b)
-    if not adds_to_fp32(a.device.type):
-        return _add_product(total, a.float(), b.float())
-    if total is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return (d_x, *[None] * 7)

@@ -27,6 +27,7 @@ from .finding import Mlp, find_mlps, find_parts
 from .lazy import Lazy
 from .loss import LazyLogits
 from .mlp import Between, Output, check_tokenwise, made, output_is_read
+from .runtime import RUNTIME, Runtime
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 Checkpoint = Literal["none", "layer", "sqrt"] | int
@@ -35,14 +36,17 @@ Checkpoint = Literal["none", "layer", "sqrt"] | int
 class _Settings:
     """What a wrapped model and its modules know."""
 
-    def __init__(self, recipe: Recipe, counts: ChunkCounts, checkpoints: Checkpoints | None):
-        self.counts, self.checkpoints = counts, checkpoints
+    def __init__(self, recipe: Recipe, counts: ChunkCounts, checkpoints: Checkpoints | None, runtime: Runtime):
+        self.counts, self.checkpoints, self.runtime = counts, checkpoints, runtime
         self.warned = False
         self.mlps, self.loss = recipe.mlp_chunks != 1, recipe.loss_chunks != 1
 
 
-class _Minisequence:
-    """`minisequence(model, ...)` wraps, `minisequence.undo(model)` unwraps."""
+class Minisequence:
+    """`minisequence(model, ...)` wraps, `minisequence.undo(model)` unwraps. runtime: what the wrapped models run on."""
+
+    def __init__(self, runtime: Runtime = RUNTIME):
+        self.runtime = runtime
 
     def __call__(
         self,
@@ -75,7 +79,8 @@ class _Minisequence:
         if checkpoint != "none" and not inner.supports_gradient_checkpointing:
             raise ModelError(f"{type(inner).__name__} does not support gradient checkpointing.\nSet checkpoint='none'.")
         every = segment_length(recipe, len(parts.layers))
-        settings = _Settings(recipe, counts, Checkpoints(inner, parts.layers, every, offload) if every else None)
+        checkpoints = Checkpoints(inner, parts.layers, every, offload, self.runtime) if every else None
+        settings = _Settings(recipe, counts, checkpoints, self.runtime)
         for layer, mlp in mlps:
             _chunk_mlp(layer, mlp, settings)
         inner._mstplan = settings
@@ -101,7 +106,7 @@ class _Minisequence:
         return model
 
 
-minisequence = _Minisequence()
+minisequence = Minisequence()
 
 
 def _recipe(mlp_chunks: int | None, loss_chunks: int | None, checkpoint: Checkpoint, offload: bool) -> Recipe:
@@ -205,7 +210,7 @@ def _up_forward(self: Any, x: torch.Tensor) -> Any:
     rows = _chunk_rows(self, x)
     if rows is None:
         return _whole(self)(x)
-    return Between(x, _whole(self), (self,), rows)
+    return Between(x, _whole(self), (self,), rows, self._mstplan.runtime)
 
 
 def _down_forward(self: Any, x: Any) -> Any:
@@ -241,7 +246,7 @@ def _chunk_rows(mlp: Any, x: torch.Tensor, *others: Any) -> int | None:
 def _output(
     mlp: Any, x: torch.Tensor, run: Callable[..., Any], modules: tuple[nn.Module, ...], rows: int, random: bool = False
 ) -> Any:
-    out = Output(x, run, modules, rows, random)
+    out = Output(x, run, modules, rows, mlp._mstplan.runtime, random)
     out.nodes, out.beside = [], mlp.__dict__.setdefault("_mstplan_beside", [0])
     checkpoints = mlp._mstplan.checkpoints
     out.skip = lambda: mlp._mstplan_read is False and checkpoints is not None and checkpoints.discards
@@ -318,7 +323,7 @@ def _lazily(head: nn.Module, settings: _Settings, divisor: Any, used: list[bool]
         if chunks == 1:
             return plain(hidden, *args, **kwargs)
         rows = chunk_tokens(hidden.shape[-2], chunks) * (hidden.shape[:-1].numel() // hidden.shape[-2])
-        logits = LazyLogits(hidden, lambda piece: plain(piece, *args, **kwargs), (head,), rows)
+        logits = LazyLogits(hidden, lambda piece: plain(piece, *args, **kwargs), (head,), rows, settings.runtime)
         logits.divisor = divisor
         return logits
 

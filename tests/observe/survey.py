@@ -40,7 +40,7 @@ from tests.train.tiny import WIDTH, tiny_config
 MOST_LAYERS = 12  # some count layers in another way
 MORE_LAYERS = 4  # than tiny configs have, of the first one's kind: so many that one repeats
 PLAIN, CHECKPOINT = strategy("standard"), strategy("checkpoint")
-CHUNKS = strategy("mst", mlp_chunks=4, loss_chunks=6)  # more than few_chunks runs
+CHUNKS = strategy("mst", mlp_chunks=4, loss_chunks=6)  # more than a trace runs
 OUTCOMES = ("traced", "refused", "wrong", "crash", "unbuildable")
 
 

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from mstplan.observe.cuda import as_on_cuda
+from mstplan.observe.fake_runtime import FakeCardRuntime
 from mstplan.observe.recorder import Recorder
 from mstplan.observe.recording import Pass, largest
 from mstplan.observe.step import TrainingStep, build, read_settings
@@ -27,7 +28,7 @@ def test_equal_totals(recipe):
         model = build(read_settings(TINY), recipe, "sdpa", "cpu")
         recorder = Recorder(labels_of(model), TINY["num_hidden_layers"], in_place=False)
         with as_on_cuda(recorder):
-            step = TrainingStep(model, recipe, 1024)
+            step = TrainingStep(model, recipe, 1024, FakeCardRuntime(recorder))
             recorder.were_there([*model.parameters(), *model.buffers(), step.tokens, step.labels])
             with recorder, recorder.watching(model):
                 recorder.begin(Pass.FORWARD)
@@ -35,9 +36,10 @@ def test_equal_totals(recipe):
                 recorder.begin(Pass.BACKWARD)
                 loss.backward()
         ours = largest(recorder.close().live())[0]
-    with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(Recorder({}, 0)):
+    unused = Recorder({}, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(unused):
         model = build(read_settings(TINY), recipe, "sdpa", "cpu")
-        step = TrainingStep(model, recipe, 1024)
+        step = TrainingStep(model, recipe, 1024, FakeCardRuntime(unused))
         tracker = MemTracker()
         tracker.track_external(model, step.tokens, step.labels)
         with tracker:

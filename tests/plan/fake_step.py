@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -38,7 +37,8 @@ from mstplan.plan.optimizers import OPTIMIZERS
 from mstplan.plan.recipe import Recipe
 from mstplan.plan.solve import sizes
 from mstplan.plan.steps import Chunks, Layout, Step, evaluate, segment_length
-from mstplan.train import minisequence, offload, products
+from mstplan.train.runtime import Runtime
+from mstplan.train.wrap import Minisequence
 
 STAND_IN = "fused_stand_in"  # transformers looks for a library behind any name with "flash" in it
 FORWARD, BACKWARD, STEP = PHASES = ("forward", "backward", "optimizer")
@@ -125,7 +125,7 @@ class Watch(TorchDispatchMode):
         self._on_host: set[int] = set()
 
     def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
-        """Stands in for mstplan.train.offload's: on fake tensors host and device are one, but only the device is counted."""
+        """Stands in for the runtime's: on fake tensors host and device are one, but only the device is counted."""
         made = torch.empty_like(like)
         storage = made.untyped_storage()
         self._forget(storage._cdata)
@@ -162,6 +162,24 @@ class Watch(TorchDispatchMode):
         for key, size in self._sizes.items():
             found[self._made_by[key]] += size
         return found
+
+
+class OnCard(Runtime):
+    """What minisequence runs on: a device that adds products to fp32, and a host whose memory is not counted."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def adds_to_fp32(self, device_type: str) -> bool:
+        return True
+
+    def add_product(self, total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """In place, so that nothing is allocated after the first; not all torch can run that on fake tensors in 16 bits."""
+        in_place = total is not None and a.dtype.itemsize == 2
+        return total if in_place else super().add_product(total, a, b)
+
+    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+        return self.watch.host_memory(like, pinned)
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -211,7 +229,7 @@ def _in_segments(net: Any, every: int) -> None:
     net.config.num_hidden_layers = len(groups)
 
 
-def _build(config: dict[str, Any], recipe: Recipe, trains: Callable[[str], bool]) -> nn.Module:
+def _build(config: dict[str, Any], recipe: Recipe, trains: Callable[[str], bool], watch: Watch) -> nn.Module:
     settings = AutoConfig.for_model(**config)
     settings.use_cache = False
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
@@ -223,7 +241,7 @@ def _build(config: dict[str, Any], recipe: Recipe, trains: Callable[[str], bool]
         net.enable_input_require_grads()  # type: ignore[operator]
     every = segment_length(recipe, settings.num_hidden_layers)
     if recipe.loss == "chunked":
-        minisequence(
+        Minisequence(OnCard(watch))(
             net,
             mlp_chunks=recipe.mlp_chunks,
             loss_chunks=recipe.loss_chunks,
@@ -243,13 +261,7 @@ def _build(config: dict[str, Any], recipe: Recipe, trains: Callable[[str], bool]
 @contextmanager
 def watching(list_alive: bool = False) -> Iterator[Watch]:
     watch = Watch(list_alive)
-    on_host = patch.object(offload, "host_memory", watch.host_memory)
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        watch,
-        on_host,
-        patch.object(products, "adds_to_fp32", lambda _device: True),
-    ):
+    with FakeTensorMode(allow_non_fake_inputs=True), watch:
         yield watch
 
 
@@ -262,7 +274,7 @@ def run_step(
 ) -> dict[str, Peak]:
     """The peak of each phase of a step after the first, by which time the optimizer has its states. trains: by a weight's name."""
     with watching(list_alive) as watch:
-        net = _build(config, recipe, trains)
+        net = _build(config, recipe, trains, watch)
         optimizer = None
         if recipe.optimizer_in_backward:
             step_in_backward(net, OPTIMIZERS[recipe.optimizer].make(recipe))

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mstplan.observe.allocations import Allocations, Keep, record
 from mstplan.train import minisequence, offload
+from mstplan.train.runtime import Runtime
 
 from .double import float64
 from .families import SMALL, small_batch, small_model
@@ -301,7 +302,7 @@ class Inputs:
 @contextmanager
 def watched() -> Iterator[Inputs]:
     """Sees every tensor that goes into a `Copy` or comes out of it. (On the CPU host and device are one.)"""
-    inputs, copy, host_memory = Inputs(), offload.Copy, offload.host_memory
+    inputs, copy, host_memory = Inputs(), offload.Copy, Runtime.host_memory
     init, fetch, take = copy.__init__, copy.fetch, copy.take
 
     def watched_init(self: Any, tensor: torch.Tensor, *more: Any) -> None:
@@ -318,13 +319,13 @@ def watched() -> Iterator[Inputs]:
         inputs.see(taken, inputs.device)
         return taken
 
-    def watched_host(like: torch.Tensor, pinned: bool) -> torch.Tensor:
-        made = host_memory(like, pinned)
+    def watched_host(self: Runtime, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+        made = host_memory(self, like, pinned)
         inputs.see(made, inputs.host)
         return made
 
     methods = {"__init__": watched_init, "fetch": watched_fetch, "take": watched_take}
-    with patch.multiple(copy, **methods), patch.object(offload, "host_memory", watched_host):
+    with patch.multiple(copy, **methods), patch.object(Runtime, "host_memory", watched_host):
         yield inputs
 
 
@@ -519,7 +520,7 @@ def streams() -> Iterator[Streams]:
 
     with (
         patch.object(offload.HostCopies, "_side_stream", lambda _self, _device: fake),
-        patch.object(offload, "host_memory", fake.host_memory),
+        patch.object(Runtime, "host_memory", lambda _self, like, pinned: fake.host_memory(like, pinned)),
         patch.object(torch.accelerator, "current_stream", lambda _device=None: fake),
         patch.object(torch.accelerator, "synchronize", fail),
         patch.object(torch.Tensor, "copy_", copy),

@@ -155,7 +155,7 @@ def test_the_error_does_not_grow_with_the_number_of_chunks(family):
 
 
 def test_sums_in_bfloat16_are_noticed():
-    no = lambda _x: False  # noqa: E731
+    no = lambda _x, _runtime: False  # noqa: E731
     with patch.object(mlp, "can_sum_products", no), patch.object(loss, "can_sum_products", no):
         assert max(mean_ratios("llama", 2)) > 1.01  # every chunk's gradient is rounded
         with patch.object(torch, "promote_types", lambda dtype, _: dtype):

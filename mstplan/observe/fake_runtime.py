@@ -1,0 +1,55 @@
+"""What mstplan's own part of a step runs on while it is traced: see `mstplan/train/runtime.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..train.runtime import Runtime
+from .recorder import Recorder
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+FEW_CHUNKS = 3
+"""The first, the second, which those between repeat, and the last."""
+
+
+class FakeRuntime(Runtime):
+    """On fake tensors, whose random numbers need no seed. most_chunks: of each sequence (2 or more), the first ones and the
+    last; None: all."""
+
+    def __init__(self, most_chunks: int | None = None):
+        self.most_chunks = most_chunks
+
+    def draw_seed(self) -> None:
+        return None
+
+    def pieces(self, tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
+        """(number, place) of each chunk that is run."""
+        if self.most_chunks is None or tokens <= self.most_chunks * rows:
+            yield from super().pieces(tokens, rows)
+            return
+        last = -(-tokens // rows) - 1
+        yield from ((n, slice(n * rows, (n + 1) * rows)) for n in range(self.most_chunks - 1))
+        yield last, slice(last * rows, tokens)
+
+
+class FakeCardRuntime(FakeRuntime):
+    """The same, allocating what a card does, seen by `recorder`."""
+
+    def __init__(self, recorder: Recorder, most_chunks: int | None = None):
+        super().__init__(most_chunks)
+        self.recorder = recorder
+
+    def adds_to_fp32(self, device_type: str) -> bool:
+        return True
+
+    def add_product(self, total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """As on a card, where a product that adds to `total` allocates nothing (aten native/cuda/Blas.cpp). Not run in 16 bits: torch
+        2.11 has no rule for it on fake tensors."""
+        if total is not None and a.dtype in SIXTEEN_BIT:
+            return total
+        return super().add_product(total, a, b)
+
+    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+        return self.recorder.host_memory(like, pinned)

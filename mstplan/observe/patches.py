@@ -1,0 +1,138 @@
+"""The functions of torch and transformers that a trace replaces while it runs, for want of an argument or a registry.
+
+Each stands here with the release that it was read from, in which what takes its place was written. `patched` puts the
+new ones in place, and afterwards the old ones back. A function that is gone is an error that names it: a trace without
+its replacement would be a wrong answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from importlib import import_module, metadata
+from typing import Any
+
+from ..errors import VersionError
+
+Make = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Of the plain function, the one to take its place."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function to be replaced: `name` of `module`, "Class.method" for a method. read_in: a package and its release. why: the
+    plain one does not do. since: the first release (major, minor) that has it; in older ones there is nothing to replace."""
+
+    module: str
+    name: str
+    read_in: str
+    why: str
+    since: tuple[int, int] | None = None
+
+    @property
+    def package(self) -> str:
+        return self.read_in.split()[0]
+
+    def owner(self) -> Any:
+        """The module or class that has it; None where the installed release is older. Raises VersionError when it is gone."""
+        try:
+            *classes, last = self.name.split(".")
+            owner = reduce(getattr, classes, import_module(self.module))
+            getattr(owner, last)
+        except (ImportError, AttributeError):
+            installed = metadata.version(self.package)
+            if self.since is not None and _release(installed) < self.since:
+                return None
+            raise VersionError(
+                f"{self.package} {installed} has no {self.module}.{self.name}, which a trace replaces ({self.why})."
+                f"\nInstall {self.read_in}, or use the formula rung."
+            ) from None
+        return owner
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
+
+
+@contextmanager
+def patched(new: Mapping[Target, Make]) -> Iterator[None]:
+    """Within the context each target is what was made of it. Raises VersionError, with none replaced, when one is gone."""
+    owners = {target: target.owner() for target in new}
+    with ExitStack() as stack:
+        for target, owner in owners.items():
+            if owner is not None:
+                name = target.name.split(".")[-1]
+                stack.callback(_put_back, owner, name, vars(owner).get(name, _INHERITED))
+                setattr(owner, name, new[target](getattr(owner, name)))
+        yield
+
+
+_INHERITED = object()
+
+
+def _put_back(owner: Any, name: str, before: Any) -> None:
+    if before is not _INHERITED:
+        setattr(owner, name, before)
+    elif name in vars(owner):
+        delattr(owner, name)
+
+
+# ---- kernels of a card (cuda.py) ----------------------------------------------------------------------------------------
+
+_TORCH, _TRANSFORMERS = "torch 2.13.0", "transformers 5.23.0"
+
+ATTENTION = Target(
+    "torch.nn.functional",
+    "scaled_dot_product_attention",
+    _TORCH,
+    "on fake CPU tensors it takes no kernel of a card",
+)
+DROPOUT = Target("torch.nn.functional", "dropout", _TORCH, "on the CPU it keeps a mask as wide as its input")
+LAYER_NORM = Target("torch.nn.functional", "layer_norm", _TORCH, "on the CPU it keeps its row statistics in 16 bits")
+
+# ---- values that fake tensors have not (cuda.py) ------------------------------------------------------------------------
+
+CAUSAL_MASK = Target(
+    "transformers.masking_utils", "_ignore_causal_mask_sdpa", _TRANSFORMERS, "it reads the values of a padding mask"
+)
+BIDIRECTIONAL_MASK = Target(
+    "transformers.masking_utils",
+    "_ignore_bidirectional_mask_sdpa",
+    _TRANSFORMERS,
+    "it reads the values of a padding mask",
+    since=(5, 0),
+)
+PACKED_SEQUENCES = Target(
+    "transformers.masking_utils",
+    "find_packed_sequence_indices",
+    _TRANSFORMERS,
+    "it reads the values of position ids",
+    since=(4, 54),
+)
+GROUPED_PRODUCTS = Target(
+    "torch._meta_registrations",
+    "_meta_grouped_mm_common",
+    _TORCH,
+    "it refuses dtypes other than bf16, which kernels take",
+    since=(2, 8),
+)
+
+# ---- what FSDP2 does to storages, which no dispatch mode sees or could name (sharding.py) ---------------------------------
+
+_PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"
+_COLLECTIVES = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
+
+FILL = Target(_PARAM, "alloc_storage", _TORCH, "it fills gathered weights in place")
+EMPTY = Target(_PARAM, "free_storage", _TORCH, "it empties gathered weights in place")
+GATHERED_OUTPUTS = Target(_PARAM, "FSDPParam.init_all_gather_outputs", _TORCH, "it makes gathered weights")
+GATHER_INPUTS = Target(_COLLECTIVES, "_get_param_all_gather_inputs", _TORCH, "it casts shards before they are gathered")
+GATHER_BUFFER = Target(_COLLECTIVES, "DefaultAllGather.allocate", _TORCH, "it makes the buffer of an all-gather")
+SCATTER_BUFFERS = Target(
+    _COLLECTIVES, "DefaultReduceScatter.allocate", _TORCH, "it makes both buffers of a reduce-scatter"
+)
+
+TARGETS = tuple(value for value in vars().values() if isinstance(value, Target))
