@@ -82,6 +82,7 @@ def test_heavy_libraries_are_met_where_they_are_used(name):
             assert room in ("train", "observe") or (name.startswith(IN_FUNCTIONS) and not at_top), (name, other)
         if library == "matplotlib":
             assert room == "show", (name, other)
+        assert library != "unittest", (name, other)
 
 
 def test_the_rule_notices_an_arrow_up():
