@@ -19,14 +19,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..plan.cuda import efficient_accumulates, efficient_workspace, flash_head_size, flash_rows
-from .fake_runtime import SIXTEEN_BIT
+from ..plan.kernels import SDPA, chosen
+from ..plan.kernels.base import Asked
+from .kernels import STAND_INS
+from .kernels.base import SIXTEEN_BIT, Call
 from .patches import (
     ATTENTION,
     BIDIRECTIONAL_MASK,
@@ -40,73 +37,6 @@ from .patches import (
     patched,
 )
 from .recorder import Recorder
-from .recording import Category
-
-FLASH = "mstplan_fused"  # transformers looks for a library behind any name with "flash" in it
-
-
-class _Flash(torch.autograd.Function):
-    """q (b, H, s, e), k and v (b, G, s, e) -> (b, H, s, e); allocates what FlashAttention-2 does, computes nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recorder: Recorder) -> torch.Tensor:
-        batch, heads, tokens, _ = q.shape
-        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
-        with recorder.purpose("flash: log-sum-exp"):
-            log_sum_exp = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, log_sum_exp)
-        ctx.recorder = recorder
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        q, k, v, *_ = ctx.saved_tensors
-        batch, heads, tokens, size = q.shape
-        made = tuple(torch.empty_like(x) for x in (q, k, v))
-        with ctx.recorder.purpose("flash: row sums of dO * O"):
-            workspace = [q.new_empty(batch, heads, flash_rows(tokens), dtype=torch.float32)]
-        with ctx.recorder.purpose("flash: dQ accumulator"):
-            workspace.append(q.new_empty(batch, flash_rows(tokens), heads, flash_head_size(size), dtype=torch.float32))
-        if k.shape[1] != heads:  # gradients of keys and values are summed over the query heads that share them
-            with ctx.recorder.purpose("flash: dK, dV of every query head"):
-                workspace += [q.new_empty(batch, k.shape[2], heads, width) for width in (size, v.shape[-1])]
-        return (*made, None)
-
-
-class _Efficient(torch.autograd.Function):
-    """The memory-efficient kernel, with a bias (b or 1, 1 or H, s, s) or without."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, recorder: Recorder
-    ) -> torch.Tensor:
-        batch, heads, tokens, size = q.shape
-        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
-        if efficient_accumulates(size, v.shape[-1], q.itemsize):
-            with recorder.purpose("efficient attention: output accumulator"):
-                _accumulator = q.new_empty(batch, tokens, heads, v.shape[-1], dtype=torch.float32)
-        with recorder.purpose("efficient attention: log-sum-exp"):
-            log_sum_exp = q.new_empty(batch, heads, -(-tokens // 32) * 32, dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, log_sum_exp, *([bias] if bias is not None else []))
-        ctx.recorder = recorder
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        q, k, v, *_ = ctx.saved_tensors
-        batch, heads, tokens, size = q.shape
-        made = tuple(torch.empty_like(x) for x in (q, k, v))
-        with ctx.recorder.purpose("efficient attention: row sums of dO * O"):
-            products = (
-                None if q.dtype in SIXTEEN_BIT else torch.empty_like(grads[0])
-            )  # in 16 bits the kernel needs none
-            sums = products.sum(-1) if products is not None else None
-            _rows = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-            del products, sums
-        with ctx.recorder.purpose("efficient attention: dQ accumulator, dK and dV of the blocks at work"):
-            workspace = efficient_workspace(size, v.shape[-1], q.itemsize)
-            _sums = q.new_empty(workspace.bytes(batch * heads, tokens), dtype=torch.uint8)
-        return (*made, None, None)
 
 
 class _Dropout(torch.autograd.Function):
@@ -152,27 +82,11 @@ def _attention(plain: Callable[..., torch.Tensor], recorder: Recorder) -> Callab
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         q, k, v = _cast(query, key, value)
-        size, same = q.shape[-1], q.shape[-1] == k.shape[-1] == v.shape[-1]
-        shared = k.shape[1] != q.shape[1]
-        if attn_mask is None and q.dtype in SIXTEEN_BIT and same and size <= 256:
-            return _Flash.apply(q, k, v, recorder)
-        if shared:
-            with sdpa_kernel(SDPBackend.MATH):
-                return plain(
-                    q, k, v, attn_mask, dropout_p, is_causal and attn_mask is None, scale=scale, enable_gqa=True
-                )
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            with recorder.purpose("attention bias", Category.ATTENTION):
-                attn_mask = _padded(torch.empty_like(attn_mask, dtype=q.dtype))
-        return _Efficient.apply(q, k, v, attn_mask, recorder)
+        asked = Asked(str(q.dtype)[6:], q.shape[-1], v.shape[-1], k.shape[1] != q.shape[1], attn_mask is not None)
+        call = Call(q, k, v, attn_mask, dropout_p, is_causal, scale, plain)
+        return STAND_INS[chosen(SDPA, asked).name].attend(call, recorder)
 
     return attention
-
-
-def _padded(bias: torch.Tensor) -> torch.Tensor:
-    """The same with rows that begin at multiples of 8 numbers."""
-    tokens = bias.shape[-1]
-    return F.pad(bias, (0, 8 - tokens % 8))[..., :tokens] if tokens % 8 else bias
 
 
 def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -200,19 +114,6 @@ def _layer_norm(
         return torch.layer_norm(x, shape, weight, bias, eps)
     out: torch.Tensor = _LayerNorm.apply(x, weight, bias)
     return out
-
-
-def _fused(
-    _module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: object, **_: object
-) -> tuple[torch.Tensor, None]:
-    width = v.shape[-1]
-    if width != q.shape[-1]:  # as transformers does for FlashAttention (integrations/flash_attention.py)
-        v = F.pad(v, (0, q.shape[-1] - width))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)[..., :width], None
-
-
-ALL_ATTENTION_FUNCTIONS.register(FLASH, _fused)
-ALL_MASK_ATTENTION_FUNCTIONS.register(FLASH, lambda *_args, **_kwargs: None)
 
 
 @contextmanager

@@ -27,11 +27,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import InputError, MeasurementError, MissingError, one_line
 from ..plan.hardware import card_that_torch_names, host_memory
 from ..plan.instants import Instant
+from ..plan.kernels import SDPA
 from ..plan.recipe import Recipe
 from ..units import format_gib
 from . import cache
 from .allocations import bytes_of, record_step, there
-from .cuda import FLASH
+from .kernels import STAND_INS, real_implementation
 from .launch import launched
 from .marking import marking
 from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, Peak
@@ -137,9 +138,10 @@ def _model(case: Case) -> PreTrainedModel:
 
 
 def real_attention(recipe: Recipe, settings: PreTrainedConfig, device: str) -> str:
-    """attn_implementation for kernels that run; the trace has a stand-in for flash-attn's."""
-    name = attention_of(recipe, settings, device)
-    return "flash_attention_2" if name in (FLASH, "flash") or recipe.attention == "flash" else name
+    """attn_implementation for kernels that run; the trace has stand-ins for them."""
+    if recipe.attention != SDPA:
+        return STAND_INS[recipe.attention].real
+    return real_implementation(attention_of(recipe, settings, device))
 
 
 def _timed(step: TrainingStep, cuda: bool) -> float:

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, ModelError, one_line
+from ..plan.kernels import NO_SDPA, SDPA
 from ..plan.model import Model
 from ..plan.optimizers import OPTIMIZERS
 from ..plan.recipe import Recipe
@@ -29,9 +30,11 @@ from ..plan.steps import segment_length
 from ..train import finding
 from ..train.stand_in import stand_in
 from .cpu import KernelBuffers
-from .cuda import FLASH, as_on_cuda, on_fake_tensors
+from .cuda import as_on_cuda, on_fake_tensors
 from .extend import Unlike, few, row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
+from .kernels import STAND_INS
+from .kernels.flash import FLASH
 from .recorder import Label, Recorder, checkpoints_of
 from .recording import Category, Pass, Recording
 from .runnable import check_runnable
@@ -141,14 +144,13 @@ def stand_in_for(config: Mapping[str, Any], name: str, why: str, code_from: str 
 def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
     """attn_implementation for a recipe's attention. A model for which transformers has no sdpa runs flash attention on a
     card where it can (16 bits), else eager."""
-    if recipe.attention == "eager":
-        return "eager"
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
     kind = kind[0] if isinstance(kind, tuple) else kind
-    if recipe.attention == "sdpa" and getattr(kind, "_supports_sdpa", True):
-        return "sdpa"
-    flash = on == "cuda" and recipe.precision != "fp32" and getattr(kind, "_supports_flash_attn", False)
-    return FLASH if flash else "eager"
+    if recipe.attention == SDPA:
+        return (
+            SDPA if getattr(kind, "_supports_sdpa", True) else STAND_INS[NO_SDPA].implementation_for(recipe, kind, on)
+        )
+    return STAND_INS[recipe.attention].implementation_for(recipe, kind, on)
 
 
 def _run(

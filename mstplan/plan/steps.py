@@ -19,7 +19,7 @@ from .cuda import flash_rows
 from .families import family_of
 from .families.base import LAYER
 from .instants import Instant, Stage
-from .kernels import KERNELS, SDPA
+from .kernels import KERNELS, NO_SDPA, SDPA
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
 from .losses import LOSSES
 from .model import LayerKind, Model
@@ -397,7 +397,7 @@ def attention_kernel(model: Model, recipe: Recipe) -> str:
     computes in 16 bits only."""
     if recipe.attention != SDPA or model.has_sdpa:
         return recipe.attention
-    return "eager" if recipe.precision == "fp32" else "flash"
+    return "eager" if recipe.precision == "fp32" else NO_SDPA
 
 
 def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -62,9 +62,9 @@ class Copy:
 
     def __init__(self, tensor: torch.Tensor, before: Callable[[], Copy | None], side: Any, runtime: Runtime):
         self.before, self.side, self.device = before, side, tensor.device
+        self.fetched: torch.Tensor | None = None
         self.host = runtime.host_memory(tensor, pinned=side is not None)
         self.source: torch.Tensor | None = tensor  # held until the copy is done
-        self.fetched: torch.Tensor | None = None
         self._copy(self.source, self.host)
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""What varies has one place: an optimizer, a loss, a family of models that only this file knows work in every command."""
+"""What varies has one place: an optimizer, a loss, an attention kernel, a family that only this file knows work in every command."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 from mstplan.plan import advice
 from mstplan.plan.families import FAMILIES
+from mstplan.plan.kernels import KERNELS
+from mstplan.plan.kernels.base import Kernel
 from mstplan.plan.losses import LOSSES
 from mstplan.plan.losses.base import Loss, cross_entropy, logits_of
 from mstplan.plan.optimizers import OPTIMIZERS
@@ -206,3 +208,86 @@ def test_every_command_knows_the_family(run: Run, normed, tmp_path):
 def test_without_it_the_file_is_of_an_unknown_family(run: Run, tmp_path):
     (tmp_path / "normed.json").write_text(json.dumps({**TINY, "model_type": "normed"}))
     assert "not known to mstplan" in run("max-seq", "-m", "normed.json", "--gpu", "rtx-4090").out
+
+
+# ---- an attention kernel --------------------------------------------------------------------------------------------
+
+
+class Spare(Kernel):
+    """A kernel that keeps 16 numbers a query and head beside q, k, v and its output, and needs dO in fp32 in backward."""
+
+    name = "spare"
+    by_sdpa = False
+
+    def serves(self, asked):
+        return True
+
+    def lay_out(self, w, q, k, v, kind, masked):
+        out = w.tape.new("attention mixed", f"{w.t} H e", q.dtype)
+        rows = w.tape.new("row sums", f"{w.t} H 16", "float32")
+        wide = w.tape.new("dO in fp32", f"{w.t} H e", "float32")
+        w.tape.op(
+            "spare attention",
+            [q, k, v],
+            out,
+            rows,
+            keeps=(q, k, v, out, rows),
+            grads=tuple((x, w.tape.grad(x)) for x in (q, k, v)),
+            all_gradients=True,
+            back_temps=(wide,),
+        )
+        return out
+
+
+@pytest.fixture
+def spare(monkeypatch, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from mstplan.observe.kernels import STAND_INS
+    from mstplan.observe.kernels.base import StandIn
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+            ctx.save_for_backward(q, k, v, out, q.new_empty(*q.shape[:3], 16, dtype=torch.float32))
+            return out
+
+        @staticmethod
+        def backward(ctx, incoming):
+            made = tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+            _wide = incoming.new_empty(incoming.shape, dtype=torch.float32)
+            return made
+
+    class SpareStandIn(StandIn):
+        name = "spare"
+        implementation = real = "tests_spare"
+
+    monkeypatch.setitem(KERNELS, "spare", Spare())
+    monkeypatch.setitem(STAND_INS, "spare", SpareStandIn())
+    ALL_ATTENTION_FUNCTIONS.register(
+        "tests_spare", lambda _m, q, k, v, _mask, **_: (Function.apply(q, k, v).transpose(1, 2), None)
+    )
+    ALL_MASK_ATTENTION_FUNCTIONS.register("tests_spare", lambda *_args, **_kwargs: None)
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+
+
+@pytest.mark.parametrize("strategy", ["standard", "mst"])
+def test_formula_and_trace_agree_on_a_kernel_from_outside(run: Run, spare, strategy):
+    asked = ("-m", "tiny.json", "--gpu", "h100", "--seq-len", "4k", "-s", strategy, "--json")
+    ours, usual = (peaks_of(run("plan", *asked, "--attention", name)) for name in ("spare", "sdpa"))
+    traced = peaks_of(run("trace", *asked, "--attention", "spare", "--no-cache"))
+    assert ours != usual and set(ours) == set(traced)
+    for name, size in traced.items():
+        assert ours[name] == pytest.approx(size, rel=0.002), name
+
+
+def test_every_command_knows_the_kernel(run: Run, spare, tmp_path):
+    asked = ("-m", "tiny.json", "--gpu", "rtx-4090", "-s", "checkpoint")
+    assert run("max-seq", *asked, "--attention", "spare", "--json").json["results"][0]["s_max"]
+    assert run("plot", *asked, "--attention", "spare", "-o", "plot.svg").code == 0
+    assert "spare" in run("plan", "--help").out.split("--attention")[1].split("--train")[0]
+    said = run("plan", *asked, "--seq-len", "1k", "--attention", "spair")
+    assert said.code == 2 and "spare" in said.err

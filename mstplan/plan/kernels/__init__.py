@@ -13,6 +13,8 @@ from .flash import Flash
 
 SDPA = "sdpa"
 """What recipes call scaled_dot_product_attention, which chooses its kernel itself."""
+NO_SDPA = "flash"
+"""What runs where transformers has no sdpa for a model and the kernel can serve."""
 KERNELS: dict[str, Kernel] = {each.name: each for each in (Flash(), Efficient(), Eager())}
 """By the name that recipes have for them."""
 

@@ -16,12 +16,12 @@ class Asked(NamedTuple):
     dtype: str
     head_dim: int  # of queries and keys
     v_head_dim: int
-    grouped: bool  # several query heads share a key
+    grouped: bool  # several query heads share a key; with a mask transformers repeats keys and values first
     masked: bool  # an explicit mask beside causality
 
     @classmethod
     def of(cls, a: Attention, dtype: str, masked: bool) -> Asked:
-        return cls(dtype, a.head_dim, a.v_head_dim, a.kv_heads != a.heads, masked)
+        return cls(dtype, a.head_dim, a.v_head_dim, a.kv_heads != a.heads and not masked, masked)
 
 
 class Kernel:

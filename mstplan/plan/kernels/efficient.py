@@ -19,7 +19,7 @@ class Efficient(Kernel):
     by_name = False
 
     def serves(self, asked: Asked) -> bool:
-        return asked.masked or not asked.grouped
+        return not asked.grouped
 
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
         return _masked(w, q, k, v) if masked else _efficient(w, q, k, v)
