@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mstplan.observe.cuda import as_on_cuda
 from mstplan.observe.fake_runtime import FakeCardRuntime, FakeRuntime
 from mstplan.observe.recorder import Recorder
+from mstplan.observe.step import TrainingStep, build, read_settings
+from mstplan.plan.recipe import strategy
 from mstplan.train.runtime import RUNTIME
 
 
@@ -40,3 +43,17 @@ def test_other_products_are_made_as_they_are(dtype):
     total = runtime.add_product(None, a, b)
     assert runtime.add_product(total, a, b) is total
     assert (total == 6).all()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dropout_right_after_a_chunked_mlp_keeps_its_backward(dropout):
+    """OPT's code calls F.dropout on what its MLP gives, which is not there yet."""
+    config = {"model_type": "opt", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}
+    config |= {"vocab_size": 61, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "dropout": dropout}
+    recipe = strategy("mst", mlp_chunks=4, loss_chunks=4, optimizer="sgd")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, recorder = build(read_settings(config), recipe, "sdpa", "cpu"), Recorder({}, 0)
+        with as_on_cuda(recorder):
+            step = TrainingStep(model, recipe, 32, FakeCardRuntime(recorder))
+            step.forward().backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
