@@ -15,7 +15,7 @@ os.environ.setdefault(
 
 import typer
 
-from .output import complain
+from .output import complain, settled
 
 app = typer.Typer(
     name="mstplan",
@@ -39,9 +39,12 @@ class Option(NamedTuple):
     default: Any
     flags: tuple[str, ...]  # of what has no flag its name
     adds_up: bool = False
+    told: Callable[[], str] | None = None  # its help, where that is of the moment
 
     @property
     def declared(self) -> inspect.Parameter:
+        if self.told is not None:
+            self.annotation.__metadata__[0].help = self.told()
         listed = self.default is not None and self.default is not ... and not isinstance(self.default, bool)
         return inspect.Parameter(
             "_",
@@ -65,15 +68,23 @@ class Option(NamedTuple):
 
 
 def option(
-    kind: Any, flags: str, help: str, default: Any = None, panel: str | None = None, adds_up: bool = False, **more: Any
+    kind: Any,
+    flags: str,
+    help: str | Callable[[], str],
+    default: Any = None,
+    panel: str | None = None,
+    adds_up: bool = False,
+    **more: Any,
 ) -> Option:
-    """An option that `command` takes; typer shows its default unless `help` tells of one. adds_up: several values with commas between, and
-    given several times all of them."""
+    """An option that `command` takes; typer shows its default unless `help` tells of one. help: a function where it lists what a registry
+    holds. adds_up: several values with commas between, and given several times all of them."""
+    told = None if isinstance(help, str) else help
+    said = help if isinstance(help, str) else help()
     declared = typer.Option(
-        *flags.split(), help=help, rich_help_panel=panel, show_default="Default" not in help, **more
+        *flags.split(), help=said, rich_help_panel=panel, show_default="Default" not in said, **more
     )
     taken = kind if kind is bool else list[getattr(kind, "__args__", (kind,))[0]]  # type: ignore[misc]  # of `str | None` str
-    return Option(Annotated[taken, declared], default, tuple(flags.replace("/", " ").split()), adds_up)
+    return Option(Annotated[taken, declared], default, tuple(flags.replace("/", " ").split()), adds_up, told)
 
 
 def arguments(kind: Any, name: str, help: str) -> Option:
@@ -106,7 +117,7 @@ def command(
                     flags = " / ".join(f"'{flag}'" for flag in missing.flags)
                     complain(f"Missing option {flags}.\nTry 'mstplan {name} --help'.")
                     raise typer.Exit(2)
-                run(Asked(**values))
+                run(settled(Asked(**values)))
             except MstplanError as e:
                 complain(str(e))
                 raise typer.Exit(2) from None

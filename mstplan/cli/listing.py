@@ -3,50 +3,38 @@
 from __future__ import annotations
 
 from .commands import Asked, command, option
-from .options import JSON
-from .output import new_console, print_json
+from .options import FORMAT
+from .output import emit
 
 
 @command(
     "models",
     {"names": option(str | None, "--filter", "Only names that contain this.", metavar="TEXT")},
-    JSON,
+    FORMAT,
     help="The models that ship with mstplan.",
     epilog="mstplan models --filter qwen3",
 )
 def models(asked: Asked) -> None:
     from ..errors import ModelError, quoted
     from ..plan.catalog import load_model, model_names
+    from ..show import listing
 
     rows = [load_model(name) for name in model_names() if asked.names is None or asked.names.lower() in name]
     if not rows:
         raise ModelError(f"no model's name contains {quoted(asked.names)}.\nmstplan models lists them all.")
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.document("models", models=[payload.model(m) for m in rows]))
-    else:
-        from ..show import tables
-
-        tables.models(new_console(), rows)
+    emit(asked, listing.models(rows))
 
 
 @command(
     "gpus",
     {"sources": option(bool, "--sources", "Also where each figure is from.", False)},
-    JSON,
+    FORMAT,
     help="The cards that mstplan knows.",
     epilog="mstplan gpus --json",
 )
 def gpus(asked: Asked) -> None:
     from ..plan.hardware import gpus as known
     from ..plan.hardware import left_out
+    from ..show import listing
 
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.document("gpus", gpus=[payload.gpu(g) for g in known()], notes=left_out()))
-    else:
-        from ..show import tables
-
-        tables.gpus(new_console(), known(), asked.sources, left_out())
+    emit(asked, listing.gpus(known(), asked.sources, left_out()))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..plan.optimizers import OPTIMIZERS
 from ..plan.selection import WeightKind
+from ..show.formats import FORMATS
 from .commands import Asked, Option, arguments, option
 
 if TYPE_CHECKING:
@@ -15,7 +16,26 @@ if TYPE_CHECKING:
     from ..plan.recipe import Recipe
     from ..plan.solve import Plan
 
-JSON = {"json": option(bool, "--json", "Print JSON instead of tables.", False)}
+
+def formats_told() -> str:
+    """What --format takes, for the help."""
+    return f"{', '.join(f'{each.name} ({each.about})' for each in FORMATS.values())}. Default text."
+
+
+JSON = {
+    "json": option(bool, "--json", "Short for --format json.", False),
+    "own_format": option(
+        str | None,
+        "--format",
+        "text | json; what else there is has an option of its own. Default text.",
+        metavar="NAME",
+    ),
+}
+"""Of commands that tell as they go."""
+FORMAT = {
+    "json": JSON["json"],
+    "format": option(str | None, "--format", formats_told, metavar="NAME"),
+}
 MODEL = {
     "model": option(
         str,

@@ -11,7 +11,7 @@ from .commands import Asked, command, option
 from .options import (
     CARD,
     FORCE,
-    JSON,
+    FORMAT,
     MODEL,
     ONE_RECIPE,
     RECIPE,
@@ -30,7 +30,7 @@ from .options import (
     recipes_of,
     simplest,
 )
-from .output import new_console, print_json, say_written
+from .output import emit
 
 if TYPE_CHECKING:
     from ..plan.hardware import Card
@@ -55,14 +55,14 @@ if TYPE_CHECKING:
         )
     },
     TRACING,
-    JSON,
+    FORMAT,
     help=f"The longest sequence that fits, and every shorter one with it, for each strategy, and what holds it back. {ONE_RECIPE}",
     epilog="mstplan max-seq --model llama3.1-8b --gpu h100 --optimizer-in-backward   |   "
     "mstplan max-seq -m ./my-model --gpu-mem 24GB --checkpoint layer --chunks 8,32   |   mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
 )
 def max_seq(asked: Asked) -> None:
     from ..errors import RecipeError, quoted
-    from ..plan import solve, ways
+    from ..plan import findings
 
     if asked.rung not in ("formula", "trace"):
         raise RecipeError(f"unknown rung {quoted(asked.rung)}.\nKnown: formula, trace.")
@@ -72,18 +72,11 @@ def max_seq(asked: Asked) -> None:
         _max_seq_by_trace(asked, model, card, recipes)
         return
     _refuse_tracing(asked, "Add --rung trace, or leave it out.")
-    found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes.items()]
-    best = max(found, key=lambda a: a.s_max)
-    to_fit = () if best.s_max else ways.ways_to_train([answer.plan for answer in found])
-    if asked.json:
-        from ..show import payload
+    told = findings.longest(model, card, recipes)
+    from ..show import planning as reports
 
-        print_json(payload.max_seq(model, card, found, best, to_fit))
-    else:
-        from ..show import report
-
-        report.max_seq(new_console(), model, card, found, best, to_fit)
-    if best.s_max == 0:
+    emit(asked, reports.max_seq(told))
+    if told.best.s_max == 0:
         raise typer.Exit(1)
 
 
@@ -95,21 +88,16 @@ def _refuse_tracing(asked: Asked, way_out: str) -> None:
 
 
 def _max_seq_by_trace(asked: Asked, model: Model, card: Card, recipes: dict[str, Recipe]) -> None:
-    from ..observe import search
+    from ..observe import cache, findings, search
     from .tracing import told_after, tracing
 
     with told_after(model), tracing(asked) as trace_step:
         found, model = search.longest_of(model, recipes, card, trace_step)
-    best = max(found, key=lambda f: f.answer.s_max)
-    if asked.json:
-        from ..show import payload
+    told = findings.longest(model, card, found, cache.versions())
+    from ..show import trace as reports
 
-        print_json(payload.max_seq_by_trace(model, card, found, best))
-    else:
-        from ..show import trace as shown
-
-        shown.max_seq(new_console(), model, card, found, best)
-    if best.answer.s_max == 0:
+    emit(asked, reports.max_seq(told))
+    if told.best.answer.s_max == 0:
         raise typer.Exit(1)
 
 
@@ -127,14 +115,14 @@ def _max_seq_by_trace(asked: Asked, model: Model, card: Card, recipes: dict[str,
     },
     TRACING,
     FORCE,
-    JSON,
+    FORMAT,
     help="Do batches of up to this length fit? For each strategy; of the first that fits, the peak and its instant, or what would make one fit. "
     f"{ONE_RECIPE} Exit code 0: fits, 1: does not.",
     epilog="mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k",
 )
 def plan(asked: Asked) -> None:
     from .. import files
-    from ..plan import solve, ways
+    from ..plan import findings
 
     if asked.write_recipe is not None:
         files.check_writable(asked.write_recipe, asked.force)
@@ -147,21 +135,13 @@ def plan(asked: Asked) -> None:
     _refuse_tracing(asked, "Use mstplan trace, or leave it out.")
     found = plans_of(asked, model, card)
     name = simplest(found)
-    step = found[name]
-    reaches = {name: solve.max_seq(p.model, p.recipe, p.card, name).s_max for name, p in found.items()}
-    to_fit = () if step.fits else ways.ways_to_fit(step)
-    beyond = ways.furthest(step) if not (step.fits or to_fit) else None
+    told = findings.at_length(found, name)
     if asked.write_recipe is not None:
-        step.recipe.write(asked.write_recipe, asked.force)
-    if asked.json:
-        from ..show import payload
+        told.step.recipe.write(asked.write_recipe, asked.force)
+    from ..show import planning as reports
 
-        print_json(payload.plan_document(found, reaches, name, to_fit, beyond))
-    else:
-        from ..show import report
-
-        report.plan(new_console(), found, reaches, name, to_fit, beyond)
-    if not step.fits:
+    emit(asked, reports.plan(told))
+    if not told.step.fits:
         raise typer.Exit(1)
 
 
@@ -183,25 +163,20 @@ def _coefficient(flag: str, what: str, metavar: str) -> Any:
         "m": _coefficient("--m", "M, the number of mini-sequences.", "N"),
         "m_max": _coefficient("--m-max", "M_max, e.g. 80GiB.", "SIZE"),
     },
-    JSON,
+    FORMAT,
     help="The paper's formulas with this model's coefficients, next to the step model's answer.",
     epilog="mstplan theorem -m llama3.1-8b --gpu a100-80gb --seq-len 64k --m 32",
 )
 def theorem(asked: Asked) -> None:
+    from ..plan import advice
     from ..plan import theorem as formulas
+    from ..show import planning as reports
 
     model, card = model_of(asked), card_of(asked)
     seq_len = length(asked.seq_len) if asked.seq_len is not None else None
     overrides = _overrides(asked)
     view = formulas.view(model, card, _theorem_recipe(asked), overrides, seq_len)
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.theorem_document(model, card, view))
-    else:
-        from ..show import report
-
-        report.theorem(new_console(), model, card, view)
+    emit(asked, reports.theorem(model, card, view, advice.kept_notes(model)))
 
 
 def _theorem_recipe(asked: Asked) -> Recipe:
@@ -242,34 +217,20 @@ def _overrides(asked: Asked) -> dict[str, int | None]:
         "batch": option(int, "--batch -b", "Sequences.", 1, metavar="N", min=1, max=1_000_000),
         "dtype": option(str, "--dtype", "bfloat16 | float32.", "bfloat16", metavar="NAME"),
     },
-    JSON,
+    FORMAT,
     help="The large tensors of a layer and the LM head: shape and bytes.",
     epilog="mstplan shapes -m llama3.1-8b --seq-len 131072",
 )
 def shapes(asked: Asked) -> None:
     from ..errors import RecipeError, quoted
     from ..plan.shapes import shapes as table
+    from ..show import planning as reports
 
     if asked.dtype not in ("bfloat16", "float32"):
         raise RecipeError(f"unknown dtype {quoted(asked.dtype)}.\nKnown: bfloat16, float32.")
     model, seq_len = model_of(asked), length(asked.seq_len)
     rows = table(model, asked.batch, seq_len, asked.dtype)
-    if asked.json:
-        from ..show import payload
-
-        print_json(
-            payload.document(
-                "shapes",
-                model=payload.model(model),
-                batch=asked.batch,
-                seq_len=seq_len,
-                shapes=[payload.shape(r) for r in rows],
-            )
-        )
-    else:
-        from ..show import tables
-
-        tables.shapes(new_console(), rows, model, asked.batch, seq_len)
+    emit(asked, reports.shapes(rows, model, asked.batch, seq_len))
 
 
 @command(
@@ -291,12 +252,13 @@ def shapes(asked: Asked) -> None:
         "points": option(int, "--points", "Lengths per curve.", 200, metavar="N", min=2, max=100_000),
     },
     FORCE,
-    JSON,
+    FORMAT,
     help=f"Memory against sequence length for the strategies, with the card, S_max and the binding instants. {ONE_RECIPE}",
     epilog="mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",
 )
 def plot(asked: Asked) -> None:
     from ..plan import advice, solve
+    from ..show import planning as reports
     from ..show import plot as drawing
 
     drawing.check_output(asked.out, asked.force)
@@ -305,13 +267,4 @@ def plot(asked: Asked) -> None:
     found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(asked).items()]
     curves = drawing.curves(found, longest, asked.points)
     drawing.write(curves, model, card, asked.out)
-    if asked.json:
-        from ..show import payload
-
-        about = {"model": payload.model(model), "card": payload.card(card), "budget_bytes": card.budget_bytes}
-        data = [{**curve.as_data(), "calibration": payload.calibrated(curve.calibration)} for curve in curves]
-        print_json(payload.document("plot", **about, file=str(asked.out), curves=data, notes=advice.kept_notes(model)))
-    else:
-        say_written(asked.out)
-        for line in advice.kept_notes(model):
-            typer.echo(line)
+    emit(asked, reports.plot(model, card, curves, asked.out, advice.kept_notes(model)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from .commands import Asked, command, option
 from .options import (
     CARD,
     FORCE,
+    FORMAT,
     JSON,
     MODEL,
     ONE_RECIPE,
@@ -27,15 +28,15 @@ from .options import (
     results_files,
     simplest,
 )
-from .output import new_console, print_json, say_written
+from .output import emit, new_console, print_json
 
 if TYPE_CHECKING:
     from ..errors import UnreadError
+    from ..observe.findings import View
     from ..observe.trace import Trace
     from ..plan.hardware import Card
     from ..plan.model import Model
     from ..plan.recipe import Recipe
-    from ..show.trace import View
 
 
 @command(
@@ -63,13 +64,14 @@ if TYPE_CHECKING:
         ),
     },
     FORCE,
-    JSON,
+    FORMAT,
     help="Run the model's real code, one training step on fake tensors, and see every allocation: no GPU needed, but torch. Of several "
     f"strategies the first that fits by formula. {ONE_RECIPE} Exit code 0: fits, 1: does not.",
     epilog="mstplan trace -m llama3.1-8b --seq-len 64k --strategy mst --gpu h100 --plot step.png",
 )
 def trace(asked: Asked) -> None:
     from .. import files
+    from ..show import trace as shown
 
     _check_outputs(asked)
     view, _ = _views(asked)
@@ -85,21 +87,19 @@ def trace(asked: Asked) -> None:
             asked.snapshot,
             to_pickle(snapshot(all_events(view.trace), lambda key: name_of(view.trace, key), expandable=True)),
         )
-    _tell(asked, "trace", view)
-    if not asked.json:
-        for path in (asked.plot, asked.snapshot):
-            if path is not None:
-                say_written(path)
+    emit(asked, shown.report(view, files=[path for path in (asked.plot, asked.snapshot) if path is not None]))
     if not view.fits:
         raise typer.Exit(1)
 
 
 def plan_by_trace(asked: Asked, model: Model) -> None:
     """What `plan` says of a model that the formula does not know."""
+    from ..show import trace as shown
+
     view, others = _views(asked, model)
     if asked.write_recipe is not None:
         view.plan.recipe.write(asked.write_recipe, asked.force)
-    _tell(asked, "plan", view, others)
+    emit(asked, shown.report(view, "plan", others))
     if not view.fits:
         raise typer.Exit(1)
 
@@ -107,9 +107,8 @@ def plan_by_trace(asked: Asked, model: Model) -> None:
 def _views(asked: Asked, model: Model | None = None) -> tuple[View, list[View]]:
     """The step that is told of, traced: of several strategies the first that fits, else the nearest; and those traced before. The formula
     says which that is, where it knows the model."""
-    from ..observe import cache
+    from ..observe import cache, findings
     from ..observe.search import those_it_follows
-    from ..show import trace as shown
 
     card = card_of(asked)
     model = known_or_traced(asked) if model is None else model
@@ -118,7 +117,7 @@ def _views(asked: Asked, model: Model | None = None) -> tuple[View, list[View]]:
     def view(name: str) -> View:
         step = plans[name].exactly()
         fixed = step.recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
-        return shown.view(
+        return findings.view(
             model, card, name, trace_step(fixed, step.recipe.padded(step.seq_len), card), step, cache.versions()
         )
 
@@ -132,17 +131,6 @@ def _views(asked: Asked, model: Model | None = None) -> tuple[View, list[View]]:
     told = min(found, key=lambda each: (not each.fits, each.trace.peak.bytes))
     others = [each for each in found if each is not told]
     return told._replace(model=model._replace(notes=(*model.notes, *left_out))), others
-
-
-def _tell(asked: Asked, command: str, view: View, others: Sequence[View] = ()) -> None:
-    from ..show import trace as shown
-
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.trace_document(view, command, others))
-    else:
-        shown.report(new_console(), view, others)
 
 
 def _check_outputs(asked: Asked) -> None:

@@ -264,7 +264,7 @@ def _recipe_line(curves: Sequence[Curve]) -> str:
 def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
     """The lines below the picture. `top`: the most bytes that are drawn."""
     from .. import __version__
-    from .tables import rung
+    from ..plan.findings import provenance
 
     lines = []
     none = [c for c in curves if not c.s_max]
@@ -287,7 +287,7 @@ def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
         chosen = any("auto" in (c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in cut)
         why = f", as recommended at {when}" if chosen else ""
         lines += [f"Chunks (MLP, loss) at every length{why}: {counts}."] if counts else []
-    stands_on = rung([curve.calibration for curve in curves])
+    stands_on = provenance([curve.calibration for curve in curves])
     return [*lines, f"{stands_on[0].upper()}{stands_on[1:]}. mstplan {__version__}"]
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .trace import View
+    from ..observe.findings import View
 
 SUFFIXES = (".png", ".svg", ".pdf")
 MOST_POINTS = 1500
