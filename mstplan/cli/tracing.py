@@ -14,7 +14,6 @@ from .options import (
     CARD,
     FORCE,
     FORMAT,
-    JSON,
     MODEL,
     ONE_RECIPE,
     RECIPE,
@@ -28,7 +27,7 @@ from .options import (
     results_files,
     simplest,
 )
-from .output import emit, new_console, print_json
+from .output import emit
 
 if TYPE_CHECKING:
     from ..errors import UnreadError
@@ -245,7 +244,7 @@ _RESULTS = option(
         ),
         "no_cache": TRACING["no_cache"],
     },
-    JSON,
+    FORMAT,
     help="Solve a model's coefficients from traces of its steps, or from measurements of them, for the planner to use in place of the formula's; "
     "from measurements, a card's CUDA context and workspace, too. Older files are kept.",
     epilog="mstplan calibrate --from trace --model llama3.1-8b   |   mstplan calibrate --from measurements --model llama3.1-8b h100.jsonl",
@@ -279,19 +278,8 @@ def calibrate(asked: Asked) -> None:
     else:
         results = results_files(asked) or [Path("measurements.jsonl")]
         rows, said = fit_all(_models_named(asked.models), names, folder, results, asked.out is not None)
-    if asked.json:
-        from ..show import payload
-
-        rung = "trace" if asked.source == "trace" else "measurement"
-        print_json(
-            payload.document(
-                "calibrate", rung, folder=str(folder), calibrations=[row._asdict() for row in rows], notes=said
-            )
-        )
-    else:
-        calibrating.report(new_console(), rows)
-        for line in said:
-            new_console().print(line, soft_wrap=True)
+    rung = "trace" if asked.source == "trace" else "measurement"
+    emit(asked, calibrating.report(rows, rung, folder, said))
 
 
 def _models_named(text: str) -> list[str]:

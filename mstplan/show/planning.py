@@ -166,9 +166,11 @@ def _shape(s: Shape) -> tuple[Cell, ...]:
 
 def plot(model: Model, card: Card, curves: Sequence[Curve], out: Path, said: Sequence[str]) -> Report:
     """What was drawn, and where to. said: what was left out of it."""
+    from .plot import table_of_points
+
     folded = Folded((line(f"{model.name} on {card.label}"), _curves(curves)))
     blocks = [folded, *parts.written([out]), *(line(each, whole=True) for each in said)]
-    return Report("plot", payload.plot_document(model, card, curves, out, said), blocks, _points(card, curves))
+    return Report("plot", payload.plot_document(model, card, curves, out, said), blocks, table_of_points(curves, card))
 
 
 def _curves(curves: Sequence[Curve]) -> Table:
@@ -182,15 +184,3 @@ def _curves(curves: Sequence[Curve]) -> Table:
         Row((cell(c.strategy), parts.tokens_cell(c.s_max), cell(c.chunks.mlp), cell(c.chunks.loss))) for c in curves
     )
     return Table("curves", columns, rows)
-
-
-def _points(card: Card, curves: Sequence[Curve]) -> Table:
-    """Every point of every curve: for programs only."""
-    names = ("strategy", "seq_len", "bytes", "instant", "budget_bytes", "fits")
-    budget = card.budget_bytes
-    rows = tuple(
-        Row(tuple(map(cell, (curve.strategy, seq_len, size, instant.value, budget, size <= budget))))
-        for curve in curves
-        for seq_len, size, instant in curve.points
-    )
-    return Table("points", tuple(Column(name, None) for name in names), rows)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .base import Format
 
 if TYPE_CHECKING:
-    from ..report import Report
+    from ..report import Report, Table
 
 
 class Csv(Format):
@@ -16,14 +16,19 @@ class Csv(Format):
     suffixes = (".csv",)
 
     def render(self, report: Report) -> str:
-        import csv
-        import io
+        return as_csv(report.main)
 
-        table, text = report.main, io.StringIO(newline="")
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(table.columns[i].name for i in table.for_programs)
-        rows.writerows([_plain(row.cells[i].value) for i in table.for_programs] for row in table.rows)
-        return text.getvalue()
+
+def as_csv(table: Table, end: str = "\n") -> str:
+    """The columns that programs read."""
+    import csv
+    import io
+
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator=end)
+    rows.writerow(table.columns[i].name for i in table.for_programs)
+    rows.writerows([_plain(row.cells[i].value) for i in table.for_programs] for row in table.rows)
+    return text.getvalue()
 
 
 def _plain(value: Any) -> Any:
