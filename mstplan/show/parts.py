@@ -228,8 +228,8 @@ def instants(p: Plan, found: Sequence[InstantPeak]) -> Table:
     return Table("instants", columns, rows)
 
 
-def entries(title: str, found: Sequence[Entry]) -> Table:
-    """The tensors of one instant, largest first."""
+def entries(title: str, found: Sequence[Entry], most: int = MOST) -> Table:
+    """The tensors of one instant, largest first, of which a terminal shows so many."""
     columns = (
         Column("tensor", "tensor"),
         Column("shape", "shape"),
@@ -240,18 +240,20 @@ def entries(title: str, found: Sequence[Entry]) -> Table:
     rows = tuple(
         Row((cell(e.name), cell(e.shape), cell(e.dtype), copies_cell(e.copies), gib_cell(e.bytes))) for e in found
     )
-    return summed("tensors", columns, rows, [e.bytes for e in found], title)
+    return summed("tensors", columns, rows, [e.bytes for e in found], title, most)
 
 
-def summed(name: str, columns: tuple[Column, ...], rows: tuple[Row, ...], sizes: Sequence[int], title: str) -> Table:
+def summed(
+    name: str, columns: tuple[Column, ...], rows: tuple[Row, ...], sizes: Sequence[int], title: str, most: int = MOST
+) -> Table:
     """A table of bytes in its last column, with those of what a terminal does not show, and of all, in sum."""
     blank = (NOTHING,) * (len(columns) - 2)
 
     def sum_of(what: str, found: Sequence[int]) -> Row:
         return Row((cell(what), *blank, gib_cell(sum(found))))
 
-    rest, total = sum_of(f"{len(rows) - MOST} smaller", sizes[MOST:]), sum_of("all", sizes)
-    return Table(name, columns, rows, title, most=MOST, rest=rest, total=total)
+    rest, total = sum_of(f"{len(rows) - most} smaller", sizes[most:]), sum_of("all", sizes)
+    return Table(name, columns, rows, title, most=most, rest=rest, total=total)
 
 
 def ways(title: str, found: Sequence[Way]) -> Table:

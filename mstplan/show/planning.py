@@ -67,15 +67,19 @@ def _ways(told: AtLength) -> list[Table]:
 def theorem(model: Model, card: Card, view: View, said: Sequence[str]) -> Report:
     """said: what was left out of the answer."""
     stands_on = provenance([answer.plan.calibration for answer in view.answers])
-    formulas = _formulas(view.rows, view.answers, view.seq_len)
+    tables = paper(view)
     blocks: list[Block] = [
         *parts.heading(model, card, stands_on),
-        _coefficients(view.coefficients),
-        formulas,
+        *tables,
         line("Why they differ", "strong"),
         Notes((*view.differences, *said)),
     ]
-    return Report("theorem", payload.theorem_document(model, card, view, stands_on, said), blocks, formulas)
+    return Report("theorem", payload.theorem_document(model, card, view, stands_on, said), blocks, tables[-1])
+
+
+def paper(view: View) -> tuple[Table, Table]:
+    """The paper's coefficients; its formulas beside the step model."""
+    return _coefficients(view.coefficients), _formulas(view.rows, view.answers, view.seq_len)
 
 
 def _coefficients(c: Coefficients) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .base import Format
@@ -26,11 +26,11 @@ class Text(Format):
     def render(self, report: Report) -> str:
         console = new_console()
         with console.capture() as kept:
-            _write(console, report)
+            write(console, report.blocks)
         return kept.get()
 
     def emit(self, report: Report) -> None:
-        _write(new_console(), report)  # which knows whether it may use colours
+        write(new_console(), report.blocks)  # which knows whether it may use colours
 
 
 def new_console() -> Console:
@@ -41,8 +41,9 @@ def new_console() -> Console:
     return console
 
 
-def _write(console: Console, report: Report) -> None:
-    for block in report.blocks:
+def write(console: Console, blocks: Iterable[Block]) -> None:
+    """Blocks of a report on a console."""
+    for block in blocks:
         _block(console, block)
 
 
