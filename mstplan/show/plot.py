@@ -90,9 +90,8 @@ def _kind(path: Path) -> str:
 def no_picture(path: Path, do: str) -> str:
     """Why nothing can be drawn, or written, to a file of that name."""
     form = next((each for each in FORMATS.values() if path.suffix.lower() in each.suffixes), None)
-    if form is None:
-        return f"cannot tell from {quoted(path.name)} what to {do}."
-    return f"{form.name} makes no picture, as {quoted(path.name)} asks for; --format {form.name} prints the answer."
+    why = f": {form.name} makes no picture" if form is not None else ""
+    return f"cannot tell from {quoted(path.name)} what to {do}{why}."
 
 
 def write(curves: Sequence[Curve], model: Model, card: Card, path: Path) -> None:
