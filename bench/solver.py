@@ -32,7 +32,7 @@ def measure(name: str, call: Callable[[], object], runs: int) -> None:
 
 def cold() -> object:
     """As the first question of a process: nothing laid out or replayed yet."""
-    solve._calibrated.cache_clear()
+    solve._standing_on.cache_clear()
     steps.step.cache_clear()
     layers.layer.cache_clear()
     return mstplan.max_seq(MODEL, mstplan.strategy("checkpoint"), CARD)

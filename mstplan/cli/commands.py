@@ -16,7 +16,7 @@ os.environ.setdefault(
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .output import complain
+from .output import complain, settled
 
 T = TypeVar("T")
 PANELS = (None, "Card", "Measurement", "Recipe", "Coefficients", "Trace")
@@ -218,7 +218,7 @@ def command(
                     flags = " / ".join(f"'{flag}'" for flag in missing.flags)
                     complain(f"Missing option {flags}.\nTry 'mstplan {name} --help'.")
                     raise typer.Exit(2)
-                run(taken(**values))
+                run(settled(taken(**values)))
             except MstplanError as e:
                 complain(str(e))
                 raise typer.Exit(2) from None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .commands import command, option
-from .options import JsonOptions
-from .output import new_console, print_json
+from .options import FormatOptions
+from .output import emit
 
 
-class ModelsOptions(JsonOptions):
+class ModelsOptions(FormatOptions):
     names = option(str, "--filter", "Only names that contain this.", metavar="TEXT")
 
 
@@ -20,21 +20,15 @@ class ModelsOptions(JsonOptions):
 def models(asked: ModelsOptions) -> None:
     from ..errors import ModelError, quoted
     from ..plan.catalog import load_model, model_names
+    from ..show import listing
 
     rows = [load_model(name) for name in model_names() if asked.names is None or asked.names.lower() in name]
     if not rows:
         raise ModelError(f"no model's name contains {quoted(asked.names)}.\nmstplan models lists them all.")
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.document("models", models=[payload.model(m) for m in rows]))
-    else:
-        from ..show import tables
-
-        tables.models(new_console(), rows)
+    emit(asked, listing.models(rows))
 
 
-class GpusOptions(JsonOptions):
+class GpusOptions(FormatOptions):
     sources = option(bool, "--sources", "Also where each figure is from.", False)
 
 
@@ -47,12 +41,6 @@ class GpusOptions(JsonOptions):
 def gpus(asked: GpusOptions) -> None:
     from ..plan.hardware import gpus as known
     from ..plan.hardware import left_out
+    from ..show import listing
 
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.document("gpus", gpus=[payload.gpu(g) for g in known()], notes=left_out()))
-    else:
-        from ..show import tables
-
-        tables.gpus(new_console(), known(), asked.sources, left_out())
+    emit(asked, listing.gpus(known(), asked.sources, left_out()))

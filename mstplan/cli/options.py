@@ -79,8 +79,28 @@ def one_of(name: str, typed: str, known: Collection[str]) -> str:
 # ---- options ------------------------------------------------------------------------------------------------------------
 
 
+def _formats() -> str:
+    from ..show.formats import FORMATS
+
+    return f"{', '.join(f'{each.name} ({each.about})' for each in FORMATS.values())}. Default text."
+
+
 class JsonOptions(Options):
-    json = option(bool, "--json", "Print JSON instead of tables.", False, last=True)
+    """Of commands that tell as they go."""
+
+    json = option(bool, "--json", "Short for --format json.", False, last=True)
+    own_format = option(
+        str,
+        "--format",
+        "text | json; what else there is has an option of its own. Default text.",
+        metavar="NAME",
+        last=True,
+    )
+
+
+class FormatOptions(Options):
+    json = option(bool, "--json", "Short for --format json.", False, last=True)
+    format = option(str, "--format", _formats, metavar="NAME", last=True)
 
 
 class AssumeOptions(Options):

@@ -6,20 +6,21 @@ import io
 import os
 import sys
 from contextlib import suppress
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..errors import one_line
+from ..show.formats import FORMATS
+from ..show.formats.as_text import NARROWEST, WIDEST
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-
-NARROWEST, WIDEST = 60, 1000
-"""Columns between which tables and help are laid out. In fewer, cells would be left out."""
+    from ..show.report import Report
+    from .commands import Taken
+    from .options import FormatOptions
 
 
 def sane_terminal() -> None:
@@ -35,30 +36,48 @@ def sane_terminal() -> None:
 
 
 def new_console() -> Console:
-    from rich.console import Console
+    from ..show.formats.as_text import new_console
 
-    console = Console(highlight=False, markup=False, soft_wrap=False)
-    console.width = max(console.width, NARROWEST)
-    return console
+    return new_console()
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """What is infinite or no number has no place in JSON: null."""
-    import json
+    from ..show.formats.as_json import written
 
-    try:
-        text = json.dumps(document, indent=1, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(document), indent=1, allow_nan=False)
-    typer.echo(text)
+    typer.echo(written(document), nl=False)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
+def settled(asked: Taken) -> Taken:
+    """The options with one form of the answer: the name of `format`, and the option of that name, as --json, set. Raises InputError for an
+    unknown name, for one that the command does not have, and for two different ones."""
+    from ..errors import InputError
+
+    flag = "format" if hasattr(asked, "format") else "own_format"
+    if not hasattr(asked, flag):
+        return asked
+    known = [name for name in FORMATS if flag == "format" or name == "text" or hasattr(asked, name)]
+    flags = {f"--{name}": name for name in FORMATS if getattr(asked, name, False)}
+    named = getattr(asked, flag)
+    if named is not None:
+        if named not in known:
+            raise InputError(_unknown_format(named, known))
+        flags[f"--format {named}"] = named
+    if len(set(flags.values())) > 1:
+        raise InputError(f"{' and '.join(flags)} exclude each other.\nLeave one of the two out.")
+    chosen = next(iter(flags.values()), "text")
+    return asked.changed(**{flag: chosen}, **({chosen: True} if hasattr(asked, chosen) else {}))
+
+
+def _unknown_format(named: str, known: list[str]) -> str:
+    from ..errors import did_you_mean, quoted
+
+    said = "this command has no format" if named in FORMATS else "unknown format"
+    return f"{said} {quoted(named)}.{did_you_mean(named, known)}\nKnown: {', '.join(known)}."
+
+
+def emit(asked: FormatOptions, report: Report) -> None:
+    """The answer in the form that was asked for."""
+    FORMATS[asked.format or "text"].emit(report)
 
 
 def say_written(path: Path) -> None:

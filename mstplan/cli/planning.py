@@ -13,7 +13,7 @@ from .options import (
     HOW_TRACED,
     ONE_RECIPE,
     CardOptions,
-    JsonOptions,
+    FormatOptions,
     ModelOptions,
     PlannedOptions,
     RecipesOptions,
@@ -32,7 +32,7 @@ from .options import (
     recipes_of,
     simplest,
 )
-from .output import new_console, print_json, say_written
+from .output import emit
 
 if TYPE_CHECKING:
     from ..plan.hardware import Card
@@ -47,7 +47,7 @@ class RungOptions(TracedOptions):
     rung = option(str, "--rung", f"{listed(RUNGS, RUNGS)}. Default formula.", "formula", panel="Trace", metavar="NAME")
 
 
-class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, JsonOptions):
+class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, FormatOptions):
     pass
 
 
@@ -62,7 +62,7 @@ class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, JsonOptions):
     ),
 )
 def max_seq(asked: MaxSeqOptions) -> None:
-    from ..plan import solve, ways
+    from ..plan import findings
 
     one_of("rung", asked.rung, RUNGS)
     card, recipes = card_of(asked), recipes_of(asked)
@@ -71,18 +71,11 @@ def max_seq(asked: MaxSeqOptions) -> None:
         _max_seq_by_trace(asked, model, card, recipes)
         return
     _refuse_tracing(asked, "Add --rung trace, or leave it out.")
-    found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes.items()]
-    best = max(found, key=lambda a: a.s_max)
-    to_fit = () if best.s_max else ways.ways_to_train([answer.plan for answer in found])
-    if asked.json:
-        from ..show import payload
+    told = findings.longest(model, card, recipes)
+    from ..show import planning as reports
 
-        print_json(payload.max_seq(model, card, found, best, to_fit))
-    else:
-        from ..show import report
-
-        report.max_seq(new_console(), model, card, found, best, to_fit)
-    if best.s_max == 0:
+    emit(asked, reports.max_seq(told))
+    if told.best.s_max == 0:
         raise typer.Exit(1)
 
 
@@ -94,25 +87,20 @@ def _refuse_tracing(asked: TracedOptions, way_out: str) -> None:
 
 
 def _max_seq_by_trace(asked: MaxSeqOptions, model: Model, card: Card, recipes: dict[str, Recipe]) -> None:
-    from ..observe import search
+    from ..observe import cache, findings, search
     from .tracing import told_after, tracing
 
     with told_after(model), tracing(asked) as trace_step:
         found, model = search.longest_of(model, recipes, card, trace_step)
-    best = max(found, key=lambda f: f.answer.s_max)
-    if asked.json:
-        from ..show import payload
+    told = findings.longest(model, card, found, cache.versions())
+    from ..show import trace as reports
 
-        print_json(payload.max_seq_by_trace(model, card, found, best))
-    else:
-        from ..show import trace as shown
-
-        shown.max_seq(new_console(), model, card, found, best)
-    if best.answer.s_max == 0:
+    emit(asked, reports.max_seq(told))
+    if told.best.answer.s_max == 0:
         raise typer.Exit(1)
 
 
-class PlanOptions(PlannedOptions, JsonOptions):
+class PlanOptions(PlannedOptions, FormatOptions):
     write_recipe = option(Path, "--write-recipe", "Write the recipe as JSON.", panel="Recipe", metavar="FILE")
     force = FORCE
 
@@ -129,7 +117,7 @@ class PlanOptions(PlannedOptions, JsonOptions):
 )
 def plan(asked: PlanOptions) -> None:
     from .. import files
-    from ..plan import solve, ways
+    from ..plan import findings
 
     if asked.write_recipe is not None:
         files.check_writable(asked.write_recipe, asked.force)
@@ -142,21 +130,13 @@ def plan(asked: PlanOptions) -> None:
     _refuse_tracing(asked, "Use mstplan trace, or leave it out.")
     found = plans_of(asked, model, card)
     name = simplest(found)
-    step = found[name]
-    reaches = {name: solve.max_seq(p.model, p.recipe, p.card, name).s_max for name, p in found.items()}
-    to_fit = () if step.fits else ways.ways_to_fit(step)
-    beyond = ways.furthest(step) if not (step.fits or to_fit) else None
+    told = findings.at_length(found, name)
     if asked.write_recipe is not None:
-        step.recipe.write(asked.write_recipe, asked.force)
-    if asked.json:
-        from ..show import payload
+        told.step.recipe.write(asked.write_recipe, asked.force)
+    from ..show import planning as reports
 
-        print_json(payload.plan_document(found, reaches, name, to_fit, beyond))
-    else:
-        from ..show import report
-
-        report.plan(new_console(), found, reaches, name, to_fit, beyond)
-    if not step.fits:
+    emit(asked, reports.plan(told))
+    if not told.step.fits:
         raise typer.Exit(1)
 
 
@@ -164,7 +144,7 @@ def _coefficient(flag: str, what: str, metavar: str) -> str | None:
     return option(str, flag, what, panel="Coefficients", metavar=metavar)
 
 
-class TheoremOptions(ModelOptions, StepOptions, CardOptions, JsonOptions):
+class TheoremOptions(ModelOptions, StepOptions, CardOptions, FormatOptions):
     seq_len = option(str, "--seq-len", "Also the memory at this length.", metavar="TOKENS")
     w_mem = _coefficient("--w-mem", "W_mem, e.g. 60GiB.", "SIZE")
     i_mem = _coefficient("--i-mem", "I_mem, bytes per token.", "BYTES")
@@ -181,20 +161,15 @@ class TheoremOptions(ModelOptions, StepOptions, CardOptions, JsonOptions):
     examples=("mstplan theorem -m llama3.1-8b --gpu a100-80gb --seq-len 64k --m 32",),
 )
 def theorem(asked: TheoremOptions) -> None:
+    from ..plan import advice
     from ..plan import theorem as formulas
+    from ..show import planning as reports
 
     model, card = model_of(asked), card_of(asked)
     seq_len = length(asked.seq_len) if asked.seq_len is not None else None
     overrides = _overrides(asked)
     view = formulas.view(model, card, _theorem_recipe(asked), overrides, seq_len)
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.theorem_document(model, card, view))
-    else:
-        from ..show import report
-
-        report.theorem(new_console(), model, card, view)
+    emit(asked, reports.theorem(model, card, view, advice.kept_notes(model)))
 
 
 def _theorem_recipe(asked: TheoremOptions) -> Recipe:
@@ -229,7 +204,7 @@ def _overrides(asked: TheoremOptions) -> dict[str, int | None]:
 DTYPES = ("bfloat16", "float32")
 
 
-class ShapesOptions(ModelOptions, JsonOptions):
+class ShapesOptions(ModelOptions, FormatOptions):
     seq_len = option(str, "--seq-len", "Tokens per sequence.", "128k", metavar="TOKENS")
     batch = option(int, "--batch -b", "Sequences.", 1, metavar="N", min=1, max=1_000_000)
     dtype = option(str, "--dtype", f"{listed(DTYPES)}.", DTYPES[0], metavar="NAME")
@@ -243,29 +218,15 @@ class ShapesOptions(ModelOptions, JsonOptions):
 )
 def shapes(asked: ShapesOptions) -> None:
     from ..plan.shapes import shapes as table
+    from ..show import planning as reports
 
     one_of("dtype", asked.dtype, DTYPES)
     model, seq_len = model_of(asked), length(asked.seq_len)
     rows = table(model, asked.batch, seq_len, asked.dtype)
-    if asked.json:
-        from ..show import payload
-
-        print_json(
-            payload.document(
-                "shapes",
-                model=payload.model(model),
-                batch=asked.batch,
-                seq_len=seq_len,
-                shapes=[payload.shape(r) for r in rows],
-            )
-        )
-    else:
-        from ..show import tables
-
-        tables.shapes(new_console(), rows, model, asked.batch, seq_len)
+    emit(asked, reports.shapes(rows, model, asked.batch, seq_len))
 
 
-class PlotOptions(ModelOptions, RecipesOptions, CardOptions, JsonOptions):
+class PlotOptions(ModelOptions, RecipesOptions, CardOptions, FormatOptions):
     out = option(Path, "--out -o", "PNG, SVG or PDF picture, or CSV of the points.", Path("memory.png"), metavar="FILE")
     to = option(str, "--to", "The longest length drawn. Default: a little beyond the largest S_max.", metavar="TOKENS")
     points = option(int, "--points", "Lengths per curve.", 200, metavar="N", min=2, max=100_000)
@@ -280,6 +241,7 @@ class PlotOptions(ModelOptions, RecipesOptions, CardOptions, JsonOptions):
 )
 def plot(asked: PlotOptions) -> None:
     from ..plan import advice, solve
+    from ..show import planning as reports
     from ..show import plot as drawing
 
     drawing.check_output(asked.out, asked.force)
@@ -288,13 +250,4 @@ def plot(asked: PlotOptions) -> None:
     found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(asked).items()]
     curves = drawing.curves(found, longest, asked.points)
     drawing.write(curves, model, card, asked.out)
-    if asked.json:
-        from ..show import payload
-
-        about = {"model": payload.model(model), "card": payload.card(card), "budget_bytes": card.budget_bytes}
-        data = [{**curve.as_data(), "calibration": payload.calibrated(curve.calibration)} for curve in curves]
-        print_json(payload.document("plot", **about, file=str(asked.out), curves=data, notes=advice.kept_notes(model)))
-    else:
-        say_written(asked.out)
-        for line in advice.kept_notes(model):
-            typer.echo(line)
+    emit(asked, reports.plot(model, card, curves, asked.out, advice.kept_notes(model)))

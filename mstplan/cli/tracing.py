@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from .commands import command, given, option
 from .options import (
     FORCE,
     ONE_RECIPE,
-    JsonOptions,
+    FormatOptions,
     PlannedOptions,
     RecipesOptions,
     ResultsOptions,
@@ -26,19 +26,19 @@ from .options import (
     results_files,
     simplest,
 )
-from .output import new_console, print_json, say_written
+from .output import emit
 
 if TYPE_CHECKING:
     from ..errors import UnreadError
+    from ..observe.findings import View
     from ..observe.trace import Trace
     from ..plan.hardware import Card
     from ..plan.model import Model
     from ..plan.recipe import Recipe
-    from ..show.trace import View
     from .planning import PlanOptions
 
 
-class TraceOptions(PlannedOptions, JsonOptions):
+class TraceOptions(PlannedOptions, FormatOptions):
     plot = option(
         Path, "--plot", "Draw the step's memory over its course (PNG, SVG, PDF).", panel="Trace", metavar="FILE"
     )
@@ -64,6 +64,7 @@ class TraceOptions(PlannedOptions, JsonOptions):
 )
 def trace(asked: TraceOptions) -> None:
     from .. import files
+    from ..show import trace as shown
 
     _check_outputs(asked)
     card, model = card_of(asked), known_or_traced(asked)
@@ -80,21 +81,19 @@ def trace(asked: TraceOptions) -> None:
             asked.snapshot,
             to_pickle(snapshot(all_events(view.trace), lambda key: name_of(view.trace, key), expandable=True)),
         )
-    _tell(asked, "trace", view)
-    if not asked.json:
-        for path in (asked.plot, asked.snapshot):
-            if path is not None:
-                say_written(path)
+    emit(asked, shown.report(view, files=[path for path in (asked.plot, asked.snapshot) if path is not None]))
     if not view.fits:
         raise typer.Exit(1)
 
 
 def plan_by_trace(asked: PlanOptions, model: Model, card: Card) -> None:
     """What `plan` says of a model that the formula does not know."""
+    from ..show import trace as shown
+
     view, others = _views(asked, model, card)
     if asked.write_recipe is not None:
         view.plan.recipe.write(asked.write_recipe, asked.force)
-    _tell(asked, "plan", view, others)
+    emit(asked, shown.report(view, "plan", others))
     if not view.fits:
         raise typer.Exit(1)
 
@@ -102,16 +101,15 @@ def plan_by_trace(asked: PlanOptions, model: Model, card: Card) -> None:
 def _views(asked: PlannedOptions, model: Model, card: Card) -> tuple[View, list[View]]:
     """The step that is told of, traced: of several strategies the first that fits, else the nearest; and those traced before. The formula
     says which that is, where it knows the model."""
-    from ..observe import cache
+    from ..observe import cache, findings
     from ..observe.search import those_it_follows
-    from ..show import trace as shown
 
     plans = plans_of(asked, model, card)
 
     def view(name: str) -> View:
         step = plans[name].exactly()
         fixed = step.recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
-        return shown.view(
+        return findings.view(
             model, card, name, trace_step(fixed, step.recipe.padded(step.seq_len), card), step, cache.versions()
         )
 
@@ -125,17 +123,6 @@ def _views(asked: PlannedOptions, model: Model, card: Card) -> tuple[View, list[
     told = min(found, key=lambda each: (not each.fits, each.trace.peak.bytes))
     others = [each for each in found if each is not told]
     return told._replace(model=model._replace(notes=(*model.notes, *left_out))), others
-
-
-def _tell(asked: PlanOptions | TraceOptions, command: str, view: View, others: Sequence[View] = ()) -> None:
-    from ..show import trace as shown
-
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.trace_document(view, command, others))
-    else:
-        shown.report(new_console(), view, others)
 
 
 def _check_outputs(asked: TraceOptions) -> None:
@@ -221,7 +208,7 @@ def tracing(asked: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Trac
 SOURCES = ("trace", "measurements")
 
 
-class CalibrateOptions(ResultsOptions, JsonOptions):
+class CalibrateOptions(ResultsOptions, FormatOptions):
     results = option(
         str,
         "--results",
@@ -286,19 +273,8 @@ def calibrate(asked: CalibrateOptions) -> None:
     else:
         results = results_files(asked) or [Path("measurements.jsonl")]
         rows, said = fit_all(_models_named(asked.models), names, folder, results, asked.out is not None)
-    if asked.json:
-        from ..show import payload
-
-        rung = "trace" if asked.source == "trace" else "measurement"
-        print_json(
-            payload.document(
-                "calibrate", rung, folder=str(folder), calibrations=[row._asdict() for row in rows], notes=said
-            )
-        )
-    else:
-        calibrating.report(new_console(), rows)
-        for line in said:
-            new_console().print(line, soft_wrap=True)
+    rung = "trace" if asked.source == "trace" else "measurement"
+    emit(asked, calibrating.report(rows, rung, folder, said))
 
 
 def _models_named(text: str) -> list[str]:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration, hardware
 from .cuda import BIAS_ROWS
-from .hardware import GRANULARITY, Card, same_size
+from .hardware import GRANULARITY, Card, Gpu, same_size
 from .model import Model
 from .optimizers import stand_ins
 from .parameters import parameter_count, trained_count
 from .recipe import Recipe
 from .solve import Answer, Plan, longest, max_seq, smallest_chunks_tokens, window_of
 from .steps import Chunks, embeddings_are_frozen
-from .ways import Way, nearest, smallest_gpu
+from .ways import Way, nearest
 
 
 def kept_notes(model: Model | None = None) -> list[str]:
@@ -187,13 +187,12 @@ def nothing_tried() -> str:
     return f"Nothing that is tried (checkpointing, chunks, batch 1, bf16, {others}, the optimizer in backward, host memory)"
 
 
-def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way]) -> list[str]:
-    """When no strategy holds even the shortest sequence: what is missing, and where it would be enough."""
+def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way], smallest: Gpu | None) -> list[str]:
+    """When no strategy holds even the shortest sequence: what is missing, and the smallest card where it would be enough."""
     p = nearest([answer.plan for answer in found])
     lines = [f"Nothing fits, not even {SHORTEST} tokens: {_short_of(p)}."]
     if not to_fit:
-        bigger = smallest_gpu(p)
-        more = f" The smallest card that holds it: {bigger.name}." if bigger else " No single card holds it."
+        more = f" The smallest card that holds it: {smallest.name}." if smallest else " No single card holds it."
         lines.append(f"{nothing_tried()} makes it fit on this card." + more)
     return lines
 

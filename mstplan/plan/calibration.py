@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -211,6 +213,24 @@ def _wrong_provenance(provenance: dict[str, Any]) -> str | None:
     except ValueError:
         return "provenance: it holds what is no number"
     return None
+
+
+_set_aside = ContextVar("calibrations set aside", default=False)
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """Within it answers are the formula's alone: for comparing recipes of which some are calibrated and others are not. Plans are asked
+    what they stand on outside of it, and do not outlive it."""
+    before = _set_aside.set(True)
+    try:
+        yield
+    finally:
+        _set_aside.reset(before)
+
+
+def are_set_aside() -> bool:
+    return _set_aside.get()
 
 
 def find(model: Model, recipe: Recipe, several_mlp: bool, several_loss: bool, masked: bool) -> Calibration | None:

@@ -154,6 +154,8 @@ def _layout_step(
 
 def _calibrated(model: Model, layout: Layout, workspace: int) -> Step:
     """The formula's step, or what a calibration has in its place."""
+    if calibration.are_set_aside():
+        return step(model, layout, workspace)
     return _standing_on(model, layout, workspace, calibration.file_of(model))
 
 

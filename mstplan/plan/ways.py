@@ -7,6 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from ..errors import RecipeError
+from . import calibration
 from .hardware import Gpu, gpus
 from .optimizers import stand_ins
 from .recipe import Recipe
@@ -123,9 +124,23 @@ def ways_to_fit(start: Plan) -> tuple[Way, ...]:
         recipe = _changed(start.recipe, changes)
         assert recipe is not None
         plan = plan_at(start.model, recipe, start.card, start.seq_len)
-        if plan.fits:
+        if _helps(start, plan):
             ways.append(Way(changes, plan, max_seq(start.model, recipe, start.card).s_max))
     return tuple(ways)
+
+
+def _helps(start: Plan, plan: Plan) -> bool:
+    """Does it fit for what was changed? Where only one of the two is calibrated they differ by what they stand on, too: then by as much as the
+    formula says that the change brings."""
+    if not plan.fits or (start.calibration is None) == (plan.calibration is None):
+        return plan.fits
+    gain = _formula_bytes(start) - _formula_bytes(plan)
+    return start.peak_bytes - gain <= plan.budget_bytes
+
+
+def _formula_bytes(plan: Plan) -> int:
+    with calibration.set_aside():
+        return plan_at(plan.model, plan.recipe, plan.card, plan.seq_len, plan.chunks).peak_bytes
 
 
 def nearest(plans: Sequence[Plan]) -> Plan:
@@ -145,6 +160,12 @@ def ways_to_train(starts: Sequence[Plan]) -> tuple[Way, ...]:
 
 def furthest(start: Plan) -> Way | None:
     """The longest sequence that changes reach, where the step's own length is beyond all of them; None where nothing fits at all."""
+    with calibration.set_aside():  # which some of these recipes have, and others have not
+        changes = _furthest(start)
+    return _reach(start, changes) if changes is not None else None
+
+
+def _furthest(start: Plan) -> tuple[Change, ...] | None:
     most = [changes for states in _choices(start.recipe, _states(start)) for changes in _everything(start, states)]
     found = [way for changes in most if (way := _reach(start, changes)) is not None and way.s_max]
     if not found:
@@ -153,7 +174,7 @@ def furthest(start: Plan) -> Way | None:
     for change in sorted(best.changes, key=lambda change: -change.cost):  # not what brings nothing
         fewer = _reach(start, [each for each in best.changes if each is not change])
         best = fewer if fewer is not None and fewer.s_max >= best.s_max else best
-    return best
+    return best.changes
 
 
 def _reach(start: Plan, changes: Iterable[Change]) -> Way | None:

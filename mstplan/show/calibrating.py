@@ -1,26 +1,47 @@
-"""What `mstplan calibrate` says."""
+"""The report of `mstplan calibrate`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from rich.console import Console
+from pathlib import Path
 
 from ..errors import one_line
 from ..observe.calibrate import Written
-from . import tables
+from . import parts, payload
+from .parts import cell
+from .report import Block, Cell, Column, Folded, Report, Row, Table, line
 
 
-def report(console: Console, rows: Sequence[Written]) -> None:
-    table = tables.new_table(
-        ("model", "left"), ("strategy", "left"), ("in chunks", "left"), ("vectors", "right"), ("residual", "right")
+def report(rows: Sequence[Written], rung: str, folder: Path, said: Sequence[str]) -> Report:
+    """What was solved and written. said: what else is to be told of it."""
+    columns = (
+        Column("model", "model"),
+        Column("strategy", "strategy"),
+        Column("in_chunks", "in chunks"),
+        Column("vectors", "vectors", right=True),
+        Column("residual", "residual", right=True),
+        Column("file", None),
     )
-    for row in rows:
-        chunked = " and ".join(
-            part for part, several in (("MLP", row.mlp_in_chunks), ("loss", row.loss_in_chunks)) if several
-        )
-        how = (chunked or "nothing") + (", masks" if row.masked else "")
-        table.add_row(one_line(row.model), one_line(row.strategy), how, str(row.vectors), f"{row.residual:.1e}")
-    console.print(table)
-    for path in dict.fromkeys(row.file for row in rows):
-        console.print(f"wrote {one_line(path, 200)}", soft_wrap=True)
+    table = Table("calibrations", columns, tuple(Row(_cells(row)) for row in rows))
+    blocks: list[Block] = [
+        Folded((line("Calibrations"),)),
+        table,
+        *parts.written(dict.fromkeys(row.file for row in rows)),
+        *(line(each, whole=True) for each in said),
+    ]
+    calibrations = [row._asdict() for row in rows]
+    facts = payload.document("calibrate", rung, folder=str(folder), calibrations=calibrations, notes=list(said))
+    return Report("calibrate", facts, blocks, table)
+
+
+def _cells(row: Written) -> tuple[Cell, ...]:
+    several = (("MLP", row.mlp_in_chunks), ("loss", row.loss_in_chunks))
+    how = " and ".join(part for part, in_chunks in several if in_chunks) or "nothing"
+    return (
+        cell(one_line(row.model)),
+        cell(one_line(row.strategy)),
+        cell(how + (", masks" if row.masked else "")),
+        cell(row.vectors),
+        Cell(row.residual, f"{row.residual:.1e}"),
+        cell(row.file),
+    )

@@ -1,27 +1,29 @@
-"""Answers as plain data for --json. Bytes, tokens and seconds are numbers; absent means null."""
+"""Answers as plain data, the facts of reports. Bytes, tokens and seconds are numbers; absent means null."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plan.advice import kept_notes
 from ..plan.calibration import Calibration
 from ..plan.hardware import Card, Gpu
 from ..plan.model import Model
 from ..plan.parameters import parameter_count, trained_count
-from ..plan.recipe import options_of
-from ..plan.shapes import Shape
+from ..plan.recipe import Recipe, options_of
 from ..plan.solve import Answer, Plan
 from ..plan.steps import Entry, InstantPeak
-from ..plan.theorem import Coefficients, Row
-from ..plan.theorem import View as TheView
 from ..plan.ways import Way
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..observe.card import Held
-    from ..observe.search import Found
-    from .trace import View
+    from ..observe.findings import TracedLongest, View
+    from ..plan.findings import AtLength, Longest
+    from ..plan.shapes import Shape
+    from ..plan.theorem import Coefficients, Row
+    from ..plan.theorem import View as TheView
+    from .plot import Curve
 
 SCHEMA_VERSION = 1
 
@@ -81,8 +83,13 @@ def answer(a: Answer) -> dict[str, Any]:
         "host_bytes": p.host_bytes,
         "step_seconds": p.step_seconds or None,
         "trained_parameters": trained_parameters(p),
-        "recipe": p.recipe.model_dump(),
+        "recipe": fields(p.recipe),
     }
+
+
+def fields(r: Recipe) -> dict[str, Any]:
+    """As its `model_dump`, for which pydantic would first build what dumps, a tenth of an answer."""
+    return {name: getattr(r, name) for name in Recipe.model_fields}
 
 
 def trained_parameters(p: Plan) -> int | None:
@@ -112,12 +119,8 @@ def brief(p: Plan) -> dict[str, Any]:
         "host_bytes": p.host_bytes,
         "step_seconds": p.step_seconds,
         "trained_parameters": trained_parameters(p),
-        "recipe": p.recipe.model_dump(),
+        "recipe": fields(p.recipe),
     }
-
-
-def plan(p: Plan) -> dict[str, Any]:
-    return {**brief(p), "instants": [instant(i) for i in p.instants()]}
 
 
 def way(w: Way) -> dict[str, Any]:
@@ -163,67 +166,77 @@ def shape(s: Shape) -> dict[str, Any]:
     }
 
 
-def max_seq(m: Model, c: Card, found: Sequence[Answer], best: Answer, to_fit: Sequence[Way]) -> dict[str, Any]:
-    from .report import max_seq_notes
+def shapes_document(rows: Sequence[Shape], m: Model, batch: int, seq_len: int) -> dict[str, Any]:
+    return document("shapes", model=model(m), batch=batch, seq_len=seq_len, shapes=[shape(row) for row in rows])
 
+
+def max_seq(told: Longest) -> dict[str, Any]:
     return document(
         "max-seq",
-        model=model(m),
-        card=card(c),
-        budget_bytes=c.budget_bytes,
-        results=[answer(a) for a in found],
-        best=best.strategy,
-        binding=[entry(e) for e in best.plan.binding_entries()],
-        ways_to_fit=[way(w) for w in to_fit],
-        notes=[*m.notes, *max_seq_notes(m, c, found, to_fit)],
+        model=model(told.model),
+        card=card(told.card),
+        provenance=told.provenance,
+        budget_bytes=told.card.budget_bytes,
+        results=[answer(a) for a in told.found],
+        best=told.best.strategy,
+        binding=[entry(e) for e in told.best.plan.binding_entries()],
+        ways_to_fit=[way(w) for w in told.to_fit],
+        smallest_card=smallest(told.smallest),
+        notes=[*told.model.notes, *told.notes],
     )
 
 
-def max_seq_by_trace(m: Model, c: Card, found: Sequence[Found], best: Found) -> dict[str, Any]:
-    from ..observe.cache import versions
-    from .trace import max_seq_notes
+def smallest(g: Gpu | None) -> dict[str, Any] | None:
+    """The smallest card on which it fits as it is."""
+    return {"gpu": g.name, "usable_bytes": g.usable_bytes} if g is not None else None
 
+
+def max_seq_by_trace(told: TracedLongest) -> dict[str, Any]:
+    best = told.best
     return document(
         "max-seq",
         "trace",
-        model=model(m),
-        card=card(c),
-        budget_bytes=c.budget_bytes,
-        versions=versions(),
-        results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in found],
+        model=model(told.model),
+        card=card(told.card),
+        provenance=told.provenance,
+        budget_bytes=told.card.budget_bytes,
+        versions=told.versions,
+        results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in told.found],
         best=best.answer.strategy,
         alive=[a._asdict() for a in best.trace.alive(best.trace.peak.event)],
-        notes=[*m.notes, *max_seq_notes(m, c, found)],
+        smallest_card=smallest(told.smallest),
+        notes=[*told.model.notes, *told.notes],
     )
 
 
-def plan_document(
-    plans: Mapping[str, Plan], reaches: Mapping[str, int], name: str, to_fit: Sequence[Way], beyond: Way | None
-) -> dict[str, Any]:
-    """The detailed plan, and of every strategy that was asked for whether it fits."""
-    from .report import plan_notes
-
-    p = plans[name]
-    strategies = [{"strategy": each, "s_max": reaches[each], **brief(its)} for each, its in plans.items()]
+def plan_document(told: AtLength, found: Sequence[InstantPeak]) -> dict[str, Any]:
+    """The detailed plan with its instants, and of every strategy that was asked for whether it fits."""
+    p = told.step
+    strategies = [{"strategy": each, "s_max": told.reaches[each], **brief(its)} for each, its in told.plans.items()]
     return document(
         "plan",
         model=model(p.model),
         card=card(p.card),
-        strategy=name,
-        **plan(p),
-        s_max=reaches[name],
+        provenance=told.provenance,
+        strategy=told.name,
+        **brief(p),
+        instants=[instant(i) for i in found],
+        s_max=told.reach,
         strategies=strategies,
-        ways_to_fit=[way(w) for w in to_fit],
-        furthest=way(beyond) if beyond is not None else None,
-        notes=[*p.model.notes, *plan_notes(p, reaches[name])],
+        ways_to_fit=[way(w) for w in told.to_fit],
+        furthest=way(told.beyond) if told.beyond is not None else None,
+        smallest_card=smallest(told.smallest),
+        advice=list(told.advice),
+        notes=[*p.model.notes, *told.notes],
     )
 
 
-def theorem_document(m: Model, c: Card, view: TheView) -> dict[str, Any]:
+def theorem_document(m: Model, c: Card, view: TheView, provenance: str, said: Sequence[str]) -> dict[str, Any]:
     return document(
         "theorem",
         model=model(m),
         card=card(c),
+        provenance=provenance,
         coefficients=coefficients(view.coefficients),
         seq_len=view.seq_len,
         formulas=[row(r) for r in view.rows],
@@ -232,13 +245,24 @@ def theorem_document(m: Model, c: Card, view: TheView) -> dict[str, Any]:
             {"strategy": a.strategy, "s_max": a.s_max, "calibration": calibrated(a.plan.calibration)}
             for a in view.answers
         ],
-        notes=kept_notes(m),
+        notes=list(said),
+    )
+
+
+def plot_document(m: Model, c: Card, curves: Sequence[Curve], out: Path, said: Sequence[str]) -> dict[str, Any]:
+    return document(
+        "plot",
+        model=model(m),
+        card=card(c),
+        budget_bytes=c.budget_bytes,
+        file=str(out),
+        curves=[{**curve.as_data(), "calibration": calibrated(curve.calibration)} for curve in curves],
+        notes=list(said),
     )
 
 
 def trace_document(v: View, command: str = "trace", others: Sequence[View] = ()) -> dict[str, Any]:
     """Of a trace; `others`: traces of other strategies at the same length."""
-    from .trace import notes
 
     def kept(h: Held) -> dict[str, Any]:
         lost = h.out_of_memory._asdict() if h.out_of_memory is not None else None
@@ -250,10 +274,11 @@ def trace_document(v: View, command: str = "trace", others: Sequence[View] = ())
         "trace",
         model=model(v.model),
         card=card(v.card),
+        provenance=v.provenance,
         strategy=v.strategy,
         versions=v.versions,
         seq_len=v.trace.seq_len,
-        recipe=v.trace.recipe.model_dump(),
+        recipe=fields(v.trace.recipe),
         mlp_chunks=v.plan.chunks.mlp,
         loss_chunks=v.plan.chunks.loss,
         fits=v.fits,
@@ -271,5 +296,5 @@ def trace_document(v: View, command: str = "trace", others: Sequence[View] = ())
             {"strategy": each.strategy, "fits": each.fits, "peak_bytes": each.trace.peak.bytes} for each in (*others, v)
         ],
         units={"all": v.trace.units, "run": list(v.trace.kept)},
-        notes=[*v.model.notes, *notes(v)],
+        notes=[*v.model.notes, *v.notes],
     )

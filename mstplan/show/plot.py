@@ -5,7 +5,6 @@ matplotlib is imported only when a picture is drawn, through its object interfac
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import sys
@@ -29,6 +28,9 @@ from ..plan.recipe import Recipe
 from ..plan.solve import Answer
 from ..plan.steps import Chunks
 from ..units import GIB, format_gib, format_tokens
+from .formats import FORMATS
+from .formats.as_csv import as_csv
+from .report import Cell, Column, Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,10 +83,15 @@ def check_output(path: Path, force: bool) -> None:
 def _kind(path: Path) -> str:
     kind = path.suffix.lower()
     if kind not in SUFFIXES and not os.path.isdir(path):
-        raise OutputError(
-            f"cannot tell from {quoted(path.name)} what to write.\nEnd the name in {', '.join(SUFFIXES)}."
-        )
+        raise OutputError(f"{no_picture(path, 'write')}\nEnd the name in {', '.join(SUFFIXES)}.")
     return kind
+
+
+def no_picture(path: Path, do: str) -> str:
+    """Why nothing can be drawn, or written, to a file of that name."""
+    form = next((each for each in FORMATS.values() if path.suffix.lower() in each.suffixes), None)
+    why = f": {form.name} makes no picture" if form is not None else ""
+    return f"cannot tell from {quoted(path.name)} what to {do}{why}."
 
 
 def write(curves: Sequence[Curve], model: Model, card: Card, path: Path) -> None:
@@ -95,21 +102,26 @@ def write(curves: Sequence[Curve], model: Model, card: Card, path: Path) -> None
     files.write(path, data)
 
 
-COLUMNS = ("strategy", "seq_len", "bytes", "gib", "instant", "budget_bytes", "fits", "calibrated_from")
-
-
-def _csv(curves: Iterable[Curve], card: Card) -> bytes:
+def _csv(curves: Sequence[Curve], card: Card) -> bytes:
     """RFC 4180, UTF-8."""
-    text = io.StringIO(newline="")
-    rows = csv.writer(text)
-    rows.writerow(COLUMNS)
+    return as_csv(table_of_points(curves, card), "\r\n").encode()
+
+
+def table_of_points(curves: Sequence[Curve], card: Card) -> Table:
+    """Every point of every curve: for programs only."""
+    names = ("strategy", "seq_len", "bytes", "gib", "instant", "budget_bytes", "fits", "calibrated_from")
     budget = card.budget_bytes
-    for curve in curves:
-        calibrated = curve.calibration.said if curve.calibration is not None else ""
-        for seq_len, size, instant in curve.points:
-            fits = "true" if size <= budget else "false"
-            rows.writerow((curve.strategy, seq_len, size, f"{size / GIB:.6f}", instant, budget, fits, calibrated))
-    return text.getvalue().encode()
+
+    def cells(curve: Curve, point: Point) -> tuple[Cell, ...]:
+        by = curve.calibration.said if curve.calibration is not None else None
+        size, gib = point.bytes, f"{point.bytes / GIB:.6f}"
+        return tuple(
+            Cell(value, "")
+            for value in (curve.strategy, point.seq_len, size, gib, point.instant.value, budget, size <= budget, by)
+        )
+
+    rows = tuple(Row(cells(curve, point)) for curve in curves for point in curve.points)
+    return Table("points", tuple(Column(name, None) for name in names), rows)
 
 
 # ---- the points --------------------------------------------------------------------------------------------------------
@@ -264,7 +276,7 @@ def _recipe_line(curves: Sequence[Curve]) -> str:
 def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
     """The lines below the picture. `top`: the most bytes that are drawn."""
     from .. import __version__
-    from .tables import rung
+    from ..plan.findings import provenance
 
     lines = []
     none = [c for c in curves if not c.s_max]
@@ -287,7 +299,7 @@ def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
         chosen = any("auto" in (c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in cut)
         why = f", as recommended at {when}" if chosen else ""
         lines += [f"Chunks (MLP, loss) at every length{why}: {counts}."] if counts else []
-    stands_on = rung([curve.calibration for curve in curves])
+    stands_on = provenance([curve.calibration for curve in curves])
     return [*lines, f"{stands_on[0].upper()}{stands_on[1:]}. mstplan {__version__}"]
 
 

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import files
-from ..errors import OutputError, quoted
+from ..errors import OutputError
 from ..observe.recording import Category
 from ..observe.trace import Trace
 from ..plan.instants import Instant
 from ..units import GIB, format_gib, format_tokens
-from .plot import card_name, render, short_name
+from .plot import card_name, no_picture, render, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .trace import View
+    from ..observe.findings import View
 
 SUFFIXES = (".png", ".svg", ".pdf")
 MOST_POINTS = 1500
@@ -44,7 +44,7 @@ COLORS = {
 def check_output(path: Path) -> None:
     """Raises OutputError when the name does not say what picture to draw."""
     if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"cannot tell from {quoted(path.name)} what to draw.\nEnd the name in {', '.join(SUFFIXES)}.")
+        raise OutputError(f"{no_picture(path, 'draw')}\nEnd the name in {', '.join(SUFFIXES)}.")
 
 
 def write(view: View, path: Path) -> None:

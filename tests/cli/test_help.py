@@ -97,7 +97,7 @@ def test_unknown_choices_are_answered_with_the_nearest(
 
 
 def test_each_command_has_the_options_that_it_reads() -> None:
-    assert FLAGS["published"] == {"--json", "--markdown"}
+    assert FLAGS["published"] == {"--json", "--format", "--markdown"}
     assert len(FLAGS["validate"]) < 15 and not FLAGS["validate"] & {"--device", "--batch", "--assume", "--seq-len"}
     assert FLAGS["check-throughput"] - FLAGS["check-smax"] == {"--seq-len"}
     assert not FLAGS["check-smax"] & {"--mean", "--markdown", "--plot", "--results", "--force", "RESULTS"}

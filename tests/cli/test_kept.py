@@ -229,6 +229,42 @@ def test_what_is_written_counts_for_the_next_answer(
     assert asked() == usual
 
 
+def test_a_models_file_is_read_for_every_answer(run: Run, tmp_path: Path) -> None:
+    """Nothing of a config.json, of a recipe or of a card that was measured outlives its file in the same process."""
+    config, recipe = tmp_path / "mine.json", tmp_path / "recipe.json"
+    written = json.loads((ROOT / "models" / "gpt2.json").read_text())
+
+    def parameters(layers: int) -> int:
+        config.write_text(json.dumps({**written, "n_layer": layers}))
+        told = run(
+            "plan", "-m", "mine.json", "--gpu", "h100", "--seq-len", "1k", "--recipe", "recipe.json", "--json"
+        ).json
+        assert told["recipe"]["optimizer"] == json.loads(recipe.read_text())["optimizer"]
+        return int(told["model"]["parameters"])
+
+    strategy("mst", optimizer="sgd").write(recipe)
+    twelve, three = parameters(12), parameters(3)
+    strategy("mst", optimizer="adamw").write(recipe, force=True)
+    assert twelve == parameters(12) > three == parameters(3)
+
+
+def test_a_card_that_was_measured_counts_in_every_answer(folder: Path, run: Run) -> None:
+    """In the list of cards, in a budget and in the smallest card; and no longer, once its file is gone."""
+    big = [gpu["name"] for gpu in run("gpus", "--json").json["gpus"] if gpu["name"] == "h200"]
+    asked = ("plan", "-m", "llama3.1-8b", "--gpu", "h100", "--seq-len", "32k", "-s", "checkpoint", "--json")
+    before = run(*asked).json
+    assert big and before["smallest_card"]["gpu"] is not None
+    taken = {name: hardware.Constants(60 * 2**30, 0, "measured") for name in (before["smallest_card"]["gpu"], "h100")}
+    hardware.write_measured(taken)
+    after = run(*asked).json
+    assert after["card"]["context_bytes"] == 60 * 2**30 and after["budget_bytes"] < before["budget_bytes"]
+    assert after["smallest_card"] != before["smallest_card"] and after["s_max"] < before["s_max"]
+    listed = {gpu["name"]: gpu["context_bytes"] for gpu in run("gpus", "--json").json["gpus"]}
+    assert listed["h100"] == 60 * 2**30
+    (folder / "devices.json").unlink()
+    assert run(*asked).json == before
+
+
 def test_a_models_name_leads_nowhere_else(folder: Path) -> None:
     """A Hub id has its file; no name leaves the folder."""
     for name in ("org/model", "../../escape", "/etc/x", "a" * 250, "..", "\x1b" * 70, "nul\0"):

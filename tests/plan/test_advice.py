@@ -63,7 +63,7 @@ def test_what_is_short_is_named(options: dict[str, object]) -> None:
                 continue
             said = " ".join(
                 [
-                    *advice.nothing_fits_notes(found, ()),
+                    *advice.nothing_fits_notes(found, (), None),
                     *(line for answer in found for line in advice.answer_notes(answer)),
                 ]
             )

@@ -175,3 +175,26 @@ def test_a_peak_and_its_card_are_of_the_step_that_was_asked_for() -> None:
     assert not start.fits and min(start.chunks) > 1
     bigger = smallest_gpu(start)
     assert bigger is not None and bigger.usable_bytes >= start.peak_bytes
+
+
+def test_what_brings_nothing_is_no_way_whatever_it_stands_on() -> None:
+    """A step that is calibrated misses the budget by a byte. Chunks that are no shorter and an attention without masks that there are none of
+    lead to recipes without a calibration, which the formula counts some 500 bytes lower: that is no advice."""
+    recipe, usual = strategy("checkpoint"), card("h100")
+    whole = plan_at(MODEL, recipe, usual, 16384)
+    start = plan_at(MODEL, recipe, card("h100", reserve=usual.budget_bytes - whole.peak_bytes + 1), 16384)
+    idle = recipe.changed(attention="flash")
+    same = plan_at(MODEL, idle, start.card, 16384)
+    assert start.calibration is not None and same.calibration is None and same.fits and not start.fits
+    for way in ways_to_fit(start):
+        assert way.plan.fits and way.plan.peak_bytes < start.peak_bytes - 2**20, way.changes
+        assert {c.name for c in way.changes} != {"flash-attn: no explicit masks"}
+    assert "fused AdamW" in {c.name for c in ways_to_fit(start)[0].changes}
+
+
+def test_the_furthest_has_no_change_that_brings_nothing() -> None:
+    """By the formula, of recipes of which some are calibrated: attention without masks brings a Llama nothing."""
+    for name in ("standard", "checkpoint", "mst"):
+        best = furthest(plan_at(MODEL, strategy(name), card("h100"), 1 << 22))
+        assert best is not None and not any("flash" in c.name for c in best.changes)
+        assert best.s_max == max_seq(MODEL, best.plan.recipe, best.plan.card).s_max

@@ -7,13 +7,13 @@ from itertools import pairwise
 import pytest
 
 from mstplan.errors import OutputError
+from mstplan.observe.findings import view
 from mstplan.observe.recording import Category
 from mstplan.plan import solve
 from mstplan.plan.config import read_config
 from mstplan.plan.hardware import card
 from mstplan.plan.recipe import strategy
 from mstplan.show import timeline
-from mstplan.show.trace import view
 from mstplan.units import GIB
 
 from ..observe.tiny import TINY, step_of

@@ -1,0 +1,129 @@
+"""Text for a terminal, tables in 80 columns: the usual form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from .base import Format
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..report import Block, Line, Report, Row, Table
+
+STYLES = {"": "", "strong": "bold", "quiet": "dim", "good": "bold green", "bad": "bold red"}
+"""Of rich, for the tones of a report."""
+NARROWEST, WIDEST = 60, 1000
+"""Columns between which tables and help are laid out. In fewer, cells would be left out."""
+
+
+class Text(Format):
+    name = "text"
+    about = "tables for a terminal"
+    suffixes = (".txt",)
+
+    def render(self, report: Report) -> str:
+        console = new_console()
+        with console.capture() as kept:
+            write(console, report.blocks)
+        return kept.get()
+
+    def emit(self, report: Report) -> None:
+        write(new_console(), report.blocks)  # which knows whether it may use colours
+
+
+def new_console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    console.width = max(console.width, NARROWEST)
+    return console
+
+
+def write(console: Console, blocks: Iterable[Block]) -> None:
+    """Blocks of a report on a console."""
+    for block in blocks:
+        _block(console, block)
+
+
+def _block(console: Console, block: Block) -> None:
+    from .. import report, tables
+
+    if isinstance(block, report.Line):
+        _line(console, block)
+    elif isinstance(block, report.Notes):
+        tables.notes(console, block.lines)
+    elif isinstance(block, report.Table):
+        {"grid": _grid, "answers": _answers, "ways": _ways}[block.layout](console, block)
+
+
+def _line(console: Console, line: Line) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    text = Text.assemble(*((span.text, STYLES[span.tone]) for span in line.spans))
+    console.print(Padding(text, (0, 0, 0, line.deep)) if line.deep else text, soft_wrap=line.whole)
+
+
+def _said(console: Console, text: str, style: str = "", whole: bool = False) -> None:
+    from rich.text import Text
+
+    console.print(Text(text, style), soft_wrap=whole)
+
+
+def _grid(console: Console, table: Table) -> None:
+    """A table as rich lays it out."""
+    from .. import tables
+
+    if table.title:
+        _said(console, table.title, "bold")
+    columns = [table.columns[i] for i in table.for_people]
+    grid = tables.new_table(*((column.heading or "", "right" if column.right else "left") for column in columns))
+    shown = table.rows[: table.most]
+    for row in (*shown, *([table.rest] if table.rest is not None and len(shown) < len(table.rows) else [])):
+        grid.add_row(*_texts(table, row), style=STYLES[row.tone])
+    if table.total is not None:
+        grid.add_section()
+        grid.add_row(*_texts(table, table.total))
+    console.print(grid)
+
+
+def _texts(table: Table, row: Row) -> list[str]:
+    return [row.cells[i].text for i in table.for_people]
+
+
+def _answers(console: Console, table: Table) -> None:
+    """Two lines a row: all cells but the last, under headings of two lines; then the last, where there is something in it."""
+    rows = [_texts(table, row) for row in table.rows]
+    headings = [(table.columns[i].heading or "").split(" ") for i in table.for_people[:-1]]
+    top = [first if rest else "" for first, *rest in headings]
+    bottom = [rest[0] if rest else first for first, *rest in headings]
+    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), top, bottom, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *numbers, last = cells
+        padded = (cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=False))
+        return " ".join([first.ljust(widths[0]), *padded, last])
+
+    console.print()
+    _said(console, line(top), "dim")
+    _said(console, line(bottom), "dim")
+    for row, (*cells, below) in zip(table.rows, rows, strict=True):
+        _said(console, line(cells), STYLES[row.tone])
+        if below:
+            _said(console, " " * (widths[0] + 1) + below, "dim")
+    console.print()
+
+
+def _ways(console: Console, table: Table) -> None:
+    """Two lines a row: what it brings and costs, and the options to paste, which are in the last column."""
+    if not table.rows:
+        return
+    _said(console, table.title, "bold")
+    longest, host, gives_up, _ = (table.columns[i].heading for i in table.for_people)
+    _said(console, f"{longest:>9} {host:>8}  {gives_up}", "dim")
+    for row in table.rows:
+        longest, host, gives_up, options = _texts(table, row)
+        _said(console, f"{longest:>9} {host:>8}  {gives_up}")
+        _said(console, f"    {options}", "bold", whole=True)

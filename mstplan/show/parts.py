@@ -1,0 +1,278 @@
+"""Parts of reports: cells, and the lines and tables that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..plan.hardware import Card
+from ..plan.model import Model
+from ..plan.parameters import parameter_count
+from ..plan.recipe import options_of
+from ..plan.solve import Answer, Plan, chunk_tokens
+from ..plan.steps import Entry, InstantPeak
+from ..plan.ways import Way
+from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
+from .report import GAP, Block, Cell, Column, Line, Notes, Row, Span, Table, line
+
+MOST = 14
+"""Tensors that a terminal shows of an instant."""
+BINDS = "<- binds"
+NOTHING = Cell(None, "")
+
+
+# ---- cells --------------------------------------------------------------------------------------------------------------
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:,.2f}"
+
+
+def short_gib(size: int) -> str:
+    """GiB in at most seven characters up to a million."""
+    return gib(size) if size < 1000 * GIB else f"{size / GIB:,.0f}"
+
+
+def cell(value: Any) -> Cell:
+    """A value that people read as it is; nothing for None."""
+    return Cell(value, "" if value is None else str(value))
+
+
+def gib_cell(size: int) -> Cell:
+    return Cell(size, gib(size))
+
+
+def peak_cell(size: int) -> Cell:
+    return Cell(size, short_gib(size))
+
+
+def host_cell(size: int) -> Cell:
+    return Cell(size, short_gib(size) if size else "-")
+
+
+def tokens_cell(tokens: int, none: str = "none") -> Cell:
+    return Cell(tokens, format_tokens(tokens) if tokens else none)
+
+
+def copies_cell(copies: int) -> Cell:
+    return Cell(copies, str(copies) if copies > 1 else "")
+
+
+def binds_cell(binds: bool) -> Cell:
+    return Cell(binds, BINDS if binds else "")
+
+
+def pieces(p: Plan) -> str:
+    """'M: MLP 4 x 21,134 tokens, loss 16 x 5,284 tokens'."""
+    found = zip(("MLP", "loss"), p.chunks, p.chunk_tokens, strict=True)
+    return "M: " + ", ".join(f"{what} {n} x {tokens:,} tokens" for what, n, tokens in found)
+
+
+# ---- lines --------------------------------------------------------------------------------------------------------------
+
+
+def heading(model: Model, card: Card, provenance: str) -> list[Block]:
+    """What is answered for, what the answer stands on, and the model's own notes, which come before any answer."""
+    total, active = parameter_count(model)
+    parameters = format_count(total) + (f" ({format_count(active)} active)" if active != total else "")
+    title = Line(
+        (
+            Span(model.name, "strong"),
+            Span(f"  {parameters} parameters, {model.layers} layers   on "),
+            Span(card.label, "strong"),
+            Span(f"   budget {format_gib(card.budget_bytes)}"),
+        )
+    )
+    return [title, line(provenance, "quiet"), Notes(model.notes)]
+
+
+def fits(seq_len: int, strategy: str, peak: int, budget: int, does: bool) -> Line:
+    """Does it fit, and by how much?"""
+    room = f"{format_gib(abs(budget - peak))} {'to spare' if budget >= peak else 'too much'}"
+    if budget >= peak and not does:
+        room += " in all, but the allocator, or host memory, has no room for it"
+    return Line(
+        (
+            Span(f"{format_tokens(seq_len)} tokens with {strategy}: "),
+            Span("fits", "good") if does else Span("does not fit", "bad"),
+            Span(f".  Peak {format_gib(peak)} of {format_gib(budget)}, {room}."),
+        )
+    )
+
+
+def verdict(p: Plan, strategy: str) -> list[Block]:
+    host = [f"host memory {format_gib(p.host_bytes)}"] if p.host_bytes else []
+    more = [*([pieces(p)] if p.in_chunks else []), f"step >= {format_seconds(p.step_seconds)}", *host]
+    return [fits(p.seq_len, strategy, p.peak_bytes, p.budget_bytes, p.fits), line(", ".join(more), "quiet")]
+
+
+def legend(p: Plan) -> Line:
+    """What the symbols in the shapes stand for."""
+    m, a, s = p.model, p.model.attention, p.peak.tokens
+    symbols = [
+        ("b", p.recipe.batch),
+        ("s", s),
+        ("c", chunk_tokens(s, p.chunks.mlp) if p.chunks.mlp > 1 else None),
+        ("k", chunk_tokens(s, p.chunks.loss) if p.chunks.loss > 1 else None),
+        ("d", m.hidden),
+        ("H", a.heads),
+        ("G", a.kv_heads if a.kv_heads != a.heads else None),
+        ("e", a.head_dim),
+        ("I", m.mlp.width if m.mlp else None),
+        ("V", m.vocab),
+        ("A", m.experts.per_token if m.experts else None),
+        ("F", m.experts.width if m.experts else None),
+    ]
+    return line("  ".join(f"{name}={value:,}" for name, value in symbols if value is not None), "quiet")
+
+
+def remarks(lines: Sequence[str]) -> list[Block]:
+    """Notes below an answer."""
+    return [GAP, Notes(tuple(lines))]
+
+
+def written(paths: Iterable[object]) -> list[Block]:
+    """A line for each file that was written."""
+    from ..errors import one_line
+
+    return [line(f"wrote {one_line(path, 200)}", whole=True) for path in paths]
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------------
+
+
+def answers(found: Sequence[Answer], best: Answer) -> Table:
+    """S_max of each strategy, the peak there and the instant that binds."""
+    columns = (
+        Column("strategy", "strategy"),
+        Column("s_max", "S_max", right=True),
+        Column("times_standard", "x std", right=True),
+        Column("peak_bytes", "peak GiB", right=True),
+        Column("host_bytes", "host GiB", right=True),
+        Column("step_seconds", "step >=", right=True),
+        Column("instant", "binding instant"),
+        Column("mlp_chunks", None),
+        Column("loss_chunks", None),
+        Column("", "pieces"),
+    )
+    standard = next((a.s_max for a in found if a.strategy == "standard"), 0)
+    rows = tuple(Row(_answer(a, standard), "strong" if a is best and a.s_max else "") for a in found)
+    return Table("answers", columns, rows, layout="answers")
+
+
+def _answer(a: Answer, standard: int) -> tuple[Cell, ...]:
+    p, ratio = a.plan, a.s_max / standard if standard else 0
+    times = f"{ratio:.1f}" if 0 < ratio < 100 else f"{ratio:,.0f}" if ratio else "-"
+    seconds = p.step_seconds or None
+    return (
+        cell(a.strategy),
+        tokens_cell(a.s_max),
+        Cell(ratio or None, times),
+        peak_cell(p.peak_bytes),
+        host_cell(p.host_bytes),
+        Cell(seconds, format_seconds(seconds) if a.s_max and seconds else "-"),
+        cell(p.instant.value),
+        cell(p.chunks.mlp),
+        cell(p.chunks.loss),
+        Cell(None, pieces(p) if p.in_chunks and a.s_max else ""),
+    )
+
+
+def plans(found: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) -> Table:
+    """Each strategy at one length; the one that is detailed stands out."""
+    columns = (
+        Column("strategy", "strategy"),
+        Column("fits", ""),
+        Column("peak_bytes", "peak GiB", right=True),
+        Column("host_bytes", "host GiB", right=True),
+        Column("step_seconds", "step >=", right=True),
+        Column("s_max", "up to", right=True),
+        Column("seq_len", None),
+        Column("budget_bytes", None),
+        Column("instant", None),
+        Column("mlp_chunks", None),
+        Column("loss_chunks", None),
+    )
+    rows = tuple(
+        Row(
+            (
+                cell(name),
+                Cell(p.fits, "fits" if p.fits else "does not fit"),
+                peak_cell(p.peak_bytes),
+                host_cell(p.host_bytes),
+                Cell(p.step_seconds, format_seconds(p.step_seconds)),
+                tokens_cell(reaches[name]),
+                *map(cell, (p.seq_len, p.budget_bytes, p.instant.value, p.chunks.mlp, p.chunks.loss)),
+            ),
+            "strong" if name == detailed else "",
+        )
+        for name, p in found.items()
+    )
+    return Table("strategies", columns, rows)
+
+
+def instants(p: Plan, found: Sequence[InstantPeak]) -> Table:
+    columns = (
+        Column("instant", "instant"),
+        Column("operation", "largest at"),
+        Column("bytes", "GiB", right=True),
+        Column("binds", ""),
+    )
+    rows = tuple(
+        Row(
+            (cell(i.name.value), cell(i.operation), gib_cell(i.bytes), binds_cell(i.name == p.instant)),
+            "strong" if i.name == p.instant else "",
+        )
+        for i in found
+    )
+    return Table("instants", columns, rows)
+
+
+def entries(title: str, found: Sequence[Entry], most: int = MOST) -> Table:
+    """The tensors of one instant, largest first, of which a terminal shows so many."""
+    columns = (
+        Column("tensor", "tensor"),
+        Column("shape", "shape"),
+        Column("dtype", "dtype"),
+        Column("copies", "n", right=True),
+        Column("bytes", "GiB", right=True),
+    )
+    rows = tuple(
+        Row((cell(e.name), cell(e.shape), cell(e.dtype), copies_cell(e.copies), gib_cell(e.bytes))) for e in found
+    )
+    return summed("tensors", columns, rows, [e.bytes for e in found], title, most)
+
+
+def summed(
+    name: str, columns: tuple[Column, ...], rows: tuple[Row, ...], sizes: Sequence[int], title: str, most: int = MOST
+) -> Table:
+    """A table of bytes in its last column, with those of what a terminal does not show, and of all, in sum."""
+    blank = (NOTHING,) * (len(columns) - 2)
+
+    def sum_of(what: str, found: Sequence[int]) -> Row:
+        return Row((cell(what), *blank, gib_cell(sum(found))))
+
+    rest, total = sum_of(f"{len(rows) - most} smaller", sizes[most:]), sum_of("all", sizes)
+    return Table(name, columns, rows, title, most=most, rest=rest, total=total)
+
+
+def ways(title: str, found: Sequence[Way]) -> Table:
+    """Changes with which it fits, cheapest first: what they bring and cost, and the options to paste."""
+    columns = (
+        Column("s_max", "longest", right=True),
+        Column("host_bytes", "host GiB", right=True),
+        Column("gives_up", "you give up"),
+        Column("options", "options", code=True),
+    )
+    rows = tuple(
+        Row(
+            (
+                tokens_cell(way.s_max, "0"),
+                host_cell(way.plan.host_bytes),
+                cell(way.gives_up),
+                cell(options_of(way.plan.recipe)),
+            )
+        )
+        for way in found
+    )
+    return Table("ways", columns, rows, title, layout="ways")

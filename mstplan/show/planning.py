@@ -1,0 +1,190 @@
+"""The reports of the commands that plan: max-seq, plan, theorem, shapes, plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..plan.findings import AtLength, Longest, provenance
+from ..units import GIB, format_gib, format_tokens
+from . import parts, payload
+from .parts import cell
+from .report import GAP, Block, Cell, Column, Folded, Notes, Report, Row, Table, line
+
+if TYPE_CHECKING:
+    from ..plan.hardware import Card
+    from ..plan.model import Model
+    from ..plan.shapes import Shape
+    from ..plan.solve import Answer
+    from ..plan.steps import Entry
+    from ..plan.theorem import Coefficients, View
+    from ..plan.theorem import Row as Formula
+    from .plot import Curve
+
+
+def max_seq(told: Longest) -> Report:
+    best = told.best
+    answers = parts.answers(told.found, best)
+    blocks = [*parts.heading(told.model, told.card, told.provenance), answers]
+    if best.s_max:
+        title = f"{best.strategy} at {format_tokens(best.plan.peak.tokens)} tokens, {best.plan.instant}:"
+        blocks += [parts.entries(title, best.plan.binding_entries()), parts.legend(best.plan)]
+    else:
+        blocks.append(parts.ways(f"Ways to train {told.model.name} on {told.card.label}", told.to_fit))
+    return Report("max-seq", payload.max_seq(told), [*blocks, *parts.remarks(told.notes)], answers)
+
+
+def plan(told: AtLength) -> Report:
+    step, found = told.step, told.step.instants()
+    strategies = parts.plans(told.plans, told.reaches, told.name)
+    alive = next(i.entries for i in found if i.name == step.instant)
+    blocks: list[Block] = [
+        *parts.heading(step.model, step.card, told.provenance),
+        strategies if len(told.plans) > 1 else Folded((strategies,)),
+        *parts.verdict(step, told.name if told.name != "custom" else "this recipe"),
+        parts.instants(step, found),
+        parts.entries(f"{step.instant}:", alive),
+        parts.legend(step),
+    ]
+    if not step.fits:
+        blocks += [GAP, *_ways(told), *map(line, told.advice)]
+    return Report("plan", payload.plan_document(told, found), [*blocks, *parts.remarks(told.notes)], strategies)
+
+
+def _ways(told: AtLength) -> list[Table]:
+    length, where = format_tokens(told.step.seq_len), told.step.card.label
+    none = "No change that is tried makes this length fit on this card. The longest they reach"
+    return [
+        parts.ways(f"Ways to fit {length} tokens on {where}, cheapest first", told.to_fit),
+        parts.ways(none, [told.beyond] if told.beyond is not None else []),
+    ]
+
+
+# ---- the paper's formulas -----------------------------------------------------------------------------------------------
+
+
+def theorem(model: Model, card: Card, view: View, said: Sequence[str]) -> Report:
+    """said: what was left out of the answer."""
+    stands_on = provenance([answer.plan.calibration for answer in view.answers])
+    tables = paper(view)
+    blocks: list[Block] = [
+        *parts.heading(model, card, stands_on),
+        *tables,
+        line("Why they differ", "strong"),
+        Notes((*view.differences, *said)),
+    ]
+    return Report("theorem", payload.theorem_document(model, card, view, stands_on, said), blocks, tables[-1])
+
+
+def paper(view: View) -> tuple[Table, Table]:
+    """The paper's coefficients; its formulas beside the step model."""
+    return _coefficients(view.coefficients), _formulas(view.rows, view.answers, view.seq_len)
+
+
+def _coefficients(c: Coefficients) -> Table:
+    columns = (
+        Column("coefficient", ""),
+        Column("value", "value", right=True),
+        Column("sources", "from"),
+    )
+    rows = (
+        ("W_mem", Cell(c.w_mem, format_gib(c.w_mem)), _sources(c.w_from, GIB, "GiB")),
+        ("I_mem", Cell(c.i_mem, f"{c.i_mem:,} B/token"), _sources(c.i_from, 1, "B")),
+        ("A_mem", Cell(c.a_mem, f"{c.a_mem:,} B/token/layer"), _sources(c.a_from, 1, "B")),
+        ("L, M", cell(f"{c.layers}, {c.chunks}"), ""),
+        ("M_max", Cell(c.m_max, format_gib(c.m_max)), "the budget"),
+    )
+    title = "Coefficients of the paper (arXiv 2407.15892)"
+    found = tuple(Row((cell(name), value, cell(sources))) for name, value, sources in rows)
+    return Table("coefficients", columns, found, title)
+
+
+def _sources(rows: Sequence[Entry], unit: int, name: str, most: int = 6) -> str:
+    if not rows:
+        return "given"
+
+    def amount(size: int) -> str:
+        return f"{size / unit:,.2f}" if unit > 1 else f"{size:,}"
+
+    found = [f"{e.name} {amount(e.bytes)}" for e in rows[:most]]
+    if rest := sum(e.bytes for e in rows[most:]):
+        found.append(f"{len(rows) - most} smaller {amount(rest)}")
+    return ", ".join(found) + f" {name}"
+
+
+def _formulas(rows: Sequence[Formula], answers: Sequence[Answer], seq_len: int | None) -> Table:
+    columns = (
+        Column("formula", "formula"),
+        Column("formula_s_max", "S_max", right=True),
+        Column("formula_bytes", f"at {format_tokens(seq_len)}" if seq_len else "", right=True),
+        Column("strategy", "step model: strategy"),
+        Column("s_max", "S_max", right=True),
+    )
+    found = tuple(
+        Row(
+            (
+                cell(r.formula),
+                Cell(r.s_max, format_tokens(r.s_max)),
+                Cell(r.memory, format_gib(r.memory) if r.memory is not None else ""),
+                cell(a.strategy),
+                Cell(a.s_max, format_tokens(a.s_max)),
+            )
+        )
+        for r, a in zip(rows, answers, strict=True)
+    )
+    return Table("formulas", columns, found)
+
+
+# ---- shapes, and curves -------------------------------------------------------------------------------------------------
+
+
+def shapes(rows: Sequence[Shape], model: Model, batch: int, seq_len: int) -> Report:
+    quoted = any(s.quoted for s in rows)
+    columns = (
+        Column("tensor", "tensor"),
+        Column("shape", "shape"),
+        Column("sizes", "sizes"),
+        Column("bytes", "GB", right=True),
+        Column("dtype", None),
+        Column("quoted", "introduction" if quoted else None, right=True),
+    )
+    table = Table("shapes", columns, tuple(Row(_shape(s)) for s in rows))
+    source = "introduction: as quoted in arXiv 2407.15892, rounded there; K and V there without grouped queries"
+    title = line(f"{model.name}: b={batch}, s={seq_len:,}, {rows[0].dtype}; decimal GB", "strong")
+    blocks: list[Block] = [title, table, *([line(source, "quiet")] if quoted else [])]
+    return Report("shapes", payload.shapes_document(rows, model, batch, seq_len), blocks, table)
+
+
+def _shape(s: Shape) -> tuple[Cell, ...]:
+    sizes = Cell(" ".join(map(str, s.sizes)), " x ".join(f"{n:,}" for n in s.sizes))
+    return (
+        cell(s.name),
+        cell(s.symbols),
+        sizes,
+        Cell(s.bytes, f"{s.bytes / 1e9:,.2f}"),
+        cell(s.dtype),
+        cell(s.quoted or None),
+    )
+
+
+def plot(model: Model, card: Card, curves: Sequence[Curve], out: Path, said: Sequence[str]) -> Report:
+    """What was drawn, and where to. said: what was left out of it."""
+    from .plot import table_of_points
+
+    folded = Folded((line(f"{model.name} on {card.label}"), _curves(curves)))
+    blocks = [folded, *parts.written([out]), *(line(each, whole=True) for each in said)]
+    return Report("plot", payload.plot_document(model, card, curves, out, said), blocks, table_of_points(curves, card))
+
+
+def _curves(curves: Sequence[Curve]) -> Table:
+    columns = (
+        Column("strategy", "strategy"),
+        Column("s_max", "S_max", right=True),
+        Column("mlp_chunks", "chunks of the MLP", right=True),
+        Column("loss_chunks", "of the loss", right=True),
+    )
+    rows = tuple(
+        Row((cell(c.strategy), parts.tokens_cell(c.s_max), cell(c.chunks.mlp), cell(c.chunks.loss))) for c in curves
+    )
+    return Table("curves", columns, rows)

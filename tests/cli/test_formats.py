@@ -1,0 +1,219 @@
+"""What varies has one place: an output format that only this file knows works in every command, and every format tells what the others do."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from mstplan.show.formats import FORMATS
+from mstplan.show.formats.base import Format
+from mstplan.show.report import Notes, Report, Table
+
+from ..observe.tiny import TINY
+from .conftest import Run, Said
+
+
+class Shout(Format):
+    """The command's name and the main table's first column, in capitals."""
+
+    name = "shout"
+    about = "the tests' own"
+    suffixes = (".loud",)
+
+    def render(self, report: Report) -> str:
+        first = [row.cells[0].text or str(row.cells[0].value) for row in report.main.rows]
+        return "\n".join([report.command, *dict.fromkeys(first)]).upper() + "\n"
+
+
+@pytest.fixture
+def shout(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setitem(FORMATS, "shout", Shout())
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+
+
+ON = ("--gpu", "rtx-4090", "-s", "checkpoint")
+COMMANDS = {
+    "max-seq": ("max-seq", "-m", "tiny.json", *ON),
+    "plan": ("plan", "-m", "tiny.json", "--seq-len", "1k", *ON),
+    "trace": ("trace", "-m", "tiny.json", "--seq-len", "512", "--no-cache", *ON),
+    "plot": ("plot", "-m", "tiny.json", "-o", "memory.csv", "--force", "--points", "3", *ON),
+    "theorem": ("theorem", "-m", "tiny.json", "--gpu", "rtx-4090", "--seq-len", "1k"),
+    "shapes": ("shapes", "-m", "tiny.json", "--seq-len", "1k"),
+    "models": ("models", "--filter", "gpt2"),
+    "gpus": ("gpus", "--sources"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_format_from_outside_works_in_every_command(run: Run, shout: None, command: str) -> None:
+    said = run(*COMMANDS[command], "--format", "shout")
+    assert (said.code, said.err) == (0, "") and said.out == said.out.upper()
+    assert said.out.startswith(command.upper() + "\n") and len(said.out.splitlines()) > 1
+
+
+def test_choices_help_and_refusals_are_read_from_the_registry(run: Run, shout: None, tmp_path) -> None:
+    shown = " ".join(run("max-seq", "--help").out.replace("│", " ").split())
+    assert "shout (the tests' own)" in shown and all(
+        f"{each.name} ({each.about})" in shown for each in FORMATS.values()
+    )
+    for command in ("max-seq", "plan", "trace", "plot"):
+        said = run(*COMMANDS[command], "--format", "shuot")
+        assert said.code == 2 and not said.out
+        assert "unknown format 'shuot'. Did you mean shout?" in said.err and ", ".join(FORMATS) in said.err
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.json"}
+
+
+def test_a_format_that_makes_no_picture_is_refused_by_name(run: Run, shout: None, tmp_path) -> None:
+    for asked in (
+        ("plot", "-m", "tiny.json", "-o", "memory.loud", *ON),
+        ("trace", "-m", "tiny.json", "--seq-len", "512", "--plot", "memory.loud", *ON),
+    ):
+        said = run(*asked)
+        assert said.code == 2 and not said.out and "shout makes no picture" in said.err
+        assert ".png, .svg, .pdf" in said.err
+    assert "markdown makes no picture" in run("plot", "-m", "tiny.json", "-o", "memory.md", *ON).err
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.json"}
+
+
+def test_once_it_is_gone_it_is_unknown(run: Run) -> None:
+    said = run("models", "--format", "shout")
+    assert said.code == 2 and "unknown format 'shout'" in said.err and not said.out
+
+
+# ---- --json, --markdown and --format ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["max-seq", "gpus"])
+def test_json_is_short_for_format_json(run: Run, shout: None, command: str) -> None:
+    long = run(*COMMANDS[command], "--format", "json")
+    assert (
+        long.json
+        == run(*COMMANDS[command], "--json").json
+        == run(*COMMANDS[command], "--json", "--format", "json").json
+    )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("gpus", "--json", "--format", "csv"),
+        ("gpus", "--json", "--format", "text"),
+        ("validate", "--json", "--format", "markdown"),
+        ("validate", "--markdown", "--format", "json"),
+    ],
+)
+def test_two_forms_at_once_are_refused(run: Run, asked: tuple[str, ...]) -> None:
+    said = run(*asked)
+    assert said.code == 2 and not said.out and "exclude each other" in said.err and len(said.err.splitlines()) == 2
+
+
+def test_commands_that_tell_as_they_go_have_two_forms(run: Run, tmp_path) -> None:
+    said = run("measure", "-m", "gpt2", "--seq-len", "8", "--device", "cpu", "--format", "csv")
+    assert said.code == 2 and "this command has no format 'csv'" in said.err and "text, json" in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_in_markdown_is_what_its_own_option_gives(run: Run) -> None:
+    asked = ("published",)
+    assert run(*asked, "--format", "markdown").out == run(*asked, "--markdown").out
+    assert run(*asked, "--format", "json").json == run(*asked, "--json").json
+
+
+# ---- all forms tell the same --------------------------------------------------------------------------------------------
+
+REAL = {
+    "max-seq": ("max-seq", "-m", "llama3.1-8b", "--gpu", "h100"),
+    "nothing fits": ("max-seq", "-m", "llama3.1-70b", "--gpu", "rtx-4090"),
+    "plan": ("plan", "-m", "llama3.1-8b", "--gpu", "h100", "--seq-len", "64k"),
+    "too long": ("plan", "-m", "llama3.1-8b", "--gpu", "h100", "--seq-len", "64k", "-s", "checkpoint"),
+    "far too long": ("plan", "-m", "gemma2-9b", "--gpu", "h100", "--seq-len", "4M"),
+}
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_everything_that_text_says_stands_in_json(run: Run, case: str) -> None:
+    """Notes, advice, how far the recipe reaches, the smallest card, and what the answer stands on."""
+    told, text = run(*REAL[case], "--json").json, " ".join(run(*REAL[case]).out.split())
+    assert told["provenance"] in text and told["notes"]
+    for note in told["notes"]:
+        assert " ".join(note.split()) in text, note
+    for line in told.get("advice", []):
+        assert " ".join(line.split()) in text, line
+    if told["smallest_card"] is not None and not told["ways_to_fit"]:
+        assert f": {told['smallest_card']['gpu']}" in text
+    if case in ("too long", "far too long"):
+        reach = f"reaches {told['s_max']:,} tokens" if told["s_max"] else "fits no length"
+        assert any(reach in line for line in told["advice"])
+    else:
+        assert not told.get("advice")
+
+
+def rows_of(said: Said) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(said.out)))
+
+
+def test_csv_has_the_numbers_of_json(run: Run) -> None:
+    told, rows = run(*REAL["max-seq"], "--json").json, rows_of(run(*REAL["max-seq"], "--format", "csv"))
+    for result, row in zip(told["results"], rows, strict=True):
+        for name in ("strategy", "s_max", "peak_bytes", "host_bytes", "instant", "mlp_chunks", "loss_chunks"):
+            assert row[name] == str(result[name])
+        assert float(row["step_seconds"]) == result["step_seconds"]
+    for asked in (REAL["plan"], REAL["too long"]):
+        told, rows = run(*asked, "--json").json, rows_of(run(*asked, "--format", "csv"))
+        for strategy, row in zip(told["strategies"], rows, strict=True):
+            assert row["fits"] == str(strategy["fits"]).lower()
+            for name in ("strategy", "s_max", "seq_len", "peak_bytes", "budget_bytes"):
+                assert row[name] == str(strategy[name])
+
+
+def test_csv_of_plot_is_the_file_that_plot_writes(run: Run, tmp_path, shout: None) -> None:
+    said = run(*COMMANDS["plot"], "--format", "csv")
+    assert (tmp_path / "memory.csv").read_bytes().decode().replace("\r\n", "\n") == said.out
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_markdown_is_a_page_with_every_table_and_note(run: Run, case: str) -> None:
+    told, page = run(*REAL[case], "--json").json, run(*REAL[case], "--format", "markdown").out
+    assert page.startswith(f"# {told['model']['name']} ") and page.endswith("\n") and "\n\n\n" not in page
+    plain = page.replace("\\", "")
+    for note in told["notes"]:
+        assert f"\n- {note}\n" in plain, note
+    for table in tables(page):
+        widths = {line.replace("\\|", "").count("|") for line in table}
+        assert len(widths) == 1 and len(table) > 2 and set(table[1]) <= set("|-: ")
+    for way in told["ways_to_fit"]:
+        assert f"`{way['options']}`" in page
+    entries = told["binding"] if "binding" in told and told["results"][0]["s_max"] else []
+    assert all(f"| {entry['name']} |" in plain for entry in entries)
+
+
+def tables(page: str) -> Iterator[list[str]]:
+    for paragraph in page.split("\n\n"):
+        lines = paragraph.splitlines()
+        if lines[0].startswith("|"):
+            yield lines
+
+
+def test_a_report_is_plain_data_and_says_where_its_main_table_is(
+    monkeypatch: pytest.MonkeyPatch, run: Run, shout: None
+) -> None:
+    """Every table's rows have a cell for every column, and columns for programs have names of their own."""
+    seen: list[Report] = []
+    monkeypatch.setattr(Shout, "emit", lambda _self, report: seen.append(report))
+    for asked in (*COMMANDS.values(), *REAL.values()):
+        run(*asked, "--format", "shout")
+    assert len(seen) == len(COMMANDS) + len(REAL)
+    for report in seen:
+        json.dumps(report.facts)
+        tables = [block for block in report.blocks if isinstance(block, Table)]
+        for table in (report.main, *tables):
+            names = [column.name for column in table.columns if column.name]
+            assert len(set(names)) == len(names) > 0
+            assert {len(row.cells) for row in table.rows} <= {len(table.columns)}
+        notes = [line for block in report.blocks if isinstance(block, Notes) for line in block.lines]
+        told = [*report.facts.get("notes", ()), *report.facts.get("differences", ())]
+        assert all(note in told for note in notes)
