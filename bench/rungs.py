@@ -23,8 +23,8 @@ import torch
 import transformers
 
 import mstplan
-from mstplan.observe.rungs import BOUNDS, Rungs, both_rungs
-from mstplan.plan.recipe import STRATEGIES
+from mstplan.checking.rungs import BOUNDS, Rungs, both_rungs
+from mstplan.step.recipe import STRATEGIES
 
 CARD = "h100"
 LENGTHS = ("4k", "32k", "256k", "1M")

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 
 import mstplan
-from mstplan.plan import layers, solve, steps
+from mstplan.plan import solve
+from mstplan.step import layers, steps
 
 MODEL, CARD = mstplan.load_model("llama3.1-8b"), mstplan.card("h100")
 

@@ -24,15 +24,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from mstplan import card, load_model, parse_length
-from mstplan.observe.cuda import as_on_cuda
-from mstplan.observe.fake_runtime import FakeCardRuntime
-from mstplan.observe.recorder import Recorder
-from mstplan.observe.step import TrainingStep, build, make_states, read_settings
-from mstplan.observe.trace import Trace
-from mstplan.observe.tracer import trace
 from mstplan.plan import solve
-from mstplan.plan.catalog import load_config, model_names
-from mstplan.plan.recipe import STRATEGIES, Recipe, strategy
+from mstplan.spec.catalog import load_config, model_names
+from mstplan.step.recipe import STRATEGIES, Recipe, strategy
+from mstplan.tracing.cuda import as_on_cuda
+from mstplan.tracing.fake_runtime import FakeCardRuntime
+from mstplan.tracing.recorder import Recorder
+from mstplan.tracing.trace import Trace
+from mstplan.tracing.tracer import trace
+from mstplan.train.step import TrainingStep, build, make_states, read_settings
 from mstplan.units import GIB, format_gib
 
 TIMES, SLOWEST, MOST = 10, 5.0, GIB

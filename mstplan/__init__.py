@@ -35,24 +35,24 @@ if TYPE_CHECKING:
     from .errors import OutputError as OutputError
     from .errors import RecipeError as RecipeError
     from .errors import UnitError as UnitError
-    from .plan.catalog import load_model as load_model
-    from .plan.catalog import model_names as model_names
-    from .plan.hardware import Card as Card
-    from .plan.hardware import Gpu as Gpu
-    from .plan.hardware import card as card
-    from .plan.hardware import find_gpu as find_gpu
-    from .plan.hardware import gpus as gpus
-    from .plan.instants import Instant as Instant
-    from .plan.model import Model as Model
-    from .plan.recipe import STRATEGIES as STRATEGIES
-    from .plan.recipe import Recipe as Recipe
-    from .plan.recipe import strategy as strategy
     from .plan.solve import Answer as Answer
     from .plan.solve import Plan as Plan
-    from .plan.steps import Chunks as Chunks
-    from .plan.steps import Entry as Entry
-    from .plan.steps import InstantPeak as InstantPeak
     from .plan.ways import ways_to_fit as ways_to_fit
+    from .spec.catalog import load_model as load_model
+    from .spec.catalog import model_names as model_names
+    from .spec.hardware import Card as Card
+    from .spec.hardware import Gpu as Gpu
+    from .spec.hardware import card as card
+    from .spec.hardware import find_gpu as find_gpu
+    from .spec.hardware import gpus as gpus
+    from .spec.model import Model as Model
+    from .step.instants import Instant as Instant
+    from .step.recipe import STRATEGIES as STRATEGIES
+    from .step.recipe import Recipe as Recipe
+    from .step.recipe import strategy as strategy
+    from .step.steps import Chunks as Chunks
+    from .step.steps import Entry as Entry
+    from .step.steps import InstantPeak as InstantPeak
     from .train import minisequence as minisequence
     from .units import parse_length as parse_length
     from .units import parse_memory as parse_memory
@@ -65,13 +65,13 @@ PUBLIC = {
         *("HardwareError", "InputError", "MeasurementError", "MissingError", "ModelError"),
         *("MstplanError", "OutputError", "RecipeError", "UnitError"),
     ),
-    "plan.catalog": ("load_model", "model_names"),
-    "plan.hardware": ("Card", "Gpu", "card", "find_gpu", "gpus"),
-    "plan.model": ("Model",),
-    "plan.recipe": ("STRATEGIES", "Recipe", "strategy"),
+    "spec.catalog": ("load_model", "model_names"),
+    "spec.hardware": ("Card", "Gpu", "card", "find_gpu", "gpus"),
+    "spec.model": ("Model",),
+    "step.recipe": ("STRATEGIES", "Recipe", "strategy"),
     "plan.solve": ("Answer", "Plan"),
-    "plan.instants": ("Instant",),
-    "plan.steps": ("Chunks", "Entry", "InstantPeak"),
+    "step.instants": ("Instant",),
+    "step.steps": ("Chunks", "Entry", "InstantPeak"),
     "plan.ways": ("ways_to_fit",),
     "train": ("minisequence",),
     "units": ("parse_length", "parse_memory"),

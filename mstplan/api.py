@@ -11,21 +11,23 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .errors import HardwareError, MeasurementError, ModelError, RecipeError, quoted
-from .plan import catalog, hardware, parameters, solve
-from .plan import recipe as recipes
 from .plan import shapes as table_of
-from .plan.config import read_config
-from .plan.hardware import Card
-from .plan.model import Model
-from .plan.recipe import STRATEGIES, Recipe
+from .plan import solve
 from .plan.solve import Answer, Plan
-from .plan.steps import Chunks
+from .spec import catalog, hardware
+from .spec.config import read_config
+from .spec.hardware import Card
+from .spec.model import Model
+from .step import parameters
+from .step import recipe as recipes
+from .step.recipe import STRATEGIES, Recipe
+from .step.steps import Chunks
 from .units import parse_length, parse_memory
 
 if TYPE_CHECKING:
-    from .observe.measurement import Measurement
-    from .observe.trace import Trace
+    from .measuring.measurement import Measurement
     from .plan.shapes import Shape
+    from .tracing.trace import Trace
 
     AnyModel = Model | str | os.PathLike[str]
     AnyRecipe = Recipe | str
@@ -71,7 +73,7 @@ def trace(
     model: a name, a path, an id, or the fields of a config.json. Chunks that a recipe leaves open are those recommended for
     `card`. Raises an InputError.
     """
-    from .observe import tracer
+    from .tracing import tracer
 
     config = dict(model) if isinstance(model, Mapping) else dict(catalog.load_config(model))
     on, tokens = _card(card), _length(seq_len)
@@ -94,7 +96,7 @@ def measure(
     layers: the model's first N only; steps: that are timed, after a first one. Raises an InputError, MeasurementError where
     there is no such device.
     """
-    from .observe import sweep
+    from .measuring import sweep
 
     if device not in ("cuda", "cpu"):
         raise MeasurementError(f"device is {quoted(device)}, must be 'cuda' or 'cpu'.")

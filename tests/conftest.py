@@ -15,23 +15,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 LONGEST_FIRST = (
-    "observe/test_survey.py",
-    "plan/test_against_torch.py",
-    "observe/test_sharding.py",
-    "observe/test_against_cpu.py",
-    "observe/test_rungs.py",
-    "observe/test_validate.py",
+    "tracing/test_survey.py",
+    "step/test_against_torch.py",
+    "tracing/test_fsdp.py",
+    "tracing/test_against_cpu.py",
+    "checking/test_rungs.py",
+    "checking/test_validate.py",
     "test_notebooks.py",
-    "observe/test_extend.py",
-    "observe/test_sweep.py",
-    "observe/test_ranks.py",
+    "tracing/test_extend.py",
+    "measuring/test_sweep.py",
+    "measuring/test_ranks.py",
     "plan/test_solve.py",
     "cli/test_measuring.py",
-    "plan/test_survey.py",
+    "spec/test_survey.py",
     "train/test_survey.py",
-    "plan/test_steps.py",
+    "step/test_steps.py",
     "plan/test_ways.py",
-    "observe/test_point.py",
+    "measuring/test_point.py",
 )
 """Files that take 20 seconds or more, of two workers that take a file each: the last one to begin must not be one of these."""
 

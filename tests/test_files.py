@@ -12,9 +12,9 @@ import pytest
 
 from mstplan import card, files, load_model
 from mstplan.errors import InputError, OutputError
-from mstplan.observe import suites
-from mstplan.plan.catalog import load_config
-from mstplan.plan.recipe import STRATEGIES, Recipe
+from mstplan.measuring import suites
+from mstplan.spec.catalog import load_config
+from mstplan.step.recipe import STRATEGIES, Recipe
 
 from .damage import at, places
 

@@ -101,7 +101,7 @@ def _moved() -> str | None:
 
 def _unknown_option(typed: str, command: str) -> str | None:
     """Two lines about an option that `command` does not have: whose it is, or what is planned of it. None: nothing is known."""
-    from ..plan import names
+    from ..step import names
 
     if command == "validate" and (moved := _moved()) is not None:
         return moved

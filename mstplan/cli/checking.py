@@ -8,21 +8,12 @@ import typer
 
 from .commands import command, option
 from .measuring import check_device, kept, refuse_sharded, telling
-from .options import (
-    JsonOptions,
-    MeasuringOptions,
-    ModelOptions,
-    RecipesOptions,
-    length,
-    memory,
-    recipes_of,
-    strategies,
-)
+from .options import JsonOptions, MeasuringOptions, ModelOptions, RecipesOptions, length, memory, recipes_of, strategies
 from .output import new_console, print_json
 
 if TYPE_CHECKING:
-    from ..observe.limits import Bench
-    from ..plan.recipe import Recipe
+    from ..checking.limits import Bench
+    from ..step.recipe import Recipe
 
 
 class CheckOptions(ModelOptions, MeasuringOptions, RecipesOptions, JsonOptions):
@@ -44,7 +35,7 @@ class CheckThroughputOptions(CheckOptions):
     ),
 )
 def check_smax(asked: CheckOptions) -> None:
-    from ..observe import limits
+    from ..checking import limits
     from ..show import checking
 
     bench, recipes = _bench(asked)
@@ -70,7 +61,8 @@ def check_smax(asked: CheckOptions) -> None:
     ),
 )
 def check_throughput(asked: CheckThroughputOptions) -> None:
-    from ..observe import limits, sweep
+    from ..checking import limits
+    from ..measuring import sweep
     from ..show import checking
 
     bench, recipes = _bench(asked)
@@ -93,7 +85,8 @@ def check_throughput(asked: CheckThroughputOptions) -> None:
 
 def _bench(asked: CheckOptions) -> tuple[Bench, dict[str, Recipe]]:
     """Where to measure, and what."""
-    from ..observe import limits, sweep
+    from ..checking import limits
+    from ..measuring import sweep
     from ..show.progress import progress
 
     check_device(asked.device)

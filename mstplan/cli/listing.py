@@ -19,8 +19,8 @@ class ModelsOptions(FormatOptions):
 )
 def models(asked: ModelsOptions) -> None:
     from ..errors import ModelError, quoted
-    from ..plan.catalog import load_model, model_names
     from ..show import listing
+    from ..spec.catalog import load_model, model_names
 
     rows = [load_model(name) for name in model_names() if asked.names is None or asked.names.lower() in name]
     if not rows:
@@ -39,8 +39,8 @@ class GpusOptions(FormatOptions):
     examples=("mstplan gpus --sources", "mstplan gpus --json"),
 )
 def gpus(asked: GpusOptions) -> None:
-    from ..plan.hardware import gpus as known
-    from ..plan.hardware import left_out
     from ..show import listing
+    from ..spec.hardware import gpus as known
+    from ..spec.hardware import left_out
 
     emit(asked, listing.gpus(known(), asked.sources, left_out()))

@@ -24,14 +24,14 @@ from .options import (
 from .output import complain, new_console, print_json
 
 if TYPE_CHECKING:
-    from ..observe.launch import Launch
-    from ..observe.measurement import Case, Measurement
-    from ..observe.sweep import Sweep
-    from ..plan.recipe import Recipe
+    from ..measuring.launch import Launch
+    from ..measuring.measurement import Case, Measurement
+    from ..measuring.sweep import Sweep
+    from ..step.recipe import Recipe
 
 
 def _suite() -> str:
-    from ..observe.suites import shipped
+    from ..measuring.suites import shipped
 
     return f"Points in a JSON file, or a suite that ships: {', '.join(shipped())}."
 
@@ -65,8 +65,8 @@ class MeasureOptions(PointsOptions, MeasuringOptions, RecipesOptions, JsonOption
     ),
 )
 def measure(asked: MeasureOptions) -> None:
-    from ..observe import sweep
-    from ..observe.launch import launched
+    from ..measuring import sweep
+    from ..measuring.launch import launched
     from ..show import measuring
     from ..show.progress import progress
 
@@ -87,8 +87,8 @@ def measure(asked: MeasureOptions) -> None:
 
 
 def check_device(device: str) -> None:
-    from ..observe import cache
-    from ..observe.measurement import DEVICES
+    from ..measuring.measurement import DEVICES
+    from ..tracing import cache
 
     one_of("device", device, DEVICES)
     cache.versions()  # no torch: said before anything else
@@ -121,7 +121,7 @@ def _print_measured(asked: MeasureOptions, known: dict[str, Any], found: Sweep) 
 def _cases(asked: MeasureOptions, known: dict[str, Any], alone: bool = True) -> list[Case]:
     """The points that --suite, or the model, lengths and strategies, describe. alone: is this the only rank?"""
     from ..errors import RecipeError
-    from ..observe import suites, sweep
+    from ..measuring import suites, sweep
 
     limit = memory(asked.gpu_mem)
     card = sweep.card_of(known, limit)
@@ -161,10 +161,10 @@ def _measure_on_all_ranks(asked: MeasureOptions, launch: Launch) -> None:
     """One point, in the processes that torchrun started."""
     from .. import files
     from ..errors import RecipeError
-    from ..observe import measurement, sweep
+    from ..measuring import measurement, sweep
 
     os.environ.update(sweep.variables(asked.device))  # torch reads its allocator's settings once
-    from ..observe import ranks
+    from ..measuring import ranks
 
     if asked.sharding != "fsdp" or asked.gpus not in (None, launch.ranks):
         raise RecipeError(

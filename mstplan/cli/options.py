@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from .commands import Options, arguments, given, option
 
 if TYPE_CHECKING:
-    from ..plan.hardware import Card
-    from ..plan.model import Model
-    from ..plan.recipe import Recipe
     from ..plan.solve import Plan
+    from ..spec.hardware import Card
+    from ..spec.model import Model
+    from ..step.recipe import Recipe
 
 
 # ---- choices: read from where they are defined, when help is asked for or something else was typed ------------------------
@@ -29,7 +29,7 @@ def _of_recipe(field: str, said: dict[str, str] | None = None, more: str = "") -
     """The values that a field of a recipe can have; and its default, unless the strategy decides it, with `more` about that."""
 
     def text() -> str:
-        from ..plan.recipe import STRATEGY_FIELDS, Recipe, planned
+        from ..step.recipe import STRATEGY_FIELDS, Recipe, planned
 
         known, otherwise = planned(field)
         default = "" if field in STRATEGY_FIELDS else f" Default {Recipe.model_fields[field].default}{more}."
@@ -39,19 +39,19 @@ def _of_recipe(field: str, said: dict[str, str] | None = None, more: str = "") -
 
 
 def _weight_kinds() -> str:
-    from ..plan.selection import WeightKind
+    from ..step.selection import WeightKind
 
     return f"Train these weights only: {listed(map(str, WeightKind))}, or patterns over their names."
 
 
 def _assumptions() -> str:
-    from ..plan.unread import LLAMA_LIKE
+    from ..spec.unread import LLAMA_LIKE
 
     return f"{LLAMA_LIKE}: count a model that mstplan does not read as a Llama."
 
 
 def _devices() -> str:
-    from ..observe.measurement import DEVICES
+    from ..measuring.measurement import DEVICES
 
     said = {"cpu": "its own kernels, seen by torch's profiler"}
     return f"{listed(DEVICES, said)}. Default {DEVICES[0]}."
@@ -59,7 +59,7 @@ def _devices() -> str:
 
 def strategies(default: str) -> Callable[[], str]:
     def text() -> str:
-        from ..plan.recipe import STRATEGIES
+        from ..step.recipe import STRATEGIES
 
         return f"{listed(STRATEGIES)}: some of them, with commas between, or all. Default {default}."
 
@@ -70,7 +70,7 @@ def one_of(name: str, typed: str, known: Collection[str]) -> str:
     """`typed`, the value of option `name`, if it is a known one. Raises RecipeError, which tells of the nearest."""
     if typed not in known:
         from ..errors import RecipeError
-        from ..plan.names import unknown_value
+        from ..step.names import unknown_value
 
         raise RecipeError(unknown_value(name, typed, known))
     return typed
@@ -298,7 +298,7 @@ ONE_RECIPE = (
 
 
 def model_of(asked: ModelOptions) -> Model:
-    from ..plan.catalog import load_model
+    from ..spec.catalog import load_model
 
     return load_model(asked.model, asked.assume)
 
@@ -316,7 +316,7 @@ def known_or_traced(asked: TracedOptions) -> Model:
 
 
 def card_of(asked: CardOptions) -> Card:
-    from ..plan.hardware import card
+    from ..spec.hardware import card
     from ..units import parse_memory
 
     return card(asked.gpu, memory(asked.gpu_mem), parse_memory(asked.reserve), memory(asked.host_mem))
@@ -392,7 +392,7 @@ def runs_in_chunks(recipe: Recipe) -> bool:
 
 def applied(base: Recipe, asked: RecipeOptions, adopt_chunks: bool) -> Recipe:
     """`base` with the options' changes. --chunks goes to recipes that run in chunks, and with adopt_chunks to any."""
-    from ..plan.losses import LOSSES
+    from ..step.losses import LOSSES
 
     changes, chunks = changes_of(asked), _chunks(asked.chunks)
     if chunks and not runs_in_chunks(base) and adopt_chunks:
@@ -414,7 +414,7 @@ strategy; where there are none of them, the others vary every strategy."""
 
 def base_recipe(asked: StepOptions) -> Recipe:
     """What a custom recipe starts from: the recipe file, else the standard strategy."""
-    from ..plan.recipe import Recipe
+    from ..step.recipe import Recipe
 
     return Recipe.read(asked.recipe) if asked.recipe is not None else Recipe.model_construct()
 
@@ -453,7 +453,7 @@ def simplest(plans: dict[str, Plan]) -> str:
 
 
 def _named(asked: RecipesOptions, usual: str) -> dict[str, Recipe]:
-    from ..plan.recipe import STRATEGIES, strategy
+    from ..step.recipe import STRATEGIES, strategy
 
     named = asked.strategy if asked.strategy is not None else usual
     names = [name.strip() for name in named.split(",")] if named != "all" else list(STRATEGIES)
@@ -464,7 +464,7 @@ def _named(asked: RecipesOptions, usual: str) -> dict[str, Recipe]:
 
 def _name_of(name: str, recipe: Recipe, alone: bool) -> str:
     """The strategy's while the recipe is one, with any number of chunks."""
-    from ..plan.recipe import STRATEGIES, STRATEGY_FIELDS
+    from ..step.recipe import STRATEGIES, STRATEGY_FIELDS
 
     fields = (field for field in STRATEGY_FIELDS if not field.endswith("_chunks"))
     if all(getattr(recipe, field) == getattr(STRATEGIES[name], field) for field in fields):

@@ -35,9 +35,9 @@ from .options import (
 from .output import emit
 
 if TYPE_CHECKING:
-    from ..plan.hardware import Card
-    from ..plan.model import Model
-    from ..plan.recipe import Recipe
+    from ..spec.hardware import Card
+    from ..spec.model import Model
+    from ..step.recipe import Recipe
 
 
 RUNGS = {"formula": "at once", "trace": "needs torch, takes seconds"}
@@ -87,7 +87,7 @@ def _refuse_tracing(asked: TracedOptions, way_out: str) -> None:
 
 
 def _max_seq_by_trace(asked: MaxSeqOptions, model: Model, card: Card, recipes: dict[str, Recipe]) -> None:
-    from ..observe import cache, findings, search
+    from ..tracing import cache, findings, search
     from .tracing import told_after, tracing
 
     with told_after(model), tracing(asked) as trace_step:
@@ -175,7 +175,7 @@ def theorem(asked: TheoremOptions) -> None:
 def _theorem_recipe(asked: TheoremOptions) -> Recipe:
     """The user's recipe without what the four formulas themselves vary."""
     from ..errors import RecipeError
-    from ..plan.recipe import STRATEGY_FIELDS, Recipe
+    from ..step.recipe import STRATEGY_FIELDS, Recipe
 
     base = base_recipe(asked)
     if base.sharded:

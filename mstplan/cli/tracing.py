@@ -30,11 +30,11 @@ from .output import emit
 
 if TYPE_CHECKING:
     from ..errors import UnreadError
-    from ..observe.findings import View
-    from ..observe.trace import Trace
-    from ..plan.hardware import Card
-    from ..plan.model import Model
-    from ..plan.recipe import Recipe
+    from ..spec.hardware import Card
+    from ..spec.model import Model
+    from ..step.recipe import Recipe
+    from ..tracing.findings import View
+    from ..tracing.trace import Trace
     from .planning import PlanOptions
 
 
@@ -74,8 +74,8 @@ def trace(asked: TraceOptions) -> None:
 
         timeline.write(view, asked.plot)
     if asked.snapshot is not None:
-        from ..observe.card import all_events, name_of
-        from ..observe.snapshot import snapshot, to_pickle
+        from ..tracing.card import all_events, name_of
+        from ..tracing.snapshot import snapshot, to_pickle
 
         files.write(
             asked.snapshot,
@@ -101,8 +101,8 @@ def plan_by_trace(asked: PlanOptions, model: Model, card: Card) -> None:
 def _views(asked: PlannedOptions, model: Model, card: Card) -> tuple[View, list[View]]:
     """The step that is told of, traced: of several strategies the first that fits, else the nearest; and those traced before. The formula
     says which that is, where it knows the model."""
-    from ..observe import cache, findings
-    from ..observe.search import those_it_follows
+    from ..tracing import cache, findings
+    from ..tracing.search import those_it_follows
 
     plans = plans_of(asked, model, card)
 
@@ -142,8 +142,8 @@ def _check_outputs(asked: TraceOptions) -> None:
 def stand_in(asked: TracedOptions, unread: UnreadError) -> Model:
     """What answers are traced for when the formula does not know the model. Raises its refusal where there is no torch."""
     from ..errors import MissingError
-    from ..observe import cache
-    from ..plan.catalog import load_config, named
+    from ..spec.catalog import load_config, named
+    from ..tracing import cache
 
     try:
         cache.versions()
@@ -153,7 +153,7 @@ def stand_in(asked: TracedOptions, unread: UnreadError) -> Model:
 
     name, hub_id = named(asked.model)
     with status(), _said_first(f"{name}: {unread.reason}"):
-        from ..observe.tracer import stand_in_for
+        from ..tracing.tracer import stand_in_for
 
         return stand_in_for(load_config(asked.model), name, unread.reason, _code_from(asked))._replace(hub_id=hub_id)
 
@@ -166,7 +166,7 @@ def told_after(model: Model) -> AbstractContextManager[None]:
 @contextmanager
 def _said_first(why: str) -> Iterator[None]:
     from ..errors import ModelError
-    from ..plan.unread import ASSUME
+    from ..spec.unread import ASSUME
 
     try:
         yield
@@ -186,8 +186,8 @@ def _code_from(asked: TracedOptions) -> str | None:
 @contextmanager
 def tracing(asked: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
     """A function that traces a step of the model, with a word on the terminal while it does."""
-    from ..observe import cache
-    from ..plan.catalog import load_config
+    from ..spec.catalog import load_config
+    from ..tracing import cache
 
     config = load_config(asked.model)
     cache.versions()  # no torch: said before anything else
@@ -249,7 +249,7 @@ def calibrate(asked: CalibrateOptions) -> None:
     from .. import files
     from ..errors import RecipeError
     from ..plan import calibration
-    from ..plan.recipe import STRATEGIES, strategy
+    from ..step.recipe import STRATEGIES, strategy
 
     one_of("from", asked.source, SOURCES)
     idle = ("files", "results") if asked.source == "trace" else ("no_cache",)
@@ -262,8 +262,8 @@ def calibrate(asked: CalibrateOptions) -> None:
         strategy(name)  # refuses unknown ones
     folder = asked.out if asked.out is not None else calibration.folders()[0]
     files.check_folder(folder)
-    from ..observe.calibrate import calibrate_all
-    from ..observe.fit import fit_all
+    from ..checking.calibrate import calibrate_all
+    from ..checking.fit import fit_all
     from ..show import calibrating
     from ..show.progress import progress
 
@@ -279,7 +279,7 @@ def calibrate(asked: CalibrateOptions) -> None:
 
 def _models_named(text: str) -> list[str]:
     """Specs of models: one, several with commas between, or all that ship, the dense ones or all."""
-    from ..plan.catalog import load_model, model_names
+    from ..spec.catalog import load_model, model_names
 
     if text not in ("all", "all-dense"):
         return [part.strip() for part in text.split(",")]

@@ -12,12 +12,12 @@ from .options import FORCE, MARKDOWN, JsonOptions, ResultsOptions, one_format, o
 from .output import new_console, print_json, say_written
 
 if TYPE_CHECKING:
-    from ..observe.measurement import Measurement, Read
-    from ..observe.validate import Bounds, Validation
+    from ..checking.validate import Bounds, Validation
+    from ..measuring.measurement import Measurement, Read
 
 
 def _rungs() -> str:
-    from ..observe.validate import RUNGS
+    from ..checking.validate import RUNGS
 
     return f"{', '.join(RUNGS)}: some of them, with commas between. Default all."
 
@@ -46,7 +46,7 @@ class ValidateOptions(ResultsOptions, JsonOptions):
 )
 def validate(asked: ValidateOptions) -> None:
     from .. import files
-    from ..observe import validate as rungs
+    from ..checking import validate as rungs
     from ..show import timeline, validating
 
     one_format(asked, asked.markdown)
@@ -77,7 +77,7 @@ def validate(asked: ValidateOptions) -> None:
 
 
 def _bounds(asked: ValidateOptions) -> dict[str, Bounds]:
-    from ..observe.validate import CALIBRATED, FORMULA, TRACE, Bounds
+    from ..checking.validate import CALIBRATED, FORMULA, TRACE, Bounds
     from ..units import parse_share
 
     bounds = Bounds(parse_share(asked.mean, "--mean"), parse_share(asked.worst, "--worst"))
@@ -88,8 +88,8 @@ def _bounds(asked: ValidateOptions) -> dict[str, Bounds]:
 def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], Read]:
     """The measurements of the model, where one is named; and all that the results files hold."""
     from ..errors import MeasurementError
-    from ..observe import measurement
-    from ..plan.catalog import named
+    from ..measuring import measurement
+    from ..spec.catalog import named
 
     read = measurement.read_all(results_files(asked) or measurement.archive())
     name = named(asked.model)[0] if asked.model is not None else None
@@ -103,8 +103,8 @@ def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], Read]:
 
 
 def _compared(asked: ValidateOptions, chosen: list[Measurement], rungs: tuple[str, ...]) -> Validation:
+    from ..checking.validate import validate
     from ..errors import MeasurementError
-    from ..observe.validate import validate
     from ..show.progress import progress
 
     with progress("comparing", len(chosen)) as advance:

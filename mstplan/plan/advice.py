@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..spec import hardware
+from ..spec.hardware import GRANULARITY, Card, Gpu, same_size
+from ..spec.model import Model
+from ..step.cuda import BIAS_ROWS
+from ..step.optimizers import stand_ins
+from ..step.parameters import parameter_count, trained_count
+from ..step.recipe import Recipe
+from ..step.steps import Chunks, embeddings_are_frozen
 from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
-from . import calibration, hardware
-from .cuda import BIAS_ROWS
-from .hardware import GRANULARITY, Card, Gpu, same_size
-from .model import Model
-from .optimizers import stand_ins
-from .parameters import parameter_count, trained_count
-from .recipe import Recipe
+from . import calibration
 from .solve import Answer, Plan, longest, max_seq, smallest_chunks_tokens, window_of
-from .steps import Chunks, embeddings_are_frozen
 from .ways import Way, nearest
 
 

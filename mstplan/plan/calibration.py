@@ -24,10 +24,10 @@ from .. import files, kept
 from ..errors import InputError, one_line
 from ..kept import Kept
 from ..profiles import ROOT, user_folder
-from .instants import Instant
-from .model import Model
-from .recipe import Recipe
-from .tape import BASIS, Vector
+from ..spec.model import Model
+from ..step.instants import Instant
+from ..step.recipe import Recipe
+from ..step.tape import BASIS, Vector
 
 SCHEMA_VERSION = 1
 SIZES = ("batch", "mlp_chunks", "loss_chunks", "accumulation", "pad_to")
@@ -174,7 +174,7 @@ def _wrong(model: Model, calibration: Calibration) -> str | None:
 
 def _wrong_moments(model: Model, recipe: Recipe, moments: dict[str, tuple[Vector, ...]]) -> str | None:
     """Reason why moments cannot be right: each holds the weights on the device and grows with the sequence, one by a hidden state."""
-    from .parameters import parameter_count
+    from ..step.parameters import parameter_count
 
     parameters = parameter_count(model)[0]
     weights = 0 if recipe.weights_on_host else parameters * recipe.weight_bytes // recipe.gpus

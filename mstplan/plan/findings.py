@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ..spec.hardware import Card, Gpu
+from ..spec.model import Model
+from ..step.recipe import Recipe
 from ..units import format_tokens
 from . import advice, solve, ways
 from .calibration import Calibration
-from .hardware import Card, Gpu
-from .model import Model
-from .recipe import Recipe
 from .solve import Answer, Plan
 from .ways import Way
 

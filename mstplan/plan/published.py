@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..profiles import ROOT
+from ..spec.catalog import load_model
+from ..spec.hardware import card
+from ..step.recipe import Recipe
 from ..units import GIB
-from .catalog import load_model
-from .hardware import card
-from .recipe import Recipe
 from .solve import longest, plan_at, recommend
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
-from .model import Model
-from .tape import ITEMSIZE
+from ..spec.model import Model
+from ..step.tape import ITEMSIZE
 
 
 class Shape(NamedTuple):

@@ -10,19 +10,19 @@ from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
 from ..kept import Kept
+from ..spec.hardware import Card, Gpu
+from ..spec.model import Model
+from ..step.cuda import BIAS_ROWS
+from ..step.instants import Instant
+from ..step.kernels import SDPA
+from ..step.optimizers import host_states
+from ..step.recipe import Recipe
+from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, step, stored_inputs
+from ..step.tape import ITEMSIZE, Vector
+from ..step.timing import step_seconds
 from ..units import LONGEST, SHORTEST, trainable
 from . import calibration
 from .calibration import Calibration
-from .cuda import BIAS_ROWS
-from .hardware import Card, Gpu
-from .instants import Instant
-from .kernels import SDPA
-from .model import Model
-from .optimizers import host_states
-from .recipe import Recipe
-from .steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, step, stored_inputs
-from .tape import ITEMSIZE, Vector
-from .timing import step_seconds
 
 GAIN = 0.01
 """A larger number of chunks must lengthen S_max, or lower the peak, by more than this share to be recommended."""

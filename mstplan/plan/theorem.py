@@ -17,13 +17,13 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from ..errors import RecipeError
-from .hardware import Card
-from .instants import Instant
-from .model import Model
-from .recipe import STRATEGIES, STRATEGY_FIELDS, Recipe
+from ..spec.hardware import Card
+from ..spec.model import Model
+from ..step.instants import Instant
+from ..step.recipe import STRATEGIES, STRATEGY_FIELDS, Recipe
+from ..step.steps import Chunks, Entry, Step, bytes_of, shown
+from ..step.tape import BASIS, Role, forward, kept_by
 from .solve import Answer, _layout_step, max_seq
-from .steps import Chunks, Entry, Step, bytes_of, shown
-from .tape import BASIS, Role, forward, kept_by
 
 FORMULAS = ("standard", "checkpoint (sqrt)", "MsT", "MsT + CPU offload")
 _HALF = Fraction(1, 2)

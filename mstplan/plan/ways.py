@@ -7,10 +7,10 @@ from itertools import product
 from typing import NamedTuple
 
 from ..errors import RecipeError
+from ..spec.hardware import Gpu, gpus
+from ..step.optimizers import stand_ins
+from ..step.recipe import Recipe
 from . import calibration
-from .hardware import Gpu, gpus
-from .optimizers import stand_ins
-from .recipe import Recipe
 from .solve import Plan, max_seq, plan_at, recommend_at
 
 _MLP_AGAIN = "time: the MLPs run twice"

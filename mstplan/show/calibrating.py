@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checking.calibrate import Written
 from ..errors import one_line
-from ..observe.calibrate import Written
 from . import parts, payload
 from .parts import cell
 from .report import Block, Cell, Column, Folded, Report, Row, Table, line

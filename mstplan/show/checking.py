@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ..observe.limits import ABOVE, BELOW, MOST_LOST, Bench, Limit, Prediction, Throughput
-from ..observe.measurement import Measurement
+from ..checking.limits import ABOVE, BELOW, MOST_LOST, Bench, Limit, Prediction, Throughput
+from ..measuring.measurement import Measurement
 from ..units import format_gib, format_seconds, format_tokens
 from . import tables
 

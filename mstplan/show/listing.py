@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..plan.hardware import Gpu
-from ..plan.model import Model
-from ..plan.parameters import parameter_count
+from ..spec.hardware import Gpu
+from ..spec.model import Model
+from ..step.parameters import parameter_count
 from ..units import GIB, format_count
 from . import payload
 from .parts import cell

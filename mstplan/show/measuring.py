@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import one_line
-from ..observe.measurement import OK, Measurement
-from ..observe.sweep import Sweep
+from ..measuring.measurement import OK, Measurement
+from ..measuring.sweep import Sweep
 from ..units import GIB, format_seconds
 from . import tables
 

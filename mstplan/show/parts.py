@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..plan.hardware import Card
-from ..plan.model import Model
-from ..plan.parameters import parameter_count
-from ..plan.recipe import options_of
 from ..plan.solve import Answer, Plan, chunk_tokens
-from ..plan.steps import Entry, InstantPeak
 from ..plan.ways import Way
+from ..spec.hardware import Card
+from ..spec.model import Model
+from ..step.parameters import parameter_count
+from ..step.recipe import options_of
+from ..step.steps import Entry, InstantPeak
 from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
 from .report import GAP, Block, Cell, Column, Line, Notes, Row, Span, Table, line
 

@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..plan.calibration import Calibration
-from ..plan.hardware import Card, Gpu
-from ..plan.model import Model
-from ..plan.parameters import parameter_count, trained_count
-from ..plan.recipe import Recipe, options_of
 from ..plan.solve import Answer, Plan
-from ..plan.steps import Entry, InstantPeak
 from ..plan.ways import Way
+from ..spec.hardware import Card, Gpu
+from ..spec.model import Model
+from ..step.parameters import parameter_count, trained_count
+from ..step.recipe import Recipe, options_of
+from ..step.steps import Entry, InstantPeak
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..observe.card import Held
-    from ..observe.findings import TracedLongest, View
     from ..plan.findings import AtLength, Longest
     from ..plan.shapes import Shape
     from ..plan.theorem import Coefficients, Row
     from ..plan.theorem import View as TheView
+    from ..tracing.card import Held
+    from ..tracing.findings import TracedLongest, View
     from .plot import Curve
 
 SCHEMA_VERSION = 1

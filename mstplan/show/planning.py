@@ -13,13 +13,13 @@ from .parts import cell
 from .report import GAP, Block, Cell, Column, Folded, Notes, Report, Row, Table, line
 
 if TYPE_CHECKING:
-    from ..plan.hardware import Card
-    from ..plan.model import Model
     from ..plan.shapes import Shape
     from ..plan.solve import Answer
-    from ..plan.steps import Entry
     from ..plan.theorem import Coefficients, View
     from ..plan.theorem import Row as Formula
+    from ..spec.hardware import Card
+    from ..spec.model import Model
+    from ..step.steps import Entry
     from .plot import Curve
 
 

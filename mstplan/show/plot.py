@@ -20,13 +20,13 @@ from .. import files
 from ..errors import OutputError, quoted
 from ..plan import solve
 from ..plan.calibration import Calibration
-from ..plan.hardware import Card
-from ..plan.instants import Instant
-from ..plan.model import Model
-from ..plan.optimizers import OPTIMIZERS
-from ..plan.recipe import Recipe
 from ..plan.solve import Answer
-from ..plan.steps import Chunks
+from ..spec.hardware import Card
+from ..spec.model import Model
+from ..step.instants import Instant
+from ..step.optimizers import OPTIMIZERS
+from ..step.recipe import Recipe
+from ..step.steps import Chunks
 from ..units import GIB, format_gib, format_tokens
 from .formats import FORMATS
 from .formats.as_csv import as_csv

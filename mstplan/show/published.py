@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ..plan.published import Comparison, comparisons
-from ..plan.recipe import Recipe
+from ..step.recipe import Recipe
 
 HEADER = """# Published measurements and the formula rung
 

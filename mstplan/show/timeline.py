@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from .. import files
 from ..errors import OutputError
-from ..observe.recording import Category
-from ..observe.trace import Trace
-from ..plan.instants import Instant
+from ..step.instants import Instant
+from ..tracing.recording import Category
+from ..tracing.trace import Trace
 from ..units import GIB, format_gib, format_tokens
 from .plot import card_name, no_picture, render, short_name
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..observe.findings import View
+    from ..tracing.findings import View
 
 SUFFIXES = (".png", ".svg", ".pdf")
 MOST_POINTS = 1500

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..observe import explain
-from ..observe.findings import TracedLongest, View
-from ..observe.trace import Alive, Trace
-from ..plan.recipe import Recipe
+from ..step.recipe import Recipe
+from ..tracing import explain
+from ..tracing.findings import TracedLongest, View
+from ..tracing.trace import Alive, Trace
 from ..units import MIB, format_gib, format_tokens
 from . import parts, payload
 from .parts import NOTHING, cell

@@ -14,18 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import files
+from ..checking.validate import ALLOCATED, RUNGS, Row, Summary, Validation, by_length, by_model, by_strategy, summaries
 from ..errors import OutputError
-from ..observe.validate import (
-    ALLOCATED,
-    RUNGS,
-    Row,
-    Summary,
-    Validation,
-    by_length,
-    by_model,
-    by_strategy,
-    summaries,
-)
 from ..units import GIB
 from . import tables
 from .plot import FONT, render

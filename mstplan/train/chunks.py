@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, UnreadError
-from ..plan.config import read_config
-from ..plan.hardware import Card, card, card_that_torch_names, host_memory
-from ..plan.recipe import Recipe
 from ..plan.solve import chunks_at
-from ..plan.steps import Chunks
+from ..spec.config import read_config
+from ..spec.hardware import Card, card, card_that_torch_names, host_memory
+from ..step.recipe import Recipe
+from ..step.steps import Chunks
 from .stand_in import stand_in
 
 _ATTENTION = {

@@ -6,7 +6,7 @@ are made in the forward pass already, as soon as a chunk's logits exist: three m
 training takes, and never more than one chunk's logits. The head's gradient is summed over the chunks in fp32 (`products.py`).
 
 Memory, in bytes, for n = b * s tokens, chunks of k, hidden size d and vocabulary V in bf16: 2 n d for the hidden states'
-gradient, 4 V d for the head's sum, and about 12 k V while a chunk is worked on (see mstplan/plan/steps.py, `_loss`).
+gradient, 4 V d for the head's sum, and about 12 k V while a chunk is worked on (see mstplan/step/steps.py, `_loss`).
 """
 
 from __future__ import annotations

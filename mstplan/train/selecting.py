@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..plan.selection import Kinds, Named, Selection, WeightKind
+from ..step.selection import Kinds, Named, Selection, WeightKind
 from .finding import find_parts, mixes
 
 

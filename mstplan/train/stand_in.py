@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from ..plan.model import Attention, Experts, LayerKind, Mlp, Model, StandIn
+from ..spec.model import Attention, Experts, LayerKind, Mlp, Model, StandIn
 from .finding import Parts, find_mlps, find_parts
 
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")

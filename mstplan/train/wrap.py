@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, RecipeError
-from ..plan.recipe import Recipe, strategy
 from ..plan.solve import chunk_tokens
-from ..plan.steps import segment_length
+from ..step.recipe import Recipe, strategy
+from ..step.steps import segment_length
 from .checkpoint import Checkpoints
 from .chunks import ChunkCounts
 from .finding import Mlp, find_mlps, find_parts

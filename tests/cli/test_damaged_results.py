@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mstplan.cli import output
-from mstplan.observe import measurement, sweep
-from mstplan.observe.measurement import FAILED, OUT_OF_MEMORY, REFUSED
-from mstplan.plan.catalog import load_config
+from mstplan.measuring import measurement, sweep
+from mstplan.measuring.measurement import FAILED, OUT_OF_MEMORY, REFUSED
+from mstplan.spec.catalog import load_config
 
-from ..observe.measured import CARD, CPU, case, measured
-from ..observe.tiny import TINY, write_tiny
+from ..measuring.measured import CARD, CPU, case, measured
+from ..tracing.tiny import TINY, write_tiny
 from .conftest import Run, Said
 
 INSTANTS = {"loss": 2**30, "optimizer step": 2**29}

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import pytest
 
 from mstplan.plan import advice
-from mstplan.plan.families import FAMILIES
-from mstplan.plan.kernels import KERNELS
-from mstplan.plan.kernels.base import Kernel
-from mstplan.plan.losses import LOSSES
-from mstplan.plan.losses.base import Loss, cross_entropy, logits_of
-from mstplan.plan.optimizers import OPTIMIZERS
-from mstplan.plan.optimizers.base import Memory, Optimizer, numel_of
-from mstplan.plan.tape import Weight
+from mstplan.spec.families import FAMILIES
+from mstplan.step.kernels import KERNELS
+from mstplan.step.kernels.base import Kernel
+from mstplan.step.losses import LOSSES
+from mstplan.step.losses.base import Loss, cross_entropy, logits_of
+from mstplan.step.optimizers import OPTIMIZERS
+from mstplan.step.optimizers.base import Memory, Optimizer, numel_of
+from mstplan.step.tape import Weight
 
-from ..observe.tiny import TINY
+from ..tracing.tiny import TINY
 from .conftest import Run
 
 
@@ -245,8 +245,8 @@ def spare(monkeypatch, tmp_path):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from mstplan.observe.kernels import STAND_INS
-    from mstplan.observe.kernels.base import StandIn
+    from mstplan.tracing.kernels import STAND_INS
+    from mstplan.tracing.kernels.base import StandIn
 
     class Function(torch.autograd.Function):
         @staticmethod

@@ -13,7 +13,7 @@ from mstplan.show.formats import FORMATS
 from mstplan.show.formats.base import Format
 from mstplan.show.report import Notes, Report, Table
 
-from ..observe.tiny import TINY
+from ..tracing.tiny import TINY
 from .conftest import Run, Said
 
 

@@ -11,13 +11,13 @@ import pytest
 import typer
 
 from mstplan import cli
+from mstplan.checking.validate import RUNGS as COMPARED
 from mstplan.cli.commands import COMMANDS, EXAMPLES, FLAGS, Options, app, declared
 from mstplan.cli.options import RecipesOptions
 from mstplan.cli.planning import DTYPES, RUNGS
-from mstplan.observe.measurement import DEVICES
-from mstplan.observe.validate import RUNGS as COMPARED
-from mstplan.plan.optimizers import OPTIMIZERS
-from mstplan.plan.recipe import STRATEGIES, Recipe
+from mstplan.measuring.measurement import DEVICES
+from mstplan.step.optimizers import OPTIMIZERS
+from mstplan.step.recipe import STRATEGIES, Recipe
 
 from .conftest import Run
 

@@ -11,7 +11,7 @@ import pytest
 
 from mstplan import load_model
 from mstplan.plan import calibration
-from mstplan.plan.catalog import load_config
+from mstplan.spec.catalog import load_config
 
 from ..damage import strict
 from .conftest import Run

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from mstplan import card, load_model, max_seq, plan_at, strategy
-from mstplan.plan import advice, calibration, hardware
+from mstplan.plan import advice, calibration
 from mstplan.profiles import ROOT
+from mstplan.spec import hardware
 
 from ..damage import damages, strict
 from .conftest import Run, Said

@@ -10,12 +10,12 @@ from typing import NoReturn
 import pytest
 
 from mstplan import MeasurementError
-from mstplan.observe import sweep
-from mstplan.observe.launch import MEETING, Launch, launched
-from mstplan.observe.measurement import OUT_OF_MEMORY, Measurement
+from mstplan.measuring import sweep
+from mstplan.measuring.launch import MEETING, Launch, launched
+from mstplan.measuring.measurement import OUT_OF_MEMORY, Measurement
 
-from ..observe.measured import CPU
-from ..observe.tiny import write_tiny
+from ..measuring.measured import CPU
+from ..tracing.tiny import write_tiny
 from .conftest import Run, Said
 
 COMPLETE = {

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from mstplan import kept
-from mstplan.observe import measurement, sweep
-from mstplan.observe.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement
-from mstplan.observe.point import measure
-from mstplan.observe.trace import Trace
+from mstplan.measuring import measurement, sweep
+from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement
+from mstplan.measuring.point import measure
 from mstplan.plan import calibration
-from mstplan.plan.recipe import STRATEGIES
+from mstplan.step.recipe import STRATEGIES
+from mstplan.tracing.trace import Trace
 
-from ..observe.measured import CARD, CPU, as_traced, measured
-from ..observe.tiny import TINY, write_tiny
+from ..measuring.measured import CARD, CPU, as_traced, measured
+from ..tracing.tiny import TINY, write_tiny
 from .conftest import Run
 
 ASKED = ("measure", "-m", "tiny.json", "--device", "cpu", "--precision", "fp32")
@@ -361,7 +361,7 @@ def test_errors_of_a_results_file(run: Run, results: Path, tmp_path: Path) -> No
 
 
 def test_worse_than_it_may_be_is_exit_code_1(run: Run, tmp_path: Path) -> None:
-    from ..observe.tiny import step_of
+    from ..tracing.tiny import step_of
 
     case = Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 128, None, "cuda")
     write(tmp_path / "off.jsonl", as_traced(case, step_of(case.recipe, 128), 1.2, workspace=0))
@@ -438,7 +438,7 @@ def test_calibrated_from_measurements(run: Run, quick: list[Case], tmp_path: Pat
 
 
 def calibration_model() -> Any:
-    from mstplan.plan.config import read_config
+    from mstplan.spec.config import read_config
 
     return read_config(TINY, "tiny")
 
@@ -447,7 +447,7 @@ def test_a_calibration_from_a_card_is_what_the_planner_uses(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "home"))
-    from ..observe.tiny import step_of
+    from ..tracing.tiny import step_of
 
     def on_card(tokens: int) -> Measurement:
         case = Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], tokens, None, "cuda")
@@ -469,7 +469,7 @@ def test_the_measuring_commands_start_without_torch(run: Run, monkeypatch: pytes
     """Only the processes that measure import it."""
     import subprocess
 
-    from mstplan.observe import sweep as _sweep  # noqa: F401
+    from mstplan.measuring import sweep as _sweep  # noqa: F401
 
     program = "import sys; from mstplan.show import checking, measuring, validating; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -10,7 +10,7 @@ import pytest
 
 from mstplan import cli
 from mstplan.cli.commands import COMMANDS, FLAGS
-from mstplan.plan import names
+from mstplan.step import names
 
 from .conftest import Run
 

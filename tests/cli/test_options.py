@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from mstplan.cli.commands import declared
 from mstplan.cli.options import RecipesOptions, recipes_of
-from mstplan.plan.recipe import STRATEGIES as NAMED
-from mstplan.plan.recipe import Recipe, options_of, strategy
+from mstplan.step.recipe import STRATEGIES as NAMED
+from mstplan.step.recipe import Recipe, options_of, strategy
 
-from ..plan.strategies import recipes
+from ..step.strategies import recipes
 
 OPTIONS = declared(RecipesOptions)
 FLAGS = {flag: name for name, one in OPTIONS.items() for flag in one.flags}

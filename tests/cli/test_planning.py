@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mstplan.plan.recipe import STRATEGIES, Recipe
+from mstplan.step.recipe import STRATEGIES, Recipe
 
 from ..processes import ROOT
 from .conftest import Run, Said
@@ -464,7 +464,7 @@ def test_ctrl_c_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mstplan.plan.catalog.load_model", stop)
+    monkeypatch.setattr("mstplan.spec.catalog.load_model", stop)
     said = run("max-seq", *CASE)
     assert said.code == 130 and not said.out and "Traceback" not in said.err
 

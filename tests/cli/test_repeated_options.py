@@ -12,9 +12,9 @@ import typer
 
 from mstplan import MeasurementError, cli
 from mstplan.cli.commands import COMMANDS, app
-from mstplan.observe import measurement, sweep
+from mstplan.measuring import measurement, sweep
 
-from ..observe.measured import CARD
+from ..measuring.measured import CARD
 from .conftest import Run
 
 REQUIRED = {

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mstplan.observe import cache, tracer
+from mstplan.tracing import cache, tracer
 
-from ..observe.tiny import write_tiny
+from ..tracing.tiny import write_tiny
 from .conftest import Run
 
 STEP = ("trace", "--model", "tiny.json", "--gpu-mem", "8GB", "--seq-len", "4k", "--strategy")

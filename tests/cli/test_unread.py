@@ -11,14 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from mstplan.errors import UnreadError
-from mstplan.observe import cache, sweep
-from mstplan.observe.measurement import Case
-from mstplan.plan.hardware import card
-from mstplan.plan.recipe import Recipe
-from mstplan.plan.unread import WAY_OUT
+from mstplan.measuring import sweep
+from mstplan.measuring.measurement import Case
+from mstplan.spec.hardware import card
+from mstplan.spec.unread import WAY_OUT
+from mstplan.step.recipe import Recipe
+from mstplan.tracing import cache
 
-from ..observe.test_any_model import _with_own_code
-from ..observe.tiny import write_tiny
+from ..tracing.test_any_model import _with_own_code
+from ..tracing.tiny import write_tiny
 from .conftest import Run
 
 OPT = {

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mstplan.plan.catalog import load_config, load_model, model_names
-from mstplan.plan.hardware import card
-from mstplan.plan.recipe import STRATEGIES, Recipe
 from mstplan.plan.solve import max_seq, plan_at
+from mstplan.spec.catalog import load_config, load_model, model_names
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import STRATEGIES, Recipe
 
 FOLDER = Path(__file__).parent
 LENGTHS = (1024, 16_384, 131_072)
@@ -75,7 +75,7 @@ def formula(name: str) -> dict[str, Any]:
 
 def trace(name: str) -> dict[str, Any]:
     """The peak of a traced step of some layers, its instant and how many tensors it made; and the bytes of every instant."""
-    from mstplan.observe.tracer import trace as trace_step
+    from mstplan.tracing.tracer import trace as trace_step
 
     config = dict(load_config(name))
     found: dict[str, Any] = {}

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 
 from mstplan.plan import advice
-from mstplan.plan.catalog import load_model
-from mstplan.plan.hardware import card
-from mstplan.plan.recipe import strategy
 from mstplan.plan.solve import max_seq
+from mstplan.spec.catalog import load_model
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import strategy
 
 GIB = 2**30
 MODEL = load_model("llama3.1-8b")

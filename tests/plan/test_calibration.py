@@ -6,10 +6,10 @@ import pytest
 
 from mstplan import card, kept, load_model, model_names, plan_at
 from mstplan.plan import calibration, solve
-from mstplan.plan.recipe import STRATEGIES
 from mstplan.plan.solve import chunks_at, fixed_chunks, layout_of, sizes
-from mstplan.plan.steps import Chunks, Layout, step
 from mstplan.profiles import ROOT
+from mstplan.step.recipe import STRATEGIES
+from mstplan.step.steps import Chunks, Layout, step
 
 DENSE = [name for name in model_names() if load_model(name).experts is None]
 ON = card("h100")

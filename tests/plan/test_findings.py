@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from mstplan.plan import findings, ways
-from mstplan.plan.catalog import load_model
-from mstplan.plan.hardware import card
-from mstplan.plan.recipe import STRATEGIES, strategy
 from mstplan.plan.solve import max_seq, plan_at
+from mstplan.spec.catalog import load_model
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import STRATEGIES, strategy
 
 MODEL = load_model("llama3.1-8b")
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from mstplan.plan.catalog import load_model
 from mstplan.plan.shapes import shapes
+from mstplan.spec.catalog import load_model
 
 
 def test_the_figures_of_the_introduction() -> None:

@@ -5,10 +5,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mstplan.errors import UnitError
-from mstplan.plan.catalog import load_model, model_names
-from mstplan.plan.cuda import BIAS_ROWS
-from mstplan.plan.hardware import card
-from mstplan.plan.recipe import STRATEGIES, strategy
 from mstplan.plan.solve import (
     GAIN,
     _step,
@@ -23,10 +19,14 @@ from mstplan.plan.solve import (
     window_of,
     within,
 )
-from mstplan.plan.steps import Chunks
+from mstplan.spec.catalog import load_model, model_names
+from mstplan.spec.hardware import card
+from mstplan.step.cuda import BIAS_ROWS
+from mstplan.step.recipe import STRATEGIES, strategy
+from mstplan.step.steps import Chunks
 from mstplan.units import GIB, LONGEST, SHORTEST
 
-from .strategies import POWERS, cards, chunk_counts, models, recipes
+from ..step.strategies import POWERS, cards, chunk_counts, models, recipes
 
 A100 = card("a100-80gb")
 quick = settings(derandomize=True, deadline=None, max_examples=150)

@@ -7,12 +7,12 @@ import sympy as sp
 
 from mstplan.errors import RecipeError
 from mstplan.plan import theorem
-from mstplan.plan.catalog import load_model
-from mstplan.plan.hardware import card
-from mstplan.plan.recipe import Recipe
 from mstplan.plan.solve import _layout_step
-from mstplan.plan.steps import Chunks
-from mstplan.plan.tape import BASIS, forward
+from mstplan.spec.catalog import load_model
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import Recipe
+from mstplan.step.steps import Chunks
+from mstplan.step.tape import BASIS, forward
 
 M_max, W, I, A, L, M, S = sp.symbols("M_max W_mem I_mem A_mem L M S", positive=True)  # noqa: E741
 PUBLISHED = {

@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan.plan import ways
-from mstplan.plan.catalog import load_model
-from mstplan.plan.hardware import card
-from mstplan.plan.recipe import STRATEGIES, Recipe, strategy
 from mstplan.plan.solve import Plan, max_seq, plan_at
 from mstplan.plan.ways import Way, furthest, nearest, smallest_gpu, ways_to_fit, ways_to_train
+from mstplan.spec.catalog import load_model
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import STRATEGIES, Recipe, strategy
 from mstplan.units import GIB
 
-from .strategies import recipes
+from ..step.strategies import recipes
 
 MODEL = load_model("llama3.1-8b")
 SMALL = load_model("llama3.2-1b")

@@ -14,11 +14,11 @@ import pytest
 
 from mstplan.errors import OutputError
 from mstplan.plan import solve
-from mstplan.plan.catalog import load_model
-from mstplan.plan.hardware import card
-from mstplan.plan.recipe import STRATEGIES
-from mstplan.plan.steps import Chunks
 from mstplan.show import plot
+from mstplan.spec.catalog import load_model
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import STRATEGIES
+from mstplan.step.steps import Chunks
 from mstplan.units import GIB
 
 CHECKOUT = Path(__file__).parents[2]
@@ -302,9 +302,9 @@ def test_no_display_no_pyplot_and_own_settings(tmp_path):
 import sys
 from pathlib import Path
 from mstplan.plan import solve
-from mstplan.plan.catalog import load_model
-from mstplan.plan.hardware import card
-from mstplan.plan.recipe import STRATEGIES
+from mstplan.spec.catalog import load_model
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import STRATEGIES
 from mstplan.show import plot
 assert "matplotlib" not in sys.modules
 model, on = load_model("qwen3-0.6b"), card("rtx-4090")

@@ -7,16 +7,16 @@ from itertools import pairwise
 import pytest
 
 from mstplan.errors import OutputError
-from mstplan.observe.findings import view
-from mstplan.observe.recording import Category
 from mstplan.plan import solve
-from mstplan.plan.config import read_config
-from mstplan.plan.hardware import card
-from mstplan.plan.recipe import strategy
 from mstplan.show import timeline
+from mstplan.spec.config import read_config
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import strategy
+from mstplan.tracing.findings import view
+from mstplan.tracing.recording import Category
 from mstplan.units import GIB
 
-from ..observe.tiny import TINY, step_of
+from ..tracing.tiny import TINY, step_of
 
 RECIPE = strategy("checkpoint")
 CARD = card(memory=8 * GIB)

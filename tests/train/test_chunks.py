@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from mstplan import card, strategy
 from mstplan.errors import ModelError
-from mstplan.plan.config import read_config
 from mstplan.plan.solve import chunks_at
+from mstplan.spec.config import read_config
 from mstplan.train import chunks as chunks_module
 from mstplan.train import minisequence
 from mstplan.train.chunks import ChunkCounts, card_of

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mstplan.plan.selection import Selection
+from mstplan.step.selection import Selection
 from mstplan.train import minisequence
 from mstplan.train.finding import find_mlps, find_parts
 from mstplan.train.selecting import freeze

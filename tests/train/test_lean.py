@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mstplan.observe.allocations import Allocations, Keep, record
+from mstplan.measuring.allocations import Allocations, Keep, record
 from mstplan.train import minisequence, offload
 from mstplan.train.runtime import Runtime
 

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from mstplan import minisequence
-from mstplan.plan.config import read_config
-from mstplan.plan.parameters import parameter_count
+from mstplan.spec.config import read_config
+from mstplan.step.parameters import parameter_count
 from mstplan.train.stand_in import stand_in
 from tests.train.survey import causal_lm_classes
 from tests.train.tiny import tiny_config

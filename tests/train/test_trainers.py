@@ -24,8 +24,8 @@ from transformers.training_args import OptimizerNames
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from mstplan.errors import ModelError, RecipeError
-from mstplan.plan.names import option
-from mstplan.plan.recipe import Recipe, planned
+from mstplan.step.names import option
+from mstplan.step.recipe import Recipe, planned
 from mstplan.train import minisequence
 
 from .llama import CHUNKS, VOCABULARY, difference, head_rows, small_llama, step, tokens

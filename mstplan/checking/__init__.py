@@ -1,0 +1,1 @@
+"""Checks of the rungs against each other: predictions beside measurements, calibrations solved from traces and measurements."""

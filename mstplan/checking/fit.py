@@ -1,0 +1,261 @@
+"""Solves a model's coefficients, and a card's constants, from measurements.
+
+A measurement gives each instant's peak: the largest of several moments, and which of them that is changes with the length (a
+layer's backward early on holds more layer inputs, a late one more gradients). So it is not the peaks that are solved for but
+what they differ by from the formula's, which knows the moments: over steps of one family a constant, so much for every token
+and every token of a chunk, and with the first few layers of a model whose layers are alike, so much for every layer as well. Least squares
+over at least one point more than there are coefficients; what is left over is the residual. The calibration is the formula's
+moments with that added.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import __version__
+from ..errors import MeasurementError, one_line
+from ..measuring.measurement import OK, Measurement, read_all
+from ..plan import calibration
+from ..plan.calibration import Calibration, family_of, fingerprint
+from ..plan.solve import layout_of, sizes
+from ..spec.catalog import load_model
+from ..spec.hardware import HANDLES, Constants, write_measured
+from ..spec.model import Model
+from ..step.steps import Layout, step
+from ..step.tape import BASIS, Vector, add
+from ..units import MIB
+from .calibrate import WORST, Written, written
+from .validate import FORMULA, chunks_of, instants_at, point_of, step_of
+
+Factors = np.ndarray
+
+
+class Fitted(NamedTuple):
+    calibrations: list[Calibration]
+    left_out: list[str]  # why a family has none
+
+
+def fit(model: Model, measurements: Iterable[Measurement]) -> Fitted:
+    """A calibration of every family that has points enough. Raises MeasurementError when none has."""
+    groups: dict[tuple[object, ...], list[Measurement]] = defaultdict(list)
+    for m in measurements:
+        if m.outcome == OK and m.case.model == model.name and _is_of(m, model):
+            layout = layout_of(model, m.case.recipe, chunks_of(m), m.case.seq_len)
+            if not layout.padded:  # see solve._calibration
+                groups[_family(m, layout)].append(m)
+    found = Fitted([], [])
+    for members in groups.values():
+        solved = _solve(model, members)
+        if isinstance(solved, str):
+            found.left_out.append(f"{model.name}, {members[0].case.strategy}: {solved}")
+        else:
+            found.calibrations.append(solved)
+    if not found.calibrations:
+        why = (
+            "; ".join([*dict.fromkeys(found.left_out)][:3])
+            or f"no measurement of {model.name} that a calibration could be solved from"
+        )
+        raise MeasurementError(
+            f"{why}.\nMeasure more lengths and chunks: mstplan measure -m {model.name} --seq-len 2k,4k,6k,8k,12k"
+        )
+    return found
+
+
+def fit_all(
+    models: Sequence[str], strategies: Sequence[str], folder: Path, results: Sequence[Path], elsewhere: bool
+) -> tuple[list[Written], list[str]]:
+    """Fit each model's families to measurements and write them; of CUDA measurements also the cards' constants. elsewhere: is `folder`
+    one that the planner does not read? Gives what was written, and what else is to be said. Raises MeasurementError."""
+    named = [load_model(spec) for spec in models]
+    read = read_all(results)
+    chosen = _usable([m for m in read.measurements if m.case.strategy in (*strategies, "custom")], elsewhere)
+    rows, said = [], list(read.skipped)
+    for model in named:
+        try:
+            found = fit(model, chosen)
+        except MeasurementError as e:
+            if len(named) == 1:
+                raise
+            said.append(str(e).splitlines()[0])
+            continue
+        path = calibration.write(model, found.calibrations, folder)
+        said += found.left_out
+        rows += [written(model, c.provenance["strategy"], c, path) for c in found.calibrations]
+    if not rows:
+        raise MeasurementError(
+            "none of these models has measurements enough.\nmstplan calibrate with one --model says what it lacks."
+        )
+    if constants := devices(chosen):
+        path = write_measured(constants)
+        said += [
+            f"{card}: {about.context_bytes / MIB:,.0f} MiB of CUDA context, measured; wrote {one_line(path, 200)}"
+            for card, about in constants.items()
+        ]
+    return rows, said
+
+
+def _usable(measurements: list[Measurement], elsewhere: bool) -> list[Measurement]:
+    """Measurements that the planner may be given: it plans for cards."""
+    if elsewhere:
+        return measurements
+    found = [m for m in measurements if m.case.device != "cpu"]
+    if measurements and not found:
+        raise MeasurementError(
+            "these were measured on a CPU, and the planner plans for cards.\n--out FOLDER writes calibrations that it does not use."
+        )
+    return found
+
+
+def _is_of(m: Measurement, model: Model) -> bool:
+    """Whether a measurement is of the model, or of first layers that stand for all of them."""
+    layers = m.case.described.layers
+    alike = layers == model.layers or (
+        len(set(model.layer_kinds)) == 1 and m.case.recipe.checkpoint in ("none", "layer")
+    )
+    return alike and fingerprint(model.first(layers)) == fingerprint(m.case.described)
+
+
+def _family(m: Measurement, layout: Layout) -> tuple[object, ...]:
+    flags = (layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked, m.case.recipe.accumulation > 1)
+    same = (m.case.device, m.environment["card"], m.environment["torch"], m.environment["transformers"])
+    return *same, *flags, repr(sorted(family_of(m.case.recipe).items()))
+
+
+def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
+    """The calibration, or why there is none."""
+    first = members[0]
+    layout = layout_of(model, first.case.recipe, chunks_of(first), first.case.seq_len)
+    columns = [
+        "",
+        "bs",
+        *(["bc"] if layout.several_mlp_chunks else []),
+        *(["bk"] if layout.several_loss_chunks else []),
+    ]
+    if first.case.recipe.attention == "eager" or layout.masked:
+        columns.append("bss")
+    by_layer = any(m.case.described.layers != model.layers for m in members)
+    factors = _factors(members, columns, by_layer)
+    needed = factors.shape[1] + 1
+    if len(members) < needed or np.linalg.matrix_rank(factors / np.abs(factors).max(axis=0)) < factors.shape[1]:
+        varied = (
+            "lengths"
+            + (" and numbers of chunks" if layout.several_loss_chunks else "")
+            + (" and numbers of layers" if by_layer else "")
+        )
+        return f"{len(members)} point{'s' * (len(members) > 1)}, and {needed} are needed, of different {varied}"
+    formula = step(model, layout, 0)
+    told = [_formula(m) for m in members]
+    names = [
+        name
+        for name in formula.moments
+        if all(name in m.instants and name in t for m, t in zip(members, told, strict=True))
+    ]
+    bytes_ = np.array([[m.instants[name] for name in names] for m in members], dtype=float)
+    off = bytes_ - np.array([[t[name] for name in names] for t in told], dtype=float)
+    solution = _least_squares(factors, off)
+    residual = float(np.abs((factors @ solution - off) / bytes_).max())
+    if not residual <= WORST:  # nor NaN
+        return f"the coefficients miss a measurement by {residual:.2%}, more than {WORST:.1%}"
+    if by_layer:
+        half = len(columns)
+        solution = solution[:half] + model.layers * solution[half:]
+    moments = {
+        name.value: tuple(add(moment.live, _vector(columns, solution[:, n])) for moment in formula.moments[name])
+        for n, name in enumerate(names)
+    }
+    return Calibration(
+        family_of(first.case.recipe),
+        layout.several_mlp_chunks,
+        layout.several_loss_chunks,
+        layout.masked,
+        first.case.recipe.accumulation > 1,
+        moments,
+        residual,
+        _provenance(members, _left_out_error(factors, off, bytes_)),
+    )
+
+
+def _factors(members: Sequence[Measurement], columns: Sequence[str], by_layer: bool) -> Factors:
+    """A row for each measurement: `columns` of tape.BASIS; by_layer: also each of them times the number of layers."""
+    rows = []
+    for m in members:
+        units = dict(zip(BASIS, sizes(m.case.recipe, m.case.seq_len, chunks_of(m)).units, strict=True))
+        row = [units[name] for name in columns]
+        rows.append(row + [value * m.case.described.layers for value in row] if by_layer else row)
+    return np.array(rows, dtype=float)
+
+
+def _least_squares(factors: Factors, bytes_: Factors) -> Factors:
+    scale = np.abs(factors).max(axis=0)
+    found: Factors = np.linalg.lstsq(factors / scale, bytes_, rcond=None)[0] / scale[:, None]
+    return found
+
+
+def _formula(m: Measurement) -> dict[str, int]:
+    """The formula's bytes of each instant of the step that was measured."""
+    told = step_of(m, FORMULA)
+    assert told is not None
+    return instants_at(m, told)
+
+
+def _left_out_error(factors: Factors, off: Factors, bytes_: Factors) -> float:
+    """The largest error of a step's peak for a point that was not solved from."""
+    errors = [0.0]
+    for n in range(len(factors)):
+        others = np.arange(len(factors)) != n
+        if np.linalg.matrix_rank(factors[others] / np.abs(factors).max(axis=0)) == factors.shape[1]:
+            told = factors[n] @ _least_squares(factors[others], off[others]) - off[n] + bytes_[n]
+            errors.append(abs(told.max() / bytes_[n].max() - 1))
+    return float(max(errors))
+
+
+def _vector(columns: Sequence[str], values: Factors) -> Vector:
+    vector = [0] * len(BASIS)
+    for name, value in zip(columns, values, strict=True):
+        vector[BASIS.index(name)] = round(float(value))
+    return tuple(vector)
+
+
+def _provenance(members: Sequence[Measurement], left_out: float) -> dict[str, Any]:
+    about = members[0].environment
+    points = [point_of(m) for m in members]
+    return {
+        "rung": "measurement",
+        "strategy": members[0].case.strategy,
+        "card": about["card"],
+        "driver": about.get("driver"),
+        "torch": about["torch"],
+        "transformers": about["transformers"],
+        "mstplan": __version__,
+        "when": max(m.when for m in members),
+        "points": points,
+        "left_out_error": left_out,
+    }
+
+
+def devices(measurements: Iterable[Measurement]) -> dict[str, Constants]:
+    """Constants by card as torch names it: bytes of the CUDA context and of cuBLAS' workspace, medians, and what they are from."""
+    seen: dict[str, list[Measurement]] = defaultdict(list)
+    for m in measurements:
+        if (
+            m.outcome == OK and m.case.device == "cuda" and not m.case.recipe.sharded
+        ):  # NCCL's memory would count as context
+            seen[m.environment["card"]].append(m)
+    found: dict[str, Constants] = {}
+    for card, members in seen.items():
+        ranks = [rank for m in members for rank in m.ranks]
+        contexts, workspaces = (
+            [v for v in column if v is not None]
+            for column in zip(*((r.context, r.workspace) for r in ranks), strict=True)
+        )
+        if contexts and workspaces:
+            about = members[-1].environment
+            source = f"measured: {len(ranks)} steps with torch {about['torch']}, driver {about.get('driver')}, until {members[-1].when}"
+            found[card] = Constants(int(median(contexts)), int(median(workspaces)) // HANDLES, source)
+    return found

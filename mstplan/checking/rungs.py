@@ -1,0 +1,63 @@
+"""The formula's peaks beside the trace's, for the whole step and instant by instant."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from .. import profiles
+from ..plan.solve import fixed_chunks, layout_of, sizes
+from ..spec.catalog import load_model
+from ..spec.hardware import Card
+from ..step.instants import Instant
+from ..step.recipe import Recipe
+from ..step.steps import step
+from ..tracing.tracer import trace
+
+BOUNDS = {"dense": 0.02, "experts": 0.05}
+"""The largest difference of a step's peak, as a share of the trace's, that a formula may have."""
+
+
+class Pair(NamedTuple):
+    """The peak of one instant on both rungs. Bytes."""
+
+    instant: Instant
+    formula: int
+    trace: int
+
+    @property
+    def difference(self) -> float:
+        """Difference of the formula, as a share of the trace."""
+        return self.formula / self.trace - 1
+
+
+class Rungs(NamedTuple):
+    """One step on both rungs. `peak` is named by the instant that binds in the trace; seq_len in tokens."""
+
+    model: str
+    kind: str  # dense | experts
+    seq_len: int
+    peak: Pair
+    instants: tuple[Pair, ...]  # in the order of a step
+
+    @property
+    def worst_instant(self) -> Pair:
+        return max(self.instants, key=lambda pair: abs(pair.difference))
+
+    @property
+    def holds(self) -> bool:
+        return abs(self.peak.difference) <= BOUNDS[self.kind]
+
+
+def both_rungs(name: str, recipe: Recipe, seq_len: int, card: Card) -> Rungs:
+    """A shipped model's step of `recipe`, its chunks given as numbers, at `seq_len` tokens on `card`. The formula's own word:
+    calibrations are left aside."""
+    config = json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
+    model, chunks = load_model(name), fixed_chunks(recipe)
+    told = step(model, layout_of(model, recipe, chunks, seq_len), card.gpu.workspaces_bytes)
+    where = sizes(recipe, seq_len, chunks)
+    seen = trace(config, recipe, seq_len, workspace=card.gpu.workspaces_bytes)
+    by_name = {instant.name: instant.bytes for instant in told.instants(where)}
+    pairs = tuple(Pair(peak.instant, by_name.get(peak.instant, 0), peak.bytes) for peak in seen.peaks)
+    peak = Pair(seen.peak.instant, told.largest(where)[1], seen.peak.bytes)
+    return Rungs(name, "experts" if model.experts is not None else "dense", seq_len, peak, pairs)

@@ -1,0 +1,61 @@
+"""Which of the step model's instants a real step is at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..step.instants import Instant, Pass
+from ..step.steps import segment_length
+from ..tracing.recording import Place
+from ..tracing.trace import instant_of
+from ..train import finding
+from ..train.step import TrainingStep
+
+Mark = Callable[[Instant], None]
+
+
+@contextmanager
+def marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[Pass], None]]:
+    """Yield `begin(pass)`, to be called as each pass starts. Hooks then call `mark(instant)`: on entering a layer in forward, and
+    when the gradient of a layer's input arrives in backward."""
+    layers = finding.find_parts(step.model).layers
+    every = segment_length(step.recipe, len(layers)) or 1
+    units = -(-len(layers) // every)
+    run = Pass.FORWARD
+
+    def at(unit: int) -> None:
+        mark(instant_of(Place(run, unit), units))
+
+    def begin(begun: Pass) -> None:
+        nonlocal run
+        run = begun
+        if run != Pass.OPTIMIZER or step.optimizer is not None:
+            at(-1 if run == Pass.FORWARD else units)
+
+    def enter(unit: int) -> Callable[[nn.Module, Any], None]:
+        def hook(_layer: nn.Module, inputs: Any) -> None:
+            if run == Pass.FORWARD:
+                at(unit)
+                if inputs[0].requires_grad:
+                    inputs[0].register_hook(lambda _gradient: at(unit - 1))
+
+        return hook
+
+    def leave(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        if run == Pass.FORWARD:
+            at(units)
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _gradient: at(units - 1))
+
+    handles: list[Any] = [layers[n].register_forward_pre_hook(enter(n // every)) for n in range(0, len(layers), every)]
+    handles.append(layers[-1].register_forward_hook(leave))
+    try:
+        yield begin
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,419 @@
+"""Measurements: what a real training step took on a device, and the files they are kept in. No torch.
+
+A results file has one measurement a line (JSON), appended as soon as it is made, so that what ends a sweep costs one point at
+most. Several files are merged by putting one behind the other.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache, cached_property
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+
+from .. import files, profiles
+from ..errors import MeasurementError, ModelError, OutputError, one_line, quoted
+from ..spec.config import read_config
+from ..spec.model import Model
+from ..step.recipe import Recipe
+from ..units import LEAST_MEMORY, LONGEST, MOST_MEMORY
+
+SCHEMA_VERSION = 1
+OK, OUT_OF_MEMORY, REFUSED, FAILED = "ok", "out of memory", "refused", "failed"
+"""Outcomes. refused: the model or recipe cannot be run; failed: an error, a crash, a kill, too little time."""
+PHASES = ("forward", "backward", "optimizer")
+_LARGEST_FILE = 200_000_000  # bytes
+_BEGINNING = b'{"case":'
+
+
+Bytes = Annotated[int, Field(ge=0, le=1 << 62)]
+Tokens = Annotated[int, Field(ge=1, le=LONGEST)]  # results of before have one token, too
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("not printable")
+    return text
+
+
+def _named(text: str) -> str:
+    if not text.strip():
+        raise ValueError("no name")
+    return text
+
+
+Word = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
+Name = Annotated[
+    str, Field(max_length=255), AfterValidator(_named)
+]  # whatever characters: a folder's name becomes a model's
+Loss = Annotated[float | None, AfterValidator(lambda loss: loss if loss is not None and isfinite(loss) else None)]
+
+
+DEVICES = ("cuda", "cpu")
+"""What steps are measured on."""
+
+
+class Peak(NamedTuple):
+    """The most bytes within an instant or a phase. None: the device does not tell.
+
+    allocated: in tensors; reserved: by torch's allocator; device: in use on the whole card, other processes and the CUDA
+    context included, at the end of the phase.
+    """
+
+    allocated: Annotated[int, Field(gt=0, le=1 << 62)]
+    reserved: Bytes | None = None
+    device: Bytes | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of one rank in a step that is not its first. Bytes; seconds."""
+
+    static: Bytes  # in weights, buffers and optimizer states, between steps
+    instants: Annotated[dict[str, Peak], Field(min_length=1)]
+    phases: Annotated[dict[str, Peak], Field(min_length=1)]
+    step_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)]  # of every timed step
+    loss: Loss  # None: infinite, or no number
+    context: Bytes | None = (
+        None  # in use on the card beside what the allocator reserved: the CUDA context, and other processes
+    )
+    workspace: Bytes | None = None  # of cuBLAS, for all of its handles
+
+    @property
+    def peak(self) -> Peak:
+        """The largest of the step, each figure by itself."""
+        found = [[value for value in column if value is not None] for column in zip(*self.phases.values(), strict=True)]
+        return Peak(max(found[0]), *(max(column) if column else None for column in found[1:]))
+
+    @classmethod
+    def from_data(cls, data: object) -> Figures:
+        """Raises ValueError."""
+        found: Figures = _adapter(Figures).validate_python(data)
+        return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to measure. `config`: of the model as it is to be run, that is of `layers` of its layers when they are not all."""
+
+    model: Name
+    strategy: Name
+    config: dict[str, Any]
+    recipe: Recipe  # its chunks are numbers
+    seq_len: Tokens
+    layers: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    device: Annotated[str, Field(pattern=f"^({'|'.join(DEVICES)})$")] = "cuda"
+    limit: Bytes | None = None  # of the card that the process may use, its CUDA context included
+    steps: Annotated[int, Field(ge=1, le=1 << 20)] = 3  # that are timed
+    assume: str | None = None  # how the formula reads a config that it does not know
+
+    @cached_property
+    def described(self) -> Model:
+        return read_config(self.config, self.model, self.assume)
+
+    def as_data(self) -> dict[str, Any]:
+        named = [
+            f.name for f in fields(Case) if f.name != "assume" or self.assume is not None
+        ]  # as results of before have it
+        return {**{name: getattr(self, name) for name in named}, "recipe": self.recipe.model_dump()}
+
+    @classmethod
+    def from_data(cls, data: object) -> Case:
+        """Raises ValueError."""
+        found: Case = _adapter(Case).validate_python(data)
+        return found
+
+    @property
+    def words(self) -> str:
+        part = f", {self.layers} layers" if self.layers else ""
+        return f"{one_line(self.model, 80)}{part}, {one_line(self.strategy, 40)}, {self.seq_len:,} tokens"
+
+
+class _Environment(BaseModel):
+    """Facts that every measurement's environment holds; whatever else it tells may be anything."""
+
+    model_config = ConfigDict(strict=True)
+
+    card: Word
+    total_bytes: Annotated[int, Field(ge=LEAST_MEMORY, lt=MOST_MEMORY)]
+    torch: Word
+    transformers: Word
+    allocator: Annotated[str, Field(max_length=10_000)]
+    threads: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    driver: Word | None = None
+    cuda: Word | None = None
+    cudnn: int | None = None
+    sdpa: Word | None = None
+    python: Word | None = None
+
+
+def _tells_where(environment: dict[str, Any]) -> dict[str, Any]:
+    found = _Environment.model_validate(environment)
+    if found.card == "cpu" and found.threads is None:
+        raise ValueError("no number of threads")
+    return environment
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Outcome of a case. environment: card, its bytes, driver, versions; of a CPU, its threads. ranks: the figures of each, when the outcome is ok."""
+
+    case: Case
+    environment: Annotated[dict[str, Any], AfterValidator(_tells_where)]
+    outcome: Annotated[str, Field(pattern=f"^({OK}|{OUT_OF_MEMORY}|{REFUSED}|{FAILED})$")]
+    error: str = ""
+    ranks: tuple[Figures, ...] = ()
+    when: Word = ""  # ISO date and time, UTC
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def as_data(self) -> dict[str, Any]:
+        return {
+            **{f.name: getattr(self, f.name) for f in fields(Measurement)},
+            "case": self.case.as_data(),
+            "ranks": [asdict(r) for r in self.ranks],
+        }
+
+    @classmethod
+    def from_data(cls, data: object) -> Measurement:
+        """Raises ValueError, also for what contradicts itself, and ModelError for a model that cannot be read."""
+        found: Measurement = _adapter(Measurement).validate_python(data)
+        recipe, told = found.case.recipe, {tuple(sorted(rank.instants)) for rank in found.ranks}
+        elsewhere = (found.case.device == "cpu") != (found.environment["card"] == "cpu")
+        unread = not (found.case.described.layers and found.key)  # raises now what it would later
+        if (
+            "auto" in (recipe.mlp_chunks, recipe.loss_chunks)
+            or len(told) != (found.outcome == OK)
+            or elsewhere
+            or unread
+        ):
+            raise ValueError("no measurement")
+        return found
+
+    @property
+    def reason(self) -> str:
+        """Why there are no figures, in some words."""
+        return one_line(next(iter(self.error.splitlines()), ""), 150) or "no reason given"
+
+    @cached_property
+    def key(self) -> str:
+        """Identity of a measurement: its case, the kind of device, the libraries' versions."""
+        return key_of(self.case, self.environment)
+
+    @property
+    def peak(self) -> Peak:
+        """Peak of the rank that used the most memory."""
+        return max((rank.peak for rank in self.ranks), key=lambda peak: peak.allocated)
+
+    @property
+    def seconds(self) -> float:
+        """The median time of a step, of the slowest rank."""
+        return max(median(rank.step_seconds) for rank in self.ranks)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of all ranks together."""
+        recipe = self.case.recipe
+        return recipe.batch * recipe.accumulation * self.case.seq_len * len(self.ranks) / self.seconds
+
+    @property
+    def instants(self) -> dict[str, int]:
+        """Bytes allocated at most in each instant, of the rank that holds most there."""
+        return {name: max(rank.instants[name].allocated for rank in self.ranks) for name in self.ranks[0].instants}
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def key_of(case: Case, environment: Mapping[str, Any]) -> str:
+    same = {
+        name: environment.get(name)
+        for name in ("card", "torch", "transformers", "allocator", "threads", "cudnn", "sdpa")
+    }
+    what = {**case.as_data(), "model": "", "strategy": "", "steps": 0}
+    return sha256(json.dumps([what, same], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sliced(config: Mapping[str, Any], layers: int, name: str, assume: str | None = None) -> dict[str, Any]:
+    """The config.json of a model's first layers. Raises ModelError when it has no more than that."""
+    count = read_config(config, name, assume).layers
+    if not 1 <= layers <= count:
+        raise ModelError(f"--layers {layers}: {name} has {count} layers.\nGive a number from 1 to {count}.")
+    return _shorter(config, count, layers)
+
+
+def _shorter(config: Mapping[str, Any], count: int, layers: int) -> dict[str, Any]:
+    found = dict(config)
+    for name, value in config.items():
+        if name in ("num_hidden_layers", "n_layer") and value == count:
+            found[name] = layers
+        elif isinstance(value, list) and len(value) == count:
+            found[name] = value[:layers]
+        elif name == "text_config" and isinstance(value, dict):
+            found[name] = _shorter(value, count, layers)
+    return found
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------
+
+
+class Read(NamedTuple):
+    """Contents of a results file; `skipped`: a line for each that is damaged, with its number."""
+
+    measurements: list[Measurement]
+    skipped: list[str]
+
+
+def read(path: Path) -> Read:
+    """Read a results file. Raises MeasurementError for a file that is none, or all written by a newer mstplan."""
+    data = files.read_bytes(path, "a results file of `mstplan measure`", _LARGEST_FILE, MeasurementError)
+    found, newer = Read([], []), None
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        why = "is damaged"
+        try:
+            told = json.loads(line.decode())
+            schema = told.get("schema_version") if isinstance(told, dict) else None
+            if not isinstance(schema, int) or schema <= SCHEMA_VERSION:
+                found.measurements.append(Measurement.from_data(told))
+                continue
+            newer = newer or f"of schema {one_line(schema, 20)}, and this mstplan reads up to {SCHEMA_VERSION}"
+            why = f"is {newer}"
+        except (ValueError, ModelError, RecursionError):
+            pass
+        found.skipped.append(f"{one_line(path)}: line {number} {why} and left out.")
+    if newer is not None and not found.measurements:
+        raise MeasurementError(f"{quoted(path)} has results {newer}.\nUpdate mstplan.")
+    return found
+
+
+def read_all(paths: Iterable[Path]) -> Read:
+    """Several files together; of measurements with the same key the last one."""
+    found = [read(path) for path in paths]
+    return Read(latest(m for one in found for m in one.measurements), [line for one in found for line in one.skipped])
+
+
+def archive() -> list[Path]:
+    """The results files that ship with mstplan."""
+    return sorted((profiles.ROOT / "measurements").glob("*.jsonl"))
+
+
+def latest(measurements: Iterable[Measurement]) -> list[Measurement]:
+    return list({m.key: m for m in measurements}.values())
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Measurement], None]]:
+    """Lock a results file and yield a function that appends to it. A truncated last line is terminated, not removed.
+
+    Raises MeasurementError, also for a file that holds something else, and OutputError."""
+    files.check_writable(path, force=True)
+    file = _Locked(path)
+    try:
+        yield file.append
+    finally:
+        file.close()
+
+
+def check_appendable(path: Path) -> None:
+    """Check that `appending` would work on the file as it is; write nothing. Raises what it raises."""
+    with appending(path):
+        pass
+
+
+class _Locked:
+    """A results file that this process alone writes to, and alone may remove."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle, self.locked = _take(path)
+
+    def append(self, measurement: Measurement) -> None:
+        line = (json.dumps(measurement.as_data(), separators=(",", ":")) + "\n").encode()
+        if not _is_at(self.handle, self.path):  # removed or replaced: what is written to it nobody would find
+            before, (self.handle, self.locked) = self.handle, _take(self.path)
+            os.close(before)
+        with files.refusing(self.path):
+            _end_last_line(self.handle)
+            while line:
+                line = line[os.write(self.handle, line) :]
+            os.fsync(self.handle)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            if (
+                self.locked and _is_at(self.handle, self.path) and not os.fstat(self.handle).st_size
+            ):  # nothing came of it
+                os.unlink(os.path.realpath(self.path))  # not a link to it
+        os.close(self.handle)
+
+
+def _take(path: Path) -> tuple[int, bool]:
+    """Open and lock a results file; also whether there are locks here. A lock is of the file that was opened: whether the path still
+    names that one is certain only once it is locked."""
+    for _ in range(100):
+        with files.refusing(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            locked = _lock(handle, path)
+            if _is_at(handle, path):
+                _check_results(path, handle)
+                return handle, locked
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # who had the lock removed the file meanwhile
+    raise OutputError(f"cannot write {quoted(path)}: it is removed as soon as it is made.\nName another file.")
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
+
+
+def _end_last_line(handle: int) -> None:
+    size = os.fstat(handle).st_size
+    if size and os.pread(handle, 1, size - 1) != b"\n":
+        os.write(handle, b"\n")
+
+
+def _check_results(path: Path, handle: int) -> None:
+    """Check that a file holds results. Raises MeasurementError for one that holds something else."""
+    begins = os.pread(handle, len(_BEGINNING), 0)
+    if not _BEGINNING.startswith(begins) and not read(path).measurements:  # of results the only line may be cut off
+        raise MeasurementError(
+            f"{quoted(path)} holds no results of `mstplan measure`, so none are added.\nName another file with --out."
+        )
+
+
+def _lock(handle: int, path: Path) -> bool:
+    """Lock the file where there are locks, and say whether; lines are appended whole in any case. Raises MeasurementError when another process has this one."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno not in (errno.EAGAIN, errno.EACCES):
+            return False  # a file system without locks
+        raise MeasurementError(
+            f"another mstplan is writing to {quoted(path)}.\nWait for it, or name another file with --out."
+        ) from None
+    return True

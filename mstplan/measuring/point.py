@@ -1,0 +1,311 @@
+"""One measured step, in a process of its own, which sweep.py starts: it reads a case from standard input (a line of JSON) and writes
+what it took to standard output. It ends when its standard input does, that is, with the process that began it.
+
+With `describe DEVICE` for arguments it writes the device's environment only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.attention import SDPBackend
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import InputError, MeasurementError, MissingError, one_line
+from ..spec.hardware import card_that_torch_names, host_memory
+from ..step.instants import Instant
+from ..step.kernels import SDPA
+from ..step.recipe import Recipe
+from ..tracing import cache
+from ..tracing.fsdp import shard
+from ..tracing.kernels import STAND_INS, real_implementation
+from ..tracing.tracer import attention_of
+from ..train.step import NO_HOST_MEMORY, TrainingStep, build, read_settings
+from ..units import format_gib
+from .allocations import bytes_of, record_step, there
+from .launch import launched
+from .marking import marking
+from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, Peak
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Facts that figures depend on beside the case. Raises MeasurementError where there is no such device."""
+    known = cache.versions()
+    found = {"python": platform.python_version(), "torch": known["torch"], "transformers": known["transformers"]}
+    if device == "cpu":
+        return {
+            "card": "cpu",
+            "total_bytes": host_memory(),
+            "driver": None,
+            "allocator": "",
+            "threads": torch.get_num_threads(),
+            **found,
+        }
+    check_cuda()
+    torch.cuda.set_device(local_rank())
+    properties = torch.cuda.get_device_properties(local_rank())
+    return {
+        "card": properties.name,
+        "total_bytes": properties.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "sdpa": _sdpa_kernel(),
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "",
+        **found,
+    }
+
+
+def check_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise MeasurementError(
+            "no CUDA device that torch can use.\n--device cpu measures the same step on the CPU, with its own kernels."
+        )
+
+
+def _driver() -> str | None:
+    """The version of the NVIDIA driver, as NVML tells it."""
+    with suppress(OSError, AttributeError):
+        nvml, buffer = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.create_string_buffer(96)
+        if nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(buffer, ctypes.c_uint(96)) == 0:
+            return buffer.value.decode()
+    return None
+
+
+def _sdpa_kernel(device: str = "cuda") -> str:
+    """The kernel that scaled_dot_product_attention chooses for causal attention in bf16."""
+    query = torch.ones(1, 1, 128, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    names = {kernel.value: name.lower() for name, kernel in SDPBackend.__members__.items()}
+    with suppress(AttributeError):  # the question is not among torch's public functions
+        return names.get(torch._fused_sdp_choice(query, query, query, is_causal=True), "unknown")
+    return "unknown"
+
+
+def local_rank() -> int:
+    """The device of this rank, of those that it sees."""
+    here = launched()
+    return here.local_rank % max(1, torch.cuda.device_count()) if here is not None else 0
+
+
+# ---- one step -------------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case) -> Figures:
+    """Run the case's steps on its device, as a rank among others when a process group is there. Raises what torch raises."""
+    cuda = case.device == "cuda"
+    workspace = _prepare_cuda(case) if cuda else None
+    step = TrainingStep(_model(case), case.recipe, case.seq_len)
+    loss = step.run()  # the first makes the optimizer's states
+    seconds = tuple(_timed(step, cuda) for _ in range(case.steps))
+    instants, phases = _watched_on_cuda(step) if cuda else _watched_on_cpu(step)
+    _check_limit_of_cpu(case, instants)
+    static = sum(bytes_of(there(step)).values())
+    return Figures(static, instants, phases, seconds, float(loss), _beside_tensors() if cuda else None, workspace)
+
+
+def _check_limit_of_cpu(case: Case, instants: dict[str, Peak]) -> None:
+    """Nothing limits a process's tensors on a CPU: the peak is compared. Raises MemoryError."""
+    peak = max(peak.allocated for peak in instants.values())
+    if case.device == "cpu" and case.limit is not None and peak > case.limit:
+        raise MemoryError(f"the peak of {format_gib(peak)} is more than {format_gib(case.limit)}")
+
+
+def _model(case: Case) -> PreTrainedModel:
+    settings = read_settings(case.config)
+    attention = real_attention(case.recipe, settings, case.device)
+    device = f"cuda:{local_rank()}" if case.device == "cuda" else case.device
+    if not case.recipe.sharded:
+        return build(settings, case.recipe, attention, device)
+    model = build(settings, case.recipe, attention, "meta")  # no card need hold it whole
+    shard(model, case.recipe, init_device_mesh(case.device, (dist.get_world_size(),)))
+    model.to_empty(device=device)
+    with torch.no_grad():
+        model.initialize_weights()
+    return model
+
+
+def real_attention(recipe: Recipe, settings: PreTrainedConfig, device: str) -> str:
+    """attn_implementation for kernels that run; the trace has stand-ins for them."""
+    if recipe.attention != SDPA:
+        return STAND_INS[recipe.attention].real
+    return real_implementation(attention_of(recipe, settings, device))
+
+
+def _timed(step: TrainingStep, cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()  # what earlier steps left to do
+    started = time.perf_counter()
+    step.run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+Watched = tuple[dict[str, Peak], dict[str, Peak]]
+
+
+def _watched_on_cpu(step: TrainingStep) -> Watched:
+    """Watch a step by torch's profiler, which sees every allocation. Between ranks the least of a few steps: gloo's thread may hold on to a
+    finished collective's buffers for a moment."""
+    runs = [record_step(step).peaks() for _ in range(3 if step.recipe.sharded else 1)]
+    instants = {name: min(run[name] for run in runs) for name in runs[0]}
+    return {name: Peak(size) for name, size in instants.items()}, {
+        phase: Peak(size) for phase, size in by_phase(instants).items()
+    }
+
+
+def by_phase(instants: dict[str, int]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, size in instants.items():
+        phase = Instant(name).phase
+        found[phase] = max(size, found.get(phase, 0))
+    return found
+
+
+def _beside_tensors() -> int:
+    """Bytes of the card in use beside what torch's allocator has reserved."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def _prepare_cuda(case: Case) -> int:
+    """Limits the process where the case does. Gives the bytes of cuBLAS' workspaces: of the handle of this thread, and of that of
+    autograd's."""
+    torch.cuda.set_device(local_rank())
+    before = torch.cuda.memory_allocated()
+    _multiply_and_attend()
+    workspaces = torch.cuda.memory_allocated() - before
+    if case.limit is not None:
+        total = torch.cuda.mem_get_info()[1]
+        context = card_that_torch_names(
+            torch.cuda.get_device_name(), total
+        ).gpu.context_bytes  # as predictions have it: kernels are yet to be loaded
+        share = (case.limit - max(context, _beside_tensors())) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
+    return workspaces
+
+
+def _multiply_and_attend() -> None:
+    """A pass forward and back of what brings libraries in: cuBLAS, cuDNN, and between ranks NCCL. Leaves no tensor."""
+    square = torch.ones(1, 1, 128, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.nn.functional.scaled_dot_product_attention(square @ square, square, square, is_causal=True).sum().backward()
+    if dist.is_initialized():
+        dist.all_reduce(torch.ones(1, device="cuda"))
+    torch.cuda.synchronize()
+
+
+class _Peaks:
+    """Peaks of whatever is named, one after the other, from the caching allocator's own counters. They count on the host, when
+    a tensor is made: nothing needs to be waited for."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Peak] = {}
+        self.name = ""
+
+    def __call__(self, name: str) -> None:
+        """End what was named before; `name` begins."""
+        if self.name:
+            now, before = (
+                Peak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()),
+                self.found.get(self.name, Peak(0, 0)),
+            )
+            self.found[self.name] = Peak(
+                max(now.allocated, before.allocated), max(now.reserved or 0, before.reserved or 0)
+            )
+        torch.cuda.reset_peak_memory_stats()
+        self.name = name
+
+
+def _watched_on_cuda(step: TrainingStep) -> Watched:
+    """One step for the instants, one for the phases, whose end is waited for."""
+    peaks = _Peaks()
+    with marking(step, peaks) as begin:
+        step.run(begin)
+    peaks("")
+    instants = peaks.found
+    device: dict[str, int] = {}
+    peaks = _Peaks()
+
+    def phase(name: str) -> None:
+        torch.cuda.synchronize()
+        if peaks.name:
+            free, total = torch.cuda.mem_get_info()
+            device[peaks.name] = max(total - free, device.get(peaks.name, 0))
+        peaks(name)
+
+    step.run(phase)
+    phase("")
+    return instants, {name: peak._replace(device=device[name]) for name, peak in peaks.found.items()}
+
+
+# ---- the process ------------------------------------------------------------------------------------------------------------
+
+
+_NO_MEMORY = (
+    NO_HOST_MEMORY,
+    "CUDA error: out of memory",  # loading a kernel
+    "ALLOC_FAILED",
+    "when calling `cublasCreate",  # cuBLAS and cuDNN
+)
+"""Words of RuntimeErrors that tell of memory: only torch's allocator for cards has an error of its own."""
+
+
+def attempt(run: Callable[[], Figures]) -> dict[str, Any]:
+    """{outcome, error, figures} of one rank."""
+    try:
+        return {"outcome": OK, "error": "", "figures": asdict(run())}
+    except InputError as e:
+        return {"outcome": REFUSED, "error": str(e), "figures": None}
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        return {"outcome": OUT_OF_MEMORY, "error": one_line(e, 300), "figures": None}
+    except RuntimeError as e:
+        no_memory = any(words in str(e) for words in _NO_MEMORY)
+        return {
+            "outcome": OUT_OF_MEMORY if no_memory else FAILED,
+            "error": f"{type(e).__name__}: {one_line(e, 300)}",
+            "figures": None,
+        }
+    except Exception as e:  # noqa: BLE001  a model's code, or a kernel, raises what it likes
+        return {"outcome": FAILED, "error": f"{type(e).__name__}: {one_line(e, 300)}", "figures": None}
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(3)
+
+
+def _first_to_go() -> None:
+    """When the machine runs out of memory, let it be this process that the kernel ends, not another."""
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("1000")
+
+
+def main() -> None:
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no part of the answer
+    if sys.argv[1:2] == ["describe"]:
+        try:
+            found = environment(sys.argv[2])
+        except (MeasurementError, MissingError) as e:
+            found = {"error": str(e)}
+    else:
+        case = Case.from_data(json.loads(sys.stdin.readline()))
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        _first_to_go()
+        found = {"environment": environment(case.device), **attempt(lambda: measure(case))}
+    answer.write(json.dumps(found) + "\n")
+    answer.flush()
+    os._exit(0)  # tearing down CUDA and torch takes seconds

@@ -1,0 +1,591 @@
+"""Reads a model's config.json into `Model`.
+
+One row of `families` says what a family does differently from Llama; whatever a file leaves out takes the default of
+that family's configuration class in transformers. A model_type that neither has a row nor is known to transformers is
+planned as a Llama-like decoder when every field of its file is known, and a note says so. Whatever else cannot be
+counted is refused by name (`unread.py`); so is what is no decoder trained on next-token loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+from mstplan.errors import ModelError, did_you_mean, one_line
+from mstplan.spec.families import FAMILIES, LLAMA_LIKE
+from mstplan.spec.families.base import Family
+from mstplan.spec.model import NO_ADAPTERS, Attention, Block, Experts, Latent, LayerKind, Mlp, Model
+
+_LARGEST = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
+_MOST_LAYERS = 1000  # eight times as many as the deepest published one
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+_WAY_OUT = "Correct it there, or pass the config.json as published."
+
+# The same fact under other names: GPT-2's, GPT-NeoX', and those of the mixtures of experts.
+_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions"),
+    "hidden_act": ("hidden_act", "hidden_activation", "activation_function"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token"),
+    "dtype": ("dtype", "torch_dtype"),
+}
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ACTIVATIONS = _words(
+    "gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh hardswish laplace "
+    "leaky_relu linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu sqrtsoftplus swish tanh xielu"
+)
+_DTYPES = _words("float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2")
+
+_REFUSED: Mapping[str, frozenset[str]] = {
+    "an encoder-only model": _words(
+        # text
+        "albert bert bert-generation big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra "
+        "ernie esm eurobert flaubert fnet funnel ibert layoutlm layoutlmv2 layoutlmv3 longformer luke markuplm "
+        "megatron-bert mobilebert modernbert mpnet mra neobert new nomic_bert nystromformer perceiver rembert roberta "
+        "roberta-prelayernorm roc_bert roformer squeezebert tapas xlm xlm-roberta xlm-roberta-xl xmod yoso "
+        # images and sound
+        "align altclip audio-spectrogram-transformer beit blip chinese_clip clap clip clip_text_model "
+        "clip_vision_model clipseg convnext convnextv2 deit detr dinov2 dinov3_vit efficientnet groupvit hiera hubert "
+        "ijepa levit metaclip_2 mobilenet_v2 mobilevit owlvit regnet resnet sam segformer siglip siglip2 "
+        "siglip_vision_model swin swinv2 unispeech videomae vilt vit vit_mae vivit wav2vec2 wav2vec2-bert wavlm xclip"
+    ),
+    "an encoder-decoder model": _words(
+        "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder florence2 fsmt led longt5 m2m_100 marian "
+        "mbart moonshine mt5 mvp nllb-moe pegasus pegasus_x pix2struct plbart pop2piano prophetnet seamless_m4t "
+        "seamless_m4t_v2 speech-encoder-decoder speech_to_text speecht5 switch_transformers t5 t5gemma t5gemma2 umt5 "
+        "vision-encoder-decoder whisper"
+    ),
+}
+_ENCODER_CLASSES = ("ForMaskedLM", "EncoderModel", "Encoder")
+_CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+# Files of several models whose text part stands in the fields themselves, or names no family of its own.
+_TEXT_TYPES = {
+    "gemma3": "gemma3_text",
+    "phi4mm": "phi3",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen2_vl": "qwen2_vl_text",
+}
+_TEXT_PARTS = ("text_config", "llm_config", "language_config")
+_TOWERS = ("vision", "visual", "image", "img", "video", "audio", "speech", "embd_layer")
+
+
+def read_config(config: Mapping[str, object], name: str, assume: str | None = None) -> Model:
+    """The model that a config.json describes; `name` names it in messages. What cannot be planned is a ModelError; of that,
+    what the formula cannot count is an UnreadError. assume: "llama-like" counts the latter as a Llama all the same."""
+    if not isinstance(config, Mapping):
+        raise ModelError(f"{name}: holds {_shown(config)}, not a JSON object with a model's fields.")
+    _check_assumption(assume)
+    _refuse(config, name)
+    notes: list[str] = []
+    text = next((config[part] for part in _TEXT_PARTS if isinstance(config.get(part), Mapping)), None)
+    nested = isinstance(text, Mapping)
+    if isinstance(text, Mapping):
+        if text is config.get("text_config"):  # as transformers writes it
+            _refuse_other_classes(config, name)
+        config = _text_part(config, text)
+        _refuse(config, name)
+    model_type = _model_type(config, name)
+    if not nested:
+        model_type = _TEXT_TYPES.get(model_type, model_type)
+    known = FAMILIES.get(model_type)
+    if nested or (known is not None and _has_towers(config)):
+        notes.append("only the text part is planned: a vision or audio tower is not counted")
+    f = _Fields(config, name, known or LLAMA_LIKE, assumed=assume is not None)
+    if known is None:
+        notes.append(_read_as_a_llama(f, model_type))
+    else:
+        _refuse_foreign_experts(f)
+        if not nested:  # files leave out defaults of a part, never of the whole
+            f.require(_REQUIRED)
+    model = _model(f, model_type)
+    return model._replace(notes=(*_quantised_notes(f), *notes, *_notes(f)))
+
+
+def _check_assumption(assume: str | None) -> None:
+    if assume not in (None, "llama-like"):
+        raise ModelError(f"cannot assume that a model is {_shown(assume)}.\nKnown: llama-like.")
+
+
+def _refuse_foreign_experts(f: _Fields) -> None:
+    """Refuses a known family's file that tells of experts which that family has not: it is another model under its name."""
+    words = ("expert", "moe", "shared_intermediate", "block_configs")
+    of_experts = (key for key in f.config if any(word in key.lower() for word in words))
+    named = [key for key in of_experts if key not in _ALIASES["num_experts_per_tok"]]  # which says nothing alone
+    if named and not f.assumed:
+        from mstplan.spec import unread
+
+        routed = (f.family.experts.width,) if f.family.experts is not None else ()
+        unread.refuse_fields(f.name, unread.foreign_fields(f.config, named, routed))
+
+
+def _read_as_a_llama(f: _Fields, model_type: str) -> str:
+    """The note on a file without a row. Refuses one that may be something else than a Llama, unless that is assumed."""
+    from mstplan.spec import unread
+
+    what = f"model_type {_shown(model_type)} is not known to mstplan" if model_type else "the file names no model_type"
+    head = "" if f.holds("tie_word_embeddings") else ", with an LM head of its own"
+    fields = unread.unread_fields(f.config)
+    if f.assumed:
+        f.require(_REQUIRED)
+        aside = f"; not read: {unread.listed(fields, 12)}" if fields else ""
+        return f"{what}: counted as a Llama{head}, for --assume llama-like was given{aside}"
+    unread.refuse_family(f.name, model_type, fields)
+    _refuse_other_classes(f.config, f.name)
+    if fields and (missing := f.missing(_REQUIRED)):
+        unread.refuse_names(f.name, model_type, missing)
+    unread.refuse_fields(f.name, fields)
+    f.require(_REQUIRED)
+    return f"{what}: planned as a Llama-like decoder{head}, for all its fields are a Llama's"
+
+
+class _Fields:
+    """Typed look-ups in one config.json. What is absent takes the family's default; what is wrong is a ModelError."""
+
+    def __init__(self, config: Mapping[str, object], name: str, family: Family, assumed: bool = False) -> None:
+        self.config = config
+        self.name = name
+        self.family = family
+        self.assumed = assumed  # count what is not read as a Llama's
+        self.defaulted: dict[str, int] = {}  # sizes that the file leaves out
+
+    def find(self, wanted: str) -> tuple[str, object]:
+        """The name that the file uses, and the value: None if null, the family's default if absent."""
+        present = [key for key in _ALIASES.get(wanted, (wanted,)) if key in self.config]
+        given = [key for key in present if self.config[key] is not None]
+        for key in given[1:]:
+            one, other = self.config[given[0]], self.config[key]
+            if isinstance(one, int) and isinstance(other, int) and one != other:
+                self.refuse(f"{given[0]} {_shown(one)} and {key} {_shown(other)} contradict each other")
+        if given:
+            return given[0], self.config[given[0]]
+        return (present[0], None) if present else (wanted, self.family.defaults.get(wanted))
+
+    def require(self, wanted: tuple[str, ...]) -> None:
+        if (missing := self.missing(wanted)) and self.assumed:
+            raise ModelError(
+                f"{self.name}: lacks {', '.join(missing)}, so that it cannot be counted as a Llama.\n"
+                "Leave --assume out: max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]')."
+            )
+        if missing:
+            raise ModelError(
+                f"{self.name}: lacks {', '.join(missing)}, without which its memory cannot be planned.\n"
+                "Pass the complete config.json that lies beside the model's weights."
+            )
+
+    def missing(self, wanted: tuple[str, ...]) -> list[str]:
+        nullable = {key for key, value in self.family.defaults.items() if value is None}
+        return [key for key in wanted if key not in nullable and not self.holds(key)]
+
+    def holds(self, wanted: str) -> bool:
+        return any(key in self.config for key in _ALIASES.get(wanted, (wanted,)))
+
+    def optional(self, wanted: str, low: int = 1, top: int = _LARGEST) -> int | None:
+        key, value = self.find(wanted)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= top:
+            self.wrong(key, value, f"a whole number from {low} to {top}")
+        return value
+
+    def size(self, wanted: str, top: int = _LARGEST) -> int:
+        value = self.optional(wanted, top=top)
+        if value is None:
+            key, _ = self.find(wanted)
+            self.refuse(f"{key} is {'null' if self.holds(wanted) else 'missing'}, must be a whole number from 1")
+        if not self.holds(wanted):
+            self.defaulted[wanted] = value
+        return value
+
+    def count(self, wanted: str, absent: int) -> int:
+        value = self.optional(wanted, low=0)
+        return absent if value is None else value
+
+    def flag(self, wanted: str, absent: bool = False) -> bool:
+        key, value = self.find(wanted)
+        if value is None:
+            value = self.family.defaults.get(wanted, absent)
+        if not isinstance(value, bool):
+            self.wrong(key, value, "true or false")
+        return value
+
+    def switch(self, constant_or_field: bool | str) -> bool:
+        return self.flag(constant_or_field) if isinstance(constant_or_field, str) else constant_or_field
+
+    def share(self, wanted: str, absent: float = 0.0) -> float:
+        key, value = self.find(wanted)
+        if value is None:
+            return absent
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:  # NaN fails, too
+            self.wrong(key, value, "a number from 0 to 1")
+        return float(value)
+
+    def number(self, wanted: str) -> bool:
+        """Whether a switch that is a number, or null, is on."""
+        key, value = self.find(wanted)
+        if value is None:
+            return False
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            self.wrong(key, value, "a positive number, or null")
+        return True
+
+    def one_of(self, wanted: str, known: frozenset[str], absent: str) -> str:
+        key, value = self.find(wanted)
+        if value is None:
+            return absent
+        if not isinstance(value, str) or value not in known:
+            near = did_you_mean(value, known) if isinstance(value, str) and len(value) < 100 else ""
+            self.refuse(f"{key} is {_shown(value)}, which mstplan does not know.{near}", _WAY_OUT)
+        return value
+
+    def wrong(self, key: str, value: object, must_be: str) -> NoReturn:
+        self.refuse(f"{key} is {_shown(value)}, must be {must_be}")
+
+    def refuse(self, what: str, way_out: str = _WAY_OUT) -> NoReturn:
+        stop = "" if what.endswith((".", "?")) else "."
+        raise ModelError(f"{self.name}: {what}{stop}\n{way_out}")
+
+
+def _model(f: _Fields, model_type: str) -> Model:
+    family = f.family
+    if not f.assumed and (uncounted := _uncounted(f)):
+        from mstplan.spec import unread
+
+        unread.refuse(f.name, f"{uncounted[0]} is set, and the formula does not count what that changes.")
+    experts = _experts(f)
+    kinds = _layer_kinds(f, routed=experts is not None)
+    context = f.optional("max_position_embeddings")
+    if family.learned_positions:
+        context = f.size("max_position_embeddings")
+    return Model(
+        name=f.name,
+        model_type=model_type,
+        hidden=f.size("hidden_size"),
+        vocab=f.size("vocab_size"),
+        context=context,
+        layer_kinds=kinds,
+        attention=_attention(f),
+        mlp=None if all(kind.experts for kind in kinds) else _mlp(f),
+        experts=experts if any(kind.experts for kind in kinds) else None,
+        norm=family.norm,
+        norm_bias=family.norm_bias,
+        block=_block(f),
+        tied=f.flag("tie_word_embeddings"),
+        learned_positions=context or 0 if family.learned_positions else 0,
+        logit_softcap=f.number("final_logit_softcapping"),
+        scaled_embedding=family.scaled_embedding,
+        dropout=f.share(family.dropout) if family.dropout else 0.0,
+        dtype=_dtype(f),
+        has_sdpa=family.has_sdpa,
+    )
+
+
+def _block(f: _Fields) -> Block:
+    switch = f.family.parallel_switch
+    return "pre" if switch is not None and not f.flag(switch, absent=True) else f.family.block
+
+
+def _dtype(f: _Fields) -> str:
+    key, value = f.find("dtype")
+    if isinstance(value, str):
+        value = value.removeprefix("torch.")
+    if value in (None, "auto"):
+        return "bfloat16"
+    if not isinstance(value, str) or value not in _DTYPES:
+        f.wrong(key, value, f"one of {', '.join(sorted(_DTYPES))}")
+    return value
+
+
+def _activation(f: _Fields) -> str:
+    name = f.one_of(f.family.activation, _ACTIVATIONS, absent="silu")
+    return "gelu_pytorch_tanh" if f.family.gelu_is_tanh and name == "gelu" else name
+
+
+def _mlp(f: _Fields) -> Mlp:
+    family = f.family
+    return Mlp(
+        width=_width(f),
+        activation=_activation(f),
+        gated=family.gated,
+        fused=family.fused_mlp,
+        bias=f.switch(family.mlp_bias),
+    )
+
+
+def _width(f: _Fields) -> int:
+    if f.family.learned_positions:  # GPT-2's
+        return f.optional("n_inner") or 4 * f.size("hidden_size")
+    return f.size("intermediate_size")
+
+
+def _attention(f: _Fields) -> Attention:
+    family = f.family
+    heads = f.size("num_attention_heads")
+    if family.latent or (not family.known and f.optional("kv_lora_rank") is not None):
+        return _latent_attention(f, heads)
+    kv_heads = f.optional("num_key_value_heads") if family.own_heads else None
+    kv_heads = heads if kv_heads is None else kv_heads
+    if heads % kv_heads:
+        f.refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    head_dim = _head_dim(f, heads)
+    return Attention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        rotary_dim=int(head_dim * _rotary_share(f)),
+        qkv_bias=f.switch(family.qkv_bias),
+        out_bias=f.switch(family.out_bias),
+        fused_qkv=family.fused_qkv,
+        qk_norm=family.qk_norm,
+        dropout=f.share(family.attention_dropout),
+        softcap=family.softcap and f.number("attn_logit_softcapping"),
+        sinks=family.sinks,
+    )
+
+
+def _head_dim(f: _Fields, heads: int) -> int:
+    head_dim = f.optional("head_dim") if f.family.own_heads else None
+    if head_dim is not None:
+        return head_dim
+    hidden = f.size("hidden_size")
+    if hidden % heads:
+        f.refuse(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
+    return hidden // heads
+
+
+def _rotary_share(f: _Fields) -> float:
+    for holder in ("rope_parameters", "rope_scaling"):  # new and old home of the rotary settings
+        rope = f.config.get(holder)
+        if isinstance(rope, Mapping) and "partial_rotary_factor" in rope:
+            return _Fields(rope, f.name, f.family).share("partial_rotary_factor", absent=1.0)
+    return f.share("partial_rotary_factor", absent=1.0)
+
+
+def _latent_attention(f: _Fields, heads: int) -> Attention:
+    """DeepSeek's: keys and values are expanded to every head, so num_key_value_heads and head_dim mean nothing here."""
+    latent = Latent(
+        q_rank=f.optional("q_lora_rank"),
+        kv_rank=f.size("kv_lora_rank"),
+        nope_dim=f.size("qk_nope_head_dim"),
+        rope_dim=f.size("qk_rope_head_dim"),
+    )
+    return Attention(
+        heads=heads,
+        kv_heads=heads,
+        head_dim=latent.nope_dim + latent.rope_dim,
+        v_head_dim=f.size("v_head_dim"),
+        rotary_dim=latent.rope_dim,
+        qkv_bias=f.switch(f.family.qkv_bias),  # on the projections to the low ranks
+        out_bias=f.switch(f.family.out_bias),
+        dropout=f.share(f.family.attention_dropout),
+        latent=latent,
+    )
+
+
+def _experts(f: _Fields) -> Experts | None:
+    routed = f.family.experts
+    if routed is None or (routed.may_be_none and not f.count("num_experts", absent=0)):
+        return None
+    count, per_token = f.size("num_experts"), f.size("num_experts_per_tok")
+    if per_token > count:
+        f.refuse(f"{f.find('num_experts_per_tok')[0]} {per_token} is more than its {count} experts")
+    own_width = f.family.known or f.holds(routed.width)
+    width = f.size(routed.width if own_width else "intermediate_size")
+    sigmoid = not f.family.known and f.find("scoring_func")[1] == "sigmoid"
+    return Experts(
+        number=count,
+        per_token=per_token,
+        width=width,
+        activation=_activation(f),
+        shared_width=_shared_width(f, width),
+        bias=routed.bias,
+        router="sigmoid-groups" if sigmoid else routed.router,
+        router_fp32=routed.fp32,
+        clamped=routed.clamped,
+    )
+
+
+def _shared_width(f: _Fields, width: int) -> int:
+    together = f.optional("shared_expert_intermediate_size", low=0) if not f.family.known else None
+    return f.count("n_shared_experts", absent=0) * width if together is None else together
+
+
+def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
+    layers = f.size("num_hidden_layers", top=_MOST_LAYERS)
+    first = f.count("first_k_dense_replace", absent=0)
+    every = f.optional("moe_layer_freq") or 1
+    step = f.optional("decoder_sparse_step") or 1
+    dense = _dense_layers(f)
+    sparse = [
+        routed and i >= first and i % every == 0 and (i + 1) % step == 0 and i not in dense for i in range(layers)
+    ]
+    return tuple(LayerKind(window, experts) for window, experts in zip(_windows(f, layers), sparse, strict=True))
+
+
+def _dense_layers(f: _Fields) -> frozenset[int]:
+    value = f.config.get("mlp_only_layers")
+    if value is None:
+        return frozenset()
+    if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+        f.wrong("mlp_only_layers", value, "a list of layer numbers")
+    return frozenset(value)
+
+
+def _windows(f: _Fields, layers: int) -> list[int | None]:
+    """The sliding window of each layer, None where attention is full."""
+    rule = f.family.windows
+    if rule == "none":
+        return [None] * layers
+    switched = f.family.window_switch or (rule == "found" and f.holds("use_sliding_window"))
+    on = f.flag("use_sliding_window") if switched else True
+    window = f.optional("sliding_window") if on else None
+    sliding = [True] * layers if rule == "every" else _sliding_layers(f, layers)
+    return [window if slides else None for slides in sliding]
+
+
+def _sliding_layers(f: _Fields, layers: int) -> list[bool]:
+    listed = f.config.get("layer_types")
+    if listed is not None:
+        return [kind == "sliding_attention" for kind in _layer_types(f, listed, layers)]
+    if f.family.windows == "late" or f.holds("max_window_layers"):
+        first = f.count("max_window_layers", absent=0)
+        return [i >= first for i in range(layers)]
+    period = f.optional("sliding_window_pattern") or f.family.period
+    return [not period or (i + 1) % period != 0 for i in range(layers)]
+
+
+def _layer_types(f: _Fields, listed: object, layers: int) -> list[str]:
+    if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
+        f.wrong("layer_types", listed, "a list with one kind of attention per layer")
+    if len(listed) != layers:
+        f.refuse(f"layer_types has {len(listed)} entries for the {layers} layers of num_hidden_layers")
+    for kind in listed:
+        if kind not in _ATTENTION_KINDS and not f.assumed:
+            _refuse_layer_type(f, kind)
+    return listed
+
+
+def _refuse_layer_type(f: _Fields, kind: str) -> NoReturn:
+    what = f"layer_types names {_shown(kind)}, which is no attention that mstplan can plan"
+    if f.family.known:
+        f.refuse(what, "It plans full_attention and sliding_attention.")
+    from mstplan.spec import unread
+
+    unread.refuse(f.name, f"{what}.")
+
+
+def _uncounted(f: _Fields) -> list[str]:
+    return [key for key in f.family.uncounted if f.flag(key)]
+
+
+def _notes(f: _Fields) -> list[str]:
+    notes = []
+    if f.defaulted:
+        listed = ", ".join(f"{key} {value}" for key, value in f.defaulted.items())
+        notes.append(f"not in the file, transformers' default taken: {listed}")
+    notes += [f"{key} is set: what it adds is not counted" for key in _uncounted(f)]
+    if f.family.latent and f.count("num_nextn_predict_layers", absent=0):
+        notes.append("the layer that predicts further tokens (num_nextn_predict_layers) is not counted")
+    return notes
+
+
+def _quantised_notes(f: _Fields) -> list[str]:
+    """Note on weights that are published quantised: who has them usually trains adapters on them."""
+    quantised = f.config.get("quantization_config")
+    if not quantised:
+        return []
+    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+    how = f" ({one_line(method, 40)})" if isinstance(method, str) else ""
+    return [
+        f"{NO_ADAPTERS}: this is full fine-tuning of unquantised weights, though the published ones are quantised{how}"
+    ]
+
+
+def _model_type(config: Mapping[str, object], name: str) -> str:
+    value = config.get("model_type")
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ModelError(f"{name}: model_type is {_shown(value)}, must be text such as 'llama'\n{_WAY_OUT}")
+    return value
+
+
+def _text_part(whole: Mapping[str, object], text: Mapping[str, object]) -> dict[str, object]:
+    """The text model's fields; what holds for the whole model stands one level up."""
+    above = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+    inherited = {key: whole[key] for key in above if whole.get(key) is not None}
+    kind = whole.get("model_type")
+    kind = _TEXT_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+    return {"model_type": kind, **text, **inherited}
+
+
+def _has_towers(config: Mapping[str, object]) -> bool:
+    return any(
+        isinstance(value, Mapping) and value and any(word in key for word in _TOWERS) for key, value in config.items()
+    )
+
+
+def _refuse(config: Mapping[str, object], name: str) -> None:
+    """Refuses what is not a decoder trained on next-token loss."""
+    model_type = config.get("model_type")
+    lower = model_type.lower() if isinstance(model_type, str) else ""
+    kind = next((kind for kind, types in _REFUSED.items() if lower in types), None)
+    if kind is None and config.get("is_encoder_decoder") is True:
+        kind = "an encoder-decoder model"
+    if kind is None and (
+        _only_encoders(config.get("architectures")) or config.get("use_bidirectional_attention") is True
+    ):
+        kind = "an encoder-only model"
+    if kind is not None:
+        _refuse_kind(config, name, kind)
+
+
+def _refuse_kind(config: Mapping[str, object], name: str, kind: str) -> NoReturn:
+    raise ModelError(
+        f"{name} is {kind} (model_type {_shown(config.get('model_type'))}): mstplan plans decoders trained on next-token loss.\n"
+        "Pass the config.json of a decoder, such as Llama, Qwen, Mistral, Gemma or DeepSeek."
+    )
+
+
+def _refuse_other_classes(config: Mapping[str, object], name: str) -> None:
+    """Refuses a file without a row that names classes which are no causal language model, and none among code of its own."""
+    architectures, code = config.get("architectures"), config.get("auto_map")
+    own = isinstance(code, Mapping) and "AutoModelForCausalLM" in code
+    if (
+        isinstance(architectures, list)
+        and bool(architectures)
+        and all(isinstance(each, str) and not each.endswith(_CAUSAL_CLASSES) for each in architectures)
+        and not own
+    ):
+        _refuse_kind(config, name, f"no causal language model, going by its architectures {_shown(architectures)}")
+
+
+def _only_encoders(architectures: object) -> bool:
+    return (
+        isinstance(architectures, list)
+        and bool(architectures)
+        and all(isinstance(each, str) and each.endswith(_ENCODER_CLASSES) for each in architectures)
+    )
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: on one line, and short."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits; lists in lists in lists
+        return "far too large to show"
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 60 else text[:57] + "..."

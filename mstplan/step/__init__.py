@@ -1,0 +1,1 @@
+"""One training step in bytes: the recipe by which it runs, its operations on a tape, what lives when. No torch."""

@@ -1,0 +1,70 @@
+"""The memory-efficient kernel, with an explicit mask or without."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..cuda import efficient_accumulates, efficient_workspace
+from ..tape import ITEMSIZE
+from .base import Asked, Kernel, flops, repeated
+
+if TYPE_CHECKING:
+    from ...spec.model import LayerKind
+    from ..layers import Writer
+    from ..tape import Tensor
+
+
+class Efficient(Kernel):
+    name = "efficient"
+    by_name = False
+
+    def serves(self, asked: Asked) -> bool:
+        return not asked.grouped
+
+    def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
+        return _masked(w, q, k, v) if masked else _efficient(w, q, k, v)
+
+
+def _masked(w: Writer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """sdpa with an explicit sliding-window mask: keys and values are repeated, the boolean mask becomes a bias
+    (aten attention.cpp, convert_boolean_attn_mask)."""
+    k, v = repeated(w, k), repeated(w, v)
+    bias = w.tape.new("attention bias", "b s s", q.dtype)
+    w.tape.op("mask to bias", [], bias)
+    if w.numerics.padded:  # (aten attention.cpp, preprocess_mask)
+        padded = w.tape.new("attention bias, rows padded", "b s s", q.dtype)  # by 7 columns at most, not counted
+        bias = w.tape.op("pad the bias", [bias], padded)
+    return _efficient(w, q, k, v, bias)
+
+
+def _efficient(w: Writer, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+    """The memory-efficient kernel (aten transformers/cuda/attention.cu, attention_backward.cu).
+
+    Keeps q, k, v, the output, one fp32 log-sum-exp a row, and a bias. Forward sums the output of large heads in fp32;
+    backward makes dq, dk, dv, an fp32 row sum, and a workspace of sums of dq, for large heads of some dk and dv as well.
+    """
+    tape, a = w.tape, w.model.attention
+    sizes = (a.head_dim, a.v_head_dim, ITEMSIZE[q.dtype])
+    out = tape.new("attention mixed", f"{w.t} H {'e' if a.v_head_dim == a.head_dim else 'ev'}", q.dtype)
+    rows = tape.new("log-sum-exp", f"{w.t} H", "float32")
+    space = efficient_workspace(*sizes)
+    back = (
+        tape.new("row sums of dO * O", f"{w.t} H", "float32"),
+        tape.new("dQ accumulator in tiles", f"b r {a.heads * space.of_row}", "uint8"),
+        tape.new(
+            "dK and dV of the blocks at work", str(a.heads * space.blocks_at_work(a.heads) * space.of_keys), "uint8"
+        ),
+    )
+    pairs = a.heads * (a.head_dim + a.v_head_dim)
+    return tape.op(
+        "masked attention" if bias else "memory-efficient attention",
+        [q, k, v, *bias],
+        out,
+        rows,
+        keeps=(q, k, v, out, rows, *bias),
+        temps=(tape.new("output accumulator", out.shape, "float32"),) if efficient_accumulates(*sizes) else (),
+        grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
+        all_gradients=True,
+        back_temps=tuple(t for t in back if t.bytes),
+        flops=((4, 2 * pairs),) if bias else flops(a),  # a mask that is a tensor skips nothing
+    )

@@ -1,0 +1,62 @@
+"""FlashAttention-2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..cuda import flash_head_size
+from ..selection import WeightKind
+from .base import Asked, Kernel, flops
+
+if TYPE_CHECKING:
+    from ...spec.model import LayerKind
+    from ..layers import Writer
+    from ..tape import Tensor
+
+
+class Flash(Kernel):
+    name = "flash"
+    sixteen_bit_only = True
+
+    def serves(self, asked: Asked) -> bool:
+        same = asked.head_dim == asked.v_head_dim
+        return asked.dtype != "float32" and same and asked.head_dim <= 256 and not asked.masked
+
+    def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
+        """FlashAttention-2 (aten transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd).
+
+        Keeps q, k, v, the output and one fp32 log-sum-exp a row. Backward makes dq, dk, dv, an fp32 accumulator of dq
+        over rows rounded up to 128 and head sizes to 32, an fp32 row sum, and with grouped queries dk and dv for every
+        query head. Values of smaller heads are padded, and the output is cropped (transformers integrations/flash_attention.py).
+        """
+        tape, a, window = w.tape, w.model.attention, kind.window
+        narrow = a.v_head_dim != a.head_dim
+        if narrow:
+            padded = tape.new("V, padded", f"{w.t} H e", v.dtype)
+            v = tape.op("pad V", [v], padded, grads=((v, tape.grad(v)),))
+        out = tape.new("attention mixed", f"{w.t} H e", q.dtype)
+        rows = tape.new("log-sum-exp", f"{w.t} H", "float32")
+        rounded = flash_head_size(a.head_dim)
+        sinks = (w.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name=""),) if a.sinks else ()
+        temps = [
+            tape.new("dQ accumulator", f"b r H {rounded}", "float32"),
+            tape.new("row sums of dO * O", "b r H", "float32"),
+        ]
+        if a.kv_heads != a.heads:
+            temps += [tape.new(f"d{x} for every query head", f"{w.t} H e", q.dtype) for x in "KV"]
+        tape.op(
+            "flash attention",
+            [q, k, v],
+            out,
+            rows,
+            keeps=(q, k, v, out, rows),
+            grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
+            all_gradients=True,
+            back_temps=tuple(temps),
+            flops=flops(a, window),
+            weights=sinks,
+        )
+        if not narrow:
+            return out
+        cropped = tape.new("attention mixed, cropped", f"{w.t} H ev", q.dtype)
+        return tape.op("crop", [out], cropped, grads=((out, tape.grad(out)),))

@@ -1,0 +1,573 @@
+"""The step model: one training step as instants, each a sum of tensors, in closed form over batch, length and chunks.
+
+A step is forward, loss, backward and optimizer step. `Step` lays a model's layers out on a tape as the recipe asks
+(checkpointed, chunked, offloaded), replays it (`tape.py`), and keeps for every named instant the moments that can be its
+largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S_max are read off those vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import replace
+from functools import lru_cache
+from math import isqrt
+from typing import NamedTuple
+
+from ..spec.families import family_of
+from ..spec.families.base import LAYER
+from ..spec.model import LayerKind, Model
+from .autograd import recorded
+from .cuda import flash_rows
+from .fsdp import into_groups, shards_of
+from .instants import Instant, Stage
+from .kernels import KERNELS, NO_SDPA, SDPA
+from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
+from .losses import LOSSES
+from .optimizers import optimizer_memory
+from .recipe import STRATEGIES, Recipe
+from .selection import Named, Selection, WeightKind
+from .tape import (
+    BASIS,
+    ZERO,
+    Alive,
+    Label,
+    Moment,
+    Op,
+    Part,
+    Role,
+    Rules,
+    Tape,
+    TapeWriter,
+    Tensor,
+    Vector,
+    Weight,
+    add,
+    backward,
+    forward,
+    grad_of,
+    step_weights,
+    sums_of,
+    tensor_of,
+    undominated,
+)
+
+CALIBRATED = "calibration less formula"
+WORKSPACES = "cuBLAS workspaces"
+
+
+class Layout(NamedTuple):
+    """The part of a recipe that decides a step's structure; lengths, batch and chunk counts are filled in later."""
+
+    recipe: Recipe  # with batch and chunk counts normalised
+    several_mlp_chunks: bool
+    several_loss_chunks: bool
+    masked: bool  # sliding-window layers carry an explicit mask
+    padded: bool = False  # whose rows are padded (cuda.BIAS_ROWS)
+
+
+class Entry(NamedTuple):
+    """One tensor, or several of one kind, alive at an instant."""
+
+    name: str
+    shape: str  # symbolic, such as "(b, s, I)"
+    dtype: str
+    copies: int
+    bytes: int  # of all copies
+
+
+class InstantPeak(NamedTuple):
+    name: Instant
+    bytes: int
+    operation: str  # the moment within the instant at which it is largest
+    entries: tuple[Entry, ...]  # largest first; they add up to `bytes`
+
+
+class Chunks(NamedTuple):
+    """Numbers of pieces of the sequence, for the MLP and for LM head and loss."""
+
+    mlp: int
+    loss: int
+
+
+class Sizes(NamedTuple):
+    """Sizes at which a vector is evaluated. Counts of sequences and tokens."""
+
+    batch: int
+    seq_len: int
+    mlp_chunk_tokens: int
+    loss_chunk_tokens: int
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        b, s = self.batch, self.seq_len
+        return (1, b * s, b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens, b * s * s, s * s, s, b * flash_rows(s))
+
+
+def evaluate(vector: Vector, units: tuple[int, ...]) -> int:
+    return sum(map(int.__mul__, vector, units))
+
+
+class Step:
+    """One training step of `model` under `layout` on a card whose cuBLAS workspaces take so many bytes."""
+
+    def __init__(self, model: Model, layout: Layout, workspace: int):
+        self.model, self.layout, self.workspace = model, layout, workspace
+        self.tape = build(model, layout)
+        self.weights = step_weights(self.tape.ops)
+        self.parameters = sum(w.numel * n for w, n in self.weights)
+        held = shards_of(self.weights, layout.recipe.gpus)
+        trained = [(w, n) for w, n in held if w.trained]
+        self.optimizer = optimizer_memory(layout.recipe, trained)
+        self.held = sum(w.numel * n for w, n in held)  # parameters on one card: all, or its share
+        self.held_trained = sum(w.numel * n for w, n in trained)
+        self.trained = sum(w.numel * n for w, n in self.weights if w.trained)
+        self.moments = {name: undominated(moments) for name, moments in self._moments(self.rules()).items()}
+        self.is_calibrated = False
+
+    def calibrated(self, moments: Mapping[str, Iterable[Vector]]) -> Step:
+        """Step with moments of its instants as they were found, without cuBLAS' workspaces, in place of the formula's, which
+        stay where none were. Instants that the formula leaves out, for they lie between others, stay out."""
+        held = (self.workspace,) + (0,) * (len(BASIS) - 1)
+        other = copy(self)
+        other.is_calibrated = True
+        found = {
+            name: tuple(Moment(add(v, held), CALIBRATED, ()) for v in moments[name])
+            for name in self.moments
+            if name in moments
+        }
+        other.moments = {**self.moments, **found}
+        return other
+
+    # ---- replay -----------------------------------------------------------------------------------------------------
+
+    def rules(self, **changes: bool) -> Rules:
+        recipe = self.layout.recipe
+        gradients = "kept" if recipe.accumulation == 1 else "added"
+        if recipe.optimizer_in_backward or recipe.weights_on_host:
+            gradients = "used"
+        if recipe.sharded:  # whole ones stay until they are scattered
+            gradients = "kept"
+        return Rules(gradients, recipe.used_dtype, recipe.autocast, self.optimizer.per_weight, **changes)
+
+    def _moments(self, rules: Rules) -> dict[Instant, list[Moment]]:
+        """Moments of the step by the instant they belong to, with all that is alive."""
+        found: dict[Instant, list[Moment]] = {}
+
+        def note(moments: Iterable[tuple[Instant, Moment]], alive: Alive) -> None:
+            base = total(alive)
+            for instant, (live, at, inside, stage) in moments:
+                moment = Moment(add(base, live), at, (*alive, *inside) if rules.detail else (), stage)
+                found.setdefault(instant, []).append(moment)
+
+        resident = labels([*self._resident(), *self._batch()])
+        ahead = forward(self.tape, rules, keep=True, prune=False)
+        waiting = labels([self.tape.in_transfer] if self.tape.in_transfer is not None else [])
+        ahead_at = [(m.stage.forward, m) for m in ahead.moments if m.stage is not None]
+        note([row for row in ahead_at if row[0] is Instant.END_OF_FORWARD], resident)
+        note([row for row in ahead_at if row[0] is Instant.LOSS], resident + waiting)
+        let_go = tuple((label, -count) for label, count in ahead.cached)  # autocast's cache, at the end of forward
+        seed = labels([grad_of(self.tape.output)])
+        left = add(ahead.net, total(let_go + seed))
+        behind = backward(self.tape, rules, prune=False)
+        behind_at = [
+            (m.stage.backward, Moment(add(left, m.live), m.at, (*ahead.alive, *let_go, *seed, *m.alive), m.stage))
+            for m in behind.moments
+            if m.stage is not None
+        ]
+        note(behind_at, resident)
+        if not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host):
+            step_only = labels([*self._gradients(always_alive=False), *_tensors(self.optimizer.temporaries)])
+            note([(Instant.OPTIMIZER, Moment(ZERO, "step", ()))], resident + step_only)
+        return found
+
+    # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
+
+    def _resident(self) -> list[Tensor]:
+        """Weights, optimizer states, cuBLAS' workspaces, and gradients where they outlive a backward pass."""
+        recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
+        size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.held)
+        name = "weights gathered from the host" if recipe.weights_on_host else "weights"
+        workspaces = Tensor(WORKSPACES, "", "uint8", 0, self.workspace, role=Role.WORKSPACE)
+        tensors = [constant(name, dtype, size), workspaces, *_tensors(self.optimizer.states)]
+        return tensors + self._gradients(always_alive=True)
+
+    def _gathered(self) -> int:
+        """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
+
+        def units(op: Op) -> list[int]:
+            inner = op.part.tape.ops if op.part is not None else ()
+            if any(i.part is not None and not i.part.chunked for i in inner):  # a segment: its layers are the units
+                return [n for i in inner for n in units(i)]
+            return [sum(weight.numel for weight in _op_weights(op))]
+
+        outer = [0] + [n for op in self.tape.ops if op.part is None or op.part.in_forward for n in units(op)]
+        layers = [0] + [n for op in self.tape.ops if op.part is not None and not op.part.in_forward for n in units(op)]
+        return max(outer) + 2 * max(layers)
+
+    def _gradients(self, always_alive: bool) -> list[Tensor]:
+        recipe = self.layout.recipe
+        if always_alive != (recipe.accumulation > 1) or recipe.weights_on_host:
+            return []
+        return [constant("gradients", recipe.weight_dtype, recipe.weight_bytes * self.held_trained)]
+
+    def _batch(self) -> list[Tensor]:
+        return [tensor_of(self.tape.dims, name, "b s", "int64") for name in ("token ids", "labels")]
+
+    def constants(self) -> tuple[Entry, ...]:
+        """Weights, gradients and optimizer states: W_mem of the theorem."""
+        tensors = [t for t in self._resident() if t.role is not Role.WORKSPACE]
+        if not self.layout.recipe.optimizer_in_backward:
+            tensors += self._gradients(always_alive=False)
+        return shown(labels(tensors), (1,) + (0,) * (len(BASIS) - 1))
+
+    def detailed(self) -> dict[Instant, list[Moment]]:
+        """Moments by instant, with the tensors alive."""
+        return self._moments(self.rules(detail=True))
+
+    # ---- reading off --------------------------------------------------------------------------------------------------
+
+    def largest(self, sizes: Sizes) -> tuple[Instant, int]:
+        """The binding instant and its bytes."""
+        units = sizes.units
+        best_name, best = Instant.OPTIMIZER, -1
+        for name, moments in self.moments.items():
+            for moment in moments:
+                value = evaluate(moment.live, units)
+                if value > best:
+                    best_name, best = name, value
+        return best_name, best
+
+    def instants(self, sizes: Sizes) -> tuple[InstantPeak, ...]:
+        """Instants in the order of a step, each at its largest moment with the tensors alive."""
+        found = self.detailed()
+        units = sizes.units
+        result = []
+        for name in Instant:
+            moments = found.get(name)
+            if moments:
+                top = max(moments, key=lambda m: evaluate(m.live, units))
+                size, entries = evaluate(top.live, units), shown(top.alive, units)
+                if self.is_calibrated and name in self.moments:
+                    told = max(evaluate(m.live, units) for m in self.moments[name])
+                    off = (Entry(CALIBRATED, "", "", 1, told - size),) if told != size else ()
+                    entries = tuple(sorted((*entries, *off), key=lambda entry: -entry.bytes))
+                    size = told
+                result.append(InstantPeak(name, size, top.at, entries))
+        return tuple(result)
+
+
+def labels(tensors: Iterable[Tensor]) -> Alive:
+    return tuple((t.label, 1) for t in tensors)
+
+
+def total(alive: Alive) -> Vector:
+    vector = [0] * len(BASIS)
+    for label, count in alive:
+        vector[label.basis] += label.bytes * count
+    return tuple(vector)
+
+
+def constant(name: str, dtype: str, size: int) -> Tensor:
+    """A tensor, or a group of them, of a fixed number of bytes."""
+    return Tensor(name, "", dtype, 0, size)
+
+
+def _tensors(rows: Iterable[tuple[str, str, int]]) -> list[Tensor]:
+    return [constant(name, dtype, size) for name, dtype, size in rows if size]
+
+
+def bytes_of(entries: Iterable[Entry]) -> int:
+    return sum(entry.bytes for entry in entries)
+
+
+def shown(alive: Iterable[tuple[Label, int]], units: tuple[int, ...]) -> tuple[Entry, ...]:
+    """Tensors as entries, alike ones together, largest first."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for label, count in alive:
+        name, shape = label.name, label.shape
+        if label.role is Role.WEIGHT_GRADIENT:
+            name, shape = "gradients", ""
+        group = groups.setdefault((name, shape, label.dtype), [0, 0])
+        group[0] += count
+        group[1] += count * label.bytes * units[label.basis]
+    _without_negatives(groups)
+    entries = [
+        Entry(n, f"({', '.join(s.split())})" if s else "", d, c, size)
+        for (n, s, d), (c, size) in groups.items()
+        if size
+    ]
+    return tuple(sorted(entries, key=lambda e: -e.bytes))
+
+
+def _without_negatives(groups: dict[tuple[str, str, str], list[int]]) -> None:
+    """Of tensors kept by every piece of a sequence, those of the running piece go first: whole ones less a piece each, (b, s, I) and
+    -1 x (b, c, I), are what the other pieces keep, (b, s-c, I)."""
+    for (name, shape, dtype), (count, size) in [(key, tuple(group)) for key, group in groups.items() if group[0] < 0]:
+        whole = groups[name, shape.replace("c", "s", 1), dtype]
+        each = whole[1] // whole[0]
+        del groups[name, shape, dtype]
+        groups[name, shape.replace("c", "s-c", 1), dtype] = [-count, size - count * each]
+        whole[0], whole[1] = whole[0] + count, whole[1] + count * each
+
+
+# ---- laying a step out on a tape ------------------------------------------------------------------------------------
+
+
+def build(model: Model, layout: Layout) -> Tape:
+    """The whole step: embedding, layers, final norm, head and loss."""
+    recipe = layout.recipe
+    numerics = Numerics(
+        weights=recipe.used_dtype,
+        autocast=recipe.autocast,
+        attention=attention_kernel(model, recipe),
+        masked=layout.masked,
+        padded=layout.padded,
+    )
+    in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks
+    frozen = frozen_names(model, Selection(recipe.train, recipe.freeze))
+    w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
+    kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
+    table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
+    hidden, held = _embedding(w, table, joins_view=not in_pieces and not numerics.autocast)
+    shared = _shared(w, held[0], layout)
+    several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
+    chunks = MlpChunks(several, several and recipe.mlp_recompute)
+    given: dict[tuple[LayerKind, Names], Given] = {}
+    for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
+        given[kind, names] = Given(layer(model, kind, numerics, chunks, names), *shared[kind])
+    rows = [given[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
+    hidden = _layers(w.tape, hidden, rows, recipe)
+    w.tape.stage = Stage.LOSS
+    hidden = w.norm(hidden, "final norm")
+    w.hold(*held, *(tensor for given in shared.values() for tensor in given[0]))  # until the model's forward returns
+    _head(w, hidden, table, layout, in_pieces)
+    tape = recorded(w.tape.written(), held[1] if recipe.input_gradients else None)
+    if any(op.fetches for op in tape.ops):
+        tape = replace(tape, in_transfer=w.tape.new("layer input in transfer", "b s d", hidden.dtype))
+    return into_groups(tape, recipe) if recipe.sharded else tape
+
+
+Names = frozenset[str]
+
+
+class Frozen(NamedTuple):
+    """Names of the weights that a recipe does not train: outside of layers, and within each layer."""
+
+    outside: Names
+    layers: tuple[Names, ...]
+
+
+@lru_cache(maxsize=256)
+def frozen_names(model: Model, selection: Selection) -> Frozen:
+    """Names of the weights that a selection freezes. Raises RecipeError for one that makes no sense for the model."""
+    if not selection:
+        return Frozen(frozenset(), (frozenset(),) * model.layers)
+    prefixes = [family_of(model.model_type).weight_names[LAYER].format(n) for n in range(model.layers)]
+    found = named_weights(model)
+    selection.check(found, model.name)
+    names = [weight.names[0] for weight in found if not selection.trains(weight)]
+    inside = [frozenset(n.removeprefix(prefix) for n in names if n.startswith(prefix)) for prefix in prefixes]
+    return Frozen(frozenset(n for n in names if not n.startswith(tuple(prefixes))), tuple(inside))
+
+
+@lru_cache(maxsize=64)
+def named_weights(model: Model) -> tuple[Named, ...]:
+    """Weights of a model, as transformers calls them."""
+    names, number = family_of(model.model_type).weight_names, 0
+    found: dict[str, Named] = {}
+    for op in build(model, Layout(STRATEGIES["standard"], False, False, False)).ops:
+        prefix = names[LAYER].format(number) if op.is_layer else ""
+        number += op.is_layer
+        for weight in dict.fromkeys(_op_weights(op)):
+            aliases = (f"{names['lm_head']}.weight",) if WeightKind.HEAD in weight.kinds and model.tied else ()
+            found[prefix + weight.name] = Named((prefix + weight.name, *aliases), weight.kinds)
+    return tuple(found.values())
+
+
+def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
+    """Whether no gradient is wanted of what the layers are given."""
+    selection = Selection(recipe.train, recipe.freeze)
+    tables = [weight for weight in named_weights(model) if WeightKind.EMBEDDINGS in weight.kinds]
+    return not any(map(selection.trains, tables))
+
+
+def attention_kernel(model: Model, recipe: Recipe) -> str:
+    """Attention that runs: where transformers has no sdpa for the model (soft-capping, sinks), flash; eager in fp32, as flash
+    computes in 16 bits only."""
+    if recipe.attention != SDPA or model.has_sdpa:
+        return recipe.attention
+    return "eager" if recipe.precision == "fp32" else NO_SDPA
+
+
+def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The first hidden states, and what the model's code still holds beside them: position ids, what the embedding gave. joins_view: the gradient that a tied
+    head made of the table is a view."""
+    model, tape = w.model, w.tape
+    ids = tape.new("position ids", "s", "int64")
+    looked_up = w.new("embeddings" if model.scaled_embedding or model.learned_positions else HIDDEN, "d", w.wide)
+    joins = table if model.tied else None
+    tape.op("embedding", [], looked_up, weights=(table,), joins=joins, joins_view=joins_view)
+    hidden, held = looked_up, [looked_up]
+    if model.scaled_embedding:
+        hidden = w.pointwise("embedding scale", looked_up, w.new(HIDDEN, "d", w.wide))
+        held = [hidden]
+    tape.op("position ids", [], ids)
+    if model.learned_positions:
+        positions = tape.new("position embeddings", "s d", w.wide)
+        sizes = model.learned_positions, model.hidden
+        rows = w.weight("position embeddings", *sizes, kinds=(WeightKind.EMBEDDINGS,))
+        tape.op("embedding of positions", [ids], positions, keeps=(ids,), weights=(rows,))
+        y = w.new(HIDDEN, "d", w.wide)
+        grads = ((hidden, None), (positions, tape.grad(positions)))
+        hidden = tape.op("embedding add", [hidden, positions], y, grads=grads)
+        held.append(positions)
+    if model.dropout:
+        hidden = w.dropout(hidden, model.dropout, HIDDEN, at="embedding dropout")
+    return hidden, (ids, *held)
+
+
+def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Tensors that the layers of each kind are given beside hidden states: position ids, cos and sin, a mask; and of these what products keep: cos
+    and sin."""
+    kinds = dict.fromkeys(w.model.layer_kinds)
+    sliding = {kind: kind.window is not None for kind in kinds}
+    several = w.code.local_rotary
+    rotary = {of: _rotary_tables(w, layout) for of in dict.fromkeys(sliding[kind] and several for kind in kinds)}
+    masks = {of: _mask(w, of, layout) for of in dict.fromkeys(sliding.values())}
+    tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
+    kept = {kind: () if w.code.interleaved_tables else tables[kind] for kind in kinds}
+    return {kind: ((ids, *tables[kind], *masks[sliding[kind]]), kept[kind]) for kind in kinds}
+
+
+def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
+    a, model = w.model.attention, w.model
+    width = a.latent.rope_dim if a.latent else a.rotary_dim
+    if not width:
+        return ()
+    tables: tuple[Tensor, ...]
+    if w.code.rotary == "complex":
+        tables = (w.tape.new("complex rotation of positions", f"s {width // 2}", "complex64"),)
+    else:
+        width = width // 2 if w.code.half_tables else width
+        dtype = rotary_dtype(model, layout.recipe.used_dtype)
+        tables = tuple(w.tape.new(f"{name} of positions", f"s {width}", dtype) for name in ("cos", "sin"))
+    w.tape.op("positions", [], *tables)
+    return tables
+
+
+def _mask(w: Writer, sliding: bool, layout: Layout) -> tuple[Tensor, ...]:
+    """An explicit attention mask: made once in forward, for all layers of a kind."""
+    if layout.recipe.attention != SDPA and KERNELS[layout.recipe.attention].makes_causal_mask:
+        mask = w.tape.new("causal mask", "b s s", layout.recipe.used_dtype)
+    elif sliding and layout.masked:
+        mask = w.tape.new("sliding-window mask", "s s", "bool")
+    else:
+        return ()
+    w.tape.op("mask", [], mask)
+    return (mask,)
+
+
+class Given(NamedTuple):
+    """A layer, or several, and what it is given beside hidden states: all of it, and the tables of cos and sin."""
+
+    tape: Tape
+    arguments: tuple[Tensor, ...]
+    tables: tuple[Tensor, ...]
+
+    def kept(self, recompute: bool) -> tuple[Tensor, ...]:
+        """Tensors kept for backward: a checkpoint keeps all of it, else cos and sin are kept by the products with them."""
+        return self.arguments if recompute else self.tables
+
+
+def _layers(tape: TapeWriter, hidden: Tensor, layers: list[Given], recipe: Recipe) -> Tensor:
+    every = segment_length(recipe, len(layers))
+    if every == 0:
+        return _chain(tape, hidden, layers, recompute=False, offload=False)
+    if every == 1:
+        return _chain(tape, hidden, layers, recompute=True, offload=recipe.offload_layer_inputs)
+    made: dict[tuple[int, ...], Given] = {}
+    groups = [layers[start : start + every] for start in range(0, len(layers), every)]
+    for inside in groups:
+        key = tuple(id(layer.tape) for layer in inside)
+        if key not in made:
+            made[key] = _segment(tape.dims, hidden.dtype, inside)
+    segments = [made[tuple(id(layer.tape) for layer in inside)] for inside in groups]
+    return _chain(tape, hidden, segments, recompute=True, offload=recipe.offload_layer_inputs)
+
+
+def _segment(dims: dict[str, int], dtype: str, layers: list[Given]) -> Given:
+    """Several layers that are checkpointed together."""
+    segment = TapeWriter(dims)
+    segment.source = segment.new(HIDDEN, "b s d", dtype)
+    _chain(segment, segment.source, [Given(layer.tape, (), ()) for layer in layers], recompute=False, offload=False)
+    arguments = tuple(dict.fromkeys(tensor for layer in layers for tensor in layer.arguments))
+    return Given(segment.written(), arguments, ())
+
+
+def segment_length(recipe: Recipe, layers: int) -> int:
+    """Layers per checkpoint; 0: no checkpointing. sqrt: the nearest whole number to sqrt(layers)."""
+    if recipe.checkpoint == "none":
+        return 0
+    if recipe.checkpoint == "layer":
+        return 1
+    if recipe.checkpoint == "sqrt":
+        low = isqrt(layers)
+        return max(1, low + (layers - low * low > low))
+    return min(int(recipe.checkpoint), layers)
+
+
+def stored_inputs(recipe: Recipe, layers: int) -> int:
+    """Number of layer inputs that a checkpointed step keeps: one a checkpoint."""
+    return -(-layers // segment_length(recipe, layers)) if recipe.checkpoint != "none" else 0
+
+
+def _chain(tape: TapeWriter, hidden: Tensor, layers: list[Given], *, recompute: bool, offload: bool) -> Tensor:
+    """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not."""
+    count = len(layers)
+    for i, given in enumerate(layers):
+        stage = Stage.of_layer(i, count) if tape.stage is not None else None
+        place = "first" if i == 0 else "last" if i == count - 1 else str(i)
+        name = f"layer, {place}" if stage is not None else f"layer of the segment, {place}"
+        out = tape.new(HIDDEN, "b s d", hidden.dtype)
+        part = Part(given.tape, recompute=recompute, offload=offload)
+        kept = given.kept(recompute)
+        tape.add(Op(name, (hidden,), (out,), part=part, arguments=kept, stage=stage))
+        hidden = out
+    return hidden
+
+
+def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: bool) -> None:
+    """LM head and loss; with the chunked loss as a part of its own."""
+    model, tape, recipe = w.model, w.tape, layout.recipe
+    weight = table if model.tied else w.weight("lm_head", model.vocab, model.hidden, kinds=(WeightKind.HEAD,))
+    labels = tape.new("shifted labels", "b s", "int64")
+    if not in_pieces:
+        _loss(w, hidden, weight, recipe.loss, labels, defers=model.tied)
+        return
+    inner = Writer(model, w.numerics, "b k", frozen=w.frozen)
+    _loss(inner, inner.source(hidden.name, hidden.dtype), weight, recipe.loss)
+    tape.op("shift labels", [], labels)
+    loss = tape.new("loss", "", "float32")
+    written = inner.tape.written()
+    part = Part(written, chunked=True, sums=sums_of(written), in_forward=True)
+    stage, defers = tape.stage, model.tied
+    tape.add(Op("loss chunk", (hidden,), (loss,), part=part, defers=defers, holds=(labels,), stage=stage))
+
+
+def _loss(w: Writer, hidden: Tensor, head: Weight, loss: str, *labels: Tensor, defers: bool = False) -> None:
+    with w.tape.part(Role.LOSS):
+        LOSSES[loss].lay_out(w, hidden, head, labels, defers)
+
+
+def _op_weights(op: Op) -> tuple[Weight, ...]:
+    return (
+        tuple(weight for weight, n in step_weights(op.part.tape.ops) for _ in range(n))
+        if op.part is not None
+        else op.weights
+    )
+
+
+@lru_cache(maxsize=1024)
+def step(model: Model, layout: Layout, workspace: int) -> Step:
+    return Step(model, layout, workspace)

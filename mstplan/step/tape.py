@@ -1,0 +1,957 @@
+"""Autograd's memory, without autograd: a forward pass written down as operations, and what lives at every moment of it.
+
+A `Tape` lists operations in the order a model's code runs them. Each says which tensors it reads, which it makes, which
+it keeps for backward, and what its backward makes. `forward` and `backward` then replay PyTorch's rules and return the
+live bytes at every moment:
+
+- a tensor lives until its last reader in forward has run, or, when kept for backward, until the backward of its keepers;
+- the backward of an operation holds the incoming gradient, what was kept, the gradients it makes and its own temporaries at once;
+- a gradient that reaches a tensor twice is added in place (torch/csrc/autograd/input_buffer.cpp);
+- a checkpointed part keeps its input only, and in backward is run again up to the last tensor that backward needs
+  (torch.utils.checkpoint, non-reentrant, early stop).
+
+Bytes are not numbers here but vectors over `BASIS`, so that one replay serves every batch, length and number of chunks.
+Parts that repeat are replayed once. `tests/step/test_steps.py` replays every layer one by one and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import lru_cache
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+from .instants import Stage
+from .selection import Kinds
+
+ITEMSIZE = {"complex64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1}
+
+# What bytes can grow with: b sequences, s tokens each, c tokens in an MLP chunk, k in a loss chunk,
+# r = s rounded up to 128 (the rows of a flash-attention workspace).
+BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br")
+Vector = tuple[int, ...]
+ZERO: Vector = (0,) * len(BASIS)
+_SYMBOLS = frozenset("bsckr")
+
+
+def add(u: Vector, v: Vector) -> Vector:
+    return tuple(map(int.__add__, u, v))
+
+
+@lru_cache(maxsize=4096)
+def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
+    """(index into BASIS, the axes whose sizes do not change) of a shape such as "b s d"."""
+    axes = shape.split()
+    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckrs".index))
+    return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
+
+
+class Role(Enum):
+    """Purpose of a tensor, where anything but people asks."""
+
+    WEIGHT_GRADIENT = "gradient of a weight"
+    WORKSPACE = "workspace of a library"
+    MLP = "intermediate of the MLP or the experts"
+    LOSS = "intermediate of the LM head and the loss"
+
+
+class Label(NamedTuple):
+    """Label that tells tensors apart in a listing."""
+
+    name: str
+    shape: str
+    dtype: str
+    basis: int
+    bytes: int
+    role: Role | None = None
+
+
+Alive = tuple[tuple[Label, int], ...]  # tensors, and how many of each
+
+
+class Tensor:
+    """A tensor of a step. `shape` names its axes, e.g. "b s I"; `bytes` are per unit of BASIS[basis].
+
+    A view shares the `storage` of another tensor. `cached`: a cast weight that autocast keeps until the end of forward.
+    """
+
+    __slots__ = ("basis", "bytes", "cached", "dtype", "name", "role", "shape", "storage")
+
+    def __init__(
+        self,
+        name: str,
+        shape: str,
+        dtype: str,
+        basis: int,
+        bytes: int,
+        of: Tensor | None = None,
+        *,
+        role: Role | None = None,
+        cached: bool = False,
+    ):
+        self.name, self.shape, self.dtype, self.basis, self.bytes = name, shape, dtype, basis, bytes
+        self.storage: Tensor = of.storage if of is not None else self
+        self.cached, self.role = cached, role
+
+    @property
+    def label(self) -> Label:
+        return Label(self.name, self.shape, self.dtype, self.basis, self.bytes, self.role)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Weight:
+    """A parameter: shape in numbers, and the share of it that one token uses (below 1 for routed experts)."""
+
+    name: str  # within its layer, or within the model
+    shape: tuple[int, ...]
+    active: tuple[int, int] = (1, 1)  # numerator, denominator
+    kinds: Kinds = frozenset()
+    trained: bool = True  # False: frozen, it gets no gradient
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+
+Wanted = Tensor | Weight
+"""What a gradient is made of."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Op:
+    name: str  # for people: nothing is found by it
+    reads: tuple[Tensor, ...]
+    makes: tuple[Tensor, ...]
+    keeps: tuple[Tensor, ...] = ()  # for its backward
+    keeps_for: tuple[tuple[Tensor, Wanted], ...] = ()  # (tensor, whose gradient it is kept for), see `autograd.py`
+    temps: tuple[Tensor, ...] = ()  # only while it runs
+    grads: tuple[tuple[Tensor, Tensor | None], ...] = ()  # (input, its gradient); None: passes the incoming one on
+    back_temps: tuple[Tensor, ...] = ()
+    back_temps_for: tuple[tuple[Tensor, Wanted], ...] = ()
+    all_gradients: bool = False  # its backward makes all of `grads`, those that nobody wants as well
+    late_temps: tuple[Tensor, ...] = ()  # alive in its backward only while what it kept still is (see Rules.recomputed)
+    weights: tuple[Weight, ...] = ()
+    flops: tuple[tuple[int, int], ...] = ()  # (basis, operations) of its forward; of several, the least holds
+    part: Part | None = None  # this operation is a part with a tape of its own
+    interior: bool = False  # neighbours on both sides run the same part: its moments lie between theirs
+    cast: bool = False  # its weights are used through autocast's bf16 copies
+    defers: bool = False  # its weight's gradient waits for the weight's other use (tied embeddings)
+    joins: Weight | None = None  # the weight whose deferred gradient joins this one's
+    joins_view: bool = (
+        False  # that gradient is a view (a matrix product's, transposed): adding to it makes a new tensor
+    )
+    arguments: tuple[Tensor, ...] = ()  # of a part, beside its input: kept for its backward as well
+    holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
+    product: bool = (
+        False  # with its weights as they are: it can add their gradients to a sum (mstplan/train/products.py)
+    )
+    group: Group | None = None  # of a part: its weights are gathered for it
+    stage: Stage | None = None  # of the step that it belongs to; None within a part
+
+    @property
+    def trained(self) -> tuple[Weight, ...]:
+        """Weights of its own that get gradients."""
+        return tuple(weight for weight in self.weights if weight.trained)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether its backward begins with an input that comes back from the host."""
+        return self.part is not None and self.part.offload and self.part.records
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a layer of the step, or several that are checkpointed together."""
+        return self.stage is not None and self.stage.is_layer
+
+    @property
+    def where(self) -> str:
+        """Text that its inner operations' names begin with: nothing for a layer, which the instant tells already."""
+        return "" if self.is_layer else self.name
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Group:
+    """Weights that FSDP2 gathers and scatters together (`sharding.py`), and what it makes for them."""
+
+    gathered: Tensor
+    buffer: Tensor  # of the all-gather
+    copy_in: Tensor | None  # the shards in the dtype that is gathered, where that is another one
+    gradients: tuple[Tensor, ...]  # whole
+    scatter: Tensor  # the reduce-scatter's input
+    shards: Tensor  # its output, the gradients' shards
+    held: Tensor | None  # of the gradients, one that a variable holds until all is done
+    stay: bool  # until the optimizer's step; else they are added to ones that exist, or used at once
+    temporaries: Tensor  # of the optimizer, where it steps in backward
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Part:
+    """A stretch of the forward pass that is replayed as one operation.
+
+    recompute: keeps its input only, and runs again in backward (checkpointing).
+    chunked: its tape is one piece of the sequence; output and, in backward, the input's gradient are held whole while
+        the pieces run one after the other.
+    sums: fp32 sums of the weights' gradients over the pieces, where there are several.
+    offload: the input it would keep lives in host memory.
+    in_forward: gradients are made in the forward pass already (the chunked loss), so that nothing else is kept.
+    records, wants_input: whether backward comes to it at all, and whether its input's gradient is wanted (`autograd.py`).
+    """
+
+    tape: Tape
+    recompute: bool = False
+    chunked: bool = False
+    sums: tuple[Tensor, ...] = ()
+    in_forward: bool = False
+    offload: bool = False
+    records: bool = True
+    wants_input: bool = True
+
+    @property
+    def trained(self) -> tuple[Weight, ...]:
+        """Weights of its own that get gradients."""
+        return tuple(weight for op in self.tape.ops for weight in op.trained)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tape:
+    """A forward pass, written down: it changes no more. Without a `source` it begins with what no operation made."""
+
+    dims: Mapping[str, int]
+    ops: tuple[Op, ...]
+    output: Tensor
+    source: Tensor | None = None  # the tensor that comes in and stays the caller's
+    group: Group | None = None  # of the weights that are outside of parts with a group; gathered throughout
+    in_transfer: Tensor | None = None  # in backward, the offloaded input of the part before the one at hand
+
+
+class TapeWriter:
+    """A tape while it is written. dims: sizes of the axes that do not change.
+
+    role: of the tensors that are made from now on; stage: of the operations. `written` gives the tape.
+    """
+
+    def __init__(self, dims: dict[str, int], stage: Stage | None = None):
+        self.dims, self.stage = dims, stage
+        self.role: Role | None = None
+        self.ops: list[Op] = []
+        self.source: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def written(self) -> Tape:
+        assert self.output is not None
+        return Tape(dict(self.dims), tuple(self.ops), self.output, self.source)
+
+    def new(self, name: str, shape: str, dtype: str, of: Tensor | None = None, *, cached: bool = False) -> Tensor:
+        """of: the tensor that it is a view of; cached: as of `Tensor`."""
+        return tensor_of(self.dims, name, shape, dtype, of, role=self.role, cached=cached)
+
+    def grad(self, tensor: Tensor) -> Tensor:
+        return grad_of(tensor)
+
+    def view(self, tensor: Tensor, name: str, shape: str) -> Tensor:
+        return self.new(name, shape, tensor.dtype, tensor)
+
+    def op(self, name: str, reads: Iterable[Tensor], *makes: Tensor, **more: object) -> Tensor:
+        return self.add(Op(name, tuple(reads), makes, stage=self.stage, **more))  # type: ignore[arg-type]
+
+    def add(self, op: Op) -> Tensor:
+        """Append an operation; its output is the tape's."""
+        self.ops.append(op)
+        self.output = op.makes[0]
+        return op.makes[0]
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Variables of the code at hand that live at least until the latest operation is done."""
+        self.ops[-1] = replace(self.ops[-1], holds=self.ops[-1].holds + tensors)
+
+    @contextmanager
+    def part(self, role: Role | None) -> Iterator[None]:
+        """Give what is made inside that role."""
+        before, self.role = self.role, role
+        try:
+            yield
+        finally:
+            self.role = before
+
+
+def tensor_of(
+    dims: Mapping[str, int],
+    name: str,
+    shape: str,
+    dtype: str,
+    of: Tensor | None = None,
+    *,
+    role: Role | None = None,
+    cached: bool = False,
+) -> Tensor:
+    """A tensor whose bytes follow from its shape; of: the one that it is a view of."""
+    basis, axes = axes_of(shape)
+    size = ITEMSIZE[dtype]
+    for axis in axes:
+        size *= int(axis) if axis.isdigit() else dims[axis]
+    return Tensor(name, shape, dtype, basis, size, of, role=role, cached=cached)
+
+
+def grad_of(tensor: Tensor) -> Tensor:
+    return Tensor("grad of " + tensor.name, tensor.shape, tensor.dtype, tensor.basis, tensor.bytes, role=tensor.role)
+
+
+class Moment(NamedTuple):
+    """Live bytes at one moment, relative to where the replay began."""
+
+    live: Vector
+    at: str  # the operation, for people
+    alive: Alive  # when detail was asked for
+    stage: Stage | None = None  # of the step
+
+
+class Replay(NamedTuple):
+    moments: tuple[Moment, ...]
+    net: Vector  # live bytes at the end
+    alive: Alive  # behind `net`, when detail was asked for
+    cached: Alive = ()  # the part of `net` that autocast's cache lets go at the end of forward
+
+
+class Rules(NamedTuple):
+    """Rules of a replay: how weights' gradients are treated, and how much is written down.
+
+    gradients: "kept" until the optimizer's step, "added" to ones that exist already (accumulation), or "used" at once
+    (optimizer in backward), with `temporaries` bytes per element for the optimizer while it steps one weight.
+    """
+
+    gradients: str = "kept"
+    dtype: str = "bfloat16"  # of weights and their gradients
+    cast: bool = False  # weights are cast to bf16 where they are used, so gradients arrive in bf16 first
+    temporaries: int = 0
+    detail: bool = False  # list the tensors behind every moment
+    every_moment: bool = False  # keep moments that can never be the largest, and replay repeated parts anew
+    recomputed: bool = (
+        False  # checkpoint hands kept tensors out for the function only: they are gone when gradients are cast
+    )
+    in_place: bool = True  # False: as under fake tensors, where autograd adds gradients out of place
+    summing: bool = (
+        False  # gradients are summed over pieces, and those of matrix products are never there by themselves
+    )
+
+
+class _Ledger:
+    """A running sum of live bytes and its moments."""
+
+    __slots__ = ("alive", "moments", "rules", "stage", "total")
+
+    def __init__(self, rules: Rules):
+        self.total = [0] * len(BASIS)
+        self.moments: list[Moment] = []
+        self.alive: dict[Label, int] = {}
+        self.rules = rules
+        self.stage: Stage | None = None
+
+    def put(self, tensor: Tensor, count: int = 1) -> None:
+        self.total[tensor.basis] += count * tensor.bytes
+        if self.rules.detail:
+            label = tensor.label
+            self.alive[label] = self.alive.get(label, 0) + count
+
+    def drop(self, tensor: Tensor) -> None:
+        self.put(tensor, -1)
+
+    def mark(self, at: str) -> None:
+        self.moments.append(Moment(tuple(self.total), at, tuple(self.alive.items()), self.stage))
+
+    def splice(self, replay: Replay, where: str = "", *, moments: bool = True) -> None:
+        """Take over what another replay found, begun from here."""
+        base = tuple(self.total)
+        held = tuple(self.alive.items())
+        for live, at, alive, _ in replay.moments if moments else ():
+            listed = merged(held, alive) if self.rules.detail else ()
+            self.moments.append(Moment(add(base, live), _within(where, at), listed, self.stage))
+        self.total = list(add(base, replay.net))
+        if self.rules.detail:
+            self.alive = dict(merged(held, replay.alive))
+
+    def replay(self, cached: Alive = ()) -> Replay:
+        return Replay(tuple(self.moments), tuple(self.total), tuple(self.alive.items()), cached)
+
+
+def _within(where: str, at: str) -> str:
+    return f"{where}: {at}" if where else at
+
+
+def merged(*alive: Iterable[tuple[Label, int]]) -> Alive:
+    counts: dict[Label, int] = {}
+    for group in alive:
+        for label, count in group:
+            counts[label] = counts.get(label, 0) + count
+    return tuple((label, count) for label, count in counts.items() if count)
+
+
+def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
+    """The moments that can be the largest for some batch, length and chunks: none exceeded by another in every term, or by a mix of two
+    that differ from it in the constant and in tokens only, as layers one after the other do."""
+    kept: list[Moment] = []
+    tried: list[Vector] = []  # the same, those first that exceeded others last: neighbours are exceeded by the same one
+    alike: dict[Vector, list[Moment]] = {}
+    for moment in moments:
+        alike.setdefault(moment.live[2:], []).append(moment)
+    for moment in sorted(
+        (m for group in alike.values() for m in _corners(group)), key=lambda m: sum(m.live), reverse=True
+    ):
+        live = moment.live
+        larger = next((i for i, other in enumerate(tried) if all(map(int.__ge__, other, live))), None)
+        if larger is None:
+            kept.append(moment)
+            tried.append(live)
+        elif larger:
+            tried.insert(0, tried.pop(larger))
+    return tuple(kept)
+
+
+def _corners(moments: Sequence[Moment]) -> list[Moment]:
+    """Moments that are the largest for some weights of the first two terms: the corners of their convex hull, upwards."""
+    if len(moments) < 3:
+        return list(moments)
+    kept: list[Moment] = []
+    for moment in sorted(moments, key=lambda m: m.live[:2], reverse=True):
+        x, y = moment.live[:2]
+        if kept and y <= kept[-1].live[1]:
+            continue
+        while len(kept) > 1:
+            (ax, ay), (bx, by) = kept[-2].live[:2], kept[-1].live[:2]
+            if (bx - ax) * (y - ay) > (by - ay) * (x - ax):
+                break
+            kept.pop()
+        kept.append(moment)
+    return kept
+
+
+class _Groups:
+    """Tensors that FSDP2 holds beside a tape's own: in forward and in backward, before and after each part with a group."""
+
+    def __init__(self, tape: Tape, ledger: _Ledger):
+        self.rest, self.ledger = tape.group, ledger
+        self.order = [op.group for op in tape.ops if op.group is not None]
+        self.buffer: Tensor | None = None
+        self.scatter: Tensor | None = None
+
+    def begin_forward(self) -> None:
+        if self.rest is not None:
+            self._gather_now(self.rest, "embedding", listed=True)
+
+    def before_forward(self, op: Op, listed: bool) -> None:
+        if op.group is not None:
+            self._gather_now(op.group, op.where, listed)
+
+    def after_forward(self, op: Op) -> None:
+        if op.group is not None:
+            self.ledger.drop(op.group.gathered)
+
+    def end_forward(self) -> None:
+        self._replace_buffer(None)
+
+    def begin_backward(self) -> None:
+        if self.rest is not None and self.order:
+            self._gather(self.order[-1], "backward of the loss", listed=True)
+            self.buffer = self.order[-1].buffer
+
+    def before_backward(self, op: Op, listed: bool) -> None:
+        if op.group is None:
+            return
+        self.order.pop()
+        self.ledger.put(op.group.gathered)
+        if listed:
+            self.ledger.mark(_within(op.where, "copy out of the all-gather"))
+        self._replace_buffer(None)
+        if self.order:
+            self._gather(self.order[-1], op.where, listed)
+            self.buffer = self.order[-1].buffer
+
+    def after_backward(self, op: Op, listed: bool) -> None:
+        if op.group is not None:
+            self._scatter(op.group, op.where, listed)
+
+    def end_backward(self) -> None:
+        if self.rest is not None:
+            self._scatter(self.rest, "backward of embedding", listed=True)
+        if self.scatter is not None:
+            self.ledger.drop(self.scatter)
+
+    def _gather(self, group: Group, where: str, listed: bool) -> None:
+        copies = [group.copy_in] if group.copy_in is not None else []
+        for tensor in (*copies, group.buffer):
+            self.ledger.put(tensor)
+        if listed:
+            self.ledger.mark(_within(where, "all-gather"))
+        for tensor in copies:
+            self.ledger.drop(tensor)
+
+    def _gather_now(self, group: Group, where: str, listed: bool) -> None:
+        """Gather a group in forward: the buffer of the group before stays until this one's is copied out (a variable of wait_for_unshard)."""
+        self._gather(group, where, listed)
+        self.ledger.put(group.gathered)
+        if listed:
+            self.ledger.mark(_within(where, "copy out of the all-gather"))
+        self._replace_buffer(group.buffer)
+
+    def _replace_buffer(self, buffer: Tensor | None) -> None:
+        if self.buffer is not None:
+            self.ledger.drop(self.buffer)
+        self.buffer = buffer
+
+    def _scatter(self, group: Group, where: str, listed: bool) -> None:
+        ledger = self.ledger
+        ledger.drop(group.gathered)
+        if self.scatter is not None:
+            ledger.drop(self.scatter)
+        ledger.put(group.scatter)
+        if listed:
+            ledger.mark(_within(where, "copy in of the reduce-scatter"))
+        for gradient in group.gradients:
+            ledger.drop(gradient)
+        held = [group.held] if group.held is not None else []
+        for tensor in (*held, group.shards, group.temporaries):
+            ledger.put(tensor)
+        if listed:
+            ledger.mark(_within(where, "reduce-scatter"))
+        for tensor in held:
+            ledger.drop(tensor)
+        ledger.drop(group.temporaries)
+        if not group.stay:
+            ledger.drop(group.shards)
+        self.scatter = group.scatter
+
+
+def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, prune: bool = True) -> Replay:
+    """Replay the forward pass. keep: autograd records; recomputing: stop at the last tensor that backward needs;
+    prune: of the moments, only those that can be the largest."""
+    return _memo(tape, ("forward", rules, keep, recomputing, prune), lambda: _forward(tape, rules, keep, recomputing))
+
+
+def backward(
+    tape: Tape,
+    rules: Rules,
+    *,
+    recompute: bool = False,
+    fetch: bool = False,
+    owns_incoming: bool = True,
+    prune: bool = True,
+    end_of: Tape | None = None,
+) -> Replay:
+    """Replay the backward pass; the incoming gradient is alive already, and let go here if `owns_incoming`.
+
+    recompute: the forward pass is run again first, when backward comes to the first operation that kept something.
+    fetch: from an input that comes from the host for that, and goes when nothing of the layer keeps it.
+    end_of: the tape that is run again in that way, and that this one is the end of.
+    """
+    key = ("backward", rules, recompute, fetch, owns_incoming, ref(end_of) if end_of is not None else None, prune)
+    return _memo(tape, key, lambda: _backward(tape, rules, tape if recompute else end_of, fetch, owns_incoming))
+
+
+def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> Replay:
+    rules, prune = key[1], key[-1]
+    assert isinstance(rules, Rules)
+    if rules.every_moment:
+        return replay()
+    memo = _REPLAYS.setdefault(tape, {})
+    if key not in memo:
+        found = replay()
+        memo[key] = found._replace(moments=undominated(found.moments)) if prune else found
+    return memo[key]
+
+
+_REPLAYS: WeakKeyDictionary[Tape, dict[tuple[object, ...], Replay]] = WeakKeyDictionary()
+"""What was found of each tape, as long as that is there."""
+
+
+def kept_by(op: Op) -> tuple[Tensor, ...]:
+    """Tensors saved for backward that live outside the operation's own part."""
+    part = op.part
+    if part is None:
+        return op.keeps
+    if part.in_forward or not part.records:
+        return ()
+    source = part.tape.source
+    keeps_source = not part.offload and (
+        part.recompute or part.chunked or any(t.storage is source for o in part.tape.ops for t in kept_by(o))
+    )
+    return (op.reads[0], *op.arguments) if keeps_source else op.arguments
+
+
+def _holds_for_backward(op: Op) -> bool:
+    return bool(kept_by(op)) or (op.part is not None and op.part.records and not op.part.recompute)
+
+
+def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
+    ledger = _Ledger(rules)
+    mine: set[Tensor] = set()
+    cached: list[tuple[Label, int]] = []
+    uses: dict[Tensor, int] = {}
+    for op in tape.ops:
+        for tensor in (*op.reads, *op.holds):
+            uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
+    if not recomputing:
+        uses[tape.output.storage] = uses.get(tape.output.storage, 0) + 1
+    last = max((i for i, op in enumerate(tape.ops) if _holds_for_backward(op)), default=-1) if recomputing else None
+    kept = {tensor.storage for op in tape.ops for tensor in kept_by(op)} if keep else set()
+    groups = _Groups(tape, ledger)
+    ledger.stage = tape.ops[0].stage
+    groups.begin_forward()
+
+    for i, op in enumerate(tape.ops):
+        ledger.stage = op.stage
+        groups.before_forward(op, rules.every_moment or not op.interior)
+        stop = i == last
+        makes = [t for t in op.makes if t.storage is t and (not stop or t in op.keeps)]
+        if op.part is not None:
+            cached += _part_forward(op, ledger, rules, keep, stop)
+            mine.update(makes)
+        else:
+            mine.update(makes)
+            for tensor in makes:
+                ledger.put(tensor)
+                if tensor.cached and tensor not in kept:
+                    cached.append((tensor.label, 1))
+            temps = op.temps if not stop else ()
+            for tensor in temps:
+                ledger.put(tensor)
+            ledger.mark(op.name)
+            for tensor in temps:
+                ledger.drop(tensor)
+        groups.after_forward(op)
+        if stop:
+            break
+        for tensor in (*op.reads, *op.holds):
+            uses[tensor.storage] -= 1
+        for tensor in {t.storage for t in (*op.reads, *op.holds, *op.makes)}:
+            if not uses.get(tensor) and tensor in mine and tensor not in kept and not tensor.cached:
+                mine.remove(tensor)
+                ledger.drop(tensor)
+    groups.end_forward()
+    if recomputing:  # the stopped forward's variables go; what backward needs stays
+        for tensor in mine - kept:
+            ledger.drop(tensor)
+    return ledger.replay(tuple(cached))
+
+
+def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool) -> Alive:
+    """Replay a part inside a forward pass; its output is alive afterwards. Returns what autocast's cache holds of it."""
+    part = op.part
+    assert part is not None
+    if stop and part.recompute:
+        return ()  # its input is all that backward needs
+    if part.in_forward:
+        _loss_in_forward(op, part, ledger, rules)
+        return ()
+    keep_inside = keep and part.records and not part.recompute
+    inner = forward(part.tape, rules, keep=keep_inside, recomputing=stop and not part.chunked)
+    if not part.chunked:
+        ledger.splice(inner, op.where, moments=rules.every_moment or not op.interior)
+    else:
+        ledger.put(op.makes[0])
+        ledger.splice(_widened(inner, part.tape.output) if keep_inside else inner, op.where)
+        if stop:
+            ledger.drop(op.makes[0])
+        ledger.drop(part.tape.output)  # copied into the whole
+    return inner.cached
+
+
+def _widened(inner: Replay, output: Tensor) -> Replay:
+    """The last piece of a forward whose pieces all keep their intermediates: those of the others are alive as well."""
+    chunk, tokens = BASIS.index("bc"), BASIS.index("bs")
+
+    def widen(label: Label) -> Label:
+        return label._replace(shape=label.shape.replace("c", "s", 1), basis=tokens)
+
+    kept = add(inner.net, tuple(-n for n in unit(output)))
+    others = tuple(kept[chunk] * ((n == tokens) - (n == chunk)) for n in range(len(BASIS)))
+    own = tuple((t, n) for t, n in inner.alive if t != output.label and t.basis == chunk)
+    alive = merged([(widen(t), n) for t, n in own], [(t, -n) for t, n in own])
+    moments = tuple(
+        Moment(
+            tuple(max(0, n) for n in add(m.live, others)),
+            m.at,
+            tuple((t, n) for t, n in merged(m.alive, alive) if n > 0),
+        )
+        for m in inner.moments
+    )
+    return Replay(moments, add(inner.net, others), merged(inner.alive, alive), inner.cached)
+
+
+def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
+    """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
+    assert part.tape.source is not None
+    if part.wants_input:
+        ledger.put(grad_of(op.reads[0]))
+    inner = rules._replace(gradients="kept", summing=bool(part.sums))
+    for tensor in part.sums:
+        ledger.put(tensor)
+    ledger.splice(forward(part.tape, inner, keep=True), op.where)
+    ledger.put(grad_of(part.tape.output))
+    ledger.splice(backward(part.tape, inner), op.where)
+    if part.sums:
+        _added_to_sums(part, ledger, rules)
+    if part.wants_input:
+        ledger.drop(grad_of(part.tape.source))  # copied into the whole
+    ledger.drop(part.tape.output)
+    ledger.put(op.makes[0])
+    for weight, total in zip(part.trained, part.sums, strict=False):
+        _sum_to_gradient(weight, total, ledger, rules)
+
+
+def _run_again(tape: Tape, rules: Rules, fetch: bool, ledger: _Ledger) -> None:
+    if fetch and tape.source is not None:
+        ledger.put(tape.source)
+    ledger.splice(forward(tape, rules, keep=True, recomputing=True))
+    if fetch and tape.source is not None and not any(t.storage is tape.source for op in tape.ops for t in kept_by(op)):
+        ledger.drop(tape.source)
+
+
+def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_incoming: bool) -> Replay:
+    rules = rules._replace(recomputed=rules.recomputed or again is not None)
+    ledger = _Ledger(rules)
+    keepers: dict[Tensor, int] = {}
+    made = {tensor for op in tape.ops for tensor in op.makes if tensor.storage is tensor}
+    all_kept = [kept_by(op) for op in tape.ops]
+    for kept in all_kept:
+        for tensor in kept:
+            keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
+    incoming = grad_of(tape.output)
+    pending: dict[Tensor, Tensor] = {tape.output: incoming}
+    holders = {incoming: 1 if owns_incoming else 2}
+
+    def let_go(gradient: Tensor) -> None:
+        holders[gradient] -= 1
+        if holders[gradient] == 0:
+            ledger.drop(gradient)
+
+    def arrive(tensor: Tensor, gradient: Tensor) -> None:
+        earlier = pending.get(tensor)
+        if earlier is None:
+            pending[tensor] = gradient
+        elif rules.in_place and holders[earlier] == 1:
+            let_go(gradient)
+        else:
+            total = grad_of(tensor)
+            holders[total] = 1
+            ledger.put(total)
+            ledger.mark("add gradients of " + tensor.name)
+            let_go(earlier)
+            let_go(gradient)
+            pending[tensor] = total
+
+    groups = _Groups(tape, ledger)
+    ledger.stage = tape.ops[-1].stage
+    groups.begin_backward()
+    if tape.in_transfer is not None:
+        ledger.put(tape.in_transfer)
+    fetched_last = next((op for op in tape.ops if tape.in_transfer is not None and op.fetches), None)
+    for op, kept in zip(reversed(tape.ops), reversed(all_kept), strict=True):
+        ledger.stage = op.stage
+        if op is fetched_last and tape.in_transfer is not None:
+            ledger.drop(tape.in_transfer)
+        came = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
+        if not came:
+            continue
+        groups.before_backward(op, rules.every_moment or not op.interior)
+        end_of = None
+        if again is not None and _holds_for_backward(op):
+            if fetch and again is tape and tape.source is not None:
+                made.add(tape.source)
+            if op.part is not None and not (op.part.recompute or op.part.chunked):
+                end_of = again  # the first operation that kept something is in there
+            else:
+                _run_again(again, rules, fetch, ledger)
+            again = None
+        arrivals: list[tuple[Tensor, Tensor]] = []
+        if op.part is not None:
+            ledger.drop(came[0])  # under the name that the part knows it by
+            ledger.put(grad_of(op.makes[0]))
+            _part_backward(op, op.part, ledger, rules, end_of, fetch)
+            if op.part.wants_input:
+                left = grad_of(op.reads[0])
+                holders[left] = 1
+                arrivals.append((op.reads[0], left))
+            ledger.put(came[0])  # the part let go of it; here it goes unless somebody else holds it too
+            let_go(came[0])
+        else:
+            for tensor, gradient_made in op.grads:
+                gradient = gradient_made if gradient_made is not None else came[0]
+                holders[gradient] = holders.get(gradient, 0) + 1
+                if gradient_made is not None:
+                    ledger.put(gradient)
+                arrivals.append((tensor, gradient))
+            if op.grads or op.trained:
+                _weights_backward(op, ledger, rules)
+            for gradient in came:
+                let_go(gradient)
+        for tensor in kept:
+            keepers[tensor.storage] -= 1
+            if keepers[tensor.storage] == 0 and tensor.storage in made:
+                ledger.drop(tensor.storage)
+        if op.joins is not None and op.joins.trained:  # added to the gradient that waited
+            if op.joins_view or not rules.in_place:
+                ledger.put(weight_gradient(op.joins, rules.dtype))
+                ledger.mark("add gradients of " + op.joins.name)
+                ledger.drop(weight_gradient(op.joins, rules.dtype))
+            ledger.drop(weight_gradient(op.joins, rules.dtype))
+        if op.part is None:
+            for weight in op.trained:
+                _accumulate(weight, op, ledger, rules)
+        for tensor, gradient in arrivals:
+            arrive(tensor, gradient)
+        groups.after_backward(op, rules.every_moment or not op.interior)
+    groups.end_backward()
+    if (
+        tape.source is not None and tape.source in pending
+    ):  # handed on under another name, maybe: to the caller it is the input's
+        ledger.drop(pending[tape.source])
+        ledger.put(grad_of(tape.source))
+    return ledger.replay()
+
+
+def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Tape | None, fetch: bool) -> None:
+    """Replay the backward of a part: it lets go of the incoming gradient and leaves the one of its input.
+
+    end_of: a tape that the part is the end of, and that is to be run again first; fetch: from an input on the host.
+    """
+    assert part.tape.source is not None
+    if part.in_forward:
+        ledger.drop(grad_of(op.makes[0]))
+        for weight in part.trained:
+            _accumulate(weight, op, ledger, rules)
+        return
+    if not part.chunked:
+        moments = rules.every_moment or not op.interior
+        replay = backward(
+            part.tape, rules, recompute=part.recompute, fetch=fetch if end_of else part.offload, end_of=end_of
+        )
+        ledger.splice(replay, op.where, moments=moments)
+        return
+    if part.wants_input:
+        ledger.put(grad_of(op.reads[0]))
+    for tensor in part.sums:
+        ledger.put(tensor)
+    inner = rules._replace(
+        gradients="kept" if part.sums else rules.gradients, recomputed=False, summing=bool(part.sums)
+    )
+    if part.recompute:  # by an autograd function of its own, which holds the output meanwhile
+        ledger.splice(forward(part.tape, inner, keep=True), op.where)
+    ledger.splice(backward(part.tape, inner, owns_incoming=False), op.where)
+    if part.recompute:
+        ledger.drop(part.tape.output)
+    if part.sums:
+        _added_to_sums(part, ledger, rules)
+    if not part.recompute:
+        ledger.splice(_widened_end(part.tape, inner))
+    if part.wants_input:
+        ledger.drop(grad_of(part.tape.source))  # copied into the whole
+    for weight, total in zip(part.trained, part.sums, strict=False):
+        _sum_to_gradient(weight, total, ledger, rules)
+    ledger.drop(grad_of(op.makes[0]))
+    for weight, _ in zip(part.trained, part.sums, strict=False):
+        _reach(weight, weight_gradient(weight, rules.dtype), ledger, rules)
+
+
+def _widened_end(tape: Tape, rules: Rules) -> Replay:
+    """Release of what the pieces before the last one kept."""
+    kept = forward(tape, rules, keep=True)
+    wide = _widened(kept, tape.output)
+    net = add(kept.net, tuple(-n for n in wide.net))
+    return Replay((), net, merged(kept.alive, [(t, -n) for t, n in wide.alive]))
+
+
+def _added_to_sums(part: Part, ledger: _Ledger, rules: Rules) -> None:
+    """A piece's gradients of the weights come back together at its end, and go into the sums."""
+    for op in part.tape.ops:
+        for weight in () if op.product else op.trained:
+            ledger.drop(weight_gradient(weight, rules.dtype))
+
+
+def used_dtype(rules: Rules, cast: bool = True) -> str:
+    """The dtype in which an operation uses its weights, and makes their gradients."""
+    return "bfloat16" if rules.cast and cast else rules.dtype
+
+
+def _weights_backward(op: Op, ledger: _Ledger, rules: Rules) -> None:
+    for weight in () if rules.summing and op.product else op.trained:
+        ledger.put(weight_gradient(weight, used_dtype(rules, op.cast)))
+    temps = op.back_temps if rules.recomputed else op.back_temps + op.late_temps
+    for tensor in temps:
+        ledger.put(tensor)
+    ledger.mark("backward of " + op.name)
+    for tensor in temps:
+        ledger.drop(tensor)
+
+
+def _accumulate(weight: Weight, op: Op, ledger: _Ledger, rules: Rules) -> None:
+    """A weight's gradient, just made in the dtype it was used in, reaches the parameter (unless it waits for another)."""
+    gradient = weight_gradient(weight, rules.dtype)
+    if rules.cast and op.cast:
+        ledger.put(gradient)
+        ledger.mark(f"backward of {op.name}: cast the gradient of {weight.name}")
+        ledger.drop(weight_gradient(weight, used_dtype(rules)))
+    if not op.defers:
+        _reach(weight, gradient, ledger, rules)
+
+
+def _sum_to_gradient(weight: Weight, total: Tensor, ledger: _Ledger, rules: Rules) -> None:
+    """A sum over pieces, in fp32, becomes the weight's gradient: itself, or a copy in the weight's dtype."""
+    ledger.put(weight_gradient(weight, rules.dtype))
+    if rules.dtype != "float32":
+        ledger.mark("cast the sum of the gradient of " + weight.name)
+    ledger.drop(total)
+
+
+def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> None:
+    if rules.gradients == "used":
+        size = rules.temporaries * weight.numel
+        temps = Tensor("optimizer temporaries of one weight", f"{weight.numel} {rules.temporaries}", "uint8", 0, size)
+        ledger.put(temps)
+        ledger.mark("optimizer step of " + weight.name)
+        ledger.drop(temps)
+    if rules.gradients != "kept":
+        ledger.drop(gradient)
+
+
+def sums_of(tape: Tape) -> tuple[Tensor, ...]:
+    """fp32 sums of the gradients of a tape's trained weights, over several pieces."""
+    weights = [weight for op in tape.ops for weight in op.trained]
+    return tuple(
+        tensor_of(tape.dims, f"sum of the gradient of {w.name}", " ".join(map(str, w.shape)), "float32")
+        for w in weights
+    )
+
+
+def step_weights(ops: Sequence[Op]) -> list[tuple[Weight, int]]:
+    """Weights, with how many layers have one like it; shared weights once."""
+    counts: dict[Weight, int] = {}
+    parts: dict[int, list[tuple[Weight, int]]] = {}
+    for op in ops:
+        rows = [(weight, 1) for weight in op.weights]
+        if op.part is not None:
+            inner = op.part.tape
+            if id(inner) not in parts:
+                parts[id(inner)] = step_weights(inner.ops)
+            rows = parts[id(inner)]
+        for weight, n in rows:
+            counts[weight] = counts.get(weight, 0) + n
+    for op in ops:
+        if op.joins is not None:
+            counts[op.joins] = 1
+    return list(counts.items())
+
+
+def unit(tensor: Tensor) -> Vector:
+    """The bytes of one tensor."""
+    return tuple(tensor.bytes if n == tensor.basis else 0 for n in range(len(BASIS)))
+
+
+def weight_gradient(weight: Weight, dtype: str) -> Tensor:
+    shape = " ".join(map(str, weight.shape))
+    size = weight.numel * ITEMSIZE[dtype]
+    return Tensor("gradient of " + weight.name, shape, dtype, 0, size, role=Role.WEIGHT_GRADIENT)

@@ -1,0 +1,122 @@
+"""Traces that were made before: one file each, named by everything that decides what is in it.
+
+A file is written whole or not at all, so that two processes may write the same one; a damaged one is made anew. None of
+this needs torch: a trace that is there is read without importing it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import InputError, MissingError, OutputError
+from ..profiles import user_folder
+from ..step.recipe import Recipe
+from .trace import Trace
+
+SCHEMA_VERSION = 2
+_LARGEST = 100_000_000  # bytes; of the largest models some 100,000
+PACKAGES = ("torch", "transformers")
+
+
+def folder() -> Path:
+    return user_folder() / "traces"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a trace depends on. Raises MissingError when torch or transformers is not installed."""
+    try:
+        found = {name: metadata.version(name) for name in PACKAGES}
+    except metadata.PackageNotFoundError as e:
+        raise MissingError(
+            f"{e.name} is not installed; tracing and measuring need torch and transformers: pip install 'mstplan[torch]'"
+        ) from None
+    return {**found, "mstplan": _digest_of_package()}
+
+
+def _digest_of_package() -> str:
+    """Digest of the code that makes traces, so that none outlives a change to it."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(
+        [
+            *root.glob("tracing/**/*.py"),
+            *root.glob("train/*.py"),
+            *(path for room in ("optimizers", "losses", "kernels") for path in root.glob(f"step/{room}/*.py")),
+            *(root / "step" / name for name in ("cuda.py", "selection.py", "instants.py")),
+        ]
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def trace_of(
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    seq_len: int,
+    *,
+    on: str = "cuda",
+    workspace: int = 0,
+    keep: bool = True,
+    code_from: str | None = None,
+    threads: int | None = None,
+) -> Trace:
+    """The trace of one step, from the cache or made now. keep: use and fill the cache, which knows nothing of a model's own
+    code (code_from). threads: of a CPU, whose kernels hold something for each; as many as torch has here by default.
+
+    Raises MissingError without torch, and what `tracer.trace` raises.
+    """
+    named = versions()
+    if on == "cpu" and threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
+    case = {"config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "threads": threads}
+    what = {"schema_version": SCHEMA_VERSION, "versions": named, **case}
+    path = _path(what) if keep and code_from is None else None
+    found = _read(path) if path is not None else None
+    if found is None:
+        from .cpu import on_threads
+        from .tracer import trace
+
+        with on_threads(threads):
+            found = trace(config, recipe, seq_len, on=on, code_from=code_from)
+        if path is not None:
+            _write(path, found)
+    return found.with_workspace(workspace)
+
+
+def _path(what: object) -> Path | None:
+    """Path of the file in which such a trace is kept; None for a user who has no folder."""
+    with suppress(OutputError):
+        return folder() / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.json.gz"
+    return None
+
+
+def _read(path: Path) -> Trace | None:
+    try:
+        with gzip.open(io.BytesIO(files.read_bytes(path, "a trace", _LARGEST, InputError))) as file:
+            digest, _, text = file.read(10 * _LARGEST).partition(b"\n")
+        return Trace.from_json(text) if digest == _digest(path, text) else None
+    except Exception:  # noqa: BLE001  not there, cut off, or something else altogether: it is made anew
+        return None
+
+
+def _write(path: Path, trace: Trace) -> None:
+    text = json.dumps(trace.as_data()).encode()
+    with suppress(OSError, OutputError):  # a cache that cannot be written is none
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, gzip.compress(_digest(path, text) + b"\n" + text, 3, mtime=0))
+
+
+def _digest(path: Path, text: bytes) -> bytes:
+    """So that a file holds what was written to it, and nothing else: what looks like a trace may not be the one that was made."""
+    return hashlib.sha256(path.name.encode() + text).hexdigest().encode()

@@ -1,0 +1,159 @@
+"""A traced step's allocations beside those that were really made: what one sequence has and the other has not. No torch.
+
+Both are sequences of sizes, in the order of allocation. They are laid side by side with as few unexplained differences as can
+be, explained ones next. A difference is explained by an entry of a list such as `KNOWN_ON_CPU` that names it.
+
+    differences(of_trace(trace), allocations.sequence(), KNOWN_ON_CPU)         mstplan.measuring.allocations, on the CPU
+    differences(of_trace(trace), of_cuda(rows), known, block=MIN_BLOCK)        torch.cuda.memory's history
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
+from typing import Any, NamedTuple
+
+from ..units import MIB
+from .trace import Trace
+
+MISSING, EXTRA = "missing", "extra"
+_UNEXPLAINED = 10_000  # an explained difference costs 1: no number of them is as bad as one unexplained
+
+
+class Allocation(NamedTuple):
+    bytes: int
+    name: str  # what is known of it: operations, or Python's frames, the outermost first
+    inside: bool = False  # given back before the operation that made it was over
+
+
+class Known(NamedTuple):
+    """A buffer that a kernel makes for itself, which a trace does not predict."""
+
+    name: str
+    why: str
+    source: str
+    pattern: str  # of the allocation's name, a regular expression
+    what: str = MISSING  # from the trace, or extra there
+    inside: bool = True  # given back before the operation was over; where that is not known, it cannot be asked for
+
+    def explains(self, what: str, allocation: Allocation) -> bool:
+        return (
+            what == self.what
+            and allocation.inside >= self.inside
+            and re.search(self.pattern, allocation.name) is not None
+        )
+
+
+class Difference(NamedTuple):
+    """what: MISSING from the trace, or EXTRA in it. at: its number in the sequence that has it."""
+
+    what: str
+    at: int
+    allocation: Allocation
+    known: Known | None
+
+    def __str__(self) -> str:
+        why = f", {self.known.name}" if self.known is not None else ""
+        return f"{self.what} {self.allocation.bytes:,} bytes, number {self.at}: {self.allocation.name}{why}"
+
+
+KNOWN_ON_CPU = (
+    Known(
+        "oneDNN's scratch memory",
+        "products of 16-bit matrices run in code that oneDNN makes for the CPU at hand; how much memory that needs is its affair",
+        "measured; the call: aten native/mkldnn/Matmul.cpp, mkldnn_gemm and mkldnn_matmul, ideep::matmul_forward",
+        r"(^|> )(mm|addmm|bmm|baddbmm|_scaled_dot_product_flash_attention_for_cpu(_backward)?)$",
+    ),
+)
+"""What `trace(..., on="cpu")` leaves out. What else kernels of a CPU allocate for themselves stands in cpu.py, and is traced."""
+
+
+def differences(
+    traced: Iterable[Allocation],
+    real: Iterable[Allocation],
+    known: Sequence[Known] = (),
+    above: int = MIB,
+    block: int = 1,
+) -> list[Difference]:
+    """Differences between allocations of more than `above` bytes, sizes rounded up to blocks of so many bytes. Explained ones are among them."""
+
+    def large(sequence: Iterable[Allocation]) -> list[Allocation]:
+        rounded = [a._replace(bytes=-(-a.bytes // block) * block) for a in sequence]
+        return [a for a in rounded if a.bytes > above]
+
+    def reason(what: str, allocation: Allocation) -> Known | None:
+        return next((k for k in known if k.explains(what, allocation)), None)
+
+    ours, theirs = large(traced), large(real)
+    extra, missing = [reason(EXTRA, a) for a in ours], [reason(MISSING, a) for a in theirs]
+    path = _side_by_side(
+        [a.bytes for a in ours],
+        [a.bytes for a in theirs],
+        [_UNEXPLAINED if k is None else 1 for k in extra],
+        [_UNEXPLAINED if k is None else 1 for k in missing],
+    )
+    return [
+        Difference(EXTRA, i, ours[i], extra[i]) if what == EXTRA else Difference(MISSING, j, theirs[j], missing[j])
+        for what, i, j in path
+    ]
+
+
+def unexplained(found: Iterable[Difference]) -> list[Difference]:
+    return [difference for difference in found if difference.known is None]
+
+
+def of_trace(trace: Trace) -> list[Allocation]:
+    """Allocations of a trace on the device."""
+    made = [trace.step.made[index] for index, sign in trace.step.events if sign > 0]
+    return [Allocation(m.bytes, " > ".join(filter(None, (m.module, m.operation)))) for m in made if not m.host]
+
+
+def of_cuda(rows: Iterable[Sequence[Any]]) -> list[Allocation]:
+    """Allocations of torch.cuda.memory's history: rows of [action, bytes, address, frames of Python, innermost first]."""
+    return [Allocation(size, " > ".join(reversed(frames))) for action, size, _, frames in rows if action == "alloc"]
+
+
+def _side_by_side(
+    ours: Sequence[int], theirs: Sequence[int], skip_ours: Sequence[int], skip_theirs: Sequence[int]
+) -> list[tuple[str, int, int]]:
+    """The cheapest way through both sequences (Dijkstra), as the steps that skip an entry of one: (EXTRA or MISSING, i, j)."""
+    goal = (len(ours), len(theirs))
+
+    def along(i: int, j: int) -> tuple[int, int]:
+        """Walk on while both are alike, which costs nothing. Where skipping is cheap there may be a better way: stop there."""
+        while i < goal[0] and j < goal[1] and ours[i] == theirs[j] and skip_ours[i] == skip_theirs[j] == _UNEXPLAINED:
+            i, j = i + 1, j + 1
+        return i, j
+
+    start = along(0, 0)
+    queue: list[tuple[int, int, int]] = [(0, -sum(start), start[0])]  # of equal cost, the one that got furthest
+    came: dict[tuple[int, int], tuple[tuple[int, int], tuple[str, int, int] | None]] = {start: (start, None)}
+    costs = {start: 0}
+    while queue:
+        cost, far, i = heappop(queue)
+        here = (i, -far - i)
+        if here == goal:
+            break
+        if cost > costs[here]:
+            continue
+        j = here[1]
+        steps: list[tuple[int, int, int, tuple[str, int, int] | None]] = []
+        if i < goal[0]:
+            steps.append((cost + skip_ours[i], i + 1, j, (EXTRA, i, j)))
+        if j < goal[1]:
+            steps.append((cost + skip_theirs[j], i, j + 1, (MISSING, i, j)))
+        if i < goal[0] and j < goal[1] and ours[i] == theirs[j]:
+            steps.append((cost, i + 1, j + 1, None))
+        for price, a, b, step in steps:
+            there = along(a, b)
+            if price < costs.get(there, price + 1):
+                costs[there], came[there] = price, (here, step)
+                heappush(queue, (price, -sum(there), there[0]))
+    path: list[tuple[str, int, int]] = []
+    at = goal
+    while at != start:
+        at, taken = came[at]
+        if taken is not None:
+            path.insert(0, taken)
+    return path

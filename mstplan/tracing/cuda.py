@@ -1,0 +1,170 @@
+"""What a CUDA card does where fake tensors on the CPU would do something else. `as_on_cuda` puts all of it in place, but for
+what mstplan's own part of the step does otherwise (`fake_runtime.py`).
+
+| on the card | source |
+|---|---|
+| attention by FlashAttention-2, its row statistics and workspace | from source: aten native/transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd |
+| with a mask, or head sizes not for that, the memory-efficient kernel | from source: aten transformers/cuda/attention.cu, attention_backward.cu |
+| its sums and workspace | mstplan/step/cuda.py |
+| a mask as a bias, padded to rows of 8 | from source: aten transformers/attention.cpp, convert_boolean_attn_mask and preprocess_mask |
+| which kernel scaled_dot_product_attention takes | from source: aten transformers/cuda/sdp_utils.cpp; cuDNN's, first on Hopper from torch 2.11, is left out |
+| layer norm keeps its row statistics in fp32 | from source: aten native/cuda/layer_norm_kernel.cu, layer_norm_cuda |
+| dropout keeps a mask of one byte a number | from source: aten native/Dropout.cpp, native_dropout |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..step.kernels import SDPA, chosen
+from ..step.kernels.base import Asked
+from ..train.lazy import Lazy
+from .kernels import STAND_INS
+from .kernels.base import SIXTEEN_BIT, Call
+from .patches import (
+    ATTENTION,
+    BIDIRECTIONAL_MASK,
+    CAUSAL_MASK,
+    DROPOUT,
+    GROUPED_PRODUCTS,
+    LAYER_NORM,
+    PACKED_SEQUENCES,
+    Make,
+    Target,
+    patched,
+)
+from .recorder import Recorder
+
+
+class _Dropout(torch.autograd.Function):
+    """CUDA's fused dropout, which keeps a mask of one byte a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (_mask,) = ctx.saved_tensors
+        return torch.empty_like(grads[0])
+
+
+class _LayerNorm(torch.autograd.Function):
+    """CUDA's layer norm of 16-bit rows, whose mean and deviation are fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        ctx.save_for_backward(x, weight, *(x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2)))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weight, *_ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _attention(plain: Callable[..., torch.Tensor], recorder: Recorder) -> Callable[..., torch.Tensor]:
+    """scaled_dot_product_attention as CUDA chooses its kernel."""
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        q, k, v = _cast(query, key, value)
+        asked = Asked(str(q.dtype)[6:], q.shape[-1], v.shape[-1], k.shape[1] != q.shape[1], attn_mask is not None)
+        call = Call(q, k, v, attn_mask, dropout_p, is_causal, scale, plain)
+        return STAND_INS[chosen(SDPA, asked).name].attend(call, recorder)
+
+    return attention
+
+
+def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As autocast does for scaled_dot_product_attention."""
+    return tuple(x.to(torch.bfloat16) for x in tensors) if torch.is_autocast_enabled("cpu") else tensors
+
+
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    if not training or p == 0:
+        return x
+    if isinstance(x, Lazy):  # of an MLP in chunks: drop in its pieces
+        return x.then(lambda rows: _dropout(rows, p, training), random=True)  # type: ignore[return-value]
+    out: torch.Tensor = _Dropout.apply(x)
+    return out
+
+
+def _layer_norm(
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        x = x.float()  # as autocast does on a card
+    if x.dtype not in SIXTEEN_BIT or weight is None or bias is None or len(shape) != 1:
+        return torch.layer_norm(x, shape, weight, bias, eps)
+    out: torch.Tensor = _LayerNorm.apply(x, weight, bias)
+    return out
+
+
+@contextmanager
+def as_on_cuda(recorder: Recorder) -> Iterator[None]:
+    """Within the context a step on fake CPU tensors, seen by `recorder`, allocates what it would on a card. Raises VersionError
+    where torch or transformers has no place for that."""
+    kernels: dict[Target, Make] = {
+        ATTENTION: lambda plain: _attention(plain, recorder),
+        DROPOUT: lambda _plain: _dropout,
+        LAYER_NORM: lambda _plain: _layer_norm,
+    }
+    with patched(kernels), on_fake_tensors():
+        yield
+
+
+@contextmanager
+def on_fake_tensors() -> Iterator[None]:
+    """Within the context what needs values of tensors goes on as if it had seen usual ones. Raises VersionError as above."""
+    without_values: dict[Target, Make] = {
+        CAUSAL_MASK: _nothing_hidden,
+        BIDIRECTIONAL_MASK: _nothing_hidden,
+        PACKED_SEQUENCES: _not_packed,
+        GROUPED_PRODUCTS: _grouped,
+    }
+    with patched(without_values):
+        yield
+
+
+def _nothing_hidden(skips_mask: Callable[..., bool]) -> Callable[..., bool]:
+    """A padding mask of ones, which some models make for themselves, is none."""
+    return lambda _padding_mask, *args, **kwargs: skips_mask(None, *args, **kwargs)
+
+
+def _not_packed(packed: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], None]:
+    """No sequence is several, whatever position ids say."""
+
+    def not_packed(position_ids: torch.Tensor) -> None:
+        packed(position_ids)  # for what it allocates
+
+    return not_packed
+
+
+def _grouped(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Products of experts' matrices, which kernels make in every dtype, but torch's rules for fake tensors in bf16 only."""
+
+    def grouped(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if a.dtype not in (torch.float32, torch.float16):
+            return plain(a, b, *args, **kwargs)
+        return plain(a.bfloat16(), b.bfloat16(), *args, **kwargs).to(a.dtype)
+
+    return grouped

@@ -1,0 +1,122 @@
+"""FSDP2 (ZeRO-3): `fully_shard` of every decoder layer and of the model, as most train with it; and what one rank of it allocates.
+
+`ranks` makes this process the first of any number of ranks, on PyTorch's fake process group: torch's own FSDP2 code runs, and
+allocates as it does on every card, but nothing is sent. `seen_by` lets a recorder see what FSDP2 does to the storages of gathered
+weights, which it empties and fills in place.
+
+The order of allocations is the order in which FSDP2's code runs on the host. That is so on a card as well: the caching
+allocator hands out and takes back when the host asks, however far behind the streams are. So what is prefetched is in this
+order, too: in backward a layer's all-gather is issued before the backward of the layer after it; in forward the host merely runs
+ahead, and an all-gather's buffer is held until the next layer's is there
+(torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, "Overlapping all-gather copy-in and all-gather").
+
+Rank 0 is traced, whose shards are the largest: a dimension that `gpus` does not divide is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from ..errors import RecipeError
+from ..step.recipe import Recipe
+from ..train import finding
+from .patches import EMPTY, FILL, GATHER_BUFFER, GATHER_INPUTS, GATHERED_OUTPUTS, SCATTER_BUFFERS, Make, patched
+from .recorder import Recorder
+from .recording import Category
+
+GATHERED = "FSDP: gathered weights"
+BUFFER = "FSDP: all-gather buffer"
+COPY_IN = "FSDP: shards in bf16"
+SCATTER = "FSDP: reduce-scatter input"
+SHARDS = "FSDP: gradient shards"
+
+
+@contextmanager
+def ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
+    """Within the context this process is the first of the recipe's `gpus` ranks, the others of which are not there. Gives their mesh."""
+    if not recipe.sharded:
+        yield None
+        return
+    if dist.is_initialized():
+        raise RecipeError(
+            "a trace of several GPUs needs a process without a process group.\nTrace before init_process_group."
+        )
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=recipe.gpus)
+    try:
+        yield init_device_mesh("cpu", (recipe.gpus,))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
+    """Shard every decoder layer, then the rest, over the ranks of `mesh`; in place."""
+    mixed = recipe.precision == "mixed"
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if mixed
+        else MixedPrecisionPolicy()
+    )
+    for layer in finding.find_parts(model).layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def shard_shape(shape: tuple[int, ...], gpus: int) -> tuple[int, ...]:
+    """Of rank 0's shard of a weight, padded (FSDPParam._init_sharded_param): dimension 0 is split."""
+    return (-(-shape[0] // gpus), *shape[1:])
+
+
+@contextmanager
+def seen_by(recorder: Recorder) -> Iterator[None]:
+    """Within the context the recorder knows what FSDP2 allocates, and for what. Raises VersionError where torch's FSDP2 is another."""
+
+    def naming(category: Category, *names: str) -> Make:
+        """Of calls in turn."""
+        following = cycle(names)
+
+        def make(plain: Callable[..., Any]) -> Callable[..., Any]:
+            def named(*args: Any, **kwargs: Any) -> Any:
+                with recorder.purpose(next(following), category):
+                    return plain(*args, **kwargs)
+
+            return named
+
+        return make
+
+    named = {
+        GATHERED_OUTPUTS: naming(Category.WEIGHTS, GATHERED),
+        GATHER_INPUTS: naming(Category.WEIGHTS, COPY_IN),
+        GATHER_BUFFER: naming(Category.WEIGHTS, BUFFER),
+        SCATTER_BUFFERS: naming(Category.GRADIENTS, SCATTER, SHARDS),  # first the input, then the output
+    }
+    filled = {
+        FILL: lambda plain: partial(_fill, plain, recorder),
+        EMPTY: lambda plain: partial(_empty, plain, recorder),
+    }
+    with patched({**filled, **named}):
+        yield
+
+
+def _fill(plain: Callable[[torch.Tensor], None], recorder: Recorder, tensor: torch.Tensor) -> None:
+    there = tensor.untyped_storage().size()
+    plain(tensor)
+    if tensor.untyped_storage().size() != there:
+        with recorder.purpose(GATHERED, Category.WEIGHTS):
+            recorder.grew(tensor)
+
+
+def _empty(plain: Callable[[torch.Tensor], None], recorder: Recorder, tensor: torch.Tensor) -> None:
+    plain(tensor)
+    recorder.emptied(tensor)

@@ -1,0 +1,45 @@
+"""What a stand-in for an attention kernel does in the trace: allocate on fake tensors what the kernel allocates on a card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from ...step.recipe import Recipe
+from ..recorder import Recorder
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+class Call(NamedTuple):
+    """A call of scaled_dot_product_attention: q (b, H, s, e), k and v (b, G, s, e), a mask or bias (b or 1, 1 or H, s, s)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    dropout: float
+    is_causal: bool
+    scale: float | None
+    plain: Callable[..., torch.Tensor]  # torch's own function
+
+
+class StandIn:
+    """A stand-in for a kernel of `plan/kernels`. A new one is a file with a subclass, and a line in this folder's `__init__.py`."""
+
+    name: ClassVar[str]
+    """What `plan/kernels` calls the kernel."""
+    implementation: ClassVar[str]
+    """The attn_implementation of transformers with which a traced model asks for it by name."""
+    real: ClassVar[str]
+    """The attn_implementation with which a model that is really run asks for it."""
+
+    def implementation_for(self, recipe: Recipe, kind: Any, on: str) -> str:
+        """The attn_implementation of a traced model of class `kind` (None: unknown) on "cuda" or "cpu"."""
+        return self.implementation
+
+    def attend(self, call: Call, recorder: Recorder) -> torch.Tensor:
+        """Stand in where scaled_dot_product_attention chooses the kernel: (b, H, s, e)."""
+        raise NotImplementedError

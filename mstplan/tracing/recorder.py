@@ -1,0 +1,302 @@
+"""Records what a step allocates and releases, operation by operation: a dispatch mode.
+
+A storage counts from the operation that makes it until Python lets go of its last tensor. Autograd adds gradients in place,
+but under any dispatch mode out of place (aten::isTensorSubclassLike in torch/csrc/autograd/input_buffer.cpp). The recorder
+undoes that: a sum whose first summand is let go at once takes that one's place. So do gradients written onto zeros.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import PreTrainedModel
+
+from ..step.instants import Pass
+from ..train.checkpoint import Checkpoints
+from .recording import Category, Made, Place, Recording
+
+
+class Label(NamedTuple):
+    """What is known of a module before it runs."""
+
+    path: str
+    category: Category
+    unit: int | None  # None: outside of all layers
+    is_layer: bool = False
+
+
+ROOT = Label("", Category.OTHER, None)
+IN_HOOK = Label("", Category.STATES, None)  # an optimizer that steps in backward, as soon as a gradient is there
+
+ONTO_ZEROS = {torch.ops.aten.index_put, torch.ops.aten.index_add, torch.ops.aten.scatter, torch.ops.aten.scatter_add}
+"""What gradients of picked entries are made by, from zeros made just before: in place, but under a dispatch mode not
+(areAnyTensorSubclassLike in torch/csrc/autograd/FunctionsManual.cpp)."""
+
+
+class Recorder(TorchDispatchMode):
+    """Records into `recording` while it is entered; `labels`: of the modules, by module. `in_place`: add gradients as
+    autograd does without a dispatch mode."""
+
+    def __init__(self, labels: Mapping[nn.Module, Label], units: int, in_place: bool = True):
+        super().__init__()
+        self.recording = Recording()
+        self.labels, self.units, self.in_place = labels, units, in_place
+        self._known: dict[int, int] = {}  # storage: index into made
+        self._resident: set[int] = set()  # storages that were there before
+        self._stack: list[Label] = [ROOT]
+        self._run, self._unit, self._latest = Pass.FORWARD, -1, ROOT
+        self._forward_of: list[
+            tuple[int, Label, int]
+        ] = []  # autograd's sequence numbers, and whose forward they are of
+        self._layers = [label for label in labels.values() if label.is_layer]
+        self.recomputing: Callable[[], int | None] = lambda: None  # the layer that a checkpoint runs again
+        self._purpose: tuple[str, Category] | None = None  # what a stand-in says it allocates for
+        self._sum: tuple[int, int] | None = (
+            None  # a sum of gradients just made: (its storage, that of its first summand)
+        )
+
+    def were_there(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Tensors that stay through all that is recorded, and are not part of it: weights, the optimizer's states."""
+        for storage in [held_by(tensor).untyped_storage() for tensor in tensors]:
+            self._resident.add(storage._cdata)
+            weakref.finalize(
+                storage, self._resident.discard, storage._cdata
+            ).atexit = False  # its address may be another's then
+
+    # ---- places -------------------------------------------------------------------------------------------------------
+
+    def begin(self, run: Pass) -> None:
+        """A pass of the step begins: forward, backward or optimizer."""
+        self._run, self._unit = run, -1 if run == Pass.FORWARD else self.units
+        self._enter(Place(run, self._unit))
+
+    def _enter(self, place: Place) -> None:
+        if not self.recording.places or self.recording.places[-1][0] != place:
+            self.recording.enter(place)
+
+    def _locate(self) -> Label:
+        """The module that the operation at hand is of; moves on to its place."""
+        label = self._here()
+        if self._run == Pass.FORWARD:
+            self._enter(Place(Pass.FORWARD, self._unit))
+        elif self._run == Pass.BACKWARD:
+            layer = self.recomputing()
+            if layer is not None:
+                label = label if len(self._stack) > 1 else self._layers[layer]
+            elif len(self._stack) == 1:  # else one chunk's forward pass
+                label = self._backward_of(torch._C._current_autograd_node())
+            unit = label.unit if label.unit is not None or layer is None else self._layers[layer].unit
+            self._unit = unit if unit is not None else self._unit
+            self._latest = label
+            self._enter(Place(Pass.RECOMPUTE if layer is not None else Pass.BACKWARD, self._unit))
+        return label
+
+    def _backward_of(self, node: Any) -> Label:
+        """The module whose forward pass made a node of autograd's graph."""
+        if node is None:  # autograd adds gradients
+            return self._latest
+        if "AccumulateGrad" in node.name():
+            return IN_HOOK
+        at = bisect_right(self._forward_of, node._sequence_nr(), key=lambda mark: mark[0]) - 1
+        _, label, unit = self._forward_of[at]
+        self._unit = min(self._unit, unit)  # backward never turns round
+        return label
+
+    def _here(self) -> Label:
+        """The module that runs a forward pass; what the model itself does after its layers is the loss. Between modules of a chunk
+        that backward runs again it is the one whose backward that is."""
+        label = (
+            self._latest._replace(unit=None)
+            if self._run == Pass.BACKWARD and len(self._stack) == 1
+            else self._stack[-1]
+        )
+        return (
+            label._replace(category=Category.LOSS)
+            if label.category == Category.OTHER and self._unit == self.units
+            else label
+        )
+
+    # ---- events -------------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again for the shard that is here
+        if func.namespace == "profiler":
+            return func(*args, **(kwargs or {}))  # a name for what follows: it makes nothing, and is at no place
+        label = self._locate()
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].device  # what most calls are: the modes below would say the same
+        out = func(*args, **(kwargs or {}))
+        self._sum = None
+        if isinstance(out, torch.Tensor):
+            self._see(out, func, label)
+            if self.in_place and self._run == Pass.BACKWARD and self._would_be_in_place(func, args):
+                self._sum = (out.untyped_storage()._cdata, args[0].untyped_storage()._cdata)
+        else:
+            for value in tree_iter(out):
+                if isinstance(value, torch.Tensor):
+                    self._see(value, func, label)
+        return out
+
+    def _see(self, tensor: torch.Tensor, func: Any, label: Label) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._resident or not storage.nbytes():
+            return
+        operation, category = self._purpose or (_name(func), label.category)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        made = Made(storage.nbytes(), tuple(tensor.shape), dtype, operation, label.path, category)
+        self._known[key] = self.recording.add(made)
+        weakref.finalize(storage, self._forget, key).atexit = False
+
+    def grew(self, tensor: torch.Tensor) -> None:
+        """The storage of `tensor`, that was emptied, has memory again (FSDP2 fills and empties those of gathered weights)."""
+        self._see(tensor, None, self._locate())
+
+    def emptied(self, tensor: torch.Tensor) -> None:
+        """The storage of `tensor` has no memory any more."""
+        self._forget(tensor.untyped_storage()._cdata)
+
+    def close(self) -> Recording:
+        """What was recorded; what is let go from now on is no part of it."""
+        self._known.clear()
+        self.labels, self.recomputing = (
+            {},
+            lambda: None,
+        )  # gradients that live on hold the recorder; it must not hold their model
+        return self.recording
+
+    def _forget(self, key: int) -> None:
+        index = self._known.pop(key, None)
+        if index is None:
+            return
+        if self._sum is not None and self._sum[1] == key and self._took_over(index):
+            return
+        self.recording.events.append((index, -1))
+
+    def _would_be_in_place(self, func: Any, args: Sequence[Any]) -> bool:
+        """Would autograd put the result just made where the first operand is, if no dispatch mode was there?"""
+        if func is torch.ops.aten.add.Tensor:
+            node = torch._C._current_autograd_node()  # in a hook of a weight's gradient an optimizer adds, not autograd
+            return not (node is not None and "AccumulateGrad" in node.name()) and _holds_its_own(args[0])
+        return func.overloadpacket in ONTO_ZEROS and self.index_of(args[0]) == len(self.recording.made) - 2
+
+    def _took_over(self, index: int) -> bool:
+        """Let the sum that was just made be its first summand, `index`, with another value."""
+        assert self._sum is not None
+        (key, _), self._sum = self._sum, None
+        made, events, new = self.recording.made, self.recording.events, len(self.recording.made) - 1
+        if self._known.get(key) != new or events[-1] != (new, 1) or made[new].bytes != made[index].bytes:
+            return False
+        events.pop()
+        made.pop()
+        self._known[key] = index
+        return True
+
+    # ---- what tensors are for ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def purpose(self, operation: str, category: Category = Category.WORKSPACE) -> Iterator[None]:
+        """What is made within the context is made for this, whatever operation makes it."""
+        before, self._purpose = self._purpose, (operation, category)
+        try:
+            yield
+        finally:
+            self._purpose = before
+
+    def is_for(self, tensor: torch.Tensor, category: Category) -> None:
+        """A tensor that turns out to be a gradient or a layer's input."""
+        index = self._known.get(held_by(tensor).untyped_storage()._cdata)
+        if index is not None:
+            self.recording.made[index].category = category
+
+    def _is_gradient(self, weight: torch.Tensor) -> None:
+        if weight.grad is not None:  # autograd may find that there is none
+            self.is_for(weight.grad, Category.GRADIENTS)
+
+    def index_of(self, tensor: torch.Tensor) -> int | None:
+        """Of the storage of a tensor in what was made."""
+        return self._known.get(tensor.untyped_storage()._cdata)
+
+    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+        """Stands in for the runtime's: fake tensors have one device, so what is on the host is noted here."""
+        made = torch.empty_like(like)
+        index = self._known.get(made.untyped_storage()._cdata)
+        if index is not None:
+            self.recording.made[index].host = True
+        return made
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Within the context forward passes of the model's modules label what they, and autograd after them, make."""
+        last = [module for module, label in self.labels.items() if label.is_layer][-1:]
+        if (checkpoints := checkpoints_of(model)) is not None:
+            self.recomputing = lambda: checkpoints.recomputing
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            label = self.labels.get(module, self._stack[-1])
+            self._stack.append(label)
+            if label.unit is not None and self._run == Pass.FORWARD:
+                self._unit = label.unit
+            if label.is_layer and inputs and isinstance(inputs[0], torch.Tensor):
+                self.is_for(inputs[0], Category.INPUTS)
+            self._mark()
+
+        def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
+            self._stack.pop()
+            if self._run == Pass.FORWARD and last and module is last[0]:
+                self._unit = self.units
+            self._mark()
+
+        handles: list[Any] = [
+            hooks.register_module_forward_pre_hook(enter),
+            hooks.register_module_forward_hook(leave, always_call=True),
+        ]
+        handles += [
+            w.register_post_accumulate_grad_hook(self._is_gradient) for w in model.parameters() if w.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _mark(self) -> None:
+        self._forward_of.append((torch._C._autograd._get_sequence_nr(), self._here(), self._unit))
+
+
+def checkpoints_of(model: nn.Module) -> Checkpoints | None:
+    """The checkpoints of a model that runs in mini-sequences, if it has any."""
+    settings = next(
+        (m._mstplan for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "_mstplan")), None
+    )
+    return settings.checkpoints if settings is not None else None
+
+
+def _holds_its_own(summand: torch.Tensor) -> bool:
+    """Would autograd add to it in place, if nothing else held it? A view has its base, which holds the same storage
+    (can_accumulate_inplace in torch/csrc/autograd/input_buffer.cpp)."""
+    return (
+        not torch.is_grad_enabled() and not summand._is_view() and torch.ops.aten.is_non_overlapping_and_dense(summand)
+    )
+
+
+def held_by(tensor: torch.Tensor) -> torch.Tensor:
+    """What is on this device of a tensor: all of it, or the shard of a distributed one."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _name(func: Any) -> str:
+    """aten.mm.default -> mm."""
+    return str(func).removeprefix("aten.").removesuffix(".default")

@@ -1,0 +1,266 @@
+"""What a trace found: a training step of the whole model as a sequence of allocations, and what can be read off it.
+
+Plain data, so that a trace can be kept and read again without torch. `tracer.py` makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+from ..kept import adapter
+from ..spec.hardware import HANDLES
+from ..step.instants import Instant, Pass
+from ..step.optimizers import OPTIMIZERS
+from ..step.recipe import Recipe
+from .allocator import MIN_BLOCK
+from .extend import extend, row
+from .recording import Category, Made, Place, Recorded, Recording, Size
+
+
+class Weight(NamedTuple):
+    """A parameter or buffer of the whole model."""
+
+    name: str
+    shape: tuple[Size, ...]
+    dtype: str
+    bytes: Size
+    trained: bool
+
+
+class State(NamedTuple):
+    """A tensor that the optimizer keeps."""
+
+    name: str
+    dtype: str
+    bytes: Size
+
+
+class Peak(NamedTuple):
+    """The largest moment of an instant: bytes on the device, requested ones rounded up to blocks."""
+
+    instant: Instant
+    bytes: int
+    event: int  # of the trace's `events`
+
+
+class Alive(NamedTuple):
+    """Tensors alive at a moment that are alike. bytes: of all copies, rounded up to blocks."""
+
+    category: Category
+    module: str  # with * for the number of a layer
+    operation: str
+    shape: tuple[int, ...]
+    dtype: str
+    copies: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A step. `short`: the forward and backward pass of the layers that were run, `kept`; kinds: of all layers, `every` of them to
+    a checkpoint; `update`: the optimizer's step.
+
+    on: "cuda" or "cpu". workspace: bytes that cuBLAS holds. seq_len in tokens.
+    """
+
+    recipe: Recipe
+    seq_len: int
+    on: str
+    workspace: int
+    weights: tuple[Weight, ...]
+    states: tuple[State, ...]
+    kinds: tuple[int, ...]
+    kept: tuple[int, ...]
+    every: int
+    reach: int
+    short: Recording
+    update: Recording
+
+    def with_workspace(self, workspace: int) -> Trace:
+        """Trace on a card whose cuBLAS holds that many bytes."""
+        other = replace(self, workspace=workspace)
+        if "step" in vars(self):
+            vars(other)["step"] = self.step  # which takes a while to write down
+        return other
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        rows = {name: [list(row) for row in getattr(self, name)] for name in ("weights", "states")}
+        return {
+            "recipe": self.recipe.model_dump(),
+            "seq_len": self.seq_len,
+            "on": self.on,
+            "workspace": self.workspace,
+            **rows,
+            "kinds": list(self.kinds),
+            "kept": list(self.kept),
+            "every": self.every,
+            "reach": self.reach,
+            "short": self.short.as_data(),
+            "update": self.update.as_data(),
+        }
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Trace:
+        """Trace from JSON. Raises ValueError, RecipeError or Unlike for what is none: one that is read can be used."""
+        data: _Kept = adapter(_Kept).validate_json(text)
+        layers = sorted(set(data.kept)) == list(data.kept) and all(0 <= unit < len(data.kinds) for unit in data.kept)
+        if not (layers and data.kept and min(data.every, data.reach, data.seq_len) > 0):
+            raise ValueError("layers that there cannot be")
+        fields = {
+            **data._asdict(),
+            "recipe": Recipe(**data.recipe),
+            "short": Recording.of(data.short),
+            "update": Recording.of(data.update),
+        }
+        found = cls(**fields)
+        if not found.step.events:  # written down once, here
+            raise ValueError("nothing happens")
+        return found
+
+    @property
+    def units(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def block(self) -> int:
+        return MIN_BLOCK if self.on == "cuda" else 1
+
+    def rounded(self, size: int) -> int:
+        return -(-size // self.block) * self.block
+
+    @cached_property
+    def step(self) -> Recording:
+        """Forward, backward and update of the whole model."""
+        long = extend(self.short, self.kept, row(self.kinds, self.every, self.reach))
+        first = len(long.made)
+        return Recording(
+            long.made + self.update.made,
+            long.events + [(first + index, sign) for index, sign in self.update.events],
+            [*long.places, (Place(Pass.OPTIMIZER, -1), len(long.events))],
+        )
+
+    @property
+    def held_states(self) -> tuple[State, ...]:
+        """The optimizer's states on the device. AdamW's counts of steps are on the host unless it is fused (torch/optim/adam.py, _init_group)."""
+        on_host = self.on == "cuda" and not OPTIMIZERS[self.recipe.optimizer].is_fused(self.recipe)
+        return tuple(state for state in self.states if state.name != "step" or not on_host)
+
+    @cached_property
+    def resident(self) -> tuple[Alive, ...]:
+        """Entries that are there all the time: weights, the optimizer's states, cuBLAS' workspaces, gradients that are added to."""
+
+        def group(category: Category, name: str, sizes: list[tuple[str, int]]) -> Iterator[Alive]:
+            for dtype in dict.fromkeys(d for d, _ in sizes):
+                same = [self.rounded(size) for d, size in sizes if d == dtype]
+                yield Alive(category, "", name, (), dtype, len(same), sum(same))
+
+        found = [*group(Category.WEIGHTS, "weights and buffers", [(w.dtype, w.bytes) for w in self.weights])]
+        for name in dict.fromkeys(state.name for state in self.held_states):
+            found += group(Category.STATES, name, [(s.dtype, s.bytes) for s in self.held_states if s.name == name])
+        if self.recipe.accumulation > 1:
+            found += group(Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
+        if self.workspace:
+            found.append(Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", HANDLES, self.workspace))
+        return tuple(found)
+
+    @cached_property
+    def live(self) -> list[int]:
+        """Bytes on the device after each event, all that is resident included."""
+        total, found = sum(alive.bytes for alive in self.resident), []
+        sizes = [0 if made.host else self.rounded(made.bytes) for made in self.step.made]
+        for index, sign in self.step.events:
+            total += sign * sizes[index]
+            found.append(total)
+        return found
+
+    @cached_property
+    def requested(self) -> list[int]:
+        """`live` without the rounding up to blocks: whole numbers of bytes per token."""
+        step = self.step
+        sizes = [0 if made.host else made.bytes for made in step.made]
+        fixed = sum(w.bytes for w in self.weights) + sum(s.bytes for s in self.held_states) + self.workspace
+        fixed += sum(w.bytes for w in self.weights if w.trained) if self.recipe.accumulation > 1 else 0
+        return [fixed + total for total in accumulate(sign * sizes[index] for index, sign in step.events)]
+
+    @cached_property
+    def host_peak(self) -> int:
+        """The most bytes in host memory."""
+        total = most = 0
+        for index, sign in self.step.events:
+            total += sign * self.step.made[index].bytes if self.step.made[index].host else 0
+            most = max(most, total)
+        return most
+
+    def instant_of(self, place: Place) -> Instant:
+        """The step model counts what is checkpointed together as one layer."""
+        checkpoints = -(-self.units // self.every)
+        return instant_of(
+            Place(place.run, checkpoints if place.unit == self.units else place.unit // self.every), checkpoints
+        )
+
+    @cached_property
+    def peaks(self) -> tuple[Peak, ...]:
+        """Peaks of every instant, in the order of a step."""
+        found: dict[str, Peak] = {}
+        for place, span in self.step.blocks():
+            instant = self.instant_of(place)
+            for event in span:
+                if instant not in found or self.live[event] > found[instant].bytes:
+                    found[instant] = Peak(instant, self.live[event], event)
+        if Instant.OPTIMIZER not in found and not self.recipe.optimizer_in_backward:  # one that makes nothing
+            found[Instant.OPTIMIZER] = Peak(Instant.OPTIMIZER, self.live[-1], len(self.live) - 1)
+        return tuple(found[name] for name in Instant if name in found)
+
+    @property
+    def peak(self) -> Peak:
+        return max(self.peaks, key=lambda p: p.bytes)
+
+    def alive(self, event: int) -> tuple[Alive, ...]:
+        """Entries alive after an event, alike tensors together, largest first; they add up to `live[event]`."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index in self.step.alive_at(event):
+            made = self.step.made[index]
+            group = groups.setdefault(_kind(made), [0, 0])
+            group[0] += 1
+            group[1] += self.rounded(made.bytes)
+        found = [Alive(*kind, *numbers) for kind, numbers in groups.items()]
+        return tuple(sorted([*self.resident, *found], key=lambda a: -a.bytes))
+
+
+class _Kept(NamedTuple):
+    """A trace as JSON has it."""
+
+    recipe: dict[str, Any]
+    seq_len: int
+    on: Literal["cuda", "cpu"]
+    workspace: Size
+    weights: tuple[Weight, ...]
+    states: tuple[State, ...]
+    kinds: tuple[int, ...]
+    kept: tuple[int, ...]
+    every: int
+    reach: int
+    short: Recorded
+    update: Recorded
+
+
+def instant_of(place: Place, units: int) -> Instant:
+    """The step model's name for what happens at a place of a step of so many units."""
+    if place.run == Pass.OPTIMIZER:
+        return Instant.OPTIMIZER
+    if place.run == Pass.FORWARD:
+        return Instant.END_OF_FORWARD if place.unit < units else Instant.LOSS
+    at_ends = {-1: Instant.EMBEDDING, 0: Instant.FIRST_LAYER, units: Instant.LOSS_BACKWARD}
+    return at_ends.get(place.unit) or (Instant.LAST_LAYER if place.unit == units - 1 else Instant.MIDDLE_LAYER)
+
+
+def _kind(made: Made) -> tuple[Any, ...]:
+    if made.category == Category.GRADIENTS:
+        return Category.GRADIENTS, "", "gradients", (), made.dtype
+    module = ".".join("*" if part.isdigit() else part for part in made.module.split("."))
+    return made.category, module, made.operation, made.shape, made.dtype

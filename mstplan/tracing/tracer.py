@@ -1,0 +1,396 @@
+"""The trace: transformers' own model code and mstplan's own training step run on fake tensors, seen allocation by allocation.
+
+Few layers are run, and few chunks; `extend.py` writes the whole step down from them. The optimizer's step is run over all
+weights of the whole model. What a card does otherwise than a CPU stands in `cuda.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
+from itertools import accumulate
+from math import prod
+from operator import or_
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..errors import InputError, ModelError, one_line
+from ..spec.model import Model
+from ..step.instants import Pass
+from ..step.kernels import NO_SDPA, SDPA
+from ..step.optimizers import OPTIMIZERS
+from ..step.recipe import Recipe
+from ..step.runnable import check_runnable
+from ..step.steps import segment_length
+from ..train import finding
+from ..train.stand_in import stand_in
+from ..train.step import TrainingStep, build, make_states, quiet, read_settings, trained
+from .cpu import KernelBuffers
+from .cuda import as_on_cuda, on_fake_tensors
+from .extend import Unlike, few, row
+from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
+from .fsdp import ranks, seen_by, shard, shard_shape
+from .kernels import STAND_INS
+from .kernels.flash import FLASH
+from .recorder import Label, Recorder, checkpoints_of
+from .recording import Category, Recording
+from .trace import State, Trace, Weight
+
+Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+OWN_FAILURE = "makes no training step of token ids and labels alone"
+
+
+def trace(
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    seq_len: int,
+    *,
+    on: str = "cuda",
+    workspace: int = 0,
+    whole: bool = False,
+    code_from: str | None = None,
+) -> Trace:
+    """Trace one training step, after the first, of the model that `config` (a config.json) describes.
+
+    on: "cuda", or "cpu" for what the same step allocates there. workspace: bytes that cuBLAS holds on the card. whole: run
+    every layer and every chunk. code_from: the folder or Hugging Face id of a model whose own code may be run. Raises
+    ModelError for a model that transformers or the runtime cannot serve, RecipeError for a recipe that no step can follow.
+    """
+    settings = read_settings(config, code_from)
+    return trace_settings(
+        settings, recipe, seq_len, on=on, workspace=workspace, whole=whole, remote_code=code_from is not None
+    )
+
+
+def trace_settings(
+    settings: PreTrainedConfig,
+    recipe: Recipe,
+    seq_len: int,
+    *,
+    on: str = "cuda",
+    workspace: int = 0,
+    whole: bool = False,
+    remote_code: bool = False,
+) -> Trace:
+    """`trace` of transformers' own description of a model, which stays as it is."""
+    check_runnable(recipe)
+    full = whole_model(settings, recipe, on, remote_code)
+    layers = finding.find_parts(full).layers
+    kinds, every = _kinds(full, layers), segment_length(recipe, len(layers)) or 1
+    sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in trained(full))
+    update, states = _update(sizes, recipe.optimizer, recipe.adamw_kernel, recipe.optimizer_in_backward)
+    weights = _weights(full, recipe)
+    reach = 2 if recipe.offload_layer_inputs else 1  # a layer's input is let go one layer later than usual
+    numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
+    everything = list(range(len(kinds)))
+
+    def of(model: PreTrainedModel, kept: list[int]) -> Trace:
+        short = _run(model, recipe, seq_len, kept, every, on, whole)
+        return Trace(
+            recipe,
+            seq_len,
+            on,
+            workspace,
+            weights,
+            states,
+            tuple(numbers[k] for k in kinds),
+            tuple(kept),
+            every,
+            reach,
+            short,
+            update,
+        )
+
+    kept = everything if whole else few(row(kinds, every, reach))
+    try:
+        found = of(full, kept)
+        _ = found.step  # kept for whoever asks next; here to know that the layers are alike
+    except (Unlike, ModelError):
+        if kept == everything:
+            raise
+        found = of(whole_model(settings, recipe, on, remote_code), everything)
+    return found
+
+
+def whole_model(settings: PreTrainedConfig, recipe: Recipe, on: str, remote_code: bool) -> PreTrainedModel:
+    """The model without any memory."""
+    attention = attention_of(recipe, settings, on)
+    try:
+        return build(settings, recipe, attention, "meta", remote_code)
+    except ModelError:
+        if attention != FLASH:
+            raise
+    full = build(settings, recipe, "eager", "meta", remote_code)  # its code knows no attention functions by name
+    if recipe.attention == "flash":
+        raise ModelError(
+            f"{type(full).__name__} has flash attention of its own, which cannot be traced.\nUse --attention sdpa or eager."
+        )
+    return full
+
+
+def stand_in_for(config: Mapping[str, Any], name: str, why: str, code_from: str | None = None) -> Model:
+    """What stands in for the description of a model that the formula does not know; why: its refusal, in a line. Raises ModelError
+    for a model that transformers cannot serve."""
+    full = whole_model(read_settings(config, code_from), Recipe(), "cuda", code_from is not None)
+    return stand_in(full, name, why)
+
+
+def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
+    """attn_implementation for a recipe's attention. A model for which transformers has no sdpa runs flash attention on a
+    card where it can (16 bits), else eager."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    if recipe.attention == SDPA:
+        return (
+            SDPA if getattr(kind, "_supports_sdpa", True) else STAND_INS[NO_SDPA].implementation_for(recipe, kind, on)
+        )
+    return STAND_INS[recipe.attention].implementation_for(recipe, kind, on)
+
+
+def _run(
+    full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], every: int, on: str, whole: bool
+) -> Recording:
+    """Forward and backward of a step with the `kept` layers, where checkpoints begin as in the whole, every so many layers."""
+    model = _shortened(full, finding.find_parts(full).layers, kept)
+    with ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        if mesh is not None:
+            shard(model, recipe, mesh)
+        starts = [n for n, i in enumerate(kept) if i % every == 0]
+        return record(model, recipe, seq_len, starts, on, None if whole else FEW_CHUNKS)
+
+
+def record(
+    model: PreTrainedModel, recipe: Recipe, seq_len: int, starts: list[int], on: str, most_chunks: int | None = None
+) -> Recording:
+    """Forward and backward of a step of a model that is there. starts: the layers that checkpoints begin with. most_chunks: of a
+    sequence, to be run; None: all."""
+    units = len(finding.find_parts(model).layers)
+    recorder = Recorder(_labels(model), units)
+    runtime = FakeCardRuntime(recorder, most_chunks) if on == "cuda" else FakeRuntime(most_chunks)
+    device = as_on_cuda(recorder) if on == "cuda" else on_fake_tensors()
+    with device, seen_by(recorder) if recipe.sharded else nullcontext():
+        bare = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
+        step = TrainingStep(model, bare, seq_len, runtime)
+        if (checkpoints := checkpoints_of(model)) is not None:
+            checkpoints.bounds = {*starts, units}
+        make_states(step.in_backward)
+        if recipe.accumulation > 1:
+            for weight in trained(model):
+                weight.grad = torch.empty_like(weight)
+        recorder.were_there(_held(model, step.in_backward))
+        beside = KernelBuffers(recorder) if on == "cpu" else nullcontext()
+        with _naming(model), quiet(), recorder, beside, recorder.watching(model):
+            recorder.begin(Pass.FORWARD)
+            step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
+            loss = step.forward()
+            recorder.begin(Pass.BACKWARD)
+            loss.backward()
+            loss = loss.detach()
+            del loss
+            recorder.begin(Pass.OPTIMIZER)
+    return recorder.close()
+
+
+@contextmanager
+def _naming(model: PreTrainedModel) -> Iterator[None]:
+    """What a model's code cannot do on token ids without values is said with the model's name."""
+    name = type(model).__name__.removeprefix("FSDP")  # fully_shard's class of it
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True  # it writes whole stacks
+    try:
+        yield
+    except InputError:
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as e:
+        raise ModelError(
+            f"{name} needs the values of tensors in {e.func}, and a trace has none.\nPlan it with the formula rung, or measure it on a card: mstplan measure."
+        ) from None
+    except Exception as e:
+        raise ModelError(f"{name} {OWN_FAILURE}: {type(e).__name__}: {one_line(e, 200)}") from e
+    finally:
+        log.disabled = before
+
+
+def _kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
+    """What tells a layer from another: its modules' types and sizes, what is trained in it and before it, and what the
+    configuration lists for each layer."""
+    settings = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
+    values = [
+        v for config in settings for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == len(layers)
+    ]
+    numbers = _numbers(layers)
+    told = [(_signature(layer, numbers), tuple(repr(v[i]) for v in values)) for i, layer in enumerate(layers)]
+    return list(zip(told, _wanting_input(model, layers), strict=True))
+
+
+def _wanting_input(model: nn.Module, layers: list[nn.Module]) -> list[bool]:
+    """Of each layer, whether something before it is trained, so that its input gets a gradient."""
+    inside = {module for layer in layers for module in layer.modules()}
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
+    trained_in = [any(w.requires_grad for w in module.parameters()) for module in (nn.ModuleList(tables), *layers)]
+    return list(accumulate(trained_in, or_))[:-1]
+
+
+def _numbers(layers: list[nn.Module]) -> set[tuple[str, str]]:
+    """(module, attribute) that hold but a layer's own number."""
+    at = {
+        (path, k, v == i)
+        for i, layer in enumerate(layers)
+        for path, m in layer.named_modules()
+        for k, v in vars(m).items()
+        if type(v) is int
+    }
+    return {(path, k) for path, k, is_number in at if is_number and (path, k, False) not in at}
+
+
+def _signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashable:
+    def of(path: str, module: nn.Module) -> Hashable:
+        told = {
+            k: v for k, v in vars(module).items() if isinstance(v, int | float | str | None) and not k.startswith("_")
+        }
+        told = {
+            k: v != 0 if isinstance(v, float) else v for k, v in told.items()
+        }  # is there a dropout? which one, does not matter
+        scalars = sorted((k, repr(v)) for k, v in told.items() if (path, k) not in numbers and k != "layer_idx")
+        sizes = tuple((tuple(weight.shape), weight.requires_grad) for weight in module.parameters(recurse=False))
+        return path, type(module).__name__, tuple(scalars), sizes
+
+    return tuple(of(path, module) for path, module in layer.named_modules())
+
+
+def _weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
+    """Parameters and buffers; of sharded ones this card's share."""
+    shards = [(name, w, shard_shape(tuple(w.shape), recipe.gpus)) for name, w in model.named_parameters()]
+    tensors = [*shards, *((name, t, tuple(t.shape)) for name, t in model.named_buffers())]
+    return tuple(
+        Weight(name, shape, _dtype(t), prod(shape) * t.element_size(), t.requires_grad) for name, t, shape in tensors
+    )
+
+
+def _shortened(model: PreTrainedModel, layers: list[nn.Module], kept: list[int]) -> PreTrainedModel:
+    """The model with these of its layers only, and its configuration to match. Raises Unlike where layers are in no one list."""
+    if len(kept) == len(layers):
+        return model
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and [*child] == layers:
+                setattr(module, name, nn.ModuleList([layers[i] for i in kept]))
+                for settings in {id(c): c for c in (model.config, getattr(module, "config", model.config))}.values():
+                    _shorten(settings, len(layers), kept)
+                return model
+    raise Unlike
+
+
+def _shorten(settings: Any, count: int, kept: list[int]) -> None:
+    for name, value in list(vars(settings).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(settings, name, [value[i] for i in kept])
+    one_by_one = getattr(vars(settings).get("_heterogeneity_spec"), "per_layer_overrides", {})
+    renumbered = {n: one_by_one[i] for n, i in enumerate(kept) if i in one_by_one}
+    one_by_one.clear()
+    one_by_one.update(renumbered)
+    with suppress(NotImplementedError):  # of an encoder and a decoder
+        settings.num_hidden_layers = len(kept)
+
+
+def _labels(model: PreTrainedModel) -> dict[nn.Module, Label]:
+    """What is known of each module: its path, category and unit."""
+    parts = finding.find_parts(model)
+    try:
+        mlps = {
+            part
+            for _, mlp in finding.find_mlps(parts)
+            for top in (mlp.first, mlp.down)
+            if top is not None
+            for part in top.modules()
+        }
+    except ModelError:
+        mlps = set()
+    units: dict[nn.Module, set[int]] = {}
+    for n, layer in enumerate(parts.layers):
+        for part in layer.modules():
+            units.setdefault(part, set()).add(n)
+    head = set(parts.head.modules())
+    mixing = {
+        part
+        for layer in parts.layers
+        for child in layer.modules()
+        if child is not layer and finding.mixes(child)
+        for part in child.modules()
+    }
+    layers = set(parts.layers)
+    labels: dict[nn.Module, Label] = {}
+    for path, module in model.named_modules():
+        within = units.get(module, set())
+        category = (
+            Category.MLP
+            if module in mlps
+            else Category.ATTENTION
+            if module in mixing and within
+            else Category.NORMS
+            if within
+            else Category.LOSS
+            if module in head
+            else Category.NORMS
+            if "Norm" in type(module).__name__
+            else Category.OTHER
+        )
+        unit = min(within) if len(within) == 1 else None  # what several share is of the one that runs it
+        labels[module] = Label(path, category, unit, module in layers)
+    return labels
+
+
+def _held(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    """Weights, buffers, gradients and the optimizers' states that are there now."""
+    tensors = [*model.parameters(), *model.buffers(), *(w.grad for w in model.parameters() if w.grad is not None)]
+    return tensors + [t for _, t in _states(optimizers)]
+
+
+def _states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (name, t) for o in optimizers for state in o.state.values() for name, t in state.items() if torch.is_tensor(t)
+    ]
+
+
+@lru_cache(maxsize=16)
+def _update(sizes: Sizes, optimizer: str, kernel: str, apart: bool) -> tuple[Recording, tuple[State, ...]]:
+    """What the optimizer's step makes and lets go of, over weights of these sizes, once it has its states; and the states.
+    apart: each weight has an optimizer of its own.
+
+    The first step is run, and what it leaves behind are the states. On meta tensors, which take a fraction of fake ones' time;
+    fused kernels know no meta tensors, and step one by one over CPU's.
+    """
+    recipe = Recipe.model_construct(optimizer=optimizer, adamw_kernel=kernel)
+    fused, make = OPTIMIZERS[optimizer].is_fused(recipe), OPTIMIZERS[optimizer].make(recipe)
+    recorder = Recorder({}, 0)
+    with FakeTensorMode() if fused else nullcontext():
+        weights = [
+            nn.Parameter(torch.empty(shape, dtype=dtype, device="cpu" if fused else "meta")) for shape, dtype in sizes
+        ]
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        optimizers = [make(group) for group in ([[w] for w in weights] if apart else [weights])]
+        recorder.were_there(t for w in weights for t in (w, w.grad) if t is not None)
+        with recorder:
+            recorder.begin(Pass.OPTIMIZER)
+            for each in optimizers:
+                each.step()
+        states = tuple(State(name, _dtype(t), t.numel() * t.element_size()) for name, t in _states(optimizers))
+        stay = {recorder.index_of(t) for _, t in _states(optimizers)}
+    recording = recorder.close().without(stay)
+    for made in recording.made:
+        made.category = Category.STATES
+    return (Recording() if apart else recording), states
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

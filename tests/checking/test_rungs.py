@@ -1,0 +1,132 @@
+"""The formula rung against the trace. All of it is bench/rungs.py; here every shipped model at least once, and in every family
+every strategy and every length."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from itertools import cycle, islice
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+import transformers
+
+import mstplan
+from mstplan.checking.rungs import BOUNDS, Rungs, both_rungs
+from mstplan.step.layers import Writer, layer
+from mstplan.step.recipe import STRATEGIES, Recipe
+from mstplan.step.steps import step
+
+transformers.logging.set_verbosity_error()
+warnings.filterwarnings("ignore", category=UserWarning)
+
+LENGTHS = (4096, 32768, 262144, 1048576)
+CARD = mstplan.card("h100")
+NAMES = mstplan.model_names()
+
+EXACT = 0.0001
+"""What separates the rungs: blocks of 512 bytes, of which a small model's norms fill some only in part (smollm2-135m, 0.01%)."""
+
+
+def family(name: str) -> str:
+    return mstplan.load_model(name).model_type
+
+
+def in_rotation() -> list[tuple[str, str, int]]:
+    """(model, strategy, tokens): of each family as many as it has models, and no fewer than three; the strategies go round over
+    all of them. The strategy that takes longest to trace, with several layers to a checkpoint, goes to the model of fewest layers."""
+    others = cycle((plan, seq_len) for seq_len in LENGTHS for plan in STRATEGIES if plan != "checkpoint-sqrt")
+    sqrt = cycle(("checkpoint-sqrt", seq_len) for seq_len in LENGTHS)
+    cases = []
+    for kind in dict.fromkeys(map(family, NAMES)):
+        models = sorted(
+            (name for name in NAMES if family(name) == kind), key=lambda name: mstplan.load_model(name).layers
+        )
+        count = max(len(models), 3)
+        plans = [next(sqrt), *islice(others, count - 1)]
+        cases += [(name, *plan) for name, plan in zip(islice(cycle(models), count), plans, strict=True)]
+    return cases
+
+
+def recipe_of(plan: str) -> Recipe:
+    recipe = mstplan.strategy(plan)
+    return recipe.changed(mlp_chunks=16, loss_chunks=32) if recipe.loss == "chunked" else recipe
+
+
+def off(rungs: Rungs) -> dict[str, float]:
+    """What is further off than it may be: the step's peak, and every instant by itself."""
+    found = {"peak": rungs.peak.difference, **{pair.instant: pair.difference for pair in rungs.instants}}
+    return {name: difference for name, difference in found.items() if abs(difference) > EXACT}
+
+
+@pytest.mark.parametrize(("name", "plan", "seq_len"), in_rotation())
+def test_the_formula_agrees_with_the_trace(name: str, plan: str, seq_len: int) -> None:
+    rungs = both_rungs(name, recipe_of(plan), seq_len, CARD)
+    assert rungs.holds and not off(rungs), (rungs.peak, off(rungs))
+
+
+def test_every_model_strategy_and_length_comes() -> None:
+    cases = in_rotation()
+    assert {name for name, _, _ in cases} == set(NAMES)
+    assert {(plan, seq_len) for _, plan, seq_len in cases} >= {
+        (plan, seq_len) for plan in STRATEGIES for seq_len in LENGTHS
+    }
+    for kind in map(family, NAMES):
+        mine = [plan for name, plan, _ in cases if family(name) == kind]
+        assert len(mine) >= 3 and "checkpoint-sqrt" in mine and len(set(mine)) >= 3
+
+
+@pytest.mark.parametrize("chunks", [(1, 1), (1, 32), (16, 1), (3, 7)])
+def test_other_numbers_of_chunks(chunks: tuple[int, int]) -> None:
+    """One chunk leaves a part of the model alone; three and seven do not divide the sequence."""
+    recipe = mstplan.strategy("mst", mlp_chunks=chunks[0], loss_chunks=chunks[1])
+    assert not off(both_rungs("llama3.2-1b", recipe, 32768, CARD))
+
+
+def test_masks_whose_rows_are_padded() -> None:
+    """A length that is no multiple of 8, beyond the sliding window: the largest tensors of the step are two copies of its mask."""
+    rungs = both_rungs("mistral-7b-v0.1", recipe_of("mst-offload"), 300001, CARD)
+    assert not off(rungs), off(rungs)
+
+
+OTHERS = [
+    ("gpt2", {"attention": "eager"}),
+    ("gpt2", {"precision": "mixed"}),
+    ("gemma3-1b", {"attention": "eager"}),
+    ("llama3.2-1b", {"precision": "mixed"}),
+    ("pythia-1.4b", {"precision": "fp32"}),
+    ("qwen3-0.6b", {"batch": 3}),
+    ("mistral-7b-v0.1", {"batch": 2}),
+    ("llama3.2-1b", {"accumulation": 2}),
+    ("llama3.2-1b", {"optimizer_in_backward": True}),
+    ("deepseek-v2-lite", {"attention": "flash"}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), OTHERS)
+def test_other_recipes(name: str, changes: dict[str, object]) -> None:
+    assert not off(both_rungs(name, mstplan.strategy("standard", **changes), 8192, CARD))
+
+
+@pytest.fixture
+def forgotten_product(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A formula in which products keep one of their factors only."""
+    monkeypatch.setattr(Writer, "multiply", lambda w, name, x, z, y: w.pointwise(name, x, y, x))
+    for cached in (layer, step):
+        cached.cache_clear()
+    yield
+    for cached in (layer, step):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten_product")
+def test_a_tensor_too_few_is_noticed() -> None:
+    """Even where the loss binds and the step's peak is right all the same."""
+    rungs = both_rungs("llama3.2-1b", recipe_of("checkpoint"), 4096, CARD)
+    assert off(rungs)["backward of the last layer"] < -20 * EXACT
+
+
+def test_bounds_are_those_that_were_promised() -> None:
+    assert BOUNDS == {"dense": 0.02, "experts": 0.05}

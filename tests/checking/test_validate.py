@@ -1,0 +1,267 @@
+"""Errors of every rung beside measurements: made-up ones for the arithmetic, the archive for the rungs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mstplan import card, profiles
+from mstplan.checking import fit, validate
+from mstplan.checking.validate import ALLOCATED, BOUNDS, CALIBRATED, DEVICE, FORMULA, RESERVED, TRACE, Bounds
+from mstplan.measuring import measurement
+from mstplan.measuring.measurement import FAILED, OUT_OF_MEMORY, Measurement
+from mstplan.plan import calibration
+from mstplan.plan.solve import sizes
+from mstplan.show import validating
+from mstplan.step.instants import Instant
+from mstplan.step.recipe import strategy
+from mstplan.tracing.card import held, needed
+from mstplan.tracing.tracer import trace
+from mstplan.units import MIB
+
+from ..measuring.measured import CARD, CPU, as_traced, case, measured
+from ..tracing.tiny import TINY
+
+WORKSPACE = 32 * MIB
+DROPOUT = {**TINY, "attention_dropout": 0.1}
+
+
+def on_card(
+    tokens: int = 512, share: float = 1.0, model: str = "tiny", context: int = 500 * MIB, **more: object
+) -> Measurement:
+    """A step on a card, as the trace has it, times a share."""
+    one = case(seq_len=tokens, device="cuda", model=model)
+    traced = trace(TINY, one.recipe, tokens, workspace=WORKSPACE)
+    reserved = held(traced, expandable=False).reserved
+    found = as_traced(
+        one, traced, share, reserved=reserved, device=reserved + context, context=context, workspace=WORKSPACE
+    )
+    return replace(found, **more)  # type: ignore[arg-type]
+
+
+def test_errors_are_signed_and_of_what_was_measured():
+    low, high = (validate.validate([on_card(share=share)]) for share in (1.25, 0.8))
+    for found, error in ((low, 1 / 1.25 - 1), (high, 1 / 0.8 - 1)):
+        errors = {row.rung: row.error for row in found.rows if row.what == ALLOCATED}
+        assert errors == {FORMULA: pytest.approx(error, abs=2e-3), TRACE: pytest.approx(error, abs=1e-6)}
+        assert all(
+            told / seen - 1 == pytest.approx(error, abs=2e-3) for row in found.rows for _, told, seen in row.instants
+        )
+
+
+def test_reserved_is_what_the_simulated_allocator_reserves():
+    row = next(row for row in validate.validate([on_card()]).rows if row.what == RESERVED)
+    assert row.rung == TRACE and row.error == 0
+    m = on_card(environment={**CARD, "allocator": "expandable_segments:True"})
+    expandable = held(validate.traced(m), expandable=True).reserved
+    assert (
+        next(row for row in validate.validate([m]).rows if row.what == RESERVED).predicted
+        == expandable
+        != row.predicted
+    )
+
+
+def test_the_context_is_never_from_the_model_that_it_predicts():
+    """Leave one model out: the one thing that is fitted."""
+    one, other = on_card(), on_card(model="other", context=700 * MIB)
+    assert not [row for row in validate.validate([one]).rows if row.what == DEVICE]
+    rows = {row.measurement.case.model: row for row in validate.validate([one, other]).rows if row.what == DEVICE}
+    assert {name: row.predicted - row.measured for name, row in rows.items()} == {
+        "tiny": 200 * MIB,
+        "other": -200 * MIB,
+    }
+    elsewhere = replace(other, environment={**CARD, "card": "NVIDIA H200"})
+    assert not [row for row in validate.validate([one, elsewhere]).rows if row.what == DEVICE]
+
+
+def test_what_was_to_fit_and_ran_out():
+    h100 = card("h100").gpu
+    fits, context = trace(TINY, strategy("checkpoint"), 512, workspace=h100.workspaces_bytes), h100.context_bytes
+    enough = needed(fits) + context + 30 * MIB
+    lost = [
+        on_card(outcome=OUT_OF_MEMORY, ranks=(), case=case(device="cuda", limit=limit))
+        for limit in (enough, fits.peak.bytes // 2 + context)
+    ]
+    found = validate.validate(lost)
+    assert found.out_of_memory == 2 and {(b.measurement.case.limit, b.rung) for b in found.broken} == {
+        (enough, FORMULA),
+        (enough, TRACE),
+    }
+    said = validate.beyond(found, BOUNDS)
+    assert len(said) == 2 and all("was to fit and ran out of memory" in line for line in said)
+    cpu = on_card(
+        outcome=OUT_OF_MEMORY, ranks=(), case=case(limit=2**20, device="cpu"), environment={**CARD, "card": "cpu"}
+    )
+    assert not validate.validate([cpu], [TRACE]).broken
+
+
+def test_what_failed_is_left_out_and_said():
+    found = validate.validate([on_card(outcome=FAILED, ranks=(), error="killed\nby hand")])
+    assert not found.rows and found.left_out == ["tiny, checkpoint, 512 tokens: failed, killed"]
+
+
+def test_summaries():
+    found = validate.validate([on_card(), on_card(share=0.5), on_card(tokens=1024, share=1.25)], [TRACE])
+    rows = [row for row in found.rows if row.what == ALLOCATED]
+    (everything,) = validate.summaries(rows)
+    assert (everything.n, everything.worst) == (3, pytest.approx(1.0, abs=1e-5))
+    assert everything.mean == pytest.approx((0 + 1 + 0.2) / 3, abs=1e-5) and everything.median == pytest.approx(
+        0.2, abs=1e-5
+    )
+    assert everything.worst_instant == pytest.approx(1.0, abs=1e-5)
+    one = rows[0]._replace(instants=(("loss", 90, 100), ("optimizer step", 100, 100)))
+    assert one.worst_instant == ("loss", pytest.approx(-0.1)) and validate.summaries([one])[
+        0
+    ].worst_instant == pytest.approx(-0.1)
+    assert {s.group: s.n for s in validate.summaries(rows, validate.by_length)} == {
+        "512 to 1,023": 2,
+        "1,024 to 2,047": 1,
+    }
+    assert {s.group for s in validate.summaries(rows, validate.by_strategy)} == {"checkpoint"}
+    assert validate.summaries([]) == []
+
+
+def test_bounds():
+    found = validate.validate([on_card(share=0.98)], [TRACE])
+    assert validate.beyond(found, {TRACE: Bounds(0.03, 0.03)}) == []
+    assert len(validate.beyond(found, {TRACE: Bounds(0.01, 0.03)})) == 1
+    assert len(validate.beyond(found, {TRACE: Bounds(0.01, 0.01)})) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [
+        ({}, True),
+        ({"precision": "mixed"}, True),
+        ({"precision": "fp32"}, False),
+        ({"name": "mst-offload", "mlp_chunks": 2, "loss_chunks": 2}, False),
+        ({"config": DROPOUT}, False),
+    ],
+    ids=["bf16", "mixed", "fp32", "offload", "dropout"],
+)
+def test_on_a_cpu_the_formula_is_held_to_its_bounds_where_the_kernels_are_those_of_cuda(changes, held):
+    one = case(seq_len=512, **changes)
+    found = validate.validate([measured(one, {"loss": 2**30})], [FORMULA])
+    assert [row.held for row in found.rows] == [held]
+    assert {line.split(":")[0] for line in validate.beyond(found, BOUNDS)} == ({FORMULA} if held else set())
+    assert [s.held for s in validate.summaries(found.rows)] == [held]
+    assert (
+        ("formula* |" in validating.markdown(found))
+        == (not held)
+        == any("*" in line for line in validating.notes(found))
+    )
+    on_cuda = validate.validate([measured(replace(one, device="cuda"), {"loss": 2**30})], [FORMULA])
+    assert all(row.held for row in on_cuda.rows)
+
+
+def test_no_step_is_predicted_by_a_calibration_that_was_solved_from_it(tmp_path, monkeypatch):
+    """Leave one out, of what is fitted."""
+    monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path))
+    seen = [on_card(tokens) for tokens in (512, 1024, 2048, 4096)]
+    model = seen[0].case.described
+    calibration.write(model, fit.fit(model, seen).calibrations, tmp_path / "calibrations")
+    other = on_card(3000)
+    found = validate.validate([*seen, other], [CALIBRATED])
+    assert [row.measurement for row in found.rows] == [other] and abs(found.rows[0].error) < 1e-4
+    assert len(found.left_out) == 4 and all("solved from this very step" in line for line in found.left_out)
+    elsewhere = replace(seen[0], environment={**CARD, "card": "NVIDIA H200"})
+    assert len(validate.validate([elsewhere], [CALIBRATED]).rows) == 1
+
+
+def test_a_cpu_is_traced_with_the_threads_that_it_had():
+    """Attention's kernel has buffers for each."""
+    one = case("standard", seq_len=512)
+    few, many = (measured(one, {"loss": 2**30}, environment={**CPU, "threads": threads}) for threads in (64, 128))
+    less, more = (
+        {peak.instant: peak.bytes for peak in validate.traced(m).peaks}[Instant.MIDDLE_LAYER] for m in (few, many)
+    )
+    assert more - less == 64 * 2 * 64 * 512 * (
+        4 + 2
+    )  # for each two blocks of 64 queries by 512 keys, in fp32 and in bf16
+    assert few.key != many.key and torch.get_num_threads() == 1
+
+
+def test_no_calibration_no_row():
+    assert not validate.validate([on_card()], [CALIBRATED]).rows
+
+
+# ---- the archive --------------------------------------------------------------------------------------------------------
+
+
+def archived() -> list[Measurement]:
+    return measurement.read_all(measurement.archive()).measurements
+
+
+@pytest.fixture(scope="module")
+def replayed() -> validate.Validation:
+    return validate.validate(archived())
+
+
+@pytest.mark.slow
+def test_every_archived_step_is_within_bounds(replayed):
+    held = [row for row in replayed.rows if row.held and row.what == ALLOCATED]
+    assert {
+        rung: sum(row.rung == rung for row in held) >= least
+        for rung, least in ((TRACE, 80), (FORMULA, 30), (CALIBRATED, 20))
+    } == dict.fromkeys((TRACE, FORMULA, CALIBRATED), True)
+    assert validate.beyond(replayed, BOUNDS) == []
+    assert all(abs(row.error) < 0.0005 for row in held)  # as it was seen, and README says
+
+
+@pytest.mark.slow
+def test_every_instant_of_an_archived_step(replayed):
+    """In fp32 no kernel has scratch memory that the trace does not know."""
+    for row in replayed.rows:
+        if row.rung == TRACE and row.what == ALLOCATED and row.measurement.case.recipe.precision == "fp32":
+            assert abs(row.worst_instant[1]) < 0.005, (row.measurement.case.words, row.worst_instant)
+
+
+def test_calibrations_of_the_archives_longest_series():
+    """Formula and CPU differ by buffers of some bytes in bf16: what is solved from four lengths tells the fifth."""
+    series = [
+        m
+        for m in archived()
+        if m.ranks
+        and m.case.layers == 6
+        and m.case.recipe.precision == "bf16"
+        and m.case.strategy in ("standard", "checkpoint")
+    ]
+    found = fit.fit(series[0].case.described, series)
+    assert {c.provenance["strategy"] for c in found.calibrations} == {"standard", "checkpoint"} and not found.left_out
+    for one in found.calibrations:
+        assert one.residual <= 0.005 and one.provenance["left_out_error"] <= BOUNDS[CALIBRATED].mean
+        for m in (m for m in series if m.case.strategy == one.provenance["strategy"]):
+            told = (
+                validate.step_of(m, FORMULA)
+                .calibrated(one.moments)
+                .largest(sizes(m.case.recipe, m.case.seq_len, validate.chunks_of(m)))[1]
+            )
+            assert told == pytest.approx(m.peak.allocated, rel=BOUNDS[CALIBRATED].mean)
+
+
+def test_the_archive_is_whole():
+    for path in measurement.archive():
+        found = measurement.read(path)
+        assert not found.skipped and found.measurements and path.stat().st_size < 500_000
+        assert len({m.environment["card"] for m in found.measurements}) == 1  # a file for each card and date
+
+
+def test_the_archives_index_is_true():
+    index = json.loads((profiles.ROOT / "measurements" / "index.json").read_text())
+    assert {row["file"] for row in index["files"]} == {path.name for path in measurement.archive()}
+    for row in index["files"]:
+        found = measurement.read(profiles.ROOT / "measurements" / row["file"]).measurements
+        told = {name: {m.environment[name] for m in found} for name in ("card", "torch", "transformers")}
+        assert told == {name: {row[name]} for name in told} and row["points"] == len(found)
+        assert max(m.when for m in found).startswith(row["date"]) and row["about"]
+
+
+@pytest.mark.slow
+def test_readme_shows_the_errors(replayed):
+    """Made by `mstplan validate --markdown`."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    assert text.split("<!-- errors -->\n")[1] == validating.markdown(replayed)

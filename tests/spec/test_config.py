@@ -1,0 +1,667 @@
+"""config.json -> Model, against transformers' own reading of the same files."""
+
+import json
+import math
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    CONFIG_MAPPING,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mstplan import profiles
+from mstplan.errors import ModelError
+from mstplan.spec.catalog import model_names
+from mstplan.spec.config import _ACTIVATIONS, _REFUSED, read_config
+from mstplan.spec.families import FAMILIES
+from mstplan.spec.model import Latent, LayerKind, Model
+from mstplan.step.parameters import parameter_count
+from tests.train.tiny import tiny_config
+
+NAMES = model_names()
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "intermediate_size": 128,
+}
+
+
+def shipped(name):
+    return json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def theirs(config):
+    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+
+
+def their_windows(config):
+    """The window of each layer, as the modelling code of transformers takes it."""
+    family, layers = config.model_type, config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    if family in ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"):
+        return [window] * layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def small(model_type, **changes):
+    return {**LLAMA, "model_type": model_type, "num_key_value_heads": 8, **changes}
+
+
+def refusal(config, name="some-model"):
+    with pytest.raises(ModelError) as caught:
+        read_config(config, name)
+    message = str(caught.value)
+    assert name in message
+    assert len(message.splitlines()) <= 2 and "Traceback" not in message
+    return message
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_model_is_what_transformers_reads(name):
+    config, model = theirs(shipped(name)), read_config(shipped(name), name)
+    assert model.name == name and model.model_type == config.model_type
+    assert model.hidden == config.hidden_size
+    assert model.layers == config.num_hidden_layers
+    assert model.vocab == config.vocab_size
+    assert model.context == config.max_position_embeddings
+    assert model.tied is config.tie_word_embeddings
+    assert model.attention.heads == config.num_attention_heads
+    assert model.attention.kv_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    assert [kind.window for kind in model.layer_kinds] == their_windows(config)
+    if model.attention.latent is None:
+        derived = config.hidden_size // config.num_attention_heads
+        assert model.attention.head_dim == (getattr(config, "head_dim", None) or derived)
+    else:
+        assert model.attention.head_dim == config.qk_head_dim
+        assert model.attention.v_head_dim == config.v_head_dim
+    rope = getattr(config, "rope_parameters", None) or {}
+    if model.model_type != "gpt2" and model.attention.latent is None:
+        assert model.attention.rotary_dim == int(model.attention.head_dim * rope.get("partial_rotary_factor", 1.0))
+    if model.mlp is not None and model.model_type != "gpt2":
+        assert model.mlp.width == config.intermediate_size
+    if model.experts is not None:
+        assert model.experts.per_token == config.num_experts_per_tok
+        assert model.experts.number == (getattr(config, "n_routed_experts", None) or config.num_experts)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_defaults_are_those_of_transformers(model_type):
+    config = CONFIG_MAPPING[model_type]()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for key, value in FAMILIES[model_type].defaults.items():
+        if key == "dtype" or (model_type == "gpt2" and key in ("intermediate_size", "partial_rotary_factor")):
+            continue
+        if key in ("hidden_act", "hidden_activation") and not hasattr(config, key):
+            continue
+        if key == "num_key_value_heads" and value is None:
+            assert getattr(config, key, config.num_attention_heads) == config.num_attention_heads
+        elif key == "sliding_window" and getattr(config, "use_sliding_window", True) is False:
+            assert type(config)(use_sliding_window=True).sliding_window == value
+        elif key == "partial_rotary_factor":
+            assert rope[key] == value
+        elif key == "num_experts":
+            assert value in (getattr(config, "n_routed_experts", None), getattr(config, "num_local_experts", None))
+        else:
+            assert getattr(config, key) == value, key
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_absent_fields_are_filled_as_transformers_fills_them(model_type):
+    given = small(model_type)
+    del given["num_key_value_heads"]
+    given.update(num_attention_heads=32, hidden_size=256, num_hidden_layers=9, num_experts_per_tok=2)
+    config, model = CONFIG_MAPPING[model_type].from_dict(dict(given)), read_config(given, model_type)
+    assert model.tied is getattr(config, "tie_word_embeddings", False)  # of a text part the whole says it
+    assert [kind.window for kind in model.layer_kinds] == their_windows(config)
+    if model.attention.latent is None:
+        assert model.attention.kv_heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_has_sdpa_is_what_transformers_says(model_type):
+    model_class = class_of(CONFIG_MAPPING[model_type]())
+    assert read_config(small(model_type, num_experts_per_tok=2), model_type).has_sdpa is model_class._supports_sdpa
+
+
+def parameters(model):
+    """How many weights a model has, by what was read from its file: every size and switch counts."""
+    hidden, norm = model.hidden, model.hidden * (2 if model.norm_bias else 1)
+    norms = norm * (4 if model.block == "sandwich" else 2)
+    layers = sum(norms + attention_weights(model) + mlp_weights(model, kind.experts) for kind in model.layer_kinds)
+    return layers + norm + hidden * (model.vocab * (1 if model.tied else 2) + model.learned_positions)
+
+
+def attention_weights(model):
+    a, hidden = model.attention, model.hidden
+    out = a.heads * a.v_head_dim * hidden + hidden * a.out_bias
+    if a.latent is not None:
+        low = a.latent.kv_rank + a.latent.rope_dim
+        keys = hidden * low + low * a.qkv_bias + a.latent.kv_rank
+        expanded = a.latent.kv_rank * a.heads * (a.latent.nope_dim + a.v_head_dim)
+        rank, width = a.latent.q_rank, a.heads * a.head_dim
+        queries = hidden * width if rank is None else rank * (hidden + a.qkv_bias + 1 + width)
+        return queries + keys + expanded + out
+    width = (a.heads + 2 * a.kv_heads) * a.head_dim
+    normed = {"none": 0, "head": 2 * a.head_dim, "full": (a.heads + a.kv_heads) * a.head_dim}[a.qk_norm]
+    return hidden * width + width * a.qkv_bias + normed + a.heads * a.sinks + out
+
+
+def mlp_weights(model, routed):
+    hidden = model.hidden
+    if routed:
+        e = model.experts
+        biases = e.number * (2 * e.width + hidden + 1) * e.bias
+        return 3 * hidden * (e.number * e.width + e.shared_width) + hidden * e.number + biases
+    into = 2 if model.mlp.gated else 1
+    return (into + 1) * hidden * model.mlp.width + (into * model.mlp.width + hidden) * model.mlp.bias
+
+
+INDEX = json.loads((profiles.ROOT / "models" / "index.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_read_gives_the_published_parameters(name):
+    assert parameters(read_config(shipped(name), name)) == INDEX[name]["parameters"]
+
+
+def class_of(config):
+    """transformers' class of what a row reads; of a text part the whole's."""
+    whole = config.model_type.removesuffix("_text")
+    if whole in WHOLES:
+        return WHOLES[whole][1]
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+WHOLES = {
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+}
+
+
+def parameters_in_transformers(config):
+    """Of the class that a row reads, on the meta device; of a model of several parts those of its text part."""
+    whole = config.model_type.removesuffix("_text")
+    with torch.device("meta"):
+        if whole in ("qwen2_vl", "qwen2_5_vl"):
+            settings, cls = WHOLES[whole]
+            built = cls(
+                settings(
+                    text_config=config.to_dict(), tie_word_embeddings=config.to_dict().get("tie_word_embeddings", False)
+                )
+            )
+            built.model.visual = None
+        else:
+            built = class_of(config)(config)
+    built.tie_weights()
+    return sum(weight.numel() for weight in built.parameters())
+
+
+SWITCHED = {
+    "attention_bias": True,
+    "mlp_bias": True,
+    "use_bias": False,
+    "use_qkv_bias": True,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("changes", ({}, SWITCHED), ids=("plain", "switched"))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_what_is_read_gives_the_parameters_of_transformers(model_type, changes):
+    kv_heads = 8 if FAMILIES[model_type].latent or not FAMILIES[model_type].own_heads else 2
+    counted = {name: value for name, value in changes.items() if name not in FAMILIES[model_type].uncounted}
+    config = small(model_type, num_key_value_heads=kv_heads, num_experts_per_tok=2, pad_token_id=0, **counted)
+    if model_type == "ministral":  # transformers needs it there
+        config["head_dim"] = 16
+    read_by_transformers = CONFIG_MAPPING[model_type].from_dict(dict(config))
+    assert parameters(read_config(config, "m")) == parameters_in_transformers(read_by_transformers)
+
+
+def changed(value):
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, 0] if value < 9 else [2 * value]
+    return [0.5] if isinstance(value, float) else [2, True, 0.5] if value is None else []
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_no_field_of_a_family_is_passed_over(model_type):
+    """Each field of its configuration class, set to something else: as many parameters as in transformers, or refused."""
+    config_class = CONFIG_MAPPING[model_type]
+    common = {field.name for field in fields(PreTrainedConfig)}
+    tiny = json.loads(tiny_config(config_class).to_json_string(use_diff=False))
+    own = [
+        field.name
+        for field in fields(config_class)
+        if field.name not in common and not field.name.endswith("_token_id")
+    ]
+    compared = 0
+    for key in (*own, *config_class.attribute_map):
+        for value in changed(tiny.get(key)):
+            config = {**tiny, key: value}
+            try:
+                there = parameters_in_transformers(config_class.from_dict(dict(config)))
+            except Exception:  # noqa: BLE001 - transformers refuses it
+                continue
+            try:
+                model = read_config(config, "m")
+            except ModelError:
+                continue
+            assert parameter_count(model)[0] == there, (key, value)
+            compared += 1
+    assert compared > 3
+
+
+def test_activations_are_those_of_transformers():
+    assert set(ACT2FN) == _ACTIVATIONS
+
+
+def test_no_refused_family_has_a_row():
+    assert not set(FAMILIES) & set().union(*_REFUSED.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    {
+        "gpt2": {"learned_positions": 1024, "dropout": 0.1, "norm": "layer", "norm_bias": True, "dtype": "float32"},
+        "pythia-1.4b": {"block": "parallel", "norm": "layer", "norm_bias": True},
+        "gemma2-2b": {"block": "sandwich", "norm": "gemma", "scaled_embedding": True, "logit_softcap": True},
+        "gemma3-1b": {"block": "sandwich", "norm": "gemma", "scaled_embedding": True, "logit_softcap": False},
+        "olmo2-7b": {"block": "post", "norm": "rms-fp32-weight", "dtype": "float32"},
+        "gpt-oss-20b": {"block": "pre", "norm": "rms-fp32-weight", "mlp": None, "has_sdpa": False},
+        "llama2-7b": {"block": "pre", "norm": "rms", "norm_bias": False, "experts": None, "learned_positions": 0},
+    }.items(),
+)
+def test_traits_of_a_family(name, facts):
+    model = read_config(shipped(name), name)
+    assert {key: getattr(model, key) for key in facts} == facts
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    {
+        "gpt2": {"qkv_bias": True, "out_bias": True, "fused_qkv": True, "dropout": 0.1, "rotary_dim": 0},
+        "pythia-1.4b": {"qkv_bias": True, "out_bias": True, "fused_qkv": True, "rotary_dim": 32},
+        "qwen2-7b": {"qkv_bias": True, "out_bias": False, "qk_norm": "none"},
+        "qwen3-8b": {"qkv_bias": False, "out_bias": False, "qk_norm": "head"},
+        "olmo2-7b": {"qk_norm": "full"},
+        "gemma2-2b": {"softcap": True, "qk_norm": "none"},
+        "gemma3-1b": {"softcap": False, "qk_norm": "head"},
+        "gpt-oss-20b": {"sinks": True, "qkv_bias": True, "out_bias": True},
+        "phi3-mini-4k": {"fused_qkv": True, "qkv_bias": False},
+        "deepseek-v3": {"latent": Latent(1536, 512, 128, 64), "head_dim": 192, "v_head_dim": 128, "rotary_dim": 64},
+        "deepseek-v2-lite": {"latent": Latent(None, 512, 128, 64), "kv_heads": 16},
+    }.items(),
+)
+def test_attention_of_a_family(name, facts):
+    attention = read_config(shipped(name), name).attention
+    assert {key: getattr(attention, key) for key in facts} == facts
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    {
+        "mixtral-8x7b": {"number": 8, "per_token": 2, "width": 14336, "router": "softmax", "shared_width": 0},
+        "qwen3-30b-a3b": {"number": 128, "per_token": 8, "width": 768, "router": "softmax", "router_fp32": False},
+        "gpt-oss-20b": {"number": 32, "width": 2880, "router": "topk-softmax", "bias": True, "clamped": True},
+        "deepseek-v2-lite": {"number": 64, "shared_width": 2816, "router": "softmax", "router_fp32": True},
+        "deepseek-v3": {"number": 256, "shared_width": 2048, "router": "sigmoid-groups", "router_fp32": True},
+    }.items(),
+)
+def test_experts_of_a_family(name, facts):
+    experts = read_config(shipped(name), name).experts
+    assert {key: getattr(experts, key) for key in facts} == facts
+
+
+def test_dense_layers_come_first_in_deepseek():
+    kinds = read_config(shipped("deepseek-v3"), "v3").layer_kinds
+    assert [kind.experts for kind in kinds] == [False] * 3 + [True] * 58
+
+
+def test_qwen3_moe_dense_layers():
+    config = {**shipped("qwen3-30b-a3b"), "num_hidden_layers": 6, "mlp_only_layers": [3], "decoder_sparse_step": 2}
+    model = read_config(config, "m")
+    assert [kind.experts for kind in model.layer_kinds] == [False, True, False, False, False, True]
+    assert model.mlp is not None and model.mlp.width == 6144
+    dense = read_config({**config, "num_experts": 0}, "m")
+    assert dense.experts is None and not any(kind.experts for kind in dense.layer_kinds)
+
+
+def test_qwen2_window_needs_its_switch_and_starts_late():
+    config = {**shipped("qwen2-7b"), "sliding_window": 4096, "num_hidden_layers": 4, "max_window_layers": 3}
+    assert set(read_config(config, "m").layer_kinds) == {LayerKind()}
+    switched = {**config, "use_sliding_window": True}
+    assert [kind.window for kind in read_config(switched, "m").layer_kinds] == [None, None, None, 4096]
+    assert [kind.window for kind in read_config(switched, "m").layer_kinds] == their_windows(theirs(switched))
+
+
+def test_gpt_neox_without_parallel_residual():
+    assert read_config({**shipped("pythia-1.4b"), "use_parallel_residual": False}, "m").block == "pre"
+
+
+def test_first_gemma_says_gelu_and_means_its_tanh_approximation():
+    assert read_config(small("gemma", hidden_act="gelu"), "m").mlp.activation == "gelu_pytorch_tanh"
+
+
+def test_phi3_partial_rotary_in_old_and_new_place():
+    config = small("phi3", num_key_value_heads=8)
+    assert read_config({**config, "partial_rotary_factor": 0.5}, "m").attention.rotary_dim == 4
+    assert read_config({**config, "rope_parameters": {"partial_rotary_factor": 0.25}}, "m").attention.rotary_dim == 2
+
+
+def test_head_dim_null_and_absent():
+    assert read_config({**LLAMA, "head_dim": None}, "m").attention.head_dim == 8
+    assert read_config(LLAMA, "m").attention.head_dim == 8
+    assert read_config({**LLAMA, "head_dim": 16}, "m").attention.head_dim == 16
+    assert read_config({**LLAMA, "num_key_value_heads": None}, "m").attention.kv_heads == 8
+
+
+def test_gemma3_multimodal_is_planned_as_its_text():
+    # As published: what equals the class default is left out of text_config.
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    whole = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": {**text, "sliding_window": 1024},
+        "torch_dtype": "bfloat16",
+        "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+    }
+    model, alone = read_config(whole, "it"), read_config(shipped("gemma3-4b"), "it")
+    assert "text part" in model.notes[0] and "not counted" in model.notes[0]
+    assert "vocab_size 262208" in model.notes[1]
+    for fact in ("hidden", "vocab", "context", "layer_kinds", "attention", "mlp", "norm", "block", "tied", "dtype"):
+        assert getattr(model, fact) == getattr(alone, fact), fact
+    untyped = {**whole, "text_config": {k: v for k, v in text.items() if k != "model_type"}}
+    assert read_config(untyped, "it").model_type == "gemma3_text"
+
+
+def test_text_config_of_another_multimodal_model():
+    model = read_config({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}, "llava")
+    assert (model.hidden, model.layers, model.vocab) == (4096, 32, 32064)
+
+
+def test_unknown_decoder_is_planned_like_llama_and_says_so():
+    model = read_config(small("grok-9"), "m")
+    assert model.notes[0].startswith("model_type 'grok-9' is not known to mstplan: planned as a Llama-like decoder")
+    like = read_config(small("llama"), "m")
+    assert (model.attention, model.mlp, model.norm, model.block) == (like.attention, like.mlp, like.norm, like.block)
+
+
+def test_unknown_decoder_with_experts():
+    config = small("new_moe", num_local_experts=16, num_experts_per_tok=2, moe_intermediate_size=32)
+    model = read_config({**config, "n_shared_experts": 1, "first_k_dense_replace": 1}, "m")
+    assert (model.experts.number, model.experts.width, model.experts.shared_width) == (16, 32, 32)
+    assert [kind.experts for kind in model.layer_kinds] == [False, True, True, True]
+
+
+def test_unknown_decoder_with_windows():
+    kinds = ["sliding_attention", "full_attention"] * 2
+    listed = read_config(small("novel", sliding_window=9, layer_types=kinds), "m")
+    assert [kind.window for kind in listed.layer_kinds] == [9, None, 9, None]
+    off = read_config(small("novel", sliding_window=9, use_sliding_window=False), "m")
+    assert {kind.window for kind in off.layer_kinds} == {None}
+
+
+def test_missing_model_type_is_noted():
+    config = {k: v for k, v in LLAMA.items() if k != "model_type"}
+    assert "names no model_type" in read_config(config, "m").notes[0]
+
+
+def test_quantised_weights_are_noted():
+    assert any("quantised (mxfp4)" in note for note in read_config(shipped("gpt-oss-20b"), "m").notes)
+    assert any("quantised (fp8)" in note for note in read_config(shipped("deepseek-v3"), "m").notes)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "bitsandbytes",
+        "gptq",
+        "awq",
+        "mxfp4",
+        "fp8",
+        "compressed-tensors",
+        "hqq",
+        "x" * 1000,
+        "a\nb\x1b[31m",
+        3,
+        None,
+        ["awq"],
+    ],
+)
+@pytest.mark.parametrize(
+    "whole",
+    [
+        LLAMA,
+        small("grok-9"),
+        shipped("deepseek-v3"),
+        {"model_type": "gemma3", "text_config": small("gemma3_text")},
+        {key: value for key, value in LLAMA.items() if key != "model_type"},
+    ],
+    ids=["llama", "unknown", "deepseek", "nested", "untyped"],
+)
+def test_who_has_quantised_weights_is_told_first_that_adapters_are_not_planned(whole, method):
+    model = read_config({**whole, "quantization_config": {"quant_method": method}}, "m")
+    assert model.notes[0].startswith(
+        "adapters (LoRA, QLoRA) are not planned yet: this is full fine-tuning of unquantised weights"
+    )
+    assert model.notes[0].isprintable() and len(model.notes[0]) < 200
+    plain = read_config({key: value for key, value in whole.items() if key != "quantization_config"}, "m")
+    assert model._replace(notes=()) == plain._replace(notes=()) and model.notes[1:] == plain.notes
+
+
+def test_dtype_under_either_name():
+    assert read_config({**LLAMA, "dtype": "float16"}, "m").dtype == "float16"
+    assert read_config({**LLAMA, "torch_dtype": "torch.float32"}, "m").dtype == "float32"
+    assert read_config({**LLAMA, "torch_dtype": None}, "m").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("gpt-oss", "deepseek-v3"))])
+def test_shipped_files_need_no_notes(name):
+    assert read_config(shipped(name), name).notes == ()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+BAD = ["4096", True, 4096.0, math.nan, math.inf, 0, -1, 2**31 + 1, 10**5000, [], {}, "a\nb", "\ud800"]
+
+
+@pytest.mark.parametrize("value", BAD, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("key", (*SIZES, "intermediate_size", "head_dim", "max_position_embeddings"))
+def test_bad_size_is_named(key, value):
+    message = refusal({**LLAMA, key: value}, "models/x.json")
+    assert message.startswith(f"models/x.json: {key} is ") and "must be a whole number from 1 to" in message
+
+
+@pytest.mark.parametrize("key", ("hidden_size", "num_hidden_layers", "vocab_size"))
+def test_null_size(key):
+    assert f"{key} is null" in refusal({**LLAMA, key: None})
+
+
+def test_too_many_layers():
+    assert "num_hidden_layers is 1001, must be a whole number from 1 to 1000" in refusal(
+        {**LLAMA, "num_hidden_layers": 1001}
+    )
+
+
+@pytest.mark.parametrize("model_type", ("llama", "gpt2", "grok-9", "gemma3_text"))
+def test_missing_fields_are_named_together(model_type):
+    message = refusal({"model_type": model_type, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 9})
+    assert "lacks num_hidden_layers, vocab_size," in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
+        ({"num_key_value_heads": 16}, "not a multiple of num_key_value_heads 16"),
+        ({"hidden_size": 63}, "hidden_size 63 is not a multiple of num_attention_heads 8"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, must be true or false"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes', must be true or false"),
+        ({"mlp_bias": []}, "mlp_bias is [], must be true or false"),
+        ({"attention_dropout": 1.5}, "attention_dropout is 1.5, must be a number from 0 to 1"),
+        ({"attention_dropout": math.nan}, "attention_dropout is nan, must be a number from 0 to 1"),
+        ({"hidden_act": "sillu"}, "hidden_act is 'sillu', which mstplan does not know. Did you mean silu"),
+        ({"hidden_act": 3}, "hidden_act is 3"),
+        ({"torch_dtype": "int4"}, "torch_dtype is 'int4', must be one of"),
+        ({"model_type": 5}, "model_type is 5"),
+        ({"final_logit_softcapping": "30"}, "final_logit_softcapping is '30', must be a positive number, or null"),
+        ({"partial_rotary_factor": 2}, "partial_rotary_factor is 2"),
+    ],
+)
+def test_contradictions_and_wrong_types(changes, said):
+    assert said in refusal({**LLAMA, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("mixtral-8x7b", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than its 8 experts"),
+        ("mixtral-8x7b", {"num_local_experts": -8}, "num_local_experts is -8"),
+        ("qwen3-30b-a3b", {"mlp_only_layers": "0"}, "mlp_only_layers is '0', must be a list of layer numbers"),
+        ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank is null"),
+        ("deepseek-v2-lite", {"first_k_dense_replace": -1}, "first_k_dense_replace is -1"),
+        ("gpt-oss-20b", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for the 24 layers"),
+        ("gpt-oss-20b", {"layer_types": 7}, "layer_types is 7"),
+        ("gpt-oss-20b", {"layer_types": ["mamba"] * 24}, "layer_types names 'mamba'"),
+        ("mistral-7b-v0.1", {"sliding_window": 0}, "sliding_window is 0"),
+        ("gpt2", {"n_head": 7}, "hidden_size 768 is not a multiple of num_attention_heads 7"),
+        ("gpt2", {"n_embd": "768"}, "n_embd is '768'"),
+        ("gpt2", {"n_positions": None}, "n_positions is null"),
+    ],
+)
+def test_family_fields_are_checked(name, changes, said):
+    assert said in refusal({**shipped(name), **changes})
+
+
+def test_deepseek_v2_without_experts_per_token():
+    config = shipped("deepseek-v2-lite")
+    del config["num_experts_per_tok"]
+    assert "num_experts_per_tok is missing" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [
+        *((t, "an encoder-only model") for t in ("bert", "roberta", "deberta-v2", "electra", "vit", "clip")),
+        *((t, "an encoder-decoder model") for t in ("t5", "bart", "whisper", "mt5")),
+    ],
+)
+def test_what_is_no_decoder_is_refused_by_name(model_type, kind):
+    message = refusal(small(model_type), "it")
+    assert message.startswith(
+        f"it is {kind} (model_type '{model_type}'): mstplan plans decoders trained on next-token loss."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"architectures": ["NewForMaskedLM"]}, "encoder-only"),
+        ({"architectures": ["DPRQuestionEncoder"]}, "encoder-only"),
+        ({"use_bidirectional_attention": True}, "encoder-only"),
+    ],
+)
+def test_what_says_that_it_is_no_decoder_is_refused(changes, kind):
+    assert kind in refusal(small("novel", **changes))
+
+
+@pytest.mark.parametrize("model_type", ("BERT", "Bert", "T5"))
+def test_capitals_are_no_way_around(model_type):
+    assert "trained on next-token loss" in refusal(small(model_type))
+
+
+@pytest.mark.parametrize("architectures", (["NovelModel"], ["NovelForSequenceClassification", "NovelModel"]))
+def test_unknown_model_without_a_causal_lm_is_refused(architectures):
+    assert "no causal language model" in refusal(small("novel", architectures=architectures))
+
+
+@pytest.mark.parametrize(
+    "architectures",
+    (["NovelForCausalLM"], ["NovelLMHeadModel"], ["NovelForConditionalGeneration", "X"], [], None, 3, [3]),
+)
+def test_unknown_model_that_may_be_a_causal_lm_is_planned(architectures):
+    assert read_config(small("novel", architectures=architectures), "m").layers == 4
+
+
+@pytest.mark.parametrize("architectures", (["LlamaForCausalLM", "LlamaForMaskedLM"], [], None, 3, ["LlamaModel"]))
+def test_other_architectures_are_not_refused(architectures):
+    assert read_config({**LLAMA, "architectures": architectures}, "m").layers == 4
+
+
+def test_not_an_object():
+    assert "not a JSON object" in refusal([LLAMA])
+
+
+# --- anything -----------------------------------------------------------------------------------------------------
+
+CONFIGS = [
+    *(shipped(name) for name in ("llama3-8b", "gpt2", "deepseek-v3", "qwen3-30b-a3b", "gemma3-1b", "gpt-oss-20b"))
+]
+CONFIGS += [shipped("pythia-1.4b"), shipped("phi3-mini-4k"), small("novel", num_experts=4, num_experts_per_tok=2)]
+CONFIGS.append({"model_type": "gemma3", "text_config": shipped("gemma3-4b"), "vision_config": {}})
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.integers(-2, 70)
+ANY_JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=8,
+)
+OPTIONAL = ["head_dim", "layer_types", "mlp_only_layers", "rope_parameters", "rope_scaling", "quantization_config"]
+OPTIONAL += ["text_config", "is_encoder_decoder", "use_sliding_window", "sliding_window", "moe_layer_freq", "dtype"]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), value=ANY_JSON)
+def test_any_value_gives_a_model_or_a_model_error(data, value):
+    config = data.draw(st.sampled_from(CONFIGS))
+    key = data.draw(st.sampled_from(sorted(set(config) | set(OPTIONAL))))
+    inside = data.draw(st.booleans()) and isinstance(config.get("text_config"), dict)
+    changed = {**config, "text_config": {**config["text_config"], key: value}} if inside else {**config, key: value}
+    answer_or_error(changed)
+
+
+@given(config=st.dictionaries(st.sampled_from(sorted(set().union(*CONFIGS))), ANY_JSON))
+@example(config={})
+def test_any_object_gives_a_model_or_a_model_error(config):
+    answer_or_error(config)
+
+
+def answer_or_error(config):
+    try:
+        model = read_config(config, "any.json")
+    except ModelError as error:
+        assert "any.json" in str(error) and len(str(error).splitlines()) <= 2  # noqa: PT017
+    else:
+        assert isinstance(model, Model) and model.layers >= 1
+        assert all(len(note.splitlines()) == 1 for note in model.notes)
+
+
+def test_a_deeply_nested_value():
+    value = []
+    for _ in range(sys.getrecursionlimit() * 2):
+        value = [value]
+    refusal({**LLAMA, "hidden_size": value})

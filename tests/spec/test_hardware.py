@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+
+from mstplan.errors import HardwareError
+from mstplan.spec.hardware import GRANULARITY, card, card_that_torch_names, find_gpu, gpus, same_size
+
+GIB = 2**30
+
+
+def test_every_card_has_sane_figures_and_sources() -> None:
+    for gpu in gpus():
+        assert 0.9 * gpu.nominal_gib * GIB <= gpu.usable_bytes <= gpu.nominal_gib * GIB, gpu.name
+        assert 1e12 < gpu.bf16_flops < 1e16 and 1e11 < gpu.memory_bandwidth < 1e13 and 1e9 < gpu.host_link < 1e12
+        assert gpu.usable_kind in ("reported", "nvidia-smi", "estimated")
+        for text in (gpu.usable_source, gpu.rates_source, gpu.context_source, gpu.label, gpu.architecture):
+            assert text.strip()
+
+
+def test_names_and_aliases_are_unique() -> None:
+    names = [name for gpu in gpus() for name in (gpu.name, *gpu.aliases)]
+    assert len(names) == len(set(names))
+
+
+def test_cards_from_t4_to_b200_and_mi300x() -> None:
+    names = {gpu.name for gpu in gpus()}
+    assert {"t4", "rtx-3090", "rtx-4090", "rtx-5090", "l4", "a100-80gb", "h100", "h200", "b200", "mi300x"} <= names
+
+
+@pytest.mark.parametrize("name", ["h100", "H100", " h100 ", "h100-80gb", "A100_80GB", "rtx 4090"])
+def test_names_in_any_dress(name: str) -> None:
+    assert find_gpu(name).name in ("h100", "a100-80gb", "rtx-4090")
+
+
+def test_every_name_in_every_dress() -> None:
+    """As torch prints it: with the maker before it, in capitals, with blanks."""
+    for gpu in gpus():
+        for name in (gpu.name, *gpu.aliases):
+            for maker in ("", "NVIDIA ", "nvidia-", "Tesla ", "NVIDIA GeForce ", "AMD Instinct "):
+                assert {
+                    find_gpu(maker + dress)
+                    for dress in (name, name.upper(), name.replace("-", " "), name.replace("-", "_"), f"{name}  ")
+                } == {gpu}
+
+
+def test_cards_sold_under_two_names() -> None:
+    """A800 and H800 are the A100 and the H100 with a slower link between cards."""
+    for card_is, names in {
+        "a100-80gb": (
+            "A800",
+            "A800-80GB",
+            "nvidia a800",
+            "NVIDIA A800-SXM4-80GB",
+            "NVIDIA A800 80GB PCIe",
+            "NVIDIA A100 80GB PCIe",
+        ),
+        "a100-40gb": ("a800-40gb", "NVIDIA A800-SXM4-40GB", "NVIDIA A800 40GB Active", "NVIDIA A100-PCIE-40GB"),
+        "h100": ("H800", "nvidia h800", "NVIDIA H800", "h800-80gb", "NVIDIA H100 80GB HBM3"),
+        "h100-pcie": ("NVIDIA H800 PCIe", "NVIDIA H100 PCIe"),
+    }.items():
+        assert {find_gpu(name).name for name in names} == {card_is}
+    assert card_that_torch_names("NVIDIA A800-SXM4-80GB", 79 * GIB).gpu.name == "a100-80gb"
+
+
+def test_the_budget_is_what_is_left() -> None:
+    h100 = card("h100", reserve=GIB)
+    assert h100.budget_bytes == h100.gpu.usable_bytes - h100.gpu.context_bytes - GRANULARITY - GIB
+    nominal = card(memory=80 * GIB)
+    assert nominal.budget_bytes == 80 * GIB - nominal.gpu.context_bytes - GRANULARITY
+    assert not nominal.named and {"h100", "a100-80gb"} <= {gpu.name for gpu in same_size(nominal)}
+
+
+def test_a_named_card_can_be_limited() -> None:
+    assert card("h100", memory=40 * GIB).total_bytes == 40 * GIB
+    assert card("h100", memory=80 * GIB).total_bytes == find_gpu("h100").usable_bytes  # torch never sees all 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, "no card"),
+        ({"gpu": "h10"}, "Did you mean h100"),
+        ({"gpu": ""}, "unknown GPU"),
+        ({"memory": 1}, "less than any card"),
+        ({"gpu": "h100", "memory": 200 * GIB}, "more than h100"),
+        ({"memory": 8 * GIB, "reserve": 8 * GIB}, "leaves nothing"),
+    ],
+)
+def test_bad_cards(arguments: dict, says: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(HardwareError, match=says) as e:
+        card(**arguments)
+    assert len(str(e.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    "size", [-1, 1.5, float("nan"), True, "80GB", 2**60, 10**5000], ids=lambda size: type(size).__name__
+)
+@pytest.mark.parametrize("name", ["memory", "reserve", "host_memory"])
+def test_amounts_are_whole_numbers(name: str, size: object) -> None:
+    with pytest.raises(HardwareError, match=f"{name} is .*whole number of bytes") as e:
+        card("h100", **{name: size})  # type: ignore[arg-type]
+    assert len(str(e.value).splitlines()) <= 2 and len(str(e.value)) < 250
+
+
+@pytest.mark.parametrize("name", [3, b"h100", "x" * 100_000, "a\nb"], ids=lambda name: type(name).__name__)
+def test_what_is_no_gpu(name: object) -> None:
+    with pytest.raises(HardwareError) as e:
+        card(name)  # type: ignore[arg-type]
+    assert len(str(e.value).splitlines()) <= 2 and len(str(e.value)) < 250
+
+
+def test_labels() -> None:
+    assert card("h100").label == card("h100", memory=40 * GIB).label == "h100"
+    assert card(memory=80 * GIB).label == "80.00 GiB card"

@@ -1,0 +1,106 @@
+"""What a tape says is said by types: its names are for people alone, and once written it changes no more."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from mstplan.plan.solve import layout_of, sizes
+from mstplan.spec.catalog import load_model
+from mstplan.step import steps
+from mstplan.step.instants import Instant, Stage
+from mstplan.step.recipe import STRATEGIES
+from mstplan.step.steps import Chunks, Step, evaluate
+from mstplan.step.tape import Group, Op, Part, Role, Tape, TapeWriter, Tensor, Weight
+
+MODELS = ("gpt2", "llama3.2-1b", "gemma3-1b", "olmo2-7b", "gpt-oss-20b", "deepseek-v2-lite")
+RECIPES = {
+    "standard": STRATEGIES["standard"],
+    "mixed, accumulation": STRATEGIES["checkpoint-sqrt"].changed(precision="mixed", accumulation=2),
+    "in backward": STRATEGIES["mst"].changed(optimizer_in_backward=True),
+    "fsdp": STRATEGIES["mst-offload"].changed(sharding="fsdp", gpus=4),
+}
+
+
+class _Renamed:
+    """A copy of a step's tape in which every weight, tensor and operation has another name: a number."""
+
+    def __init__(self) -> None:
+        self.known: dict[object, object] = {}
+
+    def __call__(self, thing):
+        if thing is None or thing in self.known:
+            return self.known.get(thing)
+        number = f"{len(self.known)}"
+        if isinstance(thing, Weight):
+            copy = replace(thing, name=number)
+        elif isinstance(thing, Tensor):
+            of = self(thing.storage) if thing.storage is not thing else None
+            copy = Tensor(
+                number, thing.shape, thing.dtype, thing.basis, thing.bytes, of, role=thing.role, cached=thing.cached
+            )
+        elif isinstance(thing, Tape | Op | Part | Group):
+            copy = self._fields(thing, number)
+        else:
+            return thing
+        self.known[thing] = copy
+        return copy
+
+    def _fields(self, thing, number):
+        values = {name: self._value(value) for name, value in vars(thing).items()}
+        return type(thing)(**{**values, **({"name": number} if isinstance(thing, Op) else {})})
+
+    def _value(self, value):
+        if isinstance(value, tuple):
+            return tuple(map(self._value, value))
+        return self(value) if isinstance(value, Weight | Tensor | Tape | Op | Part | Group) else value
+
+
+@pytest.mark.parametrize("what", RECIPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_names_move_no_byte(name, what, monkeypatch):
+    """Weights, tensors and operations with other names: every instant has the same bytes."""
+    model, recipe, chunks = load_model(name), RECIPES[what], Chunks(1, 1)
+    if recipe.loss == "chunked":
+        chunks = Chunks(4, 8)
+    layout, where = layout_of(model, recipe, chunks, 4096), sizes(recipe, 4096, chunks)
+    build = steps.build
+    before = {i.name: i.bytes for i in Step(model, layout, 0).instants(where)}
+    monkeypatch.setattr(steps, "build", lambda *of: _Renamed()(build(*of)))
+    step = Step(model, layout, 0)
+    assert {name.isdigit() for name in (op.name for op in step.tape.ops)} == {True}
+    assert {i.name: i.bytes for i in step.instants(where)} == before
+    peaks = {n: max(evaluate(m.live, where.units) for m in moments) for n, moments in step.moments.items()}
+    assert all(before[instant] >= peak for instant, peak in peaks.items()) and max(before.values()) == max(
+        peaks.values()
+    )
+
+
+def test_a_written_tape_changes_no_more():
+    tape = steps.build(load_model("gpt2"), layout_of(load_model("gpt2"), STRATEGIES["mst"], Chunks(2, 2), 1024))
+    for thing, field in ((tape, "ops"), (tape.ops[0], "name"), (next(o.part for o in tape.ops if o.part), "tape")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(thing, field, ())
+    assert isinstance(tape.ops, tuple)
+
+
+def test_what_is_made_in_a_part_has_its_role():
+    writer = TapeWriter({"d": 8})
+    with writer.part(Role.MLP):
+        inside = writer.new("x", "b s d", "bfloat16")
+        with writer.part(Role.LOSS):
+            deeper = writer.new("z", "b s d", "bfloat16")
+    outside = writer.new("y", "b s d", "bfloat16")
+    assert [tensor.role for tensor in (inside, deeper, outside)] == [Role.MLP, Role.LOSS, None]
+
+
+def test_instants_are_their_words():
+    assert [str(i) for i in Instant] == [i.value for i in Instant] and repr(Instant.LOSS) == "'loss'"
+    assert Instant("loss") is Instant.LOSS and Instant.LOSS == "loss" and {"loss": 1}[Instant.LOSS] == 1
+    assert [Stage.of_layer(i, 3).backward for i in range(3)] == [
+        Instant.FIRST_LAYER,
+        Instant.MIDDLE_LAYER,
+        Instant.LAST_LAYER,
+    ]
+    assert Stage.of_layer(0, 1) is Stage.FIRST_LAYER

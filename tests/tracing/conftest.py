@@ -1,0 +1,5 @@
+"""Small models run fastest, and reproducibly, on one thread."""
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,78 @@
+"""A traced step on the simulated allocator: the same bytes, more reserved, and an end where the card ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import Recipe, strategy
+from mstplan.tracing.card import all_events, held, name_of, needed, room, runs
+from mstplan.tracing.snapshot import snapshot
+from mstplan.units import GIB, MIB
+
+from .tiny import step_of
+
+CHECKPOINT = strategy("checkpoint")
+RECIPES = [
+    CHECKPOINT,
+    Recipe(),
+    strategy("mst", mlp_chunks=4, loss_chunks=4),
+    Recipe(optimizer_in_backward=True),
+    Recipe(optimizer="sgd"),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_allocated_is_the_traces_own_peak(recipe):
+    """Two counts of the same step: a running sum of blocks, and the allocator's, with expandable segments, where none is larger than asked."""
+    trace = step_of(recipe, 4096)
+    found = held(trace, expandable=True)
+    assert found.out_of_memory is None
+    assert found.allocated == trace.peak.bytes
+    assert found.reserved >= found.allocated
+
+
+def test_what_a_step_releases_is_all_it_made():
+    trace = step_of(CHECKPOINT, 4096)
+    alive: dict[int, int] = {}
+    for key, size, sign in all_events(trace, steps=3):
+        if sign > 0:
+            assert key not in alive
+            alive[key] = size
+        else:
+            assert alive.pop(key) == size
+    assert sum(alive.values()) == sum(w.bytes for w in trace.weights) + sum(s.bytes for s in trace.held_states)
+
+
+def test_a_card_too_small_is_an_answer():
+    trace = step_of(CHECKPOINT, 4096)
+    failed = held(trace, expandable=True, limit=trace.peak.bytes - 8 * MIB).out_of_memory
+    assert failed is not None and failed.allocated <= trace.peak.bytes and failed.requested > 0
+
+
+def test_needed_is_just_enough():
+    trace = step_of(CHECKPOINT, 4096)
+    enough = needed(trace, precision=MIB)
+    assert held(trace, expandable=True, limit=enough).out_of_memory is None
+    assert enough >= trace.peak.bytes
+
+
+def test_runs_on_a_card():
+    trace = step_of(CHECKPOINT, 4096)
+    assert runs(trace, card(memory=8 * GIB))
+    small = card(memory=8 * GIB, reserve=room(card(memory=8 * GIB)) - trace.peak.bytes + MIB)
+    assert not runs(trace, small)
+
+
+def test_a_snapshot_of_it_has_names():
+    trace = step_of(CHECKPOINT, 4096).with_workspace(32 * MIB)
+    document = snapshot(all_events(trace), lambda key: name_of(trace, key), expandable=True)
+    lines = {frame["name"] for entry in document["device_traces"][0] for frame in entry.get("frames", [])}
+    assert {
+        "cuBLAS workspace 1 of 2",
+        "cuBLAS workspace 2 of 2",
+        "optimizer",
+        "exp_avg",
+        "model.layers.5.mlp.gate_proj",
+        "model.embed_tokens.weight",
+    } <= lines

@@ -1,0 +1,100 @@
+"""One of two real ranks on the CPU: `python -m tests.tracing.two_ranks RANK FOLDER`.
+
+Each runs a few steps of every recipe below under FSDP2 over gloo, and writes to FOLDER/rank{RANK}.json what the last of them allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from mstplan.measuring.allocations import record
+from mstplan.step.recipe import Recipe, strategy
+from mstplan.tracing.fsdp import shard
+from mstplan.tracing.recorder import held_by
+from mstplan.train.step import TrainingStep, build, read_settings
+
+TOKENS = 96
+# Not to be divided by two: the vocabulary. Weights are larger than what a layer makes of 96 tokens, so that sizes tell them apart.
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 640,
+    "vocab_size": 1001,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+RUNS = 12
+"""gloo's thread may hold on to a finished collective's buffers for a moment more; it does not in all of so many steps."""
+CHUNKS = {"mlp_chunks": 3, "loss_chunks": 2}
+
+
+def recipes() -> dict[str, Recipe]:
+    both: dict[str, Any] = {"gpus": 2, "sharding": "fsdp", "precision": "fp32", "attention": "eager"}
+    return {
+        "standard": strategy("standard", **both),
+        "checkpoint": strategy("checkpoint", **both),
+        "mst": strategy("mst", **both, **CHUNKS),
+        "optimizer in backward": strategy("checkpoint", **both, optimizer_in_backward=True),
+    }
+
+
+def resident(step: TrainingStep) -> int:
+    """Bytes of this rank's weights, buffers and optimizer states."""
+    optimizers = step.in_backward or ([step.optimizer] if step.optimizer is not None else [])
+    states = [t for o in optimizers for state in o.state.values() for t in state.values() if torch.is_tensor(t)]
+    return _bytes([*step.model.parameters(), *step.model.buffers(), *states])
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum({s.data_ptr(): s.nbytes() for s in (held_by(t).untyped_storage() for t in tensors)}.values())
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    model = build(read_settings(CONFIG), recipe, "eager", "cpu")
+    shard(model, recipe, init_device_mesh("cpu", (2,)))
+    step = TrainingStep(model, recipe, TOKENS)
+    step.run()
+    there = resident(step)
+
+    def again(mark: Any) -> None:
+        mark("forward")
+        step.tokens, step.labels = step.tokens.clone(), step.labels.clone()
+        step.run(mark)
+
+    runs = [record(again).events for _ in range(RUNS)]
+    return {
+        "resident": there,
+        "runs": [[[e.bytes, e.phase, e.address, list(e.operations)] for e in events] for events in runs],
+    }
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    found = {name: run(recipe) for name, recipe in recipes().items()}
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # all is written: on a busy machine gloo's threads may end a process that tears them down
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
