@@ -17,7 +17,9 @@ from .calibration import Calibration
 from .solve import Answer, Plan
 from .ways import Way
 
-BARE_FORMULA = "formula rung: the bytes of every tensor, from config.json; nothing was measured"
+BARE_FORMULA = "estimated: every tensor's bytes, from config.json; nothing measured on a GPU"
+
+_UNMEASURED = "; nothing measured on a GPU"
 
 
 def provenance(calibrations: Sequence[Calibration | None]) -> str:
@@ -25,8 +27,9 @@ def provenance(calibrations: Sequence[Calibration | None]) -> str:
     sources = dict.fromkeys(c.said for c in calibrations if c is not None)
     if not sources:
         return BARE_FORMULA
+    unmeasured = not any(c.provenance["rung"] == "measurement" for c in calibrations if c is not None)
     some = "" if None not in calibrations else " in part"
-    return f"formula rung, calibrated{some} from {'; '.join(sources)}"
+    return f"estimated, calibrated{some} from {'; '.join(sources)}{_UNMEASURED if unmeasured else ''}"
 
 
 class Longest(NamedTuple):

@@ -25,7 +25,7 @@ HEADER = f"{'peaks in GiB':12s} {'strategy':15s} {'tokens':>9s} {'alloc.':>7s} {
 
 def heading(console: Console, known: Mapping[str, Any]) -> None:
     what = f"{known['card']}, {known['total_bytes'] / GIB:.2f} GiB; torch {known['torch']}, transformers {known['transformers']}"
-    console.print(f"measurement rung: real steps on {what}", style="dim")
+    console.print(f"measured: real steps on {what}", style="dim")
     console.print(HEADER, soft_wrap=True, style="dim")
 
 

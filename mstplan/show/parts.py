@@ -10,7 +10,7 @@ from ..plan.ways import Way
 from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.parameters import parameter_count
-from ..step.recipe import options_of
+from ..step.recipe import Recipe, options_of, recipe_in_words
 from ..step.steps import Entry, InstantPeak
 from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
 from .report import GAP, Block, Cell, Column, Line, Notes, Row, Span, Table, line
@@ -71,8 +71,8 @@ def pieces(p: Plan) -> str:
 # ---- lines --------------------------------------------------------------------------------------------------------------
 
 
-def heading(model: Model, card: Card, provenance: str) -> list[Block]:
-    """What is answered for, what the answer stands on, and the model's own notes, which come before any answer."""
+def heading(model: Model, card: Card, provenance: str, recipes: Iterable[Recipe]) -> list[Block]:
+    """What is answered for, what the answer stands on, how one trains, and the model's own notes, which come before any answer."""
     total, active = parameter_count(model)
     parameters = format_count(total) + (f" ({format_count(active)} active)" if active != total else "")
     title = Line(
@@ -83,7 +83,8 @@ def heading(model: Model, card: Card, provenance: str) -> list[Block]:
             Span(f"   budget {format_gib(card.budget_bytes)}"),
         )
     )
-    return [title, line(provenance, "quiet"), Notes(model.notes)]
+    said = dict.fromkeys(map(recipe_in_words, recipes))
+    return [title, line(provenance, "quiet"), *(line(words, "quiet") for words in said), Notes(model.notes)]
 
 
 def fits(seq_len: int, strategy: str, peak: int, budget: int, does: bool) -> Line:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def max_seq(told: Longest) -> Report:
     best = told.best
     answers = parts.answers(told.found, best)
-    blocks = [*parts.heading(told.model, told.card, told.provenance), answers]
+    recipes = [answer.plan.recipe for answer in told.found]
+    blocks = [*parts.heading(told.model, told.card, told.provenance, recipes), answers]
     if best.s_max:
         title = f"{best.strategy} at {format_tokens(best.plan.peak.tokens)} tokens, {best.plan.instant}:"
         blocks += [parts.entries(title, best.plan.binding_entries()), parts.legend(best.plan)]
@@ -40,7 +41,7 @@ def plan(told: AtLength) -> Report:
     strategies = parts.plans(told.plans, told.reaches, told.name)
     alive = next(i.entries for i in found if i.name == step.instant)
     blocks: list[Block] = [
-        *parts.heading(step.model, step.card, told.provenance),
+        *parts.heading(step.model, step.card, told.provenance, [each.recipe for each in told.plans.values()]),
         strategies if len(told.plans) > 1 else Folded((strategies,)),
         *parts.verdict(step, told.name if told.name != "custom" else "this recipe"),
         parts.instants(step, found),
@@ -69,7 +70,7 @@ def theorem(model: Model, card: Card, view: View, said: Sequence[str]) -> Report
     stands_on = provenance([answer.plan.calibration for answer in view.answers])
     tables = paper(view)
     blocks: list[Block] = [
-        *parts.heading(model, card, stands_on),
+        *parts.heading(model, card, stands_on, [answer.plan.recipe for answer in view.answers]),
         *tables,
         line("Why they differ", "strong"),
         Notes((*view.differences, *said)),

@@ -28,7 +28,8 @@ def max_seq(told: TracedLongest) -> Report:
     """S_max of every strategy by trace, and what is alive at the best one's peak."""
     best = told.best
     answers = parts.answers([f.answer for f in told.found], best.answer)
-    blocks: list[Block] = [*parts.heading(told.model, told.card, told.provenance), answers]
+    recipes = [each.answer.plan.recipe for each in told.found]
+    blocks: list[Block] = [*parts.heading(told.model, told.card, told.provenance, recipes), answers]
     notes = parts.remarks(told.notes)
     if best.answer.s_max:
         blocks.append(line(f"{best.answer.strategy} at {format_tokens(best.answer.s_max)} tokens:", "strong"))
@@ -44,7 +45,7 @@ def report(v: View, command: str = "trace", others: Sequence[View] = (), files: 
     ]
     instants = _instants(v)
     blocks: list[Block] = [
-        *parts.heading(v.model, v.card, v.provenance),
+        *parts.heading(v.model, v.card, v.provenance, [each.plan.recipe for each in (*others, v)]),
         *told,
         *([line(parts.pieces(v.plan), "quiet")] if v.plan.in_chunks else []),
         instants,

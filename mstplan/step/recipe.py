@@ -282,6 +282,37 @@ def strategy(name: str, **fields: object) -> Recipe:
     return STRATEGIES[name].changed(**fields) if fields else STRATEGIES[name]
 
 
+# ---- a recipe in words ----------------------------------------------------------------------------------------------------
+
+_WEIGHTS = {"bf16": "bf16 weights", "mixed": "fp32 weights under bf16 autocast", "fp32": "fp32 weights"}
+_SHORT = {"bfloat16": "bf16", "float32": "fp32", "uint8": "8-bit"}
+
+
+def recipe_in_words(recipe: Recipe) -> str:
+    """How one trains, but for what a strategy decides, in a line."""
+    optimizer = OPTIMIZERS[recipe.optimizer]
+    how: list[str] = [recipe.adamw_kernel] if optimizer.has_kernels else []
+    states = " and ".join(_dtypes_of_states(recipe))
+    how += ["in CPU RAM"] if recipe.optimizer_on_host else [f"{states} states"] if states else []
+    how += ["in backward"] if recipe.optimizer_in_backward else []
+    shards = recipe.sharded and recipe.precision == "mixed"
+    words = [
+        "a part of the weights trained" if recipe.train or recipe.freeze else "full fine-tuning",
+        "fp32 shards, gathered in bf16" if shards else _WEIGHTS[recipe.precision],
+        optimizer.short + (f" ({', '.join(how)})" if how else ""),
+        f"batch {recipe.batch}" + (f" x accumulation {recipe.accumulation}" if recipe.accumulation > 1 else ""),
+        recipe.attention,
+    ]
+    return ", ".join([*words, *([f"FSDP2 over {recipe.gpus:,} GPUs"] if recipe.sharded else [])])
+
+
+def _dtypes_of_states(recipe: Recipe) -> list[str]:
+    from .tape import Weight
+
+    rows = OPTIMIZERS[recipe.optimizer].memory(recipe, [(Weight("of any size", (4096, 4096)), 1)]).states
+    return list(dict.fromkeys(_SHORT.get(dtype, dtype) for _, dtype, size in rows if size > 1 << 20))
+
+
 # ---- a recipe as options --------------------------------------------------------------------------------------------------
 
 _SWITCHES = {

@@ -16,7 +16,7 @@ from .card import Held, held, room
 from .search import Found
 from .trace import Trace
 
-PROVENANCE = "trace rung: the model's real code on fake tensors; nothing was measured"
+PROVENANCE = "simulated: the model's real code on fake tensors; nothing measured on a GPU"
 UNMEASURED = (
     "attention's workspace, cuBLAS' and the allocator's rules are from PyTorch's source, not yet measured on a card."
 )

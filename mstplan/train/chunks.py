@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ _ATTENTION = {
     "flash_attention_3": "flash",
     "flash_attention_4": "flash",
 }
+
+
+LOG = logging.getLogger("mstplan")
 
 
 class ChunkCounts:
@@ -58,8 +62,18 @@ class ChunkCounts:
         if key not in self._found:
             precision = "mixed" if mixed else "bf16" if hidden.dtype.itemsize == 2 else "fp32"
             recipe = self.recipe.changed(batch=batch, precision=precision)
-            self._found[key] = chunks_at(self.model, recipe, card_of(hidden.device), length)
+            found = chunks_at(self.model, recipe, card_of(hidden.device), length)
+            LOG.info("minisequence: %d x %d tokens in %d (MLP) and %d (loss) chunks", batch, length, *found)
+            self._found[key] = found
         return self._found[key]
+
+    def recipe_in_words(self) -> str:
+        recipe, every = self.recipe, {"none": "no checkpoints", "layer": "every layer checkpointed"}
+        numbers = {"auto": "in as many chunks as recommended", 1: "in one piece"}
+        mlp, loss = (numbers.get(n, f"in {n} chunks") for n in (recipe.mlp_chunks, recipe.loss_chunks))
+        checkpoints = every.get(str(recipe.checkpoint), f"checkpoints over {recipe.checkpoint} layers")
+        offload = ", layer inputs in CPU RAM" if recipe.offload_layer_inputs else ""
+        return f"MLP {mlp}, loss {loss}, {checkpoints}{offload}"
 
 
 def card_of(device: torch.device) -> Card:

@@ -7,6 +7,7 @@ module: a deep copy of a model runs on its own weights.
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable
 from functools import partial, wraps
@@ -29,6 +30,7 @@ from .loss import LazyLogits
 from .mlp import Between, Output, check_tokenwise, made, output_is_read
 from .runtime import RUNTIME, Runtime
 
+LOG = logging.getLogger("mstplan")
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 Checkpoint = Literal["none", "layer", "sqrt"] | int
 
@@ -85,7 +87,16 @@ class Minisequence:
             _chunk_mlp(layer, mlp, settings)
         inner._mstplan = settings
         _patch(inner, _model_forward)
+        LOG.info("minisequence: %s", self.describe(model))
         return model
+
+    def describe(self, model: nn.Module) -> str:
+        """Say in a line what `minisequence` did to a model: chunks, checkpoints, offload."""
+        for module in model.modules():
+            settings = module.__dict__.get("_mstplan")
+            if isinstance(settings, _Settings) and isinstance(module, PreTrainedModel):
+                return f"{type(module).__name__}: {settings.counts.recipe_in_words()}"
+        return f"{type(model).__name__} is not wrapped"
 
     def undo(self, model: AnyModel) -> AnyModel:
         """The model as it was before `minisequence`; nothing happens to one that was not wrapped."""

@@ -28,7 +28,7 @@ def test_trace_tells_peaks_and_tensors(run: Run) -> None:
     said = run(*STEP, "checkpoint")
     assert said.code == 0 and not said.err
     for part in (
-        "trace rung",
+        "simulated:",
         "fits.",
         "<- binds",
         "backward of the loss",
@@ -86,7 +86,7 @@ def test_max_seq_by_trace(run: Run) -> None:
     said = run(*asked)
     assert (
         f"{row['s_max']:,}" in said.out
-        and "trace rung" in said.out
+        and "simulated:" in said.out
         and all(len(line) <= 80 for line in said.out.splitlines())
     )
 

@@ -91,8 +91,8 @@ def test_max_seq_is_traced(run: Run) -> None:
     said = run(*MAX_SEQ)
     lines = said.out.splitlines()
     assert said.code == 0 and f"{row['s_max']:,}" in said.out and "the formula" not in said.out.replace(WHY, "")
-    assert lines[1].startswith("trace rung") and f"answered by the trace: {WHY}" in " ".join(
-        " ".join(lines[2:4]).split()
+    assert lines[1].startswith("simulated:") and f"answered by the trace: {WHY}" in " ".join(
+        " ".join(lines[2:5]).split()
     )
     assert "made for 512 positions" in " ".join(said.out.split())
     assert all(len(line) <= 80 for line in lines)

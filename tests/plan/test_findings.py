@@ -47,7 +47,7 @@ def test_where_nothing_fits_the_smallest_card_is_named(name: str, holds: bool) -
 def test_what_answers_stand_on() -> None:
     on = card("h100")
     told = findings.longest(MODEL, on, STRATEGIES)
-    assert told.provenance.startswith("formula rung, calibrated from traces")
+    assert told.provenance.startswith("estimated, calibrated from traces")
     mixed = {"mst": STRATEGIES["mst"], "custom": strategy("mst", optimizer="sgd")}
     assert "calibrated in part" in findings.longest(MODEL, on, mixed).provenance
     assert findings.longest(MODEL, on, {"custom": mixed["custom"]}).provenance == findings.BARE_FORMULA

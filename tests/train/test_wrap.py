@@ -257,3 +257,20 @@ def test_without_torch_one_line_says_what_to_install():
     code = "import sys; sys.modules['torch'] = None\ntry: from mstplan import minisequence\nexcept ImportError as e: print(e)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.count("\n") == 1 and "pip install 'mstplan[torch]'" in said
+
+
+def test_it_says_what_it_did(caplog):
+    """In a line for a model, and with each new length the chunks that were chosen."""
+    caplog.set_level("INFO", logger="mstplan")
+    model = small_model("llama")
+    assert minisequence.describe(model) == "LlamaForCausalLM is not wrapped"
+    minisequence(model, mlp_chunks=3, loss_chunks=4, checkpoint=2, offload=True)
+    said = "MLP in 3 chunks, loss in 4 chunks, checkpoints over 2 layers, layer inputs in CPU RAM"
+    assert minisequence.describe(model) == f"LlamaForCausalLM: {said}" and said in caplog.text
+    minisequence.undo(model)
+    minisequence(model)
+    assert "in as many chunks as recommended" in minisequence.describe(model)
+    ids, labels = small_batch(1, 16)
+    for _ in range(2):
+        model(input_ids=ids, labels=labels).loss.backward()
+    assert caplog.text.count("1 x 16 tokens in 1 (MLP) and 1 (loss) chunks") == 1
