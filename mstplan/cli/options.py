@@ -436,12 +436,12 @@ def recipes_of(asked: RecipesOptions, usual: str = "all") -> dict[str, Recipe]:
     return {_name_of(name, recipe, alone=len(found) == 1): recipe for name, recipe in found.items()}
 
 
-def plans_of(asked: PlannedOptions, model: Model, card: Card) -> dict[str, Plan]:
-    """What the options ask for, at the length that they say."""
+def plans_of(asked: PlannedOptions, model: Model, card: Card, seq_len: str | None = None) -> dict[str, Plan]:
+    """What the options ask for, at the length that they say, or at another one."""
     from ..plan.solve import plan_at
 
-    seq_len = length(asked.seq_len)
-    return {name: plan_at(model, recipe, card, seq_len) for name, recipe in recipes_of(asked).items()}
+    tokens = length(seq_len or asked.seq_len)
+    return {name: plan_at(model, recipe, card, tokens) for name, recipe in recipes_of(asked).items()}
 
 
 def simplest(plans: dict[str, Plan]) -> str:

@@ -101,6 +101,9 @@ def _max_seq_by_trace(asked: MaxSeqOptions, model: Model, card: Card, recipes: d
 
 
 class PlanOptions(PlannedOptions, FormatOptions):
+    seq_len = option(
+        str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M; several with commas between.", ..., metavar="TOKENS"
+    )
     write_recipe = option(Path, "--write-recipe", "Write the recipe as JSON.", panel="Recipe", metavar="FILE")
     force = FORCE
 
@@ -112,6 +115,7 @@ class PlanOptions(PlannedOptions, FormatOptions):
     f"{ONE_RECIPE} Exit code 0: fits, 1: does not.",
     examples=(
         "mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k",
+        "mstplan plan -m llama3.1-8b --gpu h100 --seq-len 16k,32k,64k",
         "mstplan plan -m qwen3-4b --gpu h100 --seq-len 32k --write-recipe recipe.json",
     ),
 )
@@ -128,6 +132,9 @@ def plan(asked: PlanOptions) -> None:
         plan_by_trace(asked, model, card)
         return
     _refuse_tracing(asked, "Use mstplan trace, or leave it out.")
+    if "," in asked.seq_len:
+        _plan_lengths(asked, model, card)
+        return
     found = plans_of(asked, model, card)
     name = simplest(found)
     told = findings.at_length(found, name)
@@ -137,6 +144,21 @@ def plan(asked: PlanOptions) -> None:
 
     emit(asked, reports.plan(told))
     if not told.step.fits:
+        raise typer.Exit(1)
+
+
+def _plan_lengths(asked: PlanOptions, model: Model, card: Card) -> None:
+    """What `plan` says of several lengths."""
+    from ..errors import RecipeError
+    from ..plan import findings
+    from ..show import planning as reports
+
+    if asked.write_recipe is not None:
+        raise RecipeError("--write-recipe writes one recipe.\nGive one length.")
+    found = [plans_of(asked, model, card, part.strip() or ",") for part in asked.seq_len.split(",")]
+    told = findings.at_lengths([(plans, simplest(plans)) for plans in found])
+    emit(asked, reports.plans(told))
+    if not told.fit:
         raise typer.Exit(1)
 
 

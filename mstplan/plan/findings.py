@@ -117,6 +117,34 @@ def at_length(plans: Mapping[str, Plan], name: str) -> AtLength:
     return AtLength(plans, reaches, name, to_fit, beyond, smallest, notes, said)
 
 
+class AtLengths(NamedTuple):
+    """Each strategy at several lengths."""
+
+    each: tuple[AtLength, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def fit(self) -> bool:
+        """Whether every length fits with some strategy."""
+        return all(told.step.fits for told in self.each)
+
+    @property
+    def provenance(self) -> str:
+        return provenance([plan.calibration for told in self.each for plan in told.plans.values()])
+
+
+def at_lengths(found: Sequence[tuple[Mapping[str, Plan], str]]) -> AtLengths:
+    """What `mstplan plan` answers to several lengths: of each, plans by name, and the name of the one to take."""
+    first = found[0][0].values()
+    reaches = {name: solve.max_seq(p.model, p.recipe, p.card, name).s_max for name, p in found[0][0].items()}
+    each = tuple(AtLength(plans, reaches, name, (), None, None, (), ()) for plans, name in found)
+    step = next(iter(first))
+    longest = max(found, key=lambda one: one[0][one[1]].seq_len)[0]
+    lines = _notes(step.model, step.recipe, step.card)
+    lines += advice.position_notes(step.model, next(iter(longest.values())).seq_len)
+    return AtLengths(each, tuple(lines))
+
+
 def _notes_at_length(step: Plan, reach: int) -> list[str]:
     lines = _notes(step.model, step.recipe, step.card) + advice.position_notes(step.model, step.seq_len)
     if step.peak.tokens != step.recipe.padded(step.seq_len):

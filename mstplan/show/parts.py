@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..plan.findings import AtLength
 from ..plan.solve import Answer, Plan, chunk_tokens
 from ..plan.ways import Way
 from ..spec.hardware import Card
@@ -71,7 +72,7 @@ def pieces(p: Plan) -> str:
 # ---- lines --------------------------------------------------------------------------------------------------------------
 
 
-def heading(model: Model, card: Card, provenance: str, recipes: Iterable[Recipe]) -> list[Block]:
+def heading(model: Model, card: Card, provenance: str, recipes: Iterable[Recipe] = ()) -> list[Block]:
     """What is answered for, what the answer stands on, how one trains, and the model's own notes, which come before any answer."""
     total, active = parameter_count(model)
     parameters = format_count(total) + (f" ({format_count(active)} active)" if active != total else "")
@@ -177,6 +178,18 @@ def _answer(a: Answer, standard: int) -> tuple[Cell, ...]:
         cell(p.chunks.loss),
         Cell(None, pieces(p) if p.in_chunks and a.s_max else ""),
     )
+
+
+def lengths(told: Sequence[AtLength]) -> Table:
+    """Each strategy at every length; of each length the one to take stands out."""
+    of_each = [plans(each.plans, each.reaches, each.name) for each in told]
+    first = Column("", "tokens", right=True)
+    rows = [
+        Row((tokens_cell(each.step.seq_len) if n == 0 else cell(None), *row.cells), row.tone)
+        for each, table in zip(told, of_each, strict=True)
+        for n, row in enumerate(table.rows)
+    ]
+    return Table("lengths", (first, *of_each[0].columns), tuple(rows))
 
 
 def plans(found: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) -> Table:

@@ -17,7 +17,7 @@ from ..step.steps import Entry, InstantPeak
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..plan.findings import AtLength, Longest
+    from ..plan.findings import AtLength, AtLengths, Longest
     from ..plan.shapes import Shape
     from ..plan.theorem import Coefficients, Row
     from ..plan.theorem import View as TheView
@@ -229,6 +229,25 @@ def plan_document(told: AtLength, found: Sequence[InstantPeak]) -> dict[str, Any
         advice=list(told.advice),
         notes=[*p.model.notes, *told.notes],
     )
+
+
+def plans_document(told: AtLengths) -> dict[str, Any]:
+    """Of every length and strategy whether it fits."""
+    p = told.each[0].step
+    lengths = [
+        {
+            "seq_len": each.step.seq_len,
+            "fits": each.step.fits,
+            "strategy": each.name,
+            "strategies": [
+                {"strategy": name, "s_max": each.reaches[name], **brief(its)} for name, its in each.plans.items()
+            ],
+        }
+        for each in told.each
+    ]
+    notes = [*p.model.notes, *told.notes]
+    about = {"model": model(p.model), "card": card(p.card), "provenance": told.provenance}
+    return document("plan", **about, fits=told.fit, lengths=lengths, notes=notes)
 
 
 def theorem_document(m: Model, c: Card, view: TheView, provenance: str, said: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..plan.findings import AtLength, Longest, provenance
+from ..plan.findings import AtLength, AtLengths, Longest, provenance
 from ..units import GIB, format_gib, format_tokens
 from . import parts, payload
 from .parts import cell
@@ -51,6 +51,13 @@ def plan(told: AtLength) -> Report:
     if not step.fits:
         blocks += [GAP, *_ways(told), *map(line, told.advice)]
     return Report("plan", payload.plan_document(told, found), [*blocks, *parts.remarks(told.notes)], strategies)
+
+
+def plans(told: AtLengths) -> Report:
+    """Several lengths: a row for each, and each strategy."""
+    step, table = told.each[0].step, parts.lengths(told.each)
+    heading = parts.heading(step.model, step.card, told.provenance, [p.recipe for p in told.each[0].plans.values()])
+    return Report("plan", payload.plans_document(told), [*heading, table, *parts.remarks(told.notes)], table)
 
 
 def _ways(told: AtLength) -> list[Table]:

@@ -526,3 +526,29 @@ def test_any_name_can_be_printed_anywhere(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+# ---- several lengths ----------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_several_lengths_is_each_of_them(run: Run) -> None:
+    asked = ("plan", "-m", "llama3.1-8b", "--gpu", "h100")
+    told = run(*asked, "--seq-len", "16k,64k,100k", "--json")
+    assert told.code == 0 and told.json["fits"] and told.json["notes"]
+    for each, length in zip(told.json["lengths"], ("16k", "64k", "100k"), strict=True):
+        alone = run(*asked, "--seq-len", length, "--json").json
+        assert (each["seq_len"], each["strategy"], each["fits"]) == (alone["seq_len"], alone["strategy"], alone["fits"])
+        assert each["strategies"] == alone["strategies"]
+    said = run(*asked, "--seq-len", "16k,64k")
+    assert said.out.count("mst-offload") == 2 and "16,384" in said.out and "65,536" in said.out
+    rows = run(*asked, "--seq-len", "16k,64k", "--format", "csv").out.splitlines()
+    assert len(rows) == 11 and rows[0].startswith("strategy,fits,peak_bytes")
+
+
+def test_one_length_that_does_not_fit_is_told_by_the_exit_code(run: Run) -> None:
+    assert run("plan", "-m", "llama3.1-8b", "--gpu", "h100", "--seq-len", "4k,1M").code == 1
+    for bad in ("16k,,64k", "16k,many", ",", "16k,"):
+        said = run("plan", "-m", "llama3.1-8b", "--gpu", "h100", "--seq-len", bad)
+        assert said.code == 2 and not said.out and len(said.err.splitlines()) <= 2, bad
+    said = run("plan", "-m", "gpt2", "--gpu", "h100", "--seq-len", "16,32", "--write-recipe", "r.json")
+    assert said.code == 2 and "Give one length" in said.err
