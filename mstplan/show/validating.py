@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import ceil, log10
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -173,7 +174,7 @@ def markdown(found: Validation) -> str:
                 f"| {device} | {_rung(s)} | {s.n} | {errors} | {worst.measurement.case.words} | {_instant(s)} |"
             )
     if not all(row.held for row in found.rows):
-        lines += ["", f"\\{OTHER_KERNELS}."]
+        lines += ["", *wrap(f"\\{OTHER_KERNELS}.", 118)]
     return "\n".join(lines) + "\n"
 
 

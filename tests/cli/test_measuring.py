@@ -66,7 +66,7 @@ def test_points_are_told_as_they_come_and_kept(run: Run, quick: list[Case], tmp_
         ["checkpoint", "128"],
         ["mst", "128"],
     ]
-    assert "measurement rung: real steps on cpu" in said.out and "results: measurements.jsonl" in said.out
+    assert "measured: real steps on cpu" in said.out and "results: measurements.jsonl" in said.out
     assert len(measurement.read(tmp_path / "measurements.jsonl").measurements) == 4
     again = run(*ASKED, "--seq-len", "64,256", "-s", "checkpoint")
     assert len(quick) == 5 and "1 of 2 had been measured before" in again.out
