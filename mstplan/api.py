@@ -40,7 +40,7 @@ def max_seq(model: AnyModel, recipe: AnyRecipe, card: AnyCard, strategy: str | N
 
     strategy: what the answer calls the recipe; where a strategy is named, that. Raises an InputError.
     """
-    called = strategy or (recipe if isinstance(recipe, str) else "custom")
+    called = strategy or (recipes.strategy_name(recipe) if isinstance(recipe, str) else "custom")
     return solve.max_seq(_model(model), _recipe(recipe), _card(card), called)
 
 

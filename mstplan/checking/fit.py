@@ -107,7 +107,7 @@ def _usable(measurements: list[Measurement], elsewhere: bool) -> list[Measuremen
     found = [m for m in measurements if m.case.device != "cpu"]
     if measurements and not found:
         raise MeasurementError(
-            "these were measured on a CPU, and the planner plans for cards.\n--out FOLDER writes calibrations that it does not use."
+            "these were measured on a CPU, and the planner plans for GPUs.\n--out FOLDER writes calibrations that it does not use."
         )
     return found
 

@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from .output import complain, settled
 
 T = TypeVar("T")
-PANELS = (None, "Card", "Measurement", "Recipe", "Coefficients", "Trace")
+PANELS = (None, "GPU", "Measurement", "Recipe", "Coefficients", "Trace")
 """Of options, in the order in which help shows them."""
 
 

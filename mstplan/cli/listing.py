@@ -35,7 +35,7 @@ class GpusOptions(FormatOptions):
 @command(
     "gpus",
     GpusOptions,
-    help="The cards that mstplan knows.",
+    help="The GPUs that mstplan knows.",
     examples=("mstplan gpus --sources", "mstplan gpus --json"),
 )
 def gpus(asked: GpusOptions) -> None:

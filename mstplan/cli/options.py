@@ -59,9 +59,9 @@ def _devices() -> str:
 
 def strategies(default: str) -> Callable[[], str]:
     def text() -> str:
-        from ..step.recipe import STRATEGIES
+        from ..step.recipe import strategy_labels
 
-        return f"{listed(STRATEGIES)}: some of them, with commas between, or all. Default {default}."
+        return f"{listed(strategy_labels())}: some of them, with commas between, or all. Default {default}."
 
     return text
 
@@ -103,6 +103,16 @@ class FormatOptions(Options):
     format = option(str, "--format", _formats, metavar="NAME", last=True)
 
 
+class TensorsOptions(Options):
+    tensors = option(
+        bool,
+        "--tensors",
+        "Show all tensors at the peak that there is room for, with their shapes' symbols.",
+        False,
+        last=True,
+    )
+
+
 class AssumeOptions(Options):
     assume = option(str, "--assume", _assumptions, metavar="NAME")
 
@@ -119,12 +129,12 @@ class LengthOptions(Options):
 
 
 class CardOptions(Options):
-    gpu = option(str, "--gpu", "A card by name (see `mstplan gpus`).", panel="Card", metavar="NAME")
+    gpu = option(str, "--gpu", "A GPU by name (see `mstplan gpus`).", panel="GPU", metavar="NAME")
     gpu_mem = option(
-        str, "--gpu-mem", "Any amount of card memory: 80GB, 79.15GiB, 24576MiB.", panel="Card", metavar="SIZE"
+        str, "--gpu-mem", "Any amount of GPU memory: 80GB, 79.15GiB, 24576MiB.", panel="GPU", metavar="SIZE"
     )
-    host_mem = option(str, "--host-mem", "Host memory for what is offloaded.", panel="Card", metavar="SIZE")
-    reserve = option(str, "--reserve", "Card memory that other processes hold.", "0B", panel="Card", metavar="SIZE")
+    host_mem = option(str, "--host-mem", "CPU RAM for what is offloaded.", panel="GPU", metavar="SIZE")
+    reserve = option(str, "--reserve", "GPU memory that other processes hold.", "0B", panel="GPU", metavar="SIZE")
 
 
 class StepOptions(Options):
@@ -148,10 +158,10 @@ class StepOptions(Options):
         bool, "--optimizer-in-backward", "Step each weight as its gradient is made.", False, panel="Recipe"
     )
     optimizer_on_host = option(
-        bool, "--optimizer-on-host", "Optimizer states and step on the host.", False, panel="Recipe"
+        bool, "--optimizer-on-host", "Optimizer states in CPU RAM, and the step on the CPU.", False, panel="Recipe"
     )
     weights_on_host = option(
-        bool, "--weights-on-host", "Weights on the host too, gathered layer by layer.", False, panel="Recipe"
+        bool, "--weights-on-host", "Weights in CPU RAM too, gathered layer by layer.", False, panel="Recipe"
     )
     accumulation = option(
         int, "--accumulation", "Micro-batches per optimizer step. Default 1.", panel="Recipe", metavar="N"
@@ -184,12 +194,12 @@ class VariedOptions(Options):
         metavar="M[,M]",
     )
     no_recompute = option(bool, "--no-recompute", "Do not recompute each MLP chunk by itself.", False, panel="Recipe")
-    offload = option(bool, "--offload", "Layer inputs in host memory.", False, panel="Recipe")
+    offload = option(bool, "--offload", "Layer inputs in CPU RAM.", False, panel="Recipe")
     loss = option(str, "--loss", _of_recipe("loss"), panel="Recipe", metavar="NAME")
     gpus = option(
         int,
         "--gpus",
-        "Cards that train together, all alike; answers are per card. Default 1.",
+        "GPUs that train together, all alike; answers are per GPU. Default 1.",
         panel="Recipe",
         metavar="N",
     )
@@ -256,7 +266,7 @@ class MeasuringOptions(Options):
     )
     device = option(str, "--device", _devices, "cuda", panel="Measurement", metavar="NAME")
     gpu_mem = option(
-        str, "--gpu-mem", "Let the process use that much of the card only.", panel="Measurement", metavar="SIZE"
+        str, "--gpu-mem", "Let the process use that much of the GPU only.", panel="Measurement", metavar="SIZE"
     )
     steps = option(
         int,
@@ -290,7 +300,7 @@ class MeasuringOptions(Options):
 
 ONE_RECIPE = (
     'With --checkpoint, --chunks, --no-recompute, --loss, --offload or --recipe, and no --strategy, the options describe one recipe ("custom"), '
-    "which starts from standard, in every command alike; all others vary the strategies."
+    "which starts from no-checkpointing, in every command alike; all others vary the strategies."
 )
 
 
@@ -453,10 +463,10 @@ def simplest(plans: dict[str, Plan]) -> str:
 
 
 def _named(asked: RecipesOptions, usual: str) -> dict[str, Recipe]:
-    from ..step.recipe import STRATEGIES, strategy
+    from ..step.recipe import STRATEGIES, strategy, strategy_name
 
     named = asked.strategy if asked.strategy is not None else usual
-    names = [name.strip() for name in named.split(",")] if named != "all" else list(STRATEGIES)
+    names = [strategy_name(name.strip()) for name in named.split(",")] if named != "all" else list(STRATEGIES)
     if named == "all" and asked.sharding == "fsdp":  # which gathers one layer at a time
         names.remove("checkpoint-sqrt")
     return {name: strategy(name) for name in names}

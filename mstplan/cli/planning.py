@@ -18,6 +18,7 @@ from .options import (
     PlannedOptions,
     RecipesOptions,
     StepOptions,
+    TensorsOptions,
     TracedOptions,
     base_recipe,
     card_of,
@@ -47,7 +48,7 @@ class RungOptions(TracedOptions):
     rung = option(str, "--rung", f"{listed(RUNGS, RUNGS)}. Default formula.", "formula", panel="Trace", metavar="NAME")
 
 
-class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, FormatOptions):
+class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, TensorsOptions, FormatOptions):
     pass
 
 
@@ -74,7 +75,7 @@ def max_seq(asked: MaxSeqOptions) -> None:
     told = findings.longest(model, card, recipes)
     from ..show import planning as reports
 
-    emit(asked, reports.max_seq(told))
+    emit(asked, reports.max_seq(told, asked.tensors))
     if told.best.s_max == 0:
         raise typer.Exit(1)
 
@@ -95,12 +96,12 @@ def _max_seq_by_trace(asked: MaxSeqOptions, model: Model, card: Card, recipes: d
     told = findings.longest(model, card, found, cache.versions())
     from ..show import trace as reports
 
-    emit(asked, reports.max_seq(told))
+    emit(asked, reports.max_seq(told, asked.tensors))
     if told.best.answer.s_max == 0:
         raise typer.Exit(1)
 
 
-class PlanOptions(PlannedOptions, FormatOptions):
+class PlanOptions(PlannedOptions, TensorsOptions, FormatOptions):
     seq_len = option(
         str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M; several with commas between.", ..., metavar="TOKENS"
     )
@@ -111,7 +112,7 @@ class PlanOptions(PlannedOptions, FormatOptions):
 @command(
     "plan",
     PlanOptions,
-    help="Do batches of up to this length fit? For each strategy; of the first that fits, the peak and its instant, or what would make one fit. "
+    help="Do batches of up to this length fit? For each strategy; of the first that fits, the peak and where it is, or what would make one fit. "
     f"{ONE_RECIPE} Exit code 0: fits, 1: does not.",
     examples=(
         "mstplan plan -m llama3.1-8b --gpu h100 --seq-len 64k",
@@ -142,7 +143,7 @@ def plan(asked: PlanOptions) -> None:
         told.step.recipe.write(asked.write_recipe, asked.force)
     from ..show import planning as reports
 
-    emit(asked, reports.plan(told))
+    emit(asked, reports.plan(told, asked.tensors))
     if not told.step.fits:
         raise typer.Exit(1)
 
@@ -202,7 +203,7 @@ def _theorem_recipe(asked: TheoremOptions) -> Recipe:
     base = base_recipe(asked)
     if base.sharded:
         raise RecipeError(
-            "the paper's formulas are of one card and know no sharding.\nPlan this recipe with mstplan max-seq or mstplan plan."
+            "the paper's formulas are of one GPU and know no sharding.\nPlan this recipe with mstplan max-seq or mstplan plan."
         )
     own = {name: value for name, value in base.model_dump().items() if name not in STRATEGY_FIELDS}
     return Recipe.model_construct().changed(**{**own, **changes_of(asked)})
@@ -258,7 +259,7 @@ class PlotOptions(ModelOptions, RecipesOptions, CardOptions, FormatOptions):
 @command(
     "plot",
     PlotOptions,
-    help=f"Memory against sequence length for the strategies, with the card, S_max and the binding instants. {ONE_RECIPE}",
+    help=f"Memory against sequence length for the strategies, with the GPU, S_max and where the peak is. {ONE_RECIPE}",
     examples=("mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",),
 )
 def plot(asked: PlotOptions) -> None:

@@ -17,6 +17,7 @@ from .options import (
     PlannedOptions,
     RecipesOptions,
     ResultsOptions,
+    TensorsOptions,
     TracedOptions,
     card_of,
     known_or_traced,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from .planning import PlanOptions
 
 
-class TraceOptions(PlannedOptions, FormatOptions):
+class TraceOptions(PlannedOptions, TensorsOptions, FormatOptions):
     plot = option(
         Path, "--plot", "Draw the step's memory over its course (PNG, SVG, PDF).", panel="Trace", metavar="FILE"
     )
@@ -81,7 +82,12 @@ def trace(asked: TraceOptions) -> None:
             asked.snapshot,
             to_pickle(snapshot(all_events(view.trace), lambda key: name_of(view.trace, key), expandable=True)),
         )
-    emit(asked, shown.report(view, files=[path for path in (asked.plot, asked.snapshot) if path is not None]))
+    emit(
+        asked,
+        shown.report(
+            view, files=[path for path in (asked.plot, asked.snapshot) if path is not None], tensors=asked.tensors
+        ),
+    )
     if not view.fits:
         raise typer.Exit(1)
 
@@ -93,7 +99,7 @@ def plan_by_trace(asked: PlanOptions, model: Model, card: Card) -> None:
     view, others = _views(asked, model, card)
     if asked.write_recipe is not None:
         view.plan.recipe.write(asked.write_recipe, asked.force)
-    emit(asked, shown.report(view, "plan", others))
+    emit(asked, shown.report(view, "plan", others, tensors=asked.tensors))
     if not view.fits:
         raise typer.Exit(1)
 
@@ -239,7 +245,7 @@ class CalibrateOptions(ResultsOptions, FormatOptions):
     "calibrate",
     CalibrateOptions,
     help="Solve a model's coefficients from traces of its steps, or from measurements of them, for the planner to use in place of the formula's; "
-    "from measurements, a card's CUDA context and workspace, too. Older files are kept.",
+    "from measurements, a GPU's CUDA context and workspace, too. Older files are kept.",
     examples=(
         "mstplan calibrate --from trace --model llama3.1-8b",
         "mstplan calibrate --from measurements --model llama3.1-8b h100.jsonl",
@@ -249,7 +255,7 @@ def calibrate(asked: CalibrateOptions) -> None:
     from .. import files
     from ..errors import RecipeError
     from ..plan import calibration
-    from ..step.recipe import STRATEGIES, strategy
+    from ..step.recipe import STRATEGIES, strategy_name
 
     one_of("from", asked.source, SOURCES)
     idle = ("files", "results") if asked.source == "trace" else ("no_cache",)
@@ -257,9 +263,8 @@ def calibrate(asked: CalibrateOptions) -> None:
         raise RecipeError(
             f"{', '.join(unused)}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'."
         )
-    names = [name.strip() for name in asked.strategies.split(",")] if asked.strategies is not None else list(STRATEGIES)
-    for name in names:
-        strategy(name)  # refuses unknown ones
+    named = [name.strip() for name in asked.strategies.split(",")] if asked.strategies is not None else STRATEGIES
+    names = [strategy_name(name) for name in named]
     folder = asked.out if asked.out is not None else calibration.folders()[0]
     files.check_folder(folder)
     from ..checking.calibrate import calibrate_all

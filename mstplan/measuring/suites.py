@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from .. import files, profiles
 from ..errors import MeasurementError, MstplanError, did_you_mean, quoted
 from ..spec.hardware import Card
-from ..step.recipe import STRATEGIES, strategy
+from ..step.recipe import STRATEGIES, strategy, strategy_name
 from ..units import parse_length
 from . import sweep
 from .measurement import Case
@@ -55,7 +55,7 @@ def cases(
     found: list[Case] = []
     for number, row in enumerate(_read(path).cases, 1):
         with _naming(path, number):
-            recipes = {name: strategy(name).changed(**row.recipe) for name in row.strategy}
+            recipes = {strategy_name(name): strategy(name).changed(**row.recipe) for name in row.strategy}
             lengths = [parse_length(text) for text in row.seq_len]
             found += sweep.cases(row.model, lengths, recipes, card, row.layers, device, limit, steps)
     if not found:

@@ -251,7 +251,7 @@ def _converse(child: subprocess.Popen[bytes], case: Case) -> bytes:
 def _death(code: int, said: str) -> str:
     """Reason why a process ended without an answer."""
     if code == -signal.SIGKILL:
-        return "killed (SIGKILL): by hand, or by the system for want of host memory"
+        return "killed (SIGKILL): by hand, or by the system for want of CPU RAM"
     if code < 0:
         return f"crashed: {signal.Signals(-code).name}. {_last_line(said)}".rstrip()
     return f"ended with code {code}. {_last_line(said)}".rstrip()

@@ -10,7 +10,7 @@ from ..spec.model import Model
 from ..step.cuda import BIAS_ROWS
 from ..step.optimizers import stand_ins
 from ..step.parameters import parameter_count, trained_count
-from ..step.recipe import Recipe
+from ..step.recipe import Recipe, strategy_label
 from ..step.steps import Chunks, embeddings_are_frozen
 from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration
@@ -31,7 +31,7 @@ def card_notes(on: Card) -> list[str]:
     elif on.named:
         size = f"{gpu.label}, limited to {format_gib(on.total_bytes)} by --gpu-mem"
     else:
-        size = f"--gpu-mem: {format_gib(on.total_bytes)} nominal (GB is read as GiB: a card sold as 80 GB holds 80 GiB)"
+        size = f"--gpu-mem: {format_gib(on.total_bytes)} nominal (GB is read as GiB: a GPU sold as 80 GB holds 80 GiB)"
     notes = [
         f"{size}; minus {format_gib(gpu.context_bytes)} CUDA context and {format_gib(GRANULARITY, 0)} allocator granularity"
         + (f" and {format_gib(on.reserve_bytes)} reserve" if on.reserve_bytes else "")
@@ -41,7 +41,7 @@ def card_notes(on: Card) -> list[str]:
         near = same_size(on)
         if near:
             seen = ", ".join(f"{g.name} {g.usable_bytes / GIB:.2f}" for g in near[:4])
-            notes.append(f"Real cards show less; name yours with --gpu (GiB that torch sees: {seen}).")
+            notes.append(f"Real GPUs show less; name yours with --gpu (GiB that torch sees: {seen}).")
         notes.append(f"Chunk sizes and step times assume the rates of {gpu.name}; --gpu names another.")
     if gpu.architecture in ("pascal", "volta", "turing"):
         notes.append(
@@ -103,16 +103,16 @@ def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
     """What a card holds under FSDP2, and what is not counted."""
     notes = [
         (
-            f"Per card, of {recipe.gpus:,}, each with its own {'sequences' if recipe.batch > 1 else 'sequence'}: FSDP2 over every layer and the model. "
+            f"Per GPU, of {recipe.gpus:,}, each with its own {'sequences' if recipe.batch > 1 else 'sequence'}: FSDP2 over every layer and the model. "
             "Counted: shards, padded; the layer that runs and the all-gather buffer of its neighbour; embedding, norm and head, gathered "
             "throughout; whole gradients until they are scattered, and the reduce-scatter's input (docs/sharding.md)."
         ),
-        "Not counted: NCCL's own memory, 1 to 2 GiB a card; leave room with --reserve 2GiB. Step times count no communication.",
+        "Not counted: NCCL's own memory, 1 to 2 GiB a GPU; leave room with --reserve 2GiB. Step times count no communication.",
     ]
     experts = model.experts.number if model.experts is not None else None
     if experts is not None and recipe.gpus > experts:
         notes.append(
-            f"{experts:,} experts in one tensor over {recipe.gpus:,} cards: fully_shard pads it to {recipe.gpus:,} experts wherever it is gathered. "
+            f"{experts:,} experts in one tensor over {recipe.gpus:,} GPUs: fully_shard pads it to {recipe.gpus:,} experts wherever it is gathered. "
             "Its shard_placement_fn can split another dimension; that is not planned."
         )
     return notes
@@ -122,16 +122,16 @@ def answer_notes(answer: Answer) -> list[str]:
     """Position limit passed, host memory short, padded batches, what a larger M would buy."""
     p = answer.plan
     if answer.s_max == 0:
-        return [f"{answer.strategy}: not even {SHORTEST} tokens fit: {_short_of(p)}."]
+        return [f"{strategy_label(answer.strategy)}: not even {SHORTEST} tokens fit: {_short_of(p)}."]
     notes = position_notes(p.model, answer.s_max)
     if p.card.host_bytes is not None:
         alone = longest(p.model, p.recipe, p.card, p.chunks)
         if alone > answer.s_max:
             there = format_gib(p.card.host_bytes)
             notes.append(
-                f"{answer.strategy}: host memory is short: {there} allows {format_tokens(answer.s_max)} tokens, the card {format_tokens(alone)}."
+                f"{strategy_label(answer.strategy)}: CPU RAM is short: {there} allows {format_tokens(answer.s_max)} tokens, the GPU {format_tokens(alone)}."
             )
-    return notes + padding_notes(answer.strategy, p, answer.s_max) + larger_chunks_note(answer)
+    return notes + padding_notes(strategy_label(answer.strategy), p, answer.s_max) + larger_chunks_note(answer)
 
 
 def padding_notes(strategy: str, plan: Plan, s_max: int) -> list[str]:
@@ -171,7 +171,7 @@ def host_notes(plan: Plan) -> list[str]:
     }
     what = ", ".join(name for name, asked in asking.items() if asked)
     return [
-        f"host memory is short: {what} need {format_gib(plan.host_bytes)} there, and it has {format_gib(plan.card.host_bytes)}"
+        f"CPU RAM is short: {what} need {format_gib(plan.host_bytes)} there, and it has {format_gib(plan.card.host_bytes)}"
     ]
 
 
@@ -185,7 +185,7 @@ def position_notes(model: Model, seq_len: int) -> list[str]:
 
 def nothing_tried() -> str:
     others = ", ".join(each.short for each in stand_ins().values())
-    return f"Nothing that is tried (checkpointing, chunks, batch 1, bf16, {others}, the optimizer in backward, host memory)"
+    return f"Nothing that is tried (checkpointing, chunks, batch 1, bf16, {others}, the optimizer in backward, CPU RAM)"
 
 
 def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way], smallest: Gpu | None) -> list[str]:
@@ -193,8 +193,8 @@ def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way], smallest:
     p = nearest([answer.plan for answer in found])
     lines = [f"Nothing fits, not even {SHORTEST} tokens: {_short_of(p)}."]
     if not to_fit:
-        more = f" The smallest card that holds it: {smallest.name}." if smallest else " No single card holds it."
-        lines.append(f"{nothing_tried()} makes it fit on this card." + more)
+        more = f" The smallest GPU that holds it: {smallest.name}." if smallest else " No single GPU holds it."
+        lines.append(f"{nothing_tried()} makes it fit on this GPU." + more)
     return lines
 
 
@@ -207,15 +207,15 @@ def larger_chunks_note(answer: Answer) -> list[str]:
     double = Chunks(p.chunks.mlp * (2 if mlp else 1), p.chunks.loss * (2 if loss else 1))
     more = longest(p.model, p.recipe, p.card, double)
     gain = (more - answer.s_max) / answer.s_max
-    what = f"{answer.strategy}: M doubled to {double.mlp} (MLP) and {double.loss} (loss) would "
+    what = f"{strategy_label(answer.strategy)}: twice the pieces, {double.mlp} (MLP) and {double.loss} (loss), would "
     if abs(gain) < 0.0005:
-        return [what + "buy nothing."]
+        return []
     if gain < 0:
-        return [f"{what}shorten S_max by {-gain:.1%}: chunks need fp32 sums of their weights' gradients."]
+        return [f"{what}shorten it by {-gain:.1%}: chunks need fp32 sums of their weights' gradients."]
     least = smallest_chunks_tokens(p.model, p.card.gpu)
     rows = more * p.recipe.batch
     short = [need for count, need in ((double.mlp, least[0]), (double.loss, least[1])) if rows // count < need]
     cost = (
         f"; a chunk would fall below the {short[0]:,} tokens that keep {p.card.gpu.name} compute-bound" if short else ""
     )
-    return [f"{what}lengthen S_max by {gain:.1%}{cost}."]
+    return [f"{what}lengthen it by {gain:.1%}{cost}."]

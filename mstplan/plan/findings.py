@@ -157,12 +157,12 @@ def _notes_at_length(step: Plan, reach: int) -> list[str]:
 
 def _advice(reach: int, changes_help: bool, smallest: Gpu | None) -> list[str]:
     """How far the recipe reaches as it is, and the card that holds the length."""
-    lines = [] if changes_help else [f"{advice.nothing_tried()} makes this length fit on this card."]
+    lines = [] if changes_help else [f"{advice.nothing_tried()} makes this length fit on this GPU."]
     lines.append(
         f"As it is, this recipe reaches {format_tokens(reach)} tokens here."
         if reach
         else "As it is, this recipe fits no length here."
     )
     if smallest is not None:
-        lines.append(f"The smallest card on which it fits as it is: {smallest.name} ({smallest.label}).")
+        lines.append(f"The smallest GPU on which it fits as it is: {smallest.name} ({smallest.label}).")
     return lines

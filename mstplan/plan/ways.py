@@ -60,7 +60,7 @@ def _states(start: Plan) -> tuple[Lever, ...]:
     back: Lever = (
         ()
         if start.fits_host
-        else (Change("optimizer states on the card", "", 0, {"optimizer_on_host": False, "weights_on_host": False}),)
+        else (Change("optimizer states on the GPU", "", 0, {"optimizer_on_host": False, "weights_on_host": False}),)
     )
     return (
         (Change("weights and moments in bf16", "exact updates", 8, {"precision": "bf16"}),),
@@ -73,13 +73,13 @@ def _states(start: Plan) -> tuple[Lever, ...]:
         (
             *back,
             Change(
-                "the optimizer on the host",
+                "the optimizer in CPU RAM",
                 "step time (DeepSpeed offload)",
                 10,
                 {"optimizer_on_host": True, "optimizer_in_backward": False},
             ),
         ),
-        (Change("weights on the host", "weights cross the host link", 6, {"weights_on_host": True}),),
+        (Change("weights in CPU RAM", "weights cross the host link", 6, {"weights_on_host": True}),),
     )
 
 
@@ -88,7 +88,7 @@ def _tokens(start: Plan) -> tuple[Lever, ...]:
     recipe = start.recipe
     more = {} if recipe.optimizer_in_backward else {"accumulation": recipe.accumulation * recipe.batch}
     back: Lever = (
-        () if start.fits_host else (Change("layer inputs on the card", "", 0, {"offload_layer_inputs": False}),)
+        () if start.fits_host else (Change("layer inputs on the GPU", "", 0, {"offload_layer_inputs": False}),)
     )
     attention = (
         Change("sdpa instead of eager attention", "", 0, {"attention": "sdpa"})
@@ -109,7 +109,7 @@ def _tokens(start: Plan) -> tuple[Lever, ...]:
         ),
         (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **more}),),
         (Change("checkpoint every layer", "time: a second forward pass", 3, {"checkpoint": "layer"}),),
-        (*back, Change("layer inputs on the host", "CPU RAM", 3, {"offload_layer_inputs": True})),
+        (*back, Change("layer inputs in CPU RAM", "CPU RAM", 3, {"offload_layer_inputs": True})),
     )
 
 

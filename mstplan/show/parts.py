@@ -11,14 +11,14 @@ from ..plan.ways import Way
 from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.parameters import parameter_count
-from ..step.recipe import Recipe, options_of, recipe_in_words
+from ..step.recipe import Recipe, options_of, recipe_in_words, strategy_label
 from ..step.steps import Entry, InstantPeak
 from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
 from .report import GAP, Block, Cell, Column, Line, Notes, Row, Span, Table, line
 
-MOST = 14
-"""Tensors that a terminal shows of an instant."""
-BINDS = "<- binds"
+FEW, MOST = 3, 14
+"""Tensors that a terminal shows of an instant, and with --tensors."""
+PEAK = "<- peak"
 NOTHING = Cell(None, "")
 
 
@@ -60,13 +60,18 @@ def copies_cell(copies: int) -> Cell:
 
 
 def binds_cell(binds: bool) -> Cell:
-    return Cell(binds, BINDS if binds else "")
+    return Cell(binds, PEAK if binds else "")
+
+
+def strategy_cell(name: str) -> Cell:
+    return Cell(name, strategy_label(name))
 
 
 def pieces(p: Plan) -> str:
-    """'M: MLP 4 x 21,134 tokens, loss 16 x 5,284 tokens'."""
-    found = zip(("MLP", "loss"), p.chunks, p.chunk_tokens, strict=True)
-    return "M: " + ", ".join(f"{what} {n} x {tokens:,} tokens" for what, n, tokens in found)
+    """Pieces of the sequence in words: 'MLP in 4 pieces of 21,134 tokens, loss in 16 of 5,284'."""
+    (mlp, loss), (of_mlp, of_loss) = p.chunks, p.chunk_tokens
+    whole = f"MLP in one piece, loss in {loss} of {of_loss:,} tokens"
+    return f"MLP in {mlp} pieces of {of_mlp:,} tokens, loss in {loss} of {of_loss:,}" if mlp > 1 else whole
 
 
 # ---- lines --------------------------------------------------------------------------------------------------------------
@@ -89,13 +94,13 @@ def heading(model: Model, card: Card, provenance: str, recipes: Iterable[Recipe]
 
 
 def fits(seq_len: int, strategy: str, peak: int, budget: int, does: bool) -> Line:
-    """Does it fit, and by how much?"""
+    """The verdict on a length: whether it fits, and by how much."""
     room = f"{format_gib(abs(budget - peak))} {'to spare' if budget >= peak else 'too much'}"
     if budget >= peak and not does:
-        room += " in all, but the allocator, or host memory, has no room for it"
+        room += " in all, but the allocator, or CPU RAM, has no room for it"
     return Line(
         (
-            Span(f"{format_tokens(seq_len)} tokens with {strategy}: "),
+            Span(f"{format_tokens(seq_len)} tokens with {strategy_label(strategy)}: "),
             Span("fits", "good") if does else Span("does not fit", "bad"),
             Span(f".  Peak {format_gib(peak)} of {format_gib(budget)}, {room}."),
         )
@@ -103,9 +108,13 @@ def fits(seq_len: int, strategy: str, peak: int, budget: int, does: bool) -> Lin
 
 
 def verdict(p: Plan, strategy: str) -> list[Block]:
-    host = [f"host memory {format_gib(p.host_bytes)}"] if p.host_bytes else []
-    more = [*([pieces(p)] if p.in_chunks else []), f"step >= {format_seconds(p.step_seconds)}", *host]
-    return [fits(p.seq_len, strategy, p.peak_bytes, p.budget_bytes, p.fits), line(", ".join(more), "quiet")]
+    return [fits(p.seq_len, strategy, p.peak_bytes, p.budget_bytes, p.fits), line(settings(p), "quiet")]
+
+
+def settings(p: Plan) -> str:
+    """What a plan takes beside GPU memory: pieces, CPU RAM, the time at least."""
+    host = [f"CPU RAM {format_gib(p.host_bytes)}"] if p.host_bytes else []
+    return ", ".join([*([pieces(p)] if p.in_chunks else []), *host, f"step >= {format_seconds(p.step_seconds)}"])
 
 
 def legend(p: Plan) -> Line:
@@ -144,36 +153,36 @@ def written(paths: Iterable[object]) -> list[Block]:
 
 
 def answers(found: Sequence[Answer], best: Answer) -> Table:
-    """S_max of each strategy, the peak there and the instant that binds."""
+    """S_max of each strategy, and where its peak is."""
     columns = (
         Column("strategy", "strategy"),
-        Column("s_max", "S_max", right=True),
-        Column("times_standard", "x std", right=True),
-        Column("peak_bytes", "peak GiB", right=True),
-        Column("host_bytes", "host GiB", right=True),
+        Column("s_max", "longest", right=True),
+        Column("times_checkpoint", "vs ckpt", right=True),
+        Column("host_bytes", "CPU GiB", right=True),
         Column("step_seconds", "step >=", right=True),
-        Column("instant", "binding instant"),
+        Column("instant", "peak at"),
+        Column("peak_bytes", None),
         Column("mlp_chunks", None),
         Column("loss_chunks", None),
         Column("", "pieces"),
     )
-    standard = next((a.s_max for a in found if a.strategy == "standard"), 0)
-    rows = tuple(Row(_answer(a, standard), "strong" if a is best and a.s_max else "") for a in found)
+    checkpoint = next((a.s_max for a in found if a.strategy == "checkpoint"), 0)
+    rows = tuple(Row(_answer(a, checkpoint), "strong" if a is best and a.s_max else "") for a in found)
     return Table("answers", columns, rows, layout="answers")
 
 
-def _answer(a: Answer, standard: int) -> tuple[Cell, ...]:
-    p, ratio = a.plan, a.s_max / standard if standard else 0
-    times = f"{ratio:.1f}" if 0 < ratio < 100 else f"{ratio:,.0f}" if ratio else "-"
+def _answer(a: Answer, checkpoint: int) -> tuple[Cell, ...]:
+    p, ratio = a.plan, a.s_max / checkpoint if checkpoint else 0
+    times = f"{ratio:.1f}x" if 0 < ratio < 100 else f"{ratio:,.0f}x" if ratio else "-"
     seconds = p.step_seconds or None
     return (
-        cell(a.strategy),
+        strategy_cell(a.strategy),
         tokens_cell(a.s_max),
         Cell(ratio or None, times),
-        peak_cell(p.peak_bytes),
         host_cell(p.host_bytes),
         Cell(seconds, format_seconds(seconds) if a.s_max and seconds else "-"),
         cell(p.instant.value),
+        cell(p.peak_bytes),
         cell(p.chunks.mlp),
         cell(p.chunks.loss),
         Cell(None, pieces(p) if p.in_chunks and a.s_max else ""),
@@ -198,7 +207,7 @@ def plans(found: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) 
         Column("strategy", "strategy"),
         Column("fits", ""),
         Column("peak_bytes", "peak GiB", right=True),
-        Column("host_bytes", "host GiB", right=True),
+        Column("host_bytes", "CPU GiB", right=True),
         Column("step_seconds", "step >=", right=True),
         Column("s_max", "up to", right=True),
         Column("seq_len", None),
@@ -210,7 +219,7 @@ def plans(found: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) 
     rows = tuple(
         Row(
             (
-                cell(name),
+                strategy_cell(name),
                 Cell(p.fits, "fits" if p.fits else "does not fit"),
                 peak_cell(p.peak_bytes),
                 host_cell(p.host_bytes),
@@ -227,8 +236,8 @@ def plans(found: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) 
 
 def instants(p: Plan, found: Sequence[InstantPeak]) -> Table:
     columns = (
-        Column("instant", "instant"),
-        Column("operation", "largest at"),
+        Column("instant", "peak at"),
+        Column("operation", "during"),
         Column("bytes", "GiB", right=True),
         Column("binds", ""),
     )
@@ -257,6 +266,11 @@ def entries(title: str, found: Sequence[Entry], most: int = MOST) -> Table:
     return summed("tensors", columns, rows, [e.bytes for e in found], title, most)
 
 
+def at_peak(title: str, p: Plan, found: Sequence[Entry], everything: bool) -> list[Block]:
+    """The largest tensors of the peak; with everything all that a terminal has room for, and what their shapes' symbols are."""
+    return [entries(title, found, MOST), legend(p)] if everything else [entries(title, found, FEW)]
+
+
 def summed(
     name: str, columns: tuple[Column, ...], rows: tuple[Row, ...], sizes: Sequence[int], title: str, most: int = MOST
 ) -> Table:
@@ -274,7 +288,7 @@ def ways(title: str, found: Sequence[Way]) -> Table:
     """Changes with which it fits, cheapest first: what they bring and cost, and the options to paste."""
     columns = (
         Column("s_max", "longest", right=True),
-        Column("host_bytes", "host GiB", right=True),
+        Column("host_bytes", "CPU GiB", right=True),
         Column("gives_up", "you give up"),
         Column("options", "options", code=True),
     )

@@ -11,7 +11,7 @@ from ..plan.ways import Way
 from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
 from ..step.parameters import parameter_count, trained_count
-from ..step.recipe import Recipe, options_of
+from ..step.recipe import Recipe, options_of, strategy_label
 from ..step.steps import Entry, InstantPeak
 
 if TYPE_CHECKING:
@@ -73,13 +73,16 @@ def answer(a: Answer) -> dict[str, Any]:
     p = a.plan
     return {
         "strategy": a.strategy,
+        "label": strategy_label(a.strategy),
         "s_max": a.s_max,
         "peak_bytes": p.peak_bytes,
+        "peak_at": p.instant,
         "instant": p.instant,
         "calibration": calibrated(p.calibration),
         "mlp_chunks": p.chunks.mlp,
         "loss_chunks": p.chunks.loss,
         "chunk_tokens": p.chunk_tokens._asdict(),
+        "cpu_ram_bytes": p.host_bytes,
         "host_bytes": p.host_bytes,
         "step_seconds": p.step_seconds or None,
         "trained_parameters": trained_parameters(p),
@@ -112,10 +115,12 @@ def brief(p: Plan) -> dict[str, Any]:
         "peak_bytes": p.peak_bytes,
         "peak_tokens": p.peak.tokens,
         "budget_bytes": p.budget_bytes,
+        "peak_at": p.instant,
         "instant": p.instant,
         "calibration": calibrated(p.calibration),
         "mlp_chunks": p.chunks.mlp,
         "loss_chunks": p.chunks.loss,
+        "cpu_ram_bytes": p.host_bytes,
         "host_bytes": p.host_bytes,
         "step_seconds": p.step_seconds,
         "trained_parameters": trained_parameters(p),
@@ -132,6 +137,7 @@ def way(w: Way) -> dict[str, Any]:
         "fits": w.plan.fits,
         "seq_len": w.plan.seq_len,
         "peak_bytes": w.plan.peak_bytes,
+        "cpu_ram_bytes": w.plan.host_bytes,
         "host_bytes": w.plan.host_bytes,
         "step_seconds": w.plan.step_seconds,
     }
@@ -304,6 +310,7 @@ def trace_document(v: View, command: str = "trace", others: Sequence[View] = ())
         peak_bytes=v.trace.peak.bytes,
         budget_bytes=v.card.budget_bytes,
         instant=v.trace.peak.instant,
+        cpu_ram_bytes=v.trace.host_peak,
         host_bytes=v.trace.host_peak,
         instants=[
             {"name": p.instant, "bytes": p.bytes, "formula_bytes": formula.get(p.instant)} for p in v.trace.peaks

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plan.findings import AtLength, AtLengths, Longest, provenance
+from ..step.recipe import strategy_label
 from ..units import GIB, format_gib, format_tokens
 from . import parts, payload
 from .parts import cell
@@ -23,30 +24,33 @@ if TYPE_CHECKING:
     from .plot import Curve
 
 
-def max_seq(told: Longest) -> Report:
+def max_seq(told: Longest, tensors: bool = False) -> Report:
+    """tensors: all of those at the peak, and not the largest only."""
     best = told.best
     answers = parts.answers(told.found, best)
     recipes = [answer.plan.recipe for answer in told.found]
     blocks = [*parts.heading(told.model, told.card, told.provenance, recipes), answers]
     if best.s_max:
-        title = f"{best.strategy} at {format_tokens(best.plan.peak.tokens)} tokens, {best.plan.instant}:"
-        blocks += [parts.entries(title, best.plan.binding_entries()), parts.legend(best.plan)]
+        label, tokens = strategy_label(best.strategy), format_tokens(best.plan.peak.tokens)
+        title = f"The peak of {label} at {tokens} tokens, {best.plan.instant}:"
+        blocks += parts.at_peak(title, best.plan, best.plan.binding_entries(), tensors)
     else:
         blocks.append(parts.ways(f"Ways to train {told.model.name} on {told.card.label}", told.to_fit))
     return Report("max-seq", payload.max_seq(told), [*blocks, *parts.remarks(told.notes)], answers)
 
 
-def plan(told: AtLength) -> Report:
+def plan(told: AtLength, tensors: bool = False) -> Report:
+    """tensors: all of those at the peak, and not the largest only."""
     step, found = told.step, told.step.instants()
     strategies = parts.plans(told.plans, told.reaches, told.name)
     alive = next(i.entries for i in found if i.name == step.instant)
     blocks: list[Block] = [
         *parts.heading(step.model, step.card, told.provenance, [each.recipe for each in told.plans.values()]),
-        strategies if len(told.plans) > 1 else Folded((strategies,)),
+        GAP,
         *parts.verdict(step, told.name if told.name != "custom" else "this recipe"),
+        strategies if len(told.plans) > 1 else Folded((strategies,)),
         parts.instants(step, found),
-        parts.entries(f"{step.instant}:", alive),
-        parts.legend(step),
+        *parts.at_peak(f"{step.instant}:", step, alive, tensors),
     ]
     if not step.fits:
         blocks += [GAP, *_ways(told), *map(line, told.advice)]
@@ -62,7 +66,7 @@ def plans(told: AtLengths) -> Report:
 
 def _ways(told: AtLength) -> list[Table]:
     length, where = format_tokens(told.step.seq_len), told.step.card.label
-    none = "No change that is tried makes this length fit on this card. The longest they reach"
+    none = "No change that is tried makes this length fit on this GPU. The longest they reach"
     return [
         parts.ways(f"Ways to fit {length} tokens on {where}, cheapest first", told.to_fit),
         parts.ways(none, [told.beyond] if told.beyond is not None else []),
@@ -135,7 +139,7 @@ def _formulas(rows: Sequence[Formula], answers: Sequence[Answer], seq_len: int |
                 cell(r.formula),
                 Cell(r.s_max, format_tokens(r.s_max)),
                 Cell(r.memory, format_gib(r.memory) if r.memory is not None else ""),
-                cell(a.strategy),
+                parts.strategy_cell(a.strategy),
                 Cell(a.s_max, format_tokens(a.s_max)),
             )
         )
@@ -193,6 +197,7 @@ def _curves(curves: Sequence[Curve]) -> Table:
         Column("loss_chunks", "of the loss", right=True),
     )
     rows = tuple(
-        Row((cell(c.strategy), parts.tokens_cell(c.s_max), cell(c.chunks.mlp), cell(c.chunks.loss))) for c in curves
+        Row((parts.strategy_cell(c.strategy), parts.tokens_cell(c.s_max), cell(c.chunks.mlp), cell(c.chunks.loss)))
+        for c in curves
     )
     return Table("curves", columns, rows)

@@ -39,7 +39,7 @@ def _assumptions(recipe: Recipe) -> str:
 
 def _lengths(rows: list[Comparison]) -> list[str]:
     lines = [
-        "| model, card | published as | published | predicted | difference | older loss | read as | what explains the difference |",
+        "| model, GPU | published as | published | predicted | difference | older loss | read as | what explains the difference |",
         "|---|---|---:|---:|---:|---:|---|---|",
     ]
     for c in rows:
@@ -54,7 +54,7 @@ def _lengths(rows: list[Comparison]) -> list[str]:
 
 def _peaks(rows: list[Comparison]) -> list[str]:
     lines = [
-        "| model, card | published as | tokens | published GiB | predicted GiB | difference | read as | what explains the difference |",
+        "| model, GPU | published as | tokens | published GiB | predicted GiB | difference | read as | what explains the difference |",
         "|---|---|---:|---:|---:|---:|---|---|",
     ]
     for c in rows:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..step.recipe import Recipe
+from ..step.recipe import Recipe, strategy_label
 from ..tracing import explain
 from ..tracing.findings import TracedLongest, View
 from ..tracing.trace import Alive, Trace
@@ -24,7 +24,7 @@ NOTICEABLE, MOST_DIFFERENCES = MIB, 8
 """Bytes from which a difference between formula and trace is told, and how many are."""
 
 
-def max_seq(told: TracedLongest) -> Report:
+def max_seq(told: TracedLongest, tensors: bool = False) -> Report:
     """S_max of every strategy by trace, and what is alive at the best one's peak."""
     best = told.best
     answers = parts.answers([f.answer for f in told.found], best.answer)
@@ -32,13 +32,17 @@ def max_seq(told: TracedLongest) -> Report:
     blocks: list[Block] = [*parts.heading(told.model, told.card, told.provenance, recipes), answers]
     notes = parts.remarks(told.notes)
     if best.answer.s_max:
-        blocks.append(line(f"{best.answer.strategy} at {format_tokens(best.answer.s_max)} tokens:", "strong"))
-        blocks += [_alive(best.trace), GAP]
+        label = strategy_label(best.answer.strategy)
+        blocks.append(line(f"The peak of {label} at {format_tokens(best.answer.s_max)} tokens:", "strong"))
+        blocks += [_alive(best.trace, tensors), GAP]
     return Report("max-seq", payload.max_seq_by_trace(told), [*blocks, *notes[1:]], answers)
 
 
-def report(v: View, command: str = "trace", others: Sequence[View] = (), files: Sequence[Path] = ()) -> Report:
-    """A trace; before it whether other strategies fit that were traced at the same length. files: what was written of it."""
+def report(
+    v: View, command: str = "trace", others: Sequence[View] = (), files: Sequence[Path] = (), tensors: bool = False
+) -> Report:
+    """A trace; before it whether other strategies fit that were traced at the same length. files: what was written of it; tensors: all of
+    those at the peak, and not the largest only."""
     told = [
         parts.fits(each.trace.seq_len, each.strategy, each.trace.peak.bytes, each.card.budget_bytes, each.fits)
         for each in (*others, v)
@@ -49,7 +53,7 @@ def report(v: View, command: str = "trace", others: Sequence[View] = (), files: 
         *told,
         *([line(parts.pieces(v.plan), "quiet")] if v.plan.in_chunks else []),
         instants,
-        _alive(v.trace),
+        _alive(v.trace, tensors),
         *(_differences(v) if v.formula else []),
         *parts.remarks(v.notes),
         *parts.written(files),
@@ -85,7 +89,7 @@ def _strategies(views: Sequence[View]) -> Table:
 
 def _instants(v: View) -> Table:
     columns = (
-        Column("instant", "instant"),
+        Column("instant", "peak at"),
         Column("bytes", "trace GiB", right=True),
         Column("formula_bytes", "formula" if v.formula else None, right=True),
         Column("", "differs" if v.formula else None, right=True),
@@ -106,7 +110,7 @@ def _instants(v: View) -> Table:
     return Table("instants", columns, tuple(rows))
 
 
-def _alive(trace: Trace) -> Table:
+def _alive(trace: Trace, everything: bool) -> Table:
     """The tensors at the trace's peak, largest first."""
     columns = (
         Column("category", "for"),
@@ -130,7 +134,8 @@ def _alive(trace: Trace) -> Table:
         )
         for a in found
     )
-    return parts.summed("alive", columns, rows, [a.bytes for a in found], f"{trace.peak.instant}, {_at(trace)}:")
+    title, most = f"{trace.peak.instant}, {_at(trace)}:", parts.MOST if everything else parts.FEW
+    return parts.summed("alive", columns, rows, [a.bytes for a in found], title, most)
 
 
 def _at(trace: Trace) -> str:

@@ -75,7 +75,7 @@ class Card(NamedTuple):
     @property
     def label(self) -> str:
         """Name to show: its own, or its amount of memory when only that is known."""
-        return self.gpu.name if self.named else f"{format_gib(self.total_bytes)} card"
+        return self.gpu.name if self.named else f"{format_gib(self.total_bytes)} GPU"
 
     @property
     def budget_bytes(self) -> int:
@@ -148,7 +148,7 @@ def _measured(file: Kept | None) -> Measured:
     if file is None:
         return Measured()
     try:
-        found: _File = kept.read(file, "the constants of cards that `mstplan calibrate` found", _File)
+        found: _File = kept.read(file, "the constants of GPUs that `mstplan calibrate` found", _File)
         for name, constants in found.cards.items():
             _check_constants(file, name, constants)
     except InputError as e:
@@ -166,7 +166,7 @@ def _check_constants(file: Kept, name: str, constants: Constants) -> None:
     key, taken = _key(name), (constants.context_bytes, constants.cublas_workspace_bytes)
     sizes = [gpu.usable_bytes for gpu in _shipped() if key in (gpu.name, *gpu.aliases)]
     if min(taken) < 0 or taken[0] + HANDLES * taken[1] >= min(sizes, default=MOST_MEMORY):
-        raise kept.damaged(file, f"{one_line(name, 40)}: bytes that no card of that name can have taken")
+        raise kept.damaged(file, f"{one_line(name, 40)}: bytes that no GPU of that name can have taken")
 
 
 def write_measured(found: Mapping[str, Constants]) -> Path:
@@ -216,10 +216,10 @@ def card(gpu: str | None = None, memory: int | None = None, reserve: int = 0, ho
                 f"{what} is {quoted(size)}, must be a whole number of bytes from 0.\nparse_memory('80GB') reads an amount."
             )
     if gpu is None and memory is None:
-        raise HardwareError("no card given.\nSay --gpu h100 (`mstplan gpus` lists them) or --gpu-mem 80GB.")
+        raise HardwareError("no GPU given.\nSay --gpu h100 (`mstplan gpus` lists them) or --gpu-mem 80GB.")
     if memory is not None and memory < LEAST_MEMORY:
         raise HardwareError(
-            f"--gpu-mem {format_gib(memory)} is less than any card has.\nWrite it like 80GB or 79.15GiB."
+            f"--gpu-mem {format_gib(memory)} is less than any GPU has.\nWrite it like 80GB or 79.15GiB."
         )
     if gpu is not None:
         found = find_gpu(gpu)

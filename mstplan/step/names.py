@@ -66,7 +66,7 @@ VALUES: dict[str, tuple[Told, ...]] = {
             "paged_adamw_8bit",
             _IS_NOT,
             {"optimizer": "adamw-8bit"},
-            "whose states stay on the card instead of in managed memory",
+            "whose states stay on the GPU instead of in managed memory",
         ),
         Told(
             "adamw_torch_8bit",
@@ -100,7 +100,7 @@ VALUES: dict[str, tuple[Told, ...]] = {
         ),
         Told("false no off disabled never", "is no checkpointing", {"checkpoint": "none"}),
         Told("selective selective_ac sac op ops per_op attention mlp min_cut", _IS_NOT, _LAYER, _WHOLE_LAYER),
-        Told("offload cpu_offload offloaded", "is checkpointing with layer inputs in host memory", _OFFLOADED),
+        Told("offload cpu_offload offloaded", "is checkpointing with layer inputs in CPU RAM", _OFFLOADED),
         Told("unsloth", "is Unsloth's, not planned", _OFFLOADED, "which moves the layers' inputs too"),
     ),
     "loss": (
@@ -170,14 +170,12 @@ VALUES: dict[str, tuple[Told, ...]] = {
             _FSDP,
             "which shards the weights too",
         ),
-        Told(
-            "hsdp hybrid hybrid_shard fsdp_hybrid_shard mics", _IS_NOT, _FSDP, "with the cards of one group as --gpus"
-        ),
+        Told("hsdp hybrid hybrid_shard fsdp_hybrid_shard mics", _IS_NOT, _FSDP, "with the GPUs of one group as --gpus"),
         Told(
             "ddp dp data_parallel dataparallel distributeddataparallel replicate no_shard",
             _IS_NOT,
             {"sharding": "none"},
-            "a card alone; DDP adds a copy of the gradients",
+            "a GPU alone; DDP adds a copy of the gradients",
         ),
         Told(
             "zero2_offload zero3_offload zero_offload zero_infinity fsdp_offload tp tensor* pp pipeline* cp context* sp sequence* ulysses ring* ep expert* "
@@ -189,12 +187,12 @@ VALUES: dict[str, tuple[Told, ...]] = {
         Told(
             "baseline plain none default vanilla naive no_checkpoint no_checkpointing",
             "is training without checkpoints and chunks",
-            {"strategy": "standard"},
+            {"strategy": "no-checkpointing"},
         ),
         Told(
             "gradient_checkpointing activation_checkpointing gc ac checkpointing full_checkpointing checkpoint_layer layer",
             "is checkpointing of every layer",
-            {"strategy": "checkpoint"},
+            {"strategy": "checkpointing"},
         ),
         Told("minisequence mini_sequence mini_sequence_transformer chunked chunks", "is MsT", {"strategy": "mst"}),
         Told(
@@ -239,11 +237,11 @@ _OPTIONS = (
     ),
     Told("deepspeed* zero*", "DeepSpeed's own buffers are not planned", _FSDP, _SHARDS_ALL),
     Told("fsdp fsdp2 fully-shard", "", _FSDP),
-    Told("hsdp ddp* dp data-parallel* dp-size", "of several cards, FSDP2 alone is planned", _FSDP, _SHARDS_ALL),
+    Told("hsdp ddp* dp data-parallel* dp-size", "of several GPUs, FSDP2 alone is planned", _FSDP, _SHARDS_ALL),
     Told(
         "tp tp-size tensor-parallel* pp pp-size pipeline-parallel* cp cp-size context-parallel* sp sp-size sequence-parallel* ulysses* ring-attention "
         "ep ep-size expert-parallel* expert-model-parallel*",
-        "of several cards, FSDP2 alone is planned",
+        "of several GPUs, FSDP2 alone is planned",
         _FSDP,
         "which shares out the weights, not a sequence or a matrix product",
     ),
@@ -281,7 +279,7 @@ _OPTIONS = (
         "activation-offloading activation-offload offload-activations enable-activation-offloading activation-cpu-offload activation-checkpointing-offload",
         "only the inputs of checkpointed layers are moved",
         _OFFLOADED,
-        "which keeps them in host memory",
+        "which keeps them in CPU RAM",
     ),
     Told(
         "offload-optimizer optimizer-offload cpu-offload-optimizer offload-optimizer-device zero-offload cpu-adam",
@@ -322,7 +320,7 @@ _OPTIONS = (
     ),
     Told(
         "global-batch-size",
-        "it is batch, micro-batches and cards multiplied",
+        "it is batch, micro-batches and GPUs multiplied",
         {"batch": None, "accumulation": None},
         "each by itself",
     ),

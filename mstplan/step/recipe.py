@@ -147,7 +147,7 @@ class Recipe(BaseModel):
             ),
             (
                 self.optimizer_on_host or self.weights_on_host,
-                "fsdp with weights or optimizer on the host is not planned",
+                "fsdp with weights or optimizer in CPU RAM is not planned",
             ),
         )
 
@@ -269,17 +269,37 @@ STRATEGIES: dict[str, Recipe] = {
     "mst": Recipe.model_construct(**_MST),
     "mst-offload": Recipe.model_construct(**_MST, offload_layer_inputs=True),
 }
+LABELS = {"standard": "no-checkpointing", "checkpoint": "checkpointing", "checkpoint-sqrt": "checkpointing-sqrt"}
+"""What people read and type for a strategy whose name, in JSON and in results files, says something else in the field."""
 STRATEGY_FIELDS = ("checkpoint", "mlp_chunks", "mlp_recompute", "loss_chunks", "loss", "offload_layer_inputs")
 """What a strategy decides; everything else about a recipe is the user's choice."""
 
 
 def strategy(name: str, **fields: object) -> Recipe:
     """The named strategy, with some fields changed. Raises RecipeError."""
-    if not isinstance(name, str) or name not in STRATEGIES:
-        from . import names
+    named = STRATEGIES[strategy_name(name)]
+    return named.changed(**fields) if fields else named
 
-        raise RecipeError(names.unknown_value("strategy", name, STRATEGIES))
-    return STRATEGIES[name].changed(**fields) if fields else STRATEGIES[name]
+
+def strategy_name(typed: str) -> str:
+    """The name of the strategy that is called so, by its name or its label. Raises RecipeError."""
+    if isinstance(typed, str):
+        name = next((name for name, label in LABELS.items() if label == typed), typed)
+        if name in STRATEGIES:
+            return name
+    from . import names
+
+    raise RecipeError(names.unknown_value("strategy", typed, strategy_labels()))
+
+
+def strategy_label(name: str) -> str:
+    """What people read for a strategy, also for one with changes ('checkpoint*')."""
+    changed = name.endswith("*")
+    return LABELS.get(name.removesuffix("*"), name.removesuffix("*")) + "*" * changed
+
+
+def strategy_labels() -> list[str]:
+    return [strategy_label(name) for name in STRATEGIES]
 
 
 # ---- a recipe in words ----------------------------------------------------------------------------------------------------
@@ -343,11 +363,11 @@ def _strategy_options(recipe: Recipe) -> list[str]:
         return all(getattr(recipe, field) == getattr(STRATEGIES[name], field) for field in fields)
 
     if found := next((name for name in STRATEGIES if same(name, STRATEGY_FIELDS)), None):
-        return ["--strategy", found]
+        return ["--strategy", strategy_label(found)]
     counts = ["--chunks", ",".join(dict.fromkeys((str(recipe.mlp_chunks), str(recipe.loss_chunks))))]
     in_chunks = (name for name in STRATEGIES if STRATEGIES[name].loss_in_chunks)
     if found := next((name for name in in_chunks if same(name, set(STRATEGY_FIELDS) - chunks)), None):
-        return ["--strategy", found, *counts]
+        return ["--strategy", strategy_label(found), *counts]
     words = ["--checkpoint", str(recipe.checkpoint)] if recipe.checkpoint != "none" else []
     words += ["--offload"] if recipe.offload_layer_inputs else []
     if (

@@ -9,6 +9,7 @@ from ..plan import advice, ways
 from ..plan.solve import Answer, Plan, hardest
 from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
+from ..step.recipe import strategy_label
 from ..step.steps import InstantPeak
 from ..units import SHORTEST, format_gib, format_tokens
 from . import explain
@@ -18,7 +19,8 @@ from .trace import Trace
 
 PROVENANCE = "simulated: the model's real code on fake tensors; nothing measured on a GPU"
 UNMEASURED = (
-    "attention's workspace, cuBLAS' and the allocator's rules are from PyTorch's source, not yet measured on a card."
+    "attention's workspace, cuBLAS' and the allocator's rules are from PyTorch's source; half of 43 steps on an H100 were within 0.04% of the "
+    "measured peak, the worst 7% off."
 )
 
 
@@ -62,7 +64,7 @@ def _notes(v: View) -> list[str]:
         _allocator_note(v.usual, "without it"),
     ]
     if v.trace.host_peak:
-        lines.append(f"host memory: {format_gib(v.trace.host_peak)} at most.")
+        lines.append(f"CPU RAM: {format_gib(v.trace.host_peak)} at most.")
     lines += [_versions_note(v.versions), _ran_note(v.trace), UNMEASURED]
     _, *others = hardest(v.model, v.trace.recipe, v.trace.seq_len)
     lines += [
@@ -128,7 +130,7 @@ def _notes_of_longest(
             return lines + _nothing_fits(answers)
         to_fit = ways.ways_to_train([answer.plan for answer in answers])
         return lines + advice.nothing_fits_notes(answers, to_fit, smallest)
-    if ends := [f.answer.strategy for f in found if f.at_the_end]:
+    if ends := [strategy_label(f.answer.strategy) for f in found if f.at_the_end]:
         lines.append(
             f"{', '.join(ends)}: S_max is the longest that the model's own code runs; there would be memory for more."
         )
@@ -138,7 +140,7 @@ def _notes_of_longest(
         return [*lines, *advice.position_notes(model, longest), what, UNMEASURED]
     lines.append(
         "S_max is what the caching allocator finds room for, with expandable_segments:True; the formula counts tensors alone and comes to "
-        + ", ".join(f"{format_tokens(f.formula)} ({f.answer.strategy})" for f in found)
+        + ", ".join(f"{format_tokens(f.formula)} ({strategy_label(f.answer.strategy)})" for f in found)
         + "."
     )
     return [*lines, UNMEASURED]

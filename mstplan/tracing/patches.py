@@ -89,7 +89,7 @@ ATTENTION = Target(
     "torch.nn.functional",
     "scaled_dot_product_attention",
     _TORCH,
-    "on fake CPU tensors it takes no kernel of a card",
+    "on fake CPU tensors it takes no kernel of a GPU",
 )
 DROPOUT = Target("torch.nn.functional", "dropout", _TORCH, "on the CPU it keeps a mask as wide as its input")
 LAYER_NORM = Target("torch.nn.functional", "layer_norm", _TORCH, "on the CPU it keeps its row statistics in 16 bits")

@@ -212,7 +212,7 @@ def _naming(model: PreTrainedModel) -> Iterator[None]:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as e:
         raise ModelError(
-            f"{name} needs the values of tensors in {e.func}, and a trace has none.\nPlan it with the formula rung, or measure it on a card: mstplan measure."
+            f"{name} needs the values of tensors in {e.func}, and a trace has none.\nPlan it with the formula rung, or measure it on a GPU: mstplan measure."
         ) from None
     except Exception as e:
         raise ModelError(f"{name} {OWN_FAILURE}: {type(e).__name__}: {one_line(e, 200)}") from e

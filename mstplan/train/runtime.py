@@ -36,7 +36,7 @@ class Runtime:
                 raise
             # CUDA's words for it are those for a full card
             raise RuntimeError(
-                f"no pinned host memory for {like.numel() * like.itemsize} bytes more of layer inputs"
+                f"no pinned CPU RAM for {like.numel() * like.itemsize} bytes more of layer inputs"
             ) from e
 
     def draw_seed(self) -> int | None:

@@ -94,12 +94,10 @@ def _texts(table: Table, row: Row) -> list[str]:
 
 
 def _answers(console: Console, table: Table) -> None:
-    """Two lines a row: all cells but the last, under headings of two lines; then the last, where there is something in it."""
+    """Up to two lines a row: all cells but the last under their headings, then the last, where there is something in it."""
     rows = [_texts(table, row) for row in table.rows]
-    headings = [(table.columns[i].heading or "").split(" ") for i in table.for_people[:-1]]
-    top = [first if rest else "" for first, *rest in headings]
-    bottom = [rest[0] if rest else first for first, *rest in headings]
-    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), top, bottom, strict=True)]
+    headings = [table.columns[i].heading or "" for i in table.for_people[:-1]]
+    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), headings, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         first, *numbers, last = cells
@@ -107,8 +105,7 @@ def _answers(console: Console, table: Table) -> None:
         return " ".join([first.ljust(widths[0]), *padded, last])
 
     console.print()
-    _said(console, line(top), "dim")
-    _said(console, line(bottom), "dim")
+    _said(console, line(headings), "dim")
     for row, (*cells, below) in zip(table.rows, rows, strict=True):
         _said(console, line(cells), STYLES[row.tone])
         if below:
