@@ -46,7 +46,7 @@ class TraceOptions(PlannedOptions, TensorsOptions, FormatOptions):
     snapshot = option(
         Path,
         "--snapshot",
-        "Write what PyTorch's memory viewer opens (pytorch.org/memory_viz).",
+        "Write a pickle for PyTorch's memory viewer, https://pytorch.org/memory_viz (FILE.pickle).",
         panel="Trace",
         metavar="FILE",
     )
@@ -140,6 +140,10 @@ def _check_outputs(asked: TraceOptions) -> None:
         timeline.check_output(asked.plot)
         if asked.plot == asked.snapshot:
             raise OutputError(f"--plot and --snapshot both name {quoted(asked.plot)}.\nName two files.")
+    if asked.snapshot is not None:
+        from ..tracing import snapshot
+
+        snapshot.check_output(asked.snapshot)
     for path in (asked.plot, asked.snapshot):
         if path is not None:
             files.check_writable(path, asked.force)

@@ -24,10 +24,10 @@ from ..plan.solve import Answer
 from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.instants import Instant
-from ..step.optimizers import OPTIMIZERS
-from ..step.recipe import Recipe
+from ..step.recipe import Recipe, recipe_in_words
 from ..step.steps import Chunks
 from ..units import GIB, format_gib, format_tokens
+from .floor import Band, bands, merged
 from .formats import FORMATS
 from .formats.as_csv import as_csv
 from .report import Cell, Column, Row, Table
@@ -242,7 +242,9 @@ FILLS = {
     Instant.EMBEDDING: ("#f3d9e6", "oo"),
     Instant.OPTIMIZER: ("#d4d4d4", "---"),
 }
-"""Each binding instant's fill and hatch."""
+"""The fill and hatch of each instant, where it peaks."""
+TINTS = ("0.78", "0.85", "0.90", "0.94")
+"""Greys of the bands below the curves, from the bottom up."""
 
 
 def _style(name: str, index: int) -> Style:
@@ -250,27 +252,24 @@ def _style(name: str, index: int) -> Style:
 
 
 def card_name(card: Card) -> str:
-    return card.gpu.name if card.named else f"{format_gib(card.total_bytes, 0)} card"
+    return card.gpu.name if card.named else f"{format_gib(card.total_bytes, 0)} GPU"
+
+
+def recipe_line(recipe: Recipe, strategy: str) -> str:
+    """How one trains; of a recipe that has no strategy's name, what a strategy would decide, too."""
+    parts = [recipe_in_words(recipe)]
+    parts += ["weights in CPU RAM"] if recipe.weights_on_host else []
+    if strategy not in STYLES:
+        every = recipe.checkpoint if isinstance(recipe.checkpoint, str) else f"every {recipe.checkpoint} layers"
+        parts += [f"checkpoint {every}", f"{recipe.loss} loss"]
+        parts += ["MLP chunks recomputed"] if recipe.mlp_recompute else []
+        parts += ["layer inputs in CPU RAM"] if recipe.offload_layer_inputs else []
+    return ", ".join(parts)
 
 
 def _recipe_line(curves: Sequence[Curve]) -> str:
-    """What all strategies share; of a single recipe that has no strategy's name, the rest too."""
-    r = curves[0].recipe
-    optimizer: str = r.optimizer
-    if r.optimizer_in_backward or r.optimizer_on_host:
-        optimizer += " in backward" if r.optimizer_in_backward else " on the host"
-    elif OPTIMIZERS[r.optimizer].has_kernels:
-        optimizer += f" ({r.adamw_kernel})"
-    parts = [f"batch {r.batch}", r.precision, optimizer]
-    parts += ["weights on the host"] if r.weights_on_host else []
-    parts += [f"{r.accumulation} micro-batches per step"] if r.accumulation > 1 else []
-    parts += [f"{r.attention} attention"] if r.attention != "sdpa" else []
-    if len(curves) == 1 and curves[0].strategy not in STYLES:
-        every = r.checkpoint if isinstance(r.checkpoint, str) else f"every {r.checkpoint} layers"
-        parts += [f"checkpoint {every}", f"{r.loss} loss"]
-        parts += ["MLP chunks recomputed"] if r.mlp_recompute else []
-        parts += ["layer inputs on the host"] if r.offload_layer_inputs else []
-    return ", ".join(parts)
+    """What all strategies share; of a single recipe all of it."""
+    return recipe_line(curves[0].recipe, curves[0].strategy if len(curves) == 1 else next(iter(STYLES)))
 
 
 def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
@@ -361,8 +360,8 @@ def _draw(figure: Figure, curves: Sequence[Curve], model: Model, card: Card, tit
     left, width = LEFT / WIDTH, (WIDTH - LEFT - RIGHT) / WIDTH
     top = _top(curves, card)
     shown = _visible_instants(curves)
-    lines = [part for note in _notes(curves, card, top) for part in _wrapped(figure, note)]
-    recipe = _wrapped(figure, _recipe_line(curves))
+    lines = [part for note in _notes(curves, card, top) for part in wrapped(figure, note)]
+    recipe = wrapped(figure, _recipe_line(curves))
 
     def up(inches: float) -> float:
         return inches / HEIGHT
@@ -397,7 +396,7 @@ def _top(curves: Sequence[Curve], card: Card) -> float:
     return 1.3 * max(card.budget_bytes, least)
 
 
-def _wrapped(figure: Figure, text: str) -> list[str]:
+def wrapped(figure: Figure, text: str) -> list[str]:
     """Lines of small text no wider than the figure."""
     from matplotlib.text import Text
 
@@ -449,7 +448,7 @@ def _legend(figure: Figure, shown: Sequence[Instant], y: float) -> None:
         handleheight=1.3,
         labelspacing=0.35,
         columnspacing=1.6,
-        title="What holds the length back: the instant of the step with the most memory (faded: beyond S_max)",
+        title="Strips: the instant of the step at which memory peaks. Number: S_max; faded: lengths beyond it",
         title_fontsize=SMALL,
         alignment="left",
     )
@@ -480,7 +479,7 @@ def _binary(n: int) -> str:
 
 
 def _instants(axes: Axes, curves: Sequence[Curve]) -> None:
-    """One bar per strategy, split by what binds."""
+    """One bar per strategy, split by the instant that peaks."""
     from matplotlib.lines import Line2D
     from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
@@ -557,6 +556,7 @@ def _memory(axes: Axes, curves: Sequence[Curve], model: Model, card: Card) -> No
     first, last = axes.get_xlim()
     axes.axhspan(budget, top, color="0.955", zorder=0, linewidth=0)
     axes.axhline(budget, color="black", linewidth=1.3, zorder=2.5)
+    floor = _shaded(axes, bands(curves, model, card))
     order = sorted(range(len(curves)), key=lambda i: -_style(curves[i].strategy, i).width)
     for i in order:  # thin lines over thick ones
         style = _style(curves[i].strategy, i)
@@ -587,7 +587,32 @@ def _memory(axes: Axes, curves: Sequence[Curve], model: Model, card: Card) -> No
             )
     if model.context is not None and first < model.context < last:
         axes.axvline(model.context, color="0.45", linewidth=0.8, linestyle=(0, (5, 3)), zorder=2)
-    _label_lines(axes, curves, budget, f"{card_name(card)}: budget {format_gib(card.budget_bytes)}", model.context)
+    said = f"{card_name(card)}: budget {format_gib(card.budget_bytes)}"
+    taken = _label_lines(axes, curves, budget, said, model.context)
+    _label_bands(axes, curves, floor, taken, budget)
+
+
+class Shaded(NamedTuple):
+    """A band as it is drawn: between two levels, in GiB, in a grey."""
+
+    band: Band
+    low: float
+    high: float
+    tint: str
+
+
+def _shaded(axes: Axes, found: Sequence[Band]) -> list[Shaded]:
+    """Shade the bands one above the other: thin ones together, and nothing where even all together have no room for a label."""
+    per_pixel = axes.get_ylim()[1] * GIB / axes.get_window_extent().height
+    least = per_pixel * (_size(axes, "W")[1] + 3)
+    low, result = 0.0, []
+    for n, band in enumerate(band for band in merged(found, least) if band.bytes >= least):
+        shaded = Shaded(band, low, low + band.bytes / GIB, TINTS[min(n, len(TINTS) - 1)])
+        axes.axhspan(shaded.low, shaded.high, color=shaded.tint, zorder=0.6, linewidth=0)
+        axes.axhline(shaded.high, color="0.55", linewidth=0.6, zorder=0.7)
+        result.append(shaded)
+        low = shaded.high
+    return result
 
 
 def _up_to(points: Iterable[Point], most: float) -> Iterator[Point]:
@@ -604,8 +629,9 @@ def _up_to(points: Iterable[Point], most: float) -> Iterator[Point]:
 Box = tuple[float, float, float, float]  # left, bottom, right, top; in pixels
 
 
-def _label_lines(axes: Axes, curves: Sequence[Curve], budget: float, on_budget: str, context: int | None) -> None:
-    """Label the budget's line above or below it, and the model's context at the foot of its line, where no curve runs."""
+def _label_lines(axes: Axes, curves: Sequence[Curve], budget: float, on_budget: str, context: int | None) -> list[Box]:
+    """Label the budget's line above or below it, and the model's context at the foot of its line, where no curve runs.
+    Returns where the labels are."""
     import numpy as np
 
     frame, ink = axes.get_window_extent(), _ink(axes, curves)
@@ -628,13 +654,48 @@ def _label_lines(axes: Axes, curves: Sequence[Curve], budget: float, on_budget: 
             for x in np.linspace(frame.x0 + 5, frame.x1 - 5 - width, 60):
                 box = (x, y, x + width, y + height)
                 choices.append((cost(box) + 5 * k + (x - frame.x0) / 40, box))
-    _write(axes, min(choices)[1], on_budget, fontweight="bold")
+    taken = [min(choices)[1]]
+    _write(axes, taken[0], on_budget, fontweight="bold")
     if context is not None and first < context < last:
         text = f"context {format_tokens(context)}"
         width, height = _size(axes, text)
         x = axes.transData.transform((context, 0))[0]
         sides = [(left, frame.y0 + 4, left + width, frame.y0 + 4 + height) for left in (x - 4 - width, x + 4)]
-        _write(axes, min(sides, key=cost), text, color="0.35")
+        taken.append(min(sides, key=cost))
+        _write(axes, taken[-1], text, color="0.35")
+    return taken
+
+
+def _label_bands(
+    axes: Axes, curves: Sequence[Curve], floor: Sequence[Shaded], taken: Sequence[Box], budget: float
+) -> None:
+    """Write in each band what it is, where it meets no other label, no curve and no line; in a band without such a place, nothing."""
+    import numpy as np
+
+    frame, ink = axes.get_window_extent(), _ink(axes, curves)
+    first, last = axes.get_xlim()
+    level = axes.transData.transform((first, budget))[1]
+    upright = [axes.transData.transform((c.s_max, 0))[0] for c in curves if first <= c.s_max <= last]
+
+    def is_free(box: Box) -> bool:
+        x0, y0, x1, y1 = box
+        inked = (ink[:, 0] > x0 - 3) & (ink[:, 0] < x1 + 3) & (ink[:, 1] > y0 - 1) & (ink[:, 1] < y1 + 1)
+        apart = all(x1 < a or c < x0 or y1 < b or d < y0 for a, b, c, d in taken)
+        return apart and not inked.any() and not y0 - 2 < level < y1 + 2
+
+    widest = max((_size(axes, shaded.band.said)[0] for shaded in floor), default=0)  # so that labels stand in a column
+
+    for shaded in floor:
+        width, height = _size(axes, shaded.band.said)
+        bottom, top = (axes.transData.transform((first, y))[1] for y in (shaded.low, shaded.high))
+        choices = []
+        for nth, y in enumerate(((bottom + top - height) / 2, bottom + 2, top - 2 - height)):
+            for x in np.linspace(frame.x0 + 6, frame.x1 - 6 - widest, 40):
+                crossed = sum(1 for line in upright if x - 3 < line < x + widest + 3)
+                choices.append((crossed, nth, x, (x, y, x + width, y + height)))
+        free = [choice for choice in choices if is_free(choice[-1])]
+        if free:
+            _write(axes, min(free)[-1], shaded.band.said, on=shaded.tint)
 
 
 def _ink(axes: Axes, curves: Sequence[Curve]) -> Any:
@@ -659,7 +720,7 @@ def _size(axes: Axes, text: str, **more: Any) -> tuple[float, float]:
     return box.width, box.height
 
 
-def _write(axes: Axes, box: Box, text: str, **more: Any) -> None:
+def _write(axes: Axes, box: Box, text: str, on: str = "white", **more: Any) -> None:
     x, y = axes.transData.inverted().transform((box[0], (box[1] + box[3]) / 2))
-    back = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9}
+    back = {"facecolor": on, "edgecolor": "none", "pad": 0.8, "alpha": 0.9}
     axes.text(x, y, text, fontsize=SMALL, va="center", ha="left", bbox=back, zorder=7, **more)

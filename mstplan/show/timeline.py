@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from .. import files
 from ..errors import OutputError
 from ..step.instants import Instant
+from ..tracing.cache import PACKAGES
 from ..tracing.recording import Category
 from ..tracing.trace import Trace
 from ..units import GIB, format_gib, format_tokens
-from .plot import card_name, no_picture, render, short_name
+from .plot import HEIGHT, LINE, SMALL, WIDTH, card_name, no_picture, recipe_line, render, short_name, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,18 +28,29 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 MOST_POINTS = 1500
 """More would not be seen. Of the events between two points the largest is drawn, so no peak is lost."""
-COLORS = {
+STATES, TEMPORARY = "optimizer states", "optimizer's temporary"
+"""Names of the two that the optimizer's memory is drawn as: what stays as it is, and what its step makes."""
+COLORS: dict[str, str] = {
     Category.WEIGHTS: "#999999",
-    Category.STATES: "#cccccc",
+    STATES: "#d0d0d0",
     Category.GRADIENTS: "#0072B2",
     Category.INPUTS: "#56B4E9",
     Category.ATTENTION: "#E69F00",
     Category.MLP: "#009E73",
     Category.NORMS: "#F0E442",
     Category.LOSS: "#D55E00",
+    TEMPORARY: "#b8a9d9",
     Category.WORKSPACE: "#CC79A7",
     Category.OTHER: "#000000",
 }
+"""By what is drawn, from the bottom up."""
+HATCHES: dict[str, str] = {
+    Category.INPUTS: "\\\\\\",
+    Category.ATTENTION: "////",
+    Category.LOSS: "....",
+    TEMPORARY: "----",
+}
+"""So that in greys, too, neighbours are told apart."""
 
 
 def check_output(path: Path) -> None:
@@ -77,51 +89,110 @@ def drawn(live: Sequence[int], most: int = MOST_POINTS) -> list[int]:
     return [max(range(start, end), key=live.__getitem__) for start, end in pairwise(edges)]
 
 
+def layers(trace: Trace) -> dict[str, list[int]]:
+    """The stacks in the order in which they are drawn, without empty ones; together `trace.live`."""
+    by_category = stacks(trace)
+    states = sum(group.bytes for group in trace.resident if group.category is Category.STATES)
+    found: dict[str, list[int]] = {category.value: sizes for category, sizes in by_category.items()}
+    found[STATES] = [states] * len(trace.live)
+    found[TEMPORARY] = [size - states for size in by_category[Category.STATES]]
+    return {name: found[name] for name in COLORS if any(found[name])}
+
+
+def footer(view: View) -> str:
+    """What the picture stands on."""
+    from .. import __version__
+
+    rung, _, how = view.provenance.partition(":")
+    versions = ", ".join(f"{name} {view.versions[name].partition('+')[0]}" for name in PACKAGES)
+    return f"{rung.capitalize()} with {versions}:{how}. mstplan {__version__}"
+
+
 def _draw(figure: Figure, view: View, title: str) -> None:
-    trace = view.trace
-    axes = figure.add_axes((0.075, 0.2, 0.905, 0.7))
-    figure.text(0.015, 0.965, title, fontsize=12, weight="bold", va="top")
-    found, at = stacks(trace), drawn(trace.live)
-    shown = [category for category in Category if any(found[category])]
-    axes.stackplot(
+    recipe, foot = wrapped(figure, recipe_line(view.trace.recipe, view.strategy)), wrapped(figure, footer(view))
+    below = 0.1 + LINE * len(foot)  # inches
+    axes = figure.add_axes(
+        (0.1, (below + 1.05) / HEIGHT, 0.88, 1 - (below + 1.05 + 0.48 + LINE * len(recipe)) / HEIGHT)
+    )
+    figure.text(0.1 / WIDTH, 1 - 0.1 / HEIGHT, title, fontsize=11, weight="bold", va="top")
+    figure.text(0.1 / WIDTH, 1 - 0.31 / HEIGHT, "\n".join(recipe), fontsize=SMALL, va="top")
+    figure.text(0.1 / WIDTH, 0.1 / HEIGHT, "\n".join(foot), fontsize=SMALL, color="0.2", va="bottom")
+    _stack(axes, view.trace)
+    _parts(axes, view.trace, _budget(axes, view))
+    _peak(axes, view)
+    axes.set_ylabel("GiB on the GPU")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        names,
+        loc="lower left",
+        ncols=-(-len(names) // 2),
+        frameon=False,
+        fontsize=SMALL,
+        borderaxespad=0,
+        borderpad=0,
+        handlelength=1.8,
+        columnspacing=1.3,
+        bbox_to_anchor=(0.1 / WIDTH, (below + 0.06) / HEIGHT),
+    )
+
+
+def _stack(axes: Axes, trace: Trace) -> None:
+    found, at = layers(trace), drawn(trace.live)
+    areas = axes.stackplot(
         at,
-        [[found[c][e] / GIB for e in at] for c in shown],
-        colors=[COLORS[c] for c in shown],
-        labels=shown,
+        [[sizes[event] / GIB for event in at] for sizes in found.values()],
+        colors=[COLORS[name] for name in found],
+        labels=found,
         linewidth=0,
     )
-    axes.set_xlim(0, len(trace.live))
-    budget = view.card.budget_bytes / GIB
-    top = 1.12 * max(trace.peak.bytes / GIB, budget if budget <= 1.5 * trace.peak.bytes / GIB else 0)
+    for name, area in zip(found, areas, strict=True):
+        if name in HATCHES:
+            area.set_hatch(HATCHES[name])
+            area.set_edgecolor("0.25")
+
+
+BACK = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+"""Behind words, so that no line runs through them."""
+
+
+def _budget(axes: Axes, view: View) -> float:
+    """Set the axis of bytes and draw the budget on it, or say that it lies above, away from the peak. Returns the most bytes
+    that are drawn, in GiB."""
+    trace, budget = view.trace, view.card.budget_bytes / GIB
+    peak, count = trace.peak.bytes / GIB, len(trace.live)
+    top = 1.12 * max(peak, budget if budget <= 1.5 * peak else 0)
+    axes.set_xlim(0, count)
     axes.set_ylim(0, top)
-    words, left = f"budget {format_gib(view.card.budget_bytes)}", 0.005 * len(trace.live)
+    words = f"budget {format_gib(view.card.budget_bytes)}"
+    at_left = trace.peak.event > count / 2
+    where = 0.005 * count if at_left else 0.995 * count
+    aligned = "left" if at_left else "right"
     if budget <= top:
         axes.axhline(budget, color="black", linewidth=1.2)
-        axes.text(left, budget, words, va="bottom")
+        axes.text(where, budget + 0.01 * top, words, ha=aligned, va="bottom", bbox=BACK)
     else:
-        axes.text(left, top, f"{words}: above what is drawn", va="top")
-    _peak(axes, view)
-    _parts(axes, trace)
-    axes.set_ylabel("GiB on the card")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="lower center", ncols=5, frameon=False, bbox_to_anchor=(0.53, 0.01)
-    )
+        axes.text(where, top, f"{words}: above what is drawn", ha=aligned, va="top", bbox=BACK)
+    return top
 
 
 def _peak(axes: Axes, view: View) -> None:
+    """Mark the peak, and say beside it how much it is and when."""
+    from matplotlib.markers import CARETDOWN
+
     peak, count = view.trace.peak, len(view.trace.live)
     left = peak.event > 0.6 * count
-    axes.plot([peak.event], [peak.bytes / GIB], marker="v", color="black", markersize=6, clip_on=False)
+    axes.plot([peak.event], [peak.bytes / GIB], marker=CARETDOWN, color="black", markersize=7, clip_on=False)
     axes.annotate(
-        f"{peak.instant}: {format_gib(peak.bytes)}",
+        f"peak {format_gib(peak.bytes)}: {peak.instant}",
         (peak.event, peak.bytes / GIB),
-        xytext=(-9 if left else 9, 0),
+        xytext=(-8 if left else 8, 4),
         textcoords="offset points",
         va="center",
         ha="right" if left else "left",
         weight="bold",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
+        bbox=BACK,
     )
 
 
@@ -145,10 +216,10 @@ def parts(trace: Trace) -> list[tuple[str, int, int]]:
     return found
 
 
-def _parts(axes: Axes, trace: Trace) -> None:
+def _parts(axes: Axes, trace: Trace, top: float) -> None:
     """Below the axis the parts of the step, over their events."""
     axes.set_xticks([])
-    below = -0.02 * axes.get_ylim()[1]
+    below = -0.02 * top
     for n, (name, start, end) in enumerate(parts(trace)):
         if n:
             axes.axvline(start, color="black", linewidth=0.6, linestyle=(0, (2, 2)))

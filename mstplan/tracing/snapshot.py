@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from ..errors import OutputError, quoted
 from .allocator import Allocator, Segment
 
 PICKLE_PROTOCOL = 4
@@ -18,6 +20,12 @@ PICKLE_PROTOCOL = 4
 Frames = list[dict[str, Any]]
 
 _POOL = (0, 0)  # torch's number for memory that is in no private pool
+
+
+def check_output(path: Path) -> None:
+    """Raises OutputError where the name asks for JSON, which the viewer does not open."""
+    if path.suffix.lower() == ".json":
+        raise OutputError(f"--snapshot writes a pickle, no JSON: {quoted(path.name)}.\nEnd the name in .pickle.")
 
 
 def snapshot(

@@ -78,6 +78,19 @@ def test_plot_and_snapshot_are_written(run: Run, tmp_path: Path) -> None:
     assert run(*STEP, "checkpoint", *files, "--force").code == 0
 
 
+def test_a_snapshot_to_json_is_refused_before_anything_is_traced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracer, "trace", pytest.fail)
+    assert run(*STEP, "mst", "--snapshot", "step.json", "--no-cache").code == 2
+
+
+@pytest.mark.parametrize("name", ["step.pkl", "step", "step.dump"])
+def test_a_snapshot_may_have_any_other_name(run: Run, tmp_path: Path, name: str) -> None:
+    assert run(*STEP, "checkpoint", "--snapshot", name).code == 0
+    assert pickle.loads((tmp_path / name).read_bytes())["device_traces"][0]
+    said = " ".join(run("trace", "--help").out.replace("\u2502", " ").split())
+    assert "a pickle for PyTorch's memory viewer" in said and "https://pytorch.org/memory_viz" in said
+
+
 def test_max_seq_by_trace(run: Run) -> None:
     asked = ("max-seq", "-m", "tiny.json", "--gpu-mem", "2GB", "--rung", "trace", "--checkpoint", "layer")
     told = run(*asked, "--json").json
@@ -106,6 +119,8 @@ def test_calibrate_and_then_plan(run: Run, tmp_path: Path, monkeypatch: pytest.M
 
 BAD = [
     ((*STEP, "mst", "--plot", "a.png", "--snapshot", "a.png"), "both name 'a.png'"),
+    ((*STEP, "mst", "--snapshot", "step.JSON", "--force"), "writes a pickle, no JSON: 'step.JSON'"),
+    ((*STEP, "mst", "--snapshot", "step.json", "--plot", "step.png"), "End the name in .pickle"),
     ((*STEP, "mst", "--optimizer", "adamw-8bit"), "no adamw-8bit"),
     ((*STEP, "mst", "--loss", "transformers<4.45"), "formula rung"),
     ((*STEP, "mst", "--plot", "step.csv"), "what to draw"),

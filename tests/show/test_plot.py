@@ -261,7 +261,11 @@ def test_what_the_picture_says(fits):
     for answer in found:
         assert f"{answer.s_max:,}\n{answer.strategy}" in said  # both at the strip
     assert f"h100: budget {on.budget_bytes / GIB:.2f} GiB" in said
-    assert "batch 1, bf16, adamw in backward" in said and "Estimated" in said and "mstplan 0." in said
+    assert (
+        "AdamW (foreach, bf16 states, in backward), batch 1, sdpa" in said
+        and "Estimated" in said
+        and "mstplan 0." in said
+    )
     assert "as recommended at S_max: mst 4, 16; mst-offload 4, 16" in said
     assert all(f"{n}" in said.split("\n") for n in ("1k", "4k", "16k", "64k"))
     binding = {p.instant for c in curves for p in c.points}
