@@ -24,7 +24,7 @@ from ..plan.solve import Answer
 from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.instants import Instant
-from ..step.recipe import Recipe, recipe_in_words
+from ..step.recipe import Recipe, recipe_in_words, strategy_label
 from ..step.steps import Chunks
 from ..units import GIB, format_gib, format_tokens
 from .floor import Band, bands, merged
@@ -284,17 +284,21 @@ def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
         who = (
             "No strategy fits"
             if len(none) == len(curves) > 1
-            else f"Does not fit: {', '.join(c.strategy for c in none)}"
+            else f"Does not fit: {', '.join(strategy_label(c.strategy) for c in none)}"
         )
         over = format_gib(least - card.budget_bytes)
         lines.append(f"{who}. Even {where} tokens need {format_gib(least)}, {over} more than the budget.")
-        hidden = [c.strategy for c in none if c.points[0].bytes > top]
+        hidden = [strategy_label(c.strategy) for c in none if c.points[0].bytes > top]
         lines += [f"Above what is drawn: {', '.join(hidden)}."] if hidden else []
-    beyond = [f"{c.strategy} {format_tokens(c.s_max)}" for c in curves if c.s_max > c.points[-1].seq_len]
+    beyond = [
+        f"{strategy_label(c.strategy)} {format_tokens(c.s_max)}" for c in curves if c.s_max > c.points[-1].seq_len
+    ]
     if beyond:
         lines.append(f"S_max beyond the lengths drawn: {', '.join(beyond)}.")
     for cut, when in (([c for c in curves if c.s_max], "S_max"), (none, "the longest")):
-        counts = "; ".join(f"{c.strategy} {c.chunks.mlp}, {c.chunks.loss}" for c in cut if max(c.chunks) > 1)
+        counts = "; ".join(
+            f"{strategy_label(c.strategy)} {c.chunks.mlp}, {c.chunks.loss}" for c in cut if max(c.chunks) > 1
+        )
         chosen = any("auto" in (c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in cut)
         why = f", as recommended at {when}" if chosen else ""
         lines += [f"Chunks (MLP, loss) at every length{why}: {counts}."] if counts else []
@@ -305,7 +309,7 @@ def _notes(curves: Sequence[Curve], card: Card, top: float) -> list[str]:
 # ---- the picture: where it goes ----------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT, DPI, FONT = 7.0, 6.0, 200, 8.5  # inches, inches, dots per inch, points
-LEFT, RIGHT, LINE = 1.5, 0.2, 0.145  # inches: margins, a line of small text
+LEFT, RIGHT, LINE = 1.62, 0.2, 0.145  # inches: margins, a line of small text
 SMALL = 8.0
 
 
@@ -518,7 +522,7 @@ def _instants(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.text(
             0,
             row,
-            curve.strategy,
+            strategy_label(curve.strategy),
             transform=names + ScaledTranslation(-0.5, 0, inches),
             ha="right",
             va="center_baseline",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .. import files
 from ..errors import OutputError
 from ..step.instants import Instant
+from ..step.recipe import strategy_label
 from ..tracing.cache import PACKAGES
 from ..tracing.recording import Category
 from ..tracing.trace import Trace
@@ -61,7 +62,8 @@ def check_output(path: Path) -> None:
 
 def write(view: View, path: Path) -> None:
     """Draw the trace's timeline. All of the file is written, or nothing. Raises OutputError."""
-    title = f"{short_name(view.model.name)}, {view.strategy}, {format_tokens(view.trace.seq_len)} tokens on {card_name(view.card)}: one training step"
+    what = f"{strategy_label(view.strategy)}, {format_tokens(view.trace.seq_len)} tokens"
+    title = f"{short_name(view.model.name)}, {what} on {card_name(view.card)}: one training step"
     with files.refusing(path):
         data = render(path.suffix.lower()[1:], title, lambda figure: _draw(figure, view, title))
     files.write(path, data)

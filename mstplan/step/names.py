@@ -185,12 +185,12 @@ VALUES: dict[str, tuple[Told, ...]] = {
     ),
     "strategy": (
         Told(
-            "baseline plain none default vanilla naive no_checkpoint no_checkpointing",
+            "baseline plain none default vanilla naive no_checkpoint",
             "is training without checkpoints and chunks",
             {"strategy": "no-checkpointing"},
         ),
         Told(
-            "gradient_checkpointing activation_checkpointing gc ac checkpointing full_checkpointing checkpoint_layer layer",
+            "gradient_checkpointing activation_checkpointing gc ac full_checkpointing checkpoint_layer layer",
             "is checkpointing of every layer",
             {"strategy": "checkpointing"},
         ),
@@ -421,15 +421,17 @@ def _way(row: Told, written: str, otherwise: str) -> str:
     return f"Write it as {written}." if None in row.write.values() else f"Write {written}."
 
 
-def unknown_value(field: str, typed: object, planned: Collection[str], more: str = "") -> str:
-    """Two lines about a value that `field` cannot have; `planned` are those it can, and `more` what else."""
+def unknown_value(
+    field: str, typed: object, planned: Collection[str], more: str = "", older: Collection[str] = ()
+) -> str:
+    """Two lines about a value that `field` cannot have; `planned` are those it can, `more` what else, `older` names are taken too."""
     shown, word = (field, "Planned") if field in VALUES else (f"--{field}", "Known")
     text, all_planned = one_line(typed), f"{word}: {', '.join(planned)}{more}."
-    spelled = [Told(value, "is spelled otherwise", {field: value}) for value in planned]
+    spelled = [Told(value, "is spelled otherwise", {field: value}) for value in (*planned, *older)]
     rows = VALUES.get(field) or CHOICES.get(field, ())
     row = _of((*spelled, *rows), text) if isinstance(typed, str | bool) else None
     if row is None:
-        return f"unknown {shown} {quoted(typed)}.{did_you_mean(text, planned)}\n{all_planned}"
+        return f"unknown {shown} {quoted(typed)}.{did_you_mean(text, (*planned, *older))}\n{all_planned}"
     return f"{shown}: {quoted(typed)} {row.said}.\n{_way(row, _as_fields(row), all_planned)}"
 
 

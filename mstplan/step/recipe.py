@@ -289,7 +289,7 @@ def strategy_name(typed: str) -> str:
             return name
     from . import names
 
-    raise RecipeError(names.unknown_value("strategy", typed, strategy_labels()))
+    raise RecipeError(names.unknown_value("strategy", typed, strategy_labels(), older=list(LABELS)))
 
 
 def strategy_label(name: str) -> str:

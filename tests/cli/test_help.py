@@ -17,7 +17,7 @@ from mstplan.cli.options import RecipesOptions
 from mstplan.cli.planning import DTYPES, RUNGS
 from mstplan.measuring.measurement import DEVICES
 from mstplan.step.optimizers import OPTIMIZERS
-from mstplan.step.recipe import STRATEGIES, Recipe
+from mstplan.step.recipe import STRATEGIES, Recipe, strategy_labels
 
 from .conftest import Run
 
@@ -69,7 +69,7 @@ def test_choices_are_those_that_are_taken(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(OPTIMIZERS, "signs", OPTIMIZERS["sgd"])
     monkeypatch.setitem(STRATEGIES, "mine", STRATEGIES["mst"])
     said = " ".join(run("max-seq", "--help").out.replace("│", " ").split())
-    for known in (OPTIMIZERS, STRATEGIES, get_args(Recipe.model_fields["attention"].annotation)):
+    for known in (OPTIMIZERS, strategy_labels(), get_args(Recipe.model_fields["attention"].annotation)):
         assert " | ".join(known) in said
     assert "Default adamw." in said and "Default mixed" not in said
 

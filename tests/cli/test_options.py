@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mstplan.cli.commands import declared
 from mstplan.cli.options import RecipesOptions, recipes_of
 from mstplan.step.recipe import STRATEGIES as NAMED
-from mstplan.step.recipe import Recipe, options_of, strategy
+from mstplan.step.recipe import Recipe, options_of, strategy, strategy_label
 
 from ..step.strategies import recipes
 
@@ -47,7 +47,7 @@ def test_options_of_a_recipe_ask_for_it(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_strategy_is_called_by_its_name(name: str) -> None:
-    assert options_of(strategy(name)) == f"--strategy {name}"
+    assert options_of(strategy(name)) == f"--strategy {strategy_label(name)}"
     sharded = strategy(
         name if name != "checkpoint-sqrt" else "checkpoint", gpus=8, sharding="fsdp", optimizer_in_backward=True
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mstplan.step.recipe import STRATEGIES, Recipe
+from mstplan.step.recipe import LABELS, STRATEGIES, Recipe, strategy_label
 
 from ..processes import ROOT
 from .conftest import Run, Said
@@ -26,7 +26,7 @@ def test_max_seq_answers_for_every_strategy(run: Run) -> None:
     said = run("max-seq", *CASE)
     assert said.code == 0 and not said.err
     for name in STRATEGIES:
-        assert any(line.startswith(name) for line in said.out.splitlines())
+        assert any(line.startswith(strategy_label(name) + " ") for line in said.out.splitlines())
     assert "budget 79.48 GiB" in said.out
     assert "80 GiB nominal" in said.out or "80.00 GiB nominal" in said.out
 
@@ -60,7 +60,7 @@ def test_max_seq_json_has_the_promised_fields(run: Run) -> None:
 def test_the_table_says_what_json_says(run: Run) -> None:
     table, answer = run("max-seq", *CASE).out, run("max-seq", *CASE, "--json").json
     for result in answer["results"]:
-        line = next(line for line in table.splitlines() if line.startswith(result["strategy"] + " "))
+        line = next(line for line in table.splitlines() if line.startswith(result["label"] + " "))
         assert f"{result['s_max']:,}" in line and result["instant"] in line
 
 
@@ -116,7 +116,10 @@ def test_plan_answers_for_every_strategy_and_details_the_first_that_fits(run: Ru
         assert line["fits"] == (line["s_max"] >= 65536)
         (alone,) = run(*asked, "-s", line["strategy"], "--json").json["strategies"]
         assert alone == line
-        assert any(row.split()[:1] == [line["strategy"]] and f"{line['s_max']:,}" in row for row in table.splitlines())
+        assert any(
+            row.split()[:1] == [strategy_label(line["strategy"])] and f"{line['s_max']:,}" in row
+            for row in table.splitlines()
+        )
     assert answer["strategy"] == next(name for name in STRATEGIES if reached[name] >= 65536) == "mst"
 
 
@@ -268,7 +271,7 @@ def test_reserve_host_memory_and_positions_are_noted(run: Run) -> None:
     free, held = (run("max-seq", *CASE, *more, "--json").json for more in ((), ("--reserve", "4GB")))
     assert free["budget_bytes"] - held["budget_bytes"] == 4 * 2**30
     notes = " ".join(run("max-seq", *CASE, "--host-mem", "16GB", "--json").json["notes"])
-    assert "host memory is short" in notes and "allows" in notes
+    assert "CPU RAM is short" in notes and "allows" in notes
     notes = " ".join(run("max-seq", "-m", "llama2-7b", "--gpu", "h100", "--json").json["notes"])
     assert "4,096 positions" in notes
 
@@ -328,7 +331,7 @@ def test_a_recipe_is_called_a_strategy_only_while_it_is_one(run: Run) -> None:
 def test_the_papers_formulas_know_one_card(run: Run, tmp_path: Path) -> None:
     (tmp_path / "sharded.json").write_text('{"sharding": "fsdp", "gpus": 8}')
     said = run("theorem", *CASE, "--recipe", "sharded.json")
-    assert said.code == 2 and "one card" in said.err and "max-seq" in said.err
+    assert said.code == 2 and "one GPU" in said.err and "max-seq" in said.err
     assert run("theorem", *CASE, "--gpus", "8").code == 2
 
 
@@ -344,12 +347,12 @@ BAD = [
     (("max-seq", *CASE, "-s", "mst", "--recipe", "unknown-field.json"), "exclude each other"),
     (("max-seq", *CASE, "--no-cache"), "--no-cache: nothing to do with the formula"),
     (("plan", *CASE, "--seq-len"), "Try 'mstplan plan --help'"),
-    (("max-seq", "--model", "llama3.1-8b"), "no card given"),
+    (("max-seq", "--model", "llama3.1-8b"), "no GPU given"),
     (("max-seq", "--model", "llama31-8b", "--gpu", "h100"), "Did you mean llama3.1-8b"),
     (("max-seq", "--model", "llama3.1-8b", "--gpu", "h10"), "Did you mean h100"),
     (("max-seq", "--model", "llama3.1-8b", "--gpu-mem", "80"), "79.15GiB"),
     (("max-seq", "--model", "llama3.1-8b", "--gpu-mem", "-3GB"), "cannot read"),
-    (("max-seq", "--model", "llama3.1-8b", "--gpu-mem", "1MB"), "less than any card"),
+    (("max-seq", "--model", "llama3.1-8b", "--gpu-mem", "1MB"), "less than any GPU"),
     (("max-seq", "--model", "llama3.1-8b", "--gpu", "h100", "--gpu-mem", "90GB"), "more than h100 has"),
     (("max-seq", *CASE, "--reserve", "80GB"), "leaves nothing"),
     (("max-seq", *CASE, "--batch", "0"), "batch"),
@@ -553,3 +556,24 @@ def test_one_length_that_does_not_fit_is_told_by_the_exit_code(run: Run) -> None
         assert said.code == 2 and not said.out and len(said.err.splitlines()) <= 2, bad
     said = run("plan", "-m", "gpt2", "--gpu", "h100", "--seq-len", "16,32", "--write-recipe", "r.json")
     assert said.code == 2 and "Give one length" in said.err
+
+
+def test_strategies_answer_to_both_their_names(run: Run) -> None:
+    """The field's word, which tables and help have, and the name that JSON and results files have."""
+    for name, label in LABELS.items():
+        answers = [run("max-seq", *CASE, "-s", called, "--json").json["results"] for called in (name, label)]
+        assert answers[0] == answers[1] and answers[0][0]["strategy"] == name and answers[0][0]["label"] == label
+    assert "--strategy checkpointing" in run("max-seq", *CASE, "-s", "CHECKPOINTING").err
+
+
+@pytest.mark.parametrize("asked", [("max-seq", *CASE), ("plan", *CASE, "--seq-len", "64k")], ids=["max-seq", "plan"])
+def test_tensors_are_shown_on_demand(run: Run, asked: tuple[str, ...]) -> None:
+    short, long = run(*asked).out, run(*asked, "--tensors").out
+    assert "smaller" in short and "d=4,096" not in short
+    assert "d=4,096" in long and len(long.splitlines()) > len(short.splitlines()) + 5
+    assert run(*asked, "--json").json == run(*asked, "--tensors", "--json").json
+
+
+def test_json_has_the_words_of_the_screen_beside_the_older_ones(run: Run) -> None:
+    (answer,) = run("max-seq", *CASE, "-s", "mst-offload", "--json").json["results"]
+    assert answer["peak_at"] == answer["instant"] and answer["cpu_ram_bytes"] == answer["host_bytes"] > 0

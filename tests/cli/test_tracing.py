@@ -30,7 +30,7 @@ def test_trace_tells_peaks_and_tensors(run: Run) -> None:
     for part in (
         "simulated:",
         "fits.",
-        "<- binds",
+        "<- peak",
         "backward of the loss",
         "_log_softmax",
         "expandable_segments:True: runs",

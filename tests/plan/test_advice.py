@@ -14,7 +14,7 @@ MODEL = load_model("llama3.1-8b")
 
 def test_host_memory_is_named() -> None:
     answer = max_seq(MODEL, strategy("mst-offload"), card("h100", host_memory=16 * GIB), "mst-offload")
-    assert any("host memory is short" in note and f"{answer.s_max:,}" in note for note in advice.answer_notes(answer))
+    assert any("CPU RAM is short" in note and f"{answer.s_max:,}" in note for note in advice.answer_notes(answer))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_is_short_is_named(options: dict[str, object]) -> None:
                     *(line for answer in found for line in advice.answer_notes(answer)),
                 ]
             )
-            assert ("host memory is short" in said) == (host is not None)
+            assert ("CPU RAM is short" in said) == (host is not None)
             assert ("more than the budget" in said) == (found[1].plan.peak_bytes > found[1].plan.budget_bytes)
             assert "-" not in said.replace("not-", "").split("GiB")[0]
 

@@ -37,7 +37,7 @@ def test_where_nothing_fits_the_smallest_card_is_named(name: str, holds: bool) -
     told = findings.longest(model, on, {each: strategy(each) for each in ("standard", "mst")})
     assert told.best.s_max == 0 and not told.to_fit and (told.smallest is not None) == holds
     if told.smallest is None:
-        assert "No single card holds it." in told.notes[-1]
+        assert "No single GPU holds it." in told.notes[-1]
     else:
         there = card(told.smallest.name, host_memory=0)
         assert f"holds it: {told.smallest.name}." in told.notes[-1]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mstplan.errors import RecipeError
 from mstplan.step import names
 from mstplan.step.names import VALUES, Told
-from mstplan.step.recipe import STRATEGIES, Recipe, planned, strategy
+from mstplan.step.recipe import Recipe, planned, strategy, strategy_labels
 
 FIELDS = [field for field in VALUES if field != "strategy"]
 CASES = [(field, row) for field, rows in VALUES.items() for row in rows]
@@ -22,7 +22,7 @@ TYPED = [(field, row, name) for field, row in CASES for name in row.names.split(
 
 
 def values(field: str) -> list[str]:
-    return list(STRATEGIES) if field == "strategy" else planned(field)[0]
+    return strategy_labels() if field == "strategy" else planned(field)[0]
 
 
 def said_of(field: str, value: Any) -> str:

@@ -42,9 +42,14 @@ def new_console() -> Console:
 
 
 def write(console: Console, blocks: Iterable[Block]) -> None:
-    """Blocks of a report on a console."""
+    """Blocks of a report on a console. A table that ends in a blank line needs no other one after it."""
+    from .. import report
+
+    ended = False
     for block in blocks:
-        _block(console, block)
+        if not (ended and block is report.GAP):
+            _block(console, block)
+        ended = isinstance(block, report.Table) and block.layout != "ways"
 
 
 def _block(console: Console, block: Block) -> None:
