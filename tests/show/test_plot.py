@@ -17,7 +17,7 @@ from mstplan.plan import solve
 from mstplan.show import plot
 from mstplan.spec.catalog import load_model
 from mstplan.spec.hardware import card
-from mstplan.step.recipe import STRATEGIES
+from mstplan.step.recipe import STRATEGIES, strategy_label
 from mstplan.step.steps import Chunks
 from mstplan.units import GIB
 
@@ -259,7 +259,7 @@ def test_what_the_picture_says(fits):
     model, on, found, curves = fits
     said = "\n".join(t.get_text() for t in texts(curves, model, on)[1])
     for answer in found:
-        assert f"{answer.s_max:,}\n{answer.strategy}" in said  # both at the strip
+        assert f"{answer.s_max:,}\n{strategy_label(answer.strategy)}" in said  # both at the strip
     assert f"h100: budget {on.budget_bytes / GIB:.2f} GiB" in said
     assert (
         "AdamW (foreach, bf16 states, in backward), batch 1, sdpa" in said
@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_said():
     mixed = [solve.max_seq(model, STRATEGIES["standard"].changed(precision="fp32"), on, "standard"), found[3]]
     assert mixed[0].s_max == 0
     said = " ".join(t.get_text() for t in texts(plot.curves(mixed), model, on)[1])
-    assert "Does not fit: standard." in said and "Above what is drawn: standard." in said
+    assert "Does not fit: no-checkpointing." in said and "Above what is drawn: no-checkpointing." in said
     said = " ".join(t.get_text() for t in texts(plot.curves(found, 16384), model, on)[1])
     assert f"S_max beyond the lengths drawn: checkpoint {found[1].s_max:,}" in said
 
