@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_said():
     said = " ".join(t.get_text() for t in texts(plot.curves(mixed), model, on)[1])
     assert "Does not fit: no-checkpointing." in said and "Above what is drawn: no-checkpointing." in said
     said = " ".join(t.get_text() for t in texts(plot.curves(found, 16384), model, on)[1])
-    assert f"S_max beyond the lengths drawn: checkpoint {found[1].s_max:,}" in said
+    assert f"S_max beyond the lengths drawn: checkpointing {found[1].s_max:,}" in said
 
 
 @pytest.mark.filterwarnings("error")
