@@ -31,7 +31,7 @@ LONGEST_FIRST = (
     "train/test_survey.py",
     "step/test_steps.py",
     "plan/test_ways.py",
-    "measuring/test_point.py",
+    "measuring/test_worker.py",
 )
 """Files that take 20 seconds or more, of two workers that take a file each: the last one to begin must not be one of these."""
 

@@ -149,7 +149,7 @@ def test_a_checkout_that_only_the_current_folder_leads_to(tmp_path: Path) -> Non
     for name in ("mstplan", "profiles"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     said = json.dumps({"error": "of the checkout"})
-    (tmp_path / "mstplan" / "measuring" / "point.py").write_text(f"def main():\n    print({said!r})\n")
+    (tmp_path / "mstplan" / "measuring" / "worker.py").write_text(f"def main():\n    print({said!r})\n")
     done = called(tmp_path, "-m", "mstplan", "measure", "-m", "gpt2", "--seq-len", "16", "--device", "cpu")
     assert (done.returncode, done.stderr) == (2, "mstplan: of the checkout\n")
 

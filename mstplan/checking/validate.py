@@ -18,7 +18,7 @@ from ..plan.solve import layout_of, sizes
 from ..spec.hardware import Card
 from ..step.steps import Chunks, Step, step
 from ..tracing import cache
-from ..tracing.card import held, runs
+from ..tracing.simulation import held, runs
 from ..tracing.trace import Trace
 
 FORMULA, CALIBRATED, TRACE = "formula", "calibrated", "trace"

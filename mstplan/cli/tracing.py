@@ -75,7 +75,7 @@ def trace(asked: TraceOptions) -> None:
 
         timeline.write(view, asked.plot)
     if asked.snapshot is not None:
-        from ..tracing.card import all_events, name_of
+        from ..tracing.simulation import all_events, name_of
         from ..tracing.snapshot import snapshot, to_pickle
 
         files.write(

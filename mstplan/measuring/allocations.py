@@ -11,10 +11,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..step.instants import Pass
-from ..tracing.compare import MISSING, Allocation, Known
+from ..tracing.allocation_diff import MISSING, Allocation, Known
 from ..tracing.recorder import held_by
 from ..train.step import TrainingStep
-from .marking import Mark, marking
+from .instant_hooks import Mark, marking
 
 Keep = Callable[[int], bool]
 

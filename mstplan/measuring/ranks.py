@@ -22,9 +22,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from ..errors import MeasurementError, one_line, quoted
 from .launch import Launch
 from .measurement import OK, Case, Figures, Measurement, appending
-from .point import attempt, check_cuda, environment, local_rank
-from .point import measure as measure_here
 from .sweep import now
+from .worker import attempt, check_cuda, environment, local_rank
+from .worker import measure as measure_here
 
 _FAILED, _RECORDED = "mstplan: a rank failed", "mstplan: its record is written"
 _SECONDS = 0.5  # between two looks

@@ -36,7 +36,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("mstplan", {str(_PACKAGE / "__init__.py")!r}, submodule_search_locations=[{str(_PACKAGE)!r}])
 sys.modules["mstplan"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["mstplan"])
-from mstplan.measuring.point import main
+from mstplan.measuring.worker import main
 main()
 """
 PROCESS = (sys.executable, "-c", _PROGRAM)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ..plan.shapes import Shape
     from ..plan.theorem import Coefficients, Row
     from ..plan.theorem import View as TheView
-    from ..tracing.card import Held
     from ..tracing.findings import TracedLongest, View
+    from ..tracing.simulation import Held
     from .plot import Curve
 
 SCHEMA_VERSION = 1

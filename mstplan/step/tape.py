@@ -149,7 +149,7 @@ class Op:
     arguments: tuple[Tensor, ...] = ()  # of a part, beside its input: kept for its backward as well
     holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
     product: bool = (
-        False  # with its weights as they are: it can add their gradients to a sum (mstplan/train/products.py)
+        False  # with its weights as they are: it can add their gradients to a sum (mstplan/train/grad_sums.py)
     )
     group: Group | None = None  # of a part: its weights are gathered for it
     stage: Stage | None = None  # of the step that it belongs to; None within a part

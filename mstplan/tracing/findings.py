@@ -13,8 +13,8 @@ from ..step.recipe import strategy_label
 from ..step.steps import InstantPeak
 from ..units import SHORTEST, format_gib, format_tokens
 from . import explain
-from .card import Held, held, room
 from .search import Found
+from .simulation import Held, held, room
 from .trace import Trace
 
 PROVENANCE = "simulated: the model's real code on fake tensors; nothing measured on a GPU"

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..errors import RecipeError
 from ..step.recipe import Recipe
-from ..train import finding
+from ..train import locate
 from .patches import EMPTY, FILL, GATHER_BUFFER, GATHER_INPUTS, GATHERED_OUTPUTS, SCATTER_BUFFERS, Make, patched
 from .recorder import Recorder
 from .recording import Category
@@ -68,7 +68,7 @@ def shard(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
         if mixed
         else MixedPrecisionPolicy()
     )
-    for layer in finding.find_parts(model).layers:
+    for layer in locate.find_parts(model).layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 

@@ -21,7 +21,7 @@ from ..spec.model import Model
 from ..step.recipe import Recipe
 from ..step.steps import Chunks
 from ..units import LONGEST, SHORTEST, trainable
-from .card import needed, room, runs
+from .simulation import needed, room, runs
 from .trace import Trace
 
 T = TypeVar("T")

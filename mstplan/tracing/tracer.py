@@ -29,7 +29,7 @@ from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
 from ..step.runnable import check_runnable
 from ..step.steps import segment_length
-from ..train import finding
+from ..train import locate
 from ..train.stand_in import stand_in
 from ..train.step import TrainingStep, build, make_states, quiet, read_settings, trained
 from .cpu import KernelBuffers
@@ -82,7 +82,7 @@ def trace_settings(
     """`trace` of transformers' own description of a model, which stays as it is."""
     check_runnable(recipe)
     full = whole_model(settings, recipe, on, remote_code)
-    layers = finding.find_parts(full).layers
+    layers = locate.find_parts(full).layers
     kinds, every = _kinds(full, layers), segment_length(recipe, len(layers)) or 1
     sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in trained(full))
     update, states = _update(sizes, recipe.optimizer, recipe.adamw_kernel, recipe.optimizer_in_backward)
@@ -158,7 +158,7 @@ def _run(
     full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], every: int, on: str, whole: bool
 ) -> Recording:
     """Forward and backward of a step with the `kept` layers, where checkpoints begin as in the whole, every so many layers."""
-    model = _shortened(full, finding.find_parts(full).layers, kept)
+    model = _shortened(full, locate.find_parts(full).layers, kept)
     with ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.tie_weights()
@@ -173,7 +173,7 @@ def record(
 ) -> Recording:
     """Forward and backward of a step of a model that is there. starts: the layers that checkpoints begin with. most_chunks: of a
     sequence, to be run; None: all."""
-    units = len(finding.find_parts(model).layers)
+    units = len(locate.find_parts(model).layers)
     recorder = Recorder(_labels(model), units)
     runtime = FakeCardRuntime(recorder, most_chunks) if on == "cuda" else FakeRuntime(most_chunks)
     device = as_on_cuda(recorder) if on == "cuda" else on_fake_tensors()
@@ -304,11 +304,11 @@ def _shorten(settings: Any, count: int, kept: list[int]) -> None:
 
 def _labels(model: PreTrainedModel) -> dict[nn.Module, Label]:
     """What is known of each module: its path, category and unit."""
-    parts = finding.find_parts(model)
+    parts = locate.find_parts(model)
     try:
         mlps = {
             part
-            for _, mlp in finding.find_mlps(parts)
+            for _, mlp in locate.find_mlps(parts)
             for top in (mlp.first, mlp.down)
             if top is not None
             for part in top.modules()
@@ -324,7 +324,7 @@ def _labels(model: PreTrainedModel) -> dict[nn.Module, Label]:
         part
         for layer in parts.layers
         for child in layer.modules()
-        if child is not layer and finding.mixes(child)
+        if child is not layer and locate.mixes(child)
         for part in child.modules()
     }
     layers = set(parts.layers)

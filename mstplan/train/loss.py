@@ -3,7 +3,7 @@
 In training with labels the LM head hands out `LazyLogits`. The model's loss function shifts and flattens them as ever;
 when it comes to cross entropy, logits, loss and gradients are made chunk by chunk. The gradients of hidden states and head
 are made in the forward pass already, as soon as a chunk's logits exist: three matrix products in all, as many as plain
-training takes, and never more than one chunk's logits. The head's gradient is summed over the chunks in fp32 (`products.py`).
+training takes, and never more than one chunk's logits. The head's gradient is summed over the chunks in fp32 (`grad_sums.py`).
 
 Memory, in bytes, for n = b * s tokens, chunks of k, hidden size d and vocabulary V in bf16: 2 n d for the hidden states'
 gradient, 4 V d for the head's sum, and about 12 k V while a chunk is worked on (see mstplan/step/steps.py, `_loss`).
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ModelError
+from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summing
 from .lazy import Lazy, Run
-from .leaves import autocast_as_now, standing_in, trained_weights
-from .products import Sums, add_gradients, as_gradients, can_sum_products, summing
 from .runtime import Runtime
+from .weight_stand_ins import autocast_as_now, standing_in, trained_weights
 
 
 class LazyLogits(Lazy):

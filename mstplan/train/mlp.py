@@ -1,7 +1,7 @@
 """An MLP, a chunk of tokens at a time, in both passes.
 
 The forward pass keeps the input only. Backward runs the MLP again for one chunk, takes that chunk's gradients, and goes
-on: intermediates exist for one chunk at a time. Weights' gradients are summed over the chunks in fp32 (`products.py`).
+on: intermediates exist for one chunk at a time. Weights' gradients are summed over the chunks in fp32 (`grad_sums.py`).
 
 What follows an MLP token by token (a norm, dropout, in some families the residual) is recorded (see `lazy.py`) and run in
 the same chunks. Then, inside a checkpointed layer, nothing reads the MLP's output but an addition: `output_is_read` finds
@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summing
 from .lazy import Lazy, Run
-from .leaves import autocast_as_now, standing_in, trained_weights
-from .products import Sums, add_gradients, as_gradients, can_sum_products, summing
 from .runtime import Runtime
+from .weight_stand_ins import autocast_as_now, standing_in, trained_weights
 
 
 class Between(Lazy):

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..step.selection import Kinds, Named, Selection, WeightKind
-from .finding import find_parts, mixes
+from .locate import find_parts, mixes
 
 
 def freeze(model: PreTrainedModel, selection: Selection) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..spec.model import Attention, Experts, LayerKind, Mlp, Model, StandIn
-from .finding import Parts, find_mlps, find_parts
+from .locate import Parts, find_mlps, find_parts
 
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "top_k")

@@ -24,8 +24,8 @@ from ..step.recipe import Recipe, strategy
 from ..step.steps import segment_length
 from .checkpoint import Checkpoints
 from .chunks import ChunkCounts
-from .finding import Mlp, find_mlps, find_parts
 from .lazy import Lazy
+from .locate import Mlp, find_mlps, find_parts
 from .loss import LazyLogits
 from .mlp import Between, Output, check_tokenwise, made, output_is_read
 from .runtime import RUNTIME, Runtime

@@ -19,7 +19,7 @@ from mstplan.plan.solve import sizes
 from mstplan.show import validating
 from mstplan.step.instants import Instant
 from mstplan.step.recipe import strategy
-from mstplan.tracing.card import held, needed
+from mstplan.tracing.simulation import held, needed
 from mstplan.tracing.tracer import trace
 from mstplan.units import MIB
 

@@ -13,7 +13,7 @@ import pytest
 from mstplan import kept
 from mstplan.measuring import measurement, sweep
 from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement
-from mstplan.measuring.point import measure
+from mstplan.measuring.worker import measure
 from mstplan.plan import calibration
 from mstplan.step.recipe import STRATEGIES
 from mstplan.tracing.trace import Trace

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mstplan.measuring.measurement import OK, Case, Figures, Measurement, Peak
-from mstplan.measuring.point import by_phase
+from mstplan.measuring.worker import by_phase
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.trace import Trace
 

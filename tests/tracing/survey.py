@@ -32,7 +32,7 @@ from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing import cuda
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import OWN_FAILURE, record, trace_settings, whole_model
-from mstplan.train.finding import find_parts
+from mstplan.train.locate import find_parts
 from mstplan.train.step import TrainingStep, build
 from tests.train.survey import causal_lm_classes, one_line
 from tests.train.tiny import WIDTH, tiny_config

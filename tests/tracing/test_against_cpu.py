@@ -11,7 +11,7 @@ import torch
 
 from mstplan.measuring.allocations import Allocations, record_step
 from mstplan.step.recipe import STRATEGIES, Recipe, strategy
-from mstplan.tracing.compare import KNOWN_ON_CPU, differences, of_trace, unexplained
+from mstplan.tracing.allocation_diff import KNOWN_ON_CPU, differences, of_trace, unexplained
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import attention_of, trace
 from mstplan.train.step import TrainingStep, build, read_settings

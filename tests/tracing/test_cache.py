@@ -17,7 +17,7 @@ import pytest
 from mstplan.errors import MissingError
 from mstplan.step.recipe import strategy
 from mstplan.tracing import cache, tracer
-from mstplan.tracing.card import all_events, held, name_of
+from mstplan.tracing.simulation import all_events, held, name_of
 from mstplan.tracing.snapshot import snapshot
 from mstplan.tracing.trace import Trace
 

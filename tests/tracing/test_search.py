@@ -12,8 +12,8 @@ from mstplan.spec.hardware import card
 from mstplan.spec.model import StandIn
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing import search
-from mstplan.tracing.card import room, runs
 from mstplan.tracing.search import longest
+from mstplan.tracing.simulation import room, runs
 from mstplan.tracing.trace import Peak
 from mstplan.units import GIB, LONGEST
 

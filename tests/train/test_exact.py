@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mstplan.step.selection import Selection
 from mstplan.train import minisequence
-from mstplan.train.finding import find_mlps, find_parts
+from mstplan.train.locate import find_mlps, find_parts
 from mstplan.train.selecting import freeze
 
 from .double import BOUND, difference, float64

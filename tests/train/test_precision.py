@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from mstplan.train import loss, minisequence, mlp
-from mstplan.train.finding import find_mlps, find_parts
+from mstplan.train.locate import find_mlps, find_parts
 
 from .double import float64
 from .families import FAMILIES, small_model

@@ -12,7 +12,7 @@ from ..step.instants import Instant, Pass
 from ..step.steps import segment_length
 from ..tracing.recording import Place
 from ..tracing.trace import instant_of
-from ..train import finding
+from ..train import locate
 from ..train.step import TrainingStep
 
 Mark = Callable[[Instant], None]
@@ -22,7 +22,7 @@ Mark = Callable[[Instant], None]
 def marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[Pass], None]]:
     """Yield `begin(pass)`, to be called as each pass starts. Hooks then call `mark(instant)`: on entering a layer in forward, and
     when the gradient of a layer's input arrives in backward."""
-    layers = finding.find_parts(step.model).layers
+    layers = locate.find_parts(step.model).layers
     every = segment_length(step.recipe, len(layers)) or 1
     units = -(-len(layers) // every)
     run = Pass.FORWARD

@@ -6,7 +6,7 @@ import pytest
 
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing.card import all_events, held, name_of, needed, room, runs
+from mstplan.tracing.simulation import all_events, held, name_of, needed, room, runs
 from mstplan.tracing.snapshot import snapshot
 from mstplan.units import GIB, MIB
 

@@ -6,7 +6,16 @@ from random import Random
 
 import pytest
 
-from mstplan.tracing.compare import EXTRA, KNOWN_ON_CPU, MISSING, Allocation, Known, differences, of_cuda, unexplained
+from mstplan.tracing.allocation_diff import (
+    EXTRA,
+    KNOWN_ON_CPU,
+    MISSING,
+    Allocation,
+    Known,
+    differences,
+    of_cuda,
+    unexplained,
+)
 
 SCRATCH = Known("scratch", "a kernel's own", "a test", "scratch$")
 LARGE = 1 << 20

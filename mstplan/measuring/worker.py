@@ -36,8 +36,8 @@ from ..tracing.tracer import attention_of
 from ..train.step import NO_HOST_MEMORY, TrainingStep, build, read_settings
 from ..units import format_gib
 from .allocations import bytes_of, record_step, there
+from .instant_hooks import marking
 from .launch import launched
-from .marking import marking
 from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, Peak
 
 

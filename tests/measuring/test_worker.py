@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mstplan import MeasurementError, ModelError, strategy
-from mstplan.measuring import point
+from mstplan.measuring import worker
 from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Figures, Peak
-from mstplan.measuring.point import attempt, by_phase, environment, measure, real_attention
+from mstplan.measuring.worker import attempt, by_phase, environment, measure, real_attention
 from mstplan.step.instants import Instant
 from mstplan.step.recipe import STRATEGIES
 from mstplan.tracing.tracer import trace
@@ -117,7 +117,7 @@ def counters(monkeypatch: pytest.MonkeyPatch) -> Counters:
 
 
 def test_peaks_are_of_what_is_named(counters):
-    peaks = point._Peaks()
+    peaks = worker._Peaks()
     for name, sizes in (("forward", (5, -2)), ("loss", (10, -10)), ("forward", (1,)), ("optimizer", (0,))):
         peaks(name)
         for size in sizes:
@@ -132,11 +132,11 @@ def test_instants_and_phases_from_counters(counters):
     step = TrainingStep(build(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 16)
     step.run()
     counters.allocate(100)
-    instants, phases = point._watched_on_cuda(step)
+    instants, phases = worker._watched_on_cuda(step)
     assert list(instants) == [name for name in Instant if name in instants] and len(instants) == len(Instant)
     assert instants["loss"] == Peak(100, 200) and counters.resets > 10
     assert phases == {name: Peak(100, 200, 300) for name in ("forward", "backward", "optimizer")}
-    assert point._beside_tensors() == 300 - 200
+    assert worker._beside_tensors() == 300 - 200
 
 
 @pytest.mark.parametrize(("beside", "held"), [(100 * MIB, 512 * MIB), (700 * MIB, 700 * MIB)])
@@ -153,16 +153,16 @@ def test_a_limit_leaves_room_for_the_context_that_predictions_count(monkeypatch,
         "set_per_process_memory_fraction": shares.append,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(point, "_multiply_and_attend", lambda: counters.allocate(64 * MIB))
-    assert point._prepare_cuda(case(device="cuda", limit=40 * GIB)) == 64 * MIB
+    monkeypatch.setattr(worker, "_multiply_and_attend", lambda: counters.allocate(64 * MIB))
+    assert worker._prepare_cuda(case(device="cuda", limit=40 * GIB)) == 64 * MIB
     assert shares == [(40 * GIB - held) / total]
-    assert point._prepare_cuda(case(device="cuda")) == 64 * MIB and len(shares) == 1
+    assert worker._prepare_cuda(case(device="cuda")) == 64 * MIB and len(shares) == 1
 
 
 def test_the_attention_kernel_that_is_chosen(monkeypatch):
-    assert point._sdpa_kernel("cpu") == "flash_attention"
+    assert worker._sdpa_kernel("cpu") == "flash_attention"
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 99)
-    assert point._sdpa_kernel("cpu") == "unknown"
+    assert worker._sdpa_kernel("cpu") == "unknown"
 
 
 def test_environment_of_a_cpu():
