@@ -44,7 +44,15 @@ RUNGS = {"formula": "at once", "trace": "needs torch, takes seconds"}
 
 
 class RungOptions(TracedOptions):
-    rung = option(str, "--rung", f"{listed(RUNGS, RUNGS)}. Default formula.", "formula", panel="Trace", metavar="NAME")
+    rung = option(
+        str,
+        "--rung",
+        f"{listed(RUNGS, RUNGS)}. Default formula.",
+        "formula",
+        panel="Trace",
+        metavar="NAME",
+        choices=lambda: RUNGS,
+    )
 
 
 class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, FormatOptions):
@@ -229,7 +237,7 @@ DTYPES = ("bfloat16", "float32")
 class ShapesOptions(ModelOptions, FormatOptions):
     seq_len = option(str, "--seq-len", "Tokens per sequence.", "128k", metavar="TOKENS")
     batch = option(int, "--batch -b", "Sequences.", 1, metavar="N", min=1, max=1_000_000)
-    dtype = option(str, "--dtype", f"{listed(DTYPES)}.", DTYPES[0], metavar="NAME")
+    dtype = option(str, "--dtype", f"{listed(DTYPES)}.", DTYPES[0], metavar="NAME", choices=lambda: DTYPES)
 
 
 @command(

@@ -24,6 +24,7 @@ from .options import (
     one_of,
     plans_of,
     results_files,
+    shipped_models,
     simplest,
 )
 from .output import emit
@@ -206,6 +207,8 @@ def tracing(asked: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Trac
 
 
 SOURCES = ("trace", "measurements")
+EVERY = ("all-dense", "all")
+"""Words for all models that ship."""
 
 
 class CalibrateOptions(ResultsOptions, FormatOptions):
@@ -223,8 +226,9 @@ class CalibrateOptions(ResultsOptions, FormatOptions):
         ...,
         adds_up=True,
         metavar="NAME[,NAME]",
+        choices=lambda: [*shipped_models(), *EVERY],
     )
-    source = option(str, "--from", f"{listed(SOURCES)}.", ..., metavar="RUNG")
+    source = option(str, "--from", f"{listed(SOURCES)}.", ..., metavar="RUNG", choices=lambda: SOURCES)
     strategies = RecipesOptions.strategy
     out = option(
         Path,
@@ -281,6 +285,6 @@ def _models_named(text: str) -> list[str]:
     """Specs of models: one, several with commas between, or all that ship, the dense ones or all."""
     from ..spec.catalog import load_model, model_names
 
-    if text not in ("all", "all-dense"):
+    if text not in EVERY:
         return [part.strip() for part in text.split(",")]
     return [name for name in model_names() if text == "all" or load_model(name).experts is None]

@@ -78,7 +78,7 @@ def _grid(console: Console, table: Table) -> None:
 
     if table.title:
         _said(console, table.title, "bold")
-    columns = [table.columns[i] for i in table.for_people]
+    columns = [table.columns[i] for i in table.for_terminals]
     grid = tables.new_table(*((column.heading or "", "right" if column.right else "left") for column in columns))
     shown = table.rows[: table.most]
     for row in (*shown, *([table.rest] if table.rest is not None and len(shown) < len(table.rows) else [])):
@@ -90,13 +90,16 @@ def _grid(console: Console, table: Table) -> None:
 
 
 def _texts(table: Table, row: Row) -> list[str]:
-    return [row.cells[i].text for i in table.for_people]
+    return [row.cells[i].text for i in table.for_terminals]
 
 
 def _answers(console: Console, table: Table) -> None:
     """Two lines a row: all cells but the last, under headings of two lines; then the last, where there is something in it."""
+    if not table.rows:
+        return
+    shown = table.for_terminals
     rows = [_texts(table, row) for row in table.rows]
-    headings = [(table.columns[i].heading or "").split(" ") for i in table.for_people[:-1]]
+    headings = [(table.columns[i].heading or "").split(" ") for i in shown[:-1]]
     top = [first if rest else "" for first, *rest in headings]
     bottom = [rest[0] if rest else first for first, *rest in headings]
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), top, bottom, strict=True)]
@@ -107,13 +110,22 @@ def _answers(console: Console, table: Table) -> None:
         return " ".join([first.ljust(widths[0]), *padded, last])
 
     console.print()
-    _said(console, line(top), "dim")
-    _said(console, line(bottom), "dim")
+    if table.title:
+        _said(console, table.title, "bold")
+    for cells in (top, bottom) if any(top) else (bottom,):
+        _said(console, line(cells), "dim")
     for row, (*cells, below) in zip(table.rows, rows, strict=True):
         _said(console, line(cells), STYLES[row.tone])
-        if below:
-            _said(console, " " * (widths[0] + 1) + below, "dim")
+        _below(console, below, widths[0] + 1)
     console.print()
+
+
+def _below(console: Console, text: str, deep: int) -> None:
+    """The second line of a row, or as many as it takes."""
+    from rich.text import Text
+
+    for part in Text(text).wrap(console, console.width - deep) if text else ():
+        _said(console, " " * deep + part.plain.rstrip(), "dim")
 
 
 def _ways(console: Console, table: Table) -> None:
@@ -121,7 +133,7 @@ def _ways(console: Console, table: Table) -> None:
     if not table.rows:
         return
     _said(console, table.title, "bold")
-    longest, host, gives_up, _ = (table.columns[i].heading for i in table.for_people)
+    longest, host, gives_up, _ = (table.columns[i].heading for i in table.for_terminals)
     _said(console, f"{longest:>9} {host:>8}  {gives_up}", "dim")
     for row in table.rows:
         longest, host, gives_up, options = _texts(table, row)
