@@ -34,6 +34,7 @@ class Option(NamedTuple):
     adds_up: bool = False
     last: bool = False  # of its panel
     choices: Callable[[], Iterable[str]] | None = None  # what a shell offers as its value
+    synonyms: Mapping[str, str] = {}  # other words for values, in small letters and digits
     more: Mapping[str, Any] = {}  # for typer
 
     @property
@@ -54,13 +55,17 @@ class Option(NamedTuple):
         listed = self.default is not None and self.default is not ... and not switch
         return _parameter(name, Annotated[kind, option], [self.default] if listed else self.default)
 
+    def _meant(self, typed: Any) -> Any:
+        key = "".join(c for c in typed.lower() if c.isalnum()) if self.synonyms else ""
+        return self.synonyms.get(key, typed)
+
     def value(self, given: Any) -> Any:
         """Of what typer hands over. Raises InputError for different values where one is taken."""
         if self.stands_alone:
             return tuple(given or ())
         if not isinstance(given, list):
             return self.default if given is None else given
-        values = list(dict.fromkeys(given))
+        values = list(dict.fromkeys(map(self._meant, given)))
         if len(values) > 1 and not self.adds_up:
             from ..errors import InputError, quoted
 
@@ -84,6 +89,7 @@ def option(
     adds_up: bool = False,
     last: bool = False,
     choices: Callable[[], Iterable[str]] | None = None,
+    synonyms: Mapping[str, str] | None = None,
     **more: Any,
 ) -> T | None: ...
 
@@ -98,6 +104,7 @@ def option(
     adds_up: bool = False,
     last: bool = False,
     choices: Callable[[], Iterable[str]] | None = None,
+    synonyms: Mapping[str, str] | None = None,
     **more: Any,
 ) -> T: ...
 
@@ -111,12 +118,14 @@ def option(
     adds_up: bool = False,
     last: bool = False,
     choices: Callable[[], Iterable[str]] | None = None,
+    synonyms: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Any:
     """An option, as an attribute of a class of Options; to type checkers it is the value that it has there. default: None where nothing need be
     given, ... where something must; typer shows it unless `help` tells of one. adds_up: several values with commas between, and given several
-    times all of them. last: shown behind the others. choices: what a shell offers when it completes the value."""
-    return Option(kind, tuple(flags.split()), help, default, panel, adds_up, last, choices, more)
+    times all of them. last: shown behind the others. choices: what a shell offers when it completes the value.
+    synonyms: other words for values, in small letters and digits."""
+    return Option(kind, tuple(flags.split()), help, default, panel, adds_up, last, choices, synonyms or {}, more)
 
 
 def arguments(kind: type[T], name: str, help: str) -> tuple[T, ...]:

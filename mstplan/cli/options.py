@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -253,10 +254,11 @@ class VariedOptions(Options):
     sharding = option(
         str,
         "--sharding",
-        _of_recipe("sharding", {"fsdp": "FSDP2, ZeRO-3: everything in shards over --gpus"}),
+        _of_recipe("sharding", {"fsdp": "or zero3; FSDP2: everything in shards over --gpus"}),
         panel="Recipe",
         metavar="NAME",
         choices=_planned("sharding"),
+        synonyms={"zero3": "fsdp"},
     )
 
 
@@ -464,7 +466,26 @@ def applied(base: Recipe, asked: RecipeOptions, adopt_chunks: bool) -> Recipe:
         changes["loss_chunks"] = 1
     elif not base.loss_in_chunks:
         changes.setdefault("loss_chunks", "auto")
-    return base.changed(**changes)
+    return changed(base, changes)
+
+
+def changed(base: Recipe, changes: Mapping[str, object]) -> Recipe:
+    """A recipe with what options change. Raises RecipeError in the command line's words."""
+    with _in_options():
+        return base.changed(**changes)
+
+
+@contextmanager
+def _in_options() -> Iterator[None]:
+    """Say in options what is wrong with a recipe inside."""
+    from ..errors import RecipeError
+
+    try:
+        yield
+    except RecipeError as e:
+        from ..step.names import in_options
+
+        raise RecipeError(in_options(str(e))) from None
 
 
 DESCRIBING = ("recipe", "checkpoint", "chunks", "no_recompute", "loss", "offload")
@@ -519,7 +540,8 @@ def _named(asked: RecipesOptions, usual: str) -> dict[str, Recipe]:
     names = [name.strip() for name in named.split(",")] if named != "all" else list(STRATEGIES)
     if named == "all" and asked.sharding == "fsdp":  # which gathers one layer at a time
         names.remove("checkpoint-sqrt")
-    return {name: strategy(name) for name in names}
+    with _in_options():
+        return {name: strategy(name) for name in names}
 
 
 def _name_of(name: str, recipe: Recipe, alone: bool) -> str:

@@ -21,6 +21,7 @@ from .options import (
     TracedOptions,
     base_recipe,
     card_of,
+    changed,
     changes_of,
     known_or_traced,
     length,
@@ -213,7 +214,7 @@ def _theorem_recipe(asked: TheoremOptions) -> Recipe:
             "the paper's formulas are of one card and know no sharding.\nPlan this recipe with mstplan max-seq or mstplan plan."
         )
     own = {name: value for name, value in base.model_dump().items() if name not in STRATEGY_FIELDS}
-    return Recipe.model_construct().changed(**{**own, **changes_of(asked)})
+    return changed(Recipe.model_construct(), {**own, **changes_of(asked)})
 
 
 def _overrides(asked: TheoremOptions) -> dict[str, int | None]:

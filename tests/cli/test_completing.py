@@ -172,7 +172,8 @@ def test_a_start_file_gets_a_line_once_and_keeps_what_it_has(run: Run, home: Pat
 def test_what_is_no_shell_is_refused(run: Run, home: Path) -> None:
     said = run("--install-completion", "fisch")
     assert (
-        said.code == 2 and said.err == "mstplan: unknown shell 'fisch'. Did you mean fish, zsh?\nKnown: bash, zsh, fish.\n"
+        said.code == 2
+        and said.err == "mstplan: unknown shell 'fisch'. Did you mean fish, zsh?\nKnown: bash, zsh, fish.\n"
     )
     assert run("--show-completion").code == 2 and not [*home.iterdir()]
     (home / ".zfunc").write_text("a file")
