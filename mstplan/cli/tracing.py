@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .commands import command, given, option
+from .commands import command, declared, given, option
 from .options import (
     FORCE,
     ONE_RECIPE,
+    CardOptions,
     FormatOptions,
     PlannedOptions,
     RecipesOptions,
@@ -57,10 +58,11 @@ class TraceOptions(PlannedOptions, FormatOptions):
     "trace",
     TraceOptions,
     help="Run the model's real code, one training step on fake tensors, and see every allocation: no GPU needed, but torch. Of several "
-    f"strategies the first that fits by formula. {ONE_RECIPE} Exit code 0: fits, 1: does not.",
+    f"strategies the first that fits by formula. {ONE_RECIPE} Without a card, no word on whether it fits. Exit code 0: fits, 1: does not.",
     examples=(
         "mstplan trace -m qwen3-4b --seq-len 64k --gpu h100 -s mst --plot step.png",
         "mstplan trace -m qwen3-0.6b --seq-len 4k --gpu rtx-4090 --snapshot s.pickle",
+        "mstplan trace -m qwen3-0.6b --seq-len 4k -s mst",
     ),
 )
 def trace(asked: TraceOptions) -> None:
@@ -68,7 +70,7 @@ def trace(asked: TraceOptions) -> None:
     from ..show import trace as shown
 
     _check_outputs(asked)
-    card, model = card_of(asked), known_or_traced(asked)
+    card, model = _card_or_any(asked), known_or_traced(asked)
     view, _ = _views(asked, model, card)
     if asked.plot is not None:
         from ..show import timeline
@@ -85,6 +87,13 @@ def trace(asked: TraceOptions) -> None:
     emit(asked, shown.report(view, files=[path for path in (asked.plot, asked.snapshot) if path is not None]))
     if not view.fits:
         raise typer.Exit(1)
+
+
+def _card_or_any(asked: CardOptions) -> Card:
+    """The card that is asked for; any, where nothing is said of one: only the verdict needs it."""
+    from ..spec.hardware import any_card
+
+    return card_of(asked) if given(asked, declared(CardOptions)) else any_card()
 
 
 def plan_by_trace(asked: PlanOptions, model: Model, card: Card) -> None:

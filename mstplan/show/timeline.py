@@ -98,7 +98,7 @@ def _draw(figure: Figure, view: View, title: str) -> None:
     if budget <= top:
         axes.axhline(budget, color="black", linewidth=1.2)
         axes.text(left, budget, words, va="bottom")
-    else:
+    elif not view.card.unlimited:
         axes.text(left, top, f"{words}: above what is drawn", va="top")
     _peak(axes, view)
     _parts(axes, trace)

@@ -364,6 +364,22 @@ def test_errors_of_a_results_file(run: Run, results: Path, tmp_path: Path) -> No
     assert len(table) == 5 and table[0].endswith("predicted_bytes,measured_bytes,error")
 
 
+def test_without_torch_the_formulas_are_compared(run: Run, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    told = run("validate", str(results), "--json").json
+    assert {row["rung"] for row in told["rows"]} == {"formula"} and "pip install 'mstplan[torch]'" in told["not_asked"]
+    said = run("validate", str(results))
+    assert said.code == 0 and "without the trace: " in said.out and not said.err
+    for asked in ("trace", "formula,trace"):
+        said = run("validate", str(results), "--rung", asked)
+        assert said.code == 2 and "pip install 'mstplan[torch]'" in said.err and not said.out
+
+
 def test_worse_than_it_may_be_is_exit_code_1(run: Run, tmp_path: Path) -> None:
     from ..tracing.tiny import step_of
 
