@@ -15,12 +15,14 @@ import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from .commands import COMMANDS, FLAGS, app
 from .output import Unwritten, complain, open_streams, sane_terminal
+
+SHOW, INSTALL = "--show-completion", "--install-completion"
 
 
 def _version(value: bool) -> None:
@@ -36,8 +38,14 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, metavar="", help="Show the version.")
     ] = False,
+    show_completion: Annotated[
+        str, typer.Option(SHOW, metavar="[SHELL]", help="Print what makes bash, zsh or fish complete mstplan's words.")
+    ] = "",
+    install_completion: Annotated[
+        str, typer.Option(INSTALL, metavar="[SHELL]", help="Put it where the shell looks. Default: the one in $SHELL.")
+    ] = "",
 ) -> None:
-    pass
+    """`_complete` has done what the last two ask for."""
 
 
 def declarations(asked: str | None) -> dict[str, Callable[[], object]]:
@@ -48,9 +56,29 @@ def declarations(asked: str | None) -> dict[str, Callable[[], object]]:
     return COMMANDS
 
 
+def _completes() -> bool:
+    """Whether a shell asks for completions, or someone for the shell's script."""
+    return "_MSTPLAN_COMPLETE" in os.environ or (len(sys.argv) > 1 and sys.argv[1].split("=")[0] in (SHOW, INSTALL))
+
+
+def _complete() -> NoReturn:
+    from ..errors import InputError
+    from . import completing
+
+    try:
+        asked = os.environ.get(completing.VARIABLE)
+        typer.echo(completing.answer(asked) if asked is not None else completing.run(sys.argv[1:]), nl=False)
+    except InputError as e:
+        complain(str(e))
+        raise SystemExit(2) from None
+    raise SystemExit(0)
+
+
 def main() -> None:
     """Run the command of sys.argv; ends in SystemExit, as typer's programs do."""
     sane_terminal()
+    if _completes():
+        _complete()
     asked = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     known = declarations(asked)
     for name, declare in known.items():

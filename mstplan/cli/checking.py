@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from .commands import command, option
-from .measuring import check_device, kept, refuse_sharded, telling
-from .options import JsonOptions, MeasuringOptions, ModelOptions, RecipesOptions, length, memory, recipes_of, strategies
-from .output import new_console, print_json
+from .measuring import check_device, kept, refuse_sharded
+from .options import (
+    FormatOptions,
+    MeasuringOptions,
+    ModelOptions,
+    RecipesOptions,
+    length,
+    memory,
+    recipes_of,
+    strategies,
+    strategy_names,
+)
+from .output import emit
 
 if TYPE_CHECKING:
     from ..checking.limits import Bench
     from ..step.recipe import Recipe
 
 
-class CheckOptions(ModelOptions, MeasuringOptions, RecipesOptions, JsonOptions):
-    strategy = option(str, "--strategy -s", strategies(default="mst"), adds_up=True, metavar="NAME[,NAME]")
+class CheckOptions(ModelOptions, MeasuringOptions, RecipesOptions, FormatOptions):
+    strategy = option(
+        str, "--strategy -s", strategies(default="mst"), adds_up=True, metavar="NAME[,NAME]", choices=strategy_names
+    )
 
 
 class CheckThroughputOptions(CheckOptions):
@@ -36,16 +48,13 @@ class CheckThroughputOptions(CheckOptions):
 )
 def check_smax(asked: CheckOptions) -> None:
     from ..checking import limits
-    from ..show import checking
+    from ..show import checking, measuring
 
     bench, recipes = _bench(asked)
-    begins, tell = telling(asked.json, bench.known)
+    begins, tell = measuring.telling(bench.known)
     with kept(asked):
         found = limits.smax(bench, recipes, begins, tell)
-    if asked.json:
-        _print_checked(asked, "check-smax", bench, checking.smax_data(bench, found))
-    else:
-        checking.smax(new_console(), bench, found)
+    emit(asked, checking.smax(bench, found))
     if not all(limit.holds for limit, _ in found):
         raise typer.Exit(1)
 
@@ -63,7 +72,7 @@ def check_smax(asked: CheckOptions) -> None:
 def check_throughput(asked: CheckThroughputOptions) -> None:
     from ..checking import limits
     from ..measuring import sweep
-    from ..show import checking
+    from ..show import checking, measuring
 
     bench, recipes = _bench(asked)
     seq_len = length(asked.seq_len)
@@ -71,14 +80,10 @@ def check_throughput(asked: CheckThroughputOptions) -> None:
     sweep.cases(
         asked.model, [seq_len], recipes, bench.card, asked.layers, asked.device, bench.limit, assume=asked.assume
     )
-    begins, tell = telling(asked.json, bench.known, checking.chunks)
+    begins, tell = measuring.telling(bench.known, checking.chunks)
     with kept(asked):
         found = limits.throughputs(bench, recipes, seq_len, begins, tell)
-    if asked.json:
-        _print_checked(asked, "check-throughput", bench, checking.throughput_data(seq_len, found))
-    else:
-        for strategy, rows in found.items():
-            checking.throughput(new_console(), strategy, rows)
+    emit(asked, checking.throughput(bench, seq_len, found))
     if not all(map(limits.holds, found.values())):
         raise typer.Exit(1)
 
@@ -109,9 +114,3 @@ def _bench(asked: CheckOptions) -> tuple[Bench, dict[str, Recipe]]:
     recipes = recipes_of(asked, "mst")
     refuse_sharded(recipes.values())
     return bench, recipes
-
-
-def _print_checked(asked: CheckOptions, command: str, bench: Bench, data: dict[str, Any]) -> None:
-    from ..show import payload
-
-    print_json(payload.document(command, "measurement", environment=dict(bench.known), file=str(asked.out), **data))

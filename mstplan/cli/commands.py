@@ -33,6 +33,8 @@ class Option(NamedTuple):
     panel: str | None = None
     adds_up: bool = False
     last: bool = False  # of its panel
+    choices: Callable[[], Iterable[str]] | None = None  # what a shell offers as its value
+    synonyms: Mapping[str, str] = {}  # other words for values, in small letters and digits
     more: Mapping[str, Any] = {}  # for typer
 
     @property
@@ -53,13 +55,17 @@ class Option(NamedTuple):
         listed = self.default is not None and self.default is not ... and not switch
         return _parameter(name, Annotated[kind, option], [self.default] if listed else self.default)
 
+    def _meant(self, typed: Any) -> Any:
+        key = "".join(c for c in typed.lower() if c.isalnum()) if self.synonyms else ""
+        return self.synonyms.get(key, typed)
+
     def value(self, given: Any) -> Any:
         """Of what typer hands over. Raises InputError for different values where one is taken."""
         if self.stands_alone:
             return tuple(given or ())
         if not isinstance(given, list):
             return self.default if given is None else given
-        values = list(dict.fromkeys(given))
+        values = list(dict.fromkeys(map(self._meant, given)))
         if len(values) > 1 and not self.adds_up:
             from ..errors import InputError, quoted
 
@@ -82,6 +88,8 @@ def option(
     panel: str | None = None,
     adds_up: bool = False,
     last: bool = False,
+    choices: Callable[[], Iterable[str]] | None = None,
+    synonyms: Mapping[str, str] | None = None,
     **more: Any,
 ) -> T | None: ...
 
@@ -95,6 +103,8 @@ def option(
     panel: str | None = None,
     adds_up: bool = False,
     last: bool = False,
+    choices: Callable[[], Iterable[str]] | None = None,
+    synonyms: Mapping[str, str] | None = None,
     **more: Any,
 ) -> T: ...
 
@@ -107,12 +117,15 @@ def option(
     panel: str | None = None,
     adds_up: bool = False,
     last: bool = False,
+    choices: Callable[[], Iterable[str]] | None = None,
+    synonyms: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Any:
     """An option, as an attribute of a class of Options; to type checkers it is the value that it has there. default: None where nothing need be
     given, ... where something must; typer shows it unless `help` tells of one. adds_up: several values with commas between, and given several
-    times all of them. last: shown behind the others."""
-    return Option(kind, tuple(flags.split()), help, default, panel, adds_up, last, more)
+    times all of them. last: shown behind the others. choices: what a shell offers when it completes the value.
+    synonyms: other words for values, in small letters and digits."""
+    return Option(kind, tuple(flags.split()), help, default, panel, adds_up, last, choices, synonyms or {}, more)
 
 
 def arguments(kind: type[T], name: str, help: str) -> tuple[T, ...]:
@@ -186,13 +199,15 @@ app = typer.Typer(
     help="How long a sequence can I train on this GPU, with which settings, and how sure is that?",
     epilog="Start with:  mstplan max-seq --model llama3.1-8b --gpu-mem 80GB",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=False,  # typer's would declare every command: `completing.py` has mstplan's own
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS: dict[str, Callable[[], object]] = {}
 """How to add each command to `app`: done for the one that was asked for only, as typer takes a while over each."""
+OPTIONS: dict[str, dict[str, Option]] = {}
+"""Each command's, by the attribute that has what was given."""
 FLAGS: dict[str, set[str]] = {}
 """The options of each command."""
 EXAMPLES: dict[str, tuple[str, ...]] = {}
@@ -230,6 +245,7 @@ def command(
             app.command(name, cls=_Command, help=help)(called)
 
         COMMANDS[name] = add
+        OPTIONS[name] = options
         FLAGS[name] = {flag for one in options.values() for flag in one.flags}
         EXAMPLES[name] = examples
         return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +13,20 @@ from .commands import command, declared, given, option
 from .options import (
     WHICH_MODEL,
     AssumeOptions,
-    JsonOptions,
+    FormatOptions,
     MeasuringOptions,
     RecipesOptions,
     length,
     memory,
     one_of,
     recipes_of,
+    shipped_models,
 )
-from .output import complain, new_console, print_json
+from .output import complain, emit
 
 if TYPE_CHECKING:
     from ..measuring.launch import Launch
-    from ..measuring.measurement import Case, Measurement
-    from ..measuring.sweep import Sweep
+    from ..measuring.measurement import Case
     from ..step.recipe import Recipe
 
 
@@ -36,8 +36,16 @@ def _suite() -> str:
     return f"Points in a JSON file, or a suite that ships: {', '.join(shipped())}."
 
 
+def _suites() -> list[str]:
+    from ..measuring.suites import shipped
+
+    return list(shipped())
+
+
 class PointsOptions(AssumeOptions):
-    model = option(str, "--model -m", WHICH_MODEL, metavar="MODEL")  # none: a suite names its own
+    model = option(
+        str, "--model -m", WHICH_MODEL, metavar="MODEL", choices=shipped_models
+    )  # none: a suite names its own
     seq_len = option(
         str,
         "--seq-len",
@@ -45,10 +53,10 @@ class PointsOptions(AssumeOptions):
         adds_up=True,
         metavar="TOKENS[,TOKENS]",
     )
-    suite = option(str, "--suite", _suite, metavar="FILE")
+    suite = option(str, "--suite", _suite, metavar="FILE", choices=_suites)
 
 
-class MeasureOptions(PointsOptions, MeasuringOptions, RecipesOptions, JsonOptions):
+class MeasureOptions(PointsOptions, MeasuringOptions, RecipesOptions, FormatOptions):
     pass
 
 
@@ -75,13 +83,10 @@ def measure(asked: MeasureOptions) -> None:
         _measure_on_all_ranks(asked, launch)
         return
     known = sweep.environment(asked.device)
-    cases, (begins, tell) = _cases(asked, known), telling(asked.json, known)
+    cases, (begins, tell) = _cases(asked, known), measuring.telling(known)
     with kept(asked):
         found = sweep.measure_all(cases, known, asked.out, asked.timeout, asked.again, begins, tell, progress)
-    if asked.json:
-        _print_measured(asked, known, found)
-    else:
-        measuring.report(new_console(), found, asked.out)
+    emit(asked, measuring.report(found, known, asked.out))
     if not found.complete:
         raise typer.Exit(1)
 
@@ -105,17 +110,6 @@ def kept(asked: MeasuringOptions) -> Iterator[None]:
         kept = f"results are kept in {one_line(asked.out, 200)}" if asked.out.exists() else "nothing was measured yet"
         complain(f"interrupted; {kept}.\nThe same command{', without --again,' * asked.again} goes on from there.")
         raise
-
-
-def _print_measured(asked: MeasureOptions, known: dict[str, Any], found: Sweep) -> None:
-    from ..show import payload
-
-    rows = [m.as_data() for m in found.measurements]
-    print_json(
-        payload.document(
-            "measure", "measurement", environment=known, file=str(asked.out), damaged=found.damaged, results=rows
-        )
-    )
 
 
 def _cases(asked: MeasureOptions, known: dict[str, Any], alone: bool = True) -> list[Case]:
@@ -162,6 +156,7 @@ def _measure_on_all_ranks(asked: MeasureOptions, launch: Launch) -> None:
     from .. import files
     from ..errors import RecipeError
     from ..measuring import measurement, sweep
+    from ..show import measuring as shown
 
     os.environ.update(sweep.variables(asked.device))  # torch reads its allocator's settings once
     from ..measuring import ranks
@@ -189,24 +184,7 @@ def _measure_on_all_ranks(asked: MeasureOptions, launch: Launch) -> None:
         found = group.measure(cases[0], known, asked.out)
     if found is None:  # another rank says it
         return
-    alone, (begins, tell) = sweep.Sweep([found], 0, []), telling(asked.json, known)
-    begins()
-    tell(found)
-    if asked.json:
-        _print_measured(asked, known, alone)
+    alone = sweep.Sweep([found], 0, [])
+    emit(asked, shown.report(alone, known, asked.out))
     if not alone.complete:
         raise typer.Exit(1)
-
-
-def telling(
-    json: bool, known: Mapping[str, Any], name: Callable[[Measurement], str] | None = None
-) -> tuple[Callable[[], None], Callable[[Measurement], None]]:
-    """What to say when measuring begins, and of each point as it comes, which `name` tells from others: nothing under --json."""
-    from ..show import measuring
-
-    if json:
-        return lambda: None, lambda _m: None
-    console, subject = new_console(), name or measuring.subject
-    return lambda: measuring.heading(console, known), lambda m: console.print(
-        measuring.line(m, subject), soft_wrap=True
-    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,17 @@ def _of_recipe(field: str, said: dict[str, str] | None = None, more: str = "") -
     return text
 
 
+def _planned(field: str) -> Callable[[], list[str]]:
+    """The names that a field of a recipe can have as its value, for a shell to offer."""
+
+    def names() -> list[str]:
+        from ..step.recipe import planned
+
+        return planned(field)[0]
+
+    return names
+
+
 def _weight_kinds() -> str:
     from ..step.selection import WeightKind
 
@@ -55,6 +67,51 @@ def _devices() -> str:
 
     said = {"cpu": "its own kernels, seen by torch's profiler"}
     return f"{listed(DEVICES, said)}. Default {DEVICES[0]}."
+
+
+# ---- what a shell offers: read from where it is defined, when a shell asks ----------------------------------------------
+
+
+def strategy_names() -> list[str]:
+    from ..step.recipe import strategy_labels
+
+    return [*strategy_labels(), "all"]
+
+
+def shipped_models() -> list[str]:
+    from ..spec.catalog import model_names
+
+    return list(model_names())
+
+
+def known_gpus() -> list[str]:
+    from ..spec.hardware import gpus
+
+    return [gpu.name for gpu in gpus()]
+
+
+def known_devices() -> list[str]:
+    from ..measuring.measurement import DEVICES
+
+    return list(DEVICES)
+
+
+def weight_kinds() -> list[str]:
+    from ..step.selection import WeightKind
+
+    return [str(kind) for kind in WeightKind]
+
+
+def known_assumptions() -> list[str]:
+    from ..spec.unread import LLAMA_LIKE
+
+    return [LLAMA_LIKE]
+
+
+def formats() -> list[str]:
+    from ..show.formats import FORMATS
+
+    return list(FORMATS)
 
 
 def strategies(default: str) -> Callable[[], str]:
@@ -85,22 +142,9 @@ def _formats() -> str:
     return f"{', '.join(f'{each.name} ({each.about})' for each in FORMATS.values())}. Default text."
 
 
-class JsonOptions(Options):
-    """Of commands that tell as they go."""
-
-    json = option(bool, "--json", "Short for --format json.", False, last=True)
-    own_format = option(
-        str,
-        "--format",
-        "text | json; what else there is has an option of its own. Default text.",
-        metavar="NAME",
-        last=True,
-    )
-
-
 class FormatOptions(Options):
     json = option(bool, "--json", "Short for --format json.", False, last=True)
-    format = option(str, "--format", _formats, metavar="NAME", last=True)
+    format = option(str, "--format", _formats, metavar="NAME", last=True, choices=formats)
 
 
 class TensorsOptions(Options):
@@ -114,14 +158,14 @@ class TensorsOptions(Options):
 
 
 class AssumeOptions(Options):
-    assume = option(str, "--assume", _assumptions, metavar="NAME")
+    assume = option(str, "--assume", _assumptions, metavar="NAME", choices=known_assumptions)
 
 
 WHICH_MODEL = "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id."
 
 
 class ModelOptions(AssumeOptions):
-    model = option(str, "--model -m", WHICH_MODEL, ..., metavar="MODEL")
+    model = option(str, "--model -m", WHICH_MODEL, ..., metavar="MODEL", choices=shipped_models)
 
 
 class LengthOptions(Options):
@@ -129,7 +173,7 @@ class LengthOptions(Options):
 
 
 class CardOptions(Options):
-    gpu = option(str, "--gpu", "A GPU by name (see `mstplan gpus`).", panel="GPU", metavar="NAME")
+    gpu = option(str, "--gpu", "A GPU by name (see `mstplan gpus`).", panel="GPU", metavar="NAME", choices=known_gpus)
     gpu_mem = option(
         str, "--gpu-mem", "Any amount of GPU memory: 80GB, 79.15GiB, 24576MiB.", panel="GPU", metavar="SIZE"
     )
@@ -149,10 +193,18 @@ class StepOptions(Options):
         _of_recipe("precision", {"mixed": "fp32 weights, bf16 autocast"}),
         panel="Recipe",
         metavar="NAME",
+        choices=_planned("precision"),
     )
-    optimizer = option(str, "--optimizer", _of_recipe("optimizer"), panel="Recipe", metavar="NAME")
+    optimizer = option(
+        str, "--optimizer", _of_recipe("optimizer"), panel="Recipe", metavar="NAME", choices=_planned("optimizer")
+    )
     adamw_kernel = option(
-        str, "--adamw-kernel", _of_recipe("adamw_kernel", more=", as on CUDA"), panel="Recipe", metavar="NAME"
+        str,
+        "--adamw-kernel",
+        _of_recipe("adamw_kernel", more=", as on CUDA"),
+        panel="Recipe",
+        metavar="NAME",
+        choices=_planned("adamw_kernel"),
     )
     optimizer_in_backward = option(
         bool, "--optimizer-in-backward", "Step each weight as its gradient is made.", False, panel="Recipe"
@@ -170,9 +222,13 @@ class StepOptions(Options):
     pad_to = option(
         int, "--pad-to", "Tokens that batches are padded to a multiple of. Default 1.", panel="Recipe", metavar="N"
     )
-    attention = option(str, "--attention", _of_recipe("attention"), panel="Recipe", metavar="NAME")
-    train = option(str, "--train", _weight_kinds, panel="Recipe", metavar="NAMES")
-    freeze = option(str, "--freeze", "Do not train these weights.", panel="Recipe", metavar="NAMES")
+    attention = option(
+        str, "--attention", _of_recipe("attention"), panel="Recipe", metavar="NAME", choices=_planned("attention")
+    )
+    train = option(str, "--train", _weight_kinds, panel="Recipe", metavar="NAMES", choices=weight_kinds)
+    freeze = option(
+        str, "--freeze", "Do not train these weights.", panel="Recipe", metavar="NAMES", choices=weight_kinds
+    )
     input_gradients = option(
         bool,
         "--input-gradients",
@@ -185,7 +241,9 @@ class StepOptions(Options):
 class VariedOptions(Options):
     """Of a recipe, what the paper's formulas vary themselves, or do not know."""
 
-    checkpoint = option(str, "--checkpoint", _of_recipe("checkpoint"), panel="Recipe", metavar="HOW")
+    checkpoint = option(
+        str, "--checkpoint", _of_recipe("checkpoint"), panel="Recipe", metavar="HOW", choices=_planned("checkpoint")
+    )
     chunks = option(
         str,
         "--chunks",
@@ -195,7 +253,7 @@ class VariedOptions(Options):
     )
     no_recompute = option(bool, "--no-recompute", "Do not recompute each MLP chunk by itself.", False, panel="Recipe")
     offload = option(bool, "--offload", "Layer inputs in CPU RAM.", False, panel="Recipe")
-    loss = option(str, "--loss", _of_recipe("loss"), panel="Recipe", metavar="NAME")
+    loss = option(str, "--loss", _of_recipe("loss"), panel="Recipe", metavar="NAME", choices=_planned("loss"))
     gpus = option(
         int,
         "--gpus",
@@ -206,9 +264,11 @@ class VariedOptions(Options):
     sharding = option(
         str,
         "--sharding",
-        _of_recipe("sharding", {"fsdp": "FSDP2, ZeRO-3: everything in shards over --gpus"}),
+        _of_recipe("sharding", {"fsdp": "or zero3; FSDP2: everything in shards over --gpus"}),
         panel="Recipe",
         metavar="NAME",
+        choices=_planned("sharding"),
+        synonyms={"zero3": "fsdp"},
     )
 
 
@@ -219,7 +279,9 @@ class RecipeOptions(StepOptions, VariedOptions):
 class RecipesOptions(RecipeOptions):
     """Strategies, and what differs from them: recipes."""
 
-    strategy = option(str, "--strategy -s", strategies(default="all"), adds_up=True, metavar="NAME[,NAME]")
+    strategy = option(
+        str, "--strategy -s", strategies(default="all"), adds_up=True, metavar="NAME[,NAME]", choices=strategy_names
+    )
 
 
 class TracedOptions(ModelOptions):
@@ -250,7 +312,7 @@ class ResultsOptions(Options):
 
 
 FORCE = option(bool, "--force", "Overwrite the file.", False, last=True)
-MARKDOWN = option(bool, "--markdown", "As the documentation shows it.", False, last=True)
+MARKDOWN = option(bool, "--markdown", "Short for --format markdown.", False, last=True)
 
 
 class MeasuringOptions(Options):
@@ -264,7 +326,7 @@ class MeasuringOptions(Options):
         metavar="N",
         min=1,
     )
-    device = option(str, "--device", _devices, "cuda", panel="Measurement", metavar="NAME")
+    device = option(str, "--device", _devices, "cuda", panel="Measurement", metavar="NAME", choices=known_devices)
     gpu_mem = option(
         str, "--gpu-mem", "Let the process use that much of the GPU only.", panel="Measurement", metavar="SIZE"
     )
@@ -414,7 +476,26 @@ def applied(base: Recipe, asked: RecipeOptions, adopt_chunks: bool) -> Recipe:
         changes["loss_chunks"] = 1
     elif not base.loss_in_chunks:
         changes.setdefault("loss_chunks", "auto")
-    return base.changed(**changes)
+    return changed(base, changes)
+
+
+def changed(base: Recipe, changes: Mapping[str, object]) -> Recipe:
+    """A recipe with what options change. Raises RecipeError in the command line's words."""
+    with _in_options():
+        return base.changed(**changes)
+
+
+@contextmanager
+def _in_options() -> Iterator[None]:
+    """Say in options what is wrong with a recipe inside."""
+    from ..errors import RecipeError
+
+    try:
+        yield
+    except RecipeError as e:
+        from ..step.names import in_options
+
+        raise RecipeError(in_options(str(e))) from None
 
 
 DESCRIBING = ("recipe", "checkpoint", "chunks", "no_recompute", "loss", "offload")
@@ -469,7 +550,8 @@ def _named(asked: RecipesOptions, usual: str) -> dict[str, Recipe]:
     names = [strategy_name(name.strip()) for name in named.split(",")] if named != "all" else list(STRATEGIES)
     if named == "all" and asked.sharding == "fsdp":  # which gathers one layer at a time
         names.remove("checkpoint-sqrt")
-    return {name: strategy(name) for name in names}
+    with _in_options():
+        return {name: strategy(name) for name in names}
 
 
 def _name_of(name: str, recipe: Recipe, alone: bool) -> str:
@@ -496,11 +578,3 @@ def results_files(asked: ResultsOptions) -> list[Path]:
     if "" in [*parts, *(str(path) if path.name else "" for path in asked.files)]:
         raise MeasurementError("a results file without a name.\nWrite a.jsonl b.jsonl, or --results a.jsonl,b.jsonl.")
     return [*asked.files, *map(Path, parts)]
-
-
-def one_format(asked: JsonOptions, markdown: bool) -> None:
-    """Raises RecipeError where two are asked for."""
-    if markdown and asked.json:
-        from ..errors import RecipeError
-
-        raise RecipeError("--markdown and --json exclude each other.\nLeave one of the two out.")

@@ -6,18 +6,13 @@ import io
 import os
 import sys
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import typer
+from typing import TYPE_CHECKING
 
 from ..errors import one_line
 from ..show.formats import FORMATS
 from ..show.formats.as_text import NARROWEST, WIDEST
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..show.report import Report
     from .commands import Taken
     from .options import FormatOptions
@@ -35,53 +30,27 @@ def sane_terminal() -> None:
             os.environ[name] = str(min(max(size, NARROWEST), WIDEST))
 
 
-def new_console() -> Console:
-    from ..show.formats.as_text import new_console
-
-    return new_console()
-
-
-def print_json(document: dict[str, Any]) -> None:
-    from ..show.formats.as_json import written
-
-    typer.echo(written(document), nl=False)
-
-
 def settled(asked: Taken) -> Taken:
-    """The options with one form of the answer: the name of `format`, and the option of that name, as --json, set. Raises InputError for an
-    unknown name, for one that the command does not have, and for two different ones."""
-    from ..errors import InputError
+    """The options with one form of the answer: the name of `format`, which an option of that name, as --json, is short for. Raises
+    InputError for an unknown name, and for two different ones."""
+    from ..errors import InputError, did_you_mean, quoted
 
-    flag = "format" if hasattr(asked, "format") else "own_format"
-    if not hasattr(asked, flag):
-        return asked
-    known = [name for name in FORMATS if flag == "format" or name == "text" or hasattr(asked, name)]
+    named = getattr(asked, "format", None)
     flags = {f"--{name}": name for name in FORMATS if getattr(asked, name, False)}
-    named = getattr(asked, flag)
     if named is not None:
-        if named not in known:
-            raise InputError(_unknown_format(named, known))
+        if named not in FORMATS:
+            raise InputError(
+                f"unknown format {quoted(named)}.{did_you_mean(named, FORMATS)}\nKnown: {', '.join(FORMATS)}."
+            )
         flags[f"--format {named}"] = named
     if len(set(flags.values())) > 1:
         raise InputError(f"{' and '.join(flags)} exclude each other.\nLeave one of the two out.")
-    chosen = next(iter(flags.values()), "text")
-    return asked.changed(**{flag: chosen}, **({chosen: True} if hasattr(asked, chosen) else {}))
-
-
-def _unknown_format(named: str, known: list[str]) -> str:
-    from ..errors import did_you_mean, quoted
-
-    said = "this command has no format" if named in FORMATS else "unknown format"
-    return f"{said} {quoted(named)}.{did_you_mean(named, known)}\nKnown: {', '.join(known)}."
+    return asked.changed(format=next(iter(flags.values()))) if flags else asked
 
 
 def emit(asked: FormatOptions, report: Report) -> None:
     """The answer in the form that was asked for."""
     FORMATS[asked.format or "text"].emit(report)
-
-
-def say_written(path: Path) -> None:
-    typer.echo(f"wrote {one_line(path, 200)}")
 
 
 def complain(message: str) -> None:

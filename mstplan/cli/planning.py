@@ -22,6 +22,7 @@ from .options import (
     TracedOptions,
     base_recipe,
     card_of,
+    changed,
     changes_of,
     known_or_traced,
     length,
@@ -45,7 +46,15 @@ RUNGS = {"formula": "at once", "trace": "needs torch, takes seconds"}
 
 
 class RungOptions(TracedOptions):
-    rung = option(str, "--rung", f"{listed(RUNGS, RUNGS)}. Default formula.", "formula", panel="Trace", metavar="NAME")
+    rung = option(
+        str,
+        "--rung",
+        f"{listed(RUNGS, RUNGS)}. Default formula.",
+        "formula",
+        panel="Trace",
+        metavar="NAME",
+        choices=lambda: RUNGS,
+    )
 
 
 class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, TensorsOptions, FormatOptions):
@@ -206,7 +215,7 @@ def _theorem_recipe(asked: TheoremOptions) -> Recipe:
             "the paper's formulas are of one GPU and know no sharding.\nPlan this recipe with mstplan max-seq or mstplan plan."
         )
     own = {name: value for name, value in base.model_dump().items() if name not in STRATEGY_FIELDS}
-    return Recipe.model_construct().changed(**{**own, **changes_of(asked)})
+    return changed(Recipe.model_construct(), {**own, **changes_of(asked)})
 
 
 def _overrides(asked: TheoremOptions) -> dict[str, int | None]:
@@ -230,7 +239,7 @@ DTYPES = ("bfloat16", "float32")
 class ShapesOptions(ModelOptions, FormatOptions):
     seq_len = option(str, "--seq-len", "Tokens per sequence.", "128k", metavar="TOKENS")
     batch = option(int, "--batch -b", "Sequences.", 1, metavar="N", min=1, max=1_000_000)
-    dtype = option(str, "--dtype", f"{listed(DTYPES)}.", DTYPES[0], metavar="NAME")
+    dtype = option(str, "--dtype", f"{listed(DTYPES)}.", DTYPES[0], metavar="NAME", choices=lambda: DTYPES)
 
 
 @command(

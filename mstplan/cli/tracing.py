@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .commands import command, given, option
+from .commands import command, declared, given, option
 from .options import (
     FORCE,
     ONE_RECIPE,
+    CardOptions,
     FormatOptions,
     PlannedOptions,
     RecipesOptions,
@@ -25,6 +26,7 @@ from .options import (
     one_of,
     plans_of,
     results_files,
+    shipped_models,
     simplest,
 )
 from .output import emit
@@ -57,10 +59,11 @@ class TraceOptions(PlannedOptions, TensorsOptions, FormatOptions):
     "trace",
     TraceOptions,
     help="Run the model's real code, one training step on fake tensors, and see every allocation: no GPU needed, but torch. Of several "
-    f"strategies the first that fits by formula. {ONE_RECIPE} Exit code 0: fits, 1: does not.",
+    f"strategies the first that fits by formula. {ONE_RECIPE} Without a GPU, no word on whether it fits. Exit code 0: fits, 1: does not.",
     examples=(
         "mstplan trace -m qwen3-4b --seq-len 64k --gpu h100 -s mst --plot step.png",
         "mstplan trace -m qwen3-0.6b --seq-len 4k --gpu rtx-4090 --snapshot s.pickle",
+        "mstplan trace -m qwen3-0.6b --seq-len 4k -s mst",
     ),
 )
 def trace(asked: TraceOptions) -> None:
@@ -68,7 +71,7 @@ def trace(asked: TraceOptions) -> None:
     from ..show import trace as shown
 
     _check_outputs(asked)
-    card, model = card_of(asked), known_or_traced(asked)
+    card, model = _card_or_any(asked), known_or_traced(asked)
     view, _ = _views(asked, model, card)
     if asked.plot is not None:
         from ..show import timeline
@@ -90,6 +93,13 @@ def trace(asked: TraceOptions) -> None:
     )
     if not view.fits:
         raise typer.Exit(1)
+
+
+def _card_or_any(asked: CardOptions) -> Card:
+    """The card that is asked for; any, where nothing is said of one: only the verdict needs it."""
+    from ..spec.hardware import any_card
+
+    return card_of(asked) if given(asked, declared(CardOptions)) else any_card()
 
 
 def plan_by_trace(asked: PlanOptions, model: Model, card: Card) -> None:
@@ -216,6 +226,8 @@ def tracing(asked: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Trac
 
 
 SOURCES = ("trace", "measurements")
+EVERY = ("all-dense", "all")
+"""Words for all models that ship."""
 
 
 class CalibrateOptions(ResultsOptions, FormatOptions):
@@ -233,8 +245,9 @@ class CalibrateOptions(ResultsOptions, FormatOptions):
         ...,
         adds_up=True,
         metavar="NAME[,NAME]",
+        choices=lambda: [*shipped_models(), *EVERY],
     )
-    source = option(str, "--from", f"{listed(SOURCES)}.", ..., metavar="RUNG")
+    source = option(str, "--from", f"{listed(SOURCES)}.", ..., metavar="RUNG", choices=lambda: SOURCES)
     strategies = RecipesOptions.strategy
     out = option(
         Path,
@@ -290,6 +303,6 @@ def _models_named(text: str) -> list[str]:
     """Specs of models: one, several with commas between, or all that ship, the dense ones or all."""
     from ..spec.catalog import load_model, model_names
 
-    if text not in ("all", "all-dense"):
+    if text not in EVERY:
         return [part.strip() for part in text.split(",")]
     return [name for name in model_names() if text == "all" or load_model(name).experts is None]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from .commands import command, option
-from .options import FORCE, MARKDOWN, JsonOptions, ResultsOptions, one_format, one_of, results_files
-from .output import new_console, print_json, say_written
+from .options import FORCE, MARKDOWN, FormatOptions, ResultsOptions, one_of, results_files, shipped_models
+from .output import emit
 
 if TYPE_CHECKING:
     from ..checking.validate import Bounds, Validation
@@ -22,9 +22,15 @@ def _rungs() -> str:
     return f"{', '.join(RUNGS)}: some of them, with commas between. Default all."
 
 
-class ValidateOptions(ResultsOptions, JsonOptions):
-    model = option(str, "--model -m", "What was measured of this model only.", metavar="MODEL")
-    rungs = option(str, "--rung", _rungs, "all", adds_up=True, metavar="NAME[,NAME]")
+def _known_rungs() -> list[str]:
+    from ..checking.validate import RUNGS
+
+    return [*RUNGS, "all"]
+
+
+class ValidateOptions(ResultsOptions, FormatOptions):
+    model = option(str, "--model -m", "What was measured of this model only.", metavar="MODEL", choices=shipped_models)
+    rungs = option(str, "--rung", _rungs, "all", adds_up=True, metavar="NAME[,NAME]", choices=_known_rungs)
     mean = option(str, "--mean", "The mean error that trace and calibrated formula may have.", "1%", metavar="SHARE")
     worst = option(str, "--worst", "The worst error that they may have.", "3%", metavar="SHARE")
     formula_worst = option(str, "--formula-worst", "The worst error of the bare formula.", "5%", metavar="SHARE")
@@ -40,7 +46,7 @@ class ValidateOptions(ResultsOptions, JsonOptions):
     "error is beyond its bound, or a step that was to fit ran out of memory.",
     examples=(
         "mstplan validate",
-        "mstplan validate --rung formula,calibrated --markdown",
+        "mstplan validate --rung formula,calibrated --format markdown",
         "mstplan validate h100.jsonl a100.jsonl --plot errors.png",
     ),
 )
@@ -49,31 +55,35 @@ def validate(asked: ValidateOptions) -> None:
     from ..checking import validate as rungs
     from ..show import timeline, validating
 
-    one_format(asked, asked.markdown)
     if asked.plot is not None:
         files.check_writable(asked.plot, asked.force)
         timeline.check_output(asked.plot)
-    names = rungs.RUNGS if asked.rungs == "all" else tuple(name.strip() for name in asked.rungs.split(","))
-    for name in names:
-        one_of("rung", name, rungs.RUNGS)
+    names, missing = _rungs_of(asked)
     bounds = _bounds(asked)
     chosen, read = _chosen(asked)
     found = _compared(asked, chosen, names)
     said = rungs.beyond(found, bounds)
     if asked.plot is not None:
         validating.plot(found, asked.plot)
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.document("validate", "measurement", **validating.as_data(found, said, read.skipped)))
-    elif asked.markdown:
-        typer.echo(validating.markdown(found), nl=False)
-    else:
-        validating.report(new_console(), found, read.skipped, said)
-        if asked.plot is not None:
-            say_written(asked.plot)
+    written = [asked.plot] if asked.plot is not None else []
+    emit(asked, validating.report(found, read.skipped, said, missing, written))
     if said:
         raise typer.Exit(1)
+
+
+def _rungs_of(asked: ValidateOptions) -> tuple[tuple[str, ...], str]:
+    """The rungs to ask; and where they are all of them, why the trace is not: it alone needs torch."""
+    from ..checking.validate import RUNGS, TRACE
+    from ..errors import MissingError
+    from ..tracing import cache
+
+    if asked.rungs != "all":
+        return tuple(one_of("rung", name.strip(), RUNGS) for name in asked.rungs.split(",")), ""
+    try:
+        cache.versions()
+    except MissingError as e:
+        return tuple(name for name in RUNGS if name != TRACE), f"without the trace: {e}"
+    return RUNGS, ""
 
 
 def _bounds(asked: ValidateOptions) -> dict[str, Bounds]:
@@ -117,7 +127,7 @@ def _compared(asked: ValidateOptions, chosen: list[Measurement], rungs: tuple[st
     return found
 
 
-class PublishedOptions(JsonOptions):
+class PublishedOptions(FormatOptions):
     markdown = MARKDOWN
 
 
@@ -131,13 +141,4 @@ def published(asked: PublishedOptions) -> None:
     from ..plan.published import comparisons
     from ..show import published as shown
 
-    one_format(asked, asked.markdown)
-    rows = comparisons()
-    if asked.json:
-        from ..show import payload
-
-        print_json(payload.document("published", published=[shown.as_data(row) for row in rows]))
-    elif asked.markdown:
-        typer.echo(shown.page(), nl=False)
-    else:
-        shown.report(new_console(), rows)
+    emit(asked, shown.report(comparisons()))

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checking.calibrate import Written
 from ..errors import one_line
 from . import parts, payload
-from .parts import cell
+from .parts import cell, strategy_cell
 from .report import Block, Cell, Column, Folded, Report, Row, Table, line
 
 
@@ -39,7 +39,7 @@ def _cells(row: Written) -> tuple[Cell, ...]:
     how = " and ".join(part for part, in_chunks in several if in_chunks) or "nothing"
     return (
         cell(one_line(row.model)),
-        cell(one_line(row.strategy)),
+        strategy_cell(one_line(row.strategy)),
         cell(how + (", masks" if row.masked else "")),
         cell(row.vectors),
         Cell(row.residual, f"{row.residual:.1e}"),

@@ -1,18 +1,21 @@
-"""What `mstplan measure` says: a line for each point as it comes."""
+"""What `mstplan measure` says: a line for each point as it comes, on stderr; at the end the report of all."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from ..errors import one_line
 from ..measuring.measurement import OK, Measurement
 from ..measuring.sweep import Sweep
+from ..step.recipe import strategy_label
 from ..units import GIB, format_seconds
-from . import tables
+from . import parts, payload
+from .parts import NOTHING, cell, strategy_cell
+from .report import GAP, Block, Cell, Column, Report, Row, Table, line
 
 
 def subject(m: Measurement) -> str:
@@ -20,32 +23,99 @@ def subject(m: Measurement) -> str:
     return one_line(m.case.model) + (f"/{m.case.layers}" if m.case.layers else "")
 
 
-HEADER = f"{'peaks in GiB':12s} {'strategy':15s} {'tokens':>9s} {'alloc.':>7s} {'reserved':>8s} {'device':>7s} {'step':>7s} {'tokens/s':>8s}"
+HEADER = f"{'peaks: GiB':10s} {'strategy':18s} {'tokens':>8s} {'alloc.':>7s} {'reserved':>8s} {'device':>7s} {'step':>7s} {'tokens/s':>8s}"
 
 
-def heading(console: Console, known: Mapping[str, Any]) -> None:
-    what = f"{known['card']}, {known['total_bytes'] / GIB:.2f} GiB; torch {known['torch']}, transformers {known['transformers']}"
-    console.print(f"measured: real steps on {what}", style="dim")
-    console.print(HEADER, soft_wrap=True, style="dim")
+def device_words(known: Mapping[str, Any]) -> str:
+    """What is measured on, and with."""
+    return f"{known['card']}, {known['total_bytes'] / GIB:.2f} GiB; torch {known['torch']}, transformers {known['transformers']}"
 
 
-def line(m: Measurement, name: Callable[[Measurement], str] = subject) -> str:
+# ---- while it runs --------------------------------------------------------------------------------------------------------
+
+
+def telling(
+    known: Mapping[str, Any], name: Callable[[Measurement], str] = subject
+) -> tuple[Callable[[], None], Callable[[Measurement], None]]:
+    """What to say when measuring begins, and of each point as it comes, which `name` tells from others: on stderr, as answers are on
+    stdout."""
+    return lambda: _say(f"measuring: real steps on {device_words(known)}\n{HEADER}"), lambda m: _say(point(m, name))
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody is there to read it
+        print(text, file=sys.stderr, flush=True)
+
+
+def point(m: Measurement, name: Callable[[Measurement], str] = subject) -> str:
     """One point in 80 columns; peaks in GiB."""
-    start = f"{name(m):12.12s} {one_line(m.case.strategy):15s} {m.case.seq_len:9,}"
+    start = f"{name(m):10.10s} {strategy_label(one_line(m.case.strategy)):18s} {m.case.seq_len:8,}"
     if m.outcome != OK:
         return f"{start} {m.outcome}" + (f": {m.reason}" if m.error else "")
-    peak = m.peak
-    numbers = [tables.gib(size) if size is not None else "-" for size in peak]
+    numbers = [parts.gib(size) if size is not None else "-" for size in m.peak]
     return f"{start} {numbers[0]:>7s} {numbers[1]:>8s} {numbers[2]:>7s} {format_seconds(m.seconds):>7s} {m.tokens_per_second:8,.0f}"
 
 
-def report(console: Console, found: Sweep, out: Path) -> None:
-    """What remains to be said once all points are through."""
-    for said in found.damaged:
-        console.print(said, soft_wrap=True)
-    if found.skipped:
-        console.print(
-            f"{found.skipped} of {len(found.measurements)} had been measured before (--again measures them anew).",
-            soft_wrap=True,
-        )
-    console.print(f"results: {one_line(out, 200)}", soft_wrap=True)
+# ---- the report -----------------------------------------------------------------------------------------------------------
+
+
+def report(found: Sweep, known: Mapping[str, Any], out: Path) -> Report:
+    """The points of a sweep, those measured before among them; then what failed, what was left out, where the results are."""
+    points = _points(found)
+    failed = [m for m in found.measurements if m.outcome != OK]
+    before = f"{found.skipped} of {len(found.measurements)} had been measured before (--again measures them anew)."
+    blocks: list[Block] = [
+        line(f"measured: real steps on {device_words(known)}"),
+        points,
+        *(line(f"{one_line(m.case.words, 200)}: {m.outcome}{_why(m)}", whole=True) for m in failed),
+        *(line(said, whole=True) for said in found.damaged),
+        *([line(before, whole=True)] if found.skipped else []),
+        GAP,
+        line(f"results: {one_line(out, 200)}", whole=True),
+    ]
+    facts = payload.document(
+        "measure",
+        "measurement",
+        environment=dict(known),
+        file=str(out),
+        damaged=found.damaged,
+        measured_before=found.skipped,
+        results=[m.as_data() for m in found.measurements],
+    )
+    return Report("measure", facts, blocks, points)
+
+
+def _why(m: Measurement) -> str:
+    return f": {m.reason}" if m.error else ""
+
+
+def _points(found: Sweep) -> Table:
+    """Every point; people see no columns that nothing is in."""
+    peaks = [m.peak for m in found.measurements if m.outcome == OK]
+    columns = (
+        Column("model", "model"),
+        Column("layers", None),
+        Column("strategy", "strategy"),
+        Column("seq_len", "tokens", right=True),
+        Column("outcome", "" if len(peaks) < len(found.measurements) else None),
+        Column("allocated_bytes", "alloc." if peaks else None, right=True),
+        Column("reserved_bytes", "reserved" if any(peak.reserved is not None for peak in peaks) else None, right=True),
+        Column("device_bytes", "device" if any(peak.device is not None for peak in peaks) else None, right=True),
+        Column("step_seconds", "step" if peaks else None, right=True),
+        Column("tokens_per_second", "tok/s" if peaks else None, right=True),
+    )
+    return Table("points", columns, tuple(Row(_cells(m)) for m in found.measurements), "Peaks in GiB")
+
+
+def _cells(m: Measurement) -> tuple[Cell, ...]:
+    about = (
+        Cell(m.case.model, subject(m)),
+        cell(m.case.layers),
+        strategy_cell(one_line(m.case.strategy)),
+        parts.tokens_cell(m.case.seq_len),
+    )
+    if m.outcome != OK:
+        return (*about, cell(m.outcome), *(NOTHING,) * 5)
+    peaks = (parts.gib_cell(size) if size is not None else Cell(None, "-") for size in m.peak)
+    speed = (Cell(m.seconds, format_seconds(m.seconds)), Cell(m.tokens_per_second, f"{m.tokens_per_second:,.0f}"))
+    return (*about, Cell(m.outcome, ""), *peaks, *speed)

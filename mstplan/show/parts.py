@@ -86,7 +86,7 @@ def heading(model: Model, card: Card, provenance: str, recipes: Iterable[Recipe]
             Span(model.name, "strong"),
             Span(f"  {parameters} parameters, {model.layers} layers   on "),
             Span(card.label, "strong"),
-            Span(f"   budget {format_gib(card.budget_bytes)}"),
+            Span("" if card.unlimited else f"   budget {format_gib(card.budget_bytes)}"),
         )
     )
     said = dict.fromkeys(map(recipe_in_words, recipes))

@@ -293,12 +293,12 @@ def trace_document(v: View, command: str = "trace", others: Sequence[View] = ())
         lost = h.out_of_memory._asdict() if h.out_of_memory is not None else None
         return {"allocated": h.allocated, "reserved": h.reserved, "retries": h.retries, "out_of_memory": lost}
 
-    formula = {i.name: i.bytes for i in v.formula}
+    formula, judged = {i.name: i.bytes for i in v.formula}, not v.card.unlimited
     return document(
         command,
         "trace",
         model=model(v.model),
-        card=card(v.card),
+        card=card(v.card) if judged else None,
         provenance=v.provenance,
         strategy=v.strategy,
         versions=v.versions,
@@ -306,9 +306,9 @@ def trace_document(v: View, command: str = "trace", others: Sequence[View] = ())
         recipe=fields(v.trace.recipe),
         mlp_chunks=v.plan.chunks.mlp,
         loss_chunks=v.plan.chunks.loss,
-        fits=v.fits,
+        fits=v.fits if judged else None,
         peak_bytes=v.trace.peak.bytes,
-        budget_bytes=v.card.budget_bytes,
+        budget_bytes=v.card.budget_bytes if judged else None,
         instant=v.trace.peak.instant,
         cpu_ram_bytes=v.trace.host_peak,
         host_bytes=v.trace.host_peak,
@@ -316,10 +316,11 @@ def trace_document(v: View, command: str = "trace", others: Sequence[View] = ())
             {"name": p.instant, "bytes": p.bytes, "formula_bytes": formula.get(p.instant)} for p in v.trace.peaks
         ],
         alive=[a._asdict() for a in v.trace.alive(v.trace.peak.event)],
-        allocator={"expandable_segments": kept(v.expandable), "default": kept(v.usual)},
+        allocator={"expandable_segments": kept(v.expandable), "default": kept(v.usual)} if judged else None,
         differences=[{**row._asdict(), "difference": row.difference} for row in v.differences if row.difference],
         strategies=[
-            {"strategy": each.strategy, "fits": each.fits, "peak_bytes": each.trace.peak.bytes} for each in (*others, v)
+            {"strategy": each.strategy, "fits": each.fits if judged else None, "peak_bytes": each.trace.peak.bytes}
+            for each in (*others, v)
         ],
         units={"all": v.trace.units, "run": list(v.trace.kept)},
         notes=[*v.model.notes, *v.notes],

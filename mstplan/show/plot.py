@@ -252,6 +252,8 @@ def _style(name: str, index: int) -> Style:
 
 
 def card_name(card: Card) -> str:
+    if card.unlimited:
+        return card.label
     return card.gpu.name if card.named else f"{format_gib(card.total_bytes, 0)} GPU"
 
 

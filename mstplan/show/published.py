@@ -5,16 +5,17 @@ python -m mstplan.show.published > docs/published.md
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import mean, median
 from typing import Any
 
-from rich.console import Console
-from rich.padding import Padding
-from rich.text import Text
-
 from ..plan.published import Comparison, comparisons
 from ..step.recipe import Recipe
+from . import parts, payload
+from .formats import FORMATS
+from .parts import cell
+from .report import GAP, Block, Cell, Column, Folded, Line, Report, Row, Table, line
 
 HEADER = """# Published measurements and the formula rung
 
@@ -25,50 +26,151 @@ term is adjusted to come closer. Differences are signed: + means that mstplan pr
 Published lengths are the paper's or recipe's own figures, mostly rounded to thousands of tokens.
 `older loss` is S_max with the loss of transformers before 4.45, for rows that ran such a release.
 """
+TITLE = "Published measurements and the formula rung"
+_NOT_FITTED = "Nothing is fitted to them; what explains each difference: docs/published.md, --format markdown or json."
 
 
-def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.1%}"
+def report(rows: Sequence[Comparison]) -> Report:
+    """Published and predicted, the assumptions under each, then how far off they are."""
+    predicted = [c for c in rows if c.recipe is not None]
+    blocks: list[Block] = [
+        line(TITLE, "strong"),
+        _lengths([c for c in predicted if c.predicted_tokens is not None]),
+        _peaks([c for c in predicted if c.published_gib is not None]),
+        _not_predicted([c for c in rows if c.recipe is None]),
+        *_errors(rows),
+        line(_NOT_FITTED),
+        Folded((_sources(rows),)),
+    ]
+    facts = payload.document("published", published=[as_data(row) for row in rows])
+    return Report("published", facts, blocks, _everything(rows))
 
 
-def _assumptions(recipe: Recipe) -> str:
+def page() -> str:
+    """docs/published.md: the report in Markdown under a header of its own."""
+    told = report(comparisons())
+    shown = [block for block in told.blocks if not isinstance(block, Line)]
+    return HEADER + FORMATS["markdown"].render(replace(told, blocks=[line(TITLE), *shown])).partition("\n")[2]
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------------
+
+
+def _signed(value: float | None) -> Cell:
+    return Cell(value, "" if value is None else f"{value:+.1%}")
+
+
+def _assumptions(recipe: Recipe | None) -> str:
+    if recipe is None:
+        return ""
     default = Recipe()
     changed = {name: value for name, value in recipe if value != getattr(default, name)}
     return ", ".join(f"{name}={value}" for name, value in changed.items()) or "all defaults"
 
 
-def _lengths(rows: list[Comparison]) -> list[str]:
-    lines = [
-        "| model, GPU | published as | published | predicted | difference | older loss | read as | what explains the difference |",
-        "|---|---|---:|---:|---:|---:|---|---|",
-    ]
-    for c in rows:
-        older = f"{c.predicted_with_older_loss:,}" if c.predicted_with_older_loss else ""
-        assert c.recipe is not None and c.predicted_tokens is not None
-        lines.append(
-            f"| {c.model}, {c.gpu} | {c.case} | {c.published_tokens:,} | {c.predicted_tokens:,} | {_signed(c.tokens_difference)} | {older} "
-            f"| {_assumptions(c.recipe)} | {'; '.join(c.explained_by)} |"
-        )
-    return lines
+_CARD = Column("gpu", "GPU")
+_EXPLAINED = Column("explained_by", "what explains the difference", folded=True)
+_READ_AS = Column("", "published as; read as")
 
 
-def _peaks(rows: list[Comparison]) -> list[str]:
-    lines = [
-        "| model, GPU | published as | tokens | published GiB | predicted GiB | difference | read as | what explains the difference |",
-        "|---|---|---:|---:|---:|---:|---|---|",
-    ]
-    for c in rows:
-        assert c.recipe is not None
-        wide = " (nvidia-smi; 0.5 GiB CUDA context added)" if c.device_wide else ""
-        lines.append(
-            f"| {c.model}, {c.gpu} | {c.case} | {c.published_tokens:,} | {c.published_gib:g}{wide} | {c.predicted_gib:.2f} | {_signed(c.gib_difference)} "
-            f"| {_assumptions(c.recipe)} | {'; '.join(c.explained_by)} |"
+def _read_as(c: Comparison) -> Cell:
+    return Cell(None, f"{c.case}; read as {_assumptions(c.recipe)}")
+
+
+def _lengths(rows: Sequence[Comparison]) -> Table:
+    columns = (
+        Column("model", "model"),
+        Column("published_tokens", "published", right=True),
+        Column("predicted_tokens", "predicted", right=True),
+        Column("tokens_difference", "differs", right=True),
+        Column("predicted_with_older_loss", "older loss", right=True, folded=True),
+        _CARD,
+        _READ_AS,
+        _EXPLAINED,
+    )
+    found = (
+        (
+            cell(c.model),
+            _tokens(c.published_tokens),
+            _tokens(c.predicted_tokens),
+            _signed(c.tokens_difference),
+            _tokens(c.predicted_with_older_loss),
+            cell(c.gpu),
+            _read_as(c),
+            cell("; ".join(c.explained_by)),
         )
-    return lines
+        for c in rows
+    )
+    return Table("lengths", columns, _rows(found), "Longest sequence, tokens", layout="answers")
+
+
+def _peaks(rows: Sequence[Comparison]) -> Table:
+    columns = (
+        Column("model", "model"),
+        Column("published_tokens", "tokens", right=True),
+        Column("published_gib", "published GiB", right=True),
+        Column("predicted_gib", "predicted GiB", right=True),
+        Column("gib_difference", "differs", right=True),
+        _CARD,
+        _READ_AS,
+        _EXPLAINED,
+    )
+    found = (
+        (
+            cell(c.model),
+            _tokens(c.published_tokens),
+            Cell(c.published_gib, f"{c.published_gib:.2f}{'*' if c.device_wide else ''}"),
+            Cell(c.predicted_gib, f"{c.predicted_gib:.2f}"),
+            _signed(c.gib_difference),
+            cell(c.gpu),
+            _read_as(c),
+            cell("; ".join(c.explained_by)),
+        )
+        for c in rows
+    )
+    title = "Peak at a published length, GiB (*: nvidia-smi's; 0.5 GiB of CUDA context added)"
+    return Table("peaks", columns, _rows(found), title, layout="answers")
+
+
+def _not_predicted(rows: Sequence[Comparison]) -> Table:
+    columns = (
+        Column("model", "model"),
+        Column("published_tokens", "published", right=True),
+        _CARD,
+        Column("not_predicted", "published as; why not"),
+    )
+    found = (
+        (cell(c.model), _tokens(c.published_tokens), cell(c.gpu), Cell(c.not_predicted, f"{c.case}; {c.not_predicted}"))
+        for c in rows
+    )
+    return Table("not_predicted", columns, _rows(found), "Not predicted", layout="answers")
+
+
+def _sources(rows: Sequence[Comparison]) -> Table:
+    found = ((cell(source),) for source in dict.fromkeys(c.source for c in rows))
+    return Table("sources", (Column("source", "where they are from"),), _rows(found), "Sources")
+
+
+def _everything(rows: Sequence[Comparison]) -> Table:
+    """All of every row but its recipe, as programs read it."""
+    facts = [{**as_data(c), "explained_by": "; ".join(c.explained_by), "recipe": _assumptions(c.recipe)} for c in rows]
+    columns = tuple(Column(name, None) for name in facts[0])
+    return Table("published", columns, _rows(tuple(map(cell, row.values())) for row in facts))
+
+
+def _rows(cells: Iterable[tuple[Cell, ...]]) -> tuple[Row, ...]:
+    return tuple(map(Row, cells))
+
+
+def _tokens(tokens: int | None) -> Cell:
+    return parts.tokens_cell(tokens) if tokens is not None else cell(None)
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------------
 
 
 def as_data(c: Comparison) -> dict[str, Any]:
-    """For --json: the row with its signed differences."""
+    """The row with its signed differences."""
     more = {"tokens_difference": c.tokens_difference, "gib_difference": c.gib_difference}
     return {
         **vars(c),
@@ -78,68 +180,22 @@ def as_data(c: Comparison) -> dict[str, Any]:
     }
 
 
-def report(console: Console, rows: Sequence[Comparison]) -> None:
-    """Published and predicted, the assumptions under each, then how far off they are."""
-    console.print(Text("published -> predicted, tokens or GiB", "bold"))
-    for c in rows:
-        where = f"{c.model}, {c.gpu}"
-        if c.recipe is None:
-            console.print(Text(f"{c.published_tokens:>10,} -> not predicted       {where}", "bold"))
-            console.print(Padding(Text(f"{c.case}; {c.not_predicted}", "dim"), (0, 0, 0, 4)))
-            continue
-        if c.published_gib is not None and c.predicted_gib is not None:
-            told = f"{c.published_gib:>10.2f} -> {c.predicted_gib:<10.2f} {_signed(c.gib_difference):>7}  {where}, {c.published_tokens:,} tokens"
-        else:
-            told = f"{c.published_tokens:>10,} -> {c.predicted_tokens:<10,} {_signed(c.tokens_difference):>7}  {where}"
-        console.print(Text(told, "bold"))
-        console.print(Padding(Text(f"{c.case}; read as {_assumptions(c.recipe)}", "dim"), (0, 0, 0, 4)))
-    console.print()
+def _errors(rows: Sequence[Comparison]) -> list[Block]:
+    """How far off lengths and peaks are, in a line each."""
+    told = []
     for what, errors in errors_of(rows).items():
         sizes = [abs(error) for error in errors]
-        console.print(
-            f"{what}: {len(errors)} rows, mean error {mean(sizes):.1%}, median {median(sizes):.1%}, worst {max(errors, key=abs):+.1%}"
+        worst = max(errors, key=abs)
+        told.append(
+            f"{what}: {len(errors)} rows, mean error {mean(sizes):.1%}, median {median(sizes):.1%}, worst {worst:+.1%}"
         )
-    console.print("Nothing is fitted to them; what explains each difference: docs/published.md, or --json.")
+    return [GAP, *map(line, told)]
 
 
 def errors_of(rows: Sequence[Comparison]) -> dict[str, list[float]]:
     """Signed, of lengths and of peaks."""
     found = {"lengths": [c.tokens_difference for c in rows], "peaks": [c.gib_difference for c in rows]}
     return {what: [error for error in errors if error is not None] for what, errors in found.items()}
-
-
-def page() -> str:
-    rows = list(comparisons())
-    predicted = [c for c in rows if c.recipe is not None]
-    lengths = [c for c in predicted if c.predicted_tokens is not None]
-    peaks = [c for c in predicted if c.published_gib is not None]
-    left_out = [
-        f"- {c.model}, {c.gpu}, {c.case}, {c.published_tokens:,} tokens: {c.not_predicted}."
-        for c in rows
-        if c.not_predicted
-    ]
-    sources = [f"- {source}" for source in dict.fromkeys(c.source for c in rows)]
-    return "\n".join(
-        [
-            HEADER,
-            "## Longest sequence, tokens",
-            "",
-            *_lengths(lengths),
-            "",
-            "## Peak at a published length",
-            "",
-            *_peaks(peaks),
-            "",
-            "## Not predicted",
-            "",
-            *left_out,
-            "",
-            "## Sources",
-            "",
-            *sources,
-            "",
-        ]
-    )
 
 
 if __name__ == "__main__":

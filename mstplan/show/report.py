@@ -49,12 +49,13 @@ class Notes:
 
 class Column(NamedTuple):
     """What a table's rows have. name: for programs, with the unit, "" where it is for people only; heading: for people, None where it is for
-    programs only; code: what people copy."""
+    programs only; code: what people copy; folded: what a terminal leaves out, and a page has room for."""
 
     name: str
     heading: str | None
     right: bool = False
     code: bool = False
+    folded: bool = False
 
 
 class Cell(NamedTuple):
@@ -87,6 +88,11 @@ class Table:
     def for_people(self) -> list[int]:
         """Columns with a heading."""
         return [i for i, column in enumerate(self.columns) if column.heading is not None]
+
+    @property
+    def for_terminals(self) -> list[int]:
+        """Those of them that a terminal shows."""
+        return [i for i in self.for_people if not self.columns[i].folded]
 
     @property
     def for_programs(self) -> list[int]:

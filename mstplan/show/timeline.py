@@ -174,7 +174,7 @@ def _budget(axes: Axes, view: View) -> float:
     if budget <= top:
         axes.axhline(budget, color="black", linewidth=1.2)
         axes.text(where, budget + 0.01 * top, words, ha=aligned, va="bottom", bbox=BACK)
-    else:
+    elif not view.card.unlimited:
         axes.text(where, top, f"{words}: above what is drawn", ha=aligned, va="top", bbox=BACK)
     return top
 

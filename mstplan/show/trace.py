@@ -14,7 +14,7 @@ from ..tracing.trace import Alive, Trace
 from ..units import MIB, format_gib, format_tokens
 from . import parts, payload
 from .parts import NOTHING, cell
-from .report import GAP, Block, Cell, Column, Report, Row, Table, line
+from .report import GAP, Block, Cell, Column, Line, Report, Row, Table, line
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -43,10 +43,7 @@ def report(
 ) -> Report:
     """A trace; before it whether other strategies fit that were traced at the same length. files: what was written of it; tensors: all of
     those at the peak, and not the largest only."""
-    told = [
-        parts.fits(each.trace.seq_len, each.strategy, each.trace.peak.bytes, each.card.budget_bytes, each.fits)
-        for each in (*others, v)
-    ]
+    told = [_verdict(each) for each in (*others, v)]
     instants = _instants(v)
     blocks: list[Block] = [
         *parts.heading(v.model, v.card, v.provenance, [each.plan.recipe for each in (*others, v)]),
@@ -61,6 +58,16 @@ def report(
     strategies = _strategies([*others, v])
     facts = payload.trace_document(v, command, others)
     return Report(command, facts, blocks, strategies if command == "plan" else instants)
+
+
+def _verdict(v: View) -> Line:
+    size = v.trace.peak.bytes
+    if v.card.unlimited:
+        return line(
+            f"{format_tokens(v.trace.seq_len)} tokens with {strategy_label(v.strategy)}: peak {format_gib(size)}.",
+            "strong",
+        )
+    return parts.fits(v.trace.seq_len, v.strategy, size, v.card.budget_bytes, v.fits)
 
 
 def _strategies(views: Sequence[View]) -> Table:

@@ -1,31 +1,35 @@
-"""`mstplan validate`: errors of each rung as tables, JSON, a plot, and the table that the documentation shows.
-
-mstplan validate --markdown           what README shows of the archive
-"""
+"""`mstplan validate`: errors of each rung as tables, for programs those of each step, and a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import ceil, log10
 from pathlib import Path
-from textwrap import wrap
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.text import Text
 
 from .. import files
 from ..checking.validate import ALLOCATED, RUNGS, Row, Summary, Validation, by_length, by_model, by_strategy, summaries
 from ..errors import OutputError
+from ..step.recipe import strategy_label
 from ..units import GIB
-from . import tables
+from . import parts, payload
+from .formats.as_markdown import as_markdown
+from .parts import cell
 from .plot import FONT, render
+from .report import Block, Cell, Column, Line, Report, Span, Table, line
+from .report import Row as Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GROUPS = (("", lambda _row: "all"), ("strategy", by_strategy), ("length", by_length), ("model", by_model))
+GROUPS = (
+    ("", lambda _row: "all"),
+    ("strategy", lambda row: strategy_label(by_strategy(row))),
+    ("length", by_length),
+    ("model", by_model),
+)
 
 
 def devices(rows: Sequence[Row]) -> list[str]:
@@ -34,23 +38,32 @@ def devices(rows: Sequence[Row]) -> list[str]:
     return sorted(dict.fromkeys(names), key=names.count, reverse=True)
 
 
-def report(console: Console, found: Validation, damaged: Sequence[str], said: Sequence[str]) -> None:
-    """The errors by rung, strategy, length and model; then what is wrong, and what was not measured."""
-    for device in devices(found.rows):
-        rows = [row for row in found.rows if row.measurement.environment["card"] == device]
-        steps = len({id(row.measurement) for row in rows})
-        console.print(Text.assemble((f"{steps} measured steps", "bold"), " on ", (device, "bold")))
-        console.print(_table(rows))
-    for line in [*damaged, *found.left_out]:
-        console.print(f"left out: {line}", soft_wrap=True)
-    if found.out_of_memory:
-        console.print(
-            f"{found.out_of_memory} steps ran out of memory; predicted to fit: {len(found.broken)}.", soft_wrap=True
-        )
-    for line in said:
-        console.print(Text(line, "bold"), soft_wrap=True)
-    console.print()
-    tables.notes(console, notes(found))
+def report(
+    found: Validation, damaged: Sequence[str], said: Sequence[str], missing: str = "", files: Sequence[Path] = ()
+) -> Report:
+    """The errors by rung, strategy, length and model; then what is wrong, and what was not measured. missing: why a rung was not asked;
+    files: what was written of it."""
+    lost = f"{found.out_of_memory} steps ran out of memory; predicted to fit: {len(found.broken)}."
+    blocks: list[Block] = [
+        line("Predictions held against measurements", "strong"),
+        *(block for device in devices(found.rows) for block in _of_device(found, device)),
+        *(line(f"left out: {each}", whole=True) for each in [*damaged, *found.left_out]),
+        *([line(lost, whole=True)] if found.out_of_memory else []),
+        *([line(missing, "strong", whole=True)] if missing else []),
+        *(line(each, "strong", whole=True) for each in said),
+        *parts.remarks(notes(found)),
+        *parts.written(files),
+    ]
+    facts = payload.document("validate", "measurement", **as_data(found, said, damaged), not_asked=missing or None)
+    return Report("validate", facts, blocks, _steps(found))
+
+
+def _of_device(found: Validation, device: str) -> list[Block]:
+    """Errors on one device, first all of them, then by what may make a difference."""
+    rows = [row for row in found.rows if row.measurement.environment["card"] == device]
+    steps = len({id(row.measurement) for row in rows})
+    title = Line((Span(f"{steps} measured steps", "strong"), Span(" on "), Span(device, "strong")))
+    return [title, *(_table(rows, by) for by, _ in GROUPS)]
 
 
 def _percent(share: float, sign: str = "") -> str:
@@ -69,25 +82,50 @@ def _rung(s: Summary) -> str:
     return name if s.what == ALLOCATED else f"{name}, {s.what}"
 
 
-def _table(rows: Sequence[Row]) -> Any:
-    table = tables.new_table(
-        ("", "left"),
-        ("rung", "left"),
-        ("n", "right"),
-        ("mean", "right"),
-        ("median", "right"),
-        ("worst", "right"),
-        ("instant", "right"),
+def _table(rows: Sequence[Row], by: str) -> Table:
+    """The errors of each rung, in groups by `by`; "": of all rows, and then also of what else than allocated bytes is predicted."""
+    found = summaries(rows, dict(GROUPS)[by])
+    shown = sorted((s for s in found if s.what == ALLOCATED or not by), key=_order)
+    columns = (
+        Column("group", by or None),
+        Column("rung", "rung"),
+        Column("n", "steps", right=True),
+        Column("mean", "mean", right=True),
+        Column("median", "median", right=True),
+        Column("worst", "worst", right=True),
+        Column("worst_instant", "instant", right=True),
+        Column("at", None if by else "worst at", folded=True),
     )
-    for title, group in GROUPS:
-        shown = [s for s in summaries(rows, group) if s.what == ALLOCATED or not title]
-        for n, s in enumerate(sorted(shown, key=_order)):
-            if n == 0 and title:
-                table.add_section()
-            table.add_row(
-                s.group, _rung(s), str(s.n), _percent(s.mean), _percent(s.median), _percent(s.worst, "+"), _instant(s)
-            )
-    return table
+    cells = (
+        (cell(s.group), Cell(s.rung, _rung(s)), cell(s.n), *_figures(s), cell(None if by else _at(rows, s)))
+        for s in shown
+    )
+    return Table(f"errors_by_{by}" if by else "errors", columns, tuple(map(Shown, cells)))
+
+
+def _figures(s: Summary) -> tuple[Cell, ...]:
+    return (
+        Cell(s.mean, _percent(s.mean)),
+        Cell(s.median, _percent(s.median)),
+        Cell(s.worst, _percent(s.worst, "+")),
+        Cell(s.worst_instant, _instant(s)),
+    )
+
+
+def _at(rows: Sequence[Row], s: Summary) -> str:
+    """The step whose error is the worst of all rows of a summary."""
+    members = (r for r in rows if (r.rung, r.what, r.held) == (s.rung, s.what, s.held))
+    return max(members, key=lambda r: abs(r.error)).measurement.case.words
+
+
+_ABOUT = ("model", "layers", "strategy", "seq_len", "card", "rung", "what", "held")
+
+
+def _steps(found: Validation) -> Table:
+    """Each step that was compared, as programs read it."""
+    names = [*_ABOUT, "predicted_bytes", "measured_bytes", "error"]
+    rows = tuple(Shown(tuple(cell(row[name]) for name in names)) for row in map(_row, found.rows))
+    return Table("steps", tuple(Column(name, None) for name in names), rows)
 
 
 def _order(s: Summary) -> tuple[int, str, str, int, bool]:
@@ -120,31 +158,31 @@ def notes(found: Validation) -> list[str]:
     return lines
 
 
-def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> dict[str, Any]:
-    def row(r: Row) -> dict[str, Any]:
-        m = r.measurement
-        instants = [{"name": name, "predicted": told, "measured": seen} for name, told, seen in r.instants]
-        return {
-            "model": m.case.model,
-            "layers": m.case.layers,
-            "strategy": m.case.strategy,
-            "seq_len": m.case.seq_len,
-            "card": m.environment["card"],
-            "recipe": m.case.recipe.model_dump(),
-            "rung": r.rung,
-            "what": r.what,
-            "held": r.held,
-            "predicted_bytes": r.predicted,
-            "measured_bytes": r.measured,
-            "error": r.error,
-            "instants": instants,
-        }
+def _row(r: Row) -> dict[str, Any]:
+    m = r.measurement
+    return {
+        "model": m.case.model,
+        "layers": m.case.layers,
+        "strategy": m.case.strategy,
+        "seq_len": m.case.seq_len,
+        "card": m.environment["card"],
+        "recipe": m.case.recipe.model_dump(),
+        "rung": r.rung,
+        "what": r.what,
+        "held": r.held,
+        "predicted_bytes": r.predicted,
+        "measured_bytes": r.measured,
+        "error": r.error,
+        "instants": [{"name": name, "predicted": told, "measured": seen} for name, told, seen in r.instants],
+    }
 
+
+def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> dict[str, Any]:
     def summary(s: Summary, by: str) -> dict[str, Any]:
         return {"by": by or "all", **s._asdict()}
 
     return {
-        "rows": [row(r) for r in found.rows],
+        "rows": [_row(r) for r in found.rows],
         "summaries": [summary(s, title) for title, group in GROUPS for s in summaries(found.rows, group)],
         "out_of_memory": found.out_of_memory,
         "fit_predicted_but_ran_out": [{"case": b.measurement.case.words, "rung": b.rung} for b in found.broken],
@@ -158,24 +196,14 @@ def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> d
 
 
 def markdown(found: Validation) -> str:
-    """The errors by device, rung and strategy."""
-    lines = [
-        "| measured on | rung | steps | mean error | median | worst | at | any instant |",
-        "|---|---|---:|---:|---:|---:|---|---:|",
-    ]
+    """What README shows of the archive: of each device the first table of the report, and what its asterisks mean."""
+    lines: list[str] = []
     for device in devices(found.rows):
         rows = [row for row in found.rows if row.measurement.environment["card"] == device]
-        for s in sorted(summaries(rows), key=_order):
-            worst = max(
-                (r for r in rows if (r.rung, r.what, r.held) == (s.rung, s.what, s.held)), key=lambda r: abs(r.error)
-            )
-            errors = f"{_percent(s.mean)} | {_percent(s.median)} | {_percent(s.worst, '+')}"
-            lines.append(
-                f"| {device} | {_rung(s)} | {s.n} | {errors} | {worst.measurement.case.words} | {_instant(s)} |"
-            )
+        lines += [f"Measured on {device}:", "", as_markdown(_table(rows, "")), ""]
     if not all(row.held for row in found.rows):
-        lines += ["", *wrap(f"\\{OTHER_KERNELS}.", 118)]
-    return "\n".join(lines) + "\n"
+        lines += [fill(f"\\{OTHER_KERNELS}.", 120), ""]
+    return "\n".join(lines)
 
 
 # ---- the plot -----------------------------------------------------------------------------------------------------------

@@ -75,7 +75,14 @@ class Card(NamedTuple):
     @property
     def label(self) -> str:
         """Name to show: its own, or its amount of memory when only that is known."""
+        if self.unlimited:
+            return "any GPU"
         return self.gpu.name if self.named else f"{format_gib(self.total_bytes)} GPU"
+
+    @property
+    def unlimited(self) -> bool:
+        """Whether it stands for a card that nobody named: see `any_card`."""
+        return self.total_bytes == MOST_MEMORY
 
     @property
     def budget_bytes(self) -> int:
@@ -236,6 +243,11 @@ def card(gpu: str | None = None, memory: int | None = None, reserve: int = 0, ho
             f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(result.total_bytes)}.\nGive less."
         )
     return result
+
+
+def any_card() -> Card:
+    """A card for what depends on none, such as a trace: on which all fits, with an H100's workspace of cuBLAS and rates."""
+    return Card(find_gpu("h100"), MOST_MEMORY, named=False)
 
 
 def host_memory() -> int:

@@ -5,6 +5,7 @@ Looked at only once something unknown was typed. Names are compared by their let
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ _WHOLE_LAYER = "which recomputes all of a layer"
 _NO_LOGITS = "MsT's loss, which never holds all logits either; its temporaries are others"
 _SHARDS_ALL = "which shards weights, gradients and optimizer states, as ZeRO-3 does"
 _IS_NOT = "is not planned"
+_NOT_YET = "is not planned yet: FSDP2, as ZeRO-3, is"
 
 VALUES: dict[str, tuple[Told, ...]] = {
     "precision": (
@@ -157,8 +159,9 @@ VALUES: dict[str, tuple[Told, ...]] = {
     "sharding": (
         Told("fsdp2 fsdp_v2 fully_shard full_shard fsdp_full_shard", "is FSDP2", _FSDP),
         Told("fsdp1 fsdp_v1 fullyshardeddataparallel", "is FSDP1, not planned", _FSDP, "which is FSDP2"),
+        Told("zero3 zero_3", "is ZeRO-3, which FSDP2 is too", _FSDP),  # on the command line it is taken for that
         Told(
-            "zero zero3 zero_stage_3 stage3 deepspeed deepspeed_zero3 deepspeed_stage_3",
+            "zero zero_stage_3 stage3 deepspeed deepspeed_zero3 deepspeed_stage_3",
             "is DeepSpeed's, whose own buffers are not planned",
             _FSDP,
             _SHARDS_ALL,
@@ -166,16 +169,18 @@ VALUES: dict[str, tuple[Told, ...]] = {
         Told(
             "zero1 zero2 stage1 stage2 zero_stage_1 zero_stage_2 deepspeed_zero1 deepspeed_zero2 deepspeed_stage_1 deepspeed_stage_2 shard_grad_op "
             "fsdp_shard_grad_op grad_op fairscale oss",
-            _IS_NOT,
+            _NOT_YET,
             _FSDP,
             "which shards the weights too",
         ),
-        Told("hsdp hybrid hybrid_shard fsdp_hybrid_shard mics", _IS_NOT, _FSDP, "with the GPUs of one group as --gpus"),
+        Told(
+            "hsdp hybrid hybrid_shard fsdp_hybrid_shard mics", _NOT_YET, _FSDP, "with the GPUs of one group as --gpus"
+        ),
         Told(
             "ddp dp data_parallel dataparallel distributeddataparallel replicate no_shard",
-            _IS_NOT,
+            _NOT_YET,
             {"sharding": "none"},
-            "a GPU alone; DDP adds a copy of the gradients",
+            "a GPU alone, without --gpus; DDP adds a copy of the gradients",
         ),
         Told(
             "zero2_offload zero3_offload zero_offload zero_infinity fsdp_offload tp tensor* pp pipeline* cp context* sp sequence* ulysses ring* ep expert* "
@@ -218,7 +223,17 @@ VALUES: dict[str, tuple[Told, ...]] = {
 }
 
 CHOICES: dict[str, tuple[Told, ...]] = {
-    "device": (Told("gpu nvidia cuda:0", "is a CUDA device", {"device": "cuda"}),),
+    "rung": (
+        Told("simulated simulate simulation fake", "is the trace", {"rung": "trace"}),
+        Told("estimated estimate estimation analytical", "is the formula", {"rung": "formula"}),
+        Told("measured measure measurement measurements", "is a command of its own: mstplan measure"),
+    ),
+    "device": (
+        Told("gpu nvidia cuda:0", "is a CUDA device", {"device": "cuda"}),
+        Told("cuda:*", "is chosen by CUDA_VISIBLE_DEVICES", {"device": "cuda"}, "behind CUDA_VISIBLE_DEVICES=1"),
+        Told("rocm* hip* amd*", "is called cuda by torch", {"device": "cuda"}),
+        Told("mps* metal xpu* npu* hpu*", "is not measured on"),
+    ),
     "dtype": (
         Told("bf16 torch.bfloat16", "is bfloat16", {"dtype": "bfloat16"}),
         Told("fp32 float full torch.float32", "is float32", {"dtype": "float32"}),
@@ -381,7 +396,7 @@ def _of(table: Collection[Told], typed: str) -> Told | None:
     return next(named, None) or next(like, None)
 
 
-_FLAGS = {"offload_layer_inputs": "--offload", "mlp_chunks": "--chunks"}
+_FLAGS = {"offload_layer_inputs": "--offload", "mlp_chunks": "--chunks", "loss_chunks": "--chunks"}
 _OTHERS = (
     "strategy",
     "model",
@@ -411,6 +426,24 @@ def _as_fields(row: Told) -> str:
         field if value is None else f"{field}={value!r}" for field, value in row.write.items() if field not in _OTHERS
     ]
     return f"{', '.join(fields)} ({_as_options(row)})" if fields else _as_options(row)
+
+
+_FIELD = re.compile(r"(\w+)=(?:'([^']*)'|(\w+))")
+_BOTH = re.compile(rf"{_FIELD.pattern}(?:, {_FIELD.pattern})* \((--[^()]+)\)")
+
+
+def in_options(said: str) -> str:
+    """What is said of a recipe's fields, in the command line's words alone: `loss='chunked' (--loss chunked)` is --loss chunked there."""
+    from .recipe import Recipe
+
+    def flag(found: re.Match[str]) -> str:
+        name = found[1]
+        return _FLAGS.get(name, "--" + name.replace("_", "-")) if name in Recipe.model_fields else found[0]
+
+    said = _BOTH.sub(lambda found: found[found.lastindex or 0], said)
+    said = re.sub(r"\b(\w+) \((--[\w-]+)\)", lambda found: found[2] if flag(found) == found[2] else found[0], said)
+    said = re.sub(r"(?<![\w'-])([a-z]+_[a-z_]+)(?![\w'])", flag, said)
+    return re.sub(r"^(\w+)(?=:)", flag, said)
 
 
 def _way(row: Told, written: str, otherwise: str) -> str:

@@ -133,10 +133,15 @@ class Recipe(BaseModel):
 
     def _bad_sharding(self) -> tuple[tuple[bool, str], ...]:
         if self.sharding == "none":
-            return ((self.gpus > 1, "several gpus are planned with sharding='fsdp' (--sharding fsdp) only"),)
+            return (
+                (
+                    self.gpus > 1,
+                    "several gpus are planned in shards alone: add sharding='fsdp' (--sharding fsdp), FSDP2 as ZeRO-3",
+                ),
+            )
         stepping = " or ".join(name for name, each in OPTIMIZERS.items() if each.steps_shards)
         return (
-            (self.gpus < 2, "sharding='fsdp' needs 2 gpus or more (--gpus 8)"),
+            (self.gpus < 2, "sharding='fsdp' (--sharding fsdp) needs 2 gpus or more: add gpus=8 (--gpus 8)"),
             (
                 self.checkpoint not in ("none", "layer", 1),
                 "fsdp gathers one layer at a time, so a checkpoint cannot span several: set checkpoint='layer' (--checkpoint layer)",

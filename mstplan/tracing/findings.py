@@ -56,13 +56,7 @@ def view(model: Model, card: Card, strategy: str, trace: Trace, plan: Plan, vers
 
 
 def _notes(v: View) -> list[str]:
-    lines = [
-        *advice.kept_notes(v.model),
-        *advice.card_notes(v.card),
-        *advice.kernel_notes(v.model, v.trace.recipe, v.card),
-        _allocator_note(v.expandable, "with expandable_segments:True"),
-        _allocator_note(v.usual, "without it"),
-    ]
+    lines = [*advice.kept_notes(v.model), *_card_notes(v)]
     if v.trace.host_peak:
         lines.append(f"CPU RAM: {format_gib(v.trace.host_peak)} at most.")
     lines += [_versions_note(v.versions), _ran_note(v.trace), UNMEASURED]
@@ -72,6 +66,21 @@ def _notes(v: View) -> list[str]:
         for n in others
     ]
     return lines + advice.position_notes(v.model, v.trace.seq_len)
+
+
+def _card_notes(v: View) -> list[str]:
+    """How the step fares on its card; where none is named, what is counted all the same."""
+    if v.card.unlimited:
+        return [
+            "no GPU is named, so that nothing is said of whether it fits: --gpu h100 or --gpu-mem 80GB asks that.",
+            f"cuBLAS' workspace is counted as on {v.card.gpu.name}.",
+        ]
+    return [
+        *advice.card_notes(v.card),
+        *advice.kernel_notes(v.model, v.trace.recipe, v.card),
+        _allocator_note(v.expandable, "with expandable_segments:True"),
+        _allocator_note(v.usual, "without it"),
+    ]
 
 
 def _allocator_note(kept: Held, how: str) -> str:

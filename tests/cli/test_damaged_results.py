@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mstplan.cli import output
 from mstplan.measuring import measurement, sweep
 from mstplan.measuring.measurement import FAILED, OUT_OF_MEMORY, REFUSED
+from mstplan.show.formats.as_json import written
 from mstplan.spec.catalog import load_config
 
 from ..measuring.measured import CARD, CPU, case, measured
@@ -232,9 +233,9 @@ def test_a_loss_that_is_no_number_is_null(
     assert measurement.read(tmp_path / "old.jsonl").measurements[0].ranks[0].loss is None
 
 
-def test_json_has_no_number_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    output.print_json({"a": [1.5, float("nan"), ("x", {"b": float("-inf")})], "c": {"d": None, "e": 1e300}})
-    assert strictly(capsys.readouterr().out) == {"a": [1.5, None, ["x", {"b": None}]], "c": {"d": None, "e": 1e300}}
+def test_json_has_no_number_that_is_none() -> None:
+    told = written({"a": [1.5, float("nan"), ("x", {"b": float("-inf")})], "c": {"d": None, "e": 1e300}})
+    assert strictly(told) == {"a": [1.5, None, ["x", {"b": None}]], "c": {"d": None, "e": 1e300}}
 
 
 @pytest.mark.parametrize("text", TEXTS)

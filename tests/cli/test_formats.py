@@ -6,13 +6,17 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from mstplan.measuring import sweep
+from mstplan.measuring.measurement import OK, OUT_OF_MEMORY, Case, Measurement
 from mstplan.show.formats import FORMATS
 from mstplan.show.formats.base import Format
 from mstplan.show.report import Notes, Report, Table
 
+from ..measuring.measured import CPU, measured
 from ..tracing.tiny import TINY
 from .conftest import Run, Said
 
@@ -45,7 +49,17 @@ COMMANDS = {
     "shapes": ("shapes", "-m", "tiny.json", "--seq-len", "1k"),
     "models": ("models", "--filter", "gpt2"),
     "gpus": ("gpus", "--sources"),
+    "published": ("published",),
+    "validate": ("validate", "--rung", "formula"),
+    "calibrate": ("calibrate", "--from", "trace", "-m", "tiny.json", "-s", "checkpoint", "-o", "here", "--no-cache"),
 }
+MEASURED = ("-m", "tiny.json", "--device", "cpu", "-o", "r.jsonl", "--seq-len")
+TELLING = {
+    "measure": ("measure", *MEASURED, "64,96", "-s", "checkpoint"),
+    "check-throughput": ("check-throughput", *MEASURED, "64"),
+    "check-smax": ("check-smax", *MEASURED[:-1], "--gpu-mem", "60MiB", "-s", "checkpoint"),
+}
+"""What tells of each point as it comes, on stderr."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -53,6 +67,51 @@ def test_a_format_from_outside_works_in_every_command(run: Run, shout: None, com
     said = run(*COMMANDS[command], "--format", "shout")
     assert (said.code, said.err) == (0, "") and said.out == said.out.upper()
     assert said.out.startswith(command.upper() + "\n") and len(said.out.splitlines()) > 1
+
+
+@pytest.fixture
+def card_of_512_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures at once; up to 512 tokens run, and so many are predicted."""
+    from mstplan.checking import limits
+    from mstplan.step.steps import Chunks
+
+    def run_here(case: Case, known: dict[str, Any], _timeout: float | None = None) -> Measurement:
+        return measured(case, {"loss": 2**30 + case.seq_len}, OK if case.seq_len <= 512 else OUT_OF_MEMORY)
+
+    monkeypatch.setattr(sweep, "run", run_here)
+    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(limits.Bench, "predicted", lambda *_: limits.Prediction(512, 500, Chunks(1, 1)))
+
+
+@pytest.mark.parametrize("command", TELLING)
+def test_every_form_of_what_is_measured(run: Run, shout: None, card_of_512_tokens: None, command: str) -> None:
+    """The answer alone is on stdout: whatever is measured meanwhile is told on stderr."""
+    asked = TELLING[command]
+    said = run(*asked, "--format", "shout")
+    assert (said.code, said.out) == (0, said.out.upper()) and said.out.startswith(command.upper() + "\n")
+    assert said.err.startswith("measuring: real steps on cpu")
+    told, rows = run(*asked, "--json").json, rows_of(run(*asked, "--format", "csv"))
+    assert told["command"] == command and told["file"] == "r.jsonl" and len(rows) == len(told["results"])
+    page = run(*asked, "--format", "markdown").out
+    assert page.startswith("# ") and all(len(table) == len(rows) + 2 for table in tables(page))
+    text = run(*asked)
+    assert all(len(line) <= 80 or " " in line for line in text.out.splitlines()) and text.code == 0
+    if command == "measure":
+        assert [row["seq_len"] for row in rows] == ["64", "96"] and rows[0]["allocated_bytes"] == str(2**30 + 64)
+        assert told["measured_before"] == 2 and "2 of 2 had been measured before" in text.out
+    if command == "check-smax":
+        assert rows[0]["predicted"] == "512" and rows[0]["holds"] == "true"
+
+
+WHY = " ".join(["why"] * 30)
+
+
+def test_points_that_fail_are_told_whole(run: Run, shout: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, "failed", WHY))
+    said = run(*TELLING["measure"], "-s", "checkpoint")
+    assert said.code == 1 and f"tiny, checkpoint, 64 tokens: failed: {WHY}\n" in said.out
+    assert rows_of(run(*TELLING["measure"], "--format", "csv"))[0]["outcome"] == "failed"
 
 
 def test_choices_help_and_refusals_are_read_from_the_registry(run: Run, shout: None, tmp_path) -> None:
@@ -111,16 +170,14 @@ def test_two_forms_at_once_are_refused(run: Run, asked: tuple[str, ...]) -> None
     assert said.code == 2 and not said.out and "exclude each other" in said.err and len(said.err.splitlines()) == 2
 
 
-def test_commands_that_tell_as_they_go_have_two_forms(run: Run, tmp_path) -> None:
-    said = run("measure", "-m", "gpt2", "--seq-len", "8", "--device", "cpu", "--format", "csv")
-    assert said.code == 2 and "this command has no format 'csv'" in said.err and "text, json" in said.err
-    assert not list(tmp_path.iterdir())
-
-
-def test_published_in_markdown_is_what_its_own_option_gives(run: Run) -> None:
-    asked = ("published",)
+@pytest.mark.parametrize("asked", [("published",), ("validate", "--rung", "formula")])
+def test_markdown_and_json_are_short_for_formats(run: Run, asked: tuple[str, ...]) -> None:
     assert run(*asked, "--format", "markdown").out == run(*asked, "--markdown").out
     assert run(*asked, "--format", "json").json == run(*asked, "--json").json
+    assert len(rows_of(run(*asked, "--format", "csv"))) == len(run(*asked, "--json").json[ROWS[asked[0]]])
+
+
+ROWS = {"published": "published", "validate": "rows"}
 
 
 # ---- all forms tell the same --------------------------------------------------------------------------------------------
@@ -199,14 +256,14 @@ def tables(page: str) -> Iterator[list[str]]:
 
 
 def test_a_report_is_plain_data_and_says_where_its_main_table_is(
-    monkeypatch: pytest.MonkeyPatch, run: Run, shout: None
+    monkeypatch: pytest.MonkeyPatch, run: Run, shout: None, card_of_512_tokens: None
 ) -> None:
     """Every table's rows have a cell for every column, and columns for programs have names of their own."""
     seen: list[Report] = []
     monkeypatch.setattr(Shout, "emit", lambda _self, report: seen.append(report))
-    for asked in (*COMMANDS.values(), *REAL.values()):
+    for asked in (*COMMANDS.values(), *TELLING.values(), *REAL.values()):
         run(*asked, "--format", "shout")
-    assert len(seen) == len(COMMANDS) + len(REAL)
+    assert len(seen) == len(COMMANDS) + len(TELLING) + len(REAL)
     for report in seen:
         json.dumps(report.facts)
         tables = [block for block in report.blocks if isinstance(block, Table)]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mstplan.measuring.worker import measure
 
 from mstplan import kept
 from mstplan.measuring import measurement, sweep
 from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement
-from mstplan.measuring.worker import measure
 from mstplan.plan import calibration
 from mstplan.step.recipe import STRATEGIES
 from mstplan.tracing.trace import Trace
@@ -59,14 +59,16 @@ def write(path: Path, *measurements: Measurement) -> None:
 
 def test_points_are_told_as_they_come_and_kept(run: Run, quick: list[Case], tmp_path: Path) -> None:
     said = run(*ASKED, "--seq-len", "64,128", "-s", "checkpoint,mst")
-    assert said.code == 0 and not said.err
-    assert [line.split()[1:3] for line in said.out.splitlines() if line.startswith("tiny")] == [
-        ["checkpoint", "64"],
-        ["mst", "64"],
-        ["checkpoint", "128"],
-        ["mst", "128"],
-    ]
-    assert "measured: real steps on cpu" in said.out and "results: measurements.jsonl" in said.out
+    assert said.code == 0
+    for stream in (said.err, said.out):  # as they come, and in the report
+        assert [line.split()[1:3] for line in stream.splitlines() if line.split()[:1] == ["tiny"]] == [
+            ["checkpointing", "64"],
+            ["mst", "64"],
+            ["checkpointing", "128"],
+            ["mst", "128"],
+        ]
+    assert said.out.startswith("measured: real steps on cpu") and "results: measurements.jsonl" in said.out
+    assert said.err.startswith("measuring: real steps on cpu") and max(map(len, said.out.splitlines())) <= 80
     assert len(measurement.read(tmp_path / "measurements.jsonl").measurements) == 4
     again = run(*ASKED, "--seq-len", "64,256", "-s", "checkpoint")
     assert len(quick) == 5 and "1 of 2 had been measured before" in again.out
@@ -356,8 +358,26 @@ def test_errors_of_a_results_file(run: Run, results: Path, tmp_path: Path) -> No
     told = run("validate", "--results", str(results), "--rung", "trace,formula", "--json").json
     assert {row["rung"] for row in told["rows"]} == {"trace", "formula"} and not told["beyond_bounds"]
     assert all(abs(row["error"]) < 0.005 for row in told["rows"] if row["rung"] == "trace")
-    table = run("validate", "--results", str(results), "--rung", "trace", "--markdown").out
-    assert table.startswith("| measured on | rung |") and "| cpu | trace | 4 |" in table
+    page = run("validate", "--results", str(results), "--rung", "trace", "--markdown").out
+    assert page.startswith("# Predictions held") and "\n| rung | steps | mean |" in page and "\n| trace | 4 | " in page
+    table = run("validate", "--results", str(results), "--rung", "trace", "--format", "csv").out.splitlines()
+    assert len(table) == 5 and table[0].endswith("predicted_bytes,measured_bytes,error")
+
+
+def test_without_torch_the_formulas_are_compared(run: Run, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    told = run("validate", str(results), "--json").json
+    assert {row["rung"] for row in told["rows"]} == {"formula"} and "pip install 'mstplan[torch]'" in told["not_asked"]
+    said = run("validate", str(results))
+    assert said.code == 0 and "without the trace: " in said.out and not said.err
+    for asked in ("trace", "formula,trace"):
+        said = run("validate", str(results), "--rung", asked)
+        assert said.code == 2 and "pip install 'mstplan[torch]'" in said.err and not said.out
 
 
 def test_worse_than_it_may_be_is_exit_code_1(run: Run, tmp_path: Path) -> None:
@@ -416,7 +436,7 @@ def test_s_max_is_tried_and_found(run: Run, quick: list[Case], tmp_path: Path) -
 def test_what_chunks_cost_is_measured(run: Run, quick: list[Case]) -> None:
     said = run("check-throughput", "-m", "tiny.json", "--device", "cpu", "--seq-len", "256", "-o", "t.jsonl")
     assert said.code in (0, 1) and "<- recommended" in said.out and "of one chunk" in said.out
-    assert "\nM 1, 1       mst " in said.out  # each row tells its chunks while it comes
+    assert "\nM 1, 1       mst " in said.err  # each row tells its chunks while it comes
     assert {case.seq_len for case in quick} == {256} and (1, 1) in {
         (c.recipe.mlp_chunks, c.recipe.loss_chunks) for c in quick
     }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mstplan import cli
-from mstplan.cli.commands import COMMANDS, FLAGS
+from mstplan.cli.commands import COMMANDS, FLAGS, OPTIONS
 from mstplan.step import names
 
 from .conftest import Run
@@ -88,13 +89,60 @@ def test_every_value_of_other_trainers(run: Run) -> None:
     ways = set()
     for field, rows in names.VALUES.items():
         for row in rows:
-            said = refused(
-                run, "max-seq", *CASE, f"--{field.replace('_', '-')}", row.names.split()[0].replace("*", "x")
-            )
+            flag, typed = f"--{field.replace('_', '-')}", row.names.split()[0].replace("*", "x")
+            if typed in OPTIONS["max-seq"][field].synonyms:
+                continue
+            said = refused(run, "max-seq", *CASE, flag, typed)
+            assert "='" not in said and f"{field}=" not in said  # no Python here
             assert bool(recommended(said)) == bool(row.write)
             ways.update(recommended(said))
     assert len(ways) > 20
     assert [way for way in ways if not taken(run, way)] == []
+
+
+@pytest.mark.parametrize("typed", ["zero3", "ZeRO-3", "zero_3"])
+def test_zero3_is_another_name_of_fsdp(run: Run, typed: str) -> None:
+    asked = ("max-seq", *CASE, "-s", "mst", "--gpus", "8", "--json")
+    assert run(*asked, "--sharding", typed).json == run(*asked, "--sharding", "fsdp").json
+    assert run(*asked, "--sharding", typed, "--sharding", "fsdp").code == 0
+
+
+SAYS = [
+    (("--gpus", "8"), "add --sharding fsdp"),
+    (("--sharding", "fsdp"), "--sharding fsdp needs 2 gpus or more: add --gpus 8"),
+    (("--gpus", "8", "--sharding", "zero2"), "--sharding: 'zero2' is not planned yet: FSDP2, as ZeRO-3, is."),
+    (("--gpus", "8", "--sharding", "zero1"), "Nearest: --sharding fsdp"),
+    (("--gpus", "8", "--sharding", "ddp"), "'ddp' is not planned yet"),
+    (("--optimizer", "adamw8bit"), "Write --optimizer adamw-8bit."),
+    (("--optimizer", "adamw_bnb_8bit"), "Write --optimizer adamw-8bit."),
+    (("--optimizer", "paged_adamw_8bit"), "Nearest: --optimizer adamw-8bit, whose"),
+    (("--optimizer", "adamw_torch_fused"), "Write --optimizer adamw --adamw-kernel fused."),
+    (("--optimizer", "adamw_torch"), "Write --optimizer adamw --adamw-kernel foreach."),
+    (("--offload", "--checkpoint", "none"), "--offload needs checkpointing"),
+    (("--optimizer-in-backward", "--accumulation", "2"), "--optimizer-in-backward uses up each gradient"),
+    (("--rung", "simulated"), "Write --rung trace."),
+    (("--rung", "estimate"), "Write --rung formula."),
+    (("--rung", "measured"), "is a command of its own: mstplan measure."),
+]
+
+
+@pytest.mark.parametrize(("asked", "says"), SAYS)
+def test_answers_are_in_the_command_lines_words(run: Run, asked: tuple[str, ...], says: str) -> None:
+    said = run("max-seq", *CASE, *asked)
+    assert said.code == 2 and says in said.err and "='" not in said.err and len(said.err.splitlines()) <= 2
+
+
+def test_a_recipe_in_a_file_is_answered_in_its_fields(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"sharding": "zero3", "gpus": 8}')
+    assert "Write sharding='fsdp' (--sharding fsdp)." in run("max-seq", *CASE, "--recipe", "r.json").err
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [("cuda:1", "CUDA_VISIBLE_DEVICES=1"), ("rocm", "Write --device cuda."), ("mps", "is not measured on.")],
+)
+def test_names_of_devices(run: Run, typed: str, says: str) -> None:
+    assert says in refused(run, "measure", "-m", "gpt2", "--seq-len", "64", "--device", typed)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -364,7 +364,7 @@ BAD = [
     (("max-seq", *CASE, "--checkpoint", "lots"), "none, layer, sqrt"),
     (("max-seq", *CASE, "--offload"), "needs checkpointing"),
     (("max-seq", *CASE, "--optimizer-in-backward", "--accumulation", "4"), "cannot accumulate"),
-    (("max-seq", *CASE, "--weights-on-host"), "needs optimizer_on_host"),
+    (("max-seq", *CASE, "--weights-on-host"), "needs --optimizer-on-host"),
     (("max-seq", *CASE, "--recipe", "nowhere.json"), "there is no file 'nowhere.json'"),
     (("max-seq", *CASE, "--recipe", "pipe"), "is not a file"),
     (("max-seq", *CASE, "--checkpoint", "²"), "none, layer, sqrt"),

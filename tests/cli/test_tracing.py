@@ -48,6 +48,26 @@ def test_trace_json_is_one_ledger(run: Run) -> None:
     assert {"torch", "transformers"} <= told["versions"].keys()
 
 
+def test_without_a_card_there_is_no_verdict(run: Run, tmp_path: Path) -> None:
+    """All but the verdict is what a card's trace has."""
+    asked = ("trace", "--model", "tiny.json", "--seq-len", "4k", "--strategy", "mst")
+    told, on_a_card = run(*asked, "--json").json, run(*asked, "--gpu", "h100", "--json").json
+    for name in ("card", "fits", "budget_bytes", "allocator"):
+        assert told[name] is None is not on_a_card[name]
+    assert told["strategies"][0]["fits"] is None
+    for name in ("peak_bytes", "instant", "instants", "alive", "mlp_chunks", "loss_chunks", "differences"):
+        assert told[name] == on_a_card[name]
+    said = run(*asked, "--plot", "step.svg")
+    assert said.code == 0 and not said.err and "fits" not in said.out.replace("of whether it fits", "")
+    assert "on any GPU\n" in said.out and "budget" not in said.out and "allocator with" not in said.out
+    assert "budget" not in (tmp_path / "step.svg").read_text()
+    assert run(*asked, "--format", "csv").out == run(*asked, "--gpu", "h100", "--format", "csv").out
+    assert run(*asked[:-2], "--json").json["strategy"] == "standard"
+    for alone in (("--reserve", "1GB"), ("--host-mem", "1GB")):
+        assert "no card given" in run(*asked, *alone).err
+    assert "no card given" in run("plan", *asked[1:]).err
+
+
 def test_cards_that_train_together(run: Run) -> None:
     alone = run(*STEP, "checkpoint", "--json").json
     told = run(*STEP, "checkpoint", "--gpus", "8", "--sharding", "fsdp", "--json").json

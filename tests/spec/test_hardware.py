@@ -78,10 +78,10 @@ def test_a_named_card_can_be_limited() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "no card"),
+        ({}, "no GPU"),
         ({"gpu": "h10"}, "Did you mean h100"),
         ({"gpu": ""}, "unknown GPU"),
-        ({"memory": 1}, "less than any card"),
+        ({"memory": 1}, "less than any GPU"),
         ({"gpu": "h100", "memory": 200 * GIB}, "more than h100"),
         ({"memory": 8 * GIB, "reserve": 8 * GIB}, "leaves nothing"),
     ],
@@ -111,4 +111,4 @@ def test_what_is_no_gpu(name: object) -> None:
 
 def test_labels() -> None:
     assert card("h100").label == card("h100", memory=40 * GIB).label == "h100"
-    assert card(memory=80 * GIB).label == "80.00 GiB card"
+    assert card(memory=80 * GIB).label == "80.00 GiB GPU"

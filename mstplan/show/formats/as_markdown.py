@@ -37,7 +37,12 @@ def _paragraphs(block: Block) -> Iterator[str]:
     elif block.rows:
         if block.title:
             yield f"## {_plain(block.title.rstrip(':'))}"
-        yield "\n".join(_lines(block))
+        yield as_markdown(block)
+
+
+def as_markdown(table: Table) -> str:
+    """A table alone, without its title."""
+    return "\n".join(_lines(table))
 
 
 def _lines(table: Table) -> Iterator[str]:

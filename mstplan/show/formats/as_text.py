@@ -83,7 +83,7 @@ def _grid(console: Console, table: Table) -> None:
 
     if table.title:
         _said(console, table.title, "bold")
-    columns = [table.columns[i] for i in table.for_people]
+    columns = [table.columns[i] for i in table.for_terminals]
     grid = tables.new_table(*((column.heading or "", "right" if column.right else "left") for column in columns))
     shown = table.rows[: table.most]
     for row in (*shown, *([table.rest] if table.rest is not None and len(shown) < len(table.rows) else [])):
@@ -95,14 +95,25 @@ def _grid(console: Console, table: Table) -> None:
 
 
 def _texts(table: Table, row: Row) -> list[str]:
-    return [row.cells[i].text for i in table.for_people]
+    return [row.cells[i].text for i in table.for_terminals]
 
 
 def _answers(console: Console, table: Table) -> None:
-    """Up to two lines a row: all cells but the last under their headings, then the last, where there is something in it."""
+    """Up to two lines a row: all cells but the last under their headings, then the last, where there is something in it. Headings of
+    several words take two lines where the table would be wider than the page otherwise."""
+    if not table.rows:
+        return
+    shown = table.for_terminals
     rows = [_texts(table, row) for row in table.rows]
-    headings = [table.columns[i].heading or "" for i in table.for_people[:-1]]
-    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), headings, strict=True)]
+    headings = [[table.columns[i].heading or "" for i in shown[:-1]]]
+
+    def column_widths() -> list[int]:
+        return [max(map(len, column)) for column in zip(*headings, *(row[:-1] for row in rows), strict=True)]
+
+    if sum(column_widths()) + len(shown) - 2 > console.width:
+        parts = [heading.partition(" ") for heading in headings[0]]
+        headings = [[first if rest else "" for first, _, rest in parts], [rest or first for first, _, rest in parts]]
+    widths = column_widths()
 
     def line(cells: Sequence[str]) -> str:
         first, *numbers, last = cells
@@ -110,12 +121,22 @@ def _answers(console: Console, table: Table) -> None:
         return " ".join([first.ljust(widths[0]), *padded, last])
 
     console.print()
-    _said(console, line(headings), "dim")
+    if table.title:
+        _said(console, table.title, "bold")
+    for heading in headings:
+        _said(console, line(heading), "dim")
     for row, (*cells, below) in zip(table.rows, rows, strict=True):
         _said(console, line(cells), STYLES[row.tone])
-        if below:
-            _said(console, " " * (widths[0] + 1) + below, "dim")
+        _below(console, below, widths[0] + 1)
     console.print()
+
+
+def _below(console: Console, text: str, deep: int) -> None:
+    """The second line of a row, or as many as it takes."""
+    from rich.text import Text
+
+    for part in Text(text).wrap(console, console.width - deep) if text else ():
+        _said(console, " " * deep + part.plain.rstrip(), "dim")
 
 
 def _ways(console: Console, table: Table) -> None:
@@ -123,7 +144,7 @@ def _ways(console: Console, table: Table) -> None:
     if not table.rows:
         return
     _said(console, table.title, "bold")
-    longest, host, gives_up, _ = (table.columns[i].heading for i in table.for_people)
+    longest, host, gives_up, _ = (table.columns[i].heading for i in table.for_terminals)
     _said(console, f"{longest:>9} {host:>8}  {gives_up}", "dim")
     for row in table.rows:
         longest, host, gives_up, options = _texts(table, row)
