@@ -165,7 +165,7 @@ def answers(found: Sequence[Answer], best: Answer) -> Table:
 def _answer(a: Answer, standard: int) -> tuple[Cell, ...]:
     p, ratio = a.plan, a.s_max / standard if standard else 0
     times = f"{ratio:.1f}" if 0 < ratio < 100 else f"{ratio:,.0f}" if ratio else "-"
-    seconds = p.step_seconds or None
+    seconds = a.step_seconds
     return (
         cell(a.strategy),
         tokens_cell(a.s_max),

@@ -81,7 +81,7 @@ def answer(a: Answer) -> dict[str, Any]:
         "loss_chunks": p.chunks.loss,
         "chunk_tokens": p.chunk_tokens._asdict(),
         "host_bytes": p.host_bytes,
-        "step_seconds": p.step_seconds or None,
+        "step_seconds": a.step_seconds,
         "trained_parameters": trained_parameters(p),
         "recipe": fields(p.recipe),
     }
