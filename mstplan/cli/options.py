@@ -544,14 +544,14 @@ def simplest(plans: dict[str, Plan]) -> str:
 
 
 def _named(asked: RecipesOptions, usual: str) -> dict[str, Recipe]:
-    from ..step.recipe import STRATEGIES, strategy, strategy_name
+    from ..step.recipe import STRATEGIES, strategy_name
 
     named = asked.strategy if asked.strategy is not None else usual
-    names = [strategy_name(name.strip()) for name in named.split(",")] if named != "all" else list(STRATEGIES)
+    with _in_options():
+        names = [strategy_name(name.strip()) for name in named.split(",")] if named != "all" else list(STRATEGIES)
     if named == "all" and asked.sharding == "fsdp":  # which gathers one layer at a time
         names.remove("checkpoint-sqrt")
-    with _in_options():
-        return {name: strategy(name) for name in names}
+    return {name: STRATEGIES[name] for name in names}
 
 
 def _name_of(name: str, recipe: Recipe, alone: bool) -> str:

@@ -27,7 +27,7 @@ from ..errors import MeasurementError, ModelError, OutputError, one_line, quoted
 from ..spec.config import read_config
 from ..spec.model import Model
 from ..step.recipe import Recipe
-from ..units import LEAST_MEMORY, LONGEST, MOST_MEMORY
+from ..units import LEAST_MEMORY, LONGEST, MOST_MEMORY, format_gib
 
 SCHEMA_VERSION = 1
 OK, OUT_OF_MEMORY, REFUSED, FAILED = "ok", "out of memory", "refused", "failed"
@@ -200,6 +200,10 @@ class Measurement:
         ):
             raise ValueError("no measurement")
         return found
+
+    def __repr__(self) -> str:
+        peak = f", peak {format_gib(self.peak.allocated)}" if self.ranks else ""
+        return f"<Measurement {self.case.words}: {self.outcome}{peak}>"
 
     @property
     def reason(self) -> str:

@@ -20,7 +20,7 @@ from ..step.recipe import Recipe
 from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, step, stored_inputs
 from ..step.tape import ITEMSIZE, Vector
 from ..step.timing import step_seconds
-from ..units import LONGEST, SHORTEST, trainable
+from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable
 from . import calibration
 from .calibration import Calibration
 
@@ -52,9 +52,20 @@ class Plan(NamedTuple):
     host_bytes: int
     step_seconds: float  # of one optimizer step, at the card's nominal rates: no real step is faster
 
+    def __repr__(self) -> str:
+        chunks = f", chunks {self.chunks.mlp} and {self.chunks.loss}" if self.in_chunks else ""
+        fits = "fits" if self.fits else "does not fit"
+        where = f"{self.model.name} on {self.card.label}, {format_tokens(self.seq_len)} tokens"
+        return f"<Plan {where}: {fits}, {self.peak_in_words}{chunks}>"
+
     @property
     def peak_bytes(self) -> int:
         return self.peak.bytes
+
+    @property
+    def peak_in_words(self) -> str:
+        """'peak 9.94 GiB of 78.58 GiB (loss)'"""
+        return f"peak {format_gib(self.peak_bytes)} of {format_gib(self.budget_bytes)} ({self.instant})"
 
     @property
     def instant(self) -> Instant:
@@ -113,6 +124,15 @@ class Answer(NamedTuple):
     strategy: str
     s_max: int
     plan: Plan
+
+    def __repr__(self) -> str:
+        p, longest = self.plan, f"s_max {format_tokens(self.s_max)}" if self.s_max else "nothing fits"
+        return f"<Answer {self.strategy}: {p.model.name} on {p.card.label}, {longest}, {p.peak_in_words}>"
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Of one optimizer step at S_max, at the card's nominal rates; None where there is no such step, or nothing counts it."""
+        return self.plan.step_seconds or None if self.s_max else None
 
 
 # ---- the step of a recipe -------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def answers(found: Sequence[Answer], best: Answer) -> Table:
 def _answer(a: Answer, checkpoint: int) -> tuple[Cell, ...]:
     p, ratio = a.plan, a.s_max / checkpoint if checkpoint else 0
     times = f"{ratio:.1f}x" if 0 < ratio < 100 else f"{ratio:,.0f}x" if ratio else "-"
-    seconds = p.step_seconds or None
+    seconds = a.step_seconds
     return (
         strategy_cell(a.strategy),
         tokens_cell(a.s_max),

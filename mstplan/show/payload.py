@@ -84,7 +84,7 @@ def answer(a: Answer) -> dict[str, Any]:
         "chunk_tokens": p.chunk_tokens._asdict(),
         "cpu_ram_bytes": p.host_bytes,
         "host_bytes": p.host_bytes,
-        "step_seconds": p.step_seconds or None,
+        "step_seconds": a.step_seconds,
         "trained_parameters": trained_parameters(p),
         "recipe": fields(p.recipe),
     }

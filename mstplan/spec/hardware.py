@@ -46,6 +46,9 @@ class Gpu(NamedTuple):
     context_source: str
     cublas_workspace_bytes: int  # of one handle
 
+    def __repr__(self) -> str:
+        return f"<Gpu {self.name}: {self.label}, {format_gib(self.usable_bytes)} ({self.usable_kind})>"
+
     @property
     def workspaces_bytes(self) -> int:
         """Bytes that cuBLAS holds through a training step: from source (aten cuda/CublasHandlePool.cpp), a handle for every thread, and a
@@ -71,6 +74,10 @@ class Card(NamedTuple):
     reserve_bytes: int = 0  # held by other processes
     named: bool = True  # False: only the amount of memory was given
     host_bytes: int | None = None  # host memory, when known
+
+    def __repr__(self) -> str:
+        host = f", host memory {format_gib(self.host_bytes)}" if self.host_bytes is not None else ""
+        return f"<Card {self.label}: {format_gib(self.total_bytes)}, budget {format_gib(self.budget_bytes)}{host}>"
 
     @property
     def label(self) -> str:

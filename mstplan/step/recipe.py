@@ -28,7 +28,7 @@ _LARGEST_FILE = 1_000_000  # bytes; a recipe has some hundred
 
 
 class Recipe(BaseModel):
-    """Recipe by which a model is fine-tuned, as the step model sees it."""
+    """Recipe by which a model is fine-tuned, as the step model sees it. `print` shows the fields that are not as usual."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
@@ -155,6 +155,13 @@ class Recipe(BaseModel):
                 "fsdp with weights or optimizer in CPU RAM is not planned",
             ),
         )
+
+    def __repr__(self) -> str:
+        usual = ((name, field.default) for name, field in type(self).model_fields.items())
+        own = [f"{name}={getattr(self, name)!r}" for name, default in usual if getattr(self, name) != default]
+        return f"Recipe({', '.join(own)})"
+
+    __str__ = __repr__
 
     @property
     def sharded(self) -> bool:

@@ -16,6 +16,7 @@ from ..spec.hardware import HANDLES
 from ..step.instants import Instant, Pass
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
+from ..units import format_gib, format_tokens
 from .allocator import MIN_BLOCK
 from .extend import extend, row
 from .recording import Category, Made, Place, Recorded, Recording, Size
@@ -79,6 +80,10 @@ class Trace:
     reach: int
     short: Recording
     update: Recording
+
+    def __repr__(self) -> str:
+        peak = f"peak {format_gib(self.peak.bytes)} ({self.peak.instant})"
+        return f"<Trace {format_tokens(self.seq_len)} tokens on {self.on}, {self.units} layers: {peak}>"
 
     def with_workspace(self, workspace: int) -> Trace:
         """Trace on a card whose cuBLAS holds that many bytes."""

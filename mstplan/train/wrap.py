@@ -9,16 +9,16 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from types import MethodType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError, RecipeError
+from ..errors import ModelError, RecipeError, did_you_mean, quoted
 from ..plan.solve import chunk_tokens
 from ..step.recipe import Recipe, strategy
 from ..step.steps import segment_length
@@ -58,6 +58,7 @@ class Minisequence:
         loss_chunks: int | None = None,
         checkpoint: Checkpoint = "layer",
         offload: bool = False,
+        **unknown: NoReturn,
     ) -> AnyModel:
         """Train `model` with its MLPs and its LM head and loss over pieces of the sequence, in place.
 
@@ -69,6 +70,7 @@ class Minisequence:
         comes back and the full logits never exist (`logits` is None). Raises ModelError naming what was not found in the
         model, RecipeError for settings that make no sense; the model is as it was then.
         """
+        _refuse(unknown)
         recipe = _recipe(mlp_chunks, loss_chunks, checkpoint, offload)
         parts = find_parts(model)
         inner = parts.model
@@ -118,6 +120,17 @@ class Minisequence:
 
 
 minisequence = Minisequence()
+
+
+SETTINGS = ("mlp_chunks", "loss_chunks", "checkpoint", "offload")
+
+
+def _refuse(unknown: Iterable[str]) -> None:
+    """Raises RecipeError for the first of settings that there are not, with the nearest names."""
+    for name in unknown:
+        raise RecipeError(
+            f"minisequence has no setting {quoted(name)}.{did_you_mean(name, SETTINGS)}\nKnown: {', '.join(SETTINGS)}."
+        )
 
 
 def _recipe(mlp_chunks: int | None, loss_chunks: int | None, checkpoint: Checkpoint, offload: bool) -> Recipe:

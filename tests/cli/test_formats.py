@@ -209,6 +209,12 @@ def test_everything_that_text_says_stands_in_json(run: Run, case: str) -> None:
         assert not told.get("advice")
 
 
+def test_no_time_of_a_step_that_does_not_fit(run: Run) -> None:
+    told = run(*REAL["nothing fits"], "--json").json
+    assert all(result["s_max"] == 0 and result["step_seconds"] is None for result in told["results"])
+    assert {row["step_seconds"] for row in rows_of(run(*REAL["nothing fits"], "--format", "csv"))} == {""}
+
+
 def rows_of(said: Said) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(said.out)))
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mstplan.measuring.worker import measure
 
 from mstplan import kept
 from mstplan.measuring import measurement, sweep
 from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement
+from mstplan.measuring.worker import measure
 from mstplan.plan import calibration
 from mstplan.step.recipe import STRATEGIES
 from mstplan.tracing.trace import Trace

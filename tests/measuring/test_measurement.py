@@ -31,6 +31,7 @@ from mstplan.measuring.measurement import (
     sliced,
 )
 from mstplan.show import measuring, validating
+from mstplan.show.formats import FORMATS
 from mstplan.spec.catalog import load_config, model_names
 from mstplan.spec.config import read_config
 
@@ -166,11 +167,8 @@ def test_a_line_with_one_wrong_value_is_left_out_or_serves_whole(tmp_path_factor
         return
     assert len(found.measurements) + len(found.skipped) == 1
     compared = validate.validate(found.measurements, [FORMULA, CALIBRATED])
-    assert (
-        isinstance(validating.markdown(compared), str)
-        and validating.as_data(compared, [], [])
-        and validate.beyond(compared, BOUNDS) is not None
-    )
+    report = validating.report(compared, [], validate.beyond(compared, BOUNDS))
+    assert all(each.render(report) for each in FORMATS.values())
     assert all(measuring.point(m) and m.key for m in found.measurements)
 
 

@@ -156,6 +156,16 @@ def test_settings_that_make_no_sense(settings, message):
     assert not patched(model)
 
 
+@pytest.mark.parametrize(
+    ("setting", "near"),
+    [("chunks", "mlp_chunks, loss_chunks"), ("offloading", "offload"), ("checkpointing", "checkpoint")],
+)
+def test_a_setting_that_there_is_not_gets_the_near_names(setting, near):
+    with pytest.raises(RecipeError, match=f"no setting '{setting}'. Did you mean {near}") as refused:
+        minisequence(small_model("llama"), **{setting: 4})
+    assert str(refused.value).endswith("\nKnown: mlp_chunks, loss_chunks, checkpoint, offload.")
+
+
 def test_models_that_cannot_be_served_are_left_alone():
     model = small_model("llama")
     with pytest.raises(ModelError, match="no LM head"):
