@@ -21,8 +21,9 @@ from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.instants import Instant
 from ..step.recipe import STRATEGIES, STRATEGY_FIELDS, Recipe
+from ..step.roles import Role
 from ..step.steps import Chunks, Entry, Step, bytes_of, shown
-from ..step.tape import BASIS, Role, forward, kept_by
+from ..step.tape import BASIS, forward, kept_by
 from .solve import Answer, _layout_step, max_seq
 
 FORMULAS = ("standard", "checkpoint (sqrt)", "MsT", "MsT + CPU offload")

@@ -22,6 +22,7 @@ from dataclasses import replace
 
 from .optimizers import optimizer_memory
 from .recipe import Recipe
+from .roles import Role
 from .tape import ITEMSIZE, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
 
 REST = "embedding, norm and head"
@@ -59,8 +60,8 @@ def _group(weights: list[Weight], recipe: Recipe, of: str) -> Group:
     used, held = recipe.used_dtype, recipe.weight_dtype  # what is gathered in, what shards are kept and reduced in
     shards = [shard_of(weight, recipe.gpus).numel for weight in weights]
 
-    def tensor(name: str, dtype: str, numel: int) -> Tensor:
-        return Tensor(f"{name} of {of}", "", dtype, 0, numel * ITEMSIZE[dtype])
+    def tensor(name: str, dtype: str, numel: int, role: Role = Role.GATHERED) -> Tensor:
+        return Tensor(f"{name} of {of}", "", dtype, 0, numel * ITEMSIZE[dtype], role=role)
 
     each = (
         optimizer_memory(recipe, [(weight, 1) for weight in weights]).per_weight if recipe.optimizer_in_backward else 0
@@ -71,9 +72,9 @@ def _group(weights: list[Weight], recipe: Recipe, of: str) -> Group:
         buffer=tensor("all-gather buffer", used, whole),
         copy_in=tensor("shards in bf16", used, sum(shards)) if used != held else None,
         gradients=tuple(weight_gradient(weight, used) for weight in weights),
-        scatter=tensor("reduce-scatter input", held, whole),
+        scatter=tensor("reduce-scatter input", held, whole, Role.REDUCED),
         held=weight_gradient(weights[-1], used) if of == REST else None,
-        shards=Tensor("gradient shards", "", held, 0, sum(shards) * ITEMSIZE[held]),
+        shards=Tensor("gradient shards", "", held, 0, sum(shards) * ITEMSIZE[held], role=Role.REDUCED),
         stay=recipe.accumulation == 1 and not recipe.optimizer_in_backward,
-        temporaries=Tensor("optimizer temporaries of one shard", "", "uint8", 0, each * max(shards)),
+        temporaries=Tensor("optimizer temporaries of one shard", "", "uint8", 0, each * max(shards), role=Role.UPDATE),
     )

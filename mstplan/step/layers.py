@@ -18,8 +18,9 @@ from ..spec.model import Attention, Experts, LayerKind, Mlp, Model
 from .instants import Stage
 from .kernels import SDPA, chosen
 from .kernels.base import Asked
+from .roles import Purpose, Role
 from .selection import WeightKind
-from .tape import Op, Part, Role, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
+from .tape import Op, Part, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
 
 HIDDEN = "layer input"
 
@@ -60,10 +61,15 @@ class Writer:
     def new(self, name: str, shape: str, dtype: str | None = None) -> Tensor:
         return self.tape.new(name, f"{self.t} {shape}".rstrip(), dtype or self.numerics.compute)
 
-    def source(self, name: str = HIDDEN, dtype: str | None = None, role: Role | None = None) -> Tensor:
+    def source(self, name: str = HIDDEN, dtype: str | None = None, role: Purpose | None = Role.LAYER_INPUT) -> Tensor:
         with self.tape.part(role):
             self.tape.source = self.new(name, "d", dtype or self.wide)
         return self.tape.source
+
+    def hidden(self) -> Tensor:
+        """Hidden states as they go from layer to layer."""
+        with self.tape.part(Role.LAYER_INPUT):
+            return self.new(HIDDEN, "d", self.wide)
 
     def hold(self, *tensors: Tensor) -> None:
         """Variables of the code at hand that live at least until the latest operation is done."""
@@ -262,6 +268,10 @@ class Writer:
     # ---- attention ------------------------------------------------------------------------------------------------
 
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
+        with self.tape.part(Role.ATTENTION):
+            return self._attention(x, kind)
+
+    def _attention(self, x: Tensor, kind: LayerKind) -> Tensor:
         a = self.model.attention
         q, k, v, *others = self._latent_qkv(x, a) if a.latent else self._qkv(x, a)
         mixed = self._attend(self.autocast(q), self.autocast(k), self.autocast(v), a, kind)
@@ -686,6 +696,7 @@ def layer(
 ) -> Tape:
     """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d); frozen: names of its weights that are not trained."""
     w = Writer(model, numerics, frozen=frozen)
+    w.tape.role = Role.NORM
     x = w.source()
     block = model.block
     attention_in = x if block == "post" else w.norm(x, "input norm")
@@ -695,11 +706,11 @@ def layer(
     if block == "parallel":
         mlp_out = _feed_forward(w, w.norm(x, "post-attention norm"), kind, chunks)
         both = w.add(mlp_out, attended, w.new("MLP and attention", "d"), "add MLP and attention")
-        w.add(both, x, w.new(HIDDEN, "d", w.wide))
+        w.add(both, x, w.hidden())
         w.hold(attended, mlp_out)
         return w.tape.written()
     middle = w.add(x, attended, w.new("hidden states after attention", "d", w.wide))
-    with w.tape.part(Role.MLP if block == "sandwich" else None):
+    with w.tape.part(Role.MLP if block == "sandwich" else Role.NORM):
         name = "post-attention norm" if block == "pre" else "pre-MLP norm"
         mlp_in = middle if block == "post" else w.norm(middle, name)
     mlp_out = _feed_forward(w, mlp_in, kind, chunks)
@@ -708,7 +719,7 @@ def layer(
     if block in ("sandwich", "post") and not chunks.recompute:
         with w.tape.part(Role.MLP):
             mlp_out = w.norm(mlp_out, "post-MLP norm")
-    w.add(middle, mlp_out, w.new(HIDDEN, "d", w.wide))
+    w.add(middle, mlp_out, w.hidden())
     if w.code.holds_block:
         w.hold(attended, mlp_in)
     return w.tape.written()
@@ -727,7 +738,7 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
         with inner.tape.part(Role.MLP):
             y = inner.norm(y, "post-MLP norm")
     if chunks.recompute and model.block == "post":
-        y = inner.add(source, y, inner.new(HIDDEN, "d", w.wide))
+        y = inner.add(source, y, inner.hidden())
     written = inner.tape.written()
     sums = sums_of(written) if chunks.several else ()
     part = Part(written, recompute=chunks.recompute, chunked=True, sums=sums)

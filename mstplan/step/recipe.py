@@ -342,7 +342,7 @@ def _dtypes_of_states(recipe: Recipe) -> list[str]:
     from .tape import Weight
 
     rows = OPTIMIZERS[recipe.optimizer].memory(recipe, [(Weight("of any size", (4096, 4096)), 1)]).states
-    return list(dict.fromkeys(_SHORT.get(dtype, dtype) for _, dtype, size in rows if size > 1 << 20))
+    return list(dict.fromkeys(_SHORT.get(state.dtype, state.dtype) for state in rows if state.bytes > 1 << 20))
 
 
 # ---- a recipe as options --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
@@ -26,6 +26,7 @@ from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
 from .losses import LOSSES
 from .optimizers import optimizer_memory
 from .recipe import STRATEGIES, Recipe
+from .roles import Purpose, Role, State
 from .selection import Named, Selection, WeightKind
 from .tape import (
     BASIS,
@@ -35,7 +36,6 @@ from .tape import (
     Moment,
     Op,
     Part,
-    Role,
     Rules,
     Tape,
     TapeWriter,
@@ -66,14 +66,23 @@ class Layout(NamedTuple):
     padded: bool = False  # whose rows are padded (cuda.BIAS_ROWS)
 
 
+class Copies(NamedTuple):
+    """Tensors of the same size."""
+
+    copies: int
+    bytes: int  # of all
+
+
 class Entry(NamedTuple):
-    """One tensor, or several of one kind, alive at an instant."""
+    """One tensor, or several of one kind, alive at an instant. sizes: of tensors that are alike but for them."""
 
     name: str
     shape: str  # symbolic, such as "(b, s, I)"
     dtype: str
     copies: int
     bytes: int  # of all copies
+    role: Purpose | None = None
+    sizes: tuple[Copies, ...] = ()
 
 
 class InstantPeak(NamedTuple):
@@ -177,7 +186,7 @@ class Step:
         ]
         note(behind_at, resident)
         if not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host):
-            step_only = labels([*self._gradients(always_alive=False), *_tensors(self.optimizer.temporaries)])
+            step_only = labels([*self._gradients(always_alive=False), *self._temporaries()])
             note([(Instant.OPTIMIZER, Moment(ZERO, "step", ()))], resident + step_only)
         return found
 
@@ -189,7 +198,8 @@ class Step:
         size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.held)
         name = "weights gathered from the host" if recipe.weights_on_host else "weights"
         workspaces = Tensor(WORKSPACES, "", "uint8", 0, self.workspace, role=Role.WORKSPACE)
-        tensors = [constant(name, dtype, size), workspaces, *_tensors(self.optimizer.states)]
+        states = [constant(s.name, s.dtype, s.bytes, State(s.torch_keys)) for s in self.optimizer.states if s.bytes]
+        tensors = [constant(name, dtype, size, Role.WEIGHT), workspaces, *states]
         return tensors + self._gradients(always_alive=True)
 
     def _gathered(self) -> int:
@@ -209,10 +219,15 @@ class Step:
         recipe = self.layout.recipe
         if always_alive != (recipe.accumulation > 1) or recipe.weights_on_host:
             return []
-        return [constant("gradients", recipe.weight_dtype, recipe.weight_bytes * self.held_trained)]
+        return [
+            constant("gradients", recipe.weight_dtype, recipe.weight_bytes * self.held_trained, Role.WEIGHT_GRADIENT)
+        ]
+
+    def _temporaries(self) -> list[Tensor]:
+        return [constant(t.name, t.dtype, t.bytes, Role.UPDATE) for t in self.optimizer.temporaries if t.bytes]
 
     def _batch(self) -> list[Tensor]:
-        return [tensor_of(self.tape.dims, name, "b s", "int64") for name in ("token ids", "labels")]
+        return [tensor_of(self.tape.dims, name, "b s", "int64", role=Role.BATCH) for name in ("token ids", "labels")]
 
     def constants(self) -> tuple[Entry, ...]:
         """Weights, gradients and optimizer states: W_mem of the theorem."""
@@ -250,7 +265,7 @@ class Step:
                 size, entries = evaluate(top.live, units), shown(top.alive, units)
                 if self.is_calibrated and name in self.moments:
                     told = max(evaluate(m.live, units) for m in self.moments[name])
-                    off = (Entry(CALIBRATED, "", "", 1, told - size),) if told != size else ()
+                    off = (Entry(CALIBRATED, "", "", 1, told - size, Role.CALIBRATION),) if told != size else ()
                     entries = tuple(sorted((*entries, *off), key=lambda entry: -entry.bytes))
                     size = told
                 result.append(InstantPeak(name, size, top.at, entries))
@@ -268,46 +283,65 @@ def total(alive: Alive) -> Vector:
     return tuple(vector)
 
 
-def constant(name: str, dtype: str, size: int) -> Tensor:
+def constant(name: str, dtype: str, size: int, role: Purpose) -> Tensor:
     """A tensor, or a group of them, of a fixed number of bytes."""
-    return Tensor(name, "", dtype, 0, size)
-
-
-def _tensors(rows: Iterable[tuple[str, str, int]]) -> list[Tensor]:
-    return [constant(name, dtype, size) for name, dtype, size in rows if size]
+    return Tensor(name, "", dtype, 0, size, role=role)
 
 
 def bytes_of(entries: Iterable[Entry]) -> int:
     return sum(entry.bytes for entry in entries)
 
 
+class _Alike(NamedTuple):
+    """What tensors have in common that are counted together. each: bytes of one, per unit of its basis; 0: of any size."""
+
+    name: str
+    shape: str
+    dtype: str
+    role: Purpose | None
+    each: int = 0
+
+
 def shown(alive: Iterable[tuple[Label, int]], units: tuple[int, ...]) -> tuple[Entry, ...]:
     """Tensors as entries, alike ones together, largest first."""
-    groups: dict[tuple[str, str, str], list[int]] = {}
+    by_size: dict[_Alike, list[int]] = {}
+    groups: dict[_Alike, list[int]] = {}
     for label, count in alive:
-        name, shape = label.name, label.shape
+        alike = _Alike(label.name, label.shape, label.dtype, label.role, label.bytes)
         if label.role is Role.WEIGHT_GRADIENT:
-            name, shape = "gradients", ""
-        group = groups.setdefault((name, shape, label.dtype), [0, 0])
-        group[0] += count
-        group[1] += count * label.bytes * units[label.basis]
+            alike = _Alike("gradients", "", label.dtype, label.role)
+        _count(by_size, alike, count, count * label.bytes * units[label.basis])
+    for alike, (count, size) in by_size.items():
+        _count(groups, alike._replace(each=0), count, size)
+    _without_negatives(by_size)
     _without_negatives(groups)
-    entries = [
-        Entry(n, f"({', '.join(s.split())})" if s else "", d, c, size)
-        for (n, s, d), (c, size) in groups.items()
-        if size
-    ]
+    sizes: dict[_Alike, list[Copies]] = {}
+    for alike, (count, size) in by_size.items():
+        sizes.setdefault(alike._replace(each=0), []).append(Copies(count, size))
+    entries = [_entry(alike, Copies(*sums), sizes[alike]) for alike, sums in groups.items() if sums[1]]
     return tuple(sorted(entries, key=lambda e: -e.bytes))
 
 
-def _without_negatives(groups: dict[tuple[str, str, str], list[int]]) -> None:
+def _count(groups: dict[_Alike, list[int]], alike: _Alike, copies: int, size: int) -> None:
+    group = groups.setdefault(alike, [0, 0])
+    group[0] += copies
+    group[1] += size
+
+
+def _entry(alike: _Alike, sums: Copies, sizes: Sequence[Copies]) -> Entry:
+    shape = f"({', '.join(alike.shape.split())})" if alike.shape else ""
+    several = () if sizes == [sums] else tuple(each for each in sizes if each.bytes)
+    return Entry(alike.name, shape, alike.dtype, *sums, alike.role, several)
+
+
+def _without_negatives(groups: dict[_Alike, list[int]]) -> None:
     """Of tensors kept by every piece of a sequence, those of the running piece go first: whole ones less a piece each, (b, s, I) and
     -1 x (b, c, I), are what the other pieces keep, (b, s-c, I)."""
-    for (name, shape, dtype), (count, size) in [(key, tuple(group)) for key, group in groups.items() if group[0] < 0]:
-        whole = groups[name, shape.replace("c", "s", 1), dtype]
+    for key, (count, size) in [(key, tuple(group)) for key, group in groups.items() if group[0] < 0]:
+        whole = groups[key._replace(shape=key.shape.replace("c", "s", 1))]
         each = whole[1] // whole[0]
-        del groups[name, shape, dtype]
-        groups[name, shape.replace("c", "s-c", 1), dtype] = [-count, size - count * each]
+        del groups[key]
+        groups[key._replace(shape=key.shape.replace("c", "s-c", 1))] = [-count, size - count * each]
         whole[0], whole[1] = whole[0] + count, whole[1] + count * each
 
 
@@ -329,22 +363,27 @@ def build(model: Model, layout: Layout) -> Tape:
     w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
     table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
-    hidden, held = _embedding(w, table, joins_view=not in_pieces and not numerics.autocast)
-    shared = _shared(w, held[0], layout)
+    with w.tape.part(Role.EMBEDDING):
+        hidden, held = _embedding(w, table, joins_view=not in_pieces and not numerics.autocast)
+    with w.tape.part(Role.POSITIONS):
+        shared = _shared(w, held[0], layout)
     several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
     chunks = MlpChunks(several, several and recipe.mlp_recompute)
     given: dict[tuple[LayerKind, Names], Given] = {}
     for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
         given[kind, names] = Given(layer(model, kind, numerics, chunks, names), *shared[kind])
     rows = [given[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
-    hidden = _layers(w.tape, hidden, rows, recipe)
+    with w.tape.part(Role.LAYER_INPUT):
+        hidden = _layers(w.tape, hidden, rows, recipe)
     w.tape.stage = Stage.LOSS
-    hidden = w.norm(hidden, "final norm")
+    with w.tape.part(Role.NORM):
+        hidden = w.norm(hidden, "final norm")
     w.hold(*held, *(tensor for given in shared.values() for tensor in given[0]))  # until the model's forward returns
     _head(w, hidden, table, layout, in_pieces)
     tape = recorded(w.tape.written(), held[1] if recipe.input_gradients else None)
     if any(op.fetches for op in tape.ops):
-        tape = replace(tape, in_transfer=w.tape.new("layer input in transfer", "b s d", hidden.dtype))
+        moved = tensor_of(tape.dims, "layer input in transfer", "b s d", hidden.dtype, role=Role.LAYER_INPUT)
+        tape = replace(tape, in_transfer=moved)
     return into_groups(tape, recipe) if recipe.sharded else tape
 
 
@@ -404,13 +443,15 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
     """The first hidden states, and what the model's code still holds beside them: position ids, what the embedding gave. joins_view: the gradient that a tied
     head made of the table is a view."""
     model, tape = w.model, w.tape
-    ids = tape.new("position ids", "s", "int64")
-    looked_up = w.new("embeddings" if model.scaled_embedding or model.learned_positions else HIDDEN, "d", w.wide)
+    with tape.part(Role.POSITIONS):
+        ids = tape.new("position ids", "s", "int64")
+    changed = model.scaled_embedding or model.learned_positions
+    looked_up = w.new("embeddings", "d", w.wide) if changed else w.hidden()
     joins = table if model.tied else None
     tape.op("embedding", [], looked_up, weights=(table,), joins=joins, joins_view=joins_view)
     hidden, held = looked_up, [looked_up]
     if model.scaled_embedding:
-        hidden = w.pointwise("embedding scale", looked_up, w.new(HIDDEN, "d", w.wide))
+        hidden = w.pointwise("embedding scale", looked_up, w.hidden())
         held = [hidden]
     tape.op("position ids", [], ids)
     if model.learned_positions:
@@ -418,12 +459,13 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
         sizes = model.learned_positions, model.hidden
         rows = w.weight("position embeddings", *sizes, kinds=(WeightKind.EMBEDDINGS,))
         tape.op("embedding of positions", [ids], positions, keeps=(ids,), weights=(rows,))
-        y = w.new(HIDDEN, "d", w.wide)
+        y = w.hidden()
         grads = ((hidden, None), (positions, tape.grad(positions)))
         hidden = tape.op("embedding add", [hidden, positions], y, grads=grads)
         held.append(positions)
     if model.dropout:
-        hidden = w.dropout(hidden, model.dropout, HIDDEN, at="embedding dropout")
+        with tape.part(Role.LAYER_INPUT):
+            hidden = w.dropout(hidden, model.dropout, HIDDEN, at="embedding dropout")
     return hidden, (ids, *held)
 
 
@@ -499,6 +541,7 @@ def _layers(tape: TapeWriter, hidden: Tensor, layers: list[Given], recipe: Recip
 def _segment(dims: dict[str, int], dtype: str, layers: list[Given]) -> Given:
     """Several layers that are checkpointed together."""
     segment = TapeWriter(dims)
+    segment.role = Role.LAYER_INPUT
     segment.source = segment.new(HIDDEN, "b s d", dtype)
     _chain(segment, segment.source, [Given(layer.tape, (), ()) for layer in layers], recompute=False, offload=False)
     arguments = tuple(dict.fromkeys(tensor for layer in layers for tensor in layer.arguments))
@@ -541,14 +584,14 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     """LM head and loss; with the chunked loss as a part of its own."""
     model, tape, recipe = w.model, w.tape, layout.recipe
     weight = table if model.tied else w.weight("lm_head", model.vocab, model.hidden, kinds=(WeightKind.HEAD,))
-    labels = tape.new("shifted labels", "b s", "int64")
+    labels = tensor_of(tape.dims, "shifted labels", "b s", "int64", role=Role.BATCH)
     if not in_pieces:
         _loss(w, hidden, weight, recipe.loss, labels, defers=model.tied)
         return
     inner = Writer(model, w.numerics, "b k", frozen=w.frozen)
-    _loss(inner, inner.source(hidden.name, hidden.dtype), weight, recipe.loss)
+    _loss(inner, inner.source(hidden.name, hidden.dtype, hidden.role), weight, recipe.loss)
     tape.op("shift labels", [], labels)
-    loss = tape.new("loss", "", "float32")
+    loss = tensor_of(tape.dims, "loss", "", "float32", role=Role.LOSS)
     written = inner.tape.written()
     part = Part(written, chunked=True, sums=sums_of(written), in_forward=True)
     stage, defers = tape.stage, model.tied

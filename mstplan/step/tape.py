@@ -19,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 from .instants import Stage
+from .roles import Purpose, Role
 from .selection import Kinds
 
 ITEMSIZE = {"complex64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1}
@@ -49,15 +50,6 @@ def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
     return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
 
 
-class Role(Enum):
-    """Purpose of a tensor, where anything but people asks."""
-
-    WEIGHT_GRADIENT = "gradient of a weight"
-    WORKSPACE = "workspace of a library"
-    MLP = "intermediate of the MLP or the experts"
-    LOSS = "intermediate of the LM head and the loss"
-
-
 class Label(NamedTuple):
     """Label that tells tensors apart in a listing."""
 
@@ -66,7 +58,7 @@ class Label(NamedTuple):
     dtype: str
     basis: int
     bytes: int
-    role: Role | None = None
+    role: Purpose | None = None
 
 
 Alive = tuple[tuple[Label, int], ...]  # tensors, and how many of each
@@ -89,7 +81,7 @@ class Tensor:
         bytes: int,
         of: Tensor | None = None,
         *,
-        role: Role | None = None,
+        role: Purpose | None = None,
         cached: bool = False,
     ):
         self.name, self.shape, self.dtype, self.basis, self.bytes = name, shape, dtype, basis, bytes
@@ -238,14 +230,14 @@ class TapeWriter:
 
     def __init__(self, dims: dict[str, int], stage: Stage | None = None):
         self.dims, self.stage = dims, stage
-        self.role: Role | None = None
+        self.role: Purpose | None = None
         self.ops: list[Op] = []
         self.source: Tensor | None = None
         self.output: Tensor | None = None
 
     def written(self) -> Tape:
         assert self.output is not None
-        return Tape(dict(self.dims), tuple(self.ops), self.output, self.source)
+        return Tape(MappingProxyType(dict(self.dims)), tuple(self.ops), self.output, self.source)
 
     def new(self, name: str, shape: str, dtype: str, of: Tensor | None = None, *, cached: bool = False) -> Tensor:
         """of: the tensor that it is a view of; cached: as of `Tensor`."""
@@ -271,7 +263,7 @@ class TapeWriter:
         self.ops[-1] = replace(self.ops[-1], holds=self.ops[-1].holds + tensors)
 
     @contextmanager
-    def part(self, role: Role | None) -> Iterator[None]:
+    def part(self, role: Purpose | None) -> Iterator[None]:
         """Give what is made inside that role."""
         before, self.role = self.role, role
         try:
@@ -287,7 +279,7 @@ def tensor_of(
     dtype: str,
     of: Tensor | None = None,
     *,
-    role: Role | None = None,
+    role: Purpose | None = None,
     cached: bool = False,
 ) -> Tensor:
     """A tensor whose bytes follow from its shape; of: the one that it is a view of."""
@@ -360,6 +352,13 @@ class _Ledger:
 
     def drop(self, tensor: Tensor) -> None:
         self.put(tensor, -1)
+
+    def rename(self, tensor: Tensor, other: Tensor) -> None:
+        """List a tensor as what it is in another tape from now on: the same bytes, which stay where they are."""
+        if self.rules.detail:
+            before, after = tensor.label, other.label
+            self.alive[before] = self.alive.get(before, 0) - 1
+            self.alive[after] = self.alive.get(after, 0) + 1
 
     def mark(self, at: str) -> None:
         self.moments.append(Moment(tuple(self.total), at, tuple(self.alive.items()), self.stage))
@@ -651,6 +650,8 @@ def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool)
     inner = forward(part.tape, rules, keep=keep_inside, recomputing=stop and not part.chunked)
     if not part.chunked:
         ledger.splice(inner, op.where, moments=rules.every_moment or not op.interior)
+        if not stop:
+            ledger.rename(part.tape.output, op.makes[0])
     else:
         ledger.put(op.makes[0])
         ledger.splice(_widened(inner, part.tape.output) if keep_inside else inner, op.where)
@@ -827,10 +828,13 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
         return
     if not part.chunked:
         moments = rules.every_moment or not op.interior
+        ledger.rename(grad_of(op.makes[0]), grad_of(part.tape.output))
         replay = backward(
             part.tape, rules, recompute=part.recompute, fetch=fetch if end_of else part.offload, end_of=end_of
         )
         ledger.splice(replay, op.where, moments=moments)
+        if part.wants_input:
+            ledger.rename(grad_of(part.tape.source), grad_of(op.reads[0]))
         return
     if part.wants_input:
         ledger.put(grad_of(op.reads[0]))
@@ -910,7 +914,14 @@ def _sum_to_gradient(weight: Weight, total: Tensor, ledger: _Ledger, rules: Rule
 def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> None:
     if rules.gradients == "used":
         size = rules.temporaries * weight.numel
-        temps = Tensor("optimizer temporaries of one weight", f"{weight.numel} {rules.temporaries}", "uint8", 0, size)
+        temps = Tensor(
+            "optimizer temporaries of one weight",
+            f"{weight.numel} {rules.temporaries}",
+            "uint8",
+            0,
+            size,
+            role=Role.UPDATE,
+        )
         ledger.put(temps)
         ledger.mark("optimizer step of " + weight.name)
         ledger.drop(temps)
@@ -919,11 +930,17 @@ def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> N
 
 
 def sums_of(tape: Tape) -> tuple[Tensor, ...]:
-    """fp32 sums of the gradients of a tape's trained weights, over several pieces."""
-    weights = [weight for op in tape.ops for weight in op.trained]
+    """fp32 sums of the gradients of a tape's trained weights, over several pieces; for what the operation is that uses the weight."""
     return tuple(
-        tensor_of(tape.dims, f"sum of the gradient of {w.name}", " ".join(map(str, w.shape)), "float32")
-        for w in weights
+        tensor_of(
+            tape.dims,
+            f"sum of the gradient of {weight.name}",
+            " ".join(map(str, weight.shape)),
+            "float32",
+            role=op.makes[0].role,
+        )
+        for op in tape.ops
+        for weight in op.trained
     )
 
 

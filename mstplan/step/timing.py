@@ -87,5 +87,5 @@ def _optimizer_seconds(step: Step, recipe: Recipe, gpu: Gpu) -> float:
     weights = step.held_trained * recipe.weight_bytes
     if recipe.optimizer_on_host:
         return 2 * weights / gpu.host_link  # gradients there, weights back
-    states = sum(size for _, _, size in step.optimizer.states)
+    states = sum(state.bytes for state in step.optimizer.states)
     return (3 * weights + 2 * states) / gpu.memory_bandwidth  # read weights, gradients, states; write weights, states

@@ -1,27 +1,49 @@
 """The formula's answer beside the trace's, entry by entry.
 
-Both say which tensors are alive at an instant. They call them by different names, so tensors are told apart by what counts:
-their dtype and their size. Where one side has more of a kind than the other, the difference is shown with the names that both
-have for that kind. Weights, gradients and the optimizer's states are compared as groups.
+Both say which tensors are alive at an instant, and call them by different names. They are matched by what they are for, a
+role in the formula and a category in the trace: what there is for every weight is compared as one, an optimizer's states by
+torch's keys, and intermediates of the same part of the model by dtype and size. Where one side has more than the other, the
+difference is shown with the names that both have.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..step.optimizers import OPTIMIZERS
-from ..step.steps import WORKSPACES, Entry
+from ..step.roles import Purpose, Role, State
+from ..step.steps import Entry
 from .allocator import round_size
 from .recording import Category
 from .trace import Alive
 
+_PARTS: dict[Role | None, Category] = {
+    Role.LAYER_INPUT: Category.INPUTS,
+    Role.NORM: Category.NORMS,
+    Role.ATTENTION: Category.ATTENTION,
+    Role.MLP: Category.MLP,
+    Role.LOSS: Category.LOSS,
+    Role.EMBEDDING: Category.OTHER,
+    Role.POSITIONS: Category.OTHER,
+    Role.BATCH: Category.OTHER,
+    None: Category.OTHER,
+}
+"""Roles of intermediates, as the trace has them: it does not tell apart what is outside of layers."""
 
-def _groups() -> dict[str, str]:
-    """Group of a traced tensor as the formula sums it up: its category, or the name of the optimizer's state."""
-    states = {ours: theirs for each in OPTIMIZERS.values() for ours, theirs in each.torch_states.items()}
-    return {"weights": Category.WEIGHTS, "gradients": Category.GRADIENTS, WORKSPACES: Category.WORKSPACE, **states}
+_RESIDENT: dict[Category, Role] = {
+    Category.WEIGHTS: Role.WEIGHT,
+    Category.GRADIENTS: Role.WEIGHT_GRADIENT,
+    Category.WORKSPACE: Role.WORKSPACE,
+}
+_MADE: dict[Category, Role | Category] = {
+    Category.WEIGHTS: Role.GATHERED,
+    Category.GRADIENTS: Role.WEIGHT_GRADIENT,
+    Category.STATES: Role.UPDATE,
+    Category.WORKSPACE: Category.ATTENTION,  # attention kernels ask for theirs at every call
+}
+"""Purposes of what is there all the time, and of what a step makes."""
 
 
 class Row(NamedTuple):
@@ -41,33 +63,80 @@ class Row(NamedTuple):
         return self.formula_bytes - self.trace_bytes
 
 
+class _Kind(NamedTuple):
+    """What is compared as one. dtype, size: of intermediates, which are told apart by them."""
+
+    purpose: Purpose | Category | None
+    dtype: str = ""
+    size: int = 0
+
+
+@dataclass
+class _Pair:
+    """Tensors of a kind, on each side."""
+
+    formula: list[Entry] = field(default_factory=list)
+    trace: list[Alive] = field(default_factory=list)
+
+    @property
+    def more(self) -> int:
+        """Copies that the formula has more than the trace."""
+        return sum(e.copies for e in self.formula) - sum(a.copies for a in self.trace)
+
+
 def compare(entries: Iterable[Entry], alive: Iterable[Alive]) -> tuple[Row, ...]:
     """Compare every kind of tensor that either side has, largest difference first. The rows add up to both sides' totals."""
-    groups = _groups()
-    theirs: dict[object, list[Entry]] = defaultdict(list)
-    ours: dict[object, list[Alive]] = defaultdict(list)
-    for entry in entries:
-        theirs[_kind_of_entry(entry, groups)].append(entry)
+    found: dict[_Kind, _Pair] = defaultdict(_Pair)
+    states: dict[str, State] = {}
+    for entry in (each for whole in entries for each in _by_size(whole)):
+        found[_kind_of_entry(entry)].formula.append(entry)
+        if isinstance(entry.role, State):
+            states |= dict.fromkeys(entry.role.torch_keys, entry.role)
     for group in alive:
-        ours[_kind_of_group(group, groups)].append(group)
-    rows = [_row(theirs[kind], ours[kind]) for kind in dict.fromkeys([*theirs, *ours])]
+        found[_kind_of_group(group, states)].trace.append(group)
+    rows = [_row(pair.formula, pair.trace) for pair in _across_borders(found)]
     return tuple(sorted(rows, key=lambda row: -abs(row.difference)))
 
 
-def _kind_of_entry(entry: Entry, groups: dict[str, str]) -> object:
-    if entry.name in groups:
-        return groups[entry.name]
-    if not entry.shape:  # the optimizer's temporaries: as many as there are weights
-        return Category.STATES
-    return entry.dtype, round_size(entry.bytes // entry.copies)
+def _by_size(entry: Entry) -> Iterable[Entry]:
+    """The entry, or one for each size that its tensors have."""
+    return [entry._replace(copies=n, bytes=size, sizes=()) for n, size in entry.sizes] or [entry]
 
 
-def _kind_of_group(group: Alive, groups: dict[str, str]) -> object:
-    if group.category == Category.STATES:
-        return group.operation if group.operation in groups.values() else Category.STATES
-    if group.category in (Category.WEIGHTS, Category.GRADIENTS) or group.operation == "cuBLAS":
-        return group.category
-    return group.dtype, round_size(group.bytes // group.copies)
+def _kind_of_entry(entry: Entry) -> _Kind:
+    role = entry.role
+    if isinstance(role, State):
+        return _Kind(role)
+    if part := _PARTS.get(role):
+        return _Kind(part, entry.dtype, round_size(entry.bytes // entry.copies))
+    return _Kind(Role.WEIGHT_GRADIENT if role is Role.REDUCED else role)  # the trace does not tell these apart
+
+
+def _kind_of_group(group: Alive, states: Mapping[str, State]) -> _Kind:
+    """states: the formula's, by torch's keys."""
+    if group.resident and group.category is Category.STATES:
+        return _Kind(states.get(group.operation, State()))
+    known: Mapping[Category, Role | Category] = _RESIDENT if group.resident else _MADE
+    purpose = known.get(group.category, group.category)
+    if isinstance(purpose, Role):
+        return _Kind(purpose)
+    return _Kind(purpose, group.dtype, round_size(group.bytes // group.copies))
+
+
+def _across_borders(found: Mapping[_Kind, _Pair]) -> Iterable[_Pair]:
+    """The pairs, those of intermediates put together where one part of the model has as alike tensors too many and another too few: a
+    gradient that goes from one module to the next is of the one that reads it, or of the one that makes it."""
+    alike: dict[_Kind, list[_Pair]] = defaultdict(list)
+    for kind, pair in found.items():
+        is_part = isinstance(kind.purpose, Category)
+        alike[kind._replace(purpose=None) if is_part else kind].append(pair)
+    for pairs in alike.values():
+        differing = [pair for pair in pairs if pair.more]
+        if min((p.more for p in differing), default=0) < 0 < max((p.more for p in differing), default=0):
+            yield from (pair for pair in pairs if not pair.more)
+            yield _Pair([e for p in differing for e in p.formula], [a for p in differing for a in p.trace])
+        else:
+            yield from pairs
 
 
 def _row(theirs: Sequence[Entry], ours: Sequence[Alive]) -> Row:

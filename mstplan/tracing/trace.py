@@ -33,7 +33,7 @@ class Weight(NamedTuple):
 
 
 class State(NamedTuple):
-    """A tensor that the optimizer keeps."""
+    """A tensor that the optimizer keeps, under a key of torch's."""
 
     name: str
     dtype: str
@@ -49,7 +49,10 @@ class Peak(NamedTuple):
 
 
 class Alive(NamedTuple):
-    """Tensors alive at a moment that are alike. bytes: of all copies, rounded up to blocks."""
+    """Tensors alive at a moment that are alike. bytes: of all copies, rounded up to blocks.
+
+    resident: they are there all the time; operation: of a state of the optimizer that is, torch's key of it.
+    """
 
     category: Category
     module: str  # with * for the number of a layer
@@ -58,6 +61,7 @@ class Alive(NamedTuple):
     dtype: str
     copies: int
     bytes: int
+    resident: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,9 +155,9 @@ class Trace:
 
     @property
     def held_states(self) -> tuple[State, ...]:
-        """The optimizer's states on the device. AdamW's counts of steps are on the host unless it is fused (torch/optim/adam.py, _init_group)."""
-        on_host = self.on == "cuda" and not OPTIMIZERS[self.recipe.optimizer].is_fused(self.recipe)
-        return tuple(state for state in self.states if state.name != "step" or not on_host)
+        """The optimizer's states on the device."""
+        on_host = OPTIMIZERS[self.recipe.optimizer].keys_on_host(self.recipe) if self.on == "cuda" else ()
+        return tuple(state for state in self.states if state.name not in on_host)
 
     @cached_property
     def resident(self) -> tuple[Alive, ...]:
@@ -162,7 +166,7 @@ class Trace:
         def group(category: Category, name: str, sizes: list[tuple[str, int]]) -> Iterator[Alive]:
             for dtype in dict.fromkeys(d for d, _ in sizes):
                 same = [self.rounded(size) for d, size in sizes if d == dtype]
-                yield Alive(category, "", name, (), dtype, len(same), sum(same))
+                yield Alive(category, "", name, (), dtype, len(same), sum(same), resident=True)
 
         found = [*group(Category.WEIGHTS, "weights and buffers", [(w.dtype, w.bytes) for w in self.weights])]
         for name in dict.fromkeys(state.name for state in self.held_states):
@@ -170,7 +174,7 @@ class Trace:
         if self.recipe.accumulation > 1:
             found += group(Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
         if self.workspace:
-            found.append(Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", HANDLES, self.workspace))
+            found.append(Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", HANDLES, self.workspace, resident=True))
         return tuple(found)
 
     @cached_property

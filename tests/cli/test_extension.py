@@ -14,7 +14,7 @@ from mstplan.step.kernels.base import Kernel
 from mstplan.step.losses import LOSSES
 from mstplan.step.losses.base import Loss, cross_entropy, logits_of
 from mstplan.step.optimizers import OPTIMIZERS
-from mstplan.step.optimizers.base import Memory, Optimizer, numel_of
+from mstplan.step.optimizers.base import Held, Memory, Optimizer, numel_of
 from mstplan.step.tape import Weight
 
 from ..tracing.tiny import TINY
@@ -30,12 +30,11 @@ class Signs(Optimizer):
     gives_up = "the sizes of updates"
     host_state_bytes = 4
     steps_shards = False
-    torch_states = {"momentum of signs": "momentum"}  # noqa: RUF012
 
     def memory(self, recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:
         size, largest = recipe.weight_bytes, max(weight.numel for weight, _ in weights)
-        states = (("momentum of signs", recipe.weight_dtype, size * numel_of(weights)),)
-        return Memory(states, (("signs of one weight", recipe.weight_dtype, size * largest),), size)
+        states = (Held("momentum of signs", recipe.weight_dtype, size * numel_of(weights), ("momentum",)),)
+        return Memory(states, (Held("signs of one weight", recipe.weight_dtype, size * largest),), size)
 
     def make(self, recipe):
         import torch

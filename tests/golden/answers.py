@@ -67,7 +67,7 @@ def formula(name: str) -> dict[str, Any]:
                     plan.host_bytes,
                     f"{plan.step_seconds:.6g}",
                     [i.bytes for i in instants],
-                    digest([i.operation, *map(list, i.entries)] for i in instants),
+                    digest([i.operation, *(list(e[:5]) for e in i.entries)] for i in instants),
                 ]
             found[f"{on}, {what}"] = row
     return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from .base import Memory, Optimizer, largest_of
+from .base import Held, Memory, Optimizer, largest_of
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -34,8 +34,9 @@ class Adafactor(Optimizer):
             *batch, rows, columns = weight.shape if len(weight.shape) > 1 else (1, *weight.shape)
             held += 4 * count * (prod(batch) * (rows + columns) if len(weight.shape) > 1 else columns)
         per_weight = COPIES[recipe.weight_bytes] * 4
-        temporaries = (("fp32 working copies of one weight", "float32", per_weight * largest_of(weights)),)
-        return Memory((("factored second moments", "float32", held),), temporaries, per_weight)
+        temporaries = (Held("fp32 working copies of one weight", "float32", per_weight * largest_of(weights)),)
+        keys = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")  # of a matrix the first two, of a vector the last
+        return Memory((Held("factored second moments", "float32", held, keys),), temporaries, per_weight)
 
     def make(self, recipe: Recipe) -> Make:
         from transformers.optimization import Adafactor as TheirAdafactor

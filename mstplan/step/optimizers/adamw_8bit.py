@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .base import Memory, Optimizer, numel_of
+from .base import Held, Memory, Optimizer, numel_of
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -29,5 +29,5 @@ class AdamW8bit(Optimizer):
         small = sum(weight.numel * count for weight, count in weights if weight.numel < SMALL)
         large = numel_of(weights) - small
         scales = sum(4 * -(-weight.numel // BLOCK) * count for weight, count in weights if weight.numel >= SMALL)
-        states = (("8-bit moments", "uint8", 2 * large), ("scales of 8-bit moments", "float32", 2 * scales))
-        return Memory((*states, ("fp32 moments of small weights", "float32", 8 * small)), (), 0)
+        states = (Held("8-bit moments", "uint8", 2 * large), Held("scales of 8-bit moments", "float32", 2 * scales))
+        return Memory((*states, Held("fp32 moments of small weights", "float32", 8 * small)), (), 0)

@@ -14,11 +14,20 @@ if TYPE_CHECKING:
     Make = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
-class Memory(NamedTuple):
-    """An optimizer's tensors: (name, dtype, bytes) that stay, and that live during its step only."""
+class Held(NamedTuple):
+    """Tensors of an optimizer, in sum. torch_keys: of a state, what torch's optimizer calls it in its `state`."""
 
-    states: tuple[tuple[str, str, int], ...]
-    temporaries: tuple[tuple[str, str, int], ...]
+    name: str  # for people
+    dtype: str
+    bytes: int
+    torch_keys: tuple[str, ...] = ()
+
+
+class Memory(NamedTuple):
+    """An optimizer's tensors: those that stay, and those that live during its step only."""
+
+    states: tuple[Held, ...]
+    temporaries: tuple[Held, ...]
     per_weight: int  # bytes of temporaries per element while a single weight is stepped
 
 
@@ -41,8 +50,6 @@ class Optimizer:
     """Whether the step that is traced and measured can be run with it."""
     has_kernels: ClassVar[bool] = False
     """Whether --adamw-kernel chooses how it steps."""
-    torch_states: ClassVar[dict[str, str]] = {}
-    """The names of states, here and in torch, by which formula and trace are compared; others are compared by size."""
 
     def memory(self, recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:
         """States and temporaries on the device, over weights given as (weight, how many)."""
@@ -51,6 +58,10 @@ class Optimizer:
     def make(self, recipe: Recipe) -> Make:
         """A function from weights to torch's optimizer. Needs torch; asked only where `runs`."""
         raise NotImplementedError
+
+    def keys_on_host(self, recipe: Recipe) -> frozenset[str]:
+        """Torch's keys of those states that stay in host memory while the weights are on a card."""
+        return frozenset()
 
     def is_fused(self, recipe: Recipe) -> bool:
         """Whether one kernel steps all weights: it knows no meta tensors, and counts its steps on the device."""
