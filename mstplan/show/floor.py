@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..plan import solve
 from ..step.instants import Instant
-from ..step.optimizers import OPTIMIZERS, optimizer_memory
-from ..step.steps import CALIBRATED, Entry
-from ..step.tape import Weight
+from ..step.optimizers import OPTIMIZERS
+from ..step.roles import Role, State
+from ..step.steps import Entry
 from ..units import SHORTEST, format_gib
 
 if TYPE_CHECKING:
     from ..spec.hardware import Card
     from ..spec.model import Model
-    from ..step.recipe import Recipe
     from .plot import Curve
 
 LEAST = 0.01
@@ -43,43 +42,33 @@ def bands(curves: Sequence[Curve], model: Model, card: Card) -> list[Band]:
 
 
 def _floor(curve: Curve, model: Model, card: Card) -> dict[str, int]:
-    """Bytes by band: of the optimizer's step; without one, of what is alive at every instant."""
+    """Bytes by band, from the bottom up: of the optimizer's step; without one, of what is alive at every instant."""
     plan = solve.plan_at(model, curve.recipe, card, max(SHORTEST, curve.points[0].seq_len), curve.chunks)
-    instants = {peak.name: _bytes_by_name(peak.entries) for peak in plan.instants()}
+    temporary = f"{OPTIMIZERS[curve.recipe.optimizer].short}'s temporary"
+    instants = {peak.name: _bytes_by_band(peak.entries, temporary) for peak in plan.instants()}
+    first, *others = instants.values()
     always = {
-        name: min(sizes.get(name, 0) for sizes in instants.values())
-        for name in next(iter(instants.values()))
-        if all(name in sizes for sizes in instants.values())
+        band: min(sizes[band] for sizes in instants.values())
+        for band in first
+        if all(band in sizes for sizes in others)
     }
-    held = instants.get(Instant.OPTIMIZER, always)
-    words = _words(curve.recipe)
-    ordered = sorted(held, key=lambda name: (_rank(name, words, always), -held[name]))
-    found: dict[str, int] = {}
-    for name in ordered:
-        found[words.get(name, name)] = found.get(words.get(name, name), 0) + held[name]
-    return found
+
+    def from_the_bottom(band: str) -> tuple[int, int]:
+        """What stays, states, what comes and goes (gradients), temporaries; of equals the largest first."""
+        return {STATES: 1, temporary: 3}.get(band, 0 if band in always else 2), -sizes[band]
+
+    sizes = instants.get(Instant.OPTIMIZER, always)
+    return {band: sizes[band] for band in sorted(sizes, key=from_the_bottom)}
 
 
-def _bytes_by_name(entries: Iterable[Entry]) -> dict[str, int]:
-    found: dict[str, int] = {}
+def _bytes_by_band(entries: Iterable[Entry], temporary: str) -> dict[str, int]:
+    """Bytes of an instant: of optimizer states in sum, of their temporaries in sum, of others by what they are called."""
+    sizes: dict[str, int] = {}
     for entry in entries:
-        if entry.name != CALIBRATED:
-            found[entry.name] = found.get(entry.name, 0) + entry.bytes
-    return found
-
-
-def _words(recipe: Recipe) -> dict[str, str]:
-    """What people call the optimizer's own tensors, by the names that they have in the step."""
-    memory = optimizer_memory(recipe, [(Weight("of any size", (4096, 4096)), 1)])
-    temporary = f"{OPTIMIZERS[recipe.optimizer].short}'s temporary"
-    return {name: STATES for name, _, _ in memory.states} | {name: temporary for name, _, _ in memory.temporaries}
-
-
-def _rank(name: str, words: dict[str, str], always: dict[str, int]) -> int:
-    """Place from the bottom: what stays, states, what comes and goes (gradients), temporaries."""
-    if name in words:
-        return 1 if words[name] == STATES else 3
-    return 0 if name in always else 2
+        if entry.role is not Role.CALIBRATION:
+            name = STATES if isinstance(entry.role, State) else temporary if entry.role is Role.UPDATE else entry.name
+            sizes[name] = sizes.get(name, 0) + entry.bytes
+    return sizes
 
 
 def merged(found: Sequence[Band], least: float) -> list[Band]:
