@@ -49,7 +49,9 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     def in_group(i: int) -> Op:
         # Buffers of the layers on both sides are there with a layer: its moments lie between its neighbours' when theirs are alike.
         interior = 1 < i < len(tapes) - 2 and all(near is tapes[i] for near in tapes[i - 2 : i + 3])
-        return replace(layers[i], group=made[tapes[i]], interior=interior)
+        part = layers[i].part
+        assert part is not None
+        return replace(layers[i], part=replace(part, group=made[tapes[i]], interior=interior))
 
     grouped = {op: in_group(i) for i, op in enumerate(layers)}
     rest = [weight for weight, _ in step_weights([op for op in tape.ops if op not in grouped])]
