@@ -75,7 +75,11 @@ class Copies(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One tensor, or several of one kind, alive at an instant. sizes: of tensors that are alike but for them."""
+    """One tensor, or several of one kind, alive at an instant.
+
+    role: what it is for, which tells it from others of its size. sizes: of tensors that are alike but for their size, how many
+    have which.
+    """
 
     name: str
     shape: str  # symbolic, such as "(b, s, I)"
