@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from .tape import Op, Part, Tape, Tensor, Wanted, sums_of
+from .tape import NONE, Op, Part, Tape, Tensor, Wanted, sums_of
 
 
 def recorded(tape: Tape, leaf: Tensor | None = None) -> Tape:
@@ -40,14 +40,15 @@ def _recorded(tape: Tape, needing: set[Tensor]) -> Tape:
 
 def _operation(op: Op, needing: set[Tensor]) -> Op:
     grads = tuple((tensor, gradient) for tensor, gradient in op.grads if tensor in needing)
+    asked = op.for_gradients
     wanted: set[Wanted] = {tensor for tensor, _ in grads} | set(op.trained)
     if not wanted:
-        return replace(op, keeps=(), keeps_for=(), grads=(), back_temps=(), back_temps_for=(), late_temps=())
-    keeps = op.keeps + tuple(dict.fromkeys(tensor for tensor, of in op.keeps_for if of in wanted))
-    temps = op.back_temps + tuple(tensor for tensor, of in op.back_temps_for if of in wanted)
-    if op.all_gradients:
+        return replace(op, keeps=(), grads=(), back_temps=(), late_temps=(), for_gradients=NONE)
+    keeps = op.keeps + tuple(dict.fromkeys(tensor for tensor, of in asked.keeps if of in wanted))
+    temps = op.back_temps + tuple(tensor for tensor, of in asked.back_temps if of in wanted)
+    if asked.all:
         temps += tuple(gradient for tensor, gradient in op.grads if gradient is not None and tensor not in needing)
-    return replace(op, keeps=keeps, keeps_for=(), grads=grads, back_temps=temps, back_temps_for=())
+    return replace(op, keeps=keeps, grads=grads, back_temps=temps, for_gradients=NONE)
 
 
 def _part(op: Op, part: Part, needing: set[Tensor]) -> Op:
@@ -55,7 +56,7 @@ def _part(op: Op, part: Part, needing: set[Tensor]) -> Op:
     tape = recorded_part(part.tape, wants_input)
     inside = replace(part, tape=tape, wants_input=wants_input, sums=sums_of(tape) if part.sums else ())
     records = wants_input or bool(_trains(tape))
-    return replace(op, part=replace(inside, records=records), arguments=op.arguments if records else ())
+    return replace(op, part=replace(inside, records=records, arguments=part.arguments if records else ()))
 
 
 def _trains(tape: Tape) -> bool:
@@ -75,7 +76,9 @@ def _with_interior(ops: list[Op]) -> tuple[Op, ...]:
     tapes = [id(op.part.tape) for op in ops if op.part is not None and not op.part.chunked]
     for n, i in enumerate(places):
         interior = any(_lies_between(tapes, n, period) for period in range(1, _LONGEST_PERIOD + 1))
-        ops[i] = replace(ops[i], interior=interior)
+        part = ops[i].part
+        assert part is not None
+        ops[i] = replace(ops[i], part=replace(part, interior=interior))
     return tuple(ops)
 
 

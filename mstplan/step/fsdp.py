@@ -49,14 +49,19 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     def in_group(i: int) -> Op:
         # Buffers of the layers on both sides are there with a layer: its moments lie between its neighbours' when theirs are alike.
         interior = 1 < i < len(tapes) - 2 and all(near is tapes[i] for near in tapes[i - 2 : i + 3])
-        return replace(layers[i], group=made[tapes[i]], interior=interior)
+        part = layers[i].part
+        assert part is not None
+        return replace(layers[i], part=replace(part, group=made[tapes[i]], interior=interior))
 
     grouped = {op: in_group(i) for i, op in enumerate(layers)}
     rest = [weight for weight, _ in step_weights([op for op in tape.ops if op not in grouped])]
-    return replace(tape, ops=tuple(grouped.get(op, op) for op in tape.ops), group=_group(rest, recipe, REST))
+    return replace(
+        tape, ops=tuple(grouped.get(op, op) for op in tape.ops), group=_group(rest, recipe, REST, outlived=True)
+    )
 
 
-def _group(weights: list[Weight], recipe: Recipe, of: str) -> Group:
+def _group(weights: list[Weight], recipe: Recipe, of: str, *, outlived: bool = False) -> Group:
+    """of: for people; outlived: the last gradient is held until all is done, and counts."""
     used, held = recipe.used_dtype, recipe.weight_dtype  # what is gathered in, what shards are kept and reduced in
     shards = [shard_of(weight, recipe.gpus).numel for weight in weights]
 
@@ -73,7 +78,7 @@ def _group(weights: list[Weight], recipe: Recipe, of: str) -> Group:
         copy_in=tensor("shards in bf16", used, sum(shards)) if used != held else None,
         gradients=tuple(weight_gradient(weight, used) for weight in weights),
         scatter=tensor("reduce-scatter input", held, whole, Role.REDUCED),
-        held=weight_gradient(weights[-1], used) if of == REST else None,
+        held=weight_gradient(weights[-1], used) if outlived else None,
         shards=Tensor("gradient shards", "", held, 0, sum(shards) * ITEMSIZE[held], role=Role.REDUCED),
         stay=recipe.accumulation == 1 and not recipe.optimizer_in_backward,
         temporaries=Tensor("optimizer temporaries of one shard", "", "uint8", 0, each * max(shards), role=Role.UPDATE),

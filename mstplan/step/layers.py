@@ -20,7 +20,7 @@ from .kernels import SDPA, chosen
 from .kernels.base import Asked
 from .roles import Purpose, Role
 from .selection import WeightKind
-from .tape import Op, Part, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
+from .tape import ForGradients, Op, Part, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
 
 HIDDEN = "layer input"
 
@@ -132,7 +132,7 @@ class Writer:
             name,
             [x, *copies],
             y,
-            keeps_for=((x, w), *((copy, x) for copy in copies)),
+            for_gradients=ForGradients(((x, w), *((copy, x) for copy in copies))),
             grads=((x, self.tape.grad(x)),),
             weights=weights,
             flops=((y.basis, 2 * inner * outer),),
@@ -166,7 +166,7 @@ class Writer:
     def multiply(self, name: str, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
         """y = x * z, both with gradients: keeps both."""
         grads = ((x, self.tape.grad(x)), (z, self.tape.grad(z)))
-        return self.tape.op(name, [x, z], y, keeps_for=((x, z), (z, x)), grads=grads)
+        return self.tape.op(name, [x, z], y, for_gradients=ForGradients(((x, z), (z, x))), grads=grads)
 
     def add(self, x: Tensor, z: Tensor, y: Tensor, name: str = "residual add") -> Tensor:
         """y = x + z: keeps nothing, hands the gradient on to both (casting it where dtypes differ)."""
@@ -252,10 +252,9 @@ class Writer:
             f"{name}: weight",
             [normed, *made],
             y,
-            keeps_for=((normed, w), *((factor, normed) for factor in made)),
+            for_gradients=ForGradients(((normed, w), *((factor, normed) for factor in made)), ((product, w),)),
             grads=grads,
             weights=(w,),
-            back_temps_for=((product, w),),
         )
 
     def _gemma_norm(self, x: Tensor, name: str) -> Tensor:
@@ -549,10 +548,9 @@ class Writer:
             "weigh experts",
             [down, weights],
             weighted,
-            keeps_for=((down, weights), (weights, down)),
+            for_gradients=ForGradients(((down, weights), (weights, down)), ((product, weights),)),
             grads=((down, tape.grad(down)), (weights, tape.grad(weights))),
             back_temps=uncast,
-            back_temps_for=((product, weights),),
             late_temps=uncast,
         )
         places = integers("rows in token order")
@@ -645,7 +643,7 @@ class Writer:
             name,
             [x],
             y,
-            keeps_for=((x, w),),
+            for_gradients=ForGradients(((x, w),)),
             grads=((x, self.tape.grad(x)), *((row, None) for row in rows)),
             weights=(w,),
             holds=rows,

@@ -32,6 +32,7 @@ from .tape import (
     BASIS,
     ZERO,
     Alive,
+    Joined,
     Label,
     Moment,
     Op,
@@ -74,7 +75,11 @@ class Copies(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One tensor, or several of one kind, alive at an instant. sizes: of tensors that are alike but for them."""
+    """One tensor, or several of one kind, alive at an instant.
+
+    role: what it is for, which tells it from others of its size. sizes: of tensors that are alike but for their size, how many
+    have which.
+    """
 
     name: str
     shape: str  # symbolic, such as "(b, s, I)"
@@ -447,8 +452,8 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
         ids = tape.new("position ids", "s", "int64")
     changed = model.scaled_embedding or model.learned_positions
     looked_up = w.new("embeddings", "d", w.wide) if changed else w.hidden()
-    joins = table if model.tied else None
-    tape.op("embedding", [], looked_up, weights=(table,), joins=joins, joins_view=joins_view)
+    joins = Joined(table, joins_view) if model.tied else None
+    tape.op("embedding", [], looked_up, weights=(table,), joins=joins)
     hidden, held = looked_up, [looked_up]
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.hidden())
@@ -573,9 +578,8 @@ def _chain(tape: TapeWriter, hidden: Tensor, layers: list[Given], *, recompute: 
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
         name = f"layer, {place}" if stage is not None else f"layer of the segment, {place}"
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
-        part = Part(given.tape, recompute=recompute, offload=offload)
-        kept = given.kept(recompute)
-        tape.add(Op(name, (hidden,), (out,), part=part, arguments=kept, stage=stage))
+        part = Part(given.tape, recompute=recompute, offload=offload, arguments=given.kept(recompute))
+        tape.add(Op(name, (hidden,), (out,), part=part, stage=stage))
         hidden = out
     return hidden
 

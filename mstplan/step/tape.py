@@ -115,35 +115,48 @@ Wanted = Tensor | Weight
 """What a gradient is made of."""
 
 
+class ForGradients(NamedTuple):
+    """What an operation keeps and makes for gradients that are wanted: `autograd.py` chooses of it, and leaves none."""
+
+    keeps: tuple[tuple[Tensor, Wanted], ...] = ()  # (tensor, whose gradient it is kept for)
+    back_temps: tuple[tuple[Tensor, Wanted], ...] = ()
+    all: bool = False  # its backward makes all of `grads`, those that nobody wants as well
+
+
+NONE = ForGradients()
+
+
+class Joined(NamedTuple):
+    """A weight whose gradient waited for the one of another use (tied embeddings), and is added to it here.
+
+    is_view: of a matrix product's, transposed; adding to it makes a new tensor.
+    """
+
+    weight: Weight
+    is_view: bool
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Op:
+    """An operation of the forward pass, and what its backward keeps and makes. What few have is in `for_gradients`, `joins`, `part`."""
+
     name: str  # for people: nothing is found by it
     reads: tuple[Tensor, ...]
     makes: tuple[Tensor, ...]
     keeps: tuple[Tensor, ...] = ()  # for its backward
-    keeps_for: tuple[tuple[Tensor, Wanted], ...] = ()  # (tensor, whose gradient it is kept for), see `autograd.py`
     temps: tuple[Tensor, ...] = ()  # only while it runs
     grads: tuple[tuple[Tensor, Tensor | None], ...] = ()  # (input, its gradient); None: passes the incoming one on
     back_temps: tuple[Tensor, ...] = ()
-    back_temps_for: tuple[tuple[Tensor, Wanted], ...] = ()
-    all_gradients: bool = False  # its backward makes all of `grads`, those that nobody wants as well
     late_temps: tuple[Tensor, ...] = ()  # alive in its backward only while what it kept still is (see Rules.recomputed)
+    for_gradients: ForGradients = NONE
+    holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
     weights: tuple[Weight, ...] = ()
     flops: tuple[tuple[int, int], ...] = ()  # (basis, operations) of its forward; of several, the least holds
-    part: Part | None = None  # this operation is a part with a tape of its own
-    interior: bool = False  # neighbours on both sides run the same part: its moments lie between theirs
     cast: bool = False  # its weights are used through autocast's bf16 copies
-    defers: bool = False  # its weight's gradient waits for the weight's other use (tied embeddings)
-    joins: Weight | None = None  # the weight whose deferred gradient joins this one's
-    joins_view: bool = (
-        False  # that gradient is a view (a matrix product's, transposed): adding to it makes a new tensor
-    )
-    arguments: tuple[Tensor, ...] = ()  # of a part, beside its input: kept for its backward as well
-    holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
-    product: bool = (
-        False  # with its weights as they are: it can add their gradients to a sum (mstplan/train/grad_sums.py)
-    )
-    group: Group | None = None  # of a part: its weights are gathered for it
+    product: bool = False  # of its weights as they are: their gradients can go into a sum (mstplan/train/grad_sums.py)
+    defers: bool = False  # its weight's gradient waits for the weight's other use
+    joins: Joined | None = None
+    part: Part | None = None  # this operation is a part with a tape of its own
     stage: Stage | None = None  # of the step that it belongs to; None within a part
 
     @property
@@ -155,6 +168,16 @@ class Op:
     def fetches(self) -> bool:
         """Whether its backward begins with an input that comes back from the host."""
         return self.part is not None and self.part.offload and self.part.records
+
+    @property
+    def interior(self) -> bool:
+        """Whether its moments lie between its neighbours'."""
+        return self.part is not None and self.part.interior
+
+    @property
+    def group(self) -> Group | None:
+        """Weights that are gathered for it."""
+        return self.part.group if self.part is not None else None
 
     @property
     def is_layer(self) -> bool:
@@ -192,7 +215,10 @@ class Part:
     sums: fp32 sums of the weights' gradients over the pieces, where there are several.
     offload: the input it would keep lives in host memory.
     in_forward: gradients are made in the forward pass already (the chunked loss), so that nothing else is kept.
+    arguments: tensors it is given beside its input, which are kept for its backward as well.
     records, wants_input: whether backward comes to it at all, and whether its input's gradient is wanted (`autograd.py`).
+    interior: neighbours on both sides run the same part: its moments lie between theirs.
+    group: its weights are gathered for it.
     """
 
     tape: Tape
@@ -201,8 +227,11 @@ class Part:
     sums: tuple[Tensor, ...] = ()
     in_forward: bool = False
     offload: bool = False
+    arguments: tuple[Tensor, ...] = ()
     records: bool = True
     wants_input: bool = True
+    interior: bool = False
+    group: Group | None = None
 
     @property
     def trained(self) -> tuple[Weight, ...]:
@@ -353,10 +382,10 @@ class _Ledger:
     def drop(self, tensor: Tensor) -> None:
         self.put(tensor, -1)
 
-    def rename(self, tensor: Tensor, other: Tensor) -> None:
-        """List a tensor as what it is in another tape from now on: the same bytes, which stay where they are."""
+    def rename(self, tensor: Tensor, other: Tensor, *, gradient: bool = False) -> None:
+        """List a tensor, or its gradient, as what it is in another tape from now on: the same bytes, which stay where they are."""
         if self.rules.detail:
-            before, after = tensor.label, other.label
+            before, after = (grad_of(t).label if gradient else t.label for t in (tensor, other))
             self.alive[before] = self.alive.get(before, 0) - 1
             self.alive[after] = self.alive.get(after, 0) + 1
 
@@ -578,7 +607,7 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
     keeps_source = not part.offload and (
         part.recompute or part.chunked or any(t.storage is source for o in part.tape.ops for t in kept_by(o))
     )
-    return (op.reads[0], *op.arguments) if keeps_source else op.arguments
+    return (op.reads[0], *part.arguments) if keeps_source else part.arguments
 
 
 def _holds_for_backward(op: Op) -> bool:
@@ -794,12 +823,8 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
             keepers[tensor.storage] -= 1
             if keepers[tensor.storage] == 0 and tensor.storage in made:
                 ledger.drop(tensor.storage)
-        if op.joins is not None and op.joins.trained:  # added to the gradient that waited
-            if op.joins_view or not rules.in_place:
-                ledger.put(weight_gradient(op.joins, rules.dtype))
-                ledger.mark("add gradients of " + op.joins.name)
-                ledger.drop(weight_gradient(op.joins, rules.dtype))
-            ledger.drop(weight_gradient(op.joins, rules.dtype))
+        if op.joins is not None and op.joins.weight.trained:
+            _join(op.joins, ledger, rules)
         if op.part is None:
             for weight in op.trained:
                 _accumulate(weight, op, ledger, rules)
@@ -828,13 +853,13 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
         return
     if not part.chunked:
         moments = rules.every_moment or not op.interior
-        ledger.rename(grad_of(op.makes[0]), grad_of(part.tape.output))
+        ledger.rename(op.makes[0], part.tape.output, gradient=True)
         replay = backward(
             part.tape, rules, recompute=part.recompute, fetch=fetch if end_of else part.offload, end_of=end_of
         )
         ledger.splice(replay, op.where, moments=moments)
         if part.wants_input:
-            ledger.rename(grad_of(part.tape.source), grad_of(op.reads[0]))
+            ledger.rename(part.tape.source, op.reads[0], gradient=True)
         return
     if part.wants_input:
         ledger.put(grad_of(op.reads[0]))
@@ -903,6 +928,16 @@ def _accumulate(weight: Weight, op: Op, ledger: _Ledger, rules: Rules) -> None:
         _reach(weight, gradient, ledger, rules)
 
 
+def _join(joined: Joined, ledger: _Ledger, rules: Rules) -> None:
+    """The gradient just made is added to the one that waited."""
+    waited = weight_gradient(joined.weight, rules.dtype)
+    if joined.is_view or not rules.in_place:
+        ledger.put(waited)
+        ledger.mark("add gradients of " + joined.weight.name)
+        ledger.drop(waited)
+    ledger.drop(waited)
+
+
 def _sum_to_gradient(weight: Weight, total: Tensor, ledger: _Ledger, rules: Rules) -> None:
     """A sum over pieces, in fp32, becomes the weight's gradient: itself, or a copy in the weight's dtype."""
     ledger.put(weight_gradient(weight, rules.dtype))
@@ -959,7 +994,7 @@ def step_weights(ops: Sequence[Op]) -> list[tuple[Weight, int]]:
             counts[weight] = counts.get(weight, 0) + n
     for op in ops:
         if op.joins is not None:
-            counts[op.joins] = 1
+            counts[op.joins.weight] = 1
     return list(counts.items())
 
 

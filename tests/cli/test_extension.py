@@ -15,7 +15,7 @@ from mstplan.step.losses import LOSSES
 from mstplan.step.losses.base import Loss, cross_entropy, logits_of
 from mstplan.step.optimizers import OPTIMIZERS
 from mstplan.step.optimizers.base import Held, Memory, Optimizer, numel_of
-from mstplan.step.tape import Weight
+from mstplan.step.tape import ForGradients, Weight
 
 from ..tracing.tiny import TINY
 from .conftest import Run
@@ -232,7 +232,7 @@ class Spare(Kernel):
             rows,
             keeps=(q, k, v, out, rows),
             grads=tuple((x, w.tape.grad(x)) for x in (q, k, v)),
-            all_gradients=True,
+            for_gradients=ForGradients(all=True),
             back_temps=(wide,),
         )
         return out

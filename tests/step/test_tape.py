@@ -16,7 +16,20 @@ from mstplan.step.instants import Instant, Stage
 from mstplan.step.recipe import STRATEGIES
 from mstplan.step.roles import Role
 from mstplan.step.steps import Chunks, Step, evaluate
-from mstplan.step.tape import _REPLAYS, Group, Op, Part, Rules, Tape, TapeWriter, Tensor, Weight, forward
+from mstplan.step.tape import (
+    _REPLAYS,
+    ForGradients,
+    Group,
+    Joined,
+    Op,
+    Part,
+    Rules,
+    Tape,
+    TapeWriter,
+    Tensor,
+    Weight,
+    forward,
+)
 from mstplan.tracing.explain import compare
 from mstplan.tracing.recording import Category
 from mstplan.tracing.trace import Alive
@@ -59,6 +72,8 @@ class _Renamed:
         return type(thing)(**{**values, **({"name": number} if isinstance(thing, Op) else {})})
 
     def _value(self, value):
+        if isinstance(value, ForGradients | Joined):
+            return type(value)(*map(self._value, value))
         if isinstance(value, tuple):
             return tuple(map(self._value, value))
         return self(value) if isinstance(value, Weight | Tensor | Tape | Op | Part | Group) else value

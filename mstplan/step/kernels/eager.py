@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..selection import WeightKind
+from ..tape import ForGradients
 from .base import Asked, Kernel, repeated
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Eager(Kernel):
             "scores",
             [q, k],
             scores,
-            keeps_for=((q, k), (k, q)),
+            for_gradients=ForGradients(((q, k), (k, q))),
             grads=tuple((x, tape.grad(x)) for x in (q, k)),
             flops=((4, a.heads * a.head_dim * 2),),
         )
@@ -85,7 +86,7 @@ def _mix(w: Writer, weights: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tens
         "mix values",
         [weights, v],
         mixed,
-        keeps_for=((weights, v), (v, weights)),
+        for_gradients=ForGradients(((weights, v), (v, weights))),
         grads=((weights, w.tape.grad(weights)), (v, w.tape.grad(v))),
         flops=((4, a.heads * a.v_head_dim * 2),),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..cuda import efficient_accumulates, efficient_workspace
-from ..tape import ITEMSIZE
+from ..tape import ITEMSIZE, ForGradients
 from .base import Asked, Kernel, flops, repeated
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _efficient(w: Writer, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Ten
         keeps=(q, k, v, out, rows, *bias),
         temps=(tape.new("output accumulator", out.shape, "float32"),) if efficient_accumulates(*sizes) else (),
         grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
-        all_gradients=True,
+        for_gradients=ForGradients(all=True),
         back_temps=tuple(t for t in back if t.bytes),
         flops=((4, 2 * pairs),) if bias else flops(a),  # a mask that is a tensor skips nothing
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..cuda import flash_head_size
 from ..selection import WeightKind
+from ..tape import ForGradients
 from .base import Asked, Kernel, flops
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Flash(Kernel):
             rows,
             keeps=(q, k, v, out, rows),
             grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
-            all_gradients=True,
+            for_gradients=ForGradients(all=True),
             back_temps=tuple(temps),
             flops=flops(a, window),
             weights=sinks,
