@@ -19,7 +19,7 @@ from ..errors import ModelError
 from ..plan import calibration
 from ..plan.calibration import Calibration
 from ..plan.solve import sizes, window_of
-from ..showing import Showing, unseen
+from ..showing import Showing, show_nothing
 from ..spec.catalog import load_config, load_model
 from ..spec.model import Model
 from ..step.recipe import STRATEGIES, Recipe
@@ -146,7 +146,7 @@ def written(model: Model, strategy: str, c: Calibration, file: Path) -> Written:
 
 
 def calibrate_all(
-    models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bool, showing: Showing = unseen
+    models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bool, showing: Showing = show_nothing
 ) -> list[Written]:
     """Calibrate each model (a name, path or id) and write its file as soon as it is done. keep: use and fill the cache of traces.
     Raises what the trace refuses, ModelError and OutputError."""

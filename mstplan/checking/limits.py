@@ -13,7 +13,7 @@ from ..measuring.measurement import OK, OUT_OF_MEMORY, Case, Measurement
 from ..measuring.sweep import measure_all, subject
 from ..plan import solve
 from ..plan.solve import chunk_tokens
-from ..showing import Showing, unseen
+from ..showing import Showing, show_nothing
 from ..spec.config import read_config
 from ..spec.hardware import Card
 from ..spec.model import Model
@@ -21,7 +21,7 @@ from ..step.recipe import Recipe
 from ..step.steps import Chunks
 from ..tracing import cache, search
 from ..tracing.trace import Trace
-from ..units import LONGEST, SHORTEST, format_gib, trainable
+from ..units import LONGEST, SHORTEST, format_gib, trainable_tokens
 
 BELOW, ABOVE = 0.98, 1.03
 """Shares of S_max at which a step must run, and must not."""
@@ -48,7 +48,7 @@ class Bench:
     timeout: float | None
     out: Path
     again: bool = False
-    showing: Showing = unseen
+    showing: Showing = show_nothing
     assume: str | None = None
 
     @cached_property
@@ -212,7 +212,7 @@ def longest_on_cpu(limit: int, trace_at: Callable[[int], Trace], start: int = 10
             if high < LONGEST
             else 2 * seq_len
         )
-    return trainable(low)
+    return trainable_tokens(low)
 
 
 # ---- what chunks cost ---------------------------------------------------------------------------------------------------

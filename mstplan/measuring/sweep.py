@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ..errors import MeasurementError, RecipeError, one_line
 from ..plan import solve
-from ..showing import Showing, unseen
+from ..showing import Showing, show_nothing
 from ..spec.catalog import load_config, load_model
 from ..spec.config import read_config
 from ..spec.hardware import Card, card_that_torch_names
@@ -166,7 +166,7 @@ def measure_all(
     again: bool = False,
     begins: Callable[[], object] = lambda: None,
     tell: Callable[[Measurement], object] = lambda _m: None,
-    showing: Showing = unseen,
+    showing: Showing = show_nothing,
 ) -> Sweep:
     """Measure each point that the results file `out` has no answer for, or with `again` all, and append what comes of it. `begins` is
     called once the file is found in order, `tell` with each result as it comes. Raises MeasurementError and OutputError about the file."""

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from .. import files, kept
 from ..errors import InputError, one_line
-from ..kept import Kept
+from ..kept import KeptFile
 from ..profiles import ROOT, user_folder
 from ..spec.model import Model
 from ..step.instants import Instant
@@ -104,9 +104,9 @@ class Own(NamedTuple):
     left_out: str = ""
 
 
-def file_of(model: Model) -> Kept | None:
+def file_of(model: Model) -> KeptFile | None:
     """The user's own calibrations of a model, as they are now. Answers that stand on others do not compare equal."""
-    return kept.look("calibrations", file_name(model))
+    return kept.find_user_file("calibrations", file_name(model))
 
 
 def of_model(model: Model) -> tuple[Calibration, ...]:
@@ -121,11 +121,11 @@ def left_out(model: Model) -> list[str]:
 
 
 @lru_cache(maxsize=256)
-def _own(model: Model, file: Kept | None) -> Own:
+def _own(model: Model, file: KeptFile | None) -> Own:
     try:
         return Own(_checked(model, file)) if file is not None else Own()
     except InputError as e:
-        return Own(left_out=kept.left_out(e))
+        return Own(left_out=kept.left_out_note(e))
 
 
 @lru_cache(maxsize=256)
@@ -144,18 +144,18 @@ def _from_data(row: dict[str, Any]) -> Calibration:
     return Calibration(**{**row, "moments": moments})
 
 
-def _checked(model: Model, file: Kept) -> tuple[Calibration, ...]:
+def _checked(model: Model, file: KeptFile) -> tuple[Calibration, ...]:
     """A file's calibrations of the model. Raises InputError for one that holds what cannot be."""
-    found: _File = kept.read(file, "calibrations of `mstplan calibrate`", _File)
+    found: _File = kept.read_json(file, "calibrations of `mstplan calibrate`", _File)
     if found.schema_version != SCHEMA_VERSION:
-        raise kept.damaged(
+        raise kept.damage_error(
             file, f"its schema is {one_line(found.schema_version)}, and this mstplan reads {SCHEMA_VERSION}"
         )
     if found.fingerprint != fingerprint(model):
         return ()
     for number, calibration in enumerate(found.families):
         if why := _wrong(model, calibration):
-            raise kept.damaged(file, f"families.{number}: {why}")
+            raise kept.damage_error(file, f"families.{number}: {why}")
     return found.families
 
 
@@ -249,7 +249,7 @@ def write(model: Model, found: Iterable[Calibration], folder: Path) -> Path:
     path = folder / file_name(model)
     new = list(found)
     families = {c.family for c in new}
-    stay = [c for c in _own(model, kept.at(path)).calibrations if c.family not in families]
+    stay = [c for c in _own(model, kept.find_file(path)).calibrations if c.family not in families]
     rows = [c._asdict() for c in [*new, *stay]]
     document = {
         "schema_version": SCHEMA_VERSION,

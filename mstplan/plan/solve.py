@@ -9,7 +9,7 @@ from math import isqrt
 from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
-from ..kept import Kept
+from ..kept import KeptFile
 from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
 from ..step.cuda import BIAS_ROWS
@@ -20,7 +20,7 @@ from ..step.recipe import Recipe
 from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, step, stored_inputs
 from ..step.tape import ITEMSIZE, Vector
 from ..step.timing import step_seconds
-from ..units import LONGEST, SHORTEST, trainable
+from ..units import LONGEST, SHORTEST, trainable_tokens
 from . import calibration
 from .calibration import Calibration
 
@@ -160,7 +160,7 @@ def _calibrated(model: Model, layout: Layout, workspace: int) -> Step:
 
 
 @lru_cache(maxsize=1024)
-def _standing_on(model: Model, layout: Layout, workspace: int, _own: Kept | None) -> Step:
+def _standing_on(model: Model, layout: Layout, workspace: int, _own: KeptFile | None) -> Step:
     """Step for one state of the user's file of calibrations."""
     found = _calibration(model, layout)
     formula = step(model, layout, workspace)
@@ -188,7 +188,7 @@ def sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
 
 def longest(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
     """S_max in tokens for fixed chunks: it and every shorter length fit, and one more does not; 0 when not even `SHORTEST` fits."""
-    return trainable(_up_to(model, recipe, card, chunks))
+    return trainable_tokens(_up_to(model, recipe, card, chunks))
 
 
 def _up_to(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
@@ -439,7 +439,7 @@ def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") 
     s_max = longest(model, recipe, card, chunks)
     found = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
     if s_max and not found.fits_host:
-        s_max = trainable(min(s_max, _longest_on_host(found)))
+        s_max = trainable_tokens(min(s_max, _longest_on_host(found)))
         found = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
     return Answer(strategy, s_max, found)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .. import files, kept
 from ..errors import HardwareError, InputError, did_you_mean, one_line, quoted
-from ..kept import Kept
+from ..kept import KeptFile
 from ..profiles import ROOT, user_folder
 from ..units import GIB, LEAST_MEMORY, MIB, MOST_MEMORY, format_gib
 
@@ -89,7 +89,7 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 @lru_cache(maxsize=8)
-def _gpus(file: Kept | None) -> tuple[Gpu, ...]:
+def _gpus(file: KeptFile | None) -> tuple[Gpu, ...]:
     measured = {_key(name): constants for name, constants in _measured(file).cards.items()}
     found = []
     for gpu in _shipped():
@@ -128,8 +128,8 @@ def measured_file() -> Path:
     return user_folder() / _MEASURED
 
 
-def _measured_now() -> Kept | None:
-    return kept.look(_MEASURED)
+def _measured_now() -> KeptFile | None:
+    return kept.find_user_file(_MEASURED)
 
 
 def measured_constants() -> Mapping[str, Constants]:
@@ -144,15 +144,15 @@ def left_out() -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def _measured(file: Kept | None) -> Measured:
+def _measured(file: KeptFile | None) -> Measured:
     if file is None:
         return Measured()
     try:
-        found: _File = kept.read(file, "the constants of GPUs that `mstplan calibrate` found", _File)
+        found: _File = kept.read_json(file, "the constants of GPUs that `mstplan calibrate` found", _File)
         for name, constants in found.cards.items():
             _check_constants(file, name, constants)
     except InputError as e:
-        return Measured(left_out=kept.left_out(e))
+        return Measured(left_out=kept.left_out_note(e))
     return Measured(
         {
             name: constants._replace(context_source=one_line(constants.context_source, 200))
@@ -161,12 +161,12 @@ def _measured(file: Kept | None) -> Measured:
     )
 
 
-def _check_constants(file: Kept, name: str, constants: Constants) -> None:
+def _check_constants(file: KeptFile, name: str, constants: Constants) -> None:
     """Amounts of memory, which leave something of the card, where it is known. Raises InputError."""
     key, taken = _key(name), (constants.context_bytes, constants.cublas_workspace_bytes)
     sizes = [gpu.usable_bytes for gpu in _shipped() if key in (gpu.name, *gpu.aliases)]
     if min(taken) < 0 or taken[0] + HANDLES * taken[1] >= min(sizes, default=MOST_MEMORY):
-        raise kept.damaged(file, f"{one_line(name, 40)}: bytes that no GPU of that name can have taken")
+        raise kept.damage_error(file, f"{one_line(name, 40)}: bytes that no GPU of that name can have taken")
 
 
 def write_measured(found: Mapping[str, Constants]) -> Path:

@@ -20,7 +20,7 @@ from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.recipe import Recipe
 from ..step.steps import Chunks
-from ..units import LONGEST, SHORTEST, trainable
+from ..units import LONGEST, SHORTEST, trainable_tokens
 from .simulation import needed, room, runs
 from .trace import Trace
 
@@ -144,7 +144,7 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
     plan = solve.plan_at(model, recipe, card, shown, chunks)
     largest = max(hardest(shown), key=lambda each: each.peak.bytes)
     at_the_end = high == low + 1 and recipe.padded(high) not in seen
-    answer = Answer(strategy, trainable(low), _as_traced(plan, largest))
+    answer = Answer(strategy, trainable_tokens(low), _as_traced(plan, largest))
     return Found(answer, largest, len(seen) + (model.stand_in is not None), start.s_max, at_the_end)
 
 

@@ -81,7 +81,7 @@ def test_another_model_of_the_same_name_has_none():
 @pytest.mark.parametrize("name", DENSE)
 def test_what_ships_passes_the_check_of_what_users_keep(name):
     """And is read in the same way."""
-    model, file = load_model(name), kept.at(ROOT / "calibrations" / f"{name}.json")
+    model, file = load_model(name), kept.find_file(ROOT / "calibrations" / f"{name}.json")
     assert file is not None and calibration._checked(model, file) == calibration.of_model(model) != ()
 
 
