@@ -25,7 +25,7 @@ from ..plan import calibration
 from ..plan.calibration import Calibration, family_of, fingerprint
 from ..plan.solve import layout_of, sizes
 from ..spec.catalog import load_model
-from ..spec.hardware import HANDLES, Constants, write_measured
+from ..spec.hardware import CUBLAS_HANDLES, Constants, write_measured
 from ..spec.model import Model
 from ..step.steps import Layout, step
 from ..step.tape import BASIS, Vector, add
@@ -257,5 +257,5 @@ def devices(measurements: Iterable[Measurement]) -> dict[str, Constants]:
         if contexts and workspaces:
             about = members[-1].environment
             source = f"measured: {len(ranks)} steps with torch {about['torch']}, driver {about.get('driver')}, until {members[-1].when}"
-            found[card] = Constants(int(median(contexts)), int(median(workspaces)) // HANDLES, source)
+            found[card] = Constants(int(median(contexts)), int(median(workspaces)) // CUBLAS_HANDLES, source)
     return found

@@ -89,10 +89,10 @@ def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], Read]:
     """The measurements of the model, where one is named; and all that the results files hold."""
     from ..errors import MeasurementError
     from ..measuring import measurement
-    from ..spec.catalog import named
+    from ..spec.catalog import identify_model
 
     read = measurement.read_all(results_files(asked) or measurement.archive())
-    name = named(asked.model)[0] if asked.model is not None else None
+    name = identify_model(asked.model)[0] if asked.model is not None else None
     chosen = [m for m in read.measurements if name in (None, m.case.model)]
     if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):
         of, damaged = f" of {name}" if name else "", f" ({read.skipped[0]})" if read.skipped else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..spec import hardware
-from ..spec.hardware import GRANULARITY, Card, Gpu, same_size
+from ..spec.hardware import GRANULARITY, Card, Gpu, gpus_of_size
 from ..spec.model import Model
 from ..step.cuda import BIAS_ROWS
 from ..step.optimizers import stand_ins
@@ -20,7 +20,7 @@ from .ways import Way, nearest
 
 def kept_notes(model: Model | None = None) -> list[str]:
     """A line for each file of the user's folder that answers, on this model, do without because it is damaged."""
-    return hardware.left_out() + (calibration.left_out(model) if model is not None else [])
+    return hardware.left_out_notes() + (calibration.left_out(model) if model is not None else [])
 
 
 def card_notes(on: Card) -> list[str]:
@@ -38,7 +38,7 @@ def card_notes(on: Card) -> list[str]:
         + f": a budget of {format_gib(on.budget_bytes)}."
     ]
     if not on.named:
-        near = same_size(on)
+        near = gpus_of_size(on)
         if near:
             seen = ", ".join(f"{g.name} {g.usable_bytes / GIB:.2f}" for g in near[:4])
             notes.append(f"Real GPUs show less; name yours with --gpu (GiB that torch sees: {seen}).")

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 from ..kept import adapter_for
-from ..spec.hardware import HANDLES
+from ..spec.hardware import CUBLAS_HANDLES
 from ..step.instants import Instant, Pass
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
@@ -165,7 +165,7 @@ class Trace:
         if self.recipe.accumulation > 1:
             found += group(Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
         if self.workspace:
-            found.append(Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", HANDLES, self.workspace))
+            found.append(Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", CUBLAS_HANDLES, self.workspace))
         return tuple(found)
 
     @cached_property

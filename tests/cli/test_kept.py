@@ -114,7 +114,7 @@ def test_damaged_constants(folder: Path) -> None:
     noted = 0
     for what, text in damages(CONSTANTS, seed=2, per_place=99):
         put(folder / "devices.json", text)
-        found, notes = hardware.find_gpu("h100"), hardware.left_out()
+        found, notes = hardware.find_gpu("h100"), hardware.left_out_notes()
         noted += bool(notes)
         assert not notes or (len(notes) == 1 and sound(notes[0], "devices.json") and found == usual), what
         assert 0 <= found.context_bytes < found.usable_bytes, what
