@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import ModelError
 from ..plan import calibration
 from ..plan.calibration import Calibration
-from ..plan.solve import sizes, window_of
+from ..plan.solve import step_sizes, window_of
 from ..showing import Showing, show_nothing
 from ..spec.catalog import load_config, load_model
 from ..spec.model import Model
@@ -168,7 +168,7 @@ def calibrate_all(
                     solved[same] = calibrate(model, family, trace_at)
                 found.append((family, solved[same]))
                 advance("", 1)
-            path = calibration.write(model, [c for _, c in found], folder)
+            path = calibration.write_calibrations(model, [c for _, c in found], folder)
             rows += [written(model, family.strategy, c, path) for family, c in found]
     return rows
 
@@ -194,7 +194,7 @@ def _at(recipe: Recipe, point: Point) -> Recipe:
 def _units(point: Point) -> dict[str, int]:
     recipe = Recipe.model_construct(batch=point.batch)
     return dict(
-        zip(BASIS, sizes(recipe, point.seq_len, Chunks(point.mlp_chunks, point.loss_chunks)).units, strict=True)
+        zip(BASIS, step_sizes(recipe, point.seq_len, Chunks(point.mlp_chunks, point.loss_chunks)).units, strict=True)
     )
 
 

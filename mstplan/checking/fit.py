@@ -23,7 +23,7 @@ from ..errors import MeasurementError, one_line
 from ..measuring.measurement import OK, Measurement, read_all
 from ..plan import calibration
 from ..plan.calibration import Calibration, family_of, fingerprint
-from ..plan.solve import layout_of, sizes
+from ..plan.solve import layout_of, step_sizes
 from ..spec.catalog import load_model
 from ..spec.hardware import CUBLAS_HANDLES, Constants, write_measured
 from ..spec.model import Model
@@ -84,7 +84,7 @@ def fit_all(
                 raise
             said.append(str(e).splitlines()[0])
             continue
-        path = calibration.write(model, found.calibrations, folder)
+        path = calibration.write_calibrations(model, found.calibrations, folder)
         said += found.left_out
         rows += [written(model, c.provenance["strategy"], c, path) for c in found.calibrations]
     if not rows:
@@ -185,7 +185,7 @@ def _factors(members: Sequence[Measurement], columns: Sequence[str], by_layer: b
     """A row for each measurement: `columns` of tape.BASIS; by_layer: also each of them times the number of layers."""
     rows = []
     for m in members:
-        units = dict(zip(BASIS, sizes(m.case.recipe, m.case.seq_len, chunks_of(m)).units, strict=True))
+        units = dict(zip(BASIS, step_sizes(m.case.recipe, m.case.seq_len, chunks_of(m)).units, strict=True))
         row = [units[name] for name in columns]
         rows.append(row + [value * m.case.described.layers for value in row] if by_layer else row)
     return np.array(rows, dtype=float)

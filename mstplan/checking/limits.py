@@ -103,7 +103,7 @@ class Bench:
         chunks = answer.plan.chunks
 
         def trace_at(seq_len: int) -> Trace:
-            few = solve.within(chunks, seq_len)
+            few = solve.cap_chunks(chunks, seq_len)
             return self.trace_at(recipe.changed(mlp_chunks=few.mlp, loss_chunks=few.loss), seq_len, self.card)
 
         return Prediction(longest_on_cpu(self.card.total_bytes, trace_at, max(2, answer.s_max)), None, chunks)
@@ -131,7 +131,7 @@ def smax(
     for strategy, told in predictions.items():
 
         def measure(seq_len: int) -> Measurement:
-            return bench.measure(strategy, recipes[strategy], seq_len, solve.within(told.chunks, seq_len), tell)  # noqa: B023  used within this turn only
+            return bench.measure(strategy, recipes[strategy], seq_len, solve.cap_chunks(told.chunks, seq_len), tell)  # noqa: B023  used within this turn only
 
         found.append((check(strategy, "trace", told.s_max, measure), told))
     return found
@@ -267,7 +267,7 @@ def throughput(
 ) -> list[Throughput]:
     """The step's time over numbers of chunks. In one chunk the loss still is that of chunks: only their number differs."""
     best = solve.plan_at(model, recipe, card, seq_len).chunks
-    counts = dict.fromkeys(solve.within(chunks, seq_len) for chunks in chunk_counts(best))
+    counts = dict.fromkeys(solve.cap_chunks(chunks, seq_len) for chunks in chunk_counts(best))
     found = {chunks: measure(chunks) for chunks in counts}
     whole = found[Chunks(1, 1)]
     return [

@@ -6,7 +6,7 @@ import json
 from typing import NamedTuple
 
 from .. import profiles
-from ..plan.solve import fixed_chunks, layout_of, sizes
+from ..plan.solve import fixed_chunks, layout_of, step_sizes
 from ..spec.catalog import load_model
 from ..spec.hardware import Card
 from ..step.instants import Instant
@@ -55,7 +55,7 @@ def both_rungs(name: str, recipe: Recipe, seq_len: int, card: Card) -> Rungs:
     config = json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
     model, chunks = load_model(name), fixed_chunks(recipe)
     told = step(model, layout_of(model, recipe, chunks, seq_len), card.gpu.workspaces_bytes)
-    where = sizes(recipe, seq_len, chunks)
+    where = step_sizes(recipe, seq_len, chunks)
     seen = trace(config, recipe, seq_len, workspace=card.gpu.workspaces_bytes)
     by_name = {instant.name: instant.bytes for instant in told.instants(where)}
     pairs = tuple(Pair(peak.instant, by_name.get(peak.instant, 0), peak.bytes) for peak in seen.peaks)

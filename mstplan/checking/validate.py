@@ -14,7 +14,7 @@ from ..measuring.measurement import OK, OUT_OF_MEMORY, Measurement
 from ..measuring.sweep import card_of
 from ..plan import solve
 from ..plan.calibration import Calibration
-from ..plan.solve import layout_of, sizes
+from ..plan.solve import layout_of, step_sizes
 from ..spec.hardware import Card
 from ..step.steps import Chunks, Step, step
 from ..tracing import cache
@@ -143,7 +143,8 @@ def _rows(m: Measurement, rung: str) -> list[Row]:
 def instants_at(m: Measurement, told: Step) -> dict[str, int]:
     """Bytes of each instant of a step at the measured sizes."""
     return {
-        instant.name: instant.bytes for instant in told.instants(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))
+        instant.name: instant.bytes
+        for instant in told.instants(step_sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))
     }
 
 
@@ -205,7 +206,7 @@ def _said_to_fit(m: Measurement, rung: str) -> bool:
         return runs(traced(m), on) if cuda else traced(m).peak.bytes <= on.total_bytes
     told = step_of(m, rung)
     most = on.budget_bytes if cuda else on.total_bytes  # a CPU has no context
-    return told is not None and told.largest(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))[1] <= most
+    return told is not None and told.largest(step_sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))[1] <= most
 
 
 def _on_the_device(rows: Sequence[Row]) -> list[Row]:

@@ -46,7 +46,7 @@ def test_the_residual_is_rounding(mst):
 def test_the_planner_uses_it_and_says_so(mst, folder):
     recipe = strategy("mst", mlp_chunks=3, loss_chunks=7)
     assert solve.plan_at(MODEL, recipe, CARD, 7777).calibration is None
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     after = solve.plan_at(MODEL, recipe, CARD, 7777)
     assert after.calibration == mst
     traced = step_of(recipe, 7777).with_workspace(CARD.gpu.workspaces_bytes).peak
@@ -69,13 +69,13 @@ def test_the_planner_uses_it_and_says_so(mst, folder):
     ],
 )
 def test_other_recipes_stand_on_the_formula(mst, folder, changes):
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     recipe = strategy("mst", **{"mlp_chunks": 3, "loss_chunks": 7, **changes})
     assert solve.plan_at(MODEL, recipe, CARD, 5000).calibration is None
 
 
 def test_batches_are_of_the_family(mst, folder):
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     recipe = strategy("mst", mlp_chunks=3, loss_chunks=7, batch=5)
     found = solve.plan_at(MODEL, recipe, CARD, 3001)
     traced = step_of(recipe, 3001).with_workspace(CARD.gpu.workspaces_bytes).peak
@@ -83,10 +83,10 @@ def test_batches_are_of_the_family(mst, folder):
 
 
 def test_s_max_is_solved_from_it(mst, folder):
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     recipe = strategy("mst", mlp_chunks=4, loss_chunks=8)
     chunks = Chunks(4, 8)
-    s_max = solve.longest(MODEL, recipe, CARD, chunks)
+    s_max = solve.longest_sequence(MODEL, recipe, CARD, chunks)
     assert (
         solve.peak_at(MODEL, recipe, CARD, s_max, chunks)[1]
         <= CARD.budget_bytes
@@ -96,23 +96,23 @@ def test_s_max_is_solved_from_it(mst, folder):
 
 @pytest.mark.parametrize("damage", ["", "{", '{"schema_version": 99}', "[]"])
 def test_a_damaged_or_newer_file_is_none(mst, folder, damage):
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     (folder / "tiny.json").write_text(damage)
-    assert calibration.of_model(MODEL) == ()
+    assert calibration.calibrations_of(MODEL) == ()
 
 
 def test_another_model_of_that_name_is_not_served(mst, folder):
-    calibration.write(MODEL, [mst], folder)
-    assert calibration.of_model(MODEL._replace(hidden=512)) == ()
-    assert calibration.of_model(MODEL) == (mst,)
+    calibration.write_calibrations(MODEL, [mst], folder)
+    assert calibration.calibrations_of(MODEL._replace(hidden=512)) == ()
+    assert calibration.calibrations_of(MODEL) == (mst,)
 
 
 def test_an_old_file_is_kept(mst, folder):
-    path = calibration.write(MODEL, [mst], folder)
+    path = calibration.write_calibrations(MODEL, [mst], folder)
     old = path.read_bytes()
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     assert [p.name for p in folder.iterdir()] == ["tiny.json"]  # the same: nothing to keep
-    calibration.write(MODEL, [mst._replace(residual=0.001)], folder)
+    calibration.write_calibrations(MODEL, [mst._replace(residual=0.001)], folder)
     assert (folder / "tiny.json.1").read_bytes() == old
     assert json.loads(path.read_text())["families"][0]["residual"] == 0.001
 

@@ -11,7 +11,7 @@ from mstplan import MeasurementError, card, load_model, max_seq
 from mstplan.checking import fit, validate
 from mstplan.measuring.measurement import Measurement, sliced
 from mstplan.plan import calibration
-from mstplan.plan.solve import layout_of, sizes
+from mstplan.plan.solve import layout_of, step_sizes
 from mstplan.spec import hardware
 from mstplan.spec.catalog import load_config
 from mstplan.spec.config import read_config
@@ -39,7 +39,7 @@ def as_planned(
     model, recipe = read_config(config, NAME), one.recipe
     chunks = Chunks(int(recipe.mlp_chunks), int(recipe.loss_chunks))
     workspace = WORKSPACE if one.device == "cuda" else 0
-    told = step(model, layout_of(model, recipe, chunks, tokens), workspace).instants(sizes(recipe, tokens, chunks))
+    told = step(model, layout_of(model, recipe, chunks, tokens), workspace).instants(step_sizes(recipe, tokens, chunks))
     return measured(one, {i.name: change(i.bytes) for i in told}, workspace=workspace, context=500 * 2**20)
 
 
@@ -56,7 +56,7 @@ def errors(found: Iterable[calibration.Calibration], at: Measurement) -> list[fl
     told = validate.step_of(at, validate.FORMULA)
     assert told is not None
     (one,) = found
-    where = sizes(at.case.recipe, at.case.seq_len, validate.chunks_of(at))
+    where = step_sizes(at.case.recipe, at.case.seq_len, validate.chunks_of(at))
     return [i.bytes / at.instants[i.name] - 1 for i in told.calibrated(one.moments).instants(where)]
 
 
@@ -126,7 +126,7 @@ def test_the_planner_uses_it_and_says_so():
     """A card that takes a tenth more than the formula says."""
     model, on = load_model(NAME), card("h100")
     before = max_seq(model, STRATEGIES["checkpoint"], on).s_max
-    calibration.write(
+    calibration.write_calibrations(
         model,
         fit.fit(model, points("checkpoint", change=lambda size: size + size // 10)).calibrations,
         calibration.folders()[0],
@@ -134,7 +134,7 @@ def test_the_planner_uses_it_and_says_so():
     answer = max_seq(model, STRATEGIES["checkpoint"], on)
     assert answer.s_max < before and answer.plan.calibration is not None
     assert (
-        answer.plan.calibration.said.startswith("measurements with torch")
+        answer.plan.calibration.source.startswith("measurements with torch")
         and answer.plan.calibration.provenance["card"] == CARD["card"]
     )
     kept = max_seq(model, STRATEGIES["mst"], on)
@@ -144,8 +144,8 @@ def test_the_planner_uses_it_and_says_so():
 def test_other_families_of_a_file_stay():
     model, folder = load_model(NAME), calibration.folders()[0]
     for strategy in ("checkpoint", "mst", "checkpoint"):
-        calibration.write(model, fit.fit(model, points(strategy)).calibrations, folder)
-    assert len(calibration.of_model(model)) == 2
+        calibration.write_calibrations(model, fit.fit(model, points(strategy)).calibrations, folder)
+    assert len(calibration.calibrations_of(model)) == 2
 
 
 def test_a_cards_constants():
@@ -179,4 +179,4 @@ def test_constants_of_a_cpu_are_none():
 
 
 def test_recipe_fields_that_a_family_leaves_open():
-    assert set(calibration.SIZES) <= set(Recipe.model_fields)
+    assert set(calibration.OPEN_FIELDS) <= set(Recipe.model_fields)

@@ -15,7 +15,7 @@ from mstplan.checking.validate import ALLOCATED, BOUNDS, CALIBRATED, DEVICE, FOR
 from mstplan.measuring import measurement
 from mstplan.measuring.measurement import FAILED, OUT_OF_MEMORY, Measurement
 from mstplan.plan import calibration
-from mstplan.plan.solve import sizes
+from mstplan.plan.solve import step_sizes
 from mstplan.show import validating
 from mstplan.step.instants import Instant
 from mstplan.step.recipe import strategy
@@ -163,7 +163,7 @@ def test_no_step_is_predicted_by_a_calibration_that_was_solved_from_it(tmp_path,
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path))
     seen = [on_card(tokens) for tokens in (512, 1024, 2048, 4096)]
     model = seen[0].case.described
-    calibration.write(model, fit.fit(model, seen).calibrations, tmp_path / "calibrations")
+    calibration.write_calibrations(model, fit.fit(model, seen).calibrations, tmp_path / "calibrations")
     other = on_card(3000)
     found = validate.validate([*seen, other], [CALIBRATED])
     assert [row.measurement for row in found.rows] == [other] and abs(found.rows[0].error) < 1e-4
@@ -238,7 +238,7 @@ def test_calibrations_of_the_archives_longest_series():
             told = (
                 validate.step_of(m, FORMULA)
                 .calibrated(one.moments)
-                .largest(sizes(m.case.recipe, m.case.seq_len, validate.chunks_of(m)))[1]
+                .largest(step_sizes(m.case.recipe, m.case.seq_len, validate.chunks_of(m)))[1]
             )
             assert told == pytest.approx(m.peak.allocated, rel=BOUNDS[CALIBRATED].mean)
 

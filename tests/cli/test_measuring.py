@@ -429,7 +429,7 @@ def test_calibrated_from_measurements(run: Run, quick: list[Case], tmp_path: Pat
     run(*ASKED, "--seq-len", "64,128,192,256", "-s", "checkpoint,mst", "-o", "r.jsonl")
     said = run("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here")
     assert said.code == 0 and "checkpoint" in said.out and "wrote here/tiny.json" in said.out
-    found, _ = calibration._own(calibration_model(), kept.find_file(tmp_path / "here" / "tiny.json")).calibrations
+    found, _ = calibration._read_own(calibration_model(), kept.find_file(tmp_path / "here" / "tiny.json")).calibrations
     assert found.residual < 0.005 and found.provenance["rung"] == "measurement" and found.provenance["card"] == "cpu"
     told = run(
         "calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here", "--json"
