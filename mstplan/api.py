@@ -100,12 +100,12 @@ def measure(
 
     if device not in ("cuda", "cpu"):
         raise MeasurementError(f"device is {quoted(device)}, must be 'cuda' or 'cpu'.")
-    environment, planned_recipe = sweep.environment(device), _as_recipe(recipe)
+    environment, planned_recipe = sweep.ask_environment(device), _as_recipe(recipe)
     name = recipe if isinstance(recipe, str) else "custom"
     spec = os.fspath(model)
     card = sweep.card_of(environment)
-    (case,) = sweep.cases(spec, [_as_length(seq_len)], {name: planned_recipe}, card, layers, device, None, steps)
-    return sweep.run(case, environment)
+    (case,) = sweep.plan_cases(spec, [_as_length(seq_len)], {name: planned_recipe}, card, layers, device, None, steps)
+    return sweep.measure_case(case, environment)
 
 
 # ---- names, or objects ------------------------------------------------------------------------------------------------

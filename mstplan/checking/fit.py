@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import MeasurementError, one_line
-from ..measuring.measurement import OK, Measurement, read_all
+from ..measuring.measurement import OK, Measurement, read_all_results
 from ..plan import calibration
 from ..plan.calibration import Calibration, family_of, fingerprint
 from ..plan.solve import layout_of, step_sizes
@@ -73,7 +73,7 @@ def fit_all(
     """Fit each model's families to measurements and write them; of CUDA measurements also the cards' constants. elsewhere: is `folder`
     one that the planner does not read? Gives what was written, and what else is to be said. Raises MeasurementError."""
     named = [load_model(spec) for spec in models]
-    read = read_all(results)
+    read = read_all_results(results)
     chosen = _usable([m for m in read.measurements if m.case.strategy in (*strategies, "custom")], elsewhere)
     rows, said = [], list(read.skipped)
     for model in named:

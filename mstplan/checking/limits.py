@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..errors import MeasurementError, RecipeError
 from ..measuring.measurement import OK, OUT_OF_MEMORY, Case, Measurement
-from ..measuring.sweep import measure_all, subject
+from ..measuring.sweep import load_subject, measure_all
 from ..plan import solve
 from ..plan.solve import chunk_tokens
 from ..showing import Showing, show_nothing
@@ -53,7 +53,7 @@ class Bench:
 
     @cached_property
     def subject(self) -> tuple[str, dict[str, Any]]:
-        return subject(self.spec, self.layers, self.assume)
+        return load_subject(self.spec, self.layers, self.assume)
 
     @cached_property
     def model(self) -> Model:

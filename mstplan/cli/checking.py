@@ -68,7 +68,7 @@ def check_throughput(asked: CheckThroughputOptions) -> None:
     bench, recipes = _bench(asked)
     seq_len = length(asked.seq_len)
     # refuses what cannot be run, before anything is; of S_max, the trace does
-    sweep.cases(
+    sweep.plan_cases(
         asked.model, [seq_len], recipes, bench.card, asked.layers, asked.device, bench.limit, assume=asked.assume
     )
     begins, tell = telling(asked.json, bench.known, checking.chunks)
@@ -90,7 +90,7 @@ def _bench(asked: CheckOptions) -> tuple[Bench, dict[str, Recipe]]:
     from ..show.progress import progress
 
     check_device(asked.device)
-    known = sweep.environment(asked.device)
+    known = sweep.ask_environment(asked.device)
     limit = memory(asked.gpu_mem)
     bench = limits.Bench(
         asked.model,

@@ -13,7 +13,7 @@ from .output import new_console, print_json, say_written
 
 if TYPE_CHECKING:
     from ..checking.validate import Bounds, Validation
-    from ..measuring.measurement import Measurement, Read
+    from ..measuring.measurement import Measurement, ResultsContent
 
 
 def _rungs() -> str:
@@ -85,13 +85,13 @@ def _bounds(asked: ValidateOptions) -> dict[str, Bounds]:
     return {FORMULA: Bounds(formula, formula), CALIBRATED: bounds, TRACE: bounds}
 
 
-def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], Read]:
+def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], ResultsContent]:
     """The measurements of the model, where one is named; and all that the results files hold."""
     from ..errors import MeasurementError
     from ..measuring import measurement
     from ..spec.catalog import identify_model
 
-    read = measurement.read_all(results_files(asked) or measurement.archive())
+    read = measurement.read_all_results(results_files(asked) or measurement.shipped_results())
     name = identify_model(asked.model)[0] if asked.model is not None else None
     chosen = [m for m in read.measurements if name in (None, m.case.model)]
     if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):

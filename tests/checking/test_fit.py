@@ -9,7 +9,7 @@ import pytest
 
 from mstplan import MeasurementError, card, load_model, max_seq
 from mstplan.checking import fit, validate
-from mstplan.measuring.measurement import Measurement, sliced
+from mstplan.measuring.measurement import Measurement, slice_config
 from mstplan.plan import calibration
 from mstplan.plan.solve import layout_of, step_sizes
 from mstplan.spec import hardware
@@ -34,7 +34,9 @@ def as_planned(
     strategy: str, tokens: int, layers: int | None = None, change: Callable[[int], int] = lambda size: size, **more: Any
 ) -> Measurement:
     """What the formula says of a step, measured."""
-    config: dict[str, Any] = dict(load_config(NAME)) if layers is None else sliced(load_config(NAME), layers, NAME)
+    config: dict[str, Any] = (
+        dict(load_config(NAME)) if layers is None else slice_config(load_config(NAME), layers, NAME)
+    )
     one = case(strategy, tokens, config, model=NAME, layers=layers, device=more.pop("device", "cuda"), **more)
     model, recipe = read_config(config, NAME), one.recipe
     chunks = Chunks(int(recipe.mlp_chunks), int(recipe.loss_chunks))

@@ -193,7 +193,7 @@ def test_no_calibration_no_row():
 
 
 def archived() -> list[Measurement]:
-    return measurement.read_all(measurement.archive()).measurements
+    return measurement.read_all_results(measurement.shipped_results()).measurements
 
 
 @pytest.fixture(scope="module")
@@ -244,17 +244,17 @@ def test_calibrations_of_the_archives_longest_series():
 
 
 def test_the_archive_is_whole():
-    for path in measurement.archive():
-        found = measurement.read(path)
+    for path in measurement.shipped_results():
+        found = measurement.read_results(path)
         assert not found.skipped and found.measurements and path.stat().st_size < 500_000
         assert len({m.environment["card"] for m in found.measurements}) == 1  # a file for each card and date
 
 
 def test_the_archives_index_is_true():
     index = json.loads((profiles.ROOT / "measurements" / "index.json").read_text())
-    assert {row["file"] for row in index["files"]} == {path.name for path in measurement.archive()}
+    assert {row["file"] for row in index["files"]} == {path.name for path in measurement.shipped_results()}
     for row in index["files"]:
-        found = measurement.read(profiles.ROOT / "measurements" / row["file"]).measurements
+        found = measurement.read_results(profiles.ROOT / "measurements" / row["file"]).measurements
         told = {name: {m.environment[name] for m in found} for name in ("card", "torch", "transformers")}
         assert told == {name: {row[name]} for name in told} and row["points"] == len(found)
         assert max(m.when for m in found).startswith(row["date"]) and row["about"]

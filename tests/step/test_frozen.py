@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mstplan.errors import ModelError
-from mstplan.measuring.measurement import Measurement, sliced
+from mstplan.measuring.measurement import Measurement, slice_config
 from mstplan.plan.solve import max_seq, plan_at, step_sizes
 from mstplan.spec.catalog import load_config
 from mstplan.spec.config import read_config
@@ -133,7 +133,7 @@ MEASURED = [
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["case"]["name"])
 def test_every_phase_is_that_of_an_h100(row):
     """Plain transformers, torch's fused AdamW, weights frozen by requires_grad_: nothing of mstplan."""
-    case, config = row["case"], sliced(load_config("llama3.1-8b"), row["case"]["layers"], "llama3.1-8b")
+    case, config = row["case"], slice_config(load_config("llama3.1-8b"), row["case"]["layers"], "llama3.1-8b")
     recipe = Recipe(
         adamw_kernel="fused",
         checkpoint="layer" if case["checkpoint"] else "none",
