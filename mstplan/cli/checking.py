@@ -39,9 +39,9 @@ def check_smax(asked: CheckOptions) -> None:
     from ..show import checking
 
     bench, recipes = _bench(asked)
-    begins, tell = telling(asked.json, bench.known)
+    begins, tell = telling(asked.json, bench.environment)
     with kept(asked):
-        found = limits.smax(bench, recipes, begins, tell)
+        found = limits.check_all_limits(bench, recipes, begins, tell)
     if asked.json:
         _print_checked(asked, "check-smax", bench, checking.smax_data(bench, found))
     else:
@@ -71,15 +71,15 @@ def check_throughput(asked: CheckThroughputOptions) -> None:
     sweep.plan_cases(
         asked.model, [seq_len], recipes, bench.card, asked.layers, asked.device, bench.limit, assume=asked.assume
     )
-    begins, tell = telling(asked.json, bench.known, checking.chunks)
+    begins, tell = telling(asked.json, bench.environment, checking.chunks)
     with kept(asked):
-        found = limits.throughputs(bench, recipes, seq_len, begins, tell)
+        found = limits.measure_all_throughputs(bench, recipes, seq_len, begins, tell)
     if asked.json:
         _print_checked(asked, "check-throughput", bench, checking.throughput_data(seq_len, found))
     else:
         for strategy, rows in found.items():
             checking.throughput(new_console(), strategy, rows)
-    if not all(map(limits.holds, found.values())):
+    if not all(map(limits.throughput_holds, found.values())):
         raise typer.Exit(1)
 
 
@@ -114,4 +114,6 @@ def _bench(asked: CheckOptions) -> tuple[Bench, dict[str, Recipe]]:
 def _print_checked(asked: CheckOptions, command: str, bench: Bench, data: dict[str, Any]) -> None:
     from ..show import payload
 
-    print_json(payload.document(command, "measurement", environment=dict(bench.known), file=str(asked.out), **data))
+    print_json(
+        payload.document(command, "measurement", environment=dict(bench.environment), file=str(asked.out), **data)
+    )

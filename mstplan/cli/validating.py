@@ -12,7 +12,7 @@ from .options import FORCE, MARKDOWN, JsonOptions, ResultsOptions, one_format, o
 from .output import new_console, print_json, say_written
 
 if TYPE_CHECKING:
-    from ..checking.validate import Bounds, Validation
+    from ..checking.validate import ErrorBounds, Validation
     from ..measuring.measurement import Measurement, ResultsContent
 
 
@@ -59,7 +59,7 @@ def validate(asked: ValidateOptions) -> None:
     bounds = _bounds(asked)
     chosen, read = _chosen(asked)
     found = _compared(asked, chosen, names)
-    said = rungs.beyond(found, bounds)
+    said = rungs.bound_violations(found, bounds)
     if asked.plot is not None:
         validating.plot(found, asked.plot)
     if asked.json:
@@ -76,13 +76,13 @@ def validate(asked: ValidateOptions) -> None:
         raise typer.Exit(1)
 
 
-def _bounds(asked: ValidateOptions) -> dict[str, Bounds]:
-    from ..checking.validate import CALIBRATED, FORMULA, TRACE, Bounds
+def _bounds(asked: ValidateOptions) -> dict[str, ErrorBounds]:
+    from ..checking.validate import CALIBRATED, FORMULA, TRACE, ErrorBounds
     from ..units import parse_share
 
-    bounds = Bounds(parse_share(asked.mean, "--mean"), parse_share(asked.worst, "--worst"))
+    bounds = ErrorBounds(parse_share(asked.mean, "--mean"), parse_share(asked.worst, "--worst"))
     formula = parse_share(asked.formula_worst, "--formula-worst")
-    return {FORMULA: Bounds(formula, formula), CALIBRATED: bounds, TRACE: bounds}
+    return {FORMULA: ErrorBounds(formula, formula), CALIBRATED: bounds, TRACE: bounds}
 
 
 def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], ResultsContent]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ..checking.limits import ABOVE, BELOW, MOST_LOST, Bench, Limit, Prediction, Throughput
+from ..checking.limits import MAX_LOST_SHARE, SHARE_ABOVE, SHARE_BELOW, Bench, Limit, Prediction, Throughput
 from ..measuring.measurement import Measurement
 from ..units import format_gib, format_seconds, format_tokens
 from . import tables
@@ -28,15 +28,15 @@ def smax(console: Console, bench: Bench, found: Sequence[tuple[Limit, Prediction
         ("differs", "right"),
     )
     for limit, told in found:
-        outcomes = [limit.outcome_at(share) for share in (BELOW, ABOVE)]
+        outcomes = [limit.outcome_at(share) for share in (SHARE_BELOW, SHARE_ABOVE)]
         formula = format_tokens(told.formula) if told.formula is not None else "-"
         table.add_row(
             limit.strategy,
             formula,
             format_tokens(limit.predicted),
             *("ran" if o == "ok" else o for o in outcomes),
-            format_tokens(limit.runs),
-            format_tokens(limit.fails) if limit.fails else "-",
+            format_tokens(limit.longest_run),
+            format_tokens(limit.shortest_failure) if limit.shortest_failure else "-",
             f"{limit.error:+.1%}",
             style="" if limit.holds else "bold",
         )
@@ -57,8 +57,8 @@ def _limit_data(limit: Limit, told: Prediction) -> dict[str, Any]:
         "rung": limit.rung,
         "predicted": limit.predicted,
         "formula": told.formula,
-        "runs": limit.runs,
-        "fails": limit.fails,
+        "runs": limit.longest_run,
+        "fails": limit.shortest_failure,
         "error": limit.error,
         "holds": limit.holds,
         "points": [{"seq_len": m.case.seq_len, "outcome": m.outcome} for m in limit.points],
@@ -84,7 +84,7 @@ def throughput_data(seq_len: int, found: Mapping[str, Sequence[Throughput]]) -> 
         for strategy, members in found.items()
         for row in members
     ]
-    return {"seq_len": seq_len, "results": rows, "most_lost": MOST_LOST}
+    return {"seq_len": seq_len, "results": rows, "most_lost": MAX_LOST_SHARE}
 
 
 def throughput(console: Console, strategy: str, rows: Sequence[Throughput]) -> None:
@@ -110,4 +110,6 @@ def throughput(console: Console, strategy: str, rows: Sequence[Throughput]) -> N
             "what is recommended is so few chunks that half, all and twice of it are not three different numbers.",
             soft_wrap=True,
         )
-    console.print(f"the recommended number may cost {MOST_LOST:.0%} of the throughput in one chunk.", soft_wrap=True)
+    console.print(
+        f"the recommended number may cost {MAX_LOST_SHARE:.0%} of the throughput in one chunk.", soft_wrap=True
+    )

@@ -15,7 +15,17 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import files
-from ..checking.validate import ALLOCATED, RUNGS, Row, Summary, Validation, by_length, by_model, by_strategy, summaries
+from ..checking.validate import (
+    ALLOCATED,
+    RUNGS,
+    ErrorRow,
+    Summary,
+    Validation,
+    by_length,
+    by_model,
+    by_strategy,
+    summarize,
+)
 from ..errors import OutputError
 from ..units import GIB
 from . import tables
@@ -28,7 +38,7 @@ if TYPE_CHECKING:
 GROUPS = (("", lambda _row: "all"), ("strategy", by_strategy), ("length", by_length), ("model", by_model))
 
 
-def devices(rows: Sequence[Row]) -> list[str]:
+def devices(rows: Sequence[ErrorRow]) -> list[str]:
     """Where the rows were measured, most rows first."""
     names = [row.measurement.environment["card"] for row in rows]
     return sorted(dict.fromkeys(names), key=names.count, reverse=True)
@@ -69,7 +79,7 @@ def _rung(s: Summary) -> str:
     return name if s.what == ALLOCATED else f"{name}, {s.what}"
 
 
-def _table(rows: Sequence[Row]) -> Any:
+def _table(rows: Sequence[ErrorRow]) -> Any:
     table = tables.new_table(
         ("", "left"),
         ("rung", "left"),
@@ -80,7 +90,7 @@ def _table(rows: Sequence[Row]) -> Any:
         ("instant", "right"),
     )
     for title, group in GROUPS:
-        shown = [s for s in summaries(rows, group) if s.what == ALLOCATED or not title]
+        shown = [s for s in summarize(rows, group) if s.what == ALLOCATED or not title]
         for n, s in enumerate(sorted(shown, key=_order)):
             if n == 0 and title:
                 table.add_section()
@@ -121,7 +131,7 @@ def notes(found: Validation) -> list[str]:
 
 
 def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> dict[str, Any]:
-    def row(r: Row) -> dict[str, Any]:
+    def row(r: ErrorRow) -> dict[str, Any]:
         m = r.measurement
         instants = [{"name": name, "predicted": told, "measured": seen} for name, told, seen in r.instants]
         return {
@@ -145,7 +155,7 @@ def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> d
 
     return {
         "rows": [row(r) for r in found.rows],
-        "summaries": [summary(s, title) for title, group in GROUPS for s in summaries(found.rows, group)],
+        "summaries": [summary(s, title) for title, group in GROUPS for s in summarize(found.rows, group)],
         "out_of_memory": found.out_of_memory,
         "fit_predicted_but_ran_out": [{"case": b.measurement.case.words, "rung": b.rung} for b in found.broken],
         "left_out": [*damaged, *found.left_out],
@@ -165,7 +175,7 @@ def markdown(found: Validation) -> str:
     ]
     for device in devices(found.rows):
         rows = [row for row in found.rows if row.measurement.environment["card"] == device]
-        for s in sorted(summaries(rows), key=_order):
+        for s in sorted(summarize(rows), key=_order):
             worst = max(
                 (r for r in rows if (r.rung, r.what, r.held) == (s.rung, s.what, s.held)), key=lambda r: abs(r.error)
             )
@@ -192,7 +202,7 @@ def plot(found: Validation, path: Path) -> None:
     files.write(path, data)
 
 
-def _draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
+def _draw(figure: Figure, rows: Sequence[ErrorRow], title: str) -> None:
     figure.suptitle(title, fontsize=FONT, x=0.02, ha="left")
     figure.subplots_adjust(left=0.12, right=0.97, top=0.93, bottom=0.08, hspace=0.3)
     upper, lower = figure.subplots(2, 1)
@@ -202,10 +212,10 @@ def _draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
 
 COLOURS = {"formula": "#0072b2", "calibrated": "#009e73", "trace": "#d55e00"}
 MARKS = {"formula": "s", "calibrated": "D", "trace": "o"}
-Place = Callable[[Row], tuple[float, float]]
+Place = Callable[[ErrorRow], tuple[float, float]]
 
 
-def _marks(axes: Axes, rows: Sequence[Row], place: Place) -> None:
+def _marks(axes: Axes, rows: Sequence[ErrorRow], place: Place) -> None:
     """A mark for each row; grey ones for what the rung is held to no bound for."""
     for rung, held in dict.fromkeys(
         (row.rung, row.held) for row in sorted(rows, key=lambda row: (row.held, RUNGS.index(row.rung)))
@@ -215,7 +225,7 @@ def _marks(axes: Axes, rows: Sequence[Row], place: Place) -> None:
         axes.plot(*zip(*points, strict=True), MARKS[rung], color=colour, label=label, markersize=5, fillstyle="none")
 
 
-def _against(axes: Axes, rows: Sequence[Row]) -> None:
+def _against(axes: Axes, rows: Sequence[ErrorRow]) -> None:
     _marks(axes, rows, lambda row: (row.measured / GIB, row.predicted / GIB))
     ends = [
         min(min(r.measured, r.predicted) for r in rows) / GIB * 0.9,
@@ -238,7 +248,7 @@ def _plain(axes: Axes, *scales: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _errors(axes: Axes, rows: Sequence[Row]) -> None:
+def _errors(axes: Axes, rows: Sequence[ErrorRow]) -> None:
     """In percent, to scale up to a thousandth, by magnitude beyond: errors from nothing to tens of percent stand in one picture."""
     _marks(axes, rows, lambda row: (row.measurement.case.seq_len, 100 * row.error))
     axes.axhline(0, color="black", linewidth=0.7, zorder=0)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mstplan.checking import calibrate as solving
-from mstplan.checking.calibrate import Family, calibrate, families
+from mstplan.checking.calibrate import Family, calibrate, families_of
 from mstplan.errors import ModelError
 from mstplan.plan import calibration, solve
 from mstplan.spec.config import read_config
@@ -119,7 +119,7 @@ def test_an_old_file_is_kept(mst, folder):
 
 def test_steps_that_are_not_alike_are_refused():
     def other_at_some_length(recipe: Recipe, seq_len: int):
-        return step_of(Recipe() if seq_len == solving.POINTS[1].seq_len else recipe, seq_len)
+        return step_of(Recipe() if seq_len == solving.TRACE_POINTS[1].seq_len else recipe, seq_len)
 
     with pytest.raises(ModelError, match="differ between lengths"):
         calibrate(MODEL, Family("checkpoint", False, False, False), other_at_some_length)
@@ -127,13 +127,13 @@ def test_steps_that_are_not_alike_are_refused():
 
 def test_a_residual_too_large_is_refused():
     def more_where_it_is_checked(recipe: Recipe, seq_len: int):
-        return step_of(recipe, seq_len if seq_len != solving.CHECK.seq_len else seq_len + 2000)
+        return step_of(recipe, seq_len if seq_len != solving.HOLDOUT_POINT.seq_len else seq_len + 2000)
 
     with pytest.raises(ModelError, match="not written"):
         calibrate(MODEL, Family("checkpoint", False, False, False), more_where_it_is_checked)
 
 
 def test_families_follow_windows_and_chunks():
-    assert Family("mst", False, False, False) in families(MODEL) and not any(f.masked for f in families(MODEL))
+    assert Family("mst", False, False, False) in families_of(MODEL) and not any(f.masked for f in families_of(MODEL))
     sliding = MODEL._replace(layer_kinds=tuple(kind._replace(window=512) for kind in MODEL.layer_kinds))
-    assert {f.masked for f in families(sliding, ["checkpoint"])} == {False, True}
+    assert {f.masked for f in families_of(sliding, ["checkpoint"])} == {False, True}

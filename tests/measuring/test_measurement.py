@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mstplan import InputError, MeasurementError, ModelError, OutputError
 from mstplan.checking import validate
-from mstplan.checking.validate import BOUNDS, CALIBRATED, FORMULA
+from mstplan.checking.validate import CALIBRATED, ERROR_BOUNDS, FORMULA
 from mstplan.measuring.measurement import (
     FAILED,
     OK,
@@ -169,7 +169,7 @@ def test_a_line_with_one_wrong_value_is_left_out_or_serves_whole(tmp_path_factor
     assert (
         validating.markdown(compared)
         and validating.as_data(compared, [], [])
-        and validate.beyond(compared, BOUNDS) is not None
+        and validate.bound_violations(compared, ERROR_BOUNDS) is not None
     )
     assert all(measuring.line(m) and m.key for m in found.measurements)
 
