@@ -33,7 +33,7 @@ def measure(name: str, call: Callable[[], object], runs: int) -> None:
 
 def cold() -> object:
     """As the first question of a process: nothing laid out or replayed yet."""
-    solve._standing_on.cache_clear()
+    solve._cached_step.cache_clear()
     steps.step.cache_clear()
     layers.layer.cache_clear()
     return mstplan.max_seq(MODEL, mstplan.strategy("checkpoint"), CARD)
@@ -44,7 +44,7 @@ def grid() -> object:
     recipe = mstplan.strategy("mst")
     cards = [mstplan.card(memory=(24 + n) * 2**30) for n in range(100)]
     return [
-        solve.longest(MODEL, recipe.model_copy(update={"batch": batch}), on, mstplan.Chunks(2**m, 2**k))
+        solve.longest_sequence(MODEL, recipe.model_copy(update={"batch": batch}), on, mstplan.Chunks(2**m, 2**k))
         for on in cards
         for batch in (1, 2, 4, 8)
         for m in range(5)
@@ -55,7 +55,9 @@ def grid() -> object:
 def main() -> None:
     print(f"mstplan {mstplan.__version__}, Python {platform.python_version()}, {MODEL.name} on {CARD.gpu.name}")
     fixed, auto = mstplan.strategy("mst", mlp_chunks=8, loss_chunks=32), mstplan.strategy("mst")
-    measure("S_max of mst, chunks given", lambda: solve.longest(MODEL, fixed, CARD, mstplan.Chunks(8, 32)), 1000)
+    measure(
+        "S_max of mst, chunks given", lambda: solve.longest_sequence(MODEL, fixed, CARD, mstplan.Chunks(8, 32)), 1000
+    )
     measure("S_max of mst with its plan, chunks given", lambda: mstplan.max_seq(MODEL, fixed, CARD), 500)
     measure("S_max of mst, chunks recommended", lambda: mstplan.max_seq(MODEL, auto, CARD), 200)
     measure("S_max of checkpoint, first question of a process", cold, 50)

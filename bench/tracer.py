@@ -69,7 +69,7 @@ def memory() -> int:
 
 def at(name: str, recipe: Recipe, seq_len: int) -> Recipe:
     """With the recommended chunks in numbers."""
-    chunks = solve.chunks_at(load_model(name), recipe, card("h100"), seq_len)
+    chunks = solve.choose_chunks(load_model(name), recipe, card("h100"), seq_len)
     return recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
 
 

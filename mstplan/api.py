@@ -40,8 +40,8 @@ def max_seq(model: AnyModel, recipe: AnyRecipe, card: AnyCard, strategy: str | N
 
     strategy: what the answer calls the recipe; where a strategy is named, that. Raises an InputError.
     """
-    called = strategy or (recipes.strategy_name(recipe) if isinstance(recipe, str) else "custom")
-    return solve.max_seq(_model(model), _recipe(recipe), _card(card), called)
+    name = strategy or (recipes.strategy_name(recipe) if isinstance(recipe, str) else "custom")
+    return solve.max_seq(_as_model(model), _as_recipe(recipe), _as_card(card), name)
 
 
 def plan_at(
@@ -51,18 +51,18 @@ def plan_at(
 
     seq_len: tokens, or text such as "64k"; chunks: (MLP, loss), else as in the recipe or as recommended. Raises an InputError.
     """
-    given = Chunks(*chunks) if chunks is not None else None
-    return solve.plan_at(_model(model), _recipe(recipe), _card(card), _length(seq_len), given)
+    asked_chunks = Chunks(*chunks) if chunks is not None else None
+    return solve.plan_at(_as_model(model), _as_recipe(recipe), _as_card(card), _as_length(seq_len), asked_chunks)
 
 
 def parameter_count(model: AnyModel) -> tuple[int, int]:
     """Count all parameters, and those that one token uses. Raises an InputError."""
-    return parameters.parameter_count(_model(model))
+    return parameters.parameter_count(_as_model(model))
 
 
 def shapes(model: AnyModel, batch: int, seq_len: Length, dtype: str = "bfloat16") -> tuple[Shape, ...]:
     """List the large tensors of a step of `batch` sequences: symbolic shapes, sizes, bytes. Raises an InputError."""
-    return table_of.shapes(_model(model), batch, _length(seq_len), dtype)
+    return table_of.shapes(_as_model(model), batch, _as_length(seq_len), dtype)
 
 
 def trace(
@@ -76,11 +76,11 @@ def trace(
     from .tracing import tracer
 
     config = dict(model) if isinstance(model, Mapping) else dict(catalog.load_config(model))
-    on, tokens = _card(card), _length(seq_len)
-    described = read_config(config, "model") if isinstance(model, Mapping) else _model(model)
-    plan = solve.plan_at(described, _recipe(recipe), on, tokens)
-    fixed = plan.recipe.changed(mlp_chunks=plan.chunks.mlp, loss_chunks=plan.chunks.loss)
-    return tracer.trace(config, fixed, fixed.padded(tokens), workspace=on.gpu.workspaces_bytes)
+    planned_card, tokens = _as_card(card), _as_length(seq_len)
+    planned_model = read_config(config, "model") if isinstance(model, Mapping) else _as_model(model)
+    plan = solve.plan_at(planned_model, _as_recipe(recipe), planned_card, tokens)
+    fixed_recipe = plan.recipe.changed(mlp_chunks=plan.chunks.mlp, loss_chunks=plan.chunks.loss)
+    return tracer.trace(config, fixed_recipe, fixed_recipe.padded(tokens), workspace=planned_card.gpu.workspaces_bytes)
 
 
 def measure(
@@ -100,48 +100,48 @@ def measure(
 
     if device not in ("cuda", "cpu"):
         raise MeasurementError(f"device is {quoted(device)}, must be 'cuda' or 'cpu'.")
-    known, asked = sweep.environment(device), _recipe(recipe)
+    environment, planned_recipe = sweep.ask_environment(device), _as_recipe(recipe)
     name = recipe if isinstance(recipe, str) else "custom"
     spec = os.fspath(model)
-    card = sweep.card_of(known)
-    (case,) = sweep.cases(spec, [_length(seq_len)], {name: asked}, card, layers, device, None, steps)
-    return sweep.run(case, known)
+    card = sweep.card_of(environment)
+    (case,) = sweep.plan_cases(spec, [_as_length(seq_len)], {name: planned_recipe}, card, layers, device, None, steps)
+    return sweep.measure_case(case, environment)
 
 
 # ---- names, or objects ------------------------------------------------------------------------------------------------
 
 
-def _model(given: object) -> Model:
-    if isinstance(given, Model):
-        return given
-    if not isinstance(given, (str, os.PathLike)):
-        raise ModelError(f"model is {_shown(given)}.\nGive a name such as 'llama3.1-8b', a path, or a Model.")
-    return catalog.load_model(given)
+def _as_model(model: object) -> Model:
+    if isinstance(model, Model):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise ModelError(f"model is {_type_words(model)}.\nGive a name such as 'llama3.1-8b', a path, or a Model.")
+    return catalog.load_model(model)
 
 
-def _recipe(given: object) -> Recipe:
-    if isinstance(given, Recipe):
-        return given
-    if not isinstance(given, str):
+def _as_recipe(recipe: object) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str):
         names = ", ".join(STRATEGIES)
-        raise RecipeError(f"recipe is {_shown(given)}.\nGive a strategy's name ({names}) or a Recipe.")
-    return recipes.strategy(given)
+        raise RecipeError(f"recipe is {_type_words(recipe)}.\nGive a strategy's name ({names}) or a Recipe.")
+    return recipes.strategy(recipe)
 
 
-def _card(given: object) -> Card:
-    if isinstance(given, Card):
-        return given
-    if not isinstance(given, str):
+def _as_card(card: object) -> Card:
+    if isinstance(card, Card):
+        return card
+    if not isinstance(card, str):
         raise HardwareError(
-            f"card is {_shown(given)}.\nGive a name such as 'h100', an amount such as '80GB', or a Card."
+            f"card is {_type_words(card)}.\nGive a name such as 'h100', an amount such as '80GB', or a Card."
         )
-    is_amount = given[:1].isdigit() and given[-1:] in ("B", "b")
-    return hardware.card(memory=parse_memory(given)) if is_amount else hardware.card(given)
+    is_amount = card[:1].isdigit() and card[-1:] in ("B", "b")
+    return hardware.card(memory=parse_memory(card)) if is_amount else hardware.card(card)
 
 
-def _length(given: Length) -> int:
-    return parse_length(given) if isinstance(given, str) else given
+def _as_length(length: Length) -> int:
+    return parse_length(length) if isinstance(length, str) else length
 
 
-def _shown(given: object) -> str:
-    return f"of type {type(given).__name__}"
+def _type_words(value: object) -> str:
+    return f"of type {type(value).__name__}"

@@ -68,15 +68,15 @@ class OutputError(InputError):
     """A file that cannot be written."""
 
 
-def one_line(value: object, most: int = 100) -> str:
+def one_line(value: object, max_length: int = 100) -> str:
     """Foreign text as a message shows it: on one line, printable, cut in the middle when long."""
     try:
         text = str(value)
     except (ValueError, RecursionError):  # an int of thousands of digits; lists in lists in lists
         return "something far too large to show"
-    shown = text if text.isprintable() else ascii(text)[1:-1]
-    half = most // 2 - 1
-    return shown if len(shown) <= most else f"{shown[:half]}...{shown[-half:]}"
+    printable = text if text.isprintable() else ascii(text)[1:-1]
+    half = max_length // 2 - 1
+    return printable if len(printable) <= max_length else f"{printable[:half]}...{printable[-half:]}"
 
 
 def quoted(value: object) -> str:
@@ -84,9 +84,9 @@ def quoted(value: object) -> str:
     return f"'{one_line(value)}'"
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """' Did you mean a, b?' for the names nearest to `name`, or '' when none is near."""
     import difflib
 
-    near = difflib.get_close_matches(name[:60].lower(), list(known), n=3, cutoff=0.5)  # slow for long texts
-    return f" Did you mean {', '.join(near)}?" if near else ""
+    matches = difflib.get_close_matches(name[:60].lower(), list(names), n=3, cutoff=0.5)  # slow for long texts
+    return f" Did you mean {', '.join(matches)}?" if matches else ""

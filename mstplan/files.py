@@ -14,8 +14,8 @@ from typing import Any
 
 from .errors import InputError, OutputError, quoted
 
-_PART = r"\.mstplan-[0-9a-f]{16}\.part"
-_LEFT_OVER = 3600  # seconds
+_PART_NAME = r"\.mstplan-[0-9a-f]{16}\.part"
+_LEFT_OVER_SECONDS = 3600  # seconds
 
 
 def read_bytes(path: str | os.PathLike[str], what: str, largest: int, error: type[InputError]) -> bytes:
@@ -52,17 +52,17 @@ def read_text(path: str | os.PathLike[str], what: str, largest: int, error: type
 def repeated_key(text: str) -> str | None:
     """A key that an object in a JSON text has twice, of which readers would take the last value silently. None where all is well, and
     where the text is no JSON."""
-    found: list[str] = []
+    repeated: list[str] = []
 
     def pairs(items: list[tuple[str, object]]) -> None:
-        seen: set[str] = set()
-        found.extend(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        keys: set[str] = set()
+        repeated.extend(key for key, _ in items if key in keys or keys.add(key))  # type: ignore[func-returns-value]
 
     try:
         json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError):
         return None
-    return found[0] if found else None
+    return repeated[0] if repeated else None
 
 
 @contextmanager
@@ -99,12 +99,12 @@ def check_writable(path: str | os.PathLike[str], force: bool) -> None:
 def check_folder(folder: Path) -> None:
     """Check that files could be written to a folder, which is made once there is one; write nothing. Raises OutputError."""
     with refusing(folder):
-        there = next((path for path in (folder, *folder.parents) if _is_there(path)), folder)
-        if not there.is_dir():
-            raise OutputError(f"cannot write to {quoted(folder)}: {quoted(there)} is not a folder.\nName another.")
-        if not os.access(there, os.W_OK | os.X_OK):
+        existing = next((path for path in (folder, *folder.parents) if _is_there(path)), folder)
+        if not existing.is_dir():
+            raise OutputError(f"cannot write to {quoted(folder)}: {quoted(existing)} is not a folder.\nName another.")
+        if not os.access(existing, os.W_OK | os.X_OK):
             raise OutputError(
-                f"cannot write to {quoted(folder)}: no permission to write in {quoted(there)}.\nName another folder."
+                f"cannot write to {quoted(folder)}: no permission to write in {quoted(existing)}.\nName another folder."
             )
 
 
@@ -126,27 +126,27 @@ def write(path: str | os.PathLike[str], data: bytes, like: str | os.PathLike[str
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():  # a device behind a link must not become a file
             raise ValueError("it is not a regular file")
-        _clear_parts(target.parent)
-        part = target.with_name(f".mstplan-{token_hex(8)}.part")
+        _remove_left_parts(target.parent)
+        temporary = target.with_name(f".mstplan-{token_hex(8)}.part")
         try:
-            with open(part, "xb") as file:
+            with open(temporary, "xb") as file:
                 with suppress(FileNotFoundError):  # before anything is in it that others may not read
-                    os.chmod(part, stat.S_IMODE(os.stat(target if like is None else like).st_mode))
+                    os.chmod(temporary, stat.S_IMODE(os.stat(target if like is None else like).st_mode))
                 file.write(data)
-            os.replace(part, target)
+            os.replace(temporary, target)
         except BaseException:  # also Ctrl-C
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
-def _clear_parts(folder: Path) -> None:
+def _remove_left_parts(folder: Path) -> None:
     """Remove what a process left there that was killed while it wrote, which takes less than a second."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if (
-                re.fullmatch(_PART, entry.name)
+                re.fullmatch(_PART_NAME, entry.name)
                 and entry.is_file(follow_symlinks=False)
-                and time.time() - entry.stat().st_mtime > _LEFT_OVER
+                and time.time() - entry.stat().st_mtime > _LEFT_OVER_SECONDS
             ):
                 with suppress(OSError):
                     os.unlink(entry)

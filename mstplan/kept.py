@@ -14,60 +14,62 @@ from typing import Any, NamedTuple
 from .errors import InputError, OutputError, one_line, quoted
 from .profiles import user_folder
 
-LARGEST = 20_000_000  # bytes; the largest calibrations that ship have a quarter of a million
+LARGEST_FILE = 20_000_000  # bytes; the largest calibrations that ship have a quarter of a million
 
 
-class Kept(NamedTuple):
+class KeptFile(NamedTuple):
     """A file as it is now: equal until somebody writes to it."""
 
     path: str
     written: tuple[int, ...]
 
 
-def at(path: str | os.PathLike[str]) -> Kept | None:
+def find_file(path: str | os.PathLike[str]) -> KeptFile | None:
     """The file at a path; None where there is none that one may look at."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
-    return Kept(os.fspath(path), (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+    return KeptFile(
+        os.fspath(path), (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    )
 
 
-def look(*names: str) -> Kept | None:
+def find_user_file(*names: str) -> KeptFile | None:
     """The file of that name in the user's folder."""
     try:
         folder = user_folder()
     except OutputError:
         return None
-    return at(os.path.join(folder, *names))
+    return find_file(os.path.join(folder, *names))
 
 
-def read(file: Kept, what: str, kind: Any) -> Any:
+def read_json(file: KeptFile, what: str, kind: Any) -> Any:
     """The file's JSON as an object of that kind, checked by pydantic. Raises InputError."""
     from pydantic import ValidationError
 
     from .files import read_text
 
-    text = read_text(file.path, what, LARGEST, InputError)
+    text = read_text(file.path, what, LARGEST_FILE, InputError)
     try:
-        return adapter(kind).validate_json(text)
+        return adapter_for(kind).validate_json(text)
     except ValidationError as e:
-        raise damaged(file, _first_problem(e)) from None
+        raise damage_error(file, _first_problem(e)) from None
     except UnicodeError:
-        raise damaged(file, "it holds what is no Unicode text") from None
+        raise damage_error(file, "it holds what is no Unicode text") from None
 
 
-def damaged(file: Kept, why: str) -> InputError:
+def damage_error(file: KeptFile, why: str) -> InputError:
     return InputError(f"{quoted(file.path)} is damaged: {why}.")
 
 
-def left_out(error: InputError) -> str:
+def left_out_note(error: InputError) -> str:
     """A line for the answers that do without the file."""
     return f"{str(error).splitlines()[0].rstrip('.')}; it is left out."
 
 
 @cache
-def adapter(kind: Any) -> Any:
+def adapter_for(kind: Any) -> Any:
     """Pydantic's, which takes no value for one of another type."""
     from pydantic import ConfigDict, TypeAdapter
 

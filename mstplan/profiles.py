@@ -15,9 +15,9 @@ ROOT = _package / "profiles" if (_package / "profiles").is_dir() else _package.p
 def user_folder() -> Path:
     """Folder that mstplan keeps for its user: $MSTPLAN_HOME, else mstplan in $XDG_CACHE_HOME, else ~/.cache/mstplan. Raises OutputError for
     a user who has no home."""
-    named = os.environ.get("MSTPLAN_HOME")
-    if named:
-        return Path(named)
+    folder = os.environ.get("MSTPLAN_HOME")
+    if folder:
+        return Path(folder)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mstplan"
     except RuntimeError:  # no HOME, and no such user

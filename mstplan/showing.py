@@ -12,5 +12,5 @@ Showing = Callable[[str, int], AbstractContextManager[Advance]]
 
 
 @contextmanager
-def unseen(_what: str, _total: int) -> Iterator[Advance]:
-    yield lambda _words, _done: None
+def show_nothing(_what: str, _total: int) -> Iterator[Advance]:
+    yield lambda _words, _steps: None

@@ -7,8 +7,8 @@ import re
 from .errors import UnitError, quoted
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
-_MEMORY = {"B": 1, "KB": KIB, "KIB": KIB, "MB": MIB, "MIB": MIB, "GB": GIB, "GIB": GIB, "TB": TIB, "TIB": TIB}
-_LENGTH = {"": 1, "K": KIB, "M": MIB}
+_MEMORY_UNITS = {"B": 1, "KB": KIB, "KIB": KIB, "MB": MIB, "MIB": MIB, "GB": GIB, "GIB": GIB, "TB": TIB, "TIB": TIB}
+_LENGTH_UNITS = {"": 1, "K": KIB, "M": MIB}
 SHORTEST, LONGEST = 2, 2**40
 """Tokens of a sequence: a single one has no next one to learn; beyond the longest, a length is taken for a slip."""
 LEAST_MEMORY, MOST_MEMORY = GIB // 4, 2**60
@@ -16,25 +16,25 @@ LEAST_MEMORY, MOST_MEMORY = GIB // 4, 2**60
 
 
 # ASCII digits only: \d takes those of every script, and int() reads no more than some thousands of them.
-_WHOLE = r"[0-9]{1,18}|[0-9]{1,3}(?:,[0-9]{3}){1,5}|[0-9]{1,3}(?:_[0-9]{3}){1,5}"
+_WHOLE_NUMBER = r"[0-9]{1,18}|[0-9]{1,3}(?:,[0-9]{3}){1,5}|[0-9]{1,3}(?:_[0-9]{3}){1,5}"
 _FRACTION = r"(?:\.([0-9]{1,18}))?"
 
 
 def parse_whole(text: str, name: str = "") -> int:
     """A whole number such as 1000, 1,000 or 1_000; `name` says in messages what it is. Raises UnitError."""
-    match = _match(f"({_WHOLE})", text)
+    match = _match_text(f"({_WHOLE_NUMBER})", text)
     if match is None:
         raise UnitError(
             f"cannot read {name + ' ' if name else ''}{quoted(text)} as a whole number.\nWrite it like 32 or 1,000, with at most 18 digits."
         )
-    return _digits(match[1])
+    return _parse_digits(match[1])
 
 
-def _match(pattern: str, text: object) -> re.Match[str] | None:
+def _match_text(pattern: str, text: object) -> re.Match[str] | None:
     return re.fullmatch(rf"\s*{pattern}\s*", text, re.IGNORECASE | re.ASCII) if isinstance(text, str) else None
 
 
-def _digits(text: str) -> int:
+def _parse_digits(text: str) -> int:
     return int(text.replace(",", "").replace("_", ""))
 
 
@@ -43,14 +43,14 @@ def parse_memory(text: str) -> int:
 
     Memory is sold in powers of two: a card sold as 80 GB holds 80 GiB, so GB is read as GiB, MB as MiB.
     """
-    match = _match(rf"([0-9]{{1,18}}){_FRACTION}\s*([kmgt]i?b|b)", text)
+    match = _match_text(rf"([0-9]{{1,18}}){_FRACTION}\s*([kmgt]i?b|b)", text)
     if match is None:
         raise UnitError(
             f"cannot read {quoted(text)} as an amount of memory.\nWrite it like 80GB, 79.15GiB or 24576MiB."
         )
     fraction = match[2] or ""
     scale: int = 10 ** len(fraction)
-    size = int(match[1] + fraction) * _MEMORY[match[3].upper()] // scale
+    size = int(match[1] + fraction) * _MEMORY_UNITS[match[3].upper()] // scale
     if size >= MOST_MEMORY:
         raise UnitError(
             f"{quoted(text)} is more memory than any machine has.\nWrite it like 80GB, 79.15GiB or 24576MiB."
@@ -60,27 +60,29 @@ def parse_memory(text: str) -> int:
 
 def parse_length(text: str) -> int:
     """Tokens of '65536', '64k' (65,536) or '1M' (1,048,576). Raises UnitError."""
-    match = _match(rf"({_WHOLE}){_FRACTION}\s*([km]?)", text)
+    match = _match_text(rf"({_WHOLE_NUMBER}){_FRACTION}\s*([km]?)", text)
     if match is None:
         raise UnitError(
             f"cannot read {quoted(text)} as a number of tokens.\nWrite it like 65536, 64k (65,536) or 1M (1,048,576)."
         )
     fraction = match[2] or ""
     scale: int = 10 ** len(fraction)
-    tokens, rest = divmod((_digits(match[1]) * scale + int(fraction or "0")) * _LENGTH[match[3].upper()], scale)
-    if rest or not SHORTEST <= tokens <= LONGEST:
+    tokens, remainder = divmod(
+        (_parse_digits(match[1]) * scale + int(fraction or "0")) * _LENGTH_UNITS[match[3].upper()], scale
+    )
+    if remainder or not SHORTEST <= tokens <= LONGEST:
         raise UnitError(f"{quoted(text)} is not a whole number of tokens between {SHORTEST} and {LONGEST:,}.")
     return tokens
 
 
-def trainable(tokens: int) -> int:
+def trainable_tokens(tokens: int) -> int:
     """So many tokens, or 0 where they are too few to train on."""
     return tokens if tokens >= SHORTEST else 0
 
 
 def parse_share(text: str, name: str) -> float:
     """A share of '1%' or '0.01', from 0 to 1; `name` says in messages what it is. Raises UnitError."""
-    match = _match(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(%?)", text)
+    match = _match_text(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(%?)", text)
     share = float(match[1]) / (100 if match[2] else 1) if match is not None else -1.0
     if not 0 <= share <= 1:
         raise UnitError(f"cannot read {name} {quoted(text)} as a share.\nWrite it like 1% or 0.01.")

@@ -121,14 +121,14 @@ def test_measuring_takes_nothing_from_the_folder(tmp_path: Path) -> None:
     point = ("--seq-len", "16", "-s", "checkpoint", "--steps", "1", "--device", "cpu", "-o", "r.jsonl")
     done = called(tmp_path, "-m", "mstplan", "measure", "-m", ".", *point, PYTHONPATH=str(ROOT), **left)
     assert (done.returncode, imported(tmp_path)) == (0, ""), done.stdout + done.stderr
-    assert [m.outcome for m in measurement.read(tmp_path / "r.jsonl").measurements] == ["ok"]
+    assert [m.outcome for m in measurement.read_results(tmp_path / "r.jsonl").measurements] == ["ok"]
 
 
 def test_a_process_that_measures_takes_nothing_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even another mstplan, nor where a place without a name on the path stands for the folder."""
     monkeypatch.chdir(shadow(tmp_path, NAMES | BEFORE_US | {"mstplan"}))
     monkeypatch.setenv("PYTHONPATH", f":{tmp_path / 'none'}::")
-    assert sweep.environment("cpu")["card"] == "cpu" and imported(tmp_path) == ""
+    assert sweep.ask_environment("cpu")["card"] == "cpu" and imported(tmp_path) == ""
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_what_is_handed_to_a_process(monkeypatch: pytest.MonkeyPatch, path: str 
     monkeypatch.delenv("PYTHONPATH", raising=False)
     if path is not None:
         monkeypatch.setenv("PYTHONPATH", path.replace(":", os.pathsep))
-    assert sweep.variables("cpu").get("PYTHONPATH") == (
+    assert sweep.process_environment("cpu").get("PYTHONPATH") == (
         handed_on.replace(":", os.pathsep) if handed_on is not None else None
     )
 

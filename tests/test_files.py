@@ -135,7 +135,7 @@ SUITE = {
 }
 READERS = {
     "recipe": (json.loads(STRATEGIES["mst"].model_dump_json()), Recipe.read),
-    "suite": (SUITE, lambda path: suites.cases(path, card("h100"))),
+    "suite": (SUITE, lambda path: suites.read_cases(path, card("h100"))),
     "config.json": ({**load_config("gemma3-4b"), "nested": {"deep": [{"er": 1}]}}, load_model),
 }
 

@@ -18,8 +18,8 @@ from .. import __version__
 from ..errors import ModelError
 from ..plan import calibration
 from ..plan.calibration import Calibration
-from ..plan.solve import sizes, window_of
-from ..showing import Showing, unseen
+from ..plan.solve import step_sizes, window_of
+from ..showing import Showing, show_nothing
 from ..spec.catalog import load_config, load_model
 from ..spec.model import Model
 from ..step.recipe import STRATEGIES, Recipe
@@ -29,11 +29,11 @@ from ..tracing.cache import trace_of, versions
 from ..tracing.trace import Trace
 
 TraceAt = Callable[[Recipe, int], Trace]
-WORST = 0.005
+MAX_RESIDUAL = 0.005
 """A residual above this is refused: the solution would not be the model's."""
 
 
-class Point(NamedTuple):
+class TracePoint(NamedTuple):
     """A step to trace: lengths that chunks divide, so that all of them are of one size."""
 
     batch: int
@@ -44,20 +44,20 @@ class Point(NamedTuple):
 
 # Lengths whose remainders by 128 differ, so that rows rounded up to 128 are told from tokens. Of two sequences and three: one
 # alone takes an allocation less (transformers' loss copies the labels of several).
-POINTS = (
-    Point(2, 5040, 5, 8),
-    Point(3, 7920, 8, 5),
-    Point(2, 6160, 4, 10),
-    Point(3, 12240, 4, 9),
-    Point(2, 16200, 15, 4),
-    Point(3, 9000, 9, 6),
-    Point(2, 10080, 6, 20),
-    Point(3, 14000, 7, 7),
-    Point(2, 5400, 10, 12),
-    Point(3, 20160, 9, 14),
+TRACE_POINTS = (
+    TracePoint(2, 5040, 5, 8),
+    TracePoint(3, 7920, 8, 5),
+    TracePoint(2, 6160, 4, 10),
+    TracePoint(3, 12240, 4, 9),
+    TracePoint(2, 16200, 15, 4),
+    TracePoint(3, 9000, 9, 6),
+    TracePoint(2, 10080, 6, 20),
+    TracePoint(3, 14000, 7, 7),
+    TracePoint(2, 5400, 10, 12),
+    TracePoint(3, 20160, 9, 14),
 )
-CHECK = Point(1, 100800, 25, 30)
-PLAIN, SQUARES = ("", "bs", "bc", "bk", "s", "br"), ("bss", "ss")
+HOLDOUT_POINT = TracePoint(1, 100800, 25, 30)
+LINEAR_TERMS, SQUARE_TERMS = ("", "bs", "bc", "bk", "s", "br"), ("bss", "ss")
 
 
 class Family(NamedTuple):
@@ -69,8 +69,8 @@ class Family(NamedTuple):
     masked: bool
 
 
-def families(model: Model, names: Sequence[str] = tuple(STRATEGIES)) -> list[Family]:
-    found = []
+def families_of(model: Model, names: Sequence[str] = tuple(STRATEGIES)) -> list[Family]:
+    families = []
     for name in names:
         chunks = (
             ((True, True), (False, True), (True, False), (False, False))
@@ -78,33 +78,33 @@ def families(model: Model, names: Sequence[str] = tuple(STRATEGIES)) -> list[Fam
             else ((False, False),)
         )
         for masked in (False, True) if window_of(model, STRATEGIES[name]) is not None else (False,):
-            found += [Family(name, *several, masked) for several in chunks]
-    return found
+            families += [Family(name, *several, masked) for several in chunks]
+    return families
 
 
 def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
-    """Solve the family's moments. Raises ModelError when the steps are not alike, or the residual is over `WORST`."""
+    """Solve the family's moments. Raises ModelError when the steps are not alike, or the residual is over `MAX_RESIDUAL`."""
     recipe = STRATEGIES[family.strategy]
-    left_out = {name for name, several in (("bc", family.several_mlp), ("bk", family.several_loss)) if not several}
-    basis = [name for name in PLAIN if name not in left_out] + list(SQUARES if family.masked else ())
+    absent = {name for name, several in (("bc", family.several_mlp), ("bk", family.several_loss)) if not several}
+    basis = [name for name in LINEAR_TERMS if name not in absent] + list(SQUARE_TERMS if family.masked else ())
     window = window_of(model, recipe)
-    points = [_fitting(p, family, window) for p in (*POINTS[: len(basis) + 1], CHECK)]
-    traces = [trace_at(_at(recipe, p), p.seq_len) for p in points]
-    moments = _solve(model, basis, points[:-1], traces[:-1])
-    found = {
+    points = [_fit_point(point, family, window) for point in (*TRACE_POINTS[: len(basis) + 1], HOLDOUT_POINT)]
+    traces = [trace_at(_recipe_at(recipe, point), point.seq_len) for point in points]
+    moments = _solve_vectors(model, basis, points[:-1], traces[:-1])
+    solved = {
         name: tuple(m.live for m in undominated([Moment(v, "", ()) for v in vectors]))
         for name, vectors in moments.items()
     }
-    residual = max(_error(found, p, t) for p, t in zip(points, traces, strict=True))
-    if not residual <= WORST:  # nor NaN
+    residual = max(_largest_error(solved, point, t) for point, t in zip(points, traces, strict=True))
+    if not residual <= MAX_RESIDUAL:  # nor NaN
         raise ModelError(
-            f"{model.name}, {family.strategy}: the coefficients miss a trace by {residual:.2%}, more than {WORST:.1%}: not written."
+            f"{model.name}, {family.strategy}: the coefficients miss a trace by {residual:.2%}, more than {MAX_RESIDUAL:.1%}: not written."
         )
     provenance = {
         "rung": "trace",
         **versions(),
         "mstplan": __version__,
-        "points": [list(p) for p in points[:-1]],
+        "points": [list(point) for point in points[:-1]],
         "checked": list(points[-1]),
     }
     return Calibration(
@@ -113,13 +113,13 @@ def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
         family.several_loss,
         family.masked,
         False,
-        found,
+        solved,
         residual,
         provenance,
     )
 
 
-class Written(NamedTuple):
+class WrittenCalibration(NamedTuple):
     """A calibration of one family, in its file."""
 
     model: str
@@ -132,53 +132,53 @@ class Written(NamedTuple):
     file: str
 
 
-def written(model: Model, strategy: str, c: Calibration, file: Path) -> Written:
-    return Written(
+def describe_written(model: Model, strategy: str, solved: Calibration, file: Path) -> WrittenCalibration:
+    return WrittenCalibration(
         model.name,
         strategy,
-        c.several_mlp,
-        c.several_loss,
-        c.masked,
-        sum(map(len, c.moments.values())),
-        c.residual,
+        solved.several_mlp,
+        solved.several_loss,
+        solved.masked,
+        sum(map(len, solved.moments.values())),
+        solved.residual,
         str(file),
     )
 
 
 def calibrate_all(
-    models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bool, showing: Showing = unseen
-) -> list[Written]:
+    models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bool, showing: Showing = show_nothing
+) -> list[WrittenCalibration]:
     """Calibrate each model (a name, path or id) and write its file as soon as it is done. keep: use and fill the cache of traces.
     Raises what the trace refuses, ModelError and OutputError."""
     versions()  # no torch: said at once
     work = [(spec, load_model(spec)) for spec in models]
-    rows: list[Written] = []
+    rows: list[WrittenCalibration] = []
     solved: dict[tuple[str, Family], Calibration] = {}
-    with showing("calibrating", sum(len(families(model, strategies)) for _, model in work)) as advance:
+    with showing("calibrating", sum(len(families_of(model, strategies)) for _, model in work)) as advance:
         for spec, model in work:
-            config, found = load_config(spec), []
+            config, members = load_config(spec), []
 
             def trace_at(recipe: Recipe, seq_len: int) -> Trace:
                 return trace_of(config, recipe, seq_len, keep=keep)  # noqa: B023  used within this turn only
 
-            for family in families(model, strategies):
+            for family in families_of(model, strategies):
                 advance(f"{model.name}, {family.strategy}", 0)
-                same = (calibration.fingerprint(model), family)  # models of other names and the same sizes
-                if same not in solved:
-                    solved[same] = calibrate(model, family, trace_at)
-                found.append((family, solved[same]))
+                key = (calibration.fingerprint(model), family)  # models of other names and the same sizes
+                if key not in solved:
+                    solved[key] = calibrate(model, family, trace_at)
+                members.append((family, solved[key]))
                 advance("", 1)
-            path = calibration.write(model, [c for _, c in found], folder)
-            rows += [written(model, family.strategy, c, path) for family, c in found]
+            path = calibration.write_calibrations(model, [c for _, c in members], folder)
+            rows += [describe_written(model, family.strategy, c, path) for family, c in members]
     return rows
 
 
-def _fitting(point: Point, family: Family, window: int | None) -> Point:
+def _fit_point(point: TracePoint, family: Family, window: int | None) -> TracePoint:
     """The point on the family's side of the sliding window, with the family's chunks."""
     if window is not None and not family.masked:
         scale = max(1, -(-point.seq_len // max(1, window - 1)))
-        step = point.mlp_chunks * point.loss_chunks
-        point = point._replace(seq_len=max(step, point.seq_len // scale // step * step))
+        multiple = point.mlp_chunks * point.loss_chunks
+        point = point._replace(seq_len=max(multiple, point.seq_len // scale // multiple * multiple))
     elif window is not None and point.seq_len < window:
         point = point._replace(seq_len=point.seq_len * -(-window // point.seq_len))
     return point._replace(
@@ -187,34 +187,34 @@ def _fitting(point: Point, family: Family, window: int | None) -> Point:
     )
 
 
-def _at(recipe: Recipe, point: Point) -> Recipe:
+def _recipe_at(recipe: Recipe, point: TracePoint) -> Recipe:
     return recipe.changed(batch=point.batch, mlp_chunks=point.mlp_chunks, loss_chunks=point.loss_chunks)
 
 
-def _units(point: Point) -> dict[str, int]:
+def _point_units(point: TracePoint) -> dict[str, int]:
     recipe = Recipe.model_construct(batch=point.batch)
     return dict(
-        zip(BASIS, sizes(recipe, point.seq_len, Chunks(point.mlp_chunks, point.loss_chunks)).units, strict=True)
+        zip(BASIS, step_sizes(recipe, point.seq_len, Chunks(point.mlp_chunks, point.loss_chunks)).units, strict=True)
     )
 
 
-def _solve(
-    model: Model, basis: Sequence[str], points: Sequence[Point], traces: Sequence[Trace]
+def _solve_vectors(
+    model: Model, basis: Sequence[str], points: Sequence[TracePoint], traces: Sequence[Trace]
 ) -> dict[str, list[Vector]]:
     """Solve every moment's vector, by instant."""
     if len({(len(t.live), tuple(t.step.places)) for t in traces}) > 1:
         raise ModelError(
             f"{model.name}: its steps differ between lengths in more than sizes, so that no coefficients describe them."
         )
-    factors = np.array([[_units(p)[name] for name in basis] for p in points], dtype=float)
+    factors = np.array([[_point_units(p)[name] for name in basis] for p in points], dtype=float)
     bytes_ = np.array([t.requested for t in traces], dtype=float)
     solution = np.rint(np.linalg.lstsq(factors, bytes_, rcond=None)[0]).astype(np.int64)
     places = [BASIS.index(name) for name in basis]
-    found: dict[str, list[Vector]] = {}
+    vectors: dict[str, list[Vector]] = {}
     for place, span in traces[0].step.blocks():
         columns = {tuple(column) for column in solution[:, span.start : span.stop].T.tolist()}
-        found.setdefault(traces[0].instant_of(place), []).extend(_vector(places, column) for column in columns)
-    return found
+        vectors.setdefault(traces[0].instant_of(place), []).extend(_vector(places, column) for column in columns)
+    return vectors
 
 
 def _vector(places: Sequence[int], column: Sequence[int]) -> Vector:
@@ -224,8 +224,8 @@ def _vector(places: Sequence[int], column: Sequence[int]) -> Vector:
     return tuple(vector)
 
 
-def _error(moments: dict[str, tuple[Vector, ...]], point: Point, trace: Trace) -> float:
+def _largest_error(moments: dict[str, tuple[Vector, ...]], point: TracePoint, trace: Trace) -> float:
     """The largest error of an instant's peak, as a share of it."""
-    units = tuple(_units(point).values())
-    told = {name: max(evaluate(v, units) for v in vectors) for name, vectors in moments.items()}
-    return max(abs(told[peak.instant] / peak.bytes - 1) for peak in trace.peaks)
+    units = tuple(_point_units(point).values())
+    predicted = {name: max(evaluate(v, units) for v in vectors) for name, vectors in moments.items()}
+    return max(abs(predicted[peak.instant] / peak.bytes - 1) for peak in trace.peaks)

@@ -20,17 +20,17 @@ import numpy as np
 
 from .. import __version__
 from ..errors import MeasurementError, one_line
-from ..measuring.measurement import OK, Measurement, read_all
+from ..measuring.measurement import OK, Measurement, read_all_results
 from ..plan import calibration
 from ..plan.calibration import Calibration, family_of, fingerprint
-from ..plan.solve import layout_of, sizes
+from ..plan.solve import layout_of, step_sizes
 from ..spec.catalog import load_model
-from ..spec.hardware import HANDLES, Constants, write_measured
+from ..spec.hardware import CUBLAS_HANDLES, Constants, write_measured
 from ..spec.model import Model
 from ..step.steps import Layout, step
 from ..step.tape import BASIS, Vector, add
 from ..units import MIB
-from .calibrate import WORST, Written, written
+from .calibrate import MAX_RESIDUAL, WrittenCalibration, describe_written
 from .validate import FORMULA, chunks_of, instants_at, point_of, step_of
 
 Factors = np.ndarray
@@ -41,78 +41,78 @@ class Fitted(NamedTuple):
     left_out: list[str]  # why a family has none
 
 
-def fit(model: Model, measurements: Iterable[Measurement]) -> Fitted:
+def fit_model(model: Model, measurements: Iterable[Measurement]) -> Fitted:
     """A calibration of every family that has points enough. Raises MeasurementError when none has."""
     groups: dict[tuple[object, ...], list[Measurement]] = defaultdict(list)
     for m in measurements:
-        if m.outcome == OK and m.case.model == model.name and _is_of(m, model):
+        if m.outcome == OK and m.case.model == model.name and _stands_for(m, model):
             layout = layout_of(model, m.case.recipe, chunks_of(m), m.case.seq_len)
             if not layout.padded:  # see solve._calibration
-                groups[_family(m, layout)].append(m)
-    found = Fitted([], [])
+                groups[_family_key(m, layout)].append(m)
+    fitted = Fitted([], [])
     for members in groups.values():
-        solved = _solve(model, members)
+        solved = _solve_family(model, members)
         if isinstance(solved, str):
-            found.left_out.append(f"{model.name}, {members[0].case.strategy}: {solved}")
+            fitted.left_out.append(f"{model.name}, {members[0].case.strategy}: {solved}")
         else:
-            found.calibrations.append(solved)
-    if not found.calibrations:
+            fitted.calibrations.append(solved)
+    if not fitted.calibrations:
         why = (
-            "; ".join([*dict.fromkeys(found.left_out)][:3])
+            "; ".join([*dict.fromkeys(fitted.left_out)][:3])
             or f"no measurement of {model.name} that a calibration could be solved from"
         )
         raise MeasurementError(
             f"{why}.\nMeasure more lengths and chunks: mstplan measure -m {model.name} --seq-len 2k,4k,6k,8k,12k"
         )
-    return found
+    return fitted
 
 
 def fit_all(
     models: Sequence[str], strategies: Sequence[str], folder: Path, results: Sequence[Path], elsewhere: bool
-) -> tuple[list[Written], list[str]]:
+) -> tuple[list[WrittenCalibration], list[str]]:
     """Fit each model's families to measurements and write them; of CUDA measurements also the cards' constants. elsewhere: is `folder`
     one that the planner does not read? Gives what was written, and what else is to be said. Raises MeasurementError."""
-    named = [load_model(spec) for spec in models]
-    read = read_all(results)
-    chosen = _usable([m for m in read.measurements if m.case.strategy in (*strategies, "custom")], elsewhere)
-    rows, said = [], list(read.skipped)
-    for model in named:
+    loaded = [load_model(spec) for spec in models]
+    content = read_all_results(results)
+    chosen = _plannable([m for m in content.measurements if m.case.strategy in (*strategies, "custom")], elsewhere)
+    rows, messages = [], list(content.skipped)
+    for model in loaded:
         try:
-            found = fit(model, chosen)
+            fitted = fit_model(model, chosen)
         except MeasurementError as e:
-            if len(named) == 1:
+            if len(loaded) == 1:
                 raise
-            said.append(str(e).splitlines()[0])
+            messages.append(str(e).splitlines()[0])
             continue
-        path = calibration.write(model, found.calibrations, folder)
-        said += found.left_out
-        rows += [written(model, c.provenance["strategy"], c, path) for c in found.calibrations]
+        path = calibration.write_calibrations(model, fitted.calibrations, folder)
+        messages += fitted.left_out
+        rows += [describe_written(model, c.provenance["strategy"], c, path) for c in fitted.calibrations]
     if not rows:
         raise MeasurementError(
             "none of these models has measurements enough.\nmstplan calibrate with one --model says what it lacks."
         )
-    if constants := devices(chosen):
+    if constants := device_constants(chosen):
         path = write_measured(constants)
-        said += [
-            f"{card}: {about.context_bytes / MIB:,.0f} MiB of CUDA context, measured; wrote {one_line(path, 200)}"
-            for card, about in constants.items()
+        messages += [
+            f"{card}: {card_constants.context_bytes / MIB:,.0f} MiB of CUDA context, measured; wrote {one_line(path, 200)}"
+            for card, card_constants in constants.items()
         ]
-    return rows, said
+    return rows, messages
 
 
-def _usable(measurements: list[Measurement], elsewhere: bool) -> list[Measurement]:
+def _plannable(measurements: list[Measurement], elsewhere: bool) -> list[Measurement]:
     """Measurements that the planner may be given: it plans for cards."""
     if elsewhere:
         return measurements
-    found = [m for m in measurements if m.case.device != "cpu"]
-    if measurements and not found:
+    usable = [m for m in measurements if m.case.device != "cpu"]
+    if measurements and not usable:
         raise MeasurementError(
             "these were measured on a CPU, and the planner plans for GPUs.\n--out FOLDER writes calibrations that it does not use."
         )
-    return found
+    return usable
 
 
-def _is_of(m: Measurement, model: Model) -> bool:
+def _stands_for(m: Measurement, model: Model) -> bool:
     """Whether a measurement is of the model, or of first layers that stand for all of them."""
     layers = m.case.described.layers
     alike = layers == model.layers or (
@@ -121,13 +121,13 @@ def _is_of(m: Measurement, model: Model) -> bool:
     return alike and fingerprint(model.first(layers)) == fingerprint(m.case.described)
 
 
-def _family(m: Measurement, layout: Layout) -> tuple[object, ...]:
+def _family_key(m: Measurement, layout: Layout) -> tuple[object, ...]:
     flags = (layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked, m.case.recipe.accumulation > 1)
-    same = (m.case.device, m.environment["card"], m.environment["torch"], m.environment["transformers"])
-    return *same, *flags, repr(sorted(family_of(m.case.recipe).items()))
+    device = (m.case.device, m.environment["card"], m.environment["torch"], m.environment["transformers"])
+    return *device, *flags, repr(sorted(family_of(m.case.recipe).items()))
 
 
-def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
+def _solve_family(model: Model, members: Sequence[Measurement]) -> Calibration | str:
     """The calibration, or why there is none."""
     first = members[0]
     layout = layout_of(model, first.case.recipe, chunks_of(first), first.case.seq_len)
@@ -140,33 +140,35 @@ def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
     if first.case.recipe.attention == "eager" or layout.masked:
         columns.append("bss")
     by_layer = any(m.case.described.layers != model.layers for m in members)
-    factors = _factors(members, columns, by_layer)
-    needed = factors.shape[1] + 1
-    if len(members) < needed or np.linalg.matrix_rank(factors / np.abs(factors).max(axis=0)) < factors.shape[1]:
-        varied = (
+    factors = _make_factors(members, columns, by_layer)
+    min_points = factors.shape[1] + 1
+    if len(members) < min_points or np.linalg.matrix_rank(factors / np.abs(factors).max(axis=0)) < factors.shape[1]:
+        varied_words = (
             "lengths"
             + (" and numbers of chunks" if layout.several_loss_chunks else "")
             + (" and numbers of layers" if by_layer else "")
         )
-        return f"{len(members)} point{'s' * (len(members) > 1)}, and {needed} are needed, of different {varied}"
+        return (
+            f"{len(members)} point{'s' * (len(members) > 1)}, and {min_points} are needed, of different {varied_words}"
+        )
     formula = step(model, layout, 0)
-    told = [_formula(m) for m in members]
+    predicted = [_formula_bytes(m) for m in members]
     names = [
         name
         for name in formula.moments
-        if all(name in m.instants and name in t for m, t in zip(members, told, strict=True))
+        if all(name in m.instants and name in prediction for m, prediction in zip(members, predicted, strict=True))
     ]
     bytes_ = np.array([[m.instants[name] for name in names] for m in members], dtype=float)
-    off = bytes_ - np.array([[t[name] for name in names] for t in told], dtype=float)
-    solution = _least_squares(factors, off)
-    residual = float(np.abs((factors @ solution - off) / bytes_).max())
-    if not residual <= WORST:  # nor NaN
-        return f"the coefficients miss a measurement by {residual:.2%}, more than {WORST:.1%}"
+    differences = bytes_ - np.array([[prediction[name] for name in names] for prediction in predicted], dtype=float)
+    solution = _least_squares(factors, differences)
+    residual = float(np.abs((factors @ solution - differences) / bytes_).max())
+    if not residual <= MAX_RESIDUAL:  # nor NaN
+        return f"the coefficients miss a measurement by {residual:.2%}, more than {MAX_RESIDUAL:.1%}"
     if by_layer:
         half = len(columns)
         solution = solution[:half] + model.layers * solution[half:]
     moments = {
-        name.value: tuple(add(moment.live, _vector(columns, solution[:, n])) for moment in formula.moments[name])
+        name.value: tuple(add(moment.live, _make_vector(columns, solution[:, n])) for moment in formula.moments[name])
         for n, name in enumerate(names)
     }
     return Calibration(
@@ -177,15 +179,15 @@ def _solve(model: Model, members: Sequence[Measurement]) -> Calibration | str:
         first.case.recipe.accumulation > 1,
         moments,
         residual,
-        _provenance(members, _left_out_error(factors, off, bytes_)),
+        _make_provenance(members, _left_out_error(factors, differences, bytes_)),
     )
 
 
-def _factors(members: Sequence[Measurement], columns: Sequence[str], by_layer: bool) -> Factors:
+def _make_factors(members: Sequence[Measurement], columns: Sequence[str], by_layer: bool) -> Factors:
     """A row for each measurement: `columns` of tape.BASIS; by_layer: also each of them times the number of layers."""
     rows = []
     for m in members:
-        units = dict(zip(BASIS, sizes(m.case.recipe, m.case.seq_len, chunks_of(m)).units, strict=True))
+        units = dict(zip(BASIS, step_sizes(m.case.recipe, m.case.seq_len, chunks_of(m)).units, strict=True))
         row = [units[name] for name in columns]
         rows.append(row + [value * m.case.described.layers for value in row] if by_layer else row)
     return np.array(rows, dtype=float)
@@ -193,45 +195,45 @@ def _factors(members: Sequence[Measurement], columns: Sequence[str], by_layer: b
 
 def _least_squares(factors: Factors, bytes_: Factors) -> Factors:
     scale = np.abs(factors).max(axis=0)
-    found: Factors = np.linalg.lstsq(factors / scale, bytes_, rcond=None)[0] / scale[:, None]
-    return found
+    coefficients: Factors = np.linalg.lstsq(factors / scale, bytes_, rcond=None)[0] / scale[:, None]
+    return coefficients
 
 
-def _formula(m: Measurement) -> dict[str, int]:
+def _formula_bytes(m: Measurement) -> dict[str, int]:
     """The formula's bytes of each instant of the step that was measured."""
-    told = step_of(m, FORMULA)
-    assert told is not None
-    return instants_at(m, told)
+    formula_step = step_of(m, FORMULA)
+    assert formula_step is not None
+    return instants_at(m, formula_step)
 
 
-def _left_out_error(factors: Factors, off: Factors, bytes_: Factors) -> float:
+def _left_out_error(factors: Factors, differences: Factors, bytes_: Factors) -> float:
     """The largest error of a step's peak for a point that was not solved from."""
     errors = [0.0]
     for n in range(len(factors)):
         others = np.arange(len(factors)) != n
         if np.linalg.matrix_rank(factors[others] / np.abs(factors).max(axis=0)) == factors.shape[1]:
-            told = factors[n] @ _least_squares(factors[others], off[others]) - off[n] + bytes_[n]
-            errors.append(abs(told.max() / bytes_[n].max() - 1))
+            predicted = factors[n] @ _least_squares(factors[others], differences[others]) - differences[n] + bytes_[n]
+            errors.append(abs(predicted.max() / bytes_[n].max() - 1))
     return float(max(errors))
 
 
-def _vector(columns: Sequence[str], values: Factors) -> Vector:
+def _make_vector(columns: Sequence[str], values: Factors) -> Vector:
     vector = [0] * len(BASIS)
     for name, value in zip(columns, values, strict=True):
         vector[BASIS.index(name)] = round(float(value))
     return tuple(vector)
 
 
-def _provenance(members: Sequence[Measurement], left_out: float) -> dict[str, Any]:
-    about = members[0].environment
+def _make_provenance(members: Sequence[Measurement], left_out: float) -> dict[str, Any]:
+    environment = members[0].environment
     points = [point_of(m) for m in members]
     return {
         "rung": "measurement",
         "strategy": members[0].case.strategy,
-        "card": about["card"],
-        "driver": about.get("driver"),
-        "torch": about["torch"],
-        "transformers": about["transformers"],
+        "card": environment["card"],
+        "driver": environment.get("driver"),
+        "torch": environment["torch"],
+        "transformers": environment["transformers"],
         "mstplan": __version__,
         "when": max(m.when for m in members),
         "points": points,
@@ -239,23 +241,23 @@ def _provenance(members: Sequence[Measurement], left_out: float) -> dict[str, An
     }
 
 
-def devices(measurements: Iterable[Measurement]) -> dict[str, Constants]:
+def device_constants(measurements: Iterable[Measurement]) -> dict[str, Constants]:
     """Constants by card as torch names it: bytes of the CUDA context and of cuBLAS' workspace, medians, and what they are from."""
-    seen: dict[str, list[Measurement]] = defaultdict(list)
+    by_card: dict[str, list[Measurement]] = defaultdict(list)
     for m in measurements:
         if (
             m.outcome == OK and m.case.device == "cuda" and not m.case.recipe.sharded
         ):  # NCCL's memory would count as context
-            seen[m.environment["card"]].append(m)
-    found: dict[str, Constants] = {}
-    for card, members in seen.items():
+            by_card[m.environment["card"]].append(m)
+    constants: dict[str, Constants] = {}
+    for card, members in by_card.items():
         ranks = [rank for m in members for rank in m.ranks]
         contexts, workspaces = (
             [v for v in column if v is not None]
             for column in zip(*((r.context, r.workspace) for r in ranks), strict=True)
         )
         if contexts and workspaces:
-            about = members[-1].environment
-            source = f"measured: {len(ranks)} steps with torch {about['torch']}, driver {about.get('driver')}, until {members[-1].when}"
-            found[card] = Constants(int(median(contexts)), int(median(workspaces)) // HANDLES, source)
-    return found
+            environment = members[-1].environment
+            source = f"measured: {len(ranks)} steps with torch {environment['torch']}, driver {environment.get('driver')}, until {members[-1].when}"
+            constants[card] = Constants(int(median(contexts)), int(median(workspaces)) // CUBLAS_HANDLES, source)
+    return constants

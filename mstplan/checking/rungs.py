@@ -6,7 +6,7 @@ import json
 from typing import NamedTuple
 
 from .. import profiles
-from ..plan.solve import fixed_chunks, layout_of, sizes
+from ..plan.solve import fixed_chunks, layout_of, step_sizes
 from ..spec.catalog import load_model
 from ..spec.hardware import Card
 from ..step.instants import Instant
@@ -14,11 +14,11 @@ from ..step.recipe import Recipe
 from ..step.steps import step
 from ..tracing.tracer import trace
 
-BOUNDS = {"dense": 0.02, "experts": 0.05}
+PEAK_BOUNDS = {"dense": 0.02, "experts": 0.05}
 """The largest difference of a step's peak, as a share of the trace's, that a formula may have."""
 
 
-class Pair(NamedTuple):
+class PeakPair(NamedTuple):
     """The peak of one instant on both rungs. Bytes."""
 
     instant: Instant
@@ -37,27 +37,27 @@ class Rungs(NamedTuple):
     model: str
     kind: str  # dense | experts
     seq_len: int
-    peak: Pair
-    instants: tuple[Pair, ...]  # in the order of a step
+    peak: PeakPair
+    instants: tuple[PeakPair, ...]  # in the order of a step
 
     @property
-    def worst_instant(self) -> Pair:
+    def worst_instant(self) -> PeakPair:
         return max(self.instants, key=lambda pair: abs(pair.difference))
 
     @property
     def holds(self) -> bool:
-        return abs(self.peak.difference) <= BOUNDS[self.kind]
+        return abs(self.peak.difference) <= PEAK_BOUNDS[self.kind]
 
 
-def both_rungs(name: str, recipe: Recipe, seq_len: int, card: Card) -> Rungs:
+def compare_rungs(name: str, recipe: Recipe, seq_len: int, card: Card) -> Rungs:
     """A shipped model's step of `recipe`, its chunks given as numbers, at `seq_len` tokens on `card`. The formula's own word:
     calibrations are left aside."""
     config = json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
     model, chunks = load_model(name), fixed_chunks(recipe)
-    told = step(model, layout_of(model, recipe, chunks, seq_len), card.gpu.workspaces_bytes)
-    where = sizes(recipe, seq_len, chunks)
-    seen = trace(config, recipe, seq_len, workspace=card.gpu.workspaces_bytes)
-    by_name = {instant.name: instant.bytes for instant in told.instants(where)}
-    pairs = tuple(Pair(peak.instant, by_name.get(peak.instant, 0), peak.bytes) for peak in seen.peaks)
-    peak = Pair(seen.peak.instant, told.largest(where)[1], seen.peak.bytes)
+    formula_step = step(model, layout_of(model, recipe, chunks, seq_len), card.gpu.workspaces_bytes)
+    sizes = step_sizes(recipe, seq_len, chunks)
+    traced = trace(config, recipe, seq_len, workspace=card.gpu.workspaces_bytes)
+    by_name = {instant.name: instant.bytes for instant in formula_step.instants(sizes)}
+    pairs = tuple(PeakPair(peak.instant, by_name.get(peak.instant, 0), peak.bytes) for peak in traced.peaks)
+    peak = PeakPair(traced.peak.instant, formula_step.largest(sizes)[1], traced.peak.bytes)
     return Rungs(name, "experts" if model.experts is not None else "dense", seq_len, peak, pairs)

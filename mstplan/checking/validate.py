@@ -14,7 +14,7 @@ from ..measuring.measurement import OK, OUT_OF_MEMORY, Measurement
 from ..measuring.sweep import card_of
 from ..plan import solve
 from ..plan.calibration import Calibration
-from ..plan.solve import layout_of, sizes
+from ..plan.solve import layout_of, step_sizes
 from ..spec.hardware import Card
 from ..step.steps import Chunks, Step, step
 from ..tracing import cache
@@ -26,7 +26,7 @@ RUNGS = (FORMULA, CALIBRATED, TRACE)
 ALLOCATED, RESERVED, DEVICE = "allocated", "reserved", "device"
 
 
-class Row(NamedTuple):
+class ErrorRow(NamedTuple):
     """A measured step's peak and a rung's prediction of it, in bytes. what: allocated | reserved | device."""
 
     measurement: Measurement
@@ -48,10 +48,13 @@ class Row(NamedTuple):
     @property
     def worst_instant(self) -> tuple[str, float]:
         """The name and the error of the instant that is furthest off."""
-        return max(((name, told / seen - 1) for name, told, seen in self.instants), key=lambda pair: abs(pair[1]))
+        return max(
+            ((name, predicted / measured - 1) for name, predicted, measured in self.instants),
+            key=lambda pair: abs(pair[1]),
+        )
 
 
-class Broken(NamedTuple):
+class BrokenPrediction(NamedTuple):
     """A step that a rung said would fit, and that ran out of memory."""
 
     measurement: Measurement
@@ -74,8 +77,8 @@ class Summary(NamedTuple):
 
 
 class Validation(NamedTuple):
-    rows: list[Row]
-    broken: list[Broken]
+    rows: list[ErrorRow]
+    broken: list[BrokenPrediction]
     out_of_memory: int  # how many measurements ran out of memory
     left_out: list[str]  # why a measurement was not compared
 
@@ -90,67 +93,68 @@ def validate(
     tell: Callable[[str], object] = lambda _words: None,
 ) -> Validation:
     """Compare every measurement with every rung that has an answer. `tell` hears what is compared at the moment."""
-    found = Validation([], [], 0, [])
-    lost = 0
+    validation = Validation([], [], 0, [])
+    out_of_memory = 0
     for m in measurements:
         tell(m.case.words)
         if m.outcome == OUT_OF_MEMORY:
-            lost += 1
+            out_of_memory += 1
             for rung in rungs:
-                with _leaving_out(m, found):
-                    if is_held_to(rung, m) and _said_to_fit(m, rung):
-                        found.broken.append(Broken(m, rung))
+                with _note_left_out(m, validation):
+                    if is_held_to(rung, m) and _is_said_to_fit(m, rung):
+                        validation.broken.append(BrokenPrediction(m, rung))
         elif m.outcome == OK:
             for rung in rungs:
-                with _leaving_out(m, found):
-                    if rung == CALIBRATED and _solved_from(m):
-                        found.left_out.append(
+                with _note_left_out(m, validation):
+                    if rung == CALIBRATED and _is_solved_from(m):
+                        validation.left_out.append(
                             f"{m.case.words}: its calibration was solved from this very step, which says nothing about predictions"
                         )
                     else:
-                        found.rows.extend(_rows(m, rung))
+                        validation.rows.extend(_make_rows(m, rung))
         else:
-            found.left_out.append(f"{m.case.words}: {m.outcome}, {m.reason}")
-    found.rows.extend(_on_the_device(found.rows))
-    return found._replace(out_of_memory=lost)
+            validation.left_out.append(f"{m.case.words}: {m.outcome}, {m.reason}")
+    validation.rows.extend(_make_device_rows(validation.rows))
+    return validation._replace(out_of_memory=out_of_memory)
 
 
 @contextmanager
-def _leaving_out(m: Measurement, found: Validation) -> Iterator[None]:
+def _note_left_out(m: Measurement, validation: Validation) -> Iterator[None]:
     """Say what cannot be predicted of one measurement, and let the others go on."""
     try:
         yield
     except MissingError:
         raise
     except InputError as e:
-        found.left_out.append(f"{m.case.words}: {one_line(e, 150)}")
+        validation.left_out.append(f"{m.case.words}: {one_line(e, 150)}")
 
 
-def _rows(m: Measurement, rung: str) -> list[Row]:
+def _make_rows(m: Measurement, rung: str) -> list[ErrorRow]:
     if rung == TRACE:
-        trace = traced(m)
-        rows = [_row(m, rung, {peak.instant: peak.bytes for peak in trace.peaks})]
+        trace = trace_measured(m)
+        rows = [_allocated_row(m, rung, {peak.instant: peak.bytes for peak in trace.peaks})]
         if (
             m.case.device == "cuda" and m.peak.reserved is not None and not m.case.recipe.sharded
         ):  # its blocks are of several streams
             expandable = "expandable_segments:True" in m.environment.get("allocator", "")
-            rows.append(Row(m, rung, RESERVED, held(trace, expandable=expandable).reserved, m.peak.reserved))
+            rows.append(ErrorRow(m, rung, RESERVED, held(trace, expandable=expandable).reserved, m.peak.reserved))
         return rows
-    told = step_of(m, rung)
-    return [_row(m, rung, instants_at(m, told))] if told is not None else []
+    rung_step = step_of(m, rung)
+    return [_allocated_row(m, rung, instants_at(m, rung_step))] if rung_step is not None else []
 
 
-def instants_at(m: Measurement, told: Step) -> dict[str, int]:
+def instants_at(m: Measurement, rung_step: Step) -> dict[str, int]:
     """Bytes of each instant of a step at the measured sizes."""
     return {
-        instant.name: instant.bytes for instant in told.instants(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))
+        instant.name: instant.bytes
+        for instant in rung_step.instants(step_sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))
     }
 
 
-def _row(m: Measurement, rung: str, told: dict[str, int]) -> Row:
-    seen = m.instants
-    both = tuple((name, told[name], seen[name]) for name in told if name in seen)
-    return Row(m, rung, ALLOCATED, max(told.values()), m.peak.allocated, both)
+def _allocated_row(m: Measurement, rung: str, predicted: dict[str, int]) -> ErrorRow:
+    measured = m.instants
+    instants = tuple((name, predicted[name], measured[name]) for name in predicted if name in measured)
+    return ErrorRow(m, rung, ALLOCATED, max(predicted.values()), m.peak.allocated, instants)
 
 
 def step_of(m: Measurement, rung: str) -> Step | None:
@@ -159,20 +163,24 @@ def step_of(m: Measurement, rung: str) -> Step | None:
     formula = step(model, layout_of(model, recipe, chunks, seq_len), workspace_of(m))
     if rung == FORMULA:
         return formula
-    found = _calibration(m)
-    return formula.calibrated(found.moments) if found is not None else None
+    calibration = _find_calibration(m)
+    return formula.calibrated(calibration.moments) if calibration is not None else None
 
 
-def _calibration(m: Measurement) -> Calibration | None:
+def _find_calibration(m: Measurement) -> Calibration | None:
     return solve.calibration_at(m.case.described, m.case.recipe, m.case.seq_len, chunks_of(m))
 
 
-def _solved_from(m: Measurement) -> bool:
+def _is_solved_from(m: Measurement) -> bool:
     """Whether the calibration that predicts a step was solved from it."""
-    found = _calibration(m)
-    if found is None or found.provenance["rung"] != "measurement" or found.provenance["card"] != m.environment["card"]:
+    calibration = _find_calibration(m)
+    if (
+        calibration is None
+        or calibration.provenance["rung"] != "measurement"
+        or calibration.provenance["card"] != m.environment["card"]
+    ):
         return False
-    return point_of(m) in found.provenance["points"]
+    return point_of(m) in calibration.provenance["points"]
 
 
 def point_of(m: Measurement) -> list[int]:
@@ -180,7 +188,7 @@ def point_of(m: Measurement) -> list[int]:
     return [m.case.recipe.batch, m.case.seq_len, *chunks_of(m), m.case.described.layers]
 
 
-def traced(m: Measurement) -> Trace:
+def trace_measured(m: Measurement) -> Trace:
     case, threads = m.case, m.environment.get("threads")
     return cache.trace_of(
         case.config, case.recipe, case.seq_len, on=case.device, workspace=workspace_of(m), threads=threads
@@ -191,28 +199,33 @@ def workspace_of(m: Measurement) -> int:
     """Bytes that cuBLAS was seen to take, else those known of the card; none on a CPU."""
     if m.case.device == "cpu":
         return 0
-    seen = next((rank.workspace for rank in m.ranks if rank.workspace is not None), None)
-    return seen if seen is not None else card(m).gpu.workspaces_bytes
+    measured = next((rank.workspace for rank in m.ranks if rank.workspace is not None), None)
+    return measured if measured is not None else card_measured(m).gpu.workspaces_bytes
 
 
-def card(m: Measurement) -> Card:
+def card_measured(m: Measurement) -> Card:
     return card_of(m.environment, m.case.limit)
 
 
-def _said_to_fit(m: Measurement, rung: str) -> bool:
-    on, cuda = card(m), m.case.device == "cuda"
+def _is_said_to_fit(m: Measurement, rung: str) -> bool:
+    planned_card, cuda = card_measured(m), m.case.device == "cuda"
     if rung == TRACE:
-        return runs(traced(m), on) if cuda else traced(m).peak.bytes <= on.total_bytes
-    told = step_of(m, rung)
-    most = on.budget_bytes if cuda else on.total_bytes  # a CPU has no context
-    return told is not None and told.largest(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))[1] <= most
+        return (
+            runs(trace_measured(m), planned_card) if cuda else trace_measured(m).peak.bytes <= planned_card.total_bytes
+        )
+    rung_step = step_of(m, rung)
+    budget = planned_card.budget_bytes if cuda else planned_card.total_bytes  # a CPU has no context
+    return (
+        rung_step is not None
+        and rung_step.largest(step_sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))[1] <= budget
+    )
 
 
-def _on_the_device(rows: Sequence[Row]) -> list[Row]:
+def _make_device_rows(rows: Sequence[ErrorRow]) -> list[ErrorRow]:
     """Bytes that the whole card shows as used: reserved by trace, and the CUDA context as the measurements of other models had it. The
     context is the one thing that is fitted, so that no model is predicted from its own."""
     reserved = [row for row in rows if row.what == RESERVED and row.measurement.peak.device is not None]
-    found = []
+    device_rows = []
     for row in reserved:
         m = row.measurement
         others = [
@@ -225,22 +238,22 @@ def _on_the_device(rows: Sequence[Row]) -> list[Row]:
             and other.measurement.case.recipe.sharded == m.case.recipe.sharded
         ]
         if others and m.peak.device is not None:
-            found.append(Row(m, row.rung, DEVICE, row.predicted + int(median(others)), m.peak.device))
-    return found
+            device_rows.append(ErrorRow(m, row.rung, DEVICE, row.predicted + int(median(others)), m.peak.device))
+    return device_rows
 
 
 # ---- how good that is ---------------------------------------------------------------------------------------------------
 
 
-def summaries(rows: Iterable[Row], group: Callable[[Row], str] = lambda _row: "all") -> list[Summary]:
+def summarize(rows: Iterable[ErrorRow], group: Callable[[ErrorRow], str] = lambda _row: "all") -> list[Summary]:
     """Summaries by rung, by what is predicted, by whether the rung is held to it, and by what `group` gives of a row."""
-    sorted_in: dict[tuple[str, str, bool, str], list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str, bool, str], list[ErrorRow]] = defaultdict(list)
     for row in rows:
-        sorted_in[row.rung, row.what, row.held, group(row)].append(row)
-    found = []
-    for key, members in sorted_in.items():
+        groups[row.rung, row.what, row.held, group(row)].append(row)
+    summaries = []
+    for key, members in groups.items():
         errors, instants = [row.error for row in members], [row.worst_instant[1] for row in members if row.instants]
-        found.append(
+        summaries.append(
             Summary(
                 *key,
                 len(errors),
@@ -250,31 +263,31 @@ def summaries(rows: Iterable[Row], group: Callable[[Row], str] = lambda _row: "a
                 max(instants, key=abs, default=None),
             )
         )
-    return found
+    return summaries
 
 
-def by_strategy(row: Row) -> str:
+def by_strategy(row: ErrorRow) -> str:
     return one_line(row.measurement.case.strategy)
 
 
-def by_model(row: Row) -> str:
+def by_model(row: ErrorRow) -> str:
     return one_line(row.measurement.case.model)
 
 
-def by_length(row: Row) -> str:
+def by_length(row: ErrorRow) -> str:
     """Range of lengths, a power of two wide, that a row belongs to."""
     least = 1 << (row.measurement.case.seq_len.bit_length() - 1)
     return f"{least:,} to {2 * least - 1:,}"
 
 
-class Bounds(NamedTuple):
+class ErrorBounds(NamedTuple):
     """The errors that a rung may have, as shares."""
 
     mean: float
     worst: float
 
 
-BOUNDS = {FORMULA: Bounds(0.05, 0.05), CALIBRATED: Bounds(0.01, 0.03), TRACE: Bounds(0.01, 0.03)}
+ERROR_BOUNDS = {FORMULA: ErrorBounds(0.05, 0.05), CALIBRATED: ErrorBounds(0.01, 0.03), TRACE: ErrorBounds(0.01, 0.03)}
 
 
 def is_held_to(rung: str, m: Measurement) -> bool:
@@ -286,14 +299,14 @@ def is_held_to(rung: str, m: Measurement) -> bool:
     return recipe.precision != "fp32" and not recipe.offload_layer_inputs and not attention.dropout
 
 
-def beyond(found: Validation, bounds: dict[str, Bounds]) -> list[str]:
+def bound_violations(validation: Validation, bounds: dict[str, ErrorBounds]) -> list[str]:
     """Lines on what is worse than it may be; of allocated bytes, which all rungs predict."""
     lines = []
-    for s in summaries(row for row in found.rows if row.what == ALLOCATED and row.held):
-        may = bounds[s.rung]
-        if s.mean > may.mean:
-            lines.append(f"{s.rung}: mean error {s.mean:.2%}, more than {may.mean:.2%}")
-        if abs(s.worst) > may.worst:
-            lines.append(f"{s.rung}: worst error {s.worst:+.2%}, more than {may.worst:.2%}")
-    lines += [f"{b.rung}: {b.measurement.case.words} was to fit and ran out of memory" for b in found.broken]
+    for s in summarize(row for row in validation.rows if row.what == ALLOCATED and row.held):
+        bound = bounds[s.rung]
+        if s.mean > bound.mean:
+            lines.append(f"{s.rung}: mean error {s.mean:.2%}, more than {bound.mean:.2%}")
+        if abs(s.worst) > bound.worst:
+            lines.append(f"{s.rung}: worst error {s.worst:+.2%}, more than {bound.worst:.2%}")
+    lines += [f"{b.rung}: {b.measurement.case.words} was to fit and ran out of memory" for b in validation.broken]
     return lines

@@ -51,9 +51,9 @@ def check_smax(asked: CheckOptions) -> None:
     from ..show import checking, measuring
 
     bench, recipes = _bench(asked)
-    begins, tell = measuring.telling(bench.known)
+    begins, tell = measuring.telling(bench.environment)
     with kept(asked):
-        found = limits.smax(bench, recipes, begins, tell)
+        found = limits.check_all_limits(bench, recipes, begins, tell)
     emit(asked, checking.smax(bench, found))
     if not all(limit.holds for limit, _ in found):
         raise typer.Exit(1)
@@ -77,14 +77,14 @@ def check_throughput(asked: CheckThroughputOptions) -> None:
     bench, recipes = _bench(asked)
     seq_len = length(asked.seq_len)
     # refuses what cannot be run, before anything is; of S_max, the trace does
-    sweep.cases(
+    sweep.plan_cases(
         asked.model, [seq_len], recipes, bench.card, asked.layers, asked.device, bench.limit, assume=asked.assume
     )
-    begins, tell = measuring.telling(bench.known, checking.chunks)
+    begins, tell = measuring.telling(bench.environment, checking.chunks)
     with kept(asked):
-        found = limits.throughputs(bench, recipes, seq_len, begins, tell)
+        found = limits.measure_all_throughputs(bench, recipes, seq_len, begins, tell)
     emit(asked, checking.throughput(bench, seq_len, found))
-    if not all(map(limits.holds, found.values())):
+    if not all(map(limits.throughput_holds, found.values())):
         raise typer.Exit(1)
 
 
@@ -95,7 +95,7 @@ def _bench(asked: CheckOptions) -> tuple[Bench, dict[str, Recipe]]:
     from ..show.progress import progress
 
     check_device(asked.device)
-    known = sweep.environment(asked.device)
+    known = sweep.ask_environment(asked.device)
     limit = memory(asked.gpu_mem)
     bench = limits.Bench(
         asked.model,

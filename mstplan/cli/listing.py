@@ -41,6 +41,6 @@ class GpusOptions(FormatOptions):
 def gpus(asked: GpusOptions) -> None:
     from ..show import listing
     from ..spec.hardware import gpus as known
-    from ..spec.hardware import left_out
+    from ..spec.hardware import left_out_notes
 
-    emit(asked, listing.gpus(known(), asked.sources, left_out()))
+    emit(asked, listing.gpus(known(), asked.sources, left_out_notes()))

@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 
 def _suite() -> str:
-    from ..measuring.suites import shipped
+    from ..measuring.suites import shipped_suites
 
-    return f"Points in a JSON file, or a suite that ships: {', '.join(shipped())}."
+    return f"Points in a JSON file, or a suite that ships: {', '.join(shipped_suites())}."
 
 
 def _suites() -> list[str]:
-    from ..measuring.suites import shipped
+    from ..measuring.suites import shipped_suites
 
-    return list(shipped())
+    return list(shipped_suites())
 
 
 class PointsOptions(AssumeOptions):
@@ -74,15 +74,15 @@ class MeasureOptions(PointsOptions, MeasuringOptions, RecipesOptions, FormatOpti
 )
 def measure(asked: MeasureOptions) -> None:
     from ..measuring import sweep
-    from ..measuring.launch import launched
+    from ..measuring.launch import read_launch
     from ..show import measuring
     from ..show.progress import progress
 
     check_device(asked.device)
-    if (launch := launched()) is not None:
+    if (launch := read_launch()) is not None:
         _measure_on_all_ranks(asked, launch)
         return
-    known = sweep.environment(asked.device)
+    known = sweep.ask_environment(asked.device)
     cases, (begins, tell) = _cases(asked, known), measuring.telling(known)
     with kept(asked):
         found = sweep.measure_all(cases, known, asked.out, asked.timeout, asked.again, begins, tell, progress)
@@ -130,7 +130,7 @@ def _cases(asked: MeasureOptions, known: dict[str, Any], alone: bool = True) -> 
             raise RecipeError(
                 f"--suite says what is measured: {', '.join(flags)} cannot be given beside it.\nWrite it in the suite, or leave --suite out."
             )
-        found = suites.cases(asked.suite, **more)
+        found = suites.read_cases(asked.suite, **more)
         refuse_sharded(case.recipe for case in found)
         return found
     if asked.model is None or asked.seq_len is None:
@@ -139,7 +139,7 @@ def _cases(asked: MeasureOptions, known: dict[str, Any], alone: bool = True) -> 
     recipes = recipes_of(asked)
     if alone:
         refuse_sharded(recipes.values())
-    return sweep.cases(asked.model, lengths, recipes, layers=asked.layers, assume=asked.assume, **more)
+    return sweep.plan_cases(asked.model, lengths, recipes, layers=asked.layers, assume=asked.assume, **more)
 
 
 def refuse_sharded(recipes: Iterable[Recipe]) -> None:
@@ -158,7 +158,7 @@ def _measure_on_all_ranks(asked: MeasureOptions, launch: Launch) -> None:
     from ..measuring import measurement, sweep
     from ..show import measuring as shown
 
-    os.environ.update(sweep.variables(asked.device))  # torch reads its allocator's settings once
+    os.environ.update(sweep.process_environment(asked.device))  # torch reads its allocator's settings once
     from ..measuring import ranks
 
     if asked.sharding != "fsdp" or asked.gpus not in (None, launch.ranks):

@@ -537,10 +537,10 @@ def plans_of(asked: PlannedOptions, model: Model, card: Card, seq_len: str | Non
 
 def simplest(plans: dict[str, Plan]) -> str:
     """The name of the first plan that fits; where none does, of the nearest."""
-    from ..plan.ways import nearest
+    from ..plan.ways import nearest_plan
 
     fitting = next((name for name, plan in plans.items() if plan.fits), None)
-    return fitting or next(name for name, plan in plans.items() if plan is nearest(list(plans.values())))
+    return fitting or next(name for name, plan in plans.items() if plan is nearest_plan(list(plans.values())))
 
 
 def _named(asked: RecipesOptions, usual: str) -> dict[str, Recipe]:

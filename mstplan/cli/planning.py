@@ -81,7 +81,7 @@ def max_seq(asked: MaxSeqOptions) -> None:
         _max_seq_by_trace(asked, model, card, recipes)
         return
     _refuse_tracing(asked, "Add --rung trace, or leave it out.")
-    told = findings.longest(model, card, recipes)
+    told = findings.find_longest(model, card, recipes)
     from ..show import planning as reports
 
     emit(asked, reports.max_seq(told, asked.tensors))
@@ -147,13 +147,13 @@ def plan(asked: PlanOptions) -> None:
         return
     found = plans_of(asked, model, card)
     name = simplest(found)
-    told = findings.at_length(found, name)
+    told = findings.assess_length(found, name)
     if asked.write_recipe is not None:
-        told.step.recipe.write(asked.write_recipe, asked.force)
+        told.plan.recipe.write(asked.write_recipe, asked.force)
     from ..show import planning as reports
 
     emit(asked, reports.plan(told, asked.tensors))
-    if not told.step.fits:
+    if not told.plan.fits:
         raise typer.Exit(1)
 
 
@@ -166,9 +166,9 @@ def _plan_lengths(asked: PlanOptions, model: Model, card: Card) -> None:
     if asked.write_recipe is not None:
         raise RecipeError("--write-recipe writes one recipe.\nGive one length.")
     found = [plans_of(asked, model, card, part.strip() or ",") for part in asked.seq_len.split(",")]
-    told = findings.at_lengths([(plans, simplest(plans)) for plans in found])
+    told = findings.assess_lengths([(plans, simplest(plans)) for plans in found])
     emit(asked, reports.plans(told))
-    if not told.fit:
+    if not told.all_fit:
         raise typer.Exit(1)
 
 
@@ -201,7 +201,7 @@ def theorem(asked: TheoremOptions) -> None:
     seq_len = length(asked.seq_len) if asked.seq_len is not None else None
     overrides = _overrides(asked)
     view = formulas.view(model, card, _theorem_recipe(asked), overrides, seq_len)
-    emit(asked, reports.theorem(model, card, view, advice.kept_notes(model)))
+    emit(asked, reports.theorem(model, card, view, advice.left_out_notes(model)))
 
 
 def _theorem_recipe(asked: TheoremOptions) -> Recipe:
@@ -282,4 +282,4 @@ def plot(asked: PlotOptions) -> None:
     found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(asked).items()]
     curves = drawing.curves(found, longest, asked.points)
     drawing.write(curves, model, card, asked.out)
-    emit(asked, reports.plot(model, card, curves, asked.out, advice.kept_notes(model)))
+    emit(asked, reports.plot(model, card, curves, asked.out, advice.left_out_notes(model)))

@@ -162,7 +162,7 @@ def _check_outputs(asked: TraceOptions) -> None:
 def stand_in(asked: TracedOptions, unread: UnreadError) -> Model:
     """What answers are traced for when the formula does not know the model. Raises its refusal where there is no torch."""
     from ..errors import MissingError
-    from ..spec.catalog import load_config, named
+    from ..spec.catalog import identify_model, load_config
     from ..tracing import cache
 
     try:
@@ -171,7 +171,7 @@ def stand_in(asked: TracedOptions, unread: UnreadError) -> Model:
         raise unread from None
     from ..show.trace import status
 
-    name, hub_id = named(asked.model)
+    name, hub_id = identify_model(asked.model)
     with status(), _said_first(f"{name}: {unread.reason}"):
         from ..tracing.tracer import stand_in_for
 

@@ -12,8 +12,8 @@ from .options import FORCE, MARKDOWN, FormatOptions, ResultsOptions, one_of, res
 from .output import emit
 
 if TYPE_CHECKING:
-    from ..checking.validate import Bounds, Validation
-    from ..measuring.measurement import Measurement, Read
+    from ..checking.validate import ErrorBounds, Validation
+    from ..measuring.measurement import Measurement, ResultsContent
 
 
 def _rungs() -> str:
@@ -62,7 +62,7 @@ def validate(asked: ValidateOptions) -> None:
     bounds = _bounds(asked)
     chosen, read = _chosen(asked)
     found = _compared(asked, chosen, names)
-    said = rungs.beyond(found, bounds)
+    said = rungs.bound_violations(found, bounds)
     if asked.plot is not None:
         validating.plot(found, asked.plot)
     written = [asked.plot] if asked.plot is not None else []
@@ -86,23 +86,23 @@ def _rungs_of(asked: ValidateOptions) -> tuple[tuple[str, ...], str]:
     return RUNGS, ""
 
 
-def _bounds(asked: ValidateOptions) -> dict[str, Bounds]:
-    from ..checking.validate import CALIBRATED, FORMULA, TRACE, Bounds
+def _bounds(asked: ValidateOptions) -> dict[str, ErrorBounds]:
+    from ..checking.validate import CALIBRATED, FORMULA, TRACE, ErrorBounds
     from ..units import parse_share
 
-    bounds = Bounds(parse_share(asked.mean, "--mean"), parse_share(asked.worst, "--worst"))
+    bounds = ErrorBounds(parse_share(asked.mean, "--mean"), parse_share(asked.worst, "--worst"))
     formula = parse_share(asked.formula_worst, "--formula-worst")
-    return {FORMULA: Bounds(formula, formula), CALIBRATED: bounds, TRACE: bounds}
+    return {FORMULA: ErrorBounds(formula, formula), CALIBRATED: bounds, TRACE: bounds}
 
 
-def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], Read]:
+def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], ResultsContent]:
     """The measurements of the model, where one is named; and all that the results files hold."""
     from ..errors import MeasurementError
     from ..measuring import measurement
-    from ..spec.catalog import named
+    from ..spec.catalog import identify_model
 
-    read = measurement.read_all(results_files(asked) or measurement.archive())
-    name = named(asked.model)[0] if asked.model is not None else None
+    read = measurement.read_all_results(results_files(asked) or measurement.shipped_results())
+    name = identify_model(asked.model)[0] if asked.model is not None else None
     chosen = [m for m in read.measurements if name in (None, m.case.model)]
     if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):
         of, damaged = f" of {name}" if name else "", f" ({read.skipped[0]})" if read.skipped else ""

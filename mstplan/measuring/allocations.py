@@ -16,12 +16,12 @@ from ..tracing.recorder import held_by
 from ..train.step import TrainingStep
 from .instant_hooks import Mark, marking
 
-Keep = Callable[[int], bool]
+KeepSize = Callable[[int], bool]
 
-_MARK, _OPERATION = "phase: ", "aten::"
+_MARK_PREFIX, _OPERATION_PREFIX = "phase: ", "aten::"
 
 
-class Event(NamedTuple):
+class AllocationEvent(NamedTuple):
     time: int  # nanoseconds
     bytes: int  # less than 0: given back
     phase: str
@@ -34,66 +34,71 @@ class Event(NamedTuple):
 class Allocations:
     """Allocations and releases in the order in which they happened. resident: bytes that were there before, and stay."""
 
-    events: list[Event]
+    events: list[AllocationEvent]
     resident: int = 0
 
     def sequence(self) -> list[Allocation]:
         """The allocations."""
         return [allocation for _, _, allocation in self._lives()]
 
-    def without(self, known: Sequence[Known]) -> Allocations:
+    def without(self, known_buffers: Sequence[Known]) -> Allocations:
         """Allocations without the buffers that a list names."""
-        out = {n for born, died, a in self._lives() if any(k.explains(MISSING, a) for k in known) for n in (born, died)}
-        return Allocations([event for n, event in enumerate(self.events) if n not in out], self.resident)
+        omitted = {
+            n
+            for born, died, a in self._lives()
+            if any(buffer.explains(MISSING, a) for buffer in known_buffers)
+            for n in (born, died)
+        }
+        return Allocations([event for n, event in enumerate(self.events) if n not in omitted], self.resident)
 
     def _lives(self) -> list[tuple[int, int, Allocation]]:
         """(number of the event that allocates, of the one that gives back or -1, what is known of it)."""
-        found: list[tuple[int, int, Allocation]] = []
+        lives: list[tuple[int, int, Allocation]] = []
         latest: dict[int, int] = {}
         for n, event in enumerate(self.events):
             if event.bytes > 0:
-                latest[event.address] = len(found)
-                found.append((n, -1, Allocation(event.bytes, " > ".join(event.operations))))
+                latest[event.address] = len(lives)
+                lives.append((n, -1, Allocation(event.bytes, " > ".join(event.operations))))
             else:
-                at = latest.pop(event.address)
-                born, _, allocation = found[at]
+                index = latest.pop(event.address)
+                born, _, allocation = lives[index]
                 inside = event.running == self.events[born].running != 0
-                found[at] = born, n, allocation._replace(inside=inside)
-        return found
+                lives[index] = born, n, allocation._replace(inside=inside)
+        return lives
 
     def sizes(self) -> set[int]:
         """Bytes of every single allocation."""
         return {e.bytes for e in self.events if e.bytes > 0}
 
-    def peak(self, phase: str = "", keep: Keep = lambda size: True) -> int:
+    def peak(self, phase: str = "", keep: KeepSize = lambda size: True) -> int:
         """The most bytes alive at once in a phase (or ever), in blocks of a size to `keep`, beside what is resident."""
         totals = accumulate(e.bytes if keep(abs(e.bytes)) else 0 for e in self.events)
         return max((t for t, e in zip(totals, self.events, strict=True) if e.phase.startswith(phase)), default=0)
 
     def peaks(self) -> dict[str, int]:
         """The most bytes alive at once in each phase, with what is resident; what a phase begins with, if it allocates nothing."""
-        found: dict[str, int] = {}
+        peaks: dict[str, int] = {}
         allocating = {event.phase for event in self.events if event.bytes > 0}
         total = self.resident
         for event in self.events:
             before, total = total, total + event.bytes
-            found[event.phase] = max(total if event.phase in allocating else before, found.get(event.phase, 0))
-        return found
+            peaks[event.phase] = max(total if event.phase in allocating else before, peaks.get(event.phase, 0))
+        return peaks
 
 
-def record(step: Callable[[Mark], object]) -> Allocations:
-    """`step` is called with a function that says which phase begins: `mark("backward")`. What it returns is kept to the end."""
+def record_allocations(run_step: Callable[[Mark], object]) -> Allocations:
+    """`run_step` is called with a function that says which phase begins: `mark("backward")`. What it returns is kept to the end."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = step(_mark)
-    del kept
-    results: Any = profiler.profiler
-    found = sorted(_walk(results.kineto_results.experimental_event_tree()), key=lambda e: e.time)
-    return Allocations(list(_own(_in_phases(found))))
+        result = run_step(_mark_phase)
+    del result
+    profiled: Any = profiler.profiler
+    events = sorted(_walk_events(profiled.kineto_results.experimental_event_tree()), key=lambda e: e.time)
+    return Allocations(list(_omit_earlier(_assign_phases(events))))
 
 
 def record_step(step: TrainingStep) -> Allocations:
     """One step on the CPU, its phases named as the step model's instants. Not the first, which makes the optimizer's states."""
-    resident = sum(bytes_of(there(step)).values())
+    resident = sum(storage_bytes(resident_tensors(step)).values())
 
     def run(mark: Mark) -> None:
         with marking(step, mark) as begin:
@@ -101,18 +106,18 @@ def record_step(step: TrainingStep) -> Allocations:
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             step.run(begin)
 
-    found = record(run)
-    found.resident = resident
-    return found
+    allocations = record_allocations(run)
+    allocations.resident = resident
+    return allocations
 
 
-def bytes_of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     """Bytes of each of the tensors' storages, by its address; of distributed tensors the shard that is here."""
     storages = (held_by(tensor).untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def there(step: TrainingStep) -> Iterator[torch.Tensor]:
+def resident_tensors(step: TrainingStep) -> Iterator[torch.Tensor]:
     """Weights, buffers and the optimizer's states."""
     yield from step.model.parameters()
     yield from step.model.buffers()
@@ -120,28 +125,28 @@ def there(step: TrainingStep) -> Iterator[torch.Tensor]:
         yield from (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
 
 
-def _mark(phase: str) -> None:
-    with record_function(_MARK + phase):
+def _mark_phase(phase: str) -> None:
+    with record_function(_MARK_PREFIX + phase):
         pass
 
 
-def _walk(tree: Sequence[Any], operations: tuple[str, ...] = (), running: int = 0) -> Iterator[Event]:
+def _walk_events(tree: Sequence[Any], operations: tuple[str, ...] = (), running: int = 0) -> Iterator[AllocationEvent]:
     for event in tree:
         if event.name == "[memory]":
-            yield Event(
+            yield AllocationEvent(
                 event.start_time_ns, event.extra_fields.alloc_size, "", event.extra_fields.ptr, operations, running
             )
-        elif event.name.startswith(_MARK):
-            yield Event(event.start_time_ns, 0, event.name.removeprefix(_MARK), 0, (), 0)
-        inner = running or (event.id if event.name.startswith(_OPERATION) else 0)
-        yield from _walk(event.children, (*operations, _short(event.name)), inner)
+        elif event.name.startswith(_MARK_PREFIX):
+            yield AllocationEvent(event.start_time_ns, 0, event.name.removeprefix(_MARK_PREFIX), 0, (), 0)
+        inner = running or (event.id if event.name.startswith(_OPERATION_PREFIX) else 0)
+        yield from _walk_events(event.children, (*operations, _short_name(event.name)), inner)
 
 
-def _short(name: str) -> str:
-    return name.removeprefix(_OPERATION).removeprefix("autograd::engine::evaluate_function: ")
+def _short_name(name: str) -> str:
+    return name.removeprefix(_OPERATION_PREFIX).removeprefix("autograd::engine::evaluate_function: ")
 
 
-def _in_phases(events: Iterable[Event]) -> Iterator[Event]:
+def _assign_phases(events: Iterable[AllocationEvent]) -> Iterator[AllocationEvent]:
     phase = ""
     for event in events:
         if event.bytes:
@@ -150,13 +155,13 @@ def _in_phases(events: Iterable[Event]) -> Iterator[Event]:
             phase = event.phase
 
 
-def _own(events: Iterable[Event]) -> Iterator[Event]:
+def _omit_earlier(events: Iterable[AllocationEvent]) -> Iterator[AllocationEvent]:
     """Allocations without the release of what was there before."""
-    own: set[int] = set()
+    addresses: set[int] = set()
     for event in events:
         if event.bytes > 0:
-            own.add(event.address)
+            addresses.add(event.address)
             yield event
-        elif event.address in own:
-            own.remove(event.address)
+        elif event.address in addresses:
+            addresses.remove(event.address)
             yield event

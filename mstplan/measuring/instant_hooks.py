@@ -23,36 +23,38 @@ def marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[Pass], None]]:
     """Yield `begin(pass)`, to be called as each pass starts. Hooks then call `mark(instant)`: on entering a layer in forward, and
     when the gradient of a layer's input arrives in backward."""
     layers = locate.find_parts(step.model).layers
-    every = segment_length(step.recipe, len(layers)) or 1
-    units = -(-len(layers) // every)
-    run = Pass.FORWARD
+    segment = segment_length(step.recipe, len(layers)) or 1
+    units = -(-len(layers) // segment)
+    current = Pass.FORWARD
 
-    def at(unit: int) -> None:
-        mark(instant_of(Place(run, unit), units))
+    def mark_unit(unit: int) -> None:
+        mark(instant_of(Place(current, unit), units))
 
-    def begin(begun: Pass) -> None:
-        nonlocal run
-        run = begun
-        if run != Pass.OPTIMIZER or step.optimizer is not None:
-            at(-1 if run == Pass.FORWARD else units)
+    def begin(started: Pass) -> None:
+        nonlocal current
+        current = started
+        if current != Pass.OPTIMIZER or step.optimizer is not None:
+            mark_unit(-1 if current == Pass.FORWARD else units)
 
     def enter(unit: int) -> Callable[[nn.Module, Any], None]:
         def hook(_layer: nn.Module, inputs: Any) -> None:
-            if run == Pass.FORWARD:
-                at(unit)
+            if current == Pass.FORWARD:
+                mark_unit(unit)
                 if inputs[0].requires_grad:
-                    inputs[0].register_hook(lambda _gradient: at(unit - 1))
+                    inputs[0].register_hook(lambda _gradient: mark_unit(unit - 1))
 
         return hook
 
     def leave(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-        if run == Pass.FORWARD:
-            at(units)
+        if current == Pass.FORWARD:
+            mark_unit(units)
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:
-                hidden.register_hook(lambda _gradient: at(units - 1))
+                hidden.register_hook(lambda _gradient: mark_unit(units - 1))
 
-    handles: list[Any] = [layers[n].register_forward_pre_hook(enter(n // every)) for n in range(0, len(layers), every)]
+    handles: list[Any] = [
+        layers[n].register_forward_pre_hook(enter(n // segment)) for n in range(0, len(layers), segment)
+    ]
     handles.append(layers[-1].register_forward_hook(leave))
     try:
         yield begin

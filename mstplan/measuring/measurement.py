@@ -34,7 +34,7 @@ OK, OUT_OF_MEMORY, REFUSED, FAILED = "ok", "out of memory", "refused", "failed"
 """Outcomes. refused: the model or recipe cannot be run; failed: an error, a crash, a kill, too little time."""
 PHASES = ("forward", "backward", "optimizer")
 _LARGEST_FILE = 200_000_000  # bytes
-_BEGINNING = b'{"case":'
+_FIRST_BYTES = b'{"case":'
 
 
 Bytes = Annotated[int, Field(ge=0, le=1 << 62)]
@@ -42,30 +42,32 @@ Tokens = Annotated[int, Field(ge=1, le=LONGEST)]  # results of before have one t
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _printable(text: str) -> str:
+def _check_printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("not printable")
     return text
 
 
-def _named(text: str) -> str:
+def _check_name(text: str) -> str:
     if not text.strip():
         raise ValueError("no name")
     return text
 
 
-Word = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
-Name = Annotated[
-    str, Field(max_length=255), AfterValidator(_named)
+ShortText = Annotated[str, Field(max_length=200), AfterValidator(_check_printable)]
+NameText = Annotated[
+    str, Field(max_length=255), AfterValidator(_check_name)
 ]  # whatever characters: a folder's name becomes a model's
-Loss = Annotated[float | None, AfterValidator(lambda loss: loss if loss is not None and isfinite(loss) else None)]
+MeasuredLoss = Annotated[
+    float | None, AfterValidator(lambda loss: loss if loss is not None and isfinite(loss) else None)
+]
 
 
 DEVICES = ("cuda", "cpu")
 """What steps are measured on."""
 
 
-class Peak(NamedTuple):
+class MeasuredPeak(NamedTuple):
     """The most bytes within an instant or a phase. None: the device does not tell.
 
     allocated: in tensors; reserved: by torch's allocator; device: in use on the whole card, other processes and the CUDA
@@ -82,34 +84,36 @@ class Figures:
     """Figures of one rank in a step that is not its first. Bytes; seconds."""
 
     static: Bytes  # in weights, buffers and optimizer states, between steps
-    instants: Annotated[dict[str, Peak], Field(min_length=1)]
-    phases: Annotated[dict[str, Peak], Field(min_length=1)]
+    instants: Annotated[dict[str, MeasuredPeak], Field(min_length=1)]
+    phases: Annotated[dict[str, MeasuredPeak], Field(min_length=1)]
     step_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)]  # of every timed step
-    loss: Loss  # None: infinite, or no number
+    loss: MeasuredLoss  # None: infinite, or no number
     context: Bytes | None = (
         None  # in use on the card beside what the allocator reserved: the CUDA context, and other processes
     )
     workspace: Bytes | None = None  # of cuBLAS, for all of its handles
 
     @property
-    def peak(self) -> Peak:
+    def peak(self) -> MeasuredPeak:
         """The largest of the step, each figure by itself."""
-        found = [[value for value in column if value is not None] for column in zip(*self.phases.values(), strict=True)]
-        return Peak(max(found[0]), *(max(column) if column else None for column in found[1:]))
+        columns = [
+            [value for value in column if value is not None] for column in zip(*self.phases.values(), strict=True)
+        ]
+        return MeasuredPeak(max(columns[0]), *(max(column) if column else None for column in columns[1:]))
 
     @classmethod
     def from_data(cls, data: object) -> Figures:
         """Raises ValueError."""
-        found: Figures = _adapter(Figures).validate_python(data)
-        return found
+        figures: Figures = _adapter_for(Figures).validate_python(data)
+        return figures
 
 
 @dataclass(frozen=True)
 class Case:
     """A step to measure. `config`: of the model as it is to be run, that is of `layers` of its layers when they are not all."""
 
-    model: Name
-    strategy: Name
+    model: NameText
+    strategy: NameText
     config: dict[str, Any]
     recipe: Recipe  # its chunks are numbers
     seq_len: Tokens
@@ -124,21 +128,21 @@ class Case:
         return read_config(self.config, self.model, self.assume)
 
     def as_data(self) -> dict[str, Any]:
-        named = [
+        names = [
             f.name for f in fields(Case) if f.name != "assume" or self.assume is not None
         ]  # as results of before have it
-        return {**{name: getattr(self, name) for name in named}, "recipe": self.recipe.model_dump()}
+        return {**{name: getattr(self, name) for name in names}, "recipe": self.recipe.model_dump()}
 
     @classmethod
     def from_data(cls, data: object) -> Case:
         """Raises ValueError."""
-        found: Case = _adapter(Case).validate_python(data)
-        return found
+        case: Case = _adapter_for(Case).validate_python(data)
+        return case
 
     @property
     def words(self) -> str:
-        part = f", {self.layers} layers" if self.layers else ""
-        return f"{one_line(self.model, 80)}{part}, {one_line(self.strategy, 40)}, {self.seq_len:,} tokens"
+        layers_words = f", {self.layers} layers" if self.layers else ""
+        return f"{one_line(self.model, 80)}{layers_words}, {one_line(self.strategy, 40)}, {self.seq_len:,} tokens"
 
 
 class _Environment(BaseModel):
@@ -146,22 +150,22 @@ class _Environment(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    card: Word
+    card: ShortText
     total_bytes: Annotated[int, Field(ge=LEAST_MEMORY, lt=MOST_MEMORY)]
-    torch: Word
-    transformers: Word
+    torch: ShortText
+    transformers: ShortText
     allocator: Annotated[str, Field(max_length=10_000)]
     threads: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
-    driver: Word | None = None
-    cuda: Word | None = None
+    driver: ShortText | None = None
+    cuda: ShortText | None = None
     cudnn: int | None = None
-    sdpa: Word | None = None
-    python: Word | None = None
+    sdpa: ShortText | None = None
+    python: ShortText | None = None
 
 
-def _tells_where(environment: dict[str, Any]) -> dict[str, Any]:
-    found = _Environment.model_validate(environment)
-    if found.card == "cpu" and found.threads is None:
+def _check_environment(environment: dict[str, Any]) -> dict[str, Any]:
+    checked = _Environment.model_validate(environment)
+    if checked.card == "cpu" and checked.threads is None:
         raise ValueError("no number of threads")
     return environment
 
@@ -171,11 +175,11 @@ class Measurement:
     """Outcome of a case. environment: card, its bytes, driver, versions; of a CPU, its threads. ranks: the figures of each, when the outcome is ok."""
 
     case: Case
-    environment: Annotated[dict[str, Any], AfterValidator(_tells_where)]
+    environment: Annotated[dict[str, Any], AfterValidator(_check_environment)]
     outcome: Annotated[str, Field(pattern=f"^({OK}|{OUT_OF_MEMORY}|{REFUSED}|{FAILED})$")]
     error: str = ""
     ranks: tuple[Figures, ...] = ()
-    when: Word = ""  # ISO date and time, UTC
+    when: ShortText = ""  # ISO date and time, UTC
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def as_data(self) -> dict[str, Any]:
@@ -188,18 +192,18 @@ class Measurement:
     @classmethod
     def from_data(cls, data: object) -> Measurement:
         """Raises ValueError, also for what contradicts itself, and ModelError for a model that cannot be read."""
-        found: Measurement = _adapter(Measurement).validate_python(data)
-        recipe, told = found.case.recipe, {tuple(sorted(rank.instants)) for rank in found.ranks}
-        elsewhere = (found.case.device == "cpu") != (found.environment["card"] == "cpu")
-        unread = not (found.case.described.layers and found.key)  # raises now what it would later
+        measurement: Measurement = _adapter_for(Measurement).validate_python(data)
+        recipe, instant_names = measurement.case.recipe, {tuple(sorted(rank.instants)) for rank in measurement.ranks}
+        contradicts = (measurement.case.device == "cpu") != (measurement.environment["card"] == "cpu")
+        unreadable = not (measurement.case.described.layers and measurement.key)  # raises now what it would later
         if (
             "auto" in (recipe.mlp_chunks, recipe.loss_chunks)
-            or len(told) != (found.outcome == OK)
-            or elsewhere
-            or unread
+            or len(instant_names) != (measurement.outcome == OK)
+            or contradicts
+            or unreadable
         ):
             raise ValueError("no measurement")
-        return found
+        return measurement
 
     def __repr__(self) -> str:
         peak = f", peak {format_gib(self.peak.allocated)}" if self.ranks else ""
@@ -216,7 +220,7 @@ class Measurement:
         return key_of(self.case, self.environment)
 
     @property
-    def peak(self) -> Peak:
+    def peak(self) -> MeasuredPeak:
         """Peak of the rank that used the most memory."""
         return max((rank.peak for rank in self.ranks), key=lambda peak: peak.allocated)
 
@@ -238,85 +242,88 @@ class Measurement:
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter_for(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
 def key_of(case: Case, environment: Mapping[str, Any]) -> str:
-    same = {
+    facts = {
         name: environment.get(name)
         for name in ("card", "torch", "transformers", "allocator", "threads", "cudnn", "sdpa")
     }
-    what = {**case.as_data(), "model": "", "strategy": "", "steps": 0}
-    return sha256(json.dumps([what, same], sort_keys=True).encode()).hexdigest()[:32]
+    case_data = {**case.as_data(), "model": "", "strategy": "", "steps": 0}
+    return sha256(json.dumps([case_data, facts], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def sliced(config: Mapping[str, Any], layers: int, name: str, assume: str | None = None) -> dict[str, Any]:
+def slice_config(config: Mapping[str, Any], layers: int, name: str, assume: str | None = None) -> dict[str, Any]:
     """The config.json of a model's first layers. Raises ModelError when it has no more than that."""
     count = read_config(config, name, assume).layers
     if not 1 <= layers <= count:
         raise ModelError(f"--layers {layers}: {name} has {count} layers.\nGive a number from 1 to {count}.")
-    return _shorter(config, count, layers)
+    return _shorten(config, count, layers)
 
 
-def _shorter(config: Mapping[str, Any], count: int, layers: int) -> dict[str, Any]:
-    found = dict(config)
+def _shorten(config: Mapping[str, Any], count: int, layers: int) -> dict[str, Any]:
+    shortened = dict(config)
     for name, value in config.items():
         if name in ("num_hidden_layers", "n_layer") and value == count:
-            found[name] = layers
+            shortened[name] = layers
         elif isinstance(value, list) and len(value) == count:
-            found[name] = value[:layers]
+            shortened[name] = value[:layers]
         elif name == "text_config" and isinstance(value, dict):
-            found[name] = _shorter(value, count, layers)
-    return found
+            shortened[name] = _shorten(value, count, layers)
+    return shortened
 
 
 # ---- files --------------------------------------------------------------------------------------------------------------
 
 
-class Read(NamedTuple):
+class ResultsContent(NamedTuple):
     """Contents of a results file; `skipped`: a line for each that is damaged, with its number."""
 
     measurements: list[Measurement]
     skipped: list[str]
 
 
-def read(path: Path) -> Read:
+def read_results(path: Path) -> ResultsContent:
     """Read a results file. Raises MeasurementError for a file that is none, or all written by a newer mstplan."""
     data = files.read_bytes(path, "a results file of `mstplan measure`", _LARGEST_FILE, MeasurementError)
-    found, newer = Read([], []), None
+    results, newer = ResultsContent([], []), None
     for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         why = "is damaged"
         try:
-            told = json.loads(line.decode())
-            schema = told.get("schema_version") if isinstance(told, dict) else None
+            document = json.loads(line.decode())
+            schema = document.get("schema_version") if isinstance(document, dict) else None
             if not isinstance(schema, int) or schema <= SCHEMA_VERSION:
-                found.measurements.append(Measurement.from_data(told))
+                results.measurements.append(Measurement.from_data(document))
                 continue
             newer = newer or f"of schema {one_line(schema, 20)}, and this mstplan reads up to {SCHEMA_VERSION}"
             why = f"is {newer}"
         except (ValueError, ModelError, RecursionError):
             pass
-        found.skipped.append(f"{one_line(path)}: line {number} {why} and left out.")
-    if newer is not None and not found.measurements:
+        results.skipped.append(f"{one_line(path)}: line {number} {why} and left out.")
+    if newer is not None and not results.measurements:
         raise MeasurementError(f"{quoted(path)} has results {newer}.\nUpdate mstplan.")
-    return found
+    return results
 
 
-def read_all(paths: Iterable[Path]) -> Read:
+def read_all_results(paths: Iterable[Path]) -> ResultsContent:
     """Several files together; of measurements with the same key the last one."""
-    found = [read(path) for path in paths]
-    return Read(latest(m for one in found for m in one.measurements), [line for one in found for line in one.skipped])
+    results = [read_results(path) for path in paths]
+    return ResultsContent(
+        latest_by_key(m for result in results for m in result.measurements),
+        [line for result in results for line in result.skipped],
+    )
 
 
-def archive() -> list[Path]:
+def shipped_results() -> list[Path]:
     """The results files that ship with mstplan."""
     return sorted((profiles.ROOT / "measurements").glob("*.jsonl"))
 
 
-def latest(measurements: Iterable[Measurement]) -> list[Measurement]:
+def latest_by_key(measurements: Iterable[Measurement]) -> list[Measurement]:
     return list({m.key: m for m in measurements}.values())
 
 
@@ -326,7 +333,7 @@ def appending(path: Path) -> Iterator[Callable[[Measurement], None]]:
 
     Raises MeasurementError, also for a file that holds something else, and OutputError."""
     files.check_writable(path, force=True)
-    file = _Locked(path)
+    file = _LockedFile(path)
     try:
         yield file.append
     finally:
@@ -339,17 +346,17 @@ def check_appendable(path: Path) -> None:
         pass
 
 
-class _Locked:
+class _LockedFile:
     """A results file that this process alone writes to, and alone may remove."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.handle, self.locked = _take(path)
+        self.handle, self.locked = _open_locked(path)
 
     def append(self, measurement: Measurement) -> None:
         line = (json.dumps(measurement.as_data(), separators=(",", ":")) + "\n").encode()
-        if not _is_at(self.handle, self.path):  # removed or replaced: what is written to it nobody would find
-            before, (self.handle, self.locked) = self.handle, _take(self.path)
+        if not _is_file_at(self.handle, self.path):  # removed or replaced: what is written to it nobody would find
+            before, (self.handle, self.locked) = self.handle, _open_locked(self.path)
             os.close(before)
         with files.refusing(self.path):
             _end_last_line(self.handle)
@@ -360,21 +367,21 @@ class _Locked:
     def close(self) -> None:
         with suppress(OSError):
             if (
-                self.locked and _is_at(self.handle, self.path) and not os.fstat(self.handle).st_size
+                self.locked and _is_file_at(self.handle, self.path) and not os.fstat(self.handle).st_size
             ):  # nothing came of it
                 os.unlink(os.path.realpath(self.path))  # not a link to it
         os.close(self.handle)
 
 
-def _take(path: Path) -> tuple[int, bool]:
+def _open_locked(path: Path) -> tuple[int, bool]:
     """Open and lock a results file; also whether there are locks here. A lock is of the file that was opened: whether the path still
     names that one is certain only once it is locked."""
     for _ in range(100):
         with files.refusing(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            locked = _lock(handle, path)
-            if _is_at(handle, path):
+            locked = _lock_file(handle, path)
+            if _is_file_at(handle, path):
                 _check_results(path, handle)
                 return handle, locked
         except BaseException:
@@ -384,7 +391,7 @@ def _take(path: Path) -> tuple[int, bool]:
     raise OutputError(f"cannot write {quoted(path)}: it is removed as soon as it is made.\nName another file.")
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_file_at(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except OSError:
@@ -399,14 +406,16 @@ def _end_last_line(handle: int) -> None:
 
 def _check_results(path: Path, handle: int) -> None:
     """Check that a file holds results. Raises MeasurementError for one that holds something else."""
-    begins = os.pread(handle, len(_BEGINNING), 0)
-    if not _BEGINNING.startswith(begins) and not read(path).measurements:  # of results the only line may be cut off
+    beginning = os.pread(handle, len(_FIRST_BYTES), 0)
+    if (
+        not _FIRST_BYTES.startswith(beginning) and not read_results(path).measurements
+    ):  # of results the only line may be cut off
         raise MeasurementError(
             f"{quoted(path)} holds no results of `mstplan measure`, so none are added.\nName another file with --out."
         )
 
 
-def _lock(handle: int, path: Path) -> bool:
+def _lock_file(handle: int, path: Path) -> bool:
     """Lock the file where there are locks, and say whether; lines are appended whole in any case. Raises MeasurementError when another process has this one."""
     try:
         import fcntl

@@ -22,12 +22,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from ..errors import MeasurementError, one_line, quoted
 from .launch import Launch
 from .measurement import OK, Case, Figures, Measurement, appending
-from .sweep import now
-from .worker import attempt, check_cuda, environment, local_rank
-from .worker import measure as measure_here
+from .sweep import utc_now
+from .worker import attempt_step, check_cuda, local_rank, measure_here, read_environment
 
-_FAILED, _RECORDED = "mstplan: a rank failed", "mstplan: its record is written"
-_SECONDS = 0.5  # between two looks
+_FAILED_KEY, _RECORDED_KEY = "mstplan: a rank failed", "mstplan: its record is written"
+_POLL_SECONDS = 0.5  # between two looks
 
 
 class Ranks:
@@ -59,48 +58,57 @@ class Ranks:
             dist.destroy_process_group()
 
     def environment(self) -> dict[str, Any]:
-        return environment(self.device)
+        return read_environment(self.device)
 
-    def measure(self, case: Case, known: dict[str, Any], out: Path) -> Measurement | None:
+    def measure(self, case: Case, environment: dict[str, Any], out: Path) -> Measurement | None:
         """Measure, and append what comes of it to `out`: one record. None on ranks that have nothing to say. Raises OutputError."""
         with self._ending_with_the_first_that_fails():
-            mine = attempt(lambda: measure_here(case))
-            if mine["outcome"] != OK:
-                return self._record_failure(case, known, mine, out)
-            found: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(found, mine["figures"])
+            attempted = attempt_step(lambda: measure_here(case))
+            if attempted["outcome"] != OK:
+                return self._record_failure(case, environment, attempted, out)
+            figures: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(figures, attempted["figures"])
         if dist.get_rank() != 0:
             return None
-        return _write(Measurement(case, known, OK, "", tuple(map(Figures.from_data, found)), now()), out)
+        return _append_measurement(
+            Measurement(case, environment, OK, "", tuple(map(Figures.from_data, figures)), utc_now()), out
+        )
 
-    def _record_failure(self, case: Case, known: dict[str, Any], mine: dict[str, Any], out: Path) -> Measurement | None:
+    def _record_failure(
+        self, case: Case, environment: dict[str, Any], attempted: dict[str, Any], out: Path
+    ) -> Measurement | None:
         """Keep the error of the first rank that fails; later ones have nothing to add."""
         self.failed, rank = True, str(dist.get_rank())
-        if self.store.compare_set(_FAILED, "", rank).decode() != rank:
-            self.store.wait([_RECORDED], timedelta(minutes=1))
+        if self.store.compare_set(_FAILED_KEY, "", rank).decode() != rank:
+            self.store.wait([_RECORDED_KEY], timedelta(minutes=1))
             return None
         try:
-            return _write(Measurement(case, known, mine["outcome"], f"rank {rank}: {mine['error']}", (), now()), out)
+            return _append_measurement(
+                Measurement(
+                    case, environment, attempted["outcome"], f"rank {rank}: {attempted['error']}", (), utc_now()
+                ),
+                out,
+            )
         finally:
-            self.store.set(_RECORDED, rank)
+            self.store.set(_RECORDED_KEY, rank)
 
     @contextmanager
     def _ending_with_the_first_that_fails(self) -> Iterator[None]:
-        done = threading.Event()
+        finished = threading.Event()
 
         def watch() -> None:
-            while not done.wait(_SECONDS):
-                if not self.failed and self.store.check([_RECORDED]):
+            while not finished.wait(_POLL_SECONDS):
+                if not self.failed and self.store.check([_RECORDED_KEY]):
                     os._exit(0)
 
         threading.Thread(target=watch, daemon=True).start()
         try:
             yield
         finally:
-            done.set()
+            finished.set()
 
 
-def _write(found: Measurement, out: Path) -> Measurement:
+def _append_measurement(measurement: Measurement, out: Path) -> Measurement:
     with appending(out) as append:
-        append(found)
-    return found
+        append(measurement)
+    return measurement

@@ -22,7 +22,7 @@ from ..units import parse_length
 from . import sweep
 from .measurement import Case
 
-_LARGEST = 1_000_000  # bytes
+_LARGEST_FILE = 1_000_000  # bytes
 _WAY_OUT = 'Write {"cases": [{"model": "llama3.1-8b", "seq_len": ["8k", "16k"], "strategy": ["mst"], "layers": 4}]}.'
 
 _Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
@@ -31,7 +31,7 @@ _Texts = Annotated[
 ]
 
 
-class _Row(BaseModel):
+class _SuiteRow(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
@@ -45,47 +45,47 @@ class _Suite(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     about: str = ""
-    cases: list[_Row]
+    cases: list[_SuiteRow]
 
 
-def cases(
+def read_cases(
     path: str | os.PathLike[str], card: Card, device: str = "cuda", limit: int | None = None, steps: int = 3
 ) -> list[Case]:
     """Cases of a suite: of a file, or of one that ships. Raises MeasurementError, which names the file and the case."""
-    found: list[Case] = []
-    for number, row in enumerate(_read(path).cases, 1):
+    points: list[Case] = []
+    for number, row in enumerate(_read_suite(path).cases, 1):
         with _naming(path, number):
             recipes = {strategy_name(name): strategy(name).changed(**row.recipe) for name in row.strategy}
             lengths = [parse_length(text) for text in row.seq_len]
-            found += sweep.cases(row.model, lengths, recipes, card, row.layers, device, limit, steps)
-    if not found:
+            points += sweep.plan_cases(row.model, lengths, recipes, card, row.layers, device, limit, steps)
+    if not points:
         raise MeasurementError(f"{quoted(path)} has no point to measure.\n{_WAY_OUT}")
-    return found
+    return points
 
 
-def shipped() -> list[str]:
+def shipped_suites() -> list[str]:
     """Names of the suites that ship with mstplan."""
     return sorted(path.stem for path in (profiles.ROOT / "suites").glob("*.json"))
 
 
-def _read(path: str | os.PathLike[str]) -> _Suite:
-    known, name = shipped(), str(path)
+def _read_suite(path: str | os.PathLike[str]) -> _Suite:
+    names, name = shipped_suites(), str(path)
     if not os.path.exists(path):  # whatever it is: False for what can be no path
-        if name not in known:
+        if name not in names:
             raise MeasurementError(
-                f"there is no file {quoted(path)}.\nGive the path of a suite in JSON, or the name of one that ships: {', '.join(known)}."
+                f"there is no file {quoted(path)}.\nGive the path of a suite in JSON, or the name of one that ships: {', '.join(names)}."
             )
         path = profiles.ROOT / "suites" / f"{name}.json"
-    text = files.read_text(path, "a suite in JSON", _LARGEST, MeasurementError)
+    text = files.read_text(path, "a suite in JSON", _LARGEST_FILE, MeasurementError)
     if (key := files.repeated_key(text)) is not None:
         raise MeasurementError(f"{quoted(path)}: {quoted(key)} is given twice.\nLeave one of the two out.")
     try:
         return _Suite.model_validate_json(text)
     except ValidationError as e:
-        raise MeasurementError(f"{quoted(path)}{_problem(e)}\n{_WAY_OUT}") from None
+        raise MeasurementError(f"{quoted(path)}{_describe_problem(e)}\n{_WAY_OUT}") from None
 
 
-def _problem(error: ValidationError) -> str:
+def _describe_problem(error: ValidationError) -> str:
     """Place of the first thing that pydantic found wrong, and what it is."""
     problem = error.errors(include_url=False)[0]
     where = list(problem["loc"])
@@ -94,7 +94,7 @@ def _problem(error: ValidationError) -> str:
     case = f", case {int(where[1]) + 1}" if len(where) > 1 else ""
     field = str(where[2] if len(where) > 2 else where[0] if len(where) == 1 else "")
     if problem["type"] == "extra_forbidden":
-        return f"{case}: there is no {quoted(field)} in a suite.{did_you_mean(field, _Row.model_fields if case else _Suite.model_fields)}"
+        return f"{case}: there is no {quoted(field)} in a suite.{did_you_mean(field, _SuiteRow.model_fields if case else _Suite.model_fields)}"
     if problem["type"] in ("missing", "too_short"):
         return f"{case}: {quoted(field)} is {problem['type'].replace('too_short', 'empty')}."
     return f"{case}: {field + ' ' if field else ''}{problem['msg'].replace('Input should', 'must')} (got {quoted(problem['input'])})."

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ..errors import MeasurementError, RecipeError, one_line
 from ..plan import solve
-from ..showing import Showing, unseen
+from ..showing import Showing, show_nothing
 from ..spec.catalog import load_config, load_model
 from ..spec.config import read_config
 from ..spec.hardware import Card, card_that_torch_names
@@ -26,7 +26,18 @@ from ..spec.model import Model
 from ..step.recipe import Recipe
 from ..step.runnable import check_runnable
 from ..units import SHORTEST, format_gib
-from .measurement import FAILED, OK, OUT_OF_MEMORY, Case, Figures, Measurement, appending, key_of, read, sliced
+from .measurement import (
+    FAILED,
+    OK,
+    OUT_OF_MEMORY,
+    Case,
+    Figures,
+    Measurement,
+    appending,
+    key_of,
+    read_results,
+    slice_config,
+)
 
 _PACKAGE = Path(__file__).parents[1]
 _PROGRAM = f"""
@@ -39,23 +50,23 @@ spec.loader.exec_module(sys.modules["mstplan"])
 from mstplan.measuring.worker import main
 main()
 """
-PROCESS = (sys.executable, "-c", _PROGRAM)
+WORKER_COMMAND = (sys.executable, "-c", _PROGRAM)
 """How a process starts that measures: with this very mstplan, wherever it was found. `python -m` would take the current folder for a place
 to look for modules."""
-FINAL = (OK, OUT_OF_MEMORY)
+FINAL_OUTCOMES = (OK, OUT_OF_MEMORY)
 """Outcomes that a rerun takes for done. Not what was refused: a package more, and it may run."""
 
 
 # ---- which points -------------------------------------------------------------------------------------------------------
 
 
-def card_of(known: Mapping[str, Any], limit: int | None = None) -> Card:
+def card_of(environment: Mapping[str, Any], limit: int | None = None) -> Card:
     """The card to plan for: the device of that environment (for a CPU any card with as much memory), or `limit` bytes of it."""
-    whole = card_that_torch_names(known["card"], known["total_bytes"])
+    whole = card_that_torch_names(environment["card"], environment["total_bytes"])
     return whole if limit is None else whole._replace(total_bytes=min(limit, whole.total_bytes))
 
 
-def cases(
+def plan_cases(
     model: str,
     lengths: Iterable[int],
     recipes: Mapping[str, Recipe],
@@ -68,81 +79,83 @@ def cases(
 ) -> list[Case]:
     """Cases of every recipe of a model at every length, chunks as the recipe says or as recommended for `card`. Raises ModelError;
     RecipeError for a recipe that cannot be run; MeasurementError when no length at all can fit."""
-    name, config = subject(model, layers, assume)
-    described, found = read_config(config, name, assume), []
-    for (how, recipe), asked in product(recipes.items(), lengths):
-        seq_len = recipe.padded(asked)
-        chunks = solve.plan_at(described, recipe, card, seq_len).chunks
-        fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
-        check_runnable(fixed)
-        _refuse_fewer_tokens_than_chunks(recipe, fixed, seq_len)
-        found.append(Case(name, how, config, fixed, seq_len, layers, device, limit, steps, assume))
-    for case in found:
-        _refuse_hopeless(described, case, card)
-    return sorted(found, key=lambda case: case.seq_len)
+    name, config = load_subject(model, layers, assume)
+    planned_model, points = read_config(config, name, assume), []
+    for (strategy, recipe), length in product(recipes.items(), lengths):
+        seq_len = recipe.padded(length)
+        chunks = solve.plan_at(planned_model, recipe, card, seq_len).chunks
+        fixed_recipe = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
+        check_runnable(fixed_recipe)
+        _refuse_fewer_tokens_than_chunks(recipe, fixed_recipe, seq_len)
+        points.append(Case(name, strategy, config, fixed_recipe, seq_len, layers, device, limit, steps, assume))
+    for case in points:
+        _refuse_hopeless(planned_model, case, card)
+    return sorted(points, key=lambda case: case.seq_len)
 
 
-def subject(spec: str, layers: int | None, assume: str | None = None) -> tuple[str, dict[str, Any]]:
+def load_subject(spec: str, layers: int | None, assume: str | None = None) -> tuple[str, dict[str, Any]]:
     """The name and the config.json of what is to be measured: a model, or its first layers. Raises ModelError."""
     config, name = dict(load_config(spec)), load_model(spec, assume).name
-    return name, config if layers is None else sliced(config, layers, name, assume)
+    return name, config if layers is None else slice_config(config, layers, name, assume)
 
 
 def _refuse_fewer_tokens_than_chunks(asked: Recipe, fixed: Recipe, seq_len: int) -> None:
     """No result is to stand under another number of chunks than was asked for."""
-    for what in ("mlp_chunks", "loss_chunks"):
-        if getattr(asked, what) not in ("auto", getattr(fixed, what)):
+    for field in ("mlp_chunks", "loss_chunks"):
+        if getattr(asked, field) not in ("auto", getattr(fixed, field)):
             raise RecipeError(
-                f"{seq_len:,} tokens cannot be run in {getattr(asked, what):,} chunks.\nGive {seq_len:,} at most (--chunks), or auto."
+                f"{seq_len:,} tokens cannot be run in {getattr(asked, field):,} chunks.\nGive {seq_len:,} at most (--chunks), or auto."
             )
 
 
 def _refuse_hopeless(model: Model, case: Case, card: Card) -> None:
     """A step whose weights, gradients and optimizer states alone are more than the memory there is."""
-    needed = solve.plan_at(model, case.recipe, card, SHORTEST).peak_bytes
-    if needed <= card.total_bytes:
+    least_bytes = solve.plan_at(model, case.recipe, card, SHORTEST).peak_bytes
+    if least_bytes <= card.total_bytes:
         return
-    each = (needed - solve.plan_at(model.first(1), case.recipe, card, SHORTEST).peak_bytes) / max(1, model.layers - 1)
-    fitting = model.layers - int((needed - card.total_bytes) / max(1.0, each)) - 1
-    slice_of_it = f'Measure a slice of it: --layers {fitting} ("layers": {fitting} in a suite).'
-    more = "Take a smaller model" + (", or give more with --gpu-mem." if case.limit is not None else ".")
+    layer_bytes = (least_bytes - solve.plan_at(model.first(1), case.recipe, card, SHORTEST).peak_bytes) / max(
+        1, model.layers - 1
+    )
+    fitting_layers = model.layers - int((least_bytes - card.total_bytes) / max(1.0, layer_bytes)) - 1
+    slice_words = f'Measure a slice of it: --layers {fitting_layers} ("layers": {fitting_layers} in a suite).'
+    other_words = "Take a smaller model" + (", or give more with --gpu-mem." if case.limit is not None else ".")
     raise MeasurementError(
-        f"{model.name}, {case.strategy}: {SHORTEST} tokens take {format_gib(needed)}, most of it weights and optimizer states; there are "
-        f"{format_gib(card.total_bytes)}.\n{slice_of_it if fitting >= 1 else more}"
+        f"{model.name}, {case.strategy}: {SHORTEST} tokens take {format_gib(least_bytes)}, most of it weights and optimizer states; there are "
+        f"{format_gib(card.total_bytes)}.\n{slice_words if fitting_layers >= 1 else other_words}"
     )
 
 
 # ---- each in a process of its own ------------------------------------------------------------------------------------------
 
 
-def environment(device: str) -> dict[str, Any]:
+def ask_environment(device: str) -> dict[str, Any]:
     """Facts that figures on this device depend on: card, bytes, driver, versions. Raises MeasurementError where there is none."""
-    done = subprocess.run(
-        [*PROCESS, "describe", device],
+    completed = subprocess.run(
+        [*WORKER_COMMAND, "describe", device],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
-        env=variables(device),
+        env=process_environment(device),
     )
     try:
-        found: dict[str, Any] = json.loads(done.stdout)
+        facts: dict[str, Any] = json.loads(completed.stdout)
     except ValueError:
-        raise MeasurementError(f"cannot look at the device: {_last_line(done.stderr)}") from None
-    if "error" in found:
-        raise MeasurementError(found["error"])
-    return found
+        raise MeasurementError(f"cannot look at the device: {_last_line(completed.stderr)}") from None
+    if "error" in facts:
+        raise MeasurementError(facts["error"])
+    return facts
 
 
-def variables(device: str) -> dict[str, str]:
+def process_environment(device: str) -> dict[str, str]:
     """Environment variables of a process that measures. On CUDA with expandable segments, as predictions assume and most long runs want,
     unless the user has set the allocator up. A place without a name in PYTHONPATH would be the current folder."""
-    found = dict(os.environ)
-    if "PYTHONPATH" in found:
-        found["PYTHONPATH"] = os.pathsep.join(filter(None, found["PYTHONPATH"].split(os.pathsep)))
-    if device == "cuda" and "PYTORCH_ALLOC_CONF" not in found:
-        found.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    return found
+    variables = dict(os.environ)
+    if "PYTHONPATH" in variables:
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, variables["PYTHONPATH"].split(os.pathsep)))
+    if device == "cuda" and "PYTORCH_ALLOC_CONF" not in variables:
+        variables.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    return variables
 
 
 class Sweep(NamedTuple):
@@ -155,55 +168,59 @@ class Sweep(NamedTuple):
     @property
     def complete(self) -> bool:
         """Whether every point has its answer: running out of memory is one, a failure or a refusal is none."""
-        return all(m.outcome in FINAL for m in self.measurements)
+        return all(m.outcome in FINAL_OUTCOMES for m in self.measurements)
 
 
 def measure_all(
     cases: Sequence[Case],
-    known: Mapping[str, Any],
+    environment: Mapping[str, Any],
     out: Path,
     timeout: float | None = None,
     again: bool = False,
     begins: Callable[[], object] = lambda: None,
     tell: Callable[[Measurement], object] = lambda _m: None,
-    showing: Showing = unseen,
+    showing: Showing = show_nothing,
 ) -> Sweep:
     """Measure each point that the results file `out` has no answer for, or with `again` all, and append what comes of it. `begins` is
     called once the file is found in order, `tell` with each result as it comes. Raises MeasurementError and OutputError about the file."""
     with appending(out) as append, showing("measuring", len(cases)) as advance:
         begins()
-        earlier = read(out)
-        known_before = {} if again else done(earlier.measurements)
-        found, skipped = [], 0
+        content = read_results(out)
+        final_results = {} if again else results_by_key(content.measurements)
+        measurements, skipped = [], 0
         for case in cases:
-            if (before := known_before.get(key_of(case, known))) is not None:
+            if (earlier := final_results.get(key_of(case, environment))) is not None:
                 skipped += 1
-                found.append(before)
+                measurements.append(earlier)
             else:
                 advance(case.words, 0)
-                found.append(run(case, known, timeout))
-                append(found[-1])
+                measurements.append(measure_case(case, environment, timeout))
+                append(measurements[-1])
             advance("", 1)
-            tell(found[-1])
-    return Sweep(found, skipped, earlier.skipped)
+            tell(measurements[-1])
+    return Sweep(measurements, skipped, content.skipped)
 
 
-def done(earlier: Iterable[Measurement]) -> dict[str, Measurement]:
+def results_by_key(earlier: Iterable[Measurement]) -> dict[str, Measurement]:
     """Measurements that a rerun need not make again, by key."""
-    return {m.key: m for m in earlier if m.outcome in FINAL}
+    return {m.key: m for m in earlier if m.outcome in FINAL_OUTCOMES}
 
 
-def run(case: Case, known: Mapping[str, Any], timeout: float | None = None) -> Measurement:
+def measure_case(case: Case, environment: Mapping[str, Any], timeout: float | None = None) -> Measurement:
     """Measure in a new process. Whatever becomes of that is an outcome: running out of memory, an error, a crash, a kill, or
-    too little time (seconds). `known`: the environment, for a process that dies before it can tell."""
-    late = threading.Event()
+    too little time (seconds). `environment`: what to record for a process that dies before it can tell."""
+    timed_out = threading.Event()
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
-            PROCESS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=variables(case.device)
+            WORKER_COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=process_environment(case.device),
         )
 
         def stop() -> None:
-            late.set()
+            timed_out.set()
             child.kill()
 
         timer = threading.Timer(timeout, stop) if timeout is not None else None
@@ -217,17 +234,21 @@ def run(case: Case, known: Mapping[str, Any], timeout: float | None = None) -> M
             child.kill()
             child.wait()
         errors.seek(0)
-        said = errors.read().decode(errors="replace")
+        error_text = errors.read().decode(errors="replace")
     if line:
-        found = json.loads(line)
+        reply = json.loads(line)
     else:
-        found = {
+        reply = {
             "outcome": FAILED,
-            "error": f"took more than {timeout:g} s" if late.is_set() else _death(child.returncode, said),
+            "error": f"took more than {timeout:g} s"
+            if timed_out.is_set()
+            else _describe_death(child.returncode, error_text),
             "figures": None,
         }
-    ranks = (Figures.from_data(found["figures"]),) if found["figures"] is not None else ()
-    return Measurement(case, found.get("environment", dict(known)), found["outcome"], found["error"], ranks, now())
+    ranks = (Figures.from_data(reply["figures"]),) if reply["figures"] is not None else ()
+    return Measurement(
+        case, reply.get("environment", dict(environment)), reply["outcome"], reply["error"], ranks, utc_now()
+    )
 
 
 def _converse(child: subprocess.Popen[bytes], case: Case) -> bytes:
@@ -248,13 +269,13 @@ def _converse(child: subprocess.Popen[bytes], case: Case) -> bytes:
     return line
 
 
-def _death(code: int, said: str) -> str:
+def _describe_death(code: int, error_text: str) -> str:
     """Reason why a process ended without an answer."""
     if code == -signal.SIGKILL:
         return "killed (SIGKILL): by hand, or by the system for want of CPU RAM"
     if code < 0:
-        return f"crashed: {signal.Signals(-code).name}. {_last_line(said)}".rstrip()
-    return f"ended with code {code}. {_last_line(said)}".rstrip()
+        return f"crashed: {signal.Signals(-code).name}. {_last_line(error_text)}".rstrip()
+    return f"ended with code {code}. {_last_line(error_text)}".rstrip()
 
 
 def _last_line(text: str) -> str:
@@ -262,5 +283,5 @@ def _last_line(text: str) -> str:
     return one_line(lines[-1], 300) if lines else ""
 
 
-def now() -> str:
+def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

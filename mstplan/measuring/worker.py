@@ -35,16 +35,20 @@ from ..tracing.kernels import STAND_INS, real_implementation
 from ..tracing.tracer import attention_of
 from ..train.step import NO_HOST_MEMORY, TrainingStep, build, read_settings
 from ..units import format_gib
-from .allocations import bytes_of, record_step, there
+from .allocations import record_step, resident_tensors, storage_bytes
 from .instant_hooks import marking
-from .launch import launched
-from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, Peak
+from .launch import read_launch
+from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, MeasuredPeak
 
 
-def environment(device: str) -> dict[str, Any]:
+def read_environment(device: str) -> dict[str, Any]:
     """Facts that figures depend on beside the case. Raises MeasurementError where there is no such device."""
-    known = cache.versions()
-    found = {"python": platform.python_version(), "torch": known["torch"], "transformers": known["transformers"]}
+    versions = cache.versions()
+    libraries = {
+        "python": platform.python_version(),
+        "torch": versions["torch"],
+        "transformers": versions["transformers"],
+    }
     if device == "cpu":
         return {
             "card": "cpu",
@@ -52,7 +56,7 @@ def environment(device: str) -> dict[str, Any]:
             "driver": None,
             "allocator": "",
             "threads": torch.get_num_threads(),
-            **found,
+            **libraries,
         }
     check_cuda()
     torch.cuda.set_device(local_rank())
@@ -60,12 +64,12 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "card": properties.name,
         "total_bytes": properties.total_memory,
-        "driver": _driver(),
+        "driver": _driver_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "sdpa": _sdpa_kernel(),
         "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "",
-        **found,
+        **libraries,
     }
 
 
@@ -76,7 +80,7 @@ def check_cuda() -> None:
         )
 
 
-def _driver() -> str | None:
+def _driver_version() -> str | None:
     """The version of the NVIDIA driver, as NVML tells it."""
     with suppress(OSError, AttributeError):
         nvml, buffer = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.create_string_buffer(96)
@@ -96,34 +100,34 @@ def _sdpa_kernel(device: str = "cuda") -> str:
 
 def local_rank() -> int:
     """The device of this rank, of those that it sees."""
-    here = launched()
-    return here.local_rank % max(1, torch.cuda.device_count()) if here is not None else 0
+    launch = read_launch()
+    return launch.local_rank % max(1, torch.cuda.device_count()) if launch is not None else 0
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case) -> Figures:
+def measure_here(case: Case) -> Figures:
     """Run the case's steps on its device, as a rank among others when a process group is there. Raises what torch raises."""
     cuda = case.device == "cuda"
     workspace = _prepare_cuda(case) if cuda else None
-    step = TrainingStep(_model(case), case.recipe, case.seq_len)
+    step = TrainingStep(_build_model(case), case.recipe, case.seq_len)
     loss = step.run()  # the first makes the optimizer's states
-    seconds = tuple(_timed(step, cuda) for _ in range(case.steps))
-    instants, phases = _watched_on_cuda(step) if cuda else _watched_on_cpu(step)
+    seconds = tuple(_time_step(step, cuda) for _ in range(case.steps))
+    instants, phases = _watch_on_cuda(step) if cuda else _watch_on_cpu(step)
     _check_limit_of_cpu(case, instants)
-    static = sum(bytes_of(there(step)).values())
-    return Figures(static, instants, phases, seconds, float(loss), _beside_tensors() if cuda else None, workspace)
+    static = sum(storage_bytes(resident_tensors(step)).values())
+    return Figures(static, instants, phases, seconds, float(loss), _bytes_beside_tensors() if cuda else None, workspace)
 
 
-def _check_limit_of_cpu(case: Case, instants: dict[str, Peak]) -> None:
+def _check_limit_of_cpu(case: Case, instants: dict[str, MeasuredPeak]) -> None:
     """Nothing limits a process's tensors on a CPU: the peak is compared. Raises MemoryError."""
     peak = max(peak.allocated for peak in instants.values())
     if case.device == "cpu" and case.limit is not None and peak > case.limit:
         raise MemoryError(f"the peak of {format_gib(peak)} is more than {format_gib(case.limit)}")
 
 
-def _model(case: Case) -> PreTrainedModel:
+def _build_model(case: Case) -> PreTrainedModel:
     settings = read_settings(case.config)
     attention = real_attention(case.recipe, settings, case.device)
     device = f"cuda:{local_rank()}" if case.device == "cuda" else case.device
@@ -144,7 +148,7 @@ def real_attention(recipe: Recipe, settings: PreTrainedConfig, device: str) -> s
     return real_implementation(attention_of(recipe, settings, device))
 
 
-def _timed(step: TrainingStep, cuda: bool) -> float:
+def _time_step(step: TrainingStep, cuda: bool) -> float:
     if cuda:
         torch.cuda.synchronize()  # what earlier steps left to do
     started = time.perf_counter()
@@ -154,28 +158,28 @@ def _timed(step: TrainingStep, cuda: bool) -> float:
     return time.perf_counter() - started
 
 
-Watched = tuple[dict[str, Peak], dict[str, Peak]]
+WatchedPeaks = tuple[dict[str, MeasuredPeak], dict[str, MeasuredPeak]]
 
 
-def _watched_on_cpu(step: TrainingStep) -> Watched:
+def _watch_on_cpu(step: TrainingStep) -> WatchedPeaks:
     """Watch a step by torch's profiler, which sees every allocation. Between ranks the least of a few steps: gloo's thread may hold on to a
     finished collective's buffers for a moment."""
-    runs = [record_step(step).peaks() for _ in range(3 if step.recipe.sharded else 1)]
-    instants = {name: min(run[name] for run in runs) for name in runs[0]}
-    return {name: Peak(size) for name, size in instants.items()}, {
-        phase: Peak(size) for phase, size in by_phase(instants).items()
+    peaks_of_runs = [record_step(step).peaks() for _ in range(3 if step.recipe.sharded else 1)]
+    instants = {name: min(peaks[name] for peaks in peaks_of_runs) for name in peaks_of_runs[0]}
+    return {name: MeasuredPeak(size) for name, size in instants.items()}, {
+        phase: MeasuredPeak(size) for phase, size in max_by_phase(instants).items()
     }
 
 
-def by_phase(instants: dict[str, int]) -> dict[str, int]:
-    found: dict[str, int] = {}
+def max_by_phase(instants: dict[str, int]) -> dict[str, int]:
+    peaks: dict[str, int] = {}
     for name, size in instants.items():
         phase = Instant(name).phase
-        found[phase] = max(size, found.get(phase, 0))
-    return found
+        peaks[phase] = max(size, peaks.get(phase, 0))
+    return peaks
 
 
-def _beside_tensors() -> int:
+def _bytes_beside_tensors() -> int:
     """Bytes of the card in use beside what torch's allocator has reserved."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
@@ -193,7 +197,7 @@ def _prepare_cuda(case: Case) -> int:
         context = card_that_torch_names(
             torch.cuda.get_device_name(), total
         ).gpu.context_bytes  # as predictions have it: kernels are yet to be loaded
-        share = (case.limit - max(context, _beside_tensors())) / total
+        share = (case.limit - max(context, _bytes_beside_tensors())) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
     return workspaces
 
@@ -207,54 +211,54 @@ def _multiply_and_attend() -> None:
     torch.cuda.synchronize()
 
 
-class _Peaks:
+class _PeakCounters:
     """Peaks of whatever is named, one after the other, from the caching allocator's own counters. They count on the host, when
     a tensor is made: nothing needs to be waited for."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Peak] = {}
+        self.peaks: dict[str, MeasuredPeak] = {}
         self.name = ""
 
     def __call__(self, name: str) -> None:
         """End what was named before; `name` begins."""
         if self.name:
             now, before = (
-                Peak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()),
-                self.found.get(self.name, Peak(0, 0)),
+                MeasuredPeak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()),
+                self.peaks.get(self.name, MeasuredPeak(0, 0)),
             )
-            self.found[self.name] = Peak(
+            self.peaks[self.name] = MeasuredPeak(
                 max(now.allocated, before.allocated), max(now.reserved or 0, before.reserved or 0)
             )
         torch.cuda.reset_peak_memory_stats()
         self.name = name
 
 
-def _watched_on_cuda(step: TrainingStep) -> Watched:
+def _watch_on_cuda(step: TrainingStep) -> WatchedPeaks:
     """One step for the instants, one for the phases, whose end is waited for."""
-    peaks = _Peaks()
+    peaks = _PeakCounters()
     with marking(step, peaks) as begin:
         step.run(begin)
     peaks("")
-    instants = peaks.found
+    instants = peaks.peaks
     device: dict[str, int] = {}
-    peaks = _Peaks()
+    peaks = _PeakCounters()
 
-    def phase(name: str) -> None:
+    def begin_phase(name: str) -> None:
         torch.cuda.synchronize()
         if peaks.name:
             free, total = torch.cuda.mem_get_info()
             device[peaks.name] = max(total - free, device.get(peaks.name, 0))
         peaks(name)
 
-    step.run(phase)
-    phase("")
-    return instants, {name: peak._replace(device=device[name]) for name, peak in peaks.found.items()}
+    step.run(begin_phase)
+    begin_phase("")
+    return instants, {name: peak._replace(device=device[name]) for name, peak in peaks.peaks.items()}
 
 
 # ---- the process ------------------------------------------------------------------------------------------------------------
 
 
-_NO_MEMORY = (
+_NO_MEMORY_WORDS = (
     NO_HOST_MEMORY,
     "CUDA error: out of memory",  # loading a kernel
     "ALLOC_FAILED",
@@ -263,16 +267,16 @@ _NO_MEMORY = (
 """Words of RuntimeErrors that tell of memory: only torch's allocator for cards has an error of its own."""
 
 
-def attempt(run: Callable[[], Figures]) -> dict[str, Any]:
+def attempt_step(measure_step: Callable[[], Figures]) -> dict[str, Any]:
     """{outcome, error, figures} of one rank."""
     try:
-        return {"outcome": OK, "error": "", "figures": asdict(run())}
+        return {"outcome": OK, "error": "", "figures": asdict(measure_step())}
     except InputError as e:
         return {"outcome": REFUSED, "error": str(e), "figures": None}
     except (torch.OutOfMemoryError, MemoryError) as e:
         return {"outcome": OUT_OF_MEMORY, "error": one_line(e, 300), "figures": None}
     except RuntimeError as e:
-        no_memory = any(words in str(e) for words in _NO_MEMORY)
+        no_memory = any(words in str(e) for words in _NO_MEMORY_WORDS)
         return {
             "outcome": OUT_OF_MEMORY if no_memory else FAILED,
             "error": f"{type(e).__name__}: {one_line(e, 300)}",
@@ -287,25 +291,25 @@ def _end_with_parent() -> None:
     os._exit(3)
 
 
-def _first_to_go() -> None:
+def _offer_to_be_killed() -> None:
     """When the machine runs out of memory, let it be this process that the kernel ends, not another."""
     with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")
 
 
 def main() -> None:
-    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no part of the answer
     if sys.argv[1:2] == ["describe"]:
         try:
-            found = environment(sys.argv[2])
+            reply = read_environment(sys.argv[2])
         except (MeasurementError, MissingError) as e:
-            found = {"error": str(e)}
+            reply = {"error": str(e)}
     else:
         case = Case.from_data(json.loads(sys.stdin.readline()))
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        _first_to_go()
-        found = {"environment": environment(case.device), **attempt(lambda: measure(case))}
-    answer.write(json.dumps(found) + "\n")
-    answer.flush()
+        _offer_to_be_killed()
+        reply = {"environment": read_environment(case.device), **attempt_step(lambda: measure_here(case))}
+    output.write(json.dumps(reply) + "\n")
+    output.flush()
     os._exit(0)  # tearing down CUDA and torch takes seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..spec import hardware
-from ..spec.hardware import GRANULARITY, Card, Gpu, same_size
+from ..spec.hardware import GRANULARITY, Card, Gpu, gpus_of_size
 from ..spec.model import Model
 from ..step.cuda import BIAS_ROWS
 from ..step.optimizers import stand_ins
@@ -14,34 +14,36 @@ from ..step.recipe import Recipe, strategy_label
 from ..step.steps import Chunks, embeddings_are_frozen
 from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration
-from .solve import Answer, Plan, longest, max_seq, smallest_chunks_tokens, window_of
-from .ways import Way, nearest
+from .solve import Answer, Plan, longest_sequence, max_seq, smallest_chunks_tokens, window_of
+from .ways import Way, nearest_plan
 
 
-def kept_notes(model: Model | None = None) -> list[str]:
+def left_out_notes(model: Model | None = None) -> list[str]:
     """A line for each file of the user's folder that answers, on this model, do without because it is damaged."""
-    return hardware.left_out() + (calibration.left_out(model) if model is not None else [])
+    return hardware.left_out_notes() + (calibration.left_out_notes(model) if model is not None else [])
 
 
-def card_notes(on: Card) -> list[str]:
+def card_notes(card: Card) -> list[str]:
     """How the budget came about."""
-    gpu = on.gpu
-    if on.named and on.total_bytes == gpu.usable_bytes:
-        size = f"{gpu.label}: torch sees {format_gib(on.total_bytes)} ({gpu.usable_kind})"
-    elif on.named:
-        size = f"{gpu.label}, limited to {format_gib(on.total_bytes)} by --gpu-mem"
+    gpu = card.gpu
+    if card.named and card.total_bytes == gpu.usable_bytes:
+        size = f"{gpu.label}: torch sees {format_gib(card.total_bytes)} ({gpu.usable_kind})"
+    elif card.named:
+        size = f"{gpu.label}, limited to {format_gib(card.total_bytes)} by --gpu-mem"
     else:
-        size = f"--gpu-mem: {format_gib(on.total_bytes)} nominal (GB is read as GiB: a GPU sold as 80 GB holds 80 GiB)"
+        size = (
+            f"--gpu-mem: {format_gib(card.total_bytes)} nominal (GB is read as GiB: a GPU sold as 80 GB holds 80 GiB)"
+        )
     notes = [
         f"{size}; minus {format_gib(gpu.context_bytes)} CUDA context and {format_gib(GRANULARITY, 0)} allocator granularity"
-        + (f" and {format_gib(on.reserve_bytes)} reserve" if on.reserve_bytes else "")
-        + f": a budget of {format_gib(on.budget_bytes)}."
+        + (f" and {format_gib(card.reserve_bytes)} reserve" if card.reserve_bytes else "")
+        + f": a budget of {format_gib(card.budget_bytes)}."
     ]
-    if not on.named:
-        near = same_size(on)
-        if near:
-            seen = ", ".join(f"{g.name} {g.usable_bytes / GIB:.2f}" for g in near[:4])
-            notes.append(f"Real GPUs show less; name yours with --gpu (GiB that torch sees: {seen}).")
+    if not card.named:
+        similar = gpus_of_size(card)
+        if similar:
+            examples = ", ".join(f"{g.name} {g.usable_bytes / GIB:.2f}" for g in similar[:4])
+            notes.append(f"Real GPUs show less; name yours with --gpu (GiB that torch sees: {examples}).")
         notes.append(f"Chunk sizes and step times assume the rates of {gpu.name}; --gpu names another.")
     if gpu.architecture in ("pascal", "volta", "turing"):
         notes.append(
@@ -53,8 +55,8 @@ def card_notes(on: Card) -> list[str]:
 def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     notes = []
     if recipe.attention == "sdpa" and not model.has_sdpa and model.stand_in is None:
-        how = "eager" if recipe.precision == "fp32" else "flash_attention_2"
-        notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{how}'.")
+        kernel = "eager" if recipe.precision == "fp32" else "flash_attention_2"
+        notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{kernel}'.")
     windows = any(kind.window is not None for kind in model.layer_kinds)
     if recipe.attention == "sdpa" and model.has_sdpa and windows:
         notes.append(
@@ -81,19 +83,19 @@ def _frozen_notes(model: Model, recipe: Recipe) -> list[str]:
     return notes
 
 
-def kernel_notes(model: Model, recipe: Recipe, on: Card) -> list[str]:
+def kernel_notes(model: Model, recipe: Recipe, card: Card) -> list[str]:
     """Where another attention kernel runs than the one that is counted. From source, see Gpu.prefers_cudnn; huggingface/transformers#48163
     found it so on Hopper."""
     if not (
-        on.named
-        and on.gpu.prefers_cudnn
+        card.named
+        and card.gpu.prefers_cudnn
         and recipe.attention == "sdpa"
         and recipe.precision != "fp32"
         and model.has_sdpa
     ):
         return []
     note = (
-        f"sdpa on {on.gpu.name}: from torch 2.11 it runs cuDNN's attention, whose workspace nobody has published; FlashAttention-2's is counted, which "
+        f"sdpa on {card.gpu.name}: from torch 2.11 it runs cuDNN's attention, whose workspace nobody has published; FlashAttention-2's is counted, which "
         "runs with TORCH_CUDNN_SDPA_DEPRIORITIZED=1 or --attention flash."
     )
     return [note]
@@ -120,18 +122,17 @@ def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
 
 def answer_notes(answer: Answer) -> list[str]:
     """Position limit passed, host memory short, padded batches, what a larger M would buy."""
-    p = answer.plan
+    plan = answer.plan
     if answer.s_max == 0:
-        return [f"{strategy_label(answer.strategy)}: not even {SHORTEST} tokens fit: {_short_of(p)}."]
-    notes = position_notes(p.model, answer.s_max)
-    if p.card.host_bytes is not None:
-        alone = longest(p.model, p.recipe, p.card, p.chunks)
-        if alone > answer.s_max:
-            there = format_gib(p.card.host_bytes)
-            notes.append(
-                f"{strategy_label(answer.strategy)}: CPU RAM is short: {there} allows {format_tokens(answer.s_max)} tokens, the GPU {format_tokens(alone)}."
-            )
-    return notes + padding_notes(strategy_label(answer.strategy), p, answer.s_max) + larger_chunks_note(answer)
+        return [f"{strategy_label(answer.strategy)}: not even {SHORTEST} tokens fit: {_shortage(plan)}."]
+    notes = position_notes(plan.model, answer.s_max)
+    if plan.card.host_bytes is not None:
+        gpu_s_max = longest_sequence(plan.model, plan.recipe, plan.card, plan.chunks)
+        if gpu_s_max > answer.s_max:
+            host_size = format_gib(plan.card.host_bytes)
+            allowed = f"{host_size} allows {format_tokens(answer.s_max)} tokens, the GPU {format_tokens(gpu_s_max)}"
+            notes.append(f"{strategy_label(answer.strategy)}: CPU RAM is short: {allowed}.")
+    return notes + padding_notes(strategy_label(answer.strategy), plan, answer.s_max) + larger_chunks_note(answer)
 
 
 def padding_notes(strategy: str, plan: Plan, s_max: int) -> list[str]:
@@ -139,18 +140,16 @@ def padding_notes(strategy: str, plan: Plan, s_max: int) -> list[str]:
     window = window_of(plan.model, plan.recipe)
     if window is None or s_max < window - 1 or plan.recipe.pad_to % BIAS_ROWS == 0:
         return []
-    padded = max_seq(plan.model, plan.recipe.changed(pad_to=BIAS_ROWS), plan.card).s_max
-    if padded <= s_max:
+    padded_s_max = max_seq(plan.model, plan.recipe.changed(pad_to=BIAS_ROWS), plan.card).s_max
+    if padded_s_max <= s_max:
         return []
-    with_them = (
-        f"with batches padded to multiples of {BIAS_ROWS} (--pad-to {BIAS_ROWS}) {format_tokens(padded)} tokens fit"
-    )
+    effect = f"with batches padded to multiples of {BIAS_ROWS} (--pad-to {BIAS_ROWS}) {format_tokens(padded_s_max)} tokens fit"
     return [
-        f"{strategy}: lengths that are no multiple of {BIAS_ROWS} need a padded mask, which ends it at {format_tokens(s_max)}; {with_them}."
+        f"{strategy}: lengths that are no multiple of {BIAS_ROWS} need a padded mask, which ends it at {format_tokens(s_max)}; {effect}."
     ]
 
 
-def _short_of(plan: Plan) -> str:
+def _shortage(plan: Plan) -> str:
     """What is missing of the card, and of host memory."""
     parts = []
     if plan.peak_bytes > plan.budget_bytes:
@@ -164,14 +163,14 @@ def host_notes(plan: Plan) -> list[str]:
     if plan.fits_host or plan.card.host_bytes is None:
         return []
     recipe = plan.recipe
-    asking = {
+    users = {
         "optimizer states": recipe.optimizer_on_host,
         "weights": recipe.weights_on_host,
         "layer inputs": recipe.offload_layer_inputs,
     }
-    what = ", ".join(name for name, asked in asking.items() if asked)
+    users_words = ", ".join(name for name, uses_host in users.items() if uses_host)
     return [
-        f"CPU RAM is short: {what} need {format_gib(plan.host_bytes)} there, and it has {format_gib(plan.card.host_bytes)}"
+        f"CPU RAM is short: {users_words} need {format_gib(plan.host_bytes)} there, and it has {format_gib(plan.card.host_bytes)}"
     ]
 
 
@@ -183,39 +182,45 @@ def position_notes(model: Model, seq_len: int) -> list[str]:
     return [f"{model.name} was made for {format_tokens(model.context)} positions: longer sequences need {more}."]
 
 
-def nothing_tried() -> str:
+def changes_do_not_help() -> str:
     others = ", ".join(each.short for each in stand_ins().values())
     return f"Nothing that is tried (checkpointing, chunks, batch 1, bf16, {others}, the optimizer in backward, CPU RAM)"
 
 
-def nothing_fits_notes(found: Sequence[Answer], to_fit: Sequence[Way], smallest: Gpu | None) -> list[str]:
+def nothing_fits_notes(answers: Sequence[Answer], ways_to_fit: Sequence[Way], smallest: Gpu | None) -> list[str]:
     """When no strategy holds even the shortest sequence: what is missing, and the smallest card where it would be enough."""
-    p = nearest([answer.plan for answer in found])
-    lines = [f"Nothing fits, not even {SHORTEST} tokens: {_short_of(p)}."]
-    if not to_fit:
-        more = f" The smallest GPU that holds it: {smallest.name}." if smallest else " No single GPU holds it."
-        lines.append(f"{nothing_tried()} makes it fit on this GPU." + more)
+    plan = nearest_plan([answer.plan for answer in answers])
+    lines = [f"Nothing fits, not even {SHORTEST} tokens: {_shortage(plan)}."]
+    if not ways_to_fit:
+        last_words = f" The smallest GPU that holds it: {smallest.name}." if smallest else " No single GPU holds it."
+        lines.append(f"{changes_do_not_help()} makes it fit on this GPU." + last_words)
     return lines
 
 
 def larger_chunks_note(answer: Answer) -> list[str]:
     """What doubling the recommended chunk counts would buy and cost."""
-    p = answer.plan
-    mlp, loss = p.recipe.mlp_chunks == "auto", p.recipe.loss_chunks == "auto"
+    plan = answer.plan
+    mlp, loss = plan.recipe.mlp_chunks == "auto", plan.recipe.loss_chunks == "auto"
     if not (mlp or loss):
         return []
-    double = Chunks(p.chunks.mlp * (2 if mlp else 1), p.chunks.loss * (2 if loss else 1))
-    more = longest(p.model, p.recipe, p.card, double)
-    gain = (more - answer.s_max) / answer.s_max
-    what = f"{strategy_label(answer.strategy)}: twice the pieces, {double.mlp} (MLP) and {double.loss} (loss), would "
+    double = Chunks(plan.chunks.mlp * (2 if mlp else 1), plan.chunks.loss * (2 if loss else 1))
+    larger_s_max = longest_sequence(plan.model, plan.recipe, plan.card, double)
+    gain = (larger_s_max - answer.s_max) / answer.s_max
+    effect = f"{strategy_label(answer.strategy)}: twice the pieces, {double.mlp} (MLP) and {double.loss} (loss), would "
     if abs(gain) < 0.0005:
         return []
     if gain < 0:
-        return [f"{what}shorten it by {-gain:.1%}: chunks need fp32 sums of their weights' gradients."]
-    least = smallest_chunks_tokens(p.model, p.card.gpu)
-    rows = more * p.recipe.batch
-    short = [need for count, need in ((double.mlp, least[0]), (double.loss, least[1])) if rows // count < need]
+        return [f"{effect}shorten it by {-gain:.1%}: chunks need fp32 sums of their weights' gradients."]
+    min_chunk_tokens = smallest_chunks_tokens(plan.model, plan.card.gpu)
+    rows = larger_s_max * plan.recipe.batch
+    missed = [
+        need
+        for count, need in ((double.mlp, min_chunk_tokens[0]), (double.loss, min_chunk_tokens[1]))
+        if rows // count < need
+    ]
     cost = (
-        f"; a chunk would fall below the {short[0]:,} tokens that keep {p.card.gpu.name} compute-bound" if short else ""
+        f"; a chunk would fall below the {missed[0]:,} tokens that keep {plan.card.gpu.name} compute-bound"
+        if missed
+        else ""
     )
-    return [f"{what}lengthen it by {gain:.1%}{cost}."]
+    return [f"{effect}lengthen it by {gain:.1%}{cost}."]

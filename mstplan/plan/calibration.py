@@ -22,7 +22,7 @@ from pydantic import Field
 
 from .. import files, kept
 from ..errors import InputError, one_line
-from ..kept import Kept
+from ..kept import KeptFile
 from ..profiles import ROOT, user_folder
 from ..spec.model import Model
 from ..step.instants import Instant
@@ -30,12 +30,12 @@ from ..step.recipe import Recipe
 from ..step.tape import BASIS, Vector
 
 SCHEMA_VERSION = 1
-SIZES = ("batch", "mlp_chunks", "loss_chunks", "accumulation", "pad_to")
+OPEN_FIELDS = ("batch", "mlp_chunks", "loss_chunks", "accumulation", "pad_to")
 """Fields of a recipe that a family leaves open."""
-MOST_OF_A_WEIGHT = 128
+MAX_BYTES_PER_WEIGHT = 128
 """Bytes for each weight that no share of a moment reaches: weight, gradient, states and temporaries are some 30 at most, and what
 grows with tokens is far less."""
-NOISE = 64
+NOISE_BYTES = 64
 """Bytes a token by which an instant of constant size may seem to shrink, where it is solved from measurements."""
 
 _Vector = Annotated[tuple[int, ...], Field(min_length=len(BASIS), max_length=len(BASIS))]
@@ -62,13 +62,13 @@ class Calibration(NamedTuple):
         return repr(sorted(self.recipe.items())), self.several_mlp, self.several_loss, self.masked, self.accumulating
 
     @property
-    def said(self) -> str:
+    def source(self) -> str:
         """Source in a few words."""
         p = self.provenance
         return one_line(f"{p['rung']}s with torch {p['torch'].partition('+')[0]}, transformers {p['transformers']}")
 
 
-class _File(NamedTuple):
+class _CalibrationFile(NamedTuple):
     schema_version: int
     model: str
     fingerprint: str
@@ -76,16 +76,20 @@ class _File(NamedTuple):
 
 
 def family_of(recipe: Recipe) -> dict[str, Any]:
-    """Fields in which a recipe differs from the default one, but for SIZES."""
-    usual = Recipe.model_construct()
-    return {name: value for name, value in vars(recipe).items() if name not in SIZES and value != getattr(usual, name)}
+    """Fields in which a recipe differs from the default one, but for OPEN_FIELDS."""
+    default = Recipe.model_construct()
+    return {
+        name: value
+        for name, value in vars(recipe).items()
+        if name not in OPEN_FIELDS and value != getattr(default, name)
+    }
 
 
 def fingerprint(model: Model) -> str:
     """Hash of everything about a model that decides memory."""
     facts = model._replace(name="", hub_id=None, notes=(), context=None, dtype="")
-    said = facts.listed().replace(", stand_in=None", "")  # calibrations are older than the field
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    text = facts.listed().replace(", stand_in=None", "")  # calibrations are older than the field
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def folders() -> tuple[Path, ...]:
@@ -97,69 +101,71 @@ def file_name(model: Model) -> str:
     return f"{model.name.replace(os.sep, '--')}.json"  # of an id org/name, too
 
 
-class Own(NamedTuple):
-    """Calibrations in the user's folder for a model; left_out: why it is left out, in a line."""
+class OwnCalibrations(NamedTuple):
+    """Calibrations in the user's folder for a model; left_out_note: why they are left out, in a line."""
 
     calibrations: tuple[Calibration, ...] = ()
-    left_out: str = ""
+    left_out_note: str = ""
 
 
-def file_of(model: Model) -> Kept | None:
+def find_own_file(model: Model) -> KeptFile | None:
     """The user's own calibrations of a model, as they are now. Answers that stand on others do not compare equal."""
-    return kept.look("calibrations", file_name(model))
+    return kept.find_user_file("calibrations", file_name(model))
 
 
-def of_model(model: Model) -> tuple[Calibration, ...]:
+def calibrations_of(model: Model) -> tuple[Calibration, ...]:
     """The calibrations that are there for a model: the user's own, else those that ship. None of another model of that name."""
-    return _own(model, file_of(model)).calibrations or _shipped(model)
+    return _read_own(model, find_own_file(model)).calibrations or _read_shipped(model)
 
 
-def left_out(model: Model) -> list[str]:
+def left_out_notes(model: Model) -> list[str]:
     """A line when the user's own calibrations of the model are there and cannot be used."""
-    line = _own(model, file_of(model)).left_out
+    line = _read_own(model, find_own_file(model)).left_out_note
     return [line] if line else []
 
 
 @lru_cache(maxsize=256)
-def _own(model: Model, file: Kept | None) -> Own:
+def _read_own(model: Model, file: KeptFile | None) -> OwnCalibrations:
     try:
-        return Own(_checked(model, file)) if file is not None else Own()
+        return OwnCalibrations(_read_checked(model, file)) if file is not None else OwnCalibrations()
     except InputError as e:
-        return Own(left_out=kept.left_out(e))
+        return OwnCalibrations(left_out_note=kept.left_out_note(e))
 
 
 @lru_cache(maxsize=256)
-def _shipped(model: Model) -> tuple[Calibration, ...]:
+def _read_shipped(model: Model) -> tuple[Calibration, ...]:
     path = ROOT / "calibrations" / file_name(model)
     if not os.path.isfile(path):
         return ()
     document = json.loads(path.read_text(encoding="utf-8"))  # building what checks it would take a tenth of an answer
     return (
-        tuple(_from_data(row) for row in document["families"]) if document["fingerprint"] == fingerprint(model) else ()
+        tuple(_from_data(data) for data in document["families"])
+        if document["fingerprint"] == fingerprint(model)
+        else ()
     )
 
 
-def _from_data(row: dict[str, Any]) -> Calibration:
-    moments = {name: tuple(tuple(vector) for vector in vectors) for name, vectors in row["moments"].items()}
-    return Calibration(**{**row, "moments": moments})
+def _from_data(data: dict[str, Any]) -> Calibration:
+    moments = {name: tuple(tuple(vector) for vector in vectors) for name, vectors in data["moments"].items()}
+    return Calibration(**{**data, "moments": moments})
 
 
-def _checked(model: Model, file: Kept) -> tuple[Calibration, ...]:
+def _read_checked(model: Model, file: KeptFile) -> tuple[Calibration, ...]:
     """A file's calibrations of the model. Raises InputError for one that holds what cannot be."""
-    found: _File = kept.read(file, "calibrations of `mstplan calibrate`", _File)
-    if found.schema_version != SCHEMA_VERSION:
-        raise kept.damaged(
-            file, f"its schema is {one_line(found.schema_version)}, and this mstplan reads {SCHEMA_VERSION}"
+    content: _CalibrationFile = kept.read_json(file, "calibrations of `mstplan calibrate`", _CalibrationFile)
+    if content.schema_version != SCHEMA_VERSION:
+        raise kept.damage_error(
+            file, f"its schema is {one_line(content.schema_version)}, and this mstplan reads {SCHEMA_VERSION}"
         )
-    if found.fingerprint != fingerprint(model):
+    if content.fingerprint != fingerprint(model):
         return ()
-    for number, calibration in enumerate(found.families):
-        if why := _wrong(model, calibration):
-            raise kept.damaged(file, f"families.{number}: {why}")
-    return found.families
+    for number, calibration in enumerate(content.families):
+        if why := _find_problem(model, calibration):
+            raise kept.damage_error(file, f"families.{number}: {why}")
+    return content.families
 
 
-def _wrong(model: Model, calibration: Calibration) -> str | None:
+def _find_problem(model: Model, calibration: Calibration) -> str | None:
     """Reason why a calibration cannot be right, or ""."""
     try:
         recipe = Recipe(**calibration.recipe)
@@ -169,10 +175,10 @@ def _wrong(model: Model, calibration: Calibration) -> str | None:
         return "recipe: more than tells a family"
     if not set(calibration.moments) <= set(Instant):
         return "moments: of an instant that a step does not have"
-    return _wrong_moments(model, recipe, calibration.moments) or _wrong_provenance(calibration.provenance)
+    return _find_moment_problem(model, recipe, calibration.moments) or _find_provenance_problem(calibration.provenance)
 
 
-def _wrong_moments(model: Model, recipe: Recipe, moments: dict[str, tuple[Vector, ...]]) -> str | None:
+def _find_moment_problem(model: Model, recipe: Recipe, moments: dict[str, tuple[Vector, ...]]) -> str | None:
     """Reason why moments cannot be right: each holds the weights on the device and grows with the sequence, one by a hidden state."""
     from ..step.parameters import parameter_count
 
@@ -180,12 +186,12 @@ def _wrong_moments(model: Model, recipe: Recipe, moments: dict[str, tuple[Vector
     weights = 0 if recipe.weights_on_host else parameters * recipe.weight_bytes // recipe.gpus
     vectors = [dict(zip(BASIS, vector, strict=True)) for several in moments.values() for vector in several]
     slopes = [v["bs"] + v["s"] + v["br"] + min(0, v["bc"]) + min(0, v["bk"]) for v in vectors]  # a chunk may be short
-    if max(abs(n) for v in vectors for n in v.values()) > MOST_OF_A_WEIGHT * parameters:
+    if max(abs(n) for v in vectors for n in v.values()) > MAX_BYTES_PER_WEIGHT * parameters:
         return "moments: more bytes than a step of the model can take"
     if min(v[""] for v in vectors) < weights // 2:  # what is solved from measurements has some noise
         return "moments: fewer bytes than the model's weights take"
     if (
-        min(slopes) < -NOISE
+        min(slopes) < -NOISE_BYTES
         or min(v["bss"] + v["ss"] for v in vectors) < 0
         or max(v["bs"] for v in vectors) < model.hidden
     ):
@@ -193,10 +199,10 @@ def _wrong_moments(model: Model, recipe: Recipe, moments: dict[str, tuple[Vector
     return None
 
 
-def _wrong_provenance(provenance: dict[str, Any]) -> str | None:
+def _find_provenance_problem(provenance: dict[str, Any]) -> str | None:
     """Reason why a provenance cannot be right: what is read of it is there, and the rest can be printed as JSON."""
-    measured = provenance.get("rung") == "measurement"
-    names = ("rung", "torch", "transformers", *(("card", "strategy") if measured else ()))
+    is_measured = provenance.get("rung") == "measurement"
+    names = ("rung", "torch", "transformers", *(("card", "strategy") if is_measured else ()))
     texts = [provenance.get(name) for name in names]
     if not all(isinstance(text, str) and 0 < len(text) <= 100 for text in texts) or provenance["rung"] not in (
         "trace",
@@ -233,24 +239,28 @@ def are_set_aside() -> bool:
     return _set_aside.get()
 
 
-def find(model: Model, recipe: Recipe, several_mlp: bool, several_loss: bool, masked: bool) -> Calibration | None:
+def find_calibration(
+    model: Model, recipe: Recipe, several_mlp: bool, several_loss: bool, masked: bool
+) -> Calibration | None:
     """The calibration of the recipe's family, if there is one."""
     structure = (several_mlp, several_loss, masked, recipe.accumulation > 1)
-    candidates = [c for c in of_model(model) if (c.several_mlp, c.several_loss, c.masked, c.accumulating) == structure]
+    candidates = [
+        c for c in calibrations_of(model) if (c.several_mlp, c.several_loss, c.masked, c.accumulating) == structure
+    ]
     if not candidates:
         return None
     family = family_of(recipe)
     return next((c for c in candidates if c.recipe == family), None)
 
 
-def write(model: Model, found: Iterable[Calibration], folder: Path) -> Path:
+def write_calibrations(model: Model, calibrations: Iterable[Calibration], folder: Path) -> Path:
     """Write a model's calibrations in place of those of the same families; others of the same model stay. An older file is kept
     as NAME.json.1, .2, ... Returns where. Raises OutputError."""
     path = folder / file_name(model)
-    new = list(found)
-    families = {c.family for c in new}
-    stay = [c for c in _own(model, kept.at(path)).calibrations if c.family not in families]
-    rows = [c._asdict() for c in [*new, *stay]]
+    written = list(calibrations)
+    families = {c.family for c in written}
+    others = [c for c in _read_own(model, kept.find_file(path)).calibrations if c.family not in families]
+    rows = [c._asdict() for c in [*written, *others]]
     document = {
         "schema_version": SCHEMA_VERSION,
         "model": model.name,

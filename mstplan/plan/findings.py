@@ -19,25 +19,25 @@ from .ways import Way
 
 BARE_FORMULA = "estimated: every tensor's bytes, from config.json; nothing measured on a GPU"
 
-_UNMEASURED = "; nothing measured on a GPU"
+_UNMEASURED_WORDS = "; nothing measured on a GPU"
 
 
 def provenance(calibrations: Sequence[Calibration | None]) -> str:
     """What answers of the planner stand on, in a line."""
-    sources = dict.fromkeys(c.said for c in calibrations if c is not None)
+    sources = dict.fromkeys(c.source for c in calibrations if c is not None)
     if not sources:
         return BARE_FORMULA
     unmeasured = not any(c.provenance["rung"] == "measurement" for c in calibrations if c is not None)
     some = "" if None not in calibrations else " in part"
-    return f"estimated, calibrated{some} from {'; '.join(sources)}{_UNMEASURED if unmeasured else ''}"
+    return f"estimated, calibrated{some} from {'; '.join(sources)}{_UNMEASURED_WORDS if unmeasured else ''}"
 
 
-class Longest(NamedTuple):
+class LongestFinding(NamedTuple):
     """The longest sequence of each strategy."""
 
     model: Model
     card: Card
-    found: tuple[Answer, ...]
+    answers: tuple[Answer, ...]
     best: Answer
     to_fit: tuple[Way, ...]  # where nothing fits: what would make something fit
     smallest: Gpu | None  # where nothing fits: the smallest card that holds the nearest strategy
@@ -45,27 +45,27 @@ class Longest(NamedTuple):
 
     @property
     def provenance(self) -> str:
-        return provenance([answer.plan.calibration for answer in self.found])
+        return provenance([answer.plan.calibration for answer in self.answers])
 
 
-def longest(model: Model, card: Card, recipes: Mapping[str, Recipe]) -> Longest:
+def find_longest(model: Model, card: Card, recipes: Mapping[str, Recipe]) -> LongestFinding:
     """What `mstplan max-seq` answers."""
-    found = tuple(solve.max_seq(model, recipe, card, name) for name, recipe in recipes.items())
-    best = max(found, key=lambda a: a.s_max)
-    plans = [answer.plan for answer in found]
+    answers = tuple(solve.max_seq(model, recipe, card, name) for name, recipe in recipes.items())
+    best = max(answers, key=lambda a: a.s_max)
+    plans = [answer.plan for answer in answers]
     to_fit = () if best.s_max else ways.ways_to_train(plans)
-    smallest = None if best.s_max else ways.smallest_gpu(ways.nearest(plans))
-    notes = _notes_of_longest(model, card, found, to_fit, smallest)
-    return Longest(model, card, found, best, to_fit, smallest, tuple(notes))
+    smallest = None if best.s_max else ways.smallest_gpu(ways.nearest_plan(plans))
+    notes = _notes_of_longest(model, card, answers, to_fit, smallest)
+    return LongestFinding(model, card, answers, best, to_fit, smallest, tuple(notes))
 
 
 def _notes_of_longest(
-    model: Model, card: Card, found: Sequence[Answer], to_fit: Sequence[Way], smallest: Gpu | None
+    model: Model, card: Card, answers: Sequence[Answer], to_fit: Sequence[Way], smallest: Gpu | None
 ) -> list[str]:
-    lines = _notes(model, found[-1].plan.recipe, card)
-    if not any(answer.s_max for answer in found):
-        return lines + advice.nothing_fits_notes(found, to_fit, smallest)
-    for answer in found:
+    lines = _notes(model, answers[-1].plan.recipe, card)
+    if not any(answer.s_max for answer in answers):
+        return lines + advice.nothing_fits_notes(answers, to_fit, smallest)
+    for answer in answers:
         lines += [line for line in advice.answer_notes(answer) if line not in lines]
     return lines
 
@@ -73,14 +73,14 @@ def _notes_of_longest(
 def _notes(model: Model, recipe: Recipe, card: Card) -> list[str]:
     """What is said of a model, a recipe and a card in every answer."""
     return [
-        *advice.kept_notes(model),
+        *advice.left_out_notes(model),
         *advice.card_notes(card),
         *advice.kernel_notes(model, recipe, card),
         *advice.recipe_notes(model, recipe),
     ]
 
 
-class AtLength(NamedTuple):
+class LengthFinding(NamedTuple):
     """Each strategy at one length, and one of them in detail."""
 
     plans: Mapping[str, Plan]
@@ -93,7 +93,7 @@ class AtLength(NamedTuple):
     advice: tuple[str, ...]  # where it does not fit
 
     @property
-    def step(self) -> Plan:
+    def plan(self) -> Plan:
         return self.plans[self.name]
 
     @property
@@ -105,59 +105,65 @@ class AtLength(NamedTuple):
         return provenance([plan.calibration for plan in self.plans.values()])
 
 
-def at_length(plans: Mapping[str, Plan], name: str) -> AtLength:
+def assess_length(plans: Mapping[str, Plan], name: str) -> LengthFinding:
     """What `mstplan plan` answers, with the plan of that name in detail."""
-    step = plans[name]
-    reaches = {each: solve.max_seq(p.model, p.recipe, p.card, each).s_max for each, p in plans.items()}
-    to_fit = () if step.fits else ways.ways_to_fit(step)
-    beyond = ways.furthest(step) if not (step.fits or to_fit) else None
-    smallest = None if step.fits else ways.smallest_gpu(step)
-    said = () if step.fits else tuple(_advice(reaches[name], bool(to_fit or beyond), smallest))
-    notes = tuple(_notes_at_length(step, reaches[name]))
-    return AtLength(plans, reaches, name, to_fit, beyond, smallest, notes, said)
+    plan = plans[name]
+    reaches = {
+        strategy: solve.max_seq(strategy_plan.model, strategy_plan.recipe, strategy_plan.card, strategy).s_max
+        for strategy, strategy_plan in plans.items()
+    }
+    to_fit = () if plan.fits else ways.ways_to_fit(plan)
+    beyond = ways.furthest_way(plan) if not (plan.fits or to_fit) else None
+    smallest = None if plan.fits else ways.smallest_gpu(plan)
+    advice_lines = () if plan.fits else tuple(_advice(reaches[name], bool(to_fit or beyond), smallest))
+    notes = tuple(_notes_at_length(plan, reaches[name]))
+    return LengthFinding(plans, reaches, name, to_fit, beyond, smallest, notes, advice_lines)
 
 
-class AtLengths(NamedTuple):
+class LengthsFinding(NamedTuple):
     """Each strategy at several lengths."""
 
-    each: tuple[AtLength, ...]
+    lengths: tuple[LengthFinding, ...]
     notes: tuple[str, ...]
 
     @property
-    def fit(self) -> bool:
+    def all_fit(self) -> bool:
         """Whether every length fits with some strategy."""
-        return all(told.step.fits for told in self.each)
+        return all(finding.plan.fits for finding in self.lengths)
 
     @property
     def provenance(self) -> str:
-        return provenance([plan.calibration for told in self.each for plan in told.plans.values()])
+        return provenance([plan.calibration for finding in self.lengths for plan in finding.plans.values()])
 
 
-def at_lengths(found: Sequence[tuple[Mapping[str, Plan], str]]) -> AtLengths:
+def assess_lengths(plans_by_length: Sequence[tuple[Mapping[str, Plan], str]]) -> LengthsFinding:
     """What `mstplan plan` answers to several lengths: of each, plans by name, and the name of the one to take."""
-    first = found[0][0].values()
-    reaches = {name: solve.max_seq(p.model, p.recipe, p.card, name).s_max for name, p in found[0][0].items()}
-    each = tuple(AtLength(plans, reaches, name, (), None, None, (), ()) for plans, name in found)
-    step = next(iter(first))
-    longest = max(found, key=lambda one: one[0][one[1]].seq_len)[0]
-    lines = _notes(step.model, step.recipe, step.card)
-    lines += advice.position_notes(step.model, next(iter(longest.values())).seq_len)
-    return AtLengths(each, tuple(lines))
+    first_plans = plans_by_length[0][0].values()
+    reaches = {
+        name: solve.max_seq(plan.model, plan.recipe, plan.card, name).s_max
+        for name, plan in plans_by_length[0][0].items()
+    }
+    findings = tuple(LengthFinding(plans, reaches, name, (), None, None, (), ()) for plans, name in plans_by_length)
+    first_plan = next(iter(first_plans))
+    longest = max(plans_by_length, key=lambda pair: pair[0][pair[1]].seq_len)[0]
+    lines = _notes(first_plan.model, first_plan.recipe, first_plan.card)
+    lines += advice.position_notes(first_plan.model, next(iter(longest.values())).seq_len)
+    return LengthsFinding(findings, tuple(lines))
 
 
-def _notes_at_length(step: Plan, reach: int) -> list[str]:
-    lines = _notes(step.model, step.recipe, step.card) + advice.position_notes(step.model, step.seq_len)
-    if step.peak.tokens != step.recipe.padded(step.seq_len):
+def _notes_at_length(plan: Plan, reach: int) -> list[str]:
+    lines = _notes(plan.model, plan.recipe, plan.card) + advice.position_notes(plan.model, plan.seq_len)
+    if plan.peak.tokens != plan.recipe.padded(plan.seq_len):
         lines.append(
-            f"Of batches up to that length one of {format_tokens(step.peak.tokens)} tokens needs most: its mask has to be padded."
+            f"Of batches up to that length one of {format_tokens(plan.peak.tokens)} tokens needs most: its mask has to be padded."
         )
-    lines += advice.padding_notes("This recipe", step, reach) if step.seq_len > reach else []
-    return lines + [f"{line}." for line in advice.host_notes(step)]
+    lines += advice.padding_notes("This recipe", plan, reach) if plan.seq_len > reach else []
+    return lines + [f"{line}." for line in advice.host_notes(plan)]
 
 
 def _advice(reach: int, changes_help: bool, smallest: Gpu | None) -> list[str]:
     """How far the recipe reaches as it is, and the card that holds the length."""
-    lines = [] if changes_help else [f"{advice.nothing_tried()} makes this length fit on this GPU."]
+    lines = [] if changes_help else [f"{advice.changes_do_not_help()} makes this length fit on this GPU."]
     lines.append(
         f"As it is, this recipe reaches {format_tokens(reach)} tokens here."
         if reach

@@ -14,7 +14,7 @@ from ..spec.catalog import load_model
 from ..spec.hardware import card
 from ..step.recipe import Recipe
 from ..units import GIB
-from .solve import longest, plan_at, recommend
+from .solve import longest_sequence, plan_at, recommend_chunks
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def comparisons() -> tuple[Comparison, ...]:
 
 
 def _compare(row: dict[str, Any]) -> Comparison:
-    about, tokens = row["mstplan"], row["s_max"]
-    known = {
+    assumptions, tokens = row["mstplan"], row["s_max"]
+    published_figures = {
         "model": row["model"],
         "gpu": row["hardware"],
         "case": f"{row['strategy']}; {row['optimizer']}",
@@ -65,31 +65,37 @@ def _compare(row: dict[str, Any]) -> Comparison:
         "published_tokens": tokens,
         "published_gib": row["measured_peak_gib"],
     }
-    if "not_predicted" in about:
+    if "not_predicted" in assumptions:
         return Comparison(
-            **known,
+            **published_figures,
             predicted_tokens=None,
             predicted_gib=None,
             device_wide=False,
             recipe=None,
             predicted_with_older_loss=None,
             explained_by=(),
-            not_predicted=about["not_predicted"],
+            not_predicted=assumptions["not_predicted"],
         )
-    model, on, recipe = load_model(about["model"]), card(about["gpu"]), Recipe.model_validate(about["recipe"])
-    chunks = recommend(model, recipe, on)
-    device_wide = about.get("device_wide", False)
-    peak = plan_at(model, recipe, on, tokens, chunks).peak_bytes + (on.gpu.context_bytes if device_wide else 0)
-    s_max = longest(model, recipe, on, chunks) if row["kind"] == "s_max" else None
+    model, gpu_card, recipe = (
+        load_model(assumptions["model"]),
+        card(assumptions["gpu"]),
+        Recipe.model_validate(assumptions["recipe"]),
+    )
+    chunks = recommend_chunks(model, recipe, gpu_card)
+    device_wide = assumptions.get("device_wide", False)
+    peak = plan_at(model, recipe, gpu_card, tokens, chunks).peak_bytes + (
+        gpu_card.gpu.context_bytes if device_wide else 0
+    )
+    s_max = longest_sequence(model, recipe, gpu_card, chunks) if row["kind"] == "s_max" else None
     older = None
-    if s_max is not None and about.get("older_loss"):
-        older = longest(model, recipe.changed(loss="transformers<4.45"), on, chunks)
+    if s_max is not None and assumptions.get("older_loss"):
+        older = longest_sequence(model, recipe.changed(loss="transformers<4.45"), gpu_card, chunks)
     return Comparison(
-        **known,
+        **published_figures,
         predicted_tokens=s_max,
         predicted_gib=peak / GIB,
         device_wide=device_wide,
         recipe=recipe,
         predicted_with_older_loss=older,
-        explained_by=tuple(about["explained_by"]),
+        explained_by=tuple(assumptions["explained_by"]),
     )

@@ -19,7 +19,7 @@ class Shape(NamedTuple):
     quoted: str = ""  # the figure in the method's introduction, where this is its case
 
 
-QUOTED = {
+QUOTED_FIGURES = {
     "X": "about 1 GB",
     "Q": "about 1 GB",
     "K": "about 1 GB",
@@ -37,35 +37,37 @@ def shapes(model: Model, batch: int, seq_len: int, dtype: str = "bfloat16") -> t
         raise RecipeError(f"unknown dtype {dtype!r}.\nKnown: {', '.join(ITEMSIZE)}.")
     if not all(isinstance(n, int) and n >= 1 for n in (batch, seq_len)):
         raise UnitError(f"batch and seq_len must be whole numbers from 1, not {batch!r} and {seq_len!r}.")
-    a, size = model.attention, ITEMSIZE[dtype]
+    attention, size = model.attention, ITEMSIZE[dtype]
     introduction = (model.hidden, model.vocab, batch, seq_len, dtype) == (4096, 128256, 1, 131072, "bfloat16")
 
-    def row(name: str, symbols: str, *sizes: int) -> Shape:
+    def make_shape(name: str, symbols: str, *sizes: int) -> Shape:
         count = 1
         for n in sizes:
             count *= n
-        return Shape(name, symbols, sizes, dtype, count * size, QUOTED.get(name, "") if introduction else "")
+        return Shape(name, symbols, sizes, dtype, count * size, QUOTED_FIGURES.get(name, "") if introduction else "")
 
     b, s = batch, seq_len
-    found = [
-        row("X", "(b, s, d)", b, s, model.hidden),
-        row("Q", "(b, s, H, e)", b, s, a.heads, a.head_dim),
-        row("K", "(b, s, G, e)", b, s, a.kv_heads, a.head_dim),
-        row("V", "(b, s, G, e)", b, s, a.kv_heads, a.v_head_dim),
+    rows = [
+        make_shape("X", "(b, s, d)", b, s, model.hidden),
+        make_shape("Q", "(b, s, H, e)", b, s, attention.heads, attention.head_dim),
+        make_shape("K", "(b, s, G, e)", b, s, attention.kv_heads, attention.head_dim),
+        make_shape("V", "(b, s, G, e)", b, s, attention.kv_heads, attention.v_head_dim),
     ]
-    if a.kv_heads != a.heads:
-        found.append(row("K, without grouped queries", "(b, s, H, e)", b, s, a.heads, a.head_dim))
-        found.append(row("V, without grouped queries", "(b, s, H, e)", b, s, a.heads, a.v_head_dim))
+    if attention.kv_heads != attention.heads:
+        rows.append(make_shape("K, without grouped queries", "(b, s, H, e)", b, s, attention.heads, attention.head_dim))
+        rows.append(
+            make_shape("V, without grouped queries", "(b, s, H, e)", b, s, attention.heads, attention.v_head_dim)
+        )
     if model.mlp is not None:
         both = 2 if model.mlp.gated else 1
-        found.append(
-            row("MLP gate and up" if both == 2 else "MLP up", f"({both}, b, s, I)", both, b, s, model.mlp.width)
+        rows.append(
+            make_shape("MLP gate and up" if both == 2 else "MLP up", f"({both}, b, s, I)", both, b, s, model.mlp.width)
         )
     if model.experts is not None:
-        e = model.experts
-        found.append(row("expert gate and up", "(2, b, s, A, F)", 2, b, s, e.per_token, e.width))
-    found.append(row("logits", "(b, s, V)", b, s, model.vocab))
-    found.append(row(f"attention matrix, {a.heads} heads", "(b, H, s, s)", b, a.heads, s, s))
-    if a.heads != 16:
-        found.append(row("attention matrix, 16 heads", "(b, 16, s, s)", b, 16, s, s))
-    return tuple(found)
+        experts = model.experts
+        rows.append(make_shape("expert gate and up", "(2, b, s, A, F)", 2, b, s, experts.per_token, experts.width))
+    rows.append(make_shape("logits", "(b, s, V)", b, s, model.vocab))
+    rows.append(make_shape(f"attention matrix, {attention.heads} heads", "(b, H, s, s)", b, attention.heads, s, s))
+    if attention.heads != 16:
+        rows.append(make_shape("attention matrix, 16 heads", "(b, 16, s, s)", b, 16, s, s))
+    return tuple(rows)

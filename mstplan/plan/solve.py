@@ -9,7 +9,7 @@ from math import isqrt
 from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
-from ..kept import Kept
+from ..kept import KeptFile
 from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
 from ..step.cuda import BIAS_ROWS
@@ -20,11 +20,11 @@ from ..step.recipe import Recipe
 from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, step, stored_inputs
 from ..step.tape import ITEMSIZE, Vector
 from ..step.timing import step_seconds
-from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable
+from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
 from . import calibration
 from .calibration import Calibration
 
-GAIN = 0.01
+MIN_GAIN = 0.01
 """A larger number of chunks must lengthen S_max, or lower the peak, by more than this share to be recommended."""
 
 
@@ -32,7 +32,7 @@ def chunk_tokens(seq_len: int, chunks: int) -> int:
     return -(-seq_len // chunks)
 
 
-class Peak(NamedTuple):
+class StepPeak(NamedTuple):
     """The most bytes of a step: at which instant, and in a batch of how many tokens."""
 
     bytes: int
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     card: Card
     seq_len: int
     chunks: Chunks
-    peak: Peak  # of the batch that needs most
+    peak: StepPeak  # of the batch that needs most
     host_bytes: int
     step_seconds: float  # of one optimizer step, at the card's nominal rates: no real step is faster
 
@@ -84,8 +84,8 @@ class Plan(NamedTuple):
     @property
     def chunk_tokens(self) -> Chunks:
         """Tokens of a sequence, as it is run, in a chunk of the MLP and of the loss."""
-        run = self.recipe.padded(self.seq_len)
-        return Chunks(chunk_tokens(run, self.chunks.mlp), chunk_tokens(run, self.chunks.loss))
+        run_tokens = self.recipe.padded(self.seq_len)
+        return Chunks(chunk_tokens(run_tokens, self.chunks.mlp), chunk_tokens(run_tokens, self.chunks.loss))
 
     @property
     def fits(self) -> bool:
@@ -105,13 +105,13 @@ class Plan(NamedTuple):
         """Plan for batches of just so many tokens, whatever shorter ones need."""
         tokens = self.recipe.padded(self.seq_len)
         instant, size = peak_at(self.model, self.recipe, self.card, tokens, self.chunks)
-        return self._replace(peak=Peak(size, instant, tokens))
+        return self._replace(peak=StepPeak(size, instant, tokens))
 
     def instants(self) -> tuple[InstantPeak, ...]:
         """Instants of the step, each with the tensors alive at its largest moment."""
         tokens = self.peak.tokens
         return _step(self.model, self.recipe, self.card.gpu, self.chunks, tokens).instants(
-            sizes(self.recipe, tokens, self.chunks)
+            step_sizes(self.recipe, tokens, self.chunks)
         )
 
     def binding_entries(self) -> tuple[Entry, ...]:
@@ -147,7 +147,7 @@ def window_of(model: Model, recipe: Recipe) -> int | None:
 
 
 @lru_cache(maxsize=256)
-def _bare(recipe: Recipe) -> Recipe:
+def _bare_recipe(recipe: Recipe) -> Recipe:
     """The recipe without what only sizes depend on, so that steps are shared."""
     return recipe.model_copy(
         update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation), "pad_to": 1}
@@ -158,91 +158,98 @@ def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Lay
     """The structure of the step at `seq_len` tokens."""
     window = window_of(model, recipe)
     masked = window is not None and seq_len >= window
-    return Layout(_bare(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
+    return Layout(_bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
 
 
 def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
-    return _calibrated(model, layout_of(model, recipe, chunks, seq_len), gpu.workspaces_bytes)
+    return _calibrated_step(model, layout_of(model, recipe, chunks, seq_len), gpu.workspaces_bytes)
 
 
 def _layout_step(
     model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
 ) -> Step:
-    layout = Layout(_bare(recipe), several_mlp, several_loss, masked, padded)
-    return _calibrated(model, layout, gpu.workspaces_bytes)
+    layout = Layout(_bare_recipe(recipe), several_mlp, several_loss, masked, padded)
+    return _calibrated_step(model, layout, gpu.workspaces_bytes)
 
 
-def _calibrated(model: Model, layout: Layout, workspace: int) -> Step:
+def _calibrated_step(model: Model, layout: Layout, workspace: int) -> Step:
     """The formula's step, or what a calibration has in its place."""
     if calibration.are_set_aside():
         return step(model, layout, workspace)
-    return _standing_on(model, layout, workspace, calibration.file_of(model))
+    return _cached_step(model, layout, workspace, calibration.find_own_file(model))
 
 
 @lru_cache(maxsize=1024)
-def _standing_on(model: Model, layout: Layout, workspace: int, _own: Kept | None) -> Step:
+def _cached_step(model: Model, layout: Layout, workspace: int, _own: KeptFile | None) -> Step:
     """Step for one state of the user's file of calibrations."""
-    found = _calibration(model, layout)
+    replacement = _find_calibration(model, layout)
     formula = step(model, layout, workspace)
-    return formula if found is None else formula.calibrated(found.moments)
+    return formula if replacement is None else formula.calibrated(replacement.moments)
 
 
 def calibration_at(model: Model, recipe: Recipe, seq_len: int, chunks: Chunks) -> Calibration | None:
     """The calibration that the answer at this length stands on; None: the formula."""
-    return _calibration(model, layout_of(model, recipe, chunks, seq_len))
+    return _find_calibration(model, layout_of(model, recipe, chunks, seq_len))
 
 
-def _calibration(model: Model, layout: Layout) -> Calibration | None:
+def _find_calibration(model: Model, layout: Layout) -> Calibration | None:
     """Calibrations are of lengths without padding."""
     if layout.padded:
         return None
-    return calibration.find(model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked)
+    return calibration.find_calibration(
+        model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked
+    )
 
 
-def sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
+def step_sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
     return Sizes(recipe.batch, seq_len, chunk_tokens(seq_len, chunks.mlp), chunk_tokens(seq_len, chunks.loss))
 
 
 # ---- S_max ------------------------------------------------------------------------------------------------------------
 
 
-def longest(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
+def longest_sequence(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
     """S_max in tokens for fixed chunks: it and every shorter length fit, and one more does not; 0 when not even `SHORTEST` fits."""
-    return trainable(_up_to(model, recipe, card, chunks))
+    return trainable_tokens(_longest_within_budget(model, recipe, card, chunks))
 
 
-def _up_to(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
+def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
     """The longest of the lengths that batches can have, up to which all fit in so many pieces. Where a sliding window asks for an explicit
     mask, lengths whose mask is padded need more than their neighbours: the first length of either kind that does not fit ends it."""
-    window, every = window_of(model, recipe), recipe.pad_to
+    window, multiple = window_of(model, recipe), recipe.pad_to
 
     def reach(masked: bool, padded: bool = False) -> int:
-        step = _layout_step(model, recipe, card.gpu, chunks.mlp > 1, chunks.loss > 1, masked, padded)
-        return _longest(step, recipe, chunks, card.budget_bytes) // every * every
+        layout_step = _layout_step(model, recipe, card.gpu, chunks.mlp > 1, chunks.loss > 1, masked, padded)
+        return _longest_of_step(layout_step, recipe, chunks, card.budget_bytes) // multiple * multiple
 
-    plain = reach(masked=False)
-    if window is None or plain < (below := (window - 1) // every * every):
-        return plain
-    too_long = (_following(max(below, reach(masked=True, padded=pads)), every, pads) for pads in (False, True))
-    return min(LONGEST // every * every, *(length - every for length in too_long if length is not None))
+    longest_unmasked = reach(masked=False)
+    if window is None or longest_unmasked < (last_unmasked := (window - 1) // multiple * multiple):
+        return longest_unmasked
+    too_long = (
+        _next_multiple(max(last_unmasked, reach(masked=True, padded=is_padded)), multiple, is_padded)
+        for is_padded in (False, True)
+    )
+    return min(
+        LONGEST // multiple * multiple, *(next_length - multiple for next_length in too_long if next_length is not None)
+    )
 
 
-def _following(length: int, every: int, pads: bool) -> int | None:
-    """The next multiple of `every` whose mask is padded, or is not; None where no multiple is of that kind."""
-    multiples = (length // every * every + n * every for n in range(1, BIAS_ROWS + 1))
-    return next((n for n in multiples if (n % BIAS_ROWS != 0) == pads), None)
+def _next_multiple(length: int, multiple: int, is_padded: bool) -> int | None:
+    """The next multiple of `multiple` whose mask is padded, or is not; None where no multiple is of that kind."""
+    multiples = (length // multiple * multiple + n * multiple for n in range(1, BIAS_ROWS + 1))
+    return next((n for n in multiples if (n % BIAS_ROWS != 0) == is_padded), None)
 
 
-def _longest(step: Step, recipe: Recipe, chunks: Chunks, budget: int) -> int:
+def _longest_of_step(step: Step, recipe: Recipe, chunks: Chunks, budget: int) -> int:
     """Each moment's bytes are a s^2 + b s + const but for rounding up to chunks and to 128: dropping the rounding gives
     an upper bound in closed form, taking it at its most a lower one; the exact length between them is bisected."""
     vectors = [moment.live for moments in step.moments.values() for moment in moments]
-    high = min(_root(_polynomial(v, recipe.batch, chunks, 0), budget) for v in vectors)
-    low = min(_root(_polynomial(v, recipe.batch, chunks, 1), budget) for v in vectors)
+    high = min(_largest_root(_polynomial(v, recipe.batch, chunks, 0), budget) for v in vectors)
+    low = min(_largest_root(_polynomial(v, recipe.batch, chunks, 1), budget) for v in vectors)
     low = max(0, min(low, high))
 
     def fits(seq_len: int) -> bool:
-        units = sizes(recipe, seq_len, chunks).units
+        units = step_sizes(recipe, seq_len, chunks).units
         return all(evaluate(v, units) <= budget for v in vectors)
 
     while low < high:
@@ -267,15 +274,15 @@ def _polynomial(vector: Vector, batch: int, chunks: Chunks, rounding: int) -> tu
     return square, linear, const * d + extra, d
 
 
-def _root(polynomial: tuple[int, int, int, int], budget: int) -> int:
+def _largest_root(polynomial: tuple[int, int, int, int], budget: int) -> int:
     """The largest whole s >= 0 with a s^2 + b s + c <= budget * d; -1 when there is none."""
     a, b, c, d = polynomial
-    room = budget * d - c
-    if room < 0:
+    remaining = budget * d - c
+    if remaining < 0:
         return -1
     if a == 0:
-        return min(LONGEST, room // b) if b > 0 else LONGEST
-    return min(LONGEST, (isqrt(b * b + 4 * a * room) - b) // (2 * a))
+        return min(LONGEST, remaining // b) if b > 0 else LONGEST
+    return min(LONGEST, (isqrt(b * b + 4 * a * remaining) - b) // (2 * a))
 
 
 # ---- chunks -------------------------------------------------------------------------------------------------------------
@@ -288,8 +295,8 @@ def compute_bound_tokens(gpu: Gpu, inner: int, outer: int) -> int:
     ridge point R = FLOP/s over bytes/s when r >= R i o / (i o - R (i + o)).
     """
     ridge = gpu.bf16_flops / gpu.memory_bandwidth
-    room = inner * outer - ridge * (inner + outer)
-    return max(1, -(-int(ridge * inner * outer) // int(room))) if room >= 1 else inner * outer
+    margin = inner * outer - ridge * (inner + outer)
+    return max(1, -(-int(ridge * inner * outer) // int(margin))) if margin >= 1 else inner * outer
 
 
 def smallest_chunks_tokens(model: Model, gpu: Gpu) -> tuple[int, int]:
@@ -315,68 +322,74 @@ def _power_below(n: int) -> int:
     return 1 << (max(1, n).bit_length() - 1)
 
 
-def recommend(model: Model, recipe: Recipe, card: Card) -> Chunks:
-    """The smallest chunk counts (powers of two) beyond which S_max grows by less than `GAIN`, none so large that a
+def recommend_chunks(model: Model, recipe: Recipe, card: Card) -> Chunks:
+    """The smallest chunk counts (powers of two) beyond which S_max grows by less than `MIN_GAIN`, none so large that a
     chunk's matrix products stop being compute-bound on the card."""
     if "auto" not in (recipe.mlp_chunks, recipe.loss_chunks):
         return fixed_chunks(recipe)
 
     @cache
     def reach(chunks: Chunks) -> int:
-        return longest(model, recipe, card, chunks)
+        return longest_sequence(model, recipe, card, chunks)
 
-    least = smallest_chunks_tokens(model, card.gpu)
+    min_chunk_tokens = smallest_chunks_tokens(model, card.gpu)
 
     def compute_bound(chunks: Chunks) -> bool:
-        ours = zip((recipe.mlp_chunks, recipe.loss_chunks), chunks, least, strict=True)
-        return all(asked != "auto" or m == 1 or reach(chunks) * recipe.batch >= m * tokens for asked, m, tokens in ours)
+        counts = zip((recipe.mlp_chunks, recipe.loss_chunks), chunks, min_chunk_tokens, strict=True)
+        return all(
+            setting != "auto" or m == 1 or reach(chunks) * recipe.batch >= m * tokens for setting, m, tokens in counts
+        )
 
     limit = fixed_chunks(recipe, 1, 2)
     if not compute_bound(limit):
         limit = fixed_chunks(recipe)
     for _ in range(8):
         tokens = max(reach(limit), recipe.padded(1)) * recipe.batch  # no batch is shorter than what it is padded to
-        wider = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
-        if wider == limit or reach(wider) < reach(limit):
+        larger = fixed_chunks(
+            recipe, _power_below(tokens // min_chunk_tokens[0]), _power_below(tokens // min_chunk_tokens[1])
+        )
+        if larger == limit or reach(larger) < reach(limit):
             break
-        limit = wider
-    while more := next((c for c in _doubled(recipe, limit) if reach(c) > reach(limit) and compute_bound(c)), None):
-        limit = more
-    enough = reach(limit) * (1 - GAIN)
-    return _fewest(recipe, limit, lambda chunks: reach(chunks) >= enough)
+        limit = larger
+    while doubled := next(
+        (c for c in _doubled_chunks(recipe, limit) if reach(c) > reach(limit) and compute_bound(c)), None
+    ):
+        limit = doubled
+    least_s_max = reach(limit) * (1 - MIN_GAIN)
+    return _fewest_chunks(recipe, limit, lambda chunks: reach(chunks) >= least_s_max)
 
 
-def _doubled(recipe: Recipe, chunks: Chunks) -> list[Chunks]:
+def _doubled_chunks(recipe: Recipe, chunks: Chunks) -> list[Chunks]:
     """Twice the pieces for loss, MLP or both, where the recipe leaves them to us."""
-    found = (fixed_chunks(recipe, chunks.mlp * m, chunks.loss * n) for m, n in ((1, 2), (2, 1), (2, 2)))
-    return [each for each in found if each != chunks]
+    doubled = (fixed_chunks(recipe, chunks.mlp * m, chunks.loss * n) for m, n in ((1, 2), (2, 1), (2, 2)))
+    return [each for each in doubled if each != chunks]
 
 
-def _fewest(recipe: Recipe, limit: Chunks, good: Callable[[Chunks], bool]) -> Chunks:
+def _fewest_chunks(recipe: Recipe, limit: Chunks, is_good: Callable[[Chunks], bool]) -> Chunks:
     """The fewest chunks that are still good, first for the loss, then for the MLP; where the recipe leaves them to us."""
     if recipe.loss_chunks == "auto":
-        limit = limit._replace(loss=_smallest(limit.loss, lambda m: good(limit._replace(loss=m))))
+        limit = limit._replace(loss=_smallest_power(limit.loss, lambda m: is_good(limit._replace(loss=m))))
     if recipe.mlp_chunks == "auto":
-        limit = limit._replace(mlp=_smallest(limit.mlp, lambda m: good(limit._replace(mlp=m))))
+        limit = limit._replace(mlp=_smallest_power(limit.mlp, lambda m: is_good(limit._replace(mlp=m))))
     return limit
 
 
-def _smallest(limit: int, enough: Callable[[int], bool]) -> int:
+def _smallest_power(limit: int, is_enough: Callable[[int], bool]) -> int:
     """The smallest power of two up to limit for which enough(m) holds; it holds for limit, and from some power on."""
-    if enough(1):
+    if is_enough(1):
         return 1
     low, high = 0, limit.bit_length() - 1
     while low + 1 < high:
         middle = (low + high) // 2
-        if enough(1 << middle):
+        if is_enough(1 << middle):
             high = middle
         else:
             low = middle
     return 1 << high
 
 
-def recommend_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:
-    """The smallest chunk counts whose peak at this length is within `GAIN` of the lowest, all chunks compute-bound."""
+def recommend_chunks_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:
+    """The smallest chunk counts whose peak at this length is within `MIN_GAIN` of the lowest, all chunks compute-bound."""
     if "auto" not in (recipe.mlp_chunks, recipe.loss_chunks):
         return fixed_chunks(recipe)
 
@@ -384,14 +397,16 @@ def recommend_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chun
     def peak(chunks: Chunks) -> int:
         return peak_up_to(model, recipe, card, seq_len, chunks).bytes
 
-    least = smallest_chunks_tokens(model, card.gpu)
+    min_chunk_tokens = smallest_chunks_tokens(model, card.gpu)
     tokens = recipe.padded(seq_len) * recipe.batch
-    limit = fixed_chunks(recipe, _power_below(tokens // least[0]), _power_below(tokens // least[1]))
-    enough = min(peak(limit), peak(fixed_chunks(recipe))) * (1 + GAIN)
-    return _fewest(recipe, limit, lambda chunks: peak(chunks) <= enough)
+    limit = fixed_chunks(
+        recipe, _power_below(tokens // min_chunk_tokens[0]), _power_below(tokens // min_chunk_tokens[1])
+    )
+    highest_peak = min(peak(limit), peak(fixed_chunks(recipe))) * (1 + MIN_GAIN)
+    return _fewest_chunks(recipe, limit, lambda chunks: peak(chunks) <= highest_peak)
 
 
-def within(chunks: Chunks, seq_len: int) -> Chunks:
+def cap_chunks(chunks: Chunks, seq_len: int) -> Chunks:
     """No more pieces than tokens."""
     return Chunks(min(chunks.mlp, seq_len), min(chunks.loss, seq_len))
 
@@ -401,36 +416,45 @@ def within(chunks: Chunks, seq_len: int) -> Chunks:
 
 def peak_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> tuple[Instant, int]:
     """The binding instant and its bytes."""
-    return _step(model, recipe, card.gpu, chunks, seq_len).largest(sizes(recipe, seq_len, chunks))
+    return _step(model, recipe, card.gpu, chunks, seq_len).largest(step_sizes(recipe, seq_len, chunks))
 
 
-def peak_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> Peak:
+def peak_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> StepPeak:
     """The peak of the batch, among those of up to `seq_len` tokens, that needs most."""
-    peaks = [(*peak_at(model, recipe, card, tokens, chunks), tokens) for tokens in hardest(model, recipe, seq_len)]
-    return max((Peak(size, instant, tokens) for instant, size, tokens in peaks), key=lambda peak: peak.bytes)
+    peaks = [
+        (*peak_at(model, recipe, card, tokens, chunks), tokens) for tokens in hardest_lengths(model, recipe, seq_len)
+    ]
+    return max((StepPeak(size, instant, tokens) for instant, size, tokens in peaks), key=lambda peak: peak.bytes)
 
 
-def hardest(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:
+def hardest_lengths(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:
     """Lengths of which one needs more than every other up to `seq_len`: that one as it is run; beyond a window, the nearest shorter one
     whose mask has to be padded where this one's has not, or the other way round, and the longest that needs no mask."""
-    run, window, every = recipe.padded(seq_len), window_of(model, recipe), recipe.pad_to
-    if window is None or run < window:
-        return (run,)
-    others = (
+    run_tokens, window, multiple = recipe.padded(seq_len), window_of(model, recipe), recipe.pad_to
+    if window is None or run_tokens < window:
+        return (run_tokens,)
+    shorter = (
         n
-        for n in range(run - every, max(window, run - BIAS_ROWS * every) - 1, -every)
-        if (n % BIAS_ROWS != 0) != (run % BIAS_ROWS != 0)
+        for n in range(run_tokens - multiple, max(window, run_tokens - BIAS_ROWS * multiple) - 1, -multiple)
+        if (n % BIAS_ROWS != 0) != (run_tokens % BIAS_ROWS != 0)
     )
-    plain = (window - 1) // every * every
-    return (run, *islice(others, 1), *([plain] if plain else []))
+    last_unmasked = (window - 1) // multiple * multiple
+    return (run_tokens, *islice(shorter, 1), *([last_unmasked] if last_unmasked else []))
 
 
-def chunks_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:
+def choose_chunks(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:
     """The chunks to use at one length: as few as that length asks for, or those of S_max where only they fit, or where a length beyond
     S_max would fit in more pieces than are recommended, so that a length fits exactly when it is at most S_max."""
-    most, here = recommend(model, recipe, card), recommend_at(model, recipe, card, seq_len)
-    fits_here = peak_up_to(model, recipe, card, seq_len, here).bytes <= card.budget_bytes
-    return here if fits_here == (seq_len <= longest(model, recipe, card, most)) else most
+    chunks_at_s_max, chunks_at_length = (
+        recommend_chunks(model, recipe, card),
+        recommend_chunks_at(model, recipe, card, seq_len),
+    )
+    fits_at_length = peak_up_to(model, recipe, card, seq_len, chunks_at_length).bytes <= card.budget_bytes
+    return (
+        chunks_at_length
+        if fits_at_length == (seq_len <= longest_sequence(model, recipe, card, chunks_at_s_max))
+        else chunks_at_s_max
+    )
 
 
 def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks | None = None) -> Plan:
@@ -444,41 +468,50 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
         )
     if chunks is not None and not all(isinstance(m, int) and m >= 1 for m in chunks):
         raise RecipeError(f"chunks must be whole numbers from 1, not {tuple(chunks)!r}.")
-    given = Chunks(*chunks) if chunks is not None else chunks_at(model, recipe, card, seq_len)
-    run = recipe.padded(seq_len)
-    used = within(given, run)
-    built, where = _step(model, recipe, card.gpu, used, run), sizes(recipe, run, used)
-    host = host_bytes(model, recipe, run, built)
-    peak = peak_up_to(model, recipe, card, seq_len, used)
-    return Plan(model, recipe, card, seq_len, used, peak, host, step_seconds(built, recipe, card.gpu, where, used))
+    chosen = Chunks(*chunks) if chunks is not None else choose_chunks(model, recipe, card, seq_len)
+    run_tokens = recipe.padded(seq_len)
+    capped = cap_chunks(chosen, run_tokens)
+    built_step, run_sizes = _step(model, recipe, card.gpu, capped, run_tokens), step_sizes(recipe, run_tokens, capped)
+    host_size = host_bytes(model, recipe, run_tokens, built_step)
+    peak = peak_up_to(model, recipe, card, seq_len, capped)
+    return Plan(
+        model,
+        recipe,
+        card,
+        seq_len,
+        capped,
+        peak,
+        host_size,
+        step_seconds(built_step, recipe, card.gpu, run_sizes, capped),
+    )
 
 
 def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") -> Answer:
     """The longest sequence that fits with `recipe` on `card`, and in host memory where that is known."""
-    chunks = recommend(model, recipe, card)
-    s_max = longest(model, recipe, card, chunks)
-    found = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
-    if s_max and not found.fits_host:
-        s_max = trainable(min(s_max, _longest_on_host(found)))
-        found = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
-    return Answer(strategy, s_max, found)
+    chunks = recommend_chunks(model, recipe, card)
+    s_max = longest_sequence(model, recipe, card, chunks)
+    plan = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
+    if s_max and not plan.fits_host:
+        s_max = trainable_tokens(min(s_max, _longest_on_host(plan)))
+        plan = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
+    return Answer(strategy, s_max, plan)
 
 
-def _longest_on_host(found: Plan) -> int:
+def _longest_on_host(plan: Plan) -> int:
     """Tokens whose offloaded tensors host memory holds: they grow by as much with every token."""
-    assert found.card.host_bytes is not None
-    built = _step(found.model, found.recipe, found.card.gpu, found.chunks, 1)
-    fixed = host_bytes(found.model, found.recipe, 0, built)
-    per_token = host_bytes(found.model, found.recipe, 1, built) - fixed
-    room, every = found.card.host_bytes - fixed, found.recipe.pad_to
-    return room // per_token // every * every if room >= 0 and per_token else 0
+    assert plan.card.host_bytes is not None
+    built_step = _step(plan.model, plan.recipe, plan.card.gpu, plan.chunks, 1)
+    fixed = host_bytes(plan.model, plan.recipe, 0, built_step)
+    per_token = host_bytes(plan.model, plan.recipe, 1, built_step) - fixed
+    remaining, multiple = plan.card.host_bytes - fixed, plan.recipe.pad_to
+    return remaining // per_token // multiple * multiple if remaining >= 0 and per_token else 0
 
 
-def host_bytes(model: Model, recipe: Recipe, seq_len: int, built: Step) -> int:
+def host_bytes(model: Model, recipe: Recipe, seq_len: int, built_step: Step) -> int:
     """Host memory of one process: offloaded layer inputs, optimizer states, weights. Pinned, so it cannot be swapped."""
-    total = host_states(recipe, built.trained)
+    total = host_states(recipe, built_step.trained)
     if recipe.weights_on_host:
-        total += built.parameters * recipe.weight_bytes
+        total += built_step.parameters * recipe.weight_bytes
     if recipe.offload_layer_inputs:
         stored = stored_inputs(recipe, model.layers)
         total += stored * recipe.batch * seq_len * model.hidden * ITEMSIZE[recipe.used_dtype]

@@ -11,12 +11,12 @@ from ..spec.hardware import Gpu, gpus
 from ..step.optimizers import stand_ins
 from ..step.recipe import Recipe
 from . import calibration
-from .solve import Plan, max_seq, plan_at, recommend_at
+from .solve import Plan, max_seq, plan_at, recommend_chunks_at
 
-_MLP_AGAIN = "time: the MLPs run twice"
-MOST = 4
+_MLP_AGAIN_PRICE = "time: the MLPs run twice"
+MAX_WAYS = 4
 """Ways that are listed."""
-USEFUL = 2048
+USEFUL_TOKENS = 2048
 """Tokens that a way should reach where no length was asked for, if any does."""
 
 
@@ -39,15 +39,17 @@ class Way(NamedTuple):
     @property
     def gives_up(self) -> str:
         """Price of the changes together, in words."""
-        again = () if self.plan.recipe.checkpoint == "none" else (_MLP_AGAIN,)  # a checkpointed layer runs again anyway
+        again = (
+            () if self.plan.recipe.checkpoint == "none" else (_MLP_AGAIN_PRICE,)
+        )  # a checkpointed layer runs again anyway
         return "; ".join(change.gives_up for change in self.changes if change.gives_up not in ("", *again)) or "nothing"
 
 
-def _cost(changes: Iterable[Change]) -> int:
+def _total_cost(changes: Iterable[Change]) -> int:
     return sum(change.cost for change in changes)
 
 
-def _names(changes: Iterable[Change]) -> set[str]:
+def _change_names(changes: Iterable[Change]) -> set[str]:
     return {change.name for change in changes}
 
 
@@ -55,9 +57,9 @@ Lever = tuple[Change, ...]
 """Changes that exclude each other."""
 
 
-def _states(start: Plan) -> tuple[Lever, ...]:
+def _state_levers(start: Plan) -> tuple[Lever, ...]:
     """Levers on the bytes that do not grow with the sequence."""
-    back: Lever = (
+    back_to_gpu: Lever = (
         ()
         if start.fits_host
         else (Change("optimizer states on the GPU", "", 0, {"optimizer_on_host": False, "weights_on_host": False}),)
@@ -71,7 +73,7 @@ def _states(start: Plan) -> tuple[Lever, ...]:
             ),
         ),
         (
-            *back,
+            *back_to_gpu,
             Change(
                 "the optimizer in CPU RAM",
                 "step time (DeepSpeed offload)",
@@ -83,11 +85,11 @@ def _states(start: Plan) -> tuple[Lever, ...]:
     )
 
 
-def _tokens(start: Plan) -> tuple[Lever, ...]:
+def _token_levers(start: Plan) -> tuple[Lever, ...]:
     """Levers on the bytes that grow with the sequence."""
     recipe = start.recipe
-    more = {} if recipe.optimizer_in_backward else {"accumulation": recipe.accumulation * recipe.batch}
-    back: Lever = (
+    accumulation = {} if recipe.optimizer_in_backward else {"accumulation": recipe.accumulation * recipe.batch}
+    back_to_gpu: Lever = (
         () if start.fits_host else (Change("layer inputs on the GPU", "", 0, {"offload_layer_inputs": False}),)
     )
     attention = (
@@ -102,26 +104,28 @@ def _tokens(start: Plan) -> tuple[Lever, ...]:
         (
             Change(
                 "the MLP in chunks",
-                _MLP_AGAIN,
+                _MLP_AGAIN_PRICE,
                 2 if recipe.checkpoint == "none" else 0,
                 {"mlp_chunks": "auto", "mlp_recompute": True},
             ),
         ),
-        (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **more}),),
+        (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **accumulation}),),
         (Change("checkpoint every layer", "time: a second forward pass", 3, {"checkpoint": "layer"}),),
-        (*back, Change("layer inputs in CPU RAM", "CPU RAM", 3, {"offload_layer_inputs": True})),
+        (*back_to_gpu, Change("layer inputs in CPU RAM", "CPU RAM", 3, {"offload_layer_inputs": True})),
     )
 
 
 def ways_to_fit(start: Plan) -> tuple[Way, ...]:
     """Sets of changes with which the step fits at its length, cheapest first; of sets within each other the smallest."""
     ways: list[Way] = []
-    for changes in _sets(start):
-        if len(ways) == MOST:
+    for changes in _change_sets(start):
+        if len(ways) == MAX_WAYS:
             break
-        if any(_names(way.changes) <= _names(changes) for way in ways) or not _seems_to_fit(start, changes):
+        if any(_change_names(way.changes) <= _change_names(changes) for way in ways) or not _seems_to_fit(
+            start, changes
+        ):
             continue
-        recipe = _changed(start.recipe, changes)
+        recipe = _changed_recipe(start.recipe, changes)
         assert recipe is not None
         plan = plan_at(start.model, recipe, start.card, start.seq_len)
         if _helps(start, plan):
@@ -143,59 +147,61 @@ def _formula_bytes(plan: Plan) -> int:
         return plan_at(plan.model, plan.recipe, plan.card, plan.seq_len, plan.chunks).peak_bytes
 
 
-def nearest(plans: Sequence[Plan]) -> Plan:
+def nearest_plan(plans: Sequence[Plan]) -> Plan:
     """The plan that comes closest to fitting; of equals the one that asks least of the host, and of those the last, as strategies are listed."""
     return min(reversed(plans), key=lambda plan: (not plan.fits_host, plan.peak_bytes, plan.host_bytes))
 
 
 def ways_to_train(starts: Sequence[Plan]) -> tuple[Way, ...]:
-    """List the ways to train where no strategy holds the shortest sequence: for the nearest, with which at least `USEFUL` tokens fit, if with any."""
-    start = nearest(starts)
-    useful = max(start.seq_len, min(USEFUL, start.model.context or USEFUL))
+    """List the ways to train where no strategy holds the shortest sequence: for the nearest, with which at least `USEFUL_TOKENS` tokens fit, if with any."""
+    start = nearest_plan(starts)
+    useful = max(start.seq_len, min(USEFUL_TOKENS, start.model.context or USEFUL_TOKENS))
     lengths = dict.fromkeys((useful, start.seq_len))
-    return next(
-        (found for n in lengths if (found := ways_to_fit(plan_at(start.model, start.recipe, start.card, n)))), ()
-    )
+    return next((ways for n in lengths if (ways := ways_to_fit(plan_at(start.model, start.recipe, start.card, n)))), ())
 
 
-def furthest(start: Plan) -> Way | None:
+def furthest_way(start: Plan) -> Way | None:
     """The longest sequence that changes reach, where the step's own length is beyond all of them; None where nothing fits at all."""
     with calibration.set_aside():  # which some of these recipes have, and others have not
-        changes = _furthest(start)
-    return _reach(start, changes) if changes is not None else None
+        changes = _furthest_changes(start)
+    return _way_with(start, changes) if changes is not None else None
 
 
-def _furthest(start: Plan) -> tuple[Change, ...] | None:
-    most = [changes for states in _choices(start.recipe, _states(start)) for changes in _everything(start, states)]
-    found = [way for changes in most if (way := _reach(start, changes)) is not None and way.s_max]
-    if not found:
+def _furthest_changes(start: Plan) -> tuple[Change, ...] | None:
+    candidates = [
+        changes
+        for states in _choose_changes(start.recipe, _state_levers(start))
+        for changes in _all_changes(start, states)
+    ]
+    ways = [way for changes in candidates if (way := _way_with(start, changes)) is not None and way.s_max]
+    if not ways:
         return None
-    best = max(found, key=lambda way: (way.s_max, -_cost(way.changes)))
+    best = max(ways, key=lambda way: (way.s_max, -_total_cost(way.changes)))
     for change in sorted(best.changes, key=lambda change: -change.cost):  # not what brings nothing
-        fewer = _reach(start, [each for each in best.changes if each is not change])
+        fewer = _way_with(start, [each for each in best.changes if each is not change])
         best = fewer if fewer is not None and fewer.s_max >= best.s_max else best
     return best.changes
 
 
-def _reach(start: Plan, changes: Iterable[Change]) -> Way | None:
-    recipe = _changed(start.recipe, changes)
+def _way_with(start: Plan, changes: Iterable[Change]) -> Way | None:
+    recipe = _changed_recipe(start.recipe, changes)
     if recipe is None:
         return None
     answer = max_seq(start.model, recipe, start.card)
     return Way(tuple(changes), answer.plan, answer.s_max)
 
 
-def _sets(start: Plan) -> Iterator[tuple[Change, ...]]:
+def _change_sets(start: Plan) -> Iterator[tuple[Change, ...]]:
     """Sets of changes that may help, the cheapest first: none whose optimizer, precision and place of states leave no room for the
     step with all else that saves memory."""
-    found = []
-    for states in _choices(start.recipe, _states(start)):
-        if any(_seems_to_fit(start, changes) for changes in (*_everything(start, states), states)):
-            found += [(*states, *tokens) for tokens in _choices(start.recipe, _tokens(start))]
-    return iter(sorted(filter(None, found), key=lambda changes: (_cost(changes), len(changes))))
+    sets = []
+    for states in _choose_changes(start.recipe, _state_levers(start)):
+        if any(_seems_to_fit(start, changes) for changes in (*_all_changes(start, states), states)):
+            sets += [(*states, *tokens) for tokens in _choose_changes(start.recipe, _token_levers(start))]
+    return iter(sorted(filter(None, sets), key=lambda changes: (_total_cost(changes), len(changes))))
 
 
-def _choices(recipe: Recipe, levers: Sequence[Lever]) -> Iterator[tuple[Change, ...]]:
+def _choose_changes(recipe: Recipe, levers: Sequence[Lever]) -> Iterator[tuple[Change, ...]]:
     """Choices of at most one change of each lever, of those that alter the recipe by themselves or could beside others."""
     options = [(None, *(change for change in lever if _alters(recipe, change))) for lever in levers]
     return (tuple(change for change in chosen if change is not None) for chosen in product(*options))
@@ -205,12 +211,12 @@ def _alters(recipe: Recipe, change: Change) -> bool:
     return any(getattr(recipe, field) != value for field, value in change.fields.items())
 
 
-def _everything(start: Plan, states: tuple[Change, ...]) -> Iterator[tuple[Change, ...]]:
+def _all_changes(start: Plan, states: tuple[Change, ...]) -> Iterator[tuple[Change, ...]]:
     """Changes of the states with all that shortens what grows with the sequence; and without what needs host memory, which may be short."""
     taken: tuple[Change, ...] = states
-    for lever in _tokens(start):
+    for lever in _token_levers(start):
         change = next((each for each in lever if _alters(start.recipe, each)), None)
-        if change is not None and _changed(start.recipe, (*taken, change)) is not None:
+        if change is not None and _changed_recipe(start.recipe, (*taken, change)) is not None:
             taken = (*taken, change)
     yield taken
     on_card = tuple(change for change in taken if not change.fields.get("offload_layer_inputs"))
@@ -218,7 +224,7 @@ def _everything(start: Plan, states: tuple[Change, ...]) -> Iterator[tuple[Chang
         yield on_card
 
 
-def _changed(recipe: Recipe, changes: Iterable[Change]) -> Recipe | None:
+def _changed_recipe(recipe: Recipe, changes: Iterable[Change]) -> Recipe | None:
     """The changed recipe; None where they contradict each other."""
     fields: dict[str, object] = {}
     for change in changes:
@@ -231,17 +237,17 @@ def _changed(recipe: Recipe, changes: Iterable[Change]) -> Recipe | None:
 
 def _seems_to_fit(start: Plan, changes: tuple[Change, ...]) -> bool:
     """Whether it fits by the chunks that are best at this length alone, which is quicker than to plan it."""
-    recipe = _changed(start.recipe, changes)
+    recipe = _changed_recipe(start.recipe, changes)
     if recipe is None:
         return False
-    chunks = recommend_at(start.model, recipe, start.card, start.seq_len)
+    chunks = recommend_chunks_at(start.model, recipe, start.card, start.seq_len)
     return plan_at(start.model, recipe, start.card, start.seq_len, chunks).fits
 
 
 def smallest_gpu(start: Plan) -> Gpu | None:
     """The smallest card on which the recipe fits as it is, with the same reserve and host memory."""
     for gpu in sorted(gpus(), key=lambda g: (g.usable_bytes, -g.bf16_flops)):
-        on = start.card._replace(gpu=gpu, total_bytes=gpu.usable_bytes, named=True)
-        if on.budget_bytes > start.card.budget_bytes and plan_at(start.model, start.recipe, on, start.seq_len).fits:
+        card = start.card._replace(gpu=gpu, total_bytes=gpu.usable_bytes, named=True)
+        if card.budget_bytes > start.card.budget_bytes and plan_at(start.model, start.recipe, card, start.seq_len).fits:
             return gpu
     return None

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checking.calibrate import Written
+from ..checking.calibrate import WrittenCalibration
 from ..errors import one_line
 from . import parts, payload
 from .parts import cell, strategy_cell
 from .report import Block, Cell, Column, Folded, Report, Row, Table, line
 
 
-def report(rows: Sequence[Written], rung: str, folder: Path, said: Sequence[str]) -> Report:
+def report(rows: Sequence[WrittenCalibration], rung: str, folder: Path, said: Sequence[str]) -> Report:
     """What was solved and written. said: what else is to be told of it."""
     columns = (
         Column("model", "model"),
@@ -34,7 +34,7 @@ def report(rows: Sequence[Written], rung: str, folder: Path, said: Sequence[str]
     return Report("calibrate", facts, blocks, table)
 
 
-def _cells(row: Written) -> tuple[Cell, ...]:
+def _cells(row: WrittenCalibration) -> tuple[Cell, ...]:
     several = (("MLP", row.mlp_in_chunks), ("loss", row.loss_in_chunks))
     how = " and ".join(part for part, in_chunks in several if in_chunks) or "nothing"
     return (

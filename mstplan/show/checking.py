@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checking.limits import ABOVE, BELOW, MOST_LOST, Bench, Limit, Prediction, Throughput
+from ..checking.limits import MAX_LOST_SHARE, SHARE_ABOVE, SHARE_BELOW, Bench, Limit, Prediction, Throughput
 from ..measuring.measurement import OK, Measurement
 from ..step.recipe import strategy_label
 from ..units import format_gib, format_seconds, format_tokens
@@ -16,7 +16,9 @@ from .report import Block, Cell, Column, Report, Row, Table, line
 
 
 def _document(command: str, bench: Bench, **data: Any) -> dict[str, Any]:
-    return payload.document(command, "measurement", environment=dict(bench.known), file=str(Path(bench.out)), **data)
+    return payload.document(
+        command, "measurement", environment=dict(bench.environment), file=str(Path(bench.out)), **data
+    )
 
 
 # ---- S_max ----------------------------------------------------------------------------------------------------------------
@@ -52,9 +54,9 @@ def _limit(limit: Limit, told: Prediction) -> Row:
         strategy_cell(limit.strategy),
         _tokens(told.formula),
         _tokens(limit.predicted),
-        *(_outcome(limit.outcome_at(share)) for share in (BELOW, ABOVE)),
-        _tokens(limit.runs),
-        _tokens(limit.fails or None),
+        *(_outcome(limit.outcome_at(share)) for share in (SHARE_BELOW, SHARE_ABOVE)),
+        _tokens(limit.longest_run),
+        _tokens(limit.shortest_failure or None),
         Cell(limit.error, f"{limit.error:+.1%}"),
         cell(limit.holds),
     )
@@ -75,8 +77,8 @@ def _limit_data(limit: Limit, told: Prediction) -> dict[str, Any]:
         "rung": limit.rung,
         "predicted": limit.predicted,
         "formula": told.formula,
-        "runs": limit.runs,
-        "fails": limit.fails,
+        "runs": limit.longest_run,
+        "fails": limit.shortest_failure,
         "error": limit.error,
         "holds": limit.holds,
         "points": [{"seq_len": m.case.seq_len, "outcome": m.outcome} for m in limit.points],
@@ -85,7 +87,7 @@ def _limit_data(limit: Limit, told: Prediction) -> dict[str, Any]:
 
 # ---- chunks ---------------------------------------------------------------------------------------------------------------
 
-HOW_CHUNKS = f"the recommended number may cost {MOST_LOST:.0%} of the throughput in one chunk."
+HOW_CHUNKS = f"the recommended number may cost {MAX_LOST_SHARE:.0%} of the throughput in one chunk."
 FEW_CHUNKS = "what is recommended is so few chunks that half, all and twice of it are not three different numbers."
 
 
@@ -106,7 +108,7 @@ def throughput(bench: Bench, seq_len: int, found: Mapping[str, Sequence[Throughp
     ]
     everything = [(strategy, row) for strategy, rows in found.items() for row in rows]
     results = [_throughput_data(strategy, row) for strategy, row in everything]
-    facts = _document("check-throughput", bench, seq_len=seq_len, results=results, most_lost=MOST_LOST)
+    facts = _document("check-throughput", bench, seq_len=seq_len, results=results, most_lost=MAX_LOST_SHARE)
     return Report("check-throughput", facts, blocks, _throughputs(everything))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..plan.findings import AtLength
+from ..plan.findings import LengthFinding
 from ..plan.solve import Answer, Plan, chunk_tokens
 from ..plan.ways import Way
 from ..spec.hardware import Card
@@ -189,12 +189,12 @@ def _answer(a: Answer, checkpoint: int) -> tuple[Cell, ...]:
     )
 
 
-def lengths(told: Sequence[AtLength]) -> Table:
+def lengths(told: Sequence[LengthFinding]) -> Table:
     """Each strategy at every length; of each length the one to take stands out."""
     of_each = [plans(each.plans, each.reaches, each.name) for each in told]
     first = Column("", "tokens", right=True)
     rows = [
-        Row((tokens_cell(each.step.seq_len) if n == 0 else cell(None), *row.cells), row.tone)
+        Row((tokens_cell(each.plan.seq_len) if n == 0 else cell(None), *row.cells), row.tone)
         for each, table in zip(told, of_each, strict=True)
         for n, row in enumerate(table.rows)
     ]

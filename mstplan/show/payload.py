@@ -17,7 +17,7 @@ from ..step.steps import Entry, InstantPeak
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..plan.findings import AtLength, AtLengths, Longest
+    from ..plan.findings import LengthFinding, LengthsFinding, LongestFinding
     from ..plan.shapes import Shape
     from ..plan.theorem import Coefficients, Row
     from ..plan.theorem import View as TheView
@@ -176,14 +176,14 @@ def shapes_document(rows: Sequence[Shape], m: Model, batch: int, seq_len: int) -
     return document("shapes", model=model(m), batch=batch, seq_len=seq_len, shapes=[shape(row) for row in rows])
 
 
-def max_seq(told: Longest) -> dict[str, Any]:
+def max_seq(told: LongestFinding) -> dict[str, Any]:
     return document(
         "max-seq",
         model=model(told.model),
         card=card(told.card),
         provenance=told.provenance,
         budget_bytes=told.card.budget_bytes,
-        results=[answer(a) for a in told.found],
+        results=[answer(a) for a in told.answers],
         best=told.best.strategy,
         binding=[entry(e) for e in told.best.plan.binding_entries()],
         ways_to_fit=[way(w) for w in told.to_fit],
@@ -215,9 +215,9 @@ def max_seq_by_trace(told: TracedLongest) -> dict[str, Any]:
     )
 
 
-def plan_document(told: AtLength, found: Sequence[InstantPeak]) -> dict[str, Any]:
+def plan_document(told: LengthFinding, found: Sequence[InstantPeak]) -> dict[str, Any]:
     """The detailed plan with its instants, and of every strategy that was asked for whether it fits."""
-    p = told.step
+    p = told.plan
     strategies = [{"strategy": each, "s_max": told.reaches[each], **brief(its)} for each, its in told.plans.items()]
     return document(
         "plan",
@@ -237,23 +237,23 @@ def plan_document(told: AtLength, found: Sequence[InstantPeak]) -> dict[str, Any
     )
 
 
-def plans_document(told: AtLengths) -> dict[str, Any]:
+def plans_document(told: LengthsFinding) -> dict[str, Any]:
     """Of every length and strategy whether it fits."""
-    p = told.each[0].step
+    p = told.lengths[0].plan
     lengths = [
         {
-            "seq_len": each.step.seq_len,
-            "fits": each.step.fits,
+            "seq_len": each.plan.seq_len,
+            "fits": each.plan.fits,
             "strategy": each.name,
             "strategies": [
                 {"strategy": name, "s_max": each.reaches[name], **brief(its)} for name, its in each.plans.items()
             ],
         }
-        for each in told.each
+        for each in told.lengths
     ]
     notes = [*p.model.notes, *told.notes]
     about = {"model": model(p.model), "card": card(p.card), "provenance": told.provenance}
-    return document("plan", **about, fits=told.fit, lengths=lengths, notes=notes)
+    return document("plan", **about, fits=told.all_fit, lengths=lengths, notes=notes)
 
 
 def theorem_document(m: Model, c: Card, view: TheView, provenance: str, said: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..plan.findings import AtLength, AtLengths, Longest, provenance
+from ..plan.findings import LengthFinding, LengthsFinding, LongestFinding, provenance
 from ..step.recipe import strategy_label
 from ..units import GIB, format_gib, format_tokens
 from . import parts, payload
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from .plot import Curve
 
 
-def max_seq(told: Longest, tensors: bool = False) -> Report:
+def max_seq(told: LongestFinding, tensors: bool = False) -> Report:
     """tensors: all of those at the peak, and not the largest only."""
     best = told.best
-    answers = parts.answers(told.found, best)
-    recipes = [answer.plan.recipe for answer in told.found]
+    answers = parts.answers(told.answers, best)
+    recipes = [answer.plan.recipe for answer in told.answers]
     blocks = [*parts.heading(told.model, told.card, told.provenance, recipes), answers]
     if best.s_max:
         label, tokens = strategy_label(best.strategy), format_tokens(best.plan.peak.tokens)
@@ -39,9 +39,9 @@ def max_seq(told: Longest, tensors: bool = False) -> Report:
     return Report("max-seq", payload.max_seq(told), [*blocks, *parts.remarks(told.notes)], answers)
 
 
-def plan(told: AtLength, tensors: bool = False) -> Report:
+def plan(told: LengthFinding, tensors: bool = False) -> Report:
     """tensors: all of those at the peak, and not the largest only."""
-    step, found = told.step, told.step.instants()
+    step, found = told.plan, told.plan.instants()
     strategies = parts.plans(told.plans, told.reaches, told.name)
     alive = next(i.entries for i in found if i.name == step.instant)
     blocks: list[Block] = [
@@ -57,15 +57,15 @@ def plan(told: AtLength, tensors: bool = False) -> Report:
     return Report("plan", payload.plan_document(told, found), [*blocks, *parts.remarks(told.notes)], strategies)
 
 
-def plans(told: AtLengths) -> Report:
+def plans(told: LengthsFinding) -> Report:
     """Several lengths: a row for each, and each strategy."""
-    step, table = told.each[0].step, parts.lengths(told.each)
-    heading = parts.heading(step.model, step.card, told.provenance, [p.recipe for p in told.each[0].plans.values()])
+    step, table = told.lengths[0].plan, parts.lengths(told.lengths)
+    heading = parts.heading(step.model, step.card, told.provenance, [p.recipe for p in told.lengths[0].plans.values()])
     return Report("plan", payload.plans_document(told), [*heading, table, *parts.remarks(told.notes)], table)
 
 
-def _ways(told: AtLength) -> list[Table]:
-    length, where = format_tokens(told.step.seq_len), told.step.card.label
+def _ways(told: LengthFinding) -> list[Table]:
+    length, where = format_tokens(told.plan.seq_len), told.plan.card.label
     none = "No change that is tried makes this length fit on this GPU. The longest they reach"
     return [
         parts.ways(f"Ways to fit {length} tokens on {where}, cheapest first", told.to_fit),

@@ -113,7 +113,7 @@ def table_of_points(curves: Sequence[Curve], card: Card) -> Table:
     budget = card.budget_bytes
 
     def cells(curve: Curve, point: Point) -> tuple[Cell, ...]:
-        by = curve.calibration.said if curve.calibration is not None else None
+        by = curve.calibration.source if curve.calibration is not None else None
         size, gib = point.bytes, f"{point.bytes / GIB:.6f}"
         return tuple(
             Cell(value, "")
@@ -149,7 +149,9 @@ def curves(found: Sequence[Answer], longest: int | None = None, points: int = 20
     with _progress(len(found) * len(scan), points > BAR_FROM) as advance:
         for answer in found:
             plan = answer.plan
-            chunks = plan.chunks if answer.s_max else solve.recommend_at(plan.model, plan.recipe, plan.card, longest)
+            chunks = (
+                plan.chunks if answer.s_max else solve.recommend_chunks_at(plan.model, plan.recipe, plan.card, longest)
+            )
             also = {s for s in (*reached, answer.s_max + 1 if answer.s_max else 0) if first <= s <= longest}
             spots = _points(answer, chunks, {*grid, *also}, sorted({*scan, *also}), advance)
             result.append(Curve(answer.strategy, plan.recipe, answer.s_max, chunks, spots, plan.calibration))

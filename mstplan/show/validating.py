@@ -9,7 +9,17 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from .. import files
-from ..checking.validate import ALLOCATED, RUNGS, Row, Summary, Validation, by_length, by_model, by_strategy, summaries
+from ..checking.validate import (
+    ALLOCATED,
+    RUNGS,
+    ErrorRow,
+    Summary,
+    Validation,
+    by_length,
+    by_model,
+    by_strategy,
+    summarize,
+)
 from ..errors import OutputError
 from ..step.recipe import strategy_label
 from ..units import GIB
@@ -32,7 +42,7 @@ GROUPS = (
 )
 
 
-def devices(rows: Sequence[Row]) -> list[str]:
+def devices(rows: Sequence[ErrorRow]) -> list[str]:
     """Where the rows were measured, most rows first."""
     names = [row.measurement.environment["card"] for row in rows]
     return sorted(dict.fromkeys(names), key=names.count, reverse=True)
@@ -82,9 +92,9 @@ def _rung(s: Summary) -> str:
     return name if s.what == ALLOCATED else f"{name}, {s.what}"
 
 
-def _table(rows: Sequence[Row], by: str) -> Table:
+def _table(rows: Sequence[ErrorRow], by: str) -> Table:
     """The errors of each rung, in groups by `by`; "": of all rows, and then also of what else than allocated bytes is predicted."""
-    found = summaries(rows, dict(GROUPS)[by])
+    found = summarize(rows, dict(GROUPS)[by])
     shown = sorted((s for s in found if s.what == ALLOCATED or not by), key=_order)
     columns = (
         Column("group", by or None),
@@ -112,7 +122,7 @@ def _figures(s: Summary) -> tuple[Cell, ...]:
     )
 
 
-def _at(rows: Sequence[Row], s: Summary) -> str:
+def _at(rows: Sequence[ErrorRow], s: Summary) -> str:
     """The step whose error is the worst of all rows of a summary."""
     members = (r for r in rows if (r.rung, r.what, r.held) == (s.rung, s.what, s.held))
     return max(members, key=lambda r: abs(r.error)).measurement.case.words
@@ -158,7 +168,7 @@ def notes(found: Validation) -> list[str]:
     return lines
 
 
-def _row(r: Row) -> dict[str, Any]:
+def _row(r: ErrorRow) -> dict[str, Any]:
     m = r.measurement
     return {
         "model": m.case.model,
@@ -183,7 +193,7 @@ def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> d
 
     return {
         "rows": [_row(r) for r in found.rows],
-        "summaries": [summary(s, title) for title, group in GROUPS for s in summaries(found.rows, group)],
+        "summaries": [summary(s, title) for title, group in GROUPS for s in summarize(found.rows, group)],
         "out_of_memory": found.out_of_memory,
         "fit_predicted_but_ran_out": [{"case": b.measurement.case.words, "rung": b.rung} for b in found.broken],
         "left_out": [*damaged, *found.left_out],
@@ -220,7 +230,7 @@ def plot(found: Validation, path: Path) -> None:
     files.write(path, data)
 
 
-def _draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
+def _draw(figure: Figure, rows: Sequence[ErrorRow], title: str) -> None:
     figure.suptitle(title, fontsize=FONT, x=0.02, ha="left")
     figure.subplots_adjust(left=0.12, right=0.97, top=0.93, bottom=0.08, hspace=0.3)
     upper, lower = figure.subplots(2, 1)
@@ -230,10 +240,10 @@ def _draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
 
 COLOURS = {"formula": "#0072b2", "calibrated": "#009e73", "trace": "#d55e00"}
 MARKS = {"formula": "s", "calibrated": "D", "trace": "o"}
-Place = Callable[[Row], tuple[float, float]]
+Place = Callable[[ErrorRow], tuple[float, float]]
 
 
-def _marks(axes: Axes, rows: Sequence[Row], place: Place) -> None:
+def _marks(axes: Axes, rows: Sequence[ErrorRow], place: Place) -> None:
     """A mark for each row; grey ones for what the rung is held to no bound for."""
     for rung, held in dict.fromkeys(
         (row.rung, row.held) for row in sorted(rows, key=lambda row: (row.held, RUNGS.index(row.rung)))
@@ -243,7 +253,7 @@ def _marks(axes: Axes, rows: Sequence[Row], place: Place) -> None:
         axes.plot(*zip(*points, strict=True), MARKS[rung], color=colour, label=label, markersize=5, fillstyle="none")
 
 
-def _against(axes: Axes, rows: Sequence[Row]) -> None:
+def _against(axes: Axes, rows: Sequence[ErrorRow]) -> None:
     _marks(axes, rows, lambda row: (row.measured / GIB, row.predicted / GIB))
     ends = [
         min(min(r.measured, r.predicted) for r in rows) / GIB * 0.9,
@@ -266,7 +276,7 @@ def _plain(axes: Axes, *scales: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _errors(axes: Axes, rows: Sequence[Row]) -> None:
+def _errors(axes: Axes, rows: Sequence[ErrorRow]) -> None:
     """In percent, to scale up to a thousandth, by magnitude beyond: errors from nothing to tens of percent stand in one picture."""
     _marks(axes, rows, lambda row: (row.measurement.case.seq_len, 100 * row.error))
     axes.axhline(0, color="black", linewidth=0.7, zorder=0)

@@ -18,21 +18,21 @@ from mstplan.files import read_text, repeated_key
 from mstplan.spec.config import read_config
 from mstplan.spec.model import NO_ADAPTERS, Model
 
-_INDEX = "index"
+_INDEX_NAME = "index"
 _LARGEST_FILE = 10_000_000  # bytes; a config.json has a few thousand
-_ADAPTER = "adapter_config.json"  # of peft
+_ADAPTER_FILE = "adapter_config.json"  # of peft
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def model_names() -> tuple[str, ...]:
     """The models that ship with mstplan."""
     stems = (name[: -len(".json")] for name in os.listdir(profiles.ROOT / "models") if name.endswith(".json"))
-    return tuple(sorted(stem for stem in stems if stem != _INDEX))
+    return tuple(sorted(stem for stem in stems if stem != _INDEX_NAME))
 
 
 class _Source(NamedTuple):
     path: str  # of the config.json
-    said: str  # what messages call it
+    label: str  # what messages call it
     name: str | None = None  # of the model; None: as it was said
     hub_id: str | None = None
 
@@ -42,42 +42,44 @@ def load_model(spec: str | os.PathLike[str], assume: str | None = None) -> Model
 
     assume: "llama-like" counts a model that the formula does not read as a Llama.
     """
-    source = _find(spec)
-    model = read_config(_read_json(source.path), source.said, assume)
+    source = _find_source(spec)
+    model = read_config(_read_json(source.path), source.label, assume)
     return model._replace(name=source.name or model.name, hub_id=source.hub_id)
 
 
-def named(spec: str | os.PathLike[str]) -> tuple[str, str | None]:
+def identify_model(spec: str | os.PathLike[str]) -> tuple[str, str | None]:
     """The model's name, and its Hugging Face id where that is known, whether or not its config.json can be read."""
-    source = _find(spec)
-    return source.name or source.said, source.hub_id
+    source = _find_source(spec)
+    return source.name or source.label, source.hub_id
 
 
 def load_config(spec: str | os.PathLike[str]) -> Mapping[str, object]:
     """The fields of its config.json."""
-    return _read_json(_find(spec).path)
+    return _read_json(_find_source(spec).path)
 
 
-def _find(spec: str | os.PathLike[str]) -> _Source:
-    given = os.fspath(spec)
-    if not isinstance(given, str) or not given.strip() or "\0" in given:
+def _find_source(spec: str | os.PathLike[str]) -> _Source:
+    text = os.fspath(spec)
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise ModelError(
-            f"{quoted(given)} names no model.\nGive a name such as llama3.1-8b, the path of a config.json, or an id org/name."
+            f"{quoted(text)} names no model.\nGive a name such as llama3.1-8b, the path of a config.json, or an id org/name."
         )
-    path = os.path.expanduser(given)
+    path = os.path.expanduser(text)
     if not isinstance(spec, str):
-        return _at_path(path)
-    separated = "/" in given or os.sep in given
-    if (separated or given.lower().endswith(".json")) and os.path.exists(path):
-        return _at_path(path)
-    shipped = _shipped_name(given)
+        return _source_at(path)
+    separated = "/" in text or os.sep in text
+    if (separated or text.lower().endswith(".json")) and os.path.exists(path):
+        return _source_at(path)
+    shipped = _shipped_name(text)
     if shipped is not None:
-        return _Source(str(profiles.ROOT / "models" / f"{shipped}.json"), shipped, None, _index()[shipped]["hub_id"])
+        return _Source(
+            str(profiles.ROOT / "models" / f"{shipped}.json"), shipped, None, _read_index()[shipped]["hub_id"]
+        )
     if os.path.exists(path):
-        return _at_path(path)
-    if _HUB_ID.fullmatch(given) and not given.lower().endswith(".json"):
-        return _Source(_hub_file(given), given, None, given)
-    _unknown(given, looks_like_a_path=separated or given.lower().endswith(".json"))
+        return _source_at(path)
+    if _HUB_ID.fullmatch(text) and not text.lower().endswith(".json"):
+        return _Source(_hub_file(text), text, None, text)
+    _refuse_unknown(text, looks_like_a_path=separated or text.lower().endswith(".json"))
 
 
 def _shipped_name(spec: str) -> str | None:
@@ -87,21 +89,21 @@ def _shipped_name(spec: str) -> str | None:
         return wanted
     if "/" not in wanted:
         return None
-    return next((name for name, facts in _index().items() if facts["hub_id"].lower() == wanted), None)
+    return next((name for name, facts in _read_index().items() if facts["hub_id"].lower() == wanted), None)
 
 
-def _index() -> dict[str, dict[str, str]]:
+def _read_index() -> dict[str, dict[str, str]]:
     """Facts of each shipped model: its Hugging Face id, parameters, and a note on its file."""
-    with open(profiles.ROOT / "models" / f"{_INDEX}.json", encoding="utf-8") as file:
+    with open(profiles.ROOT / "models" / f"{_INDEX_NAME}.json", encoding="utf-8") as file:
         index: dict[str, dict[str, str]] = json.load(file)
     return index
 
 
-def _at_path(path: str) -> _Source:
+def _source_at(path: str) -> _Source:
     if os.path.isdir(path):
         folder, path = path, os.path.join(path, "config.json")
-        if not os.path.isfile(path) and os.path.isfile(os.path.join(folder, _ADAPTER)):
-            path = os.path.join(folder, _ADAPTER)  # says of which model
+        if not os.path.isfile(path) and os.path.isfile(os.path.join(folder, _ADAPTER_FILE)):
+            path = os.path.join(folder, _ADAPTER_FILE)  # says of which model
         if not os.path.isfile(path):
             raise ModelError(
                 f"the folder {quoted(folder)} holds no config.json.\n"
@@ -123,7 +125,7 @@ def _hub_file(repo: str) -> str:
     try:
         from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     except ImportError:
-        _unreachable(repo, "huggingface_hub, which would fetch it, is not installed")
+        _refuse_unreachable(repo, "huggingface_hub, which would fetch it, is not installed")
     try:
         cached = try_to_load_from_cache(repo, "config.json")
         if isinstance(cached, str):
@@ -132,7 +134,7 @@ def _hub_file(repo: str) -> str:
             _look_up_host(constants.ENDPOINT)
         return hf_hub_download(repo, "config.json")
     except Exception as error:  # noqa: BLE001  whatever goes wrong on the way there, the answer is: bring the file
-        _unreachable(repo, _hub_reason(error))
+        _refuse_unreachable(repo, _hub_reason(error))
 
 
 def _look_up_host(endpoint: str) -> None:
@@ -167,20 +169,20 @@ def _hub_reason(error: Exception) -> str:
     return "no network" if isinstance(error, OSError) else f"the hub could not be asked ({type(error).__name__})"
 
 
-def _unreachable(repo: str, reason: str) -> NoReturn:
-    near = did_you_mean(repo.rpartition("/")[2], model_names())
+def _refuse_unreachable(repo: str, reason: str) -> NoReturn:
+    suggestion = did_you_mean(repo.rpartition("/")[2], model_names())
     raise ModelError(
         f"{one_line(repo, 200)} does not ship with mstplan and could not be fetched from Hugging Face: {reason}.\n"
-        f"Download its config.json and pass the file's path.{near}"
+        f"Download its config.json and pass the file's path.{suggestion}"
     )
 
 
-def _unknown(spec: str, looks_like_a_path: bool) -> NoReturn:
+def _refuse_unknown(spec: str, looks_like_a_path: bool) -> NoReturn:
     if looks_like_a_path:
         raise ModelError(f"there is no file or folder {quoted(spec)}.\nGive the path of a model's config.json.")
-    near = did_you_mean(spec, model_names())
+    suggestion = did_you_mean(spec, model_names())
     raise ModelError(
-        f"unknown model {quoted(spec)}.{near}\nGive a shipped name, the path of a config.json, or an id org/name."
+        f"unknown model {quoted(spec)}.{suggestion}\nGive a shipped name, the path of a config.json, or an id org/name."
     )
 
 
@@ -199,22 +201,24 @@ def _read_json(path: str) -> Mapping[str, object]:
     if (key := repeated_key(text)) is not None:
         raise ModelError(f"{name} gives {quoted(key)} twice.\nLeave one of the two out, or download the file again.")
     if not isinstance(config, dict):
-        raise ModelError(f"{name} holds a JSON {_KINDS[type(config)]}, not an object with a model's fields.")
-    if "peft_type" in config or os.path.basename(path) == _ADAPTER:
-        _adapter(config, name)
+        raise ModelError(f"{name} holds a JSON {_JSON_KINDS[type(config)]}, not an object with a model's fields.")
+    if "peft_type" in config or os.path.basename(path) == _ADAPTER_FILE:
+        _refuse_adapter(config, name)
     return config
 
 
-def _adapter(config: Mapping[str, object], name: str) -> NoReturn:
+def _refuse_adapter(config: Mapping[str, object], name: str) -> NoReturn:
     """Refuses an adapter: its file says little more than which model it is trained on."""
     import shlex
 
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
-    what = f"an adapter ({one_line(kind, 40)})" if isinstance(kind, str) else "an adapter"
-    of, way = "", "give the base's name or config.json"
+    kind_words = f"an adapter ({one_line(kind, 40)})" if isinstance(kind, str) else "an adapter"
+    base_words, way_words = "", "give the base's name or config.json"
     if isinstance(base, str) and base.strip():
-        of, way = f" of {one_line(base)}", f"-m {one_line(shlex.quote(base))}"
-    raise ModelError(f"{name} is {what}{of}: {NO_ADAPTERS}.\nPlan full fine-tuning of its base model: {way}.")
+        base_words, way_words = f" of {one_line(base)}", f"-m {one_line(shlex.quote(base))}"
+    raise ModelError(
+        f"{name} is {kind_words}{base_words}: {NO_ADAPTERS}.\nPlan full fine-tuning of its base model: {way_words}."
+    )
 
 
-_KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "true or false", type(None): "null"}
+_JSON_KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "true or false", type(None): "null"}

@@ -16,9 +16,9 @@ from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.families.base import Family
 from mstplan.spec.model import NO_ADAPTERS, Attention, Block, Experts, Latent, LayerKind, Mlp, Model
 
-_LARGEST = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
-_MOST_LAYERS = 1000  # eight times as many as the deepest published one
-_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+_LARGEST_SIZE = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
+_MAX_LAYERS = 1000  # eight times as many as the deepest published one
+_REQUIRED_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 _WAY_OUT = "Correct it there, or pass the config.json as published."
 
 # The same fact under other names: GPT-2's, GPT-NeoX', and those of the mixtures of experts.
@@ -35,18 +35,18 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _words(text: str) -> frozenset[str]:
+def _word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_ACTIVATIONS = _words(
+_ACTIVATIONS = _word_set(
     "gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh hardswish laplace "
     "leaky_relu linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu sqrtsoftplus swish tanh xielu"
 )
-_DTYPES = _words("float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2")
+_DTYPES = _word_set("float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2")
 
-_REFUSED: Mapping[str, frozenset[str]] = {
-    "an encoder-only model": _words(
+_REFUSED_TYPES: Mapping[str, frozenset[str]] = {
+    "an encoder-only model": _word_set(
         # text
         "albert bert bert-generation big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra "
         "ernie esm eurobert flaubert fnet funnel ibert layoutlm layoutlmv2 layoutlmv3 longformer luke markuplm "
@@ -58,7 +58,7 @@ _REFUSED: Mapping[str, frozenset[str]] = {
         "ijepa levit metaclip_2 mobilenet_v2 mobilevit owlvit regnet resnet sam segformer siglip siglip2 "
         "siglip_vision_model swin swinv2 unispeech videomae vilt vit vit_mae vivit wav2vec2 wav2vec2-bert wavlm xclip"
     ),
-    "an encoder-decoder model": _words(
+    "an encoder-decoder model": _word_set(
         "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder florence2 fsmt led longt5 m2m_100 marian "
         "mbart moonshine mt5 mvp nllb-moe pegasus pegasus_x pix2struct plbart pop2piano prophetnet seamless_m4t "
         "seamless_m4t_v2 speech-encoder-decoder speech_to_text speecht5 switch_transformers t5 t5gemma t5gemma2 umt5 "
@@ -77,75 +77,81 @@ _TEXT_TYPES = {
     "qwen2_vl": "qwen2_vl_text",
 }
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
-_TOWERS = ("vision", "visual", "image", "img", "video", "audio", "speech", "embd_layer")
+_TOWER_WORDS = ("vision", "visual", "image", "img", "video", "audio", "speech", "embd_layer")
 
 
 def read_config(config: Mapping[str, object], name: str, assume: str | None = None) -> Model:
     """The model that a config.json describes; `name` names it in messages. What cannot be planned is a ModelError; of that,
     what the formula cannot count is an UnreadError. assume: "llama-like" counts the latter as a Llama all the same."""
     if not isinstance(config, Mapping):
-        raise ModelError(f"{name}: holds {_shown(config)}, not a JSON object with a model's fields.")
+        raise ModelError(f"{name}: holds {_format_value(config)}, not a JSON object with a model's fields.")
     _check_assumption(assume)
-    _refuse(config, name)
+    _refuse_non_decoders(config, name)
     notes: list[str] = []
-    text = next((config[part] for part in _TEXT_PARTS if isinstance(config.get(part), Mapping)), None)
-    nested = isinstance(text, Mapping)
-    if isinstance(text, Mapping):
-        if text is config.get("text_config"):  # as transformers writes it
+    text_part = next((config[part] for part in _TEXT_PARTS if isinstance(config.get(part), Mapping)), None)
+    nested = isinstance(text_part, Mapping)
+    if isinstance(text_part, Mapping):
+        if text_part is config.get("text_config"):  # as transformers writes it
             _refuse_other_classes(config, name)
-        config = _text_part(config, text)
-        _refuse(config, name)
+        config = _text_part(config, text_part)
+        _refuse_non_decoders(config, name)
     model_type = _model_type(config, name)
     if not nested:
         model_type = _TEXT_TYPES.get(model_type, model_type)
-    known = FAMILIES.get(model_type)
-    if nested or (known is not None and _has_towers(config)):
+    family = FAMILIES.get(model_type)
+    if nested or (family is not None and _has_towers(config)):
         notes.append("only the text part is planned: a vision or audio tower is not counted")
-    f = _Fields(config, name, known or LLAMA_LIKE, assumed=assume is not None)
-    if known is None:
+    f = _Fields(config, name, family or LLAMA_LIKE, assumed=assume is not None)
+    if family is None:
         notes.append(_read_as_a_llama(f, model_type))
     else:
         _refuse_foreign_experts(f)
         if not nested:  # files leave out defaults of a part, never of the whole
-            f.require(_REQUIRED)
+            f.require(_REQUIRED_FIELDS)
     model = _model(f, model_type)
-    return model._replace(notes=(*_quantised_notes(f), *notes, *_notes(f)))
+    return model._replace(notes=(*_quantised_notes(f), *notes, *_field_notes(f)))
 
 
 def _check_assumption(assume: str | None) -> None:
     if assume not in (None, "llama-like"):
-        raise ModelError(f"cannot assume that a model is {_shown(assume)}.\nKnown: llama-like.")
+        raise ModelError(f"cannot assume that a model is {_format_value(assume)}.\nKnown: llama-like.")
 
 
 def _refuse_foreign_experts(f: _Fields) -> None:
     """Refuses a known family's file that tells of experts which that family has not: it is another model under its name."""
     words = ("expert", "moe", "shared_intermediate", "block_configs")
-    of_experts = (key for key in f.config if any(word in key.lower() for word in words))
-    named = [key for key in of_experts if key not in _ALIASES["num_experts_per_tok"]]  # which says nothing alone
-    if named and not f.assumed:
+    candidates = (key for key in f.config if any(word in key.lower() for word in words))
+    expert_fields = [
+        key for key in candidates if key not in _ALIASES["num_experts_per_tok"]
+    ]  # which says nothing alone
+    if expert_fields and not f.assumed:
         from mstplan.spec import unread
 
-        routed = (f.family.experts.width,) if f.family.experts is not None else ()
-        unread.refuse_fields(f.name, unread.foreign_fields(f.config, named, routed))
+        routed_fields = (f.family.experts.width,) if f.family.experts is not None else ()
+        unread.refuse_fields(f.name, unread.foreign_fields(f.config, expert_fields, routed_fields))
 
 
 def _read_as_a_llama(f: _Fields, model_type: str) -> str:
     """The note on a file without a row. Refuses one that may be something else than a Llama, unless that is assumed."""
     from mstplan.spec import unread
 
-    what = f"model_type {_shown(model_type)} is not known to mstplan" if model_type else "the file names no model_type"
+    what = (
+        f"model_type {_format_value(model_type)} is not known to mstplan"
+        if model_type
+        else "the file names no model_type"
+    )
     head = "" if f.holds("tie_word_embeddings") else ", with an LM head of its own"
     fields = unread.unread_fields(f.config)
     if f.assumed:
-        f.require(_REQUIRED)
-        aside = f"; not read: {unread.listed(fields, 12)}" if fields else ""
+        f.require(_REQUIRED_FIELDS)
+        aside = f"; not read: {unread.list_names(fields, 12)}" if fields else ""
         return f"{what}: counted as a Llama{head}, for --assume llama-like was given{aside}"
     unread.refuse_family(f.name, model_type, fields)
     _refuse_other_classes(f.config, f.name)
-    if fields and (missing := f.missing(_REQUIRED)):
+    if fields and (missing := f.missing(_REQUIRED_FIELDS)):
         unread.refuse_names(f.name, model_type, missing)
     unread.refuse_fields(f.name, fields)
-    f.require(_REQUIRED)
+    f.require(_REQUIRED_FIELDS)
     return f"{what}: planned as a Llama-like decoder{head}, for all its fields are a Llama's"
 
 
@@ -161,15 +167,17 @@ class _Fields:
 
     def find(self, wanted: str) -> tuple[str, object]:
         """The name that the file uses, and the value: None if null, the family's default if absent."""
-        present = [key for key in _ALIASES.get(wanted, (wanted,)) if key in self.config]
-        given = [key for key in present if self.config[key] is not None]
-        for key in given[1:]:
-            one, other = self.config[given[0]], self.config[key]
+        keys = [key for key in _ALIASES.get(wanted, (wanted,)) if key in self.config]
+        non_null = [key for key in keys if self.config[key] is not None]
+        for key in non_null[1:]:
+            one, other = self.config[non_null[0]], self.config[key]
             if isinstance(one, int) and isinstance(other, int) and one != other:
-                self.refuse(f"{given[0]} {_shown(one)} and {key} {_shown(other)} contradict each other")
-        if given:
-            return given[0], self.config[given[0]]
-        return (present[0], None) if present else (wanted, self.family.defaults.get(wanted))
+                self.refuse(
+                    f"{non_null[0]} {_format_value(one)} and {key} {_format_value(other)} contradict each other"
+                )
+        if non_null:
+            return non_null[0], self.config[non_null[0]]
+        return (keys[0], None) if keys else (wanted, self.family.defaults.get(wanted))
 
     def require(self, wanted: tuple[str, ...]) -> None:
         if (missing := self.missing(wanted)) and self.assumed:
@@ -190,15 +198,15 @@ class _Fields:
     def holds(self, wanted: str) -> bool:
         return any(key in self.config for key in _ALIASES.get(wanted, (wanted,)))
 
-    def optional(self, wanted: str, low: int = 1, top: int = _LARGEST) -> int | None:
+    def optional(self, wanted: str, low: int = 1, top: int = _LARGEST_SIZE) -> int | None:
         key, value = self.find(wanted)
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= top:
-            self.wrong(key, value, f"a whole number from {low} to {top}")
+            self.refuse_value(key, value, f"a whole number from {low} to {top}")
         return value
 
-    def size(self, wanted: str, top: int = _LARGEST) -> int:
+    def size(self, wanted: str, top: int = _LARGEST_SIZE) -> int:
         value = self.optional(wanted, top=top)
         if value is None:
             key, _ = self.find(wanted)
@@ -207,49 +215,49 @@ class _Fields:
             self.defaulted[wanted] = value
         return value
 
-    def count(self, wanted: str, absent: int) -> int:
+    def count(self, wanted: str, default: int) -> int:
         value = self.optional(wanted, low=0)
-        return absent if value is None else value
+        return default if value is None else value
 
-    def flag(self, wanted: str, absent: bool = False) -> bool:
+    def flag(self, wanted: str, default: bool = False) -> bool:
         key, value = self.find(wanted)
         if value is None:
-            value = self.family.defaults.get(wanted, absent)
+            value = self.family.defaults.get(wanted, default)
         if not isinstance(value, bool):
-            self.wrong(key, value, "true or false")
+            self.refuse_value(key, value, "true or false")
         return value
 
     def switch(self, constant_or_field: bool | str) -> bool:
         return self.flag(constant_or_field) if isinstance(constant_or_field, str) else constant_or_field
 
-    def share(self, wanted: str, absent: float = 0.0) -> float:
+    def share(self, wanted: str, default: float = 0.0) -> float:
         key, value = self.find(wanted)
         if value is None:
-            return absent
+            return default
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:  # NaN fails, too
-            self.wrong(key, value, "a number from 0 to 1")
+            self.refuse_value(key, value, "a number from 0 to 1")
         return float(value)
 
-    def number(self, wanted: str) -> bool:
+    def is_set(self, wanted: str) -> bool:
         """Whether a switch that is a number, or null, is on."""
         key, value = self.find(wanted)
         if value is None:
             return False
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            self.wrong(key, value, "a positive number, or null")
+            self.refuse_value(key, value, "a positive number, or null")
         return True
 
-    def one_of(self, wanted: str, known: frozenset[str], absent: str) -> str:
+    def one_of(self, wanted: str, choices: frozenset[str], default: str) -> str:
         key, value = self.find(wanted)
         if value is None:
-            return absent
-        if not isinstance(value, str) or value not in known:
-            near = did_you_mean(value, known) if isinstance(value, str) and len(value) < 100 else ""
-            self.refuse(f"{key} is {_shown(value)}, which mstplan does not know.{near}", _WAY_OUT)
+            return default
+        if not isinstance(value, str) or value not in choices:
+            suggestion = did_you_mean(value, choices) if isinstance(value, str) and len(value) < 100 else ""
+            self.refuse(f"{key} is {_format_value(value)}, which mstplan does not know.{suggestion}", _WAY_OUT)
         return value
 
-    def wrong(self, key: str, value: object, must_be: str) -> NoReturn:
-        self.refuse(f"{key} is {_shown(value)}, must be {must_be}")
+    def refuse_value(self, key: str, value: object, must_be: str) -> NoReturn:
+        self.refuse(f"{key} is {_format_value(value)}, must be {must_be}")
 
     def refuse(self, what: str, way_out: str = _WAY_OUT) -> NoReturn:
         stop = "" if what.endswith((".", "?")) else "."
@@ -258,12 +266,12 @@ class _Fields:
 
 def _model(f: _Fields, model_type: str) -> Model:
     family = f.family
-    if not f.assumed and (uncounted := _uncounted(f)):
+    if not f.assumed and (uncounted := _uncounted_switches(f)):
         from mstplan.spec import unread
 
-        unread.refuse(f.name, f"{uncounted[0]} is set, and the formula does not count what that changes.")
+        unread.refuse_unread(f.name, f"{uncounted[0]} is set, and the formula does not count what that changes.")
     experts = _experts(f)
-    kinds = _layer_kinds(f, routed=experts is not None)
+    layer_kinds = _layer_kinds(f, routed=experts is not None)
     context = f.optional("max_position_embeddings")
     if family.learned_positions:
         context = f.size("max_position_embeddings")
@@ -273,16 +281,16 @@ def _model(f: _Fields, model_type: str) -> Model:
         hidden=f.size("hidden_size"),
         vocab=f.size("vocab_size"),
         context=context,
-        layer_kinds=kinds,
+        layer_kinds=layer_kinds,
         attention=_attention(f),
-        mlp=None if all(kind.experts for kind in kinds) else _mlp(f),
-        experts=experts if any(kind.experts for kind in kinds) else None,
+        mlp=None if all(kind.experts for kind in layer_kinds) else _mlp(f),
+        experts=experts if any(kind.experts for kind in layer_kinds) else None,
         norm=family.norm,
         norm_bias=family.norm_bias,
         block=_block(f),
         tied=f.flag("tie_word_embeddings"),
         learned_positions=context or 0 if family.learned_positions else 0,
-        logit_softcap=f.number("final_logit_softcapping"),
+        logit_softcap=f.is_set("final_logit_softcapping"),
         scaled_embedding=family.scaled_embedding,
         dropout=f.share(family.dropout) if family.dropout else 0.0,
         dtype=_dtype(f),
@@ -292,7 +300,7 @@ def _model(f: _Fields, model_type: str) -> Model:
 
 def _block(f: _Fields) -> Block:
     switch = f.family.parallel_switch
-    return "pre" if switch is not None and not f.flag(switch, absent=True) else f.family.block
+    return "pre" if switch is not None and not f.flag(switch, default=True) else f.family.block
 
 
 def _dtype(f: _Fields) -> str:
@@ -302,12 +310,12 @@ def _dtype(f: _Fields) -> str:
     if value in (None, "auto"):
         return "bfloat16"
     if not isinstance(value, str) or value not in _DTYPES:
-        f.wrong(key, value, f"one of {', '.join(sorted(_DTYPES))}")
+        f.refuse_value(key, value, f"one of {', '.join(sorted(_DTYPES))}")
     return value
 
 
 def _activation(f: _Fields) -> str:
-    name = f.one_of(f.family.activation, _ACTIVATIONS, absent="silu")
+    name = f.one_of(f.family.activation, _ACTIVATIONS, default="silu")
     return "gelu_pytorch_tanh" if f.family.gelu_is_tanh and name == "gelu" else name
 
 
@@ -331,7 +339,7 @@ def _width(f: _Fields) -> int:
 def _attention(f: _Fields) -> Attention:
     family = f.family
     heads = f.size("num_attention_heads")
-    if family.latent or (not family.known and f.optional("kv_lora_rank") is not None):
+    if family.latent or (not family.registered and f.optional("kv_lora_rank") is not None):
         return _latent_attention(f, heads)
     kv_heads = f.optional("num_key_value_heads") if family.own_heads else None
     kv_heads = heads if kv_heads is None else kv_heads
@@ -349,7 +357,7 @@ def _attention(f: _Fields) -> Attention:
         fused_qkv=family.fused_qkv,
         qk_norm=family.qk_norm,
         dropout=f.share(family.attention_dropout),
-        softcap=family.softcap and f.number("attn_logit_softcapping"),
+        softcap=family.softcap and f.is_set("attn_logit_softcapping"),
         sinks=family.sinks,
     )
 
@@ -368,8 +376,8 @@ def _rotary_share(f: _Fields) -> float:
     for holder in ("rope_parameters", "rope_scaling"):  # new and old home of the rotary settings
         rope = f.config.get(holder)
         if isinstance(rope, Mapping) and "partial_rotary_factor" in rope:
-            return _Fields(rope, f.name, f.family).share("partial_rotary_factor", absent=1.0)
-    return f.share("partial_rotary_factor", absent=1.0)
+            return _Fields(rope, f.name, f.family).share("partial_rotary_factor", default=1.0)
+    return f.share("partial_rotary_factor", default=1.0)
 
 
 def _latent_attention(f: _Fields, heads: int) -> Attention:
@@ -395,14 +403,14 @@ def _latent_attention(f: _Fields, heads: int) -> Attention:
 
 def _experts(f: _Fields) -> Experts | None:
     routed = f.family.experts
-    if routed is None or (routed.may_be_none and not f.count("num_experts", absent=0)):
+    if routed is None or (routed.may_be_none and not f.count("num_experts", default=0)):
         return None
     count, per_token = f.size("num_experts"), f.size("num_experts_per_tok")
     if per_token > count:
         f.refuse(f"{f.find('num_experts_per_tok')[0]} {per_token} is more than its {count} experts")
-    own_width = f.family.known or f.holds(routed.width)
+    own_width = f.family.registered or f.holds(routed.width)
     width = f.size(routed.width if own_width else "intermediate_size")
-    sigmoid = not f.family.known and f.find("scoring_func")[1] == "sigmoid"
+    sigmoid = not f.family.registered and f.find("scoring_func")[1] == "sigmoid"
     return Experts(
         number=count,
         per_token=per_token,
@@ -417,13 +425,13 @@ def _experts(f: _Fields) -> Experts | None:
 
 
 def _shared_width(f: _Fields, width: int) -> int:
-    together = f.optional("shared_expert_intermediate_size", low=0) if not f.family.known else None
-    return f.count("n_shared_experts", absent=0) * width if together is None else together
+    shared_width = f.optional("shared_expert_intermediate_size", low=0) if not f.family.registered else None
+    return f.count("n_shared_experts", default=0) * width if shared_width is None else shared_width
 
 
 def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
-    layers = f.size("num_hidden_layers", top=_MOST_LAYERS)
-    first = f.count("first_k_dense_replace", absent=0)
+    layers = f.size("num_hidden_layers", top=_MAX_LAYERS)
+    first = f.count("first_k_dense_replace", default=0)
     every = f.optional("moe_layer_freq") or 1
     step = f.optional("decoder_sparse_step") or 1
     dense = _dense_layers(f)
@@ -438,7 +446,7 @@ def _dense_layers(f: _Fields) -> frozenset[int]:
     if value is None:
         return frozenset()
     if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-        f.wrong("mlp_only_layers", value, "a list of layer numbers")
+        f.refuse_value("mlp_only_layers", value, "a list of layer numbers")
     return frozenset(value)
 
 
@@ -448,54 +456,54 @@ def _windows(f: _Fields, layers: int) -> list[int | None]:
     if rule == "none":
         return [None] * layers
     switched = f.family.window_switch or (rule == "found" and f.holds("use_sliding_window"))
-    on = f.flag("use_sliding_window") if switched else True
-    window = f.optional("sliding_window") if on else None
+    enabled = f.flag("use_sliding_window") if switched else True
+    window = f.optional("sliding_window") if enabled else None
     sliding = [True] * layers if rule == "every" else _sliding_layers(f, layers)
     return [window if slides else None for slides in sliding]
 
 
 def _sliding_layers(f: _Fields, layers: int) -> list[bool]:
-    listed = f.config.get("layer_types")
-    if listed is not None:
-        return [kind == "sliding_attention" for kind in _layer_types(f, listed, layers)]
+    layer_types = f.config.get("layer_types")
+    if layer_types is not None:
+        return [kind == "sliding_attention" for kind in _layer_types(f, layer_types, layers)]
     if f.family.windows == "late" or f.holds("max_window_layers"):
-        first = f.count("max_window_layers", absent=0)
+        first = f.count("max_window_layers", default=0)
         return [i >= first for i in range(layers)]
     period = f.optional("sliding_window_pattern") or f.family.period
     return [not period or (i + 1) % period != 0 for i in range(layers)]
 
 
-def _layer_types(f: _Fields, listed: object, layers: int) -> list[str]:
-    if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
-        f.wrong("layer_types", listed, "a list with one kind of attention per layer")
-    if len(listed) != layers:
-        f.refuse(f"layer_types has {len(listed)} entries for the {layers} layers of num_hidden_layers")
-    for kind in listed:
+def _layer_types(f: _Fields, layer_types: object, layers: int) -> list[str]:
+    if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
+        f.refuse_value("layer_types", layer_types, "a list with one kind of attention per layer")
+    if len(layer_types) != layers:
+        f.refuse(f"layer_types has {len(layer_types)} entries for the {layers} layers of num_hidden_layers")
+    for kind in layer_types:
         if kind not in _ATTENTION_KINDS and not f.assumed:
             _refuse_layer_type(f, kind)
-    return listed
+    return layer_types
 
 
 def _refuse_layer_type(f: _Fields, kind: str) -> NoReturn:
-    what = f"layer_types names {_shown(kind)}, which is no attention that mstplan can plan"
-    if f.family.known:
+    what = f"layer_types names {_format_value(kind)}, which is no attention that mstplan can plan"
+    if f.family.registered:
         f.refuse(what, "It plans full_attention and sliding_attention.")
     from mstplan.spec import unread
 
-    unread.refuse(f.name, f"{what}.")
+    unread.refuse_unread(f.name, f"{what}.")
 
 
-def _uncounted(f: _Fields) -> list[str]:
+def _uncounted_switches(f: _Fields) -> list[str]:
     return [key for key in f.family.uncounted if f.flag(key)]
 
 
-def _notes(f: _Fields) -> list[str]:
+def _field_notes(f: _Fields) -> list[str]:
     notes = []
     if f.defaulted:
         listed = ", ".join(f"{key} {value}" for key, value in f.defaulted.items())
         notes.append(f"not in the file, transformers' default taken: {listed}")
-    notes += [f"{key} is set: what it adds is not counted" for key in _uncounted(f)]
-    if f.family.latent and f.count("num_nextn_predict_layers", absent=0):
+    notes += [f"{key} is set: what it adds is not counted" for key in _uncounted_switches(f)]
+    if f.family.latent and f.count("num_nextn_predict_layers", default=0):
         notes.append("the layer that predicts further tokens (num_nextn_predict_layers) is not counted")
     return notes
 
@@ -517,14 +525,14 @@ def _model_type(config: Mapping[str, object], name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ModelError(f"{name}: model_type is {_shown(value)}, must be text such as 'llama'\n{_WAY_OUT}")
+        raise ModelError(f"{name}: model_type is {_format_value(value)}, must be text such as 'llama'\n{_WAY_OUT}")
     return value
 
 
 def _text_part(whole: Mapping[str, object], text: Mapping[str, object]) -> dict[str, object]:
     """The text model's fields; what holds for the whole model stands one level up."""
-    above = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
-    inherited = {key: whole[key] for key in above if whole.get(key) is not None}
+    inherited_keys = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+    inherited = {key: whole[key] for key in inherited_keys if whole.get(key) is not None}
     kind = whole.get("model_type")
     kind = _TEXT_TYPES.get(kind, kind) if isinstance(kind, str) else kind
     return {"model_type": kind, **text, **inherited}
@@ -532,15 +540,16 @@ def _text_part(whole: Mapping[str, object], text: Mapping[str, object]) -> dict[
 
 def _has_towers(config: Mapping[str, object]) -> bool:
     return any(
-        isinstance(value, Mapping) and value and any(word in key for word in _TOWERS) for key, value in config.items()
+        isinstance(value, Mapping) and value and any(word in key for word in _TOWER_WORDS)
+        for key, value in config.items()
     )
 
 
-def _refuse(config: Mapping[str, object], name: str) -> None:
+def _refuse_non_decoders(config: Mapping[str, object], name: str) -> None:
     """Refuses what is not a decoder trained on next-token loss."""
     model_type = config.get("model_type")
     lower = model_type.lower() if isinstance(model_type, str) else ""
-    kind = next((kind for kind, types in _REFUSED.items() if lower in types), None)
+    kind = next((kind for kind, types in _REFUSED_TYPES.items() if lower in types), None)
     if kind is None and config.get("is_encoder_decoder") is True:
         kind = "an encoder-decoder model"
     if kind is None and (
@@ -553,22 +562,24 @@ def _refuse(config: Mapping[str, object], name: str) -> None:
 
 def _refuse_kind(config: Mapping[str, object], name: str, kind: str) -> NoReturn:
     raise ModelError(
-        f"{name} is {kind} (model_type {_shown(config.get('model_type'))}): mstplan plans decoders trained on next-token loss.\n"
+        f"{name} is {kind} (model_type {_format_value(config.get('model_type'))}): mstplan plans decoders trained on next-token loss.\n"
         "Pass the config.json of a decoder, such as Llama, Qwen, Mistral, Gemma or DeepSeek."
     )
 
 
 def _refuse_other_classes(config: Mapping[str, object], name: str) -> None:
     """Refuses a file without a row that names classes which are no causal language model, and none among code of its own."""
-    architectures, code = config.get("architectures"), config.get("auto_map")
-    own = isinstance(code, Mapping) and "AutoModelForCausalLM" in code
+    architectures, auto_map = config.get("architectures"), config.get("auto_map")
+    has_causal_code = isinstance(auto_map, Mapping) and "AutoModelForCausalLM" in auto_map
     if (
         isinstance(architectures, list)
         and bool(architectures)
         and all(isinstance(each, str) and not each.endswith(_CAUSAL_CLASSES) for each in architectures)
-        and not own
+        and not has_causal_code
     ):
-        _refuse_kind(config, name, f"no causal language model, going by its architectures {_shown(architectures)}")
+        _refuse_kind(
+            config, name, f"no causal language model, going by its architectures {_format_value(architectures)}"
+        )
 
 
 def _only_encoders(architectures: object) -> bool:
@@ -579,7 +590,7 @@ def _only_encoders(architectures: object) -> bool:
     )
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     """A value as a message shows it: on one line, and short."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .. import files, kept
 from ..errors import HardwareError, InputError, did_you_mean, one_line, quoted
-from ..kept import Kept
+from ..kept import KeptFile
 from ..profiles import ROOT, user_folder
 from ..units import GIB, LEAST_MEMORY, MIB, MOST_MEMORY, format_gib
 
@@ -22,7 +22,7 @@ GRANULARITY = 22 * MIB
 counted: it depends on the order of allocations, and expandable segments remove nearly all of it."""
 
 
-_MEASURED = "devices.json"
+_MEASURED_FILE = "devices.json"
 
 
 class Gpu(NamedTuple):
@@ -53,7 +53,7 @@ class Gpu(NamedTuple):
     def workspaces_bytes(self) -> int:
         """Bytes that cuBLAS holds through a training step: from source (aten cuda/CublasHandlePool.cpp), a handle for every thread, and a
         workspace for every handle."""
-        return HANDLES * self.cublas_workspace_bytes
+        return CUBLAS_HANDLES * self.cublas_workspace_bytes
 
     @property
     def prefers_cudnn(self) -> bool:
@@ -62,7 +62,7 @@ class Gpu(NamedTuple):
         return self.architecture == "hopper" or self.name in ("b200", "b300")
 
 
-HANDLES = 2
+CUBLAS_HANDLES = 2
 """Threads that multiply: the one that runs the forward pass, and autograd's for the device, which runs the backward pass."""
 
 
@@ -99,21 +99,21 @@ class Card(NamedTuple):
 
 def gpus() -> tuple[Gpu, ...]:
     """Cards that mstplan knows, in the order of the file, with the constants that were measured here."""
-    return _gpus(_measured_now())
+    return _merge_gpus(_find_measured_file())
 
 
 @lru_cache(maxsize=8)
-def _gpus(file: Kept | None) -> tuple[Gpu, ...]:
-    measured = {_key(name): constants for name, constants in _measured(file).cards.items()}
-    found = []
-    for gpu in _shipped():
-        own = next((measured[name] for name in (gpu.name, *gpu.aliases) if name in measured), None)
-        found.append(gpu._replace(**own._asdict()) if own is not None else gpu)
-    return tuple(found)
+def _merge_gpus(file: KeptFile | None) -> tuple[Gpu, ...]:
+    measured = {_gpu_key(name): constants for name, constants in _read_measured(file).cards.items()}
+    merged = []
+    for gpu in _read_shipped():
+        own_constants = next((measured[name] for name in (gpu.name, *gpu.aliases) if name in measured), None)
+        merged.append(gpu._replace(**own_constants._asdict()) if own_constants is not None else gpu)
+    return tuple(merged)
 
 
 @lru_cache(maxsize=1)
-def _shipped() -> tuple[Gpu, ...]:
+def _read_shipped() -> tuple[Gpu, ...]:
     rows = json.loads((ROOT / "gpus.json").read_text(encoding="utf-8"))["gpus"]
     return tuple(Gpu(**{**row, "aliases": tuple(row["aliases"])}) for row in rows)
 
@@ -126,79 +126,82 @@ class Constants(NamedTuple):
     context_source: str
 
 
-class _File(NamedTuple):
+class _MeasuredFile(NamedTuple):
     cards: dict[str, Constants]  # by the card as torch names it
 
 
-class Measured(NamedTuple):
-    """Constants in the user's folder; left_out: why it is left out, in a line."""
+class MeasuredConstants(NamedTuple):
+    """Constants in the user's folder; left_out_note: why they are left out, in a line."""
 
     cards: Mapping[str, Constants] = MappingProxyType({})
-    left_out: str = ""
+    left_out_note: str = ""
 
 
 def measured_file() -> Path:
     """File of measured constants. Raises OutputError where the user has no folder."""
-    return user_folder() / _MEASURED
+    return user_folder() / _MEASURED_FILE
 
 
-def _measured_now() -> Kept | None:
-    return kept.look(_MEASURED)
+def _find_measured_file() -> KeptFile | None:
+    return kept.find_user_file(_MEASURED_FILE)
 
 
 def measured_constants() -> Mapping[str, Constants]:
     """Constants by the card as torch names it. None when the file is not there or damaged."""
-    return _measured(_measured_now()).cards
+    return _read_measured(_find_measured_file()).cards
 
 
-def left_out() -> list[str]:
+def left_out_notes() -> list[str]:
     """A line when constants were measured and cannot be used."""
-    line = _measured(_measured_now()).left_out
+    line = _read_measured(_find_measured_file()).left_out_note
     return [line] if line else []
 
 
 @lru_cache(maxsize=8)
-def _measured(file: Kept | None) -> Measured:
+def _read_measured(file: KeptFile | None) -> MeasuredConstants:
     if file is None:
-        return Measured()
+        return MeasuredConstants()
     try:
-        found: _File = kept.read(file, "the constants of GPUs that `mstplan calibrate` found", _File)
-        for name, constants in found.cards.items():
+        content: _MeasuredFile = kept.read_json(
+            file, "the constants of GPUs that `mstplan calibrate` found", _MeasuredFile
+        )
+        for name, constants in content.cards.items():
             _check_constants(file, name, constants)
     except InputError as e:
-        return Measured(left_out=kept.left_out(e))
-    return Measured(
+        return MeasuredConstants(left_out_note=kept.left_out_note(e))
+    return MeasuredConstants(
         {
             name: constants._replace(context_source=one_line(constants.context_source, 200))
-            for name, constants in found.cards.items()
+            for name, constants in content.cards.items()
         }
     )
 
 
-def _check_constants(file: Kept, name: str, constants: Constants) -> None:
+def _check_constants(file: KeptFile, name: str, constants: Constants) -> None:
     """Amounts of memory, which leave something of the card, where it is known. Raises InputError."""
-    key, taken = _key(name), (constants.context_bytes, constants.cublas_workspace_bytes)
-    sizes = [gpu.usable_bytes for gpu in _shipped() if key in (gpu.name, *gpu.aliases)]
-    if min(taken) < 0 or taken[0] + HANDLES * taken[1] >= min(sizes, default=MOST_MEMORY):
-        raise kept.damaged(file, f"{one_line(name, 40)}: bytes that no GPU of that name can have taken")
+    key, amounts = _gpu_key(name), (constants.context_bytes, constants.cublas_workspace_bytes)
+    sizes = [gpu.usable_bytes for gpu in _read_shipped() if key in (gpu.name, *gpu.aliases)]
+    if min(amounts) < 0 or amounts[0] + CUBLAS_HANDLES * amounts[1] >= min(sizes, default=MOST_MEMORY):
+        raise kept.damage_error(file, f"{one_line(name, 40)}: bytes that no GPU of that name can have taken")
 
 
-def write_measured(found: Mapping[str, Constants]) -> Path:
+def write_measured(new_constants: Mapping[str, Constants]) -> Path:
     """Keep a card's constants for the planner, those of others as they are. Returns where. Raises OutputError."""
     path = measured_file()
     files.replace_json(
-        path, {"cards": {name: constants._asdict() for name, constants in {**measured_constants(), **found}.items()}}
+        path,
+        {"cards": {name: constants._asdict() for name, constants in {**measured_constants(), **new_constants}.items()}},
     )
     return path
 
 
-_MAKERS = ("nvidia-", "amd-", "geforce-", "tesla-", "instinct-")
+_MAKER_PREFIXES = ("nvidia-", "amd-", "geforce-", "tesla-", "instinct-")
 
 
-def _key(name: str) -> str:
+def _gpu_key(name: str) -> str:
     """A name of a card as it is compared: in any dress, without the maker and the line of cards that torch prints before it."""
     key = "-".join(name.lower().replace("_", " ").split())
-    for maker in _MAKERS:
+    for maker in _MAKER_PREFIXES:
         key = key.removeprefix(maker)
     return key
 
@@ -207,13 +210,13 @@ def find_gpu(name: str) -> Gpu:
     """A card by name or alias, in any case. Raises HardwareError with the nearest names."""
     if not isinstance(name, str):
         raise HardwareError(f"{quoted(name)} is no name of a GPU.\n`mstplan gpus` lists all.")
-    key = _key(name)
+    key = _gpu_key(name)
     for gpu in gpus():
         if key == gpu.name or key in gpu.aliases:
             return gpu
-    known = [gpu.name for gpu in gpus()]
+    names = [gpu.name for gpu in gpus()]
     raise HardwareError(
-        f"unknown GPU {quoted(name)}.{did_you_mean(key, known)}\n`mstplan gpus` lists all; --gpu-mem 80GB plans for any amount."
+        f"unknown GPU {quoted(name)}.{did_you_mean(key, names)}\n`mstplan gpus` lists all; --gpu-mem 80GB plans for any amount."
     )
 
 
@@ -222,12 +225,12 @@ def card(gpu: str | None = None, memory: int | None = None, reserve: int = 0, ho
 
     With an amount alone, rates are those of the fastest card sold with about that much. Raises HardwareError.
     """
-    for what, size in (("memory", memory), ("reserve", reserve), ("host_memory", host_memory)):
-        if size is None and what != "reserve":
+    for parameter, size in (("memory", memory), ("reserve", reserve), ("host_memory", host_memory)):
+        if size is None and parameter != "reserve":
             continue
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < MOST_MEMORY:
             raise HardwareError(
-                f"{what} is {quoted(size)}, must be a whole number of bytes from 0.\nparse_memory('80GB') reads an amount."
+                f"{parameter} is {quoted(size)}, must be a whole number of bytes from 0.\nparse_memory('80GB') reads an amount."
             )
     if gpu is None and memory is None:
         raise HardwareError("no GPU given.\nSay --gpu h100 (`mstplan gpus` lists them) or --gpu-mem 80GB.")
@@ -236,20 +239,22 @@ def card(gpu: str | None = None, memory: int | None = None, reserve: int = 0, ho
             f"--gpu-mem {format_gib(memory)} is less than any GPU has.\nWrite it like 80GB or 79.15GiB."
         )
     if gpu is not None:
-        found = find_gpu(gpu)
-        if memory is not None and memory > found.nominal_gib * GIB:
+        named_gpu = find_gpu(gpu)
+        if memory is not None and memory > named_gpu.nominal_gib * GIB:
             raise HardwareError(
-                f"--gpu-mem {format_gib(memory)} is more than {found.name} has ({found.nominal_gib:g} GB).\nLeave one of the two out."
+                f"--gpu-mem {format_gib(memory)} is more than {named_gpu.name} has ({named_gpu.nominal_gib:g} GB).\nLeave one of the two out."
             )
-        result = Card(found, min(memory or found.usable_bytes, found.usable_bytes), reserve, True, host_memory)
+        planned_card = Card(
+            named_gpu, min(memory or named_gpu.usable_bytes, named_gpu.usable_bytes), reserve, True, host_memory
+        )
     else:
         assert memory is not None
-        result = Card(_nearest(memory), memory, reserve, False, host_memory)
-    if reserve >= result.total_bytes:
+        planned_card = Card(_nearest_gpu(memory), memory, reserve, False, host_memory)
+    if reserve >= planned_card.total_bytes:
         raise HardwareError(
-            f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(result.total_bytes)}.\nGive less."
+            f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(planned_card.total_bytes)}.\nGive less."
         )
-    return result
+    return planned_card
 
 
 def any_card() -> Card:
@@ -270,15 +275,15 @@ def card_that_torch_names(name: str, total_bytes: int) -> Card:
         return card(memory=total_bytes)
 
 
-def _nearest(memory: int) -> Gpu:
+def _nearest_gpu(memory: int) -> Gpu:
     def distance(gpu: Gpu) -> float:
         size = gpu.nominal_gib * GIB
         return max(size / memory, memory / size)
 
-    near = min(distance(gpu) for gpu in gpus())
-    return max((g for g in gpus() if distance(g) <= near * 1.02), key=lambda g: g.bf16_flops)
+    smallest = min(distance(gpu) for gpu in gpus())
+    return max((g for g in gpus() if distance(g) <= smallest * 1.02), key=lambda g: g.bf16_flops)
 
 
-def same_size(card: Card) -> tuple[Gpu, ...]:
+def gpus_of_size(card: Card) -> tuple[Gpu, ...]:
     """Named cards sold with the amount of memory that was given."""
     return tuple(g for g in gpus() if round(g.nominal_gib) == round(card.total_bytes / GIB))

@@ -16,27 +16,27 @@ ASSUME = "--assume llama-like counts it as a Llama all the same."
 WAY_OUT = f"mstplan max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]'); {ASSUME}"
 
 
-def _words(text: str) -> frozenset[str]:
+def _word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-READ = _words(
+READ_FIELDS = _word_set(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size intermediate_size max_position_embeddings hidden_act "
     "hidden_activation attention_bias mlp_bias attention_dropout tie_word_embeddings final_logit_softcapping partial_rotary_factor sliding_window "
     "use_sliding_window max_window_layers sliding_window_pattern layer_types rope_parameters rope_scaling quantization_config dtype torch_dtype "
     "num_experts num_local_experts n_routed_experts kv_lora_rank"
 )
 """Of a file without a row."""
-READ_BESIDE: Mapping[tuple[str, ...], frozenset[str]] = {
-    ("num_experts", "num_local_experts", "n_routed_experts"): _words(
+CONDITIONAL_FIELDS: Mapping[tuple[str, ...], frozenset[str]] = {
+    ("num_experts", "num_local_experts", "n_routed_experts"): _word_set(
         "num_experts_per_tok experts_per_token moe_intermediate_size n_shared_experts first_k_dense_replace moe_layer_freq decoder_sparse_step "
         "mlp_only_layers scoring_func topk_method n_group topk_group norm_topk_prob routed_scaling_factor router_aux_loss_coef aux_loss_alpha "
         "seq_aux output_router_logits router_jitter_noise router_z_loss_coef ep_size"
     ),
-    ("kv_lora_rank",): _words("q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"),
+    ("kv_lora_rank",): _word_set("q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"),
 }
 """Fields that are read beside one of these alone; alone they belong to parts that nothing else tells of."""
-NEUTRAL = _words(
+NEUTRAL_FIELDS = _word_set(
     # what the file is, and who made it
     "model_type architectures auto_map transformers_version _name_or_path name_or_path model_name _commit_hash unsloth_version unsloth_fixed "
     "tokenizer_class keys_to_ignore_at_inference "
@@ -54,8 +54,8 @@ NEUTRAL = _words(
     "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens tf_legacy_loss"
 )
 """Fields that decide no memory."""
-_NEUTRAL_ENDS = ("_token_id", "_token_ids", "_token_index")
-_SAY_SO_WHEN_OFF = _words(
+_NEUTRAL_SUFFIXES = ("_token_id", "_token_ids", "_token_index")
+_SWITCH_WORDS = _word_set(
     "no non not without disable disabled skip gate gated glu swiglu geglu rms rmsnorm rope rotary norm layernorm causal"
 )
 """Words of switches that are off in what is no Llama."""
@@ -63,14 +63,14 @@ _SAY_SO_WHEN_OFF = _words(
 
 def unread_fields(config: Mapping[str, object]) -> list[str]:
     """The fields of a file without a row that may decide memory and are not read, in the file's order."""
-    known = READ | NEUTRAL
-    for names, beside in READ_BESIDE.items():
+    known_names = READ_FIELDS | NEUTRAL_FIELDS
+    for names, beside in CONDITIONAL_FIELDS.items():
         if any(name in config for name in names):
-            known |= beside
+            known_names |= beside
     return [
         name
         for name, value in config.items()
-        if name not in known and not name.endswith(_NEUTRAL_ENDS) and not _is_off(name, value)
+        if name not in known_names and not name.endswith(_NEUTRAL_SUFFIXES) and not _is_off(name, value)
     ]
 
 
@@ -78,7 +78,7 @@ def _is_off(name: str, value: object) -> bool:
     """Whether the value says that what the field is about is not there."""
     if value is False:
         words = set(name.lower().split("_"))
-        return "qk" in words or not _SAY_SO_WHEN_OFF & words
+        return "qk" in words or not _SWITCH_WORDS & words
     return value is None or value == 0 or value in ("", [], {})
 
 
@@ -87,54 +87,62 @@ def refuse_fields(name: str, fields: Collection[str]) -> None:
     if not fields:
         return
     verb = "is a field" if len(fields) == 1 else "are fields"
-    refuse(name, f"{listed(fields)} {verb} that mstplan does not read, so its memory cannot be counted from the file.")
+    refuse_unread(
+        name, f"{list_names(fields)} {verb} that mstplan does not read, so its memory cannot be counted from the file."
+    )
 
 
-def foreign_fields(config: Mapping[str, object], named: Collection[str], routed: Collection[str]) -> list[str]:
-    """The fields of experts, of those `named`, that a file of a known family has, but that family not. routed: those that it reads, if it
+def foreign_fields(
+    config: Mapping[str, object], expert_fields: Collection[str], routed_fields: Collection[str]
+) -> list[str]:
+    """Those of `expert_fields` that a file of a known family has, but that family not. routed_fields: those that it reads, if it
     has experts."""
-    known = NEUTRAL | (
-        {*READ, *READ_BESIDE["num_experts", "num_local_experts", "n_routed_experts"], *routed}
-        if routed
+    known_names = NEUTRAL_FIELDS | (
+        {*READ_FIELDS, *CONDITIONAL_FIELDS["num_experts", "num_local_experts", "n_routed_experts"], *routed_fields}
+        if routed_fields
         else frozenset()
     )
-    return [name for name in named if name not in known and not _is_off(name, config[name])]
+    return [name for name in expert_fields if name not in known_names and not _is_off(name, config[name])]
 
 
 def refuse_family(name: str, model_type: str, fields: Collection[str]) -> None:
     """Refuses families of transformers that are no Llamas, and other hybrids, by name and by the fields that are not read."""
-    such = f"; it has {listed(fields)}" if fields else ""
+    fields_words = f"; it has {list_names(fields)}" if fields else ""
     if model_type.lower() in _HYBRIDS:
-        refuse(
+        refuse_unread(
             name,
-            f"mstplan's formula counts no state-space, recurrent or hybrid models (model_type {quoted(model_type)}){such}.",
+            f"mstplan's formula counts no state-space, recurrent or hybrid models (model_type {quoted(model_type)}){fields_words}.",
         )
-    if {model_type, model_type.lower()} & (TYPES | _REMOTE):
-        refuse(name, f"mstplan does not read configs of this family yet (model_type {quoted(model_type)}){such}.")
+    if {model_type, model_type.lower()} & (TRANSFORMERS_TYPES | _REMOTE):
+        refuse_unread(
+            name, f"mstplan does not read configs of this family yet (model_type {quoted(model_type)}){fields_words}."
+        )
 
 
 def refuse_names(name: str, model_type: str, missing: Collection[str]) -> None:
     """Refuses a file that says elsewhere what is asked for."""
     family = f"model_type {quoted(model_type)}" if model_type else "no model_type"
-    refuse(name, f"mstplan does not read this family's names of fields ({family}) yet: it finds no {listed(missing)}.")
+    refuse_unread(
+        name, f"mstplan does not read this family's names of fields ({family}) yet: it finds no {list_names(missing)}."
+    )
 
 
-def refuse(name: str, reason: str) -> NoReturn:
+def refuse_unread(name: str, reason: str) -> NoReturn:
     raise UnreadError(name, reason, WAY_OUT)
 
 
-def listed(fields: Collection[str], most: int = 4) -> str:
-    shown = [one_line(name, 60) for name in list(fields)[:most]]
-    return ", ".join(shown) + (f" and {len(fields) - most} more" if len(fields) > most else "")
+def list_names(fields: Collection[str], max_names: int = 4) -> str:
+    names = [one_line(name, 60) for name in list(fields)[:max_names]]
+    return ", ".join(names) + (f" and {len(fields) - max_names} more" if len(fields) > max_names else "")
 
 
-_HYBRIDS = _words(
+_HYBRIDS = _word_set(
     "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax nemotron_h olmo_hybrid "
     "plamo2 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv rwkv5 rwkv6 rwkv7 xlstm zamba zamba2 zaya"
 )
-_REMOTE = _words("qwen")
+_REMOTE = _word_set("qwen")
 """Families with code of their own whose fields have a Llama's names, but mean something else: Qwen-1's intermediate_size is two MLPs'."""
-TYPES = _words(
+TRANSFORMERS_TYPES = _word_set(
     """
     EvollaModel afmoe aimv2 aimv2_text_model aimv2_vision_model align_text_model align_vision_model altclip_text_model altclip_vision_model apertus arcee
     aria aria_text audioflamingo3 audioflamingo3_encoder autoformer axk1 axk2 aya_vision bark beam biogpt bit bitnet blip-2 blip_2_qformer

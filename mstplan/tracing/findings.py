@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..plan import advice, ways
-from ..plan.solve import Answer, Plan, hardest
+from ..plan.solve import Answer, Plan, hardest_lengths
 from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
 from ..step.recipe import strategy_label
@@ -56,11 +56,11 @@ def view(model: Model, card: Card, strategy: str, trace: Trace, plan: Plan, vers
 
 
 def _notes(v: View) -> list[str]:
-    lines = [*advice.kept_notes(v.model), *_card_notes(v)]
+    lines = [*advice.left_out_notes(v.model), *_card_notes(v)]
     if v.trace.host_peak:
         lines.append(f"CPU RAM: {format_gib(v.trace.host_peak)} at most.")
     lines += [_versions_note(v.versions), _ran_note(v.trace), UNMEASURED]
-    _, *others = hardest(v.model, v.trace.recipe, v.trace.seq_len)
+    _, *others = hardest_lengths(v.model, v.trace.recipe, v.trace.seq_len)
     lines += [
         f"a batch of {format_tokens(n)} tokens takes a mask of another kind, and may need more: trace it as well."
         for n in others
@@ -122,7 +122,7 @@ def longest(model: Model, card: Card, found: Sequence[Found], versions: dict[str
     best = max(found, key=lambda f: f.answer.s_max)
     plans = [f.answer.plan for f in found]
     known = model.stand_in is None
-    smallest = ways.smallest_gpu(ways.nearest(plans)) if known and not best.answer.s_max else None
+    smallest = ways.smallest_gpu(ways.nearest_plan(plans)) if known and not best.answer.s_max else None
     notes = _notes_of_longest(model, card, found, versions, smallest)
     return TracedLongest(model, card, tuple(found), best, smallest, versions, tuple(notes))
 
@@ -132,7 +132,7 @@ def _notes_of_longest(
 ) -> list[str]:
     answers = [f.answer for f in found]
     recipe = answers[-1].plan.recipe
-    lines = [*advice.kept_notes(model), *advice.card_notes(card), *advice.kernel_notes(model, recipe, card)]
+    lines = [*advice.left_out_notes(model), *advice.card_notes(card), *advice.kernel_notes(model, recipe, card)]
     lines += [*advice.recipe_notes(model, recipe), _versions_note(versions)]
     if not any(answer.s_max for answer in answers):
         if model.stand_in is not None:

@@ -15,12 +15,12 @@ from typing import NamedTuple, TypeVar
 
 from ..errors import ModelError
 from ..plan import solve
-from ..plan.solve import Answer, Peak, Plan
+from ..plan.solve import Answer, Plan, StepPeak
 from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.recipe import Recipe
 from ..step.steps import Chunks
-from ..units import LONGEST, SHORTEST, trainable
+from ..units import LONGEST, SHORTEST, trainable_tokens
 from .simulation import needed, room, runs
 from .trace import Trace
 
@@ -53,7 +53,7 @@ class Found(NamedTuple):
 
 
 def longest_of(model: Model, recipes: Mapping[str, Recipe], card: Card, trace_at: TraceAt) -> tuple[list[Found], Model]:
-    """`longest` of each recipe; and the model, with a note on each of several that its code cannot follow."""
+    """`longest_sequence` of each recipe; and the model, with a note on each of several that its code cannot follow."""
     left_out: list[str] = []
     found = [*those_it_follows(recipes, lambda name: longest(model, recipes[name], card, trace_at, name), left_out)]
     return found, model._replace(notes=(*model.notes, *left_out))
@@ -80,17 +80,17 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
     """The longest sequence that runs, with the formula's recommended chunks. Host memory limits it as well."""
     near = card if model.stand_in is None else _near(model, recipe, card, trace_at)
     start = solve.max_seq(model, recipe, near, strategy)
-    chunks = start.plan.chunks if start.s_max else solve.recommend(model, recipe, near)
+    chunks = start.plan.chunks if start.s_max else solve.recommend_chunks(model, recipe, near)
     seen: dict[int, Trace] = {}
 
     def trace(seq_len: int) -> Trace:
         run = recipe.padded(seq_len)
         if run not in seen:
-            seen[run] = trace_at(_in(recipe, solve.within(chunks, run)), run, card)
+            seen[run] = trace_at(_in(recipe, solve.cap_chunks(chunks, run)), run, card)
         return seen[run]
 
     def hardest(seq_len: int) -> list[Trace]:
-        return [trace(tokens) for tokens in solve.hardest(model, recipe, seq_len)]
+        return [trace(tokens) for tokens in solve.hardest_lengths(model, recipe, seq_len)]
 
     def fits(seq_len: int) -> bool:
         """Whether it fits, and every shorter length. Beyond its positions the code of some models fails; a stand-in may not know them."""
@@ -129,7 +129,7 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
             off = needs[-1].traced - needs[-1].formula
         else:
             off, far = _off(needs, room(card)), far + 1 if abs(needs[-1].traced - room(card)) > room(card) * FAR else 0
-        corrected = solve.longest(model, recipe, _moved(card, off), chunks)
+        corrected = solve.longest_sequence(model, recipe, _moved(card, off), chunks)
         if card.host_bytes is not None and (there := trace(guess).host_peak):  # as good as proportional to the length
             corrected = min(corrected, guess * card.host_bytes // there)
         if low < corrected < high and corrected != guess and (far < 2 or far % 2 or high == LONGEST):
@@ -144,7 +144,7 @@ def longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strateg
     plan = solve.plan_at(model, recipe, card, shown, chunks)
     largest = max(hardest(shown), key=lambda each: each.peak.bytes)
     at_the_end = high == low + 1 and recipe.padded(high) not in seen
-    answer = Answer(strategy, trainable(low), _as_traced(plan, largest))
+    answer = Answer(strategy, trainable_tokens(low), _as_traced(plan, largest))
     return Found(answer, largest, len(seen) + (model.stand_in is not None), start.s_max, at_the_end)
 
 
@@ -162,7 +162,7 @@ def _in(recipe: Recipe, chunks: Chunks) -> Recipe:
 
 def _formula(model: Model, recipe: Recipe, card: Card, chunks: Chunks, seq_len: int) -> int:
     run = recipe.padded(seq_len)
-    return solve.peak_at(model, recipe, card, run, solve.within(chunks, run))[1]
+    return solve.peak_at(model, recipe, card, run, solve.cap_chunks(chunks, run))[1]
 
 
 def _near(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt) -> Card:
@@ -195,5 +195,5 @@ def _off(needs: Sequence[Need], room: int) -> int:
 def _as_traced(plan: Plan, trace: Trace) -> Plan:
     """Plan as the trace has it in place of the formula; of a time it says nothing."""
     seconds = plan.step_seconds if plan.model.stand_in is None else 0.0
-    peak = Peak(trace.peak.bytes, trace.peak.instant, trace.seq_len)
+    peak = StepPeak(trace.peak.bytes, trace.peak.instant, trace.seq_len)
     return plan._replace(peak=peak, host_bytes=trace.host_peak, step_seconds=seconds)

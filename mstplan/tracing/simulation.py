@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..spec.hardware import HANDLES, Card
+from ..spec.hardware import CUBLAS_HANDLES, Card
 from ..step.instants import Pass
 from ..units import MIB
 from .allocator import Allocator, OutOfMemory
@@ -75,7 +75,7 @@ def name_of(trace: Trace, key: int) -> list[str]:
         state = trace.held_states[number]
         return [state.dtype, state.name, "optimizer"]
     if kind == _WORKSPACE:
-        return [f"cuBLAS workspace {number + 1} of {HANDLES}"]
+        return [f"cuBLAS workspace {number + 1} of {CUBLAS_HANDLES}"]
     made = trace.step.made[number % len(trace.step.made)]
     return [f"{made.dtype} {made.shape}", made.operation, made.module or "step", made.category]
 
@@ -93,7 +93,7 @@ def _steps(trace: Trace, steps: int) -> Iterator[Iterator[Event]]:
 def _before(trace: Trace) -> Iterator[Event]:
     yield from ((4 * n + _WEIGHT, weight.bytes, 1) for n, weight in enumerate(trace.weights))
     if trace.workspace:
-        yield from ((4 * n + _WORKSPACE, trace.workspace // HANDLES, 1) for n in range(HANDLES))
+        yield from ((4 * n + _WORKSPACE, trace.workspace // CUBLAS_HANDLES, 1) for n in range(CUBLAS_HANDLES))
 
 
 def _step(trace: Trace, n: int) -> Iterator[Event]:

@@ -11,8 +11,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
-from ..kept import adapter
-from ..spec.hardware import HANDLES
+from ..kept import adapter_for
+from ..spec.hardware import CUBLAS_HANDLES
 from ..step.instants import Instant, Pass
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
@@ -116,7 +116,7 @@ class Trace:
     @classmethod
     def from_json(cls, text: bytes) -> Trace:
         """Trace from JSON. Raises ValueError, RecipeError or Unlike for what is none: one that is read can be used."""
-        data: _Kept = adapter(_Kept).validate_json(text)
+        data: _Kept = adapter_for(_Kept).validate_json(text)
         layers = sorted(set(data.kept)) == list(data.kept) and all(0 <= unit < len(data.kinds) for unit in data.kept)
         if not (layers and data.kept and min(data.every, data.reach, data.seq_len) > 0):
             raise ValueError("layers that there cannot be")
@@ -174,7 +174,9 @@ class Trace:
         if self.recipe.accumulation > 1:
             found += group(Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
         if self.workspace:
-            found.append(Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", HANDLES, self.workspace, resident=True))
+            found.append(
+                Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", CUBLAS_HANDLES, self.workspace, resident=True)
+            )
         return tuple(found)
 
     @cached_property

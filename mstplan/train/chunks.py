@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, UnreadError
-from ..plan.solve import chunks_at
+from ..plan.solve import choose_chunks
 from ..spec.config import read_config
 from ..spec.hardware import Card, card, card_that_torch_names, host_memory
 from ..step.recipe import Recipe
@@ -62,7 +62,7 @@ class ChunkCounts:
         if key not in self._found:
             precision = "mixed" if mixed else "bf16" if hidden.dtype.itemsize == 2 else "fp32"
             recipe = self.recipe.changed(batch=batch, precision=precision)
-            found = chunks_at(self.model, recipe, card_of(hidden.device), length)
+            found = choose_chunks(self.model, recipe, card_of(hidden.device), length)
             LOG.info("minisequence: %d x %d tokens in %d (MLP) and %d (loss) chunks", batch, length, *found)
             self._found[key] = found
         return self._found[key]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mstplan.checking import calibrate as solving
-from mstplan.checking.calibrate import Family, calibrate, families
+from mstplan.checking.calibrate import Family, calibrate, families_of
 from mstplan.errors import ModelError
 from mstplan.plan import calibration, solve
 from mstplan.spec.config import read_config
@@ -46,7 +46,7 @@ def test_the_residual_is_rounding(mst):
 def test_the_planner_uses_it_and_says_so(mst, folder):
     recipe = strategy("mst", mlp_chunks=3, loss_chunks=7)
     assert solve.plan_at(MODEL, recipe, CARD, 7777).calibration is None
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     after = solve.plan_at(MODEL, recipe, CARD, 7777)
     assert after.calibration == mst
     traced = step_of(recipe, 7777).with_workspace(CARD.gpu.workspaces_bytes).peak
@@ -69,13 +69,13 @@ def test_the_planner_uses_it_and_says_so(mst, folder):
     ],
 )
 def test_other_recipes_stand_on_the_formula(mst, folder, changes):
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     recipe = strategy("mst", **{"mlp_chunks": 3, "loss_chunks": 7, **changes})
     assert solve.plan_at(MODEL, recipe, CARD, 5000).calibration is None
 
 
 def test_batches_are_of_the_family(mst, folder):
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     recipe = strategy("mst", mlp_chunks=3, loss_chunks=7, batch=5)
     found = solve.plan_at(MODEL, recipe, CARD, 3001)
     traced = step_of(recipe, 3001).with_workspace(CARD.gpu.workspaces_bytes).peak
@@ -83,10 +83,10 @@ def test_batches_are_of_the_family(mst, folder):
 
 
 def test_s_max_is_solved_from_it(mst, folder):
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     recipe = strategy("mst", mlp_chunks=4, loss_chunks=8)
     chunks = Chunks(4, 8)
-    s_max = solve.longest(MODEL, recipe, CARD, chunks)
+    s_max = solve.longest_sequence(MODEL, recipe, CARD, chunks)
     assert (
         solve.peak_at(MODEL, recipe, CARD, s_max, chunks)[1]
         <= CARD.budget_bytes
@@ -96,30 +96,30 @@ def test_s_max_is_solved_from_it(mst, folder):
 
 @pytest.mark.parametrize("damage", ["", "{", '{"schema_version": 99}', "[]"])
 def test_a_damaged_or_newer_file_is_none(mst, folder, damage):
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     (folder / "tiny.json").write_text(damage)
-    assert calibration.of_model(MODEL) == ()
+    assert calibration.calibrations_of(MODEL) == ()
 
 
 def test_another_model_of_that_name_is_not_served(mst, folder):
-    calibration.write(MODEL, [mst], folder)
-    assert calibration.of_model(MODEL._replace(hidden=512)) == ()
-    assert calibration.of_model(MODEL) == (mst,)
+    calibration.write_calibrations(MODEL, [mst], folder)
+    assert calibration.calibrations_of(MODEL._replace(hidden=512)) == ()
+    assert calibration.calibrations_of(MODEL) == (mst,)
 
 
 def test_an_old_file_is_kept(mst, folder):
-    path = calibration.write(MODEL, [mst], folder)
+    path = calibration.write_calibrations(MODEL, [mst], folder)
     old = path.read_bytes()
-    calibration.write(MODEL, [mst], folder)
+    calibration.write_calibrations(MODEL, [mst], folder)
     assert [p.name for p in folder.iterdir()] == ["tiny.json"]  # the same: nothing to keep
-    calibration.write(MODEL, [mst._replace(residual=0.001)], folder)
+    calibration.write_calibrations(MODEL, [mst._replace(residual=0.001)], folder)
     assert (folder / "tiny.json.1").read_bytes() == old
     assert json.loads(path.read_text())["families"][0]["residual"] == 0.001
 
 
 def test_steps_that_are_not_alike_are_refused():
     def other_at_some_length(recipe: Recipe, seq_len: int):
-        return step_of(Recipe() if seq_len == solving.POINTS[1].seq_len else recipe, seq_len)
+        return step_of(Recipe() if seq_len == solving.TRACE_POINTS[1].seq_len else recipe, seq_len)
 
     with pytest.raises(ModelError, match="differ between lengths"):
         calibrate(MODEL, Family("checkpoint", False, False, False), other_at_some_length)
@@ -127,13 +127,13 @@ def test_steps_that_are_not_alike_are_refused():
 
 def test_a_residual_too_large_is_refused():
     def more_where_it_is_checked(recipe: Recipe, seq_len: int):
-        return step_of(recipe, seq_len if seq_len != solving.CHECK.seq_len else seq_len + 2000)
+        return step_of(recipe, seq_len if seq_len != solving.HOLDOUT_POINT.seq_len else seq_len + 2000)
 
     with pytest.raises(ModelError, match="not written"):
         calibrate(MODEL, Family("checkpoint", False, False, False), more_where_it_is_checked)
 
 
 def test_families_follow_windows_and_chunks():
-    assert Family("mst", False, False, False) in families(MODEL) and not any(f.masked for f in families(MODEL))
+    assert Family("mst", False, False, False) in families_of(MODEL) and not any(f.masked for f in families_of(MODEL))
     sliding = MODEL._replace(layer_kinds=tuple(kind._replace(window=512) for kind in MODEL.layer_kinds))
-    assert {f.masked for f in families(sliding, ["checkpoint"])} == {False, True}
+    assert {f.masked for f in families_of(sliding, ["checkpoint"])} == {False, True}

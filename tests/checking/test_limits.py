@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mstplan import MeasurementError, card, load_model, strategy
 from mstplan.checking import limits
-from mstplan.checking.limits import ABOVE, BELOW, at, check, chunk_counts
+from mstplan.checking.limits import SHARE_ABOVE, SHARE_BELOW, check_limit, chunk_counts, length_at
 from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, Measurement
 from mstplan.step.steps import Chunks
 from mstplan.units import SHORTEST
@@ -29,30 +29,42 @@ def up_to(longest: int):
 @given(predicted=st.integers(1, 10**7), ratio=st.floats(0.3, 3))
 def test_the_true_limit_is_found(predicted, ratio):
     longest = max(SHORTEST, int(predicted * ratio))
-    found = check("mst", "trace", predicted, up_to(longest))
+    found = check_limit("mst", "trace", predicted, up_to(longest))
     assert (
-        len(found.points) <= limits.MOST_POINTS
-        and found.runs <= longest
-        and found.fails is not None
-        and found.fails > longest
+        len(found.points) <= limits.MAX_POINTS
+        and found.longest_run <= longest
+        and found.shortest_failure is not None
+        and found.shortest_failure > longest
     )
-    assert found.fails - found.runs <= max(1, found.runs * limits.PRECISION)
-    assert found.holds == (at(predicted, BELOW) <= longest < at(predicted, ABOVE))
+    assert found.shortest_failure - found.longest_run <= max(1, found.longest_run * limits.PRECISION)
+    assert found.holds == (length_at(predicted, SHARE_BELOW) <= longest < length_at(predicted, SHARE_ABOVE))
     assert found.error == pytest.approx(predicted / longest - 1, rel=0.02, abs=0.02) or longest < 100
 
 
 def test_nothing_runs():
-    found = check("mst", "trace", 100, up_to(0))
-    assert not found.holds and found.runs == 0 and found.fails == SHORTEST and found.error == float("inf")
+    found = check_limit("mst", "trace", 100, up_to(0))
+    assert (
+        not found.holds
+        and found.longest_run == 0
+        and found.shortest_failure == SHORTEST
+        and found.error == float("inf")
+    )
 
 
 def test_lengths_to_try():
-    assert (at(1000, BELOW), at(1000, ABOVE), at(2, BELOW), at(2, ABOVE)) == (980, 1030, 2, 3)
+    assert (
+        length_at(1000, SHARE_BELOW),
+        length_at(1000, SHARE_ABOVE),
+        length_at(2, SHARE_BELOW),
+        length_at(2, SHARE_ABOVE),
+    ) == (980, 1030, 2, 3)
 
 
 def test_what_neither_runs_nor_runs_out():
     with pytest.raises(MeasurementError, match="98 tokens: failed: killed"):
-        check("mst", "trace", 100, lambda tokens: replace(measured(case("mst", tokens), {}, FAILED), error="killed"))
+        check_limit(
+            "mst", "trace", 100, lambda tokens: replace(measured(case("mst", tokens), {}, FAILED), error="killed")
+        )
 
 
 @pytest.mark.parametrize("limit", [0, 100_000_000, 150_000_000, 10**9])
@@ -76,15 +88,15 @@ def test_what_chunks_cost(slower, holds):
         m = measured(case("mst", 65536), {"loss": 1})
         return replace(m, ranks=(replace(m.ranks[0], step_seconds=(1.0 if chunks == (1, 1) else slower,)),))
 
-    rows = limits.throughput(model, recipe, on, 65536, measure)
+    rows = limits.measure_throughput(model, recipe, on, 65536, measure)
     assert sum(row.recommended for row in rows) == 1 and rows[0].share == 1
     assert all(row.share == pytest.approx(1 / slower) for row in rows[1:])
-    assert limits.holds(rows) is holds
+    assert limits.throughput_holds(rows) is holds
 
 
 def test_one_chunk_that_does_not_fit_is_nothing_to_compare_with():
     def measure(chunks: Chunks) -> Measurement:
         return measured(case("mst", 65536), {"loss": 1}, OUT_OF_MEMORY if chunks == (1, 1) else OK)
 
-    rows = limits.throughput(load_model("llama3.1-8b"), strategy("mst"), card("h100"), 65536, measure)
-    assert all(row.share is None for row in rows) and not limits.holds(rows)
+    rows = limits.measure_throughput(load_model("llama3.1-8b"), strategy("mst"), card("h100"), 65536, measure)
+    assert all(row.share is None for row in rows) and not limits.throughput_holds(rows)

@@ -11,11 +11,11 @@ import torch
 
 from mstplan import card, profiles
 from mstplan.checking import fit, validate
-from mstplan.checking.validate import ALLOCATED, BOUNDS, CALIBRATED, DEVICE, FORMULA, RESERVED, TRACE, Bounds
+from mstplan.checking.validate import ALLOCATED, CALIBRATED, DEVICE, ERROR_BOUNDS, FORMULA, RESERVED, TRACE, ErrorBounds
 from mstplan.measuring import measurement
 from mstplan.measuring.measurement import FAILED, OUT_OF_MEMORY, Measurement
 from mstplan.plan import calibration
-from mstplan.plan.solve import sizes
+from mstplan.plan.solve import step_sizes
 from mstplan.show import validating
 from mstplan.step.instants import Instant
 from mstplan.step.recipe import strategy
@@ -57,7 +57,7 @@ def test_reserved_is_what_the_simulated_allocator_reserves():
     row = next(row for row in validate.validate([on_card()]).rows if row.what == RESERVED)
     assert row.rung == TRACE and row.error == 0
     m = on_card(environment={**CARD, "allocator": "expandable_segments:True"})
-    expandable = held(validate.traced(m), expandable=True).reserved
+    expandable = held(validate.trace_measured(m), expandable=True).reserved
     assert (
         next(row for row in validate.validate([m]).rows if row.what == RESERVED).predicted
         == expandable
@@ -91,7 +91,7 @@ def test_what_was_to_fit_and_ran_out():
         (enough, FORMULA),
         (enough, TRACE),
     }
-    said = validate.beyond(found, BOUNDS)
+    said = validate.bound_violations(found, ERROR_BOUNDS)
     assert len(said) == 2 and all("was to fit and ran out of memory" in line for line in said)
     cpu = on_card(
         outcome=OUT_OF_MEMORY, ranks=(), case=case(limit=2**20, device="cpu"), environment={**CARD, "card": "cpu"}
@@ -107,29 +107,29 @@ def test_what_failed_is_left_out_and_said():
 def test_summaries():
     found = validate.validate([on_card(), on_card(share=0.5), on_card(tokens=1024, share=1.25)], [TRACE])
     rows = [row for row in found.rows if row.what == ALLOCATED]
-    (everything,) = validate.summaries(rows)
+    (everything,) = validate.summarize(rows)
     assert (everything.n, everything.worst) == (3, pytest.approx(1.0, abs=1e-5))
     assert everything.mean == pytest.approx((0 + 1 + 0.2) / 3, abs=1e-5) and everything.median == pytest.approx(
         0.2, abs=1e-5
     )
     assert everything.worst_instant == pytest.approx(1.0, abs=1e-5)
     one = rows[0]._replace(instants=(("loss", 90, 100), ("optimizer step", 100, 100)))
-    assert one.worst_instant == ("loss", pytest.approx(-0.1)) and validate.summaries([one])[
+    assert one.worst_instant == ("loss", pytest.approx(-0.1)) and validate.summarize([one])[
         0
     ].worst_instant == pytest.approx(-0.1)
-    assert {s.group: s.n for s in validate.summaries(rows, validate.by_length)} == {
+    assert {s.group: s.n for s in validate.summarize(rows, validate.by_length)} == {
         "512 to 1,023": 2,
         "1,024 to 2,047": 1,
     }
-    assert {s.group for s in validate.summaries(rows, validate.by_strategy)} == {"checkpoint"}
-    assert validate.summaries([]) == []
+    assert {s.group for s in validate.summarize(rows, validate.by_strategy)} == {"checkpoint"}
+    assert validate.summarize([]) == []
 
 
 def test_bounds():
     found = validate.validate([on_card(share=0.98)], [TRACE])
-    assert validate.beyond(found, {TRACE: Bounds(0.03, 0.03)}) == []
-    assert len(validate.beyond(found, {TRACE: Bounds(0.01, 0.03)})) == 1
-    assert len(validate.beyond(found, {TRACE: Bounds(0.01, 0.01)})) == 2
+    assert validate.bound_violations(found, {TRACE: ErrorBounds(0.03, 0.03)}) == []
+    assert len(validate.bound_violations(found, {TRACE: ErrorBounds(0.01, 0.03)})) == 1
+    assert len(validate.bound_violations(found, {TRACE: ErrorBounds(0.01, 0.01)})) == 2
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,10 @@ def test_on_a_cpu_the_formula_is_held_to_its_bounds_where_the_kernels_are_those_
     one = case(seq_len=512, **changes)
     found = validate.validate([measured(one, {"loss": 2**30})], [FORMULA])
     assert [row.held for row in found.rows] == [held]
-    assert {line.split(":")[0] for line in validate.beyond(found, BOUNDS)} == ({FORMULA} if held else set())
-    assert [s.held for s in validate.summaries(found.rows)] == [held]
+    assert {line.split(":")[0] for line in validate.bound_violations(found, ERROR_BOUNDS)} == (
+        {FORMULA} if held else set()
+    )
+    assert [s.held for s in validate.summarize(found.rows)] == [held]
     assert (
         ("formula\\* |" in validating.markdown(found))
         == (not held)
@@ -163,7 +165,7 @@ def test_no_step_is_predicted_by_a_calibration_that_was_solved_from_it(tmp_path,
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path))
     seen = [on_card(tokens) for tokens in (512, 1024, 2048, 4096)]
     model = seen[0].case.described
-    calibration.write(model, fit.fit(model, seen).calibrations, tmp_path / "calibrations")
+    calibration.write_calibrations(model, fit.fit_model(model, seen).calibrations, tmp_path / "calibrations")
     other = on_card(3000)
     found = validate.validate([*seen, other], [CALIBRATED])
     assert [row.measurement for row in found.rows] == [other] and abs(found.rows[0].error) < 1e-4
@@ -177,7 +179,8 @@ def test_a_cpu_is_traced_with_the_threads_that_it_had():
     one = case("standard", seq_len=512)
     few, many = (measured(one, {"loss": 2**30}, environment={**CPU, "threads": threads}) for threads in (64, 128))
     less, more = (
-        {peak.instant: peak.bytes for peak in validate.traced(m).peaks}[Instant.MIDDLE_LAYER] for m in (few, many)
+        {peak.instant: peak.bytes for peak in validate.trace_measured(m).peaks}[Instant.MIDDLE_LAYER]
+        for m in (few, many)
     )
     assert more - less == 64 * 2 * 64 * 512 * (
         4 + 2
@@ -193,7 +196,7 @@ def test_no_calibration_no_row():
 
 
 def archived() -> list[Measurement]:
-    return measurement.read_all(measurement.archive()).measurements
+    return measurement.read_all_results(measurement.shipped_results()).measurements
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +211,7 @@ def test_every_archived_step_is_within_bounds(replayed):
         rung: sum(row.rung == rung for row in held) >= least
         for rung, least in ((TRACE, 80), (FORMULA, 30), (CALIBRATED, 20))
     } == dict.fromkeys((TRACE, FORMULA, CALIBRATED), True)
-    assert validate.beyond(replayed, BOUNDS) == []
+    assert validate.bound_violations(replayed, ERROR_BOUNDS) == []
     assert all(abs(row.error) < 0.0005 for row in held)  # as it was seen, and README says
 
 
@@ -230,31 +233,31 @@ def test_calibrations_of_the_archives_longest_series():
         and m.case.recipe.precision == "bf16"
         and m.case.strategy in ("standard", "checkpoint")
     ]
-    found = fit.fit(series[0].case.described, series)
+    found = fit.fit_model(series[0].case.described, series)
     assert {c.provenance["strategy"] for c in found.calibrations} == {"standard", "checkpoint"} and not found.left_out
     for one in found.calibrations:
-        assert one.residual <= 0.005 and one.provenance["left_out_error"] <= BOUNDS[CALIBRATED].mean
+        assert one.residual <= 0.005 and one.provenance["left_out_error"] <= ERROR_BOUNDS[CALIBRATED].mean
         for m in (m for m in series if m.case.strategy == one.provenance["strategy"]):
             told = (
                 validate.step_of(m, FORMULA)
                 .calibrated(one.moments)
-                .largest(sizes(m.case.recipe, m.case.seq_len, validate.chunks_of(m)))[1]
+                .largest(step_sizes(m.case.recipe, m.case.seq_len, validate.chunks_of(m)))[1]
             )
-            assert told == pytest.approx(m.peak.allocated, rel=BOUNDS[CALIBRATED].mean)
+            assert told == pytest.approx(m.peak.allocated, rel=ERROR_BOUNDS[CALIBRATED].mean)
 
 
 def test_the_archive_is_whole():
-    for path in measurement.archive():
-        found = measurement.read(path)
+    for path in measurement.shipped_results():
+        found = measurement.read_results(path)
         assert not found.skipped and found.measurements and path.stat().st_size < 500_000
         assert len({m.environment["card"] for m in found.measurements}) == 1  # a file for each card and date
 
 
 def test_the_archives_index_is_true():
     index = json.loads((profiles.ROOT / "measurements" / "index.json").read_text())
-    assert {row["file"] for row in index["files"]} == {path.name for path in measurement.archive()}
+    assert {row["file"] for row in index["files"]} == {path.name for path in measurement.shipped_results()}
     for row in index["files"]:
-        found = measurement.read(profiles.ROOT / "measurements" / row["file"]).measurements
+        found = measurement.read_results(profiles.ROOT / "measurements" / row["file"]).measurements
         told = {name: {m.environment[name] for m in found} for name in ("card", "torch", "transformers")}
         assert told == {name: {row[name]} for name in told} and row["points"] == len(found)
         assert max(m.when for m in found).startswith(row["date"]) and row["about"]

@@ -68,7 +68,7 @@ DAMAGES = [*RAW, *map(json.dumps, TEXTS)]
 
 
 def shipped(number: int) -> dict[str, Any]:
-    line = measurement.archive()[0].read_text().splitlines()[number]
+    line = measurement.shipped_results()[0].read_text().splitlines()[number]
     found: dict[str, Any] = json.loads(line)
     return found
 
@@ -211,8 +211,8 @@ def test_a_loss_that_is_no_number_is_null(
     data = one.as_data()
     data["ranks"][0]["loss"] = loss
     (tmp_path / "figures").write_text(json.dumps(data["ranks"][0]))
-    monkeypatch.setattr(sweep, "PROCESS", (sys.executable, "-c", child))
-    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "WORKER_COMMAND", (sys.executable, "-c", child))
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
     said = run(
         "measure",
         "-m",
@@ -230,7 +230,7 @@ def test_a_loss_that_is_no_number_is_null(
     assert said.code == 0 and strictly(said.out)["results"][0]["ranks"][0]["loss"] is None
     assert strictly((tmp_path / "new.jsonl").read_text())["ranks"][0]["loss"] is None
     (tmp_path / "old.jsonl").write_text(json.dumps(data) + "\n")
-    assert measurement.read(tmp_path / "old.jsonl").measurements[0].ranks[0].loss is None
+    assert measurement.read_results(tmp_path / "old.jsonl").measurements[0].ranks[0].loss is None
 
 
 def test_json_has_no_number_that_is_none() -> None:
@@ -263,7 +263,7 @@ def test_names_of_files_are_shown_escaped(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [b"\xff\xfe{}", b"\x80", b'{"case": "\xc3"}', b"\x00\x01", b"\xef\xbb\xbf{}"])
 def test_bytes_that_are_no_text_stop_nothing_else(run: Run, tmp_path: Path, bad: bytes) -> None:
-    good = measurement.archive()[0].read_bytes().splitlines()[:2]
+    good = measurement.shipped_results()[0].read_bytes().splitlines()[:2]
     (tmp_path / "m.jsonl").write_bytes(b"\n".join([good[0], bad, good[1]]) + b"\n")
     told = run("validate", "m.jsonl", "--rung", "formula", "--json").json
     assert len(told["rows"]) == 2 and any("line 2 is damaged" in line for line in told["left_out"])

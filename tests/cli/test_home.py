@@ -108,7 +108,7 @@ def test_writing_there_is_refused(run: Run) -> None:
 def test_the_api_refuses_it_too(tmp_path: Path) -> None:
     model = load_model("gpt2")
     with pytest.raises(calibration.files.OutputError) as e:
-        calibration.write(model, calibration.of_model(model), calibration.folders()[0])
+        calibration.write_calibrations(model, calibration.calibrations_of(model), calibration.folders()[0])
     assert len(str(e.value).splitlines()) == 2
 
 

@@ -74,7 +74,7 @@ def test_damaged_calibrations(folder: Path, run: Run) -> None:
         if n % 8 == 0:
             said = run(*COMMANDS[n // 8 % 2], "--json")
             assert (said.code, said.err) == (0, "") and strict(said.out), what
-        notes = advice.kept_notes(MODEL)
+        notes = advice.left_out_notes(MODEL)
         if notes:
             assert len(notes) == 1 and sound(notes[0], "gpt2.json"), (what, notes)
             assert answers() == usual, what
@@ -102,7 +102,7 @@ def test_moments_that_no_step_has(folder: Path, number: int, where: int | None) 
         for f in SHIPPED["families"]
     ]
     put(folder / "calibrations" / "gpt2.json", json.dumps({**SHIPPED, "families": families}))
-    notes, found = advice.kept_notes(MODEL), answers()
+    notes, found = advice.left_out_notes(MODEL), answers()
     assert (notes and found == usual) or (
         -1 <= number <= 1 and where not in (0, 1, None) and min(found) > 0 and max(found) < 1 << 40
     )
@@ -114,7 +114,7 @@ def test_damaged_constants(folder: Path) -> None:
     noted = 0
     for what, text in damages(CONSTANTS, seed=2, per_place=99):
         put(folder / "devices.json", text)
-        found, notes = hardware.find_gpu("h100"), hardware.left_out()
+        found, notes = hardware.find_gpu("h100"), hardware.left_out_notes()
         noted += bool(notes)
         assert not notes or (len(notes) == 1 and sound(notes[0], "devices.json") and found == usual), what
         assert 0 <= found.context_bytes < found.usable_bytes, what
@@ -216,7 +216,7 @@ def test_what_is_written_counts_for_the_next_answer(
     assert more == pytest.approx(1.1 * usual[0], rel=0.01) and budget == usual[1] and s_max < usual[2]
     put(path, _more(0.2))
     assert asked()[0] == pytest.approx(1.2 * usual[0], rel=0.01)
-    calibration.write(MODEL, calibration.of_model(load_model("gpt2"))[:1], calibration.folders()[0])
+    calibration.write_calibrations(MODEL, calibration.calibrations_of(load_model("gpt2"))[:1], calibration.folders()[0])
     assert asked()[0] == pytest.approx(1.2 * usual[0], rel=0.01)
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "another"))
     assert asked() == usual
@@ -272,7 +272,7 @@ def test_a_models_name_leads_nowhere_else(folder: Path) -> None:
         model = MODEL._replace(name=name)
         assert plan_at(model, RECIPES[1], card("h100"), 4096).calibration is None
         try:
-            path = calibration.write(model, calibration.of_model(MODEL), calibration.folders()[0])
+            path = calibration.write_calibrations(model, calibration.calibrations_of(MODEL), calibration.folders()[0])
         except calibration.files.OutputError as e:
             assert len(str(e).splitlines()) == 2 and len(name) != len("org/model")  # noqa: PT017
         else:

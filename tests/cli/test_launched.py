@@ -11,7 +11,7 @@ import pytest
 
 from mstplan import MeasurementError
 from mstplan.measuring import sweep
-from mstplan.measuring.launch import MEETING, Launch, launched
+from mstplan.measuring.launch import RENDEZVOUS_VARIABLES, Launch, read_launch
 from mstplan.measuring.measurement import OUT_OF_MEMORY, Measurement
 
 from ..measuring.measured import CPU
@@ -84,8 +84,8 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Put:
 
 @pytest.fixture
 def measure(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
-    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, OUT_OF_MEMORY))
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "measure_case", lambda case, known, _timeout: Measurement(case, known, OUT_OF_MEMORY))
     write_tiny(tmp_path)
     return lambda *more: run(
         "measure", "-m", "tiny.json", "--seq-len", "16", "-s", "checkpoint", "--device", "cpu", *more
@@ -98,21 +98,21 @@ def test_a_variable_that_stands_alone_means_nothing(put: Put) -> None:
             put({name: value})
             if name == "TORCHELASTIC_RUN_ID":
                 with pytest.raises(MeasurementError, match=r"RANK is not set in the environment\.\n"):
-                    launched()
+                    read_launch()
             else:
-                assert launched() is None
+                assert read_launch() is None
 
 
 def test_what_a_launch_lacks(put: Put) -> None:
     """Where torchrun is not said to be at work, job schedulers may have set the rest."""
-    for name in MEETING:
+    for name in RENDEZVOUS_VARIABLES:
         for value in (None, *EMPTY):
             launch = {**COMPLETE, name: value}
             put({key: text for key, text in launch.items() if text is not None})
             with pytest.raises(MeasurementError, match=f"{name} is not set in the environment"):
-                launched()
+                read_launch()
             put({key: text for key, text in launch.items() if text is not None and key != "TORCHELASTIC_RUN_ID"})
-            assert launched() is None
+            assert read_launch() is None
 
 
 @pytest.mark.parametrize("by_torchrun", [True, False])
@@ -126,18 +126,18 @@ def test_a_launch_that_makes_no_sense(put: Put, by_torchrun: bool) -> None:
             }
         )
         with pytest.raises(MeasurementError, match=f"^{name} is '.*' in the environment, must be") as refused:
-            launched()
+            read_launch()
         lines = str(refused.value).splitlines()
         assert len(lines) == 2 and all(line.isprintable() and len(line) < 300 for line in lines)
 
 
 def test_a_launch(put: Put) -> None:
     put({**COMPLETE, "RANK": "1", "LOCAL_RANK": "1"})
-    assert launched() == Launch(1, 2, 1, "127.0.0.1", 29500)
+    assert read_launch() == Launch(1, 2, 1, "127.0.0.1", 29500)
     put({**COMPLETE, "RANK": "0", "WORLD_SIZE": "1"})  # one rank is none among others
-    assert launched() is None
-    put({name: COMPLETE[name] for name in MEETING} | {"RANK": "1"})  # by hand
-    assert launched() == Launch(1, 2, 1, "127.0.0.1", 29500)
+    assert read_launch() is None
+    put({name: COMPLETE[name] for name in RENDEZVOUS_VARIABLES} | {"RANK": "1"})  # by hand
+    assert read_launch() == Launch(1, 2, 1, "127.0.0.1", 29500)
 
 
 def test_the_command(put: Put, measure: Callable[..., Said]) -> None:

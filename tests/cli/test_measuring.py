@@ -13,7 +13,7 @@ import pytest
 from mstplan import kept
 from mstplan.measuring import measurement, sweep
 from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement
-from mstplan.measuring.worker import measure
+from mstplan.measuring.worker import measure_here
 from mstplan.plan import calibration
 from mstplan.step.recipe import STRATEGIES
 from mstplan.tracing.trace import Trace
@@ -39,12 +39,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     def run_here(case: Case, known: dict[str, Any], _timeout: float | None = None) -> Measurement:
         made.append(case)
         try:
-            return Measurement(case, known, OK, "", (measure(replace(case, steps=1)),), sweep.now())
+            return Measurement(case, known, OK, "", (measure_here(replace(case, steps=1)),), sweep.utc_now())
         except MemoryError as e:
-            return Measurement(case, known, OUT_OF_MEMORY, str(e), (), sweep.now())
+            return Measurement(case, known, OUT_OF_MEMORY, str(e), (), sweep.utc_now())
 
-    monkeypatch.setattr(sweep, "run", run_here)
-    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "measure_case", run_here)
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
     return made
 
 
@@ -69,7 +69,7 @@ def test_points_are_told_as_they_come_and_kept(run: Run, quick: list[Case], tmp_
         ]
     assert said.out.startswith("measured: real steps on cpu") and "results: measurements.jsonl" in said.out
     assert said.err.startswith("measuring: real steps on cpu") and max(map(len, said.out.splitlines())) <= 80
-    assert len(measurement.read(tmp_path / "measurements.jsonl").measurements) == 4
+    assert len(measurement.read_results(tmp_path / "measurements.jsonl").measurements) == 4
     again = run(*ASKED, "--seq-len", "64,256", "-s", "checkpoint")
     assert len(quick) == 5 and "1 of 2 had been measured before" in again.out
     assert run(*ASKED, "--seq-len", "64", "-s", "checkpoint", "--again").code == 0 and len(quick) == 6
@@ -117,19 +117,21 @@ def test_a_suite(run: Run, quick: list[Case], tmp_path: Path) -> None:
 def test_a_point_that_fails_is_a_result_and_exit_code_1(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
     monkeypatch.setattr(
-        sweep, "run", lambda case, known, _timeout: Measurement(case, known, FAILED, "killed (SIGKILL)\nand more")
+        sweep,
+        "measure_case",
+        lambda case, known, _timeout: Measurement(case, known, FAILED, "killed (SIGKILL)\nand more"),
     )
     said = run(*ASKED, "--seq-len", "64,128", "-s", "mst")
     assert said.code == 1 and said.out.count("failed: killed (SIGKILL)") == 2 and "and more" not in said.out
-    assert len(measurement.read(tmp_path / "measurements.jsonl").measurements) == 2
+    assert len(measurement.read_results(tmp_path / "measurements.jsonl").measurements) == 2
 
 
 def test_a_point_that_is_refused_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
     monkeypatch.setattr(
-        sweep, "run", lambda case, known, _timeout: Measurement(case, known, REFUSED, "no flash-attn here")
+        sweep, "measure_case", lambda case, known, _timeout: Measurement(case, known, REFUSED, "no flash-attn here")
     )
     said = run(*ASKED, "--seq-len", "64", "-s", "mst")
     assert said.code == 1 and "refused: no flash-attn here" in said.out
@@ -145,15 +147,15 @@ def test_who_is_refused_as_the_second_writer_leaves_the_file(
         said = run(*command, "-m", "tiny.json", "--device", "cpu", "-o", "r.jsonl")
         assert said.code == 2 and "another mstplan is writing to 'r.jsonl'" in said.err and not quick
         append(measured(Case("tiny", "checkpoint", TINY, STRATEGIES["checkpoint"], 64, None, "cpu"), {"loss": 5}))
-    assert len(measurement.read(tmp_path / "r.jsonl").measurements) == 1
+    assert len(measurement.read_results(tmp_path / "r.jsonl").measurements) == 1
 
 
 def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupted(*_: object) -> Measurement:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(sweep, "run", interrupted)
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "measure_case", interrupted)
     said = run(*ASKED, "--seq-len", "64", "-s", "mst")
     assert said.code == 130 and "interrupted; nothing was measured yet" in said.err and "goes on from there" in said.err
     write(tmp_path / "r.jsonl", measured(Case("tiny", "mst", TINY, STRATEGIES["mst"], 64, None, "cpu"), {"loss": 5}))
@@ -277,7 +279,7 @@ BAD = [
 def test_bad_input_gets_one_or_two_lines(
     run: Run, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
     (tmp_path / "empty.jsonl").touch()
     write(
         tmp_path / "ok.jsonl",
@@ -449,7 +451,7 @@ def test_calibrated_from_measurements(run: Run, quick: list[Case], tmp_path: Pat
     run(*ASKED, "--seq-len", "64,128,192,256", "-s", "checkpoint,mst", "-o", "r.jsonl")
     said = run("calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here")
     assert said.code == 0 and "checkpoint" in said.out and "wrote here/tiny.json" in said.out
-    found, _ = calibration._own(calibration_model(), kept.at(tmp_path / "here" / "tiny.json")).calibrations
+    found, _ = calibration._read_own(calibration_model(), kept.find_file(tmp_path / "here" / "tiny.json")).calibrations
     assert found.residual < 0.005 and found.provenance["rung"] == "measurement" and found.provenance["card"] == "cpu"
     told = run(
         "calibrate", "--from", "measurements", "-m", "tiny.json", "--results", "r.jsonl", "-o", "here", "--json"

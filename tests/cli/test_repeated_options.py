@@ -73,7 +73,7 @@ SINGLE = [
 
 @pytest.fixture(autouse=True)
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CARD))
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CARD))
 
 
 def beside(name: str, flag: str) -> list[str]:
@@ -102,7 +102,7 @@ def test_the_same_value_twice_is_as_once(run: Run, monkeypatch: pytest.MonkeyPat
     def none(_device: str) -> NoReturn:
         raise MeasurementError("no device.")
 
-    monkeypatch.setattr(sweep, "environment", none)
+    monkeypatch.setattr(sweep, "ask_environment", none)
     for _, flag in (one for one in SINGLE if one[0] == name):
         asked = (name, *beside(name, flag))
         once = run(*asked, flag, "\N{BULLET}3")  # nothing that any option takes: said before anything is done
@@ -133,7 +133,7 @@ def test_lists_add_up(run: Run, name: str, flag: str) -> None:
 def test_strategies_and_files_add_up(run: Run, tmp_path: Path) -> None:
     told = run("max-seq", "-m", "gpt2", "--gpu", "h100", "-s", "checkpoint", "-s", "standard,mst", "--json").json
     assert [row["strategy"] for row in told["results"]] == ["checkpoint", "standard", "mst"]
-    lines = measurement.archive()[0].read_text().splitlines()
+    lines = measurement.shipped_results()[0].read_text().splitlines()
     for n, file in enumerate(("a.jsonl", "b,c.jsonl", "d.jsonl", "e.jsonl")):
         (tmp_path / file).write_text(lines[n] + "\n")
     said = run(

@@ -208,10 +208,10 @@ def test_an_assumed_model_is_traced_as_what_it_is(run: Run, tmp_path: Path) -> N
 def test_what_is_measured_is_read_as_assumed(tmp_path: Path) -> None:
     path, on = str(write_tiny(tmp_path, "granite", model_type="granite_swa")), card(memory=2**33)
     with pytest.raises(UnreadError):
-        sweep.cases(path, [64], {"standard": Recipe()}, on, device="cpu")
-    (case,) = sweep.cases(path, [64], {"standard": Recipe()}, on, layers=2, device="cpu", assume="llama-like")
+        sweep.plan_cases(path, [64], {"standard": Recipe()}, on, device="cpu")
+    (case,) = sweep.plan_cases(path, [64], {"standard": Recipe()}, on, layers=2, device="cpu", assume="llama-like")
     assert Case.from_data(json.loads(json.dumps(case.as_data()))) == case and case.described.layers == 2
-    (known,) = sweep.cases(str(write_tiny(tmp_path)), [64], {"standard": Recipe()}, on, device="cpu")
+    (known,) = sweep.plan_cases(str(write_tiny(tmp_path)), [64], {"standard": Recipe()}, on, device="cpu")
     assert "assume" not in known.as_data()  # results of before stay what they are
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mstplan.measuring.measurement import OK, Case, Figures, Measurement, Peak
-from mstplan.measuring.worker import by_phase
+from mstplan.measuring.measurement import OK, Case, Figures, MeasuredPeak, Measurement
+from mstplan.measuring.worker import max_by_phase
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.trace import Trace
 
@@ -40,9 +40,10 @@ def measured(
     **more: Any,
 ) -> Measurement:
     """A step of which each instant took so many bytes."""
-    peaks = {name: Peak(size) for name, size in instants.items()}
+    peaks = {name: MeasuredPeak(size) for name, size in instants.items()}
     phases = {
-        name: Peak(size, more.get("reserved"), more.get("device")) for name, size in by_phase(dict(instants)).items()
+        name: MeasuredPeak(size, more.get("reserved"), more.get("device"))
+        for name, size in max_by_phase(dict(instants)).items()
     }
     figures = Figures(1, peaks, phases, (0.5, 0.4, 0.6), 2.5, more.get("context"), more.get("workspace"))
     known = dict(environment if environment is not None else CPU if case.device == "cpu" else CARD)

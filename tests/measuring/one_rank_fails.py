@@ -10,12 +10,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mstplan.measuring import ranks
-from mstplan.measuring.launch import launched
+from mstplan.measuring.launch import read_launch
 
 from .measured import CPU, case
 
 folder = Path(sys.argv[1])
-launch = launched()
+launch = read_launch()
 assert launch is not None
 rank = launch.rank
 

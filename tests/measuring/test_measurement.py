@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 
 from mstplan import InputError, MeasurementError, ModelError, OutputError
 from mstplan.checking import validate
-from mstplan.checking.validate import BOUNDS, CALIBRATED, FORMULA
+from mstplan.checking.validate import CALIBRATED, ERROR_BOUNDS, FORMULA
 from mstplan.measuring.measurement import (
     FAILED,
     OK,
     SCHEMA_VERSION,
     Figures,
+    MeasuredPeak,
     Measurement,
-    Peak,
     appending,
     key_of,
-    latest,
-    read,
-    read_all,
-    sliced,
+    latest_by_key,
+    read_all_results,
+    read_results,
+    slice_config,
 )
 from mstplan.show import measuring, validating
 from mstplan.show.formats import FORMATS
@@ -40,7 +40,7 @@ from .measured import CPU, case, measured
 BYTES = st.integers(0, 2**50)
 PEAKS = st.fixed_dictionaries(
     {
-        name: st.builds(Peak, st.integers(1, 2**50), st.none() | BYTES, st.none() | BYTES)
+        name: st.builds(MeasuredPeak, st.integers(1, 2**50), st.none() | BYTES, st.none() | BYTES)
         for name in ("loss", "optimizer step")
     }
 )
@@ -79,7 +79,7 @@ def test_what_is_written_is_read(tmp_path_factory, ranks, error, seq_len, limit)
         case(seq_len=seq_len, limit=limit), CPU, OK if ranks else FAILED, error, ranks, "2026-11-24T00:00:00+00:00"
     )
     write(path, m)
-    assert read(path) == ([m], [])
+    assert read_results(path) == ([m], [])
 
 
 def test_of_a_step(path):
@@ -89,11 +89,11 @@ def test_of_a_step(path):
     other = replace(
         m.ranks[0],
         step_seconds=(1.0,),
-        phases={"loss": Peak(9, 11)},
-        instants={"loss": Peak(9), "optimizer step": Peak(1)},
+        phases={"loss": MeasuredPeak(9, 11)},
+        instants={"loss": MeasuredPeak(9), "optimizer step": MeasuredPeak(1)},
     )
     both = replace(m, ranks=(m.ranks[0], other))
-    assert both.peak == Peak(9, 11) and both.seconds == 1.0  # of the rank that holds most, and of the slowest
+    assert both.peak == MeasuredPeak(9, 11) and both.seconds == 1.0  # of the rank that holds most, and of the slowest
     assert both.tokens_per_second == pytest.approx(2 * 2 * 3 * 100 / 1.0)
     assert both.instants == {"loss": 9, "optimizer step": 7}
 
@@ -119,7 +119,7 @@ def test_a_damaged_line_is_left_out_and_said(path, damage):
     with path.open("a") as file:
         file.write(damage + "\n\n")
     write(path, last)
-    found = read(path)
+    found = read_results(path)
     assert found.measurements == [first, last]
     assert len(found.skipped) == 1 and "line 2" in found.skipped[0]
 
@@ -162,14 +162,14 @@ def test_a_line_with_one_wrong_value_is_left_out_or_serves_whole(tmp_path_factor
     path = tmp_path_factory.mktemp("results") / "r.jsonl"
     path.write_text(json.dumps(data) + "\n")
     try:
-        found = read(path)
+        found = read_results(path)
     except MeasurementError:  # a newer schema
         return
     assert len(found.measurements) + len(found.skipped) == 1
     compared = validate.validate(found.measurements, [FORMULA, CALIBRATED])
-    report = validating.report(compared, [], validate.beyond(compared, BOUNDS))
+    report = validating.report(compared, [], validate.bound_violations(compared, ERROR_BOUNDS))
     assert all(each.render(report) for each in FORMATS.values())
-    assert all(measuring.point(m) and m.key for m in found.measurements)
+    assert all(measuring.line(m) and m.key for m in found.measurements)
 
 
 def test_a_line_that_a_kill_cut_off(path):
@@ -177,7 +177,7 @@ def test_a_line_that_a_kill_cut_off(path):
     write(path, first, last)
     path.write_bytes(path.read_bytes()[:-40])
     write(path, last)
-    found = read(path)
+    found = read_results(path)
     assert found.measurements == [first, last] and len(found.skipped) == 1
 
 
@@ -185,11 +185,11 @@ def test_lines_of_a_newer_schema_are_left_out_and_a_file_of_nothing_else_is_refu
     write(path, measured(case(), {"loss": 1}))
     newer = json.dumps({**json.loads(path.read_text()), "schema_version": SCHEMA_VERSION + 1}) + "\n"
     path.write_text(path.read_text() + newer)
-    found = read(path)
+    found = read_results(path)
     assert len(found.measurements) == 1 and f"line 2 is of schema {SCHEMA_VERSION + 1}" in found.skipped[0]
     path.write_text(newer)
     with pytest.raises(MeasurementError, match=rf"schema {SCHEMA_VERSION + 1}.*\n.*[Uu]pdate"):
-        read(path)
+        read_results(path)
 
 
 def test_one_writer_at_a_time(path):
@@ -217,7 +217,7 @@ def test_no_file_to_write(tmp_path, name):
 
 def test_no_file_to_read(tmp_path):
     with pytest.raises(InputError, match="no file"):
-        read(tmp_path / "none.jsonl")
+        read_results(tmp_path / "none.jsonl")
 
 
 def test_files_together(tmp_path):
@@ -228,8 +228,8 @@ def test_files_together(tmp_path):
     )
     write(tmp_path / "a", old, other)
     write(tmp_path / "b", new)
-    assert read_all([tmp_path / "a", tmp_path / "b"]).measurements == [new, other]
-    assert latest([old, new]) == [new]
+    assert read_all_results([tmp_path / "a", tmp_path / "b"]).measurements == [new, other]
+    assert latest_by_key([old, new]) == [new]
 
 
 def test_what_makes_a_point_the_same():
@@ -252,14 +252,14 @@ def test_what_makes_a_point_the_same():
 @pytest.mark.parametrize("name", model_names())
 def test_the_first_layers_of_a_model(name):
     config = load_config(name)
-    whole, first = read_config(config, name), read_config(sliced(config, 2, name), name)
+    whole, first = read_config(config, name), read_config(slice_config(config, 2, name), name)
     experts = (
         whole.experts if any(kind.experts for kind in first.layer_kinds) else None
     )  # deepseek-v3 begins with dense layers
     assert first == whole._replace(layer_kinds=whole.layer_kinds[:2], experts=experts)
     for layers in (0, whole.layers + 1):
         with pytest.raises(ModelError, match=f"has {whole.layers} layers"):
-            sliced(config, layers, name)
+            slice_config(config, layers, name)
 
 
 def test_what_failed_has_no_figures():

@@ -48,7 +48,7 @@ def test_two_ranks_make_one_record(tmp_path):
     done = torchrun(tmp_path, "--seq-len", "96", "-s", "checkpoint", "--sharding", "fsdp", "--precision", "fp32")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("checkpoint") == 1
-    (found,) = measurement.read(tmp_path / "results.jsonl").measurements
+    (found,) = measurement.read_results(tmp_path / "results.jsonl").measurements
     assert (found.outcome, len(found.ranks)) == (OK, 2)
     recipe = strategy("checkpoint", sharding="fsdp", gpus=2, precision="fp32")
     assert found.case.recipe == recipe
@@ -78,7 +78,7 @@ def test_a_rank_that_runs_out_of_memory_does_not_leave_the_others_waiting(tmp_pa
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (found,) = measurement.read(tmp_path / "results.jsonl").measurements
+    (found,) = measurement.read_results(tmp_path / "results.jsonl").measurements
     assert (found.outcome, found.error) == (OUT_OF_MEMORY, "rank 1: too much")
 
 
@@ -87,5 +87,5 @@ def test_what_two_ranks_cannot_do(tmp_path):
     many = torchrun(tmp_path, "--seq-len", "96,97", "-s", "checkpoint", "--sharding", "fsdp")
     assert many.returncode and "one with each command" in many.stderr
     refused = torchrun(tmp_path, "--seq-len", "96", "-s", "checkpoint", "--sharding", "fsdp", "--attention", "flash")
-    (found,) = measurement.read(tmp_path / "results.jsonl").measurements
+    (found,) = measurement.read_results(tmp_path / "results.jsonl").measurements
     assert found.outcome == REFUSED and "flash" in found.error, refused.stderr[-500:]

@@ -22,9 +22,9 @@ def write(folder: Path, *rows: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", suites.shipped())
+@pytest.mark.parametrize("name", suites.shipped_suites())
 def test_suites_that_ship(name):
-    found = suites.cases(name, H100)
+    found = suites.read_cases(name, H100)
     assert len(found) > 20 and len({(c.model, c.strategy, c.seq_len, c.layers, repr(c.recipe)) for c in found}) == len(
         found
     )
@@ -32,7 +32,7 @@ def test_suites_that_ship(name):
 
 
 def test_those_that_ship_are_known():
-    assert suites.shipped() == ["cards", "quick", "small"]
+    assert suites.shipped_suites() == ["cards", "quick", "small"]
 
 
 def test_points_of_a_suite(tmp_path):
@@ -47,7 +47,7 @@ def test_points_of_a_suite(tmp_path):
         },
         {"model": "gpt2", "seq_len": 64},
     )
-    found = suites.cases(path, H100, "cpu", 2**34, 5)
+    found = suites.read_cases(path, H100, "cpu", 2**34, 5)
     assert [(c.model, c.strategy, c.seq_len) for c in found[:2]] == [
         ("qwen3-4b", "mst", 300),
         ("qwen3-4b", "mst", 1024),
@@ -67,7 +67,7 @@ def test_points_of_a_suite(tmp_path):
 def test_a_file_goes_before_a_suite_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, {"model": "gpt2", "seq_len": 64, "strategy": "mst"}).rename("quick")
-    assert [c.model for c in suites.cases("quick", H100)] == ["gpt2"]
+    assert [c.model for c in suites.read_cases("quick", H100)] == ["gpt2"]
 
 
 GPT2 = {"model": "gpt2", "seq_len": 8}
@@ -106,14 +106,14 @@ def test_what_is_wrong_is_said_with_the_file_and_the_case(tmp_path, content, say
     path = tmp_path / "suite.json"
     path.write_text(content if isinstance(content, str) else json.dumps({"cases": content}))
     with pytest.raises(MeasurementError) as refused:
-        suites.cases(path, H100)
+        suites.read_cases(path, H100)
     lines = str(refused.value).splitlines()
     assert "suite.json" in lines[0] and says in lines[0] and len(lines) <= 2
 
 
 def test_an_unknown_suite_names_those_that_ship():
     with pytest.raises(MeasurementError, match=r"(?s)no file 'nope'.*cards, quick, small"):
-        suites.cases("nope", H100)
+        suites.read_cases("nope", H100)
 
 
 JSON = st.recursive(
@@ -131,4 +131,4 @@ FIELDS = st.dictionaries(
 def test_any_json_is_a_suite_or_refused(tmp_path, rows):
     path = write(tmp_path, *rows)
     with suppress(MeasurementError):  # anything else is a defect
-        assert suites.cases(path, H100)
+        assert suites.read_cases(path, H100)

@@ -30,7 +30,7 @@ def process(monkeypatch: pytest.MonkeyPatch):
     """Lets a few lines of Python stand in for the process that measures."""
 
     def stand_in(program: str) -> None:
-        monkeypatch.setattr(sweep, "PROCESS", (sys.executable, "-c", program))
+        monkeypatch.setattr(sweep, "WORKER_COMMAND", (sys.executable, "-c", program))
 
     return stand_in
 
@@ -40,7 +40,7 @@ def process(monkeypatch: pytest.MonkeyPatch):
 
 def test_points_are_every_recipe_at_every_length():
     recipes = {name: STRATEGIES[name] for name in ("checkpoint", "mst")}
-    found = sweep.cases("llama3.1-8b", [4096, 1024], recipes, card("h100"), layers=2)
+    found = sweep.plan_cases("llama3.1-8b", [4096, 1024], recipes, card("h100"), layers=2)
     assert [(c.strategy, c.seq_len) for c in found] == [
         ("checkpoint", 1024),
         ("mst", 1024),
@@ -50,7 +50,7 @@ def test_points_are_every_recipe_at_every_length():
     assert all(c.described.layers == 2 and c.layers == 2 and c.model == "llama3.1-8b" for c in found)
     assert all(isinstance(c.recipe.loss_chunks, int) for c in found)
     assert (
-        sweep.cases("qwen3-4b", [64], {"mst": strategy("mst", mlp_chunks=4, loss_chunks=8)}, card("h100"))[
+        sweep.plan_cases("qwen3-4b", [64], {"mst": strategy("mst", mlp_chunks=4, loss_chunks=8)}, card("h100"))[
             0
         ].recipe.loss_chunks
         == 8
@@ -62,15 +62,15 @@ def test_a_model_too_large_is_refused_with_the_number_and_the_slice_that_fits():
         MeasurementError,
         match=r"2 tokens take 74\.\d+ GiB.*there are 24\.00 GiB\.\nMeasure a slice of it: --layers \d+",
     ) as refused:
-        sweep.cases("llama3.1-8b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=24 * GIB))
+        sweep.plan_cases("llama3.1-8b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=24 * GIB))
     fitting = int(str(refused.value).split("--layers ")[1].split()[0])
-    assert sweep.cases("llama3.1-8b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=24 * GIB), layers=fitting)
+    assert sweep.plan_cases("llama3.1-8b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=24 * GIB), layers=fitting)
     with pytest.raises(MeasurementError):
-        sweep.cases("llama3.1-8b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=24 * GIB), layers=fitting + 2)
+        sweep.plan_cases("llama3.1-8b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=24 * GIB), layers=fitting + 2)
     with pytest.raises(MeasurementError, match=r"smaller model\."):
-        sweep.cases("llama3.1-405b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=4 * GIB))
+        sweep.plan_cases("llama3.1-405b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=4 * GIB))
     with pytest.raises(MeasurementError, match="--gpu-mem"):
-        sweep.cases("llama3.1-405b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=4 * GIB), limit=4 * GIB)
+        sweep.plan_cases("llama3.1-405b", [1024], {"mst": STRATEGIES["mst"]}, card(memory=4 * GIB), limit=4 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_model_too_large_is_refused_with_the_number_and_the_slice_that_fits():
 def test_a_recipe_that_no_step_follows_is_refused_before_anything_runs(changes, why):
     recipe = strategy("standard").changed(**changes)
     with pytest.raises(RecipeError, match=why) as refused:
-        sweep.cases("smollm2-135m", [64], {"custom": recipe}, card("h100"))
+        sweep.plan_cases("smollm2-135m", [64], {"custom": recipe}, card("h100"))
     assert len(str(refused.value).splitlines()) == 2
 
 
@@ -101,7 +101,7 @@ def test_the_card_of_an_environment():
 
 def test_a_step_is_measured_in_a_process_of_its_own():
     one = case("mst", 300, mlp_chunks=3, loss_chunks=4, steps=2, **FP32)
-    found = sweep.run(one, CPU)
+    found = sweep.measure_case(one, CPU)
     assert (found.outcome, found.error, len(found.ranks), found.case) == (OK, "", 1, one)
     told = {peak.instant: peak.bytes for peak in trace(TINY, one.recipe, 300, on="cpu").peaks}
     assert found.instants == {name: pytest.approx(size, rel=0.005) for name, size in told.items()}
@@ -112,7 +112,7 @@ def test_a_step_is_measured_in_a_process_of_its_own():
         3 * sum(w.bytes for w in trace(TINY, one.recipe, 8, on="cpu").weights), rel=0.001
     )
     assert found.environment["card"] == "cpu" and found.environment["torch"].startswith("2.")
-    assert key_of(one, found.environment) in sweep.done([found])
+    assert key_of(one, found.environment) in sweep.results_by_key([found])
 
 
 @pytest.mark.parametrize(
@@ -127,20 +127,20 @@ def test_a_step_is_measured_in_a_process_of_its_own():
 )
 def test_a_process_that_gives_no_answer(process, program, said):
     process(program)
-    found = sweep.run(case(), CPU)
+    found = sweep.measure_case(case(), CPU)
     assert found.outcome == FAILED and said in found.error and found.environment == CPU
-    assert key_of(case(), CPU) not in sweep.done([found])  # a rerun tries again
+    assert key_of(case(), CPU) not in sweep.results_by_key([found])  # a rerun tries again
 
 
 def test_a_process_that_takes_too_long(process):
     process("import time; time.sleep(600)")
     started = time.monotonic()
-    found = sweep.run(case(), CPU, timeout=0.5)
+    found = sweep.measure_case(case(), CPU, timeout=0.5)
     assert found.outcome == FAILED and found.error == "took more than 0.5 s" and time.monotonic() - started < 30
 
 
 def test_a_process_ends_with_the_one_that_began_it():
-    child = subprocess.Popen(sweep.PROCESS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    child = subprocess.Popen(sweep.WORKER_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
     assert child.stdin is not None and child.stdout is not None
     child.stdin.write((json.dumps(case("standard", 200_000, steps=1000).as_data()) + "\n").encode())
     child.stdin.close()
@@ -150,28 +150,32 @@ def test_a_process_ends_with_the_one_that_began_it():
 
 def test_what_cannot_be_run_is_said_and_tried_again():
     unknown = case(config={**TINY, "model_type": "llama", "hidden_act": "no such function"})
-    found = sweep.run(unknown, CPU)
+    found = sweep.measure_case(unknown, CPU)
     assert found.outcome == REFUSED and "no such function" in found.error
-    assert key_of(unknown, found.environment) not in sweep.done([found])  # what is missing may be installed by then
+    assert key_of(unknown, found.environment) not in sweep.results_by_key(
+        [found]
+    )  # what is missing may be installed by then
 
 
 def test_out_of_memory_is_an_answer():
     found = measured(case(), {}, OUT_OF_MEMORY)
-    assert key_of(case(), CPU) in sweep.done([found]) and key_of(case(seq_len=513), CPU) not in sweep.done([found])
+    assert key_of(case(), CPU) in sweep.results_by_key([found]) and key_of(
+        case(seq_len=513), CPU
+    ) not in sweep.results_by_key([found])
 
 
 def test_no_such_device():
     with pytest.raises(MeasurementError, match="CUDA"):
-        sweep.environment("cuda")
+        sweep.ask_environment("cuda")
 
 
 def test_the_allocator_of_a_card_is_as_predicted_unless_the_user_set_it_up(monkeypatch):
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
-    assert sweep.variables("cuda")["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in sweep.variables("cpu")
+    assert sweep.process_environment("cuda")["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in sweep.process_environment("cpu")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    assert sweep.variables("cuda")["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+    assert sweep.process_environment("cuda")["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
 
 
 # ---- a sweep that is ended --------------------------------------------------------------------------------------------
@@ -228,11 +232,11 @@ def test_a_kill_and_an_interrupt_lose_the_current_point_and_a_rerun_goes_on(tmp_
         sweeping.send_signal(end)
         heard, _ = sweeping.communicate(timeout=60)
         assert sweeping.returncode == (-9 if end == signal.SIGKILL else 130)
-        assert [m.case.seq_len for m in measurement.read(results).measurements] == [64, 65][:n]
+        assert [m.case.seq_len for m in measurement.read_results(results).measurements] == [64, 65][:n]
     assert f"interrupted; results are kept in {results}" in heard
     sweeping = start(tmp_path)
     said, _ = sweeping.communicate(timeout=120)
     assert sweeping.returncode == 0, said
-    found = measurement.read(results)
+    found = measurement.read_results(results)
     assert [m.case.seq_len for m in found.measurements] == [64, 65, 66] and not found.skipped
     assert all(m.outcome == OK for m in found.measurements) and "2 of 3 had been measured before" in said

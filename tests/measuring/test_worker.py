@@ -7,8 +7,8 @@ import torch
 
 from mstplan import MeasurementError, ModelError, strategy
 from mstplan.measuring import worker
-from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Figures, Peak
-from mstplan.measuring.worker import attempt, by_phase, environment, measure, real_attention
+from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Figures, MeasuredPeak
+from mstplan.measuring.worker import attempt_step, max_by_phase, measure_here, read_environment, real_attention
 from mstplan.step.instants import Instant
 from mstplan.step.recipe import STRATEGIES
 from mstplan.tracing.tracer import trace
@@ -29,7 +29,7 @@ CHUNKS = {"mlp_chunks": 3, "loss_chunks": 4}
 )
 def test_every_instant_as_the_trace_has_it(name, more):
     one = case(name, 200, precision="fp32", steps=1, **(CHUNKS if STRATEGIES[name].loss == "chunked" else {}), **more)
-    found, told = measure(one), trace(TINY, one.recipe, 200, on="cpu")
+    found, told = measure_here(one), trace(TINY, one.recipe, 200, on="cpu")
     assert {n: p.allocated for n, p in found.instants.items()} == {
         p.instant: pytest.approx(p.bytes, rel=0.005) for p in told.peaks
     }
@@ -38,14 +38,14 @@ def test_every_instant_as_the_trace_has_it(name, more):
 
 
 def test_a_limit_on_a_cpu():
-    peak = measure(case(seq_len=64, precision="fp32", steps=1)).peak.allocated
-    assert attempt(lambda: measure(case(seq_len=64, precision="fp32", steps=1, limit=peak)))["outcome"] == OK
-    beyond = attempt(lambda: measure(case(seq_len=64, precision="fp32", steps=1, limit=peak - 1)))
+    peak = measure_here(case(seq_len=64, precision="fp32", steps=1)).peak.allocated
+    assert attempt_step(lambda: measure_here(case(seq_len=64, precision="fp32", steps=1, limit=peak)))["outcome"] == OK
+    beyond = attempt_step(lambda: measure_here(case(seq_len=64, precision="fp32", steps=1, limit=peak - 1)))
     assert beyond["outcome"] == OUT_OF_MEMORY and "more than" in beyond["error"]
 
 
 def test_instants_belong_to_phases():
-    assert by_phase({name: n for n, name in enumerate(Instant)}) == {"forward": 1, "backward": 6, "optimizer": 7}
+    assert max_by_phase({name: n for n, name in enumerate(Instant)}) == {"forward": 1, "backward": 6, "optimizer": 7}
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_what_is_raised_is_an_outcome(error, outcome):
     def fails() -> Figures:
         raise error
 
-    found = attempt(fails)
+    found = attempt_step(fails)
     assert found["outcome"] == outcome and found["figures"] is None and isinstance(found["error"], str)
 
 
 def test_too_much_for_this_machine():
-    assert attempt(lambda: torch.empty(2**50))["outcome"] == OUT_OF_MEMORY  # type: ignore[arg-type, return-value]
+    assert attempt_step(lambda: torch.empty(2**50))["outcome"] == OUT_OF_MEMORY  # type: ignore[arg-type, return-value]
 
 
 def test_attention_that_runs():
@@ -117,13 +117,17 @@ def counters(monkeypatch: pytest.MonkeyPatch) -> Counters:
 
 
 def test_peaks_are_of_what_is_named(counters):
-    peaks = worker._Peaks()
+    peaks = worker._PeakCounters()
     for name, sizes in (("forward", (5, -2)), ("loss", (10, -10)), ("forward", (1,)), ("optimizer", (0,))):
         peaks(name)
         for size in sizes:
             counters.allocate(size)
     peaks("")
-    assert peaks.found == {"forward": Peak(5, 10), "loss": Peak(13, 26), "optimizer": Peak(4, 8)}
+    assert peaks.peaks == {
+        "forward": MeasuredPeak(5, 10),
+        "loss": MeasuredPeak(13, 26),
+        "optimizer": MeasuredPeak(4, 8),
+    }
 
 
 def test_instants_and_phases_from_counters(counters):
@@ -132,11 +136,11 @@ def test_instants_and_phases_from_counters(counters):
     step = TrainingStep(build(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 16)
     step.run()
     counters.allocate(100)
-    instants, phases = worker._watched_on_cuda(step)
+    instants, phases = worker._watch_on_cuda(step)
     assert list(instants) == [name for name in Instant if name in instants] and len(instants) == len(Instant)
-    assert instants["loss"] == Peak(100, 200) and counters.resets > 10
-    assert phases == {name: Peak(100, 200, 300) for name in ("forward", "backward", "optimizer")}
-    assert worker._beside_tensors() == 300 - 200
+    assert instants["loss"] == MeasuredPeak(100, 200) and counters.resets > 10
+    assert phases == {name: MeasuredPeak(100, 200, 300) for name in ("forward", "backward", "optimizer")}
+    assert worker._bytes_beside_tensors() == 300 - 200
 
 
 @pytest.mark.parametrize(("beside", "held"), [(100 * MIB, 512 * MIB), (700 * MIB, 700 * MIB)])
@@ -166,7 +170,7 @@ def test_the_attention_kernel_that_is_chosen(monkeypatch):
 
 
 def test_environment_of_a_cpu():
-    found = environment("cpu")
+    found = read_environment("cpu")
     assert (
         found["card"] == "cpu"
         and found["total_bytes"] > 2**30
@@ -174,4 +178,4 @@ def test_environment_of_a_cpu():
         and found["threads"] == torch.get_num_threads()
     )
     with pytest.raises(MeasurementError, match=r"CUDA[\s\S]*--device cpu"):
-        environment("cuda")
+        read_environment("cuda")

@@ -6,7 +6,7 @@ import pytest
 
 from mstplan import card, kept, load_model, model_names, plan_at
 from mstplan.plan import calibration, solve
-from mstplan.plan.solve import chunks_at, fixed_chunks, layout_of, sizes
+from mstplan.plan.solve import choose_chunks, fixed_chunks, layout_of, step_sizes
 from mstplan.profiles import ROOT
 from mstplan.step.recipe import STRATEGIES
 from mstplan.step.steps import Chunks, Layout, step
@@ -46,7 +46,7 @@ def test_what_it_changes(name):
     for strategy, recipe in STRATEGIES.items():
         chunks = fixed_chunks(recipe, 16, 32) if recipe.loss == "chunked" else Chunks(1, 1)
         for seq_len in LENGTHS:
-            layout, where = layout_of(model, recipe, chunks, seq_len), sizes(recipe, seq_len, chunks)
+            layout, where = layout_of(model, recipe, chunks, seq_len), step_sizes(recipe, seq_len, chunks)
             formula = step(model, layout, 0)
             found = solve.calibration_at(model, recipe, seq_len, chunks)
             assert found is not None, (strategy, seq_len)
@@ -59,7 +59,7 @@ def test_other_recipes_stand_on_the_formula():
     for changes in ({"optimizer": "sgd"}, {"precision": "mixed"}, {"attention": "eager"}, {"accumulation": 2}):
         assert plan_at(model, STRATEGIES["checkpoint"].changed(**changes), ON, 4096).calibration is None
     assert plan_at(model, STRATEGIES["checkpoint"].changed(batch=3), ON, 4096).calibration is not None
-    assert chunks_at(model, STRATEGIES["mst"], ON, 65536).loss > 1
+    assert choose_chunks(model, STRATEGIES["mst"], ON, 65536).loss > 1
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_a_damaged_file_is_none(tmp_path, text):
 
 def test_another_model_of_the_same_name_has_none():
     other = load_model("llama3.1-8b")._replace(hidden=2048)
-    assert calibration.of_model(other) == ()
+    assert calibration.calibrations_of(other) == ()
 
 
 @pytest.mark.parametrize("name", DENSE)
 def test_what_ships_passes_the_check_of_what_users_keep(name):
     """And is read in the same way."""
-    model, file = load_model(name), kept.at(ROOT / "calibrations" / f"{name}.json")
-    assert file is not None and calibration._checked(model, file) == calibration.of_model(model) != ()
+    model, file = load_model(name), kept.find_file(ROOT / "calibrations" / f"{name}.json")
+    assert file is not None and calibration._read_checked(model, file) == calibration.calibrations_of(model) != ()
 
 
 CHANGES = (
@@ -103,6 +103,6 @@ def test_moments_of_real_steps_are_no_damage(name, changes):
     for strategy in ("standard", "checkpoint", "mst-offload"):
         recipe = STRATEGIES[strategy].changed(**changes)
         several = recipe.loss == "chunked"
-        moments = step(model, Layout(solve._bare(recipe), several, several, False), 0).moments
+        moments = step(model, Layout(solve._bare_recipe(recipe), several, several, False), 0).moments
         found = {instant: tuple(moment.live for moment in those) for instant, those in moments.items()}
-        assert calibration._wrong_moments(model, recipe, found) is None
+        assert calibration._find_moment_problem(model, recipe, found) is None

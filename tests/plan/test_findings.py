@@ -16,9 +16,9 @@ MODEL = load_model("llama3.1-8b")
 def test_a_length_that_is_too_long_has_its_reach_and_its_card() -> None:
     on = card("h100")
     plans = {name: plan_at(MODEL, strategy(name), on, 65536) for name in ("standard", "checkpoint")}
-    told = findings.at_length(plans, "checkpoint")
+    told = findings.assess_length(plans, "checkpoint")
     assert told.reach == max_seq(MODEL, strategy("checkpoint"), on).s_max == told.reaches["checkpoint"] < 65536
-    assert told.to_fit == ways.ways_to_fit(told.step) and told.beyond is None
+    assert told.to_fit == ways.ways_to_fit(told.plan) and told.beyond is None
     assert told.smallest is not None
     there = plan_at(MODEL, strategy("checkpoint"), card(told.smallest.name), 65536)
     assert there.fits and told.smallest.usable_bytes > on.total_bytes
@@ -27,14 +27,14 @@ def test_a_length_that_is_too_long_has_its_reach_and_its_card() -> None:
 
 
 def test_what_fits_needs_no_advice() -> None:
-    told = findings.at_length({"mst": plan_at(MODEL, strategy("mst"), card("h100"), 65536)}, "mst")
+    told = findings.assess_length({"mst": plan_at(MODEL, strategy("mst"), card("h100"), 65536)}, "mst")
     assert (told.advice, told.to_fit, told.beyond, told.smallest) == ((), (), None, None) and told.notes
 
 
 @pytest.mark.parametrize(("name", "holds"), [("llama3.1-8b", True), ("llama3.1-70b", False)])
 def test_where_nothing_fits_the_smallest_card_is_named(name: str, holds: bool) -> None:
     model, on = load_model(name), card("t4", host_memory=0)
-    told = findings.longest(model, on, {each: strategy(each) for each in ("standard", "mst")})
+    told = findings.find_longest(model, on, {each: strategy(each) for each in ("standard", "mst")})
     assert told.best.s_max == 0 and not told.to_fit and (told.smallest is not None) == holds
     if told.smallest is None:
         assert "No single GPU holds it." in told.notes[-1]
@@ -46,8 +46,8 @@ def test_where_nothing_fits_the_smallest_card_is_named(name: str, holds: bool) -
 
 def test_what_answers_stand_on() -> None:
     on = card("h100")
-    told = findings.longest(MODEL, on, STRATEGIES)
+    told = findings.find_longest(MODEL, on, STRATEGIES)
     assert told.provenance.startswith("estimated, calibrated from traces")
     mixed = {"mst": STRATEGIES["mst"], "custom": strategy("mst", optimizer="sgd")}
-    assert "calibrated in part" in findings.longest(MODEL, on, mixed).provenance
-    assert findings.longest(MODEL, on, {"custom": mixed["custom"]}).provenance == findings.BARE_FORMULA
+    assert "calibrated in part" in findings.find_longest(MODEL, on, mixed).provenance
+    assert findings.find_longest(MODEL, on, {"custom": mixed["custom"]}).provenance == findings.BARE_FORMULA

@@ -6,18 +6,18 @@ from hypothesis import strategies as st
 
 from mstplan.errors import UnitError
 from mstplan.plan.solve import (
-    GAIN,
+    MIN_GAIN,
     _step,
+    cap_chunks,
     chunk_tokens,
     fixed_chunks,
-    longest,
+    longest_sequence,
     max_seq,
     peak_at,
     plan_at,
-    recommend,
+    recommend_chunks,
     smallest_chunks_tokens,
     window_of,
-    within,
 )
 from mstplan.spec.catalog import load_model, model_names
 from mstplan.spec.hardware import card
@@ -36,7 +36,7 @@ fewer = settings(quick, max_examples=40)
 def peak(model, recipe, a_card, seq_len, chunks):
     """The peak of a batch of just so many tokens, which is run in no more pieces than it has tokens."""
     run = recipe.padded(seq_len)
-    return peak_at(model, recipe, a_card, run, within(chunks, run))[1]
+    return peak_at(model, recipe, a_card, run, cap_chunks(chunks, run))[1]
 
 
 # ---- S_max --------------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def peak(model, recipe, a_card, seq_len, chunks):
 
 def check_definition(model, recipe, a_card, chunks):
     """S_max and what is shorter fits; one more token does not."""
-    s_max = longest(model, recipe, a_card, chunks)
+    s_max = longest_sequence(model, recipe, a_card, chunks)
     assert 0 <= s_max <= LONGEST
     shorter = {
         *range(max(SHORTEST, s_max - 17), s_max + 1),
@@ -94,7 +94,7 @@ def test_every_shorter_length_fits_with_masks(gib, plan):
     s_max = check_definition(model, recipe, large, Chunks(16, 32))
     assert s_max > 4096
     padded = recipe.changed(pad_to=BIAS_ROWS)
-    longer = longest(model, padded, large, Chunks(16, 32))
+    longer = longest_sequence(model, padded, large, Chunks(16, 32))
     assert longer > s_max and longer % BIAS_ROWS == 0
     assert (
         peak(model, recipe, large, longer, Chunks(16, 32))
@@ -154,7 +154,7 @@ def test_more_memory_never_shortens(data):
     model, recipe, a_card = data.draw(models()), data.draw(recipes()), data.draw(cards())
     chunks, more = data.draw(chunk_counts(recipe)), data.draw(st.integers(0, 20 * GIB))
     larger = a_card._replace(total_bytes=a_card.total_bytes + more)
-    assert longest(model, recipe, a_card, chunks) <= longest(model, recipe, larger, chunks)
+    assert longest_sequence(model, recipe, a_card, chunks) <= longest_sequence(model, recipe, larger, chunks)
 
 
 @quick
@@ -164,9 +164,9 @@ def test_twice_the_chunks_never_shorten(data):
     recipe = data.draw(recipes(mlp_chunks="auto", mlp_recompute=True, loss="chunked", loss_chunks="auto"))
     model, a_card = data.draw(models()), data.draw(cards())
     mlp, loss = 2 * data.draw(POWERS), 2 * data.draw(POWERS)
-    few = longest(model, recipe, a_card, Chunks(mlp, loss))
-    assert few <= longest(model, recipe, a_card, Chunks(2 * mlp, loss))
-    assert few <= longest(model, recipe, a_card, Chunks(mlp, 2 * loss))
+    few = longest_sequence(model, recipe, a_card, Chunks(mlp, loss))
+    assert few <= longest_sequence(model, recipe, a_card, Chunks(2 * mlp, loss))
+    assert few <= longest_sequence(model, recipe, a_card, Chunks(mlp, 2 * loss))
 
 
 @quick
@@ -178,7 +178,7 @@ def test_two_sequences_of_half_the_length(data):
     two = one.changed(batch=2)
     model, a_card = data.draw(models(window=False)), data.draw(cards())
     chunks = data.draw(chunk_counts(one))
-    alone, together = (longest(model, recipe, a_card, chunks) for recipe in (one, two))
+    alone, together = (longest_sequence(model, recipe, a_card, chunks) for recipe in (one, two))
     assert together <= alone
     assert together >= (alone - max(254, 2 * max(chunks))) // 2
 
@@ -228,22 +228,22 @@ def test_mst_beside_checkpointing_for_any_model(data):
 
 def compute_bound(model, recipe, a_card, chunks, share=1.0):
     """Every chunk, where there are several, keeps the tokens its matrix products need at S_max."""
-    s_max = longest(model, recipe, a_card, chunks)
+    s_max = longest_sequence(model, recipe, a_card, chunks)
     least = smallest_chunks_tokens(model, a_card.gpu)
     return all(m == 1 or recipe.batch * chunk_tokens(s_max, m) >= share * n for m, n in zip(chunks, least, strict=True))
 
 
 def check_recommendation(model, recipe, a_card):
-    chosen = recommend(model, recipe, a_card)
+    chosen = recommend_chunks(model, recipe, a_card)
     assert chosen == fixed_chunks(recipe, *chosen)
     assert all(m & (m - 1) == 0 for m in chosen)
-    assert compute_bound(model, recipe, a_card, chosen, 1 - GAIN)
-    reached = longest(model, recipe, a_card, chosen)
+    assert compute_bound(model, recipe, a_card, chosen, 1 - MIN_GAIN)
+    reached = longest_sequence(model, recipe, a_card, chosen)
     powers = [1 << n for n in range(1, 18)]
     allowed = [Chunks(1, 1), *(Chunks(m, n) for m in powers for n in powers)]
     allowed = [c for c in {fixed_chunks(recipe, *c) for c in allowed} if compute_bound(model, recipe, a_card, c)]
-    best = max(longest(model, recipe, a_card, c) for c in allowed)
-    assert reached >= best * (1 - GAIN), (chosen, reached, best)
+    best = max(longest_sequence(model, recipe, a_card, c) for c in allowed)
+    assert reached >= best * (1 - MIN_GAIN), (chosen, reached, best)
 
 
 @pytest.mark.parametrize("name", ["llama3.1-8b", "qwen3-4b", "gemma2-2b", "gpt2", "qwen2.5-14b", "phi4"])
@@ -257,7 +257,7 @@ def test_recommended_chunks_of_shipped_models(name, gpu):
     models(window=False), recipes(mlp_chunks="auto", mlp_recompute=True, loss="chunked", loss_chunks="auto"), cards()
 )
 def test_recommended_chunks(model, recipe, a_card):
-    assume(longest(model, recipe, a_card, Chunks(1, 1)) < LONGEST)
+    assume(longest_sequence(model, recipe, a_card, Chunks(1, 1)) < LONGEST)
     check_recommendation(model, recipe, a_card)
 
 
@@ -267,7 +267,7 @@ def test_recommended_chunks(model, recipe, a_card):
 @pytest.mark.parametrize(("name", "tokens"), [("llama3-8b", 5000), ("llama2-7b", 7000)])
 def test_published_lengths_of_standard_training(name, tokens):
     """arXiv 2407.15892, table 2: one A100-80GB, bf16, optimizer in backward. (Its other rows ran an older loss.)"""
-    reached = longest(load_model(name), strategy("standard", optimizer_in_backward=True), A100, Chunks(1, 1))
+    reached = longest_sequence(load_model(name), strategy("standard", optimizer_in_backward=True), A100, Chunks(1, 1))
     assert reached == pytest.approx(tokens, rel=0.1)
 
 

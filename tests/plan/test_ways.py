@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mstplan.plan import ways
 from mstplan.plan.solve import Plan, max_seq, plan_at
-from mstplan.plan.ways import Way, furthest, nearest, smallest_gpu, ways_to_fit, ways_to_train
+from mstplan.plan.ways import Way, furthest_way, nearest_plan, smallest_gpu, ways_to_fit, ways_to_train
 from mstplan.spec.catalog import load_model
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import STRATEGIES, Recipe, strategy
@@ -23,7 +23,7 @@ SMALL = load_model("llama3.2-1b")
 def check(start: Plan, found: tuple[Way, ...]) -> None:
     """Each way fits, reaches as far as it says, changes what it says, and does without none of its changes; the cheapest comes first."""
     costs = [sum(change.cost for change in way.changes) for way in found]
-    assert costs == sorted(costs) and len(found) <= ways.MOST
+    assert costs == sorted(costs) and len(found) <= ways.MAX_WAYS
     for way in found:
         plan = plan_at(start.model, way.plan.recipe, start.card, start.seq_len)
         assert (
@@ -67,7 +67,7 @@ def test_ways_of_any_recipe(recipe: Recipe, gib: int, seq_len: int, host: int | 
     start = plan_at(SMALL, recipe, card(memory=gib * GIB, host_memory=host), seq_len)
     if not start.fits:
         check(start, found := ways_to_fit(start))
-        best = furthest(start)
+        best = furthest_way(start)
         assert max((way.s_max for way in found), default=0) <= (best.s_max if best is not None else 0)
 
 
@@ -75,7 +75,7 @@ def test_ways_of_any_recipe(recipe: Recipe, gib: int, seq_len: int, host: int | 
 def test_what_asks_nothing_of_the_host_is_found_whatever_it_holds(host: int | None) -> None:
     start = plan_at(MODEL, strategy("standard"), card("h100", host_memory=host), 65536)
     assert {"the loss in chunks", "checkpoint every layer"} == {change.name for change in ways_to_fit(start)[0].changes}
-    best, least = furthest(start), max_seq(MODEL, strategy("mst", optimizer="adafactor"), start.card).s_max
+    best, least = furthest_way(start), max_seq(MODEL, strategy("mst", optimizer="adafactor"), start.card).s_max
     assert best is not None and best.s_max >= least
 
 
@@ -127,7 +127,7 @@ def test_changes_fit_the_attention_at_hand() -> None:
         start = plan_at(MODEL, strategy("mst", attention=attention), card("h100"), 4096)
         return {
             change.fields.get("attention")
-            for changes in ways._choices(start.recipe, ways._tokens(start))
+            for changes in ways._choose_changes(start.recipe, ways._token_levers(start))
             for change in changes
         } - {None}
 
@@ -137,14 +137,14 @@ def test_changes_fit_the_attention_at_hand() -> None:
 def test_the_furthest_is_what_no_change_exceeds() -> None:
     start = plan_at(MODEL, strategy("mst"), card("h100"), 1 << 22)
     assert ways_to_fit(start) == ()
-    best = furthest(start)
+    best = furthest_way(start)
     assert (
         best is not None
         and best.s_max
         == max_seq(MODEL, best.plan.recipe, start.card).s_max
         > max_seq(MODEL, start.recipe, start.card).s_max
     )
-    assert furthest(plan_at(MODEL, strategy("mst"), card(memory=GIB), 4096)) is None
+    assert furthest_way(plan_at(MODEL, strategy("mst"), card(memory=GIB), 4096)) is None
 
 
 def test_the_nearest_asks_no_more_of_the_host_than_it_must() -> None:
@@ -152,7 +152,7 @@ def test_the_nearest_asks_no_more_of_the_host_than_it_must() -> None:
         return [plan_at(load_model(name), recipe, card(gpu), 1024) for recipe in STRATEGIES.values()]
 
     same = plans("rtx-4090", "qwen3-4b")
-    assert len({plan.peak_bytes for plan in same[1:]}) == 1 and nearest(same) is same[3]
+    assert len({plan.peak_bytes for plan in same[1:]}) == 1 and nearest_plan(same) is same[3]
 
 
 def test_the_smallest_card_that_holds_it() -> None:
@@ -195,6 +195,6 @@ def test_what_brings_nothing_is_no_way_whatever_it_stands_on() -> None:
 def test_the_furthest_has_no_change_that_brings_nothing() -> None:
     """By the formula, of recipes of which some are calibrated: attention without masks brings a Llama nothing."""
     for name in ("standard", "checkpoint", "mst"):
-        best = furthest(plan_at(MODEL, strategy(name), card("h100"), 1 << 22))
+        best = furthest_way(plan_at(MODEL, strategy(name), card("h100"), 1 << 22))
         assert best is not None and not any("flash" in c.name for c in best.changes)
         assert best.s_max == max_seq(MODEL, best.plan.recipe, best.plan.card).s_max

@@ -195,7 +195,7 @@ def test_csv(drawn, tmp_path):
         assert float(row["gib"]) == pytest.approx(point.bytes / GIB, abs=1e-6)
         assert int(row["budget_bytes"]) == on.budget_bytes
         assert row["fits"] == ("true" if point.seq_len <= curve.s_max else "false")
-        assert row["calibrated_from"] == (curve.calibration.said if curve.calibration is not None else "")
+        assert row["calibrated_from"] == (curve.calibration.source if curve.calibration is not None else "")
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mstplan import profiles
 from mstplan.errors import ModelError
 from mstplan.spec.catalog import model_names
-from mstplan.spec.config import _ACTIVATIONS, _REFUSED, read_config
+from mstplan.spec.config import _ACTIVATIONS, _REFUSED_TYPES, read_config
 from mstplan.spec.families import FAMILIES
 from mstplan.spec.model import Latent, LayerKind, Model
 from mstplan.step.parameters import parameter_count
@@ -279,7 +279,7 @@ def test_activations_are_those_of_transformers():
 
 
 def test_no_refused_family_has_a_row():
-    assert not set(FAMILIES) & set().union(*_REFUSED.values())
+    assert not set(FAMILIES) & set().union(*_REFUSED_TYPES.values())
 
 
 @pytest.mark.parametrize(

@@ -37,5 +37,5 @@ def test_a_step_of_every_family(family, checkpoint):
 
 
 def test_a_family_nobody_knows_is_read_as_a_llama():
-    assert not family_of("no such").known and all(family.known for family in FAMILIES.values())
+    assert not family_of("no such").registered and all(family.registered for family in FAMILIES.values())
     assert family_of("no such").weight_names == family_of("llama").weight_names

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mstplan.errors import HardwareError
-from mstplan.spec.hardware import GRANULARITY, card, card_that_torch_names, find_gpu, gpus, same_size
+from mstplan.spec.hardware import GRANULARITY, card, card_that_torch_names, find_gpu, gpus, gpus_of_size
 
 GIB = 2**30
 
@@ -67,7 +67,7 @@ def test_the_budget_is_what_is_left() -> None:
     assert h100.budget_bytes == h100.gpu.usable_bytes - h100.gpu.context_bytes - GRANULARITY - GIB
     nominal = card(memory=80 * GIB)
     assert nominal.budget_bytes == 80 * GIB - nominal.gpu.context_bytes - GRANULARITY
-    assert not nominal.named and {"h100", "a100-80gb"} <= {gpu.name for gpu in same_size(nominal)}
+    assert not nominal.named and {"h100", "a100-80gb"} <= {gpu.name for gpu in gpus_of_size(nominal)}
 
 
 def test_a_named_card_can_be_limited() -> None:

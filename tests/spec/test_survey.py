@@ -16,9 +16,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mstplan.errors import ModelError, UnreadError
-from mstplan.spec.config import _REFUSED, _TEXT_TYPES, read_config
+from mstplan.spec.config import _REFUSED_TYPES, _TEXT_TYPES, read_config
 from mstplan.spec.families import FAMILIES
-from mstplan.spec.unread import _HYBRIDS, TYPES, WAY_OUT
+from mstplan.spec.unread import _HYBRIDS, TRANSFORMERS_TYPES, WAY_OUT
 from mstplan.step.parameters import parameter_count
 from tests.train.survey import causal_lm_classes
 from tests.train.tiny import tiny_config
@@ -124,9 +124,13 @@ def test_refusals_name_the_family_or_the_field_and_the_way_out(records):
 
 def test_every_family_of_transformers_is_known_by_name():
     """Or its files would be planned as a Llama's as soon as all their fields have a Llama's names."""
-    named = {*FAMILIES, *_TEXT_TYPES, *set().union(*_REFUSED.values()), *TYPES, *_HYBRIDS}
+    named = {*FAMILIES, *_TEXT_TYPES, *set().union(*_REFUSED_TYPES.values()), *TRANSFORMERS_TYPES, *_HYBRIDS}
     assert not {name for name in CONFIG_MAPPING if name not in named}
-    assert not TYPES & {*FAMILIES, *_HYBRIDS, *set().union(*_REFUSED.values())} - {"gemma3", "qwen2_vl", "qwen2_5_vl"}
+    assert not TRANSFORMERS_TYPES & {*FAMILIES, *_HYBRIDS, *set().union(*_REFUSED_TYPES.values())} - {
+        "gemma3",
+        "qwen2_vl",
+        "qwen2_5_vl",
+    }
 
 
 def test_no_family_of_transformers_without_a_row_is_planned_from_a_llamas_fields():
@@ -137,7 +141,7 @@ def test_no_family_of_transformers_without_a_row_is_planned_from_a_llamas_fields
         "vocab_size": 99,
         "intermediate_size": 128,
     }
-    for name in sorted(TYPES | _HYBRIDS):
+    for name in sorted(TRANSFORMERS_TYPES | _HYBRIDS):
         if name not in _TEXT_TYPES:
             with pytest.raises(UnreadError, match=re.escape(f"'{name}'")):
                 read_config({**llama, "model_type": name, "tie_word_embeddings": False}, "FILE")

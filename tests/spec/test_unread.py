@@ -14,7 +14,7 @@ from mstplan.errors import ModelError, UnreadError
 from mstplan.spec.catalog import load_model, model_names
 from mstplan.spec.config import read_config
 from mstplan.spec.families import FAMILIES
-from mstplan.spec.unread import NEUTRAL, READ, READ_BESIDE, WAY_OUT, _words, unread_fields
+from mstplan.spec.unread import CONDITIONAL_FIELDS, NEUTRAL_FIELDS, READ_FIELDS, WAY_OUT, _word_set, unread_fields
 from mstplan.step.parameters import parameter_count
 
 PLAIN = {
@@ -28,9 +28,9 @@ PLAIN = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
 }
-KNOWN = READ | NEUTRAL | frozenset().union(*READ_BESIDE.values())
-FIRST = _words("moe num n expert shared dense mlp attn kv q ssm mamba conv vision audio index latent ngram layer")
-LAST = _words(
+KNOWN = READ_FIELDS | NEUTRAL_FIELDS | frozenset().union(*CONDITIONAL_FIELDS.values())
+FIRST = _word_set("moe num n expert shared dense mlp attn kv q ssm mamba conv vision audio index latent ngram layer")
+LAST = _word_set(
     "experts shared_experts size width dim dims rank heads layers intermediate_size config topk k kernel state blocks"
 )
 NAMES = sorted({f"{a}_{b}" for a, b in itertools.product(FIRST, LAST)} - KNOWN)
@@ -76,7 +76,9 @@ def test_any_name_of_a_field_is_shown_on_one_short_line(name, value):
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
-@given(st.sampled_from(sorted(NEUTRAL - {"model_type", "architectures", "is_encoder_decoder", "auto_map"})), THERE)
+@given(
+    st.sampled_from(sorted(NEUTRAL_FIELDS - {"model_type", "architectures", "is_encoder_decoder", "auto_map"})), THERE
+)
 def test_a_field_that_decides_no_memory_changes_nothing(name, value):
     assert read_config(of("grok-9", **{name: value}), "m") == read_config(of("grok-9"), "m")
 
@@ -158,7 +160,7 @@ def test_what_is_read_is_what_the_list_says():
         assert read_config(of("grok-9", **window, **{name: value}), "m") != read_config(of("grok-9", **window), "m"), (
             name
         )
-    assert READ - {*changed, *beside_window} == {"hidden_activation", "kv_lora_rank"}
+    assert READ_FIELDS - {*changed, *beside_window} == {"hidden_activation", "kv_lora_rank"}
 
 
 # --- other names, other families --------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mstplan import profiles
-from mstplan.plan.solve import sizes
+from mstplan.plan.solve import step_sizes
 from mstplan.spec.config import read_config
 from mstplan.spec.model import Model
 from mstplan.step.cuda import efficient_accumulates, efficient_workspace
@@ -308,7 +308,7 @@ def planned(config: dict[str, Any], recipe: Recipe, seq_len: int) -> dict[str, i
     """The step model's peak of each phase."""
     chunks = Chunks(recipe.mlp_chunks, recipe.loss_chunks)
     step = Step(model_of(config), Layout(recipe, chunks.mlp > 1, chunks.loss > 1, False), workspace=0)
-    units = sizes(recipe, seq_len, chunks).units
+    units = step_sizes(recipe, seq_len, chunks).units
     peaks: dict[str, int] = {}
     for instant, moments in step._moments(step.rules(in_place=False)).items():
         phase = instant.phase

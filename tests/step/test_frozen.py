@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mstplan.errors import ModelError
-from mstplan.measuring.measurement import Measurement, sliced
-from mstplan.plan.solve import max_seq, plan_at, sizes
+from mstplan.measuring.measurement import Measurement, slice_config
+from mstplan.plan.solve import max_seq, plan_at, step_sizes
 from mstplan.spec.catalog import load_config
 from mstplan.spec.config import read_config
 from mstplan.spec.hardware import card
@@ -133,7 +133,7 @@ MEASURED = [
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["case"]["name"])
 def test_every_phase_is_that_of_an_h100(row):
     """Plain transformers, torch's fused AdamW, weights frozen by requires_grad_: nothing of mstplan."""
-    case, config = row["case"], sliced(load_config("llama3.1-8b"), row["case"]["layers"], "llama3.1-8b")
+    case, config = row["case"], slice_config(load_config("llama3.1-8b"), row["case"]["layers"], "llama3.1-8b")
     recipe = Recipe(
         adamw_kernel="fused",
         checkpoint="layer" if case["checkpoint"] else "none",
@@ -143,7 +143,7 @@ def test_every_phase_is_that_of_an_h100(row):
     )
     step = Step(read_config(config, "llama3.1-8b"), Layout(recipe, False, False, False), CUBLAS)
     told = {}
-    for instant in step.instants(sizes(recipe, case["seq_len"], Chunks(1, 1))):
+    for instant in step.instants(step_sizes(recipe, case["seq_len"], Chunks(1, 1))):
         told[instant.name.phase] = max(told.get(instant.name.phase, 0), instant.bytes)
     assert set(told) == set(PHASES) and len(MEASURED) == 12
     for phase, size in told.items():
@@ -166,7 +166,7 @@ def test_mstplans_own_step_takes_what_is_planned(measured):
     step = Step(
         case.described, Layout(case.recipe, chunks.mlp > 1, chunks.loss > 1, False), measured.ranks[0].workspace
     )
-    told = {each.name: each.bytes for each in step.instants(sizes(case.recipe, case.seq_len, chunks))}
+    told = {each.name: each.bytes for each in step.instants(step_sizes(case.recipe, case.seq_len, chunks))}
     assert len(OWN) == 5 and len(set(told) & set(measured.instants)) >= 3
     assert max(told.values()) == pytest.approx(measured.peak.allocated, rel=1e-5)
 

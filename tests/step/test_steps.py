@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan import profiles
-from mstplan.plan.solve import _step, layout_of, peak_at, sizes
+from mstplan.plan.solve import _step, layout_of, peak_at, step_sizes
 from mstplan.spec.catalog import load_model, model_names
 from mstplan.spec.hardware import card
 from mstplan.spec.model import LayerKind, Mlp
@@ -53,7 +53,7 @@ def test_every_layer_by_itself_gives_the_same_peak(name, plan):
     for batch, seq_len, count in SHAPES:
         recipe = strategy(plan, batch=batch)
         chunks = chunks_of(recipe, count)
-        built, where = formula(model, recipe, chunks, seq_len), sizes(recipe, seq_len, chunks)
+        built, where = formula(model, recipe, chunks, seq_len), step_sizes(recipe, seq_len, chunks)
         slow = slow_peaks(built, where)
         assert max(slow.values()) == built.largest(where)[1]
         shown = {i.name: i.bytes for i in built.instants(where)}
@@ -74,7 +74,7 @@ def test_every_layer_by_itself_gives_the_same_peak(name, plan):
 def test_the_same_holds_for_any_model_and_recipe(data):
     model, recipe = data.draw(models()), data.draw(recipes())
     chunks, seq_len = data.draw(chunk_counts(recipe)), data.draw(st.integers(1, 200_000))
-    built, where = formula(model, recipe, chunks, seq_len), sizes(recipe, seq_len, chunks)
+    built, where = formula(model, recipe, chunks, seq_len), step_sizes(recipe, seq_len, chunks)
     assert max(slow_peaks(built, where).values()) == built.largest(where)[1]
 
 
@@ -94,7 +94,7 @@ def test_the_same_holds_where_kinds_of_layers_repeat(data):
     model = model._replace(layer_kinds=tuple(layers), mlp=model.mlp or Mlp(64, "silu"))
     chunks = data.draw(chunk_counts(recipe))
     for seq_len in (16, 300, 1000, 4000, 50_000):  # gradients that come outweigh inputs that go in short ones
-        built, where = formula(model, recipe, chunks, seq_len), sizes(recipe, seq_len, chunks)
+        built, where = formula(model, recipe, chunks, seq_len), step_sizes(recipe, seq_len, chunks)
         slow = slow_peaks(built, where)
         assert max(slow.values()) == built.largest(where)[1]
         shown = {i.name: i.bytes for i in built.instants(where)}
@@ -167,7 +167,7 @@ def test_entries_add_up(name):
     for plan in STRATEGIES:
         recipe = strategy(plan)
         chunks = chunks_of(recipe, 16)
-        check_instants(_step(model, recipe, A100.gpu, chunks, 32768), sizes(recipe, 32768, chunks))
+        check_instants(_step(model, recipe, A100.gpu, chunks, 32768), step_sizes(recipe, 32768, chunks))
 
 
 @quick
@@ -175,7 +175,7 @@ def test_entries_add_up(name):
 def test_entries_add_up_for_any_model_and_recipe(data):
     model, recipe = data.draw(models()), data.draw(recipes())
     chunks, seq_len = data.draw(chunk_counts(recipe)), data.draw(st.integers(1, 200_000))
-    check_instants(_step(model, recipe, A100.gpu, chunks, seq_len), sizes(recipe, seq_len, chunks))
+    check_instants(_step(model, recipe, A100.gpu, chunks, seq_len), step_sizes(recipe, seq_len, chunks))
 
 
 @quick

@@ -9,7 +9,7 @@ from weakref import ref
 
 import pytest
 
-from mstplan.plan.solve import layout_of, sizes
+from mstplan.plan.solve import layout_of, step_sizes
 from mstplan.spec.catalog import load_model
 from mstplan.step import steps
 from mstplan.step.instants import Instant, Stage
@@ -110,7 +110,7 @@ def test_names_move_no_byte(name, what, monkeypatch):
     model, recipe, chunks = load_model(name), RECIPES[what], Chunks(1, 1)
     if recipe.loss == "chunked":
         chunks = Chunks(4, 8)
-    layout, where = layout_of(model, recipe, chunks, 4096), sizes(recipe, 4096, chunks)
+    layout, where = layout_of(model, recipe, chunks, 4096), step_sizes(recipe, 4096, chunks)
     build = steps.build
     plain = Step(model, layout, WORKSPACE).instants(where)
     before = {i.name: i.bytes for i in plain}

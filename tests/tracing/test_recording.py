@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mstplan.errors import RecipeError
-from mstplan.kept import adapter
+from mstplan.kept import adapter_for
 from mstplan.step.instants import Pass
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.recording import Category, Place, Recorded, Recording, largest
@@ -77,7 +77,7 @@ def test_places_are_those_of_a_step():
 
 
 def test_a_recording_survives_json(plain):
-    assert Recording.of(adapter(Recorded).validate_json(json.dumps(plain.as_data()))) == plain
+    assert Recording.of(adapter_for(Recorded).validate_json(json.dumps(plain.as_data()))) == plain
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan import MeasurementError
-from mstplan.measuring.measurement import Measurement, appending, check_appendable, read
+from mstplan.measuring.measurement import Measurement, appending, check_appendable, read_results
 
 from ..measuring.measured import case, measured
 from ..processes import environment
@@ -58,7 +58,7 @@ def as_it_is(path: Path) -> tuple[int, bytes] | None:
 
 
 def lengths(path: Path) -> list[int]:
-    return [m.case.seq_len for m in read(path).measurements] if path.exists() else []
+    return [m.case.seq_len for m in read_results(path).measurements] if path.exists() else []
 
 
 ACTION = st.tuples(
@@ -179,7 +179,7 @@ def test_processes_that_come_and_go_at_once(tmp_path: Path) -> None:
     said = [process.communicate(timeout=60)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], said
     expected = {1000 * (n + 1) + turn for n in range(3) for turn in range(turns) if turn % 2 == n % 2}
-    found = read(path)
+    found = read_results(path)
     assert sorted(m.case.seq_len for m in found.measurements) == sorted(expected) and not found.skipped
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from mstplan.measuring.allocations import record
+from mstplan.measuring.allocations import record_allocations
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.fsdp import shard
 from mstplan.tracing.recorder import held_by
@@ -78,7 +78,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         step.tokens, step.labels = step.tokens.clone(), step.labels.clone()
         step.run(mark)
 
-    runs = [record(again).events for _ in range(RUNS)]
+    runs = [record_allocations(again).events for _ in range(RUNS)]
     return {
         "resident": there,
         "runs": [[[e.bytes, e.phase, e.address, list(e.operations)] for e in events] for events in runs],

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from mstplan import card, strategy
 from mstplan.errors import ModelError
-from mstplan.plan.solve import chunks_at
+from mstplan.plan.solve import choose_chunks
 from mstplan.spec.config import read_config
 from mstplan.train import chunks as chunks_module
 from mstplan.train import minisequence
@@ -45,7 +45,7 @@ def on_h100(monkeypatch):
 def test_as_the_planner_recommends(batch, length):
     model = read_config(LLAMA.to_dict(), "llama")
     found = ChunkCounts(LLAMA, AUTO).of(hidden(batch, length))
-    assert found == chunks_at(model, AUTO.changed(batch=batch), card("h100"), length)
+    assert found == choose_chunks(model, AUTO.changed(batch=batch), card("h100"), length)
 
 
 @pytest.mark.usefixtures("on_h100")

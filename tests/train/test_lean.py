@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mstplan.measuring.allocations import Allocations, Keep, record
+from mstplan.measuring.allocations import Allocations, KeepSize, record_allocations
 from mstplan.train import minisequence, offload
 from mstplan.train.runtime import Runtime
 
@@ -82,7 +82,7 @@ def recorded(model: nn.Module, tokens: int = TOKENS) -> Allocations:
         mark("backward")
         loss.backward()
 
-    return record(train)
+    return record_allocations(train)
 
 
 def in_chunks(model: nn.Module, chunks: int, **settings: Any) -> Allocations:
@@ -101,7 +101,7 @@ def checkpointed(model: nn.Module, tokens: int = TOKENS) -> Allocations:
     return recorded(model, tokens)
 
 
-def wide(model: nn.Module, width: int) -> Keep:
+def wide(model: nn.Module, width: int) -> KeepSize:
     """Is this the size of activations of so many numbers a token (and not of a weight, of one expert's, or of their sums)?"""
     unit = width * next(model.parameters()).itemsize
     weights = {w.numel() * size for p in model.parameters() for w in (p, p[0]) for size in (p.itemsize, 4)}
@@ -177,7 +177,7 @@ def one_by_one(pieces: list[tuple[nn.Module, torch.Tensor]], graph: bool) -> All
                     torch.autograd.grad(out, list(mlp.parameters()), torch.ones_like(out), allow_unused=True)
                 del out
 
-    return record(run)
+    return record_allocations(run)
 
 
 def test_in_bfloat16_too():
@@ -254,7 +254,7 @@ def kept_for_backward(model: nn.Module) -> Counter[int]:
     """How many blocks of which size are alive when the forward pass is over."""
     ids = tokens_for(model)
     count: Counter[int] = Counter()
-    for event in record(lambda _mark: model(input_ids=ids, labels=ids).loss).events:
+    for event in record_allocations(lambda _mark: model(input_ids=ids, labels=ids).loss).events:
         count[abs(event.bytes)] += 1 if event.bytes > 0 else -1
     return +count
 

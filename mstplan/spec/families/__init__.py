@@ -12,7 +12,7 @@ _FILES = (llama, mistral, qwen, gemma, phi, gpt_oss, olmo, gpt2, gpt_neox, deeps
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """By the model_type of a config.json."""
 
-LLAMA_LIKE = Family(mlp_bias="mlp_bias", windows="found", experts=Routed(may_be_none=True), known=False)
+LLAMA_LIKE = Family(mlp_bias="mlp_bias", windows="found", experts=Routed(may_be_none=True), registered=False)
 """Of a model_type that none of them is."""
 
 

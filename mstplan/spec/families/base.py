@@ -114,7 +114,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     """Family of models, as it differs from Llama. A switch is a constant, or the name of the field that holds it."""
 
     defaults: Mapping[str, object] = MappingProxyType({})  # of the configuration class in transformers
-    known: bool = True  # False: the family of all model types without a row
+    registered: bool = True  # False: the family of all model types without a row
     norm: Norm = "rms"
     norm_bias: bool = False
     block: Block = "pre"
