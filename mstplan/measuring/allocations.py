@@ -116,7 +116,7 @@ def there(step: TrainingStep) -> Iterator[torch.Tensor]:
     """Weights, buffers and the optimizer's states."""
     yield from step.model.parameters()
     yield from step.model.buffers()
-    for optimizer in [*step.in_backward, *([step.optimizer] if step.optimizer is not None else [])]:
+    for optimizer in [*step.backward_optimizers, *([step.optimizer] if step.optimizer is not None else [])]:
         yield from (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
 
 

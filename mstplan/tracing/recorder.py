@@ -229,7 +229,7 @@ class Recorder(TorchDispatchMode):
         """Of the storage of a tensor in what was made."""
         return self._known.get(tensor.untyped_storage()._cdata)
 
-    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+    def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
         """Stands in for the runtime's: fake tensors have one device, so what is on the host is noted here."""
         made = torch.empty_like(like)
         index = self._known.get(made.untyped_storage()._cdata)

@@ -31,7 +31,7 @@ from ..step.runnable import check_runnable
 from ..step.steps import segment_length
 from ..train import locate
 from ..train.stand_in import stand_in
-from ..train.step import TrainingStep, build, make_states, quiet, read_settings, trained
+from ..train.step import TrainingStep, build_model, make_states, quiet_transformers, read_settings, weights_to_train
 from .cpu import KernelBuffers
 from .cuda import as_on_cuda, on_fake_tensors
 from .extend import Unlike, few, row
@@ -84,7 +84,7 @@ def trace_settings(
     full = whole_model(settings, recipe, on, remote_code)
     layers = locate.find_parts(full).layers
     kinds, every = _kinds(full, layers), segment_length(recipe, len(layers)) or 1
-    sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in trained(full))
+    sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in weights_to_train(full))
     update, states = _update(sizes, recipe.optimizer, recipe.adamw_kernel, recipe.optimizer_in_backward)
     weights = _weights(full, recipe)
     reach = 2 if recipe.offload_layer_inputs else 1  # a layer's input is let go one layer later than usual
@@ -123,11 +123,11 @@ def whole_model(settings: PreTrainedConfig, recipe: Recipe, on: str, remote_code
     """The model without any memory."""
     attention = attention_of(recipe, settings, on)
     try:
-        return build(settings, recipe, attention, "meta", remote_code)
+        return build_model(settings, recipe, attention, "meta", remote_code)
     except ModelError:
         if attention != FLASH:
             raise
-    full = build(settings, recipe, "eager", "meta", remote_code)  # its code knows no attention functions by name
+    full = build_model(settings, recipe, "eager", "meta", remote_code)  # its code knows no attention functions by name
     if recipe.attention == "flash":
         raise ModelError(
             f"{type(full).__name__} has flash attention of its own, which cannot be traced.\nUse --attention sdpa or eager."
@@ -182,13 +182,13 @@ def record(
         step = TrainingStep(model, bare, seq_len, runtime)
         if (checkpoints := checkpoints_of(model)) is not None:
             checkpoints.bounds = {*starts, units}
-        make_states(step.in_backward)
+        make_states(step.backward_optimizers)
         if recipe.accumulation > 1:
-            for weight in trained(model):
+            for weight in weights_to_train(model):
                 weight.grad = torch.empty_like(weight)
-        recorder.were_there(_held(model, step.in_backward))
+        recorder.were_there(_held(model, step.backward_optimizers))
         beside = KernelBuffers(recorder) if on == "cpu" else nullcontext()
-        with _naming(model), quiet(), recorder, beside, recorder.watching(model):
+        with _naming(model), quiet_transformers(), recorder, beside, recorder.watching(model):
             recorder.begin(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             loss = step.forward()
@@ -324,7 +324,7 @@ def _labels(model: PreTrainedModel) -> dict[nn.Module, Label]:
         part
         for layer in parts.layers
         for child in layer.modules()
-        if child is not layer and locate.mixes(child)
+        if child is not layer and locate.mixes_tokens(child)
         for part in child.modules()
     }
     layers = set(parts.layers)

@@ -14,7 +14,7 @@ from mstplan.step.recipe import STRATEGIES, Recipe, strategy
 from mstplan.tracing.allocation_diff import KNOWN_ON_CPU, differences, of_trace, unexplained
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import attention_of, trace
-from mstplan.train.step import TrainingStep, build, read_settings
+from mstplan.train.step import TrainingStep, build_model, read_settings
 
 HIDDEN, LAYERS = 256, 3  # sqrt: a checkpoint over two layers and one over the third
 SMALL: dict[str, Any] = {
@@ -74,7 +74,7 @@ def really(config: dict[str, Any], recipe: Recipe, seq_len: int) -> Allocations:
     """What the second step allocates. The first, of few tokens, makes the optimizer's states."""
     settings = read_settings(config)
     torch.manual_seed(0)
-    step = TrainingStep(build(settings, recipe, attention_of(recipe, settings, "cpu"), "cpu"), recipe, seq_len)
+    step = TrainingStep(build_model(settings, recipe, attention_of(recipe, settings, "cpu"), "cpu"), recipe, seq_len)
     batch = step.tokens, step.labels
     step.tokens, step.labels = (ids[:, :16].clone() for ids in batch)
     step.run()

@@ -18,7 +18,7 @@ from mstplan.step.recipe import Recipe
 from mstplan.tracing.recorder import Recorder
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import _shorten, trace, trace_settings
-from mstplan.train.step import build, read_settings, vocabulary_of
+from mstplan.train.step import build_model, read_settings, vocabulary_of
 
 from .survey import settings_of
 from .tiny import TINY
@@ -157,8 +157,10 @@ def test_settings_stay_as_they_are():
 
 
 def test_tokens_are_those_that_are_read_and_told_apart():
-    assert vocabulary_of(build(settings("MllamaForCausalLM"), Recipe(), "eager", "meta")) == 61  # it reads 8 more
-    assert vocabulary_of(build(settings("InklingForCausalLM"), Recipe(), "eager", "meta")) == 61  # its head has 3 more
+    assert vocabulary_of(build_model(settings("MllamaForCausalLM"), Recipe(), "eager", "meta")) == 61  # it reads 8 more
+    assert (
+        vocabulary_of(build_model(settings("InklingForCausalLM"), Recipe(), "eager", "meta")) == 61
+    )  # its head has 3 more
 
 
 @pytest.mark.parametrize("kind", ["own", None, ["llama"], {}])

@@ -13,7 +13,7 @@ from mstplan.step.instants import Pass
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.recording import Category, Place, Recorded, Recording, largest
 from mstplan.tracing.tracer import trace
-from mstplan.train.step import TrainingStep, build, read_settings
+from mstplan.train.step import TrainingStep, build_model, read_settings
 
 TINY = {
     "model_type": "llama",
@@ -61,7 +61,7 @@ def test_categories(plain):
     assert ((1, 32, 32), Category.INPUTS) in by_shape
     assert ((1, 4, 32), Category.ATTENTION) in by_shape or ((1, 32, 4, 8), Category.ATTENTION) in by_shape
     gradients = [m for m in plain.made if m.category == Category.GRADIENTS]
-    assert len(gradients) == len(list(build(read_settings(TINY), Recipe(), "eager", "meta").parameters()))
+    assert len(gradients) == len(list(build_model(read_settings(TINY), Recipe(), "eager", "meta").parameters()))
     logits = [m for m in plain.made if m.shape[-1:] == (61,) and m.shape[0] != 61]
     assert len(logits) > 4 and {m.category for m in logits} == {Category.LOSS}
 
@@ -90,7 +90,7 @@ def test_a_recording_survives_json(plain):
     ],
 )
 def test_the_same_step_runs_for_real(recipe):
-    step = TrainingStep(build(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 32)
+    step = TrainingStep(build_model(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 32)
     before = [weight.detach().clone() for weight in step.model.parameters()]
     passes: list[str] = []
     losses = [step.run(passes.append).item() for _ in range(3)]

@@ -21,7 +21,7 @@ from mstplan.measuring.allocations import record
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.fsdp import shard
 from mstplan.tracing.recorder import held_by
-from mstplan.train.step import TrainingStep, build, read_settings
+from mstplan.train.step import TrainingStep, build_model, read_settings
 
 TOKENS = 96
 # Not to be divided by two: the vocabulary. Weights are larger than what a layer makes of 96 tokens, so that sizes tell them apart.
@@ -57,7 +57,7 @@ def recipes() -> dict[str, Recipe]:
 
 def resident(step: TrainingStep) -> int:
     """Bytes of this rank's weights, buffers and optimizer states."""
-    optimizers = step.in_backward or ([step.optimizer] if step.optimizer is not None else [])
+    optimizers = step.backward_optimizers or ([step.optimizer] if step.optimizer is not None else [])
     states = [t for o in optimizers for state in o.state.values() for t in state.values() if torch.is_tensor(t)]
     return _bytes([*step.model.parameters(), *step.model.buffers(), *states])
 
@@ -67,7 +67,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    model = build(read_settings(CONFIG), recipe, "eager", "cpu")
+    model = build_model(read_settings(CONFIG), recipe, "eager", "cpu")
     shard(model, recipe, init_device_mesh("cpu", (2,)))
     step = TrainingStep(model, recipe, TOKENS)
     step.run()

@@ -22,7 +22,7 @@ import torch
 
 from ..step.kernels import SDPA, chosen
 from ..step.kernels.base import Asked
-from ..train.lazy import Lazy
+from ..train.lazy import LazyTensor
 from .kernels import STAND_INS
 from .kernels.base import SIXTEEN_BIT, Call
 from .patches import (
@@ -98,8 +98,8 @@ def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     if not training or p == 0:
         return x
-    if isinstance(x, Lazy):  # of an MLP in chunks: drop in its pieces
-        return x.then(lambda rows: _dropout(rows, p, training), random=True)  # type: ignore[return-value]
+    if isinstance(x, LazyTensor):  # of an MLP in chunks: drop in its pieces
+        return x.record_step(lambda rows: _dropout(rows, p, training), random=True)  # type: ignore[return-value]
     out: torch.Tensor = _Dropout.apply(x)
     return out
 
