@@ -27,7 +27,7 @@ from mstplan import card, load_model, parse_length
 from mstplan.plan import solve
 from mstplan.spec.catalog import load_config, model_names
 from mstplan.step.recipe import STRATEGIES, Recipe, strategy
-from mstplan.tracing.cuda import as_on_cuda
+from mstplan.tracing.cuda_stand_ins import as_on_cuda
 from mstplan.tracing.fake_runtime import FakeCardRuntime
 from mstplan.tracing.recorder import Recorder
 from mstplan.tracing.trace import Trace

@@ -97,7 +97,7 @@ class Bench:
 
     def _searched(self, strategy: str, recipe: Recipe) -> Prediction:
         if self.device == "cuda":
-            found = search.longest(self.model, recipe, self.card, self.trace_at, strategy)
+            found = search.find_longest(self.model, recipe, self.card, self.trace_at, strategy)
             return Prediction(found.answer.s_max, found.formula, found.answer.plan.chunks)
         answer = solve.max_seq(self.model, recipe, self.card, strategy)
         chunks = answer.plan.chunks

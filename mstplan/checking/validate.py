@@ -18,7 +18,7 @@ from ..plan.solve import layout_of, sizes
 from ..spec.hardware import Card
 from ..step.steps import Chunks, Step, step
 from ..tracing import cache
-from ..tracing.simulation import held, runs
+from ..tracing.simulation import fits_on, simulate
 from ..tracing.trace import Trace
 
 FORMULA, CALIBRATED, TRACE = "formula", "calibrated", "trace"
@@ -134,7 +134,7 @@ def _rows(m: Measurement, rung: str) -> list[Row]:
             m.case.device == "cuda" and m.peak.reserved is not None and not m.case.recipe.sharded
         ):  # its blocks are of several streams
             expandable = "expandable_segments:True" in m.environment.get("allocator", "")
-            rows.append(Row(m, rung, RESERVED, held(trace, expandable=expandable).reserved, m.peak.reserved))
+            rows.append(Row(m, rung, RESERVED, simulate(trace, expandable=expandable).reserved, m.peak.reserved))
         return rows
     told = step_of(m, rung)
     return [_row(m, rung, instants_at(m, told))] if told is not None else []
@@ -202,7 +202,7 @@ def card(m: Measurement) -> Card:
 def _said_to_fit(m: Measurement, rung: str) -> bool:
     on, cuda = card(m), m.case.device == "cuda"
     if rung == TRACE:
-        return runs(traced(m), on) if cuda else traced(m).peak.bytes <= on.total_bytes
+        return fits_on(traced(m), on) if cuda else traced(m).peak.bytes <= on.total_bytes
     told = step_of(m, rung)
     most = on.budget_bytes if cuda else on.total_bytes  # a CPU has no context
     return told is not None and told.largest(sizes(m.case.recipe, m.case.seq_len, chunks_of(m)))[1] <= most

@@ -11,8 +11,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..step.instants import Pass
-from ..tracing.allocation_diff import MISSING, Allocation, Known
-from ..tracing.recorder import held_by
+from ..tracing.allocation_diff import MISSING, Allocation, KnownBuffer
+from ..tracing.recorder import local_tensor
 from ..train.step import TrainingStep
 from .instant_hooks import Mark, marking
 
@@ -41,7 +41,7 @@ class Allocations:
         """The allocations."""
         return [allocation for _, _, allocation in self._lives()]
 
-    def without(self, known: Sequence[Known]) -> Allocations:
+    def without(self, known: Sequence[KnownBuffer]) -> Allocations:
         """Allocations without the buffers that a list names."""
         out = {n for born, died, a in self._lives() if any(k.explains(MISSING, a) for k in known) for n in (born, died)}
         return Allocations([event for n, event in enumerate(self.events) if n not in out], self.resident)
@@ -108,7 +108,7 @@ def record_step(step: TrainingStep) -> Allocations:
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     """Bytes of each of the tensors' storages, by its address; of distributed tensors the shard that is here."""
-    storages = (held_by(tensor).untyped_storage() for tensor in tensors)
+    storages = (local_tensor(tensor).untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 

@@ -30,7 +30,7 @@ from ..step.instants import Instant
 from ..step.kernels import SDPA
 from ..step.recipe import Recipe
 from ..tracing import cache
-from ..tracing.fsdp import shard
+from ..tracing.fsdp import shard_model
 from ..tracing.kernels import STAND_INS, real_implementation
 from ..tracing.tracer import attention_of
 from ..train.step import NO_HOST_MEMORY, TrainingStep, build_model, read_settings
@@ -130,7 +130,7 @@ def _model(case: Case) -> PreTrainedModel:
     if not case.recipe.sharded:
         return build_model(settings, case.recipe, attention, device)
     model = build_model(settings, case.recipe, attention, "meta")  # no card need hold it whole
-    shard(model, case.recipe, init_device_mesh(case.device, (dist.get_world_size(),)))
+    shard_model(model, case.recipe, init_device_mesh(case.device, (dist.get_world_size(),)))
     model.to_empty(device=device)
     with torch.no_grad():
         model.initialize_weights()

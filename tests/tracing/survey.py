@@ -29,9 +29,9 @@ from transformers.utils import logging
 
 from mstplan.errors import InputError
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing import cuda
+from mstplan.tracing import cuda_stand_ins
 from mstplan.tracing.trace import Trace
-from mstplan.tracing.tracer import OWN_FAILURE, record, trace_settings, whole_model
+from mstplan.tracing.tracer import OWN_FAILURE, record_passes, trace_settings, whole_model
 from mstplan.train.locate import find_parts
 from mstplan.train.step import TrainingStep, build_model
 from tests.train.survey import causal_lm_classes, one_line
@@ -193,9 +193,9 @@ def for_real(settings: PreTrainedConfig, recipe: Recipe, short: Trace) -> Trace:
     """`short` with a step of all layers and chunks in it, made on tensors that have values."""
     attention = whole_model(settings, recipe, short.on, remote_code=False).config._attn_implementation
     model = build_model(settings, recipe, attention, "cpu")
-    with patch.object(cuda, "on_fake_tensors", nullcontext):
-        made = record(model, recipe, short.seq_len, list(range(short.units)), short.on)
-    return replace(short, kept=tuple(range(short.units)), short=made)
+    with patch.object(cuda_stand_ins, "on_fake_tensors", nullcontext):
+        recording = record_passes(model, recipe, short.seq_len, list(range(short.units)), short.on)
+    return replace(short, kept=tuple(range(short.units)), short=recording)
 
 
 def difference(found: Trace, wanted: Trace) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mstplan.step.recipe import strategy
-from mstplan.tracing.cuda import as_on_cuda
+from mstplan.tracing.cuda_stand_ins import as_on_cuda
 from mstplan.tracing.fake_runtime import FakeCardRuntime, FakeRuntime
 from mstplan.tracing.recorder import Recorder
 from mstplan.train.runtime import RUNTIME

@@ -9,11 +9,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from mstplan.step.instants import Pass
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing.cuda import as_on_cuda
+from mstplan.tracing.cuda_stand_ins import as_on_cuda
 from mstplan.tracing.fake_runtime import FakeCardRuntime
 from mstplan.tracing.recorder import Recorder
 from mstplan.tracing.recording import largest
-from mstplan.tracing.tracer import _labels as labels_of
+from mstplan.tracing.tracer import _label_modules as labels_of
 from mstplan.train.step import TrainingStep, build_model, read_settings
 
 from .tiny import TINY
@@ -30,11 +30,11 @@ def test_equal_totals(recipe):
         recorder = Recorder(labels_of(model), TINY["num_hidden_layers"], in_place=False)
         with as_on_cuda(recorder):
             step = TrainingStep(model, recipe, 1024, FakeCardRuntime(recorder))
-            recorder.were_there([*model.parameters(), *model.buffers(), step.tokens, step.labels])
-            with recorder, recorder.watching(model):
-                recorder.begin(Pass.FORWARD)
+            recorder.add_residents([*model.parameters(), *model.buffers(), step.tokens, step.labels])
+            with recorder, recorder.watch_modules(model):
+                recorder.begin_pass(Pass.FORWARD)
                 loss = step.forward()
-                recorder.begin(Pass.BACKWARD)
+                recorder.begin_pass(Pass.BACKWARD)
                 loss.backward()
         ours = largest(recorder.close().live())[0]
     unused = Recorder({}, 0)

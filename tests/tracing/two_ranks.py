@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from mstplan.measuring.allocations import record
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing.fsdp import shard
-from mstplan.tracing.recorder import held_by
+from mstplan.tracing.fsdp import shard_model
+from mstplan.tracing.recorder import local_tensor
 from mstplan.train.step import TrainingStep, build_model, read_settings
 
 TOKENS = 96
@@ -63,12 +63,12 @@ def resident(step: TrainingStep) -> int:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum({s.data_ptr(): s.nbytes() for s in (held_by(t).untyped_storage() for t in tensors)}.values())
+    return sum({s.data_ptr(): s.nbytes() for s in (local_tensor(t).untyped_storage() for t in tensors)}.values())
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
     model = build_model(read_settings(CONFIG), recipe, "eager", "cpu")
-    shard(model, recipe, init_device_mesh("cpu", (2,)))
+    shard_model(model, recipe, init_device_mesh("cpu", (2,)))
     step = TrainingStep(model, recipe, TOKENS)
     step.run()
     there = resident(step)
