@@ -100,7 +100,11 @@ class Training:
         self.optimizer.zero_grad()
         hidden = torch.empty(*self.ids.shape, 1, device=self.device, dtype=self.model.dtype)
         settings = getattr(self.model, "_mstplan", None)
-        counts = (settings.counts.of(hidden).mlp, settings.counts.of(hidden).loss) if settings is not None else None
+        counts = (
+            (settings.counts.chunks_for(hidden).mlp, settings.counts.chunks_for(hidden).loss)
+            if settings is not None
+            else None
+        )
         return {"check": (loss.item(), norm.item()), "chunks": counts}
 
     def step(self) -> float:

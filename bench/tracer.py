@@ -27,12 +27,12 @@ from mstplan import card, load_model, parse_length
 from mstplan.plan import solve
 from mstplan.spec.catalog import load_config, model_names
 from mstplan.step.recipe import STRATEGIES, Recipe, strategy
-from mstplan.tracing.cuda import as_on_cuda
+from mstplan.tracing.cuda_stand_ins import as_on_cuda
 from mstplan.tracing.fake_runtime import FakeCardRuntime
 from mstplan.tracing.recorder import Recorder
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
-from mstplan.train.step import TrainingStep, build, make_states, read_settings
+from mstplan.train.step import TrainingStep, build_model, make_states, read_settings
 from mstplan.units import GIB, format_gib
 
 TIMES, SLOWEST, MOST = 10, 5.0, GIB
@@ -55,7 +55,7 @@ def with_mem_tracker(config: dict[str, object], recipe: Recipe, seq_len: int) ->
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(recorder):
         tracker = MemTracker()
         with tracker:
-            model = build(read_settings(config), recipe, "sdpa", "cpu")
+            model = build_model(read_settings(config), recipe, "sdpa", "cpu")
             step = TrainingStep(model, recipe, seq_len, FakeCardRuntime(recorder))
             tracker.track_external(step.model, step.optimizer)
             make_states([step.optimizer])

@@ -102,7 +102,7 @@ class Bench:
 
     def _search(self, strategy: str, recipe: Recipe) -> Prediction:
         if self.device == "cuda":
-            searched = search.longest(self.model, recipe, self.card, self.trace_at, strategy)
+            searched = search.find_longest(self.model, recipe, self.card, self.trace_at, strategy)
             return Prediction(searched.answer.s_max, searched.formula, searched.answer.plan.chunks)
         answer = solve.max_seq(self.model, recipe, self.card, strategy)
         chunks = answer.plan.chunks

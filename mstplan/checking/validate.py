@@ -18,7 +18,7 @@ from ..plan.solve import layout_of, step_sizes
 from ..spec.hardware import Card
 from ..step.steps import Chunks, Step, step
 from ..tracing import cache
-from ..tracing.simulation import held, runs
+from ..tracing.simulation import fits_on, simulate
 from ..tracing.trace import Trace
 
 FORMULA, CALIBRATED, TRACE = "formula", "calibrated", "trace"
@@ -137,7 +137,7 @@ def _make_rows(m: Measurement, rung: str) -> list[ErrorRow]:
             m.case.device == "cuda" and m.peak.reserved is not None and not m.case.recipe.sharded
         ):  # its blocks are of several streams
             expandable = "expandable_segments:True" in m.environment.get("allocator", "")
-            rows.append(ErrorRow(m, rung, RESERVED, held(trace, expandable=expandable).reserved, m.peak.reserved))
+            rows.append(ErrorRow(m, rung, RESERVED, simulate(trace, expandable=expandable).reserved, m.peak.reserved))
         return rows
     rung_step = step_of(m, rung)
     return [_allocated_row(m, rung, instants_at(m, rung_step))] if rung_step is not None else []
@@ -211,7 +211,9 @@ def _is_said_to_fit(m: Measurement, rung: str) -> bool:
     planned_card, cuda = card_measured(m), m.case.device == "cuda"
     if rung == TRACE:
         return (
-            runs(trace_measured(m), planned_card) if cuda else trace_measured(m).peak.bytes <= planned_card.total_bytes
+            fits_on(trace_measured(m), planned_card)
+            if cuda
+            else trace_measured(m).peak.bytes <= planned_card.total_bytes
         )
     rung_step = step_of(m, rung)
     budget = planned_card.budget_bytes if cuda else planned_card.total_bytes  # a CPU has no context

@@ -101,7 +101,7 @@ def _max_seq_by_trace(asked: MaxSeqOptions, model: Model, card: Card, recipes: d
     from .tracing import told_after, tracing
 
     with told_after(model), tracing(asked) as trace_step:
-        found, model = search.longest_of(model, recipes, card, trace_step)
+        found, model = search.find_longest_of_each(model, recipes, card, trace_step)
     told = findings.longest(model, card, found, cache.versions())
     from ..show import trace as reports
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..spec.hardware import Card
     from ..spec.model import Model
     from ..step.recipe import Recipe
-    from ..tracing.findings import View
+    from ..tracing.findings import TraceView
     from ..tracing.trace import Trace
     from .planning import PlanOptions
 
@@ -78,12 +78,12 @@ def trace(asked: TraceOptions) -> None:
 
         timeline.write(view, asked.plot)
     if asked.snapshot is not None:
-        from ..tracing.simulation import all_events, name_of
+        from ..tracing.simulation import all_events, frame_names
         from ..tracing.snapshot import snapshot, to_pickle
 
         files.write(
             asked.snapshot,
-            to_pickle(snapshot(all_events(view.trace), lambda key: name_of(view.trace, key), expandable=True)),
+            to_pickle(snapshot(all_events(view.trace), lambda key: frame_names(view.trace, key), expandable=True)),
         )
     emit(
         asked,
@@ -114,25 +114,25 @@ def plan_by_trace(asked: PlanOptions, model: Model, card: Card) -> None:
         raise typer.Exit(1)
 
 
-def _views(asked: PlannedOptions, model: Model, card: Card) -> tuple[View, list[View]]:
+def _views(asked: PlannedOptions, model: Model, card: Card) -> tuple[TraceView, list[TraceView]]:
     """The step that is told of, traced: of several strategies the first that fits, else the nearest; and those traced before. The formula
     says which that is, where it knows the model."""
     from ..tracing import cache, findings
-    from ..tracing.search import those_it_follows
+    from ..tracing.search import try_each
 
     plans = plans_of(asked, model, card)
 
-    def view(name: str) -> View:
+    def view(name: str) -> TraceView:
         step = plans[name].exactly()
         fixed = step.recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
-        return findings.view(
+        return findings.build_view(
             model, card, name, trace_step(fixed, step.recipe.padded(step.seq_len), card), step, cache.versions()
         )
 
-    found: list[View] = []
+    found: list[TraceView] = []
     left_out: list[str] = []
     with told_after(model), tracing(asked) as trace_step:
-        for one in those_it_follows(plans if model.stand_in is not None else [simplest(plans)], view, left_out):
+        for one in try_each(plans if model.stand_in is not None else [simplest(plans)], view, left_out):
             found.append(one)
             if one.fits:
                 break

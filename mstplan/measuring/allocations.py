@@ -11,8 +11,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..step.instants import Pass
-from ..tracing.allocation_diff import MISSING, Allocation, Known
-from ..tracing.recorder import held_by
+from ..tracing.allocation_diff import MISSING, Allocation, KnownBuffer
+from ..tracing.recorder import local_tensor
 from ..train.step import TrainingStep
 from .instant_hooks import Mark, marking
 
@@ -41,12 +41,12 @@ class Allocations:
         """The allocations."""
         return [allocation for _, _, allocation in self._lives()]
 
-    def without(self, known_buffers: Sequence[Known]) -> Allocations:
+    def without(self, known: Sequence[KnownBuffer]) -> Allocations:
         """Allocations without the buffers that a list names."""
         omitted = {
             n
             for born, died, a in self._lives()
-            if any(buffer.explains(MISSING, a) for buffer in known_buffers)
+            if any(buffer.explains(MISSING, a) for buffer in known)
             for n in (born, died)
         }
         return Allocations([event for n, event in enumerate(self.events) if n not in omitted], self.resident)
@@ -113,7 +113,7 @@ def record_step(step: TrainingStep) -> Allocations:
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     """Bytes of each of the tensors' storages, by its address; of distributed tensors the shard that is here."""
-    storages = (held_by(tensor).untyped_storage() for tensor in tensors)
+    storages = (local_tensor(tensor).untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
@@ -121,7 +121,7 @@ def resident_tensors(step: TrainingStep) -> Iterator[torch.Tensor]:
     """Weights, buffers and the optimizer's states."""
     yield from step.model.parameters()
     yield from step.model.buffers()
-    for optimizer in [*step.in_backward, *([step.optimizer] if step.optimizer is not None else [])]:
+    for optimizer in [*step.backward_optimizers, *([step.optimizer] if step.optimizer is not None else [])]:
         yield from (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
 
 

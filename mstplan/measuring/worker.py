@@ -30,10 +30,10 @@ from ..step.instants import Instant
 from ..step.kernels import SDPA
 from ..step.recipe import Recipe
 from ..tracing import cache
-from ..tracing.fsdp import shard
+from ..tracing.fsdp import shard_model
 from ..tracing.kernels import STAND_INS, real_implementation
 from ..tracing.tracer import attention_of
-from ..train.step import NO_HOST_MEMORY, TrainingStep, build, read_settings
+from ..train.step import NO_HOST_MEMORY, TrainingStep, build_model, read_settings
 from ..units import format_gib
 from .allocations import record_step, resident_tensors, storage_bytes
 from .instant_hooks import marking
@@ -132,9 +132,9 @@ def _build_model(case: Case) -> PreTrainedModel:
     attention = real_attention(case.recipe, settings, case.device)
     device = f"cuda:{local_rank()}" if case.device == "cuda" else case.device
     if not case.recipe.sharded:
-        return build(settings, case.recipe, attention, device)
-    model = build(settings, case.recipe, attention, "meta")  # no card need hold it whole
-    shard(model, case.recipe, init_device_mesh(case.device, (dist.get_world_size(),)))
+        return build_model(settings, case.recipe, attention, device)
+    model = build_model(settings, case.recipe, attention, "meta")  # no card need hold it whole
+    shard_model(model, case.recipe, init_device_mesh(case.device, (dist.get_world_size(),)))
     model.to_empty(device=device)
     with torch.no_grad():
         model.initialize_weights()

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ..plan.shapes import Shape
     from ..plan.theorem import Coefficients, Row
     from ..plan.theorem import View as TheView
-    from ..tracing.findings import TracedLongest, View
-    from ..tracing.simulation import Held
+    from ..tracing.findings import TracedLongest, TraceView
+    from ..tracing.simulation import Usage
     from .plot import Curve
 
 SCHEMA_VERSION = 1
@@ -207,7 +207,7 @@ def max_seq_by_trace(told: TracedLongest) -> dict[str, Any]:
         provenance=told.provenance,
         budget_bytes=told.card.budget_bytes,
         versions=told.versions,
-        results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in told.found],
+        results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in told.results],
         best=best.answer.strategy,
         alive=[a._asdict() for a in best.trace.alive(best.trace.peak.event)],
         smallest_card=smallest(told.smallest),
@@ -286,10 +286,10 @@ def plot_document(m: Model, c: Card, curves: Sequence[Curve], out: Path, said: S
     )
 
 
-def trace_document(v: View, command: str = "trace", others: Sequence[View] = ()) -> dict[str, Any]:
+def trace_document(v: TraceView, command: str = "trace", others: Sequence[TraceView] = ()) -> dict[str, Any]:
     """Of a trace; `others`: traces of other strategies at the same length."""
 
-    def kept(h: Held) -> dict[str, Any]:
+    def kept(h: Usage) -> dict[str, Any]:
         lost = h.out_of_memory._asdict() if h.out_of_memory is not None else None
         return {"allocated": h.allocated, "reserved": h.reserved, "retries": h.retries, "out_of_memory": lost}
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..tracing.findings import View
+    from ..tracing.findings import TraceView
 
 SUFFIXES = (".png", ".svg", ".pdf")
 MOST_POINTS = 1500
@@ -60,7 +60,7 @@ def check_output(path: Path) -> None:
         raise OutputError(f"{no_picture(path, 'draw')}\nEnd the name in {', '.join(SUFFIXES)}.")
 
 
-def write(view: View, path: Path) -> None:
+def write(view: TraceView, path: Path) -> None:
     """Draw the trace's timeline. All of the file is written, or nothing. Raises OutputError."""
     what = f"{strategy_label(view.strategy)}, {format_tokens(view.trace.seq_len)} tokens"
     title = f"{short_name(view.model.name)}, {what} on {card_name(view.card)}: one training step"
@@ -76,7 +76,7 @@ def stacks(trace: Trace) -> dict[Category, list[int]]:
         now[group.category] += group.bytes
     found: dict[Category, list[int]] = {category: [] for category in Category}
     for index, sign in trace.step.events:
-        made = trace.step.made[index]
+        made = trace.step.storages[index]
         now[made.category] += 0 if made.host else sign * trace.rounded(made.bytes)
         for category, sizes in found.items():
             sizes.append(now[category])
@@ -101,7 +101,7 @@ def layers(trace: Trace) -> dict[str, list[int]]:
     return {name: found[name] for name in COLORS if any(found[name])}
 
 
-def footer(view: View) -> str:
+def footer(view: TraceView) -> str:
     """What the picture stands on."""
     from .. import __version__
 
@@ -110,7 +110,7 @@ def footer(view: View) -> str:
     return f"{rung.capitalize()} with {versions}:{how}. mstplan {__version__}"
 
 
-def _draw(figure: Figure, view: View, title: str) -> None:
+def _draw(figure: Figure, view: TraceView, title: str) -> None:
     recipe, foot = wrapped(figure, recipe_line(view.trace.recipe, view.strategy)), wrapped(figure, footer(view))
     below = 0.1 + LINE * len(foot)  # inches
     axes = figure.add_axes(
@@ -159,7 +159,7 @@ BACK = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 """Behind words, so that no line runs through them."""
 
 
-def _budget(axes: Axes, view: View) -> float:
+def _budget(axes: Axes, view: TraceView) -> float:
     """Set the axis of bytes and draw the budget on it, or say that it lies above, away from the peak. Returns the most bytes
     that are drawn, in GiB."""
     trace, budget = view.trace, view.card.budget_bytes / GIB
@@ -179,7 +179,7 @@ def _budget(axes: Axes, view: View) -> float:
     return top
 
 
-def _peak(axes: Axes, view: View) -> None:
+def _peak(axes: Axes, view: TraceView) -> None:
     """Mark the peak, and say beside it how much it is and when."""
     from matplotlib.markers import CARETDOWN
 

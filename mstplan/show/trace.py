@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..step.recipe import Recipe, strategy_label
 from ..tracing import explain
-from ..tracing.findings import TracedLongest, View
+from ..tracing.findings import TracedLongest, TraceView
 from ..tracing.trace import Alive, Trace
 from ..units import MIB, format_gib, format_tokens
 from . import parts, payload
@@ -27,8 +27,8 @@ NOTICEABLE, MOST_DIFFERENCES = MIB, 8
 def max_seq(told: TracedLongest, tensors: bool = False) -> Report:
     """S_max of every strategy by trace, and what is alive at the best one's peak."""
     best = told.best
-    answers = parts.answers([f.answer for f in told.found], best.answer)
-    recipes = [each.answer.plan.recipe for each in told.found]
+    answers = parts.answers([f.answer for f in told.results], best.answer)
+    recipes = [each.answer.plan.recipe for each in told.results]
     blocks: list[Block] = [*parts.heading(told.model, told.card, told.provenance, recipes), answers]
     notes = parts.remarks(told.notes)
     if best.answer.s_max:
@@ -39,7 +39,11 @@ def max_seq(told: TracedLongest, tensors: bool = False) -> Report:
 
 
 def report(
-    v: View, command: str = "trace", others: Sequence[View] = (), files: Sequence[Path] = (), tensors: bool = False
+    v: TraceView,
+    command: str = "trace",
+    others: Sequence[TraceView] = (),
+    files: Sequence[Path] = (),
+    tensors: bool = False,
 ) -> Report:
     """A trace; before it whether other strategies fit that were traced at the same length. files: what was written of it; tensors: all of
     those at the peak, and not the largest only."""
@@ -60,7 +64,7 @@ def report(
     return Report(command, facts, blocks, strategies if command == "plan" else instants)
 
 
-def _verdict(v: View) -> Line:
+def _verdict(v: TraceView) -> Line:
     size = v.trace.peak.bytes
     if v.card.unlimited:
         return line(
@@ -70,7 +74,7 @@ def _verdict(v: View) -> Line:
     return parts.fits(v.trace.seq_len, v.strategy, size, v.card.budget_bytes, v.fits)
 
 
-def _strategies(views: Sequence[View]) -> Table:
+def _strategies(views: Sequence[TraceView]) -> Table:
     """Of `plan`: whether each strategy fits, as programs read it."""
     names = ("strategy", "fits", "peak_bytes", "seq_len", "budget_bytes", "instant")
     rows = tuple(
@@ -94,7 +98,7 @@ def _strategies(views: Sequence[View]) -> Table:
     return Table("strategies", tuple(Column(name, None) for name in names), rows)
 
 
-def _instants(v: View) -> Table:
+def _instants(v: TraceView) -> Table:
     columns = (
         Column("instant", "peak at"),
         Column("bytes", "trace GiB", right=True),
@@ -146,7 +150,7 @@ def _alive(trace: Trace, everything: bool) -> Table:
 
 
 def _at(trace: Trace) -> str:
-    made = trace.step.made[trace.step.events[trace.peak.event][0]]
+    made = trace.step.storages[trace.step.events[trace.peak.event][0]]
     return f"{made.module}: {made.operation}" if made.module else made.operation
 
 
@@ -154,7 +158,7 @@ def _shape(a: Alive) -> str:
     return f"({', '.join(map(str, a.shape))})" if a.shape else ""
 
 
-def _differences(v: View) -> list[Block]:
+def _differences(v: TraceView) -> list[Block]:
     """Where formula and trace differ at the peak."""
     differing = [row for row in v.differences if abs(row.difference) >= NOTICEABLE]
     if not differing:

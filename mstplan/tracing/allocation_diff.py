@@ -3,8 +3,8 @@
 Both are sequences of sizes, in the order of allocation. They are laid side by side with as few unexplained differences as can
 be, explained ones next. A difference is explained by an entry of a list such as `KNOWN_ON_CPU` that names it.
 
-    differences(of_trace(trace), allocations.sequence(), KNOWN_ON_CPU)         mstplan.measuring.allocations, on the CPU
-    differences(of_trace(trace), of_cuda(rows), known, block=MIN_BLOCK)        torch.cuda.memory's history
+    differences(allocations_of_trace(trace), allocations.sequence(), KNOWN_ON_CPU)    mstplan.measuring.allocations, on the CPU
+    differences(allocations_of_trace(trace), allocations_of_history(rows), known, block=MIN_BLOCK)    torch.cuda.memory's history
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Allocation(NamedTuple):
     inside: bool = False  # given back before the operation that made it was over
 
 
-class Known(NamedTuple):
+class KnownBuffer(NamedTuple):
     """A buffer that a kernel makes for itself, which a trace does not predict."""
 
     name: str
@@ -49,17 +49,17 @@ class Difference(NamedTuple):
     """what: MISSING from the trace, or EXTRA in it. at: its number in the sequence that has it."""
 
     what: str
-    at: int
+    position: int
     allocation: Allocation
-    known: Known | None
+    known: KnownBuffer | None
 
     def __str__(self) -> str:
         why = f", {self.known.name}" if self.known is not None else ""
-        return f"{self.what} {self.allocation.bytes:,} bytes, number {self.at}: {self.allocation.name}{why}"
+        return f"{self.what} {self.allocation.bytes:,} bytes, number {self.position}: {self.allocation.name}{why}"
 
 
 KNOWN_ON_CPU = (
-    Known(
+    KnownBuffer(
         "oneDNN's scratch memory",
         "products of 16-bit matrices run in code that oneDNN makes for the CPU at hand; how much memory that needs is its affair",
         "measured; the call: aten native/mkldnn/Matmul.cpp, mkldnn_gemm and mkldnn_matmul, ideep::matmul_forward",
@@ -72,22 +72,22 @@ KNOWN_ON_CPU = (
 def differences(
     traced: Iterable[Allocation],
     real: Iterable[Allocation],
-    known: Sequence[Known] = (),
+    known: Sequence[KnownBuffer] = (),
     above: int = MIB,
     block: int = 1,
 ) -> list[Difference]:
     """Differences between allocations of more than `above` bytes, sizes rounded up to blocks of so many bytes. Explained ones are among them."""
 
-    def large(sequence: Iterable[Allocation]) -> list[Allocation]:
+    def round_and_filter(sequence: Iterable[Allocation]) -> list[Allocation]:
         rounded = [a._replace(bytes=-(-a.bytes // block) * block) for a in sequence]
         return [a for a in rounded if a.bytes > above]
 
-    def reason(what: str, allocation: Allocation) -> Known | None:
+    def find_known(what: str, allocation: Allocation) -> KnownBuffer | None:
         return next((k for k in known if k.explains(what, allocation)), None)
 
-    ours, theirs = large(traced), large(real)
-    extra, missing = [reason(EXTRA, a) for a in ours], [reason(MISSING, a) for a in theirs]
-    path = _side_by_side(
+    ours, theirs = round_and_filter(traced), round_and_filter(real)
+    extra, missing = [find_known(EXTRA, a) for a in ours], [find_known(MISSING, a) for a in theirs]
+    path = _align(
         [a.bytes for a in ours],
         [a.bytes for a in theirs],
         [_UNEXPLAINED if k is None else 1 for k in extra],
@@ -99,45 +99,45 @@ def differences(
     ]
 
 
-def unexplained(found: Iterable[Difference]) -> list[Difference]:
-    return [difference for difference in found if difference.known is None]
+def unexplained(all_differences: Iterable[Difference]) -> list[Difference]:
+    return [difference for difference in all_differences if difference.known is None]
 
 
-def of_trace(trace: Trace) -> list[Allocation]:
+def allocations_of_trace(trace: Trace) -> list[Allocation]:
     """Allocations of a trace on the device."""
-    made = [trace.step.made[index] for index, sign in trace.step.events if sign > 0]
-    return [Allocation(m.bytes, " > ".join(filter(None, (m.module, m.operation)))) for m in made if not m.host]
+    storages = [trace.step.storages[index] for index, sign in trace.step.events if sign > 0]
+    return [Allocation(m.bytes, " > ".join(filter(None, (m.module, m.operation)))) for m in storages if not m.host]
 
 
-def of_cuda(rows: Iterable[Sequence[Any]]) -> list[Allocation]:
+def allocations_of_history(rows: Iterable[Sequence[Any]]) -> list[Allocation]:
     """Allocations of torch.cuda.memory's history: rows of [action, bytes, address, frames of Python, innermost first]."""
     return [Allocation(size, " > ".join(reversed(frames))) for action, size, _, frames in rows if action == "alloc"]
 
 
-def _side_by_side(
+def _align(
     ours: Sequence[int], theirs: Sequence[int], skip_ours: Sequence[int], skip_theirs: Sequence[int]
 ) -> list[tuple[str, int, int]]:
     """The cheapest way through both sequences (Dijkstra), as the steps that skip an entry of one: (EXTRA or MISSING, i, j)."""
     goal = (len(ours), len(theirs))
 
-    def along(i: int, j: int) -> tuple[int, int]:
+    def walk_alike(i: int, j: int) -> tuple[int, int]:
         """Walk on while both are alike, which costs nothing. Where skipping is cheap there may be a better way: stop there."""
         while i < goal[0] and j < goal[1] and ours[i] == theirs[j] and skip_ours[i] == skip_theirs[j] == _UNEXPLAINED:
             i, j = i + 1, j + 1
         return i, j
 
-    start = along(0, 0)
+    start = walk_alike(0, 0)
     queue: list[tuple[int, int, int]] = [(0, -sum(start), start[0])]  # of equal cost, the one that got furthest
-    came: dict[tuple[int, int], tuple[tuple[int, int], tuple[str, int, int] | None]] = {start: (start, None)}
+    reached_from: dict[tuple[int, int], tuple[tuple[int, int], tuple[str, int, int] | None]] = {start: (start, None)}
     costs = {start: 0}
     while queue:
         cost, far, i = heappop(queue)
-        here = (i, -far - i)
-        if here == goal:
+        current = (i, -far - i)
+        if current == goal:
             break
-        if cost > costs[here]:
+        if cost > costs[current]:
             continue
-        j = here[1]
+        j = current[1]
         steps: list[tuple[int, int, int, tuple[str, int, int] | None]] = []
         if i < goal[0]:
             steps.append((cost + skip_ours[i], i + 1, j, (EXTRA, i, j)))
@@ -146,14 +146,14 @@ def _side_by_side(
         if i < goal[0] and j < goal[1] and ours[i] == theirs[j]:
             steps.append((cost, i + 1, j + 1, None))
         for price, a, b, step in steps:
-            there = along(a, b)
-            if price < costs.get(there, price + 1):
-                costs[there], came[there] = price, (here, step)
-                heappush(queue, (price, -sum(there), there[0]))
+            neighbour = walk_alike(a, b)
+            if price < costs.get(neighbour, price + 1):
+                costs[neighbour], reached_from[neighbour] = price, (current, step)
+                heappush(queue, (price, -sum(neighbour), neighbour[0]))
     path: list[tuple[str, int, int]] = []
-    at = goal
-    while at != start:
-        at, taken = came[at]
-        if taken is not None:
-            path.insert(0, taken)
+    position = goal
+    while position != start:
+        position, step = reached_from[position]
+        if step is not None:
+            path.insert(0, step)
     return path

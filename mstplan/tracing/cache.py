@@ -34,12 +34,12 @@ def folder() -> Path:
 def versions() -> dict[str, str]:
     """Versions of what a trace depends on. Raises MissingError when torch or transformers is not installed."""
     try:
-        found = {name: metadata.version(name) for name in PACKAGES}
+        package_versions = {name: metadata.version(name) for name in PACKAGES}
     except metadata.PackageNotFoundError as e:
         raise MissingError(
             f"{e.name} is not installed; tracing and measuring need torch and transformers: pip install 'mstplan[torch]'"
         ) from None
-    return {**found, "mstplan": _digest_of_package()}
+    return {**package_versions, "mstplan": _digest_of_package()}
 
 
 def _digest_of_package() -> str:
@@ -50,7 +50,11 @@ def _digest_of_package() -> str:
         [
             *root.glob("tracing/**/*.py"),
             *root.glob("train/*.py"),
-            *(path for room in ("optimizers", "losses", "kernels") for path in root.glob(f"step/{room}/*.py")),
+            *(
+                path
+                for subfolder in ("optimizers", "losses", "kernels")
+                for path in root.glob(f"step/{subfolder}/*.py")
+            ),
             *(root / "step" / name for name in ("cuda.py", "selection.py", "instants.py")),
         ]
     ):
@@ -74,49 +78,49 @@ def trace_of(
 
     Raises MissingError without torch, and what `tracer.trace` raises.
     """
-    named = versions()
+    code_versions = versions()
     if on == "cpu" and threads is None:
         import torch
 
         threads = torch.get_num_threads()
     case = {"config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "threads": threads}
-    what = {"schema_version": SCHEMA_VERSION, "versions": named, **case}
-    path = _path(what) if keep and code_from is None else None
-    found = _read(path) if path is not None else None
-    if found is None:
+    key = {"schema_version": SCHEMA_VERSION, "versions": code_versions, **case}
+    path = _path_of(key) if keep and code_from is None else None
+    step_trace = _read_trace(path) if path is not None else None
+    if step_trace is None:
         from .cpu import on_threads
         from .tracer import trace
 
         with on_threads(threads):
-            found = trace(config, recipe, seq_len, on=on, code_from=code_from)
+            step_trace = trace(config, recipe, seq_len, on=on, code_from=code_from)
         if path is not None:
-            _write(path, found)
-    return found.with_workspace(workspace)
+            _write_trace(path, step_trace)
+    return step_trace.with_workspace(workspace)
 
 
-def _path(what: object) -> Path | None:
+def _path_of(key: object) -> Path | None:
     """Path of the file in which such a trace is kept; None for a user who has no folder."""
     with suppress(OutputError):
-        return folder() / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.json.gz"
+        return folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json.gz"
     return None
 
 
-def _read(path: Path) -> Trace | None:
+def _read_trace(path: Path) -> Trace | None:
     try:
         with gzip.open(io.BytesIO(files.read_bytes(path, "a trace", _LARGEST, InputError))) as file:
             digest, _, text = file.read(10 * _LARGEST).partition(b"\n")
-        return Trace.from_json(text) if digest == _digest(path, text) else None
+        return Trace.from_json(text) if digest == _digest_of_file(path, text) else None
     except Exception:  # noqa: BLE001  not there, cut off, or something else altogether: it is made anew
         return None
 
 
-def _write(path: Path, trace: Trace) -> None:
+def _write_trace(path: Path, trace: Trace) -> None:
     text = json.dumps(trace.as_data()).encode()
     with suppress(OSError, OutputError):  # a cache that cannot be written is none
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, gzip.compress(_digest(path, text) + b"\n" + text, 3, mtime=0))
+        files.write(path, gzip.compress(_digest_of_file(path, text) + b"\n" + text, 3, mtime=0))
 
 
-def _digest(path: Path, text: bytes) -> bytes:
+def _digest_of_file(path: Path, text: bytes) -> bytes:
     """So that a file holds what was written to it, and nothing else: what looks like a trace may not be the one that was made."""
     return hashlib.sha256(path.name.encode() + text).hexdigest().encode()

@@ -58,12 +58,12 @@ KEYS_AT_ONCE = 512
 @contextmanager
 def on_threads(count: int | None) -> Iterator[None]:
     """Let torch seem to have so many threads, each with buffers of its own. None: as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    own_count = torch.get_num_threads()
+    torch.set_num_threads(count or own_count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(own_count)
 
 
 class KernelBuffers(TorchDispatchMode):
@@ -75,15 +75,15 @@ class KernelBuffers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = func.overloadpacket
-        held = [self._copy(kind, x, dtype) for x, dtype in casts(kind, args)]
+        buffers = [self._copy(kind, x, dtype) for x, dtype in casts(kind, args)]
         out = func(*args, **(kwargs or {}))
         if kind in REDUCTIONS and args[0].dtype != out.dtype:
-            held.append(self._copy(kind, args[0], out.dtype))
+            buffers.append(self._copy(kind, args[0], out.dtype))
         elif kind in (ATTENTION, ATTENTION_BACKWARD):
             backward = kind is ATTENTION_BACKWARD
             query, key = args[1:3] if backward else args[:2]
             with self.recorder.purpose("flash: a block of scores for every thread"):
-                held += [torch.empty(n, dtype=torch.uint8) for n in attention_buffers(query, key, backward) if n]
+                buffers += [torch.empty(n, dtype=torch.uint8) for n in attention_buffers(query, key, backward) if n]
         return out
 
     def _copy(self, kind: Any, operand: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

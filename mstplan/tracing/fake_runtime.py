@@ -24,10 +24,10 @@ class FakeRuntime(Runtime):
     def draw_seed(self) -> None:
         return None
 
-    def pieces(self, tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
+    def chunk_slices(self, tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
         """(number, place) of each chunk that is run."""
         if self.most_chunks is None or tokens <= self.most_chunks * rows:
-            yield from super().pieces(tokens, rows)
+            yield from super().chunk_slices(tokens, rows)
             return
         last = -(-tokens // rows) - 1
         yield from ((n, slice(n * rows, (n + 1) * rows)) for n in range(self.most_chunks - 1))
@@ -51,5 +51,5 @@ class FakeCardRuntime(FakeRuntime):
             return total
         return super().add_product(total, a, b)
 
-    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
-        return self.recorder.host_memory(like, pinned)
+    def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+        return self.recorder.empty_on_host(like, pinned)

@@ -13,8 +13,8 @@ from ..step.recipe import strategy_label
 from ..step.steps import InstantPeak
 from ..units import SHORTEST, format_gib, format_tokens
 from . import explain
-from .search import Found
-from .simulation import Held, held, room
+from .search import SearchResult
+from .simulation import Usage, allocatable_bytes, simulate
 from .trace import Trace
 
 PROVENANCE = "simulated: the model's real code on fake tensors; nothing measured on a GPU"
@@ -24,7 +24,7 @@ UNMEASURED = (
 )
 
 
-class View(NamedTuple):
+class TraceView(NamedTuple):
     """A trace, the plan for the same step, and the card that both are for."""
 
     model: Model
@@ -33,8 +33,8 @@ class View(NamedTuple):
     trace: Trace
     plan: Plan
     versions: dict[str, str]
-    expandable: Held
-    usual: Held  # without expandable segments
+    expandable: Usage
+    usual: Usage  # without expandable segments
     differences: tuple[explain.Row, ...]  # at the trace's binding instant
     formula: tuple[InstantPeak, ...]  # the formula's; none where it does not know the model
     notes: tuple[str, ...] = ()  # how the allocator fares, and what was not seen
@@ -46,16 +46,18 @@ class View(NamedTuple):
         return self.expandable.out_of_memory is None
 
 
-def view(model: Model, card: Card, strategy: str, trace: Trace, plan: Plan, versions: dict[str, str]) -> View:
+def build_view(
+    model: Model, card: Card, strategy: str, trace: Trace, plan: Plan, versions: dict[str, str]
+) -> TraceView:
     formula = plan.instants() if model.stand_in is None else ()
     at_peak = next((i.entries for i in formula if i.name == trace.peak.instant), ())
     differences = explain.compare(at_peak, trace.alive(trace.peak.event)) if formula else ()
-    kept = [held(trace, expandable=expandable, limit=room(card)) for expandable in (True, False)]
-    found = View(model, card, strategy, trace, plan, versions, kept[0], kept[1], differences, formula)
-    return found._replace(notes=tuple(_notes(found)))
+    usages = [simulate(trace, expandable=expandable, limit=allocatable_bytes(card)) for expandable in (True, False)]
+    view = TraceView(model, card, strategy, trace, plan, versions, usages[0], usages[1], differences, formula)
+    return view._replace(notes=tuple(_notes(view)))
 
 
-def _notes(v: View) -> list[str]:
+def _notes(v: TraceView) -> list[str]:
     lines = [*advice.left_out_notes(v.model), *_card_notes(v)]
     if v.trace.host_peak:
         lines.append(f"CPU RAM: {format_gib(v.trace.host_peak)} at most.")
@@ -68,7 +70,7 @@ def _notes(v: View) -> list[str]:
     return lines + advice.position_notes(v.model, v.trace.seq_len)
 
 
-def _card_notes(v: View) -> list[str]:
+def _card_notes(v: TraceView) -> list[str]:
     """How the step fares on its card; where none is named, what is counted all the same."""
     if v.card.unlimited:
         return [
@@ -83,15 +85,15 @@ def _card_notes(v: View) -> list[str]:
     ]
 
 
-def _allocator_note(kept: Held, how: str) -> str:
-    if kept.out_of_memory is not None:
-        lost = kept.out_of_memory
+def _allocator_note(usage: Usage, how: str) -> str:
+    if usage.out_of_memory is not None:
+        failed = usage.out_of_memory
         return (
-            f"caching allocator {how}: out of memory, with {format_gib(lost.allocated)} allocated, {format_gib(lost.reserved)} reserved and "
-            f"{format_gib(lost.needed)} asked for."
+            f"caching allocator {how}: out of memory, with {format_gib(failed.allocated)} allocated, {format_gib(failed.reserved)} reserved and "
+            f"{format_gib(failed.needed)} asked for."
         )
-    again = f", the cache given back {kept.retries} times" if kept.retries else ""
-    return f"caching allocator {how}: runs, {format_gib(kept.reserved)} reserved for {format_gib(kept.allocated)} allocated at most{again}."
+    retries = f", the cache given back {usage.retries} times" if usage.retries else ""
+    return f"caching allocator {how}: runs, {format_gib(usage.reserved)} reserved for {format_gib(usage.allocated)} allocated at most{retries}."
 
 
 def _versions_note(versions: dict[str, str]) -> str:
@@ -107,8 +109,8 @@ class TracedLongest(NamedTuple):
 
     model: Model
     card: Card
-    found: tuple[Found, ...]
-    best: Found
+    results: tuple[SearchResult, ...]
+    best: SearchResult
     smallest: (
         Gpu | None
     )  # where nothing fits: the smallest card that holds the nearest strategy by formula, where it knows the model
@@ -117,20 +119,20 @@ class TracedLongest(NamedTuple):
     provenance: str = PROVENANCE
 
 
-def longest(model: Model, card: Card, found: Sequence[Found], versions: dict[str, str]) -> TracedLongest:
+def longest(model: Model, card: Card, results: Sequence[SearchResult], versions: dict[str, str]) -> TracedLongest:
     """What `mstplan max-seq --rung trace` answers."""
-    best = max(found, key=lambda f: f.answer.s_max)
-    plans = [f.answer.plan for f in found]
-    known = model.stand_in is None
-    smallest = ways.smallest_gpu(ways.nearest_plan(plans)) if known and not best.answer.s_max else None
-    notes = _notes_of_longest(model, card, found, versions, smallest)
-    return TracedLongest(model, card, tuple(found), best, smallest, versions, tuple(notes))
+    best = max(results, key=lambda result: result.answer.s_max)
+    plans = [result.answer.plan for result in results]
+    formula_knows_it = model.stand_in is None
+    smallest = ways.smallest_gpu(ways.nearest_plan(plans)) if formula_knows_it and not best.answer.s_max else None
+    notes = _notes_of_longest(model, card, results, versions, smallest)
+    return TracedLongest(model, card, tuple(results), best, smallest, versions, tuple(notes))
 
 
 def _notes_of_longest(
-    model: Model, card: Card, found: Sequence[Found], versions: dict[str, str], smallest: Gpu | None
+    model: Model, card: Card, results: Sequence[SearchResult], versions: dict[str, str], smallest: Gpu | None
 ) -> list[str]:
-    answers = [f.answer for f in found]
+    answers = [result.answer for result in results]
     recipe = answers[-1].plan.recipe
     lines = [*advice.left_out_notes(model), *advice.card_notes(card), *advice.kernel_notes(model, recipe, card)]
     lines += [*advice.recipe_notes(model, recipe), _versions_note(versions)]
@@ -139,7 +141,7 @@ def _notes_of_longest(
             return lines + _nothing_fits(answers)
         to_fit = ways.ways_to_train([answer.plan for answer in answers])
         return lines + advice.nothing_fits_notes(answers, to_fit, smallest)
-    if ends := [strategy_label(f.answer.strategy) for f in found if f.at_the_end]:
+    if ends := [strategy_label(result.answer.strategy) for result in results if result.at_the_end]:
         lines.append(
             f"{', '.join(ends)}: S_max is the longest that the model's own code runs; there would be memory for more."
         )
@@ -149,7 +151,7 @@ def _notes_of_longest(
         return [*lines, *advice.position_notes(model, longest), what, UNMEASURED]
     lines.append(
         "S_max is what the caching allocator finds room for, with expandable_segments:True; the formula counts tensors alone and comes to "
-        + ", ".join(f"{format_tokens(f.formula)} ({strategy_label(f.answer.strategy)})" for f in found)
+        + ", ".join(f"{format_tokens(result.formula)} ({strategy_label(result.answer.strategy)})" for result in results)
         + "."
     )
     return [*lines, UNMEASURED]

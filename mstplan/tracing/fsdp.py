@@ -1,7 +1,7 @@
 """FSDP2 (ZeRO-3): `fully_shard` of every decoder layer and of the model, as most train with it; and what one rank of it allocates.
 
-`ranks` makes this process the first of any number of ranks, on PyTorch's fake process group: torch's own FSDP2 code runs, and
-allocates as it does on every card, but nothing is sent. `seen_by` lets a recorder see what FSDP2 does to the storages of gathered
+`first_of_ranks` makes this process the first of any number of ranks, on PyTorch's fake process group: torch's own FSDP2 code runs, and
+allocates as it does on every card, but nothing is sent. `record_fsdp` lets a recorder see what FSDP2 does to the storages of gathered
 weights, which it empties and fills in place.
 
 The order of allocations is the order in which FSDP2's code runs on the host. That is so on a card as well: the caching
@@ -30,7 +30,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from ..errors import RecipeError
 from ..step.recipe import Recipe
 from ..train import locate
-from .patches import EMPTY, FILL, GATHER_BUFFER, GATHER_INPUTS, GATHERED_OUTPUTS, SCATTER_BUFFERS, Make, patched
+from .patches import (
+    EMPTY,
+    FILL,
+    GATHER_BUFFER,
+    GATHER_INPUTS,
+    GATHERED_OUTPUTS,
+    SCATTER_BUFFERS,
+    MakeReplacement,
+    patched,
+)
 from .recorder import Recorder
 from .recording import Category
 
@@ -42,7 +51,7 @@ SHARDS = "FSDP: gradient shards"
 
 
 @contextmanager
-def ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
+def first_of_ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
     """Within the context this process is the first of the recipe's `gpus` ranks, the others of which are not there. Gives their mesh."""
     if not recipe.sharded:
         yield None
@@ -60,7 +69,7 @@ def ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
+def shard_model(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
     """Shard every decoder layer, then the rest, over the ranks of `mesh`; in place."""
     mixed = recipe.precision == "mixed"
     policy = (
@@ -79,44 +88,44 @@ def shard_shape(shape: tuple[int, ...], gpus: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def seen_by(recorder: Recorder) -> Iterator[None]:
+def record_fsdp(recorder: Recorder) -> Iterator[None]:
     """Within the context the recorder knows what FSDP2 allocates, and for what. Raises VersionError where torch's FSDP2 is another."""
 
-    def naming(category: Category, *names: str) -> Make:
+    def name_purposes(category: Category, *names: str) -> MakeReplacement:
         """Of calls in turn."""
-        following = cycle(names)
+        next_names = cycle(names)
 
         def make(plain: Callable[..., Any]) -> Callable[..., Any]:
-            def named(*args: Any, **kwargs: Any) -> Any:
-                with recorder.purpose(next(following), category):
+            def call_with_purpose(*args: Any, **kwargs: Any) -> Any:
+                with recorder.purpose(next(next_names), category):
                     return plain(*args, **kwargs)
 
-            return named
+            return call_with_purpose
 
         return make
 
-    named = {
-        GATHERED_OUTPUTS: naming(Category.WEIGHTS, GATHERED),
-        GATHER_INPUTS: naming(Category.WEIGHTS, COPY_IN),
-        GATHER_BUFFER: naming(Category.WEIGHTS, BUFFER),
-        SCATTER_BUFFERS: naming(Category.GRADIENTS, SCATTER, SHARDS),  # first the input, then the output
+    named_calls = {
+        GATHERED_OUTPUTS: name_purposes(Category.WEIGHTS, GATHERED),
+        GATHER_INPUTS: name_purposes(Category.WEIGHTS, COPY_IN),
+        GATHER_BUFFER: name_purposes(Category.WEIGHTS, BUFFER),
+        SCATTER_BUFFERS: name_purposes(Category.GRADIENTS, SCATTER, SHARDS),  # first the input, then the output
     }
-    filled = {
-        FILL: lambda plain: partial(_fill, plain, recorder),
-        EMPTY: lambda plain: partial(_empty, plain, recorder),
+    storage_calls = {
+        FILL: lambda plain: partial(_fill_storage, plain, recorder),
+        EMPTY: lambda plain: partial(_empty_storage, plain, recorder),
     }
-    with patched({**filled, **named}):
+    with patched({**storage_calls, **named_calls}):
         yield
 
 
-def _fill(plain: Callable[[torch.Tensor], None], recorder: Recorder, tensor: torch.Tensor) -> None:
-    there = tensor.untyped_storage().size()
+def _fill_storage(plain: Callable[[torch.Tensor], None], recorder: Recorder, tensor: torch.Tensor) -> None:
+    size_before = tensor.untyped_storage().size()
     plain(tensor)
-    if tensor.untyped_storage().size() != there:
+    if tensor.untyped_storage().size() != size_before:
         with recorder.purpose(GATHERED, Category.WEIGHTS):
-            recorder.grew(tensor)
+            recorder.record_filled(tensor)
 
 
-def _empty(plain: Callable[[torch.Tensor], None], recorder: Recorder, tensor: torch.Tensor) -> None:
+def _empty_storage(plain: Callable[[torch.Tensor], None], recorder: Recorder, tensor: torch.Tensor) -> None:
     plain(tensor)
-    recorder.emptied(tensor)
+    recorder.record_emptied(tensor)

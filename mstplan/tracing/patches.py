@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import VersionError
 
-Make = Callable[[Callable[..., Any]], Callable[..., Any]]
+MakeReplacement = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Of the plain function, the one to take its place."""
 
 
@@ -59,29 +59,29 @@ def _release(version: str) -> tuple[int, int]:
 
 
 @contextmanager
-def patched(new: Mapping[Target, Make]) -> Iterator[None]:
+def patched(replacements: Mapping[Target, MakeReplacement]) -> Iterator[None]:
     """Within the context each target is what was made of it. Raises VersionError, with none replaced, when one is gone."""
-    owners = {target: target.owner() for target in new}
+    owners = {target: target.owner() for target in replacements}
     with ExitStack() as stack:
         for target, owner in owners.items():
             if owner is not None:
                 name = target.name.split(".")[-1]
-                stack.callback(_put_back, owner, name, vars(owner).get(name, _INHERITED))
-                setattr(owner, name, new[target](getattr(owner, name)))
+                stack.callback(_restore_function, owner, name, vars(owner).get(name, _INHERITED))
+                setattr(owner, name, replacements[target](getattr(owner, name)))
         yield
 
 
 _INHERITED = object()
 
 
-def _put_back(owner: Any, name: str, before: Any) -> None:
-    if before is not _INHERITED:
-        setattr(owner, name, before)
+def _restore_function(owner: Any, name: str, original: Any) -> None:
+    if original is not _INHERITED:
+        setattr(owner, name, original)
     elif name in vars(owner):
         delattr(owner, name)
 
 
-# ---- kernels of a card (cuda.py) ----------------------------------------------------------------------------------------
+# ---- kernels of a card (cuda_stand_ins.py) -----------------------------------------------------------------------------
 
 _TORCH, _TRANSFORMERS = "torch 2.13.0", "transformers 5.23.0"
 
@@ -94,7 +94,7 @@ ATTENTION = Target(
 DROPOUT = Target("torch.nn.functional", "dropout", _TORCH, "on the CPU it keeps a mask as wide as its input")
 LAYER_NORM = Target("torch.nn.functional", "layer_norm", _TORCH, "on the CPU it keeps its row statistics in 16 bits")
 
-# ---- values that fake tensors have not (cuda.py) ------------------------------------------------------------------------
+# ---- values that fake tensors have not (cuda_stand_ins.py) -------------------------------------------------------------
 
 CAUSAL_MASK = Target(
     "transformers.masking_utils", "_ignore_causal_mask_sdpa", _TRANSFORMERS, "it reads the values of a padding mask"
@@ -121,7 +121,7 @@ GROUPED_PRODUCTS = Target(
     since=(2, 8),
 )
 
-# ---- what FSDP2 does to storages, which no dispatch mode sees or could name (sharding.py) ---------------------------------
+# ---- what FSDP2 does to storages, which no dispatch mode sees or could name (fsdp.py) ---------------------------------
 
 _PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"
 _COLLECTIVES = "torch.distributed.fsdp._fully_shard._fsdp_collectives"

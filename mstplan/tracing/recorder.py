@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from ..step.instants import Pass
 from ..train.checkpoint import Checkpoints
-from .recording import Category, Made, Place, Recording
+from .recording import Category, Place, Recording, Storage
 
 
-class Label(NamedTuple):
+class ModuleLabel(NamedTuple):
     """What is known of a module before it runs."""
 
     path: str
@@ -36,8 +36,8 @@ class Label(NamedTuple):
     is_layer: bool = False
 
 
-ROOT = Label("", Category.OTHER, None)
-IN_HOOK = Label("", Category.STATES, None)  # an optimizer that steps in backward, as soon as a gradient is there
+ROOT = ModuleLabel("", Category.OTHER, None)
+IN_HOOK = ModuleLabel("", Category.STATES, None)  # an optimizer that steps in backward, as soon as a gradient is there
 
 ONTO_ZEROS = {torch.ops.aten.index_put, torch.ops.aten.index_add, torch.ops.aten.scatter, torch.ops.aten.scatter_add}
 """What gradients of picked entries are made by, from zeros made just before: in place, but under a dispatch mode not
@@ -48,27 +48,27 @@ class Recorder(TorchDispatchMode):
     """Records into `recording` while it is entered; `labels`: of the modules, by module. `in_place`: add gradients as
     autograd does without a dispatch mode."""
 
-    def __init__(self, labels: Mapping[nn.Module, Label], units: int, in_place: bool = True):
+    def __init__(self, labels: Mapping[nn.Module, ModuleLabel], units: int, in_place: bool = True):
         super().__init__()
         self.recording = Recording()
         self.labels, self.units, self.in_place = labels, units, in_place
-        self._known: dict[int, int] = {}  # storage: index into made
+        self._indices: dict[int, int] = {}  # storage: index into the recording's
         self._resident: set[int] = set()  # storages that were there before
-        self._stack: list[Label] = [ROOT]
-        self._run, self._unit, self._latest = Pass.FORWARD, -1, ROOT
-        self._forward_of: list[
-            tuple[int, Label, int]
+        self._label_stack: list[ModuleLabel] = [ROOT]
+        self._run, self._unit, self._latest_label = Pass.FORWARD, -1, ROOT
+        self._forward_marks: list[
+            tuple[int, ModuleLabel, int]
         ] = []  # autograd's sequence numbers, and whose forward they are of
-        self._layers = [label for label in labels.values() if label.is_layer]
+        self._layer_labels = [label for label in labels.values() if label.is_layer]
         self.recomputing: Callable[[], int | None] = lambda: None  # the layer that a checkpoint runs again
         self._purpose: tuple[str, Category] | None = None  # what a stand-in says it allocates for
-        self._sum: tuple[int, int] | None = (
+        self._pending_sum: tuple[int, int] | None = (
             None  # a sum of gradients just made: (its storage, that of its first summand)
         )
 
-    def were_there(self, tensors: Iterable[torch.Tensor]) -> None:
+    def add_residents(self, tensors: Iterable[torch.Tensor]) -> None:
         """Tensors that stay through all that is recorded, and are not part of it: weights, the optimizer's states."""
-        for storage in [held_by(tensor).untyped_storage() for tensor in tensors]:
+        for storage in [local_tensor(tensor).untyped_storage() for tensor in tensors]:
             self._resident.add(storage._cdata)
             weakref.finalize(
                 storage, self._resident.discard, storage._cdata
@@ -76,50 +76,50 @@ class Recorder(TorchDispatchMode):
 
     # ---- places -------------------------------------------------------------------------------------------------------
 
-    def begin(self, run: Pass) -> None:
+    def begin_pass(self, run: Pass) -> None:
         """A pass of the step begins: forward, backward or optimizer."""
         self._run, self._unit = run, -1 if run == Pass.FORWARD else self.units
-        self._enter(Place(run, self._unit))
+        self._enter_place(Place(run, self._unit))
 
-    def _enter(self, place: Place) -> None:
+    def _enter_place(self, place: Place) -> None:
         if not self.recording.places or self.recording.places[-1][0] != place:
             self.recording.enter(place)
 
-    def _locate(self) -> Label:
+    def _locate_operation(self) -> ModuleLabel:
         """The module that the operation at hand is of; moves on to its place."""
-        label = self._here()
+        label = self._current_label()
         if self._run == Pass.FORWARD:
-            self._enter(Place(Pass.FORWARD, self._unit))
+            self._enter_place(Place(Pass.FORWARD, self._unit))
         elif self._run == Pass.BACKWARD:
             layer = self.recomputing()
             if layer is not None:
-                label = label if len(self._stack) > 1 else self._layers[layer]
-            elif len(self._stack) == 1:  # else one chunk's forward pass
-                label = self._backward_of(torch._C._current_autograd_node())
-            unit = label.unit if label.unit is not None or layer is None else self._layers[layer].unit
+                label = label if len(self._label_stack) > 1 else self._layer_labels[layer]
+            elif len(self._label_stack) == 1:  # else one chunk's forward pass
+                label = self._label_of_node(torch._C._current_autograd_node())
+            unit = label.unit if label.unit is not None or layer is None else self._layer_labels[layer].unit
             self._unit = unit if unit is not None else self._unit
-            self._latest = label
-            self._enter(Place(Pass.RECOMPUTE if layer is not None else Pass.BACKWARD, self._unit))
+            self._latest_label = label
+            self._enter_place(Place(Pass.RECOMPUTE if layer is not None else Pass.BACKWARD, self._unit))
         return label
 
-    def _backward_of(self, node: Any) -> Label:
+    def _label_of_node(self, node: Any) -> ModuleLabel:
         """The module whose forward pass made a node of autograd's graph."""
         if node is None:  # autograd adds gradients
-            return self._latest
+            return self._latest_label
         if "AccumulateGrad" in node.name():
             return IN_HOOK
-        at = bisect_right(self._forward_of, node._sequence_nr(), key=lambda mark: mark[0]) - 1
-        _, label, unit = self._forward_of[at]
+        position = bisect_right(self._forward_marks, node._sequence_nr(), key=lambda mark: mark[0]) - 1
+        _, label, unit = self._forward_marks[position]
         self._unit = min(self._unit, unit)  # backward never turns round
         return label
 
-    def _here(self) -> Label:
+    def _current_label(self) -> ModuleLabel:
         """The module that runs a forward pass; what the model itself does after its layers is the loss. Between modules of a chunk
         that backward runs again it is the one whose backward that is."""
         label = (
-            self._latest._replace(unit=None)
-            if self._run == Pass.BACKWARD and len(self._stack) == 1
-            else self._stack[-1]
+            self._latest_label._replace(unit=None)
+            if self._run == Pass.BACKWARD and len(self._label_stack) == 1
+            else self._label_stack[-1]
         )
         return (
             label._replace(category=Category.LOSS)
@@ -134,74 +134,78 @@ class Recorder(TorchDispatchMode):
             return NotImplemented  # it comes again for the shard that is here
         if func.namespace == "profiler":
             return func(*args, **(kwargs or {}))  # a name for what follows: it makes nothing, and is at no place
-        label = self._locate()
+        label = self._locate_operation()
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].device  # what most calls are: the modes below would say the same
         out = func(*args, **(kwargs or {}))
-        self._sum = None
+        self._pending_sum = None
         if isinstance(out, torch.Tensor):
-            self._see(out, func, label)
-            if self.in_place and self._run == Pass.BACKWARD and self._would_be_in_place(func, args):
-                self._sum = (out.untyped_storage()._cdata, args[0].untyped_storage()._cdata)
+            self._record_storage(out, func, label)
+            if self.in_place and self._run == Pass.BACKWARD and self._adds_in_place(func, args):
+                self._pending_sum = (out.untyped_storage()._cdata, args[0].untyped_storage()._cdata)
         else:
             for value in tree_iter(out):
                 if isinstance(value, torch.Tensor):
-                    self._see(value, func, label)
+                    self._record_storage(value, func, label)
         return out
 
-    def _see(self, tensor: torch.Tensor, func: Any, label: Label) -> None:
+    def _record_storage(self, tensor: torch.Tensor, func: Any, label: ModuleLabel) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known or key in self._resident or not storage.nbytes():
+        if key in self._indices or key in self._resident or not storage.nbytes():
             return
-        operation, category = self._purpose or (_name(func), label.category)
+        operation, category = self._purpose or (_operation_name(func), label.category)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        made = Made(storage.nbytes(), tuple(tensor.shape), dtype, operation, label.path, category)
-        self._known[key] = self.recording.add(made)
-        weakref.finalize(storage, self._forget, key).atexit = False
+        new_storage = Storage(storage.nbytes(), tuple(tensor.shape), dtype, operation, label.path, category)
+        self._indices[key] = self.recording.add(new_storage)
+        weakref.finalize(storage, self._record_release, key).atexit = False
 
-    def grew(self, tensor: torch.Tensor) -> None:
+    def record_filled(self, tensor: torch.Tensor) -> None:
         """The storage of `tensor`, that was emptied, has memory again (FSDP2 fills and empties those of gathered weights)."""
-        self._see(tensor, None, self._locate())
+        self._record_storage(tensor, None, self._locate_operation())
 
-    def emptied(self, tensor: torch.Tensor) -> None:
+    def record_emptied(self, tensor: torch.Tensor) -> None:
         """The storage of `tensor` has no memory any more."""
-        self._forget(tensor.untyped_storage()._cdata)
+        self._record_release(tensor.untyped_storage()._cdata)
 
     def close(self) -> Recording:
         """What was recorded; what is let go from now on is no part of it."""
-        self._known.clear()
+        self._indices.clear()
         self.labels, self.recomputing = (
             {},
             lambda: None,
         )  # gradients that live on hold the recorder; it must not hold their model
         return self.recording
 
-    def _forget(self, key: int) -> None:
-        index = self._known.pop(key, None)
+    def _record_release(self, key: int) -> None:
+        index = self._indices.pop(key, None)
         if index is None:
             return
-        if self._sum is not None and self._sum[1] == key and self._took_over(index):
+        if self._pending_sum is not None and self._pending_sum[1] == key and self._merge_sum(index):
             return
         self.recording.events.append((index, -1))
 
-    def _would_be_in_place(self, func: Any, args: Sequence[Any]) -> bool:
+    def _adds_in_place(self, func: Any, args: Sequence[Any]) -> bool:
         """Would autograd put the result just made where the first operand is, if no dispatch mode was there?"""
         if func is torch.ops.aten.add.Tensor:
             node = torch._C._current_autograd_node()  # in a hook of a weight's gradient an optimizer adds, not autograd
-            return not (node is not None and "AccumulateGrad" in node.name()) and _holds_its_own(args[0])
-        return func.overloadpacket in ONTO_ZEROS and self.index_of(args[0]) == len(self.recording.made) - 2
+            return not (node is not None and "AccumulateGrad" in node.name()) and _owns_storage(args[0])
+        return func.overloadpacket in ONTO_ZEROS and self.storage_index(args[0]) == len(self.recording.storages) - 2
 
-    def _took_over(self, index: int) -> bool:
+    def _merge_sum(self, index: int) -> bool:
         """Let the sum that was just made be its first summand, `index`, with another value."""
-        assert self._sum is not None
-        (key, _), self._sum = self._sum, None
-        made, events, new = self.recording.made, self.recording.events, len(self.recording.made) - 1
-        if self._known.get(key) != new or events[-1] != (new, 1) or made[new].bytes != made[index].bytes:
+        assert self._pending_sum is not None
+        (key, _), self._pending_sum = self._pending_sum, None
+        storages, events, newest = self.recording.storages, self.recording.events, len(self.recording.storages) - 1
+        if (
+            self._indices.get(key) != newest
+            or events[-1] != (newest, 1)
+            or storages[newest].bytes != storages[index].bytes
+        ):
             return False
         events.pop()
-        made.pop()
-        self._known[key] = index
+        storages.pop()
+        self._indices[key] = index
         return True
 
     # ---- what tensors are for ---------------------------------------------------------------------------------------------
@@ -209,62 +213,62 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def purpose(self, operation: str, category: Category = Category.WORKSPACE) -> Iterator[None]:
         """What is made within the context is made for this, whatever operation makes it."""
-        before, self._purpose = self._purpose, (operation, category)
+        outer, self._purpose = self._purpose, (operation, category)
         try:
             yield
         finally:
-            self._purpose = before
+            self._purpose = outer
 
-    def is_for(self, tensor: torch.Tensor, category: Category) -> None:
+    def set_category(self, tensor: torch.Tensor, category: Category) -> None:
         """A tensor that turns out to be a gradient or a layer's input."""
-        index = self._known.get(held_by(tensor).untyped_storage()._cdata)
+        index = self._indices.get(local_tensor(tensor).untyped_storage()._cdata)
         if index is not None:
-            self.recording.made[index].category = category
+            self.recording.storages[index].category = category
 
-    def _is_gradient(self, weight: torch.Tensor) -> None:
+    def _mark_gradient(self, weight: torch.Tensor) -> None:
         if weight.grad is not None:  # autograd may find that there is none
-            self.is_for(weight.grad, Category.GRADIENTS)
+            self.set_category(weight.grad, Category.GRADIENTS)
 
-    def index_of(self, tensor: torch.Tensor) -> int | None:
+    def storage_index(self, tensor: torch.Tensor) -> int | None:
         """Of the storage of a tensor in what was made."""
-        return self._known.get(tensor.untyped_storage()._cdata)
+        return self._indices.get(tensor.untyped_storage()._cdata)
 
-    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+    def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
         """Stands in for the runtime's: fake tensors have one device, so what is on the host is noted here."""
-        made = torch.empty_like(like)
-        index = self._known.get(made.untyped_storage()._cdata)
+        tensor = torch.empty_like(like)
+        index = self._indices.get(tensor.untyped_storage()._cdata)
         if index is not None:
-            self.recording.made[index].host = True
-        return made
+            self.recording.storages[index].host = True
+        return tensor
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def watch_modules(self, model: nn.Module) -> Iterator[None]:
         """Within the context forward passes of the model's modules label what they, and autograd after them, make."""
-        last = [module for module, label in self.labels.items() if label.is_layer][-1:]
+        last_layers = [module for module, label in self.labels.items() if label.is_layer][-1:]
         if (checkpoints := checkpoints_of(model)) is not None:
             self.recomputing = lambda: checkpoints.recomputing
 
         def enter(module: nn.Module, inputs: Any) -> None:
-            label = self.labels.get(module, self._stack[-1])
-            self._stack.append(label)
+            label = self.labels.get(module, self._label_stack[-1])
+            self._label_stack.append(label)
             if label.unit is not None and self._run == Pass.FORWARD:
                 self._unit = label.unit
             if label.is_layer and inputs and isinstance(inputs[0], torch.Tensor):
-                self.is_for(inputs[0], Category.INPUTS)
-            self._mark()
+                self.set_category(inputs[0], Category.INPUTS)
+            self._mark_forward()
 
         def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
-            self._stack.pop()
-            if self._run == Pass.FORWARD and last and module is last[0]:
+            self._label_stack.pop()
+            if self._run == Pass.FORWARD and last_layers and module is last_layers[0]:
                 self._unit = self.units
-            self._mark()
+            self._mark_forward()
 
         handles: list[Any] = [
             hooks.register_module_forward_pre_hook(enter),
             hooks.register_module_forward_hook(leave, always_call=True),
         ]
         handles += [
-            w.register_post_accumulate_grad_hook(self._is_gradient) for w in model.parameters() if w.requires_grad
+            w.register_post_accumulate_grad_hook(self._mark_gradient) for w in model.parameters() if w.requires_grad
         ]
         try:
             yield
@@ -272,8 +276,8 @@ class Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def _mark(self) -> None:
-        self._forward_of.append((torch._C._autograd._get_sequence_nr(), self._here(), self._unit))
+    def _mark_forward(self) -> None:
+        self._forward_marks.append((torch._C._autograd._get_sequence_nr(), self._current_label(), self._unit))
 
 
 def checkpoints_of(model: nn.Module) -> Checkpoints | None:
@@ -284,7 +288,7 @@ def checkpoints_of(model: nn.Module) -> Checkpoints | None:
     return settings.checkpoints if settings is not None else None
 
 
-def _holds_its_own(summand: torch.Tensor) -> bool:
+def _owns_storage(summand: torch.Tensor) -> bool:
     """Would autograd add to it in place, if nothing else held it? A view has its base, which holds the same storage
     (can_accumulate_inplace in torch/csrc/autograd/input_buffer.cpp)."""
     return (
@@ -292,11 +296,11 @@ def _holds_its_own(summand: torch.Tensor) -> bool:
     )
 
 
-def held_by(tensor: torch.Tensor) -> torch.Tensor:
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """What is on this device of a tensor: all of it, or the shard of a distributed one."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _name(func: Any) -> str:
+def _operation_name(func: Any) -> str:
     """aten.mm.default -> mm."""
     return str(func).removeprefix("aten.").removesuffix(".default")

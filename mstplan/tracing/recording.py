@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
 
 @dataclass(slots=True)
-class Made:
+class Storage:
     """A storage: bytes, and the tensor that it was made for."""
 
     bytes: int
@@ -56,9 +56,9 @@ class Made:
 
 @dataclass
 class Recording:
-    """events: (index into `made`, +1 allocated or -1 released), in order. places: (place, index of its first event)."""
+    """events: (index into `storages`, +1 allocated or -1 released), in order. places: (place, index of its first event)."""
 
-    made: list[Made] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)
     events: list[tuple[int, int]] = field(default_factory=list)
     places: list[tuple[Place, int]] = field(default_factory=list)
 
@@ -69,11 +69,11 @@ class Recording:
         if not self.places or self.places[-1][0] != place:
             self.places.append((place, len(self.events)))
 
-    def add(self, made: Made) -> int:
+    def add(self, storage: Storage) -> int:
         """Record an allocation; returns its index."""
-        self.made.append(made)
-        self.events.append((len(self.made) - 1, 1))
-        return len(self.made) - 1
+        self.storages.append(storage)
+        self.events.append((len(self.storages) - 1, 1))
+        return len(self.storages) - 1
 
     def blocks(self) -> Iterator[tuple[Place, range]]:
         """The events of each place, in order."""
@@ -88,8 +88,8 @@ class Recording:
         """Bytes on the device after each event."""
         total = 0
         for index, sign in self.events:
-            made = self.made[index]
-            total += 0 if made.host else sign * made.bytes
+            storage = self.storages[index]
+            total += 0 if storage.host else sign * storage.bytes
             yield total
 
     def alive_at(self, event: int) -> list[int]:
@@ -97,37 +97,43 @@ class Recording:
         alive: set[int] = set()
         for index, sign in self.events[: event + 1]:
             (alive.add if sign > 0 else alive.discard)(index)
-        return sorted((i for i in alive if not self.made[i].host), key=lambda i: -self.made[i].bytes)
+        return sorted((i for i in alive if not self.storages[i].host), key=lambda i: -self.storages[i].bytes)
 
-    def without(self, left_out: Collection[int | None]) -> Recording:
+    def without(self, omitted: Collection[int | None]) -> Recording:
         """Recording without some of its storages."""
-        kept = [i for i in range(len(self.made)) if i not in left_out]
-        new = {old: n for n, old in enumerate(kept)}
-        events = [(new[index], sign) for index, sign in self.events if index in new]
-        places = [(place, sum(index in new for index, _ in self.events[:start])) for place, start in self.places]
-        return Recording([self.made[i] for i in kept], events, places)
+        remaining = [i for i in range(len(self.storages)) if i not in omitted]
+        new_index = {old: n for n, old in enumerate(remaining)}
+        events = [(new_index[index], sign) for index, sign in self.events if index in new_index]
+        places = [(place, sum(index in new_index for index, _ in self.events[:start])) for place, start in self.places]
+        return Recording([self.storages[i] for i in remaining], events, places)
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
-            "made": [[m.bytes, list(m.shape), m.dtype, m.operation, m.module, m.category, m.host] for m in self.made],
+            "made": [
+                [m.bytes, list(m.shape), m.dtype, m.operation, m.module, m.category, m.host] for m in self.storages
+            ],
             "events": [[index, sign] for index, sign in self.events],
             "places": [[place.run, place.unit, start] for place, start in self.places],
         }
 
     @classmethod
-    def of(cls, data: Recorded) -> Recording:
+    def from_data(cls, data: RecordingData) -> Recording:
         """Recording of plain data. Raises ValueError for what is none."""
-        made = [Made(row[0], tuple(row[1]), *row[2:5], Category(row[5]), row[6]) for row in data.made]
-        found = cls(made, list(data.events), [(Place(Pass(run), unit), start) for run, unit, start in data.places])
-        found.check()
-        return found
+        storages = [
+            Storage(fields[0], tuple(fields[1]), *fields[2:5], Category(fields[5]), fields[6]) for fields in data.made
+        ]
+        recording = cls(
+            storages, list(data.events), [(Place(Pass(run), unit), start) for run, unit, start in data.places]
+        )
+        recording.check()
+        return recording
 
     def check(self) -> None:
         """Check that every storage is allocated once and released at most once, later, and every event has a place. Raises ValueError."""
-        alive: list[bool | None] = [None] * len(self.made)
+        alive: list[bool | None] = [None] * len(self.storages)
         for index, sign in self.events:
-            if not 0 <= index < len(self.made) or alive[index] is not (None if sign > 0 else True):
+            if not 0 <= index < len(self.storages) or alive[index] is not (None if sign > 0 else True):
                 raise ValueError(f"storage {index} comes or goes twice")
             alive[index] = sign > 0
         starts = [start for _, start in self.places]
@@ -140,7 +146,7 @@ class Recording:
             raise ValueError("storages that never come, or places out of order")
 
 
-class Recorded(NamedTuple):
+class RecordingData(NamedTuple):
     """A recording as JSON has it."""
 
     made: list[tuple[Size, list[Size], str, str, str, str, bool]]
@@ -150,8 +156,8 @@ class Recorded(NamedTuple):
 
 def largest(totals: Iterable[int]) -> tuple[int, int]:
     """(the largest, its index) of running totals; (0, -1) of none."""
-    best, at = 0, -1
+    best, index = 0, -1
     for n, total in enumerate(totals):
         if total > best:
-            best, at = total, n
-    return best, at
+            best, index = total, n
+    return best, index

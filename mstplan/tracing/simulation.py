@@ -11,10 +11,10 @@ from ..units import MIB
 from .allocator import Allocator, OutOfMemory
 from .trace import Trace
 
-Event = tuple[int, int, int]  # key, bytes, +1 allocated or -1 released
+AllocatorEvent = tuple[int, int, int]  # key, bytes, +1 allocated or -1 released
 
 
-class Held(NamedTuple):
+class Usage(NamedTuple):
     """Most bytes in a step after the first. retries: how often the cache had to be given back to go on."""
 
     allocated: int
@@ -23,49 +23,52 @@ class Held(NamedTuple):
     out_of_memory: OutOfMemory | None
 
 
-def held(trace: Trace, *, expandable: bool, limit: int | None = None, steps: int = 3) -> Held:
+def simulate(trace: Trace, *, expandable: bool, limit: int | None = None, steps: int = 3) -> Usage:
     """Simulate what the allocator holds in the last of `steps` steps. limit: bytes of the card beside its CUDA context."""
     allocator = Allocator(expandable=expandable, limit=limit)
-    for n, events in enumerate(_steps(trace, steps)):
+    for n, events in enumerate(_events_by_step(trace, steps)):
         if n == steps:  # the first entry is what is there before any step
             allocator.reset_peaks()
         for key, size, sign in events:
             if sign < 0:
                 allocator.free(key)
             elif (failed := allocator.allocate(key, size)) is not None:
-                return Held(allocator.peak_allocated, allocator.peak_reserved, allocator.retries, failed)
-    return Held(allocator.peak_allocated, allocator.peak_reserved, allocator.retries, None)
+                return Usage(allocator.peak_allocated, allocator.peak_reserved, allocator.retries, failed)
+    return Usage(allocator.peak_allocated, allocator.peak_reserved, allocator.retries, None)
 
 
-def room(card: Card) -> int:
+def allocatable_bytes(card: Card) -> int:
     """Bytes of a card that the allocator can reserve."""
     return card.total_bytes - card.gpu.context_bytes - card.reserve_bytes
 
 
-def runs(trace: Trace, card: Card) -> bool:
+def fits_on(trace: Trace, card: Card) -> bool:
     """Whether the allocator finds room for the step on this card, with expandable segments."""
-    return trace.peak.bytes <= room(card) and held(trace, expandable=True, limit=room(card)).out_of_memory is None
+    return (
+        trace.peak.bytes <= allocatable_bytes(card)
+        and simulate(trace, expandable=True, limit=allocatable_bytes(card)).out_of_memory is None
+    )
 
 
-def needed(trace: Trace, precision: int = 2 * MIB) -> int:
+def required_bytes(trace: Trace, precision: int = 2 * MIB) -> int:
     """The least room, to `precision` bytes, in which the allocator runs the step with expandable segments."""
-    low, high = trace.peak.bytes, held(trace, expandable=True).reserved  # too little, or just enough; enough
+    low, high = trace.peak.bytes, simulate(trace, expandable=True).reserved  # too little, or just enough; enough
     while high - low > precision:
         middle = (low + high) // 2
-        if held(trace, expandable=True, limit=middle).out_of_memory is None:
+        if simulate(trace, expandable=True, limit=middle).out_of_memory is None:
             high = middle
         else:
             low = middle
     return high
 
 
-def all_events(trace: Trace, steps: int = 2) -> Iterator[Event]:
+def all_events(trace: Trace, steps: int = 2) -> Iterator[AllocatorEvent]:
     """Allocations and releases of a run of a few steps."""
-    for events in _steps(trace, steps):
+    for events in _events_by_step(trace, steps):
         yield from events
 
 
-def name_of(trace: Trace, key: int) -> list[str]:
+def frame_names(trace: Trace, key: int) -> list[str]:
     """Names behind a key of `all_events`, innermost first."""
     number, kind = divmod(key, 4)
     if kind == _WEIGHT:
@@ -76,42 +79,42 @@ def name_of(trace: Trace, key: int) -> list[str]:
         return [state.dtype, state.name, "optimizer"]
     if kind == _WORKSPACE:
         return [f"cuBLAS workspace {number + 1} of {CUBLAS_HANDLES}"]
-    made = trace.step.made[number % len(trace.step.made)]
-    return [f"{made.dtype} {made.shape}", made.operation, made.module or "step", made.category]
+    storage = trace.step.storages[number % len(trace.step.storages)]
+    return [f"{storage.dtype} {storage.shape}", storage.operation, storage.module or "step", storage.category]
 
 
-_WEIGHT, _STATE, _WORKSPACE, _MADE = range(4)
+_WEIGHT, _STATE, _WORKSPACE, _STORAGE = range(4)
 
 
-def _steps(trace: Trace, steps: int) -> Iterator[Iterator[Event]]:
+def _events_by_step(trace: Trace, steps: int) -> Iterator[Iterator[AllocatorEvent]]:
     """The events before the first step, then those of each step. The optimizer's states come in the first one's update."""
-    yield _before(trace)
+    yield _events_before(trace)
     for n in range(steps):
-        yield _step(trace, n)
+        yield _events_of_step(trace, n)
 
 
-def _before(trace: Trace) -> Iterator[Event]:
+def _events_before(trace: Trace) -> Iterator[AllocatorEvent]:
     yield from ((4 * n + _WEIGHT, weight.bytes, 1) for n, weight in enumerate(trace.weights))
     if trace.workspace:
         yield from ((4 * n + _WORKSPACE, trace.workspace // CUBLAS_HANDLES, 1) for n in range(CUBLAS_HANDLES))
 
 
-def _step(trace: Trace, n: int) -> Iterator[Event]:
-    made, alive = trace.step.made, set[int]()
+def _events_of_step(trace: Trace, n: int) -> Iterator[AllocatorEvent]:
+    storages, alive = trace.step.storages, set[int]()
     update = next(
         (start for place, start in trace.step.places if place.run == Pass.OPTIMIZER and start), len(trace.step.events)
     )
 
     def key(index: int) -> int:
-        return 4 * (n * len(made) + index) + _MADE
+        return 4 * (n * len(storages) + index) + _STORAGE
 
     for e, (index, sign) in enumerate(trace.step.events):
         if n == 0 and e == update:
             yield from ((4 * i + _STATE, state.bytes, 1) for i, state in enumerate(trace.held_states))
-        if made[index].host:
+        if storages[index].host:
             continue
         (alive.add if sign > 0 else alive.discard)(index)
-        yield key(index), made[index].bytes, sign
+        yield key(index), storages[index].bytes, sign
     if n == 0 and update == len(trace.step.events):
         yield from ((4 * i + _STATE, state.bytes, 1) for i, state in enumerate(trace.held_states))
-    yield from ((key(index), made[index].bytes, -1) for index in sorted(alive))  # gradients, the batch
+    yield from ((key(index), storages[index].bytes, -1) for index in sorted(alive))  # gradients, the batch

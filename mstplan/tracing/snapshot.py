@@ -39,13 +39,13 @@ def snapshot(
     `frames_of(key)` are the lines that the viewer shows where a stack would stand, such as module, operation and shape; torch
     lists the innermost first. On a card of `limit` bytes the document ends where memory does, with torch's entry for that.
     """
-    tape = _Tape(frames_of)
-    allocator = Allocator(expandable, limit, tape.add)
+    tape = _TraceEntries(frames_of)
+    allocator = Allocator(expandable, limit, tape.add_entry)
     for time, (key, size, sign) in enumerate(events):
-        tape.turn(time, key)
+        tape.begin_event(time, key)
         if sign < 0:
             allocator.free(key)
-            tape.forget(key)
+            tape.forget_frames(key)
         elif allocator.allocate(key, size) is not None:
             break
     return {
@@ -66,7 +66,7 @@ def to_pickle(document: dict[str, Any]) -> bytes:
     return pickle.dumps(document, protocol=PICKLE_PROTOCOL)
 
 
-class _Tape:
+class _TraceEntries:
     """Trace entries, each with the time and the frames of the event it belongs to."""
 
     def __init__(self, frames_of: Callable[[int], Sequence[str]]) -> None:
@@ -77,22 +77,22 @@ class _Tape:
         self._shared: dict[tuple[str, ...], Frames] = {}  # equal lists are one: pickle writes it once
         self._time, self._key = 0, 0
 
-    def turn(self, time: int, key: int) -> None:
+    def begin_event(self, time: int, key: int) -> None:
         """Let what is added from now on belong to this event."""
         self._time, self._key = time, key
 
-    def frames(self, key: int) -> Frames:
+    def frames_for_key(self, key: int) -> Frames:
         if key not in self._frames:
             names = tuple(self._frames_of(key))
             self._frames[key] = self._shared.setdefault(names, [_frame(name) for name in names])
         return self._frames[key]
 
-    def forget(self, key: int) -> None:
+    def forget_frames(self, key: int) -> None:
         self._frames.pop(key, None)
 
-    def add(self, action: str, address: int, size: int) -> None:
+    def add_entry(self, action: str, address: int, size: int) -> None:
         """An Allocator's `watch`."""
-        frames = self.frames(self._key)
+        frames = self.frames_for_key(self._key)
         if action in ("segment_alloc", "segment_map"):
             self.segment_frames[address] = frames
         self.entries.append(
@@ -112,7 +112,7 @@ def _frame(name: str) -> dict[str, Any]:
     return {"filename": "mstplan", "line": 0, "name": name}  # shown as mstplan:0:name
 
 
-def _segment(segment: Segment, tape: _Tape) -> dict[str, Any]:
+def _segment(segment: Segment, tape: _TraceEntries) -> dict[str, Any]:
     live = [block for block in segment.blocks if block.key is not None]
     used = sum(block.size for block in live)
     return {
@@ -133,7 +133,7 @@ def _segment(segment: Segment, tape: _Tape) -> dict[str, Any]:
                 "size": block.size,
                 "requested_size": block.requested,
                 "state": "inactive" if block.key is None else "active_allocated",
-                "frames": [] if block.key is None else tape.frames(block.key),
+                "frames": [] if block.key is None else tape.frames_for_key(block.key),
             }
             for block in segment.blocks
         ],

@@ -18,8 +18,8 @@ from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
 from ..units import format_gib, format_tokens
 from .allocator import MIN_BLOCK
-from .extend import extend, row
-from .recording import Category, Made, Place, Recorded, Recording, Size
+from .extend import extend, make_row
+from .recording import Category, Place, Recording, RecordingData, Size, Storage
 
 
 class Weight(NamedTuple):
@@ -123,8 +123,8 @@ class Trace:
         fields = {
             **data._asdict(),
             "recipe": Recipe(**data.recipe),
-            "short": Recording.of(data.short),
-            "update": Recording.of(data.update),
+            "short": Recording.from_data(data.short),
+            "update": Recording.from_data(data.update),
         }
         found = cls(**fields)
         if not found.step.events:  # written down once, here
@@ -145,10 +145,10 @@ class Trace:
     @cached_property
     def step(self) -> Recording:
         """Forward, backward and update of the whole model."""
-        long = extend(self.short, self.kept, row(self.kinds, self.every, self.reach))
-        first = len(long.made)
+        long = extend(self.short, self.kept, make_row(self.kinds, self.every, self.reach))
+        first = len(long.storages)
         return Recording(
-            long.made + self.update.made,
+            long.storages + self.update.storages,
             long.events + [(first + index, sign) for index, sign in self.update.events],
             [*long.places, (Place(Pass.OPTIMIZER, -1), len(long.events))],
         )
@@ -183,7 +183,7 @@ class Trace:
     def live(self) -> list[int]:
         """Bytes on the device after each event, all that is resident included."""
         total, found = sum(alive.bytes for alive in self.resident), []
-        sizes = [0 if made.host else self.rounded(made.bytes) for made in self.step.made]
+        sizes = [0 if made.host else self.rounded(made.bytes) for made in self.step.storages]
         for index, sign in self.step.events:
             total += sign * sizes[index]
             found.append(total)
@@ -193,7 +193,7 @@ class Trace:
     def requested(self) -> list[int]:
         """`live` without the rounding up to blocks: whole numbers of bytes per token."""
         step = self.step
-        sizes = [0 if made.host else made.bytes for made in step.made]
+        sizes = [0 if made.host else made.bytes for made in step.storages]
         fixed = sum(w.bytes for w in self.weights) + sum(s.bytes for s in self.held_states) + self.workspace
         fixed += sum(w.bytes for w in self.weights if w.trained) if self.recipe.accumulation > 1 else 0
         return [fixed + total for total in accumulate(sign * sizes[index] for index, sign in step.events)]
@@ -203,7 +203,7 @@ class Trace:
         """The most bytes in host memory."""
         total = most = 0
         for index, sign in self.step.events:
-            total += sign * self.step.made[index].bytes if self.step.made[index].host else 0
+            total += sign * self.step.storages[index].bytes if self.step.storages[index].host else 0
             most = max(most, total)
         return most
 
@@ -235,7 +235,7 @@ class Trace:
         """Entries alive after an event, alike tensors together, largest first; they add up to `live[event]`."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index in self.step.alive_at(event):
-            made = self.step.made[index]
+            made = self.step.storages[index]
             group = groups.setdefault(_kind(made), [0, 0])
             group[0] += 1
             group[1] += self.rounded(made.bytes)
@@ -256,8 +256,8 @@ class _Kept(NamedTuple):
     kept: tuple[int, ...]
     every: int
     reach: int
-    short: Recorded
-    update: Recorded
+    short: RecordingData
+    update: RecordingData
 
 
 def instant_of(place: Place, units: int) -> Instant:
@@ -270,7 +270,7 @@ def instant_of(place: Place, units: int) -> Instant:
     return at_ends.get(place.unit) or (Instant.LAST_LAYER if place.unit == units - 1 else Instant.MIDDLE_LAYER)
 
 
-def _kind(made: Made) -> tuple[Any, ...]:
+def _kind(made: Storage) -> tuple[Any, ...]:
     if made.category == Category.GRADIENTS:
         return Category.GRADIENTS, "", "gradients", (), made.dtype
     module = ".".join("*" if part.isdigit() else part for part in made.module.split("."))

@@ -1,7 +1,7 @@
 """The trace: transformers' own model code and mstplan's own training step run on fake tensors, seen allocation by allocation.
 
 Few layers are run, and few chunks; `extend.py` writes the whole step down from them. The optimizer's step is run over all
-weights of the whole model. What a card does otherwise than a CPU stands in `cuda.py`.
+weights of the whole model. What a card does otherwise than a CPU stands in `cuda_stand_ins.py`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ..step.runnable import check_runnable
 from ..step.steps import segment_length
 from ..train import locate
 from ..train.stand_in import stand_in
-from ..train.step import TrainingStep, build, make_states, quiet, read_settings, trained
+from ..train.step import TrainingStep, build_model, make_states, quiet_transformers, read_settings, weights_to_train
 from .cpu import KernelBuffers
-from .cuda import as_on_cuda, on_fake_tensors
-from .extend import Unlike, few, row
+from .cuda_stand_ins import as_on_cuda, on_fake_tensors
+from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
-from .fsdp import ranks, seen_by, shard, shard_shape
+from .fsdp import first_of_ranks, record_fsdp, shard_model, shard_shape
 from .kernels import STAND_INS
 from .kernels.flash import FLASH
-from .recorder import Label, Recorder, checkpoints_of
+from .recorder import ModuleLabel, Recorder, checkpoints_of
 from .recording import Category, Recording
 from .trace import State, Trace, Weight
 
@@ -83,16 +83,16 @@ def trace_settings(
     check_runnable(recipe)
     full = whole_model(settings, recipe, on, remote_code)
     layers = locate.find_parts(full).layers
-    kinds, every = _kinds(full, layers), segment_length(recipe, len(layers)) or 1
-    sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in trained(full))
-    update, states = _update(sizes, recipe.optimizer, recipe.adamw_kernel, recipe.optimizer_in_backward)
-    weights = _weights(full, recipe)
+    kinds, every = _layer_kinds(full, layers), segment_length(recipe, len(layers)) or 1
+    sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in weights_to_train(full))
+    update, states = _record_update(sizes, recipe.optimizer, recipe.adamw_kernel, recipe.optimizer_in_backward)
+    weights = _describe_weights(full, recipe)
     reach = 2 if recipe.offload_layer_inputs else 1  # a layer's input is let go one layer later than usual
     numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
-    everything = list(range(len(kinds)))
+    all_layers = list(range(len(kinds)))
 
-    def of(model: PreTrainedModel, kept: list[int]) -> Trace:
-        short = _run(model, recipe, seq_len, kept, every, on, whole)
+    def trace_layers(model: PreTrainedModel, layer_numbers: list[int]) -> Trace:
+        short = _record_layers(model, recipe, seq_len, layer_numbers, every, on, whole)
         return Trace(
             recipe,
             seq_len,
@@ -101,33 +101,33 @@ def trace_settings(
             weights,
             states,
             tuple(numbers[k] for k in kinds),
-            tuple(kept),
+            tuple(layer_numbers),
             every,
             reach,
             short,
             update,
         )
 
-    kept = everything if whole else few(row(kinds, every, reach))
+    layer_numbers = all_layers if whole else layers_to_run(make_row(kinds, every, reach))
     try:
-        found = of(full, kept)
-        _ = found.step  # kept for whoever asks next; here to know that the layers are alike
+        step_trace = trace_layers(full, layer_numbers)
+        _ = step_trace.step  # kept for whoever asks next; here to know that the layers are alike
     except (Unlike, ModelError):
-        if kept == everything:
+        if layer_numbers == all_layers:
             raise
-        found = of(whole_model(settings, recipe, on, remote_code), everything)
-    return found
+        step_trace = trace_layers(whole_model(settings, recipe, on, remote_code), all_layers)
+    return step_trace
 
 
 def whole_model(settings: PreTrainedConfig, recipe: Recipe, on: str, remote_code: bool) -> PreTrainedModel:
     """The model without any memory."""
     attention = attention_of(recipe, settings, on)
     try:
-        return build(settings, recipe, attention, "meta", remote_code)
+        return build_model(settings, recipe, attention, "meta", remote_code)
     except ModelError:
         if attention != FLASH:
             raise
-    full = build(settings, recipe, "eager", "meta", remote_code)  # its code knows no attention functions by name
+    full = build_model(settings, recipe, "eager", "meta", remote_code)  # its code knows no attention functions by name
     if recipe.attention == "flash":
         raise ModelError(
             f"{type(full).__name__} has flash attention of its own, which cannot be traced.\nUse --attention sdpa or eager."
@@ -154,54 +154,54 @@ def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
     return STAND_INS[recipe.attention].implementation_for(recipe, kind, on)
 
 
-def _run(
-    full: PreTrainedModel, recipe: Recipe, seq_len: int, kept: list[int], every: int, on: str, whole: bool
+def _record_layers(
+    full: PreTrainedModel, recipe: Recipe, seq_len: int, layer_numbers: list[int], every: int, on: str, whole: bool
 ) -> Recording:
-    """Forward and backward of a step with the `kept` layers, where checkpoints begin as in the whole, every so many layers."""
-    model = _shortened(full, locate.find_parts(full).layers, kept)
-    with ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    """Forward and backward of a step with the layers of these numbers, where checkpoints begin as in the whole, every so many layers."""
+    model = _keep_layers(full, locate.find_parts(full).layers, layer_numbers)
+    with first_of_ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.tie_weights()
         if mesh is not None:
-            shard(model, recipe, mesh)
-        starts = [n for n, i in enumerate(kept) if i % every == 0]
-        return record(model, recipe, seq_len, starts, on, None if whole else FEW_CHUNKS)
+            shard_model(model, recipe, mesh)
+        starts = [n for n, i in enumerate(layer_numbers) if i % every == 0]
+        return record_passes(model, recipe, seq_len, starts, on, None if whole else FEW_CHUNKS)
 
 
-def record(
+def record_passes(
     model: PreTrainedModel, recipe: Recipe, seq_len: int, starts: list[int], on: str, most_chunks: int | None = None
 ) -> Recording:
     """Forward and backward of a step of a model that is there. starts: the layers that checkpoints begin with. most_chunks: of a
     sequence, to be run; None: all."""
     units = len(locate.find_parts(model).layers)
-    recorder = Recorder(_labels(model), units)
+    recorder = Recorder(_label_modules(model), units)
     runtime = FakeCardRuntime(recorder, most_chunks) if on == "cuda" else FakeRuntime(most_chunks)
     device = as_on_cuda(recorder) if on == "cuda" else on_fake_tensors()
-    with device, seen_by(recorder) if recipe.sharded else nullcontext():
-        bare = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
-        step = TrainingStep(model, bare, seq_len, runtime)
+    with device, record_fsdp(recorder) if recipe.sharded else nullcontext():
+        bare_recipe = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
+        step = TrainingStep(model, bare_recipe, seq_len, runtime)
         if (checkpoints := checkpoints_of(model)) is not None:
             checkpoints.bounds = {*starts, units}
-        make_states(step.in_backward)
+        make_states(step.backward_optimizers)
         if recipe.accumulation > 1:
-            for weight in trained(model):
+            for weight in weights_to_train(model):
                 weight.grad = torch.empty_like(weight)
-        recorder.were_there(_held(model, step.in_backward))
-        beside = KernelBuffers(recorder) if on == "cpu" else nullcontext()
-        with _naming(model), quiet(), recorder, beside, recorder.watching(model):
-            recorder.begin(Pass.FORWARD)
+        recorder.add_residents(_resident_tensors(model, step.backward_optimizers))
+        kernel_buffers = KernelBuffers(recorder) if on == "cpu" else nullcontext()
+        with _name_failures(model), quiet_transformers(), recorder, kernel_buffers, recorder.watch_modules(model):
+            recorder.begin_pass(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             loss = step.forward()
-            recorder.begin(Pass.BACKWARD)
+            recorder.begin_pass(Pass.BACKWARD)
             loss.backward()
             loss = loss.detach()
             del loss
-            recorder.begin(Pass.OPTIMIZER)
+            recorder.begin_pass(Pass.OPTIMIZER)
     return recorder.close()
 
 
 @contextmanager
-def _naming(model: PreTrainedModel) -> Iterator[None]:
+def _name_failures(model: PreTrainedModel) -> Iterator[None]:
     """What a model's code cannot do on token ids without values is said with the model's name."""
     name = type(model).__name__.removeprefix("FSDP")  # fully_shard's class of it
     log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -220,19 +220,21 @@ def _naming(model: PreTrainedModel) -> Iterator[None]:
         log.disabled = before
 
 
-def _kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
+def _layer_kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
     """What tells a layer from another: its modules' types and sizes, what is trained in it and before it, and what the
     configuration lists for each layer."""
     settings = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
     values = [
         v for config in settings for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == len(layers)
     ]
-    numbers = _numbers(layers)
-    told = [(_signature(layer, numbers), tuple(repr(v[i]) for v in values)) for i, layer in enumerate(layers)]
-    return list(zip(told, _wanting_input(model, layers), strict=True))
+    numbers = _own_number_attributes(layers)
+    signatures = [
+        (_layer_signature(layer, numbers), tuple(repr(v[i]) for v in values)) for i, layer in enumerate(layers)
+    ]
+    return list(zip(signatures, _inputs_with_gradients(model, layers), strict=True))
 
 
-def _wanting_input(model: nn.Module, layers: list[nn.Module]) -> list[bool]:
+def _inputs_with_gradients(model: nn.Module, layers: list[nn.Module]) -> list[bool]:
     """Of each layer, whether something before it is trained, so that its input gets a gradient."""
     inside = {module for layer in layers for module in layer.modules()}
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
@@ -240,69 +242,70 @@ def _wanting_input(model: nn.Module, layers: list[nn.Module]) -> list[bool]:
     return list(accumulate(trained_in, or_))[:-1]
 
 
-def _numbers(layers: list[nn.Module]) -> set[tuple[str, str]]:
+def _own_number_attributes(layers: list[nn.Module]) -> set[tuple[str, str]]:
     """(module, attribute) that hold but a layer's own number."""
-    at = {
+    attributes = {
         (path, k, v == i)
         for i, layer in enumerate(layers)
         for path, m in layer.named_modules()
         for k, v in vars(m).items()
         if type(v) is int
     }
-    return {(path, k) for path, k, is_number in at if is_number and (path, k, False) not in at}
+    return {(path, k) for path, k, is_number in attributes if is_number and (path, k, False) not in attributes}
 
 
-def _signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashable:
-    def of(path: str, module: nn.Module) -> Hashable:
-        told = {
+def _layer_signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashable:
+    def module_signature(path: str, module: nn.Module) -> Hashable:
+        values = {
             k: v for k, v in vars(module).items() if isinstance(v, int | float | str | None) and not k.startswith("_")
         }
-        told = {
-            k: v != 0 if isinstance(v, float) else v for k, v in told.items()
+        values = {
+            k: v != 0 if isinstance(v, float) else v for k, v in values.items()
         }  # is there a dropout? which one, does not matter
-        scalars = sorted((k, repr(v)) for k, v in told.items() if (path, k) not in numbers and k != "layer_idx")
+        scalars = sorted((k, repr(v)) for k, v in values.items() if (path, k) not in numbers and k != "layer_idx")
         sizes = tuple((tuple(weight.shape), weight.requires_grad) for weight in module.parameters(recurse=False))
         return path, type(module).__name__, tuple(scalars), sizes
 
-    return tuple(of(path, module) for path, module in layer.named_modules())
+    return tuple(module_signature(path, module) for path, module in layer.named_modules())
 
 
-def _weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
+def _describe_weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
     """Parameters and buffers; of sharded ones this card's share."""
     shards = [(name, w, shard_shape(tuple(w.shape), recipe.gpus)) for name, w in model.named_parameters()]
     tensors = [*shards, *((name, t, tuple(t.shape)) for name, t in model.named_buffers())]
     return tuple(
-        Weight(name, shape, _dtype(t), prod(shape) * t.element_size(), t.requires_grad) for name, t, shape in tensors
+        Weight(name, shape, _dtype_name(t), prod(shape) * t.element_size(), t.requires_grad)
+        for name, t, shape in tensors
     )
 
 
-def _shortened(model: PreTrainedModel, layers: list[nn.Module], kept: list[int]) -> PreTrainedModel:
+def _keep_layers(model: PreTrainedModel, layers: list[nn.Module], layer_numbers: list[int]) -> PreTrainedModel:
     """The model with these of its layers only, and its configuration to match. Raises Unlike where layers are in no one list."""
-    if len(kept) == len(layers):
+    if len(layer_numbers) == len(layers):
         return model
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and [*child] == layers:
-                setattr(module, name, nn.ModuleList([layers[i] for i in kept]))
+                setattr(module, name, nn.ModuleList([layers[i] for i in layer_numbers]))
                 for settings in {id(c): c for c in (model.config, getattr(module, "config", model.config))}.values():
-                    _shorten(settings, len(layers), kept)
+                    _shorten_settings(settings, len(layers), layer_numbers)
                 return model
     raise Unlike
 
 
-def _shorten(settings: Any, count: int, kept: list[int]) -> None:
+def _shorten_settings(settings: Any, count: int, layer_numbers: list[int]) -> None:
     for name, value in list(vars(settings).items()):
         if isinstance(value, list) and len(value) == count:
-            setattr(settings, name, [value[i] for i in kept])
-    one_by_one = getattr(vars(settings).get("_heterogeneity_spec"), "per_layer_overrides", {})
-    renumbered = {n: one_by_one[i] for n, i in enumerate(kept) if i in one_by_one}
-    one_by_one.clear()
-    one_by_one.update(renumbered)
+            setattr(settings, name, [value[i] for i in layer_numbers])
+    overrides = getattr(vars(settings).get("_heterogeneity_spec"), "per_layer_overrides", {})
+    renumbered = {n: overrides[i] for n, i in enumerate(layer_numbers) if i in overrides}
+    overrides.clear()
+    overrides.update(renumbered)
     with suppress(NotImplementedError):  # of an encoder and a decoder
-        settings.num_hidden_layers = len(kept)
+        settings.num_hidden_layers = len(layer_numbers)
 
 
-def _labels(model: PreTrainedModel) -> dict[nn.Module, Label]:
+def _label_modules(model: PreTrainedModel) -> dict[nn.Module, ModuleLabel]:
     """What is known of each module: its path, category and unit."""
     parts = locate.find_parts(model)
     try:
@@ -324,45 +327,45 @@ def _labels(model: PreTrainedModel) -> dict[nn.Module, Label]:
         part
         for layer in parts.layers
         for child in layer.modules()
-        if child is not layer and locate.mixes(child)
+        if child is not layer and locate.mixes_tokens(child)
         for part in child.modules()
     }
     layers = set(parts.layers)
-    labels: dict[nn.Module, Label] = {}
+    labels: dict[nn.Module, ModuleLabel] = {}
     for path, module in model.named_modules():
-        within = units.get(module, set())
+        layer_units = units.get(module, set())
         category = (
             Category.MLP
             if module in mlps
             else Category.ATTENTION
-            if module in mixing and within
+            if module in mixing and layer_units
             else Category.NORMS
-            if within
+            if layer_units
             else Category.LOSS
             if module in head
             else Category.NORMS
             if "Norm" in type(module).__name__
             else Category.OTHER
         )
-        unit = min(within) if len(within) == 1 else None  # what several share is of the one that runs it
-        labels[module] = Label(path, category, unit, module in layers)
+        unit = min(layer_units) if len(layer_units) == 1 else None  # what several share is of the one that runs it
+        labels[module] = ModuleLabel(path, category, unit, module in layers)
     return labels
 
 
-def _held(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
+def _resident_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
     """Weights, buffers, gradients and the optimizers' states that are there now."""
     tensors = [*model.parameters(), *model.buffers(), *(w.grad for w in model.parameters() if w.grad is not None)]
-    return tensors + [t for _, t in _states(optimizers)]
+    return tensors + [t for _, t in _optimizer_states(optimizers)]
 
 
-def _states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, torch.Tensor]]:
+def _optimizer_states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, torch.Tensor]]:
     return [
         (name, t) for o in optimizers for state in o.state.values() for name, t in state.items() if torch.is_tensor(t)
     ]
 
 
 @lru_cache(maxsize=16)
-def _update(sizes: Sizes, optimizer: str, kernel: str, apart: bool) -> tuple[Recording, tuple[State, ...]]:
+def _record_update(sizes: Sizes, optimizer: str, kernel: str, apart: bool) -> tuple[Recording, tuple[State, ...]]:
     """What the optimizer's step makes and lets go of, over weights of these sizes, once it has its states; and the states.
     apart: each weight has an optimizer of its own.
 
@@ -379,18 +382,20 @@ def _update(sizes: Sizes, optimizer: str, kernel: str, apart: bool) -> tuple[Rec
         for weight in weights:
             weight.grad = torch.empty_like(weight)
         optimizers = [make(group) for group in ([[w] for w in weights] if apart else [weights])]
-        recorder.were_there(t for w in weights for t in (w, w.grad) if t is not None)
+        recorder.add_residents(t for w in weights for t in (w, w.grad) if t is not None)
         with recorder:
-            recorder.begin(Pass.OPTIMIZER)
+            recorder.begin_pass(Pass.OPTIMIZER)
             for each in optimizers:
                 each.step()
-        states = tuple(State(name, _dtype(t), t.numel() * t.element_size()) for name, t in _states(optimizers))
-        stay = {recorder.index_of(t) for _, t in _states(optimizers)}
-    recording = recorder.close().without(stay)
-    for made in recording.made:
-        made.category = Category.STATES
+        states = tuple(
+            State(name, _dtype_name(t), t.numel() * t.element_size()) for name, t in _optimizer_states(optimizers)
+        )
+        state_indices = {recorder.storage_index(t) for _, t in _optimizer_states(optimizers)}
+    recording = recorder.close().without(state_indices)
+    for storage in recording.storages:
+        storage.category = Category.STATES
     return (Recording() if apart else recording), states
 
 
-def _dtype(tensor: torch.Tensor) -> str:
+def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")

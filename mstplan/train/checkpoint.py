@@ -20,7 +20,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from .mlp import made
+from .mlp import materialize
 from .offload import HostCopies
 from .runtime import Runtime
 
@@ -28,41 +28,41 @@ LayerRun = Callable[..., Any]
 
 
 class Checkpoints:
-    """`every` layers to a checkpoint. One for a model; `abandon` after a forward pass that failed."""
+    """`every` layers to a checkpoint. One for a model; `abandon_segment` after a forward pass that failed."""
 
     def __init__(
         self, model: PreTrainedModel, layers: Sequence[nn.Module], every: int, offload: bool, runtime: Runtime
     ):
         self.name = type(model).__name__
         self.bounds = {*range(0, len(layers), every), len(layers)}  # where a checkpoint begins or ends
-        self.host = HostCopies(runtime) if offload else None
+        self.host_copies = HostCopies(runtime) if offload else None
         self._segment = ExitStack()  # the one being run, its layers so far, and what the last of them gave
         self._runs: list[tuple[LayerRun, tuple[Any, ...]]] = []
-        self._next = 0
+        self._next_index = 0
         self.recomputing: int | None = None  # the number of the layer that is being run again
-        self.discards = False  # and will nobody read its output?
+        self.discards_output = False  # and will nobody read its output?
         self._output: Any = None
-        self.model, self.before = (
+        self.model, self.flags_before = (
             model,
             [(m, {k: m.__dict__[k] for k in _FLAGS if k in m.__dict__}) for m in model.modules()],
         )
-        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run_alone)
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpoint_alone)
         for index, layer in enumerate(layers):
-            layer._gradient_checkpointing_func = partial(self.run, index)  # type: ignore[assignment]
+            layer._gradient_checkpointing_func = partial(self.run_layer, index)  # type: ignore[assignment]
         for name in _SWITCHES:  # Trainer and others switch it on once more, as transformers does it
-            setattr(model, name, MethodType(_stays_on, model))
+            setattr(model, name, MethodType(_keep_checkpointing_on, model))
 
     def undo(self) -> None:
         """Checkpointing as it was before."""
         for name in _SWITCHES:
             self.model.__dict__.pop(name, None)
-        for module, flags in self.before:
+        for module, flags in self.flags_before:
             for name in _FLAGS:
                 module.__dict__.pop(name, None)
             module.__dict__.update(flags)
 
     @torch.compiler.disable  # a compiled layer and its recomputation would take different paths
-    def run(self, index: int, run: LayerRun, *args: Any) -> Any:
+    def run_layer(self, index: int, run: LayerRun, *args: Any) -> Any:
         """Layer `index`, which maps hidden states (b, s, d), its first argument, to (b, s, d) or a tuple that begins with them."""
         if not args or not torch.is_tensor(args[0]):
             raise ModelError(
@@ -70,72 +70,72 @@ class Checkpoints:
             )
         try:
             if index in self.bounds:
-                self._begin(index, args[0])
-            elif self._next != index or args[0] is not self._output:
+                self._begin_segment(index, args[0])
+            elif self._next_index != index or args[0] is not self._output:
                 raise ModelError(
                     f"{self.name} does not hand layer {index - 1}'s output to layer {index} as it is (FSDP wraps it, too), so checkpoints cannot span layers."
                     "\nSet checkpoint='layer'."
                 )
             self._runs.append((run, args[1:]))
-            out = made(run(*args))
-            self._next, self._output = index + 1, _hidden(out)
-            if self._next in self.bounds:
-                self._end()
+            out = materialize(run(*args))
+            self._next_index, self._output = index + 1, _hidden_states(out)
+            if self._next_index in self.bounds:
+                self._end_segment()
         except BaseException:
-            self.abandon()
+            self.abandon_segment()
             raise
         return out
 
-    def _begin(self, index: int, hidden: torch.Tensor) -> None:
-        self.abandon()
+    def _begin_segment(self, index: int, hidden: torch.Tensor) -> None:
+        self.abandon_segment()
         runs: list[tuple[LayerRun, tuple[Any, ...]]] = []
         self._runs = runs
 
-        def again(hidden: torch.Tensor) -> None:
+        def recompute(hidden: torch.Tensor) -> None:
             try:
-                for n, (run, more) in enumerate(runs, 1):
-                    self.recomputing, self.discards = index + n - 1, n == len(runs)
-                    hidden = _hidden(made(run(hidden, *more)))
+                for n, (run, other_args) in enumerate(runs, 1):
+                    self.recomputing, self.discards_output = index + n - 1, n == len(runs)
+                    hidden = _hidden_states(materialize(run(hidden, *other_args)))
             finally:
-                self.recomputing, self.discards = None, False
+                self.recomputing, self.discards_output = None, False
 
         self._segment = ExitStack()
-        if self.host is not None and torch.is_grad_enabled():
-            self._segment.enter_context(self.host.keeping(index))
-        self._segment.enter_context(_checkpoint(again, hidden))
+        if self.host_copies is not None and torch.is_grad_enabled():
+            self._segment.enter_context(self.host_copies.keep_on_host(index))
+        self._segment.enter_context(_checkpoint(recompute, hidden))
 
-    def _end(self) -> None:
+    def _end_segment(self) -> None:
         self._output, self._runs = None, []
         self._segment.close()
 
-    def abandon(self) -> None:
+    def abandon_segment(self) -> None:
         """Close a segment that an error left open."""
         if self._runs:
-            self._end()
+            self._end_segment()
 
 
 _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 _SWITCHES = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
 
 
-def run_alone(run: LayerRun, *args: Any) -> Any:
+def checkpoint_alone(run: LayerRun, *args: Any) -> Any:
     """What is no decoder layer but can be checkpointed too: as transformers does it."""
     return torch_checkpoint.checkpoint(run, *args, use_reentrant=False)
 
 
-def _stays_on(_model: nn.Module, *_args: Any, **_kwargs: Any) -> None:
+def _keep_checkpointing_on(_model: nn.Module, *_args: Any, **_kwargs: Any) -> None:
     """Checkpointing is on already, as `minisequence` was told."""
 
 
-def _checkpoint(again: Callable[[torch.Tensor], None], hidden: torch.Tensor) -> AbstractContextManager[None]:
-    """torch's checkpoint as a context: it keeps `hidden` and drops whatever is saved within, until `again` makes it anew.
+def _checkpoint(recompute: Callable[[torch.Tensor], None], hidden: torch.Tensor) -> AbstractContextManager[None]:
+    """torch's checkpoint as a context: it keeps `hidden` and drops whatever is saved within, until `recompute` makes it anew.
     torch.utils.checkpoint.checkpoint takes one function, but the layers of a segment are called one by one by the model."""
     generator = torch_checkpoint._checkpoint_without_reentrant_generator
     early_stop = (True,) if "early_stop" in inspect.signature(generator).parameters else ()  # not in older torch
     return contextmanager(generator)(
-        again, True, torch_checkpoint.noop_context_fn, "default", False, *early_stop, hidden
+        recompute, True, torch_checkpoint.noop_context_fn, "default", False, *early_stop, hidden
     )
 
 
-def _hidden(out: Any) -> torch.Tensor:
+def _hidden_states(out: Any) -> torch.Tensor:
     return out[0] if isinstance(out, tuple) else out

@@ -37,7 +37,7 @@ class ChunkCounts:
     def __init__(self, config: Any, recipe: Recipe, module: PreTrainedModel | None = None):
         self.recipe = recipe.changed(attention=_ATTENTION.get(getattr(config, "_attn_implementation", "sdpa"), "sdpa"))
         self.fixed: Chunks | None = None
-        self._found: dict[tuple[Any, ...], Chunks] = {}
+        self._recommended: dict[tuple[Any, ...], Chunks] = {}
         if recipe.mlp_chunks != "auto" and recipe.loss_chunks != "auto":
             self.fixed = Chunks(recipe.mlp_chunks, recipe.loss_chunks)
             return
@@ -51,7 +51,7 @@ class ChunkCounts:
                 f"no chunks can be recommended: {str(e).splitlines()[0]}\nGive mlp_chunks and loss_chunks."
             ) from None
 
-    def of(self, hidden: torch.Tensor) -> Chunks:
+    def chunks_for(self, hidden: torch.Tensor) -> Chunks:
         """Chunks for hidden states (b, s, d), or (s, d) of one sequence."""
         if self.fixed is not None:
             return self.fixed
@@ -59,15 +59,15 @@ class ChunkCounts:
         device = hidden.device.type
         mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         key = (batch, length, hidden.device, hidden.dtype, mixed)
-        if key not in self._found:
+        if key not in self._recommended:
             precision = "mixed" if mixed else "bf16" if hidden.dtype.itemsize == 2 else "fp32"
             recipe = self.recipe.changed(batch=batch, precision=precision)
-            found = choose_chunks(self.model, recipe, card_of(hidden.device), length)
-            LOG.info("minisequence: %d x %d tokens in %d (MLP) and %d (loss) chunks", batch, length, *found)
-            self._found[key] = found
-        return self._found[key]
+            chunks = choose_chunks(self.model, recipe, card_of(hidden.device), length)
+            LOG.info("minisequence: %d x %d tokens in %d (MLP) and %d (loss) chunks", batch, length, *chunks)
+            self._recommended[key] = chunks
+        return self._recommended[key]
 
-    def recipe_in_words(self) -> str:
+    def describe_recipe(self) -> str:
         recipe, every = self.recipe, {"none": "no checkpoints", "layer": "every layer checkpointed"}
         numbers = {"auto": "in as many chunks as recommended", 1: "in one piece"}
         mlp, loss = (numbers.get(n, f"in {n} chunks") for n in (recipe.mlp_chunks, recipe.loss_chunks))

@@ -45,13 +45,15 @@ class SummedProducts(TorchFunctionMode):
         return _Product.apply(x, weight, bias, self.sums, *places, turned, self.runtime)
 
 
-def summing(on: bool, leaves: Sequence[torch.Tensor], sums: Sums, runtime: Runtime) -> AbstractContextManager[Any]:
+def summing_products(
+    on: bool, leaves: Sequence[torch.Tensor], sums: Sums, runtime: Runtime
+) -> AbstractContextManager[Any]:
     return SummedProducts(leaves, sums, runtime) if on else nullcontext()
 
 
-def add_gradients(sums: Sums, found: Sequence[torch.Tensor | None], several: bool) -> None:
+def add_gradients(sums: Sums, gradients: Sequence[torch.Tensor | None], several: bool) -> None:
     """Add what autograd made of a chunk's gradients, in place; one chunk alone needs no sum in fp32."""
-    for n, gradient in enumerate(found):
+    for n, gradient in enumerate(gradients):
         if gradient is not None:
             total = sums[n]
             wide = (

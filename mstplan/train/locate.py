@@ -25,21 +25,21 @@ MIXING = ("mask", "position", "past_key", "cache", "state")
 """What the names of arguments hold that let a module look from one token to another. `hidden_states` is no such name."""
 
 
-class Mlp(NamedTuple):
+class LayerMlp(NamedTuple):
     """What a layer runs token by token. down: the second matrix, where `first` is but the first one."""
 
     first: nn.Module
     down: nn.Module | None
-    beside: tuple[nn.Module, ...]  # norms, dropout, activations of the layer, which may follow it
+    followers: tuple[nn.Module, ...]  # norms, dropout, activations of the layer, which may follow it
 
 
-class Parts(NamedTuple):
+class ModelParts(NamedTuple):
     model: PreTrainedModel  # the one with the head, inside of what wraps it (adapters, DDP)
     head: nn.Module
     layers: list[nn.Module]
 
 
-def find_parts(model: nn.Module) -> Parts:
+def find_parts(model: nn.Module) -> ModelParts:
     """Head and decoder layers of a causal language model. Raises ModelError naming what was not found."""
     name = type(model).__name__
     for inner in model.modules():
@@ -53,20 +53,20 @@ def find_parts(model: nn.Module) -> Parts:
     for part in (decoder, inner):
         layers = [m for m in part.modules() if isinstance(m, GradientCheckpointingLayer)] if part is not None else []
         if layers:
-            return Parts(inner, head, layers)
+            return ModelParts(inner, head, layers)
     layers = list(max((m for m in inner.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]))
     if len(layers) > 1 and not inner.supports_gradient_checkpointing:
-        return Parts(inner, head, layers)
+        return ModelParts(inner, head, layers)
     raise ModelError(f"{name} has no decoder layers (transformers' GradientCheckpointingLayer, or a list of layers).")
 
 
-def find_mlps(parts: Parts) -> list[tuple[nn.Module, Mlp]]:
+def find_mlps(parts: ModelParts) -> list[tuple[nn.Module, LayerMlp]]:
     """Layers and their MLPs; layers that only mix tokens have none. Raises ModelError when no layer has one, or when a
     layer owns matrices that are neither."""
     mlps = {
         mlp.first: (layer, mlp)
         for layer in parts.layers
-        for part in _with_sublayers(layer)
+        for part in _layer_and_sublayers(layer)
         for mlp in _layer_mlps(parts.model, part)
     }
     if not mlps:
@@ -77,53 +77,53 @@ def find_mlps(parts: Parts) -> list[tuple[nn.Module, Mlp]]:
     return list(mlps.values())
 
 
-def _layer_mlps(model: nn.Module, layer: nn.Module) -> list[Mlp]:
-    outside = list(_outside_mixers(layer))
-    beside = tuple(m for m in outside if _takes_tokens_alone(m) and not _matrices(m))
+def _layer_mlps(model: nn.Module, layer: nn.Module) -> list[LayerMlp]:
+    outside = list(_modules_outside_mixers(layer))
+    followers = tuple(m for m in outside if _takes_tokens_alone(m) and not _count_matrices(m))
     children = [part for child in layer.children() for part in (child if isinstance(child, nn.ModuleList) else [child])]
-    modules = [child for child in children if _matrices(child) > 1 and _takes_tokens_alone(child)]
+    modules = [child for child in children if _count_matrices(child) > 1 and _takes_tokens_alone(child)]
     served = {id(p) for module in modules for p in module.parameters()}
     if any(p.dim() == 3 and id(p) not in served for part in outside for p in part.parameters(recurse=False)):
         raise ModelError(
             f"{type(model).__name__}: the experts of {type(layer).__name__} are given more than hidden states.\nSet mlp_chunks=1."
         )
     if modules:
-        return [Mlp(module, None, tuple(m for m in beside if not _within(m, modules))) for module in modules]
+        return [LayerMlp(module, None, tuple(m for m in followers if not _is_inside(m, modules))) for module in modules]
     linears = [m for m in outside if _is_linear(m)]
-    pairs = [(a, b) for a, b in combinations(linears, 2) if _sizes(a) == _sizes(b)[::-1]]
+    pairs = [(a, b) for a, b in combinations(linears, 2) if _matrix_sizes(a) == _matrix_sizes(b)[::-1]]
     if not pairs:
         return []
     if len(linears) == 2:
-        return [Mlp(*pairs[0], beside)]
+        return [LayerMlp(*pairs[0], followers)]
     raise ModelError(
         f"{type(model).__name__}: {len(linears)} matrices of {type(layer).__name__} stand by themselves, none of them known as the MLP."
         "\nSet mlp_chunks=1."
     )
 
 
-def _with_sublayers(layer: nn.Module) -> list[nn.Module]:
+def _layer_and_sublayers(layer: nn.Module) -> list[nn.Module]:
     """The layer, and what in it is a layer too: it mixes tokens in one part and works token by token in another."""
-    found = [layer]
+    layers = [layer]
     for part in layer.modules():
         children = list(part.children())
-        attends = any(mixes(c) and not isinstance(c, nn.modules.conv._ConvNd) for c in children)
-        if part is not layer and attends and any(_matrices(c) > 1 and _takes_tokens_alone(c) for c in children):
-            found.append(part)
-    return found
+        attends = any(mixes_tokens(c) and not isinstance(c, nn.modules.conv._ConvNd) for c in children)
+        if part is not layer and attends and any(_count_matrices(c) > 1 and _takes_tokens_alone(c) for c in children):
+            layers.append(part)
+    return layers
 
 
-def _within(module: nn.Module, others: list[nn.Module]) -> bool:
+def _is_inside(module: nn.Module, others: list[nn.Module]) -> bool:
     return any(module is part for other in others for part in other.modules())
 
 
-def _outside_mixers(module: nn.Module) -> Iterator[nn.Module]:
+def _modules_outside_mixers(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if not mixes(child):
+        if not mixes_tokens(child):
             yield child
-            yield from _outside_mixers(child)
+            yield from _modules_outside_mixers(child)
 
 
-def mixes(module: nn.Module) -> bool:
+def mixes_tokens(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         return True
     names = inspect.signature(module.forward).parameters
@@ -136,10 +136,10 @@ def _takes_tokens_alone(module: nn.Module) -> bool:
     required = [
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return len(required) == 1 and not mixes(module)
+    return len(required) == 1 and not mixes_tokens(module)
 
 
-def _matrices(module: nn.Module) -> int:
+def _count_matrices(module: nn.Module) -> int:
     """How many it owns; a stack of matrices, such as experts', is several."""
     return sum(p.dim() - 1 for p in module.parameters() if p.dim() >= 2)
 
@@ -150,5 +150,5 @@ def _is_linear(module: nn.Module) -> bool:
     )
 
 
-def _sizes(linear: Any) -> tuple[int, int]:
+def _matrix_sizes(linear: Any) -> tuple[int, int]:
     return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)

@@ -19,32 +19,32 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ModelError
-from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summing
-from .lazy import Lazy, Run
+from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summing_products
+from .lazy import LazyTensor, Run
 from .runtime import Runtime
-from .weight_stand_ins import autocast_as_now, standing_in, trained_weights
+from .weight_stand_ins import current_autocast, swap_weights, trained_weights
 
 
-class LazyLogits(Lazy):
+class LazyLogits(LazyTensor):
     """Logits of a whole batch, never made whole. divisor: what the loss function will divide the summed loss by."""
 
     divisor: torch.Tensor | int | None = None
 
-    def like(self, run: Run, *modules: nn.Module, random: bool = False) -> Lazy:
-        more = super().like(run, *modules, random=random)
-        more.divisor = self.divisor  # type: ignore[attr-defined]
-        return more
+    def extended(self, run: Run, *modules: nn.Module, random: bool = False) -> LazyTensor:
+        logits = super().extended(run, *modules, random=random)
+        logits.divisor = self.divisor  # type: ignore[attr-defined]
+        return logits
 
-    def over(self, source: torch.Tensor) -> LazyLogits:
+    def with_source(self, source: torch.Tensor) -> LazyLogits:
         """The same function of other tokens."""
-        more = LazyLogits(source, self.run, self.modules, self.rows, self.runtime)
-        more.divisor = self.divisor
-        return more
+        logits = LazyLogits(source, self.run, self.modules, self.rows, self.runtime)
+        logits.divisor = self.divisor
+        return logits
 
-    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def call_function(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func is F.cross_entropy:
             return self.cross_entropy(*args[1:], **kwargs) if args and args[0] is self else self.refuse("cross_entropy")
-        return super().call(func, args, kwargs)
+        return super().call_function(func, args, kwargs)
 
     def cross_entropy(
         self,
@@ -66,7 +66,7 @@ class LazyLogits(Lazy):
         target = target.flatten()
         hidden = self.source.flatten(0, -2)
         count = (target != ignore_index).sum() if reduction == "mean" else 1 if self.divisor is None else self.divisor
-        early = _mantissa(count) if _in_fp16(hidden) else count
+        early_divisor = _mantissa(count) if _computes_in_fp16(hidden) else count
         for module in self.modules:
             unshard: Any = getattr(
                 module, "unshard", None
@@ -78,44 +78,44 @@ class LazyLogits(Lazy):
             self.run,
             self.modules,
             target,
-            early,
+            early_divisor,
             self.rows,
             self.runtime,
             ignore_index,
             *trained_weights(*self.modules),
         )
-        return loss / (count / early) if reduction == "mean" else loss * early
+        return loss / (count / early_divisor) if reduction == "mean" else loss * early_divisor
 
     def view(self, *shape: Any) -> LazyLogits:
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape
         if len(sizes) != 2 or sizes[0] not in (-1, self.source.shape[:-1].numel()):
             self.refuse(f"view{tuple(sizes)}")
-        return self.over(self.source.flatten(0, -2))
+        return self.with_source(self.source.flatten(0, -2))
 
     reshape = view
 
     def flatten(self, start: int = 0, end: int = -1) -> LazyLogits:
         if start != 0 or end not in (-2, self.source.dim() - 2):
             self.refuse(f"flatten({start}, {end})")
-        return self.over(self.source.flatten(0, -2))
+        return self.with_source(self.source.flatten(0, -2))
 
     def __getitem__(self, index: Any) -> LazyLogits:
         """Some of the tokens, or part of the vocabulary of all."""
-        parts = index if isinstance(index, tuple) else (index,)
+        indices = index if isinstance(index, tuple) else (index,)
         if (
-            parts
-            and parts[-1] == slice(None)
-            and (len(parts) == self.source.dim() or Ellipsis in parts)
-            and _keeps_shape(parts)
+            indices
+            and indices[-1] == slice(None)
+            and (len(indices) == self.source.dim() or Ellipsis in indices)
+            and _keeps_shape(indices)
         ):
-            return self.over(self.source[index])
-        if Ellipsis not in parts and len(parts) < self.source.dim() and _keeps_shape(parts):
-            return self.over(self.source[index])
-        if _keeps_shape(parts) and parts[:-1] in (
+            return self.with_source(self.source[index])
+        if Ellipsis not in indices and len(indices) < self.source.dim() and _keeps_shape(indices):
+            return self.with_source(self.source[index])
+        if _keeps_shape(indices) and indices[:-1] in (
             (...,),
             (slice(None),) * (self.source.dim() - 1),
         ):  # part of the vocabulary
-            return self.then(lambda value: value[..., parts[-1]])  # type: ignore[no-any-return]
+            return self.record_step(lambda value: value[..., indices[-1]])  # type: ignore[no-any-return]
         return self.refuse("part of them")
 
     @property
@@ -126,7 +126,7 @@ class LazyLogits(Lazy):
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
-    def unknown(self, what: str, use: Callable[[Any], Any]) -> Any:
+    def use_unrecorded(self, what: str, use: Callable[[Any], Any]) -> Any:
         self.refuse(what)
 
     def refuse(self, what: str) -> NoReturn:
@@ -142,13 +142,13 @@ def _mantissa(count: torch.Tensor | int) -> torch.Tensor:
     return whole / whole.log2().floor().exp2()
 
 
-def _in_fp16(hidden: torch.Tensor) -> bool:
-    autocast = autocast_as_now(hidden.device.type)
+def _computes_in_fp16(hidden: torch.Tensor) -> bool:
+    autocast = current_autocast(hidden.device.type)
     return torch.float16 in (hidden.dtype, autocast["dtype"] if autocast["enabled"] else None)
 
 
-def _keeps_shape(parts: Sequence[Any]) -> bool:
-    return all(isinstance(part, slice) or part is Ellipsis for part in parts)
+def _keeps_shape(indices: Sequence[Any]) -> bool:
+    return all(isinstance(index, slice) or index is Ellipsis for index in indices)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -168,31 +168,31 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_hidden, wants_any = ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         sums: Sums = [None] * len(weights)
-        straight = wants_any and can_sum_products(hidden, runtime)
-        total, autocast = None, autocast_as_now(hidden.device.type)
-        for _, place in runtime.pieces(hidden.shape[0], rows):
+        sums_products = wants_any and can_sum_products(hidden, runtime)
+        total, autocast = None, current_autocast(hidden.device.type)
+        for _, place in runtime.chunk_slices(hidden.shape[0], rows):
             chunk = hidden[place].detach().requires_grad_(wants_hidden)
             with (
                 torch.set_grad_enabled(wants_any),
                 torch.autocast(**autocast),
-                standing_in(modules, list(weights)) as leaves,
+                swap_weights(modules, list(weights)) as leaves,
             ):
-                with summing(straight, leaves, sums, runtime):
+                with summing_products(sums_products, leaves, sums, runtime):
                     logits = run(chunk.unsqueeze(0)).squeeze(0)
-                aims = targets[place].to(logits.device)
-                loss = F.cross_entropy(logits, aims, ignore_index=ignore, reduction="sum") / divisor
+                chunk_targets = targets[place].to(logits.device)
+                loss = F.cross_entropy(logits, chunk_targets, ignore_index=ignore, reduction="sum") / divisor
                 del logits
             total = loss.detach() if total is None else total + loss.detach()
             if wants_any:
                 inputs = [chunk, *leaves] if wants_hidden else leaves
-                found = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+                gradients = list(torch.autograd.grad(loss, inputs, allow_unused=True))
                 if d_hidden is not None:
-                    d_hidden[place] = found.pop(0)
-                add_gradients(sums, found, several=True)
-                del found  # before the next chunk's logits are made
+                    d_hidden[place] = gradients.pop(0)
+                add_gradients(sums, gradients, several=True)
+                del gradients  # before the next chunk's logits are made
             del loss, chunk
         ctx.d_hidden, ctx.dtypes = d_hidden, [w.dtype for w in weights]
-        ctx.d_weights = sums if _in_fp16(hidden) else as_gradients(sums, weights)
+        ctx.d_weights = sums if _computes_in_fp16(hidden) else as_gradients(sums, weights)
         assert total is not None
         return total
 

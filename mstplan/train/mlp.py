@@ -19,16 +19,16 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summing
-from .lazy import Lazy, Run
+from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summing_products
+from .lazy import LazyTensor, Run
 from .runtime import Runtime
-from .weight_stand_ins import autocast_as_now, standing_in, trained_weights
+from .weight_stand_ins import current_autocast, swap_weights, trained_weights
 
 
-class Between(Lazy):
+class MlpIntermediate(LazyTensor):
     """What lies between the two matrices of an MLP that is no module of its own. Never made whole."""
 
-    def unknown(self, what: str, use: Callable[[Any], Any]) -> Any:
+    def use_unrecorded(self, what: str, use: Callable[[Any], Any]) -> Any:
         self.refuse(what)
 
     def refuse(self, what: str) -> NoReturn:
@@ -38,35 +38,35 @@ class Between(Lazy):
         )
 
 
-class Output(Lazy):
+class MlpOutput(LazyTensor):
     """What an MLP hands out. Made, chunk by chunk, as soon as something wants it that is not done token by token."""
 
     skip: Callable[[], bool]  # says when nobody will read the values
     nodes: list[Any]  # of autograd's graph, that made them
-    beside: list[int]  # how many things the MLP hands out beside hidden states, once it is known
+    dropped_counts: list[int]  # how many things the MLP hands out beside hidden states, once it is known
 
     @property
     def value(self) -> Any:
-        """(..., d); a tuple where the MLP returns one, its first entry made, the others (router scores) `Unmade`."""
+        """(..., d); a tuple where the MLP returns one, its first entry made, the others (router scores) `DroppedOutput`."""
         if "_value" not in self.__dict__:
             self._value = chunked_mlp(self)
             del self.source, self.run  # nobody else may need those
         return self._value
 
-    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def call_function(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if "_value" in self.__dict__:
             return func(*[self.value if a is self else a for a in args], **kwargs)
-        return super().call(func, args, kwargs)
+        return super().call_function(func, args, kwargs)
 
-    def like(self, run: Run, *modules: nn.Module, random: bool = False) -> Lazy:
-        more = super().like(run, *modules, random=random)
-        more.skip, more.nodes, more.beside = self.skip, self.nodes, self.beside  # type: ignore[attr-defined]
-        return more
+    def extended(self, run: Run, *modules: nn.Module, random: bool = False) -> LazyTensor:
+        output = super().extended(run, *modules, random=random)
+        output.skip, output.nodes, output.dropped_counts = self.skip, self.nodes, self.dropped_counts  # type: ignore[attr-defined]
+        return output
 
-    def then(self, run: Run, *modules: nn.Module, random: bool = False) -> Any:
-        return run(self.value) if "_value" in self.__dict__ else super().then(run, *modules, random=random)
+    def record_step(self, run: Run, *modules: nn.Module, random: bool = False) -> Any:
+        return run(self.value) if "_value" in self.__dict__ else super().record_step(run, *modules, random=random)
 
-    def unknown(self, what: str, use: Callable[[Any], Any]) -> Any:
+    def use_unrecorded(self, what: str, use: Callable[[Any], Any]) -> Any:
         return use(self.value)
 
     def refuse(self, what: str) -> NoReturn:
@@ -78,16 +78,16 @@ class Output(Lazy):
         return iter(self.value)
 
 
-class Unmade(Lazy):
+class DroppedOutput(LazyTensor):
     """What an MLP hands out beside its output. It exists for one chunk at a time and is not kept."""
 
     def __init__(self, modules: tuple[nn.Module, ...]):
         self.name = type(modules[0]).__name__
 
-    def unknown(self, what: str, use: Callable[[Any], Any]) -> Any:
+    def use_unrecorded(self, what: str, use: Callable[[Any], Any]) -> Any:
         self.refuse(what)
 
-    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def call_function(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         self.refuse(getattr(func, "__name__", str(func)))
 
     def refuse(self, what: str) -> NoReturn:
@@ -96,44 +96,44 @@ class Unmade(Lazy):
         )
 
 
-def made(out: Any) -> Any:
+def materialize(out: Any) -> Any:
     """What a layer gives, with all of it there."""
-    if isinstance(out, tuple) and any(isinstance(part, Output) for part in out):
-        return tuple(made(part) for part in out)
-    return out.value if isinstance(out, Output) else out
+    if isinstance(out, tuple) and any(isinstance(entry, MlpOutput) for entry in out):
+        return tuple(materialize(entry) for entry in out)
+    return out.value if isinstance(out, MlpOutput) else out
 
 
-def chunked_mlp(lazy: Output) -> Any:
+def chunked_mlp(lazy: MlpOutput) -> Any:
     """The tensor that `lazy` stands for: source (..., d) to (..., width), differentiable."""
-    x, beside = lazy.source, lazy.beside
+    x, dropped_counts = lazy.source, lazy.dropped_counts
     seed = lazy.runtime.draw_seed() if lazy.random or draws_random(lazy.modules) else None
     weights = trained_weights(*lazy.modules)
     out: torch.Tensor = _ChunkedMlp.apply(
-        x.flatten(0, -2), lazy.modules, lazy.run, lazy.rows, lazy.runtime, seed, lazy.skip(), beside, *weights
+        x.flatten(0, -2), lazy.modules, lazy.run, lazy.rows, lazy.runtime, seed, lazy.skip(), dropped_counts, *weights
     )
     if out.grad_fn is not None:
         lazy.nodes.append(out.grad_fn)
     out = out.view(*x.shape[:-1], out.shape[-1])
-    return (out, *[Unmade(lazy.modules)] * beside[0]) if beside[0] else out
+    return (out, *[DroppedOutput(lazy.modules)] * dropped_counts[0]) if dropped_counts[0] else out
 
 
 def check_tokenwise(run: Run, x: torch.Tensor, modules: tuple[nn.Module, ...]) -> None:
     """Try `run` on a few tokens together and apart; raises ModelError when that differs: it looks from token to token."""
     if type(x) is not torch.Tensor or x.is_meta:  # no values, or traced
         return
-    few = x.detach().flatten(0, -2)[:4].unsqueeze(0)
+    sample = x.detach().flatten(0, -2)[:4].unsqueeze(0)
     training = [m for module in modules for m in module.modules() if m.training]
     try:
-        for part in training:
-            part.training = False
+        for module in training:
+            module.training = False
         with torch.no_grad():
-            together = _first(run(few))
-            apart = torch.cat([_first(run(few[:, :1])), _first(run(few[:, 1:]))])
+            together = _hidden_states(run(sample))
+            apart = torch.cat([_hidden_states(run(sample[:, :1])), _hidden_states(run(sample[:, 1:]))])
     finally:
-        for part in training:
-            part.training = True
+        for module in training:
+            module.training = True
     name = type(modules[0]).__name__
-    if together.shape != apart.shape or together.shape[0] != few.shape[1]:
+    if together.shape != apart.shape or together.shape[0] != sample.shape[1]:
         raise ModelError(f"cannot run {name} in chunks: it does not give one row for each token.\nSet mlp_chunks=1.")
     if (together - apart).norm() > 0.05 * together.norm():  # far above rounding, far below another token's share
         raise ModelError(
@@ -143,7 +143,7 @@ def check_tokenwise(run: Run, x: torch.Tensor, modules: tuple[nn.Module, ...]) -
 
 def draws_random(modules: tuple[nn.Module, ...]) -> bool:
     """Could they draw random numbers now (dropout, jitter, noise)? What only looks so costs one needless draw."""
-    return any(part.training and _draws_random(part) for module in modules for part in module.modules())
+    return any(child.training and _draws_random(child) for module in modules for child in module.modules())
 
 
 def _draws_random(module: nn.Module) -> bool:
@@ -165,21 +165,21 @@ def _calls_random(kind: type[nn.Module]) -> bool:
 def output_is_read(node: Any, output: torch.Tensor) -> bool:
     """Does anything between a chunked MLP, `node` of autograd's graph, and `output` need the MLP's values for its backward?
     Additions and changes of shape do not, nor does scaling by what is not trained; whatever else stands between may."""
-    pending, seen = [(output.grad_fn, False)], set()
+    pending, visited = [(output.grad_fn, False)], set()
     while pending:
-        at, reading = pending.pop()
+        current, reading = pending.pop()
         if (
-            at is None or (at, reading) in seen or at._sequence_nr() < node._sequence_nr()
+            current is None or (current, reading) in visited or current._sequence_nr() < node._sequence_nr()
         ):  # older ones cannot lie between
             continue
-        seen.add((at, reading))
-        if at is node:
+        visited.add((current, reading))
+        if current is node:
             if reading:
                 return True
             continue
-        following = [n for n, _ in at.next_functions if n is not None]
-        free = at.name() in _VALUE_FREE or (at.name() in _SCALING and len(following) == 1)
-        pending += [(n, reading or not free) for n in following]
+        next_nodes = [n for n, _ in current.next_functions if n is not None]
+        value_free = current.name() in _VALUE_FREE or (current.name() in _SCALING and len(next_nodes) == 1)
+        pending += [(n, reading or not value_free) for n in next_nodes]
     return False
 
 
@@ -205,20 +205,20 @@ class _ChunkedMlp(torch.autograd.Function):
         runtime: Runtime,
         seed: int | None,
         skip: bool,
-        beside: list[int],
+        dropped_counts: list[int],
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         ctx.modules, ctx.run, ctx.rows, ctx.runtime, ctx.seed = modules, run, rows, runtime, seed
         ctx.save_for_backward(x)
-        ctx.autocast, ctx.sums_products = autocast_as_now(x.device.type), can_sum_products(x, runtime)
+        ctx.autocast, ctx.sums_products = current_autocast(x.device.type), can_sum_products(x, runtime)
         if skip:
             return torch.empty_like(x)
         out: torch.Tensor | None = None
-        for n, place in runtime.pieces(x.shape[0], rows):
+        for n, place in runtime.chunk_slices(x.shape[0], rows):
             with _seeded(x.device, seed, n):
                 piece = run(x[place].unsqueeze(0))
-            beside[0] = len(piece) - 1 if isinstance(piece, tuple) else 0
-            piece = _first(piece)
+            dropped_counts[0] = len(piece) - 1 if isinstance(piece, tuple) else 0
+            piece = _hidden_states(piece)
             if out is None:
                 out = piece.new_empty(x.shape[0], piece.shape[-1])
             out[place] = piece
@@ -233,30 +233,30 @@ class _ChunkedMlp(torch.autograd.Function):
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         several = x.shape[0] > ctx.rows
         sums: Sums = [None] * len(weights)
-        for n, place in ctx.runtime.pieces(x.shape[0], ctx.rows):
+        for n, place in ctx.runtime.chunk_slices(x.shape[0], ctx.rows):
             piece = x[place].detach().requires_grad_(d_x is not None)
             with (
-                standing_in(ctx.modules, weights) as leaves,
-                summing(several and ctx.sums_products, leaves, sums, ctx.runtime),
+                swap_weights(ctx.modules, weights) as leaves,
+                summing_products(several and ctx.sums_products, leaves, sums, ctx.runtime),
             ):
-                out = _again(ctx, n, piece)
+                out = _rerun_chunk(ctx, n, piece)
             inputs = [piece, *leaves] if d_x is not None else leaves
-            found = list(torch.autograd.grad(out, inputs, incoming[place], allow_unused=True))
+            gradients = list(torch.autograd.grad(out, inputs, incoming[place], allow_unused=True))
             del out
             if d_x is not None:
-                d_x[place] = found.pop(0)
-            add_gradients(sums, found, several)
-            del found, piece  # before the next chunk's intermediates are made
+                d_x[place] = gradients.pop(0)
+            add_gradients(sums, gradients, several)
+            del gradients, piece  # before the next chunk's intermediates are made
         return (d_x, *[None] * 7, *as_gradients(sums, weights))
 
 
-def _again(ctx: Any, n: int, piece: torch.Tensor) -> torch.Tensor:
+def _rerun_chunk(ctx: Any, n: int, piece: torch.Tensor) -> torch.Tensor:
     """Chunk n's forward once more, with the random numbers and the autocast of the first time."""
     with _seeded(piece.device, ctx.seed, n), torch.enable_grad(), torch.autocast(**ctx.autocast):
-        return _first(ctx.run(piece.unsqueeze(0)))
+        return _hidden_states(ctx.run(piece.unsqueeze(0)))
 
 
-def _first(out: Any) -> torch.Tensor:
+def _hidden_states(out: Any) -> torch.Tensor:
     """The hidden states (n, d) in what an MLP returns for (1, n, d)."""
     hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return hidden.flatten(0, -2)

@@ -26,26 +26,26 @@ class HostCopies:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._latest: Callable[[], Copy | None] = _nothing
+        self._latest: Callable[[], HostCopy | None] = _no_copy
         self._streams: dict[torch.device, Any] = {}
 
     def __deepcopy__(self, _memo: Any) -> HostCopies:
         return HostCopies(self.runtime)  # of another model
 
     @contextmanager
-    def keeping(self, index: int) -> Iterator[None]:
+    def keep_on_host(self, index: int) -> Iterator[None]:
         """Within the context, what autograd saves is kept on the host; index: of the layer, 0 begins a forward pass."""
 
-        def pack(tensor: torch.Tensor) -> Copy:
-            before = self._latest if index > 0 else _nothing
-            copy = Copy(tensor, before, self._side_stream(tensor.device), self.runtime)
-            if (last := before()) is not None:
-                last.release()
+        def pack(tensor: torch.Tensor) -> HostCopy:
+            previous = self._latest if index > 0 else _no_copy
+            copy = HostCopy(tensor, previous, self._side_stream(tensor.device), self.runtime)
+            if (latest := previous()) is not None:
+                latest.release()
             self._latest = weakref.ref(copy)
             return copy
 
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: pack(t) if t.numel() else t, lambda k: k.take() if isinstance(k, Copy) else k
+            lambda t: pack(t) if t.numel() else t, lambda k: k.take() if isinstance(k, HostCopy) else k
         ):
             yield
 
@@ -57,15 +57,17 @@ class HostCopies:
         return self._streams[device]
 
 
-class Copy:
-    """One tensor on the host. before: gives that of the layer before, which backward wants next."""
+class HostCopy:
+    """One tensor on the host. previous: gives that of the layer before, which backward wants next."""
 
-    def __init__(self, tensor: torch.Tensor, before: Callable[[], Copy | None], side: Any, runtime: Runtime):
-        self.before, self.side, self.device = before, side, tensor.device
+    def __init__(
+        self, tensor: torch.Tensor, previous: Callable[[], HostCopy | None], side_stream: Any, runtime: Runtime
+    ):
+        self.previous, self.side_stream, self.device = previous, side_stream, tensor.device
         self.fetched: torch.Tensor | None = None
-        self.host = runtime.host_memory(tensor, pinned=side is not None)
+        self.host_tensor = runtime.empty_on_host(tensor, pinned=side_stream is not None)
         self.source: torch.Tensor | None = tensor  # held until the copy is done
-        self._copy(self.source, self.host)
+        self._copy(self.source, self.host_tensor)
 
     def release(self) -> None:
         """Let go of the tensor on the device; its memory is free once the compute stream is past the copy."""
@@ -78,8 +80,8 @@ class Copy:
         if self.source is not None:  # it never left
             self.fetched, self.source = self.source, None
         if self.fetched is None:
-            self.fetched = torch.empty_like(self.host, device=self.device)
-            self._copy(self.host, self.fetched)
+            self.fetched = torch.empty_like(self.host_tensor, device=self.device)
+            self._copy(self.host_tensor, self.fetched)
 
     def take(self) -> torch.Tensor:
         """The tensor, back on the device, for the recomputation of its layer; the one before is on its way then."""
@@ -87,8 +89,8 @@ class Copy:
         self._wait()
         assert self.fetched is not None
         tensor, self.fetched = self.fetched, None
-        if (before := self.before()) is not None:
-            before.fetch()
+        if (previous := self.previous()) is not None:
+            previous.fetch()
         return tensor
 
     def __del__(self) -> None:
@@ -98,18 +100,18 @@ class Copy:
             self._wait()
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        if self.side is None:
+        if self.side_stream is None:
             target.copy_(source)
             return
-        self.side.wait_stream(torch.accelerator.current_stream(self.device))
-        with self.side:
+        self.side_stream.wait_stream(torch.accelerator.current_stream(self.device))
+        with self.side_stream:
             target.copy_(source, non_blocking=True)
-            self.done = self.side.record_event()
+            self.copied_event = self.side_stream.record_event()
 
     def _wait(self) -> None:
-        if self.side is not None:
-            torch.accelerator.current_stream(self.device).wait_event(self.done)
+        if self.side_stream is not None:
+            torch.accelerator.current_stream(self.device).wait_event(self.copied_event)
 
 
-def _nothing() -> None:
+def _no_copy() -> None:
     return None

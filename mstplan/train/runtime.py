@@ -27,7 +27,7 @@ class Runtime:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
-    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+    def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
         """Room on the host for a tensor like `like`. Raises RuntimeError when there is none."""
         try:
             return torch.empty_like(like, device="cpu", pin_memory=pinned)
@@ -43,7 +43,7 @@ class Runtime:
         """For the random numbers of one MLP's chunks; None: they need not be the same in both passes."""
         return int(torch.randint(1 << 62, ()))
 
-    def pieces(self, tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
+    def chunk_slices(self, tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
         """(number, place) of each chunk of at most `rows` of `tokens` tokens."""
         for n, start in enumerate(range(0, tokens, rows)):
             yield n, slice(start, min(start + rows, tokens))

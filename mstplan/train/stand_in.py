@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..spec.model import Attention, Experts, LayerKind, Mlp, Model, StandIn
-from .locate import Parts, find_mlps, find_parts
+from .locate import ModelParts, find_mlps, find_parts
 
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "top_k")
@@ -52,25 +52,27 @@ def stand_in(model: PreTrainedModel, name: str, why: str) -> Model:
     )
 
 
-def _mlps(parts: Parts, hidden: int, per_token: int) -> tuple[dict[nn.Module, Experts], dict[nn.Module, Mlp]]:
+def _mlps(parts: ModelParts, hidden: int, per_token: int) -> tuple[dict[nn.Module, Experts], dict[nn.Module, Mlp]]:
     """Of each layer that has them, the experts and the MLP, by the shapes of their weights."""
     try:
-        found = find_mlps(parts)
+        layer_mlps = find_mlps(parts)
     except ModelError:
-        found = []
+        layer_mlps = []
     routed: dict[nn.Module, Experts] = {}
     mlps: dict[nn.Module, Mlp] = {}
-    for layer, mlp in found:
-        of = next((one for one in parts.layers if any(part is layer for part in one.modules())), layer)
+    for layer, mlp in layer_mlps:
+        decoder_layer = next(
+            (candidate for candidate in parts.layers if any(part is layer for part in candidate.modules())), layer
+        )
         weights = [w for top in (mlp.first, mlp.down) if top is not None for w in top.parameters()]
         stacks = [w for w in weights if w.dim() == 3 and hidden in w.shape[1:]]
         widths = [w.numel() // hidden for w in weights if w.dim() == 2 and hidden in w.shape]
         if stacks:
             number = stacks[0].shape[0]
             width = min(w.numel() // (number * hidden) for w in stacks)
-            routed[of] = Experts(number, min(per_token, number), width, "silu")
+            routed[decoder_layer] = Experts(number, min(per_token, number), width, "silu")
         elif widths:
-            mlps[of] = Mlp(min(widths), "silu", gated=sum(widths) > 2 * min(widths))
+            mlps[decoder_layer] = Mlp(min(widths), "silu", gated=sum(widths) > 2 * min(widths))
     return routed, mlps
 
 
@@ -83,9 +85,9 @@ def _number(settings: Any, name: str) -> int | None:
 
 
 def _first_number(settings: Any, names: tuple[str, ...]) -> int | None:
-    return next((found for name in names if (found := _number(settings, name)) is not None), None)
+    return next((number for name in names if (number := _number(settings, name)) is not None), None)
 
 
-def _divisor(settings: Any, name: str, of: int) -> int | None:
+def _divisor(settings: Any, name: str, dividend: int) -> int | None:
     value = _number(settings, name)
-    return value if value is not None and of % value == 0 else None
+    return value if value is not None and dividend % value == 0 else None

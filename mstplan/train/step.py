@@ -43,7 +43,7 @@ def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> Pr
     fields = {name: value for name, value in config.items() if name != "quantization_config"}
     kind = one_line(config.get("model_type"))
     if code_from is not None and "auto_map" in config:
-        return _read(lambda: AutoConfig.from_pretrained(code_from, trust_remote_code=True), kind)
+        return _read_or_refuse(lambda: AutoConfig.from_pretrained(code_from, trust_remote_code=True), kind)
     if kind not in CONFIG_MAPPING:
         way_out = (
             "--trust-remote-code runs the code that comes with it."
@@ -53,23 +53,23 @@ def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> Pr
         raise ModelError(
             f"transformers {transformers.__version__} has no code for this model (model_type {kind}).\n{way_out}"
         )
-    return _read(lambda: AutoConfig.for_model(**fields), kind)
+    return _read_or_refuse(lambda: AutoConfig.for_model(**fields), kind)
 
 
-def _read(make: Callable[[], PreTrainedConfig], kind: str) -> PreTrainedConfig:
+def _read_or_refuse(read: Callable[[], PreTrainedConfig], kind: str) -> PreTrainedConfig:
     try:
-        return make()
+        return read()
     except Exception as e:  # noqa: BLE001  transformers raises what it likes
         raise ModelError(f"transformers cannot read this model ({kind}): {one_line(e)}") from None
 
 
-def build(
+def build_model(
     settings: PreTrainedConfig, recipe: Recipe, attention: str, device: str, remote_code: bool = False
 ) -> PreTrainedModel:
     """The model with random weights, in training mode; `settings` stay as they are. remote_code: may code that is not
     transformers' be run? Raises ModelError where there is none."""
-    settings = without_cache(copy.deepcopy(settings))
-    with torch.device(device), quiet():
+    settings = turn_cache_off(copy.deepcopy(settings))
+    with torch.device(device), quiet_transformers():
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 settings, dtype=DTYPES[recipe.precision], attn_implementation=attention, trust_remote_code=remote_code
@@ -89,7 +89,7 @@ def build(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence what transformers says about settings that no training step reads."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -99,11 +99,11 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def without_cache(settings: PreTrainedConfig) -> PreTrainedConfig:
+def turn_cache_off(settings: PreTrainedConfig) -> PreTrainedConfig:
     """Turn the cache of keys and values off, in place, in a configuration and its parts. Training never reads it."""
-    for part in (settings, *(getattr(settings, name, None) for name in settings.sub_configs)):
-        if part is not None:
-            part.use_cache = False
+    for config in (settings, *(getattr(settings, name, None) for name in settings.sub_configs)):
+        if config is not None:
+            config.use_cache = False
     return settings
 
 
@@ -129,9 +129,9 @@ class TrainingStep:
                 checkpoint=recipe.checkpoint,
                 offload=recipe.offload_layer_inputs,
             )
-        make = OPTIMIZERS[recipe.optimizer].make(recipe)
-        self.optimizer = None if recipe.optimizer_in_backward else make(trained(model))
-        self.in_backward = step_in_backward(model, make) if recipe.optimizer_in_backward else []
+        make_optimizer = OPTIMIZERS[recipe.optimizer].make(recipe)
+        self.optimizer = None if recipe.optimizer_in_backward else make_optimizer(weights_to_train(model))
+        self.backward_optimizers = step_in_backward(model, make_optimizer) if recipe.optimizer_in_backward else []
         vocabulary = vocabulary_of(model)
         self.tokens, self.labels = (
             torch.randint(0, vocabulary, (recipe.batch, seq_len), device=self.device) for _ in range(2)
@@ -165,28 +165,28 @@ class TrainingStep:
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Vocabulary usable as input and as label; embedding and head may be padded to different sizes."""
-    read = model.get_input_embeddings().num_embeddings
-    written = getattr(model.get_output_embeddings(), "out_features", read)
-    return min(read, written, getattr(model.config.get_text_config(), "unpadded_vocab_size", read))
+    input_size = model.get_input_embeddings().num_embeddings
+    output_size = getattr(model.get_output_embeddings(), "out_features", input_size)
+    return min(input_size, output_size, getattr(model.config.get_text_config(), "unpadded_vocab_size", input_size))
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
+def weights_to_train(model: nn.Module) -> list[nn.Parameter]:
     """Weights that get gradients; some families have others, such as routers' corrections."""
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def step_in_backward(model: nn.Module, make: Make) -> list[torch.optim.Optimizer]:
+def step_in_backward(model: nn.Module, make_optimizer: Make) -> list[torch.optim.Optimizer]:
     """Step each weight as soon as its gradient is there, then let the gradient go."""
     optimizers = []
-    for weight in trained(model):
-        optimizer = make([weight])
+    for weight in weights_to_train(model):
+        optimizer = make_optimizer([weight])
         optimizers.append(optimizer)
 
-        def hook(_weight: torch.Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+        def step_weight(_weight: torch.Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        weight.register_post_accumulate_grad_hook(hook)
+        weight.register_post_accumulate_grad_hook(step_weight)
     return optimizers
 
 

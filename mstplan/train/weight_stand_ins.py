@@ -13,7 +13,7 @@ from ..errors import ModelError
 
 
 @contextmanager
-def standing_in(modules: Iterable[nn.Module], weights: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def swap_weights(modules: Iterable[nn.Module], weights: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Within the context the modules compute with detached copies (same storage) of `weights`, which are given out.
 
     Hooks on the real weights, and the graphs they belong to, see the sum over all chunks only, once.
@@ -39,18 +39,18 @@ def trained_weights(*modules: nn.Module) -> list[torch.Tensor]:
     for part in parts:
         if any(torch.is_tensor(value) and value.requires_grad for value in vars(part).values()):
             _refuse(part, "its weights are views of FSDP 1's flat one. Use FSDP 2 (fully_shard, or fsdp_version: 2)")
-    found = {id(w): w for part in parts for w in part.parameters(recurse=False) if w.requires_grad}
+    weights = {id(w): w for part in parts for w in part.parameters(recurse=False) if w.requires_grad}
     for part in parts:
         if any(hasattr(w, "placements") or hasattr(w, "ds_id") for w in part.parameters(recurse=False)):
             _refuse(part, "its weights are sharded by themselves. Shard whole decoder layers with FSDP 2 (fully_shard)")
-    return list(found.values())
+    return list(weights.values())
 
 
 def _refuse(part: nn.Module, why: str) -> NoReturn:
     raise ModelError(f"cannot run {type(part).__name__} in chunks: {why},\nor set mlp_chunks=1 and loss_chunks=1.")
 
 
-def autocast_as_now(device: str) -> dict[str, Any]:
+def current_autocast(device: str) -> dict[str, Any]:
     """The autocast of this moment, for a chunk. Without its cache: that would keep the casts of every chunk's stand-in weights
     until autocast ends."""
     state = {"device_type": device, "enabled": False, "cache_enabled": False}

@@ -24,10 +24,10 @@ from ..step.recipe import Recipe, strategy
 from ..step.steps import segment_length
 from .checkpoint import Checkpoints
 from .chunks import ChunkCounts
-from .lazy import Lazy
-from .locate import Mlp, find_mlps, find_parts
+from .lazy import LazyTensor
+from .locate import LayerMlp, find_mlps, find_parts
 from .loss import LazyLogits
-from .mlp import Between, Output, check_tokenwise, made, output_is_read
+from .mlp import MlpIntermediate, MlpOutput, check_tokenwise, materialize, output_is_read
 from .runtime import RUNTIME, Runtime
 
 LOG = logging.getLogger("mstplan")
@@ -71,7 +71,7 @@ class Minisequence:
         model, RecipeError for settings that make no sense; the model is as it was then.
         """
         _refuse(unknown)
-        recipe = _recipe(mlp_chunks, loss_chunks, checkpoint, offload)
+        recipe = _read_recipe(mlp_chunks, loss_chunks, checkpoint, offload)
         parts = find_parts(model)
         inner = parts.model
         if hasattr(inner, "_mstplan"):
@@ -88,7 +88,7 @@ class Minisequence:
         for layer, mlp in mlps:
             _chunk_mlp(layer, mlp, settings)
         inner._mstplan = settings
-        _patch(inner, _model_forward)
+        _patch_forward(inner, _model_forward)
         LOG.info("minisequence: %s", self.describe(model))
         return model
 
@@ -97,7 +97,7 @@ class Minisequence:
         for module in model.modules():
             settings = module.__dict__.get("_mstplan")
             if isinstance(settings, _Settings) and isinstance(module, PreTrainedModel):
-                return f"{type(module).__name__}: {settings.counts.recipe_in_words()}"
+                return f"{type(module).__name__}: {settings.counts.describe_recipe()}"
         return f"{type(model).__name__} is not wrapped"
 
     def undo(self, model: AnyModel) -> AnyModel:
@@ -111,8 +111,8 @@ class Minisequence:
             ):
                 settings.checkpoints.undo()
             if "_mstplan_whole" in module.__dict__:
-                _restore(module)
-            for key in [k for k, hook in module._forward_hooks.items() if hook is _layer_done]:
+                _restore_forward(module)
+            for key in [k for k, hook in module._forward_hooks.items() if hook is _note_output_use]:
                 del module._forward_hooks[key]
             for name in ("_mstplan_mlps", "_mstplan_read", "_mstplan_nodes", "_mstplan_beside"):
                 module.__dict__.pop(name, None)
@@ -133,7 +133,7 @@ def _refuse(unknown: Iterable[str]) -> None:
         )
 
 
-def _recipe(mlp_chunks: int | None, loss_chunks: int | None, checkpoint: Checkpoint, offload: bool) -> Recipe:
+def _read_recipe(mlp_chunks: int | None, loss_chunks: int | None, checkpoint: Checkpoint, offload: bool) -> Recipe:
     for name, value in (("mlp_chunks", mlp_chunks), ("loss_chunks", loss_chunks)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise RecipeError(f"{name} must be a whole number from 1, or None for the recommended one, not {value!r}.")
@@ -159,7 +159,7 @@ def _recipe(mlp_chunks: int | None, loss_chunks: int | None, checkpoint: Checkpo
 # ---- in the way of a module's forward ---------------------------------------------------------------------------------
 
 
-def _patch(module: nn.Module, function: Callable[..., Any]) -> None:
+def _patch_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     """Let `function(module, ...)` run for module.forward, under the signature of the latter."""
     module._mstplan_whole = module.__dict__.get("forward")  # type: ignore[assignment]
 
@@ -172,14 +172,14 @@ def _patch(module: nn.Module, function: Callable[..., Any]) -> None:
     module.forward = MethodType(forward, module)
 
 
-def _restore(module: Any) -> None:
-    before = module.__dict__.pop("_mstplan_whole")
+def _restore_forward(module: Any) -> None:
+    forward_before = module.__dict__.pop("_mstplan_whole")
     del module.forward
-    if before is not None:
-        module.forward = before
+    if forward_before is not None:
+        module.forward = forward_before
 
 
-def _whole(module: Any) -> Callable[..., Any]:
+def _plain_forward(module: Any) -> Callable[..., Any]:
     """The forward that the module would run had it not been patched."""
     return module._mstplan_whole or partial(type(module).forward, module)
 
@@ -187,67 +187,69 @@ def _whole(module: Any) -> Callable[..., Any]:
 # ---- MLP ----------------------------------------------------------------------------------------------------------------
 
 
-def _chunk_mlp(layer: Any, mlp: Mlp, settings: _Settings) -> None:
+def _chunk_mlp(layer: Any, mlp: LayerMlp, settings: _Settings) -> None:
     mlp.first._mstplan = settings  # type: ignore[assignment]
     mlp.first._mstplan_read = None  # type: ignore[assignment]
-    _patch(mlp.first, _mlp_forward if mlp.down is None else _up_forward)
-    for module in (*mlp.beside, *([mlp.down] if mlp.down is not None else [])):
+    _patch_forward(mlp.first, _mlp_forward if mlp.down is None else _up_forward)
+    for module in (*mlp.followers, *([mlp.down] if mlp.down is not None else [])):
         if "_mstplan_whole" not in module.__dict__:
-            _patch(module, _following_forward if module is not mlp.down else _down_forward)
+            _patch_forward(module, _following_forward if module is not mlp.down else _down_forward)
     if mlp.down is not None and "_mstplan_whole" not in layer.__dict__:
-        _patch(layer, _layer_as_it_is)
+        _patch_forward(layer, _run_uncompiled)
     if "_mstplan_mlps" not in layer.__dict__:
         layer._mstplan_mlps = ()
-        layer.register_forward_hook(_layer_done)
+        layer.register_forward_hook(_note_output_use)
     layer._mstplan_mlps += (mlp.first,)
 
 
 def _mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """An MLP: its output is made as soon as something reads it, in chunks. Compiled code gets it at once, and does not look in."""
-    return _made_mlp(self, *args, **kwargs) if torch.compiler.is_compiling() else _lazy_mlp(self, *args, **kwargs)
+    return (
+        _materialized_mlp(self, *args, **kwargs) if torch.compiler.is_compiling() else _lazy_mlp(self, *args, **kwargs)
+    )
 
 
 @torch.compiler.disable
-def _made_mlp(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return made(_lazy_mlp(self, *args, **kwargs))
+def _materialized_mlp(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return materialize(_lazy_mlp(self, *args, **kwargs))
 
 
 def _lazy_mlp(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not args:  # hidden states by name
         args = (kwargs.pop(next(iter(kwargs))),)
-    x, args = made(args[0]), args[1:]
+    x, args = materialize(args[0]), args[1:]
     rows = _chunk_rows(self, x, *args, *kwargs.values())
     if rows is None:
-        return _whole(self)(x, *args, **kwargs)
-    whole = _whole(self)
-    return _output(self, x, lambda piece: whole(piece, *args, **kwargs), (self,), rows)
+        return _plain_forward(self)(x, *args, **kwargs)
+    plain = _plain_forward(self)
+    return _mlp_output(self, x, lambda piece: plain(piece, *args, **kwargs), (self,), rows)
 
 
 @torch.compiler.disable  # what lies between the two matrices is no tensor that compiled code could hand on
-def _layer_as_it_is(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return _whole(self)(*args, **kwargs)
+def _run_uncompiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _plain_forward(self)(*args, **kwargs)
 
 
 def _up_forward(self: Any, x: torch.Tensor) -> Any:
     """The first matrix of an MLP that is no module: what it gives is not made before the second one."""
-    x = made(x)
+    x = materialize(x)
     rows = _chunk_rows(self, x)
     if rows is None:
-        return _whole(self)(x)
-    return Between(x, _whole(self), (self,), rows, self._mstplan.runtime)
+        return _plain_forward(self)(x)
+    return MlpIntermediate(x, _plain_forward(self), (self,), rows, self._mstplan.runtime)
 
 
 def _down_forward(self: Any, x: Any) -> Any:
-    whole = _whole(self)
-    if not isinstance(x, Between):
-        return whole(x)
-    return _output(x.modules[0], x.source, x.then(whole, self).run, (*x.modules, self), x.rows, x.random)
+    plain = _plain_forward(self)
+    if not isinstance(x, MlpIntermediate):
+        return plain(x)
+    return _mlp_output(x.modules[0], x.source, x.record_step(plain, self).run, (*x.modules, self), x.rows, x.random)
 
 
 def _following_forward(self: Any, x: Any) -> Any:
     """A norm, dropout or activation: of what is not made yet it makes something that is not made yet."""
-    whole = _whole(self)
-    return x.then(whole, self) if isinstance(x, Lazy) else whole(x)
+    plain = _plain_forward(self)
+    return x.record_step(plain, self) if isinstance(x, LazyTensor) else plain(x)
 
 
 def _chunk_rows(mlp: Any, x: torch.Tensor, *others: Any) -> int | None:
@@ -259,30 +261,30 @@ def _chunk_rows(mlp: Any, x: torch.Tensor, *others: Any) -> int | None:
         or x.shape[-2] == 1
     ):
         return None
-    if any(torch.is_tensor(other) or isinstance(other, Lazy) for other in others):
+    if any(torch.is_tensor(other) or isinstance(other, LazyTensor) for other in others):
         raise ModelError(
             f"cannot run {type(mlp).__name__} in chunks: it is given more tensors than hidden states.\nSet mlp_chunks=1."
         )
-    chunks = mlp._mstplan.counts.of(x).mlp
+    chunks = mlp._mstplan.counts.chunks_for(x).mlp
     return chunk_tokens(x.shape[-2], chunks) * (x.shape[:-1].numel() // x.shape[-2]) if chunks > 1 else None
 
 
-def _output(
+def _mlp_output(
     mlp: Any, x: torch.Tensor, run: Callable[..., Any], modules: tuple[nn.Module, ...], rows: int, random: bool = False
 ) -> Any:
-    out = Output(x, run, modules, rows, mlp._mstplan.runtime, random)
-    out.nodes, out.beside = [], mlp.__dict__.setdefault("_mstplan_beside", [0])
+    out = MlpOutput(x, run, modules, rows, mlp._mstplan.runtime, random)
+    out.nodes, out.dropped_counts = [], mlp.__dict__.setdefault("_mstplan_beside", [0])
     checkpoints = mlp._mstplan.checkpoints
-    out.skip = lambda: mlp._mstplan_read is False and checkpoints is not None and checkpoints.discards
+    out.skip = lambda: mlp._mstplan_read is False and checkpoints is not None and checkpoints.discards_output
     if mlp._mstplan_read is None:
         check_tokenwise(run, x, modules)
         mlp._mstplan_nodes = out.nodes
     return out
 
 
-def _layer_done(layer: Any, _inputs: Any, output: Any) -> Any:
+def _note_output_use(layer: Any, _inputs: Any, output: Any) -> Any:
     """After a layer: is its MLP's output read by anything whose backward wants the values?"""
-    output = made(output)
+    output = materialize(output)
     hidden = output[0] if isinstance(output, tuple) else output
     for mlp in layer._mstplan_mlps:
         nodes = mlp.__dict__.pop("_mstplan_nodes", [])
@@ -296,34 +298,34 @@ def _layer_done(layer: Any, _inputs: Any, output: Any) -> Any:
 
 def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """In training with labels: the head hands on lazy logits, which cross entropy makes chunk by chunk."""
-    settings, whole = self._mstplan, _whole(self)
-    given = {**dict(zip(inspect.signature(whole).parameters, args, strict=False)), **kwargs} if args else kwargs
-    _refuse_router_losses(self, settings, given)
-    chunked = settings.loss and self.training and given.get("labels") is not None
+    settings, plain = self._mstplan, _plain_forward(self)
+    arguments = {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs} if args else kwargs
+    _refuse_router_losses(self, settings, arguments)
+    chunked = settings.loss and self.training and arguments.get("labels") is not None
     if settings.loss and self.training and torch.is_grad_enabled() and not chunked:
-        _say_that_logits_are_whole(self, settings, given)
+        _warn_of_whole_logits(self, settings, arguments)
     head = self.get_output_embeddings() if chunked else None
     used: list[bool] = []
-    before = head.__dict__.get("forward") if head is not None else None
+    head_forward = head.__dict__.get("forward") if head is not None else None
     if head is not None:
-        head.forward = _lazily(head, settings, given.get("num_items_in_batch"), used)
+        head.forward = _lazy_head(head, settings, arguments.get("num_items_in_batch"), used)
     try:
-        out = whole(*args, **kwargs)
+        out = plain(*args, **kwargs)
         if head is not None and not used:
             raise ModelError(
                 f"{type(self).__name__} computes its loss past its LM head (get_output_embeddings()).\nSet loss_chunks=1."
             )
     finally:
         if head is not None:
-            _set_forward(head, before)
+            _set_forward(head, head_forward)
         if settings.checkpoints is not None:
-            settings.checkpoints.abandon()
-    return _without_lazy(out)
+            settings.checkpoints.abandon_segment()
+    return _drop_lazy(out)
 
 
-def _say_that_logits_are_whole(model: Any, settings: _Settings, given: dict[str, Any]) -> None:
+def _warn_of_whole_logits(model: Any, settings: _Settings, arguments: dict[str, Any]) -> None:
     """A training step without labels. Trainer still gives the number of tokens when it means to compute the loss itself."""
-    if given.get("num_items_in_batch") is not None:
+    if arguments.get("num_items_in_batch") is not None:
         raise ModelError(
             f"{type(model).__name__} is asked for logits, for a loss that the trainer computes itself (label smoothing, compute_loss_func): "
             "that cannot run in chunks.\nSet loss_chunks=1, or leave label_smoothing_factor and compute_loss_func out."
@@ -336,14 +338,14 @@ def _say_that_logits_are_whole(model: Any, settings: _Settings, given: dict[str,
         )
 
 
-def _lazily(head: nn.Module, settings: _Settings, divisor: Any, used: list[bool]) -> Callable[..., Any]:
+def _lazy_head(head: nn.Module, settings: _Settings, divisor: Any, used: list[bool]) -> Callable[..., Any]:
     """The head's forward for one step; it notes in `used` that it ran."""
     plain = head.forward
 
     @wraps(plain)
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         used.append(True)
-        chunks = settings.counts.of(hidden).loss
+        chunks = settings.counts.chunks_for(hidden).loss
         if chunks == 1:
             return plain(hidden, *args, **kwargs)
         rows = chunk_tokens(hidden.shape[-2], chunks) * (hidden.shape[:-1].numel() // hidden.shape[-2])
@@ -361,19 +363,19 @@ def _set_forward(module: Any, forward: Any) -> None:
         module.forward = forward
 
 
-def _without_lazy(out: Any) -> Any:
+def _drop_lazy(out: Any) -> Any:
     """The model's output without the logits that were never made."""
     if isinstance(out, tuple):
-        return tuple(part for part in out if not isinstance(part, Lazy))
-    if any(isinstance(part, Lazy) for part in out.values()):
-        return type(out)(**{name: part for name, part in out.items() if not isinstance(part, Lazy)})
+        return tuple(value for value in out if not isinstance(value, LazyTensor))
+    if any(isinstance(value, LazyTensor) for value in out.values()):
+        return type(out)(**{name: value for name, value in out.items() if not isinstance(value, LazyTensor)})
     return out
 
 
-def _refuse_router_losses(model: Any, settings: _Settings, given: dict[str, Any]) -> None:
-    wanted = given.get("output_router_logits")
-    wanted = getattr(model.config, "output_router_logits", False) if wanted is None else wanted
-    if wanted and settings.mlps and torch.is_grad_enabled():
+def _refuse_router_losses(model: Any, settings: _Settings, arguments: dict[str, Any]) -> None:
+    wants_scores = arguments.get("output_router_logits")
+    wants_scores = getattr(model.config, "output_router_logits", False) if wants_scores is None else wants_scores
+    if wants_scores and settings.mlps and torch.is_grad_enabled():
         raise ModelError(
             f"{type(model).__name__}: output_router_logits wants the router's scores of all tokens, which chunks do not keep."
             "\nSet mlp_chunks=1, or output_router_logits=False to train without the auxiliary loss."

@@ -19,7 +19,7 @@ from mstplan.plan.solve import step_sizes
 from mstplan.show import validating
 from mstplan.step.instants import Instant
 from mstplan.step.recipe import strategy
-from mstplan.tracing.simulation import held, needed
+from mstplan.tracing.simulation import required_bytes, simulate
 from mstplan.tracing.tracer import trace
 from mstplan.units import MIB
 
@@ -36,7 +36,7 @@ def on_card(
     """A step on a card, as the trace has it, times a share."""
     one = case(seq_len=tokens, device="cuda", model=model)
     traced = trace(TINY, one.recipe, tokens, workspace=WORKSPACE)
-    reserved = held(traced, expandable=False).reserved
+    reserved = simulate(traced, expandable=False).reserved
     found = as_traced(
         one, traced, share, reserved=reserved, device=reserved + context, context=context, workspace=WORKSPACE
     )
@@ -57,7 +57,7 @@ def test_reserved_is_what_the_simulated_allocator_reserves():
     row = next(row for row in validate.validate([on_card()]).rows if row.what == RESERVED)
     assert row.rung == TRACE and row.error == 0
     m = on_card(environment={**CARD, "allocator": "expandable_segments:True"})
-    expandable = held(validate.trace_measured(m), expandable=True).reserved
+    expandable = simulate(validate.trace_measured(m), expandable=True).reserved
     assert (
         next(row for row in validate.validate([m]).rows if row.what == RESERVED).predicted
         == expandable
@@ -81,7 +81,7 @@ def test_the_context_is_never_from_the_model_that_it_predicts():
 def test_what_was_to_fit_and_ran_out():
     h100 = card("h100").gpu
     fits, context = trace(TINY, strategy("checkpoint"), 512, workspace=h100.workspaces_bytes), h100.context_bytes
-    enough = needed(fits) + context + 30 * MIB
+    enough = required_bytes(fits) + context + 30 * MIB
     lost = [
         on_card(outcome=OUT_OF_MEMORY, ranks=(), case=case(device="cuda", limit=limit))
         for limit in (enough, fits.peak.bytes // 2 + context)

@@ -12,7 +12,7 @@ from mstplan.measuring.worker import attempt_step, max_by_phase, measure_here, r
 from mstplan.step.instants import Instant
 from mstplan.step.recipe import STRATEGIES
 from mstplan.tracing.tracer import trace
-from mstplan.train.step import TrainingStep, build, read_settings
+from mstplan.train.step import TrainingStep, build_model, read_settings
 from mstplan.units import GIB, MIB
 
 from ..tracing.tiny import TINY
@@ -133,7 +133,7 @@ def test_peaks_are_of_what_is_named(counters):
 def test_instants_and_phases_from_counters(counters):
     """A step on the CPU, of which each instant adds a byte for every mark: what is read belongs to the right names."""
     recipe = strategy("checkpoint", precision="fp32")
-    step = TrainingStep(build(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 16)
+    step = TrainingStep(build_model(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 16)
     step.run()
     counters.allocate(100)
     instants, phases = worker._watch_on_cuda(step)

@@ -12,7 +12,7 @@ from mstplan.show import plot, timeline
 from mstplan.spec.config import read_config
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import recipe_in_words, strategy
-from mstplan.tracing.findings import view
+from mstplan.tracing.findings import build_view
 from mstplan.tracing.recording import Category
 from mstplan.units import GIB, format_gib
 
@@ -26,7 +26,7 @@ CARD = card(memory=8 * GIB)
 def shown():
     model = read_config(TINY, "tiny")
     trace = step_of(RECIPE, 4096).with_workspace(CARD.gpu.workspaces_bytes)
-    return view(
+    return build_view(
         model, CARD, "checkpoint", trace, solve.plan_at(model, RECIPE, CARD, 4096), {"torch": "1", "transformers": "2"}
     )
 

@@ -124,7 +124,7 @@ class Watch(TorchDispatchMode):
         self._list_alive = list_alive
         self._on_host: set[int] = set()
 
-    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+    def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
         """Stands in for the runtime's: on fake tensors host and device are one, but only the device is counted."""
         made = torch.empty_like(like)
         storage = made.untyped_storage()
@@ -178,8 +178,8 @@ class OnCard(Runtime):
         in_place = total is not None and a.dtype.itemsize == 2
         return total if in_place else super().add_product(total, a, b)
 
-    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
-        return self.watch.host_memory(like, pinned)
+    def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+        return self.watch.empty_on_host(like, pinned)
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

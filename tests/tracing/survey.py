@@ -29,11 +29,11 @@ from transformers.utils import logging
 
 from mstplan.errors import InputError
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing import cuda
+from mstplan.tracing import cuda_stand_ins
 from mstplan.tracing.trace import Trace
-from mstplan.tracing.tracer import OWN_FAILURE, record, trace_settings, whole_model
+from mstplan.tracing.tracer import OWN_FAILURE, record_passes, trace_settings, whole_model
 from mstplan.train.locate import find_parts
-from mstplan.train.step import TrainingStep, build
+from mstplan.train.step import TrainingStep, build_model
 from tests.train.survey import causal_lm_classes, one_line
 from tests.train.tiny import WIDTH, tiny_config
 
@@ -120,7 +120,7 @@ def settings_of(cls: type[PreTrainedModel]) -> PreTrainedConfig:
     for make in (deep_config, partial(deep_config, per_layer=str)):
         try:
             settings = make(config_cls)
-            if len(find_parts(build(settings, PLAIN, "eager", "meta")).layers) <= MOST_LAYERS:
+            if len(find_parts(build_model(settings, PLAIN, "eager", "meta")).layers) <= MOST_LAYERS:
                 return settings
         except Exception:  # noqa: BLE001, PERF203 - layers that cannot be more
             continue
@@ -192,10 +192,10 @@ def compare(settings: PreTrainedConfig, recipe: Recipe, tokens: int) -> Finding:
 def for_real(settings: PreTrainedConfig, recipe: Recipe, short: Trace) -> Trace:
     """`short` with a step of all layers and chunks in it, made on tensors that have values."""
     attention = whole_model(settings, recipe, short.on, remote_code=False).config._attn_implementation
-    model = build(settings, recipe, attention, "cpu")
-    with patch.object(cuda, "on_fake_tensors", nullcontext):
-        made = record(model, recipe, short.seq_len, list(range(short.units)), short.on)
-    return replace(short, kept=tuple(range(short.units)), short=made)
+    model = build_model(settings, recipe, attention, "cpu")
+    with patch.object(cuda_stand_ins, "on_fake_tensors", nullcontext):
+        recording = record_passes(model, recipe, short.seq_len, list(range(short.units)), short.on)
+    return replace(short, kept=tuple(range(short.units)), short=recording)
 
 
 def difference(found: Trace, wanted: Trace) -> str:
@@ -214,7 +214,7 @@ def difference(found: Trace, wanted: Trace) -> str:
 def runs(settings: PreTrainedConfig, recipe: Recipe, tokens: int) -> bool:
     """Does the step run on the CPU?"""
     try:
-        TrainingStep(build(settings, recipe, "eager", "cpu"), recipe, tokens).run()
+        TrainingStep(build_model(settings, recipe, "eager", "cpu"), recipe, tokens).run()
     except Exception:  # noqa: BLE001 - the class's own failure
         return False
     return True

@@ -11,10 +11,10 @@ import torch
 
 from mstplan.measuring.allocations import Allocations, record_step
 from mstplan.step.recipe import STRATEGIES, Recipe, strategy
-from mstplan.tracing.allocation_diff import KNOWN_ON_CPU, differences, of_trace, unexplained
+from mstplan.tracing.allocation_diff import KNOWN_ON_CPU, allocations_of_trace, differences, unexplained
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import attention_of, trace
-from mstplan.train.step import TrainingStep, build, read_settings
+from mstplan.train.step import TrainingStep, build_model, read_settings
 
 HIDDEN, LAYERS = 256, 3  # sqrt: a checkpoint over two layers and one over the third
 SMALL: dict[str, Any] = {
@@ -74,7 +74,7 @@ def really(config: dict[str, Any], recipe: Recipe, seq_len: int) -> Allocations:
     """What the second step allocates. The first, of few tokens, makes the optimizer's states."""
     settings = read_settings(config)
     torch.manual_seed(0)
-    step = TrainingStep(build(settings, recipe, attention_of(recipe, settings, "cpu"), "cpu"), recipe, seq_len)
+    step = TrainingStep(build_model(settings, recipe, attention_of(recipe, settings, "cpu"), "cpu"), recipe, seq_len)
     batch = step.tokens, step.labels
     step.tokens, step.labels = (ids[:, :16].clone() for ids in batch)
     step.run()
@@ -87,7 +87,7 @@ def both(config: dict[str, Any], recipe: Recipe, seq_len: int) -> tuple[Trace, A
 
 
 def assert_same_sequence(traced: Trace, real: Allocations) -> None:
-    found = differences(of_trace(traced), real.sequence(), KNOWN_ON_CPU, ABOVE)
+    found = differences(allocations_of_trace(traced), real.sequence(), KNOWN_ON_CPU, ABOVE)
     assert not unexplained(found), "\n".join(map(str, unexplained(found)))
 
 
@@ -168,7 +168,7 @@ def test_attention_has_buffers_for_every_thread():
     traced, real = both(config_of("llama"), recipe_of("standard", precision="fp32"), 1056)
     assert_same_sequence(traced, real)
     assert_same_peaks(traced, real)
-    blocks = [made.bytes for made in traced.step.made if "every thread" in made.operation]
+    blocks = [storage.bytes for storage in traced.step.storages if "every thread" in storage.operation]
     assert blocks == [2 * (256 * 512 + 2 * 256 + 256 * 64) * 4] * LAYERS + [2 * 2 * 256 * 512 * 4] * LAYERS
 
 

@@ -11,13 +11,13 @@ from mstplan.tracing.allocation_diff import (
     KNOWN_ON_CPU,
     MISSING,
     Allocation,
-    Known,
+    KnownBuffer,
+    allocations_of_history,
     differences,
-    of_cuda,
     unexplained,
 )
 
-SCRATCH = Known("scratch", "a kernel's own", "a test", "scratch$")
+SCRATCH = KnownBuffer("scratch", "a kernel's own", "a test", "scratch$")
 LARGE = 1 << 20
 
 
@@ -29,7 +29,7 @@ STEP = sequence((1, "a"), (2, "b"), (1, "c"), (3, "d"), (2, "e"), (1, "f"))
 
 
 def told(found) -> list[tuple[str, int, str]]:
-    return [(d.what, d.at, d.allocation.name) for d in found]
+    return [(d.what, d.position, d.allocation.name) for d in found]
 
 
 def test_equal_sequences_have_no_differences():
@@ -114,8 +114,8 @@ def test_the_fewest_unexplained_differences():
         found = differences(ours, theirs, [SCRATCH])
         bad = len(unexplained(found))
         assert (bad, len(found) - bad) == fewest(ours, theirs)
-        left = [a for n, a in enumerate(ours) if (EXTRA, n) not in {(d.what, d.at) for d in found}]
-        right = [a for n, a in enumerate(theirs) if (MISSING, n) not in {(d.what, d.at) for d in found}]
+        left = [a for n, a in enumerate(ours) if (EXTRA, n) not in {(d.what, d.position) for d in found}]
+        right = [a for n, a in enumerate(theirs) if (MISSING, n) not in {(d.what, d.position) for d in found}]
         assert [a.bytes for a in left] == [a.bytes for a in right]
 
 
@@ -127,7 +127,10 @@ def test_rows_of_cudas_history():
         ["free_completed", LARGE + 512, 0, []],
         ["alloc", 512, 0, []],
     ]
-    assert of_cuda(rows) == [Allocation(LARGE + 512, "train.py:9:step > nn.py:3:linear"), Allocation(512, "")]
+    assert allocations_of_history(rows) == [
+        Allocation(LARGE + 512, "train.py:9:step > nn.py:3:linear"),
+        Allocation(512, ""),
+    ]
 
 
 def test_every_known_buffer_says_why_and_from_where():

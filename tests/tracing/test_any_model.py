@@ -17,8 +17,8 @@ from mstplan.step.instants import Pass
 from mstplan.step.recipe import Recipe
 from mstplan.tracing.recorder import Recorder
 from mstplan.tracing.trace import Trace
-from mstplan.tracing.tracer import _shorten, trace, trace_settings
-from mstplan.train.step import build, read_settings, vocabulary_of
+from mstplan.tracing.tracer import _shorten_settings, trace, trace_settings
+from mstplan.train.step import build_model, read_settings, vocabulary_of
 
 from .survey import settings_of
 from .tiny import TINY
@@ -44,7 +44,7 @@ def settings(name: str) -> PreTrainedConfig:
 
 
 def shapes(traced: Trace) -> set[tuple[int, ...]]:
-    return {made.shape for made in traced.step.made}
+    return {storage.shape for storage in traced.step.storages}
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_a_mask_of_ones_is_no_mask():
     """Bart makes one for itself; on a card the model looks at it and leaves it out."""
     traced = trace_settings(settings("BartForCausalLM"), Recipe(), 47)
     assert not [shape for shape in shapes(traced) if shape[-2:] == (47, 47)]
-    assert any(made.operation == "flash: log-sum-exp" for made in traced.step.made)
+    assert any(storage.operation == "flash: log-sum-exp" for storage in traced.step.storages)
 
 
 @pytest.mark.parametrize("precision", ["mixed", "fp32"])
 def test_experts_in_other_precisions(precision):
     traced = trace_settings(settings("MixtralForCausalLM"), Recipe(precision=precision), 16)
-    assert any(made.operation == "_grouped_mm" and made.dtype == "float32" for made in traced.step.made)
+    assert any(storage.operation == "_grouped_mm" and storage.dtype == "float32" for storage in traced.step.storages)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_module_that_all_layers_share_is_of_the_layer_that_runs_it():
             place.unit
             for place, span in traced.short.blocks()
             for event in span
-            if place.run == run and "act" in traced.short.made[traced.short.events[event][0]].module.split(".")
+            if place.run == run and "act" in traced.short.storages[traced.short.events[event][0]].module.split(".")
         }
         assert units == set(range(len(traced.kept))), run
 
@@ -127,7 +127,7 @@ def test_settings_of_single_layers_move_with_them():
     """Gemma 4 gives some layers a head size of their own, by their number."""
     gemma = settings("Gemma4UnifiedForCausalLM")
     assert [layer.head_dim for layer in gemma.per_layer_config] == [8, 8, 8, 8, 8, 16]
-    _shorten(gemma, 6, [0, 1, 5])
+    _shorten_settings(gemma, 6, [0, 1, 5])
     assert [layer.head_dim for layer in gemma.per_layer_config] == [8, 8, 16]
     assert gemma.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
 
@@ -157,8 +157,10 @@ def test_settings_stay_as_they_are():
 
 
 def test_tokens_are_those_that_are_read_and_told_apart():
-    assert vocabulary_of(build(settings("MllamaForCausalLM"), Recipe(), "eager", "meta")) == 61  # it reads 8 more
-    assert vocabulary_of(build(settings("InklingForCausalLM"), Recipe(), "eager", "meta")) == 61  # its head has 3 more
+    assert vocabulary_of(build_model(settings("MllamaForCausalLM"), Recipe(), "eager", "meta")) == 61  # it reads 8 more
+    assert (
+        vocabulary_of(build_model(settings("InklingForCausalLM"), Recipe(), "eager", "meta")) == 61
+    )  # its head has 3 more
 
 
 @pytest.mark.parametrize("kind", ["own", None, ["llama"], {}])

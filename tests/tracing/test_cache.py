@@ -17,7 +17,7 @@ import pytest
 from mstplan.errors import MissingError
 from mstplan.step.recipe import strategy
 from mstplan.tracing import cache, tracer
-from mstplan.tracing.simulation import all_events, held, name_of
+from mstplan.tracing.simulation import all_events, frame_names, simulate
 from mstplan.tracing.snapshot import snapshot
 from mstplan.tracing.trace import Trace
 
@@ -89,13 +89,13 @@ def test_half_a_file_is_made_anew(made, own_folder):
 
 def _kept(path: Path, text: bytes, digest: bytes | None = None) -> None:
     path.unlink(missing_ok=True)
-    path.write_bytes(gzip.compress((digest or cache._digest(path, text)) + b"\n" + text))
+    path.write_bytes(gzip.compress((digest or cache._digest_of_file(path, text)) + b"\n" + text))
 
 
 def test_another_text_is_made_anew(made, own_folder):
     """Also one that could be a trace: of other bytes, or of another step."""
     kept, other = cache.trace_of(TINY, CHECKPOINT, 512), cache.trace_of(TINY, CHECKPOINT, 1024)
-    file, others = sorted(own_folder.iterdir(), key=lambda path: cache._read(path) == other)
+    file, others = sorted(own_folder.iterdir(), key=lambda path: cache._read_trace(path) == other)
     whole, digest = file.read_bytes(), gzip.decompress(file.read_bytes()).split(b"\n")[0]
     for damage in (lambda text: text.replace(b"512", b"513", 1), lambda text: text + b" ", lambda text: text[:-1]):
         _kept(file, damage(gzip.decompress(whole).split(b"\n")[1]), digest)
@@ -108,8 +108,8 @@ def test_another_text_is_made_anew(made, own_folder):
 def _use(trace: Trace) -> None:
     """All that commands read off a trace."""
     assert trace.peak.bytes >= 0 and trace.requested and trace.host_peak >= 0 and trace.alive(trace.peak.event)
-    held(trace, expandable=True, limit=2**40)
-    snapshot(all_events(trace), lambda key: name_of(trace, key), expandable=True)
+    simulate(trace, expandable=True, limit=2**40)
+    snapshot(all_events(trace), lambda key: frame_names(trace, key), expandable=True)
     json.dumps([trace.as_data(), [a._asdict() for a in trace.alive(trace.peak.event)]], allow_nan=False)
 
 
@@ -120,10 +120,10 @@ def test_what_is_read_can_be_used(own_folder):
     document = json.loads(json.dumps(tracer.trace(TINY, CHECKPOINT, 512).as_data()))
     seen = {True: 0, False: 0}
     _kept(path, json.dumps(document).encode())
-    _use(cache._read(path))
+    _use(cache._read_trace(path))
     for what, text in damages(document, seed=3, per_place=3):
         _kept(path, text.encode())
-        found = cache._read(path)
+        found = cache._read_trace(path)
         seen[found is None] += 1
         try:
             if found is not None:
@@ -154,7 +154,7 @@ def test_events_that_contradict_themselves(own_folder, events, part):
     document = json.loads(json.dumps(tracer.trace(TINY, CHECKPOINT, 512).as_data()))
     document[part]["events"][: len(events) or None] = events
     _kept(path, json.dumps(document).encode())
-    assert cache._read(path) is None
+    assert cache._read_trace(path) is None
 
 
 def test_no_pipe_and_no_bomb(made, own_folder, tmp_path):
@@ -170,7 +170,7 @@ def test_no_pipe_and_no_bomb(made, own_folder, tmp_path):
     ):
         file.unlink()
         make()
-        assert cache._read(file) is None
+        assert cache._read_trace(file) is None
         pipes = [stat.S_ISFIFO(os.stat(path).st_mode) for path in (file, device)]
         assert cache.trace_of(TINY, CHECKPOINT, 512) == kept
         assert pipes == [stat.S_ISFIFO(os.stat(path).st_mode) for path in (file, device)]
@@ -204,7 +204,7 @@ def _write(folder: str, times: int) -> None:
     os.environ["MSTPLAN_HOME"] = folder
     trace = tracer.trace(TINY, CHECKPOINT, 512)
     for _ in range(times):
-        cache._write(cache.folder() / "same.json.gz", trace)
+        cache._write_trace(cache.folder() / "same.json.gz", trace)
 
 
 def test_two_processes_may_write_the_same(tmp_path):
@@ -215,7 +215,7 @@ def test_two_processes_may_write_the_same(tmp_path):
     path, seen = tmp_path / "traces" / "same.json.gz", 0
     while any(writer.is_alive() for writer in writers):
         if path.exists():
-            assert cache._read(path) is not None
+            assert cache._read_trace(path) is not None
             seen += 1
     assert seen and [writer.exitcode for writer in writers] == [0, 0]
     assert [file.name for file in path.parent.iterdir()] == ["same.json.gz"]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mstplan import profiles
 from mstplan.step.instants import Pass
 from mstplan.step.recipe import STRATEGIES, Recipe, strategy
-from mstplan.tracing.extend import Unlike, extend, few, part, row
-from mstplan.tracing.recording import Made, Place, Recording
+from mstplan.tracing.extend import Unlike, extend, layers_to_run, make_row, select_layers
+from mstplan.tracing.recording import Place, Recording, Storage
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
@@ -39,12 +39,12 @@ def narrow(name: str, layers: int) -> dict[str, Any]:
     return {**config, **SMALL, "num_hidden_layers": layers}
 
 
-def happened(traced: Trace) -> Iterator[tuple[Place, int, Made]]:
+def happened(traced: Trace) -> Iterator[tuple[Place, int, Storage]]:
     """(where, +1 or -1, what) of every event."""
     step = traced.step
     for place, span in step.blocks():
         for index, sign in step.events[span.start : span.stop]:
-            yield place, sign, step.made[index]
+            yield place, sign, step.storages[index]
 
 
 def check(config: dict[str, Any], recipe: Recipe) -> None:
@@ -98,22 +98,22 @@ def test_few_layers_tell_all_with_several_to_a_checkpoint(model, layers, every, 
 
 @given(st.lists(st.sampled_from("ab"), min_size=1, max_size=40), st.integers(1, 6), st.integers(1, 2))
 def test_few_shows_every_pattern(kinds, every, reach):
-    whole = row(kinds, every, reach)
-    kept = few(whole)
+    whole = make_row(kinds, every, reach)
+    kept = layers_to_run(whole)
     patterns = whole.patterns()
     assert {patterns[i] for i in kept} == set(patterns)
     assert len(set(kept)) == len(kept)
-    assert part(whole, kept).patterns() == [
+    assert select_layers(whole, kept).patterns() == [
         patterns[i] for i in kept
     ]  # each between the neighbours that it has in the whole
-    assert kept[: whole.beginning()] == list(range(whole.beginning()))
+    assert kept[: whole.count_leading()] == list(range(whole.count_leading()))
 
 
 def test_few_of_many_alike():
-    assert len(few(row(["a"] * 126))) == 4
-    assert len(few(row(["a"] * 3 + ["b"] * 58))) <= 8
-    assert len(few(row(["a"] * 126, 11))) <= 16
-    assert len(few(row(list("sssssf" * 10 + "ss"), 8))) <= 25
+    assert len(layers_to_run(make_row(["a"] * 126))) == 4
+    assert len(layers_to_run(make_row(["a"] * 3 + ["b"] * 58))) <= 8
+    assert len(layers_to_run(make_row(["a"] * 126, 11))) <= 16
+    assert len(layers_to_run(make_row(list("sssssf" * 10 + "ss"), 8))) <= 25
 
 
 class Step:
@@ -143,14 +143,14 @@ class Step:
         for place, sign, what in self.done:
             found.enter(Place(place.run, self.number[place.unit]))
             if sign > 0:
-                index[what] = found.add(Made(8, (4,), "bfloat16", "empty", ""))
+                index[what] = found.add(Storage(8, (4,), "bfloat16", "empty", ""))
             else:
                 found.events.append((index[what], -1))
         return found
 
 
-ALIKE = row("aaaaa")
-FEW = few(ALIKE)
+ALIKE = make_row("aaaaa")
+FEW = layers_to_run(ALIKE)
 
 
 def test_by_hand():
@@ -193,8 +193,8 @@ def test_what_all_share():
 
 def test_what_some_share():
     """Layer 3 is the last of its kind that is run, but not the last of the whole."""
-    whole = row("aaabaaabaaabaaa")
-    kept = few(whole)
+    whole = make_row("aaabaaabaaabaaa")
+    kept = layers_to_run(whole)
     assert kept[:4] == [0, 1, 2, 3] and [whole.kinds[i] for i in kept].count("b") == 1
 
     def shared(run: str, *units: int) -> Recording:

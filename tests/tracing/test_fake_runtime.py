@@ -7,23 +7,23 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mstplan.step.recipe import strategy
-from mstplan.tracing.cuda import as_on_cuda
+from mstplan.tracing.cuda_stand_ins import as_on_cuda
 from mstplan.tracing.fake_runtime import FakeCardRuntime, FakeRuntime
 from mstplan.tracing.recorder import Recorder
 from mstplan.train.runtime import RUNTIME
-from mstplan.train.step import TrainingStep, build, read_settings
+from mstplan.train.step import TrainingStep, build_model, read_settings
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 8), (24, 8), (23, 8), (9, 3)])
 def test_up_to_three_chunks_are_all_run(tokens, rows):
-    assert list(FakeRuntime(3).pieces(tokens, rows)) == list(RUNTIME.pieces(tokens, rows))
+    assert list(FakeRuntime(3).chunk_slices(tokens, rows)) == list(RUNTIME.chunk_slices(tokens, rows))
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(25, 8), (32, 8), (1000, 7)])
 def test_of_more_the_first_two_and_the_last_as_they_are(tokens, rows):
-    every = list(RUNTIME.pieces(tokens, rows))
-    assert list(FakeRuntime(3).pieces(tokens, rows)) == [*every[:2], every[-1]]
-    assert list(FakeRuntime().pieces(tokens, rows)) == every
+    every = list(RUNTIME.chunk_slices(tokens, rows))
+    assert list(FakeRuntime(3).chunk_slices(tokens, rows)) == [*every[:2], every[-1]]
+    assert list(FakeRuntime().chunk_slices(tokens, rows)) == every
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -52,7 +52,7 @@ def test_dropout_right_after_a_chunked_mlp_keeps_its_backward(dropout):
     config |= {"vocab_size": 61, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "dropout": dropout}
     recipe = strategy("mst", mlp_chunks=4, loss_chunks=4, optimizer="sgd")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model, recorder = build(read_settings(config), recipe, "sdpa", "cpu"), Recorder({}, 0)
+        model, recorder = build_model(read_settings(config), recipe, "sdpa", "cpu"), Recorder({}, 0)
         with as_on_cuda(recorder):
             step = TrainingStep(model, recipe, 32, FakeCardRuntime(recorder))
             step.forward().backward()

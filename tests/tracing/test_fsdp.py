@@ -18,7 +18,7 @@ from mstplan.plan.solve import _step, fixed_chunks, step_sizes
 from mstplan.spec.catalog import load_config
 from mstplan.spec.hardware import find_gpu
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing.fsdp import BUFFER, GATHERED, SCATTER, SHARDS, ranks, shard_shape
+from mstplan.tracing.fsdp import BUFFER, GATHERED, SCATTER, SHARDS, first_of_ranks, shard_shape
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
@@ -77,7 +77,7 @@ def traced(recipe: Recipe) -> Trace:
 def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
     found = traced(recipes()[name])
     events, _ = without_known(real[0][name]["runs"][0])
-    assert [e[0] for e in events if e[0] > LARGE] == [m.bytes for m in found.step.made if m.bytes > LARGE]
+    assert [e[0] for e in events if e[0] > LARGE] == [m.bytes for m in found.step.storages if m.bytes > LARGE]
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -160,16 +160,16 @@ def test_few_layers_tell_all(name, more):
 def test_what_is_held_while_a_layer_runs():
     """In forward its weights and its buffer; in backward its weights, the buffer of the layer before, the input of the reduce-scatter after."""
     found = trace(CONFIG, strategy("checkpoint", gpus=8, sharding="fsdp"), TOKENS, whole=True)
-    layer = sum(m.bytes for m in found.step.made if m.operation == GATHERED and "layers.2." in m.module + ".") // 2
+    layer = sum(m.bytes for m in found.step.storages if m.operation == GATHERED and "layers.2." in m.module + ".") // 2
     for run, buffers in (("forward", {"2": 1}), ("backward", {"1": 1})):
         span = next(span for place, span in found.step.blocks() if place == (run, 2))
         alive = [
-            found.step.made[i] for i in found.step.alive_at(span[-1] if run == "forward" else span[len(span) // 2])
+            found.step.storages[i] for i in found.step.alive_at(span[-1] if run == "forward" else span[len(span) // 2])
         ]
         held = [m for m in alive if m.operation == BUFFER and "layers" in m.module]
         assert len(held) == sum(buffers.values()) and all(m.bytes == layer for m in held)
         assert len([m for m in alive if m.operation == SCATTER]) == (run == "backward")
-    assert len([m for m in found.step.made if m.operation == SHARDS]) == CONFIG["num_hidden_layers"] + 1
+    assert len([m for m in found.step.storages if m.operation == SHARDS]) == CONFIG["num_hidden_layers"] + 1
 
 
 def check_formula(name: str, recipe: Recipe, tokens: int) -> None:
@@ -221,11 +221,11 @@ def test_a_process_group_that_is_there_is_left_alone(tmp_path):
     try:
         with (
             pytest.raises(RecipeError, match="init_process_group"),
-            ranks(strategy("checkpoint", gpus=2, sharding="fsdp")),
+            first_of_ranks(strategy("checkpoint", gpus=2, sharding="fsdp")),
         ):
             pass
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
-    with ranks(strategy("checkpoint")) as mesh:
+    with first_of_ranks(strategy("checkpoint")) as mesh:
         assert mesh is None

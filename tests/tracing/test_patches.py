@@ -11,8 +11,8 @@ import mstplan
 from mstplan.errors import VersionError
 from mstplan.step.recipe import Recipe
 from mstplan.tracing import patches
-from mstplan.tracing.cuda import as_on_cuda
-from mstplan.tracing.fsdp import seen_by
+from mstplan.tracing.cuda_stand_ins import as_on_cuda
+from mstplan.tracing.fsdp import record_fsdp
 from mstplan.tracing.patches import ATTENTION, DROPOUT, GATHER_BUFFER, GATHER_INPUTS, PACKED_SEQUENCES, TARGETS, patched
 from mstplan.tracing.recorder import Recorder
 from mstplan.tracing.tracer import trace
@@ -36,7 +36,7 @@ def test_each_is_there_unless_the_release_is_older(target):
     assert patches._release(target.read_in) >= (target.since or (0, 0))
 
 
-@pytest.mark.parametrize("context", [as_on_cuda, seen_by])
+@pytest.mark.parametrize("context", [as_on_cuda, record_fsdp])
 def test_all_come_back_after_an_error_too(context):
     before = now()
     with context(Recorder({}, 0)):

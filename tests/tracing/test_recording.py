@@ -11,9 +11,9 @@ from mstplan.errors import RecipeError
 from mstplan.kept import adapter_for
 from mstplan.step.instants import Pass
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing.recording import Category, Place, Recorded, Recording, largest
+from mstplan.tracing.recording import Category, Place, Recording, RecordingData, largest
 from mstplan.tracing.tracer import trace
-from mstplan.train.step import TrainingStep, build, read_settings
+from mstplan.train.step import TrainingStep, build_model, read_settings
 
 TINY = {
     "model_type": "llama",
@@ -38,31 +38,31 @@ def plain() -> Recording:
 
 def test_what_is_alive_adds_up(plain):
     most, at = largest(plain.live())
-    assert sum(plain.made[i].bytes for i in plain.alive_at(at)) == most
+    assert sum(plain.storages[i].bytes for i in plain.alive_at(at)) == most
     released = [index for index, sign in plain.events if sign < 0]
-    assert len(set(released)) == len(released) and len(plain.events) == len(plain.made) + len(released)
+    assert len(set(released)) == len(released) and len(plain.events) == len(plain.storages) + len(released)
 
 
 def test_modules_are_named_in_both_passes(plain):
     for run in (Pass.FORWARD, Pass.BACKWARD):
         wide = {
-            plain.made[plain.events[e][0]].module
+            plain.storages[plain.events[e][0]].module
             for place, span in plain.blocks()
             if place.run == run
             for e in span
-            if plain.events[e][1] > 0 and plain.made[plain.events[e][0]].shape[1:] == (32, 48)
+            if plain.events[e][1] > 0 and plain.storages[plain.events[e][0]].shape[1:] == (32, 48)
         }
         assert wide and all(".mlp" in name for name in wide), wide
 
 
 def test_categories(plain):
-    by_shape = {(m.shape, m.category) for m in plain.made}
+    by_shape = {(m.shape, m.category) for m in plain.storages}
     assert ((1, 32, 48), Category.MLP) in by_shape
     assert ((1, 32, 32), Category.INPUTS) in by_shape
     assert ((1, 4, 32), Category.ATTENTION) in by_shape or ((1, 32, 4, 8), Category.ATTENTION) in by_shape
-    gradients = [m for m in plain.made if m.category == Category.GRADIENTS]
-    assert len(gradients) == len(list(build(read_settings(TINY), Recipe(), "eager", "meta").parameters()))
-    logits = [m for m in plain.made if m.shape[-1:] == (61,) and m.shape[0] != 61]
+    gradients = [m for m in plain.storages if m.category == Category.GRADIENTS]
+    assert len(gradients) == len(list(build_model(read_settings(TINY), Recipe(), "eager", "meta").parameters()))
+    logits = [m for m in plain.storages if m.shape[-1:] == (61,) and m.shape[0] != 61]
     assert len(logits) > 4 and {m.category for m in logits} == {Category.LOSS}
 
 
@@ -77,7 +77,7 @@ def test_places_are_those_of_a_step():
 
 
 def test_a_recording_survives_json(plain):
-    assert Recording.of(adapter_for(Recorded).validate_json(json.dumps(plain.as_data()))) == plain
+    assert Recording.from_data(adapter_for(RecordingData).validate_json(json.dumps(plain.as_data()))) == plain
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_recording_survives_json(plain):
     ],
 )
 def test_the_same_step_runs_for_real(recipe):
-    step = TrainingStep(build(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 32)
+    step = TrainingStep(build_model(read_settings(TINY), recipe, "sdpa", "cpu"), recipe, 32)
     before = [weight.detach().clone() for weight in step.model.parameters()]
     passes: list[str] = []
     losses = [step.run(passes.append).item() for _ in range(3)]

@@ -6,7 +6,7 @@ import pytest
 
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing.simulation import all_events, held, name_of, needed, room, runs
+from mstplan.tracing.simulation import all_events, allocatable_bytes, fits_on, frame_names, required_bytes, simulate
 from mstplan.tracing.snapshot import snapshot
 from mstplan.units import GIB, MIB
 
@@ -26,7 +26,7 @@ RECIPES = [
 def test_allocated_is_the_traces_own_peak(recipe):
     """Two counts of the same step: a running sum of blocks, and the allocator's, with expandable segments, where none is larger than asked."""
     trace = step_of(recipe, 4096)
-    found = held(trace, expandable=True)
+    found = simulate(trace, expandable=True)
     assert found.out_of_memory is None
     assert found.allocated == trace.peak.bytes
     assert found.reserved >= found.allocated
@@ -46,27 +46,27 @@ def test_what_a_step_releases_is_all_it_made():
 
 def test_a_card_too_small_is_an_answer():
     trace = step_of(CHECKPOINT, 4096)
-    failed = held(trace, expandable=True, limit=trace.peak.bytes - 8 * MIB).out_of_memory
+    failed = simulate(trace, expandable=True, limit=trace.peak.bytes - 8 * MIB).out_of_memory
     assert failed is not None and failed.allocated <= trace.peak.bytes and failed.requested > 0
 
 
 def test_needed_is_just_enough():
     trace = step_of(CHECKPOINT, 4096)
-    enough = needed(trace, precision=MIB)
-    assert held(trace, expandable=True, limit=enough).out_of_memory is None
+    enough = required_bytes(trace, precision=MIB)
+    assert simulate(trace, expandable=True, limit=enough).out_of_memory is None
     assert enough >= trace.peak.bytes
 
 
 def test_runs_on_a_card():
     trace = step_of(CHECKPOINT, 4096)
-    assert runs(trace, card(memory=8 * GIB))
-    small = card(memory=8 * GIB, reserve=room(card(memory=8 * GIB)) - trace.peak.bytes + MIB)
-    assert not runs(trace, small)
+    assert fits_on(trace, card(memory=8 * GIB))
+    small = card(memory=8 * GIB, reserve=allocatable_bytes(card(memory=8 * GIB)) - trace.peak.bytes + MIB)
+    assert not fits_on(trace, small)
 
 
 def test_a_snapshot_of_it_has_names():
     trace = step_of(CHECKPOINT, 4096).with_workspace(32 * MIB)
-    document = snapshot(all_events(trace), lambda key: name_of(trace, key), expandable=True)
+    document = snapshot(all_events(trace), lambda key: frame_names(trace, key), expandable=True)
     lines = {frame["name"] for entry in document["device_traces"][0] for frame in entry.get("frames", [])}
     assert {
         "cuBLAS workspace 1 of 2",

@@ -75,12 +75,12 @@ def test_the_comparison_notices():
 
 
 def _largest(trace: Trace) -> set[int]:
-    return {max(range(len(trace.short.made)), key=lambda i: trace.short.made[i].bytes)}
+    return {max(range(len(trace.short.storages)), key=lambda i: trace.short.storages[i].bytes)}
 
 
 def _with_larger_logits(trace: Trace) -> Trace:
-    made = [replace(m, bytes=m.bytes + 512) if m.shape[-1:] == (61,) else m for m in trace.short.made]
-    return replace(trace, short=replace(trace.short, made=made))
+    storages = [replace(m, bytes=m.bytes + 512) if m.shape[-1:] == (61,) else m for m in trace.short.storages]
+    return replace(trace, short=replace(trace.short, storages=storages))
 
 
 def _miscounted(trace: Trace) -> Trace:

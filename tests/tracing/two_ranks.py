@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from mstplan.measuring.allocations import record_allocations
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing.fsdp import shard
-from mstplan.tracing.recorder import held_by
-from mstplan.train.step import TrainingStep, build, read_settings
+from mstplan.tracing.fsdp import shard_model
+from mstplan.tracing.recorder import local_tensor
+from mstplan.train.step import TrainingStep, build_model, read_settings
 
 TOKENS = 96
 # Not to be divided by two: the vocabulary. Weights are larger than what a layer makes of 96 tokens, so that sizes tell them apart.
@@ -57,18 +57,18 @@ def recipes() -> dict[str, Recipe]:
 
 def resident(step: TrainingStep) -> int:
     """Bytes of this rank's weights, buffers and optimizer states."""
-    optimizers = step.in_backward or ([step.optimizer] if step.optimizer is not None else [])
+    optimizers = step.backward_optimizers or ([step.optimizer] if step.optimizer is not None else [])
     states = [t for o in optimizers for state in o.state.values() for t in state.values() if torch.is_tensor(t)]
     return _bytes([*step.model.parameters(), *step.model.buffers(), *states])
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum({s.data_ptr(): s.nbytes() for s in (held_by(t).untyped_storage() for t in tensors)}.values())
+    return sum({s.data_ptr(): s.nbytes() for s in (local_tensor(t).untyped_storage() for t in tensors)}.values())
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    model = build(read_settings(CONFIG), recipe, "eager", "cpu")
-    shard(model, recipe, init_device_mesh("cpu", (2,)))
+    model = build_model(read_settings(CONFIG), recipe, "eager", "cpu")
+    shard_model(model, recipe, init_device_mesh("cpu", (2,)))
     step = TrainingStep(model, recipe, TOKENS)
     step.run()
     there = resident(step)

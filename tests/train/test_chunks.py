@@ -44,14 +44,14 @@ def on_h100(monkeypatch):
 @pytest.mark.parametrize(("batch", "length"), [(1, 2048), (1, 32768), (1, 80000), (4, 8192), (1, 300_000)])
 def test_as_the_planner_recommends(batch, length):
     model = read_config(LLAMA.to_dict(), "llama")
-    found = ChunkCounts(LLAMA, AUTO).of(hidden(batch, length))
+    found = ChunkCounts(LLAMA, AUTO).chunks_for(hidden(batch, length))
     assert found == choose_chunks(model, AUTO.changed(batch=batch), card("h100"), length)
 
 
 @pytest.mark.usefixtures("on_h100")
 def test_longer_sequences_get_more_chunks():
     counts = ChunkCounts(LLAMA, AUTO)
-    chunks = [counts.of(hidden(1, length)) for length in (1024, 16384, 65536)]
+    chunks = [counts.chunks_for(hidden(1, length)) for length in (1024, 16384, 65536)]
     assert chunks[0] == (1, 1) and chunks[-1].mlp > 1 and chunks[-1].loss > 1
     assert [c.loss for c in chunks] == sorted(c.loss for c in chunks)
 
@@ -59,8 +59,8 @@ def test_longer_sequences_get_more_chunks():
 @pytest.mark.usefixtures("on_h100")
 def test_one_of_the_two_may_be_given():
     counts = ChunkCounts(LLAMA, AUTO.changed(mlp_chunks=7))
-    assert counts.of(hidden(1, 65536)).mlp == 7 and counts.of(hidden(1, 65536)).loss > 1
-    assert ChunkCounts(LLAMA, AUTO.changed(mlp_chunks=7, loss_chunks=3)).of(hidden(1, 8)) == (7, 3)
+    assert counts.chunks_for(hidden(1, 65536)).mlp == 7 and counts.chunks_for(hidden(1, 65536)).loss > 1
+    assert ChunkCounts(LLAMA, AUTO.changed(mlp_chunks=7, loss_chunks=3)).chunks_for(hidden(1, 8)) == (7, 3)
 
 
 @pytest.mark.parametrize(

@@ -301,8 +301,8 @@ class Inputs:
 
 @contextmanager
 def watched() -> Iterator[Inputs]:
-    """Sees every tensor that goes into a `Copy` or comes out of it. (On the CPU host and device are one.)"""
-    inputs, copy, host_memory = Inputs(), offload.Copy, Runtime.host_memory
+    """Sees every tensor that goes into a `HostCopy` or comes out of it. (On the CPU host and device are one.)"""
+    inputs, copy, empty_on_host = Inputs(), offload.HostCopy, Runtime.empty_on_host
     init, fetch, take = copy.__init__, copy.fetch, copy.take
 
     def watched_init(self: Any, tensor: torch.Tensor, *more: Any) -> None:
@@ -320,12 +320,12 @@ def watched() -> Iterator[Inputs]:
         return taken
 
     def watched_host(self: Runtime, like: torch.Tensor, pinned: bool) -> torch.Tensor:
-        made = host_memory(self, like, pinned)
+        made = empty_on_host(self, like, pinned)
         inputs.see(made, inputs.host)
         return made
 
     methods = {"__init__": watched_init, "fetch": watched_fetch, "take": watched_take}
-    with patch.multiple(copy, **methods), patch.object(Runtime, "host_memory", watched_host):
+    with patch.multiple(copy, **methods), patch.object(Runtime, "empty_on_host", watched_host):
         yield inputs
 
 
@@ -362,7 +362,7 @@ def test_models_that_hold_their_embeddings_have_one_more_in_forward():
 
 def test_the_watch_notices_a_copy_that_stays():
     model, (ids, labels) = offloaded(), small_batch(2, 13)
-    with patch.object(offload.Copy, "release", lambda self: None), watched() as inputs:
+    with patch.object(offload.HostCopy, "release", lambda self: None), watched() as inputs:
         loss = model(input_ids=ids, labels=labels).loss
         assert inputs.most == len(inputs.device) == 8
         loss.backward()
@@ -494,7 +494,7 @@ class Streams:
         )
         return target
 
-    def host_memory(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+    def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
         made = torch.empty_like(like)
         self.hosts[made.untyped_storage()._cdata] = len(self.pinned)
         self.pinned.append(pinned)
@@ -520,7 +520,7 @@ def streams() -> Iterator[Streams]:
 
     with (
         patch.object(offload.HostCopies, "_side_stream", lambda _self, _device: fake),
-        patch.object(Runtime, "host_memory", lambda _self, like, pinned: fake.host_memory(like, pinned)),
+        patch.object(Runtime, "empty_on_host", lambda _self, like, pinned: fake.empty_on_host(like, pinned)),
         patch.object(torch.accelerator, "current_stream", lambda _device=None: fake),
         patch.object(torch.accelerator, "synchronize", fail),
         patch.object(torch.Tensor, "copy_", copy),
@@ -597,7 +597,7 @@ def only_above(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> Non
 def test_late_copies_are_noticed():
     """Without waiting for them, layers get what was not copied yet."""
     model, (ids, labels) = offloaded(), small_batch(2, 13)
-    with streams() as fake, patch.object(offload.Copy, "_wait", lambda self: None):
+    with streams() as fake, patch.object(offload.HostCopy, "_wait", lambda self: None):
         assert step(model, ids, labels)[1]["transformer.h.3.mlp.c_fc.weight"].isnan().any()
         fake.run()
     assert fake.lost

@@ -102,7 +102,7 @@ def ratios(
 def served(model: nn.Module) -> set[str]:
     """The weights of MLPs, of what is run in their chunks, and of the head."""
     parts = find_parts(model)
-    modules = [m for _, mlp in find_mlps(parts) for m in (mlp.first, mlp.down, *mlp.beside) if m is not None]
+    modules = [m for _, mlp in find_mlps(parts) for m in (mlp.first, mlp.down, *mlp.followers) if m is not None]
     found = {id(w) for module in (*modules, parts.head) for w in module.parameters()}
     return {n for n, w in model.named_parameters() if id(w) in found}
 
@@ -220,7 +220,7 @@ def test_float16_over_many_tokens(weights, autocast):
     """Each token's share of the loss is far below what fp16 can hold, unless it is scaled first."""
     model, batch = model_of("llama", 0, weights, vocab_size=2000), batch_of(24, 64, vocabulary=2000)
     assert max(ratios(model, batch, SETTINGS[2:], scale=LOSS_SCALE, autocast=autocast)) <= LATE
-    with patch("mstplan.train.loss._in_fp16", lambda hidden: False):
+    with patch("mstplan.train.loss._computes_in_fp16", lambda hidden: False):
         assert (
             max(ratios(model, batch, SETTINGS[2:], scale=LOSS_SCALE, autocast=autocast)) > 2
         )  # the comparison notices

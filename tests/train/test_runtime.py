@@ -65,4 +65,4 @@ def test_and_of_no_other(name):
 
 def test_a_copy_of_a_model_runs_on_the_same_kind():
     make_step(copied := copy.deepcopy(trained_on(Counting())))
-    assert set(copied._mstplan.runtime.asked) >= {"pieces", "draw_seed"}
+    assert set(copied._mstplan.runtime.asked) >= {"chunk_slices", "draw_seed"}

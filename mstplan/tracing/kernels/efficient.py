@@ -55,7 +55,7 @@ class _Efficient(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, *_ = ctx.saved_tensors
         batch, heads, tokens, size = q.shape
-        made = tuple(torch.empty_like(x) for x in (q, k, v))
+        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
         with ctx.recorder.purpose("efficient attention: row sums of dO * O"):
             products = (
                 None if q.dtype in SIXTEEN_BIT else torch.empty_like(grads[0])
@@ -66,4 +66,4 @@ class _Efficient(torch.autograd.Function):
         with ctx.recorder.purpose("efficient attention: dQ accumulator, dK and dV of the blocks at work"):
             workspace = efficient_workspace(size, v.shape[-1], q.itemsize)
             _sums = q.new_empty(workspace.bytes(batch * heads, tokens), dtype=torch.uint8)
-        return (*made, None, None)
+        return (*gradients, None, None)

@@ -49,7 +49,7 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, *_ = ctx.saved_tensors
         batch, heads, tokens, size = q.shape
-        made = tuple(torch.empty_like(x) for x in (q, k, v))
+        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
         with ctx.recorder.purpose("flash: row sums of dO * O"):
             workspace = [q.new_empty(batch, heads, flash_rows(tokens), dtype=torch.float32)]
         with ctx.recorder.purpose("flash: dQ accumulator"):
@@ -57,7 +57,7 @@ class _Flash(torch.autograd.Function):
         if k.shape[1] != heads:  # gradients of keys and values are summed over the query heads that share them
             with ctx.recorder.purpose("flash: dK, dV of every query head"):
                 workspace += [q.new_empty(batch, k.shape[2], heads, width) for width in (size, v.shape[-1])]
-        return (*made, None)
+        return (*gradients, None)
 
 
 def _fused(

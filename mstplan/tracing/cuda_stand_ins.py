@@ -22,7 +22,7 @@ import torch
 
 from ..step.kernels import SDPA, chosen
 from ..step.kernels.base import Asked
-from ..train.lazy import Lazy
+from ..train.lazy import LazyTensor
 from .kernels import STAND_INS
 from .kernels.base import SIXTEEN_BIT, Call
 from .patches import (
@@ -33,7 +33,7 @@ from .patches import (
     GROUPED_PRODUCTS,
     LAYER_NORM,
     PACKED_SEQUENCES,
-    Make,
+    MakeReplacement,
     Target,
     patched,
 )
@@ -69,7 +69,7 @@ class _LayerNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _attention(plain: Callable[..., torch.Tensor], recorder: Recorder) -> Callable[..., torch.Tensor]:
+def _attention_on_cuda(plain: Callable[..., torch.Tensor], recorder: Recorder) -> Callable[..., torch.Tensor]:
     """scaled_dot_product_attention as CUDA chooses its kernel."""
 
     def attention(
@@ -82,7 +82,7 @@ def _attention(plain: Callable[..., torch.Tensor], recorder: Recorder) -> Callab
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        q, k, v = _cast(query, key, value)
+        q, k, v = _autocast(query, key, value)
         asked = Asked(str(q.dtype)[6:], q.shape[-1], v.shape[-1], k.shape[1] != q.shape[1], attn_mask is not None)
         call = Call(q, k, v, attn_mask, dropout_p, is_causal, scale, plain)
         return STAND_INS[chosen(SDPA, asked).name].attend(call, recorder)
@@ -90,7 +90,7 @@ def _attention(plain: Callable[..., torch.Tensor], recorder: Recorder) -> Callab
     return attention
 
 
-def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """As autocast does for scaled_dot_product_attention."""
     return tuple(x.to(torch.bfloat16) for x in tensors) if torch.is_autocast_enabled("cpu") else tensors
 
@@ -98,8 +98,8 @@ def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     if not training or p == 0:
         return x
-    if isinstance(x, Lazy):  # of an MLP in chunks: drop in its pieces
-        return x.then(lambda rows: _dropout(rows, p, training), random=True)  # type: ignore[return-value]
+    if isinstance(x, LazyTensor):  # of an MLP in chunks: drop in its pieces
+        return x.record_step(lambda rows: _dropout(rows, p, training), random=True)  # type: ignore[return-value]
     out: torch.Tensor = _Dropout.apply(x)
     return out
 
@@ -123,8 +123,8 @@ def _layer_norm(
 def as_on_cuda(recorder: Recorder) -> Iterator[None]:
     """Within the context a step on fake CPU tensors, seen by `recorder`, allocates what it would on a card. Raises VersionError
     where torch or transformers has no place for that."""
-    kernels: dict[Target, Make] = {
-        ATTENTION: lambda plain: _attention(plain, recorder),
+    kernels: dict[Target, MakeReplacement] = {
+        ATTENTION: lambda plain: _attention_on_cuda(plain, recorder),
         DROPOUT: lambda _plain: _dropout,
         LAYER_NORM: lambda _plain: _layer_norm,
     }
@@ -135,36 +135,36 @@ def as_on_cuda(recorder: Recorder) -> Iterator[None]:
 @contextmanager
 def on_fake_tensors() -> Iterator[None]:
     """Within the context what needs values of tensors goes on as if it had seen usual ones. Raises VersionError as above."""
-    without_values: dict[Target, Make] = {
-        CAUSAL_MASK: _nothing_hidden,
-        BIDIRECTIONAL_MASK: _nothing_hidden,
-        PACKED_SEQUENCES: _not_packed,
-        GROUPED_PRODUCTS: _grouped,
+    without_values: dict[Target, MakeReplacement] = {
+        CAUSAL_MASK: _ignore_padding,
+        BIDIRECTIONAL_MASK: _ignore_padding,
+        PACKED_SEQUENCES: _ignore_packing,
+        GROUPED_PRODUCTS: _multiply_grouped,
     }
     with patched(without_values):
         yield
 
 
-def _nothing_hidden(skips_mask: Callable[..., bool]) -> Callable[..., bool]:
+def _ignore_padding(skips_mask: Callable[..., bool]) -> Callable[..., bool]:
     """A padding mask of ones, which some models make for themselves, is none."""
     return lambda _padding_mask, *args, **kwargs: skips_mask(None, *args, **kwargs)
 
 
-def _not_packed(packed: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], None]:
+def _ignore_packing(packed: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], None]:
     """No sequence is several, whatever position ids say."""
 
-    def not_packed(position_ids: torch.Tensor) -> None:
+    def find_none(position_ids: torch.Tensor) -> None:
         packed(position_ids)  # for what it allocates
 
-    return not_packed
+    return find_none
 
 
-def _grouped(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _multiply_grouped(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Products of experts' matrices, which kernels make in every dtype, but torch's rules for fake tensors in bf16 only."""
 
-    def grouped(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def multiply_grouped(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if a.dtype not in (torch.float32, torch.float16):
             return plain(a, b, *args, **kwargs)
         return plain(a.bfloat16(), b.bfloat16(), *args, **kwargs).to(a.dtype)
 
-    return grouped
+    return multiply_grouped
