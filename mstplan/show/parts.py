@@ -95,14 +95,14 @@ def heading(model: Model, card: Card, provenance: str, recipes: Iterable[Recipe]
 
 def fits(seq_len: int, strategy: str, peak: int, budget: int, does: bool) -> Line:
     """The verdict on a length: whether it fits, and by how much."""
-    room = f"{format_gib(abs(budget - peak))} {'to spare' if budget >= peak else 'too much'}"
+    room = f"{format_gib(abs(budget - peak))} {'under' if budget >= peak else 'over'} the budget"
     if budget >= peak and not does:
-        room += " in all, but the allocator, or CPU RAM, has no room for it"
+        room += ", but the allocator, or CPU RAM, has no room for it"
     return Line(
         (
             Span(f"{format_tokens(seq_len)} tokens with {strategy_label(strategy)}: "),
             Span("fits", "good") if does else Span("does not fit", "bad"),
-            Span(f".  Peak {format_gib(peak)} of {format_gib(budget)}, {room}."),
+            Span(f": peak {format_gib(peak)}, {room}."),
         )
     )
 

@@ -210,6 +210,7 @@ def max_seq_by_trace(told: TracedLongest) -> dict[str, Any]:
         results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in told.results],
         best=best.answer.strategy,
         alive=[a._asdict() for a in best.trace.alive(best.trace.peak.event)],
+        ways_to_fit=[way(w) for w in told.to_fit],
         smallest_card=smallest(told.smallest),
         notes=[*told.model.notes, *told.notes],
     )

@@ -14,7 +14,7 @@ from ..tracing.trace import Alive, Trace
 from ..units import MIB, format_gib, format_tokens
 from . import parts, payload
 from .parts import NOTHING, cell
-from .report import GAP, Block, Cell, Column, Line, Report, Row, Table, line
+from .report import Block, Cell, Column, Line, Report, Row, Table, line
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -30,12 +30,13 @@ def max_seq(told: TracedLongest, tensors: bool = False) -> Report:
     answers = parts.answers([f.answer for f in told.results], best.answer)
     recipes = [each.answer.plan.recipe for each in told.results]
     blocks: list[Block] = [*parts.heading(told.model, told.card, told.provenance, recipes), answers]
-    notes = parts.remarks(told.notes)
     if best.answer.s_max:
         label = strategy_label(best.answer.strategy)
         blocks.append(line(f"The peak of {label} at {format_tokens(best.answer.s_max)} tokens:", "strong"))
-        blocks += [_alive(best.trace, tensors), GAP]
-    return Report("max-seq", payload.max_seq_by_trace(told), [*blocks, *notes[1:]], answers)
+        blocks.append(_alive(best.trace, tensors))
+    else:
+        blocks.append(parts.ways(f"Ways to train {told.model.name} on {told.card.label}, by formula", told.to_fit))
+    return Report("max-seq", payload.max_seq_by_trace(told), [*blocks, *parts.remarks(told.notes)], answers)
 
 
 def report(

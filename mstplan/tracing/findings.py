@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..plan import advice, ways
 from ..plan.solve import Answer, Plan, hardest_lengths
+from ..plan.ways import Way
 from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
 from ..step.recipe import strategy_label
@@ -111,9 +112,9 @@ class TracedLongest(NamedTuple):
     card: Card
     results: tuple[SearchResult, ...]
     best: SearchResult
-    smallest: (
-        Gpu | None
-    )  # where nothing fits: the smallest card that holds the nearest strategy by formula, where it knows the model
+    # Where nothing fits, and the formula knows the model: ways to fit by formula, and the smallest card that holds the nearest strategy.
+    to_fit: tuple[Way, ...]
+    smallest: Gpu | None
     versions: dict[str, str]
     notes: tuple[str, ...]
     provenance: str = PROVENANCE
@@ -123,14 +124,21 @@ def longest(model: Model, card: Card, results: Sequence[SearchResult], versions:
     """What `mstplan max-seq --rung trace` answers."""
     best = max(results, key=lambda result: result.answer.s_max)
     plans = [result.answer.plan for result in results]
-    formula_knows_it = model.stand_in is None
-    smallest = ways.smallest_gpu(ways.nearest_plan(plans)) if formula_knows_it and not best.answer.s_max else None
-    notes = _notes_of_longest(model, card, results, versions, smallest)
-    return TracedLongest(model, card, tuple(results), best, smallest, versions, tuple(notes))
+    to_fit: tuple[Way, ...] = ()
+    smallest = None
+    if model.stand_in is None and not best.answer.s_max:
+        to_fit, smallest = ways.ways_to_train(plans), ways.smallest_gpu(ways.nearest_plan(plans))
+    notes = _notes_of_longest(model, card, results, versions, to_fit, smallest)
+    return TracedLongest(model, card, tuple(results), best, to_fit, smallest, versions, tuple(notes))
 
 
 def _notes_of_longest(
-    model: Model, card: Card, results: Sequence[SearchResult], versions: dict[str, str], smallest: Gpu | None
+    model: Model,
+    card: Card,
+    results: Sequence[SearchResult],
+    versions: dict[str, str],
+    to_fit: Sequence[Way],
+    smallest: Gpu | None,
 ) -> list[str]:
     answers = [result.answer for result in results]
     recipe = answers[-1].plan.recipe
@@ -139,7 +147,6 @@ def _notes_of_longest(
     if not any(answer.s_max for answer in answers):
         if model.stand_in is not None:
             return lines + _nothing_fits(answers)
-        to_fit = ways.ways_to_train([answer.plan for answer in answers])
         return lines + advice.nothing_fits_notes(answers, to_fit, smallest)
     if ends := [strategy_label(result.answer.strategy) for result in results if result.at_the_end]:
         lines.append(

@@ -29,7 +29,7 @@ def test_trace_tells_peaks_and_tensors(run: Run) -> None:
     assert said.code == 0 and not said.err
     for part in (
         "simulated:",
-        "fits.",
+        "fits: peak",
         "<- peak",
         "backward of the loss",
         "_log_softmax",
@@ -64,8 +64,8 @@ def test_without_a_card_there_is_no_verdict(run: Run, tmp_path: Path) -> None:
     assert run(*asked, "--format", "csv").out == run(*asked, "--gpu", "h100", "--format", "csv").out
     assert run(*asked[:-2], "--json").json["strategy"] == "standard"
     for alone in (("--reserve", "1GB"), ("--host-mem", "1GB")):
-        assert "no card given" in run(*asked, *alone).err
-    assert "no card given" in run("plan", *asked[1:]).err
+        assert "no GPU given" in run(*asked, *alone).err
+    assert "no GPU given" in run("plan", *asked[1:]).err
 
 
 def test_cards_that_train_together(run: Run) -> None:
@@ -194,3 +194,10 @@ def test_a_kept_trace_is_read_without_torch(tmp_path: Path, monkeypatch: pytest.
     outs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
     told = [json.JSONDecoder().raw_decode(out)[0] for out in outs]
     assert told[0] == told[1] and outs[1].rstrip().endswith("False")
+
+
+def test_max_seq_by_trace_says_what_would_fit(run: Run) -> None:
+    asked = ("max-seq", "-m", "smollm2-135m", "--gpu-mem", "1.5GB", "-s", "mst", "--rung", "trace")
+    said, told = run(*asked), run(*asked, "--json").json
+    assert said.code == 1 and "Ways to train smollm2-135m on 1.50 GiB GPU, by formula" in said.out
+    assert told["ways_to_fit"] and all(way["options"] in said.out for way in told["ways_to_fit"])
