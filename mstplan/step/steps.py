@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ..spec.families import family_of
 from ..spec.families.base import LAYER
 from ..spec.model import LayerKind, Model
-from .autograd import recorded
+from .autograd import record_step
 from .cuda import flash_rows
 from .fsdp import into_groups, shards_of
 from .instants import Instant, Stage
@@ -385,7 +385,7 @@ def build(model: Model, layout: Layout) -> Tape:
         hidden = w.norm(hidden, "final norm")
     w.hold(*held, *(tensor for given in shared.values() for tensor in given[0]))  # until the model's forward returns
     _head(w, hidden, table, layout, in_pieces)
-    tape = recorded(w.tape.written(), held[1] if recipe.input_gradients else None)
+    tape = record_step(w.tape.written(), held[1] if recipe.input_gradients else None)
     if any(op.fetches for op in tape.ops):
         moved = tensor_of(tape.dims, "layer input in transfer", "b s d", hidden.dtype, role=Role.LAYER_INPUT)
         tape = replace(tape, in_transfer=moved)

@@ -111,15 +111,15 @@ class Weight:
         return n
 
 
-Wanted = Tensor | Weight
-"""What a gradient is made of."""
+Receiver = Tensor | Weight
+"""What gets a gradient."""
 
 
 class ForGradients(NamedTuple):
     """What an operation keeps and makes for gradients that are wanted: `autograd.py` chooses of it, and leaves none."""
 
-    keeps: tuple[tuple[Tensor, Wanted], ...] = ()  # (tensor, whose gradient it is kept for)
-    back_temps: tuple[tuple[Tensor, Wanted], ...] = ()
+    keeps: tuple[tuple[Tensor, Receiver], ...] = ()  # (tensor, whose gradient it is kept for)
+    back_temps: tuple[tuple[Tensor, Receiver], ...] = ()
     all: bool = False  # its backward makes all of `grads`, those that nobody wants as well
 
 
@@ -200,7 +200,7 @@ class Group:
     gradients: tuple[Tensor, ...]  # whole
     scatter: Tensor  # the reduce-scatter's input
     shards: Tensor  # its output, the gradients' shards
-    held: Tensor | None  # of the gradients, one that a variable holds until all is done
+    last_gradient: Tensor | None  # of the gradients, one that a variable holds until all is done
     stay: bool  # until the optimizer's step; else they are added to ones that exist, or used at once
     temporaries: Tensor  # of the optimizer, where it steps in backward
 
@@ -541,12 +541,12 @@ class _Groups:
             ledger.mark(_within(where, "copy in of the reduce-scatter"))
         for gradient in group.gradients:
             ledger.drop(gradient)
-        held = [group.held] if group.held is not None else []
-        for tensor in (*held, group.shards, group.temporaries):
+        last_gradients = [group.last_gradient] if group.last_gradient is not None else []
+        for tensor in (*last_gradients, group.shards, group.temporaries):
             ledger.put(tensor)
         if listed:
             ledger.mark(_within(where, "reduce-scatter"))
-        for tensor in held:
+        for tensor in last_gradients:
             ledger.drop(tensor)
         ledger.drop(group.temporaries)
         if not group.stay:
