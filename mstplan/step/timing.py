@@ -84,7 +84,7 @@ def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chu
 
 
 def _optimizer_seconds(step: Step, recipe: Recipe, gpu: Gpu) -> float:
-    weights = step.held_trained * recipe.weight_bytes
+    weights = step.trained_card_parameters * recipe.weight_bytes
     if recipe.optimizer_on_host:
         return 2 * weights / gpu.host_link  # gradients there, weights back
     states = sum(state.bytes for state in step.optimizer.states)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..selection import WeightKind
 from ..tape import ForGradients
-from .base import Asked, Kernel, repeated
+from .base import AttentionCall, Kernel, repeated
 
 if TYPE_CHECKING:
     from ...spec.model import Attention, LayerKind
@@ -18,7 +18,7 @@ class Eager(Kernel):
     name = "eager"
     makes_causal_mask = True
 
-    def serves(self, asked: Asked) -> bool:
+    def serves(self, asked: AttentionCall) -> bool:
         return True
 
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
