@@ -135,7 +135,7 @@ def _unknown_option(typed: str, command: str) -> str | None:
         return moved
 
     declarations(None)  # of every command
-    row, whose = names.option(typed), _commands_with({typed})
+    row, whose = names.find_option(typed), _commands_with({typed})
     if row is not None:
         flags = set(names.flags_of(row))
         return names.unknown_option(

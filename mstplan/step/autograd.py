@@ -10,50 +10,52 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from .tape import NONE, Op, Part, Tape, Tensor, Wanted, sums_of
+from .tape import NONE, Op, Part, Receiver, Tape, Tensor, sums_of
 
 
-def recorded(tape: Tape, leaf: Tensor | None = None) -> Tape:
+def record_step(tape: Tape, leaf: Tensor | None = None) -> Tape:
     """The tape of a whole step, as it is recorded. leaf: a tensor that needs a gradient in any case; where what it is made
     from needs none, the graph holds it (AccumulateGrad)."""
-    found = _recorded(tape, {leaf} if leaf is not None else set())
-    ops = (replace(op, keeps=(leaf,)) if leaf in op.makes and not (op.grads or op.trained) else op for op in found.ops)
-    return replace(found, ops=tuple(ops)) if leaf is not None else found
+    step_tape = _record_tape(tape, {leaf} if leaf is not None else set())
+    ops = (
+        replace(op, keeps=(leaf,)) if leaf in op.makes and not (op.grads or op.trained) else op for op in step_tape.ops
+    )
+    return replace(step_tape, ops=tuple(ops)) if leaf is not None else step_tape
 
 
 @lru_cache(maxsize=2048)
-def recorded_part(tape: Tape, wants_source: bool) -> Tape:
+def record_part_tape(tape: Tape, wants_source: bool) -> Tape:
     """The tape of a part, as it is recorded when its source needs a gradient, or not. Alike parts stay alike."""
-    return _recorded(tape, {tape.source} if wants_source and tape.source is not None else set())
+    return _record_tape(tape, {tape.source} if wants_source and tape.source is not None else set())
 
 
-def _recorded(tape: Tape, needing: set[Tensor]) -> Tape:
+def _record_tape(tape: Tape, needing: set[Tensor]) -> Tape:
     """needing: tensors that need a gradient whatever is trained."""
     ops: list[Op] = []
     for op in tape.ops:
-        seen = _part(op, op.part, needing) if op.part is not None else _operation(op, needing)
-        if seen.part.records if seen.part is not None else seen.grads or seen.trained:
-            needing.update(seen.makes)
-        ops.append(seen)
+        recorded_op = _record_part(op, op.part, needing) if op.part is not None else _record_operation(op, needing)
+        if recorded_op.part.records if recorded_op.part is not None else recorded_op.grads or recorded_op.trained:
+            needing.update(recorded_op.makes)
+        ops.append(recorded_op)
     return replace(tape, ops=_with_interior(ops))
 
 
-def _operation(op: Op, needing: set[Tensor]) -> Op:
+def _record_operation(op: Op, needing: set[Tensor]) -> Op:
     grads = tuple((tensor, gradient) for tensor, gradient in op.grads if tensor in needing)
-    asked = op.for_gradients
-    wanted: set[Wanted] = {tensor for tensor, _ in grads} | set(op.trained)
-    if not wanted:
+    for_gradients = op.for_gradients
+    receivers: set[Receiver] = {tensor for tensor, _ in grads} | set(op.trained)
+    if not receivers:
         return replace(op, keeps=(), grads=(), back_temps=(), late_temps=(), for_gradients=NONE)
-    keeps = op.keeps + tuple(dict.fromkeys(tensor for tensor, of in asked.keeps if of in wanted))
-    temps = op.back_temps + tuple(tensor for tensor, of in asked.back_temps if of in wanted)
-    if asked.all:
+    keeps = op.keeps + tuple(dict.fromkeys(tensor for tensor, receiver in for_gradients.keeps if receiver in receivers))
+    temps = op.back_temps + tuple(tensor for tensor, receiver in for_gradients.back_temps if receiver in receivers)
+    if for_gradients.all:
         temps += tuple(gradient for tensor, gradient in op.grads if gradient is not None and tensor not in needing)
     return replace(op, keeps=keeps, grads=grads, back_temps=temps, for_gradients=NONE)
 
 
-def _part(op: Op, part: Part, needing: set[Tensor]) -> Op:
+def _record_part(op: Op, part: Part, needing: set[Tensor]) -> Op:
     wants_input = op.reads[0] in needing
-    tape = recorded_part(part.tape, wants_input)
+    tape = record_part_tape(part.tape, wants_input)
     inside = replace(part, tape=tape, wants_input=wants_input, sums=sums_of(tape) if part.sums else ())
     records = wants_input or bool(_trains(tape))
     return replace(op, part=replace(inside, records=records, arguments=part.arguments if records else ()))

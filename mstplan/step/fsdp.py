@@ -41,17 +41,17 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     """A step's tape with a group for every layer, and one for the rest."""
     layers = [op for op in tape.ops if op.is_layer]
     tapes = [op.part.tape for op in layers if op.part is not None]
-    made: dict[Tape, Group] = {}
+    groups: dict[Tape, Group] = {}
     for inner in dict.fromkeys(tapes):
         weights = [weight for weight, n in step_weights(inner.ops) for _ in range(n)]
-        made[inner] = _group(weights, recipe, "a layer")
+        groups[inner] = _group(weights, recipe, "a layer")
 
     def in_group(i: int) -> Op:
         # Buffers of the layers on both sides are there with a layer: its moments lie between its neighbours' when theirs are alike.
         interior = 1 < i < len(tapes) - 2 and all(near is tapes[i] for near in tapes[i - 2 : i + 3])
         part = layers[i].part
         assert part is not None
-        return replace(layers[i], part=replace(part, group=made[tapes[i]], interior=interior))
+        return replace(layers[i], part=replace(part, group=groups[tapes[i]], interior=interior))
 
     grouped = {op: in_group(i) for i, op in enumerate(layers)}
     rest = [weight for weight, _ in step_weights([op for op in tape.ops if op not in grouped])]
@@ -60,26 +60,27 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     )
 
 
-def _group(weights: list[Weight], recipe: Recipe, of: str, *, outlived: bool = False) -> Group:
-    """of: for people; outlived: the last gradient is held until all is done, and counts."""
-    used, held = recipe.used_dtype, recipe.weight_dtype  # what is gathered in, what shards are kept and reduced in
+def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool = False) -> Group:
+    """owner: for people; outlived: the last gradient is held until all is done, and counts."""
+    gathered_dtype = recipe.used_dtype
+    shard_dtype = recipe.weight_dtype  # what shards are kept and reduced in
     shards = [shard_of(weight, recipe.gpus).numel for weight in weights]
 
     def tensor(name: str, dtype: str, numel: int, role: Role = Role.GATHERED) -> Tensor:
-        return Tensor(f"{name} of {of}", "", dtype, 0, numel * ITEMSIZE[dtype], role=role)
+        return Tensor(f"{name} of {owner}", "", dtype, 0, numel * ITEMSIZE[dtype], role=role)
 
     each = (
         optimizer_memory(recipe, [(weight, 1) for weight in weights]).per_weight if recipe.optimizer_in_backward else 0
     )
     whole = sum(shards) * recipe.gpus
     return Group(
-        gathered=tensor("gathered weights", used, whole),
-        buffer=tensor("all-gather buffer", used, whole),
-        copy_in=tensor("shards in bf16", used, sum(shards)) if used != held else None,
-        gradients=tuple(weight_gradient(weight, used) for weight in weights),
-        scatter=tensor("reduce-scatter input", held, whole, Role.REDUCED),
-        held=weight_gradient(weights[-1], used) if outlived else None,
-        shards=Tensor("gradient shards", "", held, 0, sum(shards) * ITEMSIZE[held], role=Role.REDUCED),
+        gathered=tensor("gathered weights", gathered_dtype, whole),
+        buffer=tensor("all-gather buffer", gathered_dtype, whole),
+        copy_in=tensor("shards in bf16", gathered_dtype, sum(shards)) if gathered_dtype != shard_dtype else None,
+        gradients=tuple(weight_gradient(weight, gathered_dtype) for weight in weights),
+        scatter=tensor("reduce-scatter input", shard_dtype, whole, Role.REDUCED),
+        last_gradient=weight_gradient(weights[-1], gathered_dtype) if outlived else None,
+        shards=Tensor("gradient shards", "", shard_dtype, 0, sum(shards) * ITEMSIZE[shard_dtype], role=Role.REDUCED),
         stay=recipe.accumulation == 1 and not recipe.optimizer_in_backward,
         temporaries=Tensor("optimizer temporaries of one shard", "", "uint8", 0, each * max(shards), role=Role.UPDATE),
     )

@@ -17,7 +17,7 @@ from ..spec.families import family_of
 from ..spec.model import Attention, Experts, LayerKind, Mlp, Model
 from .instants import Stage
 from .kernels import SDPA, chosen
-from .kernels.base import Asked
+from .kernels.base import AttentionCall
 from .roles import Purpose, Role
 from .selection import WeightKind
 from .tape import ForGradients, Op, Part, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
@@ -62,13 +62,13 @@ class Writer:
         return self.tape.new(name, f"{self.t} {shape}".rstrip(), dtype or self.numerics.compute)
 
     def source(self, name: str = HIDDEN, dtype: str | None = None, role: Purpose | None = Role.LAYER_INPUT) -> Tensor:
-        with self.tape.part(role):
+        with self.tape.assign_role(role):
             self.tape.source = self.new(name, "d", dtype or self.wide)
         return self.tape.source
 
     def hidden(self) -> Tensor:
         """Hidden states as they go from layer to layer."""
-        with self.tape.part(Role.LAYER_INPUT):
+        with self.tape.assign_role(Role.LAYER_INPUT):
             return self.new(HIDDEN, "d", self.wide)
 
     def hold(self, *tensors: Tensor) -> None:
@@ -80,7 +80,7 @@ class Writer:
     def cast(self, x: Tensor, dtype: str, name: str = "") -> Tensor:
         if x.dtype == dtype:
             return x
-        with self.tape.part(self.tape.role if name else x.role):  # a mere copy is for what the original is for
+        with self.tape.assign_role(self.tape.role if name else x.role):  # a mere copy is for what the original is for
             y = self.tape.new(name or f"{x.name}, {dtype}", x.shape, dtype)
         return self.tape.op("cast " + x.name, [x], y, grads=((x, self.tape.grad(x)),))
 
@@ -90,17 +90,17 @@ class Writer:
 
     def weight(
         self,
-        of: str,
+        module: str,
         *shape: int,
         kinds: tuple[WeightKind, ...],
         name: str = ".weight",
         active: tuple[int, int] = (1, 1),
     ) -> Weight:
         """The weight of a part of the step, as its family has it; name: what its own name ends in."""
-        whole = self.names.get(of, of) + name
+        whole = self.names.get(module, module) + name
         return Weight(whole, shape, active, frozenset(kinds), whole not in self.frozen)
 
-    def used(self, weight: Weight) -> tuple[Tensor, ...]:
+    def cast_weight(self, weight: Weight) -> tuple[Tensor, ...]:
         """A weight as an operation keeps it: autocast's bf16 copy, or nothing beyond the parameter itself."""
         if not self.numerics.autocast or len(weight.shape) < 2:
             return ()
@@ -127,7 +127,7 @@ class Writer:
         inner, outer = self._width(x), self._width(y)
         w = weight or self.weight(name, outer, inner, kinds=(kind,))
         weights = (w, self.weight(name, outer, kinds=(kind,), name=".bias")) if bias else (w,)
-        copies = (copy,) if copy is not None else self.used(w)
+        copies = (copy,) if copy is not None else self.cast_weight(w)
         return self.tape.op(
             name,
             [x, *copies],
@@ -178,13 +178,15 @@ class Writer:
         part = self.tape.view(x, name, shape)
         return self.tape.op("slice " + name, [x], part, grads=((x, self.tape.grad(x)),))
 
-    def dropout(self, x: Tensor, p: float, name: str = "", at: str = "") -> Tensor:
+    def dropout(self, x: Tensor, p: float, name: str = "", operation: str = "") -> Tensor:
         """CUDA's fused dropout keeps a mask of one byte per element (native_dropout)."""
         if p == 0:
             return x
         y = self.tape.new(name or x.name + " after dropout", x.shape, x.dtype)
         mask = self.tape.new(f"dropout mask of {x.name}", x.shape, "bool")
-        return self.tape.op(at or "dropout of " + x.name, [x], y, mask, keeps=(mask,), grads=((x, self.tape.grad(x)),))
+        return self.tape.op(
+            operation or "dropout of " + x.name, [x], y, mask, keeps=(mask,), grads=((x, self.tape.grad(x)),)
+        )
 
     # ---- normalisation --------------------------------------------------------------------------------------------
 
@@ -242,7 +244,7 @@ class Writer:
         self.hold(*variables)
         return y
 
-    def _weighted(self, normed: Tensor, name: str, *made: Tensor) -> Tensor:
+    def _weighted(self, normed: Tensor, name: str, *factors: Tensor) -> Tensor:
         """The product with the weight, or with what was made of it."""
         w = self.weight(name, self._last(normed), kinds=(WeightKind.NORMS,))
         y = self.tape.new(name, normed.shape, normed.dtype)
@@ -250,9 +252,9 @@ class Writer:
         grads = ((normed, self.tape.grad(normed)),)
         return self.tape.op(
             f"{name}: weight",
-            [normed, *made],
+            [normed, *factors],
             y,
-            for_gradients=ForGradients(((normed, w), *((factor, normed) for factor in made)), ((product, w),)),
+            for_gradients=ForGradients(((normed, w), *((factor, normed) for factor in factors)), ((product, w),)),
             grads=grads,
             weights=(w,),
         )
@@ -267,7 +269,7 @@ class Writer:
     # ---- attention ------------------------------------------------------------------------------------------------
 
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
-        with self.tape.part(Role.ATTENTION):
+        with self.tape.assign_role(Role.ATTENTION):
             return self._attention(x, kind)
 
     def _attention(self, x: Tensor, kind: LayerKind) -> Tensor:
@@ -440,13 +442,13 @@ class Writer:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, kind: LayerKind) -> Tensor:
         how = self.numerics.attention
         masked = how == SDPA and kind.window is not None and self.numerics.masked
-        kernel = chosen(how, Asked.of(a, self.numerics.compute, masked))
+        kernel = chosen(how, AttentionCall.from_attention(a, self.numerics.compute, masked))
         return kernel.lay_out(self, q, k, v, kind, masked)
 
     # ---- MLP and experts ------------------------------------------------------------------------------------------
 
     def mlp(self, x: Tensor, mlp: Mlp, name: str = "mlp") -> Tensor:
-        with self.tape.part(Role.MLP):
+        with self.tape.assign_role(Role.MLP):
             return self._mlp(x, mlp, name)
 
     def _mlp(self, x: Tensor, mlp: Mlp, name: str) -> Tensor:
@@ -504,7 +506,7 @@ class Writer:
         return y
 
     def experts(self, x: Tensor, e: Experts) -> Tensor:
-        with self.tape.part(Role.MLP):
+        with self.tape.assign_role(Role.MLP):
             return self._experts(x, e)
 
     def _experts(self, x: Tensor, e: Experts) -> Tensor:
@@ -706,21 +708,21 @@ def layer(
         both = w.add(mlp_out, attended, w.new("MLP and attention", "d"), "add MLP and attention")
         w.add(both, x, w.hidden())
         w.hold(attended, mlp_out)
-        return w.tape.written()
+        return w.tape.build_tape()
     middle = w.add(x, attended, w.new("hidden states after attention", "d", w.wide))
-    with w.tape.part(Role.MLP if block == "sandwich" else Role.NORM):
+    with w.tape.assign_role(Role.MLP if block == "sandwich" else Role.NORM):
         name = "post-attention norm" if block == "pre" else "pre-MLP norm"
         mlp_in = middle if block == "post" else w.norm(middle, name)
     mlp_out = _feed_forward(w, mlp_in, kind, chunks)
     if block == "post" and chunks.recompute:
-        return w.tape.written()  # the residual is the MLP's input, so the chunks add it
+        return w.tape.build_tape()  # the residual is the MLP's input, so the chunks add it
     if block in ("sandwich", "post") and not chunks.recompute:
-        with w.tape.part(Role.MLP):
+        with w.tape.assign_role(Role.MLP):
             mlp_out = w.norm(mlp_out, "post-MLP norm")
     w.add(middle, mlp_out, w.hidden())
     if w.code.holds_block:
         w.hold(attended, mlp_in)
-    return w.tape.written()
+    return w.tape.build_tape()
 
 
 def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> Tensor:
@@ -733,14 +735,14 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     source = inner.source(x.name, x.dtype, x.role)
     y = inner.experts(source, _experts(model)) if kind.experts else inner.mlp(source, _mlp(model))
     if chunks.recompute and model.block in ("sandwich", "post"):
-        with inner.tape.part(Role.MLP):
+        with inner.tape.assign_role(Role.MLP):
             y = inner.norm(y, "post-MLP norm")
     if chunks.recompute and model.block == "post":
         y = inner.add(source, y, inner.hidden())
-    written = inner.tape.written()
-    sums = sums_of(written) if chunks.several else ()
-    part = Part(written, recompute=chunks.recompute, chunked=True, sums=sums)
-    with w.tape.part(y.role):
+    inner_tape = inner.tape.build_tape()
+    sums = sums_of(inner_tape) if chunks.several else ()
+    part = Part(inner_tape, recompute=chunks.recompute, chunked=True, sums=sums)
+    with w.tape.assign_role(y.role):
         out = w.tape.new(y.name, "b s d", y.dtype)
     return w.tape.add(Op("MLP in chunks", (x,), (out,), part=part))
 

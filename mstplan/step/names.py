@@ -13,13 +13,13 @@ from ..errors import did_you_mean, one_line, quoted
 from ..spec.model import NO_ADAPTERS
 
 
-class Told(NamedTuple):
+class Advice(NamedTuple):
     """What is said of some names."""
 
     names: str  # with blanks between; one that ends in * stands for all that begin so
-    said: str  # of values a verb and more, of options a clause
+    statement: str  # of values a verb and more, of options a clause
     write: Mapping[str, object] = {}  # fields or options, and their values; None: the user's own value
-    but: str = ""  # how that differs from what was typed; "": not at all
+    difference: str = ""  # how that differs from what was typed; "": not at all
 
 
 _CHUNKED, _LAYER, _FSDP, _MIXED = (
@@ -35,54 +35,56 @@ _SHARDS_ALL = "which shards weights, gradients and optimizer states, as ZeRO-3 d
 _IS_NOT = "is not planned"
 _NOT_YET = "is not planned yet: FSDP2, as ZeRO-3, is"
 
-VALUES: dict[str, tuple[Told, ...]] = {
+VALUES: dict[str, tuple[Advice, ...]] = {
     "precision": (
-        Told("bfloat16 torch.bfloat16 pure_bf16 bf16-true", "is weights in bf16", {"precision": "bf16"}),
-        Told(
+        Advice("bfloat16 torch.bfloat16 pure_bf16 bf16-true", "is weights in bf16", {"precision": "bf16"}),
+        Advice(
             "amp autocast bf16-mixed mixed-bf16 mixed-precision amp_bf16", "is bf16 autocast over fp32 weights", _MIXED
         ),
-        Told(
+        Advice(
             "float float32 torch.float32 full single tf32 32 32-true",
             "is fp32 (TF32 changes products, not bytes)",
             {"precision": "fp32"},
         ),
-        Told(
+        Advice(
             "fp16 float16 torch.float16 half 16 16-true 16-mixed fp16-mixed amp_fp16",
             _IS_NOT,
             _MIXED,
             "with bf16, of the same size",
         ),
-        Told("fp8 float8 mxfp8 e4m3 int8 8 8bit fp4 nf4 mxfp4 nvfp4 int4 4 4bit fp64 float64 double", _IS_NOT),
+        Advice("fp8 float8 mxfp8 e4m3 int8 8 8bit fp4 nf4 mxfp4 nvfp4 int4 4 4bit fp64 float64 double", _IS_NOT),
     ),
     "optimizer": (
-        Told("adamw_torch adamw_hf", "is torch's AdamW as it comes", {"optimizer": "adamw", "adamw_kernel": "foreach"}),
-        Told(
+        Advice(
+            "adamw_torch adamw_hf", "is torch's AdamW as it comes", {"optimizer": "adamw", "adamw_kernel": "foreach"}
+        ),
+        Advice(
             "adamw_torch_fused adamw_fused fused_adamw fused",
             "is torch's fused AdamW",
             {"optimizer": "adamw", "adamw_kernel": "fused"},
         ),
-        Told("adam torch_adam", _IS_NOT, {"optimizer": "adamw"}, "which holds the same two moments"),
-        Told("adamw_bnb_8bit bnb_adamw_8bit bitsandbytes", "is bitsandbytes' AdamW8bit", {"optimizer": "adamw-8bit"}),
-        Told("adam_8bit adam_bnb_8bit", _IS_NOT, {"optimizer": "adamw-8bit"}, "which holds the same two moments"),
-        Told(
+        Advice("adam torch_adam", _IS_NOT, {"optimizer": "adamw"}, "which holds the same two moments"),
+        Advice("adamw_bnb_8bit bnb_adamw_8bit bitsandbytes", "is bitsandbytes' AdamW8bit", {"optimizer": "adamw-8bit"}),
+        Advice("adam_8bit adam_bnb_8bit", _IS_NOT, {"optimizer": "adamw-8bit"}, "which holds the same two moments"),
+        Advice(
             "paged_adamw_8bit",
             _IS_NOT,
             {"optimizer": "adamw-8bit"},
             "whose states stay on the GPU instead of in managed memory",
         ),
-        Told(
+        Advice(
             "adamw_torch_8bit",
             "is torchao's, not planned",
             {"optimizer": "adamw-8bit"},
             "bitsandbytes', with states of the same size",
         ),
-        Told(
+        Advice(
             "cpu_adam deepspeedcpuadam adamw_cpu",
             _IS_NOT,
             {"optimizer": "adamw", "optimizer_on_host": True},
             "without DeepSpeed's buffers",
         ),
-        Told(
+        Advice(
             "adamw_torch_4bit adamw_torch_xla adamw_torch_npu_fused adamw_apex_fused adamw_anyprecision adamw_bnb_32bit paged_adamw paged_adamw_32bit "
             "muon lion* paged_lion* ademamix* paged_ademamix* adagrad rmsprop* galore* q_galore* lomo adalomo grokadamw schedule_free* apollo* "
             "stable_adamw lamb lars came soap shampoo sophia* prodigy adam_mini badam adan nadam radam sgd_momentum momentum",
@@ -90,154 +92,154 @@ VALUES: dict[str, tuple[Told, ...]] = {
         ),
     ),
     "adamw_kernel": (
-        Told("single-tensor single loop", "is torch's loop over the weights", {"adamw_kernel": "for-loop"}),
-        Told("multi-tensor multi default", "is torch's foreach", {"adamw_kernel": "foreach"}),
+        Advice("single-tensor single loop", "is torch's loop over the weights", {"adamw_kernel": "for-loop"}),
+        Advice("multi-tensor multi default", "is torch's foreach", {"adamw_kernel": "foreach"}),
     ),
     "checkpoint": (
-        Told(
+        Advice(
             "true yes on all full full_ac each every every_layer per_layer layers block transformer_block gradient_checkpointing "
             "activation_checkpointing gc ac",
             "is checkpointing of every layer",
             _LAYER,
         ),
-        Told("false no off disabled never", "is no checkpointing", {"checkpoint": "none"}),
-        Told("selective selective_ac sac op ops per_op attention mlp min_cut", _IS_NOT, _LAYER, _WHOLE_LAYER),
-        Told("offload cpu_offload offloaded", "is checkpointing with layer inputs in CPU RAM", _OFFLOADED),
-        Told("unsloth", "is Unsloth's, not planned", _OFFLOADED, "which moves the layers' inputs too"),
+        Advice("false no off disabled never", "is no checkpointing", {"checkpoint": "none"}),
+        Advice("selective selective_ac sac op ops per_op attention mlp min_cut", _IS_NOT, _LAYER, _WHOLE_LAYER),
+        Advice("offload cpu_offload offloaded", "is checkpointing with layer inputs in CPU RAM", _OFFLOADED),
+        Advice("unsloth", "is Unsloth's, not planned", _OFFLOADED, "which moves the layers' inputs too"),
     ),
     "loss": (
-        Told(
+        Advice(
             "liger* flce fused* fused_linear_cross_entropy",
             "is not planned (nor is any of Liger's kernels)",
             _CHUNKED,
             _NO_LOGITS,
         ),
-        Told(
+        Advice(
             "cce cut* unsloth chunked_nll nll tiled* chunked_cross_entropy chunked_ce linear_cross_entropy",
             _IS_NOT,
             _CHUNKED,
             _NO_LOGITS,
         ),
-        Told("mst minisequence mini_sequence chunk chunks", "is MsT's loss", _CHUNKED),
-        Told(
+        Advice("mst minisequence mini_sequence chunk chunks", "is MsT's loss", _CHUNKED),
+        Advice(
             "cross_entropy crossentropyloss ce full standard default plain none hf torch causal_lm forcausallm",
             "is the loss over all logits",
             {"loss": "transformers"},
         ),
-        Told(
+        Advice(
             "dft dpo grpo kto orpo ppo rloo simpo cpo mse kl distillation reward", "is not planned: next-token loss is"
         ),
     ),
     "attention": (
-        Told(
+        Advice(
             "flash_attention_2 flash_attention flash_attn flash_attn_2 flash2 fa fa2 kernels-community/flash-attn2 kernels-community/flash-attn",
             "is FlashAttention-2",
             {"attention": "flash"},
         ),
-        Told(
+        Advice(
             "flash_attention_3 flash_attn_3 flash3 fa3 kernels-community/vllm-flash-attn3 kernels-community/flash-attn3 "
             "flash_attention_4 flash_attn_4 flash4 fa4 kernels-community/flash-attn4",
             _IS_NOT,
             {"attention": "flash"},
             "which is FlashAttention-2",
         ),
-        Told(
+        Advice(
             "auto default sdp sdp_attention torch torch_sdpa sdpa_flash scaled_dot_product_attention",
             "is what transformers takes by itself",
             {"attention": "sdpa"},
         ),
-        Told(
+        Advice(
             "xformers memory_efficient mem_efficient sdpa_mem_efficient efficient cudnn sdpa_cudnn cudnn_attention",
             _IS_NOT,
             {"attention": "sdpa"},
             "with its flash kernel",
         ),
-        Told("sdpa_math math", _IS_NOT, {"attention": "eager"}, "which writes out the score matrix too"),
-        Told("disabled vanilla", "is transformers' eager attention", {"attention": "eager"}),
-        Told("flex flex_attention paged* ring* ulysses sage* sparse linear* native_sparse", _IS_NOT),
+        Advice("sdpa_math math", _IS_NOT, {"attention": "eager"}, "which writes out the score matrix too"),
+        Advice("disabled vanilla", "is transformers' eager attention", {"attention": "eager"}),
+        Advice("flex flex_attention paged* ring* ulysses sage* sparse linear* native_sparse", _IS_NOT),
     ),
     "sharding": (
-        Told("fsdp2 fsdp_v2 fully_shard full_shard fsdp_full_shard", "is FSDP2", _FSDP),
-        Told("fsdp1 fsdp_v1 fullyshardeddataparallel", "is FSDP1, not planned", _FSDP, "which is FSDP2"),
-        Told("zero3 zero_3", "is ZeRO-3, which FSDP2 is too", _FSDP),  # on the command line it is taken for that
-        Told(
+        Advice("fsdp2 fsdp_v2 fully_shard full_shard fsdp_full_shard", "is FSDP2", _FSDP),
+        Advice("fsdp1 fsdp_v1 fullyshardeddataparallel", "is FSDP1, not planned", _FSDP, "which is FSDP2"),
+        Advice("zero3 zero_3", "is ZeRO-3, which FSDP2 is too", _FSDP),  # on the command line it is taken for that
+        Advice(
             "zero zero_stage_3 stage3 deepspeed deepspeed_zero3 deepspeed_stage_3",
             "is DeepSpeed's, whose own buffers are not planned",
             _FSDP,
             _SHARDS_ALL,
         ),
-        Told(
+        Advice(
             "zero1 zero2 stage1 stage2 zero_stage_1 zero_stage_2 deepspeed_zero1 deepspeed_zero2 deepspeed_stage_1 deepspeed_stage_2 shard_grad_op "
             "fsdp_shard_grad_op grad_op fairscale oss",
             _NOT_YET,
             _FSDP,
             "which shards the weights too",
         ),
-        Told(
+        Advice(
             "hsdp hybrid hybrid_shard fsdp_hybrid_shard mics", _NOT_YET, _FSDP, "with the GPUs of one group as --gpus"
         ),
-        Told(
+        Advice(
             "ddp dp data_parallel dataparallel distributeddataparallel replicate no_shard",
             _NOT_YET,
             {"sharding": "none"},
             "a GPU alone, without --gpus; DDP adds a copy of the gradients",
         ),
-        Told(
+        Advice(
             "zero2_offload zero3_offload zero_offload zero_infinity fsdp_offload tp tensor* pp pipeline* cp context* sp sequence* ulysses ring* ep expert* "
             "megatron 2d 3d 4d 5d",
             _IS_NOT,
         ),
     ),
     "strategy": (
-        Told(
+        Advice(
             "baseline plain none default vanilla naive no_checkpoint",
             "is training without checkpoints and chunks",
             {"strategy": "no-checkpointing"},
         ),
-        Told(
+        Advice(
             "gradient_checkpointing activation_checkpointing gc ac full_checkpointing checkpoint_layer layer",
             "is checkpointing of every layer",
             {"strategy": "checkpointing"},
         ),
-        Told("minisequence mini_sequence mini_sequence_transformer chunked chunks", "is MsT", {"strategy": "mst"}),
-        Told(
+        Advice("minisequence mini_sequence mini_sequence_transformer chunked chunks", "is MsT", {"strategy": "mst"}),
+        Advice(
             "tiled tiled_mlp alst",
             "is ALST's tiling, not planned",
             {"strategy": "mst"},
             "which runs MLP and loss in chunks too",
         ),
-        Told(
+        Advice(
             "offload cpu_offload activation_offloading",
             "is no strategy alone",
             {"strategy": "mst-offload"},
             "which moves the layers' inputs",
         ),
-        Told(
+        Advice(
             "fsdp fsdp2 zero3 deepspeed",
             "is no strategy: how a model is shared out is said beside it",
             _FSDP,
             _SHARDS_ALL,
         ),
-        Told("lora qlora dora peft adapter*", f"is no strategy: {NO_ADAPTERS}"),
+        Advice("lora qlora dora peft adapter*", f"is no strategy: {NO_ADAPTERS}"),
     ),
 }
 
-CHOICES: dict[str, tuple[Told, ...]] = {
+CHOICES: dict[str, tuple[Advice, ...]] = {
     "rung": (
-        Told("simulated simulate simulation fake", "is the trace", {"rung": "trace"}),
-        Told("estimated estimate estimation analytical", "is the formula", {"rung": "formula"}),
-        Told("measured measure measurement measurements", "is a command of its own: mstplan measure"),
+        Advice("simulated simulate simulation fake", "is the trace", {"rung": "trace"}),
+        Advice("estimated estimate estimation analytical", "is the formula", {"rung": "formula"}),
+        Advice("measured measure measurement measurements", "is a command of its own: mstplan measure"),
     ),
     "device": (
-        Told("gpu nvidia cuda:0", "is a CUDA device", {"device": "cuda"}),
-        Told("cuda:*", "is chosen by CUDA_VISIBLE_DEVICES", {"device": "cuda"}, "behind CUDA_VISIBLE_DEVICES=1"),
-        Told("rocm* hip* amd*", "is called cuda by torch", {"device": "cuda"}),
-        Told("mps* metal xpu* npu* hpu*", "is not measured on"),
+        Advice("gpu nvidia cuda:0", "is a CUDA device", {"device": "cuda"}),
+        Advice("cuda:*", "is chosen by CUDA_VISIBLE_DEVICES", {"device": "cuda"}, "behind CUDA_VISIBLE_DEVICES=1"),
+        Advice("rocm* hip* amd*", "is called cuda by torch", {"device": "cuda"}),
+        Advice("mps* metal xpu* npu* hpu*", "is not measured on"),
     ),
     "dtype": (
-        Told("bf16 torch.bfloat16", "is bfloat16", {"dtype": "bfloat16"}),
-        Told("fp32 float full torch.float32", "is float32", {"dtype": "float32"}),
-        Told("fp16 float16 half torch.float16", _IS_NOT, {"dtype": "bfloat16"}, "of the same size"),
+        Advice("bf16 torch.bfloat16", "is bfloat16", {"dtype": "bfloat16"}),
+        Advice("fp32 float full torch.float32", "is float32", {"dtype": "float32"}),
+        Advice("fp16 float16 half torch.float16", _IS_NOT, {"dtype": "bfloat16"}, "of the same size"),
     ),
 }
 """The same of options that are no fields of a recipe."""
@@ -245,136 +247,136 @@ CHOICES: dict[str, tuple[Told, ...]] = {
 _FULL = f"{NO_ADAPTERS}, only full fine-tuning of unquantised weights"
 _NO_MEMORY = "it does not change what a step holds"
 _OPTIONS = (
-    Told(
+    Advice(
         "lora* qlora* dora* adapter* peft* use-peft use-lora use-qlora use-dora use-rslora target-modules modules-to-save finetuning-type tuner-type "
         "train-type load-in-4bit load-in-8bit 4bit 8bit nf4 int4 int8 bnb* use-bnb* quant* bits double-quantization gptq awq",
         _FULL,
     ),
-    Told("deepspeed* zero*", "DeepSpeed's own buffers are not planned", _FSDP, _SHARDS_ALL),
-    Told("fsdp fsdp2 fully-shard", "", _FSDP),
-    Told("hsdp ddp* dp data-parallel* dp-size", "of several GPUs, FSDP2 alone is planned", _FSDP, _SHARDS_ALL),
-    Told(
+    Advice("deepspeed* zero*", "DeepSpeed's own buffers are not planned", _FSDP, _SHARDS_ALL),
+    Advice("fsdp fsdp2 fully-shard", "", _FSDP),
+    Advice("hsdp ddp* dp data-parallel* dp-size", "of several GPUs, FSDP2 alone is planned", _FSDP, _SHARDS_ALL),
+    Advice(
         "tp tp-size tensor-parallel* pp pp-size pipeline-parallel* cp cp-size context-parallel* sp sp-size sequence-parallel* ulysses* ring-attention "
         "ep ep-size expert-parallel* expert-model-parallel*",
         "of several GPUs, FSDP2 alone is planned",
         _FSDP,
         "which shares out the weights, not a sequence or a matrix product",
     ),
-    Told("fsdp-*", "how FSDP2 goes about it is not varied", _FSDP, _SHARDS_ALL),
-    Told(
+    Advice("fsdp-*", "how FSDP2 goes about it is not varied", _FSDP, _SHARDS_ALL),
+    Advice(
         "liger* use-liger* enable-liger* cce use-cce cut-cross-entropy",
         "Liger's and other kernels are not planned",
         _CHUNKED,
         _NO_LOGITS,
     ),
-    Told("chunked-loss chunked-cross-entropy chunked-nll use-chunked-loss", "", _CHUNKED),
-    Told("loss-type loss-function", "", {"loss": None}),
-    Told("tiled-mlp use-tiled-mlp minisequence mst", "", {"strategy": "mst"}),
-    Told("num-chunks mlp-chunks loss-chunks tiled-mlp-num-shards num-output-chunks", "", {"mlp_chunks": None}),
-    Told("unsloth use-unsloth", "Unsloth's kernels are not planned"),
-    Told("use-unsloth-gc", "", _OFFLOADED),
-    Told(
+    Advice("chunked-loss chunked-cross-entropy chunked-nll use-chunked-loss", "", _CHUNKED),
+    Advice("loss-type loss-function", "", {"loss": None}),
+    Advice("tiled-mlp use-tiled-mlp minisequence mst", "", {"strategy": "mst"}),
+    Advice("num-chunks mlp-chunks loss-chunks tiled-mlp-num-shards num-output-chunks", "", {"mlp_chunks": None}),
+    Advice("unsloth use-unsloth", "Unsloth's kernels are not planned"),
+    Advice("use-unsloth-gc", "", _OFFLOADED),
+    Advice(
         "gradient-checkpointing activation-checkpointing use-gradient-checkpointing enable-gradient-checkpointing enable-activation-checkpointing "
         "fsdp-activation-checkpointing recompute",
         "",
         _LAYER,
     ),
-    Told(
+    Advice(
         "no-gradient-checkpointing disable-gradient-checkpointing no-checkpoint no-checkpointing",
         "",
         {"checkpoint": "none"},
     ),
-    Told(
+    Advice(
         "selective-checkpointing selective-activation-checkpointing",
         "what is recomputed of a layer is not varied",
         _LAYER,
         _WHOLE_LAYER,
     ),
-    Told(
+    Advice(
         "activation-offloading activation-offload offload-activations enable-activation-offloading activation-cpu-offload activation-checkpointing-offload",
         "only the inputs of checkpointed layers are moved",
         _OFFLOADED,
         "which keeps them in CPU RAM",
     ),
-    Told(
+    Advice(
         "offload-optimizer optimizer-offload cpu-offload-optimizer offload-optimizer-device zero-offload cpu-adam",
         "",
         {"optimizer_on_host": True},
     ),
-    Told(
+    Advice(
         "offload-param offload-params offload-param-device cpu-offload offload-weights",
         "",
         {"optimizer_on_host": True, "weights_on_host": True},
     ),
-    Told("flash-attn* flash-attention* use-flash-attn* use-flash-attention* fa2", "", {"attention": "flash"}),
-    Told("sdpa sdp-attention", "", {"attention": "sdpa"}),
-    Told("eager eager-attention", "", {"attention": "eager"}),
-    Told("attn attn-impl attn-implementation attention-implementation attention-backend", "", {"attention": None}),
-    Told("xformers* flex-attention", "no such attention is planned", {"attention": "sdpa"}, "with its flash kernel"),
-    Told(
+    Advice("flash-attn* flash-attention* use-flash-attn* use-flash-attention* fa2", "", {"attention": "flash"}),
+    Advice("sdpa sdp-attention", "", {"attention": "sdpa"}),
+    Advice("eager eager-attention", "", {"attention": "eager"}),
+    Advice("attn attn-impl attn-implementation attention-implementation attention-backend", "", {"attention": None}),
+    Advice("xformers* flex-attention", "no such attention is planned", {"attention": "sdpa"}, "with its flash kernel"),
+    Advice(
         "bf16 bfloat16",
         "it can mean weights in bf16, or autocast over fp32 weights",
         {"precision": "bf16"},
         "or for autocast --precision mixed",
     ),
-    Told("pure-bf16", "", {"precision": "bf16"}),
-    Told("amp mixed-precision autocast", "", _MIXED),
-    Told("fp16 float16 half", "fp16 is not planned", _MIXED, "with bf16, of the same size"),
-    Told("fp32 float32 tf32", "", {"precision": "fp32"}),
-    Told("fp8 float8", "fp8 is not planned"),
-    Told("dtype torch-dtype model-dtype", "", {"precision": None}),
-    Told(
+    Advice("pure-bf16", "", {"precision": "bf16"}),
+    Advice("amp mixed-precision autocast", "", _MIXED),
+    Advice("fp16 float16 half", "fp16 is not planned", _MIXED, "with bf16, of the same size"),
+    Advice("fp32 float32 tf32", "", {"precision": "fp32"}),
+    Advice("fp8 float8", "fp8 is not planned"),
+    Advice("dtype torch-dtype model-dtype", "", {"precision": None}),
+    Advice(
         "batch-size bs mbs micro-batch-size train-batch-size per-device-train-batch-size per-device-batch-size train-micro-batch-size-per-gpu",
         "",
         {"batch": None},
     ),
-    Told(
+    Advice(
         "gradient-accumulation-steps gradient-accumulation accumulation-steps grad-accum grad-accum-steps accumulate-grad-batches gas",
         "",
         {"accumulation": None},
     ),
-    Told(
+    Advice(
         "global-batch-size",
         "it is batch, micro-batches and GPUs multiplied",
         {"batch": None, "accumulation": None},
         "each by itself",
     ),
-    Told("optim optimizer-type optimizer-name", "", {"optimizer": None}),
-    Told("use-8bit-adam 8bit-adam adamw-8bit adam-8bit", "", {"optimizer": "adamw-8bit"}),
-    Told("fused fused-adamw adamw-fused", "", {"optimizer": "adamw", "adamw_kernel": "fused"}),
-    Told("optimizer-in-bwd fused-backward", "", {"optimizer_in_backward": True}),
-    Told(
+    Advice("optim optimizer-type optimizer-name", "", {"optimizer": None}),
+    Advice("use-8bit-adam 8bit-adam adamw-8bit adam-8bit", "", {"optimizer": "adamw-8bit"}),
+    Advice("fused fused-adamw adamw-fused", "", {"optimizer": "adamw", "adamw_kernel": "fused"}),
+    Advice("optimizer-in-bwd fused-backward", "", {"optimizer_in_backward": True}),
+    Advice(
         "num-gpus n-gpus n-gpu ngpu ngpus gpu-count num-gpu nproc-per-node num-processes world-size devices num-devices",
         "",
         {"gpus": None},
     ),
-    Told(
+    Advice(
         "model-name-or-path model-name model-id model-path base-model pretrained-model-name-or-path",
         "",
         {"model": None},
     ),
-    Told("gpu-name gpu-type card accelerator", "", {"gpu": None}),
-    Told("vram gpu-memory gpu-ram vram-gb gpu-mem-gb memory mem", "", {"gpu_mem": None}),
-    Told("ram cpu-ram cpu-memory cpu-mem host-memory host-ram", "", {"host_mem": None}),
-    Told(
+    Advice("gpu-name gpu-type card accelerator", "", {"gpu": None}),
+    Advice("vram gpu-memory gpu-ram vram-gb gpu-mem-gb memory mem", "", {"gpu_mem": None}),
+    Advice("ram cpu-ram cpu-memory cpu-mem host-memory host-ram", "", {"host_mem": None}),
+    Advice(
         "max-seq-length max-seq-len max-length seq-length sequence-length sequence-len context-length context max-context cutoff-len block-size "
         "model-max-length max-tokens tokens ctx",
         "",
         {"seq_len": None},
     ),
-    Told(
+    Advice(
         "packing sample-packing neat-packing padding-free",
         "a packed row counts as one sequence",
         {"seq_len": None},
         "with the row's length",
     ),
-    Told("torch-compile* compile", "torch.compile is not planned"),
-    Told(
+    Advice("torch-compile* compile", "torch.compile is not planned"),
+    Advice(
         "max-model-len max-num-seqs kv-cache* gpu-memory-utilization max-new-tokens",
         "inference is not planned, training is",
     ),
-    Told("eval* do-eval per-device-eval-batch-size", "evaluation is not planned, training is"),
-    Told(
+    Advice("eval* do-eval per-device-eval-batch-size", "evaluation is not planned, training is"),
+    Advice(
         "lr* learning-rate* warmup* weight-decay epochs num-train-epochs num-epochs max-steps adam-beta1 adam-beta2 adam-epsilon beta1 beta2 optim-args "
         "max-grad-norm gradient-clipping clip-grad* seed data-seed output-dir dataset* dataloader* logging* log-level report-to run-name save* "
         "push-to-hub hub-* do-train resume-from-checkpoint",
@@ -387,12 +389,12 @@ def _letters(name: str) -> str:
     return "".join(c for c in name[:100].lower() if c.isalnum())
 
 
-def _of(table: Collection[Told], typed: str) -> Told | None:
-    """The row of what was typed: where it is named, else where something like it is."""
+def _find_advice(table: Collection[Advice], typed: str) -> Advice | None:
+    """The advice on what was typed: where it is named, else where something like it is."""
     key = _letters(typed)
-    rows = [(name, row) for row in table for name in row.names.split()]
-    named = (row for name, row in rows if _letters(name) == key and not name.endswith("*"))
-    like = (row for name, row in rows if name.endswith("*") and key.startswith(_letters(name)))
+    rows = [(name, advice) for advice in table for name in advice.names.split()]
+    named = (advice for name, advice in rows if _letters(name) == key and not name.endswith("*"))
+    like = (advice for name, advice in rows if name.endswith("*") and key.startswith(_letters(name)))
     return next(named, None) or next(like, None)
 
 
@@ -411,47 +413,51 @@ _OTHERS = (
 )  # options that are no fields of a recipe
 
 
-def flags_of(row: Told) -> list[str]:
-    """The options that a row says to write."""
-    return [_FLAGS.get(field, "--" + field.replace("_", "-")) for field in row.write]
+def flags_of(advice: Advice) -> list[str]:
+    """The options that an advice says to write."""
+    return [_FLAGS.get(field, "--" + field.replace("_", "-")) for field in advice.write]
 
 
-def _as_options(row: Told) -> str:
-    words = zip(flags_of(row), row.write.values(), strict=True)
+def _as_options(advice: Advice) -> str:
+    words = zip(flags_of(advice), advice.write.values(), strict=True)
     return " ".join(flag if value is None or value is True else f"{flag} {value}" for flag, value in words)
 
 
-def _as_fields(row: Told) -> str:
+def _as_fields(advice: Advice) -> str:
     fields = [
-        field if value is None else f"{field}={value!r}" for field, value in row.write.items() if field not in _OTHERS
+        field if value is None else f"{field}={value!r}"
+        for field, value in advice.write.items()
+        if field not in _OTHERS
     ]
-    return f"{', '.join(fields)} ({_as_options(row)})" if fields else _as_options(row)
+    return f"{', '.join(fields)} ({_as_options(advice)})" if fields else _as_options(advice)
 
 
 _FIELD = re.compile(r"(\w+)=(?:'([^']*)'|(\w+))")
 _BOTH = re.compile(rf"{_FIELD.pattern}(?:, {_FIELD.pattern})* \((--[^()]+)\)")
 
 
-def in_options(said: str) -> str:
+def in_options(message: str) -> str:
     """What is said of a recipe's fields, in the command line's words alone: `loss='chunked' (--loss chunked)` is --loss chunked there."""
     from .recipe import Recipe
 
-    def flag(found: re.Match[str]) -> str:
-        name = found[1]
-        return _FLAGS.get(name, "--" + name.replace("_", "-")) if name in Recipe.model_fields else found[0]
+    def flag(match: re.Match[str]) -> str:
+        name = match[1]
+        return _FLAGS.get(name, "--" + name.replace("_", "-")) if name in Recipe.model_fields else match[0]
 
-    said = _BOTH.sub(lambda found: found[found.lastindex or 0], said)
-    said = re.sub(r"\b(\w+) \((--[\w-]+)\)", lambda found: found[2] if flag(found) == found[2] else found[0], said)
-    said = re.sub(r"(?<![\w'-])([a-z]+_[a-z_]+)(?![\w'])", flag, said)
-    return re.sub(r"^(\w+)(?=:)", flag, said)
+    message = _BOTH.sub(lambda match: match[match.lastindex or 0], message)
+    message = re.sub(
+        r"\b(\w+) \((--[\w-]+)\)", lambda match: match[2] if flag(match) == match[2] else match[0], message
+    )
+    message = re.sub(r"(?<![\w'-])([a-z]+_[a-z_]+)(?![\w'])", flag, message)
+    return re.sub(r"^(\w+)(?=:)", flag, message)
 
 
-def _way(row: Told, written: str, otherwise: str) -> str:
-    if not row.write:
+def _compose_way_out(advice: Advice, replacement: str, otherwise: str) -> str:
+    if not advice.write:
         return otherwise
-    if row.but:
-        return f"Nearest: {written}, {row.but}."
-    return f"Write it as {written}." if None in row.write.values() else f"Write {written}."
+    if advice.difference:
+        return f"Nearest: {replacement}, {advice.difference}."
+    return f"Write it as {replacement}." if None in advice.write.values() else f"Write {replacement}."
 
 
 def unknown_value(
@@ -460,29 +466,33 @@ def unknown_value(
     """Two lines about a value that `field` cannot have; `planned` are those it can, `more` what else, `older` names are taken too."""
     shown, word = (field, "Planned") if field in VALUES else (f"--{field}", "Known")
     text, all_planned = one_line(typed), f"{word}: {', '.join(planned)}{more}."
-    spelled = [Told(value, "is spelled otherwise", {field: value}) for value in (*planned, *older)]
+    spelled = [Advice(value, "is spelled otherwise", {field: value}) for value in (*planned, *older)]
     rows = VALUES.get(field) or CHOICES.get(field, ())
-    row = _of((*spelled, *rows), text) if isinstance(typed, str | bool) else None
-    if row is None:
+    advice = _find_advice((*spelled, *rows), text) if isinstance(typed, str | bool) else None
+    if advice is None:
         return f"unknown {shown} {quoted(typed)}.{did_you_mean(text, (*planned, *older))}\n{all_planned}"
-    return f"{shown}: {quoted(typed)} {row.said}.\n{_way(row, _as_fields(row), all_planned)}"
+    return f"{shown}: {quoted(typed)} {advice.statement}.\n{_compose_way_out(advice, _as_fields(advice), all_planned)}"
 
 
 def unknown_field(typed: str) -> str | None:
     """Two lines about a field that a recipe does not have; None when nothing is known of it."""
-    row = _of(_OPTIONS, typed)
-    return _said(f"a recipe has no field {quoted(typed)}", row, _as_fields(row)) if row is not None else None
+    advice = _find_advice(_OPTIONS, typed)
+    return (
+        _compose_message(f"a recipe has no field {quoted(typed)}", advice, _as_fields(advice))
+        if advice is not None
+        else None
+    )
 
 
-def option(typed: str) -> Told | None:
+def find_option(typed: str) -> Advice | None:
     """What is known of an option that does not exist."""
-    return _of(_OPTIONS, typed)
+    return _find_advice(_OPTIONS, typed)
 
 
-def unknown_option(typed: str, row: Told, whose: str = "") -> str:
+def unknown_option(typed: str, advice: Advice, whose: str = "") -> str:
     """Two lines about it; `whose` says which commands have what is recommended."""
-    return _said(f"no option {one_line(typed, 60)}", row, _as_options(row) + whose)
+    return _compose_message(f"no option {one_line(typed, 60)}", advice, _as_options(advice) + whose)
 
 
-def _said(start: str, row: Told, written: str) -> str:
-    return f"{start}{': ' * bool(row.said)}{row.said}.\n{_way(row, written, 'Leave it out.')}"
+def _compose_message(start: str, advice: Advice, replacement: str) -> str:
+    return f"{start}{': ' * bool(advice.statement)}{advice.statement}.\n{_compose_way_out(advice, replacement, 'Leave it out.')}"

@@ -89,11 +89,11 @@ class Recipe(BaseModel):
         __init__.__pydantic_base_init__ = True  # so that model_validate, which raises ValidationError, does not come by
 
     def model_post_init(self, _context: object) -> None:
-        for name, of in REGISTRIES.items():
-            if getattr(self, name) not in (known := of()):
+        for name, list_names in REGISTRIES.items():
+            if getattr(self, name) not in (planned_names := list_names()):
                 from . import names
 
-                raise ValueError(names.unknown_value(name, getattr(self, name), known))
+                raise ValueError(names.unknown_value(name, getattr(self, name), planned_names))
         for name in ("mlp_chunks", "loss_chunks"):
             value = getattr(self, name)
             if value != "auto" and not 1 <= value <= 1 << 32:
@@ -158,8 +158,8 @@ class Recipe(BaseModel):
 
     def __repr__(self) -> str:
         usual = ((name, field.default) for name, field in type(self).model_fields.items())
-        own = [f"{name}={getattr(self, name)!r}" for name, default in usual if getattr(self, name) != default]
-        return f"Recipe({', '.join(own)})"
+        fields = [f"{name}={getattr(self, name)!r}" for name, default in usual if getattr(self, name) != default]
+        return f"Recipe({', '.join(fields)})"
 
     __str__ = __repr__
 
@@ -208,8 +208,8 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as e:
-            said = first_problem(e)
-            raise RecipeError(f"{source}: {said}" + ("" if "\n" in said else f"\n{_WRITES_ONE}")) from None
+            message = first_problem(e)
+            raise RecipeError(f"{source}: {message}" + ("" if "\n" in message else f"\n{_WRITES_ONE}")) from None
         except UnicodeError:
             raise RecipeError(f"{source}: holds what is no Unicode text.\n{_WRITES_ONE}") from None
 
@@ -362,8 +362,8 @@ def options_of(recipe: Recipe) -> str:
         value = getattr(recipe, name)
         if name in STRATEGY_FIELDS or value == getattr(usual, name):
             continue
-        said = ",".join(value) if name in ("train", "freeze") else str(value)
-        words += [_SWITCHES[name]] if name in _SWITCHES else [f"--{name.replace('_', '-')}", said]
+        text = ",".join(value) if name in ("train", "freeze") else str(value)
+        words += [_SWITCHES[name]] if name in _SWITCHES else [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)
 
 
@@ -374,12 +374,12 @@ def _strategy_options(recipe: Recipe) -> list[str]:
     def same(name: str, fields: Iterable[str]) -> bool:
         return all(getattr(recipe, field) == getattr(STRATEGIES[name], field) for field in fields)
 
-    if found := next((name for name in STRATEGIES if same(name, STRATEGY_FIELDS)), None):
-        return ["--strategy", strategy_label(found)]
+    if matching_name := next((name for name in STRATEGIES if same(name, STRATEGY_FIELDS)), None):
+        return ["--strategy", strategy_label(matching_name)]
     counts = ["--chunks", ",".join(dict.fromkeys((str(recipe.mlp_chunks), str(recipe.loss_chunks))))]
     in_chunks = (name for name in STRATEGIES if STRATEGIES[name].loss_in_chunks)
-    if found := next((name for name in in_chunks if same(name, set(STRATEGY_FIELDS) - chunks)), None):
-        return ["--strategy", strategy_label(found), *counts]
+    if matching_name := next((name for name in in_chunks if same(name, set(STRATEGY_FIELDS) - chunks)), None):
+        return ["--strategy", strategy_label(matching_name), *counts]
     words = ["--checkpoint", str(recipe.checkpoint)] if recipe.checkpoint != "none" else []
     words += ["--offload"] if recipe.offload_layer_inputs else []
     if (

@@ -60,8 +60,8 @@ class Selection(NamedTuple):
 def _matches(pattern: str, weight: Named) -> bool:
     if pattern in tuple(WeightKind):
         return pattern in weight.kinds
-    wanted = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
-    return any(fnmatchcase(name, one) for name in weight.names for one in wanted)
+    globs = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
+    return any(fnmatchcase(name, glob) for name in weight.names for glob in globs)
 
 
 def _no_match(option: str, pattern: str, weights: Collection[Named], model: str) -> str:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ..spec.families import family_of
 from ..spec.families.base import LAYER
 from ..spec.model import LayerKind, Model
-from .autograd import recorded
+from .autograd import record_step
 from .cuda import flash_rows
 from .fsdp import into_groups, shards_of
 from .instants import Instant, Stage
@@ -130,11 +130,11 @@ class Step:
         self.tape = build(model, layout)
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
-        held = shards_of(self.weights, layout.recipe.gpus)
-        trained = [(w, n) for w, n in held if w.trained]
+        card_weights = shards_of(self.weights, layout.recipe.gpus)
+        trained = [(w, n) for w, n in card_weights if w.trained]
         self.optimizer = optimizer_memory(layout.recipe, trained)
-        self.held = sum(w.numel * n for w, n in held)  # parameters on one card: all, or its share
-        self.held_trained = sum(w.numel * n for w, n in trained)
+        self.card_parameters = sum(w.numel * n for w, n in card_weights)  # parameters on one card: all, or its share
+        self.trained_card_parameters = sum(w.numel * n for w, n in trained)
         self.trained = sum(w.numel * n for w, n in self.weights if w.trained)
         self.moments = {name: undominated(moments) for name, moments in self._moments(self.rules()).items()}
         self.is_calibrated = False
@@ -142,15 +142,15 @@ class Step:
     def calibrated(self, moments: Mapping[str, Iterable[Vector]]) -> Step:
         """Step with moments of its instants as they were found, without cuBLAS' workspaces, in place of the formula's, which
         stay where none were. Instants that the formula leaves out, for they lie between others, stay out."""
-        held = (self.workspace,) + (0,) * (len(BASIS) - 1)
+        workspace = (self.workspace,) + (0,) * (len(BASIS) - 1)
         other = copy(self)
         other.is_calibrated = True
-        found = {
-            name: tuple(Moment(add(v, held), CALIBRATED, ()) for v in moments[name])
+        calibrated_moments = {
+            name: tuple(Moment(add(v, workspace), CALIBRATED, ()) for v in moments[name])
             for name in self.moments
             if name in moments
         }
-        other.moments = {**self.moments, **found}
+        other.moments = {**self.moments, **calibrated_moments}
         return other
 
     # ---- replay -----------------------------------------------------------------------------------------------------
@@ -166,13 +166,13 @@ class Step:
 
     def _moments(self, rules: Rules) -> dict[Instant, list[Moment]]:
         """Moments of the step by the instant they belong to, with all that is alive."""
-        found: dict[Instant, list[Moment]] = {}
+        by_instant: dict[Instant, list[Moment]] = {}
 
         def note(moments: Iterable[tuple[Instant, Moment]], alive: Alive) -> None:
-            base = total(alive)
-            for instant, (live, at, inside, stage) in moments:
-                moment = Moment(add(base, live), at, (*alive, *inside) if rules.detail else (), stage)
-                found.setdefault(instant, []).append(moment)
+            base = sum_bytes(alive)
+            for instant, (live, operation, inside, stage) in moments:
+                moment = Moment(add(base, live), operation, (*alive, *inside) if rules.detail else (), stage)
+                by_instant.setdefault(instant, []).append(moment)
 
         resident = labels([*self._resident(), *self._batch()])
         ahead = forward(self.tape, rules, keep=True, prune=False)
@@ -182,10 +182,13 @@ class Step:
         note([row for row in ahead_at if row[0] is Instant.LOSS], resident + waiting)
         let_go = tuple((label, -count) for label, count in ahead.cached)  # autocast's cache, at the end of forward
         seed = labels([grad_of(self.tape.output)])
-        left = add(ahead.net, total(let_go + seed))
+        forward_end = add(ahead.net, sum_bytes(let_go + seed))
         behind = backward(self.tape, rules, prune=False)
         behind_at = [
-            (m.stage.backward, Moment(add(left, m.live), m.at, (*ahead.alive, *let_go, *seed, *m.alive), m.stage))
+            (
+                m.stage.backward,
+                Moment(add(forward_end, m.live), m.operation, (*ahead.alive, *let_go, *seed, *m.alive), m.stage),
+            )
             for m in behind.moments
             if m.stage is not None
         ]
@@ -193,14 +196,14 @@ class Step:
         if not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host):
             step_only = labels([*self._gradients(always_alive=False), *self._temporaries()])
             note([(Instant.OPTIMIZER, Moment(ZERO, "step", ()))], resident + step_only)
-        return found
+        return by_instant
 
     # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
 
     def _resident(self) -> list[Tensor]:
         """Weights, optimizer states, cuBLAS' workspaces, and gradients where they outlive a backward pass."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
-        size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.held)
+        size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.card_parameters)
         name = "weights gathered from the host" if recipe.weights_on_host else "weights"
         workspaces = Tensor(WORKSPACES, "", "uint8", 0, self.workspace, role=Role.WORKSPACE)
         states = [constant(s.name, s.dtype, s.bytes, State(s.torch_keys)) for s in self.optimizer.states if s.bytes]
@@ -225,7 +228,12 @@ class Step:
         if always_alive != (recipe.accumulation > 1) or recipe.weights_on_host:
             return []
         return [
-            constant("gradients", recipe.weight_dtype, recipe.weight_bytes * self.held_trained, Role.WEIGHT_GRADIENT)
+            constant(
+                "gradients",
+                recipe.weight_dtype,
+                recipe.weight_bytes * self.trained_card_parameters,
+                Role.WEIGHT_GRADIENT,
+            )
         ]
 
     def _temporaries(self) -> list[Tensor]:
@@ -260,20 +268,24 @@ class Step:
 
     def instants(self, sizes: Sizes) -> tuple[InstantPeak, ...]:
         """Instants in the order of a step, each at its largest moment with the tensors alive."""
-        found = self.detailed()
+        by_instant = self.detailed()
         units = sizes.units
         result = []
         for name in Instant:
-            moments = found.get(name)
+            moments = by_instant.get(name)
             if moments:
                 top = max(moments, key=lambda m: evaluate(m.live, units))
                 size, entries = evaluate(top.live, units), shown(top.alive, units)
                 if self.is_calibrated and name in self.moments:
-                    told = max(evaluate(m.live, units) for m in self.moments[name])
-                    off = (Entry(CALIBRATED, "", "", 1, told - size, Role.CALIBRATION),) if told != size else ()
-                    entries = tuple(sorted((*entries, *off), key=lambda entry: -entry.bytes))
-                    size = told
-                result.append(InstantPeak(name, size, top.at, entries))
+                    calibrated_size = max(evaluate(m.live, units) for m in self.moments[name])
+                    correction = (
+                        (Entry(CALIBRATED, "", "", 1, calibrated_size - size, Role.CALIBRATION),)
+                        if calibrated_size != size
+                        else ()
+                    )
+                    entries = tuple(sorted((*entries, *correction), key=lambda entry: -entry.bytes))
+                    size = calibrated_size
+                result.append(InstantPeak(name, size, top.operation, entries))
         return tuple(result)
 
 
@@ -281,7 +293,7 @@ def labels(tensors: Iterable[Tensor]) -> Alive:
     return tuple((t.label, 1) for t in tensors)
 
 
-def total(alive: Alive) -> Vector:
+def sum_bytes(alive: Alive) -> Vector:
     vector = [0] * len(BASIS)
     for label, count in alive:
         vector[label.basis] += label.bytes * count
@@ -368,24 +380,26 @@ def build(model: Model, layout: Layout) -> Tape:
     w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
     table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
-    with w.tape.part(Role.EMBEDDING):
-        hidden, held = _embedding(w, table, joins_view=not in_pieces and not numerics.autocast)
-    with w.tape.part(Role.POSITIONS):
-        shared = _shared(w, held[0], layout)
+    with w.tape.assign_role(Role.EMBEDDING):
+        hidden, variables = _embedding(w, table, joins_view=not in_pieces and not numerics.autocast)
+    with w.tape.assign_role(Role.POSITIONS):
+        shared = _shared(w, variables[0], layout)
     several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
     chunks = MlpChunks(several, several and recipe.mlp_recompute)
-    given: dict[tuple[LayerKind, Names], Given] = {}
+    calls: dict[tuple[LayerKind, Names], LayerCall] = {}
     for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
-        given[kind, names] = Given(layer(model, kind, numerics, chunks, names), *shared[kind])
-    rows = [given[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
-    with w.tape.part(Role.LAYER_INPUT):
+        calls[kind, names] = LayerCall(layer(model, kind, numerics, chunks, names), *shared[kind])
+    rows = [calls[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
+    with w.tape.assign_role(Role.LAYER_INPUT):
         hidden = _layers(w.tape, hidden, rows, recipe)
     w.tape.stage = Stage.LOSS
-    with w.tape.part(Role.NORM):
+    with w.tape.assign_role(Role.NORM):
         hidden = w.norm(hidden, "final norm")
-    w.hold(*held, *(tensor for given in shared.values() for tensor in given[0]))  # until the model's forward returns
+    w.hold(
+        *variables, *(tensor for arguments, _ in shared.values() for tensor in arguments)
+    )  # until the model's forward returns
     _head(w, hidden, table, layout, in_pieces)
-    tape = recorded(w.tape.written(), held[1] if recipe.input_gradients else None)
+    tape = record_step(w.tape.build_tape(), variables[1] if recipe.input_gradients else None)
     if any(op.fetches for op in tape.ops):
         moved = tensor_of(tape.dims, "layer input in transfer", "b s d", hidden.dtype, role=Role.LAYER_INPUT)
         tape = replace(tape, in_transfer=moved)
@@ -408,9 +422,9 @@ def frozen_names(model: Model, selection: Selection) -> Frozen:
     if not selection:
         return Frozen(frozenset(), (frozenset(),) * model.layers)
     prefixes = [family_of(model.model_type).weight_names[LAYER].format(n) for n in range(model.layers)]
-    found = named_weights(model)
-    selection.check(found, model.name)
-    names = [weight.names[0] for weight in found if not selection.trains(weight)]
+    weights = named_weights(model)
+    selection.check(weights, model.name)
+    names = [weight.names[0] for weight in weights if not selection.trains(weight)]
     inside = [frozenset(n.removeprefix(prefix) for n in names if n.startswith(prefix)) for prefix in prefixes]
     return Frozen(frozenset(n for n in names if not n.startswith(tuple(prefixes))), tuple(inside))
 
@@ -419,14 +433,14 @@ def frozen_names(model: Model, selection: Selection) -> Frozen:
 def named_weights(model: Model) -> tuple[Named, ...]:
     """Weights of a model, as transformers calls them."""
     names, number = family_of(model.model_type).weight_names, 0
-    found: dict[str, Named] = {}
+    weights: dict[str, Named] = {}
     for op in build(model, Layout(STRATEGIES["standard"], False, False, False)).ops:
         prefix = names[LAYER].format(number) if op.is_layer else ""
         number += op.is_layer
         for weight in dict.fromkeys(_op_weights(op)):
             aliases = (f"{names['lm_head']}.weight",) if WeightKind.HEAD in weight.kinds and model.tied else ()
-            found[prefix + weight.name] = Named((prefix + weight.name, *aliases), weight.kinds)
-    return tuple(found.values())
+            weights[prefix + weight.name] = Named((prefix + weight.name, *aliases), weight.kinds)
+    return tuple(weights.values())
 
 
 def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
@@ -448,16 +462,16 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
     """The first hidden states, and what the model's code still holds beside them: position ids, what the embedding gave. joins_view: the gradient that a tied
     head made of the table is a view."""
     model, tape = w.model, w.tape
-    with tape.part(Role.POSITIONS):
+    with tape.assign_role(Role.POSITIONS):
         ids = tape.new("position ids", "s", "int64")
     changed = model.scaled_embedding or model.learned_positions
     looked_up = w.new("embeddings", "d", w.wide) if changed else w.hidden()
     joins = Joined(table, joins_view) if model.tied else None
     tape.op("embedding", [], looked_up, weights=(table,), joins=joins)
-    hidden, held = looked_up, [looked_up]
+    hidden, variables = looked_up, [looked_up]
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.hidden())
-        held = [hidden]
+        variables = [hidden]
     tape.op("position ids", [], ids)
     if model.learned_positions:
         positions = tape.new("position embeddings", "s d", w.wide)
@@ -467,11 +481,11 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
         y = w.hidden()
         grads = ((hidden, None), (positions, tape.grad(positions)))
         hidden = tape.op("embedding add", [hidden, positions], y, grads=grads)
-        held.append(positions)
+        variables.append(positions)
     if model.dropout:
-        with tape.part(Role.LAYER_INPUT):
-            hidden = w.dropout(hidden, model.dropout, HIDDEN, at="embedding dropout")
-    return hidden, (ids, *held)
+        with tape.assign_role(Role.LAYER_INPUT):
+            hidden = w.dropout(hidden, model.dropout, HIDDEN, operation="embedding dropout")
+    return hidden, (ids, *variables)
 
 
 def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
@@ -480,11 +494,14 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     kinds = dict.fromkeys(w.model.layer_kinds)
     sliding = {kind: kind.window is not None for kind in kinds}
     several = w.code.local_rotary
-    rotary = {of: _rotary_tables(w, layout) for of in dict.fromkeys(sliding[kind] and several for kind in kinds)}
-    masks = {of: _mask(w, of, layout) for of in dict.fromkeys(sliding.values())}
+    rotary = {
+        is_sliding: _rotary_tables(w, layout)
+        for is_sliding in dict.fromkeys(sliding[kind] and several for kind in kinds)
+    }
+    masks = {is_sliding: _mask(w, is_sliding, layout) for is_sliding in dict.fromkeys(sliding.values())}
     tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
-    kept = {kind: () if w.code.interleaved_tables else tables[kind] for kind in kinds}
-    return {kind: ((ids, *tables[kind], *masks[sliding[kind]]), kept[kind]) for kind in kinds}
+    kept_tables = {kind: () if w.code.interleaved_tables else tables[kind] for kind in kinds}
+    return {kind: ((ids, *tables[kind], *masks[sliding[kind]]), kept_tables[kind]) for kind in kinds}
 
 
 def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
@@ -515,42 +532,42 @@ def _mask(w: Writer, sliding: bool, layout: Layout) -> tuple[Tensor, ...]:
     return (mask,)
 
 
-class Given(NamedTuple):
+class LayerCall(NamedTuple):
     """A layer, or several, and what it is given beside hidden states: all of it, and the tables of cos and sin."""
 
     tape: Tape
     arguments: tuple[Tensor, ...]
     tables: tuple[Tensor, ...]
 
-    def kept(self, recompute: bool) -> tuple[Tensor, ...]:
+    def list_kept(self, recompute: bool) -> tuple[Tensor, ...]:
         """Tensors kept for backward: a checkpoint keeps all of it, else cos and sin are kept by the products with them."""
         return self.arguments if recompute else self.tables
 
 
-def _layers(tape: TapeWriter, hidden: Tensor, layers: list[Given], recipe: Recipe) -> Tensor:
+def _layers(tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], recipe: Recipe) -> Tensor:
     every = segment_length(recipe, len(layers))
     if every == 0:
         return _chain(tape, hidden, layers, recompute=False, offload=False)
     if every == 1:
         return _chain(tape, hidden, layers, recompute=True, offload=recipe.offload_layer_inputs)
-    made: dict[tuple[int, ...], Given] = {}
+    segment_calls: dict[tuple[int, ...], LayerCall] = {}
     groups = [layers[start : start + every] for start in range(0, len(layers), every)]
     for inside in groups:
         key = tuple(id(layer.tape) for layer in inside)
-        if key not in made:
-            made[key] = _segment(tape.dims, hidden.dtype, inside)
-    segments = [made[tuple(id(layer.tape) for layer in inside)] for inside in groups]
+        if key not in segment_calls:
+            segment_calls[key] = _segment(tape.dims, hidden.dtype, inside)
+    segments = [segment_calls[tuple(id(layer.tape) for layer in inside)] for inside in groups]
     return _chain(tape, hidden, segments, recompute=True, offload=recipe.offload_layer_inputs)
 
 
-def _segment(dims: dict[str, int], dtype: str, layers: list[Given]) -> Given:
+def _segment(dims: dict[str, int], dtype: str, layers: list[LayerCall]) -> LayerCall:
     """Several layers that are checkpointed together."""
     segment = TapeWriter(dims)
     segment.role = Role.LAYER_INPUT
     segment.source = segment.new(HIDDEN, "b s d", dtype)
-    _chain(segment, segment.source, [Given(layer.tape, (), ()) for layer in layers], recompute=False, offload=False)
+    _chain(segment, segment.source, [LayerCall(layer.tape, (), ()) for layer in layers], recompute=False, offload=False)
     arguments = tuple(dict.fromkeys(tensor for layer in layers for tensor in layer.arguments))
-    return Given(segment.written(), arguments, ())
+    return LayerCall(segment.build_tape(), arguments, ())
 
 
 def segment_length(recipe: Recipe, layers: int) -> int:
@@ -570,15 +587,15 @@ def stored_inputs(recipe: Recipe, layers: int) -> int:
     return -(-layers // segment_length(recipe, layers)) if recipe.checkpoint != "none" else 0
 
 
-def _chain(tape: TapeWriter, hidden: Tensor, layers: list[Given], *, recompute: bool, offload: bool) -> Tensor:
+def _chain(tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], *, recompute: bool, offload: bool) -> Tensor:
     """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not."""
     count = len(layers)
-    for i, given in enumerate(layers):
+    for i, call in enumerate(layers):
         stage = Stage.of_layer(i, count) if tape.stage is not None else None
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
         name = f"layer, {place}" if stage is not None else f"layer of the segment, {place}"
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
-        part = Part(given.tape, recompute=recompute, offload=offload, arguments=given.kept(recompute))
+        part = Part(call.tape, recompute=recompute, offload=offload, arguments=call.list_kept(recompute))
         tape.add(Op(name, (hidden,), (out,), part=part, stage=stage))
         hidden = out
     return hidden
@@ -596,14 +613,14 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     _loss(inner, inner.source(hidden.name, hidden.dtype, hidden.role), weight, recipe.loss)
     tape.op("shift labels", [], labels)
     loss = tensor_of(tape.dims, "loss", "", "float32", role=Role.LOSS)
-    written = inner.tape.written()
-    part = Part(written, chunked=True, sums=sums_of(written), in_forward=True)
+    inner_tape = inner.tape.build_tape()
+    part = Part(inner_tape, chunked=True, sums=sums_of(inner_tape), in_forward=True)
     stage, defers = tape.stage, model.tied
     tape.add(Op("loss chunk", (hidden,), (loss,), part=part, defers=defers, holds=(labels,), stage=stage))
 
 
 def _loss(w: Writer, hidden: Tensor, head: Weight, loss: str, *labels: Tensor, defers: bool = False) -> None:
-    with w.tape.part(Role.LOSS):
+    with w.tape.assign_role(Role.LOSS):
         LOSSES[loss].lay_out(w, hidden, head, labels, defers)
 
 

@@ -79,13 +79,13 @@ class Tensor:
         dtype: str,
         basis: int,
         bytes: int,
-        of: Tensor | None = None,
+        base: Tensor | None = None,
         *,
         role: Purpose | None = None,
         cached: bool = False,
     ):
         self.name, self.shape, self.dtype, self.basis, self.bytes = name, shape, dtype, basis, bytes
-        self.storage: Tensor = of.storage if of is not None else self
+        self.storage: Tensor = base.storage if base is not None else self
         self.cached, self.role = cached, role
 
     @property
@@ -111,15 +111,15 @@ class Weight:
         return n
 
 
-Wanted = Tensor | Weight
-"""What a gradient is made of."""
+Receiver = Tensor | Weight
+"""What gets a gradient."""
 
 
 class ForGradients(NamedTuple):
     """What an operation keeps and makes for gradients that are wanted: `autograd.py` chooses of it, and leaves none."""
 
-    keeps: tuple[tuple[Tensor, Wanted], ...] = ()  # (tensor, whose gradient it is kept for)
-    back_temps: tuple[tuple[Tensor, Wanted], ...] = ()
+    keeps: tuple[tuple[Tensor, Receiver], ...] = ()  # (tensor, whose gradient it is kept for)
+    back_temps: tuple[tuple[Tensor, Receiver], ...] = ()
     all: bool = False  # its backward makes all of `grads`, those that nobody wants as well
 
 
@@ -200,7 +200,7 @@ class Group:
     gradients: tuple[Tensor, ...]  # whole
     scatter: Tensor  # the reduce-scatter's input
     shards: Tensor  # its output, the gradients' shards
-    held: Tensor | None  # of the gradients, one that a variable holds until all is done
+    last_gradient: Tensor | None  # of the gradients, one that a variable holds until all is done
     stay: bool  # until the optimizer's step; else they are added to ones that exist, or used at once
     temporaries: Tensor  # of the optimizer, where it steps in backward
 
@@ -254,7 +254,7 @@ class Tape:
 class TapeWriter:
     """A tape while it is written. dims: sizes of the axes that do not change.
 
-    role: of the tensors that are made from now on; stage: of the operations. `written` gives the tape.
+    role: of the tensors that are made from now on; stage: of the operations. `build_tape` gives the tape.
     """
 
     def __init__(self, dims: dict[str, int], stage: Stage | None = None):
@@ -264,13 +264,13 @@ class TapeWriter:
         self.source: Tensor | None = None
         self.output: Tensor | None = None
 
-    def written(self) -> Tape:
+    def build_tape(self) -> Tape:
         assert self.output is not None
         return Tape(MappingProxyType(dict(self.dims)), tuple(self.ops), self.output, self.source)
 
-    def new(self, name: str, shape: str, dtype: str, of: Tensor | None = None, *, cached: bool = False) -> Tensor:
-        """of: the tensor that it is a view of; cached: as of `Tensor`."""
-        return tensor_of(self.dims, name, shape, dtype, of, role=self.role, cached=cached)
+    def new(self, name: str, shape: str, dtype: str, base: Tensor | None = None, *, cached: bool = False) -> Tensor:
+        """base: the tensor that it is a view of; cached: as of `Tensor`."""
+        return tensor_of(self.dims, name, shape, dtype, base, role=self.role, cached=cached)
 
     def grad(self, tensor: Tensor) -> Tensor:
         return grad_of(tensor)
@@ -292,7 +292,7 @@ class TapeWriter:
         self.ops[-1] = replace(self.ops[-1], holds=self.ops[-1].holds + tensors)
 
     @contextmanager
-    def part(self, role: Purpose | None) -> Iterator[None]:
+    def assign_role(self, role: Purpose | None) -> Iterator[None]:
         """Give what is made inside that role."""
         before, self.role = self.role, role
         try:
@@ -306,17 +306,17 @@ def tensor_of(
     name: str,
     shape: str,
     dtype: str,
-    of: Tensor | None = None,
+    base: Tensor | None = None,
     *,
     role: Purpose | None = None,
     cached: bool = False,
 ) -> Tensor:
-    """A tensor whose bytes follow from its shape; of: the one that it is a view of."""
+    """A tensor whose bytes follow from its shape; base: the one that it is a view of."""
     basis, axes = axes_of(shape)
     size = ITEMSIZE[dtype]
     for axis in axes:
         size *= int(axis) if axis.isdigit() else dims[axis]
-    return Tensor(name, shape, dtype, basis, size, of, role=role, cached=cached)
+    return Tensor(name, shape, dtype, basis, size, base, role=role, cached=cached)
 
 
 def grad_of(tensor: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ class Moment(NamedTuple):
     """Live bytes at one moment, relative to where the replay began."""
 
     live: Vector
-    at: str  # the operation, for people
+    operation: str  # its name, for people
     alive: Alive  # when detail was asked for
     stage: Stage | None = None  # of the step
 
@@ -364,17 +364,17 @@ class Rules(NamedTuple):
 class _Ledger:
     """A running sum of live bytes and its moments."""
 
-    __slots__ = ("alive", "moments", "rules", "stage", "total")
+    __slots__ = ("alive", "live", "moments", "rules", "stage")
 
     def __init__(self, rules: Rules):
-        self.total = [0] * len(BASIS)
+        self.live = [0] * len(BASIS)
         self.moments: list[Moment] = []
         self.alive: dict[Label, int] = {}
         self.rules = rules
         self.stage: Stage | None = None
 
     def put(self, tensor: Tensor, count: int = 1) -> None:
-        self.total[tensor.basis] += count * tensor.bytes
+        self.live[tensor.basis] += count * tensor.bytes
         if self.rules.detail:
             label = tensor.label
             self.alive[label] = self.alive.get(label, 0) + count
@@ -389,26 +389,26 @@ class _Ledger:
             self.alive[before] = self.alive.get(before, 0) - 1
             self.alive[after] = self.alive.get(after, 0) + 1
 
-    def mark(self, at: str) -> None:
-        self.moments.append(Moment(tuple(self.total), at, tuple(self.alive.items()), self.stage))
+    def mark(self, operation: str) -> None:
+        self.moments.append(Moment(tuple(self.live), operation, tuple(self.alive.items()), self.stage))
 
     def splice(self, replay: Replay, where: str = "", *, moments: bool = True) -> None:
         """Take over what another replay found, begun from here."""
-        base = tuple(self.total)
-        held = tuple(self.alive.items())
-        for live, at, alive, _ in replay.moments if moments else ():
-            listed = merged(held, alive) if self.rules.detail else ()
-            self.moments.append(Moment(add(base, live), _within(where, at), listed, self.stage))
-        self.total = list(add(base, replay.net))
+        base = tuple(self.live)
+        alive_before = tuple(self.alive.items())
+        for live, operation, alive, _ in replay.moments if moments else ():
+            listed = merged(alive_before, alive) if self.rules.detail else ()
+            self.moments.append(Moment(add(base, live), _within(where, operation), listed, self.stage))
+        self.live = list(add(base, replay.net))
         if self.rules.detail:
-            self.alive = dict(merged(held, replay.alive))
+            self.alive = dict(merged(alive_before, replay.alive))
 
     def replay(self, cached: Alive = ()) -> Replay:
-        return Replay(tuple(self.moments), tuple(self.total), tuple(self.alive.items()), cached)
+        return Replay(tuple(self.moments), tuple(self.live), tuple(self.alive.items()), cached)
 
 
-def _within(where: str, at: str) -> str:
-    return f"{where}: {at}" if where else at
+def _within(where: str, operation: str) -> str:
+    return f"{where}: {operation}" if where else operation
 
 
 def merged(*alive: Iterable[tuple[Label, int]]) -> Alive:
@@ -422,7 +422,7 @@ def merged(*alive: Iterable[tuple[Label, int]]) -> Alive:
 def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
     """The moments that can be the largest for some batch, length and chunks: none exceeded by another in every term, or by a mix of two
     that differ from it in the constant and in tokens only, as layers one after the other do."""
-    kept: list[Moment] = []
+    largest: list[Moment] = []
     tried: list[Vector] = []  # the same, those first that exceeded others last: neighbours are exceeded by the same one
     alike: dict[Vector, list[Moment]] = {}
     for moment in moments:
@@ -433,29 +433,29 @@ def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
         live = moment.live
         larger = next((i for i, other in enumerate(tried) if all(map(int.__ge__, other, live))), None)
         if larger is None:
-            kept.append(moment)
+            largest.append(moment)
             tried.append(live)
         elif larger:
             tried.insert(0, tried.pop(larger))
-    return tuple(kept)
+    return tuple(largest)
 
 
 def _corners(moments: Sequence[Moment]) -> list[Moment]:
     """Moments that are the largest for some weights of the first two terms: the corners of their convex hull, upwards."""
     if len(moments) < 3:
         return list(moments)
-    kept: list[Moment] = []
+    corners: list[Moment] = []
     for moment in sorted(moments, key=lambda m: m.live[:2], reverse=True):
         x, y = moment.live[:2]
-        if kept and y <= kept[-1].live[1]:
+        if corners and y <= corners[-1].live[1]:
             continue
-        while len(kept) > 1:
-            (ax, ay), (bx, by) = kept[-2].live[:2], kept[-1].live[:2]
+        while len(corners) > 1:
+            (ax, ay), (bx, by) = corners[-2].live[:2], corners[-1].live[:2]
             if (bx - ax) * (y - ay) > (by - ay) * (x - ax):
                 break
-            kept.pop()
-        kept.append(moment)
-    return kept
+            corners.pop()
+        corners.append(moment)
+    return corners
 
 
 class _Groups:
@@ -541,12 +541,12 @@ class _Groups:
             ledger.mark(_within(where, "copy in of the reduce-scatter"))
         for gradient in group.gradients:
             ledger.drop(gradient)
-        held = [group.held] if group.held is not None else []
-        for tensor in (*held, group.shards, group.temporaries):
+        last_gradients = [group.last_gradient] if group.last_gradient is not None else []
+        for tensor in (*last_gradients, group.shards, group.temporaries):
             ledger.put(tensor)
         if listed:
             ledger.mark(_within(where, "reduce-scatter"))
-        for tensor in held:
+        for tensor in last_gradients:
             ledger.drop(tensor)
         ledger.drop(group.temporaries)
         if not group.stay:
@@ -587,13 +587,13 @@ def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> 
         return replay()
     memo = _REPLAYS.setdefault(tape, {})
     if key not in memo:
-        found = replay()
-        memo[key] = found._replace(moments=undominated(found.moments)) if prune else found
+        result = replay()
+        memo[key] = result._replace(moments=undominated(result.moments)) if prune else result
     return memo[key]
 
 
 _REPLAYS: WeakKeyDictionary[Tape, dict[tuple[object, ...], Replay]] = WeakKeyDictionary()
-"""What was found of each tape, as long as that is there."""
+"""Replays of each tape, as long as that is there."""
 
 
 def kept_by(op: Op) -> tuple[Tensor, ...]:
@@ -625,7 +625,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     if not recomputing:
         uses[tape.output.storage] = uses.get(tape.output.storage, 0) + 1
     last = max((i for i, op in enumerate(tape.ops) if _holds_for_backward(op)), default=-1) if recomputing else None
-    kept = {tensor.storage for op in tape.ops for tensor in kept_by(op)} if keep else set()
+    saved = {tensor.storage for op in tape.ops for tensor in kept_by(op)} if keep else set()
     groups = _Groups(tape, ledger)
     ledger.stage = tape.ops[0].stage
     groups.begin_forward()
@@ -642,7 +642,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
             mine.update(makes)
             for tensor in makes:
                 ledger.put(tensor)
-                if tensor.cached and tensor not in kept:
+                if tensor.cached and tensor not in saved:
                     cached.append((tensor.label, 1))
             temps = op.temps if not stop else ()
             for tensor in temps:
@@ -656,12 +656,12 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         for tensor in (*op.reads, *op.holds):
             uses[tensor.storage] -= 1
         for tensor in {t.storage for t in (*op.reads, *op.holds, *op.makes)}:
-            if not uses.get(tensor) and tensor in mine and tensor not in kept and not tensor.cached:
+            if not uses.get(tensor) and tensor in mine and tensor not in saved and not tensor.cached:
                 mine.remove(tensor)
                 ledger.drop(tensor)
     groups.end_forward()
     if recomputing:  # the stopped forward's variables go; what backward needs stays
-        for tensor in mine - kept:
+        for tensor in mine - saved:
             ledger.drop(tensor)
     return ledger.replay(tuple(cached))
 
@@ -697,14 +697,14 @@ def _widened(inner: Replay, output: Tensor) -> Replay:
     def widen(label: Label) -> Label:
         return label._replace(shape=label.shape.replace("c", "s", 1), basis=tokens)
 
-    kept = add(inner.net, tuple(-n for n in unit(output)))
-    others = tuple(kept[chunk] * ((n == tokens) - (n == chunk)) for n in range(len(BASIS)))
-    own = tuple((t, n) for t, n in inner.alive if t != output.label and t.basis == chunk)
-    alive = merged([(widen(t), n) for t, n in own], [(t, -n) for t, n in own])
+    piece_net = add(inner.net, tuple(-n for n in count_bytes(output)))
+    others = tuple(piece_net[chunk] * ((n == tokens) - (n == chunk)) for n in range(len(BASIS)))
+    piece_tensors = tuple((t, n) for t, n in inner.alive if t != output.label and t.basis == chunk)
+    alive = merged([(widen(t), n) for t, n in piece_tensors], [(t, -n) for t, n in piece_tensors])
     moments = tuple(
         Moment(
             tuple(max(0, n) for n in add(m.live, others)),
-            m.at,
+            m.operation,
             tuple((t, n) for t, n in merged(m.alive, alive) if n > 0),
         )
         for m in inner.moments
@@ -729,8 +729,8 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
         ledger.drop(grad_of(part.tape.source))  # copied into the whole
     ledger.drop(part.tape.output)
     ledger.put(op.makes[0])
-    for weight, total in zip(part.trained, part.sums, strict=False):
-        _sum_to_gradient(weight, total, ledger, rules)
+    for weight, gradient_sum in zip(part.trained, part.sums, strict=False):
+        _sum_to_gradient(weight, gradient_sum, ledger, rules)
 
 
 def _run_again(tape: Tape, rules: Rules, fetch: bool, ledger: _Ledger) -> None:
@@ -745,10 +745,10 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
     rules = rules._replace(recomputed=rules.recomputed or again is not None)
     ledger = _Ledger(rules)
     keepers: dict[Tensor, int] = {}
-    made = {tensor for op in tape.ops for tensor in op.makes if tensor.storage is tensor}
-    all_kept = [kept_by(op) for op in tape.ops]
-    for kept in all_kept:
-        for tensor in kept:
+    own_storages = {tensor for op in tape.ops for tensor in op.makes if tensor.storage is tensor}
+    all_saved = [kept_by(op) for op in tape.ops]
+    for saved in all_saved:
+        for tensor in saved:
             keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
     incoming = grad_of(tape.output)
     pending: dict[Tensor, Tensor] = {tape.output: incoming}
@@ -766,13 +766,13 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
         elif rules.in_place and holders[earlier] == 1:
             let_go(gradient)
         else:
-            total = grad_of(tensor)
-            holders[total] = 1
-            ledger.put(total)
+            gradient_sum = grad_of(tensor)
+            holders[gradient_sum] = 1
+            ledger.put(gradient_sum)
             ledger.mark("add gradients of " + tensor.name)
             let_go(earlier)
             let_go(gradient)
-            pending[tensor] = total
+            pending[tensor] = gradient_sum
 
     groups = _Groups(tape, ledger)
     ledger.stage = tape.ops[-1].stage
@@ -780,18 +780,18 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
     if tape.in_transfer is not None:
         ledger.put(tape.in_transfer)
     fetched_last = next((op for op in tape.ops if tape.in_transfer is not None and op.fetches), None)
-    for op, kept in zip(reversed(tape.ops), reversed(all_kept), strict=True):
+    for op, saved in zip(reversed(tape.ops), reversed(all_saved), strict=True):
         ledger.stage = op.stage
         if op is fetched_last and tape.in_transfer is not None:
             ledger.drop(tape.in_transfer)
-        came = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
-        if not came:
+        incoming_gradients = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
+        if not incoming_gradients:
             continue
         groups.before_backward(op, rules.every_moment or not op.interior)
         end_of = None
         if again is not None and _holds_for_backward(op):
             if fetch and again is tape and tape.source is not None:
-                made.add(tape.source)
+                own_storages.add(tape.source)
             if op.part is not None and not (op.part.recompute or op.part.chunked):
                 end_of = again  # the first operation that kept something is in there
             else:
@@ -799,29 +799,29 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
             again = None
         arrivals: list[tuple[Tensor, Tensor]] = []
         if op.part is not None:
-            ledger.drop(came[0])  # under the name that the part knows it by
+            ledger.drop(incoming_gradients[0])  # under the name that the part knows it by
             ledger.put(grad_of(op.makes[0]))
             _part_backward(op, op.part, ledger, rules, end_of, fetch)
             if op.part.wants_input:
-                left = grad_of(op.reads[0])
-                holders[left] = 1
-                arrivals.append((op.reads[0], left))
-            ledger.put(came[0])  # the part let go of it; here it goes unless somebody else holds it too
-            let_go(came[0])
+                input_gradient = grad_of(op.reads[0])
+                holders[input_gradient] = 1
+                arrivals.append((op.reads[0], input_gradient))
+            ledger.put(incoming_gradients[0])  # the part let go of it; here it goes unless somebody else holds it too
+            let_go(incoming_gradients[0])
         else:
             for tensor, gradient_made in op.grads:
-                gradient = gradient_made if gradient_made is not None else came[0]
+                gradient = gradient_made if gradient_made is not None else incoming_gradients[0]
                 holders[gradient] = holders.get(gradient, 0) + 1
                 if gradient_made is not None:
                     ledger.put(gradient)
                 arrivals.append((tensor, gradient))
             if op.grads or op.trained:
                 _weights_backward(op, ledger, rules)
-            for gradient in came:
+            for gradient in incoming_gradients:
                 let_go(gradient)
-        for tensor in kept:
+        for tensor in saved:
             keepers[tensor.storage] -= 1
-            if keepers[tensor.storage] == 0 and tensor.storage in made:
+            if keepers[tensor.storage] == 0 and tensor.storage in own_storages:
                 ledger.drop(tensor.storage)
         if op.joins is not None and op.joins.weight.trained:
             _join(op.joins, ledger, rules)
@@ -879,8 +879,8 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
         ledger.splice(_widened_end(part.tape, inner))
     if part.wants_input:
         ledger.drop(grad_of(part.tape.source))  # copied into the whole
-    for weight, total in zip(part.trained, part.sums, strict=False):
-        _sum_to_gradient(weight, total, ledger, rules)
+    for weight, gradient_sum in zip(part.trained, part.sums, strict=False):
+        _sum_to_gradient(weight, gradient_sum, ledger, rules)
     ledger.drop(grad_of(op.makes[0]))
     for weight, _ in zip(part.trained, part.sums, strict=False):
         _reach(weight, weight_gradient(weight, rules.dtype), ledger, rules)
@@ -888,10 +888,10 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
 
 def _widened_end(tape: Tape, rules: Rules) -> Replay:
     """Release of what the pieces before the last one kept."""
-    kept = forward(tape, rules, keep=True)
-    wide = _widened(kept, tape.output)
-    net = add(kept.net, tuple(-n for n in wide.net))
-    return Replay((), net, merged(kept.alive, [(t, -n) for t, n in wide.alive]))
+    last_piece = forward(tape, rules, keep=True)
+    wide = _widened(last_piece, tape.output)
+    net = add(last_piece.net, tuple(-n for n in wide.net))
+    return Replay((), net, merged(last_piece.alive, [(t, -n) for t, n in wide.alive]))
 
 
 def _added_to_sums(part: Part, ledger: _Ledger, rules: Rules) -> None:
@@ -938,12 +938,12 @@ def _join(joined: Joined, ledger: _Ledger, rules: Rules) -> None:
     ledger.drop(waited)
 
 
-def _sum_to_gradient(weight: Weight, total: Tensor, ledger: _Ledger, rules: Rules) -> None:
+def _sum_to_gradient(weight: Weight, gradient_sum: Tensor, ledger: _Ledger, rules: Rules) -> None:
     """A sum over pieces, in fp32, becomes the weight's gradient: itself, or a copy in the weight's dtype."""
     ledger.put(weight_gradient(weight, rules.dtype))
     if rules.dtype != "float32":
         ledger.mark("cast the sum of the gradient of " + weight.name)
-    ledger.drop(total)
+    ledger.drop(gradient_sum)
 
 
 def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> None:
@@ -998,7 +998,7 @@ def step_weights(ops: Sequence[Op]) -> list[tuple[Weight, int]]:
     return list(counts.items())
 
 
-def unit(tensor: Tensor) -> Vector:
+def count_bytes(tensor: Tensor) -> Vector:
     """The bytes of one tensor."""
     return tuple(tensor.bytes if n == tensor.basis else 0 for n in range(len(BASIS)))
 

@@ -17,15 +17,15 @@ class _Cost:
 
     def __init__(self, gpu: Gpu, units: tuple[int, ...], chunks: Chunks, weight_bytes: int):
         self.gpu, self.units, self.chunks, self.weight_bytes = gpu, units, chunks, weight_bytes
-        self.known: dict[int, tuple[float, float]] = {}
+        self.costs: dict[int, tuple[float, float]] = {}
 
     def tape(self, tape: Tape, pieces: int = 1) -> tuple[float, float]:
         """(forward, backward with what it recomputes) of all pieces."""
         key = id(tape)
-        if key not in self.known:
+        if key not in self.costs:
             rows = [self.op(op) for op in tape.ops]
-            self.known[key] = (sum(f for f, _ in rows), sum(b for _, b in rows))
-        ahead, behind = self.known[key]
+            self.costs[key] = (sum(f for f, _ in rows), sum(b for _, b in rows))
+        ahead, behind = self.costs[key]
         return pieces * ahead, pieces * behind
 
     def op(self, op: Op) -> tuple[float, float]:
@@ -84,7 +84,7 @@ def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chu
 
 
 def _optimizer_seconds(step: Step, recipe: Recipe, gpu: Gpu) -> float:
-    weights = step.held_trained * recipe.weight_bytes
+    weights = step.trained_card_parameters * recipe.weight_bytes
     if recipe.optimizer_on_host:
         return 2 * weights / gpu.host_link  # gradients there, weights back
     states = sum(state.bytes for state in step.optimizer.states)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..step.kernels import SDPA, chosen
-from ..step.kernels.base import Asked
+from ..step.kernels.base import AttentionCall
 from ..train.lazy import LazyTensor
 from .kernels import STAND_INS
 from .kernels.base import SIXTEEN_BIT, Call
@@ -83,7 +83,9 @@ def _attention_on_cuda(plain: Callable[..., torch.Tensor], recorder: Recorder) -
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         q, k, v = _autocast(query, key, value)
-        asked = Asked(str(q.dtype)[6:], q.shape[-1], v.shape[-1], k.shape[1] != q.shape[1], attn_mask is not None)
+        asked = AttentionCall(
+            str(q.dtype)[6:], q.shape[-1], v.shape[-1], k.shape[1] != q.shape[1], attn_mask is not None
+        )
         call = Call(q, k, v, attn_mask, dropout_p, is_causal, scale, plain)
         return STAND_INS[chosen(SDPA, asked).name].attend(call, recorder)
 

@@ -123,7 +123,7 @@ class Doubled(Loss):
         w.hold(hidden)
         twice = w.pointwise("double", wide, w.new("logits, doubled", "V", "float32"))
         w.tape.op("shift labels", [], *labels)
-        cross_entropy(w, twice, labels, held=(logits, wide, hidden))
+        cross_entropy(w, twice, labels, variables=(logits, wide, hidden))
 
     def install(self, model):
         import torch.nn.functional as F

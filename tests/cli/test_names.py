@@ -78,7 +78,7 @@ def test_every_option_of_other_trainers(run: Run) -> None:
     for row in names._OPTIONS:
         typed = "--" + row.names.split()[-1].replace("*", "-of-some-kind")
         said = refused(run, "max-seq", *CASE, typed, "16")
-        assert said.startswith(f"mstplan: no option {typed}") and row.said in said
+        assert said.startswith(f"mstplan: no option {typed}") and row.statement in said
         assert bool(recommended(said)) == bool(row.write)
         ways.update(recommended(said))
     assert len(ways) > 25
@@ -172,7 +172,7 @@ def test_an_option_of_another_command(run: Run) -> None:
 def test_what_is_known_of_a_table_is_not_an_option_of_ours() -> None:
     """No pattern covers an option that only some commands have: those say whose it is."""
     ours = set().union(*FLAGS.values())
-    assert [flag for flag in ours if names.option(flag) is not None] == [
+    assert [flag for flag in ours if names.find_option(flag) is not None] == [
         "--dtype"
     ]  # of shapes; elsewhere it is --precision
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mstplan.errors import RecipeError
 from mstplan.step import names
-from mstplan.step.names import VALUES, Told
+from mstplan.step.names import VALUES, Advice
 from mstplan.step.recipe import Recipe, planned, strategy, strategy_labels
 
 FIELDS = [field for field in VALUES if field != "strategy"]
@@ -53,9 +53,11 @@ def test_what_other_trainers_call_it(field: str) -> None:
             for dress in (typed, typed.upper(), typed.replace("_", "-")):
                 said = said_of(field, dress)
                 first, second = said.splitlines()
-                assert f"'{dress}'" in first and row.said in first and len(said) < 300
+                assert f"'{dress}'" in first and row.statement in first and len(said) < 300
                 assert all(value in second for value in (row.write.values() or values(field)) if isinstance(value, str))
-                assert second.startswith("Nearest: ") == bool(row.but) and (row.write or second.startswith("Planned: "))
+                assert second.startswith("Nearest: ") == bool(row.difference) and (
+                    row.write or second.startswith("Planned: ")
+                )
 
 
 @pytest.mark.parametrize("field", VALUES)
@@ -68,11 +70,11 @@ def test_what_is_recommended_makes_a_recipe(field: str) -> None:
 
 def test_no_name_says_two_things() -> None:
     for field, row, name in TYPED:
-        assert names._of(VALUES[field], name.replace("*", "")) is row, name
+        assert names._find_advice(VALUES[field], name.replace("*", "")) is row, name
         assert names._letters(name) not in map(names._letters, values(field)), name
     for row in names._OPTIONS:
         for name in row.names.split():
-            assert names._of(names._OPTIONS, name.replace("*", "x")) is row, name
+            assert names._find_advice(names._OPTIONS, name.replace("*", "x")) is row, name
 
 
 @pytest.mark.parametrize("field", VALUES)
@@ -114,7 +116,7 @@ def slips(draw: st.DrawFn) -> tuple[str, str, str]:
 @given(slips())
 def test_a_slip_gets_the_near_name(slip: tuple[str, str, str]) -> None:
     field, value, typed = slip
-    assume(typed not in values(field) and names._of(VALUES[field], typed) is None)
+    assume(typed not in values(field) and names._find_advice(VALUES[field], typed) is None)
     first, second = said_of(field, typed).splitlines()
     near = first.partition("Did you mean ")[2] if first.startswith("unknown") else second
     assert value in re.split(r"[\s,?']+", near.rstrip(".")), (first, second)
@@ -138,7 +140,7 @@ def test_a_recipe_with_a_trainers_fields() -> None:
             first, second = str(e.value).removeprefix("recipe: ").splitlines()
             assert (
                 first.startswith(f"a recipe has no field '{typed}'")
-                and first.endswith(f"{row.said}.")
+                and first.endswith(f"{row.statement}.")
                 and len(second) < 200
             )
             assert all(flag in second for flag in names.flags_of(row)) and (row.write or second == "Leave it out.")
@@ -146,7 +148,7 @@ def test_a_recipe_with_a_trainers_fields() -> None:
 
 def test_only_a_slip_asks_for_the_table() -> None:
     assert (
-        isinstance(names.option("--lora-r"), Told)
-        and names.option("--frobnicate") is None
+        isinstance(names.find_option("--lora-r"), Advice)
+        and names.find_option("--frobnicate") is None
         and names.unknown_field("frobnicate") is None
     )

@@ -159,7 +159,7 @@ def test_a_tape_does_not_hold_what_was_found_of_it():
 def test_what_was_written_does_not_change_with_its_writer():
     writer = TapeWriter({"d": 8})
     writer.op("make", [], writer.new("x", "b s d", "bfloat16"))
-    tape = writer.written()
+    tape = writer.build_tape()
     writer.dims["d"] = 9
     writer.op("make more", [], writer.new("y", "b s d", "bfloat16"))
     assert (len(tape.ops), tape.dims["d"]) == (1, 8)
@@ -167,9 +167,9 @@ def test_what_was_written_does_not_change_with_its_writer():
 
 def test_what_is_made_in_a_part_has_its_role():
     writer = TapeWriter({"d": 8})
-    with writer.part(Role.MLP):
+    with writer.assign_role(Role.MLP):
         inside = writer.new("x", "b s d", "bfloat16")
-        with writer.part(Role.LOSS):
+        with writer.assign_role(Role.LOSS):
             deeper = writer.new("z", "b s d", "bfloat16")
     outside = writer.new("y", "b s d", "bfloat16")
     assert [tensor.role for tensor in (inside, deeper, outside)] == [Role.MLP, Role.LOSS, None]

@@ -6,7 +6,7 @@ scaled_dot_product_attention asks them (aten transformers/cuda/sdp_utils.cpp; cu
 
 from __future__ import annotations
 
-from .base import Asked, Kernel
+from .base import AttentionCall, Kernel
 from .eager import Eager
 from .efficient import Efficient
 from .flash import Flash
@@ -24,7 +24,7 @@ def attentions() -> list[str]:
     return [SDPA, *(name for name, each in KERNELS.items() if each.by_name)]
 
 
-def chosen(attention: str, asked: Asked) -> Kernel:
+def chosen(attention: str, asked: AttentionCall) -> Kernel:
     """The kernel that a recipe's attention comes to."""
     if attention != SDPA:
         return KERNELS[attention]

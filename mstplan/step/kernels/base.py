@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ..tape import Tensor
 
 
-class Asked(NamedTuple):
+class AttentionCall(NamedTuple):
     """Facts that scaled_dot_product_attention looks at when it chooses its kernel (aten sdp_utils.cpp)."""
 
     dtype: str
@@ -20,7 +20,7 @@ class Asked(NamedTuple):
     masked: bool  # an explicit mask beside causality
 
     @classmethod
-    def of(cls, a: Attention, dtype: str, masked: bool) -> Asked:
+    def from_attention(cls, a: Attention, dtype: str, masked: bool) -> AttentionCall:
         return cls(dtype, a.head_dim, a.v_head_dim, a.kv_heads != a.heads and not masked, masked)
 
 
@@ -38,7 +38,7 @@ class Kernel:
     """Whether transformers makes a mask (b, s, s) for it, in the hidden states' dtype."""
     sixteen_bit_only: ClassVar[bool] = False
 
-    def serves(self, asked: Asked) -> bool:
+    def serves(self, asked: AttentionCall) -> bool:
         raise NotImplementedError
 
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..selection import WeightKind
 from ..tape import ForGradients
-from .base import Asked, Kernel, repeated
+from .base import AttentionCall, Kernel, repeated
 
 if TYPE_CHECKING:
     from ...spec.model import Attention, LayerKind
@@ -18,7 +18,7 @@ class Eager(Kernel):
     name = "eager"
     makes_causal_mask = True
 
-    def serves(self, asked: Asked) -> bool:
+    def serves(self, asked: AttentionCall) -> bool:
         return True
 
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
@@ -45,8 +45,8 @@ class Eager(Kernel):
         if a.sinks:
             return _with_sinks(w, causal, k, v, a)
         # GPT-2's own softmax stays in the scores' dtype; the others run it in fp32, holding the masked scores meanwhile.
-        own = w.code.softmax_as_scores and not w.numerics.autocast  # autocast runs any softmax in fp32
-        wide = causal.dtype if own else "float32"
+        keeps_dtype = w.code.softmax_as_scores and not w.numerics.autocast  # autocast runs any softmax in fp32
+        wide = causal.dtype if keeps_dtype else "float32"
         scores = w.cast(causal, wide, "scores, fp32")
         weights = _scores(w, "softmax of scores", wide)
         w.pointwise("softmax", scores, weights, weights)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..cuda import efficient_accumulates, efficient_workspace
 from ..tape import ITEMSIZE, ForGradients
-from .base import Asked, Kernel, flops, repeated
+from .base import AttentionCall, Kernel, flops, repeated
 
 if TYPE_CHECKING:
     from ...spec.model import LayerKind
@@ -18,7 +18,7 @@ class Efficient(Kernel):
     name = "efficient"
     by_name = False
 
-    def serves(self, asked: Asked) -> bool:
+    def serves(self, asked: AttentionCall) -> bool:
         return not asked.grouped
 
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:

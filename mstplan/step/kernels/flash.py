@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..cuda import flash_head_size
 from ..selection import WeightKind
 from ..tape import ForGradients
-from .base import Asked, Kernel, flops
+from .base import AttentionCall, Kernel, flops
 
 if TYPE_CHECKING:
     from ...spec.model import LayerKind
@@ -19,7 +19,7 @@ class Flash(Kernel):
     name = "flash"
     sixteen_bit_only = True
 
-    def serves(self, asked: Asked) -> bool:
+    def serves(self, asked: AttentionCall) -> bool:
         same = asked.head_dim == asked.v_head_dim
         return asked.dtype != "float32" and same and asked.head_dim <= 256 and not asked.masked
 

@@ -44,16 +44,16 @@ def logits_of(w: Writer, hidden: Tensor, head: Weight, defers: bool) -> Tensor:
     return logits
 
 
-def cross_entropy(w: Writer, wide: Tensor, labels: tuple[Tensor, ...], held: tuple[Tensor, ...]) -> None:
-    """torch.nn.functional.cross_entropy of fp32 logits (t, V); held: tensors that variables hold meanwhile."""
+def cross_entropy(w: Writer, wide: Tensor, labels: tuple[Tensor, ...], variables: tuple[Tensor, ...]) -> None:
+    """torch.nn.functional.cross_entropy of fp32 logits (t, V); variables: tensors that variables hold meanwhile."""
     tape = w.tape
     log_probs = w.new("log-softmax of logits", "V", "float32")
-    tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=held)
+    tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=variables)
     tape.op(
         "negative log-likelihood",
         [log_probs, *labels],
         tape.new("loss", "", "float32"),
         keeps=(log_probs, *labels),
         grads=((log_probs, tape.grad(log_probs)),),
-        holds=(*held, wide),
+        holds=(*variables, wide),
     )

@@ -20,4 +20,4 @@ class Transformers(Loss):
         w.hold(hidden)
         if labels:
             w.tape.op("shift labels", [], *labels)
-        cross_entropy(w, wide, labels, held=(logits, hidden))  # variables of the model's forward
+        cross_entropy(w, wide, labels, variables=(logits, hidden))  # variables of the model's forward

@@ -22,4 +22,4 @@ class TransformersBefore445(Loss):
             w.tape.op("shift labels", [], *labels)
         shifted = w.new("shifted logits, fp32", "V", "float32")
         w.tape.op("shift logits", [wide], shifted, keeps=(wide,), grads=((wide, w.tape.grad(wide)),))
-        cross_entropy(w, shifted, labels, held=(wide, hidden))
+        cross_entropy(w, shifted, labels, variables=(wide, hidden))

@@ -29,14 +29,14 @@ class Adafactor(Optimizer):
         step() works on one weight at a time, in fp32 (transformers/optimization.py): its gradient and value cast to
         fp32 where they are bf16, the update, and two temporaries of it.
         """
-        held = 0
+        state_bytes = 0
         for weight, count in weights:
             *batch, rows, columns = weight.shape if len(weight.shape) > 1 else (1, *weight.shape)
-            held += 4 * count * (prod(batch) * (rows + columns) if len(weight.shape) > 1 else columns)
+            state_bytes += 4 * count * (prod(batch) * (rows + columns) if len(weight.shape) > 1 else columns)
         per_weight = COPIES[recipe.weight_bytes] * 4
         temporaries = (Held("fp32 working copies of one weight", "float32", per_weight * largest_of(weights)),)
         keys = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")  # of a matrix the first two, of a vector the last
-        return Memory((Held("factored second moments", "float32", held, keys),), temporaries, per_weight)
+        return Memory((Held("factored second moments", "float32", state_bytes, keys),), temporaries, per_weight)
 
     def make(self, recipe: Recipe) -> Make:
         from transformers.optimization import Adafactor as TheirAdafactor
