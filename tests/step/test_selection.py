@@ -76,7 +76,8 @@ def test_a_recipe_holds_patterns_in_json_and_as_options():
     recipe = Recipe(train=["layers.*.mlp.*", "norms"], freeze=("layers.0",), input_gradients=True)
     assert Recipe.from_json(recipe.model_dump_json()) == recipe and hash(recipe) == hash(recipe.changed())
     assert (
-        options_of(recipe) == "--strategy standard --train 'layers.*.mlp.*,norms' --freeze layers.0 --input-gradients"
+        options_of(recipe)
+        == "--strategy no-checkpointing --train 'layers.*.mlp.*,norms' --freeze layers.0 --input-gradients"
     )
     for bad in ("mlp", ["", "mlp"], [1], ["x" * 300], ["a"] * 101):
         with pytest.raises(RecipeError, match="train"):

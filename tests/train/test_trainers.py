@@ -24,7 +24,7 @@ from transformers.training_args import OptimizerNames
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from mstplan.errors import ModelError, RecipeError
-from mstplan.step.names import option
+from mstplan.step.names import find_option
 from mstplan.step.recipe import Recipe, planned
 from mstplan.train import minisequence
 
@@ -489,4 +489,4 @@ def test_what_trainers_call_things_is_known_to_the_planner() -> None:
         "learning_rate",
     ]
     assert set(settings) <= {one.name for one in (*fields(SFTConfig), *fields(ModelConfig))}
-    assert [name for name in settings if option(f"--{name}") is None] == []
+    assert [name for name in settings if find_option(f"--{name}") is None] == []
