@@ -64,8 +64,8 @@ def test_without_a_card_there_is_no_verdict(run: Run, tmp_path: Path) -> None:
     assert run(*asked, "--format", "csv").out == run(*asked, "--gpu", "h100", "--format", "csv").out
     assert run(*asked[:-2], "--json").json["strategy"] == "standard"
     for alone in (("--reserve", "1GB"), ("--host-mem", "1GB")):
-        assert "no card given" in run(*asked, *alone).err
-    assert "no card given" in run("plan", *asked[1:]).err
+        assert "no GPU given" in run(*asked, *alone).err
+    assert "no GPU given" in run("plan", *asked[1:]).err
 
 
 def test_cards_that_train_together(run: Run) -> None:
