@@ -48,10 +48,10 @@ def _root(
     """`_complete` has done what the last two ask for."""
 
 
-def declarations(asked: str | None) -> dict[str, Callable[[], object]]:
-    """How to declare each command to typer, by name; only some of them when `asked` is among those."""
+def declarations(command: str | None) -> dict[str, Callable[[], object]]:
+    """How to declare each command to typer, by name; only some of them when `command` is among those."""
     for module in ("planning", "tracing", "measuring", "validating", "checking", "listing"):
-        if asked not in COMMANDS:
+        if command not in COMMANDS:
             import_module(f".{module}", __name__)  # registers its commands
     return COMMANDS
 
@@ -66,8 +66,8 @@ def _complete() -> NoReturn:
     from . import completing
 
     try:
-        asked = os.environ.get(completing.VARIABLE)
-        typer.echo(completing.answer(asked) if asked is not None else completing.run(sys.argv[1:]), nl=False)
+        request = os.environ.get(completing.VARIABLE)
+        typer.echo(completing.answer(request) if request is not None else completing.run(sys.argv[1:]), nl=False)
     except InputError as e:
         complain(str(e))
         raise SystemExit(2) from None
@@ -79,10 +79,10 @@ def main() -> None:
     sane_terminal()
     if _completes():
         _complete()
-    asked = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
-    known = declarations(asked)
-    for name, declare in known.items():
-        if name == asked or asked not in known:
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    commands = declarations(command)
+    for name, declare in commands.items():
+        if name == command or command not in commands:
             declare()
     try:
         code = app(prog_name="mstplan", standalone_mode=False)  # or else typer draws a box around each mistake
@@ -99,16 +99,16 @@ def _misused(error: Any) -> int:
     """Says what is wrong with the command line, in two lines. `error` is click's UsageError, wherever typer has it from."""
     from ..errors import one_line
 
-    said = " ".join(error.format_message().split())
+    message = " ".join(error.format_message().split())
     if type(error).__name__ != "NoArgsIsHelpError":
         named = next((argument for argument in sys.argv[1:] if argument in COMMANDS), "")
-        known = (
+        refusal = (
             _unknown_option(error.option_name, getattr(error.ctx, "info_name", ""))
             if type(error).__name__ == "NoSuchOption"
             else None
         )
-        complain(known or f"{one_line(said, 200)}\nTry 'mstplan {named} --help'.".replace("  ", " "))
-    elif said:  # else typer has printed the help already
+        complain(refusal or f"{one_line(message, 200)}\nTry 'mstplan {named} --help'.".replace("  ", " "))
+    elif message:  # else typer has printed the help already
         typer.echo(error.format_message(), err=True)
     return 2
 
@@ -141,8 +141,8 @@ def _unknown_option(typed: str, command: str) -> str | None:
         return names.unknown_option(
             typed, row, "" if flags <= FLAGS.get(command, set()) else f" (mstplan {_commands_with(flags)})"
         )
-    here = command if command in FLAGS else "mstplan, before the name of a command,"
-    return f"{here} has no option {typed}.\nIt is one of mstplan {whose}." if whose else None
+    place = command if command in FLAGS else "mstplan, before the name of a command,"
+    return f"{place} has no option {typed}.\nIt is one of mstplan {whose}." if whose else None
 
 
 def _commands_with(flags: set[str]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .commands import command, option
-from .measuring import check_device, kept, refuse_sharded
+from .measuring import check_device, refuse_sharded, report_interruption
 from .options import (
     FormatOptions,
     MeasuringOptions,
@@ -46,16 +46,16 @@ class CheckThroughputOptions(CheckOptions):
         "mstplan check-smax -m smollm2-135m --layers 6 --device cpu --gpu-mem 800MB",
     ),
 )
-def check_smax(asked: CheckOptions) -> None:
+def check_smax(options: CheckOptions) -> None:
     from ..checking import limits
     from ..show import checking, measuring
 
-    bench, recipes = _bench(asked)
+    bench, recipes = _bench(options)
     begins, tell = measuring.telling(bench.environment)
-    with kept(asked):
-        found = limits.check_all_limits(bench, recipes, begins, tell)
-    emit(asked, checking.smax(bench, found))
-    if not all(limit.holds for limit, _ in found):
+    with report_interruption(options):
+        rows = limits.check_all_limits(bench, recipes, begins, tell)
+    emit(options, checking.smax(bench, rows))
+    if not all(limit.holds for limit, _ in rows):
         raise typer.Exit(1)
 
 
@@ -69,48 +69,55 @@ def check_smax(asked: CheckOptions) -> None:
         "mstplan check-throughput -m smollm2-135m --layers 6 --seq-len 4k --device cpu",
     ),
 )
-def check_throughput(asked: CheckThroughputOptions) -> None:
+def check_throughput(options: CheckThroughputOptions) -> None:
     from ..checking import limits
     from ..measuring import sweep
     from ..show import checking, measuring
 
-    bench, recipes = _bench(asked)
-    seq_len = length(asked.seq_len)
+    bench, recipes = _bench(options)
+    seq_len = length(options.seq_len)
     # refuses what cannot be run, before anything is; of S_max, the trace does
     sweep.plan_cases(
-        asked.model, [seq_len], recipes, bench.card, asked.layers, asked.device, bench.limit, assume=asked.assume
+        options.model,
+        [seq_len],
+        recipes,
+        bench.card,
+        options.layers,
+        options.device,
+        bench.limit,
+        assume=options.assume,
     )
     begins, tell = measuring.telling(bench.environment, checking.chunks)
-    with kept(asked):
-        found = limits.measure_all_throughputs(bench, recipes, seq_len, begins, tell)
-    emit(asked, checking.throughput(bench, seq_len, found))
-    if not all(map(limits.throughput_holds, found.values())):
+    with report_interruption(options):
+        throughputs = limits.measure_all_throughputs(bench, recipes, seq_len, begins, tell)
+    emit(options, checking.throughput(bench, seq_len, throughputs))
+    if not all(map(limits.throughput_holds, throughputs.values())):
         raise typer.Exit(1)
 
 
-def _bench(asked: CheckOptions) -> tuple[Bench, dict[str, Recipe]]:
+def _bench(options: CheckOptions) -> tuple[Bench, dict[str, Recipe]]:
     """Where to measure, and what."""
     from ..checking import limits
     from ..measuring import sweep
     from ..show.progress import progress
 
-    check_device(asked.device)
-    known = sweep.ask_environment(asked.device)
-    limit = memory(asked.gpu_mem)
+    check_device(options.device)
+    environment = sweep.ask_environment(options.device)
+    limit = memory(options.gpu_mem)
     bench = limits.Bench(
-        asked.model,
-        known,
-        sweep.card_of(known, limit),
-        asked.device,
+        options.model,
+        environment,
+        sweep.card_of(environment, limit),
+        options.device,
         limit,
-        asked.layers,
-        asked.steps,
-        asked.timeout,
-        asked.out,
-        asked.again,
+        options.layers,
+        options.steps,
+        options.timeout,
+        options.out,
+        options.again,
         progress,
-        asked.assume,
+        options.assume,
     )
-    recipes = recipes_of(asked, "mst")
+    recipes = recipes_of(options, "mst")
     refuse_sharded(recipes.values())
     return bench, recipes

@@ -16,7 +16,7 @@ os.environ.setdefault(
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .output import complain, settled
+from .output import complain, settle_format
 
 T = TypeVar("T")
 PANELS = (None, "GPU", "Measurement", "Recipe", "Coefficients", "Trace")
@@ -59,13 +59,13 @@ class Option(NamedTuple):
         key = "".join(c for c in typed.lower() if c.isalnum()) if self.synonyms else ""
         return self.synonyms.get(key, typed)
 
-    def value(self, given: Any) -> Any:
+    def value(self, values_typed: Any) -> Any:
         """Of what typer hands over. Raises InputError for different values where one is taken."""
         if self.stands_alone:
-            return tuple(given or ())
-        if not isinstance(given, list):
-            return self.default if given is None else given
-        values = list(dict.fromkeys(map(self._meant, given)))
+            return tuple(values_typed or ())
+        if not isinstance(values_typed, list):
+            return self.default if values_typed is None else values_typed
+        values = list(dict.fromkeys(map(self._meant, values_typed)))
         if len(values) > 1 and not self.adds_up:
             from ..errors import InputError, quoted
 
@@ -137,11 +137,11 @@ def arguments(kind: type[T], name: str, help: str) -> tuple[T, ...]:
 class Options:
     """What the options of a command were given, each an attribute. A subclass says which there are; one that has several bases takes theirs."""
 
-    def __init__(self, **given: Any) -> None:
-        known = declared(type(self))
-        if not given.keys() <= known.keys():
-            raise TypeError(f"no such options: {', '.join(given.keys() - known.keys())}")
-        vars(self).update({name: given.get(name, one.default) for name, one in known.items()})
+    def __init__(self, **values: Any) -> None:
+        declarations = declared(type(self))
+        if not values.keys() <= declarations.keys():
+            raise TypeError(f"no such options: {', '.join(values.keys() - declarations.keys())}")
+        vars(self).update({name: values.get(name, one.default) for name, one in declarations.items()})
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"{name}: what was asked for does not change")
@@ -157,14 +157,14 @@ def declared(taken: type[Options]) -> dict[str, Option]:
     """The options of a class in the order in which help shows them: those of its bases, then its own."""
     own, *bases = taken.__mro__
     names = dict.fromkeys(name for each in (*bases, own) for name, one in vars(each).items() if type(one) is Option)
-    found: list[tuple[str, Option]] = [(name, getattr(taken, name)) for name in names]
-    return dict(sorted(found, key=lambda each: (PANELS.index(each[1].panel), each[1].last)))
+    options: list[tuple[str, Option]] = [(name, getattr(taken, name)) for name in names]
+    return dict(sorted(options, key=lambda each: (PANELS.index(each[1].panel), each[1].last)))
 
 
-def given(asked: Options, names: Iterable[str]) -> list[str]:
+def flags_given(options: Options, names: Iterable[str]) -> list[str]:
     """The flags, of the options of these names, that the command line sets."""
-    known = declared(type(asked))
-    return [known[name].flags[0] for name in names if getattr(asked, name) != known[name].default]
+    declarations = declared(type(options))
+    return [declarations[name].flags[0] for name in names if getattr(options, name) != declarations[name].default]
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------------
@@ -221,11 +221,11 @@ def command(
     options = declared(taken)
 
     def register(run: Callable[[Taken], None]) -> Callable[[Taken], None]:
-        def called(**given: Any) -> None:
+        def called(**values_typed: Any) -> None:
             from ..errors import MstplanError
 
             try:
-                values = {key: one.value(given.get(key)) for key, one in options.items()}
+                values = {key: one.value(values_typed.get(key)) for key, one in options.items()}
                 missing = next(
                     (o for key, o in options.items() if o.default is ... and values[key] in (None, ...)), None
                 )
@@ -233,13 +233,13 @@ def command(
                     flags = " / ".join(f"'{flag}'" for flag in missing.flags)
                     complain(f"Missing option {flags}.\nTry 'mstplan {name} --help'.")
                     raise typer.Exit(2)
-                run(settled(taken(**values)))
+                run(settle_format(taken(**values)))
             except MstplanError as e:
                 complain(str(e))
                 raise typer.Exit(2) from None
 
         def add() -> None:
-            shown = [one.declared(key) for key, one in _asked_for(options, sys.argv[1:]).items()]
+            shown = [one.declared(key) for key, one in _select_options(options, sys.argv[1:]).items()]
             called.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
             called.__annotations__ = {each.name: each.annotation for each in shown}
             app.command(name, cls=_Command, help=help)(called)
@@ -253,7 +253,7 @@ def command(
     return register
 
 
-def _asked_for(options: dict[str, Option], arguments: list[str]) -> dict[str, Option]:
+def _select_options(options: dict[str, Option], arguments: list[str]) -> dict[str, Option]:
     """The options that the arguments name, and the required ones: typer takes a while over each. All of them when an
     argument is none of them, be it --help or a slip to complain about."""
     named = {a.split("=")[0] if a.startswith("--") else a[:2] for a in arguments if a.startswith("-")}

@@ -35,11 +35,11 @@ class Offer(NamedTuple):
 def offers(before: Sequence[str], typed: str) -> list[Offer]:
     """What the word `typed` could become, behind the words `before` it, without the program's name."""
     command = next((word for word in before if not word.startswith("-")), None)
-    known = declarations(command)
+    commands = declarations(command)
     if before and before[-1] in (SHOW, INSTALL):
         return _begun(SHELLS, typed)
     if command is None:
-        return _begun(OF_NO_COMMAND if typed.startswith("-") else known, typed)
+        return _begun(OF_NO_COMMAND if typed.startswith("-") else commands, typed)
     return _of_command(OPTIONS[command], [*before], typed) if command in OPTIONS else []
 
 
@@ -63,8 +63,8 @@ def _of_command(options: Mapping[str, Option], before: list[str], typed: str) ->
 def _flags(options: Mapping[str, Option], before: Sequence[str], typed: str) -> Iterator[Offer]:
     """Long options, but for those that are given already and are so once."""
     for one in options.values():
-        given = any(flag in before for flag in one.flags)
-        if not one.stands_alone and one.flags[0].startswith(typed) and (one.adds_up or not given):
+        present = any(flag in before for flag in one.flags)
+        if not one.stands_alone and one.flags[0].startswith(typed) and (one.adds_up or not present):
             yield Offer("plain", one.flags[0], _first_sentence(one.help() if callable(one.help) else one.help))
 
 
@@ -77,8 +77,8 @@ def _values(one: Option, typed: str) -> list[Offer]:
     head, comma, last = typed.rpartition(",")
     if one.choices is not None:
         names = [name for name in one.choices() if name not in head.split(",")]
-        if found := _begun(names, last):
-            return [each._replace(text=f"{head}{comma}{each.text}") for each in found]
+        if offers_of_names := _begun(names, last):
+            return [each._replace(text=f"{head}{comma}{each.text}") for each in offers_of_names]
     called = str(one.more.get("metavar", one.flags[0])).split("[")[0]
     if called == "FOLDER":
         return [Offer("dir", typed)]
@@ -214,14 +214,14 @@ SHELLS: dict[str, Shell] = {
 }
 
 
-def answer(asked: str) -> str:
-    """What a script is answered: a line and more for each offer. `asked` is $_MSTPLAN_COMPLETE, such as bash_complete; nothing is
+def answer(request: str) -> str:
+    """What a script is answered: a line and more for each offer. `request` is $_MSTPLAN_COMPLETE, such as bash_complete; nothing is
     offered where something is not understood."""
     from ..errors import MstplanError
 
-    shell = SHELLS.get(asked.partition("_")[0])
+    shell = SHELLS.get(request.partition("_")[0])
     try:
-        if shell is None or asked.partition("_")[2] != "complete":
+        if shell is None or request.partition("_")[2] != "complete":
             return ""
         before, typed = shell.asks(os.environ.get("COMP_WORDS", ""), os.environ.get("COMP_CWORD", ""))
         return "".join(f"{shell.answer(offer)}\n" for offer in offers(before, typed))

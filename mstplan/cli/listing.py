@@ -17,15 +17,15 @@ class ModelsOptions(FormatOptions):
     help="The models that ship with mstplan.",
     examples=("mstplan models --filter qwen3",),
 )
-def models(asked: ModelsOptions) -> None:
+def models(options: ModelsOptions) -> None:
     from ..errors import ModelError, quoted
     from ..show import listing
     from ..spec.catalog import load_model, model_names
 
-    rows = [load_model(name) for name in model_names() if asked.names is None or asked.names.lower() in name]
+    rows = [load_model(name) for name in model_names() if options.names is None or options.names.lower() in name]
     if not rows:
-        raise ModelError(f"no model's name contains {quoted(asked.names)}.\nmstplan models lists them all.")
-    emit(asked, listing.models(rows))
+        raise ModelError(f"no model's name contains {quoted(options.names)}.\nmstplan models lists them all.")
+    emit(options, listing.models(rows))
 
 
 class GpusOptions(FormatOptions):
@@ -38,9 +38,9 @@ class GpusOptions(FormatOptions):
     help="The GPUs that mstplan knows.",
     examples=("mstplan gpus --sources", "mstplan gpus --json"),
 )
-def gpus(asked: GpusOptions) -> None:
+def gpus(options: GpusOptions) -> None:
     from ..show import listing
-    from ..spec.hardware import gpus as known
+    from ..spec.hardware import gpus as all_gpus
     from ..spec.hardware import left_out_notes
 
-    emit(asked, listing.gpus(known(), asked.sources, left_out_notes()))
+    emit(options, listing.gpus(all_gpus(), options.sources, left_out_notes()))

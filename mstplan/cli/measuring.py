@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .commands import command, declared, given, option
+from .commands import command, declared, flags_given, option
 from .options import (
     WHICH_MODEL,
     AssumeOptions,
@@ -72,22 +72,24 @@ class MeasureOptions(PointsOptions, MeasuringOptions, RecipesOptions, FormatOpti
         "mstplan measure --suite cards -o h100.jsonl",
     ),
 )
-def measure(asked: MeasureOptions) -> None:
+def measure(options: MeasureOptions) -> None:
     from ..measuring import sweep
     from ..measuring.launch import read_launch
     from ..show import measuring
     from ..show.progress import progress
 
-    check_device(asked.device)
+    check_device(options.device)
     if (launch := read_launch()) is not None:
-        _measure_on_all_ranks(asked, launch)
+        _measure_on_all_ranks(options, launch)
         return
-    known = sweep.ask_environment(asked.device)
-    cases, (begins, tell) = _cases(asked, known), measuring.telling(known)
-    with kept(asked):
-        found = sweep.measure_all(cases, known, asked.out, asked.timeout, asked.again, begins, tell, progress)
-    emit(asked, measuring.report(found, known, asked.out))
-    if not found.complete:
+    environment = sweep.ask_environment(options.device)
+    cases, (begins, tell) = _cases(options, environment), measuring.telling(environment)
+    with report_interruption(options):
+        results = sweep.measure_all(
+            cases, environment, options.out, options.timeout, options.again, begins, tell, progress
+        )
+    emit(options, measuring.report(results, environment, options.out))
+    if not results.complete:
         raise typer.Exit(1)
 
 
@@ -100,46 +102,48 @@ def check_device(device: str) -> None:
 
 
 @contextmanager
-def kept(asked: MeasuringOptions) -> Iterator[None]:
+def report_interruption(options: MeasuringOptions) -> Iterator[None]:
     """Who interrupts a sweep hears what became of it."""
     from ..errors import one_line
 
     try:
         yield
     except KeyboardInterrupt:
-        kept = f"results are kept in {one_line(asked.out, 200)}" if asked.out.exists() else "nothing was measured yet"
-        complain(f"interrupted; {kept}.\nThe same command{', without --again,' * asked.again} goes on from there.")
+        outcome = (
+            f"results are kept in {one_line(options.out, 200)}" if options.out.exists() else "nothing was measured yet"
+        )
+        complain(f"interrupted; {outcome}.\nThe same command{', without --again,' * options.again} goes on from there.")
         raise
 
 
-def _cases(asked: MeasureOptions, known: dict[str, Any], alone: bool = True) -> list[Case]:
+def _cases(options: MeasureOptions, environment: dict[str, Any], alone: bool = True) -> list[Case]:
     """The points that --suite, or the model, lengths and strategies, describe. alone: is this the only rank?"""
     from ..errors import RecipeError
     from ..measuring import suites, sweep
 
-    limit = memory(asked.gpu_mem)
-    card = sweep.card_of(known, limit)
-    more: dict[str, Any] = {"card": card, "device": asked.device, "limit": limit, "steps": asked.steps}
-    if asked.suite is not None:
+    limit = memory(options.gpu_mem)
+    card = sweep.card_of(environment, limit)
+    more: dict[str, Any] = {"card": card, "device": options.device, "limit": limit, "steps": options.steps}
+    if options.suite is not None:
         if not alone:
             raise RecipeError(
                 "a suite is measured point by point, each in a process of its own: not under torchrun.\nName one point: --model, --seq-len, -s."
             )
         beside = ("model", "assume", *declared(RecipesOptions), "seq_len", "layers")
-        if flags := given(asked, beside):
+        if flags := flags_given(options, beside):
             raise RecipeError(
                 f"--suite says what is measured: {', '.join(flags)} cannot be given beside it.\nWrite it in the suite, or leave --suite out."
             )
-        found = suites.read_cases(asked.suite, **more)
-        refuse_sharded(case.recipe for case in found)
-        return found
-    if asked.model is None or asked.seq_len is None:
+        cases = suites.read_cases(options.suite, **more)
+        refuse_sharded(case.recipe for case in cases)
+        return cases
+    if options.model is None or options.seq_len is None:
         raise RecipeError("no point to measure.\nGive --model and --seq-len, or --suite.")
-    lengths = [length(part) for part in asked.seq_len.split(",")]
-    recipes = recipes_of(asked)
+    lengths = [length(part) for part in options.seq_len.split(",")]
+    recipes = recipes_of(options)
     if alone:
         refuse_sharded(recipes.values())
-    return sweep.plan_cases(asked.model, lengths, recipes, layers=asked.layers, assume=asked.assume, **more)
+    return sweep.plan_cases(options.model, lengths, recipes, layers=options.layers, assume=options.assume, **more)
 
 
 def refuse_sharded(recipes: Iterable[Recipe]) -> None:
@@ -151,40 +155,40 @@ def refuse_sharded(recipes: Iterable[Recipe]) -> None:
         )
 
 
-def _measure_on_all_ranks(asked: MeasureOptions, launch: Launch) -> None:
+def _measure_on_all_ranks(options: MeasureOptions, launch: Launch) -> None:
     """One point, in the processes that torchrun started."""
     from .. import files
     from ..errors import RecipeError
     from ..measuring import measurement, sweep
     from ..show import measuring as shown
 
-    os.environ.update(sweep.process_environment(asked.device))  # torch reads its allocator's settings once
+    os.environ.update(sweep.process_environment(options.device))  # torch reads its allocator's settings once
     from ..measuring import ranks
 
-    if asked.sharding != "fsdp" or asked.gpus not in (None, launch.ranks):
+    if options.sharding != "fsdp" or options.gpus not in (None, launch.ranks):
         raise RecipeError(
             f"torchrun started {launch.ranks} ranks: say --sharding fsdp, and no other number with --gpus."
         )
-    if unused := given(asked, ("timeout", "again")):
+    if unused := flags_given(options, ("timeout", "again")):
         raise RecipeError(
             f"{', '.join(unused)}: nothing to do under torchrun, where a command measures its point each time.\nLeave it out."
         )
     if launch.rank == 0:  # not all of them: each would find another's lock
-        measurement.check_appendable(asked.out)
+        measurement.check_appendable(options.out)
     else:
-        files.check_writable(asked.out, force=True)
-    asked = asked.changed(gpus=launch.ranks)
-    with ranks.Ranks(asked.device, launch) as group:
-        known = group.environment()
-        cases = _cases(asked, known, alone=False)
+        files.check_writable(options.out, force=True)
+    options = options.changed(gpus=launch.ranks)
+    with ranks.Ranks(options.device, launch) as group:
+        environment = group.environment()
+        cases = _cases(options, environment, alone=False)
         if len(cases) != 1:
             raise RecipeError(
                 f"{len(cases)} points under torchrun: measure one with each command.\nName one strategy and one length."
             )
-        found = group.measure(cases[0], known, asked.out)
-    if found is None:  # another rank says it
+        measurement_of_all = group.measure(cases[0], environment, options.out)
+    if measurement_of_all is None:  # another rank says it
         return
-    alone = sweep.Sweep([found], 0, [])
-    emit(asked, shown.report(alone, known, asked.out))
+    alone = sweep.Sweep([measurement_of_all], 0, [])
+    emit(options, shown.report(alone, environment, options.out))
     if not alone.complete:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import Options, arguments, given, option
+from .commands import Options, arguments, flags_given, option
 
 if TYPE_CHECKING:
     from ..plan.solve import Plan
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 # ---- choices: read from where they are defined, when help is asked for or something else was typed ------------------------
 
 
-def listed(known: Iterable[str], said: dict[str, str] | None = None) -> str:
+def listed(names: Iterable[str], descriptions: dict[str, str] | None = None) -> str:
     """'a | b (what b is) | c'."""
-    shown = ((name, (said or {}).get(name)) for name in known)
+    shown = ((name, (descriptions or {}).get(name)) for name in names)
     return " | ".join(shlex.quote(name) + (f" ({words})" if words else "") for name, words in shown)
 
 
-def _of_recipe(field: str, said: dict[str, str] | None = None, more: str = "") -> Callable[[], str]:
+def _of_recipe(field: str, descriptions: dict[str, str] | None = None, more: str = "") -> Callable[[], str]:
     """The values that a field of a recipe can have; and its default, unless the strategy decides it, with `more` about that."""
 
     def text() -> str:
         from ..step.recipe import STRATEGY_FIELDS, Recipe, planned
 
-        known, otherwise = planned(field)
+        names, otherwise = planned(field)
         default = "" if field in STRATEGY_FIELDS else f" Default {Recipe.model_fields[field].default}{more}."
-        return f"{listed(known, said)}{otherwise}.{default}"
+        return f"{listed(names, descriptions)}{otherwise}.{default}"
 
     return text
 
@@ -65,8 +65,8 @@ def _assumptions() -> str:
 def _devices() -> str:
     from ..measuring.measurement import DEVICES
 
-    said = {"cpu": "its own kernels, seen by torch's profiler"}
-    return f"{listed(DEVICES, said)}. Default {DEVICES[0]}."
+    descriptions = {"cpu": "its own kernels, seen by torch's profiler"}
+    return f"{listed(DEVICES, descriptions)}. Default {DEVICES[0]}."
 
 
 # ---- what a shell offers: read from where it is defined, when a shell asks ----------------------------------------------
@@ -123,13 +123,13 @@ def strategies(default: str) -> Callable[[], str]:
     return text
 
 
-def one_of(name: str, typed: str, known: Collection[str]) -> str:
+def one_of(name: str, typed: str, names: Collection[str]) -> str:
     """`typed`, the value of option `name`, if it is a known one. Raises RecipeError, which tells of the nearest."""
-    if typed not in known:
+    if typed not in names:
         from ..errors import RecipeError
         from ..step.names import unknown_value
 
-        raise RecipeError(unknown_value(name, typed, known))
+        raise RecipeError(unknown_value(name, typed, names))
     return typed
 
 
@@ -369,29 +369,29 @@ ONE_RECIPE = (
 # ---- what options make: the library's objects --------------------------------------------------------------------------
 
 
-def model_of(asked: ModelOptions) -> Model:
+def model_of(options: ModelOptions) -> Model:
     from ..spec.catalog import load_model
 
-    return load_model(asked.model, asked.assume)
+    return load_model(options.model, options.assume)
 
 
-def known_or_traced(asked: TracedOptions) -> Model:
+def model_or_stand_in(options: TracedOptions) -> Model:
     """The model as the formula reads it; where that does not know it and torch is there, a stand-in for which answers are traced."""
     from ..errors import UnreadError
 
     try:
-        return model_of(asked)
+        return model_of(options)
     except UnreadError as e:
         from .tracing import stand_in
 
-        return stand_in(asked, e)
+        return stand_in(options, e)
 
 
-def card_of(asked: CardOptions) -> Card:
+def card_of(options: CardOptions) -> Card:
     from ..spec.hardware import card
     from ..units import parse_memory
 
-    return card(asked.gpu, memory(asked.gpu_mem), parse_memory(asked.reserve), memory(asked.host_mem))
+    return card(options.gpu, memory(options.gpu_mem), parse_memory(options.reserve), memory(options.host_mem))
 
 
 def memory(text: str | None) -> int | None:
@@ -416,25 +416,25 @@ _FIELDS = (
 _SWITCHES = ("optimizer_in_backward", "optimizer_on_host", "weights_on_host", "input_gradients")
 
 
-def changes_of(asked: StepOptions) -> dict[str, object]:
+def changes_of(options: StepOptions) -> dict[str, object]:
     """The recipe fields that the options set."""
-    changes = {name: value for name in _FIELDS if (value := getattr(asked, name, None)) is not None}
-    for name, patterns in (("train", asked.train), ("freeze", asked.freeze)):
+    changes = {name: value for name in _FIELDS if (value := getattr(options, name, None)) is not None}
+    for name, patterns in (("train", options.train), ("freeze", options.freeze)):
         if patterns is not None:
             changes[name] = tuple(part.strip() for part in patterns.split(","))
-    changes.update({name: True for name in _SWITCHES if getattr(asked, name)})
-    return {**changes, **_varied(asked)} if isinstance(asked, VariedOptions) else changes
+    changes.update({name: True for name in _SWITCHES if getattr(options, name)})
+    return {**changes, **_varied(options)} if isinstance(options, VariedOptions) else changes
 
 
-def _varied(asked: VariedOptions) -> dict[str, object]:
+def _varied(options: VariedOptions) -> dict[str, object]:
     from ..units import parse_whole
 
     changes: dict[str, object] = {}
-    if asked.offload:
+    if options.offload:
         changes["offload_layer_inputs"] = True
-    if asked.no_recompute:
+    if options.no_recompute:
         changes["mlp_recompute"] = False
-    if (how := asked.checkpoint) is not None:
+    if (how := options.checkpoint) is not None:
         changes["checkpoint"] = parse_whole(how, "--checkpoint") if "0" <= how[:1] <= "9" else how
     return changes
 
@@ -462,11 +462,11 @@ def runs_in_chunks(recipe: Recipe) -> bool:
     return recipe.loss_in_chunks or recipe.mlp_recompute or recipe.mlp_chunks != 1
 
 
-def applied(base: Recipe, asked: RecipeOptions, adopt_chunks: bool) -> Recipe:
+def applied(base: Recipe, options: RecipeOptions, adopt_chunks: bool) -> Recipe:
     """`base` with the options' changes. --chunks goes to recipes that run in chunks, and with adopt_chunks to any."""
     from ..step.losses import LOSSES
 
-    changes, chunks = changes_of(asked), _chunks(asked.chunks)
+    changes, chunks = changes_of(options), _chunks(options.chunks)
     if chunks and not runs_in_chunks(base) and adopt_chunks:
         changes = {"loss": "chunked", "mlp_recompute": True, **changes}
     if chunks and (runs_in_chunks(base) or adopt_chunks):
@@ -503,36 +503,36 @@ DESCRIBING = ("recipe", "checkpoint", "chunks", "no_recompute", "loss", "offload
 strategy; where there are none of them, the others vary every strategy."""
 
 
-def base_recipe(asked: StepOptions) -> Recipe:
+def base_recipe(options: StepOptions) -> Recipe:
     """What a custom recipe starts from: the recipe file, else the standard strategy."""
     from ..step.recipe import Recipe
 
-    return Recipe.read(asked.recipe) if asked.recipe is not None else Recipe.model_construct()
+    return Recipe.read(options.recipe) if options.recipe is not None else Recipe.model_construct()
 
 
-def recipes_of(asked: RecipesOptions, usual: str = "all") -> dict[str, Recipe]:
+def recipes_of(options: RecipesOptions, usual: str = "all") -> dict[str, Recipe]:
     """What the options ask for, by name, in every command alike: the strategies that --strategy names, with the options' changes; else
     the one recipe that they describe; else the `usual` strategies."""
     from ..errors import RecipeError
 
-    if asked.strategy is None and given(asked, DESCRIBING):
-        return {"custom": applied(base_recipe(asked), asked, adopt_chunks=True)}
-    if asked.recipe is not None:
+    if options.strategy is None and flags_given(options, DESCRIBING):
+        return {"custom": applied(base_recipe(options), options, adopt_chunks=True)}
+    if options.recipe is not None:
         raise RecipeError(
             "--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out."
         )
-    bases = _named(asked, usual)
+    bases = _named(options, usual)
     none_in_chunks = not any(map(runs_in_chunks, bases.values()))
-    found = {name: applied(base, asked, adopt_chunks=none_in_chunks) for name, base in bases.items()}
-    return {_name_of(name, recipe, alone=len(found) == 1): recipe for name, recipe in found.items()}
+    recipes = {name: applied(base, options, adopt_chunks=none_in_chunks) for name, base in bases.items()}
+    return {_name_of(name, recipe, alone=len(recipes) == 1): recipe for name, recipe in recipes.items()}
 
 
-def plans_of(asked: PlannedOptions, model: Model, card: Card, seq_len: str | None = None) -> dict[str, Plan]:
+def plans_of(options: PlannedOptions, model: Model, card: Card, seq_len: str | None = None) -> dict[str, Plan]:
     """What the options ask for, at the length that they say, or at another one."""
     from ..plan.solve import plan_at
 
-    tokens = length(seq_len or asked.seq_len)
-    return {name: plan_at(model, recipe, card, tokens) for name, recipe in recipes_of(asked).items()}
+    tokens = length(seq_len or options.seq_len)
+    return {name: plan_at(model, recipe, card, tokens) for name, recipe in recipes_of(options).items()}
 
 
 def simplest(plans: dict[str, Plan]) -> str:
@@ -543,13 +543,13 @@ def simplest(plans: dict[str, Plan]) -> str:
     return fitting or next(name for name, plan in plans.items() if plan is nearest_plan(list(plans.values())))
 
 
-def _named(asked: RecipesOptions, usual: str) -> dict[str, Recipe]:
+def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
     from ..step.recipe import STRATEGIES, strategy_name
 
-    named = asked.strategy if asked.strategy is not None else usual
+    named = options.strategy if options.strategy is not None else usual
     with _in_options():
         names = [strategy_name(name.strip()) for name in named.split(",")] if named != "all" else list(STRATEGIES)
-    if named == "all" and asked.sharding == "fsdp":  # which gathers one layer at a time
+    if named == "all" and options.sharding == "fsdp":  # which gathers one layer at a time
         names.remove("checkpoint-sqrt")
     return {name: STRATEGIES[name] for name in names}
 
@@ -570,11 +570,11 @@ def length(text: str) -> int:
     return parse_length(text)
 
 
-def results_files(asked: ResultsOptions) -> list[Path]:
+def results_files(options: ResultsOptions) -> list[Path]:
     """Those that stand by themselves, whatever their names, and those of --results."""
     from ..errors import MeasurementError
 
-    parts = [part.strip() for part in asked.results.split(",")] if asked.results is not None else []
-    if "" in [*parts, *(str(path) if path.name else "" for path in asked.files)]:
+    parts = [part.strip() for part in options.results.split(",")] if options.results is not None else []
+    if "" in [*parts, *(str(path) if path.name else "" for path in options.files)]:
         raise MeasurementError("a results file without a name.\nWrite a.jsonl b.jsonl, or --results a.jsonl,b.jsonl.")
-    return [*asked.files, *map(Path, parts)]
+    return [*options.files, *map(Path, parts)]

@@ -22,21 +22,21 @@ def sane_terminal() -> None:
     """What the environment says of the terminal's size, where it is none or one that nothing can be laid out in, is put right: rich and
     typer would print nothing, a column of letters, or a traceback."""
     for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):
-        said = os.environ.get(name, "80")
-        size = int(said) if said.isascii() and said.isdigit() and len(said) < 10 else 0
+        text = os.environ.get(name, "80")
+        size = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
         if not size:
             del os.environ[name]
         elif not NARROWEST <= size <= WIDEST and name != "LINES":
             os.environ[name] = str(min(max(size, NARROWEST), WIDEST))
 
 
-def settled(asked: Taken) -> Taken:
+def settle_format(options: Taken) -> Taken:
     """The options with one form of the answer: the name of `format`, which an option of that name, as --json, is short for. Raises
     InputError for an unknown name, and for two different ones."""
     from ..errors import InputError, did_you_mean, quoted
 
-    named = getattr(asked, "format", None)
-    flags = {f"--{name}": name for name in FORMATS if getattr(asked, name, False)}
+    named = getattr(options, "format", None)
+    flags = {f"--{name}": name for name in FORMATS if getattr(options, name, False)}
     if named is not None:
         if named not in FORMATS:
             raise InputError(
@@ -45,12 +45,12 @@ def settled(asked: Taken) -> Taken:
         flags[f"--format {named}"] = named
     if len(set(flags.values())) > 1:
         raise InputError(f"{' and '.join(flags)} exclude each other.\nLeave one of the two out.")
-    return asked.changed(format=next(iter(flags.values()))) if flags else asked
+    return options.changed(format=next(iter(flags.values()))) if flags else options
 
 
-def emit(asked: FormatOptions, report: Report) -> None:
+def emit(options: FormatOptions, report: Report) -> None:
     """The answer in the form that was asked for."""
-    FORMATS[asked.format or "text"].emit(report)
+    FORMATS[options.format or "text"].emit(report)
 
 
 def complain(message: str) -> None:

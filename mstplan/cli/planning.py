@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .commands import command, given, option
+from .commands import command, flags_given, option
 from .options import (
     FORCE,
     HOW_TRACED,
@@ -24,11 +24,11 @@ from .options import (
     card_of,
     changed,
     changes_of,
-    known_or_traced,
     length,
     listed,
     memory,
     model_of,
+    model_or_stand_in,
     one_of,
     plans_of,
     recipes_of,
@@ -71,42 +71,42 @@ class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, TensorsOptions, Fo
         "mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
     ),
 )
-def max_seq(asked: MaxSeqOptions) -> None:
+def max_seq(options: MaxSeqOptions) -> None:
     from ..plan import findings
 
-    one_of("rung", asked.rung, RUNGS)
-    card, recipes = card_of(asked), recipes_of(asked)
-    model = known_or_traced(asked)
-    if asked.rung == "trace" or model.stand_in is not None:
-        _max_seq_by_trace(asked, model, card, recipes)
+    one_of("rung", options.rung, RUNGS)
+    card, recipes = card_of(options), recipes_of(options)
+    model = model_or_stand_in(options)
+    if options.rung == "trace" or model.stand_in is not None:
+        _max_seq_by_trace(options, model, card, recipes)
         return
-    _refuse_tracing(asked, "Add --rung trace, or leave it out.")
-    told = findings.find_longest(model, card, recipes)
+    _refuse_tracing(options, "Add --rung trace, or leave it out.")
+    longest = findings.find_longest(model, card, recipes)
     from ..show import planning as reports
 
-    emit(asked, reports.max_seq(told, asked.tensors))
-    if told.best.s_max == 0:
+    emit(options, reports.max_seq(longest, options.tensors))
+    if longest.best.s_max == 0:
         raise typer.Exit(1)
 
 
-def _refuse_tracing(asked: TracedOptions, way_out: str) -> None:
+def _refuse_tracing(options: TracedOptions, way_out: str) -> None:
     from ..errors import RecipeError
 
-    if unused := given(asked, HOW_TRACED):
+    if unused := flags_given(options, HOW_TRACED):
         raise RecipeError(f"{', '.join(unused)}: nothing to do with the formula.\n{way_out}")
 
 
-def _max_seq_by_trace(asked: MaxSeqOptions, model: Model, card: Card, recipes: dict[str, Recipe]) -> None:
+def _max_seq_by_trace(options: MaxSeqOptions, model: Model, card: Card, recipes: dict[str, Recipe]) -> None:
     from ..tracing import cache, findings, search
-    from .tracing import told_after, tracing
+    from .tracing import explain_stand_in, tracing
 
-    with told_after(model), tracing(asked) as trace_step:
-        found, model = search.find_longest_of_each(model, recipes, card, trace_step)
-    told = findings.longest(model, card, found, cache.versions())
+    with explain_stand_in(model), tracing(options) as trace_step:
+        results, model = search.find_longest_of_each(model, recipes, card, trace_step)
+    longest = findings.longest(model, card, results, cache.versions())
     from ..show import trace as reports
 
-    emit(asked, reports.max_seq(told, asked.tensors))
-    if told.best.answer.s_max == 0:
+    emit(options, reports.max_seq(longest, options.tensors))
+    if longest.best.answer.s_max == 0:
         raise typer.Exit(1)
 
 
@@ -129,46 +129,46 @@ class PlanOptions(PlannedOptions, TensorsOptions, FormatOptions):
         "mstplan plan -m qwen3-4b --gpu h100 --seq-len 32k --write-recipe recipe.json",
     ),
 )
-def plan(asked: PlanOptions) -> None:
+def plan(options: PlanOptions) -> None:
     from .. import files
     from ..plan import findings
 
-    if asked.write_recipe is not None:
-        files.check_writable(asked.write_recipe, asked.force)
-    card, model = card_of(asked), known_or_traced(asked)
+    if options.write_recipe is not None:
+        files.check_writable(options.write_recipe, options.force)
+    card, model = card_of(options), model_or_stand_in(options)
     if model.stand_in is not None:
         from .tracing import plan_by_trace
 
-        plan_by_trace(asked, model, card)
+        plan_by_trace(options, model, card)
         return
-    _refuse_tracing(asked, "Use mstplan trace, or leave it out.")
-    if "," in asked.seq_len:
-        _plan_lengths(asked, model, card)
+    _refuse_tracing(options, "Use mstplan trace, or leave it out.")
+    if "," in options.seq_len:
+        _plan_lengths(options, model, card)
         return
-    found = plans_of(asked, model, card)
-    name = simplest(found)
-    told = findings.assess_length(found, name)
-    if asked.write_recipe is not None:
-        told.plan.recipe.write(asked.write_recipe, asked.force)
+    plans = plans_of(options, model, card)
+    name = simplest(plans)
+    finding = findings.assess_length(plans, name)
+    if options.write_recipe is not None:
+        finding.plan.recipe.write(options.write_recipe, options.force)
     from ..show import planning as reports
 
-    emit(asked, reports.plan(told, asked.tensors))
-    if not told.plan.fits:
+    emit(options, reports.plan(finding, options.tensors))
+    if not finding.plan.fits:
         raise typer.Exit(1)
 
 
-def _plan_lengths(asked: PlanOptions, model: Model, card: Card) -> None:
+def _plan_lengths(options: PlanOptions, model: Model, card: Card) -> None:
     """What `plan` says of several lengths."""
     from ..errors import RecipeError
     from ..plan import findings
     from ..show import planning as reports
 
-    if asked.write_recipe is not None:
+    if options.write_recipe is not None:
         raise RecipeError("--write-recipe writes one recipe.\nGive one length.")
-    found = [plans_of(asked, model, card, part.strip() or ",") for part in asked.seq_len.split(",")]
-    told = findings.assess_lengths([(plans, simplest(plans)) for plans in found])
-    emit(asked, reports.plans(told))
-    if not told.all_fit:
+    plans_by_length = [plans_of(options, model, card, part.strip() or ",") for part in options.seq_len.split(",")]
+    finding = findings.assess_lengths([(plans, simplest(plans)) for plans in plans_by_length])
+    emit(options, reports.plans(finding))
+    if not finding.all_fit:
         raise typer.Exit(1)
 
 
@@ -192,45 +192,45 @@ class TheoremOptions(ModelOptions, StepOptions, CardOptions, FormatOptions):
     help="The paper's formulas with this model's coefficients, next to the step model's answer.",
     examples=("mstplan theorem -m llama3.1-8b --gpu a100-80gb --seq-len 64k --m 32",),
 )
-def theorem(asked: TheoremOptions) -> None:
+def theorem(options: TheoremOptions) -> None:
     from ..plan import advice
     from ..plan import theorem as formulas
     from ..show import planning as reports
 
-    model, card = model_of(asked), card_of(asked)
-    seq_len = length(asked.seq_len) if asked.seq_len is not None else None
-    overrides = _overrides(asked)
-    view = formulas.view(model, card, _theorem_recipe(asked), overrides, seq_len)
-    emit(asked, reports.theorem(model, card, view, advice.left_out_notes(model)))
+    model, card = model_of(options), card_of(options)
+    seq_len = length(options.seq_len) if options.seq_len is not None else None
+    overrides = _overrides(options)
+    view = formulas.view(model, card, _theorem_recipe(options), overrides, seq_len)
+    emit(options, reports.theorem(model, card, view, advice.left_out_notes(model)))
 
 
-def _theorem_recipe(asked: TheoremOptions) -> Recipe:
+def _theorem_recipe(options: TheoremOptions) -> Recipe:
     """The user's recipe without what the four formulas themselves vary."""
     from ..errors import RecipeError
     from ..step.recipe import STRATEGY_FIELDS, Recipe
 
-    base = base_recipe(asked)
+    base = base_recipe(options)
     if base.sharded:
         raise RecipeError(
             "the paper's formulas are of one GPU and know no sharding.\nPlan this recipe with mstplan max-seq or mstplan plan."
         )
     own = {name: value for name, value in base.model_dump().items() if name not in STRATEGY_FIELDS}
-    return changed(Recipe.model_construct(), {**own, **changes_of(asked)})
+    return changed(Recipe.model_construct(), {**own, **changes_of(options)})
 
 
-def _overrides(asked: TheoremOptions) -> dict[str, int | None]:
+def _overrides(options: TheoremOptions) -> dict[str, int | None]:
     from ..units import parse_whole
 
     def number(name: str, text: str | None) -> int | None:
         return parse_whole(text, f"--{name}") if text is not None else None
 
-    sizes = {"w_mem": memory(asked.w_mem), "m_max": memory(asked.m_max)}
+    sizes = {"w_mem": memory(options.w_mem), "m_max": memory(options.m_max)}
     counts = {
-        "i_mem": number("i-mem", asked.i_mem),
-        "a_mem": number("a-mem", asked.a_mem),
-        "layers": number("layers", asked.layers),
+        "i_mem": number("i-mem", options.i_mem),
+        "a_mem": number("a-mem", options.a_mem),
+        "layers": number("layers", options.layers),
     }
-    return {**sizes, **counts, "chunks": number("m", asked.m)}
+    return {**sizes, **counts, "chunks": number("m", options.m)}
 
 
 DTYPES = ("bfloat16", "float32")
@@ -248,14 +248,14 @@ class ShapesOptions(ModelOptions, FormatOptions):
     help="The large tensors of a layer and the LM head: shape and bytes.",
     examples=("mstplan shapes -m llama3.1-8b --seq-len 131072",),
 )
-def shapes(asked: ShapesOptions) -> None:
+def shapes(options: ShapesOptions) -> None:
     from ..plan.shapes import shapes as table
     from ..show import planning as reports
 
-    one_of("dtype", asked.dtype, DTYPES)
-    model, seq_len = model_of(asked), length(asked.seq_len)
-    rows = table(model, asked.batch, seq_len, asked.dtype)
-    emit(asked, reports.shapes(rows, model, asked.batch, seq_len))
+    one_of("dtype", options.dtype, DTYPES)
+    model, seq_len = model_of(options), length(options.seq_len)
+    rows = table(model, options.batch, seq_len, options.dtype)
+    emit(options, reports.shapes(rows, model, options.batch, seq_len))
 
 
 class PlotOptions(ModelOptions, RecipesOptions, CardOptions, FormatOptions):
@@ -271,15 +271,15 @@ class PlotOptions(ModelOptions, RecipesOptions, CardOptions, FormatOptions):
     help=f"Memory against sequence length for the strategies, with the GPU, S_max and where the peak is. {ONE_RECIPE}",
     examples=("mstplan plot -m llama3.1-8b --gpu h100 -o llama.svg",),
 )
-def plot(asked: PlotOptions) -> None:
+def plot(options: PlotOptions) -> None:
     from ..plan import advice, solve
     from ..show import planning as reports
     from ..show import plot as drawing
 
-    drawing.check_output(asked.out, asked.force)
-    model, card = model_of(asked), card_of(asked)
-    longest = length(asked.to) if asked.to is not None else None
-    found = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(asked).items()]
-    curves = drawing.curves(found, longest, asked.points)
-    drawing.write(curves, model, card, asked.out)
-    emit(asked, reports.plot(model, card, curves, asked.out, advice.left_out_notes(model)))
+    drawing.check_output(options.out, options.force)
+    model, card = model_of(options), card_of(options)
+    longest = length(options.to) if options.to is not None else None
+    answers = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(options).items()]
+    curves = drawing.curves(answers, longest, options.points)
+    drawing.write(curves, model, card, options.out)
+    emit(options, reports.plot(model, card, curves, options.out, advice.left_out_notes(model)))

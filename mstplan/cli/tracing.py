@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .commands import command, declared, given, option
+from .commands import command, declared, flags_given, option
 from .options import (
     FORCE,
     ONE_RECIPE,
@@ -21,8 +21,8 @@ from .options import (
     TensorsOptions,
     TracedOptions,
     card_of,
-    known_or_traced,
     listed,
+    model_or_stand_in,
     one_of,
     plans_of,
     results_files,
@@ -66,61 +66,61 @@ class TraceOptions(PlannedOptions, TensorsOptions, FormatOptions):
         "mstplan trace -m qwen3-0.6b --seq-len 4k -s mst",
     ),
 )
-def trace(asked: TraceOptions) -> None:
+def trace(options: TraceOptions) -> None:
     from .. import files
     from ..show import trace as shown
 
-    _check_outputs(asked)
-    card, model = _card_or_any(asked), known_or_traced(asked)
-    view, _ = _views(asked, model, card)
-    if asked.plot is not None:
+    _check_outputs(options)
+    card, model = _card_or_any(options), model_or_stand_in(options)
+    view, _ = _views(options, model, card)
+    if options.plot is not None:
         from ..show import timeline
 
-        timeline.write(view, asked.plot)
-    if asked.snapshot is not None:
+        timeline.write(view, options.plot)
+    if options.snapshot is not None:
         from ..tracing.simulation import all_events, frame_names
         from ..tracing.snapshot import snapshot, to_pickle
 
         files.write(
-            asked.snapshot,
+            options.snapshot,
             to_pickle(snapshot(all_events(view.trace), lambda key: frame_names(view.trace, key), expandable=True)),
         )
     emit(
-        asked,
+        options,
         shown.report(
-            view, files=[path for path in (asked.plot, asked.snapshot) if path is not None], tensors=asked.tensors
+            view, files=[path for path in (options.plot, options.snapshot) if path is not None], tensors=options.tensors
         ),
     )
     if not view.fits:
         raise typer.Exit(1)
 
 
-def _card_or_any(asked: CardOptions) -> Card:
+def _card_or_any(options: CardOptions) -> Card:
     """The card that is asked for; any, where nothing is said of one: only the verdict needs it."""
     from ..spec.hardware import any_card
 
-    return card_of(asked) if given(asked, declared(CardOptions)) else any_card()
+    return card_of(options) if flags_given(options, declared(CardOptions)) else any_card()
 
 
-def plan_by_trace(asked: PlanOptions, model: Model, card: Card) -> None:
+def plan_by_trace(options: PlanOptions, model: Model, card: Card) -> None:
     """What `plan` says of a model that the formula does not know."""
     from ..show import trace as shown
 
-    view, others = _views(asked, model, card)
-    if asked.write_recipe is not None:
-        view.plan.recipe.write(asked.write_recipe, asked.force)
-    emit(asked, shown.report(view, "plan", others, tensors=asked.tensors))
+    view, others = _views(options, model, card)
+    if options.write_recipe is not None:
+        view.plan.recipe.write(options.write_recipe, options.force)
+    emit(options, shown.report(view, "plan", others, tensors=options.tensors))
     if not view.fits:
         raise typer.Exit(1)
 
 
-def _views(asked: PlannedOptions, model: Model, card: Card) -> tuple[TraceView, list[TraceView]]:
+def _views(options: PlannedOptions, model: Model, card: Card) -> tuple[TraceView, list[TraceView]]:
     """The step that is told of, traced: of several strategies the first that fits, else the nearest; and those traced before. The formula
     says which that is, where it knows the model."""
     from ..tracing import cache, findings
     from ..tracing.search import try_each
 
-    plans = plans_of(asked, model, card)
+    plans = plans_of(options, model, card)
 
     def view(name: str) -> TraceView:
         step = plans[name].exactly()
@@ -129,37 +129,37 @@ def _views(asked: PlannedOptions, model: Model, card: Card) -> tuple[TraceView, 
             model, card, name, trace_step(fixed, step.recipe.padded(step.seq_len), card), step, cache.versions()
         )
 
-    found: list[TraceView] = []
+    views: list[TraceView] = []
     left_out: list[str] = []
-    with told_after(model), tracing(asked) as trace_step:
+    with explain_stand_in(model), tracing(options) as trace_step:
         for one in try_each(plans if model.stand_in is not None else [simplest(plans)], view, left_out):
-            found.append(one)
+            views.append(one)
             if one.fits:
                 break
-    told = min(found, key=lambda each: (not each.fits, each.trace.peak.bytes))
-    others = [each for each in found if each is not told]
-    return told._replace(model=model._replace(notes=(*model.notes, *left_out))), others
+    shown_view = min(views, key=lambda each: (not each.fits, each.trace.peak.bytes))
+    others = [each for each in views if each is not shown_view]
+    return shown_view._replace(model=model._replace(notes=(*model.notes, *left_out))), others
 
 
-def _check_outputs(asked: TraceOptions) -> None:
+def _check_outputs(options: TraceOptions) -> None:
     from .. import files
     from ..errors import OutputError, quoted
     from ..show import timeline
 
-    if asked.plot is not None:
-        timeline.check_output(asked.plot)
-        if asked.plot == asked.snapshot:
-            raise OutputError(f"--plot and --snapshot both name {quoted(asked.plot)}.\nName two files.")
-    if asked.snapshot is not None:
+    if options.plot is not None:
+        timeline.check_output(options.plot)
+        if options.plot == options.snapshot:
+            raise OutputError(f"--plot and --snapshot both name {quoted(options.plot)}.\nName two files.")
+    if options.snapshot is not None:
         from ..tracing import snapshot
 
-        snapshot.check_output(asked.snapshot)
-    for path in (asked.plot, asked.snapshot):
+        snapshot.check_output(options.snapshot)
+    for path in (options.plot, options.snapshot):
         if path is not None:
-            files.check_writable(path, asked.force)
+            files.check_writable(path, options.force)
 
 
-def stand_in(asked: TracedOptions, unread: UnreadError) -> Model:
+def stand_in(options: TracedOptions, unread: UnreadError) -> Model:
     """What answers are traced for when the formula does not know the model. Raises its refusal where there is no torch."""
     from ..errors import MissingError
     from ..spec.catalog import identify_model, load_config
@@ -171,52 +171,52 @@ def stand_in(asked: TracedOptions, unread: UnreadError) -> Model:
         raise unread from None
     from ..show.trace import status
 
-    name, hub_id = identify_model(asked.model)
-    with status(), _said_first(f"{name}: {unread.reason}"):
+    name, hub_id = identify_model(options.model)
+    with status(), _put_first(f"{name}: {unread.reason}"):
         from ..tracing.tracer import stand_in_for
 
-        return stand_in_for(load_config(asked.model), name, unread.reason, _code_from(asked))._replace(hub_id=hub_id)
+        return stand_in_for(load_config(options.model), name, unread.reason, _code_from(options))._replace(
+            hub_id=hub_id
+        )
 
 
-def told_after(model: Model) -> AbstractContextManager[None]:
+def explain_stand_in(model: Model) -> AbstractContextManager[None]:
     """Where the trace fails as well, say first why it was asked."""
-    return nullcontext() if model.stand_in is None else _said_first(f"{model.name}: {model.stand_in.why}")
+    return nullcontext() if model.stand_in is None else _put_first(f"{model.name}: {model.stand_in.why}")
 
 
 @contextmanager
-def _said_first(why: str) -> Iterator[None]:
+def _put_first(why: str) -> Iterator[None]:
     from ..errors import ModelError
     from ..spec.unread import ASSUME
 
     try:
         yield
     except ModelError as e:
-        said, *way_out = str(e).splitlines()
-        options = [
-            line for line in way_out if line.startswith("--")
-        ]  # the formula, which others offer, was asked before
-        full_stop = "" if said.endswith(".") else "."
-        raise ModelError(f"{why}\n{' '.join([f'Nor is it traced: {said}{full_stop}', *options, ASSUME])}") from None
+        reason, *way_out = str(e).splitlines()
+        flags = [line for line in way_out if line.startswith("--")]  # the formula, which others offer, was asked before
+        full_stop = "" if reason.endswith(".") else "."
+        raise ModelError(f"{why}\n{' '.join([f'Nor is it traced: {reason}{full_stop}', *flags, ASSUME])}") from None
 
 
-def _code_from(asked: TracedOptions) -> str | None:
-    return asked.model if asked.trust_remote_code else None
+def _code_from(options: TracedOptions) -> str | None:
+    return options.model if options.trust_remote_code else None
 
 
 @contextmanager
-def tracing(asked: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
+def tracing(options: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Trace]]:
     """A function that traces a step of the model, with a word on the terminal while it does."""
     from ..spec.catalog import load_config
     from ..tracing import cache
 
-    config = load_config(asked.model)
+    config = load_config(options.model)
     cache.versions()  # no torch: said before anything else
 
     def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
         waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")
         workspace = card.gpu.workspaces_bytes
         return cache.trace_of(
-            config, recipe, seq_len, workspace=workspace, keep=not asked.no_cache, code_from=_code_from(asked)
+            config, recipe, seq_len, workspace=workspace, keep=not options.no_cache, code_from=_code_from(options)
         )
 
     from ..show.trace import recipe_words, status
@@ -268,35 +268,35 @@ class CalibrateOptions(ResultsOptions, FormatOptions):
         "mstplan calibrate --from measurements --model llama3.1-8b h100.jsonl",
     ),
 )
-def calibrate(asked: CalibrateOptions) -> None:
+def calibrate(options: CalibrateOptions) -> None:
     from .. import files
     from ..errors import RecipeError
     from ..plan import calibration
     from ..step.recipe import STRATEGIES, strategy_name
 
-    one_of("from", asked.source, SOURCES)
-    idle = ("files", "results") if asked.source == "trace" else ("no_cache",)
-    if unused := given(asked, idle):
+    one_of("from", options.source, SOURCES)
+    idle = ("files", "results") if options.source == "trace" else ("no_cache",)
+    if unused := flags_given(options, idle):
         raise RecipeError(
-            f"{', '.join(unused)}: nothing to do with --from {asked.source}.\nLeave it out, or see 'mstplan calibrate --help'."
+            f"{', '.join(unused)}: nothing to do with --from {options.source}.\nLeave it out, or see 'mstplan calibrate --help'."
         )
-    named = [name.strip() for name in asked.strategies.split(",")] if asked.strategies is not None else STRATEGIES
+    named = [name.strip() for name in options.strategies.split(",")] if options.strategies is not None else STRATEGIES
     names = [strategy_name(name) for name in named]
-    folder = asked.out if asked.out is not None else calibration.folders()[0]
+    folder = options.out if options.out is not None else calibration.folders()[0]
     files.check_folder(folder)
     from ..checking.calibrate import calibrate_all
     from ..checking.fit import fit_all
     from ..show import calibrating
     from ..show.progress import progress
 
-    said: list[str] = []
-    if asked.source == "trace":
-        rows = calibrate_all(_models_named(asked.models), names, folder, keep=not asked.no_cache, showing=progress)
+    notes: list[str] = []
+    if options.source == "trace":
+        rows = calibrate_all(_models_named(options.models), names, folder, keep=not options.no_cache, showing=progress)
     else:
-        results = results_files(asked) or [Path("measurements.jsonl")]
-        rows, said = fit_all(_models_named(asked.models), names, folder, results, asked.out is not None)
-    rung = "trace" if asked.source == "trace" else "measurement"
-    emit(asked, calibrating.report(rows, rung, folder, said))
+        results = results_files(options) or [Path("measurements.jsonl")]
+        rows, notes = fit_all(_models_named(options.models), names, folder, results, options.out is not None)
+    rung = "trace" if options.source == "trace" else "measurement"
+    emit(options, calibrating.report(rows, rung, folder, notes))
 
 
 def _models_named(text: str) -> list[str]:

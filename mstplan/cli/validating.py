@@ -50,35 +50,35 @@ class ValidateOptions(ResultsOptions, FormatOptions):
         "mstplan validate h100.jsonl a100.jsonl --plot errors.png",
     ),
 )
-def validate(asked: ValidateOptions) -> None:
+def validate(options: ValidateOptions) -> None:
     from .. import files
     from ..checking import validate as rungs
     from ..show import timeline, validating
 
-    if asked.plot is not None:
-        files.check_writable(asked.plot, asked.force)
-        timeline.check_output(asked.plot)
-    names, missing = _rungs_of(asked)
-    bounds = _bounds(asked)
-    chosen, read = _chosen(asked)
-    found = _compared(asked, chosen, names)
-    said = rungs.bound_violations(found, bounds)
-    if asked.plot is not None:
-        validating.plot(found, asked.plot)
-    written = [asked.plot] if asked.plot is not None else []
-    emit(asked, validating.report(found, read.skipped, said, missing, written))
-    if said:
+    if options.plot is not None:
+        files.check_writable(options.plot, options.force)
+        timeline.check_output(options.plot)
+    names, missing = _rungs_of(options)
+    bounds = _bounds(options)
+    chosen, read = _chosen(options)
+    validation = _compared(options, chosen, names)
+    violations = rungs.bound_violations(validation, bounds)
+    if options.plot is not None:
+        validating.plot(validation, options.plot)
+    written = [options.plot] if options.plot is not None else []
+    emit(options, validating.report(validation, read.skipped, violations, missing, written))
+    if violations:
         raise typer.Exit(1)
 
 
-def _rungs_of(asked: ValidateOptions) -> tuple[tuple[str, ...], str]:
+def _rungs_of(options: ValidateOptions) -> tuple[tuple[str, ...], str]:
     """The rungs to ask; and where they are all of them, why the trace is not: it alone needs torch."""
     from ..checking.validate import RUNGS, TRACE
     from ..errors import MissingError
     from ..tracing import cache
 
-    if asked.rungs != "all":
-        return tuple(one_of("rung", name.strip(), RUNGS) for name in asked.rungs.split(",")), ""
+    if options.rungs != "all":
+        return tuple(one_of("rung", name.strip(), RUNGS) for name in options.rungs.split(",")), ""
     try:
         cache.versions()
     except MissingError as e:
@@ -86,23 +86,23 @@ def _rungs_of(asked: ValidateOptions) -> tuple[tuple[str, ...], str]:
     return RUNGS, ""
 
 
-def _bounds(asked: ValidateOptions) -> dict[str, ErrorBounds]:
+def _bounds(options: ValidateOptions) -> dict[str, ErrorBounds]:
     from ..checking.validate import CALIBRATED, FORMULA, TRACE, ErrorBounds
     from ..units import parse_share
 
-    bounds = ErrorBounds(parse_share(asked.mean, "--mean"), parse_share(asked.worst, "--worst"))
-    formula = parse_share(asked.formula_worst, "--formula-worst")
+    bounds = ErrorBounds(parse_share(options.mean, "--mean"), parse_share(options.worst, "--worst"))
+    formula = parse_share(options.formula_worst, "--formula-worst")
     return {FORMULA: ErrorBounds(formula, formula), CALIBRATED: bounds, TRACE: bounds}
 
 
-def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], ResultsContent]:
+def _chosen(options: ValidateOptions) -> tuple[list[Measurement], ResultsContent]:
     """The measurements of the model, where one is named; and all that the results files hold."""
     from ..errors import MeasurementError
     from ..measuring import measurement
     from ..spec.catalog import identify_model
 
-    read = measurement.read_all_results(results_files(asked) or measurement.shipped_results())
-    name = identify_model(asked.model)[0] if asked.model is not None else None
+    read = measurement.read_all_results(results_files(options) or measurement.shipped_results())
+    name = identify_model(options.model)[0] if options.model is not None else None
     chosen = [m for m in read.measurements if name in (None, m.case.model)]
     if not any(m.outcome in (measurement.OK, measurement.OUT_OF_MEMORY) for m in chosen):
         of, damaged = f" of {name}" if name else "", f" ({read.skipped[0]})" if read.skipped else ""
@@ -112,19 +112,19 @@ def _chosen(asked: ValidateOptions) -> tuple[list[Measurement], ResultsContent]:
     return chosen, read
 
 
-def _compared(asked: ValidateOptions, chosen: list[Measurement], rungs: tuple[str, ...]) -> Validation:
+def _compared(options: ValidateOptions, chosen: list[Measurement], rungs: tuple[str, ...]) -> Validation:
     from ..checking.validate import validate
     from ..errors import MeasurementError
     from ..show.progress import progress
 
     with progress("comparing", len(chosen)) as advance:
-        found = validate(chosen, rungs, lambda words: advance(words, 1))
-    if not found.rows and not found.out_of_memory:
-        why = f" ({found.left_out[0]})" if found.left_out else ""
+        validation = validate(chosen, rungs, lambda words: advance(words, 1))
+    if not validation.rows and not validation.out_of_memory:
+        why = f" ({validation.left_out[0]})" if validation.left_out else ""
         raise MeasurementError(
-            f"{asked.rungs} has no answer for any of these {len(chosen)} measurements{why}.\nName other rungs, or leave --rung out."
+            f"{options.rungs} has no answer for any of these {len(chosen)} measurements{why}.\nName other rungs, or leave --rung out."
         )
-    return found
+    return validation
 
 
 class PublishedOptions(FormatOptions):
@@ -137,8 +137,8 @@ class PublishedOptions(FormatOptions):
     help="Published lengths and peaks beside the formula's, with the assumptions that each is read with.",
     examples=("mstplan published", "mstplan published --markdown"),
 )
-def published(asked: PublishedOptions) -> None:
+def published(options: PublishedOptions) -> None:
     from ..plan.published import comparisons
     from ..show import published as shown
 
-    emit(asked, shown.report(comparisons()))
+    emit(options, shown.report(comparisons()))

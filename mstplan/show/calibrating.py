@@ -12,7 +12,7 @@ from .parts import cell, strategy_cell
 from .report import Block, Cell, Column, Folded, Report, Row, Table, line
 
 
-def report(rows: Sequence[WrittenCalibration], rung: str, folder: Path, said: Sequence[str]) -> Report:
+def report(rows: Sequence[WrittenCalibration], rung: str, folder: Path, notes: Sequence[str]) -> Report:
     """What was solved and written. said: what else is to be told of it."""
     columns = (
         Column("model", "model"),
@@ -27,10 +27,10 @@ def report(rows: Sequence[WrittenCalibration], rung: str, folder: Path, said: Se
         Folded((line("Calibrations"),)),
         table,
         *parts.written(dict.fromkeys(row.file for row in rows)),
-        *(line(each, whole=True) for each in said),
+        *(line(each, whole=True) for each in notes),
     ]
     calibrations = [row._asdict() for row in rows]
-    facts = payload.document("calibrate", rung, folder=str(folder), calibrations=calibrations, notes=list(said))
+    facts = payload.document("calibrate", rung, folder=str(folder), calibrations=calibrations, notes=list(notes))
     return Report("calibrate", facts, blocks, table)
 
 

@@ -26,15 +26,15 @@ def _document(command: str, bench: Bench, **data: Any) -> dict[str, Any]:
 HOW_SMAX = "each must run at 98% of the trace's S_max and run out of memory at 103%; differs: of the trace's from the longest that ran."
 
 
-def smax(bench: Bench, found: Sequence[tuple[Limit, Prediction]]) -> Report:
-    table = _limits(found)
+def smax(bench: Bench, rows: Sequence[tuple[Limit, Prediction]]) -> Report:
+    table = _limits(rows)
     title = f"S_max of {bench.model.name} in {format_gib(bench.card.total_bytes)}, tokens"
-    results = [_limit_data(limit, told) for limit, told in found]
+    results = [_limit_data(limit, prediction) for limit, prediction in rows]
     facts = _document("check-smax", bench, limit_bytes=bench.card.total_bytes, results=results)
     return Report("check-smax", facts, [line(title, "strong"), table, line(HOW_SMAX, whole=True)], table)
 
 
-def _limits(found: Sequence[tuple[Limit, Prediction]]) -> Table:
+def _limits(rows: Sequence[tuple[Limit, Prediction]]) -> Table:
     columns = (
         Column("strategy", "strategy"),
         Column("formula", "formula", right=True),
@@ -46,13 +46,13 @@ def _limits(found: Sequence[tuple[Limit, Prediction]]) -> Table:
         Column("error", "differs", right=True),
         Column("holds", None),
     )
-    return Table("limits", columns, tuple(_limit(limit, told) for limit, told in found))
+    return Table("limits", columns, tuple(_limit(limit, prediction) for limit, prediction in rows))
 
 
-def _limit(limit: Limit, told: Prediction) -> Row:
+def _limit(limit: Limit, prediction: Prediction) -> Row:
     cells = (
         strategy_cell(limit.strategy),
-        _tokens(told.formula),
+        _tokens(prediction.formula),
         _tokens(limit.predicted),
         *(_outcome(limit.outcome_at(share)) for share in (SHARE_BELOW, SHARE_ABOVE)),
         _tokens(limit.longest_run),
@@ -71,12 +71,12 @@ def _outcome(outcome: str) -> Cell:
     return Cell(outcome, "ran" if outcome == OK else outcome)
 
 
-def _limit_data(limit: Limit, told: Prediction) -> dict[str, Any]:
+def _limit_data(limit: Limit, prediction: Prediction) -> dict[str, Any]:
     return {
         "strategy": limit.strategy,
         "rung": limit.rung,
         "predicted": limit.predicted,
-        "formula": told.formula,
+        "formula": prediction.formula,
         "runs": limit.longest_run,
         "fails": limit.shortest_failure,
         "error": limit.error,
@@ -96,17 +96,19 @@ def chunks(m: Measurement) -> str:
     return f"M {m.case.recipe.mlp_chunks}, {m.case.recipe.loss_chunks}"
 
 
-def throughput(bench: Bench, seq_len: int, found: Mapping[str, Sequence[Throughput]]) -> Report:
-    of_each = {strategy: _throughputs([(strategy, row) for row in rows], strategy) for strategy, rows in found.items()}
+def throughput(bench: Bench, seq_len: int, throughputs: Mapping[str, Sequence[Throughput]]) -> Report:
+    of_each = {
+        strategy: _throughputs([(strategy, row) for row in rows], strategy) for strategy, rows in throughputs.items()
+    }
     title = f"{bench.model.name} at {format_tokens(seq_len)} tokens: what chunks cost"
-    few = any(len(rows) < 4 for rows in found.values())
+    few = any(len(rows) < 4 for rows in throughputs.values())
     blocks: list[Block] = [
         line(title, "strong"),
         *of_each.values(),
         *([line(FEW_CHUNKS, whole=True)] if few else []),
         line(HOW_CHUNKS, whole=True),
     ]
-    everything = [(strategy, row) for strategy, rows in found.items() for row in rows]
+    everything = [(strategy, row) for strategy, rows in throughputs.items() for row in rows]
     results = [_throughput_data(strategy, row) for strategy, row in everything]
     facts = _document("check-throughput", bench, seq_len=seq_len, results=results, most_lost=MAX_LOST_SHARE)
     return Report("check-throughput", facts, blocks, _throughputs(everything))

@@ -27,7 +27,7 @@ class Band(NamedTuple):
     bytes: int
 
     @property
-    def said(self) -> str:
+    def label(self) -> str:
         return f"{self.name} {format_gib(self.bytes)}"
 
 
@@ -36,9 +36,9 @@ def bands(curves: Sequence[Curve], model: Model, card: Card) -> list[Band]:
     optimizer's step. Of what the curves hold differently, the least; the floor lies below all of them."""
     floors = [_floor(curve, model, card) for curve in curves]
     shared = [name for name in floors[0] if all(name in floor for floor in floors)]
-    found = [Band(name, min(floor[name] for floor in floors)) for name in shared]
-    least = LEAST * sum(band.bytes for band in found)
-    return [band for band in found if band.bytes > least]
+    candidates = [Band(name, min(floor[name] for floor in floors)) for name in shared]
+    least = LEAST * sum(band.bytes for band in candidates)
+    return [band for band in candidates if band.bytes > least]
 
 
 def _floor(curve: Curve, model: Model, card: Card) -> dict[str, int]:
@@ -71,10 +71,10 @@ def _bytes_by_band(entries: Iterable[Entry], temporary: str) -> dict[str, int]:
     return sizes
 
 
-def merged(found: Sequence[Band], least: float) -> list[Band]:
+def merged(bands: Sequence[Band], least: float) -> list[Band]:
     """Bands of at least so many bytes: thinner ones are joined to the one below, or at the bottom to the one above."""
     result: list[Band] = []
-    for band in found:
+    for band in bands:
         if result and min(band.bytes, result[-1].bytes) < least:
             below = result[-1]
             result[-1] = Band(f"{below.name}, {band.name}", below.bytes + band.bytes)

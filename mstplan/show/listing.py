@@ -47,7 +47,7 @@ def _model(m: Model) -> tuple[Cell, ...]:
     )
 
 
-def gpus(rows: Sequence[Gpu], sources: bool, said: Sequence[str]) -> Report:
+def gpus(rows: Sequence[Gpu], sources: bool, notes: Sequence[str]) -> Report:
     """said: what of the user's own was left out."""
     columns = (
         Column("gpu", "gpu"),
@@ -65,8 +65,8 @@ def gpus(rows: Sequence[Gpu], sources: bool, said: Sequence[str]) -> Report:
         where_from = f"{g.label}. Memory: {g.usable_source} Rates: {g.rates_source} Context: {g.context_source}"
         blocks += [line(g.name, "strong"), line(where_from, "quiet", deep=2)]
     legend = "torch GiB: what torch reports as total memory; * derived, not a reported print.  --sources: where from."
-    blocks += [line(legend, "quiet"), Notes(tuple(said))]
-    document = payload.document("gpus", gpus=[payload.gpu(g) for g in rows], notes=list(said))
+    blocks += [line(legend, "quiet"), Notes(tuple(notes))]
+    document = payload.document("gpus", gpus=[payload.gpu(g) for g in rows], notes=list(notes))
     return Report("gpus", document, blocks, table)
 
 

@@ -26,20 +26,22 @@ def subject(m: Measurement) -> str:
 HEADER = f"{'peaks: GiB':10s} {'strategy':18s} {'tokens':>8s} {'alloc.':>7s} {'reserved':>8s} {'device':>7s} {'step':>7s} {'tokens/s':>8s}"
 
 
-def device_words(known: Mapping[str, Any]) -> str:
+def device_words(environment: Mapping[str, Any]) -> str:
     """What is measured on, and with."""
-    return f"{known['card']}, {known['total_bytes'] / GIB:.2f} GiB; torch {known['torch']}, transformers {known['transformers']}"
+    return f"{environment['card']}, {environment['total_bytes'] / GIB:.2f} GiB; torch {environment['torch']}, transformers {environment['transformers']}"
 
 
 # ---- while it runs --------------------------------------------------------------------------------------------------------
 
 
 def telling(
-    known: Mapping[str, Any], name: Callable[[Measurement], str] = subject
+    environment: Mapping[str, Any], name: Callable[[Measurement], str] = subject
 ) -> tuple[Callable[[], None], Callable[[Measurement], None]]:
     """What to say when measuring begins, and of each point as it comes, which `name` tells from others: on stderr, as answers are on
     stdout."""
-    return lambda: _say(f"measuring: real steps on {device_words(known)}\n{HEADER}"), lambda m: _say(point(m, name))
+    return lambda: _say(f"measuring: real steps on {device_words(environment)}\n{HEADER}"), lambda m: _say(
+        point(m, name)
+    )
 
 
 def _say(text: str) -> None:
@@ -59,28 +61,28 @@ def point(m: Measurement, name: Callable[[Measurement], str] = subject) -> str:
 # ---- the report -----------------------------------------------------------------------------------------------------------
 
 
-def report(found: Sweep, known: Mapping[str, Any], out: Path) -> Report:
+def report(results: Sweep, environment: Mapping[str, Any], out: Path) -> Report:
     """The points of a sweep, those measured before among them; then what failed, what was left out, where the results are."""
-    points = _points(found)
-    failed = [m for m in found.measurements if m.outcome != OK]
-    before = f"{found.skipped} of {len(found.measurements)} had been measured before (--again measures them anew)."
+    points = _points(results)
+    failed = [m for m in results.measurements if m.outcome != OK]
+    before = f"{results.skipped} of {len(results.measurements)} had been measured before (--again measures them anew)."
     blocks: list[Block] = [
-        line(f"measured: real steps on {device_words(known)}"),
+        line(f"measured: real steps on {device_words(environment)}"),
         points,
         *(line(f"{one_line(m.case.words, 200)}: {m.outcome}{_why(m)}", whole=True) for m in failed),
-        *(line(said, whole=True) for said in found.damaged),
-        *([line(before, whole=True)] if found.skipped else []),
+        *(line(note, whole=True) for note in results.damaged),
+        *([line(before, whole=True)] if results.skipped else []),
         GAP,
         line(f"results: {one_line(out, 200)}", whole=True),
     ]
     facts = payload.document(
         "measure",
         "measurement",
-        environment=dict(known),
+        environment=dict(environment),
         file=str(out),
-        damaged=found.damaged,
-        measured_before=found.skipped,
-        results=[m.as_data() for m in found.measurements],
+        damaged=results.damaged,
+        measured_before=results.skipped,
+        results=[m.as_data() for m in results.measurements],
     )
     return Report("measure", facts, blocks, points)
 
@@ -89,22 +91,22 @@ def _why(m: Measurement) -> str:
     return f": {m.reason}" if m.error else ""
 
 
-def _points(found: Sweep) -> Table:
+def _points(results: Sweep) -> Table:
     """Every point; people see no columns that nothing is in."""
-    peaks = [m.peak for m in found.measurements if m.outcome == OK]
+    peaks = [m.peak for m in results.measurements if m.outcome == OK]
     columns = (
         Column("model", "model"),
         Column("layers", None),
         Column("strategy", "strategy"),
         Column("seq_len", "tokens", right=True),
-        Column("outcome", "" if len(peaks) < len(found.measurements) else None),
+        Column("outcome", "" if len(peaks) < len(results.measurements) else None),
         Column("allocated_bytes", "alloc." if peaks else None, right=True),
         Column("reserved_bytes", "reserved" if any(peak.reserved is not None for peak in peaks) else None, right=True),
         Column("device_bytes", "device" if any(peak.device is not None for peak in peaks) else None, right=True),
         Column("step_seconds", "step" if peaks else None, right=True),
         Column("tokens_per_second", "tok/s" if peaks else None, right=True),
     )
-    return Table("points", columns, tuple(Row(_cells(m)) for m in found.measurements), "Peaks in GiB")
+    return Table("points", columns, tuple(Row(_cells(m)) for m in results.measurements), "Peaks in GiB")
 
 
 def _cells(m: Measurement) -> tuple[Cell, ...]:

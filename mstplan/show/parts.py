@@ -89,8 +89,8 @@ def heading(model: Model, card: Card, provenance: str, recipes: Iterable[Recipe]
             Span("" if card.unlimited else f"   budget {format_gib(card.budget_bytes)}"),
         )
     )
-    said = dict.fromkeys(map(recipe_in_words, recipes))
-    return [title, line(provenance, "quiet"), *(line(words, "quiet") for words in said), Notes(model.notes)]
+    descriptions = dict.fromkeys(map(recipe_in_words, recipes))
+    return [title, line(provenance, "quiet"), *(line(words, "quiet") for words in descriptions), Notes(model.notes)]
 
 
 def fits(seq_len: int, strategy: str, peak: int, budget: int, does: bool) -> Line:
@@ -152,7 +152,7 @@ def written(paths: Iterable[object]) -> list[Block]:
 # ---- tables -------------------------------------------------------------------------------------------------------------
 
 
-def answers(found: Sequence[Answer], best: Answer) -> Table:
+def answers(answers: Sequence[Answer], best: Answer) -> Table:
     """S_max of each strategy, and where its peak is."""
     columns = (
         Column("strategy", "strategy"),
@@ -166,8 +166,8 @@ def answers(found: Sequence[Answer], best: Answer) -> Table:
         Column("loss_chunks", None),
         Column("", "pieces"),
     )
-    checkpoint = next((a.s_max for a in found if a.strategy == "checkpoint"), 0)
-    rows = tuple(Row(_answer(a, checkpoint), "strong" if a is best and a.s_max else "") for a in found)
+    checkpoint = next((a.s_max for a in answers if a.strategy == "checkpoint"), 0)
+    rows = tuple(Row(_answer(a, checkpoint), "strong" if a is best and a.s_max else "") for a in answers)
     return Table("answers", columns, rows, layout="answers")
 
 
@@ -189,19 +189,19 @@ def _answer(a: Answer, checkpoint: int) -> tuple[Cell, ...]:
     )
 
 
-def lengths(told: Sequence[LengthFinding]) -> Table:
+def lengths(findings: Sequence[LengthFinding]) -> Table:
     """Each strategy at every length; of each length the one to take stands out."""
-    of_each = [plans(each.plans, each.reaches, each.name) for each in told]
+    of_each = [plans(each.plans, each.reaches, each.name) for each in findings]
     first = Column("", "tokens", right=True)
     rows = [
         Row((tokens_cell(each.plan.seq_len) if n == 0 else cell(None), *row.cells), row.tone)
-        for each, table in zip(told, of_each, strict=True)
+        for each, table in zip(findings, of_each, strict=True)
         for n, row in enumerate(table.rows)
     ]
     return Table("lengths", (first, *of_each[0].columns), tuple(rows))
 
 
-def plans(found: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) -> Table:
+def plans(plans: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) -> Table:
     """Each strategy at one length; the one that is detailed stands out."""
     columns = (
         Column("strategy", "strategy"),
@@ -229,12 +229,12 @@ def plans(found: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) 
             ),
             "strong" if name == detailed else "",
         )
-        for name, p in found.items()
+        for name, p in plans.items()
     )
     return Table("strategies", columns, rows)
 
 
-def instants(p: Plan, found: Sequence[InstantPeak]) -> Table:
+def instants(p: Plan, peaks: Sequence[InstantPeak]) -> Table:
     columns = (
         Column("instant", "peak at"),
         Column("operation", "during"),
@@ -246,12 +246,12 @@ def instants(p: Plan, found: Sequence[InstantPeak]) -> Table:
             (cell(i.name.value), cell(i.operation), gib_cell(i.bytes), binds_cell(i.name == p.instant)),
             "strong" if i.name == p.instant else "",
         )
-        for i in found
+        for i in peaks
     )
     return Table("instants", columns, rows)
 
 
-def entries(title: str, found: Sequence[Entry], most: int = MOST) -> Table:
+def entries(title: str, tensors: Sequence[Entry], most: int = MOST) -> Table:
     """The tensors of one instant, largest first, of which a terminal shows so many."""
     columns = (
         Column("tensor", "tensor"),
@@ -261,14 +261,14 @@ def entries(title: str, found: Sequence[Entry], most: int = MOST) -> Table:
         Column("bytes", "GiB", right=True),
     )
     rows = tuple(
-        Row((cell(e.name), cell(e.shape), cell(e.dtype), copies_cell(e.copies), gib_cell(e.bytes))) for e in found
+        Row((cell(e.name), cell(e.shape), cell(e.dtype), copies_cell(e.copies), gib_cell(e.bytes))) for e in tensors
     )
-    return summed("tensors", columns, rows, [e.bytes for e in found], title, most)
+    return summed("tensors", columns, rows, [e.bytes for e in tensors], title, most)
 
 
-def at_peak(title: str, p: Plan, found: Sequence[Entry], everything: bool) -> list[Block]:
+def at_peak(title: str, p: Plan, tensors: Sequence[Entry], everything: bool) -> list[Block]:
     """The largest tensors of the peak; with everything all that a terminal has room for, and what their shapes' symbols are."""
-    return [entries(title, found, MOST), legend(p)] if everything else [entries(title, found, FEW)]
+    return [entries(title, tensors, MOST), legend(p)] if everything else [entries(title, tensors, FEW)]
 
 
 def summed(
@@ -277,14 +277,14 @@ def summed(
     """A table of bytes in its last column, with those of what a terminal does not show, and of all, in sum."""
     blank = (NOTHING,) * (len(columns) - 2)
 
-    def sum_of(what: str, found: Sequence[int]) -> Row:
-        return Row((cell(what), *blank, gib_cell(sum(found))))
+    def sum_of(what: str, terms: Sequence[int]) -> Row:
+        return Row((cell(what), *blank, gib_cell(sum(terms))))
 
     rest, total = sum_of(f"{len(rows) - most} smaller", sizes[most:]), sum_of("all", sizes)
     return Table(name, columns, rows, title, most=most, rest=rest, total=total)
 
 
-def ways(title: str, found: Sequence[Way]) -> Table:
+def ways(title: str, ways: Sequence[Way]) -> Table:
     """Changes with which it fits, cheapest first: what they bring and cost, and the options to paste."""
     columns = (
         Column("s_max", "longest", right=True),
@@ -301,6 +301,6 @@ def ways(title: str, found: Sequence[Way]) -> Table:
                 cell(options_of(way.plan.recipe)),
             )
         )
-        for way in found
+        for way in ways
     )
     return Table("ways", columns, rows, title, layout="ways")

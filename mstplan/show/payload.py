@@ -176,19 +176,19 @@ def shapes_document(rows: Sequence[Shape], m: Model, batch: int, seq_len: int) -
     return document("shapes", model=model(m), batch=batch, seq_len=seq_len, shapes=[shape(row) for row in rows])
 
 
-def max_seq(told: LongestFinding) -> dict[str, Any]:
+def max_seq(longest: LongestFinding) -> dict[str, Any]:
     return document(
         "max-seq",
-        model=model(told.model),
-        card=card(told.card),
-        provenance=told.provenance,
-        budget_bytes=told.card.budget_bytes,
-        results=[answer(a) for a in told.answers],
-        best=told.best.strategy,
-        binding=[entry(e) for e in told.best.plan.binding_entries()],
-        ways_to_fit=[way(w) for w in told.to_fit],
-        smallest_card=smallest(told.smallest),
-        notes=[*told.model.notes, *told.notes],
+        model=model(longest.model),
+        card=card(longest.card),
+        provenance=longest.provenance,
+        budget_bytes=longest.card.budget_bytes,
+        results=[answer(a) for a in longest.answers],
+        best=longest.best.strategy,
+        binding=[entry(e) for e in longest.best.plan.binding_entries()],
+        ways_to_fit=[way(w) for w in longest.to_fit],
+        smallest_card=smallest(longest.smallest),
+        notes=[*longest.model.notes, *longest.notes],
     )
 
 
@@ -197,50 +197,52 @@ def smallest(g: Gpu | None) -> dict[str, Any] | None:
     return {"gpu": g.name, "usable_bytes": g.usable_bytes} if g is not None else None
 
 
-def max_seq_by_trace(told: TracedLongest) -> dict[str, Any]:
-    best = told.best
+def max_seq_by_trace(longest: TracedLongest) -> dict[str, Any]:
+    best = longest.best
     return document(
         "max-seq",
         "trace",
-        model=model(told.model),
-        card=card(told.card),
-        provenance=told.provenance,
-        budget_bytes=told.card.budget_bytes,
-        versions=told.versions,
-        results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in told.results],
+        model=model(longest.model),
+        card=card(longest.card),
+        provenance=longest.provenance,
+        budget_bytes=longest.card.budget_bytes,
+        versions=longest.versions,
+        results=[{**answer(f.answer), "calibration": None, "traces": f.traces} for f in longest.results],
         best=best.answer.strategy,
         alive=[a._asdict() for a in best.trace.alive(best.trace.peak.event)],
-        ways_to_fit=[way(w) for w in told.to_fit],
-        smallest_card=smallest(told.smallest),
-        notes=[*told.model.notes, *told.notes],
+        ways_to_fit=[way(w) for w in longest.to_fit],
+        smallest_card=smallest(longest.smallest),
+        notes=[*longest.model.notes, *longest.notes],
     )
 
 
-def plan_document(told: LengthFinding, found: Sequence[InstantPeak]) -> dict[str, Any]:
+def plan_document(finding: LengthFinding, peaks: Sequence[InstantPeak]) -> dict[str, Any]:
     """The detailed plan with its instants, and of every strategy that was asked for whether it fits."""
-    p = told.plan
-    strategies = [{"strategy": each, "s_max": told.reaches[each], **brief(its)} for each, its in told.plans.items()]
+    p = finding.plan
+    strategies = [
+        {"strategy": each, "s_max": finding.reaches[each], **brief(its)} for each, its in finding.plans.items()
+    ]
     return document(
         "plan",
         model=model(p.model),
         card=card(p.card),
-        provenance=told.provenance,
-        strategy=told.name,
+        provenance=finding.provenance,
+        strategy=finding.name,
         **brief(p),
-        instants=[instant(i) for i in found],
-        s_max=told.reach,
+        instants=[instant(i) for i in peaks],
+        s_max=finding.reach,
         strategies=strategies,
-        ways_to_fit=[way(w) for w in told.to_fit],
-        furthest=way(told.beyond) if told.beyond is not None else None,
-        smallest_card=smallest(told.smallest),
-        advice=list(told.advice),
-        notes=[*p.model.notes, *told.notes],
+        ways_to_fit=[way(w) for w in finding.to_fit],
+        furthest=way(finding.beyond) if finding.beyond is not None else None,
+        smallest_card=smallest(finding.smallest),
+        advice=list(finding.advice),
+        notes=[*p.model.notes, *finding.notes],
     )
 
 
-def plans_document(told: LengthsFinding) -> dict[str, Any]:
+def plans_document(finding: LengthsFinding) -> dict[str, Any]:
     """Of every length and strategy whether it fits."""
-    p = told.lengths[0].plan
+    p = finding.lengths[0].plan
     lengths = [
         {
             "seq_len": each.plan.seq_len,
@@ -250,14 +252,14 @@ def plans_document(told: LengthsFinding) -> dict[str, Any]:
                 {"strategy": name, "s_max": each.reaches[name], **brief(its)} for name, its in each.plans.items()
             ],
         }
-        for each in told.lengths
+        for each in finding.lengths
     ]
-    notes = [*p.model.notes, *told.notes]
-    about = {"model": model(p.model), "card": card(p.card), "provenance": told.provenance}
-    return document("plan", **about, fits=told.all_fit, lengths=lengths, notes=notes)
+    notes = [*p.model.notes, *finding.notes]
+    about = {"model": model(p.model), "card": card(p.card), "provenance": finding.provenance}
+    return document("plan", **about, fits=finding.all_fit, lengths=lengths, notes=notes)
 
 
-def theorem_document(m: Model, c: Card, view: TheView, provenance: str, said: Sequence[str]) -> dict[str, Any]:
+def theorem_document(m: Model, c: Card, view: TheView, provenance: str, notes: Sequence[str]) -> dict[str, Any]:
     return document(
         "theorem",
         model=model(m),
@@ -271,11 +273,11 @@ def theorem_document(m: Model, c: Card, view: TheView, provenance: str, said: Se
             {"strategy": a.strategy, "s_max": a.s_max, "calibration": calibrated(a.plan.calibration)}
             for a in view.answers
         ],
-        notes=list(said),
+        notes=list(notes),
     )
 
 
-def plot_document(m: Model, c: Card, curves: Sequence[Curve], out: Path, said: Sequence[str]) -> dict[str, Any]:
+def plot_document(m: Model, c: Card, curves: Sequence[Curve], out: Path, notes: Sequence[str]) -> dict[str, Any]:
     return document(
         "plot",
         model=model(m),
@@ -283,14 +285,14 @@ def plot_document(m: Model, c: Card, curves: Sequence[Curve], out: Path, said: S
         budget_bytes=c.budget_bytes,
         file=str(out),
         curves=[{**curve.as_data(), "calibration": calibrated(curve.calibration)} for curve in curves],
-        notes=list(said),
+        notes=list(notes),
     )
 
 
 def trace_document(v: TraceView, command: str = "trace", others: Sequence[TraceView] = ()) -> dict[str, Any]:
     """Of a trace; `others`: traces of other strategies at the same length."""
 
-    def kept(h: Usage) -> dict[str, Any]:
+    def usage(h: Usage) -> dict[str, Any]:
         lost = h.out_of_memory._asdict() if h.out_of_memory is not None else None
         return {"allocated": h.allocated, "reserved": h.reserved, "retries": h.retries, "out_of_memory": lost}
 
@@ -317,7 +319,7 @@ def trace_document(v: TraceView, command: str = "trace", others: Sequence[TraceV
             {"name": p.instant, "bytes": p.bytes, "formula_bytes": formula.get(p.instant)} for p in v.trace.peaks
         ],
         alive=[a._asdict() for a in v.trace.alive(v.trace.peak.event)],
-        allocator={"expandable_segments": kept(v.expandable), "default": kept(v.usual)} if judged else None,
+        allocator={"expandable_segments": usage(v.expandable), "default": usage(v.usual)} if judged else None,
         differences=[{**row._asdict(), "difference": row.difference} for row in v.differences if row.difference],
         strategies=[
             {"strategy": each.strategy, "fits": each.fits if judged else None, "peak_bytes": each.trace.peak.bytes}

@@ -24,59 +24,61 @@ if TYPE_CHECKING:
     from .plot import Curve
 
 
-def max_seq(told: LongestFinding, tensors: bool = False) -> Report:
+def max_seq(longest: LongestFinding, tensors: bool = False) -> Report:
     """tensors: all of those at the peak, and not the largest only."""
-    best = told.best
-    answers = parts.answers(told.answers, best)
-    recipes = [answer.plan.recipe for answer in told.answers]
-    blocks = [*parts.heading(told.model, told.card, told.provenance, recipes), answers]
+    best = longest.best
+    answers = parts.answers(longest.answers, best)
+    recipes = [answer.plan.recipe for answer in longest.answers]
+    blocks = [*parts.heading(longest.model, longest.card, longest.provenance, recipes), answers]
     if best.s_max:
         label, tokens = strategy_label(best.strategy), format_tokens(best.plan.peak.tokens)
         title = f"The peak of {label} at {tokens} tokens, {best.plan.instant}:"
         blocks += parts.at_peak(title, best.plan, best.plan.binding_entries(), tensors)
     else:
-        blocks.append(parts.ways(f"Ways to train {told.model.name} on {told.card.label}", told.to_fit))
-    return Report("max-seq", payload.max_seq(told), [*blocks, *parts.remarks(told.notes)], answers)
+        blocks.append(parts.ways(f"Ways to train {longest.model.name} on {longest.card.label}", longest.to_fit))
+    return Report("max-seq", payload.max_seq(longest), [*blocks, *parts.remarks(longest.notes)], answers)
 
 
-def plan(told: LengthFinding, tensors: bool = False) -> Report:
+def plan(finding: LengthFinding, tensors: bool = False) -> Report:
     """tensors: all of those at the peak, and not the largest only."""
-    step, found = told.plan, told.plan.instants()
-    strategies = parts.plans(told.plans, told.reaches, told.name)
-    alive = next(i.entries for i in found if i.name == step.instant)
+    step, peaks = finding.plan, finding.plan.instants()
+    strategies = parts.plans(finding.plans, finding.reaches, finding.name)
+    alive = next(i.entries for i in peaks if i.name == step.instant)
     blocks: list[Block] = [
-        *parts.heading(step.model, step.card, told.provenance, [each.recipe for each in told.plans.values()]),
+        *parts.heading(step.model, step.card, finding.provenance, [each.recipe for each in finding.plans.values()]),
         GAP,
-        *parts.verdict(step, told.name if told.name != "custom" else "this recipe"),
-        strategies if len(told.plans) > 1 else Folded((strategies,)),
-        parts.instants(step, found),
+        *parts.verdict(step, finding.name if finding.name != "custom" else "this recipe"),
+        strategies if len(finding.plans) > 1 else Folded((strategies,)),
+        parts.instants(step, peaks),
         *parts.at_peak(f"{step.instant}:", step, alive, tensors),
     ]
     if not step.fits:
-        blocks += [GAP, *_ways(told), *map(line, told.advice)]
-    return Report("plan", payload.plan_document(told, found), [*blocks, *parts.remarks(told.notes)], strategies)
+        blocks += [GAP, *_ways(finding), *map(line, finding.advice)]
+    return Report("plan", payload.plan_document(finding, peaks), [*blocks, *parts.remarks(finding.notes)], strategies)
 
 
-def plans(told: LengthsFinding) -> Report:
+def plans(finding: LengthsFinding) -> Report:
     """Several lengths: a row for each, and each strategy."""
-    step, table = told.lengths[0].plan, parts.lengths(told.lengths)
-    heading = parts.heading(step.model, step.card, told.provenance, [p.recipe for p in told.lengths[0].plans.values()])
-    return Report("plan", payload.plans_document(told), [*heading, table, *parts.remarks(told.notes)], table)
+    step, table = finding.lengths[0].plan, parts.lengths(finding.lengths)
+    heading = parts.heading(
+        step.model, step.card, finding.provenance, [p.recipe for p in finding.lengths[0].plans.values()]
+    )
+    return Report("plan", payload.plans_document(finding), [*heading, table, *parts.remarks(finding.notes)], table)
 
 
-def _ways(told: LengthFinding) -> list[Table]:
-    length, where = format_tokens(told.plan.seq_len), told.plan.card.label
+def _ways(finding: LengthFinding) -> list[Table]:
+    length, where = format_tokens(finding.plan.seq_len), finding.plan.card.label
     none = "No change that is tried makes this length fit on this GPU. The longest they reach"
     return [
-        parts.ways(f"Ways to fit {length} tokens on {where}, cheapest first", told.to_fit),
-        parts.ways(none, [told.beyond] if told.beyond is not None else []),
+        parts.ways(f"Ways to fit {length} tokens on {where}, cheapest first", finding.to_fit),
+        parts.ways(none, [finding.beyond] if finding.beyond is not None else []),
     ]
 
 
 # ---- the paper's formulas -----------------------------------------------------------------------------------------------
 
 
-def theorem(model: Model, card: Card, view: View, said: Sequence[str]) -> Report:
+def theorem(model: Model, card: Card, view: View, notes: Sequence[str]) -> Report:
     """said: what was left out of the answer."""
     stands_on = provenance([answer.plan.calibration for answer in view.answers])
     tables = paper(view)
@@ -84,9 +86,9 @@ def theorem(model: Model, card: Card, view: View, said: Sequence[str]) -> Report
         *parts.heading(model, card, stands_on, [answer.plan.recipe for answer in view.answers]),
         *tables,
         line("Why they differ", "strong"),
-        Notes((*view.differences, *said)),
+        Notes((*view.differences, *notes)),
     ]
-    return Report("theorem", payload.theorem_document(model, card, view, stands_on, said), blocks, tables[-1])
+    return Report("theorem", payload.theorem_document(model, card, view, stands_on, notes), blocks, tables[-1])
 
 
 def paper(view: View) -> tuple[Table, Table]:
@@ -108,8 +110,8 @@ def _coefficients(c: Coefficients) -> Table:
         ("M_max", Cell(c.m_max, format_gib(c.m_max)), "the budget"),
     )
     title = "Coefficients of the paper (arXiv 2407.15892)"
-    found = tuple(Row((cell(name), value, cell(sources))) for name, value, sources in rows)
-    return Table("coefficients", columns, found, title)
+    table_rows = tuple(Row((cell(name), value, cell(sources))) for name, value, sources in rows)
+    return Table("coefficients", columns, table_rows, title)
 
 
 def _sources(rows: Sequence[Entry], unit: int, name: str, most: int = 6) -> str:
@@ -119,10 +121,10 @@ def _sources(rows: Sequence[Entry], unit: int, name: str, most: int = 6) -> str:
     def amount(size: int) -> str:
         return f"{size / unit:,.2f}" if unit > 1 else f"{size:,}"
 
-    found = [f"{e.name} {amount(e.bytes)}" for e in rows[:most]]
+    terms = [f"{e.name} {amount(e.bytes)}" for e in rows[:most]]
     if rest := sum(e.bytes for e in rows[most:]):
-        found.append(f"{len(rows) - most} smaller {amount(rest)}")
-    return ", ".join(found) + f" {name}"
+        terms.append(f"{len(rows) - most} smaller {amount(rest)}")
+    return ", ".join(terms) + f" {name}"
 
 
 def _formulas(rows: Sequence[Formula], answers: Sequence[Answer], seq_len: int | None) -> Table:
@@ -133,7 +135,7 @@ def _formulas(rows: Sequence[Formula], answers: Sequence[Answer], seq_len: int |
         Column("strategy", "step model: strategy"),
         Column("s_max", "S_max", right=True),
     )
-    found = tuple(
+    table_rows = tuple(
         Row(
             (
                 cell(r.formula),
@@ -145,7 +147,7 @@ def _formulas(rows: Sequence[Formula], answers: Sequence[Answer], seq_len: int |
         )
         for r, a in zip(rows, answers, strict=True)
     )
-    return Table("formulas", columns, found)
+    return Table("formulas", columns, table_rows)
 
 
 # ---- shapes, and curves -------------------------------------------------------------------------------------------------
@@ -180,13 +182,13 @@ def _shape(s: Shape) -> tuple[Cell, ...]:
     )
 
 
-def plot(model: Model, card: Card, curves: Sequence[Curve], out: Path, said: Sequence[str]) -> Report:
+def plot(model: Model, card: Card, curves: Sequence[Curve], out: Path, notes: Sequence[str]) -> Report:
     """What was drawn, and where to. said: what was left out of it."""
     from .plot import table_of_points
 
     folded = Folded((line(f"{model.name} on {card.label}"), _curves(curves)))
-    blocks = [folded, *parts.written([out]), *(line(each, whole=True) for each in said)]
-    return Report("plot", payload.plot_document(model, card, curves, out, said), blocks, table_of_points(curves, card))
+    blocks = [folded, *parts.written([out]), *(line(each, whole=True) for each in notes)]
+    return Report("plot", payload.plot_document(model, card, curves, out, notes), blocks, table_of_points(curves, card))
 
 
 def _curves(curves: Sequence[Curve]) -> Table:

@@ -127,7 +127,7 @@ def table_of_points(curves: Sequence[Curve], card: Card) -> Table:
 # ---- the points --------------------------------------------------------------------------------------------------------
 
 
-def curves(found: Sequence[Answer], longest: int | None = None, points: int = 200) -> list[Curve]:
+def curves(answers: Sequence[Answer], longest: int | None = None, points: int = 200) -> list[Curve]:
     """Each answer's peak at `points` lengths up to `longest`, log-spaced; and at every S_max, at the length after the
     strategy's own, and on both sides of every change of the binding instant.
 
@@ -135,19 +135,19 @@ def curves(found: Sequence[Answer], longest: int | None = None, points: int = 20
     the longest length drawn. Without `longest`: a little beyond the largest S_max, and the model's context if near.
     The peak at a length is that of the batch, among those of up to so many tokens, that needs most.
     """
-    if not found:
+    if not answers:
         return []
-    reached = sorted(a.s_max for a in found if a.s_max)
+    reached = sorted(a.s_max for a in answers if a.s_max)
     if longest is None:
-        longest = _longest(reached[-1] if reached else 0, found[0].plan.model.context)
+        longest = _longest(reached[-1] if reached else 0, answers[0].plan.model.context)
     first = min(SHORTEST, max(1, longest // 4))
     if reached and reached[0] < first:
         first = 1 << (reached[0].bit_length() - 1)
     grid = _spaced(first, longest, points)
     scan = sorted({*grid, *_spaced(first, longest, SCAN)}) if points < SCAN else grid
     result = []
-    with _progress(len(found) * len(scan), points > BAR_FROM) as advance:
-        for answer in found:
+    with _progress(len(answers) * len(scan), points > BAR_FROM) as advance:
+        for answer in answers:
             plan = answer.plan
             chunks = (
                 plan.chunks if answer.s_max else solve.recommend_chunks_at(plan.model, plan.recipe, plan.card, longest)
@@ -176,13 +176,13 @@ def _points(
     answer: Answer, chunks: Chunks, wanted: set[int], scan: Sequence[int], advance: Callable[[], None]
 ) -> tuple[Point, ...]:
     plan = answer.plan
-    known: dict[int, Point] = {}
+    points: dict[int, Point] = {}
 
     def at(seq_len: int) -> Point:
-        if seq_len not in known:
+        if seq_len not in points:
             peak = solve.peak_up_to(plan.model, plan.recipe, plan.card, seq_len, chunks)
-            known[seq_len] = Point(seq_len, peak.bytes, peak.instant)
-        return known[seq_len]
+            points[seq_len] = Point(seq_len, peak.bytes, peak.instant)
+        return points[seq_len]
 
     for seq_len in scan:
         at(seq_len)
@@ -198,7 +198,7 @@ def _points(
             wanted |= {low, high}
         else:
             open_ends += [(low, middle), (middle, high)]
-    return tuple(known[s] for s in sorted(wanted))
+    return tuple(points[s] for s in sorted(wanted))
 
 
 @contextmanager
@@ -435,8 +435,8 @@ def _segments(curve: Curve) -> Iterator[tuple[int, int, Instant, bool]]:
 
 
 def _visible_instants(curves: Iterable[Curve]) -> list[Instant]:
-    seen = {point.instant for curve in curves for point in curve.points}
-    return [name for name in Instant if name in seen]
+    names = {point.instant for curve in curves for point in curve.points}
+    return [name for name in Instant if name in names]
 
 
 def _legend(figure: Figure, shown: Sequence[Instant], y: float) -> None:
@@ -595,8 +595,8 @@ def _memory(axes: Axes, curves: Sequence[Curve], model: Model, card: Card) -> No
             )
     if model.context is not None and first < model.context < last:
         axes.axvline(model.context, color="0.45", linewidth=0.8, linestyle=(0, (5, 3)), zorder=2)
-    said = f"{card_name(card)}: budget {format_gib(card.budget_bytes)}"
-    taken = _label_lines(axes, curves, budget, said, model.context)
+    budget_label = f"{card_name(card)}: budget {format_gib(card.budget_bytes)}"
+    taken = _label_lines(axes, curves, budget, budget_label, model.context)
     _label_bands(axes, curves, floor, taken, budget)
 
 
@@ -609,12 +609,12 @@ class Shaded(NamedTuple):
     tint: str
 
 
-def _shaded(axes: Axes, found: Sequence[Band]) -> list[Shaded]:
+def _shaded(axes: Axes, bands: Sequence[Band]) -> list[Shaded]:
     """Shade the bands one above the other: thin ones together, and nothing where even all together have no room for a label."""
     per_pixel = axes.get_ylim()[1] * GIB / axes.get_window_extent().height
     least = per_pixel * (_size(axes, "W")[1] + 3)
     low, result = 0.0, []
-    for n, band in enumerate(band for band in merged(found, least) if band.bytes >= least):
+    for n, band in enumerate(band for band in merged(bands, least) if band.bytes >= least):
         shaded = Shaded(band, low, low + band.bytes / GIB, TINTS[min(n, len(TINTS) - 1)])
         axes.axhspan(shaded.low, shaded.high, color=shaded.tint, zorder=0.6, linewidth=0)
         axes.axhline(shaded.high, color="0.55", linewidth=0.6, zorder=0.7)
@@ -691,10 +691,10 @@ def _label_bands(
         apart = all(x1 < a or c < x0 or y1 < b or d < y0 for a, b, c, d in taken)
         return apart and not inked.any() and not y0 - 2 < level < y1 + 2
 
-    widest = max((_size(axes, shaded.band.said)[0] for shaded in floor), default=0)  # so that labels stand in a column
+    widest = max((_size(axes, shaded.band.label)[0] for shaded in floor), default=0)  # so that labels stand in a column
 
     for shaded in floor:
-        width, height = _size(axes, shaded.band.said)
+        width, height = _size(axes, shaded.band.label)
         bottom, top = (axes.transData.transform((first, y))[1] for y in (shaded.low, shaded.high))
         choices = []
         for nth, y in enumerate(((bottom + top - height) / 2, bottom + 2, top - 2 - height)):
@@ -703,7 +703,7 @@ def _label_bands(
                 choices.append((crossed, nth, x, (x, y, x + width, y + height)))
         free = [choice for choice in choices if is_free(choice[-1])]
         if free:
-            _write(axes, min(free)[-1], shaded.band.said, on=shaded.tint)
+            _write(axes, min(free)[-1], shaded.band.label, on=shaded.tint)
 
 
 def _ink(axes: Axes, curves: Sequence[Curve]) -> Any:

@@ -48,9 +48,9 @@ def report(rows: Sequence[Comparison]) -> Report:
 
 def page() -> str:
     """docs/published.md: the report in Markdown under a header of its own."""
-    told = report(comparisons())
-    shown = [block for block in told.blocks if not isinstance(block, Line)]
-    return HEADER + FORMATS["markdown"].render(replace(told, blocks=[line(TITLE), *shown])).partition("\n")[2]
+    comparison = report(comparisons())
+    shown = [block for block in comparison.blocks if not isinstance(block, Line)]
+    return HEADER + FORMATS["markdown"].render(replace(comparison, blocks=[line(TITLE), *shown])).partition("\n")[2]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def _lengths(rows: Sequence[Comparison]) -> Table:
         _READ_AS,
         _EXPLAINED,
     )
-    found = (
+    cells = (
         (
             cell(c.model),
             _tokens(c.published_tokens),
@@ -101,7 +101,7 @@ def _lengths(rows: Sequence[Comparison]) -> Table:
         )
         for c in rows
     )
-    return Table("lengths", columns, _rows(found), "Longest sequence, tokens", layout="answers")
+    return Table("lengths", columns, _rows(cells), "Longest sequence, tokens", layout="answers")
 
 
 def _peaks(rows: Sequence[Comparison]) -> Table:
@@ -115,7 +115,7 @@ def _peaks(rows: Sequence[Comparison]) -> Table:
         _READ_AS,
         _EXPLAINED,
     )
-    found = (
+    cells = (
         (
             cell(c.model),
             _tokens(c.published_tokens),
@@ -129,7 +129,7 @@ def _peaks(rows: Sequence[Comparison]) -> Table:
         for c in rows
     )
     title = "Peak at a published length, GiB (*: nvidia-smi's; 0.5 GiB of CUDA context added)"
-    return Table("peaks", columns, _rows(found), title, layout="answers")
+    return Table("peaks", columns, _rows(cells), title, layout="answers")
 
 
 def _not_predicted(rows: Sequence[Comparison]) -> Table:
@@ -139,16 +139,16 @@ def _not_predicted(rows: Sequence[Comparison]) -> Table:
         _CARD,
         Column("not_predicted", "published as; why not"),
     )
-    found = (
+    cells = (
         (cell(c.model), _tokens(c.published_tokens), cell(c.gpu), Cell(c.not_predicted, f"{c.case}; {c.not_predicted}"))
         for c in rows
     )
-    return Table("not_predicted", columns, _rows(found), "Not predicted", layout="answers")
+    return Table("not_predicted", columns, _rows(cells), "Not predicted", layout="answers")
 
 
 def _sources(rows: Sequence[Comparison]) -> Table:
-    found = ((cell(source),) for source in dict.fromkeys(c.source for c in rows))
-    return Table("sources", (Column("source", "where they are from"),), _rows(found), "Sources")
+    cells = ((cell(source),) for source in dict.fromkeys(c.source for c in rows))
+    return Table("sources", (Column("source", "where they are from"),), _rows(cells), "Sources")
 
 
 def _everything(rows: Sequence[Comparison]) -> Table:
@@ -182,20 +182,20 @@ def as_data(c: Comparison) -> dict[str, Any]:
 
 def _errors(rows: Sequence[Comparison]) -> list[Block]:
     """How far off lengths and peaks are, in a line each."""
-    told = []
+    lines = []
     for what, errors in errors_of(rows).items():
         sizes = [abs(error) for error in errors]
         worst = max(errors, key=abs)
-        told.append(
+        lines.append(
             f"{what}: {len(errors)} rows, mean error {mean(sizes):.1%}, median {median(sizes):.1%}, worst {worst:+.1%}"
         )
-    return [GAP, *map(line, told)]
+    return [GAP, *map(line, lines)]
 
 
 def errors_of(rows: Sequence[Comparison]) -> dict[str, list[float]]:
     """Signed, of lengths and of peaks."""
-    found = {"lengths": [c.tokens_difference for c in rows], "peaks": [c.gib_difference for c in rows]}
-    return {what: [error for error in errors if error is not None] for what, errors in found.items()}
+    differences = {"lengths": [c.tokens_difference for c in rows], "peaks": [c.gib_difference for c in rows]}
+    return {what: [error for error in errors if error is not None] for what, errors in differences.items()}
 
 
 if __name__ == "__main__":

@@ -74,13 +74,13 @@ def stacks(trace: Trace) -> dict[Category, list[int]]:
     now = dict.fromkeys(Category, 0)
     for group in trace.resident:
         now[group.category] += group.bytes
-    found: dict[Category, list[int]] = {category: [] for category in Category}
+    sizes_by_category: dict[Category, list[int]] = {category: [] for category in Category}
     for index, sign in trace.step.events:
-        made = trace.step.storages[index]
-        now[made.category] += 0 if made.host else sign * trace.rounded(made.bytes)
-        for category, sizes in found.items():
+        storage = trace.step.storages[index]
+        now[storage.category] += 0 if storage.host else sign * trace.rounded(storage.bytes)
+        for category, sizes in sizes_by_category.items():
             sizes.append(now[category])
-    return found
+    return sizes_by_category
 
 
 def drawn(live: Sequence[int], most: int = MOST_POINTS) -> list[int]:
@@ -95,10 +95,10 @@ def layers(trace: Trace) -> dict[str, list[int]]:
     """The stacks in the order in which they are drawn, without empty ones; together `trace.live`."""
     by_category = stacks(trace)
     states = sum(group.bytes for group in trace.resident if group.category is Category.STATES)
-    found: dict[str, list[int]] = {category.value: sizes for category, sizes in by_category.items()}
-    found[STATES] = [states] * len(trace.live)
-    found[TEMPORARY] = [size - states for size in by_category[Category.STATES]]
-    return {name: found[name] for name in COLORS if any(found[name])}
+    sizes_by_name: dict[str, list[int]] = {category.value: sizes for category, sizes in by_category.items()}
+    sizes_by_name[STATES] = [states] * len(trace.live)
+    sizes_by_name[TEMPORARY] = [size - states for size in by_category[Category.STATES]]
+    return {name: sizes_by_name[name] for name in COLORS if any(sizes_by_name[name])}
 
 
 def footer(view: TraceView) -> str:
@@ -141,15 +141,15 @@ def _draw(figure: Figure, view: TraceView, title: str) -> None:
 
 
 def _stack(axes: Axes, trace: Trace) -> None:
-    found, at = layers(trace), drawn(trace.live)
+    sizes_by_name, at = layers(trace), drawn(trace.live)
     areas = axes.stackplot(
         at,
-        [[sizes[event] / GIB for event in at] for sizes in found.values()],
-        colors=[COLORS[name] for name in found],
-        labels=found,
+        [[sizes[event] / GIB for event in at] for sizes in sizes_by_name.values()],
+        colors=[COLORS[name] for name in sizes_by_name],
+        labels=sizes_by_name,
         linewidth=0,
     )
-    for name, area in zip(found, areas, strict=True):
+    for name, area in zip(sizes_by_name, areas, strict=True):
         if name in HATCHES:
             area.set_hatch(HATCHES[name])
             area.set_edgecolor("0.25")
@@ -184,15 +184,15 @@ def _peak(axes: Axes, view: TraceView) -> None:
     from matplotlib.markers import CARETDOWN
 
     peak, count = view.trace.peak, len(view.trace.live)
-    left = peak.event > 0.6 * count
+    on_the_left = peak.event > 0.6 * count
     axes.plot([peak.event], [peak.bytes / GIB], marker=CARETDOWN, color="black", markersize=7, clip_on=False)
     axes.annotate(
         f"peak {format_gib(peak.bytes)}: {peak.instant}",
         (peak.event, peak.bytes / GIB),
-        xytext=(-8 if left else 8, 4),
+        xytext=(-8 if on_the_left else 8, 4),
         textcoords="offset points",
         va="center",
-        ha="right" if left else "left",
+        ha="right" if on_the_left else "left",
         weight="bold",
         bbox=BACK,
     )
@@ -208,14 +208,14 @@ PARTS = {
 
 def parts(trace: Trace) -> list[tuple[str, int, int]]:
     """(name, first event, event after the last) of the step's parts: forward, loss, backward, optimizer."""
-    found: list[tuple[str, int, int]] = []
+    spans: list[tuple[str, int, int]] = []
     for place, span in trace.step.blocks():
         name = PARTS.get(trace.instant_of(place), "backward")
-        if found and found[-1][0] == name:
-            found[-1] = (name, found[-1][1], span.stop)
+        if spans and spans[-1][0] == name:
+            spans[-1] = (name, spans[-1][1], span.stop)
         elif span:
-            found.append((name, span.start, span.stop))
-    return found
+            spans.append((name, span.start, span.stop))
+    return spans
 
 
 def _parts(axes: Axes, trace: Trace, top: float) -> None:

@@ -24,19 +24,21 @@ NOTICEABLE, MOST_DIFFERENCES = MIB, 8
 """Bytes from which a difference between formula and trace is told, and how many are."""
 
 
-def max_seq(told: TracedLongest, tensors: bool = False) -> Report:
+def max_seq(longest: TracedLongest, tensors: bool = False) -> Report:
     """S_max of every strategy by trace, and what is alive at the best one's peak."""
-    best = told.best
-    answers = parts.answers([f.answer for f in told.results], best.answer)
-    recipes = [each.answer.plan.recipe for each in told.results]
-    blocks: list[Block] = [*parts.heading(told.model, told.card, told.provenance, recipes), answers]
+    best = longest.best
+    answers = parts.answers([f.answer for f in longest.results], best.answer)
+    recipes = [each.answer.plan.recipe for each in longest.results]
+    blocks: list[Block] = [*parts.heading(longest.model, longest.card, longest.provenance, recipes), answers]
     if best.answer.s_max:
         label = strategy_label(best.answer.strategy)
         blocks.append(line(f"The peak of {label} at {format_tokens(best.answer.s_max)} tokens:", "strong"))
         blocks.append(_alive(best.trace, tensors))
     else:
-        blocks.append(parts.ways(f"Ways to train {told.model.name} on {told.card.label}, by formula", told.to_fit))
-    return Report("max-seq", payload.max_seq_by_trace(told), [*blocks, *parts.remarks(told.notes)], answers)
+        blocks.append(
+            parts.ways(f"Ways to train {longest.model.name} on {longest.card.label}, by formula", longest.to_fit)
+        )
+    return Report("max-seq", payload.max_seq_by_trace(longest), [*blocks, *parts.remarks(longest.notes)], answers)
 
 
 def report(
@@ -48,11 +50,11 @@ def report(
 ) -> Report:
     """A trace; before it whether other strategies fit that were traced at the same length. files: what was written of it; tensors: all of
     those at the peak, and not the largest only."""
-    told = [_verdict(each) for each in (*others, v)]
+    verdicts = [_verdict(each) for each in (*others, v)]
     instants = _instants(v)
     blocks: list[Block] = [
         *parts.heading(v.model, v.card, v.provenance, [each.plan.recipe for each in (*others, v)]),
-        *told,
+        *verdicts,
         *([line(parts.pieces(v.plan), "quiet")] if v.plan.in_chunks else []),
         instants,
         _alive(v.trace, tensors),
@@ -132,7 +134,7 @@ def _alive(trace: Trace, everything: bool) -> Table:
         Column("copies", "n", right=True),
         Column("bytes", "GiB", right=True),
     )
-    found = trace.alive(trace.peak.event)
+    tensors = trace.alive(trace.peak.event)
     rows = tuple(
         Row(
             (
@@ -144,15 +146,15 @@ def _alive(trace: Trace, everything: bool) -> Table:
                 parts.gib_cell(a.bytes),
             )
         )
-        for a in found
+        for a in tensors
     )
     title, most = f"{trace.peak.instant}, {_at(trace)}:", parts.MOST if everything else parts.FEW
-    return parts.summed("alive", columns, rows, [a.bytes for a in found], title, most)
+    return parts.summed("alive", columns, rows, [a.bytes for a in tensors], title, most)
 
 
 def _at(trace: Trace) -> str:
-    made = trace.step.storages[trace.step.events[trace.peak.event][0]]
-    return f"{made.module}: {made.operation}" if made.module else made.operation
+    storage = trace.step.storages[trace.step.events[trace.peak.event][0]]
+    return f"{storage.module}: {storage.operation}" if storage.module else storage.operation
 
 
 def _shape(a: Alive) -> str:

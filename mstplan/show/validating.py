@@ -49,28 +49,34 @@ def devices(rows: Sequence[ErrorRow]) -> list[str]:
 
 
 def report(
-    found: Validation, damaged: Sequence[str], said: Sequence[str], missing: str = "", files: Sequence[Path] = ()
+    validation: Validation,
+    damaged: Sequence[str],
+    violations: Sequence[str],
+    missing: str = "",
+    files: Sequence[Path] = (),
 ) -> Report:
     """The errors by rung, strategy, length and model; then what is wrong, and what was not measured. missing: why a rung was not asked;
     files: what was written of it."""
-    lost = f"{found.out_of_memory} steps ran out of memory; predicted to fit: {len(found.broken)}."
+    lost = f"{validation.out_of_memory} steps ran out of memory; predicted to fit: {len(validation.broken)}."
     blocks: list[Block] = [
         line("Predictions held against measurements", "strong"),
-        *(block for device in devices(found.rows) for block in _of_device(found, device)),
-        *(line(f"left out: {each}", whole=True) for each in [*damaged, *found.left_out]),
-        *([line(lost, whole=True)] if found.out_of_memory else []),
+        *(block for device in devices(validation.rows) for block in _of_device(validation, device)),
+        *(line(f"left out: {each}", whole=True) for each in [*damaged, *validation.left_out]),
+        *([line(lost, whole=True)] if validation.out_of_memory else []),
         *([line(missing, "strong", whole=True)] if missing else []),
-        *(line(each, "strong", whole=True) for each in said),
-        *parts.remarks(notes(found)),
+        *(line(each, "strong", whole=True) for each in violations),
+        *parts.remarks(notes(validation)),
         *parts.written(files),
     ]
-    facts = payload.document("validate", "measurement", **as_data(found, said, damaged), not_asked=missing or None)
-    return Report("validate", facts, blocks, _steps(found))
+    facts = payload.document(
+        "validate", "measurement", **as_data(validation, violations, damaged), not_asked=missing or None
+    )
+    return Report("validate", facts, blocks, _steps(validation))
 
 
-def _of_device(found: Validation, device: str) -> list[Block]:
+def _of_device(validation: Validation, device: str) -> list[Block]:
     """Errors on one device, first all of them, then by what may make a difference."""
-    rows = [row for row in found.rows if row.measurement.environment["card"] == device]
+    rows = [row for row in validation.rows if row.measurement.environment["card"] == device]
     steps = len({id(row.measurement) for row in rows})
     title = Line((Span(f"{steps} measured steps", "strong"), Span(" on "), Span(device, "strong")))
     return [title, *(_table(rows, by) for by, _ in GROUPS)]
@@ -94,8 +100,8 @@ def _rung(s: Summary) -> str:
 
 def _table(rows: Sequence[ErrorRow], by: str) -> Table:
     """The errors of each rung, in groups by `by`; "": of all rows, and then also of what else than allocated bytes is predicted."""
-    found = summarize(rows, dict(GROUPS)[by])
-    shown = sorted((s for s in found if s.what == ALLOCATED or not by), key=_order)
+    summaries = summarize(rows, dict(GROUPS)[by])
+    shown = sorted((s for s in summaries if s.what == ALLOCATED or not by), key=_order)
     columns = (
         Column("group", by or None),
         Column("rung", "rung"),
@@ -131,10 +137,10 @@ def _at(rows: Sequence[ErrorRow], s: Summary) -> str:
 _ABOUT = ("model", "layers", "strategy", "seq_len", "card", "rung", "what", "held")
 
 
-def _steps(found: Validation) -> Table:
+def _steps(validation: Validation) -> Table:
     """Each step that was compared, as programs read it."""
     names = [*_ABOUT, "predicted_bytes", "measured_bytes", "error"]
-    rows = tuple(Shown(tuple(cell(row[name]) for name in names)) for row in map(_row, found.rows))
+    rows = tuple(Shown(tuple(cell(row[name]) for name in names)) for row in map(_row, validation.rows))
     return Table("steps", tuple(Column(name, None) for name in names), rows)
 
 
@@ -148,18 +154,18 @@ def _instant(s: Summary) -> str:
     return _percent(s.worst_instant, "+") if s.worst_instant is not None else ""
 
 
-def notes(found: Validation) -> list[str]:
-    on = devices(found.rows)
+def notes(validation: Validation) -> list[str]:
+    on = devices(validation.rows)
     lines = []
     if on == ["cpu"] or not on:
         lines.append(
             "nothing here was measured on a CUDA device: attention's workspace, cuBLAS' and the allocator are from PyTorch's source."
         )
-    if any(row.measurement.environment.get("sdpa") == "cudnn_attention" for row in found.rows):
+    if any(row.measurement.environment.get("sdpa") == "cudnn_attention" for row in validation.rows):
         lines.append(
             "sdpa ran cuDNN's attention; formula and trace count FlashAttention-2's (TORCH_CUDNN_SDPA_DEPRIORITIZED=1 runs that one)."
         )
-    if not all(row.held for row in found.rows):
+    if not all(row.held for row in validation.rows):
         lines.append(f"{OTHER_KERNELS}.")
     lines.append(
         "errors are of the step's peak, and signed: + means that more was predicted than was measured. instant: the worst of any instant's peak, "
@@ -183,35 +189,37 @@ def _row(r: ErrorRow) -> dict[str, Any]:
         "predicted_bytes": r.predicted,
         "measured_bytes": r.measured,
         "error": r.error,
-        "instants": [{"name": name, "predicted": told, "measured": seen} for name, told, seen in r.instants],
+        "instants": [
+            {"name": name, "predicted": predicted, "measured": measured} for name, predicted, measured in r.instants
+        ],
     }
 
 
-def as_data(found: Validation, said: Sequence[str], damaged: Sequence[str]) -> dict[str, Any]:
+def as_data(validation: Validation, violations: Sequence[str], damaged: Sequence[str]) -> dict[str, Any]:
     def summary(s: Summary, by: str) -> dict[str, Any]:
         return {"by": by or "all", **s._asdict()}
 
     return {
-        "rows": [_row(r) for r in found.rows],
-        "summaries": [summary(s, title) for title, group in GROUPS for s in summarize(found.rows, group)],
-        "out_of_memory": found.out_of_memory,
-        "fit_predicted_but_ran_out": [{"case": b.measurement.case.words, "rung": b.rung} for b in found.broken],
-        "left_out": [*damaged, *found.left_out],
-        "beyond_bounds": list(said),
-        "notes": notes(found),
+        "rows": [_row(r) for r in validation.rows],
+        "summaries": [summary(s, title) for title, group in GROUPS for s in summarize(validation.rows, group)],
+        "out_of_memory": validation.out_of_memory,
+        "fit_predicted_but_ran_out": [{"case": b.measurement.case.words, "rung": b.rung} for b in validation.broken],
+        "left_out": [*damaged, *validation.left_out],
+        "beyond_bounds": list(violations),
+        "notes": notes(validation),
     }
 
 
 # ---- the documentation's table ------------------------------------------------------------------------------------------
 
 
-def markdown(found: Validation) -> str:
+def markdown(validation: Validation) -> str:
     """What README shows of the archive: of each device the first table of the report, and what its asterisks mean."""
     lines: list[str] = []
-    for device in devices(found.rows):
-        rows = [row for row in found.rows if row.measurement.environment["card"] == device]
+    for device in devices(validation.rows):
+        rows = [row for row in validation.rows if row.measurement.environment["card"] == device]
         lines += [f"Measured on {device}:", "", as_markdown(_table(rows, "")), ""]
-    if not all(row.held for row in found.rows):
+    if not all(row.held for row in validation.rows):
         lines += [fill(f"\\{OTHER_KERNELS}.", 120), ""]
     return "\n".join(lines)
 
@@ -219,9 +227,9 @@ def markdown(found: Validation) -> str:
 # ---- the plot -----------------------------------------------------------------------------------------------------------
 
 
-def plot(found: Validation, path: Path) -> None:
+def plot(validation: Validation, path: Path) -> None:
     """Predicted against measured, and the error of each. All of the file is written, or nothing. Raises OutputError."""
-    rows = [row for row in found.rows if row.what == ALLOCATED]
+    rows = [row for row in validation.rows if row.what == ALLOCATED]
     if not rows:
         raise OutputError("no measured step to draw.")
     title = f"Predicted and measured peaks of {len({id(row.measurement) for row in rows})} training steps on {', '.join(devices(rows))}"

@@ -78,9 +78,9 @@ def card_of_512_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_here(case: Case, known: dict[str, Any], _timeout: float | None = None) -> Measurement:
         return measured(case, {"loss": 2**30 + case.seq_len}, OK if case.seq_len <= 512 else OUT_OF_MEMORY)
 
-    monkeypatch.setattr(sweep, "run", run_here)
-    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(limits.Bench, "predicted", lambda *_: limits.Prediction(512, 500, Chunks(1, 1)))
+    monkeypatch.setattr(sweep, "measure_case", run_here)
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(limits.Bench, "predict", lambda *_: limits.Prediction(512, 500, Chunks(1, 1)))
 
 
 @pytest.mark.parametrize("command", TELLING)
@@ -107,8 +107,8 @@ WHY = " ".join(["why"] * 30)
 
 
 def test_points_that_fail_are_told_whole(run: Run, shout: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(sweep, "run", lambda case, known, _timeout: Measurement(case, known, "failed", WHY))
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "measure_case", lambda case, known, _timeout: Measurement(case, known, "failed", WHY))
     said = run(*TELLING["measure"], "-s", "checkpoint")
     assert said.code == 1 and f"tiny, checkpoint, 64 tokens: failed: {WHY}\n" in said.out
     assert rows_of(run(*TELLING["measure"], "--format", "csv"))[0]["outcome"] == "failed"

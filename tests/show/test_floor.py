@@ -76,7 +76,7 @@ def test_thin_bands_are_joined():
     assert floor.merged([two, one, three], 3) == [Band("two, one", 6), three]
     assert floor.merged([one, two, three], 100) == [Band("one, two, three", 13)]
     assert floor.merged([one, two, three], 0) == [one, two, three] and floor.merged([], 3) == []
-    assert Band("weights", 3 * GIB).said == "weights 3.00 GiB"
+    assert Band("weights", 3 * GIB).label == "weights 3.00 GiB"
 
 
 @pytest.mark.parametrize("case", ["adamw", "adafactor", "in backward"])
@@ -86,7 +86,7 @@ def test_bands_are_labelled_inside(case):
     memory = figure.axes[1]
     low = 0.0
     for band in floor.bands(curves, model, on):
-        (label,) = (text for text in written if text.get_text() == band.said)
+        (label,) = (text for text in written if text.get_text() == band.label)
         box = label.get_window_extent()
         bottom, top = (memory.transData.transform((2048, y))[1] for y in (low, low + band.bytes / GIB))
         assert bottom <= box.y0 and box.y1 <= top, band
