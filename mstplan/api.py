@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def max_seq(model: AnyModel, recipe: AnyRecipe, card: AnyCard, strategy: str | None = None) -> Answer:
-    """Solve for the longest sequence (tokens) that fits with `recipe` on `card`, and in host memory where that is known.
+    """Solve for the longest sequence (tokens) that fits with `recipe` on `card`, and in CPU RAM where that is known.
 
     strategy: what the answer calls the recipe; where a strategy is named, that. Raises an InputError.
     """
@@ -47,7 +47,7 @@ def max_seq(model: AnyModel, recipe: AnyRecipe, card: AnyCard, strategy: str | N
 def plan_at(
     model: AnyModel, recipe: AnyRecipe, card: AnyCard, seq_len: Length, chunks: tuple[int, int] | None = None
 ) -> Plan:
-    """Plan a step at a length: its peak (bytes) and where that is, chunks, host memory (bytes), seconds at best.
+    """Plan a step at a length: its peak (bytes) and where that is, chunks, CPU RAM (bytes), seconds at best.
 
     seq_len: tokens, or text such as "64k"; chunks: (MLP, loss), else as in the recipe or as recommended. Raises an InputError.
     """

@@ -121,7 +121,7 @@ def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
 
 
 def answer_notes(answer: Answer) -> list[str]:
-    """Position limit passed, host memory short, padded batches, what a larger M would buy."""
+    """Position limit passed, CPU RAM short, padded batches, what a larger M would buy."""
     plan = answer.plan
     if answer.s_max == 0:
         return [f"{strategy_label(answer.strategy)}: not even {SHORTEST} tokens fit: {_shortage(plan)}."]
@@ -150,7 +150,7 @@ def padding_notes(strategy: str, plan: Plan, s_max: int) -> list[str]:
 
 
 def _shortage(plan: Plan) -> str:
-    """What is missing of the card, and of host memory."""
+    """What is missing of the card, and of CPU RAM."""
     parts = []
     if plan.peak_bytes > plan.budget_bytes:
         missing = format_gib(plan.peak_bytes - plan.budget_bytes)

@@ -89,7 +89,7 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether it fits on the card, and in host memory where that is known."""
+        """Whether it fits on the card, and in CPU RAM where that is known."""
         return self.peak_bytes <= self.budget_bytes and self.fits_host
 
     @property
@@ -487,7 +487,7 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
 
 
 def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") -> Answer:
-    """The longest sequence that fits with `recipe` on `card`, and in host memory where that is known."""
+    """The longest sequence that fits with `recipe` on `card`, and in CPU RAM where that is known."""
     chunks = recommend_chunks(model, recipe, card)
     s_max = longest_sequence(model, recipe, card, chunks)
     plan = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
@@ -498,7 +498,7 @@ def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") 
 
 
 def _longest_on_host(plan: Plan) -> int:
-    """Tokens whose offloaded tensors host memory holds: they grow by as much with every token."""
+    """Tokens whose offloaded tensors CPU RAM holds: they grow by as much with every token."""
     assert plan.card.host_bytes is not None
     built_step = _step(plan.model, plan.recipe, plan.card.gpu, plan.chunks, 1)
     fixed = host_bytes(plan.model, plan.recipe, 0, built_step)

@@ -212,7 +212,7 @@ def _alters(recipe: Recipe, change: Change) -> bool:
 
 
 def _all_changes(start: Plan, states: tuple[Change, ...]) -> Iterator[tuple[Change, ...]]:
-    """Changes of the states with all that shortens what grows with the sequence; and without what needs host memory, which may be short."""
+    """Changes of the states with all that shortens what grows with the sequence; and without what needs CPU RAM, which may be short."""
     taken: tuple[Change, ...] = states
     for lever in _token_levers(start):
         change = next((each for each in lever if _alters(start.recipe, each)), None)
@@ -245,7 +245,7 @@ def _seems_to_fit(start: Plan, changes: tuple[Change, ...]) -> bool:
 
 
 def smallest_gpu(start: Plan) -> Gpu | None:
-    """The smallest card on which the recipe fits as it is, with the same reserve and host memory."""
+    """The smallest card on which the recipe fits as it is, with the same reserve and CPU RAM."""
     for gpu in sorted(gpus(), key=lambda g: (g.usable_bytes, -g.bf16_flops)):
         card = start.card._replace(gpu=gpu, total_bytes=gpu.usable_bytes, named=True)
         if card.budget_bytes > start.card.budget_bytes and plan_at(start.model, start.recipe, card, start.seq_len).fits:

@@ -73,10 +73,10 @@ class Card(NamedTuple):
     total_bytes: int  # what torch sees
     reserve_bytes: int = 0  # held by other processes
     named: bool = True  # False: only the amount of memory was given
-    host_bytes: int | None = None  # host memory, when known
+    host_bytes: int | None = None  # CPU RAM, when known
 
     def __repr__(self) -> str:
-        host = f", host memory {format_gib(self.host_bytes)}" if self.host_bytes is not None else ""
+        host = f", CPU RAM {format_gib(self.host_bytes)}" if self.host_bytes is not None else ""
         return f"<Card {self.label}: {format_gib(self.total_bytes)}, budget {format_gib(self.budget_bytes)}{host}>"
 
     @property

@@ -61,7 +61,7 @@ class Recipe(BaseModel):
     loss: str = "transformers"
     """One of `losses.LOSSES`: the loss of current transformers, that of releases before 4.45 (one more fp32 copy of the logits), or MsT's."""
     offload_layer_inputs: bool = False
-    """Keep checkpointed layers' inputs in host memory."""
+    """Keep checkpointed layers' inputs in CPU RAM."""
     attention: str = "sdpa"
     """One of `kernels.attentions()`: attn_implementation: sdpa (its flash kernel, explicit masks for sliding windows), flash-attn, or eager."""
     train: Patterns = ()

@@ -213,7 +213,7 @@ class Part:
     chunked: its tape is one piece of the sequence; output and, in backward, the input's gradient are held whole while
         the pieces run one after the other.
     sums: fp32 sums of the weights' gradients over the pieces, where there are several.
-    offload: the input it would keep lives in host memory.
+    offload: the input it would keep lives in CPU RAM.
     in_forward: gradients are made in the forward pass already (the chunked loss), so that nothing else is kept.
     arguments: tensors it is given beside its input, which are kept for its backward as well.
     records, wants_input: whether backward comes to it at all, and whether its input's gradient is wanted (`autograd.py`).

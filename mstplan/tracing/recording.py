@@ -51,7 +51,7 @@ class Storage:
     operation: str
     module: str  # its path in the model; in backward that of the module whose forward made the node
     category: Category = Category.OTHER
-    host: bool = False  # in host memory
+    host: bool = False  # in CPU RAM
 
 
 @dataclass

@@ -200,7 +200,7 @@ class Trace:
 
     @cached_property
     def host_peak(self) -> int:
-        """The most bytes in host memory."""
+        """The most bytes in CPU RAM."""
         total = most = 0
         for index, sign in self.step.events:
             total += sign * self.step.storages[index].bytes if self.step.storages[index].host else 0

@@ -1,4 +1,4 @@
-"""Layer inputs in host memory: copied out on a side stream while the layer computes, fetched back before backward needs them.
+"""Layer inputs in CPU RAM: copied out on a side stream while the layer computes, fetched back before backward needs them.
 
 On the device there are never more than two: in the forward pass the input of the running layer and that of the layer
 before, until its copy is done; in the backward pass that of the running layer and the next one on its way. (Some models'

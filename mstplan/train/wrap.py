@@ -64,7 +64,7 @@ class Minisequence:
 
         mlp_chunks, loss_chunks: how many pieces; None: as many as the planner recommends for model, card and length.
         checkpoint: "none", "layer", "sqrt" (every sqrt(L) layers) or a number of layers. offload: the checkpoints' inputs
-        wait for backward in pinned host memory. The defaults are the planner's strategy `mst`; with offload, `mst-offload`.
+        wait for backward in pinned CPU RAM. The defaults are the planner's strategy `mst`; with offload, `mst-offload`.
 
         Parameters, state_dict keys, saving, generation and evaluation stay as they are. In training with labels the loss
         comes back and the full logits never exist (`logits` is None). Raises ModelError naming what was not found in the

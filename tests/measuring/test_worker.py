@@ -58,7 +58,7 @@ def test_instants_belong_to_phases():
         (RuntimeError("other"), FAILED),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), OUT_OF_MEMORY),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OUT_OF_MEMORY),
-        (RuntimeError("no pinned host memory for 9 bytes more of layer inputs"), FAILED),
+        (RuntimeError("no pinned CPU RAM for 9 bytes more of layer inputs"), FAILED),
         (KeyError("x"), FAILED),
     ],
     ids=repr,

@@ -60,7 +60,7 @@ class Optimizer:
         raise NotImplementedError
 
     def keys_on_host(self, recipe: Recipe) -> frozenset[str]:
-        """Torch's keys of those states that stay in host memory while the weights are on a card."""
+        """Torch's keys of those states that stay in CPU RAM while the weights are on a card."""
         return frozenset()
 
     def is_fused(self, recipe: Recipe) -> bool:
