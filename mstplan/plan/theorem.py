@@ -107,12 +107,12 @@ BESIDE = ("standard", "checkpoint-sqrt", "mst", "mst-offload")
 
 
 def view(model: Model, card: Card, recipe: Recipe, overrides: dict[str, int | None], seq_len: int | None) -> View:
-    found = []
+    answers = []
     for name in BESIDE:
         fields = {field: getattr(STRATEGIES[name], field) for field in STRATEGY_FIELDS}
-        found.append(max_seq(model, recipe.changed(**fields), card, name))
-    own = coefficients(model, recipe, card, found[2].plan.chunks).replaced(**overrides)
-    return View(own, rows(own, seq_len), tuple(found), differences(model, recipe), seq_len)
+        answers.append(max_seq(model, recipe.changed(**fields), card, name))
+    own = coefficients(model, recipe, card, answers[2].plan.chunks).replaced(**overrides)
+    return View(own, rows(own, seq_len), tuple(answers), differences(model, recipe), seq_len)
 
 
 def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Coefficients:

@@ -126,10 +126,10 @@ class Trace:
             "short": Recording.from_data(data.short),
             "update": Recording.from_data(data.update),
         }
-        found = cls(**fields)
-        if not found.step.events:  # written down once, here
+        trace = cls(**fields)
+        if not trace.step.events:  # written down once, here
             raise ValueError("nothing happens")
-        return found
+        return trace
 
     @property
     def units(self) -> int:
@@ -168,26 +168,26 @@ class Trace:
                 same = [self.rounded(size) for d, size in sizes if d == dtype]
                 yield Alive(category, "", name, (), dtype, len(same), sum(same), resident=True)
 
-        found = [*group(Category.WEIGHTS, "weights and buffers", [(w.dtype, w.bytes) for w in self.weights])]
+        entries = [*group(Category.WEIGHTS, "weights and buffers", [(w.dtype, w.bytes) for w in self.weights])]
         for name in dict.fromkeys(state.name for state in self.held_states):
-            found += group(Category.STATES, name, [(s.dtype, s.bytes) for s in self.held_states if s.name == name])
+            entries += group(Category.STATES, name, [(s.dtype, s.bytes) for s in self.held_states if s.name == name])
         if self.recipe.accumulation > 1:
-            found += group(Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
+            entries += group(Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
         if self.workspace:
-            found.append(
+            entries.append(
                 Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", CUBLAS_HANDLES, self.workspace, resident=True)
             )
-        return tuple(found)
+        return tuple(entries)
 
     @cached_property
     def live(self) -> list[int]:
         """Bytes on the device after each event, all that is resident included."""
-        total, found = sum(alive.bytes for alive in self.resident), []
+        total, totals = sum(alive.bytes for alive in self.resident), []
         sizes = [0 if made.host else self.rounded(made.bytes) for made in self.step.storages]
         for index, sign in self.step.events:
             total += sign * sizes[index]
-            found.append(total)
-        return found
+            totals.append(total)
+        return totals
 
     @cached_property
     def requested(self) -> list[int]:
@@ -217,15 +217,15 @@ class Trace:
     @cached_property
     def peaks(self) -> tuple[Peak, ...]:
         """Peaks of every instant, in the order of a step."""
-        found: dict[str, Peak] = {}
+        peaks: dict[str, Peak] = {}
         for place, span in self.step.blocks():
             instant = self.instant_of(place)
             for event in span:
-                if instant not in found or self.live[event] > found[instant].bytes:
-                    found[instant] = Peak(instant, self.live[event], event)
-        if Instant.OPTIMIZER not in found and not self.recipe.optimizer_in_backward:  # one that makes nothing
-            found[Instant.OPTIMIZER] = Peak(Instant.OPTIMIZER, self.live[-1], len(self.live) - 1)
-        return tuple(found[name] for name in Instant if name in found)
+                if instant not in peaks or self.live[event] > peaks[instant].bytes:
+                    peaks[instant] = Peak(instant, self.live[event], event)
+        if Instant.OPTIMIZER not in peaks and not self.recipe.optimizer_in_backward:  # one that makes nothing
+            peaks[Instant.OPTIMIZER] = Peak(Instant.OPTIMIZER, self.live[-1], len(self.live) - 1)
+        return tuple(peaks[name] for name in Instant if name in peaks)
 
     @property
     def peak(self) -> Peak:
@@ -239,8 +239,8 @@ class Trace:
             group = groups.setdefault(_kind(made), [0, 0])
             group[0] += 1
             group[1] += self.rounded(made.bytes)
-        found = [Alive(*kind, *numbers) for kind, numbers in groups.items()]
-        return tuple(sorted([*self.resident, *found], key=lambda a: -a.bytes))
+        alive = [Alive(*kind, *numbers) for kind, numbers in groups.items()]
+        return tuple(sorted([*self.resident, *alive], key=lambda a: -a.bytes))
 
 
 class _Kept(NamedTuple):
