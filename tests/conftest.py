@@ -8,6 +8,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "mstplan",
+    derandomize=True,  # the same examples in every run
+    deadline=None,  # nothing fails because the machine is slow
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("mstplan")
 
 _folder = tempfile.TemporaryDirectory(prefix="mstplan-tests-")
 os.environ["MSTPLAN_HOME"] = _folder.name

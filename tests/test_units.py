@@ -137,7 +137,7 @@ def test_every_short_text_of_units_is_read_or_refused(parse: Callable[[str], flo
 
 
 @pytest.mark.parametrize("parse", PARSERS)
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=st.text(alphabet=ALPHABET, max_size=40))
 def test_longer_ones_too(parse: Callable[[str], float], text: str) -> None:
     reads(parse, text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan.cli import output
@@ -183,7 +183,7 @@ def test_any_value_of_any_line_damaged(run: Run, start: int, tmp_path: Path) -> 
     fit_to_be_read(said)
 
 
-@settings(derandomize=True, deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(draw=st.data())
 def test_a_damaged_line_alone(run: Run, tmp_path: Path, draw: st.DataObject) -> None:
     line, place = draw.draw(st.sampled_from([one for one in ALL if one[1][:2] != ("case", "config")]))

@@ -30,7 +30,7 @@ def parsed(text: str) -> RecipesOptions:
     return RecipesOptions(**found)
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_options_of_a_recipe_ask_for_it(data: st.DataObject) -> None:
     recipe = data.draw(recipes())

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan import MeasurementError, card
@@ -126,7 +126,7 @@ FIELDS = st.dictionaries(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(rows=st.lists(FIELDS, max_size=2))
 def test_any_json_is_a_suite_or_refused(tmp_path, rows):
     path = write(tmp_path, *rows)

@@ -56,7 +56,7 @@ def test_what_is_said_to_fit_fits(name: str, seq_len: int) -> None:
         assert found
 
 
-@settings(derandomize=True, deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     recipes(pad_to=1),
     st.sampled_from([1, 2, 4, 8, 24]),

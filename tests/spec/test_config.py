@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     CONFIG_MAPPING,
@@ -634,7 +634,7 @@ OPTIONAL = ["head_dim", "layer_types", "mlp_only_layers", "rope_parameters", "ro
 OPTIONAL += ["text_config", "is_encoder_decoder", "use_sliding_window", "sliding_window", "moe_layer_freq", "dtype"]
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400)
 @given(data=st.data(), value=ANY_JSON)
 def test_any_value_gives_a_model_or_a_model_error(data, value):
     config = data.draw(st.sampled_from(CONFIGS))

@@ -59,7 +59,7 @@ def refused(config, name="FILE"):
     return first
 
 
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(st.sampled_from(NAMES), THERE, st.sampled_from(MODEL_TYPES))
 def test_a_field_that_is_not_read_is_refused_by_its_name(name, value, model_type):
     assert (
@@ -68,14 +68,14 @@ def test_a_field_that_is_not_read_is_refused_by_its_name(name, value, model_type
     )
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.text(max_size=300), THERE)
 def test_any_name_of_a_field_is_shown_on_one_short_line(name, value):
     if name not in KNOWN and not name.endswith(("_token_id", "_token_ids", "_token_index")):
         assert "does not read" in refused(of("grok-9", **{name: value}))
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.sampled_from(sorted(NEUTRAL_FIELDS - {"model_type", "architectures", "is_encoder_decoder", "auto_map"})), THERE
 )
@@ -270,7 +270,7 @@ def test_qwen_1_under_a_llamas_fields():
 # --- --assume ---------------------------------------------------------------------------------------------------------------
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.sampled_from(NAMES), THERE, st.sampled_from([*MODEL_TYPES, "cohere", "jamba", "ernie4_5_moe"]))
 def test_assumed_to_be_a_llama_it_is_counted_and_says_what_was_not_read(name, value, model_type):
     config = of(model_type, **{name: value})

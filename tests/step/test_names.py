@@ -112,7 +112,7 @@ def slips(draw: st.DrawFn) -> tuple[str, str, str]:
     return field, value, draw(st.sampled_from(ways))
 
 
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(slips())
 def test_a_slip_gets_the_near_name(slip: tuple[str, str, str]) -> None:
     field, value, typed = slip
@@ -122,7 +122,7 @@ def test_a_slip_gets_the_near_name(slip: tuple[str, str, str]) -> None:
     assert value in re.split(r"[\s,?']+", near.rstrip(".")), (first, second)
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.sampled_from(list(VALUES)), st.text(max_size=200) | st.booleans() | st.none() | st.integers())
 def test_any_value_gets_two_printable_lines(field: str, value: object) -> None:
     assume(value not in values(field) and not (field == "checkpoint" and isinstance(value, int)))

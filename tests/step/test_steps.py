@@ -25,7 +25,7 @@ INDEX = json.loads((profiles.ROOT / "models" / "index.json").read_text(encoding=
 FEW = ("llama3.2-1b", "gemma3-1b", "qwen3-0.6b", "deepseek-v2-lite", "gpt2")
 SHAPES = ((1, 1, 1), (1, 4096, 1), (2, 1000, 3), (1, 300_001, 64))  # batch, tokens, chunks
 
-quick = settings(derandomize=True, deadline=None, max_examples=150)
+quick = settings(max_examples=150)
 
 
 def chunks_of(recipe, count):

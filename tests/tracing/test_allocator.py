@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mstplan.tracing.allocator import (
@@ -469,7 +469,6 @@ class Follower:
         assert allocator.peak_allocated == self.peaks[0] and allocator.peak_reserved >= self.peaks[1]
 
 
-@settings(deadline=None)
 @given(st.booleans(), LIMITS, ACTIONS)
 def test_what_always_holds(expandable, limit, actions):
     follower = Follower(expandable, limit)
@@ -484,7 +483,6 @@ def test_what_always_holds(expandable, limit, actions):
     assert (follower.allocator.reserved, follower.allocator.segments()) == (0, [])
 
 
-@settings(deadline=None)
 @given(ACTIONS)
 def test_a_card_of_the_peak_is_enough(actions):
     """It changes nothing; with a byte less the cache must be released, or memory runs out. (E: address space ends elsewhere then.)"""

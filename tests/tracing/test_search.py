@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan.errors import ModelError
@@ -81,7 +81,7 @@ def polynomials(monkeypatch):
     monkeypatch.setattr(search, "fits_on", lambda trace, card: trace.bytes <= room(card))
 
 
-@settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     start=st.floats(0, 2.9 * GIB),
     slope=st.floats(6, 24).map(lambda n: 2**n),

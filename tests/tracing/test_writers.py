@@ -132,7 +132,7 @@ class Writers:
             self.disturbed = True
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(kind=st.sampled_from(KINDS), actions=st.lists(ACTION, max_size=14))
 def test_in_every_order(tmp_path_factory: pytest.TempPathFactory, kind: str, actions: list[tuple[str, int]]) -> None:
     writers = Writers(tmp_path_factory.getbasetemp() / "orders.jsonl", kind)
