@@ -155,9 +155,10 @@ class Step:
 
     # ---- replay -----------------------------------------------------------------------------------------------------
 
-    def rules(self, **changes: bool) -> Rules:
+    def rules(self, *, first: bool = False, **changes: bool) -> Rules:
+        """Rules of a replay. first: of the first of several micro-batches, which finds no gradients."""
         recipe = self.layout.recipe
-        gradients = "kept" if recipe.accumulation == 1 else "added"
+        gradients = "kept" if recipe.accumulation == 1 or first else "added"
         if recipe.optimizer_in_backward or recipe.weights_on_host:
             gradients = "used"
         if recipe.sharded:  # whole ones stay until they are scattered
@@ -174,13 +175,13 @@ class Step:
                 moment = Moment(add(base, live), operation, (*alive, *inside) if rules.detail else (), stage)
                 by_instant.setdefault(instant, []).append(moment)
 
-        resident = labels([*self._resident(), *self._batch()])
+        resident = labels([*self._resident(), *self.batch()])
         ahead = forward(self.tape, rules, keep=True, prune=False)
         waiting = labels([self.tape.in_transfer] if self.tape.in_transfer is not None else [])
         ahead_at = [(m.stage.forward, m) for m in ahead.moments if m.stage is not None]
         note([row for row in ahead_at if row[0] is Instant.END_OF_FORWARD], resident)
         note([row for row in ahead_at if row[0] is Instant.LOSS], resident + waiting)
-        let_go = tuple((label, -count) for label, count in ahead.cached)  # autocast's cache, at the end of forward
+        let_go = tuple((tensor.label, -1) for tensor in ahead.cached)  # autocast's cache, at the end of forward
         seed = labels([grad_of(self.tape.output)])
         forward_end = add(ahead.net, sum_bytes(let_go + seed))
         behind = backward(self.tape, rules, prune=False)
@@ -193,8 +194,8 @@ class Step:
             if m.stage is not None
         ]
         note(behind_at, resident)
-        if not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host):
-            step_only = labels([*self._gradients(always_alive=False), *self._temporaries()])
+        if self.steps_at_end:
+            step_only = labels([*self._gradients(always_alive=False), *self.temporaries()])
             note([(Instant.OPTIMIZER, Moment(ZERO, "step", ()))], resident + step_only)
         return by_instant
 
@@ -202,13 +203,29 @@ class Step:
 
     def _resident(self) -> list[Tensor]:
         """Weights, optimizer states, cuBLAS' workspaces, and gradients where they outlive a backward pass."""
+        return [*self.stays(), *self.states(), *self._gradients(always_alive=True)]
+
+    def stays(self) -> list[Tensor]:
+        """What is there before the first step: weights, and cuBLAS' workspaces."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
         size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.card_parameters)
         name = "weights gathered from the host" if recipe.weights_on_host else "weights"
         workspaces = Tensor(WORKSPACES, "", "uint8", 0, self.workspace, role=Role.WORKSPACE)
-        states = [constant(s.name, s.dtype, s.bytes, State(s.torch_keys)) for s in self.optimizer.states if s.bytes]
-        tensors = [constant(name, dtype, size, Role.WEIGHT), workspaces, *states]
-        return tensors + self._gradients(always_alive=True)
+        return [constant(name, dtype, size, Role.WEIGHT), workspaces]
+
+    def states(self) -> list[Tensor]:
+        """The optimizer's, which its first step makes."""
+        return [constant(s.name, s.dtype, s.bytes, State(s.torch_keys)) for s in self.optimizer.states if s.bytes]
+
+    def card_weights_in_order(self) -> list[Weight]:
+        """Weights on one card as the model's code makes them: all, or its share of each."""
+        outside: dict[Weight, None] = {}
+        weights: list[Weight] = []
+        for op in self.tape.ops:
+            own = list(_op_weights(op)) if op.is_layer else [w for w in _op_weights(op) if w not in outside]
+            weights += own if op.is_layer else dict.fromkeys(own)
+            outside.update(dict.fromkeys(() if op.is_layer else own))
+        return [weight for weight, _ in shards_of([(weight, 1) for weight in weights], self.layout.recipe.gpus)]
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
@@ -236,10 +253,16 @@ class Step:
             )
         ]
 
-    def _temporaries(self) -> list[Tensor]:
+    @property
+    def steps_at_end(self) -> bool:
+        """Whether the optimizer steps all weights, on the device, when backward is done."""
+        return not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host)
+
+    def temporaries(self) -> list[Tensor]:
+        """The optimizer's, while it steps all weights."""
         return [constant(t.name, t.dtype, t.bytes, Role.UPDATE) for t in self.optimizer.temporaries if t.bytes]
 
-    def _batch(self) -> list[Tensor]:
+    def batch(self) -> list[Tensor]:
         return [tensor_of(self.tape.dims, name, "b s", "int64", role=Role.BATCH) for name in ("token ids", "labels")]
 
     def constants(self) -> tuple[Entry, ...]:

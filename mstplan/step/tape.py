@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
@@ -68,9 +69,10 @@ class Tensor:
     """A tensor of a step. `shape` names its axes, e.g. "b s I"; `bytes` are per unit of BASIS[basis].
 
     A view shares the `storage` of another tensor. `cached`: a cast weight that autocast keeps until the end of forward.
+    `gradient_of`: of a gradient that comes and goes under objects of its own, whose it is.
     """
 
-    __slots__ = ("basis", "bytes", "cached", "dtype", "name", "role", "shape", "storage")
+    __slots__ = ("basis", "bytes", "cached", "dtype", "gradient_of", "name", "role", "shape", "storage")
 
     def __init__(
         self,
@@ -83,10 +85,16 @@ class Tensor:
         *,
         role: Purpose | None = None,
         cached: bool = False,
+        gradient_of: Tensor | Weight | None = None,
     ):
         self.name, self.shape, self.dtype, self.basis, self.bytes = name, shape, dtype, basis, bytes
         self.storage: Tensor = base.storage if base is not None else self
-        self.cached, self.role = cached, role
+        self.cached, self.role, self.gradient_of = cached, role, gradient_of
+
+    @property
+    def identity(self) -> object:
+        """What stays the same of it between its coming and its going, which two objects may stand for."""
+        return self if self.gradient_of is None else (self.gradient_of, self.dtype)
 
     @property
     def label(self) -> Label:
@@ -248,7 +256,9 @@ class Tape:
     output: Tensor
     source: Tensor | None = None  # the tensor that comes in and stays the caller's
     group: Group | None = None  # of the weights that are outside of parts with a group; gathered throughout
-    in_transfer: Tensor | None = None  # in backward, the offloaded input of the part before the one at hand
+    in_transfer: Tensor | None = (
+        None  # an offloaded input: in backward, of the part before the one at hand; of the last part in the loss
+    )
 
 
 class TapeWriter:
@@ -273,7 +283,7 @@ class TapeWriter:
         return tensor_of(self.dims, name, shape, dtype, base, role=self.role, cached=cached)
 
     def grad(self, tensor: Tensor) -> Tensor:
-        return grad_of(tensor)
+        return _like_grad(tensor)
 
     def view(self, tensor: Tensor, name: str, shape: str) -> Tensor:
         return self.new(name, shape, tensor.dtype, tensor)
@@ -319,8 +329,16 @@ def tensor_of(
     return Tensor(name, shape, dtype, basis, size, base, role=role, cached=cached)
 
 
+def _like_grad(tensor: Tensor, gradient_of: Tensor | None = None) -> Tensor:
+    name = "grad of " + tensor.name
+    return Tensor(
+        name, tensor.shape, tensor.dtype, tensor.basis, tensor.bytes, role=tensor.role, gradient_of=gradient_of
+    )
+
+
 def grad_of(tensor: Tensor) -> Tensor:
-    return Tensor("grad of " + tensor.name, tensor.shape, tensor.dtype, tensor.basis, tensor.bytes, role=tensor.role)
+    """The gradient of a tensor: the same one whenever asked."""
+    return _like_grad(tensor, tensor)
 
 
 class Moment(NamedTuple):
@@ -332,11 +350,38 @@ class Moment(NamedTuple):
     stage: Stage | None = None  # of the step
 
 
+class Happening(Enum):
+    """What happens to a tensor in a replay."""
+
+    ALLOCATED = 1
+    RELEASED = -1
+    RENAMED = 0
+
+
+class Repeat(NamedTuple):
+    """What is done once for every piece of the sequence. basis: of what is alike in a piece, "bc" or "bk"."""
+
+    basis: int
+    events: tuple[Event, ...]
+
+
+class Change(NamedTuple):
+    """A tensor comes, goes, or is from now on known as another."""
+
+    happening: Happening
+    tensor: Tensor
+    other: Tensor | None = None
+
+
+Event = Change | Repeat
+
+
 class Replay(NamedTuple):
     moments: tuple[Moment, ...]
     net: Vector  # live bytes at the end
     alive: Alive  # behind `net`, when detail was asked for
-    cached: Alive = ()  # the part of `net` that autocast's cache lets go at the end of forward
+    cached: tuple[Tensor, ...] = ()  # the part of `net` that autocast's cache lets go at the end of forward
+    events: tuple[Event, ...] = ()  # when they were asked for
 
 
 class Rules(NamedTuple):
@@ -351,6 +396,7 @@ class Rules(NamedTuple):
     cast: bool = False  # weights are cast to bf16 where they are used, so gradients arrive in bf16 first
     temporaries: int = 0
     detail: bool = False  # list the tensors behind every moment
+    events: bool = False  # write down what comes and goes, in order, and no moments
     every_moment: bool = False  # keep moments that can never be the largest, and replay repeated parts anew
     recomputed: bool = (
         False  # checkpoint hands kept tensors out for the function only: they are gone when gradients are cast
@@ -364,32 +410,42 @@ class Rules(NamedTuple):
 class _Ledger:
     """A running sum of live bytes and its moments."""
 
-    __slots__ = ("alive", "live", "moments", "rules", "stage")
+    __slots__ = ("alive", "events", "live", "moments", "rules", "stage")
 
     def __init__(self, rules: Rules):
         self.live = [0] * len(BASIS)
         self.moments: list[Moment] = []
         self.alive: dict[Label, int] = {}
+        self.events: list[Event] = []
         self.rules = rules
         self.stage: Stage | None = None
 
-    def put(self, tensor: Tensor, count: int = 1) -> None:
+    def put(self, tensor: Tensor) -> None:
+        self._count(tensor, 1)
+        if self.rules.events:
+            self.events.append(Change(Happening.ALLOCATED, tensor))
+
+    def drop(self, tensor: Tensor) -> None:
+        self._count(tensor, -1)
+        if self.rules.events:
+            self.events.append(Change(Happening.RELEASED, tensor))
+
+    def _count(self, tensor: Tensor, count: int) -> None:
         self.live[tensor.basis] += count * tensor.bytes
         if self.rules.detail:
             label = tensor.label
             self.alive[label] = self.alive.get(label, 0) + count
 
-    def drop(self, tensor: Tensor) -> None:
-        self.put(tensor, -1)
-
-    def rename(self, tensor: Tensor, other: Tensor, *, gradient: bool = False) -> None:
-        """List a tensor, or its gradient, as what it is in another tape from now on: the same bytes, which stay where they are."""
-        if self.rules.detail:
-            before, after = (grad_of(t).label if gradient else t.label for t in (tensor, other))
-            self.alive[before] = self.alive.get(before, 0) - 1
-            self.alive[after] = self.alive.get(after, 0) + 1
+    def rename(self, tensor: Tensor, other: Tensor) -> None:
+        """List a tensor as another from now on: the same memory, which stays where it is."""
+        self._count(tensor, -1)
+        self._count(other, 1)
+        if self.rules.events:
+            self.events.append(Change(Happening.RENAMED, tensor, other))
 
     def mark(self, operation: str) -> None:
+        if self.rules.events:
+            return
         self.moments.append(Moment(tuple(self.live), operation, tuple(self.alive.items()), self.stage))
 
     def splice(self, replay: Replay, where: str = "", *, moments: bool = True) -> None:
@@ -400,11 +456,18 @@ class _Ledger:
             listed = merged(alive_before, alive) if self.rules.detail else ()
             self.moments.append(Moment(add(base, live), _within(where, operation), listed, self.stage))
         self.live = list(add(base, replay.net))
+        self.events += replay.events
         if self.rules.detail:
             self.alive = dict(merged(alive_before, replay.alive))
 
-    def replay(self, cached: Alive = ()) -> Replay:
-        return Replay(tuple(self.moments), tuple(self.live), tuple(self.alive.items()), cached)
+    def repeat(self, basis: int, start: int) -> None:
+        """Have what was written down since `start` happen for every piece."""
+        if self.rules.events:
+            self.events[start:] = [Repeat(basis, tuple(self.events[start:]))]
+
+    def replay(self, cached: Iterable[Tensor] = ()) -> Replay:
+        alive = tuple(self.alive.items())
+        return Replay(tuple(self.moments), tuple(self.live), alive, tuple(cached), tuple(self.events))
 
 
 def _within(where: str, operation: str) -> str:
@@ -616,8 +679,8 @@ def _holds_for_backward(op: Op) -> bool:
 
 def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     ledger = _Ledger(rules)
-    mine: set[Tensor] = set()
-    cached: list[tuple[Label, int]] = []
+    mine: dict[Tensor, None] = {}  # as a set, in order
+    cached: list[Tensor] = []
     uses: dict[Tensor, int] = {}
     for op in tape.ops:
         for tensor in (*op.reads, *op.holds):
@@ -630,20 +693,24 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     ledger.stage = tape.ops[0].stage
     groups.begin_forward()
 
+    transferring = None
     for i, op in enumerate(tape.ops):
         ledger.stage = op.stage
+        if rules.events and op.stage is Stage.LOSS and transferring is None and tape.in_transfer is not None:
+            transferring = tape.in_transfer  # of the last layer, on its way to the host
+            ledger.put(transferring)
         groups.before_forward(op, rules.every_moment or not op.interior)
         stop = i == last
         makes = [t for t in op.makes if t.storage is t and (not stop or t in op.keeps)]
         if op.part is not None:
             cached += _part_forward(op, ledger, rules, keep, stop)
-            mine.update(makes)
+            mine.update(dict.fromkeys(makes))
         else:
-            mine.update(makes)
+            mine.update(dict.fromkeys(makes))
             for tensor in makes:
                 ledger.put(tensor)
                 if tensor.cached and tensor not in saved:
-                    cached.append((tensor.label, 1))
+                    cached.append(tensor)
             temps = op.temps if not stop else ()
             for tensor in temps:
                 ledger.put(tensor)
@@ -655,18 +722,21 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
             break
         for tensor in (*op.reads, *op.holds):
             uses[tensor.storage] -= 1
-        for tensor in {t.storage for t in (*op.reads, *op.holds, *op.makes)}:
+        for tensor in dict.fromkeys(t.storage for t in (*op.reads, *op.holds, *op.makes)):
             if not uses.get(tensor) and tensor in mine and tensor not in saved and not tensor.cached:
-                mine.remove(tensor)
+                del mine[tensor]
                 ledger.drop(tensor)
     groups.end_forward()
+    if transferring is not None:
+        ledger.drop(transferring)
     if recomputing:  # the stopped forward's variables go; what backward needs stays
-        for tensor in mine - saved:
-            ledger.drop(tensor)
-    return ledger.replay(tuple(cached))
+        for tensor in mine:
+            if tensor not in saved:
+                ledger.drop(tensor)
+    return ledger.replay(cached)
 
 
-def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool) -> Alive:
+def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool) -> tuple[Tensor, ...]:
     """Replay a part inside a forward pass; its output is alive afterwards. Returns what autocast's cache holds of it."""
     part = op.part
     assert part is not None
@@ -683,10 +753,12 @@ def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool)
             ledger.rename(part.tape.output, op.makes[0])
     else:
         ledger.put(op.makes[0])
+        start = len(ledger.events)
         ledger.splice(_widened(inner, part.tape.output) if keep_inside else inner, op.where)
+        ledger.drop(part.tape.output)  # copied into the whole
+        ledger.repeat(part.tape.output.basis, start)
         if stop:
             ledger.drop(op.makes[0])
-        ledger.drop(part.tape.output)  # copied into the whole
     return inner.cached
 
 
@@ -709,7 +781,7 @@ def _widened(inner: Replay, output: Tensor) -> Replay:
         )
         for m in inner.moments
     )
-    return Replay(moments, add(inner.net, others), merged(inner.alive, alive), inner.cached)
+    return Replay(moments, add(inner.net, others), merged(inner.alive, alive), inner.cached, inner.events)
 
 
 def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
@@ -720,6 +792,7 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     inner = rules._replace(gradients="kept", summing=bool(part.sums))
     for tensor in part.sums:
         ledger.put(tensor)
+    start = len(ledger.events)
     ledger.splice(forward(part.tape, inner, keep=True), op.where)
     ledger.put(grad_of(part.tape.output))
     ledger.splice(backward(part.tape, inner), op.where)
@@ -728,6 +801,7 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     if part.wants_input:
         ledger.drop(grad_of(part.tape.source))  # copied into the whole
     ledger.drop(part.tape.output)
+    ledger.repeat(part.tape.source.basis, start)
     ledger.put(op.makes[0])
     for weight, gradient_sum in zip(part.trained, part.sums, strict=False):
         _sum_to_gradient(weight, gradient_sum, ledger, rules)
@@ -799,15 +873,15 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
             again = None
         arrivals: list[tuple[Tensor, Tensor]] = []
         if op.part is not None:
-            ledger.drop(incoming_gradients[0])  # under the name that the part knows it by
-            ledger.put(grad_of(op.makes[0]))
+            ledger.rename(incoming_gradients[0], grad_of(op.makes[0]))  # which the part knows it by
             _part_backward(op, op.part, ledger, rules, end_of, fetch)
             if op.part.wants_input:
                 input_gradient = grad_of(op.reads[0])
                 holders[input_gradient] = 1
                 arrivals.append((op.reads[0], input_gradient))
-            ledger.put(incoming_gradients[0])  # the part let go of it; here it goes unless somebody else holds it too
-            let_go(incoming_gradients[0])
+            holders[incoming_gradients[0]] -= 1
+            if holders[incoming_gradients[0]]:  # the part let go of it, but somebody else holds it too
+                ledger.put(incoming_gradients[0])
         else:
             for tensor, gradient_made in op.grads:
                 gradient = gradient_made if gradient_made is not None else incoming_gradients[0]
@@ -835,8 +909,7 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
     if (
         tape.source is not None and tape.source in pending
     ):  # handed on under another name, maybe: to the caller it is the input's
-        ledger.drop(pending[tape.source])
-        ledger.put(grad_of(tape.source))
+        ledger.rename(pending[tape.source], grad_of(tape.source))
     return ledger.replay()
 
 
@@ -853,13 +926,13 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
         return
     if not part.chunked:
         moments = rules.every_moment or not op.interior
-        ledger.rename(op.makes[0], part.tape.output, gradient=True)
+        ledger.rename(grad_of(op.makes[0]), grad_of(part.tape.output))
         replay = backward(
             part.tape, rules, recompute=part.recompute, fetch=fetch if end_of else part.offload, end_of=end_of
         )
         ledger.splice(replay, op.where, moments=moments)
         if part.wants_input:
-            ledger.rename(part.tape.source, op.reads[0], gradient=True)
+            ledger.rename(grad_of(part.tape.source), grad_of(op.reads[0]))
         return
     if part.wants_input:
         ledger.put(grad_of(op.reads[0]))
@@ -868,6 +941,7 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
     inner = rules._replace(
         gradients="kept" if part.sums else rules.gradients, recomputed=False, summing=bool(part.sums)
     )
+    start = len(ledger.events)
     if part.recompute:  # by an autograd function of its own, which holds the output meanwhile
         ledger.splice(forward(part.tape, inner, keep=True), op.where)
     ledger.splice(backward(part.tape, inner, owns_incoming=False), op.where)
@@ -875,10 +949,11 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
         ledger.drop(part.tape.output)
     if part.sums:
         _added_to_sums(part, ledger, rules)
-    if not part.recompute:
+    if not part.recompute and not rules.events:
         ledger.splice(_widened_end(part.tape, inner))
     if part.wants_input:
         ledger.drop(grad_of(part.tape.source))  # copied into the whole
+    ledger.repeat(part.tape.output.basis, start)
     for weight, gradient_sum in zip(part.trained, part.sums, strict=False):
         _sum_to_gradient(weight, gradient_sum, ledger, rules)
     ledger.drop(grad_of(op.makes[0]))
@@ -940,9 +1015,12 @@ def _join(joined: Joined, ledger: _Ledger, rules: Rules) -> None:
 
 def _sum_to_gradient(weight: Weight, gradient_sum: Tensor, ledger: _Ledger, rules: Rules) -> None:
     """A sum over pieces, in fp32, becomes the weight's gradient: itself, or a copy in the weight's dtype."""
-    ledger.put(weight_gradient(weight, rules.dtype))
-    if rules.dtype != "float32":
-        ledger.mark("cast the sum of the gradient of " + weight.name)
+    gradient = weight_gradient(weight, rules.dtype)
+    if rules.dtype == "float32":
+        ledger.rename(gradient_sum, gradient)
+        return
+    ledger.put(gradient)
+    ledger.mark("cast the sum of the gradient of " + weight.name)
     ledger.drop(gradient_sum)
 
 
@@ -1006,4 +1084,4 @@ def count_bytes(tensor: Tensor) -> Vector:
 def weight_gradient(weight: Weight, dtype: str) -> Tensor:
     shape = " ".join(map(str, weight.shape))
     size = weight.numel * ITEMSIZE[dtype]
-    return Tensor("gradient of " + weight.name, shape, dtype, 0, size, role=Role.WEIGHT_GRADIENT)
+    return Tensor("gradient of " + weight.name, shape, dtype, 0, size, role=Role.WEIGHT_GRADIENT, gradient_of=weight)

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..step.allocator import round_size
 from ..step.roles import Purpose, Role, State
 from ..step.steps import Entry
-from .allocator import round_size
 from .recording import Category
 from .trace import Alive
 

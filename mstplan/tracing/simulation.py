@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..spec.hardware import CUBLAS_HANDLES, Card
+from ..step.allocator import Allocator, OutOfMemory
 from ..step.instants import Pass
 from ..units import MIB
-from .allocator import Allocator, OutOfMemory
 from .trace import Trace
 
 AllocatorEvent = tuple[int, int, int]  # key, bytes, +1 allocated or -1 released

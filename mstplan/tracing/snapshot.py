@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, quoted
-from .allocator import Allocator, Segment
+from ..step.allocator import Allocator, Segment
 
 PICKLE_PROTOCOL = 4
 """from source: MemoryViz.js reads 2 to 4 and no other; Python 3.14 would write 5."""

@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 from ..kept import adapter_for
 from ..spec.hardware import CUBLAS_HANDLES
+from ..step.allocator import MIN_BLOCK
 from ..step.instants import Instant, Pass
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
 from ..units import format_gib, format_tokens
-from .allocator import MIN_BLOCK
 from .extend import extend, make_row
 from .recording import Category, Place, Recording, RecordingData, Size, Storage
 

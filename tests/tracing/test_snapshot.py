@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch.cuda import _memory_viz as viz
 
-from mstplan.tracing.allocator import Allocator
+from mstplan.step.allocator import Allocator
 from mstplan.tracing.snapshot import snapshot, to_pickle
 from mstplan.units import MIB
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mstplan.tracing.allocator import (
+from mstplan.step.allocator import (
     LARGE_BUFFER,
     MIN_BLOCK,
     SMALL_BUFFER,
@@ -340,7 +340,7 @@ def test_what_a_watcher_sees():
 
 
 def test_torch_is_not_needed():
-    code = "import sys, mstplan.tracing.allocator, mstplan.tracing.snapshot; sys.exit('torch' in sys.modules)"
+    code = "import sys, mstplan.step.allocator, mstplan.tracing.snapshot; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,0 +1,169 @@
+"""A step's allocations and releases in order, as the step model lays it out: what the caching allocator is given.
+
+The replay of a tape (`tape.py`) says which tensors come and go and in which order; here they are followed through the layers, through
+the pieces of the sequence and through micro-batches, so that each release meets its allocation. Sizes are filled in later: the order
+is the same for all lengths in the same number of pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from .roles import Role
+from .tape import BASIS, Change, Event, Happening, Repeat, Rules, Tensor, backward, forward, grad_of
+
+if TYPE_CHECKING:
+    from .steps import Chunks, Sizes, Step
+
+RELEASED = -1
+"""In place of a size."""
+
+
+class Events(NamedTuple):
+    """Allocations and releases: (which one it is, index of its size in `sizes` or RELEASED).
+
+    before: of what stays, before the first step. step: of one optimizer step. states: of optimizer states, which come in the first
+    step, after its event number `states_at`. sizes: (index into BASIS, bytes per unit of it).
+    """
+
+    before: tuple[tuple[int, int], ...]
+    step: tuple[tuple[int, int], ...]
+    states: tuple[tuple[int, int], ...]
+    states_at: int
+    sizes: tuple[tuple[int, int], ...]
+
+    def bytes_at(self, sizes: Sizes) -> list[int]:
+        """Bytes of each of `sizes`, at a length."""
+        units = sizes.units
+        return [units[basis] * each for basis, each in self.sizes]
+
+
+class _Follower:
+    """Gives every allocation a number of its own, and finds it again when it is let go."""
+
+    def __init__(self, pieces: dict[int, int]):
+        self.pieces = pieces  # numbers of pieces by the basis of what is alike in a piece
+        self.sizes: dict[tuple[int, int], int] = {}
+        self.alive: dict[object, list[int]] = {}  # those of one identity, the newest last
+        self.count = 0
+        self.events: list[tuple[int, int]] = []
+
+    def take(self) -> tuple[tuple[int, int], ...]:
+        """What has been followed since the last time."""
+        taken, self.events = tuple(self.events), []
+        return taken
+
+    def allocate(self, basis: int, size: int, identity: object) -> None:
+        self.events.append((self.count, self.sizes.setdefault((basis, size), len(self.sizes))))
+        self.alive.setdefault(identity, []).append(self.count)
+        self.count += 1
+
+    def release(self, identity: object) -> None:
+        self.events.append((self.alive[identity].pop(), RELEASED))
+
+    def put(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            self.allocate(tensor.basis, tensor.bytes, tensor.identity)
+
+    def drop(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            self.release(tensor.identity)
+
+    def follow(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, Repeat):
+                count = self.pieces[event.basis]
+                for n in range(count):
+                    self.follow(_of_piece(event.events, n == 0, n == count - 1))
+            elif event.happening is Happening.ALLOCATED:
+                self.put(event.tensor)
+            elif event.happening is Happening.RELEASED:
+                self.drop(event.tensor)
+            elif event.other is not None and event.tensor.identity != event.other.identity:
+                self.alive.setdefault(event.other.identity, []).append(self.alive[event.tensor.identity].pop())
+
+
+def _of_piece(events: Sequence[Event], first: bool, last: bool) -> Iterable[Event]:
+    """Events of one piece: what is the same for all of them, such as a weight's copy, comes with the first and goes with the last."""
+    changes = [event for event in events if isinstance(event, Change) and event.tensor.basis == 0]
+    here = {
+        happening: {event.tensor.identity for event in changes if event.happening is happening}
+        for happening in (Happening.ALLOCATED, Happening.RELEASED)
+    }
+    for event in events:
+        if isinstance(event, Change) and event.tensor.basis == 0:
+            identity = event.tensor.identity
+            if event.happening is Happening.ALLOCATED and not first and identity not in here[Happening.RELEASED]:
+                continue
+            if event.happening is Happening.RELEASED and not last and identity not in here[Happening.ALLOCATED]:
+                continue
+        yield event
+
+
+@lru_cache(maxsize=64)
+def events_of(step: Step, chunks: Chunks) -> Events:
+    """Events of a step in so many pieces."""
+    return _Assembly(step, chunks).assemble()
+
+
+class _Assembly:
+    def __init__(self, step: Step, chunks: Chunks):
+        self.step, self.recipe = step, step.layout.recipe
+        self.follower = _Follower({BASIS.index("bc"): chunks.mlp, BASIS.index("bk"): chunks.loss})
+        self.numbers = [weight.numel for weight in step.card_weights_in_order()]
+        self.trained = [weight.numel for weight in step.card_weights_in_order() if weight.trained]
+
+    def assemble(self) -> Events:
+        follower, step = self.follower, self.step
+        for tensor in step.stays():
+            self._of_weights(tensor, self.numbers)
+        before = follower.take()
+        follower.put(*step.batch())
+        for n in range(self.recipe.accumulation):
+            self._follow_passes(step.rules(events=True, first=n == 0))
+        states_at = len(follower.events)
+        temporaries = [
+            number
+            for tensor in (step.temporaries() if step.steps_at_end else ())
+            for number in self._of_weights(tensor, self.trained)
+        ]
+        follower.events += [(number, RELEASED) for number in temporaries]
+        alive = [number for numbers in follower.alive.values() for number in numbers]
+        first = len(before)
+        gone = set(temporaries)
+        follower.events += [(n, RELEASED) for n in sorted(alive) if n >= first and n not in gone]
+        made = follower.take()
+        self._states()
+        return Events(before, made, follower.take(), states_at, tuple(follower.sizes))
+
+    def _follow_passes(self, rules: Rules) -> None:
+        tape, follower = self.step.tape, self.follower
+        ahead = forward(tape, rules, keep=True, prune=False)
+        follower.follow(ahead.events)
+        follower.drop(*ahead.cached)
+        follower.put(grad_of(tape.output))
+        follower.follow(backward(tape, rules, prune=False).events)
+
+    def _states(self) -> None:
+        """A weight's states come together."""
+        divided = [(tensor, self._divided(tensor, self.trained)) for tensor in self.step.states()]
+        for n in range(max((len(parts) for _, parts in divided), default=0)):
+            for tensor, parts in divided:
+                if n < len(parts):
+                    self.follower.allocate(0, parts[n], tensor)
+
+    def _of_weights(self, tensor: Tensor, numbers: Sequence[int]) -> list[int]:
+        """Allocate what the step model counts in sum, a tensor for each weight. Returns which allocations these are."""
+        first = self.follower.count
+        for size in self._divided(tensor, numbers):
+            self.follower.allocate(0, size, tensor)
+        return list(range(first, self.follower.count))
+
+    @staticmethod
+    def _divided(tensor: Tensor, numbers: Sequence[int]) -> list[int]:
+        """Bytes of a tensor for each weight; all in one where that makes no whole bytes."""
+        total = sum(numbers)
+        each, rest = divmod(tensor.bytes, total) if total else (0, 1)
+        return [tensor.bytes] if rest or tensor.role is Role.WORKSPACE else [each * number for number in numbers]
