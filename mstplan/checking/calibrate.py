@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import ModelError
 from ..plan import calibration
 from ..plan.calibration import Calibration
-from ..plan.solve import step_sizes, window_of
+from ..plan.layout import step_sizes, window_of
 from ..showing import Showing, show_nothing
 from ..spec.catalog import load_config, load_model
 from ..spec.model import Model

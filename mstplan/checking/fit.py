@@ -23,7 +23,7 @@ from ..errors import MeasurementError, one_line
 from ..measuring.measurement import OK, Measurement, read_all_results
 from ..plan import calibration
 from ..plan.calibration import Calibration, family_of, fingerprint
-from ..plan.solve import layout_of, step_sizes
+from ..plan.layout import layout_of, step_sizes
 from ..spec.catalog import load_model
 from ..spec.hardware import CUBLAS_HANDLES, Constants, write_measured
 from ..spec.model import Model

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from ..errors import MeasurementError, RecipeError
 from ..measuring.measurement import OK, OUT_OF_MEMORY, Case, Measurement
 from ..measuring.sweep import load_subject, measure_all
-from ..plan import solve
-from ..plan.solve import chunk_tokens
+from ..plan import layout, solve
+from ..plan.layout import chunk_tokens
 from ..showing import Showing, show_nothing
 from ..spec.config import read_config
 from ..spec.hardware import Card
@@ -108,7 +108,7 @@ class Bench:
         chunks = answer.plan.chunks
 
         def trace_at(seq_len: int) -> Trace:
-            capped = solve.cap_chunks(chunks, seq_len)
+            capped = layout.cap_chunks(chunks, seq_len)
             return self.trace_at(recipe.changed(mlp_chunks=capped.mlp, loss_chunks=capped.loss), seq_len, self.card)
 
         return Prediction(longest_on_cpu(self.card.total_bytes, trace_at, max(2, answer.s_max)), None, chunks)
@@ -136,7 +136,7 @@ def check_all_limits(
     for strategy, prediction in predictions.items():
 
         def measure(seq_len: int) -> Measurement:
-            chunks = solve.cap_chunks(prediction.chunks, seq_len)  # noqa: B023  used within this turn only
+            chunks = layout.cap_chunks(prediction.chunks, seq_len)  # noqa: B023  used within this turn only
             return bench.measure(strategy, recipes[strategy], seq_len, chunks, tell)  # noqa: B023
 
         checked.append((check_limit(strategy, "trace", prediction.s_max, measure), prediction))
@@ -281,7 +281,7 @@ def measure_throughput(
 ) -> list[Throughput]:
     """The step's time over numbers of chunks. In one chunk the loss still is that of chunks: only their number differs."""
     recommended = solve.plan_at(model, recipe, card, seq_len).chunks
-    counts = dict.fromkeys(solve.cap_chunks(chunks, seq_len) for chunks in chunk_counts(recommended))
+    counts = dict.fromkeys(layout.cap_chunks(chunks, seq_len) for chunks in chunk_counts(recommended))
     measurements = {chunks: measure(chunks) for chunks in counts}
     unchunked = measurements[Chunks(1, 1)]
     return [

@@ -6,7 +6,8 @@ import json
 from typing import NamedTuple
 
 from .. import profiles
-from ..plan.solve import fixed_chunks, layout_of, step_sizes
+from ..plan.layout import layout_of, step_sizes
+from ..plan.solve import fixed_chunks
 from ..spec.catalog import load_model
 from ..spec.hardware import Card
 from ..step.instants import Instant

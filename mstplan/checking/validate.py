@@ -12,9 +12,8 @@ from typing import NamedTuple
 from ..errors import InputError, MissingError, one_line
 from ..measuring.measurement import OK, OUT_OF_MEMORY, Measurement
 from ..measuring.sweep import card_of
-from ..plan import solve
 from ..plan.calibration import Calibration
-from ..plan.solve import layout_of, step_sizes
+from ..plan.layout import calibration_at, layout_of, step_sizes
 from ..spec.hardware import Card
 from ..step.steps import Chunks, Step, step
 from ..tracing import cache
@@ -168,7 +167,7 @@ def step_of(m: Measurement, rung: str) -> Step | None:
 
 
 def _find_calibration(m: Measurement) -> Calibration | None:
-    return solve.calibration_at(m.case.described, m.case.recipe, m.case.seq_len, chunks_of(m))
+    return calibration_at(m.case.described, m.case.recipe, m.case.seq_len, chunks_of(m))
 
 
 def _is_solved_from(m: Measurement) -> bool:

@@ -14,7 +14,8 @@ from ..step.recipe import Recipe, strategy_label
 from ..step.steps import Chunks, embeddings_are_frozen
 from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration
-from .solve import Answer, Plan, longest_sequence, max_seq, smallest_chunks_tokens, window_of
+from .layout import window_of
+from .solve import Answer, Plan, longest_sequence, max_seq, smallest_chunks_tokens
 from .ways import Way, nearest_plan
 
 

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
-from itertools import islice
+from functools import cache
 from math import isqrt
 from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
-from ..kept import KeptFile
 from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
 from ..step.cuda import BIAS_ROWS
 from ..step.instants import Instant
-from ..step.kernels import SDPA
 from ..step.optimizers import host_states
 from ..step.recipe import Recipe
-from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, step, stored_inputs
+from ..step.simulation import Usage
+from ..step.steps import Chunks, Entry, InstantPeak, Step, evaluate, stored_inputs
 from ..step.tape import ITEMSIZE, Vector
 from ..step.timing import step_seconds
 from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
-from . import calibration
+from .allocation import longest_that_runs, usage_up_to
 from .calibration import Calibration
+from .layout import (
+    calibration_at,
+    cap_chunks,
+    chunk_tokens,
+    hardest_lengths,
+    layout_step,
+    step_of,
+    step_sizes,
+    window_of,
+)
 
 MIN_GAIN = 0.01
 """A larger number of chunks must lengthen S_max, or lower the peak, by more than this share to be recommended."""
-
-
-def chunk_tokens(seq_len: int, chunks: int) -> int:
-    return -(-seq_len // chunks)
 
 
 class StepPeak(NamedTuple):
@@ -89,8 +93,18 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether it fits on the card, and in CPU RAM where that is known."""
-        return self.peak_bytes <= self.budget_bytes and self.fits_host
+        """Whether it runs on the card: the allocator finds room for it, and CPU RAM, where that is known, too."""
+        return self.tensors_fit and self.fits_host and self.usage.runs
+
+    @property
+    def tensors_fit(self) -> bool:
+        """Whether what is alive at once fits on the card, were there no holes between."""
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def usage(self) -> Usage:
+        """What the caching allocator holds of it, step after step."""
+        return usage_up_to(self.model, self.recipe, self.card, self.seq_len, self.chunks)
 
     @property
     def fits_host(self) -> bool:
@@ -110,7 +124,7 @@ class Plan(NamedTuple):
     def instants(self) -> tuple[InstantPeak, ...]:
         """Instants of the step, each with the tensors alive at its largest moment."""
         tokens = self.peak.tokens
-        return _step(self.model, self.recipe, self.card.gpu, self.chunks, tokens).instants(
+        return step_of(self.model, self.recipe, self.card.gpu, self.chunks, tokens).instants(
             step_sizes(self.recipe, tokens, self.chunks)
         )
 
@@ -119,11 +133,12 @@ class Plan(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """S_max of one strategy. `plan` is the step at S_max; at `SHORTEST` tokens when even those do not fit (s_max 0)."""
+    """S_max of one strategy: the longest sequence that runs. `plan` is the step at S_max; at `SHORTEST` tokens when even those do not fit (s_max 0)."""
 
     strategy: str
     s_max: int
     plan: Plan
+    s_max_tensors: int = 0  # the longest whose tensors alone would fit, were there no holes between
 
     def __repr__(self) -> str:
         p, longest = self.plan, f"s_max {format_tokens(self.s_max)}" if self.s_max else "nothing fits"
@@ -133,76 +148,6 @@ class Answer(NamedTuple):
     def step_seconds(self) -> float | None:
         """Of one optimizer step at S_max, at the card's nominal rates; None where there is no such step, or nothing counts it."""
         return self.plan.step_seconds or None if self.s_max else None
-
-
-# ---- the step of a recipe -------------------------------------------------------------------------------------------
-
-
-def window_of(model: Model, recipe: Recipe) -> int | None:
-    """The length from which sdpa needs explicit masks; None: never."""
-    if recipe.attention != SDPA or not model.has_sdpa:
-        return None
-    windows = {kind.window for kind in model.layer_kinds if kind.window is not None}
-    return min(windows) if windows else None
-
-
-@lru_cache(maxsize=256)
-def _bare_recipe(recipe: Recipe) -> Recipe:
-    """The recipe without what only sizes depend on, so that steps are shared."""
-    return recipe.model_copy(
-        update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation), "pad_to": 1}
-    )
-
-
-def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Layout:
-    """The structure of the step at `seq_len` tokens."""
-    window = window_of(model, recipe)
-    masked = window is not None and seq_len >= window
-    return Layout(_bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
-
-
-def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
-    return _calibrated_step(model, layout_of(model, recipe, chunks, seq_len), gpu.workspaces_bytes)
-
-
-def _layout_step(
-    model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
-) -> Step:
-    layout = Layout(_bare_recipe(recipe), several_mlp, several_loss, masked, padded)
-    return _calibrated_step(model, layout, gpu.workspaces_bytes)
-
-
-def _calibrated_step(model: Model, layout: Layout, workspace: int) -> Step:
-    """The formula's step, or what a calibration has in its place."""
-    if calibration.are_set_aside():
-        return step(model, layout, workspace)
-    return _cached_step(model, layout, workspace, calibration.find_own_file(model))
-
-
-@lru_cache(maxsize=1024)
-def _cached_step(model: Model, layout: Layout, workspace: int, _own: KeptFile | None) -> Step:
-    """Step for one state of the user's file of calibrations."""
-    replacement = _find_calibration(model, layout)
-    formula = step(model, layout, workspace)
-    return formula if replacement is None else formula.calibrated(replacement.moments)
-
-
-def calibration_at(model: Model, recipe: Recipe, seq_len: int, chunks: Chunks) -> Calibration | None:
-    """The calibration that the answer at this length stands on; None: the formula."""
-    return _find_calibration(model, layout_of(model, recipe, chunks, seq_len))
-
-
-def _find_calibration(model: Model, layout: Layout) -> Calibration | None:
-    """Calibrations are of lengths without padding."""
-    if layout.padded:
-        return None
-    return calibration.find_calibration(
-        model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked
-    )
-
-
-def step_sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
-    return Sizes(recipe.batch, seq_len, chunk_tokens(seq_len, chunks.mlp), chunk_tokens(seq_len, chunks.loss))
 
 
 # ---- S_max ------------------------------------------------------------------------------------------------------------
@@ -219,8 +164,8 @@ def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chu
     window, multiple = window_of(model, recipe), recipe.pad_to
 
     def reach(masked: bool, padded: bool = False) -> int:
-        layout_step = _layout_step(model, recipe, card.gpu, chunks.mlp > 1, chunks.loss > 1, masked, padded)
-        return _longest_of_step(layout_step, recipe, chunks, card.budget_bytes) // multiple * multiple
+        built_step = layout_step(model, recipe, card.gpu, chunks.mlp > 1, chunks.loss > 1, masked, padded)
+        return _longest_of_step(built_step, recipe, chunks, card.budget_bytes) // multiple * multiple
 
     longest_unmasked = reach(masked=False)
     if window is None or longest_unmasked < (last_unmasked := (window - 1) // multiple * multiple):
@@ -406,17 +351,12 @@ def recommend_chunks_at(model: Model, recipe: Recipe, card: Card, seq_len: int) 
     return _fewest_chunks(recipe, limit, lambda chunks: peak(chunks) <= highest_peak)
 
 
-def cap_chunks(chunks: Chunks, seq_len: int) -> Chunks:
-    """No more pieces than tokens."""
-    return Chunks(min(chunks.mlp, seq_len), min(chunks.loss, seq_len))
-
-
 # ---- answers ------------------------------------------------------------------------------------------------------------
 
 
 def peak_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> tuple[Instant, int]:
     """The binding instant and its bytes."""
-    return _step(model, recipe, card.gpu, chunks, seq_len).largest(step_sizes(recipe, seq_len, chunks))
+    return step_of(model, recipe, card.gpu, chunks, seq_len).largest(step_sizes(recipe, seq_len, chunks))
 
 
 def peak_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> StepPeak:
@@ -427,21 +367,6 @@ def peak_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: C
     return max((StepPeak(size, instant, tokens) for instant, size, tokens in peaks), key=lambda peak: peak.bytes)
 
 
-def hardest_lengths(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:
-    """Lengths of which one needs more than every other up to `seq_len`: that one as it is run; beyond a window, the nearest shorter one
-    whose mask has to be padded where this one's has not, or the other way round, and the longest that needs no mask."""
-    run_tokens, window, multiple = recipe.padded(seq_len), window_of(model, recipe), recipe.pad_to
-    if window is None or run_tokens < window:
-        return (run_tokens,)
-    shorter = (
-        n
-        for n in range(run_tokens - multiple, max(window, run_tokens - BIAS_ROWS * multiple) - 1, -multiple)
-        if (n % BIAS_ROWS != 0) != (run_tokens % BIAS_ROWS != 0)
-    )
-    last_unmasked = (window - 1) // multiple * multiple
-    return (run_tokens, *islice(shorter, 1), *([last_unmasked] if last_unmasked else []))
-
-
 def choose_chunks(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:
     """The chunks to use at one length: as few as that length asks for, or those of S_max where only they fit, or where a length beyond
     S_max would fit in more pieces than are recommended, so that a length fits exactly when it is at most S_max."""
@@ -449,12 +374,13 @@ def choose_chunks(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chu
         recommend_chunks(model, recipe, card),
         recommend_chunks_at(model, recipe, card, seq_len),
     )
-    fits_at_length = peak_up_to(model, recipe, card, seq_len, chunks_at_length).bytes <= card.budget_bytes
-    return (
-        chunks_at_length
-        if fits_at_length == (seq_len <= longest_sequence(model, recipe, card, chunks_at_s_max))
-        else chunks_at_s_max
-    )
+    tensors_fit = peak_up_to(model, recipe, card, seq_len, chunks_at_length).bytes <= card.budget_bytes
+    if tensors_fit != (seq_len <= longest_sequence(model, recipe, card, chunks_at_s_max)):
+        return chunks_at_s_max
+    if not tensors_fit or chunks_at_length == chunks_at_s_max:
+        return chunks_at_length
+    runs = usage_up_to(model, recipe, card, seq_len, cap_chunks(chunks_at_length, recipe.padded(seq_len))).runs
+    return chunks_at_length if runs else chunks_at_s_max
 
 
 def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks | None = None) -> Plan:
@@ -471,7 +397,7 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
     chosen = Chunks(*chunks) if chunks is not None else choose_chunks(model, recipe, card, seq_len)
     run_tokens = recipe.padded(seq_len)
     capped = cap_chunks(chosen, run_tokens)
-    built_step, run_sizes = _step(model, recipe, card.gpu, capped, run_tokens), step_sizes(recipe, run_tokens, capped)
+    built_step, run_sizes = step_of(model, recipe, card.gpu, capped, run_tokens), step_sizes(recipe, run_tokens, capped)
     host_size = host_bytes(model, recipe, run_tokens, built_step)
     peak = peak_up_to(model, recipe, card, seq_len, capped)
     return Plan(
@@ -487,20 +413,21 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
 
 
 def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") -> Answer:
-    """The longest sequence that fits with `recipe` on `card`, and in CPU RAM where that is known."""
+    """The longest sequence that runs with `recipe` on `card`, and fits in CPU RAM where that is known."""
     chunks = recommend_chunks(model, recipe, card)
-    s_max = longest_sequence(model, recipe, card, chunks)
+    s_max_tensors = longest_sequence(model, recipe, card, chunks)
+    s_max = trainable_tokens(longest_that_runs(model, recipe, card, chunks, s_max_tensors))
     plan = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
     if s_max and not plan.fits_host:
         s_max = trainable_tokens(min(s_max, _longest_on_host(plan)))
         plan = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
-    return Answer(strategy, s_max, plan)
+    return Answer(strategy, s_max, plan, s_max_tensors)
 
 
 def _longest_on_host(plan: Plan) -> int:
     """Tokens whose offloaded tensors CPU RAM holds: they grow by as much with every token."""
     assert plan.card.host_bytes is not None
-    built_step = _step(plan.model, plan.recipe, plan.card.gpu, plan.chunks, 1)
+    built_step = step_of(plan.model, plan.recipe, plan.card.gpu, plan.chunks, 1)
     fixed = host_bytes(plan.model, plan.recipe, 0, built_step)
     per_token = host_bytes(plan.model, plan.recipe, 1, built_step) - fixed
     remaining, multiple = plan.card.host_bytes - fixed, plan.recipe.pad_to

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..plan.findings import LengthFinding
-from ..plan.solve import Answer, Plan, chunk_tokens
+from ..plan.layout import chunk_tokens
+from ..plan.solve import Answer, Plan
 from ..plan.ways import Way
 from ..spec.hardware import Card
 from ..spec.model import Model

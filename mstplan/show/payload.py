@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ..plan.shapes import Shape
     from ..plan.theorem import Coefficients, Row
     from ..plan.theorem import View as TheView
+    from ..step.simulation import Usage
     from ..tracing.findings import TracedLongest, TraceView
-    from ..tracing.simulation import Usage
     from .plot import Curve
 
 SCHEMA_VERSION = 1

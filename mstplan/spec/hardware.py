@@ -74,6 +74,7 @@ class Card(NamedTuple):
     reserve_bytes: int = 0  # held by other processes
     named: bool = True  # False: only the amount of memory was given
     host_bytes: int | None = None  # CPU RAM, when known
+    expandable: bool = True  # whether torch's allocator is run with expandable segments
 
     def __repr__(self) -> str:
         host = f", CPU RAM {format_gib(self.host_bytes)}" if self.host_bytes is not None else ""
@@ -92,9 +93,14 @@ class Card(NamedTuple):
         return self.total_bytes == MOST_MEMORY
 
     @property
+    def allocatable_bytes(self) -> int:
+        """Bytes that torch's allocator can reserve: total - CUDA context - reserve."""
+        return max(0, self.total_bytes - self.gpu.context_bytes - self.reserve_bytes)
+
+    @property
     def budget_bytes(self) -> int:
         """Bytes that tensors may take: total - CUDA context - allocator granularity - reserve."""
-        return max(0, self.total_bytes - self.gpu.context_bytes - GRANULARITY - self.reserve_bytes)
+        return max(0, self.allocatable_bytes - GRANULARITY)
 
 
 def gpus() -> tuple[Gpu, ...]:

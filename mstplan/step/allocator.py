@@ -227,6 +227,10 @@ class Allocator:
         """Peaks count from now on."""
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
+    def free_sizes(self) -> tuple[int, ...]:
+        """Bytes reserved, and of each free block, smallest first: alike after two steps, a third finds what the second found."""
+        return (self.reserved, *(rank >> _ADDRESS_BITS for pool in (self._large, self._small) for rank in pool.ranks))
+
     def segments(self) -> list[Segment]:
         """Segments that the card holds now, in order of addresses."""
         blocks = [*self._small.free, *self._large.free, *(block for block in self._live.values() if block is not None)]

@@ -12,13 +12,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from .roles import Role
+from .simulation import RELEASED, Allocations
 from .tape import BASIS, Change, Event, Happening, Repeat, Rules, Tensor, backward, forward, grad_of
 
 if TYPE_CHECKING:
     from .steps import Chunks, Sizes, Step
 
-RELEASED = -1
-"""In place of a size."""
+MOST_PIECES = 16
 
 
 class Events(NamedTuple):
@@ -34,10 +34,19 @@ class Events(NamedTuple):
     states_at: int
     sizes: tuple[tuple[int, int], ...]
 
-    def bytes_at(self, sizes: Sizes) -> list[int]:
-        """Bytes of each of `sizes`, at a length."""
+    total: int  # of allocations
+
+    def at(self, sizes: Sizes) -> Allocations:
+        """Events in bytes, at a length."""
         units = sizes.units
-        return [units[basis] * each for basis, each in self.sizes]
+        table = [
+            *(units[basis] * each for basis, each in self.sizes),
+            RELEASED,
+        ]  # RELEASED is the last one's index, too
+        before, step, states = (
+            [(number, table[size]) for number, size in events] for events in (self.before, self.step, self.states)
+        )
+        return Allocations(before, step, states, self.states_at, self.total)
 
 
 class _Follower:
@@ -71,10 +80,18 @@ class _Follower:
         for tensor in tensors:
             self.release(tensor.identity)
 
+    def _count(self, repeat: Repeat) -> int:
+        """Pieces that are followed: all, or `MOST_PIECES` of those that leave nothing behind, as the next find what the last found."""
+        count = self.pieces[repeat.basis]
+        leaves = sum(
+            e.happening.value for e in repeat.events if isinstance(e, Change) and e.tensor.basis == repeat.basis
+        )
+        return count if leaves else min(count, MOST_PIECES)
+
     def follow(self, events: Iterable[Event]) -> None:
         for event in events:
             if isinstance(event, Repeat):
-                count = self.pieces[event.basis]
+                count = self._count(event)
                 for n in range(count):
                     self.follow(_of_piece(event.events, n == 0, n == count - 1))
             elif event.happening is Happening.ALLOCATED:
@@ -102,7 +119,7 @@ def _of_piece(events: Sequence[Event], first: bool, last: bool) -> Iterable[Even
         yield event
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def events_of(step: Step, chunks: Chunks) -> Events:
     """Events of a step in so many pieces."""
     return _Assembly(step, chunks).assemble()
@@ -136,7 +153,7 @@ class _Assembly:
         follower.events += [(n, RELEASED) for n in sorted(alive) if n >= first and n not in gone]
         made = follower.take()
         self._states()
-        return Events(before, made, follower.take(), states_at, tuple(follower.sizes))
+        return Events(before, made, follower.take(), states_at, tuple(follower.sizes), follower.count)
 
     def _follow_passes(self, rules: Rules) -> None:
         tape, follower = self.step.tape, self.follower

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..plan import advice, ways
-from ..plan.solve import Answer, Plan, hardest_lengths
+from ..plan.layout import hardest_lengths
+from ..plan.solve import Answer, Plan
 from ..plan.ways import Way
 from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
 from ..step.recipe import strategy_label
+from ..step.simulation import Usage
 from ..step.steps import InstantPeak
 from ..units import SHORTEST, format_gib, format_tokens
 from . import explain
 from .search import SearchResult
-from .simulation import Usage, allocatable_bytes, simulate
+from .simulation import simulate
 from .trace import Trace
 
 PROVENANCE = "simulated: the model's real code on fake tensors; nothing measured on a GPU"
@@ -53,7 +55,7 @@ def build_view(
     formula = plan.instants() if model.stand_in is None else ()
     at_peak = next((i.entries for i in formula if i.name == trace.peak.instant), ())
     differences = explain.compare(at_peak, trace.alive(trace.peak.event)) if formula else ()
-    usages = [simulate(trace, expandable=expandable, limit=allocatable_bytes(card)) for expandable in (True, False)]
+    usages = [simulate(trace, expandable=expandable, limit=card.allocatable_bytes) for expandable in (True, False)]
     view = TraceView(model, card, strategy, trace, plan, versions, usages[0], usages[1], differences, formula)
     return view._replace(notes=tuple(_notes(view)))
 

@@ -14,14 +14,14 @@ from math import isqrt
 from typing import NamedTuple, TypeVar
 
 from ..errors import ModelError
-from ..plan import solve
+from ..plan import layout, solve
 from ..plan.solve import Answer, Plan, StepPeak
 from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.recipe import Recipe
 from ..step.steps import Chunks
 from ..units import LONGEST, SHORTEST, trainable_tokens
-from .simulation import allocatable_bytes, fits_on, required_bytes
+from .simulation import fits_on, required_bytes
 from .trace import Trace
 
 T = TypeVar("T")
@@ -88,11 +88,11 @@ def find_longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, st
     def trace(seq_len: int) -> Trace:
         padded = recipe.padded(seq_len)
         if padded not in traces:
-            traces[padded] = trace_at(_with_chunks(recipe, solve.cap_chunks(chunks, padded)), padded, card)
+            traces[padded] = trace_at(_with_chunks(recipe, layout.cap_chunks(chunks, padded)), padded, card)
         return traces[padded]
 
     def hardest(seq_len: int) -> list[Trace]:
-        return [trace(tokens) for tokens in solve.hardest_lengths(model, recipe, seq_len)]
+        return [trace(tokens) for tokens in layout.hardest_lengths(model, recipe, seq_len)]
 
     def fits(seq_len: int) -> bool:
         """Whether it fits, and every shorter length. Beyond its positions the code of some models fails; a stand-in may not know them."""
@@ -132,8 +132,8 @@ def find_longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, st
             excess = needs[-1].traced - needs[-1].formula
         else:
             excess, far_count = (
-                _excess_at_capacity(needs, allocatable_bytes(card)),
-                far_count + 1 if abs(needs[-1].traced - allocatable_bytes(card)) > allocatable_bytes(card) * FAR else 0,
+                _excess_at_capacity(needs, card.allocatable_bytes),
+                far_count + 1 if abs(needs[-1].traced - card.allocatable_bytes) > card.allocatable_bytes * FAR else 0,
             )
         corrected = solve.longest_sequence(model, recipe, _shift_card(card, excess), chunks)
         # as good as proportional to the length
@@ -169,7 +169,7 @@ def _with_chunks(recipe: Recipe, chunks: Chunks) -> Recipe:
 
 def _formula_peak(model: Model, recipe: Recipe, card: Card, chunks: Chunks, seq_len: int) -> int:
     padded = recipe.padded(seq_len)
-    return solve.peak_at(model, recipe, card, padded, solve.cap_chunks(chunks, padded))[1]
+    return solve.peak_at(model, recipe, card, padded, layout.cap_chunks(chunks, padded))[1]
 
 
 def _card_for_stand_in(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt) -> Card:
@@ -184,7 +184,7 @@ def _card_for_stand_in(model: Model, recipe: Recipe, card: Card, trace_at: Trace
 
 def _shift_card(card: Card, excess: int) -> Card:
     """The card on which the formula, were it off by so many bytes everywhere, would answer rightly."""
-    return card._replace(reserve_bytes=card.reserve_bytes - (allocatable_bytes(card) - card.budget_bytes - excess))
+    return card._replace(reserve_bytes=card.reserve_bytes - (card.allocatable_bytes - card.budget_bytes - excess))
 
 
 def _excess_at_capacity(needs: Sequence[Need], capacity: int) -> int:

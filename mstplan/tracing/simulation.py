@@ -3,69 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from ..spec.hardware import CUBLAS_HANDLES, Card
-from ..step.allocator import Allocator, OutOfMemory
 from ..step.instants import Pass
+from ..step.simulation import MOST_STEPS, RELEASED, Allocations, AllocatorEvent, Usage, least_limit, simulate_steps
 from ..units import MIB
 from .trace import Trace
 
-AllocatorEvent = tuple[int, int, int]  # key, bytes, +1 allocated or -1 released
 
-
-class Usage(NamedTuple):
-    """Most bytes in a step after the first. retries: how often the cache had to be given back to go on."""
-
-    allocated: int
-    reserved: int
-    retries: int
-    out_of_memory: OutOfMemory | None
-
-
-def simulate(trace: Trace, *, expandable: bool, limit: int | None = None, steps: int = 3) -> Usage:
-    """Simulate what the allocator holds in the last of `steps` steps. limit: bytes of the card beside its CUDA context."""
-    allocator = Allocator(expandable=expandable, limit=limit)
-    for n, events in enumerate(_events_by_step(trace, steps)):
-        if n == steps:  # the first entry is what is there before any step
-            allocator.reset_peaks()
-        for key, size, sign in events:
-            if sign < 0:
-                allocator.free(key)
-            elif (failed := allocator.allocate(key, size)) is not None:
-                return Usage(allocator.peak_allocated, allocator.peak_reserved, allocator.retries, failed)
-    return Usage(allocator.peak_allocated, allocator.peak_reserved, allocator.retries, None)
-
-
-def allocatable_bytes(card: Card) -> int:
-    """Bytes of a card that the allocator can reserve."""
-    return card.total_bytes - card.gpu.context_bytes - card.reserve_bytes
+def simulate(trace: Trace, *, expandable: bool, limit: int | None = None, most_steps: int = MOST_STEPS) -> Usage:
+    """Simulate what the allocator holds of training, step after step. limit: bytes of the card beside its CUDA context."""
+    return simulate_steps(_allocations(trace), expandable=expandable, limit=limit, most_steps=most_steps)
 
 
 def fits_on(trace: Trace, card: Card) -> bool:
-    """Whether the allocator finds room for the step on this card, with expandable segments."""
-    return (
-        trace.peak.bytes <= allocatable_bytes(card)
-        and simulate(trace, expandable=True, limit=allocatable_bytes(card)).out_of_memory is None
-    )
+    """Whether the allocator finds room for training on this card."""
+    limit = card.allocatable_bytes
+    return trace.peak.bytes <= limit and simulate(trace, expandable=card.expandable, limit=limit).runs
 
 
-def required_bytes(trace: Trace, precision: int = 2 * MIB) -> int:
-    """The least room, to `precision` bytes, in which the allocator runs the step with expandable segments."""
-    low, high = trace.peak.bytes, simulate(trace, expandable=True).reserved  # too little, or just enough; enough
-    while high - low > precision:
-        middle = (low + high) // 2
-        if simulate(trace, expandable=True, limit=middle).out_of_memory is None:
-            high = middle
+def required_bytes(trace: Trace, expandable: bool = True, precision: int = 2 * MIB) -> int:
+    """The least room, to `precision` bytes, in which the allocator runs training."""
+    return least_limit(_allocations(trace), expandable=expandable, precision=precision)
+
+
+def all_events(trace: Trace, steps: int = 2) -> Iterator[tuple[int, int, int]]:
+    """Allocations and releases of a run of a few steps: (key, bytes, +1 or -1)."""
+    allocations, sizes = _allocations(trace), dict[int, int]()
+    for key, size in _in_order(allocations, steps):
+        if size == RELEASED:
+            yield key, sizes.pop(key), -1
         else:
-            low = middle
-    return high
+            sizes[key] = size
+            yield key, size, 1
 
 
-def all_events(trace: Trace, steps: int = 2) -> Iterator[AllocatorEvent]:
-    """Allocations and releases of a run of a few steps."""
-    for events in _events_by_step(trace, steps):
-        yield from events
+def _in_order(allocations: Allocations, steps: int) -> Iterator[AllocatorEvent]:
+    yield from allocations.before
+    for n in range(steps):
+        for e, (number, size) in enumerate(allocations.step):
+            if n == 0 and e == allocations.states_at:
+                yield from allocations.states
+            yield number + n * allocations.total, size
 
 
 def frame_names(trace: Trace, key: int) -> list[str]:
@@ -86,35 +65,27 @@ def frame_names(trace: Trace, key: int) -> list[str]:
 _WEIGHT, _STATE, _WORKSPACE, _STORAGE = range(4)
 
 
-def _events_by_step(trace: Trace, steps: int) -> Iterator[Iterator[AllocatorEvent]]:
-    """The events before the first step, then those of each step. The optimizer's states come in the first one's update."""
-    yield _events_before(trace)
-    for n in range(steps):
-        yield _events_of_step(trace, n)
-
-
-def _events_before(trace: Trace) -> Iterator[AllocatorEvent]:
-    yield from ((4 * n + _WEIGHT, weight.bytes, 1) for n, weight in enumerate(trace.weights))
-    if trace.workspace:
-        yield from ((4 * n + _WORKSPACE, trace.workspace // CUBLAS_HANDLES, 1) for n in range(CUBLAS_HANDLES))
-
-
-def _events_of_step(trace: Trace, n: int) -> Iterator[AllocatorEvent]:
-    storages, alive = trace.step.storages, set[int]()
-    update = next(
-        (start for place, start in trace.step.places if place.run == Pass.OPTIMIZER and start), len(trace.step.events)
-    )
-
-    def key(index: int) -> int:
-        return 4 * (n * len(storages) + index) + _STORAGE
-
+def _allocations(trace: Trace) -> Allocations:
+    """The trace's events on the device; an optimizer that has no events of its own makes its states when all others are through."""
+    storages, step, states_at, alive = trace.step.storages, list[AllocatorEvent](), None, dict[int, None]()
+    update = next((start for place, start in trace.step.places if place.run == Pass.OPTIMIZER and start), None)
     for e, (index, sign) in enumerate(trace.step.events):
-        if n == 0 and e == update:
-            yield from ((4 * i + _STATE, state.bytes, 1) for i, state in enumerate(trace.held_states))
+        if e == update:
+            states_at = len(step)
         if storages[index].host:
             continue
-        (alive.add if sign > 0 else alive.discard)(index)
-        yield key(index), storages[index].bytes, sign
-    if n == 0 and update == len(trace.step.events):
-        yield from ((4 * i + _STATE, state.bytes, 1) for i, state in enumerate(trace.held_states))
-    yield from ((key(index), storages[index].bytes, -1) for index in sorted(alive))  # gradients, the batch
+        step.append((4 * index + _STORAGE, storages[index].bytes if sign > 0 else RELEASED))
+        if sign > 0:
+            alive[index] = None
+        else:
+            del alive[index]
+    states_at = len(step) if states_at is None else states_at
+    step += ((4 * index + _STORAGE, RELEASED) for index in sorted(alive))  # gradients, the batch
+    states = [(4 * n + _STATE, state.bytes) for n, state in enumerate(trace.held_states)]
+    return Allocations(_before(trace), step, states, states_at, 4 * len(storages))
+
+
+def _before(trace: Trace) -> list[AllocatorEvent]:
+    weights = [(4 * n + _WEIGHT, weight.bytes) for n, weight in enumerate(trace.weights)]
+    handles = range(CUBLAS_HANDLES) if trace.workspace else ()
+    return [*weights, *((4 * n + _WORKSPACE, trace.workspace // CUBLAS_HANDLES) for n in handles)]

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, RecipeError, did_you_mean, quoted
-from ..plan.solve import chunk_tokens
+from ..plan.layout import chunk_tokens
 from ..step.recipe import Recipe, strategy
 from ..step.steps import segment_length
 from .checkpoint import Checkpoints

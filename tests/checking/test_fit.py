@@ -11,7 +11,7 @@ from mstplan import MeasurementError, card, load_model, max_seq
 from mstplan.checking import fit, validate
 from mstplan.measuring.measurement import Measurement, slice_config
 from mstplan.plan import calibration
-from mstplan.plan.solve import layout_of, step_sizes
+from mstplan.plan.layout import layout_of, step_sizes
 from mstplan.spec import hardware
 from mstplan.spec.catalog import load_config
 from mstplan.spec.config import read_config

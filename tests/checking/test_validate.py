@@ -15,7 +15,7 @@ from mstplan.checking.validate import ALLOCATED, CALIBRATED, DEVICE, ERROR_BOUND
 from mstplan.measuring import measurement
 from mstplan.measuring.measurement import FAILED, OUT_OF_MEMORY, Measurement
 from mstplan.plan import calibration
-from mstplan.plan.solve import step_sizes
+from mstplan.plan.layout import step_sizes
 from mstplan.show import validating
 from mstplan.step.instants import Instant
 from mstplan.step.recipe import strategy

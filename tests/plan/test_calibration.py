@@ -6,7 +6,8 @@ import pytest
 
 from mstplan import card, kept, load_model, model_names, plan_at
 from mstplan.plan import calibration, solve
-from mstplan.plan.solve import choose_chunks, fixed_chunks, layout_of, step_sizes
+from mstplan.plan.layout import layout_of, step_sizes
+from mstplan.plan.solve import choose_chunks, fixed_chunks
 from mstplan.profiles import ROOT
 from mstplan.step.recipe import STRATEGIES
 from mstplan.step.steps import Chunks, Layout, step
@@ -48,7 +49,7 @@ def test_what_it_changes(name):
         for seq_len in LENGTHS:
             layout, where = layout_of(model, recipe, chunks, seq_len), step_sizes(recipe, seq_len, chunks)
             formula = step(model, layout, 0)
-            found = solve.calibration_at(model, recipe, seq_len, chunks)
+            found = layout.calibration_at(model, recipe, seq_len, chunks)
             assert found is not None, (strategy, seq_len)
             told, calibrated = formula.largest(where)[1], formula.calibrated(found.moments).largest(where)[1]
             assert abs(calibrated - told) <= 8 * seq_len + 1e-4 * told, (strategy, seq_len)

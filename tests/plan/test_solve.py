@@ -5,11 +5,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mstplan.errors import UnitError
+from mstplan.plan.layout import cap_chunks, chunk_tokens, step_of, window_of
 from mstplan.plan.solve import (
     MIN_GAIN,
-    _step,
-    cap_chunks,
-    chunk_tokens,
     fixed_chunks,
     longest_sequence,
     max_seq,
@@ -17,7 +15,6 @@ from mstplan.plan.solve import (
     plan_at,
     recommend_chunks,
     smallest_chunks_tokens,
-    window_of,
 )
 from mstplan.spec.catalog import load_model, model_names
 from mstplan.spec.hardware import card
@@ -188,7 +185,7 @@ def test_two_sequences_of_half_the_length(data):
 
 def fp32_sums(model, recipe, chunks, seq_len):
     """What several chunks cost: fp32 sums of the weights' gradients, of one MLP and of the head."""
-    step = _step(model, recipe, A100.gpu, chunks, seq_len)
+    step = step_of(model, recipe, A100.gpu, chunks, seq_len)
     parts = [op.part for op in step.tape.ops if op.part is not None]
     inner = [op.part for part in parts if not part.in_forward for op in part.tape.ops if op.part is not None]
     head = sum(t.bytes for part in parts if part.in_forward for t in part.sums)

@@ -29,7 +29,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mstplan import profiles
-from mstplan.plan.solve import step_sizes
+from mstplan.plan.layout import step_sizes
 from mstplan.spec.config import read_config
 from mstplan.spec.model import Model
 from mstplan.step.cuda import efficient_accumulates, efficient_workspace

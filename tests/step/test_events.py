@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from mstplan.errors import RecipeError
-from mstplan.plan import solve
+from mstplan.plan import layout
 from mstplan.spec.catalog import load_model
 from mstplan.spec.hardware import card
-from mstplan.step.events import RELEASED, Events, events_of
+from mstplan.step.events import Events, events_of
 from mstplan.step.recipe import STRATEGIES
+from mstplan.step.simulation import RELEASED
 from mstplan.step.steps import Chunks, Sizes, step
 
 H100 = card("h100").gpu
@@ -39,13 +40,13 @@ VARIANTS = {
 
 def running_peak(events: Events, sizes: Sizes) -> tuple[int, int, int]:
     """(peak, bytes before, bytes after) of a step that is not the first."""
-    by_size = events.bytes_at(sizes)
-    before = sum(by_size[size] for _, size in (*events.before, *events.states))
+    allocations = events.at(sizes)
+    before = sum(size for _, size in (*allocations.before, *allocations.states))
     live = peak = before
     alive: dict[int, int] = {}
-    for number, size in events.step:
+    for number, size in allocations.step:
         assert (number in alive) == (size == RELEASED)
-        change = -alive.pop(number) if size == RELEASED else alive.setdefault(number, by_size[size])
+        change = -alive.pop(number) if size == RELEASED else alive.setdefault(number, size)
         live += change
         peak = max(peak, live)
     return peak, before, live
@@ -61,7 +62,7 @@ def test_allocations_add_up_to_the_peak(name: str, variant: str) -> None:
             recipe = strategy.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss, **VARIANTS[variant])
         except RecipeError:  # no such recipe
             continue
-        whole = step(model, solve.layout_of(model, recipe, chunks, 8192), H100.workspaces_bytes)
-        sizes = solve.step_sizes(recipe, 8192, chunks)
+        whole = step(model, layout.layout_of(model, recipe, chunks, 8192), H100.workspaces_bytes)
+        sizes = layout.step_sizes(recipe, 8192, chunks)
         peak, before, after = running_peak(events_of(whole, chunks), sizes)
         assert peak == pytest.approx(whole.largest(sizes)[1], rel=1e-6) and before == after

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from mstplan.errors import ModelError
 from mstplan.measuring.measurement import Measurement, slice_config
-from mstplan.plan.solve import max_seq, plan_at, step_sizes
+from mstplan.plan.layout import step_sizes
+from mstplan.plan.solve import max_seq, plan_at
 from mstplan.spec.catalog import load_config
 from mstplan.spec.config import read_config
 from mstplan.spec.hardware import card

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan import profiles
-from mstplan.plan.solve import _step, layout_of, peak_at, step_sizes
+from mstplan.plan.layout import layout_of, step_of, step_sizes
+from mstplan.plan.solve import peak_at
 from mstplan.spec.catalog import load_model, model_names
 from mstplan.spec.hardware import card
 from mstplan.spec.model import LayerKind, Mlp
@@ -167,7 +168,7 @@ def test_entries_add_up(name):
     for plan in STRATEGIES:
         recipe = strategy(plan)
         chunks = chunks_of(recipe, 16)
-        check_instants(_step(model, recipe, A100.gpu, chunks, 32768), step_sizes(recipe, 32768, chunks))
+        check_instants(step_of(model, recipe, A100.gpu, chunks, 32768), step_sizes(recipe, 32768, chunks))
 
 
 @quick
@@ -175,7 +176,7 @@ def test_entries_add_up(name):
 def test_entries_add_up_for_any_model_and_recipe(data):
     model, recipe = data.draw(models()), data.draw(recipes())
     chunks, seq_len = data.draw(chunk_counts(recipe)), data.draw(st.integers(1, 200_000))
-    check_instants(_step(model, recipe, A100.gpu, chunks, seq_len), step_sizes(recipe, seq_len, chunks))
+    check_instants(step_of(model, recipe, A100.gpu, chunks, seq_len), step_sizes(recipe, seq_len, chunks))
 
 
 @quick
@@ -216,13 +217,13 @@ def test_published_peaks_of_llama3_8b_at_4k(plan, changes, chunks, gib):
 # ---- parameters -----------------------------------------------------------------------------------------------------------
 
 
-def step_of(model):
+def bare_step_of(model):
     return Step(model, Layout(strategy("standard"), False, False, False), 0)
 
 
 @pytest.mark.parametrize("name", model_names())
 def test_parameter_counts(name):
-    assert step_of(load_model(name)).parameters == INDEX[name]["parameters"]
+    assert bare_step_of(load_model(name)).parameters == INDEX[name]["parameters"]
 
 
 def counted(name):
@@ -243,7 +244,7 @@ def counted(name):
 
 @pytest.mark.parametrize("name", model_names())
 def test_parameter_counts_of_the_real_model(name):
-    weights = step_of(load_model(name)).weights
+    weights = bare_step_of(load_model(name)).weights
     total = sum(w.numel * n for w, n in weights)
     active = sum(w.numel * w.active[0] // w.active[1] * n for w, n in weights)
     assert (total, active) == counted(name)

@@ -9,7 +9,7 @@ from weakref import ref
 
 import pytest
 
-from mstplan.plan.solve import layout_of, step_sizes
+from mstplan.plan.layout import layout_of, step_sizes
 from mstplan.spec.catalog import load_model
 from mstplan.step import steps
 from mstplan.step.instants import Instant, Stage

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from mstplan import load_model
 from mstplan.errors import RecipeError
-from mstplan.plan.solve import _step, fixed_chunks, step_sizes
+from mstplan.plan.layout import step_of, step_sizes
+from mstplan.plan.solve import fixed_chunks
 from mstplan.spec.catalog import load_config
 from mstplan.spec.hardware import find_gpu
 from mstplan.step.recipe import Recipe, strategy
@@ -176,7 +177,7 @@ def check_formula(name: str, recipe: Recipe, tokens: int) -> None:
     """Every instant within 1%, the peak within 0.2%."""
     found = trace(load_config(name), recipe, tokens, workspace=GPU.workspaces_bytes)
     chunks = fixed_chunks(recipe)
-    step = _step(load_model(name), recipe, GPU, chunks, tokens)
+    step = step_of(load_model(name), recipe, GPU, chunks, tokens)
     formula = {instant.name: instant.bytes for instant in step.instants(step_sizes(recipe, tokens, chunks))}
     assert formula == {p.instant: pytest.approx(p.bytes, rel=0.01) for p in found.peaks}
     assert max(formula.values()) == pytest.approx(found.peak.bytes, rel=0.002)

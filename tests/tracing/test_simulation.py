@@ -6,7 +6,7 @@ import pytest
 
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing.simulation import all_events, allocatable_bytes, fits_on, frame_names, required_bytes, simulate
+from mstplan.tracing.simulation import all_events, fits_on, frame_names, required_bytes, simulate
 from mstplan.tracing.snapshot import snapshot
 from mstplan.units import GIB, MIB
 
@@ -60,7 +60,7 @@ def test_needed_is_just_enough():
 def test_runs_on_a_card():
     trace = step_of(CHECKPOINT, 4096)
     assert fits_on(trace, card(memory=8 * GIB))
-    small = card(memory=8 * GIB, reserve=allocatable_bytes(card(memory=8 * GIB)) - trace.peak.bytes + MIB)
+    small = card(memory=8 * GIB, reserve=card(memory=8 * GIB).allocatable_bytes - trace.peak.bytes + MIB)
     assert not fits_on(trace, small)
 
 

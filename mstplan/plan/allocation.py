@@ -1,0 +1,79 @@
+"""What the caching allocator makes of a planned step: whether it runs, what it reserves, and the longest sequence that runs.
+
+Tensors that fit together need not find room: the allocator has holes. The step model writes its allocations down in order
+(`step/events.py`), and the simulated allocator (`step/simulation.py`) is given them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..spec.hardware import Card
+from ..spec.model import Model
+from ..step.events import events_of
+from ..step.recipe import Recipe
+from ..step.simulation import Usage, simulate_steps
+from ..step.steps import Chunks, Step
+from ..step.steps import step as formula_step
+from ..units import SHORTEST
+from .layout import cap_chunks, hardest_lengths, layout_of, step_of, step_sizes
+
+RESOLUTION = 512
+"""The longest sequence that runs is searched for in steps of this share of the longest whose tensors fit."""
+
+
+def usage_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> Usage:
+    """Usage of the batch, among those of up to `seq_len` tokens, that needs most: the first that does not run, or what reserves most."""
+    usages = []
+    for tokens in hardest_lengths(model, recipe, seq_len):
+        usages.append(usage_at(model, recipe, card, tokens, cap_chunks(chunks, tokens)))
+        if not usages[-1].runs:
+            return usages[-1]
+    return max(usages, key=lambda usage: usage.reserved)
+
+
+@lru_cache(maxsize=4096)
+def usage_at(model: Model, recipe: Recipe, card: Card, tokens: int, chunks: Chunks) -> Usage:
+    """Usage of batches of so many tokens."""
+    sizes = step_sizes(recipe, tokens, chunks)
+    formula = formula_step(model, layout_of(model, recipe, chunks, tokens), card.gpu.workspaces_bytes)
+    planned = step_of(model, recipe, card.gpu, chunks, tokens)
+    calibrated = _peak(planned, sizes.units) - _peak(formula, sizes.units) if planned.is_calibrated else 0
+    limit = card.allocatable_bytes - max(0, calibrated)
+    return simulate_steps(events_of(formula, chunks).at(sizes), expandable=card.expandable, limit=limit)
+
+
+def _peak(step: Step, units: tuple[int, ...]) -> int:
+    return max(sum(map(int.__mul__, m.live, units)) for moments in step.moments.values() for m in moments)
+
+
+def longest_that_runs(model: Model, recipe: Recipe, card: Card, chunks: Chunks, fitting: int) -> int:
+    """The longest sequence that runs, in tokens; 0 when not even `SHORTEST` does. fitting: the longest whose tensors fit.
+
+    Found from there downwards in growing steps, then to `RESOLUTION`. Where the allocator's holes come and go with the length, some
+    of the shorter ones need not run: `usage_at` tells of each.
+    """
+    multiple = recipe.pad_to
+    resolution = max(1, fitting // RESOLUTION)
+
+    def runs(seq_len: int) -> bool:
+        return usage_up_to(model, recipe, card, seq_len, chunks).runs
+
+    if fitting < SHORTEST or runs(fitting):
+        return fitting
+    low, high, step = 0, fitting, fitting // 64 or 1
+    while high > SHORTEST:
+        candidate = max(SHORTEST, (fitting - step) // multiple * multiple)
+        if runs(candidate):
+            low = candidate
+            break
+        high, step = candidate, 2 * step
+    while low and high - low > max(resolution, multiple):
+        middle = (low + high) // 2 // multiple * multiple
+        if middle <= low:
+            break
+        if runs(middle):
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,107 @@
+"""The step of a recipe at a length: its structure, its sizes, and the lengths of batches that need most."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import islice
+
+from ..kept import KeptFile
+from ..spec.hardware import Gpu
+from ..spec.model import Model
+from ..step.cuda import BIAS_ROWS
+from ..step.kernels import SDPA
+from ..step.recipe import Recipe
+from ..step.steps import Chunks, Layout, Sizes, Step, step
+from . import calibration
+from .calibration import Calibration
+
+
+def chunk_tokens(seq_len: int, chunks: int) -> int:
+    return -(-seq_len // chunks)
+
+
+def window_of(model: Model, recipe: Recipe) -> int | None:
+    """The length from which sdpa needs explicit masks; None: never."""
+    if recipe.attention != SDPA or not model.has_sdpa:
+        return None
+    windows = {kind.window for kind in model.layer_kinds if kind.window is not None}
+    return min(windows) if windows else None
+
+
+@lru_cache(maxsize=256)
+def _bare_recipe(recipe: Recipe) -> Recipe:
+    """The recipe without what only sizes depend on, so that steps are shared."""
+    return recipe.model_copy(
+        update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation), "pad_to": 1}
+    )
+
+
+def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Layout:
+    """The structure of the step at `seq_len` tokens."""
+    window = window_of(model, recipe)
+    masked = window is not None and seq_len >= window
+    return Layout(_bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
+
+
+def step_of(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
+    return _calibrated_step(model, layout_of(model, recipe, chunks, seq_len), gpu.workspaces_bytes)
+
+
+def layout_step(
+    model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
+) -> Step:
+    layout = Layout(_bare_recipe(recipe), several_mlp, several_loss, masked, padded)
+    return _calibrated_step(model, layout, gpu.workspaces_bytes)
+
+
+def _calibrated_step(model: Model, layout: Layout, workspace: int) -> Step:
+    """The formula's step, or what a calibration has in its place."""
+    if calibration.are_set_aside():
+        return step(model, layout, workspace)
+    return _cached_step(model, layout, workspace, calibration.find_own_file(model))
+
+
+@lru_cache(maxsize=1024)
+def _cached_step(model: Model, layout: Layout, workspace: int, _own: KeptFile | None) -> Step:
+    """Step for one state of the user's file of calibrations."""
+    replacement = _find_calibration(model, layout)
+    formula = step(model, layout, workspace)
+    return formula if replacement is None else formula.calibrated(replacement.moments)
+
+
+def calibration_at(model: Model, recipe: Recipe, seq_len: int, chunks: Chunks) -> Calibration | None:
+    """The calibration that the answer at this length stands on; None: the formula."""
+    return _find_calibration(model, layout_of(model, recipe, chunks, seq_len))
+
+
+def _find_calibration(model: Model, layout: Layout) -> Calibration | None:
+    """Calibrations are of lengths without padding."""
+    if layout.padded:
+        return None
+    return calibration.find_calibration(
+        model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked
+    )
+
+
+def step_sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
+    return Sizes(recipe.batch, seq_len, chunk_tokens(seq_len, chunks.mlp), chunk_tokens(seq_len, chunks.loss))
+
+
+def hardest_lengths(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:
+    """Lengths of which one needs more than every other up to `seq_len`: that one as it is run; beyond a window, the nearest shorter one
+    whose mask has to be padded where this one's has not, or the other way round, and the longest that needs no mask."""
+    run_tokens, window, multiple = recipe.padded(seq_len), window_of(model, recipe), recipe.pad_to
+    if window is None or run_tokens < window:
+        return (run_tokens,)
+    shorter = (
+        n
+        for n in range(run_tokens - multiple, max(window, run_tokens - BIAS_ROWS * multiple) - 1, -multiple)
+        if (n % BIAS_ROWS != 0) != (run_tokens % BIAS_ROWS != 0)
+    )
+    last_unmasked = (window - 1) // multiple * multiple
+    return (run_tokens, *islice(shorter, 1), *([last_unmasked] if last_unmasked else []))
+
+
+def cap_chunks(chunks: Chunks, seq_len: int) -> Chunks:
+    """No more pieces than tokens."""
+    return Chunks(min(chunks.mlp, seq_len), min(chunks.loss, seq_len))

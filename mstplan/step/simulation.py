@@ -1,0 +1,102 @@
+"""What torch's caching allocator holds of training, step after step: whether it runs, and what it reserves. No torch, no GPU.
+
+A step that runs once need not run for long: each leaves the free memory in other pieces for the next. So steps are simulated until one leaves
+it as an earlier one did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from .allocator import Allocator, OutOfMemory
+
+RELEASED = -1
+"""In place of bytes."""
+MOST_STEPS = 12
+"""Steps that are simulated where none leaves the free memory as an earlier one did."""
+
+AllocatorEvent = tuple[int, int]
+"""Which allocation, by a number of its own, and its bytes or RELEASED."""
+
+
+class Allocations(NamedTuple):
+    """Allocations and releases of training, in order.
+
+    before: what stays from before the first step. step: one optimizer step, which lets go of all that it allocates. states: the optimizer's, which
+    the first step allocates before its event `states_at`. Each number stands for one allocation: of a later step, `total` is added to it for every
+    step before.
+    """
+
+    before: Sequence[AllocatorEvent]
+    step: Sequence[AllocatorEvent]
+    states: Sequence[AllocatorEvent]
+    states_at: int
+    total: int
+
+
+class Usage(NamedTuple):
+    """What the allocator holds at most, in bytes, in the last step that was simulated.
+
+    retries: how often it had to give back what it cached to go on, in all steps. steps: how many were simulated; memory ran out in the last of
+    them, if it did.
+    """
+
+    allocated: int
+    reserved: int
+    retries: int
+    out_of_memory: OutOfMemory | None
+    steps: int = 0
+
+    @property
+    def runs(self) -> bool:
+        return self.out_of_memory is None
+
+
+def simulate_steps(
+    allocations: Allocations, *, expandable: bool, limit: int | None = None, most_steps: int = MOST_STEPS
+) -> Usage:
+    """Simulate training until it repeats itself, or for `most_steps`. limit: bytes of the GPU beside its CUDA context."""
+    allocator = Allocator(expandable=expandable, limit=limit)
+    failure, steps = _allocate(allocator, allocations.before), 0
+    left: set[tuple[int, ...]] = set()  # what steps left free
+    while failure is None and steps < most_steps and len(left) == steps:
+        allocator.reset_peaks()
+        failure = _run_step(allocator, allocations, steps)
+        left.add(allocator.free_sizes())
+        steps += 1
+    return Usage(allocator.peak_allocated, allocator.peak_reserved, allocator.retries, failure, steps)
+
+
+def _run_step(allocator: Allocator, allocations: Allocations, n: int) -> OutOfMemory | None:
+    if n:
+        return _run(allocator, allocations.step, n * allocations.total)
+    first, rest = allocations.step[: allocations.states_at], allocations.step[allocations.states_at :]
+    return _run(allocator, first, 0) or _allocate(allocator, allocations.states) or _run(allocator, rest, 0)
+
+
+def _allocate(allocator: Allocator, events: Iterable[AllocatorEvent]) -> OutOfMemory | None:
+    return next((failure for key, size in events if (failure := allocator.allocate(key, size)) is not None), None)
+
+
+def _run(allocator: Allocator, events: Iterable[AllocatorEvent], offset: int) -> OutOfMemory | None:
+    allocate, free = allocator.allocate, allocator.free
+    for number, size in events:
+        if size < 0:
+            free(number + offset)
+        elif (failure := allocate(number + offset, size)) is not None:
+            return failure
+    return None
+
+
+def least_limit(allocations: Allocations, *, expandable: bool, precision: int) -> int:
+    """The least limit, to `precision` bytes, with which training runs."""
+    usage = simulate_steps(allocations, expandable=expandable)
+    low, high = usage.allocated - 1, usage.reserved  # too little; enough, as nothing else is ever reserved
+    while high - low > precision:
+        middle = (low + high) // 2
+        if simulate_steps(allocations, expandable=expandable, limit=middle).runs:
+            high = middle
+        else:
+            low = middle
+    return high
