@@ -172,6 +172,10 @@ class LengthOptions(Options):
     seq_len = option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")
 
 
+_EXPANDABLE = "expandable"
+_ALLOCATORS = {_EXPANDABLE: "expandable_segments:True", "default": "as torch is without settings"}
+
+
 class CardOptions(Options):
     gpu = option(str, "--gpu", "A GPU by name (see `mstplan gpus`).", panel="GPU", metavar="NAME", choices=known_gpus)
     gpu_mem = option(
@@ -179,6 +183,14 @@ class CardOptions(Options):
     )
     host_mem = option(str, "--host-mem", "CPU RAM for what is offloaded.", panel="GPU", metavar="SIZE")
     reserve = option(str, "--reserve", "GPU memory that other processes hold.", "0B", panel="GPU", metavar="SIZE")
+    allocator = option(
+        str,
+        "--allocator",
+        f"How torch's allocator is set: {listed(_ALLOCATORS, _ALLOCATORS)}. Default {_EXPANDABLE}.",
+        panel="GPU",
+        metavar="NAME",
+        choices=lambda: _ALLOCATORS,
+    )
 
 
 class StepOptions(Options):
@@ -391,7 +403,13 @@ def card_of(options: CardOptions) -> Card:
     from ..spec.hardware import card
     from ..units import parse_memory
 
-    return card(options.gpu, memory(options.gpu_mem), parse_memory(options.reserve), memory(options.host_mem))
+    return card(
+        options.gpu,
+        memory(options.gpu_mem),
+        parse_memory(options.reserve),
+        memory(options.host_mem),
+        options.allocator or _EXPANDABLE,
+    )
 
 
 def memory(text: str | None) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..spec import hardware
-from ..spec.hardware import GRANULARITY, Card, Gpu, gpus_of_size
+from ..spec.hardware import EXPANDABLE, EXPANDABLE_SETTING, GRANULARITY, USUAL, Card, Gpu, gpus_of_size
 from ..spec.model import Model
 from ..step.cuda import BIAS_ROWS
 from ..step.optimizers import stand_ins
@@ -14,6 +14,7 @@ from ..step.recipe import Recipe, strategy_label
 from ..step.steps import Chunks, embeddings_are_frozen
 from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration
+from .allocation import longest_that_runs
 from .layout import window_of
 from .solve import Answer, Plan, longest_sequence, max_seq, smallest_chunks_tokens
 from .ways import Way, nearest_plan
@@ -51,6 +52,35 @@ def card_notes(card: Card) -> list[str]:
             f"{gpu.name} has neither bf16 tensor cores nor FlashAttention-2: real steps there need more memory and time."
         )
     return notes
+
+
+def other_allocator(card: Card) -> Card:
+    """The card with torch's allocator set the other way."""
+    return card._replace(allocator=USUAL if card.expandable else EXPANDABLE)
+
+
+def _setting(card: Card) -> str:
+    return f"with {EXPANDABLE_SETTING}" if card.expandable else "as torch is without settings"
+
+
+def longest_allocator_note(best: Answer, other_s_max: int) -> str:
+    """What S_max stands on, and what it is with the allocator set the other way."""
+    card, label = best.plan.card, strategy_label(best.strategy)
+    advice = " (export it)" if card.expandable else ""
+    other = f"{_setting(other_allocator(card))} {label} reaches {format_tokens(other_s_max)}"
+    return f"longest: what torch's allocator finds room for, step after step, {_setting(card)}{advice}; {other}."
+
+
+def allocator_note(plan: Plan) -> list[str]:
+    """How a step whose tensors fit fares with the allocator set the other way."""
+    if not plan.tensors_fit:
+        return []
+    other = plan._replace(card=other_allocator(plan.card))
+    if other.usage.out_of_memory is None:
+        fares = f"it runs with {format_gib(other.usage.reserved)} reserved"
+    else:
+        fares = f"it runs out of memory in step {other.usage.steps}"
+    return [f"torch's allocator is simulated {_setting(plan.card)}; {_setting(other.card)} {fares}."]
 
 
 def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
@@ -128,7 +158,7 @@ def answer_notes(answer: Answer) -> list[str]:
         return [f"{strategy_label(answer.strategy)}: not even {SHORTEST} tokens fit: {_shortage(plan)}."]
     notes = position_notes(plan.model, answer.s_max)
     if plan.card.host_bytes is not None:
-        gpu_s_max = longest_sequence(plan.model, plan.recipe, plan.card, plan.chunks)
+        gpu_s_max = longest_that_runs(plan.model, plan.recipe, plan.card, plan.chunks, answer.s_max_tensors or 0)
         if gpu_s_max > answer.s_max:
             host_size = format_gib(plan.card.host_bytes)
             allowed = f"{host_size} allows {format_tokens(answer.s_max)} tokens, the GPU {format_tokens(gpu_s_max)}"
@@ -156,6 +186,10 @@ def _shortage(plan: Plan) -> str:
     if plan.peak_bytes > plan.budget_bytes:
         missing = format_gib(plan.peak_bytes - plan.budget_bytes)
         parts.append(f"{plan.instant} needs {format_gib(plan.peak_bytes)}, {missing} more than the budget")
+    elif (failed := plan.usage.out_of_memory) is not None:
+        parts.append(
+            f"the allocator finds no room for {format_gib(failed.requested)} beside {format_gib(failed.allocated)}"
+        )
     return "; ".join([*parts, *host_notes(plan)])
 
 
@@ -202,11 +236,11 @@ def larger_chunks_note(answer: Answer) -> list[str]:
     """What doubling the recommended chunk counts would buy and cost."""
     plan = answer.plan
     mlp, loss = plan.recipe.mlp_chunks == "auto", plan.recipe.loss_chunks == "auto"
-    if not (mlp or loss):
+    if not (mlp or loss) or answer.s_max_tensors is None:
         return []
     double = Chunks(plan.chunks.mlp * (2 if mlp else 1), plan.chunks.loss * (2 if loss else 1))
     larger_s_max = longest_sequence(plan.model, plan.recipe, plan.card, double)
-    gain = (larger_s_max - answer.s_max) / answer.s_max
+    gain = (larger_s_max - answer.s_max_tensors) / answer.s_max_tensors
     effect = f"{strategy_label(answer.strategy)}: twice the pieces, {double.mlp} (MLP) and {double.loss} (loss), would "
     if abs(gain) < 0.0005:
         return []

@@ -6,6 +6,7 @@ Tensors that fit together need not find room: the allocator has holes. The step 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 from ..spec.hardware import Card
@@ -50,30 +51,44 @@ def _peak(step: Step, units: tuple[int, ...]) -> int:
 def longest_that_runs(model: Model, recipe: Recipe, card: Card, chunks: Chunks, fitting: int) -> int:
     """The longest sequence that runs, in tokens; 0 when not even `SHORTEST` does. fitting: the longest whose tensors fit.
 
-    Found from there downwards in growing steps, then to `RESOLUTION`. Where the allocator's holes come and go with the length, some
-    of the shorter ones need not run: `usage_at` tells of each.
+    With expandable segments holes grow with the length, so that it is looked for from `fitting` downwards. Without them they come and go, so
+    that lengths are tried upwards, and the first that does not run ends it: longer ones that happen to run would not help.
     """
-    multiple = recipe.pad_to
-    resolution = max(1, fitting // RESOLUTION)
 
     def runs(seq_len: int) -> bool:
         return usage_up_to(model, recipe, card, seq_len, chunks).runs
 
-    if fitting < SHORTEST or runs(fitting):
+    if fitting < SHORTEST:
         return fitting
-    low, high, step = 0, fitting, fitting // 64 or 1
-    while high > SHORTEST:
-        candidate = max(SHORTEST, (fitting - step) // multiple * multiple)
-        if runs(candidate):
-            low = candidate
-            break
-        high, step = candidate, 2 * step
-    while low and high - low > max(resolution, multiple):
-        middle = (low + high) // 2 // multiple * multiple
-        if middle <= low:
-            break
+    bracket = _downwards if card.expandable else _upwards
+    low, high = bracket(runs, fitting)
+    multiple = recipe.pad_to
+    while high - low > max(fitting // RESOLUTION, multiple):
+        middle = max(low + 1, (low + high) // 2 // multiple * multiple)
         if runs(middle):
             low = middle
         else:
             high = middle
-    return low
+    return low // multiple * multiple
+
+
+def _downwards(runs: Callable[[int], bool], fitting: int) -> tuple[int, int]:
+    """(a length that runs or 0, a longer one that does not), or twice `fitting` where that runs: tried in growing steps."""
+    if runs(fitting):
+        return fitting, fitting
+    high, step = fitting, max(1, fitting // 64)
+    while (candidate := fitting - step) >= SHORTEST:
+        if runs(candidate):
+            return candidate, high
+        high, step = candidate, 2 * step
+    return 0, high
+
+
+def _upwards(runs: Callable[[int], bool], fitting: int) -> tuple[int, int]:
+    """The same, tried in sixteenths of `fitting`."""
+    low = 0
+    for n in range(4, 17):
+        if not runs(candidate := max(SHORTEST, fitting * n // 16)):
+            return low, candidate
+        low = candidate
+    return fitting, fitting

@@ -13,6 +13,7 @@ from ..spec.model import Model
 from ..step.recipe import Recipe
 from ..units import format_tokens
 from . import advice, solve, ways
+from .allocation import longest_that_runs
 from .calibration import Calibration
 from .solve import Answer, Plan
 from .ways import Way
@@ -41,6 +42,7 @@ class LongestFinding(NamedTuple):
     best: Answer
     to_fit: tuple[Way, ...]  # where nothing fits: what would make something fit
     smallest: Gpu | None  # where nothing fits: the smallest card that holds the nearest strategy
+    other_s_max: int  # of the best strategy with torch's allocator set the other way
     notes: tuple[str, ...]
 
     @property
@@ -55,8 +57,15 @@ def find_longest(model: Model, card: Card, recipes: Mapping[str, Recipe]) -> Lon
     plans = [answer.plan for answer in answers]
     to_fit = () if best.s_max else ways.ways_to_train(plans)
     smallest = None if best.s_max else ways.smallest_gpu(ways.nearest_plan(plans))
+    other_s_max = _with_other_allocator(best) if best.s_max else 0
     notes = _notes_of_longest(model, card, answers, to_fit, smallest)
-    return LongestFinding(model, card, answers, best, to_fit, smallest, tuple(notes))
+    notes += [advice.longest_allocator_note(best, other_s_max)] if best.s_max else []
+    return LongestFinding(model, card, answers, best, to_fit, smallest, other_s_max, tuple(notes))
+
+
+def _with_other_allocator(answer: Answer) -> int:
+    plan, card = answer.plan, advice.other_allocator(answer.plan.card)
+    return longest_that_runs(plan.model, plan.recipe, card, plan.chunks, answer.s_max_tensors or 0)
 
 
 def _notes_of_longest(
@@ -158,7 +167,7 @@ def _notes_at_length(plan: Plan, reach: int) -> list[str]:
             f"Of batches up to that length one of {format_tokens(plan.peak.tokens)} tokens needs most: its mask has to be padded."
         )
     lines += advice.padding_notes("This recipe", plan, reach) if plan.seq_len > reach else []
-    return lines + [f"{line}." for line in advice.host_notes(plan)]
+    return [*lines, *(f"{line}." for line in advice.host_notes(plan)), *advice.allocator_note(plan)]
 
 
 def _advice(reach: int, changes_help: bool, smallest: Gpu | None) -> list[str]:

@@ -138,7 +138,9 @@ class Answer(NamedTuple):
     strategy: str
     s_max: int
     plan: Plan
-    s_max_tensors: int = 0  # the longest whose tensors alone would fit, were there no holes between
+    s_max_tensors: int | None = (
+        None  # by formula: the longest whose tensors alone would fit, were there no holes between
+    )
 
     def __repr__(self) -> str:
         p, longest = self.plan, f"s_max {format_tokens(self.s_max)}" if self.s_max else "nothing fits"
@@ -414,24 +416,30 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
 
 def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") -> Answer:
     """The longest sequence that runs with `recipe` on `card`, and fits in CPU RAM where that is known."""
-    chunks = recommend_chunks(model, recipe, card)
-    s_max_tensors = longest_sequence(model, recipe, card, chunks)
+    s_max_tensors, chunks = max_seq_of_tensors(model, recipe, card)
     s_max = trainable_tokens(longest_that_runs(model, recipe, card, chunks, s_max_tensors))
-    plan = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
-    if s_max and not plan.fits_host:
-        s_max = trainable_tokens(min(s_max, _longest_on_host(plan)))
-        plan = plan_at(model, recipe, card, max(SHORTEST, s_max), chunks)
-    return Answer(strategy, s_max, plan, s_max_tensors)
+    return Answer(strategy, s_max, plan_at(model, recipe, card, max(SHORTEST, s_max), chunks), s_max_tensors)
 
 
-def _longest_on_host(plan: Plan) -> int:
+def max_seq_of_tensors(model: Model, recipe: Recipe, card: Card) -> tuple[int, Chunks]:
+    """The longest sequence whose tensors fit, also in CPU RAM where that is known, and the chunks to use."""
+    chunks = recommend_chunks(model, recipe, card)
+    s_max = longest_sequence(model, recipe, card, chunks)
+    if s_max and card.host_bytes is not None:
+        s_max = trainable_tokens(min(s_max, _longest_on_host(model, recipe, card, chunks)))
+    return s_max, chunks
+
+
+def _longest_on_host(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
     """Tokens whose offloaded tensors CPU RAM holds: they grow by as much with every token."""
-    assert plan.card.host_bytes is not None
-    built_step = step_of(plan.model, plan.recipe, plan.card.gpu, plan.chunks, 1)
-    fixed = host_bytes(plan.model, plan.recipe, 0, built_step)
-    per_token = host_bytes(plan.model, plan.recipe, 1, built_step) - fixed
-    remaining, multiple = plan.card.host_bytes - fixed, plan.recipe.pad_to
-    return remaining // per_token // multiple * multiple if remaining >= 0 and per_token else 0
+    assert card.host_bytes is not None
+    built_step = step_of(model, recipe, card.gpu, chunks, 1)
+    fixed = host_bytes(model, recipe, 0, built_step)
+    per_token = host_bytes(model, recipe, 1, built_step) - fixed
+    remaining, multiple = card.host_bytes - fixed, recipe.pad_to
+    if remaining < 0:
+        return 0
+    return remaining // per_token // multiple * multiple if per_token else LONGEST
 
 
 def host_bytes(model: Model, recipe: Recipe, seq_len: int, built_step: Step) -> int:

@@ -11,7 +11,7 @@ from ..spec.hardware import Gpu, gpus
 from ..step.optimizers import stand_ins
 from ..step.recipe import Recipe
 from . import calibration
-from .solve import Plan, max_seq, plan_at, recommend_chunks_at
+from .solve import Plan, max_seq, max_seq_of_tensors, plan_at, recommend_chunks_at
 
 _MLP_AGAIN_PRICE = "time: the MLPs run twice"
 MAX_WAYS = 4
@@ -173,14 +173,19 @@ def _furthest_changes(start: Plan) -> tuple[Change, ...] | None:
         for states in _choose_changes(start.recipe, _state_levers(start))
         for changes in _all_changes(start, states)
     ]
-    ways = [way for changes in candidates if (way := _way_with(start, changes)) is not None and way.s_max]
-    if not ways:
-        return None
-    best = max(ways, key=lambda way: (way.s_max, -_total_cost(way.changes)))
-    for change in sorted(best.changes, key=lambda change: -change.cost):  # not what brings nothing
-        fewer = _way_with(start, [each for each in best.changes if each is not change])
-        best = fewer if fewer is not None and fewer.s_max >= best.s_max else best
-    return best.changes
+    best = max(candidates, key=lambda changes: (_reach_of_tensors(start, changes), -_total_cost(changes)), default=())
+    reach = _reach_of_tensors(start, best)
+    for change in sorted(best, key=lambda change: -change.cost):  # not what brings nothing
+        fewer = tuple(each for each in best if each is not change)
+        if (reach_of_fewer := _reach_of_tensors(start, fewer)) >= reach:
+            best, reach = fewer, reach_of_fewer
+    return best if reach else None
+
+
+def _reach_of_tensors(start: Plan, changes: Sequence[Change]) -> int:
+    """The longest sequence whose tensors fit, which is quicker found than the longest that runs; 0 where the changes contradict each other."""
+    recipe = _changed_recipe(start.recipe, changes)
+    return max_seq_of_tensors(start.model, recipe, start.card)[0] if recipe is not None else 0
 
 
 def _way_with(start: Plan, changes: Iterable[Change]) -> Way | None:
@@ -241,7 +246,8 @@ def _seems_to_fit(start: Plan, changes: tuple[Change, ...]) -> bool:
     if recipe is None:
         return False
     chunks = recommend_chunks_at(start.model, recipe, start.card, start.seq_len)
-    return plan_at(start.model, recipe, start.card, start.seq_len, chunks).fits
+    plan = plan_at(start.model, recipe, start.card, start.seq_len, chunks)
+    return plan.tensors_fit and plan.fits_host
 
 
 def smallest_gpu(start: Plan) -> Gpu | None:

@@ -13,6 +13,7 @@ from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.parameters import parameter_count
 from ..step.recipe import Recipe, options_of, recipe_in_words, strategy_label
+from ..step.simulation import Usage
 from ..step.steps import Entry, InstantPeak
 from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
 from .report import GAP, Block, Cell, Column, Line, Notes, Row, Span, Table, line
@@ -94,22 +95,32 @@ def heading(model: Model, card: Card, provenance: str, recipes: Iterable[Recipe]
     return [title, line(provenance, "quiet"), *(line(words, "quiet") for words in descriptions), Notes(model.notes)]
 
 
-def fits(seq_len: int, strategy: str, peak: int, budget: int, does: bool) -> Line:
-    """The verdict on a length: whether it fits, and by how much."""
+def fits(seq_len: int, strategy: str, peak: int, budget: int, does: bool, usage: Usage | None) -> Line:
+    """The verdict on a length: whether it fits, and by how much. usage: of the allocator, where the tensors fit."""
     room = f"{format_gib(abs(budget - peak))} {'under' if budget >= peak else 'over'} the budget"
-    if budget >= peak and not does:
-        room += ", but the allocator, or CPU RAM, has no room for it"
     return Line(
         (
             Span(f"{format_tokens(seq_len)} tokens with {strategy_label(strategy)}: "),
             Span("fits", "good") if does else Span("does not fit", "bad"),
-            Span(f": peak {format_gib(peak)}, {room}."),
+            Span(f": peak {format_gib(peak)}, {room}{_reserved(usage) if usage is not None else ''}."),
         )
     )
 
 
+def _reserved(usage: Usage) -> str:
+    """What the allocator makes of tensors that fit."""
+    if usage.out_of_memory is None:
+        return f"; {format_gib(usage.reserved)} reserved"
+    failed = usage.out_of_memory
+    return (
+        f", but in step {usage.steps} the allocator finds no room for {format_gib(failed.requested)} beside "
+        f"{format_gib(failed.allocated)}: it holds {format_gib(failed.reserved)} in pieces"
+    )
+
+
 def verdict(p: Plan, strategy: str) -> list[Block]:
-    return [fits(p.seq_len, strategy, p.peak_bytes, p.budget_bytes, p.fits), line(settings(p), "quiet")]
+    usage = p.usage if p.tensors_fit else None
+    return [fits(p.seq_len, strategy, p.peak_bytes, p.budget_bytes, p.fits, usage), line(settings(p), "quiet")]
 
 
 def settings(p: Plan) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..plan.advice import other_allocator
 from ..plan.calibration import Calibration
 from ..plan.solve import Answer, Plan
 from ..plan.ways import Way
@@ -58,6 +59,7 @@ def card(c: Card) -> dict[str, Any]:
         "reserve_bytes": c.reserve_bytes,
         "budget_bytes": c.budget_bytes,
         "host_bytes": c.host_bytes,
+        "allocator": c.allocator,
     }
 
 
@@ -75,6 +77,7 @@ def answer(a: Answer) -> dict[str, Any]:
         "strategy": a.strategy,
         "label": strategy_label(a.strategy),
         "s_max": a.s_max,
+        "s_max_tensors": a.s_max_tensors,
         "peak_bytes": p.peak_bytes,
         "peak_at": p.instant,
         "instant": p.instant,
@@ -108,6 +111,18 @@ def instant(i: InstantPeak) -> dict[str, Any]:
     return {"name": i.name, "bytes": i.bytes, "operation": i.operation, "entries": [entry(e) for e in i.entries]}
 
 
+def usage(u: Usage) -> dict[str, Any]:
+    """What the caching allocator holds, in bytes, and the request that found no room, in which step."""
+    lost = u.out_of_memory._asdict() if u.out_of_memory is not None else None
+    return {
+        "allocated": u.allocated,
+        "reserved": u.reserved,
+        "retries": u.retries,
+        "steps": u.steps,
+        "out_of_memory": lost,
+    }
+
+
 def brief(p: Plan) -> dict[str, Any]:
     return {
         "fits": p.fits,
@@ -115,6 +130,8 @@ def brief(p: Plan) -> dict[str, Any]:
         "peak_bytes": p.peak_bytes,
         "peak_tokens": p.peak.tokens,
         "budget_bytes": p.budget_bytes,
+        "tensors_fit": p.tensors_fit,
+        "allocator": usage(p.usage) if p.tensors_fit else None,
         "peak_at": p.instant,
         "instant": p.instant,
         "calibration": calibrated(p.calibration),
@@ -185,6 +202,7 @@ def max_seq(longest: LongestFinding) -> dict[str, Any]:
         budget_bytes=longest.card.budget_bytes,
         results=[answer(a) for a in longest.answers],
         best=longest.best.strategy,
+        other_allocator={"allocator": other_allocator(longest.card).allocator, "s_max": longest.other_s_max},
         binding=[entry(e) for e in longest.best.plan.binding_entries()],
         ways_to_fit=[way(w) for w in longest.to_fit],
         smallest_card=smallest(longest.smallest),
@@ -291,11 +309,6 @@ def plot_document(m: Model, c: Card, curves: Sequence[Curve], out: Path, notes: 
 
 def trace_document(v: TraceView, command: str = "trace", others: Sequence[TraceView] = ()) -> dict[str, Any]:
     """Of a trace; `others`: traces of other strategies at the same length."""
-
-    def usage(h: Usage) -> dict[str, Any]:
-        lost = h.out_of_memory._asdict() if h.out_of_memory is not None else None
-        return {"allocated": h.allocated, "reserved": h.reserved, "retries": h.retries, "out_of_memory": lost}
-
     formula, judged = {i.name: i.bytes for i in v.formula}, not v.card.unlimited
     return document(
         command,

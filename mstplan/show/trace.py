@@ -74,7 +74,7 @@ def _verdict(v: TraceView) -> Line:
             f"{format_tokens(v.trace.seq_len)} tokens with {strategy_label(v.strategy)}: peak {format_gib(size)}.",
             "strong",
         )
-    return parts.fits(v.trace.seq_len, v.strategy, size, v.card.budget_bytes, v.fits)
+    return parts.fits(v.trace.seq_len, v.strategy, size, v.card.budget_bytes, v.fits, v.usage)
 
 
 def _strategies(views: Sequence[TraceView]) -> Table:

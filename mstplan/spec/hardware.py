@@ -66,6 +66,12 @@ CUBLAS_HANDLES = 2
 """Threads that multiply: the one that runs the forward pass, and autograd's for the device, which runs the backward pass."""
 
 
+EXPANDABLE, USUAL = "expandable", "default"
+ALLOCATORS = {EXPANDABLE: "with expandable_segments:True", USUAL: "as torch is without settings"}
+"""How torch's caching allocator can be set."""
+EXPANDABLE_SETTING = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+
+
 class Card(NamedTuple):
     """A card as one training process has it. All in bytes."""
 
@@ -74,7 +80,7 @@ class Card(NamedTuple):
     reserve_bytes: int = 0  # held by other processes
     named: bool = True  # False: only the amount of memory was given
     host_bytes: int | None = None  # CPU RAM, when known
-    expandable: bool = True  # whether torch's allocator is run with expandable segments
+    allocator: str = EXPANDABLE  # how torch's allocator is set, one of `ALLOCATORS`
 
     def __repr__(self) -> str:
         host = f", CPU RAM {format_gib(self.host_bytes)}" if self.host_bytes is not None else ""
@@ -91,6 +97,11 @@ class Card(NamedTuple):
     def unlimited(self) -> bool:
         """Whether it stands for a card that nobody named: see `any_card`."""
         return self.total_bytes == MOST_MEMORY
+
+    @property
+    def expandable(self) -> bool:
+        """Whether torch's allocator has expandable segments."""
+        return self.allocator == EXPANDABLE
 
     @property
     def allocatable_bytes(self) -> int:
@@ -226,11 +237,22 @@ def find_gpu(name: str) -> Gpu:
     )
 
 
-def card(gpu: str | None = None, memory: int | None = None, reserve: int = 0, host_memory: int | None = None) -> Card:
+def card(
+    gpu: str | None = None,
+    memory: int | None = None,
+    reserve: int = 0,
+    host_memory: int | None = None,
+    allocator: str = EXPANDABLE,
+) -> Card:
     """The card to plan for: by name, by amount of memory (bytes), or a named card limited to an amount.
 
-    With an amount alone, rates are those of the fastest card sold with about that much. Raises HardwareError.
+    With an amount alone, rates are those of the fastest card sold with about that much. allocator: how torch's is set, "expandable" or
+    "default". Raises HardwareError.
     """
+    if allocator not in ALLOCATORS:
+        raise HardwareError(
+            f"no allocator {quoted(allocator)}.{did_you_mean(str(allocator), ALLOCATORS)}\nThere are: {', '.join(ALLOCATORS)}."
+        )
     for parameter, size in (("memory", memory), ("reserve", reserve), ("host_memory", host_memory)):
         if size is None and parameter != "reserve":
             continue
@@ -251,11 +273,16 @@ def card(gpu: str | None = None, memory: int | None = None, reserve: int = 0, ho
                 f"--gpu-mem {format_gib(memory)} is more than {named_gpu.name} has ({named_gpu.nominal_gib:g} GB).\nLeave one of the two out."
             )
         planned_card = Card(
-            named_gpu, min(memory or named_gpu.usable_bytes, named_gpu.usable_bytes), reserve, True, host_memory
+            named_gpu,
+            min(memory or named_gpu.usable_bytes, named_gpu.usable_bytes),
+            reserve,
+            True,
+            host_memory,
+            allocator,
         )
     else:
         assert memory is not None
-        planned_card = Card(_nearest_gpu(memory), memory, reserve, False, host_memory)
+        planned_card = Card(_nearest_gpu(memory), memory, reserve, False, host_memory, allocator)
     if reserve >= planned_card.total_bytes:
         raise HardwareError(
             f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(planned_card.total_bytes)}.\nGive less."

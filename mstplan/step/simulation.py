@@ -13,7 +13,7 @@ from .allocator import Allocator, OutOfMemory
 
 RELEASED = -1
 """In place of bytes."""
-MOST_STEPS = 12
+MOST_STEPS = 6
 """Steps that are simulated where none leaves the free memory as an earlier one did."""
 
 AllocatorEvent = tuple[int, int]

@@ -9,7 +9,7 @@ from ..plan import advice, ways
 from ..plan.layout import hardest_lengths
 from ..plan.solve import Answer, Plan
 from ..plan.ways import Way
-from ..spec.hardware import Card, Gpu
+from ..spec.hardware import ALLOCATORS, Card, Gpu
 from ..spec.model import Model
 from ..step.recipe import strategy_label
 from ..step.simulation import Usage
@@ -44,9 +44,14 @@ class TraceView(NamedTuple):
     provenance: str = PROVENANCE
 
     @property
+    def usage(self) -> Usage:
+        """What the allocator holds, set as the card says."""
+        return self.expandable if self.card.expandable else self.usual
+
+    @property
     def fits(self) -> bool:
-        """Does the allocator find room, with expandable segments?"""
-        return self.expandable.out_of_memory is None
+        """Whether the allocator finds room."""
+        return self.usage.runs
 
 
 def build_view(
@@ -156,10 +161,10 @@ def _notes_of_longest(
         )
     if model.stand_in is not None:
         longest = max(answer.s_max for answer in answers)
-        what = "S_max is what the caching allocator finds room for, with expandable_segments:True."
+        what = f"S_max is what the caching allocator finds room for, {ALLOCATORS[card.allocator]}."
         return [*lines, *advice.position_notes(model, longest), what, UNMEASURED]
     lines.append(
-        "S_max is what the caching allocator finds room for, with expandable_segments:True; the formula counts tensors alone and comes to "
+        f"S_max is what the caching allocator finds room for, {ALLOCATORS[card.allocator]}; the formula comes to "
         + ", ".join(f"{format_tokens(result.formula)} ({strategy_label(result.answer.strategy)})" for result in results)
         + "."
     )
