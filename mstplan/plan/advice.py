@@ -158,7 +158,8 @@ def answer_notes(answer: Answer) -> list[str]:
         return [f"{strategy_label(answer.strategy)}: not even {SHORTEST} tokens fit: {_shortage(plan)}."]
     notes = position_notes(plan.model, answer.s_max)
     if plan.card.host_bytes is not None:
-        gpu_s_max = longest_that_runs(plan.model, plan.recipe, plan.card, plan.chunks, answer.s_max_tensors or 0)
+        on_gpu = longest_sequence(plan.model, plan.recipe, plan.card, plan.chunks)
+        gpu_s_max = longest_that_runs(plan.model, plan.recipe, plan.card, plan.chunks, on_gpu)
         if gpu_s_max > answer.s_max:
             host_size = format_gib(plan.card.host_bytes)
             allowed = f"{host_size} allows {format_tokens(answer.s_max)} tokens, the GPU {format_tokens(gpu_s_max)}"

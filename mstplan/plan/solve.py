@@ -418,6 +418,10 @@ def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") 
     """The longest sequence that runs with `recipe` on `card`, and fits in CPU RAM where that is known."""
     s_max_tensors, chunks = max_seq_of_tensors(model, recipe, card)
     s_max = trainable_tokens(longest_that_runs(model, recipe, card, chunks, s_max_tensors))
+    if s_max_tensors and not s_max:  # in pieces that suit a short sequence one may run all the same
+        chunks = recommend_chunks_at(model, recipe, card, SHORTEST)
+        fitting = min(s_max_tensors, longest_sequence(model, recipe, card, chunks))
+        s_max = trainable_tokens(longest_that_runs(model, recipe, card, chunks, fitting))
     return Answer(strategy, s_max, plan_at(model, recipe, card, max(SHORTEST, s_max), chunks), s_max_tensors)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mstplan import card, kept, load_model, model_names, plan_at
-from mstplan.plan import calibration, solve
-from mstplan.plan.layout import layout_of, step_sizes
+from mstplan.plan import calibration
+from mstplan.plan.layout import _bare_recipe, calibration_at, layout_of, step_sizes
 from mstplan.plan.solve import choose_chunks, fixed_chunks
 from mstplan.profiles import ROOT
 from mstplan.step.recipe import STRATEGIES
@@ -49,7 +49,7 @@ def test_what_it_changes(name):
         for seq_len in LENGTHS:
             layout, where = layout_of(model, recipe, chunks, seq_len), step_sizes(recipe, seq_len, chunks)
             formula = step(model, layout, 0)
-            found = layout.calibration_at(model, recipe, seq_len, chunks)
+            found = calibration_at(model, recipe, seq_len, chunks)
             assert found is not None, (strategy, seq_len)
             told, calibrated = formula.largest(where)[1], formula.calibrated(found.moments).largest(where)[1]
             assert abs(calibrated - told) <= 8 * seq_len + 1e-4 * told, (strategy, seq_len)
@@ -104,6 +104,6 @@ def test_moments_of_real_steps_are_no_damage(name, changes):
     for strategy in ("standard", "checkpoint", "mst-offload"):
         recipe = STRATEGIES[strategy].changed(**changes)
         several = recipe.loss == "chunked"
-        moments = step(model, Layout(solve._bare_recipe(recipe), several, several, False), 0).moments
+        moments = step(model, Layout(_bare_recipe(recipe), several, several, False), 0).moments
         found = {instant: tuple(moment.live for moment in those) for instant, those in moments.items()}
         assert calibration._find_moment_problem(model, recipe, found) is None

@@ -11,13 +11,14 @@ from mstplan.plan.solve import (
     fixed_chunks,
     longest_sequence,
     max_seq,
+    max_seq_of_tensors,
     peak_at,
     plan_at,
     recommend_chunks,
     smallest_chunks_tokens,
 )
 from mstplan.spec.catalog import load_model, model_names
-from mstplan.spec.hardware import card
+from mstplan.spec.hardware import ALLOCATORS, card
 from mstplan.step.cuda import BIAS_ROWS
 from mstplan.step.recipe import STRATEGIES, strategy
 from mstplan.step.steps import Chunks
@@ -26,7 +27,7 @@ from mstplan.units import GIB, LONGEST, SHORTEST
 from ..step.strategies import POWERS, cards, chunk_counts, models, recipes
 
 A100 = card("a100-80gb")
-quick = settings(derandomize=True, deadline=None, max_examples=150)
+quick = settings(max_examples=150)
 fewer = settings(quick, max_examples=40)
 
 
@@ -103,18 +104,30 @@ def test_every_shorter_length_fits_with_masks(gib, plan):
 
 @quick
 @given(st.data())
-def test_a_length_fits_exactly_when_it_is_at_most_s_max(data):
+def test_tensors_fit_exactly_up_to_their_s_max(data):
     """`plan` and `max-seq` agree, whatever the chunks, the host memory and what batches are padded to."""
     model, recipe, a_card = data.draw(models()), data.draw(recipes()), data.draw(cards())
     if data.draw(st.booleans()):
         a_card = a_card._replace(host_bytes=data.draw(st.integers(0, 64 * GIB)))
-    answer = max_seq(model, recipe, a_card)
-    near = [answer.s_max + n for n in range(-9, 10)]
+    longest, _ = max_seq_of_tensors(model, recipe, a_card)
+    near = [longest + n for n in range(-9, 10)]
     windows = {window + n for window in (256, 4096) for n in (-1, 0, 1)}
     for seq_len in {2, 3, *windows, *near, *data.draw(st.lists(st.integers(2, 1 << 20), min_size=3, max_size=3))}:
         if SHORTEST <= seq_len <= LONGEST:
-            assert plan_at(model, recipe, a_card, seq_len).fits == (seq_len <= answer.s_max), (seq_len, answer.s_max)
+            plan = plan_at(model, recipe, a_card, seq_len)
+            assert (plan.tensors_fit and plan.fits_host) == (seq_len <= longest), (seq_len, longest)
+
+
+@fewer
+@given(st.data())
+def test_what_runs_is_no_longer_than_what_fits(data):
+    """With either setting of the allocator, which finds room for S_max."""
+    model, recipe = data.draw(models()), data.draw(recipes())
+    a_card = data.draw(cards())._replace(allocator=data.draw(st.sampled_from(sorted(ALLOCATORS))))
+    answer = max_seq(model, recipe, a_card)
+    assert answer.s_max <= answer.s_max_tensors == max_seq_of_tensors(model, recipe, a_card)[0]
     assert answer.plan.fits == (answer.s_max > 0)
+    assert answer.s_max % recipe.pad_to == 0
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -133,7 +146,7 @@ def test_chunks_are_chosen_for_padded_batches(name, pad_to):
     """Also where the shortest batch is padded to more than one chunk holds."""
     model, on = load_model("llama3.1-8b"), card("h100")
     free, padded = (max_seq(model, strategy(name, pad_to=n), on) for n in (1, pad_to))
-    assert padded.s_max == free.s_max // pad_to * pad_to
+    assert padded.s_max_tensors == free.s_max_tensors // pad_to * pad_to
     plan = plan_at(model, strategy(name, pad_to=pad_to), on, 100)
     assert plan.fits == (padded.s_max > 0) and plan.chunk_tokens.loss * plan.chunks.loss >= pad_to
 
@@ -141,7 +154,7 @@ def test_chunks_are_chosen_for_padded_batches(name, pad_to):
 def test_a_window_may_need_less_than_none():
     """In fp32 with grouped queries sdpa writes the scores out, but with a mask it does not: lengths beyond the window follow those below."""
     model, recipe, on = load_model("mistral-7b-v0.1"), strategy("standard", precision="fp32"), card(memory=160 * GIB)
-    s_max = max_seq(model, recipe, on).s_max
+    s_max = max_seq(model, recipe, on).s_max_tensors
     assert s_max < 4096 and not any(plan_at(model, recipe, on, n).fits for n in (s_max + 1, 4095, 4096, 4097, 5000))
 
 
@@ -276,13 +289,15 @@ def test_published_lengths_of_standard_training(name, tokens):
 @pytest.mark.parametrize("which", ["mst", "mst-offload"])
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_plan_agrees_with_max_seq(name, gpu, which, in_backward):
-    """With recommended chunks too, a length fits exactly when it is at most S_max (of lengths whose masks need no padding)."""
+    """With recommended chunks too, tensors fit exactly up to their S_max (of lengths whose masks need no padding), and S_max runs."""
     model, recipe, on = load_model(name), strategy(which, optimizer_in_backward=in_backward), card(gpu)
-    s_max, step = max_seq(model, recipe, on).s_max, 1 if window_of(model, recipe) is None else BIAS_ROWS
+    answer = max_seq(model, recipe, on)
+    assert plan_at(model, recipe, on, max(SHORTEST, answer.s_max)).fits == (answer.s_max > 0)
+    s_max, step = answer.s_max_tensors, 1 if window_of(model, recipe) is None else BIAS_ROWS
     if s_max:
-        assert plan_at(model, recipe, on, s_max).fits
+        assert plan_at(model, recipe, on, s_max).tensors_fit
         assert all(
-            plan_at(model, recipe, on, max(SHORTEST, (s_max * n // 7 // step + 1) * step)).fits for n in range(7)
+            plan_at(model, recipe, on, max(SHORTEST, (s_max * n // 7 // step + 1) * step)).tensors_fit for n in range(7)
         )
     assert not plan_at(model, recipe, on, max(SHORTEST, s_max + 1)).fits
     assert not plan_at(model, recipe, on, s_max * 2 + SHORTEST).fits

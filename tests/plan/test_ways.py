@@ -74,7 +74,8 @@ def test_ways_of_any_recipe(recipe: Recipe, gib: int, seq_len: int, host: int | 
 @pytest.mark.parametrize("host", [0, GIB, None])
 def test_what_asks_nothing_of_the_host_is_found_whatever_it_holds(host: int | None) -> None:
     start = plan_at(MODEL, strategy("standard"), card("h100", host_memory=host), 65536)
-    assert {"the loss in chunks", "checkpoint every layer"} == {change.name for change in ways_to_fit(start)[0].changes}
+    names = {change.name for change in ways_to_fit(start)[0].changes}
+    assert names == {"the loss in chunks", "the MLP in chunks", "checkpoint every layer"}
     best, least = furthest_way(start), max_seq(MODEL, strategy("mst", optimizer="adafactor"), start.card).s_max
     assert best is not None and best.s_max >= least
 
@@ -86,7 +87,7 @@ def test_what_gives_up_nothing_comes_first() -> None:
 
 
 def test_the_simplest_change_comes_first_and_alone() -> None:
-    start = plan_at(MODEL, strategy("checkpoint"), card("h100"), 65536)
+    start = plan_at(MODEL, strategy("checkpoint"), card("h100"), 49152)
     assert [c.name for c in ways_to_fit(start)[0].changes] == ["the loss in chunks"]
 
 
@@ -185,7 +186,8 @@ def test_what_brings_nothing_is_no_way_whatever_it_stands_on() -> None:
     start = plan_at(MODEL, recipe, card("h100", reserve=usual.budget_bytes - whole.peak_bytes + 1), 16384)
     idle = recipe.changed(attention="flash")
     same = plan_at(MODEL, idle, start.card, 16384)
-    assert start.calibration is not None and same.calibration is None and same.fits and not start.fits
+    assert start.calibration is not None and same.calibration is None
+    assert same.tensors_fit and not start.tensors_fit
     for way in ways_to_fit(start):
         assert way.plan.fits and way.plan.peak_bytes < start.peak_bytes - 2**20, way.changes
         assert {c.name for c in way.changes} != {"flash-attn: no explicit masks"}
