@@ -164,6 +164,7 @@ class Op:
     product: bool = False  # of its weights as they are: their gradients can go into a sum (mstplan/train/grad_sums.py)
     defers: bool = False  # its weight's gradient waits for the weight's other use
     joins: Joined | None = None
+    kernel: str = ""  # the attention kernel whose arithmetic this is
     part: Part | None = None  # this operation is a part with a tape of its own
     stage: Stage | None = None  # of the step that it belongs to; None within a part
 
@@ -300,6 +301,10 @@ class TapeWriter:
     def hold(self, *tensors: Tensor) -> None:
         """Variables of the code at hand that live at least until the latest operation is done."""
         self.ops[-1] = replace(self.ops[-1], holds=self.ops[-1].holds + tensors)
+
+    def name_kernel(self, kernel: str, start: int) -> None:
+        """Say of what was written since `start` whose arithmetic it is."""
+        self.ops[start:] = [replace(op, kernel=kernel) if op.flops else op for op in self.ops[start:]]
 
     @contextmanager
     def assign_role(self, role: Purpose | None) -> Iterator[None]:
