@@ -58,6 +58,14 @@ class AttentionCurves(NamedTuple):
     backward: Curve
 
 
+class Checked(NamedTuple):
+    """Steps of a model, or of its first layers, that were measured on a GPU and none of whose times is further from the expected one."""
+
+    model: str
+    steps: int
+    within: float
+
+
 class Speeds(NamedTuple):
     """Measured rates of a GPU model. In operations, bytes and seconds."""
 
@@ -66,7 +74,9 @@ class Speeds(NamedTuple):
     memory: float  # bytes/s of what is bound by memory
     host: float  # bytes/s between pinned CPU RAM and GPU, in one direction
     launch: float  # seconds from one operation to the next where none has work to do
-    source: str  # in a few words
+    gpu: str  # that was measured
+    torch: str  # its release
+    checked: Checked
 
     def attention_of(self, kernel: str, head_size: int) -> tuple[int, AttentionCurves] | None:
         """(head size, curves) of the smallest measured size that holds a head: kernels pad smaller ones. None: of no such size."""
@@ -81,15 +91,13 @@ def speeds_of(gpu: Gpu) -> Speeds | None:
     path = ROOT / "speeds" / f"{gpu.name}.json"
     if not path.is_file():
         return None
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if "like" not in document:
-        return _speeds(document, gpu)
-    document = json.loads((ROOT / "speeds" / f"{document['like']}.json").read_text(encoding="utf-8"))
-    return _speeds(document, gpu)
+    own = json.loads(path.read_text(encoding="utf-8"))
+    document = own if "like" not in own else json.loads((ROOT / "speeds" / f"{own['like']}.json").read_text("utf-8"))
+    return _speeds(document, gpu, Checked(**own["checked"]))
 
 
-def _speeds(document: Mapping[str, Any], gpu: Gpu) -> Speeds:
-    """Of the GPU that was measured, or of one like it."""
+def _speeds(document: Mapping[str, Any], gpu: Gpu, checked: Checked) -> Speeds:
+    """Rates of the GPU that was measured, or of one like it."""
     measured_gpu = find_gpu(document["gpu"])
     arithmetic = gpu.bf16_flops / measured_gpu.bf16_flops
     products = document["products"]["points"]
@@ -104,7 +112,9 @@ def _speeds(document: Mapping[str, Any], gpu: Gpu) -> Speeds:
         bandwidth * _rate(document["memory"]["points"]),
         gpu.host_link / measured_gpu.host_link * _rate(document["host"]["points"]),
         min(min(seconds) for _, _, _, *seconds in products),
-        f"{measured_gpu.name}, torch {document['versions']['torch'].partition('+')[0]}",
+        measured_gpu.name,
+        document["versions"]["torch"].partition("+")[0],
+        checked,
     )
 
 
