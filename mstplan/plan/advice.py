@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..spec import hardware
 from ..spec.hardware import EXPANDABLE, EXPANDABLE_SETTING, GRANULARITY, USUAL, Card, Gpu, gpus_of_size
 from ..spec.model import Model
+from ..spec.speeds import speeds_of
 from ..step.cuda import BIAS_ROWS
 from ..step.optimizers import stand_ins
 from ..step.parameters import parameter_count, trained_count
@@ -16,7 +17,7 @@ from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration
 from .allocation import longest_that_runs
 from .layout import window_of
-from .solve import Answer, Plan, longest_sequence, max_seq, smallest_chunks_tokens
+from .solve import Answer, Plan, longest_sequence, max_seq, smallest_chunks_tokens, why_no_time
 from .ways import Way, nearest_plan
 
 
@@ -130,6 +131,25 @@ def kernel_notes(model: Model, recipe: Recipe, card: Card) -> list[str]:
         "runs with TORCH_CUDNN_SDPA_DEPRIORITIZED=1 or --attention flash."
     )
     return [note]
+
+
+def time_notes(plans: Iterable[Plan]) -> list[str]:
+    """What expected times stand on, and why there are none, where a GPU's rates have been measured."""
+    notes = []
+    for plan in plans:
+        gpu, why = plan.card.gpu, why_no_time(plan)
+        if why:
+            notes.append(
+                f"No expected step time: of {why} nothing was measured on {gpu.name}. step >= is at nominal rates."
+            )
+        elif (speeds := speeds_of(gpu)) is not None and plan.expected_seconds is not None:
+            shares = "" if speeds.gpu == gpu.name else f", as shares of {gpu.name}'s nominal ones"
+            model, steps, within = speeds.checked
+            notes.append(
+                f"step: expected from rates measured on {speeds.gpu} with torch {speeds.torch}{shares}; {steps} measured steps of {model} "
+                f"took within {within:.0%} of it. --json has the least a step can take, too."
+            )
+    return list(dict.fromkeys(notes))
 
 
 def sharding_notes(model: Model, recipe: Recipe) -> list[str]:

@@ -73,10 +73,14 @@ def _notes_of_longest(
 ) -> list[str]:
     lines = _notes(model, answers[-1].plan.recipe, card)
     if not any(answer.s_max for answer in answers):
-        return lines + advice.nothing_fits_notes(answers, to_fit, smallest)
+        return [
+            *lines,
+            *advice.nothing_fits_notes(answers, to_fit, smallest),
+            *advice.time_notes(way.plan for way in to_fit),
+        ]
     for answer in answers:
         lines += [line for line in advice.answer_notes(answer) if line not in lines]
-    return lines
+    return lines + advice.time_notes(answer.plan for answer in answers if answer.s_max)
 
 
 def _notes(model: Model, recipe: Recipe, card: Card) -> list[str]:
@@ -125,7 +129,7 @@ def assess_length(plans: Mapping[str, Plan], name: str) -> LengthFinding:
     beyond = ways.furthest_way(plan) if not (plan.fits or to_fit) else None
     smallest = None if plan.fits else ways.smallest_gpu(plan)
     advice_lines = () if plan.fits else tuple(_advice(reaches[name], bool(to_fit or beyond), smallest))
-    notes = tuple(_notes_at_length(plan, reaches[name]))
+    notes = (*_notes_at_length(plan, reaches[name]), *advice.time_notes(plans.values()))
     return LengthFinding(plans, reaches, name, to_fit, beyond, smallest, notes, advice_lines)
 
 
@@ -157,6 +161,7 @@ def assess_lengths(plans_by_length: Sequence[tuple[Mapping[str, Plan], str]]) ->
     longest = max(plans_by_length, key=lambda pair: pair[0][pair[1]].seq_len)[0]
     lines = _notes(first_plan.model, first_plan.recipe, first_plan.card)
     lines += advice.position_notes(first_plan.model, next(iter(longest.values())).seq_len)
+    lines += advice.time_notes(plan for plans, _ in plans_by_length for plan in plans.values())
     return LengthsFinding(findings, tuple(lines))
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from math import isqrt
 from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
 from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
+from ..step import expected
 from ..step.cuda import BIAS_ROWS
 from ..step.instants import Instant
 from ..step.optimizers import host_states
 from ..step.recipe import Recipe
 from ..step.simulation import Usage
-from ..step.steps import Chunks, Entry, InstantPeak, Step, evaluate, stored_inputs
+from ..step.steps import Chunks, Entry, InstantPeak, Sizes, Step, evaluate, stored_inputs
 from ..step.tape import ITEMSIZE, Vector
 from ..step.timing import step_seconds
 from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
@@ -115,6 +116,17 @@ class Plan(NamedTuple):
         """Calibration that the peak stands on; None: the formula alone."""
         return calibration_at(self.model, self.recipe, self.peak.tokens, self.chunks)
 
+    @property
+    def expected_seconds(self) -> float | None:
+        """Seconds that the step is expected to take at the GPU's measured rates; None where they have not been measured."""
+        return _expected_seconds(self)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens trained a second, of all sequences of the step, at the expected time."""
+        seconds, recipe = self.expected_seconds, self.recipe
+        return recipe.batch * recipe.accumulation * self.seq_len / seconds if seconds else None
+
     def exactly(self) -> Plan:
         """Plan for batches of just so many tokens, whatever shorter ones need."""
         tokens = self.recipe.padded(self.seq_len)
@@ -150,6 +162,16 @@ class Answer(NamedTuple):
     def step_seconds(self) -> float | None:
         """Of one optimizer step at S_max, at the card's nominal rates; None where there is no such step, or nothing counts it."""
         return self.plan.step_seconds or None if self.s_max else None
+
+    @property
+    def expected_seconds(self) -> float | None:
+        """The same at measured rates; None where they have not been measured."""
+        return self.plan.expected_seconds if self.s_max else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """At S_max."""
+        return self.plan.tokens_per_second if self.s_max else None
 
 
 # ---- S_max ------------------------------------------------------------------------------------------------------------
@@ -412,6 +434,27 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
         host_size,
         step_seconds(built_step, recipe, card.gpu, run_sizes, capped),
     )
+
+
+@lru_cache(maxsize=256)
+def _expected_seconds(plan: Plan) -> float | None:
+    if not plan.card.named or plan.model.stand_in is not None:
+        return None
+    return expected.expected_seconds(*_timed(plan))
+
+
+def why_no_time(plan: Plan) -> str:
+    """What of the step was not measured on a GPU of which other rates were; empty: it has an expected time, or can have none."""
+    if not plan.card.named or plan.model.stand_in is not None:
+        return ""
+    return expected.why_unmeasured(*_timed(plan)[:3])
+
+
+def _timed(plan: Plan) -> tuple[Step, Recipe, Gpu, Sizes, Chunks]:
+    """The step as it is run."""
+    model, recipe, gpu, chunks = plan.model, plan.recipe, plan.card.gpu, plan.chunks
+    tokens = recipe.padded(plan.seq_len)
+    return step_of(model, recipe, gpu, chunks, tokens), recipe, gpu, step_sizes(recipe, tokens, chunks), chunks
 
 
 def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") -> Answer:

@@ -15,7 +15,8 @@ from ..step.parameters import parameter_count
 from ..step.recipe import Recipe, options_of, recipe_in_words, strategy_label
 from ..step.simulation import Usage
 from ..step.steps import Entry, InstantPeak
-from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
+from ..units import GIB, format_count, format_gib, format_tokens
+from . import times
 from .report import GAP, Block, Cell, Column, Line, Notes, Row, Span, Table, line
 
 FEW, MOST = 3, 14
@@ -124,9 +125,9 @@ def verdict(p: Plan, strategy: str) -> list[Block]:
 
 
 def settings(p: Plan) -> str:
-    """What a plan takes beside GPU memory: pieces, CPU RAM, the time at least."""
+    """What a plan takes beside GPU memory: pieces, CPU RAM, time."""
     host = [f"CPU RAM {format_gib(p.host_bytes)}"] if p.host_bytes else []
-    return ", ".join([*([pieces(p)] if p.in_chunks else []), *host, f"step >= {format_seconds(p.step_seconds)}"])
+    return ", ".join([*([pieces(p)] if p.in_chunks else []), *host, times.in_words(p)])
 
 
 def legend(p: Plan) -> Line:
@@ -165,13 +166,14 @@ def written(paths: Iterable[object]) -> list[Block]:
 
 
 def answers(answers: Sequence[Answer], best: Answer) -> Table:
-    """S_max of each strategy, and where its peak is."""
+    """S_max of each strategy, and where its peak is. What "vs ckpt" says is in "longest", too: a terminal has the room for tokens a second."""
+    expected = times.are_expected(answers)
     columns = (
         Column("strategy", "strategy"),
         Column("s_max", "longest", right=True),
-        Column("times_checkpoint", "vs ckpt", right=True),
+        Column("times_checkpoint", "vs ckpt", right=True, folded=expected),
         Column("host_bytes", "CPU GiB", right=True),
-        Column("step_seconds", "step >=", right=True),
+        *times.columns(expected),
         Column("instant", "peak at"),
         Column("peak_bytes", None),
         Column("mlp_chunks", None),
@@ -185,14 +187,13 @@ def answers(answers: Sequence[Answer], best: Answer) -> Table:
 
 def _answer(a: Answer, checkpoint: int) -> tuple[Cell, ...]:
     p, ratio = a.plan, a.s_max / checkpoint if checkpoint else 0
-    times = f"{ratio:.1f}x" if 0 < ratio < 100 else f"{ratio:,.0f}x" if ratio else "-"
-    seconds = a.step_seconds
+    times_checkpoint = f"{ratio:.1f}x" if 0 < ratio < 100 else f"{ratio:,.0f}x" if ratio else "-"
     return (
         strategy_cell(a.strategy),
         tokens_cell(a.s_max),
-        Cell(ratio or None, times),
+        Cell(ratio or None, times_checkpoint),
         host_cell(p.host_bytes),
-        Cell(seconds, format_seconds(seconds) if a.s_max and seconds else "-"),
+        *times.cells(a),
         cell(p.instant.value),
         cell(p.peak_bytes),
         cell(p.chunks.mlp),
@@ -203,7 +204,8 @@ def _answer(a: Answer, checkpoint: int) -> tuple[Cell, ...]:
 
 def lengths(findings: Sequence[LengthFinding]) -> Table:
     """Each strategy at every length; of each length the one to take stands out."""
-    of_each = [plans(each.plans, each.reaches, each.name) for each in findings]
+    expected = times.are_expected(plan for each in findings for plan in each.plans.values())
+    of_each = [plans(each.plans, each.reaches, each.name, times.columns(expected, narrow=True)) for each in findings]
     first = Column("", "tokens", right=True)
     rows = [
         Row((tokens_cell(each.plan.seq_len) if n == 0 else cell(None), *row.cells), row.tone)
@@ -213,14 +215,16 @@ def lengths(findings: Sequence[LengthFinding]) -> Table:
     return Table("lengths", (first, *of_each[0].columns), tuple(rows))
 
 
-def plans(plans: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) -> Table:
-    """Each strategy at one length; the one that is detailed stands out."""
+def plans(
+    plans: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str, of_times: tuple[Column, ...] = ()
+) -> Table:
+    """Each strategy at one length; the one that is detailed stands out. of_times: columns of step times, beside others in a table."""
     columns = (
         Column("strategy", "strategy"),
         Column("fits", ""),
         Column("peak_bytes", "peak GiB", right=True),
         Column("host_bytes", "CPU GiB", right=True),
-        Column("step_seconds", "step >=", right=True),
+        *(of_times or times.columns(times.are_expected(plans.values()))),
         Column("s_max", "up to", right=True),
         Column("seq_len", None),
         Column("budget_bytes", None),
@@ -235,7 +239,7 @@ def plans(plans: Mapping[str, Plan], reaches: Mapping[str, int], detailed: str) 
                 Cell(p.fits, "fits" if p.fits else "does not fit"),
                 peak_cell(p.peak_bytes),
                 host_cell(p.host_bytes),
-                Cell(p.step_seconds, format_seconds(p.step_seconds)),
+                *times.cells(p),
                 tokens_cell(reaches[name]),
                 *map(cell, (p.seq_len, p.budget_bytes, p.instant.value, p.chunks.mlp, p.chunks.loss)),
             ),
@@ -301,6 +305,7 @@ def ways(title: str, ways: Sequence[Way]) -> Table:
     columns = (
         Column("s_max", "longest", right=True),
         Column("host_bytes", "CPU GiB", right=True),
+        *times.columns(times.are_expected(way.plan for way in ways), narrow=True),
         Column("gives_up", "you give up"),
         Column("options", "options", code=True),
     )
@@ -309,6 +314,7 @@ def ways(title: str, ways: Sequence[Way]) -> Table:
             (
                 tokens_cell(way.s_max, "0"),
                 host_cell(way.plan.host_bytes),
+                *times.cells(way.plan),
                 cell(way.gives_up),
                 cell(options_of(way.plan.recipe)),
             )

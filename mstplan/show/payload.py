@@ -88,6 +88,8 @@ def answer(a: Answer) -> dict[str, Any]:
         "cpu_ram_bytes": p.host_bytes,
         "host_bytes": p.host_bytes,
         "step_seconds": a.step_seconds,
+        "expected_seconds": a.expected_seconds,
+        "tokens_per_second": a.tokens_per_second,
         "trained_parameters": trained_parameters(p),
         "recipe": fields(p.recipe),
     }
@@ -140,6 +142,8 @@ def brief(p: Plan) -> dict[str, Any]:
         "cpu_ram_bytes": p.host_bytes,
         "host_bytes": p.host_bytes,
         "step_seconds": p.step_seconds,
+        "expected_seconds": p.expected_seconds,
+        "tokens_per_second": p.tokens_per_second,
         "trained_parameters": trained_parameters(p),
         "recipe": fields(p.recipe),
     }
@@ -157,6 +161,8 @@ def way(w: Way) -> dict[str, Any]:
         "cpu_ram_bytes": w.plan.host_bytes,
         "host_bytes": w.plan.host_bytes,
         "step_seconds": w.plan.step_seconds,
+        "expected_seconds": w.plan.expected_seconds,
+        "tokens_per_second": w.plan.tokens_per_second,
     }
 
 

@@ -117,7 +117,16 @@ def table_of_points(curves: Sequence[Curve], card: Card) -> Table:
         size, gib = point.bytes, f"{point.bytes / GIB:.6f}"
         return tuple(
             Cell(value, "")
-            for value in (curve.strategy, point.seq_len, size, gib, point.instant.value, budget, size <= budget, by)
+            for value in (
+                curve.strategy,
+                point.seq_len,
+                size,
+                gib,
+                point.instant.value,
+                budget,
+                point.seq_len <= curve.s_max,
+                by,
+            )
         )
 
     rows = tuple(Row(cells(curve, point)) for curve in curves for point in curve.points)

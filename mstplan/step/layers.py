@@ -443,7 +443,10 @@ class Writer:
         how = self.numerics.attention
         masked = how == SDPA and kind.window is not None and self.numerics.masked
         kernel = chosen(how, AttentionCall.from_attention(a, self.numerics.compute, masked))
-        return kernel.lay_out(self, q, k, v, kind, masked)
+        start = len(self.tape.ops)
+        mixed = kernel.lay_out(self, q, k, v, kind, masked)
+        self.tape.name_kernel(kernel.name, start)
+        return mixed
 
     # ---- MLP and experts ------------------------------------------------------------------------------------------
 

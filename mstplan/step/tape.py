@@ -164,6 +164,7 @@ class Op:
     product: bool = False  # of its weights as they are: their gradients can go into a sum (mstplan/train/grad_sums.py)
     defers: bool = False  # its weight's gradient waits for the weight's other use
     joins: Joined | None = None
+    kernel: str = ""  # the attention kernel whose arithmetic this is
     part: Part | None = None  # this operation is a part with a tape of its own
     stage: Stage | None = None  # of the step that it belongs to; None within a part
 
@@ -300,6 +301,10 @@ class TapeWriter:
     def hold(self, *tensors: Tensor) -> None:
         """Variables of the code at hand that live at least until the latest operation is done."""
         self.ops[-1] = replace(self.ops[-1], holds=self.ops[-1].holds + tensors)
+
+    def name_kernel(self, kernel: str, start: int) -> None:
+        """Say of what was written since `start` whose arithmetic it is."""
+        self.ops[start:] = [replace(op, kernel=kernel) if op.flops else op for op in self.ops[start:]]
 
     @contextmanager
     def assign_role(self, role: Purpose | None) -> Iterator[None]:
@@ -673,7 +678,8 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
     return (op.reads[0], *part.arguments) if keeps_source else part.arguments
 
 
-def _holds_for_backward(op: Op) -> bool:
+def holds_for_backward(op: Op) -> bool:
+    """Whether something is saved for backward when it runs."""
     return bool(kept_by(op)) or (op.part is not None and op.part.records and not op.part.recompute)
 
 
@@ -687,7 +693,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
             uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
     if not recomputing:
         uses[tape.output.storage] = uses.get(tape.output.storage, 0) + 1
-    last = max((i for i, op in enumerate(tape.ops) if _holds_for_backward(op)), default=-1) if recomputing else None
+    last = max((i for i, op in enumerate(tape.ops) if holds_for_backward(op)), default=-1) if recomputing else None
     saved = {tensor.storage for op in tape.ops for tensor in kept_by(op)} if keep else set()
     groups = _Groups(tape, ledger)
     ledger.stage = tape.ops[0].stage
@@ -863,7 +869,7 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
             continue
         groups.before_backward(op, rules.every_moment or not op.interior)
         end_of = None
-        if again is not None and _holds_for_backward(op):
+        if again is not None and holds_for_backward(op):
             if fetch and again is tape and tape.source is not None:
                 own_storages.add(tape.source)
             if op.part is not None and not (op.part.recompute or op.part.chunked):

@@ -1,54 +1,86 @@
-"""How long a step takes at best: every operation at the card's nominal arithmetic rate or memory bandwidth.
+"""How long a step takes at best: every operation at the GPU's nominal arithmetic rate or memory bandwidth.
 
 The roofline bound (Williams, Waterman, Patterson 2009): max(operations / FLOP/s, bytes touched / bandwidth), summed over
-the operations on the tape, with the card's bf16 rate also where a recipe computes in fp32. It is for comparing recipes.
+the operations on the tape, with the GPU's bf16 rate also where a recipe computes in fp32. It is for comparing recipes;
+`expected.py` says what a step takes where a GPU's rates have been measured.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ..spec.hardware import Gpu
 from .recipe import Recipe
 from .steps import Chunks, Sizes, Step, stored_inputs
-from .tape import Op, Tape, Tensor
+from .tape import Op, Part, Tape, Tensor, holds_for_backward
 
 
-class _Cost:
-    """Seconds of forward and backward of tapes at one size."""
+class Times(NamedTuple):
+    """Seconds of a stretch of a step. again: to run its forward once more in backward, as far as checkpointing does."""
 
-    def __init__(self, gpu: Gpu, units: tuple[int, ...], chunks: Chunks, weight_bytes: int):
-        self.gpu, self.units, self.chunks, self.weight_bytes = gpu, units, chunks, weight_bytes
-        self.costs: dict[int, tuple[float, float]] = {}
+    ahead: float
+    behind: float
+    again: float
 
-    def tape(self, tape: Tape, pieces: int = 1) -> tuple[float, float]:
-        """(forward, backward with what it recomputes) of all pieces."""
-        key = id(tape)
-        if key not in self.costs:
-            rows = [self.op(op) for op in tape.ops]
-            self.costs[key] = (sum(f for f, _ in rows), sum(b for _, b in rows))
-        ahead, behind = self.costs[key]
-        return pieces * ahead, pieces * behind
 
-    def op(self, op: Op) -> tuple[float, float]:
-        part = op.part
-        if part is None:
-            return self._single(op)
-        pieces = 1 if not part.chunked else self.chunks.loss if part.in_forward else self.chunks.mlp
-        ahead, behind = self.tape(part.tape, pieces)
-        if part.in_forward:
-            return ahead + behind, 0.0
-        if not part.recompute:
-            return ahead, behind
-        again = ahead - self._skipped(part.tape)
-        return ahead, behind + again
+class Walk:
+    """Walks tapes as often and as far as a step runs them. A subclass says what an operation takes, in seconds or whatever adds up."""
 
-    def _skipped(self, tape: Tape) -> float:
-        """A checkpointed part that ends in another one leaves that to it: its forward runs in its own backward only."""
-        last = [op for op in tape.ops if op.keeps or op.part is not None]
-        if last and last[-1].part is not None and last[-1].part.recompute:
-            return self.op(last[-1])[0]
+    def __init__(self, sizes: Sizes, chunks: Chunks):
+        self.units, self.chunks = sizes.units, chunks
+        self.times: dict[int, Times] = {}
+
+    def operation(self, op: Op) -> tuple[float, float]:
+        """(forward, backward) of an operation that is no part."""
+        raise NotImplementedError
+
+    def sums(self, part: Part, pieces: int) -> float:
+        """To sum a part's weight gradients over its pieces."""
         return 0.0
 
-    def _single(self, op: Op) -> tuple[float, float]:
+    def additions(self, tape: Tape) -> float:
+        """To add the gradients that reach a tensor of the tape from several operations."""
+        return 0.0
+
+    def tape(self, tape: Tape) -> Times:
+        """Times of a tape. Run again it stops at the last tensor that backward needs (torch.utils.checkpoint, early stop)."""
+        key = id(tape)
+        if key not in self.times:
+            rows = [self._times(op) for op in tape.ops]
+            last = max((i for i, op in enumerate(tape.ops) if holds_for_backward(op)), default=-1)
+            again = sum(row.ahead for row in rows[:last]) + rows[last].again if last >= 0 else 0.0
+            behind = sum(row.behind for row in rows) + self.additions(tape)
+            self.times[key] = Times(sum(row.ahead for row in rows), behind, again)
+        return self.times[key]
+
+    def _times(self, op: Op) -> Times:
+        if op.part is not None:
+            return self._part(op.part)
+        ahead, behind = self.operation(op)
+        made = {tensor.storage for tensor in op.makes}
+        needed = any(tensor.storage in made for tensor in op.keeps)  # what it reads is saved before it runs
+        return Times(ahead, behind, ahead if needed else 0.0)
+
+    def _part(self, part: Part) -> Times:
+        inside = self.tape(part.tape)
+        pieces = 1 if not part.chunked else self.chunks.loss if part.in_forward else self.chunks.mlp
+        ahead, behind = pieces * inside.ahead, pieces * inside.behind + self.sums(part, pieces)
+        again = ahead if part.chunked else inside.again  # pieces run again whole (mstplan/train/mlp.py)
+        if part.in_forward:
+            return Times(ahead + behind, 0.0, 0.0)
+        if not part.records:
+            return Times(ahead, 0.0, 0.0)
+        return Times(ahead, behind + again, 0.0) if part.recompute else Times(ahead, behind, again)
+
+
+class _Bound(Walk):
+    """Seconds at nominal rates."""
+
+    def __init__(self, gpu: Gpu, sizes: Sizes, chunks: Chunks, weight_bytes: int):
+        super().__init__(sizes, chunks)
+        self.gpu, self.weight_bytes = gpu, weight_bytes
+
+    def operation(self, op: Op) -> tuple[float, float]:
         touched = (
             sum(self._bytes(t) for t in (*op.reads, *op.makes)) + sum(w.numel for w in op.weights) * self.weight_bytes
         )
@@ -65,22 +97,25 @@ class _Cost:
 
 
 def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chunks) -> float:
-    """Seconds of one optimizer step (all of its micro-batches), no faster than which any real step runs on this card.
+    """Seconds of one optimizer step (all of its micro-batches), no faster than which any real step runs on this GPU.
 
-    Copies of layer inputs and weights between host and card overlap with computing, each direction by itself; the
-    optimizer on the host is counted by what crosses the link, not by the host's own arithmetic.
+    Copies of layer inputs and weights between CPU RAM and GPU overlap with computing, each direction by itself; the
+    optimizer on the CPU is counted by what crosses the link, not by the CPU's own arithmetic.
     """
-    cost = _Cost(gpu, sizes.units, chunks, recipe.weight_bytes)
-    ahead, behind = cost.tape(step.tape)
+    ahead, behind, _ = _Bound(gpu, sizes, chunks, recipe.weight_bytes).tape(step.tape)
     if recipe.offload_layer_inputs:
-        layers = stored_inputs(recipe, step.model.layers)
-        hidden = step.tape.ops[0].makes[0]
-        moved = layers * hidden.bytes * sizes.units[hidden.basis] / gpu.host_link
+        moved = offloaded_bytes(step, recipe, sizes) / gpu.host_link
         ahead, behind = max(ahead, moved), max(behind, moved)
     if recipe.weights_on_host:  # gathered in both passes; gradients leave in backward
         gathered = step.parameters * recipe.weight_bytes / gpu.host_link
         ahead, behind = max(ahead, gathered), max(behind, gathered)
     return recipe.accumulation * (ahead + behind) + _optimizer_seconds(step, recipe, gpu)
+
+
+def offloaded_bytes(step: Step, recipe: Recipe, sizes: Sizes) -> int:
+    """Bytes of layer inputs that cross to CPU RAM in forward, and back in backward."""
+    hidden = step.tape.ops[0].makes[0]
+    return stored_inputs(recipe, step.model.layers) * hidden.bytes * sizes.units[hidden.basis]
 
 
 def _optimizer_seconds(step: Step, recipe: Recipe, gpu: Gpu) -> float:

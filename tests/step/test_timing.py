@@ -38,6 +38,19 @@ def test_recomputing_costs_about_a_forward() -> None:
     assert seconds("mst") == pytest.approx(checkpointed, rel=0.02)  # chunks are recomputed once, not twice
 
 
+def test_a_checkpointed_layer_stops_before_its_last_product() -> None:
+    """torch.utils.checkpoint, early stop: the down projection's input is the last that backward needs. Pieces of the MLP run whole."""
+    layers, tokens = 32, 16384
+    down = layers * 2 * tokens * MODEL.hidden * MODEL.mlp_width / H100.gpu.bf16_flops
+    forward = (seconds("checkpoint") + down) - seconds("standard")
+    per_token = 2 * (8_030_261_248 - 2 * 128256 * 4096)  # of the layers
+    attention = layers * 2 * tokens * tokens * 4096 / H100.gpu.bf16_flops
+    least = per_token * tokens / H100.gpu.bf16_flops + attention
+    assert least < forward < 1.4 * least  # norms and the like take the rest; were it run whole, 1.5
+    pieces = seconds("mst", chunks=Chunks(4, 1)) - seconds("checkpoint")
+    assert pieces == pytest.approx(down, rel=0.1)
+
+
 def test_accumulation_and_batch_scale() -> None:
     assert seconds("checkpoint", accumulation=4) == pytest.approx(4 * seconds("checkpoint"), rel=0.05)
     assert seconds("checkpoint", seq_len=8192, batch=2) == pytest.approx(

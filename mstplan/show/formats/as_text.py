@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .base import Format
@@ -144,9 +144,23 @@ def _ways(console: Console, table: Table) -> None:
     if not table.rows:
         return
     _said(console, table.title, "bold")
-    longest, host, gives_up, _ = (table.columns[i].heading for i in table.for_terminals)
-    _said(console, f"{longest:>9} {host:>8}  {gives_up}", "dim")
-    for row in table.rows:
-        longest, host, gives_up, options = _texts(table, row)
-        _said(console, f"{longest:>9} {host:>8}  {gives_up}")
-        _said(console, f"    {options}", "bold", whole=True)
+    headings = [table.columns[i].heading or "" for i in table.for_terminals]
+    rows = [_texts(table, row) for row in table.rows]
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)][:-2]
+    widths = [max(9 - (n > 0), width) for n, width in enumerate(widths)]
+
+    def line(cells: Sequence[str]) -> Iterator[str]:
+        """What it costs is in the last column but one, and may take several lines."""
+        from rich.text import Text
+
+        numbers = " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=False)) + "  "
+        for part in Text(cells[-2]).wrap(console, console.width - len(numbers)):
+            yield numbers + part.plain.rstrip()
+            numbers = " " * len(numbers)
+
+    for text in line(headings):
+        _said(console, text, "dim")
+    for row in rows:
+        for text in line(row):
+            _said(console, text)
+        _said(console, f"    {row[-1]}", "bold", whole=True)

@@ -38,6 +38,13 @@ class Adafactor(Optimizer):
         keys = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")  # of a matrix the first two, of a vector the last
         return Memory((Held("factored second moments", "float32", state_bytes, keys),), temporaries, per_weight)
 
+    def traffic(self, recipe: Recipe, weights: int, states: int) -> int:
+        """Bytes of a matrix's element in step() (transformers/optimization.py), in fp32: norm of the weights 4, square 8, + eps 8,
+        two means 8, outer product 4, times gradient 12, norm 4, div_ 8, mul_ 8, negation 8, add_ 12; of bf16 weights, gradient
+        and weight cast to fp32 and the weight back 18."""
+        size = recipe.weight_bytes
+        return weights // size * (84 + (18 if size == 2 else 0))
+
     def make(self, recipe: Recipe) -> Make:
         from transformers.optimization import Adafactor as TheirAdafactor
 

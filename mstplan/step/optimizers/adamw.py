@@ -35,6 +35,11 @@ class AdamW(Optimizer):
         root = Held("square root of one second moment, and its quotient", dtype, 2 * size * largest_of(weights))
         return Memory(states, (root,), 2 * size)
 
+    def traffic(self, recipe: Recipe, weights: int, states: int) -> int:
+        """Eight passes but for the fused kernel (torch/optim/adam.py, _multi_tensor_adam and _single_tensor_adam): decay of the
+        weights 2 tensors; lerp_ 3; mul_ 2; addcmul_ 3; sqrt 2; div 2; add_ 2; addcdiv_ 4. Moments have the weights' dtype."""
+        return super().traffic(recipe, weights, states) if self.is_fused(recipe) else 20 * weights
+
     def make(self, recipe: Recipe) -> Make:
         import torch
 

@@ -55,6 +55,11 @@ class Optimizer:
         """States and temporaries on the device, over weights given as (weight, how many)."""
         raise NotImplementedError
 
+    def traffic(self, recipe: Recipe, weights: int, states: int) -> int:
+        """Bytes that a step reads and writes, of so many bytes of weights, as many of gradients, and states: in one go it reads
+        all three, and writes weights and states."""
+        return 3 * weights + 2 * states
+
     def make(self, recipe: Recipe) -> Make:
         """A function from weights to torch's optimizer. Needs torch; asked only where `runs`."""
         raise NotImplementedError
