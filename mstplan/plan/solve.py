@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import islice
@@ -17,9 +18,10 @@ from ..step.instants import Instant
 from ..step.kernels import SDPA
 from ..step.optimizers import host_states
 from ..step.recipe import Recipe
-from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, step, stored_inputs
-from ..step.tape import ITEMSIZE, Vector
+from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, step, stored_inputs, tape_of
+from ..step.tape import ITEMSIZE, Vector, workspace_starts
 from ..step.timing import step_seconds
+from ..step.workspaces import IDS_PER_PARTIAL_SUM, Spans, span_at
 from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
 from . import calibration
 from .calibration import Calibration
@@ -158,7 +160,28 @@ def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Lay
     """The structure of the step at `seq_len` tokens."""
     window = window_of(model, recipe)
     masked = window is not None and seq_len >= window
-    return Layout(_bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
+    layout = Layout(_bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
+    return _in_spans(model, layout, step_sizes(recipe, seq_len, chunks))
+
+
+def _in_spans(model: Model, layout: Layout, sizes: Sizes) -> Layout:
+    """The layout, in the spans that the tokens lie in."""
+    starts, (_, bs, bc, bk, *_) = _workspace_starts(model, layout), sizes.units
+    spans = {name: span_at(starts.get(name, ()), tokens) for name, tokens in (("bs", bs), ("bc", bc), ("bk", bk))}
+    return layout._replace(spans=Spans(**spans))
+
+
+@lru_cache(maxsize=256)
+def _workspace_starts(model: Model, layout: Layout) -> dict[str, set[int]]:
+    """By kind of tokens, the numbers from which workspaces grow in another way."""
+    return workspace_starts(tape_of(model, layout))
+
+
+def _span_starts(model: Model, layout: Layout, batch: int, chunks: Chunks) -> list[int]:
+    """Lengths from which a step lies in other spans, from 0."""
+    pieces = {"bs": 1, "bc": chunks.mlp, "bk": chunks.loss}
+    starts = _workspace_starts(model, layout)
+    return sorted({0, *(pieces[name] * (-(-n // batch) - 1) + 1 for name in starts for n in starts[name])})
 
 
 def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
@@ -168,6 +191,7 @@ def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) 
 def _layout_step(
     model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
 ) -> Step:
+    """Step of no length, without the workspaces that depend on it."""
     layout = Layout(_bare_recipe(recipe), several_mlp, several_loss, masked, padded)
     return _calibrated_step(model, layout, gpu.workspaces_bytes)
 
@@ -219,8 +243,8 @@ def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chu
     window, multiple = window_of(model, recipe), recipe.pad_to
 
     def reach(masked: bool, padded: bool = False) -> int:
-        layout_step = _layout_step(model, recipe, card.gpu, chunks.mlp > 1, chunks.loss > 1, masked, padded)
-        return _longest_of_step(layout_step, recipe, chunks, card.budget_bytes) // multiple * multiple
+        layout = Layout(_bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, padded)
+        return _longest_of_layout(model, layout, recipe, card, chunks) // multiple * multiple
 
     longest_unmasked = reach(masked=False)
     if window is None or longest_unmasked < (last_unmasked := (window - 1) // multiple * multiple):
@@ -238,6 +262,29 @@ def _next_multiple(length: int, multiple: int, is_padded: bool) -> int | None:
     """The next multiple of `multiple` whose mask is padded, or is not; None where no multiple is of that kind."""
     multiples = (length // multiple * multiple + n * multiple for n in range(1, BIAS_ROWS + 1))
     return next((n for n in multiples if (n % BIAS_ROWS != 0) == is_padded), None)
+
+
+USUAL_TOKENS = 16384
+"""Of a batch: where the search for the spans of S_max begins."""
+
+
+def _longest_of_layout(model: Model, layout: Layout, recipe: Recipe, card: Card, chunks: Chunks) -> int:
+    """The longest sequence of a layout whose spans are those of the length. Bytes grow with it, from span to span too: the longest of a
+    step that is laid out for one is beyond it, before it, or the answer."""
+    starts = _span_starts(model, layout, recipe.batch, chunks)
+    index, fits, fails = bisect_right(starts, USUAL_TOKENS // recipe.batch) - 1, -1, len(starts)
+    while fits + 1 < fails:
+        here = _in_spans(model, layout, step_sizes(recipe, starts[index], chunks))
+        here_step = _calibrated_step(model, here, card.gpu.workspaces_bytes)
+        longest = _longest_of_step(here_step, recipe, chunks, card.budget_bytes)
+        aim = bisect_right(starts, longest) - 1
+        if aim == index:
+            return longest
+        if aim > index:
+            fits, index = index, min(aim, fails - 1)
+        else:
+            fails, index = index, max(aim, fits + 1, 0)
+    return starts[fails] - 1 if fails < len(starts) else LONGEST
 
 
 def _longest_of_step(step: Step, recipe: Recipe, chunks: Chunks, budget: int) -> int:
@@ -262,15 +309,16 @@ def _longest_of_step(step: Step, recipe: Recipe, chunks: Chunks, budget: int) ->
 
 
 def _polynomial(vector: Vector, batch: int, chunks: Chunks, rounding: int) -> tuple[int, int, int, int]:
-    """(a, b, c, d) with bytes = (a s^2 + b s + c) / d, over a common denominator d of the chunk counts.
+    """(a, b, c, d) with bytes = (a s^2 + b s + c) / d, over a common denominator d of the chunk counts and tens.
 
-    rounding 0: chunks and 128-row blocks are taken as exact shares; 1: as large as rounding up can make them.
+    rounding 0: chunks, 128-row blocks and tens of tokens are taken as small as rounding can make them; 1: as large.
     """
-    const, bs, bc, bk, bss, ss, s, br = vector
-    d = chunks.mlp * chunks.loss
+    const, bs, bc, bk, bss, ss, s, br, p = vector
+    d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM
     square = (bss * batch + ss) * d
-    linear = (bs + br) * batch * d + s * d + bc * batch * chunks.loss + bk * batch * chunks.mlp
-    extra = (br * 127 + bc + bk) * batch * d * rounding
+    linear = (bs + br) * batch * d + s * d + (bc * batch * chunks.loss + bk * batch * chunks.mlp) * IDS_PER_PARTIAL_SUM
+    linear += p * batch * chunks.mlp * chunks.loss
+    extra = (br * 127 + bc + bk) * batch * d * rounding - p * d * (1 - rounding)
     return square, linear, const * d + extra, d
 
 

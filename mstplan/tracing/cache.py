@@ -55,7 +55,7 @@ def _digest_of_package() -> str:
                 for subfolder in ("optimizers", "losses", "kernels")
                 for path in root.glob(f"step/{subfolder}/*.py")
             ),
-            *(root / "step" / name for name in ("cuda.py", "selection.py", "instants.py")),
+            *(root / "step" / name for name in ("cuda.py", "workspaces.py", "selection.py", "instants.py")),
         ]
     ):
         digest.update(path.read_bytes())

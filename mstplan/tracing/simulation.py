@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..spec.hardware import CUBLAS_HANDLES, Card
 from ..step.allocator import Allocator, OutOfMemory
+from ..step.cuda import CUBLASLT_WORKSPACE
 from ..step.instants import Pass
 from ..units import MIB
 from .trace import Trace
@@ -78,7 +79,8 @@ def frame_names(trace: Trace, key: int) -> list[str]:
         state = trace.held_states[number]
         return [state.dtype, state.name, "optimizer"]
     if kind == _WORKSPACE:
-        return [f"cuBLAS workspace {number + 1} of {CUBLAS_HANDLES}"]
+        library, count = ("cuBLASLt", trace.lt_handles) if number >= CUBLAS_HANDLES else ("cuBLAS", CUBLAS_HANDLES)
+        return [f"{library} workspace {number % CUBLAS_HANDLES + 1} of {count}"]
     storage = trace.step.storages[number % len(trace.step.storages)]
     return [f"{storage.dtype} {storage.shape}", storage.operation, storage.module or "step", storage.category]
 
@@ -97,6 +99,8 @@ def _events_before(trace: Trace) -> Iterator[AllocatorEvent]:
     yield from ((4 * n + _WEIGHT, weight.bytes, 1) for n, weight in enumerate(trace.weights))
     if trace.workspace:
         yield from ((4 * n + _WORKSPACE, trace.workspace // CUBLAS_HANDLES, 1) for n in range(CUBLAS_HANDLES))
+    for n in range(trace.lt_handles):
+        yield 4 * (CUBLAS_HANDLES + n) + _WORKSPACE, CUBLASLT_WORKSPACE, 1
 
 
 def _events_of_step(trace: Trace, n: int) -> Iterator[AllocatorEvent]:
