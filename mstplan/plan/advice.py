@@ -35,7 +35,7 @@ def card_notes(card: Card) -> list[str]:
             f"--gpu-mem: {format_gib(card.total_bytes)} nominal (GB is read as GiB: a GPU sold as 80 GB holds 80 GiB)"
         )
     notes = [
-        f"{size}; minus {format_gib(gpu.context_bytes)} CUDA context and {format_gib(GRANULARITY, 0)} allocator granularity"
+        f"{size}; minus {format_gib(gpu.context_bytes)} CUDA context ({_context_origin(card)}) and {format_gib(GRANULARITY, 0)} allocator granularity"
         + (f" and {format_gib(card.reserve_bytes)} reserve" if card.reserve_bytes else "")
         + f": a budget of {format_gib(card.budget_bytes)}."
     ]
@@ -50,6 +50,12 @@ def card_notes(card: Card) -> list[str]:
             f"{gpu.name} has neither bf16 tensor cores nor FlashAttention-2: real steps there need more memory and time."
         )
     return notes
+
+
+def _context_origin(card: Card) -> str:
+    """How its bytes are known, in a word or two."""
+    kind = card.gpu.context_kind
+    return kind if card.named or kind == "assumed" else f"{kind} on {card.gpu.name}"
 
 
 def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
