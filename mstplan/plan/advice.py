@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..spec import hardware
+from ..spec.families import family_of
 from ..spec.hardware import GRANULARITY, Card, Gpu, gpus_of_size
 from ..spec.model import Model
 from ..step.cuda import BIAS_ROWS
@@ -63,6 +64,10 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     if recipe.attention == "sdpa" and not model.has_sdpa and model.stand_in is None:
         kernel = "eager" if recipe.precision == "fp32" else "flash_attention_2"
         notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{kernel}'.")
+    if recipe.attention == "sdpa" and model.release is not None:
+        notes.append(
+            f"{model.model_type} as in {model.release.words}: sdpa {_sdpa_in_releases(model)}; --transformers names yours."
+        )
     windows = any(kind.window is not None for kind in model.layer_kinds)
     if recipe.attention == "sdpa" and model.has_sdpa and windows:
         notes.append(
@@ -73,6 +78,12 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
         notes.append("In fp32, sdpa has no fast kernel for grouped queries and writes out the score matrix.")
     notes += _frozen_notes(model, recipe) if recipe.train or recipe.freeze else []
     return notes + (sharding_notes(model, recipe) if recipe.sharded else [])
+
+
+def _sdpa_in_releases(model: Model) -> str:
+    """In which releases transformers has sdpa for a model of which it has not in all."""
+    major, minor = family_of(model.model_type).no_sdpa_from or (0, 0)
+    return f"up to {major}.{minor - 1}, none from {major}.{minor} on"
 
 
 def _frozen_notes(model: Model, recipe: Recipe) -> list[str]:

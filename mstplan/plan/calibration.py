@@ -95,8 +95,10 @@ def family_of(recipe: Recipe) -> dict[str, Any]:
 
 def fingerprint(model: Model) -> str:
     """Hash of everything about a model that decides memory."""
-    facts = model._replace(name="", hub_id=None, notes=(), context=None, dtype="")
-    text = facts.listed().replace(", stand_in=None", "")  # calibrations are older than the field
+    facts = model._replace(name="", hub_id=None, notes=(), context=None, dtype="", release=None)
+    text = (
+        facts.listed().replace(", stand_in=None", "").replace(", release=None", "")
+    )  # calibrations are older than the fields
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

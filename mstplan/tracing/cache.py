@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..errors import InputError, MissingError, OutputError
+from ..errors import InputError, MissingError, OutputError, VersionError, one_line
 from ..profiles import user_folder
+from ..spec.releases import parse_release
 from ..step.recipe import Recipe
 from .trace import Trace
 
@@ -40,6 +41,15 @@ def versions() -> dict[str, str]:
             f"{e.name} is not installed; tracing and measuring need torch and transformers: pip install 'mstplan[torch]'"
         ) from None
     return {**package_versions, "mstplan": _digest_of_package()}
+
+
+def check_release(installed: dict[str, str], asked: str | None) -> None:
+    """Check that the release of transformers that was asked for is the one whose code a trace runs. Raises VersionError."""
+    if asked is not None and parse_release(asked) != parse_release(installed["transformers"]):
+        raise VersionError(
+            f"a trace runs the installed transformers {installed['transformers']}, not {one_line(asked, 40)}.\n"
+            f"pip install transformers=={one_line(asked, 40)}, or leave --transformers out; the formula rung answers for both."
+        )
 
 
 def _digest_of_package() -> str:
