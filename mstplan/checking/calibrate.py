@@ -89,7 +89,8 @@ def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
     basis = [name for name in LINEAR_TERMS if name not in absent] + list(SQUARE_TERMS if family.masked else ())
     window = window_of(model, recipe)
     points = [_fit_point(point, family, window) for point in (*TRACE_POINTS[: len(basis) + 1], HOLDOUT_POINT)]
-    traces = [trace_at(_recipe_at(recipe, point), point.seq_len) for point in points]
+    # the formula counts these workspaces beside a calibration: they are no shares of batch and length
+    traces = [trace_at(_recipe_at(recipe, point), point.seq_len).without_gradient_workspaces() for point in points]
     moments = _solve_vectors(model, basis, points[:-1], traces[:-1])
     solved = {
         name: tuple(m.live for m in undominated([Moment(v, "", ()) for v in vectors]))

@@ -114,11 +114,11 @@ def _plannable(measurements: list[Measurement], elsewhere: bool) -> list[Measure
 
 def _stands_for(m: Measurement, model: Model) -> bool:
     """Whether a measurement is of the model, or of first layers that stand for all of them."""
-    layers = m.case.described.layers
+    layers = m.model.layers
     alike = layers == model.layers or (
         len(set(model.layer_kinds)) == 1 and m.case.recipe.checkpoint in ("none", "layer")
     )
-    return alike and fingerprint(model.first(layers)) == fingerprint(m.case.described)
+    return alike and fingerprint(model.first(layers)) == fingerprint(m.model)
 
 
 def _family_key(m: Measurement, layout: Layout) -> tuple[object, ...]:
@@ -139,7 +139,7 @@ def _solve_family(model: Model, members: Sequence[Measurement]) -> Calibration |
     ]
     if first.case.recipe.attention == "eager" or layout.masked:
         columns.append("bss")
-    by_layer = any(m.case.described.layers != model.layers for m in members)
+    by_layer = any(m.model.layers != model.layers for m in members)
     factors = _make_factors(members, columns, by_layer)
     min_points = factors.shape[1] + 1
     if len(members) < min_points or np.linalg.matrix_rank(factors / np.abs(factors).max(axis=0)) < factors.shape[1]:
@@ -189,7 +189,7 @@ def _make_factors(members: Sequence[Measurement], columns: Sequence[str], by_lay
     for m in members:
         units = dict(zip(BASIS, step_sizes(m.case.recipe, m.case.seq_len, chunks_of(m)).units, strict=True))
         row = [units[name] for name in columns]
-        rows.append(row + [value * m.case.described.layers for value in row] if by_layer else row)
+        rows.append(row + [value * m.model.layers for value in row] if by_layer else row)
     return np.array(rows, dtype=float)
 
 

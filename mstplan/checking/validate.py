@@ -158,7 +158,7 @@ def _allocated_row(m: Measurement, rung: str, predicted: dict[str, int]) -> Erro
 
 def step_of(m: Measurement, rung: str) -> Step | None:
     """The formula's step, or the one a calibration makes of it; None when there is none for it."""
-    model, recipe, seq_len, chunks = m.case.described, m.case.recipe, m.case.seq_len, chunks_of(m)
+    model, recipe, seq_len, chunks = m.model, m.case.recipe, m.case.seq_len, chunks_of(m)
     formula = step(model, layout_of(model, recipe, chunks, seq_len), workspace_of(m))
     if rung == FORMULA:
         return formula
@@ -167,7 +167,7 @@ def step_of(m: Measurement, rung: str) -> Step | None:
 
 
 def _find_calibration(m: Measurement) -> Calibration | None:
-    return calibration_at(m.case.described, m.case.recipe, m.case.seq_len, chunks_of(m))
+    return calibration_at(m.model, m.case.recipe, m.case.seq_len, chunks_of(m))
 
 
 def _is_solved_from(m: Measurement) -> bool:
@@ -184,7 +184,7 @@ def _is_solved_from(m: Measurement) -> bool:
 
 def point_of(m: Measurement) -> list[int]:
     """Entry of a calibration's provenance for a step that it was solved from: b, s, chunks of MLP and loss, L."""
-    return [m.case.recipe.batch, m.case.seq_len, *chunks_of(m), m.case.described.layers]
+    return [m.case.recipe.batch, m.case.seq_len, *chunks_of(m), m.model.layers]
 
 
 def trace_measured(m: Measurement) -> Trace:
@@ -296,7 +296,7 @@ def is_held_to(rung: str, m: Measurement) -> bool:
     CUDA, as a CPU runs them too in bf16; in fp32, or with dropout, its attention is another, and what is offloaded stays in the same memory."""
     if rung == TRACE or m.case.device == "cuda":
         return True
-    recipe, attention = m.case.recipe, m.case.described.attention
+    recipe, attention = m.case.recipe, m.model.attention
     return recipe.precision != "fp32" and not recipe.offload_layer_inputs and not attention.dropout
 
 

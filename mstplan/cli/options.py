@@ -161,10 +161,19 @@ class AssumeOptions(Options):
     assume = option(str, "--assume", _assumptions, metavar="NAME", choices=known_assumptions)
 
 
+class ReleaseOptions(Options):
+    transformers = option(
+        str,
+        "--transformers",
+        "The release whose modelling code is planned: 5.17. Default the installed one, else the newest known.",
+        metavar="VERSION",
+    )
+
+
 WHICH_MODEL = "A shipped name (see `mstplan models`), a config.json or its folder, or a Hugging Face id."
 
 
-class ModelOptions(AssumeOptions):
+class ModelOptions(AssumeOptions, ReleaseOptions):
     model = option(str, "--model -m", WHICH_MODEL, ..., metavar="MODEL", choices=shipped_models)
 
 
@@ -384,7 +393,7 @@ ONE_RECIPE = (
 def model_of(options: ModelOptions) -> Model:
     from ..spec.catalog import load_model
 
-    return load_model(options.model, options.assume)
+    return load_model(options.model, options.assume, options.transformers)
 
 
 def model_or_stand_in(options: TracedOptions) -> Model:

@@ -210,7 +210,7 @@ def tracing(options: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Tr
     from ..tracing import cache
 
     config = load_config(options.model)
-    cache.versions()  # no torch: said before anything else
+    cache.check_release(cache.versions(), options.transformers)  # no torch: said before anything else
 
     def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
         waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")

@@ -26,6 +26,7 @@ from .. import files, profiles
 from ..errors import MeasurementError, ModelError, OutputError, one_line, quoted
 from ..spec.config import read_config
 from ..spec.model import Model
+from ..spec.releases import is_release
 from ..step.recipe import Recipe
 from ..units import LEAST_MEMORY, LONGEST, MOST_MEMORY, format_gib
 
@@ -213,6 +214,12 @@ class Measurement:
     def reason(self) -> str:
         """Why there are no figures, in some words."""
         return one_line(next(iter(self.error.splitlines()), ""), 150) or "no reason given"
+
+    @cached_property
+    def model(self) -> Model:
+        """The model as the release of transformers that ran has it."""
+        case, ran = self.case, self.environment["transformers"]
+        return read_config(case.config, case.model, case.assume, ran if is_release(ran) else None)
 
     @cached_property
     def key(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..spec import hardware
+from ..spec.families import family_of
 from ..spec.hardware import EXPANDABLE, EXPANDABLE_SETTING, GRANULARITY, USUAL, Card, Gpu, gpus_of_size
 from ..spec.model import Model
 from ..spec.speeds import speeds_of
@@ -38,7 +39,7 @@ def card_notes(card: Card) -> list[str]:
             f"--gpu-mem: {format_gib(card.total_bytes)} nominal (GB is read as GiB: a GPU sold as 80 GB holds 80 GiB)"
         )
     notes = [
-        f"{size}; minus {format_gib(gpu.context_bytes)} CUDA context and {format_gib(GRANULARITY, 0)} allocator granularity"
+        f"{size}; minus {format_gib(gpu.context_bytes)} CUDA context ({_context_origin(card)}) and {format_gib(GRANULARITY, 0)} allocator granularity"
         + (f" and {format_gib(card.reserve_bytes)} reserve" if card.reserve_bytes else "")
         + f": a budget of {format_gib(card.budget_bytes)}."
     ]
@@ -84,11 +85,21 @@ def allocator_note(plan: Plan) -> list[str]:
     return [f"torch's allocator is simulated {_setting(plan.card)}; {_setting(other.card)} {fares}."]
 
 
+def _context_origin(card: Card) -> str:
+    """How its bytes are known, in a word or two."""
+    kind = card.gpu.context_kind
+    return kind if card.named or kind == "assumed" else f"{kind} on {card.gpu.name}"
+
+
 def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     notes = []
     if recipe.attention == "sdpa" and not model.has_sdpa and model.stand_in is None:
         kernel = "eager" if recipe.precision == "fp32" else "flash_attention_2"
         notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{kernel}'.")
+    if recipe.attention == "sdpa" and model.release is not None:
+        notes.append(
+            f"{model.model_type} as in {model.release.words}: sdpa {_sdpa_in_releases(model)}; --transformers names yours."
+        )
     windows = any(kind.window is not None for kind in model.layer_kinds)
     if recipe.attention == "sdpa" and model.has_sdpa and windows:
         notes.append(
@@ -99,6 +110,12 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
         notes.append("In fp32, sdpa has no fast kernel for grouped queries and writes out the score matrix.")
     notes += _frozen_notes(model, recipe) if recipe.train or recipe.freeze else []
     return notes + (sharding_notes(model, recipe) if recipe.sharded else [])
+
+
+def _sdpa_in_releases(model: Model) -> str:
+    """In which releases transformers has sdpa for a model of which it has not in all."""
+    major, minor = family_of(model.model_type).no_sdpa_from or (0, 0)
+    return f"up to {major}.{minor - 1}, none from {major}.{minor} on"
 
 
 def _frozen_notes(model: Model, recipe: Recipe) -> list[str]:

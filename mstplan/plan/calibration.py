@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from .. import files, kept
 from ..errors import InputError, one_line
@@ -38,7 +38,15 @@ grows with tokens is far less."""
 NOISE_BYTES = 64
 """Bytes a token by which an instant of constant size may seem to shrink, where it is solved from measurements."""
 
-_Vector = Annotated[tuple[int, ...], Field(min_length=len(BASIS), max_length=len(BASIS))]
+OLDEST_BASIS = 8
+"""Entries of the vectors in the oldest files: what has come since, only kernels' workspaces grow with, which no calibration holds."""
+
+
+def _fill_up(vector: Sequence[int]) -> Vector:
+    return (*vector, *(0,) * (len(BASIS) - len(vector)))
+
+
+_Vector = Annotated[tuple[int, ...], Field(min_length=OLDEST_BASIS, max_length=len(BASIS)), AfterValidator(_fill_up)]
 _Moments = Annotated[dict[str, Annotated[tuple[_Vector, ...], Field(min_length=1)]], Field(min_length=1)]
 
 
@@ -87,8 +95,10 @@ def family_of(recipe: Recipe) -> dict[str, Any]:
 
 def fingerprint(model: Model) -> str:
     """Hash of everything about a model that decides memory."""
-    facts = model._replace(name="", hub_id=None, notes=(), context=None, dtype="")
-    text = facts.listed().replace(", stand_in=None", "")  # calibrations are older than the field
+    facts = model._replace(name="", hub_id=None, notes=(), context=None, dtype="", release=None)
+    text = (
+        facts.listed().replace(", stand_in=None", "").replace(", release=None", "")
+    )  # calibrations are older than the fields
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -146,7 +156,7 @@ def _read_shipped(model: Model) -> tuple[Calibration, ...]:
 
 
 def _from_data(data: dict[str, Any]) -> Calibration:
-    moments = {name: tuple(tuple(vector) for vector in vectors) for name, vectors in data["moments"].items()}
+    moments = {name: tuple(_fill_up(vector) for vector in vectors) for name, vectors in data["moments"].items()}
     return Calibration(**{**data, "moments": moments})
 
 

@@ -11,7 +11,9 @@ from ..spec.model import Model
 from ..step.cuda import BIAS_ROWS
 from ..step.kernels import SDPA
 from ..step.recipe import Recipe
-from ..step.steps import Chunks, Layout, Sizes, Step, step
+from ..step.steps import Chunks, Layout, Sizes, Step, step, tape_of
+from ..step.tape import workspace_starts
+from ..step.workspaces import Spans, span_at
 from . import calibration
 from .calibration import Calibration
 
@@ -29,7 +31,7 @@ def window_of(model: Model, recipe: Recipe) -> int | None:
 
 
 @lru_cache(maxsize=256)
-def _bare_recipe(recipe: Recipe) -> Recipe:
+def bare_recipe(recipe: Recipe) -> Recipe:
     """The recipe without what only sizes depend on, so that steps are shared."""
     return recipe.model_copy(
         update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation), "pad_to": 1}
@@ -40,21 +42,43 @@ def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Lay
     """The structure of the step at `seq_len` tokens."""
     window = window_of(model, recipe)
     masked = window is not None and seq_len >= window
-    return Layout(_bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
+    layout = Layout(bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
+    return in_spans(model, layout, step_sizes(recipe, seq_len, chunks))
+
+
+def in_spans(model: Model, layout: Layout, sizes: Sizes) -> Layout:
+    """The layout, in the spans that the tokens lie in."""
+    starts, (_, bs, bc, bk, *_) = _workspace_starts(model, layout), sizes.units
+    spans = {name: span_at(starts.get(name, ()), tokens) for name, tokens in (("bs", bs), ("bc", bc), ("bk", bk))}
+    return layout._replace(spans=Spans(**spans))
+
+
+@lru_cache(maxsize=256)
+def _workspace_starts(model: Model, layout: Layout) -> dict[str, set[int]]:
+    """By kind of tokens, the numbers from which workspaces grow in another way."""
+    return workspace_starts(tape_of(model, layout))
+
+
+def span_starts(model: Model, layout: Layout, batch: int, chunks: Chunks) -> list[int]:
+    """Lengths from which a step lies in other spans, from 0."""
+    pieces = {"bs": 1, "bc": chunks.mlp, "bk": chunks.loss}
+    starts = _workspace_starts(model, layout)
+    return sorted({0, *(pieces[name] * (-(-n // batch) - 1) + 1 for name in starts for n in starts[name])})
 
 
 def step_of(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
-    return _calibrated_step(model, layout_of(model, recipe, chunks, seq_len), gpu.workspaces_bytes)
+    return calibrated_step(model, layout_of(model, recipe, chunks, seq_len), gpu.workspaces_bytes)
 
 
 def layout_step(
     model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
 ) -> Step:
-    layout = Layout(_bare_recipe(recipe), several_mlp, several_loss, masked, padded)
-    return _calibrated_step(model, layout, gpu.workspaces_bytes)
+    """Step of no length, without the workspaces that depend on it."""
+    layout = Layout(bare_recipe(recipe), several_mlp, several_loss, masked, padded)
+    return calibrated_step(model, layout, gpu.workspaces_bytes)
 
 
-def _calibrated_step(model: Model, layout: Layout, workspace: int) -> Step:
+def calibrated_step(model: Model, layout: Layout, workspace: int) -> Step:
     """The formula's step, or what a calibration has in its place."""
     if calibration.are_set_aside():
         return step(model, layout, workspace)

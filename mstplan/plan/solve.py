@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from functools import cache, lru_cache
 from math import isqrt
@@ -16,18 +17,22 @@ from ..step.instants import Instant
 from ..step.optimizers import host_states
 from ..step.recipe import Recipe
 from ..step.simulation import Usage
-from ..step.steps import Chunks, Entry, InstantPeak, Sizes, Step, evaluate, stored_inputs
+from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, stored_inputs
 from ..step.tape import ITEMSIZE, Vector
 from ..step.timing import step_seconds
+from ..step.workspaces import IDS_PER_PARTIAL_SUM
 from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
 from .allocation import longest_that_runs, usage_up_to
 from .calibration import Calibration
 from .layout import (
+    bare_recipe,
+    calibrated_step,
     calibration_at,
     cap_chunks,
     chunk_tokens,
     hardest_lengths,
-    layout_step,
+    in_spans,
+    span_starts,
     step_of,
     step_sizes,
     window_of,
@@ -188,8 +193,8 @@ def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chu
     window, multiple = window_of(model, recipe), recipe.pad_to
 
     def reach(masked: bool, padded: bool = False) -> int:
-        built_step = layout_step(model, recipe, card.gpu, chunks.mlp > 1, chunks.loss > 1, masked, padded)
-        return _longest_of_step(built_step, recipe, chunks, card.budget_bytes) // multiple * multiple
+        layout = Layout(bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, padded)
+        return _longest_of_layout(model, layout, recipe, card, chunks) // multiple * multiple
 
     longest_unmasked = reach(masked=False)
     if window is None or longest_unmasked < (last_unmasked := (window - 1) // multiple * multiple):
@@ -207,6 +212,29 @@ def _next_multiple(length: int, multiple: int, is_padded: bool) -> int | None:
     """The next multiple of `multiple` whose mask is padded, or is not; None where no multiple is of that kind."""
     multiples = (length // multiple * multiple + n * multiple for n in range(1, BIAS_ROWS + 1))
     return next((n for n in multiples if (n % BIAS_ROWS != 0) == is_padded), None)
+
+
+USUAL_TOKENS = 16384
+"""Of a batch: where the search for the spans of S_max begins."""
+
+
+def _longest_of_layout(model: Model, layout: Layout, recipe: Recipe, card: Card, chunks: Chunks) -> int:
+    """The longest sequence of a layout whose spans are those of the length. Bytes grow with it, from span to span too: the longest of a
+    step that is laid out for one is beyond it, before it, or the answer."""
+    starts = span_starts(model, layout, recipe.batch, chunks)
+    index, fits, fails = bisect_right(starts, USUAL_TOKENS // recipe.batch) - 1, -1, len(starts)
+    while fits + 1 < fails:
+        here = in_spans(model, layout, step_sizes(recipe, starts[index], chunks))
+        here_step = calibrated_step(model, here, card.gpu.workspaces_bytes)
+        longest = _longest_of_step(here_step, recipe, chunks, card.budget_bytes)
+        aim = bisect_right(starts, longest) - 1
+        if aim == index:
+            return longest
+        if aim > index:
+            fits, index = index, min(aim, fails - 1)
+        else:
+            fails, index = index, max(aim, fits + 1, 0)
+    return starts[fails] - 1 if fails < len(starts) else LONGEST
 
 
 def _longest_of_step(step: Step, recipe: Recipe, chunks: Chunks, budget: int) -> int:
@@ -231,15 +259,16 @@ def _longest_of_step(step: Step, recipe: Recipe, chunks: Chunks, budget: int) ->
 
 
 def _polynomial(vector: Vector, batch: int, chunks: Chunks, rounding: int) -> tuple[int, int, int, int]:
-    """(a, b, c, d) with bytes = (a s^2 + b s + c) / d, over a common denominator d of the chunk counts.
+    """(a, b, c, d) with bytes = (a s^2 + b s + c) / d, over a common denominator d of the chunk counts and tens.
 
-    rounding 0: chunks and 128-row blocks are taken as exact shares; 1: as large as rounding up can make them.
+    rounding 0: chunks, 128-row blocks and tens of tokens are taken as small as rounding can make them; 1: as large.
     """
-    const, bs, bc, bk, bss, ss, s, br = vector
-    d = chunks.mlp * chunks.loss
+    const, bs, bc, bk, bss, ss, s, br, p = vector
+    d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM
     square = (bss * batch + ss) * d
-    linear = (bs + br) * batch * d + s * d + bc * batch * chunks.loss + bk * batch * chunks.mlp
-    extra = (br * 127 + bc + bk) * batch * d * rounding
+    linear = (bs + br) * batch * d + s * d + (bc * batch * chunks.loss + bk * batch * chunks.mlp) * IDS_PER_PARTIAL_SUM
+    linear += p * batch * chunks.mlp * chunks.loss
+    extra = (br * 127 + bc + bk) * batch * d * rounding - p * d * (1 - rounding)
     return square, linear, const * d + extra, d
 
 

@@ -58,6 +58,7 @@ def gpus(rows: Sequence[Gpu], sources: bool, notes: Sequence[str]) -> Report:
         Column("host_link", "host link"),
         Column("usable_kind", None),
         Column("context_bytes", None),
+        Column("context_kind", None),
     )
     table = Table("gpus", columns, tuple(Row(_gpu(g)) for g in rows))
     blocks: list[Block] = [Folded((line("Cards"),)), table]
@@ -81,4 +82,5 @@ def _gpu(g: Gpu) -> tuple[Cell, ...]:
         cell(g.host_link_name),
         cell(g.usable_kind),
         cell(g.context_bytes),
+        cell(g.context_kind),
     )

@@ -56,6 +56,7 @@ def card(c: Card) -> dict[str, Any]:
         "rates_of": c.gpu.name,
         "total_bytes": c.total_bytes,
         "context_bytes": c.gpu.context_bytes,
+        "context_kind": c.gpu.context_kind,
         "reserve_bytes": c.reserve_bytes,
         "budget_bytes": c.budget_bytes,
         "host_bytes": c.host_bytes,

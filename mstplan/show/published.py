@@ -128,7 +128,7 @@ def _peaks(rows: Sequence[Comparison]) -> Table:
         )
         for c in rows
     )
-    title = "Peak at a published length, GiB (*: nvidia-smi's; 0.5 GiB of CUDA context added)"
+    title = "Peak at a published length, GiB (*: nvidia-smi's; the CUDA context added)"
     return Table("peaks", columns, _rows(cells), title, layout="answers")
 
 

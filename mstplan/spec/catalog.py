@@ -37,13 +37,14 @@ class _Source(NamedTuple):
     hub_id: str | None = None
 
 
-def load_model(spec: str | os.PathLike[str], assume: str | None = None) -> Model:
+def load_model(spec: str | os.PathLike[str], assume: str | None = None, transformers: str | None = None) -> Model:
     """The model that `spec` names: a shipped name or its Hugging Face id, a config.json, a folder, or any other id.
 
-    assume: "llama-like" counts a model that the formula does not read as a Llama.
+    assume: "llama-like" counts a model that the formula does not read as a Llama. transformers: the release whose code is planned, such
+    as "5.17", where that matters; None: the installed one, else the newest known.
     """
     source = _find_source(spec)
-    model = read_config(_read_json(source.path), source.label, assume)
+    model = read_config(_read_json(source.path), source.label, assume, transformers)
     return model._replace(name=source.name or model.name, hub_id=source.hub_id)
 
 

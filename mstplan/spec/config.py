@@ -15,6 +15,7 @@ from mstplan.errors import ModelError, did_you_mean, one_line
 from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.families.base import Family
 from mstplan.spec.model import NO_ADAPTERS, Attention, Block, Experts, Latent, LayerKind, Mlp, Model
+from mstplan.spec.releases import parse_release, release
 
 _LARGEST_SIZE = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
 _MAX_LAYERS = 1000  # eight times as many as the deepest published one
@@ -80,9 +81,14 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 _TOWER_WORDS = ("vision", "visual", "image", "img", "video", "audio", "speech", "embd_layer")
 
 
-def read_config(config: Mapping[str, object], name: str, assume: str | None = None) -> Model:
+def read_config(
+    config: Mapping[str, object], name: str, assume: str | None = None, transformers: str | None = None
+) -> Model:
     """The model that a config.json describes; `name` names it in messages. What cannot be planned is a ModelError; of that,
-    what the formula cannot count is an UnreadError. assume: "llama-like" counts the latter as a Llama all the same."""
+    what the formula cannot count is an UnreadError. assume: "llama-like" counts the latter as a Llama all the same. transformers: the
+    release whose code is planned, where that matters; None: the installed one, else the newest known."""
+    if transformers is not None:
+        parse_release(transformers)
     if not isinstance(config, Mapping):
         raise ModelError(f"{name}: holds {_format_value(config)}, not a JSON object with a model's fields.")
     _check_assumption(assume)
@@ -108,8 +114,15 @@ def read_config(config: Mapping[str, object], name: str, assume: str | None = No
         _refuse_foreign_experts(f)
         if not nested:  # files leave out defaults of a part, never of the whole
             f.require(_REQUIRED_FIELDS)
-    model = _model(f, model_type)
+    model = _in_release(_model(f, model_type), f.family, transformers)
     return model._replace(notes=(*_quantised_notes(f), *notes, *_field_notes(f)))
+
+
+def _in_release(model: Model, family: Family, transformers: str | None) -> Model:
+    if family.no_sdpa_from is None:
+        return model
+    planned = release(transformers)
+    return model._replace(has_sdpa=planned.number < family.no_sdpa_from, release=planned)
 
 
 def _check_assumption(assume: str | None) -> None:

@@ -43,6 +43,7 @@ class Gpu(NamedTuple):
     host_link_name: str
     rates_source: str
     context_bytes: int
+    context_kind: str  # measured | assumed
     context_source: str
     cublas_workspace_bytes: int  # of one handle
 
@@ -125,7 +126,8 @@ def _merge_gpus(file: KeptFile | None) -> tuple[Gpu, ...]:
     merged = []
     for gpu in _read_shipped():
         own_constants = next((measured[name] for name in (gpu.name, *gpu.aliases) if name in measured), None)
-        merged.append(gpu._replace(**own_constants._asdict()) if own_constants is not None else gpu)
+        own = {**own_constants._asdict(), "context_kind": "measured"} if own_constants is not None else {}
+        merged.append(gpu._replace(**own))
     return tuple(merged)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from .releases import Release
+
 NO_ADAPTERS = "adapters (LoRA, QLoRA) are not planned yet"
 
 Norm = Literal["rms", "rms-fp32-weight", "gemma", "layer"]
@@ -97,6 +99,7 @@ class Model(NamedTuple):
     hub_id: str | None = None
     notes: tuple[str, ...] = ()  # what the reader should know about how the file was read
     stand_in: StandIn | None = None
+    release: Release | None = None  # of transformers, where what is planned depends on it
 
     def __repr__(self) -> str:
         return f"<Model {self.name}: {self.model_type}, {self.layers} layers of {self.hidden}>"

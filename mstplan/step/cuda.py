@@ -5,6 +5,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+CUBLASLT_WORKSPACE = 1 << 20
+"""Bytes that cuBLASLt holds for a handle, from the first product that adds a bias on. from source: aten native/cuda/Blas.cpp,
+addmm_out_cuda_impl, takes it for a bias of one dimension; aten cuda/CublasHandlePool.cpp, getCUDABlasLtWorkspaceSize. measured: 1 MiB
+in steps of which no layer is run again in backward, else 2 MiB: autograd's thread has a handle of its own."""
+
 FLASH_ROWS = 128
 """from source: mha_bwd rounds the rows of its workspace up to this (aten transformers/cuda/flash_attn/flash_api.cpp)."""
 

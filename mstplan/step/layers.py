@@ -20,7 +20,8 @@ from .kernels import SDPA, chosen
 from .kernels.base import AttentionCall
 from .roles import Purpose, Role
 from .selection import WeightKind
-from .tape import ForGradients, Op, Part, Tape, TapeWriter, Tensor, Weight, axes_of, sums_of
+from .tape import BASIS, ForGradients, Op, Part, Tape, TapeWriter, Tensor, Weight, WeightWorkspace, axes_of, sums_of
+from .workspaces import SumOverTokens
 
 HIDDEN = "layer input"
 
@@ -135,11 +136,17 @@ class Writer:
             for_gradients=ForGradients(((x, w), *((copy, x) for copy in copies))),
             grads=((x, self.tape.grad(x)),),
             weights=weights,
+            workspaces=tuple(self.sum_over_tokens(each, y) for each in weights[1:]),
             flops=((y.basis, 2 * inner * outer),),
             cast=bool(copies) and copy is None,
             defers=defers,
             product=not copies,
+            adds_bias=bias,
         )
+
+    def sum_over_tokens(self, weight: Weight, x: Tensor) -> WeightWorkspace:
+        """The workspace while gradients of x's shape are added up to the weight's."""
+        return WeightWorkspace(weight, SumOverTokens(weight.numel, self._width(x) // weight.numel), BASIS[x.basis])
 
     def _last(self, x: Tensor) -> int:
         axis = x.shape.rsplit(" ", 1)[1]
@@ -257,6 +264,7 @@ class Writer:
             for_gradients=ForGradients(((normed, w), *((factor, normed) for factor in factors)), ((product, w),)),
             grads=grads,
             weights=(w,),
+            workspaces=(self.sum_over_tokens(w, normed),),
         )
 
     def _gemma_norm(self, x: Tensor, name: str) -> Tensor:

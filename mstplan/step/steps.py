@@ -18,7 +18,7 @@ from ..spec.families import family_of
 from ..spec.families.base import LAYER
 from ..spec.model import LayerKind, Model
 from .autograd import record_step
-from .cuda import flash_rows
+from .cuda import CUBLASLT_WORKSPACE, flash_rows
 from .fsdp import into_groups, shards_of
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, SDPA
@@ -43,6 +43,7 @@ from .tape import (
     Tensor,
     Vector,
     Weight,
+    WeightWorkspace,
     add,
     backward,
     forward,
@@ -52,9 +53,10 @@ from .tape import (
     tensor_of,
     undominated,
 )
+from .workspaces import IDS_PER_PARTIAL_SUM, SortedLookups, Spans
 
 CALIBRATED = "calibration less formula"
-WORKSPACES = "cuBLAS workspaces"
+WORKSPACES, LT_WORKSPACES = "cuBLAS workspaces", "cuBLASLt workspaces"
 
 
 class Layout(NamedTuple):
@@ -65,6 +67,7 @@ class Layout(NamedTuple):
     several_loss_chunks: bool
     masked: bool  # sliding-window layers carry an explicit mask
     padded: bool = False  # whose rows are padded (cuda.BIAS_ROWS)
+    spans: Spans | None = None  # that the tokens lie in; None: workspaces that depend on them are left out
 
 
 class Copies(NamedTuple):
@@ -115,7 +118,8 @@ class Sizes(NamedTuple):
     @property
     def units(self) -> tuple[int, ...]:
         b, s = self.batch, self.seq_len
-        return (1, b * s, b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens, b * s * s, s * s, s, b * flash_rows(s))
+        in_chunks = b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens
+        return (1, b * s, *in_chunks, b * s * s, s * s, s, b * flash_rows(s), b * s // IDS_PER_PARTIAL_SUM)
 
 
 def evaluate(vector: Vector, units: tuple[int, ...]) -> int:
@@ -127,7 +131,7 @@ class Step:
 
     def __init__(self, model: Model, layout: Layout, workspace: int):
         self.model, self.layout, self.workspace = model, layout, workspace
-        self.tape = build(model, layout)
+        self.tape = tape_of(model, layout)
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
         card_weights = shards_of(self.weights, layout.recipe.gpus)
@@ -140,14 +144,17 @@ class Step:
         self.is_calibrated = False
 
     def calibrated(self, moments: Mapping[str, Iterable[Vector]]) -> Step:
-        """Step with moments of its instants as they were found, without cuBLAS' workspaces, in place of the formula's, which
-        stay where none were. Instants that the formula leaves out, for they lie between others, stay out."""
-        workspace = (self.workspace,) + (0,) * (len(BASIS) - 1)
+        """Step with moments of its instants as they were found, without workspaces, in place of the formula's, which stay where none
+        were, and those with a kernel's workspace in any case. Instants that the formula leaves out, for they lie between others, stay out."""
+        workspace = (self.workspaces_bytes,) + (0,) * (len(BASIS) - 1)
         other = copy(self)
         other.is_calibrated = True
         calibrated_moments = {
-            name: tuple(Moment(add(v, workspace), CALIBRATED, ()) for v in moments[name])
-            for name in self.moments
+            name: (
+                *(Moment(add(v, workspace), CALIBRATED, ()) for v in moments[name]),
+                *(moment for moment in formula_moments if moment.has_workspace),
+            )
+            for name, formula_moments in self.moments.items()
             if name in moments
         }
         other.moments = {**self.moments, **calibrated_moments}
@@ -163,7 +170,8 @@ class Step:
             gradients = "used"
         if recipe.sharded:  # whole ones stay until they are scattered
             gradients = "kept"
-        return Rules(gradients, recipe.used_dtype, recipe.autocast, self.optimizer.per_weight, **changes)
+        spans = self.layout.spans
+        return Rules(gradients, recipe.used_dtype, recipe.autocast, self.optimizer.per_weight, spans=spans, **changes)
 
     def _moments(self, rules: Rules) -> dict[Instant, list[Moment]]:
         """Moments of the step by the instant they belong to, with all that is alive."""
@@ -171,9 +179,9 @@ class Step:
 
         def note(moments: Iterable[tuple[Instant, Moment]], alive: Alive) -> None:
             base = sum_bytes(alive)
-            for instant, (live, operation, inside, stage) in moments:
-                moment = Moment(add(base, live), operation, (*alive, *inside) if rules.detail else (), stage)
-                by_instant.setdefault(instant, []).append(moment)
+            for instant, moment in moments:
+                listed = (*alive, *moment.alive) if rules.detail else ()
+                by_instant.setdefault(instant, []).append(moment._replace(live=add(base, moment.live), alive=listed))
 
         resident = labels([*self._resident(), *self.batch()])
         ahead = forward(self.tape, rules, keep=True, prune=False)
@@ -188,7 +196,7 @@ class Step:
         behind_at = [
             (
                 m.stage.backward,
-                Moment(add(forward_end, m.live), m.operation, (*ahead.alive, *let_go, *seed, *m.alive), m.stage),
+                m._replace(live=add(forward_end, m.live), alive=(*ahead.alive, *let_go, *seed, *m.alive)),
             )
             for m in behind.moments
             if m.stage is not None
@@ -210,8 +218,16 @@ class Step:
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
         size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.card_parameters)
         name = "weights gathered from the host" if recipe.weights_on_host else "weights"
-        workspaces = Tensor(WORKSPACES, "", "uint8", 0, self.workspace, role=Role.WORKSPACE)
-        return [constant(name, dtype, size, Role.WEIGHT), workspaces]
+        libraries = (WORKSPACES, self.workspace), (LT_WORKSPACES, self.workspaces_bytes - self.workspace)
+        workspaces = [constant(library, "uint8", taken, Role.WORKSPACE) for library, taken in libraries if taken]
+        return [constant(name, dtype, size, Role.WEIGHT), *workspaces]
+
+    @property
+    def workspaces_bytes(self) -> int:
+        """Bytes of cuBLAS' workspaces, and of cuBLASLt's, which come with products that add a bias: for the thread of the forward pass,
+        and for that of the backward pass where it runs such a product again. None where cuBLAS has none."""
+        handles = sum(map(bool, (adds_bias(self.tape), adds_bias(self.tape, again=True))))
+        return self.workspace + (CUBLASLT_WORKSPACE * handles if self.workspace else 0)
 
     def states(self) -> list[Tensor]:
         """The optimizer's, which its first step makes."""
@@ -312,6 +328,15 @@ class Step:
         return tuple(result)
 
 
+def adds_bias(tape: Tape, again: bool = False) -> bool:
+    """Whether one of its products adds a bias. again: in a part that is run again in backward."""
+    return any(
+        (op.adds_bias and not again)
+        or (op.part is not None and adds_bias(op.part.tape, again and not op.part.recompute))
+        for op in tape.ops
+    )
+
+
 def labels(tensors: Iterable[Tensor]) -> Alive:
     return tuple((t.label, 1) for t in tensors)
 
@@ -386,6 +411,16 @@ def _without_negatives(groups: dict[_Alike, list[int]]) -> None:
 
 
 # ---- laying a step out on a tape ------------------------------------------------------------------------------------
+
+
+def tape_of(model: Model, layout: Layout) -> Tape:
+    """The whole step, the same one for all spans."""
+    return _tape_without_spans(model, layout._replace(spans=None))
+
+
+@lru_cache(maxsize=256)
+def _tape_without_spans(model: Model, layout: Layout) -> Tape:
+    return build(model, layout)
 
 
 def build(model: Model, layout: Layout) -> Tape:
@@ -490,7 +525,8 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
     changed = model.scaled_embedding or model.learned_positions
     looked_up = w.new("embeddings", "d", w.wide) if changed else w.hidden()
     joins = Joined(table, joins_view) if model.tied else None
-    tape.op("embedding", [], looked_up, weights=(table,), joins=joins)
+    workspace = WeightWorkspace(table, SortedLookups(model.vocab, model.hidden), "bs")
+    tape.op("embedding", [], looked_up, weights=(table,), workspaces=(workspace,), joins=joins)
     hidden, variables = looked_up, [looked_up]
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.hidden())
@@ -500,6 +536,7 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
         positions = tape.new("position embeddings", "s d", w.wide)
         sizes = model.learned_positions, model.hidden
         rows = w.weight("position embeddings", *sizes, kinds=(WeightKind.EMBEDDINGS,))
+        # its gradient's workspace is smaller than that of the table of token ids, and is gone before that comes
         tape.op("embedding of positions", [ids], positions, keeps=(ids,), weights=(rows,))
         y = w.hidden()
         grads = ((hidden, None), (positions, tape.grad(positions)))

@@ -28,15 +28,16 @@ from weakref import WeakKeyDictionary, ref
 from .instants import Stage
 from .roles import Purpose, Role
 from .selection import Kinds
+from .workspaces import Spans, Workspace
 
 ITEMSIZE = {"complex64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1}
 
 # What bytes can grow with: b sequences, s tokens each, c tokens in an MLP chunk, k in a loss chunk,
-# r = s rounded up to 128 (the rows of a flash-attention workspace).
-BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br")
+# r = s rounded up to 128 (the rows of a flash-attention workspace), p = whole tens of the b s tokens.
+BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br", "p")
 Vector = tuple[int, ...]
 ZERO: Vector = (0,) * len(BASIS)
-_SYMBOLS = frozenset("bsckr")
+_SYMBOLS = frozenset("bsckrp")
 
 
 def add(u: Vector, v: Vector) -> Vector:
@@ -47,7 +48,7 @@ def add(u: Vector, v: Vector) -> Vector:
 def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
     """(index into BASIS, the axes whose sizes do not change) of a shape such as "b s d"."""
     axes = shape.split()
-    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckrs".index))
+    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckprs".index))
     return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
 
 
@@ -134,6 +135,14 @@ class ForGradients(NamedTuple):
 NONE = ForGradients()
 
 
+class WeightWorkspace(NamedTuple):
+    """A kernel's workspace while it makes the gradient of a weight; tokens: those that it grows with, as BASIS calls them."""
+
+    weight: Weight
+    kernel: Workspace
+    tokens: str
+
+
 class Joined(NamedTuple):
     """A weight whose gradient waited for the one of another use (tied embeddings), and is added to it here.
 
@@ -159,9 +168,11 @@ class Op:
     for_gradients: ForGradients = NONE
     holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
     weights: tuple[Weight, ...] = ()
+    workspaces: tuple[WeightWorkspace, ...] = ()
     flops: tuple[tuple[int, int], ...] = ()  # (basis, operations) of its forward; of several, the least holds
     cast: bool = False  # its weights are used through autocast's bf16 copies
     product: bool = False  # of its weights as they are: their gradients can go into a sum (mstplan/train/grad_sums.py)
+    adds_bias: bool = False  # in the product itself, by cuBLASLt
     defers: bool = False  # its weight's gradient waits for the weight's other use
     joins: Joined | None = None
     kernel: str = ""  # the attention kernel whose arithmetic this is
@@ -353,6 +364,7 @@ class Moment(NamedTuple):
     operation: str  # its name, for people
     alive: Alive  # when detail was asked for
     stage: Stage | None = None  # of the step
+    has_workspace: bool = False  # of a kernel, while it makes a weight's gradient
 
 
 class Happening(Enum):
@@ -410,6 +422,7 @@ class Rules(NamedTuple):
     summing: bool = (
         False  # gradients are summed over pieces, and those of matrix products are never there by themselves
     )
+    spans: Spans | None = None  # of the tokens, for workspaces of kernels; None: without them
 
 
 class _Ledger:
@@ -448,18 +461,19 @@ class _Ledger:
         if self.rules.events:
             self.events.append(Change(Happening.RENAMED, tensor, other))
 
-    def mark(self, operation: str) -> None:
+    def mark(self, operation: str, has_workspace: bool = False) -> None:
         if self.rules.events:
             return
-        self.moments.append(Moment(tuple(self.live), operation, tuple(self.alive.items()), self.stage))
+        alive = tuple(self.alive.items())
+        self.moments.append(Moment(tuple(self.live), operation, alive, self.stage, has_workspace))
 
     def splice(self, replay: Replay, where: str = "", *, moments: bool = True) -> None:
         """Take over what another replay found, begun from here."""
         base = tuple(self.live)
         alive_before = tuple(self.alive.items())
-        for live, operation, alive, _ in replay.moments if moments else ():
+        for live, operation, alive, _, has_workspace in replay.moments if moments else ():
             listed = merged(alive_before, alive) if self.rules.detail else ()
-            self.moments.append(Moment(add(base, live), _within(where, operation), listed, self.stage))
+            self.moments.append(Moment(add(base, live), _within(where, operation), listed, self.stage, has_workspace))
         self.live = list(add(base, replay.net))
         self.events += replay.events
         if self.rules.detail:
@@ -780,10 +794,10 @@ def _widened(inner: Replay, output: Tensor) -> Replay:
     piece_tensors = tuple((t, n) for t, n in inner.alive if t != output.label and t.basis == chunk)
     alive = merged([(widen(t), n) for t, n in piece_tensors], [(t, -n) for t, n in piece_tensors])
     moments = tuple(
-        Moment(
-            tuple(max(0, n) for n in add(m.live, others)),
-            m.operation,
-            tuple((t, n) for t, n in merged(m.alive, alive) if n > 0),
+        m._replace(
+            live=tuple(max(0, n) for n in add(m.live, others)),
+            alive=tuple((t, n) for t, n in merged(m.alive, alive) if n > 0),
+            stage=None,
         )
         for m in inner.moments
     )
@@ -839,6 +853,12 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
         if holders[gradient] == 0:
             ledger.drop(gradient)
 
+    def release(saved: Iterable[Tensor]) -> None:
+        for tensor in saved:
+            keepers[tensor.storage] -= 1
+            if keepers[tensor.storage] == 0 and tensor.storage in own_storages:
+                ledger.drop(tensor.storage)
+
     def arrive(tensor: Tensor, gradient: Tensor) -> None:
         earlier = pending.get(tensor)
         if earlier is None:
@@ -860,7 +880,8 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
     if tape.in_transfer is not None:
         ledger.put(tape.in_transfer)
     fetched_last = next((op for op in tape.ops if tape.in_transfer is not None and op.fetches), None)
-    for op, saved in zip(reversed(tape.ops), reversed(all_saved), strict=True):
+    for op, kept in zip(reversed(tape.ops), reversed(all_saved), strict=True):
+        saved = kept
         ledger.stage = op.stage
         if op is fetched_last and tape.in_transfer is not None:
             ledger.drop(tape.in_transfer)
@@ -896,13 +917,10 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
                     ledger.put(gradient)
                 arrivals.append((tensor, gradient))
             if op.grads or op.trained:
-                _weights_backward(op, ledger, rules)
+                saved = _weights_backward(op, ledger, rules, saved, release)
             for gradient in incoming_gradients:
                 let_go(gradient)
-        for tensor in saved:
-            keepers[tensor.storage] -= 1
-            if keepers[tensor.storage] == 0 and tensor.storage in own_storages:
-                ledger.drop(tensor.storage)
+        release(saved)
         if op.joins is not None and op.joins.weight.trained:
             _join(op.joins, ledger, rules)
         if op.part is None:
@@ -926,6 +944,9 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
     """
     assert part.tape.source is not None
     if part.in_forward:
+        ledger.mark(
+            "backward of " + op.name
+        )  # gradients made in forward are there until they are added to ones that exist
         ledger.drop(grad_of(op.makes[0]))
         for weight in part.trained:
             _accumulate(weight, op, ledger, rules)
@@ -987,15 +1008,50 @@ def used_dtype(rules: Rules, cast: bool = True) -> str:
     return "bfloat16" if rules.cast and cast else rules.dtype
 
 
-def _weights_backward(op: Op, ledger: _Ledger, rules: Rules) -> None:
+def _weights_backward(
+    op: Op, ledger: _Ledger, rules: Rules, saved: tuple[Tensor, ...], release: Callable[[Iterable[Tensor]], None]
+) -> tuple[Tensor, ...]:
+    """Weights' gradients and temporaries come, these go. Returns what is still saved for the operation. Autograd sums a gradient over
+    tokens when the function has returned (validate_outputs in torch/csrc/autograd/engine.cpp); what a checkpoint handed out is gone then."""
     for weight in () if rules.summing and op.product else op.trained:
         ledger.put(weight_gradient(weight, used_dtype(rules, op.cast)))
-    temps = op.back_temps if rules.recomputed else op.back_temps + op.late_temps
+    temps, workspace = op.back_temps, _list_workspaces(op, rules)
+    if not rules.recomputed:
+        temps += op.late_temps
     for tensor in temps:
         ledger.put(tensor)
-    ledger.mark("backward of " + op.name)
-    for tensor in temps:
+    if rules.recomputed and workspace and saved:
+        ledger.mark("backward of " + op.name)
+        release(saved)
+        saved = ()
+    for tensor in workspace:
+        ledger.put(tensor)
+    ledger.mark("backward of " + op.name, bool(workspace))
+    for tensor in (*temps, *workspace):
         ledger.drop(tensor)
+    return saved
+
+
+def _list_workspaces(op: Op, rules: Rules) -> list[Tensor]:
+    """What kernels take for themselves in the backward of an operation."""
+    tensors = []
+    for weight, kernel, tokens in op.workspaces if rules.spans is not None else ():
+        for size in kernel.sizes(getattr(rules.spans, tokens)) if weight.trained else ():
+            shape = size.shape.replace("t", " ".join(tokens))
+            basis = BASIS.index(tokens if size.unit == "t" else size.unit)
+            tensors.append(Tensor(size.name, shape, size.dtype, basis, size.bytes, role=Role.WORKSPACE))
+    return tensors
+
+
+def workspace_starts(tape: Tape) -> dict[str, set[int]]:
+    """Numbers of tokens from which workspaces of its operations grow in another way; by which tokens, as BASIS calls them."""
+    starts: dict[str, set[int]] = {}
+    for op in tape.ops:
+        for tokens, numbers in workspace_starts(op.part.tape).items() if op.part is not None else ():
+            starts.setdefault(tokens, set()).update(numbers)
+        for each in op.workspaces:
+            starts.setdefault(each.tokens, set()).update(each.kernel.starts())
+    return starts
 
 
 def _accumulate(weight: Weight, op: Op, ledger: _Ledger, rules: Rules) -> None:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..errors import InputError, MissingError, OutputError
+from ..errors import InputError, MissingError, OutputError, VersionError, one_line
 from ..profiles import user_folder
+from ..spec.releases import parse_release
 from ..step.recipe import Recipe
 from .trace import Trace
 
@@ -42,6 +43,15 @@ def versions() -> dict[str, str]:
     return {**package_versions, "mstplan": _digest_of_package()}
 
 
+def check_release(installed: dict[str, str], asked: str | None) -> None:
+    """Check that the release of transformers that was asked for is the one whose code a trace runs. Raises VersionError."""
+    if asked is not None and parse_release(asked) != parse_release(installed["transformers"]):
+        raise VersionError(
+            f"a trace runs the installed transformers {installed['transformers']}, not {one_line(asked, 40)}.\n"
+            f"pip install transformers=={one_line(asked, 40)}, or leave --transformers out; the formula rung answers for both."
+        )
+
+
 def _digest_of_package() -> str:
     """Digest of the code that makes traces, so that none outlives a change to it."""
     root = Path(__file__).parents[1]
@@ -55,7 +65,7 @@ def _digest_of_package() -> str:
                 for subfolder in ("optimizers", "losses", "kernels")
                 for path in root.glob(f"step/{subfolder}/*.py")
             ),
-            *(root / "step" / name for name in ("cuda.py", "selection.py", "instants.py")),
+            *(root / "step" / name for name in ("cuda.py", "workspaces.py", "selection.py", "instants.py")),
         ]
     ):
         digest.update(path.read_bytes())

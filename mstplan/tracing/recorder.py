@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
         ] = []  # autograd's sequence numbers, and whose forward they are of
         self._layer_labels = [label for label in labels.values() if label.is_layer]
         self.recomputing: Callable[[], int | None] = lambda: None  # the layer that a checkpoint runs again
-        self._purpose: tuple[str, Category] | None = None  # what a stand-in says it allocates for
+        self._purpose: tuple[str, Category | None] | None = None  # what a stand-in says it allocates for
         self._pending_sum: tuple[int, int] | None = (
             None  # a sum of gradients just made: (its storage, that of its first summand)
         )
@@ -154,9 +154,11 @@ class Recorder(TorchDispatchMode):
         key = storage._cdata
         if key in self._indices or key in self._resident or not storage.nbytes():
             return
-        operation, category = self._purpose or (_operation_name(func), label.category)
+        operation, category = self._purpose or (_operation_name(func), None)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        new_storage = Storage(storage.nbytes(), tuple(tensor.shape), dtype, operation, label.path, category)
+        new_storage = Storage(
+            storage.nbytes(), tuple(tensor.shape), dtype, operation, label.path, category or label.category
+        )
         self._indices[key] = self.recording.add(new_storage)
         weakref.finalize(storage, self._record_release, key).atexit = False
 
@@ -211,8 +213,8 @@ class Recorder(TorchDispatchMode):
     # ---- what tensors are for ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def purpose(self, operation: str, category: Category = Category.WORKSPACE) -> Iterator[None]:
-        """What is made within the context is made for this, whatever operation makes it."""
+    def purpose(self, operation: str, category: Category | None = Category.WORKSPACE) -> Iterator[None]:
+        """What is made within the context is made for this, whatever operation makes it. category: None for the module's."""
         outer, self._purpose = self._purpose, (operation, category)
         try:
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..spec.hardware import CUBLAS_HANDLES, Card
+from ..step.cuda import CUBLASLT_WORKSPACE
 from ..step.instants import Pass
 from ..step.simulation import MOST_STEPS, RELEASED, Allocations, AllocatorEvent, Usage, least_limit, simulate_steps
 from ..units import MIB
@@ -57,7 +58,8 @@ def frame_names(trace: Trace, key: int) -> list[str]:
         state = trace.held_states[number]
         return [state.dtype, state.name, "optimizer"]
     if kind == _WORKSPACE:
-        return [f"cuBLAS workspace {number + 1} of {CUBLAS_HANDLES}"]
+        library, count = ("cuBLASLt", trace.lt_handles) if number >= CUBLAS_HANDLES else ("cuBLAS", CUBLAS_HANDLES)
+        return [f"{library} workspace {number % CUBLAS_HANDLES + 1} of {count}"]
     storage = trace.step.storages[number % len(trace.step.storages)]
     return [f"{storage.dtype} {storage.shape}", storage.operation, storage.module or "step", storage.category]
 
@@ -88,4 +90,9 @@ def _allocations(trace: Trace) -> Allocations:
 def _before(trace: Trace) -> list[AllocatorEvent]:
     weights = [(4 * n + _WEIGHT, weight.bytes) for n, weight in enumerate(trace.weights)]
     handles = range(CUBLAS_HANDLES) if trace.workspace else ()
-    return [*weights, *((4 * n + _WORKSPACE, trace.workspace // CUBLAS_HANDLES) for n in handles)]
+    lt = range(CUBLAS_HANDLES, CUBLAS_HANDLES + trace.lt_handles)
+    return [
+        *weights,
+        *((4 * n + _WORKSPACE, trace.workspace // CUBLAS_HANDLES) for n in handles),
+        *((4 * n + _WORKSPACE, CUBLASLT_WORKSPACE) for n in lt),
+    ]

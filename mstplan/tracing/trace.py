@@ -14,12 +14,18 @@ from typing import Any, Literal, NamedTuple
 from ..kept import adapter_for
 from ..spec.hardware import CUBLAS_HANDLES
 from ..step.allocator import MIN_BLOCK
+from ..step.cuda import CUBLASLT_WORKSPACE
 from ..step.instants import Instant, Pass
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
 from ..units import format_gib, format_tokens
 from .extend import extend, make_row
 from .recording import Category, Place, Recording, RecordingData, Size, Storage
+
+BIAS_PRODUCT = "addmm with a bias"
+"""What the product that cuBLASLt makes is called."""
+SORTED_IDS, SUMS_OF_IDS, PARTS_OF_SUM = "embedding: sorted ids", "embedding: sums of equal ids", "parts of a sum"
+"""What workspaces are called that kernels take for gradients of weights (step/workspaces.py)."""
 
 
 class Weight(NamedTuple):
@@ -95,6 +101,12 @@ class Trace:
         if "step" in vars(self):
             vars(other)["step"] = self.step  # which takes a while to write down
         return other
+
+    def without_gradient_workspaces(self) -> Trace:
+        """Trace in which kernels take nothing beside the gradients of weights: its bytes are shares of batch and length."""
+        names = SORTED_IDS, SUMS_OF_IDS, PARTS_OF_SUM
+        omitted = {n for n, made in enumerate(self.short.storages) if made.operation in names}
+        return replace(self, short=self.short.without(omitted))
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -177,7 +189,22 @@ class Trace:
             entries.append(
                 Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", CUBLAS_HANDLES, self.workspace, resident=True)
             )
+        if self.lt_handles:
+            size = self.lt_handles * CUBLASLT_WORKSPACE
+            entries.append(Alive(Category.WORKSPACE, "", "cuBLASLt", (), "uint8", self.lt_handles, size, resident=True))
         return tuple(entries)
+
+    @cached_property
+    def lt_handles(self) -> int:
+        """Handles for which cuBLASLt holds a workspace: that of the forward pass, and that of autograd's thread, where each adds a bias in
+        a product. None where cuBLAS holds none."""
+        passes = {
+            place.run == Pass.FORWARD
+            for place, span in self.short.blocks()
+            for index, sign in self.short.events[span.start : span.stop]
+            if sign > 0 and self.short.storages[index].operation == BIAS_PRODUCT
+        }
+        return len(passes) if self.workspace else 0
 
     @cached_property
     def live(self) -> list[int]:
@@ -194,7 +221,8 @@ class Trace:
         """`live` without the rounding up to blocks: whole numbers of bytes per token."""
         step = self.step
         sizes = [0 if made.host else made.bytes for made in step.storages]
-        fixed = sum(w.bytes for w in self.weights) + sum(s.bytes for s in self.held_states) + self.workspace
+        fixed = sum(w.bytes for w in self.weights) + sum(s.bytes for s in self.held_states)
+        fixed += self.workspace + self.lt_handles * CUBLASLT_WORKSPACE
         fixed += sum(w.bytes for w in self.weights if w.trained) if self.recipe.accumulation > 1 else 0
         return [fixed + total for total in accumulate(sign * sizes[index] for index, sign in step.events)]
 

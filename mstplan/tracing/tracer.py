@@ -34,6 +34,7 @@ from ..train.stand_in import stand_in
 from ..train.step import TrainingStep, build_model, make_states, quiet_transformers, read_settings, weights_to_train
 from .cpu import KernelBuffers
 from .cuda_stand_ins import as_on_cuda, on_fake_tensors
+from .cuda_workspaces import KernelWorkspaces
 from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
 from .fsdp import first_of_ranks, record_fsdp, shard_model, shard_shape
@@ -187,7 +188,7 @@ def record_passes(
             for weight in weights_to_train(model):
                 weight.grad = torch.empty_like(weight)
         recorder.add_residents(_resident_tensors(model, step.backward_optimizers))
-        kernel_buffers = KernelBuffers(recorder) if on == "cpu" else nullcontext()
+        kernel_buffers = KernelBuffers(recorder) if on == "cpu" else KernelWorkspaces(recorder)
         with _name_failures(model), quiet_transformers(), recorder, kernel_buffers, recorder.watch_modules(model):
             recorder.begin_pass(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step

@@ -6,7 +6,7 @@ import pytest
 
 from mstplan import card, kept, load_model, model_names, plan_at
 from mstplan.plan import calibration
-from mstplan.plan.layout import _bare_recipe, calibration_at, layout_of, step_sizes
+from mstplan.plan.layout import bare_recipe, calibration_at, layout_of, step_sizes
 from mstplan.plan.solve import choose_chunks, fixed_chunks
 from mstplan.profiles import ROOT
 from mstplan.step.recipe import STRATEGIES
@@ -104,6 +104,6 @@ def test_moments_of_real_steps_are_no_damage(name, changes):
     for strategy in ("standard", "checkpoint", "mst-offload"):
         recipe = STRATEGIES[strategy].changed(**changes)
         several = recipe.loss == "chunked"
-        moments = step(model, Layout(_bare_recipe(recipe), several, several, False), 0).moments
+        moments = step(model, Layout(bare_recipe(recipe), several, several, False), 0).moments
         found = {instant: tuple(moment.live for moment in those) for instant, those in moments.items()}
         assert calibration._find_moment_problem(model, recipe, found) is None

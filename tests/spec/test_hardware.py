@@ -17,6 +17,17 @@ def test_every_card_has_sane_figures_and_sources() -> None:
             assert text.strip()
 
 
+def test_the_context_is_measured_on_hopper_and_assumed_elsewhere() -> None:
+    for gpu in gpus():
+        measured = gpu.architecture == "hopper"
+        assert (gpu.context_kind, gpu.context_bytes) == (
+            ("measured", 804061184) if measured else ("assumed", 512 * 2**20)
+        )
+        assert not measured or "measured on an H100" in gpu.context_source.replace("Measured", "measured")
+    assert find_gpu("NVIDIA H100 80GB HBM3").usable_bytes == 85017493504  # what the budget of an H100 is measured to be
+    assert find_gpu("h200").usable_bytes == 150109880320
+
+
 def test_names_and_aliases_are_unique() -> None:
     names = [name for gpu in gpus() for name in (gpu.name, *gpu.aliases)]
     assert len(names) == len(set(names))

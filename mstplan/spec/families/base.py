@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from ..model import Block, Norm
+from ..releases import Number
 
 LAYER = "layer"
 """What the names of a layer's weights begin with; {} stands for the layer's number."""
@@ -140,6 +141,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     learned_positions: bool = False
     scaled_embedding: bool = False
     has_sdpa: bool = True
+    no_sdpa_from: Number | None = None  # the release of transformers from which it has none
     uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
     parallel_switch: str | None = None  # where this is false, the block is a plain one
     gelu_is_tanh: bool = False  # its first files say gelu and mean the tanh approximation, as transformers corrects

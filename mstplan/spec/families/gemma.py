@@ -28,7 +28,7 @@ GEMMA2 = Family(
     activation="hidden_activation",
     softcap=True,
     scaled_embedding=True,
-    has_sdpa=False,
+    no_sdpa_from=(5, 21),
 )
 
 FAMILIES = {
@@ -47,7 +47,7 @@ FAMILIES = {
         period=6,
         qk_norm="head",
         softcap=False,  # the field exists, the attention does not use it
-        has_sdpa=True,
+        no_sdpa_from=None,
         code=Code(local_rotary=True),
     ),
 }
