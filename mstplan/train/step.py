@@ -80,7 +80,7 @@ def build_model(
             if NO_HOST_MEMORY in str(e):
                 raise
             raise ModelError(
-                f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}"
+                f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(str(e).strip(), 200)}"
             ) from None
     freeze(model, Selection(recipe.train, recipe.freeze))
     if recipe.input_gradients:
