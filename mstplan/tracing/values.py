@@ -30,7 +30,14 @@ MOST_STEPS = 200
 
 _aten = torch.ops.aten
 _NOTE = "_mstplan_note"
-_EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+_EMPTY = {
+    _aten.empty,
+    _aten.empty_like,
+    _aten.empty_permuted,
+    _aten.empty_strided,
+    _aten.new_empty,
+    _aten.new_empty_strided,
+}
 _COMPARISONS = {_aten.eq.Scalar: False, _aten.ne.Scalar: True}
 """Of token ids with the id of a special token, and how they end."""
 
