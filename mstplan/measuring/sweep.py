@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,10 @@ from ..spec.catalog import load_config, load_model
 from ..spec.config import read_config
 from ..spec.hardware import Card, card_that_torch_names
 from ..spec.model import Model
+from ..step.kernels import NO_SDPA, SDPA
 from ..step.recipe import Recipe
 from ..step.runnable import check_runnable
+from ..step.steps import attention_kernel
 from ..units import SHORTEST, format_gib
 from .measurement import (
     FAILED,
@@ -81,6 +84,7 @@ def plan_cases(
     RecipeError for a recipe that cannot be run; MeasurementError when no length at all can fit."""
     name, config = load_subject(model, layers, assume)
     planned_model, points = read_config(config, name, assume), []
+    recipes = {name: with_attention_at_hand(planned_model, recipe, device) for name, recipe in recipes.items()}
     for (strategy, recipe), length in product(recipes.items(), lengths):
         seq_len = recipe.padded(length)
         chunks = solve.plan_at(planned_model, recipe, card, seq_len).chunks
@@ -91,6 +95,16 @@ def plan_cases(
     for case in points:
         _refuse_hopeless(planned_model, case, card)
     return sorted(points, key=lambda case: case.seq_len)
+
+
+def with_attention_at_hand(model: Model, recipe: Recipe, device: str) -> Recipe:
+    """The recipe, with eager attention where transformers has no sdpa for the model and no package here brings flash attention:
+    transformers takes its kernels from `flash_attn` or `kernels`, those that know sinks from `kernels` alone."""
+    packages = ("kernels",) if model.attention.sinks else ("flash_attn", "kernels")
+    wants_flash = recipe.attention == SDPA and attention_kernel(model, recipe) == NO_SDPA
+    if device != "cuda" or not wants_flash or any(find_spec(package) is not None for package in packages):
+        return recipe
+    return recipe.changed(attention="eager")
 
 
 def load_subject(spec: str, layers: int | None, assume: str | None = None) -> tuple[str, dict[str, Any]]:

@@ -96,6 +96,10 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     if recipe.attention == "sdpa" and not model.has_sdpa and model.stand_in is None:
         kernel = "eager" if recipe.precision == "fp32" else "flash_attention_2"
         notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{kernel}'.")
+        if model.attention.sinks and kernel != "eager":
+            notes.append(
+                "Kernels that know attention sinks come with the package kernels; without it: --attention eager."
+            )
     if recipe.attention == "sdpa" and model.release is not None:
         notes.append(
             f"{model.model_type} as in {model.release.words}: sdpa {_sdpa_in_releases(model)}; --transformers names yours."

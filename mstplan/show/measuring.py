@@ -70,6 +70,7 @@ def report(results: Sweep, environment: Mapping[str, Any], out: Path) -> Report:
         line(f"measured: real steps on {device_words(environment)}"),
         points,
         *(line(f"{one_line(m.case.words, 200)}: {m.outcome}{_why(m)}", whole=True) for m in failed),
+        *_eager_note(results),
         *(line(note, whole=True) for note in results.damaged),
         *([line(before, whole=True)] if results.skipped else []),
         GAP,
@@ -85,6 +86,12 @@ def report(results: Sweep, environment: Mapping[str, Any], out: Path) -> Report:
         results=[m.as_data() for m in results.measurements],
     )
     return Report("measure", facts, blocks, points)
+
+
+def _eager_note(results: Sweep) -> list[Block]:
+    """Which models ran eager attention: asked for, or for want of a package."""
+    models = sorted({m.case.model for m in results.measurements if m.case.recipe.attention == "eager"})
+    return [line(f"With eager attention: {one_line(', '.join(models), 200)}.", whole=True)] if models else []
 
 
 def _why(m: Measurement) -> str:

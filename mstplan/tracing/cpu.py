@@ -92,13 +92,16 @@ class KernelBuffers(TorchDispatchMode):
 
 
 def casts(kind: Any, args: Sequence[Any]) -> list[tuple[torch.Tensor, torch.dtype]]:
-    """The operands that a kernel copies, and the dtype of the copies. Numbers have the dtype of the tensor beside them."""
+    """The operands that a kernel copies, and the dtype of the copies. A number has the dtype of the tensor beside it, if that has
+    such numbers: a mask beside a whole number is copied."""
     if kind not in ELEMENT_BY_ELEMENT:
         return []
     operands = [x for x in args[1 if kind is _aten.where else 0 :] if isinstance(x, torch.Tensor) and x.dim()]
-    if len({x.dtype for x in operands}) < 2:
+    if not operands:
         return []
     common = reduce(torch.promote_types, [x.dtype for x in operands])
+    if common == torch.bool and any(type(x) is int for x in args):
+        common = torch.int64
     return [(x, common) for x in operands if x.dtype != common]
 
 

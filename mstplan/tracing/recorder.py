@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..step.instants import Pass
 from ..train.checkpoint import Checkpoints
+from . import values
 from .recording import Category, Place, Recording, Storage
 
 
@@ -137,7 +138,11 @@ class Recorder(TorchDispatchMode):
         label = self._locate_operation()
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].device  # what most calls are: the modes below would say the same
-        out = func(*args, **(kwargs or {}))
+        try:
+            out = values.run(func, args, kwargs or {})
+        except values.UnknownValues as e:
+            e.module = label.path
+            raise
         self._pending_sum = None
         if isinstance(out, torch.Tensor):
             self._record_storage(out, func, label)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -43,6 +43,7 @@ from .kernels.flash import FLASH
 from .recorder import ModuleLabel, Recorder, checkpoints_of
 from .recording import Category, Recording
 from .trace import State, Trace, Weight
+from .values import UnknownValues, note_tokens
 
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 OWN_FAILURE = "makes no training step of token ids and labels alone"
@@ -192,6 +193,7 @@ def record_passes(
         with _name_failures(model), quiet_transformers(), recorder, kernel_buffers, recorder.watch_modules(model):
             recorder.begin_pass(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
+            note_tokens(step.tokens)
             loss = step.forward()
             recorder.begin_pass(Pass.BACKWARD)
             loss.backward()
@@ -211,9 +213,11 @@ def _name_failures(model: PreTrainedModel) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (DataDependentOutputException, DynamicOutputShapeException) as e:
+    except UnknownValues as e:
+        asker = f"{type(model.get_submodule(e.module)).__name__} ({e.module})" if e.module else name
         raise ModelError(
-            f"{name} needs the values of tensors in {e.func}, and a trace has none.\nPlan it with the formula rung, or measure it on a GPU: mstplan measure."
+            f"{name} needs the values of tensors in {e.operation} of {asker}, and a trace has none: they come of its weights or "
+            "of which tokens there are.\nPlan it with the formula rung, or measure it on a GPU: mstplan measure."
         ) from None
     except Exception as e:
         raise ModelError(f"{name} {OWN_FAILURE}: {type(e).__name__}: {one_line(e, 200)}") from e

@@ -58,7 +58,8 @@ def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> Pr
 
 def _read_or_refuse(read: Callable[[], PreTrainedConfig], kind: str) -> PreTrainedConfig:
     try:
-        return read()
+        with quiet_transformers():
+            return read()
     except Exception as e:  # noqa: BLE001  transformers raises what it likes
         raise ModelError(f"transformers cannot read this model ({kind}): {one_line(e)}") from None
 
@@ -80,7 +81,7 @@ def build_model(
             if NO_HOST_MEMORY in str(e):
                 raise
             raise ModelError(
-                f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(e, 200)}"
+                f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(str(e).strip(), 200)}"
             ) from None
     freeze(model, Selection(recipe.train, recipe.freeze))
     if recipe.input_gradients:

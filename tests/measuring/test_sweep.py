@@ -74,6 +74,26 @@ def test_a_model_too_large_is_refused_with_the_number_and_the_slice_that_fits():
 
 
 @pytest.mark.parametrize(
+    ("model", "precision", "packages", "expected"),
+    [
+        ("gpt-oss-20b", "bf16", (), "eager"),
+        ("gpt-oss-20b", "bf16", ("flash_attn",), "eager"),  # it knows no sinks
+        ("gpt-oss-20b", "bf16", ("kernels",), "sdpa"),
+        ("gemma2-2b", "bf16", (), "eager"),
+        ("gemma2-2b", "bf16", ("flash_attn",), "sdpa"),
+        ("llama3.1-8b", "bf16", (), "sdpa"),
+    ],
+)
+def test_attention_that_no_package_brings_is_measured_eager(model, precision, packages, expected, monkeypatch):
+    monkeypatch.setattr(sweep, "find_spec", lambda name: name if name in packages else None)
+    recipes = {"checkpoint": strategy("checkpoint", precision=precision)}
+    (case,) = sweep.plan_cases(model, [512], recipes, card("h200"), layers=2)
+    assert case.recipe.attention == expected
+    (case,) = sweep.plan_cases(model, [512], recipes, card("h200"), layers=2, device="cpu")
+    assert case.recipe.attention == "sdpa"
+
+
+@pytest.mark.parametrize(
     ("changes", "why"),
     [
         ({"optimizer": "adamw-8bit"}, "no adamw-8bit"),

@@ -46,6 +46,10 @@ def test_notes_are_said_when_they_hold_and_only_then() -> None:
     short = max_seq(MODEL, strategy("checkpoint"), card("h100"), "checkpoint")
     assert advice.answer_notes(short) == []
     assert any("no sdpa for gemma2" in note for note in advice.recipe_notes(load_model("gemma2-2b"), strategy("mst")))
+    for changes, said in (({}, True), ({"precision": "fp32"}, False), ({"attention": "eager"}, False)):
+        notes = advice.recipe_notes(load_model("gpt-oss-20b"), strategy("mst", **changes))
+        assert any("package kernels" in note and "--attention eager" in note for note in notes) == said
+    assert not any("kernels" in note for note in advice.recipe_notes(load_model("gemma2-2b"), strategy("mst")))
     assert any("explicit S x S mask" in note for note in advice.recipe_notes(load_model("gemma3-1b"), strategy("mst")))
     assert advice.recipe_notes(MODEL, strategy("mst")) == []
 

@@ -52,6 +52,43 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "head_dim": 64},
 }
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+BY_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
+    "longrope, within": ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 2048}),
+    "longrope, beyond": ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 512}),
+    "dynamic, within": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    "dynamic, beyond": (
+        "llama",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 512},
+    ),
+    "phimoe": (
+        "phimoe",
+        {
+            "num_local_experts": 4,
+            "rope_scaling": {**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.2},
+            "original_max_position_embeddings": 512,
+        },
+    ),
+}
+"""Families whose rotary embeddings depend on the length of the sequence, and whose code asks how long it is."""
+BY_VALUES: dict[str, dict[str, Any]] = {
+    "xlm": {
+        "emb_dim": HIDDEN,
+        "n_layers": LAYERS,
+        "n_heads": 4,
+        "causal": True,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "xmod": {
+        "is_decoder": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "languages": ["en_XX", "de_DE"],
+        "default_language": "de_DE",
+    },
+}
+"""Families whose code asks how many tokens are padding, or which sequences are in which language."""
 SIZES = ((1, 1055), (2, 599))  # sequences, tokens: hidden states in fp32 are just above 1 MiB, and chunks are uneven
 ABOVE = 64 * 1024
 """Bytes: every allocation above this is compared. Hidden states in 16 bits are, and all matrices but the smallest."""
@@ -141,6 +178,23 @@ def test_in_16_bits(family, name, precision):
 )
 def test_with_other_settings(fields):
     traced, real = both(config_of("llama"), recipe_of("checkpoint", precision="fp32", **fields), 599)
+    assert_same_sequence(traced, real)
+    assert_same_peaks(traced, real)
+
+
+@pytest.mark.parametrize("name", ["standard", "mst"])
+@pytest.mark.parametrize("which", BY_LENGTH)
+def test_rotary_embeddings_that_depend_on_the_length(which, name):
+    family, fields = BY_LENGTH[which]
+    traced, real = both(config_of(family, **fields), recipe_of(name, batch=2, precision="fp32"), 599)
+    assert_same_sequence(traced, real)
+    assert_same_peaks(traced, real)
+
+
+@pytest.mark.parametrize("family", BY_VALUES)
+def test_code_that_asks_what_all_steps_have_in_common(family):
+    config = config_of(family, **BY_VALUES[family])
+    traced, real = both(config, recipe_of("standard", batch=2, precision="fp32"), 599)
     assert_same_sequence(traced, real)
     assert_same_peaks(traced, real)
 

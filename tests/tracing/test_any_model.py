@@ -20,7 +20,7 @@ from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import _shorten_settings, trace, trace_settings
 from mstplan.train.step import build_model, read_settings, vocabulary_of
 
-from .survey import settings_of
+from .survey import PLAIN, compare, settings_of
 from .tiny import TINY
 
 OWN_CODE = """
@@ -48,13 +48,28 @@ def shapes(traced: Trace) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "operation"), [("DbrxForCausalLM", "aten.nonzero"), ("XLMWithLMHeadModel", "aten._local_scalar_dense")]
+    ("name", "asker"),
+    [
+        ("DbrxForCausalLM", r"aten\.nonzero\.default of DbrxExperts \(transformer\.blocks\.0\.ffn\.experts\)"),
+        (
+            "JetMoeForCausalLM",
+            r"aten\._local_scalar_dense\.default of JetMoeTopKGating \(model\.layers\.0\.self_attention",
+        ),
+        ("BltForCausalLM", r"aten\._local_scalar_dense\.default of BltPatcher \(model\.patcher\)"),
+    ],
 )
-def test_what_depends_on_values_is_named(name, operation):
+def test_what_depends_on_values_is_named_with_what_asks_for_them(name, asker):
     with pytest.raises(
-        ModelError, match=rf"^{name} needs the values of tensors in {operation}.*\n.*formula rung.*mstplan measure"
+        ModelError, match=rf"^{name} needs the values of tensors in {asker}.*weights.*\n.*formula rung.*mstplan measure"
     ):
         trace_settings(settings(name), Recipe(), 13)
+
+
+@pytest.mark.parametrize("name", ["XLMWithLMHeadModel", "XmodForCausalLM", "Qwen4ExpForCausalLM"])
+def test_values_that_all_steps_have_in_common_are_no_hindrance(name):
+    """No token is padding, every sequence is in the configured language, a token sees those before it."""
+    finding = compare(settings(name), PLAIN, 13)
+    assert finding.outcome == "traced", finding.reason
 
 
 @pytest.mark.parametrize(("name", "kind"), [("GitForCausalLM", ValueError), ("XLNetLMHeadModel", RuntimeError)])

@@ -57,22 +57,28 @@ class Eager(Kernel):
 
 
 def _with_sinks(w: Writer, masked: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
-    """gpt-oss: a sink column is joined to the scores, the row maximum is taken off, softmax runs in bf16."""
+    """gpt-oss: a sink column is joined to the scores, the row maximum is taken off, softmax runs in bf16; values are mixed by a view
+    without the column. Of all tensors with that column, (b, H, s) numbers more, it is counted where it is kept."""
     sink = w.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name="")
     joined = _scores(w, "scores and sinks", masked.dtype)
     w.tape.op("join sinks", [masked], joined, grads=((masked, None),), weights=(sink,))
     shifted = _scores(w, "shifted scores", masked.dtype)
+    beside = w.tape.new("places of row maxima", "b H s", "int64"), w.tape.new("softmax of sinks", "b H s", masked.dtype)
     w.tape.op(
         "shift scores",
         [joined],
         shifted,
+        *beside,
+        keeps=beside,
         grads=((joined, None),),
         back_temps=(_scores(w, "negated", masked.dtype),),
     )
     weights = _scores(w, "softmax of scores", masked.dtype)
     w.pointwise("softmax", shifted, weights, weights)
-    view = w.pointwise("drop sinks", weights, _scores(w, "attention matrix", masked.dtype))
-    return _mix(w, view, k, v, a)
+    w.hold(masked)
+    mixed = _mix(w, w.slice(weights, "attention matrix", "b H s s"), k, v, a)
+    w.hold(shifted)
+    return mixed
 
 
 def _scores(w: Writer, name: str, dtype: str) -> Tensor:
