@@ -13,6 +13,7 @@ from typing import NamedTuple
 from mstplan.measuring.measurement import Case
 from mstplan.spec.model import Model
 from mstplan.step.instants import Instant
+from mstplan.step.kernels.efficient import efficient_workspace
 from mstplan.step.recipe import Recipe
 from mstplan.units import MIB
 
@@ -56,6 +57,10 @@ class Facts(NamedTuple):
     def scores(self) -> int:
         """Elements of all queries by all keys."""
         return self.recipe.batch * self.model.attention.heads * self.seq_len * self.seq_len
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.model.attention.heads, self.model.attention.kv_heads
 
     @property
     def layers_alive(self) -> int:
@@ -111,6 +116,7 @@ class Reason(NamedTuple):
     bytes: Callable[[Facts], int] = lambda _: 0
     missing: Callable[[Facts], Iterable[int]] = lambda _: ()
     extra: Callable[[Facts], Iterable[int]] = lambda _: ()
+    in_backward: bool = False  # what is missing is made by autograd's thread, which has no frames of Python
 
 
 FORWARD = (Instant.END_OF_FORWARD, Instant.LOSS, Instant.LOSS_BACKWARD)
@@ -163,6 +169,20 @@ def flash_workspace(f: Facts) -> list[int]:
     return [4 * padded * dim, 4 * padded, 2 * f.rows * f.model.attention.heads * f.model.attention.head_dim]
 
 
+def efficient_blocks(f: Facts) -> list[int]:
+    """Bytes of the memory-efficient kernel's accumulators: of its output in fp32, and of dQ, dK and dV in backward."""
+    attention = f.model.attention
+    workspace = efficient_workspace(attention.head_dim, attention.v_head_dim, f.number_bytes)
+    output = 4 * f.rows * attention.heads * attention.v_head_dim
+    return [output, workspace.bytes(f.recipe.batch * attention.heads, f.seq_len)]
+
+
+def visits(f: Facts) -> int:
+    """Tokens times the experts that each visits."""
+    assert f.model.experts is not None
+    return f.rows * f.model.experts.per_token
+
+
 def repeated(f: Facts) -> int:
     """Bytes of keys, values repeated for every query head, and of a copy of the keys."""
     attention = f.model.attention
@@ -179,6 +199,7 @@ REASONS = (
         (Instant.EMBEDDING,),
         lambda f: embedding_sums(f) + 64 * f.rows,
         missing=lambda f: [embedding_sums(f)],
+        in_backward=True,
     ),
     Reason(
         "partial sums of a sum over tokens",
@@ -187,8 +208,11 @@ REASONS = (
         "from source: aten/native/cuda/Reduce.cuh, ReduceConfig.global_memory_size",
         lambda f: True,
         LAYERS,
-        lambda f: max(sum_buffers(f)) if f.has_bias or f.norms_in_attention else 0,  # elsewhere they are no layer's peak
+        lambda f: (
+            max(sum_buffers(f)) if f.has_bias or f.norms_in_attention else 0
+        ),  # elsewhere they are no layer's peak
         missing=sum_buffers,
+        in_backward=True,
     ),
     Reason(
         "cuDNN's attention",
@@ -198,6 +222,7 @@ REASONS = (
         lambda f: f.recipe.attention == "sdpa",
         missing=cudnn_blocks,
         extra=flash_workspace,
+        in_backward=True,
     ),
     Reason(
         "copy of attention's output",
@@ -205,12 +230,22 @@ REASONS = (
         "attention's output has the layout of its queries; where they come out of a concatenation (rotary embedding of a part of a "
         "head, Phi-3's code, DeepSeek's latent attention) that is (b, H, s, e), and the next product copies it",
         "from source: transformers' integrations/sdpa_attention.py, transpose(1, 2).contiguous(); measured: frames of the events",
-        lambda f: f.model.attention.fused_qkv
-        or f.model.attention.latent is not None
-        or f.model.attention.rotary_dim not in (0, f.model.attention.head_dim),
+        lambda f: (
+            f.model.attention.fused_qkv
+            or f.model.attention.latent is not None
+            or f.model.attention.rotary_dim not in (0, f.model.attention.head_dim)
+        ),
         PASSES,
         lambda f: f.layers_alive * f.heads_bytes(f.model.attention.heads, f.model.attention.v_head_dim),
         missing=lambda f: [f.heads_bytes(f.model.attention.heads, f.model.attention.v_head_dim)],
+    ),
+    Reason(
+        "attention of 192 and 128 numbers a head",
+        "the memory-efficient kernel's accumulators, float32",
+        "cuDNN's attention ran with values that are narrower than queries, too, where the memory-efficient kernel is counted",
+        "from source: aten/native/transformers/cuda/sdp_utils.cpp, check_cudnn_tensor_shapes; measured",
+        lambda f: f.model.attention.latent is not None and f.recipe.attention == "sdpa",
+        extra=efficient_blocks,
     ),
     Reason(
         "mask as a bias",
@@ -221,10 +256,7 @@ REASONS = (
         (Instant.LOSS_BACKWARD, *LAYERS),
         lambda f: 2 * f.recipe.batch * f.seq_len * f.seq_len + cudnn_workspace(f),
         missing=lambda f: [2 * f.recipe.batch * f.seq_len * f.seq_len, f.heads_bytes(f.model.attention.heads)],
-        extra=lambda f: [
-            2 * f.heads_bytes(f.model.attention.heads),
-            f.heads_bytes(f.model.attention.heads),
-        ],
+        extra=efficient_blocks,
     ),
     Reason(
         "fp32 attention with grouped queries",
@@ -248,6 +280,31 @@ REASONS = (
         missing=lambda f: [4 * f.scores, 2 * (f.scores + f.scores // f.seq_len)],
     ),
     Reason(
+        "largest score of a row",
+        "(b, H, s) pairs of 8-byte numbers",
+        "attention with sinks takes the largest score of every row with its place",
+        "measured: frames of the events, Tensor.max",
+        lambda f: f.model.attention.sinks and f.recipe.attention == "eager",
+        missing=lambda f: [16 * f.scores // f.seq_len],
+    ),
+    Reason(
+        "order of casts",
+        "queries (b, H, s, e) and keys (b, G, s, e) bfloat16, and their gradients in float32",
+        "autocast casts attention's arguments in the order in which C++ evaluates them; the trace from the first to the last",
+        "measured: frames of the events; ATen/autocast_mode.h",
+        lambda f: f.recipe.precision == "mixed",
+        missing=lambda f: [n * f.heads_bytes(heads) for n in (1, 2) for heads in f.heads],
+        extra=lambda f: [n * f.heads_bytes(heads) for n in (1, 2) for heads in f.heads],
+    ),
+    Reason(
+        "partial sums of Adafactor's means",
+        "(128 x blocks, width) float32; 264,241,152 bytes for a table of 128,256 by 4,096",
+        "it takes means over rows and over columns of every weight's squared gradient",
+        "from source: aten/native/cuda/Reduce.cuh; the table's measured: it has more bytes than 32 bits address, and is reduced in pieces",
+        lambda f: f.recipe.optimizer == "adafactor",
+        missing=lambda f: [264_241_152, *(sum_buffer(rows, width) for rows in f.widths for width in f.widths)],
+    ),
+    Reason(
         "cublasLt's workspaces",
         "1 MiB on each of two handles",
         "a product with a bias runs in cublasLt, which takes a workspace of its own and keeps it",
@@ -263,9 +320,33 @@ REASONS = (
         "from source: transformers' models/gemma2/modeling_gemma2.py of both releases",
         lambda f: f.model.model_type == "gemma2" and (f.against == FORMULA or f.transformers != TRANSFORMERS),
         (*PASSES, Instant.EMBEDDING),
-        lambda f: f.layers_alive * repeated(f)
-        + 4 * f.recipe.batch * f.seq_len * f.seq_len
-        + cudnn_workspace(f, f.model.attention.heads),
+        lambda f: (
+            f.layers_alive * repeated(f)
+            + 4 * f.recipe.batch * f.seq_len * f.seq_len
+            + cudnn_workspace(f, f.model.attention.heads)
+        ),
+        missing=lambda f: [
+            *map(f.heads_bytes, f.heads),
+            *(n * f.recipe.batch * f.seq_len * f.seq_len for n in (1, 2)),
+        ],
+        extra=lambda f: [f.heads_bytes(f.model.attention.kv_heads), *flash_workspace(f)],
+    ),
+    Reason(
+        "masked results of experts",
+        "(tokens x experts that each visits, width) bfloat16",
+        f"transformers {TRANSFORMERS} sets what experts elsewhere would give to zero, in a copy, on one GPU as well; 5.23 with "
+        "expert parallelism only",
+        "from source: transformers' integrations/moe.py of both releases, grouped_mm_experts_forward",
+        lambda f: f.model.experts is not None and f.transformers != TRANSFORMERS,
+        missing=lambda f: [2 * visits(f) * n for n in (f.model.hidden, *f.widths)],
+    ),
+    Reason(
+        "order of visits",
+        "the sort's buffers; the router's probabilities (tokens, experts) float32, in backward",
+        "tokens are sorted by expert",
+        "measured: frames of the events",
+        lambda f: f.model.experts is not None,
+        missing=lambda f: [*range(16 * visits(f), 18 * visits(f), 512), 4 * f.rows * f.model.experts.number],
     ),
     Reason(
         "gradient of the LM head, added up",
