@@ -4,11 +4,11 @@ that ships, as `mstplan validate` sees it."""
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,22 +23,24 @@ from mstplan.checking import fit, validate
 from mstplan.checking.validate import ALLOCATED, CALIBRATED, ERROR_BOUNDS, RUNGS
 from mstplan.errors import ModelError
 from mstplan.measuring import measurement
-from mstplan.measuring.measurement import OK, Case, Measurement, read_results
+from mstplan.measuring.measurement import OK, Case, Figures, Measurement, read_results
 from mstplan.plan.solve import step_sizes
 from mstplan.show import validating
 from mstplan.step.allocator import MIN_BLOCK, round_size
 from mstplan.step.instants import Instant
+from mstplan.step.recipe import Recipe
+from mstplan.tracing import cache
 from mstplan.tracing.allocation_diff import EXTRA, Allocation, Difference, allocations_of_trace, differences
 from mstplan.tracing.tracer import trace
 
-from .differences import FORMULA, REASONS, SEQUENCE, TRACE, Facts, Reason
+from .differences import FORMULA, OTHER_FAMILIES, REASONS, SEQUENCE, TRACE, Facts, Reason
 
 GPUS = ("h200-2026-11-26", "h100-2026-11-27")
 WITHIN = 0.001
 DATA = Path(__file__).parents[1] / "data"
 
 
-@cache
+@functools.cache
 def archived(name: str) -> list[Measurement]:
     """Steps that ran."""
     results = read_results(profiles.ROOT / "measurements" / f"{name}.jsonl")
@@ -72,7 +74,7 @@ def predicted(m: Measurement, against: str) -> dict[str, int]:
     return validate.instants_at(m, formula)
 
 
-@cache
+@functools.cache
 def gaps(against: str, name: str) -> list[Gap]:
     """Of every instant that was measured and is predicted."""
     rows = []
@@ -97,6 +99,25 @@ def test_a_difference_without_a_reason_is_noticed():
     gap = next(g for g in gaps(FORMULA, GPUS[0]) if g.instant == Instant.LOSS and abs(g.bytes) < g.allowed)
     for more in (-2 * gap.allowed, gap.allowed + 2**33):
         assert gap.is_explained() and not gap._replace(bytes=gap.bytes + more).is_explained()
+
+
+@pytest.mark.slow
+def test_families_that_the_formula_does_not_read():
+    """By trace alone, in their default sizes."""
+    off = set()
+    for row in map(json.loads, (DATA / GPUS[1] / "other-families.jsonl").read_text().splitlines()):
+        case = row["case"]
+        if row["outcome"] != OK:
+            continue
+        figures = Figures.from_data(row["ranks"][0])
+        recipe = Recipe(**case["recipe"])
+        traced = cache.trace_of(case["config"], recipe, case["seq_len"], workspace=figures.workspace or 0)
+        sizes = {peak.instant: peak.bytes for peak in traced.peaks}
+        errors = [abs(sizes[at] / peak.allocated - 1) for at, peak in figures.instants.items() if at in sizes]
+        assert len(errors) >= 3
+        if max(errors) > WITHIN:
+            off.add(case["model"])
+    assert off == OTHER_FAMILIES.keys()
 
 
 # ---- one by one ---------------------------------------------------------------------------------------------------------
@@ -154,7 +175,7 @@ class Odd(NamedTuple):
         return False
 
 
-@cache
+@functools.cache
 def odd_ones(path: Path) -> list[Odd]:
     content = read_events(path)
     case = Case.from_data(content["case"])
