@@ -29,7 +29,7 @@ LONGEST_FIRST = (
     "tracing/test_fsdp.py",
     "tracing/test_against_cpu.py",
     "checking/test_rungs.py",
-    "checking/test_validate.py",
+    "checking/test_archive.py",
     "test_notebooks.py",
     "tracing/test_extend.py",
     "measuring/test_sweep.py",

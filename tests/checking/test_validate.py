@@ -1,21 +1,17 @@
-"""Errors of every rung beside measurements: made-up ones for the arithmetic, the archive for the rungs."""
+"""Errors of every rung beside measurements, made up; the archive stands in test_archive.py."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from mstplan import card, profiles
+from mstplan import card
 from mstplan.checking import fit, validate
 from mstplan.checking.validate import ALLOCATED, CALIBRATED, DEVICE, ERROR_BOUNDS, FORMULA, RESERVED, TRACE, ErrorBounds
-from mstplan.measuring import measurement
 from mstplan.measuring.measurement import FAILED, OUT_OF_MEMORY, Measurement
 from mstplan.plan import calibration
-from mstplan.plan.layout import step_sizes
 from mstplan.show import validating
 from mstplan.step.instants import Instant
 from mstplan.step.recipe import strategy
@@ -190,81 +186,3 @@ def test_a_cpu_is_traced_with_the_threads_that_it_had():
 
 def test_no_calibration_no_row():
     assert not validate.validate([on_card()], [CALIBRATED]).rows
-
-
-# ---- the archive --------------------------------------------------------------------------------------------------------
-
-
-def archived() -> list[Measurement]:
-    return measurement.read_all_results(measurement.shipped_results()).measurements
-
-
-@pytest.fixture(scope="module")
-def replayed() -> validate.Validation:
-    return validate.validate(archived())
-
-
-@pytest.mark.slow
-def test_every_archived_step_is_within_bounds(replayed):
-    held = [row for row in replayed.rows if row.held and row.what == ALLOCATED]
-    assert {
-        rung: sum(row.rung == rung for row in held) >= least
-        for rung, least in ((TRACE, 80), (FORMULA, 30), (CALIBRATED, 20))
-    } == dict.fromkeys((TRACE, FORMULA, CALIBRATED), True)
-    assert validate.bound_violations(replayed, ERROR_BOUNDS) == []
-    assert all(abs(row.error) < 0.0005 for row in held)  # as it was seen, and README says
-
-
-@pytest.mark.slow
-def test_every_instant_of_an_archived_step(replayed):
-    """In fp32 no kernel has scratch memory that the trace does not know."""
-    for row in replayed.rows:
-        if row.rung == TRACE and row.what == ALLOCATED and row.measurement.case.recipe.precision == "fp32":
-            assert abs(row.worst_instant[1]) < 0.005, (row.measurement.case.words, row.worst_instant)
-
-
-def test_calibrations_of_the_archives_longest_series():
-    """Formula and CPU differ by buffers of some bytes in bf16: what is solved from four lengths tells the fifth."""
-    series = [
-        m
-        for m in archived()
-        if m.ranks
-        and m.case.layers == 6
-        and m.case.recipe.precision == "bf16"
-        and m.case.strategy in ("standard", "checkpoint")
-    ]
-    found = fit.fit_model(series[0].case.described, series)
-    assert {c.provenance["strategy"] for c in found.calibrations} == {"standard", "checkpoint"} and not found.left_out
-    for one in found.calibrations:
-        assert one.residual <= 0.005 and one.provenance["left_out_error"] <= ERROR_BOUNDS[CALIBRATED].mean
-        for m in (m for m in series if m.case.strategy == one.provenance["strategy"]):
-            told = (
-                validate.step_of(m, FORMULA)
-                .calibrated(one.moments)
-                .largest(step_sizes(m.case.recipe, m.case.seq_len, validate.chunks_of(m)))[1]
-            )
-            assert told == pytest.approx(m.peak.allocated, rel=ERROR_BOUNDS[CALIBRATED].mean)
-
-
-def test_the_archive_is_whole():
-    for path in measurement.shipped_results():
-        found = measurement.read_results(path)
-        assert not found.skipped and found.measurements and path.stat().st_size < 500_000
-        assert len({m.environment["card"] for m in found.measurements}) == 1  # a file for each card and date
-
-
-def test_the_archives_index_is_true():
-    index = json.loads((profiles.ROOT / "measurements" / "index.json").read_text())
-    assert {row["file"] for row in index["files"]} == {path.name for path in measurement.shipped_results()}
-    for row in index["files"]:
-        found = measurement.read_results(profiles.ROOT / "measurements" / row["file"]).measurements
-        told = {name: {m.environment[name] for m in found} for name in ("card", "torch", "transformers")}
-        assert told == {name: {row[name]} for name in told} and row["points"] == len(found)
-        assert max(m.when for m in found).startswith(row["date"]) and row["about"]
-
-
-@pytest.mark.slow
-def test_readme_shows_the_errors(replayed):
-    """As `mstplan validate --format markdown` has it."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    assert text.split("<!-- errors -->\n")[1] == validating.markdown(replayed)

@@ -13,8 +13,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mstplan.errors import ModelError
-from mstplan.measuring.measurement import Measurement, slice_config
+from mstplan import profiles
+from mstplan.measuring.measurement import read_results, slice_config
 from mstplan.plan.layout import step_sizes
 from mstplan.plan.solve import max_seq, plan_at
 from mstplan.spec.catalog import load_config
@@ -114,16 +114,6 @@ H100 = Path(__file__).parents[1] / "data" / "h100-2026-11-27"
 CUBLAS = 2 * 33_554_432  # environment.json: of two handles, less the 32 KiB products that brought them in
 
 
-def _readable(path):
-    """Lines of results whose model the formula reads."""
-    for line in map(json.loads, path.read_text().splitlines()):
-        try:
-            read_config(line["case"]["config"], "measured")
-        except ModelError:
-            continue
-        yield line
-
-
 MEASURED = [
     row
     for row in map(json.loads, (H100 / "recipes.jsonl").read_text().splitlines())
@@ -153,7 +143,7 @@ def test_every_phase_is_that_of_an_h100(row):
 
 OWN = [
     case
-    for case in map(Measurement.from_data, _readable(H100 / "measured.jsonl"))
+    for case in read_results(profiles.ROOT / "measurements" / f"{H100.name}.jsonl").measurements
     if (case.case.recipe.train or case.case.recipe.freeze)
     and case.case.model != "gemma2-2b"  # whose attention is another there
 ]
