@@ -2,7 +2,8 @@
 
     {"cases": [{"model": "llama3.1-8b", "seq_len": ["8k", "16k"], "strategy": ["mst"], "layers": 4, "recipe": {"batch": 2}}]}
 
-`strategy` (all five), `layers` (all of them) and `recipe` (what differs from the strategy) may be left out.
+`strategy` (all five), `layers` (all of them), `recipe` (what differs from the strategy) and `allocator` (expandable or default; as the
+environment says) may be left out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -39,6 +40,7 @@ class _SuiteRow(BaseModel):
     strategy: _Texts = list(STRATEGIES)
     layers: Annotated[int, Field(ge=1)] | None = None
     recipe: dict[str, Any] = {}
+    allocator: Literal["expandable", "default"] | None = None
 
 
 class _Suite(BaseModel):
@@ -57,7 +59,11 @@ def read_cases(
         with _naming(path, number):
             recipes = {strategy_name(name): strategy(name).changed(**row.recipe) for name in row.strategy}
             lengths = [parse_length(text) for text in row.seq_len]
-            points += sweep.plan_cases(row.model, lengths, recipes, card, row.layers, device, limit, steps)
+            allocator = row.allocator if device == "cuda" else None  # a CPU has none of the kind
+            cases = sweep.plan_cases(
+                row.model, lengths, recipes, card, row.layers, device, limit, steps, allocator=allocator
+            )
+            points += [case for case in cases if case not in points]
     if not points:
         raise MeasurementError(f"{quoted(path)} has no point to measure.\n{_WAY_OUT}")
     return points

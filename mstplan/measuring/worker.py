@@ -1,7 +1,7 @@
-"""One measured step, in a process of its own, which sweep.py starts: it reads a case from standard input (a line of JSON) and writes
-what it took to standard output. It ends when its standard input does, that is, with the process that began it.
+"""One measured step, in a process of its own, which processes.py begins: it reads a case from standard input (a line of JSON) and writes
+what it took to standard output. It ends when its standard input does, that is, with the process that asked it.
 
-With `describe DEVICE` for arguments it writes the device's environment only.
+With `describe DEVICE` for arguments it writes the device's environment only; with `serve` it forks processes that do the one or the other.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import ctypes
 import json
 import os
 import platform
+import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -298,11 +301,19 @@ def _offer_to_be_killed() -> None:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    answer(sys.argv[1:])
+
+
+def answer(arguments: Sequence[str]) -> NoReturn:
+    """Write what is asked for to standard output, and end the process."""
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no part of the answer
-    if sys.argv[1:2] == ["describe"]:
+    reply: dict[str, Any]
+    if arguments[:1] == ["describe"]:
         try:
-            reply = read_environment(sys.argv[2])
+            reply = read_environment(arguments[1])
         except (MeasurementError, MissingError) as e:
             reply = {"error": str(e)}
     else:
@@ -310,6 +321,78 @@ def main() -> None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
         _offer_to_be_killed()
         reply = {"environment": read_environment(case.device), **attempt_step(lambda: measure_here(case))}
+        reply["retries"] = _retries(case)
     output.write(json.dumps(reply) + "\n")
     output.flush()
     os._exit(0)  # tearing down CUDA and torch takes seconds
+
+
+def _retries(case: Case) -> int:
+    """How often the device had no room for a segment, so that the allocator gave back what it held and asked again."""
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0)) if case.device == "cuda" else 0
+
+
+# ---- the process that forks others ------------------------------------------------------------------------------------------
+
+
+def serve() -> NoReturn:
+    """Fork a process for each message on standard input, a socket, that asks for one, and end with it. torch and transformers are imported
+    here once; CUDA is not touched, as what a process has of it is lost in those that it forks."""
+    requests = socket.socket(fileno=os.dup(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asks hears it, and ends those that measure
+    if torch.cuda.is_initialized():
+        _send(
+            requests,
+            error="CUDA was initialised by an import (torch.cuda.is_initialized), so it is lost in forked processes",
+        )
+        os._exit(0)
+    _send(requests, ok=True)
+    while True:
+        message, ends, _, _ = socket.recv_fds(requests, 1 << 16, 3)
+        if not message:
+            os._exit(0)
+        request = json.loads(message)
+        if "wait" in request:
+            _send(requests, ok=_wait_for(request["wait"], request["seconds"]))
+        else:
+            _send(requests, ok=_fork(request["begin"], ends, requests))
+
+
+def _send(requests: socket.socket, **reply: Any) -> None:
+    with suppress(OSError):  # nobody listens any more, which the next message tells
+        requests.send(json.dumps(reply).encode())
+
+
+def _fork(arguments: Sequence[str], ends: Sequence[int], requests: socket.socket) -> int:
+    """The process id of a process whose standard input, output and errors are `ends`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            requests.close()
+            for standard, end in enumerate(ends):
+                os.dup2(end, standard)
+                os.close(end)
+            answer(arguments)
+        except BaseException:  # noqa: BLE001  this process must not go on as another
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)
+    for end in ends:
+        os.close(end)
+    return pid
+
+
+def _wait_for(pid: int, seconds: float) -> int:
+    """Exit code of a process that was forked here, less than 0: of a signal. It is killed when it takes longer than that to end."""
+    deadline = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= deadline:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import pytest
 
 from mstplan import kept
 from mstplan.measuring import measurement, sweep
-from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement
+from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement, utc_now
 from mstplan.measuring.worker import measure_here
 from mstplan.plan import calibration
 from mstplan.step.recipe import STRATEGIES
 from mstplan.tracing.trace import Trace
 
-from ..measuring.measured import CARD, CPU, as_traced, measured
+from ..measuring.measured import CARD, CPU, as_traced, measure_by, measured
 from ..tracing.tiny import TINY, write_tiny
 from .conftest import Run
 
@@ -34,18 +35,17 @@ def model(run: Run, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
-    """Measures within this process, as test_sweep.py has shown that others do; gives what was measured."""
+    """Measures within this process, as test_running.py has shown that others do; gives what was measured."""
     made: list[Case] = []
 
-    def run_here(case: Case, known: dict[str, Any], _timeout: float | None = None) -> Measurement:
+    def run_here(case: Case, known: Mapping[str, Any]) -> Measurement:
         made.append(case)
         try:
-            return Measurement(case, known, OK, "", (measure_here(replace(case, steps=1)),), sweep.utc_now())
+            return Measurement(case, dict(known), OK, "", (measure_here(replace(case, steps=1)),), utc_now())
         except MemoryError as e:
-            return Measurement(case, known, OUT_OF_MEMORY, str(e), (), sweep.utc_now())
+            return Measurement(case, dict(known), OUT_OF_MEMORY, str(e), (), utc_now())
 
-    monkeypatch.setattr(sweep, "measure_case", run_here)
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
+    measure_by(monkeypatch, run_here)
     return made
 
 
@@ -118,22 +118,14 @@ def test_a_suite(run: Run, quick: list[Case], tmp_path: Path) -> None:
 def test_a_point_that_fails_is_a_result_and_exit_code_1(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(
-        sweep,
-        "measure_case",
-        lambda case, known, _timeout: Measurement(case, known, FAILED, "killed (SIGKILL)\nand more"),
-    )
+    measure_by(monkeypatch, lambda case, known: Measurement(case, dict(known), FAILED, "killed (SIGKILL)\nand more"))
     said = run(*ASKED, "--seq-len", "64,128", "-s", "mst")
     assert said.code == 1 and said.out.count("failed: killed (SIGKILL)") == 2 and "and more" not in said.out
     assert len(measurement.read_results(tmp_path / "measurements.jsonl").measurements) == 2
 
 
 def test_a_point_that_is_refused_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(
-        sweep, "measure_case", lambda case, known, _timeout: Measurement(case, known, REFUSED, "no flash-attn here")
-    )
+    measure_by(monkeypatch, lambda case, known: Measurement(case, dict(known), REFUSED, "no flash-attn here"))
     said = run(*ASKED, "--seq-len", "64", "-s", "mst")
     assert said.code == 1 and "refused: no flash-attn here" in said.out
 
@@ -155,8 +147,7 @@ def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest
     def interrupted(*_: object) -> Measurement:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(sweep, "measure_case", interrupted)
+    measure_by(monkeypatch, interrupted)
     said = run(*ASKED, "--seq-len", "64", "-s", "mst")
     assert said.code == 130 and "interrupted; nothing was measured yet" in said.err and "goes on from there" in said.err
     write(tmp_path / "r.jsonl", measured(Case("tiny", "mst", TINY, STRATEGIES["mst"], 64, None, "cpu"), {"loss": 5}))
@@ -280,7 +271,7 @@ BAD = [
 def test_bad_input_gets_one_or_two_lines(
     run: Run, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "ask_environment", lambda *_: dict(CPU))
     (tmp_path / "empty.jsonl").touch()
     write(
         tmp_path / "ok.jsonl",
