@@ -183,7 +183,7 @@ def _cases(options: MeasureOptions, environment: dict[str, Any], alone: bool = T
             raise RecipeError(
                 f"--suite says what is measured: {', '.join(flags)} cannot be given beside it.\nWrite it in the suite, or leave --suite out."
             )
-        cases = suites.read_cases(options.suite, **more)
+        cases = suites.read_cases(options.suite, leave_out=complain, **more)
         refuse_sharded(case.recipe for case in cases)
         return cases
     if options.model is None or options.seq_len is None:

@@ -125,7 +125,10 @@ class Figures:
         return figures
 
 
-_LATER_FIELDS = ("assume", "allocator")
+TRANSFORMERS = "transformers"
+TRAINERS = (TRANSFORMERS,)
+"""Whose training loop may run the steps, beside that of mstplan."""
+_LATER_FIELDS = ("assume", "allocator", "trainer")
 """Fields that results of before have not, and that are left out where they say nothing."""
 
 
@@ -146,6 +149,9 @@ class Case:
     allocator: Annotated[str, Field(pattern=f"^({'|'.join(ALLOCATORS)})$")] | None = (
         None  # of CUDA's memory; None: as the environment says
     )
+    trainer: Annotated[str, Field(pattern=f"^({'|'.join(TRAINERS)})$")] | None = (
+        None  # whose loop runs the steps; None: mstplan's
+    )
 
     @cached_property
     def described(self) -> Model:
@@ -164,7 +170,8 @@ class Case:
     @property
     def words(self) -> str:
         layers_words = f", {self.layers} layers" if self.layers else ""
-        return f"{one_line(self.model, 80)}{layers_words}, {one_line(self.strategy, 40)}, {self.seq_len:,} tokens"
+        trainer_words = f", {self.trainer}' Trainer" if self.trainer else ""
+        return f"{one_line(self.model, 80)}{layers_words}, {one_line(self.strategy, 40)}, {self.seq_len:,} tokens{trainer_words}"
 
 
 class _Environment(BaseModel):

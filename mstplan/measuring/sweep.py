@@ -17,7 +17,7 @@ from ..spec.config import read_config
 from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.recipe import Recipe
-from ..step.runnable import check_runnable
+from ..step.runnable import check_runnable, check_trainer
 from ..units import SHORTEST, format_gib
 from .measurement import OK, OUT_OF_MEMORY, Case, Measurement, appending, key_of, read_results, slice_config
 from .processes import Processes, last_line, process_environment
@@ -25,6 +25,10 @@ from .running import environment_of, measure_each
 
 FINAL_OUTCOMES = (OK, OUT_OF_MEMORY)
 """Outcomes that a rerun takes for done. Not what was refused: a package more, and it may run."""
+
+
+class TooLargeError(MeasurementError):
+    """A model that does not fit, however short the sequence."""
 
 
 # ---- which points -------------------------------------------------------------------------------------------------------
@@ -41,6 +45,7 @@ def plan_cases(
     steps: int = 3,
     assume: str | None = None,
     allocator: str | None = None,
+    trainer: str | None = None,
 ) -> list[Case]:
     """Cases of every recipe of a model at every length, chunks as the recipe says or as recommended for `card`. Raises ModelError;
     RecipeError for a recipe that cannot be run; MeasurementError when no length at all can fit."""
@@ -51,9 +56,24 @@ def plan_cases(
         chunks = solve.plan_at(planned_model, recipe, card, seq_len).chunks
         fixed_recipe = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
         check_runnable(fixed_recipe)
+        if trainer is not None:
+            check_trainer(fixed_recipe)
         _refuse_fewer_tokens_than_chunks(recipe, fixed_recipe, seq_len)
         points.append(
-            Case(name, strategy, config, fixed_recipe, seq_len, layers, device, limit, steps, assume, allocator)
+            Case(
+                name,
+                strategy,
+                config,
+                fixed_recipe,
+                seq_len,
+                layers,
+                device,
+                limit,
+                steps,
+                assume,
+                allocator,
+                trainer,
+            )
         )
     for case in points:
         _refuse_hopeless(planned_model, case, card)
@@ -86,7 +106,7 @@ def _refuse_hopeless(model: Model, case: Case, card: Card) -> None:
     fitting_layers = model.layers - int((least_bytes - card.total_bytes) / max(1.0, layer_bytes)) - 1
     slice_words = f'Measure a slice of it: --layers {fitting_layers} ("layers": {fitting_layers} in a suite).'
     other_words = "Take a smaller model" + (", or give more with --gpu-mem." if case.limit is not None else ".")
-    raise MeasurementError(
+    raise TooLargeError(
         f"{model.name}, {case.strategy}: {SHORTEST} tokens take {format_gib(least_bytes)}, most of it weights and optimizer states; there are "
         f"{format_gib(card.total_bytes)}.\n{slice_words if fitting_layers >= 1 else other_words}"
     )

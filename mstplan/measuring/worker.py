@@ -38,10 +38,10 @@ from ..tracing.kernels import STAND_INS, real_implementation
 from ..tracing.tracer import attention_of
 from ..train.step import NO_HOST_MEMORY, TrainingStep, build_model, read_settings
 from ..units import format_gib
-from .allocations import record_step, resident_tensors, storage_bytes
-from .instant_hooks import marking
+from .allocations import record_allocations, record_step, resident_tensors, storage_bytes
+from .instant_hooks import Mark, Trained, marking
 from .launch import read_launch
-from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, MeasuredPeak
+from .measurement import FAILED, OK, OUT_OF_MEMORY, PHASES, REFUSED, Case, Figures, MeasuredPeak
 
 
 def read_environment(device: str) -> dict[str, Any]:
@@ -114,6 +114,8 @@ def measure_here(case: Case) -> Figures:
     """Run the case's steps on its device, as a rank among others when a process group is there. Raises what torch raises."""
     cuda = case.device == "cuda"
     workspace = _prepare_cuda(case) if cuda else None
+    if case.trainer is not None:
+        return _measure_trainer(case, workspace)
     step = TrainingStep(_build_model(case), case.recipe, case.seq_len)
     loss = step.run()  # the first makes the optimizer's states
     seconds = tuple(_time_step(step, cuda) for _ in range(case.steps))
@@ -121,6 +123,52 @@ def measure_here(case: Case) -> Figures:
     _check_limit_of_cpu(case, instants)
     static = sum(storage_bytes(resident_tensors(step)).values())
     return Figures(static, instants, phases, seconds, float(loss), _bytes_beside_tensors() if cuda else None, workspace)
+
+
+def _measure_trainer(case: Case, workspace: int | None) -> Figures:
+    """Steps of transformers' Trainer. Peaks are of all steps together: none is higher in the first, which has no optimizer states yet."""
+    from .trainers import Watch, train  # accelerate, which few cases need
+
+    cuda, model = case.device == "cuda", _build_model(case)
+    static = sum(storage_bytes([*model.parameters(), *model.buffers()]).values())
+    begun = 0.0
+    seconds: list[float] = []
+    losses: list[float] = []
+
+    def step_begins(_step: int) -> None:
+        nonlocal begun
+        if cuda:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+
+    def step_ends(step: int) -> None:
+        if cuda:
+            torch.cuda.synchronize()
+        if step:
+            seconds.append(time.perf_counter() - begun)
+
+    def run(mark: Mark) -> None:
+        with marking(Trained(model, case.recipe), mark) as pass_begins:
+            losses.append(
+                train(model, case.recipe, case.seq_len, 1 + case.steps, Watch(step_begins, pass_begins, step_ends))
+            )
+
+    if cuda:
+        counters = _PeakCounters()
+        run(counters)
+        counters("")
+        instants = counters.peaks
+    else:
+        allocations = record_allocations(run)
+        allocations.resident = static
+        instants = {name: MeasuredPeak(size) for name, size in allocations.peaks().items() if name}
+        _check_limit_of_cpu(case, instants)
+    phases = {
+        phase: max((peak for name, peak in instants.items() if Instant(name).phase == phase), key=lambda p: p.allocated)
+        for phase in PHASES
+    }
+    context = _bytes_beside_tensors() if cuda else None
+    return Figures(static, instants, phases, tuple(seconds), losses[0], context, workspace)
 
 
 def _check_limit_of_cpu(case: Case, instants: dict[str, MeasuredPeak]) -> None:
