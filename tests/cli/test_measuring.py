@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mstplan import kept
-from mstplan.measuring import measurement, sweep
+from mstplan.measuring import measurement, processes, sweep
 from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement, utc_now
 from mstplan.measuring.worker import measure_here
 from mstplan.plan import calibration
@@ -155,8 +155,51 @@ def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest
     assert said.code == 130 and "results are kept in r.jsonl" in said.err
 
 
+def test_points_without_times_are_told_and_measured_again_alone(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[int] = []
+
+    def beside_others(case: Case, known: Mapping[str, Any]) -> Measurement:
+        made.append(case.seq_len)
+        m = measured(case, {"loss": 2**30}, environment=known)
+        return m if case.seq_len == 64 else replace(m, ranks=(m.ranks[0].beside_others(),))
+
+    measure_by(monkeypatch, beside_others)
+    asked = (*ASKED, "--seq-len", "64,65", "-s", "mst")
+    said = run(*asked, "--workers", "2")
+    assert said.code == 0 and "1 not timed" in said.out
+    for stream in (said.err, said.out):
+        (row,) = [line.split() for line in stream.splitlines() if line.split()[:3] == ["tiny", "mst", "65"]]
+        assert row[-2:] == ["-", "-"]
+    told = run(*asked, "--workers", "2", "--json").json
+    assert made == [64, 65] and (told["measured_before"], told["not_timed"]) == (2, 1)
+    run(*asked)
+    assert made == [64, 65, 65]
+
+
+def test_who_begins_processes_anew_says_so(run: Run, quick: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "CAN_FORK", False)
+    said = run(*ASKED, "--seq-len", "64", "-s", "checkpoint")
+    assert said.code == 0 and "begun anew for each point, which takes seconds: there is no safe fork" in said.out
+
+
 BAD = [
     ((*ASKED,), "--model and --seq-len"),
+    ((*ASKED, "--seq-len", "64", "--workers", "0"), "--workers"),
+    ((*ASKED, "--seq-len", "64", "--allocator", "default"), "--allocator: a cpu has no such allocator"),
+    (
+        ("measure", "-m", "tiny.json", "--seq-len", "64", "--allocator", "native"),
+        "unknown --allocator 'native'.\nKnown: expandable, default.",
+    ),
+    (
+        ("measure", "-m", "tiny.json", "--seq-len", "64", "--gpu-mem", "8GB", "--workers", "2"),
+        "not with --workers",
+    ),
+    (
+        ("measure", "--suite", "quick", "--allocator", "default"),
+        "--allocator cannot be given beside it",
+    ),
     ((*ASKED, "--seq-len", "64", "-o", ""), "is a folder"),
     ((*ASKED, "--seq-len", "64", "--optimizer", "adamw-8bit"), "no adamw-8bit"),
     ((*ASKED, "--seq-len", "64", "-s", "mst", "--chunks", "99"), "64 tokens cannot be run in 99 chunks"),

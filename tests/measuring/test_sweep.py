@@ -97,7 +97,7 @@ def test_out_of_memory_is_an_answer():
 # ---- a sweep that is ended --------------------------------------------------------------------------------------------
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
@@ -115,6 +115,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
         "1",
         "-o",
         str(folder / "results.jsonl"),
+        *more,
     ]
 
     def hear() -> None:  # also where the tests themselves run with interrupts ignored, as in the background of a shell
@@ -156,3 +157,19 @@ def test_a_kill_and_an_interrupt_lose_the_current_point_and_a_rerun_goes_on(tmp_
     found = measurement.read_results(results)
     assert [m.case.seq_len for m in found.measurements] == [64, 65, 66] and not found.skipped
     assert all(m.outcome == OK for m in found.measurements) and "2 of 3 had been measured before" in said
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_several_at_a_time_keeps_those_that_are_done(tmp_path):
+    results = tmp_path / "results.jsonl"
+    sweeping = start(tmp_path, "--workers", "2")
+    wait_for(results, 1)
+    sweeping.send_signal(signal.SIGINT)
+    said, _ = sweeping.communicate(timeout=60)
+    made = measurement.read_results(results)
+    assert made.measurements and not made.skipped and all(m.outcome == OK for m in made.measurements)
+    assert sweeping.returncode == 130 and "interrupted; results are kept" in said, said
+    sweeping = start(tmp_path, "--workers", "2")
+    said, _ = sweeping.communicate(timeout=120)
+    assert sweeping.returncode == 0, said
+    assert sorted(m.case.seq_len for m in measurement.read_results(results).measurements) == [64, 65, 66]
