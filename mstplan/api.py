@@ -97,15 +97,20 @@ def measure(
     there is no such device.
     """
     from .measuring import sweep
+    from .measuring.measurement import card_of
+    from .measuring.processes import Processes
 
     if device not in ("cuda", "cpu"):
         raise MeasurementError(f"device is {quoted(device)}, must be 'cuda' or 'cpu'.")
-    environment, planned_recipe = sweep.ask_environment(device), _as_recipe(recipe)
+    planned_recipe, tokens = _as_recipe(recipe), _as_length(seq_len)
     name = recipe if isinstance(recipe, str) else "custom"
-    spec = os.fspath(model)
-    card = sweep.card_of(environment)
-    (case,) = sweep.plan_cases(spec, [_as_length(seq_len)], {name: planned_recipe}, card, layers, device, None, steps)
-    return sweep.measure_case(case, environment)
+    with Processes() as processes:
+        environment = sweep.ask_environment(device, processes)
+        card = card_of(environment)
+        (case,) = sweep.plan_cases(
+            os.fspath(model), [tokens], {name: planned_recipe}, card, layers, device, None, steps
+        )
+        return sweep.measure_case(case, environment, processes=processes)
 
 
 # ---- names, or objects ------------------------------------------------------------------------------------------------

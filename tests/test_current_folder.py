@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mstplan.measuring import measurement, sweep
+from mstplan.measuring import measurement, processes, sweep
 
 from .processes import ROOT
 from .tracing.tiny import TINY
@@ -139,7 +139,7 @@ def test_what_is_handed_to_a_process(monkeypatch: pytest.MonkeyPatch, path: str 
     monkeypatch.delenv("PYTHONPATH", raising=False)
     if path is not None:
         monkeypatch.setenv("PYTHONPATH", path.replace(":", os.pathsep))
-    assert sweep.process_environment("cpu").get("PYTHONPATH") == (
+    assert processes.process_environment("cpu").get("PYTHONPATH") == (
         handed_on.replace(":", os.pathsep) if handed_on is not None else None
     )
 

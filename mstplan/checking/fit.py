@@ -258,6 +258,6 @@ def device_constants(measurements: Iterable[Measurement]) -> dict[str, Constants
         )
         if contexts and workspaces:
             environment = members[-1].environment
-            source = f"measured: {len(ranks)} steps with torch {environment['torch']}, driver {environment.get('driver')}, until {members[-1].when}"
+            source = f"measured: {len(contexts)} steps with torch {environment['torch']}, driver {environment.get('driver')}, until {members[-1].when}"
             constants[card] = Constants(int(median(contexts)), int(median(workspaces)) // CUBLAS_HANDLES, source)
     return constants

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..errors import MeasurementError, RecipeError
 from ..measuring.measurement import OK, OUT_OF_MEMORY, Case, Measurement
+from ..measuring.processes import Processes
 from ..measuring.sweep import load_subject, measure_all
 from ..plan import layout, solve
 from ..plan.layout import chunk_tokens
@@ -50,6 +51,7 @@ class Bench:
     again: bool = False
     showing: Showing = show_nothing
     assume: str | None = None
+    processes: Processes | None = None
 
     @cached_property
     def subject(self) -> tuple[str, dict[str, Any]]:
@@ -76,7 +78,14 @@ class Bench:
             self.assume,
         )
         return measure_all(
-            [case], self.environment, self.out, self.timeout, self.again, tell=tell, showing=self.showing
+            [case],
+            self.environment,
+            self.out,
+            self.timeout,
+            self.again,
+            tell=tell,
+            showing=self.showing,
+            processes=self.processes,
         ).measurements[0]
 
     def trace_at(self, recipe: Recipe, seq_len: int, card: Card) -> Trace:
@@ -289,11 +298,17 @@ def measure_throughput(
             chunks,
             (chunk_tokens(seq_len, chunks.mlp), chunk_tokens(seq_len, chunks.loss)),
             m,
-            m.tokens_per_second / unchunked.tokens_per_second if m.outcome == unchunked.outcome == OK else None,
+            _share_of_speed(m, unchunked),
             chunks == recommended,
         )
         for chunks, m in measurements.items()
     ]
+
+
+def _share_of_speed(m: Measurement, unchunked: Measurement) -> float | None:
+    if m.outcome != OK or unchunked.outcome != OK or not m.tokens_per_second or not unchunked.tokens_per_second:
+        return None
+    return m.tokens_per_second / unchunked.tokens_per_second
 
 
 def throughput_holds(rows: Iterable[Throughput]) -> bool:

@@ -10,8 +10,7 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from ..errors import InputError, MissingError, one_line
-from ..measuring.measurement import OK, OUT_OF_MEMORY, Measurement
-from ..measuring.sweep import card_of
+from ..measuring.measurement import OK, OUT_OF_MEMORY, Measurement, card_of
 from ..plan.calibration import Calibration
 from ..plan.layout import calibration_at, layout_of, step_sizes
 from ..spec.hardware import Card

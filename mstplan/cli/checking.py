@@ -23,6 +23,7 @@ from .output import emit
 
 if TYPE_CHECKING:
     from ..checking.limits import Bench
+    from ..measuring.processes import Processes
     from ..step.recipe import Recipe
 
 
@@ -48,11 +49,12 @@ class CheckThroughputOptions(CheckOptions):
 )
 def check_smax(options: CheckOptions) -> None:
     from ..checking import limits
+    from ..measuring.processes import Processes
     from ..show import checking, measuring
 
-    bench, recipes = _bench(options)
-    begins, tell = measuring.telling(bench.environment)
-    with report_interruption(options):
+    with report_interruption(options), Processes() as processes:
+        bench, recipes = _bench(options, processes)
+        begins, tell = measuring.telling(bench.environment)
         rows = limits.check_all_limits(bench, recipes, begins, tell)
     emit(options, checking.smax(bench, rows))
     if not all(limit.holds for limit, _ in rows):
@@ -72,42 +74,44 @@ def check_smax(options: CheckOptions) -> None:
 def check_throughput(options: CheckThroughputOptions) -> None:
     from ..checking import limits
     from ..measuring import sweep
+    from ..measuring.processes import Processes
     from ..show import checking, measuring
 
-    bench, recipes = _bench(options)
-    seq_len = length(options.seq_len)
-    # refuses what cannot be run, before anything is; of S_max, the trace does
-    sweep.plan_cases(
-        options.model,
-        [seq_len],
-        recipes,
-        bench.card,
-        options.layers,
-        options.device,
-        bench.limit,
-        assume=options.assume,
-    )
-    begins, tell = measuring.telling(bench.environment, checking.chunks)
-    with report_interruption(options):
+    with report_interruption(options), Processes() as processes:
+        bench, recipes = _bench(options, processes)
+        seq_len = length(options.seq_len)
+        # refuses what cannot be run, before anything is; of S_max, the trace does
+        sweep.plan_cases(
+            options.model,
+            [seq_len],
+            recipes,
+            bench.card,
+            options.layers,
+            options.device,
+            bench.limit,
+            assume=options.assume,
+        )
+        begins, tell = measuring.telling(bench.environment, checking.chunks)
         throughputs = limits.measure_all_throughputs(bench, recipes, seq_len, begins, tell)
     emit(options, checking.throughput(bench, seq_len, throughputs))
     if not all(map(limits.throughput_holds, throughputs.values())):
         raise typer.Exit(1)
 
 
-def _bench(options: CheckOptions) -> tuple[Bench, dict[str, Recipe]]:
+def _bench(options: CheckOptions, processes: Processes) -> tuple[Bench, dict[str, Recipe]]:
     """Where to measure, and what."""
     from ..checking import limits
     from ..measuring import sweep
+    from ..measuring.measurement import card_of
     from ..show.progress import progress
 
     check_device(options.device)
-    environment = sweep.ask_environment(options.device)
+    environment = sweep.ask_environment(options.device, processes)
     limit = memory(options.gpu_mem)
     bench = limits.Bench(
         options.model,
         environment,
-        sweep.card_of(environment, limit),
+        card_of(environment, limit),
         options.device,
         limit,
         options.layers,
@@ -117,6 +121,7 @@ def _bench(options: CheckOptions) -> tuple[Bench, dict[str, Recipe]]:
         options.again,
         progress,
         options.assume,
+        processes,
     )
     recipes = recipes_of(options, "mst")
     refuse_sharded(recipes.values())

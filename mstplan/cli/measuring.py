@@ -42,6 +42,12 @@ def _suites() -> list[str]:
     return list(shipped_suites())
 
 
+def _allocators() -> list[str]:
+    from ..measuring.processes import ALLOCATORS
+
+    return list(ALLOCATORS)
+
+
 class PointsOptions(AssumeOptions):
     model = option(
         str, "--model -m", WHICH_MODEL, metavar="MODEL", choices=shipped_models
@@ -57,7 +63,24 @@ class PointsOptions(AssumeOptions):
 
 
 class MeasureOptions(PointsOptions, MeasuringOptions, RecipesOptions, FormatOptions):
-    pass
+    workers = option(
+        int,
+        "--workers",
+        "Points measured at a time, as far as their memory fits together. Times are of points that ran alone.",
+        1,
+        panel="Measurement",
+        metavar="N",
+        min=1,
+        max=64,
+    )
+    allocator = option(
+        str,
+        "--allocator",
+        "torch's allocator for CUDA: expandable (segments), or default. As PYTORCH_CUDA_ALLOC_CONF says, else expandable.",
+        panel="Measurement",
+        metavar="NAME",
+        choices=_allocators,
+    )
 
 
 @command(
@@ -69,12 +92,13 @@ class MeasureOptions(PointsOptions, MeasuringOptions, RecipesOptions, FormatOpti
     examples=(
         "mstplan measure -m llama3.1-8b --seq-len 8k,16k,32k --strategy all",
         "mstplan measure -m smollm2-135m --seq-len 512 --device cpu",
-        "mstplan measure --suite cards -o h100.jsonl",
+        "mstplan measure --suite cards --workers 5 -o h100.jsonl",
     ),
 )
 def measure(options: MeasureOptions) -> None:
     from ..measuring import sweep
     from ..measuring.launch import read_launch
+    from ..measuring.processes import Processes
     from ..show import measuring
     from ..show.progress import progress
 
@@ -82,11 +106,21 @@ def measure(options: MeasureOptions) -> None:
     if (launch := read_launch()) is not None:
         _measure_on_all_ranks(options, launch)
         return
-    environment = sweep.ask_environment(options.device)
-    cases, (begins, tell) = _cases(options, environment), measuring.telling(environment)
-    with report_interruption(options):
+    _check_company(options)
+    with report_interruption(options), Processes() as processes:
+        environment = sweep.ask_environment(options.device, processes)
+        cases, (begins, tell) = _cases(options, environment), measuring.telling(environment)
         results = sweep.measure_all(
-            cases, environment, options.out, options.timeout, options.again, begins, tell, progress
+            cases,
+            environment,
+            options.out,
+            options.timeout,
+            options.again,
+            begins,
+            tell,
+            progress,
+            processes,
+            options.workers,
         )
     emit(options, measuring.report(results, environment, options.out))
     if not results.complete:
@@ -99,6 +133,20 @@ def check_device(device: str) -> None:
 
     one_of("device", device, DEVICES)
     cache.versions()  # no torch: said before anything else
+
+
+def _check_company(options: MeasureOptions) -> None:
+    from ..errors import RecipeError
+    from ..measuring.processes import ALLOCATORS
+
+    if options.allocator is not None:
+        one_of("allocator", options.allocator, ALLOCATORS)
+        if options.device != "cuda":
+            raise RecipeError(f"--allocator: a {options.device} has no such allocator.\nLeave it out.")
+    if options.workers > 1 and options.gpu_mem is not None and options.device == "cuda":
+        raise RecipeError(
+            "--gpu-mem counts what others hold of the GPU, so its points run alone: not with --workers.\nLeave one of the two out."
+        )
 
 
 @contextmanager
@@ -120,21 +168,22 @@ def _cases(options: MeasureOptions, environment: dict[str, Any], alone: bool = T
     """The points that --suite, or the model, lengths and strategies, describe. alone: is this the only rank?"""
     from ..errors import RecipeError
     from ..measuring import suites, sweep
+    from ..measuring.measurement import card_of
 
     limit = memory(options.gpu_mem)
-    card = sweep.card_of(environment, limit)
+    card = card_of(environment, limit)
     more: dict[str, Any] = {"card": card, "device": options.device, "limit": limit, "steps": options.steps}
     if options.suite is not None:
         if not alone:
             raise RecipeError(
                 "a suite is measured point by point, each in a process of its own: not under torchrun.\nName one point: --model, --seq-len, -s."
             )
-        beside = ("model", "assume", *declared(RecipesOptions), "seq_len", "layers")
+        beside = ("model", "assume", *declared(RecipesOptions), "seq_len", "layers", "allocator")
         if flags := flags_given(options, beside):
             raise RecipeError(
                 f"--suite says what is measured: {', '.join(flags)} cannot be given beside it.\nWrite it in the suite, or leave --suite out."
             )
-        cases = suites.read_cases(options.suite, **more)
+        cases = suites.read_cases(options.suite, leave_out=complain, **more)
         refuse_sharded(case.recipe for case in cases)
         return cases
     if options.model is None or options.seq_len is None:
@@ -143,7 +192,8 @@ def _cases(options: MeasureOptions, environment: dict[str, Any], alone: bool = T
     recipes = recipes_of(options)
     if alone:
         refuse_sharded(recipes.values())
-    return sweep.plan_cases(options.model, lengths, recipes, layers=options.layers, assume=options.assume, **more)
+    more |= {"assume": options.assume, "allocator": options.allocator}
+    return sweep.plan_cases(options.model, lengths, recipes, layers=options.layers, **more)
 
 
 def refuse_sharded(recipes: Iterable[Recipe]) -> None:
@@ -160,16 +210,17 @@ def _measure_on_all_ranks(options: MeasureOptions, launch: Launch) -> None:
     from .. import files
     from ..errors import RecipeError
     from ..measuring import measurement, sweep
+    from ..measuring.processes import process_environment
     from ..show import measuring as shown
 
-    os.environ.update(sweep.process_environment(options.device))  # torch reads its allocator's settings once
+    os.environ.update(process_environment(options.device))  # torch reads its allocator's settings once
     from ..measuring import ranks
 
     if options.sharding != "fsdp" or options.gpus not in (None, launch.ranks):
         raise RecipeError(
             f"torchrun started {launch.ranks} ranks: say --sharding fsdp, and no other number with --gpus."
         )
-    if unused := flags_given(options, ("timeout", "again")):
+    if unused := flags_given(options, ("timeout", "again", "workers", "allocator")):
         raise RecipeError(
             f"{', '.join(unused)}: nothing to do under torchrun, where a command measures its point each time.\nLeave it out."
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..step.instants import Instant, Pass
+from ..step.recipe import Recipe
 from ..step.steps import segment_length
 from ..tracing.recording import Place
 from ..tracing.trace import instant_of
@@ -18,8 +20,16 @@ from ..train.step import TrainingStep
 Mark = Callable[[Instant], None]
 
 
+class Trained(NamedTuple):
+    """A model that another loop than mstplan's trains, with an optimizer of its own that steps after backward."""
+
+    model: PreTrainedModel
+    recipe: Recipe
+    optimizer: str = "the loop's"
+
+
 @contextmanager
-def marking(step: TrainingStep, mark: Mark) -> Iterator[Callable[[Pass], None]]:
+def marking(step: TrainingStep | Trained, mark: Mark) -> Iterator[Callable[[Pass], None]]:
     """Yield `begin(pass)`, to be called as each pass starts. Hooks then call `mark(instant)`: on entering a layer in forward, and
     when the gradient of a layer's input arrives in backward."""
     layers = locate.find_parts(step.model).layers

@@ -12,7 +12,8 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
 from functools import cache, cached_property
 from hashlib import sha256
 from math import isfinite
@@ -25,10 +26,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 from .. import files, profiles
 from ..errors import MeasurementError, ModelError, OutputError, one_line, quoted
 from ..spec.config import read_config
+from ..spec.hardware import Card, card_that_torch_names
 from ..spec.model import Model
 from ..spec.releases import is_release
 from ..step.recipe import Recipe
 from ..units import LEAST_MEMORY, LONGEST, MOST_MEMORY, format_gib
+from .processes import ALLOCATORS
 
 SCHEMA_VERSION = 1
 OK, OUT_OF_MEMORY, REFUSED, FAILED = "ok", "out of memory", "refused", "failed"
@@ -87,7 +90,7 @@ class Figures:
     static: Bytes  # in weights, buffers and optimizer states, between steps
     instants: Annotated[dict[str, MeasuredPeak], Field(min_length=1)]
     phases: Annotated[dict[str, MeasuredPeak], Field(min_length=1)]
-    step_seconds: Annotated[tuple[Seconds, ...], Field(min_length=1)]  # of every timed step
+    step_seconds: tuple[Seconds, ...]  # of every timed step; none where others were on the device
     loss: MeasuredLoss  # None: infinite, or no number
     context: Bytes | None = (
         None  # in use on the card beside what the allocator reserved: the CUDA context, and other processes
@@ -102,11 +105,32 @@ class Figures:
         ]
         return MeasuredPeak(max(columns[0]), *(max(column) if column else None for column in columns[1:]))
 
+    def beside_others(self) -> Figures:
+        """Figures without those that others on the device change: times, and what of the device is in use."""
+
+        def leave_out(peaks: Mapping[str, MeasuredPeak]) -> dict[str, MeasuredPeak]:
+            return {name: peak._replace(device=None) for name, peak in peaks.items()}
+
+        return replace(
+            self,
+            instants=leave_out(self.instants),
+            phases=leave_out(self.phases),
+            step_seconds=(),
+            context=None,
+        )
+
     @classmethod
     def from_data(cls, data: object) -> Figures:
         """Raises ValueError."""
         figures: Figures = _adapter_for(Figures).validate_python(data)
         return figures
+
+
+TRANSFORMERS = "transformers"
+TRAINERS = (TRANSFORMERS,)
+"""Whose training loop may run the steps, beside that of mstplan."""
+_LATER_FIELDS = ("assume", "allocator", "trainer")
+"""Fields that results of before have not, and that are left out where they say nothing."""
 
 
 @dataclass(frozen=True)
@@ -123,15 +147,19 @@ class Case:
     limit: Bytes | None = None  # of the card that the process may use, its CUDA context included
     steps: Annotated[int, Field(ge=1, le=1 << 20)] = 3  # that are timed
     assume: str | None = None  # how the formula reads a config that it does not know
+    allocator: Annotated[str, Field(pattern=f"^({'|'.join(ALLOCATORS)})$")] | None = (
+        None  # of CUDA's memory; None: as the environment says
+    )
+    trainer: Annotated[str, Field(pattern=f"^({'|'.join(TRAINERS)})$")] | None = (
+        None  # whose loop runs the steps; None: mstplan's
+    )
 
     @cached_property
     def described(self) -> Model:
         return read_config(self.config, self.model, self.assume)
 
     def as_data(self) -> dict[str, Any]:
-        names = [
-            f.name for f in fields(Case) if f.name != "assume" or self.assume is not None
-        ]  # as results of before have it
+        names = [f.name for f in fields(Case) if f.name not in _LATER_FIELDS or getattr(self, f.name) is not None]
         return {**{name: getattr(self, name) for name in names}, "recipe": self.recipe.model_dump()}
 
     @classmethod
@@ -143,7 +171,8 @@ class Case:
     @property
     def words(self) -> str:
         layers_words = f", {self.layers} layers" if self.layers else ""
-        return f"{one_line(self.model, 80)}{layers_words}, {one_line(self.strategy, 40)}, {self.seq_len:,} tokens"
+        trainer_words = f", {self.trainer}' Trainer" if self.trainer else ""
+        return f"{one_line(self.model, 80)}{layers_words}, {one_line(self.strategy, 40)}, {self.seq_len:,} tokens{trainer_words}"
 
 
 class _Environment(BaseModel):
@@ -232,15 +261,17 @@ class Measurement:
         return max((rank.peak for rank in self.ranks), key=lambda peak: peak.allocated)
 
     @property
-    def seconds(self) -> float:
-        """The median time of a step, of the slowest rank."""
+    def seconds(self) -> float | None:
+        """The median time of a step, of the slowest rank; None where it was not timed, as others were on the device."""
+        if not all(rank.step_seconds for rank in self.ranks):
+            return None
         return max(median(rank.step_seconds) for rank in self.ranks)
 
     @property
-    def tokens_per_second(self) -> float:
-        """Tokens per second of all ranks together."""
-        recipe = self.case.recipe
-        return recipe.batch * recipe.accumulation * self.case.seq_len * len(self.ranks) / self.seconds
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second of all ranks together; None where the step was not timed."""
+        recipe, seconds = self.case.recipe, self.seconds
+        return recipe.batch * recipe.accumulation * self.case.seq_len * len(self.ranks) / seconds if seconds else None
 
     @property
     def instants(self) -> dict[str, int]:
@@ -259,7 +290,18 @@ def key_of(case: Case, environment: Mapping[str, Any]) -> str:
         for name in ("card", "torch", "transformers", "allocator", "threads", "cudnn", "sdpa")
     }
     case_data = {**case.as_data(), "model": "", "strategy": "", "steps": 0}
+    case_data.pop("allocator", None)  # its settings stand among the facts
     return sha256(json.dumps([case_data, facts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def card_of(environment: Mapping[str, Any], limit: int | None = None) -> Card:
+    """The card to plan for: the device of that environment (for a CPU any card with as much memory), or `limit` bytes of it."""
+    whole = card_that_torch_names(environment["card"], environment["total_bytes"])
+    return whole if limit is None else whole._replace(total_bytes=min(limit, whole.total_bytes))
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def slice_config(config: Mapping[str, Any], layers: int, name: str, assume: str | None = None) -> dict[str, Any]:

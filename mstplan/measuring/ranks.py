@@ -21,8 +21,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ..errors import MeasurementError, one_line, quoted
 from .launch import Launch
-from .measurement import OK, Case, Figures, Measurement, appending
-from .sweep import utc_now
+from .measurement import OK, Case, Figures, Measurement, appending, utc_now
 from .worker import attempt_step, check_cuda, local_rank, measure_here, read_environment
 
 _FAILED_KEY, _RECORDED_KEY = "mstplan: a rank failed", "mstplan: its record is written"

@@ -2,20 +2,21 @@
 
     {"cases": [{"model": "llama3.1-8b", "seq_len": ["8k", "16k"], "strategy": ["mst"], "layers": 4, "recipe": {"batch": 2}}]}
 
-`strategy` (all five), `layers` (all of them) and `recipe` (what differs from the strategy) may be left out.
+`strategy` (all five), `layers` (all of them), `recipe` (what differs from the strategy), `allocator` (expandable or default; as the
+environment says) and `trainer` (transformers; mstplan's own training loop) may be left out.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .. import files, profiles
-from ..errors import MeasurementError, MstplanError, did_you_mean, quoted
+from ..errors import MeasurementError, MstplanError, did_you_mean, one_line, quoted
 from ..spec.hardware import Card
 from ..step.recipe import STRATEGIES, strategy, strategy_name
 from ..units import parse_length
@@ -39,6 +40,8 @@ class _SuiteRow(BaseModel):
     strategy: _Texts = list(STRATEGIES)
     layers: Annotated[int, Field(ge=1)] | None = None
     recipe: dict[str, Any] = {}
+    allocator: Literal["expandable", "default"] | None = None
+    trainer: Literal["transformers"] | None = None
 
 
 class _Suite(BaseModel):
@@ -49,15 +52,35 @@ class _Suite(BaseModel):
 
 
 def read_cases(
-    path: str | os.PathLike[str], card: Card, device: str = "cuda", limit: int | None = None, steps: int = 3
+    path: str | os.PathLike[str],
+    card: Card,
+    device: str = "cuda",
+    limit: int | None = None,
+    steps: int = 3,
+    leave_out: Callable[[str], object] = lambda _words: None,
 ) -> list[Case]:
-    """Cases of a suite: of a file, or of one that ships. Raises MeasurementError, which names the file and the case."""
+    """Cases of a suite: of a file, or of one that ships. Those that ship are for any GPU: `leave_out` is told of models too large for
+    this one. Raises MeasurementError, which names the file and the case."""
     points: list[Case] = []
-    for number, row in enumerate(_read_suite(path).cases, 1):
-        with _naming(path, number):
+    suite, ships = _read_suite(path)
+    for number, row in enumerate(suite.cases, 1):
+        with _naming(path, number), _leaving_out(leave_out if ships else None):
             recipes = {strategy_name(name): strategy(name).changed(**row.recipe) for name in row.strategy}
             lengths = [parse_length(text) for text in row.seq_len]
-            points += sweep.plan_cases(row.model, lengths, recipes, card, row.layers, device, limit, steps)
+            allocator = row.allocator if device == "cuda" else None  # a CPU has none of the kind
+            cases = sweep.plan_cases(
+                row.model,
+                lengths,
+                recipes,
+                card,
+                row.layers,
+                device,
+                limit,
+                steps,
+                allocator=allocator,
+                trainer=row.trainer,
+            )
+            points += [case for case in cases if case not in points]
     if not points:
         raise MeasurementError(f"{quoted(path)} has no point to measure.\n{_WAY_OUT}")
     return points
@@ -68,9 +91,11 @@ def shipped_suites() -> list[str]:
     return sorted(path.stem for path in (profiles.ROOT / "suites").glob("*.json"))
 
 
-def _read_suite(path: str | os.PathLike[str]) -> _Suite:
+def _read_suite(path: str | os.PathLike[str]) -> tuple[_Suite, bool]:
+    """The suite, and whether it is one that ships."""
     names, name = shipped_suites(), str(path)
-    if not os.path.exists(path):  # whatever it is: False for what can be no path
+    ships = not os.path.exists(path)  # whatever it is: False for what can be no path
+    if ships:
         if name not in names:
             raise MeasurementError(
                 f"there is no file {quoted(path)}.\nGive the path of a suite in JSON, or the name of one that ships: {', '.join(names)}."
@@ -80,7 +105,7 @@ def _read_suite(path: str | os.PathLike[str]) -> _Suite:
     if (key := files.repeated_key(text)) is not None:
         raise MeasurementError(f"{quoted(path)}: {quoted(key)} is given twice.\nLeave one of the two out.")
     try:
-        return _Suite.model_validate_json(text)
+        return _Suite.model_validate_json(text), ships
     except ValidationError as e:
         raise MeasurementError(f"{quoted(path)}{_describe_problem(e)}\n{_WAY_OUT}") from None
 
@@ -98,6 +123,17 @@ def _describe_problem(error: ValidationError) -> str:
     if problem["type"] in ("missing", "too_short"):
         return f"{case}: {quoted(field)} is {problem['type'].replace('too_short', 'empty')}."
     return f"{case}: {field + ' ' if field else ''}{problem['msg'].replace('Input should', 'must')} (got {quoted(problem['input'])})."
+
+
+@contextmanager
+def _leaving_out(leave_out: Callable[[str], object] | None) -> Iterator[None]:
+    """Leave a case out whose model is too large, and say so."""
+    try:
+        yield
+    except sweep.TooLargeError as e:
+        if leave_out is None:
+            raise
+        leave_out(f"left out: {one_line(str(e).splitlines()[0], 200)}")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""One measured step, in a process of its own, which sweep.py starts: it reads a case from standard input (a line of JSON) and writes
-what it took to standard output. It ends when its standard input does, that is, with the process that began it.
+"""One measured step, in a process of its own, which processes.py begins: it reads a case from standard input (a line of JSON) and writes
+what it took to standard output. It ends when its standard input does, that is, with the process that asked it.
 
-With `describe DEVICE` for arguments it writes the device's environment only.
+With `describe DEVICE` for arguments it writes the device's environment only; with `serve` it forks processes that do the one or the other.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import ctypes
 import json
 import os
 import platform
+import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -35,10 +38,10 @@ from ..tracing.kernels import STAND_INS, real_implementation
 from ..tracing.tracer import attention_of
 from ..train.step import NO_HOST_MEMORY, TrainingStep, build_model, read_settings
 from ..units import format_gib
-from .allocations import record_step, resident_tensors, storage_bytes
-from .instant_hooks import marking
+from .allocations import record_allocations, record_step, resident_tensors, storage_bytes
+from .instant_hooks import Mark, Trained, marking
 from .launch import read_launch
-from .measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Figures, MeasuredPeak
+from .measurement import FAILED, OK, OUT_OF_MEMORY, PHASES, REFUSED, Case, Figures, MeasuredPeak
 
 
 def read_environment(device: str) -> dict[str, Any]:
@@ -111,6 +114,8 @@ def measure_here(case: Case) -> Figures:
     """Run the case's steps on its device, as a rank among others when a process group is there. Raises what torch raises."""
     cuda = case.device == "cuda"
     workspace = _prepare_cuda(case) if cuda else None
+    if case.trainer is not None:
+        return _measure_trainer(case, workspace)
     step = TrainingStep(_build_model(case), case.recipe, case.seq_len)
     loss = step.run()  # the first makes the optimizer's states
     seconds = tuple(_time_step(step, cuda) for _ in range(case.steps))
@@ -118,6 +123,52 @@ def measure_here(case: Case) -> Figures:
     _check_limit_of_cpu(case, instants)
     static = sum(storage_bytes(resident_tensors(step)).values())
     return Figures(static, instants, phases, seconds, float(loss), _bytes_beside_tensors() if cuda else None, workspace)
+
+
+def _measure_trainer(case: Case, workspace: int | None) -> Figures:
+    """Steps of transformers' Trainer. Peaks are of all steps together: none is higher in the first, which has no optimizer states yet."""
+    from .trainers import Watch, train  # accelerate, which few cases need
+
+    cuda, model = case.device == "cuda", _build_model(case)
+    static = sum(storage_bytes([*model.parameters(), *model.buffers()]).values())
+    begun = 0.0
+    seconds: list[float] = []
+    losses: list[float] = []
+
+    def step_begins(_step: int) -> None:
+        nonlocal begun
+        if cuda:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+
+    def step_ends(step: int) -> None:
+        if cuda:
+            torch.cuda.synchronize()
+        if step:
+            seconds.append(time.perf_counter() - begun)
+
+    def run(mark: Mark) -> None:
+        with marking(Trained(model, case.recipe), mark) as pass_begins:
+            losses.append(
+                train(model, case.recipe, case.seq_len, 1 + case.steps, Watch(step_begins, pass_begins, step_ends))
+            )
+
+    if cuda:
+        counters = _PeakCounters()
+        run(counters)
+        counters("")
+        instants = counters.peaks
+    else:
+        allocations = record_allocations(run)
+        allocations.resident = static
+        instants = {name: MeasuredPeak(size) for name, size in allocations.peaks().items() if name}
+        _check_limit_of_cpu(case, instants)
+    phases = {
+        phase: max((peak for name, peak in instants.items() if Instant(name).phase == phase), key=lambda p: p.allocated)
+        for phase in PHASES
+    }
+    context = _bytes_beside_tensors() if cuda else None
+    return Figures(static, instants, phases, tuple(seconds), losses[0], context, workspace)
 
 
 def _check_limit_of_cpu(case: Case, instants: dict[str, MeasuredPeak]) -> None:
@@ -298,11 +349,19 @@ def _offer_to_be_killed() -> None:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    answer(sys.argv[1:])
+
+
+def answer(arguments: Sequence[str]) -> NoReturn:
+    """Write what is asked for to standard output, and end the process."""
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no part of the answer
-    if sys.argv[1:2] == ["describe"]:
+    reply: dict[str, Any]
+    if arguments[:1] == ["describe"]:
         try:
-            reply = read_environment(sys.argv[2])
+            reply = read_environment(arguments[1])
         except (MeasurementError, MissingError) as e:
             reply = {"error": str(e)}
     else:
@@ -310,6 +369,78 @@ def main() -> None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
         _offer_to_be_killed()
         reply = {"environment": read_environment(case.device), **attempt_step(lambda: measure_here(case))}
+        reply["retries"] = _retries(case)
     output.write(json.dumps(reply) + "\n")
     output.flush()
     os._exit(0)  # tearing down CUDA and torch takes seconds
+
+
+def _retries(case: Case) -> int:
+    """How often the device had no room for a segment, so that the allocator gave back what it held and asked again."""
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0)) if case.device == "cuda" else 0
+
+
+# ---- the process that forks others ------------------------------------------------------------------------------------------
+
+
+def serve() -> NoReturn:
+    """Fork a process for each message on standard input, a socket, that asks for one, and end with it. torch and transformers are imported
+    here once; CUDA is not touched, as what a process has of it is lost in those that it forks."""
+    requests = socket.socket(fileno=os.dup(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asks hears it, and ends those that measure
+    if torch.cuda.is_initialized():
+        _send(
+            requests,
+            error="CUDA was initialised by an import (torch.cuda.is_initialized), so it is lost in forked processes",
+        )
+        os._exit(0)
+    _send(requests, ok=True)
+    while True:
+        message, ends, _, _ = socket.recv_fds(requests, 1 << 16, 3)
+        if not message:
+            os._exit(0)
+        request = json.loads(message)
+        if "wait" in request:
+            _send(requests, ok=_wait_for(request["wait"], request["seconds"]))
+        else:
+            _send(requests, ok=_fork(request["begin"], ends, requests))
+
+
+def _send(requests: socket.socket, **reply: Any) -> None:
+    with suppress(OSError):  # nobody listens any more, which the next message tells
+        requests.send(json.dumps(reply).encode())
+
+
+def _fork(arguments: Sequence[str], ends: Sequence[int], requests: socket.socket) -> int:
+    """The process id of a process whose standard input, output and errors are `ends`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            requests.close()
+            for standard, end in enumerate(ends):
+                os.dup2(end, standard)
+                os.close(end)
+            answer(arguments)
+        except BaseException:  # noqa: BLE001  this process must not go on as another
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)
+    for end in ends:
+        os.close(end)
+    return pid
+
+
+def _wait_for(pid: int, seconds: float) -> int:
+    """Exit code of a process that was forked here, less than 0: of a signal. It is killed when it takes longer than that to end."""
+    deadline = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= deadline:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)

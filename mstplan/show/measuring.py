@@ -55,7 +55,8 @@ def point(m: Measurement, name: Callable[[Measurement], str] = subject) -> str:
     if m.outcome != OK:
         return f"{start} {m.outcome}" + (f": {m.reason}" if m.error else "")
     numbers = [parts.gib(size) if size is not None else "-" for size in m.peak]
-    return f"{start} {numbers[0]:>7s} {numbers[1]:>8s} {numbers[2]:>7s} {format_seconds(m.seconds):>7s} {m.tokens_per_second:8,.0f}"
+    times = [cell.text for cell in _time_cells(m)]
+    return f"{start} {numbers[0]:>7s} {numbers[1]:>8s} {numbers[2]:>7s} {times[0]:>7s} {times[1]:>8s}"
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------------
@@ -65,6 +66,11 @@ def report(results: Sweep, environment: Mapping[str, Any], out: Path) -> Report:
     """The points of a sweep, those measured before among them; then what failed, what was left out, where the results are."""
     points = _points(results)
     failed = [m for m in results.measurements if m.outcome != OK]
+    not_timed = sum(m.outcome == OK and m.seconds is None for m in results.measurements)
+    shared = (
+        f"{not_timed} not timed, as others were on the device (-): without --workers they are measured again, alone."
+    )
+    anew = f"A process was begun anew for each point, which takes seconds: {one_line(results.why_anew, 200)}."
     before = f"{results.skipped} of {len(results.measurements)} had been measured before (--again measures them anew)."
     blocks: list[Block] = [
         line(f"measured: real steps on {device_words(environment)}"),
@@ -72,6 +78,8 @@ def report(results: Sweep, environment: Mapping[str, Any], out: Path) -> Report:
         *(line(f"{one_line(m.case.words, 200)}: {m.outcome}{_why(m)}", whole=True) for m in failed),
         *_eager_note(results),
         *(line(note, whole=True) for note in results.damaged),
+        *([line(shared, whole=True)] if not_timed else []),
+        *([line(anew, whole=True)] if results.why_anew else []),
         *([line(before, whole=True)] if results.skipped else []),
         GAP,
         line(f"results: {one_line(out, 200)}", whole=True),
@@ -83,6 +91,8 @@ def report(results: Sweep, environment: Mapping[str, Any], out: Path) -> Report:
         file=str(out),
         damaged=results.damaged,
         measured_before=results.skipped,
+        not_timed=not_timed,
+        not_forked=results.why_anew,
         results=[m.as_data() for m in results.measurements],
     )
     return Report("measure", facts, blocks, points)
@@ -126,5 +136,12 @@ def _cells(m: Measurement) -> tuple[Cell, ...]:
     if m.outcome != OK:
         return (*about, cell(m.outcome), *(NOTHING,) * 5)
     peaks = (parts.gib_cell(size) if size is not None else Cell(None, "-") for size in m.peak)
-    speed = (Cell(m.seconds, format_seconds(m.seconds)), Cell(m.tokens_per_second, f"{m.tokens_per_second:,.0f}"))
-    return (*about, Cell(m.outcome, ""), *peaks, *speed)
+    return (*about, Cell(m.outcome, ""), *peaks, *_time_cells(m))
+
+
+def _time_cells(m: Measurement) -> tuple[Cell, Cell]:
+    """Seconds of a step and tokens per second, of one that was timed."""
+    seconds, speed = m.seconds, m.tokens_per_second
+    if seconds is None or speed is None:
+        return Cell(None, "-"), Cell(None, "-")
+    return Cell(seconds, format_seconds(seconds)), Cell(speed, f"{speed:,.0f}")

@@ -7,6 +7,30 @@ from .losses import LOSSES
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe
 
+TRAINER_OPTIMIZERS = {
+    ("adamw", "foreach"): "adamw_torch",
+    ("adamw", "fused"): "adamw_torch_fused",
+    ("adafactor", "foreach"): "adafactor",
+    ("sgd", "foreach"): "sgd",
+}
+"""What transformers' TrainingArguments call an optimizer, by `optimizer` and `adamw_kernel` of a recipe."""
+
+
+def check_trainer(recipe: Recipe) -> None:
+    """Check that transformers' Trainer can follow the recipe as it is. Raises RecipeError with the reason."""
+    for bad, why in (
+        ((recipe.optimizer, recipe.adamw_kernel) not in TRAINER_OPTIMIZERS, "it has no such optimizer"),
+        (recipe.optimizer_in_backward, "it steps after backward"),
+        (recipe.checkpoint not in ("none", "layer"), "it checkpoints every layer, or none"),
+        (recipe.loss != "transformers", "its loss is transformers' own"),
+        (recipe.mlp_chunks != 1 or recipe.offload_layer_inputs, "it has no chunks and offloads nothing"),
+        (recipe.sharded, "here it trains on one GPU"),
+    ):
+        if bad:
+            raise RecipeError(
+                f'transformers\' Trainer cannot follow this recipe: {why}.\nLeave "trainer" out, or change the recipe.'
+            )
+
 
 def check_runnable(recipe: Recipe) -> None:
     """Check that a step here can follow the recipe. Raises RecipeError with the reason."""

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan.cli import output
-from mstplan.measuring import measurement, sweep
+from mstplan.measuring import measurement, processes, sweep
 from mstplan.measuring.measurement import FAILED, OUT_OF_MEMORY, REFUSED
 from mstplan.show.formats.as_json import written
 from mstplan.spec.catalog import load_config
@@ -211,8 +211,9 @@ def test_a_loss_that_is_no_number_is_null(
     data = one.as_data()
     data["ranks"][0]["loss"] = loss
     (tmp_path / "figures").write_text(json.dumps(data["ranks"][0]))
-    monkeypatch.setattr(sweep, "WORKER_COMMAND", (sys.executable, "-c", child))
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", child))
+    monkeypatch.setattr(processes, "CAN_FORK", False)
+    monkeypatch.setattr(sweep, "ask_environment", lambda *_: dict(CPU))
     said = run(
         "measure",
         "-m",

@@ -5,18 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 
-from mstplan.measuring import sweep
 from mstplan.measuring.measurement import OK, OUT_OF_MEMORY, Case, Measurement
 from mstplan.show.formats import FORMATS
 from mstplan.show.formats.base import Format
 from mstplan.show.report import Notes, Report, Table
 
-from ..measuring.measured import CPU, measured
+from ..measuring.measured import measure_by, measured
 from ..tracing.tiny import TINY
 from .conftest import Run, Said
 
@@ -75,11 +74,10 @@ def card_of_512_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     from mstplan.checking import limits
     from mstplan.step.steps import Chunks
 
-    def run_here(case: Case, known: dict[str, Any], _timeout: float | None = None) -> Measurement:
+    def run_here(case: Case, _known: Mapping[str, Any]) -> Measurement:
         return measured(case, {"loss": 2**30 + case.seq_len}, OK if case.seq_len <= 512 else OUT_OF_MEMORY)
 
-    monkeypatch.setattr(sweep, "measure_case", run_here)
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
+    measure_by(monkeypatch, run_here)
     monkeypatch.setattr(limits.Bench, "predict", lambda *_: limits.Prediction(512, 500, Chunks(1, 1)))
 
 
@@ -107,8 +105,7 @@ WHY = " ".join(["why"] * 30)
 
 
 def test_points_that_fail_are_told_whole(run: Run, shout: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(sweep, "measure_case", lambda case, known, _timeout: Measurement(case, known, "failed", WHY))
+    measure_by(monkeypatch, lambda case, known: Measurement(case, dict(known), "failed", WHY))
     said = run(*TELLING["measure"], "-s", "checkpoint")
     assert said.code == 1 and f"tiny, checkpoint, 64 tokens: failed: {WHY}\n" in said.out
     assert rows_of(run(*TELLING["measure"], "--format", "csv"))[0]["outcome"] == "failed"

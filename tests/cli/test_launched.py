@@ -10,11 +10,10 @@ from typing import NoReturn
 import pytest
 
 from mstplan import MeasurementError
-from mstplan.measuring import sweep
 from mstplan.measuring.launch import RENDEZVOUS_VARIABLES, Launch, read_launch
 from mstplan.measuring.measurement import OUT_OF_MEMORY, Measurement
 
-from ..measuring.measured import CPU
+from ..measuring.measured import measure_by
 from ..tracing.tiny import write_tiny
 from .conftest import Run, Said
 
@@ -84,8 +83,7 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Put:
 
 @pytest.fixture
 def measure(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(sweep, "measure_case", lambda case, known, _timeout: Measurement(case, known, OUT_OF_MEMORY))
+    measure_by(monkeypatch, lambda case, known: Measurement(case, dict(known), OUT_OF_MEMORY))
     write_tiny(tmp_path)
     return lambda *more: run(
         "measure", "-m", "tiny.json", "--seq-len", "16", "-s", "checkpoint", "--device", "cpu", *more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from typing import Any
 import pytest
 
 from mstplan import kept
-from mstplan.measuring import measurement, sweep
-from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement
+from mstplan.measuring import measurement, processes, sweep
+from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, Case, Measurement, utc_now
 from mstplan.measuring.worker import measure_here
 from mstplan.plan import calibration
 from mstplan.step.recipe import STRATEGIES
 from mstplan.tracing.trace import Trace
 
-from ..measuring.measured import CARD, CPU, as_traced, measured
+from ..measuring.measured import CARD, CPU, as_traced, measure_by, measured
 from ..tracing.tiny import TINY, write_tiny
 from .conftest import Run
 
@@ -34,18 +35,17 @@ def model(run: Run, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
-    """Measures within this process, as test_sweep.py has shown that others do; gives what was measured."""
+    """Measures within this process, as test_running.py has shown that others do; gives what was measured."""
     made: list[Case] = []
 
-    def run_here(case: Case, known: dict[str, Any], _timeout: float | None = None) -> Measurement:
+    def run_here(case: Case, known: Mapping[str, Any]) -> Measurement:
         made.append(case)
         try:
-            return Measurement(case, known, OK, "", (measure_here(replace(case, steps=1)),), sweep.utc_now())
+            return Measurement(case, dict(known), OK, "", (measure_here(replace(case, steps=1)),), utc_now())
         except MemoryError as e:
-            return Measurement(case, known, OUT_OF_MEMORY, str(e), (), sweep.utc_now())
+            return Measurement(case, dict(known), OUT_OF_MEMORY, str(e), (), utc_now())
 
-    monkeypatch.setattr(sweep, "measure_case", run_here)
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
+    measure_by(monkeypatch, run_here)
     return made
 
 
@@ -118,22 +118,14 @@ def test_a_suite(run: Run, quick: list[Case], tmp_path: Path) -> None:
 def test_a_point_that_fails_is_a_result_and_exit_code_1(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(
-        sweep,
-        "measure_case",
-        lambda case, known, _timeout: Measurement(case, known, FAILED, "killed (SIGKILL)\nand more"),
-    )
+    measure_by(monkeypatch, lambda case, known: Measurement(case, dict(known), FAILED, "killed (SIGKILL)\nand more"))
     said = run(*ASKED, "--seq-len", "64,128", "-s", "mst")
     assert said.code == 1 and said.out.count("failed: killed (SIGKILL)") == 2 and "and more" not in said.out
     assert len(measurement.read_results(tmp_path / "measurements.jsonl").measurements) == 2
 
 
 def test_a_point_that_is_refused_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(
-        sweep, "measure_case", lambda case, known, _timeout: Measurement(case, known, REFUSED, "no flash-attn here")
-    )
+    measure_by(monkeypatch, lambda case, known: Measurement(case, dict(known), REFUSED, "no flash-attn here"))
     said = run(*ASKED, "--seq-len", "64", "-s", "mst")
     assert said.code == 1 and "refused: no flash-attn here" in said.out
 
@@ -155,8 +147,7 @@ def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest
     def interrupted(*_: object) -> Measurement:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
-    monkeypatch.setattr(sweep, "measure_case", interrupted)
+    measure_by(monkeypatch, interrupted)
     said = run(*ASKED, "--seq-len", "64", "-s", "mst")
     assert said.code == 130 and "interrupted; nothing was measured yet" in said.err and "goes on from there" in said.err
     write(tmp_path / "r.jsonl", measured(Case("tiny", "mst", TINY, STRATEGIES["mst"], 64, None, "cpu"), {"loss": 5}))
@@ -164,8 +155,51 @@ def test_who_interrupts_hears_that_nothing_is_lost(run: Run, monkeypatch: pytest
     assert said.code == 130 and "results are kept in r.jsonl" in said.err
 
 
+def test_points_without_times_are_told_and_measured_again_alone(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[int] = []
+
+    def beside_others(case: Case, known: Mapping[str, Any]) -> Measurement:
+        made.append(case.seq_len)
+        m = measured(case, {"loss": 2**30}, environment=known)
+        return m if case.seq_len == 64 else replace(m, ranks=(m.ranks[0].beside_others(),))
+
+    measure_by(monkeypatch, beside_others)
+    asked = (*ASKED, "--seq-len", "64,65", "-s", "mst")
+    said = run(*asked, "--workers", "2")
+    assert said.code == 0 and "1 not timed" in said.out
+    for stream in (said.err, said.out):
+        (row,) = [line.split() for line in stream.splitlines() if line.split()[:3] == ["tiny", "mst", "65"]]
+        assert row[-2:] == ["-", "-"]
+    told = run(*asked, "--workers", "2", "--json").json
+    assert made == [64, 65] and (told["measured_before"], told["not_timed"]) == (2, 1)
+    run(*asked)
+    assert made == [64, 65, 65]
+
+
+def test_who_begins_processes_anew_says_so(run: Run, quick: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "CAN_FORK", False)
+    said = run(*ASKED, "--seq-len", "64", "-s", "checkpoint")
+    assert said.code == 0 and "begun anew for each point, which takes seconds: there is no safe fork" in said.out
+
+
 BAD = [
     ((*ASKED,), "--model and --seq-len"),
+    ((*ASKED, "--seq-len", "64", "--workers", "0"), "--workers"),
+    ((*ASKED, "--seq-len", "64", "--allocator", "default"), "--allocator: a cpu has no such allocator"),
+    (
+        ("measure", "-m", "tiny.json", "--seq-len", "64", "--allocator", "native"),
+        "unknown --allocator 'native'.\nKnown: expandable, default.",
+    ),
+    (
+        ("measure", "-m", "tiny.json", "--seq-len", "64", "--gpu-mem", "8GB", "--workers", "2"),
+        "not with --workers",
+    ),
+    (
+        ("measure", "--suite", "quick", "--allocator", "default"),
+        "--allocator cannot be given beside it",
+    ),
     ((*ASKED, "--seq-len", "64", "-o", ""), "is a folder"),
     ((*ASKED, "--seq-len", "64", "--optimizer", "adamw-8bit"), "no adamw-8bit"),
     ((*ASKED, "--seq-len", "64", "-s", "mst", "--chunks", "99"), "64 tokens cannot be run in 99 chunks"),
@@ -280,7 +314,7 @@ BAD = [
 def test_bad_input_gets_one_or_two_lines(
     run: Run, arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CPU))
+    monkeypatch.setattr(sweep, "ask_environment", lambda *_: dict(CPU))
     (tmp_path / "empty.jsonl").touch()
     write(
         tmp_path / "ok.jsonl",

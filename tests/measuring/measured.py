@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
+
+from mstplan.measuring import sweep
 from mstplan.measuring.measurement import OK, Case, Figures, MeasuredPeak, Measurement
+from mstplan.measuring.running import Result
 from mstplan.measuring.worker import max_by_phase
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.trace import Trace
@@ -53,3 +57,18 @@ def measured(
 def as_traced(case: Case, trace: Trace, share: float = 1.0, **more: Any) -> Measurement:
     """As a trace has it, times a share."""
     return measured(case, {peak.instant: round(peak.bytes * share) for peak in trace.peaks}, **more)
+
+
+def measure_by(
+    monkeypatch: pytest.MonkeyPatch,
+    measure: Callable[[Case, Mapping[str, Any]], Measurement],
+    environment: Mapping[str, Any] = CPU,
+) -> None:
+    """Let sweeps measure by calling this, in the order of the cases, on a device of which `environment` is known."""
+
+    def measure_each(cases: Sequence[Case], known: Mapping[str, Any], *_: Any, **__: Any) -> Iterator[Result]:
+        for number, each in enumerate(cases):
+            yield Result(number, measure(each, known))
+
+    monkeypatch.setattr(sweep, "measure_each", measure_each)
+    monkeypatch.setattr(sweep, "ask_environment", lambda *_: dict(environment))

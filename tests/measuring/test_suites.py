@@ -25,9 +25,9 @@ def write(folder: Path, *rows: object) -> Path:
 @pytest.mark.parametrize("name", suites.shipped_suites())
 def test_suites_that_ship(name):
     found = suites.read_cases(name, H100)
-    assert len(found) > 20 and len({(c.model, c.strategy, c.seq_len, c.layers, repr(c.recipe)) for c in found}) == len(
-        found
-    )
+    assert len(found) > 20 and len(
+        {(c.model, c.strategy, c.seq_len, c.layers, repr(c.recipe), c.allocator, c.trainer) for c in found}
+    ) == len(found)
     assert all(isinstance(c.recipe.loss_chunks, int) and c.seq_len <= 65536 for c in found)
 
 
@@ -64,6 +64,27 @@ def test_points_of_a_suite(tmp_path):
     )
 
 
+def test_the_allocator_and_the_trainer_of_a_row(tmp_path):
+    one = {"model": "gpt2", "seq_len": 64, "strategy": "checkpoint"}
+    path = write(tmp_path, one, {**one, "allocator": "default"}, {**one, "trainer": "transformers"})
+    found = suites.read_cases(path, H100)
+    assert [(c.allocator, c.trainer) for c in found] == [(None, None), ("default", None), (None, "transformers")]
+    assert [(c.allocator, c.trainer) for c in suites.read_cases(path, H100, "cpu")] == [
+        (None, None),
+        (None, "transformers"),
+    ]  # a CPU has no such allocator: the same step once
+
+
+def test_a_suite_that_ships_leaves_out_what_is_too_large_and_says_so(tmp_path):
+    said: list[str] = []
+    found = suites.read_cases("cards", card("rtx-4090"), leave_out=said.append)
+    assert {c.model for c in found if c.layers is None} == {"llama3.2-1b", "qwen3-0.6b"}
+    assert "left out: llama3.1-8b, standard: 2 tokens take 74.80 GiB" in "\n".join(said)
+    path = write(tmp_path, {"model": "gpt2", "seq_len": 8}, {"model": "llama3.1-405b", "seq_len": 8})
+    with pytest.raises(MeasurementError, match=r"case 2: llama3\.1-405b"):
+        suites.read_cases(path, H100, leave_out=said.append)
+
+
 def test_a_file_goes_before_a_suite_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, {"model": "gpt2", "seq_len": 64, "strategy": "mst"}).rename("quick")
@@ -93,6 +114,9 @@ BAD = [
     ([{**GPT2, "recipe": {"batch": "x"}}], "case 1: batch: must be"),
     ([{**GPT2, "recipe": {"name": 1, "self": 2}}], "case 1: a recipe has no field"),
     ([{**GPT2, "recipe": []}], "case 1: recipe must be"),
+    ([{**GPT2, "allocator": "other"}], "case 1: allocator must be 'expandable' or 'default'"),
+    ([{**GPT2, "trainer": "trl"}], "case 1: trainer must be 'transformers'"),
+    ([{**GPT2, "trainer": "transformers", "strategy": "mst"}], "case 1: transformers' Trainer cannot follow"),
     ([GPT2, {"model": "gpt3", "seq_len": 8}], "case 2: unknown model 'gpt3'"),
     ([{"model": "llama3.1-405b", "seq_len": 8}], "case 1: llama3.1-405b, standard: 2 tokens take"),
     ([{**GPT2, "recipe": {"optimizer": "adamw-8bit"}}], "case 1: the step that is run has no adamw-8bit"),

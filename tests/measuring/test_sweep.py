@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -13,26 +12,15 @@ import pytest
 
 from mstplan import MeasurementError, RecipeError, card, strategy
 from mstplan.measuring import measurement, sweep
-from mstplan.measuring.measurement import FAILED, OK, OUT_OF_MEMORY, REFUSED, key_of
+from mstplan.measuring.measurement import OK, OUT_OF_MEMORY, card_of, key_of
 from mstplan.step.recipe import STRATEGIES
-from mstplan.tracing.tracer import trace
 from mstplan.units import GIB
 
-from ..processes import ROOT, environment
-from ..tracing.tiny import TINY, write_tiny
+from ..processes import environment
+from ..tracing.tiny import write_tiny
 from .measured import CPU, case, measured
 
 FP32 = {"precision": "fp32"}
-
-
-@pytest.fixture
-def process(monkeypatch: pytest.MonkeyPatch):
-    """Lets a few lines of Python stand in for the process that measures."""
-
-    def stand_in(program: str) -> None:
-        monkeypatch.setattr(sweep, "WORKER_COMMAND", (sys.executable, "-c", program))
-
-    return stand_in
 
 
 # ---- points ---------------------------------------------------------------------------------------------------------
@@ -111,70 +99,12 @@ def test_a_recipe_that_no_step_follows_is_refused_before_anything_runs(changes, 
 
 
 def test_the_card_of_an_environment():
-    assert sweep.card_of({"card": "NVIDIA H100 80GB HBM3", "total_bytes": 84932978278}).label == "h100"
-    assert sweep.card_of({"card": "cpu", "total_bytes": 16 * GIB}).total_bytes == 16 * GIB
-    assert sweep.card_of({"card": "NVIDIA H200", "total_bytes": 150109945856}, 80 * GIB).total_bytes == 80 * GIB
+    assert card_of({"card": "NVIDIA H100 80GB HBM3", "total_bytes": 84932978278}).label == "h100"
+    assert card_of({"card": "cpu", "total_bytes": 16 * GIB}).total_bytes == 16 * GIB
+    assert card_of({"card": "NVIDIA H200", "total_bytes": 150109945856}, 80 * GIB).total_bytes == 80 * GIB
 
 
-# ---- outcomes -------------------------------------------------------------------------------------------------------
-
-
-def test_a_step_is_measured_in_a_process_of_its_own():
-    one = case("mst", 300, mlp_chunks=3, loss_chunks=4, steps=2, **FP32)
-    found = sweep.measure_case(one, CPU)
-    assert (found.outcome, found.error, len(found.ranks), found.case) == (OK, "", 1, one)
-    told = {peak.instant: peak.bytes for peak in trace(TINY, one.recipe, 300, on="cpu").peaks}
-    assert found.instants == {name: pytest.approx(size, rel=0.005) for name, size in told.items()}
-    figures = found.ranks[0]
-    assert figures.phases["optimizer"].allocated == figures.instants["optimizer step"].allocated
-    assert len(figures.step_seconds) == 2 and min(figures.step_seconds) > 0 and 0 < figures.loss < 20
-    assert figures.static == pytest.approx(
-        3 * sum(w.bytes for w in trace(TINY, one.recipe, 8, on="cpu").weights), rel=0.001
-    )
-    assert found.environment["card"] == "cpu" and found.environment["torch"].startswith("2.")
-    assert key_of(one, found.environment) in sweep.results_by_key([found])
-
-
-@pytest.mark.parametrize(
-    ("program", "said"),
-    [
-        ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
-        ("import os; os.kill(os.getpid(), 11)", "crashed: SIGSEGV"),
-        ("import sys; print('no such luck', file=sys.stderr); sys.exit(7)", "ended with code 7. no such luck"),
-        ("pass", "ended with code 0"),
-    ],
-    ids=["kill", "crash", "error", "nothing"],
-)
-def test_a_process_that_gives_no_answer(process, program, said):
-    process(program)
-    found = sweep.measure_case(case(), CPU)
-    assert found.outcome == FAILED and said in found.error and found.environment == CPU
-    assert key_of(case(), CPU) not in sweep.results_by_key([found])  # a rerun tries again
-
-
-def test_a_process_that_takes_too_long(process):
-    process("import time; time.sleep(600)")
-    started = time.monotonic()
-    found = sweep.measure_case(case(), CPU, timeout=0.5)
-    assert found.outcome == FAILED and found.error == "took more than 0.5 s" and time.monotonic() - started < 30
-
-
-def test_a_process_ends_with_the_one_that_began_it():
-    child = subprocess.Popen(sweep.WORKER_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
-    assert child.stdin is not None and child.stdout is not None
-    child.stdin.write((json.dumps(case("standard", 200_000, steps=1000).as_data()) + "\n").encode())
-    child.stdin.close()
-    assert child.wait(60) == 3 and child.stdout.read() == b""
-    child.stdout.close()
-
-
-def test_what_cannot_be_run_is_said_and_tried_again():
-    unknown = case(config={**TINY, "model_type": "llama", "hidden_act": "no such function"})
-    found = sweep.measure_case(unknown, CPU)
-    assert found.outcome == REFUSED and "no such function" in found.error
-    assert key_of(unknown, found.environment) not in sweep.results_by_key(
-        [found]
-    )  # what is missing may be installed by then
+# ---- what a rerun takes for done ---------------------------------------------------------------------------------------
 
 
 def test_out_of_memory_is_an_answer():
@@ -184,24 +114,10 @@ def test_out_of_memory_is_an_answer():
     ) not in sweep.results_by_key([found])
 
 
-def test_no_such_device():
-    with pytest.raises(MeasurementError, match="CUDA"):
-        sweep.ask_environment("cuda")
-
-
-def test_the_allocator_of_a_card_is_as_predicted_unless_the_user_set_it_up(monkeypatch):
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    assert sweep.process_environment("cuda")["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in sweep.process_environment("cpu")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    assert sweep.process_environment("cuda")["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
-
-
 # ---- a sweep that is ended --------------------------------------------------------------------------------------------
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
@@ -219,6 +135,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
         "1",
         "-o",
         str(folder / "results.jsonl"),
+        *more,
     ]
 
     def hear() -> None:  # also where the tests themselves run with interrupts ignored, as in the background of a shell
@@ -260,3 +177,19 @@ def test_a_kill_and_an_interrupt_lose_the_current_point_and_a_rerun_goes_on(tmp_
     found = measurement.read_results(results)
     assert [m.case.seq_len for m in found.measurements] == [64, 65, 66] and not found.skipped
     assert all(m.outcome == OK for m in found.measurements) and "2 of 3 had been measured before" in said
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_several_at_a_time_keeps_those_that_are_done(tmp_path):
+    results = tmp_path / "results.jsonl"
+    sweeping = start(tmp_path, "--workers", "2")
+    wait_for(results, 1)
+    sweeping.send_signal(signal.SIGINT)
+    said, _ = sweeping.communicate(timeout=60)
+    made = measurement.read_results(results)
+    assert made.measurements and not made.skipped and all(m.outcome == OK for m in made.measurements)
+    assert sweeping.returncode == 130 and "interrupted; results are kept" in said, said
+    sweeping = start(tmp_path, "--workers", "2")
+    said, _ = sweeping.communicate(timeout=120)
+    assert sweeping.returncode == 0, said
+    assert sorted(m.case.seq_len for m in measurement.read_results(results).measurements) == [64, 65, 66]
