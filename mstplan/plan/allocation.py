@@ -17,6 +17,7 @@ from ..step.simulation import Usage, simulate_steps
 from ..step.steps import Chunks, Step
 from ..step.steps import step as formula_step
 from ..units import SHORTEST
+from . import precomputed
 from .layout import cap_chunks, hardest_lengths, layout_of, step_of, step_sizes
 
 RESOLUTION = 512
@@ -55,11 +56,19 @@ def longest_that_runs(model: Model, recipe: Recipe, card: Card, chunks: Chunks, 
     that lengths are tried upwards, and the first that does not run ends it: longer ones that happen to run would not help.
     """
 
+    if fitting < SHORTEST:
+        return fitting
+    s_max = precomputed.find(precomputed.key_of(model, recipe, card, chunks, fitting))
+    return s_max if s_max is not None else search(model, recipe, card, chunks, fitting)
+
+
+@lru_cache(maxsize=1024)
+def search(model: Model, recipe: Recipe, card: Card, chunks: Chunks, fitting: int) -> int:
+    """The same, found by simulation."""
+
     def runs(seq_len: int) -> bool:
         return usage_up_to(model, recipe, card, seq_len, chunks).runs
 
-    if fitting < SHORTEST:
-        return fitting
     bracket = _downwards if card.expandable else _upwards
     low, high = bracket(runs, fitting)
     multiple = recipe.pad_to
