@@ -113,7 +113,9 @@ def _plannable(measurements: list[Measurement], elsewhere: bool) -> list[Measure
 
 
 def _stands_for(m: Measurement, model: Model) -> bool:
-    """Whether a measurement is of the model, or of first layers that stand for all of them."""
+    """Whether a measurement is of the model, or of first layers that stand for all of them; a trainer holds tokens beside its step's."""
+    if m.case.trainer is not None:
+        return False
     layers = m.model.layers
     alike = layers == model.layers or (
         len(set(model.layer_kinds)) == 1 and m.case.recipe.checkpoint in ("none", "layer")

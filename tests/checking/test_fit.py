@@ -92,6 +92,11 @@ def test_segments_of_a_slice_do_not():
         fit.fit_model(load_model(NAME), [as_planned("checkpoint-sqrt", tokens, layers=4) for tokens in LENGTHS])
 
 
+def test_steps_of_a_trainer_do_not():
+    with pytest.raises(MeasurementError, match="no measurement"):
+        fit.fit_model(load_model(NAME), points("checkpoint", trainer="transformers"))
+
+
 def test_too_few_or_too_equal_points():
     model = load_model(NAME)
     for few in (points("mst")[:4], [*points("mst")[:1]] * 8, []):
