@@ -938,6 +938,9 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
     """
     assert part.tape.source is not None
     if part.in_forward:
+        ledger.mark(
+            "backward of " + op.name
+        )  # gradients made in forward are there until they are added to ones that exist
         ledger.drop(grad_of(op.makes[0]))
         for weight in part.trained:
             _accumulate(weight, op, ledger, rules)

@@ -114,7 +114,7 @@ def test_names_move_no_byte(name, what, monkeypatch):
     build = steps.build
     plain = Step(model, layout, WORKSPACE).instants(where)
     before = {i.name: i.bytes for i in plain}
-    monkeypatch.setattr(steps, "build", lambda *of: _Renamed()(build(*of)))
+    monkeypatch.setattr(steps, "tape_of", lambda *of: _Renamed()(build(*of)))
     step = Step(model, layout, WORKSPACE)
     assert {name.isdigit() for name in (op.name for op in step.tape.ops)} == {True}
     renamed = step.instants(where)
