@@ -214,9 +214,14 @@ def tracing(options: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Tr
 
     def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
         waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")
-        workspace = card.gpu.workspaces_bytes
         return cache.trace_of(
-            config, recipe, seq_len, workspace=workspace, keep=not options.no_cache, code_from=_code_from(options)
+            config,
+            recipe,
+            seq_len,
+            workspace=card.gpu.workspaces_bytes,
+            platform=card.platform,
+            keep=not options.no_cache,
+            code_from=_code_from(options),
         )
 
     from ..show.trace import recipe_words, status

@@ -23,6 +23,7 @@ from ..spec.catalog import load_config, load_model
 from ..spec.config import read_config
 from ..spec.hardware import Card, card_that_torch_names
 from ..spec.model import Model
+from ..spec.platform import build_measured
 from ..step.recipe import Recipe
 from ..step.runnable import check_runnable
 from ..units import SHORTEST, format_gib
@@ -62,7 +63,8 @@ FINAL_OUTCOMES = (OK, OUT_OF_MEMORY)
 
 def card_of(environment: Mapping[str, Any], limit: int | None = None) -> Card:
     """The card to plan for: the device of that environment (for a CPU any card with as much memory), or `limit` bytes of it."""
-    whole = card_that_torch_names(environment["card"], environment["total_bytes"])
+    named = card_that_torch_names(environment["card"], environment["total_bytes"])
+    whole = named._replace(build=build_measured(environment))
     return whole if limit is None else whole._replace(total_bytes=min(limit, whole.total_bytes))
 
 

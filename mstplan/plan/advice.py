@@ -8,10 +8,11 @@ from ..spec import hardware
 from ..spec.hardware import GRANULARITY, Card, Gpu, gpus_of_size
 from ..spec.model import Model
 from ..step.cuda import BIAS_ROWS
+from ..step.kernels import SDPA
 from ..step.optimizers import stand_ins
 from ..step.parameters import parameter_count, trained_count
 from ..step.recipe import Recipe, strategy_label
-from ..step.steps import Chunks, embeddings_are_frozen
+from ..step.steps import Chunks, attention_kernel, embeddings_are_frozen
 from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration
 from .solve import Answer, Plan, longest_sequence, max_seq, smallest_chunks_tokens, window_of
@@ -84,21 +85,17 @@ def _frozen_notes(model: Model, recipe: Recipe) -> list[str]:
 
 
 def kernel_notes(model: Model, recipe: Recipe, card: Card) -> list[str]:
-    """Where another attention kernel runs than the one that is counted. From source, see Gpu.prefers_cudnn; huggingface/transformers#48163
-    found it so on Hopper."""
-    if not (
-        card.named
-        and card.gpu.prefers_cudnn
-        and recipe.attention == "sdpa"
-        and recipe.precision != "fp32"
-        and model.has_sdpa
-    ):
+    """By which build of torch sdpa's kernel is chosen, where it depends on that (Platform.prefers_cudnn)."""
+    capability = card.gpu.compute_capability
+    depends = capability is not None and capability[0] in (9, 10)
+    if not depends or attention_kernel(model, recipe) != SDPA or recipe.precision == "fp32":
         return []
-    note = (
-        f"sdpa on {card.gpu.name}: from torch 2.11 it runs cuDNN's attention, whose workspace nobody has published; FlashAttention-2's is counted, which "
-        "runs with TORCH_CUDNN_SDPA_DEPRIORITIZED=1 or --attention flash."
-    )
-    return [note]
+    how = "assumed: no build for CUDA is installed here" if card.build.assumed else "as installed or named"
+    ran = "cuDNN's attention" if card.platform.prefers_cudnn else "FlashAttention-2"
+    gpu = card.gpu.name if card.named else f"a GPU like {card.gpu.name}"
+    return [
+        f"Attention on {gpu}: with torch {card.build.name} ({how}) sdpa first asks for {ran}; --torch 2.10+cu128 counts with another build."
+    ]
 
 
 def sharding_notes(model: Model, recipe: Recipe) -> list[str]:

@@ -12,12 +12,13 @@ from ..errors import RecipeError, UnitError
 from ..kept import KeptFile
 from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
+from ..spec.platform import AMPERE, Platform
 from ..step.cuda import BIAS_ROWS
 from ..step.instants import Instant
-from ..step.kernels import SDPA
+from ..step.kernels import runs_sdpa
 from ..step.optimizers import host_states
 from ..step.recipe import Recipe
-from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, step, stored_inputs
+from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, kernels_of, step, stored_inputs
 from ..step.tape import ITEMSIZE, Vector
 from ..step.timing import step_seconds
 from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
@@ -99,7 +100,7 @@ class Plan(NamedTuple):
     @property
     def calibration(self) -> Calibration | None:
         """Calibration that the peak stands on; None: the formula alone."""
-        return calibration_at(self.model, self.recipe, self.peak.tokens, self.chunks)
+        return calibration_at(self.model, self.recipe, self.peak.tokens, self.chunks, self.card.platform)
 
     def exactly(self) -> Plan:
         """Plan for batches of just so many tokens, whatever shorter ones need."""
@@ -110,7 +111,7 @@ class Plan(NamedTuple):
     def instants(self) -> tuple[InstantPeak, ...]:
         """Instants of the step, each with the tensors alive at its largest moment."""
         tokens = self.peak.tokens
-        return _step(self.model, self.recipe, self.card.gpu, self.chunks, tokens).instants(
+        return _step(self.model, self.recipe, self.card, self.chunks, tokens).instants(
             step_sizes(self.recipe, tokens, self.chunks)
         )
 
@@ -140,7 +141,7 @@ class Answer(NamedTuple):
 
 def window_of(model: Model, recipe: Recipe) -> int | None:
     """The length from which sdpa needs explicit masks; None: never."""
-    if recipe.attention != SDPA or not model.has_sdpa:
+    if not runs_sdpa(recipe.attention) or not model.has_sdpa:
         return None
     windows = {kind.window for kind in model.layer_kinds if kind.window is not None}
     return min(windows) if windows else None
@@ -154,22 +155,29 @@ def _bare_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Layout:
-    """The structure of the step at `seq_len` tokens."""
+def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int, platform: Platform = AMPERE) -> Layout:
+    """The structure of the step at `seq_len` tokens, where `platform` decides which attention kernels sdpa runs."""
     window = window_of(model, recipe)
     masked = window is not None and seq_len >= window
-    return Layout(_bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
+    layout = Layout(_bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, platform=platform)
+    return layout._replace(padded=seq_len % BIAS_ROWS != 0 and pads_masks(model, layout))
 
 
-def _step(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
-    return _calibrated_step(model, layout_of(model, recipe, chunks, seq_len), gpu.workspaces_bytes)
+def pads_masks(model: Model, layout: Layout) -> bool:
+    """Whether an explicit mask is copied into one with padded rows where its rows do not begin at multiples of BIAS_ROWS."""
+    return layout.masked and any(kernel.pads_masks for kernel in kernels_of(model, layout))
+
+
+def _step(model: Model, recipe: Recipe, card: Card, chunks: Chunks, seq_len: int) -> Step:
+    return _calibrated_step(model, layout_of(model, recipe, chunks, seq_len, card.platform), card.gpu.workspaces_bytes)
 
 
 def _layout_step(
-    model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
+    model: Model, recipe: Recipe, card: Card, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
 ) -> Step:
-    layout = Layout(_bare_recipe(recipe), several_mlp, several_loss, masked, padded)
-    return _calibrated_step(model, layout, gpu.workspaces_bytes)
+    layout = Layout(_bare_recipe(recipe), several_mlp, several_loss, masked, platform=card.platform)
+    layout = layout._replace(padded=padded and pads_masks(model, layout))
+    return _calibrated_step(model, layout, card.gpu.workspaces_bytes)
 
 
 def _calibrated_step(model: Model, layout: Layout, workspace: int) -> Step:
@@ -187,17 +195,20 @@ def _cached_step(model: Model, layout: Layout, workspace: int, _own: KeptFile | 
     return formula if replacement is None else formula.calibrated(replacement.moments)
 
 
-def calibration_at(model: Model, recipe: Recipe, seq_len: int, chunks: Chunks) -> Calibration | None:
+def calibration_at(
+    model: Model, recipe: Recipe, seq_len: int, chunks: Chunks, platform: Platform = AMPERE
+) -> Calibration | None:
     """The calibration that the answer at this length stands on; None: the formula."""
-    return _find_calibration(model, layout_of(model, recipe, chunks, seq_len))
+    return _find_calibration(model, layout_of(model, recipe, chunks, seq_len, platform))
 
 
 def _find_calibration(model: Model, layout: Layout) -> Calibration | None:
     """Calibrations are of lengths without padding."""
     if layout.padded:
         return None
+    kernels = tuple(kernel.name for kernel in kernels_of(model, layout))
     return calibration.find_calibration(
-        model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked
+        model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked, kernels
     )
 
 
@@ -219,7 +230,7 @@ def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chu
     window, multiple = window_of(model, recipe), recipe.pad_to
 
     def reach(masked: bool, padded: bool = False) -> int:
-        layout_step = _layout_step(model, recipe, card.gpu, chunks.mlp > 1, chunks.loss > 1, masked, padded)
+        layout_step = _layout_step(model, recipe, card, chunks.mlp > 1, chunks.loss > 1, masked, padded)
         return _longest_of_step(layout_step, recipe, chunks, card.budget_bytes) // multiple * multiple
 
     longest_unmasked = reach(masked=False)
@@ -416,7 +427,7 @@ def cap_chunks(chunks: Chunks, seq_len: int) -> Chunks:
 
 def peak_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> tuple[Instant, int]:
     """The binding instant and its bytes."""
-    return _step(model, recipe, card.gpu, chunks, seq_len).largest(step_sizes(recipe, seq_len, chunks))
+    return _step(model, recipe, card, chunks, seq_len).largest(step_sizes(recipe, seq_len, chunks))
 
 
 def peak_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> StepPeak:
@@ -471,7 +482,7 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
     chosen = Chunks(*chunks) if chunks is not None else choose_chunks(model, recipe, card, seq_len)
     run_tokens = recipe.padded(seq_len)
     capped = cap_chunks(chosen, run_tokens)
-    built_step, run_sizes = _step(model, recipe, card.gpu, capped, run_tokens), step_sizes(recipe, run_tokens, capped)
+    built_step, run_sizes = _step(model, recipe, card, capped, run_tokens), step_sizes(recipe, run_tokens, capped)
     host_size = host_bytes(model, recipe, run_tokens, built_step)
     peak = peak_up_to(model, recipe, card, seq_len, capped)
     return Plan(
@@ -500,7 +511,7 @@ def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") 
 def _longest_on_host(plan: Plan) -> int:
     """Tokens whose offloaded tensors CPU RAM holds: they grow by as much with every token."""
     assert plan.card.host_bytes is not None
-    built_step = _step(plan.model, plan.recipe, plan.card.gpu, plan.chunks, 1)
+    built_step = _step(plan.model, plan.recipe, plan.card, plan.chunks, 1)
     fixed = host_bytes(plan.model, plan.recipe, 0, built_step)
     per_token = host_bytes(plan.model, plan.recipe, 1, built_step) - fixed
     remaining, multiple = plan.card.host_bytes - fixed, plan.recipe.pad_to

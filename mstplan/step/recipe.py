@@ -63,7 +63,8 @@ class Recipe(BaseModel):
     offload_layer_inputs: bool = False
     """Keep checkpointed layers' inputs in CPU RAM."""
     attention: str = "sdpa"
-    """One of `kernels.attentions()`: attn_implementation: sdpa (its flash kernel, explicit masks for sliding windows), flash-attn, or eager."""
+    """One of `kernels.attentions()`: sdpa (the kernel that torch chooses, explicit masks for sliding windows), cudnn or efficient (sdpa with
+    that kernel only), flash (attn_implementation flash_attention_2), or eager."""
     train: Patterns = ()
     """The weights that are trained, by patterns over their names or words (`selection.py`); none: all of them."""
     freeze: Patterns = ()
@@ -116,7 +117,7 @@ class Recipe(BaseModel):
             ),
             (
                 self.attention != SDPA and KERNELS[self.attention].sixteen_bit_only and self.precision == "fp32",
-                "flash-attn computes in bf16 or fp16 only: use precision bf16 or mixed",
+                f"attention {self.attention} computes in bf16 or fp16 only: use precision bf16 or mixed",
             ),
             (
                 self.weights_on_host and not self.optimizer_on_host,
