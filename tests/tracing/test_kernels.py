@@ -59,11 +59,5 @@ def test_cudnn_to_the_byte(call: MeasuredCall) -> None:
 
 @pytest.mark.parametrize("call", [c for c in CALLS if c.kernel.name == "math"], ids=repr)
 def test_the_math_kernel(call: MeasuredCall) -> None:
-    """In the measurement q, k and v are leaves, whose gradients autograd copies."""
-    batch, heads, kv_heads, tokens, size, _ = call.sizes
-    copies = [4 * batch * kv_heads * tokens * size] * 2 + [4 * batch * heads * tokens * size]
     told = [n for n in allocated(call) if n > SMALL]
-    measured = [n for n in call.allocations if n > SMALL and n != CUBLAS_BYTES]
-    assert sorted(told + copies) == sorted(measured)
-    scores = 4 * batch * heads * tokens * tokens
-    assert [n for n in told if n >= scores // 4] == [n for n in measured if n >= scores // 4]
+    assert told == [n for n in call.allocations if n > SMALL and n != CUBLAS_BYTES]

@@ -18,12 +18,12 @@ class Math(StandIn):
 
     def attend(self, call: Call, recorder: Recorder) -> torch.Tensor:
         scale = (call.scale or call.q.shape[-1] ** -0.5) ** 0.5
+        bias = bias_of(call.mask, call.q.dtype, recorder) if call.mask is not None else None
         q, k, v = call.q * scale, call.k, call.v
-        mask = call.mask
-        if mask is None and call.is_causal:
-            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        bias = bias_of(mask, q.dtype, recorder) if mask is not None else None
-        del mask
+        if call.mask is None and call.is_causal:
+            allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+            bias = bias_of(allowed, q.dtype, recorder)
+            del allowed
         if k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         scores = q @ (k.transpose(-2, -1) * scale)
