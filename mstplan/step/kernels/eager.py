@@ -73,11 +73,13 @@ def _with_sinks(w: Writer, masked: Tensor, k: Tensor, v: Tensor, a: Attention) -
     )
     weights = scores_of(w, "softmax of scores", masked.dtype)
     w.softmax("softmax", shifted, weights)
+    w.hold(masked)  # by a variable, until dropout's output takes its name
     view = w.pointwise("drop sinks", weights, scores_of(w, "attention matrix", masked.dtype))
-    return _mix(w, view, k, v)
+    w.hold(shifted)
+    return _mix(w, view, k, v, shifted, weights)
 
 
-def _mix(w: Writer, weights: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mixed = mix(w, weights, v, holds=(k,))
-    w.hold(k, v)
+def _mix(w: Writer, weights: Tensor, k: Tensor, v: Tensor, *variables: Tensor) -> Tensor:
+    mixed = mix(w, weights, v, holds=(k, *variables))
+    w.hold(k, v, *variables)
     return mixed
