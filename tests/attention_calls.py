@@ -26,7 +26,9 @@ class MeasuredCall:
         self.sizes = tuple(row[name] for name in ("b", "H", "G", "s", "e", "ev"))
 
     def __repr__(self) -> str:
-        return "-".join(str(self.row[n]) for n in ("kernel", "b", "H", "G", "s", "e", "dtype", "mask", "drop", "layout"))
+        return "-".join(
+            str(self.row[n]) for n in ("kernel", "b", "H", "G", "s", "e", "dtype", "mask", "drop", "layout")
+        )
 
     @property
     def refused(self) -> bool:

@@ -179,6 +179,13 @@ class CardOptions(Options):
     )
     host_mem = option(str, "--host-mem", "CPU RAM for what is offloaded.", panel="GPU", metavar="SIZE")
     reserve = option(str, "--reserve", "GPU memory that other processes hold.", "0B", panel="GPU", metavar="SIZE")
+    torch = option(
+        str,
+        "--torch",
+        "The build of torch that trains, which decides on attention kernels: 2.13, 2.10+cu128. Default: the one installed, else the newest known.",
+        panel="GPU",
+        metavar="VERSION",
+    )
 
 
 class StepOptions(Options):
@@ -391,7 +398,8 @@ def card_of(options: CardOptions) -> Card:
     from ..spec.hardware import card
     from ..units import parse_memory
 
-    return card(options.gpu, memory(options.gpu_mem), parse_memory(options.reserve), memory(options.host_mem))
+    sizes = memory(options.gpu_mem), parse_memory(options.reserve), memory(options.host_mem)
+    return card(options.gpu, *sizes, torch=options.torch)
 
 
 def memory(text: str | None) -> int | None:

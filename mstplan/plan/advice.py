@@ -12,7 +12,7 @@ from ..step.kernels import SDPA
 from ..step.optimizers import stand_ins
 from ..step.parameters import parameter_count, trained_count
 from ..step.recipe import Recipe, strategy_label
-from ..step.steps import Chunks, attention_kernel, embeddings_are_frozen
+from ..step.steps import Chunks, Layout, attention_kernel, embeddings_are_frozen, kernels_of
 from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration
 from .solve import Answer, Plan, longest_sequence, max_seq, smallest_chunks_tokens, window_of
@@ -82,6 +82,16 @@ def _frozen_notes(model: Model, recipe: Recipe) -> list[str]:
             " it goes on to the embeddings: --input-gradients."
         )
     return notes
+
+
+def kernel_words(model: Model, recipe: Recipe, card: Card) -> str:
+    """What sdpa comes to on a card, in words; nothing where the recipe says it, or nothing tells."""
+    if attention_kernel(model, recipe) != SDPA or model.stand_in is not None:
+        return ""
+    layouts = [Layout(recipe, False, False, masked, platform=card.platform) for masked in (False, True)]
+    plain, masked = (kernels_of(model, layout) for layout in layouts)
+    others = [kernel.label for kernel in masked if kernel not in plain] if window_of(model, recipe) is not None else []
+    return plain[0].label + "".join(f", under a mask by {label}" for label in others)
 
 
 def kernel_notes(model: Model, recipe: Recipe, card: Card) -> list[str]:

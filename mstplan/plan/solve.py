@@ -16,6 +16,7 @@ from ..spec.platform import AMPERE, Platform
 from ..step.cuda import BIAS_ROWS
 from ..step.instants import Instant
 from ..step.kernels import runs_sdpa
+from ..step.kernels.base import Kernel
 from ..step.optimizers import host_states
 from ..step.recipe import Recipe
 from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, kernels_of, step, stored_inputs
@@ -96,6 +97,12 @@ class Plan(NamedTuple):
     @property
     def fits_host(self) -> bool:
         return self.card.host_bytes is None or self.host_bytes <= self.card.host_bytes
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Attention kernels that run at the peak."""
+        layout = layout_of(self.model, self.recipe, self.chunks, self.peak.tokens, self.card.platform)
+        return kernels_of(self.model, layout)
 
     @property
     def calibration(self) -> Calibration | None:

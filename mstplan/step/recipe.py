@@ -321,8 +321,8 @@ _WEIGHTS = {"bf16": "bf16 weights", "mixed": "fp32 weights under bf16 autocast",
 _SHORT = {"bfloat16": "bf16", "float32": "fp32", "uint8": "8-bit"}
 
 
-def recipe_in_words(recipe: Recipe) -> str:
-    """How one trains, but for what a strategy decides, in a line."""
+def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
+    """How one trains, but for what a strategy decides, in a line. kernel: what the recipe's attention comes to, in words."""
     optimizer = OPTIMIZERS[recipe.optimizer]
     how: list[str] = [recipe.adamw_kernel] if optimizer.has_kernels else []
     states = " and ".join(_dtypes_of_states(recipe))
@@ -334,7 +334,7 @@ def recipe_in_words(recipe: Recipe) -> str:
         "fp32 shards, gathered in bf16" if shards else _WEIGHTS[recipe.precision],
         optimizer.short + (f" ({', '.join(how)})" if how else ""),
         f"batch {recipe.batch}" + (f" x accumulation {recipe.accumulation}" if recipe.accumulation > 1 else ""),
-        recipe.attention,
+        f"{recipe.attention} by {kernel}" if kernel else recipe.attention,
     ]
     return ", ".join([*words, *([f"FSDP2 over {recipe.gpus:,} GPUs"] if recipe.sharded else [])])
 

@@ -77,7 +77,8 @@ def trace_of(
     threads: int | None = None,
 ) -> Trace:
     """The trace of one step, from the cache or made now. platform: of the GPU, whose attention kernels run. keep: use and fill the
-    cache, which knows nothing of a model's own code (code_from). threads: of a CPU, whose kernels hold something for each; as many as torch has here by default.
+    cache, which knows nothing of a model's own code (code_from). threads: of a CPU, whose kernels hold something for each; as
+    many as torch has here by default.
 
     Raises MissingError without torch, and what `tracer.trace` raises.
     """

@@ -20,7 +20,13 @@ from mstplan.step.tape import Tensor
 from ..attention_calls import H200, SMALL, MeasuredCall, measured_calls
 
 CALLS = measured_calls()
-CONFIG = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 4096, "vocab_size": 1000, "intermediate_size": 8}
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 4096,
+    "vocab_size": 1000,
+    "intermediate_size": 8,
+}
 
 
 def test_all_calls_are_here() -> None:
@@ -75,7 +81,9 @@ def test_platforms_that_choose_alike_are_one() -> None:
 def laid_out(call: MeasuredCall) -> list[Tensor]:
     """All tensors that a call makes by the formula, forward and backward, but for the copy that transformers makes."""
     _, heads, kv_heads, _, size, v_size = call.sizes
-    model = read_config({**CONFIG, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": size}, "x")
+    model = read_config(
+        {**CONFIG, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": size}, "x"
+    )
     model = model._replace(attention=model.attention._replace(v_head_dim=v_size))
     dtype = call.row["dtype"].replace("float16", "bfloat16").replace("bbfloat16", "bfloat16")
     w = Writer(model, Numerics(weights=dtype))
