@@ -80,7 +80,8 @@ def trace(
     planned_model = read_config(config, "model") if isinstance(model, Mapping) else _as_model(model)
     plan = solve.plan_at(planned_model, _as_recipe(recipe), planned_card, tokens)
     fixed_recipe = plan.recipe.changed(mlp_chunks=plan.chunks.mlp, loss_chunks=plan.chunks.loss)
-    return tracer.trace(config, fixed_recipe, fixed_recipe.padded(tokens), workspace=planned_card.gpu.workspaces_bytes)
+    workspace, platform = planned_card.gpu.workspaces_bytes, planned_card.platform
+    return tracer.trace(config, fixed_recipe, fixed_recipe.padded(tokens), workspace=workspace, platform=platform)
 
 
 def measure(

@@ -22,8 +22,9 @@ from ..plan.layout import step_sizes, window_of
 from ..showing import Showing, show_nothing
 from ..spec.catalog import load_config, load_model
 from ..spec.model import Model
+from ..spec.platform import AMPERE, Platform
 from ..step.recipe import STRATEGIES, Recipe
-from ..step.steps import Chunks, evaluate
+from ..step.steps import Chunks, Layout, evaluate, kernels_of
 from ..step.tape import BASIS, Moment, Vector, undominated
 from ..tracing.cache import trace_of, versions
 from ..tracing.trace import Trace
@@ -82,8 +83,9 @@ def families_of(model: Model, names: Sequence[str] = tuple(STRATEGIES)) -> list[
     return families
 
 
-def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
-    """Solve the family's moments. Raises ModelError when the steps are not alike, or the residual is over `MAX_RESIDUAL`."""
+def calibrate(model: Model, family: Family, trace_at: TraceAt, platform: Platform = AMPERE) -> Calibration:
+    """Solve the family's moments, of steps with the attention kernels that `platform` has. Raises ModelError when the steps are not
+    alike, or the residual is over `MAX_RESIDUAL`."""
     recipe = STRATEGIES[family.strategy]
     absent = {name for name, several in (("bc", family.several_mlp), ("bk", family.several_loss)) if not several}
     basis = [name for name in LINEAR_TERMS if name not in absent] + list(SQUARE_TERMS if family.masked else ())
@@ -101,6 +103,8 @@ def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
         raise ModelError(
             f"{model.name}, {family.strategy}: the coefficients miss a trace by {residual:.2%}, more than {MAX_RESIDUAL:.1%}: not written."
         )
+    layout = Layout(recipe, family.several_mlp, family.several_loss, family.masked, platform=platform)
+    kernels = tuple(kernel.name for kernel in kernels_of(model, layout))
     provenance = {
         "rung": "trace",
         **versions(),
@@ -114,6 +118,7 @@ def calibrate(model: Model, family: Family, trace_at: TraceAt) -> Calibration:
         family.several_loss,
         family.masked,
         False,
+        kernels,
         solved,
         residual,
         provenance,
@@ -147,9 +152,15 @@ def describe_written(model: Model, strategy: str, solved: Calibration, file: Pat
 
 
 def calibrate_all(
-    models: Sequence[str], strategies: Sequence[str], folder: Path, keep: bool, showing: Showing = show_nothing
+    models: Sequence[str],
+    strategies: Sequence[str],
+    folder: Path,
+    keep: bool,
+    showing: Showing = show_nothing,
+    platform: Platform = AMPERE,
 ) -> list[WrittenCalibration]:
-    """Calibrate each model (a name, path or id) and write its file as soon as it is done. keep: use and fill the cache of traces.
+    """Calibrate each model (a name, path or id) for the attention kernels of `platform`, and write its file as soon as it is done. keep:
+    use and fill the cache of traces.
     Raises what the trace refuses, ModelError and OutputError."""
     versions()  # no torch: said at once
     work = [(spec, load_model(spec)) for spec in models]
@@ -160,13 +171,13 @@ def calibrate_all(
             config, members = load_config(spec), []
 
             def trace_at(recipe: Recipe, seq_len: int) -> Trace:
-                return trace_of(config, recipe, seq_len, keep=keep)  # noqa: B023  used within this turn only
+                return trace_of(config, recipe, seq_len, keep=keep, platform=platform)  # noqa: B023  used within this turn only
 
             for family in families_of(model, strategies):
                 advance(f"{model.name}, {family.strategy}", 0)
                 key = (calibration.fingerprint(model), family)  # models of other names and the same sizes
                 if key not in solved:
-                    solved[key] = calibrate(model, family, trace_at)
+                    solved[key] = calibrate(model, family, trace_at, platform)
                 members.append((family, solved[key]))
                 advance("", 1)
             path = calibration.write_calibrations(model, [c for _, c in members], folder)

@@ -23,15 +23,15 @@ from ..errors import MeasurementError, one_line
 from ..measuring.measurement import OK, Measurement, read_all_results
 from ..plan import calibration
 from ..plan.calibration import Calibration, family_of, fingerprint
-from ..plan.layout import layout_of, step_sizes
+from ..plan.layout import step_sizes
 from ..spec.catalog import load_model
 from ..spec.hardware import CUBLAS_HANDLES, Constants, write_measured
 from ..spec.model import Model
-from ..step.steps import Layout, step
+from ..step.steps import Layout, kernels_of, step
 from ..step.tape import BASIS, Vector, add
 from ..units import MIB
 from .calibrate import MAX_RESIDUAL, WrittenCalibration, describe_written
-from .validate import FORMULA, chunks_of, instants_at, point_of, step_of
+from .validate import FORMULA, chunks_of, instants_at, layout_measured, point_of, step_of
 
 Factors = np.ndarray
 
@@ -46,9 +46,9 @@ def fit_model(model: Model, measurements: Iterable[Measurement]) -> Fitted:
     groups: dict[tuple[object, ...], list[Measurement]] = defaultdict(list)
     for m in measurements:
         if m.outcome == OK and m.case.model == model.name and _stands_for(m, model):
-            layout = layout_of(model, m.case.recipe, chunks_of(m), m.case.seq_len)
+            layout = layout_measured(m, model)
             if not layout.padded:  # see solve._calibration
-                groups[_family_key(m, layout)].append(m)
+                groups[_family_key(m, layout, _names_of_kernels(model, layout))].append(m)
     fitted = Fitted([], [])
     for members in groups.values():
         solved = _solve_family(model, members)
@@ -123,16 +123,20 @@ def _stands_for(m: Measurement, model: Model) -> bool:
     return alike and fingerprint(model.first(layers)) == fingerprint(m.model)
 
 
-def _family_key(m: Measurement, layout: Layout) -> tuple[object, ...]:
+def _names_of_kernels(model: Model, layout: Layout) -> tuple[str, ...]:
+    return tuple(kernel.name for kernel in kernels_of(model, layout))
+
+
+def _family_key(m: Measurement, layout: Layout, kernels: tuple[str, ...]) -> tuple[object, ...]:
     flags = (layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked, m.case.recipe.accumulation > 1)
     device = (m.case.device, m.environment["card"], m.environment["torch"], m.environment["transformers"])
-    return *device, *flags, repr(sorted(family_of(m.case.recipe).items()))
+    return *device, *flags, *kernels, repr(sorted(family_of(m.case.recipe).items()))
 
 
 def _solve_family(model: Model, members: Sequence[Measurement]) -> Calibration | str:
     """The calibration, or why there is none."""
     first = members[0]
-    layout = layout_of(model, first.case.recipe, chunks_of(first), first.case.seq_len)
+    layout = layout_measured(first, model)
     columns = [
         "",
         "bs",
@@ -179,6 +183,7 @@ def _solve_family(model: Model, members: Sequence[Measurement]) -> Calibration |
         layout.several_loss_chunks,
         layout.masked,
         first.case.recipe.accumulation > 1,
+        _names_of_kernels(model, layout),
         moments,
         residual,
         _make_provenance(members, _left_out_error(factors, differences, bytes_)),

@@ -96,6 +96,7 @@ class Bench:
             seq_len,
             on=self.device,
             workspace=workspace,
+            platform=card.platform,
             threads=self.environment.get("threads"),
         )
 

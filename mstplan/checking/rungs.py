@@ -55,9 +55,9 @@ def compare_rungs(name: str, recipe: Recipe, seq_len: int, card: Card) -> Rungs:
     calibrations are left aside."""
     config = json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
     model, chunks = load_model(name), fixed_chunks(recipe)
-    formula_step = step(model, layout_of(model, recipe, chunks, seq_len), card.gpu.workspaces_bytes)
+    formula_step = step(model, layout_of(model, recipe, chunks, seq_len, card.platform), card.gpu.workspaces_bytes)
     sizes = step_sizes(recipe, seq_len, chunks)
-    traced = trace(config, recipe, seq_len, workspace=card.gpu.workspaces_bytes)
+    traced = trace(config, recipe, seq_len, workspace=card.gpu.workspaces_bytes, platform=card.platform)
     by_name = {instant.name: instant.bytes for instant in formula_step.instants(sizes)}
     pairs = tuple(PeakPair(peak.instant, by_name.get(peak.instant, 0), peak.bytes) for peak in traced.peaks)
     peak = PeakPair(traced.peak.instant, formula_step.largest(sizes)[1], traced.peak.bytes)

@@ -14,7 +14,8 @@ from ..measuring.measurement import OK, OUT_OF_MEMORY, Measurement, card_of
 from ..plan.calibration import Calibration
 from ..plan.layout import calibration_at, layout_of, step_sizes
 from ..spec.hardware import Card
-from ..step.steps import Chunks, Step, step
+from ..spec.model import Model
+from ..step.steps import Chunks, Layout, Step, step
 from ..tracing import cache
 from ..tracing.simulation import fits_on, simulate
 from ..tracing.trace import Trace
@@ -157,16 +158,22 @@ def _allocated_row(m: Measurement, rung: str, predicted: dict[str, int]) -> Erro
 
 def step_of(m: Measurement, rung: str) -> Step | None:
     """The formula's step, or the one a calibration makes of it; None when there is none for it."""
-    model, recipe, seq_len, chunks = m.model, m.case.recipe, m.case.seq_len, chunks_of(m)
-    formula = step(model, layout_of(model, recipe, chunks, seq_len), workspace_of(m))
+    model = m.model
+    formula = step(model, layout_measured(m, model), workspace_of(m))
     if rung == FORMULA:
         return formula
     calibration = _find_calibration(m)
     return formula.calibrated(calibration.moments) if calibration is not None else None
 
 
+def layout_measured(m: Measurement, model: Model) -> Layout:
+    """The structure of the step that was measured, as of `model`."""
+    return layout_of(model, m.case.recipe, chunks_of(m), m.case.seq_len, card_measured(m).platform)
+
+
 def _find_calibration(m: Measurement) -> Calibration | None:
-    return calibration_at(m.model, m.case.recipe, m.case.seq_len, chunks_of(m))
+    platform = card_measured(m).platform
+    return calibration_at(m.model, m.case.recipe, m.case.seq_len, chunks_of(m), platform)
 
 
 def _is_solved_from(m: Measurement) -> bool:
@@ -189,7 +196,13 @@ def point_of(m: Measurement) -> list[int]:
 def trace_measured(m: Measurement) -> Trace:
     case, threads = m.case, m.environment.get("threads")
     return cache.trace_of(
-        case.config, case.recipe, case.seq_len, on=case.device, workspace=workspace_of(m), threads=threads
+        case.config,
+        case.recipe,
+        case.seq_len,
+        on=case.device,
+        workspace=workspace_of(m),
+        platform=card_measured(m).platform,
+        threads=threads,
     )
 
 

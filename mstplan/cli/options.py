@@ -200,6 +200,13 @@ class CardOptions(Options):
         metavar="NAME",
         choices=lambda: _ALLOCATORS,
     )
+    torch = option(
+        str,
+        "--torch",
+        "The build of torch that trains, which decides on attention kernels: 2.13, 2.10+cu128. Default: the one installed, else the newest known.",
+        panel="GPU",
+        metavar="VERSION",
+    )
 
 
 class StepOptions(Options):
@@ -412,13 +419,8 @@ def card_of(options: CardOptions) -> Card:
     from ..spec.hardware import card
     from ..units import parse_memory
 
-    return card(
-        options.gpu,
-        memory(options.gpu_mem),
-        parse_memory(options.reserve),
-        memory(options.host_mem),
-        options.allocator or _EXPANDABLE,
-    )
+    sizes = memory(options.gpu_mem), parse_memory(options.reserve), memory(options.host_mem)
+    return card(options.gpu, *sizes, allocator=options.allocator or _EXPANDABLE, torch=options.torch)
 
 
 def memory(text: str | None) -> int | None:

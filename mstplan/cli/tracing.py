@@ -21,6 +21,7 @@ from .options import (
     TensorsOptions,
     TracedOptions,
     card_of,
+    known_gpus,
     listed,
     model_or_stand_in,
     one_of,
@@ -214,9 +215,14 @@ def tracing(options: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Tr
 
     def run(recipe: Recipe, seq_len: int, card: Card) -> Trace:
         waiting.update(f"tracing {recipe_words(recipe)} at {seq_len:,} tokens")
-        workspace = card.gpu.workspaces_bytes
         return cache.trace_of(
-            config, recipe, seq_len, workspace=workspace, keep=not options.no_cache, code_from=_code_from(options)
+            config,
+            recipe,
+            seq_len,
+            workspace=card.gpu.workspaces_bytes,
+            platform=card.platform,
+            keep=not options.no_cache,
+            code_from=_code_from(options),
         )
 
     from ..show.trace import recipe_words, status
@@ -256,6 +262,15 @@ class CalibrateOptions(ResultsOptions, FormatOptions):
         metavar="FOLDER",
     )
     no_cache = TracedOptions.no_cache
+    gpu = option(
+        str,
+        "--gpu",
+        "From traces: the GPU whose attention kernels are traced. Default: h100.",
+        panel="GPU",
+        metavar="NAME",
+        choices=known_gpus,
+    )
+    torch = CardOptions.torch
 
 
 @command(
@@ -275,7 +290,7 @@ def calibrate(options: CalibrateOptions) -> None:
     from ..step.recipe import STRATEGIES, strategy_name
 
     one_of("from", options.source, SOURCES)
-    idle = ("files", "results") if options.source == "trace" else ("no_cache",)
+    idle = ("files", "results") if options.source == "trace" else ("no_cache", "gpu", "torch")
     if unused := flags_given(options, idle):
         raise RecipeError(
             f"{', '.join(unused)}: nothing to do with --from {options.source}.\nLeave it out, or see 'mstplan calibrate --help'."
@@ -288,10 +303,13 @@ def calibrate(options: CalibrateOptions) -> None:
     from ..checking.fit import fit_all
     from ..show import calibrating
     from ..show.progress import progress
+    from ..spec.hardware import card
 
     notes: list[str] = []
     if options.source == "trace":
-        rows = calibrate_all(_models_named(options.models), names, folder, keep=not options.no_cache, showing=progress)
+        platform = card(options.gpu or "h100", torch=options.torch).platform
+        keep = not options.no_cache
+        rows = calibrate_all(_models_named(options.models), names, folder, keep, progress, platform)
     else:
         results = results_files(options) or [Path("measurements.jsonl")]
         rows, notes = fit_all(_models_named(options.models), names, folder, results, options.out is not None)

@@ -28,6 +28,7 @@ from ..errors import MeasurementError, ModelError, OutputError, one_line, quoted
 from ..spec.config import read_config
 from ..spec.hardware import Card, card_that_torch_names
 from ..spec.model import Model
+from ..spec.platform import build_measured
 from ..spec.releases import is_release
 from ..step.recipe import Recipe
 from ..units import LEAST_MEMORY, LONGEST, MOST_MEMORY, format_gib
@@ -296,7 +297,8 @@ def key_of(case: Case, environment: Mapping[str, Any]) -> str:
 
 def card_of(environment: Mapping[str, Any], limit: int | None = None) -> Card:
     """The card to plan for: the device of that environment (for a CPU any card with as much memory), or `limit` bytes of it."""
-    whole = card_that_torch_names(environment["card"], environment["total_bytes"])
+    named = card_that_torch_names(environment["card"], environment["total_bytes"])
+    whole = named._replace(build=build_measured(environment))
     return whole if limit is None else whole._replace(total_bytes=min(limit, whole.total_bytes))
 
 

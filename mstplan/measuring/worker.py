@@ -17,20 +17,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError, MeasurementError, MissingError, one_line
 from ..spec.hardware import card_that_torch_names, host_memory
 from ..step.instants import Instant
-from ..step.kernels import SDPA
+from ..step.kernels import runs_sdpa
 from ..step.recipe import Recipe
 from ..tracing import cache
 from ..tracing.fsdp import shard_model
@@ -112,6 +112,17 @@ def local_rank() -> int:
 
 def measure_here(case: Case) -> Figures:
     """Run the case's steps on its device, as a rank among others when a process group is there. Raises what torch raises."""
+    with _named_kernel(case.recipe):
+        return _measure_step(case)
+
+
+def _named_kernel(recipe: Recipe) -> AbstractContextManager[None]:
+    """Within the context scaled_dot_product_attention has the kernel only that a recipe names."""
+    stand_in = STAND_INS.get(recipe.attention)  # none: sdpa, which chooses itself
+    return sdpa_kernel(stand_in.backend) if stand_in is not None and stand_in.backend is not None else nullcontext()
+
+
+def _measure_step(case: Case) -> Figures:
     cuda = case.device == "cuda"
     workspace = _prepare_cuda(case) if cuda else None
     if case.trainer is not None:
@@ -194,7 +205,7 @@ def _build_model(case: Case) -> PreTrainedModel:
 
 def real_attention(recipe: Recipe, settings: PreTrainedConfig, device: str) -> str:
     """attn_implementation for kernels that run; the trace has stand-ins for them."""
-    if recipe.attention != SDPA:
+    if not runs_sdpa(recipe.attention):
         return STAND_INS[recipe.attention].real
     return real_implementation(attention_of(recipe, settings, device))
 

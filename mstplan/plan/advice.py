@@ -10,10 +10,11 @@ from ..spec.hardware import EXPANDABLE, EXPANDABLE_SETTING, GRANULARITY, USUAL, 
 from ..spec.model import Model
 from ..spec.speeds import speeds_of
 from ..step.cuda import BIAS_ROWS
+from ..step.kernels import SDPA
 from ..step.optimizers import stand_ins
 from ..step.parameters import parameter_count, trained_count
 from ..step.recipe import Recipe, strategy_label
-from ..step.steps import Chunks, embeddings_are_frozen
+from ..step.steps import Chunks, Layout, attention_kernel, embeddings_are_frozen, kernels_of
 from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration
 from .allocation import longest_that_runs
@@ -136,22 +137,28 @@ def _frozen_notes(model: Model, recipe: Recipe) -> list[str]:
     return notes
 
 
+def kernel_words(model: Model, recipe: Recipe, card: Card) -> str:
+    """What sdpa comes to on a card, in words; nothing where the recipe says it, or nothing tells."""
+    if attention_kernel(model, recipe) != SDPA or model.stand_in is not None:
+        return ""
+    layouts = [Layout(recipe, False, False, masked, platform=card.platform) for masked in (False, True)]
+    plain, masked = (kernels_of(model, layout) for layout in layouts)
+    others = [kernel.label for kernel in masked if kernel not in plain] if window_of(model, recipe) is not None else []
+    return plain[0].label + "".join(f", under a mask by {label}" for label in others)
+
+
 def kernel_notes(model: Model, recipe: Recipe, card: Card) -> list[str]:
-    """Where another attention kernel runs than the one that is counted. From source, see Gpu.prefers_cudnn; huggingface/transformers#48163
-    found it so on Hopper."""
-    if not (
-        card.named
-        and card.gpu.prefers_cudnn
-        and recipe.attention == "sdpa"
-        and recipe.precision != "fp32"
-        and model.has_sdpa
-    ):
+    """By which build of torch sdpa's kernel is chosen, where it depends on that (Platform.prefers_cudnn)."""
+    capability = card.gpu.compute_capability
+    depends = capability is not None and capability[0] in (9, 10)
+    if not depends or attention_kernel(model, recipe) != SDPA or recipe.precision == "fp32":
         return []
-    note = (
-        f"sdpa on {card.gpu.name}: from torch 2.11 it runs cuDNN's attention, whose workspace nobody has published; FlashAttention-2's is counted, which "
-        "runs with TORCH_CUDNN_SDPA_DEPRIORITIZED=1 or --attention flash."
-    )
-    return [note]
+    how = "assumed: no build for CUDA is installed here" if card.build.assumed else "as installed or named"
+    ran = "cuDNN's attention" if card.platform.prefers_cudnn else "FlashAttention-2"
+    gpu = card.gpu.name if card.named else f"a GPU like {card.gpu.name}"
+    return [
+        f"Attention on {gpu}: with torch {card.build.name} ({how}) sdpa first asks for {ran}; --torch 2.10+cu128 counts with another build."
+    ]
 
 
 def time_notes(plans: Iterable[Plan]) -> list[str]:

@@ -38,8 +38,8 @@ def usage_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: 
 def usage_at(model: Model, recipe: Recipe, card: Card, tokens: int, chunks: Chunks) -> Usage:
     """Usage of batches of so many tokens."""
     sizes = step_sizes(recipe, tokens, chunks)
-    formula = formula_step(model, layout_of(model, recipe, chunks, tokens), card.gpu.workspaces_bytes)
-    planned = step_of(model, recipe, card.gpu, chunks, tokens)
+    formula = formula_step(model, layout_of(model, recipe, chunks, tokens, card.platform), card.gpu.workspaces_bytes)
+    planned = step_of(model, recipe, card, chunks, tokens)
     calibrated = _peak(planned, sizes.units) - _peak(formula, sizes.units) if planned.is_calibrated else 0
     limit = card.allocatable_bytes - max(0, calibrated)
     return simulate_steps(events_of(formula, chunks).at(sizes), expandable=card.expandable, limit=limit)

@@ -29,7 +29,7 @@ from ..step.instants import Instant
 from ..step.recipe import Recipe
 from ..step.tape import BASIS, Vector
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OPEN_FIELDS = ("batch", "mlp_chunks", "loss_chunks", "accumulation", "pad_to")
 """Fields of a recipe that a family leaves open."""
 MAX_BYTES_PER_WEIGHT = 128
@@ -58,6 +58,7 @@ class Calibration(NamedTuple):
     several_loss: bool
     masked: bool  # do sliding-window layers carry an explicit mask?
     accumulating: bool
+    kernels: tuple[str, ...]  # attention kernels that ran: of layers without an explicit mask, and of those with one
     moments: _Moments
     residual: Annotated[
         float, Field(ge=0, le=1)
@@ -67,7 +68,8 @@ class Calibration(NamedTuple):
     @property
     def family(self) -> tuple[object, ...]:
         """Identity of the family: calibrations that share it take each other's place."""
-        return repr(sorted(self.recipe.items())), self.several_mlp, self.several_loss, self.masked, self.accumulating
+        flags = self.several_mlp, self.several_loss, self.masked, self.accumulating
+        return repr(sorted(self.recipe.items())), *flags, self.kernels
 
     @property
     def source(self) -> str:
@@ -157,7 +159,7 @@ def _read_shipped(model: Model) -> tuple[Calibration, ...]:
 
 def _from_data(data: dict[str, Any]) -> Calibration:
     moments = {name: tuple(_fill_up(vector) for vector in vectors) for name, vectors in data["moments"].items()}
-    return Calibration(**{**data, "moments": moments})
+    return Calibration(**{**data, "kernels": tuple(data["kernels"]), "moments": moments})
 
 
 def _read_checked(model: Model, file: KeptFile) -> tuple[Calibration, ...]:
@@ -250,12 +252,14 @@ def are_set_aside() -> bool:
 
 
 def find_calibration(
-    model: Model, recipe: Recipe, several_mlp: bool, several_loss: bool, masked: bool
+    model: Model, recipe: Recipe, several_mlp: bool, several_loss: bool, masked: bool, kernels: tuple[str, ...]
 ) -> Calibration | None:
-    """The calibration of the recipe's family, if there is one."""
-    structure = (several_mlp, several_loss, masked, recipe.accumulation > 1)
+    """The calibration of the recipe's family with these attention kernels, if there is one."""
+    structure = (several_mlp, several_loss, masked, recipe.accumulation > 1, kernels)
     candidates = [
-        c for c in calibrations_of(model) if (c.several_mlp, c.several_loss, c.masked, c.accumulating) == structure
+        c
+        for c in calibrations_of(model)
+        if (c.several_mlp, c.several_loss, c.masked, c.accumulating, c.kernels) == structure
     ]
     if not candidates:
         return None

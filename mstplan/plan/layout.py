@@ -6,12 +6,13 @@ from functools import lru_cache
 from itertools import islice
 
 from ..kept import KeptFile
-from ..spec.hardware import Gpu
+from ..spec.hardware import Card
 from ..spec.model import Model
+from ..spec.platform import AMPERE, Platform
 from ..step.cuda import BIAS_ROWS
-from ..step.kernels import SDPA
+from ..step.kernels import runs_sdpa
 from ..step.recipe import Recipe
-from ..step.steps import Chunks, Layout, Sizes, Step, step, tape_of
+from ..step.steps import Chunks, Layout, Sizes, Step, kernels_of, step, tape_of
 from ..step.tape import workspace_starts
 from ..step.workspaces import Spans, span_at
 from . import calibration
@@ -24,7 +25,7 @@ def chunk_tokens(seq_len: int, chunks: int) -> int:
 
 def window_of(model: Model, recipe: Recipe) -> int | None:
     """The length from which sdpa needs explicit masks; None: never."""
-    if recipe.attention != SDPA or not model.has_sdpa:
+    if not runs_sdpa(recipe.attention) or not model.has_sdpa:
         return None
     windows = {kind.window for kind in model.layer_kinds if kind.window is not None}
     return min(windows) if windows else None
@@ -38,12 +39,18 @@ def bare_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int) -> Layout:
-    """The structure of the step at `seq_len` tokens."""
+def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int, platform: Platform = AMPERE) -> Layout:
+    """The structure of the step at `seq_len` tokens, where `platform` decides which attention kernels sdpa runs."""
     window = window_of(model, recipe)
     masked = window is not None and seq_len >= window
-    layout = Layout(bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, masked and seq_len % BIAS_ROWS != 0)
+    layout = Layout(bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, platform=platform)
+    layout = layout._replace(padded=seq_len % BIAS_ROWS != 0 and pads_masks(model, layout))
     return in_spans(model, layout, step_sizes(recipe, seq_len, chunks))
+
+
+def pads_masks(model: Model, layout: Layout) -> bool:
+    """Whether an explicit mask is copied into one with padded rows where its rows do not begin at multiples of BIAS_ROWS."""
+    return layout.masked and any(kernel.pads_masks for kernel in kernels_of(model, layout))
 
 
 def in_spans(model: Model, layout: Layout, sizes: Sizes) -> Layout:
@@ -66,16 +73,17 @@ def span_starts(model: Model, layout: Layout, batch: int, chunks: Chunks) -> lis
     return sorted({0, *(pieces[name] * (-(-n // batch) - 1) + 1 for name in starts for n in starts[name])})
 
 
-def step_of(model: Model, recipe: Recipe, gpu: Gpu, chunks: Chunks, seq_len: int) -> Step:
-    return calibrated_step(model, layout_of(model, recipe, chunks, seq_len), gpu.workspaces_bytes)
+def step_of(model: Model, recipe: Recipe, card: Card, chunks: Chunks, seq_len: int) -> Step:
+    return calibrated_step(model, layout_of(model, recipe, chunks, seq_len, card.platform), card.gpu.workspaces_bytes)
 
 
 def layout_step(
-    model: Model, recipe: Recipe, gpu: Gpu, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
+    model: Model, recipe: Recipe, card: Card, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
 ) -> Step:
     """Step of no length, without the workspaces that depend on it."""
-    layout = Layout(bare_recipe(recipe), several_mlp, several_loss, masked, padded)
-    return calibrated_step(model, layout, gpu.workspaces_bytes)
+    layout = Layout(bare_recipe(recipe), several_mlp, several_loss, masked, platform=card.platform)
+    layout = layout._replace(padded=padded and pads_masks(model, layout))
+    return calibrated_step(model, layout, card.gpu.workspaces_bytes)
 
 
 def calibrated_step(model: Model, layout: Layout, workspace: int) -> Step:
@@ -93,17 +101,20 @@ def _cached_step(model: Model, layout: Layout, workspace: int, _own: KeptFile | 
     return formula if replacement is None else formula.calibrated(replacement.moments)
 
 
-def calibration_at(model: Model, recipe: Recipe, seq_len: int, chunks: Chunks) -> Calibration | None:
+def calibration_at(
+    model: Model, recipe: Recipe, seq_len: int, chunks: Chunks, platform: Platform = AMPERE
+) -> Calibration | None:
     """The calibration that the answer at this length stands on; None: the formula."""
-    return _find_calibration(model, layout_of(model, recipe, chunks, seq_len))
+    return _find_calibration(model, layout_of(model, recipe, chunks, seq_len, platform))
 
 
 def _find_calibration(model: Model, layout: Layout) -> Calibration | None:
     """Calibrations are of lengths without padding."""
     if layout.padded:
         return None
+    kernels = tuple(kernel.name for kernel in kernels_of(model, layout))
     return calibration.find_calibration(
-        model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked
+        model, layout.recipe, layout.several_mlp_chunks, layout.several_loss_chunks, layout.masked, kernels
     )
 
 

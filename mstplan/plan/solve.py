@@ -14,10 +14,11 @@ from ..spec.model import Model
 from ..step import expected
 from ..step.cuda import BIAS_ROWS
 from ..step.instants import Instant
+from ..step.kernels.base import Kernel
 from ..step.optimizers import host_states
 from ..step.recipe import Recipe
 from ..step.simulation import Usage
-from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, stored_inputs
+from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, kernels_of, stored_inputs
 from ..step.tape import ITEMSIZE, Vector
 from ..step.timing import step_seconds
 from ..step.workspaces import IDS_PER_PARTIAL_SUM
@@ -32,6 +33,8 @@ from .layout import (
     chunk_tokens,
     hardest_lengths,
     in_spans,
+    layout_of,
+    pads_masks,
     span_starts,
     step_of,
     step_sizes,
@@ -117,9 +120,15 @@ class Plan(NamedTuple):
         return self.card.host_bytes is None or self.host_bytes <= self.card.host_bytes
 
     @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Attention kernels that run at the peak."""
+        layout = layout_of(self.model, self.recipe, self.chunks, self.peak.tokens, self.card.platform)
+        return kernels_of(self.model, layout)
+
+    @property
     def calibration(self) -> Calibration | None:
         """Calibration that the peak stands on; None: the formula alone."""
-        return calibration_at(self.model, self.recipe, self.peak.tokens, self.chunks)
+        return calibration_at(self.model, self.recipe, self.peak.tokens, self.chunks, self.card.platform)
 
     @property
     def expected_seconds(self) -> float | None:
@@ -141,7 +150,7 @@ class Plan(NamedTuple):
     def instants(self) -> tuple[InstantPeak, ...]:
         """Instants of the step, each with the tensors alive at its largest moment."""
         tokens = self.peak.tokens
-        return step_of(self.model, self.recipe, self.card.gpu, self.chunks, tokens).instants(
+        return step_of(self.model, self.recipe, self.card, self.chunks, tokens).instants(
             step_sizes(self.recipe, tokens, self.chunks)
         )
 
@@ -193,7 +202,8 @@ def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chu
     window, multiple = window_of(model, recipe), recipe.pad_to
 
     def reach(masked: bool, padded: bool = False) -> int:
-        layout = Layout(bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, padded)
+        layout = Layout(bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, platform=card.platform)
+        layout = layout._replace(padded=padded and pads_masks(model, layout))
         return _longest_of_layout(model, layout, recipe, card, chunks) // multiple * multiple
 
     longest_unmasked = reach(masked=False)
@@ -409,7 +419,7 @@ def recommend_chunks_at(model: Model, recipe: Recipe, card: Card, seq_len: int) 
 
 def peak_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> tuple[Instant, int]:
     """The binding instant and its bytes."""
-    return step_of(model, recipe, card.gpu, chunks, seq_len).largest(step_sizes(recipe, seq_len, chunks))
+    return step_of(model, recipe, card, chunks, seq_len).largest(step_sizes(recipe, seq_len, chunks))
 
 
 def peak_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chunks) -> StepPeak:
@@ -450,7 +460,7 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
     chosen = Chunks(*chunks) if chunks is not None else choose_chunks(model, recipe, card, seq_len)
     run_tokens = recipe.padded(seq_len)
     capped = cap_chunks(chosen, run_tokens)
-    built_step, run_sizes = step_of(model, recipe, card.gpu, capped, run_tokens), step_sizes(recipe, run_tokens, capped)
+    built_step, run_sizes = step_of(model, recipe, card, capped, run_tokens), step_sizes(recipe, run_tokens, capped)
     host_size = host_bytes(model, recipe, run_tokens, built_step)
     peak = peak_up_to(model, recipe, card, seq_len, capped)
     return Plan(
@@ -483,7 +493,7 @@ def _timed(plan: Plan) -> tuple[Step, Recipe, Gpu, Sizes, Chunks]:
     """The step as it is run."""
     model, recipe, gpu, chunks = plan.model, plan.recipe, plan.card.gpu, plan.chunks
     tokens = recipe.padded(plan.seq_len)
-    return step_of(model, recipe, gpu, chunks, tokens), recipe, gpu, step_sizes(recipe, tokens, chunks), chunks
+    return step_of(model, recipe, plan.card, chunks, tokens), recipe, gpu, step_sizes(recipe, tokens, chunks), chunks
 
 
 def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") -> Answer:
@@ -509,7 +519,7 @@ def max_seq_of_tensors(model: Model, recipe: Recipe, card: Card) -> tuple[int, C
 def _longest_on_host(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
     """Tokens whose offloaded tensors CPU RAM holds: they grow by as much with every token."""
     assert card.host_bytes is not None
-    built_step = step_of(model, recipe, card.gpu, chunks, 1)
+    built_step = step_of(model, recipe, card, chunks, 1)
     fixed = host_bytes(model, recipe, 0, built_step)
     per_token = host_bytes(model, recipe, 1, built_step) - fixed
     remaining, multiple = card.host_bytes - fixed, recipe.pad_to

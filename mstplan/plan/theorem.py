@@ -122,10 +122,10 @@ def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Co
     loss = "transformers" if recipe.loss_in_chunks else recipe.loss
     unchunked = {"mlp_chunks": 1, "mlp_recompute": False, "loss_chunks": 1, "loss": loss}
     plain = recipe.changed(checkpoint="none", offload_layer_inputs=False, **unchunked)
-    built = layout_step(model, plain, card.gpu, False, False, False)
+    built = layout_step(model, plain, card, False, False, False)
     constants = built.constants()
     kept = _kept_per_layer(built)
-    by_layer = layout_step(model, plain.changed(checkpoint="layer"), card.gpu, False, False, False)
+    by_layer = layout_step(model, plain.changed(checkpoint="layer"), card, False, False, False)
     head = _per_token(by_layer, Instant.LOSS_BACKWARD, Role.LOSS)
     mlp = _per_token(by_layer, Instant.FIRST_LAYER if model.layers == 1 else Instant.LAST_LAYER, Role.MLP)
     largest, pieces = (head, chunks.loss) if bytes_of(head) >= bytes_of(mlp) else (mlp, chunks.mlp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..plan.advice import kernel_words
 from ..plan.findings import LengthFinding
 from ..plan.layout import chunk_tokens
 from ..plan.solve import Answer, Plan
@@ -92,7 +93,7 @@ def heading(model: Model, card: Card, provenance: str, recipes: Iterable[Recipe]
             Span("" if card.unlimited else f"   budget {format_gib(card.budget_bytes)}"),
         )
     )
-    descriptions = dict.fromkeys(map(recipe_in_words, recipes))
+    descriptions = dict.fromkeys(recipe_in_words(recipe, kernel_words(model, recipe, card)) for recipe in recipes)
     return [title, line(provenance, "quiet"), *(line(words, "quiet") for words in descriptions), Notes(model.notes)]
 
 

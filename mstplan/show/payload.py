@@ -61,6 +61,7 @@ def card(c: Card) -> dict[str, Any]:
         "budget_bytes": c.budget_bytes,
         "host_bytes": c.host_bytes,
         "allocator": c.allocator,
+        "torch_build": {"name": c.build.name, "cudnn": c.build.cudnn, "assumed": c.build.assumed},
     }
 
 
@@ -83,6 +84,7 @@ def answer(a: Answer) -> dict[str, Any]:
         "peak_at": p.instant,
         "instant": p.instant,
         "calibration": calibrated(p.calibration),
+        "attention_kernels": attention_kernels(p),
         "mlp_chunks": p.chunks.mlp,
         "loss_chunks": p.chunks.loss,
         "chunk_tokens": p.chunk_tokens._asdict(),
@@ -99,6 +101,11 @@ def answer(a: Answer) -> dict[str, Any]:
 def fields(r: Recipe) -> dict[str, Any]:
     """As its `model_dump`, for which pydantic would first build what dumps, a tenth of an answer."""
     return {name: getattr(r, name) for name in Recipe.model_fields}
+
+
+def attention_kernels(p: Plan) -> list[str] | None:
+    """Of layers without an explicit mask, and of those with one. None: the model is one that the formula does not know."""
+    return [kernel.name for kernel in p.kernels] if p.model.stand_in is None else None
 
 
 def trained_parameters(p: Plan) -> int | None:
@@ -138,6 +145,7 @@ def brief(p: Plan) -> dict[str, Any]:
         "peak_at": p.instant,
         "instant": p.instant,
         "calibration": calibrated(p.calibration),
+        "attention_kernels": attention_kernels(p),
         "mlp_chunks": p.chunks.mlp,
         "loss_chunks": p.chunks.loss,
         "cpu_ram_bytes": p.host_bytes,

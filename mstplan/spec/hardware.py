@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import files, kept
 from ..errors import HardwareError, InputError, did_you_mean, one_line, quoted
 from ..kept import KeptFile
 from ..profiles import ROOT, user_folder
 from ..units import GIB, LEAST_MEMORY, MIB, MOST_MEMORY, format_gib
+from .platform import NEWEST_BUILD, Platform, TorchBuild, build_here, read_build
 
 GRANULARITY = 22 * MIB
 """What the caching allocator's granularity takes: one partly filled segment of its small (2 MiB) and one of its medium
@@ -46,6 +47,7 @@ class Gpu(NamedTuple):
     context_kind: str  # measured | assumed
     context_source: str
     cublas_workspace_bytes: int  # of one handle
+    compute_capability: tuple[int, int] | None  # None: AMD's, which have none. Source: developer.nvidia.com/cuda-gpus
 
     def __repr__(self) -> str:
         return f"<Gpu {self.name}: {self.label}, {format_gib(self.usable_bytes)} ({self.usable_kind})>"
@@ -55,12 +57,6 @@ class Gpu(NamedTuple):
         """Bytes that cuBLAS holds through a training step: from source (aten cuda/CublasHandlePool.cpp), a handle for every thread, and a
         workspace for every handle."""
         return CUBLAS_HANDLES * self.cublas_workspace_bytes
-
-    @property
-    def prefers_cudnn(self) -> bool:
-        """Whether sdpa runs cuDNN's attention. From source (aten native/transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention): on
-        compute capability 9 and 10, from cuDNN 9.15.1, which torch 2.11 brings."""
-        return self.architecture == "hopper" or self.name in ("b200", "b300")
 
 
 CUBLAS_HANDLES = 2
@@ -82,6 +78,12 @@ class Card(NamedTuple):
     named: bool = True  # False: only the amount of memory was given
     host_bytes: int | None = None  # CPU RAM, when known
     allocator: str = EXPANDABLE  # how torch's allocator is set, one of `ALLOCATORS`
+    build: TorchBuild = NEWEST_BUILD  # of torch
+
+    @property
+    def platform(self) -> Platform:
+        """What torch chooses its kernels by."""
+        return Platform(self.gpu.compute_capability, self.build.cudnn, self.build.torch).alike
 
     def __repr__(self) -> str:
         host = f", CPU RAM {format_gib(self.host_bytes)}" if self.host_bytes is not None else ""
@@ -134,7 +136,14 @@ def _merge_gpus(file: KeptFile | None) -> tuple[Gpu, ...]:
 @lru_cache(maxsize=1)
 def _read_shipped() -> tuple[Gpu, ...]:
     rows = json.loads((ROOT / "gpus.json").read_text(encoding="utf-8"))["gpus"]
-    return tuple(Gpu(**{**row, "aliases": tuple(row["aliases"])}) for row in rows)
+    return tuple(
+        Gpu(**{**row, "aliases": tuple(row["aliases"]), "compute_capability": _capability(row)}) for row in rows
+    )
+
+
+def _capability(row: dict[str, Any]) -> tuple[int, int] | None:
+    pair = row["compute_capability"]
+    return (pair[0], pair[1]) if pair is not None else None
 
 
 class Constants(NamedTuple):
@@ -245,11 +254,13 @@ def card(
     reserve: int = 0,
     host_memory: int | None = None,
     allocator: str = EXPANDABLE,
+    torch: str | None = None,
 ) -> Card:
     """The card to plan for: by name, by amount of memory (bytes), or a named card limited to an amount.
 
-    With an amount alone, rates are those of the fastest card sold with about that much. allocator: how torch's is set, "expandable" or
-    "default". Raises HardwareError.
+    torch: the build that trains, such as "2.10+cu128"; None: the one that is installed, else the newest that is known. allocator: how torch's is
+    set, "expandable" or "default". With an amount alone, rates and kernels are those of the fastest card sold with about that much. Raises
+    HardwareError.
     """
     if allocator not in ALLOCATORS:
         raise HardwareError(
@@ -268,6 +279,7 @@ def card(
         raise HardwareError(
             f"--gpu-mem {format_gib(memory)} is less than any GPU has.\nWrite it like 80GB or 79.15GiB."
         )
+    build = build_here() if torch is None else read_build(torch)
     if gpu is not None:
         named_gpu = find_gpu(gpu)
         if memory is not None and memory > named_gpu.nominal_gib * GIB:
@@ -281,10 +293,11 @@ def card(
             True,
             host_memory,
             allocator,
+            build,
         )
     else:
         assert memory is not None
-        planned_card = Card(_nearest_gpu(memory), memory, reserve, False, host_memory, allocator)
+        planned_card = Card(_nearest_gpu(memory), memory, reserve, False, host_memory, allocator, build)
     if reserve >= planned_card.total_bytes:
         raise HardwareError(
             f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(planned_card.total_bytes)}.\nGive less."
@@ -293,8 +306,8 @@ def card(
 
 
 def any_card() -> Card:
-    """A card for what depends on none, such as a trace: on which all fits, with an H100's workspace of cuBLAS and rates."""
-    return Card(find_gpu("h100"), MOST_MEMORY, named=False)
+    """A card for what depends on none, such as a trace: on which all fits, with an H100's kernels, workspace of cuBLAS and rates."""
+    return Card(find_gpu("h100"), MOST_MEMORY, named=False, build=build_here())
 
 
 def host_memory() -> int:

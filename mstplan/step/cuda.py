@@ -24,6 +24,16 @@ def flash_head_size(size: int) -> int:
     return -(-size // 32) * 32 if size <= 192 else 256
 
 
+CUDNN_SPARE = 256
+"""measured: bytes of cuDNN's workspace in forward, and in backward those beyond its sums."""
+
+
+def cudnn_row_sums(heads: int, size: int, v_size: int, grouped: bool) -> int:
+    """Bytes of one row, in all heads, of what cuDNN's attention sums in its backward: dQ in fp32 and one number, and with grouped
+    queries dK and dV of every query head in 16 bits. from source: cudnn-frontend, scaled_dot_product_flash_attention.h; measured."""
+    return heads * (4 * size + 4 + (2 * (size + v_size) if grouped else 0))
+
+
 BIAS_ROWS = 8
 """from source: the memory-efficient kernel takes a mask whose rows begin at multiples of so many numbers; one of another length is
 copied into one that is padded (aten transformers/attention.cpp, preprocess_mask)."""

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 
 from ..spec.hardware import Gpu
 from ..spec.speeds import Speeds, speeds_of
-from .kernels import SDPA
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe
 from .steps import Chunks, Sizes, Step
@@ -52,7 +51,7 @@ def why_unmeasured(step: Step, recipe: Recipe, gpu: Gpu) -> str:
     if step.layout.masked:
         return "attention under an explicit mask"
     head_size = _head_size(step)
-    for kernel in dict.fromkeys(_kernel_that_runs(op, recipe, gpu) for op in _operations(step.tape) if op.kernel):
+    for kernel in dict.fromkeys(op.kernel for op in _operations(step.tape) if op.kernel):
         if speeds.attention_of(kernel, head_size) is None:
             return f"{kernel} attention with heads of {head_size}"
     return ""
@@ -60,11 +59,6 @@ def why_unmeasured(step: Step, recipe: Recipe, gpu: Gpu) -> str:
 
 def _head_size(step: Step) -> int:
     return max(step.model.attention.head_dim, step.model.attention.v_head_dim)
-
-
-def _kernel_that_runs(op: Op, recipe: Recipe, gpu: Gpu) -> str:
-    """The attention kernel behind sdpa on this GPU; what the tape lays out is another one's memory there."""
-    return "cudnn" if recipe.attention == SDPA and gpu.prefers_cudnn and op.kernel == "flash" else op.kernel
 
 
 def _operations(tape: Tape) -> Iterator[Op]:
@@ -106,7 +100,7 @@ class Work(Walk):
     def _attention(self, op: Op) -> tuple[float, float]:
         """Heads of other sizes than were measured are padded to the next one."""
         a = self.step.model.attention
-        measured = self.speeds.attention_of(_kernel_that_runs(op, self.recipe, self.gpu), _head_size(self.step))
+        measured = self.speeds.attention_of(op.kernel, _head_size(self.step))
         assert measured is not None  # see why_unmeasured
         measured_size, curves = measured
         padded_flops = self._flops(op) * 2 * measured_size / (a.head_dim + a.v_head_dim)

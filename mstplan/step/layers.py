@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from ..spec.families import family_of
 from ..spec.model import Attention, Experts, LayerKind, Mlp, Model
+from ..spec.platform import AMPERE, Platform
 from .instants import Stage
-from .kernels import SDPA, chosen
+from .kernels import chosen, runs_sdpa
 from .kernels.base import AttentionCall
 from .roles import Purpose, Role
 from .selection import WeightKind
@@ -31,9 +32,10 @@ class Numerics(NamedTuple):
 
     weights: str = "bfloat16"
     autocast: bool = False
-    attention: str = "sdpa"  # sdpa | flash | eager
+    attention: str = "sdpa"  # a recipe's, see `kernels.attentions()`
     masked: bool = False  # sliding-window layers get an explicit mask (sdpa beyond the window)
     padded: bool = False  # its rows are padded
+    platform: Platform = AMPERE  # by which sdpa chooses its kernel
 
     @property
     def compute(self) -> str:
@@ -169,6 +171,13 @@ class Writer:
             temps=(self.tape.new("temporary", y.shape, y.dtype),) * temps,
             back_temps=(self.tape.new("temporary", y.shape, y.dtype),) * back_temps,
         )
+
+    def softmax(self, name: str, x: Tensor, y: Tensor, *temps: Tensor) -> Tensor:
+        """Keeps its output; CUDA's backward first makes the product of gradient and output (aten native/cuda/SoftMax.cu,
+        softmax_backward_cuda_out)."""
+        product = self.tape.new("gradient x output", y.shape, y.dtype)
+        grads = ((x, self.tape.grad(x)),)
+        return self.tape.op(name, [x], y, keeps=(y,), temps=temps, grads=grads, back_temps=(product,))
 
     def multiply(self, name: str, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
         """y = x * z, both with gradients: keeps both."""
@@ -375,11 +384,11 @@ class Writer:
         self.tape.op(f"{x.name} * sin", [rotated, *sin], sine, keeps=sin, grads=grads, holds=(turned,))
         y = self.tape.new(f"{x.name} after rotary", shape, wide)
         self.tape.op("rotary add", [cosine, sine], y, grads=((cosine, None), (sine, None)), holds=(x, *tables))
-        if rotary == width:
+        if rotary == width and not self.code.joins_rotary:
             return y
-        rest = self.slice(x, x.name + ", rest", f"{self.t} {heads} {width - rotary}")
-        whole = self.tape.new(f"{x.name} after rotary", f"{self.t} {heads} e", wide)
-        return self.tape.op("join rotary and rest", [y, rest], whole, grads=((y, None), (rest, None)))
+        rest = (self.slice(x, x.name + ", rest", f"{self.t} {heads} {width - rotary}"),) if rotary < width else ()
+        whole = self.tape.new(f"{x.name} after rotary", f"b {heads} s e", wide)
+        return self.tape.op("join rotary and rest", [y, *rest], whole, grads=tuple((part, None) for part in (y, *rest)))
 
     def _rotary_by_halves(self, x: Tensor, heads: str, rotary: int) -> Tensor:
         """(x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 being halves of x: DeepSeek-V3, gpt-oss."""
@@ -436,21 +445,21 @@ class Writer:
         low = self._rms_norm(low, "kv_a_layernorm", late_cast=False)
         q_turned = self._rotary(q_turned, "H", latent.rope_dim, latent.rope_dim)
         k_turned = self._rotary(k_turned, "1", latent.rope_dim, latent.rope_dim)
-        q_whole = self.tape.new("Q after rotary", f"{t} H e", q_turned.dtype)
+        q_whole = self.tape.new("Q after rotary", "b H s e", q_turned.dtype)
         self.tape.op("join Q", [q_rest, q_turned], q_whole, grads=((q_rest, None), (q_turned, None)))
         kv = self.linear(
             low, self.new("K and V", f"H {latent.nope_dim + a.v_head_dim}"), "kv_b_proj", kind=WeightKind.ATTENTION
         )
         k_rest, v = self._split(kv, ("K without position", f"{t} H nope"), ("V", f"{t} H ev"))
-        k_whole = self.tape.new("K after rotary", f"{t} H e", q_turned.dtype)
+        k_whole = self.tape.new("K after rotary", "b H s e", q_turned.dtype)
         parts = ((k_rest, self.tape.grad(k_rest)), (k_turned, self.tape.grad(k_turned)))
         self.tape.op("join K", [k_rest, k_turned], k_whole, grads=parts)
         return q_whole, k_whole, v, q, both, low, q_turned, k_turned
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, kind: LayerKind) -> Tensor:
         how = self.numerics.attention
-        masked = how == SDPA and kind.window is not None and self.numerics.masked
-        kernel = chosen(how, AttentionCall.from_attention(a, self.numerics.compute, masked))
+        masked = runs_sdpa(how) and kind.window is not None and self.numerics.masked
+        kernel = chosen(how, AttentionCall.from_attention(a, self.numerics.compute, masked, self.numerics.platform))
         start = len(self.tape.ops)
         mixed = kernel.lay_out(self, q, k, v, kind, masked)
         self.tape.name_kernel(kernel.name, start)
@@ -607,14 +616,16 @@ class Writer:
         if e.router == "topk-softmax":
             top = self.new("top logits", "A")
             tape.op("top experts", [logits], top, chosen, keeps=(chosen,), grads=((logits, tape.grad(logits)),))
-            self.pointwise("softmax of experts", top, scores, scores)
+            self.softmax("softmax of experts", top, scores)
             self.hold(x, top)
             return scores, chosen, logits
         probs, top = self.new("router probabilities", "X", "float32"), self.new("top probabilities", "A", "float32")
         cast = () if logits.dtype == "float32" else (self.new("router logits in fp32", "X", "float32"),)
-        tape.op(
-            "router probabilities", [logits], probs, keeps=(probs,), temps=cast, grads=((logits, tape.grad(logits)),)
-        )
+        if e.router == "sigmoid-groups":
+            grads = ((logits, tape.grad(logits)),)
+            tape.op("router probabilities", [logits], probs, keeps=(probs,), temps=cast, grads=grads)
+        else:
+            self.softmax("router probabilities", logits, probs, *cast)
         grouping: tuple[Tensor, ...] = ()
         if (
             e.router == "sigmoid-groups"

@@ -63,7 +63,8 @@ class Recipe(BaseModel):
     offload_layer_inputs: bool = False
     """Keep checkpointed layers' inputs in CPU RAM."""
     attention: str = "sdpa"
-    """One of `kernels.attentions()`: attn_implementation: sdpa (its flash kernel, explicit masks for sliding windows), flash-attn, or eager."""
+    """One of `kernels.attentions()`: sdpa (the kernel that torch chooses, explicit masks for sliding windows), cudnn or efficient (sdpa with
+    that kernel only), flash (attn_implementation flash_attention_2), or eager."""
     train: Patterns = ()
     """The weights that are trained, by patterns over their names or words (`selection.py`); none: all of them."""
     freeze: Patterns = ()
@@ -116,7 +117,7 @@ class Recipe(BaseModel):
             ),
             (
                 self.attention != SDPA and KERNELS[self.attention].sixteen_bit_only and self.precision == "fp32",
-                "flash-attn computes in bf16 or fp16 only: use precision bf16 or mixed",
+                f"attention {self.attention} computes in bf16 or fp16 only: use precision bf16 or mixed",
             ),
             (
                 self.weights_on_host and not self.optimizer_on_host,
@@ -320,8 +321,8 @@ _WEIGHTS = {"bf16": "bf16 weights", "mixed": "fp32 weights under bf16 autocast",
 _SHORT = {"bfloat16": "bf16", "float32": "fp32", "uint8": "8-bit"}
 
 
-def recipe_in_words(recipe: Recipe) -> str:
-    """How one trains, but for what a strategy decides, in a line."""
+def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
+    """How one trains, but for what a strategy decides, in a line. kernel: what the recipe's attention comes to, in words."""
     optimizer = OPTIMIZERS[recipe.optimizer]
     how: list[str] = [recipe.adamw_kernel] if optimizer.has_kernels else []
     states = " and ".join(_dtypes_of_states(recipe))
@@ -333,7 +334,7 @@ def recipe_in_words(recipe: Recipe) -> str:
         "fp32 shards, gathered in bf16" if shards else _WEIGHTS[recipe.precision],
         optimizer.short + (f" ({', '.join(how)})" if how else ""),
         f"batch {recipe.batch}" + (f" x accumulation {recipe.accumulation}" if recipe.accumulation > 1 else ""),
-        recipe.attention,
+        f"{recipe.attention} by {kernel}" if kernel else recipe.attention,
     ]
     return ", ".join([*words, *([f"FSDP2 over {recipe.gpus:,} GPUs"] if recipe.sharded else [])])
 

@@ -17,11 +17,13 @@ from typing import NamedTuple
 from ..spec.families import family_of
 from ..spec.families.base import LAYER
 from ..spec.model import LayerKind, Model
+from ..spec.platform import AMPERE, Platform
 from .autograd import record_step
 from .cuda import CUBLASLT_WORKSPACE, flash_rows
 from .fsdp import into_groups, shards_of
 from .instants import Instant, Stage
-from .kernels import KERNELS, NO_SDPA, SDPA
+from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
+from .kernels.base import AttentionCall, Kernel
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
 from .losses import LOSSES
 from .optimizers import optimizer_memory
@@ -68,6 +70,7 @@ class Layout(NamedTuple):
     masked: bool  # sliding-window layers carry an explicit mask
     padded: bool = False  # whose rows are padded (cuda.BIAS_ROWS)
     spans: Spans | None = None  # that the tokens lie in; None: workspaces that depend on them are left out
+    platform: Platform = AMPERE  # by which sdpa chooses its kernels
 
 
 class Copies(NamedTuple):
@@ -432,6 +435,7 @@ def build(model: Model, layout: Layout) -> Tape:
         attention=attention_kernel(model, recipe),
         masked=layout.masked,
         padded=layout.padded,
+        platform=layout.platform,
     )
     in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks
     frozen = frozen_names(model, Selection(recipe.train, recipe.freeze))
@@ -509,11 +513,21 @@ def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
 
 
 def attention_kernel(model: Model, recipe: Recipe) -> str:
-    """Attention that runs: where transformers has no sdpa for the model (soft-capping, sinks), flash; eager in fp32, as flash
-    computes in 16 bits only."""
-    if recipe.attention != SDPA or model.has_sdpa:
+    """Attention that a recipe comes to: where transformers has no sdpa for the model (soft-capping, sinks), flash; eager in fp32, as
+    flash computes in 16 bits only."""
+    if not runs_sdpa(recipe.attention) or model.has_sdpa:
         return recipe.attention
     return "eager" if recipe.precision == "fp32" else NO_SDPA
+
+
+def kernels_of(model: Model, layout: Layout) -> tuple[Kernel, ...]:
+    """Attention kernels that a step runs, each once: of layers without an explicit mask, and of those with one."""
+    recipe = layout.recipe
+    attention = attention_kernel(model, recipe)
+    masks = {layout.masked and kind.window is not None for kind in model.layer_kinds}
+    dtype = "float32" if recipe.precision == "fp32" else "bfloat16"
+    calls = [AttentionCall.from_attention(model.attention, dtype, masked, layout.platform) for masked in sorted(masks)]
+    return tuple(dict.fromkeys(chosen(attention, asked) for asked in calls))
 
 
 def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -582,7 +596,7 @@ def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
 
 def _mask(w: Writer, sliding: bool, layout: Layout) -> tuple[Tensor, ...]:
     """An explicit attention mask: made once in forward, for all layers of a kind."""
-    if layout.recipe.attention != SDPA and KERNELS[layout.recipe.attention].makes_causal_mask:
+    if not runs_sdpa(layout.recipe.attention) and KERNELS[layout.recipe.attention].makes_causal_mask:
         mask = w.tape.new("causal mask", "b s s", layout.recipe.used_dtype)
     elif sliding and layout.masked:
         mask = w.tape.new("sliding-window mask", "s s", "bool")

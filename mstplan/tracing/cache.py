@@ -19,6 +19,7 @@ from typing import Any
 from .. import files
 from ..errors import InputError, MissingError, OutputError, VersionError, one_line
 from ..profiles import user_folder
+from ..spec.platform import AMPERE, Platform
 from ..spec.releases import parse_release
 from ..step.recipe import Recipe
 from .trace import Trace
@@ -66,6 +67,7 @@ def _digest_of_package() -> str:
                 for path in root.glob(f"step/{subfolder}/*.py")
             ),
             *(root / "step" / name for name in ("cuda.py", "workspaces.py", "selection.py", "instants.py")),
+            root / "spec" / "platform.py",
         ]
     ):
         digest.update(path.read_bytes())
@@ -79,12 +81,14 @@ def trace_of(
     *,
     on: str = "cuda",
     workspace: int = 0,
+    platform: Platform = AMPERE,
     keep: bool = True,
     code_from: str | None = None,
     threads: int | None = None,
 ) -> Trace:
-    """The trace of one step, from the cache or made now. keep: use and fill the cache, which knows nothing of a model's own
-    code (code_from). threads: of a CPU, whose kernels hold something for each; as many as torch has here by default.
+    """The trace of one step, from the cache or made now. platform: of the GPU, whose attention kernels run. keep: use and fill the
+    cache, which knows nothing of a model's own code (code_from). threads: of a CPU, whose kernels hold something for each; as
+    many as torch has here by default.
 
     Raises MissingError without torch, and what `tracer.trace` raises.
     """
@@ -93,7 +97,9 @@ def trace_of(
         import torch
 
         threads = torch.get_num_threads()
+    platform = platform.alike if on == "cuda" else AMPERE
     case = {"config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "threads": threads}
+    case["platform"] = platform._asdict()
     key = {"schema_version": SCHEMA_VERSION, "versions": code_versions, **case}
     path = _path_of(key) if keep and code_from is None else None
     step_trace = _read_trace(path) if path is not None else None
@@ -102,7 +108,7 @@ def trace_of(
         from .tracer import trace
 
         with on_threads(threads):
-            step_trace = trace(config, recipe, seq_len, on=on, code_from=code_from)
+            step_trace = trace(config, recipe, seq_len, on=on, platform=platform, code_from=code_from)
         if path is not None:
             _write_trace(path, step_trace)
     return step_trace.with_workspace(workspace)

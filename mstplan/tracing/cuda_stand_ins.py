@@ -3,11 +3,13 @@ what mstplan's own part of the step does otherwise (`fake_runtime.py`).
 
 | on the card | source |
 |---|---|
+| attention by cuDNN, its row statistics and workspace | from source: aten native/cudnn/MHA.cpp; measured |
 | attention by FlashAttention-2, its row statistics and workspace | from source: aten native/transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd |
 | with a mask, or head sizes not for that, the memory-efficient kernel | from source: aten transformers/cuda/attention.cu, attention_backward.cu |
 | its sums and workspace | mstplan/step/cuda.py |
 | a mask as a bias, padded to rows of 8 | from source: aten transformers/attention.cpp, convert_boolean_attn_mask and preprocess_mask |
-| which kernel scaled_dot_product_attention takes | from source: aten transformers/cuda/sdp_utils.cpp; cuDNN's, first on Hopper from torch 2.11, is left out |
+| which kernel scaled_dot_product_attention takes | from source: aten transformers/cuda/sdp_utils.cpp |
+| softmax's backward multiplies gradient and output first | from source: aten native/cuda/SoftMax.cu, softmax_backward_cuda_out |
 | layer norm keeps its row statistics in fp32 | from source: aten native/cuda/layer_norm_kernel.cu, layer_norm_cuda |
 | dropout keeps a mask of one byte a number | from source: aten native/Dropout.cpp, native_dropout |
 """
@@ -20,7 +22,8 @@ from typing import Any
 
 import torch
 
-from ..step.kernels import SDPA, chosen
+from ..spec.platform import AMPERE, Platform
+from ..step.kernels import NO_SDPA, SDPA, chosen, runs_sdpa
 from ..step.kernels.base import AttentionCall
 from ..train.lazy import LazyTensor
 from .kernels import STAND_INS
@@ -69,8 +72,11 @@ class _LayerNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _attention_on_cuda(plain: Callable[..., torch.Tensor], recorder: Recorder) -> Callable[..., torch.Tensor]:
-    """scaled_dot_product_attention as CUDA chooses its kernel."""
+def _attention_on_cuda(
+    plain: Callable[..., torch.Tensor], recorder: Recorder, named: str, platform: Platform
+) -> Callable[..., torch.Tensor]:
+    """scaled_dot_product_attention as CUDA chooses its kernel. named: a recipe's attention."""
+    name = named if named == NO_SDPA else named if runs_sdpa(named) else SDPA
 
     def attention(
         query: torch.Tensor,
@@ -84,12 +90,22 @@ def _attention_on_cuda(plain: Callable[..., torch.Tensor], recorder: Recorder) -
     ) -> torch.Tensor:
         q, k, v = _autocast(query, key, value)
         asked = AttentionCall(
-            str(q.dtype)[6:], q.shape[-1], v.shape[-1], k.shape[1] != q.shape[1], attn_mask is not None
+            str(q.dtype)[6:],
+            q.shape[-1],
+            v.shape[-1],
+            k.shape[1] != q.shape[1],
+            attn_mask is not None,
+            dropout_p,
+            platform,
         )
         call = Call(q, k, v, attn_mask, dropout_p, is_causal, scale, plain)
-        return STAND_INS[chosen(SDPA, asked).name].attend(call, recorder)
+        return STAND_INS[chosen(name, asked).name].attend(call, recorder)
 
     return attention
+
+
+def _gradient_x_output(gradient: torch.Tensor, output: torch.Tensor, *_: object) -> tuple[str, torch.Tensor]:
+    return "softmax: gradient x output", torch.empty_like(output)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -122,11 +138,12 @@ def _layer_norm(
 
 
 @contextmanager
-def as_on_cuda(recorder: Recorder) -> Iterator[None]:
-    """Within the context a step on fake CPU tensors, seen by `recorder`, allocates what it would on a card. Raises VersionError
-    where torch or transformers has no place for that."""
+def as_on_cuda(recorder: Recorder, attention: str = SDPA, platform: Platform = AMPERE) -> Iterator[None]:
+    """Within the context a step on fake CPU tensors, seen by `recorder`, allocates what it would on a card of that platform. attention: a
+    recipe's. Raises VersionError where torch or transformers has no place for that."""
+    recorder.temporaries = {torch.ops.aten._softmax_backward_data: _gradient_x_output}
     kernels: dict[Target, MakeReplacement] = {
-        ATTENTION: lambda plain: _attention_on_cuda(plain, recorder),
+        ATTENTION: lambda plain: _attention_on_cuda(plain, recorder, attention, platform),
         DROPOUT: lambda _plain: _dropout,
         LAYER_NORM: lambda _plain: _layer_norm,
     }

@@ -37,6 +37,8 @@ class ModuleLabel(NamedTuple):
     is_layer: bool = False
 
 
+MakeTemporary = Callable[..., tuple[str, torch.Tensor]]
+"""Of an operation's arguments, what its kernel makes, and for what."""
 ROOT = ModuleLabel("", Category.OTHER, None)
 IN_HOOK = ModuleLabel("", Category.STATES, None)  # an optimizer that steps in backward, as soon as a gradient is there
 
@@ -62,6 +64,7 @@ class Recorder(TorchDispatchMode):
         ] = []  # autograd's sequence numbers, and whose forward they are of
         self._layer_labels = [label for label in labels.values() if label.is_layer]
         self.recomputing: Callable[[], int | None] = lambda: None  # the layer that a checkpoint runs again
+        self.temporaries: Mapping[Any, MakeTemporary] = {}  # what kernels make for themselves beside their results
         self._purpose: tuple[str, Category | None] | None = None  # what a stand-in says it allocates for
         self._pending_sum: tuple[int, int] | None = (
             None  # a sum of gradients just made: (its storage, that of its first summand)
@@ -152,6 +155,10 @@ class Recorder(TorchDispatchMode):
             for value in tree_iter(out):
                 if isinstance(value, torch.Tensor):
                     self._record_storage(value, func, label)
+        if (make := self.temporaries.get(func.overloadpacket)) is not None:
+            purpose, temporary = make(*args, **(kwargs or {}))
+            with self.purpose(purpose, label.category):
+                self._record_storage(temporary, func, label)
         return out
 
     def _record_storage(self, tensor: torch.Tensor, func: Any, label: ModuleLabel) -> None:

@@ -23,8 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, ModelError, one_line
 from ..spec.model import Model
+from ..spec.platform import AMPERE, Platform
 from ..step.instants import Pass
-from ..step.kernels import NO_SDPA, SDPA
+from ..step.kernels import NO_SDPA, SDPA, runs_sdpa
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
 from ..step.runnable import check_runnable
@@ -56,18 +57,27 @@ def trace(
     *,
     on: str = "cuda",
     workspace: int = 0,
+    platform: Platform = AMPERE,
     whole: bool = False,
     code_from: str | None = None,
 ) -> Trace:
     """Trace one training step, after the first, of the model that `config` (a config.json) describes.
 
-    on: "cuda", or "cpu" for what the same step allocates there. workspace: bytes that cuBLAS holds on the card. whole: run
-    every layer and every chunk. code_from: the folder or Hugging Face id of a model whose own code may be run. Raises
-    ModelError for a model that transformers or the runtime cannot serve, RecipeError for a recipe that no step can follow.
+    on: "cuda", or "cpu" for what the same step allocates there. workspace: bytes that cuBLAS holds on the card. platform: its, by
+    which sdpa chooses its attention kernels. whole: run every layer and every chunk. code_from: the folder or Hugging Face id of
+    a model whose own code may be run. Raises ModelError for a model that transformers or the runtime cannot serve, RecipeError
+    for a recipe that no step can follow.
     """
     settings = read_settings(config, code_from)
     return trace_settings(
-        settings, recipe, seq_len, on=on, workspace=workspace, whole=whole, remote_code=code_from is not None
+        settings,
+        recipe,
+        seq_len,
+        on=on,
+        workspace=workspace,
+        platform=platform,
+        whole=whole,
+        remote_code=code_from is not None,
     )
 
 
@@ -78,6 +88,7 @@ def trace_settings(
     *,
     on: str = "cuda",
     workspace: int = 0,
+    platform: Platform = AMPERE,
     whole: bool = False,
     remote_code: bool = False,
 ) -> Trace:
@@ -94,7 +105,7 @@ def trace_settings(
     all_layers = list(range(len(kinds)))
 
     def trace_layers(model: PreTrainedModel, layer_numbers: list[int]) -> Trace:
-        short = _record_layers(model, recipe, seq_len, layer_numbers, every, on, whole)
+        short = _record_layers(model, recipe, seq_len, layer_numbers, every, on, whole, platform)
         return Trace(
             recipe,
             seq_len,
@@ -149,7 +160,7 @@ def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
     card where it can (16 bits), else eager."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
     kind = kind[0] if isinstance(kind, tuple) else kind
-    if recipe.attention == SDPA:
+    if runs_sdpa(recipe.attention):
         return (
             SDPA if getattr(kind, "_supports_sdpa", True) else STAND_INS[NO_SDPA].implementation_for(recipe, kind, on)
         )
@@ -157,7 +168,14 @@ def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
 
 
 def _record_layers(
-    full: PreTrainedModel, recipe: Recipe, seq_len: int, layer_numbers: list[int], every: int, on: str, whole: bool
+    full: PreTrainedModel,
+    recipe: Recipe,
+    seq_len: int,
+    layer_numbers: list[int],
+    every: int,
+    on: str,
+    whole: bool,
+    platform: Platform,
 ) -> Recording:
     """Forward and backward of a step with the layers of these numbers, where checkpoints begin as in the whole, every so many layers."""
     model = _keep_layers(full, locate.find_parts(full).layers, layer_numbers)
@@ -167,18 +185,25 @@ def _record_layers(
         if mesh is not None:
             shard_model(model, recipe, mesh)
         starts = [n for n, i in enumerate(layer_numbers) if i % every == 0]
-        return record_passes(model, recipe, seq_len, starts, on, None if whole else FEW_CHUNKS)
+        return record_passes(model, recipe, seq_len, starts, on, None if whole else FEW_CHUNKS, platform)
 
 
 def record_passes(
-    model: PreTrainedModel, recipe: Recipe, seq_len: int, starts: list[int], on: str, most_chunks: int | None = None
+    model: PreTrainedModel,
+    recipe: Recipe,
+    seq_len: int,
+    starts: list[int],
+    on: str,
+    most_chunks: int | None = None,
+    platform: Platform = AMPERE,
 ) -> Recording:
     """Forward and backward of a step of a model that is there. starts: the layers that checkpoints begin with. most_chunks: of a
     sequence, to be run; None: all."""
     units = len(locate.find_parts(model).layers)
     recorder = Recorder(_label_modules(model), units)
     runtime = FakeCardRuntime(recorder, most_chunks) if on == "cuda" else FakeRuntime(most_chunks)
-    device = as_on_cuda(recorder) if on == "cuda" else on_fake_tensors()
+    attention = "flash" if model.config._attn_implementation == FLASH else recipe.attention
+    device = as_on_cuda(recorder, attention, platform) if on == "cuda" else on_fake_tensors()
     with device, record_fsdp(recorder) if recipe.sharded else nullcontext():
         bare_recipe = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
         step = TrainingStep(model, bare_recipe, seq_len, runtime)

@@ -29,13 +29,13 @@ def test_host_memory_is_named() -> None:
         ("h100", {"precision": "mixed"}, True),
     ],
 )
-def test_another_attention_kernel_than_the_one_counted_is_said(on: str, changes: dict[str, object], said: bool) -> None:
-    notes = advice.kernel_notes(load_model("llama3.1-8b"), strategy("mst", **changes), card(on))
-    assert [("cuDNN" in note and "--attention flash" in note) for note in notes] == [True] * said
+def test_where_the_kernel_depends_on_torch_it_is_said(on: str, changes: dict[str, object], said: bool) -> None:
+    model = load_model("llama3.1-8b")
+    notes = advice.kernel_notes(model, strategy("mst", **changes), card(on, torch="2.13"))
+    assert ["cuDNN's attention" in note and "2.13+cu130" in note for note in notes] == [True] * said
+    notes = advice.kernel_notes(model, strategy("mst", **changes), card(on, torch="2.10+cu128"))
+    assert ["FlashAttention-2" in note and "2.10+cu128" in note for note in notes] == [True] * said
     assert advice.kernel_notes(load_model("gpt-oss-20b"), strategy("mst"), card("h100")) == []  # which has no sdpa
-    assert (
-        advice.kernel_notes(load_model("llama3.1-8b"), strategy("mst"), card(memory=80 * 2**30)) == []
-    )  # a card nobody named
 
 
 def test_notes_are_said_when_they_hold_and_only_then() -> None:

@@ -198,7 +198,7 @@ def test_two_sequences_of_half_the_length(data):
 
 def fp32_sums(model, recipe, chunks, seq_len):
     """What several chunks cost: fp32 sums of the weights' gradients, of one MLP and of the head."""
-    step = step_of(model, recipe, A100.gpu, chunks, seq_len)
+    step = step_of(model, recipe, A100, chunks, seq_len)
     parts = [op.part for op in step.tape.ops if op.part is not None]
     inner = [op.part for part in parts if not part.in_forward for op in part.tape.ops if op.part is not None]
     head = sum(t.bytes for part in parts if part.in_forward for t in part.sums)

@@ -49,15 +49,15 @@ class FlashStandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        batch, heads, tokens, _ = q.shape
-        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
-        log_sum_exp = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+        out = torch.empty_like(q)  # its strides too
+        log_sum_exp = q.new_empty(*q.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, log_sum_exp)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, k, v, *_ = ctx.saved_tensors
+        q, k, v, out, _ = ctx.saved_tensors
+        _copies = [x.transpose(1, 2).contiguous() for x in (grads[0], out)]  # (attention_backward.cu)
         batch, heads, tokens, size = q.shape
         rows = -(-tokens // 128) * 128
         padded = -(-size // 32) * 32 if size <= 192 else 256

@@ -17,7 +17,7 @@ from mstplan.errors import RecipeError
 from mstplan.plan.layout import step_of, step_sizes
 from mstplan.plan.solve import fixed_chunks
 from mstplan.spec.catalog import load_config
-from mstplan.spec.hardware import find_gpu
+from mstplan.spec.hardware import card
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.fsdp import BUFFER, GATHERED, SCATTER, SHARDS, first_of_ranks, shard_shape
 from mstplan.tracing.trace import Trace
@@ -26,7 +26,8 @@ from mstplan.tracing.tracer import trace
 from ..processes import on_two_ranks
 from .two_ranks import CONFIG, TOKENS, recipes
 
-GPU = find_gpu("h100")
+ON = card("h100")
+GPU = ON.gpu
 LARGE = 8192  # bytes; smaller ones are scalars, row statistics, and the random generator's state (5,056) that a checkpoint keeps
 
 # What real ranks allocate and the trace does not: buffers that a card does not have either.
@@ -175,9 +176,9 @@ def test_what_is_held_while_a_layer_runs():
 
 def check_formula(name: str, recipe: Recipe, tokens: int) -> None:
     """Every instant within 1%, the peak within 0.2%."""
-    found = trace(load_config(name), recipe, tokens, workspace=GPU.workspaces_bytes)
+    found = trace(load_config(name), recipe, tokens, workspace=GPU.workspaces_bytes, platform=ON.platform)
     chunks = fixed_chunks(recipe)
-    step = step_of(load_model(name), recipe, GPU, chunks, tokens)
+    step = step_of(load_model(name), recipe, ON, chunks, tokens)
     formula = {instant.name: instant.bytes for instant in step.instants(step_sizes(recipe, tokens, chunks))}
     assert formula == {p.instant: pytest.approx(p.bytes, rel=0.01) for p in found.peaks}
     assert max(formula.values()) == pytest.approx(found.peak.bytes, rel=0.002)

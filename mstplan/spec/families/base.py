@@ -103,6 +103,7 @@ class Code(NamedTuple):
     rotary_in_fp32: bool = False  # cos and sin stay in fp32; queries and keys are cast back
     interleaved_tables: bool = False  # each layer makes its own cos and sin, every number twice
     half_tables: bool = False  # cos and sin have one entry for both halves
+    joins_rotary: bool = False  # torch.cat joins the turned part and the rest of queries and keys, be there no rest
     local_rotary: bool = False  # layers with a window have frequencies of their own
     slices_qkv: bool = False  # a fused projection is sliced: each gradient lies in zeros of the whole
     holds_qkv: bool = False  # variables hold input, queries, keys and values until dropout after attention is done

@@ -8,7 +8,7 @@ GLM = Family(
     defaults(4096, 40, 32, 2, 151552, 13696, head_dim=128, attention_bias=True, partial_rotary_factor=0.5),
     out_bias=False,
     fused_mlp=True,
-    code=Code(interleaved_tables=True),
+    code=Code(interleaved_tables=True, joins_rotary=True),
 )
 
 FAMILIES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LAYER, Family, defaults
+from .base import LAYER, Code, Family, defaults
 
 FAMILIES = {
     "gpt_neox": Family(
@@ -22,6 +22,7 @@ FAMILIES = {
         own_heads=False,
         dropout="hidden_dropout",
         parallel_switch="use_parallel_residual",
+        code=Code(joins_rotary=True),
         names={
             LAYER: "gpt_neox.layers.{}.",
             "embed_tokens": "gpt_neox.embed_in",

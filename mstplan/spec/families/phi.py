@@ -13,6 +13,6 @@ FAMILIES = {
         fused_qkv=True,
         fused_mlp=True,
         dropout="resid_pdrop",
-        code=Code(slices_qkv=True),
+        code=Code(slices_qkv=True, joins_rotary=True),
     ),
 }

@@ -1,21 +1,24 @@
 """Attention kernels, a file each: which attention they serve, what they keep, their workspace.
 
 Recipes, the command line's help, refusals and the layers that are laid out read `KERNELS`, in the order in which
-scaled_dot_product_attention asks them (aten transformers/cuda/sdp_utils.cpp; cuDNN's, first on Hopper from torch 2.11, is left out).
+scaled_dot_product_attention asks them (aten transformers/cuda/sdp_utils.cpp, priority_order).
 """
 
 from __future__ import annotations
 
+from ...errors import RecipeError
 from .base import AttentionCall, Kernel
+from .cudnn import Cudnn
 from .eager import Eager
 from .efficient import Efficient
 from .flash import Flash
+from .math import Math
 
 SDPA = "sdpa"
 """What recipes call scaled_dot_product_attention, which chooses its kernel itself."""
 NO_SDPA = "flash"
 """What runs where transformers has no sdpa for a model and the kernel can serve."""
-KERNELS: dict[str, Kernel] = {each.name: each for each in (Flash(), Efficient(), Eager())}
+KERNELS: dict[str, Kernel] = {each.name: each for each in (Cudnn(), Flash(), Efficient(), Math(), Eager())}
 """By the name that recipes have for them."""
 
 
@@ -24,8 +27,18 @@ def attentions() -> list[str]:
     return [SDPA, *(name for name, each in KERNELS.items() if each.by_name)]
 
 
+def runs_sdpa(attention: str) -> bool:
+    """Whether a recipe's attention comes to scaled_dot_product_attention, which takes an explicit mask for sliding windows."""
+    return attention == SDPA or KERNELS[attention].within_sdpa
+
+
 def chosen(attention: str, asked: AttentionCall) -> Kernel:
-    """The kernel that a recipe's attention comes to."""
-    if attention != SDPA:
-        return KERNELS[attention]
-    return next(each for each in KERNELS.values() if each.by_sdpa and each.serves(asked))
+    """The kernel that a recipe's attention comes to. Raises RecipeError for one that is named and does not serve."""
+    if attention == SDPA:
+        return next(each for each in KERNELS.values() if each.is_asked(asked.platform) and each.serves(asked))
+    kernel = KERNELS[attention]
+    if kernel.within_sdpa and not kernel.serves(asked):
+        raise RecipeError(
+            f"attention {attention} does not serve {asked.words}.\nUse --attention sdpa, which chooses one that does."
+        )
+    return kernel

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from ...spec.platform import AMPERE, Platform
+from ..tape import ForGradients
+
 if TYPE_CHECKING:
     from ...spec.model import Attention, LayerKind
     from ..layers import Writer
@@ -11,17 +14,28 @@ if TYPE_CHECKING:
 
 
 class AttentionCall(NamedTuple):
-    """Facts that scaled_dot_product_attention looks at when it chooses its kernel (aten sdp_utils.cpp)."""
+    """Facts that scaled_dot_product_attention looks at when it chooses its kernel (aten transformers/cuda/sdp_utils.cpp)."""
 
     dtype: str
     head_dim: int  # of queries and keys
     v_head_dim: int
     grouped: bool  # several query heads share a key; with a mask transformers repeats keys and values first
     masked: bool  # an explicit mask beside causality
+    dropout: float = 0.0
+    platform: Platform = AMPERE
+
+    @property
+    def words(self) -> str:
+        heads = "grouped heads" if self.grouped else "heads"
+        mask = " under an explicit mask" if self.masked else ""
+        return f"{heads} of size {self.head_dim} and {self.v_head_dim} in {self.dtype}{mask}"
 
     @classmethod
-    def from_attention(cls, a: Attention, dtype: str, masked: bool) -> AttentionCall:
-        return cls(dtype, a.head_dim, a.v_head_dim, a.kv_heads != a.heads and not masked, masked)
+    def from_attention(cls, a: Attention, dtype: str, masked: bool, platform: Platform) -> AttentionCall:
+        grouped = (
+            a.kv_heads != a.heads and not masked and a.v_head_dim == a.head_dim <= 256
+        )  # else transformers repeats
+        return cls(dtype, a.head_dim, a.v_head_dim, grouped, masked, a.dropout, platform)
 
 
 class Kernel:
@@ -30,13 +44,23 @@ class Kernel:
 
     name: ClassVar[str]
     """What recipes and --attention call it."""
+    label: ClassVar[str]
+    """What people read for it."""
     by_name: ClassVar[bool] = True
     """Whether a recipe can ask for it; else only `sdpa` chooses it."""
     by_sdpa: ClassVar[bool] = True
     """Whether scaled_dot_product_attention chooses it where it serves."""
+    within_sdpa: ClassVar[bool] = False
+    """Whether a recipe that asks for it runs scaled_dot_product_attention, with masks and all, and lets it have this kernel only."""
     makes_causal_mask: ClassVar[bool] = False
     """Whether transformers makes a mask (b, s, s) for it, in the hidden states' dtype."""
     sixteen_bit_only: ClassVar[bool] = False
+    pads_masks: ClassVar[bool] = False
+    """Whether it takes a copy of a mask whose rows are padded (cuda.BIAS_ROWS)."""
+
+    def is_asked(self, platform: Platform) -> bool:
+        """Whether scaled_dot_product_attention asks it there, where it has its choice."""
+        return self.by_sdpa
 
     def serves(self, asked: AttentionCall) -> bool:
         raise NotImplementedError
@@ -53,6 +77,33 @@ def flops(a: Attention, window: int | None = None) -> tuple[tuple[int, int], ...
     return full if window is None else (*full, (1, 2 * window * per_pair))
 
 
+def output(w: Writer, q: Tensor) -> Tensor:
+    """What a kernel makes that lays its output out as q is."""
+    a = w.model.attention
+    e = "e" if a.v_head_dim == a.head_dim else "ev"
+    return w.tape.new("attention mixed", f"b H s {e}" if heads_first(q) else f"{w.t} H {e}", q.dtype)
+
+
+def heads_first(q: Tensor) -> bool:
+    """Whether the rows of a head lie together, as torch.cat leaves them: (b, H, s, e); projections give (b, s, H, e)."""
+    return q.shape.split()[1] == "H"
+
+
+def tokens_first(w: Writer, mixed: Tensor) -> Tensor:
+    """Attention's output as the output projection takes it: a copy where it lies heads first (transformers
+    integrations/sdpa_attention.py)."""
+    if not heads_first(mixed):
+        return mixed
+    joined = w.tape.new("attention mixed, tokens first", f"{w.t} H {mixed.shape.split()[-1]}", mixed.dtype)
+    return w.tape.op("join heads", [mixed], joined, grads=((mixed, None),))
+
+
+def mask_as_bias(w: Writer, dtype: str) -> Tensor:
+    """A boolean mask as a bias in the queries' dtype (aten transformers/attention.cpp, convert_boolean_attn_mask)."""
+    bias = w.tape.new("attention bias", "b s s", dtype)
+    return w.tape.op("mask to bias", [], bias)
+
+
 def repeated(w: Writer, x: Tensor) -> Tensor:
     """Keys or values for every query head: a copy, of a single head a view."""
     a = w.model.attention
@@ -61,3 +112,24 @@ def repeated(w: Writer, x: Tensor) -> Tensor:
     name, shape = x.name + " for every query head", f"{w.t} H e"
     y = w.tape.view(x, name, shape) if a.kv_heads == 1 else w.tape.new(name, shape, x.dtype)
     return w.tape.op("repeat " + x.name, [x], y, grads=((x, w.tape.grad(x)),))
+
+
+def scores_of(w: Writer, name: str, dtype: str) -> Tensor:
+    return w.tape.new(name, "b H s s", dtype)
+
+
+def mix(w: Writer, weights: Tensor, v: Tensor, holds: tuple[Tensor, ...]) -> Tensor:
+    """The product of the attention matrix and the values, by head, while variables hold `holds`; and its copy, tokens first."""
+    tape, a = w.tape, w.model.attention
+    e = "e" if a.v_head_dim == a.head_dim else "ev"
+    mixed = tape.new("attention mixed, by head", f"b H s {e}", v.dtype)
+    tape.op(
+        "mix values",
+        [weights, v],
+        mixed,
+        for_gradients=ForGradients(((weights, v), (v, weights))),
+        grads=((weights, tape.grad(weights)), (v, tape.grad(v))),
+        flops=((4, a.heads * a.v_head_dim * 2),),
+        holds=holds,
+    )
+    return tokens_first(w, mixed)

@@ -1,4 +1,4 @@
-"""transformers' eager attention, and sdpa's math kernel: the score matrix is written out."""
+"""transformers' eager attention: the score matrix is written out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..selection import WeightKind
 from ..tape import ForGradients
-from .base import AttentionCall, Kernel, repeated
+from .base import AttentionCall, Kernel, mix, repeated, scores_of
 
 if TYPE_CHECKING:
     from ...spec.model import Attention, LayerKind
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class Eager(Kernel):
     name = "eager"
+    label = "eager"
+    by_sdpa = False
     makes_causal_mask = True
 
     def serves(self, asked: AttentionCall) -> bool:
@@ -25,7 +27,7 @@ class Eager(Kernel):
         """transformers' eager_attention_forward: the score matrix is written out several times."""
         tape, a = w.tape, w.model.attention
         k, v = repeated(w, k), repeated(w, v)
-        scores = _scores(w, "scores", q.dtype)
+        scores = scores_of(w, "scores", q.dtype)
         tape.op(
             "scores",
             [q, k],
@@ -34,13 +36,13 @@ class Eager(Kernel):
             grads=tuple((x, tape.grad(x)) for x in (q, k)),
             flops=((4, a.heads * a.head_dim * 2),),
         )
-        scores = w.pointwise("scale scores", scores, _scores(w, "scaled scores", q.dtype))
+        scores = w.pointwise("scale scores", scores, scores_of(w, "scaled scores", q.dtype))
         if a.softcap:
-            scores = w.pointwise("divide scores", scores, _scores(w, "scores / cap", q.dtype))
-            capped = _scores(w, "tanh of scores", q.dtype)
+            scores = w.pointwise("divide scores", scores, scores_of(w, "scores / cap", q.dtype))
+            capped = scores_of(w, "tanh of scores", q.dtype)
             scores = w.pointwise("tanh", scores, capped, capped)
-            scores = w.pointwise("multiply scores", scores, _scores(w, "capped scores", q.dtype))
-        causal = _scores(w, "masked scores", q.dtype)
+            scores = w.pointwise("multiply scores", scores, scores_of(w, "capped scores", q.dtype))
+        causal = scores_of(w, "masked scores", q.dtype)
         tape.op("mask scores", [scores], causal, grads=((scores, None),))
         if a.sinks:
             return _with_sinks(w, causal, k, v, a)
@@ -48,21 +50,21 @@ class Eager(Kernel):
         keeps_dtype = w.code.softmax_as_scores and not w.numerics.autocast  # autocast runs any softmax in fp32
         wide = causal.dtype if keeps_dtype else "float32"
         scores = w.cast(causal, wide, "scores, fp32")
-        weights = _scores(w, "softmax of scores", wide)
-        w.pointwise("softmax", scores, weights, weights)
+        weights = scores_of(w, "softmax of scores", wide)
+        w.softmax("softmax", scores, weights)
         w.hold(causal)
         weights = w.cast(weights, q.dtype, "attention matrix")
         w.hold(causal)
-        return _mix(w, w.dropout(weights, a.dropout), k, v, a)
+        return _mix(w, w.dropout(weights, a.dropout), k, v)
 
 
 def _with_sinks(w: Writer, masked: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
     """gpt-oss: a sink column is joined to the scores, the row maximum is taken off, softmax runs in bf16; values are mixed by a view
     without the column. Of all tensors with that column, (b, H, s) numbers more, it is counted where it is kept."""
     sink = w.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name="")
-    joined = _scores(w, "scores and sinks", masked.dtype)
+    joined = scores_of(w, "scores and sinks", masked.dtype)
     w.tape.op("join sinks", [masked], joined, grads=((masked, None),), weights=(sink,))
-    shifted = _scores(w, "shifted scores", masked.dtype)
+    shifted = scores_of(w, "shifted scores", masked.dtype)
     beside = w.tape.new("places of row maxima", "b H s", "int64"), w.tape.new("softmax of sinks", "b H s", masked.dtype)
     w.tape.op(
         "shift scores",
@@ -71,32 +73,17 @@ def _with_sinks(w: Writer, masked: Tensor, k: Tensor, v: Tensor, a: Attention) -
         *beside,
         keeps=beside,
         grads=((joined, None),),
-        back_temps=(_scores(w, "negated", masked.dtype),),
+        back_temps=(scores_of(w, "negated", masked.dtype),),
     )
-    weights = _scores(w, "softmax of scores", masked.dtype)
-    w.pointwise("softmax", shifted, weights, weights)
+    weights = scores_of(w, "softmax of scores", masked.dtype)
+    w.softmax("softmax", shifted, weights)
     w.hold(masked)
-    mixed = _mix(w, w.slice(weights, "attention matrix", "b H s s"), k, v, a)
+    mixed = _mix(w, w.slice(weights, "attention matrix", "b H s s"), k, v, shifted, weights)
     w.hold(shifted)
     return mixed
 
 
-def _scores(w: Writer, name: str, dtype: str) -> Tensor:
-    return w.tape.new(name, "b H s s", dtype)
-
-
-def _mix(w: Writer, weights: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
-    e = "e" if a.v_head_dim == a.head_dim else "ev"
-    mixed = w.tape.new("attention mixed, by head", f"{w.t} H {e}", v.dtype)
-    w.tape.op(
-        "mix values",
-        [weights, v],
-        mixed,
-        for_gradients=ForGradients(((weights, v), (v, weights))),
-        grads=((weights, w.tape.grad(weights)), (v, w.tape.grad(v))),
-        flops=((4, a.heads * a.v_head_dim * 2),),
-    )
-    out = w.tape.new("attention mixed", mixed.shape, v.dtype)
-    joined = w.tape.op("join heads", [mixed], out, grads=((mixed, None),))
-    w.hold(k, v)
-    return joined
+def _mix(w: Writer, weights: Tensor, k: Tensor, v: Tensor, *variables: Tensor) -> Tensor:
+    mixed = mix(w, weights, v, holds=(k, *variables))
+    w.hold(k, v, *variables)
+    return mixed

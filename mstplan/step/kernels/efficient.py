@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..cuda import efficient_accumulates, efficient_workspace
 from ..tape import ITEMSIZE, ForGradients
-from .base import AttentionCall, Kernel, flops, repeated
+from .base import AttentionCall, Kernel, flops, mask_as_bias, repeated
 
 if TYPE_CHECKING:
     from ...spec.model import LayerKind
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 class Efficient(Kernel):
     name = "efficient"
-    by_name = False
+    label = "the memory-efficient kernel"
+    within_sdpa = True
+    pads_masks = True
 
     def serves(self, asked: AttentionCall) -> bool:
         return not asked.grouped
 
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
-        return _masked(w, q, k, v) if masked else _efficient(w, q, k, v)
+        k, v = repeated(w, k), repeated(w, v)
+        return _efficient(w, q, k, v, *([_bias(w, q.dtype)] if masked else []))
 
 
-def _masked(w: Writer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """sdpa with an explicit sliding-window mask: keys and values are repeated, the boolean mask becomes a bias
-    (aten attention.cpp, convert_boolean_attn_mask)."""
-    k, v = repeated(w, k), repeated(w, v)
-    bias = w.tape.new("attention bias", "b s s", q.dtype)
-    w.tape.op("mask to bias", [], bias)
-    if w.numerics.padded:  # (aten attention.cpp, preprocess_mask)
-        padded = w.tape.new("attention bias, rows padded", "b s s", q.dtype)  # by 7 columns at most, not counted
-        bias = w.tape.op("pad the bias", [bias], padded)
-    return _efficient(w, q, k, v, bias)
+def _bias(w: Writer, dtype: str) -> Tensor:
+    """An explicit sliding-window mask as a bias, its rows padded (aten transformers/attention.cpp, preprocess_mask)."""
+    bias = mask_as_bias(w, dtype)
+    if not w.numerics.padded:
+        return bias
+    padded = w.tape.new("attention bias, rows padded", "b s s", dtype)  # by 7 columns at most, not counted
+    return w.tape.op("pad the bias", [bias], padded)
 
 
 def _efficient(w: Writer, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:

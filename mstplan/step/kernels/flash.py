@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..cuda import flash_head_size
 from ..selection import WeightKind
 from ..tape import ForGradients
-from .base import AttentionCall, Kernel, flops
+from .base import AttentionCall, Kernel, flops, heads_first, tokens_first
 
 if TYPE_CHECKING:
     from ...spec.model import LayerKind
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 class Flash(Kernel):
     name = "flash"
+    label = "FlashAttention-2"
     sixteen_bit_only = True
 
     def serves(self, asked: AttentionCall) -> bool:
@@ -26,16 +27,17 @@ class Flash(Kernel):
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
         """FlashAttention-2 (aten transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd).
 
-        Keeps q, k, v, the output and one fp32 log-sum-exp a row. Backward makes dq, dk, dv, an fp32 accumulator of dq
-        over rows rounded up to 128 and head sizes to 32, an fp32 row sum, and with grouped queries dk and dv for every
-        query head. Values of smaller heads are padded, and the output is cropped (transformers integrations/flash_attention.py).
+        Keeps q, k, v, the output, laid out as q is, and one fp32 log-sum-exp a row. Backward makes dq, dk, dv, an fp32
+        accumulator of dq over rows rounded up to 128 and head sizes to 32, an fp32 row sum, with grouped queries dk and dv
+        for every query head, and a copy of an output that lies heads first (attention_backward.cu). Values of smaller heads
+        are padded, and the output is cropped (transformers integrations/flash_attention.py).
         """
         tape, a, window = w.tape, w.model.attention, kind.window
         narrow = a.v_head_dim != a.head_dim
         if narrow:
             padded = tape.new("V, padded", f"{w.t} H e", v.dtype)
             v = tape.op("pad V", [v], padded, grads=((v, tape.grad(v)),))
-        out = tape.new("attention mixed", f"{w.t} H e", q.dtype)
+        out = tape.new("attention mixed", "b H s e" if heads_first(q) else f"{w.t} H e", q.dtype)
         rows = tape.new("log-sum-exp", f"{w.t} H", "float32")
         rounded = flash_head_size(a.head_dim)
         sinks = (w.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name=""),) if a.sinks else ()
@@ -45,6 +47,8 @@ class Flash(Kernel):
         ]
         if a.kv_heads != a.heads:
             temps += [tape.new(f"d{x} for every query head", f"{w.t} H e", q.dtype) for x in "KV"]
+        if heads_first(q):
+            temps.append(tape.new("attention mixed, tokens first", f"{w.t} H e", q.dtype))
         tape.op(
             "flash attention",
             [q, k, v],
@@ -58,6 +62,6 @@ class Flash(Kernel):
             weights=sinks,
         )
         if not narrow:
-            return out
+            return tokens_first(w, out)
         cropped = tape.new("attention mixed, cropped", f"{w.t} H ev", q.dtype)
         return tape.op("crop", [out], cropped, grads=((out, tape.grad(out)),))

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from ...step.recipe import Recipe
 from ..recorder import Recorder
+from ..recording import Category
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -26,15 +28,34 @@ class Call(NamedTuple):
     plain: Callable[..., torch.Tensor]  # torch's own function
 
 
+def laid_out_like(q: torch.Tensor, width: int) -> torch.Tensor:
+    """A tensor with q's axes in memory in the order that q has them, its last of that width."""
+    strides = q.stride()
+    order = sorted(range(q.dim()), key=lambda axis: -strides[axis])
+    shape = [*q.shape[:-1], width]
+    made = q.new_empty([shape[axis] for axis in order])
+    return made.permute([order.index(axis) for axis in range(q.dim())])
+
+
+def bias_of(mask: torch.Tensor, dtype: torch.dtype, recorder: Recorder) -> torch.Tensor:
+    """A mask as a bias, which a boolean one is made into (aten transformers/attention.cpp, convert_boolean_attn_mask)."""
+    if mask.dtype != torch.bool:
+        return mask
+    with recorder.purpose("attention bias", Category.ATTENTION):
+        return torch.empty_like(mask, dtype=dtype)
+
+
 class StandIn:
-    """A stand-in for a kernel of `plan/kernels`. A new one is a file with a subclass, and a line in this folder's `__init__.py`."""
+    """A stand-in for a kernel of `step/kernels`. A new one is a file with a subclass, and a line in this folder's `__init__.py`."""
 
     name: ClassVar[str]
-    """What `plan/kernels` calls the kernel."""
+    """What `step/kernels` calls the kernel."""
     implementation: ClassVar[str]
     """The attn_implementation of transformers with which a traced model asks for it by name."""
     real: ClassVar[str]
     """The attn_implementation with which a model that is really run asks for it."""
+    backend: ClassVar[SDPBackend | None] = None
+    """What scaled_dot_product_attention has it as, where a recipe that names it lets it have this kernel only."""
 
     def implementation_for(self, recipe: Recipe, kind: Any, on: str) -> str:
         """The attn_implementation of a traced model of class `kind` (None: unknown) on "cuda" or "cpu"."""

@@ -7,22 +7,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from ...step.cuda import efficient_accumulates, efficient_workspace
 from ..recorder import Recorder
 from ..recording import Category
-from .base import SIXTEEN_BIT, Call, StandIn
+from .base import SIXTEEN_BIT, Call, StandIn, bias_of
 
 
 class Efficient(StandIn):
     name = "efficient"
     implementation = real = "sdpa"
+    backend = SDPBackend.EFFICIENT_ATTENTION
 
     def attend(self, call: Call, recorder: Recorder) -> torch.Tensor:
         bias = call.mask
         if bias is not None and bias.dtype == torch.bool:
+            bias = bias_of(bias, call.q.dtype, recorder)
             with recorder.purpose("attention bias", Category.ATTENTION):
-                bias = _padded(torch.empty_like(bias, dtype=call.q.dtype))
+                bias = _padded(bias)
         out: torch.Tensor = _Efficient.apply(call.q, call.k, call.v, bias, recorder)
         return out
 

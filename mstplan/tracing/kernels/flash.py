@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...step.cuda import flash_head_size, flash_rows
 from ...step.recipe import Recipe
 from ..recorder import Recorder
-from .base import Call, StandIn
+from .base import Call, StandIn, laid_out_like
 
 FLASH = "mstplan_fused"  # transformers looks for a library behind any name with "flash" in it
 
@@ -37,18 +37,21 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recorder: Recorder) -> torch.Tensor:
-        batch, heads, tokens, _ = q.shape
-        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+        out = laid_out_like(q, v.shape[-1])
         with recorder.purpose("flash: log-sum-exp"):
-            log_sum_exp = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+            log_sum_exp = q.new_empty(*q.shape[:-1], dtype=torch.float32)
+        with recorder.purpose("flash: seed and offset"):
+            seeds = [q.new_empty(2, dtype=torch.int64), q.new_empty((), dtype=torch.int64)]
+        ctx.save_for_backward(q, k, v, out, log_sum_exp, *seeds)
         ctx.recorder = recorder
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        q, k, v, *_ = ctx.saved_tensors
+        q, k, v, out, *_ = ctx.saved_tensors
         batch, heads, tokens, size = q.shape
+        with ctx.recorder.purpose("flash: tokens first"):  # (attention_backward.cu, _flash_attention_backward)
+            _copies = [x.transpose(1, 2).contiguous() for x in (grads[0], out)]
         gradients = tuple(torch.empty_like(x) for x in (q, k, v))
         with ctx.recorder.purpose("flash: row sums of dO * O"):
             workspace = [q.new_empty(batch, heads, flash_rows(tokens), dtype=torch.float32)]

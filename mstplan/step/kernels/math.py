@@ -1,0 +1,52 @@
+"""sdpa's math kernel: the score matrix is written out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..tape import ForGradients
+from .base import AttentionCall, Kernel, mask_as_bias, mix, repeated, scores_of
+
+if TYPE_CHECKING:
+    from ...spec.model import LayerKind
+    from ..layers import Writer
+    from ..tape import Tensor
+
+
+class Math(Kernel):
+    name = "math"
+    label = "the math kernel"
+    by_name = False
+
+    def serves(self, asked: AttentionCall) -> bool:
+        return True
+
+    def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
+        """In fp32 (aten transformers/attention.cpp, _scaled_dot_product_attention_math and _safe_softmax): queries and keys are
+        scaled, causality is added as a bias, in place. Its variables hold all of it until the output is there. Uncounted: of
+        several sequences the product copies the queries, heads first."""
+        tape, a = w.tape, w.model.attention
+        scaled = w.pointwise("scale queries", q, tape.new("Q, scaled", f"{w.t} H e", q.dtype))
+        bias = mask_as_bias(w, q.dtype) if masked else _causal_bias(w, q.dtype)
+        k, v = repeated(w, k), repeated(w, v)
+        keys = w.pointwise("scale keys", k, tape.new("K, scaled", f"{w.t} H e", q.dtype))
+        scores = scores_of(w, "scores", q.dtype)
+        tape.op(
+            "scores",
+            [scaled, keys, bias],
+            scores,
+            for_gradients=ForGradients(((scaled, keys), (keys, scaled))),
+            grads=tuple((x, tape.grad(x)) for x in (scaled, keys)),
+            flops=((4, a.heads * a.head_dim * 2),),
+        )
+        weights = scores_of(w, "attention matrix", q.dtype)
+        w.softmax("softmax", scores, weights, scores_of(w, "scores at -inf", "bool"))
+        w.hold(k, v, scaled, bias)
+        return mix(w, w.dropout(weights, a.dropout), v, holds=(k, scaled, bias))
+
+
+def _causal_bias(w: Writer, dtype: str) -> Tensor:
+    """A lower triangle of ones as a bias."""
+    allowed, ones = (w.tape.new(name, "s s", "bool") for name in ("causal mask", "ones"))
+    w.tape.op("causal mask", [], allowed, temps=(ones,))
+    return w.tape.op("mask to bias", [allowed], w.tape.new("attention bias", "s s", dtype))
