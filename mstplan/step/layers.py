@@ -405,7 +405,7 @@ class Writer:
             y = tape.new(f"{x.name} {name} half turned", half, x.dtype)
             minus = None if name == "second" else tape.grad(sine)
             turned.append(tape.op("rotary add", [cosine, sine], y, grads=((cosine, None), (sine, minus))))
-        whole = tape.new(f"{x.name} after rotary", x.shape, x.dtype)
+        whole = tape.new(f"{x.name} after rotary", f"b {heads} s {x.shape.split()[-1]}", x.dtype)
         tape.op("join halves", turned, whole, grads=tuple((y, None) for y in turned), holds=(x,))
         return whole
 

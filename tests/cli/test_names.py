@@ -67,7 +67,7 @@ def taken(run: Run, options: tuple[str, ...]) -> bool:
     more = ("--gpus", "8") if "fsdp" in options else ()
     beside = [
         word
-        for flag, word in (("--model", "-m gpt2"), ("--gpu", "--gpu h100"), ("--seq-len", "--seq-len 512"))
+        for flag, word in (("--model", "-m pythia-1.4b"), ("--gpu", "--gpu h100"), ("--seq-len", "--seq-len 512"))
         if flag not in options
     ]
     return run("plan", *" ".join(beside).split(), *options, *more, "--json").code in (0, 1)

@@ -77,7 +77,7 @@ def test_what_is_short_is_named(options: dict[str, object]) -> None:
 
 
 def test_padded_batches_are_a_note_with_their_number() -> None:
-    model, on = load_model("mistral-7b-v0.1"), card("h100")
+    model, on = load_model("mistral-7b-v0.1"), card("a100-80gb")
     answer = max_seq(model, strategy("mst"), on, "mst")
     longer = max_seq(model, strategy("mst", pad_to=8), on, "mst")
     (note,) = [note for note in advice.answer_notes(answer) if "--pad-to 8" in note]

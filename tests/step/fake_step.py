@@ -138,6 +138,9 @@ class Watch(TorchDispatchMode):
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):
                 self._see(value, str(func))
+        if func.overloadpacket is torch.ops.aten._softmax_backward_data:  # (SoftMax.cu: gradient x output)
+            product = torch.empty_like(args[1])
+            self._see(product, "gradient x output")
         peak = self.peaks.setdefault(self.phase, Peak())
         if self.live > peak.bytes:
             self.peaks[self.phase] = Peak(self.live, str(func), self._alive() if self._list_alive else Counter())

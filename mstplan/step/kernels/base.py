@@ -28,7 +28,9 @@ class AttentionCall(NamedTuple):
     def words(self) -> str:
         heads = "grouped heads" if self.grouped else "heads"
         mask = " under an explicit mask" if self.masked else ""
-        return f"{heads} of size {self.head_dim} and {self.v_head_dim} in {self.dtype}{mask}"
+        sizes = f"{self.head_dim}" if self.v_head_dim == self.head_dim else f"{self.head_dim} and {self.v_head_dim}"
+        dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"{heads} of size {sizes} in {self.dtype}{mask}{dropout}"
 
     @classmethod
     def from_attention(cls, a: Attention, dtype: str, masked: bool, platform: Platform) -> AttentionCall:
