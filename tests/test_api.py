@@ -58,7 +58,7 @@ def test_reprs_fit_on_a_line():
         ],
         plan: ["Plan llama3.1-8b", "80.00 GiB GPU", "65,536 tokens: does not fit", "peak ", "(backward of the loss)"],
         answer.plan: ["fits, peak", "chunks 4 and 16"],
-        mstplan.card("h100"): ["Card h100: ", "budget 78.58 GiB"],
+        mstplan.card("h100"): ["Card h100: ", "budget 78.41 GiB"],
         mstplan.find_gpu("h100"): ["Gpu h100: "],
         mstplan.card("h100", host_memory=GIB): ["CPU RAM 1.00 GiB"],
     }

@@ -45,7 +45,7 @@ def test_where_nothing_fits_the_smallest_card_is_named(name: str, holds: bool) -
 
 
 def test_what_answers_stand_on() -> None:
-    on = card("h100")
+    on = card("a100-80gb")
     told = findings.find_longest(MODEL, on, STRATEGIES)
     assert told.provenance.startswith("estimated, calibrated from traces")
     mixed = {"mst": STRATEGIES["mst"], "custom": strategy("mst", optimizer="sgd")}

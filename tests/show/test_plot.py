@@ -98,8 +98,8 @@ def test_changes_are_found_however_few_points_are_asked_for(fits, points):
         assert changes(coarse).keys() == changes(fine).keys()
         for pair, lengths in changes(
             coarse
-        ).items():  # as a chunk is rounded up, two instants may take turns for a few tokens
-            assert abs(lengths[0] - changes(fine)[pair][0]) <= 2 * max(coarse.chunks)
+        ).items():  # as a chunk is rounded up, and a sum's workspace grows by 64 tokens, two instants may take turns
+            assert abs(lengths[0] - changes(fine)[pair][0]) <= max(64, 2 * max(coarse.chunks))
 
 
 def changes(curve):
