@@ -93,10 +93,16 @@ def installed_build() -> TorchBuild | None:
 
 def build_measured(environment: Mapping[str, Any]) -> TorchBuild:
     """The build that a measurement's environment tells of; without cuDNN where its attention was switched off, and on a CPU."""
-    numbers = [tuple(map(int, re.findall(r"\d+", environment.get(name) or "0.0")[:2])) for name in ("torch", "cuda")]
+    torch, cuda = (_first_numbers(environment.get(name)) for name in ("torch", "cuda"))
     ran_cudnn = environment.get("sdpa") == "cudnn_attention"
-    (torch, cuda), cudnn = numbers, (environment.get("cudnn") or 0) if ran_cudnn else 0
-    return TorchBuild((torch[0], torch[1]), (cuda[0], cuda[1]), cudnn)
+    cudnn = environment.get("cudnn") if ran_cudnn else 0
+    return TorchBuild(torch, cuda, cudnn if isinstance(cudnn, int) else 0)
+
+
+def _first_numbers(version: object) -> tuple[int, int]:
+    """The two that a version begins with; 0 for what is none."""
+    first, second, *_ = [*map(int, re.findall(r"\d{1,9}", str(version or ""))), 0, 0]
+    return first, second
 
 
 def build_here() -> TorchBuild:

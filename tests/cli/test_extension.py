@@ -75,7 +75,7 @@ def test_formula_and_trace_agree_on_an_optimizer_from_outside(run: Run, signs):
 
 def test_max_seq_plan_and_plot_know_it(run: Run, signs, tmp_path):
     answers = {name: run("max-seq", *MODEL[:-1], name, "--json").json for name in ("sgd", "signs", "adamw")}
-    lengths = [[a["s_max"] for a in answers[name]["results"]] for name in ("sgd", "signs", "adamw")]
+    lengths = [[a["s_max_tensors"] for a in answers[name]["results"]] for name in ("sgd", "signs", "adamw")]
     assert all(few >= some >= many for few, some, many in zip(*lengths, strict=True)) and lengths[0] != lengths[2]
     host = run("plan", *MODEL, "-s", "mst", "--seq-len", "1k", "--optimizer-on-host", "--json").json
     parameters = host["model"]["parameters"]

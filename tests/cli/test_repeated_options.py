@@ -73,7 +73,7 @@ SINGLE = [
 
 @pytest.fixture(autouse=True)
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "ask_environment", lambda _device: dict(CARD))
+    monkeypatch.setattr(sweep, "ask_environment", lambda _device, _processes: dict(CARD))
 
 
 def beside(name: str, flag: str) -> list[str]:
@@ -99,7 +99,7 @@ def test_different_values_where_one_is_taken(run: Run, tmp_path: Path, name: str
 
 @pytest.mark.parametrize("name", [name for name in REQUIRED if name not in ("gpus", "published")])
 def test_the_same_value_twice_is_as_once(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def none(_device: str) -> NoReturn:
+    def none(_device: str, _processes: object) -> NoReturn:
         raise MeasurementError("no device.")
 
     monkeypatch.setattr(sweep, "ask_environment", none)

@@ -127,10 +127,10 @@ def test_max_seq_by_trace(run: Run) -> None:
 def test_calibrate_and_then_plan(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("MSTPLAN_HOME", str(tmp_path / "home"))
-    before = run("plan", "-m", "tiny.json", "--gpu-mem", "8GB", "--seq-len", "4k", "-s", "checkpoint", "--json").json
+    before = run("plan", "-m", "tiny.json", "--gpu", "h100", "--seq-len", "4k", "-s", "checkpoint", "--json").json
     said = run("calibrate", "--from", "trace", "-m", "tiny.json", "-s", "checkpoint")
     assert said.code == 0 and "tiny" in said.out and (tmp_path / "home" / "calibrations" / "tiny.json").exists()
-    asked = ("plan", "-m", "tiny.json", "--gpu-mem", "8GB", "--seq-len", "4k", "-s", "checkpoint")
+    asked = ("plan", "-m", "tiny.json", "--gpu", "h100", "--seq-len", "4k", "-s", "checkpoint")
     assert "calibrated from traces" in run(*asked).out
     after = run(*asked, "--json").json
     assert abs(after["peak_bytes"] / before["peak_bytes"] - 1) < 0.005
