@@ -441,7 +441,7 @@ def test_published_figures(run: Run) -> None:
         said.code == 0
         and "read as" in words
         and "Nothing is fitted to them" in words
-        and "lengths: 15 rows, mean error" in words
+        and "lengths: 17 rows, mean error" in words
     )
     told = run("published", "--json").json["published"]
     assert (

@@ -143,7 +143,7 @@ def test_instants_and_phases_from_counters(counters):
     assert worker._bytes_beside_tensors() == 300 - 200
 
 
-@pytest.mark.parametrize(("beside", "held"), [(100 * MIB, 512 * MIB), (700 * MIB, 700 * MIB)])
+@pytest.mark.parametrize(("beside", "held"), [(100 * MIB, 804_061_184), (900 * MIB, 900 * MIB)])
 def test_a_limit_leaves_room_for_the_context_that_predictions_count(monkeypatch, beside, held):
     """Kernels that are loaded later take more; what is there already counts if it is more than that."""
     counters, shares = Counters(), []

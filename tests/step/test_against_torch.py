@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import transformers
 
+from mstplan.step import steps
 from mstplan.step.layers import Writer, layer
 from mstplan.step.recipe import Recipe
 
@@ -232,9 +233,14 @@ def test_layer_inputs_on_the_host(name, every):
 def forgotten_product(monkeypatch):
     """A step model in which products keep one of their factors only."""
     monkeypatch.setattr(Writer, "multiply", lambda w, name, x, z, y: w.pointwise(name, x, y, x))
-    layer.cache_clear()
+    forget_layouts()
     yield
-    layer.cache_clear()
+    forget_layouts()
+
+
+def forget_layouts():
+    for each in (layer, steps._tape_without_spans, steps.step):
+        each.cache_clear()
 
 
 @pytest.mark.usefixtures("forgotten_product")

@@ -25,7 +25,20 @@ def measured() -> Iterator[tuple[str, dict[str, Any], list[Row]]]:
         document = json.loads(gzip.decompress(path.read_bytes()))
         case = document.get("case", {})
         if "recipe" in case and "config" in case:
-            yield path.name, case, [(row[0], row[1]) for row in document["events"] if row[0] != "free_completed"]
+            yield path.name, case, rows_of(document["events"])
+
+
+def rows_of(events: list[Any]) -> list[Row]:
+    """Events as they are kept: [bytes, frames] of an allocation, the number of the allocation that is released."""
+    sizes: list[int] = []
+    rows: list[Row] = []
+    for event in events:
+        if isinstance(event, list):
+            sizes.append(event[0])
+            rows.append(("alloc", event[0]))
+        else:
+            rows.append(("free_requested", sizes[event] if event >= 0 else -event))
+    return rows
 
 
 def tokens_of(case: dict[str, Any]) -> int:
