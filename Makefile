@@ -19,6 +19,7 @@ define environment
 	echo "mstplan needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=/path/to/python3" >&2; exit 1; }
 @$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+@test ! -L $(1) || { echo "$(1) is a link to another folder, which would be emptied: remove it." >&2; exit 1; }
 @echo "Setting up $(1), once: $(3)" >&2
 @$(PYTHON) -m venv --clear $(1)
 @PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(1)/bin/python -m pip install -qq -c constraints.txt -e '$(2)' >&2
