@@ -191,30 +191,6 @@ def repeated(f: Facts) -> int:
 
 REASONS = (
     Reason(
-        "partial sums of the embedding's gradient",
-        "(tokens that come up + tokens / 10, d) float32, and sorted token ids",
-        "more than 3,072 tokens are sorted, and the gradients of equal ones are summed in pieces of ten",
-        "from source: aten/native/cuda/Embedding.cu, embedding_dense_backward_cuda; EmbeddingBackwardKernel.cu",
-        lambda f: f.rows > 3072,
-        (Instant.EMBEDDING,),
-        lambda f: embedding_sums(f) + 64 * f.rows,
-        missing=lambda f: [embedding_sums(f)],
-        in_backward=True,
-    ),
-    Reason(
-        "partial sums of a sum over tokens",
-        "(128 x blocks, width) float32",
-        "gradients of norms' weights and of biases are sums over tokens, for which a reduction keeps partial sums in memory",
-        "from source: aten/native/cuda/Reduce.cuh, ReduceConfig.global_memory_size",
-        lambda f: True,
-        LAYERS,
-        lambda f: (
-            max(sum_buffers(f)) if f.has_bias or f.norms_in_attention else 0
-        ),  # elsewhere they are no layer's peak
-        missing=sum_buffers,
-        in_backward=True,
-    ),
-    Reason(
         "cuDNN's attention",
         "dQ (b, H, s, e), row sums (b, H, s) float32, dK and dV (b, H, s, e) bfloat16, in one block",
         "sdpa ran cuDNN's attention, which asks for its workspace at once; FlashAttention-2's is counted, in three",
@@ -259,27 +235,6 @@ REASONS = (
         extra=efficient_blocks,
     ),
     Reason(
-        "fp32 attention with grouped queries",
-        "(b, H, s, s) float32",
-        "no kernel takes fp32 with grouped queries: the math kernel runs, and makes the scores once more",
-        "from source: aten/native/transformers/attention.cpp, _scaled_dot_product_attention_math; measured",
-        lambda f: f.recipe.precision == "fp32" and f.recipe.attention == "sdpa",
-        (Instant.END_OF_FORWARD, *LAYERS),
-        lambda f: 4 * f.scores,
-        missing=lambda f: [4 * f.scores, f.scores],
-        extra=lambda f: [4 * f.scores],
-    ),
-    Reason(
-        "gradient of eager attention's softmax",
-        "(b, H, s, s) float32; with sinks (b, H, s, s + 1) bfloat16",
-        "the gradient of the softmax's fp32 result is alive beside that of its input",
-        "measured",
-        lambda f: f.recipe.attention == "eager",
-        (Instant.END_OF_FORWARD, *LAYERS),
-        lambda f: 4 * f.scores + 4 * f.scores // f.seq_len + 2 * f.heads_bytes(f.model.attention.heads),
-        missing=lambda f: [4 * f.scores, 2 * (f.scores + f.scores // f.seq_len)],
-    ),
-    Reason(
         "largest score of a row",
         "(b, H, s) pairs of 8-byte numbers",
         "attention with sinks takes the largest score of every row with its place",
@@ -303,15 +258,6 @@ REASONS = (
         "from source: aten/native/cuda/Reduce.cuh; the table's measured: it has more bytes than 32 bits address, and is reduced in pieces",
         lambda f: f.recipe.optimizer == "adafactor",
         missing=lambda f: [264_241_152, *(sum_buffer(rows, width) for rows in f.widths for width in f.widths)],
-    ),
-    Reason(
-        "cublasLt's workspaces",
-        "1 MiB on each of two handles",
-        "a product with a bias runs in cublasLt, which takes a workspace of its own and keeps it",
-        "measured: environment.json, cublas; from source: aten/native/cuda/Blas.cpp, addmm",
-        lambda f: f.has_bias,
-        ALL,
-        lambda f: 2 * MIB + 1024,
     ),
     Reason(
         "Gemma-2's attention",
@@ -349,15 +295,6 @@ REASONS = (
         missing=lambda f: [*range(16 * visits(f), 18 * visits(f), 512), 4 * f.rows * f.model.experts.number],
     ),
     Reason(
-        "gradient of the LM head, added up",
-        "(V, d) bfloat16",
-        "from the second of two micro-batches on the formula counts the head's fp32 sum without the gradient that it is added to",
-        "measured; the trace has it",
-        lambda f: f.recipe.accumulation > 1 and f.recipe.loss == "chunked" and f.against == FORMULA,
-        (Instant.LOSS_BACKWARD,),
-        lambda f: 2 * f.model.vocab * f.model.hidden,
-    ),
-    Reason(
         "StableLM's variables",
         "attention's input and output, (b, s, d)",
         "the layer's code holds both until it is over; the formula lets go of them, the trace has them",
@@ -379,7 +316,7 @@ REASONS = (
 
 
 _RELEASE = f"its code differs between transformers {TRANSFORMERS}, whose trace is exact, and the release that is traced"
-_BIASES = "partial sums of the biases' gradients, and cublasLt's workspaces, as above"
+_BIASES = "partial sums of the biases' gradients, and cublasLt's workspaces"
 _COPY = "copy of attention's output, as above: part of each head is rotated"
 OTHER_FAMILIES = {
     "mamba2": _RELEASE,
