@@ -43,7 +43,7 @@ def _suites() -> list[str]:
 
 
 def _allocators() -> list[str]:
-    from ..measuring.processes import ALLOCATORS
+    from ..spec.hardware import ALLOCATORS
 
     return list(ALLOCATORS)
 
@@ -137,7 +137,7 @@ def check_device(device: str) -> None:
 
 def _check_company(options: MeasureOptions) -> None:
     from ..errors import RecipeError
-    from ..measuring.processes import ALLOCATORS
+    from ..spec.hardware import ALLOCATORS
 
     if options.allocator is not None:
         one_of("allocator", options.allocator, ALLOCATORS)

@@ -181,8 +181,16 @@ class LengthOptions(Options):
     seq_len = option(str, "--seq-len", "Tokens per sequence: 65536, 64k, 1M.", ..., metavar="TOKENS")
 
 
-_EXPANDABLE = "expandable"
-_ALLOCATORS = {_EXPANDABLE: "expandable_segments:True", "default": "as torch is without settings"}
+def _allocators() -> dict[str, str]:
+    """Settings of torch's allocator by name, in words."""
+    from ..spec.hardware import ALLOCATORS, WITHOUT_SETTINGS
+
+    return {name: setting or WITHOUT_SETTINGS for name, setting in ALLOCATORS.items()}
+
+
+def _describe_allocators() -> str:
+    allocators = _allocators()
+    return f"How torch's allocator is set: {listed(allocators, allocators)}. Default {next(iter(allocators))}."
 
 
 class CardOptions(Options):
@@ -195,10 +203,10 @@ class CardOptions(Options):
     allocator = option(
         str,
         "--allocator",
-        f"How torch's allocator is set: {listed(_ALLOCATORS, _ALLOCATORS)}. Default {_EXPANDABLE}.",
+        _describe_allocators,
         panel="GPU",
         metavar="NAME",
-        choices=lambda: _ALLOCATORS,
+        choices=_allocators,
     )
     torch = option(
         str,
@@ -416,11 +424,11 @@ def model_or_stand_in(options: TracedOptions) -> Model:
 
 
 def card_of(options: CardOptions) -> Card:
-    from ..spec.hardware import card
+    from ..spec.hardware import EXPANDABLE, card
     from ..units import parse_memory
 
     sizes = memory(options.gpu_mem), parse_memory(options.reserve), memory(options.host_mem)
-    return card(options.gpu, *sizes, allocator=options.allocator or _EXPANDABLE, torch=options.torch)
+    return card(options.gpu, *sizes, allocator=options.allocator or EXPANDABLE, torch=options.torch)
 
 
 def memory(text: str | None) -> int | None:

@@ -26,13 +26,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 from .. import files, profiles
 from ..errors import MeasurementError, ModelError, OutputError, one_line, quoted
 from ..spec.config import read_config
-from ..spec.hardware import Card, card_that_torch_names
+from ..spec.hardware import ALLOCATORS, Card, card_that_torch_names
 from ..spec.model import Model
 from ..spec.platform import build_measured
 from ..spec.releases import is_release
 from ..step.recipe import Recipe
 from ..units import LEAST_MEMORY, LONGEST, MOST_MEMORY, format_gib
-from .processes import ALLOCATORS
 
 SCHEMA_VERSION = 1
 OK, OUT_OF_MEMORY, REFUSED, FAILED = "ok", "out of memory", "refused", "failed"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import one_line
+from ..spec.hardware import ALLOCATORS, EXPANDABLE
 
 _PACKAGE = Path(__file__).parents[1]
 _PROGRAM = f"""
@@ -36,9 +37,6 @@ WORKER_COMMAND = (sys.executable, "-c", _PROGRAM)
 to look for modules."""
 CAN_FORK = sys.platform == "linux"
 """Elsewhere there is no fork (Windows), or none that is safe once libraries are loaded (macOS)."""
-EXPANDABLE, DEFAULT = "expandable", "default"
-ALLOCATORS = {EXPANDABLE: "expandable_segments:True", DEFAULT: ""}
-"""Settings of torch's allocator for CUDA that a case can ask for, as PYTORCH_CUDA_ALLOC_CONF has them."""
 _VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """The old and the new name of those settings."""
 _LAST_SECONDS = 10

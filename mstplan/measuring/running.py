@@ -13,10 +13,9 @@ from select import select
 from typing import Any, NamedTuple
 
 from ..plan import solve
+from ..spec.hardware import ALLOCATORS, EXPANDABLE
 from .measurement import FAILED, OUT_OF_MEMORY, Case, Figures, Measurement, card_of, utc_now
 from .processes import (
-    ALLOCATORS,
-    EXPANDABLE,
     Process,
     Processes,
     allocator_settings,

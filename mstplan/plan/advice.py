@@ -6,7 +6,16 @@ from collections.abc import Iterable, Sequence
 
 from ..spec import hardware
 from ..spec.families import family_of
-from ..spec.hardware import EXPANDABLE, EXPANDABLE_SETTING, GRANULARITY, USUAL, Card, Gpu, gpus_of_size
+from ..spec.hardware import (
+    EXPANDABLE,
+    EXPANDABLE_SETTING,
+    GRANULARITY,
+    USUAL,
+    WITHOUT_SETTINGS,
+    Card,
+    Gpu,
+    gpus_of_size,
+)
 from ..spec.model import Model
 from ..spec.speeds import speeds_of
 from ..step.cuda import BIAS_ROWS
@@ -63,7 +72,7 @@ def other_allocator(card: Card) -> Card:
 
 
 def _setting(card: Card) -> str:
-    return f"with {EXPANDABLE_SETTING}" if card.expandable else "as torch is without settings"
+    return f"with {EXPANDABLE_SETTING}" if card.expandable else WITHOUT_SETTINGS
 
 
 def longest_allocator_note(best: Answer, other_s_max: int) -> str:
@@ -79,11 +88,13 @@ def allocator_note(plan: Plan) -> list[str]:
     if not plan.tensors_fit:
         return []
     other = plan._replace(card=other_allocator(plan.card))
-    if other.usage.out_of_memory is None:
-        fares = f"it runs with {format_gib(other.usage.reserved)} reserved"
-    else:
-        fares = f"it runs out of memory in step {other.usage.steps}"
-    return [f"torch's allocator is simulated {_setting(plan.card)}; {_setting(other.card)} {fares}."]
+    usage = other.usage
+    runs = (
+        f"runs with {format_gib(usage.reserved)} reserved"
+        if usage.runs
+        else f"runs out of memory in step {usage.steps}"
+    )
+    return [f"torch's allocator is simulated {_setting(plan.card)}; {_setting(other.card)} it {runs}."]
 
 
 def _context_origin(card: Card) -> str:

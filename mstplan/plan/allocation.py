@@ -14,7 +14,7 @@ from ..spec.model import Model
 from ..step.events import events_of
 from ..step.recipe import Recipe
 from ..step.simulation import Usage, simulate_steps
-from ..step.steps import Chunks, Step
+from ..step.steps import Chunks
 from ..step.steps import step as formula_step
 from ..units import SHORTEST
 from . import precomputed
@@ -40,13 +40,9 @@ def usage_at(model: Model, recipe: Recipe, card: Card, tokens: int, chunks: Chun
     sizes = step_sizes(recipe, tokens, chunks)
     formula = formula_step(model, layout_of(model, recipe, chunks, tokens, card.platform), card.gpu.workspaces_bytes)
     planned = step_of(model, recipe, card, chunks, tokens)
-    calibrated = _peak(planned, sizes.units) - _peak(formula, sizes.units) if planned.is_calibrated else 0
+    calibrated = planned.largest(sizes)[1] - formula.largest(sizes)[1] if planned.is_calibrated else 0
     limit = card.allocatable_bytes - max(0, calibrated)
     return simulate_steps(events_of(formula, chunks).at(sizes), expandable=card.expandable, limit=limit)
-
-
-def _peak(step: Step, units: tuple[int, ...]) -> int:
-    return max(sum(map(int.__mul__, m.live, units)) for moments in step.moments.values() for m in moments)
 
 
 def longest_that_runs(model: Model, recipe: Recipe, card: Card, chunks: Chunks, fitting: int) -> int:
@@ -55,7 +51,6 @@ def longest_that_runs(model: Model, recipe: Recipe, card: Card, chunks: Chunks, 
     With expandable segments holes grow with the length, so that it is looked for from `fitting` downwards. Without them they come and go, so
     that lengths are tried upwards, and the first that does not run ends it: longer ones that happen to run would not help.
     """
-
     if fitting < SHORTEST:
         return fitting
     s_max = precomputed.find(precomputed.key_of(model, recipe, card, chunks, fitting))
@@ -82,7 +77,7 @@ def search(model: Model, recipe: Recipe, card: Card, chunks: Chunks, fitting: in
 
 
 def _downwards(runs: Callable[[int], bool], fitting: int) -> tuple[int, int]:
-    """(a length that runs or 0, a longer one that does not), or twice `fitting` where that runs: tried in growing steps."""
+    """(a length that runs or 0, a longer one that does not), or `fitting` twice where that runs: tried in growing steps."""
     if runs(fitting):
         return fitting, fitting
     high, step = fitting, max(1, fitting // 64)

@@ -43,9 +43,16 @@ def layout_of(model: Model, recipe: Recipe, chunks: Chunks, seq_len: int, platfo
     """The structure of the step at `seq_len` tokens, where `platform` decides which attention kernels sdpa runs."""
     window = window_of(model, recipe)
     masked = window is not None and seq_len >= window
-    layout = Layout(bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, platform=platform)
-    layout = layout._replace(padded=seq_len % BIAS_ROWS != 0 and pads_masks(model, layout))
+    layout = layout_of_no_length(model, recipe, chunks, platform, masked, seq_len % BIAS_ROWS != 0)
     return in_spans(model, layout, step_sizes(recipe, seq_len, chunks))
+
+
+def layout_of_no_length(
+    model: Model, recipe: Recipe, chunks: Chunks, platform: Platform, masked: bool = False, is_odd: bool = False
+) -> Layout:
+    """The structure without the spans that depend on the length. is_odd: a mask's rows do not begin at multiples of BIAS_ROWS."""
+    layout = Layout(bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, platform=platform)
+    return layout._replace(padded=is_odd and pads_masks(model, layout))
 
 
 def pads_masks(model: Model, layout: Layout) -> bool:
@@ -77,12 +84,9 @@ def step_of(model: Model, recipe: Recipe, card: Card, chunks: Chunks, seq_len: i
     return calibrated_step(model, layout_of(model, recipe, chunks, seq_len, card.platform), card.gpu.workspaces_bytes)
 
 
-def layout_step(
-    model: Model, recipe: Recipe, card: Card, several_mlp: bool, several_loss: bool, masked: bool, padded: bool = False
-) -> Step:
-    """Step of no length, without the workspaces that depend on it."""
-    layout = Layout(bare_recipe(recipe), several_mlp, several_loss, masked, platform=card.platform)
-    layout = layout._replace(padded=padded and pads_masks(model, layout))
+def step_of_no_length(model: Model, recipe: Recipe, card: Card) -> Step:
+    """Step in one piece, without the workspaces that depend on the length, nor explicit masks."""
+    layout = layout_of_no_length(model, recipe, Chunks(1, 1), card.platform)
     return calibrated_step(model, layout, card.gpu.workspaces_bytes)
 
 

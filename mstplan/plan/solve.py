@@ -26,7 +26,6 @@ from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_toke
 from .allocation import longest_that_runs, usage_up_to
 from .calibration import Calibration
 from .layout import (
-    bare_recipe,
     calibrated_step,
     calibration_at,
     cap_chunks,
@@ -34,7 +33,7 @@ from .layout import (
     hardest_lengths,
     in_spans,
     layout_of,
-    pads_masks,
+    layout_of_no_length,
     span_starts,
     step_of,
     step_sizes,
@@ -202,8 +201,7 @@ def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chu
     window, multiple = window_of(model, recipe), recipe.pad_to
 
     def reach(masked: bool, padded: bool = False) -> int:
-        layout = Layout(bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, platform=card.platform)
-        layout = layout._replace(padded=padded and pads_masks(model, layout))
+        layout = layout_of_no_length(model, recipe, chunks, card.platform, masked, padded)
         return _longest_of_layout(model, layout, recipe, card, chunks) // multiple * multiple
 
     longest_unmasked = reach(masked=False)

@@ -24,7 +24,7 @@ from ..step.recipe import STRATEGIES, STRATEGY_FIELDS, Recipe
 from ..step.roles import Role
 from ..step.steps import Chunks, Entry, Step, bytes_of, shown
 from ..step.tape import BASIS, forward, kept_by
-from .layout import layout_step
+from .layout import step_of_no_length
 from .solve import Answer, max_seq
 
 FORMULAS = ("standard", "checkpoint (sqrt)", "MsT", "MsT + CPU offload")
@@ -122,10 +122,10 @@ def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Co
     loss = "transformers" if recipe.loss_in_chunks else recipe.loss
     unchunked = {"mlp_chunks": 1, "mlp_recompute": False, "loss_chunks": 1, "loss": loss}
     plain = recipe.changed(checkpoint="none", offload_layer_inputs=False, **unchunked)
-    built = layout_step(model, plain, card, False, False, False)
+    built = step_of_no_length(model, plain, card)
     constants = built.constants()
     kept = _kept_per_layer(built)
-    by_layer = layout_step(model, plain.changed(checkpoint="layer"), card, False, False, False)
+    by_layer = step_of_no_length(model, plain.changed(checkpoint="layer"), card)
     head = _per_token(by_layer, Instant.LOSS_BACKWARD, Role.LOSS)
     mlp = _per_token(by_layer, Instant.FIRST_LAYER if model.layers == 1 else Instant.LAST_LAYER, Role.MLP)
     largest, pieces = (head, chunks.loss) if bytes_of(head) >= bytes_of(mlp) else (mlp, chunks.mlp)

@@ -64,9 +64,10 @@ CUBLAS_HANDLES = 2
 
 
 EXPANDABLE, USUAL = "expandable", "default"
-ALLOCATORS = {EXPANDABLE: "with expandable_segments:True", USUAL: "as torch is without settings"}
-"""How torch's caching allocator can be set."""
-EXPANDABLE_SETTING = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+ALLOCATORS = {EXPANDABLE: "expandable_segments:True", USUAL: ""}
+"""How torch's caching allocator can be set, by name, as PYTORCH_CUDA_ALLOC_CONF has it."""
+EXPANDABLE_SETTING = f"PYTORCH_CUDA_ALLOC_CONF={ALLOCATORS[EXPANDABLE]}"
+WITHOUT_SETTINGS = "as torch is without settings"
 
 
 class Card(NamedTuple):

@@ -9,7 +9,7 @@ from ..plan import advice, ways
 from ..plan.layout import hardest_lengths
 from ..plan.solve import Answer, Plan
 from ..plan.ways import Way
-from ..spec.hardware import ALLOCATORS, Card, Gpu
+from ..spec.hardware import ALLOCATORS, WITHOUT_SETTINGS, Card, Gpu
 from ..spec.model import Model
 from ..step.recipe import strategy_label
 from ..step.simulation import Usage
@@ -161,14 +161,19 @@ def _notes_of_longest(
         )
     if model.stand_in is not None:
         longest = max(answer.s_max for answer in answers)
-        what = f"S_max is what the caching allocator finds room for, {ALLOCATORS[card.allocator]}."
+        what = f"S_max is what the caching allocator finds room for, {_setting(card)}."
         return [*lines, *advice.position_notes(model, longest), what, UNMEASURED]
     lines.append(
-        f"S_max is what the caching allocator finds room for, {ALLOCATORS[card.allocator]}; the formula comes to "
+        f"S_max is what the caching allocator finds room for, {_setting(card)}; the formula comes to "
         + ", ".join(f"{format_tokens(result.formula)} ({strategy_label(result.answer.strategy)})" for result in results)
         + "."
     )
     return [*lines, UNMEASURED]
+
+
+def _setting(card: Card) -> str:
+    """How torch's allocator is set."""
+    return f"with {ALLOCATORS[card.allocator]}" if card.expandable else WITHOUT_SETTINGS
 
 
 def _nothing_fits(answers: Sequence[Answer]) -> list[str]:

@@ -7,7 +7,7 @@ import sympy as sp
 
 from mstplan.errors import RecipeError
 from mstplan.plan import theorem
-from mstplan.plan.layout import layout_step
+from mstplan.plan.layout import step_of_no_length
 from mstplan.spec.catalog import load_model
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import Recipe
@@ -104,6 +104,6 @@ def test_a_mem_is_what_one_more_layer_keeps(name: str, precision: str) -> None:
     kept = []
     for layers in (3, 4):
         fewer = model._replace(layer_kinds=model.layer_kinds[:layers])
-        built = layout_step(fewer, recipe, card("h100"), False, False, False)
+        built = step_of_no_length(fewer, recipe, card("h100"))
         kept.append(forward(built.tape, built.rules(), keep=True, prune=False).net[BASIS.index("bs")])
     assert theorem.coefficients(model, recipe, card("h100"), Chunks(1, 1)).a_mem == kept[1] - kept[0]
