@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from importlib import import_module
 from types import MethodType, ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,31 @@ def mst_offload(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
     return plain(minisequence(model, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, offload=True))
 
 
+def mst_layer(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
+    """All of a layer but attention in the MLP's chunks."""
+    return plain(_in_layers(model, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, attention_groups=1))
+
+
+def mst_layer_auto(model: nn.Module, *_chunks: int) -> Loss:
+    """With as many chunks, and groups of heads, as are recommended."""
+    return plain(_in_layers(model))
+
+
+def mst_layer_offload(model: nn.Module, *_chunks: int) -> Loss:
+    """The same, with layer inputs on the host."""
+    return plain(_in_layers(model, offload=True))
+
+
+def mst_layer_liger(model: nn.Module, *_chunks: int) -> Loss:
+    """The same as mst-layer-auto, over Liger's norms, rotary embedding and SwiGLU."""
+    _liger(model, rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False)
+    return mst_layer_auto(model)
+
+
+def _in_layers(model: nn.Module, **settings: Any) -> nn.Module:
+    return minisequence(model, layer_in_chunks=True, **settings)
+
+
 def checkpoint(model: nn.Module, *_chunks: int) -> Loss:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return plain(model)
@@ -100,9 +126,19 @@ def deepspeed_both(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
 
 def liger_loss(model: nn.Module, _mlp_chunks: int, _loss_chunks: int) -> Loss:
     """Liger's fused linear cross entropy, which chooses its pieces itself."""
-    patch = _on_gpu(model, "liger_kernel.transformers").apply_liger_kernel_to_llama
-    patch(rope=False, rms_norm=False, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=True, model=model)
+    _liger(model, rope=False, rms_norm=False, swiglu=False, fused_linear_cross_entropy=True)
     return checkpoint(model)
+
+
+def liger_all(model: nn.Module, *_chunks: int) -> Loss:
+    """Liger's norms, rotary embedding, SwiGLU and loss."""
+    _liger(model, rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=True)
+    return checkpoint(model)
+
+
+def _liger(model: nn.Module, **kernels: bool) -> None:
+    patch = _on_gpu(model, "liger_kernel.transformers").apply_liger_kernel_to_llama
+    patch(cross_entropy=False, model=model, **kernels)
 
 
 def liger_both(model: nn.Module, mlp_chunks: int, loss_chunks: int) -> Loss:
@@ -119,10 +155,15 @@ WAYS = {
     "mst": mst,
     "mst-auto": mst_auto,
     "mst-offload": mst_offload,
+    "mst-layer": mst_layer,
+    "mst-layer-auto": mst_layer_auto,
+    "mst-layer-offload": mst_layer_offload,
+    "mst-layer-liger": mst_layer_liger,
     "deepspeed-mlp": deepspeed_mlp,
     "deepspeed-mlp-loss": deepspeed_both,
     "liger-loss": liger_loss,
     "liger-mlp-loss": liger_both,
+    "liger-all": liger_all,
 }
 
 

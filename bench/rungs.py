@@ -99,7 +99,7 @@ transformers {version("transformers")}.
 What may differ: {bounds["dense"]:.0%} for dense models, {bounds["experts"]:.0%} for mixtures of experts. The step's peak decides whether it fits; beside it
 stands the worst of all instants, whether they ever bind or not.
 
-What separates the two still: blocks of 512 bytes that small weights fill in part, and buffers such as rotary frequencies; in mixtures
+What still separates the two: blocks of 512 bytes that small weights fill in part, and buffers such as rotary frequencies; in mixtures
 of experts the gradient of the routing scores, which the formula has a moment too early.
 """
     rows = ["", "| model | | peak | where | any instant | where |", "|---|---|---:|---|---:|---|"]

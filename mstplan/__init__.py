@@ -3,7 +3,7 @@
     >>> import mstplan
     >>> answer = mstplan.max_seq("llama3.1-8b", "checkpoint", "h100")
     >>> answer.s_max, answer.plan.instant
-    (19418, 'backward of the loss')
+    (19399, 'backward of the loss')
 
 Sizes are ints in bytes, lengths ints in tokens. Whatever cannot be used raises a subclass of `mstplan.InputError`.
 Nothing here imports torch but `trace`, `measure` and `minisequence(model)`, which trains what was planned.

@@ -79,7 +79,7 @@ def trace(
     planned_card, tokens = _as_card(card), _as_length(seq_len)
     planned_model = read_config(config, "model") if isinstance(model, Mapping) else _as_model(model)
     plan = solve.plan_at(planned_model, _as_recipe(recipe), planned_card, tokens)
-    fixed_recipe = plan.recipe.changed(mlp_chunks=plan.chunks.mlp, loss_chunks=plan.chunks.loss)
+    fixed_recipe = plan.chunks.put_into(plan.recipe)
     workspace, platform = planned_card.gpu.workspaces_bytes, planned_card.platform
     return tracer.trace(config, fixed_recipe, fixed_recipe.padded(tokens), workspace=workspace, platform=platform)
 

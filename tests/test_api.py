@@ -18,7 +18,7 @@ def test_names_and_objects_are_the_same_question():
     )
     assert mstplan.parameter_count("llama3.1-8b") == mstplan.parameter_count(model)
     assert mstplan.shapes("llama3.1-8b", 1, "128k") == mstplan.shapes(model, 1, 131072)
-    assert mstplan.plan_at(model, recipe, card, 4096, (2, 3)).chunks == (2, 3)
+    assert mstplan.plan_at(model, recipe, card, 4096, (2, 3)).chunks == mstplan.Chunks(2, 3)
 
 
 @pytest.mark.parametrize(

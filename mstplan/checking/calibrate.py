@@ -224,7 +224,8 @@ def _solve_vectors(
     places = [BASIS.index(name) for name in basis]
     vectors: dict[str, list[Vector]] = {}
     for place, span in traces[0].step.blocks():
-        columns = {tuple(column) for column in solution[:, span.start : span.stop].T.tolist()}
+        events = span or range(span.start - 1, span.start)  # an optimizer that makes nothing finds what backward left
+        columns = {tuple(column) for column in solution[:, events.start : events.stop].T.tolist()}
         vectors.setdefault(traces[0].instant_of(place), []).extend(_vector(places, column) for column in columns)
     return vectors
 

@@ -253,7 +253,7 @@ def device_constants(measurements: Iterable[Measurement]) -> dict[str, Constants
     by_card: dict[str, list[Measurement]] = defaultdict(list)
     for m in measurements:
         if (
-            m.outcome == OK and m.case.device == "cuda" and not m.case.recipe.sharded
+            m.outcome == OK and m.case.device == "cuda" and m.case.recipe.gpus == 1
         ):  # NCCL's memory would count as context
             by_card[m.environment["card"]].append(m)
     constants: dict[str, Constants] = {}

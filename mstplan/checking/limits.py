@@ -64,7 +64,7 @@ class Bench:
 
     def measure(self, strategy: str, recipe: Recipe, seq_len: int, chunks: Chunks, tell: Tell) -> Measurement:
         name, config = self.subject
-        fixed = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
+        fixed = chunks.put_into(recipe)
         case = Case(
             name,
             strategy,
@@ -119,7 +119,7 @@ class Bench:
 
         def trace_at(seq_len: int) -> Trace:
             capped = layout.cap_chunks(chunks, seq_len)
-            return self.trace_at(recipe.changed(mlp_chunks=capped.mlp, loss_chunks=capped.loss), seq_len, self.card)
+            return self.trace_at(capped.put_into(recipe), seq_len, self.card)
 
         return Prediction(longest_on_cpu(self.card.total_bytes, trace_at, max(2, answer.s_max)), None, chunks)
 
@@ -258,8 +258,9 @@ MAX_LOST_SHARE = 0.03
 
 def chunk_counts(recommended: Chunks) -> list[Chunks]:
     """One chunk; half, all and twice the recommended number."""
-    counts = [Chunks(max(1, recommended.mlp * n // 2), max(1, recommended.loss * n // 2)) for n in (1, 2, 4)]
-    return list(dict.fromkeys([Chunks(1, 1), *counts]))
+    m, k, groups = recommended
+    counts = [Chunks(max(1, m * n // 2), max(1, k * n // 2), groups) for n in (1, 2, 4)]
+    return list(dict.fromkeys([Chunks(1, 1, groups), *counts]))
 
 
 def measure_all_throughputs(
@@ -293,7 +294,7 @@ def measure_throughput(
     recommended = solve.plan_at(model, recipe, card, seq_len).chunks
     counts = dict.fromkeys(layout.cap_chunks(chunks, seq_len) for chunks in chunk_counts(recommended))
     measurements = {chunks: measure(chunks) for chunks in counts}
-    unchunked = measurements[Chunks(1, 1)]
+    unchunked = measurements[Chunks(1, 1, recommended.groups)]
     return [
         Throughput(
             chunks,

@@ -133,7 +133,7 @@ def _make_rows(m: Measurement, rung: str) -> list[ErrorRow]:
         trace = trace_measured(m)
         rows = [_allocated_row(m, rung, {peak.instant: peak.bytes for peak in trace.peaks})]
         if (
-            m.case.device == "cuda" and m.peak.reserved is not None and not m.case.recipe.sharded
+            m.case.device == "cuda" and m.peak.reserved is not None and m.case.recipe.gpus == 1
         ):  # its blocks are of several streams
             expandable = "expandable_segments:True" in m.environment.get("allocator", "")
             rows.append(ErrorRow(m, rung, RESERVED, simulate(trace, expandable=expandable).reserved, m.peak.reserved))
@@ -248,7 +248,7 @@ def _make_device_rows(rows: Sequence[ErrorRow]) -> list[ErrorRow]:
             if rank.context is not None
             and other.measurement.case.model != m.case.model
             and other.measurement.environment["card"] == m.environment["card"]
-            and other.measurement.case.recipe.sharded == m.case.recipe.sharded
+            and (other.measurement.case.recipe.gpus > 1) == (m.case.recipe.gpus > 1)
         ]
         if others and m.peak.device is not None:
             device_rows.append(ErrorRow(m, row.rung, DEVICE, row.predicted + int(median(others)), m.peak.device))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from types import EllipsisType
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, overload
 
@@ -19,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from .output import complain, settle_format
 
 T = TypeVar("T")
-PANELS = (None, "GPU", "Measurement", "Recipe", "Coefficients", "Trace")
+PANELS = (None, "GPU", "Measurement", "Recipe", "Adapters", "Coefficients", "Trace")
 """Of options, in the order in which help shows them."""
 
 
@@ -35,6 +36,7 @@ class Option(NamedTuple):
     last: bool = False  # of its panel
     choices: Callable[[], Iterable[str]] | None = None  # what a shell offers as its value
     synonyms: Mapping[str, str] = {}  # other words for values, in small letters and digits
+    bare: str = ""  # the value where none follows
     more: Mapping[str, Any] = {}  # for typer
 
     @property
@@ -90,6 +92,7 @@ def option(
     last: bool = False,
     choices: Callable[[], Iterable[str]] | None = None,
     synonyms: Mapping[str, str] | None = None,
+    bare: str = "",
     **more: Any,
 ) -> T | None: ...
 
@@ -105,6 +108,7 @@ def option(
     last: bool = False,
     choices: Callable[[], Iterable[str]] | None = None,
     synonyms: Mapping[str, str] | None = None,
+    bare: str = "",
     **more: Any,
 ) -> T: ...
 
@@ -119,13 +123,14 @@ def option(
     last: bool = False,
     choices: Callable[[], Iterable[str]] | None = None,
     synonyms: Mapping[str, str] | None = None,
+    bare: str = "",
     **more: Any,
 ) -> Any:
     """An option, as an attribute of a class of Options; to type checkers it is the value that it has there. default: None where nothing need be
     given, ... where something must; typer shows it unless `help` tells of one. adds_up: several values with commas between, and given several
     times all of them. last: shown behind the others. choices: what a shell offers when it completes the value.
-    synonyms: other words for values, in small letters and digits."""
-    return Option(kind, tuple(flags.split()), help, default, panel, adds_up, last, choices, synonyms or {}, more)
+    synonyms: other words for values, in small letters and digits. bare: the value where the next word is another option, or none is."""
+    return Option(kind, tuple(flags.split()), help, default, panel, adds_up, last, choices, synonyms or {}, bare, more)
 
 
 def arguments(kind: type[T], name: str, help: str) -> tuple[T, ...]:
@@ -179,6 +184,20 @@ class _Command(TyperCommand):
 
     def get_help_option(self, ctx: Any) -> Any:
         return _switch(super().get_help_option(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_bare_values(args, OPTIONS[self.name or ""].values()))
+
+
+def with_bare_values(arguments: Sequence[str], options: Iterable[Option]) -> list[str]:
+    """Arguments with a value after each option that may do without one and has none."""
+    bare = {flag: one.bare for one in options if one.bare for flag in one.flags}
+    filled: list[str] = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="-"):
+        filled.append(argument)
+        if argument in bare and following.startswith("-"):
+            filled.append(bare[argument])
+    return filled
 
 
 class _Group(TyperGroup):

@@ -88,7 +88,7 @@ class MeasureOptions(PointsOptions, MeasuringOptions, RecipesOptions, FormatOpti
     MeasureOptions,
     help="Real training steps with random weights and tokens on this machine's device, each in a process of its own: peaks of memory, "
     "time, tokens per second. What runs out of memory or fails is a result, too. A rerun measures what is missing. Under torchrun, with "
-    "--sharding fsdp, one point of all ranks together.",
+    "--sharding fsdp or ddp, one point of all ranks together.",
     examples=(
         "mstplan measure -m llama3.1-8b --seq-len 8k,16k,32k --strategy all",
         "mstplan measure -m smollm2-135m --seq-len 512 --device cpu",
@@ -199,9 +199,10 @@ def _cases(options: MeasureOptions, environment: dict[str, Any], alone: bool = T
 def refuse_sharded(recipes: Iterable[Recipe]) -> None:
     from ..errors import RecipeError
 
-    if gpus := next((recipe.gpus for recipe in recipes if recipe.sharded), None):
+    if several := next((recipe for recipe in recipes if recipe.gpus > 1), None):
         raise RecipeError(
-            f"several ranks are measured under torchrun.\nRun: torchrun --nproc-per-node {gpus} -m mstplan measure ... --sharding fsdp"
+            "several ranks are measured under torchrun.\n"
+            f"Run: torchrun --nproc-per-node {several.gpus} -m mstplan measure ... --sharding {several.sharding}"
         )
 
 
@@ -216,9 +217,9 @@ def _measure_on_all_ranks(options: MeasureOptions, launch: Launch) -> None:
     os.environ.update(process_environment(options.device))  # torch reads its allocator's settings once
     from ..measuring import ranks
 
-    if options.sharding != "fsdp" or options.gpus not in (None, launch.ranks):
+    if options.sharding in (None, "none") or options.gpus not in (None, launch.ranks):
         raise RecipeError(
-            f"torchrun started {launch.ranks} ranks: say --sharding fsdp, and no other number with --gpus."
+            f"torchrun started {launch.ranks} ranks: say --sharding fsdp or ddp, and no other number with --gpus."
         )
     if unused := flags_given(options, ("timeout", "again", "workers", "allocator")):
         raise RecipeError(

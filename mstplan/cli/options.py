@@ -50,6 +50,18 @@ def _planned(field: str) -> Callable[[], list[str]]:
     return names
 
 
+def _trainers() -> str:
+    from ..step.trainers import TRAINERS
+
+    return f"Start from a trainer's defaults: {listed(TRAINERS)}; options override them (mstplan recipes)."
+
+
+def known_trainers() -> list[str]:
+    from ..step.trainers import TRAINERS
+
+    return list(TRAINERS)
+
+
 def _weight_kinds() -> str:
     from ..step.selection import WeightKind
 
@@ -223,6 +235,14 @@ class StepOptions(Options):
     recipe = option(
         Path, "--recipe", "A recipe in a JSON file; options below override it.", panel="Recipe", metavar="FILE"
     )
+    like = option(
+        str,
+        "--like",
+        _trainers,
+        panel="Recipe",
+        metavar="NAME",
+        choices=known_trainers,
+    )
     precision = option(
         str,
         "--precision",
@@ -237,10 +257,13 @@ class StepOptions(Options):
     adamw_kernel = option(
         str,
         "--adamw-kernel",
-        _of_recipe("adamw_kernel", more=", as on CUDA"),
+        _of_recipe("adamw_kernel", more=", as Trainer, TRL and Axolotl do"),
         panel="Recipe",
         metavar="NAME",
         choices=_planned("adamw_kernel"),
+    )
+    fp32_embedding_states = option(
+        bool, "--fp32-embedding-states", "States of embeddings in fp32, as Trainer has them.", False, panel="Recipe"
     )
     optimizer_in_backward = option(
         bool, "--optimizer-in-backward", "Step each weight as its gradient is made.", False, panel="Recipe"
@@ -261,6 +284,68 @@ class StepOptions(Options):
     attention = option(
         str, "--attention", _of_recipe("attention"), panel="Recipe", metavar="NAME", choices=_planned("attention")
     )
+    autocast = option(
+        bool,
+        "--autocast",
+        "bf16 autocast whatever dtype the weights have: Trainer's and TRL's bf16=True.",
+        False,
+        panel="Recipe",
+    )
+    kernels = option(
+        str, "--kernels", _of_recipe("kernels"), panel="Recipe", metavar="NAME", choices=_planned("kernels")
+    )
+    max_grad_norm = option(
+        float, "--max-grad-norm", "Scale gradients down to this norm.", panel="Recipe", metavar="NORM"
+    )
+    lora = option(
+        int, "--lora", "Train LoRA adapters of this rank, and nothing else. 0: none.", panel="Adapters", metavar="R"
+    )
+    lora_targets = option(
+        str,
+        "--lora-targets",
+        "all-linear | attention, or names of modules: q_proj,v_proj. Default all-linear.",
+        panel="Adapters",
+        metavar="NAMES",
+    )
+    lora_dropout = option(
+        float, "--lora-dropout", "Dropout of adapters' input. Default 0.", panel="Adapters", metavar="P"
+    )
+    lora_modules_to_save = option(
+        str,
+        "--lora-modules-to-save",
+        "Modules trained whole, in a copy, beside adapters: embed_tokens,lm_head.",
+        panel="Adapters",
+        metavar="NAMES",
+    )
+    dora = option(bool, "--dora", "DoRA: adapters with a trained magnitude (use_dora).", False, panel="Adapters")
+    adapter_dtype = option(
+        str,
+        "--adapter-dtype",
+        _of_recipe("adapter_dtype"),
+        panel="Adapters",
+        metavar="NAME",
+        choices=_planned("adapter_dtype"),
+    )
+    quantize = option(
+        str,
+        "--quantize",
+        _of_recipe("quantize"),
+        panel="Adapters",
+        metavar="NAME",
+        choices=_planned("quantize"),
+    )
+    double_quantize = option(
+        bool, "--double-quantize", "Quantise the scales of 4-bit weights, too.", False, panel="Adapters"
+    )
+    kbit_preparation = option(
+        bool,
+        "--kbit-preparation",
+        "peft's prepare_model_for_kbit_training: all that is not quantised becomes fp32.",
+        False,
+        panel="Adapters",
+    )
+    packing = option(int, "--packing", "Samples that each row is made of. Default 1.", panel="Recipe", metavar="N")
+    padding_free = option(bool, "--padding-free", "All samples of a batch in one row.", False, panel="Recipe")
     train = option(str, "--train", _weight_kinds, panel="Recipe", metavar="NAMES", choices=weight_kinds)
     freeze = option(
         str, "--freeze", "Do not train these weights.", panel="Recipe", metavar="NAMES", choices=weight_kinds
@@ -287,8 +372,26 @@ class VariedOptions(Options):
         panel="Recipe",
         metavar="M[,M]",
     )
+    attention_groups = option(
+        str,
+        "--attention-groups",
+        "Groups of heads that attention runs over one after the other, with mst-layer: 4, or auto.",
+        panel="Recipe",
+        metavar="G",
+    )
     no_recompute = option(bool, "--no-recompute", "Do not recompute each MLP chunk by itself.", False, panel="Recipe")
-    offload = option(bool, "--offload", "Layer inputs in CPU RAM.", False, panel="Recipe")
+    offload = option(
+        str,
+        "--offload",
+        _of_recipe(
+            "offload",
+            {"layer-inputs": "in CPU RAM, also if no name follows", "saved-tensors": "TRL's activation_offloading"},
+        ),
+        panel="Recipe",
+        metavar="NAME",
+        bare="layer-inputs",
+        choices=_planned("offload"),
+    )
     loss = option(str, "--loss", _of_recipe("loss"), panel="Recipe", metavar="NAME", choices=_planned("loss"))
     gpus = option(
         int,
@@ -300,7 +403,9 @@ class VariedOptions(Options):
     sharding = option(
         str,
         "--sharding",
-        _of_recipe("sharding", {"fsdp": "or zero3; FSDP2: everything in shards over --gpus"}),
+        _of_recipe(
+            "sharding", {"ddp": "all on each of --gpus", "fsdp": "or zero3; FSDP2: everything in shards over them"}
+        ),
         panel="Recipe",
         metavar="NAME",
         choices=_planned("sharding"),
@@ -316,7 +421,12 @@ class RecipesOptions(RecipeOptions):
     """Strategies, and what differs from them: recipes."""
 
     strategy = option(
-        str, "--strategy -s", strategies(default="all"), adds_up=True, metavar="NAME[,NAME]", choices=strategy_names
+        str,
+        "--strategy -s",
+        strategies(default="all but checkpointing-sqrt"),
+        adds_up=True,
+        metavar="NAME[,NAME]",
+        choices=strategy_names,
     )
 
 
@@ -397,8 +507,8 @@ class MeasuringOptions(Options):
 
 
 ONE_RECIPE = (
-    'With --checkpoint, --chunks, --no-recompute, --loss, --offload or --recipe, and no --strategy, the options describe one recipe ("custom"), '
-    "which starts from no-checkpointing, in every command alike; all others vary the strategies."
+    'With --like, --checkpoint, --chunks, --no-recompute, --loss, --offload or --recipe, and no --strategy, the options describe one recipe ("custom"), '
+    "which starts from --like or --recipe, else from no-checkpointing, in every command alike; all others vary the strategies."
 )
 
 
@@ -447,19 +557,30 @@ _FIELDS = (
     "pad_to",
     "attention",
     "loss",
+    "offload",
     "gpus",
     "sharding",
+    "kernels",
+    "max_grad_norm",
+    "lora_dropout",
+    "adapter_dtype",
+    "quantize",
+    "packing",
 )
-_SWITCHES = ("optimizer_in_backward", "optimizer_on_host", "weights_on_host", "input_gradients")
+_PATTERNS = ("train", "freeze", "lora_targets", "lora_modules_to_save")
 
 
 def changes_of(options: StepOptions) -> dict[str, object]:
     """The recipe fields that the options set."""
+    from ..step.recipe import SWITCHES
+
     changes = {name: value for name in _FIELDS if (value := getattr(options, name, None)) is not None}
-    for name, patterns in (("train", options.train), ("freeze", options.freeze)):
-        if patterns is not None:
+    for name in _PATTERNS:
+        if (patterns := getattr(options, name)) is not None:
             changes[name] = tuple(part.strip() for part in patterns.split(","))
-    changes.update({name: True for name in _SWITCHES if getattr(options, name)})
+    if options.lora is not None:
+        changes["lora_rank"] = options.lora
+    changes.update({name: True for name in SWITCHES if getattr(options, name)})
     return {**changes, **_varied(options)} if isinstance(options, VariedOptions) else changes
 
 
@@ -467,10 +588,10 @@ def _varied(options: VariedOptions) -> dict[str, object]:
     from ..units import parse_whole
 
     changes: dict[str, object] = {}
-    if options.offload:
-        changes["offload_layer_inputs"] = True
     if options.no_recompute:
         changes["mlp_recompute"] = False
+    if (groups := options.attention_groups) is not None:
+        changes["attention_groups"] = groups if groups == "auto" else parse_whole(groups, "--attention-groups")
     if (how := options.checkpoint) is not None:
         changes["checkpoint"] = parse_whole(how, "--checkpoint") if "0" <= how[:1] <= "9" else how
     return changes
@@ -499,11 +620,16 @@ def runs_in_chunks(recipe: Recipe) -> bool:
     return recipe.loss_in_chunks or recipe.mlp_recompute or recipe.mlp_chunks != 1
 
 
-def applied(base: Recipe, options: RecipeOptions, adopt_chunks: bool) -> Recipe:
-    """`base` with the options' changes. --chunks goes to recipes that run in chunks, and with adopt_chunks to any."""
+def applied(
+    base: Recipe, options: RecipeOptions, adopt_chunks: bool, model: Model | None = None, some_in_layers: bool = False
+) -> Recipe:
+    """`base`, as it is for the weights that `model` is published with, and the options' changes. --chunks goes to recipes that run in chunks,
+    and with adopt_chunks to any; --attention-groups, with some_in_layers, to recipes whose layers do."""
     from ..step.losses import LOSSES
 
-    changes, chunks = changes_of(options), _chunks(options.chunks)
+    changes, chunks = {**as_published(base, options, model), **changes_of(options)}, _chunks(options.chunks)
+    if some_in_layers and not base.layer_in_chunks:
+        changes.pop("attention_groups", None)
     if chunks and not runs_in_chunks(base) and adopt_chunks:
         changes = {"loss": "chunked", "mlp_recompute": True, **changes}
     if chunks and (runs_in_chunks(base) or adopt_chunks):
@@ -535,33 +661,69 @@ def _in_options() -> Iterator[None]:
         raise RecipeError(in_options(str(e))) from None
 
 
-DESCRIBING = ("recipe", "checkpoint", "chunks", "no_recompute", "loss", "offload")
+DESCRIBING = ("recipe", "like", "checkpoint", "chunks", "no_recompute", "loss", "offload")
 """Options for what a strategy decides. Without --strategy they describe, with all others, one recipe that starts from the standard
 strategy; where there are none of them, the others vary every strategy."""
 
 
 def base_recipe(options: StepOptions) -> Recipe:
-    """What a custom recipe starts from: the recipe file, else the standard strategy."""
+    """What a custom recipe starts from: the recipe file or a trainer's defaults, else the standard strategy."""
+    from ..errors import RecipeError
     from ..step.recipe import Recipe
 
+    if options.like is not None:
+        from ..step.trainers import trainer_named
+
+        if options.recipe is not None:
+            raise RecipeError(
+                "--like and --recipe exclude each other: both say where to start.\nLeave one of the two out."
+            )
+        return trainer_named(options.like).recipe
     return Recipe.read(options.recipe) if options.recipe is not None else Recipe.model_construct()
 
 
-def recipes_of(options: RecipesOptions, usual: str = "all") -> dict[str, Recipe]:
+def recipes_of(options: RecipesOptions, usual: str = "usual", model: Model | None = None) -> dict[str, Recipe]:
     """What the options ask for, by name, in every command alike: the strategies that --strategy names, with the options' changes; else
-    the one recipe that they describe; else the `usual` strategies."""
+    the one recipe that they describe; else the `usual` strategies. model: one for whose published weights recipes are."""
     from ..errors import RecipeError
 
     if options.strategy is None and flags_given(options, DESCRIBING):
-        return {"custom": applied(base_recipe(options), options, adopt_chunks=True)}
-    if options.recipe is not None:
+        return {"custom": applied(base_recipe(options), options, True, model)}
+    if options.recipe is not None or options.like is not None:
+        name = "--like" if options.recipe is None else "--recipe"
         raise RecipeError(
-            "--strategy and --recipe exclude each other: a recipe says what a strategy says.\nLeave one of the two out."
+            f"--strategy and {name} exclude each other: a recipe says what a strategy says.\nLeave one of the two out."
         )
     bases = _named(options, usual)
     none_in_chunks = not any(map(runs_in_chunks, bases.values()))
-    recipes = {name: applied(base, options, adopt_chunks=none_in_chunks) for name, base in bases.items()}
+    some_in_layers = any(base.layer_in_chunks for base in bases.values())
+    recipes = {name: applied(base, options, none_in_chunks, model, some_in_layers) for name, base in bases.items()}
     return {_name_of(name, recipe, alone=len(recipes) == 1): recipe for name, recipe in recipes.items()}
+
+
+def as_published(base: Recipe, options: StepOptions, model: Model | None) -> dict[str, object]:
+    """What becomes of a recipe for weights that are published quantised, where options do not say otherwise: adapters beside them."""
+    from ..plan.ways import ADAPTER_RANK
+
+    quantised, double = model.published if model is not None else ("", False)
+    if not quantised or options.recipe is not None or options.quantize == "none" or options.lora == 0:
+        return {}
+    as_they_are = options.quantize in (None, quantised)
+    return {
+        "lora_rank": base.lora_rank or ADAPTER_RANK,
+        "quantize": quantised,
+        "double_quantize": double and as_they_are,
+    }
+
+
+def assumptions_of(options: StepOptions) -> tuple[str, ...]:
+    """What --like assumes, for the notes of an answer."""
+    if options.like is None:
+        return ()
+    from ..step.trainers import trainer_named
+
+    trainer = trainer_named(options.like)
+    return tuple(f"assumed like {trainer.name}: {each}." for each in trainer.assumptions)
 
 
 def plans_of(options: PlannedOptions, model: Model, card: Card, seq_len: str | None = None) -> dict[str, Plan]:
@@ -569,7 +731,7 @@ def plans_of(options: PlannedOptions, model: Model, card: Card, seq_len: str | N
     from ..plan.solve import plan_at
 
     tokens = length(seq_len or options.seq_len)
-    return {name: plan_at(model, recipe, card, tokens) for name, recipe in recipes_of(options).items()}
+    return {name: plan_at(model, recipe, card, tokens) for name, recipe in recipes_of(options, model=model).items()}
 
 
 def simplest(plans: dict[str, Plan]) -> str:
@@ -581,11 +743,12 @@ def simplest(plans: dict[str, Plan]) -> str:
 
 
 def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
-    from ..step.recipe import STRATEGIES, strategy_name
+    from ..step.recipe import STRATEGIES, USUAL_STRATEGIES, strategy_name
 
     named = options.strategy if options.strategy is not None else usual
+    several = {"usual": list(USUAL_STRATEGIES), "all": list(STRATEGIES)}
     with _in_options():
-        names = [strategy_name(name.strip()) for name in named.split(",")] if named != "all" else list(STRATEGIES)
+        names = several.get(named) or [strategy_name(name.strip()) for name in named.split(",")]
     if named == "all" and options.sharding == "fsdp":  # which gathers one layer at a time
         names.remove("checkpoint-sqrt")
     return {name: STRATEGIES[name] for name in names}

@@ -20,6 +20,8 @@ from .options import (
     StepOptions,
     TensorsOptions,
     TracedOptions,
+    as_published,
+    assumptions_of,
     base_recipe,
     card_of,
     changed,
@@ -67,6 +69,7 @@ class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, TensorsOptions, Fo
     help=f"The longest sequence that fits, and every shorter one with it, for each strategy, and what holds it back. {ONE_RECIPE}",
     examples=(
         "mstplan max-seq --model llama3.1-8b --gpu h100 --optimizer-in-backward",
+        "mstplan max-seq -m llama3.1-8b --gpu rtx-4090 --lora 16 --quantize nf4",
         "mstplan max-seq -m qwen3-0.6b --gpu-mem 24GB --checkpoint layer --chunks 8,32",
         "mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
     ),
@@ -75,13 +78,14 @@ def max_seq(options: MaxSeqOptions) -> None:
     from ..plan import findings
 
     one_of("rung", options.rung, RUNGS)
-    card, recipes = card_of(options), recipes_of(options)
-    model = model_or_stand_in(options)
+    card, model = card_of(options), model_or_stand_in(options)
+    recipes = recipes_of(options, model=model)
     if options.rung == "trace" or model.stand_in is not None:
         _max_seq_by_trace(options, model, card, recipes)
         return
     _refuse_tracing(options, "Add --rung trace, or leave it out.")
     longest = findings.find_longest(model, card, recipes)
+    longest = longest._replace(notes=(*assumptions_of(options), *longest.notes))
     from ..show import planning as reports
 
     emit(options, reports.max_seq(longest, options.tensors))
@@ -148,6 +152,7 @@ def plan(options: PlanOptions) -> None:
     plans = plans_of(options, model, card)
     name = simplest(plans)
     finding = findings.assess_length(plans, name)
+    finding = finding._replace(notes=(*assumptions_of(options), *finding.notes))
     if options.write_recipe is not None:
         finding.plan.recipe.write(options.write_recipe, options.force)
     from ..show import planning as reports
@@ -200,22 +205,22 @@ def theorem(options: TheoremOptions) -> None:
     model, card = model_of(options), card_of(options)
     seq_len = length(options.seq_len) if options.seq_len is not None else None
     overrides = _overrides(options)
-    view = formulas.view(model, card, _theorem_recipe(options), overrides, seq_len)
+    view = formulas.view(model, card, _theorem_recipe(options, model), overrides, seq_len)
     emit(options, reports.theorem(model, card, view, advice.left_out_notes(model)))
 
 
-def _theorem_recipe(options: TheoremOptions) -> Recipe:
+def _theorem_recipe(options: TheoremOptions, model: Model) -> Recipe:
     """The user's recipe without what the four formulas themselves vary."""
     from ..errors import RecipeError
     from ..step.recipe import STRATEGY_FIELDS, Recipe
 
     base = base_recipe(options)
-    if base.sharded:
+    if base.gpus > 1:
         raise RecipeError(
             "the paper's formulas are of one GPU and know no sharding.\nPlan this recipe with mstplan max-seq or mstplan plan."
         )
     own = {name: value for name, value in base.model_dump().items() if name not in STRATEGY_FIELDS}
-    return changed(Recipe.model_construct(), {**own, **changes_of(options)})
+    return changed(Recipe.model_construct(), {**own, **as_published(base, options, model), **changes_of(options)})
 
 
 def _overrides(options: TheoremOptions) -> dict[str, int | None]:
@@ -279,7 +284,7 @@ def plot(options: PlotOptions) -> None:
     drawing.check_output(options.out, options.force)
     model, card = model_of(options), card_of(options)
     longest = length(options.to) if options.to is not None else None
-    answers = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(options).items()]
+    answers = [solve.max_seq(model, recipe, card, name) for name, recipe in recipes_of(options, model=model).items()]
     curves = drawing.curves(answers, longest, options.points)
     drawing.write(curves, model, card, options.out)
     emit(options, reports.plot(model, card, curves, options.out, advice.left_out_notes(model)))

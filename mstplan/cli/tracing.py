@@ -125,7 +125,7 @@ def _views(options: PlannedOptions, model: Model, card: Card) -> tuple[TraceView
 
     def view(name: str) -> TraceView:
         step = plans[name].exactly()
-        fixed = step.recipe.changed(mlp_chunks=step.chunks.mlp, loss_chunks=step.chunks.loss)
+        fixed = step.chunks.put_into(step.recipe)
         return findings.build_view(
             model, card, name, trace_step(fixed, step.recipe.padded(step.seq_len), card), step, cache.versions()
         )

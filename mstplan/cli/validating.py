@@ -134,11 +134,11 @@ class PublishedOptions(FormatOptions):
 @command(
     "published",
     PublishedOptions,
-    help="Published lengths and peaks beside the formula's, with the assumptions that each is read with.",
+    help="Published lengths, peaks and series beside the formula's, with the assumptions that each is read with.",
     examples=("mstplan published", "mstplan published --markdown"),
 )
 def published(options: PublishedOptions) -> None:
-    from ..plan.published import comparisons
+    from ..plan.published import all_series, comparisons
     from ..show import published as shown
 
-    emit(options, shown.report(comparisons()))
+    emit(options, shown.report(comparisons(), all_series()))

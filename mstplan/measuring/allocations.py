@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..step.instants import Pass
@@ -98,7 +99,7 @@ def record_allocations(run_step: Callable[[Mark], object]) -> Allocations:
 
 def record_step(step: TrainingStep) -> Allocations:
     """One step on the CPU, its phases named as the step model's instants. Not the first, which makes the optimizer's states."""
-    resident = sum(storage_bytes(resident_tensors(step)).values())
+    resident = resident_bytes(step)
 
     def run(mark: Mark) -> None:
         with marking(step, mark) as begin:
@@ -117,12 +118,31 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
+def resident_bytes(step: TrainingStep) -> int:
+    """Bytes that are there between steps: of `resident_tensors`, and of DDP's buckets."""
+    return sum(storage_bytes(resident_tensors(step)).values()) + step.gradient_buckets_bytes
+
+
 def resident_tensors(step: TrainingStep) -> Iterator[torch.Tensor]:
     """Weights, buffers and the optimizer's states."""
     yield from step.model.parameters()
     yield from step.model.buffers()
     for optimizer in [*step.backward_optimizers, *([step.optimizer] if step.optimizer is not None else [])]:
-        yield from (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+        for state in optimizer.state.values():
+            yield from (part for value in state.values() if torch.is_tensor(value) for part in _parts_of(value))
+
+
+def _parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor; of one made of others, as torchao's quantised states are, those."""
+    if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+    else:
+        yield from (part for name in tensor.__tensor_flatten__()[0] for part in _parts_of(getattr(tensor, name)))
+
+
+def managed_bytes(step: TrainingStep) -> int:
+    """Bytes of states in CUDA's managed memory, which bitsandbytes' paged optimizers have there, beside torch's allocator."""
+    return sum(tensor.nbytes for tensor in resident_tensors(step) if getattr(tensor, "is_paged", False))
 
 
 def _mark_phase(phase: str) -> None:

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from .. import files, profiles
 from ..errors import MeasurementError, ModelError, OutputError, one_line, quoted
-from ..spec.config import read_config
+from ..spec.config import TEXT_PARTS, read_config
 from ..spec.hardware import ALLOCATORS, Card, card_that_torch_names
 from ..spec.model import Model
 from ..spec.platform import build_measured
@@ -226,12 +226,7 @@ class Measurement:
         recipe, instant_names = measurement.case.recipe, {tuple(sorted(rank.instants)) for rank in measurement.ranks}
         contradicts = (measurement.case.device == "cpu") != (measurement.environment["card"] == "cpu")
         unreadable = not (measurement.case.described.layers and measurement.key)  # raises now what it would later
-        if (
-            "auto" in (recipe.mlp_chunks, recipe.loss_chunks)
-            or len(instant_names) != (measurement.outcome == OK)
-            or contradicts
-            or unreadable
-        ):
+        if recipe.is_open or len(instant_names) != (measurement.outcome == OK) or contradicts or unreadable:
             raise ValueError("no measurement")
         return measurement
 
@@ -320,7 +315,7 @@ def _shorten(config: Mapping[str, Any], count: int, layers: int) -> dict[str, An
             shortened[name] = layers
         elif isinstance(value, list) and len(value) == count:
             shortened[name] = value[:layers]
-        elif name == "text_config" and isinstance(value, dict):
+        elif name in TEXT_PARTS and isinstance(value, dict):
             shortened[name] = _shorten(value, count, layers)
     return shortened
 

@@ -2,7 +2,7 @@
 
     {"cases": [{"model": "llama3.1-8b", "seq_len": ["8k", "16k"], "strategy": ["mst"], "layers": 4, "recipe": {"batch": 2}}]}
 
-`strategy` (all five), `layers` (all of them), `recipe` (what differs from the strategy), `allocator` (expandable or default; as the
+`strategy` (all of them), `layers` (all of them), `recipe` (what differs from the strategy), `allocator` (expandable or default; as the
 environment says) and `trainer` (transformers; mstplan's own training loop) may be left out.
 """
 

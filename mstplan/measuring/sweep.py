@@ -18,7 +18,7 @@ from ..spec.config import read_config
 from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.kernels import NO_SDPA, SDPA
-from ..step.recipe import Recipe
+from ..step.recipe import CHUNK_FIELDS, Recipe
 from ..step.runnable import check_runnable, check_trainer
 from ..step.steps import attention_kernel
 from ..units import SHORTEST, format_gib
@@ -58,7 +58,7 @@ def plan_cases(
     for (strategy, recipe), length in product(recipes.items(), lengths):
         seq_len = recipe.padded(length)
         chunks = solve.plan_at(planned_model, recipe, card, seq_len).chunks
-        fixed_recipe = recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
+        fixed_recipe = chunks.put_into(recipe)
         check_runnable(fixed_recipe)
         if trainer is not None:
             check_trainer(fixed_recipe)
@@ -102,7 +102,7 @@ def load_subject(spec: str, layers: int | None, assume: str | None = None) -> tu
 
 def _refuse_fewer_tokens_than_chunks(asked: Recipe, fixed: Recipe, seq_len: int) -> None:
     """No result is to stand under another number of chunks than was asked for."""
-    for field in ("mlp_chunks", "loss_chunks"):
+    for field in CHUNK_FIELDS[:2]:
         if getattr(asked, field) not in ("auto", getattr(fixed, field)):
             raise RecipeError(
                 f"{seq_len:,} tokens cannot be run in {getattr(asked, field):,} chunks.\nGive {seq_len:,} at most (--chunks), or auto."

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..errors import MissingError
 from ..step.instants import Pass
 from ..step.recipe import Recipe
-from ..step.runnable import TRAINER_OPTIMIZERS
+from ..step.runnable import trainer_optimizer
 from ..train.step import vocabulary_of
 
 
@@ -46,7 +46,8 @@ def _settings(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.accumulation,
         "gradient_checkpointing": recipe.checkpoint == "layer",
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "optim": TRAINER_OPTIMIZERS[recipe.optimizer, recipe.adamw_kernel],
+        "optim": trainer_optimizer(recipe),
+        "max_grad_norm": recipe.max_grad_norm or 0.0,  # 0: it does not clip
         "bf16": recipe.precision != "fp32",
         "use_cpu": model.device.type == "cpu",
         "report_to": [],

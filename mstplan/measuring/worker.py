@@ -38,7 +38,7 @@ from ..tracing.kernels import STAND_INS, real_implementation
 from ..tracing.tracer import attention_of
 from ..train.step import NO_HOST_MEMORY, TrainingStep, build_model, read_settings
 from ..units import format_gib
-from .allocations import record_allocations, record_step, resident_tensors, storage_bytes
+from .allocations import managed_bytes, record_allocations, record_step, resident_bytes, storage_bytes
 from .instant_hooks import Mark, Trained, marking
 from .launch import read_launch
 from .measurement import FAILED, OK, OUT_OF_MEMORY, PHASES, REFUSED, Case, Figures, MeasuredPeak
@@ -131,9 +131,15 @@ def _measure_step(case: Case) -> Figures:
     loss = step.run()  # the first makes the optimizer's states
     seconds = tuple(_time_step(step, cuda) for _ in range(case.steps))
     instants, phases = _watch_on_cuda(step) if cuda else _watch_on_cpu(step)
+    instants, phases = (_with_managed(peaks, managed_bytes(step)) for peaks in (instants, phases))
     _check_limit_of_cpu(case, instants)
-    static = sum(storage_bytes(resident_tensors(step)).values())
+    static = resident_bytes(step)
     return Figures(static, instants, phases, seconds, float(loss), _bytes_beside_tensors() if cuda else None, workspace)
+
+
+def _with_managed(peaks: dict[str, MeasuredPeak], managed: int) -> dict[str, MeasuredPeak]:
+    """Peaks with tensors that are in managed memory all the time, which torch's allocator does not count."""
+    return {name: peak._replace(allocated=peak.allocated + managed) for name, peak in peaks.items()}
 
 
 def _measure_trainer(case: Case, workspace: int | None) -> Figures:
@@ -226,7 +232,7 @@ WatchedPeaks = tuple[dict[str, MeasuredPeak], dict[str, MeasuredPeak]]
 def _watch_on_cpu(step: TrainingStep) -> WatchedPeaks:
     """Watch a step by torch's profiler, which sees every allocation. Between ranks the least of a few steps: gloo's thread may hold on to a
     finished collective's buffers for a moment."""
-    peaks_of_runs = [record_step(step).peaks() for _ in range(3 if step.recipe.sharded else 1)]
+    peaks_of_runs = [record_step(step).peaks() for _ in range(3 if step.recipe.gpus > 1 else 1)]
     instants = {name: min(peaks[name] for peaks in peaks_of_runs) for name in peaks_of_runs[0]}
     return {name: MeasuredPeak(size) for name, size in instants.items()}, {
         phase: MeasuredPeak(size) for phase, size in max_by_phase(instants).items()

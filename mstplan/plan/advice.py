@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..spec import hardware
 from ..spec.families import family_of
@@ -20,16 +21,16 @@ from ..spec.model import Model
 from ..spec.speeds import speeds_of
 from ..step.cuda import BIAS_ROWS
 from ..step.kernels import SDPA
-from ..step.optimizers import stand_ins
+from ..step.optimizers import OPTIMIZERS, stand_ins
 from ..step.parameters import parameter_count, trained_count
-from ..step.recipe import Recipe, strategy_label
+from ..step.recipe import STRATEGY_FIELDS, Recipe, strategy_label, strategy_of, words_of
 from ..step.steps import Chunks, Layout, attention_kernel, embeddings_are_frozen, kernels_of
 from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
 from . import calibration
 from .allocation import longest_that_runs
 from .layout import window_of
-from .solve import Answer, Plan, longest_sequence, max_seq, smallest_chunks_tokens, why_no_time
-from .ways import Way, nearest_plan
+from .solve import Answer, Plan, longest_sequence, max_seq, peak_up_to, smallest_chunks_tokens, why_no_time
+from .ways import Way, nearest_plan, tries_adapters
 
 
 def left_out_notes(model: Model | None = None) -> list[str]:
@@ -59,6 +60,10 @@ def card_notes(card: Card) -> list[str]:
             examples = ", ".join(f"{g.name} {g.usable_bytes / GIB:.2f}" for g in similar[:4])
             notes.append(f"Real GPUs show less; name yours with --gpu (GiB that torch sees: {examples}).")
         notes.append(f"Chunk sizes and step times assume the rates of {gpu.name}; --gpu names another.")
+    if card.named and gpu.shared_memory:
+        notes.append(
+            f"{gpu.name} shares its memory with the CPU: leave room for the system and your program with --reserve; CPU RAM offloads nothing here."
+        )
     if gpu.architecture in ("pascal", "volta", "turing"):
         notes.append(
             f"{gpu.name} has neither bf16 tensor cores nor FlashAttention-2: real steps there need more memory and time."
@@ -106,7 +111,7 @@ def _context_origin(card: Card) -> str:
 def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     notes = []
     if recipe.attention == "sdpa" and not model.has_sdpa and model.stand_in is None:
-        kernel = "eager" if recipe.precision == "fp32" else "flash_attention_2"
+        kernel = "eager" if recipe.runs_in_fp32 else "flash_attention_2"
         notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{kernel}'.")
         if model.attention.sinks and kernel != "eager":
             notes.append(
@@ -122,10 +127,19 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
             "With sdpa, sliding-window layers take an explicit S x S mask beyond their window, and a padded copy of it where S is no multiple"
             f" of {BIAS_ROWS}; --attention flash needs none."
         )
-    if recipe.precision == "fp32" and recipe.attention == "sdpa" and model.attention.kv_heads != model.attention.heads:
+    if (
+        recipe.compute_dtype == "float32"
+        and recipe.attention == "sdpa"
+        and model.attention.kv_heads != model.attention.heads
+    ):
         notes.append("In fp32, sdpa has no fast kernel for grouped queries and writes out the score matrix.")
+    if OPTIMIZERS[recipe.optimizer].paged and not recipe.optimizer_on_host:
+        notes.append(
+            "Paged states count as the GPU's memory, though torch's allocator does not show them: the driver moves them to CPU RAM only "
+            "when the GPU is full, and every step needs all of them."
+        )
     notes += _frozen_notes(model, recipe) if recipe.train or recipe.freeze else []
-    return notes + (sharding_notes(model, recipe) if recipe.sharded else [])
+    return notes + _notes_of_several_gpus(model, recipe)
 
 
 def _sdpa_in_releases(model: Model) -> str:
@@ -162,7 +176,7 @@ def kernel_notes(model: Model, recipe: Recipe, card: Card) -> list[str]:
     """By which build of torch sdpa's kernel is chosen, where it depends on that (Platform.prefers_cudnn)."""
     capability = card.gpu.compute_capability
     depends = capability is not None and capability[0] in (9, 10)
-    if not depends or attention_kernel(model, recipe) != SDPA or recipe.precision == "fp32":
+    if not depends or attention_kernel(model, recipe) != SDPA or recipe.compute_dtype == "float32":
         return []
     how = "assumed: no build for CUDA is installed here" if card.build.assumed else "as installed or named"
     ran = "cuDNN's attention" if card.platform.prefers_cudnn else "FlashAttention-2"
@@ -191,15 +205,101 @@ def time_notes(plans: Iterable[Plan]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
+def adapter_notes(plan: Plan) -> list[str]:
+    """Where adapters need more than full fine-tuning would, as those in fp32 can, or kbit preparation makes them: why, and what saves it."""
+    recipe = plan.recipe
+    if not recipe.lora_rank:
+        return []
+    return _kbit_notes(plan) if recipe.kbit_preparation else _fp32_adapter_notes(plan)
+
+
+def _kbit_notes(plan: Plan) -> list[str]:
+    """Why QLoRA may need more than LoRA: what kbit preparation brings at this length."""
+    autocast = plan.recipe.runs_autocast
+    changes: dict[str, dict[str, object]] = {} if autocast else {"--autocast": {"autocast": True}}
+    saved = _savings(plan, {**changes, "leaving --kbit-preparation out": {"kbit_preparation": False}})
+    wider = "hidden states" if autocast else "hidden states, attention and logits"
+    what = f"Kbit preparation makes embeddings, head and norms fp32, and with them {wider}"
+    why = f"{what}, so that QLoRA may need more than LoRA"
+    return [f"{why}: at {format_tokens(plan.seq_len)} tokens {', '.join(saved)}." if saved else f"{what}."]
+
+
+_FULL = {
+    name: Recipe.model_fields[name].default
+    for name in (
+        "lora_rank",
+        "lora_targets",
+        "lora_dropout",
+        "lora_modules_to_save",
+        "dora",
+        "adapter_dtype",
+        "train",
+        "freeze",
+    )
+}
+"""Fields of full fine-tuning in place of adapters."""
+
+
+def _fp32_adapter_notes(plan: Plan) -> list[str]:
+    if plan.recipe.adapter_dtype != "fp32" or plan.recipe.quantize != "none":
+        return []
+    more = plan.peak_bytes - _peak_with(plan, _FULL)
+    if more < GIB // 100:
+        return []
+    changes: dict[str, dict[str, object]] = {
+        "--adapter-dtype bf16": {"adapter_dtype": "bf16"},
+        "--autocast": {"autocast": True},
+        "--checkpoint layer": {"checkpoint": "layer"},
+    }
+    what = f"At {format_tokens(plan.seq_len)} tokens this needs {format_gib(more)} more than full fine-tuning"
+    why = "each adapter in fp32 keeps an fp32 copy of what its layer is given"
+    return [f"{what}: {why}; {', '.join(_savings(plan, changes))}."]
+
+
+def _peak_with(plan: Plan, fields: dict[str, object]) -> int:
+    """Bytes of the peak at the plan's length and chunks with other fields of the recipe."""
+    return peak_up_to(plan.model, plan.recipe.changed(**fields), plan.card, plan.seq_len, plan.chunks).bytes
+
+
+def _savings(plan: Plan, changes: Mapping[str, dict[str, object]]) -> list[str]:
+    """What each of some changes saves at the plan's length: '--autocast saves 28.38 GiB'."""
+    saved = {words: plan.peak_bytes - _peak_with(plan, fields) for words, fields in changes.items()}
+    return [f"{words} saves {format_gib(size)}" for words, size in saved.items() if size >= GIB // 100]
+
+
+def _notes_of_several_gpus(model: Model, recipe: Recipe) -> list[str]:
+    if recipe.gpus == 1:
+        return []
+    return sharding_notes(model, recipe) if recipe.sharded else replica_notes(recipe)
+
+
+_NOT_COUNTED = "Not counted: NCCL's own memory, 1 to 2 GiB a GPU; leave room with --reserve 2GiB. Step times count no communication."
+
+
+def replica_notes(recipe: Recipe) -> list[str]:
+    """What a card holds under DDP, and what is not counted."""
+    return [
+        (
+            f"Per GPU, of {recipe.gpus:,}, each with its own {_sequences(recipe)}: DDP keeps all of it on each, and a copy of the gradients in the "
+            "buckets that it reduces; gradient_as_bucket_view=True would spare the copy, but is not planned."
+        ),
+        _NOT_COUNTED,
+    ]
+
+
+def _sequences(recipe: Recipe) -> str:
+    return "sequences" if recipe.batch > 1 else "sequence"
+
+
 def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
     """What a card holds under FSDP2, and what is not counted."""
     notes = [
         (
-            f"Per GPU, of {recipe.gpus:,}, each with its own {'sequences' if recipe.batch > 1 else 'sequence'}: FSDP2 over every layer and the model. "
+            f"Per GPU, of {recipe.gpus:,}, each with its own {_sequences(recipe)}: FSDP2 over every layer and the model. "
             "Counted: shards, padded; the layer that runs and the all-gather buffer of its neighbour; embedding, norm and head, gathered "
             "throughout; whole gradients until they are scattered, and the reduce-scatter's input (docs/sharding.md)."
         ),
-        "Not counted: NCCL's own memory, 1 to 2 GiB a GPU; leave room with --reserve 2GiB. Step times count no communication.",
+        _NOT_COUNTED,
     ]
     experts = model.experts.number if model.experts is not None else None
     if experts is not None and recipe.gpus > experts:
@@ -262,8 +362,11 @@ def host_notes(plan: Plan) -> list[str]:
         "optimizer states": recipe.optimizer_on_host,
         "weights": recipe.weights_on_host,
         "layer inputs": recipe.offload_layer_inputs,
+        "saved tensors": recipe.offload == "saved-tensors",
     }
     users_words = ", ".join(name for name, uses_host in users.items() if uses_host)
+    if plan.card.gpu.shared_memory:
+        return [f"{users_words} in CPU RAM would stay in the memory of {plan.card.gpu.name}, which is the CPU's, too"]
     return [
         f"CPU RAM is short: {users_words} need {format_gib(plan.host_bytes)} there, and it has {format_gib(plan.card.host_bytes)}"
     ]
@@ -277,19 +380,37 @@ def position_notes(model: Model, seq_len: int) -> list[str]:
     return [f"{model.name} was made for {format_tokens(model.context)} positions: longer sequences need {more}."]
 
 
-def changes_do_not_help() -> str:
+def changes_do_not_help(adapters_tried: bool = True, adapters_help: bool = False) -> str:
     others = ", ".join(each.short for each in stand_ins().values())
-    return f"Nothing that is tried (checkpointing, chunks, batch 1, bf16, {others}, the optimizer in backward, CPU RAM)"
+    adapters = "adapters, " if adapters_tried and not adapters_help else ""
+    nothing = "Nothing else" if adapters_help else "Nothing"
+    return f"{nothing} that is tried ({adapters}checkpointing, chunks, batch 1, bf16, {others}, the optimizer in backward, CPU RAM)"
+
+
+def adapter_lines(ways: Sequence[Way]) -> list[str]:
+    """The adapter with which it fits, how far it reaches, and what to add to the options for it."""
+    lines = []
+    for way in ways:
+        if (change := way.adapters) is None:
+            continue
+        fields = dict.fromkeys(name for each in way.changes for name in each.fields if name not in STRATEGY_FIELDS)
+        strategy = strategy_of(way.plan.recipe)
+        others = ", ".join(each.name for each in way.changes if set(STRATEGY_FIELDS) & each.fields.keys())
+        how = f"with {strategy_label(strategy) if strategy else others or 'all else as it is'}"
+        options = shlex.join(words_of(way.plan.recipe, fields))
+        lines.append(f"{change.name} ({options}): {format_tokens(way.s_max)} tokens {how}.")
+    return lines
 
 
 def nothing_fits_notes(answers: Sequence[Answer], ways_to_fit: Sequence[Way], smallest: Gpu | None) -> list[str]:
     """When no strategy holds even the shortest sequence: what is missing, and the smallest card where it would be enough."""
     plan = nearest_plan([answer.plan for answer in answers])
     lines = [f"Nothing fits, not even {SHORTEST} tokens: {_shortage(plan)}."]
-    if not ways_to_fit:
+    if all(way.adapters is not None for way in ways_to_fit):
         last_words = f" The smallest GPU that holds it: {smallest.name}." if smallest else " No single GPU holds it."
-        lines.append(f"{changes_do_not_help()} makes it fit on this GPU." + last_words)
-    return lines
+        tried = changes_do_not_help(tries_adapters(plan), adapters_help=bool(ways_to_fit))
+        lines.append(f"{tried} makes it fit on this GPU." + last_words)
+    return [*adapter_lines(ways_to_fit), *lines]
 
 
 def larger_chunks_note(answer: Answer) -> list[str]:
@@ -298,7 +419,8 @@ def larger_chunks_note(answer: Answer) -> list[str]:
     mlp, loss = plan.recipe.mlp_chunks == "auto", plan.recipe.loss_chunks == "auto"
     if not (mlp or loss) or answer.s_max_tensors is None:
         return []
-    double = Chunks(plan.chunks.mlp * (2 if mlp else 1), plan.chunks.loss * (2 if loss else 1))
+    m, n, groups = plan.chunks
+    double = Chunks(m * (2 if mlp else 1), n * (2 if loss else 1), groups)
     larger_s_max = longest_sequence(plan.model, plan.recipe, plan.card, double)
     gain = (larger_s_max - answer.s_max_tensors) / answer.s_max_tensors
     effect = f"{strategy_label(answer.strategy)}: twice the pieces, {double.mlp} (MLP) and {double.loss} (loss), would "

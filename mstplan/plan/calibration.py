@@ -95,12 +95,27 @@ def family_of(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+_YOUNGER_FIELDS = (
+    ", stand_in=None",
+    ", release=None",
+    ", published=('', False)",
+    ", head_bias=False",
+    ", idle_window=None",
+    ", tempered=False",
+    ", normalised=True",
+    ", shared_bias=False",
+    ", rotary=True",
+    ", embedding_dropout=None",
+)
+"""Facts that models had before there were fields for them: calibrations are older."""
+
+
 def fingerprint(model: Model) -> str:
     """Hash of everything about a model that decides memory."""
-    facts = model._replace(name="", hub_id=None, notes=(), context=None, dtype="", release=None)
-    text = (
-        facts.listed().replace(", stand_in=None", "").replace(", release=None", "")
-    )  # calibrations are older than the fields
+    facts = model._replace(name="", hub_id=None, notes=(), context=None, dtype="", release=None, published=("", False))
+    text = facts.listed()
+    for younger in _YOUNGER_FIELDS:
+        text = text.replace(younger, "")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -195,7 +210,7 @@ def _find_moment_problem(model: Model, recipe: Recipe, moments: dict[str, tuple[
     from ..step.parameters import parameter_count
 
     parameters = parameter_count(model)[0]
-    weights = 0 if recipe.weights_on_host else parameters * recipe.weight_bytes // recipe.gpus
+    weights = 0 if recipe.weights_on_host else parameters * recipe.weight_bytes // recipe.shards
     vectors = [dict(zip(BASIS, vector, strict=True)) for several in moments.values() for vector in several]
     slopes = [v["bs"] + v["s"] + v["br"] + min(0, v["bc"]) + min(0, v["bk"]) for v in vectors]  # a chunk may be short
     if max(abs(n) for v in vectors for n in v.values()) > MAX_BYTES_PER_WEIGHT * parameters:

@@ -59,7 +59,7 @@ def find_longest(model: Model, card: Card, recipes: Mapping[str, Recipe]) -> Lon
     smallest = None if best.s_max else ways.smallest_gpu(ways.nearest_plan(plans))
     other_s_max = _with_other_allocator(best) if best.s_max else 0
     notes = _notes_of_longest(model, card, answers, to_fit, smallest)
-    notes += [advice.longest_allocator_note(best, other_s_max)] if best.s_max else []
+    notes += [*advice.adapter_notes(best.plan), advice.longest_allocator_note(best, other_s_max)] if best.s_max else []
     return LongestFinding(model, card, answers, best, to_fit, smallest, other_s_max, tuple(notes))
 
 
@@ -128,7 +128,7 @@ def assess_length(plans: Mapping[str, Plan], name: str) -> LengthFinding:
     to_fit = () if plan.fits else ways.ways_to_fit(plan)
     beyond = ways.furthest_way(plan) if not (plan.fits or to_fit) else None
     smallest = None if plan.fits else ways.smallest_gpu(plan)
-    advice_lines = () if plan.fits else tuple(_advice(reaches[name], bool(to_fit or beyond), smallest))
+    advice_lines = () if plan.fits else tuple(_advice(plan, reaches[name], to_fit, beyond, smallest))
     notes = (*_notes_at_length(plan, reaches[name]), *advice.time_notes(plans.values()))
     return LengthFinding(plans, reaches, name, to_fit, beyond, smallest, notes, advice_lines)
 
@@ -172,12 +172,15 @@ def _notes_at_length(plan: Plan, reach: int) -> list[str]:
             f"Of batches up to that length one of {format_tokens(plan.peak.tokens)} tokens needs most: its mask has to be padded."
         )
     lines += advice.padding_notes("This recipe", plan, reach) if plan.seq_len > reach else []
-    return [*lines, *(f"{line}." for line in advice.host_notes(plan)), *advice.allocator_note(plan)]
+    lines += [f"{line}." for line in advice.host_notes(plan)]
+    return [*lines, *advice.adapter_notes(plan), *advice.allocator_note(plan)]
 
 
-def _advice(reach: int, changes_help: bool, smallest: Gpu | None) -> list[str]:
-    """How far the recipe reaches as it is, and the card that holds the length."""
-    lines = [] if changes_help else [f"{advice.changes_do_not_help()} makes this length fit on this GPU."]
+def _advice(plan: Plan, reach: int, to_fit: Sequence[Way], beyond: Way | None, smallest: Gpu | None) -> list[str]:
+    """The adapter that makes the length fit, how far the recipe reaches as it is, and the card that holds the length."""
+    lines = advice.adapter_lines(to_fit)
+    if not (to_fit or beyond):
+        lines = [f"{advice.changes_do_not_help(ways.tries_adapters(plan))} makes this length fit on this GPU."]
     lines.append(
         f"As it is, this recipe reaches {format_tokens(reach)} tokens here."
         if reach

@@ -27,7 +27,11 @@ def window_of(model: Model, recipe: Recipe) -> int | None:
     """The length from which sdpa needs explicit masks; None: never."""
     if not runs_sdpa(recipe.attention) or not model.has_sdpa:
         return None
+    if recipe.packing > 1:
+        return 1
     windows = {kind.window for kind in model.layer_kinds if kind.window is not None}
+    if model.idle_window is not None:
+        windows.add(model.idle_window)
     return min(windows) if windows else None
 
 
@@ -35,7 +39,16 @@ def window_of(model: Model, recipe: Recipe) -> int | None:
 def bare_recipe(recipe: Recipe) -> Recipe:
     """The recipe without what only sizes depend on, so that steps are shared."""
     return recipe.model_copy(
-        update={"batch": 1, "mlp_chunks": 1, "loss_chunks": 1, "accumulation": min(2, recipe.accumulation), "pad_to": 1}
+        update={
+            "batch": 1,
+            "mlp_chunks": 1,
+            "loss_chunks": 1,
+            "attention_groups": 1,
+            "accumulation": min(2, recipe.accumulation),
+            "pad_to": 1,
+            "packing": recipe.samples_in_row,
+            "padding_free": False,
+        }
     )
 
 
@@ -51,7 +64,15 @@ def layout_of_no_length(
     model: Model, recipe: Recipe, chunks: Chunks, platform: Platform, masked: bool = False, is_odd: bool = False
 ) -> Layout:
     """The structure without the spans that depend on the length. is_odd: a mask's rows do not begin at multiples of BIAS_ROWS."""
-    layout = Layout(bare_recipe(recipe), chunks.mlp > 1, chunks.loss > 1, masked, platform=platform)
+    layout = Layout(
+        bare_recipe(recipe),
+        chunks.mlp > 1,
+        chunks.loss > 1,
+        masked,
+        platform=platform,
+        groups=chunks.groups,
+        several_rows=recipe.layer_in_chunks and recipe.rows > 1,
+    )
     return layout._replace(padded=is_odd and pads_masks(model, layout))
 
 
@@ -123,7 +144,8 @@ def _find_calibration(model: Model, layout: Layout) -> Calibration | None:
 
 
 def step_sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
-    return Sizes(recipe.batch, seq_len, chunk_tokens(seq_len, chunks.mlp), chunk_tokens(seq_len, chunks.loss))
+    tokens = recipe.row_tokens(seq_len)
+    return Sizes(recipe.rows, tokens, chunk_tokens(tokens, chunks.mlp), chunk_tokens(tokens, chunks.loss))
 
 
 def hardest_lengths(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:
@@ -143,4 +165,4 @@ def hardest_lengths(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ..
 
 def cap_chunks(chunks: Chunks, seq_len: int) -> Chunks:
     """No more pieces than tokens."""
-    return Chunks(min(chunks.mlp, seq_len), min(chunks.loss, seq_len))
+    return chunks._replace(mlp=min(chunks.mlp, seq_len), loss=min(chunks.loss, seq_len))

@@ -14,15 +14,16 @@ from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.recipe import Recipe
 from ..step.steps import Chunks
+from .calibration import fingerprint
 
 FILE = "longest.json"
 
 
 def key_of(model: Model, recipe: Recipe, card: Card, chunks: Chunks, fitting: int) -> str:
     """Digest of what decides S_max. fitting: the longest whose tensors fit, which changes with what the step model counts."""
-    fields = sorted((name, str(getattr(recipe, name))) for name in type(recipe).model_fields)
+    fields = sorted((name, str(value)) for name, value in recipe.unusual_fields())
     memory = card.allocatable_bytes, card.gpu.workspaces_bytes, card.allocator, card.platform
-    facts = repr((model, fields, memory, tuple(chunks), fitting))
+    facts = repr((fingerprint(model), fields, memory, tuple(chunks), fitting))
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 

@@ -11,10 +11,14 @@ from typing import Any
 
 from ..profiles import ROOT
 from ..spec.catalog import load_model
-from ..spec.hardware import card
+from ..spec.config import read_config
+from ..spec.hardware import USUAL, Card, card
+from ..spec.model import Model
 from ..step.recipe import Recipe
+from ..step.steps import Chunks
 from ..units import GIB
-from .solve import longest_sequence, plan_at, recommend_chunks
+from .allocation import usage_at
+from .solve import longest_sequence, peak_at, plan_at, recommend_chunks
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,12 @@ class Comparison:
 
 def comparisons() -> tuple[Comparison, ...]:
     """Compare every published row with its prediction."""
-    rows = json.loads((ROOT / "published.json").read_text(encoding="utf-8"))["rows"]
-    return tuple(_compare(row) for row in rows)
+    return tuple(_compare(row) for row in _published()["rows"])
+
+
+def _published() -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((ROOT / "published.json").read_text(encoding="utf-8"))
+    return told
 
 
 def _compare(row: dict[str, Any]) -> Comparison:
@@ -99,3 +107,112 @@ def _compare(row: dict[str, Any]) -> Comparison:
         predicted_with_older_loss=older,
         explained_by=tuple(assumptions["explained_by"]),
     )
+
+
+# ---- series: one recipe at several lengths or batches ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """One published figure of a series, in its unit, and what is predicted for it."""
+
+    batch: int
+    seq_len: int
+    published: float
+    predicted: float | None
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
+
+    @property
+    def difference(self) -> float | None:
+        """Signed, relative to the published figure."""
+        return None if self.predicted is None else self.predicted / self.published - 1
+
+
+@dataclass(frozen=True)
+class Series:
+    """Published figures of one recipe. What grows with the tokens is compared apart from what does not: the slope, between the first and
+    the last figure, is free of a constant that was counted along."""
+
+    name: str
+    model: str
+    gpu: str
+    case: str
+    source: str
+    measured: str  # "allocated" or "reserved": at most, by torch; "not stated"
+    unit: str  # as printed
+    known_stack: bool  # the code that ran is the code that is planned: figures agree, not only slopes
+    recipe: Recipe | None  # of a batch of one
+    points: tuple[Point, ...]
+    assumptions: tuple[str, ...]
+    explained_by: tuple[str, ...]
+    unit_bytes: int
+    not_predicted: str = ""
+
+    @property
+    def published_slope(self) -> float | None:
+        """Bytes a token."""
+        first, last = self.points[0], self.points[-1]
+        grown = last.tokens - first.tokens
+        return (last.published - first.published) * self.unit_bytes / grown if grown else None
+
+    @property
+    def predicted_slope(self) -> float | None:
+        first, last = self.points[0], self.points[-1]
+        if last.tokens == first.tokens or first.predicted is None or last.predicted is None:
+            return None
+        return (last.predicted - first.predicted) * self.unit_bytes / (last.tokens - first.tokens)
+
+    @property
+    def slope_difference(self) -> float | None:
+        """Signed, relative to the published slope."""
+        predicted, published = self.predicted_slope, self.published_slope
+        return None if predicted is None or published is None else predicted / published - 1
+
+
+def all_series() -> tuple[Series, ...]:
+    """Compare every published series with its prediction."""
+    return tuple(map(_compare_series, _published()["series"]))
+
+
+def series_model(name: str) -> Model:
+    """The model that a series names: one of the file's own configs, else a shipped one."""
+    config = _published()["configs"].get(name)
+    return load_model(name) if config is None else read_config(config, name)
+
+
+def _compare_series(row: dict[str, Any]) -> Series:
+    read_as = row["mstplan"]
+    facts = {name: row[name] for name in ("name", "model", "case", "source", "measured", "unit", "unit_bytes")}
+    recipe, predicted = None, [None] * len(row["points"])
+    if "not_predicted" not in read_as:
+        model = series_model(read_as["model"])
+        recipe, gpu_card = Recipe.model_validate(read_as["recipe"]), card(read_as["gpu"])._replace(allocator=USUAL)
+        predicted = [
+            _bytes_of(model, recipe.changed(batch=batch), gpu_card, seq_len, row["measured"]) / row["unit_bytes"]
+            for batch, seq_len, _ in row["points"]
+        ]
+    points = (
+        Point(batch, seq_len, figure, value)
+        for (batch, seq_len, figure), value in zip(row["points"], predicted, strict=True)
+    )
+    return Series(
+        **facts,
+        gpu=row["hardware"],
+        known_stack=row["known_stack"],
+        recipe=recipe,
+        points=tuple(points),
+        assumptions=tuple(read_as.get("assumptions", ())),
+        explained_by=tuple(read_as.get("explained_by", ())),
+        not_predicted=read_as.get("not_predicted", ""),
+    )
+
+
+def _bytes_of(model: Model, recipe: Recipe, gpu_card: Card, seq_len: int, measured: str) -> int:
+    """What torch reserves at most, by the simulated allocator, where that was measured; else what is allocated."""
+    chunks = Chunks(1, 1)
+    if measured == "reserved":
+        return usage_at(model, recipe, gpu_card, seq_len, chunks).reserved
+    return peak_at(model, recipe, gpu_card, seq_len, chunks)[1]

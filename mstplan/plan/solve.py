@@ -21,7 +21,7 @@ from ..step.simulation import Usage
 from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, kernels_of, stored_inputs
 from ..step.tape import ITEMSIZE, Vector
 from ..step.timing import step_seconds
-from ..step.workspaces import IDS_PER_PARTIAL_SUM
+from ..step.workspaces import IDS_PER_PARTIAL_SUM, MULTIPROCESSORS
 from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
 from .allocation import longest_that_runs, usage_up_to
 from .calibration import Calibration
@@ -50,6 +50,13 @@ class StepPeak(NamedTuple):
     bytes: int
     instant: Instant
     tokens: int
+
+
+class ChunkTokens(NamedTuple):
+    """Tokens of a sequence in a chunk of the MLP and of the loss."""
+
+    mlp: int
+    loss: int
 
 
 class Plan(NamedTuple):
@@ -94,10 +101,10 @@ class Plan(NamedTuple):
         return self.recipe.loss_in_chunks or self.recipe.mlp_chunks != 1
 
     @property
-    def chunk_tokens(self) -> Chunks:
-        """Tokens of a sequence, as it is run, in a chunk of the MLP and of the loss."""
+    def chunk_tokens(self) -> ChunkTokens:
+        """Tokens of a sequence, as it is run, in a chunk."""
         run_tokens = self.recipe.padded(self.seq_len)
-        return Chunks(chunk_tokens(run_tokens, self.chunks.mlp), chunk_tokens(run_tokens, self.chunks.loss))
+        return ChunkTokens(chunk_tokens(run_tokens, self.chunks.mlp), chunk_tokens(run_tokens, self.chunks.loss))
 
     @property
     def fits(self) -> bool:
@@ -198,6 +205,9 @@ def longest_sequence(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -
 def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
     """The longest of the lengths that batches can have, up to which all fit in so many pieces. Where a sliding window asks for an explicit
     mask, lengths whose mask is padded need more than their neighbours: the first length of either kind that does not fit ends it."""
+    if recipe.padding_free and recipe.batch > 1:
+        one_row = recipe.changed(batch=1, packing=recipe.samples_in_row)
+        return _longest_within_budget(model, one_row, card, chunks) // recipe.batch // recipe.pad_to * recipe.pad_to
     window, multiple = window_of(model, recipe), recipe.pad_to
 
     def reach(masked: bool, padded: bool = False) -> int:
@@ -321,7 +331,30 @@ def fixed_chunks(recipe: Recipe, mlp: int = 1, loss: int = 1) -> Chunks:
     return Chunks(
         mlp if recipe.mlp_chunks == "auto" else recipe.mlp_chunks,
         loss if recipe.loss_chunks == "auto" else recipe.loss_chunks,
+        1 if recipe.attention_groups == "auto" else recipe.attention_groups,
     )
+
+
+MOST_GROUPS = 8
+"""Of heads: of what attention takes beside its inputs and outputs, more would spare less than an eighth."""
+
+
+def groups_of_heads(model: Model, recipe: Recipe, seq_len: int) -> int:
+    """The most groups of heads in which attention's kernel keeps a card busy: with four blocks of 128 queries for each multiprocessor of
+    the largest card the last round of them is a small part of its time. One where layers may have an explicit mask: sdpa keeps a copy
+    of it for each group, which is more than groups spare."""
+    blocks = recipe.rows * model.attention.heads * -(-recipe.row_tokens(seq_len) // 128)
+    return next(n for n in _groups(model, recipe) if n == 1 or blocks >= n * 4 * MULTIPROCESSORS)
+
+
+def _groups(model: Model, recipe: Recipe) -> list[int]:
+    """Numbers of groups that heads of keys and values come in, largest first."""
+    heads = 1 if window_of(model, recipe) is not None else model.attention.kv_heads
+    return [n for n in range(min(MOST_GROUPS, heads), 0, -1) if heads % n == 0]
+
+
+def _in_groups(recipe: Recipe, groups: int) -> Recipe:
+    return recipe.model_copy(update={"attention_groups": groups})
 
 
 def _power_below(n: int) -> int:
@@ -331,7 +364,13 @@ def _power_below(n: int) -> int:
 def recommend_chunks(model: Model, recipe: Recipe, card: Card) -> Chunks:
     """The smallest chunk counts (powers of two) beyond which S_max grows by less than `MIN_GAIN`, none so large that a
     chunk's matrix products stop being compute-bound on the card."""
-    if "auto" not in (recipe.mlp_chunks, recipe.loss_chunks):
+    if recipe.attention_groups == "auto":
+        for groups in _groups(model, recipe):
+            chunks = recommend_chunks(model, _in_groups(recipe, groups), card)
+            longest = longest_sequence(model, recipe, card, chunks)
+            if groups == 1 or groups_of_heads(model, recipe, longest) >= groups:
+                return chunks
+    if not recipe.is_open:
         return fixed_chunks(recipe)
 
     @cache
@@ -341,7 +380,7 @@ def recommend_chunks(model: Model, recipe: Recipe, card: Card) -> Chunks:
     min_chunk_tokens = smallest_chunks_tokens(model, card.gpu)
 
     def compute_bound(chunks: Chunks) -> bool:
-        counts = zip((recipe.mlp_chunks, recipe.loss_chunks), chunks, min_chunk_tokens, strict=True)
+        counts = zip((recipe.mlp_chunks, recipe.loss_chunks), chunks[:2], min_chunk_tokens, strict=True)
         return all(
             setting != "auto" or m == 1 or reach(chunks) * recipe.batch >= m * tokens for setting, m, tokens in counts
         )
@@ -396,7 +435,9 @@ def _smallest_power(limit: int, is_enough: Callable[[int], bool]) -> int:
 
 def recommend_chunks_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:
     """The smallest chunk counts whose peak at this length is within `MIN_GAIN` of the lowest, all chunks compute-bound."""
-    if "auto" not in (recipe.mlp_chunks, recipe.loss_chunks):
+    if recipe.attention_groups == "auto":
+        recipe = _in_groups(recipe, groups_of_heads(model, recipe, recipe.padded(seq_len)))
+    if not recipe.is_open:
         return fixed_chunks(recipe)
 
     @cache
@@ -515,9 +556,11 @@ def max_seq_of_tensors(model: Model, recipe: Recipe, card: Card) -> tuple[int, C
 
 
 def _longest_on_host(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
-    """Tokens whose offloaded tensors CPU RAM holds: they grow by as much with every token."""
+    """Tokens whose offloaded tensors CPU RAM holds: layer inputs grow by as much with every token, saved tensors in steps."""
     assert card.host_bytes is not None
-    built_step = step_of(model, recipe, card, chunks, 1)
+    built_step = step_of(model, recipe, card, chunks, window_of(model, recipe) or 1)  # with masks, which are saved, too
+    if recipe.offload == "saved-tensors":
+        return _longest_saved(model, recipe, card.host_bytes, built_step)
     fixed = host_bytes(model, recipe, 0, built_step)
     per_token = host_bytes(model, recipe, 1, built_step) - fixed
     remaining, multiple = card.host_bytes - fixed, recipe.pad_to
@@ -526,11 +569,24 @@ def _longest_on_host(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -
     return remaining // per_token // multiple * multiple if per_token else LONGEST
 
 
+def _longest_saved(model: Model, recipe: Recipe, budget: int, built_step: Step) -> int:
+    low, high = 0, LONGEST // recipe.pad_to
+    while low < high:
+        middle = (low + high + 1) // 2
+        if host_bytes(model, recipe, middle * recipe.pad_to, built_step) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low * recipe.pad_to
+
+
 def host_bytes(model: Model, recipe: Recipe, seq_len: int, built_step: Step) -> int:
-    """Host memory of one process: offloaded layer inputs, optimizer states, weights. Pinned, so it cannot be swapped."""
+    """Host memory of one process: offloaded layer inputs or saved tensors, optimizer states, weights. Pinned, so it cannot be swapped."""
     total = host_states(recipe, built_step.trained)
     if recipe.weights_on_host:
         total += built_step.parameters * recipe.weight_bytes
+    if recipe.offload == "saved-tensors":
+        total += built_step.saved_on_host(step_sizes(recipe, seq_len, Chunks(1, 1)))
     if recipe.offload_layer_inputs:
         stored = stored_inputs(recipe, model.layers)
         total += stored * recipe.batch * seq_len * model.hidden * ITEMSIZE[recipe.used_dtype]

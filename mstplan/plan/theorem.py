@@ -121,7 +121,7 @@ def coefficients(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> Co
     intermediate, of the LM head and loss or of the MLP, at the moment it peaks."""
     loss = "transformers" if recipe.loss_in_chunks else recipe.loss
     unchunked = {"mlp_chunks": 1, "mlp_recompute": False, "loss_chunks": 1, "loss": loss}
-    plain = recipe.changed(checkpoint="none", offload_layer_inputs=False, **unchunked)
+    plain = recipe.changed(checkpoint="none", offload="none", **unchunked)
     built = step_of_no_length(model, plain, card)
     constants = built.constants()
     kept = _kept_per_layer(built)

@@ -1,4 +1,4 @@
-"""Ways to make a step fit: sets of changes to a recipe, the cheapest first, and the cards that hold it as it is."""
+"""Ways to make a step fit: sets of changes to a recipe, adapters first and then the cheapest, and the cards that hold it as it is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from ..errors import RecipeError
 from ..spec.hardware import Gpu, gpus
+from ..spec.model import Model
+from ..step.adapters import ATTENTION
+from ..step.expert_adapters import has_adapted_experts
 from ..step.optimizers import stand_ins
 from ..step.recipe import Recipe
 from . import calibration
@@ -15,9 +18,11 @@ from .solve import Plan, max_seq, max_seq_of_tensors, plan_at, recommend_chunks_
 
 _MLP_AGAIN_PRICE = "time: the MLPs run twice"
 MAX_WAYS = 4
-"""Ways that are listed."""
+"""Ways that are listed, beside adapters."""
 USEFUL_TOKENS = 2048
 """Tokens that a way should reach where no length was asked for, if any does."""
+ADAPTER_RANK = 16
+"""Rank of adapters that are proposed: what TRL and peft's examples take (`trainers.py`)."""
 
 
 class Change(NamedTuple):
@@ -37,6 +42,11 @@ class Way(NamedTuple):
     s_max: int
 
     @property
+    def adapters(self) -> Change | None:
+        """The change that brings adapters, or quantised weights beside them; None: it is another way."""
+        return next((change for change in self.changes if _ADAPTER_FIELDS & change.fields.keys()), None)
+
+    @property
     def gives_up(self) -> str:
         """Price of the changes together, in words."""
         again = (
@@ -53,6 +63,7 @@ def _change_names(changes: Iterable[Change]) -> set[str]:
     return {change.name for change in changes}
 
 
+_ADAPTER_FIELDS = {"lora_rank", "quantize"}
 Lever = tuple[Change, ...]
 """Changes that exclude each other."""
 
@@ -82,6 +93,7 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
             ),
         ),
         (Change("weights in CPU RAM", "weights cross the host link", 6, {"weights_on_host": True}),),
+        (Change("no kbit preparation", "embeddings, head and norms in fp32", 1, {"kbit_preparation": False}),),
     )
 
 
@@ -89,9 +101,8 @@ def _token_levers(start: Plan) -> tuple[Lever, ...]:
     """Levers on the bytes that grow with the sequence."""
     recipe = start.recipe
     accumulation = {} if recipe.optimizer_in_backward else {"accumulation": recipe.accumulation * recipe.batch}
-    back_to_gpu: Lever = (
-        () if start.fits_host else (Change("layer inputs on the GPU", "", 0, {"offload_layer_inputs": False}),)
-    )
+    what_left = "saved tensors" if recipe.offload == "saved-tensors" else "layer inputs"
+    back_to_gpu: Lever = () if start.fits_host else (Change(f"{what_left} on the GPU", "", 0, {"offload": "none"}),)
     attention = (
         Change("sdpa instead of eager attention", "", 0, {"attention": "sdpa"})
         if recipe.attention == "eager"
@@ -111,12 +122,14 @@ def _token_levers(start: Plan) -> tuple[Lever, ...]:
         ),
         (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **accumulation}),),
         (Change("checkpoint every layer", "time: a second forward pass", 3, {"checkpoint": "layer"}),),
-        (*back_to_gpu, Change("layer inputs in CPU RAM", "CPU RAM", 3, {"offload_layer_inputs": True})),
+        (*back_to_gpu, Change("layer inputs in CPU RAM", "CPU RAM", 3, {"offload": "layer-inputs"})),
     )
 
 
 def ways_to_fit(start: Plan) -> tuple[Way, ...]:
-    """Sets of changes with which the step fits at its length, cheapest first; of sets within each other the smallest."""
+    """Sets of changes with which the step fits at its length: what gives up nothing, then adapters, then the cheapest first; of sets within
+    each other the smallest."""
+    adapters = adapter_way(start)
     ways: list[Way] = []
     for changes in _change_sets(start):
         if len(ways) == MAX_WAYS:
@@ -125,12 +138,19 @@ def ways_to_fit(start: Plan) -> tuple[Way, ...]:
             start, changes
         ):
             continue
-        recipe = _changed_recipe(start.recipe, changes)
-        assert recipe is not None
-        plan = plan_at(start.model, recipe, start.card, start.seq_len)
-        if _helps(start, plan):
-            ways.append(Way(changes, plan, max_seq(start.model, recipe, start.card).s_max))
-    return tuple(ways)
+        if (way := _way_that_fits(start, changes)) is not None:
+            ways.append(way)
+    return tuple(
+        sorted((*([adapters] if adapters is not None else []), *ways), key=lambda way: way.gives_up != "nothing")
+    )
+
+
+def _way_that_fits(start: Plan, changes: tuple[Change, ...]) -> Way | None:
+    """The way, where the step fits with the changes and for them."""
+    recipe = _changed_recipe(start.recipe, changes)
+    assert recipe is not None
+    plan = plan_at(start.model, recipe, start.card, start.seq_len)
+    return Way(changes, plan, max_seq(start.model, recipe, start.card).s_max) if _helps(start, plan) else None
 
 
 def _helps(start: Plan, plan: Plan) -> bool:
@@ -145,6 +165,72 @@ def _helps(start: Plan, plan: Plan) -> bool:
 def _formula_bytes(plan: Plan) -> int:
     with calibration.set_aside():
         return plan_at(plan.model, plan.recipe, plan.card, plan.seq_len, plan.chunks).peak_bytes
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------------
+
+
+def tries_adapters(start: Plan) -> bool:
+    """Whether adapters, or quantised weights beside them, are a way at all: the formula knows the model, all weights are trained or there
+    are adapters already, and weights lie whole on the GPU."""
+    return next(_adapter_changes(start), None) is not None
+
+
+def adapter_way(start: Plan) -> Way | None:
+    """Adapters with which the step fits at its length: LoRA, else QLoRA, each as the recipe is, else with what shortens what grows with
+    the sequence; None where they do not help, nothing needs them beside that, or the recipe cannot have them."""
+    for adapters in _adapter_changes(start):
+        for everything in (adapters, *reversed(tuple(_all_changes(start, adapters)))):
+            if not _seems_to_fit(start, everything):
+                continue
+            fewest = _without_needless(start, everything)
+            if adapters[0] not in fewest:
+                return None
+            for changes in (fewest, everything):
+                if (way := _way_that_fits(start, changes)) is not None:
+                    return way
+    return None
+
+
+def _adapter_changes(start: Plan) -> Iterator[tuple[Change, ...]]:
+    """Changes that bring adapters, the one that leaves the model's own weights as they are first; for LoRA's those to QLoRA's."""
+    model, recipe = start.model, start.recipe
+    if model.stand_in is not None or recipe.train or recipe.freeze:
+        return
+    frozen = Change("frozen weights in bf16", "fp32 base weights", 1, _frozen_in_bf16(recipe))
+    for change in _kinds_of_adapters(model, recipe):
+        for changes in ((change,), (change, frozen)):
+            changed = _changed_recipe(recipe, changes)
+            if changed is not None and (change is changes[-1] or _alters(recipe, frozen)):
+                yield changes
+
+
+def _kinds_of_adapters(model: Model, recipe: Recipe) -> Iterator[Change]:
+    rounded = "weights rounded to 4 bits"
+    if recipe.lora_rank:
+        if recipe.quantize in ("none", "int8"):
+            yield Change(f"QLoRA of rank {recipe.lora_rank}", rounded, 2, {"quantize": "nf4"})
+        return
+    fields: dict[str, object] = {"lora_rank": ADAPTER_RANK}
+    if has_adapted_experts(model):  # whose weights every layer would make anew beside its own
+        fields["lora_targets"] = (ATTENTION,)
+    price = "trains adapters instead of all weights"
+    yield Change(f"LoRA of rank {ADAPTER_RANK}", price, 0, fields)
+    yield Change(f"QLoRA of rank {ADAPTER_RANK}", f"{price}; {rounded}", 2, {**fields, "quantize": "nf4"})
+
+
+def _frozen_in_bf16(recipe: Recipe) -> dict[str, object]:
+    """What adds to the adapters computes as before: under autocast where it did."""
+    return {"precision": "bf16", "autocast": recipe.runs_autocast}
+
+
+def _without_needless(start: Plan, changes: tuple[Change, ...]) -> tuple[Change, ...]:
+    """The changes without those that it seems to fit without, adapters first, then the dearest first."""
+    for change in sorted(changes, key=lambda change: (not _ADAPTER_FIELDS & change.fields.keys(), -change.cost)):
+        fewer = tuple(each for each in changes if each is not change)
+        if fewer and _seems_to_fit(start, fewer):
+            changes = fewer
+    return changes
 
 
 def nearest_plan(plans: Sequence[Plan]) -> Plan:
@@ -170,7 +256,7 @@ def furthest_way(start: Plan) -> Way | None:
 def _furthest_changes(start: Plan) -> tuple[Change, ...] | None:
     candidates = [
         changes
-        for states in _choose_changes(start.recipe, _state_levers(start))
+        for states in (*_adapter_changes(start), *_choose_changes(start.recipe, _state_levers(start)))
         for changes in _all_changes(start, states)
     ]
     best = max(candidates, key=lambda changes: (_reach_of_tensors(start, changes), -_total_cost(changes)), default=())
@@ -224,7 +310,7 @@ def _all_changes(start: Plan, states: tuple[Change, ...]) -> Iterator[tuple[Chan
         if change is not None and _changed_recipe(start.recipe, (*taken, change)) is not None:
             taken = (*taken, change)
     yield taken
-    on_card = tuple(change for change in taken if not change.fields.get("offload_layer_inputs"))
+    on_card = tuple(change for change in taken if change.fields.get("offload", "none") == "none")
     if on_card != taken:
         yield on_card
 
@@ -252,7 +338,8 @@ def _seems_to_fit(start: Plan, changes: tuple[Change, ...]) -> bool:
 
 def smallest_gpu(start: Plan) -> Gpu | None:
     """The smallest card on which the recipe fits as it is, with the same reserve and CPU RAM."""
-    for gpu in sorted(gpus(), key=lambda g: (g.usable_bytes, -g.bf16_flops)):
+    sold = (gpu for gpu in gpus() if not gpu.shared_memory)
+    for gpu in sorted(sold, key=lambda g: (g.usable_bytes, -g.bf16_flops)):
         card = start.card._replace(gpu=gpu, total_bytes=gpu.usable_bytes, named=True)
         if card.budget_bytes > start.card.budget_bytes and plan_at(start.model, start.recipe, card, start.seq_len).fits:
             return gpu

@@ -120,6 +120,7 @@ def _throughputs(rows: Iterable[tuple[str, Throughput]], strategy: str = "") -> 
         Column("", "M: MLP, loss"),
         Column("mlp_chunks", None),
         Column("loss_chunks", None),
+        Column("attention_groups", None),
         Column("", "tokens"),
         Column("outcome", None),
         Column("step_seconds", "step", right=True),

@@ -1,48 +1,95 @@
-"""The reports of what is known: models and cards."""
+"""The reports of what is known: models, cards and recipes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from ..spec.hardware import Gpu
+from ..spec.config import NO_TOWERS
+from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
 from ..step.parameters import parameter_count
+from ..step.trainers import Trainer
 from ..units import GIB, format_count
 from . import payload
 from .parts import cell
 from .report import Block, Cell, Column, Folded, Notes, Report, Row, Table, line
 
 
-def models(rows: Sequence[Model]) -> Report:
+class ModelRow(NamedTuple):
+    """A model, and the strategy with which it fits, where that was asked."""
+
+    model: Model
+    fits_with: str | None = None
+
+
+class Asked(NamedTuple):
+    """On which card, at which length, of how many models it was asked."""
+
+    card: Card
+    seq_len: int
+    models: int
+
+
+def models(rows: Sequence[ModelRow], asked: Asked | None = None, notes: Sequence[str] = ()) -> Report:
     columns = (
-        Column("model", "model"),
+        Column("model", "model", whole=True),
+        Column("model_type", "family"),
         Column("parameters", "params", right=True),
         Column("active_parameters", "active", right=True),
-        Column("layers", "layers", right=True),
-        Column("hidden_size", "hidden", right=True),
+        Column("experts", "experts", right=True),
+        Column("layers", "layers" if asked is None else None, right=True),
+        Column("hidden_size", None),
         Column("context", "context", right=True),
-        Column("intermediate_size", "MLP", right=True),
-        Column("vocab_size", "vocab", right=True),
-        Column("model_type", None),
+        Column("fits_with", "fits with" if asked is not None else None),
+        Column("intermediate_size", None),
+        Column("vocab_size", None),
+        Column("towers_left_out", None),
         Column("hub_id", None),
     )
-    table = Table("models", columns, tuple(Row(_model(m)) for m in rows))
-    document = payload.document("models", models=[payload.model(m) for m in rows])
-    return Report("models", document, [Folded((line("Models"),)), table], table)
+    table = Table("models", columns, tuple(Row(_model(row)) for row in rows))
+    facts = [{**payload.model(row.model), **_experts(row.model), "fits_with": row.fits_with} for row in rows]
+    head = Folded((line("Models"),)) if asked is None else line(_verdict(rows, asked))
+    document = payload.document("models", models=facts, notes=list(notes))
+    parts = [row.model.name for row in rows if NO_TOWERS in row.model.notes]
+    remarks = [*notes, *([f"without their towers of images or sound: {', '.join(parts)}"] if parts else [])]
+    return Report("models", document, [head, *([table] if rows else []), Notes(tuple(remarks))], table)
 
 
-def _model(m: Model) -> tuple[Cell, ...]:
+def _verdict(rows: Sequence[ModelRow], asked: Asked) -> str:
+    return (
+        f"{len(rows)} of {asked.models} train on {asked.card.gpu.name} at {asked.seq_len:,} tokens, each with the simplest strategy that fits; "
+        "mstplan max-seq says how much longer."
+    )
+
+
+def _experts(m: Model) -> dict[str, object]:
+    experts = m.experts
+    facts = (
+        {"number": experts.number, "per_token": experts.per_token, "shared_width": experts.shared_width}
+        if experts
+        else None
+    )
+    return {"experts": facts, "towers_left_out": NO_TOWERS in m.notes}
+
+
+def _model(row: ModelRow) -> tuple[Cell, ...]:
+    m = row.model
     total, active = parameter_count(m)
+    experts = f"{m.experts.per_token} of {m.experts.number}" if m.experts is not None else ""
     return (
         cell(m.name),
+        cell(m.model_type),
         Cell(total, format_count(total)),
         Cell(active, format_count(active) if active != total else ""),
+        Cell(experts or None, experts),
         cell(m.layers),
         cell(m.hidden),
         Cell(m.context, str(m.context or "-")),
-        Cell(m.mlp_width, str(m.mlp_width or "-")),
+        cell(row.fits_with),
+        cell(m.mlp_width),
         cell(m.vocab),
-        cell(m.model_type),
+        cell(NO_TOWERS in m.notes),
         cell(m.hub_id),
     )
 
@@ -84,3 +131,17 @@ def _gpu(g: Gpu) -> tuple[Cell, ...]:
         cell(g.context_bytes),
         cell(g.context_kind),
     )
+
+
+def recipes(rows: Sequence[Trainer]) -> Report:
+    columns = (Column("name", "--like"), Column("about", "defaults of"), Column("options", None))
+    table = Table("recipes", columns, tuple(Row((cell(t.name), cell(t.about), cell(t.options))) for t in rows))
+    blocks: list[Block] = [Folded((line("Recipes"),)), table]
+    for t in rows:
+        blocks += [
+            line(t.name, "strong"),
+            line(t.options, deep=2),
+            *(line(f"{each}.", "quiet", deep=2) for each in t.assumptions),
+        ]
+    document = payload.document("recipes", recipes=[payload.trainer(t) for t in rows])
+    return Report("recipes", document, blocks, table)

@@ -20,10 +20,14 @@ from ..units import GIB, format_count, format_gib, format_tokens
 from . import times
 from .report import GAP, Block, Cell, Column, Line, Notes, Row, Span, Table, line
 
+SHOWN = GIB // 200
+"""Bytes that print as more than 0.00 GiB."""
 FEW, MOST = 3, 14
 """Tensors that a terminal shows of an instant, and with --tensors."""
 PEAK = "<- peak"
 NOTHING = Cell(None, "")
+ONLY_ADAPTER = ".default.weight"
+"""What peft's names of weights end in, which a terminal has no room for."""
 
 
 # ---- cells --------------------------------------------------------------------------------------------------------------
@@ -72,10 +76,12 @@ def strategy_cell(name: str) -> Cell:
 
 
 def pieces(p: Plan) -> str:
-    """Pieces of the sequence in words: 'MLP in 4 pieces of 21,134 tokens, loss in 16 of 5,284'."""
-    (mlp, loss), (of_mlp, of_loss) = p.chunks, p.chunk_tokens
-    whole = f"MLP in one piece, loss in {loss} of {of_loss:,} tokens"
-    return f"MLP in {mlp} pieces of {of_mlp:,} tokens, loss in {loss} of {of_loss:,}" if mlp > 1 else whole
+    """Pieces of the sequence in words: 'MLP in 4 pieces of 21,134 tokens, loss in 16 of 5,284'; and groups of heads."""
+    (mlp, loss, groups), (of_mlp, of_loss) = p.chunks, p.chunk_tokens
+    what = "layers" if p.recipe.layer_in_chunks else "MLP"
+    heads = f", heads in {groups} groups" if groups > 1 else ""
+    whole = f"{what} in one piece, loss in {loss} of {of_loss:,} tokens"
+    return (f"{what} in {mlp} pieces of {of_mlp:,} tokens, loss in {loss} of {of_loss:,}" if mlp > 1 else whole) + heads
 
 
 # ---- lines --------------------------------------------------------------------------------------------------------------
@@ -260,7 +266,12 @@ def instants(p: Plan, peaks: Sequence[InstantPeak]) -> Table:
     )
     rows = tuple(
         Row(
-            (cell(i.name.value), cell(i.operation), gib_cell(i.bytes), binds_cell(i.name == p.instant)),
+            (
+                cell(i.name.value),
+                Cell(i.operation, i.operation.removesuffix(ONLY_ADAPTER)),
+                gib_cell(i.bytes),
+                binds_cell(i.name == p.instant),
+            ),
             "strong" if i.name == p.instant else "",
         )
         for i in peaks
@@ -293,6 +304,7 @@ def summed(
 ) -> Table:
     """A table of bytes in its last column, with those of what a terminal does not show, and of all, in sum."""
     blank = (NOTHING,) * (len(columns) - 2)
+    most = min(most, max(1, sum(size >= SHOWN for size in sizes)))
 
     def sum_of(what: str, terms: Sequence[int]) -> Row:
         return Row((cell(what), *blank, gib_cell(sum(terms))))
@@ -323,3 +335,9 @@ def ways(title: str, ways: Sequence[Way]) -> Table:
         for way in ways
     )
     return Table("ways", columns, rows, title, layout="ways")
+
+
+def ways_to_train(model: Model, card: Card, to_fit: Sequence[Way], by: str = "") -> Table:
+    """Changes with which anything fits at all, and of which length CPU RAM and times are."""
+    length = f"; CPU GiB and step at {format_tokens(to_fit[0].plan.seq_len)} tokens" if to_fit else ""
+    return ways(f"Ways to train {model.name} on {card.label}{by}{length}", to_fit)

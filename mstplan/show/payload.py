@@ -14,6 +14,7 @@ from ..spec.model import Model
 from ..step.parameters import parameter_count, trained_count
 from ..step.recipe import Recipe, options_of, strategy_label
 from ..step.steps import Entry, InstantPeak
+from ..step.trainers import Trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,6 +68,16 @@ def card(c: Card) -> dict[str, Any]:
 
 def gpu(g: Gpu) -> dict[str, Any]:
     return {field: getattr(g, field) for field in g._fields}
+
+
+def trainer(t: Trainer) -> dict[str, Any]:
+    return {
+        "name": t.name,
+        "about": t.about,
+        "options": t.options,
+        "recipe": t.recipe.model_dump(),
+        "assumptions": list(t.assumptions),
+    }
 
 
 def calibrated(c: Calibration | None) -> dict[str, Any] | None:

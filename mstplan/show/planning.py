@@ -35,7 +35,7 @@ def max_seq(longest: LongestFinding, tensors: bool = False) -> Report:
         title = f"The peak of {label} at {tokens} tokens, {best.plan.instant}:"
         blocks += parts.at_peak(title, best.plan, best.plan.binding_entries(), tensors)
     else:
-        blocks.append(parts.ways(f"Ways to train {longest.model.name} on {longest.card.label}", longest.to_fit))
+        blocks.append(parts.ways_to_train(longest.model, longest.card, longest.to_fit))
     return Report("max-seq", payload.max_seq(longest), [*blocks, *parts.remarks(longest.notes)], answers)
 
 
@@ -68,9 +68,10 @@ def plans(finding: LengthsFinding) -> Report:
 
 def _ways(finding: LengthFinding) -> list[Table]:
     length, where = format_tokens(finding.plan.seq_len), finding.plan.card.label
+    order = "adapters, then cheapest first" if any(way.adapters for way in finding.to_fit[:1]) else "cheapest first"
     none = "No change that is tried makes this length fit on this GPU. The longest they reach"
     return [
-        parts.ways(f"Ways to fit {length} tokens on {where}, cheapest first", finding.to_fit),
+        parts.ways(f"Ways to fit {length} tokens on {where}, {order}", finding.to_fit),
         parts.ways(none, [finding.beyond] if finding.beyond is not None else []),
     ]
 
@@ -121,9 +122,10 @@ def _sources(rows: Sequence[Entry], unit: int, name: str, most: int = 6) -> str:
     def amount(size: int) -> str:
         return f"{size / unit:,.2f}" if unit > 1 else f"{size:,}"
 
-    terms = [f"{e.name} {amount(e.bytes)}" for e in rows[:most]]
-    if rest := sum(e.bytes for e in rows[most:]):
-        terms.append(f"{len(rows) - most} smaller {amount(rest)}")
+    named = [e for e in rows[:most] if e.bytes >= unit / 200]  # others print as 0.00
+    terms = [f"{e.name} {amount(e.bytes)}" for e in named]
+    if (rest := sum(e.bytes for e in rows[len(named) :])) >= unit / 200:
+        terms.append(f"{len(rows) - len(named)} smaller {amount(rest)}")
     return ", ".join(terms) + f" {name}"
 
 

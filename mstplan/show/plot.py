@@ -239,6 +239,7 @@ STYLES = {
     "standard": Style("#000000", "-", 1.1, "o"),
     "checkpoint": Style("#0072B2", (0, (6, 2)), 1.6, "s"),
     "checkpoint-sqrt": Style("#D55E00", (0, (4, 1.5, 1, 1.5)), 1.6, "^"),
+    "chunked-loss": Style("#E69F00", (0, (3, 1)), 1.9, "X"),
     "mst": Style("#009E73", "-", 2.6, "D"),
     "mst-offload": Style("#CC79A7", (0, (1.2, 1)), 2.6, "v"),
 }

@@ -1,4 +1,4 @@
-"""`mstplan published`, and docs/published.md: published lengths and peaks beside the step model's.
+"""`mstplan published`, and docs/published.md: published lengths, peaks and series beside the step model's.
 
 python -m mstplan.show.published > docs/published.md
 """
@@ -10,7 +10,7 @@ from dataclasses import replace
 from statistics import mean, median
 from typing import Any
 
-from ..plan.published import Comparison, comparisons
+from ..plan.published import Comparison, Series, all_series, comparisons
 from ..step.recipe import Recipe
 from . import parts, payload
 from .formats import FORMATS
@@ -25,30 +25,38 @@ Each row is read as a recipe (its assumptions stand in the row) and predicted by
 term is adjusted to come closer. Differences are signed: + means that mstplan predicts more than was published.
 Published lengths are the paper's or recipe's own figures, mostly rounded to thousands of tokens.
 `older loss` is S_max with the loss of transformers before 4.45, for rows that ran such a release.
+A series is one recipe at several lengths or batches, in the unit that its source prints. Where the code that ran is the
+code that is planned (a known stack), figures are compared; elsewhere slopes, from the first figure to the last, since a
+reading has constants that are no tensors. Reserved memory is compared with what the simulated allocator reserves.
 """
 TITLE = "Published measurements and the formula rung"
 _NOT_FITTED = "Nothing is fitted to them; what explains each difference: docs/published.md, --format markdown or json."
 
 
-def report(rows: Sequence[Comparison]) -> Report:
+def report(rows: Sequence[Comparison], series: Sequence[Series]) -> Report:
     """Published and predicted, the assumptions under each, then how far off they are."""
+    predicted_series = [s for s in series if s.recipe is not None]
     predicted = [c for c in rows if c.recipe is not None]
     blocks: list[Block] = [
         line(TITLE, "strong"),
         _lengths([c for c in predicted if c.predicted_tokens is not None]),
         _peaks([c for c in predicted if c.published_gib is not None]),
-        _not_predicted([c for c in rows if c.recipe is None]),
-        *_errors(rows),
+        _slopes(predicted_series),
+        _points(predicted_series),
+        _not_predicted([c for c in rows if c.recipe is None], [s for s in series if s.recipe is None]),
+        *_errors(rows, predicted_series),
         line(_NOT_FITTED),
-        Folded((_sources(rows),)),
+        Folded((_sources([*rows, *series]),)),
     ]
-    facts = payload.document("published", published=[as_data(row) for row in rows])
+    facts = payload.document(
+        "published", published=[as_data(row) for row in rows], series=[series_as_data(each) for each in series]
+    )
     return Report("published", facts, blocks, _everything(rows))
 
 
 def page() -> str:
     """docs/published.md: the report in Markdown under a header of its own."""
-    comparison = report(comparisons())
+    comparison = report(comparisons(), all_series())
     shown = [block for block in comparison.blocks if not isinstance(block, Line)]
     return HEADER + FORMATS["markdown"].render(replace(comparison, blocks=[line(TITLE), *shown])).partition("\n")[2]
 
@@ -65,7 +73,11 @@ def _assumptions(recipe: Recipe | None) -> str:
         return ""
     default = Recipe()
     changed = {name: value for name, value in recipe if value != getattr(default, name)}
-    return ", ".join(f"{name}={value}" for name, value in changed.items()) or "all defaults"
+    return ", ".join(f"{name}={_value(value)}" for name, value in changed.items()) or "all defaults"
+
+
+def _value(value: object) -> str:
+    return "+".join(value) if isinstance(value, tuple) else str(value)
 
 
 _CARD = Column("gpu", "GPU")
@@ -132,7 +144,72 @@ def _peaks(rows: Sequence[Comparison]) -> Table:
     return Table("peaks", columns, _rows(cells), title, layout="answers")
 
 
-def _not_predicted(rows: Sequence[Comparison]) -> Table:
+def _slopes(series: Sequence[Series]) -> Table:
+    columns = (
+        Column("series", "series"),
+        Column("measured", "measured"),
+        Column("known_stack", "known stack"),
+        Column("published_slope", "published B/token", right=True),
+        Column("predicted_slope", "predicted B/token", right=True),
+        Column("slope_difference", "differs", right=True),
+        _CARD,
+        _READ_AS,
+        _EXPLAINED,
+    )
+    cells = (
+        (
+            cell(s.name),
+            cell(s.measured),
+            Cell(s.known_stack, "yes" if s.known_stack else "no"),
+            _bytes(s.published_slope),
+            _bytes(s.predicted_slope),
+            _signed(s.slope_difference),
+            cell(s.gpu),
+            Cell(None, "; ".join((s.case, f"read as {_assumptions(s.recipe)}", *s.assumptions))),
+            cell("; ".join(s.explained_by)),
+        )
+        for s in series
+    )
+    return Table("slopes", columns, _rows(cells), "Series: bytes a token, from first to last", layout="answers")
+
+
+def _bytes(size: float | None) -> Cell:
+    return Cell(size, "" if size is None else f"{size:,.0f}")
+
+
+def _points(series: Sequence[Series]) -> Table:
+    columns = (
+        Column("series", "series"),
+        Column("batch", "batch", right=True),
+        Column("seq_len", "tokens", right=True),
+        Column("unit", "unit"),
+        Column("published_figure", "published", right=True),
+        Column("predicted_figure", "predicted", right=True),
+        Column("difference", "differs", right=True),
+    )
+    cells = (
+        (
+            cell(s.name),
+            cell(p.batch),
+            _tokens(p.seq_len),
+            cell(s.unit),
+            _figure(s, p.published),
+            _figure(s, p.predicted),
+            _signed(p.difference),
+        )
+        for s in series
+        for p in s.points
+    )
+    return Table("points", columns, _rows(cells), "Series: every figure, in the unit of its source")
+
+
+def _figure(series: Series, figure: float | None) -> Cell:
+    """With as many decimals as the source prints."""
+    decimals = max(len(str(point.published).partition(".")[2]) for point in series.points)
+    return Cell(figure, "" if figure is None else f"{figure:,.{decimals}f}")
+
+
+def _not_predicted(rows: Sequence[Comparison], series: Sequence[Series]) -> Table:
     columns = (
         Column("model", "model"),
         Column("published_tokens", "published", right=True),
@@ -140,13 +217,19 @@ def _not_predicted(rows: Sequence[Comparison]) -> Table:
         Column("not_predicted", "published as; why not"),
     )
     cells = (
-        (cell(c.model), _tokens(c.published_tokens), cell(c.gpu), Cell(c.not_predicted, f"{c.case}; {c.not_predicted}"))
-        for c in rows
+        *((c.model, _tokens(c.published_tokens), c.gpu, c.case, c.not_predicted) for c in rows),
+        *((s.name, _tokens(s.points[-1].seq_len), s.gpu, f"{s.case}: {_printed(s)}", s.not_predicted) for s in series),
     )
-    return Table("not_predicted", columns, _rows(cells), "Not predicted", layout="answers")
+    shown = ((cell(name), tokens, cell(gpu), Cell(why, f"{case}; {why}")) for name, tokens, gpu, case, why in cells)
+    return Table("not_predicted", columns, _rows(shown), "Not predicted", layout="answers")
 
 
-def _sources(rows: Sequence[Comparison]) -> Table:
+def _printed(series: Series) -> str:
+    """Its figures as published: '6.7, 7.4 G'"""
+    return ", ".join(_figure(series, point.published).text for point in series.points) + f" {series.unit}"
+
+
+def _sources(rows: Sequence[Comparison | Series]) -> Table:
     cells = ((cell(source),) for source in dict.fromkeys(c.source for c in rows))
     return Table("sources", (Column("source", "where they are from"),), _rows(cells), "Sources")
 
@@ -180,10 +263,24 @@ def as_data(c: Comparison) -> dict[str, Any]:
     }
 
 
-def _errors(rows: Sequence[Comparison]) -> list[Block]:
-    """How far off lengths and peaks are, in a line each."""
+def series_as_data(s: Series) -> dict[str, Any]:
+    """The series with its slopes, and each figure with its signed difference."""
+    return {
+        **vars(s),
+        "recipe": s.recipe.model_dump() if s.recipe is not None else None,
+        "points": [{**vars(p), "difference": p.difference} for p in s.points],
+        "assumptions": list(s.assumptions),
+        "explained_by": list(s.explained_by),
+        "published_slope": s.published_slope,
+        "predicted_slope": s.predicted_slope,
+        "slope_difference": s.slope_difference,
+    }
+
+
+def _errors(rows: Sequence[Comparison], series: Sequence[Series]) -> list[Block]:
+    """How far off lengths, peaks and series are, in a line each."""
     lines = []
-    for what, errors in errors_of(rows).items():
+    for what, errors in {**errors_of(rows), **errors_of_series(series)}.items():
         sizes = [abs(error) for error in errors]
         worst = max(errors, key=abs)
         lines.append(
@@ -195,6 +292,14 @@ def _errors(rows: Sequence[Comparison]) -> list[Block]:
 def errors_of(rows: Sequence[Comparison]) -> dict[str, list[float]]:
     """Signed, of lengths and of peaks."""
     differences = {"lengths": [c.tokens_difference for c in rows], "peaks": [c.gib_difference for c in rows]}
+    return {what: [error for error in errors if error is not None] for what, errors in differences.items()}
+
+
+def errors_of_series(series: Sequence[Series]) -> dict[str, list[float]]:
+    """Signed, of figures on known stacks, and of slopes elsewhere."""
+    figures = [p.difference for s in series if s.known_stack for p in s.points]
+    slopes = [s.slope_difference for s in series if not s.known_stack]
+    differences = {"figures of known stacks": figures, "slopes of others": slopes}
     return {what: [error for error in errors if error is not None] for what, errors in differences.items()}
 
 

@@ -49,13 +49,14 @@ class Notes:
 
 class Column(NamedTuple):
     """What a table's rows have. name: for programs, with the unit, "" where it is for people only; heading: for people, None where it is for
-    programs only; code: what people copy; folded: what a terminal leaves out, and a page has room for."""
+    programs only; code: what people copy; folded: what a terminal leaves out, and a page has room for; whole: never on two lines."""
 
     name: str
     heading: str | None
     right: bool = False
     code: bool = False
     folded: bool = False
+    whole: bool = False
 
 
 class Cell(NamedTuple):

@@ -35,9 +35,7 @@ def max_seq(longest: TracedLongest, tensors: bool = False) -> Report:
         blocks.append(line(f"The peak of {label} at {format_tokens(best.answer.s_max)} tokens:", "strong"))
         blocks.append(_alive(best.trace, tensors))
     else:
-        blocks.append(
-            parts.ways(f"Ways to train {longest.model.name} on {longest.card.label}, by formula", longest.to_fit)
-        )
+        blocks.append(parts.ways_to_train(longest.model, longest.card, longest.to_fit, ", by formula"))
     return Report("max-seq", payload.max_seq_by_trace(longest), [*blocks, *parts.remarks(longest.notes)], answers)
 
 

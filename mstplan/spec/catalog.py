@@ -16,7 +16,8 @@ from mstplan import profiles
 from mstplan.errors import ModelError, did_you_mean, one_line, quoted
 from mstplan.files import read_text, repeated_key
 from mstplan.spec.config import read_config
-from mstplan.spec.model import NO_ADAPTERS, Model
+from mstplan.spec.families import FAMILIES
+from mstplan.spec.model import Model
 
 _INDEX_NAME = "index"
 _LARGEST_FILE = 10_000_000  # bytes; a config.json has a few thousand
@@ -55,8 +56,14 @@ def identify_model(spec: str | os.PathLike[str]) -> tuple[str, str | None]:
 
 
 def load_config(spec: str | os.PathLike[str]) -> Mapping[str, object]:
-    """The fields of its config.json."""
-    return _read_json(_find_source(spec).path)
+    """The fields of its config.json, as transformers names them where its own code has the model's layers."""
+    config = _read_json(_find_source(spec).path)
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return config
+    from mstplan.spec.published import as_transformers_has_it
+
+    return as_transformers_has_it(config)
 
 
 def _find_source(spec: str | os.PathLike[str]) -> _Source:
@@ -214,12 +221,23 @@ def _refuse_adapter(config: Mapping[str, object], name: str) -> NoReturn:
 
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     kind_words = f"an adapter ({one_line(kind, 40)})" if isinstance(kind, str) else "an adapter"
-    base_words, way_words = "", "give the base's name or config.json"
+    base_words, way_words = "", "-m BASE"
     if isinstance(base, str) and base.strip():
         base_words, way_words = f" of {one_line(base)}", f"-m {one_line(shlex.quote(base))}"
     raise ModelError(
-        f"{name} is {kind_words}{base_words}: {NO_ADAPTERS}.\nPlan full fine-tuning of its base model: {way_words}."
+        f"{name} is {kind_words}{base_words}: a model is planned by its base's config.json.\n"
+        f"Plan its training: {way_words} {shlex.join(_adapter_options(config))}"
     )
+
+
+def _adapter_options(config: Mapping[str, object]) -> list[str]:
+    """Options for the adapters that peft's file describes."""
+    rank, targets, dropout = config.get("r"), config.get("target_modules"), config.get("lora_dropout")
+    words = ["--lora", str(rank) if isinstance(rank, int) and 0 < rank < 65_536 else "16"]
+    names = [t for t in targets if isinstance(t, str)] if isinstance(targets, list) else []
+    words += ["--lora-targets", one_line(",".join(sorted(names)), 200)] if names else []
+    words += ["--lora-dropout", str(dropout)] if isinstance(dropout, float) and 0 < dropout < 1 else []
+    return words + (["--dora"] if config.get("use_dora") is True else [])
 
 
 _JSON_KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "true or false", type(None): "null"}

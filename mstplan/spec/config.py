@@ -14,7 +14,7 @@ from typing import NoReturn
 from mstplan.errors import ModelError, did_you_mean, one_line
 from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.families.base import Family
-from mstplan.spec.model import NO_ADAPTERS, Attention, Block, Experts, Latent, LayerKind, Mlp, Model
+from mstplan.spec.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, QkNorm
 from mstplan.spec.releases import parse_release, release
 
 _LARGEST_SIZE = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
@@ -30,8 +30,11 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions"),
     "hidden_act": ("hidden_act", "hidden_activation", "activation_function"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
-    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token"),
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk"),
+    "n_shared_experts": ("n_shared_experts", "moe_num_shared_experts"),
+    "first_k_dense_replace": ("first_k_dense_replace", "moe_layer_start_index"),
+    "decoder_sparse_step": ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step"),
     "dtype": ("dtype", "torch_dtype"),
 }
 
@@ -67,17 +70,22 @@ _REFUSED_TYPES: Mapping[str, frozenset[str]] = {
     ),
 }
 _ENCODER_CLASSES = ("ForMaskedLM", "EncoderModel", "Encoder")
-_CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "NemotronH_Omni_Reasoning_V3")
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 # Files of several models whose text part stands in the fields themselves, or names no family of its own.
-_TEXT_TYPES = {
+TEXT_TYPES = {
     "gemma3": "gemma3_text",
     "phi4mm": "phi3",
+    "qwen2_5_omni_thinker": "qwen2_5_omni_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen2_vl": "qwen2_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
 }
-_TEXT_PARTS = ("text_config", "llm_config", "language_config")
+TEXT_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
+"""Fields that hold the part that speaks; a part may have parts."""
+NO_TOWERS = "only the text part is planned: a vision or audio tower is not counted"
 _TOWER_WORDS = ("vision", "visual", "image", "img", "video", "audio", "speech", "embd_layer")
 
 
@@ -94,19 +102,29 @@ def read_config(
     _check_assumption(assume)
     _refuse_non_decoders(config, name)
     notes: list[str] = []
-    text_part = next((config[part] for part in _TEXT_PARTS if isinstance(config.get(part), Mapping)), None)
-    nested = isinstance(text_part, Mapping)
-    if isinstance(text_part, Mapping):
-        if text_part is config.get("text_config"):  # as transformers writes it
+    nested = (part := _find_part(config)) is not None
+    if nested:
+        if part == "text_config":  # as transformers writes it
             _refuse_other_classes(config, name)
-        config = _text_part(config, text_part)
-        _refuse_non_decoders(config, name)
+        config = text_of(config)
+        _refuse_non_decoders({**config, "use_bidirectional_attention": False}, name)
+        if assume is None and config.get("use_bidirectional_attention") is True:  # in the prompt, as in PaliGemma
+            from mstplan.spec import unread
+
+            unread.refuse_unread(
+                name, "use_bidirectional_attention is set, and the formula counts causal attention alone."
+            )
     model_type = _model_type(config, name)
+    if model_type not in FAMILIES and (translated := _translate(config, name, assume)) is not config:
+        from mstplan.spec.published import origin_note
+
+        notes.append(origin_note(model_type))
+        config, model_type = translated, _model_type(translated, name)
     if not nested:
-        model_type = _TEXT_TYPES.get(model_type, model_type)
+        model_type = TEXT_TYPES.get(model_type, model_type)
     family = FAMILIES.get(model_type)
     if nested or (family is not None and _has_towers(config)):
-        notes.append("only the text part is planned: a vision or audio tower is not counted")
+        notes.append(NO_TOWERS)
     f = _Fields(config, name, family or LLAMA_LIKE, assumed=assume is not None)
     if family is None:
         notes.append(_read_as_a_llama(f, model_type))
@@ -115,7 +133,8 @@ def read_config(
         if not nested:  # files leave out defaults of a part, never of the whole
             f.require(_REQUIRED_FIELDS)
     model = _in_release(_model(f, model_type), f.family, transformers)
-    return model._replace(notes=(*_quantised_notes(f), *notes, *_field_notes(f)))
+    published = _published_quantisation(f.config)
+    return model._replace(published=published, notes=(*_quantised_notes(f), *notes, *_field_notes(f)))
 
 
 def _in_release(model: Model, family: Family, transformers: str | None) -> Model:
@@ -140,8 +159,9 @@ def _refuse_foreign_experts(f: _Fields) -> None:
     if expert_fields and not f.assumed:
         from mstplan.spec import unread
 
-        routed_fields = (f.family.experts.width,) if f.family.experts is not None else ()
-        unread.refuse_fields(f.name, unread.foreign_fields(f.config, expert_fields, routed_fields))
+        routed = f.family.experts
+        fields = () if routed is None else (routed.width, *filter(None, (routed.shared_width,)), *routed.fields)
+        unread.refuse_fields(f.name, unread.foreign_fields(f.config, expert_fields, fields))
 
 
 def _read_as_a_llama(f: _Fields, model_type: str) -> str:
@@ -302,13 +322,24 @@ def _model(f: _Fields, model_type: str) -> Model:
         norm_bias=family.norm_bias,
         block=_block(f),
         tied=f.flag("tie_word_embeddings"),
+        head_bias=f.switch(family.head_bias),
         learned_positions=context or 0 if family.learned_positions else 0,
         logit_softcap=f.is_set("final_logit_softcapping"),
         scaled_embedding=family.scaled_embedding,
         dropout=f.share(family.dropout) if family.dropout else 0.0,
+        embedding_dropout=_embedding_dropout(f),
         dtype=_dtype(f),
         has_sdpa=family.has_sdpa,
+        idle_window=1 if family.idle_mask else None,
     )
+
+
+def _embedding_dropout(f: _Fields) -> float | None:
+    field, elsewhere = f.family.embedding_dropout, f.family.dropout
+    if field is None or elsewhere is None:
+        return None
+    share = f.share(field) if field else 0.0
+    return None if share == f.share(elsewhere) else share
 
 
 def _block(f: _Fields) -> Block:
@@ -346,7 +377,7 @@ def _mlp(f: _Fields) -> Mlp:
 def _width(f: _Fields) -> int:
     if f.family.learned_positions:  # GPT-2's
         return f.optional("n_inner") or 4 * f.size("hidden_size")
-    return f.size("intermediate_size")
+    return f.size(f.family.mlp_width)
 
 
 def _attention(f: _Fields) -> Attention:
@@ -359,20 +390,30 @@ def _attention(f: _Fields) -> Attention:
     if heads % kv_heads:
         f.refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     head_dim = _head_dim(f, heads)
+    if family.square_output and heads * head_dim != f.size("hidden_size"):
+        f.refuse(
+            f"head_dim {head_dim} times num_attention_heads {heads} is not hidden_size, as this family's code has it"
+        )
     return Attention(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         v_head_dim=head_dim,
-        rotary_dim=int(head_dim * _rotary_share(f)),
+        rotary_dim=_rotary_width(f, head_dim),
         qkv_bias=f.switch(family.qkv_bias),
         out_bias=f.switch(family.out_bias),
         fused_qkv=family.fused_qkv,
-        qk_norm=family.qk_norm,
+        qk_norm=_qk_norm(f),
         dropout=f.share(family.attention_dropout),
         softcap=family.softcap and f.is_set("attn_logit_softcapping"),
         sinks=family.sinks,
+        tempered=family.tempered is not None and f.flag(family.tempered),
     )
+
+
+def _qk_norm(f: _Fields) -> QkNorm:
+    switch = f.family.qk_norm_switch
+    return f.family.qk_norm if switch is None or f.flag(switch) else "none"
 
 
 def _head_dim(f: _Fields, heads: int) -> int:
@@ -383,6 +424,11 @@ def _head_dim(f: _Fields, heads: int) -> int:
     if hidden % heads:
         f.refuse(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
     return hidden // heads
+
+
+def _rotary_width(f: _Fields, head_dim: int) -> int:
+    width = f.optional(f.family.rotary_width, top=head_dim) if f.family.rotary_width is not None else None
+    return int(head_dim * _rotary_share(f)) if width is None else width
 
 
 def _rotary_share(f: _Fields) -> float:
@@ -430,15 +476,19 @@ def _experts(f: _Fields) -> Experts | None:
         width=width,
         activation=_activation(f),
         shared_width=_shared_width(f, width),
+        shared_bias=f.switch(f.family.mlp_bias),
         bias=routed.bias,
         router="sigmoid-groups" if sigmoid else routed.router,
         router_fp32=routed.fp32,
+        normalised=f.switch(routed.normalised),
         clamped=routed.clamped,
     )
 
 
 def _shared_width(f: _Fields, width: int) -> int:
-    shared_width = f.optional("shared_expert_intermediate_size", low=0) if not f.family.registered else None
+    routed = f.family.experts
+    field = routed.shared_width if routed is not None else None
+    shared_width = f.optional(field, low=0) if field is not None else None
     return f.count("n_shared_experts", default=0) * width if shared_width is None else shared_width
 
 
@@ -447,19 +497,30 @@ def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
     first = f.count("first_k_dense_replace", default=0)
     every = f.optional("moe_layer_freq") or 1
     step = f.optional("decoder_sparse_step") or 1
-    dense = _dense_layers(f)
+    last = f.optional("moe_layer_end_index", low=-1)
+    end = layers if last in (None, -1) else last + 1
+    dense = _listed_layers(f, "mlp_only_layers") or frozenset()
+    listed = _listed_layers(f, "moe_layers") if _has_field(f, "moe_layers") else None
     sparse = [
-        routed and i >= first and i % every == 0 and (i + 1) % step == 0 and i not in dense for i in range(layers)
+        routed and i in listed
+        if listed is not None
+        else routed and first <= i < end and i % every == 0 and (i + 1) % step == 0 and i not in dense
+        for i in range(layers)
     ]
-    return tuple(LayerKind(window, experts) for window, experts in zip(_windows(f, layers), sparse, strict=True))
+    windows = _windows(f, layers)
+    return tuple(map(LayerKind, windows, sparse, _turned_layers(f, windows)))
 
 
-def _dense_layers(f: _Fields) -> frozenset[int]:
-    value = f.config.get("mlp_only_layers")
+def _has_field(f: _Fields, field: str) -> bool:
+    return f.family.experts is not None and field in f.family.experts.fields
+
+
+def _listed_layers(f: _Fields, field: str) -> frozenset[int] | None:
+    value = f.config.get(field)
     if value is None:
-        return frozenset()
+        return None
     if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-        f.refuse_value("mlp_only_layers", value, "a list of layer numbers")
+        f.refuse_value(field, value, "a list of layer numbers")
     return frozenset(value)
 
 
@@ -470,18 +531,41 @@ def _windows(f: _Fields, layers: int) -> list[int | None]:
         return [None] * layers
     switched = f.family.window_switch or (rule == "found" and f.holds("use_sliding_window"))
     enabled = f.flag("use_sliding_window") if switched else True
-    window = f.optional("sliding_window") if enabled else None
+    window = f.optional("attention_chunk_size" if rule == "chunked" else "sliding_window") if enabled else None
     sliding = [True] * layers if rule == "every" else _sliding_layers(f, layers)
     return [window if slides else None for slides in sliding]
+
+
+def _turned_layers(f: _Fields, windows: list[int | None]) -> list[bool]:
+    """Whether rotary positions turn each layer's queries and keys."""
+    rule = f.family.unturned
+    if rule == "full" or (rule == "full beside windows" and f.optional("sliding_window") is not None):
+        return [window is not None for window in windows]
+    return _listed_turns(f, len(windows)) if rule == "listed" else [True] * len(windows)
+
+
+def _listed_turns(f: _Fields, layers: int) -> list[bool]:
+    turned = f.config.get("no_rope_layers")
+    if turned is None or turned == []:
+        period = f.optional("no_rope_layer_interval") or 4
+        return [(i + 1) % period != 0 for i in range(layers)]
+    if not isinstance(turned, list) or len(turned) != layers or not all(each in (0, 1) for each in turned):
+        f.refuse_value("no_rope_layers", turned, "a list of 0 (without rotary positions) and 1, one per layer")
+    return [bool(each) for each in turned]
 
 
 def _sliding_layers(f: _Fields, layers: int) -> list[bool]:
     layer_types = f.config.get("layer_types")
     if layer_types is not None:
-        return [kind == "sliding_attention" for kind in _layer_types(f, layer_types, layers)]
+        kind = "chunked_attention" if f.family.windows == "chunked" else "sliding_attention"
+        return [each == kind for each in _layer_types(f, layer_types, layers)]
+    if f.family.windows == "chunked":
+        return _listed_turns(f, layers)
     if f.family.windows == "late" or f.holds("max_window_layers"):
         first = f.count("max_window_layers", default=0)
         return [i >= first for i in range(layers)]
+    if f.family.unturned == "listed":  # SmolLM3: the others
+        return [not turns for turns in _listed_turns(f, layers)]
     period = f.optional("sliding_window_pattern") or f.family.period
     return [not period or (i + 1) % period != 0 for i in range(layers)]
 
@@ -516,9 +600,21 @@ def _field_notes(f: _Fields) -> list[str]:
         listed = ", ".join(f"{key} {value}" for key, value in f.defaulted.items())
         notes.append(f"not in the file, transformers' default taken: {listed}")
     notes += [f"{key} is set: what it adds is not counted" for key in _uncounted_switches(f)]
-    if f.family.latent and f.count("num_nextn_predict_layers", default=0):
+    if f.family.experts is not None and f.count("num_nextn_predict_layers", default=0):
         notes.append("the layer that predicts further tokens (num_nextn_predict_layers) is not counted")
     return notes
+
+
+def _published_quantisation(config: Mapping[str, object]) -> tuple[str, bool]:
+    """What bitsandbytes published the weights in: nf4, fp4, int8, or "" for neither; and whether scales are quantised, too."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, Mapping) or settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return "", False
+    if settings.get("load_in_8bit"):
+        return "int8", False
+    kind = settings.get("bnb_4bit_quant_type", "fp4")
+    known = bool(settings.get("load_in_4bit")) and kind in ("nf4", "fp4")
+    return (str(kind) if known else ""), known and bool(settings.get("bnb_4bit_use_double_quant"))
 
 
 def _quantised_notes(f: _Fields) -> list[str]:
@@ -526,11 +622,16 @@ def _quantised_notes(f: _Fields) -> list[str]:
     quantised = f.config.get("quantization_config")
     if not quantised:
         return []
+    if kind := _published_quantisation(f.config)[0]:
+        return [
+            f"published in {kind} (bitsandbytes): planned as QLoRA, unless --quantize none, --lora 0 or --recipe says otherwise"
+        ]
     method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
     how = f" ({one_line(method, 40)})" if isinstance(method, str) else ""
-    return [
-        f"{NO_ADAPTERS}: this is full fine-tuning of unquantised weights, though the published ones are quantised{how}"
-    ]
+    what = (
+        f"the published weights are quantised{how}, which is not planned: this is full fine-tuning of unquantised ones"
+    )
+    return [f"{what}; nearest: --lora 16 --quantize nf4"]
 
 
 def _model_type(config: Mapping[str, object], name: str) -> str:
@@ -542,12 +643,35 @@ def _model_type(config: Mapping[str, object], name: str) -> str:
     return value
 
 
+def _translate(config: Mapping[str, object], name: str, assume: str | None) -> Mapping[str, object]:
+    """The file in a family's fields, if it came with code of its own that `published.py` knows."""
+    from mstplan.spec import published
+
+    return published.in_known_fields(config, name) if assume is None else published.as_transformers_has_it(config)
+
+
+def _find_part(config: Mapping[str, object]) -> str | None:
+    return next((part for part in TEXT_PARTS if isinstance(config.get(part), Mapping)), None)
+
+
+def text_of(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The fields of the part that speaks, of a file of several models; of any other file all."""
+    for _ in TEXT_PARTS:  # no file is deeper
+        part = config.get(_find_part(config) or "")
+        if not isinstance(part, Mapping):
+            return config
+        config = _text_part(config, part)
+    return config
+
+
 def _text_part(whole: Mapping[str, object], text: Mapping[str, object]) -> dict[str, object]:
     """The text model's fields; what holds for the whole model stands one level up."""
     inherited_keys = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
     inherited = {key: whole[key] for key in inherited_keys if whole.get(key) is not None}
     kind = whole.get("model_type")
-    kind = _TEXT_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+    if isinstance(kind, str) and kind.endswith("_thinker"):  # whose head is its own where it does not say otherwise
+        inherited.setdefault("tie_word_embeddings", False)
+    kind = TEXT_TYPES.get(kind, kind) if isinstance(kind, str) else kind
     return {"model_type": kind, **text, **inherited}
 
 

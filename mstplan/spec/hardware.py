@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -48,6 +50,7 @@ class Gpu(NamedTuple):
     context_source: str
     cublas_workspace_bytes: int  # of one handle
     compute_capability: tuple[int, int] | None  # None: AMD's, which have none. Source: developer.nvidia.com/cuda-gpus
+    shared_memory: bool = False  # the CPU has its memory in it, too: what goes to CPU RAM stays where it was
 
     def __repr__(self) -> str:
         return f"<Gpu {self.name}: {self.label}, {format_gib(self.usable_bytes)} ({self.usable_kind})>"
@@ -77,7 +80,7 @@ class Card(NamedTuple):
     total_bytes: int  # what torch sees
     reserve_bytes: int = 0  # held by other processes
     named: bool = True  # False: only the amount of memory was given
-    host_bytes: int | None = None  # CPU RAM, when known
+    host_bytes: int | None = None  # CPU RAM, when known; 0 where it is the GPU's own memory
     allocator: str = EXPANDABLE  # how torch's allocator is set, one of `ALLOCATORS`
     build: TorchBuild = NEWEST_BUILD  # of torch
 
@@ -128,7 +131,7 @@ def _merge_gpus(file: KeptFile | None) -> tuple[Gpu, ...]:
     measured = {_gpu_key(name): constants for name, constants in _read_measured(file).cards.items()}
     merged = []
     for gpu in _read_shipped():
-        own_constants = next((measured[name] for name in (gpu.name, *gpu.aliases) if name in measured), None)
+        own_constants = next((measured[key] for key in _keys(gpu) if key in measured), None)
         own = {**own_constants._asdict(), "context_kind": "measured"} if own_constants is not None else {}
         merged.append(gpu._replace(**own))
     return tuple(merged)
@@ -209,7 +212,7 @@ def _read_measured(file: KeptFile | None) -> MeasuredConstants:
 def _check_constants(file: KeptFile, name: str, constants: Constants) -> None:
     """Amounts of memory, which leave something of the card, where it is known. Raises InputError."""
     key, amounts = _gpu_key(name), (constants.context_bytes, constants.cublas_workspace_bytes)
-    sizes = [gpu.usable_bytes for gpu in _read_shipped() if key in (gpu.name, *gpu.aliases)]
+    sizes = [gpu.usable_bytes for gpu in _read_shipped() if key in _keys(gpu)]
     if min(amounts) < 0 or amounts[0] + CUBLAS_HANDLES * amounts[1] >= min(sizes, default=MOST_MEMORY):
         raise kept.damage_error(file, f"{one_line(name, 40)}: bytes that no GPU of that name can have taken")
 
@@ -224,15 +227,25 @@ def write_measured(new_constants: Mapping[str, Constants]) -> Path:
     return path
 
 
-_MAKER_PREFIXES = ("nvidia-", "amd-", "geforce-", "tesla-", "instinct-")
+_LINES = ("nvidia", "amd", "geforce", "tesla", "instinct", "rtx")
+"""Makers and lines of cards, which stand before a name or not."""
+_KINDS = ("gpu", "generation")
+"""Words that torch prints after some names."""
 
 
 def _gpu_key(name: str) -> str:
-    """A name of a card as it is compared: in any dress, without the maker and the line of cards that torch prints before it."""
-    key = "-".join(name.lower().replace("_", " ").split())
-    for maker in _MAKER_PREFIXES:
-        key = key.removeprefix(maker)
+    """A name of a card as it is compared: in any dress, with or without the maker and the line of cards that torch prints before it."""
+    key = "".join(re.findall(r"[^\W_]+", name.lower()))
+    for line in _LINES:
+        key = key.removeprefix(line)
+    for kind in _KINDS:
+        key = key.removesuffix(kind)
     return key
+
+
+@lru_cache(maxsize=256)
+def _keys(gpu: Gpu) -> frozenset[str]:
+    return frozenset(_gpu_key(name) for name in (gpu.name, *gpu.aliases))
 
 
 def find_gpu(name: str) -> Gpu:
@@ -241,11 +254,12 @@ def find_gpu(name: str) -> Gpu:
         raise HardwareError(f"{quoted(name)} is no name of a GPU.\n`mstplan gpus` lists all.")
     key = _gpu_key(name)
     for gpu in gpus():
-        if key == gpu.name or key in gpu.aliases:
+        if key in _keys(gpu):
             return gpu
     names = [gpu.name for gpu in gpus()]
+    typed = "-".join(name[:60].lower().replace("_", " ").split())
     raise HardwareError(
-        f"unknown GPU {quoted(name)}.{did_you_mean(key, names)}\n`mstplan gpus` lists all; --gpu-mem 80GB plans for any amount."
+        f"unknown GPU {quoted(name)}.{did_you_mean(typed, names)}\n`mstplan gpus` lists all; --gpu-mem 80GB plans for any amount."
     )
 
 
@@ -287,12 +301,16 @@ def card(
             raise HardwareError(
                 f"--gpu-mem {format_gib(memory)} is more than {named_gpu.name} has ({named_gpu.nominal_gib:g} GB).\nLeave one of the two out."
             )
+        if named_gpu.shared_memory and host_memory is not None:
+            raise HardwareError(
+                f"the memory of {named_gpu.name} is that of its CPU: it has no CPU RAM beside it.\nLeave --host-mem out."
+            )
         planned_card = Card(
             named_gpu,
             min(memory or named_gpu.usable_bytes, named_gpu.usable_bytes),
             reserve,
             True,
-            host_memory,
+            0 if named_gpu.shared_memory else host_memory,
             allocator,
             build,
         )
@@ -316,10 +334,23 @@ def host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def free_host_memory() -> int | None:
+    """Bytes of memory that processes of this machine, or of this container, can still have; None where neither says so."""
+    found = []
+    with suppress(OSError, ValueError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # a limit that is none reads "max"
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found, default=None)
+
+
 def card_that_torch_names(name: str, total_bytes: int) -> Card:
     """The card of torch's device properties: a known one by its name, or any with that memory. Raises HardwareError."""
     try:
-        return Card(find_gpu(name), total_bytes)
+        gpu = find_gpu(name)
+        return Card(gpu, total_bytes, host_bytes=0 if gpu.shared_memory else None)
     except HardwareError:
         return card(memory=total_bytes)
 
@@ -329,10 +360,12 @@ def _nearest_gpu(memory: int) -> Gpu:
         size = gpu.nominal_gib * GIB
         return max(size / memory, memory / size)
 
-    smallest = min(distance(gpu) for gpu in gpus())
-    return max((g for g in gpus() if distance(g) <= smallest * 1.02), key=lambda g: g.bf16_flops)
+    sold = [gpu for gpu in gpus() if not gpu.shared_memory]
+    smallest = min(distance(gpu) for gpu in sold)
+    return max((g for g in sold if distance(g) <= smallest * 1.02), key=lambda g: g.bf16_flops)
 
 
 def gpus_of_size(card: Card) -> tuple[Gpu, ...]:
     """Named cards sold with the amount of memory that was given."""
-    return tuple(g for g in gpus() if round(g.nominal_gib) == round(card.total_bytes / GIB))
+    size = round(card.total_bytes / GIB)
+    return tuple(g for g in gpus() if round(g.nominal_gib) == size and not g.shared_memory)

@@ -10,10 +10,13 @@ from typing import Literal, NamedTuple
 
 from .releases import Release
 
-NO_ADAPTERS = "adapters (LoRA, QLoRA) are not planned yet"
-
-Norm = Literal["rms", "rms-fp32-weight", "gemma", "layer"]
-Block = Literal["pre", "sandwich", "post", "parallel"]
+Norm = Literal["rms", "rms-fp32-weight", "gemma", "layer", "layer-1p", "centred"]
+Block = Literal["pre", "sandwich", "post", "parallel", "one-norm"]
+"""one-norm: attention and MLP run on the same input, of one norm."""
+Router = Literal["softmax", "topk-softmax", "sigmoid", "sigmoid-groups", "sigmoid-all"]
+"""sigmoid-all: every expert sees every token, times its score, which is 0 for those that are not chosen."""
+QkNorm = Literal["none", "head", "full", "unweighted"]
+"""Of each head (Qwen3, Gemma 3), over the whole width (OLMo 2), of each head when it is turned, without a weight (Llama 4)."""
 
 
 class Latent(NamedTuple):
@@ -34,10 +37,11 @@ class Attention(NamedTuple):
     qkv_bias: bool = False
     out_bias: bool = False
     fused_qkv: bool = False  # one projection makes queries, keys and values (Phi-3, GPT-2, GPT-NeoX)
-    qk_norm: Literal["none", "head", "full"] = "none"  # per head (Qwen3, Gemma 3) or over the whole width (OLMo 2)
+    qk_norm: QkNorm = "none"
     dropout: float = 0.0
     softcap: bool = False  # attention scores are soft-capped (Gemma 2)
     sinks: bool = False  # a learned sink per head (gpt-oss)
+    tempered: bool = False  # queries that are not turned are multiplied by factors of their positions (Llama 4)
     latent: Latent | None = None
 
 
@@ -57,15 +61,18 @@ class Experts(NamedTuple):
     width: int
     activation: str
     shared_width: int = 0  # of the experts that every token visits, together
+    shared_bias: bool = False  # biases on these
     bias: bool = False  # gpt-oss: biases on experts and router
-    router: Literal["softmax", "topk-softmax", "sigmoid-groups"] = "softmax"
+    router: Router = "softmax"
     router_fp32: bool = False  # the router's product runs in fp32 (DeepSeek)
+    normalised: bool = True  # the chosen scores are divided by their sum
     clamped: bool = False  # gpt-oss' clamped, interleaved activation
 
 
 class LayerKind(NamedTuple):
     window: int | None = None  # tokens of a sliding window; None: full attention
     experts: bool = False  # a mixture of experts instead of the dense MLP
+    rotary: bool = True  # False: its queries and keys are not turned, though the model has rotary positions
 
 
 class StandIn(NamedTuple):
@@ -90,15 +97,22 @@ class Model(NamedTuple):
     norm_bias: bool = False
     block: Block = "pre"
     tied: bool = False  # the LM head is the embedding
+    head_bias: bool = False
     learned_positions: int = 0  # rows of a learned position table (GPT-2)
     logit_softcap: bool = False
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden) (Gemma)
     dropout: float = 0.0  # after embedding, attention and MLP (GPT-2)
+    embedding_dropout: float | None = None  # after embedding; None: as elsewhere
     dtype: str = "bfloat16"  # of the published weights
     has_sdpa: bool = True  # transformers offers attn_implementation="sdpa" for it
     hub_id: str | None = None
+    published: tuple[str, bool] = (
+        "",
+        False,
+    )  # in which quantisation by bitsandbytes, if any; whether its scales are quantised, too
     notes: tuple[str, ...] = ()  # what the reader should know about how the file was read
     stand_in: StandIn | None = None
+    idle_window: int | None = None  # the length from which a mask is made that no layer uses (Qwen2-MoE)
     release: Release | None = None  # of transformers, where what is planned depends on it
 
     def __repr__(self) -> str:

@@ -43,7 +43,7 @@ NEUTRAL_FIELDS = _word_set(
     # how it is run
     "use_cache attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal _experts_implementation "
     "use_flash_attn use_flash_attention _flash_attn_2_enabled pretraining_tp return_dict output_hidden_states output_attentions torchscript use_bfloat16 "
-    "is_decoder is_encoder_decoder chunk_size_feed_forward "
+    "is_decoder is_encoder_decoder chunk_size_feed_forward gradient_checkpointing "
     # numbers of the same size whatever they are
     "initializer_range initializer_factor init_std rms_norm_eps rope_theta rope_local_base_freq rope_interleave rope_interleaved "
     "original_max_position_embeddings max_sequence_length model_max_length seq_length z_loss_weight "
@@ -144,62 +144,62 @@ _REMOTE = _word_set("qwen")
 """Families with code of their own whose fields have a Llama's names, but mean something else: Qwen-1's intermediate_size is two MLPs'."""
 TRANSFORMERS_TYPES = _word_set(
     """
-    EvollaModel afmoe aimv2 aimv2_text_model aimv2_vision_model align_text_model align_vision_model altclip_text_model altclip_vision_model apertus arcee
+    EvollaModel afmoe aimv2 aimv2_text_model aimv2_vision_model align_text_model align_vision_model altclip_text_model altclip_vision_model
     aria aria_text audioflamingo3 audioflamingo3_encoder autoformer axk1 axk2 aya_vision bark beam biogpt bit bitnet blip-2 blip_2_qformer
     blip_2_vision_model blip_text_model blip_vision_model bloom blt blt_global_transformer blt_local_decoder blt_local_encoder blt_patcher bridgetower
     bridgetower_text_model bridgetower_vision_model bros canary canary_decoder canine chameleon chameleon_vqgan chinese_clip_text_model
-    chinese_clip_vision_model chmv2 clap_audio_model clap_text_model clipseg_text_model clipseg_vision_model clvp clvp_decoder clvp_encoder codegen cohere
-    cohere2 cohere2_moe cohere2_vision cohere_asr cohere_compass cohere_compass_text cohere_compass_vision colmodernvbert colpali colqwen2
+    chinese_clip_vision_model chmv2 clap_audio_model clap_text_model clipseg_text_model clipseg_vision_model clvp clvp_decoder clvp_encoder codegen
+    cohere2_moe cohere2_vision cohere_asr cohere_compass cohere_compass_text cohere_compass_vision colmodernvbert colpali colqwen2
     conditional_detr cosmos3_edge cosmos3_edge_text cosmos3_edge_vision cosmos3_omni cpmant csm csm_depth_decoder_model ctrl cvt cwm d_fine dab-detr dac
     data2vec-audio data2vec-vision dbrx decision_transformer deepseek_ocr2 deepseek_ocr2_encoder deepseek_ocr2_sam_vision_model deepseek_ocr2_text
     deepseek_ocr2_vision deepseek_v32 deepseek_v4 deepseek_vl deepseek_vl_hybrid deformable_detr deimv2 depth_anything depth_pro dia dia_decoder
-    dia_encoder diffllama diffusion_gemma diffusion_gemma_text dinat dinov2_with_registers dinov3_convnext doge donut-swin dots1 dots3_note
+    dia_encoder diffllama diffusion_gemma diffusion_gemma_text dinat dinov2_with_registers dinov3_convnext doge donut-swin dots3_note
     dots3_note_audio_encoder dots3_note_text dots3_note_vision_encoder dpr dpt edgetam edgetam_mask_decoder edgetam_prompt_encoder edgetam_video
     edgetam_video_mask_decoder edgetam_video_prompt_encoder edgetam_vision_model efficientloftr embedding_gemma2 embedding_gemma2_text emu3
-    emu3_text_model emu3_vqgan encodec eomt eomt_dinov3 ernie4_5 ernie4_5_moe ernie4_5_vl_moe ernie4_5_vl_moe_text ernie4_5_vl_moe_vision esmc esmfold2
-    evolla exaone4 exaone4_5 exaone4_5_vision exaone_moe falcon fast_vlm fastspeech2_conformer fastspeech2_conformer_hifigan
+    emu3_text_model emu3_vqgan encodec eomt eomt_dinov3 ernie4_5_vl_moe ernie4_5_vl_moe_text ernie4_5_vl_moe_vision esmc esmfold2
+    evolla exaone4_5 exaone4_5_vision exaone_moe falcon fast_vlm fastspeech2_conformer fastspeech2_conformer_hifigan
     fastspeech2_conformer_with_hifigan flava flava_image_codebook flava_image_model flava_multimodal_model flava_text_model flex_olmo flint
     florence_vision focalnet fun_asr_nano fun_asr_nano_encoder fuyu gemma3 gemma3n gemma3n_audio gemma3n_text gemma3n_vision gemma4 gemma4_assistant
     gemma4_audio gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_audio gemma4_unified_text gemma4_unified_vision gemma4_vision git
-    git_vision_model glm46v glm4_moe glm4_moe_lite glm4v glm4v_moe glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm5_next glm5_next_text
+    git_vision_model glm46v glm4_moe_lite glm4v glm4v_moe glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm5_next glm5_next_text
     glm5_next_vision glm_image glm_image_text glm_image_vision glm_image_vqmodel glm_moe_dsa glm_ocr glm_ocr_text glm_ocr_vision glmasr glmasr_encoder
     glmga glpn got_ocr2 got_ocr2_vision gpt-sw3 gpt_bigcode gpt_neo gpt_neox_japanese gptj gradium_phonon_tts granite4_vision granite4_vision_text
     granite_docling granite_docling_text granite_docling_vision granite_speech granite_speech5_ctc granite_speech5_encoder granite_speech_encoder
     granite_speech_plus granite_speech_plus_encoder granite_swa granitemoe_swa granitemoeshared grounding-dino groupvit_text_model groupvit_vision_model
-    gte helium hgnet_v2 higgs_audio_v2 higgs_audio_v2_tokenizer hrm_text hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl hunyuan_vl_text hunyuan_vl_vision
+    gte hgnet_v2 higgs_audio_v2 higgs_audio_v2_tokenizer hrm_text hunyuan_v1_moe hunyuan_vl hunyuan_vl_text hunyuan_vl_vision
     hy_v3 hy_v4 hyperclovax hyperclovax_vision_v2 idefics idefics2 idefics2_perceiver idefics2_vision idefics3 idefics3_vision idefics_perciever
     idefics_vision imagegpt informer inkling2 inkling2_text inkling2_vision inkling_audio inkling_mm_model inkling_text inkling_vision instructblip
     instructblip_qformer instructblip_vision_model instructblipvideo instructblipvideo_qformer instructblipvideo_vision_model internvl internvl_vision
     jais2 janus janus_vision_model janus_vqgan jetmoe jev jina_embeddings_v3 kimi_k25 kimi_k25_vision kolibri1 kosmos-2 kosmos-2.5 kosmos_2_5_text_model
     kosmos_2_5_vision_model kosmos_2_text_model kosmos_2_vision_model kyutai_speech_to_text laguna lasr_ctc lasr_encoder layoutxlm lfm2_vl lfm3 lfm3_vl
-    lfm3_vl_vision lightglue lighton_ocr lilt llama4 llama4_text llama4_vision_model llava llava_next llava_next_video llava_onevision longcat_flash
+    lfm3_vl_vision lightglue lighton_ocr lilt llama4 llama4_vision_model llava llava_next llava_next_video llava_onevision longcat_flash
     lw_detr lw_detr_vit lxmert mask2former maskformer maskformer-swin mellum metaclip_2_text_model metaclip_2_vision_model mgp-str mimi mimi_decoder
-    mimi_encoder mimo_v2_flash minicpm3 minicpm_ocr minicpm_ocr_vision minicpmv4_6 minicpmv4_6_vision minicpmv4_7 minicpmv4_7_vision minimax_m2
+    mimi_encoder mimo_v2_flash minicpm3 minicpm_ocr minicpm_ocr_vision minicpmv4_6 minicpmv4_6_vision minicpmv4_7 minicpmv4_7_vision
     minimax_m3_vl minimax_m3_vl_text minimax_m3_vl_vision mistral3 mistral4 mistral_large4 mistral_large4_text mlcd mlcd_vision_model mllama
     mllama_text_model mllama_vision_model mm-grounding-dino mobilenet_v1 mobilevitv2 modernbert-decoder modernvbert molmo2 molmo2_adapter molmo2_text
     molmo2_vision moonshine_streaming moonshine_streaming_encoder moshi moshi_depth moss_transcribe_diarize moss_transcribe_diarize_audio mpt muse_glimmer
     muse_glimmer_assistant muse_glimmer_text muse_glimmer_vision muse_spark muse_spark_audio muse_spark_text muse_spark_vision musicflamingo musicgen
-    musicgen_decoder musicgen_melody musicgen_melody_decoder nanochat nemo_speechlm nemotron nemotron3_5_asr nemotron3_5_transcribe_asr_audio
+    musicgen_decoder musicgen_melody musicgen_melody_decoder nanochat nemo_speechlm nemotron3_5_asr nemotron3_5_transcribe_asr_audio
     nemotron3_5_transcribe_audio nemotron3_5_transcribe_word_timestamp nemotron3_diarization nemotron3_diarization_audio nemotron_asr_streaming
-    nemotron_asr_streaming_encoder nemotron_h_omni neomme neucodec nougat olmo olmoe omdet-turbo oneformer openai-gpt openai_privacy_filter opt ovis2
+    nemotron_asr_streaming_encoder nemotron_h_omni neomme neucodec nougat olmo omdet-turbo oneformer openai-gpt openai_privacy_filter opt ovis2
     ovis2_vision owlv2 owlv2_text_model owlv2_vision_model owlvit_text_model owlvit_vision_model paddleocr_vl paddleocr_vl_text paddleocr_vl_vision
     paligemma parakeet_ctc parakeet_encoder parakeet_rnnt parakeet_tdt patchtsmixer patchtst pe_audio pe_audio_encoder pe_audio_video
-    pe_audio_video_encoder pe_video pe_video_encoder perception_lm persimmon phi phi4_multimodal phi4_multimodal_audio phi4_multimodal_vision phimoe pi0
+    pe_audio_video_encoder pe_video pe_video_encoder perception_lm persimmon phi4_multimodal phi4_multimodal_audio phi4_multimodal_vision phimoe pi0
     pix2struct_text_model pix2struct_vision_model pixio pixtral pocket_tts pocket_tts_audio_tokenizer pocket_tts_audio_tokenizer_decoder
     pocket_tts_audio_tokenizer_encoder poolformer pp_chart2table pp_chart2table_vision pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4 pp_formulanet
     pp_formulanet_text pp_formulanet_vision pp_lcnet pp_lcnet_v3 pp_lcnet_v4 pp_ocrv5_mobile_det pp_ocrv5_mobile_rec pp_ocrv5_server_det
     pp_ocrv5_server_rec pp_ocrv6_medium_det pp_ocrv6_small_det pp_ocrv6_small_rec pp_ocrv6_tiny_rec prompt_depth_anything pvt pvt_v2 qianfan_ocr
-    qianfan_ocr_vision qwen2_5_omni qwen2_5_omni_audio_encoder qwen2_5_omni_bigvgan qwen2_5_omni_dit qwen2_5_omni_talker qwen2_5_omni_text
-    qwen2_5_omni_thinker qwen2_5_omni_token2wav qwen2_5_omni_vision_encoder qwen2_5_vl qwen2_5_vl_vision qwen2_audio qwen2_audio_encoder qwen2_moe
+    qianfan_ocr_vision qwen2_5_omni qwen2_5_omni_audio_encoder qwen2_5_omni_bigvgan qwen2_5_omni_dit qwen2_5_omni_talker     qwen2_5_omni_thinker
+    qwen2_5_omni_token2wav qwen2_5_omni_vision_encoder qwen2_5_vl qwen2_5_vl_vision qwen2_audio qwen2_audio_encoder
     qwen2_vl qwen2_vl_vision qwen3_5_moe_vision qwen3_5_vision qwen3_asr qwen3_asr_encoder qwen3_omni_moe qwen3_omni_moe_audio_encoder
     qwen3_omni_moe_talker_code_predictor qwen3_omni_moe_talker_text qwen3_omni_moe_text qwen3_omni_moe_thinker qwen3_omni_moe_vision_encoder qwen3_vl
-    qwen3_vl_moe qwen3_vl_moe_text qwen3_vl_moe_vision qwen3_vl_text qwen3_vl_vision qwen4_exp qwen4_exp_text qwen4_exp_vision radio rag reformer rf_detr
+    qwen3_vl_moe qwen3_vl_moe_vision qwen3_vl_vision qwen4_exp qwen4_exp_text qwen4_exp_vision radio rag reformer rf_detr
     rf_detr_dinov2 rt_detr rt_detr_resnet rt_detr_v2 sam2 sam2_hiera_det_model sam2_mask_decoder sam2_prompt_encoder sam2_video sam2_video_mask_decoder
     sam2_video_prompt_encoder sam2_vision_model sam3 sam3_detr_decoder sam3_detr_encoder sam3_geometry_encoder sam3_lite_text sam3_lite_text_detr_decoder
     sam3_lite_text_detr_encoder sam3_lite_text_geometry_encoder sam3_lite_text_mask_decoder sam3_lite_text_text_model sam3_mask_decoder sam3_tracker
     sam3_tracker_mask_decoder sam3_tracker_prompt_encoder sam3_tracker_video sam3_tracker_video_mask_decoder sam3_tracker_video_prompt_encoder sam3_video
     sam3_vision_model sam3_vit_model sam_hq sam_hq_mask_decoder sam_hq_prompt_encoder sam_hq_vision_model sam_mask_decoder sam_prompt_encoder
-    sam_vision_model sapiens2 sapiens2_head seed_oss seggpt sew sew-d shieldgemma2 siglip2_text_model siglip2_vision_model siglip_text_model slanet
+    sam_vision_model sapiens2 sapiens2_head seggpt sew sew-d shieldgemma2 siglip2_text_model siglip2_vision_model siglip_text_model slanet
     slanext slanext_vision smolvlm smolvlm_vision solar_open speecht5_hifigan splinter step3p5 step3p5_vision step3p7 superglue superpoint swiftformer
     swin2sr t5_gemma_module t5gemma2_decoder t5gemma2_encoder t5gemma2_text table-transformer textnet time_series_transformer timesfm timesfm2_5
     timesformer timm_backbone timm_wrapper tipsv2 tipsv2_dpt tipsv2_text_model tipsv2_vision_model trocr tvp udop ultrabert ultravbert unispeech-sat

@@ -24,9 +24,9 @@ def record_step(tape: Tape, leaf: Tensor | None = None) -> Tape:
 
 
 @lru_cache(maxsize=2048)
-def record_part_tape(tape: Tape, wants_source: bool) -> Tape:
-    """The tape of a part, as it is recorded when its source needs a gradient, or not. Alike parts stay alike."""
-    return _record_tape(tape, {tape.source} if wants_source and tape.source is not None else set())
+def record_part_tape(tape: Tape, wanted: frozenset[Tensor]) -> Tape:
+    """The tape of a part, as it is recorded when those of its sources need gradients. Alike parts stay alike."""
+    return _record_tape(tape, set(wanted))
 
 
 def _record_tape(tape: Tape, needing: set[Tensor]) -> Tape:
@@ -45,19 +45,24 @@ def _record_operation(op: Op, needing: set[Tensor]) -> Op:
     for_gradients = op.for_gradients
     receivers: set[Receiver] = {tensor for tensor, _ in grads} | set(op.trained)
     if not receivers:
-        return replace(op, keeps=(), grads=(), back_temps=(), late_temps=(), for_gradients=NONE)
+        return replace(op, keeps=(), grads=(), back_temps=(), late_temps=(), reuses=(), for_gradients=NONE)
     keeps = op.keeps + tuple(dict.fromkeys(tensor for tensor, receiver in for_gradients.keeps if receiver in receivers))
     temps = op.back_temps + tuple(tensor for tensor, receiver in for_gradients.back_temps if receiver in receivers)
+    late_temps = tuple(tensor for tensor, receiver in for_gradients.late_temps if receiver in receivers)
     if for_gradients.all:
         temps += tuple(gradient for tensor, gradient in op.grads if gradient is not None and tensor not in needing)
-    return replace(op, keeps=keeps, grads=grads, back_temps=temps, for_gradients=NONE)
+    reuses = tuple((receiver, kept) for receiver, kept in op.reuses if receiver in receivers)
+    return replace(
+        op, keeps=keeps, grads=grads, back_temps=temps, late_temps=late_temps, reuses=reuses, for_gradients=NONE
+    )
 
 
 def _record_part(op: Op, part: Part, needing: set[Tensor]) -> Op:
-    wants_input = op.reads[0] in needing
-    tape = record_part_tape(part.tape, wants_input)
-    inside = replace(part, tape=tape, wants_input=wants_input, sums=sums_of(tape) if part.sums else ())
-    records = wants_input or bool(_trains(tape))
+    wanted = tuple(tensor for tensor in op.reads if tensor in needing)
+    sources = frozenset(source for tensor, source in zip(op.reads, part.tape.sources, strict=True) if tensor in wanted)
+    tape = record_part_tape(part.tape, sources)
+    inside = replace(part, tape=tape, wanted=wanted, sums=sums_of(tape) if part.sums else ())
+    records = bool(wanted) or bool(_trains(tape))
     return replace(op, part=replace(inside, records=records, arguments=part.arguments if records else ()))
 
 
@@ -75,7 +80,7 @@ _LONGEST_PERIOD = 8
 def _with_interior(ops: list[Op]) -> tuple[Op, ...]:
     """The operations, with those layers marked whose moments lie between their neighbours'."""
     places = [i for i, op in enumerate(ops) if op.part is not None and not op.part.chunked]
-    tapes = [id(op.part.tape) for op in ops if op.part is not None and not op.part.chunked]
+    tapes = [(id(op.part.tape), op.part.recompute) for op in ops if op.part is not None and not op.part.chunked]
     for n, i in enumerate(places):
         interior = any(_lies_between(tapes, n, period) for period in range(1, _LONGEST_PERIOD + 1))
         part = ops[i].part
@@ -84,7 +89,7 @@ def _with_interior(ops: list[Op]) -> tuple[Op, ...]:
     return tuple(ops)
 
 
-def _lies_between(tapes: list[int], i: int, period: int) -> bool:
+def _lies_between(tapes: list[tuple[int, bool]], i: int, period: int) -> bool:
     """Whether a layer's moments lie between those of the layers a period before and after it. What is alive beside it grows
     or shrinks by the same from one to the next where the layers on both sides are the same. The first layer and the last are instants of
     their own, and what a kind of layers is given goes with the first of them."""

@@ -24,6 +24,12 @@ def flash_head_size(size: int) -> int:
     return -(-size // 32) * 32 if size <= 192 else 256
 
 
+def pinned_bytes(size: int) -> int:
+    """Bytes of pinned CPU RAM that torch takes for a tensor of so many. from source: aten core/CachingHostAllocator.h, allocate, rounds up
+    to a power of two; measured."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 CUDNN_SPARE = 256
 """measured: bytes of cuDNN's workspace in forward, and in backward those beyond its sums."""
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from .optimizers import optimizer_memory, states_in_order
+from .optimizers.base import Held
 from .roles import Role
 from .simulation import RELEASED, Allocations
 from .tape import BASIS, Change, Event, Happening, Repeat, Rules, Tensor, backward, forward, grad_of
@@ -18,7 +20,7 @@ from .tape import BASIS, Change, Event, Happening, Repeat, Rules, Tensor, backwa
 if TYPE_CHECKING:
     from .steps import Chunks, Sizes, Step
 
-MOST_PIECES = 16
+MOST_PIECES = 4
 
 
 class Events(NamedTuple):
@@ -46,7 +48,8 @@ class Events(NamedTuple):
         before, step, states = (
             [(number, table[size]) for number, size in events] for events in (self.before, self.step, self.states)
         )
-        return Allocations(before, step, states, self.states_at, self.total)
+        first = [*step[: self.states_at], *states, *step[self.states_at :]]
+        return Allocations(before, first, step, self.total)
 
 
 class _Follower:
@@ -93,7 +96,7 @@ class _Follower:
             if isinstance(event, Repeat):
                 count = self._count(event)
                 for n in range(count):
-                    self.follow(_of_piece(event.events, n == 0, n == count - 1))
+                    self.follow(_of_piece(event.events, event.basis, n == 0, n == count - 1))
             elif event.happening is Happening.ALLOCATED:
                 self.put(event.tensor)
             elif event.happening is Happening.RELEASED:
@@ -102,15 +105,15 @@ class _Follower:
                 self.alive.setdefault(event.other.identity, []).append(self.alive[event.tensor.identity].pop())
 
 
-def _of_piece(events: Sequence[Event], first: bool, last: bool) -> Iterable[Event]:
-    """Events of one piece: what is the same for all of them, such as a weight's copy, comes with the first and goes with the last."""
-    changes = [event for event in events if isinstance(event, Change) and event.tensor.basis == 0]
+def _of_piece(events: Sequence[Event], basis: int, first: bool, last: bool) -> Iterable[Event]:
+    """Events of one piece: what is the same for all of them, such as a weight's copy or what is whole, comes with the first and goes with the last."""
+    changes = [event for event in events if isinstance(event, Change) and event.tensor.basis != basis]
     here = {
         happening: {event.tensor.identity for event in changes if event.happening is happening}
         for happening in (Happening.ALLOCATED, Happening.RELEASED)
     }
     for event in events:
-        if isinstance(event, Change) and event.tensor.basis == 0:
+        if isinstance(event, Change) and event.tensor.basis != basis:
             identity = event.tensor.identity
             if event.happening is Happening.ALLOCATED and not first and identity not in here[Happening.RELEASED]:
                 continue
@@ -130,7 +133,7 @@ class _Assembly:
         self.step, self.recipe = step, step.layout.recipe
         self.follower = _Follower({BASIS.index("bc"): chunks.mlp, BASIS.index("bk"): chunks.loss})
         self.numbers = [weight.numel for weight in step.card_weights_in_order()]
-        self.trained = [weight.numel for weight in step.card_weights_in_order() if weight.trained]
+        self.trained = [weight for weight in step.card_weights_in_order() if weight.trained]
 
     def assemble(self) -> Events:
         follower, step = self.follower, self.step
@@ -140,23 +143,20 @@ class _Assembly:
         follower.put(*step.batch())
         for n in range(self.recipe.accumulation):
             self._follow_passes(step.rules(events=True, first=n == 0))
+        gone = set(self._make_and_release(step.clipping)) if step.steps_at_end else set()
         states_at = len(follower.events)
-        temporaries = [
-            number
-            for tensor in (step.temporaries() if step.steps_at_end else ())
-            for number in self._of_weights(tensor, self.trained)
-        ]
-        follower.events += [(number, RELEASED) for number in temporaries]
+        if step.steps_at_end:
+            each = [(weight, 1) for weight in self.trained]  # in their order
+            gone |= set(self._make_and_release(optimizer_memory(self.recipe, each).temporaries))
         alive = [number for numbers in follower.alive.values() for number in numbers]
         first = len(before)
-        gone = set(temporaries)
         follower.events += [(n, RELEASED) for n in sorted(alive) if n >= first and n not in gone]
         made = follower.take()
         self._states()
         return Events(before, made, follower.take(), states_at, tuple(follower.sizes), follower.count)
 
     def _follow_passes(self, rules: Rules) -> None:
-        tape, follower = self.step.tape, self.follower
+        tape, follower = self.step.replayed, self.follower
         ahead = forward(tape, rules, keep=True, prune=False)
         follower.follow(ahead.events)
         follower.drop(*ahead.cached)
@@ -165,22 +165,34 @@ class _Assembly:
 
     def _states(self) -> None:
         """A weight's states come together."""
-        divided = [(tensor, self._divided(tensor, self.trained)) for tensor in self.step.states()]
-        for n in range(max((len(parts) for _, parts in divided), default=0)):
-            for tensor, parts in divided:
-                if n < len(parts):
-                    self.follower.allocate(0, parts[n], tensor)
+        self._allocate(states_in_order(self.recipe, self.trained))
 
-    def _of_weights(self, tensor: Tensor, numbers: Sequence[int]) -> list[int]:
-        """Allocate what the step model counts in sum, a tensor for each weight. Returns which allocations these are."""
+    def _make_and_release(self, made: Iterable[Held]) -> list[int]:
+        """Temporaries of a step over all weights: all at once. Returns which allocations these are."""
+        numbers = self._allocate(made)
+        self.follower.events += [(number, RELEASED) for number in numbers]
+        return numbers
+
+    def _allocate(self, made: Iterable[Held]) -> list[int]:
+        """Allocate each copy for itself. Returns which allocations these are."""
         first = self.follower.count
+        for held in made:
+            for _ in range(held.copies):
+                self.follower.allocate(0, held.bytes // held.copies, held)
+        return list(range(first, self.follower.count))
+
+    def _of_weights(self, tensor: Tensor, numbers: Sequence[int]) -> None:
+        """Allocate what the step model counts in sum, a tensor for each weight."""
         for size in self._divided(tensor, numbers):
             self.follower.allocate(0, size, tensor)
-        return list(range(first, self.follower.count))
 
     @staticmethod
     def _divided(tensor: Tensor, numbers: Sequence[int]) -> list[int]:
         """Bytes of a tensor for each weight; all in one where that makes no whole bytes."""
         total = sum(numbers)
         each, rest = divmod(tensor.bytes, total) if total else (0, 1)
-        return [tensor.bytes] if rest or tensor.role is Role.WORKSPACE else [each * number for number in numbers]
+        return (
+            [tensor.bytes]
+            if rest or tensor.role in (Role.WORKSPACE, Role.REDUCED)
+            else [each * number for number in numbers]
+        )

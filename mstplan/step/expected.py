@@ -25,10 +25,10 @@ def expected_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks:
     if speeds is None or why_unmeasured(step, recipe, gpu):
         return None
     ahead, behind, _ = Work(step, recipe, gpu, speeds, sizes, chunks).tape(step.tape)
-    if recipe.offload_layer_inputs:
+    if recipe.offload != "none":
         moved = offloaded_bytes(step, recipe, sizes) / speeds.host
         ahead, behind = max(ahead, moved), max(behind, moved)
-    launches = sum(Launches(sizes, chunks).tape(step.tape)[:2])
+    launches = sum(Launches(sizes, chunks, recipe.checkpoint == "selective").tape(step.tape)[:2])
     micro_batch = max(ahead + behind, launches * speeds.launch)
     gradients = step.trained_card_parameters * recipe.weight_bytes
     added = 3 * gradients * (recipe.accumulation - 1)  # to those of the micro-batches before
@@ -40,11 +40,11 @@ def why_unmeasured(step: Step, recipe: Recipe, gpu: Gpu) -> str:
     speeds = speeds_of(gpu)
     if speeds is None:
         return ""
-    if recipe.sharded:
+    if recipe.gpus > 1:
         return "communication between GPUs"
     if recipe.optimizer_on_host or recipe.weights_on_host:
         return "the optimizer or weights in CPU RAM"
-    if recipe.precision == "fp32":
+    if recipe.runs_in_fp32:
         return "matrix products in fp32"
     if step.model.experts is not None:
         return "experts' grouped products"
@@ -77,7 +77,7 @@ class Work(Walk):
     """Seconds at measured rates."""
 
     def __init__(self, step: Step, recipe: Recipe, gpu: Gpu, speeds: Speeds, sizes: Sizes, chunks: Chunks):
-        super().__init__(sizes, chunks)
+        super().__init__(sizes, chunks, recipe.checkpoint == "selective")
         self.step, self.recipe, self.gpu, self.speeds = step, recipe, gpu, speeds
 
     def operation(self, op: Op) -> tuple[float, float]:
@@ -167,4 +167,5 @@ def _inputs(op: Op) -> tuple[Tensor, ...]:
 def _optimizer_bytes(step: Step, recipe: Recipe) -> int:
     weights = step.trained_card_parameters * recipe.weight_bytes
     states = sum(state.bytes for state in step.optimizer.states)
-    return OPTIMIZERS[recipe.optimizer].traffic(recipe, weights, states)
+    clipping = 3 * weights if recipe.max_grad_norm is not None else 0  # gradients are read, and read and written
+    return OPTIMIZERS[recipe.optimizer].traffic(recipe, weights, states) + clipping

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .optimizers import optimizer_memory
+from .optimizers import bytes_to_step
 from .recipe import Recipe
 from .roles import Role
 from .tape import ITEMSIZE, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
@@ -69,9 +69,9 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     def tensor(name: str, dtype: str, numel: int, role: Role = Role.GATHERED) -> Tensor:
         return Tensor(f"{name} of {owner}", "", dtype, 0, numel * ITEMSIZE[dtype], role=role)
 
-    each = (
-        optimizer_memory(recipe, [(weight, 1) for weight in weights]).per_weight if recipe.optimizer_in_backward else 0
-    )
+    stepping = bytes_to_step(recipe)
+    largest = max(stepping(shard_of(weight, recipe.gpus)) for weight in weights)
+    temporaries = largest if recipe.optimizer_in_backward else 0
     whole = sum(shards) * recipe.gpus
     return Group(
         gathered=tensor("gathered weights", gathered_dtype, whole),
@@ -82,5 +82,5 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
         last_gradient=weight_gradient(weights[-1], gathered_dtype) if outlived else None,
         shards=Tensor("gradient shards", "", shard_dtype, 0, sum(shards) * ITEMSIZE[shard_dtype], role=Role.REDUCED),
         stay=recipe.accumulation == 1 and not recipe.optimizer_in_backward,
-        temporaries=Tensor("optimizer temporaries of one shard", "", "uint8", 0, each * max(shards), role=Role.UPDATE),
+        temporaries=Tensor("optimizer temporaries of one shard", "", "uint8", 0, temporaries, role=Role.UPDATE),
     )

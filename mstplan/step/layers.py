@@ -10,19 +10,39 @@ V vocabulary, X experts, A experts that a token visits, F their width, r tokens 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from ..errors import RecipeError
 from ..spec.families import family_of
 from ..spec.model import Attention, Experts, LayerKind, Mlp, Model
 from ..spec.platform import AMPERE, Platform
+from . import quantised
+from .adapters import Adapters, add_adapter
+from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP, Factors, activate, add_router, add_up, router_delta
 from .instants import Stage
 from .kernels import chosen, runs_sdpa
-from .kernels.base import AttentionCall
+from .kernels.base import AttentionCall, Kernel, heads_first
+from .liger import kernels_for
 from .roles import Purpose, Role
 from .selection import WeightKind
-from .tape import BASIS, ForGradients, Op, Part, Tape, TapeWriter, Tensor, Weight, WeightWorkspace, axes_of, sums_of
-from .workspaces import SumOverTokens
+from .tape import (
+    BASIS,
+    ForGradients,
+    Op,
+    Part,
+    Tape,
+    TapeWriter,
+    Tensor,
+    Weight,
+    WeightWorkspace,
+    axes_of,
+    sums_of,
+    tensor_of,
+)
+from .workspaces import MULTIPROCESSORS, SumOverTokens
 
 HIDDEN = "layer input"
 
@@ -33,13 +53,32 @@ class Numerics(NamedTuple):
     weights: str = "bfloat16"
     autocast: bool = False
     attention: str = "sdpa"  # a recipe's, see `kernels.attentions()`
-    masked: bool = False  # sliding-window layers get an explicit mask (sdpa beyond the window)
+    masked: bool = (
+        False  # sliding-window layers get an explicit mask (sdpa beyond the window), with several samples all layers
+    )
+    samples: int = 1  # in a row, told apart
     padded: bool = False  # its rows are padded
+    several_rows: bool = False  # sequences, of which pieces are copied
     platform: Platform = AMPERE  # by which sdpa chooses its kernel
+    adapters: Adapters | None = None
+    quantised: str = ""  # nf4, fp4 or int8: the weights of linear layers
+    double_quantised: bool = False
+    checkpointed: bool = False  # its layers
+    kernels: str = "torch"  # of norms, rotary embedding and MLP
 
     @property
     def compute(self) -> str:
+        """Dtype of products."""
         return "bfloat16" if self.autocast else self.weights
+
+    @property
+    def made(self) -> str:
+        """Dtype that linear layers hand on: quantised ones cast back to their input's."""
+        return self.weights if self.quantised else self.compute
+
+    def masks(self, kind: LayerKind) -> bool:
+        """Whether a layer's attention is given an explicit mask beside causality."""
+        return runs_sdpa(self.attention) and self.masked and (self.samples > 1 or kind.window is not None)
 
 
 class Writer:
@@ -57,17 +96,35 @@ class Writer:
         self.model, self.numerics, self.t = model, numerics, tokens
         family = family_of(model.model_type)
         self.code, self.names, self.frozen = family.code, family.weight_names, frozen
-        dims = {"d": model.hidden, "V": model.vocab, "H": a.heads, "G": a.kv_heads, "e": a.head_dim}
+        dims = {"d": model.hidden, "V": model.vocab, "H": a.heads, "G": a.kv_heads, "e": a.head_dim, "ev": a.v_head_dim}
         self.tape = TapeWriter({**dims, "He": a.heads * a.head_dim, "Ge": a.kv_heads * a.head_dim}, stage)
         self.wide = numerics.weights  # dtype of the residual stream
+        self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
+        self.used: dict[str, Weight] = {}  # in another part of the same layer
+        self.turned_parts: tuple[Tensor, ...] = ()  # of queries and keys, as rotary embedding made them
+        self.in_chunks = False  # does the layer around attention run over pieces?
+        self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
+        # axes of position ids, which packed rows have each of its own; pieces of several rows are counted as if they had
+        self.places = "s" if numerics.samples == 1 and tokens == "b s" else tokens
 
     def new(self, name: str, shape: str, dtype: str | None = None) -> Tensor:
-        return self.tape.new(name, f"{self.t} {shape}".rstrip(), dtype or self.numerics.compute)
+        return self.tape.new(name, f"{self.t} {shape}".rstrip(), dtype or self.numerics.made)
 
-    def source(self, name: str = HIDDEN, dtype: str | None = None, role: Purpose | None = Role.LAYER_INPUT) -> Tensor:
+    def source(
+        self,
+        name: str = HIDDEN,
+        dtype: str | None = None,
+        role: Purpose | None = Role.LAYER_INPUT,
+        shape: str = "d",
+    ) -> Tensor:
         with self.tape.assign_role(role):
-            self.tape.source = self.new(name, "d", dtype or self.wide)
-        return self.tape.source
+            self.tape.sources.append(self.new(name, shape, dtype or self.wide))
+        return self.tape.sources[-1]
+
+    def by_head(self, heads: str, width: str) -> str:
+        """The shape of what lies heads first."""
+        rows, tokens = self.t.split()
+        return f"{rows} {heads} {tokens} {width}"
 
     def hidden(self) -> Tensor:
         """Hidden states as they go from layer to layer."""
@@ -98,14 +155,18 @@ class Writer:
         kinds: tuple[WeightKind, ...],
         name: str = ".weight",
         active: tuple[int, int] = (1, 1),
+        dtype: str = "",
+        is_adapter: bool = False,
     ) -> Weight:
-        """The weight of a part of the step, as its family has it; name: what its own name ends in."""
+        """The weight of a part of the step, as its family has it; name: what its own name ends in; dtype: its own, where it has one."""
         whole = self.names.get(module, module) + name
-        return Weight(whole, shape, active, frozenset(kinds), whole not in self.frozen)
+        return self.used.get(whole) or Weight(
+            whole, shape, active, frozenset(kinds), whole not in self.frozen, dtype=dtype, is_adapter=is_adapter
+        )
 
     def cast_weight(self, weight: Weight) -> tuple[Tensor, ...]:
         """A weight as an operation keeps it: autocast's bf16 copy, or nothing beyond the parameter itself."""
-        if not self.numerics.autocast or len(weight.shape) < 2:
+        if not self.numerics.autocast or len(weight.shape) < 2 or (weight.dtype or self.numerics.weights) == "bfloat16":
             return ()
         shape = " ".join(map(str, weight.shape))
         name = f"{weight.name}, bf16 copy"  # autocast keeps copies of what is trained (aten autocast_mode.cpp, cached_cast)
@@ -125,11 +186,36 @@ class Writer:
         copy: Tensor | None = None,
         defers: bool = False,
     ) -> Tensor:
+        """y = x W^T (+ bias), and what an adapter adds to it. copy: of W, made for this in another dtype."""
+        numerics, module = self.numerics, self.names.get(name, name)
+        is_quantised = bool(numerics.quantised) and weight is None
+        adapters = numerics.adapters if weight is None else None
+        targeted = adapters is not None and adapters.targets_module(module, kind)
+        if is_quantised and y.dtype != x.dtype:
+            y = self.tape.new(y.name, y.shape, x.dtype)
+        base = self.tape.new(y.name, y.shape, y.dtype) if targeted else y
+        w = weight or self.weight(name, self.width(y), self.width(x), kinds=(kind,))
+        biases = (self.weight(name, self.width(y), kinds=(kind,), name=".bias"),) if bias else ()
+        if is_quantised:
+            quantised.product(self, x, base, name, w, biases)
+        else:
+            self.product(x, base, name, w, *biases, copy=copy, defers=defers)
+        return add_adapter(self, x, base, y, name, kind, is_quantised) if targeted else y
+
+    def product(
+        self,
+        x: Tensor,
+        y: Tensor,
+        name: str,
+        w: Weight,
+        *biases: Weight,
+        copy: Tensor | None = None,
+        defers: bool = False,
+    ) -> Tensor:
         """y = x W^T (+ bias). Keeps x and W (aten::mm, aten::addmm). copy: of W, made for this in another dtype."""
         x = self.autocast(x)
-        inner, outer = self._width(x), self._width(y)
-        w = weight or self.weight(name, outer, inner, kinds=(kind,))
-        weights = (w, self.weight(name, outer, kinds=(kind,), name=".bias")) if bias else (w,)
+        inner, outer = self.width(x), self.width(y)
+        weights = (w, *biases)
         copies = (copy,) if copy is not None else self.cast_weight(w)
         return self.tape.op(
             name,
@@ -142,19 +228,19 @@ class Writer:
             flops=((y.basis, 2 * inner * outer),),
             cast=bool(copies) and copy is None,
             defers=defers,
-            product=not copies,
-            adds_bias=bias,
+            product=not (copies or self.numerics.autocast),
+            adds_bias=bool(biases),
         )
 
     def sum_over_tokens(self, weight: Weight, x: Tensor) -> WeightWorkspace:
         """The workspace while gradients of x's shape are added up to the weight's."""
-        return WeightWorkspace(weight, SumOverTokens(weight.numel, self._width(x) // weight.numel), BASIS[x.basis])
+        return WeightWorkspace(weight, SumOverTokens(weight.numel, self.width(x) // weight.numel), BASIS[x.basis])
 
     def _last(self, x: Tensor) -> int:
         axis = x.shape.rsplit(" ", 1)[1]
         return int(axis) if axis.isdigit() else self.tape.dims[axis]
 
-    def _width(self, x: Tensor) -> int:
+    def width(self, x: Tensor) -> int:
         width = 1
         for axis in axes_of(x.shape)[1]:
             width *= int(axis) if axis.isdigit() else self.tape.dims[axis]
@@ -208,10 +294,14 @@ class Writer:
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """The model's norm; the caller's variable holds x until it returns."""
-        if self.model.norm == "layer":
+        if self.liger is not None and name in self.liger.norms:
+            y = self._liger_norm(x, name, in_place=name not in self.liger.copying)
+        elif self.model.norm in ("layer", "layer-1p"):
             y = self._layer_norm(x, name)
         elif self.model.norm == "gemma":
             y = self._gemma_norm(x, name)
+        elif self.model.norm == "centred":
+            y = self._centred_norm(x, name)
         else:
             y = self._rms_norm(x, name, late_cast=self.model.norm == "rms-fp32-weight")
         self.hold(x)
@@ -219,14 +309,36 @@ class Writer:
 
     def _layer_norm(self, x: Tensor, name: str) -> Tensor:
         """nn.LayerNorm: one kernel, keeps its input (autocast runs it in fp32)."""
+        width = self.width(x)
+        plus: tuple[Tensor, ...] = ()
+        if self.model.norm == "layer-1p":  # Nemotron's: 1 + weight is made first, and autocast leaves 16 bits
+            x, plus = self.autocast(x), (self.tape.new(f"{name}, 1 + weight", str(width), self.numerics.compute),)
+            self.tape.op(f"{name}: 1 + weight", [], *plus)
         rows = x.shape.rsplit(" ", 1)[0]
         stats = self.tape.new(f"{name} mean and rstd", rows + " 2", "float32")
-        y = self.tape.new(name, x.shape, "float32" if self.numerics.autocast else x.dtype)
-        width = self._width(x)
+        y = self.tape.new(name, x.shape, "float32" if self.numerics.autocast and not plus else x.dtype)
         ends = (".weight", ".bias") if self.model.norm_bias else (".weight",)
         weights = [self.weight(name, width, kinds=(WeightKind.NORMS,), name=end) for end in ends]
         return self.tape.op(
-            name, [x], y, stats, keeps=(x, stats), grads=((x, self.tape.grad(x)),), weights=tuple(weights)
+            name, [x, *plus], y, stats, keeps=(x, stats, *plus), grads=((x, self.tape.grad(x)),), weights=tuple(weights)
+        )
+
+    def _liger_norm(self, x: Tensor, name: str, in_place: bool) -> Tensor:
+        """LigerRMSNorm: one kernel, keeps its input and 1/rms. Its backward adds up the weight's gradient in fp32, a part on each
+        multiprocessor (liger_kernel/ops/rms_norm.py)."""
+        tape, width = self.tape, self._last(x)
+        weight = self.weight(name, width, kinds=(WeightKind.NORMS,))
+        scale = tape.new(f"{name} 1/rms", x.shape.rsplit(" ", 1)[0], "float32")
+        parts = tape.new(f"parts of the gradient of {weight.name}", f"{MULTIPROCESSORS + 1} {width}", "float32")
+        return tape.op(
+            name,
+            [x],
+            tape.new(name, x.shape, x.dtype),
+            scale,
+            keeps=(x, scale),
+            for_gradients=ForGradients(back_temps=((parts, weight),)),
+            grads=((x, None if in_place else tape.grad(x)),),
+            weights=(weight,),
         )
 
     def _root_mean_square(self, x32: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -257,7 +369,8 @@ class Writer:
         if not late_cast:
             normed = self.cast(normed, x.dtype, f"{name}, normed, {x.dtype}")
         y = self.cast(self._weighted(normed, name), x.dtype, name)
-        self.hold(*variables)
+        if not self.code.frees_normed:
+            self.hold(*variables)
         return y
 
     def _weighted(self, normed: Tensor, name: str, *factors: Tensor) -> Tensor:
@@ -283,25 +396,65 @@ class Writer:
         self.tape.op(f"{name}: 1 + weight", [], plus)
         return self.cast(self._weighted(normed, name, plus), x.dtype, name)
 
+    def _centred_norm(self, x: Tensor, name: str) -> Tensor:
+        """CohereLayerNorm: mean and variance in Python, in fp32; the difference from the mean is made twice."""
+        tape, x32 = self.tape, self.cast(x, "float32", f"{name} input in fp32")
+        rows = x32.shape.rsplit(" ", 1)[0]
+        mean, variance, scale = (tape.new(f"{name} {what}", rows, "float32") for what in ("mean", "variance", "1/std"))
+        square = tape.new(f"{name} square", x32.shape, "float32")
+
+        def centred() -> Tensor:
+            y = tape.new(f"{name}, less the mean", x32.shape, "float32")
+            grads = ((x32, None), (mean, tape.grad(mean)))
+            return tape.op(f"{name}: less the mean", [x32, mean], y, grads=grads, back_temps=(square,))
+
+        tape.op(f"{name}: mean", [x32], mean, grads=((x32, tape.grad(x32)),))
+        first = centred()
+        tape.op(
+            f"{name}: square",
+            [first],
+            square,
+            keeps=(first,),
+            grads=((first, tape.grad(first)),),
+            back_temps=(square,) * 2,
+        )
+        tape.op(f"{name}: variance", [square], variance, grads=((square, tape.grad(square)),))
+        second = centred()
+        tape.op(f"{name}: 1/std", [variance], scale, keeps=(scale,), grads=((variance, tape.grad(variance)),))
+        normed = tape.new(f"{name}, normed", x32.shape, "float32")
+        grads = ((second, tape.grad(second)), (scale, tape.grad(scale)))
+        tape.op(f"{name}: scale", [second, scale], normed, keeps=(second, scale), grads=grads, back_temps=(square,))
+        self.hold(x32)
+        weight = tape.new(f"{name}.weight in fp32", str(self._last(normed)), "float32")
+        tape.op(f"{name}: cast weight", [], weight)
+        product = self._weighted(normed, name, weight)
+        self.hold(mean, variance, normed)
+        return self.cast(product, x.dtype, name)
+
     # ---- attention ------------------------------------------------------------------------------------------------
 
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
-        with self.tape.assign_role(Role.ATTENTION):
-            return self._attention(x, kind)
+        q, k, v, *others = self.attention_inputs(x, kind)
+        return self.attention_output(self.attend(q, k, v, kind), x, q, k, v, *others)
 
-    def _attention(self, x: Tensor, kind: LayerKind) -> Tensor:
+    def attention_inputs(self, x: Tensor, kind: LayerKind) -> tuple[Tensor, ...]:
+        """q, k, v, and what else the code's variables hold until attention is done."""
         a = self.model.attention
-        q, k, v, *others = self._latent_qkv(x, a) if a.latent else self._qkv(x, a)
-        mixed = self._attend(self.autocast(q), self.autocast(k), self.autocast(v), a, kind)
-        y = self.linear(mixed, self.new("attention output", "d"), "o_proj", kind=WeightKind.ATTENTION, bias=a.out_bias)
-        self.hold(x, q, k, v, *others)
-        y = self.dropout(y, self.model.dropout)
+        with self.tape.assign_role(Role.ATTENTION):
+            return self._latent_qkv(x, a) if a.latent else self._qkv(x, a, kind)
+
+    def attention_output(self, mixed: Tensor, *variables: Tensor) -> Tensor:
+        """What attention made -> (t, d); variables: that its code holds meanwhile."""
+        bias = self.model.attention.out_bias
+        with self.tape.assign_role(Role.ATTENTION):
+            y = self.linear(mixed, self.new("attention output", "d"), "o_proj", kind=WeightKind.ATTENTION, bias=bias)
+            self.hold(*variables)
+            y = self.dropout(y, 0.0 if self.code.drops_mlp_only else self.model.dropout)
         if self.code.holds_qkv:  # elsewhere dropout follows when attention has returned
-            self.hold(x, q, k, v)
+            self.hold(*variables[:4])
         return y
 
-    def _qkv(self, x: Tensor, a: Attention) -> tuple[Tensor, ...]:
-        """q, k, v, and what else the code's variables hold until attention is done."""
+    def _qkv(self, x: Tensor, a: Attention, kind: LayerKind) -> tuple[Tensor, ...]:
         t = self.t
         fused: tuple[Tensor, ...] = ()
         if a.fused_qkv:
@@ -316,27 +469,76 @@ class Writer:
             q = self.linear(
                 x, self.new("Q", "H e" if by_head else "He"), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
             )
-            if a.qk_norm != "none":
+            early = a.qk_norm in ("head", "full") and not (self.code.qk_norm_last or self.code.late_qk_norm)
+            if early:
                 q = self.norm(q, "q_norm")
             k = self.linear(
                 x, self.new("K", "G e" if by_head else "Ge"), "k_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
             )
-            if a.qk_norm != "none":
+            if early:
                 k = self.norm(k, "k_norm")
             v = self.linear(x, self.new("V", "G e"), "v_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
-        if a.rotary_dim:
-            before = (q, k)
+            if self.code.qk_norm_last and a.qk_norm != "none":
+                q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
+        if a.rotary_dim and kind.rotary:
+            q, k, fused = self._turned(q, k, a, kind, fused)
+        if a.qk_norm == "unweighted" and kind.rotary:
+            q, k = self._unweighted_norm(q), self._unweighted_norm(k)
+        elif a.qk_norm != "none" and self.code.late_qk_norm:
+            q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
+        if a.tempered and not kind.rotary:
+            q = self._tempered(q)
+        return q, k, v, *fused
+
+    def _turned(
+        self, q: Tensor, k: Tensor, a: Attention, kind: LayerKind, held: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Queries and keys with their positions, and what the code's variables hold beside them."""
+        if self.liger is not None and self.liger.rotary:
+            kernel, asked = self._kernel(a, kind)
+            repeats = (
+                1 < a.kv_heads < a.heads and not asked.grouped
+            )  # what is summed up over query heads lies heads first
+            q = self._liger_rotary(q, "H", bool(held), kernel.gradients_by_head)
+            k = self._liger_rotary(k, "G", bool(held), kernel.gradients_by_head or repeats)
+        else:
+            if self.code.rotary == "complex":
+                return *self._both_turned(q, k), held
+            before: tuple[Tensor, ...] = (q, k)
+            if self.code.widens_before_rotary:
+                q, k = self.cast(q, "float32"), self.cast(k, "float32")
+                before += (q, k)
             tables = self._interleaved(a.rotary_dim) if self.code.interleaved_tables else ()
             q = self._rotary(q, "H", a.rotary_dim, a.head_dim, *tables)
             k = self._rotary(k, "G", a.rotary_dim, a.head_dim, *tables)
             self.hold(*before)  # until both are turned
-            if self.code.rotary_in_fp32:
+            if self.code.rotary_in_fp32 or self.code.widens_before_rotary:
                 turned = (q, k)
                 q = self.cast(q, self.numerics.compute)
                 self.hold(*before, *turned)
                 k = self.cast(k, self.numerics.compute)
                 self.hold(*before, *turned)
-        return q, k, v, *fused
+            if self.code.holds_parts:
+                held += (*before, *self.turned_parts)
+        return q, k, held
+
+    def _unweighted_norm(self, x: Tensor) -> Tensor:
+        """Llama 4's L2 norm of a head."""
+        normed, _ = self._root_mean_square(self.cast(x, "float32", f"{x.name} in fp32"), f"{x.name} norm")
+        y = self.cast(normed, x.dtype, f"{x.name}, normed")
+        self.hold(x)
+        return y
+
+    def _tempered(self, q: Tensor) -> Tensor:
+        """Queries times factors of their positions, in fp32 (models/llama4/modeling_llama4.py)."""
+        tape = self.tape
+        factors = tape.new("factors of positions", self.places, "float32")
+        tape.op("factors of positions", [], factors)
+        wide = tape.new("Q * factors", q.shape, "float32")
+        tape.op("Q * factors", [q, factors], wide, keeps=(factors,), grads=((q, tape.grad(q)),))
+        y = self.cast(wide, q.dtype, "Q, tempered")
+        self.hold(q, factors)
+        return y
 
     def _split(self, fused: Tensor, *parts: tuple[str, str]) -> tuple[Tensor, ...]:
         """Views of one tensor; their gradients are joined into one (Phi-3 slices instead: zeros each, added)."""
@@ -351,7 +553,9 @@ class Writer:
     def _interleaved(self, rotary: int) -> tuple[Tensor, Tensor]:
         """cos and sin with every number twice (models/glm/modeling_glm.py, apply_rotary_pos_emb)."""
         dtype = rotary_dtype(self.model, self.wide)
-        cosine, sine = (self.tape.new(f"{name}, interleaved", f"s {rotary}", dtype) for name in ("cos", "sin"))
+        cosine, sine = (
+            self.tape.new(f"{name}, interleaved", f"{self.places} {rotary}", dtype) for name in ("cos", "sin")
+        )
         self.tape.op("interleave", [], cosine, sine)
         return cosine, sine
 
@@ -365,11 +569,13 @@ class Writer:
         e = "e" if rotary == width and not self.model.attention.latent else str(rotary)
         shape = f"{self.t} {heads} {e}"
         turned = x if rotary == width else self.slice(x, x.name + ", rotary part", shape)
-        wide = rotary_dtype(self.model, self.wide)
+        widened = self.code.widened_rotary
+        wide = x.dtype if x.dtype == "float32" else rotary_dtype(self.model, self.wide)
         cosine = self.tape.new(f"{x.name} cos", shape, wide)
         cos, sin = (tables[:1], tables[1:]) if tables else ((), ())
-        grads = ((turned, self.tape.grad(turned)),)
-        self.tape.op(f"{x.name} * cos", [turned, *cos], cosine, keeps=cos, grads=grads)
+        factor = self.cast(turned, wide) if widened else turned
+        grads = ((factor, self.tape.grad(factor)),)
+        self.tape.op(f"{x.name} * cos", [factor, *cos], cosine, keeps=cos, grads=grads)
         half = f"{self.t} {heads} {rotary // 2}"
         first, second = (
             self.slice(turned, x.name + " first half", half),
@@ -379,6 +585,7 @@ class Writer:
         self.tape.op("negate", [second], minus, grads=((second, self.tape.grad(second)),))
         rotated = self.tape.new(f"{x.name} rotated", shape, x.dtype)
         self.tape.op("rotate half", [minus, first], rotated, grads=((minus, None), (first, None)))
+        rotated = self.cast(rotated, wide) if widened else rotated
         sine = self.tape.new(f"{x.name} sin", shape, wide)
         grads = ((rotated, self.tape.grad(rotated)),)
         self.tape.op(f"{x.name} * sin", [rotated, *sin], sine, keeps=sin, grads=grads, holds=(turned,))
@@ -386,9 +593,17 @@ class Writer:
         self.tape.op("rotary add", [cosine, sine], y, grads=((cosine, None), (sine, None)), holds=(x, *tables))
         if rotary == width and not self.code.joins_rotary:
             return y
+        self.turned_parts += (y,)
         rest = (self.slice(x, x.name + ", rest", f"{self.t} {heads} {width - rotary}"),) if rotary < width else ()
-        whole = self.tape.new(f"{x.name} after rotary", f"b {heads} s e", wide)
+        whole = self.tape.new(f"{x.name} after rotary", self.by_head(heads, "e"), wide)
         return self.tape.op("join rotary and rest", [y, *rest], whole, grads=tuple((part, None) for part in (y, *rest)))
+
+    def _liger_rotary(self, x: Tensor, heads: str, is_slice: bool, by_head: bool) -> Tensor:
+        """Liger's, in place: of a slice it turns a copy; and of a gradient that lies heads first (liger_kernel/ops/rope.py)."""
+        name, shape = f"{x.name} after rotary", f"{self.t} {heads} e"
+        y = self.tape.new(name, shape, x.dtype) if is_slice else self.tape.view(x, name, shape)
+        gradient = self.tape.grad(x) if by_head else None
+        return self.tape.op("rotate " + x.name, [x], y, grads=((x, gradient),))
 
     def _rotary_by_halves(self, x: Tensor, heads: str, rotary: int) -> Tensor:
         """(x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 being halves of x: DeepSeek-V3, gpt-oss."""
@@ -405,7 +620,7 @@ class Writer:
             y = tape.new(f"{x.name} {name} half turned", half, x.dtype)
             minus = None if name == "second" else tape.grad(sine)
             turned.append(tape.op("rotary add", [cosine, sine], y, grads=((cosine, None), (sine, minus))))
-        whole = tape.new(f"{x.name} after rotary", f"b {heads} s {x.shape.split()[-1]}", x.dtype)
+        whole = tape.new(f"{x.name} after rotary", self.by_head(heads, x.shape.split()[-1]), x.dtype)
         tape.op("join halves", turned, whole, grads=tuple((y, None) for y in turned), holds=(x,))
         return whole
 
@@ -419,12 +634,24 @@ class Writer:
         self.hold(pairs)
         return y
 
+    def _both_turned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as complex numbers in fp32, times a rotation; both are cast back last (models/llama4/modeling_llama4.py)."""
+        tape, both = self.tape, (q, k)
+        pairs = [self.cast(x, "float32", f"{x.name} as complex numbers") for x in both]
+        turned = []
+        for x in pairs:
+            y = tape.new(f"{x.name}, turned", x.shape, "float32")
+            turned.append(tape.op("rotate " + x.name, [x], y, grads=((x, tape.grad(x)),)))
+        q, k = (self.cast(y, x.dtype, f"{x.name} after rotary") for x, y in zip(both, turned, strict=True))
+        self.hold(*both, *pairs, *turned)
+        return q, k
+
     def _latent_qkv(self, x: Tensor, a: Attention) -> tuple[Tensor, ...]:
         """DeepSeek's multi-head latent attention (modeling_deepseek_v3.py): q, k, v, and what else its variables hold."""
         latent = a.latent
         assert latent is not None
         t, dims = self.t, self.tape.dims
-        dims.update({"kv_rank": latent.kv_rank, "nope": latent.nope_dim, "rope": latent.rope_dim, "ev": a.v_head_dim})
+        dims.update({"kv_rank": latent.kv_rank, "nope": latent.nope_dim, "rope": latent.rope_dim})
         q_in = x
         if latent.q_rank is not None:
             dims["q_rank"] = latent.q_rank
@@ -445,25 +672,33 @@ class Writer:
         low = self._rms_norm(low, "kv_a_layernorm", late_cast=False)
         q_turned = self._rotary(q_turned, "H", latent.rope_dim, latent.rope_dim)
         k_turned = self._rotary(k_turned, "1", latent.rope_dim, latent.rope_dim)
-        q_whole = self.tape.new("Q after rotary", "b H s e", q_turned.dtype)
+        q_whole = self.tape.new("Q after rotary", self.by_head("H", "e"), q_turned.dtype)
         self.tape.op("join Q", [q_rest, q_turned], q_whole, grads=((q_rest, None), (q_turned, None)))
         kv = self.linear(
             low, self.new("K and V", f"H {latent.nope_dim + a.v_head_dim}"), "kv_b_proj", kind=WeightKind.ATTENTION
         )
         k_rest, v = self._split(kv, ("K without position", f"{t} H nope"), ("V", f"{t} H ev"))
-        k_whole = self.tape.new("K after rotary", "b H s e", q_turned.dtype)
+        k_whole = self.tape.new("K after rotary", self.by_head("H", "e"), q_turned.dtype)
         parts = ((k_rest, self.tape.grad(k_rest)), (k_turned, self.tape.grad(k_turned)))
         self.tape.op("join K", [k_rest, k_turned], k_whole, grads=parts)
         return q_whole, k_whole, v, q, both, low, q_turned, k_turned
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, a: Attention, kind: LayerKind) -> Tensor:
-        how = self.numerics.attention
-        masked = runs_sdpa(how) and kind.window is not None and self.numerics.masked
-        kernel = chosen(how, AttentionCall.from_attention(a, self.numerics.compute, masked, self.numerics.platform))
-        start = len(self.tape.ops)
-        mixed = kernel.lay_out(self, q, k, v, kind, masked)
-        self.tape.name_kernel(kernel.name, start)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tensor:
+        """q (t, H, e), k and v (t, G, e) -> (t, H, e)."""
+        with self.tape.assign_role(Role.ATTENTION):
+            q, k, v = map(self.autocast, (q, k, v))
+            kernel, asked = self._kernel(self.model.attention, kind)
+            start = len(self.tape.ops)
+            mixed = kernel.lay_out(self, q, k, v, kind, asked.masked)
+        self.tape.name_kernel(kernel.name, start, kernel.one_operation)
         return mixed
+
+    def _kernel(self, a: Attention, kind: LayerKind) -> tuple[Kernel, AttentionCall]:
+        """The attention kernel of a kind of layers, and what it is chosen by."""
+        how = self.numerics.attention
+        masked = self.numerics.masks(kind)
+        asked = AttentionCall.from_attention(a, self.numerics.compute, masked, self.numerics.platform)
+        return chosen(how, asked), asked
 
     # ---- MLP and experts ------------------------------------------------------------------------------------------
 
@@ -486,23 +721,89 @@ class Writer:
                 bias=mlp.bias,
             )
             gate, up = self._split(both, ("MLP gate", f"{self.t} {width}"), ("MLP up", f"{self.t} {width}"))
+            if self.liger is not None:
+                return self._mlp_output(x, self._liger_gate(gate, up, are_slices=True), mlp, name)
             active = self.activation(gate, mlp.activation)
             inner = self.multiply("gate * up", up, active, self.new("MLP product", width))
         else:
             gate = self.linear(x, self.new("MLP gate", width), name + ".gate_proj", kind=WeightKind.MLP, bias=mlp.bias)
-            active = self.activation(gate, mlp.activation)
+            active = self.activation(gate, mlp.activation) if self.liger is None else gate
             up = self.linear(x, self.new("MLP up", width), name + ".up_proj", kind=WeightKind.MLP, bias=mlp.bias)
+            if self.liger is not None:
+                return self._mlp_output(x, self._liger_gate(gate, up), mlp, name)
             inner = self.multiply("gate * up", active, up, self.new("MLP product", width))
+        return self._mlp_output(x, inner, mlp, name)
+
+    def _mlp_output(self, x: Tensor, inner: Tensor, mlp: Mlp, name: str) -> Tensor:
         y = self.linear(inner, self.new("MLP output", "d"), name + ".down_proj", kind=WeightKind.MLP, bias=mlp.bias)
         self.hold(x)
         return self.dropout(y, self.model.dropout)
+
+    def _liger_gate(self, gate: Tensor, up: Tensor, are_slices: bool = False) -> Tensor:
+        """LigerSiLUMul or LigerGELUMul: keeps gate and up, of slices copies, and its backward writes the gradients over them
+        (liger_kernel/ops/swiglu.py, geglu.py)."""
+        tape = self.tape
+        copies = tuple(tape.new(f"{x.name}, contiguous", x.shape, x.dtype) for x in (gate, up) if are_slices)
+        kept = copies or (gate, up)
+        return tape.op(
+            "gate * up",
+            [gate, up],
+            tape.new("MLP product", gate.shape, gate.dtype),
+            *copies,
+            keeps=kept,
+            grads=((gate, tape.grad(gate)), (up, tape.grad(up))),
+            reuses=((gate, kept[0]), (up, kept[1])),
+        )
 
     def activation(self, x: Tensor, name: str) -> Tensor:
         y = self.tape.new(f"MLP {name}", x.shape, x.dtype)
         if name == "gelu_new":  # eight operations in Python (transformers activations.py)
             return self._gelu_new(x, y)
+        if name == "xielu":
+            return self._xielu(x, y)
+        if name == "relu2":
+            relu = self.tape.new("MLP relu", x.shape, x.dtype)
+            y = self.pointwise("square", self.pointwise("relu", x, relu, relu), y, relu, back_temps=2)
+            self.hold(x, relu)
+            return y
         keeps = (y,) if name in ("relu", "tanh", "sigmoid") else (x,)
         return self.pointwise(name, x, y, *keeps)
+
+    def _xielu(self, x: Tensor, y: Tensor) -> Tensor:
+        """where(x > 0, p x x + b x, (expm1(min(x, eps)) - x) n + b x) in Python, p and n of a weight each (transformers activations.py)."""
+        tape = self.tape
+        p, n = (
+            self.weight(f"mlp.act_fn.{name}", 1, kinds=(WeightKind.MLP,), name="") for name in ("alpha_p", "alpha_n")
+        )
+
+        def like(name: str, dtype: str = x.dtype) -> Tensor:
+            return tape.new(f"MLP {name}", x.shape, dtype)
+
+        def weighted(name: str, z: Tensor, weight: Weight) -> Tensor:
+            product = ForGradients(((z, weight),), ((like("gradient x input"), weight),))
+            grads = ((z, tape.grad(z)),)
+            return tape.op(name, [z], like(name), for_gradients=product, grads=grads, weights=(weight,))
+
+        def added(name: str, z: Tensor) -> Tensor:
+            other = self.pointwise("b x", x, like("b x"))
+            return tape.op(name, [z, other], like(name), grads=((z, None), (other, None)))
+
+        positive = like("x > 0", "bool")
+        tape.op("x > 0", [x], positive)
+        square = self.multiply("p x x", weighted("p x", x, p), x, like("p x x"))
+        above = added("p x x + b x", square)
+        low = like("min(x, eps)")
+        masks = (like("where"), like("halved"), like("mask", "bool"))
+        tape.op("min(x, eps)", [x], low, keeps=(x,), grads=((x, tape.grad(x)),), back_temps=masks)
+        exponential = like("expm1")
+        self.pointwise("expm1", low, exponential, exponential, back_temps=1)
+        less = like("expm1 - x")
+        tape.op("expm1 - x", [exponential, x], less, grads=((exponential, None), (x, tape.grad(x))))
+        below = added("(expm1 - x) n + b x", weighted("(expm1 - x) n", less, n))
+        grads = ((above, tape.grad(above)), (below, tape.grad(below)))
+        tape.op("where", [positive, above, below], y, keeps=(positive,), grads=grads)
+        self.hold(x)
+        return y
 
     def _gelu_new(self, x: Tensor, y: Tensor) -> Tensor:
         """0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3))): keeps x, the tanh, the half and the factor."""
@@ -530,18 +831,104 @@ class Writer:
             return self._experts(x, e)
 
     def _experts(self, x: Tensor, e: Experts) -> Tensor:
+        """A mixture of experts, and beside it the expert that every token visits, which runs first or last."""
+        self.tape.dims.update({"X": e.number, "A": e.per_token, "F": e.width})
+        if e.router == "sigmoid-all":
+            return self._all_experts(x, e)
+        first = self.code.shared_first and e.shared_width > 0
+        shared: tuple[Tensor, ...] = (self._shared_expert(x, e),) if first else ()
+        scores, chosen, *others = self._router(x, e)
+        self.hold(*shared)
+        outside = (x, scores, chosen, *others, *shared)
+        y = self._routed(x, e, scores, chosen, outside)
+        if not e.shared_width:
+            return y
+        one = shared[0] if first else self._shared_expert(x, e)
+        if self.code.shared_gate:
+            one = self._gated(x, one)
+        y = self.add(y, one, self.new("MLP output", "d", y.dtype), "add shared experts")
+        self.hold(*outside)
+        return y
+
+    def _all_experts(self, x: Tensor, e: Experts) -> Tensor:
+        """Every expert on every token, times its score (models/llama4/modeling_llama4.py), and the shared expert's output."""
+        tape, d = self.tape, self.model.hidden
+        scores, logits = self._scores_of_all(x, e)
+        copies = self.new("a copy for each expert", "X d", x.dtype)
+        tape.op("repeat", [x], copies, grads=((x, tape.grad(x)),))
+        column = self.new("scores by expert", "X", scores.dtype)
+        tape.op("scores by expert", [scores], column, grads=((scores, tape.grad(scores)),))
+        given = self.new("expert inputs", "X d", x.dtype)
+        product = self.new("gradient x copies", "X d", x.dtype)
+        tape.op(
+            "weigh tokens",
+            [copies, column],
+            given,
+            for_gradients=ForGradients(((copies, column), (column, copies)), ((product, column),)),
+            grads=((copies, tape.grad(copies)), (column, tape.grad(column))),
+        )
+        up = self._of_all(given, "X", 2 * e.width, GATE_AND_UP, (d, 2 * e.width), e)
+        gate, linear = self._split(up, ("expert gate", f"{self.t} X F"), ("expert up", f"{self.t} X F"))
+        active = self.activation(gate, e.activation)
+        inner = self.multiply("up * expert gate", linear, active, self.new("expert product", "X F", active.dtype))
+        out = self._of_all(inner, "X", d, EXPERTS_DOWN, (e.width, d), e)
+        self.hold(given, up)
+        shared = self._shared_expert(x, e)
+        total = self.new("sum of expert outputs", "d", out.dtype)
+        tape.op("sum over experts", [out], total, grads=((out, tape.grad(out)),))
+        y = tape.view(shared, "MLP output", f"{self.t} d")
+        tape.op("add experts", [shared, total], y, grads=((shared, None), (total, None)))
+        self.hold(x, scores, logits, given, out)
+        return y
+
+    def _of_all(self, x: Tensor, experts: str, width: int, name: str, shape: tuple[int, int], e: Experts) -> Tensor:
+        """A product of each expert's own (torch.bmm)."""
+        share = (e.per_token, e.number)
+        w = self.weight(name, e.number, *shape, kinds=(WeightKind.MLP,), name="", active=share)
+        y = self.new(name + " of all", f"{experts} {width}", x.dtype)
+        return self.tape.op(
+            name,
+            [x],
+            y,
+            for_gradients=ForGradients(((x, w),)),
+            grads=((x, self.tape.grad(x)),),
+            weights=(w,),
+            flops=((y.basis, 2 * e.number * shape[0] * shape[1]),),
+        )
+
+    def _scores_of_all(self, x: Tensor, e: Experts) -> tuple[Tensor, Tensor]:
+        """Sigmoids of the chosen experts' logits, 0 for the others (t X), and the logits."""
+        tape = self.tape
+        logits = self._router_logits(x, e)
+        top, chosen = self._top_logits(logits)
+        spread = self.new("chosen logits among all", "X", logits.dtype)
+        tape.op("spread", [top, chosen], spread, keeps=(chosen,), grads=((top, tape.grad(top)),))
+        wide = self.cast(spread, "float32", "chosen logits in fp32")
+        sigmoid = self.new("scores in fp32", "X", "float32")
+        scores = self.cast(self.pointwise("sigmoid", wide, sigmoid, sigmoid), logits.dtype, "expert scores")
+        self.hold(x, logits, top, chosen, spread)
+        return scores, logits
+
+    def _shared_expert(self, x: Tensor, e: Experts) -> Tensor:
+        return self.mlp(x, Mlp(e.shared_width, e.activation, bias=e.shared_bias), "shared_experts")
+
+    def _gated(self, x: Tensor, shared: Tensor) -> Tensor:
+        """The sigmoid of a product of one column, times what the shared expert made (models/qwen2_moe/modeling_qwen2_moe.py)."""
+        logit = self.linear(x, self.new("shared gate", "1"), "shared gate", kind=WeightKind.MLP)
+        gate = self.activation(logit, "sigmoid")
+        return self.multiply("gate * shared", gate, shared, self.new("shared expert, gated", "d", shared.dtype))
+
+    def _routed(self, x: Tensor, e: Experts, scores: Tensor, chosen: Tensor, outside: tuple[Tensor, ...]) -> Tensor:
         """A mixture of experts through grouped products (transformers integrations/moe.py, grouped_mm_experts_forward).
 
         Every token is copied for each of its experts; rows are sorted by expert.
         """
-        tape, rows = self.tape, e.per_token
-        tape.dims.update({"X": e.number, "A": rows, "F": e.width})
+        tape = self.tape
 
         def integers(name: str, dtype: str = "int64") -> Tensor:
             return self.new(name, "A", dtype)
 
-        scores, chosen, *others = self._router(x, e)
-        outside = (x, scores, chosen, *others)
+        factors = activate(self, e)
         order, ids, tokens = integers("expert order"), integers("sorted experts"), integers("tokens by expert")
         tape.op("sort by expert", [chosen], order, ids)
         tape.op("tokens by expert", [order], tokens)
@@ -551,29 +938,37 @@ class Writer:
         tape.op("sort scores", [scores, order], weights, keeps=(order,), grads=((scores, tape.grad(scores)),))
         counted = integers("experts to count", "int32")
         tape.op("count by expert", [ids], counted)
-        inside = (*outside, ids, order, picked, weights, counted)
+        inside = (
+            *outside,
+            *(t for each in factors.values() for t in (each.b, each.a)),
+            ids,
+            order,
+            picked,
+            weights,
+            counted,
+        )
         dtype = self.numerics.weights  # grouped products know no autocast: they cast their input to the weights' dtype
         d, width = self.model.hidden, 2 * e.width
-        up, bias = self._grouped(
-            picked, self.new("expert gate and up", f"A {width}", dtype), "experts.gate_up_proj", e, (width, d), ids
+        up, bias, held = self._grouped(
+            picked, self.new("expert gate and up", f"A {width}", dtype), GATE_AND_UP, e, (width, d), ids, factors
         )
         inner = self._clamped_gate(up) if e.clamped else self._expert_gate(up, e)
         self.hold(up, *bias)
-        down, bias = self._grouped(
-            inner, self.new("expert outputs", "A d", dtype), "experts.down_proj", e, (d, e.width), ids
+        down, bias, also_held = self._grouped(
+            inner, self.new("expert outputs", "A d", dtype), EXPERTS_DOWN, e, (d, e.width), ids, factors
         )
         wide = "float32" if "float32" in (scores.dtype, down.dtype) else down.dtype  # up to the sum over experts
         weighted = self.new("weighted expert outputs", "A d", wide)
         product = self.new("gradient x outputs", "A d", wide)
-        uncast = (self.new("gradient before its cast", "A d", down.dtype),) if wide != down.dtype else ()
+        uncast = ((self.new("gradient before its cast", "A d", down.dtype), down),) if wide != down.dtype else ()
         tape.op(
             "weigh experts",
             [down, weights],
             weighted,
-            for_gradients=ForGradients(((down, weights), (weights, down)), ((product, weights),)),
+            for_gradients=ForGradients(
+                ((down, weights), (weights, down)), (*uncast, (product, weights)), late_temps=uncast
+            ),
             grads=((down, tape.grad(down)), (weights, tape.grad(weights))),
-            back_temps=uncast,
-            late_temps=uncast,
         )
         places = integers("rows in token order")
         tape.op("invert the order", [order], places, temps=(integers("numbers of rows"),))
@@ -584,80 +979,132 @@ class Writer:
         y = self.new("sum of expert outputs", "d", wide)
         tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),))
         y = self.cast(y, x.dtype, "MLP output")
-        self.hold(*inside, *bias, down, places, restored)
-        if not e.shared_width:
-            return y
-        shared = self.mlp(x, Mlp(e.shared_width, e.activation), "shared_experts")
-        y = self.add(y, shared, self.new("MLP output", "d", y.dtype), "add shared experts")
-        self.hold(*outside)
+        self.hold(*inside, *bias, *held, *also_held, down, places, restored)
         return y
 
     def _router(self, x: Tensor, e: Experts) -> tuple[Tensor, ...]:
         """Scores of the chosen experts (t A), their numbers (t A, int64), and the logits, which a variable holds."""
-        tape = self.tape
-        dtype, copy = self.numerics.compute, None
-        weight, x_in = self.weight("router", e.number, self.model.hidden, kinds=(WeightKind.MLP,)), x
-        if e.router_fp32:
-            dtype, x_in = "float32", self.cast(x, "float32", "router input in fp32")
-            if self.numerics.weights != "float32":
-                copy = tape.new("router.weight in fp32", "X d", "float32")
-                tape.op("cast router.weight", [], copy)
-        logits = self.linear(
-            x_in,
-            self.new("router logits", "X", dtype),
-            "router",
-            kind=WeightKind.MLP,
-            weight=weight,
-            bias=e.bias,
-            copy=copy,
-        )
-        scores = self.new("expert scores", "A", "float32" if e.router_fp32 or self.code.fp32_expert_scores else None)
-        chosen = self.new("chosen experts", "A", "int64")
+        logits = self._router_logits(x, e)
         if e.router == "topk-softmax":
-            top = self.new("top logits", "A")
-            tape.op("top experts", [logits], top, chosen, keeps=(chosen,), grads=((logits, tape.grad(logits)),))
-            self.softmax("softmax of experts", top, scores)
-            self.hold(x, top)
-            return scores, chosen, logits
-        probs, top = self.new("router probabilities", "X", "float32"), self.new("top probabilities", "A", "float32")
-        cast = () if logits.dtype == "float32" else (self.new("router logits in fp32", "X", "float32"),)
-        if e.router == "sigmoid-groups":
-            grads = ((logits, tape.grad(logits)),)
-            tape.op("router probabilities", [logits], probs, keeps=(probs,), temps=cast, grads=grads)
-        else:
-            self.softmax("router probabilities", logits, probs, *cast)
-        grouping: tuple[Tensor, ...] = ()
-        if (
-            e.router == "sigmoid-groups"
-        ):  # scores with the correction, before and after masking; the mask of groups, twice as bool
-            grouping = (self.new("scores to choose by", "X", "float32"),) * 3 + (
-                self.new("mask of groups", "X", "bool"),
-            ) * 2
-        tape.op(
-            "top experts", [probs], top, chosen, keeps=(chosen,), temps=grouping, grads=((probs, tape.grad(probs)),)
+            return self._softmax_of_top(x, logits)
+        probs = self._router_probabilities(logits, e)
+        chosen = self.new("chosen experts", "A", "int64")
+        top = self.new("top probabilities", "A", "float32")
+        grads = ((probs, self.tape.grad(probs)),)
+        self.tape.op(
+            "top experts",
+            [probs],
+            top,
+            chosen,
+            keeps=(chosen,),
+            temps=self._grouping(e),
+            grads=grads,
+            weights=self._correction(e),
         )
-        scaled = (
-            e.router_fp32 and e.router == "softmax"
-        )  # DeepSeek-V2 multiplies by a number, the others divide by the sum
-        sums = () if scaled else (self.new("sum of top probabilities", "", "float32"),)
-        tape.op(
-            "normalise experts",
-            [top],
-            scores,
-            *sums,
-            keeps=() if scaled else (top, *sums),
-            grads=((top, tape.grad(top)),),
-            holds=(x, logits, probs),
-        )
+        scores = self._expert_scores(top, e)
+        self.hold(x, logits, probs)
         return scores, chosen, logits
 
+    def _router_logits(self, x: Tensor, e: Experts) -> Tensor:
+        tape = self.tape
+        dtype, copy = self.numerics.compute, None
+        own = "float32" if self.code.fp32_router else ""
+        weight, x_in = self.weight("router", e.number, self.model.hidden, kinds=(WeightKind.MLP,), dtype=own), x
+        delta = router_delta(self, weight)
+        if e.router_fp32:
+            dtype, x_in = "float32", self.cast(x, "float32", "router input in fp32")
+            if (own or self.numerics.weights) != "float32" and delta is None:
+                copy = tape.new("router.weight in fp32", "X d", "float32")
+                tape.op("cast router.weight", [], copy)
+        logits = self.new("router logits", "X", dtype)
+        if delta is None:
+            kind = WeightKind.MLP
+            self.linear(x_in, logits, "router", kind=kind, weight=weight, bias=e.bias, copy=copy)
+        else:
+            self._adapted_logits(x_in, logits, add_router(self, weight, delta), delta)
+        return self.cast(logits, "float32", "router logits in fp32") if self.code.fp32_router_logits else logits
+
+    def _softmax_of_top(self, x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        """Scores from the logits of the chosen experts alone."""
+        top, chosen = self._top_logits(logits)
+        scores = self.softmax("softmax of experts", top, self.new("expert scores", "A", logits.dtype))
+        if self.code.fp32_router_logits:
+            scores = self.cast(scores, x.dtype, "expert scores in their input's dtype")
+        self.hold(x, top)
+        return scores, chosen, logits
+
+    def _top_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the chosen experts (t A), and their numbers (t A, int64)."""
+        top, chosen = self.new("top logits", "A", logits.dtype), self.new("chosen experts", "A", "int64")
+        grads = ((logits, self.tape.grad(logits)),)
+        self.tape.op("top experts", [logits], top, chosen, keeps=(chosen,), grads=grads)
+        return top, chosen
+
+    def _router_probabilities(self, logits: Tensor, e: Experts) -> Tensor:
+        """Softmax or sigmoid of all logits, in fp32."""
+        probs = self.new("router probabilities", "X", "float32")
+        cast = () if logits.dtype == "float32" else (self.new("router logits in fp32", "X", "float32"),)
+        if e.router == "softmax":
+            return self.softmax("router probabilities", logits, probs, *cast)
+        grads = ((logits, self.tape.grad(logits)),)
+        return self.tape.op("router probabilities", [logits], probs, keeps=(probs,), temps=cast, grads=grads)
+
+    def _grouping(self, e: Experts) -> tuple[Tensor, ...]:
+        """What is made to choose by: scores with the correction, and with groups of experts those after masking and the mask, twice as bool."""
+        scores, mask = self.new("scores to choose by", "X", "float32"), self.new("mask of groups", "X", "bool")
+        if e.router == "sigmoid-groups":
+            return (scores,) * 3 + (mask,) * 2
+        return (scores,) if e.router == "sigmoid" or self.code.corrected else ()
+
+    def _correction(self, e: Experts) -> tuple[Weight, ...]:
+        """A correction that is a parameter, which no gradient reaches (models/ernie4_5_moe/modeling_ernie4_5_moe.py)."""
+        if not self.code.corrected:
+            return ()
+        weight = self.weight("correction", 1, e.number, kinds=(WeightKind.MLP,), name="", dtype="float32")
+        return (replace(weight, trained=False),)
+
+    def _expert_scores(self, top: Tensor, e: Experts) -> Tensor:
+        """Probabilities of the chosen experts, divided by their sum, else multiplied by a number or as they are; cast to their input's dtype."""
+        fp32 = (e.router_fp32 and not self.code.corrected) or self.code.fp32_expert_scores
+        scores = self.new("expert scores", "A", "float32" if fp32 else None)
+        if not e.normalised and not e.router_fp32:
+            return self.cast(top, scores.dtype, scores.name)
+        total = self.new("sum of top probabilities", "", "float32")
+        clamped = (self.new("sum of top probabilities, clamped", "", "float32"),) if self.code.corrected else ()
+        sums = (total, *clamped) if e.normalised else ()
+        kept = (top, *sums) if e.normalised else ()
+        grads = ((top, self.tape.grad(top)),)
+        return self.tape.op("normalise experts", [top], scores, *sums, keeps=kept, grads=grads)
+
+    def _adapted_logits(self, x: Tensor, logits: Tensor, matrix: Tensor, delta: Tensor) -> None:
+        """x W^T of a W that was made for this."""
+        x, used = self.autocast(x), self.autocast(self.cast(matrix, x.dtype))
+        self.tape.op(
+            "router",
+            [x, used],
+            logits,
+            for_gradients=ForGradients(((x, used), (used, x))),
+            grads=((x, self.tape.grad(x)), (used, self.tape.grad(used))),
+            flops=((logits.basis, 2 * self.width(x) * self.width(logits)),),
+        )
+        self.hold(matrix, delta)
+
     def _grouped(
-        self, x: Tensor, y: Tensor, name: str, e: Experts, shape: tuple[int, int], ids: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(product, rows of biases that the code holds on to). Biases are gathered by row first and added in place."""
-        x = self.cast(x, self.numerics.weights)
+        self,
+        x: Tensor,
+        y: Tensor,
+        name: str,
+        e: Experts,
+        shape: tuple[int, int],
+        ids: Tensor,
+        factors: Mapping[str, Factors],
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(product, rows of biases that the code holds on to, the sum of weights and adapter). Biases are gathered by row first and
+        added in place."""
         share = (e.per_token, e.number)
         w = self.weight(name, e.number, *shape, kinds=(WeightKind.MLP,), name="", active=share)
+        adapted = (add_up(self, w, factors[name]),) if name in factors else ()
+        x = self.cast(x, self.numerics.weights)
         rows: tuple[Tensor, ...] = ()
         if e.bias:
             rows = (self.tape.new(name + "_bias by row", y.shape, y.dtype),)
@@ -665,15 +1112,15 @@ class Writer:
             self.tape.op(name + "_bias", [ids], *rows, keeps=(ids,), weights=(bias,))
         self.tape.op(
             name,
-            [x],
+            [x, *adapted],
             y,
-            for_gradients=ForGradients(((x, w),)),
-            grads=((x, self.tape.grad(x)), *((row, None) for row in rows)),
-            weights=(w,),
+            for_gradients=ForGradients((*((x, each) for each in adapted or (w,)), *((each, x) for each in adapted))),
+            grads=(*((each, self.tape.grad(each)) for each in (x, *adapted)), *((row, None) for row in rows)),
+            weights=() if adapted else (w,),
             holds=rows,
             flops=((y.basis, 2 * e.per_token * shape[0] * shape[1]),),
         )
-        return y, rows
+        return y, rows, adapted
 
     def _expert_gate(self, up: Tensor, e: Experts) -> Tensor:
         gate, linear = self._split(up, ("expert gate", f"{self.t} A F"), ("expert up", f"{self.t} A F"))
@@ -706,10 +1153,15 @@ def rotary_dtype(model: Model, residual: str) -> str:
 
 
 class MlpChunks(NamedTuple):
-    """Way the MLP runs: in one go, or in several pieces, each recomputed by itself in backward or not."""
+    """Way the MLP runs: in one go, or in several pieces, each recomputed by itself in backward or not.
+
+    layer: so does all of a layer but attention itself, which runs over `groups` of heads, one after the other.
+    """
 
     several: bool = False
     recompute: bool = False
+    layer: bool = False
+    groups: int = 1
 
 
 @lru_cache(maxsize=256)
@@ -717,34 +1169,73 @@ def layer(
     model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks, frozen: frozenset[str] = frozenset()
 ) -> Tape:
     """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d); frozen: names of its weights that are not trained."""
+    if chunks.layer:
+        return _layer_in_chunks(model, kind, numerics, chunks, frozen)
     w = Writer(model, numerics, frozen=frozen)
     w.tape.role = Role.NORM
     x = w.source()
-    block = model.block
-    attention_in = x if block == "post" else w.norm(x, "input norm")
-    attended = w.attention(attention_in, kind)
+    normed = _attention_input(w, x)
+    return _after_attention(w, x, w.attention(normed, kind), normed, kind, chunks)
+
+
+def _attention_input(w: Writer, x: Tensor) -> Tensor:
+    return x if w.model.block == "post" else w.norm(x, "input norm")
+
+
+def _after_attention(
+    w: Writer, x: Tensor, attended: Tensor, normed: Tensor, kind: LayerKind, chunks: MlpChunks
+) -> Tape:
+    """The rest of a layer, of its input, what attention gave (t, d), and what attention was given."""
+    block = w.model.block
     if block in ("sandwich", "post"):
         attended = w.norm(attended, "post-attention norm")
+    if block == "one-norm":
+        return _beside_attention(w, x, attended, normed, kind, chunks)
     if block == "parallel":
         mlp_out = _feed_forward(w, w.norm(x, "post-attention norm"), kind, chunks)
         both = w.add(mlp_out, attended, w.new("MLP and attention", "d"), "add MLP and attention")
         w.add(both, x, w.hidden())
-        w.hold(attended, mlp_out)
+        w.hold(attended, mlp_out, *w.beside)
         return w.tape.build_tape()
-    middle = w.add(x, attended, w.new("hidden states after attention", "d", w.wide))
+    middle = w.add(x, _scaled(w, attended), w.new("hidden states after attention", "d", w.wide))
+    w.hold(attended)
     with w.tape.assign_role(Role.MLP if block == "sandwich" else Role.NORM):
         name = "post-attention norm" if block == "pre" else "pre-MLP norm"
         mlp_in = middle if block == "post" else w.norm(middle, name)
     mlp_out = _feed_forward(w, mlp_in, kind, chunks)
+    w.hold(*w.beside)
     if block == "post" and chunks.recompute:
         return w.tape.build_tape()  # the residual is the MLP's input, so the chunks add it
     if block in ("sandwich", "post") and not chunks.recompute:
         with w.tape.assign_role(Role.MLP):
             mlp_out = w.norm(mlp_out, "post-MLP norm")
-    w.add(middle, mlp_out, w.hidden())
+    added = mlp_out if chunks.recompute else _scaled(w, mlp_out)
+    w.add(middle, added, w.hidden())
+    w.hold(mlp_out, *w.beside)
     if w.code.holds_block:
         w.hold(attended, mlp_in)
+    if w.code.holds_attended:
+        w.hold(attended)
+    if w.code.holds_normed:
+        w.hold(attended, normed)
     return w.tape.build_tape()
+
+
+def _beside_attention(
+    w: Writer, x: Tensor, attended: Tensor, normed: Tensor, kind: LayerKind, chunks: MlpChunks
+) -> Tape:
+    """The MLP of attention's input, and both added to the layer's."""
+    mlp_out = _feed_forward(w, normed, kind, chunks)
+    first, last = (mlp_out, x) if w.code.adds_branches_first else (x, mlp_out)
+    both = w.add(attended, first, w.new("sum of two", "d", w.wide), "add")
+    w.add(both, last, w.hidden())
+    w.hold(attended, normed, mlp_out, *w.beside)
+    return w.tape.build_tape()
+
+
+def _scaled(w: Writer, x: Tensor) -> Tensor:
+    """What a branch gives times the model's number, if it has one."""
+    return w.pointwise("scale " + x.name, x, w.new(x.name + ", scaled", "d", x.dtype)) if w.code.scales_branches else x
 
 
 def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> Tensor:
@@ -759,14 +1250,118 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     if chunks.recompute and model.block in ("sandwich", "post"):
         with inner.tape.assign_role(Role.MLP):
             y = inner.norm(y, "post-MLP norm")
+    if chunks.recompute:
+        y = _scaled(inner, y)
     if chunks.recompute and model.block == "post":
         y = inner.add(source, y, inner.hidden())
-    inner_tape = inner.tape.build_tape()
-    sums = sums_of(inner_tape) if chunks.several else ()
-    part = Part(inner_tape, recompute=chunks.recompute, chunked=True, sums=sums)
-    with w.tape.assign_role(y.role):
-        out = w.tape.new(y.name, "b s d", y.dtype)
-    return w.tape.add(Op("MLP in chunks", (x,), (out,), part=part))
+    return _in_chunks(w, inner.tape.build_tape(), (x,), "MLP in chunks", chunks)[0]
+
+
+# ---- layers in pieces -------------------------------------------------------------------------------------------------
+
+
+def _layer_in_chunks(
+    model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks, frozen: frozenset[str]
+) -> Tape:
+    """One decoder layer as mstplan/train/layers.py runs it: attention over all tokens, a group of heads at a time; what is before and after
+    it over pieces. Axes H and G of what is whole are those of a group."""
+    groups = chunks.groups
+    w = Writer(_of_heads(model, groups), numerics, frozen=frozen)
+    w.in_chunks = True
+    x = w.source()
+    before = _before_attention(model, kind, numerics, frozen, groups)
+    made = _in_chunks(w, before, (x,), "before attention", chunks)
+    attended = [w.attend(q, k, v, kind) for q, k, v in (made[n::groups] for n in range(groups))]
+    w.hold(*made)
+    after = Writer(model, numerics, "b c", frozen=frozen)
+    after.tape.role = Role.NORM
+    piece = after.source()
+    after.used = {weight.name: weight for op in before.ops for weight in op.weights}
+    # the MLP's input is attention's, and made again
+    normed = _attention_input(after, piece) if model.block == "one-norm" else piece
+    output = after.attention_output(_joined_groups(after, attended))
+    tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
+    _in_chunks(w, tape, (x, *attended), "after attention", chunks)
+    return w.tape.build_tape()
+
+
+def _of_heads(model: Model, groups: int) -> Model:
+    """The model with the heads of one of so many groups. Raises RecipeError where they make no groups of the same size."""
+    a = model.attention
+    if a.kv_heads % groups:
+        raise RecipeError(
+            f"{model.name} has {a.kv_heads} heads of keys, which make no {groups} groups.\nSet attention_groups (--attention-groups) to a divisor."
+        )
+    return model._replace(attention=a._replace(heads=a.heads // groups, kv_heads=a.kv_heads // groups))
+
+
+def _before_attention(model: Model, kind: LayerKind, numerics: Numerics, frozen: frozenset[str], groups: int) -> Tape:
+    """From a piece of hidden states to its queries, keys and values, each by groups."""
+    w = Writer(model, numerics, "b c", frozen=frozen)
+    w.tape.role = Role.NORM
+    x = _attention_input(w, w.source())
+    with w.tape.assign_role(Role.ATTENTION):
+        q, k, v, *others = w.attention_inputs(x, kind)
+        w.hold(x, q, k, v, *others)
+        by_groups: tuple[Tensor, ...] = ()
+        for tensor in (q, k, v):
+            views = tuple(w.tape.view(tensor, tensor.name, tensor.shape) for _ in range(groups))
+            w.tape.op("groups of " + tensor.name, [tensor], *views, grads=((tensor, w.tape.grad(tensor)),))
+            by_groups += views
+    w.tape.outputs = by_groups
+    return w.tape.build_tape()
+
+
+def _joined_groups(w: Writer, attended: list[Tensor]) -> Tensor:
+    """What attention made of a piece of each group, side by side."""
+    first, a = attended[0], w.model.attention
+    width = first.shape.split()[-1]
+    pieces = [
+        w.source(t.name, t.dtype, t.role, f"{a.heads // len(attended)} {width}" if len(attended) > 1 else f"H {width}")
+        for t in attended
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    with w.tape.assign_role(Role.ATTENTION):
+        joined = w.new(first.name, f"H {width}", first.dtype)
+    return w.tape.op("join groups", pieces, joined, grads=tuple((piece, None) for piece in pieces))
+
+
+def norm_in_chunks(w: Writer, x: Tensor, name: str) -> Tensor:
+    """A norm of hidden states between the last layer and the head, with layers in pieces."""
+    inner = Writer(w.model, w.numerics, "b c", frozen=w.frozen)
+    with inner.tape.assign_role(w.tape.role):
+        inner.norm(inner.source(x.name, x.dtype, x.role), name)
+    return _in_chunks(w, inner.tape.build_tape(), (x,), name, MlpChunks(several=True, recompute=True, layer=True))[0]
+
+
+def _in_chunks(w: Writer, piece: Tape, inputs: tuple[Tensor, ...], name: str, chunks: MlpChunks) -> tuple[Tensor, ...]:
+    """What a tape of one piece gives for all of them, laid out as a piece is."""
+    copies = tuple(
+        tensor_of(piece.dims, f"{source.name}, a piece", source.shape, source.dtype, role=source.role)
+        for source, whole in zip(piece.sources, inputs, strict=True)
+        if chunks.layer and (w.numerics.several_rows or whole.storage is not whole or heads_first(whole))
+    )
+    gradient_copies = tuple(
+        tensor_of(piece.dims, f"{output.name}'s gradient, a piece", output.shape, output.dtype, role=output.role)
+        for output in piece.outputs
+        if chunks.layer and w.numerics.several_rows and not heads_first(output)
+    )
+    sums = sums_of(piece) if chunks.several else ()
+    part = Part(
+        piece, recompute=chunks.recompute, chunked=True, sums=sums, copies=copies, gradient_copies=gradient_copies
+    )
+    made = tuple(_whole(w, tensor) for tensor in piece.outputs)
+    w.tape.add(Op(name, inputs, made, part=part, stage=w.tape.stage))
+    return made
+
+
+def _whole(w: Writer, piece: Tensor) -> Tensor:
+    axes = piece.shape.replace(" c", " s").split()
+    if axes[2] == "s" and w.tape.dims[axes[1]] == 1:  # of one head, tokens come first as well
+        axes[1:3] = "s", axes[1]
+    with w.tape.assign_role(piece.role):
+        return w.tape.new(piece.name, " ".join(axes), piece.dtype)
 
 
 def _mlp(model: Model) -> Mlp:

@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from ..errors import did_you_mean, one_line, quoted
-from ..spec.model import NO_ADAPTERS
 
 
 class Advice(NamedTuple):
@@ -28,12 +27,14 @@ _CHUNKED, _LAYER, _FSDP, _MIXED = (
     {"sharding": "fsdp"},
     {"precision": "mixed"},
 )
-_OFFLOADED = {"checkpoint": "layer", "offload_layer_inputs": True}
-_WHOLE_LAYER = "which recomputes all of a layer"
+_OFFLOADED = {"checkpoint": "layer", "offload": "layer-inputs"}
+_SAVED = {"offload": "saved-tensors"}
+_SELECTIVE = {"checkpoint": "selective"}
 _NO_LOGITS = "MsT's loss, which never holds all logits either; its temporaries are others"
 _SHARDS_ALL = "which shards weights, gradients and optimizer states, as ZeRO-3 does"
 _IS_NOT = "is not planned"
-_NOT_YET = "is not planned yet: FSDP2, as ZeRO-3, is"
+_NO_MEMORY = "it does not change what a step holds"
+_NOT_YET = "is not planned yet: FSDP2, as ZeRO-3, and DDP are"
 
 VALUES: dict[str, tuple[Advice, ...]] = {
     "precision": (
@@ -52,7 +53,9 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             _MIXED,
             "with bf16, of the same size",
         ),
-        Advice("fp8 float8 mxfp8 e4m3 int8 8 8bit fp4 nf4 mxfp4 nvfp4 int4 4 4bit fp64 float64 double", _IS_NOT),
+        Advice("fp8 float8 mxfp8 e4m3 8 mxfp4 nvfp4 4 fp64 float64 double", _IS_NOT),
+        Advice("int8 8bit", "is how weights are quantised", {"lora_rank": 16, "quantize": "int8"}),
+        Advice("nf4 fp4 int4 4bit", "is how weights are quantised", {"lora_rank": 16, "quantize": "nf4"}),
     ),
     "optimizer": (
         Advice(
@@ -65,19 +68,14 @@ VALUES: dict[str, tuple[Advice, ...]] = {
         ),
         Advice("adam torch_adam", _IS_NOT, {"optimizer": "adamw"}, "which holds the same two moments"),
         Advice("adamw_bnb_8bit bnb_adamw_8bit bitsandbytes", "is bitsandbytes' AdamW8bit", {"optimizer": "adamw-8bit"}),
+        Advice("lion_32bit lion_bnb_32bit", "is bitsandbytes' Lion", {"optimizer": "lion"}),
+        Advice("paged_adamw_32bit", "is bitsandbytes' PagedAdamW32bit", {"optimizer": "paged-adamw"}),
+        Advice("paged_lion_8bit", _IS_NOT, {"optimizer": "lion-8bit"}, "whose state stays on the GPU"),
+        Advice("paged_lion_32bit paged_lion", _IS_NOT, {"optimizer": "lion"}, "whose state stays on the GPU"),
+        Advice("lion_torch lion_pytorch", _IS_NOT, {"optimizer": "lion"}, "with its state in fp32"),
         Advice("adam_8bit adam_bnb_8bit", _IS_NOT, {"optimizer": "adamw-8bit"}, "which holds the same two moments"),
-        Advice(
-            "paged_adamw_8bit",
-            _IS_NOT,
-            {"optimizer": "adamw-8bit"},
-            "whose states stay on the GPU instead of in managed memory",
-        ),
-        Advice(
-            "adamw_torch_8bit",
-            "is torchao's, not planned",
-            {"optimizer": "adamw-8bit"},
-            "bitsandbytes', with states of the same size",
-        ),
+        Advice("adamw_torch_8bit torchao", "is torchao's AdamW8bit", {"optimizer": "adamw-8bit-torchao"}),
+        Advice("adamw_torch_4bit", "is torchao's AdamW4bit", {"optimizer": "adamw-4bit"}),
         Advice(
             "cpu_adam deepspeedcpuadam adamw_cpu",
             _IS_NOT,
@@ -85,15 +83,15 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             "without DeepSpeed's buffers",
         ),
         Advice(
-            "adamw_torch_4bit adamw_torch_xla adamw_torch_npu_fused adamw_apex_fused adamw_anyprecision adamw_bnb_32bit paged_adamw paged_adamw_32bit "
-            "muon lion* paged_lion* ademamix* paged_ademamix* adagrad rmsprop* galore* q_galore* lomo adalomo grokadamw schedule_free* apollo* "
+            "adamw_torch_xla adamw_torch_npu_fused adamw_apex_fused adamw_anyprecision adamw_bnb_32bit ademamix* paged_ademamix* adagrad "
+            "rmsprop* galore* q_galore* lomo adalomo grokadamw schedule_free* apollo* "
             "stable_adamw lamb lars came soap shampoo sophia* prodigy adam_mini badam adan nadam radam sgd_momentum momentum",
             _IS_NOT,
         ),
     ),
     "adamw_kernel": (
         Advice("single-tensor single loop", "is torch's loop over the weights", {"adamw_kernel": "for-loop"}),
-        Advice("multi-tensor multi default", "is torch's foreach", {"adamw_kernel": "foreach"}),
+        Advice("multi-tensor multi", "is torch's foreach", {"adamw_kernel": "foreach"}),
     ),
     "checkpoint": (
         Advice(
@@ -103,19 +101,51 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             _LAYER,
         ),
         Advice("false no off disabled never", "is no checkpointing", {"checkpoint": "none"}),
-        Advice("selective selective_ac sac op ops per_op attention mlp min_cut", _IS_NOT, _LAYER, _WHOLE_LAYER),
+        Advice(
+            "selective_ac sac selective_checkpointing attention",
+            "is checkpointing that does not run attention again",
+            _SELECTIVE,
+        ),
+        Advice("op ops per_op mlp min_cut memory_budget", _IS_NOT, _SELECTIVE, "which keeps attention's results alone"),
+        Advice(
+            "every_n_layers every_n every_other every_second alternate",
+            "is checkpointing of each n-th layer",
+            {"checkpoint": "every-2"},
+            "with n for 2",
+        ),
         Advice("offload cpu_offload offloaded", "is checkpointing with layer inputs in CPU RAM", _OFFLOADED),
         Advice("unsloth", "is Unsloth's, not planned", _OFFLOADED, "which moves the layers' inputs too"),
     ),
-    "loss": (
+    "offload": (
         Advice(
-            "liger* flce fused* fused_linear_cross_entropy",
-            "is not planned (nor is any of Liger's kernels)",
-            _CHUNKED,
-            _NO_LOGITS,
+            "true yes on cpu cpu_offload hidden_states inputs hidden boundaries unsloth activation_checkpointing_offload save_on_cpu",
+            "is layer inputs in CPU RAM",
+            _OFFLOADED,
         ),
         Advice(
-            "cce cut* unsloth chunked_nll nll tiled* chunked_cross_entropy chunked_ce linear_cross_entropy",
+            "all activations activation activation_offloading saved trl torchtune",
+            "is all that autograd saves in CPU RAM",
+            _SAVED,
+        ),
+        Advice("false no off gpu cuda", "is nothing in CPU RAM", {"offload": "none"}),
+        Advice("optimizer states", "is the optimizer's, not activations'", {"optimizer_on_host": True}),
+        Advice(
+            "params parameters weights model",
+            "is the weights', not activations'",
+            {"optimizer_on_host": True, "weights_on_host": True},
+        ),
+        Advice("disk nvme legacy", _IS_NOT, _OFFLOADED, "which keeps them in CPU RAM"),
+    ),
+    "loss": (
+        Advice(
+            "liger_kernel liger_loss liger_cross_entropy liger_fused* flce fused* fused_linear_cross_entropy",
+            "is Liger's, with the LM head",
+            {"loss": "liger"},
+        ),
+        Advice("cut_cross_entropy cut linear_cross_entropy", "is cut cross-entropy", {"loss": "cce"}),
+        Advice("nll chunked_nll fused_lm_head", "is the loss of TRL's trainers", {"loss": "trl"}),
+        Advice(
+            "unsloth tiled* chunked_cross_entropy chunked_ce",
             _IS_NOT,
             _CHUNKED,
             _NO_LOGITS,
@@ -129,6 +159,15 @@ VALUES: dict[str, tuple[Advice, ...]] = {
         Advice(
             "dft dpo grpo kto orpo ppo rloo simpo cpo mse kl distillation reward", "is not planned: next-token loss is"
         ),
+    ),
+    "kernels": (
+        Advice(
+            "plain default none off false no pytorch hf transformers eager",
+            "is the model's own code",
+            {"kernels": "torch"},
+        ),
+        Advice("true yes on triton linkedin liger_kernel liger_kernels use_liger", "is Liger's", {"kernels": "liger"}),
+        Advice("unsloth quack hub kernels_community use_kernels apex xformers", _IS_NOT, {"kernels": "torch"}),
     ),
     "attention": (
         Advice(
@@ -180,16 +219,31 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             "hsdp hybrid hybrid_shard fsdp_hybrid_shard mics", _NOT_YET, _FSDP, "with the GPUs of one group as --gpus"
         ),
         Advice(
-            "ddp dp data_parallel dataparallel distributeddataparallel replicate no_shard",
-            _NOT_YET,
-            {"sharding": "none"},
-            "a GPU alone, without --gpus; DDP adds a copy of the gradients",
+            "dp data_parallel dataparallel distributeddataparallel replicate no_shard",
+            "is all on each GPU",
+            {"sharding": "ddp"},
         ),
         Advice(
             "zero2_offload zero3_offload zero_offload zero_infinity fsdp_offload tp tensor* pp pipeline* cp context* sp sequence* ulysses ring* ep expert* "
             "megatron 2d 3d 4d 5d",
             _IS_NOT,
         ),
+    ),
+    "quantize": (
+        Advice("4bit 4 int4 bnb_4bit bitsandbytes load_in_4bit bnb", "is nf4, or fp4", {"quantize": "nf4"}),
+        Advice("8bit 8 bnb_8bit llm_int8 load_in_8bit", "is int8", {"quantize": "int8"}),
+        Advice("no off false bf16 fp32 16 32", "is no quantisation", {"quantize": "none"}),
+        Advice(
+            "gptq awq hqq eetq aqlm mxfp4 nvfp4 fp8 gguf torchao quanto",
+            _IS_NOT,
+            {"quantize": "nf4"},
+            "of about the size",
+        ),
+    ),
+    "adapter_dtype": (
+        Advice("float32 float torch.float32 full 32", "is fp32", {"adapter_dtype": "fp32"}),
+        Advice("bfloat16 torch.bfloat16 16", "is bf16", {"adapter_dtype": "bf16"}),
+        Advice("fp16 float16 half", _IS_NOT, {"adapter_dtype": "bf16"}, "of the same size"),
     ),
     "strategy": (
         Advice(
@@ -201,6 +255,11 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             "gradient_checkpointing activation_checkpointing gc ac full_checkpointing checkpoint_layer layer",
             "is checkpointing of every layer",
             {"strategy": "checkpointing"},
+        ),
+        Advice(
+            "mst_layers layer_in_chunks layers_in_chunks chunked_layer chunked_layers",
+            "is MsT with layers in pieces",
+            {"strategy": "mst-layer"},
         ),
         Advice("minisequence mini_sequence mini_sequence_transformer chunked chunks", "is MsT", {"strategy": "mst"}),
         Advice(
@@ -221,7 +280,9 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             _FSDP,
             _SHARDS_ALL,
         ),
-        Advice("lora qlora dora peft adapter*", f"is no strategy: {NO_ADAPTERS}"),
+        Advice("lora peft adapter*", "is no strategy", {"lora_rank": 16}, "beside any strategy"),
+        Advice("qlora", "is no strategy", {"lora_rank": 16, "quantize": "nf4"}, "beside any strategy"),
+        Advice("dora", "is no strategy", {"lora_rank": 16, "dora": True}, "beside any strategy"),
     ),
 }
 
@@ -245,14 +306,36 @@ CHOICES: dict[str, tuple[Advice, ...]] = {
 }
 """The same of options that are no fields of a recipe."""
 
-_FULL = f"{NO_ADAPTERS}, only full fine-tuning of unquantised weights"
-_NO_MEMORY = "it does not change what a step holds"
 _OPTIONS = (
     Advice(
-        "lora* qlora* dora* adapter* peft* use-peft use-lora use-qlora use-dora use-rslora target-modules modules-to-save finetuning-type tuner-type "
-        "train-type load-in-4bit load-in-8bit 4bit 8bit nf4 int4 int8 bnb* use-bnb* quant* bits double-quantization gptq awq",
-        _FULL,
+        "lora-r rank r use-peft use-lora peft* adapter adapters adapter-rank finetuning-type tuner-type train-type",
+        "",
+        {"lora_rank": None},
     ),
+    Advice("qlora use-qlora", "", {"lora_rank": 16, "quantize": "nf4"}),
+    Advice("use-dora peft-use-dora", "", {"dora": True}),
+    Advice(
+        "target-modules lora-target lora-target-modules lora-modules lora-target-linear", "", {"lora_targets": None}
+    ),
+    Advice("modules-to-save", "", {"lora_modules_to_save": None}),
+    Advice(
+        "lora-target-parameters target-parameters",
+        "adapters of single parameters (experts') are not planned",
+        {"lora_targets": None},
+        "whose targets are modules",
+    ),
+    Advice("lora-alpha lora-bias use-rslora lora-init* lora-plus* loraplus* lora-task-type task-type", _NO_MEMORY),
+    Advice("load-in-4bit 4bit nf4 int4 bnb-4bit* quantization-bit quant-bits bits", "", {"quantize": "nf4"}),
+    Advice("load-in-8bit 8bit int8", "", {"quantize": "int8"}),
+    Advice("use-bnb-nested-quant double-quantization double-quant bnb-nested*", "", {"double_quantize": True}),
+    Advice("quantization quantization-method quant-method quant-type quant", "", {"quantize": None}),
+    Advice(
+        "gptq awq hqq eetq aqlm",
+        "of quantised weights bitsandbytes' are planned",
+        {"quantize": "nf4"},
+        "of about the size",
+    ),
+    Advice("prepare-model-for-kbit-training kbit", "", {"kbit_preparation": True}),
     Advice("deepspeed* zero*", "DeepSpeed's own buffers are not planned", _FSDP, _SHARDS_ALL),
     Advice("fsdp fsdp2 fully-shard", "", _FSDP),
     Advice("hsdp ddp* dp data-parallel* dp-size", "of several GPUs, FSDP2 alone is planned", _FSDP, _SHARDS_ALL),
@@ -265,11 +348,12 @@ _OPTIONS = (
     ),
     Advice("fsdp-*", "how FSDP2 goes about it is not varied", _FSDP, _SHARDS_ALL),
     Advice(
-        "liger* use-liger* enable-liger* cce use-cce cut-cross-entropy",
-        "Liger's and other kernels are not planned",
-        _CHUNKED,
-        _NO_LOGITS,
+        "liger-fused-linear-cross-entropy liger-cross-entropy liger-loss flce",
+        "",
+        {"loss": "liger"},
     ),
+    Advice("liger* use-liger* enable-liger*", "", {"loss": "liger", "kernels": "liger"}),
+    Advice("cce use-cce cut-cross-entropy", "", {"loss": "cce"}),
     Advice("chunked-loss chunked-cross-entropy chunked-nll use-chunked-loss", "", _CHUNKED),
     Advice("loss-type loss-function", "", {"loss": None}),
     Advice("tiled-mlp use-tiled-mlp minisequence mst", "", {"strategy": "mst"}),
@@ -289,16 +373,16 @@ _OPTIONS = (
     ),
     Advice(
         "selective-checkpointing selective-activation-checkpointing",
-        "what is recomputed of a layer is not varied",
-        _LAYER,
-        _WHOLE_LAYER,
+        "",
+        _SELECTIVE,
     ),
+    Advice("every-n-layers checkpoint-every", "", {"checkpoint": "every-2"}, "with n for 2"),
     Advice(
-        "activation-offloading activation-offload offload-activations enable-activation-offloading activation-cpu-offload activation-checkpointing-offload",
-        "only the inputs of checkpointed layers are moved",
-        _OFFLOADED,
-        "which keeps them in CPU RAM",
+        "activation-offloading activation-offload offload-activations enable-activation-offloading",
+        "",
+        _SAVED,
     ),
+    Advice("activation-cpu-offload activation-checkpointing-offload", "", _OFFLOADED),
     Advice(
         "offload-optimizer optimizer-offload cpu-offload-optimizer offload-optimizer-device zero-offload cpu-adam",
         "",
@@ -326,7 +410,7 @@ _OPTIONS = (
         "or for autocast --precision mixed",
     ),
     Advice("pure-bf16", "", {"precision": "bf16"}),
-    Advice("amp mixed-precision autocast", "", _MIXED),
+    Advice("amp mixed-precision", "", _MIXED),
     Advice("fp16 float16 half", "fp16 is not planned", _MIXED, "with bf16, of the same size"),
     Advice("fp32 float32 tf32", "", {"precision": "fp32"}),
     Advice("fp8 float8", "fp8 is not planned"),
@@ -350,6 +434,7 @@ _OPTIONS = (
     Advice("optim optimizer-type optimizer-name", "", {"optimizer": None}),
     Advice("use-8bit-adam 8bit-adam adamw-8bit adam-8bit", "", {"optimizer": "adamw-8bit"}),
     Advice("fused fused-adamw adamw-fused", "", {"optimizer": "adamw", "adamw_kernel": "fused"}),
+    Advice("gradient-clipping gradient-clip-val clip-grad* clipping", "", {"max_grad_norm": None}),
     Advice("optimizer-in-bwd fused-backward", "", {"optimizer_in_backward": True}),
     Advice(
         "num-gpus n-gpus n-gpu ngpu ngpus gpu-count num-gpu nproc-per-node num-processes world-size devices num-devices",
@@ -371,10 +456,10 @@ _OPTIONS = (
         {"seq_len": None},
     ),
     Advice(
-        "packing sample-packing neat-packing padding-free",
-        "a packed row counts as one sequence",
-        {"seq_len": None},
-        "with the row's length",
+        "packing-strategy sample-packing neat-packing packed",
+        "samples of a row are told apart",
+        {"packing": None},
+        "with how many there are in a row",
     ),
     Advice("torch-compile* compile", "torch.compile is not planned"),
     Advice(
@@ -384,7 +469,7 @@ _OPTIONS = (
     Advice("eval* do-eval per-device-eval-batch-size", "evaluation is not planned, training is"),
     Advice(
         "lr* learning-rate* warmup* weight-decay epochs num-train-epochs num-epochs max-steps adam-beta1 adam-beta2 adam-epsilon beta1 beta2 optim-args "
-        "max-grad-norm gradient-clipping clip-grad* seed data-seed output-dir dataset* dataloader* logging* log-level report-to run-name save* "
+        "seed data-seed output-dir dataset* dataloader* logging* log-level report-to run-name save* "
         "push-to-hub hub-* do-train resume-from-checkpoint",
         _NO_MEMORY,
     ),
@@ -404,7 +489,7 @@ def _find_advice(table: Collection[Advice], typed: str) -> Advice | None:
     return next(named, None) or next(like, None)
 
 
-_FLAGS = {"offload_layer_inputs": "--offload", "mlp_chunks": "--chunks", "loss_chunks": "--chunks"}
+_FLAGS = {"lora_rank": "--lora", "mlp_chunks": "--chunks", "loss_chunks": "--chunks"}
 _OTHERS = (
     "strategy",
     "model",
@@ -454,7 +539,7 @@ def in_options(message: str) -> str:
     message = re.sub(
         r"\b(\w+) \((--[\w-]+)\)", lambda match: match[2] if flag(match) == match[2] else match[0], message
     )
-    message = re.sub(r"(?<![\w'-])([a-z]+_[a-z_]+)(?![\w'])", flag, message)
+    message = re.sub(r"(?<![\w'-])([a-z]\w*_[a-z_]+)(?![\w'])", flag, message)
     return re.sub(r"^(\w+)(?=:)", flag, message)
 
 

@@ -1,4 +1,4 @@
-"""A recipe: how one trains. One validated object, readable from and writable to JSON, and the five named strategies."""
+"""A recipe: how one trains. One validated object, readable from and writable to JSON, and the named strategies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .. import files
 from ..errors import RecipeError, did_you_mean, quoted
@@ -21,7 +21,11 @@ REGISTRIES: dict[str, Callable[[], list[str]]] = {
     "attention": attentions,
 }
 """Fields whose values are the names of what is registered."""
+_EIGHT_BIT = [name for name, each in OPTIMIZERS.items() if each.keeps_fp32_for_embeddings]
 ChunkCount = Literal["auto"] | int
+CHUNK_FIELDS = ("mlp_chunks", "loss_chunks", "attention_groups")
+"""Fields that can be left open, in the order of `steps.Chunks`."""
+EVERY_NTH = "^every-[1-9][0-9]{0,4}$"
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 Patterns = Annotated[tuple[Pattern, ...], Field(max_length=100, strict=False)]
 _LARGEST_FILE = 1_000_000  # bytes; a recipe has some hundred
@@ -34,10 +38,17 @@ class Recipe(BaseModel):
 
     precision: Literal["bf16", "mixed", "fp32"] = "bf16"
     """bf16: weights, gradients and moments in bf16. mixed: fp32 weights under bf16 autocast. fp32: fp32 throughout."""
+    autocast: bool = False
+    """bf16 autocast over whatever dtype the weights have, as Trainer's bf16=True; mixed has it in any case."""
     optimizer: str = "adamw"
-    """One of `optimizers.OPTIMIZERS`: adamw (torch's), adamw-8bit (bitsandbytes'), adafactor (transformers'), sgd (torch's)."""
-    adamw_kernel: Literal["foreach", "fused", "for-loop"] = "foreach"
-    """How torch's AdamW steps: foreach (CUDA's default) makes a temporary as large as the weights."""
+    """One of `optimizers.OPTIMIZERS`: adamw and sgd (torch's), adafactor (transformers'), adamw-8bit, paged-adamw-8bit,
+    paged-adamw, lion and lion-8bit (bitsandbytes'), adamw-8bit-torchao and adamw-4bit (torchao's), muon (torch's, with adamw for
+    embeddings, head and what is no matrix)."""
+    adamw_kernel: Literal["foreach", "fused", "for-loop"] = "fused"
+    """How torch's AdamW steps: fused, as transformers' Trainer, TRL and Axolotl run it; foreach, torch's own default, makes a temporary
+    as large as the weights."""
+    fp32_embedding_states: bool = False
+    """States of embeddings in fp32, though those of other weights are in 8 bits: so transformers' Trainer has bitsandbytes keep them."""
     optimizer_in_backward: bool = False
     """Step each weight as soon as its gradient is made, then free the gradient."""
     optimizer_on_host: bool = False
@@ -50,18 +61,52 @@ class Recipe(BaseModel):
     """Sequences per micro-batch."""
     pad_to: int = Field(default=1, ge=1, le=1_000_000)
     """Tokens that batches are padded to a multiple of (a collator's pad_to_multiple_of)."""
-    checkpoint: Literal["none", "layer", "sqrt"] | int = "none"
-    """Checkpointing: none, every layer, every sqrt(L) layers, or every k layers (an integer)."""
+    checkpoint: Literal["none", "layer", "sqrt", "selective"] | Annotated[str, Field(pattern=EVERY_NTH)] | int = "none"
+    """Checkpointing: none, every layer, every sqrt(L) layers, every k layers together (an integer), each layer but for its attention's output
+    (selective), or each n-th layer while the others keep everything (every-n, transformers' every_n_layers)."""
     mlp_chunks: ChunkCount = 1
     """Pieces of the sequence the MLP runs over; "auto": as recommended for model, card and length."""
     mlp_recompute: bool = False
     """Recompute each MLP chunk by itself in backward, so that its intermediates live for one chunk in both passes."""
+    layer_in_chunks: bool = False
+    """The pieces are of a whole layer but for attention itself, each recomputed by itself in backward; needs mlp_recompute."""
+    attention_groups: ChunkCount = 1
+    """Groups of heads that attention runs over one after the other, where the layer runs in chunks; "auto": as recommended."""
     loss_chunks: ChunkCount = 1
     """Pieces for the LM head and the chunked loss; "auto": as recommended."""
     loss: str = "transformers"
-    """One of `losses.LOSSES`: the loss of current transformers, that of releases before 4.45 (one more fp32 copy of the logits), or MsT's."""
-    offload_layer_inputs: bool = False
-    """Keep checkpointed layers' inputs in CPU RAM."""
+    """One of `losses.LOSSES`: the loss of current transformers, those of releases before 4.49 and before 4.45 (one more fp32 copy of the
+    logits, in forward or in both passes), MsT's (chunked), or one that is fused with the LM head: liger (Liger's), cce (cut
+    cross-entropy), trl (TRL's, from 1.15 on)."""
+    offload: Literal["none", "layer-inputs", "saved-tensors"] = "none"
+    """What is kept in CPU RAM between forward and backward: layer-inputs: those of checkpointed layers. saved-tensors: all that autograd
+    saves, as TRL's activation_offloading does it."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """torch: the operations of the model's own code. liger: Liger's kernels for RMSNorm, rotary embedding and SwiGLU or GeGLU."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Gradients are scaled down to this norm before the optimizer steps; None: they are not."""
+    lora_rank: int = Field(default=0, ge=0, le=65_536)
+    """Rank of LoRA adapters (peft's); 0: none. With them the model's own weights are frozen."""
+    lora_targets: Patterns = ("all-linear",)
+    """Modules that get an adapter: all-linear (every linear layer but the head), attention, or names such as q_proj."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of an adapter's input."""
+    lora_modules_to_save: Patterns = ()
+    """Modules that are trained whole, in a copy beside the frozen one (peft's modules_to_save): embed_tokens, lm_head."""
+    dora: bool = False
+    """Adapters with a magnitude (peft's use_dora)."""
+    adapter_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of adapters: fp32 is peft's default, whatever the model's dtype."""
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Linear layers' frozen weights, but for the head's, in 4 or 8 bits (bitsandbytes)."""
+    double_quantize: bool = False
+    """The scales of 4-bit weights are quantised, too."""
+    kbit_preparation: bool = False
+    """peft's prepare_model_for_kbit_training: all that is not quantised in fp32."""
+    packing: int = Field(default=1, ge=1, le=1_000_000)
+    """Samples that a row of the batch is made of, told apart in attention."""
+    padding_free: bool = False
+    """All samples of a batch in one row, without padding."""
     attention: str = "sdpa"
     """One of `kernels.attentions()`: sdpa (the kernel that torch chooses, explicit masks for sliding windows), cudnn or efficient (sdpa with
     that kernel only), flash (attn_implementation flash_attention_2), or eager."""
@@ -74,7 +119,7 @@ class Recipe(BaseModel):
     which its gradient_checkpointing_enable and peft call. `minisequence` does without."""
     gpus: int = Field(default=1, ge=1, le=65_536)
     """Cards that train together, each with `batch` sequences of its own."""
-    sharding: Literal["none", "fsdp"] = "none"
+    sharding: Literal["none", "ddp", "fsdp"] = "none"
     """fsdp: weights, gradients and optimizer states in shards over all cards, each decoder layer gathered while it runs
     (PyTorch's fully_shard of every layer, then of the model; ZeRO-3). mixed is then its MixedPrecisionPolicy: fp32 shards,
     gathered in bf16, gradients reduced in fp32, and no autocast."""
@@ -89,40 +134,86 @@ class Recipe(BaseModel):
 
         __init__.__pydantic_base_init__ = True  # so that model_validate, which raises ValidationError, does not come by
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_older(cls, data: Any) -> Any:
+        """Recipes of before 0.9 say offload_layer_inputs, yes or no."""
+        if not isinstance(data, dict) or "offload_layer_inputs" not in data:
+            return data
+        data = dict(data)
+        moved = data.pop("offload_layer_inputs")
+        if not isinstance(moved, bool):
+            raise ValueError(f"offload_layer_inputs: must be true or false (got {quoted(moved)})")
+        return {**data, "offload": "layer-inputs"} if moved else data
+
     def model_post_init(self, _context: object) -> None:
         for name, list_names in REGISTRIES.items():
             if getattr(self, name) not in (planned_names := list_names()):
                 from . import names
 
                 raise ValueError(names.unknown_value(name, getattr(self, name), planned_names))
-        for name in ("mlp_chunks", "loss_chunks"):
+        for name in CHUNK_FIELDS:
             value = getattr(self, name)
             if value != "auto" and not 1 <= value <= 1 << 32:
                 raise ValueError(f"{name}: {_MUST_BE[name]} (got {quoted(value)})")
-        if self.checkpoint not in ("none", "layer", "sqrt") and not 1 <= int(self.checkpoint) <= 100_000:
+        if not isinstance(self.checkpoint, str) and not 1 <= self.checkpoint <= 100_000:
             raise ValueError(f"checkpoint: {_MUST_BE['checkpoint']} (got {quoted(self.checkpoint)})")
         for bad, message in (
             (not self.loss_in_chunks and self.loss_chunks != 1, "loss_chunks needs loss='chunked' (--loss chunked)"),
             (
+                self.layer_in_chunks and not self.mlp_recompute,
+                "layers in chunks are recomputed chunk by chunk: set mlp_recompute, leave --no-recompute out",
+            ),
+            (
+                self.layer_in_chunks and self.sharded,
+                "layers in chunks are not planned with fsdp: take the strategy mst (-s mst)",
+            ),
+            (
+                self.layer_in_chunks and self.offload == "saved-tensors",
+                "layers in chunks are not planned with offload='saved-tensors': offload layer-inputs, or take the strategy mst (-s mst)",
+            ),
+            (
+                self.attention_groups != 1 and not self.layer_in_chunks,
+                "attention_groups (--attention-groups) are of layers in chunks: take the strategy mst-layer (-s mst-layer)",
+            ),
+            (
+                LOSSES[self.loss].is_fused and self.sharded,
+                f"fsdp with the loss {self.loss} is not planned: use loss='chunked' (--loss chunked)",
+            ),
+            (
                 self.offload_layer_inputs and self.checkpoint == "none",
-                "offload_layer_inputs needs checkpointing, or there are no layer inputs to move: set checkpoint='layer' (--checkpoint layer)",
+                "offload='layer-inputs' (--offload layer-inputs) needs checkpointing, or no inputs can move: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
                 self.optimizer_in_backward and self.accumulation > 1,
-                "optimizer_in_backward uses up each gradient at once, so it cannot accumulate: set accumulation to 1",
+                "optimizer_in_backward uses up each gradient at once, so it cannot accumulate: set accumulation=1 (--accumulation 1)",
             ),
             (
                 self.optimizer_in_backward and self.optimizer_on_host,
                 "optimizer_in_backward and optimizer_on_host exclude each other: leave one of the two out",
             ),
             (
-                self.attention != SDPA and KERNELS[self.attention].sixteen_bit_only and self.precision == "fp32",
-                f"attention {self.attention} computes in bf16 or fp16 only: use precision bf16 or mixed",
+                self.optimizer_in_backward and self.max_grad_norm is not None,
+                "max_grad_norm needs all gradients at once, and optimizer_in_backward lets each go: leave one of the two out",
+            ),
+            (
+                self.fp32_embedding_states and not OPTIMIZERS[self.optimizer].keeps_fp32_for_embeddings,
+                f"fp32_embedding_states needs states in 8 bits: set optimizer to {', '.join(_EIGHT_BIT[:-1])} or {_EIGHT_BIT[-1]}",
+            ),
+            (
+                self.attention != SDPA and KERNELS[self.attention].sixteen_bit_only and self.runs_in_fp32,
+                f"attention {self.attention} computes in bf16 or fp16 only: use precision bf16 or mixed, or autocast=True (--autocast)",
             ),
             (
                 self.weights_on_host and not self.optimizer_on_host,
                 "weights_on_host needs optimizer_on_host (--optimizer-on-host)",
             ),
+            *self._bad_adapters(),
+            (
+                self.offload == "saved-tensors" and self.mlp_chunks != 1 and not self.mlp_recompute,
+                "with saved tensors in CPU RAM each MLP chunk is recomputed by itself: set mlp_recompute, leave --no-recompute out",
+            ),
+            *self._bad_packing(),
             *self._bad_sharding(),
             (
                 bool(self.train or self.freeze) and self.sharded,
@@ -132,24 +223,98 @@ class Recipe(BaseModel):
             if bad:
                 raise ValueError(message)
 
+    def _bad_adapters(self) -> tuple[tuple[bool, str], ...]:
+        of_adapters = (
+            "dora",
+            "lora_targets",
+            "lora_dropout",
+            "lora_modules_to_save",
+            "adapter_dtype",
+            "kbit_preparation",
+        )
+        usual = Recipe.model_fields
+        alone = next((n for n in of_adapters if not self.lora_rank and getattr(self, n) != usual[n].default), "")
+        on_head = {"lm_head", "embed_out", "output"} & set(self.lora_targets)
+        why = (
+            ""
+            if self.loss in ("transformers", "transformers<4.49", "transformers<4.45")
+            else f", and the loss {self.loss!r} never makes its logits"
+        )
+        return (
+            (bool(alone), f"{alone} (--{alone.replace('_', '-')}) is of adapters: add lora_rank=16 (--lora 16)"),
+            (
+                self.quantize != "none" and not self.lora_rank,
+                "quantised weights cannot be trained themselves: add adapters, lora_rank=16 (--lora 16)",
+            ),
+            (
+                self.double_quantize and self.quantize not in ("nf4", "fp4"),
+                "double_quantize is of 4-bit weights: add quantize='nf4' (--quantize nf4)",
+            ),
+            (
+                bool(on_head),
+                f"no adapter is planned on the LM head{why}: train it whole, with lm_head in lora_modules_to_save (--lora-modules-to-save)",
+            ),
+            (
+                bool(self.lora_rank) and (self.sharded or self.weights_on_host),
+                "adapters with weights in shards or in CPU RAM are not planned yet: leave --sharding and --weights-on-host out",
+            ),
+        )
+
+    def _bad_packing(self) -> tuple[tuple[bool, str], ...]:
+        return (
+            (
+                self.padding_free and self.attention != "flash",
+                f"padding_free needs flash attention to tell samples apart, not {self.attention}: add attention='flash' (--attention flash)",
+            ),
+            (
+                self.packing > 1 and self.attention == "flash" and self.batch > 1 and not self.padding_free,
+                "flash attention tells samples apart in a batch of one row only: set batch=1 (--batch 1), or put all in one row, padding_free (--padding-free)",
+            ),
+        )
+
     def _bad_sharding(self) -> tuple[tuple[bool, str], ...]:
         if self.sharding == "none":
             return (
                 (
                     self.gpus > 1,
-                    "several gpus are planned in shards alone: add sharding='fsdp' (--sharding fsdp), FSDP2 as ZeRO-3",
+                    "several gpus train in shards or each with all: add sharding='fsdp' (--sharding fsdp), FSDP2 as ZeRO-3, or sharding='ddp' (--sharding ddp)",
                 ),
             )
-        stepping = " or ".join(name for name, each in OPTIMIZERS.items() if each.steps_shards)
+        few = (
+            self.gpus < 2,
+            f"sharding={self.sharding!r} (--sharding {self.sharding}) needs 2 gpus or more: add gpus=8 (--gpus 8)",
+        )
+        if self.sharding == "ddp":
+            return (
+                few,
+                (
+                    self.optimizer_in_backward,
+                    "ddp reduces gradients after backward, and optimizer_in_backward lets each go in it: leave one of the two out",
+                ),
+                (
+                    self.optimizer_on_host or self.weights_on_host,
+                    "ddp with weights or optimizer in CPU RAM is not planned",
+                ),
+            )
+        optimizer = OPTIMIZERS[self.optimizer]
+        stepping = " or ".join(name for name, each in OPTIMIZERS.items() if not each.no_shards)
         return (
-            (self.gpus < 2, "sharding='fsdp' (--sharding fsdp) needs 2 gpus or more: add gpus=8 (--gpus 8)"),
+            few,
+            (
+                self.checkpoint == "selective" or str(self.checkpoint).startswith("every-"),
+                "fsdp with selective checkpoints or those of each n-th layer is not planned: set checkpoint='layer' (--checkpoint layer)",
+            ),
+            (
+                self.offload == "saved-tensors",
+                "fsdp with saved tensors in CPU RAM is not planned: set offload='layer-inputs' (--offload layer-inputs)",
+            ),
             (
                 self.checkpoint not in ("none", "layer", 1),
                 "fsdp gathers one layer at a time, so a checkpoint cannot span several: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
-                not OPTIMIZERS[self.optimizer].steps_shards,
-                f"{OPTIMIZERS[self.optimizer].label} cannot step fsdp's shards: use {stepping}",
+                bool(optimizer.no_shards),
+                f"{optimizer.label} cannot step fsdp's shards, for {optimizer.no_shards}: use {stepping}",
             ),
             (
                 self.optimizer_on_host or self.weights_on_host,
@@ -158,39 +323,85 @@ class Recipe(BaseModel):
         )
 
     def __repr__(self) -> str:
-        usual = ((name, field.default) for name, field in type(self).model_fields.items())
-        fields = [f"{name}={getattr(self, name)!r}" for name, default in usual if getattr(self, name) != default]
-        return f"Recipe({', '.join(fields)})"
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.unusual_fields())})"
 
     __str__ = __repr__
+
+    def unusual_fields(self) -> list[tuple[str, Any]]:
+        """Fields that are not as usual, with their values."""
+        usual = ((name, field.default) for name, field in type(self).model_fields.items())
+        return [(name, getattr(self, name)) for name, default in usual if getattr(self, name) != default]
 
     @property
     def sharded(self) -> bool:
         return self.sharding == "fsdp"
 
     @property
+    def shards(self) -> int:
+        """Parts that each weight is split into."""
+        return self.gpus if self.sharded else 1
+
+    @property
+    def has_gradient_buckets(self) -> bool:
+        """Whether DDP holds a copy of all gradients, which it reduces."""
+        return self.sharding == "ddp"
+
+    @property
     def loss_in_chunks(self) -> bool:
         return LOSSES[self.loss].in_chunks
 
     @property
+    def is_open(self) -> bool:
+        """Whether numbers of chunks are left to be recommended."""
+        return any(getattr(self, name) == "auto" for name in CHUNK_FIELDS)
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes of one weight on the device."""
-        return 2 if self.precision == "bf16" else 4
+        """Bytes of one weight on the device that has no dtype of its own."""
+        return 2 if self.weight_dtype == "bfloat16" else 4
 
     @property
     def weight_dtype(self) -> str:
-        """Dtype of one weight on the device."""
-        return "bfloat16" if self.precision == "bf16" else "float32"
+        """Dtype of weights on the device that have none of their own, as adapters have, and are not quantised."""
+        return "bfloat16" if self.precision == "bf16" and not self.kbit_preparation else "float32"
 
     @property
-    def autocast(self) -> bool:
-        """Whether weights are cast to bf16 where they are used."""
-        return self.precision == "mixed" and not self.sharded
+    def runs_autocast(self) -> bool:
+        """Whether products cast to bf16 what they are given."""
+        return self.autocast or (self.precision == "mixed" and not self.sharded)
+
+    @property
+    def runs_in_fp32(self) -> bool:
+        """Whether everything is computed in fp32."""
+        return self.precision == "fp32" and not self.runs_autocast
+
+    @property
+    def compute_dtype(self) -> str:
+        """Dtype of attention, and of products of weights that are not quantised."""
+        return "bfloat16" if self.runs_autocast else self.used_dtype
+
+    @property
+    def offload_layer_inputs(self) -> bool:
+        return self.offload == "layer-inputs"
 
     @property
     def used_dtype(self) -> str:
         """Dtype of weights in layers and of hidden states between them: under fsdp, what shards are gathered in."""
-        return "float32" if self.precision == "fp32" or self.autocast else "bfloat16"
+        return "bfloat16" if self.precision == "mixed" and self.sharded else self.weight_dtype
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch as it runs."""
+        return 1 if self.padding_free else self.batch
+
+    @property
+    def samples_in_row(self) -> int:
+        """Samples that attention tells apart in a row."""
+        return self.packing * self.batch if self.padding_free else self.packing
+
+    def row_tokens(self, seq_len: int) -> int:
+        """Tokens in a row of a micro-batch whose sequences have `seq_len`."""
+        return self.batch * seq_len if self.padding_free else seq_len
 
     def padded(self, tokens: int) -> int:
         """The length that a batch of so many tokens is run at."""
@@ -230,9 +441,8 @@ class Recipe(BaseModel):
 
 
 _MUST_BE = {
-    "checkpoint": "must be none, layer, sqrt, or a number of layers from 1",
-    "mlp_chunks": "must be 'auto' or a whole number from 1",
-    "loss_chunks": "must be 'auto' or a whole number from 1",
+    "checkpoint": "must be none, layer, sqrt, selective, every-n (every-2), or a number of layers from 1",
+    **dict.fromkeys(CHUNK_FIELDS, "must be 'auto' or a whole number from 1"),
 }
 _WRITES_ONE = "`mstplan plan ... --write-recipe FILE` writes one to start from."
 
@@ -243,7 +453,9 @@ def planned(field: str) -> tuple[list[str], str]:
         return REGISTRIES[field](), ""
     kinds = get_args(Recipe.model_fields[field].annotation)
     names = [name for kind in kinds for name in get_args(kind) or (kind,) if isinstance(name, str)]
-    return names, " or a number of layers from 1" if int in kinds else ""
+    if field == "checkpoint":
+        return names, ", every-n (every-2), or a number of layers from 1"
+    return names, ""
 
 
 def first_problem(error: ValidationError) -> str:
@@ -274,17 +486,26 @@ _MST: dict[str, Any] = {
     "loss": "chunked",
     "loss_chunks": "auto",
 }
+_MST_LAYER: dict[str, Any] = {**_MST, "layer_in_chunks": True, "attention_groups": "auto"}
 # Constructed without validation: that would build pydantic's validators at every start (a test validates them).
 STRATEGIES: dict[str, Recipe] = {
     "standard": Recipe.model_construct(),
     "checkpoint": Recipe.model_construct(checkpoint="layer"),
-    "checkpoint-sqrt": Recipe.model_construct(checkpoint="sqrt"),
+    "chunked-loss": Recipe.model_construct(checkpoint="layer", loss="chunked", loss_chunks="auto"),
     "mst": Recipe.model_construct(**_MST),
-    "mst-offload": Recipe.model_construct(**_MST, offload_layer_inputs=True),
+    "mst-offload": Recipe.model_construct(**_MST, offload="layer-inputs"),
+    "mst-layer": Recipe.model_construct(**_MST_LAYER),
+    "mst-layer-offload": Recipe.model_construct(**_MST_LAYER, offload="layer-inputs"),
+    "checkpoint-sqrt": Recipe.model_construct(checkpoint="sqrt"),
 }
+USUAL_STRATEGIES = ("standard", "checkpoint", "chunked-loss", "mst", "mst-offload")
+"""Strategies of an answer where none is asked for: each adds to the one before what lets the sequence grow."""
 LABELS = {"standard": "no-checkpointing", "checkpoint": "checkpointing", "checkpoint-sqrt": "checkpointing-sqrt"}
 """What people read and type for a strategy whose name, in JSON and in results files, says something else in the field."""
-STRATEGY_FIELDS = ("checkpoint", "mlp_chunks", "mlp_recompute", "loss_chunks", "loss", "offload_layer_inputs")
+STRATEGY_FIELDS = (
+    *("checkpoint", "mlp_chunks", "mlp_recompute", "loss_chunks", "loss", "offload"),
+    *("layer_in_chunks", "attention_groups"),
+)
 """What a strategy decides; everything else about a recipe is the user's choice."""
 
 
@@ -311,13 +532,21 @@ def strategy_label(name: str) -> str:
     return LABELS.get(name.removesuffix("*"), name.removesuffix("*")) + "*" * changed
 
 
+def strategy_of(recipe: Recipe) -> str:
+    """The name of the strategy that decides what the recipe does; empty: none."""
+    return next((name for name in STRATEGIES if _decides_same(recipe, name, STRATEGY_FIELDS)), "")
+
+
+def _decides_same(recipe: Recipe, name: str, fields: Iterable[str]) -> bool:
+    return all(getattr(recipe, field) == getattr(STRATEGIES[name], field) for field in fields)
+
+
 def strategy_labels() -> list[str]:
     return [strategy_label(name) for name in STRATEGIES]
 
 
 # ---- a recipe in words ----------------------------------------------------------------------------------------------------
 
-_WEIGHTS = {"bf16": "bf16 weights", "mixed": "fp32 weights under bf16 autocast", "fp32": "fp32 weights"}
 _SHORT = {"bfloat16": "bf16", "float32": "fp32", "uint8": "8-bit"}
 
 
@@ -327,62 +556,110 @@ def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
     how: list[str] = [recipe.adamw_kernel] if optimizer.has_kernels else []
     states = " and ".join(_dtypes_of_states(recipe))
     how += ["in CPU RAM"] if recipe.optimizer_on_host else [f"{states} states"] if states else []
+    how += ["fp32 those of embeddings"] if recipe.fp32_embedding_states else []
     how += ["in backward"] if recipe.optimizer_in_backward else []
-    shards = recipe.sharded and recipe.precision == "mixed"
     words = [
-        "a part of the weights trained" if recipe.train or recipe.freeze else "full fine-tuning",
-        "fp32 shards, gathered in bf16" if shards else _WEIGHTS[recipe.precision],
+        _trained_in_words(recipe),
+        _weights_in_words(recipe),
         optimizer.short + (f" ({', '.join(how)})" if how else ""),
         f"batch {recipe.batch}" + (f" x accumulation {recipe.accumulation}" if recipe.accumulation > 1 else ""),
+        *_rows_in_words(recipe),
         f"{recipe.attention} by {kernel}" if kernel else recipe.attention,
+        *(["Liger's kernels"] if recipe.kernels == "liger" else []),
     ]
     return ", ".join([*words, *([f"FSDP2 over {recipe.gpus:,} GPUs"] if recipe.sharded else [])])
+
+
+def _trained_in_words(recipe: Recipe) -> str:
+    if not recipe.lora_rank:
+        return "a part of the weights trained" if recipe.train or recipe.freeze else "full fine-tuning"
+    kind = "DoRA" if recipe.dora else "QLoRA" if recipe.quantize != "none" else "LoRA"
+    return f"{kind} of rank {recipe.lora_rank} on {', '.join(recipe.lora_targets)} ({recipe.adapter_dtype})"
+
+
+def _weights_in_words(recipe: Recipe) -> str:
+    """Dtypes of the model's own weights: 'nf4 weights, the rest fp32 by kbit preparation, bf16 autocast'."""
+    if recipe.sharded and recipe.precision == "mixed":
+        return "fp32 shards, gathered in bf16"
+    prepared = " by kbit preparation" if recipe.kbit_preparation else ""
+    plain = f"{_SHORT[recipe.weight_dtype]} weights{prepared}"
+    if recipe.quantize != "none":
+        how = " with double quantisation" if recipe.double_quantize else ""
+        plain = f"{recipe.quantize} weights{how}, the rest {_SHORT[recipe.weight_dtype]}{prepared}"
+    return plain + (" under bf16 autocast" if recipe.runs_autocast else "")
+
+
+def _rows_in_words(recipe: Recipe) -> list[str]:
+    packed = [f"{recipe.packing:,} samples a row"] if recipe.packing > 1 else []
+    return [*packed, *(["a batch in one row"] if recipe.padding_free else [])]
 
 
 def _dtypes_of_states(recipe: Recipe) -> list[str]:
     from .tape import Weight
 
+    if recipe.lora_rank:
+        recipe = recipe.model_copy(update={"precision": recipe.adapter_dtype, "kbit_preparation": False})
     rows = OPTIMIZERS[recipe.optimizer].memory(recipe, [(Weight("of any size", (4096, 4096)), 1)]).states
-    return list(dict.fromkeys(_SHORT.get(state.dtype, state.dtype) for state in rows if state.bytes > 1 << 20))
+    words = (state.words or _SHORT.get(state.dtype, state.dtype) for state in rows if state.bytes > 1 << 20)
+    return list(dict.fromkeys(words))
 
 
 # ---- a recipe as options --------------------------------------------------------------------------------------------------
 
-_SWITCHES = {
-    "optimizer_in_backward": "--optimizer-in-backward",
-    "optimizer_on_host": "--optimizer-on-host",
-    "weights_on_host": "--weights-on-host",
-    "input_gradients": "--input-gradients",
-}
+SWITCHES = (
+    "fp32_embedding_states",
+    "optimizer_in_backward",
+    "optimizer_on_host",
+    "weights_on_host",
+    "input_gradients",
+    "autocast",
+    "dora",
+    "double_quantize",
+    "kbit_preparation",
+    "padding_free",
+)
+"""Fields that are an option without a value, of the same name."""
+_OPTIONS = {"lora_rank": "--lora"}
+
+
+def option_of(field: str) -> str:
+    """The option for a field of a recipe that no strategy decides."""
+    return _OPTIONS.get(field, f"--{field.replace('_', '-')}")
 
 
 def options_of(recipe: Recipe) -> str:
     """The options of the command line that describe a recipe, ready to paste: --strategy where it is a strategy's, else its own."""
-    usual, words = STRATEGIES["standard"], _strategy_options(recipe)
-    for name in Recipe.model_fields:
+    usual = STRATEGIES["standard"]
+    own = [name for name in Recipe.model_fields if name not in STRATEGY_FIELDS]
+    changed = [name for name in own if getattr(recipe, name) != getattr(usual, name)]
+    return shlex.join([*_strategy_options(recipe), *words_of(recipe, changed)])
+
+
+def words_of(recipe: Recipe, fields: Iterable[str]) -> list[str]:
+    """Words of the command line for fields that no strategy decides; none for a switch that is off."""
+    words: list[str] = []
+    for name in fields:
         value = getattr(recipe, name)
-        if name in STRATEGY_FIELDS or value == getattr(usual, name):
-            continue
-        text = ",".join(value) if name in ("train", "freeze") else str(value)
-        words += [_SWITCHES[name]] if name in _SWITCHES else [f"--{name.replace('_', '-')}", text]
-    return shlex.join(words)
+        if name in SWITCHES:
+            words += [option_of(name)] if value else []
+        else:
+            words += [option_of(name), ",".join(value) if isinstance(value, tuple) else str(value)]
+    return words
 
 
 def _strategy_options(recipe: Recipe) -> list[str]:
     """Options for what a strategy decides."""
-    chunks = {"mlp_chunks", "loss_chunks"}
-
-    def same(name: str, fields: Iterable[str]) -> bool:
-        return all(getattr(recipe, field) == getattr(STRATEGIES[name], field) for field in fields)
-
-    if matching_name := next((name for name in STRATEGIES if same(name, STRATEGY_FIELDS)), None):
-        return ["--strategy", strategy_label(matching_name)]
+    if named := strategy_of(recipe):
+        return ["--strategy", strategy_label(named)]
+    if recipe.layer_in_chunks:
+        return _layer_options(recipe)
+    chunks = set(CHUNK_FIELDS)
     counts = ["--chunks", ",".join(dict.fromkeys((str(recipe.mlp_chunks), str(recipe.loss_chunks))))]
     in_chunks = (name for name in STRATEGIES if STRATEGIES[name].loss_in_chunks)
-    if matching_name := next((name for name in in_chunks if same(name, set(STRATEGY_FIELDS) - chunks)), None):
+    if matching_name := next((n for n in in_chunks if _decides_same(recipe, n, set(STRATEGY_FIELDS) - chunks)), None):
         return ["--strategy", strategy_label(matching_name), *counts]
     words = ["--checkpoint", str(recipe.checkpoint)] if recipe.checkpoint != "none" else []
-    words += ["--offload"] if recipe.offload_layer_inputs else []
+    words += ["--offload", recipe.offload] if recipe.offload != "none" else []
     if (
         recipe.mlp_chunks == 1
         and not recipe.mlp_recompute
@@ -391,3 +668,14 @@ def _strategy_options(recipe: Recipe) -> list[str]:
         return words + (["--loss", recipe.loss] if recipe.loss != "transformers" else [])
     words += counts + (["--loss", recipe.loss] if recipe.loss != "chunked" else [])
     return words + ([] if recipe.mlp_recompute else ["--no-recompute"])
+
+
+def _layer_options(recipe: Recipe) -> list[str]:
+    """Options for a recipe with its layers in chunks, which no option but a strategy asks for."""
+    name = "mst-layer-offload" if recipe.offload_layer_inputs else "mst-layer"
+    words = ["--strategy", name]
+    if (recipe.mlp_chunks, recipe.loss_chunks) != ("auto", "auto"):
+        words += ["--chunks", f"{recipe.mlp_chunks},{recipe.loss_chunks}"]
+    words += ["--attention-groups", str(recipe.attention_groups)] if recipe.attention_groups != "auto" else []
+    words += ["--checkpoint", str(recipe.checkpoint)] if recipe.checkpoint != "layer" else []
+    return words + (["--loss", recipe.loss] if recipe.loss != "chunked" else [])

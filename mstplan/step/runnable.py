@@ -10,21 +10,29 @@ from .recipe import Recipe
 TRAINER_OPTIMIZERS = {
     ("adamw", "foreach"): "adamw_torch",
     ("adamw", "fused"): "adamw_torch_fused",
-    ("adafactor", "foreach"): "adafactor",
-    ("sgd", "foreach"): "sgd",
 }
-"""What transformers' TrainingArguments call an optimizer, by `optimizer` and `adamw_kernel` of a recipe."""
+"""What transformers' TrainingArguments call an optimizer, by `optimizer` and `adamw_kernel` of a recipe, where the kernel counts."""
+
+
+def trainer_optimizer(recipe: Recipe) -> str:
+    """What transformers' TrainingArguments call the optimizer of a recipe; empty: they have none like it."""
+    optimizer = OPTIMIZERS[recipe.optimizer]
+    if recipe.fp32_embedding_states != optimizer.keeps_fp32_for_embeddings:
+        return ""  # its Trainer has all keep them that can
+    return optimizer.trainer or TRAINER_OPTIMIZERS.get((recipe.optimizer, recipe.adamw_kernel), "")
 
 
 def check_trainer(recipe: Recipe) -> None:
     """Check that transformers' Trainer can follow the recipe as it is. Raises RecipeError with the reason."""
     for bad, why in (
-        ((recipe.optimizer, recipe.adamw_kernel) not in TRAINER_OPTIMIZERS, "it has no such optimizer"),
+        (not trainer_optimizer(recipe), "it has no such optimizer"),
         (recipe.optimizer_in_backward, "it steps after backward"),
         (recipe.checkpoint not in ("none", "layer"), "it checkpoints every layer, or none"),
         (recipe.loss != "transformers", "its loss is transformers' own"),
-        (recipe.mlp_chunks != 1 or recipe.offload_layer_inputs, "it has no chunks and offloads nothing"),
-        (recipe.sharded, "here it trains on one GPU"),
+        (recipe.kernels != "torch", "it runs torch's kernels"),
+        (recipe.mlp_chunks != 1 or recipe.offload != "none", "it has no chunks and offloads nothing"),
+        (recipe.samples_in_row > 1, "it is given one sample a row"),
+        (recipe.gpus > 1, "here it trains on one GPU"),
     ):
         if bad:
             raise RecipeError(
@@ -34,17 +42,12 @@ def check_trainer(recipe: Recipe) -> None:
 
 def check_runnable(recipe: Recipe) -> None:
     """Check that a step here can follow the recipe. Raises RecipeError with the reason."""
-    if "auto" in (recipe.mlp_chunks, recipe.loss_chunks):
+    if recipe.is_open:
         raise RecipeError("a training step needs numbers of chunks, not 'auto'.")
-    running = ", ".join(name for name, each in OPTIMIZERS.items() if each.runs)
     for bad, why in (
         (
             recipe.optimizer_on_host or recipe.weights_on_host,
             "the step that is run keeps weights and optimizer on its device",
-        ),
-        (
-            not OPTIMIZERS[recipe.optimizer].runs,
-            f"the step that is run has no {recipe.optimizer} ({running} run)",
         ),
         (
             bool(LOSSES[recipe.loss].not_run),

@@ -23,16 +23,18 @@ AllocatorEvent = tuple[int, int]
 class Allocations(NamedTuple):
     """Allocations and releases of training, in order.
 
-    before: what stays from before the first step. step: one optimizer step, which lets go of all that it allocates. states: the optimizer's, which
-    the first step allocates before its event `states_at`. Each number stands for one allocation: of a later step, `total` is added to it for every
-    step before.
+    before: what stays from before the first step. first: the first optimizer step, which leaves the optimizer's states. step: every later one,
+    which lets go of all that it allocates. Each number stands for one allocation: of the n-th step after the first, n times `total` is added to it.
     """
 
     before: Sequence[AllocatorEvent]
+    first: Sequence[AllocatorEvent]
     step: Sequence[AllocatorEvent]
-    states: Sequence[AllocatorEvent]
-    states_at: int
     total: int
+
+    def of_step(self, n: int) -> tuple[Sequence[AllocatorEvent], int]:
+        """Events of the n-th step, from 0, and what is added to their numbers."""
+        return (self.step, n * self.total) if n else (self.first, 0)
 
 
 class Usage(NamedTuple):
@@ -58,25 +60,14 @@ def simulate_steps(
 ) -> Usage:
     """Simulate training until it repeats itself, or for `most_steps`. limit: bytes of the GPU beside its CUDA context."""
     allocator = Allocator(expandable=expandable, limit=limit)
-    failure, steps = _allocate(allocator, allocations.before), 0
+    failure, steps = _run(allocator, allocations.before, 0), 0
     left: set[tuple[int, ...]] = set()  # what steps left free
     while failure is None and steps < most_steps and len(left) == steps:
         allocator.reset_peaks()
-        failure = _run_step(allocator, allocations, steps)
+        failure = _run(allocator, *allocations.of_step(steps))
         left.add(allocator.free_sizes())
         steps += 1
     return Usage(allocator.peak_allocated, allocator.peak_reserved, allocator.retries, failure, steps)
-
-
-def _run_step(allocator: Allocator, allocations: Allocations, n: int) -> OutOfMemory | None:
-    if n:
-        return _run(allocator, allocations.step, n * allocations.total)
-    first, rest = allocations.step[: allocations.states_at], allocations.step[allocations.states_at :]
-    return _run(allocator, first, 0) or _allocate(allocator, allocations.states) or _run(allocator, rest, 0)
-
-
-def _allocate(allocator: Allocator, events: Iterable[AllocatorEvent]) -> OutOfMemory | None:
-    return next((failure for key, size in events if (failure := allocator.allocate(key, size)) is not None), None)
 
 
 def _run(allocator: Allocator, events: Iterable[AllocatorEvent], offset: int) -> OutOfMemory | None:

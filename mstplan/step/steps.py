@@ -7,29 +7,36 @@ largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
+from ..errors import RecipeError, did_you_mean, quoted
 from ..spec.families import family_of
 from ..spec.families.base import LAYER
 from ..spec.model import LayerKind, Model
 from ..spec.platform import AMPERE, Platform
+from .adapters import DOWN, MAGNITUDE, MATRICES, WORDS, Adapters
 from .autograd import record_step
-from .cuda import CUBLASLT_WORKSPACE, flash_rows
+from .clipping import clipping
+from .cuda import CUBLASLT_WORKSPACE, flash_rows, pinned_bytes
+from .expert_adapters import check_recipe, list_linears, list_parameters
 from .fsdp import into_groups, shards_of
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
-from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, rotary_dtype
+from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, norm_in_chunks, rotary_dtype
 from .losses import LOSSES
-from .optimizers import optimizer_memory
-from .recipe import STRATEGIES, Recipe
+from .optimizers import bytes_to_step, optimizer_memory
+from .optimizers.base import Held, summed
+from .recipe import CHUNK_FIELDS, STRATEGIES, Recipe
 from .roles import Purpose, Role, State
+from .saved_tensors import Offloaded, offload_saved
 from .selection import Named, Selection, WeightKind
+from .storage import Stored, in_sum
 from .tape import (
     BASIS,
     ZERO,
@@ -58,7 +65,9 @@ from .tape import (
 from .workspaces import IDS_PER_PARTIAL_SUM, SortedLookups, Spans
 
 CALIBRATED = "calibration less formula"
+POSITION_IDS = "position ids"
 WORKSPACES, LT_WORKSPACES = "cuBLAS workspaces", "cuBLASLt workspaces"
+GRADIENT_BUCKETS = "DDP's buckets of gradients"
 
 
 class Layout(NamedTuple):
@@ -67,10 +76,16 @@ class Layout(NamedTuple):
     recipe: Recipe  # with batch and chunk counts normalised
     several_mlp_chunks: bool
     several_loss_chunks: bool
-    masked: bool  # sliding-window layers carry an explicit mask
+    masked: bool  # sliding-window layers carry an explicit mask, or all layers that of packed samples
     padded: bool = False  # whose rows are padded (cuda.BIAS_ROWS)
     spans: Spans | None = None  # that the tokens lie in; None: workspaces that depend on them are left out
     platform: Platform = AMPERE  # by which sdpa chooses its kernels
+    groups: int = 1  # of heads, over which attention runs one after the other
+    several_rows: bool = False  # of a layer in pieces, whose pieces are copied then
+
+    def masks(self, kind: LayerKind) -> bool:
+        """Whether layers of a kind carry an explicit mask."""
+        return self.masked and (self.recipe.packing > 1 or kind.window is not None)
 
 
 class Copies(NamedTuple):
@@ -104,10 +119,15 @@ class InstantPeak(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Numbers of pieces of the sequence, for the MLP and for LM head and loss."""
+    """Numbers of pieces of the sequence, for the MLP and for LM head and loss; and groups of heads, for attention."""
 
     mlp: int
     loss: int
+    groups: int = 1
+
+    def put_into(self, recipe: Recipe) -> Recipe:
+        """The recipe with these numbers."""
+        return recipe.changed(**dict(zip(CHUNK_FIELDS, self, strict=True)))
 
 
 class Sizes(NamedTuple):
@@ -135,13 +155,18 @@ class Step:
     def __init__(self, model: Model, layout: Layout, workspace: int):
         self.model, self.layout, self.workspace = model, layout, workspace
         self.tape = tape_of(model, layout)
+        saved = offload_saved(self.tape) if layout.recipe.offload == "saved-tensors" else Offloaded(self.tape, ())
+        self.replayed, self.on_host = saved  # the tape as it is replayed, and saved tensors in CPU RAM
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
-        card_weights = shards_of(self.weights, layout.recipe.gpus)
-        trained = [(w, n) for w, n in card_weights if w.trained]
-        self.optimizer = optimizer_memory(layout.recipe, trained)
-        self.card_parameters = sum(w.numel * n for w, n in card_weights)  # parameters on one card: all, or its share
-        self.trained_card_parameters = sum(w.numel * n for w, n in trained)
+        self.card_weights = shards_of(self.weights, layout.recipe.shards)
+        self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
+        self.optimizer = optimizer_memory(layout.recipe, self.trained_on_card)
+        self.clipping = clipping(layout.recipe, self.trained_on_card)
+        self.card_parameters = sum(
+            w.numel * n for w, n in self.card_weights
+        )  # parameters on one card: all, or its share
+        self.trained_card_parameters = sum(w.numel * n for w, n in self.trained_on_card)
         self.trained = sum(w.numel * n for w, n in self.weights if w.trained)
         self.moments = {name: undominated(moments) for name, moments in self._moments(self.rules()).items()}
         self.is_calibrated = False
@@ -174,7 +199,16 @@ class Step:
         if recipe.sharded:  # whole ones stay until they are scattered
             gradients = "kept"
         spans = self.layout.spans
-        return Rules(gradients, recipe.used_dtype, recipe.autocast, self.optimizer.per_weight, spans=spans, **changes)
+        stepping = bytes_to_step(recipe) if recipe.optimizer_in_backward else None
+        return Rules(
+            gradients,
+            recipe.used_dtype,
+            recipe.runs_autocast,
+            stepping,
+            spans=spans,
+            selective=recipe.checkpoint == "selective",
+            **changes,
+        )
 
     def _moments(self, rules: Rules) -> dict[Instant, list[Moment]]:
         """Moments of the step by the instant they belong to, with all that is alive."""
@@ -187,7 +221,7 @@ class Step:
                 by_instant.setdefault(instant, []).append(moment._replace(live=add(base, moment.live), alive=listed))
 
         resident = labels([*self._resident(), *self.batch()])
-        ahead = forward(self.tape, rules, keep=True, prune=False)
+        ahead = forward(self.replayed, rules, keep=True, prune=False)
         waiting = labels([self.tape.in_transfer] if self.tape.in_transfer is not None else [])
         ahead_at = [(m.stage.forward, m) for m in ahead.moments if m.stage is not None]
         note([row for row in ahead_at if row[0] is Instant.END_OF_FORWARD], resident)
@@ -195,7 +229,7 @@ class Step:
         let_go = tuple((tensor.label, -1) for tensor in ahead.cached)  # autocast's cache, at the end of forward
         seed = labels([grad_of(self.tape.output)])
         forward_end = add(ahead.net, sum_bytes(let_go + seed))
-        behind = backward(self.tape, rules, prune=False)
+        behind = backward(self.replayed, rules, prune=False)
         behind_at = [
             (
                 m.stage.backward,
@@ -206,8 +240,10 @@ class Step:
         ]
         note(behind_at, resident)
         if self.steps_at_end:
-            step_only = labels([*self._gradients(always_alive=False), *self.temporaries()])
-            note([(Instant.OPTIMIZER, Moment(ZERO, "step", ()))], resident + step_only)
+            ready = resident + labels(self._gradients(always_alive=False))
+            for operation, made in (("clip", self.clipping), ("step", self.optimizer.temporaries)):
+                if made or operation == "step":
+                    note([(Instant.OPTIMIZER, Moment(ZERO, operation, ()))], ready + labels(temporaries(made)))
         return by_instant
 
     # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
@@ -219,11 +255,35 @@ class Step:
     def stays(self) -> list[Tensor]:
         """What is there before the first step: weights, and cuBLAS' workspaces."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
-        size = recipe.weight_bytes * (self._gathered() if recipe.weights_on_host else self.card_parameters)
-        name = "weights gathered from the host" if recipe.weights_on_host else "weights"
+        if recipe.weights_on_host:
+            stored: tuple[Stored, ...] = (
+                Stored("weights gathered from the host", dtype, recipe.weight_bytes * self._gathered()),
+            )
+        else:
+            stored = in_sum(self.card_weights, dtype)
+        stored += in_sum(self.originals(), dtype)
         libraries = (WORKSPACES, self.workspace), (LT_WORKSPACES, self.workspaces_bytes - self.workspace)
         workspaces = [constant(library, "uint8", taken, Role.WORKSPACE) for library, taken in libraries if taken]
-        return [constant(name, dtype, size, Role.WEIGHT), *workspaces]
+        return [*(constant(*each, Role.WEIGHT) for each in stored), *self._gradient_buckets(), *workspaces]
+
+    def _gradient_buckets(self) -> list[Tensor]:
+        """DDP's copy of all gradients, which it makes at once (torch/csrc/distributed/c10d/reducer.cpp, initialize_buckets)."""
+        return self._as_trained(GRADIENT_BUCKETS, Role.REDUCED) if self.layout.recipe.has_gradient_buckets else []
+
+    def _as_trained(self, name: str, role: Role) -> list[Tensor]:
+        """Tensors, by dtype, that are together of the size of the weights that this card trains."""
+        sums = in_sum(self.trained_on_card, self.layout.recipe.weight_dtype)
+        return [constant(name, each.dtype, each.bytes, role) for each in sums]
+
+    def originals(self) -> list[tuple[Weight, int]]:
+        """Weights of the modules of which peft trains a copy (modules_to_save)."""
+        if not self.layout.recipe.lora_modules_to_save:
+            return []
+        saved = [(w, n) for w, n in self.trained_on_card if not w.is_adapter]
+        tables = [each for each in saved if each[0].kinds & TABLES]
+        if self.model.tied and tables:  # one original of both; a use that is not saved has it
+            saved.remove(tables[0])
+        return saved
 
     @property
     def workspaces_bytes(self) -> int:
@@ -244,7 +304,7 @@ class Step:
             own = list(_op_weights(op)) if op.is_layer else [w for w in _op_weights(op) if w not in outside]
             weights += own if op.is_layer else dict.fromkeys(own)
             outside.update(dict.fromkeys(() if op.is_layer else own))
-        return [weight for weight, _ in shards_of([(weight, 1) for weight in weights], self.layout.recipe.gpus)]
+        return [weight for weight, _ in shards_of([(weight, 1) for weight in weights], self.layout.recipe.shards)]
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
@@ -263,26 +323,16 @@ class Step:
         recipe = self.layout.recipe
         if always_alive != (recipe.accumulation > 1) or recipe.weights_on_host:
             return []
-        return [
-            constant(
-                "gradients",
-                recipe.weight_dtype,
-                recipe.weight_bytes * self.trained_card_parameters,
-                Role.WEIGHT_GRADIENT,
-            )
-        ]
+        return self._as_trained("gradients", Role.WEIGHT_GRADIENT)
 
     @property
     def steps_at_end(self) -> bool:
         """Whether the optimizer steps all weights, on the device, when backward is done."""
         return not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host)
 
-    def temporaries(self) -> list[Tensor]:
-        """The optimizer's, while it steps all weights."""
-        return [constant(t.name, t.dtype, t.bytes, Role.UPDATE) for t in self.optimizer.temporaries if t.bytes]
-
     def batch(self) -> list[Tensor]:
-        return [tensor_of(self.tape.dims, name, "b s", "int64", role=Role.BATCH) for name in ("token ids", "labels")]
+        names = ("token ids", "labels", *((POSITION_IDS,) if self.layout.recipe.packing > 1 else ()))
+        return [tensor_of(self.tape.dims, name, "b s", "int64", role=Role.BATCH) for name in names]
 
     def constants(self) -> tuple[Entry, ...]:
         """Weights, gradients and optimizer states: W_mem of the theorem."""
@@ -294,6 +344,11 @@ class Step:
     def detailed(self) -> dict[Instant, list[Moment]]:
         """Moments by instant, with the tensors alive."""
         return self._moments(self.rules(detail=True))
+
+    def saved_on_host(self, sizes: Sizes) -> int:
+        """Bytes of CPU RAM that saved tensors take at the end of forward."""
+        units = sizes.units
+        return sum(pinned_bytes(tensor.bytes * units[tensor.basis]) for tensor in self.on_host)
 
     # ---- reading off --------------------------------------------------------------------------------------------------
 
@@ -354,6 +409,11 @@ def sum_bytes(alive: Alive) -> Vector:
 def constant(name: str, dtype: str, size: int, role: Purpose) -> Tensor:
     """A tensor, or a group of them, of a fixed number of bytes."""
     return Tensor(name, "", dtype, 0, size, role=role)
+
+
+def temporaries(made: Iterable[Held]) -> list[Tensor]:
+    """What is there while gradients are clipped, or while the optimizer steps all weights."""
+    return [constant(held.name, held.dtype, held.bytes, Role.UPDATE) for held in summed(made)]
 
 
 def bytes_of(entries: Iterable[Entry]) -> int:
@@ -426,49 +486,143 @@ def _tape_without_spans(model: Model, layout: Layout) -> Tape:
     return build(model, layout)
 
 
-def build(model: Model, layout: Layout) -> Tape:
-    """The whole step: embedding, layers, final norm, head and loss."""
+def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
+    """The whole step: embedding, layers, final norm, head and loss. frozen: in place of what the recipe freezes."""
     recipe = layout.recipe
+    model = with_copies(model, recipe)
+    adapters = adapters_of(recipe, model)
+    if adapters is not None and adapters.parameters:
+        check_recipe(model, recipe, layout.several_mlp_chunks)
     numerics = Numerics(
         weights=recipe.used_dtype,
-        autocast=recipe.autocast,
+        autocast=recipe.runs_autocast,
         attention=attention_kernel(model, recipe),
         masked=layout.masked,
+        samples=recipe.packing,
         padded=layout.padded,
+        several_rows=layout.several_rows,
         platform=layout.platform,
+        adapters=adapters,
+        quantised="" if recipe.quantize == "none" else recipe.quantize,
+        double_quantised=recipe.double_quantize,
+        checkpointed=recipe.quantize == "int8" and recipe.checkpoint != "none",
+        kernels=recipe.kernels,
     )
+    loss = LOSSES[recipe.loss]
     in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks
-    frozen = frozen_names(model, Selection(recipe.train, recipe.freeze))
+    frozen = frozen or frozen_names(model, training_of(recipe), adapters)
     w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
     table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
     with w.tape.assign_role(Role.EMBEDDING):
-        hidden, variables = _embedding(w, table, joins_view=not in_pieces and not numerics.autocast)
+        copied = numerics.autocast and numerics.weights != "bfloat16"
+        joins_view = loss.gradient_is_view and not in_pieces and not copied
+        hidden, variables = _embedding(w, table, joins_view, recipe.packing > 1)
     with w.tape.assign_role(Role.POSITIONS):
         shared = _shared(w, variables[0], layout)
     several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
-    chunks = MlpChunks(several, several and recipe.mlp_recompute)
+    chunks = MlpChunks(several, several and recipe.mlp_recompute, several and recipe.layer_in_chunks, layout.groups)
     calls: dict[tuple[LayerKind, Names], LayerCall] = {}
     for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
-        calls[kind, names] = LayerCall(layer(model, kind, numerics, chunks, names), *shared[kind])
+        given, tables = shared[kind]
+        calls[kind, names] = LayerCall(
+            layer(model, kind, numerics, chunks, names), given, given if chunks.layer else tables
+        )
     rows = [calls[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
     with w.tape.assign_role(Role.LAYER_INPUT):
         hidden = _layers(w.tape, hidden, rows, recipe)
     w.tape.stage = Stage.LOSS
     with w.tape.assign_role(Role.NORM):
-        hidden = w.norm(hidden, "final norm")
+        hidden = norm_in_chunks(w, hidden, "final norm") if chunks.layer else w.norm(hidden, "final norm")
     w.hold(
         *variables, *(tensor for arguments, _ in shared.values() for tensor in arguments)
     )  # until the model's forward returns
+    below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
+    loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
     _head(w, hidden, table, layout, in_pieces)
     tape = record_step(w.tape.build_tape(), variables[1] if recipe.input_gradients else None)
+    tape = with_escapes(tape)
+    if chunks.layer:  # the nodes of pieces hold on to what layers are given
+        held = dict.fromkeys(tensor for row in rows for tensor in row.arguments)
+        tape = replace(tape, held=tuple(held))
     if any(op.fetches for op in tape.ops):
         moved = tensor_of(tape.dims, "layer input in transfer", "b s d", hidden.dtype, role=Role.LAYER_INPUT)
         tape = replace(tape, in_transfer=moved)
     return into_groups(tape, recipe) if recipe.sharded else tape
 
 
+def with_escapes(tape: Tape) -> Tape:
+    """The tape, with what nodes of its layers hold by themselves: it comes with each layer, and goes when backward is through."""
+    escaped: dict[Op, tuple[Tensor, ...]] = {}
+    for op in tape.ops:
+        if op.part is not None and op.part.records and (tensors := _escapes(op.part.tape)):
+            escaped[op] = tuple(
+                Tensor(f"{t.name}, held by its product", t.shape, t.dtype, t.basis, t.bytes, role=t.role)
+                for t in tensors
+            )
+    if not escaped:
+        return tape
+    first = next(iter(escaped))
+    ops = []
+    for op in tape.ops:
+        makes = (*op.makes, *escaped.get(op, ()))
+        part = op.part
+        if op is first and part is not None:
+            part = replace(part, arguments=(*part.arguments, *(t for tensors in escaped.values() for t in tensors)))
+        ops.append(replace(op, makes=makes, part=part))
+    return replace(tape, ops=tuple(ops))
+
+
+def _escapes(tape: Tape) -> tuple[Tensor, ...]:
+    return tuple(dict.fromkeys(tensor.storage for op in tape.ops for tensor in op.escapes))
+
+
 Names = frozenset[str]
+
+
+def adapters_of(recipe: Recipe, model: Model) -> Adapters | None:
+    """Adapters of a model's step. Raises RecipeError for targets that peft refuses."""
+    if not recipe.lora_rank:
+        return None
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[recipe.adapter_dtype]
+    parameters = list_parameters(model, recipe.lora_targets, recipe.lora_rank)
+    plain = recipe.lora_rank, recipe.lora_targets, recipe.lora_dropout, recipe.dora, dtype
+    return Adapters(*plain, parameters, list_linears(model))
+
+
+def training_of(recipe: Recipe) -> Selection:
+    """Which weights a recipe trains: with adapters those and the modules that are saved, where it says no more."""
+    if not recipe.lora_rank:
+        return Selection(recipe.train, recipe.freeze)
+    own = (*MATRICES, MAGNITUDE) if recipe.dora else MATRICES
+    return Selection(recipe.train or (*own, *recipe.lora_modules_to_save), recipe.freeze)
+
+
+TABLES = frozenset({WeightKind.EMBEDDINGS, WeightKind.HEAD})
+
+
+def with_copies(model: Model, recipe: Recipe) -> Model:
+    """The model, with head and embeddings untied where peft trains a copy of either: the other keeps the original. Raises RecipeError."""
+    if not recipe.lora_modules_to_save:
+        return model
+    check_saved(model, recipe)
+    if not model.tied:
+        return model
+    saved = Selection(recipe.lora_modules_to_save)
+    copies = any(saved.trains(weight) for weight in named_weights(model) if weight.kinds & TABLES)
+    return model._replace(tied=False) if copies else model
+
+
+def check_saved(model: Model, recipe: Recipe) -> None:
+    """Check that what peft is to copy are modules of the model, called by their names. Raises RecipeError."""
+    parts = {part for weight in named_weights(model) for name in weight.names for part in name.split(".")}
+    for name in recipe.lora_modules_to_save:
+        if name in tuple(WeightKind) or not set(name.split(".")) <= parts:
+            tables = sorted(family_of(model.model_type).weight_names[use] for use in ("embed_tokens", "lm_head"))
+            raise RecipeError(
+                f"--lora-modules-to-save {quoted(name)} is no module of {model.name}.{did_you_mean(name, sorted(parts))}\n"
+                f"Write names of modules, such as {', '.join(table.rsplit('.', 1)[-1] for table in tables)}."
+            )
 
 
 class Frozen(NamedTuple):
@@ -478,25 +632,66 @@ class Frozen(NamedTuple):
     layers: tuple[Names, ...]
 
 
+def _none_frozen(model: Model) -> Frozen:
+    return Frozen(frozenset(), (frozenset(),) * model.layers)
+
+
 @lru_cache(maxsize=256)
-def frozen_names(model: Model, selection: Selection) -> Frozen:
+def frozen_names(model: Model, selection: Selection, adapters: Adapters | None = None) -> Frozen:
     """Names of the weights that a selection freezes. Raises RecipeError for one that makes no sense for the model."""
     if not selection:
-        return Frozen(frozenset(), (frozenset(),) * model.layers)
+        return _none_frozen(model)
     prefixes = [family_of(model.model_type).weight_names[LAYER].format(n) for n in range(model.layers)]
-    weights = named_weights(model)
+    weights = named_weights(model, adapters)
+    if adapters is not None:
+        _check_adapters(model, adapters, selection, weights)
     selection.check(weights, model.name)
     names = [weight.names[0] for weight in weights if not selection.trains(weight)]
     inside = [frozenset(n.removeprefix(prefix) for n in names if n.startswith(prefix)) for prefix in prefixes]
     return Frozen(frozenset(n for n in names if not n.startswith(tuple(prefixes))), tuple(inside))
 
 
+def _check_adapters(model: Model, adapters: Adapters, selection: Selection, weights: Sequence[Named]) -> None:
+    """Check that every target gets an adapter and that some adapter is trained. Raises RecipeError."""
+    adapted = [weight for weight in weights if weight.names[0].endswith(DOWN)]
+    modules = [(weight.names[0].removesuffix(DOWN), kind) for weight in adapted for kind in weight.kinds]
+    for target in adapters.targets:
+        if target.rsplit(".", 1)[-1] in adapters.as_parameters:
+            found = bool(adapters.parameters)
+        else:
+            found = any(adapters._replace(targets=(target,)).targets_module(*module) for module in modules)
+        if not found:
+            raise RecipeError(_no_target(model, target))
+    own = (weight for weight in weights if any(f".{matrix}." in weight.names[0] for matrix in MATRICES))
+    if not any(map(selection.trains, own)):
+        raise RecipeError(
+            "--train and --freeze leave no adapter to train.\n"
+            "Modules trained whole beside adapters: --lora-modules-to-save lm_head; no adapters: --lora 0."
+        )
+
+
+def _no_target(model: Model, target: str) -> str:
+    tables = [family_of(model.model_type).weight_names[use].rsplit(".", 1)[-1] for use in ("embed_tokens", "lm_head")]
+    statement = f"--lora-targets {quoted(target)} matches no linear layer of {model.name}."
+    if target in tables:
+        return f"{statement}\nTrain it whole beside adapters: --lora-modules-to-save {target}."
+    linear = {WeightKind.ATTENTION} if model.experts is not None else {WeightKind.ATTENTION, WeightKind.MLP}
+    paths = [weight.names[0].split(".") for weight in named_weights(model) if weight.kinds & linear]
+    modules = list(dict.fromkeys((*(path[-2] for path in paths if path[-1] == "weight"), *list_linears(model))))
+    near = did_you_mean(target, [*modules, *WORDS])
+    return f"{statement}{near}\nWrite {', '.join(WORDS)}, or names of modules: {','.join(modules)}."
+
+
 @lru_cache(maxsize=64)
-def named_weights(model: Model) -> tuple[Named, ...]:
-    """Weights of a model, as transformers calls them."""
+def named_weights(model: Model, adapters: Adapters | None = None) -> tuple[Named, ...]:
+    """Weights of a model, as transformers calls them; adapters' as peft does."""
     names, number = family_of(model.model_type).weight_names, 0
     weights: dict[str, Named] = {}
-    for op in build(model, Layout(STRATEGIES["standard"], False, False, False)).ops:
+    recipe = STRATEGIES["standard"]
+    if adapters is not None:
+        chosen = {"lora_rank": adapters.rank, "lora_targets": adapters.targets, "dora": adapters.dora}
+        recipe = recipe.model_copy(update=chosen)
+    for op in build(model, Layout(recipe, False, False, False), _none_frozen(model)).ops:
         prefix = names[LAYER].format(number) if op.is_layer else ""
         number += op.is_layer
         for weight in dict.fromkeys(_op_weights(op)):
@@ -507,8 +702,8 @@ def named_weights(model: Model) -> tuple[Named, ...]:
 
 def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
     """Whether no gradient is wanted of what the layers are given."""
-    selection = Selection(recipe.train, recipe.freeze)
-    tables = [weight for weight in named_weights(model) if WeightKind.EMBEDDINGS in weight.kinds]
+    selection = training_of(recipe)
+    tables = [weight for weight in named_weights(with_copies(model, recipe)) if WeightKind.EMBEDDINGS in weight.kinds]
     return not any(map(selection.trains, tables))
 
 
@@ -517,25 +712,27 @@ def attention_kernel(model: Model, recipe: Recipe) -> str:
     flash computes in 16 bits only."""
     if not runs_sdpa(recipe.attention) or model.has_sdpa:
         return recipe.attention
-    return "eager" if recipe.precision == "fp32" else NO_SDPA
+    return "eager" if recipe.runs_in_fp32 else NO_SDPA
 
 
 def kernels_of(model: Model, layout: Layout) -> tuple[Kernel, ...]:
     """Attention kernels that a step runs, each once: of layers without an explicit mask, and of those with one."""
     recipe = layout.recipe
     attention = attention_kernel(model, recipe)
-    masks = {layout.masked and kind.window is not None for kind in model.layer_kinds}
-    dtype = "float32" if recipe.precision == "fp32" else "bfloat16"
-    calls = [AttentionCall.from_attention(model.attention, dtype, masked, layout.platform) for masked in sorted(masks)]
+    masks = {layout.masks(kind) for kind in model.layer_kinds}
+    calls = [
+        AttentionCall.from_attention(model.attention, recipe.compute_dtype, masked, layout.platform)
+        for masked in sorted(masks)
+    ]
     return tuple(dict.fromkeys(chosen(attention, asked) for asked in calls))
 
 
-def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The first hidden states, and what the model's code still holds beside them: position ids, what the embedding gave. joins_view: the gradient that a tied
-    head made of the table is a view."""
+    head made of the table is a view. packed: position ids come with the batch."""
     model, tape = w.model, w.tape
     with tape.assign_role(Role.POSITIONS):
-        ids = tape.new("position ids", "s", "int64")
+        ids = tape.new(POSITION_IDS, w.places, "int64")
     changed = model.scaled_embedding or model.learned_positions
     looked_up = w.new("embeddings", "d", w.wide) if changed else w.hidden()
     joins = Joined(table, joins_view) if model.tied else None
@@ -545,9 +742,10 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.hidden())
         variables = [hidden]
-    tape.op("position ids", [], ids)
+    if not packed:
+        tape.op(POSITION_IDS, [], ids)
     if model.learned_positions:
-        positions = tape.new("position embeddings", "s d", w.wide)
+        positions = tape.new("position embeddings", f"{w.places} d", w.wide)
         sizes = model.learned_positions, model.hidden
         rows = w.weight("position embeddings", *sizes, kinds=(WeightKind.EMBEDDINGS,))
         # its gradient's workspace is smaller than that of the table of token ids, and is gone before that comes
@@ -556,9 +754,10 @@ def _embedding(w: Writer, table: Weight, joins_view: bool) -> tuple[Tensor, tupl
         grads = ((hidden, None), (positions, tape.grad(positions)))
         hidden = tape.op("embedding add", [hidden, positions], y, grads=grads)
         variables.append(positions)
-    if model.dropout:
+    dropout = model.dropout if model.embedding_dropout is None else model.embedding_dropout
+    if dropout:
         with tape.assign_role(Role.LAYER_INPUT):
-            hidden = w.dropout(hidden, model.dropout, HIDDEN, operation="embedding dropout")
+            hidden = w.dropout(hidden, dropout, HIDDEN, operation="embedding dropout")
     return hidden, (ids, *variables)
 
 
@@ -566,64 +765,89 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     """Tensors that the layers of each kind are given beside hidden states: position ids, cos and sin, a mask; and of these what products keep: cos
     and sin."""
     kinds = dict.fromkeys(w.model.layer_kinds)
+    if w.model.idle_window is not None:
+        kinds[LayerKind(w.model.idle_window)] = None
     sliding = {kind: kind.window is not None for kind in kinds}
+    masks = {is_sliding: _mask(w, is_sliding, layout) for is_sliding in dict.fromkeys(sliding.values())}
     several = w.code.local_rotary
     rotary = {
         is_sliding: _rotary_tables(w, layout)
         for is_sliding in dict.fromkeys(sliding[kind] and several for kind in kinds)
     }
-    masks = {is_sliding: _mask(w, is_sliding, layout) for is_sliding in dict.fromkeys(sliding.values())}
     tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
-    kept_tables = {kind: () if w.code.interleaved_tables else tables[kind] for kind in kinds}
+    kept_tables = {kind: tables[kind] if kind.rotary and not w.code.interleaved_tables else () for kind in kinds}
     return {kind: ((ids, *tables[kind], *masks[sliding[kind]]), kept_tables[kind]) for kind in kinds}
 
 
 def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
+    """cos and sin of positions, in the order of transformers' rotary embeddings, which compute in fp32 and hold it all until the end."""
     a, model = w.model.attention, w.model
     width = a.latent.rope_dim if a.latent else a.rotary_dim
     if not width:
         return ()
-    tables: tuple[Tensor, ...]
+    positions = w.tape.op("positions to fp32", [], w.tape.new("positions, fp32", w.places, "float32"))
+    angles = _for_positions(w, "rotary angles", width // 2, "float32", positions)
     if w.code.rotary == "complex":
-        tables = (w.tape.new("complex rotation of positions", f"s {width // 2}", "complex64"),)
-    else:
-        width = width // 2 if w.code.half_tables else width
-        dtype = rotary_dtype(model, layout.recipe.used_dtype)
-        tables = tuple(w.tape.new(f"{name} of positions", f"s {width}", dtype) for name in ("cos", "sin"))
-    w.tape.op("positions", [], *tables)
-    return tables
+        length = _for_positions(w, "lengths of rotations", width // 2, "float32", angles)
+        rotation = _for_positions(w, "rotations", width // 2, "complex64", length, angles)
+        return (_for_positions(w, "complex rotation of positions", width // 2, "complex64", rotation, holds=(angles,)),)
+    held: tuple[Tensor, ...] = (angles,)
+    if not w.code.half_tables:
+        angles = _for_positions(w, "rotary angles, twice", width, "float32", angles)
+        held = (*held, angles)
+    width = width // 2 if w.code.half_tables else width
+    dtype = rotary_dtype(model, layout.recipe.used_dtype)
+    names = "cos of positions", "sin of positions"
+    for name in names:
+        unscaled = _for_positions(w, f"{name}, unscaled", width, "float32", angles)
+        wide = name if dtype == "float32" else f"{name}, fp32"
+        held = (*held, _for_positions(w, wide, width, "float32", unscaled, holds=held))
+    tables = held[-2:]
+    if dtype == "float32":
+        return tables
+    return tuple(
+        _for_positions(w, name, width, dtype, table, holds=held) for name, table in zip(names, tables, strict=True)
+    )
+
+
+def _for_positions(
+    w: Writer, name: str, width: int, dtype: str, *inputs: Tensor, holds: tuple[Tensor, ...] = ()
+) -> Tensor:
+    return w.tape.op(name, list(inputs), w.tape.new(name, f"{w.places} {width}", dtype), holds=holds)
 
 
 def _mask(w: Writer, sliding: bool, layout: Layout) -> tuple[Tensor, ...]:
     """An explicit attention mask: made once in forward, for all layers of a kind."""
+    parts: tuple[Tensor, ...] = ()
     if not runs_sdpa(layout.recipe.attention) and KERNELS[layout.recipe.attention].makes_causal_mask:
         mask = w.tape.new("causal mask", "b s s", layout.recipe.used_dtype)
+    elif layout.masked and layout.recipe.packing > 1:
+        mask = w.tape.new("mask of packed samples", "b s s", "bool")
     elif sliding and layout.masked:
         mask = w.tape.new("sliding-window mask", "s s", "bool")
+        parts = (w.tape.new("window, and causality", "s s", "bool"),) * 2  # of which it is made
     else:
         return ()
-    w.tape.op("mask", [], mask)
+    w.tape.op("mask", [], mask, temps=parts)
     return (mask,)
 
 
 class LayerCall(NamedTuple):
-    """A layer, or several, and what it is given beside hidden states: all of it, and the tables of cos and sin."""
+    """A layer, or several, and what it is given beside hidden states: all of it, and what it keeps of it without a checkpoint."""
 
     tape: Tape
     arguments: tuple[Tensor, ...]
     tables: tuple[Tensor, ...]
 
     def list_kept(self, recompute: bool) -> tuple[Tensor, ...]:
-        """Tensors kept for backward: a checkpoint keeps all of it, else cos and sin are kept by the products with them."""
+        """Tensors kept for backward: a checkpoint keeps all of it, as do pieces, else the products with cos and sin keep these."""
         return self.arguments if recompute else self.tables
 
 
 def _layers(tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], recipe: Recipe) -> Tensor:
-    every = segment_length(recipe, len(layers))
-    if every == 0:
-        return _chain(tape, hidden, layers, recompute=False, offload=False)
-    if every == 1:
-        return _chain(tape, hidden, layers, recompute=True, offload=recipe.offload_layer_inputs)
+    every, offload = segment_length(recipe, len(layers)), recipe.offload_layer_inputs
+    if every < 2:
+        return _chain(tape, hidden, layers, checkpointed_layers(recipe, len(layers)), offload)
     segment_calls: dict[tuple[int, ...], LayerCall] = {}
     groups = [layers[start : start + every] for start in range(0, len(layers), every)]
     for inside in groups:
@@ -631,15 +855,15 @@ def _layers(tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], recipe: R
         if key not in segment_calls:
             segment_calls[key] = _segment(tape.dims, hidden.dtype, inside)
     segments = [segment_calls[tuple(id(layer.tape) for layer in inside)] for inside in groups]
-    return _chain(tape, hidden, segments, recompute=True, offload=recipe.offload_layer_inputs)
+    return _chain(tape, hidden, segments, range(len(segments)), offload)
 
 
 def _segment(dims: dict[str, int], dtype: str, layers: list[LayerCall]) -> LayerCall:
     """Several layers that are checkpointed together."""
     segment = TapeWriter(dims)
     segment.role = Role.LAYER_INPUT
-    segment.source = segment.new(HIDDEN, "b s d", dtype)
-    _chain(segment, segment.source, [LayerCall(layer.tape, (), ()) for layer in layers], recompute=False, offload=False)
+    segment.sources.append(segment.new(HIDDEN, "b s d", dtype))
+    _chain(segment, segment.sources[0], [LayerCall(layer.tape, (), ()) for layer in layers], ())
     arguments = tuple(dict.fromkeys(tensor for layer in layers for tensor in layer.arguments))
     return LayerCall(segment.build_tape(), arguments, ())
 
@@ -648,7 +872,7 @@ def segment_length(recipe: Recipe, layers: int) -> int:
     """Layers per checkpoint; 0: no checkpointing. sqrt: the nearest whole number to sqrt(layers)."""
     if recipe.checkpoint == "none":
         return 0
-    if recipe.checkpoint == "layer":
+    if recipe.checkpoint in ("layer", "selective") or every_nth(recipe) is not None:
         return 1
     if recipe.checkpoint == "sqrt":
         low = isqrt(layers)
@@ -656,21 +880,41 @@ def segment_length(recipe: Recipe, layers: int) -> int:
     return min(int(recipe.checkpoint), layers)
 
 
+def every_nth(recipe: Recipe) -> int | None:
+    """n where each n-th layer is checkpointed, from the first, and the others are not; else None."""
+    how = str(recipe.checkpoint)
+    return int(how.removeprefix("every-")) if how.startswith("every-") else None
+
+
+def checkpointed_layers(recipe: Recipe, layers: int) -> range:
+    """Numbers of the layers that checkpoints begin with."""
+    return range(
+        0, layers if recipe.checkpoint != "none" else 0, every_nth(recipe) or segment_length(recipe, layers) or 1
+    )
+
+
 def stored_inputs(recipe: Recipe, layers: int) -> int:
     """Number of layer inputs that a checkpointed step keeps: one a checkpoint."""
-    return -(-layers // segment_length(recipe, layers)) if recipe.checkpoint != "none" else 0
+    return len(checkpointed_layers(recipe, layers))
 
 
-def _chain(tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], *, recompute: bool, offload: bool) -> Tensor:
-    """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not."""
+def _chain(
+    tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], checkpointed: Container[int], offload: bool = False
+) -> Tensor:
+    """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not. checkpointed:
+    the numbers of those that are; offload: the inputs of these go to CPU RAM."""
     count = len(layers)
+    leaving: tuple[Tensor, ...] = ()  # to CPU RAM: it is let go when the next one does
     for i, call in enumerate(layers):
         stage = Stage.of_layer(i, count) if tape.stage is not None else None
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
         name = f"layer, {place}" if stage is not None else f"layer of the segment, {place}"
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
-        part = Part(call.tape, recompute=recompute, offload=offload, arguments=call.list_kept(recompute))
-        tape.add(Op(name, (hidden,), (out,), part=part, stage=stage))
+        recompute = i in checkpointed
+        arguments = call.list_kept(recompute)
+        part = Part(call.tape, recompute=recompute, offload=offload and recompute, arguments=arguments)
+        leaving = (hidden,) if part.offload else leaving
+        tape.add(Op(name, (hidden,), (out,), part=part, stage=stage, holds=() if recompute else leaving))
         hidden = out
     return hidden
 

@@ -30,7 +30,17 @@ from .roles import Purpose, Role
 from .selection import Kinds
 from .workspaces import Spans, Workspace
 
-ITEMSIZE = {"complex64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1}
+ITEMSIZE = {
+    "complex64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int8": 1,
+    "int64": 8,
+    "int32": 4,
+    "bool": 1,
+    "uint8": 1,
+}
 
 # What bytes can grow with: b sequences, s tokens each, c tokens in an MLP chunk, k in a loss chunk,
 # r = s rounded up to 128 (the rows of a flash-attention workspace), p = whole tens of the b s tokens.
@@ -95,7 +105,7 @@ class Tensor:
     @property
     def identity(self) -> object:
         """What stays the same of it between its coming and its going, which two objects may stand for."""
-        return self if self.gradient_of is None else (self.gradient_of, self.dtype)
+        return self if self.gradient_of is None else (self.gradient_of, self.name, self.dtype)
 
     @property
     def label(self) -> Label:
@@ -111,6 +121,10 @@ class Weight:
     active: tuple[int, int] = (1, 1)  # numerator, denominator
     kinds: Kinds = frozenset()
     trained: bool = True  # False: frozen, it gets no gradient
+    dtype: str = ""  # its own, where the step's weights have another
+    quantised: str = ""  # nf4, fp4 or int8
+    double_quantised: bool = False
+    is_adapter: bool = False
 
     @property
     def numel(self) -> int:
@@ -129,6 +143,7 @@ class ForGradients(NamedTuple):
 
     keeps: tuple[tuple[Tensor, Receiver], ...] = ()  # (tensor, whose gradient it is kept for)
     back_temps: tuple[tuple[Tensor, Receiver], ...] = ()
+    late_temps: tuple[tuple[Tensor, Receiver], ...] = ()
     all: bool = False  # its backward makes all of `grads`, those that nobody wants as well
 
 
@@ -141,6 +156,17 @@ class WeightWorkspace(NamedTuple):
     weight: Weight
     kernel: Workspace
     tokens: str
+
+
+class Buffer(NamedTuple):
+    """A tensor of an operation that grows with tokens by steps, which is there while it runs; tokens: as of `WeightWorkspace`.
+
+    backward: while its backward runs as well.
+    """
+
+    kernel: Workspace
+    tokens: str
+    backward: bool = False
 
 
 class Joined(NamedTuple):
@@ -167,17 +193,28 @@ class Op:
     late_temps: tuple[Tensor, ...] = ()  # alive in its backward only while what it kept still is (see Rules.recomputed)
     for_gradients: ForGradients = NONE
     holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
+    graph_holds: tuple[Tensor, ...] = ()  # what a graph that a variable holds here keeps, where autograd records
+    escapes: tuple[Tensor, ...] = ()  # what its node holds by itself, past checkpoints, until the whole graph goes
     weights: tuple[Weight, ...] = ()
     workspaces: tuple[WeightWorkspace, ...] = ()
+    buffers: tuple[Buffer, ...] = ()
+    reuses: tuple[
+        tuple[Receiver, Tensor], ...
+    ] = ()  # (input or weight, what is kept and becomes its gradient, in place)
     flops: tuple[tuple[int, int], ...] = ()  # (basis, operations) of its forward; of several, the least holds
     cast: bool = False  # its weights are used through autocast's bf16 copies
     product: bool = False  # of its weights as they are: their gradients can go into a sum (mstplan/train/grad_sums.py)
     adds_bias: bool = False  # in the product itself, by cuBLASLt
+    takes_gradient: bool = False  # the incoming gradient becomes its weight's
     defers: bool = False  # its weight's gradient waits for the weight's other use
     joins: Joined | None = None
     kernel: str = ""  # the attention kernel whose arithmetic this is
+    selected: bool = False  # a selective checkpoint keeps what it makes, and does not run it again
     part: Part | None = None  # this operation is a part with a tape of its own
     stage: Stage | None = None  # of the step that it belongs to; None within a part
+    fetched: tuple[Tensor, ...] | None = (
+        None  # come back from the host for its backward (saved_tensors.py); None: none ever left
+    )
 
     @property
     def trained(self) -> tuple[Weight, ...]:
@@ -227,31 +264,36 @@ class Group:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Part:
-    """A stretch of the forward pass that is replayed as one operation.
+    """A stretch of the forward pass that is replayed as one operation: its tape's sources and outputs are what the operation reads and makes.
 
-    recompute: keeps its input only, and runs again in backward (checkpointing).
-    chunked: its tape is one piece of the sequence; output and, in backward, the input's gradient are held whole while
+    recompute: keeps its inputs only, and runs again in backward (checkpointing).
+    chunked: its tape is one piece of the sequence; outputs and, in backward, the inputs' gradients are held whole while
         the pieces run one after the other.
     sums: fp32 sums of the weights' gradients over the pieces, where there are several.
+    copies, gradient_copies: of a piece of the inputs and of the outputs' gradients, where that is no view of the whole.
     offload: the input it would keep lives in CPU RAM.
     in_forward: gradients are made in the forward pass already (the chunked loss), so that nothing else is kept.
     arguments: tensors it is given beside its input, which are kept for its backward as well.
-    records, wants_input: whether backward comes to it at all, and whether its input's gradient is wanted (`autograd.py`).
+    records, wanted: whether backward comes to it at all, and of what the operation reads that whose gradient is wanted (`autograd.py`).
     interior: neighbours on both sides run the same part: its moments lie between theirs.
     group: its weights are gathered for it.
+    packed: what it keeps of its input is in its operation's `keeps` (saved_tensors.py).
     """
 
     tape: Tape
     recompute: bool = False
     chunked: bool = False
     sums: tuple[Tensor, ...] = ()
+    copies: tuple[Tensor, ...] = ()
+    gradient_copies: tuple[Tensor, ...] = ()
     in_forward: bool = False
     offload: bool = False
     arguments: tuple[Tensor, ...] = ()
     records: bool = True
-    wants_input: bool = True
+    wanted: tuple[Tensor, ...] = ()
     interior: bool = False
     group: Group | None = None
+    packed: bool = False
 
     @property
     def trained(self) -> tuple[Weight, ...]:
@@ -261,16 +303,26 @@ class Part:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tape:
-    """A forward pass, written down: it changes no more. Without a `source` it begins with what no operation made."""
+    """A forward pass, written down: it changes no more. Without a source it begins with what no operation made."""
 
     dims: Mapping[str, int]
     ops: tuple[Op, ...]
-    output: Tensor
-    source: Tensor | None = None  # the tensor that comes in and stays the caller's
+    outputs: tuple[Tensor, ...]
+    sources: tuple[Tensor, ...] = ()  # tensors that come in and stay the caller's
+    held: tuple[Tensor, ...] = ()  # until the whole graph goes
     group: Group | None = None  # of the weights that are outside of parts with a group; gathered throughout
     in_transfer: Tensor | None = (
         None  # an offloaded input: in backward, of the part before the one at hand; of the last part in the loss
     )
+
+    @property
+    def output(self) -> Tensor:
+        """The only one, or the first."""
+        return self.outputs[0]
+
+    @property
+    def source(self) -> Tensor | None:
+        return self.sources[0] if self.sources else None
 
 
 class TapeWriter:
@@ -283,12 +335,12 @@ class TapeWriter:
         self.dims, self.stage = dims, stage
         self.role: Purpose | None = None
         self.ops: list[Op] = []
-        self.source: Tensor | None = None
-        self.output: Tensor | None = None
+        self.sources: list[Tensor] = []
+        self.outputs: tuple[Tensor, ...] = ()
 
     def build_tape(self) -> Tape:
-        assert self.output is not None
-        return Tape(MappingProxyType(dict(self.dims)), tuple(self.ops), self.output, self.source)
+        assert self.outputs
+        return Tape(MappingProxyType(dict(self.dims)), tuple(self.ops), self.outputs, tuple(self.sources))
 
     def new(self, name: str, shape: str, dtype: str, base: Tensor | None = None, *, cached: bool = False) -> Tensor:
         """base: the tensor that it is a view of; cached: as of `Tensor`."""
@@ -306,16 +358,22 @@ class TapeWriter:
     def add(self, op: Op) -> Tensor:
         """Append an operation; its output is the tape's."""
         self.ops.append(op)
-        self.output = op.makes[0]
+        self.outputs = op.makes[:1]
         return op.makes[0]
 
     def hold(self, *tensors: Tensor) -> None:
         """Variables of the code at hand that live at least until the latest operation is done."""
         self.ops[-1] = replace(self.ops[-1], holds=self.ops[-1].holds + tensors)
 
-    def name_kernel(self, kernel: str, start: int) -> None:
-        """Say of what was written since `start` whose arithmetic it is."""
-        self.ops[start:] = [replace(op, kernel=kernel) if op.flops else op for op in self.ops[start:]]
+    def hold_graph(self, *tensors: Tensor) -> None:
+        """The same of what a graph keeps that a variable holds."""
+        self.ops[-1] = replace(self.ops[-1], graph_holds=tensors)
+
+    def name_kernel(self, kernel: str, start: int, selected: bool) -> None:
+        """Say of what was written since `start` whose arithmetic it is, and whether a selective checkpoint keeps its results."""
+        self.ops[start:] = [
+            replace(op, kernel=kernel, selected=selected) if op.flops else op for op in self.ops[start:]
+        ]
 
     @contextmanager
     def assign_role(self, role: Purpose | None) -> Iterator[None]:
@@ -405,13 +463,13 @@ class Rules(NamedTuple):
     """Rules of a replay: how weights' gradients are treated, and how much is written down.
 
     gradients: "kept" until the optimizer's step, "added" to ones that exist already (accumulation), or "used" at once
-    (optimizer in backward), with `temporaries` bytes per element for the optimizer while it steps one weight.
+    (optimizer in backward), while whose step of a weight so many bytes are there as `bytes_to_step` says of it.
     """
 
     gradients: str = "kept"
     dtype: str = "bfloat16"  # of weights and their gradients
     cast: bool = False  # weights are cast to bf16 where they are used, so gradients arrive in bf16 first
-    temporaries: int = 0
+    bytes_to_step: Callable[[Weight], int] | None = None
     detail: bool = False  # list the tensors behind every moment
     events: bool = False  # write down what comes and goes, in order, and no moments
     every_moment: bool = False  # keep moments that can never be the largest, and replay repeated parts anew
@@ -422,7 +480,9 @@ class Rules(NamedTuple):
     summing: bool = (
         False  # gradients are summed over pieces, and those of matrix products are never there by themselves
     )
+    cast_before: bool = False  # a piece before this one filled autocast's cache
     spans: Spans | None = None  # of the tokens, for workspaces of kernels; None: without them
+    selective: bool = False  # checkpoints keep what their selected operations made (torch's CachingTorchDispatchMode)
 
 
 class _Ledger:
@@ -512,7 +572,7 @@ def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
     for moment in sorted(
         (m for group in alike.values() for m in _corners(group)), key=lambda m: sum(m.live), reverse=True
     ):
-        live = moment.live
+        live = _of_one_sequence(moment.live)
         larger = next((i for i, other in enumerate(tried) if all(map(int.__ge__, other, live))), None)
         if larger is None:
             largest.append(moment)
@@ -520,6 +580,17 @@ def undominated(moments: Sequence[Moment]) -> tuple[Moment, ...]:
         elif larger:
             tried.insert(0, tried.pop(larger))
     return tuple(largest)
+
+
+def _of_one_sequence(live: Vector) -> Vector:
+    """A vector whose terms of the length alone have those of a batch added: of one sequence they count together, of more these count more."""
+    terms = list(live)
+    for of_length, of_batch in _SHARED_BY_SEQUENCES:
+        terms[of_length] += terms[of_batch]
+    return tuple(terms)
+
+
+_SHARED_BY_SEQUENCES = tuple((BASIS.index(one), BASIS.index(each)) for one, each in (("s", "bs"), ("ss", "bss")))
 
 
 def _corners(moments: Sequence[Moment]) -> list[Moment]:
@@ -648,18 +719,22 @@ def backward(
     *,
     recompute: bool = False,
     fetch: bool = False,
-    owns_incoming: bool = True,
+    in_pieces: bool = False,
     prune: bool = True,
     end_of: Tape | None = None,
+    guests: tuple[Tensor, ...] = (),
 ) -> Replay:
-    """Replay the backward pass; the incoming gradient is alive already, and let go here if `owns_incoming`.
+    """Replay the backward pass; the incoming gradient is alive already.
 
+    in_pieces: of a piece, whose incoming gradients are parts of the caller's, and whose inputs' gradients are copied into the caller's.
     recompute: the forward pass is run again first, when backward comes to the first operation that kept something.
     fetch: from an input that comes from the host for that, and goes when nothing of the layer keeps it.
     end_of: the tape that is run again in that way, and that this one is the end of.
+    guests: tensors that came back for what was before (saved_tensors.py); they go when the first operation of what is run again is done.
     """
-    key = ("backward", rules, recompute, fetch, owns_incoming, ref(end_of) if end_of is not None else None, prune)
-    return _memo(tape, key, lambda: _backward(tape, rules, tape if recompute else end_of, fetch, owns_incoming))
+    end = ref(end_of) if end_of is not None else None
+    key = ("backward", rules, recompute, fetch, in_pieces, end, guests, prune)
+    return _memo(tape, key, lambda: _backward(tape, rules, tape if recompute else end_of, fetch, in_pieces, guests))
 
 
 def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> Replay:
@@ -685,16 +760,23 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
         return op.keeps
     if part.in_forward or not part.records:
         return ()
+    if part.packed:
+        return (*op.keeps, *part.arguments)
     source = part.tape.source
-    keeps_source = not part.offload and (
+    keeps_sources = not part.offload and (
         part.recompute or part.chunked or any(t.storage is source for o in part.tape.ops for t in kept_by(o))
     )
-    return (op.reads[0], *part.arguments) if keeps_source else part.arguments
+    return (*op.reads, *part.arguments) if keeps_sources else part.arguments
 
 
 def holds_for_backward(op: Op) -> bool:
     """Whether something is saved for backward when it runs."""
     return bool(kept_by(op)) or (op.part is not None and op.part.records and not op.part.recompute)
+
+
+def _used_by(op: Op, keep: bool) -> tuple[Tensor, ...]:
+    """Tensors that are alive for an operation beside what it makes."""
+    return (*op.reads, *op.holds, *(op.graph_holds if keep else ()))
 
 
 def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
@@ -703,16 +785,25 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     cached: list[Tensor] = []
     uses: dict[Tensor, int] = {}
     for op in tape.ops:
-        for tensor in (*op.reads, *op.holds):
+        for tensor in _used_by(op, keep):
             uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
-    if not recomputing:
-        uses[tape.output.storage] = uses.get(tape.output.storage, 0) + 1
+    for tensor in tape.outputs if not recomputing else ():
+        uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
     last = max((i for i, op in enumerate(tape.ops) if holds_for_backward(op)), default=-1) if recomputing else None
-    saved = {tensor.storage for op in tape.ops for tensor in kept_by(op)} if keep else set()
+    saved = {tensor.storage for tensor in (*tape.held, *(t for op in tape.ops for t in kept_by(op)))} if keep else set()
+    there: set[Tensor] = set()  # what the first run left
+    if rules.selective:
+        selected = {tensor.storage for op in tape.ops if op.selected for tensor in op.makes}
+        saved, there = (saved, selected) if recomputing else (saved | (set() if keep else selected), there)
     groups = _Groups(tape, ledger)
     ledger.stage = tape.ops[0].stage
     groups.begin_forward()
 
+    if rules.cast_before:
+        casts = [tensor for op in tape.ops for tensor in op.makes if tensor.cached and tensor not in saved]
+        there = there.union(casts)
+        for tensor in casts:
+            ledger.put(tensor)
     transferring = None
     for i, op in enumerate(tape.ops):
         ledger.stage = op.stage
@@ -728,10 +819,11 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         else:
             mine.update(dict.fromkeys(makes))
             for tensor in makes:
-                ledger.put(tensor)
+                if tensor not in there:
+                    ledger.put(tensor)
                 if tensor.cached and tensor not in saved:
                     cached.append(tensor)
-            temps = op.temps if not stop else ()
+            temps = (*op.temps, *_list_buffers(op, rules)) if not stop and there.isdisjoint(makes) else ()
             for tensor in temps:
                 ledger.put(tensor)
             ledger.mark(op.name)
@@ -740,19 +832,21 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         groups.after_forward(op)
         if stop:
             break
-        for tensor in (*op.reads, *op.holds):
+        for tensor in _used_by(op, keep):
             uses[tensor.storage] -= 1
-        for tensor in dict.fromkeys(t.storage for t in (*op.reads, *op.holds, *op.makes)):
+        for tensor in dict.fromkeys(t.storage for t in (*_used_by(op, keep), *op.makes)):
             if not uses.get(tensor) and tensor in mine and tensor not in saved and not tensor.cached:
                 del mine[tensor]
                 ledger.drop(tensor)
     groups.end_forward()
     if transferring is not None:
         ledger.drop(transferring)
-    if recomputing:  # the stopped forward's variables go; what backward needs stays
-        for tensor in mine:
+    if recomputing:  # the stopped forward's variables and autocast's cache go; what backward needs stays
+        of_parts = [tensor for tensor in cached if tensor not in mine]  # as often as layers that are alike
+        for tensor in (*mine, *of_parts):
             if tensor not in saved:
                 ledger.drop(tensor)
+        cached = []
     return ledger.replay(cached)
 
 
@@ -766,20 +860,39 @@ def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool)
         _loss_in_forward(op, part, ledger, rules)
         return ()
     keep_inside = keep and part.records and not part.recompute
+    if not part.records:  # nothing that is saved holds what a selective checkpoint keeps
+        rules = rules._replace(selective=False)
+    if part.chunked and not keep_inside and not rules.events:
+        rules = rules._replace(cast_before=True)
     inner = forward(part.tape, rules, keep=keep_inside, recomputing=stop and not part.chunked)
     if not part.chunked:
         ledger.splice(inner, op.where, moments=rules.every_moment or not op.interior)
         if not stop:
             ledger.rename(part.tape.output, op.makes[0])
+            for tensor in op.makes[1:]:
+                ledger.put(tensor)
     else:
-        ledger.put(op.makes[0])
         start = len(ledger.events)
+        for tensor in op.makes if not rules.events else ():
+            ledger.put(tensor)
+        for tensor in part.copies:
+            ledger.put(tensor)
         ledger.splice(_widened(inner, part.tape.output) if keep_inside else inner, op.where)
-        ledger.drop(part.tape.output)  # copied into the whole
+        for tensor in part.copies:
+            ledger.drop(tensor)
+        for tensor in op.makes if rules.events else ():  # when the first piece is there
+            ledger.put(tensor)
+        _drop_outputs(part.tape, ledger)  # copied into the whole
         ledger.repeat(part.tape.output.basis, start)
-        if stop:
-            ledger.drop(op.makes[0])
+        for tensor in op.makes if stop else ():
+            ledger.drop(tensor)
     return inner.cached
+
+
+def _drop_outputs(tape: Tape, ledger: _Ledger) -> None:
+    """Let go of what a tape made, of which there may be views."""
+    for storage in dict.fromkeys(tensor.storage for tensor in tape.outputs):
+        ledger.drop(storage)
 
 
 def _widened(inner: Replay, output: Tensor) -> Replay:
@@ -806,22 +919,20 @@ def _widened(inner: Replay, output: Tensor) -> Replay:
 
 def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
-    assert part.tape.source is not None
-    if part.wants_input:
-        ledger.put(grad_of(op.reads[0]))
+    for tensor in part.wanted:
+        ledger.put(grad_of(tensor))
     inner = rules._replace(gradients="kept", summing=bool(part.sums))
-    for tensor in part.sums:
+    for tensor in part.sums if not rules.events else ():  # in order, the first piece makes them
         ledger.put(tensor)
     start = len(ledger.events)
     ledger.splice(forward(part.tape, inner, keep=True), op.where)
     ledger.put(grad_of(part.tape.output))
-    ledger.splice(backward(part.tape, inner), op.where)
+    ledger.splice(backward(part.tape, inner, in_pieces=True), op.where)
+    ledger.drop(grad_of(part.tape.output))
     if part.sums:
         _added_to_sums(part, ledger, rules)
-    if part.wants_input:
-        ledger.drop(grad_of(part.tape.source))  # copied into the whole
     ledger.drop(part.tape.output)
-    ledger.repeat(part.tape.source.basis, start)
+    ledger.repeat(part.tape.sources[0].basis, start)
     ledger.put(op.makes[0])
     for weight, gradient_sum in zip(part.trained, part.sums, strict=False):
         _sum_to_gradient(weight, gradient_sum, ledger, rules)
@@ -835,18 +946,19 @@ def _run_again(tape: Tape, rules: Rules, fetch: bool, ledger: _Ledger) -> None:
         ledger.drop(tape.source)
 
 
-def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_incoming: bool) -> Replay:
+def _backward(
+    tape: Tape, rules: Rules, again: Tape | None, fetch: bool, in_pieces: bool, guests: tuple[Tensor, ...]
+) -> Replay:
     rules = rules._replace(recomputed=rules.recomputed or again is not None)
     ledger = _Ledger(rules)
     keepers: dict[Tensor, int] = {}
     own_storages = {tensor for op in tape.ops for tensor in op.makes if tensor.storage is tensor}
     all_saved = [kept_by(op) for op in tape.ops]
-    for saved in all_saved:
+    for saved in (tape.held, *all_saved):
         for tensor in saved:
             keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
-    incoming = grad_of(tape.output)
-    pending: dict[Tensor, Tensor] = {tape.output: incoming}
-    holders = {incoming: 1 if owns_incoming else 2}
+    pending = {tensor: grad_of(tensor) for tensor in tape.outputs}
+    holders = dict.fromkeys(pending.values(), 2 if in_pieces else 1)
 
     def let_go(gradient: Tensor) -> None:
         holders[gradient] -= 1
@@ -874,6 +986,18 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
             let_go(gradient)
             pending[tensor] = gradient_sum
 
+    fetched: tuple[Tensor, ...] = ()  # for the operation before, see saved_tensors.py
+
+    def fetch_for(op: Op) -> tuple[Tensor, ...]:
+        """Let tensors come back for an operation. Returns those that go when it is done."""
+        nonlocal fetched
+        if op.fetched is None:
+            return ()
+        before, fetched = fetched, op.fetched
+        for tensor in fetched:
+            ledger.put(tensor)
+        return before
+
     groups = _Groups(tape, ledger)
     ledger.stage = tape.ops[-1].stage
     groups.begin_backward()
@@ -885,12 +1009,14 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
         ledger.stage = op.stage
         if op is fetched_last and tape.in_transfer is not None:
             ledger.drop(tape.in_transfer)
-        incoming_gradients = [pending.pop(tensor) for tensor in op.makes if tensor in pending]
-        if not incoming_gradients:
+        incoming = {tensor: pending.pop(tensor) for tensor in op.makes if tensor in pending}
+        if not incoming:
             continue
         groups.before_backward(op, rules.every_moment or not op.interior)
-        end_of = None
+        end_of: Tape | None = None
+        leaving: tuple[Tensor, ...] = ()
         if again is not None and holds_for_backward(op):
+            leaving, guests = guests, ()
             if fetch and again is tape and tape.source is not None:
                 own_storages.add(tape.source)
             if op.part is not None and not (op.part.recompute or op.part.chunked):
@@ -899,28 +1025,40 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
                 _run_again(again, rules, fetch, ledger)
             again = None
         arrivals: list[tuple[Tensor, Tensor]] = []
+        outdated = fetch_for(op)
         if op.part is not None:
-            ledger.rename(incoming_gradients[0], grad_of(op.makes[0]))  # which the part knows it by
-            _part_backward(op, op.part, ledger, rules, end_of, fetch)
-            if op.part.wants_input:
-                input_gradient = grad_of(op.reads[0])
+            for tensor, gradient in incoming.items():
+                ledger.rename(gradient, grad_of(tensor))  # which the part knows it by
+            inside = outdated if op.part.recompute and not op.part.chunked else ()
+            _part_backward(op, op.part, tuple(incoming), ledger, rules, end_of, fetch, inside)
+            outdated = outdated if not inside else ()
+            for tensor in op.part.wanted:
+                input_gradient = grad_of(tensor)
                 holders[input_gradient] = 1
-                arrivals.append((op.reads[0], input_gradient))
-            holders[incoming_gradients[0]] -= 1
-            if holders[incoming_gradients[0]]:  # the part let go of it, but somebody else holds it too
-                ledger.put(incoming_gradients[0])
+                arrivals.append((tensor, input_gradient))
+            for gradient in incoming.values():
+                holders[gradient] -= 1
+                if holders[gradient]:  # the part let go of it, but somebody else holds it too
+                    ledger.put(gradient)
         else:
+            reuses = dict(op.reuses)
             for tensor, gradient_made in op.grads:
-                gradient = gradient_made if gradient_made is not None else incoming_gradients[0]
+                gradient = gradient_made if gradient_made is not None else next(iter(incoming.values()))
                 holders[gradient] = holders.get(gradient, 0) + 1
-                if gradient_made is not None:
+                if tensor in reuses:
+                    ledger.rename(reuses[tensor], gradient)
+                elif gradient_made is not None:
                     ledger.put(gradient)
                 arrivals.append((tensor, gradient))
+            own_storages.difference_update(reuses.values())
             if op.grads or op.trained:
-                saved = _weights_backward(op, ledger, rules, saved, release)
-            for gradient in incoming_gradients:
+                taken = incoming.popitem()[1] if op.takes_gradient and op.trained else None
+                saved = _weights_backward(op, ledger, rules, saved, release, taken)
+            for gradient in incoming.values():
                 let_go(gradient)
         release(saved)
+        for tensor in (*outdated, *leaving):
+            ledger.drop(tensor)
         if op.joins is not None and op.joins.weight.trained:
             _join(op.joins, ledger, rules)
         if op.part is None:
@@ -930,19 +1068,32 @@ def _backward(tape: Tape, rules: Rules, again: Tape | None, fetch: bool, owns_in
             arrive(tensor, gradient)
         groups.after_backward(op, rules.every_moment or not op.interior)
     groups.end_backward()
-    if (
-        tape.source is not None and tape.source in pending
-    ):  # handed on under another name, maybe: to the caller it is the input's
-        ledger.rename(pending[tape.source], grad_of(tape.source))
+    release(tape.held)
+    for tensor in fetched:
+        ledger.drop(tensor)
+    for tensor in tape.sources:
+        if tensor in pending and in_pieces:
+            let_go(pending[tensor])
+        elif tensor in pending:  # handed on under another name, maybe: to the caller it is the input's
+            ledger.rename(pending[tensor], grad_of(tensor))
     return ledger.replay()
 
 
-def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Tape | None, fetch: bool) -> None:
-    """Replay the backward of a part: it lets go of the incoming gradient and leaves the one of its input.
+def _part_backward(
+    op: Op,
+    part: Part,
+    arrived: tuple[Tensor, ...],
+    ledger: _Ledger,
+    rules: Rules,
+    end_of: Tape | None,
+    fetch: bool,
+    guests: tuple[Tensor, ...],
+) -> None:
+    """Replay the backward of a part: it lets go of the incoming gradients and leaves those of its inputs.
 
-    end_of: a tape that the part is the end of, and that is to be run again first; fetch: from an input on the host.
+    arrived: what it made whose gradients come in; end_of: a tape that the part is the end of, and that is to be run again first; fetch:
+    from an input on the host; guests: see `backward`.
     """
-    assert part.tape.source is not None
     if part.in_forward:
         ledger.mark(
             "backward of " + op.name
@@ -955,37 +1106,45 @@ def _part_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, end_of: Ta
         moments = rules.every_moment or not op.interior
         ledger.rename(grad_of(op.makes[0]), grad_of(part.tape.output))
         replay = backward(
-            part.tape, rules, recompute=part.recompute, fetch=fetch if end_of else part.offload, end_of=end_of
+            part.tape,
+            rules,
+            recompute=part.recompute,
+            fetch=fetch if end_of else part.offload,
+            end_of=end_of,
+            guests=guests,
         )
         ledger.splice(replay, op.where, moments=moments)
-        if part.wants_input:
-            ledger.rename(grad_of(part.tape.source), grad_of(op.reads[0]))
+        for tensor in part.wanted:
+            ledger.rename(grad_of(part.tape.sources[0]), grad_of(tensor))
         return
-    if part.wants_input:
-        ledger.put(grad_of(op.reads[0]))
-    for tensor in part.sums:
+    for tensor in (*map(grad_of, part.wanted), *(part.sums if not rules.events else ())):
         ledger.put(tensor)
     inner = rules._replace(
         gradients="kept" if part.sums else rules.gradients, recomputed=False, summing=bool(part.sums)
     )
     start = len(ledger.events)
+    for tensor in part.copies:
+        ledger.put(tensor)
     if part.recompute:  # by an autograd function of its own, which holds the output meanwhile
         ledger.splice(forward(part.tape, inner, keep=True), op.where)
-    ledger.splice(backward(part.tape, inner, owns_incoming=False), op.where)
+    for tensor in part.gradient_copies:
+        ledger.put(tensor)
+    ledger.splice(backward(part.tape, inner, in_pieces=True), op.where)
     if part.recompute:
-        ledger.drop(part.tape.output)
+        _drop_outputs(part.tape, ledger)
+    for tensor in (*part.gradient_copies, *part.copies):
+        ledger.drop(tensor)
     if part.sums:
         _added_to_sums(part, ledger, rules)
     if not part.recompute and not rules.events:
         ledger.splice(_widened_end(part.tape, inner))
-    if part.wants_input:
-        ledger.drop(grad_of(part.tape.source))  # copied into the whole
     ledger.repeat(part.tape.output.basis, start)
     for weight, gradient_sum in zip(part.trained, part.sums, strict=False):
         _sum_to_gradient(weight, gradient_sum, ledger, rules)
-    ledger.drop(grad_of(op.makes[0]))
+    for tensor in arrived:
+        ledger.drop(grad_of(tensor))
     for weight, _ in zip(part.trained, part.sums, strict=False):
-        _reach(weight, weight_gradient(weight, rules.dtype), ledger, rules)
+        _reach(weight, weight_gradient(weight, weight.dtype or rules.dtype), ledger, rules)
 
 
 def _widened_end(tape: Tape, rules: Rules) -> Replay:
@@ -1000,22 +1159,42 @@ def _added_to_sums(part: Part, ledger: _Ledger, rules: Rules) -> None:
     """A piece's gradients of the weights come back together at its end, and go into the sums."""
     for op in part.tape.ops:
         for weight in () if op.product else op.trained:
-            ledger.drop(weight_gradient(weight, rules.dtype))
+            if rules.events:
+                ledger.put(_sum_of(weight, op))
+            ledger.drop(weight_gradient(weight, weight.dtype or rules.dtype))
 
 
-def used_dtype(rules: Rules, cast: bool = True) -> str:
-    """The dtype in which an operation uses its weights, and makes their gradients."""
-    return "bfloat16" if rules.cast and cast else rules.dtype
+def used_dtype(weight: Weight, rules: Rules, cast: bool = True) -> str:
+    """The dtype in which an operation uses a weight, and makes its gradient."""
+    return "bfloat16" if rules.cast and cast else weight.dtype or rules.dtype
 
 
 def _weights_backward(
-    op: Op, ledger: _Ledger, rules: Rules, saved: tuple[Tensor, ...], release: Callable[[Iterable[Tensor]], None]
+    op: Op,
+    ledger: _Ledger,
+    rules: Rules,
+    saved: tuple[Tensor, ...],
+    release: Callable[[Iterable[Tensor]], None],
+    taken: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Weights' gradients and temporaries come, these go. Returns what is still saved for the operation. Autograd sums a gradient over
-    tokens when the function has returned (validate_outputs in torch/csrc/autograd/engine.cpp); what a checkpoint handed out is gone then."""
-    for weight in () if rules.summing and op.product else op.trained:
-        ledger.put(weight_gradient(weight, used_dtype(rules, op.cast)))
-    temps, workspace = op.back_temps, _list_workspaces(op, rules)
+    tokens when the function has returned (validate_outputs in torch/csrc/autograd/engine.cpp); what a checkpoint handed out is gone then.
+    taken: the incoming gradient that becomes the weight's."""
+    reuses = dict(op.reuses)
+    for weight in op.trained:
+        if rules.summing and op.product:
+            if rules.events:
+                ledger.put(_sum_of(weight, op))
+            continue
+        gradient = weight_gradient(weight, used_dtype(weight, rules, op.cast))
+        if weight in reuses:
+            ledger.rename(reuses[weight], gradient)
+        elif taken is not None:
+            ledger.rename(taken, gradient)
+        else:
+            ledger.put(gradient)
+    temps = (*op.back_temps, *_list_buffers(op, rules, backward=True))
+    workspace = _list_workspaces(op, rules)
     if not rules.recomputed:
         temps += op.late_temps
     for tensor in temps:
@@ -1034,13 +1213,21 @@ def _weights_backward(
 
 def _list_workspaces(op: Op, rules: Rules) -> list[Tensor]:
     """What kernels take for themselves in the backward of an operation."""
-    tensors = []
-    for weight, kernel, tokens in op.workspaces if rules.spans is not None else ():
-        for size in kernel.sizes(getattr(rules.spans, tokens)) if weight.trained else ():
-            shape = size.shape.replace("t", " ".join(tokens))
-            basis = BASIS.index(tokens if size.unit == "t" else size.unit)
-            tensors.append(Tensor(size.name, shape, size.dtype, basis, size.bytes, role=Role.WORKSPACE))
-    return tensors
+    trained = ((kernel, tokens) for weight, kernel, tokens in op.workspaces if weight.trained)
+    return [tensor for kernel, tokens in trained for tensor in _in_span(kernel, tokens, rules, Role.WORKSPACE)]
+
+
+def _list_buffers(op: Op, rules: Rules, backward: bool = False) -> list[Tensor]:
+    """What an operation takes beside, of a size that goes by steps."""
+    buffers = ((kernel, tokens) for kernel, tokens, in_both in op.buffers if in_both or not backward)
+    return [tensor for kernel, tokens in buffers for tensor in _in_span(kernel, tokens, rules, op.makes[0].role)]
+
+
+def _in_span(kernel: Workspace, tokens: str, rules: Rules, role: Purpose | None) -> Iterator[Tensor]:
+    for size in kernel.sizes(getattr(rules.spans, tokens)) if rules.spans is not None else ():
+        shape = size.shape.replace("t", " ".join(tokens))
+        basis = BASIS.index(tokens if size.unit == "t" else size.unit)
+        yield Tensor(size.name, shape, size.dtype, basis, size.bytes, role=role)
 
 
 def workspace_starts(tape: Tape) -> dict[str, set[int]]:
@@ -1049,25 +1236,26 @@ def workspace_starts(tape: Tape) -> dict[str, set[int]]:
     for op in tape.ops:
         for tokens, numbers in workspace_starts(op.part.tape).items() if op.part is not None else ():
             starts.setdefault(tokens, set()).update(numbers)
-        for each in op.workspaces:
-            starts.setdefault(each.tokens, set()).update(each.kernel.starts())
+        workspaces = [(kernel, tokens) for _, kernel, tokens in op.workspaces]
+        for kernel, tokens in workspaces + [(kernel, tokens) for kernel, tokens, _ in op.buffers]:
+            starts.setdefault(tokens, set()).update(kernel.starts())
     return starts
 
 
 def _accumulate(weight: Weight, op: Op, ledger: _Ledger, rules: Rules) -> None:
     """A weight's gradient, just made in the dtype it was used in, reaches the parameter (unless it waits for another)."""
-    gradient = weight_gradient(weight, rules.dtype)
+    gradient = weight_gradient(weight, weight.dtype or rules.dtype)
     if rules.cast and op.cast:
         ledger.put(gradient)
         ledger.mark(f"backward of {op.name}: cast the gradient of {weight.name}")
-        ledger.drop(weight_gradient(weight, used_dtype(rules)))
+        ledger.drop(weight_gradient(weight, used_dtype(weight, rules)))
     if not op.defers:
         _reach(weight, gradient, ledger, rules)
 
 
 def _join(joined: Joined, ledger: _Ledger, rules: Rules) -> None:
     """The gradient just made is added to the one that waited."""
-    waited = weight_gradient(joined.weight, rules.dtype)
+    waited = weight_gradient(joined.weight, joined.weight.dtype or rules.dtype)
     if joined.is_view or not rules.in_place:
         ledger.put(waited)
         ledger.mark("add gradients of " + joined.weight.name)
@@ -1077,8 +1265,8 @@ def _join(joined: Joined, ledger: _Ledger, rules: Rules) -> None:
 
 def _sum_to_gradient(weight: Weight, gradient_sum: Tensor, ledger: _Ledger, rules: Rules) -> None:
     """A sum over pieces, in fp32, becomes the weight's gradient: itself, or a copy in the weight's dtype."""
-    gradient = weight_gradient(weight, rules.dtype)
-    if rules.dtype == "float32":
+    gradient = weight_gradient(weight, weight.dtype or rules.dtype)
+    if gradient.dtype == "float32":
         ledger.rename(gradient_sum, gradient)
         return
     ledger.put(gradient)
@@ -1088,15 +1276,8 @@ def _sum_to_gradient(weight: Weight, gradient_sum: Tensor, ledger: _Ledger, rule
 
 def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> None:
     if rules.gradients == "used":
-        size = rules.temporaries * weight.numel
-        temps = Tensor(
-            "optimizer temporaries of one weight",
-            f"{weight.numel} {rules.temporaries}",
-            "uint8",
-            0,
-            size,
-            role=Role.UPDATE,
-        )
+        size = rules.bytes_to_step(weight) if rules.bytes_to_step is not None else 0
+        temps = Tensor("optimizer temporaries of one weight", str(size), "uint8", 0, size, role=Role.UPDATE)
         ledger.put(temps)
         ledger.mark("optimizer step of " + weight.name)
         ledger.drop(temps)
@@ -1105,18 +1286,15 @@ def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> N
 
 
 def sums_of(tape: Tape) -> tuple[Tensor, ...]:
-    """fp32 sums of the gradients of a tape's trained weights, over several pieces; for what the operation is that uses the weight."""
-    return tuple(
-        tensor_of(
-            tape.dims,
-            f"sum of the gradient of {weight.name}",
-            " ".join(map(str, weight.shape)),
-            "float32",
-            role=op.makes[0].role,
-        )
-        for op in tape.ops
-        for weight in op.trained
-    )
+    """fp32 sums of the gradients of a tape's trained weights, over several pieces."""
+    return tuple(_sum_of(weight, op) for op in tape.ops for weight in op.trained)
+
+
+def _sum_of(weight: Weight, op: Op) -> Tensor:
+    """A sum of gradients, for what the operation is that uses the weight."""
+    name, shape = f"sum of the gradient of {weight.name}", " ".join(map(str, weight.shape))
+    size = weight.numel * ITEMSIZE["float32"]
+    return Tensor(name, shape, "float32", 0, size, role=op.makes[0].role, gradient_of=weight)
 
 
 def step_weights(ops: Sequence[Op]) -> list[tuple[Weight, int]]:
@@ -1131,7 +1309,9 @@ def step_weights(ops: Sequence[Op]) -> list[tuple[Weight, int]]:
                 parts[id(inner)] = step_weights(inner.ops)
             rows = parts[id(inner)]
         for weight, n in rows:
-            counts[weight] = counts.get(weight, 0) + n
+            before = counts.get(weight, 0)
+            in_pieces = op.part is not None and op.part.chunked  # of one layer, which may use a weight twice
+            counts[weight] = max(before, n) if in_pieces else before + n
     for op in ops:
         if op.joins is not None:
             counts[op.joins.weight] = 1

@@ -26,8 +26,8 @@ class Times(NamedTuple):
 class Walk:
     """Walks tapes as often and as far as a step runs them. A subclass says what an operation takes, in seconds or whatever adds up."""
 
-    def __init__(self, sizes: Sizes, chunks: Chunks):
-        self.units, self.chunks = sizes.units, chunks
+    def __init__(self, sizes: Sizes, chunks: Chunks, selective: bool = False):
+        self.units, self.chunks, self.selective = sizes.units, chunks, selective
         self.times: dict[int, Times] = {}
 
     def operation(self, op: Op) -> tuple[float, float]:
@@ -48,10 +48,21 @@ class Walk:
         if key not in self.times:
             rows = [self._times(op) for op in tape.ops]
             last = max((i for i, op in enumerate(tape.ops) if holds_for_backward(op)), default=-1)
-            again = sum(row.ahead for row in rows[:last]) + rows[last].again if last >= 0 else 0.0
+            run_again = [
+                row.ahead for row, op in zip(rows[:last], tape.ops, strict=False) if not self._keeps_results(op)
+            ]
+            again = (
+                sum(run_again) + (0.0 if self._keeps_results(tape.ops[last]) else rows[last].again)
+                if last >= 0
+                else 0.0
+            )
             behind = sum(row.behind for row in rows) + self.additions(tape)
             self.times[key] = Times(sum(row.ahead for row in rows), behind, again)
         return self.times[key]
+
+    def _keeps_results(self, op: Op) -> bool:
+        """Whether a checkpoint keeps them, and does not run the operation again."""
+        return self.selective and op.selected
 
     def _times(self, op: Op) -> Times:
         if op.part is not None:
@@ -76,8 +87,9 @@ class Walk:
 class _Bound(Walk):
     """Seconds at nominal rates."""
 
-    def __init__(self, gpu: Gpu, sizes: Sizes, chunks: Chunks, weight_bytes: int):
-        super().__init__(sizes, chunks)
+    def __init__(self, gpu: Gpu, sizes: Sizes, chunks: Chunks, recipe: Recipe):
+        super().__init__(sizes, chunks, recipe.checkpoint == "selective")
+        weight_bytes = recipe.weight_bytes
         self.gpu, self.weight_bytes = gpu, weight_bytes
 
     def operation(self, op: Op) -> tuple[float, float]:
@@ -102,8 +114,8 @@ def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chu
     Copies of layer inputs and weights between CPU RAM and GPU overlap with computing, each direction by itself; the
     optimizer on the CPU is counted by what crosses the link, not by the CPU's own arithmetic.
     """
-    ahead, behind, _ = _Bound(gpu, sizes, chunks, recipe.weight_bytes).tape(step.tape)
-    if recipe.offload_layer_inputs:
+    ahead, behind, _ = _Bound(gpu, sizes, chunks, recipe).tape(step.tape)
+    if recipe.offload != "none":
         moved = offloaded_bytes(step, recipe, sizes) / gpu.host_link
         ahead, behind = max(ahead, moved), max(behind, moved)
     if recipe.weights_on_host:  # gathered in both passes; gradients leave in backward
@@ -113,7 +125,9 @@ def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chu
 
 
 def offloaded_bytes(step: Step, recipe: Recipe, sizes: Sizes) -> int:
-    """Bytes of layer inputs that cross to CPU RAM in forward, and back in backward."""
+    """Bytes of layer inputs or saved tensors that cross to CPU RAM in forward, and back in backward."""
+    if recipe.offload == "saved-tensors":
+        return step.saved_on_host(sizes)
     hidden = step.tape.ops[0].makes[0]
     return stored_inputs(recipe, step.model.layers) * hidden.bytes * sizes.units[hidden.basis]
 

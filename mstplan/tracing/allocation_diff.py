@@ -65,6 +65,13 @@ KNOWN_ON_CPU = (
         "measured; the call: aten native/mkldnn/Matmul.cpp, mkldnn_gemm and mkldnn_matmul, ideep::matmul_forward",
         r"(^|> )(mm|addmm|bmm|baddbmm|_scaled_dot_product_flash_attention_for_cpu(_backward)?)$",
     ),
+    KnownBuffer(
+        "matrices in order",
+        "batched products copy matrices of which no axis lies in order, as the factors of experts' adapters; which of a CPU's kernels runs, "
+        "and so whether it does, depends on libraries and sizes",
+        "from source: aten native/mkldnn/Matmul.cpp, mkldnn_matmul; native/LinearAlgebra.cpp, bmm_out_or_baddbmm_ and addmm_impl_cpu_",
+        r"(^|> )(bmm > contiguous|baddbmm > contiguous|baddbmm > addmm_) > clone > empty_like > empty$",
+    ),
 )
 """What `trace(..., on="cpu")` leaves out. What else kernels of a CPU allocate for themselves stands in cpu.py, and is traced."""
 

@@ -9,13 +9,17 @@ what mstplan's own part of the step does otherwise (`fake_runtime.py`).
 | its sums and workspace | mstplan/step/cuda.py |
 | a mask as a bias, padded to rows of 8 | from source: aten transformers/attention.cpp, convert_boolean_attn_mask and preprocess_mask |
 | which kernel scaled_dot_product_attention takes | from source: aten transformers/cuda/sdp_utils.cpp |
+| batched products copy matrices of which neither axis lies in order | from source: aten native/cuda/Blas.cpp, prepare_batch_matrix_for_cublas |
+| what an adapter adds to a router's weight is made in the adapter's dtype | from source: peft tuners/lora/layer.py, Linear.get_delta_weight |
 | softmax's backward multiplies gradient and output first | from source: aten native/cuda/SoftMax.cu, softmax_backward_cuda_out |
 | layer norm keeps its row statistics in fp32 | from source: aten native/cuda/layer_norm_kernel.cu, layer_norm_cuda |
 | dropout keeps a mask of one byte a number | from source: aten native/Dropout.cpp, native_dropout |
+| norms of gradients are made for all of them at once | from source: aten native/cuda/ForeachReduceOp.cu |
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +27,7 @@ from typing import Any
 import torch
 
 from ..spec.platform import AMPERE, Platform
+from ..step.clipping import CHUNK
 from ..step.kernels import NO_SDPA, SDPA, chosen, runs_sdpa
 from ..step.kernels.base import AttentionCall
 from ..train.lazy import LazyTensor
@@ -30,9 +35,12 @@ from .kernels import STAND_INS
 from .kernels.base import SIXTEEN_BIT, Call
 from .patches import (
     ATTENTION,
+    AUTOCAST_ENABLED,
     BIDIRECTIONAL_MASK,
     CAUSAL_MASK,
+    DELTA,
     DROPOUT,
+    FOREACH,
     GROUPED_PRODUCTS,
     LAYER_NORM,
     PACKED_SEQUENCES,
@@ -73,9 +81,9 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _attention_on_cuda(
-    plain: Callable[..., torch.Tensor], recorder: Recorder, named: str, platform: Platform
+    plain: Callable[..., torch.Tensor], recorder: Recorder, named: str, platform: Platform, samples: int
 ) -> Callable[..., torch.Tensor]:
-    """scaled_dot_product_attention as CUDA chooses its kernel. named: a recipe's attention."""
+    """scaled_dot_product_attention as CUDA chooses its kernel. named: a recipe's attention; samples: in a row."""
     name = named if named == NO_SDPA else named if runs_sdpa(named) else SDPA
 
     def attention(
@@ -98,7 +106,7 @@ def _attention_on_cuda(
             dropout_p,
             platform,
         )
-        call = Call(q, k, v, attn_mask, dropout_p, is_causal, scale, plain)
+        call = Call(q, k, v, attn_mask, dropout_p, is_causal, scale, plain, samples)
         return STAND_INS[chosen(name, asked).name].attend(call, recorder)
 
     return attention
@@ -108,9 +116,21 @@ def _gradient_x_output(gradient: torch.Tensor, output: torch.Tensor, *_: object)
     return "softmax: gradient x output", torch.empty_like(output)
 
 
+def _contiguous_matrices(*matrices: torch.Tensor) -> tuple[str, torch.Tensor | None]:
+    """A copy of the matrices of which neither axis lies in order, as experts' adapters have them: of one factor at most."""
+    turned = next((each for each in matrices if 1 not in each.stride()[-2:] and not each.is_contiguous()), None)
+    return "product: contiguous matrices", None if turned is None else turned.new_empty(turned.shape)
+
+
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """As autocast does for scaled_dot_product_attention."""
     return tuple(x.to(torch.bfloat16) for x in tensors) if torch.is_autocast_enabled("cpu") else tensors
+
+
+def _delta(layer: Any, adapter: str) -> torch.Tensor:
+    """What an adapter adds to a matrix."""
+    product: torch.Tensor = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
+    return product * layer.scaling[adapter]
 
 
 def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -138,26 +158,49 @@ def _layer_norm(
 
 
 @contextmanager
-def as_on_cuda(recorder: Recorder, attention: str = SDPA, platform: Platform = AMPERE) -> Iterator[None]:
+def as_on_cuda(
+    recorder: Recorder, attention: str = SDPA, platform: Platform = AMPERE, samples: int = 1
+) -> Iterator[None]:
     """Within the context a step on fake CPU tensors, seen by `recorder`, allocates what it would on a card of that platform. attention: a
-    recipe's. Raises VersionError where torch or transformers has no place for that."""
-    recorder.temporaries = {torch.ops.aten._softmax_backward_data: _gradient_x_output}
+    recipe's; samples: in a row. Raises VersionError where torch or transformers has no place for that."""
+    recorder.temporaries = {
+        torch.ops.aten._softmax_backward_data: _gradient_x_output,
+        torch.ops.aten.bmm: _contiguous_matrices,
+        torch.ops.aten.baddbmm: lambda _added, *matrices, **_scales: _contiguous_matrices(*matrices),
+    }
     kernels: dict[Target, MakeReplacement] = {
-        ATTENTION: lambda plain: _attention_on_cuda(plain, recorder, attention, platform),
+        ATTENTION: lambda plain: _attention_on_cuda(plain, recorder, attention, platform, samples),
         DROPOUT: lambda _plain: _dropout,
         LAYER_NORM: lambda _plain: _layer_norm,
+        AUTOCAST_ENABLED: lambda plain: lambda device="cpu": plain(device),
     }
-    with patched(kernels), on_fake_tensors():
+    if "peft" in sys.modules:
+        kernels[DELTA] = lambda _plain: _delta
+    with patched(kernels), on_fake_tensors(samples):
         yield
 
 
 @contextmanager
-def on_fake_tensors() -> Iterator[None]:
-    """Within the context what needs values of tensors goes on as if it had seen usual ones. Raises VersionError as above."""
+def clipping_on_cuda(recorder: Recorder) -> Iterator[None]:
+    """Within the context torch's clip_grad_norm_ of tensors without values makes what it does on a card. Raises VersionError as above."""
+
+    def norm_parts(tensors: Sequence[torch.Tensor], *_: object) -> tuple[str, torch.Tensor]:
+        parts = max(-(-tensor.numel() // CHUNK) for tensor in tensors)
+        return "parts of norms", tensors[0].new_empty(len(tensors), parts, dtype=torch.float32)
+
+    recorder.temporaries = {**recorder.temporaries, torch.ops.aten._foreach_norm: norm_parts}
+    with patched({FOREACH: lambda _plain: lambda _tensors, _device: True}):
+        yield
+
+
+@contextmanager
+def on_fake_tensors(samples: int = 1) -> Iterator[None]:
+    """Within the context what needs values of tensors goes on as if it had seen usual ones. samples: in a row. Raises VersionError as
+    above."""
     without_values: dict[Target, MakeReplacement] = {
         CAUSAL_MASK: _ignore_padding,
         BIDIRECTIONAL_MASK: _ignore_padding,
-        PACKED_SEQUENCES: _ignore_packing,
+        PACKED_SEQUENCES: _ignore_packing if samples == 1 else lambda packed: packed,
         GROUPED_PRODUCTS: _multiply_grouped,
     }
     with patched(without_values):

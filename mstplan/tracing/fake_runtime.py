@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from ..train.locate import find_parts
 from ..train.runtime import Runtime
 from .recorder import Recorder
+from .saved_tensors import HostHooks
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 FEW_CHUNKS = 3
@@ -22,6 +28,9 @@ class FakeRuntime(Runtime):
         self.most_chunks = most_chunks
 
     def draw_seed(self) -> None:
+        return None
+
+    def free_on_host(self) -> None:
         return None
 
     def chunk_slices(self, tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
@@ -50,6 +59,14 @@ class FakeCardRuntime(FakeRuntime):
         if total is not None and a.dtype in SIXTEEN_BIT:
             return total
         return super().add_product(total, a, b)
+
+    def offload_saved(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        return HostHooks(model, find_parts(model).head, self.recorder).hooks()
+
+    def keep_attention(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Stand-ins of kernels are no operations that torch's own contexts would see."""
+        results: deque[tuple[torch.Tensor, ...]] = deque()
+        return self.recorder.select(results, again=False), self.recorder.select(results, again=True)
 
     def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
         return self.recorder.empty_on_host(like, pinned)

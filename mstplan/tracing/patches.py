@@ -91,8 +91,12 @@ ATTENTION = Target(
     _TORCH,
     "on fake CPU tensors it takes no kernel of a GPU",
 )
+AUTOCAST_ENABLED = Target("torch", "is_autocast_enabled", _TORCH, "without a device it asks about GPUs")
 DROPOUT = Target("torch.nn.functional", "dropout", _TORCH, "on the CPU it keeps a mask as wide as its input")
 LAYER_NORM = Target("torch.nn.functional", "layer_norm", _TORCH, "on the CPU it keeps its row statistics in 16 bits")
+FOREACH = Target(
+    "torch.nn.utils.clip_grad", "_has_foreach_support", _TORCH, "it takes the norms of fake tensors one by one"
+)
 
 # ---- values that fake tensors have not (cuda_stand_ins.py) -------------------------------------------------------------
 
@@ -134,5 +138,23 @@ GATHER_BUFFER = Target(_COLLECTIVES, "DefaultAllGather.allocate", _TORCH, "it ma
 SCATTER_BUFFERS = Target(
     _COLLECTIVES, "DefaultReduceScatter.allocate", _TORCH, "it makes both buffers of a reduce-scatter"
 )
+
+# ---- products with quantised weights (quantised.py) --------------------------------------------------------------------
+
+_BITSANDBYTES = "bitsandbytes 0.50.2"
+
+MULTIPLY_4_BITS = Target("bitsandbytes", "matmul_4bit", _BITSANDBYTES, "it needs a GPU's kernels")
+MULTIPLY_8_BITS = Target("bitsandbytes.nn.modules", "Linear8bitLt.forward", _BITSANDBYTES, "it needs a GPU's kernels")
+FIND_STATE = Target(
+    "bitsandbytes.nn.modules",
+    "fix_4bit_weight_quant_state_from_module",
+    _BITSANDBYTES,
+    "it makes a weight of a class of its own",
+)
+DEQUANTISE = Target("peft.tuners.lora.dora", "dequantize_module_weight", "peft 0.21.2", "it needs a GPU's kernels")
+
+# ---- adapters on parameters (cuda_stand_ins.py) ------------------------------------------------------------------------
+
+DELTA = Target("peft.tuners.lora.layer", "Linear.get_delta_weight", "peft 0.21.2", "on the CPU it computes in fp32")
 
 TARGETS = tuple(value for value in vars().values() if isinstance(value, Target))

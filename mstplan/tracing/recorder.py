@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -37,7 +38,9 @@ class ModuleLabel(NamedTuple):
     is_layer: bool = False
 
 
-MakeTemporary = Callable[..., tuple[str, torch.Tensor]]
+Results = deque[tuple[torch.Tensor, ...]]
+"""Of kernels, in the order in which they ran."""
+MakeTemporary = Callable[..., tuple[str, torch.Tensor | None]]
 """Of an operation's arguments, what its kernel makes, and for what."""
 ROOT = ModuleLabel("", Category.OTHER, None)
 IN_HOOK = ModuleLabel("", Category.STATES, None)  # an optimizer that steps in backward, as soon as a gradient is there
@@ -66,6 +69,7 @@ class Recorder(TorchDispatchMode):
         self.recomputing: Callable[[], int | None] = lambda: None  # the layer that a checkpoint runs again
         self.temporaries: Mapping[Any, MakeTemporary] = {}  # what kernels make for themselves beside their results
         self._purpose: tuple[str, Category | None] | None = None  # what a stand-in says it allocates for
+        self._selection: tuple[Results, bool] | None = None  # of a selective checkpoint, and whether it is run again
         self._pending_sum: tuple[int, int] | None = (
             None  # a sum of gradients just made: (its storage, that of its first summand)
         )
@@ -157,8 +161,9 @@ class Recorder(TorchDispatchMode):
                     self._record_storage(value, func, label)
         if (make := self.temporaries.get(func.overloadpacket)) is not None:
             purpose, temporary = make(*args, **(kwargs or {}))
-            with self.purpose(purpose, label.category):
-                self._record_storage(temporary, func, label)
+            if temporary is not None:
+                with self.purpose(purpose, label.category):
+                    self._record_storage(temporary, func, label)
         return out
 
     def _record_storage(self, tensor: torch.Tensor, func: Any, label: ModuleLabel) -> None:
@@ -201,6 +206,8 @@ class Recorder(TorchDispatchMode):
 
     def _adds_in_place(self, func: Any, args: Sequence[Any]) -> bool:
         """Would autograd put the result just made where the first operand is, if no dispatch mode was there?"""
+        if len(self._label_stack) > 1:
+            return False  # a module's code, run again
         if func is torch.ops.aten.add.Tensor:
             node = torch._C._current_autograd_node()  # in a hook of a weight's gradient an optimizer adds, not autograd
             return not (node is not None and "AccumulateGrad" in node.name()) and _owns_storage(args[0])
@@ -233,11 +240,32 @@ class Recorder(TorchDispatchMode):
         finally:
             self._purpose = outer
 
-    def set_category(self, tensor: torch.Tensor, category: Category) -> None:
-        """A tensor that turns out to be a gradient or a layer's input."""
+    @contextmanager
+    def select(self, results: Results, again: bool) -> Iterator[None]:
+        """Within the context what kernels of attention make goes into `results`, or is taken from there: it is made again."""
+        outer, self._selection = self._selection, (results, again)
+        try:
+            yield
+        finally:
+            self._selection = outer
+
+    def kernel_results(self, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """What a stand-in for a kernel makes, or made when a selective checkpoint ran it first."""
+        if self._selection is None:
+            return make()
+        results, again = self._selection
+        if again:
+            return results.popleft()
+        made = make()
+        results.append(tuple(tensor.detach() for tensor in made))  # which no graph hangs on
+        return made
+
+    def set_category(self, tensor: torch.Tensor, category: Category, host: bool = False) -> None:
+        """A tensor that turns out to be a gradient, a layer's input, or a state, which a GPU's optimizer may keep in CPU RAM."""
         index = self._indices.get(local_tensor(tensor).untyped_storage()._cdata)
         if index is not None:
             self.recording.storages[index].category = category
+            self.recording.storages[index].host |= host
 
     def _mark_gradient(self, weight: torch.Tensor) -> None:
         if weight.grad is not None:  # autograd may find that there is none

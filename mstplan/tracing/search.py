@@ -88,7 +88,7 @@ def find_longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, st
     def trace(seq_len: int) -> Trace:
         padded = recipe.padded(seq_len)
         if padded not in traces:
-            traces[padded] = trace_at(_with_chunks(recipe, layout.cap_chunks(chunks, padded)), padded, card)
+            traces[padded] = trace_at(layout.cap_chunks(chunks, padded).put_into(recipe), padded, card)
         return traces[padded]
 
     def hardest(seq_len: int) -> list[Trace]:
@@ -145,7 +145,7 @@ def find_longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, st
             guess = _length_between(low, high)
         else:  # close by: feel the way in growing steps
             guess, step = (
-                (min(low + step, high - 1), 2 * step) if guess == low else (max(high - step, low + 1), 2 * step)
+                (min(low + step, high - 1), 4 * step) if guess == low else (max(high - step, low + 1), 4 * step)
             )
     length = max(SHORTEST, low)
     plan = solve.plan_at(model, recipe, card, length, chunks)
@@ -163,10 +163,6 @@ def _length_between(low: int, high: int) -> int:
     return min(max(middle, low + 1), high - 1)
 
 
-def _with_chunks(recipe: Recipe, chunks: Chunks) -> Recipe:
-    return recipe.changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
-
-
 def _formula_peak(model: Model, recipe: Recipe, card: Card, chunks: Chunks, seq_len: int) -> int:
     padded = recipe.padded(seq_len)
     return solve.peak_at(model, recipe, card, padded, layout.cap_chunks(chunks, padded))[1]
@@ -177,7 +173,7 @@ def _card_for_stand_in(model: Model, recipe: Recipe, card: Card, trace_at: Trace
     whole = Chunks(1, 1)
     return _shift_card(
         card,
-        required_bytes(trace_at(_with_chunks(recipe, whole), SHORT, card))
+        required_bytes(trace_at(whole.put_into(recipe), SHORT, card))
         - _formula_peak(model, recipe, card, whole, SHORT),
     )
 

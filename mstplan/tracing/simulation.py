@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from ..spec.hardware import CUBLAS_HANDLES, Card
 from ..step.cuda import CUBLASLT_WORKSPACE
 from ..step.instants import Pass
 from ..step.simulation import MOST_STEPS, RELEASED, Allocations, AllocatorEvent, Usage, least_limit, simulate_steps
 from ..units import MIB
+from .recording import Category, Recording
 from .trace import Trace
 
 
@@ -42,10 +43,8 @@ def all_events(trace: Trace, steps: int = 2) -> Iterator[tuple[int, int, int]]:
 def _in_order(allocations: Allocations, steps: int) -> Iterator[AllocatorEvent]:
     yield from allocations.before
     for n in range(steps):
-        for e, (number, size) in enumerate(allocations.step):
-            if n == 0 and e == allocations.states_at:
-                yield from allocations.states
-            yield number + n * allocations.total, size
+        events, offset = allocations.of_step(n)
+        yield from ((number + offset, size) for number, size in events)
 
 
 def frame_names(trace: Trace, key: int) -> list[str]:
@@ -60,7 +59,8 @@ def frame_names(trace: Trace, key: int) -> list[str]:
     if kind == _WORKSPACE:
         library, count = ("cuBLASLt", trace.lt_handles) if number >= CUBLAS_HANDLES else ("cuBLAS", CUBLAS_HANDLES)
         return [f"{library} workspace {number % CUBLAS_HANDLES + 1} of {count}"]
-    storage = trace.step.storages[number % len(trace.step.storages)]
+    storages = [*trace.step.storages, *(trace.first_passes.storages if trace.first_passes is not None else ())]
+    storage = storages[number % len(storages)]
     return [f"{storage.dtype} {storage.shape}", storage.operation, storage.module or "step", storage.category]
 
 
@@ -68,31 +68,54 @@ _WEIGHT, _STATE, _WORKSPACE, _STORAGE = range(4)
 
 
 def _allocations(trace: Trace) -> Allocations:
-    """The trace's events on the device; an optimizer that has no events of its own makes its states when all others are through."""
-    storages, step, states_at, alive = trace.step.storages, list[AllocatorEvent](), None, dict[int, None]()
-    update = next((start for place, start in trace.step.places if place.run == Pass.OPTIMIZER and start), None)
-    for e, (index, sign) in enumerate(trace.step.events):
-        if e == update:
-            states_at = len(step)
-        if storages[index].host:
-            continue
-        step.append((4 * index + _STORAGE, storages[index].bytes if sign > 0 else RELEASED))
-        if sign > 0:
-            alive[index] = None
-        else:
-            del alive[index]
-    states_at = len(step) if states_at is None else states_at
-    step += ((4 * index + _STORAGE, RELEASED) for index in sorted(alive))  # gradients, the batch
-    states = [(4 * n + _STATE, state.bytes) for n, state in enumerate(trace.held_states)]
-    return Allocations(_before(trace), step, states, states_at, 4 * len(storages))
+    """The trace's events on the device. Of an optimizer step's micro-batches the first two are followed: more find what the second found."""
+    step, first, states = trace.step, trace.first_passes, trace.held_states
+    update = next((start for place, start in step.places if place.run == Pass.OPTIMIZER), len(step.events))
+    passes, updating = _on_device(step, step.events[:update]), _on_device(step, step.events[update:])
+    new_states = [(4 * n + _STATE, state.bytes) for n, state in enumerate(states)]
+    total = 4 * len(step.storages)
+    if first is None:
+        return Allocations(_before(trace), _closed(passes + new_states + updating), _closed(passes + updating), total)
+    first_passes = [(number + total, size) for number, size in _on_device(first, first.events)]
+    total += 4 * len(first.storages)
+    kept = {4 * (i + len(step.storages)) + _STORAGE for i, made in enumerate(first.storages) if made.category in _STAY}
+    if trace.recipe.optimizer_in_backward:  # whose states come one by one
+        return Allocations(_before(trace), _closed(first_passes, kept), _closed(passes), total)
+    passes = _closed(first_passes, kept) + _closed(passes)
+    return Allocations(_before(trace), _closed(passes + new_states + updating), _closed(passes + updating), total)
+
+
+_STAY = (Category.GRADIENTS, Category.STATES)
+
+
+def _on_device(recording: Recording, events: Iterable[tuple[int, int]]) -> list[AllocatorEvent]:
+    storages = recording.storages
+    return [
+        (4 * index + _STORAGE, storages[index].bytes if sign > 0 else RELEASED)
+        for index, sign in events
+        if not storages[index].host
+    ]
+
+
+def _closed(events: list[AllocatorEvent], kept: Collection[int] = ()) -> list[AllocatorEvent]:
+    """Events, and the release of what they leave, such as gradients and the batch, but for states and what is kept."""
+    alive: dict[int, None] = {}
+    for number, size in events:
+        if size == RELEASED:
+            del alive[number]
+        elif number % 4 != _STATE:
+            alive[number] = None
+    return [*events, *((number, RELEASED) for number in sorted(alive.keys() - set(kept)))]
 
 
 def _before(trace: Trace) -> list[AllocatorEvent]:
     weights = [(4 * n + _WEIGHT, weight.bytes) for n, weight in enumerate(trace.weights)]
+    buckets = enumerate(trace.gradient_buckets.values(), len(trace.weights))
     handles = range(CUBLAS_HANDLES) if trace.workspace else ()
     lt = range(CUBLAS_HANDLES, CUBLAS_HANDLES + trace.lt_handles)
     return [
         *weights,
+        *((4 * n + _WEIGHT, size) for n, size in buckets),
         *((4 * n + _WORKSPACE, trace.workspace // CUBLAS_HANDLES) for n in handles),
         *((4 * n + _WORKSPACE, CUBLASLT_WORKSPACE) for n in lt),
     ]

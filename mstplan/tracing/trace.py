@@ -18,6 +18,7 @@ from ..step.cuda import CUBLASLT_WORKSPACE
 from ..step.instants import Instant, Pass
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
+from ..step.steps import GRADIENT_BUCKETS
 from ..units import format_gib, format_tokens
 from .extend import extend, make_row
 from .recording import Category, Place, Recording, RecordingData, Size, Storage
@@ -73,7 +74,8 @@ class Alive(NamedTuple):
 @dataclass(frozen=True)
 class Trace:
     """A step. `short`: the forward and backward pass of the layers that were run, `kept`; kinds: of all layers, `every` of them to
-    a checkpoint; `update`: the optimizer's step.
+    a checkpoint; `update`: the optimizer's step; `short_first`: as `short`, of the first micro-batch, which finds no gradients, or of the first
+    step, whose optimizer in backward finds no states.
 
     on: "cuda" or "cpu". workspace: bytes that cuBLAS holds. seq_len in tokens.
     """
@@ -90,6 +92,7 @@ class Trace:
     reach: int
     short: Recording
     update: Recording
+    short_first: Recording | None = None
 
     def __repr__(self) -> str:
         peak = f"peak {format_gib(self.peak.bytes)} ({self.peak.instant})"
@@ -98,8 +101,8 @@ class Trace:
     def with_workspace(self, workspace: int) -> Trace:
         """Trace on a card whose cuBLAS holds that many bytes."""
         other = replace(self, workspace=workspace)
-        if "step" in vars(self):
-            vars(other)["step"] = self.step  # which takes a while to write down
+        for name in {"step", "first_passes"} & vars(self).keys():
+            vars(other)[name] = vars(self)[name]  # which takes a while to write down
         return other
 
     def without_gradient_workspaces(self) -> Trace:
@@ -123,6 +126,7 @@ class Trace:
             "reach": self.reach,
             "short": self.short.as_data(),
             "update": self.update.as_data(),
+            "short_first": None if self.short_first is None else self.short_first.as_data(),
         }
 
     @classmethod
@@ -137,11 +141,17 @@ class Trace:
             "recipe": Recipe(**data.recipe),
             "short": Recording.from_data(data.short),
             "update": Recording.from_data(data.update),
+            "short_first": None if data.short_first is None else Recording.from_data(data.short_first),
         }
         trace = cls(**fields)
-        if not trace.step.events:  # written down once, here
+        trace.write_down()
+        if not trace.step.events:
             raise ValueError("nothing happens")
         return trace
+
+    def write_down(self) -> None:
+        """Write the whole step down, once, for whoever asks next. Raises Unlike for layers that are not alike."""
+        _ = self.step, self.first_passes
 
     @property
     def units(self) -> int:
@@ -157,13 +167,21 @@ class Trace:
     @cached_property
     def step(self) -> Recording:
         """Forward, backward and update of the whole model."""
-        long = extend(self.short, self.kept, make_row(self.kinds, self.every, self.reach))
+        long = self._of_all_layers(self.short)
         first = len(long.storages)
         return Recording(
             long.storages + self.update.storages,
             long.events + [(first + index, sign) for index, sign in self.update.events],
             [*long.places, (Place(Pass.OPTIMIZER, -1), len(long.events))],
         )
+
+    @cached_property
+    def first_passes(self) -> Recording | None:
+        """Forward and backward of the whole model in the first micro-batch or step; None: as in `step`."""
+        return None if self.short_first is None else self._of_all_layers(self.short_first)
+
+    def _of_all_layers(self, short: Recording) -> Recording:
+        return extend(short, self.kept, make_row(self.kinds, self.every, self.reach))
 
     @property
     def held_states(self) -> tuple[State, ...]:
@@ -185,6 +203,10 @@ class Trace:
             entries += group(Category.STATES, name, [(s.dtype, s.bytes) for s in self.held_states if s.name == name])
         if self.recipe.accumulation > 1:
             entries += group(Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
+        for dtype, size in self.gradient_buckets.items():
+            entries.append(
+                Alive(Category.GRADIENTS, "", GRADIENT_BUCKETS, (), dtype, 1, self.rounded(size), resident=True)
+            )
         if self.workspace:
             entries.append(
                 Alive(Category.WORKSPACE, "", "cuBLAS", (), "uint8", CUBLAS_HANDLES, self.workspace, resident=True)
@@ -193,6 +215,15 @@ class Trace:
             size = self.lt_handles * CUBLASLT_WORKSPACE
             entries.append(Alive(Category.WORKSPACE, "", "cuBLASLt", (), "uint8", self.lt_handles, size, resident=True))
         return tuple(entries)
+
+    @cached_property
+    def gradient_buckets(self) -> dict[str, int]:
+        """Bytes of DDP's copy of all gradients, by dtype."""
+        trained = [w for w in self.weights if w.trained] if self.recipe.has_gradient_buckets else []
+        return {
+            dtype: sum(w.bytes for w in trained if w.dtype == dtype)
+            for dtype in dict.fromkeys(w.dtype for w in trained)
+        }
 
     @cached_property
     def lt_handles(self) -> int:
@@ -222,7 +253,7 @@ class Trace:
         step = self.step
         sizes = [0 if made.host else made.bytes for made in step.storages]
         fixed = sum(w.bytes for w in self.weights) + sum(s.bytes for s in self.held_states)
-        fixed += self.workspace + self.lt_handles * CUBLASLT_WORKSPACE
+        fixed += sum(self.gradient_buckets.values()) + self.workspace + self.lt_handles * CUBLASLT_WORKSPACE
         fixed += sum(w.bytes for w in self.weights if w.trained) if self.recipe.accumulation > 1 else 0
         return [fixed + total for total in accumulate(sign * sizes[index] for index, sign in step.events)]
 
@@ -286,6 +317,7 @@ class _Kept(NamedTuple):
     reach: int
     short: RecordingData
     update: RecordingData
+    short_first: RecordingData | None
 
 
 def instant_of(place: Place, units: int) -> Instant:

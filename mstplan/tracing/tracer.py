@@ -19,34 +19,56 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, ModelError, one_line
+from ..spec.config import NO_TOWERS
 from ..spec.model import Model
 from ..spec.platform import AMPERE, Platform
+from ..spec.published import as_transformers_has_it
 from ..step.instants import Pass
 from ..step.kernels import NO_SDPA, SDPA, runs_sdpa
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
 from ..step.runnable import check_runnable
-from ..step.steps import segment_length
+from ..step.saved_tensors import IN_FLIGHT
+from ..step.selection import Kinds
+from ..step.steps import checkpointed_layers, every_nth, segment_length
 from ..train import locate
+from ..train.checkpoint import segments_of
+from ..train.quiet import quiet_packages
+from ..train.selecting import kinds_in
 from ..train.stand_in import stand_in
-from ..train.step import TrainingStep, build_model, make_states, quiet_transformers, read_settings, weights_to_train
+from ..train.step import TrainingStep, build_model, make_states, read_settings, weights_to_train
+from ..train.text_part import is_part, model_class
 from .cpu import KernelBuffers
-from .cuda_stand_ins import as_on_cuda, on_fake_tensors
+from .cuda_stand_ins import as_on_cuda, clipping_on_cuda, on_fake_tensors
 from .cuda_workspaces import KernelWorkspaces
 from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
 from .fsdp import first_of_ranks, record_fsdp, shard_model, shard_shape
+from .fused_losses import NoPackages, StandInPackages
 from .kernels import STAND_INS
 from .kernels.flash import FLASH
+from .liger_stand_ins import liger_kernels
+from .optimizers import make_fake_optimizer
+from .quantised import on_fake_weights
 from .recorder import ModuleLabel, Recorder, checkpoints_of
 from .recording import Category, Recording
 from .trace import State, Trace, Weight
 from .values import UnknownValues, note_tokens
 
-Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+Sizes = tuple[tuple[tuple[int, ...], torch.dtype, Kinds], ...]
+_OF_UPDATE = (
+    "precision",
+    "optimizer",
+    "adamw_kernel",
+    "fp32_embedding_states",
+    "optimizer_in_backward",
+    "max_grad_norm",
+)
+"""Fields of a recipe that the optimizer's step depends on, for given weights."""
+_REACH = {"none": 1, "layer-inputs": 2, "saved-tensors": IN_FLIGHT + 1}
+"""How many layers further than its own a tensor's life may go: an input on its way to the host is let go later."""
 OWN_FAILURE = "makes no training step of token ids and labels alone"
 
 
@@ -94,18 +116,39 @@ def trace_settings(
 ) -> Trace:
     """`trace` of transformers' own description of a model, which stays as it is."""
     check_runnable(recipe)
+    with on_fake_weights(recipe.quantize != "none"):
+        return _trace_settings(settings, recipe, seq_len, on, workspace, platform, whole, remote_code)
+
+
+def _trace_settings(
+    settings: PreTrainedConfig,
+    recipe: Recipe,
+    seq_len: int,
+    on: str,
+    workspace: int,
+    platform: Platform,
+    whole: bool,
+    remote_code: bool,
+) -> Trace:
     full = whole_model(settings, recipe, on, remote_code)
     layers = locate.find_parts(full).layers
-    kinds, every = _layer_kinds(full, layers), segment_length(recipe, len(layers)) or 1
-    sizes = tuple((shard_shape(tuple(w.shape), recipe.gpus), w.dtype) for w in weights_to_train(full))
-    update, states = _record_update(sizes, recipe.optimizer, recipe.adamw_kernel, recipe.optimizer_in_backward)
+    every, starts = segment_length(recipe, len(layers)) or 1, checkpointed_layers(recipe, len(layers))
+    kinds = _layer_kinds(full, layers)
+    if every_nth(recipe) is not None:
+        kinds = [(kind, n in starts) for n, kind in enumerate(kinds)]
+    update, states = _record_update(
+        _sizes(full, recipe), Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE}), on
+    )
     weights = _describe_weights(full, recipe)
-    reach = 2 if recipe.offload_layer_inputs else 1  # a layer's input is let go one layer later than usual
+    reach = _REACH[recipe.offload]
     numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
     all_layers = list(range(len(kinds)))
+    differs = recipe.accumulation > 1 or recipe.optimizer_in_backward  # the first micro-batch, the first step
 
     def trace_layers(model: PreTrainedModel, layer_numbers: list[int]) -> Trace:
-        short = _record_layers(model, recipe, seq_len, layer_numbers, every, on, whole, platform)
+        def record(model: PreTrainedModel, first: bool = False) -> Recording:
+            return _record_layers(model, recipe, seq_len, layer_numbers, starts, on, whole, platform, first)
+
         return Trace(
             recipe,
             seq_len,
@@ -117,14 +160,15 @@ def trace_settings(
             tuple(layer_numbers),
             every,
             reach,
-            short,
+            record(model),
             update,
+            record(whole_model(settings, recipe, on, remote_code), first=True) if differs else None,
         )
 
     layer_numbers = all_layers if whole else layers_to_run(make_row(kinds, every, reach))
     try:
         step_trace = trace_layers(full, layer_numbers)
-        _ = step_trace.step  # kept for whoever asks next; here to know that the layers are alike
+        step_trace.write_down()
     except (Unlike, ModelError):
         if layer_numbers == all_layers:
             raise
@@ -152,14 +196,15 @@ def stand_in_for(config: Mapping[str, Any], name: str, why: str, code_from: str 
     """What stands in for the description of a model that the formula does not know; why: its refusal, in a line. Raises ModelError
     for a model that transformers cannot serve."""
     full = whole_model(read_settings(config, code_from), Recipe(), "cuda", code_from is not None)
-    return stand_in(full, name, why)
+    model = stand_in(full, name, why)
+    described = str(as_transformers_has_it(config).get("model_type"))
+    return model._replace(notes=(*model.notes, NO_TOWERS)) if is_part(full, described) else model
 
 
 def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
     """attn_implementation for a recipe's attention. A model for which transformers has no sdpa runs flash attention on a
     card where it can (16 bits), else eager."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
-    kind = kind[0] if isinstance(kind, tuple) else kind
+    kind = model_class(settings)
     if runs_sdpa(recipe.attention):
         return (
             SDPA if getattr(kind, "_supports_sdpa", True) else STAND_INS[NO_SDPA].implementation_for(recipe, kind, on)
@@ -172,20 +217,34 @@ def _record_layers(
     recipe: Recipe,
     seq_len: int,
     layer_numbers: list[int],
-    every: int,
+    starts: range,
     on: str,
     whole: bool,
     platform: Platform,
+    first: bool,
 ) -> Recording:
-    """Forward and backward of a step with the layers of these numbers, where checkpoints begin as in the whole, every so many layers."""
+    """Forward and backward of a step with the layers of these numbers, where checkpoints begin as in the whole. starts: there, their first
+    layers."""
     model = _keep_layers(full, locate.find_parts(full).layers, layer_numbers)
     with first_of_ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        model.tie_weights()
+        _make_fake(model)
         if mesh is not None:
             shard_model(model, recipe, mesh)
-        starts = [n for n, i in enumerate(layer_numbers) if i % every == 0]
-        return record_passes(model, recipe, seq_len, starts, on, None if whole else FEW_CHUNKS, platform)
+        begin = [n for n, i in enumerate(layer_numbers) if i in starts]
+        return record_passes(model, recipe, seq_len, begin, on, None if whole else FEW_CHUNKS, platform, first)
+
+
+def _make_fake(model: PreTrainedModel) -> None:
+    """Give a model's weights storage. Modules that shared one share it again, as they do beside a copy of one that peft trains:
+    `tie_weights` would tie them to the copy."""
+    places: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            places.setdefault(weight, []).append((module, name))
+    model.to_empty(device="cpu")
+    for (first, name), *others in places.values():
+        for module, other_name in others:
+            setattr(module, other_name, getattr(first, name))
 
 
 def record_passes(
@@ -196,35 +255,47 @@ def record_passes(
     on: str,
     most_chunks: int | None = None,
     platform: Platform = AMPERE,
+    first: bool = False,
 ) -> Recording:
     """Forward and backward of a step of a model that is there. starts: the layers that checkpoints begin with. most_chunks: of a
-    sequence, to be run; None: all."""
+    sequence, to be run; None: all. first: gradients of earlier micro-batches, states of an optimizer in backward are not there yet."""
     units = len(locate.find_parts(model).layers)
     recorder = Recorder(_label_modules(model), units)
     runtime = FakeCardRuntime(recorder, most_chunks) if on == "cuda" else FakeRuntime(most_chunks)
     attention = "flash" if model.config._attn_implementation == FLASH else recipe.attention
-    device = as_on_cuda(recorder, attention, platform) if on == "cuda" else on_fake_tensors()
-    with device, record_fsdp(recorder) if recipe.sharded else nullcontext():
-        bare_recipe = recipe.changed(optimizer="sgd") if not recipe.optimizer_in_backward else recipe
-        step = TrainingStep(model, bare_recipe, seq_len, runtime)
+    samples = recipe.samples_in_row
+    device = as_on_cuda(recorder, attention, platform, samples) if on == "cuda" else on_fake_tensors(samples)
+    liger = liger_kernels(model) if recipe.kernels == "liger" and on == "cuda" else nullcontext()
+    with device, liger, record_fsdp(recorder) if recipe.sharded else nullcontext():
+        bare = {"optimizer": "sgd", "fp32_embedding_states": False}
+        bare_recipe = recipe if recipe.optimizer_in_backward else recipe.changed(**bare)
+        packages = StandInPackages() if on == "cuda" else NoPackages()
+        step = TrainingStep(model, bare_recipe, seq_len, runtime, packages)
         if (checkpoints := checkpoints_of(model)) is not None:
-            checkpoints.bounds = {*starts, units}
-        make_states(step.backward_optimizers)
-        if recipe.accumulation > 1:
+            checkpoints.segments = segments_of(recipe, starts, units)
+        if not first:
+            make_states(step.backward_optimizers)
+        if recipe.accumulation > 1 and not first:
             for weight in weights_to_train(model):
                 weight.grad = torch.empty_like(weight)
         recorder.add_residents(_resident_tensors(model, step.backward_optimizers))
         kernel_buffers = KernelBuffers(recorder) if on == "cpu" else KernelWorkspaces(recorder)
-        with _name_failures(model), quiet_transformers(), recorder, kernel_buffers, recorder.watch_modules(model):
+        with _name_failures(model), quiet_packages(), recorder, kernel_buffers, recorder.watch_modules(model):
             recorder.begin_pass(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
+            step.positions = step.make_positions()
             note_tokens(step.tokens)
-            loss = step.forward()
-            recorder.begin_pass(Pass.BACKWARD)
-            loss.backward()
-            loss = loss.detach()
+            with step.offloading:
+                loss = step.forward()
+                recorder.begin_pass(Pass.BACKWARD)
+                loss.backward()
+                loss = loss.detach()
             del loss
             recorder.begin_pass(Pass.OPTIMIZER)
+        if first:
+            on_host = OPTIMIZERS[recipe.optimizer].keys_on_host(recipe) if on == "cuda" else ()
+            for name, state in _optimizer_states(step.backward_optimizers):
+                recorder.set_category(state, Category.STATES, host=name in on_host)
     return recorder.close()
 
 
@@ -301,7 +372,7 @@ def _layer_signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashabl
 
 def _describe_weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
     """Parameters and buffers; of sharded ones this card's share."""
-    shards = [(name, w, shard_shape(tuple(w.shape), recipe.gpus)) for name, w in model.named_parameters()]
+    shards = [(name, w, shard_shape(tuple(w.shape), recipe.shards)) for name, w in model.named_parameters()]
     tensors = [*shards, *((name, t, tuple(t.shape)) for name, t in model.named_buffers())]
     return tuple(
         Weight(name, shape, _dtype_name(t), prod(shape) * t.element_size(), t.requires_grad)
@@ -389,32 +460,46 @@ def _resident_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def _optimizer_states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, torch.Tensor]]:
-    return [
+    """By name. What several weights share is listed once."""
+    named = [
         (name, t) for o in optimizers for state in o.state.values() for name, t in state.items() if torch.is_tensor(t)
     ]
+    return list({id(t): (name, t) for name, t in named}.values())
+
+
+def _sizes(model: PreTrainedModel, recipe: Recipe) -> Sizes:
+    """Of the weights that are trained, in shards; and their kinds, where the optimizer asks for them."""
+    asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
+    return tuple(
+        (shard_shape(tuple(w.shape), recipe.shards), w.dtype, kinds_of(w) if asks else frozenset())
+        for w in weights_to_train(model)
+    )
 
 
 @lru_cache(maxsize=16)
-def _record_update(sizes: Sizes, optimizer: str, kernel: str, apart: bool) -> tuple[Recording, tuple[State, ...]]:
-    """What the optimizer's step makes and lets go of, over weights of these sizes, once it has its states; and the states.
-    apart: each weight has an optimizer of its own.
+def _record_update(sizes: Sizes, recipe: Recipe, on: str) -> tuple[Recording, tuple[State, ...]]:
+    """What clipping and the optimizer's step make and let go of, over weights of these sizes, once it has its states; and the states.
 
     The first step is run, and what it leaves behind are the states. On meta tensors, which take a fraction of fake ones' time;
     fused kernels know no meta tensors, and step one by one over CPU's.
     """
-    recipe = Recipe.model_construct(optimizer=optimizer, adamw_kernel=kernel)
-    fused, make = OPTIMIZERS[optimizer].is_fused(recipe), OPTIMIZERS[optimizer].make(recipe)
+    fused, apart = OPTIMIZERS[recipe.optimizer].is_fused(recipe), recipe.optimizer_in_backward
     recorder = Recorder({}, 0)
-    with FakeTensorMode() if fused else nullcontext():
+    with FakeTensorMode() if fused else nullcontext(), clipping_on_cuda(recorder) if on == "cuda" else nullcontext():
         weights = [
-            nn.Parameter(torch.empty(shape, dtype=dtype, device="cpu" if fused else "meta")) for shape, dtype in sizes
+            nn.Parameter(torch.empty(shape, dtype=dtype, device="cpu" if fused else "meta"))
+            for shape, dtype, _ in sizes
         ]
+        kinds = {weight: kinds for weight, (_, _, kinds) in zip(weights, sizes, strict=True)}
+        make = make_fake_optimizer(recipe, kinds.__getitem__)
         for weight in weights:
             weight.grad = torch.empty_like(weight)
         optimizers = [make(group) for group in ([[w] for w in weights] if apart else [weights])]
         recorder.add_residents(t for w in weights for t in (w, w.grad) if t is not None)
         with recorder:
             recorder.begin_pass(Pass.OPTIMIZER)
+            if recipe.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)
             for each in optimizers:
                 each.step()
         states = tuple(

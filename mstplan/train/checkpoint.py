@@ -1,4 +1,4 @@
-"""Checkpoints over one layer or several, their inputs on the device or on the host.
+"""Checkpoints over one layer or several, or some of the layers, their inputs on the device or on the host.
 
 transformers hands every decoder layer's run to a function of one's choice (`_set_gradient_checkpointing`); `Checkpoints.run`
 is that function. torch's own checkpoint does the work: it is opened at the first layer of a segment and closed after the
@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
@@ -20,27 +21,32 @@ from torch.utils import checkpoint as torch_checkpoint
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..step.recipe import Recipe
+from ..step.steps import checkpointed_layers, every_nth
 from .mlp import materialize
 from .offload import HostCopies
 from .runtime import Runtime
 
 LayerRun = Callable[..., Any]
+ContextPair = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 
 class Checkpoints:
-    """`every` layers to a checkpoint. One for a model; `abandon_segment` after a forward pass that failed."""
+    """Checkpoints of a model's layers as a recipe has them. One for a model; `abandon_segment` after a forward pass that failed."""
 
-    def __init__(
-        self, model: PreTrainedModel, layers: Sequence[nn.Module], every: int, offload: bool, runtime: Runtime
-    ):
+    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], recipe: Recipe, runtime: Runtime):
         self.name = type(model).__name__
-        self.bounds = {*range(0, len(layers), every), len(layers)}  # where a checkpoint begins or ends
-        self.host_copies = HostCopies(runtime) if offload else None
+        self.segments = segments_of(recipe, checkpointed_layers(recipe, len(layers)), len(layers))
+        self.host_copies = HostCopies(runtime) if recipe.offload_layer_inputs else None
+        self.contexts: ContextPair = (
+            runtime.keep_attention if recipe.checkpoint == "selective" else torch_checkpoint.noop_context_fn
+        )
         self._segment = ExitStack()  # the one being run, its layers so far, and what the last of them gave
         self._runs: list[tuple[LayerRun, tuple[Any, ...]]] = []
         self._next_index = 0
         self.recomputing: int | None = None  # the number of the layer that is being run again
         self.discards_output = False  # and will nobody read its output?
+        self.is_running = False  # is a layer being run, for the first time or again?
         self._output: Any = None
         self.model, self.flags_before = (
             model,
@@ -69,22 +75,31 @@ class Checkpoints:
                 f"{self.name} gives its layers their hidden states by name, so they cannot be checkpointed here.\nSet checkpoint='none'."
             )
         try:
-            if index in self.bounds:
+            if index in self.segments:
                 self._begin_segment(index, args[0])
+            elif not any(start < index < stop for start, stop in self.segments.items()):
+                return self._run(run, *args)  # between checkpoints
             elif self._next_index != index or args[0] is not self._output:
                 raise ModelError(
                     f"{self.name} does not hand layer {index - 1}'s output to layer {index} as it is (FSDP wraps it, too), so checkpoints cannot span layers."
                     "\nSet checkpoint='layer'."
                 )
             self._runs.append((run, args[1:]))
-            out = materialize(run(*args))
+            out = self._run(run, *args)
             self._next_index, self._output = index + 1, _hidden_states(out)
-            if self._next_index in self.bounds:
+            if self._next_index in self.segments.values():
                 self._end_segment()
         except BaseException:
             self.abandon_segment()
             raise
         return out
+
+    def _run(self, run: LayerRun, *args: Any) -> Any:
+        self.is_running = True
+        try:
+            return materialize(run(*args))
+        finally:
+            self.is_running = False
 
     def _begin_segment(self, index: int, hidden: torch.Tensor) -> None:
         self.abandon_segment()
@@ -95,14 +110,15 @@ class Checkpoints:
             try:
                 for n, (run, other_args) in enumerate(runs, 1):
                     self.recomputing, self.discards_output = index + n - 1, n == len(runs)
-                    hidden = _hidden_states(materialize(run(hidden, *other_args)))
+                    hidden = _hidden_states(self._run(run, hidden, *other_args))
             finally:
                 self.recomputing, self.discards_output = None, False
 
-        self._segment = ExitStack()
-        if self.host_copies is not None and torch.is_grad_enabled():
-            self._segment.enter_context(self.host_copies.keep_on_host(index))
-        self._segment.enter_context(_checkpoint(recompute, hidden))
+        with ExitStack() as entered:  # left again if the host has no room for the input
+            if self.host_copies is not None and torch.is_grad_enabled():
+                entered.enter_context(self.host_copies.keep_on_host(index, len(self.segments)))
+            entered.enter_context(_checkpoint(recompute, hidden, self.contexts))
+            self._segment = entered.pop_all()
 
     def _end_segment(self) -> None:
         self._output, self._runs = None, []
@@ -112,6 +128,11 @@ class Checkpoints:
         """Close a segment that an error left open."""
         if self._runs:
             self._end_segment()
+
+
+def segments_of(recipe: Recipe, starts: Sequence[int], count: int) -> dict[int, int]:
+    """Checkpoints over `count` layers: the first layer of each, one of `starts`, and the layer after its last."""
+    return {n: n + 1 for n in starts} if every_nth(recipe) is not None else dict(pairwise([*starts, count]))
 
 
 _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -127,14 +148,15 @@ def _keep_checkpointing_on(_model: nn.Module, *_args: Any, **_kwargs: Any) -> No
     """Checkpointing is on already, as `minisequence` was told."""
 
 
-def _checkpoint(recompute: Callable[[torch.Tensor], None], hidden: torch.Tensor) -> AbstractContextManager[None]:
+def _checkpoint(
+    recompute: Callable[[torch.Tensor], None], hidden: torch.Tensor, contexts: ContextPair
+) -> AbstractContextManager[None]:
     """torch's checkpoint as a context: it keeps `hidden` and drops whatever is saved within, until `recompute` makes it anew.
+    contexts: makes what the first run and the second run in.
     torch.utils.checkpoint.checkpoint takes one function, but the layers of a segment are called one by one by the model."""
     generator = torch_checkpoint._checkpoint_without_reentrant_generator
     early_stop = (True,) if "early_stop" in inspect.signature(generator).parameters else ()  # not in older torch
-    return contextmanager(generator)(
-        recompute, True, torch_checkpoint.noop_context_fn, "default", False, *early_stop, hidden
-    )
+    return contextmanager(generator)(recompute, True, contexts, "default", False, *early_stop, hidden)
 
 
 def _hidden_states(out: Any) -> torch.Tensor:

@@ -9,11 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, UnreadError
-from ..plan.solve import choose_chunks
+from ..plan.solve import choose_chunks, fixed_chunks
 from ..spec.config import read_config
 from ..spec.hardware import Card, card, card_that_torch_names, host_memory
+from ..spec.model import Model
 from ..step.recipe import Recipe
-from ..step.steps import Chunks
+from ..step.steps import Chunks, every_nth
 from .stand_in import stand_in
 
 _ATTENTION = {
@@ -23,8 +24,24 @@ _ATTENTION = {
     "flash_attention_4": "flash",
 }
 
-
 LOG = logging.getLogger("mstplan")
+
+
+def attention_of(config: Any) -> str:
+    """What a recipe calls the attention that a transformers configuration asks for."""
+    return _ATTENTION.get(getattr(config, "_attn_implementation", "sdpa"), "sdpa")
+
+
+def describe(config: Any, module: PreTrainedModel | None = None) -> Model:
+    """The planner's description of a transformers configuration; of what it does not read one taken from the module, if there is one.
+    Raises ModelError."""
+    name = type(config).__name__
+    try:
+        return read_config(config.to_dict(), name)
+    except UnreadError as e:
+        if module is None:
+            raise
+        return stand_in(module, name, str(e).splitlines()[0])
 
 
 class ChunkCounts:
@@ -35,20 +52,18 @@ class ChunkCounts:
     """
 
     def __init__(self, config: Any, recipe: Recipe, module: PreTrainedModel | None = None):
-        self.recipe = recipe.changed(attention=_ATTENTION.get(getattr(config, "_attn_implementation", "sdpa"), "sdpa"))
+        self.recipe = recipe.changed(attention=attention_of(config))
         self.fixed: Chunks | None = None
         self._recommended: dict[tuple[Any, ...], Chunks] = {}
-        if recipe.mlp_chunks != "auto" and recipe.loss_chunks != "auto":
-            self.fixed = Chunks(recipe.mlp_chunks, recipe.loss_chunks)
+        if not recipe.is_open:
+            self.fixed = fixed_chunks(recipe)
             return
         try:
-            self.model = read_config(config.to_dict(), type(config).__name__)
+            self.model = describe(config, module)
         except ModelError as e:
-            if isinstance(e, UnreadError) and module is not None:
-                self.model = stand_in(module, type(config).__name__, str(e).splitlines()[0])
-                return
             raise ModelError(
-                f"no chunks can be recommended: {str(e).splitlines()[0]}\nGive mlp_chunks and loss_chunks."
+                f"no chunks can be recommended: {str(e).splitlines()[0]}\nGive mlp_chunks and loss_chunks"
+                + (", and attention_groups." if recipe.layer_in_chunks else ".")
             ) from None
 
     def chunks_for(self, hidden: torch.Tensor) -> Chunks:
@@ -63,17 +78,32 @@ class ChunkCounts:
             precision = "mixed" if mixed else "bf16" if hidden.dtype.itemsize == 2 else "fp32"
             recipe = self.recipe.changed(batch=batch, precision=precision)
             chunks = choose_chunks(self.model, recipe, card_of(hidden.device), length)
-            LOG.info("minisequence: %d x %d tokens in %d (MLP) and %d (loss) chunks", batch, length, *chunks)
+            LOG.info(
+                "minisequence: %d x %d tokens in %d (MLP) and %d (loss) chunks, heads in %d groups",
+                batch,
+                length,
+                *chunks,
+            )
             self._recommended[key] = chunks
         return self._recommended[key]
 
     def describe_recipe(self) -> str:
-        recipe, every = self.recipe, {"none": "no checkpoints", "layer": "every layer checkpointed"}
+        recipe, every = (
+            self.recipe,
+            {
+                "none": "no checkpoints",
+                "layer": "every layer checkpointed",
+                "selective": "every layer checkpointed but for attention",
+            },
+        )
+        if (nth := every_nth(recipe)) is not None:
+            every[str(recipe.checkpoint)] = f"every {nth}. layer checkpointed"
         numbers = {"auto": "in as many chunks as recommended", 1: "in one piece"}
         mlp, loss = (numbers.get(n, f"in {n} chunks") for n in (recipe.mlp_chunks, recipe.loss_chunks))
         checkpoints = every.get(str(recipe.checkpoint), f"checkpoints over {recipe.checkpoint} layers")
         offload = ", layer inputs in CPU RAM" if recipe.offload_layer_inputs else ""
-        return f"MLP {mlp}, loss {loss}, {checkpoints}{offload}"
+        what = "layers but for attention" if recipe.layer_in_chunks else "MLP"
+        return f"{what} {mlp}, loss {loss}, {checkpoints}{offload}"
 
 
 def card_of(device: torch.device) -> Card:

@@ -10,7 +10,7 @@ which takes what the other gives.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -60,16 +60,16 @@ def find_parts(model: nn.Module) -> ModelParts:
     raise ModelError(f"{name} has no decoder layers (transformers' GradientCheckpointingLayer, or a list of layers).")
 
 
-def find_mlps(parts: ModelParts) -> list[tuple[nn.Module, LayerMlp]]:
-    """Layers and their MLPs; layers that only mix tokens have none. Raises ModelError when no layer has one, or when a
-    layer owns matrices that are neither."""
+def find_mlps(parts: ModelParts, layers: Sequence[nn.Module] | None = None) -> list[tuple[nn.Module, LayerMlp]]:
+    """Layers, all or some, and their MLPs; layers that only mix tokens have none. Raises ModelError when no layer of all has one, or
+    when a layer owns matrices that are neither."""
     mlps = {
         mlp.first: (layer, mlp)
-        for layer in parts.layers
+        for layer in (parts.layers if layers is None else layers)
         for part in _layer_and_sublayers(layer)
         for mlp in _layer_mlps(parts.model, part)
     }
-    if not mlps:
+    if not mlps and layers is None:
         kinds = ", ".join(sorted({type(child).__name__ for child in parts.layers[0].children()}))
         raise ModelError(
             f"{type(parts.model).__name__}: no MLP found in {type(parts.layers[0]).__name__}, whose parts are {kinds}.\nSet mlp_chunks=1."
@@ -79,9 +79,9 @@ def find_mlps(parts: ModelParts) -> list[tuple[nn.Module, LayerMlp]]:
 
 def _layer_mlps(model: nn.Module, layer: nn.Module) -> list[LayerMlp]:
     outside = list(_modules_outside_mixers(layer))
-    followers = tuple(m for m in outside if _takes_tokens_alone(m) and not _count_matrices(m))
+    followers = tuple(m for m in outside if takes_tokens_alone(m) and not count_matrices(m))
     children = [part for child in layer.children() for part in (child if isinstance(child, nn.ModuleList) else [child])]
-    modules = [child for child in children if _count_matrices(child) > 1 and _takes_tokens_alone(child)]
+    modules = [child for child in children if count_matrices(child) > 1 and takes_tokens_alone(child)]
     served = {id(p) for module in modules for p in module.parameters()}
     if any(p.dim() == 3 and id(p) not in served for part in outside for p in part.parameters(recurse=False)):
         raise ModelError(
@@ -107,7 +107,7 @@ def _layer_and_sublayers(layer: nn.Module) -> list[nn.Module]:
     for part in layer.modules():
         children = list(part.children())
         attends = any(mixes_tokens(c) and not isinstance(c, nn.modules.conv._ConvNd) for c in children)
-        if part is not layer and attends and any(_count_matrices(c) > 1 and _takes_tokens_alone(c) for c in children):
+        if part is not layer and attends and any(count_matrices(c) > 1 and takes_tokens_alone(c) for c in children):
             layers.append(part)
     return layers
 
@@ -130,7 +130,7 @@ def mixes_tokens(module: nn.Module) -> bool:
     return any(part in name for name in names if not name.endswith("hidden_states") for part in MIXING)
 
 
-def _takes_tokens_alone(module: nn.Module) -> bool:
+def takes_tokens_alone(module: nn.Module) -> bool:
     """Does it take one tensor and nothing by which to look at other tokens?"""
     parameters = inspect.signature(module.forward).parameters.values()
     required = [
@@ -139,7 +139,7 @@ def _takes_tokens_alone(module: nn.Module) -> bool:
     return len(required) == 1 and not mixes_tokens(module)
 
 
-def _count_matrices(module: nn.Module) -> int:
+def count_matrices(module: nn.Module) -> int:
     """How many it owns; a stack of matrices, such as experts', is several."""
     return sum(p.dim() - 1 for p in module.parameters() if p.dim() >= 2)
 

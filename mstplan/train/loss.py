@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import ModelError
 from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summing_products
 from .lazy import LazyTensor, Run
-from .runtime import Runtime
+from .runtime import Runtime, saving_here
 from .weight_stand_ins import current_autocast, swap_weights, trained_weights
 
 
@@ -175,6 +175,7 @@ class _ChunkedLoss(torch.autograd.Function):
             with (
                 torch.set_grad_enabled(wants_any),
                 torch.autocast(**autocast),
+                saving_here(),
                 swap_weights(modules, list(weights)) as leaves,
             ):
                 with summing_products(sums_products, leaves, sums, runtime):

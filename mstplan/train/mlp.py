@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import ModelError
 from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summing_products
 from .lazy import LazyTensor, Run
-from .runtime import Runtime
+from .runtime import Runtime, saving_here
 from .weight_stand_ins import current_autocast, swap_weights, trained_weights
 
 
@@ -122,16 +122,9 @@ def check_tokenwise(run: Run, x: torch.Tensor, modules: tuple[nn.Module, ...]) -
     if type(x) is not torch.Tensor or x.is_meta:  # no values, or traced
         return
     sample = x.detach().flatten(0, -2)[:4].unsqueeze(0)
-    training = [m for module in modules for m in module.modules() if m.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            together = _hidden_states(run(sample))
-            apart = torch.cat([_hidden_states(run(sample[:, :1])), _hidden_states(run(sample[:, 1:]))])
-    finally:
-        for module in training:
-            module.training = True
+    with stopped_training(*modules), torch.no_grad():
+        together = _hidden_states(run(sample))
+        apart = torch.cat([_hidden_states(run(sample[:, :1])), _hidden_states(run(sample[:, 1:]))])
     name = type(modules[0]).__name__
     if together.shape != apart.shape or together.shape[0] != sample.shape[1]:
         raise ModelError(f"cannot run {name} in chunks: it does not give one row for each token.\nSet mlp_chunks=1.")
@@ -139,6 +132,25 @@ def check_tokenwise(run: Run, x: torch.Tensor, modules: tuple[nn.Module, ...]) -
         raise ModelError(
             f"cannot run {name} in chunks: what it gives for a token depends on the tokens beside it.\nSet mlp_chunks=1."
         )
+
+
+@contextmanager
+def stopped_training(*modules: nn.Module) -> Iterator[None]:
+    """Within the context the modules draw no random numbers."""
+    training = [m for module in modules for m in module.modules() if m.training and not _is_quantised(m)]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Linear layers of 4 bits draw no random numbers; and on some CPUs bitsandbytes packs their weights anew for good where they run once
+    outside of training (its nn/modules.py, Linear4bit.forward)."""
+    return any(not weight.is_floating_point() for weight in module.parameters(recurse=False))
 
 
 def draws_random(modules: tuple[nn.Module, ...]) -> bool:
@@ -215,7 +227,7 @@ class _ChunkedMlp(torch.autograd.Function):
             return torch.empty_like(x)
         out: torch.Tensor | None = None
         for n, place in runtime.chunk_slices(x.shape[0], rows):
-            with _seeded(x.device, seed, n):
+            with seeded(x.device, seed, n):
                 piece = run(x[place].unsqueeze(0))
             dropped_counts[0] = len(piece) - 1 if isinstance(piece, tuple) else 0
             piece = _hidden_states(piece)
@@ -252,7 +264,7 @@ class _ChunkedMlp(torch.autograd.Function):
 
 def _rerun_chunk(ctx: Any, n: int, piece: torch.Tensor) -> torch.Tensor:
     """Chunk n's forward once more, with the random numbers and the autocast of the first time."""
-    with _seeded(piece.device, ctx.seed, n), torch.enable_grad(), torch.autocast(**ctx.autocast):
+    with seeded(piece.device, ctx.seed, n), torch.enable_grad(), torch.autocast(**ctx.autocast), saving_here():
         return _hidden_states(ctx.run(piece.unsqueeze(0)))
 
 
@@ -263,7 +275,7 @@ def _hidden_states(out: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int | None, chunk: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int | None, chunk: int) -> Iterator[None]:
     """Random numbers of their own for a chunk, the same in both passes; None: nothing random happens."""
     if seed is None:
         yield

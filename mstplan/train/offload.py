@@ -18,14 +18,49 @@ from typing import Any
 
 import torch
 
+from ..errors import RecipeError
+from ..units import format_gib
 from .runtime import Runtime
+
+
+class HostRooms:
+    """Memory on the host that is free again, for the next step's layer inputs: allocating pinned memory takes longer than filling it."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._free: list[torch.Tensor] = []
+
+    def take(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+        """Room for a tensor like `like`, maybe with more behind it. Of shorter rooms one goes for each that is made."""
+        fitting = [n for n, r in enumerate(self._free) if r.dtype == like.dtype and r.numel() >= like.numel()]
+        if fitting:
+            return self._free.pop(min(fitting, key=lambda n: self._free[n].numel()))
+        if self._free:
+            self._free.pop()
+        return self.runtime.empty_on_host(like, pinned)
+
+    def give_back(self, room: torch.Tensor, pinned: bool) -> None:
+        """Keep it for the next step, if it is pinned: other memory is had at once."""
+        if pinned:
+            self._free.append(room)
+
+    def check(self, like: torch.Tensor, count: int) -> None:
+        """Check that the host has room for so many tensors like `like`. Raises RecipeError."""
+        free_bytes = self.runtime.free_on_host()
+        wanted = count * like.numel() * like.itemsize - sum(room.numel() * room.itemsize for room in self._free)
+        if free_bytes is not None and wanted > free_bytes:
+            raise RecipeError(
+                f"{count} layer inputs of {format_gib(like.numel() * like.itemsize)} do not fit in CPU RAM: {format_gib(free_bytes)} are free."
+                "\nShorten the sequences, take fewer checkpoints (checkpoint='sqrt'), or leave offload out."
+            )
 
 
 class HostCopies:
     """The layer inputs of a model that are, or were, on the host. They live as long as the graph that needs them."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+        self.runtime, self.rooms = runtime, HostRooms(runtime)
+        self._checked = 0  # bytes of the largest layer input that the host was found to have room for
         self._latest: Callable[[], HostCopy | None] = _no_copy
         self._streams: dict[torch.device, Any] = {}
 
@@ -33,12 +68,16 @@ class HostCopies:
         return HostCopies(self.runtime)  # of another model
 
     @contextmanager
-    def keep_on_host(self, index: int) -> Iterator[None]:
-        """Within the context, what autograd saves is kept on the host; index: of the layer, 0 begins a forward pass."""
+    def keep_on_host(self, index: int, count: int) -> Iterator[None]:
+        """Within the context, what autograd saves is kept on the host; index: of the layer, 0 begins a forward pass; count: of layer
+        inputs in one. Raises RecipeError when the host has no room for them."""
 
         def pack(tensor: torch.Tensor) -> HostCopy:
+            if tensor.numel() * tensor.itemsize > self._checked:
+                self.rooms.check(tensor, count)
+                self._checked = tensor.numel() * tensor.itemsize
             previous = self._latest if index > 0 else _no_copy
-            copy = HostCopy(tensor, previous, self._side_stream(tensor.device), self.runtime)
+            copy = HostCopy(tensor, previous, self._side_stream(tensor.device), self.rooms)
             if (latest := previous()) is not None:
                 latest.release()
             self._latest = weakref.ref(copy)
@@ -61,11 +100,13 @@ class HostCopy:
     """One tensor on the host. previous: gives that of the layer before, which backward wants next."""
 
     def __init__(
-        self, tensor: torch.Tensor, previous: Callable[[], HostCopy | None], side_stream: Any, runtime: Runtime
+        self, tensor: torch.Tensor, previous: Callable[[], HostCopy | None], side_stream: Any, rooms: HostRooms
     ):
         self.previous, self.side_stream, self.device = previous, side_stream, tensor.device
         self.fetched: torch.Tensor | None = None
-        self.host_tensor = runtime.empty_on_host(tensor, pinned=side_stream is not None)
+        self.rooms, self.room = rooms, rooms.take(tensor, pinned=side_stream is not None)
+        same = self.room.shape == tensor.shape
+        self.host_tensor = self.room if same else self.room.flatten()[: tensor.numel()].view(tensor.shape)
         self.source: torch.Tensor | None = tensor  # held until the copy is done
         self._copy(self.source, self.host_tensor)
 
@@ -98,6 +139,8 @@ class HostCopy:
             self.fetched is not None
         ):  # fetched for nothing: its memory must not go to others before the copy has arrived
             self._wait()
+        if hasattr(self, "room"):  # on the side stream, which fills it next, all copies from it come before
+            self.rooms.give_back(self.room, pinned=self.side_stream is not None)
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         if self.side_stream is None:

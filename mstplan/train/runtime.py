@@ -5,9 +5,18 @@ Training takes `RUNTIME`. A step of which only the memory is wanted hands in a s
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from ..errors import MissingError, RecipeError, one_line
+from ..spec.hardware import free_host_memory
 
 
 class Runtime:
@@ -39,6 +48,10 @@ class Runtime:
                 f"no pinned CPU RAM for {like.numel() * like.itemsize} bytes more of layer inputs"
             ) from e
 
+    def free_on_host(self) -> int | None:
+        """Bytes of CPU RAM that can still be had; None: not known."""
+        return free_host_memory()
+
     def draw_seed(self) -> int | None:
         """For the random numbers of one MLP's chunks; None: they need not be the same in both passes."""
         return int(torch.randint(1 << 62, ()))
@@ -47,6 +60,72 @@ class Runtime:
         """(number, place) of each chunk of at most `rows` of `tokens` tokens."""
         for n, start in enumerate(range(0, tokens, rows)):
             yield n, slice(start, min(start + rows, tokens))
+
+    def offload_saved(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        """What the forward and the backward pass of a step run in whose saved tensors are kept in CPU RAM: TRL's activation_offloading.
+        Raises MissingError without trl, RecipeError on a CPU."""
+        if next(model.parameters()).device.type == "cpu":
+            raise RecipeError(
+                "saved tensors move from a GPU to CPU RAM, and here is no GPU.\nLeave offload='saved-tensors' out, or take a GPU."
+            )
+        try:
+            from trl.models.activation_offloading import get_act_offloading_ctx_manager
+        except ImportError as e:
+            raise MissingError(
+                f"offload='saved-tensors' runs TRL's activation_offloading, and trl cannot be imported ({one_line(e)}).\n"
+                "pip install trl, or use offload='layer-inputs'."
+            ) from None
+        context: AbstractContextManager[Any] = get_act_offloading_ctx_manager(model, warn_if_no_head=False)
+        return context
+
+    def keep_attention(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """What the first run of a selective checkpoint runs in, and the second, which finds attention's results there."""
+        results: deque[Any] = deque()
+        return _Attention(results, again=False), _Attention(results, again=True)
+
+
+_ATTENTION = {
+    getattr(torch.ops.aten, name).default
+    for name in (f"_scaled_dot_product_{kernel}_attention" for kernel in ("flash", "efficient", "cudnn"))
+    if hasattr(torch.ops.aten, name)
+} | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+
+def is_attention(operation: Any) -> bool:
+    """TRL's choice for its `selective` (trl/models/selective_activation_checkpointing.py): attention's kernels, also of the flash-attn
+    package, whose name its operations have in theirs."""
+    return operation in _ATTENTION or "flash_attn" in str(operation)
+
+
+class _Attention(TorchDispatchMode):
+    """Results of attention's kernels go into `results`, or come from there. As torch's create_selective_checkpoint_contexts does it, but
+    that asks for the same operations in both runs, and an MLP in chunks runs others the second time."""
+
+    def __init__(self, results: deque[Any], again: bool):
+        super().__init__()
+        self.results, self.again = results, again
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not is_attention(func):
+            return func(*args, **(kwargs or {}))
+        if not self.again:
+            out = func(*args, **(kwargs or {}))
+            self.results.append(tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, out))
+            return out
+        if not self.results:
+            raise RuntimeError("a step with selective checkpoints is backpropagated once")
+        return self.results.popleft()
+
+
+@contextmanager
+def saving_here() -> Iterator[None]:
+    """Within the context saved tensors stay where they are: a chunk's own graph is gone before hooks around the step could move them."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in older torch
+    if top is not None and top(False) is None:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 RUNTIME = Runtime()

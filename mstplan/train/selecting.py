@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..step.selection import Kinds, Named, Selection, WeightKind
 from .locate import find_parts, mixes_tokens
+
+if TYPE_CHECKING:
+    from ..step.optimizers.base import KindsOf
 
 
 def freeze(model: PreTrainedModel, selection: Selection) -> None:
@@ -29,6 +35,12 @@ def named_weights(model: PreTrainedModel) -> dict[nn.Parameter, Named]:
             full_name = f"{path}.{name}" if path else name
             names_by_weight[weight] = Named((*earlier.names, full_name), earlier.kinds | kinds.get(module, frozenset()))
     return names_by_weight
+
+
+def kinds_in(model: PreTrainedModel) -> KindsOf:
+    """A function from a weight of the model to its kinds, which are looked up once they are asked for."""
+    names_by_weight = cache(lambda: named_weights(model))
+    return lambda weight: names_by_weight()[weight].kinds
 
 
 def _kinds_of_modules(model: PreTrainedModel) -> dict[nn.Module, Kinds]:

@@ -6,26 +6,33 @@ Only the recorder around it differs. Passes follow the step model's instants: fo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from ..errors import ModelError, one_line
+from ..spec.config import TEXT_TYPES, text_of
+from ..spec.published import as_transformers_has_it
 from ..step.instants import Pass
 from ..step.losses import LOSSES
-from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
 from ..step.runnable import check_runnable
 from ..step.selection import Selection
+from .adapters import add_adapters, prepare_for_kbit
+from .fused import PACKAGES, Packages
+from .quantise import quantise
+from .quiet import quiet_packages
 from .runtime import RUNTIME, Runtime
-from .selecting import freeze
+from .selecting import freeze, kinds_in
+from .text_part import from_settings, text_settings
 from .wrap import Minisequence
 
 if TYPE_CHECKING:
@@ -38,12 +45,18 @@ NO_HOST_MEMORY = "can't allocate memory"
 
 
 def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> PreTrainedConfig:
-    """transformers' configuration object of a config.json. code_from: the folder or Hugging Face id that it lies in, when
-    the code that lies there may be run. Raises ModelError when transformers has no code for it."""
-    fields = {name: value for name, value in config.items() if name != "quantization_config"}
+    """transformers' configuration object of a config.json; of a model of text and images that of its text part, where there is one.
+    code_from: the folder or Hugging Face id that it lies in, when the code that lies there may be run. Raises ModelError when
+    transformers has no code for it."""
     kind = one_line(config.get("model_type"))
     if code_from is not None and "auto_map" in config:
         return _read_or_refuse(lambda: AutoConfig.from_pretrained(code_from, trust_remote_code=True), kind)
+    config = as_transformers_has_it(config)
+    if one_line(config.get("model_type")) not in CONFIG_MAPPING:
+        config = as_transformers_has_it(text_of(config))
+    kind = one_line(config.get("model_type"))
+    kind = kind if kind in CONFIG_MAPPING else TEXT_TYPES.get(kind, kind)
+    fields = {name: value for name, value in config.items() if name not in ("model_type", "quantization_config")}
     if kind not in CONFIG_MAPPING:
         way_out = (
             "--trust-remote-code runs the code that comes with it."
@@ -53,12 +66,21 @@ def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> Pr
         raise ModelError(
             f"transformers {transformers.__version__} has no code for this model (model_type {kind}).\n{way_out}"
         )
-    return _read_or_refuse(lambda: AutoConfig.for_model(**fields), kind)
+    return _read_or_refuse(lambda: text_settings(AutoConfig.for_model(kind, **_decode_floats(fields))), kind)
+
+
+def _decode_floats(value: Any) -> Any:
+    """Numbers that JSON has not, as transformers writes them."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _decode_floats(each) for name, each in value.items()}
+    return [_decode_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def _read_or_refuse(read: Callable[[], PreTrainedConfig], kind: str) -> PreTrainedConfig:
     try:
-        with quiet_transformers():
+        with quiet_packages():
             return read()
     except Exception as e:  # noqa: BLE001  transformers raises what it likes
         raise ModelError(f"transformers cannot read this model ({kind}): {one_line(e)}") from None
@@ -70,9 +92,9 @@ def build_model(
     """The model with random weights, in training mode; `settings` stay as they are. remote_code: may code that is not
     transformers' be run? Raises ModelError where there is none."""
     settings = turn_cache_off(copy.deepcopy(settings))
-    with torch.device(device), quiet_transformers():
+    with torch.device(device), quiet_packages():
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model = from_settings(
                 settings, dtype=DTYPES[recipe.precision], attn_implementation=attention, trust_remote_code=remote_code
             )
         except (torch.OutOfMemoryError, MemoryError):
@@ -83,21 +105,17 @@ def build_model(
             raise ModelError(
                 f"transformers cannot build {settings.model_type} with attention {attention!r}: {one_line(str(e).strip(), 200)}"
             ) from None
+    with quiet_packages():
+        if recipe.quantize != "none":
+            quantise(model, recipe)
+        if recipe.kbit_preparation:
+            prepare_for_kbit(model)
+        if recipe.lora_rank:
+            add_adapters(model, recipe)
     freeze(model, Selection(recipe.train, recipe.freeze))
     if recipe.input_gradients:
         model.enable_input_require_grads()
     return model.train()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence what transformers says about settings that no training step reads."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def turn_cache_off(settings: PreTrainedConfig) -> PreTrainedConfig:
@@ -111,55 +129,91 @@ def turn_cache_off(settings: PreTrainedConfig) -> PreTrainedConfig:
 class TrainingStep:
     """A model, its optimizer, and a batch of random tokens (b, s). `run` makes one optimizer step.
 
-    Chunks must be numbers here, not "auto". runtime: what mstplan's own part of the step runs on. Raises RecipeError for
-    what no step can be built for, ModelError for a model that the runtime refuses.
+    Chunks must be numbers here, not "auto". runtime: what mstplan's own part of the step runs on. packages: what
+    makes the optimizer and puts other packages' losses and kernels in place. Raises RecipeError for what no step can be built for, ModelError for a model
+    that the runtime refuses, MissingError for a package that is not installed.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, seq_len: int, runtime: Runtime = RUNTIME):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        seq_len: int,
+        runtime: Runtime = RUNTIME,
+        packages: Packages = PACKAGES,
+    ):
         check_runnable(recipe)
         self.recipe, self.model = recipe, model
         self.device = next(model.parameters()).device
         chunked = recipe.loss_in_chunks
-        if not chunked:
+        if recipe.kernels == "liger":
+            packages.install_kernels(model)
+        if LOSSES[recipe.loss].is_fused:
+            head = model.get_output_embeddings().weight
+            below = any(weight is not head for weight in weights_to_train(model)) or recipe.input_gradients
+            LOSSES[recipe.loss].check(recipe, model.config.model_type, head_alone=not below)
+            packages.install_loss(model, recipe.loss)
+        elif not chunked:
             LOSSES[recipe.loss].install(model)
         if recipe.checkpoint != "none" or chunked or recipe.mlp_chunks != 1:
-            Minisequence(runtime)(
-                model,
-                mlp_chunks=int(recipe.mlp_chunks),
-                loss_chunks=int(recipe.loss_chunks),
-                checkpoint=recipe.checkpoint,
-                offload=recipe.offload_layer_inputs,
-            )
-        make_optimizer = OPTIMIZERS[recipe.optimizer].make(recipe)
-        self.optimizer = None if recipe.optimizer_in_backward else make_optimizer(weights_to_train(model))
-        self.backward_optimizers = step_in_backward(model, make_optimizer) if recipe.optimizer_in_backward else []
+            Minisequence(runtime).wrap(model, recipe)
+        saves_on_host = recipe.offload == "saved-tensors"
+        self.offloading = runtime.offload_saved(model) if saves_on_host else nullcontext()  # of both passes
+        self.replica = DistributedDataParallel(model) if recipe.has_gradient_buckets and dist.is_initialized() else None
+        make = packages.make_optimizer(recipe, kinds_in(model))
+        self.optimizer = None if recipe.optimizer_in_backward else make(weights_to_train(model))
+        self.backward_optimizers = step_in_backward(model, make) if recipe.optimizer_in_backward else []
         vocabulary = vocabulary_of(model)
-        self.tokens, self.labels = (
-            torch.randint(0, vocabulary, (recipe.batch, seq_len), device=self.device) for _ in range(2)
-        )
+        shape = recipe.rows, recipe.row_tokens(seq_len)
+        self.tokens, self.labels = (torch.randint(0, vocabulary, shape, device=self.device) for _ in range(2))
+        self.positions = self.make_positions()
+
+    def make_positions(self) -> torch.Tensor | None:
+        """Position ids of rows of several samples, the last of which may be shorter; None: the model makes its own."""
+        samples, (rows, tokens) = self.recipe.samples_in_row, self.tokens.shape
+        if samples == 1:
+            return None
+        return (torch.arange(tokens, device=self.device) % -(-tokens // samples)).repeat(rows, 1)
 
     def run(self, begin: Callable[[Pass], Any] = lambda _pass: None) -> torch.Tensor:
         """One optimizer step; `begin` is told when each pass of it begins. Returns the loss of the last micro-batch, detached."""
-        for _ in range(self.recipe.accumulation):
-            begin(Pass.FORWARD)
-            loss = self.forward()
-            begin(Pass.BACKWARD)
-            loss.backward()
-            loss = loss.detach()
+        for n in range(self.recipe.accumulation):
+            with self.offloading, self._reduced_later(n + 1 < self.recipe.accumulation):
+                begin(Pass.FORWARD)
+                loss = self.forward()
+                begin(Pass.BACKWARD)
+                loss.backward()
+                loss = loss.detach()
         begin(Pass.OPTIMIZER)
         self.update()
         return loss
 
+    def _reduced_later(self, later: bool) -> AbstractContextManager[None]:
+        """Within the context the ranks' gradients are summed, or, of a micro-batch before the last, are left as they are."""
+        return self.replica.no_sync() if later and self.replica is not None else nullcontext()
+
+    @property
+    def gradient_buckets_bytes(self) -> int:
+        """Bytes of the buckets that DDP has now, as its reducer says."""
+        if self.replica is None:
+            return 0
+        facts = self.replica._get_ddp_logging_data()
+        return sum(map(int, (facts.get("rebuilt_bucket_sizes") or facts["bucket_sizes"]).split(", ")))
+
     def forward(self) -> torch.Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.autocast):
-            loss: torch.Tensor | None = self.model(input_ids=self.tokens, labels=self.labels).loss
+        model = self.model if self.replica is None else self.replica
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.runs_autocast):
+            beside = {"position_ids": self.positions} if self.positions is not None else {}
+            loss: torch.Tensor | None = model(input_ids=self.tokens, labels=self.labels, **beside).loss
         if loss is None:
             raise ModelError(f"{type(self.model).__name__} gives no loss for token ids and labels.")
         return loss
 
     def update(self) -> None:
-        """The optimizer's step; gradients go."""
+        """Clipping and the optimizer's step; gradients go."""
         if self.optimizer is not None:
+            if self.recipe.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(weights_to_train(self.model), self.recipe.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -35,7 +35,11 @@ def swap_weights(modules: Iterable[nn.Module], weights: list[torch.Tensor]) -> I
 
 def trained_weights(*modules: nn.Module) -> list[torch.Tensor]:
     """Each once, in the modules' order. Raises ModelError for weights that are not there as a whole."""
-    parts = [part for module in modules for part in module.modules()]
+    return own_weights([part for module in modules for part in module.modules()])
+
+
+def own_weights(parts: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """`trained_weights` of the modules themselves, without those of modules in them."""
     for part in parts:
         if any(torch.is_tensor(value) and value.requires_grad for value in vars(part).values()):
             _refuse(part, "its weights are views of FSDP 1's flat one. Use FSDP 2 (fully_shard, or fsdp_version: 2)")

@@ -1,17 +1,13 @@
-"""`minisequence(model)`: a transformers model, in place, with its MLPs and its loss in chunks; `minisequence.undo(model)`.
-
-What is put in the way of a module's `forward` is a method bound to that module, and what it has to know stands on the
-module: a deep copy of a model runs on its own weights.
-"""
+"""`minisequence(model)`: a transformers model, in place, with its MLPs and its loss in chunks; `minisequence.undo(model)`."""
 
 from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
-from types import MethodType
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
@@ -20,28 +16,69 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError, RecipeError, did_you_mean, quoted
 from ..plan.layout import chunk_tokens
-from ..step.recipe import Recipe, strategy
-from ..step.steps import segment_length
+from ..step.recipe import EVERY_NTH, Recipe, strategy
+from ..units import SHORTEST
 from .checkpoint import Checkpoints
+from .choosing import choose
 from .chunks import ChunkCounts
+from .fused import LigerKernels, liger_is_at_hand
+from .layers import layer_in_pieces, tokenwise_in_pieces
 from .lazy import LazyTensor
-from .locate import LayerMlp, find_mlps, find_parts
+from .locate import LayerMlp, ModelParts, find_mlps, find_parts
 from .loss import LazyLogits
+from .mixing import watch_attention, without_cache
 from .mlp import MlpIntermediate, MlpOutput, check_tokenwise, materialize, output_is_read
+from .patching import patch_forward, plain_forward, restore_forward
+from .rehearsal import Rehearsed, patch_parts, rehearse
 from .runtime import RUNTIME, Runtime
 
 LOG = logging.getLogger("mstplan")
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
-Checkpoint = Literal["none", "layer", "sqrt"] | int
+Checkpoint = Literal["none", "layer", "sqrt", "selective"] | str | int
 
 
 class _Settings:
     """What a wrapped model and its modules know."""
 
-    def __init__(self, recipe: Recipe, counts: ChunkCounts, checkpoints: Checkpoints | None, runtime: Runtime):
-        self.counts, self.checkpoints, self.runtime = counts, checkpoints, runtime
+    def __init__(
+        self,
+        recipe: Recipe,
+        counts: ChunkCounts,
+        checkpoints: Checkpoints | None,
+        runtime: Runtime,
+        awaiting: _Awaiting | None,
+    ):
+        self.counts, self.checkpoints, self.runtime, self.awaiting = counts, checkpoints, runtime, awaiting
         self.warned = False
+        self.liger: LigerKernels | None = None
         self.mlps, self.loss = recipe.mlp_chunks != 1, recipe.loss_chunks != 1
+
+
+class _Awaiting:
+    """What a model knows whose strategy is chosen when a training step shows how long its sequences are."""
+
+    def __init__(self, minisequence: Minisequence):
+        self.minisequence = minisequence
+        self.batch, self.tokens = 0, 0  # for which a strategy was chosen
+
+    def comes_larger(self, model: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:
+        """The batch and the tokens to choose for, where a training step has more of either than before."""
+        ids = arguments.get("input_ids")
+        ids = arguments.get("inputs_embeds") if ids is None else ids
+        if not (model.training and torch.is_grad_enabled() and torch.is_tensor(ids)):
+            return None
+        batch, tokens = ids.shape[:2]
+        larger = batch > self.batch or tokens > self.tokens
+        return (max(batch, self.batch), max(tokens, self.tokens)) if larger else None
+
+    def choose(self, model: Any, batch: int, tokens: int) -> None:
+        """Wrap the model for such batches, in place of what it was wrapped for."""
+        device = model.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        recipe = choose(model, batch, max(tokens, SHORTEST), autocast)
+        self.batch, self.tokens = batch, tokens
+        self.minisequence.undo(model)
+        self.minisequence._wrap_over(model, recipe, None, self)
 
 
 class Minisequence:
@@ -58,37 +95,103 @@ class Minisequence:
         loss_chunks: int | None = None,
         checkpoint: Checkpoint = "layer",
         offload: bool = False,
+        layer_in_chunks: bool = False,
+        attention_groups: int | None = None,
+        kernels: Literal["torch", "liger"] | None = None,
+        plan: Literal["auto"] | Recipe | None = None,
         **unknown: NoReturn,
     ) -> AnyModel:
         """Train `model` with its MLPs and its LM head and loss over pieces of the sequence, in place.
 
         mlp_chunks, loss_chunks: how many pieces; None: as many as the planner recommends for model, card and length.
-        checkpoint: "none", "layer", "sqrt" (every sqrt(L) layers) or a number of layers. offload: the checkpoints' inputs
-        wait for backward in pinned CPU RAM. The defaults are the planner's strategy `mst`; with offload, `mst-offload`.
+        checkpoint: "none", "layer", "sqrt" (every sqrt(L) layers), a number of layers, "selective" (every layer, but attention is not
+        run again) or "every-2" (every second layer). offload: the checkpoints' inputs wait for backward in pinned
+        CPU RAM. The defaults are the planner's strategy `mst`; with offload, `mst-offload`. layer_in_chunks: all of a layer but attention
+        runs in the chunks (`mst-layer`). attention_groups: of heads, over which attention then runs one after the other.
+        kernels: "liger" puts Liger's norms, rotary embedding and SwiGLU or GeGLU in place of the model's own; None: on a GPU, where
+        liger-kernel is installed and knows the family; "torch": the model's own.
+        plan, in place of all of these: a recipe of the planner's, whose strategy is followed; or "auto": of the strategies that fit the
+        first batch of a training step, and each longer one, the fastest.
 
         Parameters, state_dict keys, saving, generation and evaluation stay as they are. In training with labels the loss
         comes back and the full logits never exist (`logits` is None). Raises ModelError naming what was not found in the
         model, RecipeError for settings that make no sense; the model is as it was then.
         """
         _refuse(unknown)
-        recipe = _read_recipe(mlp_chunks, loss_chunks, checkpoint, offload)
-        parts = find_parts(model)
-        inner = parts.model
-        if hasattr(inner, "_mstplan"):
-            raise ModelError(
-                f"{type(inner).__name__} runs in mini-sequences already.\nCall minisequence.undo(model) first."
+        settings = (mlp_chunks, loss_chunks, checkpoint, offload, layer_in_chunks, attention_groups)
+        if plan is None:
+            return self._wrap_over(model, _read_recipe(*settings), kernels)
+        if (*settings, kernels) != (None, None, "layer", False, False, None, None):
+            raise RecipeError("plan says all that the other settings say.\nLeave them out, or plan.")
+        if isinstance(plan, Recipe):
+            return self.follow(model, plan)
+        if plan != "auto":
+            raise RecipeError(f"plan must be 'auto' or a Recipe, not {quoted(str(plan))}.")
+        inner = self._check_unwrapped(model).model
+        inner._mstplan = _Awaiting(self)
+        patch_forward(inner, _first_forward)
+        return model
+
+    def follow(self, model: AnyModel, recipe: Recipe) -> AnyModel:
+        """Train the model by the strategy of a recipe, in place: its checkpoints, chunks, and layer inputs in CPU RAM. Raises RecipeError for
+        one that asks for what others do."""
+        for asked, what in (
+            (recipe.mlp_chunks != 1 and not recipe.mlp_recompute, "MLP chunks that are not recomputed"),
+            (not recipe.loss_in_chunks and recipe.loss != "transformers", f"the loss {recipe.loss}"),
+            (recipe.offload == "saved-tensors", "saved tensors in CPU RAM"),
+        ):
+            if asked:
+                raise RecipeError(
+                    f"minisequence does not see to {what}.\nTake it out of the recipe, and use what brings it beside minisequence."
+                )
+        return self._wrap_over(model, recipe, recipe.kernels)
+
+    def _wrap_over(
+        self, model: AnyModel, recipe: Recipe, kernels: str | None, awaiting: _Awaiting | None = None
+    ) -> AnyModel:
+        """`wrap` of the model with these kernels; None: Liger's where they are at hand."""
+        if kernels not in (None, "torch", "liger"):
+            raise RecipeError(
+                f"kernels must be 'torch', 'liger', or None for Liger's where they are at hand, not {kernels!r}."
             )
-        mlps = find_mlps(parts) if recipe.mlp_chunks != 1 else []
+        inner = self._check_unwrapped(model).model
+        if kernels == "torch" or (kernels is None and not liger_is_at_hand(inner)):
+            return self.wrap(model, recipe.changed(kernels="torch"), awaiting)
+        liger = LigerKernels(inner)
+        try:
+            self.wrap(model, recipe.changed(kernels="liger"), awaiting)
+        except BaseException:
+            liger.take_out(inner)
+            raise
+        inner._mstplan.liger = liger  # type: ignore[union-attr]
+        return model
+
+    def _check_unwrapped(self, model: nn.Module) -> ModelParts:
+        parts = find_parts(model)
+        if hasattr(parts.model, "_mstplan"):
+            raise ModelError(
+                f"{type(parts.model).__name__} runs in mini-sequences already.\nCall minisequence.undo(model) first."
+            )
+        return parts
+
+    def wrap(self, model: AnyModel, recipe: Recipe, awaiting: _Awaiting | None = None) -> AnyModel:
+        """Train the model with a recipe's checkpoints and chunks, whatever else it says, in place."""
+        parts, checkpoint = self._check_unwrapped(model), recipe.checkpoint
+        inner = parts.model
+        in_layers = recipe.layer_in_chunks and recipe.mlp_chunks != 1
+        rehearsed = _rehearse(inner, parts.layers, recipe) if in_layers else None
+        mlps = _mlps_of(parts, rehearsed) if recipe.mlp_chunks != 1 else []
         counts = ChunkCounts(inner.config, recipe, inner)
         if checkpoint != "none" and not inner.supports_gradient_checkpointing:
             raise ModelError(f"{type(inner).__name__} does not support gradient checkpointing.\nSet checkpoint='none'.")
-        every = segment_length(recipe, len(parts.layers))
-        checkpoints = Checkpoints(inner, parts.layers, every, offload, self.runtime) if every else None
-        settings = _Settings(recipe, counts, checkpoints, self.runtime)
+        checkpoints = Checkpoints(inner, parts.layers, recipe, self.runtime) if checkpoint != "none" else None
+        settings = _Settings(recipe, counts, checkpoints, self.runtime, awaiting)
         for layer, mlp in mlps:
             _chunk_mlp(layer, mlp, settings)
+        if rehearsed is not None:
+            _chunk_layers(rehearsed, settings)
         inner._mstplan = settings
-        _patch_forward(inner, _model_forward)
+        patch_forward(inner, _model_forward)
         LOG.info("minisequence: %s", self.describe(model))
         return model
 
@@ -98,31 +201,45 @@ class Minisequence:
             settings = module.__dict__.get("_mstplan")
             if isinstance(settings, _Settings) and isinstance(module, PreTrainedModel):
                 return f"{type(module).__name__}: {settings.counts.describe_recipe()}"
+            if isinstance(settings, _Awaiting):
+                return f"{type(module).__name__}: a strategy will be chosen in the first training step"
         return f"{type(model).__name__} is not wrapped"
 
     def undo(self, model: AnyModel) -> AnyModel:
         """The model as it was before `minisequence`; nothing happens to one that was not wrapped."""
+        liger: list[tuple[LigerKernels, PreTrainedModel]] = []
         for module in model.modules():
             settings = module.__dict__.pop("_mstplan", None)
-            if (
-                isinstance(settings, _Settings)
-                and isinstance(module, PreTrainedModel)
-                and settings.checkpoints is not None
-            ):
-                settings.checkpoints.undo()
+            if isinstance(settings, _Settings) and isinstance(module, PreTrainedModel):
+                if settings.checkpoints is not None:
+                    settings.checkpoints.undo()
+                if settings.liger is not None:
+                    liger.append((settings.liger, module))
             if "_mstplan_whole" in module.__dict__:
-                _restore_forward(module)
+                restore_forward(module)
             for key in [k for k, hook in module._forward_hooks.items() if hook is _note_output_use]:
                 del module._forward_hooks[key]
-            for name in ("_mstplan_mlps", "_mstplan_read", "_mstplan_nodes", "_mstplan_beside"):
+            for name in (
+                "_mstplan_mlps",
+                "_mstplan_read",
+                "_mstplan_nodes",
+                "_mstplan_beside",
+                "_mstplan_parts",
+                "_mstplan_mixer",
+            ):
                 module.__dict__.pop(name, None)
+        for kernels, module in liger:
+            kernels.take_out(module)
         return model
 
 
 minisequence = Minisequence()
 
 
-SETTINGS = ("mlp_chunks", "loss_chunks", "checkpoint", "offload")
+SETTINGS = (
+    *("mlp_chunks", "loss_chunks", "checkpoint", "offload", "layer_in_chunks", "attention_groups"),
+    *("kernels", "plan"),
+)
 
 
 def _refuse(unknown: Iterable[str]) -> None:
@@ -133,55 +250,40 @@ def _refuse(unknown: Iterable[str]) -> None:
         )
 
 
-def _read_recipe(mlp_chunks: int | None, loss_chunks: int | None, checkpoint: Checkpoint, offload: bool) -> Recipe:
-    for name, value in (("mlp_chunks", mlp_chunks), ("loss_chunks", loss_chunks)):
+def _read_recipe(
+    mlp_chunks: int | None,
+    loss_chunks: int | None,
+    checkpoint: Checkpoint,
+    offload: bool,
+    layer_in_chunks: bool,
+    attention_groups: int | None,
+) -> Recipe:
+    numbers = {"mlp_chunks": mlp_chunks, "loss_chunks": loss_chunks, "attention_groups": attention_groups}
+    for name, value in numbers.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise RecipeError(f"{name} must be a whole number from 1, or None for the recommended one, not {value!r}.")
-    if isinstance(checkpoint, bool) or (
-        checkpoint not in ("none", "layer", "sqrt") and not (isinstance(checkpoint, int) and checkpoint >= 1)
-    ):
+    if not _is_checkpoint(checkpoint):
         raise RecipeError(
-            f"checkpoint must be 'none', 'layer', 'sqrt' or a number of layers from 1, not {checkpoint!r}."
+            "checkpoint must be 'none', 'layer', 'sqrt', 'selective', 'every-n' ('every-2') or a number of layers from 1, "
+            f"not {checkpoint!r}."
         )
-    if not isinstance(offload, bool):
-        raise RecipeError(f"offload must be True or False, not {offload!r}.")
+    for name, value in (("offload", offload), ("layer_in_chunks", layer_in_chunks)):
+        if not isinstance(value, bool):
+            raise RecipeError(f"{name} must be True or False, not {value!r}.")
     if offload and checkpoint == "none":
         raise RecipeError("offload needs checkpointing, or there are no layer inputs to move.\nSet checkpoint='layer'.")
     return strategy(
-        "mst",
+        "mst-layer" if layer_in_chunks else "mst",
         checkpoint=checkpoint,
-        offload_layer_inputs=offload,
-        mlp_chunks="auto" if mlp_chunks is None else mlp_chunks,
-        loss_chunks="auto" if loss_chunks is None else loss_chunks,
+        offload="layer-inputs" if offload else "none",
+        **{name: value for name, value in numbers.items() if value is not None},
     )
 
 
-# ---- in the way of a module's forward ---------------------------------------------------------------------------------
-
-
-def _patch_forward(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Let `function(module, ...)` run for module.forward, under the signature of the latter."""
-    module._mstplan_whole = module.__dict__.get("forward")  # type: ignore[assignment]
-
-    @wraps(type(module).forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return function(self, *args, **kwargs)
-
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    del forward.__wrapped__  # which accelerate's unwrap_model would follow past us
-    module.forward = MethodType(forward, module)
-
-
-def _restore_forward(module: Any) -> None:
-    forward_before = module.__dict__.pop("_mstplan_whole")
-    del module.forward
-    if forward_before is not None:
-        module.forward = forward_before
-
-
-def _plain_forward(module: Any) -> Callable[..., Any]:
-    """The forward that the module would run had it not been patched."""
-    return module._mstplan_whole or partial(type(module).forward, module)
+def _is_checkpoint(value: object) -> bool:
+    if isinstance(value, str):
+        return value in ("none", "layer", "sqrt", "selective") or re.fullmatch(EVERY_NTH, value) is not None
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 # ---- MLP ----------------------------------------------------------------------------------------------------------------
@@ -190,12 +292,12 @@ def _plain_forward(module: Any) -> Callable[..., Any]:
 def _chunk_mlp(layer: Any, mlp: LayerMlp, settings: _Settings) -> None:
     mlp.first._mstplan = settings  # type: ignore[assignment]
     mlp.first._mstplan_read = None  # type: ignore[assignment]
-    _patch_forward(mlp.first, _mlp_forward if mlp.down is None else _up_forward)
+    patch_forward(mlp.first, _mlp_forward if mlp.down is None else _up_forward)
     for module in (*mlp.followers, *([mlp.down] if mlp.down is not None else [])):
         if "_mstplan_whole" not in module.__dict__:
-            _patch_forward(module, _following_forward if module is not mlp.down else _down_forward)
+            patch_forward(module, _following_forward if module is not mlp.down else _down_forward)
     if mlp.down is not None and "_mstplan_whole" not in layer.__dict__:
-        _patch_forward(layer, _run_uncompiled)
+        patch_forward(layer, _run_uncompiled)
     if "_mstplan_mlps" not in layer.__dict__:
         layer._mstplan_mlps = ()
         layer.register_forward_hook(_note_output_use)
@@ -220,14 +322,14 @@ def _lazy_mlp(self: Any, *args: Any, **kwargs: Any) -> Any:
     x, args = materialize(args[0]), args[1:]
     rows = _chunk_rows(self, x, *args, *kwargs.values())
     if rows is None:
-        return _plain_forward(self)(x, *args, **kwargs)
-    plain = _plain_forward(self)
+        return plain_forward(self)(x, *args, **kwargs)
+    plain = plain_forward(self)
     return _mlp_output(self, x, lambda piece: plain(piece, *args, **kwargs), (self,), rows)
 
 
 @torch.compiler.disable  # what lies between the two matrices is no tensor that compiled code could hand on
 def _run_uncompiled(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return _plain_forward(self)(*args, **kwargs)
+    return plain_forward(self)(*args, **kwargs)
 
 
 def _up_forward(self: Any, x: torch.Tensor) -> Any:
@@ -235,12 +337,12 @@ def _up_forward(self: Any, x: torch.Tensor) -> Any:
     x = materialize(x)
     rows = _chunk_rows(self, x)
     if rows is None:
-        return _plain_forward(self)(x)
-    return MlpIntermediate(x, _plain_forward(self), (self,), rows, self._mstplan.runtime)
+        return plain_forward(self)(x)
+    return MlpIntermediate(x, plain_forward(self), (self,), rows, self._mstplan.runtime)
 
 
 def _down_forward(self: Any, x: Any) -> Any:
-    plain = _plain_forward(self)
+    plain = plain_forward(self)
     if not isinstance(x, MlpIntermediate):
         return plain(x)
     return _mlp_output(x.modules[0], x.source, x.record_step(plain, self).run, (*x.modules, self), x.rows, x.random)
@@ -248,7 +350,7 @@ def _down_forward(self: Any, x: Any) -> Any:
 
 def _following_forward(self: Any, x: Any) -> Any:
     """A norm, dropout or activation: of what is not made yet it makes something that is not made yet."""
-    plain = _plain_forward(self)
+    plain = plain_forward(self)
     return x.record_step(plain, self) if isinstance(x, LazyTensor) else plain(x)
 
 
@@ -293,13 +395,106 @@ def _note_output_use(layer: Any, _inputs: Any, output: Any) -> Any:
     return output
 
 
+# ---- layers ---------------------------------------------------------------------------------------------------------------
+
+
+def _rehearse(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -> Rehearsed:
+    """How the layers run in pieces. Raises ModelError, also for heads that do not come in so many groups."""
+    watch_attention()
+    rehearsed = rehearse(model, layers)
+    for parts in rehearsed.layers:
+        if (
+            recipe.attention_groups != "auto"
+            and recipe.attention_groups > 1
+            and parts.kv_heads % recipe.attention_groups
+        ):
+            raise ModelError(
+                f"{type(parts.layer).__name__} has {parts.kv_heads} heads of keys, which make no {recipe.attention_groups} groups."
+            )
+    return rehearsed
+
+
+def _mlps_of(parts: ModelParts, rehearsed: Rehearsed | None) -> list[tuple[nn.Module, LayerMlp]]:
+    """MLPs of the layers that do not run in pieces themselves."""
+    if rehearsed is None:
+        return find_mlps(parts)
+    others = [layer for layer in parts.layers if layer in rehearsed.refused]
+    inside = {m for each in rehearsed.layers for m in each.layer.modules()}
+    mlps = [(layer, mlp) for each in others for layer, mlp in find_mlps(parts, [each]) if mlp.first not in inside]
+    return [(layer, mlp._replace(followers=tuple(m for m in mlp.followers if m not in inside))) for layer, mlp in mlps]
+
+
+def _chunk_layers(rehearsed: Rehearsed, settings: _Settings) -> None:
+    for parts in rehearsed.layers:
+        layer: Any = parts.layer
+        layer._mstplan, layer._mstplan_parts = settings, parts
+        patch_parts(parts)
+        patch_forward(layer, _layer_forward)
+    for module in rehearsed.tail:
+        module._mstplan = settings  # type: ignore[assignment]
+        patch_forward(module, _tail_forward)
+
+
+@torch.compiler.disable
+def _layer_forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer whose attention runs whole and whose other parts run in pieces."""
+    checkpoints = self._mstplan.checkpoints
+    if checkpoints is None or checkpoints.is_running or not (self.training and self.gradient_checkpointing):
+        return _run_layer(self, x, *args, **kwargs)
+    return self._gradient_checkpointing_func(partial(_run_layer, self, **without_cache(kwargs)), x, *args)
+
+
+def _run_layer(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    settings, parts, rows = self._mstplan, self._mstplan_parts, _rows_of_each(self, x)
+    if rows is None:
+        return parts.run(x, (args, kwargs))
+    skip = settings.checkpoints is not None and settings.checkpoints.discards_output
+    groups = settings.counts.chunks_for(x).groups
+    return layer_in_pieces(parts, rows, groups, settings.runtime, skip, x, (args, kwargs))
+
+
+@torch.compiler.disable
+def _tail_forward(self: Any, x: torch.Tensor) -> Any:
+    """A norm between the last layer and the LM head."""
+    rows = _rows_of_each(self, x)
+    if rows is None:
+        return plain_forward(self)(x)
+    plain = plain_forward(self)
+    return tokenwise_in_pieces(self, plain, rows, self._mstplan.runtime, x)
+
+
+def _rows_of_each(module: Any, x: torch.Tensor) -> int | None:
+    """Tokens of each sequence to a piece of hidden states (b, s, d); None: in one go."""
+    if not (torch.is_grad_enabled() or module.training) or x.dim() != 3 or x.shape[1] == 1:
+        return None
+    chunks = module._mstplan.counts.chunks_for(x).mlp
+    return chunk_tokens(x.shape[1], chunks) if chunks > 1 else None
+
+
 # ---- LM head and loss ---------------------------------------------------------------------------------------------------
+
+
+def _named(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
+def _first_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of a model whose strategy is still to be chosen."""
+    larger = self._mstplan.comes_larger(self, _named(plain_forward(self), args, kwargs))
+    if larger is None:
+        return plain_forward(self)(*args, **kwargs)
+    self._mstplan.choose(self, *larger)
+    return self.forward(*args, **kwargs)
 
 
 def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """In training with labels: the head hands on lazy logits, which cross entropy makes chunk by chunk."""
-    settings, plain = self._mstplan, _plain_forward(self)
-    arguments = {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs} if args else kwargs
+    settings, plain = self._mstplan, plain_forward(self)
+    arguments = _named(plain, args, kwargs)
+    if settings.awaiting is not None and (larger := settings.awaiting.comes_larger(self, arguments)) is not None:
+        settings.awaiting.choose(self, *larger)
+        return self.forward(*args, **kwargs)
     _refuse_router_losses(self, settings, arguments)
     chunked = settings.loss and self.training and arguments.get("labels") is not None
     if settings.loss and self.training and torch.is_grad_enabled() and not chunked:

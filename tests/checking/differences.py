@@ -116,6 +116,8 @@ class Reason(NamedTuple):
     bytes: Callable[[Facts], int] = lambda _: 0
     missing: Callable[[Facts], Iterable[int]] = lambda _: ()
     extra: Callable[[Facts], Iterable[int]] = lambda _: ()
+    is_less: bool = False  # than is predicted, not more
+    of_release: bool = False  # a trace by the release that ran does not differ
     in_backward: bool = False  # what is missing is made by autograd's thread, which has no frames of Python
 
 
@@ -276,6 +278,7 @@ REASONS = (
             *(n * f.recipe.batch * f.seq_len * f.seq_len for n in (1, 2)),
         ],
         extra=lambda f: [f.heads_bytes(f.model.attention.kv_heads), *flash_workspace(f)],
+        of_release=True,
     ),
     Reason(
         "masked results of experts",
@@ -285,6 +288,7 @@ REASONS = (
         "from source: transformers' integrations/moe.py of both releases, grouped_mm_experts_forward",
         lambda f: f.model.experts is not None and f.transformers != TRANSFORMERS,
         missing=lambda f: [2 * visits(f) * n for n in (f.model.hidden, *f.widths)],
+        of_release=True,
     ),
     Reason(
         "order of visits",
@@ -302,6 +306,27 @@ REASONS = (
         lambda f: f.model.model_type == "stablelm" and f.against == FORMULA,
         (Instant.END_OF_FORWARD,),
         lambda f: 2 * f.rows * f.model.hidden * f.number_bytes,
+    ),
+    Reason(
+        "columns of outliers",
+        "(b, s, I) float16 or bfloat16, in every layer",
+        "bitsandbytes' 8-bit product holds a copy in 16 bits of the columns with values from 6 on, whatever checkpointing says: nearly all "
+        "of what goes into the down product, with random weights; which they are depends on values",
+        "from source: bitsandbytes autograd/_functions.py, MatMul8bitLt.forward, subA; measured: int8-8bL4's events",
+        lambda f: f.recipe.quantize == "int8",
+        ALL,
+        lambda f: (len(f.model.layer_kinds) + 3) * 2 * f.rows * (f.model.mlp.width if f.model.mlp is not None else 0),
+    ),
+    Reason(
+        "saved tensors in transfer",
+        "layer inputs (b, s, d)",
+        "the GPU let two go while the forward pass ended, as their copies to CPU RAM were through; both are counted until as many more have "
+        "been saved, which is as long as they may stay",
+        "from source: trl models/activation_offloading.py, OffloadActivations, fwd_stash",
+        lambda f: f.recipe.offload == "saved-tensors",
+        FORWARD,
+        lambda f: 2 * f.rows * f.model.hidden * f.number_bytes,
+        is_less=True,
     ),
     Reason(
         "rests of blocks",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 import pytest
 
@@ -14,8 +13,8 @@ from mstplan.step.kernels.base import Kernel
 from mstplan.step.losses import LOSSES
 from mstplan.step.losses.base import Loss, cross_entropy, logits_of
 from mstplan.step.optimizers import OPTIMIZERS
-from mstplan.step.optimizers.base import Held, Memory, Optimizer, numel_of
-from mstplan.step.tape import ForGradients, Weight
+from mstplan.step.optimizers.base import Held, Optimizer
+from mstplan.step.tape import ForGradients
 
 from ..tracing.tiny import TINY
 from .conftest import Run
@@ -29,14 +28,15 @@ class Signs(Optimizer):
     short = "signs alone"
     gives_up = "the sizes of updates"
     host_state_bytes = 4
-    steps_shards = False
+    no_shards = "nobody asked it to"
 
-    def memory(self, recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:
-        size, largest = recipe.weight_bytes, max(weight.numel for weight, _ in weights)
-        states = (Held("momentum of signs", recipe.weight_dtype, size * numel_of(weights), ("momentum",)),)
-        return Memory(states, (Held("signs of one weight", recipe.weight_dtype, size * largest),), size)
+    def states(self, recipe, weight):
+        return (Held("momentum of signs", recipe.weight_dtype, recipe.weight_bytes * weight.numel, ("momentum",)),)
 
-    def make(self, recipe):
+    def one_step(self, recipe, weight):
+        return (Held("signs of one weight", recipe.weight_dtype, recipe.weight_bytes * weight.numel),)
+
+    def make(self, recipe, kinds_of):
         import torch
 
         class Step(torch.optim.Optimizer):
@@ -99,7 +99,7 @@ def test_it_is_among_the_ways_to_fit(run: Run, signs):
         assert run("plan", "-m", "qwen3-4b", "--gpu", "rtx-4090", "--seq-len", "2k", *options.split()).code == 0
 
 
-@pytest.mark.parametrize("typed", ["adamx", "lion", "muon", "", "ADAMW-9bit", "signs"])
+@pytest.mark.parametrize("typed", ["adamx", "lamb", "soap", "", "ADAMW-9bit", "signs"])
 def test_an_unknown_optimizer_is_an_error(run: Run, typed, tmp_path):
     """Nothing falls through to AdamW."""
     for command in (("plan", "--seq-len", "1k"), ("max-seq",), ("trace", "--seq-len", "1k"), ("plot",)):

@@ -46,7 +46,7 @@ COMMANDS = {
     "plot": ("plot", "-m", "tiny.json", "-o", "memory.csv", "--force", "--points", "3", *ON),
     "theorem": ("theorem", "-m", "tiny.json", "--gpu", "rtx-4090", "--seq-len", "1k"),
     "shapes": ("shapes", "-m", "tiny.json", "--seq-len", "1k"),
-    "models": ("models", "--filter", "gpt2"),
+    "models": ("models", "gpt2"),
     "gpus": ("gpus", "--sources"),
     "published": ("published",),
     "validate": ("validate", "--rung", "formula"),

@@ -105,7 +105,7 @@ def test_each_command_has_the_options_that_it_reads() -> None:
 
 def test_options_are_an_object_that_does_not_change() -> None:
     asked = RecipesOptions(batch=2)
-    assert asked.batch == 2 and asked.accumulation is None and asked.offload is False
+    assert asked.batch == 2 and asked.accumulation is None and asked.offload is None
     assert asked.changed(gpus=8).gpus == 8 and asked.gpus is None and asked.changed(gpus=8).batch == 2
     with pytest.raises(AttributeError, match="does not change"):
         asked.batch = 3

@@ -20,7 +20,7 @@ Make = Callable[[Path, pytest.MonkeyPatch], str]  # gives MSTPLAN_HOME, "" for n
 ON = ("-m", "gpt2", "--gpu", "h100")
 ASKED = (
     ("gpus",),
-    ("models", "--filter", "gpt"),
+    ("models", "gpt"),
     ("shapes", "-m", "gpt2"),
     ("max-seq", *ON),
     ("plan", *ON, "--seq-len", "4k", "-s", "mst"),

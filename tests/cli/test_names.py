@@ -30,6 +30,20 @@ USERS_OWN = {
     "--host-mem": "64GB",
     "--seq-len": "512",
     "--chunks": "4",
+    "--packing": "4",
+    "--max-grad-norm": "1",
+    "--lora": "16",
+    "--lora-targets": "all-linear",
+    "--lora-modules-to-save": "lm_head",
+    "--quantize": "nf4",
+}
+OF_ADAPTERS = {
+    "--quantize",
+    "--adapter-dtype",
+    "--double-quantize",
+    "--dora",
+    "--kbit-preparation",
+    "--lora-modules-to-save",
 }
 cli.declarations(None)
 
@@ -64,10 +78,14 @@ def needs_a_value(words: list[str], at: int) -> bool:
 
 def taken(run: Run, options: tuple[str, ...]) -> bool:
     """Does some command answer with these options?"""
-    more = ("--gpus", "8") if "fsdp" in options else ()
+    more = ("--gpus", "8") if {"fsdp", "ddp"} & {*options} else ()
+    if "--double-quantize" in options:
+        more = (*more, "--quantize", "nf4")
+    if OF_ADAPTERS & {*options} and "--lora" not in options:
+        more = (*more, "--lora", "16")
     beside = [
         word
-        for flag, word in (("--model", "-m pythia-1.4b"), ("--gpu", "--gpu h100"), ("--seq-len", "--seq-len 512"))
+        for flag, word in (("--model", "-m phi3-mini-4k"), ("--gpu", "--gpu h100"), ("--seq-len", "--seq-len 512"))
         if flag not in options
     ]
     return run("plan", *" ".join(beside).split(), *options, *more, "--json").code in (0, 1)
@@ -110,15 +128,23 @@ def test_zero3_is_another_name_of_fsdp(run: Run, typed: str) -> None:
 SAYS = [
     (("--gpus", "8"), "add --sharding fsdp"),
     (("--sharding", "fsdp"), "--sharding fsdp needs 2 gpus or more: add --gpus 8"),
-    (("--gpus", "8", "--sharding", "zero2"), "--sharding: 'zero2' is not planned yet: FSDP2, as ZeRO-3, is."),
+    (("--gpus", "8", "--sharding", "zero2"), "--sharding: 'zero2' is not planned yet: FSDP2, as ZeRO-3, and DDP are."),
     (("--gpus", "8", "--sharding", "zero1"), "Nearest: --sharding fsdp"),
-    (("--gpus", "8", "--sharding", "ddp"), "'ddp' is not planned yet"),
+    (("--gpus", "8", "--sharding", "dp"), "'dp' is all on each GPU"),
     (("--optimizer", "adamw8bit"), "Write --optimizer adamw-8bit."),
     (("--optimizer", "adamw_bnb_8bit"), "Write --optimizer adamw-8bit."),
-    (("--optimizer", "paged_adamw_8bit"), "Nearest: --optimizer adamw-8bit, whose"),
+    (("--optimizer", "paged_adamw_8bit"), "Write --optimizer paged-adamw-8bit."),
+    (("--optimizer", "adamw_torch_4bit"), "Write --optimizer adamw-4bit."),
+    (("--optimizer", "paged_lion_8bit"), "Nearest: --optimizer lion-8bit, whose"),
+    (("--gradient-clipping", "1"), "Write it as --max-grad-norm."),
     (("--optimizer", "adamw_torch_fused"), "Write --optimizer adamw --adamw-kernel fused."),
     (("--optimizer", "adamw_torch"), "Write --optimizer adamw --adamw-kernel foreach."),
-    (("--offload", "--checkpoint", "none"), "--offload needs checkpointing"),
+    (("--offload", "layer-inputs", "--checkpoint", "none"), "--offload layer-inputs needs checkpointing"),
+    (("--offload", "--checkpoint", "none"), "--offload layer-inputs needs checkpointing"),
+    (("--offload", "saved"), "Write --offload saved-tensors."),
+    (("--checkpoint", "sac"), "Write --checkpoint selective."),
+    (("--padding-free",), "--padding-free needs flash attention"),
+    (("--packing", "4", "--batch", "2", "--attention", "flash"), "put all in one row, --padding-free"),
     (("--optimizer-in-backward", "--accumulation", "2"), "--optimizer-in-backward uses up each gradient"),
     (("--rung", "simulated"), "Write --rung trace."),
     (("--rung", "estimate"), "Write --rung formula."),
@@ -162,11 +188,12 @@ def test_an_option_of_another_command(run: Run) -> None:
     said = refused(run, "max-seq", *CASE, "--seq-len", "64k")
     assert (
         said
-        == "mstplan: max-seq has no option --seq-len.\nIt is one of mstplan plan, theorem, shapes, trace, measure, check-throughput.\n"
+        == "mstplan: max-seq has no option --seq-len.\nIt is one of mstplan plan, theorem, shapes, trace, measure, check-throughput, models.\n"
     )
     said = refused(run, "--gpu", "h100", "max-seq", "-m", "gpt2")
     assert "before the name of a command" in said and "max-seq" in said
-    assert "adapters" in refused(run, "--lora")
+    said = refused(run, "--lora", "16", "max-seq", "-m", "gpt2")
+    assert "before the name of a command" in said and "max-seq" in said
 
 
 def test_what_is_known_of_a_table_is_not_an_option_of_ours() -> None:

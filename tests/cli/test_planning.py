@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mstplan.step.recipe import LABELS, STRATEGIES, Recipe, strategy_label
+from mstplan.step.recipe import LABELS, STRATEGIES, USUAL_STRATEGIES, Recipe, strategy_label
 
 from ..processes import ROOT
 from .conftest import Run, Said
@@ -25,7 +25,7 @@ CASE = ("--model", "llama3.1-8b", "--gpu-mem", "80GB")
 def test_max_seq_answers_for_every_strategy(run: Run) -> None:
     said = run("max-seq", *CASE)
     assert said.code == 0 and not said.err
-    for name in STRATEGIES:
+    for name in USUAL_STRATEGIES:
         assert any(line.startswith(strategy_label(name) + " ") for line in said.out.splitlines())
     assert "budget 79.23 GiB" in said.out
     assert "80 GiB nominal" in said.out or "80.00 GiB nominal" in said.out
@@ -48,7 +48,7 @@ def test_max_seq_json_has_the_promised_fields(run: Run) -> None:
         "host_bytes",
         "step_seconds",
     }
-    assert [r["strategy"] for r in answer["results"]] == list(STRATEGIES)
+    assert [r["strategy"] for r in answer["results"]] == list(USUAL_STRATEGIES)
     for result in answer["results"]:
         assert fields <= result.keys()
         assert 0 < result["peak_bytes"] <= answer["budget_bytes"]
@@ -97,6 +97,22 @@ def test_plan_says_what_would_make_it_fit(run: Run) -> None:
     assert answer["ways_to_fit"]
 
 
+@pytest.mark.parametrize("asked", [("max-seq",), ("plan", "--seq-len", "8k")])
+def test_adapters_are_the_first_advice(run: Run, asked: tuple[str, ...]) -> None:
+    """Where full fine-tuning does not fit: in JSON, in text, and pasted."""
+    case = ("--model", "llama3.1-8b", "--gpu", "rtx-4090")
+    answer, text = run(*asked, *case, "--json"), run(*asked, *case)
+    first = answer.json["ways_to_fit"][0]
+    assert answer.code == text.code == 1 and first["gives_up"] == "trains adapters instead of all weights"
+    pasted = run("max-seq", *case, *shlex.split(first["options"]), "--json")
+    assert pasted.code == 0 and pasted.json["results"][0]["s_max"] == first["s_max"]
+    line = f"LoRA of rank 16 (--lora 16): {first['s_max']:,} tokens with {pasted.json['best']}."
+    assert line in answer.json["notes" if asked == ("max-seq",) else "advice"]
+    assert line in " ".join(text.out.split()) and text.out.index(first["options"]) < text.out.index(
+        "--optimizer-on-host"
+    )
+
+
 def test_plan_without_a_way_says_how_far_changes_reach(run: Run) -> None:
     asked = ("plan", *CASE, "--seq-len", "4M")
     answer = run(*asked, "--json").json
@@ -111,7 +127,7 @@ def test_plan_answers_for_every_strategy_and_details_the_first_that_fits(run: Ru
     asked = ("plan", *CASE, "--seq-len", "64k")
     answer, table = run(*asked, "--json").json, run(*asked).out
     reached = {r["strategy"]: r["s_max"] for r in run("max-seq", *CASE, "--json").json["results"]}
-    assert {s["strategy"]: s["s_max"] for s in answer["strategies"]} == reached and list(reached) == list(STRATEGIES)
+    assert {s["strategy"]: s["s_max"] for s in answer["strategies"]} == reached and tuple(reached) == USUAL_STRATEGIES
     for line in answer["strategies"]:
         assert line["fits"] == (line["s_max"] >= 65536)
         (alone,) = run(*asked, "-s", line["strategy"], "--json").json["strategies"]
@@ -120,7 +136,7 @@ def test_plan_answers_for_every_strategy_and_details_the_first_that_fits(run: Ru
             row.split()[:1] == [strategy_label(line["strategy"])] and f"{line['s_max']:,}" in row
             for row in table.splitlines()
         )
-    assert answer["strategy"] == next(name for name in STRATEGIES if reached[name] >= 65536) == "mst"
+    assert answer["strategy"] == next(name for name in USUAL_STRATEGIES if reached[name] >= 65536)
 
 
 DESCRIBED = [
@@ -132,7 +148,7 @@ DESCRIBED = [
     ("--chunks", "8,32"),
     ("--chunks", "4", "--checkpoint", "layer", "--no-recompute"),
     ("--loss", "chunked"),
-    ("--checkpoint", "sqrt", "--offload"),
+    ("--checkpoint", "sqrt", "--offload", "layer-inputs"),
     ("-s", "mst"),
     ("-s", "mst", "--chunks", "4,8"),
     ("-s", "checkpoint", "--chunks", "4"),
@@ -169,7 +185,7 @@ def test_a_recipe_goes_out_and_comes_back(run: Run) -> None:
     assert run("plan", *CASE, "--seq-len", "32k", "--batch", "2", "--write-recipe", "mine.json", "--force").code == 0
     again = run("plan", *CASE, "--seq-len", "32k", "--recipe", "mine.json", "--json").json
     assert Recipe.read("mine.json").batch == 2
-    assert (first["strategy"], again["strategy"]) == ("mst", "custom")
+    assert (first["strategy"], again["strategy"]) == ("chunked-loss", "custom")
     assert first["peak_bytes"] == again["peak_bytes"] and first["recipe"] == again["recipe"]
 
 
@@ -234,6 +250,46 @@ def test_models_shows_the_published_sizes(run: Run) -> None:
     assert len(rows) >= 50 and all(name in table for name in rows)
 
 
+def test_models_are_told_apart(run: Run) -> None:
+    rows = {m["name"]: m for m in run("models", "--json").json["models"]}
+    assert rows["qwen3-30b-a3b"]["experts"] == {"number": 128, "per_token": 8, "shared_width": 0}
+    assert rows["qwen3-32b"]["experts"] is None and not rows["qwen3-32b"]["towers_left_out"]
+    table = run("models", "qwen3").out
+    assert "qwen3_moe" in table and "8 of 128" in table and "llama" not in table
+    named = [
+        m["name"] for m in run("models", "Qwen/", "a3b", "--json").json["models"]
+    ]  # a part of the id, and of the name
+    assert named == ["qwen3-30b-a3b", "qwen3-30b-a3b-2507"]
+
+
+def test_models_that_fit_are_those_that_plan_says_fit(run: Run) -> None:
+    said = run("models", "qwen3", "--fits", "rtx-4090", "--lora", "16", "--seq-len", "8k", "--json").json
+    fit = {m["name"]: m["fits_with"] for m in said["models"]}
+    assert fit == {
+        "qwen3-0.6b": "checkpointing",
+        "qwen3-1.7b": "checkpointing",
+        "qwen3-4b": "chunked-loss",
+        "qwen3-8b": "chunked-loss",
+    }
+    for name in ("qwen3-0.6b", "qwen3-8b", "qwen3-14b"):
+        planned = run("plan", "-m", name, "--gpu", "rtx-4090", "--lora", "16", "--seq-len", "8k")
+        assert planned.code == (name not in fit)
+    assert "qwen3-32b" in run("models", "qwen3", "--fits", "rtx-4090", "--lora", "16", "--quantize", "nf4").out
+    none = run("models", "qwen3", "--fits", "t4", "--seq-len", "1M", "-s", "standard")
+    assert none.code == 1 and "0 of 11 train on t4 at 1,048,576 tokens" in " ".join(none.out.split())
+
+
+def test_what_cannot_be_planned_is_left_out_of_the_models_that_fit_and_named(run: Run) -> None:
+    said = run(
+        "models", "mi", "--fits", "h200", "--lora", "16", "--lora-targets", "gate_proj", "-s", "mst", "--json"
+    ).json
+    assert "mistral-7b-v0.3" in [m["name"] for m in said["models"]]
+    assert any(
+        note.startswith("left out: mixtral-8x7b: --lora-targets 'gate_proj' matches no linear layer")
+        for note in said["notes"]
+    )
+
+
 def test_gpus_lists_cards_with_sources(run: Run) -> None:
     cards = {g["name"]: g for g in run("gpus", "--json").json["gpus"]}
     assert {"t4", "rtx-3090", "rtx-4090", "a100-40gb", "a100-80gb", "h100", "h200", "b200", "mi300x"} <= cards.keys()
@@ -278,11 +334,24 @@ def test_reserve_host_memory_and_positions_are_noted(run: Run) -> None:
     assert "4,096 positions" in notes
 
 
+def test_bytes_that_would_print_as_none_are_not_listed(run: Run) -> None:
+    said = run("theorem", "-m", "llama3.1-8b", "--gpu", "h100", "--lora", "16").out
+    assert "gradients 0.16 GiB" in " ".join(said.split()) and "0.00" not in said
+    said = run("plan", "-m", "gpt2", "--gpu", "h100", "--seq-len", "128", "-s", "mst", "--tensors").out
+    rows = said[said.index(" tensor ") :].splitlines()
+    assert any(" smaller " in row for row in rows) and not any("0.00" in row for row in rows if "smaller" not in row)
+
+
+def test_ways_say_of_which_length_their_times_are(run: Run) -> None:
+    said = run("max-seq", "-m", "qwen3-4b", "--gpu", "rtx-4090", "-s", "checkpoint")
+    assert "Ways to train qwen3-4b on rtx-4090; CPU GiB and step at 2,048 tokens" in said.out
+
+
 @pytest.mark.parametrize(
     "more", [("max-seq",), ("max-seq", "-s", "mst"), ("plan", "--seq-len", "4k"), ("theorem",)], ids=" ".join
 )
 @pytest.mark.parametrize("card", ["rtx-4090", "h200"])
-def test_a_quantised_model_is_told_first_that_adapters_are_not_planned(
+def test_a_quantised_model_is_told_first_that_it_is_planned_as_qlora(
     run: Run, tmp_path: Path, more: tuple[str, ...], card: str
 ) -> None:
     config = json.loads((ROOT / "profiles" / "models" / "llama3.1-8b.json").read_text())
@@ -292,14 +361,8 @@ def test_a_quantised_model_is_told_first_that_adapters_are_not_planned(
     said = run(more[0], "-m", "q.json", "--gpu", card, *more[1:])
     lines = said.out.splitlines()
     first = next(at for at, line in enumerate(lines) if line.startswith("- "))
-    assert (
-        first <= 4
-        and lines[first].startswith("- adapters (LoRA, QLoRA) are not planned yet")
-        and "(bitsandbytes)" in lines[first + 1]
-    )
-    assert said.out.count("are not planned yet") == 1 and ("Nothing fits" in said.out) <= (card == "rtx-4090")
-    if more[0] != "theorem":
-        assert "adapters" in run(more[0], "-m", "q.json", "--gpu", card, *more[1:], "--json").json["notes"][0]
+    assert first <= 4 and lines[first].startswith("- published in fp4 (bitsandbytes): planned as QLoRA")
+    assert "QLoRA of rank 16" in said.out and said.code == 0
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------
@@ -364,7 +427,7 @@ BAD = [
     (("max-seq", *CASE, "--optimizer", "adam"), "adamw"),
     (("max-seq", *CASE, "--precision", "fp8"), "bf16"),
     (("max-seq", *CASE, "--checkpoint", "lots"), "none, layer, sqrt"),
-    (("max-seq", *CASE, "--offload"), "needs checkpointing"),
+    (("max-seq", *CASE, "--offload", "layer-inputs"), "needs checkpointing"),
     (("max-seq", *CASE, "--optimizer-in-backward", "--accumulation", "4"), "cannot accumulate"),
     (("max-seq", *CASE, "--weights-on-host"), "needs --optimizer-on-host"),
     (("max-seq", *CASE, "--recipe", "nowhere.json"), "there is no file 'nowhere.json'"),
@@ -396,10 +459,17 @@ BAD = [
     *((("theorem", *CASE, option, "9" * 5000), "whole number") for option in ("--i-mem", "--a-mem", "--layers", "--m")),
     *(
         (("theorem", *CASE, *option), option[0])
-        for option in (("--checkpoint", "layer"), ("--chunks", "8"), ("--loss", "chunked"), ("--offload",))
+        for option in (
+            ("--checkpoint", "layer"),
+            ("--chunks", "8"),
+            ("--loss", "chunked"),
+            ("--offload", "layer-inputs"),
+        )
     ),
     (("theorem", *CASE, "--no-recompute"), "--no-recompute"),
-    (("models", "--filter", "zzz"), "no model's name contains 'zzz'"),
+    (("models", "--lora", "16"), "--lora: nothing to do with what ships"),
+    (("models", "--fits", "h1000"), "unknown GPU 'h1000'"),
+    (("models", "zzz"), "no model's name, family or id contains 'zzz'"),
     (("max-seq", "--model", "folder", "--gpu", "h100"), "config.json"),
     (("max-seq", "--model", "broken.json", "--gpu", "h100"), "not valid JSON"),
     (("max-seq", "--model", "bert.json", "--gpu", "h100"), "encoder"),
@@ -442,7 +512,7 @@ def test_bad_input_gets_one_or_two_clear_lines(run: Run, tmp_path: Path, argumen
 
 def test_memory_smaller_than_the_weights_says_how_much_is_needed(run: Run) -> None:
     said = run("max-seq", "--model", "llama3.1-70b", "--gpu", "h100")
-    assert said.code == 1 and "657.15 GiB" in said.out
+    assert said.code == 1 and "525.73 GiB" in said.out
     assert all(
         r["s_max"] == 0 for r in run("max-seq", "--model", "llama3.1-70b", "--gpu", "h100", "--json").json["results"]
     )

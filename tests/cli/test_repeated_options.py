@@ -30,8 +30,9 @@ REQUIRED = {
     "published": {},
     "check-smax": {"--model": "gpt2"},
     "check-throughput": {"--model": "gpt2", "--seq-len": "64"},
-    "models": {},
+    "models": {"--fits": "h100"},
     "gpus": {},
+    "recipes": {},
 }
 ADD_UP = {
     ("max-seq", "--strategy"),
@@ -40,6 +41,7 @@ ADD_UP = {
     ("plot", "--strategy"),
     ("measure", "--strategy"),
     ("measure", "--seq-len"),
+    ("models", "--strategy"),
     ("check-smax", "--strategy"),
     ("check-throughput", "--strategy"),
     ("validate", "--results"),
@@ -85,7 +87,7 @@ def test_every_command_is_here() -> None:
     assert {(name, option.opts[0]) for name, options in OPTIONS.items() for option in options} >= ADD_UP
 
 
-@pytest.mark.parametrize("name", [name for name in REQUIRED if name not in ("gpus", "published")])
+@pytest.mark.parametrize("name", [name for name in REQUIRED if name not in ("gpus", "published", "recipes")])
 def test_different_values_where_one_is_taken(run: Run, tmp_path: Path, name: str) -> None:
     for _, flag in (one for one in SINGLE if one[0] == name):
         for values in (("3", "4"), ("4", "3", "4")):

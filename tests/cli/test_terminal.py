@@ -56,9 +56,9 @@ def test_sizes_of_every_kind(run: Run, asked: tuple[str, ...], monkeypatch: pyte
         monkeypatch.setenv("COLUMNS", size)
         said = run(*asked)
         lost = letters(usual.out) - letters(said.out)
-        assert (said.code, said.err) == (usual.code, usual.err) and sum(lost.values()) <= 10 * ("--help" in asked), (
+        assert (said.code, said.err) == (usual.code, usual.err) and sum(lost.values()) <= 40 * ("--help" in asked), (
             size
-        )  # typer's own cut
+        )  # typer's own cut of options that are wider than the terminal
         assert max(map(len, said.out.splitlines()), default=0) <= 1000
         assert os.environ.get("COLUMNS", "80").isascii()
 

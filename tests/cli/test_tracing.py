@@ -141,7 +141,6 @@ BAD = [
     ((*STEP, "mst", "--plot", "a.png", "--snapshot", "a.png"), "both name 'a.png'"),
     ((*STEP, "mst", "--snapshot", "step.JSON", "--force"), "writes a pickle, no JSON: 'step.JSON'"),
     ((*STEP, "mst", "--snapshot", "step.json", "--plot", "step.png"), "End the name in .pickle"),
-    ((*STEP, "mst", "--optimizer", "adamw-8bit"), "no adamw-8bit"),
     ((*STEP, "mst", "--loss", "transformers<4.45"), "formula rung"),
     ((*STEP, "mst", "--plot", "step.csv"), "what to draw"),
     ((*STEP, "mst", "--plot", "nowhere/step.png"), "does not exist"),

@@ -36,20 +36,17 @@ OPT = {
     "bos_token_id": 2,
     "eos_token_id": 2,
 }
-ERNIE = {
-    "model_type": "ernie4_5_moe",
-    "architectures": ["Ernie4_5_MoeForCausalLM"],
+FLEX_OLMO = {
+    "model_type": "flex_olmo",
+    "architectures": ["FlexOlmoForCausalLM"],
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 512,
-    "moe_num_experts": 4,
-    "moe_k": 2,
-    "moe_intermediate_size": 64,
-    "moe_num_shared_experts": 1,
-    "moe_layer_start_index": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
     "pad_token_id": 0,
@@ -186,7 +183,7 @@ def test_options_of_the_trace_are_refused_where_the_formula_answers(run: Run, co
 
 
 def test_assumed_to_be_a_llama_every_command_answers_by_the_formula(run: Run, tmp_path: Path) -> None:
-    write_tiny(tmp_path, "other", model_type="nobody_knows", moe_num_experts=4)
+    write_tiny(tmp_path, "other", model_type="nobody_knows", moe_expert_total=4)
     write_tiny(tmp_path, "llama")
     for asked in (("max-seq", *ON), ("plan", "--seq-len", "1k", *ON), ("theorem", *ON), ("shapes",)):
         told = run(*asked, "-m", "other.json", "--assume", "llama-like", "--json").json
@@ -194,7 +191,7 @@ def test_assumed_to_be_a_llama_every_command_answers_by_the_formula(run: Run, tm
             told["rung"] == "formula"
             and told["model"]["parameters"] == run(*asked, "-m", "llama.json", "--json").json["model"]["parameters"]
         )
-        assert told["model"]["notes"][0].endswith("for --assume llama-like was given; not read: moe_num_experts")
+        assert told["model"]["notes"][0].endswith("for --assume llama-like was given; not read: moe_expert_total")
     assert run("plot", "-m", "other.json", *ON, "--assume", "llama-like", "-o", "points.csv").code == 0
 
 
@@ -228,7 +225,7 @@ def parameters(name: str) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "config"), [("opt", OPT), ("ernie", ERNIE)])
+@pytest.mark.parametrize(("name", "config"), [("opt", OPT), ("flex-olmo", FLEX_OLMO)])
 def test_max_seq_and_plan_agree(run: Run, tmp_path: Path, name: str, config: dict[str, object]) -> None:
     (tmp_path / f"{name}.json").write_text(json.dumps(config))
     asked = ("-m", f"{name}.json", *ON)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,10 +17,9 @@ from mstplan.tracing.tracer import trace
 from mstplan.train.step import TrainingStep, build_model, read_settings
 from mstplan.units import GIB, MIB
 
+from ..recipes import in_chunks
 from ..tracing.tiny import TINY
 from .measured import case
-
-CHUNKS = {"mlp_chunks": 3, "loss_chunks": 4}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -28,7 +29,8 @@ CHUNKS = {"mlp_chunks": 3, "loss_chunks": 4}
     ids=["", "in backward", "accumulation"],
 )
 def test_every_instant_as_the_trace_has_it(name, more):
-    one = case(name, 200, precision="fp32", steps=1, **(CHUNKS if STRATEGIES[name].loss == "chunked" else {}), **more)
+    one = case(name, 200, precision="fp32", steps=1, **more)
+    one = replace(one, recipe=in_chunks(one.recipe, 3, 4))
     found, told = measure_here(one), trace(TINY, one.recipe, 200, on="cpu")
     assert {n: p.allocated for n, p in found.instants.items()} == {
         p.instant: pytest.approx(p.bytes, rel=0.005) for p in told.peaks

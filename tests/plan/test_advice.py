@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 
 from mstplan.plan import advice
-from mstplan.plan.solve import max_seq
+from mstplan.plan.solve import max_seq, plan_at
+from mstplan.plan.ways import ways_to_fit
 from mstplan.spec.catalog import load_model
 from mstplan.spec.hardware import card
-from mstplan.step.recipe import strategy
+from mstplan.step.recipe import Recipe, strategy
+from mstplan.units import format_gib
 
 GIB = 2**30
 MODEL = load_model("llama3.1-8b")
@@ -15,6 +17,17 @@ MODEL = load_model("llama3.1-8b")
 def test_host_memory_is_named() -> None:
     answer = max_seq(MODEL, strategy("mst-offload"), card("h100", host_memory=16 * GIB), "mst-offload")
     assert any("CPU RAM is short" in note and f"{answer.s_max:,}" in note for note in advice.answer_notes(answer))
+
+
+def test_cpu_ram_that_is_the_memory_of_the_gpu_is_said() -> None:
+    model, on = load_model("qwen3-0.6b"), card("dgx spark")
+    plan = plan_at(model, Recipe(checkpoint="layer", offload="layer-inputs"), on, 4096)
+    assert not plan.fits and plan.tensors_fit
+    assert advice.host_notes(plan) == [
+        "layer inputs in CPU RAM would stay in the memory of gb10, which is the CPU's, too"
+    ]
+    assert any("shares its memory with the CPU" in note for note in advice.card_notes(on))
+    assert not any("shares its memory" in note for note in advice.card_notes(card("gh200")))
 
 
 @pytest.mark.parametrize(
@@ -83,3 +96,60 @@ def test_padded_batches_are_a_note_with_their_number() -> None:
     (note,) = [note for note in advice.answer_notes(answer) if "--pad-to 8" in note]
     assert f"{answer.s_max:,}" in note and f"{longer.s_max:,}" in note and answer.s_max < longer.s_max
     assert not any("--pad-to" in note for note in advice.answer_notes(longer))
+
+
+def test_the_adapter_is_said_with_its_reach_and_what_to_add() -> None:
+    said = advice.adapter_lines(ways_to_fit(plan_at(MODEL, strategy("mst"), card("rtx-4090"), 4096)))
+    s_max = max_seq(MODEL, strategy("mst", lora_rank=16), card("rtx-4090")).s_max
+    assert said == [f"LoRA of rank 16 (--lora 16): {s_max:,} tokens with mst."]
+    own = Recipe(precision="mixed", checkpoint="layer", optimizer="lion")
+    (line,) = advice.adapter_lines(ways_to_fit(plan_at(MODEL, own, card("rtx-4090"), 2048)))
+    assert line.startswith("LoRA of rank 16 (--lora 16 --precision bf16 --autocast): ") and "checkpointing" in line
+
+
+def test_kbit_preparation_says_what_it_takes() -> None:
+    """The bytes that are said are those between two plans of the same length."""
+    on, recipe = card("h100"), strategy("checkpoint", lora_rank=16, quantize="nf4", kbit_preparation=True)
+    plan = plan_at(MODEL, recipe, on, 8192)
+    (note,) = advice.adapter_notes(plan)
+    for words, fields in (("--autocast", {"autocast": True}), ("--kbit-preparation out", {"kbit_preparation": False})):
+        less = plan.peak_bytes - plan_at(MODEL, recipe.changed(**fields), on, 8192).peak_bytes
+        assert f"{words} saves {format_gib(less)}" in note and less > GIB
+    assert "attention and logits" in note and "8,192 tokens" in note
+    (note,) = advice.adapter_notes(plan_at(MODEL, recipe.changed(autocast=True), on, 8192))
+    assert "--autocast" not in note and "attention" not in note and "--kbit-preparation out saves" in note
+    assert advice.adapter_notes(plan_at(MODEL, recipe.changed(kbit_preparation=False), on, 8192)) == []
+
+
+def test_fp32_adapters_that_need_more_than_full_fine_tuning_say_so() -> None:
+    """By as much as two plans of the same length differ; and only where they do."""
+    on, recipe = card("h200"), strategy("standard", lora_rank=16)
+    plan, full = plan_at(MODEL, recipe, on, 65536), plan_at(MODEL, strategy("standard"), on, 65536)
+    (note,) = advice.adapter_notes(plan)
+    assert f"needs {format_gib(plan.peak_bytes - full.peak_bytes)} more than full fine-tuning" in note
+    for words, fields in (("--adapter-dtype bf16", {"adapter_dtype": "bf16"}), ("--autocast", {"autocast": True})):
+        less = plan.peak_bytes - plan_at(MODEL, recipe.changed(**fields), on, 65536).peak_bytes
+        assert f"{words} saves {format_gib(less)}" in note and less > GIB
+    for quiet in ({"checkpoint": "layer"}, {"adapter_dtype": "bf16"}, {"quantize": "nf4"}, {"lora_rank": 0}):
+        assert advice.adapter_notes(plan_at(MODEL, recipe.changed(**quiet), on, 65536)) == []
+    assert advice.adapter_notes(plan_at(MODEL, recipe, on, 1024)) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "cuDNN"),
+        ({"precision": "fp32"}, "the math kernel"),
+        ({"precision": "fp32", "autocast": True}, "cuDNN"),
+        ({"lora_rank": 8, "kbit_preparation": True}, "the math kernel"),
+        ({"lora_rank": 8, "kbit_preparation": True, "autocast": True}, "cuDNN"),
+    ],
+)
+def test_the_kernel_that_is_said_is_of_the_dtype_that_attention_computes_in(
+    fields: dict[str, object], words: str
+) -> None:
+    recipe = Recipe(**fields)
+    assert advice.kernel_words(MODEL, recipe, card("h100")) == words
+    noted = any("sdpa has no fast kernel" in note for note in advice.recipe_notes(MODEL, recipe))
+    assert noted == (words == "the math kernel")
+    assert plan_at(MODEL, recipe, card("h100"), 2048).kernels[0].label == words

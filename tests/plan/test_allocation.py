@@ -18,6 +18,8 @@ from mstplan.step.steps import Chunks
 MODEL = load_model("llama3.1-8b")
 H100, H200 = (Path(__file__).parents[1] / "data" / name for name in ("h100-2026-11-27", "h200-2026-11-26"))
 CHUNKED = ("mst", "mst-offload")
+FOREACH = {name: recipe.changed(adamw_kernel="foreach") for name, recipe in STRATEGIES.items()}
+"""As they were measured."""
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -46,12 +48,15 @@ def as_measured(measured: list[dict[str, Any]]) -> Card:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("folder", [H100, H200], ids=["H100", "H200"])
 def test_s_max_is_a_length_that_ran(folder: Path, strategy: str) -> None:
-    """At most the shortest that failed, and no less than 98% of the longest that ran."""
+    """At most the shortest that failed, and no less than 98% of the longest that ran: in one step after a short one, so that of lengths
+    that ran out some steps after a cold start the shortest counts."""
     measured = rows(folder / "smax.jsonl")
     if not any(row["case"]["strategy"] == strategy for row in measured):
         pytest.skip("not measured")
     ran, failed = lengths(measured, strategy)
-    assert 0.98 * ran <= max_seq(MODEL, STRATEGIES[strategy], as_measured(measured)).s_max < failed
+    cold = [row for row in rows(H100 / "cold.jsonl") if row["strategy"] == strategy and row["expandable"]]
+    ran = min([ran, *(row["seq_len"] for row in cold if row["outcome"] == "oom")])
+    assert 0.98 * ran <= max_seq(MODEL, FOREACH[strategy], as_measured(measured)).s_max < failed
 
 
 DIFFER = {
@@ -59,7 +64,7 @@ DIFFER = {
     ("standard", 2500, USUAL): "runs out in step 3: the same",
     ("checkpoint", 11900, USUAL): "runs out in step 2, the simulation from 12,000 on",
     ("checkpoint-sqrt", 12900, USUAL): "runs out in step 2, the simulation from 12,950 on",
-    ("checkpoint", 19450, EXPANDABLE): "runs out in step 2, where 9.29 GiB are asked for and 9.29 GiB are free",
+    ("standard", 4454, EXPANDABLE): "runs out in step 4, the simulation in step 2",
 }
 """Runs from a cold start that the simulation does not foretell."""
 
@@ -70,7 +75,7 @@ def test_cold_starts_are_foretold() -> None:
     for row in rows(H100 / "cold.jsonl"):
         allocator = EXPANDABLE if row["expandable"] else USUAL
         on, steps = card("h100", allocator=allocator), len(row["steps"]) + (row["outcome"] == "oom")
-        usage = usage_up_to(MODEL, STRATEGIES[row["strategy"]], on, row["seq_len"], Chunks(*row["chunks"]))
+        usage = usage_up_to(MODEL, FOREACH[row["strategy"]], on, row["seq_len"], Chunks(*row["chunks"]))
         failed = usage.steps if not usage.runs else None
         if (failed if failed is not None and failed <= steps else None) != (steps if row["outcome"] == "oom" else None):
             differ.add((row["strategy"], row["seq_len"], allocator))
@@ -80,7 +85,7 @@ def test_cold_starts_are_foretold() -> None:
 @pytest.mark.parametrize("allocator", [EXPANDABLE, USUAL])
 def test_what_it_finds_runs_and_a_little_more_does_not(allocator: str) -> None:
     for strategy in ("standard", "checkpoint", "mst"):
-        recipe, on = STRATEGIES[strategy], card("h100", allocator=allocator)
+        recipe, on = FOREACH[strategy], card("h100", allocator=allocator)
         chunks = recommend_chunks(MODEL, recipe, on)
         fitting = longest_sequence(MODEL, recipe, on, chunks)
         s_max = longest_that_runs(MODEL, recipe, on, chunks, fitting)

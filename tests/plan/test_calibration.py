@@ -12,9 +12,16 @@ from mstplan.profiles import ROOT
 from mstplan.step.recipe import STRATEGIES
 from mstplan.step.steps import Chunks, Layout, step
 
-DENSE = [name for name in model_names() if load_model(name).experts is None]
+NOT_FITTED = ("gemma3-270m", "phi4-mini")
+"""Models whose traces no straight line meets within 0.5%: `calibrate` refuses to write them, and the formula answers."""
+DENSE = [name for name in model_names() if load_model(name).experts is None and name not in NOT_FITTED]
 ON = card("a100-80gb")
 LENGTHS = (4096, 65536, 1048576)
+
+CALIBRATED = {
+    name: recipe for name, recipe in STRATEGIES.items() if name != "chunked-loss" and not recipe.layer_in_chunks
+}
+"""Strategies of which calibrations ship."""
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +37,7 @@ def test_no_file_without_a_model():
 @pytest.mark.parametrize("name", DENSE)
 def test_every_strategy_at_every_length(name):
     model = load_model(name)
-    for strategy, recipe in STRATEGIES.items():
+    for strategy, recipe in CALIBRATED.items():
         for seq_len in LENGTHS:
             plan = plan_at(
                 model, recipe.changed(pad_to=8), ON, seq_len
@@ -44,7 +51,7 @@ def test_what_it_changes(name):
     """Formula and trace count the same tensors. A calibration adds buffers of some bytes, and to the loss the copy of the labels
     (8 bytes a token) that transformers makes of several sequences: it is solved from two sequences and three."""
     model = load_model(name)
-    for strategy, recipe in STRATEGIES.items():
+    for strategy, recipe in CALIBRATED.items():
         chunks = fixed_chunks(recipe, 16, 32) if recipe.loss == "chunked" else Chunks(1, 1)
         for seq_len in LENGTHS:
             layout, where = layout_of(model, recipe, chunks, seq_len), step_sizes(recipe, seq_len, chunks)

@@ -35,7 +35,8 @@ def test_what_fits_needs_no_advice() -> None:
 def test_where_nothing_fits_the_smallest_card_is_named(name: str, holds: bool) -> None:
     model, on = load_model(name), card("t4", host_memory=0)
     told = findings.find_longest(model, on, {each: strategy(each) for each in ("standard", "mst")})
-    assert told.best.s_max == 0 and not told.to_fit and (told.smallest is not None) == holds
+    assert told.best.s_max == 0 and (told.smallest is not None) == holds
+    assert [way.adapters is not None for way in told.to_fit] == [True] * holds  # QLoRA needs no CPU RAM, and holds 8B
     if told.smallest is None:
         assert "No single GPU holds it." in told.notes[-1]
     else:
@@ -47,7 +48,7 @@ def test_where_nothing_fits_the_smallest_card_is_named(name: str, holds: bool) -
 def test_what_answers_stand_on() -> None:
     on = card("a100-80gb")
     told = findings.find_longest(MODEL, on, STRATEGIES)
-    assert told.provenance.startswith("estimated, calibrated from traces")
+    assert told.provenance.startswith("estimated, calibrated in part from traces")  # chunked-loss is not
     mixed = {"mst": STRATEGIES["mst"], "custom": strategy("mst", optimizer="sgd")}
     assert "calibrated in part" in findings.find_longest(MODEL, on, mixed).provenance
     assert findings.find_longest(MODEL, on, {"custom": mixed["custom"]}).provenance == findings.BARE_FORMULA

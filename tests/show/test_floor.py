@@ -34,7 +34,10 @@ CASES = {
 def drawn(case):
     name, gpu, changes, _ = CASES[case]
     model, on = load_model(name), card(gpu)
-    found = [solve.max_seq(model, recipe.changed(**changes), on, each) for each, recipe in STRATEGIES.items()]
+    found = [
+        solve.max_seq(model, recipe.changed(**{"adamw_kernel": "foreach", **changes}), on, each)
+        for each, recipe in STRATEGIES.items()
+    ]
     return model, on, plot.curves(found, None, 20)
 
 
@@ -62,7 +65,7 @@ def test_bytes_are_the_step_models():
 
 def test_only_what_all_have_in_common():
     model, on, curves = drawn("adamw")
-    away = STRATEGIES["mst"].changed(optimizer_on_host=True)
+    away = STRATEGIES["mst"].changed(adamw_kernel="foreach", optimizer_on_host=True)
     host = plot.curves([solve.max_seq(model, away, on, "mst")], None, 20)
     assert [band.name for band in floor.bands([curves[0], *host], model, on)] == ["weights", "gradients"]
     gathered = away.changed(weights_on_host=True)

@@ -18,7 +18,7 @@ from mstplan.units import GIB, format_gib
 
 from ..tracing.tiny import TINY, step_of
 
-RECIPE = strategy("checkpoint")
+RECIPE = strategy("checkpoint", adamw_kernel="foreach")
 CARD = card(memory=8 * GIB)
 
 

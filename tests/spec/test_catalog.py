@@ -38,7 +38,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_index_and_files_agree():
-    assert set(NAMES) == set(INDEX) and "index" not in NAMES and len(NAMES) == 50
+    assert set(NAMES) == set(INDEX) and "index" not in NAMES and len(NAMES) == 106
     assert all(name == name.lower() for name in NAMES)
     assert all(set(facts) == {"hub_id", "parameters", "note"} for facts in INDEX.values())
 
@@ -107,8 +107,8 @@ def test_an_adapter_is_refused_with_its_base(here, spec):
     for path in ("mine/adapter_config.json", "renamed.json"):
         (here / path).write_text(json.dumps(ADAPTER))
     said = refusal(spec)
-    assert "an adapter (LORA) of meta-llama/Llama-3.1-8B: adapters (LoRA, QLoRA) are not planned yet" in said
-    assert said.endswith("\nPlan full fine-tuning of its base model: -m meta-llama/Llama-3.1-8B.")
+    assert "an adapter (LORA) of meta-llama/Llama-3.1-8B: a model is planned by its base's config.json" in said
+    assert "\nPlan its training: -m meta-llama/Llama-3.1-8B --lora " in said
     (here / "mine" / "config.json").write_text(LLAMA)  # the model lies there, too
     assert load_model("mine").name == "mine"
 
@@ -123,13 +123,13 @@ def test_an_adapter_whose_file_says_little(here, field, value):
     said = refusal(".")
     assert (
         "is an adapter" in said
-        and "not planned yet" in said
+        and "planned by its base" in said
         and said.isprintable() is False
         and said.replace("\n", "").isprintable()
     )
     assert max(map(len, said.splitlines())) < 300
     if value == "../my models/llama" and field != "peft_type":
-        assert said.endswith("-m '../my models/llama'.")
+        assert "-m '../my models/llama' --lora " in said
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])

@@ -14,8 +14,14 @@ from transformers import (
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -23,8 +29,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mstplan import profiles
 from mstplan.errors import ModelError
 from mstplan.spec.catalog import model_names
-from mstplan.spec.config import _ACTIVATIONS, _REFUSED_TYPES, read_config
-from mstplan.spec.families import FAMILIES
+from mstplan.spec.config import _ACTIVATIONS, _ALIASES, _REFUSED_TYPES, read_config
+from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.model import Latent, LayerKind, Model
 from mstplan.step.parameters import parameter_count
 from tests.train.tiny import tiny_config
@@ -56,13 +62,27 @@ def their_windows(config):
     if family in ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"):
         return [window] * layers
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    if family == "llama4_text":
+        return [config.attention_chunk_size if kind == "chunked_attention" else None for kind in kinds]
     if getattr(config, "use_sliding_window", True) is False:
         window = None
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+NEEDED = {"dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2}}
+"""Fields without which transformers makes no such model."""
+
+
 def small(model_type, **changes):
-    return {**LLAMA, "model_type": model_type, "num_key_value_heads": 8, **changes}
+    square = {"head_dim": 8} if FAMILIES.get(model_type, LLAMA_LIKE).square_output else {}
+    return {
+        **LLAMA,
+        "model_type": model_type,
+        "num_key_value_heads": 8,
+        **square,
+        **NEEDED.get(model_type, {}),
+        **changes,
+    }
 
 
 def refusal(config, name="some-model"):
@@ -99,10 +119,11 @@ def test_shipped_model_is_what_transformers_reads(name):
     if model.model_type != "gpt2" and model.attention.latent is None:
         assert model.attention.rotary_dim == int(model.attention.head_dim * rope.get("partial_rotary_factor", 1.0))
     if model.mlp is not None and model.model_type != "gpt2":
-        assert model.mlp.width == config.intermediate_size
+        assert model.mlp.width == getattr(config, FAMILIES[model.model_type].mlp_width)
     if model.experts is not None:
         assert model.experts.per_token == config.num_experts_per_tok
-        assert model.experts.number == (getattr(config, "n_routed_experts", None) or config.num_experts)
+        numbers = [getattr(config, name, None) for name in _ALIASES["num_experts"]]
+        assert model.experts.number in numbers
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
@@ -115,27 +136,26 @@ def test_defaults_are_those_of_transformers(model_type):
         if key in ("hidden_act", "hidden_activation") and not hasattr(config, key):
             continue
         if key == "num_key_value_heads" and value is None:
-            assert getattr(config, key, config.num_attention_heads) == config.num_attention_heads
+            assert getattr(config, key, None) in (None, config.num_attention_heads)
         elif key == "sliding_window" and getattr(config, "use_sliding_window", True) is False:
             assert type(config)(use_sliding_window=True).sliding_window == value
         elif key == "partial_rotary_factor":
             assert rope[key] == value
-        elif key == "num_experts":
-            assert value in (getattr(config, "n_routed_experts", None), getattr(config, "num_local_experts", None))
         else:
-            assert getattr(config, key) == value, key
+            assert value in [getattr(config, name) for name in _ALIASES.get(key, (key,)) if hasattr(config, name)], key
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_absent_fields_are_filled_as_transformers_fills_them(model_type):
     given = small(model_type)
-    del given["num_key_value_heads"]
+    if 32 % (FAMILIES[model_type].defaults["num_key_value_heads"] or 32) == 0:
+        del given["num_key_value_heads"]
     given.update(num_attention_heads=32, hidden_size=256, num_hidden_layers=9, num_experts_per_tok=2)
     config, model = CONFIG_MAPPING[model_type].from_dict(dict(given)), read_config(given, model_type)
     assert model.tied is getattr(config, "tie_word_embeddings", False)  # of a text part the whole says it
     assert [kind.window for kind in model.layer_kinds] == their_windows(config)
     if model.attention.latent is None:
-        assert model.attention.kv_heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
+        assert model.attention.kv_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
@@ -147,9 +167,10 @@ def test_has_sdpa_is_what_transformers_says(model_type):
 def parameters(model):
     """How many weights a model has, by what was read from its file: every size and switch counts."""
     hidden, norm = model.hidden, model.hidden * (2 if model.norm_bias else 1)
-    norms = norm * (4 if model.block == "sandwich" else 2)
+    norms = norm * {"sandwich": 4, "one-norm": 1}.get(model.block, 2)
     layers = sum(norms + attention_weights(model) + mlp_weights(model, kind.experts) for kind in model.layer_kinds)
-    return layers + norm + hidden * (model.vocab * (1 if model.tied else 2) + model.learned_positions)
+    head = model.vocab * (hidden * (not model.tied) + model.head_bias)
+    return layers + norm + head + hidden * (model.vocab + model.learned_positions)
 
 
 def attention_weights(model):
@@ -163,7 +184,9 @@ def attention_weights(model):
         queries = hidden * width if rank is None else rank * (hidden + a.qkv_bias + 1 + width)
         return queries + keys + expanded + out
     width = (a.heads + 2 * a.kv_heads) * a.head_dim
-    normed = {"none": 0, "head": 2 * a.head_dim, "full": (a.heads + a.kv_heads) * a.head_dim}[a.qk_norm]
+    normed = {"none": 0, "unweighted": 0, "head": 2 * a.head_dim, "full": (a.heads + a.kv_heads) * a.head_dim}[
+        a.qk_norm
+    ]
     return hidden * width + width * a.qkv_bias + normed + a.heads * a.sinks + out
 
 
@@ -172,9 +195,12 @@ def mlp_weights(model, routed):
     if routed:
         e = model.experts
         biases = e.number * (2 * e.width + hidden + 1) * e.bias
-        return 3 * hidden * (e.number * e.width + e.shared_width) + hidden * e.number + biases
+        code = FAMILIES[model.model_type].code
+        beside = hidden * code.shared_gate + e.number * code.corrected
+        return 3 * hidden * (e.number * e.width + e.shared_width) + hidden * e.number + biases + beside
     into = 2 if model.mlp.gated else 1
-    return (into + 1) * hidden * model.mlp.width + (into * model.mlp.width + hidden) * model.mlp.bias
+    own = 2 if model.mlp.activation == "xielu" else 0  # weights of the activation
+    return own + (into + 1) * hidden * model.mlp.width + (into * model.mlp.width + hidden) * model.mlp.bias
 
 
 INDEX = json.loads((profiles.ROOT / "models" / "index.json").read_text(encoding="utf-8"))
@@ -196,6 +222,9 @@ def class_of(config):
 WHOLES = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen2_5_omni": (Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
 }
 
 
@@ -203,20 +232,23 @@ def parameters_in_transformers(config):
     """Of the class that a row reads, on the meta device; of a model of several parts those of its text part."""
     whole = config.model_type.removesuffix("_text")
     with torch.device("meta"):
-        if whole in ("qwen2_vl", "qwen2_5_vl"):
+        if whole in WHOLES:
             settings, cls = WHOLES[whole]
             built = cls(
                 settings(
                     text_config=config.to_dict(), tie_word_embeddings=config.to_dict().get("tie_word_embeddings", False)
                 )
             )
-            built.model.visual = None
+            for holder in (built, built.model):
+                holder.visual = holder.audio_tower = None
         else:
             built = class_of(config)(config)
     built.tie_weights()
     return sum(weight.numel() for weight in built.parameters())
 
 
+NEED_HEAD_DIM = ("helium", "hunyuan_v1_dense", "ministral")
+"""Their modules cannot be built, or run, without."""
 SWITCHED = {
     "attention_bias": True,
     "mlp_bias": True,
@@ -232,8 +264,8 @@ def test_what_is_read_gives_the_parameters_of_transformers(model_type, changes):
     kv_heads = 8 if FAMILIES[model_type].latent or not FAMILIES[model_type].own_heads else 2
     counted = {name: value for name, value in changes.items() if name not in FAMILIES[model_type].uncounted}
     config = small(model_type, num_key_value_heads=kv_heads, num_experts_per_tok=2, pad_token_id=0, **counted)
-    if model_type == "ministral":  # transformers needs it there
-        config["head_dim"] = 16
+    if model_type in NEED_HEAD_DIM:
+        config["head_dim"] = 8
     read_by_transformers = CONFIG_MAPPING[model_type].from_dict(dict(config))
     assert parameters(read_config(config, "m")) == parameters_in_transformers(read_by_transformers)
 
@@ -462,12 +494,11 @@ def test_quantised_weights_are_noted():
     ],
     ids=["llama", "unknown", "deepseek", "nested", "untyped"],
 )
-def test_who_has_quantised_weights_is_told_first_that_adapters_are_not_planned(whole, method):
+def test_who_has_quantised_weights_is_told_first_how_they_are_planned(whole, method):
     model = read_config({**whole, "quantization_config": {"quant_method": method}}, "m")
-    assert model.notes[0].startswith(
-        "adapters (LoRA, QLoRA) are not planned yet: this is full fine-tuning of unquantised weights"
-    )
-    assert model.notes[0].isprintable() and len(model.notes[0]) < 200
+    assert model.notes[0].startswith("the published weights are quantised")
+    assert model.notes[0].endswith("nearest: --lora 16 --quantize nf4")
+    assert model.notes[0].isprintable() and len(model.notes[0]) < 250
     plain = read_config({key: value for key, value in whole.items() if key != "quantization_config"}, "m")
     assert model._replace(notes=()) == plain._replace(notes=()) and model.notes[1:] == plain.notes
 
@@ -478,7 +509,10 @@ def test_dtype_under_either_name():
     assert read_config({**LLAMA, "torch_dtype": None}, "m").dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("gpt-oss", "deepseek-v3"))])
+NOTED = ("gpt-oss", "deepseek-v3", "deepseek-r1", "glm-4.")  # published quantised, or with a layer that is not counted
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(NOTED)])
 def test_shipped_files_need_no_notes(name):
     assert read_config(shipped(name), name).notes == ()
 
@@ -665,3 +699,36 @@ def test_a_deeply_nested_value():
     for _ in range(sys.getrecursionlimit() * 2):
         value = [value]
     refusal({**LLAMA, "hidden_size": value})
+
+
+# --- layers without rotary positions ---------------------------------------------------------------------------------
+
+
+def turned(model_type, **fields):
+    return [kind.rotary for kind in read_config(small(model_type, **fields), "m").layer_kinds]
+
+
+def test_layers_without_rotary_positions():
+    assert turned("smollm3") == [True, True, True, False]
+    assert turned("smollm3", no_rope_layers=[1, 0, 1, 1]) == [True, False, True, True]
+    assert turned("smollm3", no_rope_layer_interval=2) == [True, False] * 2
+    assert turned("cohere2") == turned("exaone4") == [True, True, True, False]
+    assert turned("cohere2", sliding_window=None) == [False] * 4
+    assert turned("exaone4", sliding_window=None) == [True] * 4
+    assert turned("llama") == [True] * 4
+
+
+@pytest.mark.parametrize("listed", [[1, 0], [1, 2, 1, 1], "1111", 4])
+def test_a_list_of_turned_layers_that_is_none(listed):
+    assert "no_rope_layers" in refusal(small("smollm3", no_rope_layers=listed))
+
+
+def test_heads_as_wide_as_hidden_states_where_code_needs_it():
+    assert "head_dim 16" in refusal(small("helium", head_dim=16))
+
+
+def test_dropout_after_the_embedding_is_its_own():
+    dropouts = [
+        read_config(small("phi", resid_pdrop=0.1, embd_pdrop=share), "m").embedding_dropout for share in (0.0, 0.1, 0.2)
+    ]
+    assert dropouts == [0.0, None, 0.2]  # None: as elsewhere

@@ -18,8 +18,8 @@ from ..step.test_against_torch import agree, errors
 transformers.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", category=UserWarning)
 
-NO_CLASS = ("qwen2_vl_text", "qwen2_5_vl_text")
-"""Text parts without a causal language model of their own: their code is Qwen2's."""
+NO_CLASS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "qwen3_vl_text", "qwen3_vl_moe_text")
+"""Text parts without a causal language model of their own: their code is Qwen2's and Qwen3's."""
 BOUND = 0.0015
 """Of tiny layers, single rows of numbers are some thousandths."""
 

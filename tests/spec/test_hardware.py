@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mstplan.errors import HardwareError
-from mstplan.spec.hardware import GRANULARITY, card, card_that_torch_names, find_gpu, gpus, gpus_of_size
+from mstplan.spec.hardware import GRANULARITY, _gpu_key, card, card_that_torch_names, find_gpu, gpus, gpus_of_size
 
 GIB = 2**30
 
@@ -29,13 +29,19 @@ def test_the_context_is_measured_on_hopper_and_assumed_elsewhere() -> None:
 
 
 def test_names_and_aliases_are_unique() -> None:
-    names = [name for gpu in gpus() for name in (gpu.name, *gpu.aliases)]
-    assert len(names) == len(set(names))
+    """As they are compared: no two cards, and no two names of a card, differ in dress alone."""
+    names = [_gpu_key(name) for gpu in gpus() for name in (gpu.name, *gpu.aliases)]
+    assert len(names) == len(set(names)) and all(names)
 
 
-def test_cards_from_t4_to_b200_and_mi300x() -> None:
+def test_cards_that_people_have() -> None:
     names = {gpu.name for gpu in gpus()}
     assert {"t4", "rtx-3090", "rtx-4090", "rtx-5090", "l4", "a100-80gb", "h100", "h200", "b200", "mi300x"} <= names
+    assert {"l2", "l20", "b300", "gb200", "gb300", "gb10", "mi300a", "mi350x", "mi355x", "titan-rtx"} <= names
+    assert {f"rtx-{n}000-ada" for n in "2456"} <= names
+    assert {f"rtx-{n}-laptop" for n in ("5060", "5070", "5070-ti", "5080", "5090")} <= names
+    assert {"rtx-4070", "rtx-4070-super", "rtx-4070-ti", "rtx-4070-ti-super", "rtx-3070-ti"} <= names
+    assert {"v100-16gb", "v100-pcie-16gb", "v100-32gb", "v100-pcie-32gb", "v100s-32gb"} <= names
 
 
 @pytest.mark.parametrize("name", ["h100", "H100", " h100 ", "h100-80gb", "A100_80GB", "rtx 4090"])
@@ -71,6 +77,59 @@ def test_cards_sold_under_two_names() -> None:
     }.items():
         assert {find_gpu(name).name for name in names} == {card_is}
     assert card_that_torch_names("NVIDIA A800-SXM4-80GB", 79 * GIB).gpu.name == "a100-80gb"
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("RTX 4070 Ti Super", "rtx-4070-ti-super"),
+        ("rtx4070ti", "rtx-4070-ti"),
+        ("4060 Ti 16 GB", "rtx-4060-ti-16gb"),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", "rtx-5090-laptop"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "rtx-pro-6000-max-q"),
+        ("NVIDIA RTX 2000 Ada Generation", "rtx-2000-ada"),
+        ("Tesla V100S-PCIE-32GB", "v100s-32gb"),
+        ("NVIDIA TITAN RTX", "titan-rtx"),
+        ("DGX Spark", "gb10"),
+        ("NVIDIA GB10", "gb10"),
+        ("Jetson AGX Orin", "jetson-agx-orin-64gb"),
+        ("NVIDIA Thor", "jetson-agx-thor"),
+        ("AMD Instinct MI350X VF", "mi350x-vf"),
+        ("a4000", "rtx-a4000"),
+    ],
+)
+def test_names_as_people_and_torch_write_them(typed: str, name: str) -> None:
+    assert find_gpu(typed).name == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [("mi350", "mi350x"), ("rtx 4070 tii", "rtx-4070-ti"), ("gb110", "gb10"), ("RTX PRO 6500", "rtx-pro-6000")],
+)
+def test_near_misses_suggest(typed: str, near: str) -> None:
+    with pytest.raises(HardwareError, match=rf"Did you mean .*\b{near}\b"):
+        find_gpu(typed)
+
+
+def test_cards_that_share_their_memory_with_the_cpu() -> None:
+    """Nothing is gained in CPU RAM there, and no amount of memory is taken for one of them."""
+    shared = {gpu.name for gpu in gpus() if gpu.shared_memory}
+    assert shared == {"gb10", "jetson-agx-orin-64gb", "jetson-agx-thor", "mi300a"}
+    for name in shared:
+        assert card(name).host_bytes == card_that_torch_names(name, 60 * GIB).host_bytes == 0
+        with pytest.raises(HardwareError, match="no CPU RAM beside it"):
+            card(name, host_memory=64 * GIB)
+    assert card("gh200").host_bytes is None
+    for size in (64, 128):
+        unnamed = card(memory=size * GIB)
+        assert unnamed.gpu.name not in shared and not shared & {gpu.name for gpu in gpus_of_size(unnamed)}
+
+
+def test_sizes_are_reported_or_say_what_they_are_taken_from() -> None:
+    for gpu in gpus():
+        assert (gpu.usable_kind == "estimated") == gpu.usable_source.startswith("Estimated: "), gpu.name
+        assert any(char.isdigit() for char in gpu.usable_source + gpu.rates_source), gpu.name
 
 
 def test_the_budget_is_what_is_left() -> None:

@@ -33,10 +33,11 @@ from mstplan.plan.layout import step_sizes
 from mstplan.spec.config import read_config
 from mstplan.spec.model import Model
 from mstplan.step.cuda import efficient_accumulates, efficient_workspace
-from mstplan.step.optimizers import OPTIMIZERS
 from mstplan.step.recipe import Recipe
 from mstplan.step.steps import Chunks, Layout, Step, evaluate, segment_length
+from mstplan.tracing.optimizers import make_fake_optimizer
 from mstplan.train.runtime import Runtime
+from mstplan.train.selecting import kinds_in
 from mstplan.train.step import step_in_backward
 from mstplan.train.wrap import Minisequence
 
@@ -280,9 +281,9 @@ def run_step(
         net = _build(config, recipe, trains, watch)
         optimizer = None
         if recipe.optimizer_in_backward:
-            step_in_backward(net, OPTIMIZERS[recipe.optimizer].make(recipe))
+            step_in_backward(net, make_fake_optimizer(recipe, kinds_in(net)))
         else:
-            optimizer = OPTIMIZERS[recipe.optimizer].make(recipe)([w for w in net.parameters() if w.requires_grad])
+            optimizer = make_fake_optimizer(recipe, kinds_in(net))([w for w in net.parameters() if w.requires_grad])
         ids, targets = (torch.randint(0, config["vocab_size"], (recipe.batch, seq_len)) for _ in range(2))
         for _ in range(2):
             watch.peaks = {}

@@ -98,9 +98,12 @@ def recipes(draw: st.DrawFn, **fixed: object) -> Recipe:
         "pad_to": draw(st.sampled_from([1, 1, 1, 3, 4, 8, 64])),
         "mlp_chunks": mlp_chunks,
         "mlp_recompute": recompute,
+        "layer_in_chunks": fixed.get("mlp_recompute", recompute) and draw(st.booleans()),
         "loss_chunks": "auto" if chunked_loss else 1,
-        "loss": "chunked" if chunked_loss else draw(st.sampled_from(["transformers", "transformers<4.45"])),
-        "offload_layer_inputs": checkpoint != "none" and draw(st.booleans()),
+        "loss": "chunked"
+        if chunked_loss
+        else draw(st.sampled_from(["transformers", "transformers<4.49", "transformers<4.45"])),
+        "offload": "layer-inputs" if checkpoint != "none" and draw(st.booleans()) else "none",
         "attention": draw(st.sampled_from(["sdpa", "eager"] if precision == "fp32" else ["sdpa", "flash", "eager"])),
     }
     return Recipe(**{**choices, **fixed})

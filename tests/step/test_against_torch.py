@@ -116,6 +116,12 @@ OPTIMIZERS = [
     {"adamw_kernel": "for-loop"},
     {"optimizer": "sgd"},
     {"optimizer": "adafactor"},
+    {"optimizer": "muon"},
+    {"optimizer": "muon", "adamw_kernel": "fused"},
+    {"optimizer": "adamw-8bit"},
+    {"optimizer": "adamw-8bit-torchao"},
+    {"optimizer": "adamw-4bit"},
+    {"optimizer": "lion"},
 ]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mstplan.errors import RecipeError
 from mstplan.step import names
 from mstplan.step.names import VALUES, Advice
-from mstplan.step.recipe import Recipe, planned, strategy, strategy_labels
+from mstplan.step.recipe import CHUNK_FIELDS, Recipe, planned, strategy, strategy_labels
 
 FIELDS = [field for field in VALUES if field != "strategy"]
 CASES = [(field, row) for field, rows in VALUES.items() for row in rows]
@@ -42,7 +42,7 @@ def said_of(field: str, value: Any) -> str:
 
 
 def test_every_field_that_takes_names_has_a_table() -> None:
-    assert set(FIELDS) == {field for field in Recipe.model_fields if planned(field)[0]} - {"mlp_chunks", "loss_chunks"}
+    assert set(FIELDS) == {field for field in Recipe.model_fields if planned(field)[0]} - {*CHUNK_FIELDS}
 
 
 @pytest.mark.parametrize("field", VALUES)
@@ -63,9 +63,11 @@ def test_what_other_trainers_call_it(field: str) -> None:
 @pytest.mark.parametrize("field", VALUES)
 def test_what_is_recommended_makes_a_recipe(field: str) -> None:
     for row in VALUES[field]:
-        cards = {"gpus": 8} if row.write.get("sharding") == "fsdp" else {}
+        cards: dict[str, Any] = {"gpus": 8} if row.write.get("sharding") in ("fsdp", "ddp") else {}
+        if row.write.get("quantize", "none") != "none" or "adapter_dtype" in row.write:
+            cards["lora_rank"] = 16
         more = {key: value for key, value in row.write.items() if key != "strategy"}
-        assert strategy(str(row.write.get("strategy", "standard"))).changed(**cards, **more)
+        assert strategy(str(row.write.get("strategy", "standard"))).changed(**{**cards, **more})
 
 
 def test_no_name_says_two_things() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mstplan.errors import OutputError, RecipeError
-from mstplan.step.recipe import STRATEGIES, STRATEGY_FIELDS, Recipe, strategy
+from mstplan.step.recipe import STRATEGIES, STRATEGY_FIELDS, USUAL_STRATEGIES, Recipe, recipe_in_words, strategy
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -20,8 +20,8 @@ def test_the_strategies_are_valid_recipes(name: str) -> None:
     assert Recipe.model_validate(STRATEGIES[name].model_dump()) == STRATEGIES[name]
 
 
-def test_the_five_strategies_differ_only_in_what_a_strategy_decides() -> None:
-    assert list(STRATEGIES) == ["standard", "checkpoint", "checkpoint-sqrt", "mst", "mst-offload"]
+def test_strategies_differ_only_in_what_a_strategy_decides() -> None:
+    assert list(STRATEGIES) == [*USUAL_STRATEGIES, "mst-layer", "mst-layer-offload", "checkpoint-sqrt"]
     for recipe in STRATEGIES.values():
         changed = {field for field in Recipe.model_fields if getattr(recipe, field) != getattr(Recipe(), field)}
         assert changed <= set(STRATEGY_FIELDS)
@@ -64,6 +64,10 @@ def test_json_round_trip(name: str, tmp_path: Path) -> None:
         ({"gpus": 2, "sharding": "fsdp", "optimizer": "adamw-8bit"}, "adamw or sgd"),
         ({"gpus": 2, "sharding": "fsdp", "optimizer": "adafactor"}, "adamw or sgd"),
         ({"gpus": 2, "sharding": "fsdp", "optimizer_on_host": True}, "not planned"),
+        ({"layer_in_chunks": True}, "set mlp_recompute"),
+        ({"attention_groups": 2}, "strategy mst-layer"),
+        ({"layer_in_chunks": True, "mlp_recompute": True, "gpus": 2, "sharding": "fsdp"}, "not planned with fsdp"),
+        ({"layer_in_chunks": True, "mlp_recompute": True, "offload": "saved-tensors"}, "offload layer-inputs"),
     ],
 )
 def test_recipes_that_make_no_sense(fields: dict[str, object], says: str) -> None:
@@ -186,3 +190,22 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
             Recipe.read(tmp_path / name)
         assert len(str(e.value).splitlines()) == 2
     assert Recipe.read(tmp_path / "bom") == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "full fine-tuning, bf16 weights, "),
+        ({"autocast": True}, "full fine-tuning, bf16 weights under bf16 autocast, "),
+        ({"precision": "mixed"}, "full fine-tuning, fp32 weights under bf16 autocast, "),
+        ({"precision": "mixed", "sharding": "fsdp", "gpus": 2}, "full fine-tuning, fp32 shards, gathered in bf16, "),
+        ({"lora_rank": 8, "quantize": "nf4"}, "(fp32), nf4 weights, the rest bf16, "),
+        (
+            {"lora_rank": 8, "quantize": "nf4", "double_quantize": True, "kbit_preparation": True},
+            "(fp32), nf4 weights with double quantisation, the rest fp32 by kbit preparation, ",
+        ),
+        ({"lora_rank": 8, "kbit_preparation": True}, "(fp32), fp32 weights by kbit preparation, "),
+    ],
+)
+def test_words_say_what_each_weight_is_held_in(fields: dict[str, object], words: str) -> None:
+    assert words in recipe_in_words(Recipe(**fields))

@@ -51,6 +51,16 @@ def test_a_checkpointed_layer_stops_before_its_last_product() -> None:
     assert pieces == pytest.approx(down, rel=0.1)
 
 
+def test_layers_in_pieces_make_queries_keys_and_values_once_more() -> None:
+    """For attention, as under any checkpoint, and in backward piece by piece; the rest runs again once, as with chunks of the MLP."""
+    tokens, a = 16384, MODEL.attention
+    products = 2 * tokens * MODEL.hidden * (a.heads + 2 * a.kv_heads) * a.head_dim * 32 / H100.gpu.bf16_flops
+    more = seconds("mst-layer", chunks=Chunks(4, 1)) - seconds("mst", chunks=Chunks(4, 1))
+    assert products < more < 4 * products  # a norm, the rotary embedding and the output product take the rest
+    in_groups = seconds("mst-layer", chunks=Chunks(4, 1, 8)) - seconds("mst-layer", chunks=Chunks(4, 1))
+    assert abs(in_groups) < 0.01 * seconds("mst", chunks=Chunks(4, 1))
+
+
 def test_accumulation_and_batch_scale() -> None:
     assert seconds("checkpoint", accumulation=4) == pytest.approx(4 * seconds("checkpoint"), rel=0.05)
     assert seconds("checkpoint", seq_len=8192, batch=2) == pytest.approx(

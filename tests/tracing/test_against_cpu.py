@@ -16,6 +16,8 @@ from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import attention_of, trace
 from mstplan.train.step import TrainingStep, build_model, read_settings
 
+from ..recipes import in_chunks
+
 HIDDEN, LAYERS = 256, 3  # sqrt: a checkpoint over two layers and one over the third
 SMALL: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -51,6 +53,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "head_dim": 64},
+    "deepseek_v2": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 192,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 64,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "num_key_value_heads": 4,
+    },
 }
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
 BY_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,13 +113,8 @@ def config_of(family: str, **more: Any) -> dict[str, Any]:
     return {"model_type": family, **SMALL, **FAMILIES.get(family, {}), **EXPERTS.get(family, {}), **more}
 
 
-def recipe_of(name: str, **fields: Any) -> Recipe:
-    """mlp_chunks and loss_chunks: where the strategy has chunks."""
-    chunks = {"mlp_chunks": 2, "loss_chunks": 3}
-    recipe = strategy(name)
-    if recipe.loss == "chunked":
-        recipe = recipe.changed(**{key: fields.get(key, n) for key, n in chunks.items()})
-    return recipe.changed(**{key: value for key, value in fields.items() if key not in chunks})
+def recipe_of(name: str, chunks: tuple[int, int] = (2, 3), **fields: Any) -> Recipe:
+    return in_chunks(strategy(name, **fields), *chunks)
 
 
 def really(config: dict[str, Any], recipe: Recipe, seq_len: int) -> Allocations:
@@ -147,8 +157,8 @@ def test_the_trace_is_what_happens(family, name, batch, seq_len):
 
 
 IN_16_BITS = [
-    *[(family, "mst", "bf16") for family in ("llama", "gemma2", "olmo2", "gpt2", "gpt_neox", *EXPERTS)],
-    *[(family, "standard", "bf16") for family in ("gpt2", "gpt_neox", *EXPERTS)],
+    *[(family, "mst", "bf16") for family in ("llama", "gemma2", "olmo2", "gpt2", "gpt_neox", "mixtral", "qwen3_moe")],
+    *[(family, "standard", "bf16") for family in ("gpt2", "gpt_neox", "mixtral", "qwen3_moe")],
     ("llama", "standard", "mixed"),
     ("gemma2", "mst", "mixed"),
 ]
@@ -163,9 +173,20 @@ def test_in_16_bits(family, name, precision):
 
 
 @pytest.mark.parametrize(
+    ("family", "name", "dtype"),
+    [("mixtral", "standard", "fp32"), ("qwen3_moe", "standard", "bf16"), ("deepseek_v2", "mst", "fp32")],
+)
+def test_adapters_on_experts(family, name, dtype):
+    recipe = recipe_of(name, batch=2, lora_rank=16, adapter_dtype=dtype)
+    traced, real = both(config_of(family), recipe, 599)
+    assert_same_sequence(traced, real)
+    assert_same_peaks(traced, real.without(KNOWN_ON_CPU))
+
+
+@pytest.mark.parametrize(
     "fields",
     [
-        {"adamw_kernel": "fused"},
+        {"adamw_kernel": "foreach"},
         {"adamw_kernel": "for-loop"},
         {"optimizer": "sgd"},
         {"optimizer": "sgd", "adamw_kernel": "for-loop"},
@@ -203,7 +224,7 @@ def test_code_that_asks_what_all_steps_have_in_common(family):
 def test_few_layers_and_few_chunks_tell_as_much(name):
     """The trace as it is made by default: not every layer is run, nor every chunk."""
     config = config_of("llama", num_hidden_layers=6, hidden_size=128, intermediate_size=384)
-    recipe = recipe_of(name, precision="fp32", mlp_chunks=5, loss_chunks=6)
+    recipe = recipe_of(name, chunks=(5, 6), precision="fp32")
     traced = trace(config, recipe, 1056, on="cpu")
     assert len(traced.kept) < traced.units
     assert_same_peaks(traced, really(config, recipe, 1056))
@@ -232,7 +253,7 @@ def test_differences_are_noticed():
     traced = trace(config, recipe, 600, on="cpu", whole=True)
     for real in (
         really(config, recipe.changed(checkpoint="none"), 600),
-        really(config, recipe.changed(adamw_kernel="fused"), 600),
+        really(config, recipe.changed(adamw_kernel="foreach"), 600),
         really({**config, "num_hidden_layers": LAYERS + 1}, recipe, 600),
     ):
         with pytest.raises(AssertionError):

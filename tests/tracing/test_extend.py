@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from mstplan import profiles
 from mstplan.step.instants import Pass
-from mstplan.step.recipe import STRATEGIES, Recipe, strategy
+from mstplan.step.recipe import USUAL_STRATEGIES, Recipe, strategy
 from mstplan.tracing.extend import Unlike, extend, layers_to_run, make_row, select_layers
 from mstplan.tracing.recording import Place, Recording, Storage
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
+
+from ..recipes import in_chunks
 
 SMALL = {
     "hidden_size": 64,
@@ -69,12 +71,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "checkpoint-sqrt"])
+@pytest.mark.parametrize("model", ["llama3.1-8b", "gemma2-2b"])
+@pytest.mark.parametrize("name", ["mst-layer", "mst-layer-offload"])
+def test_few_layers_and_chunks_tell_all_of_layers_in_chunks(model, name):
+    check(narrow(model, 9), in_chunks(strategy(name), 4, 4))
+
+
+@pytest.mark.parametrize("name", USUAL_STRATEGIES)
 @pytest.mark.parametrize("model", CASES)
 def test_few_layers_and_chunks_tell_all(model, name):
     recipe = strategy(name)
-    layers = CASES[model][("standard", "mst", "mst-offload").index(name) if name != "checkpoint" else 0]
-    check(narrow(model, layers), recipe.changed(mlp_chunks=4, loss_chunks=4) if recipe.loss == "chunked" else recipe)
+    layers = CASES[model][("mst", "mst-offload").index(name) + 1 if recipe.mlp_chunks == "auto" else 0]
+    check(narrow(model, layers), in_chunks(recipe, 4, 4))
 
 
 SEVERAL = [

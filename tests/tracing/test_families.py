@@ -13,8 +13,12 @@ from mstplan.spec.hardware import card
 from mstplan.step.recipe import strategy
 from mstplan.tracing.tracer import trace
 
+from ..recipes import in_chunks
+
 CARD = card("h100")
-FAMILIES = ("granite", "granitemoe", "internlm3", "iquestcoder", "ministral3", "youtu")
+FAMILIES = ("arcee", "granitemoe", "helium", "internlm3", "iquestcoder", "ministral3", "nemotron", "youtu")
+WHOLES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Of images and text: their text part is what is planned and traced."""
 SIZES = {
     "hidden_size": 512,
     "intermediate_size": 1408,
@@ -30,15 +34,44 @@ EXACT = 0.0005
 
 def config_of(family: str) -> dict:
     sizes = {**SIZES, "num_key_value_heads": 8 if family == "youtu" else 2}
+    sizes |= {"head_dim": 64} if family == "helium" else {}
+    if family in WHOLES:
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+        sizes = {"text_config": {**sizes, "head_dim": 64, "rope_parameters": rope}, "tie_word_embeddings": False}
     return json.loads(CONFIG_MAPPING[family](**sizes).to_json_string(use_diff=False))
 
 
-@pytest.mark.parametrize("name", ["standard", "mst"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["standard", "mst", "mst-layer"])
+@pytest.mark.parametrize("family", FAMILIES + WHOLES)
 def test_the_formulas_peak_is_the_traces(family, name):
-    recipe = strategy(name) if name == "standard" else strategy(name, mlp_chunks=4, loss_chunks=4)
+    recipe = in_chunks(strategy(name), 4, 4)
     config = config_of(family)
     traced = trace(config, recipe, 4096, workspace=CARD.gpu.workspaces_bytes, platform=CARD.platform)
     told = solve.plan_at(read_config(config, family), recipe, CARD, 4096)
     assert told.peak_bytes == pytest.approx(traced.peak.bytes, rel=EXACT)
     assert told.instant == traced.peak.instant
+
+
+VARIANTS = [
+    ("cohere2", {"num_hidden_layers": 4}),  # whose last layer is not turned
+    ("exaone4", {"num_hidden_layers": 4}),
+    ("olmo3", {"num_hidden_layers": 4}),
+    ("phi", {"num_key_value_heads": 8, "resid_pdrop": 0.1}),  # and no dropout after the embedding
+    ("smollm3", {"num_hidden_layers": 4}),
+    ("smollm3", {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 1024}),
+    ("stablelm", {"hidden_dropout": 0.1}),  # after the MLP only
+    ("stablelm", {"use_parallel_residual": True}),
+    ("granite", {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
+]
+
+
+@pytest.mark.parametrize("name", ["standard", "mst", "mst-layer"])
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_every_instant_of_a_variant(family, changes, name):
+    """The wider the layers beside the vocabulary, the more of the tensors that only one instant shows."""
+    sizes = {**SIZES, "num_key_value_heads": 2, "vocab_size": 4000, **changes}
+    config = json.loads(CONFIG_MAPPING[family](**sizes).to_json_string(use_diff=False))
+    recipe = in_chunks(strategy(name), 4, 4)
+    traced = trace(config, recipe, 4096, workspace=CARD.gpu.workspaces_bytes, platform=CARD.platform)
+    told = {i.name: i.bytes for i in solve.plan_at(read_config(config, family), recipe, CARD, 4096).instants()}
+    assert told == {peak.instant: pytest.approx(peak.bytes, rel=EXACT) for peak in traced.peaks}

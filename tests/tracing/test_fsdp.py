@@ -91,7 +91,10 @@ def test_two_real_ranks_hold_what_the_trace_says(real, name):
     runs = [without_known(events)[0] for events in real[0][name]["runs"]]
     passes = ("forward", "backward") if found.recipe.optimizer_in_backward else ("forward", "backward", "optimizer")
     for phase in passes:
-        ours = max(found.live[e] for place, span in found.step.blocks() for e in span if pass_of(place.run) == phase)
+        ours = max(
+            (found.live[e] for place, span in found.step.blocks() for e in span if pass_of(place.run) == phase),
+            default=found.live[-1],  # an optimizer that makes nothing
+        )
         assert ours == pytest.approx(min(peak_of(events, phase, resident) for events in runs), rel=0.002), phase
 
 

@@ -40,11 +40,11 @@ def test_one_token_more_does_not_run(name):
     found = longest(MODEL, strategy(name), CARD, trace_at, name)
     s_max, chunks = found.answer.s_max, found.answer.plan.chunks
     assert s_max > 1000 and found.traces <= 20
-    recipe = strategy(name).changed(mlp_chunks=chunks.mlp, loss_chunks=chunks.loss)
+    recipe = chunks.put_into(strategy(name))
     assert fits_on(trace_at(recipe, s_max, CARD), CARD)
     assert not fits_on(trace_at(recipe, s_max + 1, CARD), CARD)
     assert found.answer.plan.peak_bytes == found.trace.peak.bytes
-    assert 0.9 * found.formula < s_max <= found.formula * 1.01  # tensors alone need no more than tensors in segments
+    assert 0.9 * found.formula < s_max <= found.formula * 1.01
 
 
 def test_nothing_fits():

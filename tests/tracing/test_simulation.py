@@ -6,6 +6,7 @@ import pytest
 
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import Recipe, strategy
+from mstplan.tracing.recording import Category
 from mstplan.tracing.simulation import all_events, fits_on, frame_names, required_bytes, simulate
 from mstplan.tracing.snapshot import snapshot
 from mstplan.units import GIB, MIB
@@ -19,6 +20,7 @@ RECIPES = [
     strategy("mst", mlp_chunks=4, loss_chunks=4),
     Recipe(optimizer_in_backward=True),
     Recipe(optimizer="sgd"),
+    Recipe(accumulation=3),
 ]
 
 
@@ -32,8 +34,9 @@ def test_allocated_is_the_traces_own_peak(recipe):
     assert found.reserved >= found.allocated
 
 
-def test_what_a_step_releases_is_all_it_made():
-    trace = step_of(CHECKPOINT, 4096)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_step_releases_is_all_it_made(recipe):
+    trace = step_of(recipe, 4096)
     alive: dict[int, int] = {}
     for key, size, sign in all_events(trace, steps=3):
         if sign > 0:
@@ -42,6 +45,24 @@ def test_what_a_step_releases_is_all_it_made():
         else:
             assert alive.pop(key) == size
     assert sum(alive.values()) == sum(w.bytes for w in trace.weights) + sum(s.bytes for s in trace.held_states)
+
+
+def test_the_first_micro_batch_makes_the_gradients():
+    """They lie where its backward made them, not where an empty card would put them: what a GPU reserved beyond a trace of the second."""
+    trace = step_of(Recipe(accumulation=2), 4096)
+    assert trace.first_passes is not None
+    made = [s.bytes for s in trace.first_passes.storages if s.category == Category.GRADIENTS]
+    assert sorted(made) == sorted(weight.bytes for weight in trace.weights if weight.trained)
+    assert trace.first_passes.live() is not None and max(trace.first_passes.live()) > sum(made)
+
+
+def test_states_of_an_optimizer_in_backward_come_one_by_one():
+    trace = step_of(Recipe(optimizer_in_backward=True), 4096)
+    first = trace.first_passes
+    assert first is not None
+    left = [first.storages[i] for i in first.alive_at(len(first.events) - 1)]
+    states = [s.bytes for s in left if s.category == Category.STATES]
+    assert sorted(states) == sorted(s.bytes for s in trace.held_states)
 
 
 def test_a_card_too_small_is_an_answer():

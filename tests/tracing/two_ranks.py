@@ -1,6 +1,7 @@
 """One of two real ranks on the CPU: `python -m tests.tracing.two_ranks RANK FOLDER`.
 
-Each runs a few steps of every recipe below under FSDP2 over gloo, and writes to FOLDER/rank{RANK}.json what the last of them allocated.
+Each runs a few steps of every recipe below under FSDP2 over gloo, and writes to FOLDER/rank{RANK}.json what the last of them
+allocated; those of two_replicas.py run under DDP.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,10 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (local_tensor(t).untyped_storage() for t in tensors)}.values())
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
+def run(recipe: Recipe, runs: int = RUNS) -> dict[str, Any]:
     model = build_model(read_settings(CONFIG), recipe, "eager", "cpu")
-    shard_model(model, recipe, init_device_mesh("cpu", (2,)))
+    if recipe.sharded:
+        shard_model(model, recipe, init_device_mesh("cpu", (2,)))
     step = TrainingStep(model, recipe, TOKENS)
     step.run()
     there = resident(step)
@@ -78,23 +80,24 @@ def run(recipe: Recipe) -> dict[str, Any]:
         step.tokens, step.labels = step.tokens.clone(), step.labels.clone()
         step.run(mark)
 
-    runs = [record_allocations(again).events for _ in range(RUNS)]
+    seen = [record_allocations(again).events for _ in range(runs)]
     return {
         "resident": there,
-        "runs": [[[e.bytes, e.phase, e.address, list(e.operations)] for e in events] for events in runs],
+        "buckets": step.gradient_buckets_bytes,
+        "runs": [[[e.bytes, e.phase, e.address, list(e.operations)] for e in events] for events in seen],
     }
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, folder: Path, recipes: Mapping[str, Recipe], runs: int = RUNS) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    found = {name: run(recipe) for name, recipe in recipes().items()}
+    found = {name: run(recipe, runs) for name, recipe in recipes.items()}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     os._exit(0)  # all is written: on a busy machine gloo's threads may end a process that tears them down
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), recipes())

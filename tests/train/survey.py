@@ -62,6 +62,7 @@ class Record(NamedTuple):
     name: str
     outcome: str
     reason: str = ""
+    layers: Finding = ("", "")  # of a checkpointed step with its layers in chunks
     loss_alone: str = ""  # the outcome with mlp_chunks=1, where chunks are refused
     router_loss: str = ""  # the outcome with output_router_logits, where that adds to the loss
     checkpoint: bool = True  # does the class support checkpoints?
@@ -110,15 +111,18 @@ def examine(cls: type[PreTrainedModel], **more: Any) -> Record:
         outcome, reason = router, why
     alone = compare(model, batch, **{**CHUNKS, "mlp_chunks": 1})[0] if outcome == "refused" else ""
     checkpoint = bool(model.supports_gradient_checkpointing)
-    return record._replace(outcome=outcome, reason=reason, loss_alone=alone, router_loss=router, checkpoint=checkpoint)
+    layers = trained_as_usual(model, batch, layer_in_chunks=True, attention_groups=1)
+    return record._replace(
+        outcome=outcome, reason=reason, layers=layers, loss_alone=alone, router_loss=router, checkpoint=checkpoint
+    )
 
 
-def trained_as_usual(model: PreTrainedModel, batch: Batch) -> Finding:
-    """With checkpoints, and the number of tokens that a trainer gives for accumulation."""
+def trained_as_usual(model: PreTrainedModel, batch: Batch, **settings: Any) -> Finding:
+    """With checkpoints and more settings, and the number of tokens that a trainer gives for accumulation."""
     takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
     count = {"num_items_in_batch": torch.tensor(40)} if takes_more else {}
     checkpoint = "layer" if model.supports_gradient_checkpointing else "none"
-    return compare(model, {**batch, **count}, **{**CHUNKS, "checkpoint": checkpoint})
+    return compare(model, {**batch, **count}, **{**CHUNKS, "checkpoint": checkpoint, **settings})
 
 
 def with_router_loss(model: PreTrainedModel, batch: Batch) -> Finding:
@@ -218,11 +222,14 @@ def main(only: Sequence[str]) -> None:
     counts = Counter(record.outcome for record in classes)
     for outcome in OUTCOMES:
         print(f"  {outcome:12} {counts[outcome]:4} {counts[outcome] / max(len(classes), 1):7.1%}")
+    print("  layers in chunks", dict(Counter(record.layers[0] for record in classes)))
     print("  checkpoints", sum(record.checkpoint for record in classes))
     print("  router loss", dict(Counter(record.router_loss for record in classes if record.router_loss)))
     for record in sorted(records, key=lambda r: (bool(r.variant), OUTCOMES.index(r.outcome), r.name)):
         if record.outcome != "exact" or only:
             print(line(record))
+        if record.layers[0] != "exact":
+            print(f"  in layers: {record.name} | {': '.join(record.layers)}")
 
 
 def line(record: Record) -> str:

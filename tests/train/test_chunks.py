@@ -12,6 +12,7 @@ from mstplan import card, strategy
 from mstplan.errors import ModelError
 from mstplan.plan.solve import choose_chunks
 from mstplan.spec.config import read_config
+from mstplan.step.steps import Chunks
 from mstplan.train import chunks as chunks_module
 from mstplan.train import minisequence
 from mstplan.train.chunks import ChunkCounts, card_of
@@ -52,7 +53,7 @@ def test_as_the_planner_recommends(batch, length):
 def test_longer_sequences_get_more_chunks():
     counts = ChunkCounts(LLAMA, AUTO)
     chunks = [counts.chunks_for(hidden(1, length)) for length in (1024, 16384, 65536)]
-    assert chunks[0] == (1, 1) and chunks[-1].mlp > 1 and chunks[-1].loss > 1
+    assert chunks[0] == Chunks(1, 1) and chunks[-1].mlp > 1 and chunks[-1].loss > 1
     assert [c.loss for c in chunks] == sorted(c.loss for c in chunks)
 
 
@@ -60,7 +61,7 @@ def test_longer_sequences_get_more_chunks():
 def test_one_of_the_two_may_be_given():
     counts = ChunkCounts(LLAMA, AUTO.changed(mlp_chunks=7))
     assert counts.chunks_for(hidden(1, 65536)).mlp == 7 and counts.chunks_for(hidden(1, 65536)).loss > 1
-    assert ChunkCounts(LLAMA, AUTO.changed(mlp_chunks=7, loss_chunks=3)).chunks_for(hidden(1, 8)) == (7, 3)
+    assert ChunkCounts(LLAMA, AUTO.changed(mlp_chunks=7, loss_chunks=3)).chunks_for(hidden(1, 8)) == Chunks(7, 3)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def compiled(backend: str | Callable[..., Any], order: str = "after", layers: in
         ({"checkpoint": "layer"}, "after"),
         ({"checkpoint": 2}, "after"),
         ({"offload": True}, "after"),
+        ({"layer_in_chunks": True, "attention_groups": 1}, "before"),
+        ({"layer_in_chunks": True, "attention_groups": 1}, "after"),
     ],
 )
 def test_compiled_layers(settings, order):

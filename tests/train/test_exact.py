@@ -36,13 +36,13 @@ MODES = {
     "layer": {"checkpoint": "layer"},
     "offload": {"checkpoint": "layer", "offload": True},
     "segments": {"checkpoint": 2, "offload": True},
+    "selective": {"checkpoint": "selective"},
+    "every second": {"checkpoint": "every-2", "offload": True},
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family, mode):
-    model = small_model(family)
+def assert_exact(model: nn.Module, **settings) -> None:
+    """Over batches of several sizes, and again without."""
     for (sequences, tokens), chunks in (
         ((1, 8), (2, 3)),
         ((2, 13), (5, 4)),
@@ -50,10 +50,16 @@ def test_every_family(family, mode):
     ):  # 13 tokens divide into none of these
         ids, labels = small_batch(sequences, tokens)
         wanted = step(model, ids, labels)
-        minisequence(model, mlp_chunks=chunks[0], loss_chunks=chunks[1], **MODES[mode])
+        minisequence(model, mlp_chunks=chunks[0], loss_chunks=chunks[1], **settings)
         assert_equal(step(model, ids, labels), wanted)
         minisequence.undo(model)
     assert_equal(step(model, ids, labels), wanted)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, mode):
+    assert_exact(small_model(family), **MODES[mode])
 
 
 MODELS = {family: small_model(family, num_hidden_layers=3) for family in ("llama", "gemma2", "opt", "gpt_oss")}
@@ -166,12 +172,9 @@ def test_frozen_parameters_get_no_gradient():
     assert_equal(step(model, ids, labels), wanted)
 
 
-def test_dropout_draws_the_same_numbers_again():
+def assert_gradient_is_the_slope(model: nn.Module, weight: nn.Parameter) -> None:
     """With dropout the gradients of a fixed seed must be those of its own forward: checked by finite differences."""
-    model = small_model("gpt2", dropout=0.2)
-    minisequence(model, mlp_chunks=3, loss_chunks=4)
     ids, labels = small_batch(1, 13)
-    weight = model.transformer.h[0].mlp.c_fc.weight
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
 
     def loss_at(shift: float) -> torch.Tensor:
@@ -187,6 +190,12 @@ def test_dropout_draws_the_same_numbers_again():
     slope = (loss_at(1e-6).item() - loss_at(-1e-6).item()) / 2e-6
     loss_at(0.0).backward()
     assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_dropout_draws_the_same_numbers_again():
+    model = small_model("gpt2", dropout=0.2)
+    minisequence(model, mlp_chunks=3, loss_chunks=4)
+    assert_gradient_is_the_slope(model, model.transformer.h[0].mlp.c_fc.weight)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

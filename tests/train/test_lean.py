@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mstplan.errors import RecipeError
 from mstplan.measuring.allocations import Allocations, KeepSize, record_allocations
 from mstplan.train import minisequence, offload
 from mstplan.train.runtime import Runtime
@@ -582,16 +583,43 @@ def test_copies_may_be_as_late_as_they_like(every):
 
 def test_a_copy_that_nobody_takes():
     """After an error in backward, and where backward ends at an upper layer."""
-    model, (ids, labels) = offloaded(), small_batch(2, 13)
+    ids, labels = small_batch(2, 13)
     for use in (break_off, only_above):
         with streams() as fake:
-            use(model, ids, labels)
+            use(offloaded(), ids, labels)
             fake.run()
         assert not fake.lost
 
 
 def only_above(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> None:
     torch.autograd.grad(model(input_ids=ids, labels=labels).loss, [model.transformer.h[5].mlp.c_fc.weight])
+
+
+def test_pinned_memory_is_allocated_once_and_gives_way_to_longer_sequences():
+    model = offloaded()
+    with streams() as fake:
+        for tokens, made in ((13, 8), (13, 8), (9, 8), (17, 16)):
+            ids, labels = small_batch(2, tokens)
+            wanted = step(deep(), ids, labels)
+            assert_equal(step(model, ids, labels), wanted)
+            fake.run()
+            assert len(fake.pinned) == made and len(model._mstplan.checkpoints.host_copies.rooms._free) == 8
+    assert not fake.lost
+
+
+def test_a_host_without_room_is_told_of_before_the_first_layer():
+    model, (ids, labels) = offloaded(), small_batch(2, 13)
+    ran: list[Any] = []
+    hook = model.transformer.h[0].mlp.register_forward_hook(lambda *_: ran.append(1))
+    with (
+        patch.object(Runtime, "free_on_host", lambda _self: 40_000),
+        pytest.raises(RecipeError, match=r"8 layer inputs of .* do not fit in CPU RAM") as refused,
+    ):
+        model(input_ids=ids, labels=labels)
+    assert not ran and str(refused.value).endswith("or leave offload out.")
+    hook.remove()
+    with patch.object(Runtime, "free_on_host", lambda _self: None):  # nobody knows
+        assert_equal(step(model, ids, labels), step(deep(), ids, labels))
 
 
 def test_late_copies_are_noticed():

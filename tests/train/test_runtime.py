@@ -16,7 +16,8 @@ from mstplan.train.wrap import Minisequence
 
 from .families import small_batch, small_model
 
-METHODS = [name for name in vars(Runtime) if not name.startswith("_")]
+OF_STEPS = ("keep_attention", "offload_saved")  # what recipes ask for beyond `minisequence`
+METHODS = [name for name in vars(Runtime) if not name.startswith("_") and name not in OF_STEPS]
 EVERYTHING = {"mlp_chunks": 3, "loss_chunks": 4, "checkpoint": "layer", "offload": True}
 
 

@@ -16,6 +16,8 @@ from .tiny import VOCABULARY
 README = Path(__file__).parents[2] / "README.md"
 CLAIM = "Of transformers X's N causal-LM classes, N train exactly, N are refused by name"
 SHARE = 0.9  # of all classes must train exactly
+LAYERS_CLAIM = "With their layers in chunks N train exactly, N are refused by name"
+LAYERS_SHARE = 0.8
 
 pytestmark = pytest.mark.slow
 
@@ -63,11 +65,29 @@ def test_nearly_all_classes_train_exactly(classes):
     assert len(others) <= (1 - SHARE) * len(classes), "\n".join(others)
 
 
+def test_no_class_trains_on_something_else_with_its_layers_in_chunks(records):
+    wrong = [record for record in records if record.layers[0] in ("wrong", "crash", "whole")]
+    assert not [f"{record.name}: {record.layers}" for record in wrong]
+
+
+def test_most_classes_train_exactly_with_their_layers_in_chunks(classes):
+    others = [f"{record.name}: {record.layers[1]}" for record in classes if record.layers[0] != "exact"]
+    assert len(others) <= (1 - LAYERS_SHARE) * len(classes), "\n".join(others)
+    refused = [record for record in classes if record.layers[0] == "refused"]
+    assert not [record for record in refused if not re.search("cannot run|cannot be rehearsed|Set ", record.layers[1])]
+
+
+def as_pattern(claim: str) -> str:
+    return r"\s+".join(re.escape(word) for word in claim.split()).replace("X's", r"(\S+)'s").replace("N", r"(\d+)")
+
+
 def test_readme_gives_the_count(classes):
-    pattern = r"\s+".join(re.escape(word) for word in CLAIM.split()).replace("X's", r"(\S+)'s").replace("N", r"(\d+)")
-    if (claim := re.search(pattern, README.read_text())) is None:
-        pytest.skip("README does not give the count yet")
+    claim = re.search(as_pattern(CLAIM), README.read_text())
+    of_layers = re.search(as_pattern(LAYERS_CLAIM), README.read_text())
+    assert claim is not None and of_layers is not None
     if not transformers.__version__.startswith(claim[1] + "."):
         pytest.skip(f"README gives the count of transformers {claim[1]}, here is {transformers.__version__}")
     outcomes = Counter(record.outcome for record in classes)
     assert [int(n) for n in claim.groups()[1:]] == [len(classes), outcomes["exact"], outcomes["refused"]]
+    in_layers = Counter(record.layers[0] for record in classes)
+    assert [int(n) for n in of_layers.groups()] == [in_layers["exact"], in_layers["refused"]]

@@ -102,7 +102,7 @@ def trained(model: nn.Module, folder: Any, **more: Any) -> dict[str, list[float]
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=["", "checkpointing"])
-@pytest.mark.parametrize("checkpoint", ["none", "layer", "offload"])
+@pytest.mark.parametrize("checkpoint", ["none", "layer", "offload", "layers"])
 def test_trainer(tmp_path, checkpoint, settings):
     wanted = trained(small_llama(torch.float32), tmp_path, **settings)
     with head_rows() as together:
@@ -112,9 +112,10 @@ def test_trainer(tmp_path, checkpoint, settings):
 
 
 def wrapped(model: Any, checkpoint: str) -> Any:
-    """checkpoint: "offload" means "layer" with offload."""
-    offload = checkpoint == "offload"
-    return minisequence(model, **CHUNKS, checkpoint="layer" if offload else checkpoint, offload=offload)
+    """checkpoint: "offload" means "layer" with offload, "layers" that with layers in chunks as well."""
+    offload, layers = checkpoint in ("offload", "layers"), checkpoint == "layers"
+    more = {"layer_in_chunks": True, "attention_groups": 1} if layers else {}
+    return minisequence(model, **CHUNKS, checkpoint="layer" if offload else checkpoint, offload=offload, **more)
 
 
 def test_trainer_in_bf16(tmp_path):
@@ -235,7 +236,7 @@ def tuned(model: nn.Module, folder: Any, peft_config: LoraConfig | None = None, 
 def test_sft_trainer(tmp_path, adapters, settings):
     peft_config = lora() if adapters else None
     wanted = tuned(small_llama(torch.float32), tmp_path, peft_config, **settings)
-    for checkpoint in ("none", "offload"):
+    for checkpoint in ("none", "offload", "layers"):
         model = wrapped(small_llama(torch.float32), checkpoint)
         assert_together(tuned(model, tmp_path, peft_config, **settings), wanted, FLOAT32)
 
@@ -273,7 +274,7 @@ ADAPTED = {
 }
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "layer", "offload"])
+@pytest.mark.parametrize("checkpoint", ["none", "layer", "offload", "layers"])
 @pytest.mark.parametrize("adapted", ADAPTED)
 def test_adapters_get_the_same_gradients(adapted, checkpoint):
     ids = tokens(2, 13)
@@ -489,4 +490,4 @@ def test_what_trainers_call_things_is_known_to_the_planner() -> None:
         "learning_rate",
     ]
     assert set(settings) <= {one.name for one in (*fields(SFTConfig), *fields(ModelConfig))}
-    assert [name for name in settings if find_option(f"--{name}") is None] == []
+    assert [name for name in settings if name not in Recipe.model_fields and find_option(f"--{name}") is None] == []

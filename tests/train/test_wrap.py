@@ -79,8 +79,10 @@ def test_checkpointing_stays_as_told_when_a_trainer_switches_it_on():
     assert [layer._gradient_checkpointing_func for layer in model.model.layers] == functions
 
 
-def test_a_deep_copy_runs_on_its_own_weights():
-    model = minisequence(small_model("gemma2"), **CHUNKS, offload=True)
+@pytest.mark.parametrize("settings", [{"offload": True}, {"layer_in_chunks": True, "attention_groups": 1}])
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_a_deep_copy_runs_on_its_own_weights(family, settings):
+    model = minisequence(small_model(family), **CHUNKS, **settings)
     ids, labels = small_batch(1, 8)
     wanted = step(model, ids, labels)
     twin = copy.deepcopy(model)
@@ -163,7 +165,9 @@ def test_settings_that_make_no_sense(settings, message):
 def test_a_setting_that_there_is_not_gets_the_near_names(setting, near):
     with pytest.raises(RecipeError, match=f"no setting '{setting}'. Did you mean {near}") as refused:
         minisequence(small_model("llama"), **{setting: 4})
-    assert str(refused.value).endswith("\nKnown: mlp_chunks, loss_chunks, checkpoint, offload.")
+    assert str(refused.value).endswith(
+        "\nKnown: mlp_chunks, loss_chunks, checkpoint, offload, layer_in_chunks, attention_groups, kernels, plan."
+    )
 
 
 def test_models_that_cannot_be_served_are_left_alone():

@@ -31,6 +31,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "layer": {"checkpoint": "layer"},
     "two layers": {"checkpoint": 2},
     "offload": {"offload": True},
+    "layers in chunks": {"layer_in_chunks": True, "attention_groups": 1},
 }
 
 

@@ -85,6 +85,8 @@ def _grid(console: Console, table: Table) -> None:
         _said(console, table.title, "bold")
     columns = [table.columns[i] for i in table.for_terminals]
     grid = tables.new_table(*((column.heading or "", "right" if column.right else "left") for column in columns))
+    for column, drawn in zip(columns, grid.columns, strict=True):
+        drawn.no_wrap |= column.whole
     shown = table.rows[: table.most]
     for row in (*shown, *([table.rest] if table.rest is not None and len(shown) < len(table.rows) else [])):
         grid.add_row(*_texts(table, row), style=STYLES[row.tone])

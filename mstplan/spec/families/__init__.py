@@ -5,14 +5,61 @@ The reader of config files, the layers that are laid out, names of weights and t
 
 from __future__ import annotations
 
-from . import deepseek, gemma, glm, gpt2, gpt_neox, gpt_oss, llama, mistral, olmo, phi, qwen, stablelm, starcoder
+from . import (
+    apertus,
+    cohere,
+    deepseek,
+    dots,
+    ernie,
+    ernie_moe,
+    exaone,
+    gemma,
+    glm,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    llama,
+    llama4,
+    minimax,
+    mistral,
+    nemotron,
+    olmo,
+    phi,
+    qwen,
+    seed_oss,
+    stablelm,
+    starcoder,
+)
 from .base import Family, Routed
 
-_FILES = (llama, mistral, qwen, gemma, phi, gpt_oss, olmo, gpt2, gpt_neox, deepseek, starcoder, stablelm, glm)
+_DENSE = (
+    llama,
+    mistral,
+    qwen,
+    gemma,
+    phi,
+    olmo,
+    gpt2,
+    gpt_neox,
+    starcoder,
+    stablelm,
+    glm,
+    ernie,
+    exaone,
+    nemotron,
+    cohere,
+    apertus,
+)
+_FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """By the model_type of a config.json."""
 
-LLAMA_LIKE = Family(mlp_bias="mlp_bias", windows="found", experts=Routed(may_be_none=True), registered=False)
+LLAMA_LIKE = Family(
+    mlp_bias="mlp_bias",
+    windows="found",
+    experts=Routed(may_be_none=True, shared_width="shared_expert_intermediate_size"),
+    registered=False,
+)
 """Of a model_type that none of them is."""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from ..model import Block, Norm
+from ..model import Block, Norm, QkNorm, Router
 from ..releases import Number
 
 LAYER = "layer"
@@ -84,15 +84,34 @@ def defaults(
     }
 
 
+LINEARS = ("gate_proj", "up_proj", "down_proj")
+"""`Routed.linears` of most families (peft utils/transformers_weight_conversion.py, _MOE_TARGET_MODULE_MAPPING)."""
+
+
+def names_of_linears(part: str, module: str) -> dict[str, str]:
+    """Names of the three matrices of a gated MLP, a part of the step, where its module has another name."""
+    return {f"{part}.{linear}": f"{module}.{linear}" for linear in LINEARS}
+
+
 class Routed(NamedTuple):
     """Routing of tokens to a family's experts."""
 
     width: str = "moe_intermediate_size"  # the field that holds an expert's width
-    router: Literal["softmax", "topk-softmax", "sigmoid-groups"] = "softmax"
+    router: Router = "softmax"
     fp32: bool = False
+    normalised: bool | str = True  # the chosen scores are divided by their sum
     bias: bool = False
     clamped: bool = False
     may_be_none: bool = False  # 0 experts: a dense model
+    shared_width: str | None = (
+        None  # the field that holds the width of the shared expert; None: the file says how many there are
+    )
+    fields: tuple[str, ...] = ()  # names in its files that no other family has
+    linear_router: bool = (
+        False  # its router is a linear layer that gives more than its product: peft's adapter breaks it
+    )
+    linears: tuple[str, ...] = ()
+    """Gate, up and down as transformers 4 called an expert's linear layers, by which names peft adapts them still."""
 
 
 class Code(NamedTuple):
@@ -101,15 +120,32 @@ class Code(NamedTuple):
     rotary: Literal["rotate half", "halves", "complex"] = "rotate half"
     """x cos + rotate_half(x) sin; (x1 cos - x2 sin, x2 cos + x1 sin); pairs as complex numbers times a rotation."""
     rotary_in_fp32: bool = False  # cos and sin stay in fp32; queries and keys are cast back
+    widens_before_rotary: bool = False  # queries and keys are cast to fp32 before they are turned, and back
+    widened_rotary: bool = False  # before they are multiplied queries and keys are cast to it, too
     interleaved_tables: bool = False  # each layer makes its own cos and sin, every number twice
     half_tables: bool = False  # cos and sin have one entry for both halves
     joins_rotary: bool = False  # torch.cat joins the turned part and the rest of queries and keys, be there no rest
     local_rotary: bool = False  # layers with a window have frequencies of their own
     slices_qkv: bool = False  # a fused projection is sliced: each gradient lies in zeros of the whole
+    qk_norm_last: bool = False  # queries and keys are normalised when values are made, too
+    late_qk_norm: bool = False  # queries and keys are normalised after they are turned
+    drops_mlp_only: bool = False  # no dropout follows attention
+    holds_parts: bool = False  # variables hold the turned part and the rest of queries and keys until attention is done
     holds_qkv: bool = False  # variables hold input, queries, keys and values until dropout after attention is done
+    adds_branches_first: bool = False  # attention's output and the MLP's are added before the layer's input is
+    holds_normed: bool = False  # the block's variables hold attention's input and output
+    frees_normed: bool = False  # no variable of a norm holds what it makes in fp32
+    holds_attended: bool = False  # the block's variables hold attention's output
     holds_block: bool = False  # the block's variables hold attention's output and the MLP's input
     softmax_as_scores: bool = False  # eager attention's softmax stays in the scores' dtype
     fp32_expert_scores: bool = False
+    scales_branches: bool = False  # what attention and MLP give is multiplied by a number before it is added
+    scales_logits: bool = False  # so are the logits
+    fp32_router_logits: bool = False  # what chooses experts is cast to fp32
+    fp32_router: bool = False  # the router's weight stays in fp32
+    corrected: bool = False  # experts are chosen by probabilities with a correction
+    shared_first: bool = False  # the shared expert runs before the router
+    shared_gate: bool = False  # and is weighed by a gate of its own
 
 
 class Family(NamedTuple):  # quicker to import than a dataclass of so many fields
@@ -123,22 +159,35 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     qkv_bias: bool | str = "attention_bias"
     out_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = False
+    head_bias: bool | str = False
     fused_qkv: bool = False
     fused_mlp: bool = False
     gated: bool = True
-    qk_norm: Literal["none", "head", "full"] = "none"
+    qk_norm: QkNorm = "none"
+    square_output: bool = False  # attention's output projection is as wide as hidden states: heads must be, too
+    qk_norm_switch: str | None = None  # where this is false, there is none
     own_heads: bool = True  # num_key_value_heads and head_dim may differ from num_attention_heads and hidden / heads
     latent: bool = False
-    # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds
-    windows: Literal["none", "every", "listed", "late", "found"] = "none"
+    # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds; chunked: of
+    # attention_chunk_size, the layers whose queries and keys are turned
+    windows: Literal["none", "every", "listed", "late", "found", "chunked"] = "none"
     period: int = 0  # without layer_types, each period-th layer has full attention; 0: none has
+    idle_mask: bool = False  # a mask of a window is always made, and no layer uses it
     window_switch: bool = False  # sliding_window counts only under use_sliding_window
+    # of which layers queries and keys are not turned. listed: by no_rope_layers; full: those without a window
+    unturned: Literal["none", "listed", "full", "full beside windows"] = "none"
+    tempered: str | None = None  # the switch of factors on queries that are not turned, of their positions
+    mlp_width: str = "intermediate_size"  # the field that holds it
     experts: Routed | None = None
     activation: str = "hidden_act"
     attention_dropout: str = "attention_dropout"
     dropout: str | None = None  # the field of the dropout after attention and MLP
+    embedding_dropout: str | None = (
+        None  # that of the dropout after the embedding, where it is not the same; "": there is none
+    )
     softcap: bool = False  # attn_logit_softcapping acts
     sinks: bool = False
+    rotary_width: str | None = None  # the field that holds how many numbers of a head are turned
     learned_positions: bool = False
     scaled_embedding: bool = False
     has_sdpa: bool = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LATENT, Code, Family, Routed, defaults
+from .base import LATENT, LINEARS, Code, Family, Routed, defaults
 from .llama import LLAMA
 
 FAMILIES = {
@@ -15,7 +15,7 @@ FAMILIES = {
             **LATENT,
         ),
         latent=True,
-        experts=Routed(fp32=True),
+        experts=Routed(fp32=True, normalised=False, linears=LINEARS),
         uncounted=("mlp_bias",),
         code=Code(rotary="complex"),
         tiny={"num_experts_per_tok": 2, "moe_intermediate_size": 384},
@@ -28,10 +28,11 @@ FAMILIES = {
             moe_intermediate_size=2048,
             n_shared_experts=1,
             first_k_dense_replace=3,
+            norm_topk_prob=True,
             **LATENT,
         ),
         latent=True,
-        experts=Routed(router="sigmoid-groups", fp32=True),
+        experts=Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS),
         code=Code(rotary="halves"),
     ),
     "youtu": LLAMA._replace(

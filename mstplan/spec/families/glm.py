@@ -1,8 +1,8 @@
-"""GLM-4."""
+"""GLM-4 and GLM-4.5."""
 
 from __future__ import annotations
 
-from .base import Code, Family, defaults
+from .base import LINEARS, Code, Family, Routed, defaults
 
 GLM = Family(
     defaults(4096, 40, 32, 2, 151552, 13696, head_dim=128, attention_bias=True, partial_rotary_factor=0.5),
@@ -20,5 +20,22 @@ FAMILIES = {
             "pre-MLP norm": "post_attention_layernorm",
             "post-MLP norm": "post_mlp_layernorm",
         },
+    ),
+    "glm4_moe": Family(
+        defaults(
+            *(4096, 46, 96, 8, 151552, 10944),
+            partial_rotary_factor=0.5,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=1408,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            norm_topk_prob=True,
+        ),
+        out_bias=False,
+        qk_norm="head",
+        qk_norm_switch="use_qk_norm",
+        experts=Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS),
+        code=Code(joins_rotary=True, qk_norm_last=True),
     ),
 }

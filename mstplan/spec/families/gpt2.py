@@ -14,6 +14,7 @@ FAMILIES = {
             partial_rotary_factor=0.0,
             resid_pdrop=0.1,
             attn_pdrop=0.1,
+            embd_pdrop=0.1,
             dtype="float32",  # its files are older than the field
         ),
         norm="layer",
@@ -27,6 +28,7 @@ FAMILIES = {
         activation="activation_function",
         attention_dropout="attn_pdrop",
         dropout="resid_pdrop",
+        embedding_dropout="embd_pdrop",
         learned_positions=True,
         uncounted=("add_cross_attention", "reorder_and_upcast_attn"),
         code=Code(holds_qkv=True, holds_block=True, softmax_as_scores=True),

@@ -16,7 +16,7 @@ FAMILIES = {
     ),
     "mixtral": MISTRAL._replace(
         defaults=defaults(4096, 32, 32, 8, 32000, 14336, num_experts=8, num_experts_per_tok=2),
-        experts=Routed("intermediate_size"),
+        experts=Routed("intermediate_size", linears=("w1", "w3", "w2")),
         code=Code(fp32_expert_scores=True),
     ),
 }

@@ -1,8 +1,8 @@
-"""Qwen2, Qwen3 and the text parts of Qwen2-VL."""
+"""Qwen2, Qwen3 and the text parts of Qwen2-VL, Qwen2.5-Omni, Qwen3-VL and Qwen3-Omni."""
 
 from __future__ import annotations
 
-from .base import Family, Routed, defaults
+from .base import LINEARS, Code, Family, Routed, defaults, names_of_linears
 
 QWEN2 = Family(
     defaults(4096, 32, 32, 32, 151936, 22016, sliding_window=4096, max_window_layers=28),
@@ -18,21 +18,69 @@ QWEN3 = QWEN2._replace(
     out_bias="attention_bias",
     qk_norm="head",
 )
+QWEN3_MOE = QWEN3._replace(
+    defaults=defaults(
+        *(2048, 24, 32, 4, 151936, 6144),
+        sliding_window=4096,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
+    windows="every",
+    experts=Routed(may_be_none=True, normalised="norm_topk_prob", linears=LINEARS),
+)
+
+QWEN2_MOE = QWEN2._replace(
+    defaults=defaults(
+        *(2048, 24, 16, 16, 151936, 5632),
+        num_experts=60,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+        qkv_bias=True,
+    ),
+    windows="none",
+    window_switch=False,
+    idle_mask=True,
+    uncounted=("use_sliding_window",),
+    qkv_bias="qkv_bias",
+    experts=Routed(
+        may_be_none=True,
+        normalised="norm_topk_prob",
+        shared_width="shared_expert_intermediate_size",
+    ),
+    code=Code(shared_first=True, shared_gate=True),
+    names={
+        **names_of_linears("shared_experts", "mlp.shared_expert"),
+        "shared gate": "mlp.shared_expert_gate",
+    },
+)
 
 FAMILIES = {
     "qwen2": QWEN2,
     "qwen2_vl_text": QWEN2_VL,
     "qwen2_5_vl_text": QWEN2_VL,
-    "qwen3": QWEN3,
-    "qwen3_moe": QWEN3._replace(
+    "qwen2_5_omni_text": QWEN2_VL._replace(
         defaults=defaults(
-            *(2048, 24, 32, 4, 151936, 6144),
-            sliding_window=4096,
-            num_experts=128,
-            num_experts_per_tok=8,
-            moe_intermediate_size=768,
+            *(3584, 28, 28, 4, 152064, 18944), sliding_window=32768, max_window_layers=28, tie_word_embeddings=True
+        )
+    ),
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_vl_text": QWEN3._replace(
+        defaults=defaults(4096, 32, 32, 32, 151936, 22016, head_dim=128), windows="none", window_switch=False
+    ),
+    "qwen3_vl_moe_text": QWEN3_MOE._replace(
+        defaults=defaults(
+            *(2048, 24, 16, 16, 151936, 5632),
+            num_experts=60,
+            num_experts_per_tok=4,
+            moe_intermediate_size=1408,
+            tie_word_embeddings=True,
         ),
-        windows="every",
-        experts=Routed(may_be_none=True),
+        windows="none",
+        window_switch=False,
+        experts=Routed(),
     ),
 }

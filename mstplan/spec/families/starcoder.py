@@ -20,6 +20,7 @@ FAMILIES = {
         gated=False,
         windows="every",
         dropout="residual_dropout",
+        embedding_dropout="embedding_dropout",
         names={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
     ),
 }

@@ -57,6 +57,10 @@ class Kernel:
     makes_causal_mask: ClassVar[bool] = False
     """Whether transformers makes a mask (b, s, s) for it, in the hidden states' dtype."""
     sixteen_bit_only: ClassVar[bool] = False
+    gradients_by_head: ClassVar[bool] = False
+    """Whether the gradients of q and k lie heads first, though q and k do not."""
+    one_operation: ClassVar[bool] = True
+    """Whether torch's dispatcher sees it as one operation, whose results a selective checkpoint keeps."""
     pads_masks: ClassVar[bool] = False
     """Whether it takes a copy of a mask whose rows are padded (cuda.BIAS_ROWS)."""
 
@@ -111,7 +115,7 @@ def repeated(w: Writer, x: Tensor) -> Tensor:
     a = w.model.attention
     if a.kv_heads == a.heads:
         return x
-    name, shape = x.name + " for every query head", f"{w.t} H e"
+    name, shape = x.name + " for every query head", "b H s e"
     y = w.tape.view(x, name, shape) if a.kv_heads == 1 else w.tape.new(name, shape, x.dtype)
     return w.tape.op("repeat " + x.name, [x], y, grads=((x, w.tape.grad(x)),))
 

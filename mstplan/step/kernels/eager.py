@@ -19,6 +19,8 @@ class Eager(Kernel):
     label = "eager"
     by_sdpa = False
     makes_causal_mask = True
+    gradients_by_head = True
+    one_operation = False
 
     def serves(self, asked: AttentionCall) -> bool:
         return True
@@ -86,4 +88,5 @@ def _with_sinks(w: Writer, masked: Tensor, k: Tensor, v: Tensor, a: Attention) -
 def _mix(w: Writer, weights: Tensor, k: Tensor, v: Tensor, *variables: Tensor) -> Tensor:
     mixed = mix(w, weights, v, holds=(k, *variables))
     w.hold(k, v, *variables)
+    w.beside = (weights,)
     return mixed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..cuda import flash_head_size
+from ..cuda import FLASH_ROWS, flash_head_size
 from ..selection import WeightKind
 from ..tape import ForGradients
 from .base import AttentionCall, Kernel, flops, heads_first, tokens_first
@@ -30,7 +30,11 @@ class Flash(Kernel):
         Keeps q, k, v, the output, laid out as q is, and one fp32 log-sum-exp a row. Backward makes dq, dk, dv, an fp32
         accumulator of dq over rows rounded up to 128 and head sizes to 32, an fp32 row sum, with grouped queries dk and dv
         for every query head, and a copy of an output that lies heads first (attention_backward.cu). Values of smaller heads
-        are padded, and the output is cropped (transformers integrations/flash_attention.py).
+        are padded, and the output is cropped (transformers integrations/flash_attention.py). Without sdpa the output is a view, which
+        the output projection copies; of a layer in pieces each piece by itself, and backward its whole gradient.
+
+        Several samples in a row (flash-attn's mha_varlen_fwd and mha_varlen_bwd): rows are not rounded up, but there are 128 more for
+        each sample. Uncounted: where samples begin, 4 bytes each, and what transformers works that out with.
         """
         tape, a, window = w.tape, w.model.attention, kind.window
         narrow = a.v_head_dim != a.head_dim
@@ -41,14 +45,23 @@ class Flash(Kernel):
         rows = tape.new("log-sum-exp", f"{w.t} H", "float32")
         rounded = flash_head_size(a.head_dim)
         sinks = (w.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name=""),) if a.sinks else ()
+        samples = w.numerics.samples
+        rows_shape = "b r" if samples == 1 else w.t
         temps = [
-            tape.new("dQ accumulator", f"b r H {rounded}", "float32"),
-            tape.new("row sums of dO * O", "b r H", "float32"),
+            tape.new("dQ accumulator", f"{rows_shape} H {rounded}", "float32"),
+            tape.new("row sums of dO * O", f"{rows_shape} H", "float32"),
         ]
+        if samples > 1:
+            between = f"{FLASH_ROWS * samples} H {rounded + 1}"
+            temps.append(tape.new("rows between samples of both", between, "float32"))
         if a.kv_heads != a.heads:
             temps += [tape.new(f"d{x} for every query head", f"{w.t} H e", q.dtype) for x in "KV"]
+        stays_view = w.in_chunks and w.numerics.attention == self.name
         if heads_first(q):
-            temps.append(tape.new("attention mixed, tokens first", f"{w.t} H e", q.dtype))
+            copied = (
+                ("attention mixed", "grad of attention mixed") if stays_view and not narrow else ("attention mixed",)
+            )
+            temps += [tape.new(f"{name}, tokens first", f"{w.t} H e", q.dtype) for name in copied]
         tape.op(
             "flash attention",
             [q, k, v],
@@ -62,6 +75,7 @@ class Flash(Kernel):
             weights=sinks,
         )
         if not narrow:
-            return tokens_first(w, out)
-        cropped = tape.new("attention mixed, cropped", f"{w.t} H ev", q.dtype)
+            return out if stays_view else tokens_first(w, out)
+        shape = f"{w.t} H ev"
+        cropped = tape.new("attention mixed, cropped", shape, q.dtype, out if stays_view else None)
         return tape.op("crop", [out], cropped, grads=((out, tape.grad(out)),))

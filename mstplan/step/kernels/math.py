@@ -17,6 +17,8 @@ class Math(Kernel):
     name = "math"
     label = "the math kernel"
     by_name = False
+    gradients_by_head = True
+    one_operation = False
 
     def serves(self, asked: AttentionCall) -> bool:
         return True

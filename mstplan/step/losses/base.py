@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..layers import Writer
+    from ..recipe import Recipe
     from ..tape import Tensor, Weight
 
 
@@ -21,8 +22,15 @@ class Loss:
     """What recipes and --loss call it."""
     in_chunks: ClassVar[bool] = False
     """Whether it runs over pieces of the sequence, with its gradients made in the forward pass (mstplan/train/loss.py)."""
+    is_fused: ClassVar[bool] = False
+    """Whether a package computes it from hidden states and the head's weight, and makes no logits (mstplan/train/heads.py)."""
+    gradient_is_view: ClassVar[bool] = True
+    """Whether the head's gradient is a matrix product's, transposed."""
     not_run: ClassVar[str] = ""
     """Why the step that is traced and measured cannot be run with it; empty: it can."""
+
+    def check(self, recipe: Recipe, model_type: str, head_alone: bool = False) -> None:
+        """Raise RecipeError for recipes and models that it does not serve. head_alone: hidden states need no gradient."""
 
     def lay_out(self, w: Writer, hidden: Tensor, head: Weight, labels: tuple[Tensor, ...], defers: bool) -> None:
         """Write LM head and loss on the tape of `w`. hidden (t, d); labels, if any, are made on the way; defers: the gradient of
@@ -35,12 +43,16 @@ class Loss:
 
 def logits_of(w: Writer, hidden: Tensor, head: Weight, defers: bool) -> Tensor:
     """Logits (t, V), soft-capped where the model does so, in the dtype that the head computes in."""
-    logits = w.linear(hidden, w.new("logits", "V"), "lm_head", kind=WeightKind.HEAD, weight=head, defers=defers)
+    logits = w.new("logits", "V", w.numerics.compute)
+    bias = w.model.head_bias
+    logits = w.linear(hidden, logits, "lm_head", kind=WeightKind.HEAD, bias=bias, weight=head, defers=defers)
+    if w.code.scales_logits:
+        logits = w.pointwise("scale logits", logits, w.new("scaled logits", "V", logits.dtype))
     if w.model.logit_softcap:
-        logits = w.pointwise("divide logits", logits, w.new("logits / cap", "V"))
-        tanh = w.new("tanh of logits", "V")
+        logits = w.pointwise("divide logits", logits, w.new("logits / cap", "V", logits.dtype))
+        tanh = w.new("tanh of logits", "V", logits.dtype)
         logits = w.pointwise("tanh of logits", logits, tanh, tanh)
-        logits = w.pointwise("multiply logits", logits, w.new("capped logits", "V"))
+        logits = w.pointwise("multiply logits", logits, w.new("capped logits", "V", logits.dtype))
     return logits
 
 

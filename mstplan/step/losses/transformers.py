@@ -20,4 +20,5 @@ class Transformers(Loss):
         w.hold(hidden)
         if labels:
             w.tape.op("shift labels", [], *labels)
-        cross_entropy(w, wide, labels, variables=(logits, hidden))  # variables of the model's forward
+        variables = (logits, hidden) if labels else (hidden,)  # of the model's forward; a piece's logits have none
+        cross_entropy(w, wide, labels, variables)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .base import Held, Memory, Optimizer, largest_of, numel_of
+from .base import Held, Optimizer, dtype_of, itemsize_of
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
     from ..tape import Weight
-    from .base import Make
+    from .base import KindsOf, Make
 
 
 class AdamW(Optimizer):
@@ -20,27 +20,37 @@ class AdamW(Optimizer):
     host_state_bytes = 8
     has_kernels = True
 
-    def memory(self, recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> Memory:
-        """Two moments in the weights' dtype. step(): the square root of the second moment, for all weights at once
-        (foreach, torch/optim/adam.py _multi_tensor_adam) or, with its quotient, for one (for-loop); none when fused."""
-        size, dtype, total = recipe.weight_bytes, recipe.weight_dtype, numel_of(weights)
-        states = (
-            Held("AdamW first moment", dtype, size * total, ("exp_avg",)),
-            Held("AdamW second moment", dtype, size * total, ("exp_avg_sq",)),
+    def states(self, recipe: Recipe, weight: Weight) -> tuple[Held, ...]:
+        """Two moments in the weights' dtype, and a count of steps where it is on the device."""
+        size, dtype = itemsize_of(recipe, weight) * weight.numel, dtype_of(recipe, weight)
+        return (
+            *((Held("counts of steps", "float32", 4, ("step",)),) if self.is_fused(recipe) else ()),
+            Held("AdamW first moment", dtype, size, ("exp_avg",)),
+            Held("AdamW second moment", dtype, size, ("exp_avg_sq",)),
         )
+
+    def one_step(self, recipe: Recipe, weight: Weight) -> tuple[Held, ...]:
+        """The square root of the second moment (torch/optim/adam.py); in a loop its quotient, too; none when fused."""
+        size, dtype = itemsize_of(recipe, weight) * weight.numel, dtype_of(recipe, weight)
         if recipe.adamw_kernel == "fused":
-            return Memory(states, (), 0)
+            return ()
         if recipe.adamw_kernel == "foreach":
-            return Memory(states, (Held("square root of the second moment", dtype, size * total),), size)
-        root = Held("square root of one second moment, and its quotient", dtype, 2 * size * largest_of(weights))
-        return Memory(states, (root,), 2 * size)
+            return (Held("square root of the second moment", dtype, size),)
+        return (Held("square root of one second moment, and its quotient", dtype, 2 * size, copies=2),)
+
+    def step(self, recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> tuple[Held, ...]:
+        """foreach makes the square roots of all weights at once (_multi_tensor_adam): of one dtype after the other, and it holds those
+        of one until it has those of the next."""
+        if recipe.adamw_kernel != "foreach":
+            return super().step(recipe, weights)
+        return tuple(held.times(count) for weight, count in weights for held in self.one_step(recipe, weight))
 
     def traffic(self, recipe: Recipe, weights: int, states: int) -> int:
         """Eight passes but for the fused kernel (torch/optim/adam.py, _multi_tensor_adam and _single_tensor_adam): decay of the
         weights 2 tensors; lerp_ 3; mul_ 2; addcmul_ 3; sqrt 2; div 2; add_ 2; addcdiv_ 4. Moments have the weights' dtype."""
         return super().traffic(recipe, weights, states) if self.is_fused(recipe) else 20 * weights
 
-    def make(self, recipe: Recipe) -> Make:
+    def make(self, recipe: Recipe, kinds_of: KindsOf) -> Make:
         import torch
 
         foreach, fused = recipe.adamw_kernel == "foreach", self.is_fused(recipe) or None

@@ -26,6 +26,7 @@ class Call(NamedTuple):
     is_causal: bool
     scale: float | None
     plain: Callable[..., torch.Tensor]  # torch's own function
+    samples: int = 1  # in a row, which a kernel that is given no mask tells apart itself
 
 
 def laid_out_like(q: torch.Tensor, width: int) -> torch.Tensor:

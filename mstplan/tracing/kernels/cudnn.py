@@ -30,13 +30,17 @@ class _Cudnn(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, recorder: Recorder
     ) -> torch.Tensor:
-        with recorder.purpose("cuDNN attention: seed and offset"):
-            seeds = [q.new_empty((), dtype=torch.int64) for _ in range(2)]
-        out = laid_out_like(q, v.shape[-1])
-        with recorder.purpose("cuDNN attention: log-sum-exp"):
-            log_sum_exp = q.new_empty(*q.shape[:-1], 1, dtype=torch.float32)
-        with recorder.purpose("cuDNN attention: workspace"):
-            _workspace = q.new_empty(CUDNN_SPARE, dtype=torch.uint8)
+        def make() -> tuple[torch.Tensor, ...]:
+            with recorder.purpose("cuDNN attention: seed and offset"):
+                seeds = [q.new_empty((), dtype=torch.int64) for _ in range(2)]
+            out = laid_out_like(q, v.shape[-1])
+            with recorder.purpose("cuDNN attention: log-sum-exp"):
+                log_sum_exp = q.new_empty(*q.shape[:-1], 1, dtype=torch.float32)
+            with recorder.purpose("cuDNN attention: workspace"):
+                _workspace = q.new_empty(CUDNN_SPARE, dtype=torch.uint8)
+            return out, log_sum_exp, *seeds
+
+        out, log_sum_exp, *seeds = recorder.kernel_results(make)
         ctx.save_for_backward(q, k, v, out, log_sum_exp, *seeds, *([bias] if bias is not None else []))
         ctx.recorder = recorder
         return out

@@ -44,12 +44,16 @@ class _Efficient(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, recorder: Recorder
     ) -> torch.Tensor:
         batch, heads, tokens, size = q.shape
-        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
-        if efficient_accumulates(size, v.shape[-1], q.itemsize):
-            with recorder.purpose("efficient attention: output accumulator"):
-                _accumulator = q.new_empty(batch, tokens, heads, v.shape[-1], dtype=torch.float32)
-        with recorder.purpose("efficient attention: log-sum-exp"):
-            log_sum_exp = q.new_empty(batch, heads, -(-tokens // 32) * 32, dtype=torch.float32)
+
+        def make() -> tuple[torch.Tensor, ...]:
+            out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+            if efficient_accumulates(size, v.shape[-1], q.itemsize):
+                with recorder.purpose("efficient attention: output accumulator"):
+                    _accumulator = q.new_empty(batch, tokens, heads, v.shape[-1], dtype=torch.float32)
+            with recorder.purpose("efficient attention: log-sum-exp"):
+                return out, q.new_empty(batch, heads, -(-tokens // 32) * 32, dtype=torch.float32)
+
+        out, log_sum_exp = recorder.kernel_results(make)
         ctx.save_for_backward(q, k, v, out, log_sum_exp, *([bias] if bias is not None else []))
         ctx.recorder = recorder
         return out

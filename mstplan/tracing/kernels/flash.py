@@ -10,7 +10,7 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...step.cuda import flash_head_size, flash_rows
+from ...step.cuda import FLASH_ROWS, flash_head_size, flash_rows
 from ...step.recipe import Recipe
 from ..recorder import Recorder
 from .base import Call, StandIn, laid_out_like
@@ -24,11 +24,11 @@ class Flash(StandIn):
     real = "flash_attention_2"
 
     def implementation_for(self, recipe: Recipe, kind: Any, on: str) -> str:
-        there = on == "cuda" and recipe.precision != "fp32" and getattr(kind, "_supports_flash_attn", False)
+        there = on == "cuda" and not recipe.runs_in_fp32 and getattr(kind, "_supports_flash_attn", False)
         return FLASH if there else "eager"
 
     def attend(self, call: Call, recorder: Recorder) -> torch.Tensor:
-        out: torch.Tensor = _Flash.apply(call.q, call.k, call.v, recorder)
+        out: torch.Tensor = _Flash.apply(call.q, call.k, call.v, recorder, call.samples)
         return out
 
 
@@ -36,14 +36,19 @@ class _Flash(torch.autograd.Function):
     """q (b, H, s, e), k and v (b, G, s, e) -> (b, H, s, e); allocates what FlashAttention-2 does, computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recorder: Recorder) -> torch.Tensor:
-        out = laid_out_like(q, v.shape[-1])
-        with recorder.purpose("flash: log-sum-exp"):
-            log_sum_exp = q.new_empty(*q.shape[:-1], dtype=torch.float32)
-        with recorder.purpose("flash: seed and offset"):
-            seeds = [q.new_empty(2, dtype=torch.int64), q.new_empty((), dtype=torch.int64)]
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recorder: Recorder, samples: int
+    ) -> torch.Tensor:
+        def make() -> tuple[torch.Tensor, ...]:
+            out = laid_out_like(q, v.shape[-1])
+            with recorder.purpose("flash: log-sum-exp"):
+                log_sum_exp = q.new_empty(*q.shape[:-1], dtype=torch.float32)
+            with recorder.purpose("flash: seed and offset"):
+                return out, log_sum_exp, q.new_empty(2, dtype=torch.int64), q.new_empty((), dtype=torch.int64)
+
+        out, log_sum_exp, *seeds = recorder.kernel_results(make)
         ctx.save_for_backward(q, k, v, out, log_sum_exp, *seeds)
-        ctx.recorder = recorder
+        ctx.recorder, ctx.samples = recorder, samples
         return out
 
     @staticmethod
@@ -53,14 +58,15 @@ class _Flash(torch.autograd.Function):
         with ctx.recorder.purpose("flash: tokens first"):  # (attention_backward.cu, _flash_attention_backward)
             _copies = [x.transpose(1, 2).contiguous() for x in (grads[0], out)]
         gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+        rows = flash_rows(tokens) if ctx.samples == 1 else tokens + FLASH_ROWS * ctx.samples
         with ctx.recorder.purpose("flash: row sums of dO * O"):
-            workspace = [q.new_empty(batch, heads, flash_rows(tokens), dtype=torch.float32)]
+            workspace = [q.new_empty(batch, heads, rows, dtype=torch.float32)]
         with ctx.recorder.purpose("flash: dQ accumulator"):
-            workspace.append(q.new_empty(batch, flash_rows(tokens), heads, flash_head_size(size), dtype=torch.float32))
+            workspace.append(q.new_empty(batch, rows, heads, flash_head_size(size), dtype=torch.float32))
         if k.shape[1] != heads:  # gradients of keys and values are summed over the query heads that share them
             with ctx.recorder.purpose("flash: dK, dV of every query head"):
                 workspace += [q.new_empty(batch, k.shape[2], heads, width) for width in (size, v.shape[-1])]
-        return (*gradients, None)
+        return (*gradients, None, None)
 
 
 def _fused(

@@ -1,0 +1,88 @@
+"""The part of a model of text, images and sound that reads and writes tokens, which is what is planned.
+
+It is transformers' causal language model of that part where there is one, else the whole without its towers and projectors.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+from ..spec.config import TEXT_PARTS
+
+
+def text_settings(whole: PreTrainedConfig) -> PreTrainedConfig:
+    """The settings that the part is built from: its own where transformers has a class for them, else those of what holds it."""
+    part = next((part for name in TEXT_PARTS if isinstance(part := getattr(whole, name, None), PreTrainedConfig)), None)
+    if part is None or _is_causal(whole):
+        return whole
+    text = text_settings(part)
+    if model_class(text) is None:
+        return whole
+    text = copy.deepcopy(text)
+    if (tied := getattr(whole, "tie_word_embeddings", None)) is not None:  # the head is the whole's
+        text.tie_word_embeddings = tied
+    return text
+
+
+def _is_causal(settings: PreTrainedConfig) -> bool:
+    """Whether transformers' causal language model of these settings is all that they describe."""
+    cls = _class_in(MODEL_FOR_CAUSAL_LM_MAPPING, settings)
+    return cls is not None and cls.__name__.endswith("ForCausalLM") and cls.config_class is type(settings)
+
+
+def model_class(settings: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """transformers' class that makes next tokens of these settings. None: it has none."""
+    return _class_in(MODEL_FOR_CAUSAL_LM_MAPPING, settings) or _class_in(MODEL_FOR_MULTIMODAL_LM_MAPPING, settings)
+
+
+def _class_in(mapping: Any, settings: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    entry = mapping.get(type(settings), None)
+    found: type[PreTrainedModel] | None = entry[0] if isinstance(entry, tuple) else entry
+    return found
+
+
+def from_settings(settings: PreTrainedConfig, **more: Any) -> PreTrainedModel:
+    """The part that speaks, with random weights. more: for transformers' from_config."""
+    if _is_a_whole(settings):
+        model: PreTrainedModel = AutoModelForMultimodalLM.from_config(settings, **more)
+        drop_towers(model)
+    else:
+        model = AutoModelForCausalLM.from_config(settings, **more)
+    return model
+
+
+def _is_a_whole(settings: PreTrainedConfig) -> bool:
+    """Whether transformers has a class for the whole alone."""
+    return type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(settings) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+
+def is_part(model: PreTrainedModel, model_type: str) -> bool:
+    """Whether `model` is less than what a config.json of this model_type describes."""
+    return model.config.model_type != model_type or (
+        _is_a_whole(model.config) and any(None in module._modules.values() for module in model.modules())
+    )
+
+
+def drop_towers(model: PreTrainedModel) -> None:
+    """Leave of a model of several parts the decoder, the embedding and the head."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    kept = {module for part in parts if part is not None for module in part.modules()}
+    if model not in kept:
+        _strip(model, kept)
+
+
+def _strip(module: nn.Module, kept: set[nn.Module]) -> None:
+    for name in list(module._parameters):
+        module._parameters[name] = None
+    for name, child in module.named_children():
+        if child in kept:
+            continue
+        if kept.isdisjoint(child.modules()):
+            module._modules[name] = None if next(child.parameters(), None) is not None else child
+        else:
+            _strip(child, kept)

@@ -1,0 +1,26 @@
+"""One of two real ranks under DDP on the CPU: `python -m tests.tracing.two_replicas RANK FOLDER`; see two_ranks.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mstplan.step.recipe import Recipe, strategy
+
+from .two_ranks import CHUNKS, main
+
+
+def recipes() -> dict[str, Recipe]:
+    both: dict[str, Any] = {"gpus": 2, "sharding": "ddp", "precision": "fp32", "attention": "eager"}
+    return {
+        "standard": strategy("standard", **both),
+        "mst": strategy("mst", **both, **CHUNKS),
+        "mst-layer": strategy("mst-layer", **both, **CHUNKS, attention_groups=2),
+        "accumulation": strategy("checkpoint", **both, accumulation=3),
+        "frozen": strategy("checkpoint", **both, freeze=("embeddings", "norms")),
+    }
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), recipes(), runs=2)
