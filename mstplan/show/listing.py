@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 def models(rows: Sequence[ModelRow], asked: Asked | None = None, notes: Sequence[str] = ()) -> Report:
     columns = (
         Column("model", "model", whole=True),
-        Column("model_type", "family"),
+        Column("model_type", "family" if asked is None else None),
         Column("parameters", "params", right=True),
         Column("active_parameters", "active", right=True),
         Column("experts", "experts", right=True),

@@ -299,15 +299,6 @@ REASONS = (
         missing=lambda f: [*range(16 * visits(f), 18 * visits(f), 512), 4 * f.rows * f.model.experts.number],
     ),
     Reason(
-        "StableLM's variables",
-        "attention's input and output, (b, s, d)",
-        "the layer's code holds both until it is over; the formula lets go of them, the trace has them",
-        "from source: transformers' models/stablelm/modeling_stablelm.py, StableLmDecoderLayer.forward",
-        lambda f: f.model.model_type == "stablelm" and f.against == FORMULA,
-        (Instant.END_OF_FORWARD,),
-        lambda f: 2 * f.rows * f.model.hidden * f.number_bytes,
-    ),
-    Reason(
         "columns of outliers",
         "(b, s, I) float16 or bfloat16, in every layer",
         "bitsandbytes' 8-bit product holds a copy in 16 bits of the columns with values from 6 on, whatever checkpointing says: nearly all "

@@ -15,8 +15,8 @@ from mstplan.spec.hardware import card
 from mstplan.spec.model import LayerKind, Mlp
 from mstplan.step.instants import Instant
 from mstplan.step.recipe import STRATEGIES, strategy
-from mstplan.step.steps import CALIBRATED, Chunks, Layout, Step, evaluate, segment_length, step
-from mstplan.step.tape import Moment, undominated
+from mstplan.step.steps import CALIBRATED, Chunks, Layout, Sizes, Step, evaluate, segment_length, step
+from mstplan.step.tape import BASIS, Moment, undominated
 from mstplan.units import GIB
 
 from .strategies import cards, chunk_counts, models, recipes
@@ -108,15 +108,15 @@ def test_the_same_holds_where_kinds_of_layers_repeat(data):
 
 @quick
 @given(
-    st.lists(st.tuples(*[st.integers(-3, 9)] * 2, *[st.integers(0, 2)] * 6), max_size=40),
-    st.lists(st.tuples(*[st.integers(0, 50)] * 8), min_size=30, max_size=30),
+    st.lists(st.tuples(*[st.integers(-300, 900)] * 2, *[st.integers(0, 2)] * (len(BASIS) - 2)), max_size=40),
+    st.lists(st.builds(Sizes, *[st.integers(1, top) for top in (4, 50, 50, 50)]), min_size=30, max_size=30),
 )
-def test_what_is_left_out_is_never_the_largest(vectors, weights):
-    """Not for any batch, length and chunks, of which the units are whole numbers from 0."""
+def test_what_is_left_out_is_never_the_largest(vectors, sizes):
+    """Not for any batch, length and chunks."""
     moments = [Moment(vector, "", ()) for vector in vectors]
     kept = undominated(moments)
     assert set(kept) <= set(moments) and bool(kept) == bool(moments)
-    for units in weights if moments else ():
+    for units in (each.units for each in sizes if moments):
         assert max(evaluate(m.live, units) for m in kept) == max(evaluate(v, units) for v in vectors)
 
 

@@ -10,12 +10,14 @@ from .base import Format
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..report import Block, Line, Report, Row, Table
+    from ..report import Block, Column, Line, Report, Row, Table
 
 STYLES = {"": "", "strong": "bold", "quiet": "dim", "good": "bold green", "bad": "bold red"}
 """Of rich, for the tones of a report."""
 NARROWEST, WIDEST = 60, 1000
 """Columns between which tables and help are laid out. In fewer, cells would be left out."""
+FOLDED = 8
+"""Characters that a column of folded words has at least."""
 
 
 class Text(Format):
@@ -85,8 +87,9 @@ def _grid(console: Console, table: Table) -> None:
         _said(console, table.title, "bold")
     columns = [table.columns[i] for i in table.for_terminals]
     grid = tables.new_table(*((column.heading or "", "right" if column.right else "left") for column in columns))
-    for column, drawn in zip(columns, grid.columns, strict=True):
-        drawn.no_wrap |= column.whole
+    if _least_width(table, columns) <= console.width:  # else other columns would vanish
+        for column, drawn in zip(columns, grid.columns, strict=True):
+            drawn.no_wrap |= column.whole
     shown = table.rows[: table.most]
     for row in (*shown, *([table.rest] if table.rest is not None and len(shown) < len(table.rows) else [])):
         grid.add_row(*_texts(table, row), style=STYLES[row.tone])
@@ -94,6 +97,18 @@ def _grid(console: Console, table: Table) -> None:
         grid.add_section()
         grid.add_row(*_texts(table, table.total))
     console.print(grid)
+
+
+def _least_width(table: Table, columns: Sequence[Column]) -> int:
+    """Characters in which the table can be read: columns that are not broken as wide as they are, others FOLDED at most."""
+    widest = [
+        max(len(column.heading or ""), *(len(row.cells[i].text) for row in table.rows))
+        for column, i in zip(columns, table.for_terminals, strict=True)
+    ]
+    return sum(
+        1 + (width if column.whole or column.right else min(width, FOLDED))
+        for column, width in zip(columns, widest, strict=True)
+    )
 
 
 def _texts(table: Table, row: Row) -> list[str]:
