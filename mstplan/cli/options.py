@@ -379,6 +379,13 @@ class VariedOptions(Options):
         panel="Recipe",
         metavar="G",
     )
+    attention_on_host = option(
+        bool,
+        "--attention-on-host",
+        "With mst-layer: queries, keys, values and what attention makes wait in CPU RAM.",
+        False,
+        panel="Recipe",
+    )
     no_recompute = option(bool, "--no-recompute", "Do not recompute each MLP chunk by itself.", False, panel="Recipe")
     offload = option(
         str,
@@ -629,7 +636,8 @@ def applied(
 
     changes, chunks = {**as_published(base, options, model), **changes_of(options)}, _chunks(options.chunks)
     if some_in_layers and not base.layer_in_chunks:
-        changes.pop("attention_groups", None)
+        for name in ("attention_groups", "attention_on_host"):
+            changes.pop(name, None)
     if chunks and not runs_in_chunks(base) and adopt_chunks:
         changes = {"loss": "chunked", "mlp_recompute": True, **changes}
     if chunks and (runs_in_chunks(base) or adopt_chunks):

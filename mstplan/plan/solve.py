@@ -581,12 +581,15 @@ def _longest_saved(model: Model, recipe: Recipe, budget: int, built_step: Step) 
 
 
 def host_bytes(model: Model, recipe: Recipe, seq_len: int, built_step: Step) -> int:
-    """Host memory of one process: offloaded layer inputs or saved tensors, optimizer states, weights. Pinned, so it cannot be swapped."""
+    """Host memory of one process: offloaded layer inputs or saved tensors, attention's, optimizer states, weights. Pinned, so it cannot be
+    swapped."""
     total = host_states(recipe, built_step.trained)
     if recipe.weights_on_host:
         total += built_step.parameters * recipe.weight_bytes
     if recipe.offload == "saved-tensors":
         total += built_step.saved_on_host(step_sizes(recipe, seq_len, Chunks(1, 1)))
+    if recipe.attention_on_host:
+        total += built_step.attention_on_host(step_sizes(recipe, seq_len, Chunks(1, 1)))
     if recipe.offload_layer_inputs:
         stored = stored_inputs(recipe, model.layers)
         total += stored * recipe.batch * seq_len * model.hidden * ITEMSIZE[recipe.used_dtype]

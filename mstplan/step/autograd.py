@@ -45,7 +45,9 @@ def _record_operation(op: Op, needing: set[Tensor]) -> Op:
     for_gradients = op.for_gradients
     receivers: set[Receiver] = {tensor for tensor, _ in grads} | set(op.trained)
     if not receivers:
-        return replace(op, keeps=(), grads=(), back_temps=(), late_temps=(), reuses=(), for_gradients=NONE)
+        return replace(
+            op, keeps=(), grads=(), back_temps=(), late_temps=(), reuses=(), for_gradients=NONE, fetched=None
+        )
     keeps = op.keeps + tuple(dict.fromkeys(tensor for tensor, receiver in for_gradients.keeps if receiver in receivers))
     temps = op.back_temps + tuple(tensor for tensor, receiver in for_gradients.back_temps if receiver in receivers)
     late_temps = tuple(tensor for tensor, receiver in for_gradients.late_temps if receiver in receivers)

@@ -44,6 +44,8 @@ def why_unmeasured(step: Step, recipe: Recipe, gpu: Gpu) -> str:
         return "communication between GPUs"
     if recipe.optimizer_on_host or recipe.weights_on_host:
         return "the optimizer or weights in CPU RAM"
+    if recipe.attention_on_host:
+        return "attention's copies between CPU RAM and GPU"
     if recipe.runs_in_fp32:
         return "matrix products in fp32"
     if step.model.experts is not None:

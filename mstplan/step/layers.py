@@ -1155,13 +1155,15 @@ def rotary_dtype(model: Model, residual: str) -> str:
 class MlpChunks(NamedTuple):
     """Way the MLP runs: in one go, or in several pieces, each recomputed by itself in backward or not.
 
-    layer: so does all of a layer but attention itself, which runs over `groups` of heads, one after the other.
+    layer: so does all of a layer but attention itself, which runs over `groups` of heads, one after the other. on_host: what goes into
+    attention, and what comes out, waits in CPU RAM.
     """
 
     several: bool = False
     recompute: bool = False
     layer: bool = False
     groups: int = 1
+    on_host: bool = False
 
 
 @lru_cache(maxsize=256)
@@ -1270,8 +1272,9 @@ def _layer_in_chunks(
     w.in_chunks = True
     x = w.source()
     before = _before_attention(model, kind, numerics, frozen, groups)
-    made = _in_chunks(w, before, (x,), "before attention", chunks)
-    attended = [w.attend(q, k, v, kind) for q, k, v in (made[n::groups] for n in range(groups))]
+    made = _in_chunks(w, before, (x,), "before attention", chunks, makes_on_host=chunks.on_host)
+    attend = _attend_from_host if chunks.on_host else Writer.attend
+    attended = [attend(w, *made[n::groups], kind) for n in range(groups)]
     w.hold(*made)
     after = Writer(model, numerics, "b c", frozen=frozen)
     after.tape.role = Role.NORM
@@ -1283,6 +1286,49 @@ def _layer_in_chunks(
     tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
     _in_chunks(w, tape, (x, *attended), "after attention", chunks)
     return w.tape.build_tape()
+
+
+def _attend_from_host(w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tensor:
+    """Attention of what is on the host, with its result there, as mstplan/train/host_attention.py runs it: what its kernel keeps of the size of
+    queries comes back for its backward. Raises RecipeError for attention in several operations."""
+    kernel, _ = w._kernel(w.model.attention, kind)
+    if not kernel.one_operation:
+        raise RecipeError(
+            f"attention by {kernel.name} keeps a matrix of scores, which attention_on_host does not see to.\nLeave it out (--attention-on-host)."
+        )
+    here = [_come_to_device(w, tensor) for tensor in (q, k, v)]
+    start, copied = len(w.tape.ops), {tensor.storage for tensor in here}
+    mixed = w.attend(*here, kind)
+    sent: list[Tensor] = []
+    for n, op in enumerate(w.tape.ops[start:], start):
+        away = tuple(tensor for tensor in op.keeps if _is_of_heads(tensor))
+        if away:
+            sent += [tensor for tensor in away if tensor.storage not in {*copied, mixed.storage}]
+            stay = tuple(tensor for tensor in op.keeps if tensor not in away)
+            back = tuple(w.tape.new(f"{t.name}, back from CPU RAM", t.shape, t.dtype) for t in away)
+            w.tape.ops[n] = replace(op, keeps=stay, fetched=back, fetched_alone=True)
+    there = on_host(mixed)
+    gradient = w.tape.grad(mixed)
+    w.tape.op("attention's result to CPU RAM", [mixed], there, grads=((mixed, gradient),), on_host=(mixed, *sent))
+    w.hold(*here)
+    return there
+
+
+def _come_to_device(w: Writer, tensor: Tensor) -> Tensor:
+    with w.tape.assign_role(Role.ATTENTION):
+        here = w.tape.new(tensor.name, tensor.shape, tensor.dtype)
+    return w.tape.op(f"{tensor.name} from CPU RAM", [tensor], here, grads=((tensor, on_host(here)),))
+
+
+def _is_of_heads(tensor: Tensor) -> bool:
+    """Whether it has numbers for every token and head, as queries have."""
+    axes = tensor.shape.split()
+    return len(axes) == 4 and axes[-1] != "s"
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape in CPU RAM: no bytes on the device."""
+    return Tensor(tensor.name, tensor.shape, tensor.dtype, tensor.basis, 0, role=tensor.role)
 
 
 def _of_heads(model: Model, groups: int) -> Model:
@@ -1335,24 +1381,34 @@ def norm_in_chunks(w: Writer, x: Tensor, name: str) -> Tensor:
     return _in_chunks(w, inner.tape.build_tape(), (x,), name, MlpChunks(several=True, recompute=True, layer=True))[0]
 
 
-def _in_chunks(w: Writer, piece: Tape, inputs: tuple[Tensor, ...], name: str, chunks: MlpChunks) -> tuple[Tensor, ...]:
-    """What a tape of one piece gives for all of them, laid out as a piece is."""
+def _in_chunks(
+    w: Writer,
+    piece: Tape,
+    inputs: tuple[Tensor, ...],
+    name: str,
+    chunks: MlpChunks,
+    makes_on_host: bool = False,
+) -> tuple[Tensor, ...]:
+    """What a tape of one piece gives for all of them, laid out as a piece is; makes_on_host: in CPU RAM."""
     copies = tuple(
         tensor_of(piece.dims, f"{source.name}, a piece", source.shape, source.dtype, role=source.role)
         for source, whole in zip(piece.sources, inputs, strict=True)
-        if chunks.layer and (w.numerics.several_rows or whole.storage is not whole or heads_first(whole))
+        if chunks.layer
+        and (w.numerics.several_rows or whole.storage is not whole or heads_first(whole) or not whole.bytes)
     )
     gradient_copies = tuple(
         tensor_of(piece.dims, f"{output.name}'s gradient, a piece", output.shape, output.dtype, role=output.role)
         for output in piece.outputs
-        if chunks.layer and w.numerics.several_rows and not heads_first(output)
+        if makes_on_host or (chunks.layer and w.numerics.several_rows and not heads_first(output))
     )
     sums = sums_of(piece) if chunks.several else ()
     part = Part(
         piece, recompute=chunks.recompute, chunked=True, sums=sums, copies=copies, gradient_copies=gradient_copies
     )
     made = tuple(_whole(w, tensor) for tensor in piece.outputs)
-    w.tape.add(Op(name, inputs, made, part=part, stage=w.tape.stage))
+    there = made if makes_on_host else ()
+    made = tuple(map(on_host, made)) if makes_on_host else made
+    w.tape.add(Op(name, inputs, made, part=part, stage=w.tape.stage, on_host=there))
     return made
 
 

@@ -72,6 +72,9 @@ class Recipe(BaseModel):
     """The pieces are of a whole layer but for attention itself, each recomputed by itself in backward; needs mlp_recompute."""
     attention_groups: ChunkCount = 1
     """Groups of heads that attention runs over one after the other, where the layer runs in chunks; "auto": as recommended."""
+    attention_on_host: bool = False
+    """Where layers run in chunks: queries, keys, values and attention's results wait in CPU RAM, and are on the GPU for a group of heads
+    at a time."""
     loss_chunks: ChunkCount = 1
     """Pieces for the LM head and the chunked loss; "auto": as recommended."""
     loss: str = "transformers"
@@ -175,6 +178,14 @@ class Recipe(BaseModel):
             (
                 self.attention_groups != 1 and not self.layer_in_chunks,
                 "attention_groups (--attention-groups) are of layers in chunks: take the strategy mst-layer (-s mst-layer)",
+            ),
+            (
+                self.attention_on_host and not self.layer_in_chunks,
+                "attention_on_host (--attention-on-host) is of layers in chunks: take the strategy mst-layer-offload (-s mst-layer-offload)",
+            ),
+            (
+                self.attention_on_host and self.checkpoint != "layer",
+                "attention_on_host (--attention-on-host) needs every layer checkpointed by itself: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
                 LOSSES[self.loss].is_fused and self.sharded,
@@ -565,6 +576,7 @@ def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
         f"batch {recipe.batch}" + (f" x accumulation {recipe.accumulation}" if recipe.accumulation > 1 else ""),
         *_rows_in_words(recipe),
         f"{recipe.attention} by {kernel}" if kernel else recipe.attention,
+        *(["attention's inputs and results in CPU RAM"] if recipe.attention_on_host else []),
         *(["Liger's kernels"] if recipe.kernels == "liger" else []),
     ]
     return ", ".join([*words, *([f"FSDP2 over {recipe.gpus:,} GPUs"] if recipe.sharded else [])])
@@ -611,6 +623,7 @@ SWITCHES = (
     "optimizer_in_backward",
     "optimizer_on_host",
     "weights_on_host",
+    "attention_on_host",
     "input_gradients",
     "autocast",
     "dora",

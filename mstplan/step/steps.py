@@ -350,6 +350,14 @@ class Step:
         units = sizes.units
         return sum(pinned_bytes(tensor.bytes * units[tensor.basis]) for tensor in self.on_host)
 
+    def attention_on_host(self, sizes: Sizes) -> int:
+        """Bytes of CPU RAM that attention of one layer takes: queries, keys, values, results and their gradients, all groups of heads."""
+        return max(bytes_on_host(layer, sizes, with_gradients=True) for layer in set(self.layer_tapes))
+
+    @property
+    def layer_tapes(self) -> list[Tape]:
+        return [op.part.tape for op in self.tape.ops if op.part is not None and op.is_layer]
+
     # ---- reading off --------------------------------------------------------------------------------------------------
 
     def largest(self, sizes: Sizes) -> tuple[Instant, int]:
@@ -414,6 +422,14 @@ def constant(name: str, dtype: str, size: int, role: Purpose) -> Tensor:
 def temporaries(made: Iterable[Held]) -> list[Tensor]:
     """What is there while gradients are clipped, or while the optimizer steps all weights."""
     return [constant(held.name, held.dtype, held.bytes, Role.UPDATE) for held in summed(made)]
+
+
+def bytes_on_host(layer: Tape, sizes: Sizes, with_gradients: bool = False) -> int:
+    """Bytes of CPU RAM that a layer's attention takes, of all groups of heads. with_gradients: of its results as well."""
+    units = sizes.units
+    there = [tensor for op in layer.ops for tensor in op.on_host]
+    there += [op.on_host[0] for op in layer.ops if with_gradients and op.on_host and op.part is None]
+    return sum(tensor.bytes * units[tensor.basis] for tensor in there)
 
 
 def bytes_of(entries: Iterable[Entry]) -> int:
@@ -521,7 +537,13 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     with w.tape.assign_role(Role.POSITIONS):
         shared = _shared(w, variables[0], layout)
     several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
-    chunks = MlpChunks(several, several and recipe.mlp_recompute, several and recipe.layer_in_chunks, layout.groups)
+    chunks = MlpChunks(
+        several,
+        several and recipe.mlp_recompute,
+        several and recipe.layer_in_chunks,
+        layout.groups,
+        recipe.attention_on_host,
+    )
     calls: dict[tuple[LayerKind, Names], LayerCall] = {}
     for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
         given, tables = shared[kind]

@@ -215,6 +215,10 @@ class Op:
     fetched: tuple[Tensor, ...] | None = (
         None  # come back from the host for its backward (saved_tensors.py); None: none ever left
     )
+    on_host: tuple[
+        Tensor, ...
+    ] = ()  # what it puts there, until backward is through with the layer; the first of an operation's, its gradient as well
+    fetched_alone: bool = False  # they go when its backward is done; else when the next one's is that any come back for
 
     @property
     def trained(self) -> tuple[Weight, ...]:
@@ -993,6 +997,10 @@ def _backward(
         nonlocal fetched
         if op.fetched is None:
             return ()
+        if op.fetched_alone:
+            for tensor in op.fetched:
+                ledger.put(tensor)
+            return op.fetched
         before, fetched = fetched, op.fetched
         for tensor in fetched:
             ledger.put(tensor)

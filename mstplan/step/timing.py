@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..spec.hardware import Gpu
 from .recipe import Recipe
-from .steps import Chunks, Sizes, Step, stored_inputs
+from .steps import Chunks, Sizes, Step, bytes_on_host, stored_inputs
 from .tape import Op, Part, Tape, Tensor, holds_for_backward
 
 
@@ -111,13 +111,19 @@ class _Bound(Walk):
 def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chunks) -> float:
     """Seconds of one optimizer step (all of its micro-batches), no faster than which any real step runs on this GPU.
 
-    Copies of layer inputs and weights between CPU RAM and GPU overlap with computing, each direction by itself; the
+    Copies of layer inputs and weights between CPU RAM and GPU overlap with computing, each direction by itself; those of attention's queries,
+    keys, values and results do not; the
     optimizer on the CPU is counted by what crosses the link, not by the CPU's own arithmetic.
     """
     ahead, behind, _ = _Bound(gpu, sizes, chunks, recipe).tape(step.tape)
     if recipe.offload != "none":
         moved = offloaded_bytes(step, recipe, sizes) / gpu.host_link
         ahead, behind = max(ahead, moved), max(behind, moved)
+    if (
+        recipe.attention_on_host
+    ):  # one way in forward and in what is run again, and back; gradients, and again what their pieces need
+        moved = sum(bytes_on_host(layer, sizes) for layer in step.layer_tapes) / gpu.host_link
+        ahead, behind = ahead + 2 * moved, behind + 5 * moved
     if recipe.weights_on_host:  # gathered in both passes; gradients leave in backward
         gathered = step.parameters * recipe.weight_bytes / gpu.host_link
         ahead, behind = max(ahead, gathered), max(behind, gathered)

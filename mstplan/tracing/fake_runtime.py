@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -68,5 +68,5 @@ class FakeCardRuntime(FakeRuntime):
         results: deque[tuple[torch.Tensor, ...]] = deque()
         return self.recorder.select(results, again=False), self.recorder.select(results, again=True)
 
-    def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
-        return self.recorder.empty_on_host(like, pinned)
+    def empty_on_host(self, like: torch.Tensor, pinned: bool, sizes: Sequence[int] | None = None) -> torch.Tensor:
+        return self.recorder.empty_on_host(like, pinned, sizes)

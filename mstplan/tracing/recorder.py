@@ -275,9 +275,9 @@ class Recorder(TorchDispatchMode):
         """Of the storage of a tensor in what was made."""
         return self._indices.get(tensor.untyped_storage()._cdata)
 
-    def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
+    def empty_on_host(self, like: torch.Tensor, pinned: bool, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Stands in for the runtime's: fake tensors have one device, so what is on the host is noted here."""
-        tensor = torch.empty_like(like)
+        tensor = torch.empty_like(like) if sizes is None else like.new_empty(sizes)
         index = self._indices.get(tensor.untyped_storage()._cdata)
         if index is not None:
             self.recording.storages[index].host = True

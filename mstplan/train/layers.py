@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .mixing import FEW, Call, Caught, Path, Reached, Spans, staged, stop
+from .host_attention import Graphs
+from .mixing import FEW, AttentionCall, Call, Caught, Path, Reached, Spans, staged, stop
 from .mlp import draws_random
 from .patching import plain_forward
 from .pieces import Pieces, Tensors
@@ -116,11 +117,20 @@ class _Attended:
 
 
 def layer_in_pieces(
-    parts: LayerParts, rows: int, groups: int, runtime: Runtime, skip: bool, x: torch.Tensor, call: Call
+    parts: LayerParts,
+    rows: int,
+    groups: int,
+    on_host: Graphs | None,
+    runtime: Runtime,
+    skip: bool,
+    x: torch.Tensor,
+    call: Call,
 ) -> Any:
     """What the layer gives for hidden states x (b, s, d) and other arguments. rows: tokens of each sequence to a piece. groups: of heads,
-    that attention runs over one after the other. skip: nobody will read the output's values."""
+    that attention runs over one after the other. on_host: if what goes into attention, and what comes out, waits in CPU RAM, its graphs.
+    skip: nobody will read the output's values."""
     groups = groups if parts.calls_attention else 1
+    on_host = on_host if parts.calls_attention else None
     found: list[Caught] = []
     modules_before, modules_after = parts.modules()
     random = draws_random((parts.layer,))
@@ -142,13 +152,19 @@ def layer_in_pieces(
         count = 1 + len(guests)
         return (parts.finish(inputs[0], inputs[count:], cut(inputs[1:count], place)),)
 
-    made = Pieces(
-        before, dims, 2 if parts.calls_attention else 1, parts.layer, modules_before, rows, runtime, seeds[0]
-    )(x, *guests.values())
-    mixed = found[0].run(made, groups)
+    out_dim = 2 if parts.calls_attention else 1
+    made = Pieces(before, dims, out_dim, parts.layer, modules_before, rows, runtime, seeds[0], 0, on_host is not None)(
+        x, *guests.values()
+    )
+    caught = found[0]
+    if on_host is not None and isinstance(caught, AttentionCall):
+        mixed = caught.run_from_host(made, groups, on_host, runtime, x.device)
+    else:
+        mixed = caught.run(made, groups)
     del made
     given = dims + (1,) * len(mixed)
-    (out,) = Pieces(after, given, 1, parts.layer, modules_after, rows, runtime, seeds[1])(
+    from_host = len(mixed) if on_host is not None else 0
+    (out,) = Pieces(after, given, 1, parts.layer, modules_after, rows, runtime, seeds[1], from_host)(
         x, *guests.values(), *mixed, skip=skip
     )
     return _with_more(out, parts.outputs)

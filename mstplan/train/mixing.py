@@ -16,8 +16,10 @@ from torch import nn
 from transformers import modeling_utils
 
 from ..errors import ModelError
+from .host_attention import Attend, Graphs, attend_from_host
 from .patching import plain_forward
 from .pieces import Tensors, cut_tokens
+from .runtime import Runtime
 
 FEW = slice(0, 2)
 """Tokens on which code runs whose results nobody reads: more than one, which would fit to any number."""
@@ -127,14 +129,33 @@ class AttentionCall(NamedTuple):
 
     def run(self, made: Tensors, groups: int) -> Tensors:
         """Attention (b, s, heads, width), for each group of heads."""
-        results = []
-        for n in range(groups):
-            q, k, v = made[n], made[groups + n], made[2 * groups + n]
+        return tuple(self._of_group(n, groups)(*made[n::groups]) for n in range(groups))
+
+    def run_from_host(
+        self, made: Tensors, groups: int, graphs: Graphs, runtime: Runtime, device: torch.device
+    ) -> Tensors:
+        """The same of what is on the host, and is there again afterwards. Raises ModelError for other tensors that want gradients."""
+        others = (value for _, value in leaves((self.others, self.named)))
+        if any(torch.is_tensor(value) and value.requires_grad for value in others):
+            raise ModelError(
+                f"{type(self.module).__name__} gives attention more than queries, keys and values that wants gradients, which are not made "
+                "from CPU RAM.\nLeave attention_on_host out."
+            )
+        return tuple(
+            attend_from_host(self._of_group(n, groups), graphs, runtime, device, made[n::groups]) for n in range(groups)
+        )
+
+    def _of_group(self, n: int, groups: int) -> Attend:
+        """Attention of the n-th group of heads."""
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             heads = _Heads(self.module, n * q.shape[1], q.shape[1], groups)
             named = {name: heads.part(value) for name, value in self.named.items()}
             module = self.module if groups == 1 else heads
-            results.append(self.function(module, q, k, v, *self.others, **named)[0])
-        return tuple(results)
+            result: torch.Tensor = self.function(module, q, k, v, *self.others, **named)[0]
+            return result
+
+        return attend
 
 
 class _Heads:

@@ -28,6 +28,8 @@ class Pieces(NamedTuple):
     rows: int  # tokens of each sequence to a piece
     runtime: Runtime
     seed: int | None  # of random numbers, if it draws any
+    from_host: int = 0  # of the inputs, how many of the last ones are on the host; so are their gradients
+    to_host: bool = False  # the outputs go there
 
     def __call__(self, *inputs: torch.Tensor, skip: bool = False) -> Tensors:
         """Its outputs, differentiable; skip: one output of the first input's shape only, for nobody will read it."""
@@ -36,6 +38,24 @@ class Pieces(NamedTuple):
 
     def places(self, tokens: int) -> Iterator[tuple[int, slice]]:
         return self.runtime.chunk_slices(tokens, self.rows)
+
+    def on_host(self) -> tuple[bool, ...]:
+        """Of each input, whether it is there."""
+        here = len(self.dims) - self.from_host
+        return (False,) * here + (True,) * self.from_host
+
+    def cut(self, inputs: Sequence[torch.Tensor], place: slice) -> Iterator[torch.Tensor]:
+        """A piece of each input, on the device."""
+        for x, dim, on_host in zip(inputs, self.dims, self.on_host(), strict=True):
+            part = _view(x, dim, place)
+            yield self.runtime.to_device(part, inputs[0].device) if on_host else part.contiguous()
+
+    def cut_gradient(self, whole: torch.Tensor, place: slice, device: torch.device) -> torch.Tensor:
+        """A piece of an output's gradient, on the device."""
+        part = _view(whole, self.out_dim, place)
+        if self.to_host:
+            return self.runtime.to_device(part, device)
+        return part.contiguous() if self.out_dim == 1 else part
 
 
 class _Pieces(torch.autograd.Function):
@@ -52,13 +72,13 @@ class _Pieces(torch.autograd.Function):
             return (inputs[0].new_empty(()).expand(inputs[0].shape),)
         outputs: list[torch.Tensor] = []
         for n, place in pieces.places(tokens):
-            parts = tuple(cut_tokens(x, dim, place) for x, dim in zip(inputs, pieces.dims, strict=True))
+            parts = tuple(pieces.cut(inputs, place))
             with seeded(device, pieces.seed, n):
                 made = pieces.run(parts, place)
             del parts
-            outputs = outputs or [_room(part, pieces.out_dim, tokens) for part in made]
+            outputs = outputs or [_room(part, pieces, tokens) for part in made]
             for whole, part in zip(outputs, made, strict=True):
-                _view(whole, pieces.out_dim, place).copy_(part)
+                _view(whole, pieces.out_dim, place).copy_(part, non_blocking=True)
             del made, part  # before the next piece's intermediates are made
         return tuple(outputs)
 
@@ -67,14 +87,21 @@ class _Pieces(torch.autograd.Function):
         pieces: Pieces = ctx.pieces
         inputs, weights = ctx.saved_tensors, own_weights(pieces.modules)
         wanted = ctx.needs_input_grad[2 : 2 + len(inputs)]
-        gradients = [torch.empty_like(x) if wants else None for x, wants in zip(inputs, wanted, strict=True)]
+        gradients = [
+            None
+            if not wants
+            else pieces.runtime.empty_on_host(x, _pinned(inputs[0]))
+            if on_host
+            else torch.empty_like(x)
+            for x, wants, on_host in zip(inputs, wanted, pieces.on_host(), strict=True)
+        ]
         tokens = inputs[0].shape[pieces.dims[0]]
         several = tokens > pieces.rows
         sums: Sums = [None] * len(weights)
         for n, place in pieces.places(tokens):
             parts = tuple(
-                cut_tokens(x, dim, place).detach().requires_grad_(wants)
-                for x, dim, wants in zip(inputs, pieces.dims, wanted, strict=True)
+                part.detach().requires_grad_(wants)
+                for part, wants in zip(pieces.cut(inputs, place), wanted, strict=True)
             )
             with (
                 swap_weights((pieces.layer,), weights) as leaves,
@@ -86,13 +113,13 @@ class _Pieces(torch.autograd.Function):
             ):
                 made = pieces.run(parts, place)
             of_parts = [part for part, wants in zip(parts, wanted, strict=True) if wants]
-            found = _gradients(made, of_parts, leaves, incoming, pieces.out_dim, place)
+            found = _gradients(made, of_parts, leaves, incoming, pieces, place)
             del made, parts, of_parts
             for whole, dim in zip(gradients, pieces.dims, strict=True):
                 if whole is not None:
                     part = found.pop(0)
                     room = _view(whole, dim, place)
-                    room.copy_(part) if part is not None else room.zero_()
+                    room.copy_(part, non_blocking=True) if part is not None else room.zero_()
                     del part
             add_gradients(sums, found, several)
             del found
@@ -104,12 +131,12 @@ def _gradients(
     parts: list[torch.Tensor],
     leaves: list[torch.Tensor],
     incoming: Sequence[torch.Tensor | None],
-    dim: int,
+    pieces: Pieces,
     place: slice,
 ) -> list[torch.Tensor | None]:
     """Gradients of a piece's inputs and of the weights; those of nothing that asks for any are None."""
     pairs = [
-        (part, cut_tokens(whole, dim, place) if dim == 1 else _view(whole, dim, place))
+        (part, pieces.cut_gradient(whole, place, part.device))
         for part, whole in zip(made, incoming, strict=True)
         if whole is not None and part.requires_grad
     ]
@@ -128,10 +155,15 @@ def cut_tokens(x: torch.Tensor, dim: int, place: slice) -> torch.Tensor:
     return _view(x, dim, place).contiguous()
 
 
-def _room(part: torch.Tensor, dim: int, tokens: int) -> torch.Tensor:
+def _room(part: torch.Tensor, pieces: Pieces, tokens: int) -> torch.Tensor:
     """Room for all pieces, laid out as this one is but for its gaps."""
-    sizes, strides, step = list(part.shape), [0] * part.dim(), 1
-    sizes[dim] = tokens
-    for d in sorted(range(part.dim()), key=lambda d: (part.stride(d), -d)):
-        strides[d], step = step, step * sizes[d]
-    return part.new_empty_strided(sizes, strides)
+    order = sorted(range(part.dim()), key=lambda d: (-part.stride(d), d))  # from the outermost
+    sizes = [tokens if d == pieces.out_dim else part.shape[d] for d in order]
+    on_host = pieces.to_host
+    room = pieces.runtime.empty_on_host(part, _pinned(part), sizes) if on_host else part.new_empty(sizes)
+    return room.permute([order.index(d) for d in range(part.dim())])
+
+
+def _pinned(x: torch.Tensor) -> bool:
+    """Whether what is copied from it to the host goes to pinned memory."""
+    return x.device.type != "cpu"

@@ -6,7 +6,7 @@ Training takes `RUNTIME`. A step of which only the memory is wanted hands in a s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -36,17 +36,25 @@ class Runtime:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
-    def empty_on_host(self, like: torch.Tensor, pinned: bool) -> torch.Tensor:
-        """Room on the host for a tensor like `like`. Raises RuntimeError when there is none."""
+    def empty_on_host(self, like: torch.Tensor, pinned: bool, sizes: Sequence[int] | None = None) -> torch.Tensor:
+        """Room on the host for a tensor like `like`, or of other sizes. Raises RuntimeError when there is none."""
         try:
+            if sizes is not None:
+                return torch.empty(sizes, dtype=like.dtype, device="cpu", pin_memory=pinned)
             return torch.empty_like(like, device="cpu", pin_memory=pinned)
         except RuntimeError as e:
             if not pinned:
                 raise
             # CUDA's words for it are those for a full card
-            raise RuntimeError(
-                f"no pinned CPU RAM for {like.numel() * like.itemsize} bytes more of layer inputs"
-            ) from e
+            raise RuntimeError(f"no pinned CPU RAM for {like.numel() * like.itemsize} bytes more") from e
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the host, pinned if it comes from a GPU. Copied on the stream that computes, which alone may read it."""
+        return self.empty_on_host(tensor, tensor.device.type != "cpu").copy_(tensor, non_blocking=True)
+
+    def to_device(self, on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor of the host on the device, likewise; on a CPU a copy as well."""
+        return torch.empty_like(on_host, device=device, pin_memory=False).copy_(on_host, non_blocking=True)
 
     def free_on_host(self) -> int | None:
         """Bytes of CPU RAM that can still be had; None: not known."""

@@ -22,6 +22,7 @@ from .checkpoint import Checkpoints
 from .choosing import choose
 from .chunks import ChunkCounts
 from .fused import LigerKernels, liger_is_at_hand
+from .host_attention import Graphs
 from .layers import layer_in_pieces, tokenwise_in_pieces
 from .lazy import LazyTensor
 from .locate import LayerMlp, ModelParts, find_mlps, find_parts
@@ -51,6 +52,7 @@ class _Settings:
         self.counts, self.checkpoints, self.runtime, self.awaiting = counts, checkpoints, runtime, awaiting
         self.warned = False
         self.liger: LigerKernels | None = None
+        self.graphs = Graphs() if recipe.attention_on_host else None
         self.mlps, self.loss = recipe.mlp_chunks != 1, recipe.loss_chunks != 1
 
 
@@ -97,6 +99,7 @@ class Minisequence:
         offload: bool = False,
         layer_in_chunks: bool = False,
         attention_groups: int | None = None,
+        attention_on_host: bool = False,
         kernels: Literal["torch", "liger"] | None = None,
         plan: Literal["auto"] | Recipe | None = None,
         **unknown: NoReturn,
@@ -107,7 +110,8 @@ class Minisequence:
         checkpoint: "none", "layer", "sqrt" (every sqrt(L) layers), a number of layers, "selective" (every layer, but attention is not
         run again) or "every-2" (every second layer). offload: the checkpoints' inputs wait for backward in pinned
         CPU RAM. The defaults are the planner's strategy `mst`; with offload, `mst-offload`. layer_in_chunks: all of a layer but attention
-        runs in the chunks (`mst-layer`). attention_groups: of heads, over which attention then runs one after the other.
+        runs in the chunks (`mst-layer`). attention_groups: of heads, over which attention then runs one after the other; attention_on_host:
+        queries, keys, values and attention's results wait in pinned CPU RAM, and are on the device for one group at a time.
         kernels: "liger" puts Liger's norms, rotary embedding and SwiGLU or GeGLU in place of the model's own; None: on a GPU, where
         liger-kernel is installed and knows the family; "torch": the model's own.
         plan, in place of all of these: a recipe of the planner's, whose strategy is followed; or "auto": of the strategies that fit the
@@ -118,10 +122,10 @@ class Minisequence:
         model, RecipeError for settings that make no sense; the model is as it was then.
         """
         _refuse(unknown)
-        settings = (mlp_chunks, loss_chunks, checkpoint, offload, layer_in_chunks, attention_groups)
+        settings = (mlp_chunks, loss_chunks, checkpoint, offload, layer_in_chunks, attention_groups, attention_on_host)
         if plan is None:
             return self._wrap_over(model, _read_recipe(*settings), kernels)
-        if (*settings, kernels) != (None, None, "layer", False, False, None, None):
+        if (*settings, kernels) != (None, None, "layer", False, False, None, False, None):
             raise RecipeError("plan says all that the other settings say.\nLeave them out, or plan.")
         if isinstance(plan, Recipe):
             return self.follow(model, plan)
@@ -238,7 +242,7 @@ minisequence = Minisequence()
 
 SETTINGS = (
     *("mlp_chunks", "loss_chunks", "checkpoint", "offload", "layer_in_chunks", "attention_groups"),
-    *("kernels", "plan"),
+    *("attention_on_host", "kernels", "plan"),
 )
 
 
@@ -257,6 +261,7 @@ def _read_recipe(
     offload: bool,
     layer_in_chunks: bool,
     attention_groups: int | None,
+    attention_on_host: bool,
 ) -> Recipe:
     numbers = {"mlp_chunks": mlp_chunks, "loss_chunks": loss_chunks, "attention_groups": attention_groups}
     for name, value in numbers.items():
@@ -267,7 +272,11 @@ def _read_recipe(
             "checkpoint must be 'none', 'layer', 'sqrt', 'selective', 'every-n' ('every-2') or a number of layers from 1, "
             f"not {checkpoint!r}."
         )
-    for name, value in (("offload", offload), ("layer_in_chunks", layer_in_chunks)):
+    for name, value in (
+        ("offload", offload),
+        ("layer_in_chunks", layer_in_chunks),
+        ("attention_on_host", attention_on_host),
+    ):
         if not isinstance(value, bool):
             raise RecipeError(f"{name} must be True or False, not {value!r}.")
     if offload and checkpoint == "none":
@@ -276,6 +285,7 @@ def _read_recipe(
         "mst-layer" if layer_in_chunks else "mst",
         checkpoint=checkpoint,
         offload="layer-inputs" if offload else "none",
+        attention_on_host=attention_on_host,
         **{name: value for name, value in numbers.items() if value is not None},
     )
 
@@ -411,6 +421,15 @@ def _rehearse(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -
             raise ModelError(
                 f"{type(parts.layer).__name__} has {parts.kv_heads} heads of keys, which make no {recipe.attention_groups} groups."
             )
+        if recipe.attention_on_host and any(True for _ in parts.mixer.parameters(recurse=False)):
+            raise ModelError(
+                f"{type(parts.mixer).__name__} has weights within attention itself, whose gradients are not made from CPU RAM."
+                "\nLeave attention_on_host out."
+            )
+    if recipe.attention_on_host and not any(parts.calls_attention for parts in rehearsed.layers):
+        raise ModelError(
+            f"{type(model).__name__} has no attention that transformers' interface knows.\nLeave attention_on_host out."
+        )
     return rehearsed
 
 
@@ -448,9 +467,12 @@ def _run_layer(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     settings, parts, rows = self._mstplan, self._mstplan_parts, _rows_of_each(self, x)
     if rows is None:
         return parts.run(x, (args, kwargs))
-    skip = settings.checkpoints is not None and settings.checkpoints.discards_output
+    checkpoints = settings.checkpoints
+    skip = checkpoints is not None and checkpoints.discards_output
+    if settings.graphs is not None and checkpoints is not None:
+        settings.graphs.begin_layer(checkpoints.is_running, again=checkpoints.recomputing is not None)
     groups = settings.counts.chunks_for(x).groups
-    return layer_in_pieces(parts, rows, groups, settings.runtime, skip, x, (args, kwargs))
+    return layer_in_pieces(parts, rows, groups, settings.graphs, settings.runtime, skip, x, (args, kwargs))
 
 
 @torch.compiler.disable
