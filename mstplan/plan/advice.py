@@ -25,11 +25,20 @@ from ..step.optimizers import OPTIMIZERS, stand_ins
 from ..step.parameters import parameter_count, trained_count
 from ..step.recipe import STRATEGY_FIELDS, Recipe, strategy_label, strategy_of, words_of
 from ..step.steps import Chunks, Layout, attention_kernel, embeddings_are_frozen, kernels_of
-from ..units import GIB, SHORTEST, format_count, format_gib, format_tokens
+from ..units import GIB, SHORTEST, format_count, format_gib, format_seconds, format_tokens
 from . import calibration
 from .allocation import longest_that_runs
 from .layout import window_of
-from .solve import Answer, Plan, longest_sequence, max_seq, peak_up_to, smallest_chunks_tokens, why_no_time
+from .solve import (
+    Answer,
+    Plan,
+    attention_copies_bytes,
+    longest_sequence,
+    max_seq,
+    peak_up_to,
+    smallest_chunks_tokens,
+    why_no_time,
+)
 from .ways import Way, nearest_plan, tries_adapters
 
 
@@ -191,6 +200,11 @@ def time_notes(plans: Iterable[Plan]) -> list[str]:
     notes = []
     for plan in plans:
         gpu, why = plan.card.gpu, why_no_time(plan)
+        if copied := attention_copies_bytes(plan):
+            notes.append(
+                f"--attention-on-host: {format_gib(copied)} of queries, keys, values, results and gradients cross between CPU RAM and GPU in a step, "
+                f"while nothing else runs: {format_seconds(copied / gpu.host_link)} at {gpu.host_link / 1e9:.0f} GB/s ({gpu.host_link_name})."
+            )
         if why:
             notes.append(
                 f"No expected step time: of {why} nothing was measured on {gpu.name}. step >= is at nominal rates."

@@ -20,7 +20,7 @@ from ..step.recipe import Recipe
 from ..step.simulation import Usage
 from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, kernels_of, stored_inputs
 from ..step.tape import ITEMSIZE, Vector
-from ..step.timing import step_seconds
+from ..step.timing import attention_copies, step_seconds
 from ..step.workspaces import IDS_PER_PARTIAL_SUM, MULTIPROCESSORS
 from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
 from .allocation import longest_that_runs, usage_up_to
@@ -526,6 +526,12 @@ def why_no_time(plan: Plan) -> str:
     if not plan.card.named or plan.model.stand_in is not None:
         return ""
     return expected.why_unmeasured(*_timed(plan)[:3])
+
+
+def attention_copies_bytes(plan: Plan) -> int:
+    """Bytes that cross between CPU RAM and GPU in a step for attention's sake."""
+    built_step, recipe, _, sizes, _ = _timed(plan)
+    return recipe.accumulation * sum(attention_copies(built_step, sizes)) if recipe.attention_on_host else 0
 
 
 def _timed(plan: Plan) -> tuple[Step, Recipe, Gpu, Sizes, Chunks]:

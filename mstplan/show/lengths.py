@@ -41,12 +41,17 @@ reached 1,200,000 tokens of Llama-3.1-8B on one H200, as published ([docs/publis
 
 """
 FURTHER: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("llama3.1-8b", "h100", {}),
     ("llama3.2-1b", "rtx-4090", {"optimizer_in_backward": True}),
     ("llama3.1-8b", "h100", {"optimizer": "adamw-8bit", "optimizer_in_backward": True}),
     ("llama3.1-8b", "h200", {"optimizer_on_host": True}),
     ("llama3.1-8b", "h200", {"optimizer_on_host": True, "weights_on_host": True}),
 )
-FURTHER_STRATEGIES = ("mst-offload", "mst-layer-offload")
+FURTHER_RECIPES = {
+    "mst-offload": STRATEGIES["mst-offload"],
+    "mst-layer-offload": STRATEGIES["mst-layer-offload"],
+    "and --attention-on-host": STRATEGIES["mst-layer-offload"].changed(attention_on_host=True),
+}
 
 
 class Lengths(NamedTuple):
@@ -88,13 +93,13 @@ def further() -> Table:
         Column("model", "model"),
         Column("gpu", "GPU"),
         Column("options", "options", code=True),
-        *(Column(name, strategy_label(name), right=True) for name in FURTHER_STRATEGIES),
+        *(Column(name, name, right=True) for name in FURTHER_RECIPES),
     )
     rows = []
     for name, gpu, fields in FURTHER:
         model, on = load_model(name), card(gpu, torch=TORCH)
-        words = options_of(STRATEGIES["standard"].changed(**fields)).removeprefix("--strategy no-checkpointing ")
-        found = (max_seq(model, STRATEGIES[each].changed(**fields), on).s_max for each in FURTHER_STRATEGIES)
+        words = options_of(STRATEGIES["standard"].changed(**fields)).removeprefix("--strategy no-checkpointing").strip()
+        found = (max_seq(model, each.changed(**fields), on).s_max for each in FURTHER_RECIPES.values())
         rows.append(Row((Cell(name, name), Cell(gpu, gpu), Cell(words, words), *map(tokens_cell, found))))
     return Table("further", columns, tuple(rows))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from ..errors import RecipeError
@@ -1273,8 +1273,8 @@ def _layer_in_chunks(
     x = w.source()
     before = _before_attention(model, kind, numerics, frozen, groups)
     made = _in_chunks(w, before, (x,), "before attention", chunks, makes_on_host=chunks.on_host)
-    attend = _attend_from_host if chunks.on_host else Writer.attend
-    attended = [attend(w, *made[n::groups], kind) for n in range(groups)]
+    attend = partial(_attend_from_host, w) if chunks.on_host else w.attend
+    attended = [attend(q, k, v, kind) for q, k, v in (made[n::groups] for n in range(groups))]
     w.hold(*made)
     after = Writer(model, numerics, "b c", frozen=frozen)
     after.tape.role = Role.NORM
@@ -1290,26 +1290,39 @@ def _layer_in_chunks(
 
 def _attend_from_host(w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tensor:
     """Attention of what is on the host, with its result there, as mstplan/train/host_attention.py runs it: what its kernel keeps of the size of
-    queries comes back for its backward. Raises RecipeError for attention in several operations."""
+    queries comes back for its backward. Raises RecipeError for attention in several operations, or with weights of its own."""
     kernel, _ = w._kernel(w.model.attention, kind)
     if not kernel.one_operation:
         raise RecipeError(
             f"attention by {kernel.name} keeps a matrix of scores, which attention_on_host does not see to.\nLeave it out (--attention-on-host)."
         )
-    here = [_come_to_device(w, tensor) for tensor in (q, k, v)]
+    if w.model.attention.sinks:
+        raise RecipeError(
+            f"{w.model.name} has weights within attention itself, whose gradients are not made from CPU RAM.\nLeave attention_on_host out "
+            "(--attention-on-host)."
+        )
+    here = tuple(_come_to_device(w, tensor) for tensor in (q, k, v))
     start, copied = len(w.tape.ops), {tensor.storage for tensor in here}
-    mixed = w.attend(*here, kind)
+    mixed = w.attend(here[0], here[1], here[2], kind)
     sent: list[Tensor] = []
+    saved: set[Tensor] = set()
     for n, op in enumerate(w.tape.ops[start:], start):
         away = tuple(tensor for tensor in op.keeps if _is_of_heads(tensor))
         if away:
+            saved.update(tensor.storage for tensor in away)
             sent += [tensor for tensor in away if tensor.storage not in {*copied, mixed.storage}]
             stay = tuple(tensor for tensor in op.keeps if tensor not in away)
             back = tuple(w.tape.new(f"{t.name}, back from CPU RAM", t.shape, t.dtype) for t in away)
             w.tape.ops[n] = replace(op, keeps=stay, fetched=back, fetched_alone=True)
     there = on_host(mixed)
-    gradient = w.tape.grad(mixed)
-    w.tape.op("attention's result to CPU RAM", [mixed], there, grads=((mixed, gradient),), on_host=(mixed, *sent))
+    w.tape.op(
+        "attention's result to CPU RAM",
+        [mixed],
+        there,
+        grads=((mixed, w.tape.grad(mixed)),),
+        on_host=(mixed, *sent),
+        leaves_host=tuple(tensor for tensor in here if tensor.storage not in saved),
+    )
     w.hold(*here)
     return there
 

@@ -352,7 +352,7 @@ class Step:
 
     def attention_on_host(self, sizes: Sizes) -> int:
         """Bytes of CPU RAM that attention of one layer takes: queries, keys, values, results and their gradients, all groups of heads."""
-        return max(bytes_on_host(layer, sizes, with_gradients=True) for layer in set(self.layer_tapes))
+        return max(max(bytes_on_host(layer, sizes)) for layer in set(self.layer_tapes))
 
     @property
     def layer_tapes(self) -> list[Tape]:
@@ -424,12 +424,18 @@ def temporaries(made: Iterable[Held]) -> list[Tensor]:
     return [constant(held.name, held.dtype, held.bytes, Role.UPDATE) for held in summed(made)]
 
 
-def bytes_on_host(layer: Tape, sizes: Sizes, with_gradients: bool = False) -> int:
-    """Bytes of CPU RAM that a layer's attention takes, of all groups of heads. with_gradients: of its results as well."""
+def bytes_on_host(layer: Tape, sizes: Sizes) -> tuple[int, int]:
+    """Bytes of CPU RAM that a layer's attention takes, of all groups of heads: when it has run, and when backward comes to it, with the gradients
+    of its results."""
+    ran = _bytes_at(sizes, (tensor for op in layer.ops for tensor in op.on_host))
+    gone = _bytes_at(sizes, (tensor for op in layer.ops for tensor in op.leaves_host))
+    gradients = _bytes_at(sizes, (op.on_host[0] for op in layer.ops if op.on_host and op.part is None))
+    return ran, ran - gone + gradients
+
+
+def _bytes_at(sizes: Sizes, tensors: Iterable[Tensor]) -> int:
     units = sizes.units
-    there = [tensor for op in layer.ops for tensor in op.on_host]
-    there += [op.on_host[0] for op in layer.ops if with_gradients and op.on_host and op.part is None]
-    return sum(tensor.bytes * units[tensor.basis] for tensor in there)
+    return sum(tensor.bytes * units[tensor.basis] for tensor in tensors)
 
 
 def bytes_of(entries: Iterable[Entry]) -> int:

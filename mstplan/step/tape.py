@@ -215,9 +215,8 @@ class Op:
     fetched: tuple[Tensor, ...] | None = (
         None  # come back from the host for its backward (saved_tensors.py); None: none ever left
     )
-    on_host: tuple[
-        Tensor, ...
-    ] = ()  # what it puts there, until backward is through with the layer; the first of an operation's, its gradient as well
+    on_host: tuple[Tensor, ...] = ()  # what it puts there, until backward is through with the layer
+    leaves_host: tuple[Tensor, ...] = ()  # what is there until it is done
     fetched_alone: bool = False  # they go when its backward is done; else when the next one's is that any come back for
 
     @property

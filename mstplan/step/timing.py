@@ -111,23 +111,27 @@ class _Bound(Walk):
 def step_seconds(step: Step, recipe: Recipe, gpu: Gpu, sizes: Sizes, chunks: Chunks) -> float:
     """Seconds of one optimizer step (all of its micro-batches), no faster than which any real step runs on this GPU.
 
-    Copies of layer inputs and weights between CPU RAM and GPU overlap with computing, each direction by itself; those of attention's queries,
-    keys, values and results do not; the
-    optimizer on the CPU is counted by what crosses the link, not by the CPU's own arithmetic.
+    Copies of layer inputs and weights between CPU RAM and GPU overlap with computing, each direction by itself; those that attention_on_host
+    makes do not. The optimizer on the CPU is counted by what crosses the link, not by the CPU's own arithmetic.
     """
     ahead, behind, _ = _Bound(gpu, sizes, chunks, recipe).tape(step.tape)
     if recipe.offload != "none":
         moved = offloaded_bytes(step, recipe, sizes) / gpu.host_link
         ahead, behind = max(ahead, moved), max(behind, moved)
-    if (
-        recipe.attention_on_host
-    ):  # one way in forward and in what is run again, and back; gradients, and again what their pieces need
-        moved = sum(bytes_on_host(layer, sizes) for layer in step.layer_tapes) / gpu.host_link
-        ahead, behind = ahead + 2 * moved, behind + 5 * moved
+    if recipe.attention_on_host:
+        in_forward, in_backward = attention_copies(step, sizes)
+        ahead, behind = ahead + in_forward / gpu.host_link, behind + in_backward / gpu.host_link
     if recipe.weights_on_host:  # gathered in both passes; gradients leave in backward
         gathered = step.parameters * recipe.weight_bytes / gpu.host_link
         ahead, behind = max(ahead, gathered), max(behind, gathered)
     return recipe.accumulation * (ahead + behind) + _optimizer_seconds(step, recipe, gpu)
+
+
+def attention_copies(step: Step, sizes: Sizes) -> tuple[int, int]:
+    """Bytes that attention_on_host moves, either way, in forward and in backward of a micro-batch: all there and back; in backward that again,
+    as layers run again (results come back for their own gradients' sake), all to the kernel's backward, and gradients there and back."""
+    there = sum(bytes_on_host(layer, sizes)[0] for layer in step.layer_tapes)
+    return 2 * there, 5 * there
 
 
 def offloaded_bytes(step: Step, recipe: Recipe, sizes: Sizes) -> int:

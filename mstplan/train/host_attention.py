@@ -153,7 +153,7 @@ class _Sent:
             return tensor
         _, on_host = self.memories.get(tensor.untyped_storage()._cdata, (None, None))
         if on_host is not None:
-            return _Kept(on_host, tensor.size(), tensor.stride(), tensor.storage_offset())
+            return _Kept(on_host, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         on_host = self.runtime.to_host(tensor)
         self.know(tensor, on_host)
         return _Kept(on_host, tensor.size(), on_host.stride(), 0)

@@ -157,7 +157,8 @@ def cut_tokens(x: torch.Tensor, dim: int, place: slice) -> torch.Tensor:
 
 def _room(part: torch.Tensor, pieces: Pieces, tokens: int) -> torch.Tensor:
     """Room for all pieces, laid out as this one is but for its gaps."""
-    order = sorted(range(part.dim()), key=lambda d: (-part.stride(d), d))  # from the outermost
+    strides = part.stride()
+    order = sorted(range(part.dim()), key=lambda d: (-strides[d], d))  # from the outermost
     sizes = [tokens if d == pieces.out_dim else part.shape[d] for d in order]
     on_host = pieces.to_host
     room = pieces.runtime.empty_on_host(part, _pinned(part), sizes) if on_host else part.new_empty(sizes)

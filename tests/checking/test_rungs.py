@@ -15,9 +15,13 @@ import transformers
 
 import mstplan
 from mstplan.checking.rungs import PEAK_BOUNDS, Rungs, compare_rungs
+from mstplan.plan.layout import layout_of
+from mstplan.plan.solve import fixed_chunks, host_bytes
+from mstplan.spec.catalog import load_config, load_model
 from mstplan.step.layers import Writer, layer
 from mstplan.step.recipe import STRATEGIES, Recipe
 from mstplan.step.steps import step
+from mstplan.tracing.tracer import trace
 
 from ..recipes import in_chunks
 
@@ -138,6 +142,31 @@ def test_layers_in_pieces(name: str, groups: int, changes: dict[str, object]) ->
     recipe = mstplan.strategy("mst-layer-offload" if every_n else "mst-layer", attention_groups=groups, **changes)
     rungs = compare_rungs(name, in_chunks(recipe, 16, 32), 8192, CARD)
     assert not off(rungs), off(rungs)
+
+
+ON_HOST = [
+    ("llama3.2-1b", 8, {}),
+    ("llama3.2-1b", 1, {"batch": 2, "accumulation": 2}),
+    ("llama3.2-1b", 4, {"lora_rank": 16, "lora_targets": ("attention",)}),
+    ("mistral-7b-v0.1", 2, {"precision": "mixed"}),
+    ("phi3-mini-4k", 4, {"attention": "flash", "optimizer_in_backward": True}),
+    ("deepseek-v2-lite", 4, {"attention": "efficient"}),
+    ("qwen3-0.6b", 4, {"freeze": ("attention",)}),
+    ("gemma2-2b", 4, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "groups", "changes"), ON_HOST)
+def test_attention_from_the_host(name: str, groups: int, changes: dict[str, object]) -> None:
+    """On the device, and what is on the host to a byte."""
+    recipe = mstplan.strategy("mst-layer-offload", attention_groups=groups, attention_on_host=True, **changes)
+    recipe = in_chunks(recipe, 16, 32)
+    rungs = compare_rungs(name, recipe, 8192, CARD)
+    assert not off(rungs), off(rungs)
+    model, chunks = load_model(name), fixed_chunks(recipe)
+    formula = step(model, layout_of(model, recipe, chunks, 8192, CARD.platform), CARD.gpu.workspaces_bytes)
+    traced = trace(load_config(name), recipe, 8192, workspace=CARD.gpu.workspaces_bytes, platform=CARD.platform)
+    assert host_bytes(model, recipe, 8192, formula) == traced.host_peak
 
 
 @pytest.fixture

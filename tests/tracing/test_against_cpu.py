@@ -156,6 +156,15 @@ def test_the_trace_is_what_happens(family, name, batch, seq_len):
     assert_same_peaks(traced, real)
 
 
+@pytest.mark.parametrize(("batch", "seq_len"), SIZES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_attention_from_the_host(family, batch, seq_len):
+    recipe = recipe_of("mst-layer-offload", batch=batch, precision="fp32", attention_on_host=True, attention_groups=2)
+    traced, real = both(config_of(family), recipe, seq_len)
+    assert_same_sequence(traced, real)
+    assert_same_peaks(traced, real)
+
+
 IN_16_BITS = [
     *[(family, "mst", "bf16") for family in ("llama", "gemma2", "olmo2", "gpt2", "gpt_neox", "mixtral", "qwen3_moe")],
     *[(family, "standard", "bf16") for family in ("gpt2", "gpt_neox", "mixtral", "qwen3_moe")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,6 +43,20 @@ def test_groups_of_heads(family):
     assert_equal(step(model, ids, labels), wanted)
 
 
+ON_HOST = [family for family in FAMILIES if family not in (*MIXERS, "gpt_oss")]
+
+
+@pytest.mark.parametrize("family", ON_HOST)
+def test_attention_from_the_host(family):
+    model = small_model(family)
+    ids, labels = small_batch(2, 13)
+    wanted = step(model, ids, labels)
+    minisequence(model, mlp_chunks=3, loss_chunks=4, **LAYERS | {"attention_groups": 2, "attention_on_host": True})
+    assert_equal(step(model, ids, labels), wanted)
+    model.eval()  # which transformers does not checkpoint
+    assert_equal(step(model, ids, labels), wanted if family != "gpt2" else step(model, ids, labels))
+
+
 MODELS = {family: small_model(family, num_hidden_layers=3) for family in ("llama", "gemma2", "opt", "gpt_oss", "bloom")}
 
 
@@ -54,8 +69,9 @@ MODELS = {family: small_model(family, num_hidden_layers=3) for family in ("llama
     groups=st.integers(1, 2),
     checkpoint=st.sampled_from(["none", "layer", "sqrt", 2, 5]),
     offload=st.booleans(),
+    on_host=st.booleans(),
 )
-def test_any_length_batch_and_chunks(family, sequences, tokens, chunks, groups, checkpoint, offload):
+def test_any_length_batch_and_chunks(family, sequences, tokens, chunks, groups, checkpoint, offload, on_host):
     model, (ids, labels) = MODELS[family], small_batch(sequences, tokens)
     wanted = step(model, ids, labels)
     minisequence(
@@ -66,6 +82,7 @@ def test_any_length_batch_and_chunks(family, sequences, tokens, chunks, groups, 
         attention_groups=1 if family in MIXERS else groups,
         checkpoint=checkpoint,
         offload=offload and checkpoint != "none",
+        attention_on_host=on_host and checkpoint == "layer" and family in ON_HOST,
     )
     try:
         assert_equal(step(model, ids, labels), wanted)
@@ -154,9 +171,10 @@ def test_the_norm_before_the_head_runs_in_pieces(family, norm):
 
 def test_attention_runs_as_often_as_under_checkpoints(monkeypatch):
     ran = {}
-    for layers in (False, True):
+    for layers, on_host in ((False, False), (True, False), (True, True)):
         model, (ids, labels) = small_model("llama"), small_batch(2, 16)
-        minisequence(model, mlp_chunks=4, loss_chunks=4, layer_in_chunks=layers)
+        settings = {**LAYERS, "attention_on_host": on_host} if layers else {}
+        minisequence(model, mlp_chunks=4, loss_chunks=4, **settings)
         count = [0]
         plain = modeling_llama.eager_attention_forward
 
@@ -167,8 +185,8 @@ def test_attention_runs_as_often_as_under_checkpoints(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(modeling_llama, "eager_attention_forward", counted)
             model(input_ids=ids, labels=labels).loss.backward()
-        ran[layers] = count[0]
-    assert ran[True] == ran[False] == 2 * 2 * 2 * 4 * 16  # passes, layers, sequences, heads, tokens
+        ran[layers, on_host] = count[0]
+    assert set(ran.values()) == {2 * 2 * 2 * 4 * 16}  # passes, layers, sequences, heads, tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -176,8 +194,9 @@ def test_bfloat16_is_as_near_as_plain(family):
     """Weights' gradients are summed over pieces in fp32; those of norms and of experts are rounded once a piece, as in `mst`."""
     model, batch = model_of(family, 0, torch.bfloat16), batch_of(2, 48)
     truth, plain = in_float64(model, batch), gradients(model, batch)
-    for groups in (1, 1 if family in MIXERS else 2):
+    for groups, on_host in ((1, False), (1 if family in MIXERS else 2, family in ON_HOST)):
         setting = {"mlp_chunks": 4, "loss_chunks": 4, "layer_in_chunks": True, "attention_groups": groups}
+        setting["attention_on_host"] = on_host
         assert error(in_chunks(model, batch, setting), truth) <= 1.03 * error(plain, truth)
 
 
@@ -231,6 +250,34 @@ def test_what_cannot_run_so_is_refused_by_name_and_left_as_it_was():
         minisequence(model, layer_in_chunks="yes")
     with pytest.raises(RecipeError, match=r"attention_groups.* are of layers in chunks"):
         minisequence(model, mlp_chunks=3, attention_groups=2)
+    for changes, words in (
+        ({}, r"attention_on_host.* is of layers in chunks"),
+        ({"layer_in_chunks": True, "checkpoint": "none"}, r"attention_on_host.* needs every layer checkpointed"),
+        ({"layer_in_chunks": True, "checkpoint": "sqrt"}, r"attention_on_host.* needs every layer checkpointed"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            minisequence(model, mlp_chunks=3, attention_on_host=True, **changes)
+    for family, words in (
+        ("gpt_oss", "GptOssAttention has weights within attention itself"),
+        ("bloom", "BloomForCausalLM has no attention that transformers' interface knows"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            minisequence(small_model(family), mlp_chunks=3, attention_on_host=True, **LAYERS)
+
+
+def test_what_waits_on_the_host_is_gone_after_a_step():
+    """Also after one that stopped between the passes."""
+    model, (ids, labels) = small_model("llama"), small_batch(2, 16)
+    minisequence(model, mlp_chunks=4, loss_chunks=4, attention_on_host=True, **LAYERS)
+    graphs = model._mstplan.graphs._by_storage
+    wanted = step(model, ids, labels)
+    assert graphs == {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            step(model, ids, labels)
+    assert_equal(step(model, ids, labels), wanted)
+    assert graphs == {}
 
 
 def test_masks_stay_whole():
