@@ -81,6 +81,11 @@ def mst_layer_offload(model: nn.Module, *_chunks: int) -> Loss:
     return plain(_in_layers(model, offload=True))
 
 
+def mst_layer_host(model: nn.Module, *_chunks: int) -> Loss:
+    """The same, with attention's queries, keys, values and results on the host as well."""
+    return plain(_in_layers(model, offload=True, attention_on_host=True))
+
+
 def mst_layer_liger(model: nn.Module, *_chunks: int) -> Loss:
     """The same as mst-layer-auto, over Liger's norms, rotary embedding and SwiGLU."""
     _liger(model, rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False)
@@ -158,6 +163,7 @@ WAYS = {
     "mst-layer": mst_layer,
     "mst-layer-auto": mst_layer_auto,
     "mst-layer-offload": mst_layer_offload,
+    "mst-layer-host": mst_layer_host,
     "mst-layer-liger": mst_layer_liger,
     "deepspeed-mlp": deepspeed_mlp,
     "deepspeed-mlp-loss": deepspeed_both,

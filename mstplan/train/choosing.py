@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..units import format_gib, format_tokens
 from .chunks import attention_of, card_of, describe
 from .fused import liger_is_at_hand
 
+LEANEST = "mst-layer-offload"
 LOG = logging.getLogger("mstplan")
 
 
@@ -35,6 +37,10 @@ def choose(model: PreTrainedModel, batch: int, seq_len: int, autocast: bool) -> 
     for name, named in STRATEGIES.items():
         if named.checkpoint == "none" or model.supports_gradient_checkpointing:
             plans[name] = plan_at(described, recipe.changed(**dict(named.unusual_fields())), card, seq_len)
+    if (leanest := plans.get(LEANEST)) is not None and not any(plan.fits for plan in plans.values()):
+        with suppress(RecipeError):  # for attention in several operations
+            from_host = leanest.recipe.changed(attention_on_host=True)
+            plans[f"{LEANEST} with attention_on_host"] = plan_at(described, from_host, card, seq_len)
     fitting = {name: plan for name, plan in plans.items() if plan.fits}
     if not fitting:
         nearest = nearest_plan(list(plans.values()))

@@ -93,7 +93,9 @@ def test_every_family(family, kind):
     for (sequences, tokens), chunks in (((1, 8), (2, 3)), ((2, 13), (5, 4)), ((2, 13), (50, 50))):
         ids, labels = small_batch(sequences, tokens)
         wanted = step(model, ids, labels)
-        for layers in ({}, {"layer_in_chunks": True, "attention_groups": 1}):
+        in_layers = {"layer_in_chunks": True, "attention_groups": 1}
+        from_host = {**in_layers, "attention_on_host": True}
+        for layers in ({}, in_layers, from_host):
             minisequence(model, mlp_chunks=chunks[0], loss_chunks=chunks[1], offload=True, **layers)
             assert difference(step(model, ids, labels), wanted) == ""
             minisequence.undo(model)

@@ -54,6 +54,22 @@ def test_the_fastest_that_fits_is_chosen(memory, monkeypatch, caplog):
     assert f"for 1 x {LONG:,} tokens" in caplog.text
 
 
+def test_attention_goes_to_the_host_where_nothing_else_fits(monkeypatch, caplog):
+    """In the least memory with which it fits, and not where a strategy fits without."""
+    monkeypatch.setattr(choosing, "attention_of", lambda _config: "sdpa")
+    model = small_model("llama", num_hidden_layers=4, hidden_size=512, intermediate_size=1024, head_dim=128).bfloat16()
+    chosen = {}
+    for size in range(2 << 30, 6 << 30, 1 << 28):
+        with_memory(monkeypatch, size)
+        try:
+            chosen[size] = choosing.choose(model, 1, 1 << 18, autocast=False).attention_on_host
+        except RecipeError:
+            assert not chosen
+    sizes = [size for size, on_host in chosen.items() if on_host]
+    assert sizes and max(sizes) < min(size for size, on_host in chosen.items() if not on_host)
+    assert "chose mst-layer-offload with attention_on_host for" in caplog.text
+
+
 def test_a_length_that_nothing_trains_is_refused(monkeypatch):
     with_memory(monkeypatch, 1 << 30)
     model = long_model()

@@ -47,6 +47,7 @@ def compiled(backend: str | Callable[..., Any], order: str = "after", layers: in
         ({"offload": True}, "after"),
         ({"layer_in_chunks": True, "attention_groups": 1}, "before"),
         ({"layer_in_chunks": True, "attention_groups": 1}, "after"),
+        ({"layer_in_chunks": True, "attention_groups": 1, "attention_on_host": True}, "after"),
     ],
 )
 def test_compiled_layers(settings, order):

@@ -32,6 +32,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "two layers": {"checkpoint": 2},
     "offload": {"offload": True},
     "layers in chunks": {"layer_in_chunks": True, "attention_groups": 1},
+    "attention from the host": {"layer_in_chunks": True, "attention_groups": 1, "attention_on_host": True},
 }
 
 
