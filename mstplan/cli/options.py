@@ -587,7 +587,7 @@ def changes_of(options: StepOptions) -> dict[str, object]:
             changes[name] = tuple(part.strip() for part in patterns.split(","))
     if options.lora is not None:
         changes["lora_rank"] = options.lora
-    changes.update({name: True for name in SWITCHES if getattr(options, name)})
+    changes.update({name: True for name in SWITCHES if getattr(options, name, False)})
     return {**changes, **_varied(options)} if isinstance(options, VariedOptions) else changes
 
 
