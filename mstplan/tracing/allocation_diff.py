@@ -66,6 +66,12 @@ KNOWN_ON_CPU = (
         r"(^|> )(mm|addmm|bmm|baddbmm|_scaled_dot_product_flash_attention_for_cpu(_backward)?)$",
     ),
     KnownBuffer(
+        "keys and values packed",
+        "in 16 bits, on CPUs with AMX, attention packs keys and values for oneDNN's products in forward; on others it does not",
+        "from source: aten native/cpu/FlashAttentionKernel.cpp, cpu_flash_attention, need_pack; measured",
+        r"(^|> )_scaled_dot_product_flash_attention_for_cpu > empty$",
+    ),
+    KnownBuffer(
         "matrices in order",
         "batched products copy matrices of which no axis lies in order, as the factors of experts' adapters; which of a CPU's kernels runs, "
         "and so whether it does, depends on libraries and sizes",
