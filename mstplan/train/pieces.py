@@ -50,6 +50,13 @@ class Pieces(NamedTuple):
             part = _view(x, dim, place)
             yield self.runtime.to_device(part, inputs[0].device) if on_host else part.contiguous()
 
+    def put(self, part: torch.Tensor, room: torch.Tensor, on_host: bool) -> None:
+        """Copy a piece to where it belongs, on the device or on the host."""
+        if on_host:
+            self.runtime.send(part, room)
+        else:
+            room.copy_(part)
+
     def cut_gradient(self, whole: torch.Tensor, place: slice, device: torch.device) -> torch.Tensor:
         """A piece of an output's gradient, on the device."""
         part = _view(whole, self.out_dim, place)
@@ -78,7 +85,7 @@ class _Pieces(torch.autograd.Function):
             del parts
             outputs = outputs or [_room(part, pieces, tokens) for part in made]
             for whole, part in zip(outputs, made, strict=True):
-                _view(whole, pieces.out_dim, place).copy_(part, non_blocking=True)
+                pieces.put(part, _view(whole, pieces.out_dim, place), pieces.to_host)
             del made, part  # before the next piece's intermediates are made
         return tuple(outputs)
 
@@ -115,11 +122,11 @@ class _Pieces(torch.autograd.Function):
             of_parts = [part for part, wants in zip(parts, wanted, strict=True) if wants]
             found = _gradients(made, of_parts, leaves, incoming, pieces, place)
             del made, parts, of_parts
-            for whole, dim in zip(gradients, pieces.dims, strict=True):
+            for whole, dim, on_host in zip(gradients, pieces.dims, pieces.on_host(), strict=True):
                 if whole is not None:
                     part = found.pop(0)
                     room = _view(whole, dim, place)
-                    room.copy_(part, non_blocking=True) if part is not None else room.zero_()
+                    pieces.put(part, room, on_host) if part is not None else room.zero_()
                     del part
             add_gradients(sums, found, several)
             del found

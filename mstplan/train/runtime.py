@@ -49,12 +49,29 @@ class Runtime:
             raise RuntimeError(f"no pinned CPU RAM for {like.numel() * like.itemsize} bytes more") from e
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor on the host, pinned if it comes from a GPU. Copied on the stream that computes, which alone may read it."""
-        return self.empty_on_host(tensor, tensor.device.type != "cpu").copy_(tensor, non_blocking=True)
+        """A tensor on the host, pinned if it comes from a GPU."""
+        room = self.empty_on_host(tensor, tensor.device.type != "cpu")
+        self.send(tensor, room)
+        return room
+
+    def send(self, tensor: torch.Tensor, room: torch.Tensor) -> None:
+        """Copy a tensor (b, ...) into room on the host, on the stream that computes. What does not lie as the room does is laid out so
+        first, on the device: torch would copy it by way of memory that is not pinned."""
+        if not _has_strides(tensor, _strides_without_gaps(room)):
+            tensor = torch.empty_like(room, device=tensor.device, pin_memory=False).copy_(tensor)
+        for here, there in zip(tensor.unbind(), room.unbind(), strict=True):
+            there.copy_(here, non_blocking=True)
 
     def to_device(self, on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A tensor of the host on the device, likewise; on a CPU a copy as well."""
-        return torch.empty_like(on_host, device=device, pin_memory=False).copy_(on_host, non_blocking=True)
+        """A tensor (b, ...) of the host, or a part of one, on the device, on the stream that computes; on a CPU a copy as well."""
+        tensor = torch.empty_like(on_host, device=device, pin_memory=False)
+        for there, here in zip(on_host.unbind(), tensor.unbind(), strict=True):
+            if device.type != "cpu" and not _has_strides(there, _strides_without_gaps(there)):
+                torch.accelerator.current_stream(
+                    device
+                ).synchronize()  # the CPU reads it, so what was sent must be there
+            here.copy_(there, non_blocking=True)
+        return tensor
 
     def free_on_host(self) -> int | None:
         """Bytes of CPU RAM that can still be had; None: not known."""
@@ -90,6 +107,19 @@ class Runtime:
         """What the first run of a selective checkpoint runs in, and the second, which finds attention's results there."""
         results: deque[Any] = deque()
         return _Attention(results, again=False), _Attention(results, again=True)
+
+
+def _strides_without_gaps(x: torch.Tensor) -> tuple[int, ...]:
+    """Strides of a tensor of this one's sizes and order of axes, as torch.empty_like has them."""
+    strides, step = list(x.stride()), 1
+    for d in sorted(range(x.dim()), key=lambda d: (strides[d], -d)):
+        strides[d], step = step, step * x.shape[d]
+    return tuple(strides)
+
+
+def _has_strides(x: torch.Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether a tensor lies so; an axis of one entry may have any."""
+    return all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True))
 
 
 _ATTENTION = {
