@@ -530,8 +530,10 @@ def why_no_time(plan: Plan) -> str:
 
 def attention_copies_bytes(plan: Plan) -> int:
     """Bytes that cross between CPU RAM and GPU in a step for attention's sake."""
+    if not plan.recipe.attention_on_host:
+        return 0
     built_step, recipe, _, sizes, _ = _timed(plan)
-    return recipe.accumulation * sum(attention_copies(built_step, sizes)) if recipe.attention_on_host else 0
+    return recipe.accumulation * sum(attention_copies(built_step, sizes))
 
 
 def _timed(plan: Plan) -> tuple[Step, Recipe, Gpu, Sizes, Chunks]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summing_products
 from .mlp import seeded
-from .runtime import Runtime, saving_here
+from .runtime import Runtime, is_pinned_from, saving_here
 from .weight_stand_ins import current_autocast, own_weights, swap_weights
 
 Tensors = tuple[torch.Tensor, ...]
@@ -97,7 +97,7 @@ class _Pieces(torch.autograd.Function):
         gradients = [
             None
             if not wants
-            else pieces.runtime.empty_on_host(x, _pinned(inputs[0]))
+            else pieces.runtime.empty_on_host(x, is_pinned_from(inputs[0]))
             if on_host
             else torch.empty_like(x)
             for x, wants, on_host in zip(inputs, wanted, pieces.on_host(), strict=True)
@@ -168,10 +168,5 @@ def _room(part: torch.Tensor, pieces: Pieces, tokens: int) -> torch.Tensor:
     order = sorted(range(part.dim()), key=lambda d: (-strides[d], d))  # from the outermost
     sizes = [tokens if d == pieces.out_dim else part.shape[d] for d in order]
     on_host = pieces.to_host
-    room = pieces.runtime.empty_on_host(part, _pinned(part), sizes) if on_host else part.new_empty(sizes)
+    room = pieces.runtime.empty_on_host(part, is_pinned_from(part), sizes) if on_host else part.new_empty(sizes)
     return room.permute([order.index(d) for d in range(part.dim())])
-
-
-def _pinned(x: torch.Tensor) -> bool:
-    """Whether what is copied from it to the host goes to pinned memory."""
-    return x.device.type != "cpu"

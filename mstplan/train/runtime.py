@@ -50,7 +50,7 @@ class Runtime:
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor on the host, pinned if it comes from a GPU."""
-        room = self.empty_on_host(tensor, tensor.device.type != "cpu")
+        room = self.empty_on_host(tensor, is_pinned_from(tensor))
         self.send(tensor, room)
         return room
 
@@ -107,6 +107,11 @@ class Runtime:
         """What the first run of a selective checkpoint runs in, and the second, which finds attention's results there."""
         results: deque[Any] = deque()
         return _Attention(results, again=False), _Attention(results, again=True)
+
+
+def is_pinned_from(x: torch.Tensor) -> bool:
+    """Whether what is copied from it to the host goes to pinned memory."""
+    return x.device.type != "cpu"
 
 
 def _strides_without_gaps(x: torch.Tensor) -> tuple[int, ...]:
