@@ -340,6 +340,15 @@ def answer_notes(answer: Answer) -> list[str]:
     return notes + padding_notes(strategy_label(answer.strategy), plan, answer.s_max) + larger_chunks_note(answer)
 
 
+def layer_note(answers: Sequence[Answer]) -> list[str]:
+    """The strategy that reaches further than those of the answer, where they end with the MLP in chunks."""
+    recipe = next((answer.plan.recipe for answer in answers if answer.strategy == "mst-offload"), None)
+    if recipe is None or recipe.sharded or any(answer.plan.recipe.layer_in_chunks for answer in answers):
+        return []
+    said = "all of a layer but attention in chunks; with --attention-on-host its queries, keys and values wait in CPU RAM"
+    return [f"Further than mst-offload: --strategy mst-layer-offload, {said}. No GPU has measured either yet."]
+
+
 def padding_notes(strategy: str, plan: Plan, s_max: int) -> list[str]:
     """How far batches reach whose masks need no padding."""
     window = window_of(plan.model, plan.recipe)

@@ -80,7 +80,7 @@ def _notes_of_longest(
         ]
     for answer in answers:
         lines += [line for line in advice.answer_notes(answer) if line not in lines]
-    return lines + advice.time_notes(answer.plan for answer in answers if answer.s_max)
+    return [*lines, *advice.layer_note(answers), *advice.time_notes(answer.plan for answer in answers if answer.s_max)]
 
 
 def _notes(model: Model, recipe: Recipe, card: Card) -> list[str]:

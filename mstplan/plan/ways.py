@@ -17,6 +17,7 @@ from . import calibration
 from .solve import Plan, max_seq, max_seq_of_tensors, plan_at, recommend_chunks_at
 
 _MLP_AGAIN_PRICE = "time: the MLPs run twice"
+_UNMEASURED = "not measured on a GPU yet"
 MAX_WAYS = 4
 """Ways that are listed, beside adapters."""
 USEFUL_TOKENS = 2048
@@ -98,7 +99,7 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
 
 
 def _token_levers(start: Plan) -> tuple[Lever, ...]:
-    """Levers on the bytes that grow with the sequence."""
+    """Levers on the bytes that grow with the sequence; the last is on what runs in pieces."""
     recipe = start.recipe
     accumulation = {} if recipe.optimizer_in_backward else {"accumulation": recipe.accumulation * recipe.batch}
     what_left = "saved tensors" if recipe.offload == "saved-tensors" else "layer inputs"
@@ -112,17 +113,22 @@ def _token_levers(start: Plan) -> tuple[Lever, ...]:
         (attention,),
         (Change("fused AdamW", "", 0, {"adamw_kernel": "fused"}),),
         (Change("the loss in chunks", "", 0, {"loss": "chunked", "loss_chunks": "auto"}),),
-        (
-            Change(
-                "the MLP in chunks",
-                _MLP_AGAIN_PRICE,
-                2 if recipe.checkpoint == "none" else 0,
-                {"mlp_chunks": "auto", "mlp_recompute": True},
-            ),
-        ),
         (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **accumulation}),),
         (Change("checkpoint every layer", "time: a second forward pass", 3, {"checkpoint": "layer"}),),
         (*back_to_gpu, Change("layer inputs in CPU RAM", "CPU RAM", 3, {"offload": "layer-inputs"})),
+        _piece_lever(recipe),
+    )
+
+
+def _piece_lever(recipe: Recipe) -> Lever:
+    """What of a layer runs over pieces of the sequence, the least of it first."""
+    mlp: dict[str, object] = {"mlp_chunks": "auto", "mlp_recompute": True}
+    layer = {**mlp, "layer_in_chunks": True, "attention_groups": "auto"}
+    host = {**layer, "attention_on_host": True}
+    return (
+        Change("the MLP in chunks", _MLP_AGAIN_PRICE, 2 if recipe.checkpoint == "none" else 0, mlp),
+        Change("the layers in chunks", _UNMEASURED, 3, layer),
+        Change("attention from CPU RAM", f"queries, keys, values cross the host link; {_UNMEASURED}", 7, host),
     )
 
 
@@ -271,7 +277,10 @@ def _furthest_changes(start: Plan) -> tuple[Change, ...] | None:
 def _reach_of_tensors(start: Plan, changes: Sequence[Change]) -> int:
     """The longest sequence whose tensors fit, which is quicker found than the longest that runs; 0 where the changes contradict each other."""
     recipe = _changed_recipe(start.recipe, changes)
-    return max_seq_of_tensors(start.model, recipe, start.card)[0] if recipe is not None else 0
+    try:
+        return max_seq_of_tensors(start.model, recipe, start.card)[0] if recipe is not None else 0
+    except RecipeError:  # the model's attention cannot be so
+        return 0
 
 
 def _way_with(start: Plan, changes: Iterable[Change]) -> Way | None:
@@ -303,16 +312,19 @@ def _alters(recipe: Recipe, change: Change) -> bool:
 
 
 def _all_changes(start: Plan, states: tuple[Change, ...]) -> Iterator[tuple[Change, ...]]:
-    """Changes of the states with all that shortens what grows with the sequence; and without what needs CPU RAM, which may be short."""
-    taken: tuple[Change, ...] = states
-    for lever in _token_levers(start):
-        change = next((each for each in lever if _alters(start.recipe, each)), None)
-        if change is not None and _changed_recipe(start.recipe, (*taken, change)) is not None:
-            taken = (*taken, change)
-    yield taken
-    on_card = tuple(change for change in taken if change.fields.get("offload", "none") == "none")
-    if on_card != taken:
-        yield on_card
+    """Changes of the states with all that shortens what grows with the sequence, by each of what may run in pieces, the most first; and
+    without what needs CPU RAM, which may be short."""
+    *others, in_pieces = _token_levers(start)
+    for pieces in reversed(in_pieces):
+        taken: tuple[Change, ...] = states
+        for lever in (*others, (pieces,)):
+            change = next((each for each in lever if _alters(start.recipe, each)), None)
+            if change is not None and _changed_recipe(start.recipe, (*taken, change)) is not None:
+                taken = (*taken, change)
+        yield taken
+        on_card = tuple(change for change in taken if change.fields.get("offload", "none") == "none")
+        if on_card != taken:
+            yield on_card
 
 
 def _changed_recipe(recipe: Recipe, changes: Iterable[Change]) -> Recipe | None:
@@ -331,8 +343,11 @@ def _seems_to_fit(start: Plan, changes: tuple[Change, ...]) -> bool:
     recipe = _changed_recipe(start.recipe, changes)
     if recipe is None:
         return False
-    chunks = recommend_chunks_at(start.model, recipe, start.card, start.seq_len)
-    plan = plan_at(start.model, recipe, start.card, start.seq_len, chunks)
+    try:
+        chunks = recommend_chunks_at(start.model, recipe, start.card, start.seq_len)
+        plan = plan_at(start.model, recipe, start.card, start.seq_len, chunks)
+    except RecipeError:  # the model's attention cannot be so
+        return False
     return plan.tensors_fit and plan.fits_host
 
 
