@@ -168,10 +168,6 @@ class Recipe(BaseModel):
                 "layers in chunks are recomputed chunk by chunk: set mlp_recompute, leave --no-recompute out",
             ),
             (
-                self.layer_in_chunks and self.sharded,
-                "layers in chunks are not planned with fsdp: take the strategy mst (-s mst)",
-            ),
-            (
                 self.layer_in_chunks and self.offload == "saved-tensors",
                 "layers in chunks are not planned with offload='saved-tensors': offload layer-inputs, or take the strategy mst (-s mst)",
             ),

@@ -266,7 +266,7 @@ def record_passes(
     samples = recipe.samples_in_row
     device = as_on_cuda(recorder, attention, platform, samples) if on == "cuda" else on_fake_tensors(samples)
     liger = liger_kernels(model) if recipe.kernels == "liger" and on == "cuda" else nullcontext()
-    with device, liger, record_fsdp(recorder) if recipe.sharded else nullcontext():
+    with device, liger:
         bare = {"optimizer": "sgd", "fp32_embedding_states": False}
         bare_recipe = recipe if recipe.optimizer_in_backward else recipe.changed(**bare)
         packages = StandInPackages() if on == "cuda" else NoPackages()
@@ -280,7 +280,8 @@ def record_passes(
                 weight.grad = torch.empty_like(weight)
         recorder.add_residents(_resident_tensors(model, step.backward_optimizers))
         kernel_buffers = KernelBuffers(recorder) if on == "cpu" else KernelWorkspaces(recorder)
-        with _name_failures(model), quiet_packages(), recorder, kernel_buffers, recorder.watch_modules(model):
+        fsdp = record_fsdp(recorder) if recipe.sharded else nullcontext()
+        with _name_failures(model), quiet_packages(), fsdp, recorder, kernel_buffers, recorder.watch_modules(model):
             recorder.begin_pass(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             step.positions = step.make_positions()

@@ -169,4 +169,6 @@ def _room(part: torch.Tensor, pieces: Pieces, tokens: int) -> torch.Tensor:
     sizes = [tokens if d == pieces.out_dim else part.shape[d] for d in order]
     on_host = pieces.to_host
     room = pieces.runtime.empty_on_host(part, is_pinned_from(part), sizes) if on_host else part.new_empty(sizes)
+    if order == sorted(order):  # FSDP2 warns of layers that give views
+        return room
     return room.permute([order.index(d) for d in range(part.dim())])

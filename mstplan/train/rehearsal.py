@@ -66,6 +66,7 @@ def rehearse(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Rehearsed:
             stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
         with ExitStack() as watching:
             watching.callback(module_hooks.register_module_forward_pre_hook(lambda m, _: order.append(m)).remove)
+            watching.callback(_reshard, model)  # FSDP2 gathers the weights outside of layers and waits for backward
             _run_few_tokens(model)
         touched: set[nn.Module] = set()
         for layer in layers:
@@ -120,14 +121,21 @@ def _tail(model: PreTrainedModel, layers: Sequence[nn.Module], order: Sequence[n
 @contextmanager
 def _whole_weights(layer: nn.Module) -> Iterator[None]:
     """Within the context FSDP2's shards of a layer's weights are gathered: its own hooks see calls of the layer, not of its forward."""
-    sharded: list[Any] = [module for module in layer.modules() if hasattr(module, "unshard")]
-    for module in sharded:
+    for module in _sharded(layer):
         module.unshard()
     try:
         yield
     finally:
-        for module in sharded:
-            module.reshard()
+        _reshard(layer)
+
+
+def _sharded(module: nn.Module) -> list[Any]:
+    return [each for each in module.modules() if hasattr(each, "unshard")]
+
+
+def _reshard(module: nn.Module) -> None:
+    for each in _sharded(module):
+        each.reshard()
 
 
 class _Unfit(Exception):

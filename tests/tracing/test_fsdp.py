@@ -137,9 +137,10 @@ def test_shards_of_all_ranks_are_the_model_and_its_padding():
             assert torch.empty(rows, device="meta").chunk(gpus)[0].shape[0] == shard_shape((rows,), gpus)[0]
 
 
-@pytest.mark.parametrize("name", ["standard", "checkpoint", "mst", "mst-offload"])
+@pytest.mark.parametrize("name", ["standard", "checkpoint", "mst", "mst-offload", "mst-layer"])
 def test_more_ranks_need_no_more_each(name):
     chunks = {"mlp_chunks": 4, "loss_chunks": 16} if name.startswith("mst") else {}
+    chunks |= {"attention_groups": 2} if name == "mst-layer" else {}
     config = load_config("llama3.1-8b")
     peaks = [
         trace(config, strategy(name, gpus=gpus, sharding="fsdp", **chunks), 4096).peak.bytes
@@ -219,6 +220,22 @@ def test_formula_and_trace_agree(model, name, tokens, gpus):
 )
 def test_formula_and_trace_agree_on_other_models_and_recipes(model, more):
     check_formula(model, strategy("checkpoint", **{"gpus": 8, "sharding": "fsdp", **more}), 1024)
+
+
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        ("llama3.2-1b", {}),
+        ("llama3.2-1b", {"offload": "layer-inputs", "attention_on_host": True}),
+        ("gemma3-4b", {"offload": "layer-inputs"}),
+        ("mixtral-8x7b", {"precision": "mixed"}),
+    ],
+    ids=str,
+)
+def test_formula_and_trace_agree_on_layers_in_chunks(model, more):
+    """The rehearsal of layers in chunks gathers weights, too, and lets them go before the first step."""
+    chunks = {"mlp_chunks": 4, "loss_chunks": 4, "attention_groups": 2}
+    check_formula(model, strategy("mst-layer", **{"gpus": 4, "sharding": "fsdp", **chunks, **more}), 8192)
 
 
 def test_a_process_group_that_is_there_is_left_alone(tmp_path):

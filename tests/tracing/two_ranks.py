@@ -52,6 +52,7 @@ def recipes() -> dict[str, Recipe]:
         "standard": strategy("standard", **both),
         "checkpoint": strategy("checkpoint", **both),
         "mst": strategy("mst", **both, **CHUNKS),
+        "mst-layer": strategy("mst-layer", **both, **CHUNKS, attention_groups=2),
         "optimizer in backward": strategy("checkpoint", **both, optimizer_in_backward=True),
     }
 
