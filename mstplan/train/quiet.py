@@ -27,3 +27,14 @@ def quiet_packages() -> Iterator[None]:
     finally:
         bitsandbytes.setLevel(level)
         transformers_logging.set_verbosity(before)
+
+
+@contextmanager
+def quiet_attempts() -> Iterator[None]:
+    """Silence what torch logs, with its traceback, of an operation on fake tensors that fails: where attempts may fail, that is no news."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

@@ -35,6 +35,7 @@ from .mixing import (
 from .mlp import stopped_training
 from .patching import patch_forward, restore_forward
 from .pieces import Tensors, cut_tokens
+from .quiet import quiet_attempts
 
 TOKENS = 11
 """A number that no width or number of heads is likely to be."""
@@ -71,7 +72,7 @@ def rehearse(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Rehearsed:
         touched: set[nn.Module] = set()
         for layer in layers:
             try:
-                with _whole_weights(layer):
+                with _whole_weights(layer), quiet_attempts():
                     parts = _rehearse_layer(layer, calls.get(layer))
             except _Unfit as e:
                 refused[layer] = str(e)

@@ -40,6 +40,12 @@ def test_trace_tells_peaks_and_tensors(run: Run) -> None:
     assert all(len(line) <= 80 for line in said.out.splitlines())
 
 
+def test_attempts_of_the_rehearsal_are_not_heard(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """Cohere's attention and MLP share a norm, which does not run before attention alone: torch logs tracebacks of such attempts."""
+    said = run("trace", "--model", "aya-expanse-8b", "--seq-len", "1k", "--strategy", "mst-layer", "--chunks", "4")
+    assert said.code == 0 and not said.err and not caplog.records
+
+
 def test_trace_json_is_one_ledger(run: Run) -> None:
     told = run(*STEP, "mst", "--json").json
     assert (told["schema_version"], told["command"], told["rung"]) == (1, "trace", "trace")
