@@ -345,7 +345,9 @@ def layer_note(answers: Sequence[Answer]) -> list[str]:
     recipe = next((answer.plan.recipe for answer in answers if answer.strategy == "mst-offload"), None)
     if recipe is None or recipe.sharded or any(answer.plan.recipe.layer_in_chunks for answer in answers):
         return []
-    said = "all of a layer but attention in chunks; with --attention-on-host its queries, keys and values wait in CPU RAM"
+    said = (
+        "all of a layer but attention in chunks; with --attention-on-host its queries, keys and values wait in CPU RAM"
+    )
     return [f"Further than mst-offload: --strategy mst-layer-offload, {said}. No GPU has measured either yet."]
 
 

@@ -10,7 +10,7 @@ V vocabulary, X experts, A experts that a token visits, F their width, r tokens 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -1147,6 +1147,31 @@ class Writer:
         return product
 
 
+class _CheckpointingWriter(Writer):
+    """Writes a layer whose norms, attention and MLP are checkpointed, each by itself."""
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return self._checkpointed(x, name, lambda w, x: w.norm(x, name))
+
+    def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
+        return self._checkpointed(x, "attention", lambda w, x: w.attention(x, kind))
+
+    def mlp(self, x: Tensor, mlp: Mlp, name: str = "mlp") -> Tensor:
+        return self._checkpointed(x, name, lambda w, x: w.mlp(x, mlp, name))
+
+    def experts(self, x: Tensor, e: Experts) -> Tensor:
+        return self._checkpointed(x, "experts", lambda w, x: w.experts(x, e))
+
+    def _checkpointed(self, x: Tensor, name: str, write: Callable[[Writer, Tensor], Tensor]) -> Tensor:
+        inner = Writer(self.model, self.numerics, frozen=self.frozen)
+        inner.tape.role = self.tape.role
+        made = write(inner, inner.source(x.name, x.dtype, x.role))
+        with self.tape.assign_role(made.role):
+            y = self.tape.new(made.name, made.shape, made.dtype)
+        self.tape.add(Op(name, (x,), (y,), part=Part(inner.tape.build_tape(), recompute=True), stage=self.tape.stage))
+        return y
+
+
 def rotary_dtype(model: Model, residual: str) -> str:
     """The dtype of cos and sin: the residual stream's, or fp32."""
     return "float32" if family_of(model.model_type).code.rotary_in_fp32 else residual
@@ -1156,7 +1181,7 @@ class MlpChunks(NamedTuple):
     """Way the MLP runs: in one go, or in several pieces, each recomputed by itself in backward or not.
 
     layer: so does all of a layer but attention itself, which runs over `groups` of heads, one after the other. on_host: what goes into
-    attention, and what comes out, waits in CPU RAM.
+    attention, and what comes out, waits in CPU RAM. children: what a layer calls is checkpointed, each by itself.
     """
 
     several: bool = False
@@ -1164,6 +1189,7 @@ class MlpChunks(NamedTuple):
     layer: bool = False
     groups: int = 1
     on_host: bool = False
+    children: bool = False
 
 
 @lru_cache(maxsize=256)
@@ -1173,7 +1199,8 @@ def layer(
     """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d); frozen: names of its weights that are not trained."""
     if chunks.layer:
         return _layer_in_chunks(model, kind, numerics, chunks, frozen)
-    w = Writer(model, numerics, frozen=frozen)
+    writer = _CheckpointingWriter if chunks.children else Writer
+    w = writer(model, numerics, frozen=frozen)
     w.tape.role = Role.NORM
     x = w.source()
     normed = _attention_input(w, x)

@@ -61,9 +61,12 @@ class Recipe(BaseModel):
     """Sequences per micro-batch."""
     pad_to: int = Field(default=1, ge=1, le=1_000_000)
     """Tokens that batches are padded to a multiple of (a collator's pad_to_multiple_of)."""
-    checkpoint: Literal["none", "layer", "sqrt", "selective"] | Annotated[str, Field(pattern=EVERY_NTH)] | int = "none"
+    checkpoint: (
+        Literal["none", "layer", "sqrt", "selective", "children"] | Annotated[str, Field(pattern=EVERY_NTH)] | int
+    ) = "none"
     """Checkpointing: none, every layer, every sqrt(L) layers, every k layers together (an integer), each layer but for its attention's output
-    (selective), or each n-th layer while the others keep everything (every-n, transformers' every_n_layers)."""
+    (selective), each n-th layer while the others keep everything (every-n, transformers' every_n_layers), or each module of a layer by itself,
+    norms, attention and MLP (children, as accelerate's FSDP2 did before August 2026)."""
     mlp_chunks: ChunkCount = 1
     """Pieces of the sequence the MLP runs over; "auto": as recommended for model, card and length."""
     mlp_recompute: bool = False
@@ -184,11 +187,15 @@ class Recipe(BaseModel):
                 "attention_on_host (--attention-on-host) needs every layer checkpointed by itself: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
+                self.checkpoint == "children" and self.mlp_chunks != 1,
+                "checkpoints of a layer's children leave nothing to run in chunks: set checkpoint='layer' (--checkpoint layer)",
+            ),
+            (
                 LOSSES[self.loss].is_fused and self.sharded,
                 f"fsdp with the loss {self.loss} is not planned: use loss='chunked' (--loss chunked)",
             ),
             (
-                self.offload_layer_inputs and self.checkpoint == "none",
+                self.offload_layer_inputs and not self.checkpoints_layers,
                 "offload='layer-inputs' (--offload layer-inputs) needs checkpointing, or no inputs can move: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
@@ -316,7 +323,7 @@ class Recipe(BaseModel):
                 "fsdp with saved tensors in CPU RAM is not planned: set offload='layer-inputs' (--offload layer-inputs)",
             ),
             (
-                self.checkpoint not in ("none", "layer", 1),
+                self.checkpoint not in ("none", "layer", "children", 1),
                 "fsdp gathers one layer at a time, so a checkpoint cannot span several: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
@@ -388,6 +395,11 @@ class Recipe(BaseModel):
         return "bfloat16" if self.runs_autocast else self.used_dtype
 
     @property
+    def checkpoints_layers(self) -> bool:
+        """Whether whole layers are checkpointed, all or some of them."""
+        return self.checkpoint not in ("none", "children")
+
+    @property
     def offload_layer_inputs(self) -> bool:
         return self.offload == "layer-inputs"
 
@@ -448,7 +460,7 @@ class Recipe(BaseModel):
 
 
 _MUST_BE = {
-    "checkpoint": "must be none, layer, sqrt, selective, every-n (every-2), or a number of layers from 1",
+    "checkpoint": "must be none, layer, sqrt, selective, children, every-n (every-2), or a number of layers from 1",
     **dict.fromkeys(CHUNK_FIELDS, "must be 'auto' or a whole number from 1"),
 }
 _WRITES_ONE = "`mstplan plan ... --write-recipe FILE` writes one to start from."

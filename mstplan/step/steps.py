@@ -515,6 +515,10 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     adapters = adapters_of(recipe, model)
     if adapters is not None and adapters.parameters:
         check_recipe(model, recipe, layout.several_mlp_chunks)
+    if recipe.checkpoint == "children" and model.dropout and model.model_type != "gpt2":
+        raise RecipeError(
+            f"{model.name} has dropout between what its layers call, which is not planned with --checkpoint children.\nUse --checkpoint layer."
+        )
     numerics = Numerics(
         weights=recipe.used_dtype,
         autocast=recipe.runs_autocast,
@@ -549,12 +553,13 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         several and recipe.layer_in_chunks,
         layout.groups,
         recipe.attention_on_host,
+        recipe.checkpoint == "children",
     )
     calls: dict[tuple[LayerKind, Names], LayerCall] = {}
     for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
         given, tables = shared[kind]
         calls[kind, names] = LayerCall(
-            layer(model, kind, numerics, chunks, names), given, given if chunks.layer else tables
+            layer(model, kind, numerics, chunks, names), given, given if chunks.layer or chunks.children else tables
         )
     rows = [calls[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
     with w.tape.assign_role(Role.LAYER_INPUT):
@@ -898,7 +903,7 @@ def _segment(dims: dict[str, int], dtype: str, layers: list[LayerCall]) -> Layer
 
 def segment_length(recipe: Recipe, layers: int) -> int:
     """Layers per checkpoint; 0: no checkpointing. sqrt: the nearest whole number to sqrt(layers)."""
-    if recipe.checkpoint == "none":
+    if not recipe.checkpoints_layers:
         return 0
     if recipe.checkpoint in ("layer", "selective") or every_nth(recipe) is not None:
         return 1
@@ -917,7 +922,7 @@ def every_nth(recipe: Recipe) -> int | None:
 def checkpointed_layers(recipe: Recipe, layers: int) -> range:
     """Numbers of the layers that checkpoints begin with."""
     return range(
-        0, layers if recipe.checkpoint != "none" else 0, every_nth(recipe) or segment_length(recipe, layers) or 1
+        0, layers if recipe.checkpoints_layers else 0, every_nth(recipe) or segment_length(recipe, layers) or 1
     )
 
 

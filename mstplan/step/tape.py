@@ -716,6 +716,17 @@ def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, 
     return _memo(tape, ("forward", rules, keep, recomputing, prune), lambda: _forward(tape, rules, keep, recomputing))
 
 
+class Outer(NamedTuple):
+    """Gradients that a part of a tape shares with what is around it. shares: the incoming one is somebody else's, too, and stays. adds: there
+    is one of its input already, which the part's own are added to as they come."""
+
+    shares: bool = False
+    adds: bool = False
+
+
+NOTHING = Outer()
+
+
 def backward(
     tape: Tape,
     rules: Rules,
@@ -726,6 +737,7 @@ def backward(
     prune: bool = True,
     end_of: Tape | None = None,
     guests: tuple[Tensor, ...] = (),
+    outer: Outer = NOTHING,
 ) -> Replay:
     """Replay the backward pass; the incoming gradient is alive already.
 
@@ -734,10 +746,12 @@ def backward(
     fetch: from an input that comes from the host for that, and goes when nothing of the layer keeps it.
     end_of: the tape that is run again in that way, and that this one is the end of.
     guests: tensors that came back for what was before (saved_tensors.py); they go when the first operation of what is run again is done.
+    outer: what the caller holds of gradients.
     """
     end = ref(end_of) if end_of is not None else None
-    key = ("backward", rules, recompute, fetch, in_pieces, end, guests, prune)
-    return _memo(tape, key, lambda: _backward(tape, rules, tape if recompute else end_of, fetch, in_pieces, guests))
+    key = ("backward", rules, recompute, fetch, in_pieces, end, guests, outer, prune)
+    again = tape if recompute else end_of
+    return _memo(tape, key, lambda: _backward(tape, rules, again, fetch, in_pieces, guests, outer))
 
 
 def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> Replay:
@@ -950,7 +964,13 @@ def _run_again(tape: Tape, rules: Rules, fetch: bool, ledger: _Ledger) -> None:
 
 
 def _backward(
-    tape: Tape, rules: Rules, again: Tape | None, fetch: bool, in_pieces: bool, guests: tuple[Tensor, ...]
+    tape: Tape,
+    rules: Rules,
+    again: Tape | None,
+    fetch: bool,
+    in_pieces: bool,
+    guests: tuple[Tensor, ...],
+    outer: Outer,
 ) -> Replay:
     rules = rules._replace(recomputed=rules.recomputed or again is not None)
     ledger = _Ledger(rules)
@@ -961,7 +981,10 @@ def _backward(
         for tensor in saved:
             keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
     pending = {tensor: grad_of(tensor) for tensor in tape.outputs}
-    holders = dict.fromkeys(pending.values(), 2 if in_pieces else 1)
+    holders = dict.fromkeys(pending.values(), 2 if in_pieces or outer.shares else 1)
+    if outer.adds:
+        pending[tape.sources[0]] = grad_of(tape.sources[0])
+        holders[pending[tape.sources[0]]] = 1
 
     def let_go(gradient: Tensor) -> None:
         holders[gradient] -= 1
@@ -1037,7 +1060,14 @@ def _backward(
             for tensor, gradient in incoming.items():
                 ledger.rename(gradient, grad_of(tensor))  # which the part knows it by
             inside = outdated if op.part.recompute and not op.part.chunked else ()
-            _part_backward(op, op.part, tuple(incoming), ledger, rules, end_of, fetch, inside)
+            outer = NOTHING
+            if not op.part.chunked:
+                shared = any(holders[gradient] > 1 for gradient in incoming.values())
+                adds = rules.in_place and any(holders.get(pending.get(t, t)) == 1 for t in op.part.wanted)
+                outer = Outer(shared, adds)
+            for tensor in op.part.wanted if outer.adds else ():
+                ledger.rename(pending.pop(tensor), grad_of(tensor))
+            _part_backward(op, op.part, tuple(incoming), ledger, rules, end_of, fetch, inside, outer)
             outdated = outdated if not inside else ()
             for tensor in op.part.wanted:
                 input_gradient = grad_of(tensor)
@@ -1045,7 +1075,9 @@ def _backward(
                 arrivals.append((tensor, input_gradient))
             for gradient in incoming.values():
                 holders[gradient] -= 1
-                if holders[gradient]:  # the part let go of it, but somebody else holds it too
+                if outer.shares:
+                    ledger.rename(grad_of(op.part.tape.output), gradient)
+                elif holders[gradient]:  # the part let go of it, but somebody else holds it too
                     ledger.put(gradient)
         else:
             reuses = dict(op.reuses)
@@ -1095,11 +1127,12 @@ def _part_backward(
     end_of: Tape | None,
     fetch: bool,
     guests: tuple[Tensor, ...],
+    outer: Outer,
 ) -> None:
     """Replay the backward of a part: it lets go of the incoming gradients and leaves those of its inputs.
 
     arrived: what it made whose gradients come in; end_of: a tape that the part is the end of, and that is to be run again first; fetch:
-    from an input on the host; guests: see `backward`.
+    from an input on the host; guests, outer: see `backward`.
     """
     if part.in_forward:
         ledger.mark(
@@ -1112,6 +1145,8 @@ def _part_backward(
     if not part.chunked:
         moments = rules.every_moment or not op.interior
         ledger.rename(grad_of(op.makes[0]), grad_of(part.tape.output))
+        if outer.adds:
+            ledger.rename(grad_of(part.wanted[0]), grad_of(part.tape.sources[0]))
         replay = backward(
             part.tape,
             rules,
@@ -1119,6 +1154,7 @@ def _part_backward(
             fetch=fetch if end_of else part.offload,
             end_of=end_of,
             guests=guests,
+            outer=outer,
         )
         ledger.splice(replay, op.where, moments=moments)
         for tensor in part.wanted:

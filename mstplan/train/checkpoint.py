@@ -25,6 +25,7 @@ from ..step.recipe import Recipe
 from ..step.steps import checkpointed_layers, every_nth
 from .mlp import materialize
 from .offload import HostCopies
+from .patching import patch_forward, plain_forward
 from .runtime import Runtime
 
 LayerRun = Callable[..., Any]
@@ -133,6 +134,20 @@ class Checkpoints:
 def segments_of(recipe: Recipe, starts: Sequence[int], count: int) -> dict[int, int]:
     """Checkpoints over `count` layers: the first layer of each, one of `starts`, and the layer after its last."""
     return {n: n + 1 for n in starts} if every_nth(recipe) is not None else dict(pairwise([*starts, count]))
+
+
+def checkpoint_children(layers: Sequence[nn.Module]) -> None:
+    """Checkpoint each module of every layer by itself, as accelerate's FSDP2 did (utils/fsdp_utils.py, fsdp2_apply_ac, until its pull request
+    4172 of August 2026)."""
+    for layer in layers:
+        for child in layer.children():
+            patch_forward(child, _run_checkpointed)
+
+
+def _run_checkpointed(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return torch_checkpoint.checkpoint(
+        plain_forward(self), *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+    )
 
 
 _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")

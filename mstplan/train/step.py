@@ -27,7 +27,9 @@ from ..step.recipe import Recipe
 from ..step.runnable import check_runnable
 from ..step.selection import Selection
 from .adapters import add_adapters, prepare_for_kbit
+from .checkpoint import checkpoint_children
 from .fused import PACKAGES, Packages
+from .locate import find_parts
 from .quantise import quantise
 from .quiet import quiet_packages
 from .runtime import RUNTIME, Runtime
@@ -155,7 +157,9 @@ class TrainingStep:
             packages.install_loss(model, recipe.loss)
         elif not chunked:
             LOSSES[recipe.loss].install(model)
-        if recipe.checkpoint != "none" or chunked or recipe.mlp_chunks != 1:
+        if recipe.checkpoint == "children":
+            checkpoint_children(find_parts(model).layers)
+        if recipe.checkpoints_layers or chunked or recipe.mlp_chunks != 1:
             Minisequence(runtime).wrap(model, recipe)
         saves_on_host = recipe.offload == "saved-tensors"
         self.offloading = runtime.offload_saved(model) if saves_on_host else nullcontext()  # of both passes

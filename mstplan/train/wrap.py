@@ -143,6 +143,7 @@ class Minisequence:
             (recipe.mlp_chunks != 1 and not recipe.mlp_recompute, "MLP chunks that are not recomputed"),
             (not recipe.loss_in_chunks and recipe.loss != "transformers", f"the loss {recipe.loss}"),
             (recipe.offload == "saved-tensors", "saved tensors in CPU RAM"),
+            (recipe.checkpoint == "children", "checkpoints of what layers call"),
         ):
             if asked:
                 raise RecipeError(
@@ -180,15 +181,15 @@ class Minisequence:
 
     def wrap(self, model: AnyModel, recipe: Recipe, awaiting: _Awaiting | None = None) -> AnyModel:
         """Train the model with a recipe's checkpoints and chunks, whatever else it says, in place."""
-        parts, checkpoint = self._check_unwrapped(model), recipe.checkpoint
+        parts = self._check_unwrapped(model)
         inner = parts.model
         in_layers = recipe.layer_in_chunks and recipe.mlp_chunks != 1
         rehearsed = _rehearse(inner, parts.layers, recipe) if in_layers else None
         mlps = _mlps_of(parts, rehearsed) if recipe.mlp_chunks != 1 else []
         counts = ChunkCounts(inner.config, recipe, inner)
-        if checkpoint != "none" and not inner.supports_gradient_checkpointing:
+        if recipe.checkpoints_layers and not inner.supports_gradient_checkpointing:
             raise ModelError(f"{type(inner).__name__} does not support gradient checkpointing.\nSet checkpoint='none'.")
-        checkpoints = Checkpoints(inner, parts.layers, recipe, self.runtime) if checkpoint != "none" else None
+        checkpoints = Checkpoints(inner, parts.layers, recipe, self.runtime) if recipe.checkpoints_layers else None
         settings = _Settings(recipe, counts, checkpoints, self.runtime, awaiting)
         for layer, mlp in mlps:
             _chunk_mlp(layer, mlp, settings)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mstplan.plan.layout import layout_of, step_sizes
+from mstplan.plan.solve import plan_at
 from mstplan.spec.catalog import load_config, load_model
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import Recipe
@@ -17,6 +18,7 @@ from mstplan.tracing.tracer import trace
 H100 = card("h100")
 SAVED = {"offload": "saved-tensors"}
 MST = {"loss": "chunked", "loss_chunks": 4, "mlp_chunks": 2, "mlp_recompute": True}
+CHILDREN = {"checkpoint": "children"}
 CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("llama3.2-1b", 4, {"checkpoint": "selective"}),
     ("llama3.2-1b", 4, {"checkpoint": "selective", "train": ("norms",)}),
@@ -37,6 +39,21 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("gemma2-2b", 2, {**SAVED, "checkpoint": "layer"}),
     ("qwen3-30b-a3b", 2, {**SAVED, "checkpoint": "every-2"}),
     ("deepseek-v2-lite", 2, {"checkpoint": "selective"}),
+    ("llama3.2-1b", 4, CHILDREN),
+    ("llama3.2-1b", 4, {**CHILDREN, "precision": "mixed"}),
+    ("llama3.2-1b", 4, {**CHILDREN, "batch": 2, "accumulation": 2}),
+    ("llama3.2-1b", 4, {**CHILDREN, "lora_rank": 8, "lora_targets": ("all-linear",)}),
+    ("llama3.2-1b", 4, {**CHILDREN, "freeze": ("mlp",)}),
+    ("llama3.2-1b", 4, {**CHILDREN, "optimizer_in_backward": True}),
+    ("llama3.2-1b", 4, {**CHILDREN, "attention": "eager"}),
+    ("gpt2", 2, CHILDREN),
+    ("pythia-1.4b", 2, CHILDREN),
+    ("phi4-mini", 8, CHILDREN),
+    ("command-r7b", 8, CHILDREN),
+    ("gemma2-9b", 12, CHILDREN),
+    ("olmo2-7b", 2, CHILDREN),
+    ("deepseek-v2-lite", 2, CHILDREN),
+    ("gpt-oss-20b", 2, CHILDREN),
 ]
 
 
@@ -59,11 +76,28 @@ def test_formula_and_trace_agree(name: str, layers: int, fields: dict[str, Any])
         assert instant.bytes == pytest.approx(peaks[instant.name], rel=1e-4), instant.name
 
 
-@pytest.mark.parametrize("fields", [{"checkpoint": "every-3"}, {**SAVED, "checkpoint": "layer"}, SAVED])
+@pytest.mark.parametrize("fields", [{"checkpoint": "every-3"}, {**SAVED, "checkpoint": "layer"}, SAVED, CHILDREN])
 def test_few_layers_say_what_all_say(fields: dict[str, Any]) -> None:
     config = {**load_config("llama3.2-1b"), "num_hidden_layers": 16}
     few, all_layers = (trace(config, Recipe(**fields), 256, whole=whole) for whole in (False, True))
     assert few.peaks == all_layers.peaks and few.host_peak == all_layers.host_peak
+
+
+def test_a_public_step_with_checkpoints_of_children() -> None:
+    """Qwen3-0.6B at 131,072 tokens on 8 GPUs under accelerate's FSDP2: 40.8 GB measured, of which 29 between the children (accelerate issue 3897);
+    with whole layers half of it. What it measured with is not known: within 4%."""
+    fields: dict[str, Any] = {
+        "precision": "mixed",
+        "gpus": 8,
+        "sharding": "fsdp",
+        "loss": "chunked",
+        "loss_chunks": "auto",
+    }
+    model, on = load_model("qwen3-0.6b"), card("h200")
+    children, layers = (
+        plan_at(model, Recipe(**fields, checkpoint=how), on, 131072).usage.reserved for how in ("children", "layer")
+    )
+    assert children == pytest.approx(40.8e9, rel=0.04) and layers < 0.55 * children
 
 
 def test_layers_that_are_not_checkpointed_are_another_kind() -> None:

@@ -59,6 +59,28 @@ def test_attention_runs_once_a_layer_where_it_is_kept() -> None:
     assert products["none"] < products["selective"] == products["layer"]
 
 
+def test_children_run_once_more_each_and_give_the_same() -> None:
+    """All of a layer but the sums between them runs again, to the same gradients."""
+    found = {}
+    for how in ("none", "layer", "children"):
+        torch.manual_seed(0)
+        model = small_model("llama").float()
+        model.set_attn_implementation("sdpa")
+        step = TrainingStep(model, Recipe(precision="fp32", checkpoint=how), 8)
+        with Counting() as counting:
+            step.forward().backward()
+        found[how] = counting.counts, [weight.grad for weight in model.parameters()]
+    layers = model.config.num_hidden_layers
+    assert [found[how][0][ATTENTION] for how in found] == [layers, 2 * layers, 2 * layers]
+    assert found["none"][0]["aten.mm"] < found["children"][0]["aten.mm"]
+    torch.testing.assert_close(found["children"][1], found["none"][1], rtol=0, atol=0)
+
+
+def test_minisequence_refuses_checkpoints_of_children() -> None:
+    with pytest.raises(RecipeError, match="checkpoints of what layers call"):
+        minisequence(small_model("llama"), plan=Recipe(checkpoint="children"))
+
+
 def test_the_flash_attn_packages_operations_are_kept() -> None:
     assert is_attention("_flash_attn2_cuda::varlen_fwd") and is_attention(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default
