@@ -299,14 +299,14 @@ class _Fields:
 
 def _model(f: _Fields, model_type: str) -> Model:
     family = f.family
-    if not f.assumed and (uncounted := _uncounted_switches(f)):
+    if not f.assumed and (uncounted := _uncounted(f)):
         from mstplan.spec import unread
 
-        unread.refuse_unread(f.name, f"{uncounted[0]} is set, and the formula does not count what that changes.")
+        unread.refuse_unread(f.name, f"{uncounted[0]}, and the formula does not count what that changes.")
     experts = _experts(f)
     layer_kinds = _layer_kinds(f, routed=experts is not None)
     context = f.optional("max_position_embeddings")
-    if family.learned_positions:
+    if family.positions == "learned":
         context = f.size("max_position_embeddings")
     return Model(
         name=f.name,
@@ -323,7 +323,7 @@ def _model(f: _Fields, model_type: str) -> Model:
         block=_block(f),
         tied=f.flag("tie_word_embeddings"),
         head_bias=f.switch(family.head_bias),
-        learned_positions=context or 0 if family.learned_positions else 0,
+        learned_positions=(context or 0) + family.first_position if family.positions == "learned" else 0,
         logit_softcap=f.is_set("final_logit_softcapping"),
         scaled_embedding=family.scaled_embedding,
         dropout=f.share(family.dropout) if family.dropout else 0.0,
@@ -375,9 +375,10 @@ def _mlp(f: _Fields) -> Mlp:
 
 
 def _width(f: _Fields) -> int:
-    if f.family.learned_positions:  # GPT-2's
-        return f.optional("n_inner") or 4 * f.size("hidden_size")
-    return f.size(f.family.mlp_width)
+    field = f.family.mlp_width
+    if field in f.family.defaults and f.family.defaults[field] is None:
+        return f.optional(field) or 4 * f.size("hidden_size")
+    return f.size(field)
 
 
 def _attention(f: _Fields) -> Attention:
@@ -427,6 +428,8 @@ def _head_dim(f: _Fields, heads: int) -> int:
 
 
 def _rotary_width(f: _Fields, head_dim: int) -> int:
+    if f.family.positions != "rotary":
+        return 0
     width = f.optional(f.family.rotary_width, top=head_dim) if f.family.rotary_width is not None else None
     return int(head_dim * _rotary_share(f)) if width is None else width
 
@@ -590,8 +593,15 @@ def _refuse_layer_type(f: _Fields, kind: str) -> NoReturn:
     unread.refuse_unread(f.name, f"{what}.")
 
 
-def _uncounted_switches(f: _Fields) -> list[str]:
-    return [key for key in f.family.uncounted if f.flag(key)]
+def _uncounted(f: _Fields) -> list[str]:
+    """What is set that the formula does not count, in words."""
+    found = [f"{key} is set" for key in f.family.uncounted if f.flag(key)]
+    for key, wanted in f.family.only.items():
+        value = f.find(key)[1]
+        counted = f.find(wanted)[1] if isinstance(wanted, str) else wanted
+        if value is not None and value != counted:
+            found.append(f"{key} is {_format_value(value)}")
+    return found
 
 
 def _field_notes(f: _Fields) -> list[str]:
@@ -599,7 +609,7 @@ def _field_notes(f: _Fields) -> list[str]:
     if f.defaulted:
         listed = ", ".join(f"{key} {value}" for key, value in f.defaulted.items())
         notes.append(f"not in the file, transformers' default taken: {listed}")
-    notes += [f"{key} is set: what it adds is not counted" for key in _uncounted_switches(f)]
+    notes += [f"{what}: what that changes is not counted" for what in _uncounted(f)]
     if f.family.experts is not None and f.count("num_nextn_predict_layers", default=0):
         notes.append("the layer that predicts further tokens (num_nextn_predict_layers) is not counted")
     return notes

@@ -181,7 +181,7 @@ TRANSFORMERS_TYPES = _word_set(
     muse_glimmer_assistant muse_glimmer_text muse_glimmer_vision muse_spark muse_spark_audio muse_spark_text muse_spark_vision musicflamingo musicgen
     musicgen_decoder musicgen_melody musicgen_melody_decoder nanochat nemo_speechlm nemotron3_5_asr nemotron3_5_transcribe_asr_audio
     nemotron3_5_transcribe_audio nemotron3_5_transcribe_word_timestamp nemotron3_diarization nemotron3_diarization_audio nemotron_asr_streaming
-    nemotron_asr_streaming_encoder nemotron_h_omni neomme neucodec nougat olmo omdet-turbo oneformer openai-gpt openai_privacy_filter opt ovis2
+    nemotron_asr_streaming_encoder nemotron_h_omni neomme neucodec nougat olmo omdet-turbo oneformer openai-gpt openai_privacy_filter ovis2
     ovis2_vision owlv2 owlv2_text_model owlv2_vision_model owlvit_text_model owlvit_vision_model paddleocr_vl paddleocr_vl_text paddleocr_vl_vision
     paligemma parakeet_ctc parakeet_encoder parakeet_rnnt parakeet_tdt patchtsmixer patchtst pe_audio pe_audio_encoder pe_audio_video
     pe_audio_video_encoder pe_video pe_video_encoder perception_lm persimmon phi4_multimodal phi4_multimodal_audio phi4_multimodal_vision phimoe pi0

@@ -469,6 +469,8 @@ class Writer:
             q = self.linear(
                 x, self.new("Q", "H e" if by_head else "He"), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
             )
+            if self.code.scales_queries:
+                q = self.pointwise("scale queries", q, self.new("Q, scaled", "H e", q.dtype))
             early = a.qk_norm in ("head", "full") and not (self.code.qk_norm_last or self.code.late_qk_norm)
             if early:
                 q = self.norm(q, "q_norm")
@@ -736,7 +738,8 @@ class Writer:
 
     def _mlp_output(self, x: Tensor, inner: Tensor, mlp: Mlp, name: str) -> Tensor:
         y = self.linear(inner, self.new("MLP output", "d"), name + ".down_proj", kind=WeightKind.MLP, bias=mlp.bias)
-        self.hold(x)
+        if not self.code.frees_mlp_input:
+            self.hold(x)
         return self.dropout(y, self.model.dropout)
 
     def _liger_gate(self, gate: Tensor, up: Tensor, are_slices: bool = False) -> Tensor:

@@ -759,8 +759,9 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     """The first hidden states, and what the model's code still holds beside them: position ids, what the embedding gave. joins_view: the gradient that a tied
     head made of the table is a view. packed: position ids come with the batch."""
     model, tape = w.model, w.tape
+    places = w.t if w.code.counts_positions else w.places
     with tape.assign_role(Role.POSITIONS):
-        ids = tape.new(POSITION_IDS, w.places, "int64")
+        ids = tape.new(POSITION_IDS, places, "int64")
     changed = model.scaled_embedding or model.learned_positions
     looked_up = w.new("embeddings", "d", w.wide) if changed else w.hidden()
     joins = Joined(table, joins_view) if model.tied else None
@@ -770,16 +771,26 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.hidden())
         variables = [hidden]
+    if w.code.counts_positions:
+        ones = tape.new("ones for tokens", places, "float32")
+        tape.op("ones for tokens", [], ones)
+        variables.append(ones)
     if not packed:
         tape.op(POSITION_IDS, [], ids)
     if model.learned_positions:
-        positions = tape.new("position embeddings", f"{w.places} d", w.wide)
+        positions = tape.new("position embeddings", f"{places} d", w.wide)
         sizes = model.learned_positions, model.hidden
         rows = w.weight("position embeddings", *sizes, kinds=(WeightKind.EMBEDDINGS,))
-        # its gradient's workspace is smaller than that of the table of token ids, and is gone before that comes
-        tape.op("embedding of positions", [ids], positions, keeps=(ids,), weights=(rows,))
+        # the workspace of one row's gradient is smaller than that of the table of token ids, and is gone before that comes
+        looked_at, lookups = ids, ()
+        if w.code.counts_positions:
+            looked_at = tape.op("rows of positions", [ids], tape.new("rows of positions", places, "int64"))
+            lookups = (WeightWorkspace(rows, SortedLookups(*sizes), "bs"),)
+        tape.op(
+            "embedding of positions", [looked_at], positions, keeps=(looked_at,), weights=(rows,), workspaces=lookups
+        )
         y = w.hidden()
-        grads = ((hidden, None), (positions, tape.grad(positions)))
+        grads = ((hidden, None), (positions, None if w.code.counts_positions else tape.grad(positions)))
         hidden = tape.op("embedding add", [hidden, positions], y, grads=grads)
         variables.append(positions)
     dropout = model.dropout if model.embedding_dropout is None else model.embedding_dropout

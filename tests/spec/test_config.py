@@ -116,10 +116,10 @@ def test_shipped_model_is_what_transformers_reads(name):
         assert model.attention.head_dim == config.qk_head_dim
         assert model.attention.v_head_dim == config.v_head_dim
     rope = getattr(config, "rope_parameters", None) or {}
-    if model.model_type != "gpt2" and model.attention.latent is None:
+    if FAMILIES[model.model_type].positions == "rotary" and model.attention.latent is None:
         assert model.attention.rotary_dim == int(model.attention.head_dim * rope.get("partial_rotary_factor", 1.0))
-    if model.mlp is not None and model.model_type != "gpt2":
-        assert model.mlp.width == getattr(config, FAMILIES[model.model_type].mlp_width)
+    if model.mlp is not None:
+        assert model.mlp.width == (getattr(config, FAMILIES[model.model_type].mlp_width) or 4 * config.hidden_size)
     if model.experts is not None:
         assert model.experts.per_token == config.num_experts_per_tok
         numbers = [getattr(config, name, None) for name in _ALIASES["num_experts"]]
@@ -131,7 +131,7 @@ def test_defaults_are_those_of_transformers(model_type):
     config = CONFIG_MAPPING[model_type]()
     rope = getattr(config, "rope_parameters", None) or {}
     for key, value in FAMILIES[model_type].defaults.items():
-        if key == "dtype" or (model_type == "gpt2" and key in ("intermediate_size", "partial_rotary_factor")):
+        if key == "dtype" or (key == "intermediate_size" and value is None):
             continue
         if key in ("hidden_act", "hidden_activation") and not hasattr(config, key):
             continue

@@ -24,6 +24,7 @@ from . import (
     mistral,
     nemotron,
     olmo,
+    opt,
     phi,
     qwen,
     seed_oss,
@@ -49,6 +50,7 @@ _DENSE = (
     nemotron,
     cohere,
     apertus,
+    opt,
 )
 _FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

@@ -139,6 +139,9 @@ class Code(NamedTuple):
     holds_block: bool = False  # the block's variables hold attention's output and the MLP's input
     softmax_as_scores: bool = False  # eager attention's softmax stays in the scores' dtype
     fp32_expert_scores: bool = False
+    counts_positions: bool = False  # position ids are counted from a mask of ones, (b, s)
+    scales_queries: bool = False  # queries are multiplied by a number as soon as they are made
+    frees_mlp_input: bool = False  # no variable holds the MLP's input while its second matrix runs
     scales_branches: bool = False  # what attention and MLP give is multiplied by a number before it is added
     scales_logits: bool = False  # so are the logits
     fp32_router_logits: bool = False  # what chooses experts is cast to fp32
@@ -177,7 +180,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     # of which layers queries and keys are not turned. listed: by no_rope_layers; full: those without a window
     unturned: Literal["none", "listed", "full", "full beside windows"] = "none"
     tempered: str | None = None  # the switch of factors on queries that are not turned, of their positions
-    mlp_width: str = "intermediate_size"  # the field that holds it
+    mlp_width: str = "intermediate_size"  # the field that holds it; where its default is null, four times the hidden size
     experts: Routed | None = None
     activation: str = "hidden_act"
     attention_dropout: str = "attention_dropout"
@@ -188,11 +191,14 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     softcap: bool = False  # attn_logit_softcapping acts
     sinks: bool = False
     rotary_width: str | None = None  # the field that holds how many numbers of a head are turned
-    learned_positions: bool = False
+    positions: Literal["rotary", "learned", "alibi"] = "rotary"  # learned: a table of them; alibi: biases of scores
+    first_position: int = 0  # row of the first token in the table of learned positions
     scaled_embedding: bool = False
     has_sdpa: bool = True
     no_sdpa_from: Number | None = None  # the release of transformers from which it has none
     uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
+    only: Mapping[str, object] = MappingProxyType({})
+    """Values that alone are counted, by field; text: the name of the field that holds it."""
     parallel_switch: str | None = None  # where this is false, the block is a plain one
     gelu_is_tanh: bool = False  # its first files say gelu and mean the tanh approximation, as transformers corrects
     code: Code = Code()
