@@ -330,6 +330,7 @@ def _model(f: _Fields, model_type: str) -> Model:
         embedding_dropout=_embedding_dropout(f),
         dtype=_dtype(f),
         has_sdpa=family.has_sdpa,
+        own_flash=family.own_flash,
         idle_window=1 if family.idle_mask else None,
     )
 
@@ -343,6 +344,9 @@ def _embedding_dropout(f: _Fields) -> float | None:
 
 
 def _block(f: _Fields) -> Block:
+    if f.family.norms is not None:
+        norms = f.optional(f.family.norms) or (2 if f.switch(f.family.own_heads) else 1)
+        return "parallel" if norms == 2 else "one-norm"
     switch = f.family.parallel_switch
     return "pre" if switch is not None and not f.flag(switch, default=True) else f.family.block
 
@@ -386,8 +390,10 @@ def _attention(f: _Fields) -> Attention:
     heads = f.size("num_attention_heads")
     if family.latent or (not family.registered and f.optional("kv_lora_rank") is not None):
         return _latent_attention(f, heads)
-    kv_heads = f.optional("num_key_value_heads") if family.own_heads else None
-    kv_heads = heads if kv_heads is None else kv_heads
+    own_heads = f.switch(family.own_heads)
+    kv_heads = f.optional(family.kv_heads) if own_heads else None
+    shares_one = not own_heads and family.multi_query is not None and f.flag(family.multi_query)
+    kv_heads = 1 if shares_one else heads if kv_heads is None else kv_heads
     if heads % kv_heads:
         f.refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     head_dim = _head_dim(f, heads)
@@ -405,6 +411,7 @@ def _attention(f: _Fields) -> Attention:
         out_bias=f.switch(family.out_bias),
         fused_qkv=family.fused_qkv,
         qk_norm=_qk_norm(f),
+        keys="broadcast" if shares_one and family.keys == "copied" else family.keys,
         dropout=f.share(family.attention_dropout),
         softcap=family.softcap and f.is_set("attn_logit_softcapping"),
         sinks=family.sinks,
@@ -418,7 +425,7 @@ def _qk_norm(f: _Fields) -> QkNorm:
 
 
 def _head_dim(f: _Fields, heads: int) -> int:
-    head_dim = f.optional("head_dim") if f.family.own_heads else None
+    head_dim = f.optional("head_dim") if f.family.own_heads is True else None
     if head_dim is not None:
         return head_dim
     hidden = f.size("hidden_size")
@@ -511,7 +518,8 @@ def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
         for i in range(layers)
     ]
     windows = _windows(f, layers)
-    return tuple(map(LayerKind, windows, sparse, _turned_layers(f, windows)))
+    masked = [f.family.always_masked] * layers
+    return tuple(map(LayerKind, windows, sparse, _turned_layers(f, windows), masked))
 
 
 def _has_field(f: _Fields, field: str) -> bool:

@@ -58,7 +58,7 @@ class Numerics(NamedTuple):
     )
     samples: int = 1  # in a row, told apart
     padded: bool = False  # its rows are padded
-    several_rows: bool = False  # sequences, of which pieces are copied
+    several_rows: bool = False  # sequences, of which copies are made: of pieces, of heads for products
     platform: Platform = AMPERE  # by which sdpa chooses its kernel
     adapters: Adapters | None = None
     quantised: str = ""  # nf4, fp4 or int8: the weights of linear layers
@@ -78,7 +78,7 @@ class Numerics(NamedTuple):
 
     def masks(self, kind: LayerKind) -> bool:
         """Whether a layer's attention is given an explicit mask beside causality."""
-        return runs_sdpa(self.attention) and self.masked and (self.samples > 1 or kind.window is not None)
+        return runs_sdpa(self.attention) and self.masked and (self.samples > 1 or kind.asks_mask)
 
 
 class Writer:
@@ -170,9 +170,14 @@ class Writer:
             return ()
         shape = " ".join(map(str, weight.shape))
         name = f"{weight.name}, bf16 copy"  # autocast keeps copies of what is trained (aten autocast_mode.cpp, cached_cast)
-        copy = self.tape.new(name, shape, "bfloat16", cached=weight.trained)
+        copy = self.tape.new(name, shape, "bfloat16", cached=weight.trained and not self.multiplies_view(weight))
         self.tape.op("cast " + weight.name, [], copy)
         return (copy,)
+
+    def multiplies_view(self, weight: Weight) -> bool:
+        """Whether a layer's product takes a view of the weight (models/falcon/modeling_falcon.py, FalconLinear)."""
+        in_layer = bool({WeightKind.ATTENTION, WeightKind.MLP} & weight.kinds)
+        return self.code.multiplies_views and in_layer and not weight.is_adapter
 
     def linear(
         self,
@@ -228,7 +233,7 @@ class Writer:
             flops=((y.basis, 2 * inner * outer),),
             cast=bool(copies) and copy is None,
             defers=defers,
-            product=not (copies or self.numerics.autocast),
+            product=not (copies or self.numerics.autocast or self.multiplies_view(w)),
             adds_bias=bool(biases),
         )
 
@@ -463,7 +468,10 @@ class Writer:
                 x, self.new("Q, K and V", str(width)), "qkv_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
             )
             fused = (whole,)
-            q, k, v = self._split(whole, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
+            if a.keys != "shared":
+                q, k, v = self._taken_out(whole, a)
+            else:
+                q, k, v = self._split(whole, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
         else:
             by_head = a.qk_norm != "full"  # else the norm is over all heads together
             q = self.linear(
@@ -512,7 +520,7 @@ class Writer:
                 before += (q, k)
             tables = self._interleaved(a.rotary_dim) if self.code.interleaved_tables else ()
             q = self._rotary(q, "H", a.rotary_dim, a.head_dim, *tables)
-            k = self._rotary(k, "G", a.rotary_dim, a.head_dim, *tables)
+            k = self._rotary(k, "H" if a.keys == "copied" else "G", a.rotary_dim, a.head_dim, *tables)
             self.hold(*before)  # until both are turned
             if self.code.rotary_in_fp32 or self.code.widens_before_rotary:
                 turned = (q, k)
@@ -551,6 +559,29 @@ class Writer:
         else:
             self.tape.op("split " + fused.name, [fused], *views, grads=((fused, self.tape.grad(fused)),))
         return views
+
+    def _taken_out(self, whole: Tensor, a: Attention) -> tuple[Tensor, ...]:
+        """Queries, keys and values of a fused product by index, which copies keys and values; with own heads of keys all three are copied
+        once more, for every query head (models/falcon/modeling_falcon.py, _split_heads)."""
+        tape, t = self.tape, self.t
+        q = self.slice(whole, "Q", f"{t} H e")
+        if a.kv_heads == a.heads:
+            return q, self.slice(whole, "K", f"{t} H e"), self.slice(whole, "V", f"{t} H e")
+
+        def indexed(name: str) -> Tensor:
+            copy = self.new(name, "G e", whole.dtype)
+            return tape.op("index " + name, [whole], copy, grads=((whole, tape.grad(whole)),))
+
+        k, v = indexed("K"), indexed("V")
+        if a.keys == "broadcast":
+            return q, k, v
+        copies = []
+        for each in (q, k, v):
+            copy = self.new(f"{each.name} of every query", "H e", whole.dtype)
+            gradient = None if each is q else tape.grad(each)
+            copies.append(tape.op(f"copy {each.name}", [each], copy, grads=((each, gradient),)))
+        self.hold(k, v)
+        return tuple(copies)
 
     def _interleaved(self, rotary: int) -> tuple[Tensor, Tensor]:
         """cos and sin with every number twice (models/glm/modeling_glm.py, apply_rotary_pos_emb)."""
@@ -1179,28 +1210,43 @@ def layer(
     w = Writer(model, numerics, frozen=frozen)
     w.tape.role = Role.NORM
     x = w.source()
-    normed = _attention_input(w, x)
-    return _after_attention(w, x, w.attention(normed, kind), normed, kind, chunks)
+    normed, mlp_in = _attention_input(w, x), None
+    if w.model.block == "parallel" and w.code.norms_first:
+        mlp_in = w.norm(x, "post-attention norm")
+    attended = w.attention(normed, kind)
+    if mlp_in is not None:
+        w.hold(normed, mlp_in)
+    tape = _after_attention(w, x, attended, normed, kind, chunks, mlp_in)
+    return replace(tape, returned=w.beside) if w.code.returns_weights else tape
 
 
 def _attention_input(w: Writer, x: Tensor) -> Tensor:
-    return x if w.model.block == "post" else w.norm(x, "input norm")
+    if w.model.block == "post":
+        return x
+    return w.norm(x, "attention norm" if w.model.block == "parallel" and w.code.norms_first else "input norm")
 
 
 def _after_attention(
-    w: Writer, x: Tensor, attended: Tensor, normed: Tensor, kind: LayerKind, chunks: MlpChunks
+    w: Writer,
+    x: Tensor,
+    attended: Tensor,
+    normed: Tensor,
+    kind: LayerKind,
+    chunks: MlpChunks,
+    mlp_in: Tensor | None = None,
 ) -> Tape:
-    """The rest of a layer, of its input, what attention gave (t, d), and what attention was given."""
+    """The rest of a layer, of its input, what attention gave (t, d), and what attention was given. mlp_in: what the MLP is given,
+    where that was made before."""
     block = w.model.block
     if block in ("sandwich", "post"):
         attended = w.norm(attended, "post-attention norm")
     if block == "one-norm":
         return _beside_attention(w, x, attended, normed, kind, chunks)
     if block == "parallel":
-        mlp_out = _feed_forward(w, w.norm(x, "post-attention norm"), kind, chunks)
-        both = w.add(mlp_out, attended, w.new("MLP and attention", "d"), "add MLP and attention")
+        mlp_out = _feed_forward(w, mlp_in or w.norm(x, "post-attention norm"), kind, chunks)
+        both = w.add(mlp_out, attended, _sum_of_branches(w, mlp_out), "add MLP and attention")
         w.add(both, x, w.hidden())
-        w.hold(attended, mlp_out, *w.beside)
+        w.hold(attended, mlp_out, *w.beside, *((normed, mlp_in) if mlp_in is not None else ()))
         return w.tape.build_tape()
     middle = w.add(x, _scaled(w, attended), w.new("hidden states after attention", "d", w.wide))
     w.hold(attended)
@@ -1232,10 +1278,15 @@ def _beside_attention(
     """The MLP of attention's input, and both added to the layer's."""
     mlp_out = _feed_forward(w, normed, kind, chunks)
     first, last = (mlp_out, x) if w.code.adds_branches_first else (x, mlp_out)
-    both = w.add(attended, first, w.new("sum of two", "d", w.wide), "add")
+    both = w.add(attended, first, _sum_of_branches(w, mlp_out), "add")
     w.add(both, last, w.hidden())
     w.hold(attended, normed, mlp_out, *w.beside)
     return w.tape.build_tape()
+
+
+def _sum_of_branches(w: Writer, mlp_out: Tensor) -> Tensor:
+    name = "MLP and attention"
+    return w.tape.view(mlp_out, name, mlp_out.shape) if w.code.adds_in_place else w.new(name, "d", mlp_out.dtype)
 
 
 def _scaled(w: Writer, x: Tensor) -> Tensor:
@@ -1270,6 +1321,8 @@ def _layer_in_chunks(
 ) -> Tape:
     """One decoder layer as mstplan/train/layers.py runs it: attention over all tokens, a group of heads at a time; what is before and after
     it over pieces. Axes H and G of what is whole are those of a group."""
+    if family_of(model.model_type).code.attends_itself:
+        return _around_attention(model, kind, numerics, chunks, frozen)
     groups = chunks.groups
     w = Writer(_of_heads(model, groups), numerics, frozen=frozen)
     w.in_chunks = True
@@ -1288,6 +1341,28 @@ def _layer_in_chunks(
     output = after.attention_output(_joined_groups(after, attended))
     tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
     _in_chunks(w, tape, (x, *attended), "after attention", chunks)
+    return w.tape.build_tape()
+
+
+def _around_attention(
+    model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks, frozen: frozenset[str]
+) -> Tape:
+    """The same of a layer whose attention does not go by transformers' interface: all of that module runs over all tokens at once."""
+    w = Writer(model, numerics, frozen=frozen)
+    w.in_chunks = True
+    x = w.source()
+    before = Writer(model, numerics, "b c", frozen=frozen)
+    before.tape.role = Role.NORM
+    before.tape.outputs = (_attention_input(before, before.source()),)
+    given = _in_chunks(w, before.tape.build_tape(), (x,), "before attention", chunks)
+    attended = w.attention(given[0], kind)
+    after = Writer(model, numerics, "b c", frozen=frozen)
+    after.tape.role = Role.NORM
+    piece, output = after.source(), after.source(attended.name, attended.dtype, attended.role)
+    after.used = {weight.name: weight for op in w.tape.ops if op.part for o in op.part.tape.ops for weight in o.weights}
+    normed = _attention_input(after, piece) if model.block == "one-norm" else piece
+    tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
+    _in_chunks(w, tape, (x, attended), "after attention", chunks)
     return w.tape.build_tape()
 
 

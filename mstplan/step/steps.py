@@ -81,11 +81,11 @@ class Layout(NamedTuple):
     spans: Spans | None = None  # that the tokens lie in; None: workspaces that depend on them are left out
     platform: Platform = AMPERE  # by which sdpa chooses its kernels
     groups: int = 1  # of heads, over which attention runs one after the other
-    several_rows: bool = False  # of a layer in pieces, whose pieces are copied then
+    several_rows: bool = False  # sequences, where that makes copies: a layer in pieces, heads that products broadcast
 
     def masks(self, kind: LayerKind) -> bool:
         """Whether layers of a kind carry an explicit mask."""
-        return self.masked and (self.recipe.packing > 1 or kind.window is not None)
+        return self.masked and (self.recipe.packing > 1 or kind.asks_mask)
 
 
 class Copies(NamedTuple):
@@ -558,12 +558,12 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         )
     rows = [calls[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
     with w.tape.assign_role(Role.LAYER_INPUT):
-        hidden = _layers(w.tape, hidden, rows, recipe)
+        hidden, returned = _layers(w.tape, hidden, rows, recipe)
     w.tape.stage = Stage.LOSS
     with w.tape.assign_role(Role.NORM):
         hidden = norm_in_chunks(w, hidden, "final norm") if chunks.layer else w.norm(hidden, "final norm")
     w.hold(
-        *variables, *(tensor for arguments, _ in shared.values() for tensor in arguments)
+        *variables, *returned, *(tensor for arguments, _ in shared.values() for tensor in arguments)
     )  # until the model's forward returns
     below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
     loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
@@ -738,6 +738,10 @@ def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
 def attention_kernel(model: Model, recipe: Recipe) -> str:
     """Attention that a recipe comes to: where transformers has no sdpa for the model (soft-capping, sinks), flash; eager in fp32, as
     flash computes in 16 bits only."""
+    if model.own_flash and recipe.attention == NO_SDPA:
+        raise RecipeError(
+            f"{model.name} has flash attention of its own, which is not counted.\nUse --attention sdpa or eager."
+        )
     if not runs_sdpa(recipe.attention) or model.has_sdpa:
         return recipe.attention
     return "eager" if recipe.runs_in_fp32 else NO_SDPA
@@ -807,7 +811,8 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     if w.model.idle_window is not None:
         kinds[LayerKind(w.model.idle_window)] = None
     sliding = {kind: kind.window is not None for kind in kinds}
-    masks = {is_sliding: _mask(w, is_sliding, layout) for is_sliding in dict.fromkeys(sliding.values())}
+    asking = {(kind.window is not None, kind.causal_mask): kind for kind in kinds}
+    masks = {asked: _mask(w, kind, layout) for asked, kind in asking.items()}
     several = w.code.local_rotary
     rotary = {
         is_sliding: _rotary_tables(w, layout)
@@ -815,7 +820,7 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     }
     tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
     kept_tables = {kind: tables[kind] if kind.rotary and not w.code.interleaved_tables else () for kind in kinds}
-    return {kind: ((ids, *tables[kind], *masks[sliding[kind]]), kept_tables[kind]) for kind in kinds}
+    return {kind: ((ids, *tables[kind], *masks[kind.window is not None, kind.causal_mask]), kept_tables[kind]) for kind in kinds}
 
 
 def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
@@ -855,14 +860,16 @@ def _for_positions(
     return w.tape.op(name, list(inputs), w.tape.new(name, f"{w.places} {width}", dtype), holds=holds)
 
 
-def _mask(w: Writer, sliding: bool, layout: Layout) -> tuple[Tensor, ...]:
+def _mask(w: Writer, kind: LayerKind, layout: Layout) -> tuple[Tensor, ...]:
     """An explicit attention mask: made once in forward, for all layers of a kind."""
     parts: tuple[Tensor, ...] = ()
     if not runs_sdpa(layout.recipe.attention) and KERNELS[layout.recipe.attention].makes_causal_mask:
         mask = w.tape.new("causal mask", "b s s", layout.recipe.used_dtype)
     elif layout.masked and layout.recipe.packing > 1:
         mask = w.tape.new("mask of packed samples", "b s s", "bool")
-    elif sliding and layout.masked:
+    elif kind.causal_mask and runs_sdpa(layout.recipe.attention):
+        mask = w.tape.new("causal mask", "s s", "bool")
+    elif kind.window is not None and layout.masked:
         mask = w.tape.new("sliding-window mask", "s s", "bool")
         parts = (w.tape.new("window, and causality", "s s", "bool"),) * 2  # of which it is made
     else:
@@ -883,7 +890,9 @@ class LayerCall(NamedTuple):
         return self.arguments if recompute else self.tables
 
 
-def _layers(tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], recipe: Recipe) -> Tensor:
+def _layers(
+    tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], recipe: Recipe
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     every, offload = segment_length(recipe, len(layers)), recipe.offload_layer_inputs
     if every < 2:
         return _chain(tape, hidden, layers, checkpointed_layers(recipe, len(layers)), offload)
@@ -904,7 +913,7 @@ def _segment(dims: dict[str, int], dtype: str, layers: list[LayerCall]) -> Layer
     segment.sources.append(segment.new(HIDDEN, "b s d", dtype))
     _chain(segment, segment.sources[0], [LayerCall(layer.tape, (), ()) for layer in layers], ())
     arguments = tuple(dict.fromkeys(tensor for layer in layers for tensor in layer.arguments))
-    return LayerCall(segment.build_tape(), arguments, ())
+    return LayerCall(replace(segment.build_tape(), returned=layers[-1].tape.returned), arguments, ())
 
 
 def segment_length(recipe: Recipe, layers: int) -> int:
@@ -939,11 +948,13 @@ def stored_inputs(recipe: Recipe, layers: int) -> int:
 
 def _chain(
     tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], checkpointed: Container[int], offload: bool = False
-) -> Tensor:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not. checkpointed:
-    the numbers of those that are; offload: the inputs of these go to CPU RAM."""
+    the numbers of those that are; offload: the inputs of these go to CPU RAM. Returns hidden states, and what the last layer returned beside
+    them."""
     count = len(layers)
     leaving: tuple[Tensor, ...] = ()  # to CPU RAM: it is let go when the next one does
+    returned: tuple[Tensor, ...] = ()  # by the layer before, beside hidden states
     for i, call in enumerate(layers):
         stage = Stage.of_layer(i, count) if tape.stage is not None else None
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
@@ -953,9 +964,12 @@ def _chain(
         arguments = call.list_kept(recompute)
         part = Part(call.tape, recompute=recompute, offload=offload and recompute, arguments=arguments)
         leaving = (hidden,) if part.offload else leaving
-        tape.add(Op(name, (hidden,), (out,), part=part, stage=stage, holds=() if recompute else leaving))
+        held = (*returned, *(() if recompute else leaving))
+        # where nothing is run again, backward keeps it anyway
+        returned = tuple(tape.new(t.name, t.shape, t.dtype) for t in call.tape.returned) if recompute else ()
+        tape.add(Op(name, (hidden,), (out, *returned), part=part, stage=stage, holds=held))
         hidden = out
-    return hidden
+    return hidden, returned
 
 
 def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: bool) -> None:

@@ -69,6 +69,13 @@ def their_windows(config):
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def their_kv_heads(config):
+    """Heads of keys, as the modelling code of transformers takes them."""
+    if config.model_type == "falcon":
+        return config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 NEEDED = {"dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2}}
 """Fields without which transformers makes no such model."""
 
@@ -107,7 +114,7 @@ def test_shipped_model_is_what_transformers_reads(name):
     assert model.context == config.max_position_embeddings
     assert model.tied is config.tie_word_embeddings
     assert model.attention.heads == config.num_attention_heads
-    assert model.attention.kv_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    assert model.attention.kv_heads == their_kv_heads(config)
     assert [kind.window for kind in model.layer_kinds] == their_windows(config)
     if model.attention.latent is None:
         derived = config.hidden_size // config.num_attention_heads
@@ -135,7 +142,9 @@ def test_defaults_are_those_of_transformers(model_type):
             continue
         if key in ("hidden_act", "hidden_activation") and not hasattr(config, key):
             continue
-        if key == "num_key_value_heads" and value is None:
+        if key == FAMILIES[model_type].mlp_width and value is None:
+            assert getattr(config, key) in (None, 4 * config.hidden_size)
+        elif key == "num_key_value_heads" and value is None:
             assert getattr(config, key, None) in (None, config.num_attention_heads)
         elif key == "sliding_window" and getattr(config, "use_sliding_window", True) is False:
             assert type(config)(use_sliding_window=True).sliding_window == value
@@ -155,7 +164,7 @@ def test_absent_fields_are_filled_as_transformers_fills_them(model_type):
     assert model.tied is getattr(config, "tie_word_embeddings", False)  # of a text part the whole says it
     assert [kind.window for kind in model.layer_kinds] == their_windows(config)
     if model.attention.latent is None:
-        assert model.attention.kv_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        assert model.attention.kv_heads == their_kv_heads(config)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

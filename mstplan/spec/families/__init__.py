@@ -13,6 +13,7 @@ from . import (
     ernie,
     ernie_moe,
     exaone,
+    falcon,
     gemma,
     glm,
     gpt2,
@@ -51,6 +52,7 @@ _DENSE = (
     cohere,
     apertus,
     opt,
+    falcon,
 )
 _FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from ..model import Block, Norm, QkNorm, Router
+from ..model import Block, Keys, Norm, QkNorm, Router
 from ..releases import Number
 
 LAYER = "layer"
@@ -126,12 +126,18 @@ class Code(NamedTuple):
     half_tables: bool = False  # cos and sin have one entry for both halves
     joins_rotary: bool = False  # torch.cat joins the turned part and the rest of queries and keys, be there no rest
     local_rotary: bool = False  # layers with a window have frequencies of their own
+    attends_itself: bool = False  # it does not call attention by transformers' interface: layers in pieces run all of it whole
+    scales_in_place: bool = False  # eager attention scales its scores in place
+    returns_weights: bool = False  # a layer returns the attention matrix, which the model's loop holds until the next has run
+    multiplies_views: bool = False  # layers multiply by views of weights: autocast keeps no copies, pieces add up whole gradients
     slices_qkv: bool = False  # a fused projection is sliced: each gradient lies in zeros of the whole
     qk_norm_last: bool = False  # queries and keys are normalised when values are made, too
     late_qk_norm: bool = False  # queries and keys are normalised after they are turned
     drops_mlp_only: bool = False  # no dropout follows attention
     holds_parts: bool = False  # variables hold the turned part and the rest of queries and keys until attention is done
     holds_qkv: bool = False  # variables hold input, queries, keys and values until dropout after attention is done
+    norms_first: bool = False  # the MLP's norm runs before attention
+    adds_in_place: bool = False  # attention's output is added to the MLP's in place
     adds_branches_first: bool = False  # attention's output and the MLP's are added before the layer's input is
     holds_normed: bool = False  # the block's variables hold attention's input and output
     frees_normed: bool = False  # no variable of a norm holds what it makes in fp32
@@ -169,7 +175,10 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     qk_norm: QkNorm = "none"
     square_output: bool = False  # attention's output projection is as wide as hidden states: heads must be, too
     qk_norm_switch: str | None = None  # where this is false, there is none
-    own_heads: bool = True  # num_key_value_heads and head_dim may differ from num_attention_heads and hidden / heads
+    own_heads: bool | str = True  # heads of keys and head_dim may differ from num_attention_heads and hidden / heads; a switch: the former
+    kv_heads: str = "num_key_value_heads"  # the field that holds it
+    multi_query: str | None = None  # the switch under which, where there are no own heads, all queries share one head of keys
+    keys: Keys = "shared"
     latent: bool = False
     # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds; chunked: of
     # attention_chunk_size, the layers whose queries and keys are turned
@@ -195,10 +204,13 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     first_position: int = 0  # row of the first token in the table of learned positions
     scaled_embedding: bool = False
     has_sdpa: bool = True
+    own_flash: bool = False  # its FlashAttention is code of its own, which is not counted
+    always_masked: bool = False  # sdpa is given an explicit causal mask
     no_sdpa_from: Number | None = None  # the release of transformers from which it has none
     uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
     only: Mapping[str, object] = MappingProxyType({})
     """Values that alone are counted, by field; text: the name of the field that holds it."""
+    norms: str | None = None  # the field that holds how many norms parallel branches have; with own heads two, where it is null
     parallel_switch: str | None = None  # where this is false, the block is a plain one
     gelu_is_tanh: bool = False  # its first files say gelu and mean the tanh approximation, as transformers corrects
     code: Code = Code()

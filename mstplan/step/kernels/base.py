@@ -23,6 +23,7 @@ class AttentionCall(NamedTuple):
     masked: bool  # an explicit mask beside causality
     dropout: float = 0.0
     platform: Platform = AMPERE
+    broadcast: bool = False  # query heads that share a key are not said to (enable_gqa), which the math kernel alone takes
 
     @property
     def words(self) -> str:
@@ -35,9 +36,10 @@ class AttentionCall(NamedTuple):
     @classmethod
     def from_attention(cls, a: Attention, dtype: str, masked: bool, platform: Platform) -> AttentionCall:
         grouped = (
-            a.kv_heads != a.heads and not masked and a.v_head_dim == a.head_dim <= 256
+            a.keys == "shared" and a.kv_heads != a.heads and not masked and a.v_head_dim == a.head_dim <= 256
         )  # else transformers repeats
-        return cls(dtype, a.head_dim, a.v_head_dim, grouped, masked, a.dropout, platform)
+        broadcast = a.keys == "broadcast" and a.kv_heads != a.heads
+        return cls(dtype, a.head_dim, a.v_head_dim, grouped, masked, a.dropout, platform, broadcast)
 
 
 class Kernel:
@@ -113,11 +115,27 @@ def mask_as_bias(w: Writer, dtype: str) -> Tensor:
 def repeated(w: Writer, x: Tensor) -> Tensor:
     """Keys or values for every query head: a copy, of a single head a view."""
     a = w.model.attention
-    if a.kv_heads == a.heads:
+    if a.kv_heads == a.heads or a.keys == "copied":
         return x
     name, shape = x.name + " for every query head", "b H s e"
     y = w.tape.view(x, name, shape) if a.kv_heads == 1 else w.tape.new(name, shape, x.dtype)
     return w.tape.op("repeat " + x.name, [x], y, grads=((x, w.tape.grad(x)),))
+
+
+def copied_by_head(w: Writer, queries: Tensor) -> Tensor:
+    """Queries as the product takes them: of several sequences a copy."""
+    if not w.numerics.several_rows:
+        return queries
+    copy = w.tape.new(f"{queries.name}, heads first", "b H s e", queries.dtype)
+    return w.tape.op("queries, heads first", [queries], copy, grads=((queries, None),))
+
+
+def for_every_head(w: Writer, x: Tensor) -> Tensor:
+    """The single head of keys or values as the product takes it: a view, of several sequences a copy for every query head."""
+    if not w.numerics.several_rows:
+        return repeated(w, x)
+    copy = w.tape.new(f"{x.name} for every query head", "b H s e", x.dtype)
+    return w.tape.op("repeat " + x.name, [x], copy, grads=((x, w.tape.grad(x)),))
 
 
 def scores_of(w: Writer, name: str, dtype: str) -> Tensor:

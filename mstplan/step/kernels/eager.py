@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..selection import WeightKind
 from ..tape import ForGradients
-from .base import AttentionCall, Kernel, mix, repeated, scores_of
+from .base import AttentionCall, Kernel, copied_by_head, for_every_head, mix, repeated, scores_of
 
 if TYPE_CHECKING:
     from ...spec.model import Attention, LayerKind
@@ -28,7 +28,11 @@ class Eager(Kernel):
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
         """transformers' eager_attention_forward: the score matrix is written out several times."""
         tape, a = w.tape, w.model.attention
-        k, v = repeated(w, k), repeated(w, v)
+        broadcast, variables = a.keys == "broadcast", (k, v)
+        if broadcast:
+            q, k = copied_by_head(w, q), for_every_head(w, k)
+        else:
+            k, v = variables = repeated(w, k), repeated(w, v)
         scores = scores_of(w, "scores", q.dtype)
         tape.op(
             "scores",
@@ -38,12 +42,17 @@ class Eager(Kernel):
             grads=tuple((x, tape.grad(x)) for x in (q, k)),
             flops=((4, a.heads * a.head_dim * 2),),
         )
-        scores = w.pointwise("scale scores", scores, scores_of(w, "scaled scores", q.dtype))
+        if w.code.scales_in_place:
+            scaled = tape.view(scores, "scaled scores", scores.shape)
+        else:
+            scaled = scores_of(w, "scaled scores", q.dtype)
+        scores = w.pointwise("scale scores", scores, scaled)
         if a.softcap:
             scores = w.pointwise("divide scores", scores, scores_of(w, "scores / cap", q.dtype))
             capped = scores_of(w, "tanh of scores", q.dtype)
             scores = w.pointwise("tanh", scores, capped, capped)
             scores = w.pointwise("multiply scores", scores, scores_of(w, "capped scores", q.dtype))
+        unmasked = (scores,) if w.code.scales_in_place else ()  # its variable, as the sum is given to softmax at once
         causal = scores_of(w, "masked scores", q.dtype)
         tape.op("mask scores", [scores], causal, grads=((scores, None),))
         if a.sinks:
@@ -54,10 +63,11 @@ class Eager(Kernel):
         scores = w.cast(causal, wide, "scores, fp32")
         weights = scores_of(w, "softmax of scores", wide)
         w.softmax("softmax", scores, weights)
-        w.hold(causal)
+        w.hold(causal, *unmasked)
         weights = w.cast(weights, q.dtype, "attention matrix")
         w.hold(causal)
-        return _mix(w, w.dropout(weights, a.dropout), k, v)
+        v = for_every_head(w, v) if broadcast else v
+        return _mix(w, w.dropout(weights, a.dropout), v, *variables)
 
 
 def _with_sinks(w: Writer, masked: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
@@ -80,13 +90,13 @@ def _with_sinks(w: Writer, masked: Tensor, k: Tensor, v: Tensor, a: Attention) -
     weights = scores_of(w, "softmax of scores", masked.dtype)
     w.softmax("softmax", shifted, weights)
     w.hold(masked)
-    mixed = _mix(w, w.slice(weights, "attention matrix", "b H s s"), k, v, shifted, weights)
+    mixed = _mix(w, w.slice(weights, "attention matrix", "b H s s"), v, k, v, shifted, weights)
     w.hold(shifted)
     return mixed
 
 
-def _mix(w: Writer, weights: Tensor, k: Tensor, v: Tensor, *variables: Tensor) -> Tensor:
-    mixed = mix(w, weights, v, holds=(k, *variables))
-    w.hold(k, v, *variables)
+def _mix(w: Writer, weights: Tensor, v: Tensor, *variables: Tensor) -> Tensor:
+    mixed = mix(w, weights, v, holds=variables)
+    w.hold(*variables)
     w.beside = (weights,)
     return mixed

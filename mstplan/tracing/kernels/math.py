@@ -24,7 +24,7 @@ class Math(StandIn):
             allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             bias = bias_of(allowed, q.dtype, recorder)
             del allowed
-        if k.shape[1] != q.shape[1]:
+        if call.enable_gqa and k.shape[1] != q.shape[1]:  # else the product broadcasts them
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         scores = q @ (k.transpose(-2, -1) * scale)
         if bias is not None:
