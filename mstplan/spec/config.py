@@ -306,16 +306,17 @@ def _model(f: _Fields, model_type: str) -> Model:
     experts = _experts(f)
     layer_kinds = _layer_kinds(f, routed=experts is not None)
     context = f.optional("max_position_embeddings")
-    if family.positions == "learned":
+    if family.positions == "learned" or family.buffers != "none":
         context = f.size("max_position_embeddings")
+    hidden, attention = f.size("hidden_size"), _attention(f)
     return Model(
         name=f.name,
         model_type=model_type,
-        hidden=f.size("hidden_size"),
+        hidden=hidden,
         vocab=f.size("vocab_size"),
         context=context,
         layer_kinds=layer_kinds,
-        attention=_attention(f),
+        attention=attention,
         mlp=None if all(kind.experts for kind in layer_kinds) else _mlp(f),
         experts=experts if any(kind.experts for kind in layer_kinds) else None,
         norm=family.norm,
@@ -324,6 +325,8 @@ def _model(f: _Fields, model_type: str) -> Model:
         tied=f.flag("tie_word_embeddings"),
         head_bias=f.switch(family.head_bias),
         learned_positions=(context or 0) + family.first_position if family.positions == "learned" else 0,
+        causality=(context or 0) if family.buffers == "causality" else 0,
+        sinusoids=(context or 0) * (attention.rotary_dim or hidden) if family.buffers == "sinusoids" else 0,
         logit_softcap=f.is_set("final_logit_softcapping"),
         scaled_embedding=family.scaled_embedding,
         dropout=f.share(family.dropout) if family.dropout else 0.0,

@@ -110,6 +110,8 @@ class Model(NamedTuple):
     tied: bool = False  # the LM head is the embedding
     head_bias: bool = False
     learned_positions: int = 0  # rows of a learned position table (GPT-2)
+    causality: int = 0  # positions, for each pair of which a buffer has a boolean (GPT-BigCode)
+    sinusoids: int = 0  # numbers in fp32 of each layer's buffer of positions (GPT-J)
     logit_softcap: bool = False
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden) (Gemma)
     dropout: float = 0.0  # after embedding, attention and MLP (GPT-2)

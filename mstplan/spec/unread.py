@@ -163,7 +163,7 @@ TRANSFORMERS_TYPES = _word_set(
     gemma4_audio gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_audio gemma4_unified_text gemma4_unified_vision gemma4_vision git
     git_vision_model glm46v glm4_moe_lite glm4v glm4v_moe glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm5_next glm5_next_text
     glm5_next_vision glm_image glm_image_text glm_image_vision glm_image_vqmodel glm_moe_dsa glm_ocr glm_ocr_text glm_ocr_vision glmasr glmasr_encoder
-    glmga glpn got_ocr2 got_ocr2_vision gpt-sw3 gpt_bigcode gpt_neo gpt_neox_japanese gptj gradium_phonon_tts granite4_vision granite4_vision_text
+    glmga glpn got_ocr2 got_ocr2_vision gpt-sw3 gpt_neo gpt_neox_japanese gptj gradium_phonon_tts granite4_vision granite4_vision_text
     granite_docling granite_docling_text granite_docling_vision granite_speech granite_speech5_ctc granite_speech5_encoder granite_speech_encoder
     granite_speech_plus granite_speech_plus_encoder granite_swa granitemoe_swa granitemoeshared grounding-dino groupvit_text_model groupvit_vision_model
     gte hgnet_v2 higgs_audio_v2 higgs_audio_v2_tokenizer hrm_text hunyuan_v1_moe hunyuan_vl hunyuan_vl_text hunyuan_vl_vision

@@ -263,8 +263,16 @@ class Step:
             stored = in_sum(self.card_weights, dtype)
         stored += in_sum(self.originals(), dtype)
         libraries = (WORKSPACES, self.workspace), (LT_WORKSPACES, self.workspaces_bytes - self.workspace)
+        stored += self._buffers()
         workspaces = [constant(library, "uint8", taken, Role.WORKSPACE) for library, taken in libraries if taken]
         return [*(constant(*each, Role.WEIGHT) for each in stored), *self._gradient_buckets(), *workspaces]
+
+    def _buffers(self) -> tuple[Stored, ...]:
+        model = self.model
+        tables = Stored("causality of positions", "bool", model.causality**2), Stored(
+            "sinusoids of positions", "float32", 4 * model.sinusoids * model.layers
+        )
+        return tuple(table for table in tables if table.bytes)
 
     def _gradient_buckets(self) -> list[Tensor]:
         """DDP's copy of all gradients, which it makes at once (torch/csrc/distributed/c10d/reducer.cpp, initialize_buckets)."""

@@ -145,7 +145,7 @@ def test_defaults_are_those_of_transformers(model_type):
         if key == FAMILIES[model_type].mlp_width and value is None:
             assert getattr(config, key) in (None, 4 * config.hidden_size)
         elif key == "num_key_value_heads" and value is None:
-            assert getattr(config, key, None) in (None, config.num_attention_heads)
+            assert FAMILIES[model_type].multi_query or getattr(config, key, None) in (None, config.num_attention_heads)
         elif key == "sliding_window" and getattr(config, "use_sliding_window", True) is False:
             assert type(config)(use_sliding_window=True).sliding_window == value
         elif key == "partial_rotary_factor":

@@ -207,6 +207,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     own_flash: bool = False  # its FlashAttention is code of its own, which is not counted
     always_masked: bool = False  # sdpa is given an explicit causal mask
     no_sdpa_from: Number | None = None  # the release of transformers from which it has none
+    buffers: Literal["none", "causality", "sinusoids"] = "none"  # for all positions: of pairs of them, once; of each, in every layer
     uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
     only: Mapping[str, object] = MappingProxyType({})
     """Values that alone are counted, by field; text: the name of the field that holds it."""
