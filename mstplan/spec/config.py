@@ -333,6 +333,7 @@ def _model(f: _Fields, model_type: str) -> Model:
         embedding_dropout=_embedding_dropout(f),
         dtype=_dtype(f),
         has_sdpa=family.has_sdpa,
+        eager_only=family.eager_only,
         own_flash=family.own_flash,
         idle_window=1 if family.idle_mask else None,
     )

@@ -148,7 +148,7 @@ TRANSFORMERS_TYPES = _word_set(
     aria aria_text audioflamingo3 audioflamingo3_encoder autoformer axk1 axk2 aya_vision bark beam biogpt bit bitnet blip-2 blip_2_qformer
     blip_2_vision_model blip_text_model blip_vision_model bloom blt blt_global_transformer blt_local_decoder blt_local_encoder blt_patcher bridgetower
     bridgetower_text_model bridgetower_vision_model bros canary canary_decoder canine chameleon chameleon_vqgan chinese_clip_text_model
-    chinese_clip_vision_model chmv2 clap_audio_model clap_text_model clipseg_text_model clipseg_vision_model clvp clvp_decoder clvp_encoder codegen
+    chinese_clip_vision_model chmv2 clap_audio_model clap_text_model clipseg_text_model clipseg_vision_model clvp clvp_decoder clvp_encoder
     cohere2_moe cohere2_vision cohere_asr cohere_compass cohere_compass_text cohere_compass_vision colmodernvbert colpali colqwen2
     conditional_detr cosmos3_edge cosmos3_edge_text cosmos3_edge_vision cosmos3_omni cpmant csm csm_depth_decoder_model ctrl cvt cwm d_fine dab-detr dac
     data2vec-audio data2vec-vision dbrx decision_transformer deepseek_ocr2 deepseek_ocr2_encoder deepseek_ocr2_sam_vision_model deepseek_ocr2_text
@@ -163,7 +163,7 @@ TRANSFORMERS_TYPES = _word_set(
     gemma4_audio gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_audio gemma4_unified_text gemma4_unified_vision gemma4_vision git
     git_vision_model glm46v glm4_moe_lite glm4v glm4v_moe glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm5_next glm5_next_text
     glm5_next_vision glm_image glm_image_text glm_image_vision glm_image_vqmodel glm_moe_dsa glm_ocr glm_ocr_text glm_ocr_vision glmasr glmasr_encoder
-    glmga glpn got_ocr2 got_ocr2_vision gpt-sw3 gpt_neo gpt_neox_japanese gptj gradium_phonon_tts granite4_vision granite4_vision_text
+    glmga glpn got_ocr2 got_ocr2_vision gpt-sw3 gpt_neo gpt_neox_japanese gradium_phonon_tts granite4_vision granite4_vision_text
     granite_docling granite_docling_text granite_docling_vision granite_speech granite_speech5_ctc granite_speech5_encoder granite_speech_encoder
     granite_speech_plus granite_speech_plus_encoder granite_swa granitemoe_swa granitemoeshared grounding-dino groupvit_text_model groupvit_vision_model
     gte hgnet_v2 higgs_audio_v2 higgs_audio_v2_tokenizer hrm_text hunyuan_v1_moe hunyuan_vl hunyuan_vl_text hunyuan_vl_vision

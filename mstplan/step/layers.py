@@ -472,6 +472,8 @@ class Writer:
                 q, k, v = self._taken_out(whole, a)
             else:
                 q, k, v = self._split(whole, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
+                if self.code.copies_heads:
+                    q, k, v = (self._copied_heads(each) for each in (q, k, v))
         else:
             by_head = a.qk_norm != "full"  # else the norm is over all heads together
             q = self.linear(
@@ -514,6 +516,8 @@ class Writer:
         else:
             if self.code.rotary == "complex":
                 return *self._both_turned(q, k), held
+            if self.code.rotary == "every two":
+                return self._turned_every_two(q, k, a, held)
             before: tuple[Tensor, ...] = (q, k)
             if self.code.widens_before_rotary:
                 q, k = self.cast(q, "float32"), self.cast(k, "float32")
@@ -531,6 +535,61 @@ class Writer:
             if self.code.holds_parts:
                 held += (*before, *self.turned_parts)
         return q, k, held
+
+    def _turned_every_two(
+        self, q: Tensor, k: Tensor, a: Attention, held: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """x cos + rotate_every_two(x) sin of part of queries and keys, with rows of the layer's table (models/gptj/modeling_gptj.py)."""
+        tape, model = self.tape, self.model
+        rows = tape.new("sinusoids, fp32", f"{self.places} {a.rotary_dim}", "float32")
+        if self.code.indexes_sinusoids:
+            sinusoids, beside = tape.op("index sinusoids", [], rows), ()
+        else:
+            table = tape.new("sinusoids of all positions", str(model.sinusoids), "float32")
+            places = tape.new("positions, repeated", f"{self.places} {a.rotary_dim}", "int64")
+            beside = (table, places)
+            tape.op("look up sinusoids", [], rows, *beside)
+            sinusoids = self.cast(rows, k.dtype, "sinusoids")
+            self.hold(*beside, rows)
+        variables = (*beside, sinusoids, q, k)
+        parts = []
+        for x, heads in ((k, "G"), (q, "H")):
+            shape = f"{self.t} {heads} {a.rotary_dim}"
+            turned = self.slice(x, x.name + ", rotary part", shape)
+            parts.append(self._every_two(turned, f"{self.t} {heads} {a.rotary_dim // 2}", sinusoids))
+        whole = []
+        for x, heads, part in ((k, "G", parts[0]), (q, "H", parts[1])):
+            rest = self.slice(x, x.name + ", rest", f"{self.t} {heads} {a.head_dim - a.rotary_dim}")
+            y = self.new(f"{x.name} after rotary", f"{heads} e", part.dtype)
+            to_rest = None if rest.dtype == y.dtype else tape.grad(rest)
+            whole.append(tape.op("join rotary and rest", [part, rest], y, grads=((part, None), (rest, to_rest))))
+        self.hold(*variables, *parts)
+        return whole[1], whole[0], (*held, *variables, *parts)
+
+    def _every_two(self, x: Tensor, half: str, sinusoids: Tensor) -> Tensor:
+        tape = self.tape
+        sine, cosine = (tape.new(f"{name} twice", f"{self.places} {self._last(x)}", sinusoids.dtype) for name in ("sin", "cos"))
+        tape.op("interleave sin", [sinusoids], sine)
+        tape.op("interleave cos", [sinusoids], cosine)
+        wide = sinusoids.dtype
+        widened = () if wide == x.dtype else (tape.new("gradient, widened", x.shape, wide),)
+
+        def product(of: Tensor, table: Tensor, name: str) -> Tensor:
+            made = tape.new(f"{x.name} * {name}", x.shape, wide)
+            grads = ((of, tape.grad(of)),)
+            return tape.op(made.name, [of, table], made, keeps=(table,), grads=grads, back_temps=widened)
+
+        y = product(x, cosine, "cos")
+        first, second = self.slice(x, x.name + " even", half), self.slice(x, x.name + " odd", half)
+        minus = tape.new(f"-{x.name} odd", half, x.dtype)
+        tape.op("negate", [second], minus, grads=((second, tape.grad(second)),))
+        rotated = tape.new(f"{x.name} rotated", x.shape, x.dtype)
+        tape.op("stack", [minus, first], rotated, grads=((minus, None), (first, None)))
+        z = product(rotated, sine, "sin")
+        turned = tape.new(f"{x.name}, turned", x.shape, wide)
+        tape.op("rotary add", [y, z], turned, grads=((y, None), (z, None)))
+        self.hold(x, sine, cosine)
+        return turned
 
     def _unweighted_norm(self, x: Tensor) -> Tensor:
         """Llama 4's L2 norm of a head."""
@@ -575,13 +634,15 @@ class Writer:
         k, v = indexed("K"), indexed("V")
         if a.keys == "broadcast":
             return q, k, v
-        copies = []
-        for each in (q, k, v):
-            copy = self.new(f"{each.name} of every query", "H e", whole.dtype)
-            gradient = None if each is q else tape.grad(each)
-            copies.append(tape.op(f"copy {each.name}", [each], copy, grads=((each, gradient),)))
+        copies = self._copied_heads(q), self._copied_heads(k, spread=True), self._copied_heads(v, spread=True)
         self.hold(k, v)
-        return tuple(copies)
+        return copies
+
+    def _copied_heads(self, x: Tensor, spread: bool = False) -> Tensor:
+        """A copy, which autograd hands a gradient back through as it is; spread: to every query head, over which it is summed."""
+        shape = "H e" if spread else " ".join(x.shape.split()[2:])
+        copy = self.new(f"{x.name}, copied", shape, x.dtype)
+        return self.tape.op(f"copy {x.name}", [x], copy, grads=((x, self.tape.grad(x) if spread else None),))
 
     def _interleaved(self, rotary: int) -> tuple[Tensor, Tensor]:
         """cos and sin with every number twice (models/glm/modeling_glm.py, apply_rotary_pos_emb)."""

@@ -750,6 +750,8 @@ def attention_kernel(model: Model, recipe: Recipe) -> str:
         raise RecipeError(
             f"{model.name} has flash attention of its own, which is not counted.\nUse --attention sdpa or eager."
         )
+    if model.eager_only:
+        return "eager"
     if not runs_sdpa(recipe.attention) or model.has_sdpa:
         return recipe.attention
     return "eager" if recipe.runs_in_fp32 else NO_SDPA
@@ -835,7 +837,7 @@ def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
     """cos and sin of positions, in the order of transformers' rotary embeddings, which compute in fp32 and hold it all until the end."""
     a, model = w.model.attention, w.model
     width = a.latent.rope_dim if a.latent else a.rotary_dim
-    if not width:
+    if not width or w.code.rotary == "every two":  # of which each layer has its own
         return ()
     positions = w.tape.op("positions to fp32", [], w.tape.new("positions, fp32", w.places, "float32"))
     angles = _for_positions(w, "rotary angles", width // 2, "float32", positions)
@@ -871,11 +873,12 @@ def _for_positions(
 def _mask(w: Writer, kind: LayerKind, layout: Layout) -> tuple[Tensor, ...]:
     """An explicit attention mask: made once in forward, for all layers of a kind."""
     parts: tuple[Tensor, ...] = ()
-    if not runs_sdpa(layout.recipe.attention) and KERNELS[layout.recipe.attention].makes_causal_mask:
+    attention = attention_kernel(w.model, layout.recipe)
+    if not runs_sdpa(attention) and KERNELS[attention].makes_causal_mask:
         mask = w.tape.new("causal mask", "b s s", layout.recipe.used_dtype)
     elif layout.masked and layout.recipe.packing > 1:
         mask = w.tape.new("mask of packed samples", "b s s", "bool")
-    elif kind.causal_mask and runs_sdpa(layout.recipe.attention):
+    elif kind.causal_mask and runs_sdpa(attention):
         mask = w.tape.new("causal mask", "s s", "bool")
     elif kind.window is not None and layout.masked:
         mask = w.tape.new("sliding-window mask", "s s", "bool")

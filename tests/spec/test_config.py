@@ -76,8 +76,12 @@ def their_kv_heads(config):
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-NEEDED = {"dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2}}
-"""Fields without which transformers makes no such model."""
+NEEDED = {
+    "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+}
+"""Fields without which transformers makes no such model, or none that runs."""
 
 
 def small(model_type, **changes):

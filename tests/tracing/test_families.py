@@ -69,6 +69,8 @@ VARIANTS = [
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4, "num_ln_in_parallel_attn": 1}),
     ("gpt_bigcode", {"n_positions": 4096}),  # a buffer of causality
     ("gpt_bigcode", {"n_positions": 4096, "multi_query": False, "resid_pdrop": 0.0}),
+    ("gptj", {"n_positions": 4096, "resid_pdrop": 0.1}),  # each layer has a buffer of positions
+    ("codegen", {"n_positions": 4096}),
     ("granite", {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
 ]
 

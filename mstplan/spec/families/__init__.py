@@ -19,6 +19,7 @@ from . import (
     gpt2,
     gpt_neox,
     gpt_oss,
+    gptj,
     llama,
     llama4,
     minimax,
@@ -53,6 +54,7 @@ _DENSE = (
     apertus,
     opt,
     falcon,
+    gptj,
 )
 _FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

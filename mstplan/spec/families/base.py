@@ -117,8 +117,9 @@ class Routed(NamedTuple):
 class Code(NamedTuple):
     """Deviations of a family's modelling code from Llama's, where it decides which tensors are made and held."""
 
-    rotary: Literal["rotate half", "halves", "complex"] = "rotate half"
-    """x cos + rotate_half(x) sin; (x1 cos - x2 sin, x2 cos + x1 sin); pairs as complex numbers times a rotation."""
+    rotary: Literal["rotate half", "halves", "complex", "every two"] = "rotate half"
+    """x cos + rotate_half(x) sin; (x1 cos - x2 sin, x2 cos + x1 sin); pairs as complex numbers times a rotation; x cos + rotate_every_two(x) sin, of a
+    layer's own table."""
     rotary_in_fp32: bool = False  # cos and sin stay in fp32; queries and keys are cast back
     widens_before_rotary: bool = False  # queries and keys are cast to fp32 before they are turned, and back
     widened_rotary: bool = False  # before they are multiplied queries and keys are cast to it, too
@@ -143,6 +144,9 @@ class Code(NamedTuple):
     frees_normed: bool = False  # no variable of a norm holds what it makes in fp32
     holds_attended: bool = False  # the block's variables hold attention's output
     holds_block: bool = False  # the block's variables hold attention's output and the MLP's input
+    copies_heads: bool = False  # heads are copied out of a fused product
+    indexes_sinusoids: bool = False  # of a layer's own table, which makes queries and keys fp32
+    fp32_scores: bool = False  # eager attention widens queries and keys before their product
     softmax_as_scores: bool = False  # eager attention's softmax stays in the scores' dtype
     fp32_expert_scores: bool = False
     counts_positions: bool = False  # position ids are counted from a mask of ones, (b, s)
@@ -204,6 +208,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     first_position: int = 0  # row of the first token in the table of learned positions
     scaled_embedding: bool = False
     has_sdpa: bool = True
+    eager_only: bool = False  # nor FlashAttention that goes by transformers' interface
     own_flash: bool = False  # its FlashAttention is code of its own, which is not counted
     always_masked: bool = False  # sdpa is given an explicit causal mask
     no_sdpa_from: Number | None = None  # the release of transformers from which it has none

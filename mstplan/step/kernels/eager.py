@@ -27,34 +27,17 @@ class Eager(Kernel):
 
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
         """transformers' eager_attention_forward: the score matrix is written out several times."""
-        tape, a = w.tape, w.model.attention
-        broadcast, variables = a.keys == "broadcast", (k, v)
-        if broadcast:
-            q, k = copied_by_head(w, q), for_every_head(w, k)
-        else:
-            k, v = variables = repeated(w, k), repeated(w, v)
-        scores = scores_of(w, "scores", q.dtype)
-        tape.op(
-            "scores",
-            [q, k],
-            scores,
-            for_gradients=ForGradients(((q, k), (k, q))),
-            grads=tuple((x, tape.grad(x)) for x in (q, k)),
-            flops=((4, a.heads * a.head_dim * 2),),
-        )
-        if w.code.scales_in_place:
-            scaled = tape.view(scores, "scaled scores", scores.shape)
-        else:
-            scaled = scores_of(w, "scaled scores", q.dtype)
-        scores = w.pointwise("scale scores", scores, scaled)
+        a = w.model.attention
+        q, k, v, variables = _factors(w, q, k, v)
+        scores = _scores(w, q, k)
         if a.softcap:
             scores = w.pointwise("divide scores", scores, scores_of(w, "scores / cap", q.dtype))
             capped = scores_of(w, "tanh of scores", q.dtype)
             scores = w.pointwise("tanh", scores, capped, capped)
             scores = w.pointwise("multiply scores", scores, scores_of(w, "capped scores", q.dtype))
         unmasked = (scores,) if w.code.scales_in_place else ()  # its variable, as the sum is given to softmax at once
-        causal = scores_of(w, "masked scores", q.dtype)
-        tape.op("mask scores", [scores], causal, grads=((scores, None),))
+        causal = scores_of(w, "masked scores", "float32" if w.code.fp32_scores else q.dtype)
+        w.tape.op("mask scores", [scores], causal, grads=((scores, None),))
         if a.sinks:
             return _with_sinks(w, causal, k, v, a)
         # GPT-2's own softmax stays in the scores' dtype; the others run it in fp32, holding the masked scores meanwhile.
@@ -64,10 +47,38 @@ class Eager(Kernel):
         weights = scores_of(w, "softmax of scores", wide)
         w.softmax("softmax", scores, weights)
         w.hold(causal, *unmasked)
-        weights = w.cast(weights, q.dtype, "attention matrix")
-        w.hold(causal)
-        v = for_every_head(w, v) if broadcast else v
+        weights = w.cast(weights, v.dtype, "attention matrix")
+        if not w.code.fp32_scores:
+            w.hold(causal)
+        v = for_every_head(w, v) if a.keys == "broadcast" else v
         return _mix(w, w.dropout(weights, a.dropout), v, *variables)
+
+
+def _factors(w: Writer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Queries, keys and values as the products take them, and what the code's variables hold of them."""
+    if w.model.attention.keys == "broadcast":
+        return copied_by_head(w, q), for_every_head(w, k), v, (k, v)
+    if w.code.fp32_scores:
+        q, k = w.cast(q, "float32", "Q in fp32"), w.cast(k, "float32", "K in fp32")
+        return w.autocast(q), w.autocast(k), v, (q, k, v)
+    k, v = repeated(w, k), repeated(w, v)
+    return q, k, v, (k, v)
+
+
+def _scores(w: Writer, q: Tensor, k: Tensor) -> Tensor:
+    tape, a = w.tape, w.model.attention
+    scores = scores_of(w, "scores", q.dtype)
+    tape.op(
+        "scores",
+        [q, k],
+        scores,
+        for_gradients=ForGradients(((q, k), (k, q))),
+        grads=tuple((x, tape.grad(x)) for x in (q, k)),
+        flops=((4, a.heads * a.head_dim * 2),),
+    )
+    name = "scaled scores"
+    scaled = tape.view(scores, name, scores.shape) if w.code.scales_in_place else scores_of(w, name, q.dtype)
+    return w.pointwise("scale scores", scores, scaled)
 
 
 def _with_sinks(w: Writer, masked: Tensor, k: Tensor, v: Tensor, a: Attention) -> Tensor:
