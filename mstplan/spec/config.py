@@ -24,7 +24,7 @@ _WAY_OUT = "Correct it there, or pass the config.json as published."
 
 # The same fact under other names: GPT-2's, GPT-NeoX', and those of the mixtures of experts.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
-    "hidden_size": ("hidden_size", "n_embd"),
+    "hidden_size": ("hidden_size", "n_embd", "n_embed"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer"),
     "num_attention_heads": ("num_attention_heads", "n_head"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions"),
@@ -328,6 +328,8 @@ def _model(f: _Fields, model_type: str) -> Model:
         causality=(context or 0) if family.buffers == "causality" else 0,
         sinusoids=(context or 0) * (attention.rotary_dim or hidden) if family.buffers == "sinusoids" else 0,
         logit_softcap=f.is_set("final_logit_softcapping"),
+        alibi=family.positions == "alibi",
+        embedding_norm=family.embedding_norm,
         scaled_embedding=family.scaled_embedding,
         dropout=f.share(family.dropout) if family.dropout else 0.0,
         embedding_dropout=_embedding_dropout(f),
@@ -367,6 +369,8 @@ def _dtype(f: _Fields) -> str:
 
 
 def _activation(f: _Fields) -> str:
+    if f.family.fixed_activation is not None:
+        return f.family.fixed_activation
     name = f.one_of(f.family.activation, _ACTIVATIONS, default="silu")
     return "gelu_pytorch_tanh" if f.family.gelu_is_tanh and name == "gelu" else name
 

@@ -113,6 +113,8 @@ class Model(NamedTuple):
     causality: int = 0  # positions, for each pair of which a buffer has a boolean (GPT-BigCode)
     sinusoids: int = 0  # numbers in fp32 of each layer's buffer of positions (GPT-J)
     logit_softcap: bool = False
+    alibi: bool = False  # scores begin as biases of positions (BLOOM)
+    embedding_norm: bool = False
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden) (Gemma)
     dropout: float = 0.0  # after embedding, attention and MLP (GPT-2)
     embedding_dropout: float | None = None  # after embedding; None: as elsewhere

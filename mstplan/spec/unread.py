@@ -146,7 +146,7 @@ TRANSFORMERS_TYPES = _word_set(
     """
     EvollaModel afmoe aimv2 aimv2_text_model aimv2_vision_model align_text_model align_vision_model altclip_text_model altclip_vision_model
     aria aria_text audioflamingo3 audioflamingo3_encoder autoformer axk1 axk2 aya_vision bark beam biogpt bit bitnet blip-2 blip_2_qformer
-    blip_2_vision_model blip_text_model blip_vision_model bloom blt blt_global_transformer blt_local_decoder blt_local_encoder blt_patcher bridgetower
+    blip_2_vision_model blip_text_model blip_vision_model blt blt_global_transformer blt_local_decoder blt_local_encoder blt_patcher bridgetower
     bridgetower_text_model bridgetower_vision_model bros canary canary_decoder canine chameleon chameleon_vqgan chinese_clip_text_model
     chinese_clip_vision_model chmv2 clap_audio_model clap_text_model clipseg_text_model clipseg_vision_model clvp clvp_decoder clvp_encoder
     cohere2_moe cohere2_vision cohere_asr cohere_compass cohere_compass_text cohere_compass_vision colmodernvbert colpali colqwen2

@@ -101,6 +101,7 @@ class Writer:
         self.wide = numerics.weights  # dtype of the residual stream
         self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
         self.used: dict[str, Weight] = {}  # in another part of the same layer
+        self.inside: tuple[Tensor, ...] = ()  # variables of attention's code, or the MLP's, where that adds the residual
         self.turned_parts: tuple[Tensor, ...] = ()  # of queries and keys, as rotary embedding made them
         self.in_chunks = False  # does the layer around attention run over pieces?
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
@@ -453,7 +454,9 @@ class Writer:
         bias = self.model.attention.out_bias
         with self.tape.assign_role(Role.ATTENTION):
             y = self.linear(mixed, self.new("attention output", "d"), "o_proj", kind=WeightKind.ATTENTION, bias=bias)
-            self.hold(*variables)
+            if self.code.adds_within:
+                self.inside += (mixed, *variables, *self.beside)
+            self.hold(*variables, *self.inside)
             y = self.dropout(y, 0.0 if self.code.drops_mlp_only else self.model.dropout)
         if self.code.holds_qkv:  # elsewhere dropout follows when attention has returned
             self.hold(*variables[:4])
@@ -832,6 +835,8 @@ class Writer:
         y = self.linear(inner, self.new("MLP output", "d"), name + ".down_proj", kind=WeightKind.MLP, bias=mlp.bias)
         if not self.code.frees_mlp_input:
             self.hold(x)
+        if self.code.adds_within:
+            self.inside = (x, inner)
         return self.dropout(y, self.model.dropout)
 
     def _liger_gate(self, gate: Tensor, up: Tensor, are_slices: bool = False) -> Tensor:
@@ -854,6 +859,12 @@ class Writer:
         y = self.tape.new(f"MLP {name}", x.shape, x.dtype)
         if name == "gelu_new":  # eight operations in Python (transformers activations.py)
             return self._gelu_new(x, y)
+        if name == "bloom_gelu":  # in Python, whose backward makes it again (models/bloom/modeling_bloom.py, GeLUFunction)
+            temporaries = (self.tape.new("temporary", x.shape, x.dtype),)
+            grads = ((x, self.tape.grad(x)),)
+            y = self.tape.op(name, [x], y, keeps=(x,), grads=grads, temps=temporaries * 3, back_temps=temporaries * 4)
+            self.hold(x)
+            return y
         if name == "xielu":
             return self._xielu(x, y)
         if name == "relu2":
@@ -1310,7 +1321,16 @@ def _after_attention(
         w.hold(attended, mlp_out, *w.beside, *((normed, mlp_in) if mlp_in is not None else ()))
         return w.tape.build_tape()
     middle = w.add(x, _scaled(w, attended), w.new("hidden states after attention", "d", w.wide))
-    w.hold(attended)
+    w.hold(attended, *w.inside)
+    w.inside = ()
+    return _after_residual(w, middle, attended, normed, kind, chunks)
+
+
+def _after_residual(
+    w: Writer, middle: Tensor, attended: Tensor, normed: Tensor, kind: LayerKind, chunks: MlpChunks
+) -> Tape:
+    """The rest of a layer whose MLP follows attention, of hidden states between the two."""
+    block = w.model.block
     with w.tape.assign_role(Role.MLP if block == "sandwich" else Role.NORM):
         name = "post-attention norm" if block == "pre" else "pre-MLP norm"
         mlp_in = middle if block == "post" else w.norm(middle, name)
@@ -1323,7 +1343,7 @@ def _after_attention(
             mlp_out = w.norm(mlp_out, "post-MLP norm")
     added = mlp_out if chunks.recompute else _scaled(w, mlp_out)
     w.add(middle, added, w.hidden())
-    w.hold(mlp_out, *w.beside)
+    w.hold(mlp_out, *w.beside, *w.inside)
     if w.code.holds_block:
         w.hold(attended, mlp_in)
     if w.code.holds_attended:
@@ -1414,15 +1434,25 @@ def _around_attention(
     x = w.source()
     before = Writer(model, numerics, "b c", frozen=frozen)
     before.tape.role = Role.NORM
-    before.tape.outputs = (_attention_input(before, before.source()),)
+    source = before.source()
+    made: tuple[Tensor, ...] = (_attention_input(before, source),)
+    if w.code.adds_within:  # it is given the residual, too
+        made += (before.tape.op("residual", [source], without_bytes(source), grads=((source, None),)),)
+    before.tape.outputs = made
     given = _in_chunks(w, before.tape.build_tape(), (x,), "before attention", chunks)
     attended = w.attention(given[0], kind)
+    if w.code.adds_within:
+        attended = w.add(given[1], attended, w.new("hidden states after attention", "d", w.wide))
+        w.hold(*w.inside, *given)
     after = Writer(model, numerics, "b c", frozen=frozen)
     after.tape.role = Role.NORM
     piece, output = after.source(), after.source(attended.name, attended.dtype, attended.role)
     after.used = {weight.name: weight for op in w.tape.ops if op.part for o in op.part.tape.ops for weight in o.weights}
-    normed = _attention_input(after, piece) if model.block == "one-norm" else piece
-    tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
+    if w.code.adds_within:
+        tape = _after_residual(after, output, output, output, kind, MlpChunks())
+    else:
+        normed = _attention_input(after, piece) if model.block == "one-norm" else piece
+        tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
     _in_chunks(w, tape, (x, attended), "after attention", chunks)
     return w.tape.build_tape()
 
@@ -1480,6 +1510,11 @@ def _is_of_heads(tensor: Tensor) -> bool:
 
 def on_host(tensor: Tensor) -> Tensor:
     """A tensor of the same shape in CPU RAM: no bytes on the device."""
+    return without_bytes(tensor)
+
+
+def without_bytes(tensor: Tensor) -> Tensor:
+    """One of the same shape that takes nothing on the device."""
     return Tensor(tensor.name, tensor.shape, tensor.dtype, tensor.basis, 0, role=tensor.role)
 
 

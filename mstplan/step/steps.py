@@ -775,8 +775,8 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     model, tape = w.model, w.tape
     places = w.t if w.code.counts_positions else w.places
     with tape.assign_role(Role.POSITIONS):
-        ids = tape.new(POSITION_IDS, places, "int64")
-    changed = model.scaled_embedding or model.learned_positions
+        ids = tape.new("alibi", "b H s", w.wide) if model.alibi else tape.new(POSITION_IDS, places, "int64")
+    changed = model.scaled_embedding or model.learned_positions or model.embedding_norm
     looked_up = w.new("embeddings", "d", w.wide) if changed else w.hidden()
     joins = Joined(table, joins_view) if model.tied else None
     workspace = WeightWorkspace(table, SortedLookups(model.vocab, model.hidden), "bs")
@@ -789,7 +789,13 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
         ones = tape.new("ones for tokens", places, "float32")
         tape.op("ones for tokens", [], ones)
         variables.append(ones)
-    if not packed:
+    if model.embedding_norm:
+        with tape.assign_role(Role.LAYER_INPUT):
+            hidden = w.norm(looked_up, "embedding norm")
+    if model.alibi:
+        wide = tape.new("alibi, fp32", "H s", "float32"), tape.new("alibi, repeated", "b H s", "float32")
+        tape.op("alibi", [], ids, temps=wide)
+    elif not packed:
         tape.op(POSITION_IDS, [], ids)
     if model.learned_positions:
         positions = tape.new("position embeddings", f"{places} d", w.wide)

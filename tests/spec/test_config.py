@@ -115,7 +115,7 @@ def test_shipped_model_is_what_transformers_reads(name):
     assert model.hidden == config.hidden_size
     assert model.layers == config.num_hidden_layers
     assert model.vocab == config.vocab_size
-    assert model.context == config.max_position_embeddings
+    assert model.context == getattr(config, "max_position_embeddings", None)
     assert model.tied is config.tie_word_embeddings
     assert model.attention.heads == config.num_attention_heads
     assert model.attention.kv_heads == their_kv_heads(config)
@@ -147,7 +147,7 @@ def test_defaults_are_those_of_transformers(model_type):
         if key in ("hidden_act", "hidden_activation") and not hasattr(config, key):
             continue
         if key == FAMILIES[model_type].mlp_width and value is None:
-            assert getattr(config, key) in (None, 4 * config.hidden_size)
+            assert getattr(config, key, None) in (None, 4 * config.hidden_size)
         elif key == "num_key_value_heads" and value is None:
             assert FAMILIES[model_type].multi_query or getattr(config, key, None) in (None, config.num_attention_heads)
         elif key == "sliding_window" and getattr(config, "use_sliding_window", True) is False:
@@ -183,7 +183,7 @@ def parameters(model):
     norms = norm * {"sandwich": 4, "one-norm": 1}.get(model.block, 2)
     layers = sum(norms + attention_weights(model) + mlp_weights(model, kind.experts) for kind in model.layer_kinds)
     head = model.vocab * (hidden * (not model.tied) + model.head_bias)
-    return layers + norm + head + hidden * (model.vocab + model.learned_positions)
+    return layers + norm * (1 + model.embedding_norm) + head + hidden * (model.vocab + model.learned_positions)
 
 
 def attention_weights(model):

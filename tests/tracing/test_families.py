@@ -71,6 +71,7 @@ VARIANTS = [
     ("gpt_bigcode", {"n_positions": 4096, "multi_query": False, "resid_pdrop": 0.0}),
     ("gptj", {"n_positions": 4096, "resid_pdrop": 0.1}),  # each layer has a buffer of positions
     ("codegen", {"n_positions": 4096}),
+    ("bloom", {"n_layer": 3, "n_head": 8, "hidden_dropout": 0.1}),  # alibi, a norm of embeddings
     ("granite", {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
 ]
 

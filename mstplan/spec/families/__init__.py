@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from . import (
     apertus,
+    bloom,
     cohere,
     deepseek,
     dots,
@@ -55,6 +56,7 @@ _DENSE = (
     opt,
     falcon,
     gptj,
+    bloom,
 )
 _FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

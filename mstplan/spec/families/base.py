@@ -138,6 +138,7 @@ class Code(NamedTuple):
     holds_parts: bool = False  # variables hold the turned part and the rest of queries and keys until attention is done
     holds_qkv: bool = False  # variables hold input, queries, keys and values until dropout after attention is done
     norms_first: bool = False  # the MLP's norm runs before attention
+    adds_within: bool = False  # attention and the MLP add the residual themselves, while their variables hold what they made
     adds_in_place: bool = False  # attention's output is added to the MLP's in place
     adds_branches_first: bool = False  # attention's output and the MLP's are added before the layer's input is
     holds_normed: bool = False  # the block's variables hold attention's input and output
@@ -196,6 +197,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     mlp_width: str = "intermediate_size"  # the field that holds it; where its default is null, four times the hidden size
     experts: Routed | None = None
     activation: str = "hidden_act"
+    fixed_activation: str | None = None  # what all its files mean, which do not say it
     attention_dropout: str = "attention_dropout"
     dropout: str | None = None  # the field of the dropout after attention and MLP
     embedding_dropout: str | None = (
@@ -207,6 +209,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     positions: Literal["rotary", "learned", "alibi"] = "rotary"  # learned: a table of them; alibi: biases of scores
     first_position: int = 0  # row of the first token in the table of learned positions
     scaled_embedding: bool = False
+    embedding_norm: bool = False
     has_sdpa: bool = True
     eager_only: bool = False  # nor FlashAttention that goes by transformers' interface
     own_flash: bool = False  # its FlashAttention is code of its own, which is not counted

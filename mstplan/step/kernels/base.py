@@ -122,12 +122,12 @@ def repeated(w: Writer, x: Tensor) -> Tensor:
     return w.tape.op("repeat " + x.name, [x], y, grads=((x, w.tape.grad(x)),))
 
 
-def copied_by_head(w: Writer, queries: Tensor) -> Tensor:
-    """Queries as the product takes them: of several sequences a copy."""
+def copied_by_head(w: Writer, x: Tensor) -> Tensor:
+    """Queries, keys or values of all heads as the product takes them: of several sequences a copy."""
     if not w.numerics.several_rows:
-        return queries
-    copy = w.tape.new(f"{queries.name}, heads first", "b H s e", queries.dtype)
-    return w.tape.op("queries, heads first", [queries], copy, grads=((queries, None),))
+        return x
+    copy = w.tape.new(f"{x.name}, heads first", "b H s e", x.dtype)
+    return w.tape.op(f"{x.name}, heads first", [x], copy, grads=((x, None),))
 
 
 def for_every_head(w: Writer, x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Eager(Kernel):
             capped = scores_of(w, "tanh of scores", q.dtype)
             scores = w.pointwise("tanh", scores, capped, capped)
             scores = w.pointwise("multiply scores", scores, scores_of(w, "capped scores", q.dtype))
-        unmasked = (scores,) if w.code.scales_in_place else ()  # its variable, as the sum is given to softmax at once
+        unmasked = (scores,) if w.code.scales_in_place or w.code.adds_within else ()  # a variable of its own
         causal = scores_of(w, "masked scores", "float32" if w.code.fp32_scores else q.dtype)
         w.tape.op("mask scores", [scores], causal, grads=((scores, None),))
         if a.sinks:
@@ -51,6 +51,9 @@ class Eager(Kernel):
         if not w.code.fp32_scores:
             w.hold(causal)
         v = for_every_head(w, v) if a.keys == "broadcast" else v
+        if w.code.adds_within:
+            w.inside = (*unmasked, causal)
+            w.hold(*w.inside)
         return _mix(w, w.dropout(weights, a.dropout), v, *variables)
 
 
@@ -58,6 +61,9 @@ def _factors(w: Writer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     """Queries, keys and values as the products take them, and what the code's variables hold of them."""
     if w.model.attention.keys == "broadcast":
         return copied_by_head(w, q), for_every_head(w, k), v, (k, v)
+    if w.model.alibi:
+        q, k, v = (copied_by_head(w, each) for each in (q, k, v))
+        return q, k, v, (q, k, v)
     if w.code.fp32_scores:
         q, k = w.cast(q, "float32", "Q in fp32"), w.cast(k, "float32", "K in fp32")
         return w.autocast(q), w.autocast(k), v, (q, k, v)
@@ -68,14 +74,18 @@ def _factors(w: Writer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 def _scores(w: Writer, q: Tensor, k: Tensor) -> Tensor:
     tape, a = w.tape, w.model.attention
     scores = scores_of(w, "scores", q.dtype)
+    alibi = w.model.alibi  # torch.baddbmm to it, of which backward scales each gradient
     tape.op(
         "scores",
         [q, k],
         scores,
         for_gradients=ForGradients(((q, k), (k, q))),
         grads=tuple((x, tape.grad(x)) for x in (q, k)),
+        back_temps=(tape.new("gradient, not scaled", q.shape, q.dtype),) if alibi else (),
         flops=((4, a.heads * a.head_dim * 2),),
     )
+    if alibi:
+        return scores
     name = "scaled scores"
     scaled = tape.view(scores, name, scores.shape) if w.code.scales_in_place else scores_of(w, name, q.dtype)
     return w.pointwise("scale scores", scores, scaled)
