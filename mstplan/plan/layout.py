@@ -73,8 +73,7 @@ def layout_of_no_length(
         masked,
         platform=platform,
         groups=chunks.groups,
-        several_rows=recipe.rows > 1
-        and (recipe.layer_in_chunks or model.attention.keys == "broadcast" or model.alibi),
+        several_rows=recipe.rows > 1 and (recipe.layer_in_chunks or model.attention.keys == "broadcast" or model.alibi),
     )
     return layout._replace(padded=is_odd and pads_masks(model, layout))
 

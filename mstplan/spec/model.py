@@ -120,7 +120,9 @@ class Model(NamedTuple):
     embedding_dropout: float | None = None  # after embedding; None: as elsewhere
     dtype: str = "bfloat16"  # of the published weights
     has_sdpa: bool = True  # transformers offers attn_implementation="sdpa" for it
-    eager_only: bool = False  # transformers has eager attention alone for it, and maybe FlashAttention in code of its own
+    eager_only: bool = (
+        False  # transformers has eager attention alone for it, and maybe FlashAttention in code of its own
+    )
     own_flash: bool = False
     hub_id: str | None = None
     published: tuple[str, bool] = (

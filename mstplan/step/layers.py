@@ -101,7 +101,9 @@ class Writer:
         self.wide = numerics.weights  # dtype of the residual stream
         self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
         self.used: dict[str, Weight] = {}  # in another part of the same layer
-        self.inside: tuple[Tensor, ...] = ()  # variables of attention's code, or the MLP's, where that adds the residual
+        self.inside: tuple[
+            Tensor, ...
+        ] = ()  # variables of attention's code, or the MLP's, where that adds the residual
         self.turned_parts: tuple[Tensor, ...] = ()  # of queries and keys, as rotary embedding made them
         self.in_chunks = False  # does the layer around attention run over pieces?
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
@@ -545,8 +547,9 @@ class Writer:
         """x cos + rotate_every_two(x) sin of part of queries and keys, with rows of the layer's table (models/gptj/modeling_gptj.py)."""
         tape, model = self.tape, self.model
         rows = tape.new("sinusoids, fp32", f"{self.places} {a.rotary_dim}", "float32")
+        beside: tuple[Tensor, ...] = ()
         if self.code.indexes_sinusoids:
-            sinusoids, beside = tape.op("index sinusoids", [], rows), ()
+            sinusoids = tape.op("index sinusoids", [], rows)
         else:
             table = tape.new("sinusoids of all positions", str(model.sinusoids), "float32")
             places = tape.new("positions, repeated", f"{self.places} {a.rotary_dim}", "int64")
@@ -571,7 +574,9 @@ class Writer:
 
     def _every_two(self, x: Tensor, half: str, sinusoids: Tensor) -> Tensor:
         tape = self.tape
-        sine, cosine = (tape.new(f"{name} twice", f"{self.places} {self._last(x)}", sinusoids.dtype) for name in ("sin", "cos"))
+        sine, cosine = (
+            tape.new(f"{name} twice", f"{self.places} {self._last(x)}", sinusoids.dtype) for name in ("sin", "cos")
+        )
         tape.op("interleave sin", [sinusoids], sine)
         tape.op("interleave cos", [sinusoids], cosine)
         wide = sinusoids.dtype
@@ -859,7 +864,9 @@ class Writer:
         y = self.tape.new(f"MLP {name}", x.shape, x.dtype)
         if name == "gelu_new":  # eight operations in Python (transformers activations.py)
             return self._gelu_new(x, y)
-        if name == "bloom_gelu":  # in Python, whose backward makes it again (models/bloom/modeling_bloom.py, GeLUFunction)
+        if (
+            name == "bloom_gelu"
+        ):  # in Python, whose backward makes it again (models/bloom/modeling_bloom.py, GeLUFunction)
             temporaries = (self.tape.new("temporary", x.shape, x.dtype),)
             grads = ((x, self.tape.grad(x)),)
             y = self.tape.op(name, [x], y, keeps=(x,), grads=grads, temps=temporaries * 3, back_temps=temporaries * 4)

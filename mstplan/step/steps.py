@@ -269,8 +269,9 @@ class Step:
 
     def _buffers(self) -> tuple[Stored, ...]:
         model = self.model
-        tables = Stored("causality of positions", "bool", model.causality**2), Stored(
-            "sinusoids of positions", "float32", 4 * model.sinusoids * model.layers
+        tables = (
+            Stored("causality of positions", "bool", model.causality**2),
+            Stored("sinusoids of positions", "float32", 4 * model.sinusoids * model.layers),
         )
         return tuple(table for table in tables if table.bytes)
 
@@ -802,7 +803,7 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
         sizes = model.learned_positions, model.hidden
         rows = w.weight("position embeddings", *sizes, kinds=(WeightKind.EMBEDDINGS,))
         # the workspace of one row's gradient is smaller than that of the table of token ids, and is gone before that comes
-        looked_at, lookups = ids, ()
+        looked_at, lookups = ids, tuple[WeightWorkspace, ...]()
         if w.code.counts_positions:
             looked_at = tape.op("rows of positions", [ids], tape.new("rows of positions", places, "int64"))
             lookups = (WeightWorkspace(rows, SortedLookups(*sizes), "bs"),)
@@ -836,7 +837,10 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     }
     tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
     kept_tables = {kind: tables[kind] if kind.rotary and not w.code.interleaved_tables else () for kind in kinds}
-    return {kind: ((ids, *tables[kind], *masks[kind.window is not None, kind.causal_mask]), kept_tables[kind]) for kind in kinds}
+    return {
+        kind: ((ids, *tables[kind], *masks[kind.window is not None, kind.causal_mask]), kept_tables[kind])
+        for kind in kinds
+    }
 
 
 def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:

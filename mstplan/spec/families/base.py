@@ -127,10 +127,16 @@ class Code(NamedTuple):
     half_tables: bool = False  # cos and sin have one entry for both halves
     joins_rotary: bool = False  # torch.cat joins the turned part and the rest of queries and keys, be there no rest
     local_rotary: bool = False  # layers with a window have frequencies of their own
-    attends_itself: bool = False  # it does not call attention by transformers' interface: layers in pieces run all of it whole
+    attends_itself: bool = (
+        False  # it does not call attention by transformers' interface: layers in pieces run all of it whole
+    )
     scales_in_place: bool = False  # eager attention scales its scores in place
-    returns_weights: bool = False  # a layer returns the attention matrix, which the model's loop holds until the next has run
-    multiplies_views: bool = False  # layers multiply by views of weights: autocast keeps no copies, pieces add up whole gradients
+    returns_weights: bool = (
+        False  # a layer returns the attention matrix, which the model's loop holds until the next has run
+    )
+    multiplies_views: bool = (
+        False  # layers multiply by views of weights: autocast keeps no copies, pieces add up whole gradients
+    )
     slices_qkv: bool = False  # a fused projection is sliced: each gradient lies in zeros of the whole
     qk_norm_last: bool = False  # queries and keys are normalised when values are made, too
     late_qk_norm: bool = False  # queries and keys are normalised after they are turned
@@ -138,7 +144,9 @@ class Code(NamedTuple):
     holds_parts: bool = False  # variables hold the turned part and the rest of queries and keys until attention is done
     holds_qkv: bool = False  # variables hold input, queries, keys and values until dropout after attention is done
     norms_first: bool = False  # the MLP's norm runs before attention
-    adds_within: bool = False  # attention and the MLP add the residual themselves, while their variables hold what they made
+    adds_within: bool = (
+        False  # attention and the MLP add the residual themselves, while their variables hold what they made
+    )
     adds_in_place: bool = False  # attention's output is added to the MLP's in place
     adds_branches_first: bool = False  # attention's output and the MLP's are added before the layer's input is
     holds_normed: bool = False  # the block's variables hold attention's input and output
@@ -180,9 +188,13 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     qk_norm: QkNorm = "none"
     square_output: bool = False  # attention's output projection is as wide as hidden states: heads must be, too
     qk_norm_switch: str | None = None  # where this is false, there is none
-    own_heads: bool | str = True  # heads of keys and head_dim may differ from num_attention_heads and hidden / heads; a switch: the former
+    own_heads: bool | str = (
+        True  # heads of keys and head_dim may differ from num_attention_heads and hidden / heads; a switch: the former
+    )
     kv_heads: str = "num_key_value_heads"  # the field that holds it
-    multi_query: str | None = None  # the switch under which, where there are no own heads, all queries share one head of keys
+    multi_query: str | None = (
+        None  # the switch under which, where there are no own heads, all queries share one head of keys
+    )
     keys: Keys = "shared"
     latent: bool = False
     # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds; chunked: of
@@ -194,7 +206,9 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     # of which layers queries and keys are not turned. listed: by no_rope_layers; full: those without a window
     unturned: Literal["none", "listed", "full", "full beside windows"] = "none"
     tempered: str | None = None  # the switch of factors on queries that are not turned, of their positions
-    mlp_width: str = "intermediate_size"  # the field that holds it; where its default is null, four times the hidden size
+    mlp_width: str = (
+        "intermediate_size"  # the field that holds it; where its default is null, four times the hidden size
+    )
     experts: Routed | None = None
     activation: str = "hidden_act"
     fixed_activation: str | None = None  # what all its files mean, which do not say it
@@ -215,11 +229,15 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     own_flash: bool = False  # its FlashAttention is code of its own, which is not counted
     always_masked: bool = False  # sdpa is given an explicit causal mask
     no_sdpa_from: Number | None = None  # the release of transformers from which it has none
-    buffers: Literal["none", "causality", "sinusoids"] = "none"  # for all positions: of pairs of them, once; of each, in every layer
+    buffers: Literal["none", "causality", "sinusoids"] = (
+        "none"  # for all positions: of pairs of them, once; of each, in every layer
+    )
     uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
     only: Mapping[str, object] = MappingProxyType({})
     """Values that alone are counted, by field; text: the name of the field that holds it."""
-    norms: str | None = None  # the field that holds how many norms parallel branches have; with own heads two, where it is null
+    norms: str | None = (
+        None  # the field that holds how many norms parallel branches have; with own heads two, where it is null
+    )
     parallel_switch: str | None = None  # where this is false, the block is a plain one
     gelu_is_tanh: bool = False  # its first files say gelu and mean the tanh approximation, as transformers corrects
     code: Code = Code()

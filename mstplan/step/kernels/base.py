@@ -23,7 +23,9 @@ class AttentionCall(NamedTuple):
     masked: bool  # an explicit mask beside causality
     dropout: float = 0.0
     platform: Platform = AMPERE
-    broadcast: bool = False  # query heads that share a key are not said to (enable_gqa), which the math kernel alone takes
+    broadcast: bool = (
+        False  # query heads that share a key are not said to (enable_gqa), which the math kernel alone takes
+    )
 
     @property
     def words(self) -> str:
