@@ -144,8 +144,9 @@ def scores_of(w: Writer, name: str, dtype: str) -> Tensor:
     return w.tape.new(name, "b H s s", dtype)
 
 
-def mix(w: Writer, weights: Tensor, v: Tensor, holds: tuple[Tensor, ...]) -> Tensor:
-    """The product of the attention matrix and the values, by head, while variables hold `holds`; and its copy, tokens first."""
+def mix(w: Writer, weights: Tensor, v: Tensor, holds: tuple[Tensor, ...], dtype: str = "") -> Tensor:
+    """The product of the attention matrix and the values, by head, while variables hold `holds`; and its copy, tokens first. dtype: that
+    it and the matrix are cast to."""
     tape, a = w.tape, w.model.attention
     e = "e" if a.v_head_dim == a.head_dim else "ev"
     mixed = tape.new("attention mixed, by head", f"b H s {e}", v.dtype)
@@ -158,4 +159,11 @@ def mix(w: Writer, weights: Tensor, v: Tensor, holds: tuple[Tensor, ...]) -> Ten
         flops=((4, a.heads * a.v_head_dim * 2),),
         holds=holds,
     )
+    if dtype and dtype != mixed.dtype:
+        narrow = tape.new(mixed.name, mixed.shape, dtype)
+        copy = tape.new("attention matrix, copied", weights.shape, dtype)
+        grads = ((mixed, tape.grad(mixed)),)
+        mixed = tape.op(
+            "cast attention mixed", [mixed], narrow, temps=(copy,), grads=grads, holds=(weights, *holds)
+        )
     return tokens_first(w, mixed)

@@ -24,12 +24,16 @@ class Math(Kernel):
         return True
 
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
-        """In fp32 (aten transformers/attention.cpp, _scaled_dot_product_attention_math and _safe_softmax): queries and keys are
-        scaled, causality is added as a bias, in place. Its variables hold all of it until the output is there. Uncounted, but where
-        products broadcast keys: of several sequences the product copies the queries, heads first."""
+        """In fp32 (aten transformers/attention.cpp, _scaled_dot_product_attention_math and _safe_softmax): 16 bits are widened, queries and
+        keys are scaled, causality is added as a bias, in place; of the attention matrix there is a copy in 16 bits, which nobody reads.
+        Its variables hold all of it until the output is there. Uncounted, but where products broadcast keys: of several sequences the
+        product copies the queries, heads first."""
         tape, a = w.tape, w.model.attention
+        narrow, given = q.dtype, (q, k, v)
+        q, k, v = (w.cast(each, "float32", f"{each.name} in fp32") for each in given)
+        variables = (q, k, v)
         scaled = queries = w.pointwise("scale queries", q, tape.new("Q, scaled", f"{w.t} H e", q.dtype))
-        bias = mask_as_bias(w, q.dtype) if masked else _causal_bias(w, q.dtype)
+        bias = mask_as_bias(w, narrow) if masked else _causal_bias(w, q.dtype)
         broadcast = a.keys == "broadcast"
         if not broadcast:
             k, v = repeated(w, k), repeated(w, v)
@@ -47,10 +51,10 @@ class Math(Kernel):
         )
         weights = scores_of(w, "attention matrix", q.dtype)
         w.softmax("softmax", scores, weights, scores_of(w, "scores at -inf", "bool"))
-        w.hold(k, v, scaled, bias)
+        w.hold(k, v, scaled, bias, *variables)
         if broadcast:
             v = for_every_head(w, v)
-        return mix(w, w.dropout(weights, a.dropout), v, holds=(k, scaled, bias))
+        return mix(w, w.dropout(weights, a.dropout), v, holds=(k, scaled, bias, *variables), dtype=narrow)
 
 
 def _causal_bias(w: Writer, dtype: str) -> Tensor:
