@@ -163,7 +163,5 @@ def mix(w: Writer, weights: Tensor, v: Tensor, holds: tuple[Tensor, ...], dtype:
         narrow = tape.new(mixed.name, mixed.shape, dtype)
         copy = tape.new("attention matrix, copied", weights.shape, dtype)
         grads = ((mixed, tape.grad(mixed)),)
-        mixed = tape.op(
-            "cast attention mixed", [mixed], narrow, temps=(copy,), grads=grads, holds=(weights, *holds)
-        )
+        mixed = tape.op("cast attention mixed", [mixed], narrow, temps=(copy,), grads=grads, holds=(weights, *holds))
     return tokens_first(w, mixed)
