@@ -120,7 +120,7 @@ def _context_origin(card: Card) -> str:
 def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     notes = []
     if recipe.attention == "sdpa" and not model.has_sdpa and model.stand_in is None:
-        kernel = "eager" if recipe.runs_in_fp32 else "flash_attention_2"
+        kernel = "eager" if recipe.runs_in_fp32 or model.eager_only else "flash_attention_2"
         notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{kernel}'.")
         if model.attention.sinks and kernel != "eager":
             notes.append(
@@ -135,6 +135,14 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
         notes.append(
             "With sdpa, sliding-window layers take an explicit S x S mask beyond their window, and a padded copy of it where S is no multiple"
             f" of {BIAS_ROWS}; --attention flash needs none."
+        )
+    if recipe.attention == "sdpa" and any(kind.causal_mask for kind in model.layer_kinds):
+        notes.append(
+            f"transformers gives sdpa an explicit S x S mask for {model.model_type}, and each layer makes a bias of it."
+        )
+    if recipe.attention == "sdpa" and model.attention.keys == "broadcast":
+        notes.append(
+            "Its queries share one head of keys in a way that leaves sdpa the math kernel, which writes out the score matrix."
         )
     if (
         recipe.compute_dtype == "float32"

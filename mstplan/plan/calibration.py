@@ -106,6 +106,14 @@ _YOUNGER_FIELDS = (
     ", shared_bias=False",
     ", rotary=True",
     ", embedding_dropout=None",
+    ", keys='shared'",
+    ", causal_mask=False",
+    ", causality=0",
+    ", sinusoids=0",
+    ", alibi=False",
+    ", embedding_norm=False",
+    ", eager_only=False",
+    ", own_flash=False",
 )
 """Facts that models had before there were fields for them: calibrations are older."""
 

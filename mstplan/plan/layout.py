@@ -30,6 +30,8 @@ def window_of(model: Model, recipe: Recipe) -> int | None:
     if recipe.packing > 1:
         return 1
     windows = {kind.window for kind in model.layer_kinds if kind.window is not None}
+    if any(kind.causal_mask for kind in model.layer_kinds):
+        windows.add(1)
     if model.idle_window is not None:
         windows.add(model.idle_window)
     return min(windows) if windows else None
@@ -71,7 +73,7 @@ def layout_of_no_length(
         masked,
         platform=platform,
         groups=chunks.groups,
-        several_rows=recipe.layer_in_chunks and recipe.rows > 1,
+        several_rows=recipe.rows > 1 and (recipe.layer_in_chunks or model.attention.keys == "broadcast" or model.alibi),
     )
     return layout._replace(padded=is_odd and pads_masks(model, layout))
 

@@ -24,7 +24,7 @@ _WAY_OUT = "Correct it there, or pass the config.json as published."
 
 # The same fact under other names: GPT-2's, GPT-NeoX', and those of the mixtures of experts.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
-    "hidden_size": ("hidden_size", "n_embd"),
+    "hidden_size": ("hidden_size", "n_embd", "n_embed"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer"),
     "num_attention_heads": ("num_attention_heads", "n_head"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions"),
@@ -299,23 +299,24 @@ class _Fields:
 
 def _model(f: _Fields, model_type: str) -> Model:
     family = f.family
-    if not f.assumed and (uncounted := _uncounted_switches(f)):
+    if not f.assumed and (uncounted := _uncounted(f)):
         from mstplan.spec import unread
 
-        unread.refuse_unread(f.name, f"{uncounted[0]} is set, and the formula does not count what that changes.")
+        unread.refuse_unread(f.name, f"{uncounted[0]}, and the formula does not count what that changes.")
     experts = _experts(f)
     layer_kinds = _layer_kinds(f, routed=experts is not None)
     context = f.optional("max_position_embeddings")
-    if family.learned_positions:
+    if family.positions == "learned" or family.buffers != "none":
         context = f.size("max_position_embeddings")
+    hidden, attention = f.size("hidden_size"), _attention(f)
     return Model(
         name=f.name,
         model_type=model_type,
-        hidden=f.size("hidden_size"),
+        hidden=hidden,
         vocab=f.size("vocab_size"),
         context=context,
         layer_kinds=layer_kinds,
-        attention=_attention(f),
+        attention=attention,
         mlp=None if all(kind.experts for kind in layer_kinds) else _mlp(f),
         experts=experts if any(kind.experts for kind in layer_kinds) else None,
         norm=family.norm,
@@ -323,13 +324,19 @@ def _model(f: _Fields, model_type: str) -> Model:
         block=_block(f),
         tied=f.flag("tie_word_embeddings"),
         head_bias=f.switch(family.head_bias),
-        learned_positions=context or 0 if family.learned_positions else 0,
+        learned_positions=(context or 0) + family.first_position if family.positions == "learned" else 0,
+        causality=(context or 0) if family.buffers == "causality" else 0,
+        sinusoids=(context or 0) * (attention.rotary_dim or hidden) if family.buffers == "sinusoids" else 0,
         logit_softcap=f.is_set("final_logit_softcapping"),
+        alibi=family.positions == "alibi",
+        embedding_norm=family.embedding_norm,
         scaled_embedding=family.scaled_embedding,
         dropout=f.share(family.dropout) if family.dropout else 0.0,
         embedding_dropout=_embedding_dropout(f),
         dtype=_dtype(f),
         has_sdpa=family.has_sdpa,
+        eager_only=family.eager_only,
+        own_flash=family.own_flash,
         idle_window=1 if family.idle_mask else None,
     )
 
@@ -343,6 +350,9 @@ def _embedding_dropout(f: _Fields) -> float | None:
 
 
 def _block(f: _Fields) -> Block:
+    if f.family.norms is not None:
+        norms = f.optional(f.family.norms) or (2 if f.switch(f.family.own_heads) else 1)
+        return "parallel" if norms == 2 else "one-norm"
     switch = f.family.parallel_switch
     return "pre" if switch is not None and not f.flag(switch, default=True) else f.family.block
 
@@ -359,6 +369,8 @@ def _dtype(f: _Fields) -> str:
 
 
 def _activation(f: _Fields) -> str:
+    if f.family.fixed_activation is not None:
+        return f.family.fixed_activation
     name = f.one_of(f.family.activation, _ACTIVATIONS, default="silu")
     return "gelu_pytorch_tanh" if f.family.gelu_is_tanh and name == "gelu" else name
 
@@ -375,9 +387,10 @@ def _mlp(f: _Fields) -> Mlp:
 
 
 def _width(f: _Fields) -> int:
-    if f.family.learned_positions:  # GPT-2's
-        return f.optional("n_inner") or 4 * f.size("hidden_size")
-    return f.size(f.family.mlp_width)
+    field = f.family.mlp_width
+    if field in f.family.defaults and f.family.defaults[field] is None:
+        return f.optional(field) or 4 * f.size("hidden_size")
+    return f.size(field)
 
 
 def _attention(f: _Fields) -> Attention:
@@ -385,8 +398,10 @@ def _attention(f: _Fields) -> Attention:
     heads = f.size("num_attention_heads")
     if family.latent or (not family.registered and f.optional("kv_lora_rank") is not None):
         return _latent_attention(f, heads)
-    kv_heads = f.optional("num_key_value_heads") if family.own_heads else None
-    kv_heads = heads if kv_heads is None else kv_heads
+    own_heads = f.switch(family.own_heads)
+    kv_heads = f.optional(family.kv_heads) if own_heads else None
+    shares_one = not own_heads and family.multi_query is not None and f.flag(family.multi_query)
+    kv_heads = 1 if shares_one else heads if kv_heads is None else kv_heads
     if heads % kv_heads:
         f.refuse(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     head_dim = _head_dim(f, heads)
@@ -404,6 +419,7 @@ def _attention(f: _Fields) -> Attention:
         out_bias=f.switch(family.out_bias),
         fused_qkv=family.fused_qkv,
         qk_norm=_qk_norm(f),
+        keys="broadcast" if shares_one and family.keys == "copied" else family.keys,
         dropout=f.share(family.attention_dropout),
         softcap=family.softcap and f.is_set("attn_logit_softcapping"),
         sinks=family.sinks,
@@ -417,7 +433,7 @@ def _qk_norm(f: _Fields) -> QkNorm:
 
 
 def _head_dim(f: _Fields, heads: int) -> int:
-    head_dim = f.optional("head_dim") if f.family.own_heads else None
+    head_dim = f.optional("head_dim") if f.family.own_heads is True else None
     if head_dim is not None:
         return head_dim
     hidden = f.size("hidden_size")
@@ -427,6 +443,8 @@ def _head_dim(f: _Fields, heads: int) -> int:
 
 
 def _rotary_width(f: _Fields, head_dim: int) -> int:
+    if f.family.positions != "rotary":
+        return 0
     width = f.optional(f.family.rotary_width, top=head_dim) if f.family.rotary_width is not None else None
     return int(head_dim * _rotary_share(f)) if width is None else width
 
@@ -508,7 +526,8 @@ def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
         for i in range(layers)
     ]
     windows = _windows(f, layers)
-    return tuple(map(LayerKind, windows, sparse, _turned_layers(f, windows)))
+    masked = [f.family.always_masked] * layers
+    return tuple(map(LayerKind, windows, sparse, _turned_layers(f, windows), masked))
 
 
 def _has_field(f: _Fields, field: str) -> bool:
@@ -590,8 +609,15 @@ def _refuse_layer_type(f: _Fields, kind: str) -> NoReturn:
     unread.refuse_unread(f.name, f"{what}.")
 
 
-def _uncounted_switches(f: _Fields) -> list[str]:
-    return [key for key in f.family.uncounted if f.flag(key)]
+def _uncounted(f: _Fields) -> list[str]:
+    """What is set that the formula does not count, in words."""
+    found = [f"{key} is set" for key in f.family.uncounted if f.flag(key)]
+    for key, wanted in f.family.only.items():
+        value = f.find(key)[1]
+        counted = f.find(wanted)[1] if isinstance(wanted, str) else wanted
+        if value is not None and value != counted:
+            found.append(f"{key} is {_format_value(value)}")
+    return found
 
 
 def _field_notes(f: _Fields) -> list[str]:
@@ -599,7 +625,7 @@ def _field_notes(f: _Fields) -> list[str]:
     if f.defaulted:
         listed = ", ".join(f"{key} {value}" for key, value in f.defaulted.items())
         notes.append(f"not in the file, transformers' default taken: {listed}")
-    notes += [f"{key} is set: what it adds is not counted" for key in _uncounted_switches(f)]
+    notes += [f"{what}: what that changes is not counted" for what in _uncounted(f)]
     if f.family.experts is not None and f.count("num_nextn_predict_layers", default=0):
         notes.append("the layer that predicts further tokens (num_nextn_predict_layers) is not counted")
     return notes

@@ -19,6 +19,11 @@ QkNorm = Literal["none", "head", "full", "unweighted"]
 """Of each head (Qwen3, Gemma 3), over the whole width (OLMo 2), of each head when it is turned, without a weight (Llama 4)."""
 
 
+Keys = Literal["shared", "copied", "broadcast"]
+"""Where several queries share a head of keys and values. copied: for every query when they are made (Falcon-40B). broadcast: by
+products, which no fused kernel does (Falcon-7B)."""
+
+
 class Latent(NamedTuple):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, keys and values."""
 
@@ -38,6 +43,7 @@ class Attention(NamedTuple):
     out_bias: bool = False
     fused_qkv: bool = False  # one projection makes queries, keys and values (Phi-3, GPT-2, GPT-NeoX)
     qk_norm: QkNorm = "none"
+    keys: Keys = "shared"
     dropout: float = 0.0
     softcap: bool = False  # attention scores are soft-capped (Gemma 2)
     sinks: bool = False  # a learned sink per head (gpt-oss)
@@ -73,6 +79,11 @@ class LayerKind(NamedTuple):
     window: int | None = None  # tokens of a sliding window; None: full attention
     experts: bool = False  # a mixture of experts instead of the dense MLP
     rotary: bool = True  # False: its queries and keys are not turned, though the model has rotary positions
+    causal_mask: bool = False  # sdpa is given an explicit mask, though attention is full
+
+    @property
+    def asks_mask(self) -> bool:
+        return self.window is not None or self.causal_mask
 
 
 class StandIn(NamedTuple):
@@ -99,12 +110,20 @@ class Model(NamedTuple):
     tied: bool = False  # the LM head is the embedding
     head_bias: bool = False
     learned_positions: int = 0  # rows of a learned position table (GPT-2)
+    causality: int = 0  # positions, for each pair of which a buffer has a boolean (GPT-BigCode)
+    sinusoids: int = 0  # numbers in fp32 of each layer's buffer of positions (GPT-J)
     logit_softcap: bool = False
+    alibi: bool = False  # scores begin as biases of positions (BLOOM)
+    embedding_norm: bool = False
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden) (Gemma)
     dropout: float = 0.0  # after embedding, attention and MLP (GPT-2)
     embedding_dropout: float | None = None  # after embedding; None: as elsewhere
     dtype: str = "bfloat16"  # of the published weights
     has_sdpa: bool = True  # transformers offers attn_implementation="sdpa" for it
+    eager_only: bool = (
+        False  # transformers has eager attention alone for it, and maybe FlashAttention in code of its own
+    )
+    own_flash: bool = False
     hub_id: str | None = None
     published: tuple[str, bool] = (
         "",

@@ -146,9 +146,9 @@ TRANSFORMERS_TYPES = _word_set(
     """
     EvollaModel afmoe aimv2 aimv2_text_model aimv2_vision_model align_text_model align_vision_model altclip_text_model altclip_vision_model
     aria aria_text audioflamingo3 audioflamingo3_encoder autoformer axk1 axk2 aya_vision bark beam biogpt bit bitnet blip-2 blip_2_qformer
-    blip_2_vision_model blip_text_model blip_vision_model bloom blt blt_global_transformer blt_local_decoder blt_local_encoder blt_patcher bridgetower
+    blip_2_vision_model blip_text_model blip_vision_model blt blt_global_transformer blt_local_decoder blt_local_encoder blt_patcher bridgetower
     bridgetower_text_model bridgetower_vision_model bros canary canary_decoder canine chameleon chameleon_vqgan chinese_clip_text_model
-    chinese_clip_vision_model chmv2 clap_audio_model clap_text_model clipseg_text_model clipseg_vision_model clvp clvp_decoder clvp_encoder codegen
+    chinese_clip_vision_model chmv2 clap_audio_model clap_text_model clipseg_text_model clipseg_vision_model clvp clvp_decoder clvp_encoder
     cohere2_moe cohere2_vision cohere_asr cohere_compass cohere_compass_text cohere_compass_vision colmodernvbert colpali colqwen2
     conditional_detr cosmos3_edge cosmos3_edge_text cosmos3_edge_vision cosmos3_omni cpmant csm csm_depth_decoder_model ctrl cvt cwm d_fine dab-detr dac
     data2vec-audio data2vec-vision dbrx decision_transformer deepseek_ocr2 deepseek_ocr2_encoder deepseek_ocr2_sam_vision_model deepseek_ocr2_text
@@ -157,13 +157,13 @@ TRANSFORMERS_TYPES = _word_set(
     dots3_note_audio_encoder dots3_note_text dots3_note_vision_encoder dpr dpt edgetam edgetam_mask_decoder edgetam_prompt_encoder edgetam_video
     edgetam_video_mask_decoder edgetam_video_prompt_encoder edgetam_vision_model efficientloftr embedding_gemma2 embedding_gemma2_text emu3
     emu3_text_model emu3_vqgan encodec eomt eomt_dinov3 ernie4_5_vl_moe ernie4_5_vl_moe_text ernie4_5_vl_moe_vision esmc esmfold2
-    evolla exaone4_5 exaone4_5_vision exaone_moe falcon fast_vlm fastspeech2_conformer fastspeech2_conformer_hifigan
+    evolla exaone4_5 exaone4_5_vision exaone_moe fast_vlm fastspeech2_conformer fastspeech2_conformer_hifigan
     fastspeech2_conformer_with_hifigan flava flava_image_codebook flava_image_model flava_multimodal_model flava_text_model flex_olmo flint
     florence_vision focalnet fun_asr_nano fun_asr_nano_encoder fuyu gemma3 gemma3n gemma3n_audio gemma3n_text gemma3n_vision gemma4 gemma4_assistant
     gemma4_audio gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_audio gemma4_unified_text gemma4_unified_vision gemma4_vision git
     git_vision_model glm46v glm4_moe_lite glm4v glm4v_moe glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm5_next glm5_next_text
     glm5_next_vision glm_image glm_image_text glm_image_vision glm_image_vqmodel glm_moe_dsa glm_ocr glm_ocr_text glm_ocr_vision glmasr glmasr_encoder
-    glmga glpn got_ocr2 got_ocr2_vision gpt-sw3 gpt_bigcode gpt_neo gpt_neox_japanese gptj gradium_phonon_tts granite4_vision granite4_vision_text
+    glmga glpn got_ocr2 got_ocr2_vision gpt-sw3 gpt_neo gpt_neox_japanese gradium_phonon_tts granite4_vision granite4_vision_text
     granite_docling granite_docling_text granite_docling_vision granite_speech granite_speech5_ctc granite_speech5_encoder granite_speech_encoder
     granite_speech_plus granite_speech_plus_encoder granite_swa granitemoe_swa granitemoeshared grounding-dino groupvit_text_model groupvit_vision_model
     gte hgnet_v2 higgs_audio_v2 higgs_audio_v2_tokenizer hrm_text hunyuan_v1_moe hunyuan_vl hunyuan_vl_text hunyuan_vl_vision
@@ -181,7 +181,7 @@ TRANSFORMERS_TYPES = _word_set(
     muse_glimmer_assistant muse_glimmer_text muse_glimmer_vision muse_spark muse_spark_audio muse_spark_text muse_spark_vision musicflamingo musicgen
     musicgen_decoder musicgen_melody musicgen_melody_decoder nanochat nemo_speechlm nemotron3_5_asr nemotron3_5_transcribe_asr_audio
     nemotron3_5_transcribe_audio nemotron3_5_transcribe_word_timestamp nemotron3_diarization nemotron3_diarization_audio nemotron_asr_streaming
-    nemotron_asr_streaming_encoder nemotron_h_omni neomme neucodec nougat olmo omdet-turbo oneformer openai-gpt openai_privacy_filter opt ovis2
+    nemotron_asr_streaming_encoder nemotron_h_omni neomme neucodec nougat olmo omdet-turbo oneformer openai-gpt openai_privacy_filter ovis2
     ovis2_vision owlv2 owlv2_text_model owlv2_vision_model owlvit_text_model owlvit_vision_model paddleocr_vl paddleocr_vl_text paddleocr_vl_vision
     paligemma parakeet_ctc parakeet_encoder parakeet_rnnt parakeet_tdt patchtsmixer patchtst pe_audio pe_audio_encoder pe_audio_video
     pe_audio_video_encoder pe_video pe_video_encoder perception_lm persimmon phi4_multimodal phi4_multimodal_audio phi4_multimodal_vision phimoe pi0

@@ -58,7 +58,7 @@ class Numerics(NamedTuple):
     )
     samples: int = 1  # in a row, told apart
     padded: bool = False  # its rows are padded
-    several_rows: bool = False  # sequences, of which pieces are copied
+    several_rows: bool = False  # sequences, of which copies are made: of pieces, of heads for products
     platform: Platform = AMPERE  # by which sdpa chooses its kernel
     adapters: Adapters | None = None
     quantised: str = ""  # nf4, fp4 or int8: the weights of linear layers
@@ -78,7 +78,7 @@ class Numerics(NamedTuple):
 
     def masks(self, kind: LayerKind) -> bool:
         """Whether a layer's attention is given an explicit mask beside causality."""
-        return runs_sdpa(self.attention) and self.masked and (self.samples > 1 or kind.window is not None)
+        return runs_sdpa(self.attention) and self.masked and (self.samples > 1 or kind.asks_mask)
 
 
 class Writer:
@@ -101,6 +101,9 @@ class Writer:
         self.wide = numerics.weights  # dtype of the residual stream
         self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
         self.used: dict[str, Weight] = {}  # in another part of the same layer
+        self.inside: tuple[
+            Tensor, ...
+        ] = ()  # variables of attention's code, or the MLP's, where that adds the residual
         self.turned_parts: tuple[Tensor, ...] = ()  # of queries and keys, as rotary embedding made them
         self.in_chunks = False  # does the layer around attention run over pieces?
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
@@ -170,9 +173,14 @@ class Writer:
             return ()
         shape = " ".join(map(str, weight.shape))
         name = f"{weight.name}, bf16 copy"  # autocast keeps copies of what is trained (aten autocast_mode.cpp, cached_cast)
-        copy = self.tape.new(name, shape, "bfloat16", cached=weight.trained)
+        copy = self.tape.new(name, shape, "bfloat16", cached=weight.trained and not self.multiplies_view(weight))
         self.tape.op("cast " + weight.name, [], copy)
         return (copy,)
+
+    def multiplies_view(self, weight: Weight) -> bool:
+        """Whether a layer's product takes a view of the weight (models/falcon/modeling_falcon.py, FalconLinear)."""
+        in_layer = bool({WeightKind.ATTENTION, WeightKind.MLP} & weight.kinds)
+        return self.code.multiplies_views and in_layer and not weight.is_adapter
 
     def linear(
         self,
@@ -228,7 +236,7 @@ class Writer:
             flops=((y.basis, 2 * inner * outer),),
             cast=bool(copies) and copy is None,
             defers=defers,
-            product=not (copies or self.numerics.autocast),
+            product=not (copies or self.numerics.autocast or self.multiplies_view(w)),
             adds_bias=bool(biases),
         )
 
@@ -448,7 +456,9 @@ class Writer:
         bias = self.model.attention.out_bias
         with self.tape.assign_role(Role.ATTENTION):
             y = self.linear(mixed, self.new("attention output", "d"), "o_proj", kind=WeightKind.ATTENTION, bias=bias)
-            self.hold(*variables)
+            if self.code.adds_within:
+                self.inside += (mixed, *variables, *self.beside)
+            self.hold(*variables, *self.inside)
             y = self.dropout(y, 0.0 if self.code.drops_mlp_only else self.model.dropout)
         if self.code.holds_qkv:  # elsewhere dropout follows when attention has returned
             self.hold(*variables[:4])
@@ -463,12 +473,19 @@ class Writer:
                 x, self.new("Q, K and V", str(width)), "qkv_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
             )
             fused = (whole,)
-            q, k, v = self._split(whole, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
+            if a.keys != "shared":
+                q, k, v = self._taken_out(whole, a)
+            else:
+                q, k, v = self._split(whole, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
+                if self.code.copies_heads:
+                    q, k, v = (self._copied_heads(each) for each in (q, k, v))
         else:
             by_head = a.qk_norm != "full"  # else the norm is over all heads together
             q = self.linear(
                 x, self.new("Q", "H e" if by_head else "He"), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
             )
+            if self.code.scales_queries:
+                q = self.pointwise("scale queries", q, self.new("Q, scaled", "H e", q.dtype))
             early = a.qk_norm in ("head", "full") and not (self.code.qk_norm_last or self.code.late_qk_norm)
             if early:
                 q = self.norm(q, "q_norm")
@@ -504,13 +521,15 @@ class Writer:
         else:
             if self.code.rotary == "complex":
                 return *self._both_turned(q, k), held
+            if self.code.rotary == "every two":
+                return self._turned_every_two(q, k, a, held)
             before: tuple[Tensor, ...] = (q, k)
             if self.code.widens_before_rotary:
                 q, k = self.cast(q, "float32"), self.cast(k, "float32")
                 before += (q, k)
             tables = self._interleaved(a.rotary_dim) if self.code.interleaved_tables else ()
             q = self._rotary(q, "H", a.rotary_dim, a.head_dim, *tables)
-            k = self._rotary(k, "G", a.rotary_dim, a.head_dim, *tables)
+            k = self._rotary(k, "H" if a.keys == "copied" else "G", a.rotary_dim, a.head_dim, *tables)
             self.hold(*before)  # until both are turned
             if self.code.rotary_in_fp32 or self.code.widens_before_rotary:
                 turned = (q, k)
@@ -521,6 +540,64 @@ class Writer:
             if self.code.holds_parts:
                 held += (*before, *self.turned_parts)
         return q, k, held
+
+    def _turned_every_two(
+        self, q: Tensor, k: Tensor, a: Attention, held: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """x cos + rotate_every_two(x) sin of part of queries and keys, with rows of the layer's table (models/gptj/modeling_gptj.py)."""
+        tape, model = self.tape, self.model
+        rows = tape.new("sinusoids, fp32", f"{self.places} {a.rotary_dim}", "float32")
+        beside: tuple[Tensor, ...] = ()
+        if self.code.indexes_sinusoids:
+            sinusoids = tape.op("index sinusoids", [], rows)
+        else:
+            table = tape.new("sinusoids of all positions", str(model.sinusoids), "float32")
+            places = tape.new("positions, repeated", f"{self.places} {a.rotary_dim}", "int64")
+            beside = (table, places)
+            tape.op("look up sinusoids", [], rows, *beside)
+            sinusoids = self.cast(rows, k.dtype, "sinusoids")
+            self.hold(*beside, rows)
+        variables = (*beside, sinusoids, q, k)
+        parts = []
+        for x, heads in ((k, "G"), (q, "H")):
+            shape = f"{self.t} {heads} {a.rotary_dim}"
+            turned = self.slice(x, x.name + ", rotary part", shape)
+            parts.append(self._every_two(turned, f"{self.t} {heads} {a.rotary_dim // 2}", sinusoids))
+        whole = []
+        for x, heads, part in ((k, "G", parts[0]), (q, "H", parts[1])):
+            rest = self.slice(x, x.name + ", rest", f"{self.t} {heads} {a.head_dim - a.rotary_dim}")
+            y = self.new(f"{x.name} after rotary", f"{heads} e", part.dtype)
+            to_rest = None if rest.dtype == y.dtype else tape.grad(rest)
+            whole.append(tape.op("join rotary and rest", [part, rest], y, grads=((part, None), (rest, to_rest))))
+        self.hold(*variables, *parts)
+        return whole[1], whole[0], (*held, *variables, *parts)
+
+    def _every_two(self, x: Tensor, half: str, sinusoids: Tensor) -> Tensor:
+        tape = self.tape
+        sine, cosine = (
+            tape.new(f"{name} twice", f"{self.places} {self._last(x)}", sinusoids.dtype) for name in ("sin", "cos")
+        )
+        tape.op("interleave sin", [sinusoids], sine)
+        tape.op("interleave cos", [sinusoids], cosine)
+        wide = sinusoids.dtype
+        widened = () if wide == x.dtype else (tape.new("gradient, widened", x.shape, wide),)
+
+        def product(of: Tensor, table: Tensor, name: str) -> Tensor:
+            made = tape.new(f"{x.name} * {name}", x.shape, wide)
+            grads = ((of, tape.grad(of)),)
+            return tape.op(made.name, [of, table], made, keeps=(table,), grads=grads, back_temps=widened)
+
+        y = product(x, cosine, "cos")
+        first, second = self.slice(x, x.name + " even", half), self.slice(x, x.name + " odd", half)
+        minus = tape.new(f"-{x.name} odd", half, x.dtype)
+        tape.op("negate", [second], minus, grads=((second, tape.grad(second)),))
+        rotated = tape.new(f"{x.name} rotated", x.shape, x.dtype)
+        tape.op("stack", [minus, first], rotated, grads=((minus, None), (first, None)))
+        z = product(rotated, sine, "sin")
+        turned = tape.new(f"{x.name}, turned", x.shape, wide)
+        tape.op("rotary add", [y, z], turned, grads=((y, None), (z, None)))
+        self.hold(x, sine, cosine)
+        return turned
 
     def _unweighted_norm(self, x: Tensor) -> Tensor:
         """Llama 4's L2 norm of a head."""
@@ -549,6 +626,31 @@ class Writer:
         else:
             self.tape.op("split " + fused.name, [fused], *views, grads=((fused, self.tape.grad(fused)),))
         return views
+
+    def _taken_out(self, whole: Tensor, a: Attention) -> tuple[Tensor, ...]:
+        """Queries, keys and values of a fused product by index, which copies keys and values; with own heads of keys all three are copied
+        once more, for every query head (models/falcon/modeling_falcon.py, _split_heads)."""
+        tape, t = self.tape, self.t
+        q = self.slice(whole, "Q", f"{t} H e")
+        if a.kv_heads == a.heads:
+            return q, self.slice(whole, "K", f"{t} H e"), self.slice(whole, "V", f"{t} H e")
+
+        def indexed(name: str) -> Tensor:
+            copy = self.new(name, "G e", whole.dtype)
+            return tape.op("index " + name, [whole], copy, grads=((whole, tape.grad(whole)),))
+
+        k, v = indexed("K"), indexed("V")
+        if a.keys == "broadcast":
+            return q, k, v
+        copies = self._copied_heads(q), self._copied_heads(k, spread=True), self._copied_heads(v, spread=True)
+        self.hold(k, v)
+        return copies
+
+    def _copied_heads(self, x: Tensor, spread: bool = False) -> Tensor:
+        """A copy, which autograd hands a gradient back through as it is; spread: to every query head, over which it is summed."""
+        shape = "H e" if spread else " ".join(x.shape.split()[2:])
+        copy = self.new(f"{x.name}, copied", shape, x.dtype)
+        return self.tape.op(f"copy {x.name}", [x], copy, grads=((x, self.tape.grad(x) if spread else None),))
 
     def _interleaved(self, rotary: int) -> tuple[Tensor, Tensor]:
         """cos and sin with every number twice (models/glm/modeling_glm.py, apply_rotary_pos_emb)."""
@@ -736,7 +838,10 @@ class Writer:
 
     def _mlp_output(self, x: Tensor, inner: Tensor, mlp: Mlp, name: str) -> Tensor:
         y = self.linear(inner, self.new("MLP output", "d"), name + ".down_proj", kind=WeightKind.MLP, bias=mlp.bias)
-        self.hold(x)
+        if not self.code.frees_mlp_input:
+            self.hold(x)
+        if self.code.adds_within:
+            self.inside = (x, inner)
         return self.dropout(y, self.model.dropout)
 
     def _liger_gate(self, gate: Tensor, up: Tensor, are_slices: bool = False) -> Tensor:
@@ -759,6 +864,14 @@ class Writer:
         y = self.tape.new(f"MLP {name}", x.shape, x.dtype)
         if name == "gelu_new":  # eight operations in Python (transformers activations.py)
             return self._gelu_new(x, y)
+        if (
+            name == "bloom_gelu"
+        ):  # in Python, whose backward makes it again (models/bloom/modeling_bloom.py, GeLUFunction)
+            temporaries = (self.tape.new("temporary", x.shape, x.dtype),)
+            grads = ((x, self.tape.grad(x)),)
+            y = self.tape.op(name, [x], y, keeps=(x,), grads=grads, temps=temporaries * 3, back_temps=temporaries * 4)
+            self.hold(x)
+            return y
         if name == "xielu":
             return self._xielu(x, y)
         if name == "relu2":
@@ -1203,31 +1316,55 @@ def layer(
     w = writer(model, numerics, frozen=frozen)
     w.tape.role = Role.NORM
     x = w.source()
-    normed = _attention_input(w, x)
-    return _after_attention(w, x, w.attention(normed, kind), normed, kind, chunks)
+    normed, mlp_in = _attention_input(w, x), None
+    if w.model.block == "parallel" and w.code.norms_first:
+        mlp_in = w.norm(x, "post-attention norm")
+    attended = w.attention(normed, kind)
+    if mlp_in is not None:
+        w.hold(normed, mlp_in)
+    tape = _after_attention(w, x, attended, normed, kind, chunks, mlp_in)
+    return replace(tape, returned=w.beside) if w.code.returns_weights else tape
 
 
 def _attention_input(w: Writer, x: Tensor) -> Tensor:
-    return x if w.model.block == "post" else w.norm(x, "input norm")
+    if w.model.block == "post":
+        return x
+    return w.norm(x, "attention norm" if w.model.block == "parallel" and w.code.norms_first else "input norm")
 
 
 def _after_attention(
-    w: Writer, x: Tensor, attended: Tensor, normed: Tensor, kind: LayerKind, chunks: MlpChunks
+    w: Writer,
+    x: Tensor,
+    attended: Tensor,
+    normed: Tensor,
+    kind: LayerKind,
+    chunks: MlpChunks,
+    mlp_in: Tensor | None = None,
 ) -> Tape:
-    """The rest of a layer, of its input, what attention gave (t, d), and what attention was given."""
+    """The rest of a layer, of its input, what attention gave (t, d), and what attention was given. mlp_in: what the MLP is given,
+    where that was made before."""
     block = w.model.block
     if block in ("sandwich", "post"):
         attended = w.norm(attended, "post-attention norm")
     if block == "one-norm":
         return _beside_attention(w, x, attended, normed, kind, chunks)
     if block == "parallel":
-        mlp_out = _feed_forward(w, w.norm(x, "post-attention norm"), kind, chunks)
-        both = w.add(mlp_out, attended, w.new("MLP and attention", "d"), "add MLP and attention")
+        mlp_out = _feed_forward(w, mlp_in or w.norm(x, "post-attention norm"), kind, chunks)
+        both = w.add(mlp_out, attended, _sum_of_branches(w, mlp_out), "add MLP and attention")
         w.add(both, x, w.hidden())
-        w.hold(attended, mlp_out, *w.beside)
+        w.hold(attended, mlp_out, *w.beside, *((normed, mlp_in) if mlp_in is not None else ()))
         return w.tape.build_tape()
     middle = w.add(x, _scaled(w, attended), w.new("hidden states after attention", "d", w.wide))
-    w.hold(attended)
+    w.hold(attended, *w.inside)
+    w.inside = ()
+    return _after_residual(w, middle, attended, normed, kind, chunks)
+
+
+def _after_residual(
+    w: Writer, middle: Tensor, attended: Tensor, normed: Tensor, kind: LayerKind, chunks: MlpChunks
+) -> Tape:
+    """The rest of a layer whose MLP follows attention, of hidden states between the two."""
+    block = w.model.block
     with w.tape.assign_role(Role.MLP if block == "sandwich" else Role.NORM):
         name = "post-attention norm" if block == "pre" else "pre-MLP norm"
         mlp_in = middle if block == "post" else w.norm(middle, name)
@@ -1240,7 +1377,7 @@ def _after_attention(
             mlp_out = w.norm(mlp_out, "post-MLP norm")
     added = mlp_out if chunks.recompute else _scaled(w, mlp_out)
     w.add(middle, added, w.hidden())
-    w.hold(mlp_out, *w.beside)
+    w.hold(mlp_out, *w.beside, *w.inside)
     if w.code.holds_block:
         w.hold(attended, mlp_in)
     if w.code.holds_attended:
@@ -1256,10 +1393,15 @@ def _beside_attention(
     """The MLP of attention's input, and both added to the layer's."""
     mlp_out = _feed_forward(w, normed, kind, chunks)
     first, last = (mlp_out, x) if w.code.adds_branches_first else (x, mlp_out)
-    both = w.add(attended, first, w.new("sum of two", "d", w.wide), "add")
+    both = w.add(attended, first, _sum_of_branches(w, mlp_out), "add")
     w.add(both, last, w.hidden())
     w.hold(attended, normed, mlp_out, *w.beside)
     return w.tape.build_tape()
+
+
+def _sum_of_branches(w: Writer, mlp_out: Tensor) -> Tensor:
+    name = "MLP and attention"
+    return w.tape.view(mlp_out, name, mlp_out.shape) if w.code.adds_in_place else w.new(name, "d", mlp_out.dtype)
 
 
 def _scaled(w: Writer, x: Tensor) -> Tensor:
@@ -1294,6 +1436,8 @@ def _layer_in_chunks(
 ) -> Tape:
     """One decoder layer as mstplan/train/layers.py runs it: attention over all tokens, a group of heads at a time; what is before and after
     it over pieces. Axes H and G of what is whole are those of a group."""
+    if family_of(model.model_type).code.attends_itself:
+        return _around_attention(model, kind, numerics, chunks, frozen)
     groups = chunks.groups
     w = Writer(_of_heads(model, groups), numerics, frozen=frozen)
     w.in_chunks = True
@@ -1312,6 +1456,38 @@ def _layer_in_chunks(
     output = after.attention_output(_joined_groups(after, attended))
     tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
     _in_chunks(w, tape, (x, *attended), "after attention", chunks)
+    return w.tape.build_tape()
+
+
+def _around_attention(
+    model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks, frozen: frozenset[str]
+) -> Tape:
+    """The same of a layer whose attention does not go by transformers' interface: all of that module runs over all tokens at once."""
+    w = Writer(model, numerics, frozen=frozen)
+    w.in_chunks = True
+    x = w.source()
+    before = Writer(model, numerics, "b c", frozen=frozen)
+    before.tape.role = Role.NORM
+    source = before.source()
+    made: tuple[Tensor, ...] = (_attention_input(before, source),)
+    if w.code.adds_within:  # it is given the residual, too
+        made += (before.tape.op("residual", [source], without_bytes(source), grads=((source, None),)),)
+    before.tape.outputs = made
+    given = _in_chunks(w, before.tape.build_tape(), (x,), "before attention", chunks)
+    attended = w.attention(given[0], kind)
+    if w.code.adds_within:
+        attended = w.add(given[1], attended, w.new("hidden states after attention", "d", w.wide))
+        w.hold(*w.inside, *given)
+    after = Writer(model, numerics, "b c", frozen=frozen)
+    after.tape.role = Role.NORM
+    piece, output = after.source(), after.source(attended.name, attended.dtype, attended.role)
+    after.used = {weight.name: weight for op in w.tape.ops if op.part for o in op.part.tape.ops for weight in o.weights}
+    if w.code.adds_within:
+        tape = _after_residual(after, output, output, output, kind, MlpChunks())
+    else:
+        normed = _attention_input(after, piece) if model.block == "one-norm" else piece
+        tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
+    _in_chunks(w, tape, (x, attended), "after attention", chunks)
     return w.tape.build_tape()
 
 
@@ -1368,6 +1544,11 @@ def _is_of_heads(tensor: Tensor) -> bool:
 
 def on_host(tensor: Tensor) -> Tensor:
     """A tensor of the same shape in CPU RAM: no bytes on the device."""
+    return without_bytes(tensor)
+
+
+def without_bytes(tensor: Tensor) -> Tensor:
+    """One of the same shape that takes nothing on the device."""
     return Tensor(tensor.name, tensor.shape, tensor.dtype, tensor.basis, 0, role=tensor.role)
 
 

@@ -81,11 +81,11 @@ class Layout(NamedTuple):
     spans: Spans | None = None  # that the tokens lie in; None: workspaces that depend on them are left out
     platform: Platform = AMPERE  # by which sdpa chooses its kernels
     groups: int = 1  # of heads, over which attention runs one after the other
-    several_rows: bool = False  # of a layer in pieces, whose pieces are copied then
+    several_rows: bool = False  # sequences, where that makes copies: a layer in pieces, heads that products broadcast
 
     def masks(self, kind: LayerKind) -> bool:
         """Whether layers of a kind carry an explicit mask."""
-        return self.masked and (self.recipe.packing > 1 or kind.window is not None)
+        return self.masked and (self.recipe.packing > 1 or kind.asks_mask)
 
 
 class Copies(NamedTuple):
@@ -263,8 +263,17 @@ class Step:
             stored = in_sum(self.card_weights, dtype)
         stored += in_sum(self.originals(), dtype)
         libraries = (WORKSPACES, self.workspace), (LT_WORKSPACES, self.workspaces_bytes - self.workspace)
+        stored += self._buffers()
         workspaces = [constant(library, "uint8", taken, Role.WORKSPACE) for library, taken in libraries if taken]
         return [*(constant(*each, Role.WEIGHT) for each in stored), *self._gradient_buckets(), *workspaces]
+
+    def _buffers(self) -> tuple[Stored, ...]:
+        model = self.model
+        tables = (
+            Stored("causality of positions", "bool", model.causality**2),
+            Stored("sinusoids of positions", "float32", 4 * model.sinusoids * model.layers),
+        )
+        return tuple(table for table in tables if table.bytes)
 
     def _gradient_buckets(self) -> list[Tensor]:
         """DDP's copy of all gradients, which it makes at once (torch/csrc/distributed/c10d/reducer.cpp, initialize_buckets)."""
@@ -563,12 +572,12 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         )
     rows = [calls[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
     with w.tape.assign_role(Role.LAYER_INPUT):
-        hidden = _layers(w.tape, hidden, rows, recipe)
+        hidden, returned = _layers(w.tape, hidden, rows, recipe)
     w.tape.stage = Stage.LOSS
     with w.tape.assign_role(Role.NORM):
         hidden = norm_in_chunks(w, hidden, "final norm") if chunks.layer else w.norm(hidden, "final norm")
     w.hold(
-        *variables, *(tensor for arguments, _ in shared.values() for tensor in arguments)
+        *variables, *returned, *(tensor for arguments, _ in shared.values() for tensor in arguments)
     )  # until the model's forward returns
     below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
     loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
@@ -743,6 +752,12 @@ def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
 def attention_kernel(model: Model, recipe: Recipe) -> str:
     """Attention that a recipe comes to: where transformers has no sdpa for the model (soft-capping, sinks), flash; eager in fp32, as
     flash computes in 16 bits only."""
+    if model.own_flash and recipe.attention == NO_SDPA:
+        raise RecipeError(
+            f"{model.name} has flash attention of its own, which is not counted.\nUse --attention sdpa or eager."
+        )
+    if model.eager_only:
+        return "eager"
     if not runs_sdpa(recipe.attention) or model.has_sdpa:
         return recipe.attention
     return "eager" if recipe.runs_in_fp32 else NO_SDPA
@@ -764,9 +779,10 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     """The first hidden states, and what the model's code still holds beside them: position ids, what the embedding gave. joins_view: the gradient that a tied
     head made of the table is a view. packed: position ids come with the batch."""
     model, tape = w.model, w.tape
+    places = w.t if w.code.counts_positions else w.places
     with tape.assign_role(Role.POSITIONS):
-        ids = tape.new(POSITION_IDS, w.places, "int64")
-    changed = model.scaled_embedding or model.learned_positions
+        ids = tape.new("alibi", "b H s", w.wide) if model.alibi else tape.new(POSITION_IDS, places, "int64")
+    changed = model.scaled_embedding or model.learned_positions or model.embedding_norm
     looked_up = w.new("embeddings", "d", w.wide) if changed else w.hidden()
     joins = Joined(table, joins_view) if model.tied else None
     workspace = WeightWorkspace(table, SortedLookups(model.vocab, model.hidden), "bs")
@@ -775,16 +791,32 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.hidden())
         variables = [hidden]
-    if not packed:
+    if w.code.counts_positions:
+        ones = tape.new("ones for tokens", places, "float32")
+        tape.op("ones for tokens", [], ones)
+        variables.append(ones)
+    if model.embedding_norm:
+        with tape.assign_role(Role.LAYER_INPUT):
+            hidden = w.norm(looked_up, "embedding norm")
+    if model.alibi:
+        wide = tape.new("alibi, fp32", "H s", "float32"), tape.new("alibi, repeated", "b H s", "float32")
+        tape.op("alibi", [], ids, temps=wide)
+    elif not packed:
         tape.op(POSITION_IDS, [], ids)
     if model.learned_positions:
-        positions = tape.new("position embeddings", f"{w.places} d", w.wide)
+        positions = tape.new("position embeddings", f"{places} d", w.wide)
         sizes = model.learned_positions, model.hidden
         rows = w.weight("position embeddings", *sizes, kinds=(WeightKind.EMBEDDINGS,))
-        # its gradient's workspace is smaller than that of the table of token ids, and is gone before that comes
-        tape.op("embedding of positions", [ids], positions, keeps=(ids,), weights=(rows,))
+        # the workspace of one row's gradient is smaller than that of the table of token ids, and is gone before that comes
+        looked_at, lookups = ids, tuple[WeightWorkspace, ...]()
+        if w.code.counts_positions:
+            looked_at = tape.op("rows of positions", [ids], tape.new("rows of positions", places, "int64"))
+            lookups = (WeightWorkspace(rows, SortedLookups(*sizes), "bs"),)
+        tape.op(
+            "embedding of positions", [looked_at], positions, keeps=(looked_at,), weights=(rows,), workspaces=lookups
+        )
         y = w.hidden()
-        grads = ((hidden, None), (positions, tape.grad(positions)))
+        grads = ((hidden, None), (positions, None if w.code.counts_positions else tape.grad(positions)))
         hidden = tape.op("embedding add", [hidden, positions], y, grads=grads)
         variables.append(positions)
     dropout = model.dropout if model.embedding_dropout is None else model.embedding_dropout
@@ -801,7 +833,8 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     if w.model.idle_window is not None:
         kinds[LayerKind(w.model.idle_window)] = None
     sliding = {kind: kind.window is not None for kind in kinds}
-    masks = {is_sliding: _mask(w, is_sliding, layout) for is_sliding in dict.fromkeys(sliding.values())}
+    asking = {(kind.window is not None, kind.causal_mask): kind for kind in kinds}
+    masks = {asked: _mask(w, kind, layout) for asked, kind in asking.items()}
     several = w.code.local_rotary
     rotary = {
         is_sliding: _rotary_tables(w, layout)
@@ -809,14 +842,17 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     }
     tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
     kept_tables = {kind: tables[kind] if kind.rotary and not w.code.interleaved_tables else () for kind in kinds}
-    return {kind: ((ids, *tables[kind], *masks[sliding[kind]]), kept_tables[kind]) for kind in kinds}
+    return {
+        kind: ((ids, *tables[kind], *masks[kind.window is not None, kind.causal_mask]), kept_tables[kind])
+        for kind in kinds
+    }
 
 
 def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
     """cos and sin of positions, in the order of transformers' rotary embeddings, which compute in fp32 and hold it all until the end."""
     a, model = w.model.attention, w.model
     width = a.latent.rope_dim if a.latent else a.rotary_dim
-    if not width:
+    if not width or w.code.rotary == "every two":  # of which each layer has its own
         return ()
     positions = w.tape.op("positions to fp32", [], w.tape.new("positions, fp32", w.places, "float32"))
     angles = _for_positions(w, "rotary angles", width // 2, "float32", positions)
@@ -849,14 +885,17 @@ def _for_positions(
     return w.tape.op(name, list(inputs), w.tape.new(name, f"{w.places} {width}", dtype), holds=holds)
 
 
-def _mask(w: Writer, sliding: bool, layout: Layout) -> tuple[Tensor, ...]:
+def _mask(w: Writer, kind: LayerKind, layout: Layout) -> tuple[Tensor, ...]:
     """An explicit attention mask: made once in forward, for all layers of a kind."""
     parts: tuple[Tensor, ...] = ()
-    if not runs_sdpa(layout.recipe.attention) and KERNELS[layout.recipe.attention].makes_causal_mask:
+    attention = attention_kernel(w.model, layout.recipe)
+    if not runs_sdpa(attention) and KERNELS[attention].makes_causal_mask:
         mask = w.tape.new("causal mask", "b s s", layout.recipe.used_dtype)
     elif layout.masked and layout.recipe.packing > 1:
         mask = w.tape.new("mask of packed samples", "b s s", "bool")
-    elif sliding and layout.masked:
+    elif kind.causal_mask and runs_sdpa(attention):
+        mask = w.tape.new("causal mask", "s s", "bool")
+    elif kind.window is not None and layout.masked:
         mask = w.tape.new("sliding-window mask", "s s", "bool")
         parts = (w.tape.new("window, and causality", "s s", "bool"),) * 2  # of which it is made
     else:
@@ -877,7 +916,9 @@ class LayerCall(NamedTuple):
         return self.arguments if recompute else self.tables
 
 
-def _layers(tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], recipe: Recipe) -> Tensor:
+def _layers(
+    tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], recipe: Recipe
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     every, offload = segment_length(recipe, len(layers)), recipe.offload_layer_inputs
     if every < 2:
         return _chain(tape, hidden, layers, checkpointed_layers(recipe, len(layers)), offload)
@@ -898,7 +939,7 @@ def _segment(dims: dict[str, int], dtype: str, layers: list[LayerCall]) -> Layer
     segment.sources.append(segment.new(HIDDEN, "b s d", dtype))
     _chain(segment, segment.sources[0], [LayerCall(layer.tape, (), ()) for layer in layers], ())
     arguments = tuple(dict.fromkeys(tensor for layer in layers for tensor in layer.arguments))
-    return LayerCall(segment.build_tape(), arguments, ())
+    return LayerCall(replace(segment.build_tape(), returned=layers[-1].tape.returned), arguments, ())
 
 
 def segment_length(recipe: Recipe, layers: int) -> int:
@@ -933,11 +974,13 @@ def stored_inputs(recipe: Recipe, layers: int) -> int:
 
 def _chain(
     tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], checkpointed: Container[int], offload: bool = False
-) -> Tensor:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not. checkpointed:
-    the numbers of those that are; offload: the inputs of these go to CPU RAM."""
+    the numbers of those that are; offload: the inputs of these go to CPU RAM. Returns hidden states, and what the last layer returned beside
+    them."""
     count = len(layers)
     leaving: tuple[Tensor, ...] = ()  # to CPU RAM: it is let go when the next one does
+    returned: tuple[Tensor, ...] = ()  # by the layer before, beside hidden states
     for i, call in enumerate(layers):
         stage = Stage.of_layer(i, count) if tape.stage is not None else None
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
@@ -947,9 +990,12 @@ def _chain(
         arguments = call.list_kept(recompute)
         part = Part(call.tape, recompute=recompute, offload=offload and recompute, arguments=arguments)
         leaving = (hidden,) if part.offload else leaving
-        tape.add(Op(name, (hidden,), (out,), part=part, stage=stage, holds=() if recompute else leaving))
+        held = (*returned, *(() if recompute else leaving))
+        # where nothing is run again, backward keeps it anyway
+        returned = tuple(tape.new(t.name, t.shape, t.dtype) for t in call.tape.returned) if recompute else ()
+        tape.add(Op(name, (hidden,), (out, *returned), part=part, stage=stage, holds=held))
         hidden = out
-    return hidden
+    return hidden, returned
 
 
 def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: bool) -> None:

@@ -313,6 +313,7 @@ class Tape:
     outputs: tuple[Tensor, ...]
     sources: tuple[Tensor, ...] = ()  # tensors that come in and stay the caller's
     held: tuple[Tensor, ...] = ()  # until the whole graph goes
+    returned: tuple[Tensor, ...] = ()  # of a layer, beside its output
     group: Group | None = None  # of the weights that are outside of parts with a group; gathered throughout
     in_transfer: Tensor | None = (
         None  # an offloaded input: in backward, of the part before the one at hand; of the last part in the loss

@@ -101,12 +101,13 @@ def _attention_on_cuda(
             str(q.dtype)[6:],
             q.shape[-1],
             v.shape[-1],
-            k.shape[1] != q.shape[1],
+            enable_gqa and k.shape[1] != q.shape[1],
             attn_mask is not None,
             dropout_p,
             platform,
+            not enable_gqa and k.shape[1] != q.shape[1],
         )
-        call = Call(q, k, v, attn_mask, dropout_p, is_causal, scale, plain, samples)
+        call = Call(q, k, v, attn_mask, dropout_p, is_causal, scale, plain, samples, enable_gqa)
         return STAND_INS[chosen(name, asked).name].attend(call, recorder)
 
     return attention

@@ -341,6 +341,5 @@ OTHER_FAMILIES = {
     "gemma4_text": _RELEASE,
     "qwen3_5_text": _RELEASE,
     "qwen3_next": f"{_RELEASE}; {_COPY}",
-    "falcon": "not explained yet: up to 1.12 GB in a layer's backward, of the size of (b, H, s, s), and 0.22 GB at the end of forward",
 }
 """Families that the formula does not read, measured on the H100: what is off by more than 0.1% at some instant of the trace, and why."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BioGptConfig, BioGptForCausalLM
 
 from mstplan.errors import UnreadError
 from mstplan.measuring import sweep
@@ -22,12 +22,12 @@ from ..tracing.test_any_model import _with_own_code
 from ..tracing.tiny import write_tiny
 from .conftest import Run
 
-OPT = {
-    "model_type": "opt",
-    "architectures": ["OPTForCausalLM"],
+BIOGPT = {
+    "model_type": "biogpt",
+    "architectures": ["BioGptForCausalLM"],
     "hidden_size": 64,
-    "word_embed_proj_dim": 64,
-    "ffn_dim": 256,
+    "intermediate_size": 256,
+    "scale_embedding": True,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "vocab_size": 500,
@@ -51,19 +51,19 @@ FLEX_OLMO = {
     "torch_dtype": "bfloat16",
     "pad_token_id": 0,
 }
-PARAMETERS = sum(weight.numel() for weight in OPTForCausalLM(OPTConfig(**OPT)).parameters())
-WHY = "mstplan does not read configs of this family yet (model_type 'opt'); it has word_embed_proj_dim, ffn_dim."
+PARAMETERS = sum(weight.numel() for weight in BioGptForCausalLM(BioGptConfig(**BIOGPT)).parameters())
+WHY = "mstplan does not read configs of this family yet (model_type 'biogpt'); it has scale_embedding."
 ON = ("--gpu-mem", "1GB")
-PLAN = ("plan", "-m", "opt.json", *ON, "--seq-len", "1k", "-s", "checkpoint")
+PLAN = ("plan", "-m", "biogpt.json", *ON, "--seq-len", "1k", "-s", "checkpoint")
 TRACE = ("trace", *PLAN[1:])
-MAX_SEQ = ("max-seq", "-m", "opt.json", *ON, "--checkpoint", "layer")
-FORMULA = (("plot", "-m", "opt.json", *ON), ("theorem", "-m", "opt.json", *ON), ("shapes", "-m", "opt.json"))
+MAX_SEQ = ("max-seq", "-m", "biogpt.json", *ON, "--checkpoint", "layer")
+FORMULA = (("plot", "-m", "biogpt.json", *ON), ("theorem", "-m", "biogpt.json", *ON), ("shapes", "-m", "biogpt.json"))
 
 
 @pytest.fixture(autouse=True)
 def model(tmp_path: Path) -> Path:
-    path = tmp_path / "opt.json"
-    path.write_text(json.dumps(OPT))
+    path = tmp_path / "biogpt.json"
+    path.write_text(json.dumps(BIOGPT))
     return path
 
 
@@ -125,14 +125,14 @@ def test_without_torch_two_lines_say_what_to_install(
     run: Run, without_torch: None, asked: tuple[str, ...], tmp_path: Path
 ) -> None:
     said = run(*asked)
-    assert said.code == 2 and not said.out and said.err == f"mstplan: 'opt.json': {WHY}\n{WAY_OUT}\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["opt.json"]
+    assert said.code == 2 and not said.out and said.err == f"mstplan: 'biogpt.json': {WHY}\n{WAY_OUT}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["biogpt.json"]
 
 
 @pytest.mark.parametrize("asked", FORMULA, ids=lambda asked: asked[0])
 def test_what_only_the_formula_answers_is_refused(run: Run, asked: tuple[str, ...]) -> None:
     said = run(*asked)
-    assert said.code == 2 and said.err == f"mstplan: 'opt.json': {WHY}\n{WAY_OUT}\n" and not said.out
+    assert said.code == 2 and said.err == f"mstplan: 'biogpt.json': {WHY}\n{WAY_OUT}\n" and not said.out
 
 
 def test_where_the_trace_fails_too_both_reasons_are_said(run: Run, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def parameters(name: str) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "config"), [("opt", OPT), ("flex-olmo", FLEX_OLMO)])
+@pytest.mark.parametrize(("name", "config"), [("biogpt", BIOGPT), ("flex-olmo", FLEX_OLMO)])
 def test_max_seq_and_plan_agree(run: Run, tmp_path: Path, name: str, config: dict[str, object]) -> None:
     (tmp_path / f"{name}.json").write_text(json.dumps(config))
     asked = ("-m", f"{name}.json", *ON)
@@ -250,9 +250,9 @@ def test_max_seq_and_plan_agree(run: Run, tmp_path: Path, name: str, config: dic
 
 
 def test_strategies_are_traced_until_one_fits(run: Run) -> None:
-    told = run("plan", "-m", "opt.json", *ON, "--seq-len", "8", "--json").json
+    told = run("plan", "-m", "biogpt.json", *ON, "--seq-len", "8", "--json").json
     assert told["strategy"] == "standard" and [s["strategy"] for s in told["strategies"]] == ["standard"]
     told = run(
-        "plan", "-m", "opt.json", *ON, "-s", "standard,checkpoint", "--seq-len", "4000", "--batch", "64", "--json"
+        "plan", "-m", "biogpt.json", *ON, "-s", "standard,checkpoint", "--seq-len", "4000", "--batch", "64", "--json"
     ).json
     assert [s["strategy"] for s in told["strategies"]] == ["standard", "checkpoint"] or told["fits"]

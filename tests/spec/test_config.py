@@ -69,8 +69,19 @@ def their_windows(config):
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-NEEDED = {"dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2}}
-"""Fields without which transformers makes no such model."""
+def their_kv_heads(config):
+    """Heads of keys, as the modelling code of transformers takes them."""
+    if config.model_type == "falcon":
+        return config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+NEEDED = {
+    "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+}
+"""Fields without which transformers makes no such model, or none that runs."""
 
 
 def small(model_type, **changes):
@@ -104,10 +115,10 @@ def test_shipped_model_is_what_transformers_reads(name):
     assert model.hidden == config.hidden_size
     assert model.layers == config.num_hidden_layers
     assert model.vocab == config.vocab_size
-    assert model.context == config.max_position_embeddings
+    assert model.context == getattr(config, "max_position_embeddings", None)
     assert model.tied is config.tie_word_embeddings
     assert model.attention.heads == config.num_attention_heads
-    assert model.attention.kv_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    assert model.attention.kv_heads == their_kv_heads(config)
     assert [kind.window for kind in model.layer_kinds] == their_windows(config)
     if model.attention.latent is None:
         derived = config.hidden_size // config.num_attention_heads
@@ -116,10 +127,10 @@ def test_shipped_model_is_what_transformers_reads(name):
         assert model.attention.head_dim == config.qk_head_dim
         assert model.attention.v_head_dim == config.v_head_dim
     rope = getattr(config, "rope_parameters", None) or {}
-    if model.model_type != "gpt2" and model.attention.latent is None:
+    if FAMILIES[model.model_type].positions == "rotary" and model.attention.latent is None:
         assert model.attention.rotary_dim == int(model.attention.head_dim * rope.get("partial_rotary_factor", 1.0))
-    if model.mlp is not None and model.model_type != "gpt2":
-        assert model.mlp.width == getattr(config, FAMILIES[model.model_type].mlp_width)
+    if model.mlp is not None:
+        assert model.mlp.width == (getattr(config, FAMILIES[model.model_type].mlp_width) or 4 * config.hidden_size)
     if model.experts is not None:
         assert model.experts.per_token == config.num_experts_per_tok
         numbers = [getattr(config, name, None) for name in _ALIASES["num_experts"]]
@@ -131,12 +142,14 @@ def test_defaults_are_those_of_transformers(model_type):
     config = CONFIG_MAPPING[model_type]()
     rope = getattr(config, "rope_parameters", None) or {}
     for key, value in FAMILIES[model_type].defaults.items():
-        if key == "dtype" or (model_type == "gpt2" and key in ("intermediate_size", "partial_rotary_factor")):
+        if key == "dtype" or (key == "intermediate_size" and value is None):
             continue
         if key in ("hidden_act", "hidden_activation") and not hasattr(config, key):
             continue
-        if key == "num_key_value_heads" and value is None:
-            assert getattr(config, key, None) in (None, config.num_attention_heads)
+        if key == FAMILIES[model_type].mlp_width and value is None:
+            assert getattr(config, key, None) in (None, 4 * config.hidden_size)
+        elif key == "num_key_value_heads" and value is None:
+            assert FAMILIES[model_type].multi_query or getattr(config, key, None) in (None, config.num_attention_heads)
         elif key == "sliding_window" and getattr(config, "use_sliding_window", True) is False:
             assert type(config)(use_sliding_window=True).sliding_window == value
         elif key == "partial_rotary_factor":
@@ -155,7 +168,7 @@ def test_absent_fields_are_filled_as_transformers_fills_them(model_type):
     assert model.tied is getattr(config, "tie_word_embeddings", False)  # of a text part the whole says it
     assert [kind.window for kind in model.layer_kinds] == their_windows(config)
     if model.attention.latent is None:
-        assert model.attention.kv_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        assert model.attention.kv_heads == their_kv_heads(config)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
@@ -170,7 +183,7 @@ def parameters(model):
     norms = norm * {"sandwich": 4, "one-norm": 1}.get(model.block, 2)
     layers = sum(norms + attention_weights(model) + mlp_weights(model, kind.experts) for kind in model.layer_kinds)
     head = model.vocab * (hidden * (not model.tied) + model.head_bias)
-    return layers + norm + head + hidden * (model.vocab + model.learned_positions)
+    return layers + norm * (1 + model.embedding_norm) + head + hidden * (model.vocab + model.learned_positions)
 
 
 def attention_weights(model):

@@ -165,9 +165,9 @@ def test_what_is_read_is_what_the_list_says():
 
 # --- other names, other families --------------------------------------------------------------------------------------------
 
-OPT = {
-    "model_type": "opt",
-    "architectures": ["OPTForCausalLM"],
+XGLM = {
+    "model_type": "xglm",
+    "architectures": ["XGLMForCausalLM"],
     "hidden_size": 4096,
     "ffn_dim": 16384,
     "num_hidden_layers": 32,
@@ -192,7 +192,9 @@ INTERNVL = {
 
 
 def test_a_published_file_is_never_called_incomplete():
-    assert refused(OPT) == "FILE: mstplan does not read configs of this family yet (model_type 'opt'); it has ffn_dim."
+    assert (
+        refused(XGLM) == "FILE: mstplan does not read configs of this family yet (model_type 'xglm'); it has ffn_dim."
+    )
     assert (
         "names of fields (model_type 'openelm') yet: it finds no hidden_size, num_hidden_layers, num_attention_heads, intermediate_size"
         in refused(OPENELM)

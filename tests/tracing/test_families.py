@@ -61,6 +61,17 @@ VARIANTS = [
     ("smollm3", {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 1024}),
     ("stablelm", {"hidden_dropout": 0.1}),  # after the MLP only
     ("stablelm", {"use_parallel_residual": True}),
+    ("opt", {"ffn_dim": 1408, "max_position_embeddings": 4096}),
+    ("opt", {"ffn_dim": 1408, "max_position_embeddings": 4096, "dropout": 0.0, "enable_bias": False}),
+    ("falcon", {}),  # whose one head of keys products broadcast
+    ("falcon", {"multi_query": False}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4}),  # two norms
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4, "num_ln_in_parallel_attn": 1}),
+    ("gpt_bigcode", {"n_positions": 4096}),  # a buffer of causality
+    ("gpt_bigcode", {"n_positions": 4096, "multi_query": False, "resid_pdrop": 0.0}),
+    ("gptj", {"n_positions": 4096, "resid_pdrop": 0.1}),  # each layer has a buffer of positions
+    ("codegen", {"n_positions": 4096}),
+    ("bloom", {"n_layer": 3, "n_head": 8, "hidden_dropout": 0.1}),  # alibi, a norm of embeddings
     ("granite", {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
 ]
 

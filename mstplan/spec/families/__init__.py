@@ -7,23 +7,27 @@ from __future__ import annotations
 
 from . import (
     apertus,
+    bloom,
     cohere,
     deepseek,
     dots,
     ernie,
     ernie_moe,
     exaone,
+    falcon,
     gemma,
     glm,
     gpt2,
     gpt_neox,
     gpt_oss,
+    gptj,
     llama,
     llama4,
     minimax,
     mistral,
     nemotron,
     olmo,
+    opt,
     phi,
     qwen,
     seed_oss,
@@ -49,6 +53,10 @@ _DENSE = (
     nemotron,
     cohere,
     apertus,
+    opt,
+    falcon,
+    gptj,
+    bloom,
 )
 _FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from ..model import Block, Norm, QkNorm, Router
+from ..model import Block, Keys, Norm, QkNorm, Router
 from ..releases import Number
 
 LAYER = "layer"
@@ -117,8 +117,9 @@ class Routed(NamedTuple):
 class Code(NamedTuple):
     """Deviations of a family's modelling code from Llama's, where it decides which tensors are made and held."""
 
-    rotary: Literal["rotate half", "halves", "complex"] = "rotate half"
-    """x cos + rotate_half(x) sin; (x1 cos - x2 sin, x2 cos + x1 sin); pairs as complex numbers times a rotation."""
+    rotary: Literal["rotate half", "halves", "complex", "every two"] = "rotate half"
+    """x cos + rotate_half(x) sin; (x1 cos - x2 sin, x2 cos + x1 sin); pairs as complex numbers times a rotation; x cos + rotate_every_two(x) sin, of a
+    layer's own table."""
     rotary_in_fp32: bool = False  # cos and sin stay in fp32; queries and keys are cast back
     widens_before_rotary: bool = False  # queries and keys are cast to fp32 before they are turned, and back
     widened_rotary: bool = False  # before they are multiplied queries and keys are cast to it, too
@@ -126,19 +127,40 @@ class Code(NamedTuple):
     half_tables: bool = False  # cos and sin have one entry for both halves
     joins_rotary: bool = False  # torch.cat joins the turned part and the rest of queries and keys, be there no rest
     local_rotary: bool = False  # layers with a window have frequencies of their own
+    attends_itself: bool = (
+        False  # it does not call attention by transformers' interface: layers in pieces run all of it whole
+    )
+    scales_in_place: bool = False  # eager attention scales its scores in place
+    returns_weights: bool = (
+        False  # a layer returns the attention matrix, which the model's loop holds until the next has run
+    )
+    multiplies_views: bool = (
+        False  # layers multiply by views of weights: autocast keeps no copies, pieces add up whole gradients
+    )
     slices_qkv: bool = False  # a fused projection is sliced: each gradient lies in zeros of the whole
     qk_norm_last: bool = False  # queries and keys are normalised when values are made, too
     late_qk_norm: bool = False  # queries and keys are normalised after they are turned
     drops_mlp_only: bool = False  # no dropout follows attention
     holds_parts: bool = False  # variables hold the turned part and the rest of queries and keys until attention is done
     holds_qkv: bool = False  # variables hold input, queries, keys and values until dropout after attention is done
+    norms_first: bool = False  # the MLP's norm runs before attention
+    adds_within: bool = (
+        False  # attention and the MLP add the residual themselves, while their variables hold what they made
+    )
+    adds_in_place: bool = False  # attention's output is added to the MLP's in place
     adds_branches_first: bool = False  # attention's output and the MLP's are added before the layer's input is
     holds_normed: bool = False  # the block's variables hold attention's input and output
     frees_normed: bool = False  # no variable of a norm holds what it makes in fp32
     holds_attended: bool = False  # the block's variables hold attention's output
     holds_block: bool = False  # the block's variables hold attention's output and the MLP's input
+    copies_heads: bool = False  # heads are copied out of a fused product
+    indexes_sinusoids: bool = False  # of a layer's own table, which makes queries and keys fp32
+    fp32_scores: bool = False  # eager attention widens queries and keys before their product
     softmax_as_scores: bool = False  # eager attention's softmax stays in the scores' dtype
     fp32_expert_scores: bool = False
+    counts_positions: bool = False  # position ids are counted from a mask of ones, (b, s)
+    scales_queries: bool = False  # queries are multiplied by a number as soon as they are made
+    frees_mlp_input: bool = False  # no variable holds the MLP's input while its second matrix runs
     scales_branches: bool = False  # what attention and MLP give is multiplied by a number before it is added
     scales_logits: bool = False  # so are the logits
     fp32_router_logits: bool = False  # what chooses experts is cast to fp32
@@ -166,7 +188,14 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     qk_norm: QkNorm = "none"
     square_output: bool = False  # attention's output projection is as wide as hidden states: heads must be, too
     qk_norm_switch: str | None = None  # where this is false, there is none
-    own_heads: bool = True  # num_key_value_heads and head_dim may differ from num_attention_heads and hidden / heads
+    own_heads: bool | str = (
+        True  # heads of keys and head_dim may differ from num_attention_heads and hidden / heads; a switch: the former
+    )
+    kv_heads: str = "num_key_value_heads"  # the field that holds it
+    multi_query: str | None = (
+        None  # the switch under which, where there are no own heads, all queries share one head of keys
+    )
+    keys: Keys = "shared"
     latent: bool = False
     # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds; chunked: of
     # attention_chunk_size, the layers whose queries and keys are turned
@@ -177,9 +206,12 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     # of which layers queries and keys are not turned. listed: by no_rope_layers; full: those without a window
     unturned: Literal["none", "listed", "full", "full beside windows"] = "none"
     tempered: str | None = None  # the switch of factors on queries that are not turned, of their positions
-    mlp_width: str = "intermediate_size"  # the field that holds it
+    mlp_width: str = (
+        "intermediate_size"  # the field that holds it; where its default is null, four times the hidden size
+    )
     experts: Routed | None = None
     activation: str = "hidden_act"
+    fixed_activation: str | None = None  # what all its files mean, which do not say it
     attention_dropout: str = "attention_dropout"
     dropout: str | None = None  # the field of the dropout after attention and MLP
     embedding_dropout: str | None = (
@@ -188,11 +220,24 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     softcap: bool = False  # attn_logit_softcapping acts
     sinks: bool = False
     rotary_width: str | None = None  # the field that holds how many numbers of a head are turned
-    learned_positions: bool = False
+    positions: Literal["rotary", "learned", "alibi"] = "rotary"  # learned: a table of them; alibi: biases of scores
+    first_position: int = 0  # row of the first token in the table of learned positions
     scaled_embedding: bool = False
+    embedding_norm: bool = False
     has_sdpa: bool = True
+    eager_only: bool = False  # nor FlashAttention that goes by transformers' interface
+    own_flash: bool = False  # its FlashAttention is code of its own, which is not counted
+    always_masked: bool = False  # sdpa is given an explicit causal mask
     no_sdpa_from: Number | None = None  # the release of transformers from which it has none
+    buffers: Literal["none", "causality", "sinusoids"] = (
+        "none"  # for all positions: of pairs of them, once; of each, in every layer
+    )
     uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
+    only: Mapping[str, object] = MappingProxyType({})
+    """Values that alone are counted, by field; text: the name of the field that holds it."""
+    norms: str | None = (
+        None  # the field that holds how many norms parallel branches have; with own heads two, where it is null
+    )
     parallel_switch: str | None = None  # where this is false, the block is a plain one
     gelu_is_tanh: bool = False  # its first files say gelu and mean the tanh approximation, as transformers corrects
     code: Code = Code()

@@ -8,10 +8,10 @@ FAMILIES = {
     "gpt2": Family(
         defaults(
             *(768, 12, 12, None, 50257, None),
+            n_inner=None,
             max_position_embeddings=1024,
             activation_function="gelu_new",
             tie_word_embeddings=True,
-            partial_rotary_factor=0.0,
             resid_pdrop=0.1,
             attn_pdrop=0.1,
             embd_pdrop=0.1,
@@ -25,11 +25,12 @@ FAMILIES = {
         fused_qkv=True,
         gated=False,
         own_heads=False,
+        mlp_width="n_inner",
         activation="activation_function",
         attention_dropout="attn_pdrop",
         dropout="resid_pdrop",
         embedding_dropout="embd_pdrop",
-        learned_positions=True,
+        positions="learned",
         uncounted=("add_cross_attention", "reorder_and_upcast_attn"),
         code=Code(holds_qkv=True, holds_block=True, softmax_as_scores=True),
         names={

@@ -35,10 +35,15 @@ def runs_sdpa(attention: str) -> bool:
 def chosen(attention: str, asked: AttentionCall) -> Kernel:
     """The kernel that a recipe's attention comes to. Raises RecipeError for one that is named and does not serve."""
     if attention == SDPA:
-        return next(each for each in KERNELS.values() if each.is_asked(asked.platform) and each.serves(asked))
+        return next(each for each in KERNELS.values() if each.is_asked(asked.platform) and _serves(each, asked))
     kernel = KERNELS[attention]
-    if kernel.within_sdpa and not kernel.serves(asked):
+    if kernel.within_sdpa and not _serves(kernel, asked):
         raise RecipeError(
             f"attention {attention} does not serve {asked.words}.\nUse --attention sdpa, which chooses one that does."
         )
     return kernel
+
+
+def _serves(kernel: Kernel, asked: AttentionCall) -> bool:
+    """from source: aten transformers/sdp_utils_cpp.h, check_batch_size_and_num_heads_dense, which every fused kernel asks."""
+    return kernel.serves(asked) and (kernel.name == Math.name or not asked.broadcast)

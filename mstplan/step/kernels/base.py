@@ -23,6 +23,9 @@ class AttentionCall(NamedTuple):
     masked: bool  # an explicit mask beside causality
     dropout: float = 0.0
     platform: Platform = AMPERE
+    broadcast: bool = (
+        False  # query heads that share a key are not said to (enable_gqa), which the math kernel alone takes
+    )
 
     @property
     def words(self) -> str:
@@ -35,9 +38,10 @@ class AttentionCall(NamedTuple):
     @classmethod
     def from_attention(cls, a: Attention, dtype: str, masked: bool, platform: Platform) -> AttentionCall:
         grouped = (
-            a.kv_heads != a.heads and not masked and a.v_head_dim == a.head_dim <= 256
+            a.keys == "shared" and a.kv_heads != a.heads and not masked and a.v_head_dim == a.head_dim <= 256
         )  # else transformers repeats
-        return cls(dtype, a.head_dim, a.v_head_dim, grouped, masked, a.dropout, platform)
+        broadcast = a.keys == "broadcast" and a.kv_heads != a.heads
+        return cls(dtype, a.head_dim, a.v_head_dim, grouped, masked, a.dropout, platform, broadcast)
 
 
 class Kernel:
@@ -113,19 +117,36 @@ def mask_as_bias(w: Writer, dtype: str) -> Tensor:
 def repeated(w: Writer, x: Tensor) -> Tensor:
     """Keys or values for every query head: a copy, of a single head a view."""
     a = w.model.attention
-    if a.kv_heads == a.heads:
+    if a.kv_heads == a.heads or a.keys == "copied":
         return x
     name, shape = x.name + " for every query head", "b H s e"
     y = w.tape.view(x, name, shape) if a.kv_heads == 1 else w.tape.new(name, shape, x.dtype)
     return w.tape.op("repeat " + x.name, [x], y, grads=((x, w.tape.grad(x)),))
 
 
+def copied_by_head(w: Writer, x: Tensor) -> Tensor:
+    """Queries, keys or values of all heads as the product takes them: of several sequences a copy."""
+    if not w.numerics.several_rows:
+        return x
+    copy = w.tape.new(f"{x.name}, heads first", "b H s e", x.dtype)
+    return w.tape.op(f"{x.name}, heads first", [x], copy, grads=((x, None),))
+
+
+def for_every_head(w: Writer, x: Tensor) -> Tensor:
+    """The single head of keys or values as the product takes it: a view, of several sequences a copy for every query head."""
+    if not w.numerics.several_rows:
+        return repeated(w, x)
+    copy = w.tape.new(f"{x.name} for every query head", "b H s e", x.dtype)
+    return w.tape.op("repeat " + x.name, [x], copy, grads=((x, w.tape.grad(x)),))
+
+
 def scores_of(w: Writer, name: str, dtype: str) -> Tensor:
     return w.tape.new(name, "b H s s", dtype)
 
 
-def mix(w: Writer, weights: Tensor, v: Tensor, holds: tuple[Tensor, ...]) -> Tensor:
-    """The product of the attention matrix and the values, by head, while variables hold `holds`; and its copy, tokens first."""
+def mix(w: Writer, weights: Tensor, v: Tensor, holds: tuple[Tensor, ...], dtype: str = "") -> Tensor:
+    """The product of the attention matrix and the values, by head, while variables hold `holds`; and its copy, tokens first. dtype: that
+    it and the matrix are cast to."""
     tape, a = w.tape, w.model.attention
     e = "e" if a.v_head_dim == a.head_dim else "ev"
     mixed = tape.new("attention mixed, by head", f"b H s {e}", v.dtype)
@@ -138,4 +159,9 @@ def mix(w: Writer, weights: Tensor, v: Tensor, holds: tuple[Tensor, ...]) -> Ten
         flops=((4, a.heads * a.v_head_dim * 2),),
         holds=holds,
     )
+    if dtype and dtype != mixed.dtype:
+        narrow = tape.new(mixed.name, mixed.shape, dtype)
+        copy = tape.new("attention matrix, copied", weights.shape, dtype)
+        grads = ((mixed, tape.grad(mixed)),)
+        mixed = tape.op("cast attention mixed", [mixed], narrow, temps=(copy,), grads=grads, holds=(weights, *holds))
     return tokens_first(w, mixed)

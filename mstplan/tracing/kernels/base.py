@@ -27,6 +27,7 @@ class Call(NamedTuple):
     scale: float | None
     plain: Callable[..., torch.Tensor]  # torch's own function
     samples: int = 1  # in a row, which a kernel that is given no mask tells apart itself
+    enable_gqa: bool = False
 
 
 def laid_out_like(q: torch.Tensor, width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..recorder import Recorder
-from .base import Call, StandIn, bias_of
+from .base import SIXTEEN_BIT, Call, StandIn, bias_of
 
 
 class Math(StandIn):
@@ -19,19 +19,23 @@ class Math(StandIn):
     def attend(self, call: Call, recorder: Recorder) -> torch.Tensor:
         scale = (call.scale or call.q.shape[-1] ** -0.5) ** 0.5
         bias = bias_of(call.mask, call.q.dtype, recorder) if call.mask is not None else None
-        q, k, v = call.q * scale, call.k, call.v
+        queries, k, v = (x.float() if x.dtype in SIXTEEN_BIT else x for x in (call.q, call.k, call.v))
+        q = queries * scale
         if call.mask is None and call.is_causal:
             allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             bias = bias_of(allowed, q.dtype, recorder)
             del allowed
-        if k.shape[1] != q.shape[1]:
+        if call.enable_gqa and k.shape[1] != q.shape[1]:  # else the product broadcasts them
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         scores = q @ (k.transpose(-2, -1) * scale)
         if bias is not None:
             scores = _AddInPlace.apply(scores, bias)
         weights = _SafeSoftmax.apply(scores, recorder)
         del scores
-        return F.dropout(weights, call.dropout) @ v if call.dropout else weights @ v
+        mixed = F.dropout(weights, call.dropout) @ v if call.dropout else weights @ v
+        out = mixed.to(call.q.dtype)
+        _second_result = weights.to(call.q.dtype)
+        return out
 
 
 class _AddInPlace(torch.autograd.Function):
