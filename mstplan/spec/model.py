@@ -19,6 +19,10 @@ QkNorm = Literal["none", "head", "full", "unweighted"]
 """Of each head (Qwen3, Gemma 3), over the whole width (OLMo 2), of each head when it is turned, without a weight (Llama 4)."""
 
 
+Mixer = Literal["attention", "short conv"]
+"""What mixes a layer's tokens."""
+
+
 class Latent(NamedTuple):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, keys and values."""
 
@@ -69,10 +73,18 @@ class Experts(NamedTuple):
     clamped: bool = False  # gpt-oss' clamped, interleaved activation
 
 
+class ShortConv(NamedTuple):
+    """A convolution over a few tokens between two products with gates (LFM2)."""
+
+    kernel: int  # tokens
+    bias: bool = False
+
+
 class LayerKind(NamedTuple):
     window: int | None = None  # tokens of a sliding window; None: full attention
     experts: bool = False  # a mixture of experts instead of the dense MLP
     rotary: bool = True  # False: its queries and keys are not turned, though the model has rotary positions
+    mixer: Mixer = "attention"
 
 
 class StandIn(NamedTuple):
@@ -93,6 +105,7 @@ class Model(NamedTuple):
     attention: Attention
     mlp: Mlp | None  # of the dense layers; None: every layer has experts
     experts: Experts | None = None
+    mixer: ShortConv | None = None  # of the layers that mix tokens otherwise than by attention
     norm: Norm = "rms"
     norm_bias: bool = False
     block: Block = "pre"

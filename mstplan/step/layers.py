@@ -26,6 +26,7 @@ from .instants import Stage
 from .kernels import chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel, heads_first
 from .liger import kernels_for
+from .mixers import mix
 from .roles import Purpose, Role
 from .selection import WeightKind
 from .tape import (
@@ -989,7 +990,7 @@ class Writer:
             return self._softmax_of_top(x, logits)
         probs = self._router_probabilities(logits, e)
         chosen = self.new("chosen experts", "A", "int64")
-        top = self.new("top probabilities", "A", "float32")
+        top = self.new("top probabilities", "A", probs.dtype)
         grads = ((probs, self.tape.grad(probs)),)
         self.tape.op(
             "top experts",
@@ -1042,8 +1043,9 @@ class Writer:
 
     def _router_probabilities(self, logits: Tensor, e: Experts) -> Tensor:
         """Softmax or sigmoid of all logits, in fp32."""
-        probs = self.new("router probabilities", "X", "float32")
-        cast = () if logits.dtype == "float32" else (self.new("router logits in fp32", "X", "float32"),)
+        plain = self.code.plain_router or logits.dtype == "float32"
+        probs = self.new("router probabilities", "X", logits.dtype if plain else "float32")
+        cast = () if plain else (self.new("router logits in fp32", "X", "float32"),)
         if e.router == "softmax":
             return self.softmax("router probabilities", logits, probs, *cast)
         grads = ((logits, self.tape.grad(logits)),)
@@ -1069,7 +1071,7 @@ class Writer:
         scores = self.new("expert scores", "A", "float32" if fp32 else None)
         if not e.normalised and not e.router_fp32:
             return self.cast(top, scores.dtype, scores.name)
-        total = self.new("sum of top probabilities", "", "float32")
+        total = self.new("sum of top probabilities", "", top.dtype)
         clamped = (self.new("sum of top probabilities, clamped", "", "float32"),) if self.code.corrected else ()
         sums = (total, *clamped) if e.normalised else ()
         kept = (top, *sums) if e.normalised else ()
@@ -1172,12 +1174,14 @@ def layer(
 ) -> Tape:
     """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d); frozen: names of its weights that are not trained."""
     if chunks.layer:
-        return _layer_in_chunks(model, kind, numerics, chunks, frozen)
+        in_chunks = _layer_in_chunks if kind.mixer == "attention" else _mixer_layer_in_chunks
+        return in_chunks(model, kind, numerics, chunks, frozen)
     w = Writer(model, numerics, frozen=frozen)
     w.tape.role = Role.NORM
     x = w.source()
     normed = _attention_input(w, x)
-    return _after_attention(w, x, w.attention(normed, kind), normed, kind, chunks)
+    mixed = w.attention(normed, kind) if kind.mixer == "attention" else mix(w, normed)
+    return _after_attention(w, x, mixed, normed, kind, chunks)
 
 
 def _attention_input(w: Writer, x: Tensor) -> Tensor:
@@ -1285,6 +1289,27 @@ def _layer_in_chunks(
     output = after.attention_output(_joined_groups(after, attended))
     tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
     _in_chunks(w, tape, (x, *attended), "after attention", chunks)
+    return w.tape.build_tape()
+
+
+def _mixer_layer_in_chunks(
+    model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks, frozen: frozenset[str]
+) -> Tape:
+    """A decoder layer in pieces whose tokens mix otherwise than by attention: the module that does so runs whole, the norm before it and
+    what follows run over pieces."""
+    w = Writer(model, numerics, frozen=frozen)
+    x = w.source()
+    before = Writer(model, numerics, "b c", frozen=frozen)
+    before.tape.role = Role.NORM
+    before.norm(before.source(), "input norm")
+    (normed,) = _in_chunks(w, before.tape.build_tape(), (x,), "before the mixer", chunks)
+    mixed = mix(w, normed)
+    after = Writer(model, numerics, "b c", frozen=frozen)
+    after.tape.role = Role.NORM
+    piece = after.source()
+    output = after.source(mixed.name, mixed.dtype, mixed.role)
+    tape = _after_attention(after, piece, output, piece, kind, MlpChunks())
+    _in_chunks(w, tape, (x, mixed), "after the mixer", chunks)
     return w.tape.build_tape()
 
 

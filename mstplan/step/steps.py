@@ -39,6 +39,7 @@ from .selection import Named, Selection, WeightKind
 from .storage import Stored, in_sum
 from .tape import (
     BASIS,
+    MIXER_CHUNKS,
     ZERO,
     Alive,
     Joined,
@@ -142,7 +143,9 @@ class Sizes(NamedTuple):
     def units(self) -> tuple[int, ...]:
         b, s = self.batch, self.seq_len
         in_chunks = b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens
-        return (1, b * s, *in_chunks, b * s * s, s * s, s, b * flash_rows(s), b * s // IDS_PER_PARTIAL_SUM)
+        in_mixers = (b * -(-s // tokens) for tokens in MIXER_CHUNKS.values())
+        tens = b * s // IDS_PER_PARTIAL_SUM
+        return (1, b * s, *in_chunks, b * s * s, s * s, s, b * flash_rows(s), tens, b, *in_mixers)
 
 
 def evaluate(vector: Vector, units: tuple[int, ...]) -> int:
@@ -796,6 +799,7 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     if w.model.idle_window is not None:
         kinds[LayerKind(w.model.idle_window)] = None
     sliding = {kind: kind.window is not None for kind in kinds}
+    attends = {kind: kind.mixer == "attention" for kind in kinds}
     masks = {is_sliding: _mask(w, is_sliding, layout) for is_sliding in dict.fromkeys(sliding.values())}
     several = w.code.local_rotary
     rotary = {
@@ -803,8 +807,10 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
         for is_sliding in dict.fromkeys(sliding[kind] and several for kind in kinds)
     }
     tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
-    kept_tables = {kind: tables[kind] if kind.rotary and not w.code.interleaved_tables else () for kind in kinds}
-    return {kind: ((ids, *tables[kind], *masks[sliding[kind]]), kept_tables[kind]) for kind in kinds}
+    turned = {kind: kind.rotary and attends[kind] and not w.code.interleaved_tables for kind in kinds}
+    kept_tables = {kind: tables[kind] if turned[kind] else () for kind in kinds}
+    given_masks = {kind: masks[sliding[kind]] if attends[kind] else () for kind in kinds}
+    return {kind: ((ids, *tables[kind], *given_masks[kind]), kept_tables[kind]) for kind in kinds}
 
 
 def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:

@@ -31,7 +31,7 @@ from mstplan.errors import ModelError
 from mstplan.spec.catalog import model_names
 from mstplan.spec.config import _ACTIVATIONS, _ALIASES, _REFUSED_TYPES, read_config
 from mstplan.spec.families import FAMILIES, LLAMA_LIKE
-from mstplan.spec.model import Latent, LayerKind, Model
+from mstplan.spec.model import Latent, LayerKind, Model, ShortConv
 from mstplan.step.parameters import parameter_count
 from tests.train.tiny import tiny_config
 
@@ -69,7 +69,10 @@ def their_windows(config):
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-NEEDED = {"dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2}}
+NEEDED = {
+    "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+}
 """Fields without which transformers makes no such model."""
 
 
@@ -151,6 +154,8 @@ def test_absent_fields_are_filled_as_transformers_fills_them(model_type):
     if 32 % (FAMILIES[model_type].defaults["num_key_value_heads"] or 32) == 0:
         del given["num_key_value_heads"]
     given.update(num_attention_heads=32, hidden_size=256, num_hidden_layers=9, num_experts_per_tok=2)
+    if "layer_types" in given:
+        given["layer_types"] = given["layer_types"][:1] * 9
     config, model = CONFIG_MAPPING[model_type].from_dict(dict(given)), read_config(given, model_type)
     assert model.tied is getattr(config, "tie_word_embeddings", False)  # of a text part the whole says it
     assert [kind.window for kind in model.layer_kinds] == their_windows(config)
@@ -168,9 +173,17 @@ def parameters(model):
     """How many weights a model has, by what was read from its file: every size and switch counts."""
     hidden, norm = model.hidden, model.hidden * (2 if model.norm_bias else 1)
     norms = norm * {"sandwich": 4, "one-norm": 1}.get(model.block, 2)
-    layers = sum(norms + attention_weights(model) + mlp_weights(model, kind.experts) for kind in model.layer_kinds)
+    layers = sum(norms + mixing_weights(model, kind) + mlp_weights(model, kind.experts) for kind in model.layer_kinds)
     head = model.vocab * (hidden * (not model.tied) + model.head_bias)
     return layers + norm + head + hidden * (model.vocab + model.learned_positions)
+
+
+def mixing_weights(model, kind):
+    sizes, hidden = model.mixer, model.hidden
+    if kind.mixer == "attention":
+        return attention_weights(model)
+    assert isinstance(sizes, ShortConv)
+    return 4 * hidden * hidden + sizes.kernel * hidden + 5 * hidden * sizes.bias
 
 
 def attention_weights(model):

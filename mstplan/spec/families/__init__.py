@@ -18,6 +18,7 @@ from . import (
     gpt2,
     gpt_neox,
     gpt_oss,
+    lfm2,
     llama,
     llama4,
     minimax,
@@ -50,7 +51,7 @@ _DENSE = (
     cohere,
     apertus,
 )
-_FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4)
+_FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4, lfm2)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """By the model_type of a config.json."""
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from ..model import Block, Norm, QkNorm, Router
+from ..model import Block, Mixer, Norm, QkNorm, Router
 from ..releases import Number
 
 LAYER = "layer"
@@ -143,6 +143,7 @@ class Code(NamedTuple):
     scales_logits: bool = False  # so are the logits
     fp32_router_logits: bool = False  # what chooses experts is cast to fp32
     fp32_router: bool = False  # the router's weight stays in fp32
+    plain_router: bool = False  # probabilities of experts stay in the router's dtype
     corrected: bool = False  # experts are chosen by probabilities with a correction
     shared_first: bool = False  # the shared expert runs before the router
     shared_gate: bool = False  # and is weighed by a gate of its own
@@ -178,6 +179,10 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     unturned: Literal["none", "listed", "full", "full beside windows"] = "none"
     tempered: str | None = None  # the switch of factors on queries that are not turned, of their positions
     mlp_width: str = "intermediate_size"  # the field that holds it
+    adjusted_width: bool = False  # two thirds of it, in whole blocks (block_auto_adjust_ff_dim)
+    mixer: Mixer = "attention"  # of the layers whose layer_types entry names no attention
+    # what tells, where there are no layer_types, which layers have attention; layer_types: nothing does
+    attention_by: Literal["layer_types", "full_attn_idxs", "full_attention_interval"] = "layer_types"
     experts: Routed | None = None
     activation: str = "hidden_act"
     attention_dropout: str = "attention_dropout"
