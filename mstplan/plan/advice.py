@@ -154,7 +154,11 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     return notes + _notes_of_several_gpus(model, recipe)
 
 
-PACKAGES: Mapping[Mixer, tuple[str, str]] = {"short conv": ("Short convolutions run", "causal-conv1d")}
+PACKAGES: Mapping[Mixer, tuple[str, str]] = {
+    "short conv": ("Short convolutions run", "causal-conv1d"),
+    "mamba2": ("Mamba-2's scan runs", "mamba-ssm and causal-conv1d"),
+    "gated delta": ("Linear attention runs", "flash-linear-attention and causal-conv1d"),
+}
 """What mixes tokens otherwise than by attention, and the packages with kernels for it, which transformers takes where it finds them."""
 
 

@@ -281,14 +281,16 @@ def _polynomial(vector: Vector, batch: int, chunks: Chunks, rounding: int) -> tu
 
     rounding 0: chunks, 128-row blocks and tens of tokens are taken as small as rounding can make them; 1: as large.
     """
-    const, bs, bc, bk, bss, ss, s, br, p, b, *in_mixers = vector
-    most = max(MIXER_CHUNKS.values())
-    d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM * most
-    shares = [n * d // tokens for n, tokens in zip(in_mixers, MIXER_CHUNKS.values(), strict=True)]
-    square = (bss * batch + ss) * d
+    const, bs, bc, bk, bss, ss, s, br, p, b, bx, by, bz, bu, bv, buu, bvv = vector
+    few, some, most = MIXER_CHUNKS.values()
+    d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM * most * most
+    over = 1 + rounding  # (s / tokens + over)^2 is what a square of chunks and one more is at least, or at most
+    square = (bss * batch + ss) * d + (buu * d // some**2 + bvv * d // most**2) * batch
     linear = (bs + br) * batch * d + s * d + (bc * d // chunks.mlp + bk * d // chunks.loss) * batch
-    linear += p * batch * d // IDS_PER_PARTIAL_SUM + sum(shares) * batch
-    extra = ((br * 127 + bc + bk) * d + sum(in_mixers) * d) * batch * rounding - p * d * (1 - rounding)
+    linear += p * batch * d // IDS_PER_PARTIAL_SUM
+    linear += (bx * d // few + (by + bu + 2 * over * buu) * d // some + (bz + bv + 2 * over * bvv) * d // most) * batch
+    begun = (bx + by + bz) * rounding + (bu + bv) * over + (buu + bvv) * over**2
+    extra = ((br * 127 + bc + bk) * rounding + begun) * batch * d - p * d * (1 - rounding)
     return square, linear, (const + b * batch) * d + extra, d
 
 

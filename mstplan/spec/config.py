@@ -83,6 +83,8 @@ TEXT_TYPES = {
     "qwen2_5_omni_thinker": "qwen2_5_omni_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen2_vl": "qwen2_vl_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
     "qwen3_vl": "qwen3_vl_text",
     "qwen3_vl_moe": "qwen3_vl_moe_text",
 }
@@ -424,6 +426,7 @@ def _attention(f: _Fields) -> Attention:
         softcap=family.softcap and f.is_set("attn_logit_softcapping"),
         sinks=family.sinks,
         tempered=family.tempered is not None and f.flag(family.tempered),
+        gated=family.gated_attention,
     )
 
 
@@ -443,6 +446,8 @@ def _head_dim(f: _Fields, heads: int) -> int:
 
 
 def _rotary_width(f: _Fields, head_dim: int) -> int:
+    if f.family.rotary_switch is not None and f.find(f.family.rotary_switch)[1] != "rope":
+        return 0
     width = f.optional(f.family.rotary_width, top=head_dim) if f.family.rotary_width is not None else None
     return int(head_dim * _rotary_share(f)) if width is None else width
 

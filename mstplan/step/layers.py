@@ -10,7 +10,7 @@ V vocabulary, X experts, A experts that a token visits, F their width, r tokens 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -101,6 +101,7 @@ class Writer:
         self.tape = TapeWriter({**dims, "He": a.heads * a.head_dim, "Ge": a.kv_heads * a.head_dim}, stage)
         self.wide = numerics.weights  # dtype of the residual stream
         self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
+        self.gate: Tensor | None = None  # of attention's output
         self.used: dict[str, Weight] = {}  # in another part of the same layer
         self.turned_parts: tuple[Tensor, ...] = ()  # of queries and keys, as rotary embedding made them
         self.in_chunks = False  # does the layer around attention run over pieces?
@@ -448,6 +449,13 @@ class Writer:
         """What attention made -> (t, d); variables: that its code holds meanwhile."""
         bias = self.model.attention.out_bias
         with self.tape.assign_role(Role.ATTENTION):
+            if self.gate is not None:
+                sigmoid = self.new("sigmoid of the gate", "H e", self.gate.dtype)
+                self.pointwise("sigmoid", self.gate, sigmoid, sigmoid)
+                mixed = self.multiply(
+                    "attention * gate", mixed, sigmoid, self.new("attention, gated", "H e", mixed.dtype)
+                )
+                self.hold(*variables)
             y = self.linear(mixed, self.new("attention output", "d"), "o_proj", kind=WeightKind.ATTENTION, bias=bias)
             self.hold(*variables)
             y = self.dropout(y, 0.0 if self.code.drops_mlp_only else self.model.dropout)
@@ -467,9 +475,12 @@ class Writer:
             q, k, v = self._split(whole, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
         else:
             by_head = a.qk_norm != "full"  # else the norm is over all heads together
-            q = self.linear(
-                x, self.new("Q", "H e" if by_head else "He"), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
-            )
+            if a.gated:
+                q, fused = self._gated_queries(x, a)
+            else:
+                q = self.linear(
+                    x, self.new("Q", "H e" if by_head else "He"), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
+                )
             early = a.qk_norm in ("head", "full") and not (self.code.qk_norm_last or self.code.late_qk_norm)
             if early:
                 q = self.norm(q, "q_norm")
@@ -522,6 +533,15 @@ class Writer:
             if self.code.holds_parts:
                 held += (*before, *self.turned_parts)
         return q, k, held
+
+    def _gated_queries(self, x: Tensor, a: Attention) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Queries, and what comes with them: the product of both, and the gate as it lies in order (models/qwen3_next/modeling_qwen3_next.py)."""
+        width = str(2 * a.heads * a.head_dim)
+        both = self.linear(x, self.new("Q and gate", width), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
+        q, part = self._split(both, ("Q", f"{self.t} H e"), ("gate", f"{self.t} H e"))
+        self.gate = self.tape.new("gate, in order", f"{self.t} H e", part.dtype)
+        self.tape.op("gate, in order", [part], self.gate, grads=((part, None),))
+        return q, (both, self.gate)
 
     def _unweighted_norm(self, x: Tensor) -> Tensor:
         """Llama 4's L2 norm of a head."""
@@ -842,6 +862,7 @@ class Writer:
         self.hold(*shared)
         outside = (x, scores, chosen, *others, *shared)
         y = self._routed(x, e, scores, chosen, outside)
+        self.beside += (y,) if self.code.shared_apart else ()
         if not e.shared_width:
             return y
         one = shared[0] if first else self._shared_expert(x, e)
@@ -911,7 +932,8 @@ class Writer:
         return scores, logits
 
     def _shared_expert(self, x: Tensor, e: Experts) -> Tensor:
-        return self.mlp(x, Mlp(e.shared_width, e.activation, bias=e.shared_bias), "shared_experts")
+        fused = self.code.fused_shared
+        return self.mlp(x, Mlp(e.shared_width, e.activation, fused=fused, bias=e.shared_bias), "shared_experts")
 
     def _gated(self, x: Tensor, shared: Tensor) -> Tensor:
         """The sigmoid of a product of one column, times what the shared expert made (models/qwen2_moe/modeling_qwen2_moe.py)."""
@@ -1215,7 +1237,8 @@ def _after_attention(
     if block in ("sandwich", "post") and not chunks.recompute:
         with w.tape.assign_role(Role.MLP):
             mlp_out = w.norm(mlp_out, "post-MLP norm")
-    added = mlp_out if chunks.recompute else _scaled(w, mlp_out)
+    apart = kind.experts and w.code.shared_apart
+    added = mlp_out if chunks.recompute and not apart else _scaled(w, mlp_out)
     w.add(middle, added, w.hidden())
     w.hold(mlp_out, *w.beside)
     if w.code.holds_block:
@@ -1250,6 +1273,8 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     model = w.model
     if not (chunks.several or chunks.recompute):
         return w.experts(x, _experts(model)) if kind.experts else w.mlp(x, _mlp(model))
+    if kind.experts and w.code.shared_apart:
+        return _two_in_chunks(w, x, _experts(model), chunks)
     inner = Writer(model, w.numerics, "b c", frozen=w.frozen)
     source = inner.source(x.name, x.dtype, x.role)
     y = inner.experts(source, _experts(model)) if kind.experts else inner.mlp(source, _mlp(model))
@@ -1263,6 +1288,21 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     return _in_chunks(w, inner.tape.build_tape(), (x,), "MLP in chunks", chunks)[0]
 
 
+def _two_in_chunks(w: Writer, x: Tensor, e: Experts, chunks: MlpChunks) -> Tensor:
+    """Routed experts and the shared one, in chunks each for itself, and their sum."""
+
+    def in_chunks(name: str, run: Callable[[Writer, Tensor], Tensor]) -> Tensor:
+        inner = Writer(w.model, w.numerics, "b c", frozen=w.frozen)
+        run(inner, inner.source(x.name, x.dtype, x.role))
+        return _in_chunks(w, inner.tape.build_tape(), (x,), name, chunks)[0]
+
+    routed = in_chunks("experts in chunks", lambda inner, piece: inner.experts(piece, e._replace(shared_width=0)))
+    shared = in_chunks("shared expert in chunks", lambda inner, piece: inner._shared_expert(piece, e))
+    w.beside += (routed,)
+    with w.tape.assign_role(Role.MLP):
+        return w.add(routed, shared, w.new("MLP output", "d", routed.dtype), "add shared experts")
+
+
 # ---- layers in pieces -------------------------------------------------------------------------------------------------
 
 
@@ -1271,6 +1311,11 @@ def _layer_in_chunks(
 ) -> Tape:
     """One decoder layer as mstplan/train/layers.py runs it: attention over all tokens, a group of heads at a time; what is before and after
     it over pieces. Axes H and G of what is whole are those of a group."""
+    if model.attention.gated:
+        raise RecipeError(
+            f"{model.name} gates attention's output by a part of the queries' product, which layers in pieces make twice: that is not counted.\n"
+            "Take mst (-s mst)."
+        )
     groups = chunks.groups
     w = Writer(_of_heads(model, groups), numerics, frozen=frozen)
     w.in_chunks = True

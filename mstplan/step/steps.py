@@ -30,6 +30,7 @@ from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, norm_in_chunks, rotary_dtype
 from .losses import LOSSES
+from .mixers import check_recipe as check_mixers
 from .optimizers import bytes_to_step, optimizer_memory
 from .optimizers.base import Held, summed
 from .recipe import CHUNK_FIELDS, STRATEGIES, Recipe
@@ -143,7 +144,8 @@ class Sizes(NamedTuple):
     def units(self) -> tuple[int, ...]:
         b, s = self.batch, self.seq_len
         in_chunks = b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens
-        in_mixers = (b * -(-s // tokens) for tokens in MIXER_CHUNKS.values())
+        x, y, z = (-(-s // tokens) for tokens in MIXER_CHUNKS.values())
+        in_mixers = (b * x, b * y, b * z, b * (y + 1), b * (z + 1), b * (y + 1) ** 2, b * (z + 1) ** 2)
         tens = b * s // IDS_PER_PARTIAL_SUM
         return (1, b * s, *in_chunks, b * s * s, s * s, s, b * flash_rows(s), tens, b, *in_mixers)
 
@@ -515,6 +517,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     """The whole step: embedding, layers, final norm, head and loss. frozen: in place of what the recipe freezes."""
     recipe = layout.recipe
     model = with_copies(model, recipe)
+    check_mixers(model, recipe)
     adapters = adapters_of(recipe, model)
     if adapters is not None and adapters.parameters:
         check_recipe(model, recipe, layout.several_mlp_chunks)
@@ -810,7 +813,8 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     turned = {kind: kind.rotary and attends[kind] and not w.code.interleaved_tables for kind in kinds}
     kept_tables = {kind: tables[kind] if turned[kind] else () for kind in kinds}
     given_masks = {kind: masks[sliding[kind]] if attends[kind] else () for kind in kinds}
-    return {kind: ((ids, *tables[kind], *given_masks[kind]), kept_tables[kind]) for kind in kinds}
+    positions = () if w.code.withholds_ids else (ids,)
+    return {kind: ((*positions, *tables[kind], *given_masks[kind]), kept_tables[kind]) for kind in kinds}
 
 
 def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:

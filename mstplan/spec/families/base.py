@@ -135,6 +135,11 @@ class Code(NamedTuple):
     adds_branches_first: bool = False  # attention's output and the MLP's are added before the layer's input is
     holds_normed: bool = False  # the block's variables hold attention's input and output
     frees_normed: bool = False  # no variable of a norm holds what it makes in fp32
+    withholds_ids: bool = False  # layers are not given position ids
+    mixes_samples: bool = False  # packed samples are not told apart by their positions
+    shared_apart: bool = (
+        False  # the shared expert is an MLP of its own, and the block, which holds what experts gave, adds the two
+    )
     holds_attended: bool = False  # the block's variables hold attention's output
     holds_block: bool = False  # the block's variables hold attention's output and the MLP's input
     softmax_as_scores: bool = False  # eager attention's softmax stays in the scores' dtype
@@ -145,7 +150,9 @@ class Code(NamedTuple):
     fp32_router: bool = False  # the router's weight stays in fp32
     plain_router: bool = False  # probabilities of experts stay in the router's dtype
     corrected: bool = False  # experts are chosen by probabilities with a correction
+    apart_products: bool = False  # what linear attention makes of its input comes of several products
     shared_first: bool = False  # the shared expert runs before the router
+    fused_shared: bool = False  # it has gate and up in one matrix
     shared_gate: bool = False  # and is weighed by a gate of its own
 
 
@@ -182,7 +189,8 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     adjusted_width: bool = False  # two thirds of it, in whole blocks (block_auto_adjust_ff_dim)
     mixer: Mixer = "attention"  # of the layers whose layer_types entry names no attention
     # what tells, where there are no layer_types, which layers have attention; layer_types: nothing does
-    attention_by: Literal["layer_types", "full_attn_idxs", "full_attention_interval"] = "layer_types"
+    gated_attention: bool = False
+    attention_by: Literal["layer_types", "full_attn_idxs", "full_attention_interval", "none has"] = "layer_types"
     experts: Routed | None = None
     activation: str = "hidden_act"
     attention_dropout: str = "attention_dropout"
@@ -192,6 +200,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     )
     softcap: bool = False  # attn_logit_softcapping acts
     sinks: bool = False
+    rotary_switch: str | None = None  # the field that says "rope" where queries and keys are turned
     rotary_width: str | None = None  # the field that holds how many numbers of a head are turned
     learned_positions: bool = False
     scaled_embedding: bool = False
