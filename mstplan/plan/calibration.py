@@ -106,6 +106,9 @@ _YOUNGER_FIELDS = (
     ", shared_bias=False",
     ", rotary=True",
     ", embedding_dropout=None",
+    ", gated_output=False",
+    ", mixer='attention'",
+    ", mixer=None",
 )
 """Facts that models had before there were fields for them: calibrations are older."""
 

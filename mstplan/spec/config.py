@@ -426,7 +426,7 @@ def _attention(f: _Fields) -> Attention:
         softcap=family.softcap and f.is_set("attn_logit_softcapping"),
         sinks=family.sinks,
         tempered=family.tempered is not None and f.flag(family.tempered),
-        gated=family.gated_attention,
+        gated_output=family.gated_attention,
     )
 
 

@@ -47,7 +47,7 @@ class Attention(NamedTuple):
     sinks: bool = False  # a learned sink per head (gpt-oss)
     tempered: bool = False  # queries that are not turned are multiplied by factors of their positions (Llama 4)
     latent: Latent | None = None
-    gated: bool = (
+    gated_output: bool = (
         False  # queries come with as many numbers, whose sigmoids attention's output is multiplied by (Qwen3-Next)
     )
 

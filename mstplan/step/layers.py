@@ -475,7 +475,7 @@ class Writer:
             q, k, v = self._split(whole, ("Q", f"{t} H e"), ("K", f"{t} G e"), ("V", f"{t} G e"))
         else:
             by_head = a.qk_norm != "full"  # else the norm is over all heads together
-            if a.gated:
+            if a.gated_output:
                 q, fused = self._gated_queries(x, a)
             else:
                 q = self.linear(
@@ -1311,7 +1311,7 @@ def _layer_in_chunks(
 ) -> Tape:
     """One decoder layer as mstplan/train/layers.py runs it: attention over all tokens, a group of heads at a time; what is before and after
     it over pieces. Axes H and G of what is whole are those of a group."""
-    if model.attention.gated:
+    if model.attention.gated_output:
         raise RecipeError(
             f"{model.name} gates attention's output by a part of the queries' product, which layers in pieces make twice: that is not counted.\n"
             "Take mst (-s mst)."

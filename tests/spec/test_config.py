@@ -205,7 +205,7 @@ def attention_weights(model):
         rank, width = a.latent.q_rank, a.heads * a.head_dim
         queries = hidden * width if rank is None else rank * (hidden + a.qkv_bias + 1 + width)
         return queries + keys + expanded + out
-    width = (a.heads * (1 + a.gated) + 2 * a.kv_heads) * a.head_dim
+    width = (a.heads * (1 + a.gated_output) + 2 * a.kv_heads) * a.head_dim
     normed = {"none": 0, "unweighted": 0, "head": 2 * a.head_dim, "full": (a.heads + a.kv_heads) * a.head_dim}[
         a.qk_norm
     ]
