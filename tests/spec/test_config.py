@@ -120,8 +120,10 @@ def test_shipped_model_is_what_transformers_reads(name):
         assert model.attention.v_head_dim == config.v_head_dim
     rope = getattr(config, "rope_parameters", None) or {}
     if model.model_type != "gpt2" and model.attention.latent is None:
-        assert model.attention.rotary_dim == int(model.attention.head_dim * rope.get("partial_rotary_factor", 1.0))
-    if model.mlp is not None and model.model_type != "gpt2":
+        turned = getattr(config, "position_embedding_type", "rope") == "rope"
+        share = rope.get("partial_rotary_factor", 1.0) if turned else 0
+        assert model.attention.rotary_dim == int(model.attention.head_dim * share)
+    if model.mlp is not None and not (model.model_type == "gpt2" or FAMILIES[model.model_type].adjusted_width):
         assert model.mlp.width == getattr(config, FAMILIES[model.model_type].mlp_width)
     if model.experts is not None:
         assert model.experts.per_token == config.num_experts_per_tok
