@@ -17,7 +17,7 @@ from ..spec.hardware import (
     Gpu,
     gpus_of_size,
 )
-from ..spec.model import Model
+from ..spec.model import Mixer, Model
 from ..spec.speeds import speeds_of
 from ..step.cuda import BIAS_ROWS
 from ..step.kernels import SDPA
@@ -130,6 +130,9 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
         notes.append(
             f"{model.model_type} as in {model.release.words}: sdpa {_sdpa_in_releases(model)}; --transformers names yours."
         )
+    notes += [
+        _mixer_note(mixer) for mixer in dict.fromkeys(kind.mixer for kind in model.layer_kinds) if mixer in PACKAGES
+    ]
     windows = any(kind.window is not None for kind in model.layer_kinds)
     if recipe.attention == "sdpa" and model.has_sdpa and windows:
         notes.append(
@@ -157,6 +160,22 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
         )
     notes += _frozen_notes(model, recipe) if recipe.train or recipe.freeze else []
     return notes + _notes_of_several_gpus(model, recipe)
+
+
+PACKAGES: Mapping[Mixer, tuple[str, str]] = {
+    "short conv": ("Short convolutions run", "causal-conv1d"),
+    "mamba2": ("Mamba-2's scan runs", "mamba-ssm and causal-conv1d"),
+    "gated delta": ("Linear attention runs", "flash-linear-attention and causal-conv1d"),
+}
+"""What mixes tokens otherwise than by attention, and the packages with kernels for it, which transformers takes where it finds them."""
+
+
+def _mixer_note(mixer: Mixer) -> str:
+    what, packages = PACKAGES[mixer]
+    return (
+        f"{what} as transformers' own torch code; kernels of {packages}, which it takes where they are installed, hold other tensors and are "
+        "not counted."
+    )
 
 
 def _sdpa_in_releases(model: Model) -> str:

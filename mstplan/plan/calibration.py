@@ -114,6 +114,9 @@ _YOUNGER_FIELDS = (
     ", embedding_norm=False",
     ", eager_only=False",
     ", own_flash=False",
+    ", gated_output=False",
+    ", mixer='attention'",
+    ", mixer=None",
 )
 """Facts that models had before there were fields for them: calibrations are older."""
 

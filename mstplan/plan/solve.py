@@ -19,7 +19,7 @@ from ..step.optimizers import host_states
 from ..step.recipe import Recipe
 from ..step.simulation import Usage
 from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, kernels_of, stored_inputs
-from ..step.tape import ITEMSIZE, Vector
+from ..step.tape import ITEMSIZE, MIXER_CHUNKS, Vector
 from ..step.timing import attention_copies, step_seconds
 from ..step.workspaces import IDS_PER_PARTIAL_SUM, MULTIPROCESSORS
 from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
@@ -281,13 +281,17 @@ def _polynomial(vector: Vector, batch: int, chunks: Chunks, rounding: int) -> tu
 
     rounding 0: chunks, 128-row blocks and tens of tokens are taken as small as rounding can make them; 1: as large.
     """
-    const, bs, bc, bk, bss, ss, s, br, p = vector
-    d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM
-    square = (bss * batch + ss) * d
-    linear = (bs + br) * batch * d + s * d + (bc * batch * chunks.loss + bk * batch * chunks.mlp) * IDS_PER_PARTIAL_SUM
-    linear += p * batch * chunks.mlp * chunks.loss
-    extra = (br * 127 + bc + bk) * batch * d * rounding - p * d * (1 - rounding)
-    return square, linear, const * d + extra, d
+    const, bs, bc, bk, bss, ss, s, br, p, b, bx, by, bz, bu, bv, buu, bvv = vector
+    few, some, most = MIXER_CHUNKS.values()
+    d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM * most * most
+    over = 1 + rounding  # (s / tokens + over)^2 is what a square of chunks and one more is at least, or at most
+    square = (bss * batch + ss) * d + (buu * d // some**2 + bvv * d // most**2) * batch
+    linear = (bs + br) * batch * d + s * d + (bc * d // chunks.mlp + bk * d // chunks.loss) * batch
+    linear += p * batch * d // IDS_PER_PARTIAL_SUM
+    linear += (bx * d // few + (by + bu + 2 * over * buu) * d // some + (bz + bv + 2 * over * bvv) * d // most) * batch
+    begun = (bx + by + bz) * rounding + (bu + bv) * over + (buu + bvv) * over**2
+    extra = ((br * 127 + bc + bk) * rounding + begun) * batch * d - p * d * (1 - rounding)
+    return square, linear, (const + b * batch) * d + extra, d
 
 
 def _largest_root(polynomial: tuple[int, int, int, int], budget: int) -> int:

@@ -12,6 +12,7 @@ plain numbers or symbols alike. Bytes; bytes per token; tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -23,13 +24,17 @@ from ..step.instants import Instant
 from ..step.recipe import STRATEGIES, STRATEGY_FIELDS, Recipe
 from ..step.roles import Role
 from ..step.steps import Chunks, Entry, Step, bytes_of, shown
-from ..step.tape import BASIS, forward, kept_by
+from ..step.tape import BASIS, MIXER_CHUNKS, Label, forward, kept_by
 from .layout import step_of_no_length
 from .solve import Answer, max_seq
 
 FORMULAS = ("standard", "checkpoint (sqrt)", "MsT", "MsT + CPU offload")
 _HALF = Fraction(1, 2)
-_TOKENS = BASIS.index("bs")
+_TOKENS = max(MIXER_CHUNKS.values())
+_UNITS = tuple(
+    {"bs": _TOKENS, **{"b" + axis: _TOKENS // n for axis, n in MIXER_CHUNKS.items()}}.get(name, 0) for name in BASIS
+)
+"""Of so many tokens: how many there are, and how many chunks of what mixes them."""
 
 
 def per_token(formula: str, i_mem: Any, a_mem: Any, layers: Any, chunks: Any) -> Any:
@@ -166,20 +171,32 @@ def _kept_per_layer(built: Step) -> tuple[Entry, ...]:
         kept = [
             (x, n)
             for x, n in replay.alive
-            if x.basis == _TOKENS and (x != tape.output.label or op.reads[0] in kept_by(op))
+            if _UNITS[x.basis] and (x != tape.output.label or op.reads[0] in kept_by(op))
         ]
-        entries = shown(kept, tuple(int(n == _TOKENS) for n in range(len(BASIS))))
+        entries = _of_one_token(kept)
         best = max(best, entries, key=bytes_of)
     return best
 
 
 def _per_token(built: Step, instant: Instant, role: Role) -> tuple[Entry, ...]:
-    units = tuple(int(n == _TOKENS) for n in range(len(BASIS)))
     best: tuple[Entry, ...] = ()
     for moment in built.detailed()[instant]:
         mine = [(label, count) for label, count in moment.alive if label.role is role]
-        best = max(best, shown(mine, units), key=bytes_of)
+        best = max(best, _of_one_token(mine), key=bytes_of)
     return best
+
+
+def _of_one_token(alive: Iterable[tuple[Label, int]]) -> tuple[Entry, ...]:
+    """Entries of what grows with tokens or with chunks of them, in shares of a token."""
+
+    def share(size: int) -> int:
+        return size // _TOKENS
+
+    entries = shown(alive, _UNITS)
+    return tuple(
+        e._replace(bytes=share(e.bytes), sizes=tuple(c._replace(bytes=share(c.bytes)) for c in e.sizes))
+        for e in entries
+    )
 
 
 def differences(model: Model, recipe: Recipe) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import NoReturn
 from mstplan.errors import ModelError, did_you_mean, one_line
 from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.families.base import Family
+from mstplan.spec.mixing import mixer_of, mixers_of_layers
 from mstplan.spec.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, QkNorm
 from mstplan.spec.releases import parse_release, release
 
@@ -33,9 +34,11 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk"),
     "n_shared_experts": ("n_shared_experts", "moe_num_shared_experts"),
-    "first_k_dense_replace": ("first_k_dense_replace", "moe_layer_start_index"),
+    "first_k_dense_replace": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
     "decoder_sparse_step": ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step"),
     "dtype": ("dtype", "torch_dtype"),
+    "intermediate_size": ("intermediate_size", "block_ff_dim"),
+    "tie_word_embeddings": ("tie_word_embeddings", "tie_embedding"),
 }
 
 
@@ -80,6 +83,8 @@ TEXT_TYPES = {
     "qwen2_5_omni_thinker": "qwen2_5_omni_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen2_vl": "qwen2_vl_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
     "qwen3_vl": "qwen3_vl_text",
     "qwen3_vl_moe": "qwen3_vl_moe_text",
 }
@@ -319,6 +324,7 @@ def _model(f: _Fields, model_type: str) -> Model:
         attention=attention,
         mlp=None if all(kind.experts for kind in layer_kinds) else _mlp(f),
         experts=experts if any(kind.experts for kind in layer_kinds) else None,
+        mixer=mixer_of(f, layer_kinds),
         norm=family.norm,
         norm_bias=family.norm_bias,
         block=_block(f),
@@ -390,7 +396,19 @@ def _width(f: _Fields) -> int:
     field = f.family.mlp_width
     if field in f.family.defaults and f.family.defaults[field] is None:
         return f.optional(field) or 4 * f.size("hidden_size")
-    return f.size(field)
+    width = f.size(field)
+    return _in_blocks(f, 2 * width // 3) if f.family.adjusted_width and f.flag("block_auto_adjust_ff_dim") else width
+
+
+def _in_blocks(f: _Fields, width: int) -> int:
+    """A width times a number, rounded up to whole blocks (models/lfm2/modeling_lfm2.py, Lfm2MLP)."""
+    key, factor = f.find("block_ffn_dim_multiplier")
+    if factor is None:
+        return width
+    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < _LARGEST_SIZE:
+        f.refuse_value(key, factor, "a positive number, or null")
+    block = f.size("block_multiple_of")
+    return -(-int(factor * width) // block) * block
 
 
 def _attention(f: _Fields) -> Attention:
@@ -424,6 +442,7 @@ def _attention(f: _Fields) -> Attention:
         softcap=family.softcap and f.is_set("attn_logit_softcapping"),
         sinks=family.sinks,
         tempered=family.tempered is not None and f.flag(family.tempered),
+        gated_output=family.gated_attention,
     )
 
 
@@ -443,7 +462,8 @@ def _head_dim(f: _Fields, heads: int) -> int:
 
 
 def _rotary_width(f: _Fields, head_dim: int) -> int:
-    if f.family.positions != "rotary":
+    switch = f.family.rotary_switch
+    if f.family.positions != "rotary" or (switch is not None and f.find(switch)[1] != "rope"):
         return 0
     width = f.optional(f.family.rotary_width, top=head_dim) if f.family.rotary_width is not None else None
     return int(head_dim * _rotary_share(f)) if width is None else width
@@ -527,7 +547,7 @@ def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
     ]
     windows = _windows(f, layers)
     masked = [f.family.always_masked] * layers
-    return tuple(map(LayerKind, windows, sparse, _turned_layers(f, windows), masked))
+    return tuple(map(LayerKind, windows, sparse, _turned_layers(f, windows), masked, mixers_of_layers(f, layers)))
 
 
 def _has_field(f: _Fields, field: str) -> bool:

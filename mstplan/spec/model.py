@@ -22,6 +22,8 @@ QkNorm = Literal["none", "head", "full", "unweighted"]
 Keys = Literal["shared", "copied", "broadcast"]
 """Where several queries share a head of keys and values. copied: for every query when they are made (Falcon-40B). broadcast: by
 products, which no fused kernel does (Falcon-7B)."""
+Mixer = Literal["attention", "short conv", "gated delta", "mamba2"]
+"""What mixes a layer's tokens."""
 
 
 class Latent(NamedTuple):
@@ -49,6 +51,9 @@ class Attention(NamedTuple):
     sinks: bool = False  # a learned sink per head (gpt-oss)
     tempered: bool = False  # queries that are not turned are multiplied by factors of their positions (Llama 4)
     latent: Latent | None = None
+    gated_output: bool = (
+        False  # queries come with as many numbers, whose sigmoids attention's output is multiplied by (Qwen3-Next)
+    )
 
 
 class Mlp(NamedTuple):
@@ -75,11 +80,46 @@ class Experts(NamedTuple):
     clamped: bool = False  # gpt-oss' clamped, interleaved activation
 
 
+class ShortConv(NamedTuple):
+    """A convolution over a few tokens between two products with gates (LFM2)."""
+
+    kernel: int  # tokens
+    bias: bool = False
+
+
+class GatedDelta(NamedTuple):
+    """Linear attention by the gated delta rule (arXiv 2412.06464; Qwen3-Next)."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int  # of a head, of queries too
+    value_dim: int
+    kernel: int  # tokens that the convolution before it reaches over
+    apart: bool = False  # products for values' gates, decays and learning rates of their own (Qwen3.5)
+
+
+class Mamba2(NamedTuple):
+    """A state space model whose scan runs over chunks (Mamba-2, arXiv 2405.21060)."""
+
+    heads: int
+    head_dim: int
+    groups: int  # of heads with the same B and C
+    state: int
+    kernel: int  # tokens that the convolution before it reaches over
+    chunk: int  # tokens of a chunk
+    bias: bool = False  # on the products
+    conv_bias: bool = True
+
+
+Mixing = ShortConv | GatedDelta | Mamba2
+
+
 class LayerKind(NamedTuple):
     window: int | None = None  # tokens of a sliding window; None: full attention
     experts: bool = False  # a mixture of experts instead of the dense MLP
     rotary: bool = True  # False: its queries and keys are not turned, though the model has rotary positions
     causal_mask: bool = False  # sdpa is given an explicit mask, though attention is full
+    mixer: Mixer = "attention"
 
     @property
     def asks_mask(self) -> bool:
@@ -104,6 +144,7 @@ class Model(NamedTuple):
     attention: Attention
     mlp: Mlp | None  # of the dense layers; None: every layer has experts
     experts: Experts | None = None
+    mixer: Mixing | None = None  # of the layers that mix tokens otherwise than by attention
     norm: Norm = "rms"
     norm_bias: bool = False
     block: Block = "pre"

@@ -137,8 +137,8 @@ def list_names(fields: Collection[str], max_names: int = 4) -> str:
 
 
 _HYBRIDS = _word_set(
-    "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax nemotron_h olmo_hybrid "
-    "plamo2 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv rwkv5 rwkv6 rwkv7 xlstm zamba zamba2 zaya"
+    "bailing_hybrid bamba falcon_h1 falcon_mamba jamba kimi_linear mamba mamba2 minimax nemotron_h olmo_hybrid "
+    "plamo2 recurrent_gemma rwkv rwkv5 rwkv6 rwkv7 xlstm zamba zamba2 zaya"
 )
 _REMOTE = _word_set("qwen")
 """Families with code of their own whose fields have a Llama's names, but mean something else: Qwen-1's intermediate_size is two MLPs'."""

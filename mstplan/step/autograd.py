@@ -46,7 +46,15 @@ def _record_operation(op: Op, needing: set[Tensor]) -> Op:
     receivers: set[Receiver] = {tensor for tensor, _ in grads} | set(op.trained)
     if not receivers:
         return replace(
-            op, keeps=(), grads=(), back_temps=(), late_temps=(), reuses=(), for_gradients=NONE, fetched=None
+            op,
+            keeps=(),
+            grads=(),
+            back_temps=(),
+            late_temps=(),
+            reuses=(),
+            recorded=(),
+            for_gradients=NONE,
+            fetched=None,
         )
     keeps = op.keeps + tuple(dict.fromkeys(tensor for tensor, receiver in for_gradients.keeps if receiver in receivers))
     temps = op.back_temps + tuple(tensor for tensor, receiver in for_gradients.back_temps if receiver in receivers)

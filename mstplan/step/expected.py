@@ -48,6 +48,8 @@ def why_unmeasured(step: Step, recipe: Recipe, gpu: Gpu) -> str:
         return "attention's copies between CPU RAM and GPU"
     if recipe.runs_in_fp32:
         return "matrix products in fp32"
+    if step.model.mixer is not None:
+        return "layers that mix tokens otherwise than by attention"
     if step.model.experts is not None:
         return "experts' grouped products"
     if step.layout.masked:

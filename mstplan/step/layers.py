@@ -26,6 +26,7 @@ from .instants import Stage
 from .kernels import chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel, heads_first
 from .liger import kernels_for
+from .mixers import mix
 from .roles import Purpose, Role
 from .selection import WeightKind
 from .tape import (
@@ -100,6 +101,7 @@ class Writer:
         self.tape = TapeWriter({**dims, "He": a.heads * a.head_dim, "Ge": a.kv_heads * a.head_dim}, stage)
         self.wide = numerics.weights  # dtype of the residual stream
         self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
+        self.gate: Tensor | None = None  # of attention's output
         self.used: dict[str, Weight] = {}  # in another part of the same layer
         self.inside: tuple[
             Tensor, ...
@@ -441,6 +443,10 @@ class Writer:
 
     # ---- attention ------------------------------------------------------------------------------------------------
 
+    def mixed(self, x: Tensor, kind: LayerKind) -> Tensor:
+        """What a layer makes of all its tokens together: attention, or another mixer."""
+        return self.attention(x, kind) if kind.mixer == "attention" else mix(self, x)
+
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
         q, k, v, *others = self.attention_inputs(x, kind)
         return self.attention_output(self.attend(q, k, v, kind), x, q, k, v, *others)
@@ -455,6 +461,13 @@ class Writer:
         """What attention made -> (t, d); variables: that its code holds meanwhile."""
         bias = self.model.attention.out_bias
         with self.tape.assign_role(Role.ATTENTION):
+            if self.gate is not None:
+                sigmoid = self.new("sigmoid of the gate", "H e", self.gate.dtype)
+                self.pointwise("sigmoid", self.gate, sigmoid, sigmoid)
+                mixed = self.multiply(
+                    "attention * gate", mixed, sigmoid, self.new("attention, gated", "H e", mixed.dtype)
+                )
+                self.hold(*variables)
             y = self.linear(mixed, self.new("attention output", "d"), "o_proj", kind=WeightKind.ATTENTION, bias=bias)
             if self.code.adds_within:
                 self.inside += (mixed, *variables, *self.beside)
@@ -481,9 +494,12 @@ class Writer:
                     q, k, v = (self._copied_heads(each) for each in (q, k, v))
         else:
             by_head = a.qk_norm != "full"  # else the norm is over all heads together
-            q = self.linear(
-                x, self.new("Q", "H e" if by_head else "He"), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
-            )
+            if a.gated_output:
+                q, fused = self._gated_queries(x, a)
+            else:
+                q = self.linear(
+                    x, self.new("Q", "H e" if by_head else "He"), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
+                )
             if self.code.scales_queries:
                 q = self.pointwise("scale queries", q, self.new("Q, scaled", "H e", q.dtype))
             early = a.qk_norm in ("head", "full") and not (self.code.qk_norm_last or self.code.late_qk_norm)
@@ -598,6 +614,15 @@ class Writer:
         tape.op("rotary add", [y, z], turned, grads=((y, None), (z, None)))
         self.hold(x, sine, cosine)
         return turned
+
+    def _gated_queries(self, x: Tensor, a: Attention) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Queries, and what comes with them: the product of both, and the gate as it lies in order (models/qwen3_next/modeling_qwen3_next.py)."""
+        width = str(2 * a.heads * a.head_dim)
+        both = self.linear(x, self.new("Q and gate", width), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
+        q, part = self._split(both, ("Q", f"{self.t} H e"), ("gate", f"{self.t} H e"))
+        self.gate = self.tape.new("gate, in order", f"{self.t} H e", part.dtype)
+        self.tape.op("gate, in order", [part], self.gate, grads=((part, None),))
+        return q, (both, self.gate)
 
     def _unweighted_norm(self, x: Tensor) -> Tensor:
         """Llama 4's L2 norm of a head."""
@@ -954,6 +979,7 @@ class Writer:
         self.hold(*shared)
         outside = (x, scores, chosen, *others, *shared)
         y = self._routed(x, e, scores, chosen, outside)
+        self.beside += (y,) if self.code.shared_apart else ()
         if not e.shared_width:
             return y
         one = shared[0] if first else self._shared_expert(x, e)
@@ -1023,7 +1049,8 @@ class Writer:
         return scores, logits
 
     def _shared_expert(self, x: Tensor, e: Experts) -> Tensor:
-        return self.mlp(x, Mlp(e.shared_width, e.activation, bias=e.shared_bias), "shared_experts")
+        fused = self.code.fused_shared
+        return self.mlp(x, Mlp(e.shared_width, e.activation, fused=fused, bias=e.shared_bias), "shared_experts")
 
     def _gated(self, x: Tensor, shared: Tensor) -> Tensor:
         """The sigmoid of a product of one column, times what the shared expert made (models/qwen2_moe/modeling_qwen2_moe.py)."""
@@ -1102,7 +1129,7 @@ class Writer:
             return self._softmax_of_top(x, logits)
         probs = self._router_probabilities(logits, e)
         chosen = self.new("chosen experts", "A", "int64")
-        top = self.new("top probabilities", "A", "float32")
+        top = self.new("top probabilities", "A", probs.dtype)
         grads = ((probs, self.tape.grad(probs)),)
         self.tape.op(
             "top experts",
@@ -1155,8 +1182,9 @@ class Writer:
 
     def _router_probabilities(self, logits: Tensor, e: Experts) -> Tensor:
         """Softmax or sigmoid of all logits, in fp32."""
-        probs = self.new("router probabilities", "X", "float32")
-        cast = () if logits.dtype == "float32" else (self.new("router logits in fp32", "X", "float32"),)
+        plain = self.code.plain_router or logits.dtype == "float32"
+        probs = self.new("router probabilities", "X", logits.dtype if plain else "float32")
+        cast = () if plain else (self.new("router logits in fp32", "X", "float32"),)
         if e.router == "softmax":
             return self.softmax("router probabilities", logits, probs, *cast)
         grads = ((logits, self.tape.grad(logits)),)
@@ -1182,7 +1210,7 @@ class Writer:
         scores = self.new("expert scores", "A", "float32" if fp32 else None)
         if not e.normalised and not e.router_fp32:
             return self.cast(top, scores.dtype, scores.name)
-        total = self.new("sum of top probabilities", "", "float32")
+        total = self.new("sum of top probabilities", "", top.dtype)
         clamped = (self.new("sum of top probabilities, clamped", "", "float32"),) if self.code.corrected else ()
         sums = (total, *clamped) if e.normalised else ()
         kept = (top, *sums) if e.normalised else ()
@@ -1266,8 +1294,8 @@ class _CheckpointingWriter(Writer):
     def norm(self, x: Tensor, name: str) -> Tensor:
         return self._checkpointed(x, name, lambda w, x: w.norm(x, name))
 
-    def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
-        return self._checkpointed(x, "attention", lambda w, x: w.attention(x, kind))
+    def mixed(self, x: Tensor, kind: LayerKind) -> Tensor:
+        return self._checkpointed(x, kind.mixer, lambda w, x: w.mixed(x, kind))
 
     def mlp(self, x: Tensor, mlp: Mlp, name: str = "mlp") -> Tensor:
         return self._checkpointed(x, name, lambda w, x: w.mlp(x, mlp, name))
@@ -1311,7 +1339,9 @@ def layer(
 ) -> Tape:
     """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d); frozen: names of its weights that are not trained."""
     if chunks.layer:
-        return _layer_in_chunks(model, kind, numerics, chunks, frozen)
+        whole = family_of(model.model_type).code.attends_itself or kind.mixer != "attention"
+        in_chunks = _around_mixer if whole else _layer_in_chunks
+        return in_chunks(model, kind, numerics, chunks, frozen)
     writer = _CheckpointingWriter if chunks.children else Writer
     w = writer(model, numerics, frozen=frozen)
     w.tape.role = Role.NORM
@@ -1319,10 +1349,10 @@ def layer(
     normed, mlp_in = _attention_input(w, x), None
     if w.model.block == "parallel" and w.code.norms_first:
         mlp_in = w.norm(x, "post-attention norm")
-    attended = w.attention(normed, kind)
+    mixed = w.mixed(normed, kind)
     if mlp_in is not None:
         w.hold(normed, mlp_in)
-    tape = _after_attention(w, x, attended, normed, kind, chunks, mlp_in)
+    tape = _after_attention(w, x, mixed, normed, kind, chunks, mlp_in)
     return replace(tape, returned=w.beside) if w.code.returns_weights else tape
 
 
@@ -1375,7 +1405,8 @@ def _after_residual(
     if block in ("sandwich", "post") and not chunks.recompute:
         with w.tape.assign_role(Role.MLP):
             mlp_out = w.norm(mlp_out, "post-MLP norm")
-    added = mlp_out if chunks.recompute else _scaled(w, mlp_out)
+    apart = kind.experts and w.code.shared_apart
+    added = mlp_out if chunks.recompute and not apart else _scaled(w, mlp_out)
     w.add(middle, added, w.hidden())
     w.hold(mlp_out, *w.beside, *w.inside)
     if w.code.holds_block:
@@ -1415,6 +1446,8 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     model = w.model
     if not (chunks.several or chunks.recompute):
         return w.experts(x, _experts(model)) if kind.experts else w.mlp(x, _mlp(model))
+    if kind.experts and w.code.shared_apart:
+        return _two_in_chunks(w, x, _experts(model), chunks)
     inner = Writer(model, w.numerics, "b c", frozen=w.frozen)
     source = inner.source(x.name, x.dtype, x.role)
     y = inner.experts(source, _experts(model)) if kind.experts else inner.mlp(source, _mlp(model))
@@ -1428,6 +1461,21 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     return _in_chunks(w, inner.tape.build_tape(), (x,), "MLP in chunks", chunks)[0]
 
 
+def _two_in_chunks(w: Writer, x: Tensor, e: Experts, chunks: MlpChunks) -> Tensor:
+    """Routed experts and the shared one, in chunks each for itself, and their sum."""
+
+    def in_chunks(name: str, run: Callable[[Writer, Tensor], Tensor]) -> Tensor:
+        inner = Writer(w.model, w.numerics, "b c", frozen=w.frozen)
+        run(inner, inner.source(x.name, x.dtype, x.role))
+        return _in_chunks(w, inner.tape.build_tape(), (x,), name, chunks)[0]
+
+    routed = in_chunks("experts in chunks", lambda inner, piece: inner.experts(piece, e._replace(shared_width=0)))
+    shared = in_chunks("shared expert in chunks", lambda inner, piece: inner._shared_expert(piece, e))
+    w.beside += (routed,)
+    with w.tape.assign_role(Role.MLP):
+        return w.add(routed, shared, w.new("MLP output", "d", routed.dtype), "add shared experts")
+
+
 # ---- layers in pieces -------------------------------------------------------------------------------------------------
 
 
@@ -1436,8 +1484,11 @@ def _layer_in_chunks(
 ) -> Tape:
     """One decoder layer as mstplan/train/layers.py runs it: attention over all tokens, a group of heads at a time; what is before and after
     it over pieces. Axes H and G of what is whole are those of a group."""
-    if family_of(model.model_type).code.attends_itself:
-        return _around_attention(model, kind, numerics, chunks, frozen)
+    if model.attention.gated_output:
+        raise RecipeError(
+            f"{model.name} gates attention's output by a part of the queries' product, which layers in pieces make twice: that is not counted.\n"
+            "Take mst (-s mst)."
+        )
     groups = chunks.groups
     w = Writer(_of_heads(model, groups), numerics, frozen=frozen)
     w.in_chunks = True
@@ -1459,10 +1510,9 @@ def _layer_in_chunks(
     return w.tape.build_tape()
 
 
-def _around_attention(
-    model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks, frozen: frozenset[str]
-) -> Tape:
-    """The same of a layer whose attention does not go by transformers' interface: all of that module runs over all tokens at once."""
+def _around_mixer(model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks, frozen: frozenset[str]) -> Tape:
+    """The same of a layer whose tokens mix otherwise than by attention, or by attention that does not go by transformers' interface: all of the
+    module that does so runs over all tokens at once."""
     w = Writer(model, numerics, frozen=frozen)
     w.in_chunks = True
     x = w.source()
@@ -1473,21 +1523,22 @@ def _around_attention(
     if w.code.adds_within:  # it is given the residual, too
         made += (before.tape.op("residual", [source], without_bytes(source), grads=((source, None),)),)
     before.tape.outputs = made
-    given = _in_chunks(w, before.tape.build_tape(), (x,), "before attention", chunks)
-    attended = w.attention(given[0], kind)
+    mixer = "attention" if kind.mixer == "attention" else "the mixer"
+    given = _in_chunks(w, before.tape.build_tape(), (x,), f"before {mixer}", chunks)
+    mixed = w.mixed(given[0], kind)
     if w.code.adds_within:
-        attended = w.add(given[1], attended, w.new("hidden states after attention", "d", w.wide))
+        mixed = w.add(given[1], mixed, w.new("hidden states after attention", "d", w.wide))
         w.hold(*w.inside, *given)
     after = Writer(model, numerics, "b c", frozen=frozen)
     after.tape.role = Role.NORM
-    piece, output = after.source(), after.source(attended.name, attended.dtype, attended.role)
+    piece, output = after.source(), after.source(mixed.name, mixed.dtype, mixed.role)
     after.used = {weight.name: weight for op in w.tape.ops if op.part for o in op.part.tape.ops for weight in o.weights}
     if w.code.adds_within:
         tape = _after_residual(after, output, output, output, kind, MlpChunks())
     else:
         normed = _attention_input(after, piece) if model.block == "one-norm" else piece
         tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
-    _in_chunks(w, tape, (x, attended), "after attention", chunks)
+    _in_chunks(w, tape, (x, mixed), f"after {mixer}", chunks)
     return w.tape.build_tape()
 
 

@@ -30,6 +30,7 @@ from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
 from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, norm_in_chunks, rotary_dtype
 from .losses import LOSSES
+from .mixers import check_recipe as check_mixers
 from .optimizers import bytes_to_step, optimizer_memory
 from .optimizers.base import Held, summed
 from .recipe import CHUNK_FIELDS, STRATEGIES, Recipe
@@ -39,6 +40,7 @@ from .selection import Named, Selection, WeightKind
 from .storage import Stored, in_sum
 from .tape import (
     BASIS,
+    MIXER_CHUNKS,
     ZERO,
     Alive,
     Joined,
@@ -142,7 +144,10 @@ class Sizes(NamedTuple):
     def units(self) -> tuple[int, ...]:
         b, s = self.batch, self.seq_len
         in_chunks = b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens
-        return (1, b * s, *in_chunks, b * s * s, s * s, s, b * flash_rows(s), b * s // IDS_PER_PARTIAL_SUM)
+        x, y, z = (-(-s // tokens) for tokens in MIXER_CHUNKS.values())
+        in_mixers = (b * x, b * y, b * z, b * (y + 1), b * (z + 1), b * (y + 1) ** 2, b * (z + 1) ** 2)
+        tens = b * s // IDS_PER_PARTIAL_SUM
+        return (1, b * s, *in_chunks, b * s * s, s * s, s, b * flash_rows(s), tens, b, *in_mixers)
 
 
 def evaluate(vector: Vector, units: tuple[int, ...]) -> int:
@@ -521,6 +526,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     """The whole step: embedding, layers, final norm, head and loss. frozen: in place of what the recipe freezes."""
     recipe = layout.recipe
     model = with_copies(model, recipe)
+    check_mixers(model, recipe)
     adapters = adapters_of(recipe, model)
     if adapters is not None and adapters.parameters:
         check_recipe(model, recipe, layout.several_mlp_chunks)
@@ -833,6 +839,7 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     if w.model.idle_window is not None:
         kinds[LayerKind(w.model.idle_window)] = None
     sliding = {kind: kind.window is not None for kind in kinds}
+    attends = {kind: kind.mixer == "attention" for kind in kinds}
     asking = {(kind.window is not None, kind.causal_mask): kind for kind in kinds}
     masks = {asked: _mask(w, kind, layout) for asked, kind in asking.items()}
     several = w.code.local_rotary
@@ -841,11 +848,11 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
         for is_sliding in dict.fromkeys(sliding[kind] and several for kind in kinds)
     }
     tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
-    kept_tables = {kind: tables[kind] if kind.rotary and not w.code.interleaved_tables else () for kind in kinds}
-    return {
-        kind: ((ids, *tables[kind], *masks[kind.window is not None, kind.causal_mask]), kept_tables[kind])
-        for kind in kinds
-    }
+    turned = {kind: kind.rotary and attends[kind] and not w.code.interleaved_tables for kind in kinds}
+    kept_tables = {kind: tables[kind] if turned[kind] else () for kind in kinds}
+    given_masks = {kind: masks[kind.window is not None, kind.causal_mask] if attends[kind] else () for kind in kinds}
+    positions = () if w.code.withholds_ids else (ids,)
+    return {kind: ((*positions, *tables[kind], *given_masks[kind]), kept_tables[kind]) for kind in kinds}
 
 
 def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:

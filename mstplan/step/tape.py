@@ -43,11 +43,14 @@ ITEMSIZE = {
 }
 
 # What bytes can grow with: b sequences, s tokens each, c tokens in an MLP chunk, k in a loss chunk,
-# r = s rounded up to 128 (the rows of a flash-attention workspace), p = whole tens of the b s tokens.
-BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br", "p")
+# r = s rounded up to 128 (the rows of a flash-attention workspace), p = whole tens of the b s tokens, x, y and z chunks of
+# `MIXER_CHUNKS` tokens, begun ones included, u and v one more than y and z.
+BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br", "p", "b", "bx", "by", "bz", "bu", "bv", "buu", "bvv")
+MIXER_CHUNKS = {"x": 64, "y": 128, "z": 256}
+"""Tokens of a chunk of what mixes them otherwise than by attention, by the axis that counts chunks."""
 Vector = tuple[int, ...]
 ZERO: Vector = (0,) * len(BASIS)
-_SYMBOLS = frozenset("bsckrp")
+_SYMBOLS = frozenset("bsckrpxyzuv")
 
 
 def add(u: Vector, v: Vector) -> Vector:
@@ -58,7 +61,7 @@ def add(u: Vector, v: Vector) -> Vector:
 def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
     """(index into BASIS, the axes whose sizes do not change) of a shape such as "b s d"."""
     axes = shape.split()
-    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckprs".index))
+    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckprsxyzuv".index))
     return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
 
 
@@ -194,6 +197,8 @@ class Op:
     for_gradients: ForGradients = NONE
     holds: tuple[Tensor, ...] = ()  # variables that the code still holds here, though it reads them no more
     graph_holds: tuple[Tensor, ...] = ()  # what a graph that a variable holds here keeps, where autograd records
+    recorded: tuple[Tensor, ...] = ()  # what it makes for its backward, and only where autograd records
+    unrecorded: tuple[Tensor, ...] = ()  # what a variable is left with elsewhere
     escapes: tuple[Tensor, ...] = ()  # what its node holds by itself, past checkpoints, until the whole graph goes
     weights: tuple[Weight, ...] = ()
     workspaces: tuple[WeightWorkspace, ...] = ()
@@ -830,7 +835,8 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
             ledger.put(transferring)
         groups.before_forward(op, rules.every_moment or not op.interior)
         stop = i == last
-        makes = [t for t in op.makes if t.storage is t and (not stop or t in op.keeps)]
+        made = (*op.makes, *(op.recorded if keep else op.unrecorded))
+        makes = [t for t in made if t.storage is t and (not stop or t in op.keeps)]
         if op.part is not None:
             cached += _part_forward(op, ledger, rules, keep, stop)
             mine.update(dict.fromkeys(makes))
@@ -976,7 +982,7 @@ def _backward(
     rules = rules._replace(recomputed=rules.recomputed or again is not None)
     ledger = _Ledger(rules)
     keepers: dict[Tensor, int] = {}
-    own_storages = {tensor for op in tape.ops for tensor in op.makes if tensor.storage is tensor}
+    own_storages = {tensor for op in tape.ops for tensor in (*op.makes, *op.recorded) if tensor.storage is tensor}
     all_saved = [kept_by(op) for op in tape.ops]
     for saved in (tape.held, *all_saved):
         for tensor in saved:

@@ -14,7 +14,9 @@ from mstplan.step.steps import Chunks, Layout, step
 
 NOT_FITTED = ("gemma3-270m", "phi4-mini")
 """Models whose traces no straight line meets within 0.5%: `calibrate` refuses to write them, and the formula answers."""
-DENSE = [name for name in model_names() if load_model(name).experts is None and name not in NOT_FITTED]
+MODELS = {name: load_model(name) for name in model_names() if name not in NOT_FITTED}
+DENSE = [name for name, model in MODELS.items() if model.experts is None and model.mixer is None]
+"""Of layers that mix tokens otherwise than by attention no calibrations ship: the formula answers."""
 ON = card("a100-80gb")
 LENGTHS = (4096, 65536, 1048576)
 

@@ -232,7 +232,7 @@ def test_a_flat_file_of_several_models_says_that_towers_are_not_counted():
     assert not read_config({**PLAIN, "model_type": "qwen2"}, "m").notes
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "jamba", "qwen3_5", "rwkv7", "granitemoehybrid"])
+@pytest.mark.parametrize("model_type", ["mamba", "jamba", "kimi_linear", "rwkv7", "bamba"])
 def test_hybrids_are_sent_to_the_trace(model_type):
     assert refused(of(model_type)).startswith(
         f"FILE: mstplan's formula counts no state-space, recurrent or hybrid models (model_type '{model_type}')"

@@ -54,7 +54,8 @@ def models(draw: st.DrawFn, window: bool = True) -> Model:
     """Models of up to six layers, in patterns of attention with and without a window, dense and with experts."""
     routed = draw(st.none() | experts())
     windows = st.sampled_from([None, 256, 4096] if window else [None])
-    kind = st.builds(LayerKind, windows, st.just(routed is not None) if draw(st.booleans()) else st.just(False))
+    routes = st.just(routed is not None and draw(st.booleans()))
+    kind = st.builds(LayerKind, windows, routes, mixer=st.just("attention"))
     pattern = draw(st.lists(kind, min_size=1, max_size=2))
     kinds = tuple(pattern * draw(st.integers(1, 3)))
     gated = draw(st.booleans())

@@ -21,6 +21,7 @@ from . import (
     gpt_neox,
     gpt_oss,
     gptj,
+    lfm2,
     llama,
     llama4,
     minimax,
@@ -58,7 +59,7 @@ _DENSE = (
     gptj,
     bloom,
 )
-_FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4)
+_FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4, lfm2)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """By the model_type of a config.json."""
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from ..model import Block, Keys, Norm, QkNorm, Router
+from ..model import Block, Keys, Mixer, Norm, QkNorm, Router
 from ..releases import Number
 
 LAYER = "layer"
@@ -151,6 +151,11 @@ class Code(NamedTuple):
     adds_branches_first: bool = False  # attention's output and the MLP's are added before the layer's input is
     holds_normed: bool = False  # the block's variables hold attention's input and output
     frees_normed: bool = False  # no variable of a norm holds what it makes in fp32
+    withholds_ids: bool = False  # layers are not given position ids
+    mixes_samples: bool = False  # packed samples are not told apart by their positions
+    shared_apart: bool = (
+        False  # the shared expert is an MLP of its own, and the block, which holds what experts gave, adds the two
+    )
     holds_attended: bool = False  # the block's variables hold attention's output
     holds_block: bool = False  # the block's variables hold attention's output and the MLP's input
     copies_heads: bool = False  # heads are copied out of a fused product
@@ -165,8 +170,11 @@ class Code(NamedTuple):
     scales_logits: bool = False  # so are the logits
     fp32_router_logits: bool = False  # what chooses experts is cast to fp32
     fp32_router: bool = False  # the router's weight stays in fp32
+    plain_router: bool = False  # probabilities of experts stay in the router's dtype
     corrected: bool = False  # experts are chosen by probabilities with a correction
+    apart_products: bool = False  # what linear attention makes of its input comes of several products
     shared_first: bool = False  # the shared expert runs before the router
+    fused_shared: bool = False  # it has gate and up in one matrix
     shared_gate: bool = False  # and is weighed by a gate of its own
 
 
@@ -209,6 +217,11 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     mlp_width: str = (
         "intermediate_size"  # the field that holds it; where its default is null, four times the hidden size
     )
+    adjusted_width: bool = False  # two thirds of it, in whole blocks (block_auto_adjust_ff_dim)
+    mixer: Mixer = "attention"  # of the layers whose layer_types entry names no attention
+    # what tells, where there are no layer_types, which layers have attention; layer_types: nothing does
+    gated_attention: bool = False
+    attention_by: Literal["layer_types", "full_attn_idxs", "full_attention_interval", "none has"] = "layer_types"
     experts: Routed | None = None
     activation: str = "hidden_act"
     fixed_activation: str | None = None  # what all its files mean, which do not say it
@@ -219,6 +232,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     )
     softcap: bool = False  # attn_logit_softcapping acts
     sinks: bool = False
+    rotary_switch: str | None = None  # the field that says "rope" where queries and keys are turned
     rotary_width: str | None = None  # the field that holds how many numbers of a head are turned
     positions: Literal["rotary", "learned", "alibi"] = "rotary"  # learned: a table of them; alibi: biases of scores
     first_position: int = 0  # row of the first token in the table of learned positions

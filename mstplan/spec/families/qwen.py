@@ -56,6 +56,85 @@ QWEN2_MOE = QWEN2._replace(
     },
 )
 
+_TINY_DELTA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 64,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
+_TINY_EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+}
+QWEN3_NEXT = Family(
+    defaults(
+        *(2048, 48, 16, 2, 151936, 5632),
+        head_dim=256,
+        partial_rotary_factor=0.25,
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        num_experts=512,
+        num_experts_per_tok=10,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+    ),
+    norm="gemma",
+    qk_norm="head",
+    mixer="gated delta",
+    gated_attention=True,
+    attention_by="full_attention_interval",
+    experts=Routed(
+        may_be_none=True,
+        normalised="norm_topk_prob",
+        shared_width="shared_expert_intermediate_size",
+        linears=LINEARS,
+    ),
+    code=Code(joins_rotary=True, shared_first=True, shared_gate=True),
+    names=QWEN2_MOE.names,
+    tiny={**_TINY_DELTA, **_TINY_EXPERTS},
+)
+
+QWEN3_5 = QWEN3_NEXT._replace(
+    defaults=defaults(
+        *(4096, 32, 16, 4, 248320, 12288),
+        head_dim=256,
+        partial_rotary_factor=0.25,
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+    ),
+    experts=None,
+    code=Code(joins_rotary=True, apart_products=True),
+    names={},
+    tiny=_TINY_DELTA,
+)
+QWEN3_5_MOE = QWEN3_5._replace(
+    defaults={
+        **QWEN3_5.defaults,
+        **defaults(
+            *(2048, 40, 16, 2, 248320, None),
+            num_experts=256,
+            num_experts_per_tok=8,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=512,
+        ),
+    },
+    experts=Routed(shared_width="shared_expert_intermediate_size"),
+    code=Code(joins_rotary=True, apart_products=True, shared_first=True, shared_gate=True),
+    names=QWEN2_MOE.names,
+    tiny=QWEN3_NEXT.tiny,
+)
+
 FAMILIES = {
     "qwen2": QWEN2,
     "qwen2_vl_text": QWEN2_VL,
@@ -68,6 +147,9 @@ FAMILIES = {
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_next": QWEN3_NEXT,
     "qwen3_vl_text": QWEN3._replace(
         defaults=defaults(4096, 32, 32, 32, 151936, 22016, head_dim=128), windows="none", window_switch=False
     ),

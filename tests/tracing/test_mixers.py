@@ -1,0 +1,165 @@
+"""Layers that mix tokens otherwise than by attention: every instant of the formula is the trace's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from mstplan.errors import RecipeError, UnreadError
+from mstplan.plan import solve
+from mstplan.spec.config import read_config
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import strategy
+from mstplan.tracing.tracer import trace
+
+from ..recipes import in_chunks
+
+CARD = card("h100")
+EXACT = 0.0005
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 4000,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
+CONVOLUTIONS = {"layer_types": ["conv", "conv", "full_attention", "conv"]}
+MIXED = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+LINEAR = {
+    "layer_types": MIXED,
+    "head_dim": 64,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
+DELTA = {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 512}
+MAMBA = {
+    "layer_types": MIXED,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 1024,
+    "mamba_n_heads": 16,
+    "mamba_d_state": 64,
+    "mamba_n_groups": 2,
+}
+ROUTED = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 512}
+MODELS = {
+    "lfm2": ("lfm2", CONVOLUTIONS),
+    "lfm2, biases": ("lfm2", {**CONVOLUTIONS, "conv_bias": True}),
+    "qwen3_next": ("qwen3_next", DELTA),
+    "qwen3.5": ("qwen3_5_text", LINEAR),
+    "qwen3.5, experts": ("qwen3_5_moe_text", DELTA),
+    "granite, mamba": ("granitemoehybrid", MAMBA),
+    "granite, mamba and experts": ("granitemoehybrid", {**MAMBA, **ROUTED}),
+    "granite, attention": (
+        "granitemoehybrid",
+        {**MAMBA, "layer_types": ["full_attention"] * 4, "position_embedding_type": "rope"},
+    ),
+    "lfm2_moe": ("lfm2_moe", {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1}),
+}
+STRATEGIES = ("standard", "checkpoint", "mst", "mst-offload", "mst-layer", "mst-layer-offload")
+CHANGES = [
+    {"precision": "mixed"},
+    {"precision": "fp32"},
+    {"autocast": True},
+    {"batch": 2},
+    {"packing": 4},
+    {"accumulation": 2},
+    {"optimizer_in_backward": True},
+    {"checkpoint": "selective"},
+    {"offload": "saved-tensors"},
+    {"attention": "flash"},
+    {"lora_rank": 16},
+    {"lora_rank": 16, "autocast": True},
+    {"lora_rank": 16, "quantize": "nf4"},
+    {"freeze": ["attention"]},
+    {"train": ["attention"]},
+]
+
+
+def config_of(name):
+    family, changes = MODELS[name]
+    return json.loads(CONFIG_MAPPING[family](**{**SIZES, **changes}).to_json_string(use_diff=False))
+
+
+def agree(config, recipe, seq_len):
+    traced = trace(config, recipe, seq_len, workspace=CARD.gpu.workspaces_bytes, platform=CARD.platform)
+    told = {i.name: i.bytes for i in solve.plan_at(read_config(config, "m"), recipe, CARD, seq_len).instants()}
+    assert told == {peak.instant: pytest.approx(peak.bytes, rel=EXACT) for peak in traced.peaks}
+
+
+@pytest.mark.parametrize("seq_len", [4096, 32768])
+@pytest.mark.parametrize("strategy_name", STRATEGIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_instant(name, strategy_name, seq_len):
+    if name.startswith("qwen") and (seq_len > 4096 or "layer" in strategy_name):
+        pytest.skip("its loop over chunks takes a trace minutes; its layers do not run in pieces")
+    agree(config_of(name), in_chunks(strategy(strategy_name), 4, 4), seq_len)
+
+
+@pytest.mark.parametrize("widths", [(64, 128), (128, 64), (32, 32)], ids=str)
+def test_heads_of_other_widths(widths):
+    """Which gradient of a chunk is the largest depends on them."""
+    keys, values = widths
+    family, changes = MODELS["qwen3_next"]
+    changes = {**changes, "linear_key_head_dim": keys, "linear_value_head_dim": values, "num_hidden_layers": 4}
+    config = json.loads(CONFIG_MAPPING[family](**{**SIZES, **changes}).to_json_string(use_diff=False))
+    agree(config, strategy("checkpoint"), 4096)
+
+
+REFUSED = [
+    ("qwen3_next", {"precision": "mixed"}, "without autocast only"),
+    ("granite, mamba", {"autocast": True}, "without autocast only"),
+    ("granite, mamba", {"precision": "fp32"}, "without autocast only"),
+    ("granite, mamba", {"packing": 4}, "does not tell packed samples apart"),
+    ("granite, mamba", {"offload": "saved-tensors"}, "are not checkpointed"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "why"), REFUSED)
+def test_what_is_not_counted_is_refused(name, changes, why):
+    check_refusal(name, strategy("standard").changed(**changes), why)
+
+
+def test_layers_in_pieces_with_gated_attention_are_refused():
+    check_refusal("qwen3.5", in_chunks(strategy("mst-layer"), 4, 4), "layers in pieces")
+
+
+def check_refusal(name, recipe, why):
+    with pytest.raises(RecipeError, match=why) as caught:
+        solve.plan_at(read_config(config_of(name), "m"), recipe, CARD, 4096)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_chunk_that_no_published_model_has_is_refused():
+    config = {**config_of("granite, mamba"), "mamba_chunk_size": 100}
+    with pytest.raises(UnreadError, match="mamba_chunk_size is 100"):
+        read_config(config, "m")
+
+
+@pytest.mark.parametrize("strategy_name", ["standard", "checkpoint", "mst", "mst-layer"])
+@pytest.mark.parametrize("name", ["lfm2", "lfm2_moe", "granite, attention"])
+def test_a_length_of_begun_chunks(name, strategy_name):
+    """Sums of biases' gradients are no whole shares of tokens there (step/workspaces.py, SumOverTokens.sizes)."""
+    agree(config_of(name), in_chunks(strategy(strategy_name), 4, 4), 5003)
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_every_instant_of_another_recipe(changes):
+    agree(config_of("lfm2"), strategy("standard").changed(**changes), 4096)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch": 2}, {"lora_rank": 16}, {"freeze": ["attention"]}, {"accumulation": 2}], ids=str
+)
+@pytest.mark.parametrize("strategy_name", ["standard", "checkpoint"])
+@pytest.mark.parametrize("name", ["qwen3_next", "granite, mamba"])
+def test_every_instant_of_a_recipe_over_chunks(name, strategy_name, changes):
+    agree(config_of(name), strategy(strategy_name).changed(**changes), 1500 if name == "qwen3_next" else 4096)
