@@ -418,6 +418,31 @@ class VariedOptions(Options):
         choices=_planned("sharding"),
         synonyms={"zero3": "fsdp"},
     )
+    replicas = option(
+        int,
+        "--replicas",
+        "Under fsdp, groups of GPUs that hold the same shards (HSDP). Default 1.",
+        panel="Recipe",
+        metavar="N",
+    )
+    gpus_per_node = option(
+        int, "--gpus-per-node", "GPUs that share a machine's CPU RAM. Default 8.", panel="Recipe", metavar="N"
+    )
+    sync_each_batch = option(
+        bool,
+        "--sync-each-batch",
+        "Under fsdp, scatter the gradients of each micro-batch: accelerate's sync_each_batch.",
+        False,
+        panel="Recipe",
+    )
+    reduce_dtype = option(
+        str,
+        "--reduce-dtype",
+        _of_recipe("reduce_dtype", {"bf16": "accelerate's mixed_precision"}),
+        panel="Recipe",
+        metavar="NAME",
+        choices=_planned("reduce_dtype"),
+    )
 
 
 class RecipeOptions(StepOptions, VariedOptions):
@@ -567,6 +592,9 @@ _FIELDS = (
     "offload",
     "gpus",
     "sharding",
+    "reduce_dtype",
+    "replicas",
+    "gpus_per_node",
     "kernels",
     "max_grad_norm",
     "lora_dropout",
