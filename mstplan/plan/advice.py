@@ -40,7 +40,7 @@ from .solve import (
     smallest_chunks_tokens,
     why_no_time,
 )
-from .ways import Way, nearest_plan, tries_adapters
+from .ways import MOST_GPUS, Way, nearest_plan, tries_adapters
 
 
 def left_out_notes(model: Model | None = None) -> list[str]:
@@ -288,7 +288,10 @@ def _notes_of_several_gpus(model: Model, recipe: Recipe) -> list[str]:
     return sharding_notes(model, recipe) if recipe.sharded else replica_notes(recipe)
 
 
-_NOT_COUNTED = "Not counted: NCCL's own memory, 1 to 2 GiB a GPU; leave room with --reserve 2GiB. Step times count no communication."
+_NOT_COUNTED = (
+    "NCCL's own memory lies outside of torch's allocator, 0.5 to 2 GiB a GPU: --reserve is 2GiB where nothing else is said. Step times count "
+    "no communication."
+)
 
 
 def replica_notes(recipe: Recipe) -> list[str]:
@@ -331,6 +334,26 @@ def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
             "Its shard_placement_fn can split another dimension; that is not planned."
         )
     return notes
+
+
+def fewest_gpus_line(count: int | None) -> str:
+    """From how many GPUs a recipe in shards fits; None: from none."""
+    if count is None:
+        return f"It fits on no number of these GPUs up to {MOST_GPUS:,}."
+    return f"It fits from {count:,} of these GPUs on: --gpus {count}."
+
+
+def master_weights_notes(plan: Plan, mixed: Plan | None) -> list[str]:
+    """Whether shards in fp32, as accelerate keeps them, would change the verdict."""
+    if mixed is None:
+        return []
+    need = f"{format_gib(mixed.peak_bytes)} of {format_gib(mixed.budget_bytes)}"
+    options = (
+        "accelerate's mixed_precision bf16 keeps weights and moments in fp32 (--precision mixed --reduce-dtype bf16)"
+    )
+    if mixed.fits == plan.fits:
+        return [f"{options}: {'it fits as well' if mixed.fits else 'it does not fit either'}, {need}."]
+    return [f"{options}, and then it {'fits' if mixed.fits else 'does not fit'}: {need}."]
 
 
 def answer_notes(answer: Answer) -> list[str]:
