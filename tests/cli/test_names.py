@@ -128,6 +128,9 @@ def test_zero3_is_another_name_of_fsdp(run: Run, typed: str) -> None:
 SAYS = [
     (("--gpus", "8"), "add --sharding fsdp"),
     (("--sharding", "fsdp"), "--sharding fsdp needs 2 gpus or more: add --gpus 8"),
+    (("--gpus", "8", "--sharding", "hsdp"), "--sharding fsdp --replicas 2"),
+    (("--gpus", "8", "--sharding", "fsdp_offload"), "--optimizer-on-host --weights-on-host"),
+    (("--dp-replicate-size", "2"), "--replicas"),
     (("--gpus", "8", "--sharding", "zero2"), "--sharding: 'zero2' is not planned yet: FSDP2, as ZeRO-3, and DDP are."),
     (("--gpus", "8", "--sharding", "zero1"), "Nearest: --sharding fsdp"),
     (("--gpus", "8", "--sharding", "dp"), "'dp' is all on each GPU"),
