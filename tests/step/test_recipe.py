@@ -63,7 +63,7 @@ def test_json_round_trip(name: str, tmp_path: Path) -> None:
         ({"gpus": 2, "sharding": "fsdp", "checkpoint": 4}, "checkpoint='layer'"),
         ({"gpus": 2, "sharding": "fsdp", "optimizer": "adamw-8bit"}, "adamw or sgd"),
         ({"gpus": 2, "sharding": "fsdp", "optimizer": "adafactor"}, "adamw or sgd"),
-        ({"gpus": 2, "sharding": "fsdp", "optimizer_on_host": True}, "add weights_on_host (--weights-on-host)"),
+        ({"gpus": 2, "sharding": "fsdp", "optimizer_on_host": True}, "add weights_on_host"),
         ({"sync_each_batch": True}, "--sync-each-batch"),
         ({"gpus": 2, "sharding": "ddp", "replicas": 2}, "--replicas"),
         ({"gpus": 12, "sharding": "fsdp", "replicas": 5}, "can be 2, 3, 4, 6"),
