@@ -17,6 +17,9 @@ from .conftest import Run
 
 CASE = ("-m", "gpt2", "--gpu", "h100")
 USERS_OWN = {
+    "--replicas": "2",
+    "--reduce-dtype": "bf16",
+    "--gpus-per-node": "8",
     "--batch": "2",
     "--accumulation": "2",
     "--attention": "eager",
@@ -79,6 +82,8 @@ def needs_a_value(words: list[str], at: int) -> bool:
 def taken(run: Run, options: tuple[str, ...]) -> bool:
     """Does some command answer with these options?"""
     more = ("--gpus", "8") if {"fsdp", "ddp"} & {*options} else ()
+    if {"--replicas", "--reduce-dtype"} & {*options} and "fsdp" not in options:
+        more = ("--gpus", "8", "--sharding", "fsdp", "--precision", "mixed")
     if "--double-quantize" in options:
         more = (*more, "--quantize", "nf4")
     if OF_ADAPTERS & {*options} and "--lora" not in options:

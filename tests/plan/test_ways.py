@@ -287,13 +287,13 @@ def test_kbit_preparation_is_left_out_before_adapters_change() -> None:
 
 
 def test_a_recipe_in_shards_fits_from_the_number_that_is_said():
-    model, h100 = load_model("llama3.1-8b"), card("h100")
+    model, small = load_model("llama3.1-8b"), card(memory=40 * GIB)
     recipe = strategy("checkpoint", gpus=2, sharding="fsdp", precision="mixed")
-    start = plan_at(model, recipe, h100, 8192)
+    start = plan_at(model, recipe, small, 8192)
     fewest = fewest_gpus(start)
     assert not start.fits and fewest is not None and fewest > 2
-    assert plan_at(model, recipe.changed(gpus=fewest), h100, 8192).fits
-    assert not plan_at(model, recipe.changed(gpus=fewest - 1), h100, 8192).fits
+    assert plan_at(model, recipe.changed(gpus=fewest), small, 8192).fits
+    assert not plan_at(model, recipe.changed(gpus=fewest - 1), small, 8192).fits
 
 
 def test_no_number_of_gpus_makes_the_embeddings_smaller():
