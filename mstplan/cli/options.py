@@ -211,7 +211,13 @@ class CardOptions(Options):
         str, "--gpu-mem", "Any amount of GPU memory: 80GB, 79.15GiB, 24576MiB.", panel="GPU", metavar="SIZE"
     )
     host_mem = option(str, "--host-mem", "CPU RAM for what is offloaded.", panel="GPU", metavar="SIZE")
-    reserve = option(str, "--reserve", "GPU memory that other processes hold.", "0B", panel="GPU", metavar="SIZE")
+    reserve = option(
+        str,
+        "--reserve",
+        "GPU memory that others hold. Default 0B; 2GiB, for NCCL, with several --gpus.",
+        panel="GPU",
+        metavar="SIZE",
+    )
     allocator = option(
         str,
         "--allocator",
@@ -418,6 +424,31 @@ class VariedOptions(Options):
         choices=_planned("sharding"),
         synonyms={"zero3": "fsdp"},
     )
+    replicas = option(
+        int,
+        "--replicas",
+        "Under fsdp, groups of GPUs that hold the same shards (HSDP). Default 1.",
+        panel="Recipe",
+        metavar="N",
+    )
+    gpus_per_node = option(
+        int, "--gpus-per-node", "GPUs that share a machine's CPU RAM. Default 8.", panel="Recipe", metavar="N"
+    )
+    sync_each_batch = option(
+        bool,
+        "--sync-each-batch",
+        "Under fsdp, scatter the gradients of each micro-batch: accelerate's sync_each_batch.",
+        False,
+        panel="Recipe",
+    )
+    reduce_dtype = option(
+        str,
+        "--reduce-dtype",
+        _of_recipe("reduce_dtype", {"bf16": "accelerate's mixed_precision"}),
+        panel="Recipe",
+        metavar="NAME",
+        choices=_planned("reduce_dtype"),
+    )
 
 
 class RecipeOptions(StepOptions, VariedOptions):
@@ -541,11 +572,21 @@ def model_or_stand_in(options: TracedOptions) -> Model:
 
 
 def card_of(options: CardOptions) -> Card:
-    from ..spec.hardware import EXPANDABLE, card
-    from ..units import parse_memory
+    from ..spec.hardware import EXPANDABLE, NCCL_BYTES, card
 
-    sizes = memory(options.gpu_mem), parse_memory(options.reserve), memory(options.host_mem)
+    reserve = memory(options.reserve)
+    if reserve is None:
+        reserve = NCCL_BYTES if _gpus_of(options) > 1 else 0
+    sizes = memory(options.gpu_mem), reserve, memory(options.host_mem)
     return card(options.gpu, *sizes, allocator=options.allocator or EXPANDABLE, torch=options.torch)
+
+
+def _gpus_of(options: CardOptions) -> int:
+    """GPUs that the command's recipe trains on; 1 where it has none."""
+    if not isinstance(options, StepOptions):
+        return 1
+    gpus: int | None = getattr(options, "gpus", None)  # a command may leave it out
+    return gpus if gpus is not None else base_recipe(options).gpus
 
 
 def memory(text: str | None) -> int | None:
@@ -567,6 +608,9 @@ _FIELDS = (
     "offload",
     "gpus",
     "sharding",
+    "reduce_dtype",
+    "replicas",
+    "gpus_per_node",
     "kernels",
     "max_grad_norm",
     "lora_dropout",

@@ -19,7 +19,7 @@ from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.kernels import NO_SDPA, SDPA
 from ..step.recipe import CHUNK_FIELDS, Recipe
-from ..step.runnable import check_runnable, check_trainer
+from ..step.runnable import check_measurable, check_trainer
 from ..step.steps import attention_kernel
 from ..units import SHORTEST, format_gib
 from .measurement import OK, OUT_OF_MEMORY, Case, Measurement, appending, key_of, read_results, slice_config
@@ -59,7 +59,7 @@ def plan_cases(
         seq_len = recipe.padded(length)
         chunks = solve.plan_at(planned_model, recipe, card, seq_len).chunks
         fixed_recipe = chunks.put_into(recipe)
-        check_runnable(fixed_recipe)
+        check_measurable(fixed_recipe)
         if trainer is not None:
             check_trainer(fixed_recipe)
         _refuse_fewer_tokens_than_chunks(recipe, fixed_recipe, seq_len)

@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -33,7 +32,7 @@ from ..step.instants import Instant
 from ..step.kernels import runs_sdpa
 from ..step.recipe import Recipe
 from ..tracing import cache
-from ..tracing.fsdp import shard_model
+from ..tracing.fsdp import mesh_of, shard_model
 from ..tracing.kernels import STAND_INS, real_implementation
 from ..tracing.tracer import attention_of
 from ..train.step import NO_HOST_MEMORY, TrainingStep, build_model, read_settings
@@ -202,7 +201,7 @@ def _build_model(case: Case) -> PreTrainedModel:
     if not case.recipe.sharded:
         return build_model(settings, case.recipe, attention, device)
     model = build_model(settings, case.recipe, attention, "meta")  # no card need hold it whole
-    shard_model(model, case.recipe, init_device_mesh(case.device, (dist.get_world_size(),)))
+    shard_model(model, case.recipe, mesh_of(case.device, case.recipe))
     model.to_empty(device=device)
     with torch.no_grad():
         model.initialize_weights()

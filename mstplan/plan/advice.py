@@ -25,6 +25,7 @@ from ..step.optimizers import OPTIMIZERS, stand_ins
 from ..step.parameters import parameter_count, trained_count
 from ..step.recipe import STRATEGY_FIELDS, Recipe, strategy_label, strategy_of, words_of
 from ..step.steps import Chunks, Layout, attention_kernel, embeddings_are_frozen, kernels_of
+from ..step.tape import ITEMSIZE
 from ..units import GIB, SHORTEST, format_count, format_gib, format_seconds, format_tokens
 from . import calibration
 from .allocation import longest_that_runs
@@ -39,7 +40,7 @@ from .solve import (
     smallest_chunks_tokens,
     why_no_time,
 )
-from .ways import Way, nearest_plan, tries_adapters
+from .ways import MOST_GPUS, Way, nearest_plan, tries_adapters
 
 
 def left_out_notes(model: Model | None = None) -> list[str]:
@@ -314,7 +315,10 @@ def _notes_of_several_gpus(model: Model, recipe: Recipe) -> list[str]:
     return sharding_notes(model, recipe) if recipe.sharded else replica_notes(recipe)
 
 
-_NOT_COUNTED = "Not counted: NCCL's own memory, 1 to 2 GiB a GPU; leave room with --reserve 2GiB. Step times count no communication."
+_NOT_COUNTED = (
+    "NCCL's own memory lies outside of torch's allocator, 0.5 to 2 GiB a GPU: --reserve is 2GiB where nothing else is said. Step times count "
+    "no communication."
+)
 
 
 def replica_notes(recipe: Recipe) -> list[str]:
@@ -334,14 +338,22 @@ def _sequences(recipe: Recipe) -> str:
 
 def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
     """What a card holds under FSDP2, and what is not counted."""
+    where = f" in {recipe.replicas:,} replicas of {recipe.shards:,} shards" if recipe.replicas > 1 else ""
+    kept = "shards in CPU RAM (CPUOffloadPolicy)" if recipe.weights_on_host else "shards, padded"
     notes = [
         (
-            f"Per GPU, of {recipe.gpus:,}, each with its own {_sequences(recipe)}: FSDP2 over every layer and the model. "
-            "Counted: shards, padded; the layer that runs and the all-gather buffer of its neighbour; embedding, norm and head, gathered "
+            f"Per GPU, of {recipe.gpus:,}{where}, each with its own {_sequences(recipe)}: FSDP2 over every layer and the model. "
+            f"Counted: {kept}; the layer that runs and the all-gather buffer of its neighbour; embedding, norm and head, gathered "
             "throughout; whole gradients until they are scattered, and the reduce-scatter's input (docs/sharding.md)."
         ),
         _NOT_COUNTED,
     ]
+    if recipe.keeps_whole_gradients:
+        notes.append(
+            f"Accumulation without sync keeps whole gradients of all weights on every GPU, {ITEMSIZE[recipe.reduced_dtype]} bytes each, until the last "
+            "micro-batch, as accelerate and Trainer do. --sync-each-batch scatters them each time: accelerator_config="
+            '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}.'
+        )
     experts = model.experts.number if model.experts is not None else None
     if experts is not None and recipe.gpus > experts:
         notes.append(
@@ -349,6 +361,26 @@ def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
             "Its shard_placement_fn can split another dimension; that is not planned."
         )
     return notes
+
+
+def fewest_gpus_line(count: int | None) -> str:
+    """From how many GPUs a recipe in shards fits; None: from none."""
+    if count is None:
+        return f"It fits on no number of these GPUs up to {MOST_GPUS:,}."
+    return f"It fits from {count:,} of these GPUs on: --gpus {count}."
+
+
+def master_weights_notes(plan: Plan, mixed: Plan | None) -> list[str]:
+    """Whether shards in fp32, as accelerate keeps them, would change the verdict."""
+    if mixed is None:
+        return []
+    need = f"{format_gib(mixed.peak_bytes)} of {format_gib(mixed.budget_bytes)}"
+    options = (
+        "accelerate's mixed_precision bf16 keeps weights and moments in fp32 (--precision mixed --reduce-dtype bf16)"
+    )
+    if mixed.fits == plan.fits:
+        return [f"{options}: {'it fits as well' if mixed.fits else 'it does not fit either'}, {need}."]
+    return [f"{options}, and then it {'fits' if mixed.fits else 'does not fit'}: {need}."]
 
 
 def answer_notes(answer: Answer) -> list[str]:
@@ -420,8 +452,15 @@ def host_notes(plan: Plan) -> list[str]:
     if plan.card.gpu.shared_memory:
         return [f"{users_words} in CPU RAM would stay in the memory of {plan.card.gpu.name}, which is the CPU's, too"]
     return [
-        f"CPU RAM is short: {users_words} need {format_gib(plan.host_bytes)} there, and it has {format_gib(plan.card.host_bytes)}"
+        f"CPU RAM is short: {users_words} need {_host_need(plan)} there, and it has {format_gib(plan.card.host_bytes)}"
     ]
+
+
+def _host_need(plan: Plan) -> str:
+    """'96.00 GiB (8 processes of 12.00 GiB)'."""
+    processes = plan.recipe.processes_per_node
+    each = f" ({processes:,} processes of {format_gib(plan.host_bytes)})" if processes > 1 else ""
+    return f"{format_gib(plan.host_bytes_of_node)}{each}"
 
 
 def position_notes(model: Model, seq_len: int) -> list[str]:

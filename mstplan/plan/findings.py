@@ -76,11 +76,18 @@ def _notes_of_longest(
         return [
             *lines,
             *advice.nothing_fits_notes(answers, to_fit, smallest),
+            *_fewest_gpus_notes(answers),
             *advice.time_notes(way.plan for way in to_fit),
         ]
     for answer in answers:
         lines += [line for line in advice.answer_notes(answer) if line not in lines]
     return [*lines, *advice.layer_note(answers), *advice.time_notes(answer.plan for answer in answers if answer.s_max)]
+
+
+def _fewest_gpus_notes(answers: Sequence[Answer]) -> list[str]:
+    """Where nothing fits in shards: from how many GPUs the nearest strategy does."""
+    plan = ways.nearest_plan([answer.plan for answer in answers])
+    return [advice.fewest_gpus_line(ways.fewest_gpus(plan))] if plan.recipe.sharded else []
 
 
 def _notes(model: Model, recipe: Recipe, card: Card) -> list[str]:
@@ -104,6 +111,7 @@ class LengthFinding(NamedTuple):
     smallest: Gpu | None  # where it does not fit: the smallest card that holds it
     notes: tuple[str, ...]
     advice: tuple[str, ...]  # where it does not fit
+    fewest_gpus: int | None = None  # where it does not fit in shards: from how many GPUs it does
 
     @property
     def plan(self) -> Plan:
@@ -128,9 +136,14 @@ def assess_length(plans: Mapping[str, Plan], name: str) -> LengthFinding:
     to_fit = () if plan.fits else ways.ways_to_fit(plan)
     beyond = ways.furthest_way(plan) if not (plan.fits or to_fit) else None
     smallest = None if plan.fits else ways.smallest_gpu(plan)
-    advice_lines = () if plan.fits else tuple(_advice(plan, reaches[name], to_fit, beyond, smallest))
-    notes = (*_notes_at_length(plan, reaches[name]), *advice.time_notes(plans.values()))
-    return LengthFinding(plans, reaches, name, to_fit, beyond, smallest, notes, advice_lines)
+    fewest_gpus = None if plan.fits else ways.fewest_gpus(plan)
+    advice_lines = () if plan.fits else tuple(_advice(plan, reaches[name], to_fit, beyond, smallest, fewest_gpus))
+    notes = (
+        *_notes_at_length(plan, reaches[name]),
+        *advice.master_weights_notes(plan, ways.master_weights(plan)),
+        *advice.time_notes(plans.values()),
+    )
+    return LengthFinding(plans, reaches, name, to_fit, beyond, smallest, notes, advice_lines, fewest_gpus)
 
 
 class LengthsFinding(NamedTuple):
@@ -176,8 +189,10 @@ def _notes_at_length(plan: Plan, reach: int) -> list[str]:
     return [*lines, *advice.adapter_notes(plan), *advice.allocator_note(plan)]
 
 
-def _advice(plan: Plan, reach: int, to_fit: Sequence[Way], beyond: Way | None, smallest: Gpu | None) -> list[str]:
-    """The adapter that makes the length fit, how far the recipe reaches as it is, and the card that holds the length."""
+def _advice(
+    plan: Plan, reach: int, to_fit: Sequence[Way], beyond: Way | None, smallest: Gpu | None, fewest_gpus: int | None
+) -> list[str]:
+    """The adapter that makes the length fit, how far the recipe reaches as it is, and the card, or how many of them, that hold the length."""
     lines = advice.adapter_lines(to_fit)
     if not (to_fit or beyond):
         lines = [f"{advice.changes_do_not_help(ways.tries_adapters(plan))} makes this length fit on this GPU."]
@@ -188,4 +203,6 @@ def _advice(plan: Plan, reach: int, to_fit: Sequence[Way], beyond: Way | None, s
     )
     if smallest is not None:
         lines.append(f"The smallest GPU on which it fits as it is: {smallest.name} ({smallest.label}).")
+    if plan.recipe.sharded:
+        lines.append(advice.fewest_gpus_line(fewest_gpus))
     return lines

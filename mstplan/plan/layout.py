@@ -46,7 +46,7 @@ def bare_recipe(recipe: Recipe) -> Recipe:
             "mlp_chunks": 1,
             "loss_chunks": 1,
             "attention_groups": 1,
-            "accumulation": min(2, recipe.accumulation),
+            "accumulation": min(3 if recipe.keeps_whole_gradients else 2, recipe.accumulation),
             "pad_to": 1,
             "packing": recipe.samples_in_row,
             "padding_free": False,

@@ -13,6 +13,7 @@ from ..spec.hardware import Card, Gpu
 from ..spec.model import Model
 from ..step import expected
 from ..step.cuda import BIAS_ROWS
+from ..step.fsdp import shards_on_host
 from ..step.instants import Instant
 from ..step.kernels.base import Kernel
 from ..step.optimizers import host_states
@@ -123,7 +124,12 @@ class Plan(NamedTuple):
 
     @property
     def fits_host(self) -> bool:
-        return self.card.host_bytes is None or self.host_bytes <= self.card.host_bytes
+        return self.card.host_bytes is None or self.host_bytes_of_node <= self.card.host_bytes
+
+    @property
+    def host_bytes_of_node(self) -> int:
+        """CPU RAM that all processes of a machine need."""
+        return self.host_bytes * self.recipe.processes_per_node
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -570,12 +576,13 @@ def max_seq_of_tensors(model: Model, recipe: Recipe, card: Card) -> tuple[int, C
 def _longest_on_host(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
     """Tokens whose offloaded tensors CPU RAM holds: layer inputs grow by as much with every token, saved tensors in steps."""
     assert card.host_bytes is not None
+    for_one = card.host_bytes // recipe.processes_per_node
     built_step = step_of(model, recipe, card, chunks, window_of(model, recipe) or 1)  # with masks, which are saved, too
     if recipe.offload == "saved-tensors":
-        return _longest_saved(model, recipe, card.host_bytes, built_step)
+        return _longest_saved(model, recipe, for_one, built_step)
     fixed = host_bytes(model, recipe, 0, built_step)
     per_token = host_bytes(model, recipe, 1, built_step) - fixed
-    remaining, multiple = card.host_bytes - fixed, recipe.pad_to
+    remaining, multiple = for_one - fixed, recipe.pad_to
     if remaining < 0:
         return 0
     return remaining // per_token // multiple * multiple if per_token else LONGEST
@@ -595,9 +602,10 @@ def _longest_saved(model: Model, recipe: Recipe, budget: int, built_step: Step) 
 def host_bytes(model: Model, recipe: Recipe, seq_len: int, built_step: Step) -> int:
     """Host memory of one process: offloaded layer inputs or saved tensors, attention's, optimizer states, weights. Pinned, so it cannot be
     swapped."""
-    total = host_states(recipe, built_step.trained)
+    total = host_states(recipe, built_step.trained) if not recipe.sharded else 0
     if recipe.weights_on_host:
-        total += built_step.parameters * recipe.weight_bytes
+        shards = shards_on_host(recipe, built_step.card_weights)
+        total += shards if recipe.sharded else built_step.parameters * recipe.weight_bytes
     if recipe.offload == "saved-tensors":
         total += built_step.saved_on_host(step_sizes(recipe, seq_len, Chunks(1, 1)))
     if recipe.attention_on_host:

@@ -88,7 +88,7 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
             *back_to_gpu,
             Change(
                 "the optimizer in CPU RAM",
-                "step time (DeepSpeed offload)",
+                "step time (CPUOffloadPolicy)" if start.recipe.sharded else "step time (DeepSpeed offload)",
                 10,
                 {"optimizer_on_host": True, "optimizer_in_backward": False},
             ),
@@ -359,3 +359,40 @@ def smallest_gpu(start: Plan) -> Gpu | None:
         if card.budget_bytes > start.card.budget_bytes and plan_at(start.model, start.recipe, card, start.seq_len).fits:
             return gpu
     return None
+
+
+MOST_GPUS = 1024
+"""GPUs up to which a number is looked for that holds a recipe in shards."""
+
+
+def fewest_gpus(start: Plan) -> int | None:
+    """The number of GPUs from which a recipe in shards fits as it is, with as many replicas; None: up to `MOST_GPUS` none does, or all
+    holds as much on each of them."""
+    recipe = start.recipe
+    if not recipe.sharded:
+        return None
+
+    def fits(shards: int) -> bool:
+        gpus_in_all = recipe.changed(gpus=shards * recipe.replicas)
+        return plan_at(start.model, gpus_in_all, start.card, start.seq_len).fits
+
+    low = high = recipe.shards  # too few; enough
+    most = MOST_GPUS // recipe.replicas
+    while high < most:
+        low, high = high, min(2 * high, most)
+        if fits(high):
+            break
+    else:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high * recipe.replicas
+
+
+def master_weights(start: Plan) -> Plan | None:
+    """The plan as accelerate's mixed_precision bf16 has it, which keeps shards in fp32; None where it is not asked for."""
+    if not start.recipe.sharded or start.recipe.precision != "bf16":
+        return None
+    mixed = start.recipe.changed(precision="mixed", reduce_dtype="bf16")
+    return plan_at(start.model, mixed, start.card, start.seq_len)

@@ -279,6 +279,7 @@ def plan_document(finding: LengthFinding, peaks: Sequence[InstantPeak]) -> dict[
         ways_to_fit=[way(w) for w in finding.to_fit],
         furthest=way(finding.beyond) if finding.beyond is not None else None,
         smallest_card=smallest(finding.smallest),
+        fits_from_gpus=finding.fewest_gpus,
         advice=list(finding.advice),
         notes=[*p.model.notes, *finding.notes],
     )

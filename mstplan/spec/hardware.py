@@ -19,6 +19,9 @@ from ..profiles import ROOT, user_folder
 from ..units import GIB, LEAST_MEMORY, MIB, MOST_MEMORY, format_gib
 from .platform import NEWEST_BUILD, Platform, TorchBuild, build_here, read_build
 
+NCCL_BYTES = 2 * GIB
+"""What is reserved for NCCL with several GPUs, where nobody says otherwise: its buffers, outside of torch's allocator. from reports: 0.54 to
+0.69 GB for each group of processes on four A100s (NVIDIA/nccl issue 964), 1.6 GB (issue 864)."""
 GRANULARITY = 22 * MIB
 """What the caching allocator's granularity takes: one partly filled segment of its small (2 MiB) and one of its medium
 (20 MiB) pool. Source: kSmallBuffer and kLargeBuffer in c10/core/AllocatorConfig.h. Fragmentation beyond that is not

@@ -142,7 +142,7 @@ class _Assembly:
         before = follower.take()
         follower.put(*step.batch())
         for n in range(self.recipe.accumulation):
-            self._follow_passes(step.rules(events=True, first=n == 0))
+            self._follow_passes(step.rules(events=True, number=n))
         gone = set(self._make_and_release(step.clipping)) if step.steps_at_end else set()
         states_at = len(follower.events)
         if step.steps_at_end:

@@ -34,6 +34,7 @@ _NO_LOGITS = "MsT's loss, which never holds all logits either; its temporaries a
 _SHARDS_ALL = "which shards weights, gradients and optimizer states, as ZeRO-3 does"
 _IS_NOT = "is not planned"
 _NO_MEMORY = "it does not change what a step holds"
+_ON_HOST: dict[str, object] = {"optimizer_on_host": True, "weights_on_host": True}
 _NOT_YET = "is not planned yet: FSDP2, as ZeRO-3, and DDP are"
 
 VALUES: dict[str, tuple[Advice, ...]] = {
@@ -215,16 +216,16 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             _FSDP,
             "which shards the weights too",
         ),
-        Advice(
-            "hsdp hybrid hybrid_shard fsdp_hybrid_shard mics", _NOT_YET, _FSDP, "with the GPUs of one group as --gpus"
-        ),
+        Advice("hsdp hybrid hybrid_shard fsdp_hybrid_shard", "is FSDP2 in replicas", {**_FSDP, "replicas": 2}),
+        Advice("mics", _NOT_YET, {**_FSDP, "replicas": 2}, "with as many replicas as there are groups"),
+        Advice("fsdp_offload fsdp_cpu_offload", "is FSDP2's CPUOffloadPolicy", {**_FSDP, **_ON_HOST}),
         Advice(
             "dp data_parallel dataparallel distributeddataparallel replicate no_shard",
             "is all on each GPU",
             {"sharding": "ddp"},
         ),
         Advice(
-            "zero2_offload zero3_offload zero_offload zero_infinity fsdp_offload tp tensor* pp pipeline* cp context* sp sequence* ulysses ring* ep expert* "
+            "zero2_offload zero3_offload zero_offload zero_infinity tp tensor* pp pipeline* cp context* sp sequence* ulysses ring* ep expert* "
             "megatron 2d 3d 4d 5d",
             _IS_NOT,
         ),
@@ -338,7 +339,11 @@ _OPTIONS = (
     Advice("prepare-model-for-kbit-training kbit", "", {"kbit_preparation": True}),
     Advice("deepspeed* zero*", "DeepSpeed's own buffers are not planned", _FSDP, _SHARDS_ALL),
     Advice("fsdp fsdp2 fully-shard", "", _FSDP),
-    Advice("hsdp ddp* dp data-parallel* dp-size", "of several GPUs, FSDP2 alone is planned", _FSDP, _SHARDS_ALL),
+    Advice("hsdp dp-replicate* replicate-size", "", {"replicas": None}),
+    Advice("fsdp-offload-params fsdp-cpu-offload fsdp-offload", "", {**_FSDP, **_ON_HOST}),
+    Advice("fsdp-reduce-dtype mp-reduce-dtype mixed-precision-reduce", "", {"reduce_dtype": None}),
+    Advice("gpus-per-machine num-gpus-per-node devices-per-node local-world-size", "", {"gpus_per_node": None}),
+    Advice("ddp* dp data-parallel* dp-size", "of several GPUs, FSDP2 alone is planned", _FSDP, _SHARDS_ALL),
     Advice(
         "tp tp-size tensor-parallel* pp pp-size pipeline-parallel* cp cp-size context-parallel* sp sp-size sequence-parallel* ulysses* ring-attention "
         "ep ep-size expert-parallel* expert-model-parallel*",
@@ -391,7 +396,7 @@ _OPTIONS = (
     Advice(
         "offload-param offload-params offload-param-device cpu-offload offload-weights",
         "",
-        {"optimizer_on_host": True, "weights_on_host": True},
+        _ON_HOST,
     ),
     Advice("flash-attn* flash-attention* use-flash-attn* use-flash-attention* fa2", "", {"attention": "flash"}),
     Advice("sdpa sdp-attention", "", {"attention": "sdpa"}),

@@ -129,6 +129,15 @@ class Recipe(BaseModel):
     """fsdp: weights, gradients and optimizer states in shards over all cards, each decoder layer gathered while it runs
     (PyTorch's fully_shard of every layer, then of the model; ZeRO-3). mixed is then its MixedPrecisionPolicy: fp32 shards,
     gathered in bf16, gradients reduced in fp32, and no autocast."""
+    sync_each_batch: bool = False
+    """With accumulation fsdp scatters the gradients of each micro-batch (accelerate's gradient_accumulation_kwargs). Without it, as in
+    accelerate and transformers' Trainer, whole gradients of all weights stay on every card until the last micro-batch scatters them."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which fsdp sums gradients under `mixed`: fp32, or bf16 as accelerate's mixed_precision bf16 has it."""
+    replicas: int = Field(default=1, ge=1, le=65_536)
+    """Groups of cards that hold the same shards under fsdp (hybrid sharding, HSDP): weights are in shards over gpus / replicas cards."""
+    gpus_per_node: int = Field(default=8, ge=1, le=65_536)
+    """Cards of a machine, whose processes share its CPU RAM."""
 
     if not TYPE_CHECKING:  # type checkers know the fields better than this signature does
 
@@ -287,6 +296,12 @@ class Recipe(BaseModel):
         )
 
     def _bad_sharding(self) -> tuple[tuple[bool, str], ...]:
+        of_fsdp = ("sync_each_batch", "reduce_dtype", "replicas")
+        usual = Recipe.model_fields
+        alone = "" if self.sharded else next((n for n in of_fsdp if getattr(self, n) != usual[n].default), "")
+        if alone:
+            message = f"{alone} ({option_of(alone)}) is of fsdp: add sharding='fsdp' (--sharding fsdp), or leave it out"
+            return ((True, message),)
         if self.sharding == "none":
             return (
                 (
@@ -315,6 +330,10 @@ class Recipe(BaseModel):
         return (
             few,
             (
+                self.gpus % self.replicas != 0 or self.shards < 2,
+                f"{self.replicas:,} replicas of {self.gpus:,} gpus leave no whole number of 2 or more for shards: {_replicas_that_do(self.gpus)}",
+            ),
+            (
                 self.checkpoint == "selective" or str(self.checkpoint).startswith("every-"),
                 "fsdp with selective checkpoints or those of each n-th layer is not planned: set checkpoint='layer' (--checkpoint layer)",
             ),
@@ -331,8 +350,12 @@ class Recipe(BaseModel):
                 f"{optimizer.label} cannot step fsdp's shards, for {optimizer.no_shards}: use {stepping}",
             ),
             (
-                self.optimizer_on_host or self.weights_on_host,
-                "fsdp with weights or optimizer in CPU RAM is not planned",
+                self.optimizer_on_host and not self.weights_on_host,
+                "fsdp moves weights, gradients and optimizer to CPU RAM together (CPUOffloadPolicy): add weights_on_host (--weights-on-host)",
+            ),
+            (
+                self.reduce_dtype == "bf16" and self.precision != "mixed",
+                "reduce_dtype is of fp32 shards: add precision='mixed' (--precision mixed), or leave it out",
             ),
         )
 
@@ -353,7 +376,27 @@ class Recipe(BaseModel):
     @property
     def shards(self) -> int:
         """Parts that each weight is split into."""
-        return self.gpus if self.sharded else 1
+        return self.gpus // self.replicas if self.sharded else 1
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes that share a machine's CPU RAM: one for each card."""
+        return min(self.gpus, self.gpus_per_node)
+
+    @property
+    def keeps_whole_gradients(self) -> bool:
+        """Whether whole gradients of all weights stay on a card from one micro-batch to the next, and are scattered with the last."""
+        return self.sharded and self.accumulation > 1 and not self.sync_each_batch
+
+    @property
+    def finds_gradients(self) -> bool:
+        """Whether gradients of the micro-batches before are there throughout a micro-batch, in the form in which the optimizer has them."""
+        return self.accumulation > 1 and not self.keeps_whole_gradients
+
+    @property
+    def reduced_dtype(self) -> str:
+        """Dtype in which fsdp sums gradients, and keeps whole ones."""
+        return "bfloat16" if self.reduce_dtype == "bf16" else self.weight_dtype
 
     @property
     def has_gradient_buckets(self) -> bool:
@@ -457,6 +500,14 @@ class Recipe(BaseModel):
             return Recipe.model_validate({**self.model_dump(), **fields})
         except ValidationError as e:
             raise RecipeError(first_problem(e)) from None
+
+
+def _replicas_that_do(gpus: int) -> str:
+    """Numbers of replicas that leave a whole number of shards from 2."""
+    numbers = [f"{n:,}" for n in range(2, min(gpus // 2, 1_000) + 1) if gpus % n == 0]
+    if not numbers:
+        return f"{gpus:,} GPUs allow none, leave replicas (--replicas) out"
+    return f"replicas (--replicas) can be {', '.join(numbers[:8])}{', ...' if len(numbers) > 8 else ''}"
 
 
 _MUST_BE = {
@@ -587,7 +638,15 @@ def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
         *(["attention's inputs and results in CPU RAM"] if recipe.attention_on_host else []),
         *(["Liger's kernels"] if recipe.kernels == "liger" else []),
     ]
-    return ", ".join([*words, *([f"FSDP2 over {recipe.gpus:,} GPUs"] if recipe.sharded else [])])
+    return ", ".join([*words, *([_sharding_in_words(recipe)] if recipe.sharded else [])])
+
+
+def _sharding_in_words(recipe: Recipe) -> str:
+    """'FSDP2 over 16 GPUs in 2 replicas, weights in CPU RAM, whole gradients between micro-batches'."""
+    replicas = f" in {recipe.replicas:,} replicas" if recipe.replicas > 1 else ""
+    host = ", weights, gradients and optimizer in CPU RAM" if recipe.weights_on_host else ""
+    whole = ", whole gradients between micro-batches" if recipe.keeps_whole_gradients else ""
+    return f"FSDP2 over {recipe.gpus:,} GPUs{replicas}{host}{whole}"
 
 
 def _trained_in_words(recipe: Recipe) -> str:
@@ -638,6 +697,7 @@ SWITCHES = (
     "double_quantize",
     "kbit_preparation",
     "padding_free",
+    "sync_each_batch",
 )
 """Fields that are an option without a value, of the same name."""
 _OPTIONS = {"lora_rank": "--lora"}

@@ -46,7 +46,7 @@ def check_runnable(recipe: Recipe) -> None:
         raise RecipeError("a training step needs numbers of chunks, not 'auto'.")
     for bad, why in (
         (
-            recipe.optimizer_on_host or recipe.weights_on_host,
+            (recipe.optimizer_on_host or recipe.weights_on_host) and not recipe.sharded,
             "the step that is run keeps weights and optimizer on its device",
         ),
         (
@@ -60,3 +60,12 @@ def check_runnable(recipe: Recipe) -> None:
     ):
         if bad:
             raise RecipeError(f"{why}.\nPlan this recipe with the formula rung: mstplan max-seq, mstplan plan.")
+
+
+def check_measurable(recipe: Recipe) -> None:
+    """Check that a step here can follow the recipe on a device. Raises RecipeError with the reason."""
+    check_runnable(recipe)
+    if recipe.weights_on_host:
+        raise RecipeError(
+            "fsdp's weights in CPU RAM are planned and traced, and not run here.\nUse mstplan plan or mstplan trace, or leave --weights-on-host out."
+        )

@@ -24,7 +24,7 @@ from .autograd import record_step
 from .clipping import clipping
 from .cuda import CUBLASLT_WORKSPACE, flash_rows, pinned_bytes
 from .expert_adapters import check_recipe, list_linears, list_parameters
-from .fsdp import into_groups, shards_of
+from .fsdp import into_groups, shards_of, weights_gradients
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
@@ -173,7 +173,7 @@ class Step:
         )  # parameters on one card: all, or its share
         self.trained_card_parameters = sum(w.numel * n for w, n in self.trained_on_card)
         self.trained = sum(w.numel * n for w, n in self.weights if w.trained)
-        self.moments = {name: undominated(moments) for name, moments in self._moments(self.rules()).items()}
+        self.moments = {name: undominated(moments) for name, moments in self._moments().items()}
         self.is_calibrated = False
 
     def calibrated(self, moments: Mapping[str, Iterable[Vector]]) -> Step:
@@ -195,14 +195,19 @@ class Step:
 
     # ---- replay -----------------------------------------------------------------------------------------------------
 
-    def rules(self, *, first: bool = False, **changes: bool) -> Rules:
-        """Rules of a replay. first: of the first of several micro-batches, which finds no gradients."""
+    def rules(self, *, number: int | None = None, **changes: bool) -> Rules:
+        """Rules of a replay. number: of the micro-batch, from 0; None: the last."""
         recipe = self.layout.recipe
-        gradients = "kept" if recipe.accumulation == 1 or first else "added"
-        if recipe.optimizer_in_backward or recipe.weights_on_host:
+        last = recipe.accumulation - 1
+        number = last if number is None else number
+        gradients = "added" if number else "kept"
+        if recipe.optimizer_in_backward or (recipe.weights_on_host and not recipe.sharded):
             gradients = "used"
-        if recipe.sharded:  # whole ones stay until they are scattered
-            gradients = "kept"
+        whole = ""
+        if recipe.keeps_whole_gradients:
+            whole = "last" if number == last else "between" if number else "first"
+        if recipe.sharded and not (whole and recipe.reduced_dtype == recipe.used_dtype):
+            gradients = "kept"  # until a group's backward is over
         spans = self.layout.spans
         stepping = bytes_to_step(recipe) if recipe.optimizer_in_backward else None
         return Rules(
@@ -211,13 +216,26 @@ class Step:
             recipe.runs_autocast,
             stepping,
             spans=spans,
+            whole=whole,
             selective=recipe.checkpoint == "selective",
             **changes,
         )
 
-    def _moments(self, rules: Rules) -> dict[Instant, list[Moment]]:
-        """Moments of the step by the instant they belong to, with all that is alive."""
+    def micro_batches(self) -> list[int | None]:
+        """Numbers of the micro-batches that differ in what is alive at their largest moments; None: the last. What finds no gradients yet
+        holds no more than what finds all."""
+        recipe = self.layout.recipe
+        return [min(1, recipe.accumulation - 2), None] if recipe.keeps_whole_gradients else [None]
+
+    def _moments(self, **changes: bool) -> dict[Instant, list[Moment]]:
+        """Moments of the step by the instant they belong to, with all that is alive. changes: as of `rules`."""
         by_instant: dict[Instant, list[Moment]] = {}
+        for number in self.micro_batches():
+            self._add_moments(by_instant, self.rules(number=number, **changes))
+        return by_instant
+
+    def _add_moments(self, by_instant: dict[Instant, list[Moment]], rules: Rules) -> None:
+        """Add moments of a micro-batch, and those of the optimizer's step after the last."""
 
         def note(moments: Iterable[tuple[Instant, Moment]], alive: Alive) -> None:
             base = sum_bytes(alive)
@@ -225,7 +243,8 @@ class Step:
                 listed = (*alive, *moment.alive) if rules.detail else ()
                 by_instant.setdefault(instant, []).append(moment._replace(live=add(base, moment.live), alive=listed))
 
-        resident = labels([*self._resident(), *self.batch()])
+        whole = self.whole_gradients() if rules.whole in ("between", "last") else ()
+        resident = (*labels([*self._resident(), *self.batch()]), *whole)
         ahead = forward(self.replayed, rules, keep=True, prune=False)
         waiting = labels([self.tape.in_transfer] if self.tape.in_transfer is not None else [])
         ahead_at = [(m.stage.forward, m) for m in ahead.moments if m.stage is not None]
@@ -244,12 +263,19 @@ class Step:
             if m.stage is not None
         ]
         note(behind_at, resident)
-        if self.steps_at_end:
-            ready = resident + labels(self._gradients(always_alive=False))
+        if self.steps_at_end and rules.whole in ("", "last"):
+            ready = labels([*self._resident(), *self.batch()]) + labels(self._gradients(always_alive=False))
             for operation, made in (("clip", self.clipping), ("step", self.optimizer.temporaries)):
                 if made or operation == "step":
                     note([(Instant.OPTIMIZER, Moment(ZERO, operation, ()))], ready + labels(temporaries(made)))
-        return by_instant
+
+    def whole_gradients(self) -> Alive:
+        """Gradients of all weights that stay on a card between micro-batches, not in shards."""
+        if not self.layout.recipe.keeps_whole_gradients:
+            return ()
+        trained = [(weight, n) for weight, n in self.weights if weight.trained]
+        kept = weights_gradients((weight for weight, _ in trained), self.layout.recipe.reduced_dtype)
+        return tuple((tensor.label, n) for tensor, (_, n) in zip(kept, trained, strict=True))
 
     # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
 
@@ -260,10 +286,10 @@ class Step:
     def stays(self) -> list[Tensor]:
         """What is there before the first step: weights, and cuBLAS' workspaces."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
-        if recipe.weights_on_host:
-            stored: tuple[Stored, ...] = (
-                Stored("weights gathered from the host", dtype, recipe.weight_bytes * self._gathered()),
-            )
+        if recipe.weights_on_host and recipe.sharded:
+            stored: tuple[Stored, ...] = ()
+        elif recipe.weights_on_host:
+            stored = (Stored("weights gathered from the host", dtype, recipe.weight_bytes * self._gathered()),)
         else:
             stored = in_sum(self.card_weights, dtype)
         stored += in_sum(self.originals(), dtype)
@@ -335,7 +361,7 @@ class Step:
 
     def _gradients(self, always_alive: bool) -> list[Tensor]:
         recipe = self.layout.recipe
-        if always_alive != (recipe.accumulation > 1) or recipe.weights_on_host:
+        if always_alive != recipe.finds_gradients or recipe.weights_on_host:
             return []
         return self._as_trained("gradients", Role.WEIGHT_GRADIENT)
 
@@ -357,7 +383,7 @@ class Step:
 
     def detailed(self) -> dict[Instant, list[Moment]]:
         """Moments by instant, with the tensors alive."""
-        return self._moments(self.rules(detail=True))
+        return self._moments(detail=True)
 
     def saved_on_host(self, sizes: Sizes) -> int:
         """Bytes of CPU RAM that saved tensors take at the end of forward."""

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -261,12 +262,18 @@ class Group:
 
     gathered: Tensor
     buffer: Tensor  # of the all-gather
-    copy_in: Tensor | None  # the shards in the dtype that is gathered, where that is another one
+    copy_in: tuple[Tensor, ...]  # shards as they are gathered, where that is no view of those that stay
+    from_host: tuple[Tensor, ...]  # shards as they come from CPU RAM, each before it is in another dtype in `copy_in`
     gradients: tuple[Tensor, ...]  # whole
+    accumulated: tuple[
+        Tensor, ...
+    ]  # the same in the dtype in which they are kept between micro-batches; none: in their own
     scatter: Tensor  # the reduce-scatter's input
-    shards: Tensor  # its output, the gradients' shards
+    reduced: Tensor | None  # its output, where the gradients' shards are in another dtype
+    shards: Tensor  # the gradients' shards
     last_gradient: Tensor | None  # of the gradients, one that a variable holds until all is done
-    stay: bool  # until the optimizer's step; else they are added to ones that exist, or used at once
+    stay: bool  # until the optimizer's step; else they are added to ones that exist, used at once, or go to CPU RAM
+    all_reduced: bool  # what was scattered is summed over replicas, and held until all of backward is over
     temporaries: Tensor  # of the optimizer, where it steps in backward
 
 
@@ -491,6 +498,7 @@ class Rules(NamedTuple):
     )
     cast_before: bool = False  # a piece before this one filled autocast's cache
     spans: Spans | None = None  # of the tokens, for workspaces of kernels; None: without them
+    whole: str = ""  # which micro-batch it is where whole gradients stay between these: first, between, or last, which scatters them
     selective: bool = False  # checkpoints keep what their selected operations made (torch's CachingTorchDispatchMode)
 
 
@@ -628,6 +636,7 @@ class _Groups:
         self.order = [op.group for op in tape.ops if op.group is not None]
         self.buffer: Tensor | None = None
         self.scatter: Tensor | None = None
+        self.all_reduced: list[Tensor] = []
 
     def begin_forward(self) -> None:
         if self.rest is not None:
@@ -670,15 +679,22 @@ class _Groups:
             self._scatter(self.rest, "backward of embedding", listed=True)
         if self.scatter is not None:
             self.ledger.drop(self.scatter)
+        for tensor in self.all_reduced:
+            self.ledger.drop(tensor)
 
     def _gather(self, group: Group, where: str, listed: bool) -> None:
-        copies = [group.copy_in] if group.copy_in is not None else []
-        for tensor in (*copies, group.buffer):
-            self.ledger.put(tensor)
+        ledger = self.ledger
+        for tensor, from_host in zip_longest(group.copy_in, group.from_host):
+            if from_host is not None:
+                ledger.put(from_host)
+            ledger.put(tensor)
+            if from_host is not None:
+                ledger.drop(from_host)
+        ledger.put(group.buffer)
         if listed:
-            self.ledger.mark(_within(where, "all-gather"))
-        for tensor in copies:
-            self.ledger.drop(tensor)
+            ledger.mark(_within(where, "all-gather"))
+        for tensor in group.copy_in:
+            ledger.drop(tensor)
 
     def _gather_now(self, group: Group, where: str, listed: bool) -> None:
         """Gather a group in forward: the buffer of the group before stays until this one's is copied out (a variable of wait_for_unshard)."""
@@ -693,26 +709,49 @@ class _Groups:
             self.ledger.drop(self.buffer)
         self.buffer = buffer
 
-    def _scatter(self, group: Group, where: str, listed: bool) -> None:
+    def _keep_whole(self, group: Group, where: str) -> None:
+        """The end of a group's backward in a micro-batch before the last: its gradients stay, in the dtype that they are summed in
+        (to_accumulated_grad_if_needed)."""
         ledger = self.ledger
+        ledger.drop(group.gathered)
+        for gradient, accumulated in zip(group.gradients, group.accumulated, strict=False):
+            ledger.put(accumulated)
+            ledger.mark(_within(where, "cast the gradient that stays"))
+            ledger.drop(gradient)
+
+    def _scatter(self, group: Group, where: str, listed: bool) -> None:
+        ledger, whole = self.ledger, self.ledger.rules.whole
+        if whole in ("between", "last") and group.accumulated:  # these are added to, in place
+            for gradient in group.gradients:
+                ledger.drop(gradient)
+        if whole == "between" and group.accumulated:
+            ledger.drop(group.gathered)
+            return
+        if whole in ("first", "between"):
+            self._keep_whole(group, where)
+            return
         ledger.drop(group.gathered)
         if self.scatter is not None:
             ledger.drop(self.scatter)
         ledger.put(group.scatter)
         if listed:
             ledger.mark(_within(where, "copy in of the reduce-scatter"))
-        for gradient in group.gradients:
+        for gradient in (whole and group.accumulated) or group.gradients:
             ledger.drop(gradient)
         last_gradients = [group.last_gradient] if group.last_gradient is not None else []
-        for tensor in (*last_gradients, group.shards, group.temporaries):
+        reduced = [group.reduced] if group.reduced is not None else []
+        for tensor in (*last_gradients, *reduced, group.shards, group.temporaries):
             ledger.put(tensor)
         if listed:
             ledger.mark(_within(where, "reduce-scatter"))
-        for tensor in last_gradients:
+        for tensor in (*last_gradients, group.temporaries):
             ledger.drop(tensor)
-        ledger.drop(group.temporaries)
-        if not group.stay:
-            ledger.drop(group.shards)
+        output = group.shards if group.reduced is None else group.reduced
+        for tensor in (*reduced, *(() if group.stay else (group.shards,))):
+            if group.all_reduced and tensor is output:
+                self.all_reduced.append(tensor)  # a variable of its own for each group (AllReduceState)
+            else:
+                ledger.drop(tensor)
         self.scatter = group.scatter
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, partialmethod
 from itertools import cycle
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from ..errors import RecipeError
 from ..step.recipe import Recipe
@@ -36,8 +36,11 @@ from .patches import (
     GATHER_BUFFER,
     GATHER_INPUTS,
     GATHERED_OUTPUTS,
+    INPUTS_OF_GATHER,
     SCATTER_BUFFERS,
+    SHARDED_GRADIENT,
     MakeReplacement,
+    Target,
     patched,
 )
 from .recorder import Recorder
@@ -64,22 +67,30 @@ def first_of_ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=recipe.gpus)
     try:
-        yield init_device_mesh("cpu", (recipe.gpus,))
+        yield mesh_of("cpu", recipe)
     finally:
         dist.destroy_process_group()
+
+
+def mesh_of(device: str, recipe: Recipe) -> DeviceMesh:
+    """Ranks in a row, or in one for each replica."""
+    if recipe.replicas == 1:
+        return init_device_mesh(device, (recipe.gpus,))
+    return init_device_mesh(device, (recipe.replicas, recipe.shards), mesh_dim_names=("replicate", "shard"))
 
 
 def shard_model(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
     """Shard every decoder layer, then the rest, over the ranks of `mesh`; in place."""
     mixed = recipe.precision == "mixed"
     policy = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=getattr(torch, recipe.reduced_dtype))
         if mixed
         else MixedPrecisionPolicy()
     )
+    offload = CPUOffloadPolicy(pin_memory=False) if recipe.weights_on_host else OffloadPolicy()
     for layer in locate.find_parts(model).layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
 
 
 def shard_shape(shape: tuple[int, ...], gpus: int) -> tuple[int, ...]:
@@ -88,8 +99,9 @@ def shard_shape(shape: tuple[int, ...], gpus: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def record_fsdp(recorder: Recorder) -> Iterator[None]:
-    """Within the context the recorder knows what FSDP2 allocates, and for what. Raises VersionError where torch's FSDP2 is another."""
+def record_fsdp(recorder: Recorder, on_host: bool = False) -> Iterator[None]:
+    """Within the context the recorder knows what FSDP2 allocates, and for what. on_host: shards and their gradients lie in CPU RAM.
+    Raises VersionError where torch's FSDP2 is another."""
 
     def name_purposes(category: Category, *names: str) -> MakeReplacement:
         """Of calls in turn."""
@@ -114,8 +126,31 @@ def record_fsdp(recorder: Recorder) -> Iterator[None]:
         FILL: lambda plain: partial(_fill_storage, plain, recorder),
         EMPTY: lambda plain: partial(_empty_storage, plain, recorder),
     }
-    with patched({**storage_calls, **named_calls}):
+    host_calls: dict[Target, Any] = {
+        INPUTS_OF_GATHER: lambda plain: property(partial(_copy_from_host, plain.fget)),
+        SHARDED_GRADIENT: lambda plain: partialmethod(_copy_to_host, plain, recorder),
+    }
+    with patched({**storage_calls, **named_calls, **(host_calls if on_host else {})}):
         yield
+
+
+def _copy_from_host(plain: Callable[[Any], list[torch.Tensor]], param: Any) -> list[torch.Tensor]:
+    """A shard is copied to the card for an all-gather; fake tensors have one device, where nothing is copied."""
+    on_host = param._sharded_param_data
+    param._sharded_param_data = on_host.clone()
+    try:
+        return plain(param)
+    finally:
+        param._sharded_param_data = on_host
+
+
+def _copy_to_host(
+    param: Any, plain: Callable[[Any, torch.Tensor], Any], recorder: Recorder, gradient: torch.Tensor
+) -> Any:
+    """A shard of a gradient is copied to CPU RAM."""
+    copied = gradient.clone()
+    recorder.set_category(copied, Category.GRADIENTS, host=True)
+    return plain(param, copied)
 
 
 def _fill_storage(plain: Callable[[torch.Tensor], None], recorder: Recorder, tensor: torch.Tensor) -> None:

@@ -134,6 +134,15 @@ FILL = Target(_PARAM, "alloc_storage", _TORCH, "it fills gathered weights in pla
 EMPTY = Target(_PARAM, "free_storage", _TORCH, "it empties gathered weights in place")
 GATHERED_OUTPUTS = Target(_PARAM, "FSDPParam.init_all_gather_outputs", _TORCH, "it makes gathered weights")
 GATHER_INPUTS = Target(_COLLECTIVES, "_get_param_all_gather_inputs", _TORCH, "it casts shards before they are gathered")
+INPUTS_OF_GATHER = Target(
+    _PARAM, "FSDPParam.all_gather_inputs", _TORCH, "it copies shards from CPU RAM, which fake tensors have not"
+)
+SHARDED_GRADIENT = Target(
+    _PARAM,
+    "FSDPParam.to_sharded_dtensor",
+    _TORCH,
+    "it is given what was copied to CPU RAM, which fake tensors have not",
+)
 GATHER_BUFFER = Target(_COLLECTIVES, "DefaultAllGather.allocate", _TORCH, "it makes the buffer of an all-gather")
 SCATTER_BUFFERS = Target(
     _COLLECTIVES, "DefaultReduceScatter.allocate", _TORCH, "it makes both buffers of a reduce-scatter"

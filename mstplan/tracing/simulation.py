@@ -109,7 +109,8 @@ def _closed(events: list[AllocatorEvent], kept: Collection[int] = ()) -> list[Al
 
 
 def _before(trace: Trace) -> list[AllocatorEvent]:
-    weights = [(4 * n + _WEIGHT, weight.bytes) for n, weight in enumerate(trace.weights)]
+    held = set(trace.held_weights)
+    weights = [(4 * n + _WEIGHT, weight.bytes) for n, weight in enumerate(trace.weights) if weight in held]
     buckets = enumerate(trace.gradient_buckets.values(), len(trace.weights))
     handles = range(CUBLAS_HANDLES) if trace.workspace else ()
     lt = range(CUBLAS_HANDLES, CUBLAS_HANDLES + trace.lt_handles)

@@ -186,8 +186,15 @@ class Trace:
     @property
     def held_states(self) -> tuple[State, ...]:
         """The optimizer's states on the device."""
+        if self.recipe.optimizer_on_host:
+            return ()
         on_host = OPTIMIZERS[self.recipe.optimizer].keys_on_host(self.recipe) if self.on == "cuda" else ()
         return tuple(state for state in self.states if state.name not in on_host)
+
+    @property
+    def held_weights(self) -> tuple[Weight, ...]:
+        """Weights and buffers on the device."""
+        return tuple(w for w in self.weights if not (w.trained and self.recipe.weights_on_host))
 
     @cached_property
     def resident(self) -> tuple[Alive, ...]:
@@ -198,11 +205,13 @@ class Trace:
                 same = [self.rounded(size) for d, size in sizes if d == dtype]
                 yield Alive(category, "", name, (), dtype, len(same), sum(same), resident=True)
 
-        entries = [*group(Category.WEIGHTS, "weights and buffers", [(w.dtype, w.bytes) for w in self.weights])]
+        entries = [*group(Category.WEIGHTS, "weights and buffers", [(w.dtype, w.bytes) for w in self.held_weights])]
         for name in dict.fromkeys(state.name for state in self.held_states):
             entries += group(Category.STATES, name, [(s.dtype, s.bytes) for s in self.held_states if s.name == name])
-        if self.recipe.accumulation > 1:
-            entries += group(Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.weights if w.trained])
+        if self.recipe.finds_gradients:
+            entries += group(
+                Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.held_weights if w.trained]
+            )
         for dtype, size in self.gradient_buckets.items():
             entries.append(
                 Alive(Category.GRADIENTS, "", GRADIENT_BUCKETS, (), dtype, 1, self.rounded(size), resident=True)
@@ -252,9 +261,9 @@ class Trace:
         """`live` without the rounding up to blocks: whole numbers of bytes per token."""
         step = self.step
         sizes = [0 if made.host else made.bytes for made in step.storages]
-        fixed = sum(w.bytes for w in self.weights) + sum(s.bytes for s in self.held_states)
+        fixed = sum(w.bytes for w in self.held_weights) + sum(s.bytes for s in self.held_states)
         fixed += sum(self.gradient_buckets.values()) + self.workspace + self.lt_handles * CUBLASLT_WORKSPACE
-        fixed += sum(w.bytes for w in self.weights if w.trained) if self.recipe.accumulation > 1 else 0
+        fixed += sum(w.bytes for w in self.held_weights if w.trained) if self.recipe.finds_gradients else 0
         return [fixed + total for total in accumulate(sign * sizes[index] for index, sign in step.events)]
 
     @cached_property
@@ -282,7 +291,10 @@ class Trace:
             for event in span:
                 if instant not in peaks or self.live[event] > peaks[instant].bytes:
                     peaks[instant] = Peak(instant, self.live[event], event)
-        if Instant.OPTIMIZER not in peaks and not self.recipe.optimizer_in_backward:  # one that makes nothing
+        recipe = self.recipe
+        if Instant.OPTIMIZER not in peaks and not (
+            recipe.optimizer_in_backward or recipe.optimizer_on_host
+        ):  # one that makes nothing
             peaks[Instant.OPTIMIZER] = Peak(Instant.OPTIMIZER, self.live[-1], len(self.live) - 1)
         return tuple(peaks[name] for name in Instant if name in peaks)
 

@@ -67,6 +67,8 @@ _OF_UPDATE = (
     "max_grad_norm",
 )
 """Fields of a recipe that the optimizer's step depends on, for given weights."""
+_MICRO_BATCHES = 3
+"""Micro-batches that are run where whole gradients stay from one to the next: the first, one that finds them, and the last, which scatters them."""
 _REACH = {"none": 1, "layer-inputs": 2, "saved-tensors": IN_FLIGHT + 1}
 """How many layers further than its own a tensor's life may go: an input on its way to the host is let go later."""
 OWN_FAILURE = "makes no training step of token ids and labels alone"
@@ -139,11 +141,13 @@ def _trace_settings(
     update, states = _record_update(
         _sizes(full, recipe), Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE}), on
     )
+    if recipe.optimizer_on_host:
+        update = Recording()
     weights = _describe_weights(full, recipe)
     reach = _REACH[recipe.offload]
     numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
     all_layers = list(range(len(kinds)))
-    differs = recipe.accumulation > 1 or recipe.optimizer_in_backward  # the first micro-batch, the first step
+    differs = recipe.finds_gradients or recipe.optimizer_in_backward  # the first micro-batch, the first step
 
     def trace_layers(model: PreTrainedModel, layer_numbers: list[int]) -> Trace:
         def record(model: PreTrainedModel, first: bool = False) -> Recording:
@@ -165,7 +169,9 @@ def _trace_settings(
             record(whole_model(settings, recipe, on, remote_code), first=True) if differs else None,
         )
 
-    layer_numbers = all_layers if whole else layers_to_run(make_row(kinds, every, reach))
+    layer_numbers = (
+        all_layers if whole or recipe.keeps_whole_gradients else layers_to_run(make_row(kinds, every, reach))
+    )
     try:
         step_trace = trace_layers(full, layer_numbers)
         step_trace.write_down()
@@ -275,23 +281,26 @@ def record_passes(
             checkpoints.segments = segments_of(recipe, starts, units)
         if not first:
             make_states(step.backward_optimizers)
-        if recipe.accumulation > 1 and not first:
+        if recipe.finds_gradients and not first:
             for weight in weights_to_train(model):
                 weight.grad = torch.empty_like(weight)
         recorder.add_residents(_resident_tensors(model, step.backward_optimizers))
         kernel_buffers = KernelBuffers(recorder) if on == "cpu" else KernelWorkspaces(recorder)
-        fsdp = record_fsdp(recorder) if recipe.sharded else nullcontext()
+        fsdp = record_fsdp(recorder, recipe.weights_on_host) if recipe.sharded else nullcontext()
         with _name_failures(model), quiet_packages(), fsdp, recorder, kernel_buffers, recorder.watch_modules(model):
             recorder.begin_pass(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             step.positions = step.make_positions()
             note_tokens(step.tokens)
-            with step.offloading:
-                loss = step.forward()
-                recorder.begin_pass(Pass.BACKWARD)
-                loss.backward()
-                loss = loss.detach()
-            del loss
+            passes = min(recipe.accumulation, _MICRO_BATCHES) if recipe.keeps_whole_gradients else 1
+            for n in range(passes):
+                recorder.begin_pass(Pass.FORWARD)
+                with step.offloading, step.reduced_later(n + 1 < passes):
+                    loss = step.forward()
+                    recorder.begin_pass(Pass.BACKWARD)
+                    loss.backward()
+                    loss = loss.detach()
+                del loss
             recorder.begin_pass(Pass.OPTIMIZER)
         if first:
             on_host = OPTIMIZERS[recipe.optimizer].keys_on_host(recipe) if on == "cuda" else ()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -182,7 +183,7 @@ class TrainingStep:
     def run(self, begin: Callable[[Pass], Any] = lambda _pass: None) -> torch.Tensor:
         """One optimizer step; `begin` is told when each pass of it begins. Returns the loss of the last micro-batch, detached."""
         for n in range(self.recipe.accumulation):
-            with self.offloading, self._reduced_later(n + 1 < self.recipe.accumulation):
+            with self.offloading, self.reduced_later(n + 1 < self.recipe.accumulation):
                 begin(Pass.FORWARD)
                 loss = self.forward()
                 begin(Pass.BACKWARD)
@@ -192,8 +193,10 @@ class TrainingStep:
         self.update()
         return loss
 
-    def _reduced_later(self, later: bool) -> AbstractContextManager[None]:
+    def reduced_later(self, later: bool) -> AbstractContextManager[None]:
         """Within the context the ranks' gradients are summed, or, of a micro-batch before the last, are left as they are."""
+        if self.recipe.keeps_whole_gradients and isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(not later)  # as accelerate's no_sync
         return self.replica.no_sync() if later and self.replica is not None else nullcontext()
 
     @property

@@ -17,6 +17,9 @@ from .conftest import Run
 
 CASE = ("-m", "gpt2", "--gpu", "h100")
 USERS_OWN = {
+    "--replicas": "2",
+    "--reduce-dtype": "bf16",
+    "--gpus-per-node": "8",
     "--batch": "2",
     "--accumulation": "2",
     "--attention": "eager",
@@ -79,6 +82,8 @@ def needs_a_value(words: list[str], at: int) -> bool:
 def taken(run: Run, options: tuple[str, ...]) -> bool:
     """Does some command answer with these options?"""
     more = ("--gpus", "8") if {"fsdp", "ddp"} & {*options} else ()
+    if {"--replicas", "--reduce-dtype"} & {*options} and "fsdp" not in options:
+        more = ("--gpus", "8", "--sharding", "fsdp", "--precision", "mixed")
     if "--double-quantize" in options:
         more = (*more, "--quantize", "nf4")
     if OF_ADAPTERS & {*options} and "--lora" not in options:
@@ -128,6 +133,9 @@ def test_zero3_is_another_name_of_fsdp(run: Run, typed: str) -> None:
 SAYS = [
     (("--gpus", "8"), "add --sharding fsdp"),
     (("--sharding", "fsdp"), "--sharding fsdp needs 2 gpus or more: add --gpus 8"),
+    (("--gpus", "8", "--sharding", "hsdp"), "--sharding fsdp --replicas 2"),
+    (("--gpus", "8", "--sharding", "fsdp_offload"), "--optimizer-on-host --weights-on-host"),
+    (("--dp-replicate-size", "2"), "--replicas"),
     (("--gpus", "8", "--sharding", "zero2"), "--sharding: 'zero2' is not planned yet: FSDP2, as ZeRO-3, and DDP are."),
     (("--gpus", "8", "--sharding", "zero1"), "Nearest: --sharding fsdp"),
     (("--gpus", "8", "--sharding", "dp"), "'dp' is all on each GPU"),

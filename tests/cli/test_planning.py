@@ -649,3 +649,28 @@ def test_tensors_are_shown_on_demand(run: Run, asked: tuple[str, ...]) -> None:
 def test_json_has_the_words_of_the_screen_beside_the_older_ones(run: Run) -> None:
     (answer,) = run("max-seq", *CASE, "-s", "mst-offload", "--json").json["results"]
     assert answer["peak_at"] == answer["instant"] and answer["cpu_ram_bytes"] == answer["host_bytes"] > 0
+
+
+def test_several_gpus_leave_room_for_nccl(run: Run) -> None:
+    sharded = ("max-seq", *CASE, "--gpus", "8", "--sharding", "fsdp", "--strategy", "checkpoint", "--json")
+    alone = run("max-seq", *CASE, "--strategy", "checkpoint", "--json").json["card"]["reserve_bytes"]
+    found = run(*sharded).json["card"]["reserve_bytes"]
+    own = run(*sharded, "--reserve", "512MiB").json["card"]["reserve_bytes"]
+    assert (alone, found, own) == (0, 2 * 2**30, 2**29)
+
+
+def test_a_recipe_file_of_several_gpus_leaves_room_for_nccl(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "sharded.json").write_text('{"sharding": "ddp", "gpus": 8}')
+    said = run("max-seq", *CASE, "--recipe", "sharded.json", "--json").json
+    assert said["card"]["reserve_bytes"] == 2 * 2**30
+
+
+def test_from_how_many_gpus_a_length_fits(run: Run) -> None:
+    case = ("plan", "-m", "llama3.1-8b", "--gpu", "rtx-4090", "--seq-len", "4k", "--strategy", "checkpoint")
+    said = run(*case, "--gpus", "2", "--sharding", "fsdp", "--json")
+    fewest = said.json["fits_from_gpus"]
+    assert said.code == 1 and fewest > 2
+    assert f"--gpus {fewest}" in " ".join(said.json["advice"])
+    more = run(*case, "--gpus", str(fewest), "--sharding", "fsdp", "--json")
+    assert more.code == 0 and more.json["fits_from_gpus"] is None
+    assert any("--precision mixed --reduce-dtype bf16" in note for note in more.json["notes"])

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from mstplan.plan import ways
 from mstplan.plan.solve import Plan, max_seq, plan_at
-from mstplan.plan.ways import Way, furthest_way, nearest_plan, smallest_gpu, ways_to_fit, ways_to_train
+from mstplan.plan.ways import (
+    Way,
+    fewest_gpus,
+    furthest_way,
+    master_weights,
+    nearest_plan,
+    smallest_gpu,
+    ways_to_fit,
+    ways_to_train,
+)
 from mstplan.spec.catalog import load_model
 from mstplan.spec.hardware import card
 from mstplan.spec.model import StandIn
@@ -289,3 +298,29 @@ def test_kbit_preparation_is_left_out_before_adapters_change() -> None:
     recipe = strategy("mst", lora_rank=16, quantize="nf4", kbit_preparation=True)
     first = ways_to_fit(plan_at(MODEL, recipe, card("rtx-4090"), 24576))[0]
     assert [change.name for change in first.changes] == ["no kbit preparation"]
+
+
+def test_a_recipe_in_shards_fits_from_the_number_that_is_said():
+    model, small = load_model("llama3.1-8b"), card(memory=40 * GIB)
+    recipe = strategy("checkpoint", gpus=2, sharding="fsdp", precision="mixed")
+    start = plan_at(model, recipe, small, 8192)
+    fewest = fewest_gpus(start)
+    assert not start.fits and fewest is not None and fewest > 2
+    assert plan_at(model, recipe.changed(gpus=fewest), small, 8192).fits
+    assert not plan_at(model, recipe.changed(gpus=fewest - 1), small, 8192).fits
+
+
+def test_no_number_of_gpus_makes_the_embeddings_smaller():
+    small = card(memory=4 * 2**30)
+    start = plan_at(load_model("llama3.1-8b"), strategy("checkpoint", gpus=2, sharding="fsdp"), small, 4096)
+    assert fewest_gpus(start) is None
+    assert fewest_gpus(plan_at(load_model("llama3.1-8b"), strategy("checkpoint"), small, 4096)) is None
+
+
+def test_master_weights_are_of_shards_in_bf16_only():
+    model, h100 = load_model("qwen3-0.6b"), card("h100")
+    recipe = strategy("checkpoint", gpus=2, sharding="fsdp")
+    plan = plan_at(model, recipe, h100, 4096)
+    mixed = master_weights(plan)
+    assert mixed is not None and mixed.peak_bytes > plan.peak_bytes and mixed.recipe.reduce_dtype == "bf16"
+    assert master_weights(mixed) is None

@@ -314,7 +314,7 @@ def planned(config: dict[str, Any], recipe: Recipe, seq_len: int) -> dict[str, i
     step = Step(model_of(config), Layout(recipe, chunks.mlp > 1, chunks.loss > 1, False), workspace=0)
     units = step_sizes(recipe, seq_len, chunks).units
     peaks: dict[str, int] = {}
-    for instant, moments in step._moments(step.rules(in_place=False)).items():
+    for instant, moments in step._moments(in_place=False).items():
         phase = instant.phase
         peaks[phase] = max(peaks.get(phase, 0), *(evaluate(moment.live, units) for moment in moments))
     return peaks

@@ -40,7 +40,7 @@ def formula(model, recipe, chunks, seq_len):
 
 def slow_peaks(built, where):
     """Every layer replayed anew, no moment left out; the largest of each instant."""
-    found = built._moments(built.rules(every_moment=True))
+    found = built._moments(every_moment=True)
     return {name: max(evaluate(m.live, where.units) for m in moments) for name, moments in found.items()}
 
 

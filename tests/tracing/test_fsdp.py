@@ -19,12 +19,13 @@ from mstplan.plan.solve import fixed_chunks
 from mstplan.spec.catalog import load_config
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import Recipe, strategy
-from mstplan.tracing.fsdp import BUFFER, GATHERED, SCATTER, SHARDS, first_of_ranks, shard_shape
+from mstplan.tracing.fsdp import BUFFER, COPY_IN, GATHERED, SCATTER, SHARDS, first_of_ranks, shard_shape
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
-from .two_ranks import CONFIG, TOKENS, recipes
+from .four_ranks import recipes as replicated
+from .two_ranks import CONFIG, TOKENS, mixed_recipes, recipes
 
 ON = card("h100")
 GPU = ON.gpu
@@ -47,8 +48,19 @@ KNOWN = {**OF_GLOO, **OF_THE_CPU}
 def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks allocated, by recipe."""
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "four").mkdir()
     on_two_ranks("tests.tracing.two_ranks", folder)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    on_two_ranks("tests.tracing.four_ranks", folder / "four", ranks=4)
+    return [
+        {
+            **json.loads((folder / f"rank{rank}.json").read_text()),
+            **json.loads((folder / "four" / f"rank{rank}.json").read_text()),
+        }
+        for rank in range(2)
+    ]
+
+
+RECIPES = {**recipes(), **replicated()}
 
 
 def known(operations: list[str]) -> str | None:
@@ -75,17 +87,17 @@ def traced(recipe: Recipe) -> Trace:
     return trace(CONFIG, recipe, TOKENS, on="cpu", whole=True)
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", RECIPES)
 def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
-    found = traced(recipes()[name])
+    found = traced(RECIPES[name])
     events, _ = without_known(real[0][name]["runs"][0])
     assert [e[0] for e in events if e[0] > LARGE] == [m.bytes for m in found.step.storages if m.bytes > LARGE]
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", RECIPES)
 def test_two_real_ranks_hold_what_the_trace_says(real, name):
     """Within what random generators' states make, which are not followed: 0.2%."""
-    found = traced(recipes()[name])
+    found = traced(RECIPES[name])
     resident = real[0][name]["resident"]
     assert resident == sum(alive.bytes for alive in found.resident)
     runs = [without_known(events)[0] for events in real[0][name]["runs"]]
@@ -108,17 +120,31 @@ def pass_of(run: str) -> str:
     return "backward" if run == "recompute" else run
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", RECIPES)
 def test_what_only_real_ranks_allocate(real, name):
-    """One copy for each of the collectives: 6 groups gathered in forward, 5 in backward; 6 scattered; two weights padded."""
-    layers = CONFIG["num_hidden_layers"]
+    """One copy for each of the collectives: of a micro-batch 6 groups gathered in forward, 5 in backward; 6 scattered, two weights padded,
+    once where whole gradients stay."""
+    layers, recipe = CONFIG["num_hidden_layers"], RECIPES[name]
     _, count = without_known(real[0][name]["runs"][0])
-    gathers = 2 * layers + 1
-    assert count == dict(zip(KNOWN, (gathers, gathers, layers + 1, 2), strict=True))
+    gathers = recipe.accumulation * (2 * layers + 1)
+    scattered = 1 if recipe.keeps_whole_gradients else recipe.accumulation
+    assert count == dict(zip(KNOWN, (gathers, gathers, scattered * (layers + 1), scattered * 2), strict=True))
+
+
+@pytest.mark.parametrize("name", mixed_recipes())
+def test_two_real_ranks_gather_and_scatter_in_mixed_precision(real, name):
+    """Of the sizes that only FSDP2's tensors have: all-gathers, reduce-scatters, shards of the whole model's groups."""
+    found = traced(mixed_recipes()[name])
+    of_fsdp = {m.bytes for m in found.step.storages if m.operation in (BUFFER, COPY_IN, SCATTER, SHARDS)}
+    others = {m.bytes for m in found.step.storages if m.operation not in (BUFFER, COPY_IN, SCATTER, SHARDS, "_to_copy")}
+    sizes = of_fsdp - others
+    assert len(sizes) > 3
+    events, _ = without_known(real[0][name]["runs"][0])
+    assert [e[0] for e in events if e[0] in sizes] == [m.bytes for m in found.step.storages if m.bytes in sizes]
 
 
 def test_the_other_rank_holds_no_more(real):
-    for name in recipes():
+    for name in RECIPES:
         assert real[1][name]["resident"] <= real[0][name]["resident"]
 
 
@@ -150,7 +176,9 @@ def test_more_ranks_need_no_more_each(name):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"precision": "mixed"}, {"accumulation": 2}, {"optimizer_in_backward": True}], ids=str
+    "more",
+    [{}, {"precision": "mixed"}, {"accumulation": 2, "sync_each_batch": True}, {"optimizer_in_backward": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("name", ["standard", "checkpoint", "mst", "mst-offload"])
 def test_few_layers_tell_all(name, more):
@@ -188,6 +216,8 @@ def check_formula(name: str, recipe: Recipe, tokens: int) -> None:
     assert max(formula.values()) == pytest.approx(found.peak.bytes, rel=0.002)
 
 
+IN_CPU_RAM = {"optimizer_on_host": True, "weights_on_host": True}
+
 # Every number of ranks with every strategy and every model, every length with each.
 ROTATION = [
     (model, name, (2048, 32768)[(m + n + g) % 2], gpus)
@@ -211,7 +241,19 @@ def test_formula_and_trace_agree(model, name, tokens, gpus):
         ("gpt-oss-20b", {}),
         ("gpt2", {}),
         ("llama3.1-8b", {"precision": "mixed"}),
-        ("qwen3-4b", {"accumulation": 2}),
+        ("qwen3-4b", {"accumulation": 2, "sync_each_batch": True}),
+        ("qwen3-0.6b", {"accumulation": 2}),
+        ("qwen3-0.6b", {"accumulation": 8, "precision": "mixed", "gpus": 3}),
+        ("llama3.2-1b", {"accumulation": 3, "precision": "mixed", "reduce_dtype": "bf16"}),
+        ("qwen3-0.6b", {"precision": "mixed", "reduce_dtype": "bf16"}),
+        ("qwen3-0.6b", {"gpus": 16, "replicas": 2}),
+        ("qwen3-0.6b", {"gpus": 16, "replicas": 4, "precision": "mixed", "reduce_dtype": "bf16"}),
+        ("qwen3-0.6b", {"gpus": 16, "replicas": 2, "accumulation": 2, "sync_each_batch": True}),
+        ("qwen3-0.6b", {"gpus": 16, "replicas": 2, "optimizer_in_backward": True}),
+        ("llama3.2-1b", IN_CPU_RAM),
+        ("qwen3-0.6b", {**IN_CPU_RAM, "precision": "mixed", "accumulation": 2}),
+        ("qwen3-0.6b", {**IN_CPU_RAM, "precision": "mixed", "accumulation": 2, "sync_each_batch": True}),
+        ("qwen3-0.6b", {**IN_CPU_RAM, "gpus": 8, "replicas": 4, "reduce_dtype": "bf16", "precision": "mixed"}),
         ("qwen3-4b", {"optimizer_in_backward": True}),
         ("llama3.1-8b", {"adamw_kernel": "for-loop"}),
         ("llama3.1-8b", {"precision": "mixed", "gpus": 2}),
