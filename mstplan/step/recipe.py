@@ -110,6 +110,12 @@ class Recipe(BaseModel):
     """Samples that a row of the batch is made of, told apart in attention."""
     padding_free: bool = False
     """All samples of a batch in one row, without padding."""
+    images: int = Field(default=0, ge=0, le=100_000)
+    """Images in each sequence, of a model that reads images; 0: text alone, and its towers wait."""
+    image_tokens: int | None = Field(default=None, ge=1, le=1 << 24)
+    """Tokens that each image takes; None: as many as the family's rule says."""
+    image_size: str = Field(default="", pattern="^([1-9][0-9]{0,4}x[1-9][0-9]{0,4})?$")
+    """Height and width of each image in pixels (896x896), in place of image_tokens."""
     attention: str = "sdpa"
     """One of `kernels.attentions()`: sdpa (the kernel that torch chooses, explicit masks for sliding windows), cudnn or efficient (sdpa with
     that kernel only), flash (attn_implementation flash_attention_2), or eager."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError, ModelError, one_line
@@ -35,11 +35,12 @@ from ..step.selection import Kinds
 from ..step.steps import checkpointed_layers, every_nth, segment_length
 from ..train import locate
 from ..train.checkpoint import segments_of
+from ..train.images import image_batch
 from ..train.quiet import quiet_packages
 from ..train.selecting import kinds_in
 from ..train.stand_in import stand_in
 from ..train.step import TrainingStep, build_model, make_states, read_settings, weights_to_train
-from ..train.text_part import is_part, model_class
+from ..train.text_part import is_part, model_class, towers_of
 from .cpu import KernelBuffers
 from .cuda_stand_ins import as_on_cuda, clipping_on_cuda, on_fake_tensors
 from .cuda_workspaces import KernelWorkspaces
@@ -58,6 +59,7 @@ from .trace import State, Trace, Weight
 from .values import UnknownValues, note_tokens
 
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype, Kinds], ...]
+Names = frozenset[str]
 _OF_UPDATE = (
     "precision",
     "optimizer",
@@ -90,7 +92,7 @@ def trace(
     a model whose own code may be run. Raises ModelError for a model that transformers or the runtime cannot serve, RecipeError
     for a recipe that no step can follow.
     """
-    settings = read_settings(config, code_from)
+    settings = read_settings(config, code_from, whole=bool(recipe.images))
     return trace_settings(
         settings,
         recipe,
@@ -133,36 +135,36 @@ def _trace_settings(
     full = whole_model(settings, recipe, on, remote_code)
     layers = locate.find_parts(full).layers
     every, starts = segment_length(recipe, len(layers)) or 1, checkpointed_layers(recipe, len(layers))
-    kinds = _layer_kinds(full, layers)
+    kinds = _layer_kinds(full, layers, recipe)
     if every_nth(recipe) is not None:
         kinds = [(kind, n in starts) for n, kind in enumerate(kinds)]
-    update, states = _record_update(
-        _sizes(full, recipe), Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE}), on
-    )
-    weights = _describe_weights(full, recipe)
+    sizes, weights = _sizes(full, recipe), _describe_weights(full, recipe)
     reach = _REACH[recipe.offload]
     numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
     all_layers = list(range(len(kinds)))
     differs = recipe.accumulation > 1 or recipe.optimizer_in_backward  # the first micro-batch, the first step
 
     def trace_layers(model: PreTrainedModel, layer_numbers: list[int]) -> Trace:
-        def record(model: PreTrainedModel, first: bool = False) -> Recording:
+        def record(model: PreTrainedModel, first: bool = False) -> tuple[Recording, Names]:
             return _record_layers(model, recipe, seq_len, layer_numbers, starts, on, whole, platform, first)
 
+        short, idle = record(model)
+        stepped = Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE})
+        update, states = _record_update(tuple(size for name, size in sizes if name not in idle), stepped, on)
         return Trace(
             recipe,
             seq_len,
             on,
             workspace,
-            weights,
+            tuple(w._replace(trained=False) if w.name in idle else w for w in weights),
             states,
             tuple(numbers[k] for k in kinds),
             tuple(layer_numbers),
             every,
             reach,
-            record(model),
+            short,
             update,
-            record(whole_model(settings, recipe, on, remote_code), first=True) if differs else None,
+            record(whole_model(settings, recipe, on, remote_code), first=True)[0] if differs else None,
         )
 
     layer_numbers = all_layers if whole else layers_to_run(make_row(kinds, every, reach))
@@ -222,16 +224,23 @@ def _record_layers(
     whole: bool,
     platform: Platform,
     first: bool,
-) -> Recording:
+) -> tuple[Recording, Names]:
     """Forward and backward of a step with the layers of these numbers, where checkpoints begin as in the whole. starts: there, their first
-    layers."""
+    layers. Beside it the trained weights of towers that no gradient comes to: what images do not go through, as the last layers of
+    a tower of which an earlier one's output is taken."""
     model = _keep_layers(full, locate.find_parts(full).layers, layer_numbers)
     with first_of_ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
         if mesh is not None:
             shard_model(model, recipe, mesh)
         begin = [n for n, i in enumerate(layer_numbers) if i in starts]
-        return record_passes(model, recipe, seq_len, begin, on, None if whole else FEW_CHUNKS, platform, first)
+        trained = {w: name for name, w in model.named_parameters() if w.requires_grad and recipe.images}
+        reached: set[torch.Tensor] = set()
+        hooks = [weight.register_post_accumulate_grad_hook(reached.add) for weight in trained]
+        recording = record_passes(model, recipe, seq_len, begin, on, None if whole else FEW_CHUNKS, platform, first)
+        for hook in hooks:
+            hook.remove()
+        return recording, frozenset(name for weight, name in trained.items() if weight not in reached)
 
 
 def _make_fake(model: PreTrainedModel) -> None:
@@ -284,7 +293,10 @@ def record_passes(
             recorder.begin_pass(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             step.positions = step.make_positions()
-            note_tokens(step.tokens)
+            if recipe.images:
+                _give_images(step, seq_len)
+            else:
+                note_tokens(step.tokens)
             with step.offloading:
                 loss = step.forward()
                 recorder.begin_pass(Pass.BACKWARD)
@@ -297,6 +309,15 @@ def record_passes(
             for name, state in _optimizer_states(step.backward_optimizers):
                 recorder.set_category(state, Category.STATES, host=name in on_host)
     return recorder.close()
+
+
+def _give_images(step: TrainingStep, seq_len: int) -> None:
+    """Let the step have images made anew, and tokens and sizes of images that have values: how many patches a model's code
+    makes of an image depends on them."""
+    with unset_fake_temporarily():
+        ids, numbers, _ = image_batch(step.model.config, step.recipe, seq_len)
+    step.tokens = ids.clone()
+    step.images = {name: tensor.clone() for name, tensor in {**step.images, **numbers}.items()}
 
 
 @contextmanager
@@ -321,9 +342,9 @@ def _name_failures(model: PreTrainedModel) -> Iterator[None]:
         log.disabled = before
 
 
-def _layer_kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
-    """What tells a layer from another: its modules' types and sizes, what is trained in it and before it, and what the
-    configuration lists for each layer."""
+def _layer_kinds(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -> list[Hashable]:
+    """What tells a layer from another: its modules' types and sizes, what is trained in it and before it, what the
+    configuration lists for each layer, and whether features of images are added behind it."""
     settings = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
     values = [
         v for config in settings for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == len(layers)
@@ -332,14 +353,19 @@ def _layer_kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashab
     signatures = [
         (_layer_signature(layer, numbers), tuple(repr(v[i]) for v in values)) for i, layer in enumerate(layers)
     ]
-    return list(zip(signatures, _inputs_with_gradients(model, layers), strict=True))
+    vision = getattr(model.config, "vision_config", None)
+    deep = len(getattr(vision, "deepstack_visual_indexes", None) or ()) if recipe.images else 0
+    takes_features = [n < deep for n in range(len(layers))]
+    return list(zip(signatures, _inputs_with_gradients(model, layers, recipe), takes_features, strict=True))
 
 
-def _inputs_with_gradients(model: nn.Module, layers: list[nn.Module]) -> list[bool]:
+def _inputs_with_gradients(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -> list[bool]:
     """Of each layer, whether something before it is trained, so that its input gets a gradient."""
     inside = {module for layer in layers for module in layer.modules()}
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
-    trained_in = [any(w.requires_grad for w in module.parameters()) for module in (nn.ModuleList(tables), *layers)]
+    before = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
+    if recipe.images:
+        before += towers_of(model).values()
+    trained_in = [any(w.requires_grad for w in module.parameters()) for module in (nn.ModuleList(before), *layers)]
     return list(accumulate(trained_in, or_))[:-1]
 
 
@@ -467,13 +493,14 @@ def _optimizer_states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str
     return list({id(t): (name, t) for name, t in named}.values())
 
 
-def _sizes(model: PreTrainedModel, recipe: Recipe) -> Sizes:
-    """Of the weights that are trained, in shards; and their kinds, where the optimizer asks for them."""
+def _sizes(model: PreTrainedModel, recipe: Recipe) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds]]]:
+    """Of the weights that are trained, by name, in shards; and their kinds, where the optimizer asks for them."""
     asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
-    return tuple(
-        (shard_shape(tuple(w.shape), recipe.shards), w.dtype, kinds_of(w) if asks else frozenset())
-        for w in weights_to_train(model)
-    )
+    return [
+        (name, (shard_shape(tuple(w.shape), recipe.shards), w.dtype, kinds_of(w) if asks else frozenset()))
+        for name, w in model.named_parameters()
+        if w.requires_grad
+    ]
 
 
 @lru_cache(maxsize=16)

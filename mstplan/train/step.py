@@ -28,6 +28,7 @@ from ..step.runnable import check_runnable
 from ..step.selection import Selection
 from .adapters import add_adapters, prepare_for_kbit
 from .fused import PACKAGES, Packages
+from .images import image_batch
 from .quantise import quantise
 from .quiet import quiet_packages
 from .runtime import RUNTIME, Runtime
@@ -44,9 +45,9 @@ NO_HOST_MEMORY = "can't allocate memory"
 """What the RuntimeError of torch's allocator for CPUs says."""
 
 
-def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> PreTrainedConfig:
-    """transformers' configuration object of a config.json; of a model of text and images that of its text part, where there is one.
-    code_from: the folder or Hugging Face id that it lies in, when the code that lies there may be run. Raises ModelError when
+def read_settings(config: Mapping[str, Any], code_from: str | None = None, whole: bool = False) -> PreTrainedConfig:
+    """transformers' configuration object of a config.json; of a model of text and images that of its text part, where there is one,
+    or with `whole` that of all. code_from: the folder or Hugging Face id that it lies in, when the code that lies there may be run. Raises ModelError when
     transformers has no code for it."""
     kind = one_line(config.get("model_type"))
     if code_from is not None and "auto_map" in config:
@@ -66,7 +67,8 @@ def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> Pr
         raise ModelError(
             f"transformers {transformers.__version__} has no code for this model (model_type {kind}).\n{way_out}"
         )
-    return _read_or_refuse(lambda: text_settings(AutoConfig.for_model(kind, **_decode_floats(fields))), kind)
+    described = _read_or_refuse(lambda: AutoConfig.for_model(kind, **_decode_floats(fields)), kind)
+    return described if whole else text_settings(described)
 
 
 def _decode_floats(value: Any) -> Any:
@@ -95,7 +97,11 @@ def build_model(
     with torch.device(device), quiet_packages():
         try:
             model = from_settings(
-                settings, dtype=DTYPES[recipe.precision], attn_implementation=attention, trust_remote_code=remote_code
+                settings,
+                towers=bool(recipe.images),
+                dtype=DTYPES[recipe.precision],
+                attn_implementation=attention,
+                trust_remote_code=remote_code,
             )
         except (torch.OutOfMemoryError, MemoryError):
             raise
@@ -167,6 +173,15 @@ class TrainingStep:
         shape = recipe.rows, recipe.row_tokens(seq_len)
         self.tokens, self.labels = (torch.randint(0, vocabulary, shape, device=self.device) for _ in range(2))
         self.positions = self.make_positions()
+        self.images: dict[str, torch.Tensor] = {}
+        if recipe.images:
+            self._add_images(*image_batch(model.config, recipe, seq_len))
+
+    def _add_images(self, ids: torch.Tensor, numbers: dict[str, torch.Tensor], pixels: tuple[int, ...]) -> None:
+        """Tokens with those of images among them, and what comes with these; pixels in fp32, as processors make them."""
+        self.tokens = ids.to(self.device)
+        self.images = {name: values.to(self.device) for name, values in numbers.items()}
+        self.images["pixel_values"] = torch.rand(pixels, device=self.device)
 
     def make_positions(self) -> torch.Tensor | None:
         """Position ids of rows of several samples, the last of which may be shorter; None: the model makes its own."""
@@ -204,7 +219,7 @@ class TrainingStep:
         model = self.model if self.replica is None else self.replica
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.runs_autocast):
             beside = {"position_ids": self.positions} if self.positions is not None else {}
-            loss: torch.Tensor | None = model(input_ids=self.tokens, labels=self.labels, **beside).loss
+            loss: torch.Tensor | None = model(input_ids=self.tokens, labels=self.labels, **beside, **self.images).loss
         if loss is None:
             raise ModelError(f"{type(self.model).__name__} gives no loss for token ids and labels.")
         return loss

@@ -46,11 +46,12 @@ def _class_in(mapping: Any, settings: PreTrainedConfig) -> type[PreTrainedModel]
     return found
 
 
-def from_settings(settings: PreTrainedConfig, **more: Any) -> PreTrainedModel:
-    """The part that speaks, with random weights. more: for transformers' from_config."""
-    if _is_a_whole(settings):
+def from_settings(settings: PreTrainedConfig, towers: bool = False, **more: Any) -> PreTrainedModel:
+    """The part that speaks, with random weights; with `towers` all that the settings describe. more: for transformers' from_config."""
+    if towers or _is_a_whole(settings):
         model: PreTrainedModel = AutoModelForMultimodalLM.from_config(settings, **more)
-        drop_towers(model)
+        if not towers:
+            drop_towers(model)
     else:
         model = AutoModelForCausalLM.from_config(settings, **more)
     return model
@@ -70,10 +71,34 @@ def is_part(model: PreTrainedModel, model_type: str) -> bool:
 
 def drop_towers(model: PreTrainedModel) -> None:
     """Leave of a model of several parts the decoder, the embedding and the head."""
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-    kept = {module for part in parts if part is not None for module in part.modules()}
+    kept = text_modules(model)
     if model not in kept:
         _strip(model, kept)
+
+
+def text_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """The modules of the decoder, the embedding and the head; of a model of text alone all."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    return {module for part in parts if part is not None for module in part.modules()}
+
+
+def towers_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Towers and projectors, by path: modules with weights of which none is the text part's."""
+    text, found = text_modules(model), dict[str, nn.Module]()
+
+    def search(path: str, module: nn.Module) -> None:
+        for name, child in module.named_children():
+            inside = f"{path}.{name}" if path else name
+            if child in text or next(child.parameters(), None) is None:
+                continue
+            if text.isdisjoint(child.modules()):
+                found[inside] = child
+            else:
+                search(inside, child)
+
+    if model not in text:
+        search("", model)
+    return found
 
 
 def _strip(module: nn.Module, kept: set[nn.Module]) -> None:
