@@ -176,9 +176,8 @@ def stand_in(options: TracedOptions, unread: UnreadError) -> Model:
     with status(), _put_first(f"{name}: {unread.reason}"):
         from ..tracing.tracer import stand_in_for
 
-        return stand_in_for(load_config(options.model), name, unread.reason, _code_from(options))._replace(
-            hub_id=hub_id
-        )
+        config, code_from = load_config(options.model), _code_from(options)
+        return stand_in_for(config, name, unread.reason, code_from, _counts_towers(options))._replace(hub_id=hub_id)
 
 
 def explain_stand_in(model: Model) -> AbstractContextManager[None]:
@@ -198,6 +197,12 @@ def _put_first(why: str) -> Iterator[None]:
         flags = [line for line in way_out if line.startswith("--")]  # the formula, which others offer, was asked before
         full_stop = "" if reason.endswith(".") else "."
         raise ModelError(f"{why}\n{' '.join([f'Nor is it traced: {reason}{full_stop}', *flags, ASSUME])}") from None
+
+
+def _counts_towers(options: TracedOptions) -> bool:
+    from ..spec.config import TEXT_ALONE
+
+    return options.assume != TEXT_ALONE
 
 
 def _code_from(options: TracedOptions) -> str | None:
@@ -223,6 +228,7 @@ def tracing(options: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Tr
             platform=card.platform,
             keep=not options.no_cache,
             code_from=_code_from(options),
+            towers=_counts_towers(options),
         )
 
     from ..show.trace import recipe_words, status

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from math import prod
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError, ModelError, one_line
-from ..spec.config import NO_TOWERS
+from ..spec.config import NO_TOWERS, describes_towers, waiting
 from ..spec.model import Model
 from ..spec.platform import AMPERE, Platform
 from ..spec.published import as_transformers_has_it
@@ -39,8 +40,8 @@ from ..train.images import image_batch
 from ..train.quiet import quiet_packages
 from ..train.selecting import kinds_in
 from ..train.stand_in import stand_in
-from ..train.step import TrainingStep, build_model, make_states, read_settings, weights_to_train
-from ..train.text_part import is_part, model_class, towers_of
+from ..train.step import TrainingStep, build_model, build_towers, make_states, read_settings, weights_to_train
+from ..train.text_part import is_part, model_class, tower_tensors, towers_in, towers_of
 from .cpu import KernelBuffers
 from .cuda_stand_ins import as_on_cuda, clipping_on_cuda, on_fake_tensors
 from .cuda_workspaces import KernelWorkspaces
@@ -84,16 +85,17 @@ def trace(
     platform: Platform = AMPERE,
     whole: bool = False,
     code_from: str | None = None,
+    towers: bool = True,
 ) -> Trace:
     """Trace one training step, after the first, of the model that `config` (a config.json) describes.
 
     on: "cuda", or "cpu" for what the same step allocates there. workspace: bytes that cuBLAS holds on the card. platform: its, by
     which sdpa chooses its attention kernels. whole: run every layer and every chunk. code_from: the folder or Hugging Face id of
-    a model whose own code may be run. Raises ModelError for a model that transformers or the runtime cannot serve, RecipeError
+    a model whose own code may be run. towers: count those of a model of several parts; in a step without images they wait. Raises ModelError for a model that transformers or the runtime cannot serve, RecipeError
     for a recipe that no step can follow.
     """
     settings = read_settings(config, code_from, whole=bool(recipe.images))
-    return trace_settings(
+    found = trace_settings(
         settings,
         recipe,
         seq_len,
@@ -103,6 +105,17 @@ def trace(
         whole=whole,
         remote_code=code_from is not None,
     )
+    if recipe.images or recipe.weights_on_host or not towers or not describes_towers(config):
+        return found
+    return replace(found, weights=(*found.weights, *_waiting_weights(config, recipe, code_from)))
+
+
+def _waiting_weights(config: Mapping[str, Any], recipe: Recipe, code_from: str | None) -> Iterator[Weight]:
+    """Weights and buffers of towers in a step on text alone: no gradient comes to them, so that they have no states either."""
+    whole = build_towers(config, recipe, code_from)
+    for name, tensor in tower_tensors(whole).items():
+        shape = shard_shape(tuple(tensor.shape), recipe.shards) if tensor.dim() else ()
+        yield Weight(name, shape, _dtype_name(tensor), prod(shape) * tensor.element_size(), False)
 
 
 def trace_settings(
@@ -194,13 +207,23 @@ def whole_model(settings: PreTrainedConfig, recipe: Recipe, on: str, remote_code
     return full
 
 
-def stand_in_for(config: Mapping[str, Any], name: str, why: str, code_from: str | None = None) -> Model:
-    """What stands in for the description of a model that the formula does not know; why: its refusal, in a line. Raises ModelError
-    for a model that transformers cannot serve."""
+def stand_in_for(
+    config: Mapping[str, Any], name: str, why: str, code_from: str | None = None, towers: bool = True
+) -> Model:
+    """What stands in for the description of a model that the formula does not know; why: its refusal, in a line. towers: count those of
+    a model of several parts. Raises ModelError for a model that transformers cannot serve."""
     full = whole_model(read_settings(config, code_from), Recipe(), "cuda", code_from is not None)
     model = stand_in(full, name, why)
     described = str(as_transformers_has_it(config).get("model_type"))
-    return model._replace(notes=(*model.notes, NO_TOWERS)) if is_part(full, described) else model
+    if not is_part(full, described):
+        return model
+    if not towers:
+        return model._replace(notes=(*model.notes, NO_TOWERS))
+    parts = towers_in(build_towers(config, Recipe(), code_from))
+    assert model.stand_in is not None
+    whole = model.stand_in._replace(parameters=model.stand_in.parameters + sum(part.parameters for part in parts))
+    notes = (*model.notes, waiting(parts)) if parts else model.notes
+    return model._replace(stand_in=whole, towers=parts, notes=notes)
 
 
 def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:

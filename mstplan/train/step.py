@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ModelError, one_line
-from ..spec.config import TEXT_TYPES, text_of
+from ..spec.config import TEXT_TYPES, WHOLE_TYPES, describes_towers, text_of
 from ..spec.published import as_transformers_has_it
 from ..step.instants import Pass
 from ..step.losses import LOSSES
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "mixed": torch.float32, "fp32": torch.float32}
 
+WITHOUT_TOWERS = "--assume no-towers plans its text part alone."
+
 NO_HOST_MEMORY = "can't allocate memory"
 """What the RuntimeError of torch's allocator for CPUs says."""
 
@@ -53,6 +55,8 @@ def read_settings(config: Mapping[str, Any], code_from: str | None = None, whole
     if code_from is not None and "auto_map" in config:
         return _read_or_refuse(lambda: AutoConfig.from_pretrained(code_from, trust_remote_code=True), kind)
     config = as_transformers_has_it(config)
+    if whole and (known := WHOLE_TYPES.get(one_line(config.get("model_type")))) is not None:
+        config = {**config, "model_type": known}
     if one_line(config.get("model_type")) not in CONFIG_MAPPING:
         config = as_transformers_has_it(text_of(config))
     kind = one_line(config.get("model_type"))
@@ -88,6 +92,28 @@ def _read_or_refuse(read: Callable[[], PreTrainedConfig], kind: str) -> PreTrain
         raise ModelError(f"transformers cannot read this model ({kind}): {one_line(e)}") from None
 
 
+def build_towers(config: Mapping[str, Any], recipe: Recipe, code_from: str | None = None) -> PreTrainedModel:
+    """The whole that a config.json describes, towers included, on the meta device, with its weights as the recipe keeps them. Raises
+    ModelError for one that transformers cannot build whole."""
+    settings = read_settings(config, code_from, whole=True)
+    try:
+        with torch.device("meta"), quiet_packages():
+            model = from_settings(
+                settings, towers=True, dtype=DTYPES[recipe.precision], trust_remote_code=code_from is not None
+            )
+    except Exception as e:  # noqa: BLE001  transformers raises what it likes; some towers want further packages
+        raise ModelError(f"its towers cannot be counted: {one_line(str(e).strip(), 160)}\n{WITHOUT_TOWERS}") from None
+    if settings.model_type in TEXT_TYPES.values() or not describes_towers(settings.to_dict()):
+        raise ModelError(f"its towers cannot be counted: transformers has no code for them.\n{WITHOUT_TOWERS}")
+    model.tie_weights()
+    with quiet_packages():
+        if recipe.quantize != "none":
+            quantise(model, recipe)
+        if recipe.kbit_preparation:
+            prepare_for_kbit(model)
+    return model
+
+
 def build_model(
     settings: PreTrainedConfig, recipe: Recipe, attention: str, device: str, remote_code: bool = False
 ) -> PreTrainedModel:
@@ -118,7 +144,8 @@ def build_model(
             prepare_for_kbit(model)
         if recipe.lora_rank:
             add_adapters(model, recipe)
-    freeze(model, Selection(recipe.train, recipe.freeze))
+    selection = Selection(recipe.train, recipe.freeze)
+    freeze(model, selection if recipe.images else selection.of_text())
     if recipe.input_gradients:
         model.enable_input_require_grads()
     return model.train()

@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from ..spec.config import TEXT_PARTS
+from ..spec.towers import Tower, TowerKind, TowerWeight
 
 
 def text_settings(whole: PreTrainedConfig) -> PreTrainedConfig:
@@ -99,6 +101,34 @@ def towers_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     if model not in text:
         search("", model)
     return found
+
+
+def tower_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a whole that are not the text part's, by name."""
+    text = {id(tensor) for module in text_modules(model) for tensor in (*module.parameters(), *module.buffers())}
+    if model in text_modules(model):
+        return {}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor for name, tensor in named if id(tensor) not in text}
+
+
+def tower_kind(name: str) -> TowerKind:
+    """What part of a model of several a weight of this name is of."""
+    words = name.lower()
+    if any(word in words for word in ("projector", "merger", "connector", "aligner", "newline")):
+        return "projector"
+    return "audio" if "audio" in words or "speech" in words else "vision"
+
+
+def towers_in(model: PreTrainedModel) -> tuple[Tower, ...]:
+    """Towers of a whole as the formula has them."""
+    linear = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
+    towers: dict[TowerKind, list[TowerWeight]] = {}
+    for name, tensor in tower_tensors(model).items():
+        if isinstance(tensor, nn.Parameter):
+            weight = TowerWeight(tuple(tensor.shape), linear=id(tensor) in linear)
+            towers.setdefault(tower_kind(name), []).append(weight)
+    return tuple(Tower(kind, tuple(weights)) for kind, weights in towers.items())
 
 
 def _strip(module: nn.Module, kept: set[nn.Module]) -> None:
