@@ -82,6 +82,7 @@ class StandIn(NamedTuple):
 
     parameters: int  # of the module
     why: str  # the formula's refusal, in a line
+    shortest: int = 1  # tokens that a sequence has at least: those of its images, and one of text
 
 
 class Model(NamedTuple):

@@ -706,7 +706,11 @@ class Frozen(NamedTuple):
 
 
 def check_towers(model: Model, recipe: Recipe) -> None:
-    """Check that the towers that a recipe names are the model's. Raises RecipeError."""
+    """Check that images are not left to the formula, and that the towers that a recipe names are the model's. Raises RecipeError."""
+    if recipe.images and model.stand_in is None:
+        raise RecipeError(
+            "what images take is counted by the trace alone, not by the formula.\nGive --images as an option of max-seq, plan or trace."
+        )
     kinds = {tower.kind for tower in model.towers}
     for option in ("train", "freeze"):
         for word in getattr(recipe, option):

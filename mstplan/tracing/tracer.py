@@ -36,7 +36,7 @@ from ..step.selection import Kinds
 from ..step.steps import checkpointed_layers, every_nth, segment_length
 from ..train import locate
 from ..train.checkpoint import segments_of
-from ..train.images import image_batch
+from ..train.images import image_batch, image_of
 from ..train.quiet import quiet_packages
 from ..train.selecting import kinds_in
 from ..train.stand_in import stand_in
@@ -224,6 +224,22 @@ def stand_in_for(
     whole = model.stand_in._replace(parameters=model.stand_in.parameters + sum(part.parameters for part in parts))
     notes = (*model.notes, waiting(parts)) if parts else model.notes
     return model._replace(stand_in=whole, towers=parts, notes=notes)
+
+
+def with_images(model: Model, config: Mapping[str, Any], recipe: Recipe, code_from: str | None = None) -> Model:
+    """A stand-in for steps whose sequences have the recipe's images, and what is said of them. Raises RecipeError for a model that
+    mstplan does not know how to give images, or images that it cannot have."""
+    image = image_of(read_settings(config, code_from, whole=True), recipe)
+    taken = recipe.images * image.tokens
+    pixels = " x ".join(f"{size:,}" for size in image.pixels)
+    lines = [
+        f"of each sequence's tokens {taken:,} are {recipe.images:,} images' ({image.tokens:,} each, of pixel_values {pixels} in fp32)",
+        "towers and projectors run forward and backward, where trained with gradients and optimizer states; their layers are not "
+        "checkpointed nor run in pieces. Not in: tokens that a processor puts around images (they are text), audio, video",
+    ]
+    notes = [note for note in model.notes if note != waiting(model.towers)]
+    assert model.stand_in is not None
+    return model._replace(stand_in=model.stand_in._replace(shortest=taken + 1), notes=(*notes, *lines))
 
 
 def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
