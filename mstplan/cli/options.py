@@ -550,7 +550,7 @@ def model_or_stand_in(options: TracedOptions) -> Model:
 
     try:
         model = model_of(options)
-        _refuse_what_is_not_counted(model, options)
+        refuse_what_is_not_counted(model, options.assume, bool(getattr(options, "images", None)))
         return model
     except UnreadError as e:
         from .tracing import stand_in
@@ -558,18 +558,18 @@ def model_or_stand_in(options: TracedOptions) -> Model:
         return stand_in(options, e)
 
 
-def _refuse_what_is_not_counted(model: Model, options: TracedOptions) -> None:
+def refuse_what_is_not_counted(model: Model, assume: str | None = None, images: bool = False) -> None:
     """Refuses what the trace alone answers: images, and towers without a rule. Raises UnreadError; RecipeError for images of no tower."""
     from ..errors import RecipeError, UnreadError
     from ..spec.config import NO_TOWERS, TEXT_ALONE
 
     way_out = "mstplan max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]')"
     has_towers = bool(model.towers) or NO_TOWERS in model.notes
-    if getattr(options, "images", None):
-        if not has_towers or options.assume == TEXT_ALONE:
+    if images:
+        if not has_towers or assume == TEXT_ALONE:
             raise RecipeError(f"--images: {model.name} is planned as a model of text alone.\nLeave --images out.")
         raise UnreadError(model.name, "what images take is counted by the trace alone.", f"{way_out}.")
-    if NO_TOWERS in model.notes and options.assume is None:
+    if NO_TOWERS in model.notes and assume is None:
         reason = "its towers are counted by transformers' own code alone."
         raise UnreadError(model.name, reason, f"{way_out}; --assume {TEXT_ALONE} plans its text part alone.")
 
