@@ -349,7 +349,11 @@ class StepOptions(Options):
     packing = option(int, "--packing", "Samples that each row is made of. Default 1.", panel="Recipe", metavar="N")
     padding_free = option(bool, "--padding-free", "All samples of a batch in one row.", False, panel="Recipe")
     images = option(
-        int, "--images", "Images in each sequence, of a model that reads images. Default 0.", panel="Recipe", metavar="N"
+        int,
+        "--images",
+        "Images in each sequence, of a model that reads images. Default 0.",
+        panel="Recipe",
+        metavar="N",
     )
     image_tokens = option(
         int, "--image-tokens", "Tokens that each image takes, where its size decides.", panel="Recipe", metavar="T"
@@ -563,7 +567,9 @@ def refuse_what_is_not_counted(model: Model, assume: str | None = None, images: 
     from ..errors import RecipeError, UnreadError
     from ..spec.config import NO_TOWERS, TEXT_ALONE
 
-    way_out = "mstplan max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]')"
+    way_out = (
+        "mstplan max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]')"
+    )
     has_towers = bool(model.towers) or NO_TOWERS in model.notes
     if images:
         if not has_towers or assume == TEXT_ALONE:

@@ -200,7 +200,10 @@ def _llama4(w: _Fields, v: _Fields, t: _Fields) -> Towers:
         *_linear(width, inner, False),  # after pixels are shuffled
         *_linear(outer, outer, False),
     ]
-    return {"vision": vision, "projector": list(_linear(v.size("vision_output_dim", 7680), t.size("hidden_size", 5120), False))}
+    return {
+        "vision": vision,
+        "projector": list(_linear(v.size("vision_output_dim", 7680), t.size("hidden_size", 5120), False)),
+    }
 
 
 def _patches(v: _Fields, hidden: int, patch: int) -> TowerWeight:

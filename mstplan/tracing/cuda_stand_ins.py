@@ -14,7 +14,8 @@ what mstplan's own part of the step does otherwise (`fake_runtime.py`).
 | softmax's backward multiplies gradient and output first | from source: aten native/cuda/SoftMax.cu, softmax_backward_cuda_out |
 | layer norm keeps its row statistics in fp32 | from source: aten native/cuda/layer_norm_kernel.cu, layer_norm_cuda |
 | dropout keeps a mask of one byte a number | from source: aten native/Dropout.cpp, native_dropout |
-| a masked_scatter copies its mask to full size and sums over it in int64; its backward lists the places where it is true | from source: aten native/cuda/IndexKernel.cpp, masked_scatter__cuda; IndexKernel.cu, launch_masked_scatter_kernel; IndexKernel.cpp, masked_select_out_cuda_impl |
+| masked_scatter holds its mask at full size, and sums of it in int64 | from source: aten native/cuda/IndexKernel.cpp, masked_scatter__cuda |
+| its backward lists the places where the mask is true | from source: aten native/cuda/IndexKernel.cpp, masked_select_out_cuda_impl |
 | norms of gradients are made for all of them at once | from source: aten native/cuda/ForeachReduceOp.cu |
 """
 

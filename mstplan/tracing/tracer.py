@@ -91,8 +91,8 @@ def trace(
 
     on: "cuda", or "cpu" for what the same step allocates there. workspace: bytes that cuBLAS holds on the card. platform: its, by
     which sdpa chooses its attention kernels. whole: run every layer and every chunk. code_from: the folder or Hugging Face id of
-    a model whose own code may be run. towers: count those of a model of several parts; in a step without images they wait. Raises ModelError for a model that transformers or the runtime cannot serve, RecipeError
-    for a recipe that no step can follow.
+    a model whose own code may be run. towers: count those of a model of several parts; in a step without images they wait.
+    Raises ModelError for a model that transformers or the runtime cannot serve, RecipeError for a recipe that no step can follow.
     """
     settings = read_settings(config, code_from, whole=bool(recipe.images))
     found = trace_settings(
@@ -131,6 +131,8 @@ def trace_settings(
 ) -> Trace:
     """`trace` of transformers' own description of a model, which stays as it is."""
     check_runnable(recipe)
+    if recipe.images:
+        image_batch(settings, recipe, seq_len)  # what is wrong with them is said before anything is built
     with on_fake_weights(recipe.quantize != "none"):
         return _trace_settings(settings, recipe, seq_len, on, workspace, platform, whole, remote_code)
 
@@ -232,14 +234,14 @@ def with_images(model: Model, config: Mapping[str, Any], recipe: Recipe, code_fr
     image = image_of(read_settings(config, code_from, whole=True), recipe)
     taken = recipe.images * image.tokens
     pixels = " x ".join(f"{size:,}" for size in image.pixels)
-    lines = [
-        f"of each sequence's tokens {taken:,} are {recipe.images:,} images' ({image.tokens:,} each, of pixel_values {pixels} in fp32)",
+    tokens = f"of each sequence's tokens {taken:,} are {recipe.images:,} images' ({image.tokens:,} each, of pixel_values {pixels} in fp32)"
+    parts = (
         "towers and projectors run forward and backward, where trained with gradients and optimizer states; their layers are not "
-        "checkpointed nor run in pieces. Not in: tokens that a processor puts around images (they are text), audio, video",
-    ]
+        "checkpointed nor run in pieces. Not in: tokens that a processor puts around images (they are text), audio, video"
+    )
     notes = [note for note in model.notes if note != waiting(model.towers)]
     assert model.stand_in is not None
-    return model._replace(stand_in=model.stand_in._replace(shortest=taken + 1), notes=(*notes, *lines))
+    return model._replace(stand_in=model.stand_in._replace(shortest=taken + 1), notes=(*notes, tokens, parts))
 
 
 def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
@@ -401,7 +403,7 @@ def _layer_kinds(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe
 def _inputs_with_gradients(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -> list[bool]:
     """Of each layer, whether something before it is trained, so that its input gets a gradient."""
     inside = {module for layer in layers for module in layer.modules()}
-    before = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
+    before: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
     if recipe.images:
         before += towers_of(model).values()
     trained_in = [any(w.requires_grad for w in module.parameters()) for module in (nn.ModuleList(before), *layers)]

@@ -8,8 +8,9 @@ begin and end) are text to the model, and not counted as the image's. Limits of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import ceil, isqrt
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Image(NamedTuple):
 
     tokens: int
     pixels: tuple[int, ...]
-    numbers: dict[str, tuple[int, ...]] = {}
+    numbers: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     types: str = ""
 
 

@@ -62,7 +62,7 @@ def in_modules(settings: Any) -> tuple[int, int]:
     with torch.device("meta"):
         model = AutoModelForMultimodalLM.from_config(settings)
     model.tie_weights()
-    inside = {name for name in towers_in(model)}
+    inside = set(towers_in(model))
     everything = {name: w.numel() for name, w in model.named_parameters()}
     own = sum(n for name, n in everything.items() if name.startswith(tuple(f"{path}." for path in inside)))
     return sum(everything.values()), own + everything.get("model.image_newline", 0)
