@@ -283,7 +283,7 @@ def test_an_assumption_changes_nothing_that_is_read():
 
 
 def test_unknown_assumptions():
-    with pytest.raises(ModelError, match=r"'gpt-like'\.\nKnown: llama-like\."):
+    with pytest.raises(ModelError, match=r"'gpt-like'\.\nKnown: llama-like, no-towers\."):
         load_model("llama3-8b", assume="gpt-like")
 
 
