@@ -17,10 +17,15 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
 from mstplan.cli.options import refuse_what_is_not_counted
 from mstplan.errors import ModelError, UnreadError
@@ -111,6 +116,8 @@ def outcome_of(record: Record, config: dict[str, Any], there: tuple[int, ...]) -
 
 def parameters_there(auto: Any, settings: PreTrainedConfig) -> tuple[int, ...]:
     """In the whole and in its text part, as transformers builds them; () where it cannot."""
+    if type(settings) in MODEL_FOR_MULTIMODAL_LM_MAPPING and hasattr(settings, "vision_config"):
+        auto = AutoModelForMultimodalLM  # a class of the text part may be there as well
     if (model := built(auto, settings)) is not None:
         try:
             parts = (model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings())
