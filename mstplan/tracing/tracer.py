@@ -275,7 +275,8 @@ def _record_layers(
         if mesh is not None:
             shard_model(model, recipe, mesh)
         begin = [n for n, i in enumerate(layer_numbers) if i in starts]
-        trained = {w: name for name, w in model.named_parameters() if w.requires_grad and recipe.images}
+        watched = bool(recipe.images) or describes_towers(model.config.to_dict())
+        trained = {w: name for name, w in model.named_parameters() if w.requires_grad and watched}
         reached: set[torch.Tensor] = set()
         hooks = [weight.register_post_accumulate_grad_hook(reached.add) for weight in trained]
         recording = record_passes(model, recipe, seq_len, begin, on, None if whole else FEW_CHUNKS, platform, first)

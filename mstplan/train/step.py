@@ -55,7 +55,7 @@ def read_settings(config: Mapping[str, Any], code_from: str | None = None, whole
     if code_from is not None and "auto_map" in config:
         return _read_or_refuse(lambda: AutoConfig.from_pretrained(code_from, trust_remote_code=True), kind)
     config = as_transformers_has_it(config)
-    if whole and (known := WHOLE_TYPES.get(one_line(config.get("model_type")))) is not None:
+    if (known := WHOLE_TYPES.get(one_line(config.get("model_type")))) is not None:
         config = {**config, "model_type": known}
     if one_line(config.get("model_type")) not in CONFIG_MAPPING:
         config = as_transformers_has_it(text_of(config))

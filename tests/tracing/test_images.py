@@ -236,3 +236,12 @@ def test_what_is_in_is_said():
     assert pictured.notes[1].startswith("of each sequence's tokens 128 are 2 images'")
     assert pictured.stand_in is not None and pictured.stand_in.shortest == 129
     assert not any("wait" in note for note in pictured.notes)
+
+
+def test_a_flat_file_with_code_of_its_own_has_the_towers_of_transformers():
+    """Phi-4-multimodal: what its file says of towers stands in its code, whose sizes transformers has as defaults."""
+    sizes = {"hidden_size": 3072, "num_hidden_layers": 2, "num_attention_heads": 24, "num_key_value_heads": 8}
+    sizes |= {"intermediate_size": 8192, "vocab_size": 200064, "pad_token_id": 0, "tie_word_embeddings": True}
+    found = trace({"model_type": "phi4mm", **sizes, "embd_layer": {"image_embd_layer": {}}}, Recipe(), 64)
+    towers = [w for w in found.weights if "embed_tokens_extend" in w.name]
+    assert sum(w.bytes for w in towers) > 2 * 900e6 and not any(w.trained for w in towers)
