@@ -69,9 +69,10 @@ def _weight_kinds() -> str:
 
 
 def _assumptions() -> str:
+    from ..spec.config import TEXT_ALONE
     from ..spec.unread import LLAMA_LIKE
 
-    return f"{LLAMA_LIKE}: count a model that mstplan does not read as a Llama."
+    return f"{LLAMA_LIKE}: count a model that mstplan does not read as a Llama. {TEXT_ALONE}: leave towers out."
 
 
 def _devices() -> str:
@@ -115,9 +116,10 @@ def weight_kinds() -> list[str]:
 
 
 def known_assumptions() -> list[str]:
+    from ..spec.config import TEXT_ALONE
     from ..spec.unread import LLAMA_LIKE
 
-    return [LLAMA_LIKE]
+    return [LLAMA_LIKE, TEXT_ALONE]
 
 
 def formats() -> list[str]:
@@ -352,6 +354,23 @@ class StepOptions(Options):
     )
     packing = option(int, "--packing", "Samples that each row is made of. Default 1.", panel="Recipe", metavar="N")
     padding_free = option(bool, "--padding-free", "All samples of a batch in one row.", False, panel="Recipe")
+    images = option(
+        int,
+        "--images",
+        "Images in each sequence, of a model that reads images. Default 0.",
+        panel="Recipe",
+        metavar="N",
+    )
+    image_tokens = option(
+        int, "--image-tokens", "Tokens that each image takes, where its size decides.", panel="Recipe", metavar="T"
+    )
+    image_size = option(
+        str,
+        "--image-size",
+        "Height and width of each image in pixels: 896x1344.",
+        panel="Recipe",
+        metavar="HxW",
+    )
     train = option(str, "--train", _weight_kinds, panel="Recipe", metavar="NAMES", choices=weight_kinds)
     freeze = option(
         str, "--freeze", "Do not train these weights.", panel="Recipe", metavar="NAMES", choices=weight_kinds
@@ -560,15 +579,36 @@ def model_of(options: ModelOptions) -> Model:
 
 
 def model_or_stand_in(options: TracedOptions) -> Model:
-    """The model as the formula reads it; where that does not know it and torch is there, a stand-in for which answers are traced."""
+    """The model as the formula reads it; where that does not know it, or not all that is asked, and torch is there, a stand-in for which
+    answers are traced."""
     from ..errors import UnreadError
 
     try:
-        return model_of(options)
+        model = model_of(options)
+        refuse_what_is_not_counted(model, options.assume, bool(getattr(options, "images", None)))
+        return model
     except UnreadError as e:
         from .tracing import stand_in
 
         return stand_in(options, e)
+
+
+def refuse_what_is_not_counted(model: Model, assume: str | None = None, images: bool = False) -> None:
+    """Refuses what the trace alone answers: images, and towers without a rule. Raises UnreadError; RecipeError for images of no tower."""
+    from ..errors import RecipeError, UnreadError
+    from ..spec.config import NO_TOWERS, TEXT_ALONE
+
+    way_out = (
+        "mstplan max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]')"
+    )
+    has_towers = bool(model.towers) or NO_TOWERS in model.notes
+    if images:
+        if not has_towers or assume == TEXT_ALONE:
+            raise RecipeError(f"--images: {model.name} is planned as a model of text alone.\nLeave --images out.")
+        raise UnreadError(model.name, "what images take is counted by the trace alone.", f"{way_out}.")
+    if NO_TOWERS in model.notes and assume is None:
+        reason = "its towers are counted by transformers' own code alone."
+        raise UnreadError(model.name, reason, f"{way_out}; --assume {TEXT_ALONE} plans its text part alone.")
 
 
 def card_of(options: CardOptions) -> Card:
@@ -617,6 +657,9 @@ _FIELDS = (
     "adapter_dtype",
     "quantize",
     "packing",
+    "images",
+    "image_tokens",
+    "image_size",
 )
 _PATTERNS = ("train", "freeze", "lora_targets", "lora_modules_to_save")
 

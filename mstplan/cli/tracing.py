@@ -21,6 +21,7 @@ from .options import (
     TensorsOptions,
     TracedOptions,
     card_of,
+    changed,
     known_gpus,
     listed,
     model_or_stand_in,
@@ -164,6 +165,7 @@ def stand_in(options: TracedOptions, unread: UnreadError) -> Model:
     """What answers are traced for when the formula does not know the model. Raises its refusal where there is no torch."""
     from ..errors import MissingError
     from ..spec.catalog import identify_model, load_config
+    from ..step.recipe import Recipe
     from ..tracing import cache
 
     try:
@@ -174,11 +176,15 @@ def stand_in(options: TracedOptions, unread: UnreadError) -> Model:
 
     name, hub_id = identify_model(options.model)
     with status(), _put_first(f"{name}: {unread.reason}"):
-        from ..tracing.tracer import stand_in_for
+        from ..tracing.tracer import stand_in_for, with_images
 
-        return stand_in_for(load_config(options.model), name, unread.reason, _code_from(options))._replace(
-            hub_id=hub_id
-        )
+        config, code_from = load_config(options.model), _code_from(options)
+        model = stand_in_for(config, name, unread.reason, code_from, _counts_towers(options))._replace(hub_id=hub_id)
+    if not getattr(options, "images", None):
+        return model
+    said = {field: getattr(options, field) for field in ("images", "image_tokens", "image_size")}
+    recipe = changed(Recipe.model_construct(), {name: value for name, value in said.items() if value is not None})
+    return with_images(model, config, recipe, code_from)
 
 
 def explain_stand_in(model: Model) -> AbstractContextManager[None]:
@@ -198,6 +204,12 @@ def _put_first(why: str) -> Iterator[None]:
         flags = [line for line in way_out if line.startswith("--")]  # the formula, which others offer, was asked before
         full_stop = "" if reason.endswith(".") else "."
         raise ModelError(f"{why}\n{' '.join([f'Nor is it traced: {reason}{full_stop}', *flags, ASSUME])}") from None
+
+
+def _counts_towers(options: TracedOptions) -> bool:
+    from ..spec.config import TEXT_ALONE
+
+    return options.assume != TEXT_ALONE
 
 
 def _code_from(options: TracedOptions) -> str | None:
@@ -223,6 +235,7 @@ def tracing(options: TracedOptions) -> Iterator[Callable[[Recipe, int, Card], Tr
             platform=card.platform,
             keep=not options.no_cache,
             code_from=_code_from(options),
+            towers=_counts_towers(options),
         )
 
     from ..show.trace import recipe_words, status

@@ -105,6 +105,7 @@ def record_step(step: TrainingStep) -> Allocations:
         with marking(step, mark) as begin:
             begin(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
+            step.images = {name: tensor.clone() for name, tensor in step.images.items()}
             step.run(begin)
 
     allocations = record_allocations(run)

@@ -195,7 +195,7 @@ def _check_limit_of_cpu(case: Case, instants: dict[str, MeasuredPeak]) -> None:
 
 
 def _build_model(case: Case) -> PreTrainedModel:
-    settings = read_settings(case.config)
+    settings = read_settings(case.config, whole=bool(case.recipe.images))
     attention = real_attention(case.recipe, settings, case.device)
     device = f"cuda:{local_rank()}" if case.device == "cuda" else case.device
     if not case.recipe.sharded:

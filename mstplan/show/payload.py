@@ -47,6 +47,7 @@ def model(m: Model) -> dict[str, Any]:
         "context": m.context,
         "model_type": m.model_type,
         "hub_id": m.hub_id,
+        "towers": [{"kind": tower.kind, "parameters": tower.parameters} for tower in m.towers],
         "notes": list(m.notes),
     }
 

@@ -17,6 +17,7 @@ from mstplan.spec.families.base import Family
 from mstplan.spec.mixing import mixer_of, mixers_of_layers
 from mstplan.spec.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, QkNorm
 from mstplan.spec.releases import parse_release, release
+from mstplan.spec.towers import Tower, towers_of
 
 _LARGEST_SIZE = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
 _MAX_LAYERS = 1000  # eight times as many as the deepest published one
@@ -90,7 +91,10 @@ TEXT_TYPES = {
 }
 TEXT_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
 """Fields that hold the part that speaks; a part may have parts."""
+WHOLE_TYPES = {"phi4mm": "phi4_multimodal"}
+"""Files of several models with code of their own, and transformers' name for the same whole."""
 NO_TOWERS = "only the text part is planned: a vision or audio tower is not counted"
+TEXT_ALONE = "no-towers"
 _TOWER_WORDS = ("vision", "visual", "image", "img", "video", "audio", "speech", "embd_layer")
 
 
@@ -107,6 +111,7 @@ def read_config(
     _check_assumption(assume)
     _refuse_non_decoders(config, name)
     notes: list[str] = []
+    towers, assume = (None, None) if assume == TEXT_ALONE else (towers_of(config), assume)
     nested = (part := _find_part(config)) is not None
     if nested:
         if part == "text_config":  # as transformers writes it
@@ -128,7 +133,9 @@ def read_config(
     if not nested:
         model_type = TEXT_TYPES.get(model_type, model_type)
     family = FAMILIES.get(model_type)
-    if nested or (family is not None and _has_towers(config)):
+    if towers:
+        notes.append(waiting(towers))
+    elif nested or (family is not None and _has_towers(config)):
         notes.append(NO_TOWERS)
     f = _Fields(config, name, family or LLAMA_LIKE, assumed=assume is not None)
     if family is None:
@@ -139,7 +146,14 @@ def read_config(
             f.require(_REQUIRED_FIELDS)
     model = _in_release(_model(f, model_type), f.family, transformers)
     published = _published_quantisation(f.config)
-    return model._replace(published=published, notes=(*_quantised_notes(f), *notes, *_field_notes(f)))
+    notes = [*_quantised_notes(f), *notes, *_field_notes(f)]
+    return model._replace(published=published, towers=towers or (), notes=tuple(notes))
+
+
+def waiting(towers: tuple[Tower, ...]) -> str:
+    """The note on towers that are counted, of a step on text alone."""
+    counted = ", ".join(f"{tower.kind} {tower.parameters / 1e6:,.1f}M" for tower in towers)
+    return f"text alone is planned: towers ({counted} parameters) wait, with weights but no gradients or optimizer states; --images counts images"
 
 
 def _in_release(model: Model, family: Family, transformers: str | None) -> Model:
@@ -150,8 +164,8 @@ def _in_release(model: Model, family: Family, transformers: str | None) -> Model
 
 
 def _check_assumption(assume: str | None) -> None:
-    if assume not in (None, "llama-like"):
-        raise ModelError(f"cannot assume that a model is {_format_value(assume)}.\nKnown: llama-like.")
+    if assume not in (None, "llama-like", TEXT_ALONE):
+        raise ModelError(f"cannot assume that a model is {_format_value(assume)}.\nKnown: llama-like, {TEXT_ALONE}.")
 
 
 def _refuse_foreign_experts(f: _Fields) -> None:
@@ -719,6 +733,11 @@ def _text_part(whole: Mapping[str, object], text: Mapping[str, object]) -> dict[
         inherited.setdefault("tie_word_embeddings", False)
     kind = TEXT_TYPES.get(kind, kind) if isinstance(kind, str) else kind
     return {"model_type": kind, **text, **inherited}
+
+
+def describes_towers(config: Mapping[str, object]) -> bool:
+    """Whether a file may be of a model with more parts than its text part."""
+    return _find_part(config) is not None or _has_towers(config)
 
 
 def _has_towers(config: Mapping[str, object]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from .releases import Release
+from .towers import Tower
 
 Norm = Literal["rms", "rms-fp32-weight", "gemma", "layer", "layer-1p", "centred"]
 Block = Literal["pre", "sandwich", "post", "parallel", "one-norm"]
@@ -132,6 +133,7 @@ class StandIn(NamedTuple):
 
     parameters: int  # of the module
     why: str  # the formula's refusal, in a line
+    shortest: int = 1  # tokens that a sequence has at least: those of its images, and one of text
 
 
 class Model(NamedTuple):
@@ -174,6 +176,7 @@ class Model(NamedTuple):
     stand_in: StandIn | None = None
     idle_window: int | None = None  # the length from which a mask is made that no layer uses (Qwen2-MoE)
     release: Release | None = None  # of transformers, where what is planned depends on it
+    towers: tuple[Tower, ...] = ()  # what text does not go through, where it is counted
 
     def __repr__(self) -> str:
         return f"<Model {self.name}: {self.model_type}, {self.layers} layers of {self.hidden}>"

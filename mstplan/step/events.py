@@ -193,6 +193,6 @@ class _Assembly:
         each, rest = divmod(tensor.bytes, total) if total else (0, 1)
         return (
             [tensor.bytes]
-            if rest or tensor.role in (Role.WORKSPACE, Role.REDUCED)
+            if rest or tensor.role in (Role.WORKSPACE, Role.REDUCED, Role.TOWER)
             else [each * number for number in numbers]
         )

@@ -19,7 +19,7 @@ def parameter_count(model: Model) -> tuple[int, int]:
     weights = step_weights(build(model, Layout(STRATEGIES["standard"], False, False, False)).ops)
     total = sum(weight.numel * n for weight, n in weights)
     active = sum(weight.numel * weight.active[0] // weight.active[1] * n for weight, n in weights)
-    return total, active
+    return total + sum(tower.parameters for tower in model.towers), active
 
 
 @lru_cache(maxsize=256)

@@ -113,6 +113,12 @@ class Recipe(BaseModel):
     """Samples that a row of the batch is made of, told apart in attention."""
     padding_free: bool = False
     """All samples of a batch in one row, without padding."""
+    images: int = Field(default=0, ge=0, le=100_000)
+    """Images in each sequence, of a model that reads images; 0: text alone, and its towers wait."""
+    image_tokens: int | None = Field(default=None, ge=1, le=1 << 24)
+    """Tokens that each image takes; None: as many as the family's rule says."""
+    image_size: str = Field(default="", pattern="^([1-9][0-9]{0,4}x[1-9][0-9]{0,4})?$")
+    """Height and width of each image in pixels (896x896), in place of image_tokens."""
     attention: str = "sdpa"
     """One of `kernels.attentions()`: sdpa (the kernel that torch chooses, explicit masks for sliding windows), cudnn or efficient (sdpa with
     that kernel only), flash (attn_implementation flash_attention_2), or eager."""
@@ -237,6 +243,7 @@ class Recipe(BaseModel):
                 "with saved tensors in CPU RAM each MLP chunk is recomputed by itself: set mlp_recompute, leave --no-recompute out",
             ),
             *self._bad_packing(),
+            *self._bad_images(),
             *self._bad_sharding(),
             (
                 bool(self.train or self.freeze) and self.sharded,
@@ -292,6 +299,24 @@ class Recipe(BaseModel):
             (
                 self.packing > 1 and self.attention == "flash" and self.batch > 1 and not self.padding_free,
                 "flash attention tells samples apart in a batch of one row only: set batch=1 (--batch 1), or put all in one row, padding_free (--padding-free)",
+            ),
+        )
+
+    def _bad_images(self) -> tuple[tuple[bool, str], ...]:
+        alone = next((n for n in ("image_tokens", "image_size") if getattr(self, n) and not self.images), "")
+        return (
+            (bool(alone), f"{alone} (--{alone.replace('_', '-')}) is of images: add images=1 (--images 1)"),
+            (
+                bool(self.image_tokens and self.image_size),
+                "image_tokens and image_size (--image-tokens, --image-size) both say how large an image is: leave one of the two out",
+            ),
+            (
+                bool(self.images) and (self.packing > 1 or self.padding_free),
+                "images in packed samples are not planned: leave --packing and --padding-free out, or --images",
+            ),
+            (
+                bool(self.images) and (self.sharding != "none" or self.optimizer_on_host or self.weights_on_host),
+                "images with several GPUs, or with weights or optimizer in CPU RAM, are not planned: leave one of the two out",
             ),
         )
 
@@ -634,6 +659,7 @@ def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
         optimizer.short + (f" ({', '.join(how)})" if how else ""),
         f"batch {recipe.batch}" + (f" x accumulation {recipe.accumulation}" if recipe.accumulation > 1 else ""),
         *_rows_in_words(recipe),
+        *([f"{recipe.images:,} {'image' if recipe.images == 1 else 'images'} a sequence"] if recipe.images else []),
         f"{recipe.attention} by {kernel}" if kernel else recipe.attention,
         *(["attention's inputs and results in CPU RAM"] if recipe.attention_on_host else []),
         *(["Liger's kernels"] if recipe.kernels == "liger" else []),

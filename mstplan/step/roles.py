@@ -10,6 +10,7 @@ class Role(Enum):
     """Purpose of a tensor, where anything but people asks. An intermediate has that of the part of the model it is made in."""
 
     WEIGHT = "weight"
+    TOWER = "weights of a tower that text does not go through"
     GATHERED = "weights gathered from all cards"
     WEIGHT_GRADIENT = "gradient of a weight"
     REDUCED = "gradients on the way to the cards that keep them"

@@ -22,6 +22,13 @@ class WeightKind(Word):
     NORMS = "norms"
     ATTENTION = "attention"
     MLP = "mlp"
+    VISION = "vision"
+    AUDIO = "audio"
+    PROJECTOR = "projector"
+
+
+TOWERS = frozenset({WeightKind.VISION, WeightKind.AUDIO, WeightKind.PROJECTOR})
+"""Kinds of weights that text does not go through."""
 
 
 Kinds = frozenset[WeightKind]
@@ -46,6 +53,15 @@ class Selection(NamedTuple):
     def trains(self, weight: Named) -> bool:
         chosen = not self.train or any(_matches(pattern, weight) for pattern in self.train)
         return chosen and not any(_matches(pattern, weight) for pattern in self.freeze)
+
+    def of_text(self) -> Selection:
+        """What it says of a step on text alone, in which towers wait. Raises RecipeError where it trains nothing else."""
+        train = tuple(pattern for pattern in self.train if pattern not in TOWERS)
+        if self.train and not train:
+            raise RecipeError(
+                f"--train {','.join(self.train)}: no gradient comes to a tower in a step on text alone.\nAdd --images, or train more."
+            )
+        return Selection(train, tuple(pattern for pattern in self.freeze if pattern not in TOWERS))
 
     def check(self, weights: Collection[Named], model: str) -> None:
         """Check that every pattern matches a weight of the model and some weight is trained. Raises RecipeError."""

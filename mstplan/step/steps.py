@@ -36,7 +36,7 @@ from .optimizers.base import Held, summed
 from .recipe import CHUNK_FIELDS, STRATEGIES, Recipe
 from .roles import Purpose, Role, State
 from .saved_tensors import Offloaded, offload_saved
-from .selection import Named, Selection, WeightKind
+from .selection import TOWERS, Named, Selection, WeightKind
 from .storage import Stored, in_sum
 from .tape import (
     BASIS,
@@ -165,6 +165,7 @@ class Step:
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
         self.card_weights = shards_of(self.weights, layout.recipe.shards)
+        self.towers = [] if layout.recipe.weights_on_host else tower_weights(model, layout.recipe)
         self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
         self.optimizer = optimizer_memory(layout.recipe, self.trained_on_card)
         self.clipping = clipping(layout.recipe, self.trained_on_card)
@@ -296,7 +297,20 @@ class Step:
         libraries = (WORKSPACES, self.workspace), (LT_WORKSPACES, self.workspaces_bytes - self.workspace)
         stored += self._buffers()
         workspaces = [constant(library, "uint8", taken, Role.WORKSPACE) for library, taken in libraries if taken]
-        return [*(constant(*each, Role.WEIGHT) for each in stored), *self._gradient_buckets(), *workspaces]
+        return [
+            *(constant(*each, Role.WEIGHT) for each in stored),
+            *self._towers(),
+            *self._gradient_buckets(),
+            *workspaces,
+        ]
+
+    def _towers(self) -> list[Tensor]:
+        """Weights of towers, which wait: nothing comes to them in a step on text alone."""
+        return [
+            constant(f"{stored.name} of {kind}", stored.dtype, stored.bytes, Role.TOWER)
+            for kind, weights in self.towers
+            for stored in in_sum(weights, self.layout.recipe.weight_dtype)
+        ]
 
     def _buffers(self) -> tuple[Stored, ...]:
         model = self.model
@@ -432,6 +446,34 @@ class Step:
                     size = calibrated_size
                 result.append(InstantPeak(name, size, top.operation, entries))
         return tuple(result)
+
+
+def tower_weights(model: Model, recipe: Recipe) -> list[tuple[str, list[tuple[Weight, int]]]]:
+    """Weights of the model's towers on one card, by what people call the tower."""
+    quantised = "" if recipe.quantize == "none" else recipe.quantize
+    names = {"projector": "the projector"}
+    return [
+        (
+            names.get(tower.kind, f"the {tower.kind} tower"),
+            shards_of(
+                [
+                    (
+                        Weight(
+                            "",
+                            weight.shape,
+                            trained=False,
+                            quantised=quantised if weight.linear else "",
+                            double_quantised=recipe.double_quantize,
+                        ),
+                        weight.copies,
+                    )
+                    for weight in tower.weights
+                ],
+                recipe.shards,
+            ),
+        )
+        for tower in model.towers
+    ]
 
 
 def adds_bias(tape: Tape, again: bool = False) -> bool:
@@ -577,6 +619,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     )
     loss = LOSSES[recipe.loss]
     in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks
+    check_towers(model, recipe)
     frozen = frozen or frozen_names(model, training_of(recipe), adapters)
     w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
@@ -665,11 +708,13 @@ def adapters_of(recipe: Recipe, model: Model) -> Adapters | None:
 
 
 def training_of(recipe: Recipe) -> Selection:
-    """Which weights a recipe trains: with adapters those and the modules that are saved, where it says no more."""
+    """Which weights of the text part a recipe trains: with adapters those and the modules that are saved, where it says no more. Of a
+    step with images, which the trace answers, nothing is told."""
+    said = Selection() if recipe.images else Selection(recipe.train, recipe.freeze).of_text()
     if not recipe.lora_rank:
-        return Selection(recipe.train, recipe.freeze)
+        return said
     own = (*MATRICES, MAGNITUDE) if recipe.dora else MATRICES
-    return Selection(recipe.train or (*own, *recipe.lora_modules_to_save), recipe.freeze)
+    return Selection(said.train or (*own, *recipe.lora_modules_to_save), said.freeze)
 
 
 TABLES = frozenset({WeightKind.EMBEDDINGS, WeightKind.HEAD})
@@ -704,6 +749,22 @@ class Frozen(NamedTuple):
 
     outside: Names
     layers: tuple[Names, ...]
+
+
+def check_towers(model: Model, recipe: Recipe) -> None:
+    """Check that images are not left to the formula, and that the towers that a recipe names are the model's. Raises RecipeError."""
+    if recipe.images and model.stand_in is None:
+        raise RecipeError(
+            "what images take is counted by the trace alone, not by the formula.\nGive --images as an option of max-seq, plan or trace."
+        )
+    kinds = {tower.kind for tower in model.towers}
+    for option in ("train", "freeze"):
+        for word in getattr(recipe, option):
+            if word in TOWERS and str(word) not in kinds:
+                raise RecipeError(
+                    f"--{option} {word}: {model.name} has no weights of that kind, or they are not counted.\n"
+                    + (f"It has: {', '.join(sorted(kinds))}." if kinds else "Leave it out.")
+                )
 
 
 def _none_frozen(model: Model) -> Frozen:

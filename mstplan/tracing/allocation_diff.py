@@ -78,6 +78,18 @@ KNOWN_ON_CPU = (
         "from source: aten native/mkldnn/Matmul.cpp, mkldnn_matmul; native/LinearAlgebra.cpp, bmm_out_or_baddbmm_ and addmm_impl_cpu_",
         r"(^|> )(bmm > contiguous|baddbmm > contiguous|baddbmm > addmm_) > clone > empty_like > empty$",
     ),
+    KnownBuffer(
+        "oneDNN's convolutions",
+        "oneDNN lays images, filters and results out as the CPU at hand likes them, and copies them for that",
+        "measured; the call: aten native/mkldnn/Conv.cpp, mkldnn_convolution and mkldnn_convolution_backward",
+        r"(^|> )(mkldnn_convolution|convolution_backward|_slow_conv2d_forward|slow_conv2d_backward)( > |$)",
+    ),
+    KnownBuffer(
+        "places of image tokens",
+        "the backward of a masked_scatter counts on the CPU where its mask is true; a card's is traced",
+        "from source: aten native/TensorAdvancedIndexing.cpp, masked_select_out_impl_cpu",
+        r"masked_scatter_backward > masked_select > (sum|empty)",
+    ),
 )
 """What `trace(..., on="cpu")` leaves out. What else kernels of a CPU allocate for themselves stands in cpu.py, and is traced."""
 

@@ -85,6 +85,7 @@ def trace_of(
     keep: bool = True,
     code_from: str | None = None,
     threads: int | None = None,
+    towers: bool = True,
 ) -> Trace:
     """The trace of one step, from the cache or made now. platform: of the GPU, whose attention kernels run. keep: use and fill the
     cache, which knows nothing of a model's own code (code_from). threads: of a CPU, whose kernels hold something for each; as
@@ -99,6 +100,7 @@ def trace_of(
         threads = torch.get_num_threads()
     platform = platform.alike if on == "cuda" else AMPERE
     case = {"config": config, "recipe": recipe.model_dump(), "seq_len": seq_len, "on": on, "threads": threads}
+    case["towers"] = towers
     case["platform"] = platform._asdict()
     key = {"schema_version": SCHEMA_VERSION, "versions": code_versions, **case}
     path = _path_of(key) if keep and code_from is None else None
@@ -108,7 +110,7 @@ def trace_of(
         from .tracer import trace
 
         with on_threads(threads):
-            step_trace = trace(config, recipe, seq_len, on=on, platform=platform, code_from=code_from)
+            step_trace = trace(config, recipe, seq_len, on=on, platform=platform, code_from=code_from, towers=towers)
         if path is not None:
             _write_trace(path, step_trace)
     return step_trace.with_workspace(workspace)

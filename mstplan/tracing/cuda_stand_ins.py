@@ -14,6 +14,8 @@ what mstplan's own part of the step does otherwise (`fake_runtime.py`).
 | softmax's backward multiplies gradient and output first | from source: aten native/cuda/SoftMax.cu, softmax_backward_cuda_out |
 | layer norm keeps its row statistics in fp32 | from source: aten native/cuda/layer_norm_kernel.cu, layer_norm_cuda |
 | dropout keeps a mask of one byte a number | from source: aten native/Dropout.cpp, native_dropout |
+| masked_scatter holds its mask at full size, and sums of it in int64 | from source: aten native/cuda/IndexKernel.cpp, masked_scatter__cuda |
+| its backward lists the places where the mask is true | from source: aten native/cuda/IndexKernel.cpp, masked_select_out_cuda_impl |
 | norms of gradients are made for all of them at once | from source: aten native/cuda/ForeachReduceOp.cu |
 """
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -44,6 +47,7 @@ from .patches import (
     GROUPED_PRODUCTS,
     LAYER_NORM,
     PACKED_SEQUENCES,
+    TENSOR,
     MakeReplacement,
     Target,
     patched,
@@ -123,6 +127,18 @@ def _contiguous_matrices(*matrices: torch.Tensor) -> tuple[str, torch.Tensor | N
     return "product: contiguous matrices", None if turned is None else turned.new_empty(turned.shape)
 
 
+def _mask_sums(destination: torch.Tensor, *_: object) -> tuple[str, torch.Tensor]:
+    """Of a masked_scatter (image features into embeddings): running sums of the mask in int64, and the mask in order, of full size."""
+    size = 9 * destination.numel()
+    return "masked_scatter: mask and its sums", destination.new_empty(size, dtype=torch.uint8)
+
+
+def _mask_places(gradient: torch.Tensor, _mask: torch.Tensor, sizes: Sequence[int]) -> tuple[str, torch.Tensor]:
+    """Of its backward: an index for each axis of every place where the mask is true, as many as there are features."""
+    places = gradient.new_empty(gradient.dim(), prod(sizes), dtype=torch.int64)
+    return "masked_scatter: places in the mask", places
+
+
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """As autocast does for scaled_dot_product_attention."""
     return tuple(x.to(torch.bfloat16) for x in tensors) if torch.is_autocast_enabled("cpu") else tensors
@@ -167,6 +183,8 @@ def as_on_cuda(
     recorder.temporaries = {
         torch.ops.aten._softmax_backward_data: _gradient_x_output,
         torch.ops.aten.bmm: _contiguous_matrices,
+        torch.ops.aten.masked_scatter: _mask_sums,
+        torch.ops.aten.masked_scatter_backward: _mask_places,
         torch.ops.aten.baddbmm: lambda _added, *matrices, **_scales: _contiguous_matrices(*matrices),
     }
     kernels: dict[Target, MakeReplacement] = {
@@ -203,6 +221,7 @@ def on_fake_tensors(samples: int = 1) -> Iterator[None]:
         BIDIRECTIONAL_MASK: _ignore_padding,
         PACKED_SEQUENCES: _ignore_packing if samples == 1 else lambda packed: packed,
         GROUPED_PRODUCTS: _multiply_grouped,
+        TENSOR: _make_of_numbers,
     }
     with patched(without_values):
         yield
@@ -220,6 +239,17 @@ def _ignore_packing(packed: Callable[[torch.Tensor], Any]) -> Callable[[torch.Te
         packed(position_ids)  # for what it allocates
 
     return find_none
+
+
+def _make_of_numbers(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch.tensor of a list in which tensors stand for numbers, which fake ones have not: a tensor of the same size."""
+
+    def make(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if isinstance(data, list | tuple) and any(isinstance(each, torch.Tensor) for each in data):
+            return torch.stack([torch.as_tensor(each) for each in data]).to(*args, **kwargs)
+        return plain(data, *args, **kwargs)
+
+    return make
 
 
 def _multiply_grouped(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

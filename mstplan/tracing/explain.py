@@ -109,7 +109,8 @@ def _kind_of_entry(entry: Entry) -> _Kind:
         return _Kind(role)
     if part := _PARTS.get(role):
         return _Kind(part, entry.dtype, round_size(entry.bytes // entry.copies))
-    return _Kind(Role.WEIGHT_GRADIENT if role is Role.REDUCED else role)  # the trace does not tell these apart
+    alike = {Role.REDUCED: Role.WEIGHT_GRADIENT, Role.TOWER: Role.WEIGHT}  # which the trace does not tell apart
+    return _Kind(alike.get(role, role) if isinstance(role, Role) else role)
 
 
 def _kind_of_group(group: Alive, states: Mapping[str, State]) -> _Kind:

@@ -125,6 +125,8 @@ GROUPED_PRODUCTS = Target(
     since=(2, 8),
 )
 
+TENSOR = Target("torch", "tensor", _TORCH, "it reads numbers of fake tensors from their memory")
+
 # ---- what FSDP2 does to storages, which no dispatch mode sees or could name (fsdp.py) ---------------------------------
 
 _PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"

@@ -80,6 +80,7 @@ def try_each(names: Iterable[str], attempt: Callable[[str], T], left_out: list[s
 
 def find_longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strategy: str) -> SearchResult:
     """The longest sequence that runs, with the formula's recommended chunks. Host memory limits it as well."""
+    shortest = SHORTEST if model.stand_in is None else max(SHORTEST, model.stand_in.shortest)
     near_card = card if model.stand_in is None else _card_for_stand_in(model, recipe, card, trace_at)
     start = solve.max_seq(model, recipe, near_card, strategy)
     chunks = start.plan.chunks if start.s_max else solve.recommend_chunks(model, recipe, near_card)
@@ -99,7 +100,7 @@ def find_longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, st
         try:
             hardest_traces = hardest(seq_len)
         except ModelError:
-            if seq_len <= (model.context or SHORT):
+            if seq_len <= max(shortest, model.context or SHORT):
                 raise
             return False
         return all(
@@ -109,9 +110,9 @@ def find_longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, st
 
     needs: list[Need] = []
     low, high, guess, step, far_count = (
-        SHORTEST - 1,
+        shortest - 1,
         LONGEST,
-        max(SHORTEST, start.s_max),
+        max(shortest, start.s_max),
         1,
         0,
     )  # the longest known to run, the shortest known not to
@@ -141,17 +142,18 @@ def find_longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, st
             corrected = min(corrected, guess * card.host_bytes // host_bytes)
         if low < corrected < high and corrected != guess and (far_count < 2 or far_count % 2 or high == LONGEST):
             guess = corrected
-        elif far_count or (low >= SHORTEST and high < LONGEST and 2 * step >= high - low):
+        elif far_count or (low >= shortest and high < LONGEST and 2 * step >= high - low):
             guess = _length_between(low, high)
         else:  # close by: feel the way in growing steps
             guess, step = (
                 (min(low + step, high - 1), 4 * step) if guess == low else (max(high - step, low + 1), 4 * step)
             )
-    length = max(SHORTEST, low)
+    length = max(shortest, low)
     plan = solve.plan_at(model, recipe, card, length, chunks)
     largest = max(hardest(length), key=lambda each: each.peak.bytes)
     at_the_end = high == low + 1 and recipe.padded(high) not in traces
-    answer = Answer(strategy, trainable_tokens(low), _plan_as_traced(plan, largest))
+    s_max = trainable_tokens(low) if low >= shortest else 0
+    answer = Answer(strategy, s_max, _plan_as_traced(plan, largest))
     return SearchResult(answer, largest, len(traces) + (model.stand_in is not None), start.s_max, at_the_end)
 
 
@@ -171,10 +173,11 @@ def _formula_peak(model: Model, recipe: Recipe, card: Card, chunks: Chunks, seq_
 def _card_for_stand_in(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt) -> Card:
     """The card for a stand-in, whose weights may be few or many: one short trace tells."""
     whole = Chunks(1, 1)
+    tokens = SHORT if model.stand_in is None else max(SHORT, model.stand_in.shortest)
     return _shift_card(
         card,
-        required_bytes(trace_at(whole.put_into(recipe), SHORT, card))
-        - _formula_peak(model, recipe, card, whole, SHORT),
+        required_bytes(trace_at(whole.put_into(recipe), tokens, card))
+        - _formula_peak(model, recipe, card, whole, tokens),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from math import prod
@@ -17,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError, ModelError, one_line
-from ..spec.config import NO_TOWERS
+from ..spec.config import NO_TOWERS, describes_towers, waiting
 from ..spec.model import Model
 from ..spec.platform import AMPERE, Platform
 from ..spec.published import as_transformers_has_it
@@ -35,11 +36,12 @@ from ..step.selection import Kinds
 from ..step.steps import checkpointed_layers, every_nth, segment_length
 from ..train import locate
 from ..train.checkpoint import segments_of
+from ..train.images import image_batch, image_of
 from ..train.quiet import quiet_packages
 from ..train.selecting import kinds_in
 from ..train.stand_in import stand_in
-from ..train.step import TrainingStep, build_model, make_states, read_settings, weights_to_train
-from ..train.text_part import is_part, model_class
+from ..train.step import TrainingStep, build_model, build_towers, make_states, read_settings, weights_to_train
+from ..train.text_part import is_part, model_class, tower_tensors, towers_in, towers_of
 from .cpu import KernelBuffers
 from .cuda_stand_ins import as_on_cuda, clipping_on_cuda, on_fake_tensors
 from .cuda_workspaces import KernelWorkspaces
@@ -58,6 +60,7 @@ from .trace import State, Trace, Weight
 from .values import UnknownValues, note_tokens
 
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype, Kinds], ...]
+Names = frozenset[str]
 _OF_UPDATE = (
     "precision",
     "optimizer",
@@ -84,16 +87,17 @@ def trace(
     platform: Platform = AMPERE,
     whole: bool = False,
     code_from: str | None = None,
+    towers: bool = True,
 ) -> Trace:
     """Trace one training step, after the first, of the model that `config` (a config.json) describes.
 
     on: "cuda", or "cpu" for what the same step allocates there. workspace: bytes that cuBLAS holds on the card. platform: its, by
     which sdpa chooses its attention kernels. whole: run every layer and every chunk. code_from: the folder or Hugging Face id of
-    a model whose own code may be run. Raises ModelError for a model that transformers or the runtime cannot serve, RecipeError
-    for a recipe that no step can follow.
+    a model whose own code may be run. towers: count those of a model of several parts; in a step without images they wait.
+    Raises ModelError for a model that transformers or the runtime cannot serve, RecipeError for a recipe that no step can follow.
     """
-    settings = read_settings(config, code_from)
-    return trace_settings(
+    settings = read_settings(config, code_from, whole=bool(recipe.images))
+    found = trace_settings(
         settings,
         recipe,
         seq_len,
@@ -103,6 +107,17 @@ def trace(
         whole=whole,
         remote_code=code_from is not None,
     )
+    if recipe.images or recipe.weights_on_host or not towers or not describes_towers(config):
+        return found
+    return replace(found, weights=(*found.weights, *_waiting_weights(config, recipe, code_from)))
+
+
+def _waiting_weights(config: Mapping[str, Any], recipe: Recipe, code_from: str | None) -> Iterator[Weight]:
+    """Weights and buffers of towers in a step on text alone: no gradient comes to them, so that they have no states either."""
+    whole = build_towers(config, recipe, code_from)
+    for name, tensor in tower_tensors(whole).items():
+        shape = shard_shape(tuple(tensor.shape), recipe.shards) if tensor.dim() else ()
+        yield Weight(name, shape, _dtype_name(tensor), prod(shape) * tensor.element_size(), False)
 
 
 def trace_settings(
@@ -118,6 +133,8 @@ def trace_settings(
 ) -> Trace:
     """`trace` of transformers' own description of a model, which stays as it is."""
     check_runnable(recipe)
+    if recipe.images:
+        image_batch(settings, recipe, seq_len)  # what is wrong with them is said before anything is built
     with on_fake_weights(recipe.quantize != "none"):
         return _trace_settings(settings, recipe, seq_len, on, workspace, platform, whole, remote_code)
 
@@ -135,38 +152,38 @@ def _trace_settings(
     full = whole_model(settings, recipe, on, remote_code)
     layers = locate.find_parts(full).layers
     every, starts = segment_length(recipe, len(layers)) or 1, checkpointed_layers(recipe, len(layers))
-    kinds = _layer_kinds(full, layers)
+    kinds = _layer_kinds(full, layers, recipe)
     if every_nth(recipe) is not None:
         kinds = [(kind, n in starts) for n, kind in enumerate(kinds)]
-    update, states = _record_update(
-        _sizes(full, recipe), Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE}), on
-    )
-    if recipe.optimizer_on_host:
-        update = Recording()
-    weights = _describe_weights(full, recipe)
+    sizes, weights = _sizes(full, recipe), _describe_weights(full, recipe)
     reach = _REACH[recipe.offload]
     numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
     all_layers = list(range(len(kinds)))
     differs = recipe.finds_gradients or recipe.optimizer_in_backward  # the first micro-batch, the first step
 
     def trace_layers(model: PreTrainedModel, layer_numbers: list[int]) -> Trace:
-        def record(model: PreTrainedModel, first: bool = False) -> Recording:
+        def record(model: PreTrainedModel, first: bool = False) -> tuple[Recording, Names]:
             return _record_layers(model, recipe, seq_len, layer_numbers, starts, on, whole, platform, first)
 
+        short, idle = record(model)
+        stepped = Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE})
+        update, states = _record_update(tuple(size for name, size in sizes if name not in idle), stepped, on)
+        if recipe.optimizer_on_host:
+            update = Recording()
         return Trace(
             recipe,
             seq_len,
             on,
             workspace,
-            weights,
+            tuple(w._replace(trained=False) if w.name in idle else w for w in weights),
             states,
             tuple(numbers[k] for k in kinds),
             tuple(layer_numbers),
             every,
             reach,
-            record(model),
+            short,
             update,
-            record(whole_model(settings, recipe, on, remote_code), first=True) if differs else None,
+            record(whole_model(settings, recipe, on, remote_code), first=True)[0] if differs else None,
         )
 
     layer_numbers = (
@@ -198,13 +215,39 @@ def whole_model(settings: PreTrainedConfig, recipe: Recipe, on: str, remote_code
     return full
 
 
-def stand_in_for(config: Mapping[str, Any], name: str, why: str, code_from: str | None = None) -> Model:
-    """What stands in for the description of a model that the formula does not know; why: its refusal, in a line. Raises ModelError
-    for a model that transformers cannot serve."""
+def stand_in_for(
+    config: Mapping[str, Any], name: str, why: str, code_from: str | None = None, towers: bool = True
+) -> Model:
+    """What stands in for the description of a model that the formula does not know; why: its refusal, in a line. towers: count those of
+    a model of several parts. Raises ModelError for a model that transformers cannot serve."""
     full = whole_model(read_settings(config, code_from), Recipe(), "cuda", code_from is not None)
     model = stand_in(full, name, why)
     described = str(as_transformers_has_it(config).get("model_type"))
-    return model._replace(notes=(*model.notes, NO_TOWERS)) if is_part(full, described) else model
+    if not is_part(full, described):
+        return model
+    if not towers:
+        return model._replace(notes=(*model.notes, NO_TOWERS))
+    parts = towers_in(build_towers(config, Recipe(), code_from))
+    assert model.stand_in is not None
+    whole = model.stand_in._replace(parameters=model.stand_in.parameters + sum(part.parameters for part in parts))
+    notes = (*model.notes, waiting(parts)) if parts else model.notes
+    return model._replace(stand_in=whole, towers=parts, notes=notes)
+
+
+def with_images(model: Model, config: Mapping[str, Any], recipe: Recipe, code_from: str | None = None) -> Model:
+    """A stand-in for steps whose sequences have the recipe's images, and what is said of them. Raises RecipeError for a model that
+    mstplan does not know how to give images, or images that it cannot have."""
+    image = image_of(read_settings(config, code_from, whole=True), recipe)
+    taken = recipe.images * image.tokens
+    pixels = " x ".join(f"{size:,}" for size in image.pixels)
+    tokens = f"of each sequence's tokens {taken:,} are {recipe.images:,} images' ({image.tokens:,} each, of pixel_values {pixels} in fp32)"
+    parts = (
+        "towers and projectors run forward and backward, where trained with gradients and optimizer states; their layers are not "
+        "checkpointed nor run in pieces. Not in: tokens that a processor puts around images (they are text), audio, video"
+    )
+    notes = [note for note in model.notes if note != waiting(model.towers)]
+    assert model.stand_in is not None
+    return model._replace(stand_in=model.stand_in._replace(shortest=taken + 1), notes=(*notes, tokens, parts))
 
 
 def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:
@@ -228,16 +271,24 @@ def _record_layers(
     whole: bool,
     platform: Platform,
     first: bool,
-) -> Recording:
+) -> tuple[Recording, Names]:
     """Forward and backward of a step with the layers of these numbers, where checkpoints begin as in the whole. starts: there, their first
-    layers."""
+    layers. Beside it the trained weights of towers that no gradient comes to: what images do not go through, as the last layers of
+    a tower of which an earlier one's output is taken."""
     model = _keep_layers(full, locate.find_parts(full).layers, layer_numbers)
     with first_of_ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
         if mesh is not None:
             shard_model(model, recipe, mesh)
         begin = [n for n, i in enumerate(layer_numbers) if i in starts]
-        return record_passes(model, recipe, seq_len, begin, on, None if whole else FEW_CHUNKS, platform, first)
+        watched = bool(recipe.images) or describes_towers(model.config.to_dict())
+        trained = {w: name for name, w in model.named_parameters() if w.requires_grad and watched}
+        reached: set[torch.Tensor] = set()
+        hooks = [weight.register_post_accumulate_grad_hook(reached.add) for weight in trained]
+        recording = record_passes(model, recipe, seq_len, begin, on, None if whole else FEW_CHUNKS, platform, first)
+        for hook in hooks:
+            hook.remove()
+        return recording, frozenset(name for weight, name in trained.items() if weight not in reached)
 
 
 def _make_fake(model: PreTrainedModel) -> None:
@@ -291,7 +342,10 @@ def record_passes(
             recorder.begin_pass(Pass.FORWARD)
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             step.positions = step.make_positions()
-            note_tokens(step.tokens)
+            if recipe.images:
+                _give_images(step, seq_len)
+            else:
+                note_tokens(step.tokens)
             passes = min(recipe.accumulation, _MICRO_BATCHES) if recipe.keeps_whole_gradients else 1
             for n in range(passes):
                 recorder.begin_pass(Pass.FORWARD)
@@ -307,6 +361,15 @@ def record_passes(
             for name, state in _optimizer_states(step.backward_optimizers):
                 recorder.set_category(state, Category.STATES, host=name in on_host)
     return recorder.close()
+
+
+def _give_images(step: TrainingStep, seq_len: int) -> None:
+    """Let the step have images made anew, and tokens and sizes of images that have values: how many patches a model's code
+    makes of an image depends on them."""
+    with unset_fake_temporarily():
+        ids, numbers, _ = image_batch(step.model.config, step.recipe, seq_len)
+    step.tokens = ids.clone()
+    step.images = {name: tensor.clone() for name, tensor in {**step.images, **numbers}.items()}
 
 
 @contextmanager
@@ -331,9 +394,9 @@ def _name_failures(model: PreTrainedModel) -> Iterator[None]:
         log.disabled = before
 
 
-def _layer_kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashable]:
-    """What tells a layer from another: its modules' types and sizes, what is trained in it and before it, and what the
-    configuration lists for each layer."""
+def _layer_kinds(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -> list[Hashable]:
+    """What tells a layer from another: its modules' types and sizes, what is trained in it and before it, what the
+    configuration lists for each layer, and whether features of images are added behind it."""
     settings = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
     values = [
         v for config in settings for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == len(layers)
@@ -342,14 +405,19 @@ def _layer_kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[Hashab
     signatures = [
         (_layer_signature(layer, numbers), tuple(repr(v[i]) for v in values)) for i, layer in enumerate(layers)
     ]
-    return list(zip(signatures, _inputs_with_gradients(model, layers), strict=True))
+    vision = getattr(model.config, "vision_config", None)
+    deep = len(getattr(vision, "deepstack_visual_indexes", None) or ()) if recipe.images else 0
+    takes_features = [n < deep for n in range(len(layers))]
+    return list(zip(signatures, _inputs_with_gradients(model, layers, recipe), takes_features, strict=True))
 
 
-def _inputs_with_gradients(model: nn.Module, layers: list[nn.Module]) -> list[bool]:
+def _inputs_with_gradients(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -> list[bool]:
     """Of each layer, whether something before it is trained, so that its input gets a gradient."""
     inside = {module for layer in layers for module in layer.modules()}
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
-    trained_in = [any(w.requires_grad for w in module.parameters()) for module in (nn.ModuleList(tables), *layers)]
+    before: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside]
+    if recipe.images:
+        before += towers_of(model).values()
+    trained_in = [any(w.requires_grad for w in module.parameters()) for module in (nn.ModuleList(before), *layers)]
     return list(accumulate(trained_in, or_))[:-1]
 
 
@@ -477,13 +545,14 @@ def _optimizer_states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str
     return list({id(t): (name, t) for name, t in named}.values())
 
 
-def _sizes(model: PreTrainedModel, recipe: Recipe) -> Sizes:
-    """Of the weights that are trained, in shards; and their kinds, where the optimizer asks for them."""
+def _sizes(model: PreTrainedModel, recipe: Recipe) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds]]]:
+    """Of the weights that are trained, by name, in shards; and their kinds, where the optimizer asks for them."""
     asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
-    return tuple(
-        (shard_shape(tuple(w.shape), recipe.shards), w.dtype, kinds_of(w) if asks else frozenset())
-        for w in weights_to_train(model)
-    )
+    return [
+        (name, (shard_shape(tuple(w.shape), recipe.shards), w.dtype, kinds_of(w) if asks else frozenset()))
+        for name, w in model.named_parameters()
+        if w.requires_grad
+    ]
 
 
 @lru_cache(maxsize=16)

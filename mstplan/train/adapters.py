@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..step.adapters import ALL_LINEAR, ATTENTION
 from ..step.expert_adapters import no_variants
 from ..step.recipe import Recipe
 from . import locate
+from .text_part import towers_of
 
 
 def add_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -28,6 +30,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
         lora_alpha=2 * recipe.lora_rank,
         lora_dropout=recipe.lora_dropout,
         target_modules=_target_modules(model, recipe),
+        exclude_modules=_tower_modules(model),
         modules_to_save=list(recipe.lora_modules_to_save) or None,
         use_dora=recipe.dora,
         task_type="CAUSAL_LM",
@@ -43,6 +46,12 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
     for name, weight in model.named_parameters():
         if "lora_" in name and recipe.adapter_dtype == "bf16":  # beside quantised weights peft makes them in fp32
             weight.data = weight.data.to(torch.bfloat16)
+
+
+def _tower_modules(model: PreTrainedModel) -> str | None:
+    """A pattern for all modules of towers: adapters are the text part's."""
+    paths = [re.escape(path) for path in towers_of(model)]
+    return rf"({'|'.join(paths)})(\..*)?" if paths else None
 
 
 def _target_modules(model: PreTrainedModel, recipe: Recipe) -> str | list[str]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..step.selection import Kinds, Named, Selection, WeightKind
 from .locate import find_parts, mixes_tokens
+from .text_part import tower_kind, towers_of
 
 if TYPE_CHECKING:
     from ..step.optimizers.base import KindsOf
@@ -59,4 +60,7 @@ def _kinds_of_modules(model: PreTrainedModel) -> dict[nn.Module, Kinds]:
             kinds[module] = frozenset({WeightKind.EMBEDDINGS})
     for module in parts.head.modules():
         kinds[module] = frozenset({WeightKind.HEAD})
+    for path, tower in towers_of(parts.model).items():
+        for name, module in tower.named_modules(prefix=path):
+            kinds[module] = kinds.get(module, frozenset()) | {WeightKind(tower_kind(name))}
     return kinds

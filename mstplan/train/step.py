@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ModelError, one_line
-from ..spec.config import TEXT_TYPES, text_of
+from ..spec.config import TEXT_TYPES, WHOLE_TYPES, describes_towers, text_of
 from ..spec.published import as_transformers_has_it
 from ..step.instants import Pass
 from ..step.losses import LOSSES
@@ -30,6 +30,7 @@ from ..step.selection import Selection
 from .adapters import add_adapters, prepare_for_kbit
 from .checkpoint import checkpoint_children
 from .fused import PACKAGES, Packages
+from .images import image_batch
 from .locate import find_parts
 from .quantise import quantise
 from .quiet import quiet_packages
@@ -43,18 +44,22 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "mixed": torch.float32, "fp32": torch.float32}
 
+WITHOUT_TOWERS = "--assume no-towers plans its text part alone."
+
 NO_HOST_MEMORY = "can't allocate memory"
 """What the RuntimeError of torch's allocator for CPUs says."""
 
 
-def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> PreTrainedConfig:
-    """transformers' configuration object of a config.json; of a model of text and images that of its text part, where there is one.
-    code_from: the folder or Hugging Face id that it lies in, when the code that lies there may be run. Raises ModelError when
+def read_settings(config: Mapping[str, Any], code_from: str | None = None, whole: bool = False) -> PreTrainedConfig:
+    """transformers' configuration object of a config.json; of a model of text and images that of its text part, where there is one,
+    or with `whole` that of all. code_from: the folder or Hugging Face id that it lies in, when the code that lies there may be run. Raises ModelError when
     transformers has no code for it."""
     kind = one_line(config.get("model_type"))
     if code_from is not None and "auto_map" in config:
         return _read_or_refuse(lambda: AutoConfig.from_pretrained(code_from, trust_remote_code=True), kind)
     config = as_transformers_has_it(config)
+    if (known := WHOLE_TYPES.get(one_line(config.get("model_type")))) is not None:
+        config = {**config, "model_type": known}
     if one_line(config.get("model_type")) not in CONFIG_MAPPING:
         config = as_transformers_has_it(text_of(config))
     kind = one_line(config.get("model_type"))
@@ -69,7 +74,8 @@ def read_settings(config: Mapping[str, Any], code_from: str | None = None) -> Pr
         raise ModelError(
             f"transformers {transformers.__version__} has no code for this model (model_type {kind}).\n{way_out}"
         )
-    return _read_or_refuse(lambda: text_settings(AutoConfig.for_model(kind, **_decode_floats(fields))), kind)
+    described = _read_or_refuse(lambda: AutoConfig.for_model(kind, **_decode_floats(fields)), kind)
+    return described if whole else text_settings(described)
 
 
 def _decode_floats(value: Any) -> Any:
@@ -89,6 +95,28 @@ def _read_or_refuse(read: Callable[[], PreTrainedConfig], kind: str) -> PreTrain
         raise ModelError(f"transformers cannot read this model ({kind}): {one_line(e)}") from None
 
 
+def build_towers(config: Mapping[str, Any], recipe: Recipe, code_from: str | None = None) -> PreTrainedModel:
+    """The whole that a config.json describes, towers included, on the meta device, with its weights as the recipe keeps them. Raises
+    ModelError for one that transformers cannot build whole."""
+    settings = read_settings(config, code_from, whole=True)
+    try:
+        with torch.device("meta"), quiet_packages():
+            model = from_settings(
+                settings, towers=True, dtype=DTYPES[recipe.precision], trust_remote_code=code_from is not None
+            )
+    except Exception as e:  # noqa: BLE001  transformers raises what it likes; some towers want further packages
+        raise ModelError(f"its towers cannot be counted: {one_line(str(e).strip(), 160)}\n{WITHOUT_TOWERS}") from None
+    if settings.model_type in TEXT_TYPES.values() or not describes_towers(settings.to_dict()):
+        raise ModelError(f"its towers cannot be counted: transformers has no code for them.\n{WITHOUT_TOWERS}")
+    model.tie_weights()
+    with quiet_packages():
+        if recipe.quantize != "none":
+            quantise(model, recipe)
+        if recipe.kbit_preparation:
+            prepare_for_kbit(model)
+    return model
+
+
 def build_model(
     settings: PreTrainedConfig, recipe: Recipe, attention: str, device: str, remote_code: bool = False
 ) -> PreTrainedModel:
@@ -98,7 +126,11 @@ def build_model(
     with torch.device(device), quiet_packages():
         try:
             model = from_settings(
-                settings, dtype=DTYPES[recipe.precision], attn_implementation=attention, trust_remote_code=remote_code
+                settings,
+                towers=bool(recipe.images),
+                dtype=DTYPES[recipe.precision],
+                attn_implementation=attention,
+                trust_remote_code=remote_code,
             )
         except (torch.OutOfMemoryError, MemoryError):
             raise
@@ -115,7 +147,8 @@ def build_model(
             prepare_for_kbit(model)
         if recipe.lora_rank:
             add_adapters(model, recipe)
-    freeze(model, Selection(recipe.train, recipe.freeze))
+    selection = Selection(recipe.train, recipe.freeze)
+    freeze(model, selection if recipe.images else selection.of_text())
     if recipe.input_gradients:
         model.enable_input_require_grads()
     return model.train()
@@ -172,6 +205,15 @@ class TrainingStep:
         shape = recipe.rows, recipe.row_tokens(seq_len)
         self.tokens, self.labels = (torch.randint(0, vocabulary, shape, device=self.device) for _ in range(2))
         self.positions = self.make_positions()
+        self.images: dict[str, torch.Tensor] = {}
+        if recipe.images:
+            self._add_images(*image_batch(model.config, recipe, seq_len))
+
+    def _add_images(self, ids: torch.Tensor, numbers: dict[str, torch.Tensor], pixels: tuple[int, ...]) -> None:
+        """Tokens with those of images among them, and what comes with these; pixels in fp32, as processors make them."""
+        self.tokens = ids.to(self.device)
+        self.images = {name: values.to(self.device) for name, values in numbers.items()}
+        self.images["pixel_values"] = torch.rand(pixels, device=self.device)
 
     def make_positions(self) -> torch.Tensor | None:
         """Position ids of rows of several samples, the last of which may be shorter; None: the model makes its own."""
@@ -211,7 +253,7 @@ class TrainingStep:
         model = self.model if self.replica is None else self.replica
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.runs_autocast):
             beside = {"position_ids": self.positions} if self.positions is not None else {}
-            loss: torch.Tensor | None = model(input_ids=self.tokens, labels=self.labels, **beside).loss
+            loss: torch.Tensor | None = model(input_ids=self.tokens, labels=self.labels, **beside, **self.images).loss
         if loss is None:
             raise ModelError(f"{type(self.model).__name__} gives no loss for token ids and labels.")
         return loss

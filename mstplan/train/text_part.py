@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from ..spec.config import TEXT_PARTS
+from ..spec.towers import Tower, TowerKind, TowerWeight
 
 
 def text_settings(whole: PreTrainedConfig) -> PreTrainedConfig:
@@ -46,11 +48,12 @@ def _class_in(mapping: Any, settings: PreTrainedConfig) -> type[PreTrainedModel]
     return found
 
 
-def from_settings(settings: PreTrainedConfig, **more: Any) -> PreTrainedModel:
-    """The part that speaks, with random weights. more: for transformers' from_config."""
-    if _is_a_whole(settings):
+def from_settings(settings: PreTrainedConfig, towers: bool = False, **more: Any) -> PreTrainedModel:
+    """The part that speaks, with random weights; with `towers` all that the settings describe. more: for transformers' from_config."""
+    if towers or _is_a_whole(settings):
         model: PreTrainedModel = AutoModelForMultimodalLM.from_config(settings, **more)
-        drop_towers(model)
+        if not towers:
+            drop_towers(model)
     else:
         model = AutoModelForCausalLM.from_config(settings, **more)
     return model
@@ -70,10 +73,62 @@ def is_part(model: PreTrainedModel, model_type: str) -> bool:
 
 def drop_towers(model: PreTrainedModel) -> None:
     """Leave of a model of several parts the decoder, the embedding and the head."""
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-    kept = {module for part in parts if part is not None for module in part.modules()}
+    kept = text_modules(model)
     if model not in kept:
         _strip(model, kept)
+
+
+def text_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """The modules of the decoder, the embedding and the head; of a model of text alone all."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    return {module for part in parts if part is not None for module in part.modules()}
+
+
+def towers_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Towers and projectors, by path: modules with weights of which none is the text part's."""
+    text, found = text_modules(model), dict[str, nn.Module]()
+
+    def search(path: str, module: nn.Module) -> None:
+        for name, child in module.named_children():
+            inside = f"{path}.{name}" if path else name
+            if child in text or next(child.parameters(), None) is None:
+                continue
+            if text.isdisjoint(child.modules()):
+                found[inside] = child
+            else:
+                search(inside, child)
+
+    if model not in text:
+        search("", model)
+    return found
+
+
+def tower_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a whole that are not the text part's, by name."""
+    text = {id(tensor) for module in text_modules(model) for tensor in (*module.parameters(), *module.buffers())}
+    if model in text_modules(model):
+        return {}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor for name, tensor in named if id(tensor) not in text}
+
+
+def tower_kind(name: str) -> TowerKind:
+    """What part of a model of several a weight of this name is of."""
+    words = name.lower()
+    if any(word in words for word in ("projector", "merger", "connector", "aligner", "newline")):
+        return "projector"
+    return "audio" if "audio" in words or "speech" in words else "vision"
+
+
+def towers_in(model: PreTrainedModel) -> tuple[Tower, ...]:
+    """Towers of a whole as the formula has them."""
+    linear = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
+    towers: dict[TowerKind, list[TowerWeight]] = {}
+    for name, tensor in tower_tensors(model).items():
+        if isinstance(tensor, nn.Parameter):
+            weight = TowerWeight(tuple(tensor.shape), linear=id(tensor) in linear)
+            towers.setdefault(tower_kind(name), []).append(weight)
+    return tuple(Tower(kind, tuple(weights)) for kind, weights in towers.items())
 
 
 def _strip(module: nn.Module, kept: set[nn.Module]) -> None:

@@ -214,7 +214,10 @@ def test_what_is_measured_is_read_as_assumed(tmp_path: Path) -> None:
 
 def test_unknown_assumptions_are_refused_with_the_known_ones(run: Run) -> None:
     said = run(*MAX_SEQ, "--assume", "gpt-like")
-    assert said.code == 2 and said.err == "mstplan: cannot assume that a model is 'gpt-like'.\nKnown: llama-like.\n"
+    assert (
+        said.code == 2
+        and said.err == "mstplan: cannot assume that a model is 'gpt-like'.\nKnown: llama-like, no-towers.\n"
+    )
 
 
 def parameters(name: str) -> int:

@@ -17,11 +17,17 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
+from mstplan.cli.options import refuse_what_is_not_counted
 from mstplan.errors import ModelError, UnreadError
 from mstplan.spec.config import _REFUSED_TYPES, NO_TOWERS, TEXT_TYPES, read_config
 from mstplan.spec.families import FAMILIES
@@ -88,6 +94,7 @@ def outcome_of(record: Record, config: dict[str, Any], there: tuple[int, ...]) -
     said = ""
     try:
         model = read_config(config, "FILE")
+        refuse_what_is_not_counted(model)
     except UnreadError as e:
         said = str(e)
         try:
@@ -109,6 +116,8 @@ def outcome_of(record: Record, config: dict[str, Any], there: tuple[int, ...]) -
 
 def parameters_there(auto: Any, settings: PreTrainedConfig) -> tuple[int, ...]:
     """In the whole and in its text part, as transformers builds them; () where it cannot."""
+    if type(settings) in MODEL_FOR_MULTIMODAL_LM_MAPPING and hasattr(settings, "vision_config"):
+        auto = AutoModelForMultimodalLM  # a class of the text part may be there as well
     if (model := built(auto, settings)) is not None:
         try:
             parts = (model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings())
@@ -164,8 +173,10 @@ def test_refusals_name_the_family_or_the_field_and_the_way_out(records):
         if r.said:
             first, way_out = r.said.split("\n")
             assert first.startswith("FILE") and way_out
-            assert "(model_type '" in first or " is " in first, r
-            if "trained on next-token loss" not in first and r.model_type not in UNFINISHED:
+            assert "(model_type '" in first or " is " in first or "its towers" in first, r
+            if "its towers" in first:
+                assert way_out.endswith("--assume no-towers plans its text part alone.")
+            elif "trained on next-token loss" not in first and r.model_type not in UNFINISHED:
                 assert way_out == WAY_OUT, r
 
 

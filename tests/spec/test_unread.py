@@ -212,7 +212,7 @@ def test_the_language_model_of_a_whole_is_found_under_other_names():
     )
 
 
-def test_a_flat_file_of_several_models_says_that_towers_are_not_counted():
+def test_a_flat_file_of_several_models_says_what_of_towers_is_counted():
     flat = {
         **PLAIN,
         "model_type": "qwen2_5_vl",
@@ -220,7 +220,7 @@ def test_a_flat_file_of_several_models_says_that_towers_are_not_counted():
         "vision_config": {"depth": 32},
     }
     model = read_config(flat, "m")
-    assert "tower is not counted" in model.notes[0] and model.attention.qkv_bias
+    assert "towers (vision 2,826.1M, projector 256.9M parameters) wait" in model.notes[0] and model.attention.qkv_bias
     phi = {
         **PLAIN,
         "model_type": "phi4mm",
@@ -285,7 +285,7 @@ def test_an_assumption_changes_nothing_that_is_read():
 
 
 def test_unknown_assumptions():
-    with pytest.raises(ModelError, match=r"'gpt-like'\.\nKnown: llama-like\."):
+    with pytest.raises(ModelError, match=r"'gpt-like'\.\nKnown: llama-like, no-towers\."):
         load_model("llama3-8b", assume="gpt-like")
 
 

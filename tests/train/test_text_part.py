@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mstplan.errors import ModelError
-from mstplan.spec.config import NO_TOWERS, read_config
+from mstplan.spec.config import NO_TOWERS, read_config, waiting
 from mstplan.step.parameters import parameter_count
 from mstplan.step.recipe import Recipe
 from mstplan.tracing.tracer import stand_in_for
@@ -102,7 +102,8 @@ def test_towers_and_projectors_are_left_out_and_nothing_else():
     model, text = built(QWEN_VL), read_config(QWEN_VL, "m")
     with torch.device("meta"):
         whole = AutoModelForMultimodalLM.from_config(Qwen2_5_VLConfig(**QWEN_VL))
-    assert parameters(model) == parameter_count(text)[0] < parameters(whole)
+    assert parameters(model) == parameter_count(text._replace(towers=()))[0]
+    assert parameters(model) < parameter_count(text)[0] == parameters(whole)
     assert {name for name, _ in whole.named_parameters() if ".visual." not in name} == {
         name for name, _ in model.named_parameters()
     }
@@ -119,9 +120,14 @@ def test_it_trains_as_the_whole_does_on_text():
     assert step.run().isfinite()
 
 
-def test_what_is_answered_by_the_trace_says_that_towers_are_left_out():
+def test_what_is_answered_by_the_trace_says_what_of_towers_is_in():
     vl, text = stand_in_for(described(Qwen3VLMoeConfig), "m", "why"), stand_in_for(described(FuyuConfig), "m", "why")
-    assert vl.notes == ("answered by the trace: why", NO_TOWERS) and text.notes == ("answered by the trace: why",)
+    alone = stand_in_for(described(Qwen3VLMoeConfig), "m", "why", towers=False)
+    assert alone.notes == ("answered by the trace: why", NO_TOWERS) and not alone.towers
+    assert vl.notes == ("answered by the trace: why", waiting(vl.towers)) and vl.towers
+    assert vl.stand_in is not None and alone.stand_in is not None
+    assert vl.stand_in.parameters - alone.stand_in.parameters == sum(tower.parameters for tower in vl.towers)
+    assert text.notes == ("answered by the trace: why",)
 
 
 def test_what_has_no_language_model_is_refused_by_its_type():
