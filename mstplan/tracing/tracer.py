@@ -286,7 +286,7 @@ def record_passes(
             step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
             step.positions = step.make_positions()
             note_tokens(step.tokens)
-            with step.offloading:
+            with step.offloading, step.sharing:
                 loss = step.forward()
                 recorder.begin_pass(Pass.BACKWARD)
                 loss.backward()

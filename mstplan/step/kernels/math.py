@@ -30,7 +30,8 @@ class Math(Kernel):
         tape, a = w.tape, w.model.attention
         scaled = w.pointwise("scale queries", q, tape.new("Q, scaled", f"{w.t} H e", q.dtype))
         bias = mask_as_bias(w, q.dtype) if masked else _causal_bias(w, q.dtype)
-        k, v = repeated(w, k), repeated(w, v)
+        asked = AttentionCall.from_attention(a, q.dtype, masked, w.numerics.platform)
+        k, v = (repeated(w, x, by_kernel=asked.grouped) for x in (k, v))
         keys = w.pointwise("scale keys", k, tape.new("K, scaled", f"{w.t} H e", q.dtype))
         scores = scores_of(w, "scores", q.dtype)
         tape.op(
