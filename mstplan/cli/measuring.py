@@ -202,7 +202,7 @@ def refuse_sharded(recipes: Iterable[Recipe]) -> None:
     if several := next((recipe for recipe in recipes if recipe.gpus > 1), None):
         raise RecipeError(
             "several ranks are measured under torchrun.\n"
-            f"Run: torchrun --nproc-per-node {several.gpus} -m mstplan measure ... --sharding {several.sharding}"
+            f"Run: torchrun --nproc-per-node {several.gpus} -m mstplan measure ... --sharding {several.sharding if several.sharding != 'none' else 'fsdp'}"
         )
 
 

@@ -468,6 +468,13 @@ class VariedOptions(Options):
         metavar="NAME",
         choices=_planned("reduce_dtype"),
     )
+    sequence_parallel = option(
+        int,
+        "--sequence-parallel",
+        "GPUs that share each sequence: Ulysses, as in DeepSpeed's ALST. Lengths are of whole sequences. Default 1.",
+        panel="Recipe",
+        metavar="N",
+    )
 
 
 class RecipeOptions(StepOptions, VariedOptions):
@@ -651,6 +658,7 @@ _FIELDS = (
     "reduce_dtype",
     "replicas",
     "gpus_per_node",
+    "sequence_parallel",
     "kernels",
     "max_grad_norm",
     "lora_dropout",
@@ -846,6 +854,8 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
         names = several.get(named) or [strategy_name(name.strip()) for name in named.split(",")]
     if named == "all" and options.sharding == "fsdp":  # which gathers one layer at a time
         names.remove("checkpoint-sqrt")
+    if named == "all" and (options.sequence_parallel or 1) > 1:
+        names = [name for name in names if not STRATEGIES[name].layer_in_chunks]
     return {name: STRATEGIES[name] for name in names}
 
 

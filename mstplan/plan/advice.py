@@ -312,7 +312,9 @@ def _savings(plan: Plan, changes: Mapping[str, dict[str, object]]) -> list[str]:
 def _notes_of_several_gpus(model: Model, recipe: Recipe) -> list[str]:
     if recipe.gpus == 1:
         return []
-    return sharding_notes(model, recipe) if recipe.sharded else replica_notes(recipe)
+    if recipe.sharded:
+        return sharding_notes(model, recipe)
+    return replica_notes(recipe) if recipe.has_gradient_buckets else [_sequences_of_each(recipe) + ".", _NOT_COUNTED]
 
 
 _NOT_COUNTED = (
@@ -325,15 +327,21 @@ def replica_notes(recipe: Recipe) -> list[str]:
     """What a card holds under DDP, and what is not counted."""
     return [
         (
-            f"Per GPU, of {recipe.gpus:,}, each with its own {_sequences(recipe)}: DDP keeps all of it on each, and a copy of the gradients in the "
+            f"{_sequences_of_each(recipe)}: DDP keeps all of it on each, and a copy of the gradients in the "
             "buckets that it reduces; gradient_as_bucket_view=True would spare the copy, but is not planned."
         ),
         _NOT_COUNTED,
     ]
 
 
-def _sequences(recipe: Recipe) -> str:
-    return "sequences" if recipe.batch > 1 else "sequence"
+def _sequences_of_each(recipe: Recipe, where: str = "") -> str:
+    sequences, ranks = "sequences" if recipe.batch > 1 else "sequence", recipe.sequence_parallel
+    if ranks == 1:
+        return f"Per GPU, of {recipe.gpus:,}{where}, each with its own {sequences}"
+    return (
+        f"Per GPU, of {recipe.gpus:,}{where}, of which {ranks:,} share each sequence (Ulysses): lengths are of whole sequences, padded to a multiple of "
+        f"{recipe.multiple:,}; each GPU has the tokens of its part, and in attention all of them for its part of the heads"
+    )
 
 
 def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
@@ -342,7 +350,7 @@ def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
     kept = "shards in CPU RAM (CPUOffloadPolicy)" if recipe.weights_on_host else "shards, padded"
     notes = [
         (
-            f"Per GPU, of {recipe.gpus:,}{where}, each with its own {_sequences(recipe)}: FSDP2 over every layer and the model. "
+            f"{_sequences_of_each(recipe, where)}: FSDP2 over every layer and the model. "
             f"Counted: {kept}; the layer that runs and the all-gather buffer of its neighbour; embedding, norm and head, gathered "
             "throughout; whole gradients until they are scattered, and the reduce-scatter's input (docs/sharding.md)."
         ),
@@ -402,7 +410,12 @@ def answer_notes(answer: Answer) -> list[str]:
 def layer_note(answers: Sequence[Answer]) -> list[str]:
     """The strategy that reaches further than those of the answer, where they end with the MLP in chunks."""
     recipe = next((answer.plan.recipe for answer in answers if answer.strategy == "mst-offload"), None)
-    if recipe is None or recipe.sharded or any(answer.plan.recipe.layer_in_chunks for answer in answers):
+    if (
+        recipe is None
+        or recipe.sharded
+        or recipe.sequence_parallel > 1
+        or any(answer.plan.recipe.layer_in_chunks for answer in answers)
+    ):
         return []
     said = (
         "all of a layer but attention in chunks; with --attention-on-host its queries, keys and values wait in CPU RAM"

@@ -28,7 +28,7 @@ def usage_up_to(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: 
     """Usage of the batch, among those of up to `seq_len` tokens, that needs most: the first that does not run, or what reserves most."""
     usages = []
     for tokens in hardest_lengths(model, recipe, seq_len):
-        usages.append(usage_at(model, recipe, card, tokens, cap_chunks(chunks, tokens)))
+        usages.append(usage_at(model, recipe, card, tokens, cap_chunks(chunks, recipe.local_tokens(tokens))))
         if not usages[-1].runs:
             return usages[-1]
     return max(usages, key=lambda usage: usage.reserved)
@@ -66,7 +66,7 @@ def search(model: Model, recipe: Recipe, card: Card, chunks: Chunks, fitting: in
 
     bracket = _downwards if card.expandable else _upwards
     low, high = bracket(runs, fitting)
-    multiple = recipe.pad_to
+    multiple = recipe.multiple
     while high - low > max(fitting // RESOLUTION, multiple):
         middle = max(low + 1, (low + high) // 2 // multiple * multiple)
         if runs(middle):

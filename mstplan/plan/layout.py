@@ -73,7 +73,10 @@ def layout_of_no_length(
         masked,
         platform=platform,
         groups=chunks.groups,
-        several_rows=recipe.rows > 1 and (recipe.layer_in_chunks or model.attention.keys == "broadcast" or model.alibi),
+        several_rows=recipe.rows > 1
+        and (
+            recipe.layer_in_chunks or recipe.sequence_parallel > 1 or model.attention.keys == "broadcast" or model.alibi
+        ),
     )
     return layout._replace(padded=is_odd and pads_masks(model, layout))
 
@@ -146,14 +149,19 @@ def _find_calibration(model: Model, layout: Layout) -> Calibration | None:
 
 
 def step_sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
-    tokens = recipe.row_tokens(seq_len)
-    return Sizes(recipe.rows, tokens, chunk_tokens(tokens, chunks.mlp), chunk_tokens(tokens, chunks.loss))
+    return row_sizes(recipe, recipe.row_tokens(seq_len), chunks)
+
+
+def row_sizes(recipe: Recipe, tokens: int, chunks: Chunks) -> Sizes:
+    """Sizes of a step whose rows have so many tokens on a card."""
+    in_chunks = chunk_tokens(tokens, chunks.mlp), chunk_tokens(tokens, chunks.loss)
+    return Sizes(recipe.rows, tokens, *in_chunks, recipe.sequence_parallel)
 
 
 def hardest_lengths(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:
     """Lengths of which one needs more than every other up to `seq_len`: that one as it is run; beyond a window, the nearest shorter one
     whose mask has to be padded where this one's has not, or the other way round, and the longest that needs no mask."""
-    run_tokens, window, multiple = recipe.padded(seq_len), window_of(model, recipe), recipe.pad_to
+    run_tokens, window, multiple = recipe.padded(seq_len), window_of(model, recipe), recipe.multiple
     if window is None or run_tokens < window:
         return (run_tokens,)
     shorter = (

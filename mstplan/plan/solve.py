@@ -35,6 +35,7 @@ from .layout import (
     in_spans,
     layout_of,
     layout_of_no_length,
+    row_sizes,
     span_starts,
     step_of,
     step_sizes,
@@ -103,8 +104,8 @@ class Plan(NamedTuple):
 
     @property
     def chunk_tokens(self) -> ChunkTokens:
-        """Tokens of a sequence, as it is run, in a chunk."""
-        run_tokens = self.recipe.padded(self.seq_len)
+        """Tokens of a sequence, or of a GPU's part of it, as it is run, in a chunk."""
+        run_tokens = self.recipe.local_tokens(self.recipe.padded(self.seq_len))
         return ChunkTokens(chunk_tokens(run_tokens, self.chunks.mlp), chunk_tokens(run_tokens, self.chunks.loss))
 
     @property
@@ -213,12 +214,13 @@ def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chu
     mask, lengths whose mask is padded need more than their neighbours: the first length of either kind that does not fit ends it."""
     if recipe.padding_free and recipe.batch > 1:
         one_row = recipe.changed(batch=1, packing=recipe.samples_in_row)
-        return _longest_within_budget(model, one_row, card, chunks) // recipe.batch // recipe.pad_to * recipe.pad_to
-    window, multiple = window_of(model, recipe), recipe.pad_to
+        return _longest_within_budget(model, one_row, card, chunks) // recipe.batch // recipe.multiple * recipe.multiple
+    window, multiple, ranks = window_of(model, recipe), recipe.multiple, recipe.sequence_parallel
 
     def reach(masked: bool, padded: bool = False) -> int:
         layout = layout_of_no_length(model, recipe, chunks, card.platform, masked, padded)
-        return _longest_of_layout(model, layout, recipe, card, chunks) // multiple * multiple
+        longest = min(LONGEST, ranks * _longest_of_layout(model, layout, recipe, card, chunks))
+        return longest // multiple * multiple
 
     longest_unmasked = reach(masked=False)
     if window is None or longest_unmasked < (last_unmasked := (window - 1) // multiple * multiple):
@@ -243,12 +245,12 @@ USUAL_TOKENS = 16384
 
 
 def _longest_of_layout(model: Model, layout: Layout, recipe: Recipe, card: Card, chunks: Chunks) -> int:
-    """The longest sequence of a layout whose spans are those of the length. Bytes grow with it, from span to span too: the longest of a
+    """The longest part of a sequence that a card can have, of a layout whose spans are those of it. Bytes grow with it, from span to span too: the longest of a
     step that is laid out for one is beyond it, before it, or the answer."""
     starts = span_starts(model, layout, recipe.batch, chunks)
     index, fits, fails = bisect_right(starts, USUAL_TOKENS // recipe.batch) - 1, -1, len(starts)
     while fits + 1 < fails:
-        here = in_spans(model, layout, step_sizes(recipe, starts[index], chunks))
+        here = in_spans(model, layout, row_sizes(recipe, starts[index], chunks))
         here_step = calibrated_step(model, here, card.gpu.workspaces_bytes)
         longest = _longest_of_step(here_step, recipe, chunks, card.budget_bytes)
         aim = bisect_right(starts, longest) - 1
@@ -265,12 +267,13 @@ def _longest_of_step(step: Step, recipe: Recipe, chunks: Chunks, budget: int) ->
     """Each moment's bytes are a s^2 + b s + const but for rounding up to chunks and to 128: dropping the rounding gives
     an upper bound in closed form, taking it at its most a lower one; the exact length between them is bisected."""
     vectors = [moment.live for moments in step.moments.values() for moment in moments]
-    high = min(_largest_root(_polynomial(v, recipe.batch, chunks, 0), budget) for v in vectors)
-    low = min(_largest_root(_polynomial(v, recipe.batch, chunks, 1), budget) for v in vectors)
+    sizes = recipe.batch, recipe.sequence_parallel, chunks
+    high = min(_largest_root(_polynomial(v, *sizes, 0), budget) for v in vectors)
+    low = min(_largest_root(_polynomial(v, *sizes, 1), budget) for v in vectors)
     low = max(0, min(low, high))
 
     def fits(seq_len: int) -> bool:
-        units = step_sizes(recipe, seq_len, chunks).units
+        units = row_sizes(recipe, seq_len, chunks).units
         return all(evaluate(v, units) <= budget for v in vectors)
 
     while low < high:
@@ -282,7 +285,7 @@ def _longest_of_step(step: Step, recipe: Recipe, chunks: Chunks, budget: int) ->
     return low
 
 
-def _polynomial(vector: Vector, batch: int, chunks: Chunks, rounding: int) -> tuple[int, int, int, int]:
+def _polynomial(vector: Vector, batch: int, ranks: int, chunks: Chunks, rounding: int) -> tuple[int, int, int, int]:
     """(a, b, c, d) with bytes = (a s^2 + b s + c) / d, over a common denominator d of the chunk counts and tens.
 
     rounding 0: chunks, 128-row blocks and tens of tokens are taken as small as rounding can make them; 1: as large.
@@ -291,8 +294,8 @@ def _polynomial(vector: Vector, batch: int, chunks: Chunks, rounding: int) -> tu
     few, some, most = MIXER_CHUNKS.values()
     d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM * most * most
     over = 1 + rounding  # (s / tokens + over)^2 is what a square of chunks and one more is at least, or at most
-    square = (bss * batch + ss) * d + (buu * d // some**2 + bvv * d // most**2) * batch
-    linear = (bs + br) * batch * d + s * d + (bc * d // chunks.mlp + bk * d // chunks.loss) * batch
+    square = (bss * batch + ss * ranks) * ranks * d + (buu * d // some**2 + bvv * d // most**2) * batch
+    linear = (bs + br * ranks) * batch * d + s * d + (bc * d // chunks.mlp + bk * d // chunks.loss) * batch
     linear += p * batch * d // IDS_PER_PARTIAL_SUM
     linear += (bx * d // few + (by + bu + 2 * over * buu) * d // some + (bz + bv + 2 * over * bvv) * d // most) * batch
     begun = (bx + by + bz) * rounding + (bu + bv) * over + (buu + bvv) * over**2
@@ -392,14 +395,17 @@ def recommend_chunks(model: Model, recipe: Recipe, card: Card) -> Chunks:
     def compute_bound(chunks: Chunks) -> bool:
         counts = zip((recipe.mlp_chunks, recipe.loss_chunks), chunks[:2], min_chunk_tokens, strict=True)
         return all(
-            setting != "auto" or m == 1 or reach(chunks) * recipe.batch >= m * tokens for setting, m, tokens in counts
+            setting != "auto" or m == 1 or recipe.local_tokens(reach(chunks)) * recipe.batch >= m * tokens
+            for setting, m, tokens in counts
         )
 
     limit = fixed_chunks(recipe, 1, 2)
     if not compute_bound(limit):
         limit = fixed_chunks(recipe)
     for _ in range(8):
-        tokens = max(reach(limit), recipe.padded(1)) * recipe.batch  # no batch is shorter than what it is padded to
+        tokens = (
+            recipe.local_tokens(max(reach(limit), recipe.padded(1))) * recipe.batch
+        )  # no batch is shorter than what it is padded to
         larger = fixed_chunks(
             recipe, _power_below(tokens // min_chunk_tokens[0]), _power_below(tokens // min_chunk_tokens[1])
         )
@@ -455,7 +461,7 @@ def recommend_chunks_at(model: Model, recipe: Recipe, card: Card, seq_len: int) 
         return peak_up_to(model, recipe, card, seq_len, chunks).bytes
 
     min_chunk_tokens = smallest_chunks_tokens(model, card.gpu)
-    tokens = recipe.padded(seq_len) * recipe.batch
+    tokens = recipe.local_tokens(recipe.padded(seq_len)) * recipe.batch
     limit = fixed_chunks(
         recipe, _power_below(tokens // min_chunk_tokens[0]), _power_below(tokens // min_chunk_tokens[1])
     )
@@ -491,7 +497,9 @@ def choose_chunks(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chu
         return chunks_at_s_max
     if not tensors_fit or chunks_at_length == chunks_at_s_max:
         return chunks_at_length
-    runs = usage_up_to(model, recipe, card, seq_len, cap_chunks(chunks_at_length, recipe.padded(seq_len))).runs
+    runs = usage_up_to(
+        model, recipe, card, seq_len, cap_chunks(chunks_at_length, recipe.local_tokens(recipe.padded(seq_len)))
+    ).runs
     return chunks_at_length if runs else chunks_at_s_max
 
 
@@ -508,7 +516,7 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
         raise RecipeError(f"chunks must be whole numbers from 1, not {tuple(chunks)!r}.")
     chosen = Chunks(*chunks) if chunks is not None else choose_chunks(model, recipe, card, seq_len)
     run_tokens = recipe.padded(seq_len)
-    capped = cap_chunks(chosen, run_tokens)
+    capped = cap_chunks(chosen, recipe.local_tokens(run_tokens))
     built_step, run_sizes = step_of(model, recipe, card, capped, run_tokens), step_sizes(recipe, run_tokens, capped)
     host_size = host_bytes(model, recipe, run_tokens, built_step)
     peak = peak_up_to(model, recipe, card, seq_len, capped)
@@ -581,22 +589,23 @@ def _longest_on_host(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -
     if recipe.offload == "saved-tensors":
         return _longest_saved(model, recipe, for_one, built_step)
     fixed = host_bytes(model, recipe, 0, built_step)
-    per_token = host_bytes(model, recipe, 1, built_step) - fixed
-    remaining, multiple = for_one - fixed, recipe.pad_to
+    ranks, multiple = recipe.sequence_parallel, recipe.multiple
+    per_tokens = host_bytes(model, recipe, ranks, built_step) - fixed
+    remaining = for_one - fixed
     if remaining < 0:
         return 0
-    return remaining // per_token // multiple * multiple if per_token else LONGEST
+    return remaining // per_tokens * ranks // multiple * multiple if per_tokens else LONGEST
 
 
 def _longest_saved(model: Model, recipe: Recipe, budget: int, built_step: Step) -> int:
-    low, high = 0, LONGEST // recipe.pad_to
+    low, high = 0, LONGEST // recipe.multiple
     while low < high:
         middle = (low + high + 1) // 2
-        if host_bytes(model, recipe, middle * recipe.pad_to, built_step) <= budget:
+        if host_bytes(model, recipe, middle * recipe.multiple, built_step) <= budget:
             low = middle
         else:
             high = middle - 1
-    return low * recipe.pad_to
+    return low * recipe.multiple
 
 
 def host_bytes(model: Model, recipe: Recipe, seq_len: int, built_step: Step) -> int:
@@ -612,5 +621,5 @@ def host_bytes(model: Model, recipe: Recipe, seq_len: int, built_step: Step) -> 
         total += built_step.attention_on_host(step_sizes(recipe, seq_len, Chunks(1, 1)))
     if recipe.offload_layer_inputs:
         stored = stored_inputs(recipe, model.layers)
-        total += stored * recipe.batch * seq_len * model.hidden * ITEMSIZE[recipe.used_dtype]
+        total += stored * recipe.batch * recipe.local_tokens(seq_len) * model.hidden * ITEMSIZE[recipe.used_dtype]
     return total

@@ -19,7 +19,7 @@ from ..errors import RecipeError
 from ..spec.families import family_of
 from ..spec.model import Attention, Experts, LayerKind, Mlp, Model
 from ..spec.platform import AMPERE, Platform
-from . import quantised
+from . import quantised, ulysses
 from .adapters import Adapters, add_adapter
 from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP, Factors, activate, add_router, add_up, router_delta
 from .instants import Stage
@@ -66,6 +66,7 @@ class Numerics(NamedTuple):
     double_quantised: bool = False
     checkpointed: bool = False  # its layers
     kernels: str = "torch"  # of norms, rotary embedding and MLP
+    ranks: int = 1  # cards that share a sequence, and in attention the heads
 
     @property
     def compute(self) -> str:
@@ -110,7 +111,7 @@ class Writer:
         self.in_chunks = False  # does the layer around attention run over pieces?
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
         # axes of position ids, which packed rows have each of its own; pieces of several rows are counted as if they had
-        self.places = "s" if numerics.samples == 1 and tokens == "b s" else tokens
+        self.places = "s" if numerics.samples == numerics.ranks == 1 and tokens == "b s" else tokens
 
     def new(self, name: str, shape: str, dtype: str | None = None) -> Tensor:
         return self.tape.new(name, f"{self.t} {shape}".rstrip(), dtype or self.numerics.made)
@@ -812,6 +813,12 @@ class Writer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tensor:
         """q (t, H, e), k and v (t, G, e) -> (t, H, e)."""
+        if self.numerics.ranks > 1:
+            return ulysses.attend(self, q, k, v, kind)
+        return self.attend_here(q, k, v, kind)
+
+    def attend_here(self, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tensor:
+        """The same of heads and tokens that are on this card."""
         with self.tape.assign_role(Role.ATTENTION):
             q, k, v = map(self.autocast, (q, k, v))
             kernel, asked = self._kernel(self.model.attention, kind)
@@ -819,6 +826,11 @@ class Writer:
             mixed = kernel.lay_out(self, q, k, v, kind, asked.masked)
         self.tape.name_kernel(kernel.name, start, kernel.one_operation)
         return mixed
+
+    @property
+    def heads_here(self) -> int:
+        """Heads that this card attends with: of a sequence that it shares, its part of them."""
+        return self.model.attention.heads // self.numerics.ranks
 
     def _kernel(self, a: Attention, kind: LayerKind) -> tuple[Kernel, AttentionCall]:
         """The attention kernel of a kind of layers, and what it is chosen by."""

@@ -27,6 +27,7 @@ _CHUNKED, _LAYER, _FSDP, _MIXED = (
     {"sharding": "fsdp"},
     {"precision": "mixed"},
 )
+_ULYSSES: dict[str, object] = {"gpus": 8, "sequence_parallel": 8}
 _OFFLOADED = {"checkpoint": "layer", "offload": "layer-inputs"}
 _SAVED = {"offload": "saved-tensors"}
 _SELECTIVE = {"checkpoint": "selective"}
@@ -197,7 +198,8 @@ VALUES: dict[str, tuple[Advice, ...]] = {
         Advice("xformers", _IS_NOT, {"attention": "efficient"}, "torch's kernel of that kind"),
         Advice("sdpa_math math", _IS_NOT, {"attention": "eager"}, "which writes out the score matrix too"),
         Advice("disabled vanilla", "is transformers' eager attention", {"attention": "eager"}),
-        Advice("flex flex_attention paged* ring* ulysses sage* sparse linear* native_sparse", _IS_NOT),
+        Advice("flex flex_attention paged* ring* sage* sparse linear* native_sparse", _IS_NOT),
+        Advice("ulysses alst", "is no kernel: it shares sequences out", _ULYSSES),
     ),
     "sharding": (
         Advice("fsdp2 fsdp_v2 fully_shard full_shard fsdp_full_shard", "is FSDP2", _FSDP),
@@ -225,10 +227,11 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             {"sharding": "ddp"},
         ),
         Advice(
-            "zero2_offload zero3_offload zero_offload zero_infinity tp tensor* pp pipeline* cp context* sp sequence* ulysses ring* ep expert* "
+            "zero2_offload zero3_offload zero_offload zero_infinity tp tensor* pp pipeline* cp context* ring* ep expert* "
             "megatron 2d 3d 4d 5d",
             _IS_NOT,
         ),
+        Advice("sp sequence* ulysses alst", "shares sequences out, beside any sharding", _ULYSSES),
     ),
     "quantize": (
         Advice("4bit 4 int4 bnb_4bit bitsandbytes load_in_4bit bnb", "is nf4, or fp4", {"quantize": "nf4"}),
@@ -345,11 +348,17 @@ _OPTIONS = (
     Advice("gpus-per-machine num-gpus-per-node devices-per-node local-world-size", "", {"gpus_per_node": None}),
     Advice("ddp* dp data-parallel* dp-size", "of several GPUs, FSDP2 alone is planned", _FSDP, _SHARDS_ALL),
     Advice(
-        "tp tp-size tensor-parallel* pp pp-size pipeline-parallel* cp cp-size context-parallel* sp sp-size sequence-parallel* ulysses* ring-attention "
-        "ep ep-size expert-parallel* expert-model-parallel*",
-        "of several GPUs, FSDP2 alone is planned",
+        "cp cp-size context-parallel* ring-attention",
+        "ring attention (context parallel) is not planned",
+        _ULYSSES,
+        "whose GPUs share a sequence, too, with all-to-alls in place of a ring",
+    ),
+    Advice("sp sp-size sequence-parallel-size sequence-parallel-degree ulysses* alst", "", {"sequence_parallel": None}),
+    Advice(
+        "tp tp-size tensor-parallel* pp pp-size pipeline-parallel* ep ep-size expert-parallel* expert-model-parallel*",
+        "of several GPUs, FSDP2, DDP and Ulysses are planned",
         _FSDP,
-        "which shares out the weights, not a sequence or a matrix product",
+        "which shares out the weights, not a matrix product",
     ),
     Advice("fsdp-*", "how FSDP2 goes about it is not varied", _FSDP, _SHARDS_ALL),
     Advice(

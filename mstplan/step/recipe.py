@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Iterable
+from math import lcm
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -144,6 +145,9 @@ class Recipe(BaseModel):
     """Groups of cards that hold the same shards under fsdp (hybrid sharding, HSDP): weights are in shards over gpus / replicas cards."""
     gpus_per_node: int = Field(default=8, ge=1, le=65_536)
     """Cards of a machine, whose processes share its CPU RAM."""
+    sequence_parallel: int = Field(default=1, ge=1, le=65_536)
+    """Cards that share each sequence (DeepSpeed's Ulysses, ALST): each has its part of the tokens, and in attention its part of the heads.
+    Lengths are those of whole sequences, padded to a multiple of it; micro-batches are those of so many cards together."""
 
     if not TYPE_CHECKING:  # type checkers know the fields better than this signature does
 
@@ -245,6 +249,7 @@ class Recipe(BaseModel):
             *self._bad_packing(),
             *self._bad_images(),
             *self._bad_sharding(),
+            *self._bad_sequence_parallel(),
             (
                 bool(self.train or self.freeze) and self.sharded,
                 "fsdp with frozen weights is not planned yet: leave --train and --freeze out, or --sharding",
@@ -330,7 +335,7 @@ class Recipe(BaseModel):
         if self.sharding == "none":
             return (
                 (
-                    self.gpus > 1,
+                    self.gpus > 1 and self.sequence_parallel == 1,
                     "several gpus train in shards or each with all: add sharding='fsdp' (--sharding fsdp), FSDP2 as ZeRO-3, or sharding='ddp' (--sharding ddp)",
                 ),
             )
@@ -381,6 +386,36 @@ class Recipe(BaseModel):
             (
                 self.reduce_dtype == "bf16" and self.precision != "mixed",
                 "reduce_dtype is of fp32 shards: add precision='mixed' (--precision mixed), or leave it out",
+            ),
+        )
+
+    def _bad_sequence_parallel(self) -> tuple[tuple[bool, str], ...]:
+        ranks = self.sequence_parallel
+        if ranks == 1:
+            return ()
+        option = f"sequence_parallel={ranks} (--sequence-parallel {ranks})"
+        divisors = [str(n) for n in range(2, self.gpus + 1) if self.gpus % n == 0]
+        will_do = f" or --sequence-parallel {', '.join(divisors)}" if divisors else ""
+        return (
+            (
+                self.gpus % ranks != 0,
+                f"{option} does not divide {self.gpus} gpus: add --gpus {ranks * max(1, -(-self.gpus // ranks))}{will_do}",
+            ),
+            (
+                self.attention == "eager",
+                f"{option} with eager attention is refused by DeepSpeed, for its mask: use sdpa or flash (--attention)",
+            ),
+            (
+                self.samples_in_row > 1,
+                f"{option} with several samples in a row is not planned: leave --packing and --padding-free out",
+            ),
+            (
+                self.layer_in_chunks,
+                f"{option} with layers in chunks is not planned: take the strategy mst (-s mst)",
+            ),
+            (
+                self.offload == "saved-tensors" or self.checkpoint == "selective",
+                f"{option} with saved tensors in CPU RAM or selective checkpoints is not planned: set checkpoint='layer' (--checkpoint layer)",
             ),
         )
 
@@ -486,13 +521,27 @@ class Recipe(BaseModel):
         """Samples that attention tells apart in a row."""
         return self.packing * self.batch if self.padding_free else self.packing
 
+    @property
+    def gives_positions(self) -> bool:
+        """Whether position ids come with the batch."""
+        return self.packing > 1 or self.sequence_parallel > 1
+
     def row_tokens(self, seq_len: int) -> int:
-        """Tokens in a row of a micro-batch whose sequences have `seq_len`."""
-        return self.batch * seq_len if self.padding_free else seq_len
+        """Tokens that a card has in a row of a micro-batch whose sequences have `seq_len`."""
+        return self.local_tokens(self.batch * seq_len if self.padding_free else seq_len)
+
+    def local_tokens(self, seq_len: int) -> int:
+        """Tokens that a card has of a sequence."""
+        return -(-seq_len // self.sequence_parallel)
+
+    @property
+    def multiple(self) -> int:
+        """Tokens that lengths are a multiple of: what batches are padded to, and each card's part is as long as another's."""
+        return lcm(self.pad_to, self.sequence_parallel)
 
     def padded(self, tokens: int) -> int:
         """The length that a batch of so many tokens is run at."""
-        return -(-tokens // self.pad_to) * self.pad_to
+        return -(-tokens // self.multiple) * self.multiple
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -664,6 +713,8 @@ def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
         *(["attention's inputs and results in CPU RAM"] if recipe.attention_on_host else []),
         *(["Liger's kernels"] if recipe.kernels == "liger" else []),
     ]
+    if recipe.sequence_parallel > 1:
+        words.append(f"sequences over {recipe.sequence_parallel:,} GPUs (Ulysses)")
     return ", ".join([*words, *([_sharding_in_words(recipe)] if recipe.sharded else [])])
 
 

@@ -19,6 +19,7 @@ from ..spec.families import family_of
 from ..spec.families.base import LAYER
 from ..spec.model import LayerKind, Model
 from ..spec.platform import AMPERE, Platform
+from . import ulysses
 from .adapters import DOWN, MAGNITUDE, MATRICES, WORDS, Adapters
 from .autograd import record_step
 from .clipping import clipping
@@ -28,7 +29,7 @@ from .fsdp import into_groups, shards_of, weights_gradients
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
-from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, norm_in_chunks, rotary_dtype
+from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, norm_in_chunks, on_host, rotary_dtype
 from .losses import LOSSES
 from .mixers import check_recipe as check_mixers
 from .optimizers import bytes_to_step, optimizer_memory
@@ -133,21 +134,24 @@ class Chunks(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Sizes at which a vector is evaluated. Counts of sequences and tokens."""
+    """Sizes at which a vector is evaluated. Counts of sequences and of the tokens that a card has of each; ranks: cards that share a
+    sequence, each of which attends to all of it with its part of the heads."""
 
     batch: int
     seq_len: int
     mlp_chunk_tokens: int
     loss_chunk_tokens: int
+    ranks: int = 1
 
     @property
     def units(self) -> tuple[int, ...]:
-        b, s = self.batch, self.seq_len
+        b, s, whole = self.batch, self.seq_len, self.seq_len * self.ranks
         in_chunks = b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens
         x, y, z = (-(-s // tokens) for tokens in MIXER_CHUNKS.values())
         in_mixers = (b * x, b * y, b * z, b * (y + 1), b * (z + 1), b * (y + 1) ** 2, b * (z + 1) ** 2)
         tens = b * s // IDS_PER_PARTIAL_SUM
-        return (1, b * s, *in_chunks, b * s * s, s * s, s, b * flash_rows(s), tens, b, *in_mixers)
+        scores = b * s * whole, whole * whole  # of all heads, a card has those of its own; of none
+        return (1, b * s, *in_chunks, *scores, s, b * flash_rows(whole), tens, b, *in_mixers)
 
 
 def evaluate(vector: Vector, units: tuple[int, ...]) -> int:
@@ -385,7 +389,7 @@ class Step:
         return not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host)
 
     def batch(self) -> list[Tensor]:
-        names = ("token ids", "labels", *((POSITION_IDS,) if self.layout.recipe.packing > 1 else ()))
+        names = ("token ids", "labels", *((POSITION_IDS,) if self.layout.recipe.gives_positions else ()))
         return [tensor_of(self.tape.dims, name, "b s", "int64", role=Role.BATCH) for name in names]
 
     def constants(self) -> tuple[Entry, ...]:
@@ -616,7 +620,9 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         double_quantised=recipe.double_quantize,
         checkpointed=recipe.quantize == "int8" and recipe.checkpoint != "none",
         kernels=recipe.kernels,
+        ranks=recipe.sequence_parallel,
     )
+    ulysses.check(model, recipe, layout.masked)
     loss = LOSSES[recipe.loss]
     in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks
     check_towers(model, recipe)
@@ -627,7 +633,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     with w.tape.assign_role(Role.EMBEDDING):
         copied = numerics.autocast and numerics.weights != "bfloat16"
         joins_view = loss.gradient_is_view and not in_pieces and not copied
-        hidden, variables = _embedding(w, table, joins_view, recipe.packing > 1)
+        hidden, variables = _embedding(w, table, joins_view, recipe.gives_positions)
     with w.tape.assign_role(Role.POSITIONS):
         shared = _shared(w, variables[0], layout)
     several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
@@ -1097,6 +1103,8 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     model, tape, recipe = w.model, w.tape, layout.recipe
     weight = table if model.tied else w.weight("lm_head", model.vocab, model.hidden, kinds=(WeightKind.HEAD,))
     labels = tensor_of(tape.dims, "shifted labels", "b s", "int64", role=Role.BATCH)
+    if recipe.sequence_parallel > 1:  # they come shifted, from whole sequences
+        labels = on_host(labels)
     if not in_pieces:
         _loss(w, hidden, weight, recipe.loss, labels, defers=model.tied)
         return

@@ -27,6 +27,9 @@ class FakeRuntime(Runtime):
     def __init__(self, most_chunks: int | None = None):
         self.most_chunks = most_chunks
 
+    def replicate(self, model: PreTrainedModel) -> None:
+        """Its buckets have no room on fake tensors: they are counted (`trace.py`)."""
+
     def draw_seed(self) -> None:
         return None
 

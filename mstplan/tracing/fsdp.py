@@ -55,8 +55,9 @@ SHARDS = "FSDP: gradient shards"
 
 @contextmanager
 def first_of_ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
-    """Within the context this process is the first of the recipe's `gpus` ranks, the others of which are not there. Gives their mesh."""
-    if not recipe.sharded:
+    """Within the context this process is the first of the recipe's `gpus` ranks, the others of which are not there. Gives the mesh of those that
+    share weights."""
+    if not recipe.sharded and recipe.sequence_parallel == 1:
         yield None
         return
     if dist.is_initialized():
@@ -67,7 +68,7 @@ def first_of_ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=recipe.gpus)
     try:
-        yield mesh_of("cpu", recipe)
+        yield mesh_of("cpu", recipe) if recipe.sharded else None
     finally:
         dist.destroy_process_group()
 

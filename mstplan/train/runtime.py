@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
@@ -35,6 +37,10 @@ class Runtime:
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+    def replicate(self, model: PreTrainedModel) -> DistributedDataParallel | None:
+        """The model whose gradients are averaged over ranks, each with all weights; None without ranks."""
+        return DistributedDataParallel(model) if dist.is_initialized() else None
 
     def empty_on_host(self, like: torch.Tensor, pinned: bool, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Room on the host for a tensor like `like`, or of other sizes. Raises RuntimeError when there is none."""

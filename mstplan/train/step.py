@@ -15,7 +15,6 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -37,6 +36,7 @@ from .quiet import quiet_packages
 from .runtime import RUNTIME, Runtime
 from .selecting import freeze, kinds_in
 from .text_part import from_settings, text_settings
+from .ulysses import sequence_group, sharing_attention
 from .wrap import Minisequence
 
 if TYPE_CHECKING:
@@ -197,7 +197,8 @@ class TrainingStep:
             Minisequence(runtime).wrap(model, recipe)
         saves_on_host = recipe.offload == "saved-tensors"
         self.offloading = runtime.offload_saved(model) if saves_on_host else nullcontext()  # of both passes
-        self.replica = DistributedDataParallel(model) if recipe.has_gradient_buckets and dist.is_initialized() else None
+        self.group = sequence_group(recipe.sequence_parallel) if recipe.sequence_parallel > 1 else None
+        self.replica = runtime.replicate(model) if recipe.has_gradient_buckets else None
         make = packages.make_optimizer(recipe, kinds_in(model))
         self.optimizer = None if recipe.optimizer_in_backward else make(weights_to_train(model))
         self.backward_optimizers = step_in_backward(model, make) if recipe.optimizer_in_backward else []
@@ -216,21 +217,31 @@ class TrainingStep:
         self.images["pixel_values"] = torch.rand(pixels, device=self.device)
 
     def make_positions(self) -> torch.Tensor | None:
-        """Position ids of rows of several samples, the last of which may be shorter; None: the model makes its own."""
+        """Position ids of this rank's part of rows, or of rows of several samples, the last of which may be shorter; None: the model makes its
+        own."""
         samples, (rows, tokens) = self.recipe.samples_in_row, self.tokens.shape
+        if self.group is not None:
+            first = self.group.rank() * tokens
+            return torch.arange(first, first + tokens, device=self.device).repeat(rows, 1)
         if samples == 1:
             return None
         return (torch.arange(tokens, device=self.device) % -(-tokens // samples)).repeat(rows, 1)
 
+    @property
+    def sharing(self) -> AbstractContextManager[None]:
+        """Within the context, of both passes, attention is shared by the ranks that share sequences."""
+        return sharing_attention(self.model, self.group) if self.group is not None else nullcontext()
+
     def run(self, begin: Callable[[Pass], Any] = lambda _pass: None) -> torch.Tensor:
         """One optimizer step; `begin` is told when each pass of it begins. Returns the loss of the last micro-batch, detached."""
         for n in range(self.recipe.accumulation):
-            with self.offloading, self.reduced_later(n + 1 < self.recipe.accumulation):
+            with self.offloading, self.sharing, self.reduced_later(n + 1 < self.recipe.accumulation):
                 begin(Pass.FORWARD)
                 loss = self.forward()
                 begin(Pass.BACKWARD)
                 loss.backward()
                 loss = loss.detach()
+        self.average_gradients()
         begin(Pass.OPTIMIZER)
         self.update()
         return loss
@@ -253,10 +264,21 @@ class TrainingStep:
         model = self.model if self.replica is None else self.replica
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.runs_autocast):
             beside = {"position_ids": self.positions} if self.positions is not None else {}
+            if self.group is not None:  # of whole sequences labels are shifted
+                beside["shift_labels"] = self.labels
             loss: torch.Tensor | None = model(input_ids=self.tokens, labels=self.labels, **beside, **self.images).loss
         if loss is None:
             raise ModelError(f"{type(self.model).__name__} gives no loss for token ids and labels.")
         return loss
+
+    def average_gradients(self) -> None:
+        """Average over ranks, in place, the gradients of weights that ranks which share sequences have whole and that nothing else reduces."""
+        if self.group is None or self.recipe.sharding != "none":
+            return
+        for weight in weights_to_train(self.model):
+            if weight.grad is not None:
+                dist.all_reduce(weight.grad)
+                weight.grad /= dist.get_world_size()
 
     def update(self) -> None:
         """Clipping and the optimizer's step; gradients go."""

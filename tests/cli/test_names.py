@@ -27,6 +27,7 @@ USERS_OWN = {
     "--optimizer": "sgd",
     "--loss": "chunked",
     "--gpus": "1",
+    "--sequence-parallel": "2",
     "--model": "gpt2",
     "--gpu": "h200",
     "--gpu-mem": "80GB",
@@ -81,7 +82,10 @@ def needs_a_value(words: list[str], at: int) -> bool:
 
 def taken(run: Run, options: tuple[str, ...]) -> bool:
     """Does some command answer with these options?"""
-    more = ("--gpus", "8") if {"fsdp", "ddp"} & {*options} else ()
+    several = {"fsdp", "ddp", "--sequence-parallel"} & {*options}
+    more = ("--gpus", "8") if several and "--gpus" not in options else ()
+    if "--sequence-parallel" in options:  # which shares no masks
+        more = (*more, "--attention", "flash")
     if {"--replicas", "--reduce-dtype"} & {*options} and "fsdp" not in options:
         more = ("--gpus", "8", "--sharding", "fsdp", "--precision", "mixed")
     if "--double-quantize" in options:

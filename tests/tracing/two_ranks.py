@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def run(recipe: Recipe, runs: int = RUNS) -> dict[str, Any]:
-    model = build_model(read_settings(CONFIG), recipe, "eager", "cpu")
+    model = build_model(read_settings(CONFIG), recipe, recipe.attention, "cpu")
     if recipe.sharded:
         shard_model(model, recipe, mesh_of("cpu", recipe))
     step = TrainingStep(model, recipe, TOKENS)
@@ -100,13 +100,21 @@ def run(recipe: Recipe, runs: int = RUNS) -> dict[str, Any]:
     }
 
 
-def main(rank: int, folder: Path, recipes: Mapping[str, Recipe], runs: int = RUNS, ranks: int = 2) -> None:
+def main(
+    rank: int,
+    folder: Path,
+    recipes: Mapping[str, Recipe],
+    runs: int = RUNS,
+    ranks: int = 2,
+    and_then: Callable[[], None] = lambda: None,
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
     found = {name: run(recipe, runs) for name, recipe in recipes.items()}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    and_then()
     dist.barrier()
     os._exit(0)  # all is written: on a busy machine gloo's threads may end a process that tears them down
 

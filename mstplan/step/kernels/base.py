@@ -114,13 +114,17 @@ def mask_as_bias(w: Writer, dtype: str) -> Tensor:
     return w.tape.op("mask to bias", [], bias)
 
 
-def repeated(w: Writer, x: Tensor) -> Tensor:
-    """Keys or values for every query head: a copy, of a single head a view."""
+def repeated(w: Writer, x: Tensor, by_kernel: bool = False) -> Tensor:
+    """Keys or values for every query head: a copy, of a single head a view, unless the kernel repeats it (aten's repeat_interleave)."""
     a = w.model.attention
     if a.kv_heads == a.heads or a.keys == "copied":
         return x
     name, shape = x.name + " for every query head", "b H s e"
-    y = w.tape.view(x, name, shape) if a.kv_heads == 1 else w.tape.new(name, shape, x.dtype)
+    y = (
+        w.tape.view(x, name, shape)
+        if a.kv_heads == w.numerics.ranks and not by_kernel
+        else w.tape.new(name, shape, x.dtype)
+    )
     return w.tape.op("repeat " + x.name, [x], y, grads=((x, w.tape.grad(x)),))
 
 

@@ -47,13 +47,11 @@ def _efficient(w: Writer, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Ten
     sizes = (a.head_dim, a.v_head_dim, ITEMSIZE[q.dtype])
     out = tape.new("attention mixed", f"{w.t} H {'e' if a.v_head_dim == a.head_dim else 'ev'}", q.dtype)
     rows = tape.new("log-sum-exp", f"{w.t} H", "float32")
-    space = efficient_workspace(*sizes)
+    space, heads = efficient_workspace(*sizes), w.heads_here
     back = (
         tape.new("row sums of dO * O", f"{w.t} H", "float32"),
-        tape.new("dQ accumulator in tiles", f"b r {a.heads * space.of_row}", "uint8"),
-        tape.new(
-            "dK and dV of the blocks at work", str(a.heads * space.blocks_at_work(a.heads) * space.of_keys), "uint8"
-        ),
+        tape.new("dQ accumulator in tiles", f"b r {heads * space.of_row}", "uint8"),
+        tape.new("dK and dV of the blocks at work", str(heads * space.blocks_at_work(heads) * space.of_keys), "uint8"),
     )
     pairs = a.heads * (a.head_dim + a.v_head_dim)
     return tape.op(

@@ -47,21 +47,22 @@ class Flash(Kernel):
         sinks = (w.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name=""),) if a.sinks else ()
         samples = w.numerics.samples
         rows_shape = "b r" if samples == 1 else w.t
+        heads = "H" if w.heads_here == a.heads else str(w.heads_here)  # whose rows are rounded up
         temps = [
-            tape.new("dQ accumulator", f"{rows_shape} H {rounded}", "float32"),
-            tape.new("row sums of dO * O", f"{rows_shape} H", "float32"),
+            tape.new("dQ accumulator", f"{rows_shape} {heads} {rounded}", "float32"),
+            tape.new("row sums of dO * O", f"{rows_shape} {heads}", "float32"),
         ]
         if samples > 1:
-            between = f"{FLASH_ROWS * samples} H {rounded + 1}"
+            between = f"{FLASH_ROWS * samples} {heads} {rounded + 1}"
             temps.append(tape.new("rows between samples of both", between, "float32"))
         if a.kv_heads != a.heads:
             temps += [tape.new(f"d{x} for every query head", f"{w.t} H e", q.dtype) for x in "KV"]
         stays_view = w.in_chunks and w.numerics.attention == self.name
-        if heads_first(q):
-            copied = (
-                ("attention mixed", "grad of attention mixed") if stays_view and not narrow else ("attention mixed",)
-            )
-            temps += [tape.new(f"{name}, tokens first", f"{w.t} H e", q.dtype) for name in copied]
+        by_rank = w.numerics.ranks > 1 and w.numerics.several_rows  # so the gradient lies, a row's tokens not together
+        copied: tuple[str, ...] = ("attention mixed",) if heads_first(q) else ()
+        if by_rank or (heads_first(q) and stays_view and not narrow):
+            copied += ("grad of attention mixed",)
+        temps += [tape.new(f"{name}, tokens first", f"{w.t} H e", q.dtype) for name in copied]
         tape.op(
             "flash attention",
             [q, k, v],

@@ -36,7 +36,8 @@ class Math(Kernel):
         bias = mask_as_bias(w, narrow) if masked else _causal_bias(w, q.dtype)
         broadcast = a.keys == "broadcast"
         if not broadcast:
-            k, v = repeated(w, k), repeated(w, v)
+            asked = AttentionCall.from_attention(a, narrow, masked, w.numerics.platform)
+            k, v = (repeated(w, x, by_kernel=asked.grouped) for x in (k, v))
         keys = w.pointwise("scale keys", k, tape.new("K, scaled", f"{w.t} {'G' if broadcast else 'H'} e", q.dtype))
         if broadcast:
             queries, keys = copied_by_head(w, scaled), for_every_head(w, keys)
