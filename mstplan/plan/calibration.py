@@ -117,6 +117,7 @@ _YOUNGER_FIELDS = (
     ", gated_output=False",
     ", mixer='attention'",
     ", mixer=None",
+    ", towers=()",
 )
 """Facts that models had before there were fields for them: calibrations are older."""
 
