@@ -55,7 +55,7 @@ def models(draw: st.DrawFn, window: bool = True) -> Model:
     routed = draw(st.none() | experts())
     windows = st.sampled_from([None, 256, 4096] if window else [None])
     routes = st.just(routed is not None and draw(st.booleans()))
-    kind = st.builds(LayerKind, windows, routes, mixer=st.just("attention"))
+    kind = st.builds(LayerKind, windows, routes, causal_mask=st.just(False), mixer=st.just("attention"))
     pattern = draw(st.lists(kind, min_size=1, max_size=2))
     kinds = tuple(pattern * draw(st.integers(1, 3)))
     gated = draw(st.booleans())
