@@ -409,18 +409,20 @@ def answer_notes(answer: Answer) -> list[str]:
 
 def layer_note(answers: Sequence[Answer]) -> list[str]:
     """The strategy that reaches further than those of the answer, where they end with the MLP in chunks."""
-    recipe = next((answer.plan.recipe for answer in answers if answer.strategy == "mst-offload"), None)
+    plan = next((answer.plan for answer in answers if answer.strategy == "mst-offload"), None)
     if (
-        recipe is None
-        or recipe.sharded
-        or recipe.sequence_parallel > 1
+        plan is None
+        or plan.recipe.sequence_parallel > 1
         or any(answer.plan.recipe.layer_in_chunks for answer in answers)
     ):
         return []
-    said = (
-        "all of a layer but attention in chunks; with --attention-on-host its queries, keys and values wait in CPU RAM"
-    )
-    return [f"Further than mst-offload: --strategy mst-layer-offload, {said}. No GPU has measured either yet."]
+    attention, measured = plan.model.attention, "No GPU has measured it yet."
+    if attention.gated_output:  # which layers in chunks are not planned with
+        return []
+    further = "Further than mst-offload: --strategy mst-layer-offload, all of a layer but attention in chunks"
+    if attention.sinks or plan.model.eager_only:
+        return [f"{further}. {measured}"]
+    return [f"{further}; with --attention-on-host its queries, keys and values wait in CPU RAM. {measured}"]
 
 
 def padding_notes(strategy: str, plan: Plan, s_max: int) -> list[str]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from mstplan.plan import advice
@@ -7,7 +9,7 @@ from mstplan.plan.solve import max_seq, plan_at
 from mstplan.plan.ways import ways_to_fit
 from mstplan.spec.catalog import load_model
 from mstplan.spec.hardware import card
-from mstplan.step.recipe import Recipe, strategy
+from mstplan.step.recipe import USUAL_STRATEGIES, Recipe, strategy
 from mstplan.units import format_gib
 
 GIB = 2**30
@@ -153,3 +155,16 @@ def test_the_kernel_that_is_said_is_of_the_dtype_that_attention_computes_in(
     noted = any("sdpa has no fast kernel" in note for note in advice.recipe_notes(MODEL, recipe))
     assert noted == (words == "the math kernel")
     assert plan_at(MODEL, recipe, card("h100"), 2048).kernels[0].label == words
+
+
+def test_a_strategy_that_reaches_further_is_named_where_it_is_none_of_the_answers() -> None:
+    def said(name: str, strategies: Sequence[str] = USUAL_STRATEGIES, **fields: object) -> str:
+        on = card("b200")
+        answers = [max_seq(load_model(name), strategy(each, **fields), on, each) for each in strategies]
+        return " ".join(advice.layer_note(answers))
+
+    assert "mst-layer-offload" in said("llama3.1-8b") and "--attention-on-host" in said("llama3.1-8b")
+    assert "mst-layer-offload" in said("llama3.1-8b", gpus=8, sharding="fsdp")
+    assert "mst-layer-offload" in said("gpt-oss-20b") and "--attention-on-host" not in said("gpt-oss-20b")
+    assert not said("llama3.1-8b", ["mst-offload", "mst-layer"]) and not said("llama3.1-8b", ["checkpoint"])
+    assert not said("llama3.1-8b", gpus=8, sequence_parallel=8)
