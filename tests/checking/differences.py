@@ -11,7 +11,7 @@ from math import ceil, isqrt
 from typing import NamedTuple
 
 from mstplan.measuring.measurement import Case
-from mstplan.spec.model import Model
+from mstplan.spec.model import GatedDelta, Model
 from mstplan.step.instants import Instant
 from mstplan.step.kernels.efficient import efficient_workspace
 from mstplan.step.recipe import Recipe
@@ -130,6 +130,14 @@ ALL = tuple(Instant)
 # ---- sizes that PyTorch's source gives ----------------------------------------------------------------------------------
 
 
+def convolved(f: Facts) -> list[int]:
+    """Bytes of queries, keys and values of linear attention, which a convolution runs over together."""
+    sizes = f.model.mixer
+    assert isinstance(sizes, GatedDelta)
+    channels = 2 * sizes.key_heads * sizes.key_dim + sizes.value_heads * sizes.value_dim
+    return [f.rows * channels * f.number_bytes]
+
+
 def sum_buffer(rows: int, width: int) -> int:
     """Bytes of partial sums of (rows, width) over its rows, in fp32: what a reduction keeps in global memory on a GPU of 132
     multiprocessors. from source: aten/native/cuda/Reduce.cuh, setReduceConfig and ReduceConfig.global_memory_size: blocks of 32 by
@@ -216,6 +224,14 @@ REASONS = (
         PASSES,
         lambda f: f.layers_alive * f.heads_bytes(f.model.attention.heads, f.model.attention.v_head_dim),
         missing=lambda f: [f.heads_bytes(f.model.attention.heads, f.model.attention.v_head_dim)],
+    ),
+    Reason(
+        "convolution's input in order",
+        "(b, channels, s), in forward and in backward, of the gradient, too",
+        "a convolution over tokens of linear attention is given (b, s, channels), transposed: on a GPU it copies that first, and gives it up",
+        "from source: aten/native/Convolution.cpp, _convolution and convolution_backward, input.contiguous(); measured: frames of the events",
+        lambda f: isinstance(f.model.mixer, GatedDelta),
+        missing=convolved,
     ),
     Reason(
         "attention of 192 and 128 numbers a head",
