@@ -395,7 +395,7 @@ def recommend_chunks(model: Model, recipe: Recipe, card: Card) -> Chunks:
     def compute_bound(chunks: Chunks) -> bool:
         counts = zip((recipe.mlp_chunks, recipe.loss_chunks), chunks[:2], min_chunk_tokens, strict=True)
         return all(
-            setting != "auto" or m == 1 or recipe.local_tokens(reach(chunks)) * recipe.batch >= m * tokens
+            setting != "auto" or m == 1 or chunk_tokens(recipe.local_tokens(reach(chunks)), m) * recipe.batch >= tokens
             for setting, m, tokens in counts
         )
 
@@ -417,7 +417,10 @@ def recommend_chunks(model: Model, recipe: Recipe, card: Card) -> Chunks:
     ):
         limit = doubled
     least_s_max = reach(limit) * (1 - MIN_GAIN)
-    return _fewest_chunks(recipe, limit, lambda chunks: reach(chunks) >= least_s_max)
+    fewest = _fewest_chunks(recipe, limit, lambda chunks: reach(chunks) >= least_s_max)
+    # where pieces of one are fewer, which need sums in fp32, there may be room for more of the other
+    gaining = (c for c in _doubled_chunks(recipe, fewest) if reach(c) * (1 - MIN_GAIN) > reach(fewest))
+    return next(filter(compute_bound, gaining), fewest)
 
 
 def _doubled_chunks(recipe: Recipe, chunks: Chunks) -> list[Chunks]:
