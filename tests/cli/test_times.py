@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 import pytest
 
@@ -56,14 +57,14 @@ def test_a_length_has_both_times(run: Run) -> None:
 
 
 def test_ways_to_fit_have_times(run: Run) -> None:
-    """Of an optimizer in CPU RAM, where nothing was measured, the least."""
-    asked = ("plan", *H100, "--seq-len", "128k", "-s", "mst-offload")
+    """Of what is fetched from CPU RAM in each layer, where nothing was measured, the least."""
+    asked = ("plan", *H100, "--seq-len", "500k", "-s", "mst-offload")
     ways = run(*asked, "--json").json["ways_to_fit"]
-    on_host = ["--optimizer-on-host" in way["options"] for way in ways]
+    on_host = ["-on-host" in way["options"] for way in ways]
     assert True in on_host and False in on_host
     assert [way["expected_seconds"] is None for way in ways] == on_host
     said = run(*asked).out
-    assert "longest  CPU GiB      step  you give up" in said and " >= " in said
+    assert re.search("longest  CPU GiB +step  you give up", said) and " >= " in said
 
 
 @pytest.mark.parametrize("asked", [("--gpu", "a100-80gb"), ("--gpu-mem", "80GB")])

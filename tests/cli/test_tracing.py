@@ -81,7 +81,7 @@ def test_cards_that_train_together(run: Run) -> None:
         "peak_bytes"
     ]
     assert all(i["formula_bytes"] == pytest.approx(i["bytes"], rel=0.03) for i in told["instants"])
-    said = run("max-seq", "-m", "tiny.json", "--gpu-mem", "2GB", "--gpus", "8", "--sharding", "fsdp")
+    said = run("max-seq", "-m", "tiny.json", "--gpu-mem", "4GB", "--gpus", "8", "--sharding", "fsdp")
     assert said.code == 0 and "8" in said.out
     for arguments in (("--gpus", "8"), ("--sharding", "fsdp"), ("--gpus", "0", "--sharding", "fsdp")):
         refused = run(*STEP, "checkpoint", *arguments)
