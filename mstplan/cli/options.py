@@ -632,6 +632,8 @@ def _gpus_of(options: CardOptions) -> int:
     """GPUs that the command's recipe trains on; 1 where it has none."""
     if not isinstance(options, StepOptions):
         return 1
+    if options.recipe is not None and (getattr(options, "strategy", None) is not None or options.like is not None):
+        return 1  # which is refused, before the recipe is read
     gpus: int | None = getattr(options, "gpus", None)  # a command may leave it out
     return gpus if gpus is not None else base_recipe(options).gpus
 

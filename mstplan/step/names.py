@@ -39,6 +39,10 @@ _ON_HOST: dict[str, object] = {"optimizer_on_host": True, "weights_on_host": Tru
 _NOT_YET = "is not planned yet: FSDP2, as ZeRO-3, and DDP are"
 
 VALUES: dict[str, tuple[Advice, ...]] = {
+    "reduce_dtype": (
+        Advice("bfloat16 torch.bfloat16", "is sums of gradients in bf16", {"reduce_dtype": "bf16"}),
+        Advice("float float32 torch.float32", "is sums of gradients in fp32", {"reduce_dtype": "fp32"}),
+    ),
     "precision": (
         Advice("bfloat16 torch.bfloat16 pure_bf16 bf16-true", "is weights in bf16", {"precision": "bf16"}),
         Advice(

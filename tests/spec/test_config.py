@@ -461,7 +461,7 @@ def test_gemma3_multimodal_is_planned_as_its_text():
         "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
     }
     model, alone = read_config(whole, "it"), read_config(shipped("gemma3-4b"), "it")
-    assert "text part" in model.notes[0] and "not counted" in model.notes[0]
+    assert "text alone" in model.notes[0] and "towers" in model.notes[0]
     assert "vocab_size 262208" in model.notes[1]
     for fact in ("hidden", "vocab", "context", "layer_kinds", "attention", "mlp", "norm", "block", "tied", "dtype"):
         assert getattr(model, fact) == getattr(alone, fact), fact

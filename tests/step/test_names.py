@@ -66,6 +66,8 @@ def test_what_is_recommended_makes_a_recipe(field: str) -> None:
         cards: dict[str, Any] = {"gpus": 8} if row.write.get("sharding") in ("fsdp", "ddp") else {}
         if row.write.get("quantize", "none") != "none" or "adapter_dtype" in row.write:
             cards["lora_rank"] = 16
+        if "reduce_dtype" in row.write:
+            cards = {"gpus": 8, "sharding": "fsdp", "precision": "mixed"}
         more = {key: value for key, value in row.write.items() if key != "strategy"}
         assert strategy(str(row.write.get("strategy", "standard"))).changed(**{**cards, **more})
 
