@@ -29,7 +29,7 @@ from .fsdp import into_groups, shards_of, weights_gradients
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
-from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, norm_in_chunks, on_host, rotary_dtype
+from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, norm_in_chunks, rotary_dtype, without_bytes
 from .losses import LOSSES
 from .mixers import check_recipe as check_mixers
 from .optimizers import bytes_to_step, optimizer_memory
@@ -1104,7 +1104,7 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     weight = table if model.tied else w.weight("lm_head", model.vocab, model.hidden, kinds=(WeightKind.HEAD,))
     labels = tensor_of(tape.dims, "shifted labels", "b s", "int64", role=Role.BATCH)
     if recipe.sequence_parallel > 1:  # they come shifted, from whole sequences
-        labels = on_host(labels)
+        labels = without_bytes(labels)
     if not in_pieces:
         _loss(w, hidden, weight, recipe.loss, labels, defers=model.tied)
         return
