@@ -9,13 +9,15 @@ solved from but compared: the residual holds for it as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
+from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .. import __version__
-from ..errors import ModelError
+from ..errors import ModelError, RecipeError
 from ..plan import calibration
 from ..plan.calibration import Calibration
 from ..plan.layout import step_sizes, window_of
@@ -57,6 +59,9 @@ TRACE_POINTS = (
     TracePoint(2, 5400, 10, 12),
     TracePoint(3, 20160, 9, 14),
 )
+CALIBRATED_STRATEGIES = tuple(name for name, recipe in STRATEGIES.items() if not recipe.layer_in_chunks)
+"""Strategies that have coefficients: where whole layers run in chunks, the numbers of chunks and of groups of heads decide which
+allocations there are, not their sizes alone."""
 HOLDOUT_POINT = TracePoint(1, 100800, 25, 30)
 LINEAR_TERMS, SQUARE_TERMS = ("", "bs", "bc", "bk", "s", "br"), ("bss", "ss")
 
@@ -70,13 +75,15 @@ class Family(NamedTuple):
     masked: bool
 
 
-def families_of(model: Model, names: Sequence[str] = tuple(STRATEGIES)) -> list[Family]:
+def families_of(model: Model, names: Sequence[str] = CALIBRATED_STRATEGIES) -> list[Family]:
     families = []
     for name in names:
-        chunks = (
-            ((True, True), (False, True), (True, False), (False, False))
-            if STRATEGIES[name].loss_in_chunks
-            else ((False, False),)
+        recipe = STRATEGIES[name]
+        chunks = list(
+            product(
+                (True, False) if recipe.mlp_recompute else (False,),
+                (True, False) if recipe.loss_in_chunks else (False,),
+            )
         )
         for masked in (False, True) if window_of(model, STRATEGIES[name]) is not None else (False,):
             families += [Family(name, *several, masked) for several in chunks]
@@ -161,8 +168,13 @@ def calibrate_all(
 ) -> list[WrittenCalibration]:
     """Calibrate each model (a name, path or id) for the attention kernels of `platform`, and write its file as soon as it is done. keep:
     use and fill the cache of traces.
-    Raises what the trace refuses, ModelError and OutputError."""
+    Raises what the trace refuses, ModelError, RecipeError and OutputError."""
     versions()  # no torch: said at once
+    if unfit := next((name for name in strategies if name not in CALIBRATED_STRATEGIES), None):
+        raise RecipeError(
+            f"{unfit} has no calibration: how many chunks there are changes its steps in more than sizes.\n"
+            f"Choose from {', '.join(CALIBRATED_STRATEGIES)}; the formula plans {unfit} as the trace does."
+        )
     work = [(spec, load_model(spec)) for spec in models]
     rows: list[WrittenCalibration] = []
     solved: dict[tuple[str, Family], Calibration] = {}
@@ -187,15 +199,24 @@ def calibrate_all(
 
 def _fit_point(point: TracePoint, family: Family, window: int | None) -> TracePoint:
     """The point on the family's side of the sliding window, with the family's chunks."""
-    if window is not None and not family.masked:
-        scale = max(1, -(-point.seq_len // max(1, window - 1)))
-        multiple = point.mlp_chunks * point.loss_chunks
-        point = point._replace(seq_len=max(multiple, point.seq_len // scale // multiple * multiple))
-    elif window is not None and point.seq_len < window:
-        point = point._replace(seq_len=point.seq_len * -(-window // point.seq_len))
-    return point._replace(
+    point = point._replace(
         mlp_chunks=point.mlp_chunks if family.several_mlp else 1,
         loss_chunks=point.loss_chunks if family.several_loss else 1,
+    )
+    if window is not None and not family.masked:
+        return _below(point, window)
+    if window is not None:  # all by one factor: lengths that lie close together tell no coefficients apart
+        return point._replace(seq_len=point.seq_len * -(-window // min(each.seq_len for each in TRACE_POINTS)))
+    return point
+
+
+def _below(point: TracePoint, window: int) -> TracePoint:
+    """The point with a length below `window`, a multiple of its chunks: as few of them as have room there."""
+    most = window - 1
+    mlp, loss = min(point.mlp_chunks, isqrt(most)), min(point.loss_chunks, isqrt(most))
+    scale = -(-point.seq_len // most)
+    return point._replace(
+        seq_len=max(mlp * loss, point.seq_len // scale // (mlp * loss) * (mlp * loss)), mlp_chunks=mlp, loss_chunks=loss
     )
 
 
@@ -220,7 +241,8 @@ def _solve_vectors(
         )
     factors = np.array([[_point_units(p)[name] for name in basis] for p in points], dtype=float)
     bytes_ = np.array([t.requested for t in traces], dtype=float)
-    solution = np.rint(np.linalg.lstsq(factors, bytes_, rcond=None)[0]).astype(np.int64)
+    scale = factors.max(axis=0)
+    solution = np.rint(np.linalg.lstsq(factors / scale, bytes_, rcond=None)[0] / scale[:, None]).astype(np.int64)
     places = [BASIS.index(name) for name in basis]
     vectors: dict[str, list[Vector]] = {}
     for place, span in traces[0].step.blocks():

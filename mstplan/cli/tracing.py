@@ -308,11 +308,11 @@ def calibrate(options: CalibrateOptions) -> None:
         raise RecipeError(
             f"{', '.join(unused)}: nothing to do with --from {options.source}.\nLeave it out, or see 'mstplan calibrate --help'."
         )
-    named = [name.strip() for name in options.strategies.split(",")] if options.strategies is not None else STRATEGIES
-    names = [strategy_name(name) for name in named]
+    asked = options.strategies
+    names = None if asked in (None, "all") else [strategy_name(name.strip()) for name in asked.split(",")]
     folder = options.out if options.out is not None else calibration.folders()[0]
     files.check_folder(folder)
-    from ..checking.calibrate import calibrate_all
+    from ..checking.calibrate import CALIBRATED_STRATEGIES, calibrate_all
     from ..checking.fit import fit_all
     from ..show import calibrating
     from ..show.progress import progress
@@ -322,10 +322,14 @@ def calibrate(options: CalibrateOptions) -> None:
     if options.source == "trace":
         platform = card(options.gpu or "h100", torch=options.torch).platform
         keep = not options.no_cache
-        rows = calibrate_all(_models_named(options.models), names, folder, keep, progress, platform)
+        rows = calibrate_all(
+            _models_named(options.models), names or CALIBRATED_STRATEGIES, folder, keep, progress, platform
+        )
     else:
         results = results_files(options) or [Path("measurements.jsonl")]
-        rows, notes = fit_all(_models_named(options.models), names, folder, results, options.out is not None)
+        rows, notes = fit_all(
+            _models_named(options.models), names or list(STRATEGIES), folder, results, options.out is not None
+        )
     rung = "trace" if options.source == "trace" else "measurement"
     emit(options, calibrating.report(rows, rung, folder, notes))
 

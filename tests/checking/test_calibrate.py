@@ -8,12 +8,13 @@ import pytest
 
 from mstplan.checking import calibrate as solving
 from mstplan.checking.calibrate import Family, calibrate, families_of
-from mstplan.errors import ModelError
+from mstplan.errors import ModelError, RecipeError
 from mstplan.plan import calibration, solve
 from mstplan.spec.config import read_config
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.step.steps import Chunks
+from mstplan.tracing.tracer import trace
 from mstplan.units import GIB
 
 from ..tracing.tiny import TINY, step_of
@@ -137,3 +138,36 @@ def test_families_follow_windows_and_chunks():
     assert Family("mst", False, False, False) in families_of(MODEL) and not any(f.masked for f in families_of(MODEL))
     sliding = MODEL._replace(layer_kinds=tuple(kind._replace(window=512) for kind in MODEL.layer_kinds))
     assert {f.masked for f in families_of(sliding, ["checkpoint"])} == {False, True}
+    assert Family("chunked-loss", False, True, False) in families_of(MODEL)
+    assert not any(f.several_mlp for f in families_of(MODEL, ["chunked-loss"]))  # its MLP is in one piece
+
+
+def test_layers_in_chunks_have_none(tmp_path):
+    assert not any("layer" in family.strategy for family in families_of(MODEL))
+    with pytest.raises(RecipeError, match="mst-layer has no calibration"):
+        solving.calibrate_all(["gpt2"], ["checkpoint", "mst-layer"], tmp_path, keep=False)
+
+
+@pytest.mark.parametrize("several", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("window", [64, 512, 2048, 262144])
+def test_points_lie_on_the_familys_side_of_the_window(window, several):
+    for point in (*solving.TRACE_POINTS, solving.HOLDOUT_POINT):
+        below = solving._fit_point(point, Family("mst", *several, False), window)
+        above = solving._fit_point(point, Family("mst", *several, True), window)
+        assert below.seq_len < window <= above.seq_len
+        for fitted in (below, above):
+            assert fitted.seq_len % fitted.mlp_chunks == 0 == fitted.seq_len % fitted.loss_chunks
+            assert (fitted.mlp_chunks > 1, fitted.loss_chunks > 1) == several
+
+
+def test_windows_longer_than_every_point_are_solved_for():
+    """Lengths that are all near such a window leave shares of b s s and of s s undetermined."""
+    window = 40_000
+    sliding = {**TINY, "model_type": "mistral", "sliding_window": window}
+    model = read_config(sliding, "tiny")
+
+    def trace_sliding(recipe: Recipe, seq_len: int):
+        return trace(sliding, recipe, seq_len)
+
+    solved = calibrate(model, Family("checkpoint", False, False, True), trace_sliding)
+    assert solved.residual < 1e-3
