@@ -12,9 +12,7 @@ from mstplan.profiles import ROOT
 from mstplan.step.recipe import STRATEGIES
 from mstplan.step.steps import Chunks, Layout, step
 
-NOT_FITTED = ("gemma3-270m", "phi4-mini")
-"""Models whose traces no straight line meets within 0.5%: `calibrate` refuses to write them, and the formula answers."""
-MODELS = {name: load_model(name) for name in model_names() if name not in NOT_FITTED}
+MODELS = {name: load_model(name) for name in model_names()}
 DENSE = [name for name, model in MODELS.items() if model.experts is None and model.mixer is None]
 """Of layers that mix tokens otherwise than by attention no calibrations ship: the formula answers."""
 ON = card("a100-80gb")
