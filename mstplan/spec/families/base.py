@@ -126,6 +126,7 @@ class Code(NamedTuple):
     interleaved_tables: bool = False  # each layer makes its own cos and sin, every number twice
     half_tables: bool = False  # cos and sin have one entry for both halves
     joins_rotary: bool = False  # torch.cat joins the turned part and the rest of queries and keys, be there no rest
+    turns_by_row: bool = False  # cos and sin are made for each sequence of a batch, be their positions the same or not
     local_rotary: bool = False  # layers with a window have frequencies of their own
     attends_itself: bool = (
         False  # it does not call attention by transformers' interface: layers in pieces run all of it whole
