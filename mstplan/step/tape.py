@@ -835,8 +835,11 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
 
 
 def holds_for_backward(op: Op) -> bool:
-    """Whether something is saved for backward when it runs."""
-    return bool(kept_by(op)) or (op.part is not None and op.part.records and not op.part.recompute)
+    """Whether something is saved for backward when it runs: also a weight, which a checkpoint packs as it does any tensor."""
+    if op.part is not None:
+        return bool(kept_by(op)) or (op.part.records and not op.part.recompute)
+    multiplies = bool(op.weights) and any(gradient is not None for _, gradient in op.grads)
+    return bool(op.keeps) or multiplies
 
 
 def _used_by(op: Op, keep: bool) -> tuple[Tensor, ...]:

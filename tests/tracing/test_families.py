@@ -79,6 +79,10 @@ VARIANTS = [
     ("gptj", {"n_positions": 4096, "resid_pdrop": 0.1}),  # each layer has a buffer of positions
     ("codegen", {"n_positions": 4096}),
     ("bloom", {"n_layer": 3, "n_head": 8, "hidden_dropout": 0.1}),  # alibi, a norm of embeddings
+    ("cwm", {"num_hidden_layers": 4, "sliding_window": 1024}),  # the first of four layers has no window
+    ("jais2", {}),
+    ("hyperclovax", {"residual_multiplier": 0.22, "logits_scaling": 0.125}),
+    ("vaultgemma", {"head_dim": 64, "num_hidden_layers": 4, "sliding_window": 1024}),
     ("granite", {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
 ]
 

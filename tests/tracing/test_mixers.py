@@ -191,7 +191,9 @@ def test_every_instant_of_another_recipe(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"batch": 2}, {"lora_rank": 16}, {"freeze": ["attention"]}, {"accumulation": 2}], ids=str
+    "changes",
+    [{"batch": 2}, {"lora_rank": 16}, {"freeze": ["attention"]}, {"train": ["attention"]}, {"accumulation": 2}],
+    ids=str,
 )
 @pytest.mark.parametrize("strategy_name", ["standard", "checkpoint"])
 @pytest.mark.parametrize("name", ["qwen3_next", "granite, mamba"])
