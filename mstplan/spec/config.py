@@ -34,7 +34,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk"),
-    "n_shared_experts": ("n_shared_experts", "moe_num_shared_experts"),
+    "n_shared_experts": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
     "first_k_dense_replace": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
     "decoder_sparse_step": ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step"),
     "dtype": ("dtype", "torch_dtype"),
@@ -552,7 +552,7 @@ def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
     last = f.optional("moe_layer_end_index", low=-1)
     end = layers if last in (None, -1) else last + 1
     dense = _listed_layers(f, "mlp_only_layers") or frozenset()
-    listed = _listed_layers(f, "moe_layers") if _has_field(f, "moe_layers") else None
+    listed = _listed_layers(f, "moe_layers") if _has_field(f, "moe_layers") else _sparse_layers(f, layers)
     sparse = [
         routed and i in listed
         if listed is not None
@@ -562,6 +562,16 @@ def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
     windows = _windows(f, layers)
     masked = [f.family.always_masked] * layers
     return tuple(map(LayerKind, windows, sparse, _turned_layers(f, windows), masked, mixers_of_layers(f, layers)))
+
+
+def _sparse_layers(f: _Fields, layers: int) -> frozenset[int] | None:
+    """Numbers of the layers that mlp_layer_types gives experts; None: it says nothing."""
+    kinds = f.config.get("mlp_layer_types")
+    if f.family.experts is None or not f.family.experts.listed or kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in ("dense", "sparse") for kind in kinds):
+        f.refuse_value("mlp_layer_types", kinds, 'a list of "dense" and "sparse", one per layer')
+    return frozenset(i for i, kind in enumerate(kinds) if kind == "sparse")
 
 
 def _has_field(f: _Fields, field: str) -> bool:
@@ -620,7 +630,8 @@ def _sliding_layers(f: _Fields, layers: int) -> list[bool]:
     if f.family.unturned == "listed":  # SmolLM3: the others
         return [not turns for turns in _listed_turns(f, layers)]
     period = f.optional("sliding_window_pattern") or f.family.period
-    return [not period or (i + 1) % period != 0 for i in range(layers)]
+    full = 0 if f.family.full_first else period - 1
+    return [not period or i % period != full for i in range(layers)]
 
 
 def _layer_types(f: _Fields, layer_types: object, layers: int) -> list[str]:

@@ -63,6 +63,35 @@ def _fit_refined_web(fields: dict[str, object]) -> None:
         fields["new_decoder_architecture"] = True
 
 
+def _fit_ling(fields: dict[str, object]) -> None:
+    width, number = fields.get("moe_intermediate_size"), fields.get("n_shared_experts")
+    if isinstance(width, int) and isinstance(number, int) and fields.get(_LING_SHARED) == width * number:
+        del fields[_LING_SHARED]  # any other width is refused by name
+
+
+_LING_SHARED = "moe_shared_expert_intermediate_size"
+_LING = Translation(  # Ling 2.0 and Ring 2.0; the first generation's router is another
+    "glm4_moe",
+    {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts", "use_qkv_bias": "attention_bias"},
+    _word_set(
+        f"first_k_dense_replace moe_intermediate_size n_group norm_topk_prob num_experts_per_tok num_nextn_predict_layers routed_scaling_factor "
+        f"topk_group use_qk_norm {_LING_SHARED}"
+    ),
+    {
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "use_bias": False,
+        "use_rmsnorm": True,
+        "embedding_dropout": 0.0,
+        "output_dropout": 0.0,
+        "norm_head": False,
+        "router_dtype": "fp32",
+        "use_sliding_window": False,
+    },
+    needed=_word_set("first_k_dense_replace head_dim n_group num_experts score_function use_qk_norm"),
+    neutral=_word_set("mtp_loss_scaling_factor norm_softmax max_window_layers sliding_window"),
+    fit=_fit_ling,
+)
 _INTERNLM = Translation(
     "llama", {"bias": "attention_bias"}, neutral=_word_set("rotary use_dynamic_ntk"), adds={"attention_bias": True}
 )
@@ -147,6 +176,8 @@ TRANSLATIONS: Mapping[str, Translation] = {
         needed=frozenset({"kv_lora_rank", "n_routed_experts"}),
         neutral=_word_set("aux_loss_alpha ep_size seq_aux"),
     ),
+    "bailing_moe": _LING,
+    "bailing_moe_v2": _LING,
     "RefinedWebModel": _REFINED_WEB,
     "RefinedWeb": _REFINED_WEB,
 }

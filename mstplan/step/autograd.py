@@ -37,7 +37,43 @@ def _record_tape(tape: Tape, needing: set[Tensor]) -> Tape:
         if recorded_op.part.records if recorded_op.part is not None else recorded_op.grads or recorded_op.trained:
             needing.update(recorded_op.makes)
         ops.append(recorded_op)
-    return replace(tape, ops=_with_interior(ops))
+    return replace(tape, ops=_with_interior(_without_dead_ends(ops, tape.outputs)))
+
+
+def _without_dead_ends(ops: list[Op], outputs: tuple[Tensor, ...]) -> list[Op]:
+    """The operations, with those to which no backward comes, for nothing that is given out is made from what they make: what they keep goes
+    with the variables that hold what they made."""
+    reached, living = set(outputs), [False] * len(ops)
+    for n in reversed(range(len(ops))):
+        op = ops[n]
+        living[n] = op.part is not None or not (op.grads or op.trained) or not reached.isdisjoint(op.makes)
+        if living[n]:
+            reached.update(op.reads if op.part is not None else (tensor for tensor, _ in op.grads))
+    if all(living):
+        return ops
+    graphs: dict[Tensor, tuple[Tensor, ...]] = {}  # what keeps go with each tensor that leads nowhere
+    found: list[Op] = []
+    for op, lives in zip(ops, living, strict=True):
+        held = tuple(dict.fromkeys(kept for tensor in (*op.reads, *op.holds) for kept in graphs.get(tensor, ())))
+        if not lives:
+            graphs.update(dict.fromkeys(op.makes, (*held, *op.keeps)))
+            op = replace(_unrecorded(op), weights=())  # noqa: PLW2901
+        elif op.joins_gradients:
+            op = replace(op, back_temps=op.back_temps + tuple(_zeros(t) for t in op.makes if t not in reached))  # noqa: PLW2901
+        found.append(replace(op, graph_holds=op.graph_holds + held) if held else op)
+    return found
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    """What stands in for the gradient of a view that leads nowhere."""
+    return Tensor(
+        f"zeros for the gradient of {tensor.name}",
+        tensor.shape,
+        tensor.dtype,
+        tensor.basis,
+        tensor.bytes,
+        role=tensor.role,
+    )
 
 
 def _record_operation(op: Op, needing: set[Tensor]) -> Op:
@@ -45,17 +81,7 @@ def _record_operation(op: Op, needing: set[Tensor]) -> Op:
     for_gradients = op.for_gradients
     receivers: set[Receiver] = {tensor for tensor, _ in grads} | set(op.trained)
     if not receivers:
-        return replace(
-            op,
-            keeps=(),
-            grads=(),
-            back_temps=(),
-            late_temps=(),
-            reuses=(),
-            recorded=(),
-            for_gradients=NONE,
-            fetched=None,
-        )
+        return _unrecorded(op)
     keeps = op.keeps + tuple(dict.fromkeys(tensor for tensor, receiver in for_gradients.keeps if receiver in receivers))
     temps = op.back_temps + tuple(tensor for tensor, receiver in for_gradients.back_temps if receiver in receivers)
     late_temps = tuple(tensor for tensor, receiver in for_gradients.late_temps if receiver in receivers)
@@ -64,6 +90,21 @@ def _record_operation(op: Op, needing: set[Tensor]) -> Op:
     reuses = tuple((receiver, kept) for receiver, kept in op.reuses if receiver in receivers)
     return replace(
         op, keeps=keeps, grads=grads, back_temps=temps, late_temps=late_temps, reuses=reuses, for_gradients=NONE
+    )
+
+
+def _unrecorded(op: Op) -> Op:
+    """An operation of which autograd keeps nothing."""
+    return replace(
+        op,
+        keeps=(),
+        grads=(),
+        back_temps=(),
+        late_temps=(),
+        reuses=(),
+        recorded=(),
+        for_gradients=NONE,
+        fetched=None,
     )
 
 

@@ -108,6 +108,7 @@ class Writer:
             Tensor, ...
         ] = ()  # variables of attention's code, or the MLP's, where that adds the residual
         self.turned_parts: tuple[Tensor, ...] = ()  # of queries and keys, as rotary embedding made them
+        self.tables: tuple[Tensor, ...] = ()  # cos and sin, where they are a piece's own
         self.in_chunks = False  # does the layer around attention run over pieces?
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
         # axes of position ids, which packed rows have each of its own; pieces of several rows are counted as if they had
@@ -544,7 +545,7 @@ class Writer:
             if self.code.widens_before_rotary:
                 q, k = self.cast(q, "float32"), self.cast(k, "float32")
                 before += (q, k)
-            tables = self._interleaved(a.rotary_dim) if self.code.interleaved_tables else ()
+            tables = self._interleaved(a.rotary_dim) if self.code.interleaved_tables else self.tables
             q = self._rotary(q, "H", a.rotary_dim, a.head_dim, *tables)
             k = self._rotary(k, "H" if a.keys == "copied" else "G", a.rotary_dim, a.head_dim, *tables)
             self.hold(*before)  # until both are turned
@@ -617,13 +618,13 @@ class Writer:
         return turned
 
     def _gated_queries(self, x: Tensor, a: Attention) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Queries, and what comes with them: the product of both, and the gate as it lies in order (models/qwen3_next/modeling_qwen3_next.py)."""
+        """Queries, and what variables hold that comes with them: the gate as it lies in order (models/qwen3_next/modeling_qwen3_next.py)."""
         width = str(2 * a.heads * a.head_dim)
         both = self.linear(x, self.new("Q and gate", width), "q_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
         q, part = self._split(both, ("Q", f"{self.t} H e"), ("gate", f"{self.t} H e"))
         self.gate = self.tape.new("gate, in order", f"{self.t} H e", part.dtype)
         self.tape.op("gate, in order", [part], self.gate, grads=((part, None),))
-        return q, (both, self.gate)
+        return q, (self.gate,)
 
     def _unweighted_norm(self, x: Tensor) -> Tensor:
         """Llama 4's L2 norm of a head."""
@@ -650,7 +651,8 @@ class Writer:
             for view in views:
                 self.tape.op("slice " + view.name, [fused], view, grads=((fused, self.tape.grad(fused)),))
         else:
-            self.tape.op("split " + fused.name, [fused], *views, grads=((fused, self.tape.grad(fused)),))
+            grads = ((fused, self.tape.grad(fused)),)
+            self.tape.op("split " + fused.name, [fused], *views, grads=grads, joins_gradients=True)
         return views
 
     def _taken_out(self, whole: Tensor, a: Attention) -> tuple[Tensor, ...]:
@@ -1496,11 +1498,6 @@ def _layer_in_chunks(
 ) -> Tape:
     """One decoder layer as mstplan/train/layers.py runs it: attention over all tokens, a group of heads at a time; what is before and after
     it over pieces. Axes H and G of what is whole are those of a group."""
-    if model.attention.gated_output:
-        raise RecipeError(
-            f"{model.name} gates attention's output by a part of the queries' product, which layers in pieces make twice: that is not counted.\n"
-            "Take mst (-s mst)."
-        )
     groups = chunks.groups
     w = Writer(_of_heads(model, groups), numerics, frozen=frozen)
     w.in_chunks = True
@@ -1512,11 +1509,14 @@ def _layer_in_chunks(
     w.hold(*made)
     after = Writer(model, numerics, "b c", frozen=frozen)
     after.tape.role = Role.NORM
+    after.beside = _cut_positions(after)
     piece = after.source()
     after.used = {weight.name: weight for op in before.ops for weight in op.weights}
-    # the MLP's input is attention's, and made again
-    normed = _attention_input(after, piece) if model.block == "one-norm" else piece
-    output = after.attention_output(_joined_groups(after, attended))
+    gated = model.attention.gated_output
+    # the MLP's input is attention's, and made again; so are gates, and with them all that comes before attention
+    normed = _attention_input(after, piece) if model.block == "one-norm" or gated else piece
+    again = (normed, *after.attention_inputs(normed, kind)) if gated else ()
+    output = after.attention_output(_joined_groups(after, attended), *again)
     tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
     _in_chunks(w, tape, (x, *attended), "after attention", chunks)
     return w.tape.build_tape()
@@ -1629,10 +1629,11 @@ def _before_attention(model: Model, kind: LayerKind, numerics: Numerics, frozen:
     """From a piece of hidden states to its queries, keys and values, each by groups."""
     w = Writer(model, numerics, "b c", frozen=frozen)
     w.tape.role = Role.NORM
+    positions = _cut_positions(w)
     x = _attention_input(w, w.source())
     with w.tape.assign_role(Role.ATTENTION):
         q, k, v, *others = w.attention_inputs(x, kind)
-        w.hold(x, q, k, v, *others)
+        w.hold(x, q, k, v, *others, *positions)
         by_groups: tuple[Tensor, ...] = ()
         for tensor in (q, k, v):
             views = tuple(w.tape.view(tensor, tensor.name, tensor.shape) for _ in range(groups))
@@ -1640,6 +1641,18 @@ def _before_attention(model: Model, kind: LayerKind, numerics: Numerics, frozen:
             by_groups += views
     w.tape.outputs = by_groups
     return w.tape.build_tape()
+
+
+def _cut_positions(w: Writer) -> tuple[Tensor, ...]:
+    """Copies of a piece of positions, cos and sin, where each sequence of several has its own; else there are views alone."""
+    if not (w.code.turns_by_row and w.numerics.several_rows):
+        return ()
+    with w.tape.assign_role(Role.POSITIONS):
+        ids = w.tape.new("positions, a piece", w.t, "int64")
+        shape = f"{w.t} {w.model.attention.rotary_dim}"
+        w.tables = tuple(w.tape.new(f"{name} of positions, a piece", shape, w.wide) for name in ("cos", "sin"))
+        w.tape.op("cut positions", [], ids, *w.tables)
+    return (ids, *w.tables)
 
 
 def _joined_groups(w: Writer, attended: list[Tensor]) -> Tensor:

@@ -982,7 +982,8 @@ def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
 def _for_positions(
     w: Writer, name: str, width: int, dtype: str, *inputs: Tensor, holds: tuple[Tensor, ...] = ()
 ) -> Tensor:
-    return w.tape.op(name, list(inputs), w.tape.new(name, f"{w.places} {width}", dtype), holds=holds)
+    places = w.t if w.code.turns_by_row else w.places
+    return w.tape.op(name, list(inputs), w.tape.new(name, f"{places} {width}", dtype), holds=holds)
 
 
 def _mask(w: Writer, kind: LayerKind, layout: Layout) -> tuple[Tensor, ...]:

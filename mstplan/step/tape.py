@@ -211,6 +211,9 @@ class Op:
     cast: bool = False  # its weights are used through autocast's bf16 copies
     product: bool = False  # of its weights as they are: their gradients can go into a sum (mstplan/train/grad_sums.py)
     adds_bias: bool = False  # in the product itself, by cuBLASLt
+    joins_gradients: bool = (
+        False  # its backward joins those of all that it makes: zeros stand in for one that never comes
+    )
     takes_gradient: bool = False  # the incoming gradient becomes its weight's
     defers: bool = False  # its weight's gradient waits for the weight's other use
     joins: Joined | None = None
@@ -832,8 +835,11 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
 
 
 def holds_for_backward(op: Op) -> bool:
-    """Whether something is saved for backward when it runs."""
-    return bool(kept_by(op)) or (op.part is not None and op.part.records and not op.part.recompute)
+    """Whether something is saved for backward when it runs: also a weight, which a checkpoint packs as it does any tensor."""
+    if op.part is not None:
+        return bool(kept_by(op)) or (op.part.records and not op.part.recompute)
+    multiplies = bool(op.weights) and any(gradient is not None for _, gradient in op.grads)
+    return bool(op.keeps) or multiplies
 
 
 def _used_by(op: Op, keep: bool) -> tuple[Tensor, ...]:
@@ -1080,6 +1086,7 @@ def _backward(
     if tape.in_transfer is not None:
         ledger.put(tape.in_transfer)
     fetched_last = next((op for op in tape.ops if tape.in_transfer is not None and op.fetches), None)
+    used_again = _used_again(tape)
     for op, kept in zip(reversed(tape.ops), reversed(all_saved), strict=True):
         saved = kept
         ledger.stage = op.stage
@@ -1113,7 +1120,7 @@ def _backward(
                 outer = Outer(shared, adds)
             for tensor in op.part.wanted if outer.adds else ():
                 ledger.rename(pending.pop(tensor), grad_of(tensor))
-            _part_backward(op, op.part, tuple(incoming), ledger, rules, end_of, fetch, inside, outer)
+            _part_backward(op, op.part, tuple(incoming), ledger, rules, end_of, fetch, inside, outer, used_again)
             outdated = outdated if not inside else ()
             for tensor in op.part.wanted:
                 input_gradient = grad_of(tensor)
@@ -1174,11 +1181,12 @@ def _part_backward(
     fetch: bool,
     guests: tuple[Tensor, ...],
     outer: Outer,
+    used_again: dict[Weight, int],
 ) -> None:
     """Replay the backward of a part: it lets go of the incoming gradients and leaves those of its inputs.
 
     arrived: what it made whose gradients come in; end_of: a tape that the part is the end of, and that is to be run again first; fetch:
-    from an input on the host; guests, outer: see `backward`.
+    from an input on the host; guests, outer: see `backward`; used_again: of `_used_again`, counted down.
     """
     if part.in_forward:
         ledger.mark(
@@ -1233,7 +1241,25 @@ def _part_backward(
     for tensor in arrived:
         ledger.drop(grad_of(tensor))
     for weight, _ in zip(part.trained, part.sums, strict=False):
+        if weight in used_again:
+            used_again[weight] -= 1
+            if used_again[weight] > 0:
+                continue
+            _join(Joined(weight, is_view=False), ledger, rules)
         _reach(weight, weight_gradient(weight, weight.dtype or rules.dtype), ledger, rules)
+
+
+def _used_again(tape: Tape) -> dict[Weight, int]:
+    """Weights that several parts in pieces train, and how many: the gradients of one part wait for the next part's, and are added to them
+    before they reach the weight (torch/csrc/autograd/input_buffer.cpp)."""
+    parts = [op.part for op in tape.ops if op.part is not None and op.part.sums]
+    if len(parts) < 2:
+        return {}
+    counts: dict[Weight, int] = {}
+    for part in parts:
+        for weight in part.trained:
+            counts[weight] = counts.get(weight, 0) + 1
+    return {weight: count for weight, count in counts.items() if count > 1}
 
 
 def _widened_end(tape: Tape, rules: Rules) -> Replay:

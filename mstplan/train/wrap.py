@@ -413,7 +413,8 @@ def _rehearse(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -
     """How the layers run in pieces. Raises ModelError, also for heads that do not come in so many groups."""
     watch_attention()
     rehearsed = rehearse(model, layers)
-    for parts in rehearsed.layers:
+    attending = [parts for parts in rehearsed.layers if parts.calls_attention]
+    for parts in attending or rehearsed.layers:
         if (
             recipe.attention_groups != "auto"
             and recipe.attention_groups > 1
@@ -427,7 +428,7 @@ def _rehearse(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -
                 f"{type(parts.mixer).__name__} has weights within attention itself, whose gradients are not made from CPU RAM."
                 "\nLeave attention_on_host out."
             )
-    if recipe.attention_on_host and not any(parts.calls_attention for parts in rehearsed.layers):
+    if recipe.attention_on_host and not attending:
         raise ModelError(
             f"{type(model).__name__} has no attention that transformers' interface knows.\nLeave attention_on_host out."
         )

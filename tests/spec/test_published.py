@@ -154,6 +154,44 @@ FALCON = remote(
     parallel_attn=True,
     vocab_size=65024,
 )
+LING_MINI = remote(
+    "bailing_moe",
+    architectures=["BailingMoeV2ForCausalLM"],
+    attention_dropout=0.0,
+    embedding_dropout=0.0,
+    first_k_dense_replace=1,
+    head_dim=128,
+    hidden_act="silu",
+    hidden_size=2048,
+    intermediate_size=5120,
+    max_position_embeddings=32768,
+    moe_intermediate_size=512,
+    moe_router_enable_expert_bias=True,
+    moe_shared_expert_intermediate_size=512,
+    n_group=8,
+    norm_topk_prob=True,
+    num_attention_heads=16,
+    num_experts=256,
+    num_experts_per_tok=8,
+    num_hidden_layers=20,
+    num_key_value_heads=4,
+    num_shared_experts=1,
+    output_dropout=0.0,
+    partial_rotary_factor=0.5,
+    rms_norm_eps=1e-6,
+    rope_scaling=None,
+    rope_theta=600000,
+    routed_scaling_factor=2.5,
+    router_dtype="fp32",
+    score_function="sigmoid",
+    topk_group=4,
+    torch_dtype="bfloat16",
+    use_bias=False,
+    use_qk_norm=True,
+    use_qkv_bias=False,
+    use_rmsnorm=True,
+    vocab_size=157184,
+)
 PUBLISHED = {
     "chatglm3-6b": (CHATGLM3_6B, 6_243_584_000),
     "glm-4-9b": (GLM_4_9B, 9_399_951_360),
@@ -162,6 +200,7 @@ PUBLISHED = {
     "exaone-3.5-7.8b": (EXAONE, 7_818_448_896),
     "internlm2-7b": (INTERNLM2, 7_737_708_544),
     "stablelm-3b-4e1t": (STABLELM, 2_795_443_200),
+    "ling-mini-2.0": (LING_MINI, 16_255_638_528),  # its file has 256 numbers more a layer, which are no parameters here
     "yi-6b": (remote("Yi", **LLAMA_7B, num_key_value_heads=4, vocab_size=64000), 6_061_035_520),
 }
 
@@ -206,6 +245,9 @@ def test_sizes_stand_where_the_family_has_them():
         ({**EXAONE, "embed_dropout": 0.1}, "embed_dropout 0.1"),
         ({**INTERNLM2, "moe_experts": 4}, "moe_experts"),
         (BAICHUAN2_13B, "no max_position_embeddings"),
+        ({**LING_MINI, "score_function": "softmax"}, "score_function 'softmax'"),  # as the first generation's
+        ({**LING_MINI, "n_group": None}, "no n_group"),
+        ({**LING_MINI, "layer_group_size": 5}, "layer_group_size"),  # Ling 2.5 mixes linear attention in
     ],
 )
 def test_other_layers_under_the_same_name_are_refused_by_the_field(config, says):
@@ -214,6 +256,11 @@ def test_other_layers_under_the_same_name_are_refused_by_the_field(config, says)
     first, _ = str(caught.value).split("\n")
     assert says in first and f"(model_type '{config['model_type']}')" in first and len(first) < 400
     assert as_transformers_has_it(config) == config
+
+
+def test_lings_shared_expert_of_another_width_is_refused():
+    with pytest.raises(UnreadError, match="moe_shared_expert_intermediate_size is a field that mstplan does not read"):
+        read_config({**LING_MINI, "moe_shared_expert_intermediate_size": 1024}, "FILE")
 
 
 def test_falcons_first_files_are_read_as_its_later_ones():

@@ -52,6 +52,13 @@ def test_the_formulas_peak_is_the_traces(family, name):
     assert told.instant == traced.peak.instant
 
 
+@pytest.mark.parametrize("name", ["standard", "mst", "mst-layer"])
+@pytest.mark.parametrize("family", WHOLES)
+def test_several_rows_each_with_cos_and_sin(family, name):
+    recipe = in_chunks(strategy(name), 4, 4).changed(batch=2)
+    check_instants(config_of(family), recipe, 4096)
+
+
 VARIANTS = [
     ("cohere2", {"num_hidden_layers": 4}),  # whose last layer is not turned
     ("exaone4", {"num_hidden_layers": 4}),
@@ -72,6 +79,10 @@ VARIANTS = [
     ("gptj", {"n_positions": 4096, "resid_pdrop": 0.1}),  # each layer has a buffer of positions
     ("codegen", {"n_positions": 4096}),
     ("bloom", {"n_layer": 3, "n_head": 8, "hidden_dropout": 0.1}),  # alibi, a norm of embeddings
+    ("cwm", {"num_hidden_layers": 4, "sliding_window": 1024}),  # the first of four layers has no window
+    ("jais2", {}),
+    ("hyperclovax", {"residual_multiplier": 0.22, "logits_scaling": 0.125}),
+    ("vaultgemma", {"head_dim": 64, "num_hidden_layers": 4, "sliding_window": 1024}),
     ("granite", {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0}),
 ]
 
@@ -82,7 +93,10 @@ def test_every_instant_of_a_variant(family, changes, name):
     """The wider the layers beside the vocabulary, the more of the tensors that only one instant shows."""
     sizes = {**SIZES, "num_key_value_heads": 2, "vocab_size": 4000, **changes}
     config = json.loads(CONFIG_MAPPING[family](**sizes).to_json_string(use_diff=False))
-    recipe = in_chunks(strategy(name), 4, 4)
-    traced = trace(config, recipe, 4096, workspace=CARD.gpu.workspaces_bytes, platform=CARD.platform)
-    told = {i.name: i.bytes for i in solve.plan_at(read_config(config, family), recipe, CARD, 4096).instants()}
+    check_instants(config, in_chunks(strategy(name), 4, 4), 4096)
+
+
+def check_instants(config, recipe, seq_len):
+    traced = trace(config, recipe, seq_len, workspace=CARD.gpu.workspaces_bytes, platform=CARD.platform)
+    told = {i.name: i.bytes for i in solve.plan_at(read_config(config, "m"), recipe, CARD, seq_len).instants()}
     assert told == {peak.instant: pytest.approx(peak.bytes, rel=EXACT) for peak in traced.peaks}

@@ -84,8 +84,8 @@ CHANGES = [
 ]
 
 
-def config_of(name):
-    family, changes = MODELS[name]
+def config_of(name, models=MODELS):
+    family, changes = models[name]
     return json.loads(CONFIG_MAPPING[family](**{**SIZES, **changes}).to_json_string(use_diff=False))
 
 
@@ -99,9 +99,47 @@ def agree(config, recipe, seq_len):
 @pytest.mark.parametrize("strategy_name", STRATEGIES)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_instant(name, strategy_name, seq_len):
-    if name.startswith("qwen") and (seq_len > 4096 or "layer" in strategy_name):
-        pytest.skip("its loop over chunks takes a trace minutes; its layers do not run in pieces")
+    if name.startswith("qwen") and (seq_len > 4096 or strategy_name == "mst-layer-offload"):
+        pytest.skip("its loop over chunks takes a trace minutes")
     agree(config_of(name), in_chunks(strategy(strategy_name), 4, 4), seq_len)
+
+
+ATTENTION_ALONE = {"layer_types": ["full_attention"] * 3, "num_hidden_layers": 3}
+GATED = {
+    "qwen3_next": ("qwen3_next", {**DELTA, **ATTENTION_ALONE}),
+    "qwen3.5": ("qwen3_5_text", {**LINEAR, **ATTENTION_ALONE}),
+}
+"""Their layers of gated attention alone, whose traces are quick."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"batch": 2},
+        {"attention_groups": 2},
+        {"attention_groups": 2, "attention_on_host": True},
+        {"lora_rank": 16},
+        {"freeze": ["layers.*.self_attn.q_proj*"]},
+        {"train": ["attention"]},
+        {"accumulation": 2},
+        {"optimizer_in_backward": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("strategy_name", ["mst-layer", "mst-layer-offload"])
+def test_gated_attention_in_pieces(strategy_name, changes):
+    """Pieces make queries twice, for attention and for its gates: the second time nothing but the gates leads anywhere."""
+    if strategy_name == "mst-layer-offload" and set(changes) - {"batch"}:
+        pytest.skip("the layers are those of mst-layer")
+    agree(config_of("qwen3.5", GATED), in_chunks(strategy(strategy_name), 4, 4).changed(**changes), 32768)
+
+
+@pytest.mark.parametrize("strategy_name", ["standard", "mst", "mst-layer"])
+@pytest.mark.parametrize("name", GATED)
+def test_several_rows_of_gated_attention(name, strategy_name):
+    """Qwen3.5 makes cos and sin of each row, Qwen3-Next one for all."""
+    agree(config_of(name, GATED), in_chunks(strategy(strategy_name), 4, 4).changed(batch=2), 16384)
 
 
 @pytest.mark.parametrize("widths", [(64, 128), (128, 64), (32, 32)], ids=str)
@@ -126,10 +164,6 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "changes", "why"), REFUSED)
 def test_what_is_not_counted_is_refused(name, changes, why):
     check_refusal(name, strategy("standard").changed(**changes), why)
-
-
-def test_layers_in_pieces_with_gated_attention_are_refused():
-    check_refusal("qwen3.5", in_chunks(strategy("mst-layer"), 4, 4), "layers in pieces")
 
 
 def check_refusal(name, recipe, why):
@@ -157,7 +191,9 @@ def test_every_instant_of_another_recipe(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"batch": 2}, {"lora_rank": 16}, {"freeze": ["attention"]}, {"accumulation": 2}], ids=str
+    "changes",
+    [{"batch": 2}, {"lora_rank": 16}, {"freeze": ["attention"]}, {"train": ["attention"]}, {"accumulation": 2}],
+    ids=str,
 )
 @pytest.mark.parametrize("strategy_name", ["standard", "checkpoint"])
 @pytest.mark.parametrize("name", ["qwen3_next", "granite, mamba"])

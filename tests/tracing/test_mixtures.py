@@ -43,6 +43,7 @@ LLAMA4 = {
     "num_local_experts": 4,
     "num_experts_per_tok": 1,
 }
+LATENT = {"q_lora_rank": 256, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128}
 MIXTURES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"num_experts": 16}),
     ("qwen3_moe", {"num_experts": 16, "norm_topk_prob": True}),
@@ -56,6 +57,13 @@ MIXTURES: list[tuple[str, dict[str, Any]]] = [
     ("ernie4_5_moe", {"moe_num_experts": 16, "moe_k": 4}),
     ("llama4_text", LLAMA4),
     ("llama4_text", {**LLAMA4, "interleave_moe_layer_step": 2, "use_qk_norm": False, "attn_temperature_tuning": False}),
+    ("hunyuan_v1_moe", {"num_experts": 16, "moe_topk": 4, "head_dim": 128, "intermediate_size": 512}),
+    ("granitemoeshared", {"num_local_experts": 16, "intermediate_size": 512, "shared_intermediate_size": 1024}),
+    ("glm4_moe_lite", {"n_routed_experts": 16, "num_key_value_heads": 8, **LATENT}),
+    ("solar_open", {"n_routed_experts": 16, "head_dim": 128}),
+    ("flex_olmo", {"num_experts": 16, "num_key_value_heads": 8, "intermediate_size": 512}),
+    ("exaone_moe", {"num_experts": 16, "num_hidden_layers": 4, "sliding_window": 1024}),
+    ("mellum", {"num_experts": 16, "head_dim": 128, "sliding_window": 1024}),
     ("ernie4_5_moe", {"moe_num_experts": 16, "moe_k": 4, "use_bias": True, "moe_num_shared_experts": 0}),
 ]
 NAMES = [f"{family}-{number}" for number, (family, _) in enumerate(MIXTURES)]

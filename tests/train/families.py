@@ -58,6 +58,14 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_key_value_heads": 4,
     },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "qwen3_5_text": {  # whose attention is gated by a part of the queries' product
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
 
 

@@ -106,6 +106,7 @@ class Routed(NamedTuple):
     shared_width: str | None = (
         None  # the field that holds the width of the shared expert; None: the file says how many there are
     )
+    listed: bool = False  # mlp_layer_types says which layers have experts, where the file has it
     fields: tuple[str, ...] = ()  # names in its files that no other family has
     linear_router: bool = (
         False  # its router is a linear layer that gives more than its product: peft's adapter breaks it
@@ -126,6 +127,7 @@ class Code(NamedTuple):
     interleaved_tables: bool = False  # each layer makes its own cos and sin, every number twice
     half_tables: bool = False  # cos and sin have one entry for both halves
     joins_rotary: bool = False  # torch.cat joins the turned part and the rest of queries and keys, be there no rest
+    turns_by_row: bool = False  # cos and sin are made for each sequence of a batch, be their positions the same or not
     local_rotary: bool = False  # layers with a window have frequencies of their own
     attends_itself: bool = (
         False  # it does not call attention by transformers' interface: layers in pieces run all of it whole
@@ -209,6 +211,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     # attention_chunk_size, the layers whose queries and keys are turned
     windows: Literal["none", "every", "listed", "late", "found", "chunked"] = "none"
     period: int = 0  # without layer_types, each period-th layer has full attention; 0: none has
+    full_first: bool = False  # so has the first layer of each period, not the last
     idle_mask: bool = False  # a mask of a window is always made, and no layer uses it
     window_switch: bool = False  # sliding_window counts only under use_sliding_window
     # of which layers queries and keys are not turned. listed: by no_rope_layers; full: those without a window

@@ -5,6 +5,22 @@ from __future__ import annotations
 from .base import LATENT, LINEARS, Code, Family, Routed, defaults
 from .llama import LLAMA
 
+DEEPSEEK_V3 = Family(
+    defaults(
+        *(7168, 61, 128, 128, 129280, 18432),
+        num_experts=256,
+        num_experts_per_tok=8,
+        moe_intermediate_size=2048,
+        n_shared_experts=1,
+        first_k_dense_replace=3,
+        norm_topk_prob=True,
+        **LATENT,
+    ),
+    latent=True,
+    experts=Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS),
+    code=Code(rotary="halves"),
+)
+
 FAMILIES = {
     "deepseek_v2": Family(
         defaults(
@@ -20,21 +36,7 @@ FAMILIES = {
         code=Code(rotary="complex"),
         tiny={"num_experts_per_tok": 2, "moe_intermediate_size": 384},
     ),
-    "deepseek_v3": Family(
-        defaults(
-            *(7168, 61, 128, 128, 129280, 18432),
-            num_experts=256,
-            num_experts_per_tok=8,
-            moe_intermediate_size=2048,
-            n_shared_experts=1,
-            first_k_dense_replace=3,
-            norm_topk_prob=True,
-            **LATENT,
-        ),
-        latent=True,
-        experts=Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS),
-        code=Code(rotary="halves"),
-    ),
+    "deepseek_v3": DEEPSEEK_V3,
     "youtu": LLAMA._replace(
         defaults=defaults(2048, 32, 16, 16, 128256, 6144, tie_word_embeddings=True, **LATENT),
         mlp_bias=False,

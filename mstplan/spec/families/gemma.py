@@ -39,6 +39,7 @@ FAMILIES = {
         gelu_is_tanh=True,
     ),
     "gemma2": GEMMA2,
+    "vaultgemma": GEMMA2._replace(block="pre", names={"post-attention norm": "pre_feedforward_layernorm"}),
     "gemma3_text": GEMMA2._replace(
         # The published multimodal files leave out the context, too.
         defaults=defaults(

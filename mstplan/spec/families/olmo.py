@@ -11,6 +11,11 @@ OLMO2 = Family(
     qk_norm="full",
     code=Code(rotary_in_fp32=True),
 )
+OLMOE = Family(
+    defaults(2048, 16, 16, None, 50304, 2048, num_experts=64, num_experts_per_tok=8),
+    qk_norm="full",
+    experts=Routed("intermediate_size", normalised="norm_topk_prob", linears=LINEARS),
+)
 
 FAMILIES = {
     "olmo2": OLMO2,
@@ -20,9 +25,9 @@ FAMILIES = {
         period=4,
         code=Code(rotary_in_fp32=True, local_rotary=True),
     ),
-    "olmoe": Family(
-        defaults(2048, 16, 16, None, 50304, 2048, num_experts=64, num_experts_per_tok=8),
-        qk_norm="full",
-        experts=Routed("intermediate_size", normalised="norm_topk_prob", linears=LINEARS),
+    "olmoe": OLMOE,
+    "flex_olmo": OLMO2._replace(
+        defaults=defaults(4096, 32, 32, None, 100352, 11008, num_experts=7, num_experts_per_tok=5),
+        experts=OLMOE.experts,
     ),
 }

@@ -11,7 +11,10 @@ QWEN2 = Family(
     qkv_bias=True,
     out_bias=False,
 )
-QWEN2_VL = QWEN2._replace(defaults=defaults(8192, 80, 64, 8, 152064, 29568, sliding_window=4096, max_window_layers=80))
+QWEN2_VL = QWEN2._replace(
+    defaults=defaults(8192, 80, 64, 8, 152064, 29568, sliding_window=4096, max_window_layers=80),
+    code=Code(turns_by_row=True),
+)
 QWEN3 = QWEN2._replace(
     defaults={**QWEN2.defaults, "head_dim": 128},
     qkv_bias="attention_bias",
@@ -114,7 +117,7 @@ QWEN3_5 = QWEN3_NEXT._replace(
         linear_num_value_heads=32,
     ),
     experts=None,
-    code=Code(joins_rotary=True, apart_products=True),
+    code=Code(turns_by_row=True, joins_rotary=True, apart_products=True),
     names={},
     tiny=_TINY_DELTA,
 )
@@ -130,7 +133,7 @@ QWEN3_5_MOE = QWEN3_5._replace(
         ),
     },
     experts=Routed(shared_width="shared_expert_intermediate_size"),
-    code=Code(joins_rotary=True, apart_products=True, shared_first=True, shared_gate=True),
+    code=Code(turns_by_row=True, joins_rotary=True, apart_products=True, shared_first=True, shared_gate=True),
     names=QWEN2_MOE.names,
     tiny=QWEN3_NEXT.tiny,
 )
@@ -147,11 +150,29 @@ FAMILIES = {
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "mellum": QWEN3_MOE._replace(
+        defaults=defaults(
+            *(2304, 28, 32, 4, 98304, 7168),
+            head_dim=128,
+            sliding_window=1024,
+            num_experts=64,
+            num_experts_per_tok=8,
+            moe_intermediate_size=896,
+            norm_topk_prob=True,
+        ),
+        windows="listed",
+        window_switch=False,
+        experts=Routed(normalised="norm_topk_prob", listed=True, linears=LINEARS),
+        code=Code(local_rotary=True),
+    ),
     "qwen3_5_moe_text": QWEN3_5_MOE,
     "qwen3_5_text": QWEN3_5,
     "qwen3_next": QWEN3_NEXT,
     "qwen3_vl_text": QWEN3._replace(
-        defaults=defaults(4096, 32, 32, 32, 151936, 22016, head_dim=128), windows="none", window_switch=False
+        defaults=defaults(4096, 32, 32, 32, 151936, 22016, head_dim=128),
+        windows="none",
+        window_switch=False,
+        code=Code(turns_by_row=True),
     ),
     "qwen3_vl_moe_text": QWEN3_MOE._replace(
         defaults=defaults(
@@ -164,5 +185,6 @@ FAMILIES = {
         windows="none",
         window_switch=False,
         experts=Routed(),
+        code=Code(turns_by_row=True),
     ),
 }
