@@ -475,6 +475,21 @@ class VariedOptions(Options):
         panel="Recipe",
         metavar="N",
     )
+    context_parallel = option(
+        int,
+        "--context-parallel",
+        "GPUs that share each sequence in a ring: torch's context_parallel, accelerate's cp_size. Default 1.",
+        panel="Recipe",
+        metavar="N",
+    )
+    rotate_method = option(
+        str,
+        "--rotate-method",
+        _of_recipe("rotate_method", {"allgather": "torch's own choice"}),
+        panel="Recipe",
+        metavar="NAME",
+        choices=_planned("rotate_method"),
+    )
 
 
 class RecipeOptions(StepOptions, VariedOptions):
@@ -661,6 +676,8 @@ _FIELDS = (
     "replicas",
     "gpus_per_node",
     "sequence_parallel",
+    "context_parallel",
+    "rotate_method",
     "kernels",
     "max_grad_norm",
     "lora_dropout",
@@ -856,7 +873,7 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
         names = several.get(named) or [strategy_name(name.strip()) for name in named.split(",")]
     if named == "all" and options.sharding == "fsdp":  # which gathers one layer at a time
         names.remove("checkpoint-sqrt")
-    if named == "all" and (options.sequence_parallel or 1) > 1:
+    if named == "all" and max(options.sequence_parallel or 1, options.context_parallel or 1) > 1:
         names = [name for name in names if not STRATEGIES[name].layer_in_chunks]
     return {name: STRATEGIES[name] for name in names}
 

@@ -335,12 +335,15 @@ def replica_notes(recipe: Recipe) -> list[str]:
 
 
 def _sequences_of_each(recipe: Recipe, where: str = "") -> str:
-    sequences, ranks = "sequences" if recipe.batch > 1 else "sequence", recipe.sequence_parallel
+    sequences, ranks = "sequences" if recipe.batch > 1 else "sequence", recipe.sharers
     if ranks == 1:
         return f"Per GPU, of {recipe.gpus:,}{where}, each with its own {sequences}"
+    how, attention = "Ulysses", "in attention all of them for its part of the heads"
+    if recipe.context_parallel > 1:
+        how, attention = "context parallel", "in attention keys and values of all come round"
     return (
-        f"Per GPU, of {recipe.gpus:,}{where}, of which {ranks:,} share each sequence (Ulysses): lengths are of whole sequences, padded to a multiple of "
-        f"{recipe.multiple:,}; each GPU has the tokens of its part, and in attention all of them for its part of the heads"
+        f"Per GPU, of {recipe.gpus:,}{where}, of which {ranks:,} share each sequence ({how}): lengths are of whole sequences, padded to a multiple of "
+        f"{recipe.multiple:,}; each GPU has the tokens of its part, and {attention}"
     )
 
 
@@ -410,11 +413,7 @@ def answer_notes(answer: Answer) -> list[str]:
 def layer_note(answers: Sequence[Answer]) -> list[str]:
     """The strategy that reaches further than those of the answer, where they end with the MLP in chunks."""
     plan = next((answer.plan for answer in answers if answer.strategy == "mst-offload"), None)
-    if (
-        plan is None
-        or plan.recipe.sequence_parallel > 1
-        or any(answer.plan.recipe.layer_in_chunks for answer in answers)
-    ):
+    if plan is None or plan.recipe.sharers > 1 or any(answer.plan.recipe.layer_in_chunks for answer in answers):
         return []
     attention, measured = plan.model.attention, "No GPU has measured it yet."
     if attention.gated_output:  # which layers in chunks are not planned with

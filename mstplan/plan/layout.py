@@ -74,9 +74,7 @@ def layout_of_no_length(
         platform=platform,
         groups=chunks.groups,
         several_rows=recipe.rows > 1
-        and (
-            recipe.layer_in_chunks or recipe.sequence_parallel > 1 or model.attention.keys == "broadcast" or model.alibi
-        ),
+        and (recipe.layer_in_chunks or recipe.sharers > 1 or model.attention.keys == "broadcast" or model.alibi),
     )
     return layout._replace(padded=is_odd and pads_masks(model, layout))
 
@@ -155,7 +153,7 @@ def step_sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
 def row_sizes(recipe: Recipe, tokens: int, chunks: Chunks) -> Sizes:
     """Sizes of a step whose rows have so many tokens on a card."""
     in_chunks = chunk_tokens(tokens, chunks.mlp), chunk_tokens(tokens, chunks.loss)
-    return Sizes(recipe.rows, tokens, *in_chunks, recipe.sequence_parallel)
+    return Sizes(recipe.rows, tokens, *in_chunks, recipe.sequence_parallel, recipe.context_parallel)
 
 
 def hardest_lengths(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:

@@ -215,7 +215,7 @@ def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chu
     if recipe.padding_free and recipe.batch > 1:
         one_row = recipe.changed(batch=1, packing=recipe.samples_in_row)
         return _longest_within_budget(model, one_row, card, chunks) // recipe.batch // recipe.multiple * recipe.multiple
-    window, multiple, ranks = window_of(model, recipe), recipe.multiple, recipe.sequence_parallel
+    window, multiple, ranks = window_of(model, recipe), recipe.multiple, recipe.sharers
 
     def reach(masked: bool, padded: bool = False) -> int:
         layout = layout_of_no_length(model, recipe, chunks, card.platform, masked, padded)
@@ -592,7 +592,7 @@ def _longest_on_host(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -
     if recipe.offload == "saved-tensors":
         return _longest_saved(model, recipe, for_one, built_step)
     fixed = host_bytes(model, recipe, 0, built_step)
-    ranks, multiple = recipe.sequence_parallel, recipe.multiple
+    ranks, multiple = recipe.sharers, recipe.multiple
     per_tokens = host_bytes(model, recipe, ranks, built_step) - fixed
     remaining = for_one - fixed
     if remaining < 0:

@@ -19,7 +19,7 @@ from ..errors import RecipeError
 from ..spec.families import family_of
 from ..spec.model import Attention, Experts, LayerKind, Mlp, Model
 from ..spec.platform import AMPERE, Platform
-from . import quantised, ulysses
+from . import quantised, ring, ulysses
 from .adapters import Adapters, add_adapter
 from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP, Factors, activate, add_router, add_up, router_delta
 from .instants import Stage
@@ -27,6 +27,7 @@ from .kernels import chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel, heads_first
 from .liger import kernels_for
 from .mixers import mix
+from .ring import Ring
 from .roles import Purpose, Role
 from .selection import WeightKind
 from .tape import (
@@ -67,6 +68,7 @@ class Numerics(NamedTuple):
     checkpointed: bool = False  # its layers
     kernels: str = "torch"  # of norms, rotary embedding and MLP
     ranks: int = 1  # cards that share a sequence, and in attention the heads
+    ring: Ring | None = None  # of cards that share a sequence
 
     @property
     def compute(self) -> str:
@@ -112,7 +114,8 @@ class Writer:
         self.in_chunks = False  # does the layer around attention run over pieces?
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
         # axes of position ids, which packed rows have each of its own; pieces of several rows are counted as if they had
-        self.places = "s" if numerics.samples == numerics.ranks == 1 and tokens == "b s" else tokens
+        own_places = numerics.samples > 1 or numerics.ranks > 1 or numerics.ring is not None
+        self.places = "s" if not own_places and tokens == "b s" else tokens
 
     def new(self, name: str, shape: str, dtype: str | None = None) -> Tensor:
         return self.tape.new(name, f"{self.t} {shape}".rstrip(), dtype or self.numerics.made)
@@ -817,6 +820,8 @@ class Writer:
         """q (t, H, e), k and v (t, G, e) -> (t, H, e)."""
         if self.numerics.ranks > 1:
             return ulysses.attend(self, q, k, v, kind)
+        if self.numerics.ring is not None:
+            return ring.attend(self, q, k, v, kind)
         return self.attend_here(q, k, v, kind)
 
     def attend_here(self, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tensor:

@@ -28,6 +28,7 @@ _CHUNKED, _LAYER, _FSDP, _MIXED = (
     {"precision": "mixed"},
 )
 _ULYSSES: dict[str, object] = {"gpus": 8, "sequence_parallel": 8}
+_RING: dict[str, object] = {"gpus": 8, "context_parallel": 8}
 _OFFLOADED = {"checkpoint": "layer", "offload": "layer-inputs"}
 _SAVED = {"offload": "saved-tensors"}
 _SELECTIVE = {"checkpoint": "selective"}
@@ -39,6 +40,14 @@ _ON_HOST: dict[str, object] = {"optimizer_on_host": True, "weights_on_host": Tru
 _NOT_YET = "is not planned yet: FSDP2, as ZeRO-3, and DDP are"
 
 VALUES: dict[str, tuple[Advice, ...]] = {
+    "rotate_method": (
+        Advice("all_gather all-gather gather", "is allgather", {"rotate_method": "allgather"}),
+        Advice(
+            "all_to_all all-to-all a2a p2p ring send_recv",
+            "is alltoall, one rank's at a time",
+            {"rotate_method": "alltoall"},
+        ),
+    ),
     "reduce_dtype": (
         Advice("bfloat16 torch.bfloat16", "is sums of gradients in bf16", {"reduce_dtype": "bf16"}),
         Advice("float float32 torch.float32", "is sums of gradients in fp32", {"reduce_dtype": "fp32"}),
@@ -202,7 +211,8 @@ VALUES: dict[str, tuple[Advice, ...]] = {
         Advice("xformers", _IS_NOT, {"attention": "efficient"}, "torch's kernel of that kind"),
         Advice("sdpa_math math", _IS_NOT, {"attention": "eager"}, "which writes out the score matrix too"),
         Advice("disabled vanilla", "is transformers' eager attention", {"attention": "eager"}),
-        Advice("flex flex_attention paged* ring* sage* sparse linear* native_sparse", _IS_NOT),
+        Advice("flex flex_attention paged* sage* sparse linear* native_sparse", _IS_NOT),
+        Advice("ring* context_parallel cp", "is no kernel: it shares sequences out", _RING),
         Advice("ulysses alst", "is no kernel: it shares sequences out", _ULYSSES),
     ),
     "sharding": (
@@ -231,11 +241,12 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             {"sharding": "ddp"},
         ),
         Advice(
-            "zero2_offload zero3_offload zero_offload zero_infinity tp tensor* pp pipeline* cp context* ring* ep expert* "
+            "zero2_offload zero3_offload zero_offload zero_infinity tp tensor* pp pipeline* ep expert* "
             "megatron 2d 3d 4d 5d",
             _IS_NOT,
         ),
         Advice("sp sequence* ulysses alst", "shares sequences out, beside any sharding", _ULYSSES),
+        Advice("cp context* ring*", "shares sequences out, beside any sharding", _RING),
     ),
     "quantize": (
         Advice("4bit 4 int4 bnb_4bit bitsandbytes load_in_4bit bnb", "is nf4, or fp4", {"quantize": "nf4"}),
@@ -351,16 +362,12 @@ _OPTIONS = (
     Advice("fsdp-reduce-dtype mp-reduce-dtype mixed-precision-reduce", "", {"reduce_dtype": None}),
     Advice("gpus-per-machine num-gpus-per-node devices-per-node local-world-size", "", {"gpus_per_node": None}),
     Advice("ddp* dp data-parallel* dp-size", "of several GPUs, FSDP2 alone is planned", _FSDP, _SHARDS_ALL),
-    Advice(
-        "cp cp-size context-parallel* ring-attention",
-        "ring attention (context parallel) is not planned",
-        _ULYSSES,
-        "whose GPUs share a sequence, too, with all-to-alls in place of a ring",
-    ),
+    Advice("cp cp-size context-parallel-size context-parallel-degree ring-attention*", "", {"context_parallel": None}),
+    Advice("cp-comm-strategy cp-rotate-method set-rotate-method", "", {"rotate_method": None}),
     Advice("sp sp-size sequence-parallel-size sequence-parallel-degree ulysses* alst", "", {"sequence_parallel": None}),
     Advice(
         "tp tp-size tensor-parallel* pp pp-size pipeline-parallel* ep ep-size expert-parallel* expert-model-parallel*",
-        "of several GPUs, FSDP2, DDP and Ulysses are planned",
+        "of several GPUs, FSDP2, DDP, Ulysses and ring attention are planned",
         _FSDP,
         "which shares out the weights, not a matrix product",
     ),

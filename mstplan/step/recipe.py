@@ -148,6 +148,12 @@ class Recipe(BaseModel):
     sequence_parallel: int = Field(default=1, ge=1, le=65_536)
     """Cards that share each sequence (DeepSpeed's Ulysses, ALST): each has its part of the tokens, and in attention its part of the heads.
     Lengths are those of whole sequences, padded to a multiple of it; micro-batches are those of so many cards together."""
+    context_parallel: int = Field(default=1, ge=1, le=65_536)
+    """Cards that share each sequence in a ring (torch's context_parallel, accelerate's cp_size): each has its part of the tokens, and keys and
+    values come round. Lengths are those of whole sequences, padded to a multiple of twice it, for each has a piece of the head and one of the tail."""
+    rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """How keys and values come round under context_parallel (torch's set_rotate_method, accelerate's cp_comm_strategy): allgather, torch's own
+    choice, has those of all cards at once; alltoall those of one card more at a time."""
 
     if not TYPE_CHECKING:  # type checkers know the fields better than this signature does
 
@@ -250,6 +256,7 @@ class Recipe(BaseModel):
             *self._bad_images(),
             *self._bad_sharding(),
             *self._bad_sequence_parallel(),
+            *self._bad_context_parallel(),
             (
                 bool(self.train or self.freeze) and self.sharded,
                 "fsdp with frozen weights is not planned yet: leave --train and --freeze out, or --sharding",
@@ -335,7 +342,7 @@ class Recipe(BaseModel):
         if self.sharding == "none":
             return (
                 (
-                    self.gpus > 1 and self.sequence_parallel == 1,
+                    self.gpus > 1 and self.sharers == 1,
                     "several gpus train in shards or each with all: add sharding='fsdp' (--sharding fsdp), FSDP2 as ZeRO-3, or sharding='ddp' (--sharding ddp)",
                 ),
             )
@@ -394,13 +401,8 @@ class Recipe(BaseModel):
         if ranks == 1:
             return ()
         option = f"sequence_parallel={ranks} (--sequence-parallel {ranks})"
-        divisors = [str(n) for n in range(2, self.gpus + 1) if self.gpus % n == 0]
-        will_do = f" or --sequence-parallel {', '.join(divisors)}" if divisors else ""
         return (
-            (
-                self.gpus % ranks != 0,
-                f"{option} does not divide {self.gpus} gpus: add --gpus {ranks * max(1, -(-self.gpus // ranks))}{will_do}",
-            ),
+            (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--sequence-parallel')}"),
             (
                 self.attention == "eager",
                 f"{option} with eager attention is refused by DeepSpeed, for its mask: use sdpa or flash (--attention)",
@@ -418,6 +420,48 @@ class Recipe(BaseModel):
                 f"{option} with saved tensors in CPU RAM or selective checkpoints is not planned: set checkpoint='layer' (--checkpoint layer)",
             ),
         )
+
+    def _bad_context_parallel(self) -> tuple[tuple[bool, str], ...]:
+        ranks = self.context_parallel
+        if ranks == 1:
+            alone = self.rotate_method != "allgather"
+            return (
+                (alone, "rotate_method (--rotate-method) is of a ring: add context_parallel=8 (--context-parallel 8)"),
+            )
+        option = f"context_parallel={ranks} (--context-parallel {ranks})"
+        return (
+            (
+                self.sequence_parallel > 1,
+                f"{option} and sequence_parallel={self.sequence_parallel} (--sequence-parallel) both share sequences out: leave one of the two out",
+            ),
+            (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--context-parallel')}"),
+            (
+                self.attention not in (SDPA, "cudnn"),
+                f"{option} with {self.attention} attention is not planned, torch's ring takes sdpa with cuDNN's or flash kernel: use sdpa (--attention sdpa)",
+            ),
+            (
+                self.samples_in_row > 1,
+                f"{option} with several samples in a row is refused by torch, for their mask: leave --packing and --padding-free out",
+            ),
+            (
+                self.layer_in_chunks,
+                f"{option} with layers in chunks is not planned: take the strategy mst (-s mst)",
+            ),
+            (
+                self.offload == "saved-tensors" or self.checkpoint == "selective",
+                f"{option} with saved tensors in CPU RAM or selective checkpoints is not planned: set checkpoint='layer' (--checkpoint layer)",
+            ),
+            (
+                bool(self.images),
+                f"{option} with images is not planned: leave one of the two out",
+            ),
+        )
+
+    def _divides_no_gpus(self, ranks: int, option: str) -> str:
+        """What is wrong with ranks that share, and the numbers that would do."""
+        divisors = [str(n) for n in range(2, self.gpus + 1) if self.gpus % n == 0]
+        will_do = f" or {option} {', '.join(divisors)}" if divisors else ""
+        return f"does not divide {self.gpus} gpus: add --gpus {ranks * max(1, -(-self.gpus // ranks))}{will_do}"
 
     def __repr__(self) -> str:
         return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.unusual_fields())})"
@@ -524,7 +568,7 @@ class Recipe(BaseModel):
     @property
     def gives_positions(self) -> bool:
         """Whether position ids come with the batch."""
-        return self.packing > 1 or self.sequence_parallel > 1
+        return self.packing > 1 or self.sharers > 1
 
     def row_tokens(self, seq_len: int) -> int:
         """Tokens that a card has in a row of a micro-batch whose sequences have `seq_len`."""
@@ -532,12 +576,18 @@ class Recipe(BaseModel):
 
     def local_tokens(self, seq_len: int) -> int:
         """Tokens that a card has of a sequence."""
-        return -(-seq_len // self.sequence_parallel)
+        return -(-seq_len // self.sharers)
+
+    @property
+    def sharers(self) -> int:
+        """Cards that share each sequence, in whatever way."""
+        return self.sequence_parallel * self.context_parallel
 
     @property
     def multiple(self) -> int:
         """Tokens that lengths are a multiple of: what batches are padded to, and each card's part is as long as another's."""
-        return lcm(self.pad_to, self.sequence_parallel)
+        pieces = 2 * self.context_parallel if self.context_parallel > 1 else 1
+        return lcm(self.pad_to, self.sequence_parallel, pieces)
 
     def padded(self, tokens: int) -> int:
         """The length that a batch of so many tokens is run at."""
@@ -715,6 +765,8 @@ def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
     ]
     if recipe.sequence_parallel > 1:
         words.append(f"sequences over {recipe.sequence_parallel:,} GPUs (Ulysses)")
+    if recipe.context_parallel > 1:
+        words.append(f"sequences over {recipe.context_parallel:,} GPUs (ring, {recipe.rotate_method})")
     return ", ".join([*words, *([_sharding_in_words(recipe)] if recipe.sharded else [])])
 
 

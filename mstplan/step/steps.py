@@ -19,7 +19,7 @@ from ..spec.families import family_of
 from ..spec.families.base import LAYER
 from ..spec.model import LayerKind, Model
 from ..spec.platform import AMPERE, Platform
-from . import ulysses
+from . import ring, ulysses
 from .adapters import DOWN, MAGNITUDE, MATRICES, WORDS, Adapters
 from .autograd import record_step
 from .clipping import clipping
@@ -35,6 +35,7 @@ from .mixers import check_recipe as check_mixers
 from .optimizers import bytes_to_step, optimizer_memory
 from .optimizers.base import Held, summed
 from .recipe import CHUNK_FIELDS, STRATEGIES, Recipe
+from .ring import Ring, ranks_that_differ
 from .roles import Purpose, Role, State
 from .saved_tensors import Offloaded, offload_saved
 from .selection import TOWERS, Named, Selection, WeightKind
@@ -85,6 +86,7 @@ class Layout(NamedTuple):
     platform: Platform = AMPERE  # by which sdpa chooses its kernels
     groups: int = 1  # of heads, over which attention runs one after the other
     several_rows: bool = False  # sequences, where that makes copies: a layer in pieces, heads that products broadcast
+    alternative: int = 0  # which of the ranks that may hold most, where several may
 
     def masks(self, kind: LayerKind) -> bool:
         """Whether layers of a kind carry an explicit mask."""
@@ -135,13 +137,14 @@ class Chunks(NamedTuple):
 
 class Sizes(NamedTuple):
     """Sizes at which a vector is evaluated. Counts of sequences and of the tokens that a card has of each; ranks: cards that share a
-    sequence, each of which attends to all of it with its part of the heads."""
+    sequence, each of which attends to all of it with its part of the heads; ring: the same of cards to which all of it comes round."""
 
     batch: int
     seq_len: int
     mlp_chunk_tokens: int
     loss_chunk_tokens: int
     ranks: int = 1
+    ring: int = 1
 
     @property
     def units(self) -> tuple[int, ...]:
@@ -150,7 +153,7 @@ class Sizes(NamedTuple):
         x, y, z = (-(-s // tokens) for tokens in MIXER_CHUNKS.values())
         in_mixers = (b * x, b * y, b * z, b * (y + 1), b * (z + 1), b * (y + 1) ** 2, b * (z + 1) ** 2)
         tens = b * s // IDS_PER_PARTIAL_SUM
-        scores = b * s * whole, whole * whole  # of all heads, a card has those of its own; of none
+        scores = b * s * whole * self.ring, whole * whole  # of all heads, a card has those of its own; of none
         return (1, b * s, *in_chunks, *scores, s, b * flash_rows(whole), tens, b, *in_mixers)
 
 
@@ -164,6 +167,8 @@ class Step:
     def __init__(self, model: Model, layout: Layout, workspace: int):
         self.model, self.layout, self.workspace = model, layout, workspace
         self.tape = tape_of(model, layout)
+        last = layout.alternative + 1 == len(ranks_that_differ(layout.recipe.context_parallel))
+        self.other = None if last else Step(model, layout._replace(alternative=layout.alternative + 1), workspace)
         saved = offload_saved(self.tape) if layout.recipe.offload == "saved-tensors" else Offloaded(self.tape, ())
         self.replayed, self.on_host = saved  # the tape as it is replayed, and saved tensors in CPU RAM
         self.weights = step_weights(self.tape.ops)
@@ -237,6 +242,9 @@ class Step:
         by_instant: dict[Instant, list[Moment]] = {}
         for number in self.micro_batches():
             self._add_moments(by_instant, self.rules(number=number, **changes))
+        if self.other is not None:
+            for instant, moments in self.other._moments(**changes).items():
+                by_instant[instant] += moments
         return by_instant
 
     def _add_moments(self, by_instant: dict[Instant, list[Moment]], rules: Rules) -> None:
@@ -389,8 +397,12 @@ class Step:
         return not (self.layout.recipe.optimizer_in_backward or self.layout.recipe.weights_on_host)
 
     def batch(self) -> list[Tensor]:
-        names = ("token ids", "labels", *((POSITION_IDS,) if self.layout.recipe.gives_positions else ()))
-        return [tensor_of(self.tape.dims, name, "b s", "int64", role=Role.BATCH) for name in names]
+        recipe = self.layout.recipe
+        names: tuple[str, ...] = ("token ids", "labels", *((POSITION_IDS,) if recipe.gives_positions else ()))
+        shape = "b s"
+        if recipe.context_parallel > 1:  # each has the memory of whole sequences (mstplan/train/ring.py)
+            names, shape = (*names, "shifted labels", "attention mask"), f"b s {recipe.context_parallel}"
+        return [tensor_of(self.tape.dims, name, shape, "int64", role=Role.BATCH) for name in names]
 
     def constants(self) -> tuple[Entry, ...]:
         """Weights, gradients and optimizer states: W_mem of the theorem."""
@@ -621,8 +633,10 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         checkpointed=recipe.quantize == "int8" and recipe.checkpoint != "none",
         kernels=recipe.kernels,
         ranks=recipe.sequence_parallel,
+        ring=ring_of(layout),
     )
     ulysses.check(model, recipe, layout.masked)
+    ring.check(model, recipe, layout.platform)
     loss = LOSSES[recipe.loss]
     in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks
     check_towers(model, recipe)
@@ -672,6 +686,15 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         moved = tensor_of(tape.dims, "layer input in transfer", "b s d", hidden.dtype, role=Role.LAYER_INPUT)
         tape = replace(tape, in_transfer=moved)
     return into_groups(tape, recipe) if recipe.sharded else tape
+
+
+def ring_of(layout: Layout) -> Ring | None:
+    """The ring of a recipe's ranks, and the rank that is laid out."""
+    recipe = layout.recipe
+    if recipe.context_parallel == 1:
+        return None
+    rank = ranks_that_differ(recipe.context_parallel)[layout.alternative]
+    return Ring(recipe.context_parallel, recipe.rotate_method == "allgather", rank)
 
 
 def with_escapes(tape: Tape) -> Tape:
@@ -1104,7 +1127,7 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     model, tape, recipe = w.model, w.tape, layout.recipe
     weight = table if model.tied else w.weight("lm_head", model.vocab, model.hidden, kinds=(WeightKind.HEAD,))
     labels = tensor_of(tape.dims, "shifted labels", "b s", "int64", role=Role.BATCH)
-    if recipe.sequence_parallel > 1:  # they come shifted, from whole sequences
+    if recipe.sharers > 1:  # they come shifted, from whole sequences
         labels = without_bytes(labels)
     if not in_pieces:
         _loss(w, hidden, weight, recipe.loss, labels, defers=model.tied)

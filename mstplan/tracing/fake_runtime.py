@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..spec.platform import AMPERE, Platform
 from ..train.locate import find_parts
+from ..train.ring import RingKernel
 from ..train.runtime import Runtime
 from .recorder import Recorder
+from .ring import ring_stand_in
 from .saved_tensors import HostHooks
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -49,9 +52,9 @@ class FakeRuntime(Runtime):
 class FakeCardRuntime(FakeRuntime):
     """The same, allocating what a card does, seen by `recorder`."""
 
-    def __init__(self, recorder: Recorder, most_chunks: int | None = None):
+    def __init__(self, recorder: Recorder, most_chunks: int | None = None, platform: Platform = AMPERE):
         super().__init__(most_chunks)
-        self.recorder = recorder
+        self.recorder, self.platform = recorder, platform
 
     def adds_to_fp32(self, device_type: str) -> bool:
         return True
@@ -65,6 +68,9 @@ class FakeCardRuntime(FakeRuntime):
 
     def offload_saved(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         return HostHooks(model, find_parts(model).head, self.recorder).hooks()
+
+    def ring_kernel(self, device_type: str) -> RingKernel:
+        return ring_stand_in(self.recorder, self.platform)
 
     def keep_attention(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Stand-ins of kernels are no operations that torch's own contexts would see."""

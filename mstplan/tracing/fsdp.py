@@ -54,10 +54,10 @@ SHARDS = "FSDP: gradient shards"
 
 
 @contextmanager
-def first_of_ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
-    """Within the context this process is the first of the recipe's `gpus` ranks, the others of which are not there. Gives the mesh of those that
+def first_of_ranks(recipe: Recipe, rank: int = 0) -> Iterator[DeviceMesh | None]:
+    """Within the context this process is the first of the recipe's `gpus` ranks, or another, the others of which are not there. Gives the mesh of those that
     share weights."""
-    if not recipe.sharded and recipe.sequence_parallel == 1:
+    if not recipe.sharded and recipe.sharers == 1:
         yield None
         return
     if dist.is_initialized():
@@ -66,7 +66,7 @@ def first_of_ranks(recipe: Recipe) -> Iterator[DeviceMesh | None]:
         )
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=recipe.gpus)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=recipe.gpus)
     try:
         yield mesh_of("cpu", recipe) if recipe.sharded else None
     finally:

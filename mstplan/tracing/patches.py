@@ -150,6 +150,15 @@ SCATTER_BUFFERS = Target(
     _COLLECTIVES, "DefaultReduceScatter.allocate", _TORCH, "it makes both buffers of a reduce-scatter"
 )
 
+# ---- collectives of torch's ring attention (ring.py) ---------------------------------------------------------------------
+
+_RING = "torch.distributed.tensor.experimental._context_parallel._attention"
+_FUNCTIONAL = "torch.distributed._functional_collectives"
+
+RING_GATHER = Target(_FUNCTIONAL, "all_gather_single", _TORCH, "on fake tensors it is done at once, and copied")
+RING_SEND = Target(_FUNCTIONAL, "permute_tensor", _TORCH, "on fake tensors it is done at once, and copied")
+RING_WAIT = Target(_RING, "_maybe_wait", _TORCH, "what is sent is held until the result is waited for")
+
 # ---- products with quantised weights (quantised.py) --------------------------------------------------------------------
 
 _BITSANDBYTES = "bitsandbytes 0.50.2"

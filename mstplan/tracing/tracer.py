@@ -30,6 +30,7 @@ from ..step.instants import Pass
 from ..step.kernels import NO_SDPA, SDPA, runs_sdpa
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
+from ..step.ring import ranks_that_differ
 from ..step.runnable import check_runnable
 from ..step.saved_tensors import IN_FLIGHT
 from ..step.selection import Kinds
@@ -56,6 +57,7 @@ from .optimizers import make_fake_optimizer
 from .quantised import on_fake_weights
 from .recorder import ModuleLabel, Recorder, checkpoints_of
 from .recording import Category, Recording
+from .ring import ring_without_ranks
 from .trace import State, Trace, Weight
 from .values import UnknownValues, note_tokens
 
@@ -136,7 +138,11 @@ def trace_settings(
     if recipe.images:
         image_batch(settings, recipe, seq_len)  # what is wrong with them is said before anything is built
     with on_fake_weights(recipe.quantize != "none"):
-        return _trace_settings(settings, recipe, seq_len, on, workspace, platform, whole, remote_code)
+        found = [
+            _trace_settings(settings, recipe, seq_len, on, workspace, platform, whole, remote_code, rank)
+            for rank in ranks_that_differ(recipe.context_parallel)
+        ]
+    return max(found, key=lambda each: max(each.live)) if len(found) > 1 else found[0]
 
 
 def _trace_settings(
@@ -148,6 +154,7 @@ def _trace_settings(
     platform: Platform,
     whole: bool,
     remote_code: bool,
+    rank: int,
 ) -> Trace:
     full = whole_model(settings, recipe, on, remote_code)
     layers = locate.find_parts(full).layers
@@ -163,7 +170,7 @@ def _trace_settings(
 
     def trace_layers(model: PreTrainedModel, layer_numbers: list[int]) -> Trace:
         def record(model: PreTrainedModel, first: bool = False) -> tuple[Recording, Names]:
-            return _record_layers(model, recipe, seq_len, layer_numbers, starts, on, whole, platform, first)
+            return _record_layers(model, recipe, seq_len, layer_numbers, starts, on, whole, platform, first, rank)
 
         short, idle = record(model)
         stepped = Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE})
@@ -271,12 +278,13 @@ def _record_layers(
     whole: bool,
     platform: Platform,
     first: bool,
+    rank: int,
 ) -> tuple[Recording, Names]:
     """Forward and backward of a step with the layers of these numbers, where checkpoints begin as in the whole. starts: there, their first
     layers. Beside it the trained weights of towers that no gradient comes to: what images do not go through, as the last layers of
     a tower of which an earlier one's output is taken."""
     model = _keep_layers(full, locate.find_parts(full).layers, layer_numbers)
-    with first_of_ranks(recipe) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    with first_of_ranks(recipe, rank) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
         if mesh is not None:
             shard_model(model, recipe, mesh)
@@ -318,12 +326,13 @@ def record_passes(
     sequence, to be run; None: all. first: gradients of earlier micro-batches, states of an optimizer in backward are not there yet."""
     units = len(locate.find_parts(model).layers)
     recorder = Recorder(_label_modules(model), units)
-    runtime = FakeCardRuntime(recorder, most_chunks) if on == "cuda" else FakeRuntime(most_chunks)
+    runtime = FakeCardRuntime(recorder, most_chunks, platform) if on == "cuda" else FakeRuntime(most_chunks)
     attention = "flash" if model.config._attn_implementation == FLASH else recipe.attention
     samples = recipe.samples_in_row
     device = as_on_cuda(recorder, attention, platform, samples) if on == "cuda" else on_fake_tensors(samples)
     liger = liger_kernels(model) if recipe.kernels == "liger" and on == "cuda" else nullcontext()
-    with device, liger:
+    ring = ring_without_ranks() if recipe.context_parallel > 1 else nullcontext()
+    with device, liger, ring:
         bare = {"optimizer": "sgd", "fp32_embedding_states": False}
         bare_recipe = recipe if recipe.optimizer_in_backward else recipe.changed(**bare)
         packages = StandInPackages() if on == "cuda" else NoPackages()
@@ -340,8 +349,7 @@ def record_passes(
         fsdp = record_fsdp(recorder, recipe.weights_on_host) if recipe.sharded else nullcontext()
         with _name_failures(model), quiet_packages(), fsdp, recorder, kernel_buffers, recorder.watch_modules(model):
             recorder.begin_pass(Pass.FORWARD)
-            step.tokens, step.labels = step.tokens.clone(), step.labels.clone()  # made anew for every step
-            step.positions = step.make_positions()
+            step.renew_batch()
             if recipe.images:
                 _give_images(step, seq_len)
             else:

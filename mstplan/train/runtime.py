@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import MissingError, RecipeError, one_line
 from ..spec.hardware import free_host_memory
+from .ring import ON_CPU, RingKernel
 
 
 class Runtime:
@@ -108,6 +109,10 @@ class Runtime:
             ) from None
         context: AbstractContextManager[Any] = get_act_offloading_ctx_manager(model, warn_if_no_head=False)
         return context
+
+    def ring_kernel(self, device_type: str) -> RingKernel | None:
+        """The kernel of attention whose sequences ranks share in a ring; None: the one that torch's dispatcher takes, which knows GPUs'."""
+        return ON_CPU if device_type == "cpu" else None
 
     def keep_attention(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """What the first run of a selective checkpoint runs in, and the second, which finds attention's results there."""

@@ -33,6 +33,7 @@ from .images import image_batch
 from .locate import find_parts
 from .quantise import quantise
 from .quiet import quiet_packages
+from .ring import ring_attention, with_room_for_all
 from .runtime import RUNTIME, Runtime
 from .selecting import freeze, kinds_in
 from .text_part import from_settings, text_settings
@@ -197,7 +198,8 @@ class TrainingStep:
             Minisequence(runtime).wrap(model, recipe)
         saves_on_host = recipe.offload == "saved-tensors"
         self.offloading = runtime.offload_saved(model) if saves_on_host else nullcontext()  # of both passes
-        self.group = sequence_group(recipe.sequence_parallel) if recipe.sequence_parallel > 1 else None
+        self.runtime = runtime
+        self.group = sequence_group(recipe.sharers) if recipe.sharers > 1 else None
         self.replica = runtime.replicate(model) if recipe.has_gradient_buckets else None
         make = packages.make_optimizer(recipe, kinds_in(model))
         self.optimizer = None if recipe.optimizer_in_backward else make(weights_to_train(model))
@@ -205,10 +207,25 @@ class TrainingStep:
         vocabulary = vocabulary_of(model)
         shape = recipe.rows, recipe.row_tokens(seq_len)
         self.tokens, self.labels = (torch.randint(0, vocabulary, shape, device=self.device) for _ in range(2))
+        self.beside: dict[str, torch.Tensor] = {}
         self.positions = self.make_positions()
+        self.renew_batch()
         self.images: dict[str, torch.Tensor] = {}
         if recipe.images:
             self._add_images(*image_batch(model.config, recipe, seq_len))
+
+    def renew_batch(self) -> None:
+        """Make the batch anew, as every step's comes. In a ring each tensor of it has the memory of whole sequences, of which torch's
+        context_parallel leaves this rank's part; transformers' Trainer gives it labels, shifted ones, and a mask of ones beside tokens."""
+        self.tokens, self.labels = self.tokens.clone(), self.labels.clone()
+        self.positions = self.make_positions()
+        if self.recipe.context_parallel > 1:
+            assert self.positions is not None
+            whole = [self.tokens, self.labels, self.positions, self.labels, torch.ones_like(self.tokens)]
+            self.tokens, self.labels, self.positions, shifted, mask = (
+                with_room_for_all(part, self.recipe.context_parallel) for part in whole
+            )
+            self.beside = {"shift_labels": shifted, "attention_mask": mask}
 
     def _add_images(self, ids: torch.Tensor, numbers: dict[str, torch.Tensor], pixels: tuple[int, ...]) -> None:
         """Tokens with those of images among them, and what comes with these; pixels in fp32, as processors make them."""
@@ -221,8 +238,10 @@ class TrainingStep:
         own."""
         samples, (rows, tokens) = self.recipe.samples_in_row, self.tokens.shape
         if self.group is not None:
-            first = self.group.rank() * tokens
-            return torch.arange(first, first + tokens, device=self.device).repeat(rows, 1)
+            pieces = torch.arange(tokens * self.group.size(), device=self.device).chunk(2 * self.group.size())
+            rank = self.group.rank()
+            own = (rank, -1 - rank) if self.recipe.context_parallel > 1 else (2 * rank, 2 * rank + 1)
+            return torch.cat([pieces[n] for n in own]).repeat(rows, 1)
         if samples == 1:
             return None
         return (torch.arange(tokens, device=self.device) % -(-tokens // samples)).repeat(rows, 1)
@@ -230,7 +249,12 @@ class TrainingStep:
     @property
     def sharing(self) -> AbstractContextManager[None]:
         """Within the context, of both passes, attention is shared by the ranks that share sequences."""
-        return sharing_attention(self.model, self.group) if self.group is not None else nullcontext()
+        if self.group is None:
+            return nullcontext()
+        if self.recipe.context_parallel > 1:
+            kernel = self.runtime.ring_kernel(self.device.type)
+            return ring_attention(self.group, self.device, self.recipe.rotate_method, kernel)
+        return sharing_attention(self.model, self.group)
 
     def run(self, begin: Callable[[Pass], Any] = lambda _pass: None) -> torch.Tensor:
         """One optimizer step; `begin` is told when each pass of it begins. Returns the loss of the last micro-batch, detached."""
@@ -265,7 +289,7 @@ class TrainingStep:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.runs_autocast):
             beside = {"position_ids": self.positions} if self.positions is not None else {}
             if self.group is not None:  # of whole sequences labels are shifted
-                beside["shift_labels"] = self.labels
+                beside |= {"shift_labels": self.labels, **self.beside}
             loss: torch.Tensor | None = model(input_ids=self.tokens, labels=self.labels, **beside, **self.images).loss
         if loss is None:
             raise ModelError(f"{type(self.model).__name__} gives no loss for token ids and labels.")

@@ -28,6 +28,8 @@ USERS_OWN = {
     "--loss": "chunked",
     "--gpus": "1",
     "--sequence-parallel": "2",
+    "--context-parallel": "2",
+    "--rotate-method": "alltoall",
     "--model": "gpt2",
     "--gpu": "h200",
     "--gpu-mem": "80GB",
@@ -82,8 +84,12 @@ def needs_a_value(words: list[str], at: int) -> bool:
 
 def taken(run: Run, options: tuple[str, ...]) -> bool:
     """Does some command answer with these options?"""
-    several = {"fsdp", "ddp", "--sequence-parallel"} & {*options}
+    several = {"fsdp", "ddp", "--sequence-parallel", "--context-parallel"} & {*options}
     more = ("--gpus", "8") if several and "--gpus" not in options else ()
+    if "--rotate-method" in options:
+        more = ("--gpus", "8", "--context-parallel", "8", "-m", "llama3.1-8b")
+    if "--context-parallel" in options:  # which knows no windows
+        more = (*more, "-m", "llama3.1-8b")
     if "--sequence-parallel" in options:  # which shares no masks
         more = (*more, "--attention", "flash")
     if {"--replicas", "--reduce-dtype"} & {*options} and "fsdp" not in options:
@@ -95,7 +101,7 @@ def taken(run: Run, options: tuple[str, ...]) -> bool:
     beside = [
         word
         for flag, word in (("--model", "-m phi3-mini-4k"), ("--gpu", "--gpu h100"), ("--seq-len", "--seq-len 512"))
-        if flag not in options
+        if flag not in options and not (flag == "--model" and "-m" in more)
     ]
     return run("plan", *" ".join(beside).split(), *options, *more, "--json").code in (0, 1)
 

@@ -89,7 +89,7 @@ def run(recipe: Recipe, runs: int = RUNS) -> dict[str, Any]:
 
     def again(mark: Any) -> None:
         mark("forward")
-        step.tokens, step.labels = step.tokens.clone(), step.labels.clone()
+        step.renew_batch()
         step.run(mark)
 
     seen = [record_allocations(again).events for _ in range(runs)]

@@ -16,7 +16,7 @@ from mstplan.train.wrap import Minisequence
 
 from .families import small_batch, small_model
 
-OF_STEPS = ("keep_attention", "offload_saved", "replicate")  # what recipes ask for beyond `minisequence`
+OF_STEPS = ("keep_attention", "offload_saved", "replicate", "ring_kernel")  # what recipes ask for beyond `minisequence`
 METHODS = [name for name in vars(Runtime) if not name.startswith("_") and name not in OF_STEPS]
 LAYERS = {"layer_in_chunks": True, "attention_groups": 1, "attention_on_host": True}
 EVERYTHING: dict[str, Any] = {"mlp_chunks": 3, "loss_chunks": 4, "checkpoint": "layer", "offload": True, **LAYERS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ...spec.platform import AMPERE, Platform
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from ...spec.model import Attention, LayerKind
     from ..layers import Writer
     from ..tape import Tensor
+
+
+RingTemps = Callable[["Writer", "Tensor", str, bool], tuple["Tensor", ...]]
 
 
 class AttentionCall(NamedTuple):
@@ -65,6 +69,8 @@ class Kernel:
     """Whether the gradients of q and k lie heads first, though q and k do not."""
     one_operation: ClassVar[bool] = True
     """Whether torch's dispatcher sees it as one operation, whose results a selective checkpoint keeps."""
+    in_rings: ClassVar[bool] = False
+    """Whether `ring.py` can lay it out: torch's ring attention knows it, and it says what its backward takes for a block."""
     pads_masks: ClassVar[bool] = False
     """Whether it takes a copy of a mask whose rows are padded (cuda.BIAS_ROWS)."""
 
@@ -77,6 +83,11 @@ class Kernel:
 
     def lay_out(self, w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind, masked: bool) -> Tensor:
         """Write it on the tape of `w`: q (t, H, e), k and v (t, G, e) -> (t, H, e)."""
+        raise NotImplementedError
+
+    def ring_temps(self, w: Writer, mixed: Tensor, halved: str, by_head: bool) -> tuple[Tensor, ...]:
+        """Temporaries of its backward for a block of a ring. mixed: a tensor like its output; halved: "queries" or "keys", of which the
+        block is half, or ""; by_head: its merged output lies heads first."""
         raise NotImplementedError
 
 

@@ -20,6 +20,7 @@ class Cudnn(Kernel):
     label = "cuDNN"
     within_sdpa = True
     sixteen_bit_only = True
+    in_rings = True
 
     def is_asked(self, platform: Platform) -> bool:
         return platform.prefers_cudnn
@@ -59,3 +60,12 @@ class Cudnn(Kernel):
             flops=((4, 2 * a.heads * (a.head_dim + a.v_head_dim)),) if masked else flops(a),
         )
         return tokens_first(w, out)
+
+    def ring_temps(self, w: Writer, mixed: Tensor, halved: str, by_head: bool) -> tuple[Tensor, ...]:
+        """One workspace: sums of dQ for the block's queries, and with grouped queries dK and dV of every query head for its keys."""
+        a = w.model.attention
+        whole = cudnn_row_sums(a.heads, a.head_dim, a.v_head_dim, a.kv_heads != a.heads)
+        of_queries = cudnn_row_sums(a.heads, a.head_dim, a.v_head_dim, grouped=False)
+        of_keys = whole - of_queries
+        row_sums = of_queries // (2 if halved == "queries" else 1) + of_keys // (2 if halved == "keys" else 1)
+        return (w.tape.new("cuDNN's sums for a block", f"{w.t} {row_sums}", "uint8"),)

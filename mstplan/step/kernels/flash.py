@@ -19,6 +19,7 @@ class Flash(Kernel):
     name = "flash"
     label = "FlashAttention-2"
     sixteen_bit_only = True
+    in_rings = True
 
     def serves(self, asked: AttentionCall) -> bool:
         same = asked.head_dim == asked.v_head_dim
@@ -80,3 +81,25 @@ class Flash(Kernel):
         shape = f"{w.t} H ev"
         cropped = tape.new("attention mixed, cropped", shape, q.dtype, out if stays_view else None)
         return tape.op("crop", [out], cropped, grads=((out, tape.grad(out)),))
+
+    def ring_temps(self, w: Writer, mixed: Tensor, halved: str, by_head: bool) -> tuple[Tensor, ...]:
+        """As above; rows of half of the queries are taken for half of the rows, and what rounding may add is counted in full."""
+        a, tape = w.model.attention, w.tape
+        rounded = flash_head_size(a.head_dim)
+        queries, keys = (2 if halved == "queries" else 1), (2 if halved == "keys" else 1)
+        temps = [
+            tape.new("dQ accumulator and row sums of a block", f"b r {a.heads * (rounded + 1) * 4 // queries}", "uint8")
+        ]
+        if queries > 1:
+            temps.append(
+                tape.new(
+                    "rows that its half is rounded up by", f"b {FLASH_ROWS // 2 * a.heads * (rounded + 1)}", "float32"
+                )
+            )
+        copies = by_head + (queries > 1 and w.numerics.several_rows)
+        temps += [
+            tape.new("output or gradient of a block, tokens first", f"{w.t} {w.width(mixed) // queries}", mixed.dtype)
+        ] * copies
+        if a.kv_heads != a.heads:
+            temps.append(tape.new("dK and dV of every query head", f"{w.t} {2 * w.width(mixed) // keys}", mixed.dtype))
+        return tuple(temps)

@@ -66,3 +66,20 @@ class StandIn:
     def attend(self, call: Call, recorder: Recorder) -> torch.Tensor:
         """Stand in where scaled_dot_product_attention chooses the kernel: (b, H, s, e)."""
         raise NotImplementedError
+
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recorder: Recorder) -> tuple[torch.Tensor, ...]:
+        """Stand in for the kernel itself, without a mask: its output (b, H, s, e), its log-sum-exp, and what else backward is given."""
+        raise NotImplementedError
+
+    def run_back(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        recorder: Recorder,
+        samples: int = 1,
+    ) -> tuple[torch.Tensor, ...]:
+        """Stand in for its backward: gradients of q, k and v."""
+        raise NotImplementedError

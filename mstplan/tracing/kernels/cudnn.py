@@ -22,6 +22,35 @@ class Cudnn(StandIn):
         out: torch.Tensor = _Cudnn.apply(call.q, call.k, call.v, bias, recorder)
         return out
 
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recorder: Recorder) -> tuple[torch.Tensor, ...]:
+        with recorder.purpose("cuDNN attention: seed and offset"):
+            seeds = [q.new_empty((), dtype=torch.int64) for _ in range(2)]
+        out = laid_out_like(q, v.shape[-1])
+        with recorder.purpose("cuDNN attention: log-sum-exp"):
+            log_sum_exp = q.new_empty(*q.shape[:-1], 1, dtype=torch.float32)
+        with recorder.purpose("cuDNN attention: workspace"):
+            _workspace = q.new_empty(CUDNN_SPARE, dtype=torch.uint8)
+        return out, log_sum_exp, *seeds
+
+    def run_back(
+        self,
+        _grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        _out: torch.Tensor,
+        recorder: Recorder,
+        samples: int = 1,
+    ) -> tuple[torch.Tensor, ...]:
+        batch, heads, tokens, size = q.shape
+        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+        with recorder.purpose("cuDNN attention: sums of dQ, and of dK and dV of every query head"):
+            of_queries = cudnn_row_sums(heads, size, v.shape[-1], grouped=False)
+            of_keys = cudnn_row_sums(heads, size, v.shape[-1], k.shape[1] != heads) - of_queries
+            sums = batch * (tokens * of_queries + k.shape[2] * of_keys)
+            _workspace = q.new_empty(sums + CUDNN_SPARE, dtype=torch.uint8)
+        return gradients
+
 
 class _Cudnn(torch.autograd.Function):
     """q (b, H, s, e), k and v (b, G, s, e), a bias (b or 1, 1 or H, s, s) -> (b, H, s, e); computes nothing."""
@@ -30,27 +59,15 @@ class _Cudnn(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, recorder: Recorder
     ) -> torch.Tensor:
-        def make() -> tuple[torch.Tensor, ...]:
-            with recorder.purpose("cuDNN attention: seed and offset"):
-                seeds = [q.new_empty((), dtype=torch.int64) for _ in range(2)]
-            out = laid_out_like(q, v.shape[-1])
-            with recorder.purpose("cuDNN attention: log-sum-exp"):
-                log_sum_exp = q.new_empty(*q.shape[:-1], 1, dtype=torch.float32)
-            with recorder.purpose("cuDNN attention: workspace"):
-                _workspace = q.new_empty(CUDNN_SPARE, dtype=torch.uint8)
-            return out, log_sum_exp, *seeds
-
-        out, log_sum_exp, *seeds = recorder.kernel_results(make)
+        out, log_sum_exp, *seeds = recorder.kernel_results(lambda: STAND_IN.run(q, k, v, recorder))
         ctx.save_for_backward(q, k, v, out, log_sum_exp, *seeds, *([bias] if bias is not None else []))
         ctx.recorder = recorder
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        q, k, v, *_ = ctx.saved_tensors
-        batch, heads, tokens, size = q.shape
-        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
-        with ctx.recorder.purpose("cuDNN attention: sums of dQ, and of dK and dV of every query head"):
-            sums = batch * tokens * cudnn_row_sums(heads, size, v.shape[-1], k.shape[1] != heads)
-            _workspace = q.new_empty(sums + CUDNN_SPARE, dtype=torch.uint8)
-        return (*gradients, None, None)
+        q, k, v, out, *_ = ctx.saved_tensors
+        return (*STAND_IN.run_back(grads[0], q, k, v, out, ctx.recorder), None, None)
+
+
+STAND_IN = Cudnn()

@@ -31,6 +31,37 @@ class Flash(StandIn):
         out: torch.Tensor = _Flash.apply(call.q, call.k, call.v, recorder, call.samples)
         return out
 
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recorder: Recorder) -> tuple[torch.Tensor, ...]:
+        out = laid_out_like(q, v.shape[-1])
+        with recorder.purpose("flash: log-sum-exp"):
+            log_sum_exp = q.new_empty(*q.shape[:-1], dtype=torch.float32)
+        with recorder.purpose("flash: seed and offset"):
+            return out, log_sum_exp, q.new_empty(2, dtype=torch.int64), q.new_empty((), dtype=torch.int64)
+
+    def run_back(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        recorder: Recorder,
+        samples: int = 1,
+    ) -> tuple[torch.Tensor, ...]:
+        batch, heads, tokens, size = q.shape
+        with recorder.purpose("flash: tokens first"):  # (attention_backward.cu, _flash_attention_backward)
+            _copies = [x.transpose(1, 2).contiguous() for x in (grad, out)]
+        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+        rows = flash_rows(tokens) if samples == 1 else tokens + FLASH_ROWS * samples
+        with recorder.purpose("flash: row sums of dO * O"):
+            workspace = [q.new_empty(batch, heads, rows, dtype=torch.float32)]
+        with recorder.purpose("flash: dQ accumulator"):
+            workspace.append(q.new_empty(batch, rows, heads, flash_head_size(size), dtype=torch.float32))
+        if k.shape[1] != heads:  # gradients of keys and values are summed over the query heads that share them
+            with recorder.purpose("flash: dK, dV of every query head"):
+                workspace += [q.new_empty(batch, k.shape[2], heads, width) for width in (size, v.shape[-1])]
+        return gradients
+
 
 class _Flash(torch.autograd.Function):
     """q (b, H, s, e), k and v (b, G, s, e) -> (b, H, s, e); allocates what FlashAttention-2 does, computes nothing."""
@@ -39,14 +70,7 @@ class _Flash(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recorder: Recorder, samples: int
     ) -> torch.Tensor:
-        def make() -> tuple[torch.Tensor, ...]:
-            out = laid_out_like(q, v.shape[-1])
-            with recorder.purpose("flash: log-sum-exp"):
-                log_sum_exp = q.new_empty(*q.shape[:-1], dtype=torch.float32)
-            with recorder.purpose("flash: seed and offset"):
-                return out, log_sum_exp, q.new_empty(2, dtype=torch.int64), q.new_empty((), dtype=torch.int64)
-
-        out, log_sum_exp, *seeds = recorder.kernel_results(make)
+        out, log_sum_exp, *seeds = recorder.kernel_results(lambda: STAND_IN.run(q, k, v, recorder))
         ctx.save_for_backward(q, k, v, out, log_sum_exp, *seeds)
         ctx.recorder, ctx.samples = recorder, samples
         return out
@@ -54,19 +78,10 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, out, *_ = ctx.saved_tensors
-        batch, heads, tokens, size = q.shape
-        with ctx.recorder.purpose("flash: tokens first"):  # (attention_backward.cu, _flash_attention_backward)
-            _copies = [x.transpose(1, 2).contiguous() for x in (grads[0], out)]
-        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
-        rows = flash_rows(tokens) if ctx.samples == 1 else tokens + FLASH_ROWS * ctx.samples
-        with ctx.recorder.purpose("flash: row sums of dO * O"):
-            workspace = [q.new_empty(batch, heads, rows, dtype=torch.float32)]
-        with ctx.recorder.purpose("flash: dQ accumulator"):
-            workspace.append(q.new_empty(batch, rows, heads, flash_head_size(size), dtype=torch.float32))
-        if k.shape[1] != heads:  # gradients of keys and values are summed over the query heads that share them
-            with ctx.recorder.purpose("flash: dK, dV of every query head"):
-                workspace += [q.new_empty(batch, k.shape[2], heads, width) for width in (size, v.shape[-1])]
-        return (*gradients, None, None)
+        return (*STAND_IN.run_back(grads[0], q, k, v, out, ctx.recorder, ctx.samples), None, None)
+
+
+STAND_IN = Flash()
 
 
 def _fused(
