@@ -36,7 +36,7 @@ from .quiet import quiet_packages
 from .runtime import RUNTIME, Runtime
 from .selecting import freeze, kinds_in
 from .text_part import from_settings, text_settings
-from .ulysses import sequence_group, sharing_attention
+from .ulysses import sequence_group, share_attention
 from .wrap import Minisequence
 
 if TYPE_CHECKING:
@@ -198,6 +198,8 @@ class TrainingStep:
         saves_on_host = recipe.offload == "saved-tensors"
         self.offloading = runtime.offload_saved(model) if saves_on_host else nullcontext()  # of both passes
         self.group = sequence_group(recipe.sequence_parallel) if recipe.sequence_parallel > 1 else None
+        if self.group is not None:
+            share_attention(model, self.group)
         self.replica = runtime.replicate(model) if recipe.has_gradient_buckets else None
         make = packages.make_optimizer(recipe, kinds_in(model))
         self.optimizer = None if recipe.optimizer_in_backward else make(weights_to_train(model))
@@ -227,15 +229,10 @@ class TrainingStep:
             return None
         return (torch.arange(tokens, device=self.device) % -(-tokens // samples)).repeat(rows, 1)
 
-    @property
-    def sharing(self) -> AbstractContextManager[None]:
-        """Within the context, of both passes, attention is shared by the ranks that share sequences."""
-        return sharing_attention(self.model, self.group) if self.group is not None else nullcontext()
-
     def run(self, begin: Callable[[Pass], Any] = lambda _pass: None) -> torch.Tensor:
         """One optimizer step; `begin` is told when each pass of it begins. Returns the loss of the last micro-batch, detached."""
         for n in range(self.recipe.accumulation):
-            with self.offloading, self.sharing, self.reduced_later(n + 1 < self.recipe.accumulation):
+            with self.offloading, self.reduced_later(n + 1 < self.recipe.accumulation):
                 begin(Pass.FORWARD)
                 loss = self.forward()
                 begin(Pass.BACKWARD)
