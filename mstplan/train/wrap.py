@@ -35,6 +35,7 @@ from .patching import patch_forward, plain_forward, restore_forward
 from .rehearsal import Rehearsed, patch_parts, rehearse
 from .runtime import RUNTIME, Runtime
 from .ulysses import Sharing, can_share, group_of, share_attention, share_no_more
+from .zero import check_not_begun, has_shards, mark_leaf, unmark_leaf
 
 LOG = logging.getLogger("mstplan")
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -216,6 +217,7 @@ class Minisequence:
         """Train the model with a recipe's checkpoints and chunks, whatever else it says, in place. group: the ranks that share sequences."""
         parts = self._check_unwrapped(model)
         inner = parts.model
+        check_not_begun(inner)
         in_layers = recipe.layer_in_chunks and recipe.mlp_chunks != 1
         rehearsed = _rehearse(inner, parts.layers, recipe, group) if in_layers else None
         mlps = _mlps_of(parts, rehearsed) if recipe.mlp_chunks != 1 else []
@@ -265,6 +267,7 @@ class Minisequence:
         liger: list[tuple[LigerKernels, PreTrainedModel]] = []
         for module in model.modules():
             settings = module.__dict__.pop("_mstplan", None)
+            unmark_leaf(module)
             if isinstance(settings, _Settings) and isinstance(module, PreTrainedModel):
                 if settings.checkpoints is not None:
                     settings.checkpoints.undo()
@@ -352,6 +355,7 @@ def _is_checkpoint(value: object) -> bool:
 
 def _chunk_mlp(layer: Any, mlp: LayerMlp, settings: _Settings) -> None:
     mlp.first._mstplan = settings  # type: ignore[assignment]
+    mark_leaf(mlp.first)
     mlp.first._mstplan_read = None  # type: ignore[assignment]
     patch_forward(mlp.first, _mlp_forward if mlp.down is None else _up_forward)
     for module in (*mlp.followers, *([mlp.down] if mlp.down is not None else [])):
@@ -366,10 +370,10 @@ def _chunk_mlp(layer: Any, mlp: LayerMlp, settings: _Settings) -> None:
 
 
 def _mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """An MLP: its output is made as soon as something reads it, in chunks. Compiled code gets it at once, and does not look in."""
-    return (
-        _materialized_mlp(self, *args, **kwargs) if torch.compiler.is_compiling() else _lazy_mlp(self, *args, **kwargs)
-    )
+    """An MLP: its output is made as soon as something reads it, in chunks. Compiled code gets it at once, and does not look in; so do ZeRO-3's
+    hooks, which wait for tensors."""
+    at_once = torch.compiler.is_compiling() or has_shards(self)
+    return _materialized_mlp(self, *args, **kwargs) if at_once else _lazy_mlp(self, *args, **kwargs)
 
 
 @torch.compiler.disable
@@ -461,6 +465,11 @@ def _note_output_use(layer: Any, _inputs: Any, output: Any) -> Any:
 
 def _rehearse(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe, group: ProcessGroup | None) -> Rehearsed:
     """How the layers run in pieces. Raises ModelError, also for heads that do not come in so many groups."""
+    if has_shards(model):
+        raise ModelError(
+            f"{type(model).__name__} was built in shards (deepspeed.zero.Init), on which its layers cannot be rehearsed."
+            "\nUse the strategy mst, or build the model before its trainer's arguments are made."
+        )
     watch_attention()
     rehearsed = rehearse(model, layers)
     for parts in rehearsed.layers:
@@ -504,6 +513,7 @@ def _chunk_layers(rehearsed: Rehearsed, settings: _Settings) -> None:
     for parts in rehearsed.layers:
         layer: Any = parts.layer
         layer._mstplan, layer._mstplan_parts = settings, parts
+        mark_leaf(layer)
         patch_parts(parts)
         patch_forward(layer, _layer_forward)
     for module in rehearsed.tail:
