@@ -87,8 +87,8 @@ class MeasureOptions(PointsOptions, MeasuringOptions, RecipesOptions, FormatOpti
     "measure",
     MeasureOptions,
     help="Real training steps with random weights and tokens on this machine's device, each in a process of its own: peaks of memory, "
-    "time, tokens per second. What runs out of memory or fails is a result, too. A rerun measures what is missing. Under torchrun, with "
-    "--sharding fsdp or ddp, one point of all ranks together.",
+    "time, tokens per second. What runs out of memory or fails is a result, too. A rerun measures what is missing. Under torchrun, "
+    "accelerate launch, deepspeed or srun, with --sharding fsdp or ddp, one point of all ranks together.",
     examples=(
         "mstplan measure -m llama3.1-8b --seq-len 8k,16k,32k --strategy all",
         "mstplan measure -m smollm2-135m --seq-len 512 --device cpu",
@@ -176,7 +176,7 @@ def _cases(options: MeasureOptions, environment: dict[str, Any], alone: bool = T
     if options.suite is not None:
         if not alone:
             raise RecipeError(
-                "a suite is measured point by point, each in a process of its own: not under torchrun.\nName one point: --model, --seq-len, -s."
+                "a suite is measured point by point, each in a process of its own: not by several ranks.\nName one point: --model, --seq-len, -s."
             )
         beside = ("model", "assume", *declared(RecipesOptions), "seq_len", "layers", "allocator")
         if flags := flags_given(options, beside):
@@ -201,13 +201,13 @@ def refuse_sharded(recipes: Iterable[Recipe]) -> None:
 
     if several := next((recipe for recipe in recipes if recipe.gpus > 1), None):
         raise RecipeError(
-            "several ranks are measured under torchrun.\n"
+            "several ranks are measured under a launcher: torchrun, accelerate launch, deepspeed or srun.\n"
             f"Run: torchrun --nproc-per-node {several.gpus} -m mstplan measure ... --sharding {several.sharding if several.sharding != 'none' else 'fsdp'}"
         )
 
 
 def _measure_on_all_ranks(options: MeasureOptions, launch: Launch) -> None:
-    """One point, in the processes that torchrun started."""
+    """One point, in the processes that a launcher started."""
     from .. import files
     from ..errors import RecipeError
     from ..measuring import measurement, sweep
@@ -219,11 +219,11 @@ def _measure_on_all_ranks(options: MeasureOptions, launch: Launch) -> None:
 
     if options.sharding in (None, "none") or options.gpus not in (None, launch.ranks):
         raise RecipeError(
-            f"torchrun started {launch.ranks} ranks: say --sharding fsdp or ddp, and no other number with --gpus."
+            f"{launch.ranks} ranks were started: say --sharding fsdp or ddp, and no other number with --gpus."
         )
     if unused := flags_given(options, ("timeout", "again", "workers", "allocator")):
         raise RecipeError(
-            f"{', '.join(unused)}: nothing to do under torchrun, where a command measures its point each time.\nLeave it out."
+            f"{', '.join(unused)}: nothing to do among several ranks, where a command measures its point each time.\nLeave it out."
         )
     if launch.rank == 0:  # not all of them: each would find another's lock
         measurement.check_appendable(options.out)
@@ -235,7 +235,7 @@ def _measure_on_all_ranks(options: MeasureOptions, launch: Launch) -> None:
         cases = _cases(options, environment, alone=False)
         if len(cases) != 1:
             raise RecipeError(
-                f"{len(cases)} points under torchrun: measure one with each command.\nName one strategy and one length."
+                f"{len(cases)} points of several ranks: measure one with each command.\nName one strategy and one length."
             )
         measurement_of_all = group.measure(cases[0], environment, options.out)
     if measurement_of_all is None:  # another rank says it

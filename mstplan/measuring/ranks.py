@@ -1,4 +1,4 @@
-"""One measured step on all the ranks that torchrun started, with FSDP2; one of them writes what each saw.
+"""One measured step on all the ranks that a launcher started; one of them writes what each saw.
 
 A rank that fails leaves the others waiting in a collective, under NCCL for minutes. So the first that fails writes the record, and a
 thread of every other rank, which looks for that, ends it.
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ..errors import MeasurementError, one_line, quoted
-from .launch import Launch
+from .launch import LAUNCHERS, Launch
 from .measurement import OK, Case, Figures, Measurement, appending, utc_now
 from .worker import attempt_step, check_cuda, local_rank, measure_here, read_environment
 
@@ -29,7 +29,7 @@ _POLL_SECONDS = 0.5  # between two looks
 
 
 class Ranks:
-    """The process group that torchrun prepared, while the context lasts. Raises MeasurementError where the ranks do not meet."""
+    """The process group of the ranks that a launcher started, while the context lasts. Raises MeasurementError where the ranks do not meet."""
 
     def __init__(self, device: str, launch: Launch):
         self.device, self.launch = device, launch
@@ -40,6 +40,7 @@ class Ranks:
             check_cuda()
             torch.cuda.set_device(local_rank())
         host, port = self.launch.host, self.launch.port
+        self.launch.tell_torch()
         try:
             socket.getaddrinfo(host, port)  # torch would try again and again
             dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
@@ -48,7 +49,7 @@ class Ranks:
         except Exception as e:  # noqa: BLE001  torch raises what it likes
             raise MeasurementError(
                 f"the {self.launch.ranks} ranks do not meet at {quoted(host)}, port {port} (MASTER_ADDR, MASTER_PORT): {one_line(e)}.\n"
-                "Start them with torchrun, which sets both."
+                f"Start them with {LAUNCHERS}."
             ) from None
         return self
 

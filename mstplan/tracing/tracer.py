@@ -357,7 +357,7 @@ def record_passes(
             passes = min(recipe.accumulation, _MICRO_BATCHES) if recipe.keeps_whole_gradients else 1
             for n in range(passes):
                 recorder.begin_pass(Pass.FORWARD)
-                with step.offloading, step.sharing, step.reduced_later(n + 1 < passes):
+                with step.offloading, step.ring, step.reduced_later(n + 1 < passes):
                     loss = step.forward()
                     recorder.begin_pass(Pass.BACKWARD)
                     loss.backward()

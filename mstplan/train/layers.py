@@ -45,7 +45,7 @@ class LayerParts:
         self.outputs = -1  # of the layer, likewise
         # by the name of a module within the layer: does it run up to the call, and from there on?
         self.runs: dict[str, tuple[bool, bool]] = {}
-        self.kv_heads = 1
+        self.heads = self.kv_heads = 1  # of queries, of keys
 
     def modules(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
         """Modules whose own weights are used up to the call, and from there on. What came into the layer since it was rehearsed (adapters) runs

@@ -23,6 +23,7 @@ from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summ
 from .lazy import LazyTensor, Run
 from .runtime import Runtime, saving_here
 from .weight_stand_ins import current_autocast, swap_weights, trained_weights
+from .zero import gather, gathered
 
 
 class LazyLogits(LazyTensor):
@@ -73,17 +74,12 @@ class LazyLogits(LazyTensor):
             )  # FSDP 2 of the head by itself, which thinks that the head has run
             if unshard is not None:
                 unshard()
-        loss = _ChunkedLoss.apply(
-            hidden,
-            self.run,
-            self.modules,
-            target,
-            early_divisor,
-            self.rows,
-            self.runtime,
-            ignore_index,
-            *trained_weights(*self.modules),
-        )
+        with gathered(self.modules):
+            loss = _ChunkedLoss.apply(
+                hidden,
+                *(self.run, self.modules, target, early_divisor, self.rows, self.runtime, ignore_index),
+                *trained_weights(*self.modules),
+            )
         return loss / (count / early_divisor) if reduction == "mean" else loss * early_divisor
 
     def view(self, *shape: Any) -> LazyLogits:
@@ -192,7 +188,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 add_gradients(sums, gradients, several=True)
                 del gradients  # before the next chunk's logits are made
             del loss, chunk
-        ctx.d_hidden, ctx.dtypes = d_hidden, [w.dtype for w in weights]
+        ctx.d_hidden, ctx.modules, ctx.dtypes = d_hidden, modules, [w.dtype for w in weights]
         ctx.d_weights = sums if _computes_in_fp16(hidden) else as_gradients(sums, weights)
         assert total is not None
         return total
@@ -205,6 +201,7 @@ class _ChunkedLoss(torch.autograd.Function):
             )
         d_hidden, d_weights = ctx.d_hidden, ctx.d_weights
         ctx.d_hidden = ctx.d_weights = None
+        gather(ctx.modules)
         scaled = [
             g.mul_(incoming).to(dtype) if g is not None else None
             for g, dtype in zip(d_weights, ctx.dtypes, strict=True)

@@ -23,6 +23,7 @@ from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summ
 from .lazy import LazyTensor, Run
 from .runtime import Runtime, saving_here
 from .weight_stand_ins import current_autocast, swap_weights, trained_weights
+from .zero import gather, gathered
 
 
 class MlpIntermediate(LazyTensor):
@@ -108,9 +109,12 @@ def chunked_mlp(lazy: MlpOutput) -> Any:
     x, dropped_counts = lazy.source, lazy.dropped_counts
     seed = lazy.runtime.draw_seed() if lazy.random or draws_random(lazy.modules) else None
     weights = trained_weights(*lazy.modules)
-    out: torch.Tensor = _ChunkedMlp.apply(
-        x.flatten(0, -2), lazy.modules, lazy.run, lazy.rows, lazy.runtime, seed, lazy.skip(), dropped_counts, *weights
-    )
+    with gathered(lazy.modules):
+        out: torch.Tensor = _ChunkedMlp.apply(
+            x.flatten(0, -2),
+            *(lazy.modules, lazy.run, lazy.rows, lazy.runtime, seed, lazy.skip(), dropped_counts),
+            *weights,
+        )
     if out.grad_fn is not None:
         lazy.nodes.append(out.grad_fn)
     out = out.view(*x.shape[:-1], out.shape[-1])
@@ -122,7 +126,7 @@ def check_tokenwise(run: Run, x: torch.Tensor, modules: tuple[nn.Module, ...]) -
     if type(x) is not torch.Tensor or x.is_meta:  # no values, or traced
         return
     sample = x.detach().flatten(0, -2)[:4].unsqueeze(0)
-    with stopped_training(*modules), torch.no_grad():
+    with stopped_training(*modules), torch.no_grad(), gathered(modules):
         together = _hidden_states(run(sample))
         apart = torch.cat([_hidden_states(run(sample[:, :1])), _hidden_states(run(sample[:, 1:]))])
     name = type(modules[0]).__name__
@@ -242,6 +246,7 @@ class _ChunkedMlp(torch.autograd.Function):
     def backward(ctx: Any, incoming: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         weights = trained_weights(*ctx.modules)
+        gather(ctx.modules)
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         several = x.shape[0] > ctx.rows
         sums: Sums = [None] * len(weights)

@@ -12,6 +12,7 @@ from .grad_sums import Sums, add_gradients, as_gradients, can_sum_products, summ
 from .mlp import seeded
 from .runtime import Runtime, is_pinned_from, saving_here
 from .weight_stand_ins import current_autocast, own_weights, swap_weights
+from .zero import gather, gathered
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -33,7 +34,8 @@ class Pieces(NamedTuple):
 
     def __call__(self, *inputs: torch.Tensor, skip: bool = False) -> Tensors:
         """Its outputs, differentiable; skip: one output of the first input's shape only, for nobody will read it."""
-        out: Tensors = _Pieces.apply(self, skip, *inputs, *own_weights(self.modules))
+        with gathered(self.modules):
+            out: Tensors = _Pieces.apply(self, skip, *inputs, *own_weights(self.modules))
         return out
 
     def places(self, tokens: int) -> Iterator[tuple[int, slice]]:
@@ -93,6 +95,7 @@ class _Pieces(torch.autograd.Function):
     def backward(ctx: Any, *incoming: torch.Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         pieces: Pieces = ctx.pieces
         inputs, weights = ctx.saved_tensors, own_weights(pieces.modules)
+        gather(pieces.modules)
         wanted = ctx.needs_input_grad[2 : 2 + len(inputs)]
         gradients = [
             None

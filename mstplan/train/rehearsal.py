@@ -172,7 +172,8 @@ def _around_attention(parts: LayerParts, x: torch.Tensor, call: Call) -> LayerPa
     attended = caught[0]
     if any(tensor.shape[2] != TOKENS for tensor in attended.tensors):
         raise _Unfit("its attention is over something else than its tokens")
-    parts.mixer, parts.kv_heads = attended.module, attended.tensors[1].shape[1]
+    parts.mixer = attended.module
+    parts.heads, parts.kv_heads = (tensor.shape[1] for tensor in attended.tensors[:2])
     parts.mixer_spans = _call_spans(parts, x, call)
     norms = _norms_before(parts, before)
     ways = ((norms, True), ((), True), ((), False))

@@ -37,7 +37,7 @@ from .ring import ring_attention, with_room_for_all
 from .runtime import RUNTIME, Runtime
 from .selecting import freeze, kinds_in
 from .text_part import from_settings, text_settings
-from .ulysses import sequence_group, sharing_attention
+from .ulysses import sequence_group, share_attention
 from .wrap import Minisequence
 
 if TYPE_CHECKING:
@@ -200,6 +200,8 @@ class TrainingStep:
         self.offloading = runtime.offload_saved(model) if saves_on_host else nullcontext()  # of both passes
         self.runtime = runtime
         self.group = sequence_group(recipe.sharers) if recipe.sharers > 1 else None
+        if self.group is not None and recipe.sequence_parallel > 1:
+            share_attention(model, self.group)
         self.replica = runtime.replicate(model) if recipe.has_gradient_buckets else None
         make = packages.make_optimizer(recipe, kinds_in(model))
         self.optimizer = None if recipe.optimizer_in_backward else make(weights_to_train(model))
@@ -238,28 +240,28 @@ class TrainingStep:
         own."""
         samples, (rows, tokens) = self.recipe.samples_in_row, self.tokens.shape
         if self.group is not None:
-            pieces = torch.arange(tokens * self.group.size(), device=self.device).chunk(2 * self.group.size())
-            rank = self.group.rank()
-            own = (rank, -1 - rank) if self.recipe.context_parallel > 1 else (2 * rank, 2 * rank + 1)
-            return torch.cat([pieces[n] for n in own]).repeat(rows, 1)
+            rank, ranks = self.group.rank(), self.group.size()
+            whole = torch.arange(tokens * ranks, device=self.device)
+            if self.recipe.context_parallel > 1:
+                pieces = whole.chunk(2 * ranks)
+                return torch.cat([pieces[rank], pieces[-1 - rank]]).repeat(rows, 1)
+            return whole.chunk(ranks)[rank].repeat(rows, 1)
         if samples == 1:
             return None
         return (torch.arange(tokens, device=self.device) % -(-tokens // samples)).repeat(rows, 1)
 
     @property
-    def sharing(self) -> AbstractContextManager[None]:
-        """Within the context, of both passes, attention is shared by the ranks that share sequences."""
-        if self.group is None:
+    def ring(self) -> AbstractContextManager[None]:
+        """Within the context, of both passes, attention is that of the ranks of a ring."""
+        if self.group is None or self.recipe.context_parallel == 1:
             return nullcontext()
-        if self.recipe.context_parallel > 1:
-            kernel = self.runtime.ring_kernel(self.device.type)
-            return ring_attention(self.group, self.device, self.recipe.rotate_method, kernel)
-        return sharing_attention(self.model, self.group)
+        kernel = self.runtime.ring_kernel(self.device.type)
+        return ring_attention(self.group, self.device, self.recipe.rotate_method, kernel)
 
     def run(self, begin: Callable[[Pass], Any] = lambda _pass: None) -> torch.Tensor:
         """One optimizer step; `begin` is told when each pass of it begins. Returns the loss of the last micro-batch, detached."""
         for n in range(self.recipe.accumulation):
-            with self.offloading, self.sharing, self.reduced_later(n + 1 < self.recipe.accumulation):
+            with self.offloading, self.ring, self.reduced_later(n + 1 < self.recipe.accumulation):
                 begin(Pass.FORWARD)
                 loss = self.forward()
                 begin(Pass.BACKWARD)

@@ -45,7 +45,7 @@ def own_weights(parts: Sequence[nn.Module]) -> list[torch.Tensor]:
             _refuse(part, "its weights are views of FSDP 1's flat one. Use FSDP 2 (fully_shard, or fsdp_version: 2)")
     weights = {id(w): w for part in parts for w in part.parameters(recurse=False) if w.requires_grad}
     for part in parts:
-        if any(hasattr(w, "placements") or hasattr(w, "ds_id") for w in part.parameters(recurse=False)):
+        if any(hasattr(w, "placements") for w in part.parameters(recurse=False)):
             _refuse(part, "its weights are sharded by themselves. Shard whole decoder layers with FSDP 2 (fully_shard)")
     return list(weights.values())
 

@@ -6,12 +6,14 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, RecipeError, did_you_mean, quoted
@@ -32,6 +34,8 @@ from .mlp import MlpIntermediate, MlpOutput, check_tokenwise, materialize, outpu
 from .patching import patch_forward, plain_forward, restore_forward
 from .rehearsal import Rehearsed, patch_parts, rehearse
 from .runtime import RUNTIME, Runtime
+from .ulysses import Sharing, can_share, group_of, share_attention, share_no_more
+from .zero import check_not_begun, has_shards, mark_leaf, unmark_leaf
 
 LOG = logging.getLogger("mstplan")
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -52,6 +56,8 @@ class _Settings:
         self.counts, self.checkpoints, self.runtime, self.awaiting = counts, checkpoints, runtime, awaiting
         self.warned = False
         self.liger: LigerKernels | None = None
+        self.sharing: Sharing | None = None  # of sequences, by several ranks
+        self.layers = 0
         self.graphs = Graphs() if recipe.attention_on_host else None
         self.mlps, self.loss = recipe.mlp_chunks != 1, recipe.loss_chunks != 1
 
@@ -102,6 +108,7 @@ class Minisequence:
         attention_on_host: bool = False,
         kernels: Literal["torch", "liger"] | None = None,
         plan: Literal["auto"] | Recipe | None = None,
+        sequence_parallel: ProcessGroup | DeviceMesh | int | None = None,
         **unknown: NoReturn,
     ) -> AnyModel:
         """Train `model` with its MLPs and its LM head and loss over pieces of the sequence, in place.
@@ -116,6 +123,8 @@ class Minisequence:
         liger-kernel is installed and knows the family; "torch": the model's own.
         plan, in place of all of these: a recipe of the planner's, whose strategy is followed; or "auto": of the strategies that fit the
         first batch of a training step, and each longer one, the fastest.
+        sequence_parallel: the ranks that share each sequence (Ulysses), a process group, a device mesh, or how many next to each other; of a
+        batch the model is then given this rank's `part`.
 
         Parameters, state_dict keys, saving, generation and evaluation stay as they are. In training with labels the loss
         comes back and the full logits never exist (`logits` is None). Raises ModelError naming what was not found in the
@@ -124,21 +133,27 @@ class Minisequence:
         _refuse(unknown)
         settings = (mlp_chunks, loss_chunks, checkpoint, offload, layer_in_chunks, attention_groups, attention_on_host)
         if plan is None:
-            return self._wrap_over(model, _read_recipe(*settings), kernels)
+            recipe = _read_recipe(*settings)
+            group = group_of(sequence_parallel) if sequence_parallel is not None else None
+            return self._wrap_over(model, recipe, kernels, group=group)
         if (*settings, kernels) != (None, None, "layer", False, False, None, False, None):
             raise RecipeError("plan says all that the other settings say.\nLeave them out, or plan.")
         if isinstance(plan, Recipe):
-            return self.follow(model, plan)
+            return self.follow(model, plan, sequence_parallel)
         if plan != "auto":
             raise RecipeError(f"plan must be 'auto' or a Recipe, not {quoted(str(plan))}.")
+        if sequence_parallel is not None:
+            raise RecipeError(
+                "plan='auto' chooses for one GPU, and each would choose for itself.\nWith sequence_parallel say which strategy."
+            )
         inner = self._check_unwrapped(model).model
         inner._mstplan = _Awaiting(self)
         patch_forward(inner, _first_forward)
         return model
 
-    def follow(self, model: AnyModel, recipe: Recipe) -> AnyModel:
-        """Train the model by the strategy of a recipe, in place: its checkpoints, chunks, and layer inputs in CPU RAM. Raises RecipeError for
-        one that asks for what others do."""
+    def follow(self, model: AnyModel, recipe: Recipe, sequence_parallel: Any = None) -> AnyModel:
+        """Train the model by the strategy of a recipe, in place: its checkpoints, chunks, and layer inputs in CPU RAM, its sequences over
+        several GPUs, those of sequence_parallel, if given, else those next to each other. Raises RecipeError for one that asks for what others do."""
         for asked, what in (
             (recipe.mlp_chunks != 1 and not recipe.mlp_recompute, "MLP chunks that are not recomputed"),
             (not recipe.loss_in_chunks and recipe.loss != "transformers", f"the loss {recipe.loss}"),
@@ -149,10 +164,23 @@ class Minisequence:
                 raise RecipeError(
                     f"minisequence does not see to {what}.\nTake it out of the recipe, and use what brings it beside minisequence."
                 )
-        return self._wrap_over(model, recipe, recipe.kernels)
+        ranks = recipe.sequence_parallel
+        group = None
+        if ranks > 1 or sequence_parallel is not None:
+            group = group_of(ranks if sequence_parallel is None else sequence_parallel)
+            if group.size() != ranks:
+                raise RecipeError(
+                    f"the recipe shares sequences over {ranks} GPUs, sequence_parallel over {group.size()}.\nLeave sequence_parallel out."
+                )
+        return self._wrap_over(model, recipe, recipe.kernels, group=group)
 
     def _wrap_over(
-        self, model: AnyModel, recipe: Recipe, kernels: str | None, awaiting: _Awaiting | None = None
+        self,
+        model: AnyModel,
+        recipe: Recipe,
+        kernels: str | None,
+        awaiting: _Awaiting | None = None,
+        group: ProcessGroup | None = None,
     ) -> AnyModel:
         """`wrap` of the model with these kernels; None: Liger's where they are at hand."""
         if kernels not in (None, "torch", "liger"):
@@ -161,10 +189,10 @@ class Minisequence:
             )
         inner = self._check_unwrapped(model).model
         if kernels == "torch" or (kernels is None and not liger_is_at_hand(inner)):
-            return self.wrap(model, recipe.changed(kernels="torch"), awaiting)
+            return self.wrap(model, recipe.changed(kernels="torch"), awaiting, group)
         liger = LigerKernels(inner)
         try:
-            self.wrap(model, recipe.changed(kernels="liger"), awaiting)
+            self.wrap(model, recipe.changed(kernels="liger"), awaiting, group)
         except BaseException:
             liger.take_out(inner)
             raise
@@ -179,18 +207,27 @@ class Minisequence:
             )
         return parts
 
-    def wrap(self, model: AnyModel, recipe: Recipe, awaiting: _Awaiting | None = None) -> AnyModel:
-        """Train the model with a recipe's checkpoints and chunks, whatever else it says, in place."""
+    def wrap(
+        self,
+        model: AnyModel,
+        recipe: Recipe,
+        awaiting: _Awaiting | None = None,
+        group: ProcessGroup | None = None,
+    ) -> AnyModel:
+        """Train the model with a recipe's checkpoints and chunks, whatever else it says, in place. group: the ranks that share sequences."""
         parts = self._check_unwrapped(model)
         inner = parts.model
+        check_not_begun(inner)
         in_layers = recipe.layer_in_chunks and recipe.mlp_chunks != 1
-        rehearsed = _rehearse(inner, parts.layers, recipe) if in_layers else None
+        rehearsed = _rehearse(inner, parts.layers, recipe, group) if in_layers else None
         mlps = _mlps_of(parts, rehearsed) if recipe.mlp_chunks != 1 else []
         counts = ChunkCounts(inner.config, recipe, inner)
         if recipe.checkpoints_layers and not inner.supports_gradient_checkpointing:
             raise ModelError(f"{type(inner).__name__} does not support gradient checkpointing.\nSet checkpoint='none'.")
+        sharing = share_attention(inner, group) if group is not None else None
         checkpoints = Checkpoints(inner, parts.layers, recipe, self.runtime) if recipe.checkpoints_layers else None
         settings = _Settings(recipe, counts, checkpoints, self.runtime, awaiting)
+        settings.sharing, settings.layers = sharing, len(parts.layers)
         for layer, mlp in mlps:
             _chunk_mlp(layer, mlp, settings)
         if rehearsed is not None:
@@ -205,16 +242,32 @@ class Minisequence:
         for module in model.modules():
             settings = module.__dict__.get("_mstplan")
             if isinstance(settings, _Settings) and isinstance(module, PreTrainedModel):
-                return f"{type(module).__name__}: {settings.counts.describe_recipe()}"
+                shared = settings.sharing
+                over = f", sequences over {shared.group.size()} GPUs" if shared is not None else ""
+                return f"{type(module).__name__}: {settings.counts.describe_recipe()}{over}"
             if isinstance(settings, _Awaiting):
                 return f"{type(module).__name__}: a strategy will be chosen in the first training step"
         return f"{type(model).__name__} is not wrapped"
 
+    def part(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of a batch of whole sequences what a model is given whose sequences this rank shares with others: its part of ids, labels and position
+        ids (b, S), and of the labels shifted, (b, s) each. S is padded to a multiple of the ranks. Raises ModelError for padding on the left, and for a
+        model that was not wrapped with sequence_parallel."""
+        for module in model.modules():
+            settings = module.__dict__.get("_mstplan")
+            if isinstance(settings, _Settings) and settings.sharing is not None:
+                return settings.sharing.part(batch)
+        raise ModelError(
+            f"{type(model).__name__} shares no sequences with other GPUs.\nCall minisequence(model, sequence_parallel=...) first."
+        )
+
     def undo(self, model: AnyModel) -> AnyModel:
         """The model as it was before `minisequence`; nothing happens to one that was not wrapped."""
+        share_no_more(model)
         liger: list[tuple[LigerKernels, PreTrainedModel]] = []
         for module in model.modules():
             settings = module.__dict__.pop("_mstplan", None)
+            unmark_leaf(module)
             if isinstance(settings, _Settings) and isinstance(module, PreTrainedModel):
                 if settings.checkpoints is not None:
                     settings.checkpoints.undo()
@@ -243,7 +296,7 @@ minisequence = Minisequence()
 
 SETTINGS = (
     *("mlp_chunks", "loss_chunks", "checkpoint", "offload", "layer_in_chunks", "attention_groups"),
-    *("attention_on_host", "kernels", "plan"),
+    *("attention_on_host", "kernels", "plan", "sequence_parallel"),
 )
 
 
@@ -302,6 +355,7 @@ def _is_checkpoint(value: object) -> bool:
 
 def _chunk_mlp(layer: Any, mlp: LayerMlp, settings: _Settings) -> None:
     mlp.first._mstplan = settings  # type: ignore[assignment]
+    mark_leaf(mlp.first)
     mlp.first._mstplan_read = None  # type: ignore[assignment]
     patch_forward(mlp.first, _mlp_forward if mlp.down is None else _up_forward)
     for module in (*mlp.followers, *([mlp.down] if mlp.down is not None else [])):
@@ -316,10 +370,10 @@ def _chunk_mlp(layer: Any, mlp: LayerMlp, settings: _Settings) -> None:
 
 
 def _mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """An MLP: its output is made as soon as something reads it, in chunks. Compiled code gets it at once, and does not look in."""
-    return (
-        _materialized_mlp(self, *args, **kwargs) if torch.compiler.is_compiling() else _lazy_mlp(self, *args, **kwargs)
-    )
+    """An MLP: its output is made as soon as something reads it, in chunks. Compiled code gets it at once, and does not look in; so do ZeRO-3's
+    hooks, which wait for tensors."""
+    at_once = torch.compiler.is_compiling() or has_shards(self)
+    return _materialized_mlp(self, *args, **kwargs) if at_once else _lazy_mlp(self, *args, **kwargs)
 
 
 @torch.compiler.disable
@@ -409,8 +463,13 @@ def _note_output_use(layer: Any, _inputs: Any, output: Any) -> Any:
 # ---- layers ---------------------------------------------------------------------------------------------------------------
 
 
-def _rehearse(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -> Rehearsed:
+def _rehearse(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe, group: ProcessGroup | None) -> Rehearsed:
     """How the layers run in pieces. Raises ModelError, also for heads that do not come in so many groups."""
+    if has_shards(model):
+        raise ModelError(
+            f"{type(model).__name__} was built in shards (deepspeed.zero.Init), on which its layers cannot be rehearsed."
+            "\nUse the strategy mst, or build the model before its trainer's arguments are made."
+        )
     watch_attention()
     rehearsed = rehearse(model, layers)
     attending = [parts for parts in rehearsed.layers if parts.calls_attention]
@@ -422,6 +481,12 @@ def _rehearse(model: PreTrainedModel, layers: list[nn.Module], recipe: Recipe) -
         ):
             raise ModelError(
                 f"{type(parts.layer).__name__} has {parts.kv_heads} heads of keys, which make no {recipe.attention_groups} groups."
+            )
+        n = recipe.attention_groups
+        if group is not None and n != "auto" and not can_share(parts.heads // n, parts.kv_heads // n, group.size()):
+            raise ModelError(
+                f"{type(parts.layer).__name__} has {parts.heads} heads of queries and {parts.kv_heads} of keys, which {group.size()} GPUs cannot "
+                f"share in {n} groups.\nLeave attention_groups out."
             )
         if recipe.attention_on_host and any(True for _ in parts.mixer.parameters(recurse=False)):
             raise ModelError(
@@ -449,6 +514,7 @@ def _chunk_layers(rehearsed: Rehearsed, settings: _Settings) -> None:
     for parts in rehearsed.layers:
         layer: Any = parts.layer
         layer._mstplan, layer._mstplan_parts = settings, parts
+        mark_leaf(layer)
         patch_parts(parts)
         patch_forward(layer, _layer_forward)
     for module in rehearsed.tail:
@@ -474,6 +540,8 @@ def _run_layer(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if settings.graphs is not None and checkpoints is not None:
         settings.graphs.begin_layer(checkpoints.is_running, again=checkpoints.recomputing is not None)
     groups = settings.counts.chunks_for(x).groups
+    if settings.sharing is not None:
+        groups = settings.sharing.groups_of_heads(groups, parts.heads, parts.kv_heads)
     return layer_in_pieces(parts, rows, groups, settings.graphs, settings.runtime, skip, x, (args, kwargs))
 
 
@@ -513,6 +581,15 @@ def _first_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A model whose sequences other ranks may share."""
+    settings = self._mstplan
+    if settings.sharing is None:
+        return _run_model(self, *args, **kwargs)
+    with settings.sharing.run(self, settings.layers, _named(plain_forward(self), args, kwargs)) as more:
+        return _run_model(self, *args, **{**kwargs, **more})
+
+
+def _run_model(self: Any, *args: Any, **kwargs: Any) -> Any:
     """In training with labels: the head hands on lazy logits, which cross entropy makes chunk by chunk."""
     settings, plain = self._mstplan, plain_forward(self)
     arguments = _named(plain, args, kwargs)

@@ -1,4 +1,4 @@
-"""The environment variables that torchrun sets, whoever set them to whatever: an answer, or two lines and exit code 2."""
+"""The environment variables that torchrun and srun set, whoever set them to whatever: an answer, or two lines and exit code 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 from mstplan import MeasurementError
-from mstplan.measuring.launch import RENDEZVOUS_VARIABLES, Launch, read_launch
+from mstplan.measuring.launch import RENDEZVOUS_VARIABLES, SLURM_VARIABLES, Launch, first_host, read_launch
 from mstplan.measuring.measurement import OUT_OF_MEMORY, Measurement
 
 from ..measuring.measured import measure_by
@@ -73,7 +73,7 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Put:
     """Sets these of the variables, and none of the others."""
 
     def put_(variables: dict[str, str]) -> None:
-        for name in (*COMPLETE, *OTHERS):
+        for name in (*COMPLETE, *OTHERS, *SLURM_VARIABLES, "SLURM_STEP_ID"):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -138,6 +138,59 @@ def test_a_launch(put: Put) -> None:
     assert read_launch() == Launch(1, 2, 1, "127.0.0.1", 29500)
 
 
+SLURM = {
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "gpu-[003-004]",
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_ID": "1",
+}
+
+
+def test_a_launch_by_srun(put: Put) -> None:
+    put(SLURM)
+    assert read_launch() == Launch(1, 2, 0, "gpu-003", 12000 + (1234567 + 101) % 20000)
+    put({**SLURM, "MASTER_ADDR": "head", "MASTER_PORT": "29500"})
+    assert read_launch() == Launch(1, 2, 0, "head", 29500)
+    put({**SLURM, **COMPLETE})  # torchrun in a step of srun's
+    assert read_launch() == Launch(0, 2, 0, "127.0.0.1", 29500)
+    put({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
+    assert read_launch() is None
+
+
+def test_a_batch_script_by_itself_is_no_rank(put: Put) -> None:
+    """sbatch's script has the first task's numbers, but is no task of a step."""
+    for name in SLURM_VARIABLES:
+        put({key: value for key, value in SLURM.items() if key != name})
+        assert read_launch() is None
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID"])
+@pytest.mark.parametrize("value", [text for text in NO_NUMBERS if text != "70000"])
+def test_what_srun_would_not_set(put: Put, name: str, value: str) -> None:
+    put({**SLURM, name: value})
+    with pytest.raises(MeasurementError, match=f"^{name} is '.*' in the environment, must be") as refused:
+        read_launch()
+    assert "srun, which sets it" in str(refused.value) and len(str(refused.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node7", "node7"),
+        ("gpu-[003-007,9],login1", "gpu-003"),
+        ("gpu-[12]", "gpu-12"),
+        ("a1,b[2-3]", "a1"),
+        ("rack[1-2]n[04,06]", "rack1n04"),
+        ("n[1-2].cluster", "n1.cluster"),
+        ("", ""),
+    ],
+)
+def test_the_first_machine(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
 def test_the_command(put: Put, measure: Callable[..., Said]) -> None:
     put({"WORLD_SIZE": "abc", "LOCAL_RANK": "abc", "RANK": ""})
     assert measure().code == 0
@@ -146,7 +199,7 @@ def test_the_command(put: Put, measure: Callable[..., Said]) -> None:
     said = measure()
     assert said.code == 2 and "WORLD_SIZE is 'abc'" in said.err and len(said.err.splitlines()) == 2
     put(COMPLETE)
-    assert "torchrun started 2 ranks" in measure().err
+    assert "2 ranks were started" in measure().err
 
 
 def test_rank_0_refuses_a_foreign_file_before_anything_runs(

@@ -1,7 +1,9 @@
-"""`mstplan measure` under torchrun: two real ranks, one record."""
+"""`mstplan measure` under launchers: two real ranks, one record."""
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,15 @@ from mstplan.tracing.tracer import trace
 
 from ..processes import ROOT, environment
 from ..tracing.tiny import TINY, write_tiny
+
+PYTHON = (sys.executable, "-m", "mstplan")
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+    return port
 
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -59,6 +70,30 @@ def test_two_ranks_make_one_record(tmp_path):
     assert 0 <= found.peak.allocated - told.peak.bytes <= 2 * largest
     assert found.ranks[0].static == found.ranks[1].static == sum(alive.bytes for alive in told.resident)
     assert found.tokens_per_second == pytest.approx(2 * 96 / found.seconds)
+
+
+@pytest.mark.slow
+def test_the_ranks_of_srun_make_one_record(tmp_path):
+    """Two tasks of a step, as SLURM's variables tell them, on this machine."""
+    asked = ("--seq-len", "96", "-s", "checkpoint", "--sharding", "ddp", "--precision", "fp32", "--steps", "1")
+    command = (*PYTHON, "measure", "--device", "cpu", "-m", str(write_tiny(tmp_path)), *asked, "-o", "results.jsonl")
+    common = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "MASTER_PORT": str(free_port()),
+    }
+    tasks = []
+    for rank in ("0", "1"):
+        more = {**common, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        tasks.append(
+            subprocess.Popen(command, cwd=tmp_path, env=environment() | more, stdout=subprocess.PIPE, text=True)
+        )
+    said = [task.communicate(timeout=240)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert [text.count("checkpoint") for text in said] == [1, 0]  # rank 0 says it
+    (found,) = measurement.read_results(tmp_path / "results.jsonl").measurements
+    assert (found.outcome, len(found.ranks), found.case.recipe.gpus) == (OK, 2, 2)
 
 
 @pytest.mark.slow

@@ -39,10 +39,15 @@ def small_llama(dtype: torch.dtype = torch.float64, **more: Any) -> LlamaForCaus
 
 
 def exact_loss(
-    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    shift_labels: Any = None,
+    **_: Any,
 ) -> torch.Tensor:
     """transformers' loss without its cast to fp32, which would drown a difference in float64."""
-    targets = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    targets = F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     return total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
 

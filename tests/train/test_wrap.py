@@ -166,7 +166,8 @@ def test_a_setting_that_there_is_not_gets_the_near_names(setting, near):
     with pytest.raises(RecipeError, match=f"no setting '{setting}'. Did you mean {near}") as refused:
         minisequence(small_model("llama"), **{setting: 4})
     assert str(refused.value).endswith(
-        "\nKnown: mlp_chunks, loss_chunks, checkpoint, offload, layer_in_chunks, attention_groups, attention_on_host, kernels, plan."
+        "\nKnown: mlp_chunks, loss_chunks, checkpoint, offload, layer_in_chunks, attention_groups, attention_on_host, kernels, plan, "
+        "sequence_parallel."
     )
 
 
