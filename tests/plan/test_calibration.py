@@ -14,7 +14,13 @@ from mstplan.step.steps import Chunks, Layout, step
 
 NOT_FITTED = ("gemma3-270m", "phi4-mini")
 """Models whose traces no straight line meets within 0.5%: `calibrate` refuses to write them, and the formula answers."""
-MODELS = {name: load_model(name) for name in model_names() if name not in NOT_FITTED}
+OLDER = ("falcon", "opt", "bloom", "gptj", "gpt_bigcode")
+"""Families of short contexts, most of which keep matrices of all pairs of tokens: the formula answers for them."""
+MODELS = {
+    name: model
+    for name in model_names()
+    if name not in NOT_FITTED and (model := load_model(name)).model_type not in OLDER
+}
 DENSE = [name for name, model in MODELS.items() if model.experts is None and model.mixer is None]
 """Of layers that mix tokens otherwise than by attention no calibrations ship: the formula answers."""
 ON = card("a100-80gb")

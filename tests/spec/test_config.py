@@ -77,6 +77,7 @@ def their_kv_heads(config):
 
 
 NEEDED = {
+    "hunyuan_v1_moe": {"num_experts": 16},
     "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
@@ -131,9 +132,13 @@ def test_shipped_model_is_what_transformers_reads(name):
     if FAMILIES[model.model_type].positions == "rotary" and model.attention.latent is None:
         turned = getattr(config, "position_embedding_type", "rope") == "rope"
         share = rope.get("partial_rotary_factor", 1.0) if turned else 0
-        assert model.attention.rotary_dim == int(model.attention.head_dim * share)
+        width = FAMILIES[model.model_type].rotary_width
+        turns = int(model.attention.head_dim * share) if width is None else getattr(config, width)
+        assert model.attention.rotary_dim == turns
     if model.mlp is not None and not FAMILIES[model.model_type].adjusted_width:
-        assert model.mlp.width == (getattr(config, FAMILIES[model.model_type].mlp_width) or 4 * config.hidden_size)
+        assert model.mlp.width == (
+            getattr(config, FAMILIES[model.model_type].mlp_width, None) or 4 * config.hidden_size
+        )
     if model.experts is not None:
         assert model.experts.per_token == config.num_experts_per_tok
         numbers = [getattr(config, name, None) for name in _ALIASES["num_experts"]]
@@ -282,7 +287,7 @@ def parameters_in_transformers(config):
     return sum(weight.numel() for weight in built.parameters())
 
 
-NEED_HEAD_DIM = ("helium", "hunyuan_v1_dense", "ministral")
+NEED_HEAD_DIM = ("helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")
 """Their modules cannot be built, or run, without."""
 SWITCHED = {
     "attention_bias": True,

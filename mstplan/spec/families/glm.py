@@ -47,7 +47,6 @@ FAMILIES = {
             num_experts_per_tok=4,
             moe_intermediate_size=1536,
             n_shared_experts=1,
-            first_k_dense_replace=1,
             norm_topk_prob=True,
             kv_lora_rank=512,
             q_lora_rank=768,
@@ -55,7 +54,8 @@ FAMILIES = {
             qk_rope_head_dim=64,
             v_head_dim=256,
         ),
-        experts=GLM4_MOE.experts._replace(listed=True),
+        experts=GLM4_MOE.experts._replace(listed=True, dense_first=1),
+        only={"first_k_dense_replace": 1, "head_dim": "qk_rope_head_dim"},
     ),
     "solar_open": GLM4_MOE._replace(
         defaults=defaults(
