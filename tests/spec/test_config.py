@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mstplan import profiles
-from mstplan.errors import ModelError
+from mstplan.errors import ModelError, UnreadError
 from mstplan.spec.catalog import model_names
 from mstplan.spec.config import _ACTIVATIONS, _ALIASES, _REFUSED_TYPES, read_config
 from mstplan.spec.families import FAMILIES, LLAMA_LIKE
@@ -560,6 +560,29 @@ NOTED = ("gpt-oss", "deepseek-v3", "deepseek-r1", "glm-4.")  # published quantis
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(NOTED)])
 def test_shipped_files_need_no_notes(name):
     assert read_config(shipped(name), name).notes == ()
+
+
+def test_layers_with_experts_by_mlp_layer_types():
+    def sparse(model_type, **fields):
+        return [
+            kind.experts for kind in read_config(small(model_type, num_experts_per_tok=2, **fields), "m").layer_kinds
+        ]
+
+    kinds = ["sparse", "dense", "sparse", "dense"]
+    for model_type in ("glm4_moe_lite", "exaone_moe", "mellum"):
+        assert sparse(model_type, num_hidden_layers=4, mlp_layer_types=kinds) == [True, False, True, False]
+    assert sparse("glm4_moe_lite", num_hidden_layers=3) == [False, True, True]
+    assert sparse("exaone_moe", num_hidden_layers=3, first_k_dense_replace=2) == [False, False, True]
+    assert sparse("mellum", num_hidden_layers=2) == [True, True]
+    for wrong in (kinds[:3], [*kinds[:3], "soft"], "sparse"):
+        message = refusal(small("mellum", num_hidden_layers=4, num_experts_per_tok=2, mlp_layer_types=wrong))
+        assert 'must be a list of "dense" and "sparse", one per layer' in message
+
+
+@pytest.mark.parametrize("changes", [{"first_k_dense_replace": 3}, {"head_dim": 128}], ids=str)
+def test_what_transformers_reads_otherwise_is_left_to_the_trace(changes):
+    with pytest.raises(UnreadError, match=f"{next(iter(changes))} is "):
+        read_config(small("glm4_moe_lite", num_experts_per_tok=2, **changes), "m")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

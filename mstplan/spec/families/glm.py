@@ -11,6 +11,7 @@ GLM = Family(
     fused_mlp=True,
     code=Code(interleaved_tables=True, joins_rotary=True),
 )
+EXPERTS = Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS)
 GLM4_MOE = Family(
     defaults(
         *(4096, 46, 96, 8, 151552, 10944),
@@ -25,7 +26,7 @@ GLM4_MOE = Family(
     out_bias=False,
     qk_norm="head",
     qk_norm_switch="use_qk_norm",
-    experts=Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS),
+    experts=EXPERTS,
     code=Code(joins_rotary=True, qk_norm_last=True),
 )
 
@@ -54,7 +55,7 @@ FAMILIES = {
             qk_rope_head_dim=64,
             v_head_dim=256,
         ),
-        experts=GLM4_MOE.experts._replace(listed=True, dense_first=1),
+        experts=EXPERTS._replace(listed=True, dense_first=1),
         only={"first_k_dense_replace": 1, "head_dim": "qk_rope_head_dim"},
     ),
     "solar_open": GLM4_MOE._replace(
