@@ -565,10 +565,13 @@ def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
 
 
 def _sparse_layers(f: _Fields, layers: int) -> frozenset[int] | None:
-    """Numbers of the layers that mlp_layer_types gives experts; None: it says nothing."""
-    kinds = f.config.get("mlp_layer_types")
-    if f.family.experts is None or not f.family.experts.listed or kinds is None:
+    """Numbers of the layers that mlp_layer_types gives experts, or transformers where the file has no such list; None: other fields say it."""
+    routed = f.family.experts
+    if routed is None or not routed.listed:
         return None
+    kinds = f.config.get("mlp_layer_types")
+    if kinds is None:
+        return frozenset(range(routed.dense_first, layers)) if routed.dense_first else None
     if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in ("dense", "sparse") for kind in kinds):
         f.refuse_value("mlp_layer_types", kinds, 'a list of "dense" and "sparse", one per layer')
     return frozenset(i for i, kind in enumerate(kinds) if kind == "sparse")

@@ -3,7 +3,7 @@
 A family's rule says how an image of a size, or of a number of tokens, becomes pixels and tokens, as its processor does it
 (transformers' image_processing_*.py and processing_*.py). Tokens that a processor puts beside an image's own (row breaks, marks of
 begin and end) are text to the model, and not counted as the image's. Limits of a processor that stand in its own file
-(max_pixels), not in config.json, are not applied.
+(max_pixels), not in config.json, are not applied, but for Llama-4's number of tiles.
 """
 
 from __future__ import annotations
@@ -164,11 +164,10 @@ def _llama4(settings: Any, recipe: Recipe) -> Image:
     """Tiles of the tower's size: as many as the given tokens are; and one of the whole image beside several."""
     vision = settings.vision_config
     each = round((vision.image_size // vision.patch_size) ** 2 * vision.pixel_shuffle_ratio**2)
-    if recipe.image_size:
-        raise RecipeError(
-            "--image-size: into how many tiles Llama-4 cuts an image stands in its processor's file, not in config.json.\n"
-            f"Give --image-tokens: {each:,} for one tile, {each:,} x (n + 1) for n tiles."
-        )
+    if (size := _size(recipe)) is not None:
+        tiles = _tiles(*size, vision.image_size)
+        tiles += tiles > 1
+        return Image(each * tiles, (tiles, 3, vision.image_size, vision.image_size))
     tokens = each if recipe.image_tokens is None else recipe.image_tokens
     tiles, rest = divmod(tokens, each)
     if rest or tiles in (0, 2):
@@ -177,6 +176,27 @@ def _llama4(settings: Any, recipe: Recipe) -> Image:
             f"Give {each:,}, or {each:,} x (n + 1) for n from 2."
         )
     return Image(tokens, (tiles, 3, vision.image_size, vision.image_size))
+
+
+MOST_TILES = 16
+"""Llama-4's max_patches, as published and by default."""
+
+
+def _tiles(height: int, width: int, side: int) -> int:
+    """How many tiles of side x side pixels Llama-4's processor cuts an image into: those of the canvas on which it is enlarged least, or if
+    none is large enough reduced least; of several the smallest (models/llama4/image_processing_llama4.py, get_best_fit)."""
+    shapes = torch.tensor(
+        [
+            (rows, count // rows)
+            for count in range(1, MOST_TILES + 1)
+            for rows in range(1, count + 1)
+            if count % rows == 0
+        ]
+    )
+    scales = torch.minimum(shapes[:, 0] * side / height, shapes[:, 1] * side / width)  # in fp32, as there
+    enough = scales >= 1
+    best = scales[enough].min() if enough.any() else scales.max()
+    return int(shapes[scales == best].prod(1).min())
 
 
 FAMILIES.update(

@@ -12,7 +12,9 @@ from mstplan.profiles import ROOT
 from mstplan.step.recipe import STRATEGIES
 from mstplan.step.steps import Chunks, Layout, step
 
-MODELS = {name: load_model(name) for name in model_names()}
+OLDER = ("falcon", "opt", "bloom", "gptj", "gpt_bigcode")
+"""Families of short contexts, most of which keep matrices of all pairs of tokens: the formula answers for them."""
+MODELS = {name: model for name in model_names() if (model := load_model(name)).model_type not in OLDER}
 DENSE = [name for name, model in MODELS.items() if model.experts is None and model.mixer is None]
 """Of layers that mix tokens otherwise than by attention no calibrations ship: the formula answers."""
 ON = card("a100-80gb")

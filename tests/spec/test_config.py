@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mstplan import profiles
-from mstplan.errors import ModelError
+from mstplan.errors import ModelError, UnreadError
 from mstplan.spec.catalog import model_names
 from mstplan.spec.config import _ACTIVATIONS, _ALIASES, _REFUSED_TYPES, read_config
 from mstplan.spec.families import FAMILIES, LLAMA_LIKE
@@ -77,6 +77,7 @@ def their_kv_heads(config):
 
 
 NEEDED = {
+    "hunyuan_v1_moe": {"num_experts": 16},
     "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
@@ -131,9 +132,13 @@ def test_shipped_model_is_what_transformers_reads(name):
     if FAMILIES[model.model_type].positions == "rotary" and model.attention.latent is None:
         turned = getattr(config, "position_embedding_type", "rope") == "rope"
         share = rope.get("partial_rotary_factor", 1.0) if turned else 0
-        assert model.attention.rotary_dim == int(model.attention.head_dim * share)
+        width = FAMILIES[model.model_type].rotary_width
+        turns = int(model.attention.head_dim * share) if width is None else getattr(config, width)
+        assert model.attention.rotary_dim == turns
     if model.mlp is not None and not FAMILIES[model.model_type].adjusted_width:
-        assert model.mlp.width == (getattr(config, FAMILIES[model.model_type].mlp_width) or 4 * config.hidden_size)
+        assert model.mlp.width == (
+            getattr(config, FAMILIES[model.model_type].mlp_width, None) or 4 * config.hidden_size
+        )
     if model.experts is not None:
         assert model.experts.per_token == config.num_experts_per_tok
         numbers = [getattr(config, name, None) for name in _ALIASES["num_experts"]]
@@ -282,7 +287,7 @@ def parameters_in_transformers(config):
     return sum(weight.numel() for weight in built.parameters())
 
 
-NEED_HEAD_DIM = ("helium", "hunyuan_v1_dense", "ministral")
+NEED_HEAD_DIM = ("helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")
 """Their modules cannot be built, or run, without."""
 SWITCHED = {
     "attention_bias": True,
@@ -555,6 +560,29 @@ NOTED = ("gpt-oss", "deepseek-v3", "deepseek-r1", "glm-4.")  # published quantis
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(NOTED)])
 def test_shipped_files_need_no_notes(name):
     assert read_config(shipped(name), name).notes == ()
+
+
+def test_layers_with_experts_by_mlp_layer_types():
+    def sparse(model_type, **fields):
+        return [
+            kind.experts for kind in read_config(small(model_type, num_experts_per_tok=2, **fields), "m").layer_kinds
+        ]
+
+    kinds = ["sparse", "dense", "sparse", "dense"]
+    for model_type in ("glm4_moe_lite", "exaone_moe", "mellum"):
+        assert sparse(model_type, num_hidden_layers=4, mlp_layer_types=kinds) == [True, False, True, False]
+    assert sparse("glm4_moe_lite", num_hidden_layers=3) == [False, True, True]
+    assert sparse("exaone_moe", num_hidden_layers=3, first_k_dense_replace=2) == [False, False, True]
+    assert sparse("mellum", num_hidden_layers=2) == [True, True]
+    for wrong in (kinds[:3], [*kinds[:3], "soft"], "sparse"):
+        message = refusal(small("mellum", num_hidden_layers=4, num_experts_per_tok=2, mlp_layer_types=wrong))
+        assert 'must be a list of "dense" and "sparse", one per layer' in message
+
+
+@pytest.mark.parametrize("changes", [{"first_k_dense_replace": 3}, {"head_dim": 128}], ids=str)
+def test_what_transformers_reads_otherwise_is_left_to_the_trace(changes):
+    with pytest.raises(UnreadError, match=f"{next(iter(changes))} is "):
+        read_config(small("glm4_moe_lite", num_experts_per_tok=2, **changes), "m")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

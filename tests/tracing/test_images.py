@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ast
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mstplan.errors import RecipeError
 from mstplan.measuring.allocations import Allocations, record_step
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import attention_of, stand_in_for, trace, with_images
-from mstplan.train.images import FAMILIES, image_batch, image_of
+from mstplan.train.images import FAMILIES, MOST_TILES, _tiles, image_batch, image_of
 from mstplan.train.step import TrainingStep, build_model, read_settings
 
 from .test_against_cpu import assert_same_sequence
@@ -187,6 +194,11 @@ def test_adapters_are_of_the_text_part():
         ("mistral3", {"image_size": "1120x560"}, 20 * 10),
         ("llama4", {}, 4),
         ("llama4", {"image_tokens": 20}, 20),
+        ("llama4", {"image_size": "40x50"}, 4),
+        ("llama4", {"image_size": "56x56"}, 4),
+        ("llama4", {"image_size": "57x56"}, 4 * 3),  # two tiles, and the whole
+        ("llama4", {"image_size": "112x168"}, 4 * 7),
+        ("llama4", {"image_size": "9000x9000"}, 4 * 17),
     ],
 )
 def test_tokens_of_an_image(family, fields, tokens):
@@ -208,13 +220,40 @@ def test_tokens_of_an_image(family, fields, tokens):
         ("qwen2_vl", {"image_size": "1x9999"}, "one side is over 200 times the other"),
         ("mistral3", {"image_tokens": 404}, "beyond the tower's 560"),
         ("llama4", {"image_tokens": 8}, "an image of Llama-4 is one tile of 4 tokens"),
-        ("llama4", {"image_size": "448x448"}, "stands in its processor's file"),
     ],
 )
 def test_images_that_a_model_cannot_have(family, fields, said):
     with pytest.raises(RecipeError, match=said) as refusal:
         image_of(read_settings(CONFIGS[family], whole=True), Recipe(images=1, **fields))
     assert str(refusal.value).count("\n") == 1
+
+
+def functions_of_llama4s_processor() -> dict[str, Any]:
+    """Those that choose tiles, of a file whose imports want torchvision."""
+    source = Path(transformers.__file__).with_name("models") / "llama4" / "image_processing_llama4.py"
+    wanted = ("get_factors", "find_supported_resolutions", "get_best_fit")
+    functions = [node for node in ast.parse(source.read_text()).body if getattr(node, "name", "") in wanted]
+    found: dict[str, Any] = {"torch": torch, "lru_cache": lru_cache, "defaultdict": defaultdict, "SizeDict": object}
+    exec(compile(ast.Module(functions, []), str(source), "exec"), found)
+    return found
+
+
+class Square(NamedTuple):
+    """A SizeDict, as far as they read it."""
+
+    height: int
+    width: int
+
+
+PROCESSOR = functions_of_llama4s_processor()
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 9999), width=st.integers(1, 9999), side=st.sampled_from([224, 336, 448]))
+def test_tiles_are_those_of_llama_4s_processor(height, width, side):
+    canvases = PROCESSOR["find_supported_resolutions"](MOST_TILES, Square(side, side))
+    rows, columns = (PROCESSOR["get_best_fit"]((height, width), torch.tensor(canvases)) // side).tolist()
+    assert _tiles(height, width, side) == rows * columns
 
 
 def test_images_that_leave_no_token_for_text():

@@ -107,6 +107,7 @@ class Routed(NamedTuple):
         None  # the field that holds the width of the shared expert; None: the file says how many there are
     )
     listed: bool = False  # mlp_layer_types says which layers have experts, where the file has it
+    dense_first: int = 0  # where it has not, so many layers have none
     fields: tuple[str, ...] = ()  # names in its files that no other family has
     linear_router: bool = (
         False  # its router is a linear layer that gives more than its product: peft's adapter breaks it

@@ -11,6 +11,7 @@ GLM = Family(
     fused_mlp=True,
     code=Code(interleaved_tables=True, joins_rotary=True),
 )
+EXPERTS = Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS)
 GLM4_MOE = Family(
     defaults(
         *(4096, 46, 96, 8, 151552, 10944),
@@ -25,7 +26,7 @@ GLM4_MOE = Family(
     out_bias=False,
     qk_norm="head",
     qk_norm_switch="use_qk_norm",
-    experts=Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS),
+    experts=EXPERTS,
     code=Code(joins_rotary=True, qk_norm_last=True),
 )
 
@@ -47,7 +48,6 @@ FAMILIES = {
             num_experts_per_tok=4,
             moe_intermediate_size=1536,
             n_shared_experts=1,
-            first_k_dense_replace=1,
             norm_topk_prob=True,
             kv_lora_rank=512,
             q_lora_rank=768,
@@ -55,7 +55,8 @@ FAMILIES = {
             qk_rope_head_dim=64,
             v_head_dim=256,
         ),
-        experts=GLM4_MOE.experts._replace(listed=True),
+        experts=EXPERTS._replace(listed=True, dense_first=1),
+        only={"first_k_dense_replace": 1, "head_dim": "qk_rope_head_dim"},
     ),
     "solar_open": GLM4_MOE._replace(
         defaults=defaults(

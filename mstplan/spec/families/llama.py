@@ -31,7 +31,6 @@ FAMILIES = {
     "arcee": LLAMA._replace(defaults=defaults(2560, 32, 32, None, 32000, 18432, hidden_act="relu2"), gated=False),
     "cwm": LLAMA._replace(
         defaults=defaults(6144, 64, 48, 8, 128256, 21504, head_dim=128, sliding_window=8192),
-        mlp_bias=False,
         qkv_bias=False,
         out_bias=False,
         windows="listed",

@@ -161,6 +161,7 @@ FAMILIES = {
             norm_topk_prob=True,
         ),
         windows="listed",
+        period=1,
         window_switch=False,
         experts=Routed(normalised="norm_topk_prob", listed=True, linears=LINEARS),
         code=Code(local_rotary=True),
