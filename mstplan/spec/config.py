@@ -16,6 +16,7 @@ from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.families.base import Family
 from mstplan.spec.mixing import mixer_of, mixers_of_layers
 from mstplan.spec.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, QkNorm
+from mstplan.spec.own_sizes import attention_of_layers
 from mstplan.spec.releases import parse_release, release
 from mstplan.spec.towers import Tower, towers_of
 
@@ -267,6 +268,12 @@ class _Fields:
             self.defaulted[wanted] = value
         return value
 
+    def among(self, fields: Mapping[str, object], wanted: str, default: int) -> int:
+        """A size among fields of a part of the file."""
+        if fields.get(wanted) is None:
+            return default
+        return _Fields({wanted: fields[wanted]}, self.name, self.family).size(wanted)
+
     def count(self, wanted: str, default: int) -> int:
         value = self.optional(wanted, low=0)
         return default if value is None else value
@@ -322,12 +329,12 @@ def _model(f: _Fields, model_type: str) -> Model:
         from mstplan.spec import unread
 
         unread.refuse_unread(f.name, f"{uncounted[0]}, and the formula does not count what that changes.")
-    experts = _experts(f)
-    layer_kinds = _layer_kinds(f, routed=experts is not None)
+    experts, attention = _experts(f), _attention(f)
+    layer_kinds = _layer_kinds(f, attention, routed=experts is not None)
     context = f.optional("max_position_embeddings")
     if family.positions == "learned" or family.buffers != "none":
         context = f.size("max_position_embeddings")
-    hidden, attention = f.size("hidden_size"), _attention(f)
+    hidden = f.size("hidden_size")
     return Model(
         name=f.name,
         model_type=model_type,
@@ -457,6 +464,7 @@ def _attention(f: _Fields) -> Attention:
         sinks=family.sinks,
         tempered=family.tempered is not None and f.flag(family.tempered),
         gated_output=family.gated_attention,
+        values=family.values,
     )
 
 
@@ -544,7 +552,7 @@ def _shared_width(f: _Fields, width: int) -> int:
     return f.count("n_shared_experts", default=0) * width if shared_width is None else shared_width
 
 
-def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
+def _layer_kinds(f: _Fields, attention: Attention, routed: bool) -> tuple[LayerKind, ...]:
     layers = f.size("num_hidden_layers", top=_MAX_LAYERS)
     first = f.count("first_k_dense_replace", default=0)
     every = f.optional("moe_layer_freq") or 1
@@ -561,7 +569,9 @@ def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
     ]
     windows = _windows(f, layers)
     masked = [f.family.always_masked] * layers
-    return tuple(map(LayerKind, windows, sparse, _turned_layers(f, windows), masked, mixers_of_layers(f, layers)))
+    turned, mixers = _turned_layers(f, windows), mixers_of_layers(f, layers)
+    own = attention_of_layers(f, attention, windows)
+    return tuple(map(LayerKind, windows, sparse, turned, masked, mixers, own))
 
 
 def _has_field(f: _Fields, field: str) -> bool:
@@ -611,7 +621,8 @@ def _sliding_layers(f: _Fields, layers: int) -> list[bool]:
     layer_types = f.config.get("layer_types")
     if layer_types is not None:
         kind = "chunked_attention" if f.family.windows == "chunked" else "sliding_attention"
-        return [each == kind for each in _layer_types(f, layer_types, layers)]
+        slides = [each == kind for each in _layer_types(f, layer_types, layers)]
+        return [*slides[:-1], False] if f.family.full_last else slides
     if f.family.windows == "chunked":
         return _listed_turns(f, layers)
     if f.family.windows == "late" or f.holds("max_window_layers"):

@@ -311,6 +311,8 @@ class Writer:
             y = self._layer_norm(x, name)
         elif self.model.norm == "gemma":
             y = self._gemma_norm(x, name)
+        elif self.model.norm == "rms-fp32":
+            y = self._gemma_norm(x, name, "weight in fp32")
         elif self.model.norm == "centred":
             y = self._centred_norm(x, name)
         else:
@@ -353,7 +355,8 @@ class Writer:
         )
 
     def _root_mean_square(self, x32: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """x * rsqrt(mean(x^2) + eps) in fp32, as its Python code runs: keeps x32 and one number a row. With it the mean."""
+        """x * rsqrt(mean(x^2) + eps) in fp32, as its Python code runs: keeps x32 and one number a row, a power of the mean in place of rsqrt
+        that as well. With it the mean."""
         tape, rows = self.tape, x32.shape.rsplit(" ", 1)[0]
         square = tape.new(f"{name} square", x32.shape, "float32")
         mean, scale = (tape.new(f"{name} {what}", rows, "float32") for what in ("mean square", "1/rms"))
@@ -361,7 +364,13 @@ class Writer:
             f"{name}: square", [x32], square, keeps=(x32,), grads=((x32, tape.grad(x32)),), back_temps=(square,) * 2
         )
         tape.op(f"{name}: mean square", [square], mean, grads=((square, tape.grad(square)),))
-        tape.op(f"{name}: 1/rms", [mean], scale, keeps=(scale,), grads=((mean, tape.grad(mean)),))
+        if self.model.norm == "rms-fp32":  # mean ** -0.5, whose variable holds the mean
+            mean_and_eps = tape.new(f"{name} mean square + eps", rows, "float32")
+            tape.op(f"{name}: + eps", [mean], mean_and_eps, grads=((mean, None),))
+            mean = mean_and_eps
+            self.pointwise(f"{name}: 1/rms", mean, scale, mean, back_temps=2)
+        else:
+            tape.op(f"{name}: 1/rms", [mean], scale, keeps=(scale,), grads=((mean, tape.grad(mean)),))
         normed = tape.new(f"{name}, normed", x32.shape, "float32")
         tape.op(
             f"{name}: scale",
@@ -371,6 +380,8 @@ class Writer:
             grads=((x32, tape.grad(x32)), (scale, tape.grad(scale))),
             back_temps=(square,),
         )
+        if self.model.norm == "rms-fp32":
+            self.hold(mean)
         return normed, mean
 
     def _rms_norm(self, x: Tensor, name: str, late_cast: bool) -> Tensor:
@@ -400,12 +411,12 @@ class Writer:
             workspaces=(self.sum_over_tokens(w, normed),),
         )
 
-    def _gemma_norm(self, x: Tensor, name: str) -> Tensor:
-        """Gemma: the product with (1 + weight) runs in fp32, then back to x's dtype."""
+    def _gemma_norm(self, x: Tensor, name: str, factor: str = "1 + weight") -> Tensor:
+        """Gemma: the product with (1 + weight) runs in fp32, then back to x's dtype. factor: what is made of the weight for it."""
         normed, _ = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
-        plus = self.tape.new(f"{name}, 1 + weight", str(self._last(normed)), "float32")
-        self.tape.op(f"{name}: 1 + weight", [], plus)
-        return self.cast(self._weighted(normed, name, plus), x.dtype, name)
+        made = self.tape.new(f"{name}, {factor}", str(self._last(normed)), "float32")
+        self.tape.op(f"{name}: {factor}", [], made)
+        return self.cast(self._weighted(normed, name, made), x.dtype, name)
 
     def _centred_norm(self, x: Tensor, name: str) -> Tensor:
         """CohereLayerNorm: mean and variance in Python, in fp32; the difference from the mean is made twice."""
@@ -456,6 +467,8 @@ class Writer:
         """q, k, v, and what else the code's variables hold until attention is done."""
         a = self.model.attention
         with self.tape.assign_role(Role.ATTENTION):
+            if a.values != "projected":
+                return self._qkv_in_turn(x, a)
             return self._latent_qkv(x, a) if a.latent else self._qkv(x, a, kind)
 
     def attention_output(self, mixed: Tensor, *variables: Tensor) -> Tensor:
@@ -523,6 +536,27 @@ class Writer:
         if a.tempered and not kind.rotary:
             q = self._tempered(q)
         return q, k, v, *fused
+
+    def _qkv_in_turn(self, x: Tensor, a: Attention) -> tuple[Tensor, ...]:
+        """Queries are normalised and turned before there are keys; values, which may be keys as they were made, are normalised last
+        (models/gemma4/modeling_gemma4.py)."""
+
+        def made(name: str, heads: str) -> Tensor:
+            y = self.new(name, f"{heads} e")
+            return self.linear(x, y, f"{name.lower()}_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
+
+        def turned(y: Tensor, norm: str, heads: str) -> Tensor:
+            normed = self.norm(y, norm)
+            y = self._rotary(normed, heads, a.rotary_dim, a.head_dim)
+            self.hold(normed)
+            return y
+
+        q = turned(made("Q", "H"), "q_norm", "H")
+        k = made("K", "G")
+        v = k if a.values == "keys" else made("V", "G")
+        k = turned(k, "k_norm", "G")
+        v = self._unweighted_norm(v)
+        return q, k, v
 
     def _turned(
         self, q: Tensor, k: Tensor, a: Attention, kind: LayerKind, held: tuple[Tensor, ...]
@@ -1350,6 +1384,7 @@ def layer(
     model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks, frozen: frozenset[str] = frozenset()
 ) -> Tape:
     """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d); frozen: names of its weights that are not trained."""
+    model = model.of_kind(kind)
     if chunks.layer:
         whole = family_of(model.model_type).code.attends_itself or kind.mixer != "attention"
         in_chunks = _around_mixer if whole else _layer_in_chunks
@@ -1419,7 +1454,7 @@ def _after_residual(
             mlp_out = w.norm(mlp_out, "post-MLP norm")
     apart = kind.experts and w.code.shared_apart
     added = mlp_out if chunks.recompute and not apart else _scaled(w, mlp_out)
-    w.add(middle, added, w.hidden())
+    y = w.add(middle, added, w.hidden())
     w.hold(mlp_out, *w.beside, *w.inside)
     if w.code.holds_block:
         w.hold(attended, mlp_in)
@@ -1427,7 +1462,16 @@ def _after_residual(
         w.hold(attended)
     if w.code.holds_normed:
         w.hold(attended, normed)
+    if w.code.scales_output:
+        _scale_output(w, y)
     return w.tape.build_tape()
+
+
+def _scale_output(w: Writer, y: Tensor) -> None:
+    """Multiply a layer's output in place by a number of its own; backward makes another gradient."""
+    with w.tape.assign_role(y.role):
+        scaled = w.tape.view(y, y.name, y.shape)
+    w.tape.op("scale the output", [y], scaled, grads=((y, w.tape.grad(y)),))
 
 
 def _beside_attention(

@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from math import isqrt
+from operator import itemgetter
 from typing import NamedTuple
 
 from ..errors import RecipeError, did_you_mean, quoted
@@ -866,10 +867,10 @@ def kernels_of(model: Model, layout: Layout) -> tuple[Kernel, ...]:
     """Attention kernels that a step runs, each once: of layers without an explicit mask, and of those with one."""
     recipe = layout.recipe
     attention = attention_kernel(model, recipe)
-    masks = {layout.masks(kind) for kind in model.layer_kinds}
+    layers = dict.fromkeys((layout.masks(kind), model.of_kind(kind).attention) for kind in model.layer_kinds)
     calls = [
-        AttentionCall.from_attention(model.attention, recipe.compute_dtype, masked, layout.platform)
-        for masked in sorted(masks)
+        AttentionCall.from_attention(own, recipe.compute_dtype, masked, layout.platform)
+        for masked, own in sorted(layers, key=itemgetter(0))
     ]
     return tuple(dict.fromkeys(chosen(attention, asked) for asked in calls))
 
@@ -935,12 +936,10 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     attends = {kind: kind.mixer == "attention" for kind in kinds}
     asking = {(kind.window is not None, kind.causal_mask): kind for kind in kinds}
     masks = {asked: _mask(w, kind, layout) for asked, kind in asking.items()}
-    several = w.code.local_rotary
-    rotary = {
-        is_sliding: _rotary_tables(w, layout)
-        for is_sliding in dict.fromkeys(sliding[kind] and several for kind in kinds)
-    }
-    tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
+    local = {kind: sliding[kind] and w.code.local_rotary for kind in kinds}
+    first = {is_local: kind for kind, is_local in reversed(local.items())}
+    rotary = {is_local: _rotary_tables(w, w.model.of_kind(first[is_local]), layout) for is_local in reversed(first)}
+    tables = {kind: rotary[local[kind]] for kind in kinds}
     turned = {kind: kind.rotary and attends[kind] and not w.code.interleaved_tables for kind in kinds}
     kept_tables = {kind: tables[kind] if turned[kind] else () for kind in kinds}
     given_masks = {kind: masks[kind.window is not None, kind.causal_mask] if attends[kind] else () for kind in kinds}
@@ -948,9 +947,9 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     return {kind: ((*positions, *tables[kind], *given_masks[kind]), kept_tables[kind]) for kind in kinds}
 
 
-def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
+def _rotary_tables(w: Writer, model: Model, layout: Layout) -> tuple[Tensor, ...]:
     """cos and sin of positions, in the order of transformers' rotary embeddings, which compute in fp32 and hold it all until the end."""
-    a, model = w.model.attention, w.model
+    a = model.attention
     width = a.latent.rope_dim if a.latent else a.rotary_dim
     if not width or w.code.rotary == "every two":  # of which each layer has its own
         return ()

@@ -931,7 +931,7 @@ def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool)
     if not part.chunked:
         ledger.splice(inner, op.where, moments=rules.every_moment or not op.interior)
         if not stop:
-            ledger.rename(part.tape.output, op.makes[0])
+            ledger.rename(part.tape.output.storage, op.makes[0])
             for tensor in op.makes[1:]:
                 ledger.put(tensor)
     else:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from ..model import Block, Keys, Mixer, Norm, QkNorm, Router
+from ..model import Block, Keys, Mixer, Norm, QkNorm, Router, Values
 from ..releases import Number
 
 LAYER = "layer"
@@ -168,6 +168,7 @@ class Code(NamedTuple):
     frees_mlp_input: bool = False  # no variable holds the MLP's input while its second matrix runs
     scales_branches: bool = False  # what attention and MLP give is multiplied by a number before it is added
     scales_logits: bool = False  # so are the logits
+    scales_output: bool = False  # a layer's output is multiplied in place by a number of its own
     fp32_router_logits: bool = False  # what chooses experts is cast to fp32
     fp32_router: bool = False  # the router's weight stays in fp32
     plain_router: bool = False  # probabilities of experts stay in the router's dtype
@@ -208,6 +209,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds; chunked: of
     # attention_chunk_size, the layers whose queries and keys are turned
     windows: Literal["none", "every", "listed", "late", "found", "chunked"] = "none"
+    full_last: bool = False  # the last layer has full attention, whatever layer_types says
     period: int = 0  # without layer_types, each period-th layer has full attention; 0: none has
     idle_mask: bool = False  # a mask of a window is always made, and no layer uses it
     window_switch: bool = False  # sliding_window counts only under use_sliding_window
@@ -221,6 +223,8 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     mixer: Mixer = "attention"  # of the layers whose layer_types entry names no attention
     # what tells, where there are no layer_types, which layers have attention; layer_types: nothing does
     gated_attention: bool = False
+    values: Values = "projected"
+    global_attention: bool = False  # layers without a window have heads of their own (spec/own_sizes.py)
     attention_by: Literal["layer_types", "full_attn_idxs", "full_attention_interval", "none has"] = "layer_types"
     experts: Routed | None = None
     activation: str = "hidden_act"

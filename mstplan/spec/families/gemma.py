@@ -1,11 +1,11 @@
-"""Gemma, Gemma 2 and the text part of Gemma 3."""
+"""Gemma, Gemma 2 and the text parts of Gemma 3 and 4."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Code, Family, defaults
+from .base import Code, Family, Routed, defaults
 
 GEMMA: Mapping[str, Any] = {
     "head_dim": 256,
@@ -49,5 +49,27 @@ FAMILIES = {
         softcap=False,  # the field exists, the attention does not use it
         no_sdpa_from=None,
         code=Code(local_rotary=True),
+    ),
+    "gemma4_text": Family(
+        defaults(
+            *(2304, 30, 8, 4, 262144, 9216),
+            sliding_window=512,
+            max_position_embeddings=131072,
+            global_head_dim=512,
+            **GEMMA,
+        ),
+        norm="rms-fp32",
+        block="sandwich",
+        windows="listed",
+        period=6,
+        full_last=True,
+        activation="hidden_activation",
+        scaled_embedding=True,
+        qk_norm="head",
+        values="normed",
+        global_attention=True,
+        only={"use_bidirectional_attention": "vision"},
+        code=Code(local_rotary=True, scales_output=True),
+        tiny={"head_dim": 32, "global_head_dim": 64},
     ),
 }
