@@ -34,7 +34,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "hidden_act": ("hidden_act", "hidden_activation", "activation_function"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk"),
+    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
     "n_shared_experts": ("n_shared_experts", "moe_num_shared_experts"),
     "first_k_dense_replace": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
     "decoder_sparse_step": ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step"),
@@ -343,7 +343,7 @@ def _model(f: _Fields, model_type: str) -> Model:
         context=context,
         layer_kinds=layer_kinds,
         attention=attention,
-        mlp=None if all(kind.experts for kind in layer_kinds) else _mlp(f),
+        mlp=None if all(kind.experts for kind in layer_kinds) and not (experts and experts.beside_mlp) else _mlp(f),
         experts=experts if any(kind.experts for kind in layer_kinds) else None,
         mixer=mixer_of(f, layer_kinds),
         norm=family.norm,
@@ -524,6 +524,8 @@ def _experts(f: _Fields) -> Experts | None:
     routed = f.family.experts
     if routed is None or (routed.may_be_none and not f.count("num_experts", default=0)):
         return None
+    if routed.switch is not None and not f.flag(routed.switch):
+        return None
     count, per_token = f.size("num_experts"), f.size("num_experts_per_tok")
     if per_token > count:
         f.refuse(f"{f.find('num_experts_per_tok')[0]} {per_token} is more than its {count} experts")
@@ -542,6 +544,7 @@ def _experts(f: _Fields) -> Experts | None:
         router_fp32=routed.fp32,
         normalised=f.switch(routed.normalised),
         clamped=routed.clamped,
+        beside_mlp=routed.beside_mlp,
     )
 
 

@@ -83,6 +83,7 @@ class Experts(NamedTuple):
     router_fp32: bool = False  # the router's product runs in fp32 (DeepSeek)
     normalised: bool = True  # the chosen scores are divided by their sum
     clamped: bool = False  # gpt-oss' clamped, interleaved activation
+    beside_mlp: bool = False  # the layer has its MLP as well: both see the same hidden states, and their sum is normalised (Gemma 4)
 
 
 class ShortConv(NamedTuple):
@@ -150,7 +151,7 @@ class Model(NamedTuple):
     context: int | None  # max_position_embeddings; None: the file does not say
     layer_kinds: tuple[LayerKind, ...]  # one a layer, in order
     attention: Attention
-    mlp: Mlp | None  # of the dense layers; None: every layer has experts
+    mlp: Mlp | None  # of the dense layers; None: every layer has experts alone
     experts: Experts | None = None
     mixer: Mixing | None = None  # of the layers that mix tokens otherwise than by attention
     norm: Norm = "rms"

@@ -1035,6 +1035,52 @@ class Writer:
         self.hold(*outside)
         return y
 
+    def router(self, x: Tensor, e: Experts) -> tuple[Tensor, ...]:
+        """Scores of the chosen experts (t A), their numbers, and probabilities of all, which the layer's variables hold: of a router of
+        its own, which sees the experts' input before its norm."""
+        self.tape.dims.update({"X": e.number, "A": e.per_token, "F": e.width})
+        with self.tape.assign_role(Role.MLP):
+            return self._scaled_router(x, e)
+
+    def routed(self, x: Tensor, e: Experts, scores: Tensor, chosen: Tensor, *others: Tensor) -> Tensor:
+        """What experts make of x, chosen before."""
+        with self.tape.assign_role(Role.MLP):
+            return self._routed(x, e, scores, chosen, (x, scores, chosen, *others))
+
+    def _scaled_router(self, x: Tensor, e: Experts) -> tuple[Tensor, ...]:
+        """The input's norm times a weight; the chosen probabilities, divided by their sum, times a number for each expert
+        (models/gemma4/modeling_gemma4.py, Gemma4TextRouter)."""
+        tape, kind = self.tape, (WeightKind.MLP,)
+        normed = self._unweighted_norm(x)
+        scale = self.weight("router.scale", self._last(x), kinds=kind, name="")
+        weighed = self._times_weight("router input", normed, scale)
+        x_in = self.pointwise("scale router input", weighed, self.new("router input, scaled", "d", weighed.dtype))
+        logits = self.linear(x_in, self.new("router logits", "X"), "router", kind=WeightKind.MLP)
+        probs = self._router_probabilities(logits, e)
+        chosen, top = self.new("chosen experts", "A", "int64"), self.new("top probabilities", "A", probs.dtype)
+        tape.op("top experts", [probs], top, chosen, keeps=(chosen,), grads=((probs, tape.grad(probs)),))
+        scores = self._expert_scores(top, e)
+        numbers = self.weight("router.per_expert_scale", e.number, kinds=kind, name="")
+        factors = self.new("numbers of the chosen experts", "A", self.numerics.weights)
+        tape.op("numbers of experts", [chosen], factors, keeps=(chosen,), weights=(numbers,))
+        own = self.new("expert scores, scaled", "A", scores.dtype)
+        self.multiply("scale scores", scores, factors, own)
+        self.hold(x, x_in, logits, probs)
+        return own, chosen, probs
+
+    def _times_weight(self, name: str, x: Tensor, weight: Weight) -> Tensor:
+        y = self.tape.new(name, x.shape, x.dtype)
+        product = self.tape.new("gradient x input", x.shape, x.dtype)
+        return self.tape.op(
+            name,
+            [x],
+            y,
+            for_gradients=ForGradients(((x, weight),), ((product, weight),)),
+            grads=((x, self.tape.grad(x)),),
+            weights=(weight,),
+            workspaces=(self.sum_over_tokens(weight, x),),
+        )
+
     def _all_experts(self, x: Tensor, e: Experts) -> Tensor:
         """Every expert on every token, times its score (models/llama4/modeling_llama4.py), and the shared expert's output."""
         tape, d = self.tape, self.model.hidden
@@ -1445,7 +1491,10 @@ def _after_residual(
     with w.tape.assign_role(Role.MLP if block == "sandwich" else Role.NORM):
         name = "post-attention norm" if block == "pre" else "pre-MLP norm"
         mlp_in = middle if block == "post" else w.norm(middle, name)
-    mlp_out = _feed_forward(w, mlp_in, kind, chunks)
+    if kind.experts and _experts(w.model).beside_mlp:
+        mlp_out = _mlp_and_experts(w, mlp_in, middle, chunks)
+    else:
+        mlp_out = _feed_forward(w, mlp_in, kind, chunks)
     w.hold(*w.beside)
     if block == "post" and chunks.recompute:
         return w.tape.build_tape()  # the residual is the MLP's input, so the chunks add it
@@ -1515,6 +1564,32 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     if chunks.recompute and model.block == "post":
         y = inner.add(source, y, inner.hidden())
     return _in_chunks(w, inner.tape.build_tape(), (x,), "MLP in chunks", chunks)[0]
+
+
+def _mlp_and_experts(w: Writer, mlp_in: Tensor, middle: Tensor, chunks: MlpChunks) -> Tensor:
+    """The MLP and experts of the same hidden states, each with norms of its own, added (models/gemma4/modeling_gemma4.py)."""
+    model = w.model
+    if chunks.several or chunks.recompute:
+        raise RecipeError(
+            f"{model.name} gives its experts more than hidden states, so that MLPs do not run in chunks.\n"
+            "Set mlp_chunks=1, or take mst-layer (-s mst-layer)."
+        )
+    mlp_out = w.mlp(mlp_in, _mlp(model))
+    with w.tape.assign_role(Role.MLP):
+        dense = w.norm(mlp_out, "MLP norm")
+        routing = w.router(middle, _experts(model))
+        w.hold(mlp_out)
+        experts_in = w.norm(middle, "experts norm")
+        w.hold(mlp_out)
+    routed = w.routed(experts_in, _experts(model), *routing)
+    with w.tape.assign_role(Role.MLP):
+        w.hold(mlp_out)
+        routed = w.norm(routed, "post-experts norm")
+        w.hold(mlp_out)
+        y = w.add(dense, routed, w.new("MLP output", "d", dense.dtype), "add MLP and experts")
+    w.hold(mlp_out)
+    w.beside += (dense, routed, *routing)
+    return y
 
 
 def _two_in_chunks(w: Writer, x: Tensor, e: Experts, chunks: MlpChunks) -> Tensor:

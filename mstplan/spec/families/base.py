@@ -103,6 +103,8 @@ class Routed(NamedTuple):
     bias: bool = False
     clamped: bool = False
     may_be_none: bool = False  # 0 experts: a dense model
+    switch: str | None = None  # where this is false, it is dense as well
+    beside_mlp: bool = False
     shared_width: str | None = (
         None  # the field that holds the width of the shared expert; None: the file says how many there are
     )
@@ -171,6 +173,7 @@ class Code(NamedTuple):
     scales_output: bool = False  # a layer's output is multiplied in place by a number of its own
     fp32_router_logits: bool = False  # what chooses experts is cast to fp32
     fp32_router: bool = False  # the router's weight stays in fp32
+    scaled_router: bool = False  # the router has a norm, a weight on its input and a number for each expert (Gemma 4)
     plain_router: bool = False  # probabilities of experts stay in the router's dtype
     corrected: bool = False  # experts are chosen by probabilities with a correction
     apart_products: bool = False  # what linear attention makes of its input comes of several products

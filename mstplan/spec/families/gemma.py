@@ -69,7 +69,21 @@ FAMILIES = {
         values="normed",
         global_attention=True,
         only={"use_bidirectional_attention": "vision"},
-        code=Code(local_rotary=True, scales_output=True),
+        experts=Routed(
+            may_be_none=True,
+            switch="enable_moe_block",
+            beside_mlp=True,
+            fields=("enable_moe_block",),
+        ),
+        code=Code(local_rotary=True, scales_output=True, scaled_router=True, fp32_expert_scores=True),
+        names={
+            "MLP norm": "post_feedforward_layernorm_1",
+            "experts norm": "pre_feedforward_layernorm_2",
+            "post-experts norm": "post_feedforward_layernorm_2",
+            "router": "router.proj",
+            "experts.gate_up_proj": "experts.gate_up_proj",
+            "experts.down_proj": "experts.down_proj",
+        },
         tiny={"head_dim": 32, "global_head_dim": 64},
     ),
 }
