@@ -15,7 +15,7 @@ from mstplan.errors import ModelError, did_you_mean, one_line
 from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.families.base import Family
 from mstplan.spec.mixing import mixer_of, mixers_of_layers
-from mstplan.spec.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, QkNorm
+from mstplan.spec.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, PerLayerInputs, QkNorm
 from mstplan.spec.own_sizes import attention_of_layers
 from mstplan.spec.releases import parse_release, release
 from mstplan.spec.towers import Tower, towers_of
@@ -345,6 +345,7 @@ def _model(f: _Fields, model_type: str) -> Model:
         attention=attention,
         mlp=None if all(kind.experts for kind in layer_kinds) and not (experts and experts.beside_mlp) else _mlp(f),
         experts=experts if any(kind.experts for kind in layer_kinds) else None,
+        per_layer=_per_layer_inputs(f),
         mixer=mixer_of(f, layer_kinds),
         norm=family.norm,
         norm_bias=family.norm_bias,
@@ -366,6 +367,11 @@ def _model(f: _Fields, model_type: str) -> Model:
         own_flash=family.own_flash,
         idle_window=1 if family.idle_mask else None,
     )
+
+
+def _per_layer_inputs(f: _Fields) -> PerLayerInputs | None:
+    width = f.count("hidden_size_per_layer_input", default=0) if f.family.per_layer_inputs else 0
+    return PerLayerInputs(width, f.size("vocab_size_per_layer_input")) if width else None
 
 
 def _embedding_dropout(f: _Fields) -> float | None:

@@ -86,6 +86,13 @@ class Experts(NamedTuple):
     beside_mlp: bool = False  # the layer has its MLP as well: both see the same hidden states, and their sum is normalised (Gemma 4)
 
 
+class PerLayerInputs(NamedTuple):
+    """A second embedding, a part of which each layer adds a product with to its output (Gemma 3n, Gemma 4)."""
+
+    width: int  # of a layer's part
+    vocab: int
+
+
 class ShortConv(NamedTuple):
     """A convolution over a few tokens between two products with gates (LFM2)."""
 
@@ -153,6 +160,7 @@ class Model(NamedTuple):
     attention: Attention
     mlp: Mlp | None  # of the dense layers; None: every layer has experts alone
     experts: Experts | None = None
+    per_layer: PerLayerInputs | None = None
     mixer: Mixing | None = None  # of the layers that mix tokens otherwise than by attention
     norm: Norm = "rms"
     norm_bias: bool = False

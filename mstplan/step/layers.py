@@ -46,6 +46,7 @@ from .tape import (
 from .workspaces import MULTIPROCESSORS, SumOverTokens
 
 HIDDEN = "layer input"
+PER_LAYER = "per-layer input"
 
 
 class Numerics(NamedTuple):
@@ -103,6 +104,7 @@ class Writer:
         self.wide = numerics.weights  # dtype of the residual stream
         self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
         self.gate: Tensor | None = None  # of attention's output
+        self.per_layer: Tensor | None = None  # the layer's own part of what is embedded for each
         self.used: dict[str, Weight] = {}  # in another part of the same layer
         self.inside: tuple[
             Tensor, ...
@@ -126,6 +128,18 @@ class Writer:
         with self.tape.assign_role(role):
             self.tape.sources.append(self.new(name, shape, dtype or self.wide))
         return self.tape.sources[-1]
+
+    def source_per_layer(self, is_view: bool = True) -> tuple[Tensor, ...]:
+        """The layer's own part of what is embedded for each layer, where the model does that: a view of all, or a piece of it."""
+        sizes = self.model.per_layer
+        if sizes is None:
+            return ()
+        with self.tape.assign_role(Role.LAYER_INPUT):
+            whole = self.new(PER_LAYER, f"{self.model.layers} {sizes.width}", self.wide)
+            shape = f"{self.t} {sizes.width}"
+            self.per_layer = self.tape.new(PER_LAYER, shape, self.wide, whole if is_view else None)
+        self.tape.sources.append(self.per_layer)
+        return (self.per_layer,)
 
     def by_head(self, heads: str, width: str) -> str:
         """The shape of what lies heads first."""
@@ -191,13 +205,13 @@ class Writer:
         y: Tensor,
         name: str,
         *,
-        kind: WeightKind,
+        kind: WeightKind | None,
         bias: bool = False,
         weight: Weight | None = None,
         copy: Tensor | None = None,
         defers: bool = False,
     ) -> Tensor:
-        """y = x W^T (+ bias), and what an adapter adds to it. copy: of W, made for this in another dtype."""
+        """y = x W^T (+ bias), and what an adapter adds to it. kind: None for one that no word means. copy: of W, made for this in another dtype."""
         numerics, module = self.numerics, self.names.get(name, name)
         is_quantised = bool(numerics.quantised) and weight is None
         adapters = numerics.adapters if weight is None else None
@@ -205,8 +219,9 @@ class Writer:
         if is_quantised and y.dtype != x.dtype:
             y = self.tape.new(y.name, y.shape, x.dtype)
         base = self.tape.new(y.name, y.shape, y.dtype) if targeted else y
-        w = weight or self.weight(name, self.width(y), self.width(x), kinds=(kind,))
-        biases = (self.weight(name, self.width(y), kinds=(kind,), name=".bias"),) if bias else ()
+        kinds = (kind,) if kind is not None else ()
+        w = weight or self.weight(name, self.width(y), self.width(x), kinds=kinds)
+        biases = (self.weight(name, self.width(y), kinds=kinds, name=".bias"),) if bias else ()
         if is_quantised:
             quantised.product(self, x, base, name, w, biases)
         else:
@@ -1439,6 +1454,7 @@ def layer(
     w = writer(model, numerics, frozen=frozen)
     w.tape.role = Role.NORM
     x = w.source()
+    w.source_per_layer()
     normed, mlp_in = _attention_input(w, x), None
     if w.model.block == "parallel" and w.code.norms_first:
         mlp_in = w.norm(x, "post-attention norm")
@@ -1503,7 +1519,8 @@ def _after_residual(
             mlp_out = w.norm(mlp_out, "post-MLP norm")
     apart = kind.experts and w.code.shared_apart
     added = mlp_out if chunks.recompute and not apart else _scaled(w, mlp_out)
-    y = w.add(middle, added, w.hidden())
+    last = w.per_layer is None
+    y = w.add(middle, added, w.hidden() if last else w.new("hidden states after the MLP", "d", w.wide))
     w.hold(mlp_out, *w.beside, *w.inside)
     if w.code.holds_block:
         w.hold(attended, mlp_in)
@@ -1511,9 +1528,25 @@ def _after_residual(
         w.hold(attended)
     if w.code.holds_normed:
         w.hold(attended, normed)
+    if w.per_layer is not None:
+        y = _add_per_layer_input(w, y, w.per_layer)
     if w.code.scales_output:
         _scale_output(w, y)
     return w.tape.build_tape()
+
+
+def _add_per_layer_input(w: Writer, x: Tensor, own: Tensor) -> Tensor:
+    """x plus the norm of a product of (a gate made of x, times the layer's own input) (models/gemma4/modeling_gemma4.py)."""
+    start, width = len(w.tape.ops), str(w.width(own))
+    with w.tape.assign_role(Role.NORM):
+        gate = w.linear(x, w.new("per-layer gate", width), "per_layer_input_gate", kind=WeightKind.MLP)
+        gate = w.activation(gate, _mlp(w.model).activation)
+        product = w.multiply("per-layer gate * input", gate, own, w.new("per-layer product", width, gate.dtype))
+        y = w.linear(product, w.new("per-layer output", "d"), "per_layer_projection", kind=WeightKind.MLP)
+        y = w.norm(y, "per-layer norm")
+    y = w.add(x, y, w.hidden(), "add per-layer output")
+    w.tape.hold_since(start, *w.beside)
+    return y
 
 
 def _scale_output(w: Writer, y: Tensor) -> None:
@@ -1623,21 +1656,22 @@ def _layer_in_chunks(
     groups = chunks.groups
     w = Writer(_of_heads(model, groups), numerics, frozen=frozen)
     w.in_chunks = True
-    x = w.source()
+    x, own = w.source(), w.source_per_layer()
     before = _before_attention(model, kind, numerics, frozen, groups)
-    made = _in_chunks(w, before, (x,), "before attention", chunks, makes_on_host=chunks.on_host)
+    made = _in_chunks(w, before, (x, *own), "before attention", chunks, makes_on_host=chunks.on_host)
     attend = partial(_attend_from_host, w) if chunks.on_host else w.attend
     attended = [attend(q, k, v, kind) for q, k, v in (made[n::groups] for n in range(groups))]
     w.hold(*made)
     after = Writer(model, numerics, "b c", frozen=frozen)
     after.tape.role = Role.NORM
     piece = after.source()
+    after.source_per_layer(is_view=False)
     after.used = {weight.name: weight for op in before.ops for weight in op.weights}
     # the MLP's input is attention's, and made again
     normed = _attention_input(after, piece) if model.block == "one-norm" else piece
     output = after.attention_output(_joined_groups(after, attended))
     tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
-    _in_chunks(w, tape, (x, *attended), "after attention", chunks)
+    _in_chunks(w, tape, (x, *own, *attended), "after attention", chunks)
     return w.tape.build_tape()
 
 
@@ -1748,7 +1782,9 @@ def _before_attention(model: Model, kind: LayerKind, numerics: Numerics, frozen:
     """From a piece of hidden states to its queries, keys and values, each by groups."""
     w = Writer(model, numerics, "b c", frozen=frozen)
     w.tape.role = Role.NORM
-    x = _attention_input(w, w.source())
+    source = w.source()
+    w.source_per_layer(is_view=False)  # which the runtime hands to both parts
+    x = _attention_input(w, source)
     with w.tape.assign_role(Role.ATTENTION):
         q, k, v, *others = w.attention_inputs(x, kind)
         w.hold(x, q, k, v, *others)

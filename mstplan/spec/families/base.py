@@ -227,6 +227,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     # what tells, where there are no layer_types, which layers have attention; layer_types: nothing does
     gated_attention: bool = False
     values: Values = "projected"
+    per_layer_inputs: bool = False
     global_attention: bool = False  # layers without a window have heads of their own (spec/own_sizes.py)
     attention_by: Literal["layer_types", "full_attn_idxs", "full_attention_interval", "none has"] = "layer_types"
     experts: Routed | None = None

@@ -13,6 +13,13 @@ GEMMA: Mapping[str, Any] = {
     "hidden_act": "gelu_pytorch_tanh",
     "hidden_activation": "gelu_pytorch_tanh",
 }
+PER_LAYER: Mapping[str, str] = {
+    "embed_tokens_per_layer": "model.embed_tokens_per_layer",
+    "per_layer_model_projection": "model.per_layer_model_projection",
+    "per-layer inputs' norm": "model.per_layer_projection_norm",
+    "per-layer norm": "post_per_layer_input_norm",
+}
+"""Names of what inputs of each layer go through."""
 GEMMA2 = Family(
     defaults(
         *(2304, 26, 8, 4, 256000, 9216),
@@ -56,6 +63,8 @@ FAMILIES = {
             sliding_window=512,
             max_position_embeddings=131072,
             global_head_dim=512,
+            hidden_size_per_layer_input=256,
+            vocab_size_per_layer_input=262144,
             **GEMMA,
         ),
         norm="rms-fp32",
@@ -68,6 +77,7 @@ FAMILIES = {
         qk_norm="head",
         values="normed",
         global_attention=True,
+        per_layer_inputs=True,
         only={"use_bidirectional_attention": "vision"},
         experts=Routed(
             may_be_none=True,
@@ -77,6 +87,7 @@ FAMILIES = {
         ),
         code=Code(local_rotary=True, scales_output=True, scaled_router=True, fp32_expert_scores=True),
         names={
+            **PER_LAYER,
             "MLP norm": "post_feedforward_layernorm_1",
             "experts norm": "pre_feedforward_layernorm_2",
             "post-experts norm": "post_feedforward_layernorm_2",
