@@ -16,7 +16,7 @@ from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.families.base import Family
 from mstplan.spec.mixing import mixer_of, mixers_of_layers
 from mstplan.spec.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, PerLayerInputs, QkNorm
-from mstplan.spec.own_sizes import attention_of_layers
+from mstplan.spec.own_sizes import attention_of_layers, shares_of_layers, widths_of_layers
 from mstplan.spec.releases import parse_release, release
 from mstplan.spec.towers import Tower, towers_of
 
@@ -579,8 +579,9 @@ def _layer_kinds(f: _Fields, attention: Attention, routed: bool) -> tuple[LayerK
     windows = _windows(f, layers)
     masked = [f.family.always_masked] * layers
     turned, mixers = _turned_layers(f, windows), mixers_of_layers(f, layers)
-    own = attention_of_layers(f, attention, windows)
-    return tuple(map(LayerKind, windows, sparse, turned, masked, mixers, own))
+    own, shares = attention_of_layers(f, attention, windows), shares_of_layers(f, windows)
+    widths = widths_of_layers(f, shares)
+    return tuple(map(LayerKind, windows, sparse, turned, masked, mixers, own, widths, shares))
 
 
 def _has_field(f: _Fields, field: str) -> bool:

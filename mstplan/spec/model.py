@@ -30,6 +30,10 @@ Mixer = Literal["attention", "short conv", "gated delta", "mamba2"]
 """What mixes a layer's tokens."""
 
 
+Lends = Literal["", "lends", "borrows"]
+"""Whether a layer's keys and values are those of later layers as well, or are an earlier one's: the last of its kind that lends."""
+
+
 class Latent(NamedTuple):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, keys and values."""
 
@@ -135,6 +139,7 @@ class LayerKind(NamedTuple):
     mixer: Mixer = "attention"
     attention: Attention | None = None  # its own, where the model's is another
     mlp_width: int | None = None  # its own, where the model's is another
+    keys: Lends = ""
 
     @property
     def asks_mask(self) -> bool:

@@ -1,11 +1,12 @@
-"""Reads from a config.json what layers have of their own where the model's other layers have something else: heads of attention."""
+"""Reads from a config.json what layers have of their own where the model's other layers have something else: heads of attention, keys and
+values that later layers share, widths of MLPs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .model import Attention
+from .model import Attention, Lends
 
 if TYPE_CHECKING:
     from .config import _Fields
@@ -21,6 +22,32 @@ def attention_of_layers(f: _Fields, attention: Attention, windows: Sequence[int 
         _with_heads(f, attention if window is not None else full, *heads[n]) for n, window in enumerate(windows)
     ]
     return [None if each == attention else each for each in own]
+
+
+def shares_of_layers(f: _Fields, windows: Sequence[int | None]) -> list[Lends]:
+    """Which layers take keys and values of earlier ones, and which lend them: the last with a window, and the last without, that has its
+    own (models/gemma4/configuration_gemma4.py, kv_sharing_modes). Raises ModelError where no layer lends what others take."""
+    borrowers = f.count("num_kv_shared_layers", default=0) if f.family.shared_keys else 0
+    if not borrowers:
+        return [""] * len(windows)
+    own = len(windows) - borrowers
+    slides = [window is not None for window in windows]
+    lenders = {kind: max((n for n in range(max(own, 0)) if slides[n] is kind), default=None) for kind in set(slides)}
+    if own < 1 or None in lenders.values():
+        f.refuse(f"num_kv_shared_layers {borrowers} leaves no layer of each kind with keys and values of its own")
+    if set(slides[own:]) != set(slides):
+        from . import unread
+
+        unread.refuse_unread(f.name, "num_kv_shared_layers lets layers keep keys and values that no layer takes, which is not counted.")
+    return ["borrows" if n >= own else "lends" if n in lenders.values() else "" for n in range(len(windows))]
+
+
+def widths_of_layers(f: _Fields, shares: Sequence[Lends]) -> list[int | None]:
+    """Each layer's own width of its MLP; None: the model's."""
+    switch = f.family.wide_borrowers
+    if switch is None or not f.flag(switch):
+        return [None] * len(shares)
+    return [2 * f.size(f.family.mlp_width) if share == "borrows" else None for share in shares]
 
 
 def _with_heads(f: _Fields, attention: Attention, head_dim: int, kv_heads: int) -> Attention:

@@ -104,6 +104,7 @@ class Writer:
         self.wide = numerics.weights  # dtype of the residual stream
         self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
         self.gate: Tensor | None = None  # of attention's output
+        self.lent: tuple[Tensor, ...] = ()  # keys and values that the layer lends, or borrows
         self.per_layer: Tensor | None = None  # the layer's own part of what is embedded for each
         self.used: dict[str, Weight] = {}  # in another part of the same layer
         self.inside: tuple[
@@ -140,6 +141,12 @@ class Writer:
             self.per_layer = self.tape.new(PER_LAYER, shape, self.wide, whole if is_view else None)
         self.tape.sources.append(self.per_layer)
         return (self.per_layer,)
+
+    def source_keys(self) -> None:
+        """Keys and values of an earlier layer."""
+        with self.tape.assign_role(Role.ATTENTION):
+            self.lent = tuple(self.new(f"{name} of an earlier layer", "G e", self.wide) for name in ("K", "V"))
+        self.tape.sources += self.lent
 
     def by_head(self, heads: str, width: str) -> str:
         """The shape of what lies heads first."""
@@ -483,7 +490,7 @@ class Writer:
         a = self.model.attention
         with self.tape.assign_role(Role.ATTENTION):
             if a.values != "projected":
-                return self._qkv_in_turn(x, a)
+                return self._qkv_in_turn(x, a, kind)
             return self._latent_qkv(x, a) if a.latent else self._qkv(x, a, kind)
 
     def attention_output(self, mixed: Tensor, *variables: Tensor) -> Tensor:
@@ -552,9 +559,9 @@ class Writer:
             q = self._tempered(q)
         return q, k, v, *fused
 
-    def _qkv_in_turn(self, x: Tensor, a: Attention) -> tuple[Tensor, ...]:
-        """Queries are normalised and turned before there are keys; values, which may be keys as they were made, are normalised last
-        (models/gemma4/modeling_gemma4.py)."""
+    def _qkv_in_turn(self, x: Tensor, a: Attention, kind: LayerKind) -> tuple[Tensor, ...]:
+        """Queries are normalised and turned before there are keys; values, which may be keys as they were made, are normalised last.
+        A layer that borrows both makes queries alone (models/gemma4/modeling_gemma4.py)."""
 
         def made(name: str, heads: str) -> Tensor:
             y = self.new(name, f"{heads} e")
@@ -567,10 +574,13 @@ class Writer:
             return y
 
         q = turned(made("Q", "H"), "q_norm", "H")
+        if kind.keys == "borrows":
+            return q, *self.lent
         k = made("K", "G")
         v = k if a.values == "keys" else made("V", "G")
         k = turned(k, "k_norm", "G")
         v = self._unweighted_norm(v)
+        self.lent = (k, v)
         return q, k, v
 
     def _turned(
@@ -1455,6 +1465,8 @@ def layer(
     w.tape.role = Role.NORM
     x = w.source()
     w.source_per_layer()
+    if kind.keys == "borrows":
+        w.source_keys()
     normed, mlp_in = _attention_input(w, x), None
     if w.model.block == "parallel" and w.code.norms_first:
         mlp_in = w.norm(x, "post-attention norm")
@@ -1462,6 +1474,8 @@ def layer(
     if mlp_in is not None:
         w.hold(normed, mlp_in)
     tape = _after_attention(w, x, mixed, normed, kind, chunks, mlp_in)
+    if kind.keys == "lends":
+        return replace(tape, outputs=(tape.output, *w.lent))
     return replace(tape, returned=w.beside) if w.code.returns_weights else tape
 
 

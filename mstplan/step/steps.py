@@ -600,6 +600,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     recipe = layout.recipe
     model = with_copies(model, recipe)
     check_mixers(model, recipe)
+    _check_shared_keys(model, recipe)
     adapters = adapters_of(recipe, model)
     if adapters is not None and adapters.parameters:
         check_recipe(model, recipe, layout.several_mlp_chunks)
@@ -650,17 +651,16 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     calls: dict[tuple[LayerKind, Names], LayerCall] = {}
     for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
         given, tables = shared[kind]
-        calls[kind, names] = LayerCall(
-            layer(model, kind, numerics, chunks, names), given, given if chunks.layer or chunks.children else tables
-        )
+        kept = given if chunks.layer or chunks.children else tables
+        calls[kind, names] = LayerCall(layer(model, kind, numerics, chunks, names), given, kept, kind)
     rows = [calls[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
     with w.tape.assign_role(Role.LAYER_INPUT):
-        hidden, returned = _layers(w.tape, hidden, rows, recipe, per_layer)
+        hidden, returned, lent = _layers(w.tape, hidden, rows, recipe, per_layer)
     w.tape.stage = Stage.LOSS
     with w.tape.assign_role(Role.NORM):
         hidden = norm_in_chunks(w, hidden, "final norm") if chunks.layer else w.norm(hidden, "final norm")
     w.hold(
-        *variables, *per_layer, *returned, *(tensor for arguments, _ in shared.values() for tensor in arguments)
+        *variables, *per_layer, *lent, *returned, *(tensor for arguments, _ in shared.values() for tensor in arguments)
     )  # until the model's forward returns
     below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
     loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
@@ -1034,6 +1034,7 @@ class LayerCall(NamedTuple):
     tape: Tape
     arguments: tuple[Tensor, ...]
     tables: tuple[Tensor, ...]
+    kind: LayerKind = LayerKind()  # of a single layer
 
     def list_kept(self, recompute: bool) -> tuple[Tensor, ...]:
         """Tensors kept for backward: a checkpoint keeps all of it, as do pieces, else the products with cos and sin keep these."""
@@ -1042,7 +1043,7 @@ class LayerCall(NamedTuple):
 
 def _layers(
     tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], recipe: Recipe, per_layer: tuple[Tensor, ...]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     every, offload = segment_length(recipe, len(layers)), recipe.offload_layer_inputs
     if every < 2:
         return _chain(tape, hidden, layers, checkpointed_layers(recipe, len(layers)), offload, per_layer)
@@ -1106,13 +1107,14 @@ def _chain(
     checkpointed: Container[int],
     offload: bool = False,
     per_layer: tuple[Tensor, ...] = (),
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not. checkpointed:
     the numbers of those that are; offload: the inputs of these go to CPU RAM. per_layer: of which each takes its part. Returns hidden states,
-    and what the last layer returned beside them."""
+    what the last layer returned beside them, and keys and values that layers lent."""
     count = len(layers)
     leaving: tuple[Tensor, ...] = ()  # to CPU RAM: it is let go when the next one does
     returned: tuple[Tensor, ...] = ()  # by the layer before, beside hidden states
+    lent: dict[bool, tuple[Tensor, ...]] = {}  # keys and values, by whether their layers have a window
     for i, call in enumerate(layers):
         own = tuple(_taken(tape, tensor, call.tape.sources[1]) for tensor in per_layer)
         stage = Stage.of_layer(i, count) if tape.stage is not None else None
@@ -1120,17 +1122,47 @@ def _chain(
         name = f"layer, {place}" if stage is not None else f"layer of the segment, {place}"
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
         recompute = i in checkpointed
-        arguments = call.list_kept(recompute)
+        borrowed = lent[call.kind.window is not None] if call.kind.keys == "borrows" else ()
+        made = tuple(
+            tensor_of(call.tape.dims, t.name, t.shape, t.dtype, role=t.role) for t in call.tape.outputs[1:]
+        )
+        # every checkpoint holds the dict that these are in
+        arguments = call.list_kept(recompute) + (tuple(t for pair in lent.values() for t in pair) if recompute else ())
         part = Part(call.tape, recompute=recompute, offload=offload and recompute, arguments=arguments)
+        if made and recompute:  # keys that are run again keep cos and sin
+            part = replace(part, lingering=call.tables)
         leaving = (hidden,) if part.offload else leaving
         held = (*returned, *(() if recompute else leaving))
         # where nothing is run again, backward keeps it anyway
         returned = tuple(tape.new(t.name, t.shape, t.dtype) for t in call.tape.returned) if recompute else ()
-        tape.add(Op(name, (hidden, *own), (out, *returned), part=part, stage=stage, holds=held))
+        reads, makes = (hidden, *own, *borrowed), (out, *made, *returned)
+        tape.add(Op(name, reads, makes, part=part, stage=stage, holds=held))
+        if made:
+            lent[call.kind.window is not None] = made
         if stage is not None:
             tape.stage = stage
         hidden = out
-    return hidden, returned
+    return hidden, returned, tuple(tensor for pair in lent.values() for tensor in pair)
+
+
+def _check_shared_keys(model: Model, recipe: Recipe) -> None:
+    """Check that a step with keys and values that several layers share is counted. Raises RecipeError."""
+    if not any(kind.keys for kind in model.layer_kinds):
+        return
+    refused = {
+        "layers in pieces": recipe.layer_in_chunks,
+        f"--checkpoint {recipe.checkpoint}": recipe.checkpoint not in ("none", "layer"),
+        f"--offload {recipe.offload}": recipe.offload == "saved-tensors",
+        "sharding": recipe.sharded,
+        "sequences over several GPUs": recipe.sequence_parallel > 1,
+        "--train and --freeze": bool(recipe.train or recipe.freeze),
+        "adapters": bool(recipe.lora_rank),
+    }
+    if what := next((what for what, asked in refused.items() if asked), None):
+        raise RecipeError(
+            f"layers of {model.name} share keys and values, which the formula does not count with {what}.\n"
+            "Leave that out, or ask for --rung trace."
+        )
 
 
 def _taken(tape: TapeWriter, per_layer: Tensor, source: Tensor) -> Tensor:

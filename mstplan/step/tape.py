@@ -289,6 +289,7 @@ class Part:
     offload: the input it would keep lives in CPU RAM.
     in_forward: gradients are made in the forward pass already (the chunked loss), so that nothing else is kept.
     arguments: tensors it is given beside its input, which are kept for its backward as well.
+    lingering: of these, what is held until backward is through with all layers, as `lingering_of` its tape is.
     records, wanted: whether backward comes to it at all, and of what the operation reads that whose gradient is wanted (`autograd.py`).
     interior: neighbours on both sides run the same part: its moments lie between theirs.
     group: its weights are gathered for it.
@@ -304,6 +305,7 @@ class Part:
     in_forward: bool = False
     offload: bool = False
     arguments: tuple[Tensor, ...] = ()
+    lingering: tuple[Tensor, ...] = ()
     records: bool = True
     wanted: tuple[Tensor, ...] = ()
     interior: bool = False
@@ -846,6 +848,19 @@ def lent_by(op: Op, keep: bool) -> tuple[Tensor, ...]:
     return tuple(made for made, output in outputs if output.storage in inside)
 
 
+def lingering_of(tape: Tape) -> tuple[Tensor, ...]:
+    """Of a layer that a checkpoint runs again, what it made beside its first output, and what autograd keeps of all that came of: whom that is
+    for holds on to it until backward is through with all layers."""
+    outputs = [tensor.storage for tensor in tape.outputs[1:]]
+    needed, kept = set(outputs), dict.fromkeys(outputs)
+    own = {tensor for op in tape.ops for tensor in op.makes}
+    for op in reversed(tape.ops if outputs else ()):
+        if not needed.isdisjoint(tensor.storage for tensor in op.makes):
+            needed.update(tensor.storage for tensor in op.reads)
+            kept |= dict.fromkeys(tensor.storage for tensor in op.keeps if tensor.storage in own)
+    return tuple(kept)
+
+
 def holds_for_backward(op: Op) -> bool:
     """Whether something is saved for backward when it runs."""
     return bool(kept_by(op)) or (op.part is not None and op.part.records and not op.part.recompute)
@@ -868,6 +883,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
     last = max((i for i, op in enumerate(tape.ops) if holds_for_backward(op)), default=-1) if recomputing else None
     saved = {tensor.storage for tensor in (*tape.held, *(t for op in tape.ops for t in kept_by(op)))} if keep else set()
+    saved.update(lingering_of(tape) if recomputing else ())
     there: set[Tensor] = set()  # what the first run left
     if rules.selective:
         selected = {tensor.storage for op in tape.ops if op.selected for tensor in op.makes}
@@ -1068,6 +1084,14 @@ def _backward(
             if keepers[tensor.storage] == 0 and tensor.storage in own_storages:
                 ledger.drop(tensor.storage)
 
+    def leave() -> None:
+        """Let go of what lingers."""
+        nonlocal lingering, lingering_arguments
+        for tensor in lingering:
+            ledger.drop(tensor)
+        release(lingering_arguments)
+        lingering, lingering_arguments = [], ()
+
     def arrive(tensor: Tensor, gradient: Tensor) -> None:
         earlier = pending.get(tensor)
         if earlier is None:
@@ -1098,6 +1122,14 @@ def _backward(
         for tensor in fetched:
             ledger.put(tensor)
         return before
+
+    lingering: list[Tensor] = []  # of parts that were run again
+    lingering_arguments = tuple(tensor for op in tape.ops if op.part is not None for tensor in op.part.lingering)
+    for tensor in lingering_arguments:
+        keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
+    first_part = next((op for op in tape.ops if op.is_layer), None)
+    for tensor in lingering_of(tape) if again is tape else ():
+        keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
 
     groups = _Groups(tape, ledger)
     ledger.stage = tape.ops[-1].stage
@@ -1148,6 +1180,9 @@ def _backward(
                 input_gradient = grad_of(tensor)
                 holders[input_gradient] = 1
                 arrivals.append((tensor, input_gradient))
+            lingering += lingering_of(op.part.tape) if op.part.recompute and not op.part.chunked else ()
+            if op is first_part:
+                leave()
             for gradient in incoming.values():
                 holders[gradient] -= 1
                 if outer.shares:
@@ -1182,6 +1217,7 @@ def _backward(
             arrive(tensor, gradient)
         groups.after_backward(op, rules.every_moment or not op.interior)
     groups.end_backward()
+    leave()
     release(tape.held)
     for tensor in fetched:
         ledger.drop(tensor)

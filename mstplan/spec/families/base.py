@@ -228,6 +228,8 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     gated_attention: bool = False
     values: Values = "projected"
     per_layer_inputs: bool = False
+    shared_keys: bool = False  # the last num_kv_shared_layers take keys and values of earlier ones
+    wide_borrowers: str | None = None  # the switch under which MLPs of these are twice as wide
     global_attention: bool = False  # layers without a window have heads of their own (spec/own_sizes.py)
     attention_by: Literal["layer_types", "full_attn_idxs", "full_attention_interval", "none has"] = "layer_types"
     experts: Routed | None = None
