@@ -1564,10 +1564,12 @@ def _add_per_layer_input(w: Writer, x: Tensor, own: Tensor) -> Tensor:
 
 
 def _scale_output(w: Writer, y: Tensor) -> None:
-    """Multiply a layer's output in place by a number of its own; backward makes another gradient."""
+    """Multiply a layer's output in place by a number of its own; backward makes another gradient. The number is a buffer: it takes no room
+    here, but is saved, so that a checkpoint runs all of the layer again before backward enters it."""
     with w.tape.assign_role(y.role):
         scaled = w.tape.view(y, y.name, y.shape)
-    w.tape.op("scale the output", [y], scaled, grads=((y, w.tape.grad(y)),))
+    number = without_bytes(w.tape.new("number of the layer", "1", y.dtype))
+    w.tape.op("scale the output", [y], scaled, keeps=(number,), grads=((y, w.tape.grad(y)),))
 
 
 def _beside_attention(

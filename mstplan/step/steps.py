@@ -1153,10 +1153,9 @@ def _check_shared_keys(model: Model, recipe: Recipe) -> None:
         "layers in pieces": recipe.layer_in_chunks,
         f"--checkpoint {recipe.checkpoint}": recipe.checkpoint not in ("none", "layer"),
         f"--offload {recipe.offload}": recipe.offload == "saved-tensors",
+        f"--precision {recipe.precision}": recipe.used_dtype != "bfloat16",
         "sharding": recipe.sharded,
         "sequences over several GPUs": recipe.sequence_parallel > 1,
-        "--train and --freeze": bool(recipe.train or recipe.freeze),
-        "adapters": bool(recipe.lora_rank),
     }
     if what := next((what for what, asked in refused.items() if asked), None):
         raise RecipeError(
