@@ -606,6 +606,7 @@ def _windows(f: _Fields, layers: int) -> list[int | None]:
     enabled = f.flag("use_sliding_window") if switched else True
     window = f.optional("attention_chunk_size" if rule == "chunked" else "sliding_window") if enabled else None
     sliding = [True] * layers if rule == "every" else _sliding_layers(f, layers)
+    sliding = [*sliding[:-1], False] if f.family.full_last else sliding
     return [window if slides else None for slides in sliding]
 
 
@@ -631,8 +632,7 @@ def _sliding_layers(f: _Fields, layers: int) -> list[bool]:
     layer_types = f.config.get("layer_types")
     if layer_types is not None:
         kind = "chunked_attention" if f.family.windows == "chunked" else "sliding_attention"
-        slides = [each == kind for each in _layer_types(f, layer_types, layers)]
-        return [*slides[:-1], False] if f.family.full_last else slides
+        return [each == kind for each in _layer_types(f, layer_types, layers)]
     if f.family.windows == "chunked":
         return _listed_turns(f, layers)
     if f.family.windows == "late" or f.holds("max_window_layers"):
@@ -669,8 +669,8 @@ def _uncounted(f: _Fields) -> list[str]:
     found = [f"{key} is set" for key in f.family.uncounted if f.flag(key)]
     for key, wanted in f.family.only.items():
         value = f.find(key)[1]
-        counted = f.find(wanted)[1] if isinstance(wanted, str) else wanted
-        if value is not None and value != counted:
+        counted = wanted if isinstance(wanted, tuple) else (f.find(wanted)[1] if isinstance(wanted, str) else wanted,)
+        if value is not None and value not in counted:
             found.append(f"{key} is {_format_value(value)}")
     return found
 

@@ -600,7 +600,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     recipe = layout.recipe
     model = with_copies(model, recipe)
     check_mixers(model, recipe)
-    _check_shared_keys(model, recipe)
+    _check_layers(model, recipe)
     adapters = adapters_of(recipe, model)
     if adapters is not None and adapters.parameters:
         check_recipe(model, recipe, layout.several_mlp_chunks)
@@ -1145,23 +1145,32 @@ def _chain(
     return hidden, returned, tuple(tensor for pair in lent.values() for tensor in pair)
 
 
-def _check_shared_keys(model: Model, recipe: Recipe) -> None:
-    """Check that a step with keys and values that several layers share is counted. Raises RecipeError."""
-    if not any(kind.keys for kind in model.layer_kinds):
-        return
-    refused = {
-        "layers in pieces": recipe.layer_in_chunks,
-        f"--checkpoint {recipe.checkpoint}": recipe.checkpoint not in ("none", "layer"),
-        f"--offload {recipe.offload}": recipe.offload == "saved-tensors",
-        f"--precision {recipe.precision}": recipe.used_dtype != "bfloat16",
-        "sharding": recipe.sharded,
-        "sequences over several GPUs": recipe.sequence_parallel > 1,
-    }
-    if what := next((what for what, asked in refused.items() if asked), None):
-        raise RecipeError(
-            f"layers of {model.name} share keys and values, which the formula does not count with {what}.\n"
-            "Leave that out, or ask for --rung trace."
-        )
+def _check_layers(model: Model, recipe: Recipe) -> None:
+    """Check that a step of layers that share keys and values, have inputs of their own, or end with a number of their own, is counted.
+    Raises RecipeError."""
+    saved, fp32_weights = recipe.offload == "saved-tensors", recipe.used_dtype != "bfloat16"
+    precision = f"--precision {recipe.precision}"
+    several_gpus = {"sharding": recipe.sharded, "sequences over several GPUs": recipe.sequence_parallel > 1}
+    refused: dict[str, dict[str, bool]] = {}
+    if any(kind.keys for kind in model.layer_kinds):
+        refused["share keys and values"] = {
+            "layers in pieces": recipe.layer_in_chunks,
+            f"--checkpoint {recipe.checkpoint}": recipe.checkpoint not in ("none", "layer"),
+            "--offload saved-tensors": saved,
+            precision: fp32_weights,
+            **several_gpus,
+        }
+    if model.per_layer is not None:
+        autocast = fp32_weights and recipe.runs_autocast
+        refused["have inputs of their own"] = {"--offload saved-tensors": saved, precision: autocast, **several_gpus}
+    if family_of(model.model_type).code.scales_output:
+        refused["are scaled"] = {"--offload saved-tensors without --checkpoint layer": saved and recipe.checkpoint != "layer"}
+    for what, options in refused.items():
+        if option := next((option for option, asked in options.items() if asked), None):
+            raise RecipeError(
+                f"layers of {model.name} {what}, which the formula does not count with {option}.\n"
+                "Leave that out, or ask for --rung trace."
+            )
 
 
 def _taken(tape: TapeWriter, per_layer: Tensor, source: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     )
     uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
     only: Mapping[str, object] = MappingProxyType({})
-    """Values that alone are counted, by field; text: the name of the field that holds it."""
+    """Values that alone are counted, by field; text: the name of the field that holds it; a tuple: any of these."""
     norms: str | None = (
         None  # the field that holds how many norms parallel branches have; with own heads two, where it is null
     )
