@@ -26,19 +26,22 @@ def attention_of_layers(f: _Fields, attention: Attention, windows: Sequence[int 
 
 def shares_of_layers(f: _Fields, windows: Sequence[int | None]) -> list[Lends]:
     """Which layers take keys and values of earlier ones, and which lend them: the last with a window, and the last without, that has its
-    own (models/gemma4/configuration_gemma4.py, kv_sharing_modes). Raises ModelError where no layer lends what others take."""
+    own (models/gemma4/configuration_gemma4.py, kv_sharing_modes). Raises UnreadError where a kind of layers only lends or
+    only borrows."""
     borrowers = f.count("num_kv_shared_layers", default=0) if f.family.shared_keys else 0
     if not borrowers:
         return [""] * len(windows)
     own = len(windows) - borrowers
     slides = [window is not None for window in windows]
     lenders = {kind: max((n for n in range(max(own, 0)) if slides[n] is kind), default=None) for kind in set(slides)}
-    if own < 1 or None in lenders.values():
-        f.refuse(f"num_kv_shared_layers {borrowers} leaves no layer of each kind with keys and values of its own")
-    if set(slides[own:]) != set(slides):
+    if None in lenders.values() or set(slides[own:]) != set(slides):
         from . import unread
 
-        unread.refuse_unread(f.name, "num_kv_shared_layers lets layers keep keys and values that no layer takes, which is not counted.")
+        unread.refuse_unread(
+            f.name,
+            f"num_kv_shared_layers is {borrowers}, and the formula counts that where each kind of layers has some with keys and values of their "
+            "own, and some that take those.",
+        )
     return ["borrows" if n >= own else "lends" if n in lenders.values() else "" for n in range(len(windows))]
 
 

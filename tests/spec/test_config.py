@@ -149,8 +149,9 @@ def test_defaults_are_those_of_transformers(model_type):
     for key, value in FAMILIES[model_type].defaults.items():
         if key == "dtype" or (key == "intermediate_size" and value is None):
             continue
-        if key == "global_head_dim":  # which transformers turns into fields of layers
-            assert config.per_layer_config["full_attention"].head_dim == value
+        if key.endswith("head_dim") and "global_head_dim" in FAMILIES[model_type].defaults:  # of kinds of layers
+            kind = "full_attention" if key == "global_head_dim" else "sliding_attention"
+            assert config.per_layer_config[kind].head_dim == value
             continue
         if key in ("hidden_act", "hidden_activation") and not hasattr(config, key):
             continue
@@ -830,9 +831,9 @@ def test_last_layers_borrow_keys_of_the_last_layers_before():
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"num_kv_shared_layers": 6}, "leaves no layer of each kind"),
-        ({"num_kv_shared_layers": 5}, "leaves no layer of each kind"),
-        ({"num_kv_shared_layers": 1}, "that no layer takes"),
+        ({"num_kv_shared_layers": 6}, "num_kv_shared_layers is 6"),
+        ({"num_kv_shared_layers": 5}, "num_kv_shared_layers is 5"),
+        ({"num_kv_shared_layers": 1}, "num_kv_shared_layers is 1"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
         ({"per_layer_config": {"1": {"hidden_size": 8}}}, "per_layer_config sets hidden_size"),
         ({"per_layer_config": {"9": {"head_dim": 8}}}, "per_layer_config is"),
