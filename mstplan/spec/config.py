@@ -81,6 +81,7 @@ _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 # Files of several models whose text part stands in the fields themselves, or names no family of its own.
 TEXT_TYPES = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "phi4mm": "phi3",
     "qwen2_5_omni_thinker": "qwen2_5_omni_text",
     "qwen2_5_vl": "qwen2_5_vl_text",

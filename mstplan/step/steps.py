@@ -1146,12 +1146,14 @@ def _chain(
 
 
 def _check_layers(model: Model, recipe: Recipe) -> None:
-    """Check that a step of layers that share keys and values, have inputs of their own, or end with a number of their own, is counted.
-    Raises RecipeError."""
+    """Check that a step of layers that differ in heads, share keys and values, have inputs of their own, or end with a number of their own,
+    is counted. Raises RecipeError."""
     saved, fp32_weights = recipe.offload == "saved-tensors", recipe.used_dtype != "bfloat16"
     precision = f"--precision {recipe.precision}"
     several_gpus = {"sharding": recipe.sharded, "sequences over several GPUs": recipe.sequence_parallel > 1}
     refused: dict[str, dict[str, bool]] = {}
+    if any(kind.attention is not None for kind in model.layer_kinds):
+        refused["differ in heads"] = {"sequences over several GPUs": recipe.sequence_parallel > 1}
     if any(kind.keys for kind in model.layer_kinds):
         refused["share keys and values"] = {
             "layers in pieces": recipe.layer_in_chunks,
