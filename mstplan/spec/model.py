@@ -87,7 +87,9 @@ class Experts(NamedTuple):
     router_fp32: bool = False  # the router's product runs in fp32 (DeepSeek)
     normalised: bool = True  # the chosen scores are divided by their sum
     clamped: bool = False  # gpt-oss' clamped, interleaved activation
-    beside_mlp: bool = False  # the layer has its MLP as well: both see the same hidden states, and their sum is normalised (Gemma 4)
+    beside_mlp: bool = (
+        False  # the layer has its MLP as well: both see the same hidden states, and their sum is normalised (Gemma 4)
+    )
 
 
 class PerLayerInputs(NamedTuple):

@@ -18,9 +18,7 @@ def attention_of_layers(f: _Fields, attention: Attention, windows: Sequence[int 
         return [None] * len(windows)
     full = attention._replace(values="keys") if f.flag("attention_k_eq_v") else attention
     heads = _heads_by_layer(f, attention, windows)
-    own = [
-        _with_heads(f, attention if window is not None else full, *heads[n]) for n, window in enumerate(windows)
-    ]
+    own = [_with_heads(f, attention if window is not None else full, *heads[n]) for n, window in enumerate(windows)]
     return [None if each == attention else each for each in own]
 
 
@@ -90,5 +88,7 @@ def _overrides(f: _Fields, layers: int) -> dict[int, Mapping[str, object]]:
     counted = {"head_dim", "num_key_value_heads"}
     other = sorted({str(key) for _, row in rows for key in row} - counted)
     if other:
-        unread.refuse_unread(f.name, f"per_layer_config sets {', '.join(other)}, and the formula does not count what that changes.")
+        unread.refuse_unread(
+            f.name, f"per_layer_config sets {', '.join(other)}, and the formula does not count what that changes."
+        )
     return {int(n): row for n, row in rows}

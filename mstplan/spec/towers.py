@@ -278,7 +278,11 @@ def _gemma4(w: _Fields, v: _Fields, t: _Fields) -> Towers:
 
 
 def _gemma4_vision(v: _Fields, outer: int) -> Iterator[TowerWeight]:
-    hidden, width, layers = v.size("hidden_size", 768), v.size("intermediate_size", 3072), v.size("num_hidden_layers", 16)
+    hidden, width, layers = (
+        v.size("hidden_size", 768),
+        v.size("intermediate_size", 3072),
+        v.size("num_hidden_layers", 16),
+    )
     heads, head_dim = v.size("num_attention_heads", 12), v.size("head_dim", 64)
     yield TowerWeight((2, v.size("position_embedding_size", 10240), hidden))
     yield from _linear(3 * v.size("patch_size", 16) ** 2, hidden, False)
@@ -294,7 +298,11 @@ def _gemma4_vision(v: _Fields, outer: int) -> Iterator[TowerWeight]:
 
 def _gemma4_audio(a: _Fields, outer: int) -> Iterator[TowerWeight]:
     """A conformer: convolutions, then layers of two MLPs around attention and a convolution."""
-    hidden, layers, width = a.size("hidden_size", 1024), a.size("num_hidden_layers", 12), a.size("output_proj_dims", 1536)
+    hidden, layers, width = (
+        a.size("hidden_size", 1024),
+        a.size("num_hidden_layers", 12),
+        a.size("output_proj_dims", 1536),
+    )
     first, second = a.fields.get("subsampling_conv_channels", (128, 32))
     channels = _Fields({"first": first, "second": second})
     first, second = channels.size("first"), channels.size("second")

@@ -74,7 +74,9 @@ def _record_part(op: Op, part: Part, needing: set[Tensor]) -> Op:
     inside = replace(part, tape=tape, wanted=wanted, sums=sums_of(tape) if part.sums else ())
     records = bool(wanted) or bool(_trains(tape))
     kept = part.arguments if records else ()
-    return replace(op, part=replace(inside, records=records, arguments=kept, lingering=part.lingering if records else ()))
+    return replace(
+        op, part=replace(inside, records=records, arguments=kept, lingering=part.lingering if records else ())
+    )
 
 
 def _trains(tape: Tape) -> bool:

@@ -1521,10 +1521,8 @@ def _after_residual(
     with w.tape.assign_role(Role.MLP if block == "sandwich" else Role.NORM):
         name = "post-attention norm" if block == "pre" else "pre-MLP norm"
         mlp_in = middle if block == "post" else w.norm(middle, name)
-    if kind.experts and _experts(w.model).beside_mlp:
-        mlp_out = _mlp_and_experts(w, mlp_in, middle, chunks)
-    else:
-        mlp_out = _feed_forward(w, mlp_in, kind, chunks)
+    both = kind.experts and _experts(w.model).beside_mlp
+    mlp_out = _mlp_and_experts(w, mlp_in, middle, chunks) if both else _feed_forward(w, mlp_in, kind, chunks)
     w.hold(*w.beside)
     if block == "post" and chunks.recompute:
         return w.tape.build_tape()  # the residual is the MLP's input, so the chunks add it

@@ -1123,9 +1123,7 @@ def _chain(
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
         recompute = i in checkpointed
         borrowed = lent[call.kind.window is not None] if call.kind.keys == "borrows" else ()
-        made = tuple(
-            tensor_of(call.tape.dims, t.name, t.shape, t.dtype, role=t.role) for t in call.tape.outputs[1:]
-        )
+        made = tuple(tensor_of(call.tape.dims, t.name, t.shape, t.dtype, role=t.role) for t in call.tape.outputs[1:])
         # every checkpoint holds the dict that these are in
         arguments = call.list_kept(recompute) + (tuple(t for pair in lent.values() for t in pair) if recompute else ())
         part = Part(call.tape, recompute=recompute, offload=offload and recompute, arguments=arguments)
@@ -1166,7 +1164,9 @@ def _check_layers(model: Model, recipe: Recipe) -> None:
         autocast = fp32_weights and recipe.runs_autocast
         refused["have inputs of their own"] = {"--offload saved-tensors": saved, precision: autocast, **several_gpus}
     if family_of(model.model_type).code.scales_output:
-        refused["are scaled"] = {"--offload saved-tensors without --checkpoint layer": saved and recipe.checkpoint != "layer"}
+        refused["are scaled"] = {
+            "--offload saved-tensors without --checkpoint layer": saved and recipe.checkpoint != "layer"
+        }
     for what, options in refused.items():
         if option := next((option for option, asked in options.items() if asked), None):
             raise RecipeError(

@@ -841,7 +841,7 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
 def lent_by(op: Op, keep: bool) -> tuple[Tensor, ...]:
     """Tensors that a part makes beside its first output and keeps for its own backward: nobody else holds them longer."""
     part = op.part
-    if part is None or part.recompute or part.chunked or not (keep and part.records):
+    if part is None or len(part.tape.outputs) == 1 or part.recompute or part.chunked or not (keep and part.records):
         return ()
     inside = {tensor.storage for each in part.tape.ops for tensor in kept_by(each)}
     outputs = zip(op.makes[1:], part.tape.outputs[1:], strict=False)
@@ -1056,12 +1056,8 @@ def _backward(
     rules = rules._replace(recomputed=rules.recomputed or again is not None)
     ledger = _Ledger(rules)
     keepers: dict[Tensor, int] = {}
-    own_storages = {
-        tensor
-        for op in tape.ops
-        for tensor in (*op.makes, *op.recorded)
-        if tensor.storage is tensor and tensor not in lent_by(op, True)
-    }
+    own_storages = {tensor for op in tape.ops for tensor in (*op.makes, *op.recorded) if tensor.storage is tensor}
+    own_storages.difference_update(tensor for op in tape.ops for tensor in lent_by(op, keep=True))
     all_saved = [kept_by(op) for op in tape.ops]
     for saved in (tape.held, *all_saved):
         for tensor in saved:
@@ -1083,6 +1079,14 @@ def _backward(
             keepers[tensor.storage] -= 1
             if keepers[tensor.storage] == 0 and tensor.storage in own_storages:
                 ledger.drop(tensor.storage)
+
+    lingering: list[Tensor] = []  # of parts that were run again
+    lingering_arguments = tuple(tensor for op in tape.ops if op.part is not None for tensor in op.part.lingering)
+    for tensor in lingering_arguments:
+        keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
+    first_part = next((op for op in tape.ops if op.is_layer), None)
+    for tensor in lingering_of(tape) if again is tape else ():
+        keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
 
     def leave() -> None:
         """Let go of what lingers."""
@@ -1122,14 +1126,6 @@ def _backward(
         for tensor in fetched:
             ledger.put(tensor)
         return before
-
-    lingering: list[Tensor] = []  # of parts that were run again
-    lingering_arguments = tuple(tensor for op in tape.ops if op.part is not None for tensor in op.part.lingering)
-    for tensor in lingering_arguments:
-        keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
-    first_part = next((op for op in tape.ops if op.is_layer), None)
-    for tensor in lingering_of(tape) if again is tape else ():
-        keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
 
     groups = _Groups(tape, ledger)
     ledger.stage = tape.ops[-1].stage

@@ -232,9 +232,12 @@ def attention_weights(model, kind):
         return queries + keys + expanded + out
     made = 0 if kind.keys == "borrows" else 1 if a.values == "keys" else 2  # of keys and values
     width = (a.heads * (1 + a.gated_output) + made * a.kv_heads) * a.head_dim
-    normed = {"none": 0, "unweighted": 0, "head": (1 + bool(made)) * a.head_dim, "full": (a.heads + a.kv_heads) * a.head_dim}[
-        a.qk_norm
-    ]
+    normed = {
+        "none": 0,
+        "unweighted": 0,
+        "head": (1 + bool(made)) * a.head_dim,
+        "full": (a.heads + a.kv_heads) * a.head_dim,
+    }[a.qk_norm]
     return hidden * width + width * a.qkv_bias + normed + a.heads * a.sinks + out
 
 

@@ -90,7 +90,10 @@ def test_as_many_as_the_modules_have(model_type, how):
     ("vision", "audio"),
     [
         ({"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "head_dim": 72}, None),
-        ({"standardize": True, "num_key_value_heads": 6}, {"subsampling_conv_channels": [16, 8], "conv_kernel_size": 3}),
+        (
+            {"standardize": True, "num_key_value_heads": 6},
+            {"subsampling_conv_channels": [16, 8], "conv_kernel_size": 3},
+        ),
     ],
     ids=("the large ones", "other sizes"),
 )

@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import CONFIG_MAPPING
 
-from mstplan.errors import ModelError, RecipeError, UnreadError
+from mstplan.errors import RecipeError
 from mstplan.plan import solve
 from mstplan.spec.config import read_config
 from mstplan.spec.hardware import card
@@ -79,7 +79,10 @@ def test_a_length_whose_masks_are_padded(strategy_name):
 RECIPES = [
     ("dense", {"precision": "mixed"}),
     ("dense", {"offload": "saved-tensors"}),
-    ("dense", {"lora_rank": 16, "autocast": True}),  # a layer's number is saved: it has run again before backward comes in
+    (
+        "dense",
+        {"lora_rank": 16, "autocast": True},
+    ),  # a layer's number is saved: it has run again before backward comes in
     ("dense", {"checkpoint": "selective"}),
     ("experts", {"batch": 2}),
     ("inputs of each layer", {"precision": "fp32"}),
