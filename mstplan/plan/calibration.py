@@ -118,6 +118,11 @@ _YOUNGER_FIELDS = (
     ", mixer='attention'",
     ", mixer=None",
     ", towers=()",
+    ", values='projected'",
+    ", attention=None",
+    ", mlp_width=None",
+    ", beside_mlp=False",
+    ", per_layer=None",
 )
 """Facts that models had before there were fields for them: calibrations are older."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import cache, lru_cache
-from math import isqrt
+from math import gcd, isqrt
 from typing import NamedTuple
 
 from ..errors import RecipeError, UnitError
@@ -362,7 +362,8 @@ def groups_of_heads(model: Model, recipe: Recipe, seq_len: int) -> int:
 
 def _groups(model: Model, recipe: Recipe) -> list[int]:
     """Numbers of groups that heads of keys and values come in, largest first."""
-    heads = 1 if window_of(model, recipe) is not None else model.attention.kv_heads
+    own = (model.of_kind(kind).attention.kv_heads for kind in model.layer_kinds)
+    heads = 1 if window_of(model, recipe) is not None else gcd(*own)
     return [n for n in range(min(MOST_GROUPS, heads), 0, -1) if heads % n == 0]
 
 

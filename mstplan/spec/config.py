@@ -15,7 +15,8 @@ from mstplan.errors import ModelError, did_you_mean, one_line
 from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.families.base import Family
 from mstplan.spec.mixing import mixer_of, mixers_of_layers
-from mstplan.spec.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, QkNorm
+from mstplan.spec.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, PerLayerInputs, QkNorm
+from mstplan.spec.own_sizes import attention_of_layers, shares_of_layers, widths_of_layers
 from mstplan.spec.releases import parse_release, release
 from mstplan.spec.towers import Tower, towers_of
 
@@ -33,7 +34,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "hidden_act": ("hidden_act", "hidden_activation", "activation_function"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk"),
+    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
     "n_shared_experts": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
     "first_k_dense_replace": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
     "decoder_sparse_step": ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step"),
@@ -80,6 +81,7 @@ _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 # Files of several models whose text part stands in the fields themselves, or names no family of its own.
 TEXT_TYPES = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "phi4mm": "phi3",
     "qwen2_5_omni_thinker": "qwen2_5_omni_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
@@ -267,6 +269,12 @@ class _Fields:
             self.defaulted[wanted] = value
         return value
 
+    def among(self, fields: Mapping[str, object], wanted: str, default: int) -> int:
+        """A size among fields of a part of the file."""
+        if fields.get(wanted) is None:
+            return default
+        return _Fields({wanted: fields[wanted]}, self.name, self.family).size(wanted)
+
     def count(self, wanted: str, default: int) -> int:
         value = self.optional(wanted, low=0)
         return default if value is None else value
@@ -322,12 +330,12 @@ def _model(f: _Fields, model_type: str) -> Model:
         from mstplan.spec import unread
 
         unread.refuse_unread(f.name, f"{uncounted[0]}, and the formula does not count what that changes.")
-    experts = _experts(f)
-    layer_kinds = _layer_kinds(f, routed=experts is not None)
+    experts, attention = _experts(f), _attention(f)
+    layer_kinds = _layer_kinds(f, attention, routed=experts is not None)
     context = f.optional("max_position_embeddings")
     if family.positions == "learned" or family.buffers != "none":
         context = f.size("max_position_embeddings")
-    hidden, attention = f.size("hidden_size"), _attention(f)
+    hidden = f.size("hidden_size")
     return Model(
         name=f.name,
         model_type=model_type,
@@ -336,8 +344,9 @@ def _model(f: _Fields, model_type: str) -> Model:
         context=context,
         layer_kinds=layer_kinds,
         attention=attention,
-        mlp=None if all(kind.experts for kind in layer_kinds) else _mlp(f),
+        mlp=None if all(kind.experts for kind in layer_kinds) and not (experts and experts.beside_mlp) else _mlp(f),
         experts=experts if any(kind.experts for kind in layer_kinds) else None,
+        per_layer=_per_layer_inputs(f),
         mixer=mixer_of(f, layer_kinds),
         norm=family.norm,
         norm_bias=family.norm_bias,
@@ -359,6 +368,11 @@ def _model(f: _Fields, model_type: str) -> Model:
         own_flash=family.own_flash,
         idle_window=1 if family.idle_mask else None,
     )
+
+
+def _per_layer_inputs(f: _Fields) -> PerLayerInputs | None:
+    width = f.count("hidden_size_per_layer_input", default=0) if f.family.per_layer_inputs else 0
+    return PerLayerInputs(width, f.size("vocab_size_per_layer_input")) if width else None
 
 
 def _embedding_dropout(f: _Fields) -> float | None:
@@ -457,6 +471,7 @@ def _attention(f: _Fields) -> Attention:
         sinks=family.sinks,
         tempered=family.tempered is not None and f.flag(family.tempered),
         gated_output=family.gated_attention,
+        values=family.values,
     )
 
 
@@ -516,6 +531,8 @@ def _experts(f: _Fields) -> Experts | None:
     routed = f.family.experts
     if routed is None or (routed.may_be_none and not f.count("num_experts", default=0)):
         return None
+    if routed.switch is not None and not f.flag(routed.switch):
+        return None
     count, per_token = f.size("num_experts"), f.size("num_experts_per_tok")
     if per_token > count:
         f.refuse(f"{f.find('num_experts_per_tok')[0]} {per_token} is more than its {count} experts")
@@ -534,6 +551,7 @@ def _experts(f: _Fields) -> Experts | None:
         router_fp32=routed.fp32,
         normalised=f.switch(routed.normalised),
         clamped=routed.clamped,
+        beside_mlp=routed.beside_mlp,
     )
 
 
@@ -544,7 +562,7 @@ def _shared_width(f: _Fields, width: int) -> int:
     return f.count("n_shared_experts", default=0) * width if shared_width is None else shared_width
 
 
-def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
+def _layer_kinds(f: _Fields, attention: Attention, routed: bool) -> tuple[LayerKind, ...]:
     layers = f.size("num_hidden_layers", top=_MAX_LAYERS)
     first = f.count("first_k_dense_replace", default=0)
     every = f.optional("moe_layer_freq") or 1
@@ -561,7 +579,10 @@ def _layer_kinds(f: _Fields, routed: bool) -> tuple[LayerKind, ...]:
     ]
     windows = _windows(f, layers)
     masked = [f.family.always_masked] * layers
-    return tuple(map(LayerKind, windows, sparse, _turned_layers(f, windows), masked, mixers_of_layers(f, layers)))
+    turned, mixers = _turned_layers(f, windows), mixers_of_layers(f, layers)
+    own, shares = attention_of_layers(f, attention, windows), shares_of_layers(f, windows)
+    widths = widths_of_layers(f, shares)
+    return tuple(map(LayerKind, windows, sparse, turned, masked, mixers, own, widths, shares))
 
 
 def _sparse_layers(f: _Fields, layers: int) -> frozenset[int] | None:
@@ -599,6 +620,7 @@ def _windows(f: _Fields, layers: int) -> list[int | None]:
     enabled = f.flag("use_sliding_window") if switched else True
     window = f.optional("attention_chunk_size" if rule == "chunked" else "sliding_window") if enabled else None
     sliding = [True] * layers if rule == "every" else _sliding_layers(f, layers)
+    sliding = [*sliding[:-1], False] if f.family.full_last else sliding
     return [window if slides else None for slides in sliding]
 
 
@@ -662,8 +684,8 @@ def _uncounted(f: _Fields) -> list[str]:
     found = [f"{key} is set" for key in f.family.uncounted if f.flag(key)]
     for key, wanted in f.family.only.items():
         value = f.find(key)[1]
-        counted = f.find(wanted)[1] if isinstance(wanted, str) else wanted
-        if value is not None and value != counted:
+        counted = wanted if isinstance(wanted, tuple) else (f.find(wanted)[1] if isinstance(wanted, str) else wanted,)
+        if value is not None and value not in counted:
             found.append(f"{key} is {_format_value(value)}")
     return found
 

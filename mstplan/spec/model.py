@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 from .releases import Release
 from .towers import Tower
 
-Norm = Literal["rms", "rms-fp32-weight", "gemma", "layer", "layer-1p", "centred"]
+Norm = Literal["rms", "rms-fp32-weight", "rms-fp32", "gemma", "layer", "layer-1p", "centred"]
+"""rms-fp32-weight: normed in fp32 times the weight as it is, cast last. rms-fp32: times a copy of the weight in fp32 (Gemma 4)."""
 Block = Literal["pre", "sandwich", "post", "parallel", "one-norm"]
 """one-norm: attention and MLP run on the same input, of one norm."""
 Router = Literal["softmax", "topk-softmax", "sigmoid", "sigmoid-groups", "sigmoid-all"]
@@ -23,8 +24,14 @@ QkNorm = Literal["none", "head", "full", "unweighted"]
 Keys = Literal["shared", "copied", "broadcast"]
 """Where several queries share a head of keys and values. copied: for every query when they are made (Falcon-40B). broadcast: by
 products, which no fused kernel does (Falcon-7B)."""
+Values = Literal["projected", "normed", "keys"]
+"""normed: each head of values is normalised, without a weight (Gemma 4). keys: so are values that are keys before their norm."""
 Mixer = Literal["attention", "short conv", "gated delta", "mamba2"]
 """What mixes a layer's tokens."""
+
+
+Lends = Literal["", "lends", "borrows"]
+"""Whether a layer's keys and values are those of later layers as well, or are an earlier one's: the last of its kind that lends."""
 
 
 class Latent(NamedTuple):
@@ -55,6 +62,7 @@ class Attention(NamedTuple):
     gated_output: bool = (
         False  # queries come with as many numbers, whose sigmoids attention's output is multiplied by (Qwen3-Next)
     )
+    values: Values = "projected"
 
 
 class Mlp(NamedTuple):
@@ -79,6 +87,16 @@ class Experts(NamedTuple):
     router_fp32: bool = False  # the router's product runs in fp32 (DeepSeek)
     normalised: bool = True  # the chosen scores are divided by their sum
     clamped: bool = False  # gpt-oss' clamped, interleaved activation
+    beside_mlp: bool = (
+        False  # the layer has its MLP as well: both see the same hidden states, and their sum is normalised (Gemma 4)
+    )
+
+
+class PerLayerInputs(NamedTuple):
+    """A second embedding, a part of which each layer adds a product with to its output (Gemma 3n, Gemma 4)."""
+
+    width: int  # of a layer's part
+    vocab: int
 
 
 class ShortConv(NamedTuple):
@@ -121,6 +139,9 @@ class LayerKind(NamedTuple):
     rotary: bool = True  # False: its queries and keys are not turned, though the model has rotary positions
     causal_mask: bool = False  # sdpa is given an explicit mask, though attention is full
     mixer: Mixer = "attention"
+    attention: Attention | None = None  # its own, where the model's is another
+    mlp_width: int | None = None  # its own, where the model's is another
+    keys: Lends = ""
 
     @property
     def asks_mask(self) -> bool:
@@ -144,8 +165,9 @@ class Model(NamedTuple):
     context: int | None  # max_position_embeddings; None: the file does not say
     layer_kinds: tuple[LayerKind, ...]  # one a layer, in order
     attention: Attention
-    mlp: Mlp | None  # of the dense layers; None: every layer has experts
+    mlp: Mlp | None  # of the dense layers; None: every layer has experts alone
     experts: Experts | None = None
+    per_layer: PerLayerInputs | None = None
     mixer: Mixing | None = None  # of the layers that mix tokens otherwise than by attention
     norm: Norm = "rms"
     norm_bias: bool = False
@@ -193,6 +215,13 @@ class Model(NamedTuple):
     @property
     def layers(self) -> int:
         return len(self.layer_kinds)
+
+    def of_kind(self, kind: LayerKind) -> Model:
+        """Model whose attention and MLP are those of a kind of layers."""
+        attention, mlp = kind.attention or self.attention, self.mlp
+        if mlp is not None and kind.mlp_width is not None:
+            mlp = mlp._replace(width=kind.mlp_width)
+        return self if (attention, mlp) == (self.attention, self.mlp) else self._replace(attention=attention, mlp=mlp)
 
     def first(self, layers: int) -> Model:
         """Model of the first layers, with all that is beside them."""

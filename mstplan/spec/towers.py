@@ -269,8 +269,62 @@ def _qwen3_vl(w: _Fields, v: _Fields, t: _Fields) -> Towers:
     }
 
 
+def _gemma4(w: _Fields, v: _Fields, t: _Fields) -> Towers:
+    towers: Towers = {"vision": list(_gemma4_vision(v, t.size("hidden_size", 2304)))}
+    audio = w.fields.get("audio_config")
+    if isinstance(audio, Mapping):
+        towers["audio"] = list(_gemma4_audio(_Fields(audio), t.size("hidden_size", 2304)))
+    return towers
+
+
+def _gemma4_vision(v: _Fields, outer: int) -> Iterator[TowerWeight]:
+    hidden, width, layers = (
+        v.size("hidden_size", 768),
+        v.size("intermediate_size", 3072),
+        v.size("num_hidden_layers", 16),
+    )
+    heads, head_dim = v.size("num_attention_heads", 12), v.size("head_dim", 64)
+    yield TowerWeight((2, v.size("position_embedding_size", 10240), hidden))
+    yield from _linear(3 * v.size("patch_size", 16) ** 2, hidden, False)
+    yield from _linear(hidden, heads * head_dim, False, layers)
+    yield from _linear(hidden, v.size("num_key_value_heads", 12) * head_dim, False, 2 * layers)
+    yield from _linear(heads * head_dim, hidden, False, layers)
+    yield from _linear(hidden, width, False, 2 * layers)
+    yield from _linear(width, hidden, False, layers)
+    yield TowerWeight((head_dim,), 2 * layers)
+    yield TowerWeight((hidden,), 4 * layers)
+    yield from _linear(hidden, outer, False)
+
+
+def _gemma4_audio(a: _Fields, outer: int) -> Iterator[TowerWeight]:
+    """A conformer: convolutions, then layers of two MLPs around attention and a convolution."""
+    hidden, layers, width = (
+        a.size("hidden_size", 1024),
+        a.size("num_hidden_layers", 12),
+        a.size("output_proj_dims", 1536),
+    )
+    first, second = a.fields.get("subsampling_conv_channels", (128, 32))
+    channels = _Fields({"first": first, "second": second})
+    first, second = channels.size("first"), channels.size("second")
+    yield TowerWeight((first, 1, 3, 3))
+    yield TowerWeight((second, first, 3, 3))
+    yield TowerWeight((first,))
+    yield TowerWeight((second,))
+    yield from _linear(first // 4 * second, hidden, False)
+    yield from _linear(hidden, 4 * hidden, False, 2 * layers)
+    yield from _linear(4 * hidden, hidden, False, 2 * layers)
+    yield from _linear(hidden, hidden, False, 6 * layers)  # of attention, and after the convolution
+    yield from _linear(hidden, 2 * hidden, False, layers)
+    yield TowerWeight((hidden // a.size("num_attention_heads", 8),), layers)
+    yield TowerWeight((hidden, 1, a.size("conv_kernel_size", 5)), layers)
+    yield TowerWeight((hidden,), 9 * layers)
+    yield from _linear(hidden, width, True)
+    yield from _linear(width, outer, False)
+
+
 RULES: Mapping[str, Callable[[_Fields, _Fields, _Fields], Towers | None]] = {
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "llama4": _llama4,
     "llava": _llava,
     "llava_next": _llava_next,

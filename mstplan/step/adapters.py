@@ -39,8 +39,8 @@ class Adapters(NamedTuple):
     parameters: tuple[tuple[str, int], ...] = ()
     as_parameters: tuple[str, ...] = ()
 
-    def targets_module(self, module: str, kind: WeightKind) -> bool:
-        """Whether a linear layer gets one. module: its path in a layer, as transformers calls it."""
+    def targets_module(self, module: str, kind: WeightKind | None) -> bool:
+        """Whether a linear layer gets one. module: its path in a layer, as transformers calls it; kind: None where no word means it."""
         if (
             kind is WeightKind.HEAD
         ):  # peft leaves the output layer out of all-linear, mstplan of a name, too (see Recipe)
@@ -56,8 +56,12 @@ class Adapters(NamedTuple):
         )
 
 
+def _kinds(kind: WeightKind | None) -> tuple[WeightKind, ...]:
+    return () if kind is None else (kind,)
+
+
 def add_adapter(
-    w: Writer, x: Tensor, base: Tensor, y: Tensor, module: str, kind: WeightKind, quantised: bool
+    w: Writer, x: Tensor, base: Tensor, y: Tensor, module: str, kind: WeightKind | None, quantised: bool
 ) -> Tensor:
     """y = base + B A x, scaled. x: the linear layer's input; base: what the layer itself made of it."""
     adapters, tape = w.numerics.adapters, w.tape
@@ -86,23 +90,27 @@ def add_adapter(
     return y
 
 
-def _scaled(w: Writer, x: Tensor, _base: Tensor, y: Tensor, module: str, kind: WeightKind, out: str) -> Tensor:
+def _scaled(w: Writer, x: Tensor, _base: Tensor, y: Tensor, module: str, kind: WeightKind | None, out: str) -> Tensor:
     """B A x, times the scaling."""
     high = _low_rank(w, x, y, module, kind, out)
     return w.pointwise(f"{module}: scale", high, w.tape.new(f"{y.name} of the adapter, scaled", y.shape, out))
 
 
-def _low_rank(w: Writer, x: Tensor, y: Tensor, module: str, kind: WeightKind, out: str) -> Tensor:
+def _low_rank(w: Writer, x: Tensor, y: Tensor, module: str, kind: WeightKind | None, out: str) -> Tensor:
     adapters, tape = w.numerics.adapters, w.tape
     assert adapters is not None
-    down = w.weight(module, adapters.rank, w.width(x), kinds=(kind,), name=DOWN, dtype=adapters.dtype, is_adapter=True)
-    up = w.weight(module, w.width(y), adapters.rank, kinds=(kind,), name=UP, dtype=adapters.dtype, is_adapter=True)
+    down = w.weight(
+        module, adapters.rank, w.width(x), kinds=_kinds(kind), name=DOWN, dtype=adapters.dtype, is_adapter=True
+    )
+    up = w.weight(module, w.width(y), adapters.rank, kinds=_kinds(kind), name=UP, dtype=adapters.dtype, is_adapter=True)
     low = tape.new(f"{y.name}, rank {adapters.rank}", f"{w.t} {adapters.rank}", out)
     w.product(x, low, module + ".lora_A", down)
     return w.product(low, tape.new(f"{y.name} of the adapter", y.shape, out), module + ".lora_B", up)
 
 
-def _with_magnitude(w: Writer, x: Tensor, base: Tensor, y: Tensor, module: str, kind: WeightKind, out: str) -> Tensor:
+def _with_magnitude(
+    w: Writer, x: Tensor, base: Tensor, y: Tensor, module: str, kind: WeightKind | None, out: str
+) -> Tensor:
     """DoRA's (m / n - 1) base + m / n B A x, where m is trained and n the norm of each row of W + B A (peft tuners/lora/dora.py,
     DoraLinearLayer.forward). B A is made of a whole identity, in the adapter's dtype, and W is cast to it."""
     tape, adapters = w.tape, w.numerics.adapters
@@ -113,7 +121,7 @@ def _with_magnitude(w: Writer, x: Tensor, base: Tensor, y: Tensor, module: str, 
         again = tape.new(f"{y.name} of the base, again", y.shape, x.dtype)
         base = tape.op(f"{module}: base again", [x], again, keeps=held[-1:], grads=((x, tape.grad(x)),))
     high = _low_rank(w, x, y, module, kind, out)
-    magnitude = w.weight(module, outer, kinds=(kind,), name=SIZE, dtype=adapters.dtype, is_adapter=True)
+    magnitude = w.weight(module, outer, kinds=_kinds(kind), name=SIZE, dtype=adapters.dtype, is_adapter=True)
     wide = "float32" if "float32" in (adapters.dtype, base.dtype) else base.dtype
 
     def like(name: str) -> Tensor:

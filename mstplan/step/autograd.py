@@ -114,7 +114,10 @@ def _record_part(op: Op, part: Part, needing: set[Tensor]) -> Op:
     tape = record_part_tape(part.tape, sources)
     inside = replace(part, tape=tape, wanted=wanted, sums=sums_of(tape) if part.sums else ())
     records = bool(wanted) or bool(_trains(tape))
-    return replace(op, part=replace(inside, records=records, arguments=part.arguments if records else ()))
+    kept = part.arguments if records else ()
+    return replace(
+        op, part=replace(inside, records=records, arguments=kept, lingering=part.lingering if records else ())
+    )
 
 
 def _trains(tape: Tape) -> bool:
@@ -132,19 +135,23 @@ def _with_interior(ops: list[Op]) -> tuple[Op, ...]:
     """The operations, with those layers marked whose moments lie between their neighbours'."""
     places = [i for i, op in enumerate(ops) if op.part is not None and not op.part.chunked]
     tapes = [(id(op.part.tape), op.part.recompute) for op in ops if op.part is not None and not op.part.chunked]
+    borrowing = any(len(op.part.tape.outputs) > 1 for op in ops if op.part is not None and not op.part.chunked)
     for n, i in enumerate(places):
-        interior = any(_lies_between(tapes, n, period) for period in range(1, _LONGEST_PERIOD + 1))
+        interior = any(_lies_between(tapes, n, period, borrowing) for period in range(1, _LONGEST_PERIOD + 1))
         part = ops[i].part
         assert part is not None
         ops[i] = replace(ops[i], part=replace(part, interior=interior))
     return tuple(ops)
 
 
-def _lies_between(tapes: list[tuple[int, bool]], i: int, period: int) -> bool:
+def _lies_between(tapes: list[tuple[int, bool]], i: int, period: int, borrowing: bool) -> bool:
     """Whether a layer's moments lie between those of the layers a period before and after it. What is alive beside it grows
     or shrinks by the same from one to the next where the layers on both sides are the same. The first layer and the last are instants of
-    their own, and what a kind of layers is given goes with the first of them."""
+    their own, and what a kind of layers is given goes with the first of them. borrowing: gradients of what some layers take of others come
+    with the last of them."""
     before, after = i - period, i + period
     if before < 1 or after > len(tapes) - 2 or tapes[before:i] != tapes[i:after] or tapes[i] != tapes[after]:
+        return False
+    if borrowing and not set(tapes[before : after + 1]) <= set(tapes[after + 1 :]):
         return False
     return period == 1 or (tapes[before - 1] == tapes[i - 1] and set(tapes[before:i]) <= set(tapes[: before + 1]))

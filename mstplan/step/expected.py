@@ -62,7 +62,8 @@ def why_unmeasured(step: Step, recipe: Recipe, gpu: Gpu) -> str:
 
 
 def _head_size(step: Step) -> int:
-    return max(step.model.attention.head_dim, step.model.attention.v_head_dim)
+    kinds = [step.model.of_kind(kind).attention for kind in step.model.layer_kinds]
+    return max(max(attention.head_dim, attention.v_head_dim) for attention in kinds)
 
 
 def _operations(tape: Tape) -> Iterator[Op]:

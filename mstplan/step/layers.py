@@ -47,6 +47,7 @@ from .tape import (
 from .workspaces import MULTIPROCESSORS, SumOverTokens
 
 HIDDEN = "layer input"
+PER_LAYER = "per-layer input"
 
 
 class Numerics(NamedTuple):
@@ -105,6 +106,8 @@ class Writer:
         self.wide = numerics.weights  # dtype of the residual stream
         self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
         self.gate: Tensor | None = None  # of attention's output
+        self.lent: tuple[Tensor, ...] = ()  # keys and values that the layer lends, or borrows
+        self.per_layer: Tensor | None = None  # the layer's own part of what is embedded for each
         self.used: dict[str, Weight] = {}  # in another part of the same layer
         self.inside: tuple[
             Tensor, ...
@@ -130,6 +133,24 @@ class Writer:
         with self.tape.assign_role(role):
             self.tape.sources.append(self.new(name, shape, dtype or self.wide))
         return self.tape.sources[-1]
+
+    def source_per_layer(self, is_view: bool = True) -> tuple[Tensor, ...]:
+        """The layer's own part of what is embedded for each layer, where the model does that: a view of all, or a piece of it."""
+        sizes = self.model.per_layer
+        if sizes is None:
+            return ()
+        with self.tape.assign_role(Role.LAYER_INPUT):
+            whole = self.new(PER_LAYER, f"{self.model.layers} {sizes.width}", self.wide)
+            shape = f"{self.t} {sizes.width}"
+            self.per_layer = self.tape.new(PER_LAYER, shape, self.wide, whole if is_view else None)
+        self.tape.sources.append(self.per_layer)
+        return (self.per_layer,)
+
+    def source_keys(self) -> None:
+        """Keys and values of an earlier layer."""
+        with self.tape.assign_role(Role.ATTENTION):
+            self.lent = tuple(self.new(f"{name} of an earlier layer", "G e", self.wide) for name in ("K", "V"))
+        self.tape.sources += self.lent
 
     def by_head(self, heads: str, width: str) -> str:
         """The shape of what lies heads first."""
@@ -195,13 +216,13 @@ class Writer:
         y: Tensor,
         name: str,
         *,
-        kind: WeightKind,
+        kind: WeightKind | None,
         bias: bool = False,
         weight: Weight | None = None,
         copy: Tensor | None = None,
         defers: bool = False,
     ) -> Tensor:
-        """y = x W^T (+ bias), and what an adapter adds to it. copy: of W, made for this in another dtype."""
+        """y = x W^T (+ bias), and what an adapter adds to it. kind: None for one that no word means. copy: of W, made for this in another dtype."""
         numerics, module = self.numerics, self.names.get(name, name)
         is_quantised = bool(numerics.quantised) and weight is None
         adapters = numerics.adapters if weight is None else None
@@ -209,8 +230,9 @@ class Writer:
         if is_quantised and y.dtype != x.dtype:
             y = self.tape.new(y.name, y.shape, x.dtype)
         base = self.tape.new(y.name, y.shape, y.dtype) if targeted else y
-        w = weight or self.weight(name, self.width(y), self.width(x), kinds=(kind,))
-        biases = (self.weight(name, self.width(y), kinds=(kind,), name=".bias"),) if bias else ()
+        kinds = (kind,) if kind is not None else ()
+        w = weight or self.weight(name, self.width(y), self.width(x), kinds=kinds)
+        biases = (self.weight(name, self.width(y), kinds=kinds, name=".bias"),) if bias else ()
         if is_quantised:
             quantised.product(self, x, base, name, w, biases)
         else:
@@ -315,6 +337,8 @@ class Writer:
             y = self._layer_norm(x, name)
         elif self.model.norm == "gemma":
             y = self._gemma_norm(x, name)
+        elif self.model.norm == "rms-fp32":
+            y = self._gemma_norm(x, name, "weight in fp32")
         elif self.model.norm == "centred":
             y = self._centred_norm(x, name)
         else:
@@ -357,7 +381,8 @@ class Writer:
         )
 
     def _root_mean_square(self, x32: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """x * rsqrt(mean(x^2) + eps) in fp32, as its Python code runs: keeps x32 and one number a row. With it the mean."""
+        """x * rsqrt(mean(x^2) + eps) in fp32, as its Python code runs: keeps x32 and one number a row, a power of the mean in place of rsqrt
+        that as well. With it the mean."""
         tape, rows = self.tape, x32.shape.rsplit(" ", 1)[0]
         square = tape.new(f"{name} square", x32.shape, "float32")
         mean, scale = (tape.new(f"{name} {what}", rows, "float32") for what in ("mean square", "1/rms"))
@@ -365,7 +390,13 @@ class Writer:
             f"{name}: square", [x32], square, keeps=(x32,), grads=((x32, tape.grad(x32)),), back_temps=(square,) * 2
         )
         tape.op(f"{name}: mean square", [square], mean, grads=((square, tape.grad(square)),))
-        tape.op(f"{name}: 1/rms", [mean], scale, keeps=(scale,), grads=((mean, tape.grad(mean)),))
+        if self.model.norm == "rms-fp32":  # mean ** -0.5, whose variable holds the mean
+            mean_and_eps = tape.new(f"{name} mean square + eps", rows, "float32")
+            tape.op(f"{name}: + eps", [mean], mean_and_eps, grads=((mean, None),))
+            mean = mean_and_eps
+            self.pointwise(f"{name}: 1/rms", mean, scale, mean, back_temps=2)
+        else:
+            tape.op(f"{name}: 1/rms", [mean], scale, keeps=(scale,), grads=((mean, tape.grad(mean)),))
         normed = tape.new(f"{name}, normed", x32.shape, "float32")
         tape.op(
             f"{name}: scale",
@@ -375,6 +406,8 @@ class Writer:
             grads=((x32, tape.grad(x32)), (scale, tape.grad(scale))),
             back_temps=(square,),
         )
+        if self.model.norm == "rms-fp32":
+            self.hold(mean)
         return normed, mean
 
     def _rms_norm(self, x: Tensor, name: str, late_cast: bool) -> Tensor:
@@ -404,12 +437,12 @@ class Writer:
             workspaces=(self.sum_over_tokens(w, normed),),
         )
 
-    def _gemma_norm(self, x: Tensor, name: str) -> Tensor:
-        """Gemma: the product with (1 + weight) runs in fp32, then back to x's dtype."""
+    def _gemma_norm(self, x: Tensor, name: str, factor: str = "1 + weight") -> Tensor:
+        """Gemma: the product with (1 + weight) runs in fp32, then back to x's dtype. factor: what is made of the weight for it."""
         normed, _ = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
-        plus = self.tape.new(f"{name}, 1 + weight", str(self._last(normed)), "float32")
-        self.tape.op(f"{name}: 1 + weight", [], plus)
-        return self.cast(self._weighted(normed, name, plus), x.dtype, name)
+        made = self.tape.new(f"{name}, {factor}", str(self._last(normed)), "float32")
+        self.tape.op(f"{name}: {factor}", [], made)
+        return self.cast(self._weighted(normed, name, made), x.dtype, name)
 
     def _centred_norm(self, x: Tensor, name: str) -> Tensor:
         """CohereLayerNorm: mean and variance in Python, in fp32; the difference from the mean is made twice."""
@@ -460,6 +493,8 @@ class Writer:
         """q, k, v, and what else the code's variables hold until attention is done."""
         a = self.model.attention
         with self.tape.assign_role(Role.ATTENTION):
+            if a.values != "projected":
+                return self._qkv_in_turn(x, a, kind)
             return self._latent_qkv(x, a) if a.latent else self._qkv(x, a, kind)
 
     def attention_output(self, mixed: Tensor, *variables: Tensor) -> Tensor:
@@ -527,6 +562,30 @@ class Writer:
         if a.tempered and not kind.rotary:
             q = self._tempered(q)
         return q, k, v, *fused
+
+    def _qkv_in_turn(self, x: Tensor, a: Attention, kind: LayerKind) -> tuple[Tensor, ...]:
+        """Queries are normalised and turned before there are keys; values, which may be keys as they were made, are normalised last.
+        A layer that borrows both makes queries alone (models/gemma4/modeling_gemma4.py)."""
+
+        def made(name: str, heads: str) -> Tensor:
+            y = self.new(name, f"{heads} e")
+            return self.linear(x, y, f"{name.lower()}_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
+
+        def turned(y: Tensor, norm: str, heads: str) -> Tensor:
+            normed = self.norm(y, norm)
+            y = self._rotary(normed, heads, a.rotary_dim, a.head_dim)
+            self.hold(normed)
+            return y
+
+        q = turned(made("Q", "H"), "q_norm", "H")
+        if kind.keys == "borrows":
+            return q, *self.lent
+        k = made("K", "G")
+        v = k if a.values == "keys" else made("V", "G")
+        k = turned(k, "k_norm", "G")
+        v = self._unweighted_norm(v)
+        self.lent = (k, v)
+        return q, k, v
 
     def _turned(
         self, q: Tensor, k: Tensor, a: Attention, kind: LayerKind, held: tuple[Tensor, ...]
@@ -1008,6 +1067,52 @@ class Writer:
         self.hold(*outside)
         return y
 
+    def router(self, x: Tensor, e: Experts) -> tuple[Tensor, ...]:
+        """Scores of the chosen experts (t A), their numbers, and probabilities of all, which the layer's variables hold: of a router of
+        its own, which sees the experts' input before its norm."""
+        self.tape.dims.update({"X": e.number, "A": e.per_token, "F": e.width})
+        with self.tape.assign_role(Role.MLP):
+            return self._scaled_router(x, e)
+
+    def routed(self, x: Tensor, e: Experts, scores: Tensor, chosen: Tensor, *others: Tensor) -> Tensor:
+        """What experts make of x, chosen before."""
+        with self.tape.assign_role(Role.MLP):
+            return self._routed(x, e, scores, chosen, (x, scores, chosen, *others))
+
+    def _scaled_router(self, x: Tensor, e: Experts) -> tuple[Tensor, ...]:
+        """The input's norm times a weight; the chosen probabilities, divided by their sum, times a number for each expert
+        (models/gemma4/modeling_gemma4.py, Gemma4TextRouter)."""
+        tape, kind = self.tape, (WeightKind.MLP,)
+        normed = self._unweighted_norm(x)
+        scale = self.weight("router.scale", self._last(x), kinds=kind, name="")
+        weighed = self._times_weight("router input", normed, scale)
+        x_in = self.pointwise("scale router input", weighed, self.new("router input, scaled", "d", weighed.dtype))
+        logits = self.linear(x_in, self.new("router logits", "X"), "router", kind=WeightKind.MLP)
+        probs = self._router_probabilities(logits, e)
+        chosen, top = self.new("chosen experts", "A", "int64"), self.new("top probabilities", "A", probs.dtype)
+        tape.op("top experts", [probs], top, chosen, keeps=(chosen,), grads=((probs, tape.grad(probs)),))
+        scores = self._expert_scores(top, e)
+        numbers = self.weight("router.per_expert_scale", e.number, kinds=kind, name="")
+        factors = self.new("numbers of the chosen experts", "A", self.numerics.weights)
+        tape.op("numbers of experts", [chosen], factors, keeps=(chosen,), weights=(numbers,))
+        own = self.new("expert scores, scaled", "A", scores.dtype)
+        self.multiply("scale scores", scores, factors, own)
+        self.hold(x, x_in, logits, probs)
+        return own, chosen, probs
+
+    def _times_weight(self, name: str, x: Tensor, weight: Weight) -> Tensor:
+        y = self.tape.new(name, x.shape, x.dtype)
+        product = self.tape.new("gradient x input", x.shape, x.dtype)
+        return self.tape.op(
+            name,
+            [x],
+            y,
+            for_gradients=ForGradients(((x, weight),), ((product, weight),)),
+            grads=((x, self.tape.grad(x)),),
+            weights=(weight,),
+            workspaces=(self.sum_over_tokens(weight, x),),
+        )
+
     def _all_experts(self, x: Tensor, e: Experts) -> Tensor:
         """Every expert on every token, times its score (models/llama4/modeling_llama4.py), and the shared expert's output."""
         tape, d = self.tape, self.model.hidden
@@ -1357,6 +1462,7 @@ def layer(
     model: Model, kind: LayerKind, numerics: Numerics, chunks: MlpChunks, frozen: frozenset[str] = frozenset()
 ) -> Tape:
     """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d); frozen: names of its weights that are not trained."""
+    model = model.of_kind(kind)
     if chunks.layer:
         whole = family_of(model.model_type).code.attends_itself or kind.mixer != "attention"
         in_chunks = _around_mixer if whole else _layer_in_chunks
@@ -1365,6 +1471,9 @@ def layer(
     w = writer(model, numerics, frozen=frozen)
     w.tape.role = Role.NORM
     x = w.source()
+    w.source_per_layer()
+    if kind.keys == "borrows":
+        w.source_keys()
     normed, mlp_in = _attention_input(w, x), None
     if w.model.block == "parallel" and w.code.norms_first:
         mlp_in = w.norm(x, "post-attention norm")
@@ -1372,6 +1481,8 @@ def layer(
     if mlp_in is not None:
         w.hold(normed, mlp_in)
     tape = _after_attention(w, x, mixed, normed, kind, chunks, mlp_in)
+    if kind.keys == "lends":
+        return replace(tape, outputs=(tape.output, *w.lent))
     return replace(tape, returned=w.beside) if w.code.returns_weights else tape
 
 
@@ -1417,7 +1528,8 @@ def _after_residual(
     with w.tape.assign_role(Role.MLP if block == "sandwich" else Role.NORM):
         name = "post-attention norm" if block == "pre" else "pre-MLP norm"
         mlp_in = middle if block == "post" else w.norm(middle, name)
-    mlp_out = _feed_forward(w, mlp_in, kind, chunks)
+    both = kind.experts and _experts(w.model).beside_mlp
+    mlp_out = _mlp_and_experts(w, mlp_in, middle, chunks) if both else _feed_forward(w, mlp_in, kind, chunks)
     w.hold(*w.beside)
     if block == "post" and chunks.recompute:
         return w.tape.build_tape()  # the residual is the MLP's input, so the chunks add it
@@ -1426,7 +1538,8 @@ def _after_residual(
             mlp_out = w.norm(mlp_out, "post-MLP norm")
     apart = kind.experts and w.code.shared_apart
     added = mlp_out if chunks.recompute and not apart else _scaled(w, mlp_out)
-    w.add(middle, added, w.hidden())
+    last = w.per_layer is None
+    y = w.add(middle, added, w.hidden() if last else w.new("hidden states after the MLP", "d", w.wide))
     w.hold(mlp_out, *w.beside, *w.inside)
     if w.code.holds_block:
         w.hold(attended, mlp_in)
@@ -1434,7 +1547,34 @@ def _after_residual(
         w.hold(attended)
     if w.code.holds_normed:
         w.hold(attended, normed)
+    if w.per_layer is not None:
+        y = _add_per_layer_input(w, y, w.per_layer)
+    if w.code.scales_output:
+        _scale_output(w, y)
     return w.tape.build_tape()
+
+
+def _add_per_layer_input(w: Writer, x: Tensor, own: Tensor) -> Tensor:
+    """x plus the norm of a product of (a gate made of x, times the layer's own input) (models/gemma4/modeling_gemma4.py)."""
+    start, width = len(w.tape.ops), str(w.width(own))
+    with w.tape.assign_role(Role.NORM):
+        gate = w.linear(x, w.new("per-layer gate", width), "per_layer_input_gate", kind=WeightKind.MLP)
+        gate = w.activation(gate, _mlp(w.model).activation)
+        product = w.multiply("per-layer gate * input", gate, own, w.new("per-layer product", width, gate.dtype))
+        y = w.linear(product, w.new("per-layer output", "d"), "per_layer_projection", kind=WeightKind.MLP)
+        y = w.norm(y, "per-layer norm")
+    y = w.add(x, y, w.hidden(), "add per-layer output")
+    w.tape.hold_since(start, *w.beside)
+    return y
+
+
+def _scale_output(w: Writer, y: Tensor) -> None:
+    """Multiply a layer's output in place by a number of its own; backward makes another gradient. The number is a buffer: it takes no room
+    here, but is saved, so that a checkpoint runs all of the layer again before backward enters it."""
+    with w.tape.assign_role(y.role):
+        scaled = w.tape.view(y, y.name, y.shape)
+    number = without_bytes(w.tape.new("number of the layer", "1", y.dtype))
+    w.tape.op("scale the output", [y], scaled, keeps=(number,), grads=((y, w.tape.grad(y)),))
 
 
 def _beside_attention(
@@ -1480,6 +1620,32 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     return _in_chunks(w, inner.tape.build_tape(), (x,), "MLP in chunks", chunks)[0]
 
 
+def _mlp_and_experts(w: Writer, mlp_in: Tensor, middle: Tensor, chunks: MlpChunks) -> Tensor:
+    """The MLP and experts of the same hidden states, each with norms of its own, added (models/gemma4/modeling_gemma4.py)."""
+    model = w.model
+    if chunks.several or chunks.recompute:
+        raise RecipeError(
+            f"{model.name} gives its experts more than hidden states, so that MLPs do not run in chunks.\n"
+            "Set mlp_chunks=1, or take mst-layer (-s mst-layer)."
+        )
+    mlp_out = w.mlp(mlp_in, _mlp(model))
+    with w.tape.assign_role(Role.MLP):
+        dense = w.norm(mlp_out, "MLP norm")
+        routing = w.router(middle, _experts(model))
+        w.hold(mlp_out)
+        experts_in = w.norm(middle, "experts norm")
+        w.hold(mlp_out)
+    routed = w.routed(experts_in, _experts(model), *routing)
+    with w.tape.assign_role(Role.MLP):
+        w.hold(mlp_out)
+        routed = w.norm(routed, "post-experts norm")
+        w.hold(mlp_out)
+        y = w.add(dense, routed, w.new("MLP output", "d", dense.dtype), "add MLP and experts")
+    w.hold(mlp_out)
+    w.beside += (dense, routed, *routing)
+    return y
+
+
 def _two_in_chunks(w: Writer, x: Tensor, e: Experts, chunks: MlpChunks) -> Tensor:
     """Routed experts and the shared one, in chunks each for itself, and their sum."""
 
@@ -1506,9 +1672,9 @@ def _layer_in_chunks(
     groups = chunks.groups
     w = Writer(_of_heads(model, groups), numerics, frozen=frozen)
     w.in_chunks = True
-    x = w.source()
+    x, own = w.source(), w.source_per_layer()
     before = _before_attention(model, kind, numerics, frozen, groups)
-    made = _in_chunks(w, before, (x,), "before attention", chunks, makes_on_host=chunks.on_host)
+    made = _in_chunks(w, before, (x, *own), "before attention", chunks, makes_on_host=chunks.on_host)
     attend = partial(_attend_from_host, w) if chunks.on_host else w.attend
     attended = [attend(q, k, v, kind) for q, k, v in (made[n::groups] for n in range(groups))]
     w.hold(*made)
@@ -1516,6 +1682,7 @@ def _layer_in_chunks(
     after.tape.role = Role.NORM
     after.beside = _cut_positions(after)
     piece = after.source()
+    after.source_per_layer(is_view=False)
     after.used = {weight.name: weight for op in before.ops for weight in op.weights}
     gated = model.attention.gated_output
     # the MLP's input is attention's, and made again; so are gates, and with them all that comes before attention
@@ -1523,7 +1690,7 @@ def _layer_in_chunks(
     again = (normed, *after.attention_inputs(normed, kind)) if gated else ()
     output = after.attention_output(_joined_groups(after, attended), *again)
     tape = _after_attention(after, piece, output, normed, kind, MlpChunks())
-    _in_chunks(w, tape, (x, *attended), "after attention", chunks)
+    _in_chunks(w, tape, (x, *own, *attended), "after attention", chunks)
     return w.tape.build_tape()
 
 
@@ -1635,7 +1802,9 @@ def _before_attention(model: Model, kind: LayerKind, numerics: Numerics, frozen:
     w = Writer(model, numerics, "b c", frozen=frozen)
     w.tape.role = Role.NORM
     positions = _cut_positions(w)
-    x = _attention_input(w, w.source())
+    source = w.source()
+    w.source_per_layer(is_view=False)  # which the runtime hands to both parts
+    x = _attention_input(w, source)
     with w.tape.assign_role(Role.ATTENTION):
         q, k, v, *others = w.attention_inputs(x, kind)
         w.hold(x, q, k, v, *others, *positions)

@@ -59,7 +59,8 @@ def _written_out(tape: Tape) -> Iterator[Op]:
         if part is None or part.recompute or part.chunked or part.in_forward:
             yield op
             continue
-        tensors: dict[Tensor, Tensor] = {part.tape.sources[0]: op.reads[0], part.tape.output: op.makes[0]}
+        tensors: dict[Tensor, Tensor] = dict(zip(part.tape.sources, op.reads, strict=True))
+        tensors |= zip(part.tape.outputs, op.makes, strict=False)
         for n, inner in enumerate(part.tape.ops):
             made = _renamed(inner, tensors, op.stage)
             kept = part.arguments if n == 0 and part.records else ()

@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from math import isqrt
+from operator import itemgetter
 from typing import NamedTuple
 
 from ..errors import RecipeError, did_you_mean, quoted
@@ -29,7 +30,7 @@ from .fsdp import into_groups, shards_of, weights_gradients
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
-from .layers import HIDDEN, MlpChunks, Numerics, Writer, layer, norm_in_chunks, rotary_dtype, without_bytes
+from .layers import HIDDEN, PER_LAYER, MlpChunks, Numerics, Writer, layer, norm_in_chunks, rotary_dtype, without_bytes
 from .losses import LOSSES
 from .mixers import check_recipe as check_mixers
 from .optimizers import bytes_to_step, optimizer_memory
@@ -611,6 +612,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     recipe = layout.recipe
     model = with_copies(model, recipe)
     check_mixers(model, recipe)
+    _check_layers(model, recipe)
     adapters = adapters_of(recipe, model)
     if adapters is not None and adapters.parameters:
         check_recipe(model, recipe, layout.several_mlp_chunks)
@@ -648,6 +650,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         copied = numerics.autocast and numerics.weights != "bfloat16"
         joins_view = loss.gradient_is_view and not in_pieces and not copied
         hidden, variables = _embedding(w, table, joins_view, recipe.gives_positions)
+    per_layer = _per_layer_inputs(w, hidden)
     with w.tape.assign_role(Role.POSITIONS):
         shared = _shared(w, variables[0], layout)
     several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
@@ -662,17 +665,16 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     calls: dict[tuple[LayerKind, Names], LayerCall] = {}
     for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
         given, tables = shared[kind]
-        calls[kind, names] = LayerCall(
-            layer(model, kind, numerics, chunks, names), given, given if chunks.layer or chunks.children else tables
-        )
+        kept = given if chunks.layer or chunks.children else tables
+        calls[kind, names] = LayerCall(layer(model, kind, numerics, chunks, names), given, kept, kind)
     rows = [calls[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
     with w.tape.assign_role(Role.LAYER_INPUT):
-        hidden, returned = _layers(w.tape, hidden, rows, recipe)
+        hidden, returned, lent = _layers(w.tape, hidden, rows, recipe, per_layer)
     w.tape.stage = Stage.LOSS
     with w.tape.assign_role(Role.NORM):
         hidden = norm_in_chunks(w, hidden, "final norm") if chunks.layer else w.norm(hidden, "final norm")
     w.hold(
-        *variables, *returned, *(tensor for arguments, _ in shared.values() for tensor in arguments)
+        *variables, *per_layer, *lent, *returned, *(tensor for arguments, _ in shared.values() for tensor in arguments)
     )  # until the model's forward returns
     below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
     loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
@@ -680,7 +682,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     tape = record_step(w.tape.build_tape(), variables[1] if recipe.input_gradients else None)
     tape = with_escapes(tape)
     if chunks.layer:  # the nodes of pieces hold on to what layers are given
-        held = dict.fromkeys(tensor for row in rows for tensor in row.arguments)
+        held = dict.fromkeys((*(tensor for row in rows for tensor in row.arguments), *per_layer))
         tape = replace(tape, held=tuple(held))
     if any(op.fetches for op in tape.ops):
         moved = tensor_of(tape.dims, "layer input in transfer", "b s d", hidden.dtype, role=Role.LAYER_INPUT)
@@ -889,10 +891,10 @@ def kernels_of(model: Model, layout: Layout) -> tuple[Kernel, ...]:
     """Attention kernels that a step runs, each once: of layers without an explicit mask, and of those with one."""
     recipe = layout.recipe
     attention = attention_kernel(model, recipe)
-    masks = {layout.masks(kind) for kind in model.layer_kinds}
+    layers = dict.fromkeys((layout.masks(kind), model.of_kind(kind).attention) for kind in model.layer_kinds)
     calls = [
-        AttentionCall.from_attention(model.attention, recipe.compute_dtype, masked, layout.platform)
-        for masked in sorted(masks)
+        AttentionCall.from_attention(own, recipe.compute_dtype, masked, layout.platform)
+        for masked, own in sorted(layers, key=itemgetter(0))
     ]
     return tuple(dict.fromkeys(chosen(attention, asked) for asked in calls))
 
@@ -948,6 +950,30 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     return hidden, (ids, *variables)
 
 
+def _per_layer_inputs(w: Writer, hidden: Tensor) -> tuple[Tensor, ...]:
+    """What is embedded for each layer, (b, s, layers, width): rows of a table of their own and a product of the embeddings, normalised, added
+    (models/gemma4/modeling_gemma4.py, get_per_layer_inputs and project_per_layer_inputs)."""
+    model, tape, sizes = w.model, w.tape, w.model.per_layer
+    if sizes is None:
+        return ()
+    shape, outer = f"{model.layers} {sizes.width}", model.layers * sizes.width
+    with tape.assign_role(Role.EMBEDDING):
+        table = w.weight("embed_tokens_per_layer", sizes.vocab, outer, kinds=(WeightKind.EMBEDDINGS,))
+        rows = w.new("per-layer embeddings", shape, w.wide)
+        workspace = WeightWorkspace(table, SortedLookups(sizes.vocab, outer), "bs")
+        tape.op("per-layer embedding", [], rows, weights=(table,), workspaces=(workspace,))
+        rows = w.pointwise("scale per-layer embeddings", rows, w.new("per-layer embeddings, scaled", shape, w.wide))
+        product = w.linear(hidden, w.new("per-layer projection", shape), "per_layer_model_projection", kind=None)
+        scaled = w.pointwise("scale projection", product, w.new("per-layer projection, scaled", shape, product.dtype))
+        normed = w.norm(scaled, "per-layer inputs' norm")
+        both = w.new("per-layer inputs", shape, normed.dtype)
+        w.add(normed, rows, both, "add per-layer inputs")
+    with tape.assign_role(Role.LAYER_INPUT):
+        inputs = w.pointwise("scale per-layer inputs", both, w.new(PER_LAYER, shape, both.dtype))
+    w.hold(normed, rows)
+    return (inputs,)
+
+
 def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
     """Tensors that the layers of each kind are given beside hidden states: position ids, cos and sin, a mask; and of these what products keep: cos
     and sin."""
@@ -958,12 +984,10 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     attends = {kind: kind.mixer == "attention" for kind in kinds}
     asking = {(kind.window is not None, kind.causal_mask): kind for kind in kinds}
     masks = {asked: _mask(w, kind, layout) for asked, kind in asking.items()}
-    several = w.code.local_rotary
-    rotary = {
-        is_sliding: _rotary_tables(w, layout)
-        for is_sliding in dict.fromkeys(sliding[kind] and several for kind in kinds)
-    }
-    tables = {kind: rotary[sliding[kind] and several] for kind in kinds}
+    local = {kind: sliding[kind] and w.code.local_rotary for kind in kinds}
+    first = {is_local: kind for kind, is_local in reversed(local.items())}
+    rotary = {is_local: _rotary_tables(w, w.model.of_kind(first[is_local]), layout) for is_local in reversed(first)}
+    tables = {kind: rotary[local[kind]] for kind in kinds}
     turned = {kind: kind.rotary and attends[kind] and not w.code.interleaved_tables for kind in kinds}
     kept_tables = {kind: tables[kind] if turned[kind] else () for kind in kinds}
     given_masks = {kind: masks[kind.window is not None, kind.causal_mask] if attends[kind] else () for kind in kinds}
@@ -971,9 +995,9 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     return {kind: ((*positions, *tables[kind], *given_masks[kind]), kept_tables[kind]) for kind in kinds}
 
 
-def _rotary_tables(w: Writer, layout: Layout) -> tuple[Tensor, ...]:
+def _rotary_tables(w: Writer, model: Model, layout: Layout) -> tuple[Tensor, ...]:
     """cos and sin of positions, in the order of transformers' rotary embeddings, which compute in fp32 and hold it all until the end."""
-    a, model = w.model.attention, w.model
+    a = model.attention
     width = a.latent.rope_dim if a.latent else a.rotary_dim
     if not width or w.code.rotary == "every two":  # of which each layer has its own
         return ()
@@ -1034,6 +1058,7 @@ class LayerCall(NamedTuple):
     tape: Tape
     arguments: tuple[Tensor, ...]
     tables: tuple[Tensor, ...]
+    kind: LayerKind = LayerKind()  # of a single layer
 
     def list_kept(self, recompute: bool) -> tuple[Tensor, ...]:
         """Tensors kept for backward: a checkpoint keeps all of it, as do pieces, else the products with cos and sin keep these."""
@@ -1041,27 +1066,30 @@ class LayerCall(NamedTuple):
 
 
 def _layers(
-    tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], recipe: Recipe
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], recipe: Recipe, per_layer: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     every, offload = segment_length(recipe, len(layers)), recipe.offload_layer_inputs
     if every < 2:
-        return _chain(tape, hidden, layers, checkpointed_layers(recipe, len(layers)), offload)
+        return _chain(tape, hidden, layers, checkpointed_layers(recipe, len(layers)), offload, per_layer)
     segment_calls: dict[tuple[int, ...], LayerCall] = {}
     groups = [layers[start : start + every] for start in range(0, len(layers), every)]
     for inside in groups:
         key = tuple(id(layer.tape) for layer in inside)
         if key not in segment_calls:
-            segment_calls[key] = _segment(tape.dims, hidden.dtype, inside)
+            segment_calls[key] = _segment(tape.dims, hidden.dtype, inside, per_layer)
     segments = [segment_calls[tuple(id(layer.tape) for layer in inside)] for inside in groups]
-    return _chain(tape, hidden, segments, range(len(segments)), offload)
+    return _chain(tape, hidden, segments, range(len(segments)), offload, per_layer)
 
 
-def _segment(dims: dict[str, int], dtype: str, layers: list[LayerCall]) -> LayerCall:
+def _segment(dims: dict[str, int], dtype: str, layers: list[LayerCall], per_layer: tuple[Tensor, ...]) -> LayerCall:
     """Several layers that are checkpointed together."""
     segment = TapeWriter(dims)
     segment.role = Role.LAYER_INPUT
     segment.sources.append(segment.new(HIDDEN, "b s d", dtype))
-    _chain(segment, segment.sources[0], [LayerCall(layer.tape, (), ()) for layer in layers], ())
+    own = tuple(segment.new(tensor.name, tensor.shape, tensor.dtype) for tensor in per_layer)
+    segment.sources += own
+    calls = [LayerCall(layer.tape, (), ()) for layer in layers]
+    _chain(segment, segment.sources[0], calls, (), per_layer=own)
     arguments = tuple(dict.fromkeys(tensor for layer in layers for tensor in layer.arguments))
     return LayerCall(replace(segment.build_tape(), returned=layers[-1].tape.returned), arguments, ())
 
@@ -1097,29 +1125,87 @@ def stored_inputs(recipe: Recipe, layers: int) -> int:
 
 
 def _chain(
-    tape: TapeWriter, hidden: Tensor, layers: list[LayerCall], checkpointed: Container[int], offload: bool = False
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    tape: TapeWriter,
+    hidden: Tensor,
+    layers: list[LayerCall],
+    checkpointed: Container[int],
+    offload: bool = False,
+    per_layer: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not. checkpointed:
-    the numbers of those that are; offload: the inputs of these go to CPU RAM. Returns hidden states, and what the last layer returned beside
-    them."""
+    the numbers of those that are; offload: the inputs of these go to CPU RAM. per_layer: of which each takes its part. Returns hidden states,
+    what the last layer returned beside them, and keys and values that layers lent."""
     count = len(layers)
     leaving: tuple[Tensor, ...] = ()  # to CPU RAM: it is let go when the next one does
     returned: tuple[Tensor, ...] = ()  # by the layer before, beside hidden states
+    lent: dict[bool, tuple[Tensor, ...]] = {}  # keys and values, by whether their layers have a window
     for i, call in enumerate(layers):
+        own = tuple(_taken(tape, tensor, call.tape.sources[1]) for tensor in per_layer)
         stage = Stage.of_layer(i, count) if tape.stage is not None else None
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
         name = f"layer, {place}" if stage is not None else f"layer of the segment, {place}"
         out = tape.new(HIDDEN, "b s d", hidden.dtype)
         recompute = i in checkpointed
-        arguments = call.list_kept(recompute)
+        borrowed = lent[call.kind.window is not None] if call.kind.keys == "borrows" else ()
+        made = tuple(tensor_of(call.tape.dims, t.name, t.shape, t.dtype, role=t.role) for t in call.tape.outputs[1:])
+        # every checkpoint holds the dict that these are in
+        arguments = call.list_kept(recompute) + (tuple(t for pair in lent.values() for t in pair) if recompute else ())
         part = Part(call.tape, recompute=recompute, offload=offload and recompute, arguments=arguments)
+        if made and recompute:  # keys that are run again keep cos and sin
+            part = replace(part, lingering=call.tables)
         leaving = (hidden,) if part.offload else leaving
         held = (*returned, *(() if recompute else leaving))
         # where nothing is run again, backward keeps it anyway
         returned = tuple(tape.new(t.name, t.shape, t.dtype) for t in call.tape.returned) if recompute else ()
-        tape.add(Op(name, (hidden,), (out, *returned), part=part, stage=stage, holds=held))
+        reads, makes = (hidden, *own, *borrowed), (out, *made, *returned)
+        tape.add(Op(name, reads, makes, part=part, stage=stage, holds=held))
+        if made:
+            lent[call.kind.window is not None] = made
+        if stage is not None:
+            tape.stage = stage
         hidden = out
-    return hidden, returned
+    return hidden, returned, tuple(tensor for pair in lent.values() for tensor in pair)
+
+
+def _check_layers(model: Model, recipe: Recipe) -> None:
+    """Check that a step of layers that differ in heads, share keys and values, have inputs of their own, or end with a number of their own,
+    is counted. Raises RecipeError."""
+    saved, fp32_weights = recipe.offload == "saved-tensors", recipe.used_dtype != "bfloat16"
+    precision = f"--precision {recipe.precision}"
+    several_gpus = {"sharding": recipe.sharded, "sequences over several GPUs": recipe.sequence_parallel > 1}
+    refused: dict[str, dict[str, bool]] = {}
+    if any(kind.attention is not None for kind in model.layer_kinds):
+        refused["differ in heads"] = {"sequences over several GPUs": recipe.sequence_parallel > 1}
+    if any(kind.keys for kind in model.layer_kinds):
+        refused["share keys and values"] = {
+            "layers in pieces": recipe.layer_in_chunks,
+            f"--checkpoint {recipe.checkpoint}": recipe.checkpoint not in ("none", "layer"),
+            "--offload saved-tensors": saved,
+            precision: fp32_weights,
+            **several_gpus,
+        }
+    if model.per_layer is not None:
+        autocast = fp32_weights and recipe.runs_autocast
+        refused["have inputs of their own"] = {"--offload saved-tensors": saved, precision: autocast, **several_gpus}
+    if family_of(model.model_type).code.scales_output:
+        refused["are scaled"] = {
+            "--offload saved-tensors without --checkpoint layer": saved and recipe.checkpoint != "layer"
+        }
+    for what, options in refused.items():
+        if option := next((option for option, asked in options.items() if asked), None):
+            raise RecipeError(
+                f"layers of {model.name} {what}, which the formula does not count with {option}.\n"
+                "Leave that out, or ask for --rung trace."
+            )
+
+
+def _taken(tape: TapeWriter, per_layer: Tensor, source: Tensor) -> Tensor:
+    """A layer's part of what is embedded for each, as its tape takes it; segments take all. It is taken before the layer, at the stage of
+    what ran last, and its gradient lies in zeros of the whole."""
+    if source.shape == per_layer.shape:
+        return per_layer
+    own = tape.view(per_layer, source.name, source.shape)
+    return tape.op("take the layer's own input", [per_layer], own, grads=((per_layer, tape.grad(per_layer)),))
 
 
 def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: bool) -> None:

@@ -251,7 +251,7 @@ class Op:
     @property
     def is_layer(self) -> bool:
         """Whether it is a layer of the step, or several that are checkpointed together."""
-        return self.stage is not None and self.stage.is_layer
+        return self.part is not None and self.stage is not None and self.stage.is_layer
 
     @property
     def where(self) -> str:
@@ -292,6 +292,7 @@ class Part:
     offload: the input it would keep lives in CPU RAM.
     in_forward: gradients are made in the forward pass already (the chunked loss), so that nothing else is kept.
     arguments: tensors it is given beside its input, which are kept for its backward as well.
+    lingering: of these, what is held until backward is through with all layers, as `lingering_of` its tape is.
     records, wanted: whether backward comes to it at all, and of what the operation reads that whose gradient is wanted (`autograd.py`).
     interior: neighbours on both sides run the same part: its moments lie between theirs.
     group: its weights are gathered for it.
@@ -307,6 +308,7 @@ class Part:
     in_forward: bool = False
     offload: bool = False
     arguments: tuple[Tensor, ...] = ()
+    lingering: tuple[Tensor, ...] = ()
     records: bool = True
     wanted: tuple[Tensor, ...] = ()
     interior: bool = False
@@ -387,6 +389,10 @@ class TapeWriter:
     def hold_graph(self, *tensors: Tensor) -> None:
         """The same of what a graph keeps that a variable holds."""
         self.ops[-1] = replace(self.ops[-1], graph_holds=tensors)
+
+    def hold_since(self, start: int, *tensors: Tensor) -> None:
+        """The same of every operation written since there were so many."""
+        self.ops[start:] = [replace(op, holds=op.holds + tensors) for op in self.ops[start:]]
 
     def name_kernel(self, kernel: str, start: int, selected: bool) -> None:
         """Say of what was written since `start` whose arithmetic it is, and whether a selective checkpoint keeps its results."""
@@ -765,11 +771,12 @@ def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, 
 
 
 class Outer(NamedTuple):
-    """Gradients that a part of a tape shares with what is around it. shares: the incoming one is somebody else's, too, and stays. adds: there
-    is one of its input already, which the part's own are added to as they come."""
+    """Gradients that a part of a tape shares with what is around it. shares: the incoming one is somebody else's, too, and stays. adds: of
+    these inputs, by number, there is one already, which the part's own are added to as they come. outputs: those that one comes in of; None: all."""
 
     shares: bool = False
-    adds: bool = False
+    adds: tuple[int, ...] = ()
+    outputs: tuple[int, ...] | None = None
 
 
 NOTHING = Outer()
@@ -827,11 +834,34 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
         return ()
     if part.packed:
         return (*op.keeps, *part.arguments)
-    source = part.tape.source
-    keeps_sources = not part.offload and (
-        part.recompute or part.chunked or any(t.storage is source for o in part.tape.ops for t in kept_by(o))
-    )
-    return (*op.reads, *part.arguments) if keeps_sources else part.arguments
+    if part.recompute or part.chunked:
+        return (*(op.reads[1:] if part.offload else op.reads), *part.arguments)
+    inside = {tensor.storage for each in part.tape.ops for tensor in kept_by(each)}
+    kept = (read for read, source in zip(op.reads, part.tape.sources, strict=True) if source.storage in inside)
+    return (*kept, *part.arguments)
+
+
+def lent_by(op: Op, keep: bool) -> tuple[Tensor, ...]:
+    """Tensors that a part makes beside its first output and keeps for its own backward: nobody else holds them longer."""
+    part = op.part
+    if part is None or len(part.tape.outputs) == 1 or part.recompute or part.chunked or not (keep and part.records):
+        return ()
+    inside = {tensor.storage for each in part.tape.ops for tensor in kept_by(each)}
+    outputs = zip(op.makes[1:], part.tape.outputs[1:], strict=False)
+    return tuple(made for made, output in outputs if output.storage in inside)
+
+
+def lingering_of(tape: Tape) -> tuple[Tensor, ...]:
+    """Of a layer that a checkpoint runs again, what it made beside its first output, and what autograd keeps of all that came of: whom that is
+    for holds on to it until backward is through with all layers."""
+    outputs = [tensor.storage for tensor in tape.outputs[1:]]
+    needed, kept = set(outputs), dict.fromkeys(outputs)
+    own = {tensor for op in tape.ops for tensor in op.makes}
+    for op in reversed(tape.ops if outputs else ()):
+        if not needed.isdisjoint(tensor.storage for tensor in op.makes):
+            needed.update(tensor.storage for tensor in op.reads)
+            kept |= dict.fromkeys(tensor.storage for tensor in op.keeps if tensor.storage in own)
+    return tuple(kept)
 
 
 def holds_for_backward(op: Op) -> bool:
@@ -859,6 +889,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
     last = max((i for i, op in enumerate(tape.ops) if holds_for_backward(op)), default=-1) if recomputing else None
     saved = {tensor.storage for tensor in (*tape.held, *(t for op in tape.ops for t in kept_by(op)))} if keep else set()
+    saved.update(lingering_of(tape) if recomputing else ())
     there: set[Tensor] = set()  # what the first run left
     if rules.selective:
         selected = {tensor.storage for op in tape.ops if op.selected for tensor in op.makes}
@@ -884,7 +915,8 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         makes = [t for t in made if t.storage is t and (not stop or t in op.keeps)]
         if op.part is not None:
             cached += _part_forward(op, ledger, rules, keep, stop)
-            mine.update(dict.fromkeys(makes))
+            lent = lent_by(op, keep)
+            mine.update(dict.fromkeys(tensor for tensor in makes if tensor not in lent))
         else:
             mine.update(dict.fromkeys(makes))
             for tensor in makes:
@@ -937,8 +969,11 @@ def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool)
     if not part.chunked:
         ledger.splice(inner, op.where, moments=rules.every_moment or not op.interior)
         if not stop:
-            ledger.rename(part.tape.output, op.makes[0])
-            for tensor in op.makes[1:]:
+            lent, outputs = lent_by(op, keep), part.tape.outputs
+            for output, made in zip(outputs, op.makes, strict=False):
+                if made not in lent:
+                    ledger.rename(output.storage, made)
+            for tensor in op.makes[len(outputs) :]:
                 ledger.put(tensor)
     else:
         start = len(ledger.events)
@@ -1028,15 +1063,17 @@ def _backward(
     ledger = _Ledger(rules)
     keepers: dict[Tensor, int] = {}
     own_storages = {tensor for op in tape.ops for tensor in (*op.makes, *op.recorded) if tensor.storage is tensor}
+    own_storages.difference_update(tensor for op in tape.ops for tensor in lent_by(op, keep=True))
     all_saved = [kept_by(op) for op in tape.ops]
     for saved in (tape.held, *all_saved):
         for tensor in saved:
             keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
-    pending = {tensor: grad_of(tensor) for tensor in tape.outputs}
+    given = range(len(tape.outputs)) if outer.outputs is None else outer.outputs
+    pending = {tape.outputs[n]: grad_of(tape.outputs[n]) for n in given}
     holders = dict.fromkeys(pending.values(), 2 if in_pieces or outer.shares else 1)
-    if outer.adds:
-        pending[tape.sources[0]] = grad_of(tape.sources[0])
-        holders[pending[tape.sources[0]]] = 1
+    for n in outer.adds:
+        pending[tape.sources[n]] = grad_of(tape.sources[n])
+        holders[pending[tape.sources[n]]] = 1
 
     def let_go(gradient: Tensor) -> None:
         holders[gradient] -= 1
@@ -1048,6 +1085,22 @@ def _backward(
             keepers[tensor.storage] -= 1
             if keepers[tensor.storage] == 0 and tensor.storage in own_storages:
                 ledger.drop(tensor.storage)
+
+    lingering: list[Tensor] = []  # of parts that were run again
+    lingering_arguments = tuple(tensor for op in tape.ops if op.part is not None for tensor in op.part.lingering)
+    for tensor in lingering_arguments:
+        keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
+    first_part = next((op for op in tape.ops if op.is_layer), None)
+    for tensor in lingering_of(tape) if again is tape else ():
+        keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
+
+    def leave() -> None:
+        """Let go of what lingers."""
+        nonlocal lingering, lingering_arguments
+        for tensor in lingering:
+            ledger.drop(tensor)
+        release(lingering_arguments)
+        lingering, lingering_arguments = [], ()
 
     def arrive(tensor: Tensor, gradient: Tensor) -> None:
         earlier = pending.get(tensor)
@@ -1116,16 +1169,23 @@ def _backward(
             outer = NOTHING
             if not op.part.chunked:
                 shared = any(holders[gradient] > 1 for gradient in incoming.values())
-                adds = rules.in_place and any(holders.get(pending.get(t, t)) == 1 for t in op.part.wanted)
-                outer = Outer(shared, adds)
-            for tensor in op.part.wanted if outer.adds else ():
-                ledger.rename(pending.pop(tensor), grad_of(tensor))
+                adds = tuple(
+                    n
+                    for n, tensor in enumerate(op.reads)
+                    if rules.in_place and tensor in op.part.wanted and holders.get(pending.get(tensor, tensor)) == 1
+                )
+                outer = Outer(shared, adds, tuple(n for n, tensor in enumerate(op.makes) if tensor in incoming))
+            for n in outer.adds:
+                ledger.rename(pending.pop(op.reads[n]), grad_of(op.reads[n]))
             _part_backward(op, op.part, tuple(incoming), ledger, rules, end_of, fetch, inside, outer, used_again)
             outdated = outdated if not inside else ()
             for tensor in op.part.wanted:
                 input_gradient = grad_of(tensor)
                 holders[input_gradient] = 1
                 arrivals.append((tensor, input_gradient))
+            lingering += lingering_of(op.part.tape) if op.part.recompute and not op.part.chunked else ()
+            if op is first_part:
+                leave()
             for gradient in incoming.values():
                 holders[gradient] -= 1
                 if outer.shares:
@@ -1160,6 +1220,7 @@ def _backward(
             arrive(tensor, gradient)
         groups.after_backward(op, rules.every_moment or not op.interior)
     groups.end_backward()
+    leave()
     release(tape.held)
     for tensor in fetched:
         ledger.drop(tensor)
@@ -1198,9 +1259,10 @@ def _part_backward(
         return
     if not part.chunked:
         moments = rules.every_moment or not op.interior
-        ledger.rename(grad_of(op.makes[0]), grad_of(part.tape.output))
-        if outer.adds:
-            ledger.rename(grad_of(part.wanted[0]), grad_of(part.tape.sources[0]))
+        for n in outer.outputs or ():
+            ledger.rename(grad_of(op.makes[n]), grad_of(part.tape.outputs[n]))
+        for n in outer.adds:
+            ledger.rename(grad_of(op.reads[n]), grad_of(part.tape.sources[n]))
         replay = backward(
             part.tape,
             rules,
@@ -1211,8 +1273,9 @@ def _part_backward(
             outer=outer,
         )
         ledger.splice(replay, op.where, moments=moments)
-        for tensor in part.wanted:
-            ledger.rename(grad_of(part.tape.sources[0]), grad_of(tensor))
+        for tensor, source in zip(op.reads, part.tape.sources, strict=True):
+            if tensor in part.wanted:
+                ledger.rename(grad_of(source), grad_of(tensor))
         return
     for tensor in (*map(grad_of, part.wanted), *(part.sums if not rules.events else ())):
         ledger.put(tensor)

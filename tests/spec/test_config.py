@@ -11,6 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma4TextConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -152,6 +154,10 @@ def test_defaults_are_those_of_transformers(model_type):
     for key, value in FAMILIES[model_type].defaults.items():
         if key == "dtype" or (key == "intermediate_size" and value is None):
             continue
+        if key.endswith("head_dim") and "global_head_dim" in FAMILIES[model_type].defaults:  # of kinds of layers
+            kind = "full_attention" if key == "global_head_dim" else "sliding_attention"
+            assert config.per_layer_config[kind].head_dim == value
+            continue
         if key in ("hidden_act", "hidden_activation") and not hasattr(config, key):
             continue
         if key == FAMILIES[model_type].mlp_width and value is None:
@@ -191,7 +197,13 @@ def parameters(model):
     """How many weights a model has, by what was read from its file: every size and switch counts."""
     hidden, norm = model.hidden, model.hidden * (2 if model.norm_bias else 1)
     norms = norm * {"sandwich": 4, "one-norm": 1}.get(model.block, 2)
-    layers = sum(norms + mixing_weights(model, kind) + mlp_weights(model, kind.experts) for kind in model.layer_kinds)
+    layers = sum(
+        norms + mixing_weights(model.of_kind(kind), kind) + mlp_weights(model.of_kind(kind), kind.experts)
+        for kind in model.layer_kinds
+    )
+    if model.per_layer is not None:
+        width, every = model.per_layer.width, model.per_layer.width * model.layers
+        layers += model.layers * (2 * width + 1) * hidden + every * (model.per_layer.vocab + hidden) + width
     head = model.vocab * (hidden * (not model.tied) + model.head_bias)
     return layers + norm * (1 + model.embedding_norm) + head + hidden * (model.vocab + model.learned_positions)
 
@@ -199,7 +211,7 @@ def parameters(model):
 def mixing_weights(model, kind):
     sizes, hidden = model.mixer, model.hidden
     if kind.mixer == "attention":
-        return attention_weights(model)
+        return attention_weights(model, kind)
     if isinstance(sizes, ShortConv):
         return 4 * hidden * hidden + sizes.kernel * hidden + 5 * hidden * sizes.bias
     if isinstance(sizes, GatedDelta):
@@ -213,7 +225,7 @@ def mixing_weights(model, kind):
     return hidden * (into + inner) + (into + hidden) * sizes.bias + own
 
 
-def attention_weights(model):
+def attention_weights(model, kind):
     a, hidden = model.attention, model.hidden
     out = a.heads * a.v_head_dim * hidden + hidden * a.out_bias
     if a.latent is not None:
@@ -223,10 +235,14 @@ def attention_weights(model):
         rank, width = a.latent.q_rank, a.heads * a.head_dim
         queries = hidden * width if rank is None else rank * (hidden + a.qkv_bias + 1 + width)
         return queries + keys + expanded + out
-    width = (a.heads * (1 + a.gated_output) + 2 * a.kv_heads) * a.head_dim
-    normed = {"none": 0, "unweighted": 0, "head": 2 * a.head_dim, "full": (a.heads + a.kv_heads) * a.head_dim}[
-        a.qk_norm
-    ]
+    made = 0 if kind.keys == "borrows" else 1 if a.values == "keys" else 2  # of keys and values
+    width = (a.heads * (1 + a.gated_output) + made * a.kv_heads) * a.head_dim
+    normed = {
+        "none": 0,
+        "unweighted": 0,
+        "head": (1 + bool(made)) * a.head_dim,
+        "full": (a.heads + a.kv_heads) * a.head_dim,
+    }[a.qk_norm]
     return hidden * width + width * a.qkv_bias + normed + a.heads * a.sinks + out
 
 
@@ -237,6 +253,7 @@ def mlp_weights(model, routed):
         biases = e.number * (2 * e.width + hidden + 1) * e.bias
         code = FAMILIES[model.model_type].code
         beside = hidden * code.shared_gate + e.number * code.corrected
+        beside += (3 * hidden * model.mlp.width + 4 * hidden + e.number) * e.beside_mlp
         return 3 * hidden * (e.number * e.width + e.shared_width) + hidden * e.number + biases + beside
     into = 2 if model.mlp.gated else 1
     own = 2 if model.mlp.activation == "xielu" else 0  # weights of the activation
@@ -800,3 +817,108 @@ def test_dropout_after_the_embedding_is_its_own():
         read_config(small("phi", resid_pdrop=0.1, embd_pdrop=share), "m").embedding_dropout for share in (0.0, 0.1, 0.2)
     ]
     assert dropouts == [0.0, None, 0.2]  # None: as elsewhere
+
+
+GEMMA4 = {
+    **small("gemma4_text"),
+    "num_hidden_layers": 6,
+    "head_dim": 64,
+    "global_head_dim": 128,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 1000,
+    "sliding_window": 512,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}
+
+
+def test_layers_without_a_window_have_heads_of_their_own():
+    model = read_config({**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}, "m")
+    window, full = model.layer_kinds[:2]
+    assert (model.attention.head_dim, model.attention.values) == (64, "normed")
+    assert window.attention is None
+    assert full.attention is not None
+    assert (full.attention.head_dim, full.attention.kv_heads, full.attention.values) == (128, 1, "keys")
+    assert model.of_kind(full).attention == full.attention
+
+
+def test_own_heads_as_transformers_writes_them():
+    listed = {f"{n}": {"head_dim": 128} for n in (1, 3, 5)}
+    plain = {key: value for key, value in GEMMA4.items() if key != "global_head_dim"}
+    assert read_config({**plain, "per_layer_config": listed}, "m") == read_config(GEMMA4, "m")
+
+
+def test_the_last_layer_has_full_attention_whatever_is_listed():
+    kinds = read_config({**GEMMA4, "layer_types": ["sliding_attention"] * 6}, "m").layer_kinds
+    assert [kind.window for kind in kinds] == [512] * 5 + [None]
+
+
+def test_last_layers_borrow_keys_of_the_last_layers_before():
+    model = read_config({**GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}, "m")
+    assert [kind.keys for kind in model.layer_kinds] == ["", "", "lends", "lends", "borrows", "borrows"]
+    width = model.mlp.width
+    assert [model.of_kind(kind).mlp.width for kind in model.layer_kinds] == [width] * 4 + [2 * width] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"num_kv_shared_layers": 6}, "num_kv_shared_layers is 6"),
+        ({"num_kv_shared_layers": 5}, "num_kv_shared_layers is 5"),
+        ({"num_kv_shared_layers": 1}, "num_kv_shared_layers is 1"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
+        ({"per_layer_config": {"1": {"hidden_size": 8}}}, "per_layer_config sets hidden_size"),
+        ({"per_layer_config": {"9": {"head_dim": 8}}}, "per_layer_config is"),
+        ({"per_layer_config": {"1": {"head_dim": 0}}}, "head_dim is 0"),
+    ],
+)
+def test_what_gemma4_cannot_be_is_refused(changes, why):
+    with pytest.raises(ModelError, match=why):
+        read_config({**GEMMA4, **changes}, "m")
+
+
+GEMMA4_SIZES = {  # hidden, width, layers, heads, heads of keys, window, each how many-th layer has full attention, more
+    "e2b": ((1536, 6144, 35, 8, 1, 512, 5), {"num_kv_shared_layers": 20, "use_double_wide_mlp": True}),
+    "e4b": ((2560, 10240, 42, 8, 2, 512, 6), {"num_kv_shared_layers": 18}),
+    "26b-a4b": (
+        (2816, 2112, 30, 16, 8, 1024, 6),
+        {
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 2,
+            "enable_moe_block": True,
+            "num_experts": 128,
+            "top_k_experts": 8,
+            "moe_intermediate_size": 704,
+        },
+    ),
+    "31b": (
+        (5376, 21504, 60, 32, 16, 1024, 6),
+        {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 4},
+    ),
+}
+GEMMA4_PARAMETERS = {
+    "e2b": (4_628_569_344, 4_628_569_344),
+    "e4b": (7_463_013_376, 7_463_013_376),
+    "26b-a4b": (25_233_141_760, 3_822_530_560),  # the model card says 25.2B, of which 3.8B active
+    "31b": (30_697_345_280, 30_697_345_280),  # 30.7B
+}
+
+
+@pytest.mark.parametrize("size", GEMMA4_SIZES)
+def test_published_sizes_of_gemma4(size):
+    (hidden, width, layers, heads, kv_heads, window, period), more = GEMMA4_SIZES[size]
+    fields = {
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if (n + 1) % period else "full_attention" for n in range(layers)],
+        **more,
+    }
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Gemma4TextConfig(**fields))
+    counted = parameter_count(read_config({"model_type": "gemma4_text", "vocab_size": 262144, **fields}, size))
+    assert counted == GEMMA4_PARAMETERS[size]
+    assert counted[0] == sum(weight.numel() for weight in model.parameters())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMultimodalLM
+from transformers import AutoModelForMultimodalLM, Gemma4AudioConfig, Gemma4VisionConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mstplan.spec.config import read_config
@@ -68,17 +68,41 @@ def in_modules(settings: Any) -> tuple[int, int]:
     return sum(everything.values()), own + everything.get("model.image_newline", 0)
 
 
+TOWERS = {"gemma4": {"vision_config": Gemma4VisionConfig(), "audio_config": Gemma4AudioConfig()}}
+"""Towers that a whole has only where its file says so."""
+
+
 @pytest.mark.parametrize("how", ["default", "tiny"])
 @pytest.mark.parametrize("model_type", RULES)
 def test_as_many_as_the_modules_have(model_type, how):
     cls = CONFIG_MAPPING[model_type]
-    settings = cls() if how == "default" else tiny_config(cls)
+    given = TOWERS.get(model_type, {})
+    settings = cls(**given) if how == "default" else tiny_config(cls, **given)
     config = json.loads(settings.to_json_string(use_diff=False))
     total, own = in_modules(settings)
     assert sum(tower.parameters for tower in towers_of(config)) == own > 0
     model = read_config(config, "FILE")
     assert parameter_count(model)[0] == total
     assert sum(tower.parameters for tower in model.towers) == own
+
+
+@pytest.mark.parametrize(
+    ("vision", "audio"),
+    [
+        ({"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "head_dim": 72}, None),
+        (
+            {"standardize": True, "num_key_value_heads": 6},
+            {"subsampling_conv_channels": [16, 8], "conv_kernel_size": 3},
+        ),
+    ],
+    ids=("the large ones", "other sizes"),
+)
+def test_gemma4s_towers_of_other_sizes(vision, audio):
+    text = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 10, "hidden_size_per_layer_input": 0}
+    settings = CONFIG_MAPPING["gemma4"](text_config=text, vision_config=vision, audio_config=audio)
+    towers = towers_of(json.loads(settings.to_json_string(use_diff=False)))
+    assert sum(tower.parameters for tower in towers) == in_modules(settings)[1]
+    assert [tower.kind for tower in towers] == ["vision", *(["audio"] if audio else [])]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

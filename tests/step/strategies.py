@@ -55,7 +55,16 @@ def models(draw: st.DrawFn, window: bool = True) -> Model:
     routed = draw(st.none() | experts())
     windows = st.sampled_from([None, 256, 4096] if window else [None])
     routes = st.just(routed is not None and draw(st.booleans()))
-    kind = st.builds(LayerKind, windows, routes, causal_mask=st.just(False), mixer=st.just("attention"))
+    widths = st.sampled_from([None, None, 192])
+    kind = st.builds(
+        LayerKind,
+        windows,
+        routes,
+        causal_mask=st.just(False),
+        mixer=st.just("attention"),
+        attention=st.none(),
+        mlp_width=widths,
+    )
     pattern = draw(st.lists(kind, min_size=1, max_size=2))
     kinds = tuple(pattern * draw(st.integers(1, 3)))
     gated = draw(st.booleans())

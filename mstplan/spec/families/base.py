@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from ..model import Block, Keys, Mixer, Norm, QkNorm, Router
+from ..model import Block, Keys, Mixer, Norm, QkNorm, Router, Values
 from ..releases import Number
 
 LAYER = "layer"
@@ -103,6 +103,8 @@ class Routed(NamedTuple):
     bias: bool = False
     clamped: bool = False
     may_be_none: bool = False  # 0 experts: a dense model
+    switch: str | None = None  # where this is false, it is dense as well
+    beside_mlp: bool = False
     shared_width: str | None = (
         None  # the field that holds the width of the shared expert; None: the file says how many there are
     )
@@ -171,8 +173,10 @@ class Code(NamedTuple):
     frees_mlp_input: bool = False  # no variable holds the MLP's input while its second matrix runs
     scales_branches: bool = False  # what attention and MLP give is multiplied by a number before it is added
     scales_logits: bool = False  # so are the logits
+    scales_output: bool = False  # a layer's output is multiplied in place by a number of its own
     fp32_router_logits: bool = False  # what chooses experts is cast to fp32
     fp32_router: bool = False  # the router's weight stays in fp32
+    scaled_router: bool = False  # the router has a norm, a weight on its input and a number for each expert (Gemma 4)
     plain_router: bool = False  # probabilities of experts stay in the router's dtype
     corrected: bool = False  # experts are chosen by probabilities with a correction
     apart_products: bool = False  # what linear attention makes of its input comes of several products
@@ -211,6 +215,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds; chunked: of
     # attention_chunk_size, the layers whose queries and keys are turned
     windows: Literal["none", "every", "listed", "late", "found", "chunked"] = "none"
+    full_last: bool = False  # the last layer has full attention, whatever layer_types says
     period: int = 0  # without layer_types, each period-th layer has full attention; 0: none has
     full_first: bool = False  # so has the first layer of each period, not the last
     idle_mask: bool = False  # a mask of a window is always made, and no layer uses it
@@ -225,6 +230,11 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     mixer: Mixer = "attention"  # of the layers whose layer_types entry names no attention
     # what tells, where there are no layer_types, which layers have attention; layer_types: nothing does
     gated_attention: bool = False
+    values: Values = "projected"
+    per_layer_inputs: bool = False
+    shared_keys: bool = False  # the last num_kv_shared_layers take keys and values of earlier ones
+    wide_borrowers: str | None = None  # the switch under which MLPs of these are twice as wide
+    global_attention: bool = False  # layers without a window have heads of their own (spec/own_sizes.py)
     attention_by: Literal["layer_types", "full_attn_idxs", "full_attention_interval", "none has"] = "layer_types"
     experts: Routed | None = None
     activation: str = "hidden_act"
@@ -252,7 +262,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     )
     uncounted: tuple[str, ...] = ()  # switches whose tensors the planner does not know
     only: Mapping[str, object] = MappingProxyType({})
-    """Values that alone are counted, by field; text: the name of the field that holds it."""
+    """Values that alone are counted, by field; text: the name of the field that holds it; a tuple: any of these."""
     norms: str | None = (
         None  # the field that holds how many norms parallel branches have; with own heads two, where it is null
     )
