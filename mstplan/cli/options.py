@@ -436,7 +436,12 @@ class VariedOptions(Options):
         str,
         "--sharding",
         _of_recipe(
-            "sharding", {"ddp": "all on each of --gpus", "fsdp": "or zero3; FSDP2: everything in shards over them"}
+            "sharding",
+            {
+                "ddp": "all on each of --gpus",
+                "zero2": "DeepSpeed's ZeRO, as zero1",
+                "fsdp": "or zero3; FSDP2: everything in shards over them",
+            },
         ),
         panel="Recipe",
         metavar="NAME",
@@ -467,6 +472,17 @@ class VariedOptions(Options):
         panel="Recipe",
         metavar="NAME",
         choices=_planned("reduce_dtype"),
+    )
+    reduce_bucket_size = option(
+        str,
+        "--reduce-bucket-size",
+        "Under zero1 and zero2, values in DeepSpeed's bucket of gradients, or auto: the hidden size squared, as transformers fills it in. Default "
+        "500,000,000, DeepSpeed's.",
+        panel="Recipe",
+        metavar="N",
+    )
+    overlap_comm = option(
+        bool, "--overlap-comm", "Under zero1 and zero2, two buckets: DeepSpeed's overlap_comm.", False, panel="Recipe"
     )
     sequence_parallel = option(
         int,
@@ -682,6 +698,10 @@ def changes_of(options: StepOptions) -> dict[str, object]:
     for name in _PATTERNS:
         if (patterns := getattr(options, name)) is not None:
             changes[name] = tuple(part.strip() for part in patterns.split(","))
+    if (bucket := options.reduce_bucket_size) is not None:
+        from ..units import parse_whole
+
+        changes["reduce_bucket_size"] = bucket if bucket == "auto" else parse_whole(bucket, "--reduce-bucket-size")
     if options.lora is not None:
         changes["lora_rank"] = options.lora
     changes.update({name: True for name in SWITCHES if getattr(options, name, False)})
