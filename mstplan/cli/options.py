@@ -698,10 +698,6 @@ def changes_of(options: StepOptions) -> dict[str, object]:
     for name in _PATTERNS:
         if (patterns := getattr(options, name)) is not None:
             changes[name] = tuple(part.strip() for part in patterns.split(","))
-    if (bucket := options.reduce_bucket_size) is not None:
-        from ..units import parse_whole
-
-        changes["reduce_bucket_size"] = bucket if bucket == "auto" else parse_whole(bucket, "--reduce-bucket-size")
     if options.lora is not None:
         changes["lora_rank"] = options.lora
     changes.update({name: True for name in SWITCHES if getattr(options, name, False)})
@@ -714,6 +710,8 @@ def _varied(options: VariedOptions) -> dict[str, object]:
     changes: dict[str, object] = {}
     if options.no_recompute:
         changes["mlp_recompute"] = False
+    if (bucket := options.reduce_bucket_size) is not None:
+        changes["reduce_bucket_size"] = bucket if bucket == "auto" else parse_whole(bucket, "--reduce-bucket-size")
     if (groups := options.attention_groups) is not None:
         changes["attention_groups"] = groups if groups == "auto" else parse_whole(groups, "--attention-groups")
     if (how := options.checkpoint) is not None:

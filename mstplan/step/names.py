@@ -215,8 +215,8 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             _FSDP,
             _SHARDS_ALL,
         ),
-        Advice("zero_1 stage1 zero_stage_1 deepspeed_zero1 deepspeed_stage_1", "is ZeRO-1", {"sharding": "zero1"}),
-        Advice("zero_2 stage2 zero_stage_2 deepspeed_zero2 deepspeed_stage_2", "is ZeRO-2", {"sharding": "zero2"}),
+        Advice("stage1 zero_stage_1 deepspeed_zero1 deepspeed_stage_1", "is ZeRO-1", {"sharding": "zero1"}),
+        Advice("stage2 zero_stage_2 deepspeed_zero2 deepspeed_stage_2", "is ZeRO-2", {"sharding": "zero2"}),
         Advice(
             "zero2_offload zero_offload",
             "is ZeRO-2 with the optimizer in CPU RAM",
@@ -237,8 +237,7 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             {"sharding": "ddp"},
         ),
         Advice(
-            "zero3_offload zero_infinity tp tensor* pp pipeline* cp context* ring* ep expert* "
-            "megatron 2d 3d 4d 5d",
+            "zero3_offload zero_infinity tp tensor* pp pipeline* cp context* ring* ep expert* megatron 2d 3d 4d 5d",
             _IS_NOT,
         ),
         Advice("sp sequence* ulysses alst", "shares sequences out, beside any sharding", _ULYSSES),
@@ -350,7 +349,6 @@ _OPTIONS = (
         "of about the size",
     ),
     Advice("prepare-model-for-kbit-training kbit", "", {"kbit_preparation": True}),
-    Advice("offload-optimizer* offload-optimizer-device", "", {"optimizer_on_host": True}),
     Advice(
         "deepspeed* zero*",
         "of DeepSpeed's ZeRO stages 1 and 2 are planned",

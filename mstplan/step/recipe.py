@@ -341,7 +341,9 @@ class Recipe(BaseModel):
         of_zero = ("reduce_bucket_size", "overlap_comm")
         alone = "" if self.zero_stage else next((n for n in of_zero if getattr(self, n) != usual[n].default), "")
         if alone:
-            message = f"{alone} ({option_of(alone)}) is of ZeRO: add sharding='zero2' (--sharding zero2), or leave it out"
+            message = (
+                f"{alone} ({option_of(alone)}) is of ZeRO: add sharding='zero2' (--sharding zero2), or leave it out"
+            )
             return ((True, message),)
         if self.sharding == "none":
             return (
@@ -411,7 +413,7 @@ class Recipe(BaseModel):
             ),
             (
                 self.precision != "bf16" or self.autocast,
-                f"{name} is planned with bf16 weights, of which its optimizer has fp32 ones: set precision='bf16' (--precision bf16), and leave autocast (--autocast) out",
+                f"{name} is planned with bf16 weights, fp32 ones in its optimizer: set precision='bf16' (--precision bf16), leave autocast (--autocast) out",
             ),
             (
                 self.optimizer not in ("adamw", "sgd"),

@@ -32,9 +32,9 @@ from ..errors import RecipeError
 from .cuda import pinned_bytes
 from .optimizers import OPTIMIZERS, optimizer_memory
 from .optimizers.base import bytes_of
-from .roles import Role
+from .roles import Purpose, Role
 from .selection import WeightKind
-from .tape import ITEMSIZE, Op, Purpose, Tape, Tensor, Weight, weight_gradient
+from .tape import ITEMSIZE, Op, Tape, Tensor, Weight, weight_gradient
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -104,7 +104,9 @@ class Zero:
         self.shares = _shares(numels, self.slices)
         self.gathered = max(share.gathered for share in self.shares.values())
         self.stepped = Weight("the partition", (self.partition,), dtype="float32")
-        self.buckets = [_tensor("bucket of gradients", "bfloat16", self.bucket, Role.REDUCED)] * (1 + recipe.overlap_comm)
+        self.buckets = [_tensor("bucket of gradients", "bfloat16", self.bucket, Role.REDUCED)] * (
+            1 + recipe.overlap_comm
+        )
         self.partition_gradients = self.held(BF16 * self.gathered)
 
     def reducer(self, first: bool, last: bool) -> Reducer:

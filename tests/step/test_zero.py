@@ -174,7 +174,7 @@ def largest_sum(recipe: Recipe) -> int:
     return 2 * max(min(step.zero.bucket, step.parameters), step.zero.largest)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(fields=settings_of_zero(), stage=st.sampled_from([1, 2]), gpus=st.integers(2, 60), times=st.integers(2, 4))
 def test_more_cards_never_need_more(fields: dict[str, object], stage: int, gpus: int, times: int) -> None:
     """Whole multiples of them, as partitions lie within each other, but for padding, and for slices of a bucket, of which more are flattened."""
@@ -187,7 +187,7 @@ def test_more_cards_never_need_more(fields: dict[str, object], stage: int, gpus:
     assert peak(many) <= peak(few) + largest_sum(many) + padding
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(fields=settings_of_zero(), gpus=st.integers(2, 60))
 def test_stage_2_holds_no_more_than_stage_1_when_backward_is_over(fields: dict[str, object], gpus: int) -> None:
     one, two = (instants(zero(stage, **{**fields, "accumulation": 1}, gpus=gpus)) for stage in (1, 2))
@@ -195,7 +195,7 @@ def test_stage_2_holds_no_more_than_stage_1_when_backward_is_over(fields: dict[s
     assert two[Instant.OPTIMIZER].bytes == one[Instant.OPTIMIZER].bytes
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(fields=settings_of_zero(), stage=st.sampled_from([1, 2]), gpus=st.integers(2, 60))
 def test_what_cpu_ram_and_one_bucket_spare(fields: dict[str, object], stage: int, gpus: int) -> None:
     recipe = zero(stage, **fields, gpus=gpus)
@@ -204,11 +204,15 @@ def test_what_cpu_ram_and_one_bucket_spare(fields: dict[str, object], stage: int
     step = built(here)
     assert step.zero is not None
     assert gained >= 4 * step.zero.partition - 2 * step.zero.largest
-    assert not any(entry.dtype == "float32" and entry.role is Role.WEIGHT for entry in instants(there)[Instant.LOSS].entries)
+    assert not any(
+        entry.dtype == "float32" and entry.role is Role.WEIGHT for entry in instants(there)[Instant.LOSS].entries
+    )
     assert host_bytes(MODEL, here, 1024, step) == 0 < host_bytes(MODEL, there, 1024, built(there))
     one, two = (instants(recipe.changed(overlap_comm=overlaps)) for overlaps in (False, True))
     if stage == 2:  # as stage 1 reduces in another order
-        assert all(two[name].bytes - one[name].bytes in (0, 2 * step.zero.bucket) for name in one)
+        more = {name: two[name].bytes - one[name].bytes for name in one}
+        assert all(0 <= size <= 2 * step.zero.bucket for size in more.values())
+        assert more[Instant.FIRST_LAYER] == 2 * step.zero.bucket and more[Instant.OPTIMIZER] == 0
 
 
 def test_two_micro_batches_need_as_much_as_many() -> None:
@@ -272,4 +276,4 @@ def test_what_is_not_planned_is_refused(fields: dict[str, object], says: str) ->
 
 def test_a_model_with_dtypes_of_its_own_is_refused() -> None:
     with pytest.raises(RecipeError, match="dtype of their own"):
-        built(zero(2), load_model("deepseek-v3"))
+        built(zero(2), load_model("ernie-4.5-21b-a3b"))
