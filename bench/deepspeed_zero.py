@@ -244,7 +244,7 @@ def main() -> None:
     versions = {name: version(name) for name in ("torch", "transformers")}
     import deepspeed
 
-    versions["deepspeed"] = deepspeed.__version__
+    versions["deepspeed"] = deepspeed.__version__.strip()
     arguments.output.write_text(json.dumps({"versions": versions, "cases": rows}, indent=1) + "\n")
 
 
