@@ -371,8 +371,10 @@ class Step:
             own = list(_op_weights(op)) if op.is_layer else [w for w in _op_weights(op) if w not in outside]
             weights += own if op.is_layer else dict.fromkeys(own)
             outside.update(dict.fromkeys(() if op.is_layer else own))
-        own = tensor_parallel.weights_of_a_rank([(weight, 1) for weight in weights], self.layout.recipe.tensor_parallel)
-        return [weight for weight, _ in shards_of(own, self.layout.recipe.shards)]
+        on_card = tensor_parallel.weights_of_a_rank(
+            [(weight, 1) for weight in weights], self.layout.recipe.tensor_parallel
+        )
+        return [weight for weight, _ in shards_of(on_card, self.layout.recipe.shards)]
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""

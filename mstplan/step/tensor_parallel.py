@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COLUMNS = frozenset({"q_proj", "k_proj", "v_proj", "mlp.gate_proj", "mlp.up_proj"})
 ROWS = frozenset({"o_proj", "mlp.down_proj"})
-FAMILIES = ("llama", "mistral", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Whose plans are those above, and nothing else."""
 
 
@@ -43,14 +43,14 @@ def check(model: Model, recipe: Recipe) -> None:
             "Add --adamw-kernel for-loop."
         )
     start = f"--tensor-parallel {ranks}: {model.name} has"
-    if model.model_type not in FAMILIES or model.tied or a.qkv_bias or a.out_bias or model.mlp is None:
+    if model.model_type not in FAMILIES or model.tied or a.out_bias or model.mlp is None:
         what = (
             "embeddings tied to its head"
             if model.tied
             else f"a plan ({model.model_type}) with more than columns and rows"
         )
         raise RecipeError(
-            f"{start} {what}, which is not planned.\nPlanned are {', '.join(FAMILIES)} without biases and tied embeddings."
+            f"{start} {what}, which is not planned.\nPlanned are {', '.join(FAMILIES)} without tied embeddings."
         )
     sizes = (a.heads, a.kv_heads, model.mlp.width, model.vocab)
     if any(size % ranks for size in sizes):

@@ -52,7 +52,7 @@ def test_recipes_that_contradict_themselves(fields: dict[str, Any], said: str) -
         ("llama3.1-8b", of(6), "8 of keys, .* which 6 GPUs cannot split evenly.\nUse 1, 2, 4 or 8."),
         ("llama3.2-1b", of(2), "embeddings tied to its head"),
         ("mixtral-8x7b", of(2), "a plan \\(mixtral\\)"),
-        ("qwen2.5-7b", of(2), "a plan \\(qwen2\\)"),
+        ("phi3-mini-4k", of(2), "a plan \\(phi3\\)"),
         ("llama3.1-8b", of(2, adamw_kernel="fused"), "AdamW's loop alone.*\nAdd --adamw-kernel for-loop"),
     ],
     ids=str,

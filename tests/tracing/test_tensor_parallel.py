@@ -115,6 +115,7 @@ def test_a_trace_refuses_plans_that_it_does_not_know(model, ranks, said):
         ("h100", "llama3.1-8b", "standard", 4096, {"tensor_parallel": 8}),
         ("h100", "llama3.1-8b", "checkpoint", 4096, {"tensor_parallel": 4}),
         ("h100", "qwen3-8b", "standard", 4096, {"tensor_parallel": 2, "batch": 2}),
+        ("h100", "qwen2.5-7b", "standard", 4096, {"tensor_parallel": 4}),
         ("a100-80gb", "qwen3-8b", "checkpoint", 4096, {"tensor_parallel": 8}),
         ("h100", "mistral-7b-v0.3", "checkpoint", 8192, {"tensor_parallel": 8}),
     ],
