@@ -498,6 +498,13 @@ class VariedOptions(Options):
         panel="Recipe",
         metavar="N",
     )
+    tensor_parallel = option(
+        int,
+        "--tensor-parallel",
+        "GPUs that split every matrix: transformers' tp_plan. Default 1.",
+        panel="Recipe",
+        metavar="N",
+    )
     rotate_method = option(
         str,
         "--rotate-method",
@@ -693,6 +700,7 @@ _FIELDS = (
     "gpus_per_node",
     "sequence_parallel",
     "context_parallel",
+    "tensor_parallel",
     "rotate_method",
     "kernels",
     "max_grad_norm",
@@ -893,6 +901,8 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
         names.remove("checkpoint-sqrt")
     if named == "all" and max(options.sequence_parallel or 1, options.context_parallel or 1) > 1:
         names = [name for name in names if not STRATEGIES[name].layer_in_chunks]
+    if options.strategy in (None, "all") and (options.tensor_parallel or 1) > 1:  # transformers' own code alone
+        names = ["standard", "checkpoint"]
     return {name: STRATEGIES[name] for name in names}
 
 

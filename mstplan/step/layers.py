@@ -19,7 +19,7 @@ from ..errors import RecipeError
 from ..spec.families import family_of
 from ..spec.model import Attention, Experts, LayerKind, Mlp, Model
 from ..spec.platform import AMPERE, Platform
-from . import quantised, ring, ulysses
+from . import quantised, ring, tensor_parallel, ulysses
 from .adapters import Adapters, add_adapter
 from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP, Factors, activate, add_router, add_up, router_delta
 from .instants import Stage
@@ -70,6 +70,7 @@ class Numerics(NamedTuple):
     kernels: str = "torch"  # of norms, rotary embedding and MLP
     ranks: int = 1  # cards that share a sequence, and in attention the heads
     ring: Ring | None = None  # of cards that share a sequence
+    splits: int = 1  # cards that every matrix is split over
 
     @property
     def compute(self) -> str:
@@ -224,6 +225,8 @@ class Writer:
     ) -> Tensor:
         """y = x W^T (+ bias), and what an adapter adds to it. kind: None for one that no word means. copy: of W, made for this in another dtype."""
         numerics, module = self.numerics, self.names.get(name, name)
+        if numerics.splits > 1 and name in tensor_parallel.COLUMNS:
+            x = tensor_parallel.enter(self, x)
         is_quantised = bool(numerics.quantised) and weight is None
         adapters = numerics.adapters if weight is None else None
         targeted = adapters is not None and adapters.targets_module(module, kind)
@@ -237,6 +240,8 @@ class Writer:
             quantised.product(self, x, base, name, w, biases)
         else:
             self.product(x, base, name, w, *biases, copy=copy, defers=defers)
+        if numerics.splits > 1 and name in tensor_parallel.ROWS:
+            return tensor_parallel.summed(self, y, self.tape.new(y.name, y.shape, y.dtype))
         return add_adapter(self, x, base, y, name, kind, is_quantised) if targeted else y
 
     def product(

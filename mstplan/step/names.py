@@ -29,6 +29,7 @@ _CHUNKED, _LAYER, _FSDP, _MIXED = (
 )
 _ULYSSES: dict[str, object] = {"gpus": 8, "sequence_parallel": 8}
 _RING: dict[str, object] = {"gpus": 8, "context_parallel": 8}
+_SPLIT: dict[str, object] = {"gpus": 8, "tensor_parallel": 8, "adamw_kernel": "for-loop"}
 _OFFLOADED = {"checkpoint": "layer", "offload": "layer-inputs"}
 _SAVED = {"offload": "saved-tensors"}
 _SELECTIVE = {"checkpoint": "selective"}
@@ -247,11 +248,12 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             {"sharding": "ddp"},
         ),
         Advice(
-            "zero3_offload zero_infinity tp tensor* pp pipeline* ep expert* megatron 2d 3d 4d 5d",
+            "zero3_offload zero_infinity pp pipeline* ep expert* megatron 2d 3d 4d 5d",
             _IS_NOT,
         ),
         Advice("sp sequence* ulysses alst", "shares sequences out, beside any sharding", _ULYSSES),
         Advice("cp context* ring*", "shares sequences out, beside any sharding", _RING),
+        Advice("tp tensor*", "splits every matrix, as transformers' tp_plan does", _SPLIT),
     ),
     "quantize": (
         Advice("4bit 4 int4 bnb_4bit bitsandbytes load_in_4bit bnb", "is nf4, or fp4", {"quantize": "nf4"}),
@@ -375,9 +377,16 @@ _OPTIONS = (
     Advice("cp cp-size context-parallel-size context-parallel-degree ring-attention*", "", {"context_parallel": None}),
     Advice("cp-comm-strategy cp-rotate-method set-rotate-method", "", {"rotate_method": None}),
     Advice("sp sp-size sequence-parallel-size sequence-parallel-degree ulysses* alst", "", {"sequence_parallel": None}),
+    Advice("tp tp-size tp-plan tensor-parallel-size tensor-parallel-degree", "", {"tensor_parallel": None}),
     Advice(
-        "tp tp-size tensor-parallel* pp pp-size pipeline-parallel* ep ep-size expert-parallel* expert-model-parallel*",
-        "of several GPUs, FSDP2, DDP, Ulysses and ring attention are planned",
+        "ep ep-size expert-parallel* expert-model-parallel*",
+        "expert parallel is not planned, for what a GPU holds depends on the router",
+        _FSDP,
+        "which shares out the experts' weights, too",
+    ),
+    Advice(
+        "pp pp-size pipeline-parallel*",
+        "of several GPUs, FSDP2, DDP, Ulysses, ring attention and tensor parallel are planned",
         _FSDP,
         "which shares out the weights, not a matrix product",
     ),

@@ -157,6 +157,9 @@ class Recipe(BaseModel):
     context_parallel: int = Field(default=1, ge=1, le=65_536)
     """Cards that share each sequence in a ring (torch's context_parallel, accelerate's cp_size): each has its part of the tokens, and keys and
     values come round. Lengths are those of whole sequences, padded to a multiple of twice it, for each has a piece of the head and one of the tail."""
+    tensor_parallel: int = Field(default=1, ge=1, le=65_536)
+    """Cards that split every matrix (transformers' tp_plan="auto"): each has its part of the heads, of the MLP's width and of the vocabulary, and
+    all tokens."""
     rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """How keys and values come round under context_parallel (torch's set_rotate_method, accelerate's cp_comm_strategy): allgather, torch's own
     choice, has those of all cards at once; alltoall those of one card more at a time."""
@@ -263,6 +266,7 @@ class Recipe(BaseModel):
             *self._bad_sharding(),
             *self._bad_sequence_parallel(),
             *self._bad_context_parallel(),
+            *self._bad_tensor_parallel(),
             (
                 bool(self.train or self.freeze) and self.sharded,
                 "fsdp with frozen weights is not planned yet: leave --train and --freeze out, or --sharding",
@@ -355,7 +359,7 @@ class Recipe(BaseModel):
         if self.sharding == "none":
             return (
                 (
-                    self.gpus > 1 and self.sharers == 1,
+                    self.gpus > 1 and self.sharers == self.tensor_parallel == 1,
                     "several gpus train in shards or each with all: add sharding='fsdp' (--sharding fsdp), FSDP2 as ZeRO-3, or sharding='ddp' (--sharding ddp)",
                 ),
             )
@@ -498,6 +502,58 @@ class Recipe(BaseModel):
             (
                 bool(self.images),
                 f"{option} with images is not planned: leave one of the two out",
+            ),
+        )
+
+    def _bad_tensor_parallel(self) -> tuple[tuple[bool, str], ...]:
+        ranks = self.tensor_parallel
+        if ranks == 1:
+            return ()
+        option = f"tensor_parallel={ranks} (--tensor-parallel {ranks})"
+        beside = {
+            "sharding": "none",
+            "autocast": False,
+            "kernels": "torch",
+            "lora_rank": 0,
+            "loss": "transformers",
+            "mlp_chunks": 1,
+            "offload": "none",
+            "optimizer_in_backward": False,
+            "optimizer_on_host": False,
+            "accumulation": 1,
+            "packing": 1,
+            "padding_free": False,
+            "images": 0,
+            "train": (),
+            "freeze": (),
+        }
+        other = next((name for name, value in beside.items() if getattr(self, name) != value), "")
+        other = other or ("precision" if self.precision == "mixed" else "")
+        return (
+            (
+                self.sharers > 1,
+                f"{option} beside GPUs that share sequences is not planned: leave one of the two out",
+            ),
+            (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--tensor-parallel')}"),
+            (
+                self.gpus != ranks,
+                f"{option} of {self.gpus} gpus leaves {self.gpus // ranks} copies of the model, which are not planned beside it: add --gpus {ranks}",
+            ),
+            (
+                self.max_grad_norm is not None,
+                f"{option} has no clipping, torch's clip_grad_norm_ refuses norms beside DTensors: leave --max-grad-norm out",
+            ),
+            (
+                bool(other),
+                f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies no-checkpointing and checkpointing)",
+            ),
+            (
+                self.checkpoint not in ("none", "layer"),
+                f"{option} with other checkpoints than of each layer is not planned: set checkpoint='layer' (--checkpoint layer)",
+            ),
+            (
+                self.attention not in (SDPA, "cudnn"),
+                f"{option} with {self.attention} attention is not planned: use sdpa (--attention sdpa)",
             ),
         )
 
@@ -826,6 +882,8 @@ def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
         words.append(f"sequences over {recipe.sequence_parallel:,} GPUs (Ulysses)")
     if recipe.context_parallel > 1:
         words.append(f"sequences over {recipe.context_parallel:,} GPUs (ring, {recipe.rotate_method})")
+    if recipe.tensor_parallel > 1:
+        words.append(f"matrices over {recipe.tensor_parallel:,} GPUs (tensor parallel)")
     return ", ".join([*words, *([_sharding_in_words(recipe)] if recipe.sharded or recipe.zero_stage else [])])
 
 

@@ -69,6 +69,10 @@ def check_runnable(recipe: Recipe) -> None:
 def check_measurable(recipe: Recipe) -> None:
     """Check that a step here can follow the recipe on a device. Raises RecipeError with the reason."""
     check_runnable(recipe)
+    if recipe.tensor_parallel > 1:
+        raise RecipeError(
+            "split matrices are planned and traced, and not run here.\nUse mstplan plan or mstplan trace, or leave --tensor-parallel out."
+        )
     if recipe.weights_on_host:
         raise RecipeError(
             "fsdp's weights in CPU RAM are planned and traced, and not run here.\nUse mstplan plan or mstplan trace, or leave --weights-on-host out."

@@ -20,7 +20,7 @@ from ..spec.families import family_of
 from ..spec.families.base import LAYER
 from ..spec.model import LayerKind, Model
 from ..spec.platform import AMPERE, Platform
-from . import ring, ulysses
+from . import ring, tensor_parallel, ulysses
 from .adapters import DOWN, MAGNITUDE, MATRICES, WORDS, Adapters
 from .autograd import record_step
 from .clipping import clipping
@@ -180,7 +180,8 @@ class Step:
         self.replayed, self.on_host = saved  # the tape as it is replayed, and saved tensors in CPU RAM
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
-        self.card_weights = shards_of(self.weights, layout.recipe.shards)
+        own_weights = tensor_parallel.weights_of_a_rank(self.weights, layout.recipe.tensor_parallel)
+        self.card_weights = shards_of(own_weights, layout.recipe.shards)
         self.towers = [] if layout.recipe.weights_on_host else tower_weights(model, layout.recipe)
         self.zero = self._partitions()
         self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
@@ -408,7 +409,10 @@ class Step:
             own = list(_op_weights(op)) if op.is_layer else [w for w in _op_weights(op) if w not in outside]
             weights += own if op.is_layer else dict.fromkeys(own)
             outside.update(dict.fromkeys(() if op.is_layer else own))
-        return [weight for weight, _ in shards_of([(weight, 1) for weight in weights], self.layout.recipe.shards)]
+        on_card = tensor_parallel.weights_of_a_rank(
+            [(weight, 1) for weight in weights], self.layout.recipe.tensor_parallel
+        )
+        return [weight for weight, _ in shards_of(on_card, self.layout.recipe.shards)]
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
@@ -429,7 +433,10 @@ class Step:
             return []
         if self.zero is not None:
             return self.zero.gradients(between=always_alive)
-        return self._as_trained("gradients", Role.WEIGHT_GRADIENT)
+        gradients = self._as_trained("gradients", Role.WEIGHT_GRADIENT)
+        more = tensor_parallel.gradient_beyond(self.weights, recipe.tensor_parallel) * recipe.weight_bytes
+        whole = constant("gradient of the embedding's other rows", recipe.weight_dtype, more, Role.WEIGHT_GRADIENT)
+        return [*gradients, whole] if more else gradients
 
     @property
     def steps_at_end(self) -> bool:
@@ -650,6 +657,8 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     """The whole step: embedding, layers, final norm, head and loss. frozen: in place of what the recipe freezes."""
     recipe = layout.recipe
     model = with_copies(model, recipe)
+    tensor_parallel.check(model, recipe)
+    model = tensor_parallel.of_a_rank(model, recipe)
     check_mixers(model, recipe)
     _check_layers(model, recipe)
     adapters = adapters_of(recipe, model)
@@ -675,6 +684,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         kernels=recipe.kernels,
         ranks=recipe.sequence_parallel,
         ring=ring_of(layout),
+        splits=recipe.tensor_parallel,
     )
     ulysses.check(model, recipe, layout.masked)
     ring.check(model, recipe, layout.platform)
@@ -950,6 +960,8 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     joins = Joined(table, joins_view) if model.tied else None
     workspace = WeightWorkspace(table, SortedLookups(model.vocab, model.hidden), "bs")
     tape.op("embedding", [], looked_up, weights=(table,), workspaces=(workspace,), joins=joins)
+    if w.numerics.splits > 1:
+        looked_up = tensor_parallel.summed(w, looked_up, w.hidden())
     hidden, variables = looked_up, [looked_up]
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.hidden())
@@ -1250,7 +1262,8 @@ def _taken(tape: TapeWriter, per_layer: Tensor, source: Tensor) -> Tensor:
 def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: bool) -> None:
     """LM head and loss; with the chunked loss as a part of its own."""
     model, tape, recipe = w.model, w.tape, layout.recipe
-    weight = table if model.tied else w.weight("lm_head", model.vocab, model.hidden, kinds=(WeightKind.HEAD,))
+    rows = model.vocab // recipe.tensor_parallel
+    weight = table if model.tied else w.weight("lm_head", rows, model.hidden, kinds=(WeightKind.HEAD,))
     labels = tensor_of(tape.dims, "shifted labels", "b s", "int64", role=Role.BATCH)
     if recipe.sharers > 1:  # they come shifted, from whole sequences
         labels = without_bytes(labels)

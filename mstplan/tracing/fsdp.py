@@ -57,7 +57,7 @@ SHARDS = "FSDP: gradient shards"
 def first_of_ranks(recipe: Recipe, rank: int = 0) -> Iterator[DeviceMesh | None]:
     """Within the context this process is the first of the recipe's `gpus` ranks, or another, the others of which are not there. Gives the mesh of those that
     share weights."""
-    if not recipe.sharded and recipe.sharers == 1:
+    if not recipe.sharded and recipe.sharers == recipe.tensor_parallel == 1:
         yield None
         return
     if dist.is_initialized():

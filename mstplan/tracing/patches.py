@@ -159,6 +159,23 @@ RING_GATHER = Target(_FUNCTIONAL, "all_gather_single", _TORCH, "on fake tensors 
 RING_SEND = Target(_FUNCTIONAL, "permute_tensor", _TORCH, "on fake tensors it is done at once, and copied")
 RING_WAIT = Target(_RING, "_maybe_wait", _TORCH, "what is sent is held until the result is waited for")
 
+# ---- DTensors of split matrices (tensor_parallel.py) ---------------------------------------------------------------------
+
+META_OF_RESULT = Target(
+    "torch.distributed.tensor._sharding_prop",
+    "ShardingPropagator._propagate_tensor_meta_non_cached",
+    _TORCH,
+    "it runs operations on whole fake tensors to learn their shapes",
+)
+LAST_AXIS = Target(
+    "transformers.distributed.tensor_parallel",
+    "TensorParallelLayer._from_local_last_dim_shard",
+    _TRANSFORMERS,
+    "it makes a whole tensor on the meta device to learn its strides",
+    since=(5, 20),
+)
+COLLECTIVE_WAIT = Target(_FUNCTIONAL, "wait_tensor", _TORCH, "on fake tensors it makes a copy")
+
 # ---- products with quantised weights (quantised.py) --------------------------------------------------------------------
 
 _BITSANDBYTES = "bitsandbytes 0.50.2"

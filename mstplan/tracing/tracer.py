@@ -58,6 +58,7 @@ from .quantised import on_fake_weights
 from .recorder import ModuleLabel, Recorder, checkpoints_of
 from .recording import Category, Recording
 from .ring import ring_without_ranks
+from .tensor_parallel import shapes_on_a_rank, split_over_ranks, splits_without_ranks
 from .trace import State, Trace, Weight
 from .values import UnknownValues, note_tokens
 
@@ -288,6 +289,8 @@ def _record_layers(
         _make_fake(model)
         if mesh is not None:
             shard_model(model, recipe, mesh)
+        if recipe.tensor_parallel > 1:
+            split_over_ranks(model, recipe)
         begin = [n for n, i in enumerate(layer_numbers) if i in starts]
         watched = bool(recipe.images) or describes_towers(model.config.to_dict())
         trained = {w: name for name, w in model.named_parameters() if w.requires_grad and watched}
@@ -332,7 +335,8 @@ def record_passes(
     device = as_on_cuda(recorder, attention, platform, samples) if on == "cuda" else on_fake_tensors(samples)
     liger = liger_kernels(model) if recipe.kernels == "liger" and on == "cuda" else nullcontext()
     ring = ring_without_ranks() if recipe.context_parallel > 1 else nullcontext()
-    with device, liger, ring:
+    splits = splits_without_ranks() if recipe.tensor_parallel > 1 else nullcontext()
+    with device, liger, ring, splits:
         bare = {"optimizer": "sgd", "fp32_embedding_states": False}
         bare_recipe = recipe if recipe.optimizer_in_backward else recipe.changed(**bare)
         packages = StandInPackages() if on == "cuda" else NoPackages()
@@ -458,7 +462,10 @@ def _layer_signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashabl
 
 def _describe_weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
     """Parameters and buffers; of sharded ones this card's share."""
-    shards = [(name, w, shard_shape(tuple(w.shape), recipe.shards)) for name, w in model.named_parameters()]
+    split = shapes_on_a_rank(model, recipe)
+    shards = [
+        (name, w, split.get(name) or shard_shape(tuple(w.shape), recipe.shards)) for name, w in model.named_parameters()
+    ]
     tensors = [*shards, *((name, t, tuple(t.shape)) for name, t in model.named_buffers())]
     return tuple(
         Weight(name, shape, _dtype_name(t), prod(shape) * t.element_size(), t.requires_grad)
@@ -556,8 +563,16 @@ def _optimizer_states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str
 def _sizes(model: PreTrainedModel, recipe: Recipe) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds]]]:
     """Of the weights that are trained, by name, in shards; and their kinds, where the optimizer asks for them."""
     asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
+    split = shapes_on_a_rank(model, recipe)
     return [
-        (name, (shard_shape(tuple(w.shape), recipe.shards), w.dtype, kinds_of(w) if asks else frozenset()))
+        (
+            name,
+            (
+                split.get(name) or shard_shape(tuple(w.shape), recipe.shards),
+                w.dtype,
+                kinds_of(w) if asks else frozenset(),
+            ),
+        )
         for name, w in model.named_parameters()
         if w.requires_grad
     ]

@@ -29,6 +29,7 @@ USERS_OWN = {
     "--gpus": "1",
     "--sequence-parallel": "2",
     "--context-parallel": "2",
+    "--tensor-parallel": "2",
     "--rotate-method": "alltoall",
     "--model": "gpt2",
     "--gpu": "h200",
@@ -84,8 +85,13 @@ def needs_a_value(words: list[str], at: int) -> bool:
 
 def taken(run: Run, options: tuple[str, ...]) -> bool:
     """Does some command answer with these options?"""
-    several = {"fsdp", "ddp", "zero1", "zero2", "--sequence-parallel", "--context-parallel"} & {*options}
+    shared = {"--sequence-parallel", "--context-parallel", "--tensor-parallel"}
+    several = {"fsdp", "ddp", "zero1", "zero2", *shared} & {*options}
     more = ("--gpus", "8") if several and "--gpus" not in options else ()
+    if "--tensor-parallel" in options and "--gpus" not in options:
+        more = ("--gpus", "2", "-m", "llama3.1-8b", "--adamw-kernel", "for-loop")
+    elif "--tensor-parallel" in options:  # which splits few families
+        more = ("-m", "llama3.1-8b")
     if "--rotate-method" in options:
         more = ("--gpus", "8", "--context-parallel", "8", "-m", "llama3.1-8b")
     if "--context-parallel" in options:  # which knows no windows

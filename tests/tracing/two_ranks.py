@@ -21,6 +21,7 @@ from mstplan.measuring.allocations import record_allocations
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.fsdp import mesh_of, shard_model
 from mstplan.tracing.recorder import local_tensor
+from mstplan.tracing.tensor_parallel import split_over_ranks
 from mstplan.train.step import TrainingStep, build_model, read_settings
 
 TOKENS = 96
@@ -79,10 +80,12 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (local_tensor(t).untyped_storage() for t in tensors)}.values())
 
 
-def run(recipe: Recipe, runs: int = RUNS) -> dict[str, Any]:
-    model = build_model(read_settings(CONFIG), recipe, recipe.attention, "cpu")
+def run(recipe: Recipe, runs: int = RUNS, config: dict[str, Any] = CONFIG) -> dict[str, Any]:
+    model = build_model(read_settings(config), recipe, recipe.attention, "cpu")
     if recipe.sharded:
         shard_model(model, recipe, mesh_of("cpu", recipe))
+    if recipe.tensor_parallel > 1:
+        split_over_ranks(model, recipe)
     step = TrainingStep(model, recipe, TOKENS)
     step.run()
     there = resident(step)
@@ -107,12 +110,13 @@ def main(
     runs: int = RUNS,
     ranks: int = 2,
     and_then: Callable[[], None] = lambda: None,
+    config: dict[str, Any] = CONFIG,
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
-    found = {name: run(recipe, runs) for name, recipe in recipes.items()}
+    found = {name: run(recipe, runs, config) for name, recipe in recipes.items()}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     and_then()
     dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from .. import tensor_parallel
 from ..selection import WeightKind
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class Loss:
 
 def logits_of(w: Writer, hidden: Tensor, head: Weight, defers: bool) -> Tensor:
     """Logits (t, V), soft-capped where the model does so, in the dtype that the head computes in."""
+    if w.numerics.splits > 1:
+        hidden = tensor_parallel.enter(w, hidden)
+        part = w.new("logits of a rank", str(head.shape[0]), w.numerics.compute)
+        w.linear(hidden, part, "lm_head", kind=WeightKind.HEAD, weight=head)
+        return tensor_parallel.gathered(w, part, w.new("logits", "V", part.dtype))
     logits = w.new("logits", "V", w.numerics.compute)
     bias = w.model.head_bias
     logits = w.linear(hidden, logits, "lm_head", kind=WeightKind.HEAD, bias=bias, weight=head, defers=defers)

@@ -1,0 +1,104 @@
+"""Tensor parallelism as transformers' tp_plan="auto" runs it (transformers/distributed/tensor_parallel.py, transformers 5.23): what a rank holds.
+
+Every rank has all tokens. Projections of queries, keys and values, gate and up are split by columns, those of attention's output and down by
+rows, embedding and head by the vocabulary. Norms, and hidden states between layers, are whole on every rank:
+
+- what a product by rows makes is a part of a sum, which DTensor's all-reduce makes anew (Partial to Replicate);
+- in backward each product by columns makes a part of its input's gradient, and an all-reduce a new tensor of each;
+- embeddings are looked up in a rank's rows and summed up, and their gradient is made whole: torch's rule for embedding_dense_backward knows
+  no sharding by rows (torch/distributed/tensor/_ops/_embedding_ops.py), so that the whole vocabulary's stays until the optimizer has stepped;
+- a rank's logits are gathered from all, in order of ranks and then joined in order of tokens; their gradient is cut, in a copy.
+
+torch's fused and foreach AdamW refuse tensors beside DTensors, as which transformers leaves norms: the loop over weights trains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import RecipeError
+from .selection import WeightKind
+
+if TYPE_CHECKING:
+    from ..spec.model import Model
+    from .layers import Writer
+    from .recipe import Recipe
+    from .tape import Tensor, Weight
+
+COLUMNS = frozenset({"q_proj", "k_proj", "v_proj", "mlp.gate_proj", "mlp.up_proj"})
+ROWS = frozenset({"o_proj", "mlp.down_proj"})
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Whose plans are those above, and nothing else."""
+
+
+def check(model: Model, recipe: Recipe) -> None:
+    """Check that a recipe's ranks can split a model. Raises RecipeError with the numbers of ranks that can, or what else would do."""
+    ranks, a = recipe.tensor_parallel, model.attention
+    if ranks == 1:
+        return
+    if (recipe.optimizer, recipe.adamw_kernel) != ("adamw", "for-loop"):
+        raise RecipeError(
+            f"--tensor-parallel {ranks} trains with AdamW's loop alone: torch's other kernels refuse norms beside DTensors.\n"
+            "Add --adamw-kernel for-loop."
+        )
+    start = f"--tensor-parallel {ranks}: {model.name} has"
+    if model.model_type not in FAMILIES or model.tied or a.out_bias or model.mlp is None:
+        what = (
+            "embeddings tied to its head"
+            if model.tied
+            else f"a plan ({model.model_type}) with more than columns and rows"
+        )
+        raise RecipeError(
+            f"{start} {what}, which is not planned.\nPlanned are {', '.join(FAMILIES)} without tied embeddings."
+        )
+    sizes = (a.heads, a.kv_heads, model.mlp.width, model.vocab)
+    if any(size % ranks for size in sizes):
+        *others, last = (str(n) for n in range(1, a.kv_heads + 1) if not any(size % n for size in sizes))
+        raise RecipeError(
+            f"{start} {a.heads} heads of queries, {a.kv_heads} of keys, an MLP {model.mlp.width:,} wide and {model.vocab:,} tokens to tell apart, "
+            f"which {ranks} GPUs cannot split evenly.\nUse {', '.join(others)}{' or ' if others else ''}{last}."
+        )
+
+
+def of_a_rank(model: Model, recipe: Recipe) -> Model:
+    """The model with a rank's heads and its part of the MLP's width."""
+    ranks, a = recipe.tensor_parallel, model.attention
+    if ranks == 1 or model.mlp is None:
+        return model
+    return model._replace(
+        attention=a._replace(heads=a.heads // ranks, kv_heads=a.kv_heads // ranks),
+        mlp=model.mlp._replace(width=model.mlp.width // ranks),
+    )
+
+
+def enter(w: Writer, x: Tensor) -> Tensor:
+    """The input of a product by columns; of its gradient every rank makes a part, and an all-reduce the sum."""
+    tape = w.tape
+    return tape.op(f"{x.name}, to columns", [x], tape.view(x, x.name, x.shape), grads=((x, tape.grad(x)),))
+
+
+def summed(w: Writer, part: Tensor, whole: Tensor) -> Tensor:
+    """The sum over ranks of what each has made."""
+    return w.tape.op(f"all-reduce {part.name}", [part], whole, grads=((part, None),))
+
+
+def gathered(w: Writer, part: Tensor, whole: Tensor) -> Tensor:
+    """What all ranks have made, joined along the last axis."""
+    buffer = w.tape.new(f"{part.name}, of all ranks", whole.shape, whole.dtype)
+    return w.tape.op(f"gather {part.name}", [part], whole, temps=(buffer,), grads=((part, w.tape.grad(part)),))
+
+
+def weights_of_a_rank(weights: list[tuple[Weight, int]], ranks: int) -> list[tuple[Weight, int]]:
+    """Weights as a rank keeps them: of the embedding, whose gradient is whole, its rows."""
+    if ranks == 1:
+        return weights
+    return [
+        (replace(w, shape=(w.shape[0] // ranks, *w.shape[1:])) if WeightKind.EMBEDDINGS in w.kinds else w, n)
+        for w, n in weights
+    ]
+
+
+def gradient_beyond(weights: list[tuple[Weight, int]], ranks: int) -> int:
+    """Numbers that gradients have more than a rank's weights: those of the embedding's other rows."""
+    return sum(w.numel * n // ranks * (ranks - 1) for w, n in weights if WeightKind.EMBEDDINGS in w.kinds)
