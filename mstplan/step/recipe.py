@@ -439,6 +439,10 @@ class Recipe(BaseModel):
                 f"{name} has all weights on each card: leave weights_on_host (--weights-on-host) out, or take sharding='fsdp' (--sharding fsdp)",
             ),
             (
+                self.context_parallel > 1,
+                f"{name} and a ring do not go together, accelerate runs rings with FSDP2: take sharding='fsdp' (--sharding fsdp), or --sequence-parallel",
+            ),
+            (
                 bool(self.lora_rank or self.train or self.freeze),
                 f"{name} with adapters or frozen weights is not planned yet: leave --lora, --train and --freeze out, or --sharding",
             ),
