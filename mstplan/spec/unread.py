@@ -150,30 +150,30 @@ TRANSFORMERS_TYPES = _word_set(
     bridgetower_text_model bridgetower_vision_model bros canary canary_decoder canine chameleon chameleon_vqgan chinese_clip_text_model
     chinese_clip_vision_model chmv2 clap_audio_model clap_text_model clipseg_text_model clipseg_vision_model clvp clvp_decoder clvp_encoder
     cohere2_moe cohere2_vision cohere_asr cohere_compass cohere_compass_text cohere_compass_vision colmodernvbert colpali colqwen2
-    conditional_detr cosmos3_edge cosmos3_edge_text cosmos3_edge_vision cosmos3_omni cpmant csm csm_depth_decoder_model ctrl cvt  d_fine dab-detr dac
+    conditional_detr cosmos3_edge cosmos3_edge_text cosmos3_edge_vision cosmos3_omni cpmant csm csm_depth_decoder_model ctrl cvt d_fine dab-detr dac
     data2vec-audio data2vec-vision dbrx decision_transformer deepseek_ocr2 deepseek_ocr2_encoder deepseek_ocr2_sam_vision_model deepseek_ocr2_text
     deepseek_ocr2_vision deepseek_v32 deepseek_v4 deepseek_vl deepseek_vl_hybrid deformable_detr deimv2 depth_anything depth_pro dia dia_decoder
     dia_encoder diffllama diffusion_gemma diffusion_gemma_text dinat dinov2_with_registers dinov3_convnext doge donut-swin dots3_note
     dots3_note_audio_encoder dots3_note_text dots3_note_vision_encoder dpr dpt edgetam edgetam_mask_decoder edgetam_prompt_encoder edgetam_video
     edgetam_video_mask_decoder edgetam_video_prompt_encoder edgetam_vision_model efficientloftr embedding_gemma2 embedding_gemma2_text emu3
     emu3_text_model emu3_vqgan encodec eomt eomt_dinov3 ernie4_5_vl_moe ernie4_5_vl_moe_text ernie4_5_vl_moe_vision esmc esmfold2
-    evolla exaone4_5 exaone4_5_vision  fast_vlm fastspeech2_conformer fastspeech2_conformer_hifigan
-    fastspeech2_conformer_with_hifigan flava flava_image_codebook flava_image_model flava_multimodal_model flava_text_model  flint
+    evolla exaone4_5 exaone4_5_vision fast_vlm fastspeech2_conformer fastspeech2_conformer_hifigan
+    fastspeech2_conformer_with_hifigan flava flava_image_codebook flava_image_model flava_multimodal_model flava_text_model flint
     florence_vision focalnet fun_asr_nano fun_asr_nano_encoder fuyu gemma3 gemma3n gemma3n_audio gemma3n_text gemma3n_vision gemma4 gemma4_assistant
     gemma4_audio gemma4_unified gemma4_unified_assistant gemma4_unified_audio gemma4_unified_text gemma4_unified_vision gemma4_vision git
     git_vision_model glm46v glm4v glm4v_moe glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm5_next glm5_next_text
     glm5_next_vision glm_image glm_image_text glm_image_vision glm_image_vqmodel glm_moe_dsa glm_ocr glm_ocr_text glm_ocr_vision glmasr glmasr_encoder
     glmga glpn got_ocr2 got_ocr2_vision gpt-sw3 gpt_neo gpt_neox_japanese gradium_phonon_tts granite4_vision granite4_vision_text
     granite_docling granite_docling_text granite_docling_vision granite_speech granite_speech5_ctc granite_speech5_encoder granite_speech_encoder
-    granite_speech_plus granite_speech_plus_encoder granite_swa granitemoe_swa  grounding-dino groupvit_text_model groupvit_vision_model
+    granite_speech_plus granite_speech_plus_encoder granite_swa granitemoe_swa grounding-dino groupvit_text_model groupvit_vision_model
     gte hgnet_v2 higgs_audio_v2 higgs_audio_v2_tokenizer hrm_text hunyuan_vl hunyuan_vl_text hunyuan_vl_vision
-    hy_v3 hy_v4  hyperclovax_vision_v2 idefics idefics2 idefics2_perceiver idefics2_vision idefics3 idefics3_vision idefics_perciever
+    hy_v3 hy_v4 hyperclovax_vision_v2 idefics idefics2 idefics2_perceiver idefics2_vision idefics3 idefics3_vision idefics_perciever
     idefics_vision imagegpt informer inkling2 inkling2_text inkling2_vision inkling_audio inkling_mm_model inkling_text inkling_vision instructblip
     instructblip_qformer instructblip_vision_model instructblipvideo instructblipvideo_qformer instructblipvideo_vision_model internvl internvl_vision
-     janus janus_vision_model janus_vqgan jetmoe jev jina_embeddings_v3 kimi_k25 kimi_k25_vision kolibri1 kosmos-2 kosmos-2.5 kosmos_2_5_text_model
+    janus janus_vision_model janus_vqgan jetmoe jev jina_embeddings_v3 kimi_k25 kimi_k25_vision kolibri1 kosmos-2 kosmos-2.5 kosmos_2_5_text_model
     kosmos_2_5_vision_model kosmos_2_text_model kosmos_2_vision_model kyutai_speech_to_text laguna lasr_ctc lasr_encoder layoutxlm lfm2_vl lfm3 lfm3_vl
     lfm3_vl_vision lightglue lighton_ocr lilt llama4 llama4_vision_model llava llava_next llava_next_video llava_onevision longcat_flash
-    lw_detr lw_detr_vit lxmert mask2former maskformer maskformer-swin  metaclip_2_text_model metaclip_2_vision_model mgp-str mimi mimi_decoder
+    lw_detr lw_detr_vit lxmert mask2former maskformer maskformer-swin metaclip_2_text_model metaclip_2_vision_model mgp-str mimi mimi_decoder
     mimi_encoder mimo_v2_flash minicpm3 minicpm_ocr minicpm_ocr_vision minicpmv4_6 minicpmv4_6_vision minicpmv4_7 minicpmv4_7_vision
     minimax_m3_vl minimax_m3_vl_text minimax_m3_vl_vision mistral3 mistral4 mistral_large4 mistral_large4_text mlcd mlcd_vision_model mllama
     mllama_text_model mllama_vision_model mm-grounding-dino mobilenet_v1 mobilevitv2 modernbert-decoder modernvbert molmo2 molmo2_adapter molmo2_text
@@ -189,7 +189,7 @@ TRANSFORMERS_TYPES = _word_set(
     pocket_tts_audio_tokenizer_encoder poolformer pp_chart2table pp_chart2table_vision pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4 pp_formulanet
     pp_formulanet_text pp_formulanet_vision pp_lcnet pp_lcnet_v3 pp_lcnet_v4 pp_ocrv5_mobile_det pp_ocrv5_mobile_rec pp_ocrv5_server_det
     pp_ocrv5_server_rec pp_ocrv6_medium_det pp_ocrv6_small_det pp_ocrv6_small_rec pp_ocrv6_tiny_rec prompt_depth_anything pvt pvt_v2 qianfan_ocr
-    qianfan_ocr_vision qwen2_5_omni qwen2_5_omni_audio_encoder qwen2_5_omni_bigvgan qwen2_5_omni_dit qwen2_5_omni_talker     qwen2_5_omni_thinker
+    qianfan_ocr_vision qwen2_5_omni qwen2_5_omni_audio_encoder qwen2_5_omni_bigvgan qwen2_5_omni_dit qwen2_5_omni_talker qwen2_5_omni_thinker
     qwen2_5_omni_token2wav qwen2_5_omni_vision_encoder qwen2_5_vl qwen2_5_vl_vision qwen2_audio qwen2_audio_encoder
     qwen2_vl qwen2_vl_vision qwen3_5_moe_vision qwen3_5_vision qwen3_asr qwen3_asr_encoder qwen3_omni_moe qwen3_omni_moe_audio_encoder
     qwen3_omni_moe_talker_code_predictor qwen3_omni_moe_talker_text qwen3_omni_moe_text qwen3_omni_moe_thinker qwen3_omni_moe_vision_encoder qwen3_vl
@@ -200,11 +200,11 @@ TRANSFORMERS_TYPES = _word_set(
     sam3_tracker_mask_decoder sam3_tracker_prompt_encoder sam3_tracker_video sam3_tracker_video_mask_decoder sam3_tracker_video_prompt_encoder sam3_video
     sam3_vision_model sam3_vit_model sam_hq sam_hq_mask_decoder sam_hq_prompt_encoder sam_hq_vision_model sam_mask_decoder sam_prompt_encoder
     sam_vision_model sapiens2 sapiens2_head seggpt sew sew-d shieldgemma2 siglip2_text_model siglip2_vision_model siglip_text_model slanet
-    slanext slanext_vision smolvlm smolvlm_vision  speecht5_hifigan splinter step3p5 step3p5_vision step3p7 superglue superpoint swiftformer
+    slanext slanext_vision smolvlm smolvlm_vision speecht5_hifigan splinter step3p5 step3p5_vision step3p7 superglue superpoint swiftformer
     swin2sr t5_gemma_module t5gemma2_decoder t5gemma2_encoder t5gemma2_text table-transformer textnet time_series_transformer timesfm timesfm2_5
     timesformer timm_backbone timm_wrapper tipsv2 tipsv2_dpt tipsv2_text_model tipsv2_vision_model trocr tvp udop ultrabert ultravbert unispeech-sat
     univnet unlimited_ocr unlimited_ocr_sam_vision_model unlimited_ocr_text unlimited_ocr_vision unlimited_ocr_vision_encoder upernet uvdoc uvdoc_backbone
-     vibevoice vibevoice_acoustic_tokenizer vibevoice_acoustic_tokenizer_decoder vibevoice_acoustic_tokenizer_encoder vibevoice_asr
+    vibevoice vibevoice_acoustic_tokenizer vibevoice_acoustic_tokenizer_decoder vibevoice_acoustic_tokenizer_encoder vibevoice_asr
     vibevoice_diffusion video_llama_3 video_llama_3_vision video_llava videomt videoprism videoprism_text_model videoprism_vision_model vipllava
     vision-text-dual-encoder visual_bert vit_msn vitdet vitmatte vitpose vitpose_backbone vits vjepa2 voxtral voxtral_encoder voxtral_realtime
     voxtral_realtime_encoder voxtral_realtime_text wav2vec2-conformer xclip_text_model xclip_vision_model xcodec xcodec2 xglm xlnet yolos zoedepth

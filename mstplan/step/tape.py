@@ -883,10 +883,12 @@ def lingering_of(tape: Tape) -> tuple[Tensor, ...]:
 
 
 def holds_for_backward(op: Op) -> bool:
-    """Whether something is saved for backward when it runs: also a weight, which a checkpoint packs as it does any tensor."""
+    """Whether something is saved for backward when it runs: also a weight, which a checkpoint packs as it does any tensor. Quantised ones are
+    no saved tensors (bitsandbytes autograd/_functions.py, MatMul4Bit: ctx.tensors)."""
     if op.part is not None:
         return bool(kept_by(op)) or (op.part.records and not op.part.recompute)
-    multiplies = bool(op.weights) and any(gradient is not None for _, gradient in op.grads)
+    saves_weight = bool(op.weights) and not any(weight.quantised for weight in op.weights)
+    multiplies = saves_weight and any(gradient is not None for _, gradient in op.grads)
     return bool(op.keeps) or multiplies
 
 
