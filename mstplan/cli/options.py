@@ -843,6 +843,8 @@ def recipes_of(options: RecipesOptions, usual: str = "usual", model: Model | Non
             f"--strategy and {name} exclude each other: a recipe says what a strategy says.\nLeave one of the two out."
         )
     bases = _named(options, usual)
+    if options.strategy is None and model is not None and not model.runs_mlps_in_chunks:
+        bases = {name: base for name, base in bases.items() if not base.mlp_recompute}
     none_in_chunks = not any(map(runs_in_chunks, bases.values()))
     some_in_layers = any(base.layer_in_chunks for base in bases.values())
     recipes = {name: applied(base, options, none_in_chunks, model, some_in_layers) for name, base in bases.items()}

@@ -121,6 +121,7 @@ _YOUNGER_FIELDS = (
     ", values='projected'",
     ", attention=None",
     ", mlp_width=None",
+    ", keys=''",
     ", beside_mlp=False",
     ", per_layer=None",
 )

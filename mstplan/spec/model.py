@@ -216,6 +216,11 @@ class Model(NamedTuple):
     def layers(self) -> int:
         return len(self.layer_kinds)
 
+    @property
+    def runs_mlps_in_chunks(self) -> bool:
+        """Whether the runtime finds an MLP that is given hidden states alone."""
+        return self.experts is None or not self.experts.beside_mlp
+
     def of_kind(self, kind: LayerKind) -> Model:
         """Model whose attention and MLP are those of a kind of layers."""
         attention, mlp = kind.attention or self.attention, self.mlp

@@ -1235,9 +1235,16 @@ def _check_layers(model: Model, recipe: Recipe) -> None:
             precision: fp32_weights,
             **several_gpus,
         }
+    autocast = fp32_weights and recipe.runs_autocast
+    if model.experts is not None and model.experts.beside_mlp:
+        refused["have experts beside the MLP"] = {precision: autocast}
     if model.per_layer is not None:
-        autocast = fp32_weights and recipe.runs_autocast
-        refused["have inputs of their own"] = {"--offload saved-tensors": saved, precision: autocast, **several_gpus}
+        refused["have inputs of their own"] = {
+            "--offload saved-tensors": saved,
+            "--attention eager without --checkpoint": recipe.attention == "eager" and recipe.checkpoint == "none",
+            precision: autocast,
+            **several_gpus,
+        }
     if family_of(model.model_type).code.scales_output:
         refused["are scaled"] = {
             "--offload saved-tensors without --checkpoint layer": saved and recipe.checkpoint != "layer"

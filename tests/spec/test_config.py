@@ -253,7 +253,8 @@ def mlp_weights(model, routed):
         biases = e.number * (2 * e.width + hidden + 1) * e.bias
         code = FAMILIES[model.model_type].code
         beside = hidden * code.shared_gate + e.number * code.corrected
-        beside += (3 * hidden * model.mlp.width + 4 * hidden + e.number) * e.beside_mlp
+        if e.beside_mlp:  # the MLP, three norms more, the router's weight on its input and numbers of experts
+            beside += 3 * hidden * model.mlp.width + 4 * hidden + e.number
         return 3 * hidden * (e.number * e.width + e.shared_width) + hidden * e.number + biases + beside
     into = 2 if model.mlp.gated else 1
     own = 2 if model.mlp.activation == "xielu" else 0  # weights of the activation
