@@ -117,6 +117,10 @@ _YOUNGER_FIELDS = (
     ", gated_output=False",
     ", mixer='attention'",
     ", mixer=None",
+    ", feed_forward=True",
+    ", widens=False",
+    ", wide_residual=False",
+    ", gated=True, latent=None",
     ", towers=()",
 )
 """Facts that models had before there were fields for them: calibrations are older."""

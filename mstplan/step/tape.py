@@ -210,6 +210,7 @@ class Op:
     flops: tuple[tuple[int, int], ...] = ()  # (basis, operations) of its forward; of several, the least holds
     cast: bool = False  # its weights are used through autocast's bf16 copies
     product: bool = False  # of its weights as they are: their gradients can go into a sum (mstplan/train/grad_sums.py)
+    saves_weight: bool = False  # the gradient of its input is made from its weight
     adds_bias: bool = False  # in the product itself, by cuBLASLt
     takes_gradient: bool = False  # the incoming gradient becomes its weight's
     defers: bool = False  # its weight's gradient waits for the weight's other use
@@ -330,6 +331,7 @@ class Tape:
     in_transfer: Tensor | None = (
         None  # an offloaded input: in backward, of the part before the one at hand; of the last part in the loss
     )
+    first_in_transfer: Tensor | None = None  # that of the first part, where its dtype is another
 
     @property
     def output(self) -> Tensor:
@@ -832,8 +834,12 @@ def kept_by(op: Op) -> tuple[Tensor, ...]:
 
 
 def holds_for_backward(op: Op) -> bool:
-    """Whether something is saved for backward when it runs."""
-    return bool(kept_by(op)) or (op.part is not None and op.part.records and not op.part.recompute)
+    """Whether something is saved for backward when it runs: a weight goes through a checkpoint's hooks as well (torch/csrc/autograd/saved_variable.cpp)."""
+    return (
+        bool(kept_by(op))
+        or (op.saves_weight and bool(op.grads))
+        or (op.part is not None and op.part.records and not op.part.recompute)
+    )
 
 
 def _used_by(op: Op, keep: bool) -> tuple[Tensor, ...]:
@@ -1077,14 +1083,19 @@ def _backward(
     groups = _Groups(tape, ledger)
     ledger.stage = tape.ops[-1].stage
     groups.begin_backward()
-    if tape.in_transfer is not None:
-        ledger.put(tape.in_transfer)
-    fetched_last = next((op for op in tape.ops if tape.in_transfer is not None and op.fetches), None)
+    moving = tape.in_transfer
+    if moving is not None:
+        ledger.put(moving)
+    fetching = [op for op in tape.ops if moving is not None and op.fetches]
     for op, kept in zip(reversed(tape.ops), reversed(all_saved), strict=True):
         saved = kept
         ledger.stage = op.stage
-        if op is fetched_last and tape.in_transfer is not None:
-            ledger.drop(tape.in_transfer)
+        if op in fetching[:1] and moving is not None:
+            ledger.drop(moving)
+        elif op in fetching[1:2] and moving is not None and tape.first_in_transfer is not None:
+            ledger.drop(moving)
+            moving = tape.first_in_transfer
+            ledger.put(moving)
         incoming = {tensor: pending.pop(tensor) for tensor in op.makes if tensor in pending}
         if not incoming:
             continue

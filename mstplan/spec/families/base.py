@@ -106,6 +106,7 @@ class Routed(NamedTuple):
     shared_width: str | None = (
         None  # the field that holds the width of the shared expert; None: the file says how many there are
     )
+    latent: str | None = None  # the field that holds the width to which tokens are projected before the experts
     fields: tuple[str, ...] = ()  # names in its files that no other family has
     linear_router: bool = (
         False  # its router is a linear layer that gives more than its product: peft's adapter breaks it
@@ -168,6 +169,10 @@ class Code(NamedTuple):
     frees_mlp_input: bool = False  # no variable holds the MLP's input while its second matrix runs
     scales_branches: bool = False  # what attention and MLP give is multiplied by a number before it is added
     scales_logits: bool = False  # so are the logits
+    scales_mixers: bool = False
+    """So are inputs and outputs of attention and of the mixer beside it, keys, and gate and output of the MLP, whose up comes first."""
+    widens_logits: bool = False  # the model itself casts logits to fp32
+    bars_out_proj: bool = False  # peft refuses adapters on out_proj (tuners/tuners_utils.py, mamba_model_types)
     fp32_router_logits: bool = False  # what chooses experts is cast to fp32
     fp32_router: bool = False  # the router's weight stays in fp32
     plain_router: bool = False  # probabilities of experts stay in the router's dtype
@@ -214,14 +219,22 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     # of which layers queries and keys are not turned. listed: by no_rope_layers; full: those without a window
     unturned: Literal["none", "listed", "full", "full beside windows"] = "none"
     tempered: str | None = None  # the switch of factors on queries that are not turned, of their positions
-    mlp_width: str = (
-        "intermediate_size"  # the field that holds it; where its default is null, four times the hidden size
-    )
+    mlp_width: str = "intermediate_size"  # the field that holds it; where its default is null, four times the hidden size; "": no layer has an MLP
     adjusted_width: bool = False  # two thirds of it, in whole blocks (block_auto_adjust_ff_dim)
     mixer: Mixer = "attention"  # of the layers whose layer_types entry names no attention
     # what tells, where there are no layer_types, which layers have attention; layer_types: nothing does
     gated_attention: bool = False
-    attention_by: Literal["layer_types", "full_attn_idxs", "full_attention_interval", "none has"] = "layer_types"
+    attention_by: Literal[
+        "layer_types", "full_attn_idxs", "attn_layer_indices", "full_attention_interval", "none has"
+    ] = "layer_types"
+    mixer_fields: Mapping[str, str] = MappingProxyType(
+        {}
+    )  # names of fields for Mamba-2's sizes, where they are not mamba_ and the size
+    inner_width: str | None = (
+        None  # the field that holds how many numbers Mamba-2 has of a token; "heads": those of its heads
+    )
+    parted: bool = False  # each layer is attention, another mixer, an MLP or experts alone, as it lists them
+    residual_in_fp32: bool = False  # the switch of that name acts
     experts: Routed | None = None
     activation: str = "hidden_act"
     fixed_activation: str | None = None  # what all its files mean, which do not say it
@@ -234,7 +247,9 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     sinks: bool = False
     rotary_switch: str | None = None  # the field that says "rope" where queries and keys are turned
     rotary_width: str | None = None  # the field that holds how many numbers of a head are turned
-    positions: Literal["rotary", "learned", "alibi"] = "rotary"  # learned: a table of them; alibi: biases of scores
+    positions: Literal["rotary", "learned", "alibi", "none"] = (
+        "rotary"  # learned: a table of them; alibi: biases of scores
+    )
     first_position: int = 0  # row of the first token in the table of learned positions
     scaled_embedding: bool = False
     embedding_norm: bool = False

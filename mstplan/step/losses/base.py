@@ -44,8 +44,12 @@ class Loss:
 def logits_of(w: Writer, hidden: Tensor, head: Weight, defers: bool) -> Tensor:
     """Logits (t, V), soft-capped where the model does so, in the dtype that the head computes in."""
     logits = w.new("logits", "V", w.numerics.compute)
+    if w.model.wide_residual:
+        hidden = w.cast(hidden, w.numerics.weights, "hidden states, narrowed")
     bias = w.model.head_bias
     logits = w.linear(hidden, logits, "lm_head", kind=WeightKind.HEAD, bias=bias, weight=head, defers=defers)
+    if w.code.widens_logits:
+        logits = w.cast(logits, "float32", "logits, fp32")
     if w.code.scales_logits:
         logits = w.pointwise("scale logits", logits, w.new("scaled logits", "V", logits.dtype))
     if w.model.logit_softcap:
