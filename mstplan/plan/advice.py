@@ -21,6 +21,7 @@ from ..spec.model import Mixer, Model
 from ..spec.speeds import speeds_of
 from ..step.cuda import BIAS_ROWS
 from ..step.kernels import SDPA
+from ..step.mixers import runs_in_pieces
 from ..step.optimizers import OPTIMIZERS, stand_ins
 from ..step.parameters import parameter_count, trained_count
 from ..step.recipe import STRATEGY_FIELDS, Recipe, strategy_label, strategy_of, words_of
@@ -120,7 +121,7 @@ def _context_origin(card: Card) -> str:
 
 def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     notes = []
-    if recipe.attention == "sdpa" and not model.has_sdpa and model.stand_in is None:
+    if recipe.attention == "sdpa" and not model.has_sdpa and model.attends and model.stand_in is None:
         kernel = "eager" if recipe.runs_in_fp32 or model.eager_only else "flash_attention_2"
         notes.append(f"transformers has no sdpa for {model.model_type}: planned with attn_implementation='{kernel}'.")
         if model.attention.sinks and kernel != "eager":
@@ -163,9 +164,11 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
     return notes + _notes_of_several_gpus(model, recipe)
 
 
+_MAMBA2 = "Mamba-2's scan runs", "mamba-ssm and causal-conv1d"
 PACKAGES: Mapping[Mixer, tuple[str, str]] = {
     "short conv": ("Short convolutions run", "causal-conv1d"),
-    "mamba2": ("Mamba-2's scan runs", "mamba-ssm and causal-conv1d"),
+    "mamba2": _MAMBA2,
+    "attention and mamba2": _MAMBA2,
     "gated delta": ("Linear attention runs", "flash-linear-attention and causal-conv1d"),
 }
 """What mixes tokens otherwise than by attention, and the packages with kernels for it, which transformers takes where it finds them."""
@@ -174,8 +177,8 @@ PACKAGES: Mapping[Mixer, tuple[str, str]] = {
 def _mixer_note(mixer: Mixer) -> str:
     what, packages = PACKAGES[mixer]
     return (
-        f"{what} as transformers' own torch code; kernels of {packages}, which it takes where they are installed, hold other tensors and are "
-        "not counted."
+        f"{what} as transformers' own torch code (--kernels torch); kernels of {packages}, which it takes where they are installed, hold less "
+        "and are not counted."
     )
 
 
@@ -440,7 +443,7 @@ def layer_note(answers: Sequence[Answer]) -> list[str]:
     if plan is None or plan.recipe.sharers > 1 or any(answer.plan.recipe.layer_in_chunks for answer in answers):
         return []
     attention, measured = plan.model.attention, "No GPU has measured it yet."
-    if attention.gated_output:  # which layers in chunks are not planned with
+    if attention.gated_output or not runs_in_pieces(plan.model):  # which layers in chunks are not planned with
         return []
     further = "Further than mst-offload: --strategy mst-layer-offload, all of a layer but attention in chunks"
     if attention.sinks or plan.model.eager_only:

@@ -47,12 +47,13 @@ def shapes(model: Model, batch: int, seq_len: int, dtype: str = "bfloat16") -> t
         return Shape(name, symbols, sizes, dtype, count * size, QUOTED_FIGURES.get(name, "") if introduction else "")
 
     b, s = batch, seq_len
-    rows = [
-        make_shape("X", "(b, s, d)", b, s, model.hidden),
+    rows = [make_shape("X", "(b, s, d)", b, s, model.hidden)]
+    attends = [
         make_shape("Q", "(b, s, H, e)", b, s, attention.heads, attention.head_dim),
         make_shape("K", "(b, s, G, e)", b, s, attention.kv_heads, attention.head_dim),
         make_shape("V", "(b, s, G, e)", b, s, attention.kv_heads, attention.v_head_dim),
     ]
+    rows += attends if model.attends else []
     if attention.kv_heads != attention.heads:
         rows.append(make_shape("K, without grouped queries", "(b, s, H, e)", b, s, attention.heads, attention.head_dim))
         rows.append(
@@ -67,6 +68,8 @@ def shapes(model: Model, batch: int, seq_len: int, dtype: str = "bfloat16") -> t
         experts = model.experts
         rows.append(make_shape("expert gate and up", "(2, b, s, A, F)", 2, b, s, experts.per_token, experts.width))
     rows.append(make_shape("logits", "(b, s, V)", b, s, model.vocab))
+    if not model.attends:
+        return tuple(rows)
     rows.append(make_shape(f"attention matrix, {attention.heads} heads", "(b, H, s, s)", b, attention.heads, s, s))
     if attention.heads != 16:
         rows.append(make_shape("attention matrix, 16 heads", "(b, 16, s, s)", b, 16, s, s))

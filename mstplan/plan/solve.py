@@ -328,6 +328,10 @@ def compute_bound_tokens(gpu: Gpu, inner: int, outer: int) -> int:
     return max(1, -(-int(ridge * inner * outer) // int(margin))) if margin >= 1 else inner * outer
 
 
+NO_PIECES = 2**62
+"""Tokens that no piece has: of an MLP that no layer has."""
+
+
 def smallest_chunks_tokens(model: Model, gpu: Gpu) -> tuple[int, int]:
     """Tokens an MLP chunk and a loss chunk need to stay compute-bound (experts: each gets its share of the rows)."""
     widths = []
@@ -336,7 +340,7 @@ def smallest_chunks_tokens(model: Model, gpu: Gpu) -> tuple[int, int]:
     if model.experts is not None:
         rows = compute_bound_tokens(gpu, model.hidden, model.experts.width)
         widths.append(-(-rows * model.experts.number // model.experts.per_token))
-    return max(widths), compute_bound_tokens(gpu, model.hidden, model.vocab)
+    return max(widths, default=NO_PIECES), compute_bound_tokens(gpu, model.hidden, model.vocab)
 
 
 def fixed_chunks(recipe: Recipe, mlp: int = 1, loss: int = 1) -> Chunks:
@@ -363,7 +367,7 @@ def groups_of_heads(model: Model, recipe: Recipe, seq_len: int) -> int:
 def _groups(model: Model, recipe: Recipe) -> list[int]:
     """Numbers of groups that heads of keys and values come in, largest first."""
     own = (model.of_kind(kind).attention.kv_heads for kind in model.layer_kinds)
-    heads = 1 if window_of(model, recipe) is not None else gcd(*own)
+    heads = 1 if window_of(model, recipe) is not None else max(1, gcd(*own))
     return [n for n in range(min(MOST_GROUPS, heads), 0, -1) if heads % n == 0]
 
 

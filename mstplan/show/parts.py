@@ -99,7 +99,9 @@ def heading(model: Model, card: Card, provenance: str, recipes: Iterable[Recipe]
             Span("" if card.unlimited else f"   budget {format_gib(card.budget_bytes)}"),
         )
     )
-    descriptions = dict.fromkeys(recipe_in_words(recipe, kernel_words(model, recipe, card)) for recipe in recipes)
+    descriptions = dict.fromkeys(
+        recipe_in_words(recipe, kernel_words(model, recipe, card), model.attends) for recipe in recipes
+    )
     return [title, line(provenance, "quiet"), *(line(words, "quiet") for words in descriptions), Notes(model.notes)]
 
 

@@ -14,8 +14,18 @@ from typing import NoReturn
 from mstplan.errors import ModelError, did_you_mean, one_line
 from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.families.base import Family
-from mstplan.spec.mixing import mixer_of, mixers_of_layers
-from mstplan.spec.model import Attention, Block, Experts, Latent, LayerKind, Mlp, Model, PerLayerInputs, QkNorm
+from mstplan.spec.mixing import layers_of_one_part, mixer_of, mixers_of_layers
+from mstplan.spec.model import (
+    Attention,
+    Block,
+    Experts,
+    Latent,
+    LayerKind,
+    Mlp,
+    Model,
+    PerLayerInputs,
+    QkNorm,
+)
 from mstplan.spec.own_sizes import attention_of_layers, shares_of_layers, widths_of_layers
 from mstplan.spec.releases import parse_release, release
 from mstplan.spec.towers import Tower, towers_of
@@ -219,6 +229,8 @@ class _Fields:
         self.assumed = assumed  # count what is not read as a Llama's
         self.defaulted: dict[str, int] = {}  # sizes that the file leaves out
 
+    most_layers = _MAX_LAYERS
+
     def find(self, wanted: str) -> tuple[str, object]:
         """The name that the file uses, and the value: None if null, the family's default if absent."""
         keys = [key for key in _ALIASES.get(wanted, (wanted,)) if key in self.config]
@@ -330,12 +342,13 @@ def _model(f: _Fields, model_type: str) -> Model:
         from mstplan.spec import unread
 
         unread.refuse_unread(f.name, f"{uncounted[0]}, and the formula does not count what that changes.")
-    experts, attention = _experts(f), _attention(f)
-    layer_kinds = _layer_kinds(f, attention, routed=experts is not None)
+    layer_kinds = _layer_kinds(f)
+    routed = any(kind.experts for kind in layer_kinds)
     context = f.optional("max_position_embeddings")
     if family.positions == "learned" or family.buffers != "none":
         context = f.size("max_position_embeddings")
-    hidden = f.size("hidden_size")
+    attends = family.defaults.get("num_attention_heads") is not None or any(kind.attends for kind in layer_kinds)
+    hidden, attention = f.size("hidden_size"), _attention(f) if attends else NO_ATTENTION
     return Model(
         name=f.name,
         model_type=model_type,
@@ -344,8 +357,8 @@ def _model(f: _Fields, model_type: str) -> Model:
         context=context,
         layer_kinds=layer_kinds,
         attention=attention,
-        mlp=None if all(kind.experts for kind in layer_kinds) and not (experts and experts.beside_mlp) else _mlp(f),
-        experts=experts if any(kind.experts for kind in layer_kinds) else None,
+        mlp=_mlp(f) if any(_has_mlp(f, kind) for kind in layer_kinds) else None,
+        experts=_experts(f) if routed else None,
         per_layer=_per_layer_inputs(f),
         mixer=mixer_of(f, layer_kinds),
         norm=family.norm,
@@ -366,6 +379,7 @@ def _model(f: _Fields, model_type: str) -> Model:
         has_sdpa=family.has_sdpa,
         eager_only=family.eager_only,
         own_flash=family.own_flash,
+        wide_residual=_is_wide(f),
         idle_window=1 if family.idle_mask else None,
     )
 
@@ -373,6 +387,16 @@ def _model(f: _Fields, model_type: str) -> Model:
 def _per_layer_inputs(f: _Fields) -> PerLayerInputs | None:
     width = f.count("hidden_size_per_layer_input", default=0) if f.family.per_layer_inputs else 0
     return PerLayerInputs(width, f.size("vocab_size_per_layer_input")) if width else None
+
+
+def _has_mlp(f: _Fields, kind: LayerKind) -> bool:
+    """Whether layers of the kind have an MLP, alone or beside experts."""
+    beside = f.family.experts is not None and f.family.experts.beside_mlp
+    return kind.feed_forward and (not kind.experts or beside)
+
+
+def _is_wide(f: _Fields) -> bool:
+    return f.family.residual_in_fp32 and f.flag("residual_in_fp32", default=True)
 
 
 def _embedding_dropout(f: _Fields) -> float | None:
@@ -437,6 +461,10 @@ def _in_blocks(f: _Fields, width: int) -> int:
         f.refuse_value(key, factor, "a positive number, or null")
     block = f.size("block_multiple_of")
     return -(-int(factor * width) // block) * block
+
+
+NO_ATTENTION = Attention(heads=0, kv_heads=0, head_dim=0, v_head_dim=0, rotary_dim=0)
+"""Of a family without."""
 
 
 def _attention(f: _Fields) -> Attention:
@@ -527,12 +555,9 @@ def _latent_attention(f: _Fields, heads: int) -> Attention:
     )
 
 
-def _experts(f: _Fields) -> Experts | None:
+def _experts(f: _Fields) -> Experts:
     routed = f.family.experts
-    if routed is None or (routed.may_be_none and not f.count("num_experts", default=0)):
-        return None
-    if routed.switch is not None and not f.flag(routed.switch):
-        return None
+    assert routed is not None
     count, per_token = f.size("num_experts"), f.size("num_experts_per_tok")
     if per_token > count:
         f.refuse(f"{f.find('num_experts_per_tok')[0]} {per_token} is more than its {count} experts")
@@ -552,6 +577,8 @@ def _experts(f: _Fields) -> Experts | None:
         normalised=f.switch(routed.normalised),
         clamped=routed.clamped,
         beside_mlp=routed.beside_mlp,
+        gated=f.family.gated,
+        latent=f.optional(routed.latent) if routed.latent is not None else None,
     )
 
 
@@ -562,8 +589,10 @@ def _shared_width(f: _Fields, width: int) -> int:
     return f.count("n_shared_experts", default=0) * width if shared_width is None else shared_width
 
 
-def _layer_kinds(f: _Fields, attention: Attention, routed: bool) -> tuple[LayerKind, ...]:
-    layers = f.size("num_hidden_layers", top=_MAX_LAYERS)
+def _layer_kinds(f: _Fields) -> tuple[LayerKind, ...]:
+    if f.family.parted:
+        return layers_of_one_part(f)
+    layers, routed = f.size("num_hidden_layers", top=_MAX_LAYERS), _is_routed(f)
     first = f.count("first_k_dense_replace", default=0)
     every = f.optional("moe_layer_freq") or 1
     step = f.optional("decoder_sparse_step") or 1
@@ -580,9 +609,11 @@ def _layer_kinds(f: _Fields, attention: Attention, routed: bool) -> tuple[LayerK
     windows = _windows(f, layers)
     masked = [f.family.always_masked] * layers
     turned, mixers = _turned_layers(f, windows), mixers_of_layers(f, layers)
-    own, shares = attention_of_layers(f, attention, windows), shares_of_layers(f, windows)
+    own = attention_of_layers(f, _attention(f), windows) if f.family.global_attention else [None] * layers
+    shares = shares_of_layers(f, windows)
     widths = widths_of_layers(f, shares)
-    return tuple(map(LayerKind, windows, sparse, turned, masked, mixers, own, widths, shares))
+    fed, widening = [f.family.mlp_width != ""] * layers, [_is_wide(f) and i == 0 for i in range(layers)]
+    return tuple(map(LayerKind, windows, sparse, turned, masked, mixers, own, widths, shares, fed, widening))
 
 
 def _sparse_layers(f: _Fields, layers: int) -> frozenset[int] | None:
@@ -596,6 +627,14 @@ def _sparse_layers(f: _Fields, layers: int) -> frozenset[int] | None:
     if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in ("dense", "sparse") for kind in kinds):
         f.refuse_value("mlp_layer_types", kinds, 'a list of "dense" and "sparse", one per layer')
     return frozenset(i for i, kind in enumerate(kinds) if kind == "sparse")
+
+
+def _is_routed(f: _Fields) -> bool:
+    """Whether any layer has experts, where its number is one of those."""
+    routed = f.family.experts
+    if routed is None or (routed.switch is not None and not f.flag(routed.switch)):
+        return False
+    return not routed.may_be_none or f.count("num_experts", default=0) > 0
 
 
 def _has_field(f: _Fields, field: str) -> bool:

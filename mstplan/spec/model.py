@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from .releases import Release
 from .towers import Tower
 
-Norm = Literal["rms", "rms-fp32-weight", "rms-fp32", "gemma", "layer", "layer-1p", "centred"]
+Norm = Literal["rms", "rms-fp32-weight", "rms-fp32", "rms-wide-weight", "gemma", "layer", "layer-1p", "centred"]
 """rms-fp32-weight: normed in fp32 times the weight as it is, cast last. rms-fp32: times a copy of the weight in fp32 (Gemma 4)."""
 Block = Literal["pre", "sandwich", "post", "parallel", "one-norm"]
 """one-norm: attention and MLP run on the same input, of one norm."""
@@ -26,8 +26,10 @@ Keys = Literal["shared", "copied", "broadcast"]
 products, which no fused kernel does (Falcon-7B)."""
 Values = Literal["projected", "normed", "keys"]
 """normed: each head of values is normalised, without a weight (Gemma 4). keys: so are values that are keys before their norm."""
-Mixer = Literal["attention", "short conv", "gated delta", "mamba2"]
-"""What mixes a layer's tokens."""
+Mixer = Literal["attention", "short conv", "gated delta", "mamba2", "attention and mamba2", "none"]
+"""What mixes a layer's tokens; attention and mamba2: both do, of the same hidden states (Falcon-H1)."""
+GatedNorm = Literal["after the gate", "before the gate", "none"]
+"""Norm of what a state space model gives, and of it times its gate."""
 
 
 Lends = Literal["", "lends", "borrows"]
@@ -82,6 +84,8 @@ class Experts(NamedTuple):
     activation: str
     shared_width: int = 0  # of the experts that every token visits, together
     shared_bias: bool = False  # biases on these
+    gated: bool = True  # False: an expert has two matrices, the shared one, too (Nemotron-H)
+    latent: int | None = None  # width to which tokens are projected before the experts, and from which after them
     bias: bool = False  # gpt-oss: biases on experts and router
     router: Router = "softmax"
     router_fp32: bool = False  # the router's product runs in fp32 (DeepSeek)
@@ -126,8 +130,11 @@ class Mamba2(NamedTuple):
     state: int
     kernel: int  # tokens that the convolution before it reaches over
     chunk: int  # tokens of a chunk
-    bias: bool = False  # on the products
+    bias: bool = False  # on the product before the scan
     conv_bias: bool = True
+    out_bias: bool = False  # on the product after it
+    norm: GatedNorm = "after the gate"
+    scaled: bool = False  # its input and what its first product gives are multiplied by numbers (Falcon-H1)
 
 
 Mixing = ShortConv | GatedDelta | Mamba2
@@ -142,6 +149,14 @@ class LayerKind(NamedTuple):
     attention: Attention | None = None  # its own, where the model's is another
     mlp_width: int | None = None  # its own, where the model's is another
     keys: Lends = ""
+    feed_forward: bool = True  # False: neither an MLP nor experts follow what mixes tokens
+    widens: bool = (
+        False  # its input has the weights' dtype, though hidden states are in fp32 from here on (Mamba-2's first)
+    )
+
+    @property
+    def attends(self) -> bool:
+        return self.mixer in ("attention", "attention and mamba2")
 
     @property
     def asks_mask(self) -> bool:
@@ -165,7 +180,7 @@ class Model(NamedTuple):
     context: int | None  # max_position_embeddings; None: the file does not say
     layer_kinds: tuple[LayerKind, ...]  # one a layer, in order
     attention: Attention
-    mlp: Mlp | None  # of the dense layers; None: every layer has experts alone
+    mlp: Mlp | None  # of the dense layers; None: there are none
     experts: Experts | None = None
     per_layer: PerLayerInputs | None = None
     mixer: Mixing | None = None  # of the layers that mix tokens otherwise than by attention
@@ -196,6 +211,7 @@ class Model(NamedTuple):
     )  # in which quantisation by bitsandbytes, if any; whether its scales are quantised, too
     notes: tuple[str, ...] = ()  # what the reader should know about how the file was read
     stand_in: StandIn | None = None
+    wide_residual: bool = False  # hidden states go from layer to layer in fp32
     idle_window: int | None = None  # the length from which a mask is made that no layer uses (Qwen2-MoE)
     release: Release | None = None  # of transformers, where what is planned depends on it
     towers: tuple[Tower, ...] = ()  # what text does not go through, where it is counted
@@ -227,6 +243,16 @@ class Model(NamedTuple):
         if mlp is not None and kind.mlp_width is not None:
             mlp = mlp._replace(width=kind.mlp_width)
         return self if (attention, mlp) == (self.attention, self.mlp) else self._replace(attention=attention, mlp=mlp)
+
+    @property
+    def attends(self) -> bool:
+        """Whether any layer has attention."""
+        return any(kind.attends for kind in self.layer_kinds)
+
+    @property
+    def feeds_forward(self) -> bool:
+        """Whether any layer has an MLP or experts."""
+        return any(kind.feed_forward for kind in self.layer_kinds)
 
     def first(self, layers: int) -> Model:
         """Model of the first layers, with all that is beside them."""

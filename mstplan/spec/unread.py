@@ -137,7 +137,7 @@ def list_names(fields: Collection[str], max_names: int = 4) -> str:
 
 
 _HYBRIDS = _word_set(
-    "bailing_hybrid bamba falcon_h1 falcon_mamba jamba kimi_linear mamba mamba2 minimax nemotron_h olmo_hybrid "
+    "bailing_hybrid falcon_mamba jamba kimi_linear mamba minimax olmo_hybrid "
     "plamo2 recurrent_gemma rwkv rwkv5 rwkv6 rwkv7 xlstm zamba zamba2 zaya"
 )
 _REMOTE = _word_set("qwen")

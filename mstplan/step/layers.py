@@ -104,7 +104,7 @@ class Writer:
         self.code, self.names, self.frozen = family.code, family.weight_names, frozen
         dims = {"d": model.hidden, "V": model.vocab, "H": a.heads, "G": a.kv_heads, "e": a.head_dim, "ev": a.v_head_dim}
         self.tape = TapeWriter({**dims, "He": a.heads * a.head_dim, "Ge": a.kv_heads * a.head_dim}, stage)
-        self.wide = numerics.weights  # dtype of the residual stream
+        self.wide = "float32" if model.wide_residual else numerics.weights  # dtype of the residual stream
         self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
         self.gate: Tensor | None = None  # of attention's output
         self.lent: tuple[Tensor, ...] = ()  # keys and values that the layer lends, or borrows
@@ -158,10 +158,10 @@ class Writer:
         rows, tokens = self.t.split()
         return f"{rows} {heads} {tokens} {width}"
 
-    def hidden(self) -> Tensor:
-        """Hidden states as they go from layer to layer."""
+    def hidden(self, dtype: str = "") -> Tensor:
+        """Hidden states as they go from layer to layer. dtype: that of the embedding, where it is another."""
         with self.tape.assign_role(Role.LAYER_INPUT):
-            return self.new(HIDDEN, "d", self.wide)
+            return self.new(HIDDEN, "d", dtype or self.wide)
 
     def hold(self, *tensors: Tensor) -> None:
         """Variables of the code at hand that live at least until the latest operation is done."""
@@ -344,6 +344,8 @@ class Writer:
             y = self._gemma_norm(x, name)
         elif self.model.norm == "rms-fp32":
             y = self._gemma_norm(x, name, "weight in fp32")
+        elif self.model.norm == "rms-wide-weight":
+            y = self._wide_weight_norm(x, name)
         elif self.model.norm == "centred":
             y = self._centred_norm(x, name)
         else:
@@ -426,6 +428,15 @@ class Writer:
             self.hold(*variables)
         return y
 
+    def _wide_weight_norm(self, x: Tensor, name: str) -> Tensor:
+        """NemotronHRMSNorm: (weight.to(fp32) * normed).to(dtype)."""
+        normed, mean = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
+        weight = self.tape.new(f"{name}.weight in fp32", str(self._last(normed)), "float32")
+        self.tape.op(f"{name}: cast weight", [], weight)
+        y = self.cast(self._weighted(normed, name, weight), x.dtype, name)
+        self.hold(normed, mean)
+        return y
+
     def _weighted(self, normed: Tensor, name: str, *factors: Tensor) -> Tensor:
         """The product with the weight, or with what was made of it."""
         w = self.weight(name, self._last(normed), kinds=(WeightKind.NORMS,))
@@ -488,7 +499,27 @@ class Writer:
 
     def mixed(self, x: Tensor, kind: LayerKind) -> Tensor:
         """What a layer makes of all its tokens together: attention, or another mixer."""
+        if kind.mixer == "attention and mamba2":
+            return self.both_mixed(x, kind)
         return self.attention(x, kind) if kind.mixer == "attention" else mix(self, x)
+
+    def both_mixed(self, x: Tensor, kind: LayerKind) -> Tensor:
+        """The sum of what attention and Mamba-2 make of the same, each times a number (models/falcon_h1/modeling_falcon_h1.py)."""
+        own = self.mixed(x, kind._replace(mixer="mamba2"))
+        with self.tape.assign_role(Role.ATTENTION):
+            own = self.scaled(own)
+            given = self.scaled(x)
+            attended = self.mixed(given, kind._replace(mixer="attention"))
+            self.hold(given)
+            attended = self.scaled(attended)
+            y = self.add(own, attended, self.new("Mamba-2 and attention", "d", own.dtype), "add branches")
+        self.hold(x)
+        self.beside += (own, attended)
+        return y
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x times a number."""
+        return self.pointwise("scale " + x.name, x, self.tape.new(x.name + ", scaled", x.shape, x.dtype))
 
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
         q, k, v, *others = self.attention_inputs(x, kind)
@@ -553,6 +584,8 @@ class Writer:
             k = self.linear(
                 x, self.new("K", "G e" if by_head else "Ge"), "k_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias
             )
+            if self.code.scales_mixers:
+                k = self.scaled(k)
             if early:
                 k = self.norm(k, "k_norm")
             v = self.linear(x, self.new("V", "G e"), "v_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
@@ -935,6 +968,8 @@ class Writer:
                 return self._mlp_output(x, self._liger_gate(gate, up, are_slices=True), mlp, name)
             active = self.activation(gate, mlp.activation)
             inner = self.multiply("gate * up", up, active, self.new("MLP product", width))
+        elif self.code.scales_mixers:
+            return self._scaled_mlp(x, mlp, name)
         else:
             gate = self.linear(x, self.new("MLP gate", width), name + ".gate_proj", kind=WeightKind.MLP, bias=mlp.bias)
             active = self.activation(gate, mlp.activation) if self.liger is None else gate
@@ -943,6 +978,17 @@ class Writer:
                 return self._mlp_output(x, self._liger_gate(gate, up), mlp, name)
             inner = self.multiply("gate * up", active, up, self.new("MLP product", width))
         return self._mlp_output(x, inner, mlp, name)
+
+    def _scaled_mlp(self, x: Tensor, mlp: Mlp, name: str) -> Tensor:
+        """Of gate and output times a number each, with up made first (models/falcon_h1/modeling_falcon_h1.py, FalconH1MLP)."""
+        kind, bias = WeightKind.MLP, mlp.bias
+        up = self.linear(x, self.new("MLP up", "I"), name + ".up_proj", kind=kind, bias=bias)
+        gate = self.linear(x, self.new("MLP gate", "I"), name + ".gate_proj", kind=kind, bias=bias)
+        active = self.activation(self.scaled(gate), mlp.activation)
+        inner = self.multiply("up * gate", up, active, self.new("MLP product", "I"))
+        y = self.scaled(self._mlp_output(x, inner, mlp, name))
+        self.hold(x, inner)
+        return y
 
     def _mlp_output(self, x: Tensor, inner: Tensor, mlp: Mlp, name: str) -> Tensor:
         y = self.linear(inner, self.new("MLP output", "d"), name + ".down_proj", kind=WeightKind.MLP, bias=mlp.bias)
@@ -1061,7 +1107,12 @@ class Writer:
         scores, chosen, *others = self._router(x, e)
         self.hold(*shared)
         outside = (x, scores, chosen, *others, *shared)
-        y = self._routed(x, e, scores, chosen, outside)
+        given = self._to_latent(x, e)
+        y = self._routed(given, e, scores, chosen, (*outside, given))
+        if e.latent is not None:
+            y = self.linear(
+                y, self.new("expert outputs, widened", "d"), "from latent", kind=WeightKind.MLP, bias=e.shared_bias
+            )
         self.beside += (y,) if self.code.shared_apart else ()
         if not e.shared_width:
             return y
@@ -1117,6 +1168,13 @@ class Writer:
             weights=(weight,),
             workspaces=(self.sum_over_tokens(weight, x),),
         )
+
+    def _to_latent(self, x: Tensor, e: Experts) -> Tensor:
+        """What experts are given of x (models/nemotron_h/modeling_nemotron_h.py, NemotronHMoE)."""
+        if e.latent is None:
+            return x
+        narrowed = self.new("expert inputs, narrowed", str(e.latent))
+        return self.linear(x, narrowed, "to latent", kind=WeightKind.MLP, bias=e.shared_bias)
 
     def _all_experts(self, x: Tensor, e: Experts) -> Tensor:
         """Every expert on every token, times its score (models/llama4/modeling_llama4.py), and the shared expert's output."""
@@ -1179,7 +1237,8 @@ class Writer:
 
     def _shared_expert(self, x: Tensor, e: Experts) -> Tensor:
         fused = self.code.fused_shared
-        return self.mlp(x, Mlp(e.shared_width, e.activation, fused=fused, bias=e.shared_bias), "shared_experts")
+        mlp = Mlp(e.shared_width, e.activation, gated=e.gated, fused=fused, bias=e.shared_bias)
+        return self.mlp(x, mlp, "shared_experts")
 
     def _gated(self, x: Tensor, shared: Tensor) -> Tensor:
         """The sigmoid of a product of one column, times what the shared expert made (models/qwen2_moe/modeling_qwen2_moe.py)."""
@@ -1201,7 +1260,9 @@ class Writer:
         order, ids, tokens = integers("expert order"), integers("sorted experts"), integers("tokens by expert")
         tape.op("sort by expert", [chosen], order, ids)
         tape.op("tokens by expert", [order], tokens)
-        picked = self.new("expert inputs", "A d", x.dtype)
+        d, width = self.width(x), (2 if e.gated else 1) * e.width
+        axis = x.shape.split()[-1]
+        picked = self.new("expert inputs", f"A {axis}", x.dtype)
         tape.op("gather tokens", [x, tokens], picked, keeps=(tokens,), grads=((x, tape.grad(x)),))
         weights = self.new("expert scores by expert", "A", scores.dtype)
         tape.op("sort scores", [scores, order], weights, keeps=(order,), grads=((scores, tape.grad(scores)),))
@@ -1217,19 +1278,19 @@ class Writer:
             counted,
         )
         dtype = self.numerics.weights  # grouped products know no autocast: they cast their input to the weights' dtype
-        d, width = self.model.hidden, 2 * e.width
+        name = "expert gate and up" if e.gated else "expert up"
         up, bias, held = self._grouped(
-            picked, self.new("expert gate and up", f"A {width}", dtype), GATE_AND_UP, e, (width, d), ids, factors
+            picked, self.new(name, f"A {width}", dtype), GATE_AND_UP, e, (width, d), ids, factors
         )
         inner = self._clamped_gate(up) if e.clamped else self._expert_gate(up, e)
         self.hold(up, *bias)
         down, bias, also_held = self._grouped(
-            inner, self.new("expert outputs", "A d", dtype), EXPERTS_DOWN, e, (d, e.width), ids, factors
+            inner, self.new("expert outputs", f"A {axis}", dtype), EXPERTS_DOWN, e, (d, e.width), ids, factors
         )
         wide = "float32" if "float32" in (scores.dtype, down.dtype) else down.dtype  # up to the sum over experts
-        weighted = self.new("weighted expert outputs", "A d", wide)
-        product = self.new("gradient x outputs", "A d", wide)
-        uncast = ((self.new("gradient before its cast", "A d", down.dtype), down),) if wide != down.dtype else ()
+        weighted = self.new("weighted expert outputs", f"A {axis}", wide)
+        product = self.new("gradient x outputs", f"A {axis}", wide)
+        uncast = ((self.new("gradient before its cast", f"A {axis}", down.dtype), down),) if wide != down.dtype else ()
         tape.op(
             "weigh experts",
             [down, weights],
@@ -1241,11 +1302,11 @@ class Writer:
         )
         places = integers("rows in token order")
         tape.op("invert the order", [order], places, temps=(integers("numbers of rows"),))
-        restored = self.new("expert outputs in token order", "A d", wide)
+        restored = self.new("expert outputs in token order", f"A {axis}", wide)
         tape.op(
             "restore order", [weighted, places], restored, keeps=(places,), grads=((weighted, tape.grad(weighted)),)
         )
-        y = self.new("sum of expert outputs", "d", wide)
+        y = self.new("sum of expert outputs", axis, wide)
         tape.op("sum over experts", [restored], y, grads=((restored, tape.grad(restored)),))
         y = self.cast(y, x.dtype, "MLP output")
         self.hold(*inside, *bias, *held, *also_held, down, places, restored)
@@ -1393,6 +1454,8 @@ class Writer:
         return y, rows, adapted
 
     def _expert_gate(self, up: Tensor, e: Experts) -> Tensor:
+        if not e.gated:
+            return self.activation(up, e.activation)
         gate, linear = self._split(up, ("expert gate", f"{self.t} A F"), ("expert up", f"{self.t} A F"))
         active = self.activation(gate, e.activation)
         return self.multiply("expert gate * up", active, linear, self.new("expert product", "A F", active.dtype))
@@ -1424,6 +1487,8 @@ class _CheckpointingWriter(Writer):
         return self._checkpointed(x, name, lambda w, x: w.norm(x, name))
 
     def mixed(self, x: Tensor, kind: LayerKind) -> Tensor:
+        if kind.mixer == "attention and mamba2":
+            return self.both_mixed(x, kind)
         return self._checkpointed(x, kind.mixer, lambda w, x: w.mixed(x, kind))
 
     def mlp(self, x: Tensor, mlp: Mlp, name: str = "mlp") -> Tensor:
@@ -1468,6 +1533,8 @@ def layer(
 ) -> Tape:
     """One decoder layer, from hidden states (b, s, d) to hidden states (b, s, d); frozen: names of its weights that are not trained."""
     model = model.of_kind(kind)
+    if chunks.layer and (kind.mixer == "none" or not (kind.feed_forward or kind.attends)):
+        chunks = chunks._replace(layer=False)  # of one part, which is all in pieces, or all runs whole
     if chunks.layer:
         whole = family_of(model.model_type).code.attends_itself or kind.mixer != "attention"
         in_chunks = _around_mixer if whole else _layer_in_chunks
@@ -1475,10 +1542,12 @@ def layer(
     writer = _CheckpointingWriter if chunks.children else Writer
     w = writer(model, numerics, frozen=frozen)
     w.tape.role = Role.NORM
-    x = w.source()
+    x = w.source(dtype=numerics.weights if kind.widens else None)
     w.source_per_layer()
     if kind.keys == "borrows":
         w.source_keys()
+    if kind.mixer == "none" or not kind.feed_forward:
+        return _one_part(w, x, kind, chunks)
     normed, mlp_in = _attention_input(w, x), None
     if w.model.block == "parallel" and w.code.norms_first:
         mlp_in = w.norm(x, "post-attention norm")
@@ -1489,6 +1558,17 @@ def layer(
     if kind.keys == "lends":
         return replace(tape, outputs=(tape.output, *w.lent))
     return replace(tape, returned=w.beside) if w.code.returns_weights else tape
+
+
+def _one_part(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> Tape:
+    """A layer of a norm and what mixes tokens alone, or an MLP or experts alone, with the residual, which may be in fp32."""
+    normed = w.norm(w.cast(x, w.numerics.weights, "layer input, narrowed"), "input norm")
+    residual = w.cast(x, w.wide, "layer input in fp32")
+    made = _feed_forward(w, normed, kind, chunks) if kind.feed_forward else w.mixed(normed, kind)
+    w.hold(*w.beside)
+    w.add(residual, made, w.hidden())
+    w.hold(residual, made)
+    return w.tape.build_tape()
 
 
 def _attention_input(w: Writer, x: Tensor) -> Tensor:
@@ -1518,6 +1598,10 @@ def _after_attention(
         both = w.add(mlp_out, attended, _sum_of_branches(w, mlp_out), "add MLP and attention")
         w.add(both, x, w.hidden())
         w.hold(attended, mlp_out, *w.beside, *((normed, mlp_in) if mlp_in is not None else ()))
+        return w.tape.build_tape()
+    if not kind.feed_forward:
+        w.add(x, attended, w.hidden())
+        w.hold(attended)
         return w.tape.build_tape()
     middle = w.add(x, _scaled(w, attended), w.new("hidden states after attention", "d", w.wide))
     w.hold(attended, *w.inside)

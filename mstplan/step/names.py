@@ -183,6 +183,12 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             {"kernels": "torch"},
         ),
         Advice("true yes on triton linkedin liger_kernel liger_kernels use_liger", "is Liger's", {"kernels": "liger"}),
+        Advice(
+            "mamba mamba_ssm mamba-ssm,causal-conv1d causal_conv1d* fla fla_core flash_linear_attention*",
+            "is not counted",
+            {"kernels": "torch"},
+            "transformers' own code, which holds more: what fits with it fits with kernels of these packages",
+        ),
         Advice("unsloth quack hub kernels_community use_kernels apex xformers", _IS_NOT, {"kernels": "torch"}),
     ),
     "attention": (

@@ -863,7 +863,7 @@ def strategy_labels() -> list[str]:
 _SHORT = {"bfloat16": "bf16", "float32": "fp32", "uint8": "8-bit"}
 
 
-def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
+def recipe_in_words(recipe: Recipe, kernel: str = "", attends: bool = True) -> str:
     """How one trains, but for what a strategy decides, in a line. kernel: what the recipe's attention comes to, in words."""
     optimizer = OPTIMIZERS[recipe.optimizer]
     how: list[str] = [recipe.adamw_kernel] if optimizer.has_kernels else []
@@ -878,7 +878,7 @@ def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
         f"batch {recipe.batch}" + (f" x accumulation {recipe.accumulation}" if recipe.accumulation > 1 else ""),
         *_rows_in_words(recipe),
         *([f"{recipe.images:,} {'image' if recipe.images == 1 else 'images'} a sequence"] if recipe.images else []),
-        f"{recipe.attention} by {kernel}" if kernel else recipe.attention,
+        *([f"{recipe.attention} by {kernel}" if kernel else recipe.attention] if attends else []),
         *(["attention's inputs and results in CPU RAM"] if recipe.attention_on_host else []),
         *(["Liger's kernels"] if recipe.kernels == "liger" else []),
     ]

@@ -733,9 +733,12 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     if chunks.layer:  # the nodes of pieces hold on to what layers are given
         held = dict.fromkeys((*(tensor for row in rows for tensor in row.arguments), *per_layer))
         tape = replace(tape, held=tuple(held))
-    if any(op.fetches for op in tape.ops):
-        moved = tensor_of(tape.dims, "layer input in transfer", "b s d", hidden.dtype, role=Role.LAYER_INPUT)
-        tape = replace(tape, in_transfer=moved)
+    if dtypes := [op.reads[0].dtype for op in tape.ops if op.fetches]:
+        moved, first = (
+            tensor_of(tape.dims, "layer input in transfer", "b s d", dtype, role=Role.LAYER_INPUT)
+            for dtype in (dtypes[-1], dtypes[0])
+        )
+        tape = replace(tape, in_transfer=moved, first_in_transfer=first if first.dtype != moved.dtype else None)
     return into_groups(tape, recipe) if recipe.sharded else tape
 
 
@@ -956,7 +959,8 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     with tape.assign_role(Role.POSITIONS):
         ids = tape.new("alibi", "b H s", w.wide) if model.alibi else tape.new(POSITION_IDS, places, "int64")
     changed = model.scaled_embedding or model.learned_positions or model.embedding_norm
-    looked_up = w.new("embeddings", "d", w.wide) if changed else w.hidden()
+    own = w.numerics.weights
+    looked_up = w.new("embeddings", "d", own) if changed else w.hidden(own)
     joins = Joined(table, joins_view) if model.tied else None
     workspace = WeightWorkspace(table, SortedLookups(model.vocab, model.hidden), "bs")
     tape.op("embedding", [], looked_up, weights=(table,), workspaces=(workspace,), joins=joins)
@@ -1032,7 +1036,7 @@ def _shared(w: Writer, ids: Tensor, layout: Layout) -> dict[LayerKind, tuple[tup
     if w.model.idle_window is not None:
         kinds[LayerKind(w.model.idle_window)] = None
     sliding = {kind: kind.window is not None for kind in kinds}
-    attends = {kind: kind.mixer == "attention" for kind in kinds}
+    attends = {kind: kind.attends for kind in kinds}
     asking = {(kind.window is not None, kind.causal_mask): kind for kind in kinds}
     masks = {asked: _mask(w, kind, layout) for asked, kind in asking.items()}
     local = {kind: sliding[kind] and w.code.local_rotary for kind in kinds}
@@ -1127,16 +1131,16 @@ def _layers(
     for inside in groups:
         key = tuple(id(layer.tape) for layer in inside)
         if key not in segment_calls:
-            segment_calls[key] = _segment(tape.dims, hidden.dtype, inside, per_layer)
+            segment_calls[key] = _segment(tape.dims, inside, per_layer)
     segments = [segment_calls[tuple(id(layer.tape) for layer in inside)] for inside in groups]
     return _chain(tape, hidden, segments, range(len(segments)), offload, per_layer)
 
 
-def _segment(dims: dict[str, int], dtype: str, layers: list[LayerCall], per_layer: tuple[Tensor, ...]) -> LayerCall:
+def _segment(dims: dict[str, int], layers: list[LayerCall], per_layer: tuple[Tensor, ...]) -> LayerCall:
     """Several layers that are checkpointed together."""
     segment = TapeWriter(dims)
     segment.role = Role.LAYER_INPUT
-    segment.sources.append(segment.new(HIDDEN, "b s d", dtype))
+    segment.sources.append(segment.new(HIDDEN, "b s d", layers[0].tape.sources[0].dtype))
     own = tuple(segment.new(tensor.name, tensor.shape, tensor.dtype) for tensor in per_layer)
     segment.sources += own
     calls = [LayerCall(layer.tape, (), ()) for layer in layers]
@@ -1195,7 +1199,7 @@ def _chain(
         stage = Stage.of_layer(i, count) if tape.stage is not None else None
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
         name = f"layer, {place}" if stage is not None else f"layer of the segment, {place}"
-        out = tape.new(HIDDEN, "b s d", hidden.dtype)
+        out = tape.new(HIDDEN, "b s d", call.tape.output.dtype)
         recompute = i in checkpointed
         borrowed = lent[call.kind.window is not None] if call.kind.keys == "borrows" else ()
         made = tuple(tensor_of(call.tape.dims, t.name, t.shape, t.dtype, role=t.role) for t in call.tape.outputs[1:])
@@ -1277,6 +1281,10 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     if not in_pieces:
         _loss(w, hidden, weight, recipe.loss, labels, defers=model.tied)
         return
+    variable = hidden
+    if model.wide_residual:  # before the head is called
+        with tape.assign_role(Role.LOSS):
+            hidden = w.cast(hidden, w.numerics.weights, "hidden states, narrowed")
     inner = Writer(model, w.numerics, "b k", frozen=w.frozen)
     _loss(inner, inner.source(hidden.name, hidden.dtype, hidden.role), weight, recipe.loss)
     tape.op("shift labels", [], labels)
@@ -1284,7 +1292,8 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     inner_tape = inner.tape.build_tape()
     part = Part(inner_tape, chunked=True, sums=sums_of(inner_tape), in_forward=True)
     stage, defers = tape.stage, model.tied
-    tape.add(Op("loss chunk", (hidden,), (loss,), part=part, defers=defers, holds=(labels,), stage=stage))
+    holds = (labels, variable) if variable is not hidden else (labels,)
+    tape.add(Op("loss chunk", (hidden,), (loss,), part=part, defers=defers, holds=holds, stage=stage))
 
 
 def _loss(w: Writer, hidden: Tensor, head: Weight, loss: str, *labels: Tensor, defers: bool = False) -> None:

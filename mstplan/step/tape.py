@@ -338,6 +338,7 @@ class Tape:
     in_transfer: Tensor | None = (
         None  # an offloaded input: in backward, of the part before the one at hand; of the last part in the loss
     )
+    first_in_transfer: Tensor | None = None  # that of the first part, where its dtype is another
 
     @property
     def output(self) -> Tensor:
@@ -1156,15 +1157,20 @@ def _backward(
     groups = _Groups(tape, ledger)
     ledger.stage = tape.ops[-1].stage
     groups.begin_backward()
-    if tape.in_transfer is not None:
-        ledger.put(tape.in_transfer)
-    fetched_last = next((op for op in tape.ops if tape.in_transfer is not None and op.fetches), None)
+    moving = tape.in_transfer
+    if moving is not None:
+        ledger.put(moving)
+    fetching = [op for op in tape.ops if moving is not None and op.fetches]
     used_again = _used_again(tape)
     for op, kept in zip(reversed(tape.ops), reversed(all_saved), strict=True):
         saved = kept
         ledger.stage = op.stage
-        if op is fetched_last and tape.in_transfer is not None:
-            ledger.drop(tape.in_transfer)
+        if op in fetching[:1] and moving is not None:
+            ledger.drop(moving)
+        elif op in fetching[1:2] and moving is not None and tape.first_in_transfer is not None:
+            ledger.drop(moving)
+            moving = tape.first_in_transfer
+            ledger.put(moving)
         incoming = {tensor: pending.pop(tensor) for tensor in op.makes if tensor in pending}
         if not incoming:
             continue

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import ModelError, UnreadError
+from ..errors import ModelError, RecipeError, UnreadError
 from ..plan.solve import choose_chunks, fixed_chunks
 from ..spec.config import read_config
 from ..spec.hardware import Card, card, card_that_torch_names, host_memory
@@ -54,6 +54,7 @@ class ChunkCounts:
     def __init__(self, config: Any, recipe: Recipe, module: PreTrainedModel | None = None):
         self.recipe = recipe.changed(attention=attention_of(config))
         self.fixed: Chunks | None = None
+        self.module = module
         self._recommended: dict[tuple[Any, ...], Chunks] = {}
         if not recipe.is_open:
             self.fixed = fixed_chunks(recipe)
@@ -77,7 +78,7 @@ class ChunkCounts:
         if key not in self._recommended:
             precision = "mixed" if mixed else "bf16" if hidden.dtype.itemsize == 2 else "fp32"
             recipe = self.recipe.changed(batch=batch, precision=precision)
-            chunks = choose_chunks(self.model, recipe, card_of(hidden.device), length)
+            chunks = self._choose(recipe, card_of(hidden.device), length)
             LOG.info(
                 "minisequence: %d x %d tokens in %d (MLP) and %d (loss) chunks, heads in %d groups",
                 batch,
@@ -86,6 +87,16 @@ class ChunkCounts:
             )
             self._recommended[key] = chunks
         return self._recommended[key]
+
+    def _choose(self, recipe: Recipe, card: Card, length: int) -> Chunks:
+        """As the formula recommends; where it does not count the recipe with this model, for one of the sizes of the module."""
+        try:
+            return choose_chunks(self.model, recipe, card, length)
+        except RecipeError as e:
+            if self.module is None or self.model.mixer is None:
+                raise
+            self.model = stand_in(self.module, self.model.name, str(e).splitlines()[0])
+        return choose_chunks(self.model, recipe, card, length)
 
     def describe_recipe(self) -> str:
         recipe, every = (

@@ -199,6 +199,8 @@ def _call_spans(parts: LayerParts, x: torch.Tensor, call: Call) -> Spans:
 
 
 def _around_mixer(parts: LayerParts, mixer: nn.Module, x: torch.Tensor, call: Call) -> LayerParts:
+    if count_matrices(parts.layer) == count_matrices(mixer):
+        raise _Unfit("all its matrices are in what mixes tokens")
     calls: list[Call] = []
     outputs: list[Any] = []
     hooks = (
@@ -206,8 +208,6 @@ def _around_mixer(parts: LayerParts, mixer: nn.Module, x: torch.Tensor, call: Ca
         mixer.register_forward_hook(lambda _m, _i, out: outputs.append(out)),
     )
     parts.mixer, parts.calls_attention = mixer, False
-    if count_matrices(parts.layer) == count_matrices(mixer):
-        raise _Unfit("all its matrices are in what mixes tokens")
     try:
         _, before, plain = _run_plain(parts, x, call)
     finally:
@@ -292,6 +292,8 @@ def _leanest(
     call: Call,
 ) -> LayerParts:
     """The first way of (norms that are skipped, are projections run on few tokens?) that gives what the layer gives."""
+    if any(mixes_tokens(m) for m in set(before) & set(parts.layer.modules()) - _around(parts)):
+        raise _Unfit("it mixes tokens in more than one place")
     problem = ""
     for parts.skipped, parts.empties in ways:
         try:
@@ -331,12 +333,16 @@ def _run_in_pieces(parts: LayerParts, x: torch.Tensor, call: Call, plain: _Plain
     for out, piece in zip(outs, pieces, strict=True):
         if out.shape != piece.shape:
             raise ValueError(f"pieces of {tuple(piece.shape)} give {tuple(out.shape)}")
-    beside = {m for m in parts.layer.modules() if parts.mixer in set(m.modules())} | set(parts.mixer.modules())
-    if any(mixes_tokens(m) for m in used - beside):
+    if any(mixes_tokens(m) for m in used - _around(parts)):
         raise ValueError("it mixes tokens in more than one place")
     routes = any(p.dim() == 3 for p in parts.layer.parameters()) or any("xpert" in type(m).__name__ for m in used)
     _check_same((torch.cat(outs, 1),), (plain.output,), 1, rounds=routes)
     return used
+
+
+def _around(parts: LayerParts) -> set[nn.Module]:
+    """Modules in which the mixer is, and those in it."""
+    return {m for m in parts.layer.modules() if parts.mixer in set(m.modules())} | set(parts.mixer.modules())
 
 
 _TOLERANCE = {2: 0.05, 4: 1e-4, 8: 1e-5}  # by bytes of a number; norms of a float64 model may be in fp32

@@ -160,7 +160,10 @@ SAYS = [
     (("--gpus", "8", "--sharding", "zero2", "--reduce-bucket-size", "0"), "--reduce-bucket-size: must be 'auto' or"),
     (("--gpus", "8", "--sharding", "zero2", "--weights-on-host", "--optimizer-on-host"), "take --sharding fsdp"),
     (("--gpus", "8", "--sharding", "zero1", "--precision", "mixed"), "--precision bf16"),
-    (("--gpus", "8", "--sharding", "zero2", "--context-parallel", "8", "-m", "llama3.1-8b"), "accelerate runs rings with FSDP2"),
+    (
+        ("--gpus", "8", "--sharding", "zero2", "--context-parallel", "8", "-m", "llama3.1-8b"),
+        "accelerate runs rings with FSDP2",
+    ),
     (("--gpus", "8", "--sharding", "fsdp", "--overlap-comm"), "--overlap-comm is of ZeRO"),
     (("--gpus", "8", "--sharding", "dp"), "'dp' is all on each GPU"),
     (("--optimizer", "adamw8bit"), "Write --optimizer adamw-8bit."),

@@ -84,6 +84,7 @@ NEEDED = {
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 16, "head_dim": 8},
 }
 """Fields without which transformers makes no such model, or none that runs."""
 
@@ -160,6 +161,8 @@ def test_defaults_are_those_of_transformers(model_type):
             continue
         if key in ("hidden_act", "hidden_activation") and not hasattr(config, key):
             continue
+        if value is None and (FAMILIES[model_type].parted or model_type == "mamba2"):
+            continue  # told by a list of layers; there is no attention and no MLP
         if key == FAMILIES[model_type].mlp_width and value is None:
             assert getattr(config, key, None) in (None, 4 * config.hidden_size)
         elif key == "num_key_value_heads" and value is None:
@@ -180,10 +183,12 @@ def test_absent_fields_are_filled_as_transformers_fills_them(model_type):
     given.update(num_attention_heads=32, hidden_size=256, num_hidden_layers=9, num_experts_per_tok=2)
     if "layer_types" in given:
         given["layer_types"] = given["layer_types"][:1] * 9
+    if "num_heads" in given:
+        given["num_heads"] *= 4
     config, model = CONFIG_MAPPING[model_type].from_dict(dict(given)), read_config(given, model_type)
     assert model.tied is getattr(config, "tie_word_embeddings", False)  # of a text part the whole says it
     assert [kind.window for kind in model.layer_kinds] == their_windows(config)
-    if model.attention.latent is None:
+    if model.attention.latent is None and model_type != "mamba2":
         assert model.attention.kv_heads == their_kv_heads(config)
 
 
@@ -198,7 +203,9 @@ def parameters(model):
     hidden, norm = model.hidden, model.hidden * (2 if model.norm_bias else 1)
     norms = norm * {"sandwich": 4, "one-norm": 1}.get(model.block, 2)
     layers = sum(
-        norms + mixing_weights(model.of_kind(kind), kind) + mlp_weights(model.of_kind(kind), kind.experts)
+        norms // (1 if kind.feed_forward and kind.mixer != "none" else 2)
+        + mixing_weights(model.of_kind(kind), kind)
+        + (mlp_weights(model.of_kind(kind), kind.experts) if kind.feed_forward else 0)
         for kind in model.layer_kinds
     )
     if model.per_layer is not None:
@@ -210,8 +217,8 @@ def parameters(model):
 
 def mixing_weights(model, kind):
     sizes, hidden = model.mixer, model.hidden
-    if kind.mixer == "attention":
-        return attention_weights(model, kind)
+    if kind.mixer in ("attention", "none"):
+        return attention_weights(model, kind) if kind.attends else 0
     if isinstance(sizes, ShortConv):
         return 4 * hidden * hidden + sizes.kernel * hidden + 5 * hidden * sizes.bias
     if isinstance(sizes, GatedDelta):
@@ -221,8 +228,9 @@ def mixing_weights(model, kind):
     inner = sizes.heads * sizes.head_dim
     channels = inner + 2 * sizes.groups * sizes.state
     into = inner + channels + sizes.heads
-    own = 3 * sizes.heads + inner + channels * (sizes.kernel + sizes.conv_bias)
-    return hidden * (into + inner) + (into + hidden) * sizes.bias + own
+    own = 3 * sizes.heads + inner * (sizes.norm != "none") + channels * (sizes.kernel + sizes.conv_bias)
+    beside = attention_weights(model, kind) if kind.attends else 0
+    return hidden * (into + inner) + into * sizes.bias + hidden * sizes.out_bias + own + beside
 
 
 def attention_weights(model, kind):
@@ -253,9 +261,12 @@ def mlp_weights(model, routed):
         biases = e.number * (2 * e.width + hidden + 1) * e.bias
         code = FAMILIES[model.model_type].code
         beside = hidden * code.shared_gate + e.number * code.corrected
+        matrices, inside = 2 + e.gated, e.latent or hidden
+        latent = 2 * hidden * e.latent + (hidden + e.latent) * e.shared_bias if e.latent else 0
+        shared = matrices * hidden * e.shared_width + (e.shared_width * (matrices - 1) + hidden) * e.shared_bias
         if e.beside_mlp:  # the MLP, three norms more, the router's weight on its input and numbers of experts
             beside += 3 * hidden * model.mlp.width + 4 * hidden + e.number
-        return 3 * hidden * (e.number * e.width + e.shared_width) + hidden * e.number + biases + beside
+        return matrices * inside * e.number * e.width + shared + hidden * e.number + biases + beside + latent
     into = 2 if model.mlp.gated else 1
     own = 2 if model.mlp.activation == "xielu" else 0  # weights of the activation
     return own + (into + 1) * hidden * model.mlp.width + (into * model.mlp.width + hidden) * model.mlp.bias
@@ -336,7 +347,10 @@ def changed(value):
     return [0.5] if isinstance(value, float) else [2, True, 0.5] if value is None else []
 
 
-CHUNKS = {"granitemoehybrid": {"mamba_chunk_size": 256}}
+CHUNKS = {
+    **{family: {"mamba_chunk_size": 256} for family in ("granitemoehybrid", "bamba", "falcon_h1")},
+    **{family: {"chunk_size": 128} for family in ("mamba2", "nemotron_h")},
+}
 """Of more tokens than in a tiny config, where the formula counts such alone."""
 
 

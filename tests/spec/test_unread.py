@@ -232,7 +232,7 @@ def test_a_flat_file_of_several_models_says_what_of_towers_is_counted():
     assert not read_config({**PLAIN, "model_type": "qwen2"}, "m").notes
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "jamba", "kimi_linear", "rwkv7", "bamba"])
+@pytest.mark.parametrize("model_type", ["mamba", "jamba", "kimi_linear", "rwkv7", "zamba2"])
 def test_hybrids_are_sent_to_the_trace(model_type):
     assert refused(of(model_type)).startswith(
         f"FILE: mstplan's formula counts no state-space, recurrent or hybrid models (model_type '{model_type}')"

@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import CONFIG_MAPPING
 
-from mstplan.errors import RecipeError, UnreadError
+from mstplan.errors import ModelError, RecipeError, UnreadError
 from mstplan.plan import solve
 from mstplan.spec.config import read_config
 from mstplan.spec.hardware import card
@@ -49,6 +49,24 @@ MAMBA = {
     "mamba_d_state": 64,
     "mamba_n_groups": 2,
 }
+SCAN = {"mamba_n_heads": 16, "mamba_d_state": 64, "mamba_n_groups": 2}
+BESIDE = {**SCAN, "mamba_d_ssm": 768, "mamba_n_heads": 12}
+PARTED = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention", "mlp"],
+    "mamba_num_heads": 16,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 64,
+    "n_groups": 2,
+    "head_dim": 64,
+}
+ROUTED_PARTS = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention", "moe"],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 512,
+    "moe_shared_expert_intermediate_size": 1024,
+}
+ALONE = {"num_heads": 16, "head_dim": 64, "state_size": 64, "n_groups": 2}
 ROUTED = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 512}
 MODELS = {
     "lfm2": ("lfm2", CONVOLUTIONS),
@@ -63,8 +81,22 @@ MODELS = {
         {**MAMBA, "layer_types": ["full_attention"] * 4, "position_embedding_type": "rope"},
     ),
     "lfm2_moe": ("lfm2_moe", {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1}),
+    "bamba": ("bamba", {**SCAN, "attn_layer_indices": [2]}),
+    "falcon_h1": ("falcon_h1", BESIDE),
+    "falcon_h1, normed first": ("falcon_h1", {**BESIDE, "mamba_rms_norm": True}),
+    "falcon_h1, gated first": ("falcon_h1", {**BESIDE, "mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    "nemotron_h": ("nemotron_h", PARTED),
+    "nemotron_h, experts": ("nemotron_h", {**PARTED, **ROUTED_PARTS}),
+    "nemotron_h, narrowed experts": (
+        "nemotron_h",
+        {**PARTED, **ROUTED_PARTS, "moe_latent_size": 128, "mlp_bias": True, "use_bias": True},
+    ),
+    "mamba2": ("mamba2", ALONE),
+    "mamba2, hidden states in bf16": ("mamba2", {**ALONE, "residual_in_fp32": False, "tie_word_embeddings": True}),
 }
-STRATEGIES = ("standard", "checkpoint", "mst", "mst-offload", "mst-layer", "mst-layer-offload")
+WHOLE = {"falcon_h1": "side by side", "mamba2": "do nothing else"}
+"""Families whose layers do not run in pieces, and words of the refusal."""
+STRATEGIES = ("standard", "checkpoint", "checkpoint-sqrt", "mst", "mst-offload", "mst-layer", "mst-layer-offload")
 CHANGES = [
     {"precision": "mixed"},
     {"precision": "fp32"},
@@ -89,6 +121,11 @@ def config_of(name, models=MODELS):
     return json.loads(CONFIG_MAPPING[family](**{**SIZES, **changes}).to_json_string(use_diff=False))
 
 
+def recipe_of(name, strategy_name):
+    """In pieces, of the MLP where there is one."""
+    return in_chunks(strategy(strategy_name), 1 if name.startswith("mamba2") else 4, 4)
+
+
 def agree(config, recipe, seq_len):
     traced = trace(config, recipe, seq_len, workspace=CARD.gpu.workspaces_bytes, platform=CARD.platform)
     told = {i.name: i.bytes for i in solve.plan_at(read_config(config, "m"), recipe, CARD, seq_len).instants()}
@@ -101,7 +138,20 @@ def agree(config, recipe, seq_len):
 def test_every_instant(name, strategy_name, seq_len):
     if name.startswith("qwen") and (seq_len > 4096 or strategy_name == "mst-layer-offload"):
         pytest.skip("its loop over chunks takes a trace minutes")
-    agree(config_of(name), in_chunks(strategy(strategy_name), 4, 4), seq_len)
+    if "layer" in strategy_name and (why := WHOLE.get(name.partition(",")[0])):
+        return check_refusal(name, recipe_of(name, strategy_name), why)
+    agree(config_of(name), recipe_of(name, strategy_name), seq_len)
+
+
+def test_the_trace_refuses_pieces_of_layers_that_mix_tokens_twice():
+    """Its tensors have no values, by which the runtime would find out."""
+    with pytest.raises(ModelError, match="in more than one place"):
+        trace(config_of("falcon_h1"), recipe_of("falcon_h1", "mst-layer"), 4096)
+
+
+def test_a_quarter_of_a_million_tokens():
+    for name in ("falcon_h1", "nemotron_h", "mamba2"):
+        agree(config_of(name), recipe_of(name, "mst-offload"), 262144)
 
 
 ATTENTION_ALONE = {"layer_types": ["full_attention"] * 3, "num_hidden_layers": 3}
@@ -158,6 +208,10 @@ REFUSED = [
     ("granite, mamba", {"precision": "fp32"}, "without autocast only"),
     ("granite, mamba", {"packing": 4}, "does not tell packed samples apart"),
     ("granite, mamba", {"offload": "saved-tensors"}, "are not checkpointed"),
+    ("falcon_h1", {"checkpoint": "children"}, "--checkpoint children"),
+    ("nemotron_h", {"lora_rank": 16}, "peft puts no adapters on out_proj"),
+    ("mamba2", {"loss": "cce", "checkpoint": "layer"}, "in fp32, of which the loss"),
+    ("mamba2", {"mlp_chunks": 4}, "no MLP to run in 4 pieces"),
 ]
 
 
@@ -190,14 +244,23 @@ def test_every_instant_of_another_recipe(changes):
     agree(config_of("lfm2"), strategy("standard").changed(**changes), 4096)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"batch": 2}, {"lora_rank": 16}, {"freeze": ["attention"]}, {"accumulation": 2}],
-    ids=str,
-)
+LISTED = ("bamba", "falcon_h1", "nemotron_h, experts", "mamba2")
+OVER_CHUNKS = [
+    {"batch": 2},
+    {"lora_rank": 16},
+    {"freeze": ["attention"]},
+    {"freeze": ["head"]},
+    {"train": ["layers.1.*"]},
+    {"accumulation": 2},
+]
+
+
+@pytest.mark.parametrize("changes", OVER_CHUNKS, ids=str)
 @pytest.mark.parametrize("strategy_name", ["standard", "checkpoint"])
-@pytest.mark.parametrize("name", ["qwen3_next", "granite, mamba"])
+@pytest.mark.parametrize("name", ["qwen3_next", "granite, mamba", *LISTED])
 def test_every_instant_of_a_recipe_over_chunks(name, strategy_name, changes):
+    if "lora_rank" in changes and name in LISTED[1:]:
+        changes = {**changes, "lora_targets": ("in_proj", "q_proj", "up_proj")[: 1 if name == "mamba2" else 3]}
     agree(config_of(name), strategy(strategy_name).changed(**changes), 1500 if name == "qwen3_next" else 4096)
 
 

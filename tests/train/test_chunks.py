@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mstplan import card, strategy
 from mstplan.errors import ModelError
@@ -95,6 +95,16 @@ def test_a_model_that_cannot_be_planned_asks_for_numbers():
     with pytest.raises(ModelError, match="Give mlp_chunks and loss_chunks"):
         ChunkCounts(AutoConfig.for_model("mamba"), AUTO)
     ChunkCounts(AutoConfig.for_model("mamba"), AUTO.changed(mlp_chunks=2, loss_chunks=2))
+
+
+def test_a_recipe_that_the_formula_does_not_count_is_recommended_by_the_modules_sizes():
+    """Mamba-2's layers are counted with weights in bf16 alone."""
+    config = AutoConfig.for_model("bamba", num_hidden_layers=2, hidden_size=64, intermediate_size=96, mamba_n_heads=8)
+    config.num_attention_heads, config.num_key_value_heads, config.vocab_size = 4, 2, 99
+    model = minisequence(AutoModelForCausalLM.from_config(config).train())
+    ids = torch.arange(16).view(1, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 def test_without_numbers_a_model_trains():

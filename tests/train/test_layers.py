@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from mstplan.errors import ModelError, RecipeError
@@ -278,6 +279,28 @@ def test_what_waits_on_the_host_is_gone_after_a_step():
             step(model, ids, labels)
     assert_equal(step(model, ids, labels), wanted)
     assert graphs == {}
+
+
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "vocab_size": 61,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 4,
+}
+
+
+def test_what_layers_that_stay_whole_are_given_is_gone_after_a_step():
+    """Layers of a mixer alone do not run in pieces, and whoever tried to must not look on."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **NEMOTRON_H)).train()
+    minisequence(model, mlp_chunks=4, loss_chunks=4, **LAYERS)
+    mixer = find_parts(model).layers[0].mixer
+    assert not mixer._forward_hooks and not mixer._forward_pre_hooks
 
 
 def test_masks_stay_whole():

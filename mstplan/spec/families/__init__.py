@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from . import (
     apertus,
+    bamba,
     bloom,
     cohere,
     deepseek,
@@ -15,6 +16,7 @@ from . import (
     ernie_moe,
     exaone,
     falcon,
+    falcon_h1,
     gemma,
     glm,
     gpt2,
@@ -24,9 +26,11 @@ from . import (
     lfm2,
     llama,
     llama4,
+    mamba,
     minimax,
     mistral,
     nemotron,
+    nemotron_h,
     olmo,
     opt,
     phi,
@@ -59,7 +63,8 @@ _DENSE = (
     gptj,
     bloom,
 )
-_FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4, lfm2)
+_STATE_SPACES = (bamba, falcon_h1, mamba, nemotron_h)
+_FILES = (*_DENSE, seed_oss, gpt_oss, deepseek, dots, minimax, ernie_moe, llama4, lfm2, *_STATE_SPACES)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """By the model_type of a config.json."""
 

@@ -110,6 +110,7 @@ class Routed(NamedTuple):
     )
     listed: bool = False  # mlp_layer_types says which layers have experts, where the file has it
     dense_first: int = 0  # where it has not, so many layers have none
+    latent: str | None = None  # the field that holds the width to which tokens are projected before the experts
     fields: tuple[str, ...] = ()  # names in its files that no other family has
     linear_router: bool = (
         False  # its router is a linear layer that gives more than its product: peft's adapter breaks it
@@ -174,6 +175,10 @@ class Code(NamedTuple):
     scales_branches: bool = False  # what attention and MLP give is multiplied by a number before it is added
     scales_logits: bool = False  # so are the logits
     scales_output: bool = False  # a layer's output is multiplied in place by a number of its own
+    scales_mixers: bool = False
+    """So are inputs and outputs of attention and of the mixer beside it, keys, and gate and output of the MLP, whose up comes first."""
+    widens_logits: bool = False  # the model itself casts logits to fp32
+    bars_out_proj: bool = False  # peft refuses adapters on out_proj (tuners/tuners_utils.py, mamba_model_types)
     fp32_router_logits: bool = False  # what chooses experts is cast to fp32
     fp32_router: bool = False  # the router's weight stays in fp32
     scaled_router: bool = False  # the router has a norm, a weight on its input and a number for each expert (Gemma 4)
@@ -223,9 +228,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     # of which layers queries and keys are not turned. listed: by no_rope_layers; full: those without a window
     unturned: Literal["none", "listed", "full", "full beside windows"] = "none"
     tempered: str | None = None  # the switch of factors on queries that are not turned, of their positions
-    mlp_width: str = (
-        "intermediate_size"  # the field that holds it; where its default is null, four times the hidden size
-    )
+    mlp_width: str = "intermediate_size"  # the field that holds it; where its default is null, four times the hidden size; "": no layer has an MLP
     adjusted_width: bool = False  # two thirds of it, in whole blocks (block_auto_adjust_ff_dim)
     mixer: Mixer = "attention"  # of the layers whose layer_types entry names no attention
     # what tells, where there are no layer_types, which layers have attention; layer_types: nothing does
@@ -235,7 +238,17 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     shared_keys: bool = False  # the last num_kv_shared_layers take keys and values of earlier ones
     wide_borrowers: str | None = None  # the switch under which MLPs of these are twice as wide
     global_attention: bool = False  # layers without a window have heads of their own (spec/own_sizes.py)
-    attention_by: Literal["layer_types", "full_attn_idxs", "full_attention_interval", "none has"] = "layer_types"
+    attention_by: Literal[
+        "layer_types", "full_attn_idxs", "attn_layer_indices", "full_attention_interval", "none has"
+    ] = "layer_types"
+    mixer_fields: Mapping[str, str] = MappingProxyType(
+        {}
+    )  # names of fields for Mamba-2's sizes, where they are not mamba_ and the size
+    inner_width: str | None = (
+        None  # the field that holds how many numbers Mamba-2 has of a token; "heads": those of its heads
+    )
+    parted: bool = False  # each layer is attention, another mixer, an MLP or experts alone, as it lists them
+    residual_in_fp32: bool = False  # the switch of that name acts
     experts: Routed | None = None
     activation: str = "hidden_act"
     fixed_activation: str | None = None  # what all its files mean, which do not say it
@@ -248,7 +261,9 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     sinks: bool = False
     rotary_switch: str | None = None  # the field that says "rope" where queries and keys are turned
     rotary_width: str | None = None  # the field that holds how many numbers of a head are turned
-    positions: Literal["rotary", "learned", "alibi"] = "rotary"  # learned: a table of them; alibi: biases of scores
+    positions: Literal["rotary", "learned", "alibi", "none"] = (
+        "rotary"  # learned: a table of them; alibi: biases of scores
+    )
     first_position: int = 0  # row of the first token in the table of learned positions
     scaled_embedding: bool = False
     embedding_norm: bool = False

@@ -50,8 +50,12 @@ def logits_of(w: Writer, hidden: Tensor, head: Weight, defers: bool) -> Tensor:
         w.linear(hidden, part, "lm_head", kind=WeightKind.HEAD, weight=head)
         return tensor_parallel.gathered(w, part, w.new("logits", "V", part.dtype))
     logits = w.new("logits", "V", w.numerics.compute)
+    if w.model.wide_residual:
+        hidden = w.cast(hidden, w.numerics.weights, "hidden states, narrowed")
     bias = w.model.head_bias
     logits = w.linear(hidden, logits, "lm_head", kind=WeightKind.HEAD, bias=bias, weight=head, defers=defers)
+    if w.code.widens_logits:
+        logits = w.cast(logits, "float32", "logits, fp32")
     if w.code.scales_logits:
         logits = w.pointwise("scale logits", logits, w.new("scaled logits", "V", logits.dtype))
     if w.model.logit_softcap:

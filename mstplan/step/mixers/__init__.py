@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from ...errors import RecipeError
 from ...spec.families import family_of
 from ...spec.model import GatedDelta, Mamba2, Model, ShortConv
+from ..adapters import WORDS
+from ..losses import LOSSES
 from ..recipe import Recipe
 from ..roles import Role
 from ..tape import Tensor
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
     from ..layers import Writer
 
 
+def runs_in_pieces(model: Model) -> bool:
+    """Whether some layers run in pieces around what mixes their tokens, which is in one place and not all that they do."""
+    return any(
+        kind.mixer == "attention" or (kind.feed_forward and kind.mixer not in ("none", "attention and mamba2"))
+        for kind in model.layer_kinds
+    )
+
+
 def check_recipe(model: Model, recipe: Recipe) -> None:
     """Raise RecipeError for a recipe with which the formula does not count what mixes the model's tokens."""
     if family_of(model.model_type).code.mixes_samples and recipe.packing > 1:
@@ -31,6 +41,29 @@ def check_recipe(model: Model, recipe: Recipe) -> None:
         )
     if model.mixer is None or isinstance(model.mixer, ShortConv):
         return
+    if recipe.lora_rank and family_of(model.model_type).code.bars_out_proj:
+        named = {target.rsplit(".", 1)[-1] for target in recipe.lora_targets}
+        if named & {*WORDS, "out_proj"}:
+            raise RecipeError(
+                f"peft puts no adapters on out_proj of model_type {model.model_type}, and refuses targets that name it.\n"
+                "Name others: --lora-targets in_proj."
+            )
+    if recipe.layer_in_chunks and not runs_in_pieces(model):
+        twice = any(kind.mixer == "attention and mamba2" for kind in model.layer_kinds)
+        what = "mix tokens in two places, side by side" if twice else "mix all tokens together, and do nothing else"
+        raise RecipeError(f"layers of {model.name} {what}, and do not run in pieces.\nTake mst (-s mst).")
+    if model.wide_residual and LOSSES[recipe.loss].is_fused:
+        raise RecipeError(
+            f"hidden states of {model.name} are in fp32, of which the loss {recipe.loss!r} is not counted.\nSet loss='chunked' (--loss chunked)."
+        )
+    if recipe.checkpoint == "children" and any(kind.mixer == "attention and mamba2" for kind in model.layer_kinds):
+        raise RecipeError(
+            f"attention and Mamba-2 side by side in the layers of {model.name} are not planned with --checkpoint children.\nUse --checkpoint layer."
+        )
+    if recipe.mlp_chunks not in (1, "auto") and not model.feeds_forward:
+        raise RecipeError(
+            f"{model.name} has no MLP to run in {recipe.mlp_chunks} pieces.\nSet mlp_chunks=1 (--chunks 1,N)."
+        )
     if recipe.runs_autocast or recipe.used_dtype != "bfloat16":
         raise RecipeError(
             f"the formula counts the mixing layers of {model.name}, which compute in fp32 of their own, with weights in bf16 and without autocast "

@@ -55,7 +55,10 @@ class _Mamba2:
         width = inner + 2 * shared
         name = f"{self.module}.in_proj"
         whole = w.new("gate, x, B, C and dt", str(inner + width + s.heads))
-        projected = w.linear(x, whole, name, kind=kind, bias=s.bias)
+        given = w.scaled(x) if s.scaled else x
+        projected = w.linear(given, whole, name, kind=kind, bias=s.bias)
+        if s.scaled:
+            projected = w.scaled(projected)
         dtype, decay = projected.dtype, self._decay()
         parts = (("gate", f"{t} M P"), ("x, B and C", f"{t} {width}"), ("dt", f"{t} M"))
         gate, joined, dt = w._split(projected, *parts)
@@ -65,9 +68,10 @@ class _Mamba2:
         outside = (x, projected, decay, active)
         values, b, c = w._split(active, ("x", f"{t} M P"), ("B", f"{t} g N"), ("C", f"{t} g N"))
         scanned = self._scan(values, dt, decay, b, c, outside)
-        normed = self._gated_norm(scanned, gate, outside)
+        gated = {"after the gate": self._gated_norm, "before the gate": self._normed_first, "none": self._gated}
+        normed = gated[s.norm](scanned, gate, outside)
         y = w.cast(normed, dtype, "scanned values, gated")
-        out = w.linear(y, w.new("attention output", "d"), f"{self.module}.out_proj", kind=kind, bias=s.bias)
+        out = w.linear(y, w.new("attention output", "d"), f"{self.module}.out_proj", kind=kind, bias=s.out_bias)
         w.hold(*outside, normed)
         return out
 
@@ -76,6 +80,35 @@ class _Mamba2:
         logs, heads = self.weight("A_log"), str(self.sizes.heads)
         exponential, y = (self.tape.new(f"{sign}exp(A_log)", heads, _WIDE) for sign in ("", "-"))
         return self.tape.op("-exp(A_log)", [], y, exponential, keeps=(exponential,), weights=(logs,))
+
+    def _gated(self, x: Tensor, gate: Tensor, outside: tuple[Tensor, ...]) -> Tensor:
+        """x * silu(gate), of which the gate alone has the weights' dtype (FalconH1Mixer without a norm)."""
+        w, tape = self.w, self.tape
+        active = w.pointwise("silu of the gate", gate, self.new("silu of the gate", "M P", gate.dtype), gate)
+        y, wide = self.new("x * gate", "M P"), self.new("gradient x x", "M P")
+        grads = ((x, tape.grad(x)), (active, tape.grad(active)))
+        tape.op("x * gate", [x, active], y, keeps=(x, active), grads=grads, back_temps=(wide,))
+        w.hold(*outside, x)
+        return y
+
+    def _normed_first(self, x: Tensor, gate: Tensor, outside: tuple[Tensor, ...]) -> Tensor:
+        """weight * norm(x) * silu(gate), by groups, in fp32 (FalconH1RMSNormGated)."""
+        w, s, t = self.w, self.sizes, self.w.t
+        groups = self.tape.view(x, x.name, f"{t} g {s.heads * s.head_dim // s.groups}")
+        self.tape.op("by groups", [x], groups, grads=((x, None),))
+        normed, mean = w._root_mean_square(groups, f"{self.module}.norm")
+        y = self._weighted(normed)
+        wide = w.cast(gate, _WIDE)
+        active = w.pointwise("silu of the gate", wide, self.new("silu of the gate", "M P"), wide)
+        gated = w.multiply("x * gate", y, active, self.new("x * gate", "M P"))
+        w.hold(*outside, x, y, mean)
+        return gated
+
+    def _weighted(self, normed: Tensor) -> Tensor:
+        """The norm's weight, times what it normed, by groups or all side by side."""
+        whole = self.tape.view(normed, normed.name, f"{self.w.t} {self.sizes.heads * self.sizes.head_dim}")
+        self.tape.op("groups side by side", [normed], whole, grads=((normed, None),))
+        return self.w._weighted(whole, f"{self.module}.norm")
 
     def _gated_norm(self, x: Tensor, gate: Tensor, outside: tuple[Tensor, ...]) -> Tensor:
         """weight * norm(x * silu(gate)), by groups, in fp32 (MambaRMSNormGated)."""
@@ -90,9 +123,7 @@ class _Mamba2:
         w.hold(*held)
         normed, mean = w._root_mean_square(gated, name)
         w.hold(*held, gated, mean)
-        whole = self.tape.view(normed, normed.name, f"{w.t} {s.heads * s.head_dim}")
-        self.tape.op("groups side by side", [normed], whole, grads=((normed, None),))
-        y = w._weighted(whole, name)
+        y = self._weighted(normed)
         w.hold(*held, normed, mean)
         return y
 
