@@ -436,7 +436,12 @@ class VariedOptions(Options):
         str,
         "--sharding",
         _of_recipe(
-            "sharding", {"ddp": "all on each of --gpus", "fsdp": "or zero3; FSDP2: everything in shards over them"}
+            "sharding",
+            {
+                "ddp": "all on each of --gpus",
+                "zero2": "DeepSpeed's ZeRO, as zero1",
+                "fsdp": "or zero3; FSDP2: everything in shards over them",
+            },
         ),
         panel="Recipe",
         metavar="NAME",
@@ -467,6 +472,17 @@ class VariedOptions(Options):
         panel="Recipe",
         metavar="NAME",
         choices=_planned("reduce_dtype"),
+    )
+    reduce_bucket_size = option(
+        str,
+        "--reduce-bucket-size",
+        "Under zero1 and zero2, values in DeepSpeed's bucket of gradients, or auto: the hidden size squared, as transformers fills it in. Default "
+        "500,000,000, DeepSpeed's.",
+        panel="Recipe",
+        metavar="N",
+    )
+    overlap_comm = option(
+        bool, "--overlap-comm", "Under zero1 and zero2, two buckets: DeepSpeed's overlap_comm.", False, panel="Recipe"
     )
     sequence_parallel = option(
         int,
@@ -694,6 +710,8 @@ def _varied(options: VariedOptions) -> dict[str, object]:
     changes: dict[str, object] = {}
     if options.no_recompute:
         changes["mlp_recompute"] = False
+    if (bucket := options.reduce_bucket_size) is not None:
+        changes["reduce_bucket_size"] = bucket if bucket == "auto" else parse_whole(bucket, "--reduce-bucket-size")
     if (groups := options.attention_groups) is not None:
         changes["attention_groups"] = groups if groups == "auto" else parse_whole(groups, "--attention-groups")
     if (how := options.checkpoint) is not None:

@@ -314,6 +314,8 @@ def _notes_of_several_gpus(model: Model, recipe: Recipe) -> list[str]:
         return []
     if recipe.sharded:
         return sharding_notes(model, recipe)
+    if recipe.zero_stage:
+        return partition_notes(model, recipe)
     return replica_notes(recipe) if recipe.has_gradient_buckets else [_sequences_of_each(recipe) + ".", _NOT_COUNTED]
 
 
@@ -344,13 +346,30 @@ def _sequences_of_each(recipe: Recipe, where: str = "") -> str:
     )
 
 
+def partition_notes(model: Model, recipe: Recipe) -> list[str]:
+    """What a card holds under DeepSpeed's ZeRO-1 or ZeRO-2, and what is not counted."""
+    where = "in CPU RAM, pinned" if recipe.optimizer_on_host else "here"
+    bucket = recipe.bucket_values(model.hidden)
+    buckets = f"{'two buckets' if recipe.overlap_comm else 'a bucket'} of {bucket:,} values (--reduce-bucket-size)"
+    gradients = "whole gradients until the last backward is over" if recipe.zero_stage == 1 else "its part of gradients"
+    return [
+        (
+            f"{_sequences_of_each(recipe)}: DeepSpeed's ZeRO-{recipe.zero_stage} with bf16 enabled. Counted: bf16 weights, whole; 1/{recipe.gpus:,} of fp32 "
+            f"weights and optimizer states, {where}; {gradients}, summed in bf16, and {buckets}; for their norm one gradient at a time in fp64 "
+            "(docs/sharding.md)."
+        ),
+        _NOT_COUNTED,
+    ]
+
+
 def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
     """What a card holds under FSDP2, and what is not counted."""
     where = f" in {recipe.replicas:,} replicas of {recipe.shards:,} shards" if recipe.replicas > 1 else ""
     kept = "shards in CPU RAM (CPUOffloadPolicy)" if recipe.weights_on_host else "shards, padded"
     notes = [
         (
-            f"{_sequences_of_each(recipe, where)}: FSDP2 over every layer and the model. "
+            f"{_sequences_of_each(recipe, where)}: FSDP2 over every layer and the model, also where zero3 was asked for: DeepSpeed's own buffers of ZeRO-3 "
+            "are not counted. "
             f"Counted: {kept}; the layer that runs and the all-gather buffer of its neighbour; embedding, norm and head, gathered "
             "throughout; whole gradients until they are scattered, and the reduce-scatter's input (docs/sharding.md)."
         ),

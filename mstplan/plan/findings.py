@@ -87,7 +87,7 @@ def _notes_of_longest(
 def _fewest_gpus_notes(answers: Sequence[Answer]) -> list[str]:
     """Where nothing fits in shards: from how many GPUs the nearest strategy does."""
     plan = ways.nearest_plan([answer.plan for answer in answers])
-    return [advice.fewest_gpus_line(ways.fewest_gpus(plan))] if plan.recipe.sharded else []
+    return [advice.fewest_gpus_line(ways.fewest_gpus(plan))] if plan.recipe.divides_states else []
 
 
 def _notes(model: Model, recipe: Recipe, card: Card) -> list[str]:
@@ -203,6 +203,6 @@ def _advice(
     )
     if smallest is not None:
         lines.append(f"The smallest GPU on which it fits as it is: {smallest.name} ({smallest.label}).")
-    if plan.recipe.sharded:
+    if plan.recipe.divides_states:
         lines.append(advice.fewest_gpus_line(fewest_gpus))
     return lines

@@ -614,7 +614,10 @@ def _longest_saved(model: Model, recipe: Recipe, budget: int, built_step: Step) 
 def host_bytes(model: Model, recipe: Recipe, seq_len: int, built_step: Step) -> int:
     """Host memory of one process: offloaded layer inputs or saved tensors, attention's, optimizer states, weights. Pinned, so it cannot be
     swapped."""
-    total = host_states(recipe, built_step.trained) if not recipe.sharded else 0
+    if built_step.zero is not None:
+        total = built_step.zero.host_bytes() if recipe.optimizer_on_host else 0
+    else:
+        total = host_states(recipe, built_step.trained) if not recipe.sharded else 0
     if recipe.weights_on_host:
         shards = shards_on_host(recipe, built_step.card_weights)
         total += shards if recipe.sharded else built_step.parameters * recipe.weight_bytes

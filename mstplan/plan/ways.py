@@ -369,14 +369,14 @@ def fewest_gpus(start: Plan) -> int | None:
     """The number of GPUs from which a recipe in shards fits as it is, with as many replicas; None: up to `MOST_GPUS` none does, or all
     holds as much on each of them."""
     recipe = start.recipe
-    if not recipe.sharded:
+    if not recipe.divides_states:
         return None
 
     def fits(shards: int) -> bool:
         gpus_in_all = recipe.changed(gpus=shards * recipe.replicas)
         return plan_at(start.model, gpus_in_all, start.card, start.seq_len).fits
 
-    low = high = recipe.shards  # too few; enough
+    low = high = recipe.gpus // recipe.replicas  # too few; enough
     most = MOST_GPUS // recipe.replicas
     while high < most:
         low, high = high, min(2 * high, most)

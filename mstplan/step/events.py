@@ -15,7 +15,7 @@ from .optimizers import optimizer_memory, states_in_order
 from .optimizers.base import Held
 from .roles import Role
 from .simulation import RELEASED, Allocations
-from .tape import BASIS, Change, Event, Happening, Repeat, Rules, Tensor, backward, forward, grad_of
+from .tape import BASIS, Change, Event, Happening, Repeat, Rules, Tensor, backward, finish_reducing, forward, grad_of
 
 if TYPE_CHECKING:
     from .steps import Chunks, Sizes, Step
@@ -79,6 +79,9 @@ class _Follower:
         for tensor in tensors:
             self.allocate(tensor.basis, tensor.bytes, tensor.identity)
 
+    def mark(self, _operation: str, _has_workspace: bool = False) -> None:
+        """A moment of a replay: nothing comes or goes."""
+
     def drop(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             self.release(tensor.identity)
@@ -134,6 +137,8 @@ class _Assembly:
         self.follower = _Follower({BASIS.index("bc"): chunks.mlp, BASIS.index("bk"): chunks.loss})
         self.numbers = [weight.numel for weight in step.card_weights_in_order()]
         self.trained = [weight for weight in step.card_weights_in_order() if weight.trained]
+        if step.zero is not None:  # one flat tensor of all weights, and a part of it
+            self.numbers, self.trained = [1], [step.zero.stepped]
 
     def assemble(self) -> Events:
         follower, step = self.follower, self.step
@@ -143,6 +148,8 @@ class _Assembly:
         follower.put(*step.batch())
         for n in range(self.recipe.accumulation):
             self._follow_passes(step.rules(events=True, number=n))
+        if step.zero is not None and not self.recipe.optimizer_on_host:
+            step.zero.follow_step(follower)
         gone = set(self._make_and_release(step.clipping)) if step.steps_at_end else set()
         states_at = len(follower.events)
         if step.steps_at_end:
@@ -162,6 +169,7 @@ class _Assembly:
         follower.drop(*ahead.cached)
         follower.put(grad_of(tape.output))
         follower.follow(backward(tape, rules, prune=False).events)
+        follower.follow(finish_reducing(rules).events)
 
     def _states(self) -> None:
         """A weight's states come together."""

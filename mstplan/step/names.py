@@ -211,13 +211,19 @@ VALUES: dict[str, tuple[Advice, ...]] = {
         Advice("zero3 zero_3", "is ZeRO-3, which FSDP2 is too", _FSDP),  # on the command line it is taken for that
         Advice(
             "zero zero_stage_3 stage3 deepspeed deepspeed_zero3 deepspeed_stage_3",
-            "is DeepSpeed's, whose own buffers are not planned",
+            "is DeepSpeed's, of which zero1 and zero2 are planned, and zero3 without its own buffers",
             _FSDP,
             _SHARDS_ALL,
         ),
+        Advice("stage1 zero_stage_1 deepspeed_zero1 deepspeed_stage_1", "is ZeRO-1", {"sharding": "zero1"}),
+        Advice("stage2 zero_stage_2 deepspeed_zero2 deepspeed_stage_2", "is ZeRO-2", {"sharding": "zero2"}),
         Advice(
-            "zero1 zero2 stage1 stage2 zero_stage_1 zero_stage_2 deepspeed_zero1 deepspeed_zero2 deepspeed_stage_1 deepspeed_stage_2 shard_grad_op "
-            "fsdp_shard_grad_op grad_op fairscale oss",
+            "zero2_offload zero_offload",
+            "is ZeRO-2 with the optimizer in CPU RAM",
+            {"sharding": "zero2", "optimizer_on_host": True},
+        ),
+        Advice(
+            "shard_grad_op fsdp_shard_grad_op grad_op fairscale oss",
             _NOT_YET,
             _FSDP,
             "which shards the weights too",
@@ -231,8 +237,7 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             {"sharding": "ddp"},
         ),
         Advice(
-            "zero2_offload zero3_offload zero_offload zero_infinity tp tensor* pp pipeline* cp context* ring* ep expert* "
-            "megatron 2d 3d 4d 5d",
+            "zero3_offload zero_infinity tp tensor* pp pipeline* cp context* ring* ep expert* megatron 2d 3d 4d 5d",
             _IS_NOT,
         ),
         Advice("sp sequence* ulysses alst", "shares sequences out, beside any sharding", _ULYSSES),
@@ -344,7 +349,12 @@ _OPTIONS = (
         "of about the size",
     ),
     Advice("prepare-model-for-kbit-training kbit", "", {"kbit_preparation": True}),
-    Advice("deepspeed* zero*", "DeepSpeed's own buffers are not planned", _FSDP, _SHARDS_ALL),
+    Advice(
+        "deepspeed* zero*",
+        "of DeepSpeed's ZeRO stages 1 and 2 are planned",
+        {"sharding": "zero2"},
+        "or zero1; zero3 is counted as FSDP2",
+    ),
     Advice("fsdp fsdp2 fully-shard", "", _FSDP),
     Advice("hsdp dp-replicate* replicate-size", "", {"replicas": None}),
     Advice("fsdp-offload-params fsdp-cpu-offload fsdp-offload", "", {**_FSDP, **_ON_HOST}),

@@ -132,10 +132,16 @@ class Recipe(BaseModel):
     which its gradient_checkpointing_enable and peft call. `minisequence` does without."""
     gpus: int = Field(default=1, ge=1, le=65_536)
     """Cards that train together, each with `batch` sequences of its own."""
-    sharding: Literal["none", "ddp", "fsdp"] = "none"
+    sharding: Literal["none", "ddp", "zero1", "zero2", "fsdp"] = "none"
     """fsdp: weights, gradients and optimizer states in shards over all cards, each decoder layer gathered while it runs
     (PyTorch's fully_shard of every layer, then of the model; ZeRO-3). mixed is then its MixedPrecisionPolicy: fp32 shards,
-    gathered in bf16, gradients reduced in fp32, and no autocast."""
+    gathered in bf16, gradients reduced in fp32, and no autocast. zero1, zero2: DeepSpeed's ZeRO of stages 1 and 2: bf16 weights whole on each card,
+    fp32 weights and optimizer states in partitions, in stage 2 gradients too."""
+    reduce_bucket_size: Literal["auto"] | int = 500_000_000
+    """Values in the bucket in which zero1 and zero2 sum gradients (DeepSpeed's reduce_bucket_size, whose default this is); auto: the hidden size
+    squared, as transformers fills it in."""
+    overlap_comm: bool = False
+    """zero1 and zero2 reduce while backward goes on, with two buckets (DeepSpeed's overlap_comm)."""
     sync_each_batch: bool = False
     """With accumulation fsdp scatters the gradients of each micro-batch (accelerate's gradient_accumulation_kwargs). Without it, as in
     accelerate and transformers' Trainer, whole gradients of all weights stay on every card until the last micro-batch scatters them."""
@@ -332,6 +338,13 @@ class Recipe(BaseModel):
         if alone:
             message = f"{alone} ({option_of(alone)}) is of fsdp: add sharding='fsdp' (--sharding fsdp), or leave it out"
             return ((True, message),)
+        of_zero = ("reduce_bucket_size", "overlap_comm")
+        alone = "" if self.zero_stage else next((n for n in of_zero if getattr(self, n) != usual[n].default), "")
+        if alone:
+            message = (
+                f"{alone} ({option_of(alone)}) is of ZeRO: add sharding='zero2' (--sharding zero2), or leave it out"
+            )
+            return ((True, message),)
         if self.sharding == "none":
             return (
                 (
@@ -355,6 +368,8 @@ class Recipe(BaseModel):
                     "ddp with weights or optimizer in CPU RAM is not planned",
                 ),
             )
+        if self.zero_stage:
+            return (few, *self._bad_zero())
         optimizer = OPTIMIZERS[self.optimizer]
         stepping = " or ".join(name for name, each in OPTIMIZERS.items() if not each.no_shards)
         return (
@@ -386,6 +401,35 @@ class Recipe(BaseModel):
             (
                 self.reduce_dtype == "bf16" and self.precision != "mixed",
                 "reduce_dtype is of fp32 shards: add precision='mixed' (--precision mixed), or leave it out",
+            ),
+        )
+
+    def _bad_zero(self) -> tuple[tuple[bool, str], ...]:
+        bucket, name = self.reduce_bucket_size, self.sharding
+        return (
+            (
+                bucket != "auto" and not 1 <= bucket <= 1 << 40,
+                f"reduce_bucket_size: must be 'auto' or a whole number from 1 (got {quoted(bucket)})",
+            ),
+            (
+                self.precision != "bf16" or self.autocast,
+                f"{name} is planned with bf16 weights, fp32 ones in its optimizer: set precision='bf16' (--precision bf16), leave autocast (--autocast) out",
+            ),
+            (
+                self.optimizer not in ("adamw", "sgd"),
+                f"{name} steps a flat part of the weights, planned with adamw or sgd: use --optimizer adamw",
+            ),
+            (
+                self.optimizer_in_backward,
+                f"{name} steps when all gradients are summed, and optimizer_in_backward lets each go: leave one of the two out",
+            ),
+            (
+                self.weights_on_host,
+                f"{name} has all weights on each card: leave weights_on_host (--weights-on-host) out, or take sharding='fsdp' (--sharding fsdp)",
+            ),
+            (
+                bool(self.lora_rank or self.train or self.freeze),
+                f"{name} with adapters or frozen weights is not planned yet: leave --lora, --train and --freeze out, or --sharding",
             ),
         )
 
@@ -432,6 +476,20 @@ class Recipe(BaseModel):
     @property
     def sharded(self) -> bool:
         return self.sharding == "fsdp"
+
+    @property
+    def divides_states(self) -> bool:
+        """Whether each card holds a part of the optimizer's states, the smaller the more cards there are."""
+        return self.sharded or self.zero_stage > 0
+
+    @property
+    def zero_stage(self) -> int:
+        """Stage of DeepSpeed's ZeRO, whose partitions are counted: 1 or 2; 0: it is not ZeRO."""
+        return {"zero1": 1, "zero2": 2}.get(self.sharding, 0)
+
+    def bucket_values(self, hidden: int) -> int:
+        """Values in ZeRO's bucket of a model with so large hidden states (transformers/integrations/deepspeed.py, trainer_config_finalize)."""
+        return hidden * hidden if self.reduce_bucket_size == "auto" else self.reduce_bucket_size
 
     @property
     def shards(self) -> int:
@@ -585,6 +643,7 @@ def _replicas_that_do(gpus: int) -> str:
 
 
 _MUST_BE = {
+    "reduce_bucket_size": "must be 'auto' or a whole number from 1",
     "checkpoint": "must be none, layer, sqrt, selective, children, every-n (every-2), or a number of layers from 1",
     **dict.fromkeys(CHUNK_FIELDS, "must be 'auto' or a whole number from 1"),
 }
@@ -715,11 +774,13 @@ def recipe_in_words(recipe: Recipe, kernel: str = "") -> str:
     ]
     if recipe.sequence_parallel > 1:
         words.append(f"sequences over {recipe.sequence_parallel:,} GPUs (Ulysses)")
-    return ", ".join([*words, *([_sharding_in_words(recipe)] if recipe.sharded else [])])
+    return ", ".join([*words, *([_sharding_in_words(recipe)] if recipe.sharded or recipe.zero_stage else [])])
 
 
 def _sharding_in_words(recipe: Recipe) -> str:
-    """'FSDP2 over 16 GPUs in 2 replicas, weights in CPU RAM, whole gradients between micro-batches'."""
+    """'FSDP2 over 16 GPUs in 2 replicas, weights in CPU RAM, whole gradients between micro-batches', 'ZeRO-2 over 8 GPUs'."""
+    if recipe.zero_stage:
+        return f"ZeRO-{recipe.zero_stage} over {recipe.gpus:,} GPUs (DeepSpeed), fp32 weights in the optimizer"
     replicas = f" in {recipe.replicas:,} replicas" if recipe.replicas > 1 else ""
     host = ", weights, gradients and optimizer in CPU RAM" if recipe.weights_on_host else ""
     whole = ", whole gradients between micro-batches" if recipe.keeps_whole_gradients else ""
@@ -753,6 +814,8 @@ def _rows_in_words(recipe: Recipe) -> list[str]:
 def _dtypes_of_states(recipe: Recipe) -> list[str]:
     from .tape import Weight
 
+    if recipe.zero_stage:
+        recipe = recipe.model_copy(update={"precision": "fp32"})
     if recipe.lora_rank:
         recipe = recipe.model_copy(update={"precision": recipe.adapter_dtype, "kbit_preparation": False})
     rows = OPTIMIZERS[recipe.optimizer].memory(recipe, [(Weight("of any size", (4096, 4096)), 1)]).states
@@ -775,6 +838,7 @@ SWITCHES = (
     "kbit_preparation",
     "padding_free",
     "sync_each_batch",
+    "overlap_comm",
 )
 """Fields that are an option without a value, of the same name."""
 _OPTIONS = {"lora_rank": "--lora"}

@@ -46,6 +46,10 @@ def check_runnable(recipe: Recipe) -> None:
         raise RecipeError("a training step needs numbers of chunks, not 'auto'.")
     for bad, why in (
         (
+            bool(recipe.zero_stage),
+            "DeepSpeed's ZeRO is planned by the formula alone: the trace and the step that is run are of FSDP2 and DDP",
+        ),
+        (
             (recipe.optimizer_on_host or recipe.weights_on_host) and not recipe.sharded,
             "the step that is run keeps weights and optimizer on its device",
         ),

@@ -7,7 +7,7 @@ largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
@@ -58,6 +58,7 @@ from .tape import (
     WeightWorkspace,
     add,
     backward,
+    finish_reducing,
     forward,
     grad_of,
     step_weights,
@@ -66,11 +67,16 @@ from .tape import (
     undominated,
 )
 from .workspaces import IDS_PER_PARTIAL_SUM, SortedLookups, Spans
+from .zero import Zero, weights_in_order
 
 CALIBRATED = "calibration less formula"
 POSITION_IDS = "position ids"
 WORKSPACES, LT_WORKSPACES = "cuBLAS workspaces", "cuBLASLt workspaces"
 GRADIENT_BUCKETS = "DDP's buckets of gradients"
+
+
+Note = Callable[[Iterable[tuple[Instant, Moment]], Alive], None]
+"""What writes down moments of a step by their instant, with all that is alive beside them."""
 
 
 class Layout(NamedTuple):
@@ -170,9 +176,12 @@ class Step:
         self.parameters = sum(w.numel * n for w, n in self.weights)
         self.card_weights = shards_of(self.weights, layout.recipe.shards)
         self.towers = [] if layout.recipe.weights_on_host else tower_weights(model, layout.recipe)
+        self.zero = self._partitions()
         self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
+        if self.zero is not None:  # of which each optimizer steps a part, in fp32
+            self.trained_on_card = [(self.zero.stepped, 1)]
         self.optimizer = optimizer_memory(layout.recipe, self.trained_on_card)
-        self.clipping = clipping(layout.recipe, self.trained_on_card)
+        self.clipping = () if self.zero is not None else clipping(layout.recipe, self.trained_on_card)
         self.card_parameters = sum(
             w.numel * n for w, n in self.card_weights
         )  # parameters on one card: all, or its share
@@ -198,6 +207,13 @@ class Step:
         other.moments = {**self.moments, **calibrated_moments}
         return other
 
+    def _partitions(self) -> Zero | None:
+        recipe = self.layout.recipe
+        if not recipe.zero_stage:
+            return None
+        segments = segment_length(recipe, self.model.layers) > 1
+        return Zero(recipe, weights_in_order(self.tape, segments), self.model.hidden)
+
     # ---- replay -----------------------------------------------------------------------------------------------------
 
     def rules(self, *, number: int | None = None, **changes: bool) -> Rules:
@@ -213,6 +229,9 @@ class Step:
             whole = "last" if number == last else "between" if number else "first"
         if recipe.sharded and not (whole and recipe.reduced_dtype == recipe.used_dtype):
             gradients = "kept"  # until a group's backward is over
+        reducer = None
+        if self.zero is not None:
+            gradients, reducer = "reduced", self.zero.reducer(number == 0, number == last)
         spans = self.layout.spans
         stepping = bytes_to_step(recipe) if recipe.optimizer_in_backward else None
         return Rules(
@@ -223,6 +242,7 @@ class Step:
             spans=spans,
             whole=whole,
             selective=recipe.checkpoint == "selective",
+            reducer=reducer,
             **changes,
         )
 
@@ -230,6 +250,8 @@ class Step:
         """Numbers of the micro-batches that differ in what is alive at their largest moments; None: the last. What finds no gradients yet
         holds no more than what finds all."""
         recipe = self.layout.recipe
+        if recipe.zero_stage == 2 and recipe.optimizer_on_host and recipe.accumulation > 1:
+            return [0, None]  # the last lets go of what those before keep, and makes norms
         return [min(1, recipe.accumulation - 2), None] if recipe.keeps_whole_gradients else [None]
 
     def _moments(self, **changes: bool) -> dict[Instant, list[Moment]]:
@@ -268,11 +290,25 @@ class Step:
             if m.stage is not None
         ]
         note(behind_at, resident)
-        if self.steps_at_end and rules.whole in ("", "last"):
+        if self.zero is not None:
+            backward_end = add(forward_end, behind.net)
+            over = (*ahead.alive, *let_go, *seed, *behind.alive)
+            after = finish_reducing(rules).moments
+            at_end = [m._replace(live=add(backward_end, m.live), alive=(*over, *m.alive)) for m in after]
+            note([(Instant.EMBEDDING, moment) for moment in at_end], resident)
+            self._add_step_of_partition(note)
+        elif self.steps_at_end and rules.whole in ("", "last"):
             ready = labels([*self._resident(), *self.batch()]) + labels(self._gradients(always_alive=False))
             for operation, made in (("clip", self.clipping), ("step", self.optimizer.temporaries)):
                 if made or operation == "step":
                     note([(Instant.OPTIMIZER, Moment(ZERO, operation, ()))], ready + labels(temporaries(made)))
+
+    def _add_step_of_partition(self, note: Note) -> None:
+        """Add moments of ZeRO's optimizer step."""
+        assert self.zero is not None
+        ready = labels([*self.stays(), *self.states(), *self.batch()])
+        for operation, made in self.zero.step_moments():
+            note([(Instant.OPTIMIZER, Moment(ZERO, operation, ()))], ready + labels(made))
 
     def whole_gradients(self) -> Alive:
         """Gradients of all weights that stay on a card between micro-batches, not in shards."""
@@ -291,7 +327,7 @@ class Step:
     def stays(self) -> list[Tensor]:
         """What is there before the first step: weights, and cuBLAS' workspaces."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
-        if recipe.weights_on_host and recipe.sharded:
+        if (recipe.weights_on_host and recipe.sharded) or self.zero is not None:
             stored: tuple[Stored, ...] = ()
         elif recipe.weights_on_host:
             stored = (Stored("weights gathered from the host", dtype, recipe.weight_bytes * self._gathered()),)
@@ -302,6 +338,7 @@ class Step:
         stored += self._buffers()
         workspaces = [constant(library, "uint8", taken, Role.WORKSPACE) for library, taken in libraries if taken]
         return [
+            *(self.zero.stays() if self.zero is not None else ()),
             *(constant(*each, Role.WEIGHT) for each in stored),
             *self._towers(),
             *self._gradient_buckets(),
@@ -381,6 +418,8 @@ class Step:
         recipe = self.layout.recipe
         if always_alive != recipe.finds_gradients or recipe.weights_on_host:
             return []
+        if self.zero is not None:
+            return self.zero.gradients(between=always_alive)
         return self._as_trained("gradients", Role.WEIGHT_GRADIENT)
 
     @property

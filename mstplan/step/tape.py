@@ -23,13 +23,16 @@ from enum import Enum
 from functools import lru_cache
 from itertools import zip_longest
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 from .instants import Stage
 from .roles import Purpose, Role
 from .selection import Kinds
 from .workspaces import Spans, Workspace
+
+if TYPE_CHECKING:
+    from .zero import Reducer
 
 ITEMSIZE = {
     "complex64": 8,
@@ -478,8 +481,9 @@ class Replay(NamedTuple):
 class Rules(NamedTuple):
     """Rules of a replay: how weights' gradients are treated, and how much is written down.
 
-    gradients: "kept" until the optimizer's step, "added" to ones that exist already (accumulation), or "used" at once
-    (optimizer in backward), while whose step of a weight so many bytes are there as `bytes_to_step` says of it.
+    gradients: "kept" until the optimizer's step, "added" to ones that exist already (accumulation), "used" at once
+    (optimizer in backward), while whose step of a weight so many bytes are there as `bytes_to_step` says of it, or "reduced" as the
+    reducer has it, who counts them: such a replay is not to be had again.
     """
 
     gradients: str = "kept"
@@ -500,6 +504,7 @@ class Rules(NamedTuple):
     spans: Spans | None = None  # of the tokens, for workspaces of kernels; None: without them
     whole: str = ""  # which micro-batch it is where whole gradients stay between these: first, between, or last, which scatters them
     selective: bool = False  # checkpoints keep what their selected operations made (torch's CachingTorchDispatchMode)
+    reducer: Reducer | None = None  # of ZeRO's gradients
 
 
 class _Ledger:
@@ -758,7 +763,17 @@ class _Groups:
 def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, prune: bool = True) -> Replay:
     """Replay the forward pass. keep: autograd records; recomputing: stop at the last tensor that backward needs;
     prune: of the moments, only those that can be the largest."""
+    rules = rules._replace(reducer=None)
     return _memo(tape, ("forward", rules, keep, recomputing, prune), lambda: _forward(tape, rules, keep, recomputing))
+
+
+def finish_reducing(rules: Rules) -> Replay:
+    """What becomes of gradients when backward is over; nothing where nobody reduces them."""
+    ledger = _Ledger(rules)
+    ledger.stage = Stage.EMBEDDING
+    if rules.reducer is not None:
+        rules.reducer.finish(ledger)
+    return ledger.replay()
 
 
 class Outer(NamedTuple):
@@ -804,6 +819,9 @@ def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> 
     assert isinstance(rules, Rules)
     if rules.every_moment:
         return replay()
+    if rules.reducer is not None:
+        result = replay()
+        return result._replace(moments=undominated(result.moments)) if prune else result
     memo = _REPLAYS.setdefault(tape, {})
     if key not in memo:
         result = replay()
@@ -1364,6 +1382,9 @@ def _sum_to_gradient(weight: Weight, gradient_sum: Tensor, ledger: _Ledger, rule
 
 
 def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> None:
+    if rules.gradients == "reduced" and rules.reducer is not None:
+        rules.reducer.arrive(weight, gradient, ledger)
+        return
     if rules.gradients == "used":
         size = rules.bytes_to_step(weight) if rules.bytes_to_step is not None else 0
         temps = Tensor("optimizer temporaries of one weight", str(size), "uint8", 0, size, role=Role.UPDATE)

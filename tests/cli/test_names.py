@@ -82,7 +82,7 @@ def needs_a_value(words: list[str], at: int) -> bool:
 
 def taken(run: Run, options: tuple[str, ...]) -> bool:
     """Does some command answer with these options?"""
-    several = {"fsdp", "ddp", "--sequence-parallel"} & {*options}
+    several = {"fsdp", "ddp", "zero1", "zero2", "--sequence-parallel"} & {*options}
     more = ("--gpus", "8") if several and "--gpus" not in options else ()
     if "--sequence-parallel" in options:  # which shares no masks
         more = (*more, "--attention", "flash")
@@ -140,8 +140,15 @@ SAYS = [
     (("--gpus", "8", "--sharding", "hsdp"), "--sharding fsdp --replicas 2"),
     (("--gpus", "8", "--sharding", "fsdp_offload"), "--optimizer-on-host --weights-on-host"),
     (("--dp-replicate-size", "2"), "--replicas"),
-    (("--gpus", "8", "--sharding", "zero2"), "--sharding: 'zero2' is not planned yet: FSDP2, as ZeRO-3, and DDP are."),
-    (("--gpus", "8", "--sharding", "zero1"), "Nearest: --sharding fsdp"),
+    (("--gpus", "8", "--sharding", "zero_stage_2"), "Write --sharding zero2."),
+    (("--gpus", "8", "--sharding", "stage1"), "Write --sharding zero1."),
+    (("--gpus", "8", "--sharding", "zero2-offload"), "Write --sharding zero2 --optimizer-on-host."),
+    (("--gpus", "8", "--sharding", "shard_grad_op"), "Nearest: --sharding fsdp"),
+    (("--gpus", "8", "--sharding", "zero2", "--reduce-bucket-size", "large"), "--reduce-bucket-size"),
+    (("--gpus", "8", "--sharding", "zero2", "--reduce-bucket-size", "0"), "--reduce-bucket-size: must be 'auto' or"),
+    (("--gpus", "8", "--sharding", "zero2", "--weights-on-host", "--optimizer-on-host"), "take --sharding fsdp"),
+    (("--gpus", "8", "--sharding", "zero1", "--precision", "mixed"), "--precision bf16"),
+    (("--gpus", "8", "--sharding", "fsdp", "--overlap-comm"), "--overlap-comm is of ZeRO"),
     (("--gpus", "8", "--sharding", "dp"), "'dp' is all on each GPU"),
     (("--optimizer", "adamw8bit"), "Write --optimizer adamw-8bit."),
     (("--optimizer", "adamw_bnb_8bit"), "Write --optimizer adamw-8bit."),

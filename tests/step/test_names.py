@@ -42,7 +42,10 @@ def said_of(field: str, value: Any) -> str:
 
 
 def test_every_field_that_takes_names_has_a_table() -> None:
-    assert set(FIELDS) == {field for field in Recipe.model_fields if planned(field)[0]} - {*CHUNK_FIELDS}
+    assert set(FIELDS) == {field for field in Recipe.model_fields if planned(field)[0]} - {
+        *CHUNK_FIELDS,
+        "reduce_bucket_size",
+    }
 
 
 @pytest.mark.parametrize("field", VALUES)
@@ -63,7 +66,7 @@ def test_what_other_trainers_call_it(field: str) -> None:
 @pytest.mark.parametrize("field", VALUES)
 def test_what_is_recommended_makes_a_recipe(field: str) -> None:
     for row in VALUES[field]:
-        cards: dict[str, Any] = {"gpus": 8} if row.write.get("sharding") in ("fsdp", "ddp") else {}
+        cards: dict[str, Any] = {"gpus": 8} if row.write.get("sharding") in ("fsdp", "ddp", "zero1", "zero2") else {}
         if row.write.get("quantize", "none") != "none" or "adapter_dtype" in row.write:
             cards["lora_rank"] = 16
         if "reduce_dtype" in row.write:

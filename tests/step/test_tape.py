@@ -40,6 +40,8 @@ RECIPES = {
     "mixed, accumulation": STRATEGIES["checkpoint-sqrt"].changed(precision="mixed", accumulation=2),
     "in backward": STRATEGIES["mst"].changed(optimizer_in_backward=True),
     "fsdp": STRATEGIES["mst-offload"].changed(sharding="fsdp", gpus=4),
+    "zero1": STRATEGIES["mst-offload"].changed(sharding="zero1", gpus=4, accumulation=2),
+    "zero2": STRATEGIES["mst-offload"].changed(sharding="zero2", gpus=4),
 }
 
 
