@@ -25,7 +25,7 @@ from .autograd import record_step
 from .clipping import clipping
 from .cuda import CUBLASLT_WORKSPACE, flash_rows, pinned_bytes
 from .expert_adapters import check_recipe, list_linears, list_parameters
-from .fsdp import into_groups, shards_of, weights_gradients
+from .fsdp import into_groups, reduced_dtype, shards_of
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
@@ -64,6 +64,7 @@ from .tape import (
     sums_of,
     tensor_of,
     undominated,
+    weight_gradient,
 )
 from .workspaces import IDS_PER_PARTIAL_SUM, SortedLookups, Spans
 
@@ -168,7 +169,7 @@ class Step:
         self.replayed, self.on_host = saved  # the tape as it is replayed, and saved tensors in CPU RAM
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
-        self.card_weights = shards_of(self.weights, layout.recipe.shards)
+        self.card_weights = shards_of(self.weights, layout.recipe)
         self.towers = [] if layout.recipe.weights_on_host else tower_weights(model, layout.recipe)
         self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
         self.optimizer = optimizer_memory(layout.recipe, self.trained_on_card)
@@ -279,8 +280,8 @@ class Step:
         if not self.layout.recipe.keeps_whole_gradients:
             return ()
         trained = [(weight, n) for weight, n in self.weights if weight.trained]
-        kept = weights_gradients((weight for weight, _ in trained), self.layout.recipe.reduced_dtype)
-        return tuple((tensor.label, n) for tensor, (_, n) in zip(kept, trained, strict=True))
+        recipe = self.layout.recipe
+        return tuple((weight_gradient(weight, reduced_dtype(weight, recipe)).label, n) for weight, n in trained)
 
     # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
 
@@ -362,7 +363,7 @@ class Step:
             own = list(_op_weights(op)) if op.is_layer else [w for w in _op_weights(op) if w not in outside]
             weights += own if op.is_layer else dict.fromkeys(own)
             outside.update(dict.fromkeys(() if op.is_layer else own))
-        return [weight for weight, _ in shards_of([(weight, 1) for weight in weights], self.layout.recipe.shards)]
+        return [weight for weight, _ in shards_of([(weight, 1) for weight in weights], self.layout.recipe)]
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
@@ -473,7 +474,7 @@ def tower_weights(model: Model, recipe: Recipe) -> list[tuple[str, list[tuple[We
                     )
                     for weight in tower.weights
                 ],
-                recipe.shards,
+                recipe,
             ),
         )
         for tower in model.towers
@@ -707,7 +708,7 @@ def adapters_of(recipe: Recipe, model: Model) -> Adapters | None:
     """Adapters of a model's step. Raises RecipeError for targets that peft refuses."""
     if not recipe.lora_rank:
         return None
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[recipe.adapter_dtype]
+    dtype = "float32" if recipe.adapter_dtype == "fp32" and not recipe.gathers_in_bf16 else "bfloat16"
     parameters = list_parameters(model, recipe.lora_targets, recipe.lora_rank)
     plain = recipe.lora_rank, recipe.lora_targets, recipe.lora_dropout, recipe.dora, dtype
     return Adapters(*plain, parameters, list_linears(model))
