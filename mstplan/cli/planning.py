@@ -72,6 +72,7 @@ class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, TensorsOptions, Fo
         "mstplan max-seq -m llama3.1-8b --gpu rtx-4090 --lora 16 --quantize nf4",
         "mstplan max-seq -m qwen3-0.6b --gpu-mem 24GB --checkpoint layer --chunks 8,32",
         "mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
+        "mstplan max-seq -m llama3.1-70b --gpu h100 --gpus 8 --sharding all",
     ),
 )
 def max_seq(options: MaxSeqOptions) -> None:
@@ -79,6 +80,9 @@ def max_seq(options: MaxSeqOptions) -> None:
 
     one_of("rung", options.rung, RUNGS)
     card, model = card_of(options), model_or_stand_in(options)
+    if options.sharding == "all":
+        _compare_ways_of_gpus(options, model, card)
+        return
     recipes = recipes_of(options, model=model)
     if options.rung == "trace" or model.stand_in is not None:
         _max_seq_by_trace(options, model, card, recipes)
@@ -90,6 +94,26 @@ def max_seq(options: MaxSeqOptions) -> None:
 
     emit(options, reports.max_seq(longest, options.tensors))
     if longest.best.s_max == 0:
+        raise typer.Exit(1)
+
+
+def _compare_ways_of_gpus(options: MaxSeqOptions, model: Model, card: Card) -> None:
+    """What `max-seq --sharding all` answers: every way to use so many GPUs."""
+    from ..errors import RecipeError
+    from ..plan import several_gpus
+
+    if options.rung == "trace" or model.stand_in is not None:
+        raise RecipeError("--sharding all compares by the formula.\nName one with --sharding.")
+    gpus = options.gpus or 1
+    if gpus < 2:
+        raise RecipeError("--sharding all compares ways to use several GPUs: add --gpus 8.")
+    alone = options.changed(sharding=None, gpus=None, sequence_parallel=None)
+    ways = list(several_gpus.list_ways(gpus, options.sequence_parallel))
+    compared = several_gpus.compare(model, card, recipes_of(alone, model=model), ways)
+    from ..show import planning as reports
+
+    emit(options, reports.ways_of_gpus(model, card, compared, assumptions_of(options)))
+    if not any(answer.s_max for _, answer in compared.answers):
         raise typer.Exit(1)
 
 

@@ -286,7 +286,7 @@ _FULL = {
 
 
 def _fp32_adapter_notes(plan: Plan) -> list[str]:
-    if plan.recipe.adapter_dtype != "fp32" or plan.recipe.quantize != "none":
+    if plan.recipe.adapter_dtype != "fp32" or plan.recipe.quantize != "none" or plan.recipe.gathers_in_bf16:
         return []
     more = plan.peak_bytes - _peak_with(plan, _FULL)
     if more < GIB // 100:
@@ -388,7 +388,7 @@ def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
     ]
     if recipe.keeps_whole_gradients:
         notes.append(
-            f"Accumulation without sync keeps whole gradients of all weights on every GPU, {ITEMSIZE[recipe.reduced_dtype]} bytes each, until the last "
+            f"Accumulation without sync keeps whole gradients of all trained weights on every GPU, {ITEMSIZE[recipe.reduced_dtype]} bytes each, until the last "
             "micro-batch, as accelerate and Trainer do. --sync-each-batch scatters them each time: accelerator_config="
             '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}.'
         )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from ..errors import RecipeError
 from ..spec.hardware import Gpu, gpus
 from ..spec.model import Model
+from ..step import ulysses
 from ..step.adapters import ATTENTION
 from ..step.expert_adapters import has_adapted_experts
 from ..step.optimizers import stand_ins
@@ -76,7 +77,13 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
         if start.fits_host
         else (Change("optimizer states on the GPU", "", 0, {"optimizer_on_host": False, "weights_on_host": False}),)
     )
+    several: tuple[Lever, ...] = ()
+    if start.recipe.keeps_whole_gradients:
+        several += ((Change("gradients scattered each time", "a reduce-scatter a micro-batch", 1, _SYNCED),),)
+    if start.recipe.gpus > 1 and not start.recipe.sharded:
+        several += ((Change("weights in shards (FSDP2)", "an all-gather a layer", 2, {"sharding": "fsdp"}),),)
     return (
+        *several,
         (Change("weights and moments in bf16", "exact updates", 8, {"precision": "bf16"}),),
         tuple(Change(each.short, each.gives_up, 5, {"optimizer": name}) for name, each in stand_ins().items()),
         (
@@ -98,6 +105,9 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
     )
 
 
+_SYNCED: dict[str, object] = {"sync_each_batch": True}
+
+
 def _token_levers(start: Plan) -> tuple[Lever, ...]:
     """Levers on the bytes that grow with the sequence; the last is on what runs in pieces."""
     recipe = start.recipe
@@ -111,6 +121,7 @@ def _token_levers(start: Plan) -> tuple[Lever, ...]:
     )
     return (
         (attention,),
+        *_sharing_levers(start),
         (Change("fused AdamW", "", 0, {"adamw_kernel": "fused"}),),
         (Change("the loss in chunks", "", 0, {"loss": "chunked", "loss_chunks": "auto"}),),
         (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **accumulation}),),
@@ -118,6 +129,22 @@ def _token_levers(start: Plan) -> tuple[Lever, ...]:
         (*back_to_gpu, Change("layer inputs in CPU RAM", "CPU RAM", 3, {"offload": "layer-inputs"})),
         _piece_lever(recipe),
     )
+
+
+def _sharing_levers(start: Plan) -> tuple[Lever, ...]:
+    """Of several GPUs: all of them share each sequence, where they can share the model's heads."""
+    ranks = start.recipe.gpus
+    shared = Change(
+        f"each sequence over {ranks:,} GPUs", f"{ranks:,} times fewer at once", 3, {"sequence_parallel": ranks}
+    )
+    changed = _changed_recipe(start.recipe, [shared])
+    if changed is None or changed == start.recipe or start.model.stand_in is not None:
+        return ()
+    try:
+        ulysses.check(start.model, changed, masked=False)
+    except RecipeError:
+        return ()
+    return ((shared,),)
 
 
 def _piece_lever(recipe: Recipe) -> Lever:
@@ -178,7 +205,7 @@ def _formula_bytes(plan: Plan) -> int:
 
 def tries_adapters(start: Plan) -> bool:
     """Whether adapters, or quantised weights beside them, are a way at all: the formula knows the model, all weights are trained or there
-    are adapters already, and weights lie whole on the GPU."""
+    are adapters already, and weights lie on the GPU."""
     return next(_adapter_changes(start), None) is not None
 
 
@@ -226,8 +253,8 @@ def _kinds_of_adapters(model: Model, recipe: Recipe) -> Iterator[Change]:
 
 
 def _frozen_in_bf16(recipe: Recipe) -> dict[str, object]:
-    """What adds to the adapters computes as before: under autocast where it did."""
-    return {"precision": "bf16", "autocast": recipe.runs_autocast}
+    """What adds to the adapters computes as before: under autocast, or what fsdp has for it, where it did."""
+    return {"precision": "bf16", "autocast": recipe.runs_autocast or recipe.gathers_in_bf16}
 
 
 def _without_needless(start: Plan, changes: tuple[Change, ...]) -> tuple[Change, ...]:
@@ -392,7 +419,7 @@ def fewest_gpus(start: Plan) -> int | None:
 
 def master_weights(start: Plan) -> Plan | None:
     """The plan as accelerate's mixed_precision bf16 has it, which keeps shards in fp32; None where it is not asked for."""
-    if not start.recipe.sharded or start.recipe.precision != "bf16":
+    if not start.recipe.sharded or start.recipe.precision != "bf16" or start.recipe.lora_rank:
         return None
     mixed = start.recipe.changed(precision="mixed", reduce_dtype="bf16")
     return plan_at(start.model, mixed, start.card, start.seq_len)

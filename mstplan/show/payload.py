@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..plan.findings import LengthFinding, LengthsFinding, LongestFinding
+    from ..plan.several_gpus import Compared
     from ..plan.shapes import Shape
     from ..plan.theorem import Coefficients, Row
     from ..plan.theorem import View as TheView
@@ -234,6 +235,19 @@ def max_seq(longest: LongestFinding) -> dict[str, Any]:
         ways_to_fit=[way(w) for w in longest.to_fit],
         smallest_card=smallest(longest.smallest),
         notes=[*longest.model.notes, *longest.notes],
+    )
+
+
+def ways_of_gpus(m: Model, c: Card, compared: Compared, provenance: str, notes: Sequence[str]) -> dict[str, Any]:
+    return document(
+        "max-seq",
+        model=model(m),
+        card=card(c),
+        provenance=provenance,
+        budget_bytes=c.budget_bytes,
+        ways=[{"way": way.name, "options": options_of(a.plan.recipe), **answer(a)} for way, a in compared.answers],
+        left_out=[{"why": why, "ways": list(names)} for why, names in compared.left_out.items()],
+        notes=[*m.notes, *notes],
     )
 
 

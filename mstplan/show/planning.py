@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plan.findings import LengthFinding, LengthsFinding, LongestFinding, provenance
-from ..step.recipe import strategy_label
+from ..step.recipe import options_of, strategy_label
 from ..units import GIB, format_gib, format_tokens
 from . import parts, payload
 from .parts import cell
 from .report import GAP, Block, Cell, Column, Folded, Notes, Report, Row, Table, line
 
 if TYPE_CHECKING:
+    from ..plan.several_gpus import Compared
     from ..plan.shapes import Shape
     from ..plan.solve import Answer
     from ..plan.theorem import Coefficients, View
@@ -37,6 +38,41 @@ def max_seq(longest: LongestFinding, tensors: bool = False) -> Report:
     else:
         blocks.append(parts.ways_to_train(longest.model, longest.card, longest.to_fit))
     return Report("max-seq", payload.max_seq(longest), [*blocks, *parts.remarks(longest.notes)], answers)
+
+
+def ways_of_gpus(model: Model, card: Card, compared: Compared, notes: Sequence[str] = ()) -> Report:
+    """Every way to use several GPUs, the longest sequence first."""
+    stands_on = provenance([answer.plan.calibration for _, answer in compared.answers])
+    columns = (
+        Column("way", "way"),
+        Column("strategy", "strategy", whole=True),
+        Column("s_max", "longest", right=True),
+        Column("cpu_ram_bytes", "CPU GiB", right=True),
+        Column("options", "options", code=True, folded=True),
+    )
+    rows = [
+        Row(
+            (
+                cell(way.name),
+                parts.strategy_cell(answer.strategy),
+                parts.tokens_cell(answer.s_max),
+                parts.host_cell(answer.plan.host_bytes),
+                cell(options_of(answer.plan.recipe)),
+            )
+        )
+        for way, answer in compared.answers
+    ]
+    table = Table("ways", columns, tuple(rows))
+    left_out = [f"Left out, {'; '.join(names)}: {why}." for why, names in compared.left_out.items()]
+    best = [answer for _, answer in compared.answers[:1] if answer.s_max]
+    said = [
+        "longest: of the whole sequence, per GPU where each has its own; with the strategy of those asked for that reaches furthest.",
+        *(f"The first: {options_of(answer.plan.recipe)}" for answer in best),
+        *left_out,
+        *notes,
+    ]
+    facts = payload.ways_of_gpus(model, card, compared, stands_on, said)
+    return Report("max-seq", facts, [*parts.heading(model, card, stands_on), table, *parts.remarks(said)], table)
 
 
 def plan(finding: LengthFinding, tensors: bool = False) -> Report:

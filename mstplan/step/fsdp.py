@@ -17,6 +17,10 @@ the dtype that they are summed in (to_accumulated_grad_if_needed), and the last 
 CPUOffloadPolicy: shards come from CPU RAM one by one for each all-gather, and the scattered gradients go there at once. Hybrid sharding:
 what was scattered is held until backward is over (AllReduceState), beside the gradients where these are other tensors.
 
+Where a part is trained, adapters above all, only that has gradients, and frozen weights are gathered with it: in bytes where dtypes of a group
+differ (_get_all_gather_input_metadatas). A layer whose input gets no gradient, the lowest that is trained, is scattered last of all, after the
+rest (_root_post_backward_final_callback).
+
 Each weight is split along dimension 0 and padded to a multiple of the cards, in shards and gathered (FSDPParam). The first
 card's share is counted: no other holds more. Experts that are one tensor (number, ., .) are split by their number: with more
 cards than experts most of what is gathered is padding (FSDP2's shard_placement_fn can split them along another dimension).
@@ -29,7 +33,7 @@ from dataclasses import replace
 
 from .cuda import pinned_bytes
 from .optimizers import OPTIMIZERS, bytes_to_step
-from .optimizers.base import bytes_of
+from .optimizers.base import bytes_of, dtype_of
 from .recipe import Recipe
 from .roles import Role
 from .tape import ITEMSIZE, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
@@ -37,13 +41,28 @@ from .tape import ITEMSIZE, Group, Op, Tape, Tensor, Weight, step_weights, weigh
 REST = "embedding, norm and head"
 
 
-def shard_of(weight: Weight, gpus: int) -> Weight:
-    """The first card's share, padded."""
-    return replace(weight, shape=(-(-weight.shape[0] // gpus), *weight.shape[1:]))
+def is_sharded(weight: Weight, recipe: Recipe) -> bool:
+    """Whether FSDP2 splits a weight at all: accelerate leaves bitsandbytes' 4-bit weights in bytes out (fsdp2_prepare_model, ignored_params)."""
+    return recipe.shards > 1 and not weight.quantised
 
 
-def shards_of(weights: list[tuple[Weight, int]], gpus: int) -> list[tuple[Weight, int]]:
-    return [(shard_of(weight, gpus), n) for weight, n in weights] if gpus > 1 else weights
+def shard_of(weight: Weight, recipe: Recipe) -> Weight:
+    """The first card's share, padded, as it is kept; or the whole weight, where it is not split."""
+    if not is_sharded(weight, recipe):
+        return weight
+    rows = -(-weight.shape[0] // recipe.shards)
+    return replace(weight, shape=(rows, *weight.shape[1:]), dtype=shard_dtype(weight, recipe))
+
+
+def shard_dtype(weight: Weight, recipe: Recipe) -> str:
+    """Dtype of a weight's shard. Under mixed precision accelerate keeps what is trained in fp32 (fsdp2_prepare_model)."""
+    if recipe.gathers_in_bf16 and (weight.trained or weight.is_adapter):
+        return "float32"
+    return recipe.weight_dtype if recipe.gathers_in_bf16 else weight.dtype or recipe.weight_dtype
+
+
+def shards_of(weights: Iterable[tuple[Weight, int]], recipe: Recipe) -> list[tuple[Weight, int]]:
+    return [(shard_of(weight, recipe), n) for weight, n in weights]
 
 
 def into_groups(tape: Tape, recipe: Recipe) -> Tape:
@@ -71,48 +90,69 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
 
 def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool = False) -> Group:
     """owner: for people; outlived: the last gradient is held until all is done, and counts."""
-    gathered_dtype, reduced_dtype = recipe.used_dtype, recipe.reduced_dtype
-    shard_dtype = recipe.weight_dtype
-    shards = [shard_of(weight, recipe.shards) for weight in weights]
-    share = sum(shard.numel for shard in shards)
-    whole = share * recipe.shards
+    weights = [weight for weight in weights if is_sharded(weight, recipe)]
+    trained = [weight for weight in weights if weight.trained]
 
-    def tensor(name: str, dtype: str, numel: int, role: Role = Role.GATHERED) -> Tensor:
-        return Tensor(f"{name} of {owner}", "", dtype, 0, numel * ITEMSIZE[dtype], role=role)
+    def tensor(name: str, dtype: str, size: int, role: Role = Role.GATHERED) -> Tensor:
+        return Tensor(f"{name} of {owner}", "", dtype, 0, size, role=role)
 
-    def each(name: str, dtype: str) -> tuple[Tensor, ...]:
-        return tuple(tensor(name, dtype, shard.numel) for shard in shards)
+    def shard_bytes(weight: Weight, dtype: str) -> int:
+        return shard_of(weight, recipe).numel * ITEMSIZE[dtype]
 
-    cast = gathered_dtype != shard_dtype
-    copy_in: tuple[Tensor, ...] = (tensor("shards in bf16", gathered_dtype, share),) if cast else ()
-    if recipe.weights_on_host:  # one by one
-        copy_in = each("shards from CPU RAM", gathered_dtype)
+    def used(weight: Weight) -> str:
+        return weight.dtype or recipe.used_dtype
+
+    def sent(weight: Weight) -> tuple[Tensor, Tensor | None]:
+        """A shard as it is gathered; and as it came from CPU RAM before, where that has another dtype."""
+        kept, name = shard_dtype(weight, recipe), "shards from CPU RAM"
+        wide = tensor(name, kept, shard_bytes(weight, kept)) if kept != used(weight) else None
+        return tensor(name, used(weight), shard_bytes(weight, used(weight))), wide
+
+    cast = sum(shard_bytes(w, used(w)) for w in weights if shard_dtype(w, recipe) != used(w))
+    share = sum(shard_bytes(weight, used(weight)) for weight in weights)
+    dtypes = {used(weight) for weight in weights}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "uint8"  # of several dtypes bytes are gathered
+    kept, summed = (shard_dtype(trained[0], recipe), reduced_dtype(trained[0], recipe)) if trained else ("", "")
+    reduced = sum(shard_bytes(weight, summed) for weight in trained)
     stepping = bytes_to_step(recipe)
-    temporaries = max(map(stepping, shards)) if recipe.optimizer_in_backward else 0
-    accumulated = weights_gradients(weights, reduced_dtype) if reduced_dtype != gathered_dtype else ()
-    gradients = weights_gradients(weights, gathered_dtype)
+    temporaries = max((stepping(shard_of(weight, recipe)) for weight in trained), default=0)
+    gradients = weights_gradients(trained, recipe.used_dtype)
+    accumulated = weights_gradients(trained, summed, own=False) if trained and summed != used(trained[0]) else ()
     scattered = accumulated if recipe.keeps_whole_gradients and accumulated else gradients
     return Group(
-        gathered=tensor("gathered weights", gathered_dtype, whole),
-        buffer=tensor("all-gather buffer", gathered_dtype, whole),
-        copy_in=copy_in,
-        from_host=each("shards from CPU RAM", shard_dtype) if cast and recipe.weights_on_host else (),
+        gathered=tensor("gathered weights", dtype, share * recipe.shards),
+        buffer=tensor("all-gather buffer", dtype, share * recipe.shards),
+        from_host=tuple(map(sent, weights)) if recipe.weights_on_host else (),
+        copy_in=tensor("shards in bf16", "bfloat16", cast) if cast and not recipe.weights_on_host else None,
         gradients=gradients,
         accumulated=accumulated,
-        scatter=tensor("reduce-scatter input", reduced_dtype, whole, Role.REDUCED),
-        last_gradient=scattered[-1] if outlived else None,
-        reduced=tensor("reduce-scatter output", reduced_dtype, share, Role.REDUCED)
-        if reduced_dtype != shard_dtype
-        else None,
-        shards=Tensor("gradient shards", "", shard_dtype, 0, share * ITEMSIZE[shard_dtype], role=Role.REDUCED),
+        scatter=tensor("reduce-scatter input", summed, reduced * recipe.shards, Role.REDUCED),
+        last_gradient=scattered[-1] if outlived and scattered else None,
+        reduced=tensor("reduce-scatter output", summed, reduced, Role.REDUCED) if summed != kept else None,
+        shards=Tensor(
+            "gradient shards", "", kept, 0, sum(shard_bytes(weight, kept) for weight in trained), role=Role.REDUCED
+        ),
         stay=not (recipe.finds_gradients or recipe.optimizer_in_backward or recipe.weights_on_host),
         all_reduced=recipe.replicas > 1,
-        temporaries=Tensor("optimizer temporaries of one shard", "", "uint8", 0, temporaries, role=Role.UPDATE),
+        temporaries=Tensor(
+            "optimizer temporaries of one shard",
+            "",
+            "uint8",
+            0,
+            temporaries if recipe.optimizer_in_backward else 0,
+            role=Role.UPDATE,
+        ),
     )
 
 
-def weights_gradients(weights: Iterable[Weight], dtype: str) -> tuple[Tensor, ...]:
-    return tuple(weight_gradient(weight, dtype) for weight in weights)
+def reduced_dtype(weight: Weight, recipe: Recipe) -> str:
+    """Dtype in which gradients of a weight are summed over cards, and in which whole ones are kept."""
+    return recipe.reduced_dtype if recipe.gathers_in_bf16 else weight.dtype or recipe.used_dtype
+
+
+def weights_gradients(weights: Iterable[Weight], dtype: str, own: bool = True) -> tuple[Tensor, ...]:
+    """dtype: of a weight that has none of its own; own: else that."""
+    return tuple(weight_gradient(weight, (own and weight.dtype) or dtype) for weight in weights)
 
 
 def shards_on_host(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> int:
@@ -121,7 +161,10 @@ def shards_on_host(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> int
 
     weights: shards, as (weight, how many).
     """
-    size = ITEMSIZE[recipe.weight_dtype]
-    pinned = sum(2 * pinned_bytes(weight.numel * size) * n for weight, n in weights)
+    pinned = sum(
+        (1 + weight.trained) * pinned_bytes(weight.numel * ITEMSIZE[dtype_of(recipe, weight)]) * n
+        for weight, n in weights
+        if not weight.quantised
+    )
     optimizer = OPTIMIZERS[recipe.optimizer].memory(recipe, [(w, n) for w, n in weights if w.trained])
     return pinned + bytes_of((*optimizer.states, *optimizer.temporaries))

@@ -40,7 +40,8 @@ class Recipe(BaseModel):
     precision: Literal["bf16", "mixed", "fp32"] = "bf16"
     """bf16: weights, gradients and moments in bf16. mixed: fp32 weights under bf16 autocast. fp32: fp32 throughout."""
     autocast: bool = False
-    """bf16 autocast over whatever dtype the weights have, as Trainer's bf16=True; mixed has it in any case."""
+    """bf16 autocast over whatever dtype the weights have, as Trainer's bf16=True; mixed has it in any case. Under fsdp accelerate makes of it a
+    MixedPrecisionPolicy, which gathers weights in bf16: frozen ones as they are, beside adapters in fp32."""
     optimizer: str = "adamw"
     """One of `optimizers.OPTIMIZERS`: adamw and sgd (torch's), adafactor (transformers'), adamw-8bit, paged-adamw-8bit,
     paged-adamw, lion and lion-8bit (bitsandbytes'), adamw-8bit-torchao and adamw-4bit (torchao's), muon (torch's, with adamw for
@@ -146,7 +147,7 @@ class Recipe(BaseModel):
     """With accumulation fsdp scatters the gradients of each micro-batch (accelerate's gradient_accumulation_kwargs). Without it, as in
     accelerate and transformers' Trainer, whole gradients of all weights stay on every card until the last micro-batch scatters them."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which fsdp sums gradients under `mixed`: fp32, or bf16 as accelerate's mixed_precision bf16 has it."""
+    """Dtype in which fsdp sums gradients under `mixed` or `autocast`: fp32, or bf16 as accelerate's mixed_precision bf16 has it."""
     replicas: int = Field(default=1, ge=1, le=65_536)
     """Groups of cards that hold the same shards under fsdp (hybrid sharding, HSDP): weights are in shards over gpus / replicas cards."""
     gpus_per_node: int = Field(default=8, ge=1, le=65_536)
@@ -225,10 +226,6 @@ class Recipe(BaseModel):
                 "checkpoints of a layer's children leave nothing to run in chunks: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
-                LOSSES[self.loss].is_fused and self.sharded,
-                f"fsdp with the loss {self.loss} is not planned: use loss='chunked' (--loss chunked)",
-            ),
-            (
                 self.offload_layer_inputs and not self.checkpoints_layers,
                 "offload='layer-inputs' (--offload layer-inputs) needs checkpointing, or no inputs can move: set checkpoint='layer' (--checkpoint layer)",
             ),
@@ -267,10 +264,6 @@ class Recipe(BaseModel):
             *self._bad_sequence_parallel(),
             *self._bad_context_parallel(),
             *self._bad_tensor_parallel(),
-            (
-                bool(self.train or self.freeze) and self.sharded,
-                "fsdp with frozen weights is not planned yet: leave --train and --freeze out, or --sharding",
-            ),
         ):
             if bad:
                 raise ValueError(message)
@@ -307,8 +300,8 @@ class Recipe(BaseModel):
                 f"no adapter is planned on the LM head{why}: train it whole, with lm_head in lora_modules_to_save (--lora-modules-to-save)",
             ),
             (
-                bool(self.lora_rank) and (self.sharded or self.weights_on_host),
-                "adapters with weights in shards or in CPU RAM are not planned yet: leave --sharding and --weights-on-host out",
+                bool(self.lora_rank) and self.weights_on_host and not self.sharded,
+                "adapters with weights in CPU RAM are planned in shards alone: leave --weights-on-host out, or add --gpus 8 --sharding fsdp",
             ),
         )
 
@@ -410,8 +403,33 @@ class Recipe(BaseModel):
                 "fsdp moves weights, gradients and optimizer to CPU RAM together (CPUOffloadPolicy): add weights_on_host (--weights-on-host)",
             ),
             (
-                self.reduce_dtype == "bf16" and self.precision != "mixed",
+                self.reduce_dtype == "bf16" and not self.gathers_in_bf16,
                 "reduce_dtype is of fp32 shards: add precision='mixed' (--precision mixed), or leave it out",
+            ),
+            *self._bad_adapters_in_shards(),
+        )
+
+    def _bad_adapters_in_shards(self) -> tuple[tuple[bool, str], ...]:
+        return (
+            (
+                self.autocast and not self.lora_rank,
+                "fsdp has no autocast: of bf16=True accelerate makes a MixedPrecisionPolicy over fp32 shards, precision='mixed' (--precision mixed)",
+            ),
+            (
+                self.gathers_in_bf16 and bool(self.lora_rank) and self.adapter_dtype == "bf16",
+                "under mixed precision accelerate keeps what fsdp trains in fp32: leave --adapter-dtype bf16 out, or --autocast",
+            ),
+            (
+                bool(self.lora_modules_to_save),
+                "fsdp with copies of modules beside adapters is not planned: leave --lora-modules-to-save out",
+            ),
+            (
+                self.quantize != "none" and self.weights_on_host,
+                "fsdp with quantised weights in CPU RAM is not planned: leave --weights-on-host out",
+            ),
+            (
+                self.quantize == "int8",
+                "fsdp with int8 weights is not planned, for bitsandbytes' scales are no parameters: use nf4 (--quantize nf4)",
             ),
         )
 
@@ -618,7 +636,14 @@ class Recipe(BaseModel):
     @property
     def reduced_dtype(self) -> str:
         """Dtype in which fsdp sums gradients, and keeps whole ones."""
-        return "bfloat16" if self.reduce_dtype == "bf16" else self.weight_dtype
+        if self.reduce_dtype == "bf16":
+            return "bfloat16"
+        return "float32" if self.gathers_in_bf16 else self.weight_dtype
+
+    @property
+    def gathers_in_bf16(self) -> bool:
+        """Whether fsdp has a MixedPrecisionPolicy, which has weights in bf16 where they are used, in place of autocast."""
+        return self.sharded and (self.autocast or self.precision == "mixed")
 
     @property
     def has_gradient_buckets(self) -> bool:
@@ -647,12 +672,12 @@ class Recipe(BaseModel):
     @property
     def runs_autocast(self) -> bool:
         """Whether products cast to bf16 what they are given."""
-        return self.autocast or (self.precision == "mixed" and not self.sharded)
+        return not self.sharded and (self.autocast or self.precision == "mixed")
 
     @property
     def runs_in_fp32(self) -> bool:
         """Whether everything is computed in fp32."""
-        return self.precision == "fp32" and not self.runs_autocast
+        return self.precision == "fp32" and not (self.runs_autocast or self.gathers_in_bf16)
 
     @property
     def compute_dtype(self) -> str:
@@ -671,7 +696,7 @@ class Recipe(BaseModel):
     @property
     def used_dtype(self) -> str:
         """Dtype of weights in layers and of hidden states between them: under fsdp, what shards are gathered in."""
-        return "bfloat16" if self.precision == "mixed" and self.sharded else self.weight_dtype
+        return "bfloat16" if self.gathers_in_bf16 else self.weight_dtype
 
     @property
     def rows(self) -> int:
@@ -917,6 +942,8 @@ def _weights_in_words(recipe: Recipe) -> str:
     if recipe.quantize != "none":
         how = " with double quantisation" if recipe.double_quantize else ""
         plain = f"{recipe.quantize} weights{how}, the rest {_SHORT[recipe.weight_dtype]}{prepared}"
+    if recipe.gathers_in_bf16:
+        return f"{plain}, all gathered in bf16"
     return plain + (" under bf16 autocast" if recipe.runs_autocast else "")
 
 

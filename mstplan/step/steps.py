@@ -26,7 +26,7 @@ from .autograd import record_step
 from .clipping import clipping
 from .cuda import CUBLASLT_WORKSPACE, flash_rows, pinned_bytes
 from .expert_adapters import check_recipe, list_linears, list_parameters
-from .fsdp import into_groups, shards_of, weights_gradients
+from .fsdp import into_groups, reduced_dtype, shards_of
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
@@ -67,6 +67,7 @@ from .tape import (
     sums_of,
     tensor_of,
     undominated,
+    weight_gradient,
 )
 from .workspaces import IDS_PER_PARTIAL_SUM, SortedLookups, Spans
 from .zero import Zero, weights_in_order
@@ -181,7 +182,7 @@ class Step:
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
         own_weights = tensor_parallel.weights_of_a_rank(self.weights, layout.recipe.tensor_parallel)
-        self.card_weights = shards_of(own_weights, layout.recipe.shards)
+        self.card_weights = shards_of(own_weights, layout.recipe)
         self.towers = [] if layout.recipe.weights_on_host else tower_weights(model, layout.recipe)
         self.zero = self._partitions()
         self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
@@ -325,8 +326,8 @@ class Step:
         if not self.layout.recipe.keeps_whole_gradients:
             return ()
         trained = [(weight, n) for weight, n in self.weights if weight.trained]
-        kept = weights_gradients((weight for weight, _ in trained), self.layout.recipe.reduced_dtype)
-        return tuple((tensor.label, n) for tensor, (_, n) in zip(kept, trained, strict=True))
+        recipe = self.layout.recipe
+        return tuple((weight_gradient(weight, reduced_dtype(weight, recipe)).label, n) for weight, n in trained)
 
     # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
 
@@ -412,7 +413,7 @@ class Step:
         on_card = tensor_parallel.weights_of_a_rank(
             [(weight, 1) for weight in weights], self.layout.recipe.tensor_parallel
         )
-        return [weight for weight, _ in shards_of(on_card, self.layout.recipe.shards)]
+        return [weight for weight, _ in shards_of(on_card, self.layout.recipe)]
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
@@ -532,7 +533,7 @@ def tower_weights(model: Model, recipe: Recipe) -> list[tuple[str, list[tuple[We
                     )
                     for weight in tower.weights
                 ],
-                recipe.shards,
+                recipe,
             ),
         )
         for tower in model.towers
@@ -784,7 +785,7 @@ def adapters_of(recipe: Recipe, model: Model) -> Adapters | None:
     """Adapters of a model's step. Raises RecipeError for targets that peft refuses."""
     if not recipe.lora_rank:
         return None
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[recipe.adapter_dtype]
+    dtype = "float32" if recipe.adapter_dtype == "fp32" and not recipe.gathers_in_bf16 else "bfloat16"
     parameters = list_parameters(model, recipe.lora_targets, recipe.lora_rank)
     plain = recipe.lora_rank, recipe.lora_targets, recipe.lora_dropout, recipe.dora, dtype
     return Adapters(*plain, parameters, list_linears(model))

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
-from itertools import zip_longest
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -268,9 +267,9 @@ class Group:
 
     gathered: Tensor
     buffer: Tensor  # of the all-gather
-    copy_in: tuple[Tensor, ...]  # shards as they are gathered, where that is no view of those that stay
-    from_host: tuple[Tensor, ...]  # shards as they come from CPU RAM, each before it is in another dtype in `copy_in`
-    gradients: tuple[Tensor, ...]  # whole
+    copy_in: Tensor | None  # shards as they are gathered, of those that stay in another dtype
+    from_host: tuple[tuple[Tensor, Tensor | None], ...]  # the same of shards in CPU RAM, one by one; and as each came
+    gradients: tuple[Tensor, ...]  # whole, of what is trained; none: nothing is scattered
     accumulated: tuple[
         Tensor, ...
     ]  # the same in the dtype in which they are kept between micro-batches; none: in their own
@@ -652,6 +651,7 @@ class _Groups:
         self.buffer: Tensor | None = None
         self.scatter: Tensor | None = None
         self.all_reduced: list[Tensor] = []
+        self.late: Group | None = None  # scattered when all is over, for no gradient of the layer's input tells when
 
     def begin_forward(self) -> None:
         if self.rest is not None:
@@ -686,12 +686,19 @@ class _Groups:
             self.buffer = self.order[-1].buffer
 
     def after_backward(self, op: Op, listed: bool) -> None:
-        if op.group is not None:
+        if op.group is None:
+            return
+        if op.part is not None and not op.part.wanted:
+            self.late = op.group
+        else:
             self._scatter(op.group, op.where, listed)
 
     def end_backward(self) -> None:
         if self.rest is not None:
             self._scatter(self.rest, "backward of embedding", listed=True)
+        if self.late is not None:
+            self._scatter(self.late, "", listed=True)
+        self._replace_buffer(None)  # of a layer that no backward came to
         if self.scatter is not None:
             self.ledger.drop(self.scatter)
         for tensor in self.all_reduced:
@@ -699,16 +706,18 @@ class _Groups:
 
     def _gather(self, group: Group, where: str, listed: bool) -> None:
         ledger = self.ledger
-        for tensor, from_host in zip_longest(group.copy_in, group.from_host):
+        for tensor, from_host in group.from_host:
             if from_host is not None:
                 ledger.put(from_host)
             ledger.put(tensor)
             if from_host is not None:
                 ledger.drop(from_host)
+        if group.copy_in is not None:
+            ledger.put(group.copy_in)
         ledger.put(group.buffer)
         if listed:
             ledger.mark(_within(where, "all-gather"))
-        for tensor in group.copy_in:
+        for tensor in (*(tensor for tensor, _ in group.from_host), *([group.copy_in] if group.copy_in else [])):
             ledger.drop(tensor)
 
     def _gather_now(self, group: Group, where: str, listed: bool) -> None:
@@ -748,6 +757,9 @@ class _Groups:
         ledger.drop(group.gathered)
         if self.scatter is not None:
             ledger.drop(self.scatter)
+            self.scatter = None
+        if not group.gradients:
+            return
         ledger.put(group.scatter)
         if listed:
             ledger.mark(_within(where, "copy in of the reduce-scatter"))
@@ -1164,17 +1176,17 @@ def _backward(
     used_again = _used_again(tape)
     for op, kept in zip(reversed(tape.ops), reversed(all_saved), strict=True):
         saved = kept
+        incoming = {tensor: pending.pop(tensor) for tensor in op.makes if tensor in pending}
+        if not incoming:
+            continue
         ledger.stage = op.stage
+        groups.before_backward(op, rules.every_moment or not op.interior)
         if op in fetching[:1] and moving is not None:
             ledger.drop(moving)
         elif op in fetching[1:2] and moving is not None and tape.first_in_transfer is not None:
             ledger.drop(moving)
             moving = tape.first_in_transfer
             ledger.put(moving)
-        incoming = {tensor: pending.pop(tensor) for tensor in op.makes if tensor in pending}
-        if not incoming:
-            continue
-        groups.before_backward(op, rules.every_moment or not op.interior)
         end_of: Tape | None = None
         leaving: tuple[Tensor, ...] = ()
         if again is not None and holds_for_backward(op):

@@ -37,6 +37,7 @@ class Weight(NamedTuple):
     dtype: str
     bytes: Size
     trained: bool
+    on_host: bool = False
 
 
 class State(NamedTuple):
@@ -194,7 +195,7 @@ class Trace:
     @property
     def held_weights(self) -> tuple[Weight, ...]:
         """Weights and buffers on the device."""
-        return tuple(w for w in self.weights if not (w.trained and self.recipe.weights_on_host))
+        return tuple(w for w in self.weights if not w.on_host)
 
     @cached_property
     def resident(self) -> tuple[Alive, ...]:

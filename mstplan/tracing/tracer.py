@@ -48,7 +48,7 @@ from .cuda_stand_ins import as_on_cuda, clipping_on_cuda, on_fake_tensors
 from .cuda_workspaces import KernelWorkspaces
 from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
-from .fsdp import first_of_ranks, record_fsdp, shard_model, shard_shape
+from .fsdp import first_of_ranks, record_fsdp, shape_on_rank, shard_model
 from .fused_losses import NoPackages, StandInPackages
 from .kernels import STAND_INS
 from .kernels.flash import FLASH
@@ -119,7 +119,7 @@ def _waiting_weights(config: Mapping[str, Any], recipe: Recipe, code_from: str |
     """Weights and buffers of towers in a step on text alone: no gradient comes to them, so that they have no states either."""
     whole = build_towers(config, recipe, code_from)
     for name, tensor in tower_tensors(whole).items():
-        shape = shard_shape(tuple(tensor.shape), recipe.shards) if tensor.dim() else ()
+        shape = shape_on_rank(tensor, recipe) if tensor.dim() else ()
         yield Weight(name, shape, _dtype_name(tensor), prod(shape) * tensor.element_size(), False)
 
 
@@ -463,13 +463,14 @@ def _layer_signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashabl
 def _describe_weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
     """Parameters and buffers; of sharded ones this card's share."""
     split = shapes_on_a_rank(model, recipe)
-    shards = [
-        (name, w, split.get(name) or shard_shape(tuple(w.shape), recipe.shards)) for name, w in model.named_parameters()
+    parameters = [
+        (name, w, split.get(name) or shape_on_rank(w, recipe), recipe.weights_on_host)
+        for name, w in model.named_parameters()
     ]
-    tensors = [*shards, *((name, t, tuple(t.shape)) for name, t in model.named_buffers())]
+    buffers = [(name, t, tuple(t.shape), False) for name, t in model.named_buffers()]
     return tuple(
-        Weight(name, shape, _dtype_name(t), prod(shape) * t.element_size(), t.requires_grad)
-        for name, t, shape in tensors
+        Weight(name, shape, _dtype_name(t), prod(shape) * t.element_size(), t.requires_grad, on_host)
+        for name, t, shape, on_host in parameters + buffers
     )
 
 
@@ -567,11 +568,7 @@ def _sizes(model: PreTrainedModel, recipe: Recipe) -> list[tuple[str, tuple[tupl
     return [
         (
             name,
-            (
-                split.get(name) or shard_shape(tuple(w.shape), recipe.shards),
-                w.dtype,
-                kinds_of(w) if asks else frozenset(),
-            ),
+            (split.get(name) or shape_on_rank(w, recipe), w.dtype, kinds_of(w) if asks else frozenset()),
         )
         for name, w in model.named_parameters()
         if w.requires_grad

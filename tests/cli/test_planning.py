@@ -31,6 +31,31 @@ def test_max_seq_answers_for_every_strategy(run: Run) -> None:
     assert "80 GiB nominal" in said.out or "80.00 GiB nominal" in said.out
 
 
+def test_all_ways_to_use_several_gpus_are_compared(run: Run) -> None:
+    asked = (
+        "max-seq",
+        "--model",
+        "qwen3-0.6b",
+        "--gpu",
+        "rtx-4090",
+        "--sharding",
+        "all",
+        "--strategy",
+        "checkpoint,mst",
+    )
+    said = run(*asked, "--gpus", "2")
+    assert (
+        said.code == 0 and "The first: --strategy mst" in said.out and "Left out, ddp, weights in CPU RAM" in said.out
+    )
+    answer = run(*asked, "--gpus", "2", "--sequence-parallel", "2", "--json").json
+    assert answer["ways"][0]["way"] == "sequences over 2, weights in CPU RAM"
+    for way in answer["ways"]:
+        assert way["recipe"]["sequence_parallel"] == 2 and "--sequence-parallel 2" in way["options"]
+    for more, missing in (((), "--gpus 8"), (("--gpus", "2", "--rung", "trace"), "Name one")):
+        refused = run(*asked, *more)
+        assert refused.code == 2 and missing in refused.err
+
+
 def test_max_seq_json_has_the_promised_fields(run: Run) -> None:
     answer = run("max-seq", *CASE, "--json").json
     assert answer["schema_version"] == 1 and answer["rung"] == "formula"

@@ -250,7 +250,6 @@ def test_adapters_come_first_where_nothing_else_trains(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"gpus": 2, "sharding": "fsdp"},
         {"optimizer_on_host": True, "weights_on_host": True},
         {"freeze": ("embeddings",)},
         {"lora_rank": 8, "quantize": "nf4"},
@@ -324,3 +323,34 @@ def test_master_weights_are_of_shards_in_bf16_only():
     mixed = master_weights(plan)
     assert mixed is not None and mixed.peak_bytes > plan.peak_bytes and mixed.recipe.reduce_dtype == "bf16"
     assert master_weights(mixed) is None
+
+
+def test_whole_gradients_between_micro_batches_can_be_scattered():
+    recipe = strategy("checkpoint", gpus=8, sharding="fsdp", accumulation=4)
+    start = next(
+        plan
+        for plan in (plan_at(load_model("llama3.1-8b"), recipe, card("l40s"), n) for n in range(4096, 65536, 4096))
+        if not plan.fits
+    )
+    ways = ways_to_fit(start)
+    assert any(way.plan.recipe.sync_each_batch and way.plan.fits for way in ways)
+
+
+def test_several_gpus_can_share_weights_or_sequences():
+    start = plan_at(load_model("llama3.1-8b"), strategy("mst-offload", gpus=2, sharding="ddp"), card("h100"), 49152)
+    assert not start.fits
+    recipes = [way.plan.recipe for way in ways_to_fit(start)]
+    assert any(recipe.sequence_parallel == 2 or recipe.sharding == "fsdp" for recipe in recipes)
+    assert all(recipe.gpus == 2 for recipe in recipes)
+
+
+def test_heads_that_gpus_cannot_share_stay_on_each():
+    start = plan_at(load_model("llama3.2-1b"), strategy("checkpoint", gpus=6, sharding="fsdp"), card("rtx-4090"), 65536)
+    assert all(way.plan.recipe.sequence_parallel == 1 for way in ways_to_fit(start))
+
+
+def test_adapters_are_offered_in_shards() -> None:
+    start = plan_at(load_model("llama3.1-8b"), strategy("mst-offload", gpus=2, sharding="fsdp"), card("rtx-4090"), 8192)
+    assert not start.fits
+    way = ways_to_fit(start)[0]
+    assert way.adapters is not None and way.plan.fits and way.plan.recipe.sharded

@@ -82,8 +82,6 @@ def test_a_recipe_holds_patterns_in_json_and_as_options():
     for bad in ("mlp", ["", "mlp"], [1], ["x" * 300], ["a"] * 101):
         with pytest.raises(RecipeError, match="train"):
             Recipe(train=bad)
-    with pytest.raises(RecipeError, match="fsdp with frozen weights"):
-        Recipe(train=("mlp",), gpus=8, sharding="fsdp")
 
 
 def test_without_patterns_nothing_is_asked():

@@ -19,6 +19,7 @@ def recipes() -> dict[str, Recipe]:
         "mst-layer": strategy("mst-layer", **both, **CHUNKS, attention_groups=2),
         "accumulation": strategy("checkpoint", **both, accumulation=3),
         "frozen": strategy("checkpoint", **both, freeze=("embeddings", "norms")),
+        "adapters": strategy("checkpoint", **both, lora_rank=48),
     }
 
 

@@ -1,0 +1,81 @@
+"""The ways to train on several GPUs beside each other: how they share weights and sequences, and what lies in CPU RAM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from ..errors import RecipeError, one_line
+from ..spec.hardware import Card
+from ..spec.model import Model
+from ..step.recipe import Recipe, planned
+from .solve import Answer, max_seq, max_seq_of_tensors
+
+ON_HOST: Mapping[str, object] = {"optimizer_on_host": True, "weights_on_host": True}
+
+
+class GpusWay(NamedTuple):
+    """A way to use several GPUs. fields: of a recipe, by which it differs from others."""
+
+    fields: Mapping[str, object]
+
+    @property
+    def name(self) -> str:
+        """'fsdp, sequences over 4, weights in CPU RAM'."""
+        ranks, sharding = self.fields["sequence_parallel"], self.fields["sharding"]
+        words = [str(sharding)] if sharding != "none" else []
+        words += [f"sequences over {ranks:,}"] if ranks != 1 else []
+        return ", ".join([*words, *(["weights in CPU RAM"] if "weights_on_host" in self.fields else [])])
+
+
+class Compared(NamedTuple):
+    """Answers of the ways that a recipe can go, the longest first: of each way with the strategy that reaches furthest. left_out: names of
+    the others by what is in their way."""
+
+    answers: tuple[tuple[GpusWay, Answer], ...]
+    left_out: Mapping[str, tuple[str, ...]]
+
+
+def list_ways(gpus: int, ranks: int | None = None) -> Iterator[GpusWay]:
+    """All ways there are for so many GPUs, those that make no sense among them. ranks: GPUs that share each sequence; None: powers of two
+    that divide `gpus`, and all of them."""
+    shared = [ranks] if ranks is not None else sorted({1, gpus} | {n for n in _POWERS if n < gpus and gpus % n == 0})
+    for sharding in planned("sharding")[0]:
+        for n in shared:
+            if sharding == "none" and n == 1:  # a GPU alone
+                continue
+            fields = {"gpus": gpus, "sharding": sharding, "sequence_parallel": n}
+            yield GpusWay(fields)
+            yield GpusWay({**fields, **ON_HOST})
+
+
+_POWERS = [1 << n for n in range(1, 17)]
+
+
+def compare(model: Model, card: Card, recipes: Mapping[str, Recipe], ways: Sequence[GpusWay]) -> Compared:
+    """The longest sequences of each way, with the strategy of `recipes` that reaches furthest."""
+    answers: list[tuple[GpusWay, Answer]] = []
+    left_out: dict[str, tuple[str, ...]] = {}
+    for way in ways:
+        reaches, why = _reaches(model, card, recipes, way)
+        if not reaches:
+            left_out[why] = (*left_out.get(why, ()), way.name)
+            continue
+        name = max(reaches, key=lambda each: reaches[each])
+        answers.append((way, max_seq(model, recipes[name].changed(**way.fields), card, name)))
+    return Compared(tuple(sorted(answers, key=lambda each: -each[1].s_max)), left_out)
+
+
+def _reaches(model: Model, card: Card, recipes: Mapping[str, Recipe], way: GpusWay) -> tuple[dict[str, int], str]:
+    """Tokens whose tensors fit, of each strategy that can go a way; and what is in the way of the first that cannot."""
+    found = {name: _reach(model, card, recipe, way) for name, recipe in recipes.items()}
+    why = next((each for each in found.values() if isinstance(each, str)), "")
+    return {name: each for name, each in found.items() if isinstance(each, int)}, why
+
+
+def _reach(model: Model, card: Card, recipe: Recipe, way: GpusWay) -> int | str:
+    """Tokens whose tensors fit; or what is in the way."""
+    try:
+        return max_seq_of_tensors(model, recipe.changed(**way.fields), card)[0]
+    except RecipeError as e:
+        return one_line(str(e).split("\n")[0], 200)
