@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from mstplan.errors import ModelError, did_you_mean, one_line
 from mstplan.spec.families import FAMILIES, LLAMA_LIKE
-from mstplan.spec.families.base import Family
+from mstplan.spec.families.base import Family, Routed
 from mstplan.spec.mixing import layers_of_one_part, mixer_of, mixers_of_layers
 from mstplan.spec.model import (
     Attention,
@@ -25,6 +25,7 @@ from mstplan.spec.model import (
     Model,
     PerLayerInputs,
     QkNorm,
+    Router,
 )
 from mstplan.spec.own_sizes import attention_of_layers, shares_of_layers, widths_of_layers
 from mstplan.spec.releases import parse_release, release
@@ -572,7 +573,7 @@ def _experts(f: _Fields) -> Experts:
         shared_width=_shared_width(f, width),
         shared_bias=f.switch(f.family.mlp_bias),
         bias=routed.bias,
-        router="sigmoid-groups" if sigmoid else routed.router,
+        router="sigmoid-groups" if sigmoid else _router(f, routed),
         router_fp32=routed.fp32,
         normalised=f.switch(routed.normalised),
         clamped=routed.clamped,
@@ -580,6 +581,13 @@ def _experts(f: _Fields) -> Experts:
         gated=f.family.gated,
         latent=f.optional(routed.latent) if routed.latent is not None else None,
     )
+
+
+def _router(f: _Fields, routed: Routed) -> Router:
+    method = f.find(routed.method)[1] if routed.method is not None else None
+    if method not in (None, "greedy", "group_limited_greedy"):
+        f.refuse_value(str(routed.method), method, '"greedy" or "group_limited_greedy"')
+    return "softmax-groups" if method == "group_limited_greedy" else routed.router
 
 
 def _shared_width(f: _Fields, width: int) -> int:

@@ -15,7 +15,7 @@ Norm = Literal["rms", "rms-fp32-weight", "rms-fp32", "rms-wide-weight", "gemma",
 """rms-fp32-weight: normed in fp32 times the weight as it is, cast last. rms-fp32: times a copy of the weight in fp32 (Gemma 4)."""
 Block = Literal["pre", "sandwich", "post", "parallel", "one-norm"]
 """one-norm: attention and MLP run on the same input, of one norm."""
-Router = Literal["softmax", "topk-softmax", "sigmoid", "sigmoid-groups", "sigmoid-all"]
+Router = Literal["softmax", "softmax-groups", "topk-softmax", "sigmoid", "sigmoid-groups", "sigmoid-all"]
 """sigmoid-all: every expert sees every token, times its score, which is 0 for those that are not chosen."""
 QkNorm = Literal["none", "head", "full", "unweighted"]
 """Of each head (Qwen3, Gemma 3), over the whole width (OLMo 2), of each head when it is turned, without a weight (Llama 4)."""

@@ -1318,6 +1318,8 @@ class Writer:
         if e.router == "topk-softmax":
             return self._softmax_of_top(x, logits)
         probs = self._router_probabilities(logits, e)
+        if e.router == "softmax-groups":
+            probs = self._of_best_groups(probs)
         chosen = self.new("chosen experts", "A", "int64")
         top = self.new("top probabilities", "A", probs.dtype)
         grads = ((probs, self.tape.grad(probs)),)
@@ -1375,10 +1377,18 @@ class Writer:
         plain = self.code.plain_router or logits.dtype == "float32"
         probs = self.new("router probabilities", "X", logits.dtype if plain else "float32")
         cast = () if plain else (self.new("router logits in fp32", "X", "float32"),)
-        if e.router == "softmax":
+        if e.router in ("softmax", "softmax-groups"):
             return self.softmax("router probabilities", logits, probs, *cast)
         grads = ((logits, self.tape.grad(logits)),)
         return self.tape.op("router probabilities", [logits], probs, keeps=(probs,), temps=cast, grads=grads)
+
+    def _of_best_groups(self, probs: Tensor) -> Tensor:
+        """Probabilities with zeros for the experts of other groups (models/deepseek_v2/modeling_deepseek_v2.py, DeepseekV2TopkRouter)."""
+        mask, others = self.new("mask of groups", "X", "float32"), self.new("experts of other groups", "X", "bool")
+        y = self.new("probabilities of the best groups", "X", probs.dtype)
+        grads = ((probs, self.tape.grad(probs)),)
+        self.tape.op("mask groups", [probs], y, others, keeps=(others,), temps=(mask,), grads=grads)
+        return y
 
     def _grouping(self, e: Experts) -> tuple[Tensor, ...]:
         """What is made to choose by: scores with the correction, and with groups of experts those after masking and the mask, twice as bool."""

@@ -358,4 +358,6 @@ OTHER_FAMILIES = {
     "qwen3_5_text": _RELEASE,
     "qwen3_next": f"{_RELEASE}; {_COPY}",
 }
-"""Families that the formula does not read, measured on the H100: what is off by more than 0.1% at some instant of the trace, and why."""
+"""Families by trace alone, measured on the H100: what is off by more than 0.1% at some instant of the trace, and why."""
+OTHER_SCAN = ("mamba2", "nemotron_h")
+"""Of these, code that differs between releases is Mamba-2's scan, most of a step: allocations do not follow each other at all."""

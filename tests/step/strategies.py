@@ -64,6 +64,9 @@ def models(draw: st.DrawFn, window: bool = True) -> Model:
         mixer=st.just("attention"),
         attention=st.none(),
         mlp_width=widths,
+        keys=st.just(""),
+        feed_forward=st.just(True),
+        widens=st.just(False),
     )
     pattern = draw(st.lists(kind, min_size=1, max_size=2))
     kinds = tuple(pattern * draw(st.integers(1, 3)))

@@ -98,6 +98,7 @@ class Routed(NamedTuple):
 
     width: str = "moe_intermediate_size"  # the field that holds an expert's width
     router: Router = "softmax"
+    method: str | None = None  # the field that says whether experts are chosen among those of the best groups
     fp32: bool = False
     normalised: bool | str = True  # the chosen scores are divided by their sum
     bias: bool = False

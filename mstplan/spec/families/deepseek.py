@@ -31,7 +31,7 @@ FAMILIES = {
             **LATENT,
         ),
         latent=True,
-        experts=Routed(fp32=True, normalised=False, linears=LINEARS),
+        experts=Routed(method="topk_method", fp32=True, normalised=False, linears=LINEARS),
         uncounted=("mlp_bias",),
         code=Code(rotary="complex"),
         tiny={"num_experts_per_tok": 2, "moe_intermediate_size": 384},
