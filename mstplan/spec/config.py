@@ -743,7 +743,7 @@ def _field_notes(f: _Fields) -> list[str]:
         listed = ", ".join(f"{key} {value}" for key, value in f.defaulted.items())
         notes.append(f"not in the file, transformers' default taken: {listed}")
     notes += [f"{what}: what that changes is not counted" for what in _uncounted(f)]
-    if f.family.experts is not None and f.family.experts.beside_mlp and _experts(f) is not None:
+    if f.family.experts is not None and f.family.experts.beside_mlp and _is_routed(f):
         notes.append(
             "mst and mst-offload are left out: its experts are given more than hidden states, so that MLPs do not run in chunks; mst-layer runs "
             "all of a layer but attention in pieces (-s mst-layer)"

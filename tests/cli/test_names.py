@@ -161,7 +161,7 @@ SAYS = [
     (("--gpus", "8", "--sharding", "zero2", "--weights-on-host", "--optimizer-on-host"), "take --sharding fsdp"),
     (("--gpus", "8", "--sharding", "zero1", "--precision", "mixed"), "--precision bf16"),
     (
-        ("--gpus", "8", "--sharding", "zero2", "--context-parallel", "8", "-m", "llama3.1-8b"),
+        ("--gpus", "8", "--sharding", "zero2", "--context-parallel", "8"),
         "accelerate runs rings with FSDP2",
     ),
     (("--gpus", "8", "--sharding", "fsdp", "--overlap-comm"), "--overlap-comm is of ZeRO"),

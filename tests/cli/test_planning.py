@@ -284,7 +284,7 @@ def test_models_are_told_apart(run: Run) -> None:
     named = [
         m["name"] for m in run("models", "Qwen/", "a3b", "--json").json["models"]
     ]  # a part of the id, and of the name
-    assert named == ["qwen3-30b-a3b", "qwen3-30b-a3b-2507"]
+    assert named == ["qwen3-30b-a3b", "qwen3-30b-a3b-2507", "qwen3-next-80b-a3b"]
 
 
 def test_models_that_fit_are_those_that_plan_says_fit(run: Run) -> None:
@@ -301,7 +301,7 @@ def test_models_that_fit_are_those_that_plan_says_fit(run: Run) -> None:
         assert planned.code == (name not in fit)
     assert "qwen3-32b" in run("models", "qwen3", "--fits", "rtx-4090", "--lora", "16", "--quantize", "nf4").out
     none = run("models", "qwen3", "--fits", "t4", "--seq-len", "1M", "-s", "standard")
-    assert none.code == 1 and "0 of 11 train on t4 at 1,048,576 tokens" in " ".join(none.out.split())
+    assert none.code == 1 and "0 of 12 train on t4 at 1,048,576 tokens" in " ".join(none.out.split())
 
 
 def test_what_cannot_be_planned_is_left_out_of_the_models_that_fit_and_named(run: Run) -> None:

@@ -36,18 +36,18 @@ BIOGPT = {
     "bos_token_id": 2,
     "eos_token_id": 2,
 }
-FLEX_OLMO = {
-    "model_type": "flex_olmo",
-    "architectures": ["FlexOlmoForCausalLM"],
+PHIMOE = {
+    "model_type": "phimoe",
+    "architectures": ["PhimoeForCausalLM"],
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 512,
-    "num_experts": 4,
+    "num_local_experts": 4,
     "num_experts_per_tok": 2,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "pad_token_id": 0,
 }
@@ -228,7 +228,7 @@ def parameters(name: str) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "config"), [("biogpt", BIOGPT), ("flex-olmo", FLEX_OLMO)])
+@pytest.mark.parametrize(("name", "config"), [("biogpt", BIOGPT), ("phimoe", PHIMOE)])
 def test_max_seq_and_plan_agree(run: Run, tmp_path: Path, name: str, config: dict[str, object]) -> None:
     (tmp_path / f"{name}.json").write_text(json.dumps(config))
     asked = ("-m", f"{name}.json", *ON)
