@@ -27,6 +27,7 @@ from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
+from .real_events import without
 from .test_fsdp import without_known
 from .two_ranks import CONFIG, TOKENS
 from .two_rings import MODELS, recipes
@@ -54,20 +55,6 @@ def real(folder: Any) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-def without_the_cpus(events: list[list[Any]]) -> list[list[Any]]:
-    """Without what a GPU does not make, in both directions."""
-    kept, out = [], set()
-    for event in events:
-        size, _, address, operations = event
-        if size > 0 and OF_THE_CPU.search(" > ".join(operations)):
-            out.add(address)
-        elif size < 0 and address in out:
-            out.remove(address)
-        else:
-            kept.append(event)
-    return kept
-
-
 @contextmanager
 def only(rank: int) -> Iterator[None]:
     """Within the context that rank is traced."""
@@ -84,13 +71,13 @@ def traced(name: str, rank: int) -> Trace:
 @pytest.mark.parametrize("name", OWN_WEIGHTS)
 def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name, rank):
     expected = [made.bytes for made in traced(name, rank).step.storages if made.bytes > LARGE]
-    assert [e[0] for e in without_the_cpus(real[rank][name]["runs"][-1]) if e[0] > LARGE] == expected
+    assert [e[0] for e in without(real[rank][name]["runs"][-1], OF_THE_CPU) if e[0] > LARGE] == expected
 
 
 @pytest.mark.parametrize(("name", "rank"), [*product(OWN_WEIGHTS, [0, 1]), ("fsdp", 0)])
 def test_two_real_ranks_hold_what_the_trace_says(real, name, rank):
     """Within what random generators' states make, which are not followed: 0.2%. The first rank has the largest shards."""
-    runs = (without_the_cpus(events) for events in real[rank][name]["runs"])
+    runs = (without(events, OF_THE_CPU) for events in real[rank][name]["runs"])
     if name == "fsdp":
         runs = (without_known(events)[0] for events in runs)
     peaks = (max(accumulate(size for size, *_ in events)) for events in runs)

@@ -22,6 +22,7 @@ from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
+from .real_events import without
 from .two_ranks import TOKENS
 from .two_sharers import seeded, whole_batch
 from .two_splitters import MODELS, recipes
@@ -47,20 +48,6 @@ def real(folder: Any) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-def without_known(events: list[list[Any]]) -> list[list[Any]]:
-    """Events without those, in both directions."""
-    kept, out = [], set()
-    for event in events:
-        size, _, address, operations = event
-        if size > 0 and NOT_TRACED.search(" > ".join(operations)):
-            out.add(address)
-        elif size < 0 and address in out:
-            out.remove(address)
-        else:
-            kept.append(event)
-    return kept
-
-
 def traced(name: str) -> Trace:
     return trace(MODELS["llama"], recipes()[name], TOKENS, on="cpu", whole=True)
 
@@ -69,7 +56,7 @@ def traced(name: str) -> Trace:
 def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
     expected = [made.bytes for made in traced(name).step.storages if made.bytes > LARGE]
     for rank in real:
-        assert [e[0] for e in without_known(rank[name]["runs"][-1]) if e[0] > LARGE] == expected
+        assert [e[0] for e in without(rank[name]["runs"][-1], NOT_TRACED) if e[0] > LARGE] == expected
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -78,7 +65,7 @@ def test_two_real_ranks_hold_what_the_trace_says(real, name):
     found = traced(name)
     for rank in real:
         assert rank[name]["resident"] == sum(alive.bytes for alive in found.resident)
-        peaks = (max(accumulate(size for size, *_ in without_known(events))) for events in rank[name]["runs"])
+        peaks = (max(accumulate(size for size, *_ in without(events, NOT_TRACED))) for events in rank[name]["runs"])
         assert max(found.live) == pytest.approx(rank[name]["resident"] + min(peaks), rel=0.002)
 
 

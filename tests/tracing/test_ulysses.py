@@ -4,6 +4,7 @@ the formula beside the trace."""
 from __future__ import annotations
 
 import json
+import re
 from itertools import accumulate
 from typing import Any
 
@@ -22,12 +23,15 @@ from mstplan.tracing.tracer import trace
 from mstplan.train.step import TrainingStep, build_model, read_settings
 
 from ..processes import on_two_ranks
+from .real_events import without
 from .test_fsdp import without_known
 from .two_ranks import CONFIG, TOKENS
 from .two_sharers import MODELS, recipes, seeded, whole_batch
 
 ON = card("h100")
 LARGE = 8192  # bytes; smaller ones are scalars, position ids, row statistics, and the random generator's state that a checkpoint keeps
+COPIES = re.compile("_for_cpu_backward > contiguous > clone > empty_like > empty$")
+"""What the CPU's attention kernel makes of two rows' gradient, a contiguous copy (aten native/cpu/FlashAttentionKernel.cpp)."""
 OWN_WEIGHTS = [name for name, recipe in recipes().items() if recipe.sharding == "none"]
 
 
@@ -44,21 +48,6 @@ def real(folder: Any) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-def without_copies(events: list[list[Any]]) -> list[list[Any]]:
-    """Without what the CPU's attention kernel makes of two rows' gradient, a contiguous copy, in both directions
-    (aten native/cpu/FlashAttentionKernel.cpp)."""
-    kept, out = [], set()
-    for event in events:
-        size, _, address, operations = event
-        if size > 0 and " > ".join(operations).endswith("_for_cpu_backward > contiguous > clone > empty_like > empty"):
-            out.add(address)
-        elif size < 0 and address in out:
-            out.remove(address)
-        else:
-            kept.append(event)
-    return kept
-
-
 def traced(name: str) -> Trace:
     return trace(CONFIG, recipes()[name], TOKENS, on="cpu", whole=True)
 
@@ -67,14 +56,14 @@ def traced(name: str) -> Trace:
 def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
     expected = [made.bytes for made in traced(name).step.storages if made.bytes > LARGE]
     for rank in real:
-        assert [e[0] for e in without_copies(rank[name]["runs"][-1]) if e[0] > LARGE] == expected
+        assert [e[0] for e in without(rank[name]["runs"][-1], COPIES) if e[0] > LARGE] == expected
 
 
 @pytest.mark.parametrize("name", OWN_WEIGHTS)
 def test_two_real_ranks_hold_what_the_trace_says(real, name):
     """Within what random generators' states make, which are not followed: 0.2%."""
     for rank in real:
-        peaks = (max(accumulate(size for size, *_ in without_copies(events))) for events in rank[name]["runs"])
+        peaks = (max(accumulate(size for size, *_ in without(events, COPIES))) for events in rank[name]["runs"])
         assert max(traced(name).live) == pytest.approx(rank[name]["resident"] + min(peaks), rel=0.002)
 
 
