@@ -42,9 +42,9 @@ _NOT_YET = "is not planned yet: FSDP2, as ZeRO-3, and DDP are"
 
 VALUES: dict[str, tuple[Advice, ...]] = {
     "rotate_method": (
-        Advice("all_gather all-gather gather", "is allgather", {"rotate_method": "allgather"}),
+        Advice("gather", "is allgather", {"rotate_method": "allgather"}),
         Advice(
-            "all_to_all all-to-all a2a p2p ring send_recv",
+            "a2a p2p ring send_recv",
             "is alltoall, one rank's at a time",
             {"rotate_method": "alltoall"},
         ),

@@ -263,7 +263,9 @@ def mlp_weights(model, routed):
         beside = hidden * code.shared_gate + e.number * code.corrected
         matrices, inside = 2 + e.gated, e.latent or hidden
         latent = 2 * hidden * e.latent + (hidden + e.latent) * e.shared_bias if e.latent else 0
-        shared = matrices * hidden * e.shared_width + (e.shared_width * (matrices - 1) + hidden) * e.shared_bias
+        shared = matrices * hidden * e.shared_width + (e.shared_width * (matrices - 1) + hidden) * (
+            e.shared_bias and e.shared_width > 0
+        )
         if e.beside_mlp:  # the MLP, three norms more, the router's weight on its input and numbers of experts
             beside += 3 * hidden * model.mlp.width + 4 * hidden + e.number
         return matrices * inside * e.number * e.width + shared + hidden * e.number + biases + beside + latent

@@ -71,6 +71,8 @@ def test_what_is_recommended_makes_a_recipe(field: str) -> None:
             cards["lora_rank"] = 16
         if "reduce_dtype" in row.write:
             cards = {"gpus": 8, "sharding": "fsdp", "precision": "mixed"}
+        if "rotate_method" in row.write:
+            cards = {"gpus": 8, "context_parallel": 8}
         more = {key: value for key, value in row.write.items() if key != "strategy"}
         assert strategy(str(row.write.get("strategy", "standard"))).changed(**{**cards, **more})
 

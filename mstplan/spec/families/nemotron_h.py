@@ -76,6 +76,7 @@ FAMILIES = {
             "from latent": "mixer.fc2_latent_proj",
         },
         tiny={
+            "n_routed_experts": 4,
             "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"],
             "mamba_num_heads": 8,
             "ssm_state_size": 32,
