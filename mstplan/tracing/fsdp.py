@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, partialmethod
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any
 
 import torch
@@ -69,15 +69,17 @@ def first_of_ranks(recipe: Recipe, rank: int = 0) -> Iterator[DeviceMesh | None]
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=recipe.gpus)
     try:
-        with patched({CHUNKS_OF_RANKS: lambda _plain: _first_chunk}):
+        with patched({CHUNKS_OF_RANKS: lambda _plain: partial(_first_chunks, rank + 1)}):
             yield mesh_of("cpu", recipe) if recipe.sharded else None
     finally:
         dist.destroy_process_group()
 
 
-def _first_chunk(tensor: torch.Tensor, ranks: int, dim: int) -> list[torch.Tensor]:
-    """The first rank's share, without those of the others: of 65,536 they take minutes."""
-    return [tensor.narrow(dim, 0, -(-tensor.size(dim) // ranks))]
+def _first_chunks(count: int, tensor: torch.Tensor, ranks: int, dim: int) -> list[torch.Tensor]:
+    """The shares of the first `count` ranks, without those of the others: of 65,536 they take minutes."""
+    rows = tensor.size(dim)
+    starts = [min(rows, n * -(-rows // ranks)) for n in range(count + 1)]
+    return [tensor.narrow(dim, start, end - start) for start, end in pairwise(starts)]
 
 
 def mesh_of(device: str, recipe: Recipe) -> DeviceMesh:
