@@ -1351,9 +1351,9 @@ def _part_backward(
 
 
 def _used_again(tape: Tape) -> dict[Weight, int]:
-    """Weights that several parts in pieces train, and how many: the gradients of one part wait for the next part's, and are added to them
-    before they reach the weight (torch/csrc/autograd/input_buffer.cpp)."""
-    parts = [op.part for op in tape.ops if op.part is not None and op.part.sums]
+    """Weights that several parts in pieces of a layer train, and how many: the gradients of one part wait for the next part's, and are added
+    to them before they reach the weight (torch/csrc/autograd/input_buffer.cpp). Packed parts are of several layers, each of one."""
+    parts = [op.part for op in tape.ops if op.part is not None and op.part.sums and not op.part.packed]
     if len(parts) < 2:
         return {}
     counts: dict[Weight, int] = {}
