@@ -18,3 +18,35 @@ def without(events: list[list[Any]], made_by: re.Pattern[str]) -> list[list[Any]
         else:
             kept.append(event)
     return kept
+
+
+def peak(runs: list[list[list[Any]]]) -> int:
+    """The most bytes at once beyond those of the beginning, where each tensor goes at the earliest place of all runs: gloo's thread lets go of
+    what it has sent when it gets round to it. Of runs whose allocations differ, the most that are alike count."""
+    by_sizes: dict[tuple[int, ...], list[list[tuple[int, int]]]] = {}
+    for life in map(_lives, runs):
+        by_sizes.setdefault(tuple(size for size, _ in life), []).append(life)
+    alike = max(by_sizes.values(), key=len)
+    changes = [0] * (len(alike[0]) + 1)
+    for tensors in zip(*alike, strict=True):
+        size, gone = tensors[0][0], min(end for _, end in tensors)
+        changes[gone] -= size
+    most = now = 0
+    for (size, _), change in zip(alike[0], changes, strict=False):
+        now += change + max(size, 0)
+        most = max(most, now)
+    return most
+
+
+def _lives(events: list[list[Any]]) -> list[tuple[int, int]]:
+    """(bytes, number of allocations before it goes) of every tensor that is made. Of one that was there before: no bytes made."""
+    lives: list[tuple[int, int]] = []
+    there: dict[int, int] = {}
+    for size, _, address, _ in events:
+        if size > 0:
+            there[address] = len(lives)
+            lives.append((size, -1))
+        elif address in there:
+            number = there.pop(address)
+            lives[number] = (lives[number][0], len(lives))
+    return [(size, end if end >= 0 else len(lives)) for size, end in lives]

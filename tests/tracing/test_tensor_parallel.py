@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
-from .real_events import without
+from .real_events import peak, without
 from .two_ranks import TOKENS
 from .two_sharers import seeded, whole_batch
 from .two_splitters import MODELS, recipes
@@ -56,17 +55,18 @@ def traced(name: str) -> Trace:
 def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
     expected = [made.bytes for made in traced(name).step.storages if made.bytes > LARGE]
     for rank in real:
-        assert [e[0] for e in without(rank[name]["runs"][-1], NOT_TRACED) if e[0] > LARGE] == expected
+        runs = (without(events, NOT_TRACED) for events in rank[name]["runs"])  # in some, gloo's thread makes one more
+        assert expected in ([size for size, *_ in events if size > LARGE] for events in runs)
 
 
 @pytest.mark.parametrize("name", recipes())
 def test_two_real_ranks_hold_what_the_trace_says(real, name):
-    """Within what random generators' states make, which are not followed: 0.2%."""
+    """Within what random generators' states make, which are not followed: 0.05%."""
     found = traced(name)
     for rank in real:
         assert rank[name]["resident"] == sum(alive.bytes for alive in found.resident)
-        peaks = (max(accumulate(size for size, *_ in without(events, NOT_TRACED))) for events in rank[name]["runs"])
-        assert max(found.live) == pytest.approx(rank[name]["resident"] + min(peaks), rel=0.002)
+        most = peak([without(events, NOT_TRACED) for events in rank[name]["runs"]])
+        assert max(found.live) == pytest.approx(rank[name]["resident"] + most, rel=0.0005)
 
 
 @pytest.mark.parametrize("name", MODELS)
