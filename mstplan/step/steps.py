@@ -660,7 +660,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     model = with_copies(model, recipe)
     tensor_parallel.check(model, recipe)
     model = tensor_parallel.of_a_rank(model, recipe)
-    check_mixers(model, recipe)
+    check_mixers(model, recipe, layout.several_mlp_chunks)
     _check_layers(model, recipe)
     adapters = adapters_of(recipe, model)
     if adapters is not None and adapters.parameters:

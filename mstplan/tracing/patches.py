@@ -133,7 +133,10 @@ _PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"
 _COLLECTIVES = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
 
 CHUNKS_OF_RANKS = Target(
-    _PARAM, "_chunk_with_empty", _TORCH, "it makes a tensor for each rank, of which a trace asks for the first ones alone"
+    _PARAM,
+    "_chunk_with_empty",
+    _TORCH,
+    "it makes a tensor for each rank, of which a trace asks for the first ones alone",
 )
 FILL = Target(_PARAM, "alloc_storage", _TORCH, "it fills gathered weights in place")
 EMPTY = Target(_PARAM, "free_storage", _TORCH, "it empties gathered weights in place")

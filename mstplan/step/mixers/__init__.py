@@ -32,7 +32,7 @@ def runs_in_pieces(model: Model) -> bool:
     )
 
 
-def check_recipe(model: Model, recipe: Recipe) -> None:
+def check_recipe(model: Model, recipe: Recipe, several_mlp_chunks: bool) -> None:
     """Raise RecipeError for a recipe with which the formula does not count what mixes the model's tokens."""
     if family_of(model.model_type).code.mixes_samples and recipe.packing > 1:
         raise RecipeError(
@@ -60,10 +60,8 @@ def check_recipe(model: Model, recipe: Recipe) -> None:
         raise RecipeError(
             f"attention and Mamba-2 side by side in the layers of {model.name} are not planned with --checkpoint children.\nUse --checkpoint layer."
         )
-    if recipe.mlp_chunks not in (1, "auto") and not model.feeds_forward:
-        raise RecipeError(
-            f"{model.name} has no MLP to run in {recipe.mlp_chunks} pieces.\nSet mlp_chunks=1 (--chunks 1,N)."
-        )
+    if several_mlp_chunks and not model.feeds_forward:
+        raise RecipeError(f"{model.name} has no MLP to run in pieces.\nSet mlp_chunks=1 (--chunks 1,N).")
     if recipe.runs_autocast or recipe.used_dtype != "bfloat16":
         raise RecipeError(
             f"the formula counts the mixing layers of {model.name}, which compute in fp32 of their own, with weights in bf16 and without autocast "
