@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from ..plan.many_gpus import Run, runs
-from ..step.recipe import Recipe
 from .formats import FORMATS
 from .parts import cell, tokens_cell
+from .published import EXPLAINED, READ_AS, assumptions
 from .report import Block, Cell, Column, Report, Row, Table, line
 
 TITLE = "Published runs on several GPUs and the formula rung"
@@ -49,8 +49,6 @@ ALST's recipes say how far they are from what mstplan plans (ArcticTraining: `mo
 """
 
 _CARD = Column("hardware", "GPU")
-_EXPLAINED = Column("explained_by", "what explains the difference", folded=True)
-_READ_AS = Column("", "published as; read as")
 
 
 def page() -> str:
@@ -95,8 +93,8 @@ def _peaks(rows: Sequence[Run]) -> Table:
         Column("measured", "measured"),
         Column("known_stack", "known stack"),
         _CARD,
-        _READ_AS,
-        _EXPLAINED,
+        READ_AS,
+        EXPLAINED,
     )
     cells = (
         (
@@ -129,8 +127,8 @@ def _lengths(rows: Sequence[Run]) -> Table:
         Column("device", "GiB of the GPU at the published length", right=True),
         Column("smi", "nvidia-smi, published", right=True),
         _CARD,
-        _READ_AS,
-        _EXPLAINED,
+        READ_AS,
+        EXPLAINED,
     )
     cells = (
         (
@@ -159,8 +157,8 @@ def _verdicts(rows: Sequence[Run]) -> Table:
         Column("predicted", "predicted"),
         Column("agrees", "agrees"),
         _CARD,
-        _READ_AS,
-        _EXPLAINED,
+        READ_AS,
+        EXPLAINED,
     )
     words = {True: "runs", False: "runs out"}
     cells = (
@@ -225,14 +223,8 @@ def _signed(value: float | None) -> Cell:
 
 def _read_as(r: Run) -> Cell:
     assert r.recipe is not None
-    default = Recipe()
-    changed = (f"{name}={_value(value)}" for name, value in r.recipe if value != getattr(default, name))
     beside = f" ({r.stands_for})" if r.stands_for else ""
-    return Cell(None, f"{r.case}; read as {', '.join(changed)}{beside}")
-
-
-def _value(value: object) -> str:
-    return "+".join(value) if isinstance(value, tuple) else str(value)
+    return Cell(None, f"{r.case}; read as {assumptions(r.recipe)}{beside}")
 
 
 def _explained(r: Run) -> Cell:

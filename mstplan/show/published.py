@@ -68,12 +68,11 @@ def _signed(value: float | None) -> Cell:
     return Cell(value, "" if value is None else f"{value:+.1%}")
 
 
-def _assumptions(recipe: Recipe | None) -> str:
+def assumptions(recipe: Recipe | None) -> str:
+    """What a recipe that a published run is read as changes; empty: there is none."""
     if recipe is None:
         return ""
-    default = Recipe()
-    changed = {name: value for name, value in recipe if value != getattr(default, name)}
-    return ", ".join(f"{name}={_value(value)}" for name, value in changed.items()) or "all defaults"
+    return ", ".join(f"{name}={_value(value)}" for name, value in recipe.unusual_fields()) or "all defaults"
 
 
 def _value(value: object) -> str:
@@ -81,12 +80,12 @@ def _value(value: object) -> str:
 
 
 _CARD = Column("gpu", "GPU")
-_EXPLAINED = Column("explained_by", "what explains the difference", folded=True)
-_READ_AS = Column("", "published as; read as")
+EXPLAINED = Column("explained_by", "what explains the difference", folded=True)
+READ_AS = Column("", "published as; read as")
 
 
 def _read_as(c: Comparison) -> Cell:
-    return Cell(None, f"{c.case}; read as {_assumptions(c.recipe)}")
+    return Cell(None, f"{c.case}; read as {assumptions(c.recipe)}")
 
 
 def _lengths(rows: Sequence[Comparison]) -> Table:
@@ -97,8 +96,8 @@ def _lengths(rows: Sequence[Comparison]) -> Table:
         Column("tokens_difference", "differs", right=True),
         Column("predicted_with_older_loss", "older loss", right=True, folded=True),
         _CARD,
-        _READ_AS,
-        _EXPLAINED,
+        READ_AS,
+        EXPLAINED,
     )
     cells = (
         (
@@ -124,8 +123,8 @@ def _peaks(rows: Sequence[Comparison]) -> Table:
         Column("predicted_gib", "predicted GiB", right=True),
         Column("gib_difference", "differs", right=True),
         _CARD,
-        _READ_AS,
-        _EXPLAINED,
+        READ_AS,
+        EXPLAINED,
     )
     cells = (
         (
@@ -153,8 +152,8 @@ def _slopes(series: Sequence[Series]) -> Table:
         Column("predicted_slope", "predicted B/token", right=True),
         Column("slope_difference", "differs", right=True),
         _CARD,
-        _READ_AS,
-        _EXPLAINED,
+        READ_AS,
+        EXPLAINED,
     )
     cells = (
         (
@@ -165,7 +164,7 @@ def _slopes(series: Sequence[Series]) -> Table:
             _bytes(s.predicted_slope),
             _signed(s.slope_difference),
             cell(s.gpu),
-            Cell(None, "; ".join((s.case, f"read as {_assumptions(s.recipe)}", *s.assumptions))),
+            Cell(None, "; ".join((s.case, f"read as {assumptions(s.recipe)}", *s.assumptions))),
             cell("; ".join(s.explained_by)),
         )
         for s in series
@@ -236,7 +235,7 @@ def _sources(rows: Sequence[Comparison | Series]) -> Table:
 
 def _everything(rows: Sequence[Comparison]) -> Table:
     """All of every row but its recipe, as programs read it."""
-    facts = [{**as_data(c), "explained_by": "; ".join(c.explained_by), "recipe": _assumptions(c.recipe)} for c in rows]
+    facts = [{**as_data(c), "explained_by": "; ".join(c.explained_by), "recipe": assumptions(c.recipe)} for c in rows]
     columns = tuple(Column(name, None) for name in facts[0])
     return Table("published", columns, _rows(tuple(map(cell, row.values())) for row in facts))
 
