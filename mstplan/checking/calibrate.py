@@ -85,7 +85,7 @@ def families_of(model: Model, names: Sequence[str] = CALIBRATED_STRATEGIES) -> l
                 (True, False) if recipe.loss_in_chunks else (False,),
             )
         )
-        for masked in (False, True) if window_of(model, STRATEGIES[name]) is not None else (False,):
+        for masked in (False, True) if window_of(model, recipe) is not None else (False,):
             families += [Family(name, *several, masked) for several in chunks]
     return families
 

@@ -3,8 +3,6 @@ a batch, for whose loss and gradients tests/tracing/test_ring.py has a single pr
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +11,8 @@ import torch.distributed as dist
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.train.step import TrainingStep
 
-from . import two_ranks
-from .two_ranks import CHUNKS, CONFIG, TOKENS
-from .two_sharers import seeded, whole_batch
+from .two_ranks import CHUNKS, TOKENS
+from .two_sharers import record_and_train, seeded, whole_batch
 
 MODELS: dict[str, dict[str, Any]] = {
     "of as many heads of keys": {"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -53,19 +50,5 @@ def train(config: dict[str, Any], recipe: Recipe, rank: int) -> dict[str, Any]:
     return {"loss": loss / 2, "gradients": {n: w.grad for n, w in step.model.named_parameters()}}
 
 
-def main(rank: int, folder: Path) -> None:
-    def and_train() -> None:
-        wholes = {name: recipe for name, recipe in recipes().items() if recipe.sharding == "none"}
-        found = {
-            (model, name): train(CONFIG | heads, recipe, rank)
-            for model, heads in MODELS.items()
-            for name, recipe in wholes.items()
-        }
-        if rank == 0:
-            torch.save(found, folder / "trained.pt")
-
-    two_ranks.main(rank, folder, recipes(), and_then=and_train)
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    record_and_train(recipes(), MODELS, train)

@@ -4,6 +4,7 @@ on its part of a batch, for whose loss and gradients tests/tracing/test_ulysses.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,26 @@ def train(config: dict[str, Any], recipe: Recipe, rank: int) -> dict[str, Any]:
     return {"loss": loss / 2, "gradients": {n: w.grad for n, w in step.model.named_parameters()}}
 
 
-def main(rank: int, folder: Path) -> None:
+def record_and_train(
+    recipes: dict[str, Recipe],
+    models: dict[str, dict[str, Any]],
+    train: Callable[[dict[str, Any], Recipe, int], dict[str, Any]],
+) -> None:
+    """What `python -m MODULE RANK FOLDER` runs: steps of all recipes, then training of every model, by those whose weights are not shared out."""
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+
     def and_train() -> None:
-        wholes = {name: recipe for name, recipe in recipes().items() if recipe.sharding == "none"}
+        wholes = {name: recipe for name, recipe in recipes.items() if recipe.sharding == "none"}
         found = {
             (model, name): train(CONFIG | heads, recipe, rank)
-            for model, heads in MODELS.items()
+            for model, heads in models.items()
             for name, recipe in wholes.items()
         }
         if rank == 0:
             torch.save(found, folder / "trained.pt")
 
-    two_ranks.main(rank, folder, recipes(), and_then=and_train)
+    two_ranks.main(rank, folder, recipes, and_then=and_train)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    record_and_train(recipes(), MODELS, train)
