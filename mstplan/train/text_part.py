@@ -56,7 +56,17 @@ def from_settings(settings: PreTrainedConfig, towers: bool = False, **more: Any)
             drop_towers(model)
     else:
         model = AutoModelForCausalLM.from_config(settings, **more)
+    _sort_sets(model)
     return model
+
+
+def _sort_sets(model: PreTrainedModel) -> None:
+    """Order the sets of names that modules go through in their steps, as Gemma-4 its kinds of layers: Python's order of strings changes from
+    process to process, and with it the order of allocations of unlike sizes."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_") and isinstance(value, set) and all(isinstance(each, str) for each in value):
+                setattr(module, name, sorted(value))
 
 
 def _is_a_whole(settings: PreTrainedConfig) -> bool:

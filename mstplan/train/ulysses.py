@@ -200,14 +200,16 @@ def _watch(name: str) -> None:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: object,
+        attention_mask: object,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
         sharing: Sharing | None = getattr(module, "_mstplan_sharing", None)
         if sharing is None or not sharing.takes(module):
-            return plain(module, query, key, value, mask, *args, **kwargs)  # type: ignore[no-any-return]
-        if mask is not None or (knows_no_windows and _is_longer(query, sharing.group, kwargs.get("sliding_window"))):
+            return plain(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
+        if attention_mask is not None or (
+            knows_no_windows and _is_longer(query, sharing.group, kwargs.get("sliding_window"))
+        ):
             raise ModelError(
                 f"{type(module).__name__} needs an explicit mask, which sequences over several GPUs leave out.\nUse --attention flash."
             )

@@ -85,6 +85,12 @@ def test_the_class_that_is_built(config_cls, name):
     assert not [weight for weight, _ in model.named_parameters() if "visual" in weight or "audio" in weight]
 
 
+def test_kinds_of_layers_are_gone_through_in_one_order_in_every_process():
+    model = built(described(Gemma4Config))
+    assert model.model.unique_layer_types == ["full_attention", "sliding_attention"]
+    assert isinstance(model.model._non_persistent_buffers_set, set)
+
+
 def test_a_drafter_of_a_model_of_images_is_itself():
     settings = tiny_config(Gemma4AssistantConfig)
     assert text_settings(settings) is settings

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mstplan.errors import ModelError, RecipeError
 from mstplan.train import minisequence
@@ -102,6 +104,15 @@ def test_a_part_is_evaluated_with_the_others(alone):
     with torch.no_grad():
         model(**minisequence.part(model, {"input_ids": ids(), "labels": ids()}))
     assert sharing.layers == {0, 1} and not sharing.evaluates
+
+
+def test_models_that_share_nothing_name_their_arguments_as_before(alone):
+    """As the towers of Qwen2-VL, in a process whose models shared attention of this name."""
+    model = minisequence(small_llama(), **CHUNKS, sequence_parallel=alone)
+    attention = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    q, k, v = torch.randn(3, 1, 2, 5, 8).unbind()
+    out, _ = attention(nn.Module(), q, k, v, attention_mask=None, scaling=None, dropout=0.0, is_causal=False)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
 
 
 def test_copies_share_with_the_same_ranks_and_undo_leaves_nothing(alone):
