@@ -22,6 +22,7 @@ from ..step.simulation import Usage
 from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, kernels_of, stored_inputs
 from ..step.tape import ITEMSIZE, MIXER_CHUNKS, Vector
 from ..step.timing import attention_copies, step_seconds
+from ..step.ulysses import shares_groups
 from ..step.workspaces import IDS_PER_PARTIAL_SUM, MULTIPROCESSORS
 from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
 from .allocation import longest_that_runs, usage_up_to
@@ -365,10 +366,12 @@ def groups_of_heads(model: Model, recipe: Recipe, seq_len: int) -> int:
 
 
 def _groups(model: Model, recipe: Recipe) -> list[int]:
-    """Numbers of groups that heads of keys and values come in, largest first."""
+    """Numbers of groups that heads of keys and values come in, and the ranks of a sequence can share, largest first."""
     own = (model.of_kind(kind).attention.kv_heads for kind in model.layer_kinds)
     heads = 1 if window_of(model, recipe) is not None else max(1, gcd(*own))
-    return [n for n in range(min(MOST_GROUPS, heads), 0, -1) if heads % n == 0]
+    divisors = (n for n in range(min(MOST_GROUPS, heads), 1, -1) if heads % n == 0)
+    ranks = recipe.sequence_parallel
+    return [*(n for n in divisors if ranks == 1 or shares_groups(model.attention, n, ranks)), 1]
 
 
 def _in_groups(recipe: Recipe, groups: int) -> Recipe:

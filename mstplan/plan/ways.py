@@ -141,7 +141,7 @@ def _sharing_levers(start: Plan) -> tuple[Lever, ...]:
     if changed is None or changed == start.recipe or start.model.stand_in is not None:
         return ()
     try:
-        ulysses.check(start.model, changed, masked=False)
+        ulysses.check(start.model, ranks)
     except RecipeError:
         return ()
     return ((shared,),)

@@ -478,16 +478,8 @@ class Recipe(BaseModel):
                 f"{option} with eager attention is refused by DeepSpeed, for its mask: use sdpa or flash (--attention)",
             ),
             (
-                self.samples_in_row > 1,
-                f"{option} with several samples in a row is not planned: leave --packing and --padding-free out",
-            ),
-            (
-                self.layer_in_chunks,
-                f"{option} with layers in chunks is not planned: take the strategy mst (-s mst)",
-            ),
-            (
-                self.offload == "saved-tensors" or self.checkpoint == "selective",
-                f"{option} with saved tensors in CPU RAM or selective checkpoints is not planned: set checkpoint='layer' (--checkpoint layer)",
+                self.samples_in_row > 1 and self.attention != "flash",
+                f"{option} with several samples in a row needs flash attention, for all else is given a mask: add attention='flash' (--attention flash)",
             ),
         )
 

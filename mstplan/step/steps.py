@@ -687,7 +687,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         ring=ring_of(layout),
         splits=recipe.tensor_parallel,
     )
-    ulysses.check(model, recipe, layout.masked)
+    ulysses.check(model, recipe.sequence_parallel, layout.masked, layout.groups)
     ring.check(model, recipe, layout.platform)
     loss = LOSSES[recipe.loss]
     in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks

@@ -24,16 +24,15 @@ from .kernels import NO_SDPA as FLASH
 from .roles import Role
 
 if TYPE_CHECKING:
-    from ..spec.model import LayerKind, Model
+    from ..spec.model import Attention, LayerKind, Model
     from .layers import Writer
-    from .recipe import Recipe
     from .tape import Tensor
 
 
-def check(model: Model, recipe: Recipe, masked: bool) -> None:
-    """Check that a recipe's ranks can share a model's attention; masked: some of its layers need an explicit mask. Raises RecipeError with the
-    numbers of ranks that can, or what else would do."""
-    ranks, a = recipe.sequence_parallel, model.attention
+def check(model: Model, ranks: int, masked: bool = False, groups: int = 1) -> None:
+    """Check that so many ranks can share a model's attention; masked: some of its layers need an explicit mask; groups: of heads, one after
+    the other. Raises RecipeError with the numbers of ranks that can, or what else would do."""
+    a = model.attention
     if ranks == 1:
         return
     start = f"--sequence-parallel {ranks}: {model.name} has"
@@ -42,6 +41,11 @@ def check(model: Model, recipe: Recipe, masked: bool) -> None:
         raise RecipeError(
             f"{start} {a.heads} heads of queries and {a.kv_heads} of keys, which {ranks} GPUs cannot share evenly.\n"
             f"Use {', '.join(others)} or {last}."
+        )
+    if groups > 1 and not shares_groups(a, groups, ranks):
+        raise RecipeError(
+            f"--attention-groups {groups}: {model.name} has {a.heads} heads of queries and {a.kv_heads} of keys, which {ranks} GPUs cannot share "
+            f"evenly in {groups} groups.\nUse --attention-groups auto, or fewer."
         )
     for bad, what in (
         (
@@ -58,10 +62,18 @@ def check(model: Model, recipe: Recipe, masked: bool) -> None:
             a.keys != "shared" or a.gated_output or model.alibi or model.eager_only,
             "attention that does not go by transformers' interface as a Llama's does, which is not planned so.\nLeave it out.",
         ),
-        (masked, "sliding windows, for which sdpa needs masks, and Ulysses gives it none.\nUse --attention flash."),
+        (
+            masked,
+            "sliding windows, for which sdpa needs masks, and Ulysses gives it none.\nUse --attention flash.",
+        ),
     ):
         if bad:
             raise RecipeError(f"{start} {what}")
+
+
+def shares_groups(a: Attention, groups: int, ranks: int) -> bool:
+    """Whether each of so many groups of heads is one that the ranks can share."""
+    return a.heads % groups == a.kv_heads % groups == 0 and _divides(ranks, a.heads // groups, a.kv_heads // groups)
 
 
 def _divides(ranks: int, heads: int, kv_heads: int) -> bool:
@@ -130,7 +142,7 @@ def _of_own_tokens(w: Writer, mixed: Tensor) -> Tensor:
         ordered = tape.new("attention mixed, by rank", mixed.shape, mixed.dtype)
         sent = tape.op("order attention mixed by rank", [mixed], ordered, grads=((mixed, None),))
     received = _exchanged(w, sent, "attention mixed of own tokens", mixed.shape, in_order=False)
-    own = tape.new("attention mixed, own tokens", mixed.shape, mixed.dtype)
+    own = tape.new("attention mixed, own tokens", f"{w.t} H {mixed.shape.split()[-1]}", mixed.dtype)
     return tape.op("order heads", [received], own, grads=((received, None),), holds=(sent,))
 
 

@@ -52,13 +52,14 @@ class ChunkCounts:
     """
 
     def __init__(self, config: Any, recipe: Recipe, module: PreTrainedModel | None = None):
-        self.recipe = recipe.changed(attention=attention_of(config))
+        self.recipe = recipe
         self.fixed: Chunks | None = None
         self.module = module
         self._recommended: dict[tuple[Any, ...], Chunks] = {}
         if not recipe.is_open:
             self.fixed = fixed_chunks(recipe)
             return
+        self.recipe = recipe.changed(attention=attention_of(config))
         try:
             self.model = describe(config, module)
         except ModelError as e:

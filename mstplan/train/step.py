@@ -241,7 +241,7 @@ class TrainingStep:
         samples, (rows, tokens) = self.recipe.samples_in_row, self.tokens.shape
         if self.group is not None:
             rank, ranks = self.group.rank(), self.group.size()
-            whole = torch.arange(tokens * ranks, device=self.device)
+            whole = torch.arange(tokens * ranks, device=self.device) % -(-tokens * ranks // samples)
             if self.recipe.context_parallel > 1:
                 pieces = whole.chunk(2 * ranks)
                 return torch.cat([pieces[rank], pieces[-1 - rank]]).repeat(rows, 1)

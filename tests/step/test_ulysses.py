@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from mstplan import load_model
 from mstplan.errors import RecipeError
 from mstplan.plan.layout import step_of, step_sizes
-from mstplan.plan.solve import host_bytes, longest_sequence, max_seq, plan_at
+from mstplan.plan.solve import host_bytes, longest_sequence, max_seq, plan_at, recommend_chunks
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.step.steps import Chunks, Sizes
+from mstplan.step.ulysses import shares_groups
 from mstplan.units import GIB
 
 MODEL, ON = load_model("llama3.1-8b"), card("h100")
@@ -27,8 +28,7 @@ MODEL, ON = load_model("llama3.1-8b"), card("h100")
         ({"gpus": 8, "sequence_parallel": 3}, "does not divide 8 gpus: add --gpus 9 or --sequence-parallel 2, 4, 8"),
         ({"sequence_parallel": 8}, "does not divide 1 gpus: add --gpus 8"),
         ({"gpus": 8, "sequence_parallel": 8, "attention": "eager"}, "use sdpa or flash"),
-        ({"gpus": 8, "sequence_parallel": 8, "packing": 2, "attention": "flash"}, "leave --packing"),
-        ({"gpus": 8, "sequence_parallel": 8, "offload": "saved-tensors"}, "set checkpoint='layer'"),
+        ({"gpus": 8, "sequence_parallel": 8, "packing": 2}, "add attention='flash' (--attention flash)"),
     ],
     ids=str,
 )
@@ -51,6 +51,21 @@ def test_recipes_that_contradict_themselves(fields: dict[str, Any], said: str) -
 def test_models_whose_attention_cannot_be_shared(model: str, ranks: int, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         plan_at(load_model(model), Recipe(gpus=ranks, sequence_parallel=ranks), ON, 2048)
+
+
+@pytest.mark.parametrize("groups", [4, 8])
+def test_groups_of_heads_that_cannot_be_shared(groups: int) -> None:
+    recipe = strategy("mst-layer", gpus=16, sequence_parallel=16, attention_groups=groups, sharding="fsdp")
+    with pytest.raises(RecipeError, match=f"32 heads .* in {groups} groups.\nUse --attention-groups auto, or fewer"):
+        plan_at(MODEL, recipe, ON, 65536, Chunks(4, 16, groups))
+
+
+@given(ranks=st.sampled_from([1, 2, 4, 8, 16, 32]))
+def test_groups_of_heads_that_are_chosen_can_be_shared(ranks: int) -> None:
+    recipe = strategy("mst-layer", gpus=ranks, sequence_parallel=ranks)
+    groups = recommend_chunks(MODEL, recipe, ON).groups
+    assert shares_groups(MODEL.attention, groups, ranks)
+    assert groups > 1 or ranks > 8
 
 
 @given(tokens=st.integers(1, 1 << 20), ranks=st.integers(1, 64), pad_to=st.integers(1, 512))

@@ -34,6 +34,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("llama3.2-1b", 4, {"packing": 4, "batch": 2}),
     ("llama3.2-1b", 4, {"packing": 4, "attention": "flash"}),
     ("llama3.2-1b", 4, {"packing": 2, "batch": 3, "padding_free": True, "attention": "flash"}),
+    ("llama3.2-1b", 4, {"batch": 3, "padding_free": True, "attention": "flash", **MST}),
     ("llama3.2-1b", 2, {"packing": 4, "attention": "eager", "checkpoint": "layer"}),
     ("gpt2", 2, {**SAVED, "packing": 2, "batch": 2}),
     ("gemma2-2b", 2, {**SAVED, "checkpoint": "layer"}),

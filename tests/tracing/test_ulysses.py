@@ -25,7 +25,7 @@ from ..processes import on_two_ranks
 from .real_events import peak, without
 from .test_fsdp import without_known
 from .two_ranks import CONFIG, TOKENS
-from .two_sharers import MODELS, recipes, seeded, whole_batch
+from .two_sharers import MODELS, pairs, recipes, seeded, whole_batch
 
 ON = card("h100")
 LARGE = 8192  # bytes; smaller ones are scalars, position ids, row statistics, and the random generator's state that a checkpoint keeps
@@ -75,8 +75,7 @@ def test_with_weights_shared_out_as_well(real, name):
     assert max(found.live) == pytest.approx(resident + most, rel=0.002)
 
 
-@pytest.mark.parametrize("name", OWN_WEIGHTS)
-@pytest.mark.parametrize("heads", MODELS)
+@pytest.mark.parametrize(("heads", "name"), pairs(recipes(), MODELS))
 def test_two_ranks_train_as_a_single_process_does(folder, heads, name):
     """Loss and gradients of whole sequences, in fp32, summed in another order."""
     found = torch.load(folder / "trained.pt")[heads, name]
@@ -134,13 +133,37 @@ CASES: list[tuple[str, str, int, dict[str, Any]]] = [
     ("llama2-7b", "checkpoint", 8192, {"sequence_parallel": 4, "attention": "efficient", "batch": 2}),
     ("llama3.1-8b", "mst", 16384, {"sequence_parallel": 8, "kernels": "liger", "lora_rank": 16}),
     ("gemma3-4b", "checkpoint", 8192, {"sequence_parallel": 2, "attention": "flash"}),
+    ("llama3.1-8b", "mst-layer", 32768, {"sequence_parallel": 8}),
+    (
+        "llama3.1-8b",
+        "mst-layer-offload",
+        32768,
+        {"sequence_parallel": 2, "attention_groups": 4, "attention_on_host": True},
+    ),
+    ("llama3.1-8b", "mst-layer", 32768, {"sequence_parallel": 8, "kernels": "liger", "lora_rank": 16}),
+    ("mixtral-8x7b", "mst-layer", 32768, {"sequence_parallel": 8, "attention_groups": 2}),
+    ("qwen3-4b", "mst-layer", 16384, {"sequence_parallel": 8, "attention": "flash", "attention_groups": 2}),
+    ("qwen3-4b", "mst-layer", 16384, {"sequence_parallel": 2, "attention": "flash", "attention_groups": 2, "batch": 2}),
+    ("qwen3-4b", "mst-layer", 16384, {"sequence_parallel": 32, "batch": 2}),
+    ("llama2-7b", "mst-layer", 8192, {"sequence_parallel": 4, "attention": "efficient", "attention_groups": 2}),
+    ("llama3.1-8b", "mst", 16384, {"sequence_parallel": 8, "checkpoint": "selective"}),
+    (
+        "qwen3-4b",
+        "checkpoint",
+        16384,
+        {"sequence_parallel": 2, "attention": "flash", "batch": 2, "checkpoint": "selective"},
+    ),
+    ("llama3.1-8b", "standard", 16384, {"sequence_parallel": 8, "offload": "saved-tensors"}),
+    ("qwen3-4b", "mst", 16384, {"sequence_parallel": 2, "attention": "flash", "packing": 4}),
+    ("qwen3-4b", "mst-layer", 16384, {"sequence_parallel": 4, "attention": "flash", "batch": 3, "padding_free": True}),
 ]
 
 
 @pytest.mark.parametrize(("model", "name", "tokens", "more"), CASES, ids=str)
 def test_formula_and_trace_agree(model, name, tokens, more):
     chunks = {"mlp_chunks": 4, "loss_chunks": 16} if name.startswith("mst") else {}
-    check_formula(model, strategy(name, **{"gpus": more["sequence_parallel"], **chunks, **more}), tokens)
+    groups = {"attention_groups": 1} if name.startswith("mst-layer") else {}
+    check_formula(model, strategy(name, **{"gpus": more["sequence_parallel"], **chunks, **groups, **more}), tokens)
 
 
 @pytest.mark.parametrize("model", ["llama3.1-8b", "mixtral-8x7b"])

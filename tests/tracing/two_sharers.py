@@ -32,6 +32,9 @@ def recipes() -> dict[str, Recipe]:
     return {
         "standard": strategy("standard", **both),
         "mst": strategy("mst", **both, **CHUNKS),
+        "mst-layer": strategy("mst-layer", **both, **CHUNKS, attention_groups=1),
+        "mst-layer in groups": strategy("mst-layer", **both, **CHUNKS, attention_groups=2),
+        "selective": strategy("checkpoint", **both, checkpoint="selective"),
         "two rows": strategy("checkpoint", **both, batch=2),
         "fsdp": strategy("mst", **both, **CHUNKS, sharding="fsdp"),
         "ddp": strategy("checkpoint", **both, sharding="ddp"),
@@ -61,6 +64,16 @@ def train(config: dict[str, Any], recipe: Recipe, rank: int) -> dict[str, Any]:
     return {"loss": loss / 2, "gradients": {n: w.grad for n, w in step.model.named_parameters()}}
 
 
+def pairs(recipes: dict[str, Recipe], models: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """What is trained: models by recipes whose weights are not shared out, and whose groups of heads the model's heads make."""
+    return [
+        (model, name)
+        for model, heads in models.items()
+        for name, recipe in recipes.items()
+        if recipe.sharding == "none" and heads.get("num_key_value_heads", 0) % recipe.attention_groups == 0
+    ]
+
+
 def record_and_train(
     recipes: dict[str, Recipe],
     models: dict[str, dict[str, Any]],
@@ -70,11 +83,8 @@ def record_and_train(
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 
     def and_train() -> None:
-        wholes = {name: recipe for name, recipe in recipes.items() if recipe.sharding == "none"}
         found = {
-            (model, name): train(CONFIG | heads, recipe, rank)
-            for model, heads in models.items()
-            for name, recipe in wholes.items()
+            (model, name): train(CONFIG | models[model], recipes[name], rank) for model, name in pairs(recipes, models)
         }
         if rank == 0:
             torch.save(found, folder / "trained.pt")
