@@ -506,12 +506,8 @@ class Recipe(BaseModel):
                 f"{option} with several samples in a row is refused by torch, for their mask: leave --packing and --padding-free out",
             ),
             (
-                self.layer_in_chunks,
-                f"{option} with layers in chunks is not planned: take the strategy mst (-s mst)",
-            ),
-            (
-                self.offload == "saved-tensors" or self.checkpoint == "selective",
-                f"{option} with saved tensors in CPU RAM or selective checkpoints is not planned: set checkpoint='layer' (--checkpoint layer)",
+                self.offload == "saved-tensors" or self.checkpoint == "selective" or self.attention_on_host,
+                f"{option} with saved tensors or attention in CPU RAM, or selective checkpoints, is not planned: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
                 bool(self.images),

@@ -135,6 +135,9 @@ CASES: list[tuple[str, str, str, int, dict[str, Any]]] = [
         {"context_parallel": 4, "gpus": 16, "sharding": "fsdp", "precision": "mixed"},
     ),
     ("h100", "llama3.1-8b", "mst", 16384, {"context_parallel": 4, "lora_rank": 16, "kernels": "liger"}),
+    ("h100", "llama3.1-8b", "mst-layer", 32768, {"context_parallel": 2, "batch": 2, "rotate_method": "alltoall"}),
+    ("h100", "llama3.1-8b", "mst-layer-offload", 32768, {"context_parallel": 8, "attention_groups": 4}),
+    ("h100", "mixtral-8x7b", "mst-layer", 32768, {"context_parallel": 8, "attention_groups": 2}),
     ("a100-80gb", "llama3.1-8b", "mst", 16384, {"context_parallel": 4}),
     ("a100-80gb", "llama2-7b", "checkpoint", 16384, {"context_parallel": 4, "batch": 2, "rotate_method": "alltoall"}),
     ("a100-80gb", "llama2-7b", "standard", 16384, {"context_parallel": 2, "batch": 2}),
@@ -145,7 +148,8 @@ CASES: list[tuple[str, str, str, int, dict[str, Any]]] = [
 def test_formula_and_trace_agree(on, model, name, tokens, more):
     """Every instant within 0.01%: what differs are row statistics of a few bytes, seeds, and rows that half of a rank's queries are rounded up by."""
     chunks = {"mlp_chunks": 4, "loss_chunks": 16} if name.startswith("mst") else {}
-    recipe = strategy(name, **{"gpus": more["context_parallel"], **chunks, **more})
+    groups = {"attention_groups": 1} if name.startswith("mst-layer") else {}
+    recipe = strategy(name, **{"gpus": more["context_parallel"], **chunks, **groups, **more})
     tokens, of = recipe.padded(tokens), card(on)
     chunks_of = fixed_chunks(recipe)
     step = step_of(load_model(model), recipe, of, chunks_of, tokens)

@@ -26,6 +26,7 @@ def recipes() -> dict[str, Recipe]:
     return {
         "standard": strategy("standard", **both),
         "mst": strategy("mst", **both, **CHUNKS),
+        "mst-layer": strategy("mst-layer", **both, **CHUNKS, attention_groups=1),
         "two rows, one rank's keys at a time": strategy("checkpoint", **both, batch=2, rotate_method="alltoall"),
         "fsdp": strategy("mst", **both, **CHUNKS, sharding="fsdp"),
     }
