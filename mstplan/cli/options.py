@@ -345,6 +345,14 @@ class StepOptions(Options):
     double_quantize = option(
         bool, "--double-quantize", "Quantise the scales of 4-bit weights, too.", False, panel="Adapters"
     )
+    quant_storage = option(
+        str,
+        "--quant-storage",
+        _of_recipe("quant_storage", {"bf16": "4-bit weights that FSDP shards"}),
+        panel="Adapters",
+        metavar="NAME",
+        choices=_planned("quant_storage"),
+    )
     kbit_preparation = option(
         bool,
         "--kbit-preparation",
@@ -696,6 +704,7 @@ _FIELDS = (
     "gpus",
     "sharding",
     "reduce_dtype",
+    "quant_storage",
     "replicas",
     "gpus_per_node",
     "sequence_parallel",

@@ -36,28 +36,35 @@ from .optimizers import OPTIMIZERS, bytes_to_step
 from .optimizers.base import bytes_of, dtype_of
 from .recipe import Recipe
 from .roles import Role
+from .storage import packed_rows
 from .tape import ITEMSIZE, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
 
 REST = "embedding, norm and head"
 
 
 def is_sharded(weight: Weight, recipe: Recipe) -> bool:
-    """Whether FSDP2 splits a weight at all: accelerate leaves bitsandbytes' 4-bit weights in bytes out (fsdp2_prepare_model, ignored_params)."""
-    return recipe.shards > 1 and not weight.quantised
+    """Whether FSDP2 splits a weight at all: accelerate leaves bitsandbytes' 4-bit weights in bytes out (fsdp2_prepare_model, ignored_params), but
+    not those that pass for numbers."""
+    return recipe.shards > 1 and not (weight.quantised and weight.packed_in == "uint8")
 
 
 def shard_of(weight: Weight, recipe: Recipe) -> Weight:
     """The first card's share, padded, as it is kept; or the whole weight, where it is not split."""
     if not is_sharded(weight, recipe):
         return weight
+    if weight.quantised:
+        return replace(weight, packed_over=recipe.shards)
     rows = -(-weight.shape[0] // recipe.shards)
     return replace(weight, shape=(rows, *weight.shape[1:]), dtype=shard_dtype(weight, recipe))
 
 
 def shard_dtype(weight: Weight, recipe: Recipe) -> str:
-    """Dtype of a weight's shard. Under mixed precision accelerate keeps what is trained in fp32 (fsdp2_prepare_model)."""
+    """Dtype of a weight's shard. Under mixed precision accelerate keeps what is trained in fp32 (fsdp2_prepare_model), but for adapters in bf16
+    beside 4-bit weights."""
+    if weight.quantised:
+        return weight.packed_in
     if recipe.gathers_in_bf16 and (weight.trained or weight.is_adapter):
-        return "float32"
+        return "bfloat16" if weight.is_adapter and recipe.adapter_dtype == "bf16" else "float32"
     return recipe.weight_dtype if recipe.gathers_in_bf16 else weight.dtype or recipe.weight_dtype
 
 
@@ -97,10 +104,10 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
         return Tensor(f"{name} of {owner}", "", dtype, 0, size, role=role)
 
     def shard_bytes(weight: Weight, dtype: str) -> int:
-        return shard_of(weight, recipe).numel * ITEMSIZE[dtype]
+        return numbers_of(shard_of(weight, recipe)) * ITEMSIZE[dtype]
 
     def used(weight: Weight) -> str:
-        return weight.dtype or recipe.used_dtype
+        return weight.packed_in if weight.quantised else weight.dtype or recipe.used_dtype
 
     def sent(weight: Weight) -> tuple[Tensor, Tensor | None]:
         """A shard as it is gathered; and as it came from CPU RAM before, where that has another dtype."""
@@ -145,6 +152,11 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     )
 
 
+def numbers_of(weight: Weight) -> int:
+    """Numbers that a weight, or its shard, has, or passes for."""
+    return packed_rows(weight) if weight.quantised else weight.numel
+
+
 def reduced_dtype(weight: Weight, recipe: Recipe) -> str:
     """Dtype in which gradients of a weight are summed over cards, and in which whole ones are kept."""
     return recipe.reduced_dtype if recipe.gathers_in_bf16 else weight.dtype or recipe.used_dtype
@@ -162,9 +174,12 @@ def shards_on_host(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> int
     weights: shards, as (weight, how many).
     """
     pinned = sum(
-        (1 + weight.trained) * pinned_bytes(weight.numel * ITEMSIZE[dtype_of(recipe, weight)]) * n
+        (1 + weight.trained)
+        * pinned_bytes(
+            numbers_of(weight) * ITEMSIZE[weight.packed_in if weight.quantised else dtype_of(recipe, weight)]
+        )
+        * n
         for weight, n in weights
-        if not weight.quantised
     )
     optimizer = OPTIMIZERS[recipe.optimizer].memory(recipe, [(w, n) for w, n in weights if w.trained])
     return pinned + bytes_of((*optimizer.states, *optimizer.temporaries))

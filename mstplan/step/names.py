@@ -272,6 +272,12 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             "of about the size",
         ),
     ),
+    "quant_storage": (
+        Advice("bytes int8 torch.uint8 none", "is uint8", {"quant_storage": "uint8"}),
+        Advice("bfloat16 torch.bfloat16 16", "is bf16", {"quant_storage": "bf16"}),
+        Advice("float32 float torch.float32 32", "is fp32", {"quant_storage": "fp32"}),
+        Advice("fp16 float16 torch.float16 half", _IS_NOT, {"quant_storage": "bf16"}, "of the same size"),
+    ),
     "adapter_dtype": (
         Advice("float32 float torch.float32 full 32", "is fp32", {"adapter_dtype": "fp32"}),
         Advice("bfloat16 torch.bfloat16 16", "is bf16", {"adapter_dtype": "bf16"}),
@@ -357,6 +363,7 @@ _OPTIONS = (
         "whose targets are modules",
     ),
     Advice("lora-alpha lora-bias use-rslora lora-init* lora-plus* loraplus* lora-task-type task-type", _NO_MEMORY),
+    Advice("bnb-4bit-quant-storage bnb-4bit-quant-storage-dtype quant-storage-dtype", "", {"quant_storage": None}),
     Advice("load-in-4bit 4bit nf4 int4 bnb-4bit* quantization-bit quant-bits bits", "", {"quantize": "nf4"}),
     Advice("load-in-8bit 8bit int8", "", {"quantize": "int8"}),
     Advice("use-bnb-nested-quant double-quantization double-quant bnb-nested*", "", {"double_quantize": True}),

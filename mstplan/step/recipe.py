@@ -109,6 +109,9 @@ class Recipe(BaseModel):
     """Linear layers' frozen weights, but for the head's, in 4 or 8 bits (bitsandbytes)."""
     double_quantize: bool = False
     """The scales of 4-bit weights are quantised, too."""
+    quant_storage: Literal["uint8", "bf16", "fp32"] = "uint8"
+    """Dtype that the bytes of 4-bit weights pass for (bnb_4bit_quant_storage): bytes, as bitsandbytes has it, which FSDP leaves whole on every
+    card; or a dtype of numbers, that it shards them as it does other weights. Scales are whole in any case."""
     kbit_preparation: bool = False
     """peft's prepare_model_for_kbit_training: all that is not quantised in fp32."""
     packing: int = Field(default=1, ge=1, le=1_000_000)
@@ -296,6 +299,10 @@ class Recipe(BaseModel):
                 "double_quantize is of 4-bit weights: add quantize='nf4' (--quantize nf4)",
             ),
             (
+                self.quant_storage != "uint8" and self.quantize not in ("nf4", "fp4"),
+                "quant_storage (--quant-storage) is of 4-bit weights: add quantize='nf4' (--quantize nf4)",
+            ),
+            (
                 bool(on_head),
                 f"no adapter is planned on the LM head{why}: train it whole, with lm_head in lora_modules_to_save (--lora-modules-to-save)",
             ),
@@ -416,7 +423,10 @@ class Recipe(BaseModel):
                 "fsdp has no autocast: of bf16=True accelerate makes a MixedPrecisionPolicy over fp32 shards, precision='mixed' (--precision mixed)",
             ),
             (
-                self.gathers_in_bf16 and bool(self.lora_rank) and self.adapter_dtype == "bf16",
+                self.gathers_in_bf16
+                and bool(self.lora_rank)
+                and self.adapter_dtype == "bf16"
+                and self.quantize == "none",
                 "under mixed precision accelerate keeps what fsdp trains in fp32: leave --adapter-dtype bf16 out, or --autocast",
             ),
             (
@@ -424,8 +434,12 @@ class Recipe(BaseModel):
                 "fsdp with copies of modules beside adapters is not planned: leave --lora-modules-to-save out",
             ),
             (
-                self.quantize != "none" and self.weights_on_host,
-                "fsdp with quantised weights in CPU RAM is not planned: leave --weights-on-host out",
+                self.quantize != "none" and self.quant_storage == "uint8" and self.weights_on_host,
+                "fsdp leaves 4-bit weights in bytes whole on each card: add quant_storage='bf16' (--quant-storage bf16), or leave --weights-on-host out",
+            ),
+            (
+                self.quant_storage == "fp32" and self.gathers_in_bf16,
+                "fsdp's mixed precision casts 4-bit weights stored in fp32 as if they were numbers: set quant_storage='bf16' (--quant-storage bf16)",
             ),
             (
                 self.quantize == "int8",
@@ -632,6 +646,11 @@ class Recipe(BaseModel):
     def finds_gradients(self) -> bool:
         """Whether gradients of the micro-batches before are there throughout a micro-batch, in the form in which the optimizer has them."""
         return self.accumulation > 1 and not self.keeps_whole_gradients
+
+    @property
+    def packed_in(self) -> str:
+        """Dtype that the bytes of 4-bit weights pass for."""
+        return {"uint8": "uint8", "bf16": "bfloat16", "fp32": "float32"}[self.quant_storage]
 
     @property
     def reduced_dtype(self) -> str:
@@ -941,6 +960,7 @@ def _weights_in_words(recipe: Recipe) -> str:
     plain = f"{_SHORT[recipe.weight_dtype]} weights{prepared}"
     if recipe.quantize != "none":
         how = " with double quantisation" if recipe.double_quantize else ""
+        how += f" stored as {recipe.quant_storage}" if recipe.quant_storage != "uint8" else ""
         plain = f"{recipe.quantize} weights{how}, the rest {_SHORT[recipe.weight_dtype]}{prepared}"
     if recipe.gathers_in_bf16:
         return f"{plain}, all gathered in bf16"

@@ -40,7 +40,7 @@ from .ring import Ring, ranks_that_differ
 from .roles import Purpose, Role, State
 from .saved_tensors import Offloaded, offload_saved
 from .selection import TOWERS, Named, Selection, WeightKind
-from .storage import Stored, in_sum
+from .storage import Stored, in_sum, scales_of
 from .tape import (
     BASIS,
     MIXER_CHUNKS,
@@ -338,8 +338,11 @@ class Step:
     def stays(self) -> list[Tensor]:
         """What is there before the first step: weights, and cuBLAS' workspaces."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
-        if (recipe.weights_on_host and recipe.sharded) or self.zero is not None:
-            stored: tuple[Stored, ...] = ()
+        stored: tuple[Stored, ...]
+        if self.zero is not None:
+            stored = ()
+        elif recipe.weights_on_host and recipe.sharded:
+            stored = scales_of(self.card_weights, dtype)
         elif recipe.weights_on_host:
             stored = (Stored("weights gathered from the host", dtype, recipe.weight_bytes * self._gathered()),)
         else:
@@ -528,6 +531,7 @@ def tower_weights(model: Model, recipe: Recipe) -> list[tuple[str, list[tuple[We
                             trained=False,
                             quantised=quantised if weight.linear else "",
                             double_quantised=recipe.double_quantize,
+                            packed_in=recipe.packed_in,
                         ),
                         weight.copies,
                     )
@@ -681,6 +685,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         adapters=adapters,
         quantised="" if recipe.quantize == "none" else recipe.quantize,
         double_quantised=recipe.double_quantize,
+        packed_in=recipe.packed_in,
         checkpointed=recipe.quantize == "int8" and recipe.checkpoint != "none",
         kernels=recipe.kernels,
         ranks=recipe.sequence_parallel,

@@ -130,6 +130,8 @@ class Weight:
     dtype: str = ""  # its own, where the step's weights have another
     quantised: str = ""  # nf4, fp4 or int8
     double_quantised: bool = False
+    packed_in: str = "uint8"  # of 4 bits: the dtype that their bytes pass for (bnb_4bit_quant_storage)
+    packed_over: int = 1  # cards that have these bytes in shards
     is_adapter: bool = False
 
     @property

@@ -43,11 +43,13 @@ USERS_OWN = {
     "--lora-targets": "all-linear",
     "--lora-modules-to-save": "lm_head",
     "--quantize": "nf4",
+    "--quant-storage": "bf16",
 }
 OF_ADAPTERS = {
     "--quantize",
     "--adapter-dtype",
     "--double-quantize",
+    "--quant-storage",
     "--dora",
     "--kbit-preparation",
     "--lora-modules-to-save",
@@ -100,7 +102,7 @@ def taken(run: Run, options: tuple[str, ...]) -> bool:
         more = (*more, "--attention", "flash")
     if {"--replicas", "--reduce-dtype"} & {*options} and "fsdp" not in options:
         more = ("--gpus", "8", "--sharding", "fsdp", "--precision", "mixed")
-    if "--double-quantize" in options:
+    if {"--double-quantize", "--quant-storage"} & {*options}:
         more = (*more, "--quantize", "nf4")
     if OF_ADAPTERS & {*options} and "--lora" not in options:
         more = (*more, "--lora", "16")
