@@ -449,6 +449,7 @@ class VariedOptions(Options):
                 "ddp": "all on each of --gpus",
                 "zero2": "DeepSpeed's ZeRO, as zero1",
                 "fsdp": "or zero3; FSDP2: everything in shards over them",
+                "fsdp1": "flat shards, FSDP of before",
             },
         ),
         panel="Recipe",
@@ -465,6 +466,14 @@ class VariedOptions(Options):
     )
     gpus_per_node = option(
         int, "--gpus-per-node", "GPUs that share a machine's CPU RAM. Default 8.", panel="Recipe", metavar="N"
+    )
+    backward_prefetch = option(
+        str,
+        "--backward-prefetch",
+        _of_recipe("backward_prefetch", {"pre": "under fsdp1, BACKWARD_PRE"}),
+        panel="Recipe",
+        metavar="NAME",
+        choices=_planned("backward_prefetch"),
     )
     sync_each_batch = option(
         bool,
@@ -705,6 +714,7 @@ _FIELDS = (
     "sharding",
     "reduce_dtype",
     "quant_storage",
+    "backward_prefetch",
     "replicas",
     "gpus_per_node",
     "sequence_parallel",
@@ -912,7 +922,8 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
         names.remove("checkpoint-sqrt")
     if named == "all" and max(options.sequence_parallel or 1, options.context_parallel or 1) > 1:
         names = [name for name in names if not STRATEGIES[name].layer_in_chunks]
-    if options.strategy in (None, "all") and (options.tensor_parallel or 1) > 1:  # transformers' own code alone
+    transformers_alone = (options.tensor_parallel or 1) > 1 or options.sharding == "fsdp1"  # its own code, in one piece
+    if options.strategy in (None, "all") and transformers_alone:
         names = ["standard", "checkpoint"]
     return {name: STRATEGIES[name] for name in names}
 

@@ -28,16 +28,19 @@ cards than experts most of what is gathered is padding (FSDP2's shard_placement_
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
+from ..errors import RecipeError
 from .cuda import pinned_bytes
 from .optimizers import OPTIMIZERS, bytes_to_step
 from .optimizers.base import bytes_of, dtype_of
 from .recipe import Recipe
 from .roles import Role
 from .storage import packed_rows
-from .tape import ITEMSIZE, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
+from .tape import ITEMSIZE, Flat, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
 
 REST = "embedding, norm and head"
 
@@ -95,8 +98,70 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     )
 
 
+def card_weights(tape: Tape, weights: list[tuple[Weight, int]], recipe: Recipe) -> list[tuple[Weight, int]]:
+    """Weights of a step, as (weight, how many), as one card has them: whole, in shards, or in FSDP1's flat shards, one of a group."""
+    if not recipe.flat:
+        return shards_of(weights, recipe)
+    return list(Counter(flat_shards(tape)).items())
+
+
+def flat_shards(tape: Tape) -> list[Weight]:
+    """FSDP1's shards in the order of the modules: the rest's, then those of layers."""
+    return [group.flat.shard for group in groups_of(tape) if group.flat is not None]
+
+
+def groups_of(tape: Tape) -> list[Group]:
+    """Groups of a step: the rest's, then those of layers."""
+    groups = (tape.group, *(op.group for op in tape.ops if op.is_layer))
+    return [group for group in groups if group is not None]
+
+
+def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
+    """A group whose weights are one flat tensor, padded at its end (FlatParamHandle.flatten_tensors, _get_shard)."""
+    if any(weight.dtype not in ("", recipe.used_dtype) for weight in weights):
+        raise RecipeError(
+            "fsdp1 joins weights of one dtype, and this model has others.\nUse --sharding fsdp, which is FSDP2."
+        )
+    kept, used, summed = recipe.weight_dtype, recipe.used_dtype, recipe.reduced_dtype
+    numbers = sum(weight.numel for weight in weights)
+    share = -(-numbers // recipe.shards)
+
+    def tensor(name: str, dtype: str, numbers: int, role: Role) -> Tensor:
+        return Tensor(f"{name} of {owner}", "", dtype, 0, numbers * ITEMSIZE[dtype], role=role)
+
+    def where(needed: bool, *of_tensor: Any) -> Tensor | None:
+        return tensor(*of_tensor) if needed else None
+
+    nothing = tensor("nothing", used, 0, Role.GATHERED)
+    flat = Flat(
+        Weight(f"flat weights of {owner}", (share,)),
+        tensor("joined gradients", used, numbers, Role.WEIGHT_GRADIENT),
+        where(summed != used, "gradients to be summed", summed, numbers, Role.REDUCED),
+        where(numbers % recipe.shards > 0, "padded gradients", summed, share * recipe.shards, Role.REDUCED),
+        prefetched=recipe.backward_prefetch == "pre",
+    )
+    return Group(
+        gathered=tensor("gathered weights", used, share * recipe.shards, Role.GATHERED),
+        buffer=nothing,
+        copy_in=where(kept != used, "shards in bf16", used, share, Role.GATHERED),
+        from_host=(),
+        gradients=weights_gradients(weights, used),
+        accumulated=(),
+        scatter=nothing,
+        reduced=where(summed != kept, "reduce-scatter output", summed, share, Role.REDUCED),
+        shards=tensor("gradient shards", kept, share, Role.REDUCED),
+        last_gradient=None,
+        stay=not recipe.finds_gradients,
+        all_reduced=False,
+        temporaries=nothing,
+        flat=flat,
+    )
+
+
 def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool = False) -> Group:
     """owner: for people; outlived: the last gradient is held until all is done, and counts."""
+    if recipe.flat:
+        return _flat_group(weights, recipe, owner)
     weights = [weight for weight in weights if is_sharded(weight, recipe)]
     trained = [weight for weight in weights if weight.trained]
 

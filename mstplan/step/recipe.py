@@ -136,16 +136,20 @@ class Recipe(BaseModel):
     which its gradient_checkpointing_enable and peft call. `minisequence` does without."""
     gpus: int = Field(default=1, ge=1, le=65_536)
     """Cards that train together, each with `batch` sequences of its own."""
-    sharding: Literal["none", "ddp", "zero1", "zero2", "fsdp"] = "none"
+    sharding: Literal["none", "ddp", "zero1", "zero2", "fsdp", "fsdp1"] = "none"
     """fsdp: weights, gradients and optimizer states in shards over all cards, each decoder layer gathered while it runs
     (PyTorch's fully_shard of every layer, then of the model; ZeRO-3). mixed is then its MixedPrecisionPolicy: fp32 shards,
-    gathered in bf16, gradients reduced in fp32, and no autocast. zero1, zero2: DeepSpeed's ZeRO of stages 1 and 2: bf16 weights whole on each card,
+    gathered in bf16, gradients reduced in fp32, and no autocast. fsdp1: the same by FullyShardedDataParallel, torch's FSDP1, whose groups are one
+    flat tensor each. zero1, zero2: DeepSpeed's ZeRO of stages 1 and 2: bf16 weights whole on each card,
     fp32 weights and optimizer states in partitions, in stage 2 gradients too."""
     reduce_bucket_size: Literal["auto"] | int = 500_000_000
     """Values in the bucket in which zero1 and zero2 sum gradients (DeepSpeed's reduce_bucket_size, whose default this is); auto: the hidden size
     squared, as transformers fills it in."""
     overlap_comm: bool = False
     """zero1 and zero2 reduce while backward goes on, with two buckets (DeepSpeed's overlap_comm)."""
+    backward_prefetch: Literal["pre", "none"] = "pre"
+    """Whether fsdp1 gathers the group before while backward runs one (BACKWARD_PRE, torch's own choice and that of accelerate's questionnaire),
+    or each when it is asked for (NO_PREFETCH, which transformers' Trainer has where fsdp_config does not say)."""
     sync_each_batch: bool = False
     """With accumulation fsdp scatters the gradients of each micro-batch (accelerate's gradient_accumulation_kwargs). Without it, as in
     accelerate and transformers' Trainer, whole gradients of all weights stay on every card until the last micro-batch scatters them."""
@@ -349,6 +353,9 @@ class Recipe(BaseModel):
         if alone:
             message = f"{alone} ({option_of(alone)}) is of fsdp: add sharding='fsdp' (--sharding fsdp), or leave it out"
             return ((True, message),)
+        if self.backward_prefetch != usual["backward_prefetch"].default and not self.flat:
+            message = "backward_prefetch (--backward-prefetch) is of fsdp1: add sharding='fsdp1' (--sharding fsdp1), or leave it out"
+            return ((True, message),)
         of_zero = ("reduce_bucket_size", "overlap_comm")
         alone = "" if self.zero_stage else next((n for n in of_zero if getattr(self, n) != usual[n].default), "")
         if alone:
@@ -414,6 +421,7 @@ class Recipe(BaseModel):
                 "reduce_dtype is of fp32 shards: add precision='mixed' (--precision mixed), or leave it out",
             ),
             *self._bad_adapters_in_shards(),
+            *(self._bad_flat_shards() if self.flat else ()),
         )
 
     def _bad_adapters_in_shards(self) -> tuple[tuple[bool, str], ...]:
@@ -444,6 +452,39 @@ class Recipe(BaseModel):
             (
                 self.quantize == "int8",
                 "fsdp with int8 weights is not planned, for bitsandbytes' scales are no parameters: use nf4 (--quantize nf4)",
+            ),
+        )
+
+    def _bad_flat_shards(self) -> tuple[tuple[bool, str], ...]:
+        take = "take sharding='fsdp' (--sharding fsdp), FSDP2"
+        return (
+            (
+                self.mlp_chunks != 1 or self.layer_in_chunks or self.loss_in_chunks,
+                f"fsdp1's weights are views of flat ones, which pieces of the sequence do not serve: {take}",
+            ),
+            (
+                self.checkpoint not in ("none", "layer", 1) or self.offload != "none",
+                "fsdp1 is planned with every layer checkpointed or none, inputs on the card: set checkpoint='layer' (--checkpoint layer), leave --offload out",
+            ),
+            (
+                bool(self.lora_rank or self.train or self.freeze or self.images),
+                f"fsdp1 with adapters, frozen weights or images is not planned yet: {take}",
+            ),
+            (
+                self.sync_each_batch,
+                f"fsdp1 with gradients scattered in each micro-batch is not planned: leave --sync-each-batch out, or {take}",
+            ),
+            (
+                self.replicas > 1 or self.weights_on_host or self.optimizer_in_backward,
+                f"fsdp1 with replicas, weights in CPU RAM or an optimizer that steps in backward is not planned: {take}",
+            ),
+            (
+                self.sharers > 1 or self.tensor_parallel > 1,
+                f"fsdp1 with sequences or matrices over several GPUs is not planned: {take}",
+            ),
+            (
+                self.max_grad_norm is not None,
+                "fsdp1 clips by norms of its own (FullyShardedDataParallel.clip_grad_norm_), which are not planned: leave --max-grad-norm out",
             ),
         )
 
@@ -611,7 +652,12 @@ class Recipe(BaseModel):
 
     @property
     def sharded(self) -> bool:
-        return self.sharding == "fsdp"
+        return self.sharding in ("fsdp", "fsdp1")
+
+    @property
+    def flat(self) -> bool:
+        """Whether the weights of a group are one flat tensor (FSDP1)."""
+        return self.sharding == "fsdp1"
 
     @property
     def divides_states(self) -> bool:
@@ -942,7 +988,8 @@ def _sharding_in_words(recipe: Recipe) -> str:
     replicas = f" in {recipe.replicas:,} replicas" if recipe.replicas > 1 else ""
     host = ", weights, gradients and optimizer in CPU RAM" if recipe.weights_on_host else ""
     whole = ", whole gradients between micro-batches" if recipe.keeps_whole_gradients else ""
-    return f"FSDP2 over {recipe.gpus:,} GPUs{replicas}{host}{whole}"
+    version = "FSDP1" if recipe.flat else "FSDP2"
+    return f"{version} over {recipe.gpus:,} GPUs{replicas}{host}{whole}"
 
 
 def _trained_in_words(recipe: Recipe) -> str:
