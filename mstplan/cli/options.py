@@ -345,6 +345,14 @@ class StepOptions(Options):
     double_quantize = option(
         bool, "--double-quantize", "Quantise the scales of 4-bit weights, too.", False, panel="Adapters"
     )
+    quant_storage = option(
+        str,
+        "--quant-storage",
+        _of_recipe("quant_storage", {"bf16": "4-bit weights that FSDP shards"}),
+        panel="Adapters",
+        metavar="NAME",
+        choices=_planned("quant_storage"),
+    )
     kbit_preparation = option(
         bool,
         "--kbit-preparation",
@@ -441,6 +449,7 @@ class VariedOptions(Options):
                 "ddp": "all on each of --gpus",
                 "zero2": "DeepSpeed's ZeRO, as zero1",
                 "fsdp": "or zero3; FSDP2: everything in shards over them",
+                "fsdp1": "flat shards, FSDP of before",
             },
         ),
         panel="Recipe",
@@ -457,6 +466,14 @@ class VariedOptions(Options):
     )
     gpus_per_node = option(
         int, "--gpus-per-node", "GPUs that share a machine's CPU RAM. Default 8.", panel="Recipe", metavar="N"
+    )
+    backward_prefetch = option(
+        str,
+        "--backward-prefetch",
+        _of_recipe("backward_prefetch", {"pre": "under fsdp1, BACKWARD_PRE"}),
+        panel="Recipe",
+        metavar="NAME",
+        choices=_planned("backward_prefetch"),
     )
     sync_each_batch = option(
         bool,
@@ -696,6 +713,8 @@ _FIELDS = (
     "gpus",
     "sharding",
     "reduce_dtype",
+    "quant_storage",
+    "backward_prefetch",
     "replicas",
     "gpus_per_node",
     "sequence_parallel",
@@ -903,7 +922,8 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
         names.remove("checkpoint-sqrt")
     if named == "all" and max(options.sequence_parallel or 1, options.context_parallel or 1) > 1:
         names = [name for name in names if not STRATEGIES[name].layer_in_chunks]
-    if options.strategy in (None, "all") and (options.tensor_parallel or 1) > 1:  # transformers' own code alone
+    transformers_alone = (options.tensor_parallel or 1) > 1 or options.sharding == "fsdp1"  # its own code, in one piece
+    if options.strategy in (None, "all") and transformers_alone:
         names = ["standard", "checkpoint"]
     return {name: STRATEGIES[name] for name in names}
 

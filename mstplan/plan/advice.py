@@ -373,8 +373,29 @@ def partition_notes(model: Model, recipe: Recipe) -> list[str]:
     ]
 
 
+def flat_notes(recipe: Recipe) -> list[str]:
+    """What a card holds under FSDP1, and what is not counted."""
+    runs = "the layer that runs" + (", in backward the one before it" if recipe.backward_prefetch == "pre" else "")
+    notes = [
+        (
+            f"{_sequences_of_each(recipe)}: FSDP1 over every layer and the model (FullyShardedDataParallel; --backward-prefetch none is Trainer's "
+            f"default). Counted: flat shards, padded; {runs}, and embedding, norm and head throughout; a group's gradients and "
+            "their joined copy, and that in the dtype they are summed in (docs/sharding.md). Not counted: what use_orig_params=True pads."
+        ),
+        _NOT_COUNTED,
+    ]
+    if recipe.keeps_whole_gradients:
+        notes.append(
+            f"Accumulation under no_sync keeps whole gradients of all weights on every GPU, {ITEMSIZE[recipe.used_dtype]} bytes each, until the last "
+            "micro-batch, as accelerate and Trainer do."
+        )
+    return notes
+
+
 def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
-    """What a card holds under FSDP2, and what is not counted."""
+    """What a card holds under FSDP2, or FSDP1, and what is not counted."""
+    if recipe.flat:
+        return flat_notes(recipe)
     where = f" in {recipe.replicas:,} replicas of {recipe.shards:,} shards" if recipe.replicas > 1 else ""
     kept = "shards in CPU RAM (CPUOffloadPolicy)" if recipe.weights_on_host else "shards, padded"
     notes = [

@@ -80,8 +80,8 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
     several: tuple[Lever, ...] = ()
     if start.recipe.keeps_whole_gradients:
         several += ((Change("gradients scattered each time", "a reduce-scatter a micro-batch", 1, _SYNCED),),)
-    if start.recipe.gpus > 1 and not start.recipe.sharded:
-        several += ((Change("weights in shards (FSDP2)", "an all-gather a layer", 2, {"sharding": "fsdp"}),),)
+    if start.recipe.gpus > 1 and (start.recipe.flat or not start.recipe.sharded):
+        several += ((Change("weights in shards (FSDP2)", "an all-gather a layer", 2, _IN_SHARDS),),)
     return (
         *several,
         (Change("weights and moments in bf16", "exact updates", 8, {"precision": "bf16"}),),
@@ -106,6 +106,7 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
 
 
 _SYNCED: dict[str, object] = {"sync_each_batch": True}
+_IN_SHARDS: dict[str, object] = {"sharding": "fsdp", "backward_prefetch": "pre"}  # which is of FSDP1
 
 
 def _token_levers(start: Plan) -> tuple[Lever, ...]:

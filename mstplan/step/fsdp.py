@@ -28,36 +28,46 @@ cards than experts most of what is gathered is padding (FSDP2's shard_placement_
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
+from ..errors import RecipeError
 from .cuda import pinned_bytes
 from .optimizers import OPTIMIZERS, bytes_to_step
 from .optimizers.base import bytes_of, dtype_of
 from .recipe import Recipe
 from .roles import Role
-from .tape import ITEMSIZE, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
+from .storage import packed_rows
+from .tape import ITEMSIZE, Flat, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
 
 REST = "embedding, norm and head"
 
 
 def is_sharded(weight: Weight, recipe: Recipe) -> bool:
-    """Whether FSDP2 splits a weight at all: accelerate leaves bitsandbytes' 4-bit weights in bytes out (fsdp2_prepare_model, ignored_params)."""
-    return recipe.shards > 1 and not weight.quantised
+    """Whether FSDP2 splits a weight at all: accelerate leaves bitsandbytes' 4-bit weights in bytes out (fsdp2_prepare_model, ignored_params), but
+    not those that pass for numbers."""
+    return recipe.shards > 1 and not (weight.quantised and weight.packed_in == "uint8")
 
 
 def shard_of(weight: Weight, recipe: Recipe) -> Weight:
     """The first card's share, padded, as it is kept; or the whole weight, where it is not split."""
     if not is_sharded(weight, recipe):
         return weight
+    if weight.quantised:
+        return replace(weight, packed_over=recipe.shards)
     rows = -(-weight.shape[0] // recipe.shards)
     return replace(weight, shape=(rows, *weight.shape[1:]), dtype=shard_dtype(weight, recipe))
 
 
 def shard_dtype(weight: Weight, recipe: Recipe) -> str:
-    """Dtype of a weight's shard. Under mixed precision accelerate keeps what is trained in fp32 (fsdp2_prepare_model)."""
+    """Dtype of a weight's shard. Under mixed precision accelerate keeps what is trained in fp32 (fsdp2_prepare_model), but for adapters in bf16
+    beside 4-bit weights."""
+    if weight.quantised:
+        return weight.packed_in
     if recipe.gathers_in_bf16 and (weight.trained or weight.is_adapter):
-        return "float32"
+        return "bfloat16" if weight.is_adapter and recipe.adapter_dtype == "bf16" else "float32"
     return recipe.weight_dtype if recipe.gathers_in_bf16 else weight.dtype or recipe.weight_dtype
 
 
@@ -88,8 +98,70 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     )
 
 
+def card_weights(tape: Tape, weights: list[tuple[Weight, int]], recipe: Recipe) -> list[tuple[Weight, int]]:
+    """Weights of a step, as (weight, how many), as one card has them: whole, in shards, or in FSDP1's flat shards, one of a group."""
+    if not recipe.flat:
+        return shards_of(weights, recipe)
+    return list(Counter(flat_shards(tape)).items())
+
+
+def flat_shards(tape: Tape) -> list[Weight]:
+    """FSDP1's shards in the order of the modules: the rest's, then those of layers."""
+    return [group.flat.shard for group in groups_of(tape) if group.flat is not None]
+
+
+def groups_of(tape: Tape) -> list[Group]:
+    """Groups of a step: the rest's, then those of layers."""
+    groups = (tape.group, *(op.group for op in tape.ops if op.is_layer))
+    return [group for group in groups if group is not None]
+
+
+def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
+    """A group whose weights are one flat tensor, padded at its end (FlatParamHandle.flatten_tensors, _get_shard)."""
+    if any(weight.dtype not in ("", recipe.used_dtype) for weight in weights):
+        raise RecipeError(
+            "fsdp1 joins weights of one dtype, and this model has others.\nUse --sharding fsdp, which is FSDP2."
+        )
+    kept, used, summed = recipe.weight_dtype, recipe.used_dtype, recipe.reduced_dtype
+    numbers = sum(weight.numel for weight in weights)
+    share = -(-numbers // recipe.shards)
+
+    def tensor(name: str, dtype: str, numbers: int, role: Role) -> Tensor:
+        return Tensor(f"{name} of {owner}", "", dtype, 0, numbers * ITEMSIZE[dtype], role=role)
+
+    def where(needed: bool, *of_tensor: Any) -> Tensor | None:
+        return tensor(*of_tensor) if needed else None
+
+    nothing = tensor("nothing", used, 0, Role.GATHERED)
+    flat = Flat(
+        Weight(f"flat weights of {owner}", (share,)),
+        tensor("joined gradients", used, numbers, Role.WEIGHT_GRADIENT),
+        where(summed != used, "gradients to be summed", summed, numbers, Role.REDUCED),
+        where(numbers % recipe.shards > 0, "padded gradients", summed, share * recipe.shards, Role.REDUCED),
+        prefetched=recipe.backward_prefetch == "pre",
+    )
+    return Group(
+        gathered=tensor("gathered weights", used, share * recipe.shards, Role.GATHERED),
+        buffer=nothing,
+        copy_in=where(kept != used, "shards in bf16", used, share, Role.GATHERED),
+        from_host=(),
+        gradients=weights_gradients(weights, used),
+        accumulated=(),
+        scatter=nothing,
+        reduced=where(summed != kept, "reduce-scatter output", summed, share, Role.REDUCED),
+        shards=tensor("gradient shards", kept, share, Role.REDUCED),
+        last_gradient=None,
+        stay=not recipe.finds_gradients,
+        all_reduced=False,
+        temporaries=nothing,
+        flat=flat,
+    )
+
+
 def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool = False) -> Group:
     """owner: for people; outlived: the last gradient is held until all is done, and counts."""
+    if recipe.flat:
+        return _flat_group(weights, recipe, owner)
     weights = [weight for weight in weights if is_sharded(weight, recipe)]
     trained = [weight for weight in weights if weight.trained]
 
@@ -97,10 +169,10 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
         return Tensor(f"{name} of {owner}", "", dtype, 0, size, role=role)
 
     def shard_bytes(weight: Weight, dtype: str) -> int:
-        return shard_of(weight, recipe).numel * ITEMSIZE[dtype]
+        return numbers_of(shard_of(weight, recipe)) * ITEMSIZE[dtype]
 
     def used(weight: Weight) -> str:
-        return weight.dtype or recipe.used_dtype
+        return weight.packed_in if weight.quantised else weight.dtype or recipe.used_dtype
 
     def sent(weight: Weight) -> tuple[Tensor, Tensor | None]:
         """A shard as it is gathered; and as it came from CPU RAM before, where that has another dtype."""
@@ -145,6 +217,11 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     )
 
 
+def numbers_of(weight: Weight) -> int:
+    """Numbers that a weight, or its shard, has, or passes for."""
+    return packed_rows(weight) if weight.quantised else weight.numel
+
+
 def reduced_dtype(weight: Weight, recipe: Recipe) -> str:
     """Dtype in which gradients of a weight are summed over cards, and in which whole ones are kept."""
     return recipe.reduced_dtype if recipe.gathers_in_bf16 else weight.dtype or recipe.used_dtype
@@ -162,9 +239,12 @@ def shards_on_host(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> int
     weights: shards, as (weight, how many).
     """
     pinned = sum(
-        (1 + weight.trained) * pinned_bytes(weight.numel * ITEMSIZE[dtype_of(recipe, weight)]) * n
+        (1 + weight.trained)
+        * pinned_bytes(
+            numbers_of(weight) * ITEMSIZE[weight.packed_in if weight.quantised else dtype_of(recipe, weight)]
+        )
+        * n
         for weight, n in weights
-        if not weight.quantised
     )
     optimizer = OPTIMIZERS[recipe.optimizer].memory(recipe, [(w, n) for w, n in weights if w.trained])
     return pinned + bytes_of((*optimizer.states, *optimizer.temporaries))

@@ -66,6 +66,7 @@ class Numerics(NamedTuple):
     adapters: Adapters | None = None
     quantised: str = ""  # nf4, fp4 or int8: the weights of linear layers
     double_quantised: bool = False
+    packed_in: str = "uint8"  # of 4 bits
     checkpointed: bool = False  # its layers
     kernels: str = "torch"  # of norms, rotary embedding and MLP
     ranks: int = 1  # cards that share a sequence, and in attention the heads

@@ -224,7 +224,7 @@ VALUES: dict[str, tuple[Advice, ...]] = {
     ),
     "sharding": (
         Advice("fsdp2 fsdp_v2 fully_shard full_shard fsdp_full_shard", "is FSDP2", _FSDP),
-        Advice("fsdp1 fsdp_v1 fullyshardeddataparallel", "is FSDP1, not planned", _FSDP, "which is FSDP2"),
+        Advice("fsdp_v1 fullyshardeddataparallel flat_parameters", "is FSDP1", {"sharding": "fsdp1"}),
         Advice("zero3 zero_3", "is ZeRO-3, which FSDP2 is too", _FSDP),  # on the command line it is taken for that
         Advice(
             "zero zero_stage_3 stage3 deepspeed deepspeed_zero3 deepspeed_stage_3",
@@ -271,6 +271,17 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             {"quantize": "nf4"},
             "of about the size",
         ),
+    ),
+    "quant_storage": (
+        Advice("bytes int8 torch.uint8 none", "is uint8", {"quant_storage": "uint8"}),
+        Advice("bfloat16 torch.bfloat16 16", "is bf16", {"quant_storage": "bf16"}),
+        Advice("float32 float torch.float32 32", "is fp32", {"quant_storage": "fp32"}),
+        Advice("fp16 float16 torch.float16 half", _IS_NOT, {"quant_storage": "bf16"}, "of the same size"),
+    ),
+    "backward_prefetch": (
+        Advice("backward_pre", "is pre", {"backward_prefetch": "pre"}),
+        Advice("no_prefetch no off false", "is none", {"backward_prefetch": "none"}),
+        Advice("backward_post post", _IS_NOT, {"backward_prefetch": "none"}),
     ),
     "adapter_dtype": (
         Advice("float32 float torch.float32 full 32", "is fp32", {"adapter_dtype": "fp32"}),
@@ -357,6 +368,7 @@ _OPTIONS = (
         "whose targets are modules",
     ),
     Advice("lora-alpha lora-bias use-rslora lora-init* lora-plus* loraplus* lora-task-type task-type", _NO_MEMORY),
+    Advice("bnb-4bit-quant-storage bnb-4bit-quant-storage-dtype quant-storage-dtype", "", {"quant_storage": None}),
     Advice("load-in-4bit 4bit nf4 int4 bnb-4bit* quantization-bit quant-bits bits", "", {"quantize": "nf4"}),
     Advice("load-in-8bit 8bit int8", "", {"quantize": "int8"}),
     Advice("use-bnb-nested-quant double-quantization double-quant bnb-nested*", "", {"double_quantize": True}),
@@ -375,6 +387,7 @@ _OPTIONS = (
         "or zero1; zero3 is counted as FSDP2",
     ),
     Advice("fsdp fsdp2 fully-shard", "", _FSDP),
+    Advice("fsdp1 fsdp-version", "", {"sharding": "fsdp1"}, "for version 1, fsdp for 2"),
     Advice("hsdp dp-replicate* replicate-size", "", {"replicas": None}),
     Advice("fsdp-offload-params fsdp-cpu-offload fsdp-offload", "", {**_FSDP, **_ON_HOST}),
     Advice("fsdp-reduce-dtype mp-reduce-dtype mixed-precision-reduce", "", {"reduce_dtype": None}),

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 def product(w: Writer, x: Tensor, y: Tensor, name: str, weight: Weight, biases: tuple[Weight, ...]) -> Tensor:
     """y = x W^T (+ bias); y comes out in x's dtype."""
     numerics = w.numerics
-    frozen = replace(weight, trained=False, quantised=numerics.quantised, double_quantised=numerics.double_quantised)
+    frozen = replace(
+        weight,
+        trained=False,
+        quantised=numerics.quantised,
+        double_quantised=numerics.double_quantised,
+        packed_in=numerics.packed_in,
+    )
     multiply = _by_eight_bits if numerics.quantised == "int8" else _by_four_bits
     return multiply(w, x, y, name, frozen, biases)
 

@@ -109,6 +109,9 @@ class Recipe(BaseModel):
     """Linear layers' frozen weights, but for the head's, in 4 or 8 bits (bitsandbytes)."""
     double_quantize: bool = False
     """The scales of 4-bit weights are quantised, too."""
+    quant_storage: Literal["uint8", "bf16", "fp32"] = "uint8"
+    """Dtype that the bytes of 4-bit weights pass for (bnb_4bit_quant_storage): bytes, as bitsandbytes has it, which FSDP leaves whole on every
+    card; or a dtype of numbers, that it shards them as it does other weights. Scales are whole in any case."""
     kbit_preparation: bool = False
     """peft's prepare_model_for_kbit_training: all that is not quantised in fp32."""
     packing: int = Field(default=1, ge=1, le=1_000_000)
@@ -133,16 +136,20 @@ class Recipe(BaseModel):
     which its gradient_checkpointing_enable and peft call. `minisequence` does without."""
     gpus: int = Field(default=1, ge=1, le=65_536)
     """Cards that train together, each with `batch` sequences of its own."""
-    sharding: Literal["none", "ddp", "zero1", "zero2", "fsdp"] = "none"
+    sharding: Literal["none", "ddp", "zero1", "zero2", "fsdp", "fsdp1"] = "none"
     """fsdp: weights, gradients and optimizer states in shards over all cards, each decoder layer gathered while it runs
     (PyTorch's fully_shard of every layer, then of the model; ZeRO-3). mixed is then its MixedPrecisionPolicy: fp32 shards,
-    gathered in bf16, gradients reduced in fp32, and no autocast. zero1, zero2: DeepSpeed's ZeRO of stages 1 and 2: bf16 weights whole on each card,
+    gathered in bf16, gradients reduced in fp32, and no autocast. fsdp1: the same by FullyShardedDataParallel, torch's FSDP1, whose groups are one
+    flat tensor each. zero1, zero2: DeepSpeed's ZeRO of stages 1 and 2: bf16 weights whole on each card,
     fp32 weights and optimizer states in partitions, in stage 2 gradients too."""
     reduce_bucket_size: Literal["auto"] | int = 500_000_000
     """Values in the bucket in which zero1 and zero2 sum gradients (DeepSpeed's reduce_bucket_size, whose default this is); auto: the hidden size
     squared, as transformers fills it in."""
     overlap_comm: bool = False
     """zero1 and zero2 reduce while backward goes on, with two buckets (DeepSpeed's overlap_comm)."""
+    backward_prefetch: Literal["pre", "none"] = "pre"
+    """Whether fsdp1 gathers the group before while backward runs one (BACKWARD_PRE, torch's own choice and that of accelerate's questionnaire),
+    or each when it is asked for (NO_PREFETCH, which transformers' Trainer has where fsdp_config does not say)."""
     sync_each_batch: bool = False
     """With accumulation fsdp scatters the gradients of each micro-batch (accelerate's gradient_accumulation_kwargs). Without it, as in
     accelerate and transformers' Trainer, whole gradients of all weights stay on every card until the last micro-batch scatters them."""
@@ -296,6 +303,10 @@ class Recipe(BaseModel):
                 "double_quantize is of 4-bit weights: add quantize='nf4' (--quantize nf4)",
             ),
             (
+                self.quant_storage != "uint8" and self.quantize not in ("nf4", "fp4"),
+                "quant_storage (--quant-storage) is of 4-bit weights: add quantize='nf4' (--quantize nf4)",
+            ),
+            (
                 bool(on_head),
                 f"no adapter is planned on the LM head{why}: train it whole, with lm_head in lora_modules_to_save (--lora-modules-to-save)",
             ),
@@ -341,6 +352,9 @@ class Recipe(BaseModel):
         alone = "" if self.sharded else next((n for n in of_fsdp if getattr(self, n) != usual[n].default), "")
         if alone:
             message = f"{alone} ({option_of(alone)}) is of fsdp: add sharding='fsdp' (--sharding fsdp), or leave it out"
+            return ((True, message),)
+        if self.backward_prefetch != usual["backward_prefetch"].default and not self.flat:
+            message = "backward_prefetch (--backward-prefetch) is of fsdp1: add sharding='fsdp1' (--sharding fsdp1), or leave it out"
             return ((True, message),)
         of_zero = ("reduce_bucket_size", "overlap_comm")
         alone = "" if self.zero_stage else next((n for n in of_zero if getattr(self, n) != usual[n].default), "")
@@ -407,6 +421,7 @@ class Recipe(BaseModel):
                 "reduce_dtype is of fp32 shards: add precision='mixed' (--precision mixed), or leave it out",
             ),
             *self._bad_adapters_in_shards(),
+            *(self._bad_flat_shards() if self.flat else ()),
         )
 
     def _bad_adapters_in_shards(self) -> tuple[tuple[bool, str], ...]:
@@ -416,7 +431,10 @@ class Recipe(BaseModel):
                 "fsdp has no autocast: of bf16=True accelerate makes a MixedPrecisionPolicy over fp32 shards, precision='mixed' (--precision mixed)",
             ),
             (
-                self.gathers_in_bf16 and bool(self.lora_rank) and self.adapter_dtype == "bf16",
+                self.gathers_in_bf16
+                and bool(self.lora_rank)
+                and self.adapter_dtype == "bf16"
+                and self.quantize == "none",
                 "under mixed precision accelerate keeps what fsdp trains in fp32: leave --adapter-dtype bf16 out, or --autocast",
             ),
             (
@@ -424,12 +442,49 @@ class Recipe(BaseModel):
                 "fsdp with copies of modules beside adapters is not planned: leave --lora-modules-to-save out",
             ),
             (
-                self.quantize != "none" and self.weights_on_host,
-                "fsdp with quantised weights in CPU RAM is not planned: leave --weights-on-host out",
+                self.quantize != "none" and self.quant_storage == "uint8" and self.weights_on_host,
+                "fsdp leaves 4-bit weights in bytes whole on each card: add quant_storage='bf16' (--quant-storage bf16), or leave --weights-on-host out",
+            ),
+            (
+                self.quant_storage == "fp32" and self.gathers_in_bf16,
+                "fsdp's mixed precision casts 4-bit weights stored in fp32 as if they were numbers: set quant_storage='bf16' (--quant-storage bf16)",
             ),
             (
                 self.quantize == "int8",
                 "fsdp with int8 weights is not planned, for bitsandbytes' scales are no parameters: use nf4 (--quantize nf4)",
+            ),
+        )
+
+    def _bad_flat_shards(self) -> tuple[tuple[bool, str], ...]:
+        take = "take sharding='fsdp' (--sharding fsdp), FSDP2"
+        return (
+            (
+                self.mlp_chunks != 1 or self.layer_in_chunks or self.loss_in_chunks,
+                f"fsdp1's weights are views of flat ones, which pieces of the sequence do not serve: {take}",
+            ),
+            (
+                self.checkpoint not in ("none", "layer", 1) or self.offload != "none",
+                "fsdp1 is planned with every layer checkpointed or none, inputs on the card: set checkpoint='layer' (--checkpoint layer), leave --offload out",
+            ),
+            (
+                bool(self.lora_rank or self.train or self.freeze or self.images),
+                f"fsdp1 with adapters, frozen weights or images is not planned yet: {take}",
+            ),
+            (
+                self.sync_each_batch,
+                f"fsdp1 with gradients scattered in each micro-batch is not planned: leave --sync-each-batch out, or {take}",
+            ),
+            (
+                self.replicas > 1 or self.weights_on_host or self.optimizer_in_backward,
+                f"fsdp1 with replicas, weights in CPU RAM or an optimizer that steps in backward is not planned: {take}",
+            ),
+            (
+                self.sharers > 1 or self.tensor_parallel > 1,
+                f"fsdp1 with sequences or matrices over several GPUs is not planned: {take}",
+            ),
+            (
+                self.max_grad_norm is not None,
+                "fsdp1 clips by norms of its own (FullyShardedDataParallel.clip_grad_norm_), which are not planned: leave --max-grad-norm out",
             ),
         )
 
@@ -585,7 +640,12 @@ class Recipe(BaseModel):
 
     @property
     def sharded(self) -> bool:
-        return self.sharding == "fsdp"
+        return self.sharding in ("fsdp", "fsdp1")
+
+    @property
+    def flat(self) -> bool:
+        """Whether the weights of a group are one flat tensor (FSDP1)."""
+        return self.sharding == "fsdp1"
 
     @property
     def divides_states(self) -> bool:
@@ -620,6 +680,11 @@ class Recipe(BaseModel):
     def finds_gradients(self) -> bool:
         """Whether gradients of the micro-batches before are there throughout a micro-batch, in the form in which the optimizer has them."""
         return self.accumulation > 1 and not self.keeps_whole_gradients
+
+    @property
+    def packed_in(self) -> str:
+        """Dtype that the bytes of 4-bit weights pass for."""
+        return {"uint8": "uint8", "bf16": "bfloat16", "fp32": "float32"}[self.quant_storage]
 
     @property
     def reduced_dtype(self) -> str:
@@ -911,7 +976,8 @@ def _sharding_in_words(recipe: Recipe) -> str:
     replicas = f" in {recipe.replicas:,} replicas" if recipe.replicas > 1 else ""
     host = ", weights, gradients and optimizer in CPU RAM" if recipe.weights_on_host else ""
     whole = ", whole gradients between micro-batches" if recipe.keeps_whole_gradients else ""
-    return f"FSDP2 over {recipe.gpus:,} GPUs{replicas}{host}{whole}"
+    version = "FSDP1" if recipe.flat else "FSDP2"
+    return f"{version} over {recipe.gpus:,} GPUs{replicas}{host}{whole}"
 
 
 def _trained_in_words(recipe: Recipe) -> str:
@@ -929,6 +995,7 @@ def _weights_in_words(recipe: Recipe) -> str:
     plain = f"{_SHORT[recipe.weight_dtype]} weights{prepared}"
     if recipe.quantize != "none":
         how = " with double quantisation" if recipe.double_quantize else ""
+        how += f" stored as {recipe.quant_storage}" if recipe.quant_storage != "uint8" else ""
         plain = f"{recipe.quantize} weights{how}, the rest {_SHORT[recipe.weight_dtype]}{prepared}"
     if recipe.gathers_in_bf16:
         return f"{plain}, all gathered in bf16"

@@ -73,6 +73,10 @@ def check_measurable(recipe: Recipe) -> None:
         raise RecipeError(
             "split matrices are planned and traced, and not run here.\nUse mstplan plan or mstplan trace, or leave --tensor-parallel out."
         )
+    if recipe.flat:
+        raise RecipeError(
+            "FSDP1 is planned and traced, and not run here.\nUse mstplan plan or mstplan trace, or --sharding fsdp, which is FSDP2."
+        )
     if recipe.weights_on_host:
         raise RecipeError(
             "fsdp's weights in CPU RAM are planned and traced, and not run here.\nUse mstplan plan or mstplan trace, or leave --weights-on-host out."

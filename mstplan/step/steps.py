@@ -26,7 +26,7 @@ from .autograd import record_step
 from .clipping import clipping
 from .cuda import CUBLASLT_WORKSPACE, flash_rows, pinned_bytes
 from .expert_adapters import check_recipe, list_linears, list_parameters
-from .fsdp import into_groups, reduced_dtype, shards_of
+from .fsdp import card_weights, flat_shards, groups_of, into_groups, reduced_dtype, shards_of
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
@@ -40,7 +40,7 @@ from .ring import Ring, ranks_that_differ
 from .roles import Purpose, Role, State
 from .saved_tensors import Offloaded, offload_saved
 from .selection import TOWERS, Named, Selection, WeightKind
-from .storage import Stored, in_sum
+from .storage import Stored, in_sum, scales_of
 from .tape import (
     BASIS,
     MIXER_CHUNKS,
@@ -182,7 +182,7 @@ class Step:
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
         own_weights = tensor_parallel.weights_of_a_rank(self.weights, layout.recipe.tensor_parallel)
-        self.card_weights = shards_of(own_weights, layout.recipe)
+        self.card_weights = card_weights(self.tape, own_weights, layout.recipe)
         self.towers = [] if layout.recipe.weights_on_host else tower_weights(model, layout.recipe)
         self.zero = self._partitions()
         self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
@@ -235,7 +235,7 @@ class Step:
         whole = ""
         if recipe.keeps_whole_gradients:
             whole = "last" if number == last else "between" if number else "first"
-        if recipe.sharded and not (whole and recipe.reduced_dtype == recipe.used_dtype):
+        if recipe.sharded and (recipe.flat or not (whole and recipe.reduced_dtype == recipe.used_dtype)):
             gradients = "kept"  # until a group's backward is over
         reducer = None
         if self.zero is not None:
@@ -327,6 +327,8 @@ class Step:
             return ()
         trained = [(weight, n) for weight, n in self.weights if weight.trained]
         recipe = self.layout.recipe
+        if recipe.flat:
+            return tuple((group.flat.gradient.label, 1) for group in groups_of(self.tape) if group.flat is not None)
         return tuple((weight_gradient(weight, reduced_dtype(weight, recipe)).label, n) for weight, n in trained)
 
     # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
@@ -338,8 +340,11 @@ class Step:
     def stays(self) -> list[Tensor]:
         """What is there before the first step: weights, and cuBLAS' workspaces."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
-        if (recipe.weights_on_host and recipe.sharded) or self.zero is not None:
-            stored: tuple[Stored, ...] = ()
+        stored: tuple[Stored, ...]
+        if self.zero is not None:
+            stored = ()
+        elif recipe.weights_on_host and recipe.sharded:
+            stored = scales_of(self.card_weights, dtype)
         elif recipe.weights_on_host:
             stored = (Stored("weights gathered from the host", dtype, recipe.weight_bytes * self._gathered()),)
         else:
@@ -404,6 +409,8 @@ class Step:
 
     def card_weights_in_order(self) -> list[Weight]:
         """Weights on one card as the model's code makes them: all, or its share of each."""
+        if self.layout.recipe.flat:
+            return flat_shards(self.tape)
         outside: dict[Weight, None] = {}
         weights: list[Weight] = []
         for op in self.tape.ops:
@@ -528,6 +535,7 @@ def tower_weights(model: Model, recipe: Recipe) -> list[tuple[str, list[tuple[We
                             trained=False,
                             quantised=quantised if weight.linear else "",
                             double_quantised=recipe.double_quantize,
+                            packed_in=recipe.packed_in,
                         ),
                         weight.copies,
                     )
@@ -681,12 +689,17 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         adapters=adapters,
         quantised="" if recipe.quantize == "none" else recipe.quantize,
         double_quantised=recipe.double_quantize,
+        packed_in=recipe.packed_in,
         checkpointed=recipe.quantize == "int8" and recipe.checkpoint != "none",
         kernels=recipe.kernels,
         ranks=recipe.sequence_parallel,
         ring=ring_of(layout),
         splits=recipe.tensor_parallel,
     )
+    if recipe.flat and model.towers:
+        raise RecipeError(
+            f"fsdp1 is not planned beside towers, which {model.name} has.\nUse --sharding fsdp, or --assume no-towers."
+        )
     ulysses.check(model, recipe.sequence_parallel, layout.masked, layout.groups)
     ring.check(model, recipe, layout.platform)
     loss = LOSSES[recipe.loss]

@@ -15,6 +15,9 @@ CODE_OF_4_BITS, CODE_OF_SCALES = 16, 256
 """Numbers that 4 bits, and 8 bits of a scale, stand for: a table of fp32 with each weight."""
 
 
+PACKED = "4-bit weights"
+
+
 class Stored(NamedTuple):
     """A tensor that a weight is kept in. Bytes."""
 
@@ -37,7 +40,7 @@ def storages_of(weight: Weight, dtype: str) -> tuple[Stored, ...]:
 def _four_bits(weight: Weight) -> tuple[Stored, ...]:
     """Two values to a byte; the scales of blocks in fp32, or in 8 bits with scales and an offset of their own."""
     blocks = -(-weight.numel // BLOCK)
-    packed = Stored("4-bit weights", "uint8", -(-weight.numel // 2))
+    packed = Stored(PACKED, weight.packed_in, packed_rows(weight) * ITEMSIZE[weight.packed_in])
     code = Stored("tables of 4-bit weights", "float32", 4 * CODE_OF_4_BITS)
     if not weight.double_quantised:
         return packed, Stored("scales of 4-bit weights", "float32", 4 * blocks), code
@@ -48,6 +51,19 @@ def _four_bits(weight: Weight) -> tuple[Stored, ...]:
         Stored("scales of scales", "float32", nested),
         code,
     )
+
+
+def packed_rows(weight: Weight) -> int:
+    """Numbers, in a column, that the values of a 4-bit weight pass for on a card: all of them, or its shard, padded (bitsandbytes
+    backends/default/ops.py, quantize_4bit)."""
+    rows = -(-weight.numel // (2 * ITEMSIZE[weight.packed_in]))
+    return -(-rows // weight.packed_over)
+
+
+def scales_of(weights: Iterable[tuple[Weight, int]], dtype: str) -> tuple[Stored, ...]:
+    """What quantised weights have beside their packed values, which no sharding knows of: attributes of modules, not parameters."""
+    sums = in_sum([each for each in weights if each[0].quantised], dtype)
+    return tuple(stored for stored in sums if stored.name != PACKED)
 
 
 def bytes_of(weights: Iterable[tuple[Weight, int]], dtype: str) -> int:

@@ -130,6 +130,8 @@ class Weight:
     dtype: str = ""  # its own, where the step's weights have another
     quantised: str = ""  # nf4, fp4 or int8
     double_quantised: bool = False
+    packed_in: str = "uint8"  # of 4 bits: the dtype that their bytes pass for (bnb_4bit_quant_storage)
+    packed_over: int = 1  # cards that have these bytes in shards
     is_adapter: bool = False
 
     @property
@@ -280,6 +282,18 @@ class Group:
     stay: bool  # until the optimizer's step; else they are added to ones that exist, used at once, or go to CPU RAM
     all_reduced: bool  # what was scattered is summed over replicas, and held until all of backward is over
     temporaries: Tensor  # of the optimizer, where it steps in backward
+    flat: Flat | None = None  # FSDP1's, whose weights are one tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Flat:
+    """What FSDP1 makes of the gradients of a group (`fsdp.py`)."""
+
+    shard: Weight  # of its weights, as it is kept
+    gradient: Tensor  # of all its weights, joined
+    cast: Tensor | None  # the same in the dtype in which it is summed
+    padded: Tensor | None  # the same, where cards do not divide its numbers
+    prefetched: bool  # before the backward of the group after it
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -782,6 +796,68 @@ class _Groups:
         self.scatter = group.scatter
 
 
+class _FlatGroups(_Groups):
+    """The same under FSDP1: weights are views of a flat tensor that is gathered as it is, and so is no buffer; in backward the group before is
+    gathered first where it is prefetched (_prefetch_handle). The gradients of a group wait for each other, and are joined (the backward of torch.split)."""
+
+    def before_backward(self, op: Op, listed: bool) -> None:
+        if op.group is None:
+            return
+        group = self.order.pop()
+        if not self.prefetches:
+            self._gather(group, op.where, listed)
+        elif self.order:
+            self._gather(self.order[-1], op.where, listed)
+
+    @property
+    def prefetches(self) -> bool:
+        return self.rest is not None and self.rest.flat is not None and self.rest.flat.prefetched
+
+    def begin_backward(self) -> None:
+        if self.prefetches and self.order:
+            self._gather(self.order[-1], "backward of the loss", listed=True)
+
+    def _gather(self, group: Group, where: str, listed: bool) -> None:
+        ledger = self.ledger
+        cast = [group.copy_in] if group.copy_in is not None else []
+        for tensor in (*cast, group.gathered):
+            ledger.put(tensor)
+        if listed:
+            ledger.mark(_within(where, "all-gather"))
+        for tensor in cast:
+            ledger.drop(tensor)
+
+    def _gather_now(self, group: Group, where: str, listed: bool) -> None:
+        self._gather(group, where, listed)
+
+    def _scatter(self, group: Group, where: str, listed: bool) -> None:
+        """The end of a group's backward (_post_backward_hook). Its gradients of a micro-batch before the last stay, in the dtype they have."""
+        ledger, whole, flat = self.ledger, self.ledger.rules.whole, group.flat
+        assert flat is not None
+        ledger.put(flat.gradient)
+        if listed:
+            ledger.mark(_within(where, "join gradients"))
+        for gradient in group.gradients:
+            ledger.drop(gradient)
+        if whole in ("between", "last"):
+            ledger.drop(flat.gradient)  # added to the one that is there
+        ledger.drop(group.gathered)
+        if whole in ("first", "between"):
+            return
+        made = [each for each in (flat.cast, flat.padded, group.reduced) if each is not None]
+        for tensor in (*made, group.shards):
+            ledger.put(tensor)
+        if listed:
+            ledger.mark(_within(where, "reduce-scatter"))
+        for tensor in (*made, flat.gradient, *(() if group.stay else (group.shards,))):
+            ledger.drop(tensor)
+
+
+def _groups_of(tape: Tape, ledger: _Ledger) -> _Groups:
+    is_flat = tape.group is not None and tape.group.flat is not None
+    return _FlatGroups(tape, ledger) if is_flat else _Groups(tape, ledger)
+
+
 def forward(tape: Tape, rules: Rules, *, keep: bool, recomputing: bool = False, prune: bool = True) -> Replay:
     """Replay the forward pass. keep: autograd records; recomputing: stop at the last tensor that backward needs;
     prune: of the moments, only those that can be the largest."""
@@ -927,7 +1003,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     if rules.selective:
         selected = {tensor.storage for op in tape.ops if op.selected for tensor in op.makes}
         saved, there = (saved, selected) if recomputing else (saved | (set() if keep else selected), there)
-    groups = _Groups(tape, ledger)
+    groups = _groups_of(tape, ledger)
     ledger.stage = tape.ops[0].stage
     groups.begin_forward()
 
@@ -1166,7 +1242,7 @@ def _backward(
             ledger.put(tensor)
         return before
 
-    groups = _Groups(tape, ledger)
+    groups = _groups_of(tape, ledger)
     ledger.stage = tape.ops[-1].stage
     groups.begin_backward()
     moving = tape.in_transfer

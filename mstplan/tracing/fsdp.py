@@ -15,6 +15,7 @@ Rank 0 is traced, whose shards are the largest: a dimension that `gpus` does not
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, partialmethod
@@ -33,7 +34,10 @@ from ..train import locate
 from .patches import (
     CHUNKS_OF_RANKS,
     EMPTY,
+    EMPTY_FLAT,
     FILL,
+    FILL_FLAT,
+    FLAT_GRADIENT,
     GATHER_BUFFER,
     GATHER_INPUTS,
     GATHERED_OUTPUTS,
@@ -90,7 +94,10 @@ def mesh_of(device: str, recipe: Recipe) -> DeviceMesh:
 
 
 def shard_model(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
-    """Shard every decoder layer, then the rest, over the ranks of `mesh`; in place."""
+    """Shard every decoder layer, then the rest, over the ranks of `mesh`; in place. FSDP1 wraps a model where its step is built
+    (mstplan/train/flat_shards.py)."""
+    if recipe.flat:
+        return
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=getattr(torch, recipe.reduced_dtype))
         if recipe.gathers_in_bf16
@@ -117,10 +124,46 @@ def shape_on_rank(weight: torch.Tensor, recipe: Recipe) -> tuple[int, ...]:
     return shard_shape(tuple(weight.shape), recipe.shards) if is_sharded(weight) else tuple(weight.shape)
 
 
+def flat_shapes(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """(name, shape on rank 0, dtype) of FSDP1's flat parameters: the rest's first, as the model that it wraps has them."""
+    layers = locate.find_parts(model).layers  # type: ignore[arg-type]
+    inside = [list(layer.parameters()) for layer in layers]
+    of_layers = {weight for weights in inside for weight in weights}
+    rest = [weight for weight in model.parameters() if weight not in of_layers]
+    for name, weights in (("flat rest", rest), *((f"flat layer {n}", weights) for n, weights in enumerate(inside))):
+        yield name, (-(-sum(weight.numel() for weight in weights) // recipe.shards),), weights[0].dtype
+
+
+def _record_flat(recorder: Recorder) -> dict[Target, MakeReplacement]:
+    """What FSDP1 does to storages, and what it makes."""
+
+    def fill(plain: Callable[..., None]) -> Callable[..., None]:
+        def fill_flat(tensor: torch.Tensor, size: torch.Size) -> None:
+            _fill_storage(partial(plain, size=size), recorder, tensor)
+
+        return fill_flat
+
+    def named(purpose: str, category: Category) -> MakeReplacement:
+        def make(plain: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with recorder.purpose(purpose, category):
+                    return plain(*args, **kwargs)
+
+            return call
+
+        return make
+
+    return {
+        FILL_FLAT: fill,
+        EMPTY_FLAT: lambda plain: partial(_empty_storage, plain, recorder),
+        FLAT_GRADIENT: named(SHARDS, Category.GRADIENTS),
+    }
+
+
 @contextmanager
-def record_fsdp(recorder: Recorder, on_host: bool = False) -> Iterator[None]:
+def record_fsdp(recorder: Recorder, on_host: bool = False, flat: bool = False) -> Iterator[None]:
     """Within the context the recorder knows what FSDP2 allocates, and for what. on_host: shards and their gradients lie in CPU RAM.
-    Raises VersionError where torch's FSDP2 is another."""
+    flat: it is FSDP1. Raises VersionError where torch's FSDP is another."""
 
     def name_purposes(category: Category, *names: str) -> MakeReplacement:
         """Of calls in turn."""
@@ -135,6 +178,11 @@ def record_fsdp(recorder: Recorder, on_host: bool = False) -> Iterator[None]:
 
         return make
 
+    if flat:
+        with patched(_record_flat(recorder)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # which FSDP1 compares
+            yield
+        return
     named_calls = {
         GATHERED_OUTPUTS: name_purposes(Category.WEIGHTS, GATHERED),
         GATHER_INPUTS: name_purposes(Category.WEIGHTS, COPY_IN),

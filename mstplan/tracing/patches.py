@@ -151,6 +151,15 @@ SHARDED_GRADIENT = Target(
     _TORCH,
     "it is given what was copied to CPU RAM, which fake tensors have not",
 )
+_FLAT = "torch.distributed.fsdp._flat_param"
+FILL_FLAT = Target(_FLAT, "_alloc_storage", _TORCH, "it fills flat weights in place")
+EMPTY_FLAT = Target(_FLAT, "_free_storage", _TORCH, "it empties flat weights in place")
+FLAT_GRADIENT = Target(
+    "torch.distributed.fsdp._runtime_utils",
+    "_get_reduce_scatter_tensors",
+    _TORCH,
+    "it makes the output of a reduce-scatter",
+)
 GATHER_BUFFER = Target(_COLLECTIVES, "DefaultAllGather.allocate", _TORCH, "it makes the buffer of an all-gather")
 SCATTER_BUFFERS = Target(
     _COLLECTIVES, "DefaultReduceScatter.allocate", _TORCH, "it makes both buffers of a reduce-scatter"

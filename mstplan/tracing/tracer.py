@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError, ModelError, one_line
@@ -48,7 +49,7 @@ from .cuda_stand_ins import as_on_cuda, clipping_on_cuda, on_fake_tensors
 from .cuda_workspaces import KernelWorkspaces
 from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
-from .fsdp import first_of_ranks, record_fsdp, shape_on_rank, shard_model
+from .fsdp import first_of_ranks, flat_shapes, record_fsdp, shape_on_rank, shard_model
 from .fused_losses import NoPackages, StandInPackages
 from .kernels import STAND_INS
 from .kernels.flash import FLASH
@@ -341,6 +342,8 @@ def record_passes(
         bare_recipe = recipe if recipe.optimizer_in_backward else recipe.changed(**bare)
         packages = StandInPackages() if on == "cuda" else NoPackages()
         step = TrainingStep(model, bare_recipe, seq_len, runtime, packages)
+        if recipe.flat and step.replica is not None:
+            _label_wrappers(recorder, step.replica)
         if (checkpoints := checkpoints_of(model)) is not None:
             checkpoints.segments = segments_of(recipe, starts, units)
         if not first:
@@ -350,7 +353,7 @@ def record_passes(
                 weight.grad = torch.empty_like(weight)
         recorder.add_residents(_resident_tensors(model, step.backward_optimizers))
         kernel_buffers = KernelBuffers(recorder) if on == "cpu" else KernelWorkspaces(recorder)
-        fsdp = record_fsdp(recorder, recipe.weights_on_host) if recipe.sharded else nullcontext()
+        fsdp = record_fsdp(recorder, recipe.weights_on_host, recipe.flat) if recipe.sharded else nullcontext()
         with _name_failures(model), quiet_packages(), fsdp, recorder, kernel_buffers, recorder.watch_modules(model):
             recorder.begin_pass(Pass.FORWARD)
             step.renew_batch()
@@ -373,6 +376,13 @@ def record_passes(
             for name, state in _optimizer_states(step.backward_optimizers):
                 recorder.set_category(state, Category.STATES, host=name in on_host)
     return recorder.close()
+
+
+def _label_wrappers(recorder: Recorder, wrapped: nn.Module) -> None:
+    """Have what wraps a layer under FSDP1 be at the layer's place."""
+    for wrapper in wrapped.modules():
+        if isinstance(wrapper, FullyShardedDataParallel) and (label := recorder.labels.get(wrapper.module)) is not None:
+            recorder.labels = {**recorder.labels, wrapper: label._replace(is_layer=False)}
 
 
 def _give_images(step: TrainingStep, seq_len: int) -> None:
@@ -462,12 +472,21 @@ def _layer_signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashabl
 
 def _describe_weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
     """Parameters and buffers; of sharded ones this card's share."""
+    buffers = [(name, t, tuple(t.shape), False) for name, t in model.named_buffers()]
+    if recipe.flat:
+        flat = [
+            Weight(name, shape, str(dtype).removeprefix("torch."), prod(shape) * dtype.itemsize, True)
+            for name, shape, dtype in flat_shapes(model, recipe)
+        ]
+        return (
+            *flat,
+            *(Weight(n, shape, _dtype_name(t), prod(shape) * t.element_size(), False) for n, t, shape, _ in buffers),
+        )
     split = shapes_on_a_rank(model, recipe)
     parameters = [
         (name, w, split.get(name) or shape_on_rank(w, recipe), recipe.weights_on_host)
         for name, w in model.named_parameters()
     ]
-    buffers = [(name, t, tuple(t.shape), False) for name, t in model.named_buffers()]
     return tuple(
         Weight(name, shape, _dtype_name(t), prod(shape) * t.element_size(), t.requires_grad, on_host)
         for name, t, shape, on_host in parameters + buffers
@@ -563,6 +582,8 @@ def _optimizer_states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str
 
 def _sizes(model: PreTrainedModel, recipe: Recipe) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds]]]:
     """Of the weights that are trained, by name, in shards; and their kinds, where the optimizer asks for them."""
+    if recipe.flat:
+        return [(name, (shape, dtype, frozenset())) for name, shape, dtype in flat_shapes(model, recipe)]
     asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
     split = shapes_on_a_rank(model, recipe)
     return [

@@ -81,7 +81,8 @@ def prepare_for_kbit(model: nn.Module) -> None:
     """What is not quantised in fp32, and frozen, in place (peft utils/other.py, prepare_model_for_kbit_training)."""
     for weight in model.parameters():
         weight.requires_grad = False
-        if weight.dtype in (torch.bfloat16, torch.float16):
+        is_packed = hasattr(weight, "quant_type")  # 4 bits, which may pass for numbers
+        if weight.dtype in (torch.bfloat16, torch.float16) and not is_packed:
             weight.data = weight.data.to(torch.float32)
 
 

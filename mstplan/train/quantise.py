@@ -18,7 +18,7 @@ from . import locate
 
 OUTLIERS_FROM = 6.0
 """Columns of inputs with values from this on stay in 16 bits (transformers' llm_int8_threshold)."""
-_DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
+_DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def quantise(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -55,7 +55,11 @@ def _as_linear(module: Any) -> nn.Linear:
 
 
 def _four_bits(bitsandbytes: ModuleType, linear: nn.Linear, recipe: Recipe) -> nn.Module:
-    kept = {"compress_statistics": recipe.double_quantize, "quant_type": recipe.quantize}
+    kept = {
+        "compress_statistics": recipe.double_quantize,
+        "quant_type": recipe.quantize,
+        "quant_storage": _DTYPES[recipe.packed_in],
+    }
     module: Any = bitsandbytes.nn.Linear4bit(
         linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16, device="meta", **kept
     )
@@ -70,9 +74,13 @@ def _four_bits(bitsandbytes: ModuleType, linear: nn.Linear, recipe: Recipe) -> n
 def _make_tensors(module: Any, linear: nn.Linear, recipe: Recipe) -> None:
     """A weight's tensors as quantisation would leave them: scales and tables as buffers of the module."""
     shape = linear.weight.shape
-    weight = Weight("", tuple(shape), quantised=recipe.quantize, double_quantised=recipe.double_quantize)
+    weight = Weight(
+        "", tuple(shape), quantised=recipe.quantize, double_quantised=recipe.double_quantize, packed_in=recipe.packed_in
+    )
     packed, *others = storages_of(weight, "bfloat16")
-    module.weight = nn.Parameter(torch.empty(packed.bytes, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
+    dtype = _DTYPES[packed.dtype]
+    values = torch.empty(packed.bytes // dtype.itemsize, 1, dtype=dtype, device="meta")
+    module.weight = nn.Parameter(values, requires_grad=False)
     module.weight.compress_statistics, module.weight.quant_type = (
         recipe.double_quantize,
         recipe.quantize,

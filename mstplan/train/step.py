@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -28,6 +29,7 @@ from ..step.runnable import check_runnable
 from ..step.selection import Selection
 from .adapters import add_adapters, prepare_for_kbit
 from .checkpoint import checkpoint_children
+from .flat_shards import flat_shards
 from .fused import PACKAGES, Packages
 from .images import image_batch
 from .locate import find_parts
@@ -202,7 +204,11 @@ class TrainingStep:
         self.group = sequence_group(recipe.sharers) if recipe.sharers > 1 else None
         if self.group is not None and recipe.sequence_parallel > 1:
             share_attention(model, self.group)
-        self.replica = runtime.replicate(model) if recipe.has_gradient_buckets else None
+        self.replica: DistributedDataParallel | FullyShardedDataParallel | None = None  # what runs the model's passes
+        if recipe.has_gradient_buckets:
+            self.replica = runtime.replicate(model)
+        elif recipe.flat:
+            self.replica = flat_shards(model, recipe)
         make = packages.make_optimizer(recipe, kinds_in(model))
         self.optimizer = None if recipe.optimizer_in_backward else make(weights_to_train(model))
         self.backward_optimizers = step_in_backward(model, make) if recipe.optimizer_in_backward else []
@@ -276,12 +282,13 @@ class TrainingStep:
         """Within the context the ranks' gradients are summed, or, of a micro-batch before the last, are left as they are."""
         if self.recipe.keeps_whole_gradients and isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(not later)  # as accelerate's no_sync
-        return self.replica.no_sync() if later and self.replica is not None else nullcontext()
+        waits = later and (self.recipe.keeps_whole_gradients or not self.recipe.sharded)
+        return self.replica.no_sync() if waits and self.replica is not None else nullcontext()
 
     @property
     def gradient_buckets_bytes(self) -> int:
         """Bytes of the buckets that DDP has now, as its reducer says."""
-        if self.replica is None:
+        if not isinstance(self.replica, DistributedDataParallel):
             return 0
         facts = self.replica._get_ddp_logging_data()
         return sum(map(int, (facts.get("rebuilt_bucket_sizes") or facts["bucket_sizes"]).split(", ")))

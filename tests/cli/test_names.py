@@ -43,11 +43,13 @@ USERS_OWN = {
     "--lora-targets": "all-linear",
     "--lora-modules-to-save": "lm_head",
     "--quantize": "nf4",
+    "--quant-storage": "bf16",
 }
 OF_ADAPTERS = {
     "--quantize",
     "--adapter-dtype",
     "--double-quantize",
+    "--quant-storage",
     "--dora",
     "--kbit-preparation",
     "--lora-modules-to-save",
@@ -86,7 +88,7 @@ def needs_a_value(words: list[str], at: int) -> bool:
 def taken(run: Run, options: tuple[str, ...]) -> bool:
     """Does some command answer with these options?"""
     shared = {"--sequence-parallel", "--context-parallel", "--tensor-parallel"}
-    several = {"fsdp", "ddp", "zero1", "zero2", *shared} & {*options}
+    several = {"fsdp", "fsdp1", "ddp", "zero1", "zero2", *shared} & {*options}
     more = ("--gpus", "8") if several and "--gpus" not in options else ()
     if "--tensor-parallel" in options and "--gpus" not in options:
         more = ("--gpus", "2", "-m", "llama3.1-8b", "--adamw-kernel", "for-loop")
@@ -100,7 +102,11 @@ def taken(run: Run, options: tuple[str, ...]) -> bool:
         more = (*more, "--attention", "flash")
     if {"--replicas", "--reduce-dtype"} & {*options} and "fsdp" not in options:
         more = ("--gpus", "8", "--sharding", "fsdp", "--precision", "mixed")
-    if "--double-quantize" in options:
+    if "--backward-prefetch" in options:
+        more = ("--gpus", "8", "--sharding", "fsdp1", "-s", "checkpointing")
+    elif "fsdp1" in options:  # which runs all in one piece
+        more = (*more, "-s", "checkpointing")
+    if {"--double-quantize", "--quant-storage"} & {*options}:
         more = (*more, "--quantize", "nf4")
     if OF_ADAPTERS & {*options} and "--lora" not in options:
         more = (*more, "--lora", "16")

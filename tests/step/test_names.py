@@ -66,9 +66,15 @@ def test_what_other_trainers_call_it(field: str) -> None:
 @pytest.mark.parametrize("field", VALUES)
 def test_what_is_recommended_makes_a_recipe(field: str) -> None:
     for row in VALUES[field]:
-        cards: dict[str, Any] = {"gpus": 8} if row.write.get("sharding") in ("fsdp", "ddp", "zero1", "zero2") else {}
+        cards: dict[str, Any] = (
+            {"gpus": 8} if row.write.get("sharding") in ("fsdp", "fsdp1", "ddp", "zero1", "zero2") else {}
+        )
         if row.write.get("quantize", "none") != "none" or "adapter_dtype" in row.write:
             cards["lora_rank"] = 16
+        if "quant_storage" in row.write:
+            cards = {"lora_rank": 16, "quantize": "nf4"}
+        if "backward_prefetch" in row.write:
+            cards = {"gpus": 8, "sharding": "fsdp1"}
         if "reduce_dtype" in row.write:
             cards = {"gpus": 8, "sharding": "fsdp", "precision": "mixed"}
         if "rotate_method" in row.write:

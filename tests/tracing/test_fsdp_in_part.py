@@ -85,6 +85,7 @@ def test_two_real_ranks_gather_and_scatter_several_dtypes(real, name):
 
 
 LORA = {"lora_rank": 16}
+FOUR_BITS = {**LORA, "quantize": "nf4", "quant_storage": "bf16"}
 CHUNKS = {"mlp_chunks": 4, "loss_chunks": 8}
 
 
@@ -103,6 +104,11 @@ CHUNKS = {"mlp_chunks": 4, "loss_chunks": 8}
         ("llama3.2-1b", "checkpoint", {**LORA, "optimizer_in_backward": True, "autocast": True}),
         ("llama3.2-1b", "checkpoint", {**LORA, "quantize": "nf4", "double_quantize": True, "autocast": True}),
         ("llama3.2-1b", "mst", {**LORA, **CHUNKS, "quantize": "nf4", "kbit_preparation": True}),
+        ("llama3.2-1b", "checkpoint", {**FOUR_BITS, "double_quantize": True, "autocast": True}),
+        ("llama3.2-1b", "checkpoint", {**FOUR_BITS, "autocast": True, "adapter_dtype": "bf16"}),
+        ("llama3.1-8b", "checkpoint", {**FOUR_BITS, **IN_CPU_RAM, "double_quantize": True, "autocast": True}),
+        ("llama3.2-1b", "standard", {**FOUR_BITS, "quant_storage": "fp32", "accumulation": 2}),
+        ("llama3.2-1b", "mst", {**FOUR_BITS, **CHUNKS, "kbit_preparation": True, "gpus": 7}),
         ("llama3.2-1b", "mst", {**LORA, **CHUNKS, "autocast": True, "sequence_parallel": 4}),
         ("llama3.1-8b", "mst-offload", {**LORA, **CHUNKS, "autocast": True}),
         ("mixtral-8x7b", "checkpoint", {**LORA, "autocast": True}),
@@ -126,7 +132,9 @@ def test_formula_and_trace_agree(model, name, more):
         ({**LORA, "autocast": True, "adapter_dtype": "bf16"}, "--autocast"),
         ({**LORA, "lora_modules_to_save": ("lm_head",)}, "--lora-modules-to-save"),
         ({**LORA, "quantize": "int8"}, "--quantize nf4"),
-        ({**LORA, "quantize": "nf4", **IN_CPU_RAM}, "--weights-on-host"),
+        ({**LORA, "quantize": "nf4", **IN_CPU_RAM}, "--quant-storage bf16"),
+        ({**FOUR_BITS, "quant_storage": "fp32", "autocast": True}, "--quant-storage bf16"),
+        ({**LORA, "quant_storage": "bf16"}, "--quantize nf4"),
         ({**LORA, "reduce_dtype": "bf16"}, "--precision mixed"),
     ],
     ids=str,

@@ -35,6 +35,10 @@ def mixed_recipes() -> dict[str, Recipe]:
         "adapters in fp32 beside bf16": adapters,
         "adapters gathered in bf16": adapters.changed(autocast=True, reduce_dtype="bf16"),
         "adapters beside 4 bits": adapters.changed(autocast=True, quantize="nf4"),
+        "adapters beside 4 bits in shards": adapters.changed(autocast=True, quantize="nf4", quant_storage="bf16"),
+        "adapters in bf16 beside 4 bits in shards": adapters.changed(
+            autocast=True, quantize="fp4", double_quantize=True, quant_storage="bf16", adapter_dtype="bf16"
+        ),
         "fp32 beneath adapters": adapters.changed(precision="mixed"),
         "TRL's loss": strategy("checkpoint", **both, loss="trl"),
         "TRL's loss, adapters": adapters.changed(autocast=True, loss="trl"),

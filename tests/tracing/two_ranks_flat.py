@@ -1,0 +1,37 @@
+"""One of two real ranks under FSDP1: `python -m tests.tracing.two_ranks_flat RANK FOLDER`; see two_ranks.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mstplan.step.recipe import Recipe, strategy
+
+from .two_ranks import main
+
+RUNS = 6
+
+
+def recipes() -> dict[str, Recipe]:
+    both: dict[str, Any] = {"gpus": 2, "sharding": "fsdp1", "precision": "fp32", "attention": "eager"}
+    return {
+        "standard": strategy("standard", **both),
+        "checkpoint": strategy("checkpoint", **both),
+        "no prefetch": strategy("checkpoint", **both, backward_prefetch="none"),
+        "accumulation": strategy("checkpoint", **both, accumulation=3),
+    }
+
+
+def mixed_recipes() -> dict[str, Recipe]:
+    """Of which only what FSDP1 makes is compared: the CPU's kernels for bf16 take other buffers than a trace has."""
+    both: dict[str, Any] = {"gpus": 2, "sharding": "fsdp1", "precision": "mixed", "attention": "eager"}
+    return {
+        "sums in bf16": strategy("checkpoint", **both, reduce_dtype="bf16"),
+        "sums in fp32": strategy("checkpoint", **both),
+        "sums in fp32, accumulated": strategy("checkpoint", **both, accumulation=3),
+    }
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), {**recipes(), **mixed_recipes()}, runs=RUNS)
