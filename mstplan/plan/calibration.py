@@ -128,6 +128,7 @@ _YOUNGER_FIELDS = (
     ", keys=''",
     ", beside_mlp=False",
     ", per_layer=None",
+    ", indexer=None",
 )
 """Facts that models had before there were fields for them: calibrations are older."""
 

@@ -19,6 +19,7 @@ from mstplan.spec.model import (
     Attention,
     Block,
     Experts,
+    Indexer,
     Latent,
     LayerKind,
     Mlp,
@@ -538,10 +539,11 @@ def _rotary_share(f: _Fields) -> float:
 def _latent_attention(f: _Fields, heads: int) -> Attention:
     """DeepSeek's: keys and values are expanded to every head, so num_key_value_heads and head_dim mean nothing here."""
     latent = Latent(
-        q_rank=f.optional("q_lora_rank"),
+        q_rank=f.size("q_lora_rank") if f.family.indexed else f.optional("q_lora_rank"),
         kv_rank=f.size("kv_lora_rank"),
         nope_dim=f.size("qk_nope_head_dim"),
         rope_dim=f.size("qk_rope_head_dim"),
+        indexer=_indexer(f) if f.family.indexed else None,
     )
     return Attention(
         heads=heads,
@@ -554,6 +556,10 @@ def _latent_attention(f: _Fields, heads: int) -> Attention:
         dropout=f.share(f.family.attention_dropout),
         latent=latent,
     )
+
+
+def _indexer(f: _Fields) -> Indexer:
+    return Indexer(f.size("index_n_heads"), f.size("index_head_dim"), f.size("index_topk"))
 
 
 def _experts(f: _Fields) -> Experts:

@@ -36,6 +36,14 @@ Lends = Literal["", "lends", "borrows"]
 """Whether a layer's keys and values are those of later layers as well, or are an earlier one's: the last of its kind that lends."""
 
 
+class Indexer(NamedTuple):
+    """What chooses the keys that a query sees (DeepSeek-V3.2's lightning indexer): queries of its own of the low rank, and one head of keys."""
+
+    heads: int
+    head_dim: int
+    keys: int  # chosen for a query
+
+
 class Latent(NamedTuple):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, keys and values."""
 
@@ -43,6 +51,7 @@ class Latent(NamedTuple):
     kv_rank: int
     nope_dim: int  # per head, without position
     rope_dim: int  # per head, rotary; one key shared by all heads
+    indexer: Indexer | None = None
 
 
 class Attention(NamedTuple):

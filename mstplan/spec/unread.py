@@ -152,7 +152,7 @@ TRANSFORMERS_TYPES = _word_set(
     cohere2_moe cohere2_vision cohere_asr cohere_compass cohere_compass_text cohere_compass_vision colmodernvbert colpali colqwen2
     conditional_detr cosmos3_edge cosmos3_edge_text cosmos3_edge_vision cosmos3_omni cpmant csm csm_depth_decoder_model ctrl cvt d_fine dab-detr dac
     data2vec-audio data2vec-vision dbrx decision_transformer deepseek_ocr2 deepseek_ocr2_encoder deepseek_ocr2_sam_vision_model deepseek_ocr2_text
-    deepseek_ocr2_vision deepseek_v32 deepseek_v4 deepseek_vl deepseek_vl_hybrid deformable_detr deimv2 depth_anything depth_pro dia dia_decoder
+    deepseek_ocr2_vision deepseek_v4 deepseek_vl deepseek_vl_hybrid deformable_detr deimv2 depth_anything depth_pro dia dia_decoder
     dia_encoder diffllama diffusion_gemma diffusion_gemma_text dinat dinov2_with_registers dinov3_convnext doge donut-swin dots3_note
     dots3_note_audio_encoder dots3_note_text dots3_note_vision_encoder dpr dpt edgetam edgetam_mask_decoder edgetam_prompt_encoder edgetam_video
     edgetam_video_mask_decoder edgetam_video_prompt_encoder edgetam_vision_model efficientloftr embedding_gemma2 embedding_gemma2_text emu3

@@ -22,6 +22,7 @@ from ..spec.platform import AMPERE, Platform
 from . import quantised, ring, tensor_parallel, ulysses
 from .adapters import Adapters, add_adapter
 from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP, Factors, activate, add_router, add_up, router_delta
+from .indexer import chosen_keys
 from .instants import Stage
 from .kernels import chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel, heads_first
@@ -911,7 +912,8 @@ class Writer:
         k_whole = self.tape.new("K after rotary", self.by_head("H", "e"), q_turned.dtype)
         parts = ((k_rest, self.tape.grad(k_rest)), (k_turned, self.tape.grad(k_turned)))
         self.tape.op("join K", [k_rest, k_turned], k_whole, grads=parts)
-        return q_whole, k_whole, v, q, both, low, q_turned, k_turned
+        chosen = (q_in, *chosen_keys(self, x, q_in, latent)) if latent.indexer is not None else ()
+        return q_whole, k_whole, v, q, both, low, q_turned, k_turned, *chosen
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tensor:
         """q (t, H, e), k and v (t, G, e) -> (t, H, e)."""

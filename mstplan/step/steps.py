@@ -27,6 +27,7 @@ from .clipping import clipping
 from .cuda import CUBLASLT_WORKSPACE, flash_rows, pinned_bytes
 from .expert_adapters import check_recipe, list_linears, list_parameters
 from .fsdp import into_groups, reduced_dtype, shards_of
+from .indexer import check_recipe as check_indexer
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
@@ -44,6 +45,7 @@ from .storage import Stored, in_sum
 from .tape import (
     BASIS,
     MIXER_CHUNKS,
+    MOST_CHOSEN,
     ZERO,
     Alive,
     Joined,
@@ -160,9 +162,10 @@ class Sizes(NamedTuple):
         in_chunks = b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens
         x, y, z = (-(-s // tokens) for tokens in MIXER_CHUNKS.values())
         in_mixers = (b * x, b * y, b * z, b * (y + 1), b * (z + 1), b * (y + 1) ** 2, b * (z + 1) ** 2)
+        chosen = b * s * min(s, MOST_CHOSEN)
         tens = b * s // IDS_PER_PARTIAL_SUM
         scores = b * s * whole * self.ring, whole * whole  # of all heads, a card has those of its own; of none
-        return (1, b * s, *in_chunks, *scores, s, b * flash_rows(whole), tens, b, *in_mixers)
+        return (1, b * s, *in_chunks, *scores, s, b * flash_rows(whole), tens, b, *in_mixers, chosen)
 
 
 def evaluate(vector: Vector, units: tuple[int, ...]) -> int:
@@ -661,6 +664,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     tensor_parallel.check(model, recipe)
     model = tensor_parallel.of_a_rank(model, recipe)
     check_mixers(model, recipe, layout.several_mlp_chunks)
+    check_indexer(model, recipe)
     _check_layers(model, recipe)
     adapters = adapters_of(recipe, model)
     if adapters is not None and adapters.parameters:

@@ -47,13 +47,15 @@ ITEMSIZE = {
 
 # What bytes can grow with: b sequences, s tokens each, c tokens in an MLP chunk, k in a loss chunk,
 # r = s rounded up to 128 (the rows of a flash-attention workspace), p = whole tens of the b s tokens, x, y and z chunks of
-# `MIXER_CHUNKS` tokens, begun ones included, u and v one more than y and z.
-BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br", "p", "b", "bx", "by", "bz", "bu", "bv", "buu", "bvv")
+# `MIXER_CHUNKS` tokens, begun ones included, u and v one more than y and z, w = s, or `MOST_CHOSEN` where that is less.
+BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br", "p", "b", "bx", "by", "bz", "bu", "bv", "buu", "bvv", "bsw")
+MOST_CHOSEN = 2048
+"""Keys that a query sees of those before it, where an indexer chooses them (DeepSeek-V3.2)."""
 MIXER_CHUNKS = {"x": 64, "y": 128, "z": 256}
 """Tokens of a chunk of what mixes them otherwise than by attention, by the axis that counts chunks."""
 Vector = tuple[int, ...]
 ZERO: Vector = (0,) * len(BASIS)
-_SYMBOLS = frozenset("bsckrpxyzuv")
+_SYMBOLS = frozenset("bsckrpwxyzuv")
 
 
 def add(u: Vector, v: Vector) -> Vector:
@@ -64,7 +66,7 @@ def add(u: Vector, v: Vector) -> Vector:
 def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
     """(index into BASIS, the axes whose sizes do not change) of a shape such as "b s d"."""
     axes = shape.split()
-    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckprsxyzuv".index))
+    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckprswxyzuv".index))
     return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
 
 

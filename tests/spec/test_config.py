@@ -242,7 +242,7 @@ def attention_weights(model, kind):
         expanded = a.latent.kv_rank * a.heads * (a.latent.nope_dim + a.v_head_dim)
         rank, width = a.latent.q_rank, a.heads * a.head_dim
         queries = hidden * width if rank is None else rank * (hidden + a.qkv_bias + 1 + width)
-        return queries + keys + expanded + out
+        return queries + keys + expanded + out + indexer_weights(a.latent, hidden)
     made = 0 if kind.keys == "borrows" else 1 if a.values == "keys" else 2  # of keys and values
     width = (a.heads * (1 + a.gated_output) + made * a.kv_heads) * a.head_dim
     normed = {
@@ -252,6 +252,13 @@ def attention_weights(model, kind):
         "full": (a.heads + a.kv_heads) * a.head_dim,
     }[a.qk_norm]
     return hidden * width + width * a.qkv_bias + normed + a.heads * a.sinks + out
+
+
+def indexer_weights(latent, hidden):
+    if latent.indexer is None:
+        return 0
+    heads, width, _ = latent.indexer
+    return latent.q_rank * heads * width + hidden * (width + heads) + 2 * width
 
 
 def mlp_weights(model, routed):
@@ -352,6 +359,7 @@ def changed(value):
 CHUNKS = {
     **{family: {"mamba_chunk_size": 256} for family in ("granitemoehybrid", "bamba", "falcon_h1")},
     **{family: {"chunk_size": 128} for family in ("mamba2", "nemotron_h")},
+    "deepseek_v32": {"index_topk": 2048},
 }
 """Of more tokens than in a tiny config, where the formula counts such alone."""
 
