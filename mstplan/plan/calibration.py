@@ -129,6 +129,8 @@ _YOUNGER_FIELDS = (
     ", beside_mlp=False",
     ", per_layer=None",
     ", indexer=None",
+    ", altup=None",
+    ", cuts_gates=False",
 )
 """Facts that models had before there were fields for them: calibrations are older."""
 

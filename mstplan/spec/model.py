@@ -112,6 +112,16 @@ class PerLayerInputs(NamedTuple):
     vocab: int
 
 
+class AltUp(NamedTuple):
+    """Several streams of hidden states, of which one goes through attention and the MLP, and a product of low rank beside attention (Gemma 3n)."""
+
+    streams: int
+    rank: int  # of the product (Laurel)
+    scaled: bool = (
+        True  # the corrected stream is multiplied by a weight, which else waits, before the layer's own input
+    )
+
+
 class ShortConv(NamedTuple):
     """A convolution over a few tokens between two products with gates (LFM2)."""
 
@@ -162,6 +172,7 @@ class LayerKind(NamedTuple):
     widens: bool = (
         False  # its input has the weights' dtype, though hidden states are in fp32 from here on (Mamba-2's first)
     )
+    cuts_gates: bool = False  # its MLP's gates count only beyond a multiple of their deviation (Gemma 3n)
 
     @property
     def attends(self) -> bool:
@@ -192,6 +203,7 @@ class Model(NamedTuple):
     mlp: Mlp | None  # of the dense layers; None: there are none
     experts: Experts | None = None
     per_layer: PerLayerInputs | None = None
+    altup: AltUp | None = None
     mixer: Mixing | None = None  # of the layers that mix tokens otherwise than by attention
     norm: Norm = "rms"
     norm_bias: bool = False

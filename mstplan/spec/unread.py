@@ -159,7 +159,7 @@ TRANSFORMERS_TYPES = _word_set(
     emu3_text_model emu3_vqgan encodec eomt eomt_dinov3 ernie4_5_vl_moe ernie4_5_vl_moe_text ernie4_5_vl_moe_vision esmc esmfold2
     evolla exaone4_5 exaone4_5_vision fast_vlm fastspeech2_conformer fastspeech2_conformer_hifigan
     fastspeech2_conformer_with_hifigan flava flava_image_codebook flava_image_model flava_multimodal_model flava_text_model flint
-    florence_vision focalnet fun_asr_nano fun_asr_nano_encoder fuyu gemma3 gemma3n gemma3n_audio gemma3n_text gemma3n_vision gemma4 gemma4_assistant
+    florence_vision focalnet fun_asr_nano fun_asr_nano_encoder fuyu gemma3 gemma3n gemma3n_audio gemma3n_vision gemma4 gemma4_assistant
     gemma4_audio gemma4_unified gemma4_unified_assistant gemma4_unified_audio gemma4_unified_text gemma4_unified_vision gemma4_vision git
     git_vision_model glm46v glm4v glm4v_moe glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm5_next glm5_next_text
     glm5_next_vision glm_image glm_image_text glm_image_vision glm_image_vqmodel glm_moe_dsa glm_ocr glm_ocr_text glm_ocr_vision glmasr glmasr_encoder

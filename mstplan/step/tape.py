@@ -884,17 +884,27 @@ def lent_by(op: Op, keep: bool) -> tuple[Tensor, ...]:
     return tuple(made for made, output in outputs if output.storage in inside)
 
 
-def lingering_of(tape: Tape) -> tuple[Tensor, ...]:
+def lingering_of(tape: Tape, fetched: bool = False) -> tuple[Tensor, ...]:
     """Of a layer that a checkpoint runs again, what it made beside its first output, and what autograd keeps of all that came of: whom that is
-    for holds on to it until backward is through with all layers."""
+    for holds on to it until backward is through with all layers. fetched: its input came back from the host, and is its own, too."""
+    own = {tensor for op in tape.ops for tensor in op.makes}.union(tape.sources[:1] if fetched else ())
+    return tuple(tensor for tensor in _kept_for_others(tape) if tensor in own)
+
+
+def input_lingers(tape: Tape) -> bool:
+    """Whether the layer's input is of what autograd keeps so."""
+    return tape.sources[0].storage in _kept_for_others(tape)
+
+
+def _kept_for_others(tape: Tape) -> dict[Tensor, None]:
+    """A tape's outputs beside the first, and what is kept of all that they came of."""
     outputs = [tensor.storage for tensor in tape.outputs[1:]]
     needed, kept = set(outputs), dict.fromkeys(outputs)
-    own = {tensor for op in tape.ops for tensor in op.makes}
     for op in reversed(tape.ops if outputs else ()):
         if not needed.isdisjoint(tensor.storage for tensor in op.makes):
             needed.update(tensor.storage for tensor in op.reads)
-            kept |= dict.fromkeys(tensor.storage for tensor in op.keeps if tensor.storage in own)
-    return tuple(kept)
+            kept |= dict.fromkeys(tensor.storage for tensor in (*op.keeps, *(t for t, _ in op.for_gradients.keeps)))
+    return kept
 
 
 def holds_for_backward(op: Op) -> bool:
@@ -1126,7 +1136,7 @@ def _backward(
     for tensor in lingering_arguments:
         keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
     first_part = next((op for op in tape.ops if op.is_layer), None)
-    for tensor in lingering_of(tape) if again is tape else ():
+    for tensor in lingering_of(tape, fetch) if again is tape else ():
         keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
 
     def leave() -> None:
@@ -1223,7 +1233,8 @@ def _backward(
                 input_gradient = grad_of(tensor)
                 holders[input_gradient] = 1
                 arrivals.append((tensor, input_gradient))
-            lingering += lingering_of(op.part.tape) if op.part.recompute and not op.part.chunked else ()
+            if op.part.recompute and not op.part.chunked:
+                lingering += lingering_of(op.part.tape, op.part.offload)
             if op is first_part:
                 leave()
             for gradient in incoming.values():

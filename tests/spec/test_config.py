@@ -85,6 +85,7 @@ NEEDED = {
     "codegen": {"rotary_dim": 4},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 16, "head_dim": 8},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
 }
 """Fields without which transformers makes no such model, or none that runs."""
 
@@ -171,6 +172,8 @@ def test_defaults_are_those_of_transformers(model_type):
             assert type(config)(use_sliding_window=True).sliding_window == value
         elif key == "partial_rotary_factor":
             assert rope[key] == value
+        elif isinstance(getattr(config, key, None), list):  # one for each layer
+            assert set(getattr(config, key)) == {value}
         else:
             assert value in [getattr(config, name) for name in _ALIASES.get(key, (key,)) if hasattr(config, name)], key
 
@@ -211,6 +214,12 @@ def parameters(model):
     if model.per_layer is not None:
         width, every = model.per_layer.width, model.per_layer.width * model.layers
         layers += model.layers * (2 * width + 1) * hidden + every * (model.per_layer.vocab + hidden) + width
+    if (
+        model.altup is not None
+    ):  # projections in and out; of a layer Laurel, the router, its norm, coefficients and scale
+        n, rank, _ = model.altup
+        layers += 2 * (n - 1) * hidden * hidden
+        layers += model.layers * ((2 * rank + 1 + n + 1 + 1) * hidden + n**3 + n * n)
     head = model.vocab * (hidden * (not model.tied) + model.head_bias)
     return layers + norm * (1 + model.embedding_norm) + head + hidden * (model.vocab + model.learned_positions)
 
@@ -360,8 +369,9 @@ CHUNKS = {
     **{family: {"mamba_chunk_size": 256} for family in ("granitemoehybrid", "bamba", "falcon_h1")},
     **{family: {"chunk_size": 128} for family in ("mamba2", "nemotron_h")},
     "deepseek_v32": {"index_topk": 2048},
+    "gemma3n_text": {"altup_num_inputs": 4},
 }
-"""Of more tokens than in a tiny config, where the formula counts such alone."""
+"""Of more tokens, keys or streams than in a tiny config, where the formula counts such alone."""
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

@@ -242,6 +242,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     values: Values = "projected"
     per_layer_inputs: bool = False
     shared_keys: bool = False  # the last num_kv_shared_layers take keys and values of earlier ones
+    streams: bool = False  # hidden states are several streams, with what else Gemma 3n has of its own
     wide_borrowers: str | None = None  # the switch under which MLPs of these are twice as wide
     global_attention: bool = False  # layers without a window have heads of their own (spec/own_sizes.py)
     attention_by: Literal[
