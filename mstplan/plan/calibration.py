@@ -128,6 +128,9 @@ _YOUNGER_FIELDS = (
     ", keys=''",
     ", beside_mlp=False",
     ", per_layer=None",
+    ", indexer=None",
+    ", altup=None",
+    ", cuts_gates=False",
 )
 """Facts that models had before there were fields for them: calibrations are older."""
 

@@ -73,10 +73,15 @@ def layout_of_no_length(
         masked,
         platform=platform,
         groups=chunks.groups,
-        several_rows=recipe.rows > 1
-        and (recipe.layer_in_chunks or recipe.sharers > 1 or model.attention.keys == "broadcast" or model.alibi),
+        several_rows=recipe.rows > 1 and (recipe.layer_in_chunks or recipe.sharers > 1 or copies_rows(model)),
     )
     return layout._replace(padded=is_odd and pads_masks(model, layout))
+
+
+def copies_rows(model: Model) -> bool:
+    """Whether attention's products take copies of what several sequences share or have each of its own."""
+    a = model.attention
+    return a.keys == "broadcast" or model.alibi or (a.latent is not None and a.latent.indexer is not None)
 
 
 def pads_masks(model: Model, layout: Layout) -> bool:

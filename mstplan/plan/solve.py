@@ -20,7 +20,7 @@ from ..step.optimizers import host_states
 from ..step.recipe import Recipe
 from ..step.simulation import Usage
 from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, kernels_of, stored_inputs
-from ..step.tape import ITEMSIZE, MIXER_CHUNKS, Vector
+from ..step.tape import ITEMSIZE, MIXER_CHUNKS, MOST_CHOSEN, Vector
 from ..step.timing import attention_copies, step_seconds
 from ..step.ulysses import shares_groups
 from ..step.workspaces import IDS_PER_PARTIAL_SUM, MULTIPROCESSORS
@@ -289,9 +289,10 @@ def _longest_of_step(step: Step, recipe: Recipe, chunks: Chunks, budget: int) ->
 def _polynomial(vector: Vector, batch: int, ranks: int, chunks: Chunks, rounding: int) -> tuple[int, int, int, int]:
     """(a, b, c, d) with bytes = (a s^2 + b s + c) / d, over a common denominator d of the chunk counts and tens.
 
-    rounding 0: chunks, 128-row blocks and tens of tokens are taken as small as rounding can make them; 1: as large.
+    rounding 0: chunks, 128-row blocks and tens of tokens are taken as small as rounding can make them, and no keys as chosen; 1: as large, and
+    as many keys as can be.
     """
-    const, bs, bc, bk, bss, ss, s, br, p, b, bx, by, bz, bu, bv, buu, bvv = vector
+    const, bs, bc, bk, bss, ss, s, br, p, b, bx, by, bz, bu, bv, buu, bvv, bsw = vector
     few, some, most = MIXER_CHUNKS.values()
     d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM * most * most
     over = 1 + rounding  # (s / tokens + over)^2 is what a square of chunks and one more is at least, or at most
@@ -299,6 +300,7 @@ def _polynomial(vector: Vector, batch: int, ranks: int, chunks: Chunks, rounding
     linear = (bs + br * ranks) * batch * d + s * d + (bc * d // chunks.mlp + bk * d // chunks.loss) * batch
     linear += p * batch * d // IDS_PER_PARTIAL_SUM
     linear += (bx * d // few + (by + bu + 2 * over * buu) * d // some + (bz + bv + 2 * over * bvv) * d // most) * batch
+    linear += bsw * MOST_CHOSEN * rounding * batch * d
     begun = (bx + by + bz) * rounding + (bu + bv) * over + (buu + bvv) * over**2
     extra = ((br * 127 + bc + bk) * rounding + begun) * batch * d - p * d * (1 - rounding)
     return square, linear, (const + b * batch) * d + extra, d

@@ -16,9 +16,11 @@ from mstplan.spec.families import FAMILIES, LLAMA_LIKE
 from mstplan.spec.families.base import Family, Routed
 from mstplan.spec.mixing import layers_of_one_part, mixer_of, mixers_of_layers
 from mstplan.spec.model import (
+    AltUp,
     Attention,
     Block,
     Experts,
+    Indexer,
     Latent,
     LayerKind,
     Mlp,
@@ -27,7 +29,7 @@ from mstplan.spec.model import (
     QkNorm,
     Router,
 )
-from mstplan.spec.own_sizes import attention_of_layers, shares_of_layers, widths_of_layers
+from mstplan.spec.own_sizes import attention_of_layers, cuts_of_layers, shares_of_layers, width_of, widths_of_layers
 from mstplan.spec.releases import parse_release, release
 from mstplan.spec.towers import Tower, towers_of
 
@@ -92,6 +94,7 @@ _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 # Files of several models whose text part stands in the fields themselves, or names no family of its own.
 TEXT_TYPES = {
     "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
     "gemma4": "gemma4_text",
     "phi4mm": "phi3",
     "qwen2_5_omni_thinker": "qwen2_5_omni_text",
@@ -361,6 +364,7 @@ def _model(f: _Fields, model_type: str) -> Model:
         mlp=_mlp(f) if any(_has_mlp(f, kind) for kind in layer_kinds) else None,
         experts=_experts(f) if routed else None,
         per_layer=_per_layer_inputs(f),
+        altup=_altup(f) if family.streams else None,
         mixer=mixer_of(f, layer_kinds),
         norm=family.norm,
         norm_bias=family.norm_bias,
@@ -388,6 +392,16 @@ def _model(f: _Fields, model_type: str) -> Model:
 def _per_layer_inputs(f: _Fields) -> PerLayerInputs | None:
     width = f.count("hidden_size_per_layer_input", default=0) if f.family.per_layer_inputs else 0
     return PerLayerInputs(width, f.size("vocab_size_per_layer_input")) if width else None
+
+
+def _altup(f: _Fields) -> AltUp:
+    if _per_layer_inputs(f) is None:
+        from mstplan.spec import unread
+
+        unread.refuse_unread(
+            f.name, "hidden_size_per_layer_input is 0, and the formula counts layers with inputs of their own."
+        )
+    return AltUp(f.size("altup_num_inputs"), f.size("laurel_rank"), f.flag("altup_correct_scale"))
 
 
 def _has_mlp(f: _Fields, kind: LayerKind) -> bool:
@@ -449,7 +463,7 @@ def _width(f: _Fields) -> int:
     field = f.family.mlp_width
     if field in f.family.defaults and f.family.defaults[field] is None:
         return f.optional(field) or 4 * f.size("hidden_size")
-    width = f.size(field)
+    width = width_of(f)
     return _in_blocks(f, 2 * width // 3) if f.family.adjusted_width and f.flag("block_auto_adjust_ff_dim") else width
 
 
@@ -538,10 +552,11 @@ def _rotary_share(f: _Fields) -> float:
 def _latent_attention(f: _Fields, heads: int) -> Attention:
     """DeepSeek's: keys and values are expanded to every head, so num_key_value_heads and head_dim mean nothing here."""
     latent = Latent(
-        q_rank=f.optional("q_lora_rank"),
+        q_rank=f.size("q_lora_rank") if f.family.indexed else f.optional("q_lora_rank"),
         kv_rank=f.size("kv_lora_rank"),
         nope_dim=f.size("qk_nope_head_dim"),
         rope_dim=f.size("qk_rope_head_dim"),
+        indexer=_indexer(f) if f.family.indexed else None,
     )
     return Attention(
         heads=heads,
@@ -554,6 +569,10 @@ def _latent_attention(f: _Fields, heads: int) -> Attention:
         dropout=f.share(f.family.attention_dropout),
         latent=latent,
     )
+
+
+def _indexer(f: _Fields) -> Indexer:
+    return Indexer(f.size("index_n_heads"), f.size("index_head_dim"), f.size("index_topk"))
 
 
 def _experts(f: _Fields) -> Experts:
@@ -621,7 +640,8 @@ def _layer_kinds(f: _Fields) -> tuple[LayerKind, ...]:
     shares = shares_of_layers(f, windows)
     widths = widths_of_layers(f, shares)
     fed, widening = [f.family.mlp_width != ""] * layers, [_is_wide(f) and i == 0 for i in range(layers)]
-    return tuple(map(LayerKind, windows, sparse, turned, masked, mixers, own, widths, shares, fed, widening))
+    cuts = cuts_of_layers(f, layers)
+    return tuple(map(LayerKind, windows, sparse, turned, masked, mixers, own, widths, shares, fed, widening, cuts))
 
 
 def _sparse_layers(f: _Fields, layers: int) -> frozenset[int] | None:

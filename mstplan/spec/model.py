@@ -36,6 +36,14 @@ Lends = Literal["", "lends", "borrows"]
 """Whether a layer's keys and values are those of later layers as well, or are an earlier one's: the last of its kind that lends."""
 
 
+class Indexer(NamedTuple):
+    """What chooses the keys that a query sees (DeepSeek-V3.2's lightning indexer): queries of its own of the low rank, and one head of keys."""
+
+    heads: int
+    head_dim: int
+    keys: int  # chosen for a query
+
+
 class Latent(NamedTuple):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, keys and values."""
 
@@ -43,6 +51,7 @@ class Latent(NamedTuple):
     kv_rank: int
     nope_dim: int  # per head, without position
     rope_dim: int  # per head, rotary; one key shared by all heads
+    indexer: Indexer | None = None
 
 
 class Attention(NamedTuple):
@@ -103,6 +112,16 @@ class PerLayerInputs(NamedTuple):
     vocab: int
 
 
+class AltUp(NamedTuple):
+    """Several streams of hidden states, of which one goes through attention and the MLP, and a product of low rank beside attention (Gemma 3n)."""
+
+    streams: int
+    rank: int  # of the product (Laurel)
+    scaled: bool = (
+        True  # the corrected stream is multiplied by a weight, which else waits, before the layer's own input
+    )
+
+
 class ShortConv(NamedTuple):
     """A convolution over a few tokens between two products with gates (LFM2)."""
 
@@ -153,6 +172,7 @@ class LayerKind(NamedTuple):
     widens: bool = (
         False  # its input has the weights' dtype, though hidden states are in fp32 from here on (Mamba-2's first)
     )
+    cuts_gates: bool = False  # its MLP's gates count only beyond a multiple of their deviation (Gemma 3n)
 
     @property
     def attends(self) -> bool:
@@ -183,6 +203,7 @@ class Model(NamedTuple):
     mlp: Mlp | None  # of the dense layers; None: there are none
     experts: Experts | None = None
     per_layer: PerLayerInputs | None = None
+    altup: AltUp | None = None
     mixer: Mixing | None = None  # of the layers that mix tokens otherwise than by attention
     norm: Norm = "rms"
     norm_bias: bool = False

@@ -45,10 +45,48 @@ def shares_of_layers(f: _Fields, windows: Sequence[int | None]) -> list[Lends]:
 
 def widths_of_layers(f: _Fields, shares: Sequence[Lends]) -> list[int | None]:
     """Each layer's own width of its MLP; None: the model's."""
+    listed = f.config.get(f.family.mlp_width)
+    if f.family.streams and isinstance(listed, list):
+        if len(listed) != len(shares):
+            f.refuse(
+                f"{f.family.mlp_width} lists {len(listed)} widths for the {len(shares)} layers of num_hidden_layers"
+            )
+        widths = [f.among({"width": each}, "width", 1) for each in listed]
+        return [None if each == widths[0] else each for each in widths]
     switch = f.family.wide_borrowers
     if switch is None or not f.flag(switch):
         return [None] * len(shares)
     return [2 * f.size(f.family.mlp_width) if share == "borrows" else None for share in shares]
+
+
+def width_of(f: _Fields) -> int:
+    """Width of the MLPs: of several that are listed the first's."""
+    listed = f.config.get(f.family.mlp_width)
+    if f.family.streams and isinstance(listed, list):
+        if not listed:
+            f.refuse_value(f.family.mlp_width, listed, "a whole number, or one for each layer")
+        return f.among({"width": listed[0]}, "width", 1)
+    return f.size(f.family.mlp_width)
+
+
+_CUT_LAYERS = 10
+"""Layers whose gates are cut off where a file does not say it, of more than so many (models/gemma3n/configuration_gemma3n.py)."""
+
+
+def cuts_of_layers(f: _Fields, layers: int) -> list[bool]:
+    """In which layers gates of the MLP are cut off below a share of them."""
+    if not f.family.streams:
+        return [False] * layers
+    shares = f.config.get("activation_sparsity_pattern")
+    if shares is None:
+        return [layers > _CUT_LAYERS and n < _CUT_LAYERS for n in range(layers)]
+    if (
+        not isinstance(shares, list)
+        or len(shares) != layers
+        or not all(isinstance(each, (int, float)) and 0 <= each < 1 for each in shares)
+    ):
+        f.refuse_value("activation_sparsity_pattern", shares, "a list of shares below 1, one per layer")
+    return [each > 0 for each in shares]
 
 
 def _with_heads(f: _Fields, attention: Attention, head_dim: int, kv_heads: int) -> Attention:

@@ -21,7 +21,9 @@ from ..spec.model import Attention, Experts, LayerKind, Mlp, Model
 from ..spec.platform import AMPERE, Platform
 from . import quantised, ring, tensor_parallel, ulysses
 from .adapters import Adapters, add_adapter
+from .altup import altup_layer, mlp_of_stream
 from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP, Factors, activate, add_router, add_up, router_delta
+from .indexer import chosen_keys
 from .instants import Stage
 from .kernels import chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel, heads_first
@@ -116,6 +118,7 @@ class Writer:
         ] = ()  # variables of attention's code, or the MLP's, where that adds the residual
         self.turned_parts: tuple[Tensor, ...] = ()  # of queries and keys, as rotary embedding made them
         self.tables: tuple[Tensor, ...] = ()  # cos and sin, where they are a piece's own
+        self.cuts_gates = False  # of the MLP
         self.in_chunks = False  # does the layer around attention run over pieces?
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
         # axes of position ids, which packed rows have each of its own; pieces of several rows are counted as if they had
@@ -912,7 +915,8 @@ class Writer:
         k_whole = self.tape.new("K after rotary", self.by_head("H", "e"), q_turned.dtype)
         parts = ((k_rest, self.tape.grad(k_rest)), (k_turned, self.tape.grad(k_turned)))
         self.tape.op("join K", [k_rest, k_turned], k_whole, grads=parts)
-        return q_whole, k_whole, v, q, both, low, q_turned, k_turned
+        chosen = (q_in, *chosen_keys(self, x, q_in, latent)) if latent.indexer is not None else ()
+        return q_whole, k_whole, v, q, both, low, q_turned, k_turned, *chosen
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tensor:
         """q (t, H, e), k and v (t, G, e) -> (t, H, e)."""
@@ -971,6 +975,8 @@ class Writer:
             inner = self.multiply("gate * up", up, active, self.new("MLP product", width))
         elif self.code.scales_mixers:
             return self._scaled_mlp(x, mlp, name)
+        elif self.model.altup is not None:
+            return mlp_of_stream(self, x, mlp, name)
         else:
             gate = self.linear(x, self.new("MLP gate", width), name + ".gate_proj", kind=WeightKind.MLP, bias=mlp.bias)
             active = self.activation(gate, mlp.activation) if self.liger is None else gate
@@ -1553,12 +1559,19 @@ def layer(
     writer = _CheckpointingWriter if chunks.children else Writer
     w = writer(model, numerics, frozen=frozen)
     w.tape.role = Role.NORM
-    x = w.source(dtype=numerics.weights if kind.widens else None)
+    w.cuts_gates = kind.cuts_gates
+    if model.altup is not None:
+        w.tape.dims["n"] = model.altup.streams
+    x = w.source(dtype=numerics.weights if kind.widens else None, shape="d" if model.altup is None else "n d")
     w.source_per_layer()
     if kind.keys == "borrows":
         w.source_keys()
     if kind.mixer == "none" or not kind.feed_forward:
         return _one_part(w, x, kind, chunks)
+    if model.altup is not None:
+        in_pieces = partial(_in_pieces, chunks=chunks) if chunks.several or chunks.recompute else None
+        tape = altup_layer(w, x, kind, partial(_fed_and_normed, kind=kind, chunks=chunks), in_pieces)
+        return replace(tape, outputs=(tape.output, *w.lent)) if kind.keys == "lends" else tape
     normed, mlp_in = _attention_input(w, x), None
     if w.model.block == "parallel" and w.code.norms_first:
         mlp_in = w.norm(x, "post-attention norm")
@@ -1569,6 +1582,15 @@ def layer(
     if kind.keys == "lends":
         return replace(tape, outputs=(tape.output, *w.lent))
     return replace(tape, returned=w.beside) if w.code.returns_weights else tape
+
+
+def _fed_and_normed(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> tuple[Tensor, ...]:
+    """What the norm behind the MLP makes, and what it is given, unless both run in pieces."""
+    y = _feed_forward(w, x, kind, chunks)
+    if chunks.recompute:
+        return (y,)
+    with w.tape.assign_role(Role.MLP):
+        return w.norm(y, "post-MLP norm"), y
 
 
 def _one_part(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> Tape:
@@ -1708,6 +1730,7 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
     if kind.experts and w.code.shared_apart:
         return _two_in_chunks(w, x, _experts(model), chunks)
     inner = Writer(model, w.numerics, "b c", frozen=w.frozen)
+    inner.cuts_gates = w.cuts_gates
     source = inner.source(x.name, x.dtype, x.role)
     y = inner.experts(source, _experts(model)) if kind.experts else inner.mlp(source, _mlp(model))
     if chunks.recompute and model.block in ("sandwich", "post"):
@@ -1750,15 +1773,20 @@ def _two_in_chunks(w: Writer, x: Tensor, e: Experts, chunks: MlpChunks) -> Tenso
     """Routed experts and the shared one, in chunks each for itself, and their sum."""
 
     def in_chunks(name: str, run: Callable[[Writer, Tensor], Tensor]) -> Tensor:
-        inner = Writer(w.model, w.numerics, "b c", frozen=w.frozen)
-        run(inner, inner.source(x.name, x.dtype, x.role))
-        return _in_chunks(w, inner.tape.build_tape(), (x,), name, chunks)[0]
+        return _in_pieces(w, x, name, run, chunks)
 
     routed = in_chunks("experts in chunks", lambda inner, piece: inner.experts(piece, e._replace(shared_width=0)))
     shared = in_chunks("shared expert in chunks", lambda inner, piece: inner._shared_expert(piece, e))
     w.beside += (routed,)
     with w.tape.assign_role(Role.MLP):
         return w.add(routed, shared, w.new("MLP output", "d", routed.dtype), "add shared experts")
+
+
+def _in_pieces(w: Writer, x: Tensor, name: str, run: Callable[[Writer, Tensor], Tensor], chunks: MlpChunks) -> Tensor:
+    """What is made of x, in pieces as MLPs run."""
+    inner = Writer(w.model, w.numerics, "b c", frozen=w.frozen)
+    run(inner, inner.source(x.name, x.dtype, x.role))
+    return _in_chunks(w, inner.tape.build_tape(), (x,), name, chunks)[0]
 
 
 # ---- layers in pieces -------------------------------------------------------------------------------------------------

@@ -22,11 +22,14 @@ from ..spec.model import LayerKind, Model
 from ..spec.platform import AMPERE, Platform
 from . import ring, tensor_parallel, ulysses
 from .adapters import DOWN, MAGNITUDE, MATRICES, WORDS, Adapters
+from .altup import check_recipe as check_altup
+from .altup import into_streams, out_of_streams
 from .autograd import record_step
 from .clipping import clipping
 from .cuda import CUBLASLT_WORKSPACE, flash_rows, pinned_bytes
 from .expert_adapters import check_recipe, list_linears, list_parameters
 from .fsdp import card_weights, flat_shards, groups_of, into_groups, reduced_dtype, shards_of
+from .indexer import check_recipe as check_indexer
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
 from .kernels.base import AttentionCall, Kernel
@@ -44,6 +47,7 @@ from .storage import Stored, in_sum, scales_of
 from .tape import (
     BASIS,
     MIXER_CHUNKS,
+    MOST_CHOSEN,
     ZERO,
     Alive,
     Joined,
@@ -63,6 +67,7 @@ from .tape import (
     finish_reducing,
     forward,
     grad_of,
+    input_lingers,
     step_weights,
     sums_of,
     tensor_of,
@@ -160,9 +165,10 @@ class Sizes(NamedTuple):
         in_chunks = b * self.mlp_chunk_tokens, b * self.loss_chunk_tokens
         x, y, z = (-(-s // tokens) for tokens in MIXER_CHUNKS.values())
         in_mixers = (b * x, b * y, b * z, b * (y + 1), b * (z + 1), b * (y + 1) ** 2, b * (z + 1) ** 2)
+        chosen = b * s * min(s, MOST_CHOSEN)
         tens = b * s // IDS_PER_PARTIAL_SUM
         scores = b * s * whole * self.ring, whole * whole  # of all heads, a card has those of its own; of none
-        return (1, b * s, *in_chunks, *scores, s, b * flash_rows(whole), tens, b, *in_mixers)
+        return (1, b * s, *in_chunks, *scores, s, b * flash_rows(whole), tens, b, *in_mixers, chosen)
 
 
 def evaluate(vector: Vector, units: tuple[int, ...]) -> int:
@@ -669,6 +675,8 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     tensor_parallel.check(model, recipe)
     model = tensor_parallel.of_a_rank(model, recipe)
     check_mixers(model, recipe, layout.several_mlp_chunks)
+    check_indexer(model, recipe)
+    check_altup(model, recipe)
     _check_layers(model, recipe)
     adapters = adapters_of(recipe, model)
     if adapters is not None and adapters.parameters:
@@ -731,13 +739,24 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         kept = given if chunks.layer or chunks.children else tables
         calls[kind, names] = LayerCall(layer(model, kind, numerics, chunks, names), given, kept, kind)
     rows = [calls[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
+    streams: tuple[Tensor, ...] = ()
+    if model.altup is not None:
+        hidden, streams = into_streams(w, hidden, model.altup)
     with w.tape.assign_role(Role.LAYER_INPUT):
         hidden, returned, lent = _layers(w.tape, hidden, rows, recipe, per_layer)
     w.tape.stage = Stage.LOSS
+    if model.altup is not None:
+        with w.tape.assign_role(Role.NORM):
+            hidden, streams = out_of_streams(w, hidden, model.altup, streams)
     with w.tape.assign_role(Role.NORM):
         hidden = norm_in_chunks(w, hidden, "final norm") if chunks.layer else w.norm(hidden, "final norm")
     w.hold(
-        *variables, *per_layer, *lent, *returned, *(tensor for arguments, _ in shared.values() for tensor in arguments)
+        *variables,
+        *per_layer,
+        *streams,
+        *lent,
+        *returned,
+        *(tensor for arguments, _ in shared.values() for tensor in arguments),
     )  # until the model's forward returns
     below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
     loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
@@ -747,10 +766,10 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     if chunks.layer:  # the nodes of pieces hold on to what layers are given
         held = dict.fromkeys((*(tensor for row in rows for tensor in row.arguments), *per_layer))
         tape = replace(tape, held=tuple(held))
-    if dtypes := [op.reads[0].dtype for op in tape.ops if op.fetches]:
+    if inputs := [op.reads[0] for op in tape.ops if op.fetches]:
         moved, first = (
-            tensor_of(tape.dims, "layer input in transfer", "b s d", dtype, role=Role.LAYER_INPUT)
-            for dtype in (dtypes[-1], dtypes[0])
+            tensor_of(tape.dims, "layer input in transfer", each.shape, each.dtype, role=Role.LAYER_INPUT)
+            for each in (inputs[-1], inputs[0])
         )
         tape = replace(tape, in_transfer=moved, first_in_transfer=first if first.dtype != moved.dtype else None)
     return into_groups(tape, recipe) if recipe.sharded else tape
@@ -1033,7 +1052,9 @@ def _per_layer_inputs(w: Writer, hidden: Tensor) -> tuple[Tensor, ...]:
         tape.op("per-layer embedding", [], rows, weights=(table,), workspaces=(workspace,))
         rows = w.pointwise("scale per-layer embeddings", rows, w.new("per-layer embeddings, scaled", shape, w.wide))
         product = w.linear(hidden, w.new("per-layer projection", shape), "per_layer_model_projection", kind=None)
-        scaled = w.pointwise("scale projection", product, w.new("per-layer projection, scaled", shape, product.dtype))
+        name = "per-layer projection, scaled"
+        scaled = tape.view(product, name, product.shape) if model.altup else w.new(name, shape, product.dtype)
+        w.pointwise("scale projection", product, scaled)
         normed = w.norm(scaled, "per-layer inputs' norm")
         both = w.new("per-layer inputs", shape, normed.dtype)
         w.add(normed, rows, both, "add per-layer inputs")
@@ -1154,7 +1175,8 @@ def _segment(dims: dict[str, int], layers: list[LayerCall], per_layer: tuple[Ten
     """Several layers that are checkpointed together."""
     segment = TapeWriter(dims)
     segment.role = Role.LAYER_INPUT
-    segment.sources.append(segment.new(HIDDEN, "b s d", layers[0].tape.sources[0].dtype))
+    first = layers[0].tape.sources[0]
+    segment.sources.append(segment.new(HIDDEN, first.shape, first.dtype))
     own = tuple(segment.new(tensor.name, tensor.shape, tensor.dtype) for tensor in per_layer)
     segment.sources += own
     calls = [LayerCall(layer.tape, (), ()) for layer in layers]
@@ -1213,7 +1235,7 @@ def _chain(
         stage = Stage.of_layer(i, count) if tape.stage is not None else None
         place = "first" if i == 0 else "last" if i == count - 1 else str(i)
         name = f"layer, {place}" if stage is not None else f"layer of the segment, {place}"
-        out = tape.new(HIDDEN, "b s d", call.tape.output.dtype)
+        out = tape.new(HIDDEN, call.tape.output.shape, call.tape.output.dtype)
         recompute = i in checkpointed
         borrowed = lent[call.kind.window is not None] if call.kind.keys == "borrows" else ()
         made = tuple(tensor_of(call.tape.dims, t.name, t.shape, t.dtype, role=t.role) for t in call.tape.outputs[1:])
@@ -1221,7 +1243,8 @@ def _chain(
         arguments = call.list_kept(recompute) + (tuple(t for pair in lent.values() for t in pair) if recompute else ())
         part = Part(call.tape, recompute=recompute, offload=offload and recompute, arguments=arguments)
         if made and recompute:  # keys that are run again keep cos and sin
-            part = replace(part, lingering=call.tables)
+            own_input = (hidden,) if input_lingers(call.tape) and not part.offload else ()
+            part = replace(part, lingering=(*call.tables, *own_input))
         leaving = (hidden,) if part.offload else leaving
         held = (*returned, *(() if recompute else leaving))
         # where nothing is run again, backward keeps it anyway

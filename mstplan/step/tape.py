@@ -47,13 +47,15 @@ ITEMSIZE = {
 
 # What bytes can grow with: b sequences, s tokens each, c tokens in an MLP chunk, k in a loss chunk,
 # r = s rounded up to 128 (the rows of a flash-attention workspace), p = whole tens of the b s tokens, x, y and z chunks of
-# `MIXER_CHUNKS` tokens, begun ones included, u and v one more than y and z.
-BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br", "p", "b", "bx", "by", "bz", "bu", "bv", "buu", "bvv")
+# `MIXER_CHUNKS` tokens, begun ones included, u and v one more than y and z, w = s, or `MOST_CHOSEN` where that is less.
+BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br", "p", "b", "bx", "by", "bz", "bu", "bv", "buu", "bvv", "bsw")
+MOST_CHOSEN = 2048
+"""Keys that a query sees of those before it, where an indexer chooses them (DeepSeek-V3.2)."""
 MIXER_CHUNKS = {"x": 64, "y": 128, "z": 256}
 """Tokens of a chunk of what mixes them otherwise than by attention, by the axis that counts chunks."""
 Vector = tuple[int, ...]
 ZERO: Vector = (0,) * len(BASIS)
-_SYMBOLS = frozenset("bsckrpxyzuv")
+_SYMBOLS = frozenset("bsckrpwxyzuv")
 
 
 def add(u: Vector, v: Vector) -> Vector:
@@ -64,7 +66,7 @@ def add(u: Vector, v: Vector) -> Vector:
 def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
     """(index into BASIS, the axes whose sizes do not change) of a shape such as "b s d"."""
     axes = shape.split()
-    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckprsxyzuv".index))
+    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckprswxyzuv".index))
     return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
 
 
@@ -958,17 +960,27 @@ def lent_by(op: Op, keep: bool) -> tuple[Tensor, ...]:
     return tuple(made for made, output in outputs if output.storage in inside)
 
 
-def lingering_of(tape: Tape) -> tuple[Tensor, ...]:
+def lingering_of(tape: Tape, fetched: bool = False) -> tuple[Tensor, ...]:
     """Of a layer that a checkpoint runs again, what it made beside its first output, and what autograd keeps of all that came of: whom that is
-    for holds on to it until backward is through with all layers."""
+    for holds on to it until backward is through with all layers. fetched: its input came back from the host, and is its own, too."""
+    own = {tensor for op in tape.ops for tensor in op.makes}.union(tape.sources[:1] if fetched else ())
+    return tuple(tensor for tensor in _kept_for_others(tape) if tensor in own)
+
+
+def input_lingers(tape: Tape) -> bool:
+    """Whether the layer's input is of what autograd keeps so."""
+    return tape.sources[0].storage in _kept_for_others(tape)
+
+
+def _kept_for_others(tape: Tape) -> dict[Tensor, None]:
+    """A tape's outputs beside the first, and what is kept of all that they came of."""
     outputs = [tensor.storage for tensor in tape.outputs[1:]]
     needed, kept = set(outputs), dict.fromkeys(outputs)
-    own = {tensor for op in tape.ops for tensor in op.makes}
     for op in reversed(tape.ops if outputs else ()):
         if not needed.isdisjoint(tensor.storage for tensor in op.makes):
             needed.update(tensor.storage for tensor in op.reads)
-            kept |= dict.fromkeys(tensor.storage for tensor in op.keeps if tensor.storage in own)
-    return tuple(kept)
+            kept |= dict.fromkeys(tensor.storage for tensor in (*op.keeps, *(t for t, _ in op.for_gradients.keeps)))
+    return kept
 
 
 def holds_for_backward(op: Op) -> bool:
@@ -1200,7 +1212,7 @@ def _backward(
     for tensor in lingering_arguments:
         keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
     first_part = next((op for op in tape.ops if op.is_layer), None)
-    for tensor in lingering_of(tape) if again is tape else ():
+    for tensor in lingering_of(tape, fetch) if again is tape else ():
         keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
 
     def leave() -> None:
@@ -1297,7 +1309,8 @@ def _backward(
                 input_gradient = grad_of(tensor)
                 holders[input_gradient] = 1
                 arrivals.append((tensor, input_gradient))
-            lingering += lingering_of(op.part.tape) if op.part.recompute and not op.part.chunked else ()
+            if op.part.recompute and not op.part.chunked:
+                lingering += lingering_of(op.part.tape, op.part.offload)
             if op is first_part:
                 leave()
             for gradient in incoming.values():

@@ -167,6 +167,7 @@ def _trace_settings(
     sizes, weights = _sizes(full, recipe), _describe_weights(full, recipe)
     reach = _REACH[recipe.offload]
     numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
+    names = _names_of(full, layers)
     all_layers = list(range(len(kinds)))
     differs = recipe.finds_gradients or recipe.optimizer_in_backward  # the first micro-batch, the first step
 
@@ -174,7 +175,8 @@ def _trace_settings(
         def record(model: PreTrainedModel, first: bool = False) -> tuple[Recording, Names]:
             return _record_layers(model, recipe, seq_len, layer_numbers, starts, on, whole, platform, first, rank)
 
-        short, idle = record(model)
+        short, found_idle = record(model)
+        idle = _idle_in_all(found_idle, names, kinds, layer_numbers)
         stepped = Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE})
         update, states = _record_update(tuple(size for name, size in sizes if name not in idle), stepped, on)
         if recipe.optimizer_on_host:
@@ -283,8 +285,8 @@ def _record_layers(
     rank: int,
 ) -> tuple[Recording, Names]:
     """Forward and backward of a step with the layers of these numbers, where checkpoints begin as in the whole. starts: there, their first
-    layers. Beside it the trained weights of towers that no gradient comes to: what images do not go through, as the last layers of
-    a tower of which an earlier one's output is taken."""
+    layers. Beside it the trained weights that no gradient comes to: what runs without autograd, and of towers what images do not go
+    through, as the last layers of one of which an earlier one's output is taken."""
     model = _keep_layers(full, locate.find_parts(full).layers, layer_numbers)
     with first_of_ranks(recipe, rank) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
@@ -293,14 +295,32 @@ def _record_layers(
         if recipe.tensor_parallel > 1:
             split_over_ranks(model, recipe)
         begin = [n for n, i in enumerate(layer_numbers) if i in starts]
-        watched = bool(recipe.images) or describes_towers(model.config.to_dict())
-        trained = {w: name for name, w in model.named_parameters() if w.requires_grad and watched}
+        trained = {w: name for name, w in model.named_parameters() if w.requires_grad}
         reached: set[torch.Tensor] = set()
         hooks = [weight.register_post_accumulate_grad_hook(reached.add) for weight in trained]
         recording = record_passes(model, recipe, seq_len, begin, on, None if whole else FEW_CHUNKS, platform, first)
         for hook in hooks:
             hook.remove()
         return recording, frozenset(name for weight, name in trained.items() if weight not in reached)
+
+
+def _names_of(model: PreTrainedModel, layers: list[nn.Module]) -> list[str]:
+    """What the names of each layer's weights begin with."""
+    names = {module: f"{name}." for name, module in model.named_modules()}
+    return [names[layer] for layer in layers]
+
+
+def _idle_in_all(idle: Names, names: list[str], kinds: list[Hashable], layer_numbers: list[int]) -> Names:
+    """Weights of all layers that no gradient comes to, of those in the layers that were run, which stand in for others of their kind. names:
+    what those of each layer begin with. Raises Unlike where layers of a kind differ."""
+    found: dict[Hashable, Names] = {}
+    for name, number in zip(names, layer_numbers, strict=False):
+        own = frozenset(each.removeprefix(name) for each in idle if each.startswith(name))
+        if found.setdefault(kinds[number], own) != own:
+            raise Unlike
+    outside = frozenset(each for each in idle if not each.startswith(tuple(names)))
+    inside = (f"{name}{each}" for name, kind in zip(names, kinds, strict=True) for each in found.get(kind, ()))
+    return outside.union(inside)
 
 
 def _make_fake(model: PreTrainedModel) -> None:

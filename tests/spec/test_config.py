@@ -85,6 +85,7 @@ NEEDED = {
     "codegen": {"rotary_dim": 4},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 16, "head_dim": 8},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
 }
 """Fields without which transformers makes no such model, or none that runs."""
 
@@ -171,6 +172,8 @@ def test_defaults_are_those_of_transformers(model_type):
             assert type(config)(use_sliding_window=True).sliding_window == value
         elif key == "partial_rotary_factor":
             assert rope[key] == value
+        elif isinstance(getattr(config, key, None), list):  # one for each layer
+            assert set(getattr(config, key)) == {value}
         else:
             assert value in [getattr(config, name) for name in _ALIASES.get(key, (key,)) if hasattr(config, name)], key
 
@@ -211,6 +214,12 @@ def parameters(model):
     if model.per_layer is not None:
         width, every = model.per_layer.width, model.per_layer.width * model.layers
         layers += model.layers * (2 * width + 1) * hidden + every * (model.per_layer.vocab + hidden) + width
+    if (
+        model.altup is not None
+    ):  # projections in and out; of a layer Laurel, the router, its norm, coefficients and scale
+        n, rank, _ = model.altup
+        layers += 2 * (n - 1) * hidden * hidden
+        layers += model.layers * ((2 * rank + 1 + n + 1 + 1) * hidden + n**3 + n * n)
     head = model.vocab * (hidden * (not model.tied) + model.head_bias)
     return layers + norm * (1 + model.embedding_norm) + head + hidden * (model.vocab + model.learned_positions)
 
@@ -242,7 +251,7 @@ def attention_weights(model, kind):
         expanded = a.latent.kv_rank * a.heads * (a.latent.nope_dim + a.v_head_dim)
         rank, width = a.latent.q_rank, a.heads * a.head_dim
         queries = hidden * width if rank is None else rank * (hidden + a.qkv_bias + 1 + width)
-        return queries + keys + expanded + out
+        return queries + keys + expanded + out + indexer_weights(a.latent, hidden)
     made = 0 if kind.keys == "borrows" else 1 if a.values == "keys" else 2  # of keys and values
     width = (a.heads * (1 + a.gated_output) + made * a.kv_heads) * a.head_dim
     normed = {
@@ -252,6 +261,13 @@ def attention_weights(model, kind):
         "full": (a.heads + a.kv_heads) * a.head_dim,
     }[a.qk_norm]
     return hidden * width + width * a.qkv_bias + normed + a.heads * a.sinks + out
+
+
+def indexer_weights(latent, hidden):
+    if latent.indexer is None:
+        return 0
+    heads, width, _ = latent.indexer
+    return latent.q_rank * heads * width + hidden * (width + heads) + 2 * width
 
 
 def mlp_weights(model, routed):
@@ -352,8 +368,10 @@ def changed(value):
 CHUNKS = {
     **{family: {"mamba_chunk_size": 256} for family in ("granitemoehybrid", "bamba", "falcon_h1")},
     **{family: {"chunk_size": 128} for family in ("mamba2", "nemotron_h")},
+    "deepseek_v32": {"index_topk": 2048},
+    "gemma3n_text": {"altup_num_inputs": 4},
 }
-"""Of more tokens than in a tiny config, where the formula counts such alone."""
+"""Of more tokens, keys or streams than in a tiny config, where the formula counts such alone."""
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

@@ -20,8 +20,8 @@ warnings.filterwarnings("ignore", category=UserWarning)
 
 NO_CLASS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "qwen3_vl_text", "qwen3_vl_moe_text")
 """Text parts without a causal language model of their own: their code is Qwen2's and Qwen3's."""
-OWN_ATTENTION = tuple(name for name, family in FAMILIES.items() if family.code.attends_itself)
-"""Whose code takes no stand-in for attention by name: tests/tracing/test_families.py has them."""
+OWN_ATTENTION = tuple(name for name, family in FAMILIES.items() if family.code.attends_itself or family.indexed)
+"""Whose code takes no stand-in for attention by name: tests/tracing/test_families.py and test_indexer.py have them."""
 BOUND = 0.0015
 """Of tiny layers, single rows of numbers are some thousandths."""
 

@@ -67,6 +67,7 @@ def models(draw: st.DrawFn, window: bool = True) -> Model:
         keys=st.just(""),
         feed_forward=st.just(True),
         widens=st.just(False),
+        cuts_gates=st.just(False),
     )
     pattern = draw(st.lists(kind, min_size=1, max_size=2))
     kinds = tuple(pattern * draw(st.integers(1, 3)))

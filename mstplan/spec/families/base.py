@@ -39,6 +39,10 @@ _USUAL_NAMES = {
     "kv_a_proj": "self_attn.kv_a_proj_with_mqa",
     "kv_a_layernorm": "self_attn.kv_a_layernorm",
     "kv_b_proj": "self_attn.kv_b_proj",
+    "indexer.wq_b": "self_attn.indexer.wq_b",
+    "indexer.wk": "self_attn.indexer.wk",
+    "indexer.k_norm": "self_attn.indexer.k_norm",
+    "indexer.weights_proj": "self_attn.indexer.weights_proj",
     "router": "mlp.gate",
     "experts.gate_up_proj": "mlp.experts.gate_up_proj",
     "experts.down_proj": "mlp.experts.down_proj",
@@ -218,6 +222,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     )
     keys: Keys = "shared"
     latent: bool = False
+    indexed: bool = False  # an indexer chooses the keys that a query sees
     # every: each layer; listed: by layer_types; late: from max_window_layers on; found: by what the file holds; chunked: of
     # attention_chunk_size, the layers whose queries and keys are turned
     windows: Literal["none", "every", "listed", "late", "found", "chunked"] = "none"
@@ -237,6 +242,7 @@ class Family(NamedTuple):  # quicker to import than a dataclass of so many field
     values: Values = "projected"
     per_layer_inputs: bool = False
     shared_keys: bool = False  # the last num_kv_shared_layers take keys and values of earlier ones
+    streams: bool = False  # hidden states are several streams, with what else Gemma 3n has of its own
     wide_borrowers: str | None = None  # the switch under which MLPs of these are twice as wide
     global_attention: bool = False  # layers without a window have heads of their own (spec/own_sizes.py)
     attention_by: Literal[

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3, and Youtu, with multi-head latent attention."""
+"""DeepSeek-V2, V3 and V3.2, and Youtu, with multi-head latent attention."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ FAMILIES = {
         tiny={"num_experts_per_tok": 2, "moe_intermediate_size": 384},
     ),
     "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v32": DEEPSEEK_V3._replace(
+        defaults={**DEEPSEEK_V3.defaults, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048},
+        indexed=True,
+        always_masked=True,
+        only={"index_topk": 2048},  # step/tape.py, MOST_CHOSEN
+        experts=Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", listed=True, linears=LINEARS),
+    ),
     "youtu": LLAMA._replace(
         defaults=defaults(2048, 32, 16, 16, 128256, 6144, tie_word_embeddings=True, **LATENT),
         mlp_bias=False,

@@ -1,4 +1,4 @@
-"""Gemma, Gemma 2 and the text parts of Gemma 3 and 4."""
+"""Gemma, Gemma 2 and the text parts of Gemma 3, 3n and 4."""
 
 from __future__ import annotations
 
@@ -38,7 +38,47 @@ GEMMA2 = Family(
     no_sdpa_from=(5, 21),
 )
 
+GEMMA3N = Family(
+    defaults(
+        *(2048, 35, 8, 2, 262400, 16384),
+        sliding_window=512,
+        max_position_embeddings=32768,
+        hidden_size_per_layer_input=256,
+        vocab_size_per_layer_input=262144,
+        final_logit_softcapping=30.0,
+        num_kv_shared_layers=15,
+        altup_num_inputs=4,
+        altup_correct_scale=True,
+        laurel_rank=64,
+        **GEMMA,
+    ),
+    norm="rms-fp32",
+    block="sandwich",
+    windows="listed",
+    period=5,
+    activation="hidden_activation",
+    scaled_embedding=True,
+    qk_norm="head",
+    values="normed",
+    per_layer_inputs=True,
+    shared_keys=True,
+    streams=True,
+    only={"altup_active_idx": 0, "altup_num_inputs": 4},
+    code=Code(local_rotary=True),
+    names={
+        **PER_LAYER,
+        **{
+            f"altup_{part}.{n}": f"model.altup_{part}.{n}"
+            for part in ("projections", "unembed_projections")
+            for n in range(3)
+        },
+        "Laurel's norm": "laurel.post_laurel_norm",
+        "router norm": "altup.router_norm",
+    },
+    tiny={"head_dim": 32, "num_kv_shared_layers": 0},
+)
 FAMILIES = {
+    "gemma3n_text": GEMMA3N,
     "gemma": Family(
         defaults(3072, 28, 16, 16, 256000, 24576, **GEMMA),
         norm="gemma",
