@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
+from ..errors import RecipeError
 from ..spec import hardware
 from ..spec.families import family_of
 from ..spec.hardware import (
@@ -21,6 +22,7 @@ from ..spec.model import Mixer, Model
 from ..spec.speeds import speeds_of
 from ..step.cuda import BIAS_ROWS
 from ..step.kernels import SDPA
+from ..step.mixer_packages import VERSIONS, kernels_for, kernels_in_words
 from ..step.mixers import runs_in_pieces
 from ..step.optimizers import OPTIMIZERS, stand_ins
 from ..step.parameters import parameter_count, trained_count
@@ -133,7 +135,9 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
             f"{model.model_type} as in {model.release.words}: sdpa {_sdpa_in_releases(model)}; --transformers names yours."
         )
     notes += [
-        _mixer_note(mixer) for mixer in dict.fromkeys(kind.mixer for kind in model.layer_kinds) if mixer in PACKAGES
+        _mixer_note(mixer, recipe)
+        for mixer in dict.fromkeys(kind.mixer for kind in model.layer_kinds)
+        if mixer in PACKAGES
     ]
     windows = any(kind.window is not None for kind in model.layer_kinds)
     if recipe.attention == "sdpa" and model.has_sdpa and windows:
@@ -174,12 +178,33 @@ PACKAGES: Mapping[Mixer, tuple[str, str]] = {
 """What mixes tokens otherwise than by attention, and the packages with kernels for it, which transformers takes where it finds them."""
 
 
-def _mixer_note(mixer: Mixer) -> str:
+def _mixer_note(mixer: Mixer, recipe: Recipe) -> str:
     what, packages = PACKAGES[mixer]
+    if recipe.kernels not in VERSIONS:
+        return (
+            f"{what} as transformers' own torch code (--kernels torch); kernels of {packages}, which it takes where they are installed, hold less: "
+            "--kernels names those that you have."
+        )
+    first = " Triton tunes them in the first step, with 256 MiB of its own that are not counted."
     return (
-        f"{what} as transformers' own torch code (--kernels torch); kernels of {packages}, which it takes where they are installed, hold less "
-        "and are not counted."
+        f"{what} by {kernels_in_words(recipe.kernels)} ({VERSIONS[recipe.kernels]}), which transformers takes where they are installed; its own "
+        f"torch code (--kernels torch) holds more.{first if recipe.kernels != 'causal-conv1d' else ''}"
     )
+
+
+def kernels_note(answer: Answer) -> list[str]:
+    """How far a strategy reaches with the other code of what mixes tokens: with the most packages, or with none."""
+    plan, planned = answer.plan, kernels_for(answer.plan.model.mixer)
+    if not planned:
+        return []
+    kernels = planned[-1] if plan.recipe.kernels == "torch" else "torch"
+    try:
+        s_max = max_seq(plan.model, plan.recipe.changed(kernels=kernels), plan.card).s_max
+    except RecipeError:  # what the packages do not serve
+        return []
+    reached = f"{format_tokens(s_max)} tokens" if s_max else "nothing"
+    whose = kernels_in_words(kernels) or "transformers' own torch code"
+    return [f"{strategy_label(answer.strategy)} with {whose} (--kernels {kernels}): {reached}."]
 
 
 def _sdpa_in_releases(model: Model) -> str:

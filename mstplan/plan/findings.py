@@ -59,7 +59,9 @@ def find_longest(model: Model, card: Card, recipes: Mapping[str, Recipe]) -> Lon
     smallest = None if best.s_max else ways.smallest_gpu(ways.nearest_plan(plans))
     other_s_max = _with_other_allocator(best) if best.s_max else 0
     notes = _notes_of_longest(model, card, answers, to_fit, smallest)
-    notes += [*advice.adapter_notes(best.plan), advice.longest_allocator_note(best, other_s_max)] if best.s_max else []
+    if best.s_max:
+        notes += advice.kernels_note(best)
+        notes += [*advice.adapter_notes(best.plan), advice.longest_allocator_note(best, other_s_max)]
     return LongestFinding(model, card, answers, best, to_fit, smallest, other_s_max, tuple(notes))
 
 

@@ -14,6 +14,7 @@ from .. import files
 from ..errors import RecipeError, did_you_mean, quoted
 from .kernels import KERNELS, SDPA, attentions
 from .losses import LOSSES
+from .mixer_packages import kernels_in_words
 from .optimizers import OPTIMIZERS
 
 REGISTRIES: dict[str, Callable[[], list[str]]] = {
@@ -89,8 +90,10 @@ class Recipe(BaseModel):
     offload: Literal["none", "layer-inputs", "saved-tensors"] = "none"
     """What is kept in CPU RAM between forward and backward: layer-inputs: those of checkpointed layers. saved-tensors: all that autograd
     saves, as TRL's activation_offloading does it."""
-    kernels: Literal["torch", "liger"] = "torch"
-    """torch: the operations of the model's own code. liger: Liger's kernels for RMSNorm, rotary embedding and SwiGLU or GeGLU."""
+    kernels: Literal["torch", "liger", "fla", "causal-conv1d", "fla+causal-conv1d", "mamba-ssm"] = "torch"
+    """torch: the operations of the model's own code. liger: Liger's kernels for RMSNorm, rotary embedding and SwiGLU or GeGLU. Packages that
+    transformers calls where they are installed: fla (flash-linear-attention's gated delta rule), causal-conv1d (short convolutions), or both;
+    mamba-ssm (Mamba-2, with causal-conv1d)."""
     max_grad_norm: float | None = Field(default=None, gt=0)
     """Gradients are scaled down to this norm before the optimizer steps; None: they are not."""
     lora_rank: int = Field(default=0, ge=0, le=65_536)
@@ -958,7 +961,7 @@ def recipe_in_words(recipe: Recipe, kernel: str = "", attends: bool = True) -> s
         *([f"{recipe.images:,} {'image' if recipe.images == 1 else 'images'} a sequence"] if recipe.images else []),
         *([f"{recipe.attention} by {kernel}" if kernel else recipe.attention] if attends else []),
         *(["attention's inputs and results in CPU RAM"] if recipe.attention_on_host else []),
-        *(["Liger's kernels"] if recipe.kernels == "liger" else []),
+        *([kernels_in_words(recipe.kernels)] if recipe.kernels != "torch" else []),
     ]
     if recipe.sequence_parallel > 1:
         words.append(f"sequences over {recipe.sequence_parallel:,} GPUs (Ulysses)")

@@ -58,6 +58,10 @@ def check_runnable(recipe: Recipe) -> None:
             LOSSES[recipe.loss].not_run,
         ),
         (
+            recipe.kernels not in ("torch", "liger"),
+            f"kernels of {recipe.kernels} are counted by the formula alone: the trace and the step that is run take the model's own code",
+        ),
+        (
             not recipe.mlp_recompute and recipe.mlp_chunks != 1,
             "the step that is run recomputes each MLP chunk by itself, so --no-recompute is not for it",
         ),

@@ -171,12 +171,13 @@ class WeightWorkspace(NamedTuple):
 class Buffer(NamedTuple):
     """A tensor of an operation that grows with tokens by steps, which is there while it runs; tokens: as of `WeightWorkspace`.
 
-    backward: while its backward runs as well.
+    forward, backward: whether while its forward runs, and while its backward does.
     """
 
     kernel: Workspace
     tokens: str
     backward: bool = False
+    forward: bool = True
 
 
 class Joined(NamedTuple):
@@ -1524,8 +1525,8 @@ def _list_workspaces(op: Op, rules: Rules) -> list[Tensor]:
 
 def _list_buffers(op: Op, rules: Rules, backward: bool = False) -> list[Tensor]:
     """What an operation takes beside, of a size that goes by steps."""
-    buffers = ((kernel, tokens) for kernel, tokens, in_both in op.buffers if in_both or not backward)
-    return [tensor for kernel, tokens in buffers for tensor in _in_span(kernel, tokens, rules, op.makes[0].role)]
+    buffers = (each for each in op.buffers if (each.backward if backward else each.forward))
+    return [tensor for each in buffers for tensor in _in_span(each.kernel, each.tokens, rules, op.makes[0].role)]
 
 
 def _in_span(kernel: Workspace, tokens: str, rules: Rules, role: Purpose | None) -> Iterator[Tensor]:
@@ -1542,7 +1543,7 @@ def workspace_starts(tape: Tape) -> dict[str, set[int]]:
         for tokens, numbers in workspace_starts(op.part.tape).items() if op.part is not None else ():
             starts.setdefault(tokens, set()).update(numbers)
         workspaces = [(kernel, tokens) for _, kernel, tokens in op.workspaces]
-        for kernel, tokens in workspaces + [(kernel, tokens) for kernel, tokens, _ in op.buffers]:
+        for kernel, tokens in workspaces + [(each.kernel, each.tokens) for each in op.buffers]:
             starts.setdefault(tokens, set()).update(kernel.starts())
     return starts
 

@@ -40,7 +40,7 @@ class Spans(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Bytes of a tensor: of all of it ("" as `unit`), for each token ("t"), or for each ten of them ("p").
+    """Bytes of a tensor: of all of it ("" as `unit`), for each token ("t"), for each ten of them ("p"), or for each of what else `tape.BASIS` has.
 
     shape: as of `tape.Tensor`, with "t" for the tokens.
     """

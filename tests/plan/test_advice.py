@@ -69,6 +69,31 @@ def test_notes_are_said_when_they_hold_and_only_then() -> None:
     assert advice.recipe_notes(MODEL, strategy("mst")) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "kernels"), [("lfm2-350m", "causal-conv1d"), ("granite-4.0-h-tiny", "mamba-ssm")], ids=str
+)
+def test_which_code_of_what_mixes_tokens_is_counted_and_how_far_the_other_reaches(name: str, kernels: str) -> None:
+    """Each answer says what the other one is. What limits LFM2 holds as much with both."""
+    model, on = load_model(name), card("h100")
+    reaches = {}
+    for chosen, other in (("torch", kernels), (kernels, "torch")):
+        recipe = strategy("mst", kernels=chosen, lora_rank=8, lora_targets=["in_proj"])
+        answer = max_seq(model, recipe, on, "mst")
+        (note,) = [note for note in advice.recipe_notes(model, recipe) if "(--kernels torch)" in note]
+        assert ("hold less" if chosen == "torch" else "holds more") in note
+        assert ("256 MiB" in note) == (chosen == "mamba-ssm")
+        (further,) = advice.kernels_note(answer)
+        reaches[chosen] = answer.s_max
+        assert f"(--kernels {other})" in further
+        if other in reaches:
+            assert f"{reaches[other]:,} tokens" in further
+    assert reaches["torch"] <= reaches[kernels] and (reaches["torch"] < reaches[kernels]) == (kernels == "mamba-ssm")
+    refused = strategy("mst", lora_rank=8)  # adapters that mamba-ssm goes past
+    notes = advice.kernels_note(max_seq(model, refused, on, "mst"))
+    assert bool(notes) == (kernels != "mamba-ssm")
+    assert advice.kernels_note(max_seq(MODEL, strategy("mst"), on, "mst")) == []
+
+
 @pytest.mark.parametrize("options", [{"optimizer_on_host": True}, {"optimizer_on_host": True, "weights_on_host": True}])
 def test_what_is_short_is_named(options: dict[str, object]) -> None:
     """Host memory where that is short, the card where that is; never an amount below nothing."""

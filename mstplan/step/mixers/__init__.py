@@ -1,7 +1,7 @@
 """What mixes a layer's tokens otherwise than by attention, a file each: transformers' plain torch code, operation by operation.
 
-Packages with kernels for these (causal-conv1d, mamba-ssm, flash-linear-attention), which transformers takes where it finds
-them, make other tensors: they are not counted (`plan/advice.py` says so).
+Packages with kernels for these, which transformers takes where it finds them, make other tensors: `Recipe.kernels` says which are there
+(`mixer_packages.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from ...spec.families import family_of
 from ...spec.model import GatedDelta, Mamba2, Model, ShortConv
 from ..adapters import WORDS
 from ..losses import LOSSES
+from ..mixer_packages import check_kernels
 from ..recipe import Recipe
 from ..roles import Role
 from ..tape import Tensor
@@ -39,6 +40,7 @@ def check_recipe(model: Model, recipe: Recipe, several_mlp_chunks: bool) -> None
             f"transformers' code of {model.model_type} does not tell packed samples apart with sdpa, so that is not planned.\n"
             "Leave --packing out."
         )
+    check_kernels(model, recipe.kernels)
     if model.mixer is None or isinstance(model.mixer, ShortConv):
         return
     if recipe.lora_rank and family_of(model.model_type).code.bars_out_proj:
@@ -48,6 +50,8 @@ def check_recipe(model: Model, recipe: Recipe, several_mlp_chunks: bool) -> None
                 f"peft puts no adapters on out_proj of model_type {model.model_type}, and refuses targets that name it.\n"
                 "Name others: --lora-targets in_proj."
             )
+    if recipe.kernels == "mamba-ssm":
+        _check_mamba_ssm(model, recipe)
     if recipe.layer_in_chunks and not runs_in_pieces(model):
         twice = any(kind.mixer == "attention and mamba2" for kind in model.layer_kinds)
         what = "mix tokens in two places, side by side" if twice else "mix all tokens together, and do nothing else"
@@ -71,6 +75,19 @@ def check_recipe(model: Model, recipe: Recipe, several_mlp_chunks: bool) -> None
         raise RecipeError(
             f"saved tensors in CPU RAM are not counted for the mixing layers of {model.name} where they are not checkpointed.\n"
             "Add --checkpoint layer, or use --rung trace."
+        )
+
+
+def _check_mamba_ssm(model: Model, recipe: Recipe) -> None:
+    """transformers gives mamba-ssm out_proj's weight, past what peft and bitsandbytes put in that module's place."""
+    named = {target.rsplit(".", 1)[-1] for target in recipe.lora_targets} if recipe.lora_rank else set()
+    if named & {*WORDS, "out_proj"}:
+        raise RecipeError(
+            f"mamba-ssm takes out_proj's weight of {model.name} as it is, past an adapter on it.\nName others: --lora-targets in_proj."
+        )
+    if recipe.quantize != "none":
+        raise RecipeError(
+            f"mamba-ssm takes out_proj's weight of {model.name} as it is, and knows no quantised one.\nUse --quantize none, or --kernels torch."
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...spec.model import GatedDelta
+from ..mixer_packages import packages_of
 from ..selection import WeightKind
 from ..tape import MIXER_CHUNKS, ForGradients, Tensor, Weight
 from .causal_conv import causal_conv
@@ -44,16 +45,18 @@ class _GatedDelta:
         given, z, beta, alpha, beside = self._apart(x) if s.apart else self._together(x)
         joined = given[0]
         width = joined.shape.split()[-1]
-        convolved, rest = causal_conv(w, joined, "linear_attn.conv1d", s.kernel, bias=False)
-        w.hold(*given[1:])
-        active = tape.new("Q, K and V, convolved", f"{t} {width}", convolved.dtype)
-        tape.op("silu", [convolved, rest], active, keeps=(convolved, rest), grads=((convolved, tape.grad(convolved)),))
+        active = tape.new("Q, K and V, convolved", f"{t} {width}", joined.dtype)
+        causal_conv(w, joined, "linear_attn.conv1d", s.kernel, bias=False, active=active)
         w.hold(*given)
         rate, decay = self._rate(beta), self._decay(alpha)
         outside = (x, *beside, z, beta, alpha, active, rate, decay)
         w.hold(*outside)
         q, k, v = w._split(active, ("Q", f"{t} K i"), ("K", f"{t} K i"), ("V", f"{t} C o"))
-        mixed = self._rule(q, k, v, rate, decay, outside)
+        if "fla" in packages_of(w.numerics.kernels):
+            mixed = self._fused_rule(q, k, v, rate, decay)
+            w.hold(*outside)
+        else:
+            mixed = self._rule(q, k, v, rate, decay, outside)
         normed = self._gated_norm(mixed, z, outside)
         y = w.linear(normed, w.new("attention output", "d"), "linear_attn.out_proj", kind=kind)
         w.hold(*outside, normed)
@@ -139,14 +142,69 @@ class _GatedDelta:
         active = w.pointwise("silu", wide_gate, tape.new("silu of the gate", gate.shape, _WIDE), wide_gate)
         w.hold(*held, mean)
         gated = tape.new(f"{name}, gated", mixed.shape, _WIDE)
-        narrow = product.dtype != _WIDE
-        uncast = (tape.new("gradient before its cast", mixed.shape, _WIDE),) if narrow else ()
-        grads = ((product, tape.grad(product)), (active, tape.grad(active)))
-        tape.op("norm * gate", [product, active], gated, keeps=(product, active), grads=grads, back_temps=uncast)
+        read = tape.new(
+            product.name, product.shape, _WIDE, product
+        )  # its gradient is cast when that of the gate is there
+        tape.op("read in fp32", [product], read, grads=((product, tape.grad(product)),))
+        grads = ((read, tape.grad(read)), (active, tape.grad(active)))
+        tape.op("norm * gate", [read, active], gated, keeps=(product, active), grads=grads)
         w.hold(*held, mean)
         y = w.cast(gated, mixed.dtype, "mixed values, gated")
         w.hold(*held, mean)
         return y
+
+    # ---- the rule, fused ---------------------------------------------------------------------------------------------
+
+    def _fused_rule(self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, decay: Tensor) -> Tensor:
+        """flash-linear-attention's, each pass at its largest: in forward when the outputs are there, in backward while gradients come of what the
+        rule was written as (W and U, from which values and states are made again).
+
+        from source: fla-core 0.6.0, fla/ops/gated_delta_rule/chunk.py, ChunkGatedDeltaRuleFunction, chunk_gated_delta_rule_fwd and
+        chunk_gated_delta_rule_bwd; what is not in order is copied (fla/utils/decorators.py, input_guard).
+        """
+        tape, s, dtype = self.tape, self.sizes, q.dtype
+        y, (copy_q, copy_k, copy_v) = (
+            self.new("mixed values", "C o", dtype),
+            (self._in_rows(each) for each in (q, k, v)),
+        )
+        normed = tuple(self.new(f"{each.name}, normed", "K i", dtype) for each in (q, k))
+        norms = tuple(self.new(f"{each.name}, 1/norm", "K", _WIDE) for each in (q, k))
+        total = self.new("decay within a chunk", "C", _WIDE)
+        inverse = self.new("inverse of the system", f"C {CHUNK}", dtype)
+        kept = (*normed, *norms, copy_v, total, inverse)
+        made_again = (
+            self.new("W: keys that read the state", "C i", dtype),
+            self.new("U: new values", "C o", dtype),
+            tape.new("states", "b x C i o", dtype),
+            self.new("values less what the state has", "C o", dtype),
+        )
+        of_chunk = 2 * s.value_heads * CHUNK * (2 * CHUNK * s.key_dim + s.value_dim * (3 * s.key_dim + CHUNK))
+        grads = tuple((each, tape.grad(each)) for each in (q, k, v, rate, decay))
+        return tape.op(
+            "gated delta rule",
+            [q, k, v, rate, decay],
+            y,
+            *kept,
+            keeps=(*kept, rate),
+            temps=(copy_q, copy_k, *made_again),
+            for_gradients=ForGradients(all=True),
+            grads=grads,
+            back_temps=(*made_again, *self._of_gradients(y, made_again, total)),
+            flops=((made_again[2].basis, of_chunk),),
+        )
+
+    def _in_rows(self, x: Tensor) -> Tensor:
+        return self.tape.new(f"{x.name} in order", x.shape, x.dtype)
+
+    def _of_gradients(self, y: Tensor, made_again: tuple[Tensor, ...], total: Tensor) -> tuple[Tensor, ...]:
+        """What the fused backward makes beside the gradients that it returns and what it made again, when it makes those of W and U
+        (prepare_wy_repr_bwd). A moment before it is less (chunk_bwd_dqkwg, see `mixer_packages`), in how many tiles of keys a card ever makes
+        the decays' gradient."""
+        of_w, _, states, values = (self.tape.grad(each) for each in made_again)
+        keys = self.new("gradient of K, of value heads", "C i", y.dtype)
+        own_heads = self.sizes.key_heads == self.sizes.value_heads
+        summed = () if own_heads else (self.new("gradient of K, summed", "K i", y.dtype),)
+        return (of_w, states, values, keys, *summed, self.tape.grad(total))
 
     # ---- the rule ---------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ...spec.model import Mamba2
+from ..mixer_packages import packages_of
 from ..selection import WeightKind
 from ..tape import MIXER_CHUNKS, ForGradients, Tensor, Weight
 from .causal_conv import causal_conv
+from .fused_mamba2 import FusedMamba2
 
 if TYPE_CHECKING:
     from ..layers import Writer
@@ -60,11 +62,14 @@ class _Mamba2:
         if s.scaled:
             projected = w.scaled(projected)
         dtype, decay = projected.dtype, self._decay()
+        if "mamba-ssm" in packages_of(w.numerics.kernels):
+            out = FusedMamba2(w, s, self.module, self.chunks).lay_out(projected, decay)
+            w.hold(x, given, projected, decay)
+            return out
         parts = (("gate", f"{t} M P"), ("x, B and C", f"{t} {width}"), ("dt", f"{t} M"))
         gate, joined, dt = w._split(projected, *parts)
-        convolved, rest = causal_conv(w, joined, f"{self.module}.conv1d", s.kernel, s.conv_bias)
         active = tape.new("x, B and C, convolved", f"{t} {width}", dtype)
-        tape.op("silu", [convolved, rest], active, keeps=(convolved, rest), grads=((convolved, tape.grad(convolved)),))
+        causal_conv(w, joined, f"{self.module}.conv1d", s.kernel, s.conv_bias, active)
         outside = (x, projected, decay, active)
         values, b, c = w._split(active, ("x", f"{t} M P"), ("B", f"{t} g N"), ("C", f"{t} g N"))
         scanned = self._scan(values, dt, decay, b, c, outside)
