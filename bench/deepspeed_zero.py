@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -158,6 +158,8 @@ def without_cpus(events: list[Any]) -> list[Any]:
     copies: set[int] = set()
     for event in events:
         before = kept[-1] if kept else None
+        if event.bytes > 0:
+            copies.discard(event.address)  # whose end was not seen
         if event.bytes > 0 and any("gloo" in name or "c10d" in name for name in event.operations):
             copies.add(event.address)
         elif event.bytes < 0 and event.address in copies:
@@ -191,7 +193,10 @@ def least(found: Iterable[dict[str, int]]) -> dict[str, int]:
     }
 
 
-def run_rank(rank: int, ranks: int, folder: Path) -> None:
+Record = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def run_rank(rank: int, cases: list[dict[str, Any]], record: Record, folder: Path) -> None:
     import deepspeed
     import torch
 
@@ -199,14 +204,14 @@ def run_rank(rank: int, ranks: int, folder: Path) -> None:
     backend.build_shm_op = lambda: None  # no kernels of its own for the CPU
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
-    found = [record(case) for case in CASES if case["ranks"] == ranks]
+    found = [record(case) for case in cases]
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     os._exit(0)
 
 
-def run_ranks(ranks: int) -> list[list[dict[str, Any]]]:
-    """What each rank found, by case."""
+def run_ranks(ranks: int, script: str) -> list[list[dict[str, Any]]]:
+    """What each rank found, by case. script: what they run."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
@@ -221,7 +226,7 @@ def run_ranks(ranks: int) -> list[list[dict[str, Any]]]:
                 "MASTER_PORT": port,
             }
             env = {**os.environ, **{key: str(value) for key, value in where.items()}, "DS_ACCELERATOR": "cpu"}
-            command = [sys.executable, __file__, "--rank", str(rank), "--ranks", str(ranks), "-o", name]
+            command = [sys.executable, script, "--rank", str(rank), "--ranks", str(ranks), "-o", name]
             started.append(subprocess.Popen(command, env=env))
         codes = [process.wait() for process in started]
         if any(codes):
@@ -229,18 +234,21 @@ def run_ranks(ranks: int) -> list[list[dict[str, Any]]]:
         return [json.loads((Path(name) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def run(description: str | None, script: str, all_cases: list[dict[str, Any]], record: Record) -> None:
+    """Record cases in processes of their own, and write down what they found; or be one of these."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--rank", type=int, help="for the processes that it starts")
     parser.add_argument("--ranks", type=int, help="for the processes that it starts")
     arguments = parser.parse_args()
     if arguments.rank is not None:
-        run_rank(arguments.rank, arguments.ranks, arguments.output)
+        run_rank(
+            arguments.rank, [case for case in all_cases if case["ranks"] == arguments.ranks], record, arguments.output
+        )
     rows = []
-    for ranks in sorted({case["ranks"] for case in CASES}):
-        cases = [case for case in CASES if case["ranks"] == ranks]
-        rows += [{**case, "found": list(found)} for case, *found in zip(cases, *run_ranks(ranks), strict=True)]
+    for ranks in sorted({case["ranks"] for case in all_cases}):
+        cases = [case for case in all_cases if case["ranks"] == ranks]
+        rows += [{**case, "found": list(found)} for case, *found in zip(cases, *run_ranks(ranks, script), strict=True)]
     versions = {name: version(name) for name in ("torch", "transformers")}
     import deepspeed
 
@@ -249,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, __file__, CASES, record)

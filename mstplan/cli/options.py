@@ -448,14 +448,14 @@ class VariedOptions(Options):
             {
                 "ddp": "all on each of --gpus",
                 "zero2": "DeepSpeed's ZeRO, as zero1",
-                "fsdp": "or zero3; FSDP2: everything in shards over them",
+                "zero3": "DeepSpeed's, weights in parts too",
+                "fsdp": "FSDP2: everything in shards over them",
                 "fsdp1": "flat shards, FSDP of before",
             },
         ),
         panel="Recipe",
         metavar="NAME",
         choices=_planned("sharding"),
-        synonyms={"zero3": "fsdp"},
     )
     replicas = option(
         int,
@@ -493,13 +493,50 @@ class VariedOptions(Options):
     reduce_bucket_size = option(
         str,
         "--reduce-bucket-size",
-        "Under zero1 and zero2, values in DeepSpeed's bucket of gradients, or auto: the hidden size squared, as transformers fills it in. Default "
+        "Under zero1, zero2 and zero3, values in DeepSpeed's bucket of gradients, or auto: the hidden size squared, as transformers fills it in. Default "
         "500,000,000, DeepSpeed's.",
         panel="Recipe",
         metavar="N",
     )
     overlap_comm = option(
         bool, "--overlap-comm", "Under zero1 and zero2, two buckets: DeepSpeed's overlap_comm.", False, panel="Recipe"
+    )
+    prefetch_bucket_size = option(
+        str,
+        "--prefetch-bucket-size",
+        "Under zero3, values gathered ahead at a time (stage3_prefetch_bucket_size), or auto: nine tenths of the hidden size squared, as transformers "
+        "fills it in. Default 50,000,000, DeepSpeed's.",
+        panel="Recipe",
+        metavar="N",
+    )
+    param_persistence_threshold = option(
+        str,
+        "--param-persistence-threshold",
+        "Under zero3, values of the largest weights that stay whole (stage3_param_persistence_threshold), or auto: ten times the hidden size, as "
+        "transformers fills it in. Default 100,000, DeepSpeed's.",
+        panel="Recipe",
+        metavar="N",
+    )
+    max_live_parameters = option(
+        str,
+        "--max-live-parameters",
+        "Under zero3, gathered values from which no more are gathered ahead (stage3_max_live_parameters). Default 1,000,000,000, DeepSpeed's.",
+        panel="Recipe",
+        metavar="N",
+    )
+    max_reuse_distance = option(
+        str,
+        "--max-reuse-distance",
+        "Under zero3, weights stay that are used again within so many values (stage3_max_reuse_distance). Default 1,000,000,000, DeepSpeed's.",
+        panel="Recipe",
+        metavar="N",
+    )
+    sub_group_size = option(
+        str,
+        "--sub-group-size",
+        "Under zero3, values of a GPU's weights that the optimizer steps at a time (sub_group_size). Default 1,000,000,000, DeepSpeed's.",
+        panel="Recipe",
+        metavar="N",
     )
     sequence_parallel = option(
         int,
@@ -749,13 +786,16 @@ def changes_of(options: StepOptions) -> dict[str, object]:
 
 
 def _varied(options: VariedOptions) -> dict[str, object]:
+    from ..step.recipe import OF_ZERO_3, option_of
     from ..units import parse_whole
 
     changes: dict[str, object] = {}
     if options.no_recompute:
         changes["mlp_recompute"] = False
-    if (bucket := options.reduce_bucket_size) is not None:
-        changes["reduce_bucket_size"] = bucket if bucket == "auto" else parse_whole(bucket, "--reduce-bucket-size")
+    for name in ("reduce_bucket_size", *OF_ZERO_3):
+        if (size := getattr(options, name)) is not None:
+            may_be_auto = name not in ("max_live_parameters", "max_reuse_distance", "sub_group_size")
+            changes[name] = size if size == "auto" and may_be_auto else parse_whole(size, option_of(name))
     if (groups := options.attention_groups) is not None:
         changes["attention_groups"] = groups if groups == "auto" else parse_whole(groups, "--attention-groups")
     if (how := options.checkpoint) is not None:

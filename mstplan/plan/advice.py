@@ -383,7 +383,9 @@ def _sequences_of_each(recipe: Recipe, where: str = "") -> str:
 
 
 def partition_notes(model: Model, recipe: Recipe) -> list[str]:
-    """What a card holds under DeepSpeed's ZeRO-1 or ZeRO-2, and what is not counted."""
+    """What a card holds under DeepSpeed's ZeRO, and what is not counted."""
+    if recipe.zero_stage == 3:
+        return [*_notes_of_zero_3(model, recipe), _NOT_COUNTED]
     where = "in CPU RAM, pinned" if recipe.optimizer_on_host else "here"
     bucket = recipe.bucket_values(model.hidden)
     buckets = f"{'two buckets' if recipe.overlap_comm else 'a bucket'} of {bucket:,} values (--reduce-bucket-size)"
@@ -417,6 +419,22 @@ def flat_notes(recipe: Recipe) -> list[str]:
     return notes
 
 
+def _notes_of_zero_3(model: Model, recipe: Recipe) -> list[str]:
+    kept = "of fp32 weights, optimizer states and gradients, here"
+    if recipe.optimizer_on_host:
+        kept = f"of fp32 weights, optimizer states and gradients{', and of bf16 weights' * recipe.weights_on_host}, in CPU RAM"
+    small = recipe.persistent_values(model.hidden)
+    return [
+        (
+            f"{_sequences_of_each(recipe)}: DeepSpeed's ZeRO-3 with bf16 enabled. Counted: 1/{recipe.gpus:,} {kept}; weights of up to {small:,} values "
+            f"whole (--param-persistence-threshold); others gathered, {recipe.prefetch_values(model.hidden):,} values ahead (--prefetch-bucket-size) until "
+            f"{recipe.max_live_parameters:,} are there (--max-live-parameters); a bucket of {recipe.bucket_values(model.hidden):,} gradients "
+            "(--reduce-bucket-size), and a copy of it (docs/sharding.md)."
+        ),
+        "ZeRO-3 gathers and reduces on streams of their own, whose memory torch keeps apart: more is reserved than longest knows of.",
+    ]
+
+
 def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
     """What a card holds under FSDP2, or FSDP1, and what is not counted."""
     if recipe.flat:
@@ -425,8 +443,7 @@ def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
     kept = "shards in CPU RAM (CPUOffloadPolicy)" if recipe.weights_on_host else "shards, padded"
     notes = [
         (
-            f"{_sequences_of_each(recipe, where)}: FSDP2 over every layer and the model, also where zero3 was asked for: DeepSpeed's own buffers of ZeRO-3 "
-            "are not counted. "
+            f"{_sequences_of_each(recipe, where)}: FSDP2 over every layer and the model (--sharding zero3 is DeepSpeed's). "
             f"Counted: {kept}; the layer that runs and the all-gather buffer of its neighbour; embedding, norm and head, gathered "
             "throughout; whole gradients until they are scattered, and the reduce-scatter's input (docs/sharding.md)."
         ),

@@ -138,7 +138,7 @@ class _Assembly:
         self.numbers = [weight.numel for weight in step.card_weights_in_order()]
         self.trained = [weight for weight in step.card_weights_in_order() if weight.trained]
         if step.zero is not None:  # one flat tensor of all weights, and a part of it
-            self.numbers, self.trained = [1], [step.zero.stepped]
+            self.numbers, self.trained = [1], step.zero.steps
 
     def assemble(self) -> Events:
         follower, step = self.follower, self.step
@@ -153,7 +153,10 @@ class _Assembly:
         gone = set(self._make_and_release(step.clipping)) if step.steps_at_end else set()
         states_at = len(follower.events)
         if step.steps_at_end:
-            each = [(weight, 1) for weight in self.trained]  # in their order
+            last = (
+                slice(-1, None) if step.zero is not None else slice(None)
+            )  # partitions are stepped one after the other
+            each = [(weight, 1) for weight in self.trained[last]]  # in their order
             gone |= set(self._make_and_release(optimizer_memory(self.recipe, each).temporaries))
         alive = [number for numbers in follower.alive.values() for number in numbers]
         first = len(before)

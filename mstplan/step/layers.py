@@ -74,6 +74,9 @@ class Numerics(NamedTuple):
     ranks: int = 1  # cards that share a sequence, and in attention the heads
     ring: Ring | None = None  # of cards that share a sequence
     splits: int = 1  # cards that every matrix is split over
+    sums_products: bool = (
+        True  # over pieces, as they are made (train/grad_sums.py); not where DeepSpeed's linear stands in for torch's
+    )
 
     @property
     def compute(self) -> str:
@@ -228,6 +231,20 @@ class Writer:
         defers: bool = False,
     ) -> Tensor:
         """y = x W^T (+ bias), and what an adapter adds to it. kind: None for one that no word means. copy: of W, made for this in another dtype."""
+        with self.tape.call():
+            return self._linear(x, y, name, kind, bias, weight, copy, defers)
+
+    def _linear(
+        self,
+        x: Tensor,
+        y: Tensor,
+        name: str,
+        kind: WeightKind | None,
+        bias: bool,
+        weight: Weight | None,
+        copy: Tensor | None,
+        defers: bool,
+    ) -> Tensor:
         numerics, module = self.numerics, self.names.get(name, name)
         if numerics.splits > 1 and name in tensor_parallel.COLUMNS:
             x = tensor_parallel.enter(self, x)
@@ -274,7 +291,7 @@ class Writer:
             flops=((y.basis, 2 * inner * outer),),
             cast=bool(copies) and copy is None,
             defers=defers,
-            product=not (copies or self.numerics.autocast or self.multiplies_view(w)),
+            product=self.numerics.sums_products and not (copies or self.numerics.autocast or self.multiplies_view(w)),
             adds_bias=bool(biases),
         )
 
@@ -340,22 +357,25 @@ class Writer:
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """The model's norm; the caller's variable holds x until it returns."""
-        if self.liger is not None and name in self.liger.norms:
-            y = self._liger_norm(x, name, in_place=name not in self.liger.copying)
-        elif self.model.norm in ("layer", "layer-1p"):
-            y = self._layer_norm(x, name)
-        elif self.model.norm == "gemma":
-            y = self._gemma_norm(x, name)
-        elif self.model.norm == "rms-fp32":
-            y = self._gemma_norm(x, name, "weight in fp32")
-        elif self.model.norm == "rms-wide-weight":
-            y = self._wide_weight_norm(x, name)
-        elif self.model.norm == "centred":
-            y = self._centred_norm(x, name)
-        else:
-            y = self._rms_norm(x, name, late_cast=self.model.norm == "rms-fp32-weight")
+        with self.tape.call():
+            y = self._norm(x, name)
         self.hold(x)
         return y
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        if self.liger is not None and name in self.liger.norms:
+            return self._liger_norm(x, name, in_place=name not in self.liger.copying)
+        if self.model.norm in ("layer", "layer-1p"):
+            return self._layer_norm(x, name)
+        if self.model.norm == "gemma":
+            return self._gemma_norm(x, name)
+        if self.model.norm == "rms-fp32":
+            return self._gemma_norm(x, name, "weight in fp32")
+        if self.model.norm == "rms-wide-weight":
+            return self._wide_weight_norm(x, name)
+        if self.model.norm == "centred":
+            return self._centred_norm(x, name)
+        return self._rms_norm(x, name, late_cast=self.model.norm == "rms-fp32-weight")
 
     def _layer_norm(self, x: Tensor, name: str) -> Tensor:
         """nn.LayerNorm: one kernel, keeps its input (autocast runs it in fp32)."""
@@ -526,8 +546,9 @@ class Writer:
         return self.pointwise("scale " + x.name, x, self.tape.new(x.name + ", scaled", x.shape, x.dtype))
 
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
-        q, k, v, *others = self.attention_inputs(x, kind)
-        return self.attention_output(self.attend(q, k, v, kind), x, q, k, v, *others)
+        with self.tape.call():
+            q, k, v, *others = self.attention_inputs(x, kind)
+            return self.attention_output(self.attend(q, k, v, kind), x, q, k, v, *others)
 
     def attention_inputs(self, x: Tensor, kind: LayerKind) -> tuple[Tensor, ...]:
         """q, k, v, and what else the code's variables hold until attention is done."""
@@ -951,7 +972,7 @@ class Writer:
     # ---- MLP and experts ------------------------------------------------------------------------------------------
 
     def mlp(self, x: Tensor, mlp: Mlp, name: str = "mlp") -> Tensor:
-        with self.tape.assign_role(Role.MLP):
+        with self.tape.assign_role(Role.MLP), self.tape.call():
             return self._mlp(x, mlp, name)
 
     def _mlp(self, x: Tensor, mlp: Mlp, name: str) -> Tensor:
@@ -1022,6 +1043,10 @@ class Writer:
         )
 
     def activation(self, x: Tensor, name: str) -> Tensor:
+        with self.tape.call():
+            return self._activation(x, name)
+
+    def _activation(self, x: Tensor, name: str) -> Tensor:
         y = self.tape.new(f"MLP {name}", x.shape, x.dtype)
         if name == "gelu_new":  # eight operations in Python (transformers activations.py)
             return self._gelu_new(x, y)
@@ -1740,7 +1765,9 @@ def _feed_forward(w: Writer, x: Tensor, kind: LayerKind, chunks: MlpChunks) -> T
         y = _scaled(inner, y)
     if chunks.recompute and model.block == "post":
         y = inner.add(source, y, inner.hidden())
-    return _in_chunks(w, inner.tape.build_tape(), (x,), "MLP in chunks", chunks)[0]
+    piece = inner.tape.build_tape()
+    with w.tape.call(weights=tuple(weight for op in piece.ops for weight in op.weights)):
+        return _in_chunks(w, piece, (x,), "MLP in chunks", chunks)[0]
 
 
 def _mlp_and_experts(w: Writer, mlp_in: Tensor, middle: Tensor, chunks: MlpChunks) -> Tensor:

@@ -231,12 +231,10 @@ VALUES: dict[str, tuple[Advice, ...]] = {
     "sharding": (
         Advice("fsdp2 fsdp_v2 fully_shard full_shard fsdp_full_shard", "is FSDP2", _FSDP),
         Advice("fsdp_v1 fullyshardeddataparallel flat_parameters", "is FSDP1", {"sharding": "fsdp1"}),
-        Advice("zero3 zero_3", "is ZeRO-3, which FSDP2 is too", _FSDP),  # on the command line it is taken for that
         Advice(
             "zero zero_stage_3 stage3 deepspeed deepspeed_zero3 deepspeed_stage_3",
-            "is DeepSpeed's, of which zero1 and zero2 are planned, and zero3 without its own buffers",
-            _FSDP,
-            _SHARDS_ALL,
+            "is DeepSpeed's, of which zero1, zero2 and zero3 are planned",
+            {"sharding": "zero3"},
         ),
         Advice("stage1 zero_stage_1 deepspeed_zero1 deepspeed_stage_1", "is ZeRO-1", {"sharding": "zero1"}),
         Advice("stage2 zero_stage_2 deepspeed_zero2 deepspeed_stage_2", "is ZeRO-2", {"sharding": "zero2"}),
@@ -252,6 +250,11 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             "which shards the weights too",
         ),
         Advice("hsdp hybrid hybrid_shard fsdp_hybrid_shard", "is FSDP2 in replicas", {**_FSDP, "replicas": 2}),
+        Advice(
+            "zero3_offload zero_infinity",
+            "is ZeRO-3 with all in CPU RAM",
+            {"sharding": "zero3", **_ON_HOST},
+        ),
         Advice("mics", _NOT_YET, {**_FSDP, "replicas": 2}, "with as many replicas as there are groups"),
         Advice("fsdp_offload fsdp_cpu_offload", "is FSDP2's CPUOffloadPolicy", {**_FSDP, **_ON_HOST}),
         Advice(
@@ -260,7 +263,7 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             {"sharding": "ddp"},
         ),
         Advice(
-            "zero3_offload zero_infinity pp pipeline* ep expert* megatron 2d 3d 4d 5d",
+            "pp pipeline* ep expert* megatron 2d 3d 4d 5d",
             _IS_NOT,
         ),
         Advice("sp sequence* ulysses alst", "shares sequences out, beside any sharding", _ULYSSES),
@@ -388,9 +391,9 @@ _OPTIONS = (
     Advice("prepare-model-for-kbit-training kbit", "", {"kbit_preparation": True}),
     Advice(
         "deepspeed* zero*",
-        "of DeepSpeed's ZeRO stages 1 and 2 are planned",
-        {"sharding": "zero2"},
-        "or zero1; zero3 is counted as FSDP2",
+        "of DeepSpeed's ZeRO its stages are planned",
+        {"sharding": "zero3"},
+        "or zero1 and zero2",
     ),
     Advice("fsdp fsdp2 fully-shard", "", _FSDP),
     Advice("fsdp1 fsdp-version", "", {"sharding": "fsdp1"}, "for version 1, fsdp for 2"),

@@ -33,6 +33,18 @@ Patterns = Annotated[tuple[Pattern, ...], Field(max_length=100, strict=False)]
 _LARGEST_FILE = 1_000_000  # bytes; a recipe has some hundred
 
 
+OF_ZERO = ("reduce_bucket_size", "overlap_comm")
+"""Fields that mean something under ZeRO alone."""
+OF_ZERO_3 = (
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "sub_group_size",
+)
+"""Those that do under its stage 3."""
+
+
 class Recipe(BaseModel):
     """Recipe by which a model is fine-tuned, as the step model sees it. `print` shows the fields that are not as usual."""
 
@@ -139,17 +151,29 @@ class Recipe(BaseModel):
     which its gradient_checkpointing_enable and peft call. `minisequence` does without."""
     gpus: int = Field(default=1, ge=1, le=65_536)
     """Cards that train together, each with `batch` sequences of its own."""
-    sharding: Literal["none", "ddp", "zero1", "zero2", "fsdp", "fsdp1"] = "none"
+    sharding: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp1"] = "none"
     """fsdp: weights, gradients and optimizer states in shards over all cards, each decoder layer gathered while it runs
     (PyTorch's fully_shard of every layer, then of the model; ZeRO-3). mixed is then its MixedPrecisionPolicy: fp32 shards,
     gathered in bf16, gradients reduced in fp32, and no autocast. fsdp1: the same by FullyShardedDataParallel, torch's FSDP1, whose groups are one
     flat tensor each. zero1, zero2: DeepSpeed's ZeRO of stages 1 and 2: bf16 weights whole on each card,
-    fp32 weights and optimizer states in partitions, in stage 2 gradients too."""
+    fp32 weights and optimizer states in partitions, in stage 2 gradients too. zero3: its stage 3, weights in parts as well, with DeepSpeed's own buffers."""
     reduce_bucket_size: Literal["auto"] | int = 500_000_000
-    """Values in the bucket in which zero1 and zero2 sum gradients (DeepSpeed's reduce_bucket_size, whose default this is); auto: the hidden size
+    """Values in the bucket in which zero1, zero2 and zero3 sum gradients (DeepSpeed's reduce_bucket_size, whose default this is); auto: the hidden size
     squared, as transformers fills it in."""
     overlap_comm: bool = False
-    """zero1 and zero2 reduce while backward goes on, with two buckets (DeepSpeed's overlap_comm)."""
+    """zero1 and zero2 reduce while backward goes on, with two buckets (DeepSpeed's overlap_comm). zero3 does so as it comes, with one."""
+    prefetch_bucket_size: Literal["auto"] | int = 50_000_000
+    """Values that zero3 gathers ahead at a time (DeepSpeed's stage3_prefetch_bucket_size, whose default this is); auto: nine tenths of the hidden size
+    squared, as transformers fills it in."""
+    param_persistence_threshold: Literal["auto"] | int = 100_000
+    """Weights of at most so many values are whole on each card between steps of zero3 (DeepSpeed's stage3_param_persistence_threshold, whose default
+    this is); auto: ten times the hidden size, as transformers fills it in."""
+    max_live_parameters: int = 1_000_000_000
+    """Gathered values from which zero3 gathers no more ahead (DeepSpeed's stage3_max_live_parameters, whose default this is)."""
+    max_reuse_distance: int = 1_000_000_000
+    """zero3 keeps weights gathered that are used again within so many values (DeepSpeed's stage3_max_reuse_distance, whose default this is)."""
+    sub_group_size: int = 1_000_000_000
+    """Values of a card's part of the weights that zero3's optimizer steps at a time (DeepSpeed's sub_group_size, whose default this is)."""
     backward_prefetch: Literal["pre", "none"] = "pre"
     """Whether fsdp1 gathers the group before while backward runs one (BACKWARD_PRE, torch's own choice and that of accelerate's questionnaire),
     or each when it is asked for (NO_PREFETCH, which transformers' Trainer has where fsdp_config does not say)."""
@@ -359,13 +383,12 @@ class Recipe(BaseModel):
         if self.backward_prefetch != usual["backward_prefetch"].default and not self.flat:
             message = "backward_prefetch (--backward-prefetch) is of fsdp1: add sharding='fsdp1' (--sharding fsdp1), or leave it out"
             return ((True, message),)
-        of_zero = ("reduce_bucket_size", "overlap_comm")
-        alone = "" if self.zero_stage else next((n for n in of_zero if getattr(self, n) != usual[n].default), "")
-        if alone:
-            message = (
-                f"{alone} ({option_of(alone)}) is of ZeRO: add sharding='zero2' (--sharding zero2), or leave it out"
-            )
-            return ((True, message),)
+        of_stages = {"ZeRO": OF_ZERO if not self.zero_stage else (), "ZeRO-3": OF_ZERO_3 if self.zero_stage < 3 else ()}
+        for stage, fields in of_stages.items():
+            if alone := next((name for name in fields if getattr(self, name) != usual[name].default), ""):
+                name = "zero3" if stage == "ZeRO-3" else "zero2"
+                message = f"{alone} ({option_of(alone)}) is of {stage}: add sharding={name!r} (--sharding {name}), or leave it out"
+                return ((True, message),)
         if self.sharding == "none":
             return (
                 (
@@ -498,6 +521,7 @@ class Recipe(BaseModel):
                 bucket != "auto" and not 1 <= bucket <= 1 << 40,
                 f"reduce_bucket_size: must be 'auto' or a whole number from 1 (got {quoted(bucket)})",
             ),
+            *(self._bad_zero_3() if self.zero_stage == 3 else ()),
             (
                 self.precision != "bf16" or self.autocast,
                 f"{name} is planned with bf16 weights, fp32 ones in its optimizer: set precision='bf16' (--precision bf16), leave autocast (--autocast) out",
@@ -511,7 +535,7 @@ class Recipe(BaseModel):
                 f"{name} steps when all gradients are summed, and optimizer_in_backward lets each go: leave one of the two out",
             ),
             (
-                self.weights_on_host,
+                self.weights_on_host and self.zero_stage < 3,
                 f"{name} has all weights on each card: leave weights_on_host (--weights-on-host) out, or take sharding='fsdp' (--sharding fsdp)",
             ),
             (
@@ -520,7 +544,33 @@ class Recipe(BaseModel):
             ),
             (
                 bool(self.lora_rank or self.train or self.freeze),
-                f"{name} with adapters or frozen weights is not planned yet: leave --lora, --train and --freeze out, or --sharding",
+                f"{name} with adapters or frozen weights is not planned yet: leave --lora, --train and --freeze out, or take --sharding fsdp",
+            ),
+        )
+
+    def _bad_zero_3(self) -> tuple[tuple[bool, str], ...]:
+        sizes = {name: getattr(self, name) for name in OF_ZERO_3}
+        wrong = next((name for name, size in sizes.items() if size != "auto" and not 0 <= size <= 1 << 40), "")
+        return (
+            (
+                bool(wrong),
+                f"{wrong}: {_MUST_BE.get(wrong, 'must be a whole number from 0')} (got {quoted(sizes.get(wrong))})",
+            ),
+            (
+                self.checkpoint not in ("none", "layer"),
+                "zero3 is planned with every layer checkpointed by itself, or none: set checkpoint='layer' (--checkpoint layer)",
+            ),
+            (
+                self.offload == "saved-tensors",
+                "zero3 with saved tensors in CPU RAM is not planned: set offload='layer-inputs' (--offload layer-inputs)",
+            ),
+            (
+                self.loss not in ("transformers", "chunked"),
+                f"zero3 with the loss {self.loss} is not planned, which uses the head's weights beside its module: take loss='chunked' (--loss chunked)",
+            ),
+            (
+                self.layer_in_chunks,
+                "zero3 with layers in pieces is not planned: take the strategy mst-offload (-s mst-offload)",
             ),
         )
 
@@ -657,12 +707,20 @@ class Recipe(BaseModel):
 
     @property
     def zero_stage(self) -> int:
-        """Stage of DeepSpeed's ZeRO, whose partitions are counted: 1 or 2; 0: it is not ZeRO."""
-        return {"zero1": 1, "zero2": 2}.get(self.sharding, 0)
+        """Stage of DeepSpeed's ZeRO, whose partitions are counted: 1, 2 or 3; 0: it is not ZeRO."""
+        return {"zero1": 1, "zero2": 2, "zero3": 3}.get(self.sharding, 0)
 
     def bucket_values(self, hidden: int) -> int:
         """Values in ZeRO's bucket of a model with so large hidden states (transformers/integrations/deepspeed.py, trainer_config_finalize)."""
         return hidden * hidden if self.reduce_bucket_size == "auto" else self.reduce_bucket_size
+
+    def prefetch_values(self, hidden: int) -> int:
+        """Values that ZeRO-3 gathers ahead at a time, of a model with so large hidden states."""
+        return int(0.9 * hidden * hidden) if self.prefetch_bucket_size == "auto" else self.prefetch_bucket_size
+
+    def persistent_values(self, hidden: int) -> int:
+        """Values of the largest weight that ZeRO-3 leaves whole, of a model with so large hidden states."""
+        return 10 * hidden if self.param_persistence_threshold == "auto" else self.param_persistence_threshold
 
     @property
     def shards(self) -> int:
@@ -835,6 +893,7 @@ def _replicas_that_do(gpus: int) -> str:
 
 _MUST_BE = {
     "reduce_bucket_size": "must be 'auto' or a whole number from 1",
+    **dict.fromkeys(("prefetch_bucket_size", "param_persistence_threshold"), "must be 'auto' or a whole number from 0"),
     "checkpoint": "must be none, layer, sqrt, selective, children, every-n (every-2), or a number of layers from 1",
     **dict.fromkeys(CHUNK_FIELDS, "must be 'auto' or a whole number from 1"),
 }
@@ -975,7 +1034,8 @@ def recipe_in_words(recipe: Recipe, kernel: str = "", attends: bool = True) -> s
 def _sharding_in_words(recipe: Recipe) -> str:
     """'FSDP2 over 16 GPUs in 2 replicas, weights in CPU RAM, whole gradients between micro-batches', 'ZeRO-2 over 8 GPUs'."""
     if recipe.zero_stage:
-        return f"ZeRO-{recipe.zero_stage} over {recipe.gpus:,} GPUs (DeepSpeed), fp32 weights in the optimizer"
+        host = ", weights in CPU RAM" if recipe.weights_on_host else ""
+        return f"ZeRO-{recipe.zero_stage} over {recipe.gpus:,} GPUs (DeepSpeed), fp32 weights in the optimizer{host}"
     replicas = f" in {recipe.replicas:,} replicas" if recipe.replicas > 1 else ""
     host = ", weights, gradients and optimizer in CPU RAM" if recipe.weights_on_host else ""
     whole = ", whole gradients between micro-batches" if recipe.keeps_whole_gradients else ""

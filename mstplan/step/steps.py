@@ -76,6 +76,7 @@ from .tape import (
 )
 from .workspaces import IDS_PER_PARTIAL_SUM, SortedLookups, Spans
 from .zero import Zero, weights_in_order
+from .zero3 import Record, Visit, Zero3, check_calls
 
 CALIBRATED = "calibration less formula"
 POSITION_IDS = "position ids"
@@ -193,7 +194,7 @@ class Step:
         self.zero = self._partitions()
         self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
         if self.zero is not None:  # of which each optimizer steps a part, in fp32
-            self.trained_on_card = [(self.zero.stepped, 1)]
+            self.trained_on_card = [(stepped, 1) for stepped in self.zero.steps]
         self.optimizer = optimizer_memory(layout.recipe, self.trained_on_card)
         self.clipping = () if self.zero is not None else clipping(layout.recipe, self.trained_on_card)
         self.card_parameters = sum(
@@ -221,12 +222,27 @@ class Step:
         other.moments = {**self.moments, **calibrated_moments}
         return other
 
-    def _partitions(self) -> Zero | None:
+    def _partitions(self) -> Zero | Zero3 | None:
         recipe = self.layout.recipe
         if not recipe.zero_stage:
             return None
         segments = segment_length(recipe, self.model.layers) > 1
-        return Zero(recipe, weights_in_order(self.tape, segments), self.model.hidden)
+        weights = weights_in_order(self.tape, segments)
+        if recipe.zero_stage < 3:
+            return Zero(recipe, weights, self.model.hidden)
+        check_calls(self.model)
+        zero = Zero3(recipe, weights, self.model.hidden)
+        zero.learn(self._visits(zero))
+        return zero
+
+    def _visits(self, zero: Zero3) -> list[Visit]:
+        """Calls of modules in a micro-batch."""
+        record = Record()
+        rules = Rules("reduced", reducer=zero.reducer(True, True), visitor=record)
+        forward(self.replayed, rules, keep=True)
+        backward(self.replayed, rules)
+        finish_reducing(rules)
+        return record.visits
 
     # ---- replay -----------------------------------------------------------------------------------------------------
 
@@ -243,9 +259,10 @@ class Step:
             whole = "last" if number == last else "between" if number else "first"
         if recipe.sharded and (recipe.flat or not (whole and recipe.reduced_dtype == recipe.used_dtype)):
             gradients = "kept"  # until a group's backward is over
-        reducer = None
+        reducer = visitor = None
         if self.zero is not None:
             gradients, reducer = "reduced", self.zero.reducer(number == 0, number == last)
+            visitor = self.zero.visitor()
         spans = self.layout.spans
         stepping = bytes_to_step(recipe) if recipe.optimizer_in_backward else None
         return Rules(
@@ -257,6 +274,7 @@ class Step:
             whole=whole,
             selective=recipe.checkpoint == "selective",
             reducer=reducer,
+            visitor=visitor,
             **changes,
         )
 
@@ -264,7 +282,7 @@ class Step:
         """Numbers of the micro-batches that differ in what is alive at their largest moments; None: the last. What finds no gradients yet
         holds no more than what finds all."""
         recipe = self.layout.recipe
-        if recipe.zero_stage == 2 and recipe.optimizer_on_host and recipe.accumulation > 1:
+        if recipe.zero_stage >= 2 and recipe.optimizer_on_host and recipe.accumulation > 1:
             return [0, None]  # the last lets go of what those before keep, and makes norms
         return [min(1, recipe.accumulation - 2), None] if recipe.keeps_whole_gradients else [None]
 
@@ -323,7 +341,8 @@ class Step:
     def _add_step_of_partition(self, note: Note) -> None:
         """Add moments of ZeRO's optimizer step."""
         assert self.zero is not None
-        ready = labels([*self.stays(), *self.states(), *self.batch()])
+        away = self.zero.away()
+        ready = labels([*(each for each in self.stays() if each not in away), *self.states(), *self.batch()])
         for operation, made in self.zero.step_moments():
             note([(Instant.OPTIMIZER, Moment(ZERO, operation, ()))], ready + labels(made))
 
@@ -703,6 +722,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         ranks=recipe.sequence_parallel,
         ring=ring_of(layout),
         splits=recipe.tensor_parallel,
+        sums_products=recipe.zero_stage != 3,
     )
     if recipe.flat and model.towers:
         raise RecipeError(
@@ -717,50 +737,53 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
     table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
-    with w.tape.assign_role(Role.EMBEDDING):
-        copied = numerics.autocast and numerics.weights != "bfloat16"
-        joins_view = loss.gradient_is_view and not in_pieces and not copied
-        hidden, variables = _embedding(w, table, joins_view, recipe.gives_positions)
-    per_layer = _per_layer_inputs(w, hidden)
-    with w.tape.assign_role(Role.POSITIONS):
-        shared = _shared(w, variables[0], layout)
-    several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
-    chunks = MlpChunks(
-        several,
-        several and recipe.mlp_recompute,
-        several and recipe.layer_in_chunks,
-        layout.groups,
-        recipe.attention_on_host,
-        recipe.checkpoint == "children",
-    )
-    calls: dict[tuple[LayerKind, Names], LayerCall] = {}
-    for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
-        given, tables = shared[kind]
-        kept = given if chunks.layer or chunks.children else tables
-        calls[kind, names] = LayerCall(layer(model, kind, numerics, chunks, names), given, kept, kind)
-    rows = [calls[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
-    streams: tuple[Tensor, ...] = ()
-    if model.altup is not None:
-        hidden, streams = into_streams(w, hidden, model.altup)
-    with w.tape.assign_role(Role.LAYER_INPUT):
-        hidden, returned, lent = _layers(w.tape, hidden, rows, recipe, per_layer)
-    w.tape.stage = Stage.LOSS
-    if model.altup is not None:
-        with w.tape.assign_role(Role.NORM):
-            hidden, streams = out_of_streams(w, hidden, model.altup, streams)
-    with w.tape.assign_role(Role.NORM):
-        hidden = norm_in_chunks(w, hidden, "final norm") if chunks.layer else w.norm(hidden, "final norm")
-    w.hold(
-        *variables,
-        *per_layer,
-        *streams,
-        *lent,
-        *returned,
-        *(tensor for arguments, _ in shared.values() for tensor in arguments),
-    )  # until the model's forward returns
-    below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
-    loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
-    _head(w, hidden, table, layout, in_pieces)
+    with w.tape.call():  # of the class with a head, of the model in it
+        with w.tape.call():
+            with w.tape.assign_role(Role.EMBEDDING):
+                copied = numerics.autocast and numerics.weights != "bfloat16"
+                # DeepSpeed's own linear makes no view (zero/linear.py)
+                joins_view = loss.gradient_is_view and not in_pieces and not copied and recipe.zero_stage != 3
+                hidden, variables = _embedding(w, table, joins_view, recipe.gives_positions)
+            per_layer = _per_layer_inputs(w, hidden)
+            with w.tape.assign_role(Role.POSITIONS):
+                shared = _shared(w, variables[0], layout)
+            several = layout.several_mlp_chunks  # of one chunk the runtime makes nothing
+            chunks = MlpChunks(
+                several,
+                several and recipe.mlp_recompute,
+                several and recipe.layer_in_chunks,
+                layout.groups,
+                recipe.attention_on_host,
+                recipe.checkpoint == "children",
+            )
+            calls: dict[tuple[LayerKind, Names], LayerCall] = {}
+            for kind, names in set(zip(model.layer_kinds, frozen.layers, strict=True)):
+                given, tables = shared[kind]
+                kept = given if chunks.layer or chunks.children else tables
+                calls[kind, names] = LayerCall(layer(model, kind, numerics, chunks, names), given, kept, kind)
+            rows = [calls[key] for key in zip(model.layer_kinds, frozen.layers, strict=True)]
+            streams: tuple[Tensor, ...] = ()
+            if model.altup is not None:
+                hidden, streams = into_streams(w, hidden, model.altup)
+            with w.tape.assign_role(Role.LAYER_INPUT):
+                hidden, returned, lent = _layers(w.tape, hidden, rows, recipe, per_layer)
+            w.tape.stage = Stage.LOSS
+            if model.altup is not None:
+                with w.tape.assign_role(Role.NORM):
+                    hidden, streams = out_of_streams(w, hidden, model.altup, streams)
+            with w.tape.assign_role(Role.NORM):
+                hidden = norm_in_chunks(w, hidden, "final norm") if chunks.layer else w.norm(hidden, "final norm")
+            w.hold(
+                *variables,
+                *per_layer,
+                *streams,
+                *lent,
+                *returned,
+                *(tensor for arguments, _ in shared.values() for tensor in arguments),
+            )  # until the model's forward returns
+        below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
+        loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
+        _head(w, hidden, table, layout, in_pieces)
     tape = record_step(w.tape.build_tape(), variables[1] if recipe.input_gradients else None)
     tape = with_escapes(tape)
     if chunks.layer:  # the nodes of pieces hold on to what layers are given
@@ -996,7 +1019,8 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     looked_up = w.new("embeddings", "d", own) if changed else w.hidden(own)
     joins = Joined(table, joins_view) if model.tied else None
     workspace = WeightWorkspace(table, SortedLookups(model.vocab, model.hidden), "bs")
-    tape.op("embedding", [], looked_up, weights=(table,), workspaces=(workspace,), joins=joins)
+    with tape.call(passes_on=False):  # of numbers of tokens
+        tape.op("embedding", [], looked_up, weights=(table,), workspaces=(workspace,), joins=joins)
     if w.numerics.splits > 1:
         looked_up = tensor_parallel.summed(w, looked_up, w.hidden())
     hidden, variables = looked_up, [looked_up]
@@ -1091,6 +1115,11 @@ def _rotary_tables(w: Writer, model: Model, layout: Layout) -> tuple[Tensor, ...
     width = a.latent.rope_dim if a.latent else a.rotary_dim
     if not width or w.code.rotary == "every two":  # of which each layer has its own
         return ()
+    with w.tape.call(in_backward=False):
+        return _cos_and_sin(w, model, layout, width)
+
+
+def _cos_and_sin(w: Writer, model: Model, layout: Layout, width: int) -> tuple[Tensor, ...]:
     positions = w.tape.op("positions to fp32", [], w.tape.new("positions, fp32", w.places, "float32"))
     angles = _for_positions(w, "rotary angles", width // 2, "float32", positions)
     if w.code.rotary == "complex":
@@ -1250,7 +1279,8 @@ def _chain(
         # where nothing is run again, backward keeps it anyway
         returned = tuple(tape.new(t.name, t.shape, t.dtype) for t in call.tape.returned) if recompute else ()
         reads, makes = (hidden, *own, *borrowed), (out, *made, *returned)
-        tape.add(Op(name, reads, makes, part=part, stage=stage, holds=held))
+        with tape.call():
+            tape.add(Op(name, reads, makes, part=part, stage=stage, holds=held))
         if made:
             lent[call.kind.window is not None] = made
         if stage is not None:
@@ -1330,7 +1360,8 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     part = Part(inner_tape, chunked=True, sums=sums_of(inner_tape), in_forward=True)
     stage, defers = tape.stage, model.tied
     holds = (labels, variable) if variable is not hidden else (labels,)
-    tape.add(Op("loss chunk", (hidden,), (loss,), part=part, defers=defers, holds=holds, stage=stage))
+    with tape.call(gathers_itself=True, weights=(weight,)):
+        tape.add(Op("loss chunk", (hidden,), (loss,), part=part, defers=defers, holds=holds, stage=stage))
 
 
 def _loss(w: Writer, hidden: Tensor, head: Weight, loss: str, *labels: Tensor, defers: bool = False) -> None:

@@ -32,6 +32,7 @@ from .workspaces import Spans, Workspace
 
 if TYPE_CHECKING:
     from .zero import Reducer
+    from .zero3 import Reducer3, Visitor
 
 ITEMSIZE = {
     "complex64": 8,
@@ -148,6 +149,20 @@ Receiver = Tensor | Weight
 """What gets a gradient."""
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Call:
+    """A call of one of the model's modules, where hooks on modules run (zero3.py). weights: the module's own, not those of modules in it.
+
+    in_backward: a gradient comes to what it returns; passes_on: and one of what it was given is made of that. gathers_itself: it runs when the module
+    has returned, and has its weights gathered without hooks (train/zero.py).
+    """
+
+    weights: tuple[Weight, ...] = ()
+    in_backward: bool = True
+    passes_on: bool = True
+    gathers_itself: bool = False
+
+
 class ForGradients(NamedTuple):
     """What an operation keeps and makes for gradients that are wanted: `autograd.py` chooses of it, and leaves none."""
 
@@ -234,6 +249,8 @@ class Op:
     on_host: tuple[Tensor, ...] = ()  # what it puts there, until backward is through with the layer
     leaves_host: tuple[Tensor, ...] = ()  # what is there until it is done
     fetched_alone: bool = False  # they go when its backward is done; else when the next one's is that any come back for
+    begins: tuple[Call, ...] = ()  # of modules, whose first operation it is, outermost first
+    ends: tuple[Call, ...] = ()  # whose last, innermost first
 
     @property
     def trained(self) -> tuple[Weight, ...]:
@@ -421,6 +438,26 @@ class TapeWriter:
         ]
 
     @contextmanager
+    def call(
+        self,
+        in_backward: bool = True,
+        *,
+        passes_on: bool = True,
+        gathers_itself: bool = False,
+        weights: tuple[Weight, ...] = (),
+    ) -> Iterator[None]:
+        """Write inside what a module does when it is called. weights: its own, where they are in parts; else those used inside."""
+        start = len(self.ops)
+        yield
+        if len(self.ops) == start:
+            return
+        of_others = {weight for op in self.ops[start:] for call in op.begins for weight in call.weights}
+        own = dict.fromkeys(weight for op in self.ops[start:] for weight in op.weights if weight not in of_others)
+        call = Call(weights or tuple(own), in_backward, passes_on, gathers_itself)
+        self.ops[start] = replace(self.ops[start], begins=(call, *self.ops[start].begins))
+        self.ops[-1] = replace(self.ops[-1], ends=(*self.ops[-1].ends, call))
+
+    @contextmanager
     def assign_role(self, role: Purpose | None) -> Iterator[None]:
         """Give what is made inside that role."""
         before, self.role = self.role, role
@@ -530,7 +567,10 @@ class Rules(NamedTuple):
     spans: Spans | None = None  # of the tokens, for workspaces of kernels; None: without them
     whole: str = ""  # which micro-batch it is where whole gradients stay between these: first, between, or last, which scatters them
     selective: bool = False  # checkpoints keep what their selected operations made (torch's CachingTorchDispatchMode)
-    reducer: Reducer | None = None  # of ZeRO's gradients
+    reducer: Reducer | Reducer3 | None = None  # of ZeRO's gradients
+    visitor: Visitor | None = (
+        None  # of calls of modules, which gathers their weights; such a replay is not to be had again either
+    )
 
 
 class _Ledger:
@@ -874,6 +914,8 @@ def finish_reducing(rules: Rules) -> Replay:
     ledger.stage = Stage.EMBEDDING
     if rules.reducer is not None:
         rules.reducer.finish(ledger)
+    if rules.visitor is not None:
+        rules.visitor.finish(ledger)
     return ledger.replay()
 
 
@@ -921,7 +963,7 @@ def _memo(tape: Tape, key: tuple[object, ...], replay: Callable[[], Replay]) -> 
     assert isinstance(rules, Rules)
     if rules.every_moment:
         return replay()
-    if rules.reducer is not None:
+    if rules.reducer is not None or rules.visitor is not None:
         result = replay()
         return result._replace(moments=undominated(result.moments)) if prune else result
     memo = _REPLAYS.setdefault(tape, {})
@@ -1032,6 +1074,8 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
             transferring = tape.in_transfer  # of the last layer, on its way to the host
             ledger.put(transferring)
         groups.before_forward(op, rules.every_moment or not op.interior)
+        if rules.visitor is not None:
+            rules.visitor.before_forward(op, ledger)
         stop = i == last
         made = (*op.makes, *(op.recorded if keep else op.unrecorded))
         makes = [t for t in made if t.storage is t and (not stop or t in op.keeps)]
@@ -1055,6 +1099,8 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         groups.after_forward(op)
         if stop:
             break
+        if rules.visitor is not None:
+            rules.visitor.after_forward(op, ledger, recomputing)
         for tensor in _used_by(op, keep):
             uses[tensor.storage] -= 1
         for tensor in dict.fromkeys(t.storage for t in (*_used_by(op, keep), *op.makes)):
@@ -1083,6 +1129,8 @@ def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool)
         _loss_in_forward(op, part, ledger, rules)
         return ()
     keep_inside = keep and part.records and not part.recompute
+    if part.chunked:  # a module that is called for each piece is one to its hooks (train/zero.py)
+        rules = rules._replace(visitor=None)
     if not part.records:  # nothing that is saved holds what a selective checkpoint keeps
         rules = rules._replace(selective=False)
     if part.chunked and not keep_inside and not rules.events:
@@ -1147,7 +1195,7 @@ def _loss_in_forward(op: Op, part: Part, ledger: _Ledger, rules: Rules) -> None:
     """Loss and gradients piece by piece: the gradient of the hidden states is whole, the head's is summed."""
     for tensor in part.wanted:
         ledger.put(grad_of(tensor))
-    inner = rules._replace(gradients="kept", summing=bool(part.sums))
+    inner = rules._replace(gradients="kept", summing=bool(part.sums), visitor=None)
     for tensor in part.sums if not rules.events else ():  # in order, the first piece makes them
         ledger.put(tensor)
     start = len(ledger.events)
@@ -1270,6 +1318,8 @@ def _backward(
             continue
         ledger.stage = op.stage
         groups.before_backward(op, rules.every_moment or not op.interior)
+        if rules.visitor is not None:
+            rules.visitor.before_backward(op, ledger)
         if op in fetching[:1] and moving is not None:
             ledger.drop(moving)
         elif op in fetching[1:2] and moving is not None and tape.first_in_transfer is not None:
@@ -1337,6 +1387,8 @@ def _backward(
             for gradient in incoming.values():
                 let_go(gradient)
         release(saved)
+        if rules.visitor is not None:
+            rules.visitor.release_saved(op, ledger)
         for tensor in (*outdated, *leaving):
             ledger.drop(tensor)
         if op.joins is not None and op.joins.weight.trained:
@@ -1344,6 +1396,8 @@ def _backward(
         if op.part is None:
             for weight in op.trained:
                 _accumulate(weight, op, ledger, rules)
+        if rules.visitor is not None:
+            rules.visitor.after_backward(op, ledger)
         for tensor, gradient in arrivals:
             arrive(tensor, gradient)
         groups.after_backward(op, rules.every_moment or not op.interior)
@@ -1408,7 +1462,7 @@ def _part_backward(
     for tensor in (*map(grad_of, part.wanted), *(part.sums if not rules.events else ())):
         ledger.put(tensor)
     inner = rules._replace(
-        gradients="kept" if part.sums else rules.gradients, recomputed=False, summing=bool(part.sums)
+        gradients="kept" if part.sums else rules.gradients, recomputed=False, summing=bool(part.sums), visitor=None
     )
     start = len(ledger.events)
     for tensor in part.copies:

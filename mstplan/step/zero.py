@@ -104,6 +104,7 @@ class Zero:
         self.shares = _shares(numels, self.slices)
         self.gathered = max(share.gathered for share in self.shares.values())
         self.stepped = Weight("the partition", (self.partition,), dtype="float32")
+        self.steps = [self.stepped]
         self.buckets = [_tensor("bucket of gradients", "bfloat16", self.bucket, Role.REDUCED)] * (
             1 + recipe.overlap_comm
         )
@@ -112,6 +113,13 @@ class Zero:
     def reducer(self, first: bool, last: bool) -> Reducer:
         """What becomes of the gradients of a micro-batch of an optimizer step."""
         return Reducer(self, first, last)
+
+    def visitor(self) -> None:
+        """Weights are whole: nobody gathers them."""
+
+    def away(self) -> list[Tensor]:
+        """What of that which stays is not there while the optimizer steps: nothing."""
+        return []
 
     def held(self, size: int) -> Tensor:
         """Gradients of a partition, of so many bytes."""

@@ -55,7 +55,7 @@ VALUES = {
     "--attention": attentions(),
     "--format": FORMATS,
     "--rung": ["formula", "trace"],
-    "--sharding": ["none", "ddp", "zero1", "zero2", "fsdp", "fsdp1"],
+    "--sharding": ["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp1"],
 }
 
 

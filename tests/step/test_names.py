@@ -45,6 +45,8 @@ def test_every_field_that_takes_names_has_a_table() -> None:
     assert set(FIELDS) == {field for field in Recipe.model_fields if planned(field)[0]} - {
         *CHUNK_FIELDS,
         "reduce_bucket_size",
+        "prefetch_bucket_size",
+        "param_persistence_threshold",
     }
 
 
@@ -67,7 +69,7 @@ def test_what_other_trainers_call_it(field: str) -> None:
 def test_what_is_recommended_makes_a_recipe(field: str) -> None:
     for row in VALUES[field]:
         cards: dict[str, Any] = (
-            {"gpus": 8} if row.write.get("sharding") in ("fsdp", "fsdp1", "ddp", "zero1", "zero2") else {}
+            {"gpus": 8} if row.write.get("sharding") in ("fsdp", "fsdp1", "ddp", "zero1", "zero2", "zero3") else {}
         )
         if row.write.get("quantize", "none") != "none" or "adapter_dtype" in row.write:
             cards["lora_rank"] = 16

@@ -58,7 +58,7 @@ def test_json_round_trip(name: str, tmp_path: Path) -> None:
         ({"sharding": "fsdp"}, "2 gpus or more"),
         ({"gpus": 0}, "gpus"),
         ({"gpus": 100_000}, "gpus"),
-        ({"gpus": 2, "sharding": "zero"}, "ZeRO-3"),
+        ({"gpus": 2, "sharding": "zero"}, "zero3"),
         ({"gpus": 2, "sharding": "fsdp", "checkpoint": "sqrt"}, "checkpoint='layer'"),
         ({"gpus": 2, "sharding": "fsdp", "checkpoint": 4}, "checkpoint='layer'"),
         ({"gpus": 2, "sharding": "fsdp", "optimizer": "adamw-8bit"}, "adamw or sgd"),

@@ -1,0 +1,181 @@
+"""What DeepSpeed's own engine allocates under ZeRO-3, in which order: processes over gloo on the CPU, a small Llama in bf16.
+
+    python -m bench.deepspeed_zero3 -o tests/step/deepspeed_zero3.json
+
+As bench/deepspeed_zero.py, which says what it needs and what is left out. Steps are recorded when the order of modules is known, and what persists is
+gathered. tests/step/test_zero3.py compares the formula with them, event by event.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from bench.deepspeed_zero import CONFIG, LEAST, TIED, TOKENS, least, peaks, run, without_cpus
+
+WARM_UP, ROUNDS, RUNS = 3, 12, 8
+"""Steps before any is recorded; how often so many are, until all ranks have seen a whole one: see bench/deepspeed_zero.py."""
+SETTINGS: dict[str, dict[str, int]] = {
+    "default": {},
+    "auto": {"reduce_bucket_size": 65_536, "prefetch_bucket_size": 58_982, "param_persistence_threshold": 2_560},
+    "small": {
+        "reduce_bucket_size": 350_000,
+        "prefetch_bucket_size": 60_000,
+        "param_persistence_threshold": 2_560,
+        "max_live_parameters": 400_000,
+        "max_reuse_distance": 100_000,
+    },
+    "middle": {
+        "reduce_bucket_size": 200_000,
+        "prefetch_bucket_size": 200_000,
+        "param_persistence_threshold": 40_000,
+        "max_live_parameters": 600_000,
+        "max_reuse_distance": 500_000,
+        "sub_group_size": 300_000,
+    },
+    "none": {
+        "reduce_bucket_size": 1,
+        "prefetch_bucket_size": 0,
+        "param_persistence_threshold": 0,
+        "max_reuse_distance": 0,
+        "sub_group_size": 1,
+    },
+}
+"""DeepSpeed's settings; auto: what transformers fills in for hidden states of 256."""
+CASES: list[dict[str, Any]] = [
+    {
+        "ranks": ranks,
+        "settings": settings,
+        "tied": tied,
+        "accumulation": accumulation,
+        "checkpoint": checkpoint,
+        "host": host,
+    }
+    for ranks, settings, tied, accumulation, checkpoint, host in (
+        (2, "default", False, 1, False, ""),
+        (2, "auto", False, 1, False, ""),
+        (2, "auto", False, 2, True, ""),
+        (2, "auto", True, 1, True, ""),
+        (2, "small", False, 1, False, ""),
+        (2, "small", False, 3, False, ""),
+        (2, "small", False, 1, True, ""),
+        (2, "small", True, 2, False, ""),
+        (2, "middle", False, 1, True, ""),
+        (2, "middle", True, 2, True, ""),
+        (2, "none", False, 1, False, ""),
+        (2, "none", False, 2, True, ""),
+        (2, "small", False, 1, True, "optimizer"),
+        (2, "auto", False, 2, False, "optimizer"),
+        (2, "middle", False, 2, True, "all"),
+        (4, "middle", False, 1, False, ""),
+        (4, "auto", False, 1, True, ""),
+        (4, "small", False, 2, True, ""),
+    )
+]
+OF_STAGE_3 = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+
+
+def settings_of(case: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's settings of a case."""
+    sizes = {("stage3_" if key in OF_STAGE_3 else "") + key: size for key, size in SETTINGS[case["settings"]].items()}
+    on_cpu = {"device": "cpu", "pin_memory": False}
+    offload = {"offload_optimizer": on_cpu} if case["host"] else {}
+    if case["host"] == "all":
+        offload["offload_param"] = on_cpu
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": case["accumulation"],
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, **sizes, **offload},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def record(case: dict[str, Any]) -> dict[str, Any]:
+    """What one rank allocates in a step of a case."""
+    import deepspeed
+    import torch
+
+    from mstplan.measuring.allocations import record_allocations
+    from mstplan.step.recipe import strategy
+    from mstplan.train.step import build_model, read_settings
+
+    model = build_model(read_settings(TIED if case["tied"] else CONFIG), strategy("standard"), "eager", "cpu")
+    if case["checkpoint"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings_of(case))
+    ids = torch.randint(0, 1000, (1, TOKENS))
+
+    def step(mark: Any = lambda _: None) -> None:
+        for number in range(case["accumulation"]):
+            mark(f"forward {number}")
+            loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+            mark(f"backward {number}")
+            engine.backward(loss)
+            del loss
+            if number == case["accumulation"] - 1:
+                mark("step")
+            engine.step()
+
+    for _ in range(WARM_UP):
+        step()
+    kept_whole = (each.data.untyped_storage().nbytes() for each in engine.optimizer.persistent_parameters)
+    persistent = sorted(size for size in kept_whole if size >= LEAST)
+    whole: list[list[Any]] = []
+    for _ in range(ROUNDS):
+        several = [record_allocations(step).events for _ in range(RUNS)]  # all ranks as many
+        large = [[event for event in events if abs(event.bytes) >= LEAST] for events in several]
+        whole += [without_cpus(events) for events in large if is_whole_but(events, persistent)]
+        missing = torch.tensor(float(not whole))
+        torch.distributed.all_reduce(missing)
+        if not missing:
+            break
+    found = {"peaks": least(map(peaks, whole)), **kept(engine.optimizer)}
+    found["events"] = {phase: commonest(whole, phase, peak) for phase, peak in found["peaks"].items()}
+    engine.destroy()
+    return found
+
+
+def is_whole_but(events: list[Any], persistent: list[int]) -> bool:
+    """Whether all that was allocated was seen to be given back, but what persists, which a step gathers anew (that it goes before is not recorded, as it
+    was there before)."""
+    alive: dict[int, int] = {}
+    for event in events:
+        if event.bytes > 0 and event.address in alive:
+            return False
+        if event.bytes > 0:
+            alive[event.address] = event.bytes
+        else:
+            alive.pop(event.address, None)
+    return sorted(alive.values()) == persistent
+
+
+def commonest(whole: list[list[Any]], phase: str, peak: int) -> str:
+    """Bytes that come and go in a phase, in order, as most steps with its least peak have it."""
+    rows = (events for events in whole if peaks(events)[phase] == peak)
+    texts = Counter(" ".join(str(event.bytes) for event in events if event.phase == phase) for events in rows)
+    return texts.most_common(1)[0][0]
+
+
+def kept(zero: Any) -> dict[str, int]:
+    """Bytes of what stays from one step to the next."""
+    import torch
+
+    states = [t for state in zero.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    return {
+        "parts": sum(each.nbytes for each in zero.fp16_partitioned_groups_flat),
+        "fp32": sum(each.nbytes for each in zero.fp32_partitioned_groups_flat),
+        "sub_groups": len(zero.fp16_groups),
+        "gradients": zero.grad_partitions_flat_buffer.nbytes,
+        "bucket": sum(bucket.buffer.nbytes for bucket in zero.ipg_buckets.values()),
+        "persistent": sum(each.data.untyped_storage().nbytes() for each in zero.persistent_parameters),
+        "states": sum(each.nbytes for each in states),
+    }
+
+
+if __name__ == "__main__":
+    run(__doc__, __file__, CASES, record)

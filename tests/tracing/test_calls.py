@@ -1,0 +1,102 @@
+"""The order in which modules are called, which ZeRO-3 goes by: as laid out, and as DeepSpeed's hooks meet it in transformers' own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from mstplan.plan.layout import step_of
+from mstplan.spec.config import read_config
+from mstplan.spec.hardware import card
+from mstplan.step.recipe import strategy
+from mstplan.step.steps import Chunks
+from mstplan.step.zero3 import CHECKED, Hook, Zero3
+
+from ..spec.test_families import tiny
+
+TOKENS = 8
+Visits = list[tuple[bool, tuple[int, ...]]]
+"""(whether weights are fetched, or else let go; values of each weight of the module's own). Of modules without any only the first."""
+
+
+class _Told(torch.autograd.Function):
+    """The identity, whose backward tells."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tell: Callable[[], None]) -> torch.Tensor:
+        ctx.tell = tell
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        ctx.tell()
+        return *gradients, None
+
+
+def within(given: Any, tell: Callable[[], None]) -> Any:
+    """The same, telling when a gradient comes to one of its tensors (apply_to_tensors_only)."""
+    if isinstance(given, torch.Tensor):
+        return _Told.apply(given, tell) if given.requires_grad else given
+    if isinstance(given, (list, tuple)):
+        return type(given)(within(each, tell) for each in given)
+    if isinstance(given, dict):
+        for name in list(given):
+            given[name] = within(given[name], tell)
+    return given
+
+
+def hook(module: nn.Module, visits: Visits) -> None:
+    """Hooks as parameter_offload.py of DeepSpeed registers them."""
+    sizes = tuple(weight.numel() for weight in module.parameters(recurse=False))
+    inputs = 0
+
+    def before(_: nn.Module, given: Any) -> Any:
+        nonlocal inputs
+        visits.append((True, sizes))
+        inputs = sum(isinstance(each, torch.Tensor) and each.requires_grad for each in given)
+        return within(given, release)
+
+    def release() -> None:
+        nonlocal inputs
+        inputs -= 1
+        if sizes and not inputs:
+            visits.append((False, sizes))
+
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        if sizes:
+            visits.append((False, sizes))
+        return within(output, lambda: visits.append((True, sizes)))
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+@pytest.mark.parametrize("family", sorted(CHECKED))
+def test_modules_are_called_in_the_order_in_which_they_are_laid_out(family: str) -> None:
+    config = tiny(family)
+    recipe = strategy("standard", gpus=2, sharding="zero3", attention="eager")
+    zero = step_of(read_config(config, "tiny"), recipe, card("h100"), Chunks(1, 1), TOKENS).zero
+    assert isinstance(zero, Zero3)
+    laid_out = [
+        (visit.hook is Hook.FETCH, tuple(weight.numel for weight in visit.call.weights))
+        for visit in zero.visits
+        if visit.hook is Hook.FETCH or (visit.hook is Hook.RELEASE and visit.call.weights)
+    ]
+    from transformers import AutoConfig
+
+    settings = AutoConfig.for_model(**config)
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
+    visits: Visits = []
+    for module in model.modules():
+        hook(module, visits)
+    ids = torch.arange(TOKENS)[None] + 5
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert visits == laid_out
