@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -303,7 +304,7 @@ class StepOptions(Options):
         str, "--kernels", _of_recipe("kernels"), panel="Recipe", metavar="NAME", choices=_planned("kernels")
     )
     max_grad_norm = option(
-        float, "--max-grad-norm", "Scale gradients down to this norm.", panel="Recipe", metavar="NORM"
+        float, "--max-grad-norm", "Scale gradients down to this norm. 0: do not.", panel="Recipe", metavar="NORM"
     )
     lora = option(
         int, "--lora", "Train LoRA adapters of this rank, and nothing else. 0: none.", panel="Adapters", metavar="R"
@@ -779,6 +780,8 @@ def changes_of(options: StepOptions) -> dict[str, object]:
     for name in _PATTERNS:
         if (patterns := getattr(options, name)) is not None:
             changes[name] = tuple(part.strip() for part in patterns.split(","))
+    if options.max_grad_norm == 0:  # as transformers' Trainer takes it
+        changes["max_grad_norm"] = None
     if options.lora is not None:
         changes["lora_rank"] = options.lora
     changes.update({name: True for name in SWITCHES if getattr(options, name, False)})
@@ -885,7 +888,8 @@ def base_recipe(options: StepOptions) -> Recipe:
             raise RecipeError(
                 "--like and --recipe exclude each other: both say where to start.\nLeave one of the two out."
             )
-        return trainer_named(options.like).recipe
+        recipe = trainer_named(options.like).recipe
+        return recipe.changed(**_UNDER_DEEPSPEED) if _runs_deepspeed(options) else recipe
     return Recipe.read(options.recipe) if options.recipe is not None else Recipe.model_construct()
 
 
@@ -906,8 +910,32 @@ def recipes_of(options: RecipesOptions, usual: str = "usual", model: Model | Non
         bases = {name: base for name, base in bases.items() if not base.mlp_recompute}
     none_in_chunks = not any(map(runs_in_chunks, bases.values()))
     some_in_layers = any(base.layer_in_chunks for base in bases.values())
-    recipes = {name: applied(base, options, none_in_chunks, model, some_in_layers) for name, base in bases.items()}
+    made = {
+        name: partial(applied, base, options, none_in_chunks, model, some_in_layers) for name, base in bases.items()
+    }
+    recipes = _possible(made, model) if options.strategy == "all" else {name: make() for name, make in made.items()}
     return {_name_of(name, recipe, alone=len(recipes) == 1): recipe for name, recipe in recipes.items()}
+
+
+def _possible(made: Mapping[str, Callable[[], Recipe]], model: Model | None) -> dict[str, Recipe]:
+    """Of all strategies those that go with the options, and with the model. Raises the first's RecipeError where none does."""
+    from ..errors import RecipeError
+    from ..plan.layout import check_counted
+
+    def possible(make: Callable[[], Recipe]) -> Recipe | RecipeError:
+        try:
+            recipe = make()
+            if model is not None and model.stand_in is None:
+                check_counted(model, recipe)
+        except RecipeError as e:
+            return e
+        return recipe
+
+    tried = {name: possible(make) for name, make in made.items()}
+    recipes = {name: each for name, each in tried.items() if not isinstance(each, RecipeError)}
+    if not recipes:
+        raise next(each for each in tried.values() if isinstance(each, RecipeError))
+    return recipes
 
 
 def as_published(base: Recipe, options: StepOptions, model: Model | None) -> dict[str, object]:
@@ -932,7 +960,16 @@ def assumptions_of(options: StepOptions) -> tuple[str, ...]:
     from ..step.trainers import trainer_named
 
     trainer = trainer_named(options.like)
-    return tuple(f"assumed like {trainer.name}: {each}." for each in trainer.assumptions)
+    assumptions = (*trainer.assumptions, *([_DEEPSPEED] if _runs_deepspeed(options) else []))
+    return tuple(f"assumed like {trainer.name}: {each}." for each in assumptions)
+
+
+_UNDER_DEEPSPEED: dict[str, object] = {"precision": "bf16", "autocast": False}
+_DEEPSPEED = "under DeepSpeed with bf16 enabled weights are in bf16, with fp32 ones in its optimizer, and nothing runs under autocast"
+
+
+def _runs_deepspeed(options: StepOptions) -> bool:
+    return str(getattr(options, "sharding", "")).startswith("zero")
 
 
 def plans_of(options: PlannedOptions, model: Model, card: Card, seq_len: str | None = None) -> dict[str, Plan]:
@@ -958,10 +995,6 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
     several = {"usual": list(USUAL_STRATEGIES), "all": list(STRATEGIES)}
     with _in_options():
         names = several.get(named) or [strategy_name(name.strip()) for name in named.split(",")]
-    if named == "all" and options.sharding == "fsdp":  # which gathers one layer at a time
-        names.remove("checkpoint-sqrt")
-    if named == "all" and max(options.sequence_parallel or 1, options.context_parallel or 1) > 1:
-        names = [name for name in names if not STRATEGIES[name].layer_in_chunks]
     transformers_alone = (options.tensor_parallel or 1) > 1 or options.sharding == "fsdp1"  # its own code, in one piece
     if options.strategy in (None, "all") and transformers_alone:
         names = ["standard", "checkpoint"]

@@ -104,7 +104,7 @@ def _compare_ways_of_gpus(options: MaxSeqOptions, model: Model, card: Card) -> N
 
     if options.rung == "trace" or model.stand_in is not None:
         raise RecipeError("--sharding all compares by the formula.\nName one with --sharding.")
-    gpus = options.gpus or 1
+    gpus = options.gpus or (base_recipe(options).gpus if options.recipe is not None else 1)
     if gpus < 2:
         raise RecipeError("--sharding all compares ways to use several GPUs: add --gpus 8.")
     alone = options.changed(sharding=None, gpus=None, sequence_parallel=None)

@@ -32,7 +32,7 @@ from ..step.tape import ITEMSIZE
 from ..units import GIB, SHORTEST, format_count, format_gib, format_seconds, format_tokens
 from . import calibration
 from .allocation import longest_that_runs
-from .layout import window_of
+from .layout import check_counted, window_of
 from .solve import (
     Answer,
     Plan,
@@ -313,7 +313,8 @@ _FULL = {
 def _fp32_adapter_notes(plan: Plan) -> list[str]:
     if plan.recipe.adapter_dtype != "fp32" or plan.recipe.quantize != "none" or plan.recipe.gathers_in_bf16:
         return []
-    more = plan.peak_bytes - _peak_with(plan, _FULL)
+    full = _peak_with(plan, _FULL)
+    more = plan.peak_bytes - full if full is not None else 0
     if more < GIB // 100:
         return []
     changes: dict[str, dict[str, object]] = {
@@ -323,17 +324,22 @@ def _fp32_adapter_notes(plan: Plan) -> list[str]:
     }
     what = f"At {format_tokens(plan.seq_len)} tokens this needs {format_gib(more)} more than full fine-tuning"
     why = "each adapter in fp32 keeps an fp32 copy of what its layer is given"
-    return [f"{what}: {why}; {', '.join(_savings(plan, changes))}."]
+    saved = _savings(plan, changes)
+    return [f"{what}: {why}; {', '.join(saved)}." if saved else f"{what}: {why}."]
 
 
-def _peak_with(plan: Plan, fields: dict[str, object]) -> int:
-    """Bytes of the peak at the plan's length and chunks with other fields of the recipe."""
-    return peak_up_to(plan.model, plan.recipe.changed(**fields), plan.card, plan.seq_len, plan.chunks).bytes
+def _peak_with(plan: Plan, fields: dict[str, object]) -> int | None:
+    """Bytes of the peak at the plan's length and chunks with other fields of the recipe; None: that is not planned."""
+    try:
+        return peak_up_to(plan.model, plan.recipe.changed(**fields), plan.card, plan.seq_len, plan.chunks).bytes
+    except RecipeError:
+        return None
 
 
 def _savings(plan: Plan, changes: Mapping[str, dict[str, object]]) -> list[str]:
     """What each of some changes saves at the plan's length: '--autocast saves 28.38 GiB'."""
-    saved = {words: plan.peak_bytes - _peak_with(plan, fields) for words, fields in changes.items()}
+    peaks = {words: _peak_with(plan, fields) for words, fields in changes.items()}
+    saved = {words: plan.peak_bytes - peak for words, peak in peaks.items() if peak is not None}
     return [f"{words} saves {format_gib(size)}" for words, size in saved.items() if size >= GIB // 100]
 
 
@@ -503,7 +509,11 @@ def answer_notes(answer: Answer) -> list[str]:
 def layer_note(answers: Sequence[Answer]) -> list[str]:
     """The strategy that reaches further than those of the answer, where they end with the MLP in chunks."""
     plan = next((answer.plan for answer in answers if answer.strategy == "mst-offload"), None)
-    if plan is None or plan.recipe.sharers > 1 or any(answer.plan.recipe.layer_in_chunks for answer in answers):
+    if plan is None or any(answer.plan.recipe.layer_in_chunks for answer in answers):
+        return []
+    try:
+        check_counted(plan.model, plan.recipe.changed(layer_in_chunks=True))
+    except RecipeError:
         return []
     attention, measured = plan.model.attention, "No GPU has measured it yet."
     if attention.gated_output or not runs_in_pieces(plan.model):  # which layers in chunks are not planned with

@@ -78,6 +78,12 @@ def layout_of_no_length(
     return layout._replace(padded=is_odd and pads_masks(model, layout))
 
 
+def check_counted(model: Model, recipe: Recipe) -> None:
+    """Raise RecipeError where the formula does not count a model with a recipe, whatever the length."""
+    several = (1 if given == 1 else 2 for given in (recipe.mlp_chunks, recipe.loss_chunks))
+    step(model, layout_of_no_length(model, recipe, Chunks(*several), AMPERE), 0)
+
+
 def copies_rows(model: Model) -> bool:
     """Whether attention's products take copies of what several sequences share or have each of its own."""
     a = model.attention

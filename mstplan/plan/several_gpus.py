@@ -54,6 +54,8 @@ _POWERS = [1 << n for n in range(1, 17)]
 
 def compare(model: Model, card: Card, recipes: Mapping[str, Recipe], ways: Sequence[GpusWay]) -> Compared:
     """The longest sequences of each way, with the strategy of `recipes` that reaches furthest."""
+    if all(recipe.weights_on_host for recipe in recipes.values()):  # in every way
+        ways = [way for way in ways if "weights_on_host" in way.fields]
     answers: list[tuple[GpusWay, Answer]] = []
     left_out: dict[str, tuple[str, ...]] = {}
     for way in ways:

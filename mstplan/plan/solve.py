@@ -628,7 +628,7 @@ def host_bytes(model: Model, recipe: Recipe, seq_len: int, built_step: Step) -> 
         total = built_step.zero.host_bytes() if recipe.optimizer_on_host else 0
     else:
         total = host_states(recipe, built_step.trained) if not recipe.sharded else 0
-    if recipe.weights_on_host:
+    if recipe.weights_on_host and built_step.zero is None:
         shards = shards_on_host(recipe, built_step.card_weights)
         total += shards if recipe.sharded else built_step.parameters * recipe.weight_bytes
     if recipe.offload == "saved-tensors":

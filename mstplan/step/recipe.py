@@ -614,8 +614,16 @@ class Recipe(BaseModel):
                 f"{option} with several samples in a row is refused by torch, for their mask: leave --packing and --padding-free out",
             ),
             (
-                self.offload == "saved-tensors" or self.checkpoint == "selective" or self.attention_on_host,
-                f"{option} with saved tensors or attention in CPU RAM, or selective checkpoints, is not planned: set checkpoint='layer' (--checkpoint layer)",
+                self.attention_on_host,
+                f"{option} with attention from CPU RAM is not planned: leave --attention-on-host out",
+            ),
+            (
+                self.offload == "saved-tensors",
+                f"{option} with saved tensors in CPU RAM is not planned: set offload='layer-inputs' (--offload layer-inputs)",
+            ),
+            (
+                self.checkpoint == "selective",
+                f"{option} with selective checkpoints is not planned: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
                 bool(self.images),

@@ -42,6 +42,57 @@ def test_options_go_on_top(run: Run) -> None:
     assert (recipe["loss"], recipe["batch"], recipe["lora_rank"]) == ("trl", 2, 8)
 
 
+@pytest.mark.parametrize(("name", "loss"), [("axolotl", ()), ("trl", ("--loss", "chunked"))])
+def test_a_trainer_under_deepspeed_has_its_precision(run: Run, name: str, loss: tuple[str, ...]) -> None:
+    several = ("--gpus", "8", "--sharding", "zero3")
+    _, out, _ = run("plan", *ON, "--seq-len", "1k", "--like", name, *several, *loss, "--json")
+    answer = json.loads(out)
+    assert (answer["recipe"]["precision"], answer["recipe"]["autocast"]) == ("bf16", False)
+    assert any("under DeepSpeed with bf16 enabled" in note for note in answer["notes"])
+
+
+def test_a_norm_of_zero_is_none(run: Run) -> None:
+    several = ("--gpus", "8", "--sharding", "fsdp1")
+    code, out, _ = run("plan", *ON, "--seq-len", "1k", "--like", "trl", *several, "--max-grad-norm", "0", "--json")
+    assert code in (0, 1) and json.loads(out)["recipe"]["max_grad_norm"] is None
+
+
+def test_all_strategies_are_those_that_go_with_options_and_model(run: Run, tmp_path: Path) -> None:
+    def names(*arguments: str) -> list[str]:
+        code, out, err = run("max-seq", *arguments, "-s", "all", "--json")
+        assert code == 0, err
+        return [row["strategy"] for row in json.loads(out)["results"]]
+
+    every = names(*ON)
+    assert {"mst-layer", "mst-layer-offload", "checkpoint-sqrt"} < {*every}
+    assert names(*ON, "--gpus", "8", "--sharding", "zero3") == [
+        n for n in every if n[:9] != "mst-layer" and n[-4:] != "sqrt"
+    ]
+    streams = {
+        "model_type": "gemma3n_text",
+        "vocab_size": 1000,
+        "vocab_size_per_layer_input": 1000,
+        "hidden_size": 128,
+        "hidden_size_per_layer_input": 32,
+        "intermediate_size": [256] * 4,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "sliding_window": 512,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 16,
+        "altup_num_inputs": 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(streams))
+    assert "mst-layer" not in names("-m", str(tmp_path / "config.json"), "--gpu-mem", "24GB")
+    # a note on what adapters cost leaves out what is not planned
+    code, _, err = run("max-seq", "-m", str(tmp_path / "config.json"), "--gpu-mem", "24GB", "-s", "mst", "--lora", "16")
+    assert code == 0, err
+
+
 def test_recipes_are_listed_with_what_they_assume(run: Run) -> None:
     code, out, _ = run("recipes", "--json")
     listed = {row["name"]: row for row in json.loads(out)["recipes"]}
