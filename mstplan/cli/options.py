@@ -580,7 +580,7 @@ class RecipesOptions(RecipeOptions):
     strategy = option(
         str,
         "--strategy -s",
-        strategies(default="all but checkpointing-sqrt"),
+        strategies(default="no-checkpointing to mst-offload"),
         adds_up=True,
         metavar="NAME[,NAME]",
         choices=strategy_names,

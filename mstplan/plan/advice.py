@@ -455,6 +455,11 @@ def sharding_notes(model: Model, recipe: Recipe) -> list[str]:
         ),
         _NOT_COUNTED,
     ]
+    if recipe.quantize in ("nf4", "fp4") and recipe.packed_in == "uint8":
+        notes.append(
+            "4-bit weights are whole on every GPU, which FSDP2 does not shard as bytes (bnb_4bit_quant_storage's default): --quant-storage bf16 has them in "
+            "shards."
+        )
     if recipe.keeps_whole_gradients:
         notes.append(
             f"Accumulation without sync keeps whole gradients of all trained weights on every GPU, {ITEMSIZE[recipe.reduced_dtype]} bytes each, until the last "

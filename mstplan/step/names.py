@@ -38,7 +38,7 @@ _SHARDS_ALL = "which shards weights, gradients and optimizer states, as ZeRO-3 d
 _IS_NOT = "is not planned"
 _NO_MEMORY = "it does not change what a step holds"
 _ON_HOST: dict[str, object] = {"optimizer_on_host": True, "weights_on_host": True}
-_NOT_YET = "is not planned yet: FSDP2, as ZeRO-3, and DDP are"
+_NOT_YET = "is not planned yet: FSDP2, ZeRO and DDP are"
 
 VALUES: dict[str, tuple[Advice, ...]] = {
     "rotate_method": (

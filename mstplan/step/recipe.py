@@ -393,7 +393,10 @@ class Recipe(BaseModel):
             return (
                 (
                     self.gpus > 1 and self.sharers == self.tensor_parallel == 1,
-                    "several gpus train in shards or each with all: add sharding='fsdp' (--sharding fsdp), FSDP2 as ZeRO-3, or sharding='ddp' (--sharding ddp)",
+                    (
+                        "several gpus train in shards or each with all: add sharding='fsdp' (--sharding fsdp), "
+                        "sharding='zero3' (--sharding zero3) or sharding='ddp' (--sharding ddp)"
+                    ),
                 ),
             )
         few = (
