@@ -505,7 +505,7 @@ class VariedOptions(Options):
     prefetch_bucket_size = option(
         str,
         "--prefetch-bucket-size",
-        "Under zero3, values gathered ahead at a time (stage3_prefetch_bucket_size), or auto: nine tenths of the hidden size squared, as transformers "
+        "Under zero3, values gathered ahead at a time (stage3_ of that name), or auto: nine tenths of the hidden size squared, as transformers "
         "fills it in. Default 50,000,000, DeepSpeed's.",
         panel="Recipe",
         metavar="N",
@@ -513,7 +513,7 @@ class VariedOptions(Options):
     param_persistence_threshold = option(
         str,
         "--param-persistence-threshold",
-        "Under zero3, values of the largest weights that stay whole (stage3_param_persistence_threshold), or auto: ten times the hidden size, as "
+        "Under zero3, values of the largest weights that stay whole (stage3_ of that name), or auto: ten times the hidden size, as "
         "transformers fills it in. Default 100,000, DeepSpeed's.",
         panel="Recipe",
         metavar="N",
@@ -521,21 +521,21 @@ class VariedOptions(Options):
     max_live_parameters = option(
         str,
         "--max-live-parameters",
-        "Under zero3, gathered values from which no more are gathered ahead (stage3_max_live_parameters). Default 1,000,000,000, DeepSpeed's.",
+        "Under zero3, gathered values from which no more are gathered ahead (stage3_ of that name). Default 1,000,000,000, DeepSpeed's.",
         panel="Recipe",
         metavar="N",
     )
     max_reuse_distance = option(
         str,
         "--max-reuse-distance",
-        "Under zero3, weights stay that are used again within so many values (stage3_max_reuse_distance). Default 1,000,000,000, DeepSpeed's.",
+        "Under zero3, weights stay that are used again within so many values (stage3_ of that name). Default 1,000,000,000, DeepSpeed's.",
         panel="Recipe",
         metavar="N",
     )
     sub_group_size = option(
         str,
         "--sub-group-size",
-        "Under zero3, values of a GPU's weights that the optimizer steps at a time (sub_group_size). Default 1,000,000,000, DeepSpeed's.",
+        "Under zero3, values of a GPU's weights that the optimizer steps at a time. Default 1,000,000,000, DeepSpeed's.",
         panel="Recipe",
         metavar="N",
     )

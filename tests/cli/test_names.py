@@ -85,6 +85,14 @@ def needs_a_value(words: list[str], at: int) -> bool:
     return words[at] in USERS_OWN and (at + 1 == len(words) or words[at + 1].startswith("--"))
 
 
+MODELS_OF_KERNELS = {
+    "fla": "qwen3-next-80b-a3b",
+    "fla+causal-conv1d": "qwen3-next-80b-a3b",
+    "causal-conv1d": "lfm2-1.2b",
+    "mamba-ssm": "granite-4.0-h-tiny",
+}
+
+
 def taken(run: Run, options: tuple[str, ...]) -> bool:
     """Does some command answer with these options?"""
     shared = {"--sequence-parallel", "--context-parallel", "--tensor-parallel"}
@@ -96,6 +104,8 @@ def taken(run: Run, options: tuple[str, ...]) -> bool:
         more = ("-m", "llama3.1-8b")
     if "zero3" in options:  # which knows the modules of few families
         more = (*more, "-m", "llama3.1-8b")
+    if fused := MODELS_OF_KERNELS.keys() & {*options}:
+        more = ("-m", MODELS_OF_KERNELS[fused.pop()])
     if "--rotate-method" in options:
         more = ("--gpus", "8", "--context-parallel", "8", "-m", "llama3.1-8b")
     if "--context-parallel" in options:  # which knows no windows
