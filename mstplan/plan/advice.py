@@ -23,7 +23,6 @@ from ..spec.speeds import speeds_of
 from ..step.cuda import BIAS_ROWS
 from ..step.kernels import SDPA
 from ..step.mixer_packages import VERSIONS, kernels_for, kernels_in_words
-from ..step.mixers import runs_in_pieces
 from ..step.optimizers import OPTIMIZERS, stand_ins
 from ..step.parameters import parameter_count, trained_count
 from ..step.recipe import STRATEGY_FIELDS, Recipe, strategy_label, strategy_of, words_of
@@ -516,17 +515,22 @@ def layer_note(answers: Sequence[Answer]) -> list[str]:
     plan = next((answer.plan for answer in answers if answer.strategy == "mst-offload"), None)
     if plan is None or any(answer.plan.recipe.layer_in_chunks for answer in answers):
         return []
-    try:
-        check_counted(plan.model, plan.recipe.changed(layer_in_chunks=True))
-    except RecipeError:
+    if not _is_counted(plan, layer_in_chunks=True):
         return []
     attention, measured = plan.model.attention, "No GPU has measured it yet."
-    if attention.gated_output or not runs_in_pieces(plan.model):  # which layers in chunks are not planned with
-        return []
     further = "Further than mst-offload: --strategy mst-layer-offload, all of a layer but attention in chunks"
-    if attention.sinks or plan.model.eager_only:
+    if attention.sinks or plan.model.eager_only or not _is_counted(plan, layer_in_chunks=True, attention_on_host=True):
         return [f"{further}. {measured}"]
     return [f"{further}; with --attention-on-host its queries, keys and values wait in CPU RAM. {measured}"]
+
+
+def _is_counted(plan: Plan, **fields: object) -> bool:
+    """Whether the formula counts the plan's model with other fields of its recipe."""
+    try:
+        check_counted(plan.model, plan.recipe.changed(**fields))
+    except RecipeError:
+        return False
+    return True
 
 
 def padding_notes(strategy: str, plan: Plan, s_max: int) -> list[str]:

@@ -192,4 +192,7 @@ def test_a_strategy_that_reaches_further_is_named_where_it_is_none_of_the_answer
     assert "mst-layer-offload" in said("llama3.1-8b", gpus=8, sharding="fsdp")
     assert "mst-layer-offload" in said("gpt-oss-20b") and "--attention-on-host" not in said("gpt-oss-20b")
     assert not said("llama3.1-8b", ["mst-offload", "mst-layer"]) and not said("llama3.1-8b", ["checkpoint"])
-    assert not said("llama3.1-8b", gpus=8, sequence_parallel=8)
+    assert "--attention-on-host" in said("llama3.1-8b", gpus=8, sequence_parallel=8)
+    ring = said("llama3.1-8b", gpus=8, context_parallel=8)
+    assert "mst-layer-offload" in ring and "--attention-on-host" not in ring
+    assert not said("llama3.1-8b", gpus=8, sharding="zero3")
