@@ -18,7 +18,7 @@ from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
 from .real_events import without
-from .test_fsdp import LARGE, ON, check_formula, pass_of, peak_of, traced
+from .test_fsdp import LARGE, ON, check_formula, check_peaks, pass_of, traced
 from .two_ranks import CONFIG, TOKENS
 from .two_ranks_flat import mixed_recipes, recipes
 
@@ -50,15 +50,9 @@ def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
 @pytest.mark.parametrize("name", recipes())
 def test_two_real_ranks_hold_what_the_trace_says(real, name):
     """Within what random generators' states make, which are not followed: 0.2%."""
-    found, resident = traced(recipes()[name]), real[name]["resident"]
-    assert resident == sum(alive.bytes for alive in found.resident)
-    runs = [without(events, OF_GLOO) for events in real[name]["runs"]]
-    for phase in ("forward", "backward", "optimizer"):
-        ours = max(
-            (found.live[e] for place, span in found.step.blocks() for e in span if pass_of(place.run) == phase),
-            default=found.live[-1],
-        )
-        assert ours == pytest.approx(min(peak_of(events, phase, resident) for events in runs), rel=0.002), phase
+    check_peaks(
+        traced(recipes()[name]), real[name]["resident"], [without(events, OF_GLOO) for events in real[name]["runs"]]
+    )
 
 
 @pytest.mark.parametrize("name", mixed_recipes())

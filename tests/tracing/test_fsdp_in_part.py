@@ -13,7 +13,7 @@ from mstplan.tracing.fsdp import BUFFER, COPY_IN, SCATTER, SHARDS
 from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
-from .test_fsdp import IN_CPU_RAM, KNOWN, LARGE, check_formula, pass_of, peak_of, traced, without_known
+from .test_fsdp import IN_CPU_RAM, KNOWN, LARGE, check_formula, check_peaks, traced, without_known
 from .two_ranks import CONFIG, TOKENS
 from .two_ranks_in_part import mixed_recipes, recipes
 
@@ -47,15 +47,9 @@ def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
 @pytest.mark.parametrize("name", recipes())
 def test_two_real_ranks_hold_what_the_trace_says(real, name):
     """Within what random generators' states make, which are not followed: 0.2%."""
-    found, resident = traced(recipes()[name]), real[name]["resident"]
-    assert resident == sum(alive.bytes for alive in found.resident)
-    runs = [without_known(events)[0] for events in real[name]["runs"]]
-    for phase in ("forward", "backward", "optimizer"):
-        ours = max(
-            (found.live[e] for place, span in found.step.blocks() for e in span if pass_of(place.run) == phase),
-            default=found.live[-1],
-        )
-        assert ours == pytest.approx(min(peak_of(events, phase, resident) for events in runs), rel=0.002), phase
+    check_peaks(
+        traced(recipes()[name]), real[name]["resident"], [without_known(events)[0] for events in real[name]["runs"]]
+    )
 
 
 @pytest.mark.parametrize("name", recipes())
