@@ -92,18 +92,20 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def record(case: dict[str, Any]) -> dict[str, Any]:
-    """What one rank allocates in a step of a case."""
+def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable[..., None]]:
+    """DeepSpeed's engine of a case, and a step of it, which tells a function of each pass that begins."""
     import deepspeed
     import torch
 
-    from mstplan.measuring.allocations import record_allocations
     from mstplan.step.recipe import strategy
     from mstplan.train.step import build_model, read_settings
 
     model = build_model(read_settings(TIED if case["tied"] else CONFIG), strategy("standard"), "eager", "cpu")
+    if case.get("checkpoint"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings_of(case))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     ids = torch.randint(0, 1000, (1, TOKENS))
 
     def step(mark: Any = lambda _: None) -> None:
@@ -117,6 +119,16 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
                 mark("step")
             engine.step()
 
+    return engine, step
+
+
+def record(case: dict[str, Any]) -> dict[str, Any]:
+    """What one rank allocates in a step of a case."""
+    import torch
+
+    from mstplan.measuring.allocations import record_allocations
+
+    engine, step = begin(case, settings_of(case))
     for _ in range(WARM_UP):
         step()
     several = [record_allocations(step).events for _ in range(RUNS)]  # all ranks as many
@@ -139,8 +151,9 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def is_whole(events: list[Any]) -> bool:
-    """Whether all that was allocated was seen to be given back, as nothing outlives a step."""
+def is_whole(events: list[Any], persistent: Iterable[int] = ()) -> bool:
+    """Whether all that was allocated was seen to be given back, as nothing outlives a step, but what persists, in bytes, which a step of ZeRO-3 gathers
+    anew (that it goes before is not recorded, as it was there before)."""
     alive: dict[int, int] = {}
     for event in events:
         if event.bytes > 0 and event.address in alive:
@@ -149,7 +162,7 @@ def is_whole(events: list[Any]) -> bool:
             alive[event.address] = event.bytes
         else:
             alive.pop(event.address, None)
-    return not alive
+    return sorted(alive.values()) == sorted(persistent)
 
 
 def without_cpus(events: list[Any]) -> list[Any]:

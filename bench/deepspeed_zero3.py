@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from bench.deepspeed_zero import CONFIG, LEAST, TIED, TOKENS, least, peaks, run, without_cpus
+from bench.deepspeed_zero import LEAST, begin, is_whole, least, peaks, run, without_cpus
 
 WARM_UP, ROUNDS, RUNS = 3, 12, 8
 """Steps before any is recorded; how often so many are, until all ranks have seen a whole one: see bench/deepspeed_zero.py."""
@@ -95,41 +95,20 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
 
 def record(case: dict[str, Any]) -> dict[str, Any]:
     """What one rank allocates in a step of a case."""
-    import deepspeed
     import torch
 
     from mstplan.measuring.allocations import record_allocations
-    from mstplan.step.recipe import strategy
-    from mstplan.train.step import build_model, read_settings
 
-    model = build_model(read_settings(TIED if case["tied"] else CONFIG), strategy("standard"), "eager", "cpu")
-    if case["checkpoint"]:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings_of(case))
-    ids = torch.randint(0, 1000, (1, TOKENS))
-
-    def step(mark: Any = lambda _: None) -> None:
-        for number in range(case["accumulation"]):
-            mark(f"forward {number}")
-            loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
-            mark(f"backward {number}")
-            engine.backward(loss)
-            del loss
-            if number == case["accumulation"] - 1:
-                mark("step")
-            engine.step()
-
+    engine, step = begin(case, settings_of(case))
     for _ in range(WARM_UP):
         step()
     kept_whole = (each.data.untyped_storage().nbytes() for each in engine.optimizer.persistent_parameters)
-    persistent = sorted(size for size in kept_whole if size >= LEAST)
+    persistent = [size for size in kept_whole if size >= LEAST]
     whole: list[list[Any]] = []
     for _ in range(ROUNDS):
         several = [record_allocations(step).events for _ in range(RUNS)]  # all ranks as many
         large = [[event for event in events if abs(event.bytes) >= LEAST] for events in several]
-        whole += [without_cpus(events) for events in large if is_whole_but(events, persistent)]
+        whole += [without_cpus(events) for events in large if is_whole(events, persistent)]
         missing = torch.tensor(float(not whole))
         torch.distributed.all_reduce(missing)
         if not missing:
@@ -138,20 +117,6 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
     found["events"] = {phase: commonest(whole, phase, peak) for phase, peak in found["peaks"].items()}
     engine.destroy()
     return found
-
-
-def is_whole_but(events: list[Any], persistent: list[int]) -> bool:
-    """Whether all that was allocated was seen to be given back, but what persists, which a step gathers anew (that it goes before is not recorded, as it
-    was there before)."""
-    alive: dict[int, int] = {}
-    for event in events:
-        if event.bytes > 0 and event.address in alive:
-            return False
-        if event.bytes > 0:
-            alive[event.address] = event.bytes
-        else:
-            alive.pop(event.address, None)
-    return sorted(alive.values()) == persistent
 
 
 def commonest(whole: list[list[Any]], phase: str, peak: int) -> str:
