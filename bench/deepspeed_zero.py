@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
 }
 TIED = {**CONFIG, "tie_word_embeddings": True}
-WARM_UP, RUNS = 2, 16
+WARM_UP, ROUNDS, RUNS = 2, 12, 16
 """Steps before any is recorded, and those that are: gloo's thread may hold on to a buffer for a moment more, and what it gives back the profiler does not
 see; but not in all of so many."""
 BUCKETS = {"all": 10_000_000, "some": 350_000, "auto": 256 * 256}
@@ -122,18 +122,32 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
     return engine, step
 
 
-def record(case: dict[str, Any]) -> dict[str, Any]:
-    """What one rank allocates in a step of a case."""
+def whole_steps(step: Callable[..., None], runs: int, persistent: Iterable[int] = ()) -> list[list[Any]]:
+    """What steps allocate of LEAST bytes and more, of those that were seen whole: of so many, and again, until every rank has seen one."""
     import torch
 
     from mstplan.measuring.allocations import record_allocations
 
+    whole: list[list[Any]] = []
+    for _ in range(ROUNDS):
+        several = [record_allocations(step).events for _ in range(runs)]  # all ranks as many
+        large = [[event for event in events if abs(event.bytes) >= LEAST] for events in several]
+        whole += [events for events in large if is_whole(events, persistent)]
+        missing = torch.tensor(float(not whole))
+        torch.distributed.all_reduce(missing)
+        if not missing:
+            break
+    return whole
+
+
+def record(case: dict[str, Any]) -> dict[str, Any]:
+    """What one rank allocates in a step of a case."""
+    import torch
+
     engine, step = begin(case, settings_of(case))
     for _ in range(WARM_UP):
         step()
-    several = [record_allocations(step).events for _ in range(RUNS)]  # all ranks as many
-    recorded = [[event for event in events if abs(event.bytes) >= LEAST] for events in several]
-    recorded = [events for events in recorded if is_whole(events)]
+    recorded = whole_steps(step, RUNS)
     last = f"backward {case['accumulation'] - 1}"
     zero = engine.optimizer
     states = [t for state in zero.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]

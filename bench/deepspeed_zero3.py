@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from bench.deepspeed_zero import LEAST, begin, is_whole, least, peaks, run, without_cpus
+from bench.deepspeed_zero import LEAST, begin, least, peaks, run, whole_steps, without_cpus
 
-WARM_UP, ROUNDS, RUNS = 3, 12, 8
-"""Steps before any is recorded; how often so many are, until all ranks have seen a whole one: see bench/deepspeed_zero.py."""
+WARM_UP, RUNS = 3, 8
+"""Steps before any is recorded, and how many are at a time: see bench/deepspeed_zero.py."""
 SETTINGS: dict[str, dict[str, int]] = {
     "default": {},
     "auto": {"reduce_bucket_size": 65_536, "prefetch_bucket_size": 58_982, "param_persistence_threshold": 2_560},
@@ -95,24 +95,12 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
 
 def record(case: dict[str, Any]) -> dict[str, Any]:
     """What one rank allocates in a step of a case."""
-    import torch
-
-    from mstplan.measuring.allocations import record_allocations
-
     engine, step = begin(case, settings_of(case))
     for _ in range(WARM_UP):
         step()
     kept_whole = (each.data.untyped_storage().nbytes() for each in engine.optimizer.persistent_parameters)
     persistent = [size for size in kept_whole if size >= LEAST]
-    whole: list[list[Any]] = []
-    for _ in range(ROUNDS):
-        several = [record_allocations(step).events for _ in range(RUNS)]  # all ranks as many
-        large = [[event for event in events if abs(event.bytes) >= LEAST] for events in several]
-        whole += [without_cpus(events) for events in large if is_whole(events, persistent)]
-        missing = torch.tensor(float(not whole))
-        torch.distributed.all_reduce(missing)
-        if not missing:
-            break
+    whole = [without_cpus(events) for events in whole_steps(step, RUNS, persistent)]
     found = {"peaks": least(map(peaks, whole)), **kept(engine.optimizer)}
     found["events"] = {phase: commonest(whole, phase, peak) for phase, peak in found["peaks"].items()}
     engine.destroy()
