@@ -121,7 +121,7 @@ def _waiting_weights(config: Mapping[str, Any], recipe: Recipe, code_from: str |
     whole = build_towers(config, recipe, code_from)
     for name, tensor in tower_tensors(whole).items():
         shape = shape_on_rank(tensor, recipe) if tensor.dim() else ()
-        yield Weight(name, shape, _dtype_name(tensor), prod(shape) * tensor.element_size(), False)
+        yield Weight(name, shape, _dtype_name(tensor.dtype), prod(shape) * tensor.element_size(), False)
 
 
 def trace_settings(
@@ -492,25 +492,27 @@ def _layer_signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashabl
 
 def _describe_weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
     """Parameters and buffers; of sharded ones this card's share."""
-    buffers = [(name, t, tuple(t.shape), False) for name, t in model.named_buffers()]
-    if recipe.flat:
-        flat = [
-            Weight(name, shape, str(dtype).removeprefix("torch."), prod(shape) * dtype.itemsize, True)
-            for name, shape, dtype in flat_shapes(model, recipe)
-        ]
-        return (
-            *flat,
-            *(Weight(n, shape, _dtype_name(t), prod(shape) * t.element_size(), False) for n, t, shape, _ in buffers),
-        )
-    split = shapes_on_a_rank(model, recipe)
     parameters = [
-        (name, w, split.get(name) or shape_on_rank(w, recipe), recipe.weights_on_host)
-        for name, w in model.named_parameters()
+        (name, shape, dtype, weight is None or weight.requires_grad, recipe.weights_on_host)
+        for name, shape, dtype, weight in _parameters_on_rank(model, recipe)
     ]
+    buffers = [(name, tuple(t.shape), t.dtype, t.requires_grad, False) for name, t in model.named_buffers()]
     return tuple(
-        Weight(name, shape, _dtype_name(t), prod(shape) * t.element_size(), t.requires_grad, on_host)
-        for name, t, shape, on_host in parameters + buffers
+        Weight(name, shape, _dtype_name(dtype), prod(shape) * dtype.itemsize, trained, on_host)
+        for name, shape, dtype, trained, on_host in parameters + buffers
     )
+
+
+def _parameters_on_rank(
+    model: PreTrainedModel, recipe: Recipe
+) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, nn.Parameter | None]]:
+    """(name, this card's shape, dtype, the weight) of parameters; FSDP1's flat ones are many weights each, all trained."""
+    if recipe.flat:
+        yield from ((*flat, None) for flat in flat_shapes(model, recipe))
+        return
+    split = shapes_on_a_rank(model, recipe)
+    for name, weight in model.named_parameters():
+        yield name, split.get(name) or shape_on_rank(weight, recipe), weight.dtype, weight
 
 
 def _keep_layers(model: PreTrainedModel, layers: list[nn.Module], layer_numbers: list[int]) -> PreTrainedModel:
@@ -602,17 +604,11 @@ def _optimizer_states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str
 
 def _sizes(model: PreTrainedModel, recipe: Recipe) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds]]]:
     """Of the weights that are trained, by name, in shards; and their kinds, where the optimizer asks for them."""
-    if recipe.flat:
-        return [(name, (shape, dtype, frozenset())) for name, shape, dtype in flat_shapes(model, recipe)]
     asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
-    split = shapes_on_a_rank(model, recipe)
     return [
-        (
-            name,
-            (split.get(name) or shape_on_rank(w, recipe), w.dtype, kinds_of(w) if asks else frozenset()),
-        )
-        for name, w in model.named_parameters()
-        if w.requires_grad
+        (name, (shape, dtype, kinds_of(weight) if asks and weight is not None else frozenset()))
+        for name, shape, dtype, weight in _parameters_on_rank(model, recipe)
+        if weight is None or weight.requires_grad
     ]
 
 
@@ -643,7 +639,7 @@ def _record_update(sizes: Sizes, recipe: Recipe, on: str) -> tuple[Recording, tu
             for each in optimizers:
                 each.step()
         states = tuple(
-            State(name, _dtype_name(t), t.numel() * t.element_size()) for name, t in _optimizer_states(optimizers)
+            State(name, _dtype_name(t.dtype), t.numel() * t.element_size()) for name, t in _optimizer_states(optimizers)
         )
         state_indices = {recorder.storage_index(t) for _, t in _optimizer_states(optimizers)}
     recording = recorder.close().without(state_indices)
@@ -652,5 +648,5 @@ def _record_update(sizes: Sizes, recipe: Recipe, on: str) -> tuple[Recording, tu
     return (Recording() if apart else recording), states
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
