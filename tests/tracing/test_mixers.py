@@ -7,6 +7,7 @@ import json
 import pytest
 from transformers import CONFIG_MAPPING
 
+from bench.fused_mixers import ALONE, CONVOLUTIONS, EXPERTS, MIXED, PARTED, SCAN, SIZES
 from mstplan.errors import ModelError, RecipeError, UnreadError
 from mstplan.plan import solve
 from mstplan.spec.config import read_config
@@ -18,20 +19,6 @@ from ..recipes import in_chunks
 
 CARD = card("h100")
 EXACT = 0.0005
-SIZES = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 4000,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
-CONVOLUTIONS = {"layer_types": ["conv", "conv", "full_attention", "conv"]}
-MIXED = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 LINEAR = {
     "layer_types": MIXED,
     "head_dim": 64,
@@ -45,20 +32,9 @@ MAMBA = {
     "layer_types": MIXED,
     "num_local_experts": 0,
     "shared_intermediate_size": 1024,
-    "mamba_n_heads": 16,
-    "mamba_d_state": 64,
-    "mamba_n_groups": 2,
+    **SCAN,
 }
-SCAN = {"mamba_n_heads": 16, "mamba_d_state": 64, "mamba_n_groups": 2}
 BESIDE = {**SCAN, "mamba_d_ssm": 768, "mamba_n_heads": 12}
-PARTED = {
-    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention", "mlp"],
-    "mamba_num_heads": 16,
-    "mamba_head_dim": 64,
-    "ssm_state_size": 64,
-    "n_groups": 2,
-    "head_dim": 64,
-}
 ROUTED_PARTS = {
     "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention", "moe"],
     "n_routed_experts": 8,
@@ -66,7 +42,6 @@ ROUTED_PARTS = {
     "moe_intermediate_size": 512,
     "moe_shared_expert_intermediate_size": 1024,
 }
-ALONE = {"num_heads": 16, "head_dim": 64, "state_size": 64, "n_groups": 2}
 ROUTED = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 512}
 MODELS = {
     "lfm2": ("lfm2", CONVOLUTIONS),
