@@ -996,7 +996,7 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
     with _in_options():
         names = several.get(named) or [strategy_name(name.strip()) for name in named.split(",")]
     transformers_alone = (options.tensor_parallel or 1) > 1 or options.sharding == "fsdp1"  # its own code, in one piece
-    if options.strategy in (None, "all") and transformers_alone:
+    if options.strategy is None and transformers_alone:
         names = ["standard", "checkpoint"]
     return {name: STRATEGIES[name] for name in names}
 

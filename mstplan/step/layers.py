@@ -74,9 +74,7 @@ class Numerics(NamedTuple):
     ranks: int = 1  # cards that share a sequence, and in attention the heads
     ring: Ring | None = None  # of cards that share a sequence
     splits: int = 1  # cards that every matrix is split over
-    sums_products: bool = (
-        True  # over pieces, as they are made (train/grad_sums.py); not where DeepSpeed's linear stands in for torch's
-    )
+    sums_products: bool = True  # over pieces (train/grad_sums.py); not where DeepSpeed's linear stands in for torch's
 
     @property
     def compute(self) -> str:

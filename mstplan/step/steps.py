@@ -768,10 +768,9 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
             with w.tape.assign_role(Role.LAYER_INPUT):
                 hidden, returned, lent = _layers(w.tape, hidden, rows, recipe, per_layer)
             w.tape.stage = Stage.LOSS
-            if model.altup is not None:
-                with w.tape.assign_role(Role.NORM):
-                    hidden, streams = out_of_streams(w, hidden, model.altup, streams)
             with w.tape.assign_role(Role.NORM):
+                if model.altup is not None:
+                    hidden, streams = out_of_streams(w, hidden, model.altup, streams)
                 hidden = norm_in_chunks(w, hidden, "final norm") if chunks.layer else w.norm(hidden, "final norm")
             w.hold(
                 *variables,

@@ -569,7 +569,7 @@ class Rules(NamedTuple):
     selective: bool = False  # checkpoints keep what their selected operations made (torch's CachingTorchDispatchMode)
     reducer: Reducer | Reducer3 | None = None  # of ZeRO's gradients
     visitor: Visitor | None = (
-        None  # of calls of modules, which gathers their weights; such a replay is not to be had again either
+        None  # of calls of modules, which gathers their weights; such a replay is not to be had again
     )
 
 

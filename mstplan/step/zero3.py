@@ -220,9 +220,9 @@ class Coordinator:
         for param, step in self.queue:
             self.uses[param].append(step)
         self.traversed = [0, *accumulate(sum(weight.numel for _, weight in params) for params in fetches)]
-        self.next = self.step = self.live = (
-            0  # place in the queue; modules fetched for so far; values that are gathered
-        )
+        self.next = 0  # place in the queue
+        self.step = 0  # modules fetched for so far
+        self.live = 0  # values that are gathered
         self.fetched_for: dict[Param, int] = {}  # the latest step
         self.there: dict[Param, Tensor] = {}
         self.under_way: dict[Param, _Handle] = {}
