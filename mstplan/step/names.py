@@ -129,6 +129,7 @@ VALUES: dict[str, tuple[Advice, ...]] = {
             {"checkpoint": "every-2"},
             "with n for 2",
         ),
+        Advice("use_reentrant old legacy", "is torch's older checkpoint of every layer", {"checkpoint": "reentrant"}),
         Advice("offload cpu_offload offloaded", "is checkpointing with layer inputs in CPU RAM", _OFFLOADED),
         Advice("unsloth", "is Unsloth's, not planned", _OFFLOADED, "which moves the layers' inputs too"),
     ),
@@ -448,6 +449,7 @@ _OPTIONS = (
         "",
         _SELECTIVE,
     ),
+    Advice("use-reentrant reentrant use-reentrant-gc", "", {"checkpoint": "reentrant"}),
     Advice("every-n-layers checkpoint-every", "", {"checkpoint": "every-2"}, "with n for 2"),
     Advice(
         "activation-offloading activation-offload offload-activations enable-activation-offloading",

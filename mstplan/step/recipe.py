@@ -77,11 +77,14 @@ class Recipe(BaseModel):
     pad_to: int = Field(default=1, ge=1, le=1_000_000)
     """Tokens that batches are padded to a multiple of (a collator's pad_to_multiple_of)."""
     checkpoint: (
-        Literal["none", "layer", "sqrt", "selective", "children"] | Annotated[str, Field(pattern=EVERY_NTH)] | int
+        Literal["none", "layer", "reentrant", "sqrt", "selective", "children"]
+        | Annotated[str, Field(pattern=EVERY_NTH)]
+        | int
     ) = "none"
-    """Checkpointing: none, every layer, every sqrt(L) layers, every k layers together (an integer), each layer but for its attention's output
-    (selective), each n-th layer while the others keep everything (every-n, transformers' every_n_layers), or each module of a layer by itself,
-    norms, attention and MLP (children, as accelerate's FSDP2 did before August 2026)."""
+    """Checkpointing: none, every layer, every layer by torch's older way (reentrant: use_reentrant=True, transformers' default before 5, which keeps
+    a layer's output and the gradient that came in until its backward is done), every sqrt(L) layers, every k layers together (an integer), each
+    layer but for its attention's output (selective), each n-th layer while the others keep everything (every-n, transformers' every_n_layers),
+    or each module of a layer by itself, norms, attention and MLP (children, as accelerate's FSDP2 did before August 2026)."""
     mlp_chunks: ChunkCount = 1
     """Pieces of the sequence the MLP runs over; "auto": as recommended for model, card and length."""
     mlp_recompute: bool = False
@@ -250,6 +253,10 @@ class Recipe(BaseModel):
             (
                 self.attention_on_host and not self.layer_in_chunks,
                 "attention_on_host (--attention-on-host) is of layers in chunks: take the strategy mst-layer-offload (-s mst-layer-offload)",
+            ),
+            (
+                self.checkpoint == "reentrant" and (self.layer_in_chunks or self.offload == "saved-tensors"),
+                "reentrant checkpoints with layers in chunks or saved tensors in CPU RAM are not planned: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
                 self.attention_on_host and self.checkpoint != "layer",
@@ -426,8 +433,8 @@ class Recipe(BaseModel):
                 f"{self.replicas:,} replicas of {self.gpus:,} gpus leave no whole number of 2 or more for shards: {_replicas_that_do(self.gpus)}",
             ),
             (
-                self.checkpoint == "selective" or str(self.checkpoint).startswith("every-"),
-                "fsdp with selective checkpoints or those of each n-th layer is not planned: set checkpoint='layer' (--checkpoint layer)",
+                self.checkpoint in ("selective", "reentrant") or str(self.checkpoint).startswith("every-"),
+                "fsdp with selective or reentrant checkpoints or those of each n-th layer is not planned: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
                 self.offload == "saved-tensors",
@@ -905,7 +912,7 @@ def _replicas_that_do(gpus: int) -> str:
 _MUST_BE = {
     "reduce_bucket_size": "must be 'auto' or a whole number from 1",
     **dict.fromkeys(("prefetch_bucket_size", "param_persistence_threshold"), "must be 'auto' or a whole number from 0"),
-    "checkpoint": "must be none, layer, sqrt, selective, children, every-n (every-2), or a number of layers from 1",
+    "checkpoint": "must be none, layer, reentrant, sqrt, selective, children, every-n (every-2), or a number of layers from 1",
     **dict.fromkeys(CHUNK_FIELDS, "must be 'auto' or a whole number from 1"),
 }
 _WRITES_ONE = "`mstplan plan ... --write-recipe FILE` writes one to start from."

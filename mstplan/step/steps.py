@@ -784,8 +784,15 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
         _head(w, hidden, table, layout, in_pieces)
     tape = record_step(w.tape.build_tape(), variables[1] if recipe.input_gradients else None)
+    if recipe.checkpoint == "reentrant" and any(op.is_layer and _trains_alone(op.part) for op in tape.ops):
+        raise RecipeError(
+            "reentrant checkpoints train no layer whose input wants no gradient, as it is here where embeddings are frozen.\n"
+            "Add input_gradients (--input-gradients), as transformers and peft do."
+        )
     tape = with_escapes(tape)
-    if chunks.layer:  # the nodes of pieces hold on to what layers are given
+    if (
+        chunks.layer or recipe.checkpoint == "reentrant"
+    ):  # the nodes of pieces, or of layers, hold on to what these are given
         held = dict.fromkeys((*(tensor for row in rows for tensor in row.arguments), *per_layer))
         tape = replace(tape, held=tuple(held))
     if inputs := [op.reads[0] for op in tape.ops if op.fetches]:
@@ -806,11 +813,17 @@ def ring_of(layout: Layout) -> Ring | None:
     return Ring(recipe.context_parallel, recipe.rotate_method == "allgather", rank)
 
 
+def _trains_alone(part: Part | None) -> bool:
+    """Whether a part's weights get gradients and its input none."""
+    return part is not None and bool(part.trained) and not part.wanted
+
+
 def with_escapes(tape: Tape) -> Tape:
     """The tape, with what nodes of its layers hold by themselves: it comes with each layer, and goes when backward is through."""
     escaped: dict[Op, tuple[Tensor, ...]] = {}
     for op in tape.ops:
-        if op.part is not None and op.part.records and (tensors := _escapes(op.part.tape)):
+        reentrant = op.part is not None and op.part.reentrant
+        if op.part is not None and op.part.records and not reentrant and (tensors := _escapes(op.part.tape)):
             escaped[op] = tuple(
                 Tensor(f"{t.name}, held by its product", t.shape, t.dtype, t.basis, t.bytes, role=t.role)
                 for t in tensors
@@ -1188,7 +1201,11 @@ def _layers(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     every, offload = segment_length(recipe, len(layers)), recipe.offload_layer_inputs
     if every < 2:
-        return _chain(tape, hidden, layers, checkpointed_layers(recipe, len(layers)), offload, per_layer)
+        starts, reentrant = checkpointed_layers(recipe, len(layers)), recipe.checkpoint == "reentrant"
+        if reentrant:  # the graph of a layer that is run again goes when its own backward is over
+            holding = {id(layer.tape): replace(layer.tape, held=_escapes(layer.tape)) for layer in layers}
+            layers = [layer._replace(tape=holding[id(layer.tape)]) for layer in layers]
+        return _chain(tape, hidden, layers, starts, offload, per_layer, reentrant)
     segment_calls: dict[tuple[int, ...], LayerCall] = {}
     groups = [layers[start : start + every] for start in range(0, len(layers), every)]
     for inside in groups:
@@ -1217,7 +1234,7 @@ def segment_length(recipe: Recipe, layers: int) -> int:
     """Layers per checkpoint; 0: no checkpointing. sqrt: the nearest whole number to sqrt(layers)."""
     if not recipe.checkpoints_layers:
         return 0
-    if recipe.checkpoint in ("layer", "selective") or every_nth(recipe) is not None:
+    if recipe.checkpoint in ("layer", "reentrant", "selective") or every_nth(recipe) is not None:
         return 1
     if recipe.checkpoint == "sqrt":
         low = isqrt(layers)
@@ -1250,12 +1267,13 @@ def _chain(
     checkpointed: Container[int],
     offload: bool = False,
     per_layer: tuple[Tensor, ...] = (),
+    reentrant: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Layers, or segments of them, one after the other: those of the step are stages of it, those of a segment are not. checkpointed:
-    the numbers of those that are; offload: the inputs of these go to CPU RAM. per_layer: of which each takes its part. Returns hidden states,
+    the numbers of those that are, reentrant or not; offload: the inputs of these go to CPU RAM. per_layer: of which each takes its part. Returns hidden states,
     what the last layer returned beside them, and keys and values that layers lent."""
     count = len(layers)
-    leaving: tuple[Tensor, ...] = ()  # to CPU RAM: it is let go when the next one does
+    leaving: tuple[Tensor, ...] = ()  # to CPU RAM: it is let go when the next one does, reentrant when that was run
     returned: tuple[Tensor, ...] = ()  # by the layer before, beside hidden states
     lent: dict[bool, tuple[Tensor, ...]] = {}  # keys and values, by whether their layers have a window
     for i, call in enumerate(layers):
@@ -1269,12 +1287,14 @@ def _chain(
         made = tuple(tensor_of(call.tape.dims, t.name, t.shape, t.dtype, role=t.role) for t in call.tape.outputs[1:])
         # every checkpoint holds the dict that these are in
         arguments = call.list_kept(recompute) + (tuple(t for pair in lent.values() for t in pair) if recompute else ())
-        part = Part(call.tape, recompute=recompute, offload=offload and recompute, arguments=arguments)
+        part = Part(
+            call.tape, recompute=recompute, reentrant=reentrant, offload=offload and recompute, arguments=arguments
+        )
         if made and recompute:  # keys that are run again keep cos and sin
             own_input = (hidden,) if input_lingers(call.tape) and not part.offload else ()
             part = replace(part, lingering=(*call.tables, *own_input))
-        leaving = (hidden,) if part.offload else leaving
-        held = (*returned, *(() if recompute else leaving))
+        before, leaving = leaving, (hidden,) if part.offload else leaving
+        held = (*returned, *(before if reentrant else () if recompute else leaving))
         # where nothing is run again, backward keeps it anyway
         returned = tuple(tape.new(t.name, t.shape, t.dtype) for t in call.tape.returned) if recompute else ()
         reads, makes = (hidden, *own, *borrowed), (out, *made, *returned)

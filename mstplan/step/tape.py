@@ -8,7 +8,7 @@ live bytes at every moment:
 - the backward of an operation holds the incoming gradient, what was kept, the gradients it makes and its own temporaries at once;
 - a gradient that reaches a tensor twice is added in place (torch/csrc/autograd/input_buffer.cpp);
 - a checkpointed part keeps its input only, and in backward is run again up to the last tensor that backward needs
-  (torch.utils.checkpoint, non-reentrant, early stop).
+  (torch.utils.checkpoint, non-reentrant, early stop), or whole, by a backward of its own (reentrant).
 
 Bytes are not numbers here but vectors over `BASIS`, so that one replay serves every batch, length and number of chunks.
 Parts that repeat are replayed once. `tests/step/test_steps.py` replays every layer one by one and compares.
@@ -320,7 +320,8 @@ class Flat:
 class Part:
     """A stretch of the forward pass that is replayed as one operation: its tape's sources and outputs are what the operation reads and makes.
 
-    recompute: keeps its inputs only, and runs again in backward (checkpointing).
+    recompute: keeps its inputs only, and runs again in backward (checkpointing). reentrant: whole, in a function of autograd's that holds what
+        comes of it, and the gradient that came in, until a backward of its own is over (CheckpointFunction in torch/utils/checkpoint.py).
     chunked: its tape is one piece of the sequence; outputs and, in backward, the inputs' gradients are held whole while
         the pieces run one after the other.
     sums: fp32 sums of the weights' gradients over the pieces, where there are several.
@@ -337,6 +338,7 @@ class Part:
 
     tape: Tape
     recompute: bool = False
+    reentrant: bool = False
     chunked: bool = False
     sums: tuple[Tensor, ...] = ()
     copies: tuple[Tensor, ...] = ()
@@ -1445,6 +1447,9 @@ def _part_backward(
             ledger.rename(grad_of(op.makes[n]), grad_of(part.tape.outputs[n]))
         for n in outer.adds:
             ledger.rename(grad_of(op.reads[n]), grad_of(part.tape.sources[n]))
+        if part.reentrant:
+            _reentrant_backward(op, part, ledger, rules, moments, outer)
+            return
         replay = backward(
             part.tape,
             rules,
@@ -1492,6 +1497,26 @@ def _part_backward(
                 continue
             _join(Joined(weight, is_view=False), ledger, rules)
         _reach(weight, weight_gradient(weight, weight.dtype or rules.dtype), ledger, rules)
+
+
+def _reentrant_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, moments: bool, outer: Outer) -> None:
+    """Replay the backward of a part that is run again whole, and then backward by itself."""
+    source = part.tape.source
+    if part.offload and source is not None:
+        ledger.put(source)
+    again = forward(part.tape, rules, keep=True)
+    ledger.splice(again, op.where, moments=moments)
+    for tensor in again.cached:  # it leaves autocast before it goes backward
+        ledger.drop(tensor)
+    ledger.splice(backward(part.tape, rules, outer=outer._replace(shares=True)), op.where, moments=moments)
+    _drop_outputs(part.tape, ledger)
+    if part.offload and source is not None:
+        ledger.drop(source)
+    for n in outer.outputs or () if not outer.shares else ():
+        ledger.drop(grad_of(part.tape.outputs[n]))
+    for tensor, made in zip(op.reads, part.tape.sources, strict=True):
+        if tensor in part.wanted:
+            ledger.rename(grad_of(made), grad_of(tensor))
 
 
 def _used_again(tape: Tape) -> dict[Weight, int]:

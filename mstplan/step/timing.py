@@ -76,7 +76,8 @@ class Walk:
         inside = self.tape(part.tape)
         pieces = 1 if not part.chunked else self.chunks.loss if part.in_forward else self.chunks.mlp
         ahead, behind = pieces * inside.ahead, pieces * inside.behind + self.sums(part, pieces)
-        again = ahead if part.chunked else inside.again  # pieces run again whole (mstplan/train/mlp.py)
+        whole = part.chunked or part.reentrant  # pieces, too, run again whole (mstplan/train/mlp.py)
+        again = ahead if whole else inside.again
         if part.in_forward:
             return Times(ahead + behind, 0.0, 0.0)
         if not part.records:

@@ -36,7 +36,7 @@ class Checkpoints:
     """Checkpoints of a model's layers as a recipe has them. One for a model; `abandon_segment` after a forward pass that failed."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], recipe: Recipe, runtime: Runtime):
-        self.name = type(model).__name__
+        self.name, self.layers = type(model).__name__, layers
         self.segments = segments_of(recipe, checkpointed_layers(recipe, len(layers)), len(layers))
         self.host_copies = HostCopies(runtime) if recipe.offload_layer_inputs else None
         self.contexts: ContextPair = (
@@ -48,6 +48,7 @@ class Checkpoints:
         self.recomputing: int | None = None  # the number of the layer that is being run again
         self.discards_output = False  # and will nobody read its output?
         self.is_running = False  # is a layer being run, for the first time or again?
+        self.reentrant = recipe.checkpoint == "reentrant"
         self._output: Any = None
         self.model, self.flags_before = (
             model,
@@ -75,6 +76,8 @@ class Checkpoints:
             raise ModelError(
                 f"{self.name} gives its layers their hidden states by name, so they cannot be checkpointed here.\nSet checkpoint='none'."
             )
+        if self.reentrant:
+            return self._run_reentrant(index, run, *args)
         try:
             if index in self.segments:
                 self._begin_segment(index, args[0])
@@ -94,6 +97,31 @@ class Checkpoints:
             self.abandon_segment()
             raise
         return out
+
+    def _run_reentrant(self, index: int, run: LayerRun, *args: Any) -> Any:
+        """As transformers did it before 5: torch's checkpoint of the layer is a function of autograd's with a backward of its own."""
+        if torch.is_grad_enabled() and not args[0].requires_grad and self._trains(index):
+            raise ModelError(
+                f"reentrant checkpoints would give layer {index} of {self.name} no gradients: of its input none is wanted.\n"
+                "Call model.enable_input_require_grads() first, or set checkpoint='layer'."
+            )
+        runs = 0
+
+        def layer(*args: Any) -> Any:
+            nonlocal runs
+            self.recomputing, runs = index if runs else None, runs + 1
+            try:
+                return self._run(run, *args)
+            finally:
+                self.recomputing = None
+
+        with ExitStack() as entered:
+            if self.host_copies is not None and torch.is_grad_enabled():
+                entered.enter_context(self.host_copies.keep_on_host(index, len(self.segments)))
+            return torch_checkpoint.checkpoint(layer, *args, use_reentrant=True)
+
+    def _trains(self, index: int) -> bool:
+        return any(weight.requires_grad for weight in self.layers[index].parameters())
 
     def _run(self, run: LayerRun, *args: Any) -> Any:
         self.is_running = True

@@ -105,6 +105,7 @@ class ChunkCounts:
             {
                 "none": "no checkpoints",
                 "layer": "every layer checkpointed",
+                "reentrant": "every layer checkpointed, reentrant",
                 "selective": "every layer checkpointed but for attention",
             },
         )

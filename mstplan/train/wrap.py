@@ -39,7 +39,7 @@ from .zero import check_not_begun, has_shards, mark_leaf, unmark_leaf
 
 LOG = logging.getLogger("mstplan")
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
-Checkpoint = Literal["none", "layer", "sqrt", "selective"] | str | int
+Checkpoint = Literal["none", "layer", "reentrant", "sqrt", "selective"] | str | int
 
 
 class _Settings:
@@ -115,10 +115,11 @@ class Minisequence:
 
         mlp_chunks, loss_chunks: how many pieces; None: as many as the planner recommends for model, card and length.
         checkpoint: "none", "layer", "sqrt" (every sqrt(L) layers), a number of layers, "selective" (every layer, but attention is not
-        run again) or "every-2" (every second layer). offload: the checkpoints' inputs wait for backward in pinned
-        CPU RAM. The defaults are the planner's strategy `mst`; with offload, `mst-offload`. layer_in_chunks: all of a layer but attention
-        runs in the chunks (`mst-layer`). attention_groups: of heads, over which attention then runs one after the other; attention_on_host:
-        queries, keys, values and attention's results wait in pinned CPU RAM, and are on the device for one group at a time.
+        run again), "every-2" (every second layer) or "reentrant" (every layer in torch's older way, which holds more). offload: the
+        checkpoints' inputs wait for backward in pinned CPU RAM. The defaults are the planner's strategy `mst`; with offload, `mst-offload`.
+        layer_in_chunks: all of a layer but attention runs in the chunks (`mst-layer`). attention_groups: of heads, over which attention then
+        runs one after the other; attention_on_host: queries, keys, values and attention's results wait in pinned CPU RAM, and are on the
+        device for one group at a time.
         kernels: "liger" puts Liger's norms, rotary embedding and SwiGLU or GeGLU in place of the model's own; None: on a GPU, where
         liger-kernel is installed and knows the family; "torch": the model's own.
         plan, in place of all of these: a recipe of the planner's, whose strategy is followed; or "auto": of the strategies that fit the
@@ -323,7 +324,7 @@ def _read_recipe(
             raise RecipeError(f"{name} must be a whole number from 1, or None for the recommended one, not {value!r}.")
     if not _is_checkpoint(checkpoint):
         raise RecipeError(
-            "checkpoint must be 'none', 'layer', 'sqrt', 'selective', 'every-n' ('every-2') or a number of layers from 1, "
+            "checkpoint must be 'none', 'layer', 'reentrant', 'sqrt', 'selective', 'every-n' ('every-2') or a number of layers from 1, "
             f"not {checkpoint!r}."
         )
     for name, value in (
@@ -346,7 +347,9 @@ def _read_recipe(
 
 def _is_checkpoint(value: object) -> bool:
     if isinstance(value, str):
-        return value in ("none", "layer", "sqrt", "selective") or re.fullmatch(EVERY_NTH, value) is not None
+        return (
+            value in ("none", "layer", "reentrant", "sqrt", "selective") or re.fullmatch(EVERY_NTH, value) is not None
+        )
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -454,9 +457,10 @@ def _note_output_use(layer: Any, _inputs: Any, output: Any) -> Any:
     output = materialize(output)
     hidden = output[0] if isinstance(output, tuple) else output
     for mlp in layer._mstplan_mlps:
-        nodes = mlp.__dict__.pop("_mstplan_nodes", [])
-        if nodes and torch.is_tensor(hidden):
-            mlp._mstplan_read = any(output_is_read(node, hidden) for node in nodes)
+        nodes = mlp.__dict__.pop("_mstplan_nodes", None)
+        if nodes is not None and torch.is_tensor(hidden) and hidden.requires_grad:
+            # no nodes: made in a reentrant checkpoint, which runs all of the layer again
+            mlp._mstplan_read = not nodes or any(output_is_read(node, hidden) for node in nodes)
     return output
 
 

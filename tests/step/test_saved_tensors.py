@@ -107,6 +107,16 @@ def test_selective_lies_between_layer_and_none(seq_len: int, batch: int, saved: 
     assert layer <= selective <= none
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([256, 2048, 8192]), st.integers(1, 3), st.sampled_from(["none", "layer-inputs"]))
+def test_reentrant_checkpoints_never_need_less(seq_len: int, batch: int, offload: str) -> None:
+    """They hold a layer's output, and the gradient that came in, a moment longer: at most two hidden states."""
+    layer, reentrant = (
+        peak(Recipe(checkpoint=how, batch=batch, offload=offload), seq_len) for how in ("layer", "reentrant")
+    )
+    assert layer <= reentrant <= layer + 2 * batch * seq_len * LAYERS.hidden * 2
+
+
 def test_eager_attention_has_nothing_that_a_selective_checkpoint_keeps() -> None:
     how = {"attention": "eager"}
     assert peak(Recipe(checkpoint="selective", **how)) == peak(Recipe(checkpoint="layer", **how))
@@ -124,8 +134,16 @@ def test_a_selective_checkpoint_runs_all_but_attention_again() -> None:
         sizes = step_sizes(recipe, 16384, Chunks(1, 1))
         return step_seconds(built(recipe, 16384), recipe, H100.gpu, sizes, Chunks(1, 1))
 
-    none, selective, layer = map(seconds, ("none", "selective", "layer"))
-    assert none < selective < layer
+    none, selective, layer, reentrant = map(seconds, ("none", "selective", "layer", "reentrant"))
+    assert none < selective < layer < reentrant  # which makes the last product again, too
+
+
+def test_reentrant_checkpoints_need_gradients_of_inputs() -> None:
+    """torch's CheckpointFunction is left without a node in the graph where none of its inputs wants one."""
+    frozen = Recipe(checkpoint="reentrant", lora_rank=8)
+    with pytest.raises(RecipeError, match="--input-gradients"):
+        peak(frozen, 1024)
+    assert peak(frozen.changed(input_gradients=True), 1024) > 0
 
 
 def test_cpu_ram_holds_what_is_sent() -> None:
@@ -185,6 +203,8 @@ def test_packed_samples_take_a_mask_at_any_length() -> None:
         ({"checkpoint": "every-0"}, "every-n"),
         ({"checkpoint": "every-2", "gpus": 2, "sharding": "fsdp"}, "--checkpoint layer"),
         ({"checkpoint": "selective", "gpus": 2, "sharding": "fsdp"}, "--checkpoint layer"),
+        ({"checkpoint": "reentrant", "gpus": 2, "sharding": "fsdp"}, "--checkpoint layer"),
+        ({"checkpoint": "reentrant", "offload": "saved-tensors"}, "--checkpoint layer"),
         ({"offload": "saved-tensors", "gpus": 2, "sharding": "fsdp"}, "--offload layer-inputs"),
         ({"offload": "saved-tensors", "mlp_chunks": 4}, "--no-recompute"),
         ({"offload": "layer-inputs"}, "--checkpoint layer"),
@@ -201,6 +221,7 @@ def test_what_makes_no_sense(fields: dict[str, Any], says: str) -> None:
     [
         ({"checkpoint": "selective"}, "--checkpoint selective"),
         ({"checkpoint": "every-2"}, "--checkpoint every-2"),
+        ({"checkpoint": "reentrant"}, "--checkpoint reentrant"),
         ({"offload": "saved-tensors"}, "--offload saved-tensors"),
         ({"packing": 8}, "--strategy no-checkpointing --packing 8"),
         ({"attention": "flash", "padding_free": True, "batch": 2}, "--batch 2 --padding-free --attention flash"),

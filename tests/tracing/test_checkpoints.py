@@ -19,6 +19,7 @@ H100 = card("h100")
 SAVED = {"offload": "saved-tensors"}
 MST = {"loss": "chunked", "loss_chunks": 4, "mlp_chunks": 2, "mlp_recompute": True}
 CHILDREN = {"checkpoint": "children"}
+REENTRANT = {"checkpoint": "reentrant"}
 CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("llama3.2-1b", 4, {"checkpoint": "selective"}),
     ("llama3.2-1b", 4, {"checkpoint": "selective", "train": ("norms",)}),
@@ -40,6 +41,27 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("gemma2-2b", 2, {**SAVED, "checkpoint": "layer"}),
     ("qwen3-30b-a3b", 2, {**SAVED, "checkpoint": "every-2"}),
     ("deepseek-v2-lite", 2, {"checkpoint": "selective"}),
+    ("llama3.2-1b", 4, REENTRANT),
+    ("llama3.2-1b", 4, {**REENTRANT, "precision": "mixed"}),
+    ("llama3.2-1b", 4, {**REENTRANT, "batch": 2, "accumulation": 2}),
+    ("llama3.2-1b", 4, {**REENTRANT, "offload": "layer-inputs"}),
+    ("llama3.2-1b", 4, {**REENTRANT, "offload": "layer-inputs", **MST}),
+    ("llama3.2-1b", 4, {**REENTRANT, **MST}),
+    ("llama3.2-1b", 4, {**REENTRANT, "lora_rank": 8, "lora_targets": ("all-linear",), "input_gradients": True}),
+    ("llama3.2-1b", 4, {**REENTRANT, "lora_rank": 8, "quantize": "int8", "input_gradients": True}),
+    ("llama3.2-1b", 4, {**REENTRANT, "freeze": ("mlp",)}),
+    ("llama3.2-1b", 4, {**REENTRANT, "sharding": "ddp", "gpus": 4}),
+    ("llama3.2-1b", 4, {**REENTRANT, "sharding": "ddp", "gpus": 2, "sequence_parallel": 2}),
+    ("llama3.2-1b", 4, {**REENTRANT, "optimizer_in_backward": True}),
+    ("llama3.2-1b", 4, {**REENTRANT, "attention": "eager"}),
+    ("llama3.2-1b", 4, {**REENTRANT, "attention": "flash", "kernels": "liger", "loss": "liger"}),
+    ("gpt2", 2, REENTRANT),
+    ("pythia-1.4b", 2, REENTRANT),
+    ("gemma2-9b", 12, REENTRANT),
+    ("olmo2-7b", 2, REENTRANT),
+    ("qwen3-30b-a3b", 2, REENTRANT),
+    ("deepseek-v2-lite", 2, REENTRANT),
+    ("gpt-oss-20b", 2, REENTRANT),
     ("llama3.2-1b", 4, CHILDREN),
     ("llama3.2-1b", 4, {**CHILDREN, "precision": "mixed"}),
     ("llama3.2-1b", 4, {**CHILDREN, "batch": 2, "accumulation": 2}),
@@ -77,7 +99,9 @@ def test_formula_and_trace_agree(name: str, layers: int, fields: dict[str, Any])
         assert instant.bytes == pytest.approx(peaks[instant.name], rel=1e-4), instant.name
 
 
-@pytest.mark.parametrize("fields", [{"checkpoint": "every-3"}, {**SAVED, "checkpoint": "layer"}, SAVED, CHILDREN])
+@pytest.mark.parametrize(
+    "fields", [{"checkpoint": "every-3"}, {**SAVED, "checkpoint": "layer"}, SAVED, CHILDREN, REENTRANT]
+)
 def test_few_layers_say_what_all_say(fields: dict[str, Any]) -> None:
     config = {**load_config("llama3.2-1b"), "num_hidden_layers": 16}
     few, all_layers = (trace(config, Recipe(**fields), 256, whole=whole) for whole in (False, True))

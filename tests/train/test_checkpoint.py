@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mstplan.errors import MissingError, RecipeError
+from mstplan.errors import MissingError, ModelError, RecipeError
 from mstplan.step.recipe import Recipe
 from mstplan.train import minisequence
 from mstplan.train.checkpoint import segments_of
@@ -103,6 +104,54 @@ def test_where_checkpoints_begin_and_end() -> None:
     assert segments_of(Recipe(checkpoint="every-2"), range(0, 5, 2), 5) == {0: 1, 2: 3, 4: 5}
     assert segments_of(Recipe(checkpoint=2), range(0, 5, 2), 5) == {0: 2, 2: 4, 4: 5}
     assert segments_of(Recipe(checkpoint="selective"), range(3), 3) == {0: 1, 1: 2, 2: 3}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_reentrant_checkpoints_run_layers_again_whole(own: bool) -> None:
+    """As transformers' own do: each layer's last product, too, which others leave out; and no tensor stays."""
+    model = small_model("llama").float()
+    layers = len(model.model.layers)
+    ids, labels = small_batch(1, 8)
+    products = {}
+    for reentrant in (False, True):
+        if own:
+            minisequence(
+                model, mlp_chunks=1, loss_chunks=1, checkpoint="reentrant" if reentrant else "layer", kernels="torch"
+            )
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with Counting() as counting:
+            model(input_ids=ids, labels=labels).loss.backward()
+        products[reentrant] = counting.counts["aten.mm"]
+        minisequence.undo(model)
+    assert products[True] - products[False] == layers
+
+
+def test_reentrant_checkpoints_that_would_train_nothing_are_refused() -> None:
+    """torch would warn, and give no weight of such a layer a gradient."""
+    model = small_model("llama")
+    model.get_input_embeddings().weight.requires_grad_(False)
+    minisequence(model, mlp_chunks=1, loss_chunks=1, checkpoint="reentrant")
+    ids, labels = small_batch(1, 8)
+    with pytest.raises(ModelError, match="enable_input_require_grads"):
+        model(input_ids=ids, labels=labels)
+
+
+def test_reentrant_checkpoints_with_chunks_leave_nothing_behind() -> None:
+    """No graph of a layer outlives its backward, held by a chunked MLP or in a cycle."""
+    model = small_model("llama").float()
+    minisequence(model, mlp_chunks=2, loss_chunks=2, checkpoint="reentrant")
+    ids, labels = small_batch(1, 8)
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(each) for each in gc.get_objects()}
+        model(input_ids=ids, labels=labels).loss.backward()
+        model.zero_grad()
+        left = [each for each in gc.get_objects() if id(each) not in before and isinstance(each, torch.Tensor)]
+    finally:
+        gc.enable()
+    assert not left
 
 
 @pytest.mark.parametrize("checkpoint", ["every-0", "every-", "every-2x", "selectiv", "every-100000", True])

@@ -38,6 +38,7 @@ MODES = {
     "segments": {"checkpoint": 2, "offload": True},
     "selective": {"checkpoint": "selective"},
     "every second": {"checkpoint": "every-2", "offload": True},
+    "reentrant": {"checkpoint": "reentrant", "offload": True},
 }
 
 
@@ -121,6 +122,8 @@ def test_frozen_weights(family, frozen, mode):
     ids, labels = small_batch(2, 13)
     wanted = step(model, ids, labels)
     assert 0 < len(wanted[1]) < len(list(model.parameters()))
+    if mode == "reentrant":  # else layers would get no gradients
+        model.enable_input_require_grads()
     minisequence(model, mlp_chunks=3, loss_chunks=4, **MODES[mode])
     for _ in range(2):
         assert_equal(step(model, ids, labels), wanted)
