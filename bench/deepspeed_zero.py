@@ -102,7 +102,7 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
 
     model = build_model(read_settings(TIED if case["tied"] else CONFIG), strategy("standard"), "eager", "cpu")
     if case.get("checkpoint"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": case["checkpoint"] == "reentrant"})
         model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

@@ -34,13 +34,11 @@ ALST's recipes say how far they are from what mstplan plans (ArcticTraining: `mo
 `config/trainer.py`; DeepSpeed 0.19.8: `runtime/sequence_parallel/ulysses_sp.py`):
 
 - **The card was not full.** Where a recipe notes what nvidia-smi showed, it is 71.00 and 71.55 GiB of 79.2 for Qwen3-32B, 47.70 and 53.83 for
-  Llama-3.1-70B, whose recipes say that CPU RAM ended them. Lengths are rounded ones that ran. At those lengths the table's count is 10% to 14% below
-  nvidia-smi's, for both models.
-- **A layer's output stays through its backward.** `CheckpointFunctionWithCPUOffload` is a reentrant checkpoint: it runs the layer again, and keeps
-  what that gives (`outputs`) until the layer's backward is over. mstplan's checkpoint, torch's non-reentrant one, keeps no such tensor. On fake
-  tensors, with DeepSpeed's TiledMLP in a reentrant checkpoint, a layer of Llama-3.1-8B holds 15.1 hidden states (b, s, d) in bf16 for each token as
-  FlashAttention's backward runs; mst-offload's holds 14.1, the same tensors but that one. So lengths differ by 7% for that alone: 3.6 GiB at
-  3,800,000 tokens on 8 GPUs, and 2.2 GiB at 15,000,000 on 64 of Qwen3-32B, of which its row is then 8% below nvidia-smi's.
+  Llama-3.1-70B, whose recipes say that CPU RAM ended them. Lengths are rounded ones that ran. The table's bytes are those at such a length, to be
+  read beside nvidia-smi's.
+- **A layer's output stays through its backward, and so does the gradient that came in.** `CheckpointFunctionWithCPUOffload` is a reentrant checkpoint,
+  and is read as one (`--checkpoint reentrant`): of every token two hidden states more than with torch's other checkpoint, 3.6 GiB each at
+  3,800,000 tokens on 8 GPUs.
 - **Streams of ZeRO-3.** The recipes set no sizes, so DeepSpeed's defaults are counted: up to 10^9 gathered weights (`stage3_max_live_parameters`,
   1.86 GiB in bf16), a bucket of 5 x 10^8 gradients (`reduce_bucket_size`, 0.93 GiB) and its copy. It gathers and reduces on streams of their own, whose
   memory torch's allocator keeps apart; the simulated one has a single stream.

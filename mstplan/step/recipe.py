@@ -567,7 +567,7 @@ class Recipe(BaseModel):
                 f"{wrong}: {_MUST_BE.get(wrong, 'must be a whole number from 0')} (got {quoted(sizes.get(wrong))})",
             ),
             (
-                self.checkpoint not in ("none", "layer"),
+                self.checkpoint not in ("none", "layer", "reentrant"),
                 "zero3 is planned with every layer checkpointed by itself, or none: set checkpoint='layer' (--checkpoint layer)",
             ),
             (

@@ -66,9 +66,13 @@ def step_of_case(case: dict[str, Any]) -> Step:
     sizes = SETTINGS[case["settings"]]
     if case["settings"] == "auto":
         sizes = dict.fromkeys(sizes, "auto")  # type: ignore[arg-type]
-    name = "checkpoint" if case["checkpoint"] else "standard"
-    recipe = strategy(
-        name, gpus=case["ranks"], sharding="zero3", weights_on_host=case["host"] == "all", **fields, **sizes
+    recipe = Recipe(
+        checkpoint={False: "none", True: "layer"}.get(case["checkpoint"], case["checkpoint"]),
+        gpus=case["ranks"],
+        sharding="zero3",
+        weights_on_host=case["host"] == "all",
+        **fields,
+        **sizes,
     )
     return built(recipe, read_config(TIED if case["tied"] else CONFIG, "tiny"), TOKENS)
 
@@ -169,7 +173,7 @@ def settings_of_zero(draw: st.DrawFn) -> dict[str, object]:
         "max_live_parameters": draw(st.sampled_from([1_000_000_000, 30_000_000, 0])),
         "max_reuse_distance": draw(st.sampled_from([1_000_000_000, 30_000_000, 0])),
         "sub_group_size": draw(st.sampled_from([1_000_000_000, 1_000_000])),
-        "checkpoint": draw(st.sampled_from(["none", "layer"])),
+        "checkpoint": draw(st.sampled_from(["none", "layer", "reentrant"])),
         "adamw_kernel": draw(st.sampled_from(["fused", "foreach"])),
     }
 
