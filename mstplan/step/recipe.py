@@ -433,15 +433,11 @@ class Recipe(BaseModel):
                 f"{self.replicas:,} replicas of {self.gpus:,} gpus leave no whole number of 2 or more for shards: {_replicas_that_do(self.gpus)}",
             ),
             (
-                self.checkpoint in ("selective", "reentrant") or str(self.checkpoint).startswith("every-"),
-                "fsdp with selective or reentrant checkpoints or those of each n-th layer is not planned: set checkpoint='layer' (--checkpoint layer)",
-            ),
-            (
                 self.offload == "saved-tensors",
                 "fsdp with saved tensors in CPU RAM is not planned: set offload='layer-inputs' (--offload layer-inputs)",
             ),
             (
-                self.checkpoint not in ("none", "layer", "children", 1),
+                self.checkpoint == "sqrt" or (isinstance(self.checkpoint, int) and self.checkpoint > 1),
                 "fsdp gathers one layer at a time, so a checkpoint cannot span several: set checkpoint='layer' (--checkpoint layer)",
             ),
             (

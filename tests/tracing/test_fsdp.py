@@ -265,6 +265,10 @@ def test_formula_and_trace_agree(model, name, tokens, gpus):
         ("llama3.2-1b", {"loss": "trl", "lora_rank": 16, "autocast": True}),
         ("llama3.1-8b", {"adamw_kernel": "for-loop"}),
         ("llama3.1-8b", {"precision": "mixed", "gpus": 2}),
+        ("llama3.2-1b", {"checkpoint": "selective", "precision": "mixed", "accumulation": 2}),
+        ("llama3.2-1b", {"checkpoint": "every-3", "gpus": 16, "replicas": 2}),
+        ("llama3.2-1b", {"checkpoint": "reentrant", **IN_CPU_RAM}),
+        ("llama3.2-1b", {"checkpoint": "reentrant", "lora_rank": 8, "input_gradients": True}),
     ],
     ids=str,
 )

@@ -56,6 +56,9 @@ def recipes() -> dict[str, Recipe]:
         "optimizer in backward": strategy("checkpoint", **both, optimizer_in_backward=True),
         "accumulation": strategy("checkpoint", **both, accumulation=3),
         "accumulation in chunks": strategy("mst", **both, **CHUNKS, accumulation=2),
+        "reentrant": strategy("checkpoint", **both, checkpoint="reentrant"),
+        "every second": strategy("checkpoint", **both, checkpoint="every-2"),
+        "selective": strategy("checkpoint", **{**both, "attention": "sdpa"}, checkpoint="selective"),
     }
 
 
