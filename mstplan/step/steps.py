@@ -75,7 +75,7 @@ from .tape import (
     weight_gradient,
 )
 from .workspaces import IDS_PER_PARTIAL_SUM, SortedLookups, Spans
-from .zero import Zero, weights_in_order
+from .zero import Zero, check_dtypes, weights_in_order
 from .zero3 import Record, Visit, Zero3, check_calls
 
 CALIBRATED = "calibration less formula"
@@ -228,9 +228,11 @@ class Step:
             return None
         segments = segment_length(recipe, self.model.layers) > 1
         weights = weights_in_order(self.tape, segments)
+        if recipe.zero_stage == 3:
+            check_calls(self.model)
+        check_dtypes(weights, recipe)
         if recipe.zero_stage < 3:
-            return Zero(recipe, weights, self.model.hidden)
-        check_calls(self.model)
+            return Zero(recipe, [weight for weight in weights if weight.trained], self.model.hidden)
         zero = Zero3(recipe, weights, self.model.hidden)
         zero.learn(self._visits(zero))
         return zero
@@ -366,8 +368,9 @@ class Step:
         """What is there before the first step: weights, and cuBLAS' workspaces."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
         stored: tuple[Stored, ...]
-        if self.zero is not None:
-            stored = ()
+        if recipe.zero_stage:
+            frozen = [(w, n) for w, n in self.card_weights if not w.trained]
+            stored = in_sum(frozen, dtype) if recipe.zero_stage < 3 else ()
         elif recipe.weights_on_host and recipe.sharded:
             stored = scales_of(self.card_weights, dtype)
         elif recipe.weights_on_host:
@@ -415,7 +418,7 @@ class Step:
         """Weights of the modules of which peft trains a copy (modules_to_save)."""
         if not self.layout.recipe.lora_modules_to_save:
             return []
-        saved = [(w, n) for w, n in self.trained_on_card if not w.is_adapter]
+        saved = [(w, n) for w, n in self.card_weights if w.trained and not w.is_adapter]
         tables = [each for each in saved if each[0].kinds & TABLES]
         if self.model.tied and tables:  # one original of both; a use that is not saved has it
             saved.remove(tables[0])
@@ -839,7 +842,7 @@ def adapters_of(recipe: Recipe, model: Model) -> Adapters | None:
     """Adapters of a model's step. Raises RecipeError for targets that peft refuses."""
     if not recipe.lora_rank:
         return None
-    dtype = "float32" if recipe.adapter_dtype == "fp32" and not recipe.gathers_in_bf16 else "bfloat16"
+    dtype = "bfloat16" if recipe.uses_adapters_in_bf16 else "float32"
     parameters = list_parameters(model, recipe.lora_targets, recipe.lora_rank)
     plain = recipe.lora_rank, recipe.lora_targets, recipe.lora_dropout, recipe.dora, dtype
     return Adapters(*plain, parameters, list_linears(model))

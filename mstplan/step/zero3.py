@@ -372,11 +372,7 @@ class Zero3:
     """A model's weights under a recipe of ZeRO-3's: the same for all lengths. Sizes are in values, but for what says bytes."""
 
     def __init__(self, recipe: Recipe, weights: Sequence[Weight], hidden: int):
-        """weights: in the order in which the model has them. Raises RecipeError."""
-        if any(weight.dtype for weight in weights):
-            raise RecipeError(
-                "ZeRO-3 of a model some of whose weights have a dtype of their own is not planned.\nUse --sharding fsdp."
-            )
+        """weights: in the order in which the model has them."""
         self.recipe, self.weights = recipe, tuple(weights)
         self.ranks = recipe.gpus
         self.bucket = recipe.bucket_values(hidden)

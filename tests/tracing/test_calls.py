@@ -18,7 +18,9 @@ from mstplan.spec.config import read_config
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import strategy
 from mstplan.step.steps import Chunks
+from mstplan.step.zero import Zero
 from mstplan.step.zero3 import CHECKED, Hook, Zero3
+from mstplan.train.adapters import add_adapters
 
 from ..spec.test_families import tiny
 
@@ -100,3 +102,19 @@ def test_modules_are_called_in_the_order_in_which_they_are_laid_out(family: str)
     ids = torch.arange(TOKENS)[None] + 5
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert visits == laid_out
+
+
+@pytest.mark.parametrize("family", sorted(CHECKED))
+def test_adapters_lie_in_the_order_in_which_peft_makes_them(family: str) -> None:
+    """As the partitions of ZeRO-1 and ZeRO-2 are cut."""
+    from transformers import AutoConfig
+
+    config = tiny(family)
+    recipe = strategy("standard", gpus=2, sharding="zero2", lora_rank=4, attention="eager")
+    zero = step_of(read_config(config, "tiny"), recipe, card("h100"), Chunks(1, 1), TOKENS).zero
+    assert isinstance(zero, Zero)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager")
+    add_adapters(model, recipe)
+    trained = [weight.numel() for weight in model.parameters() if weight.requires_grad]
+    assert [weight.numel for weight in zero.weights] == trained
