@@ -72,11 +72,13 @@ CASES: list[dict[str, Any]] = [
 ]
 PART: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 96, "lora_targets": ["all-linear"]},
+    "lora with input gradients": {"lora_rank": 96, "lora_targets": ["all-linear"], "input_gradients": True},
     "lora of attention": {"lora_rank": 100, "lora_targets": ["attention"], "input_gradients": True},
     "lora and head": {"lora_rank": 96, "lora_targets": ["all-linear"], "lora_modules_to_save": ["lm_head"]},
     "qlora": {"lora_rank": 96, "lora_targets": ["all-linear"], "quantize": "nf4"},
     "qlora in bf16": {"lora_rank": 96, "lora_targets": ["all-linear"], "quantize": "nf4", "quant_storage": "bf16"},
     "without embeddings": {"freeze": ["embeddings"]},
+    "without embeddings, with input gradients": {"freeze": ["embeddings"], "input_gradients": True},
     "mlp": {"train": ["mlp"]},
 }
 """What trains a part of a model's weights, as fields of a recipe."""
@@ -137,8 +139,14 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
     from mstplan.step.recipe import strategy
     from mstplan.train.step import build_model, read_settings
 
-    recipe = strategy("standard", **PART.get(case.get("part", ""), {}))
-    model = build_model(read_settings(TIED if case["tied"] else CONFIG), recipe, "eager", "cpu")
+    fields = PART.get(case.get("part", ""), {})
+    is_wrapped = "stage" not in case and "lora_rank" in fields  # ZeRO-3's hooks meet peft's own classes as well
+    recipe = strategy(
+        "standard", **{**fields, "lora_rank": 0, "lora_targets": ["all-linear"]} if is_wrapped else fields
+    )
+    model: Any = build_model(read_settings(TIED if case["tied"] else CONFIG), recipe, "eager", "cpu")
+    if is_wrapped:
+        model = with_peft(model, fields)
     if case.get("checkpoint"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -159,6 +167,15 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
             engine.step()
 
     return engine, step
+
+
+def with_peft(model: Any, fields: dict[str, Any]) -> Any:
+    """The model within peft's classes, with adapters of a recipe's fields."""
+    import peft
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if "attention" in fields["lora_targets"] else "all-linear"
+    config = peft.LoraConfig(r=fields["lora_rank"], target_modules=targets, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
 
 
 def whole_steps(step: Callable[..., None], runs: int, persistent: Iterable[int] = ()) -> list[list[Any]]:

@@ -566,6 +566,7 @@ class Recipe(BaseModel):
     def _bad_zero_3(self) -> tuple[tuple[bool, str], ...]:
         sizes = {name: getattr(self, name) for name in OF_ZERO_3}
         wrong = next((name for name, size in sizes.items() if size != "auto" and not 0 <= size <= 1 << 40), "")
+        is_part = bool(self.lora_rank or self.train or self.freeze)
         return (
             (
                 bool(wrong),
@@ -588,8 +589,20 @@ class Recipe(BaseModel):
                 "zero3 with layers in pieces is not planned: take the strategy mst-offload (-s mst-offload)",
             ),
             (
-                bool(self.lora_rank or self.train or self.freeze),
-                "zero3 with adapters or frozen weights is not planned yet: leave --lora, --train and --freeze out, or take zero2 (--sharding zero2)",
+                self.quantize != "none",
+                "zero3 with quantised weights is not planned: take zero2 (--sharding zero2), or fsdp with quant_storage='bf16' (--quant-storage bf16)",
+            ),
+            (
+                bool(self.lora_modules_to_save),
+                "zero3 with copies of modules beside adapters is not planned: leave --lora-modules-to-save out, or take zero2 (--sharding zero2)",
+            ),
+            (
+                is_part and (self.mlp_chunks != 1 or self.loss_in_chunks),
+                "zero3 with adapters or frozen weights is not planned in pieces of the sequence: take the strategy checkpointing (-s checkpointing), or zero2",
+            ),
+            (
+                is_part and self.weights_on_host,
+                "zero3 with frozen weights in CPU RAM is not planned: leave weights_on_host (--weights-on-host) out, or take sharding='fsdp' (--sharding fsdp)",
             ),
         )
 

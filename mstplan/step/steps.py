@@ -8,6 +8,7 @@ largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
@@ -725,7 +726,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         ranks=recipe.sequence_parallel,
         ring=ring_of(layout),
         splits=recipe.tensor_parallel,
-        sums_products=recipe.zero_stage != 3,
+        in_deepspeeds_linear=recipe.zero_stage == 3,
     )
     if recipe.flat and model.towers:
         raise RecipeError(
@@ -740,7 +741,10 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
     table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
-    with w.tape.call():  # of the class with a head, of the model in it
+    around = [w.tape.call() for _ in range(2 if adapters is not None else 0)]  # peft's classes
+    with ExitStack() as wrapped, w.tape.call():  # of the class with a head, of the model in it
+        for call in around:
+            wrapped.enter_context(call)
         with w.tape.call():
             with w.tape.assign_role(Role.EMBEDDING):
                 copied = numerics.autocast and numerics.weights != "bfloat16"

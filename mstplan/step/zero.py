@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO, stages 1 and 2, in closed form: what of weights, gradients and optimizer a GPU holds, and when.
 
-All weights are bf16, whole, in one flat tensor. Each GPU's optimizer steps a part of them, its partition, of which it holds an fp32 copy and states
-in fp32. What is made when is deepspeed/runtime/zero/stage_1_and_2.py of DeepSpeed 0.19.8, with contiguous_gradients as it comes, and gradients
-summed in the weights' dtype (no data_types.grad_accum_dtype):
+Weights that are trained are bf16, whole, in one flat tensor; those that are frozen lie beside it. Each GPU's optimizer steps a part of the former, its
+partition, of which it holds an fp32 copy and states in fp32. What is made when is deepspeed/runtime/zero/stage_1_and_2.py of DeepSpeed 0.19.8, with
+contiguous_gradients as it comes, and gradients summed in the weights' dtype (no data_types.grad_accum_dtype):
 
 - the first gradient of a backward makes the bucket (setup_buckets), of reduce_bucket_size values however many there are; overlap_comm makes two;
 - stage 2: each gradient is copied into the bucket and let go; one that is larger than the bucket stays as it is instead. A gradient that no longer
