@@ -91,6 +91,7 @@ CASES += [
         (2, "lora", "none", False, 1, False, ""),
         (2, "without embeddings, with input gradients", "auto", False, 1, True, ""),
         (2, "lora with input gradients", "middle", False, 2, True, "optimizer"),
+        (4, "lora with input gradients", "auto", True, 1, True, ""),
     )
 ]
 OF_STAGE_3 = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
