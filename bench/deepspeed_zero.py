@@ -2,8 +2,8 @@
 
     python bench/deepspeed_zero.py -o tests/step/deepspeed_zero.json
 
-Needs deepspeed beside mstplan's torch extra; it builds no kernels (`pip install deepspeed==0.19.8`). tests/step/test_zero.py compares the formula
-with what is recorded. Recorded is what is larger than LEAST: gradients, and what DeepSpeed makes, not what a layer makes of four tokens.
+Needs deepspeed (`pip install deepspeed==0.19.8`, which builds no kernels), peft and bitsandbytes beside mstplan's torch extra. tests/step/test_zero.py compares
+the formula with what is recorded. Recorded is what is larger than LEAST: gradients, and what DeepSpeed makes, not what a layer makes of four tokens.
 Left out are buffers that a GPU does not have: scratch of the CPU's matrix products, and gloo's copies.
 """
 
@@ -70,6 +70,45 @@ CASES: list[dict[str, Any]] = [
     )
     for stage in (1, 2)
 ]
+PART: dict[str, dict[str, Any]] = {
+    "lora": {"lora_rank": 96, "lora_targets": ["all-linear"]},
+    "lora with input gradients": {"lora_rank": 96, "lora_targets": ["all-linear"], "input_gradients": True},
+    "lora of attention": {"lora_rank": 100, "lora_targets": ["attention"], "input_gradients": True},
+    "lora and head": {"lora_rank": 96, "lora_targets": ["all-linear"], "lora_modules_to_save": ["lm_head"]},
+    "qlora": {"lora_rank": 96, "lora_targets": ["all-linear"], "quantize": "nf4"},
+    "qlora in bf16": {"lora_rank": 96, "lora_targets": ["all-linear"], "quantize": "nf4", "quant_storage": "bf16"},
+    "without embeddings": {"freeze": ["embeddings"]},
+    "without embeddings, with input gradients": {"freeze": ["embeddings"], "input_gradients": True},
+    "mlp": {"train": ["mlp"]},
+}
+"""What trains a part of a model's weights, as fields of a recipe."""
+CASES += [
+    {
+        "ranks": ranks,
+        "tied": tied,
+        "stage": stage,
+        "bucket": bucket,
+        "accumulation": accumulation,
+        "overlap": overlap,
+        "host": host,
+        "part": part,
+    }
+    for ranks, part, tied, bucket, accumulation, overlap, host in (
+        (2, "lora", False, "all", 1, False, False),
+        (2, "lora", False, "auto", 2, False, False),
+        (2, "lora", True, "some", 1, True, False),
+        (2, "lora", False, "some", 2, False, True),
+        (2, "lora of attention", True, "auto", 1, False, False),
+        (2, "lora and head", False, "some", 2, False, False),
+        (2, "qlora", False, "auto", 2, False, False),
+        (2, "qlora in bf16", False, "all", 1, False, False),
+        (2, "without embeddings", False, "some", 2, False, False),
+        (2, "mlp", False, "some", 1, False, False),
+        (3, "lora", False, "some", 2, False, False),
+        (3, "qlora", False, "all", 1, False, False),
+    )
+    for stage in (1, 2)
+]
 
 
 def settings_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -100,11 +139,19 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
     from mstplan.step.recipe import strategy
     from mstplan.train.step import build_model, read_settings
 
-    model = build_model(read_settings(TIED if case["tied"] else CONFIG), strategy("standard"), "eager", "cpu")
+    fields = PART.get(case.get("part", ""), {})
+    is_wrapped = "stage" not in case and "lora_rank" in fields  # ZeRO-3's hooks meet peft's own classes as well
+    recipe = strategy(
+        "standard", **{**fields, "lora_rank": 0, "lora_targets": ["all-linear"]} if is_wrapped else fields
+    )
+    model: Any = build_model(read_settings(TIED if case["tied"] else CONFIG), recipe, "eager", "cpu")
+    if is_wrapped:
+        model = with_peft(model, fields)
     if case.get("checkpoint"):
         model.gradient_checkpointing_enable({"use_reentrant": case["checkpoint"] == "reentrant"})
         model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     ids = torch.randint(0, 1000, (1, TOKENS))
 
@@ -120,6 +167,15 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
             engine.step()
 
     return engine, step
+
+
+def with_peft(model: Any, fields: dict[str, Any]) -> Any:
+    """The model within peft's classes, with adapters of a recipe's fields."""
+    import peft
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if "attention" in fields["lora_targets"] else "all-linear"
+    config = peft.LoraConfig(r=fields["lora_rank"], target_modules=targets, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
 
 
 def whole_steps(step: Callable[..., None], runs: int, persistent: Iterable[int] = ()) -> list[list[Any]]:
@@ -278,7 +334,7 @@ def run(description: str | None, script: str, all_cases: list[dict[str, Any]], r
     for ranks in sorted({case["ranks"] for case in all_cases}):
         cases = [case for case in all_cases if case["ranks"] == ranks]
         rows += [{**case, "found": list(found)} for case, *found in zip(cases, *run_ranks(ranks, script), strict=True)]
-    versions = {name: version(name) for name in ("torch", "transformers")}
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     import deepspeed
 
     versions["deepspeed"] = deepspeed.__version__.strip()

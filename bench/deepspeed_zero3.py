@@ -76,6 +76,28 @@ CASES: list[dict[str, Any]] = [
         (4, "small", False, 2, True, ""),
     )
 ]
+CASES += [
+    {
+        "ranks": ranks,
+        "settings": settings,
+        "tied": tied,
+        "accumulation": accumulation,
+        "checkpoint": checkpoint,
+        "host": host,
+        "part": part,
+    }
+    for ranks, part, settings, tied, accumulation, checkpoint, host in (
+        (2, "lora", "default", False, 1, False, ""),
+        (2, "lora with input gradients", "default", False, 1, True, ""),
+        (2, "lora with input gradients", "auto", False, 2, True, ""),
+        (2, "lora with input gradients", "auto", False, 1, True, ""),
+        (2, "lora of attention", "small", False, 2, True, ""),
+        (2, "lora", "none", False, 1, False, ""),
+        (2, "without embeddings, with input gradients", "auto", False, 1, True, ""),
+        (2, "lora with input gradients", "middle", False, 2, True, "optimizer"),
+        (4, "lora with input gradients", "auto", True, 1, True, ""),
+    )
+]
 OF_STAGE_3 = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
 
 
@@ -123,7 +145,9 @@ def kept(zero: Any) -> dict[str, int]:
     import torch
 
     states = [t for state in zero.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    frozen = [weight.ds_tensor for weight in zero.module.parameters() if not weight.requires_grad]
     return {
+        **({"frozen": sum(each.nbytes for each in frozen)} if frozen else {}),
         "parts": sum(each.nbytes for each in zero.fp16_partitioned_groups_flat),
         "fp32": sum(each.nbytes for each in zero.fp32_partitioned_groups_flat),
         "sub_groups": len(zero.fp16_groups),

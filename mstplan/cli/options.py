@@ -995,8 +995,9 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
     several = {"usual": list(USUAL_STRATEGIES), "all": list(STRATEGIES)}
     with _in_options():
         names = several.get(named) or [strategy_name(name.strip()) for name in named.split(",")]
+    is_part = options.sharding == "zero3" and bool(options.lora or options.train or options.freeze)
     transformers_alone = (options.tensor_parallel or 1) > 1 or options.sharding == "fsdp1"  # its own code, in one piece
-    if options.strategy is None and transformers_alone:
+    if options.strategy is None and (transformers_alone or is_part):
         names = ["standard", "checkpoint"]
     return {name: STRATEGIES[name] for name in names}
 

@@ -310,7 +310,7 @@ _FULL = {
 
 
 def _fp32_adapter_notes(plan: Plan) -> list[str]:
-    if plan.recipe.adapter_dtype != "fp32" or plan.recipe.quantize != "none" or plan.recipe.gathers_in_bf16:
+    if plan.recipe.uses_adapters_in_bf16 or plan.recipe.quantize != "none":
         return []
     full = _peak_with(plan, _FULL)
     more = plan.peak_bytes - full if full is not None else 0
@@ -395,10 +395,13 @@ def partition_notes(model: Model, recipe: Recipe) -> list[str]:
     bucket = recipe.bucket_values(model.hidden)
     buckets = f"{'two buckets' if recipe.overlap_comm else 'a bucket'} of {bucket:,} values (--reduce-bucket-size)"
     gradients = "whole gradients until the last backward is over" if recipe.zero_stage == 1 else "its part of gradients"
+    whole = "bf16 weights" if recipe.quantize == "none" else f"bf16 and {recipe.quantize} weights"
+    of_all = recipe.lora_rank == 0 and not (recipe.train or recipe.freeze)
     return [
         (
-            f"{_sequences_of_each(recipe)}: DeepSpeed's ZeRO-{recipe.zero_stage} with bf16 enabled. Counted: bf16 weights, whole; 1/{recipe.gpus:,} of fp32 "
-            f"weights and optimizer states, {where}; {gradients}, summed in bf16, and {buckets}; for their norm one gradient at a time in fp64 "
+            f"{_sequences_of_each(recipe)}: DeepSpeed's ZeRO-{recipe.zero_stage} with bf16 enabled. Counted: {whole}, whole; 1/{recipe.gpus:,} of fp32 "
+            f"weights and optimizer states{'' if of_all else ' of what is trained'}, {where}; {gradients}, "
+            f"summed in bf16, and {buckets}; for their norm one gradient at a time in fp64 "
             "(docs/sharding.md)."
         ),
         _NOT_COUNTED,

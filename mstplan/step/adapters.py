@@ -16,7 +16,7 @@ from .selection import WeightKind
 
 if TYPE_CHECKING:
     from .layers import Writer
-    from .tape import Tensor
+    from .tape import Tensor, Weight
 
 ALL_LINEAR, ATTENTION = "all-linear", "attention"
 WORDS = (ALL_LINEAR, ATTENTION)
@@ -56,6 +56,11 @@ class Adapters(NamedTuple):
         )
 
 
+def is_read_outside(weight: Weight) -> bool:
+    """Whether peft's layer asks a weight of a module in it for its dtype (tuners/lora/layer.py, Linear.forward: _cast_input_dtype)."""
+    return weight.is_adapter and weight.name.endswith(DOWN)
+
+
 def _kinds(kind: WeightKind | None) -> tuple[WeightKind, ...]:
     return () if kind is None else (kind,)
 
@@ -73,7 +78,9 @@ def add_adapter(
     wide = w.cast(x, adapters.dtype, f"{x.name} for {module}") if casts else x
     out = w.numerics.compute if w.numerics.autocast else wide.dtype
     made = _with_magnitude if adapters.dora else _scaled
-    scaled = made(w, w.dropout(wide, adapters.dropout), base, y, module, kind, out)
+    with tape.call():
+        dropped = _dropped(w, wide, adapters.dropout)
+    scaled = made(w, dropped, base, y, module, kind, out)
     held: tuple[Tensor, ...] = (x, wide)  # x by the frames that call the module
     if quantised and casts:
         scaled = w.cast(scaled, base.dtype, scaled.name)
@@ -90,6 +97,13 @@ def add_adapter(
     return y
 
 
+def _dropped(w: Writer, x: Tensor, p: float) -> Tensor:
+    """What dropout makes of an adapter's input: without any the same, by a module all the same, which ZeRO-3's hooks meet."""
+    if p or not w.numerics.in_deepspeeds_linear:
+        return w.dropout(x, p)
+    return w.tape.op(f"no dropout of {x.name}", [x], w.tape.view(x, x.name, x.shape), grads=((x, None),))
+
+
 def _scaled(w: Writer, x: Tensor, _base: Tensor, y: Tensor, module: str, kind: WeightKind | None, out: str) -> Tensor:
     """B A x, times the scaling."""
     high = _low_rank(w, x, y, module, kind, out)
@@ -104,8 +118,10 @@ def _low_rank(w: Writer, x: Tensor, y: Tensor, module: str, kind: WeightKind | N
     )
     up = w.weight(module, w.width(y), adapters.rank, kinds=_kinds(kind), name=UP, dtype=adapters.dtype, is_adapter=True)
     low = tape.new(f"{y.name}, rank {adapters.rank}", f"{w.t} {adapters.rank}", out)
-    w.product(x, low, module + ".lora_A", down)
-    return w.product(low, tape.new(f"{y.name} of the adapter", y.shape, out), module + ".lora_B", up)
+    with tape.call():
+        w.product(x, low, module + ".lora_A", down)
+    with tape.call():
+        return w.product(low, tape.new(f"{y.name} of the adapter", y.shape, out), module + ".lora_B", up)
 
 
 def _with_magnitude(

@@ -73,6 +73,10 @@ def check_recipe(model: Model, recipe: Recipe, several_mlp_chunks: bool) -> None
     if refused:
         raise RecipeError(no_variants(model.name, refused))
     adapted = f"adapters on the experts or the router of {model.name}"
+    if recipe.zero_stage:
+        raise RecipeError(
+            f"{adapted} are not planned with {recipe.sharding}.\nUse --lora-targets attention, or --sharding fsdp or ddp."
+        )
     if several_mlp_chunks and not recipe.mlp_recompute:
         raise RecipeError(
             f"with {adapted} each MLP chunk would keep weights of its own, which is not planned.\n"

@@ -11,6 +11,7 @@ V vocabulary, X experts, A experts that a token visits, F their width, r tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from ..spec.families import family_of
 from ..spec.model import Attention, Experts, LayerKind, Mlp, Model
 from ..spec.platform import AMPERE, Platform
 from . import quantised, ring, tensor_parallel, ulysses
-from .adapters import Adapters, add_adapter
+from .adapters import Adapters, add_adapter, is_read_outside
 from .altup import altup_layer, mlp_of_stream
 from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP, Factors, activate, add_router, add_up, router_delta
 from .indexer import chosen_keys
@@ -74,7 +75,7 @@ class Numerics(NamedTuple):
     ranks: int = 1  # cards that share a sequence, and in attention the heads
     ring: Ring | None = None  # of cards that share a sequence
     splits: int = 1  # cards that every matrix is split over
-    sums_products: bool = True  # over pieces (train/grad_sums.py); not where DeepSpeed's linear stands in for torch's
+    in_deepspeeds_linear: bool = False  # which stands in for torch's (ZeRO-3)
 
     @property
     def compute(self) -> str:
@@ -229,8 +230,11 @@ class Writer:
         defers: bool = False,
     ) -> Tensor:
         """y = x W^T (+ bias), and what an adapter adds to it. kind: None for one that no word means. copy: of W, made for this in another dtype."""
-        with self.tape.call():
-            return self._linear(x, y, name, kind, bias, weight, copy, defers)
+        start = len(self.tape.ops)
+        with self.tape.call() as external:
+            made = self._linear(x, y, name, kind, bias, weight, copy, defers)
+            external += [w for op in self.tape.ops[start:] for w in op.weights if is_read_outside(w)]
+        return made
 
     def _linear(
         self,
@@ -255,10 +259,11 @@ class Writer:
         kinds = (kind,) if kind is not None else ()
         w = weight or self.weight(name, self.width(y), self.width(x), kinds=kinds)
         biases = (self.weight(name, self.width(y), kinds=kinds, name=".bias"),) if bias else ()
-        if is_quantised:
-            quantised.product(self, x, base, name, w, biases)
-        else:
-            self.product(x, base, name, w, *biases, copy=copy, defers=defers)
+        with self.tape.call() if targeted else nullcontext():  # of the layer in it
+            if is_quantised:
+                quantised.product(self, x, base, name, w, biases)
+            else:
+                self.product(x, base, name, w, *biases, copy=copy, defers=defers)
         if numerics.splits > 1 and name in tensor_parallel.ROWS:
             return tensor_parallel.summed(self, y, self.tape.new(y.name, y.shape, y.dtype))
         return add_adapter(self, x, base, y, name, kind, is_quantised) if targeted else y
@@ -273,23 +278,27 @@ class Writer:
         copy: Tensor | None = None,
         defers: bool = False,
     ) -> Tensor:
-        """y = x W^T (+ bias). Keeps x and W (aten::mm, aten::addmm). copy: of W, made for this in another dtype."""
+        """y = x W^T (+ bias). Keeps x and W (aten::mm, aten::addmm), x for the gradient of W; DeepSpeed's own linear in any case (zero/linear.py). copy: of W,
+        made for this in another dtype."""
         x = self.autocast(x)
         inner, outer = self.width(x), self.width(y)
         weights = (w, *biases)
         copies = (copy,) if copy is not None else self.cast_weight(w)
+        keeps_input = ((x, x),) if self.numerics.in_deepspeeds_linear else ()
         return self.tape.op(
             name,
             [x, *copies],
             y,
-            for_gradients=ForGradients(((x, w), *((copy, x) for copy in copies))),
+            for_gradients=ForGradients(((x, w), *((copy, x) for copy in copies), *keeps_input)),
             grads=((x, self.tape.grad(x)),),
             weights=weights,
             workspaces=tuple(self.sum_over_tokens(each, y) for each in weights[1:]),
             flops=((y.basis, 2 * inner * outer),),
             cast=bool(copies) and copy is None,
             defers=defers,
-            product=self.numerics.sums_products and not (copies or self.numerics.autocast or self.multiplies_view(w)),
+            product=not (
+                self.numerics.in_deepspeeds_linear or copies or self.numerics.autocast or self.multiplies_view(w)
+            ),
             adds_bias=bool(biases),
         )
 

@@ -549,14 +549,27 @@ class Recipe(BaseModel):
                 f"{name} and a ring do not go together, accelerate runs rings with FSDP2: take sharding='fsdp' (--sharding fsdp), or --sequence-parallel",
             ),
             (
-                bool(self.lora_rank or self.train or self.freeze),
-                f"{name} with adapters or frozen weights is not planned yet: leave --lora, --train and --freeze out, or take --sharding fsdp",
+                self.dora,
+                f"{name} with DoRA is not planned: leave --dora out, or take sharding='ddp' (--sharding ddp)",
+            ),
+            (
+                self.quantize == "int8",
+                f"{name} with int8 weights is not planned: use nf4 (--quantize nf4)",
+            ),
+            (
+                self.kbit_preparation,
+                f"{name} has DeepSpeed cast all weights to bf16, those that kbit preparation made fp32 as well: leave --kbit-preparation out",
+            ),
+            (
+                self.quant_storage == "fp32",
+                f"{name} has DeepSpeed cast 4-bit weights stored in fp32 to bf16, as if they were numbers: set quant_storage='bf16' (--quant-storage bf16)",
             ),
         )
 
     def _bad_zero_3(self) -> tuple[tuple[bool, str], ...]:
         sizes = {name: getattr(self, name) for name in OF_ZERO_3}
         wrong = next((name for name, size in sizes.items() if size != "auto" and not 0 <= size <= 1 << 40), "")
+        is_part = bool(self.lora_rank or self.train or self.freeze)
         return (
             (
                 bool(wrong),
@@ -577,6 +590,22 @@ class Recipe(BaseModel):
             (
                 self.layer_in_chunks,
                 "zero3 with layers in pieces is not planned: take the strategy mst-offload (-s mst-offload)",
+            ),
+            (
+                self.quantize != "none",
+                "zero3 with quantised weights is not planned: take zero2 (--sharding zero2), or fsdp with quant_storage='bf16' (--quant-storage bf16)",
+            ),
+            (
+                bool(self.lora_modules_to_save),
+                "zero3 with copies of modules beside adapters is not planned: leave --lora-modules-to-save out, or take zero2 (--sharding zero2)",
+            ),
+            (
+                is_part and (self.mlp_chunks != 1 or self.loss_in_chunks),
+                "zero3 with adapters or frozen weights is not planned in pieces of the sequence: take the strategy checkpointing (-s checkpointing), or zero2",
+            ),
+            (
+                is_part and self.weights_on_host,
+                "zero3 with frozen weights in CPU RAM is not planned: leave weights_on_host (--weights-on-host) out, or take sharding='fsdp' (--sharding fsdp)",
             ),
         )
 
@@ -796,6 +825,11 @@ class Recipe(BaseModel):
     def weight_dtype(self) -> str:
         """Dtype of weights on the device that have none of their own, as adapters have, and are not quantised."""
         return "bfloat16" if self.precision == "bf16" and not self.kbit_preparation else "float32"
+
+    @property
+    def uses_adapters_in_bf16(self) -> bool:
+        """Whether products are given adapters in bf16: of that dtype, gathered in it, or cast by DeepSpeed's engine, as all weights are."""
+        return self.adapter_dtype == "bf16" or self.gathers_in_bf16 or self.zero_stage > 0
 
     @property
     def runs_autocast(self) -> bool:
@@ -1061,7 +1095,8 @@ def _trained_in_words(recipe: Recipe) -> str:
     if not recipe.lora_rank:
         return "a part of the weights trained" if recipe.train or recipe.freeze else "full fine-tuning"
     kind = "DoRA" if recipe.dora else "QLoRA" if recipe.quantize != "none" else "LoRA"
-    return f"{kind} of rank {recipe.lora_rank} on {', '.join(recipe.lora_targets)} ({recipe.adapter_dtype})"
+    dtype = "bf16" if recipe.zero_stage else recipe.adapter_dtype
+    return f"{kind} of rank {recipe.lora_rank} on {', '.join(recipe.lora_targets)} ({dtype})"
 
 
 def _weights_in_words(recipe: Recipe) -> str:
@@ -1089,7 +1124,7 @@ def _dtypes_of_states(recipe: Recipe) -> list[str]:
 
     if recipe.zero_stage:
         recipe = recipe.model_copy(update={"precision": "fp32"})
-    if recipe.lora_rank:
+    elif recipe.lora_rank:
         recipe = recipe.model_copy(update={"precision": recipe.adapter_dtype, "kbit_preparation": False})
     rows = OPTIMIZERS[recipe.optimizer].memory(recipe, [(Weight("of any size", (4096, 4096)), 1)]).states
     words = (state.words or _SHORT.get(state.dtype, state.dtype) for state in rows if state.bytes > 1 << 20)

@@ -8,6 +8,7 @@ largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
@@ -75,7 +76,7 @@ from .tape import (
     weight_gradient,
 )
 from .workspaces import IDS_PER_PARTIAL_SUM, SortedLookups, Spans
-from .zero import Zero, weights_in_order
+from .zero import Zero, check_dtypes, weights_in_order
 from .zero3 import Record, Visit, Zero3, check_calls
 
 CALIBRATED = "calibration less formula"
@@ -228,9 +229,11 @@ class Step:
             return None
         segments = segment_length(recipe, self.model.layers) > 1
         weights = weights_in_order(self.tape, segments)
+        if recipe.zero_stage == 3:
+            check_calls(self.model)
+        check_dtypes(weights, recipe)
         if recipe.zero_stage < 3:
-            return Zero(recipe, weights, self.model.hidden)
-        check_calls(self.model)
+            return Zero(recipe, [weight for weight in weights if weight.trained], self.model.hidden)
         zero = Zero3(recipe, weights, self.model.hidden)
         zero.learn(self._visits(zero))
         return zero
@@ -366,8 +369,9 @@ class Step:
         """What is there before the first step: weights, and cuBLAS' workspaces."""
         recipe, dtype = self.layout.recipe, self.layout.recipe.weight_dtype
         stored: tuple[Stored, ...]
-        if self.zero is not None:
-            stored = ()
+        if recipe.zero_stage:
+            frozen = [(w, n) for w, n in self.card_weights if not w.trained]
+            stored = in_sum(frozen, dtype) if recipe.zero_stage < 3 else ()
         elif recipe.weights_on_host and recipe.sharded:
             stored = scales_of(self.card_weights, dtype)
         elif recipe.weights_on_host:
@@ -415,7 +419,7 @@ class Step:
         """Weights of the modules of which peft trains a copy (modules_to_save)."""
         if not self.layout.recipe.lora_modules_to_save:
             return []
-        saved = [(w, n) for w, n in self.trained_on_card if not w.is_adapter]
+        saved = [(w, n) for w, n in self.card_weights if w.trained and not w.is_adapter]
         tables = [each for each in saved if each[0].kinds & TABLES]
         if self.model.tied and tables:  # one original of both; a use that is not saved has it
             saved.remove(tables[0])
@@ -722,7 +726,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         ranks=recipe.sequence_parallel,
         ring=ring_of(layout),
         splits=recipe.tensor_parallel,
-        sums_products=recipe.zero_stage != 3,
+        in_deepspeeds_linear=recipe.zero_stage == 3,
     )
     if recipe.flat and model.towers:
         raise RecipeError(
@@ -737,7 +741,10 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
     table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
-    with w.tape.call():  # of the class with a head, of the model in it
+    around = [w.tape.call() for _ in range(2 if adapters is not None else 0)]  # peft's classes
+    with ExitStack() as wrapped, w.tape.call():  # of the class with a head, of the model in it
+        for call in around:
+            wrapped.enter_context(call)
         with w.tape.call():
             with w.tape.assign_role(Role.EMBEDDING):
                 copied = numerics.autocast and numerics.weights != "bfloat16"
@@ -852,7 +859,7 @@ def adapters_of(recipe: Recipe, model: Model) -> Adapters | None:
     """Adapters of a model's step. Raises RecipeError for targets that peft refuses."""
     if not recipe.lora_rank:
         return None
-    dtype = "float32" if recipe.adapter_dtype == "fp32" and not recipe.gathers_in_bf16 else "bfloat16"
+    dtype = "bfloat16" if recipe.uses_adapters_in_bf16 else "float32"
     parameters = list_parameters(model, recipe.lora_targets, recipe.lora_rank)
     plain = recipe.lora_rank, recipe.lora_targets, recipe.lora_dropout, recipe.dora, dtype
     return Adapters(*plain, parameters, list_linears(model))

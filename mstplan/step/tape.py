@@ -447,15 +447,17 @@ class TapeWriter:
         passes_on: bool = True,
         gathers_itself: bool = False,
         weights: tuple[Weight, ...] = (),
-    ) -> Iterator[None]:
-        """Write inside what a module does when it is called. weights: its own, where they are in parts; else those used inside."""
+    ) -> Iterator[list[Weight]]:
+        """Write inside what a module does when it is called. weights: its own, where they are in parts; else those used inside. Gives a list for those of
+        modules in it that it reads itself, which ZeRO-3 gathers for both (register_external_parameter)."""
         start = len(self.ops)
-        yield
+        external: list[Weight] = []
+        yield external
         if len(self.ops) == start:
             return
         of_others = {weight for op in self.ops[start:] for call in op.begins for weight in call.weights}
         own = dict.fromkeys(weight for op in self.ops[start:] for weight in op.weights if weight not in of_others)
-        call = Call(weights or tuple(own), in_backward, passes_on, gathers_itself)
+        call = Call(weights or (*own, *external), in_backward, passes_on, gathers_itself)
         self.ops[start] = replace(self.ops[start], begins=(call, *self.ops[start].begins))
         self.ops[-1] = replace(self.ops[-1], ends=(*self.ops[-1].ends, call))
 

@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO, stages 1 and 2, in closed form: what of weights, gradients and optimizer a GPU holds, and when.
 
-All weights are bf16, whole, in one flat tensor. Each GPU's optimizer steps a part of them, its partition, of which it holds an fp32 copy and states
-in fp32. What is made when is deepspeed/runtime/zero/stage_1_and_2.py of DeepSpeed 0.19.8, with contiguous_gradients as it comes, and gradients
-summed in the weights' dtype (no data_types.grad_accum_dtype):
+Weights that are trained are bf16, whole, in one flat tensor; those that are frozen lie beside it. Each GPU's optimizer steps a part of the former, its
+partition, of which it holds an fp32 copy and states in fp32. What is made when is deepspeed/runtime/zero/stage_1_and_2.py of DeepSpeed 0.19.8, with
+contiguous_gradients as it comes, and gradients summed in the weights' dtype (no data_types.grad_accum_dtype):
 
 - the first gradient of a backward makes the bucket (setup_buckets), of reduce_bucket_size values however many there are; overlap_comm makes two;
 - stage 2: each gradient is copied into the bucket and let go; one that is larger than the bucket stays as it is instead. A gradient that no longer
@@ -89,11 +89,7 @@ class Zero:
     """A model's weights under a recipe of ZeRO's: the same for all lengths. Sizes are in values, but for what says bytes."""
 
     def __init__(self, recipe: Recipe, weights: Sequence[Weight], hidden: int):
-        """weights: in the order in which the model has them. Raises RecipeError."""
-        if any(weight.dtype for weight in weights):
-            raise RecipeError(
-                "ZeRO of a model some of whose weights have a dtype of their own is not planned.\nUse --sharding fsdp or ddp."
-            )
+        """weights: those that are trained, in the order in which the model has them."""
         self.recipe, self.weights = recipe, tuple(weights)
         numels = [weight.numel for weight in weights]
         self.partition = ALIGNMENT * -(-sum(numels) // (ALIGNMENT * recipe.gpus))
@@ -193,6 +189,15 @@ class Zero:
             for rank, _ in slices:
                 sums[rank] += pinned_bytes(BF16 * weight.numel)
         return max(sums.values()) if self.recipe.accumulation > 1 else 0
+
+
+def check_dtypes(weights: Iterable[Weight], recipe: Recipe) -> None:
+    """Check that DeepSpeed's engine has all weights of a model in bf16. Raises RecipeError."""
+    if any(weight.dtype not in ("", "bfloat16") for weight in weights):
+        stage, others = ("ZeRO-3", "fsdp") if recipe.zero_stage == 3 else ("ZeRO", "fsdp or ddp")
+        raise RecipeError(
+            f"{stage} of a model some of whose weights have a dtype of their own is not planned.\nUse --sharding {others}."
+        )
 
 
 def _shares(numels: Iterable[int], slices: Iterable[Sequence[Slice]]) -> dict[int, Share]:

@@ -4,15 +4,17 @@ Each weight is flat, padded to a multiple of the GPUs, and each GPU has a part o
 deepspeed/runtime/zero of DeepSpeed 0.19.8, with contiguous_gradients and reduce_scatter as they come, and gradients summed in the weights' dtype
 (no data_types.grad_accum_dtype):
 
-- what stays (stage3.py): parts of all weights in bf16 and in fp32, the optimizer's states, parts of all gradients in bf16 (grad_partitions_flat_buffer), and a
-  bucket of reduce_bucket_size values, however many gradients there are. overlap_comm, as it comes, makes no second one;
+- what stays (stage3.py): parts of all weights in bf16, and of those that are trained in fp32, with the optimizer's states and gradients in bf16
+  (grad_partitions_flat_buffer), and a bucket of reduce_bucket_size values, however many gradients there are. overlap_comm, as it comes, makes no second one;
 - weights of up to param_persistence_threshold values are whole from one step to the next (mark_persistent_parameters). Let go for the optimizer's step;
 - hooks on modules gather their weights before a call and before its backward, and let go of them afterwards (parameter_offload.py). The order in which modules
   are called is known from the first micro-batch; from it weights of those to come are gathered ahead: at each module, also at one without weights, up to
   prefetch_bucket_size values, while less than max_live_parameters are there. What is used again within max_reuse_distance values stays
   (partitioned_param_coordinator.py). One weight is gathered into a tensor of its own, several into a buffer, of which each is copied when the
   first of them is used; the buffer goes when the last is (AllGatherCoalescedHandle);
-- the backward of the embedding gathers its weight as well, and no hook lets go of that before all of backward is over (release_backward_leftovers);
+- the backward of the embedding gathers its weight as well, and no hook lets go of that before all of backward is over (release_backward_leftovers), nor
+  of those of any module whose input gets no gradient;
+- frozen weights that are gathered as a checkpoint runs a layer again go when the module is done whose backward had begun last (ds_recompute_parameters);
 - a gradient is copied into the bucket and let go; one that is larger than the bucket stays as it is instead. A gradient that no longer fits in has the bucket
   reduced first: its gradients' parts are put in the order of the GPUs, in a copy, but for a single one that is no multiple of them (reduce_scatter_coalesced);
 - the optimizer's step: each part of a gradient in fp64 for its norm, one after the other (get_grad_norm_direct); then for every sub-group, of
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 NORM_BUFFER = 250_000_000
 """Values of a gradient whose norm is made at once, where that goes to CPU RAM (_constant_buffered_norm2)."""
 PERSISTENT = "whole weights that persist"
+PARTS, FROZEN_PARTS = "parts of all weights", "parts of frozen weights"
 
 
 class Visitor(Protocol):
@@ -81,10 +84,23 @@ Param = tuple[Op | None, Weight]
 """A weight of one layer, which has its Weight in common with layers that are alike; None: of no layer."""
 
 
+Module = tuple[Op | None, Call]
+"""A module of one layer, by its call; None: of no layer."""
+
+
 class Visit(NamedTuple):
+    """in_backward: the hook runs as its backward begins, or ends. owner: of a call in a layer that is run again, the module whose backward had begun
+    last, to which DeepSpeed assigns frozen weights that are gathered again (ds_recompute_parameters)."""
+
     hook: Hook
     call: Call
     layer: Op | None
+    in_backward: bool = False
+    owner: Module | None = None
+
+    @property
+    def module(self) -> Module:
+        return self.layer, self.call
 
     @property
     def params(self) -> list[Param]:
@@ -96,15 +112,15 @@ class _Walk:
 
     def __init__(self) -> None:
         self.layer: Op | None = None
-        self.left: list[Visit] = []
-        self.recomputing = False
+        self.active: dict[Module, None] = {}  # whose backward has begun, in that order
 
     def visit(self, visit: Visit, ledger: Ledger) -> None:
         raise NotImplementedError
 
     def _visit(self, call: Call, *hooks: Hook, ledger: Ledger) -> None:
+        owner = next(reversed(self.active), None)
         for hook in hooks:
-            self.visit(Visit(hook, call, self.layer), ledger)
+            self.visit(Visit(hook, call, self.layer, owner=owner), ledger)
 
     def before_forward(self, op: Op, ledger: Ledger) -> None:
         for call in op.begins:
@@ -115,14 +131,15 @@ class _Walk:
     def after_forward(self, op: Op, ledger: Ledger, recomputing: bool) -> None:
         if op.is_layer:
             self.layer = None
-        self.recomputing = recomputing
         for call in op.ends:
             self._visit(call, Hook.LET_GO if call.gathers_itself else Hook.RELEASE, ledger=ledger)
 
     def before_backward(self, op: Op, ledger: Ledger) -> None:
         for call in reversed(op.ends):
             if call.in_backward:
-                self._visit(call, Hook.GATHER if call.gathers_itself else Hook.FETCH, ledger=ledger)
+                self.active[self.layer, call] = None
+                hook = Hook.GATHER if call.gathers_itself else Hook.FETCH
+                self.visit(Visit(hook, call, self.layer, in_backward=True), ledger)
         if op.is_layer:
             self.layer = op
 
@@ -130,18 +147,18 @@ class _Walk:
         """What autograd saved for an operation's backward goes."""
 
     def after_backward(self, op: Op, ledger: Ledger) -> None:
-        self.recomputing = False
         if op.is_layer:
             self.layer = None
+        gives = bool(op.part.wanted if op.part is not None else op.grads)  # a gradient to what it reads
         for call in reversed(op.begins):
-            if call.in_backward and call.passes_on:
-                self._visit(call, Hook.RELEASE, ledger=ledger)
-            elif call.in_backward:
-                self.left.append(Visit(Hook.LEAVE, call, self.layer))
+            if call.in_backward and call.passes_on and gives:
+                self.active.pop((self.layer, call))
+                self.visit(Visit(Hook.RELEASE, call, self.layer, in_backward=True), ledger)
 
     def finish(self, ledger: Ledger) -> None:
-        for visit in self.left:
-            self.visit(visit, ledger)
+        while self.active:
+            (layer, call), _ = self.active.popitem()
+            self.visit(Visit(Hook.LEAVE, call, layer, in_backward=True), ledger)
 
 
 class Record(_Walk):
@@ -166,14 +183,20 @@ class Change(NamedTuple):
 class Gathering(_Walk):
     """What is gathered and let go, visit by visit of a micro-batch.
 
-    Where a checkpoint runs a layer again, it holds detached tensors of what autograd saves, weights as well (torch.utils.checkpoint): what was
-    gathered for them lives until their backward, though DeepSpeed lets go of it, and gathers it anew.
+    Where a checkpoint runs a layer again, it holds detached tensors of what autograd saves, trained weights as well (torch.utils.checkpoint): what was
+    gathered for them lives until their backward, though DeepSpeed lets go of it, and gathers it anew. Frozen ones it holds as they are, and so nothing of
+    what was gathered for them.
     """
 
     def __init__(self, planned: Sequence[tuple[Visit, Sequence[Change]]]):
         super().__init__()
         self.planned = iter(planned)
-        self.saved: dict[Param, list[Tensor]] = defaultdict(list)
+        self.saved: dict[Param, list[Tensor]] = {}  # what is held so, of each weight that a checkpoint saves
+
+    def after_forward(self, op: Op, ledger: Ledger, recomputing: bool) -> None:
+        if recomputing:
+            self.saved.update({(self.layer, weight): [] for weight in op.trained})
+        super().after_forward(op, ledger, recomputing)
 
     def release_saved(self, op: Op, ledger: Ledger) -> None:
         for weight in op.weights:
@@ -190,7 +213,7 @@ class Gathering(_Walk):
             grown = comes
             if comes:
                 ledger.put(tensor)
-            elif param is not None and self.recomputing:
+            elif param in self.saved:
                 self.saved[param].append(tensor)
             else:
                 ledger.drop(tensor)
@@ -207,6 +230,22 @@ class _Handle:
         self.is_copied = False
 
 
+def _places(weights: Sequence[Weight], queue: Iterable[tuple[Param, int]]) -> dict[Param, tuple[int, int]]:
+    """By which weights come before others in the model (ds_id): of a layer by its number, of none before all layers or after them."""
+    last = {weight: n for n, weight in enumerate(weights)}
+    params = dict.fromkeys(param for param, _ in queue)
+    layers = {layer: n for n, layer in enumerate(dict.fromkeys(layer for layer, _ in params if layer is not None))}
+    first = min((last[weight] for layer, weight in params if layer is not None), default=0)
+
+    def number(param: Param) -> int:
+        layer, weight = param
+        if layer is not None:
+            return layers[layer]
+        return -1 if last[weight] < first else len(layers)
+
+    return {param: (number(param), last[param[1]]) for param in params}
+
+
 class Coordinator:
     """Follows PartitionedParameterCoordinator through a micro-batch. Sizes are in values."""
 
@@ -216,6 +255,7 @@ class Coordinator:
         self.kept = dict(kept or {})
         fetches = [visit.params for visit in visits if visit.hook is Hook.FETCH]
         self.queue = [(param, step) for step, params in enumerate(fetches) for param in params]
+        self.places = _places(zero.weights, self.queue)
         self.uses: dict[Param, list[int]] = defaultdict(list)
         for param, step in self.queue:
             self.uses[param].append(step)
@@ -226,7 +266,10 @@ class Coordinator:
         self.fetched_for: dict[Param, int] = {}  # the latest step
         self.there: dict[Param, Tensor] = {}
         self.under_way: dict[Param, _Handle] = {}
-        self.active: dict[Param, set[Call]] = defaultdict(set)
+        self.active: dict[Param, set[Module]] = defaultdict(set)
+        self.again: dict[Module, list[Param]] = defaultdict(
+            list
+        )  # frozen weights gathered as layers are run again, by the module that lets go of them
         self.own: list[Param] = []  # gathered without hooks
         self.changes: list[Change] = []
 
@@ -265,7 +308,10 @@ class Coordinator:
         params = visit.params
         self._gather([param for param in params if self._is_missing(param)])
         for param in params:
-            self.active[param].add(visit.call)
+            self.active[param].add(visit.module)
+            if visit.owner is not None and not param[1].trained:
+                self.again[visit.owner].append(param)
+                self.active[param].add(visit.owner)
             if param in self.under_way:
                 self._wait(self.under_way.pop(param))
         self._skip({param for param in params if self.fetched_for.get(param, -1) < self.step})
@@ -295,9 +341,10 @@ class Coordinator:
                 size += param[1].numel
         self._gather(params)
 
-    def _gather(self, params: Sequence[Param]) -> None:
-        if not params:
+    def _gather(self, asked: Sequence[Param]) -> None:
+        if not asked:
             return
+        params = sorted(asked, key=self.places.__getitem__)
         self.live += sum(weight.numel for _, weight in params)
         shares = [self.zero.share(weight) for _, weight in params]
         name = "gathered weight" if len(params) == 1 else "all-gather buffer"
@@ -347,8 +394,10 @@ class Coordinator:
         going = self.kept.get(number)
         if going is None:
             going = self.kept[number] = frozenset(param for param in visit.params if self._goes(param, visit.hook))
-        for param in visit.params:
-            self.active[param].discard(visit.call)
+        again = self.again.pop(visit.module, []) if visit.in_backward else []
+        going = going.union(param for param in again if not self._persists(param))
+        for param in dict.fromkeys((*visit.params, *again)):
+            self.active[param].discard(visit.module)
             if param in going and param in self.there and not self.active[param]:
                 self.changes.append(Change(False, self.there.pop(param), param))
                 self.live -= param[1].numel
@@ -372,19 +421,17 @@ class Zero3:
     """A model's weights under a recipe of ZeRO-3's: the same for all lengths. Sizes are in values, but for what says bytes."""
 
     def __init__(self, recipe: Recipe, weights: Sequence[Weight], hidden: int):
-        """weights: in the order in which the model has them. Raises RecipeError."""
-        if any(weight.dtype for weight in weights):
-            raise RecipeError(
-                "ZeRO-3 of a model some of whose weights have a dtype of their own is not planned.\nUse --sharding fsdp."
-            )
+        """weights: in the order in which the model has them."""
         self.recipe, self.weights = recipe, tuple(weights)
+        self.trained = tuple(weight for weight in weights if weight.trained)
         self.ranks = recipe.gpus
         self.bucket = recipe.bucket_values(hidden)
         self.prefetch = recipe.prefetch_values(hidden)
         self.threshold = recipe.persistent_values(hidden)
         self.max_live = recipe.max_live_parameters
-        shares = [self.share(weight) for weight in weights]
+        shares = [self.share(weight) for weight in self.trained]
         self.partition = sum(shares)
+        self.frozen = sum(self.share(weight) for weight in weights if not weight.trained)
         self.largest = max(shares)
         self.groups = sub_groups(shares, recipe.sub_group_size)
         self.steps = [Weight(f"sub-group {n}", (sum(group),), dtype="float32") for n, group in enumerate(self.groups)]
@@ -421,7 +468,9 @@ class Zero3:
 
     def stays(self) -> list[Tensor]:
         """What is there before the first step."""
-        parts = [] if self.recipe.weights_on_host else [self._parts("parts of all weights", "bfloat16", Role.WEIGHT)]
+        parts = [] if self.recipe.weights_on_host else [self._parts(PARTS, "bfloat16", Role.WEIGHT)]
+        if self.frozen:
+            parts.append(_tensor(FROZEN_PARTS, "bfloat16", self.frozen, Role.WEIGHT))
         bucket = _tensor("bucket of gradients", "bfloat16", self.bucket, Role.REDUCED)
         persistent = [self.persistent] if self.persistent.bytes else []
         if self.on_host:
@@ -504,7 +553,7 @@ class Reducer3:
         """first, last: of the micro-batches of an optimizer step."""
         self.zero, self.first, self.last = zero, first, last
         self.left: dict[Weight, list[int]] = defaultdict(list)
-        for number, weight in enumerate(zero.weights):
+        for number, weight in enumerate(zero.trained):
             self.left[weight].append(number)
         self.inside: list[int] = []  # the bucket: numbers of weights
         self.values = 0
@@ -529,7 +578,7 @@ class Reducer3:
         """Reduce the bucket, and keep this GPU's parts of it."""
         if not self.inside:
             return
-        weights = [self.zero.weights[number] for number in sorted(self.inside)]
+        weights = [self.zero.trained[number] for number in sorted(self.inside)]
         shares = [self.zero.share(weight) for weight in weights]
         is_view = len(weights) == 1 and weights[0].numel % self.zero.ranks == 0
         name = "gradients in the order of the GPUs"

@@ -114,7 +114,7 @@ def test_recipes_are_listed_with_what_they_assume(run: Run) -> None:
         (("--lora", "8", "--lora-targets", "qproj"), "Did you mean q_proj"),
         (("--lora", "8", "--lora-targets", "lm_head"), "--lora-modules-to-save"),
         (("--lora", "8", "--lora-targets", "lm_head", "--loss", "chunked"), "never makes its logits"),
-        (("--lora", "8", "--gpus", "8", "--sharding", "zero2"), "not planned yet"),
+        (("--lora", "8", "--dora", "--gpus", "8", "--sharding", "zero3"), "leave --dora out"),
         (("--lora-targets", "q_proj"), "--lora-targets is of adapters: add --lora 16"),
         (("--adapter-dtype", "bf16"), "--adapter-dtype is of adapters: add --lora 16"),
         (("--lora", "8", "--lora-targets", "q_proj,v_prj"), "'v_prj' matches no linear layer"),

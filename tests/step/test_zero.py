@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.deepspeed_zero import BUCKETS, CONFIG, LEAST, TIED, TOKENS
+from bench.deepspeed_zero import BUCKETS, CONFIG, LEAST, PART, TIED, TOKENS
 from mstplan.errors import RecipeError
 from mstplan.plan.layout import step_of, step_sizes
 from mstplan.plan.solve import host_bytes, max_seq
@@ -25,7 +25,7 @@ from mstplan.step.recipe import Recipe, strategy
 from mstplan.step.roles import Role
 from mstplan.step.steps import Chunks, InstantPeak, Step
 from mstplan.step.tape import Change, Event, Happening, Tensor, backward, finish_reducing, forward, grad_of
-from mstplan.step.zero import slices_of
+from mstplan.step.zero import Zero, slices_of
 
 ON, ONE = card("h100"), Chunks(1, 1)
 MODEL = load_model("qwen3-0.6b")
@@ -89,6 +89,7 @@ class Live:
 def recipe_of(case: dict[str, Any]) -> Recipe:
     fields = {"reduce_bucket_size": BUCKETS[case["bucket"]] if case["bucket"] != "auto" else "auto"}
     fields |= {"accumulation": case["accumulation"], "overlap_comm": case["overlap"], "optimizer_on_host": case["host"]}
+    fields |= PART.get(case.get("part", ""), {})
     return strategy("standard", gpus=case["ranks"], sharding=f"zero{case['stage']}", attention="eager", **fields)
 
 
@@ -256,8 +257,11 @@ REFUSED = [
     ({"optimizer": "adamw-8bit"}, "--optimizer adamw"),
     ({"optimizer_in_backward": True}, "leave one of the two out"),
     ({"optimizer_on_host": True, "weights_on_host": True}, "--sharding fsdp"),
-    ({"lora_rank": 8}, "not planned yet"),
-    ({"freeze": ("embeddings",)}, "not planned yet"),
+    ({"lora_rank": 8, "dora": True}, "leave --dora out"),
+    ({"lora_rank": 8, "quantize": "int8"}, "use nf4"),
+    ({"lora_rank": 8, "quantize": "nf4", "quant_storage": "fp32"}, "quant_storage='bf16'"),
+    ({"lora_rank": 8, "quantize": "nf4", "kbit_preparation": True}, "leave --kbit-preparation out"),
+    ({"lora_rank": 8, "optimizer_on_host": True, "weights_on_host": True}, "--sharding fsdp"),
     ({"gpus": 1}, "2 gpus or more"),
     ({"reduce_bucket_size": 0}, "whole number from 1"),
     ({"replicas": 2}, "is of fsdp"),
@@ -272,6 +276,44 @@ def test_what_is_not_planned_is_refused(fields: dict[str, object], says: str) ->
     with pytest.raises(RecipeError, match=says) as caught:
         zero(2, **fields)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_adapters_on_experts_are_refused() -> None:
+    with pytest.raises(RecipeError, match="--lora-targets attention"):
+        built(zero(2, lora_rank=8), load_model("qwen3-30b-a3b"))
+    assert built(zero(2, lora_rank=8, lora_targets=("attention",)), load_model("qwen3-30b-a3b")).zero is not None
+
+
+ADAPTERS = {
+    "lora": {"lora_rank": 16},
+    "of attention": {"lora_rank": 8, "lora_targets": ("attention",)},
+    "qlora": {"lora_rank": 16, "quantize": "nf4", "double_quantize": True},
+    "beside a head": {"lora_rank": 16, "lora_modules_to_save": ("lm_head",)},
+    "frozen embeddings": {"freeze": ("embeddings",)},
+}
+
+
+@pytest.mark.parametrize("fields", ADAPTERS.values(), ids=list(ADAPTERS))
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_is_frozen_is_whole_as_on_one_gpu(stage: int, fields: dict[str, object]) -> None:
+    """And what is trained is in partitions alone: bf16 weights of all of it, and an eighth of fp32 ones and of states."""
+    step, alone = (
+        built(zero(stage, **fields)),
+        built(strategy("checkpoint", **fields, **({"adapter_dtype": "bf16"} if "lora_rank" in fields else {}))),
+    )
+    assert isinstance(step.zero, Zero)
+    frozen, whole = (sum(w.numel * n for w, n in each.weights if not w.trained) for each in (step, alone))
+    trained = sum(w.numel * n for w, n in step.weights if w.trained)
+    assert frozen == whole > 0 and 0 <= step.zero.flat - trained < 2 * 8
+    bytes_of_weights = [sum(t.bytes for t in each.stays() if t.role is Role.WEIGHT) for each in (step, alone)]
+    assert bytes_of_weights[0] - bytes_of_weights[1] == 2 * (step.zero.flat - trained) + 4 * step.zero.partition
+    assert sum(t.bytes for t in step.states()) == 2 * 4 * step.zero.partition + 4  # and the number of steps
+
+
+def test_peft_s_dtype_of_adapters_is_of_no_account() -> None:
+    """DeepSpeed's engine casts all weights to bf16."""
+    fp32, bf16 = (instants(zero(2, lora_rank=16, adapter_dtype=dtype)) for dtype in ("fp32", "bf16"))
+    assert {name: each.bytes for name, each in fp32.items()} == {name: each.bytes for name, each in bf16.items()}
 
 
 def test_a_model_with_dtypes_of_its_own_is_refused() -> None:

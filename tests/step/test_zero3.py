@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.deepspeed_zero import CONFIG, LEAST, TIED, TOKENS
+from bench.deepspeed_zero import CONFIG, LEAST, PART, TIED, TOKENS
 from bench.deepspeed_zero3 import SETTINGS
 from mstplan.errors import RecipeError
 from mstplan.plan.layout import step_of, step_sizes
@@ -27,7 +27,7 @@ from mstplan.step.recipe import Recipe, strategy
 from mstplan.step.roles import Role
 from mstplan.step.steps import Chunks, InstantPeak, Step
 from mstplan.step.tape import Change, Event, Happening, backward, finish_reducing, forward
-from mstplan.step.zero3 import FROM_HOST, PERSISTENT, SHARD_FROM_HOST, Zero3, sub_groups
+from mstplan.step.zero3 import FROM_HOST, FROZEN_PARTS, PARTS, PERSISTENT, SHARD_FROM_HOST, Zero3, sub_groups
 
 ON, ONE = card("h100"), Chunks(1, 1)
 MODEL = load_model("qwen3-0.6b")
@@ -66,6 +66,7 @@ def step_of_case(case: dict[str, Any]) -> Step:
     sizes = SETTINGS[case["settings"]]
     if case["settings"] == "auto":
         sizes = dict.fromkeys(sizes, "auto")  # type: ignore[arg-type]
+    fields |= PART.get(case.get("part", ""), {})
     recipe = Recipe(
         checkpoint={False: "none", True: "layer"}.get(case["checkpoint"], case["checkpoint"]),
         gpus=case["ranks"],
@@ -98,6 +99,12 @@ def passes(step: Step) -> dict[str, list[int]]:
     return phases
 
 
+def in_order(events: Iterable[int]) -> list[int]:
+    """Events, of which those that go together are sorted: DeepSpeed lets go of sets of weights."""
+    runs = groupby(events, key=lambda size: size > 0)
+    return [size for comes, run in runs for size in (run if comes else sorted(run))]
+
+
 def words(case: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in case.items() if name != "found")
 
@@ -111,7 +118,9 @@ def test_deepspeeds_engine_allocates_the_same_in_the_same_order(case: dict[str, 
     expected = passes(step_of_case(case))
     for rank in case["found"]:
         found = {phase: [int(size) for size in text.split()] for phase, text in rank["events"].items()}
-        assert {phase: found.get(phase, []) for phase in expected} == expected
+        assert {phase: in_order(found.get(phase, [])) for phase in expected} == {
+            phase: in_order(events) for phase, events in expected.items()
+        }
 
 
 @CASES
@@ -138,7 +147,8 @@ def test_deepspeeds_engine_keeps_parts_as_large(case: dict[str, Any]) -> None:
     step = step_of_case(case)
     state = zero_of(step)
     names = {
-        "parts of all weights": "parts",
+        PARTS: "parts",
+        FROZEN_PARTS: "frozen",
         "fp32 parts of all weights": "fp32",
         "parts of all gradients": "gradients",
         "bucket of gradients": "bucket",
@@ -268,8 +278,12 @@ REFUSED = [
     ({"optimizer": "adamw-8bit"}, "--optimizer adamw"),
     ({"optimizer_in_backward": True}, "leave one of the two out"),
     ({"weights_on_host": True}, "--optimizer-on-host"),
-    ({"lora_rank": 8}, "--sharding fsdp"),
-    ({"freeze": ("embeddings",)}, "--sharding fsdp"),
+    ({"lora_rank": 8, "dora": True}, "leave --dora out"),
+    ({"lora_rank": 8, "quantize": "nf4"}, "--sharding zero2"),
+    ({"lora_rank": 8, "lora_modules_to_save": ("lm_head",)}, "leave --lora-modules-to-save out"),
+    ({"lora_rank": 8, "loss": "chunked"}, "-s checkpointing"),
+    ({"freeze": ("embeddings",), "mlp_chunks": 4}, "-s checkpointing"),
+    ({"freeze": ("embeddings",), "optimizer_on_host": True, "weights_on_host": True}, "leave weights_on_host"),
     ({"checkpoint": 4}, "--checkpoint layer"),
     ({"checkpoint": "selective"}, "--checkpoint layer"),
     ({"offload": "saved-tensors"}, "--offload layer-inputs"),
@@ -293,3 +307,40 @@ def test_what_is_not_planned_is_refused(fields: dict[str, object], says: str) ->
 def test_models_whose_modules_are_not_known_are_refused() -> None:
     with pytest.raises(RecipeError, match="order of a model's modules"):
         built(zero(), load_model("gpt2"))
+
+
+# ---- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12, deadline=None)
+@given(fields=settings_of_zero(), gpus=st.integers(2, 60), rank=st.sampled_from([1, 16, 256]), below=st.booleans())
+def test_what_is_frozen_has_parts_alone(fields: dict[str, object], gpus: int, rank: int, below: bool) -> None:
+    """And all that is gathered goes, whether or not a gradient comes to the lowest layer."""
+    step = built(zero(**fields, gpus=gpus, lora_rank=rank, input_gradients=below))
+    state = zero_of(step)
+    counts = {trained: sum(w.numel * n for w, n in step.weights if w.trained == trained) for trained in (True, False)}
+    stays = {tensor.name: tensor.bytes for tensor in state.stays()}
+    padding = 2 * len(state.weights)
+    assert 0 <= stays[FROZEN_PARTS] - 2 * counts[False] / gpus <= padding
+    assert 0 <= stays[PARTS] - 2 * counts[True] / gpus <= padding
+    assert stays["fp32 parts of all weights"] == 2 * stays[PARTS] == 2 * stays["parts of all gradients"]
+    rules = step.rules(events=True)
+    events = (
+        *forward(step.replayed, rules, keep=True, prune=False).events,
+        *backward(step.replayed, rules, prune=False).events,
+        *finish_reducing(rules).events,
+    )
+    gathered = [e for e in events if isinstance(e, Change) and e.tensor.role is Role.GATHERED]
+    assert sum(e.happening.value * e.tensor.bytes for e in gathered) == 0 < len(gathered)
+
+
+def test_a_frozen_weight_s_input_is_kept() -> None:
+    """By DeepSpeed's linear: of an MLP without adapters too, which torch's keeps under DDP where the activation's backward wants it, alone."""
+    fields = {"lora_rank": 8, "lora_targets": ("attention",), "checkpoint": "none", "adapter_dtype": "bf16"}
+    rows = [strategy("checkpoint", gpus=8, sharding=sharding, **fields) for sharding in ("zero3", "ddp")]
+    kept = []
+    for recipe in rows:
+        entries = instants(recipe, tokens=4096)[Instant.END_OF_FORWARD].entries
+        kept.append(sum(entry.bytes for entry in entries if entry.role is Role.MLP))
+    layer = 2 * 4096 * 3072
+    assert kept[0] - kept[1] >= MODEL.layers * layer // 2

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
+import peft
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -18,7 +20,9 @@ from mstplan.spec.config import read_config
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import strategy
 from mstplan.step.steps import Chunks
+from mstplan.step.zero import Zero
 from mstplan.step.zero3 import CHECKED, Hook, Zero3
+from mstplan.train.adapters import add_adapters
 
 from ..spec.test_families import tiny
 
@@ -56,6 +60,10 @@ def within(given: Any, tell: Callable[[], None]) -> Any:
 def hook(module: nn.Module, visits: Visits) -> None:
     """Hooks as parameter_offload.py of DeepSpeed registers them."""
     sizes = tuple(weight.numel() for weight in module.parameters(recurse=False))
+    if isinstance(
+        module, peft.tuners.lora.Linear
+    ):  # asks for a dtype, and so has it as one of its own (ZeROOrderedDict.__getitem__)
+        sizes = (module.lora_A["default"].weight.numel(),)
     inputs = 0
 
     def before(_: nn.Module, given: Any) -> Any:
@@ -79,10 +87,12 @@ def hook(module: nn.Module, visits: Visits) -> None:
     module.register_forward_hook(after)
 
 
+@pytest.mark.parametrize("rank", [0, 4], ids=["all", "lora"])
 @pytest.mark.parametrize("family", sorted(CHECKED))
-def test_modules_are_called_in_the_order_in_which_they_are_laid_out(family: str) -> None:
+def test_modules_are_called_in_the_order_in_which_they_are_laid_out(family: str, rank: int) -> None:
+    """rank: of adapters, whose modules peft puts in, and classes of its own around the model."""
     config = tiny(family)
-    recipe = strategy("standard", gpus=2, sharding="zero3", attention="eager")
+    recipe = strategy("standard", gpus=2, sharding="zero3", attention="eager", lora_rank=rank)
     zero = step_of(read_config(config, "tiny"), recipe, card("h100"), Chunks(1, 1), TOKENS).zero
     assert isinstance(zero, Zero3)
     laid_out = [
@@ -94,9 +104,28 @@ def test_modules_are_called_in_the_order_in_which_they_are_laid_out(family: str)
 
     settings = AutoConfig.for_model(**config)
     model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
+    if rank:
+        lora = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, lora)
     visits: Visits = []
     for module in model.modules():
         hook(module, visits)
     ids = torch.arange(TOKENS)[None] + 5
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert visits == laid_out
+
+
+@pytest.mark.parametrize("family", sorted(CHECKED))
+def test_adapters_lie_in_the_order_in_which_peft_makes_them(family: str) -> None:
+    """As the partitions of ZeRO-1 and ZeRO-2 are cut."""
+    from transformers import AutoConfig
+
+    config = tiny(family)
+    recipe = strategy("standard", gpus=2, sharding="zero2", lora_rank=4, attention="eager")
+    zero = step_of(read_config(config, "tiny"), recipe, card("h100"), Chunks(1, 1), TOKENS).zero
+    assert isinstance(zero, Zero)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager")
+    add_adapters(model, recipe)
+    trained = [weight.numel() for weight in model.parameters() if weight.requires_grad]
+    assert [weight.numel for weight in zero.weights] == trained
