@@ -32,11 +32,12 @@ class Span(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Spans of the tokens of a batch, and of those in a piece of the MLP and of the loss: by what `tape.BASIS` calls them."""
+    """Spans of the tokens of a batch, of those in a piece of the MLP and of the loss, and of sequences: by what `tape.BASIS` calls them."""
 
     bs: Span
     bc: Span
     bk: Span
+    b: Span
 
 
 class Size(NamedTuple):
