@@ -28,6 +28,7 @@ from ..step.parameters import parameter_count, trained_count
 from ..step.recipe import STRATEGY_FIELDS, Recipe, strategy_label, strategy_of, words_of
 from ..step.steps import Chunks, Layout, attention_kernel, embeddings_are_frozen, kernels_of
 from ..step.tape import ITEMSIZE
+from ..step.towers import masks_text
 from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
 from . import calibration
 from .allocation import longest_that_runs
@@ -139,7 +140,12 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
         if mixer in PACKAGES
     ]
     windows = any(kind.window is not None for kind in model.layer_kinds)
-    if recipe.attention == "sdpa" and model.has_sdpa and windows:
+    if recipe.attention == "sdpa" and masks_text(model, recipe):
+        notes.append(
+            "With images transformers gives sdpa an explicit S x S mask in every layer, at any length: an image sees all of itself. Where S is no "
+            f"multiple of {BIAS_ROWS}, the memory-efficient kernel pads a copy of it."
+        )
+    elif recipe.attention == "sdpa" and model.has_sdpa and windows:
         notes.append(
             "With sdpa, sliding-window layers take an explicit S x S mask beyond their window, and a padded copy of it where S is no multiple"
             f" of {BIAS_ROWS}; --attention flash needs none."

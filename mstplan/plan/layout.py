@@ -15,7 +15,7 @@ from ..step.recipe import Recipe
 from ..step.steps import Chunks, Layout, Sizes, Step, kernels_of, step, tape_of
 from ..step.tape import workspace_starts
 from ..step.towers import masks_text
-from ..step.workspaces import Spans, span_at
+from ..step.workspaces import Span, Spans, span_at
 from . import calibration
 from .calibration import Calibration
 
@@ -101,9 +101,8 @@ def pads_masks(model: Model, layout: Layout) -> bool:
 def in_spans(model: Model, layout: Layout, sizes: Sizes) -> Layout:
     """The layout, in the spans that the tokens lie in."""
     starts, (_, bs, bc, bk, *_) = _workspace_starts(model, layout), sizes.units
-    counts = {"bs": bs, "bc": bc, "bk": bk, "b": sizes.batch}
-    spans = {name: span_at(starts.get(name, ()), count) for name, count in counts.items()}
-    return layout._replace(spans=Spans(**spans))
+    spans = {name: span_at(starts.get(name, ()), tokens) for name, tokens in (("bs", bs), ("bc", bc), ("bk", bk))}
+    return layout._replace(spans=Spans(**spans, b=Span(sizes.batch, sizes.batch)))
 
 
 @lru_cache(maxsize=256)

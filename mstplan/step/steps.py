@@ -744,7 +744,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     loss = LOSSES[recipe.loss]
     in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks
     check_towers(model, recipe)
-    frozen = frozen or frozen_names(model, training_of(recipe), adapters, recipe.images)
+    frozen = frozen or frozen_names(model, training_of(model, recipe), adapters, recipe.images)
     w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
     table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
@@ -861,10 +861,10 @@ def adapters_of(recipe: Recipe, model: Model) -> Adapters | None:
     return Adapters(*plain, parameters, list_linears(model))
 
 
-def training_of(recipe: Recipe) -> Selection:
+def training_of(model: Model, recipe: Recipe) -> Selection:
     """Which weights a recipe trains, of a step on text alone those of the text part: with adapters those and the modules that are saved,
-    where it says no more."""
-    said = Selection(recipe.train, recipe.freeze)
+    where it says no more. Of images that the trace alone answers nothing is told."""
+    said = Selection() if recipe.images and model.vision is None else Selection(recipe.train, recipe.freeze)
     said = said if recipe.images else said.of_text()
     if not recipe.lora_rank:
         return said
@@ -1009,9 +1009,9 @@ def named_weights(model: Model, adapters: Adapters | None = None) -> tuple[Named
 
 def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
     """Whether no gradient is wanted of what the layers are given."""
-    selection = training_of(recipe)
+    selection = training_of(model, recipe)
     tables = [weight for weight in named_weights(with_copies(model, recipe)) if WeightKind.EMBEDDINGS in weight.kinds]
-    return not any(map(selection.trains, tables))
+    return not any(map(selection.trains, map(_in_whole, tables) if recipe.images else tables))
 
 
 def attention_kernel(model: Model, recipe: Recipe) -> str:

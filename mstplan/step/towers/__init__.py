@@ -55,8 +55,8 @@ def uncounted(model: Model, recipe: Recipe) -> str:
 
 
 def check_images(model: Model, recipe: Recipe) -> None:
-    """Check that the formula counts the images of a recipe. Raises RecipeError."""
-    if option := uncounted(model, recipe):
+    """Check that the formula counts the images of a recipe, if it is asked for an answer. Raises RecipeError."""
+    if model.stand_in is None and (option := uncounted(model, recipe)):
         raise RecipeError(
             f"images with {option} are not counted by the formula, but by the trace alone.\n"
             "max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]')."

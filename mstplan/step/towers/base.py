@@ -55,6 +55,10 @@ class Images:
         """A writer of operations over so many tokens of each image. onto: the tape; None: that of the step."""
         return TowerWriter(self, section, tokens, self.w.tape.ops if onto is None else onto.ops)
 
+    def trains(self, kind: WeightKind) -> bool:
+        """Whether any weight of a kind that has been written is trained."""
+        return any(named.names[0] not in self.frozen for named in self.named if kind in named.kinds)
+
     def layer(
         self, section: Section, tokens: int, hidden: Tensor, write: Callable[[TowerWriter, Tensor], Tensor]
     ) -> Tensor:
@@ -108,6 +112,10 @@ class _TowerTape(TapeWriter):
         sizes = " ".join(str(self.dims.get(axis, axis)) for axis in shape.split())
         name = self.label + name.removeprefix(self.label)
         return tensor_of(self.dims, name, sizes, dtype, base, role=self.role, cached=cached)
+
+    def name_kernel(self, kernel: str, start: int, selected: bool) -> None:
+        """Of towers a selective checkpoint keeps nothing: they have plain ones (mstplan/train/checkpoint.py, checkpoint_alone)."""
+        super().name_kernel(kernel, start, selected=False)
 
 
 class TowerWriter(Writer):

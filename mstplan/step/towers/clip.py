@@ -20,12 +20,12 @@ def see_by_clip(images: Images, hidden: Tensor) -> Seen:
     embedded = _embed(w, tokens)
     start = len(images.w.tape.ops)
     used = run_layers(images, tokens, embedded, vision.used_layers, copies_rows=False)
-    last = _run_unused(images, tokens, used)
+    last, *inputs = _run_unused(images, tokens, used)
     images.w.tape.hold_since(start, embedded)
     projected = _project(images, used, tokens)
     joined = w.tape.new("features of all images", projected.shape, projected.dtype)
     w.tape.op("join features", [projected], joined, grads=((projected, w.tape.grad(projected)),))
-    return Seen(hidden, images.into_embeddings(hidden, joined), (used, last, projected), (joined,))
+    return Seen(hidden, images.into_embeddings(hidden, joined), (used, last, *inputs, projected), (joined,))
 
 
 def _embed(w: TowerWriter, tokens: int) -> Tensor:
@@ -39,31 +39,35 @@ def _embed(w: TowerWriter, tokens: int) -> Tensor:
     return w.norm(embedded, "pre_layrnorm")
 
 
-def _run_unused(images: Images, tokens: int, used: Tensor) -> Tensor:
-    """Layers whose output no feature comes from, and the norm of the class behind them: a graph is made of them, and let go with what they gave."""
+def _run_unused(images: Images, tokens: int, used: Tensor) -> tuple[Tensor, ...]:
+    """Layers whose output no feature comes from, and the norm of the class behind them: a graph is made of them, and let go with what they gave.
+    Returns that, and inputs that checkpoints hold as long."""
     vision, main = images.vision, images.w.tape
     checkpoints = images.recipe.checkpoints_layers
     last = main.op("hand on", [used], main.view(used, used.name, used.shape)) if checkpoints else used
+    inputs: list[Tensor] = []
     for n in range(vision.used_layers, vision.encoder.layers):
         section = of_layer(images, n)
         if checkpoints:
+            inputs.append(last)
             last = images.layer(section._replace(is_idle=True), tokens, last, partial(write_layer, copies_rows=False))
         else:
             last = write_layer(images.writer(section, tokens), last, copies_rows=False)
     w = images.writer(outside(images), 1)
     w.copies_rows = True
     w.norm(w.slice(last, "class", f"{w.t} d"), "post_layernorm")
-    return last
+    return last, *(inputs if images.trains(WeightKind.VISION) else ())
 
 
 def _project(images: Images, used: Tensor, tokens: int) -> Tensor:
-    """Two linear layers of features; of those without the class, which do not lie together, the first one makes a copy."""
+    """Two linear layers of features; of those of several images without the class, which do not lie together, the first one makes a copy."""
     vision, outer = images.vision, images.w.model.hidden
     sizes = sizes_of(vision.encoder)
     w = images.writer(Section(PROJECTOR, WeightKind.PROJECTOR, sizes, {}), vision.tokens)
     bias, inner = vision.projector_bias, w.new("projected features", str(outer), used.dtype)
-    if vision.keeps_class:
-        first = w.linear(used, inner, "linear_1", kind=None, bias=bias)
+    if vision.keeps_class or not images.several:
+        given = used if vision.keeps_class else w.slice(used, "features but the class", f"{w.t} d")
+        first = w.linear(given, inner, "linear_1", kind=None, bias=bias)
     else:
         rows = w.new("features in order", "d", used.dtype)
         w.tape.op("features in order", [used], rows, grads=((used, w.tape.grad(used)),))
