@@ -685,30 +685,43 @@ def model_or_stand_in(options: TracedOptions) -> Model:
 
     try:
         model = model_of(options)
-        refuse_what_is_not_counted(model, options.assume, bool(getattr(options, "images", None)))
-        return model
+        if not getattr(options, "images", None):
+            refuse_what_is_not_counted(model, options.assume)
+            return model
+        assert isinstance(options, RecipesOptions)
+        return _with_images(model, options, options.assume)
     except UnreadError as e:
         from .tracing import stand_in
 
         return stand_in(options, e)
 
 
-def refuse_what_is_not_counted(model: Model, assume: str | None = None, images: bool = False) -> None:
-    """Refuses what the trace alone answers: images, and towers without a rule. Raises UnreadError; RecipeError for images of no tower."""
-    from ..errors import RecipeError, UnreadError
+BY_TRACE = "mstplan max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]')"
+
+
+def refuse_what_is_not_counted(model: Model, assume: str | None = None) -> None:
+    """Refuses what the trace alone answers of steps on text: towers without a rule. Raises UnreadError."""
+    from ..errors import UnreadError
     from ..spec.config import NO_TOWERS, TEXT_ALONE
 
-    way_out = (
-        "mstplan max-seq, plan and trace answer by the trace where torch is installed (pip install 'mstplan[torch]')"
-    )
-    has_towers = bool(model.towers) or NO_TOWERS in model.notes
-    if images:
-        if not has_towers or assume == TEXT_ALONE:
-            raise RecipeError(f"--images: {model.name} is planned as a model of text alone.\nLeave --images out.")
-        raise UnreadError(model.name, "what images take is counted by the trace alone.", f"{way_out}.")
     if NO_TOWERS in model.notes and assume is None:
         reason = "its towers are counted by transformers' own code alone."
-        raise UnreadError(model.name, reason, f"{way_out}; --assume {TEXT_ALONE} plans its text part alone.")
+        raise UnreadError(model.name, reason, f"{BY_TRACE}; --assume {TEXT_ALONE} plans its text part alone.")
+
+
+def _with_images(model: Model, options: RecipesOptions, assume: str | None) -> Model:
+    """The model for steps with images. Raises UnreadError where the trace alone counts them; RecipeError for images of no tower."""
+    from ..errors import RecipeError, UnreadError
+    from ..spec.config import NO_TOWERS, TEXT_ALONE, waiting
+    from ..step.towers import uncounted, with_images
+
+    if assume == TEXT_ALONE or not (model.towers or NO_TOWERS in model.notes):
+        raise RecipeError(f"--images: {model.name} is planned as a model of text alone.\nLeave --images out.")
+    recipes = list(recipes_of(options, model=model).values())
+    by_trace = "--rung trace" if getattr(options, "rung", None) == "trace" else ""
+    if what := next(filter(None, (by_trace, *(uncounted(model, recipe) for recipe in recipes))), ""):
+        raise UnreadError(model.name, f"images with {what} are counted by the trace alone.", f"{BY_TRACE}.")
+    return with_images(model, recipes[0], waiting(model.towers))
 
 
 def card_of(options: CardOptions) -> Card:

@@ -28,7 +28,8 @@ from ..step.parameters import parameter_count, trained_count
 from ..step.recipe import STRATEGY_FIELDS, Recipe, strategy_label, strategy_of, words_of
 from ..step.steps import Chunks, Layout, attention_kernel, embeddings_are_frozen, kernels_of
 from ..step.tape import ITEMSIZE
-from ..units import GIB, SHORTEST, format_count, format_gib, format_seconds, format_tokens
+from ..step.towers import masks_text
+from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
 from . import calibration
 from .allocation import longest_that_runs
 from .layout import check_counted, window_of
@@ -139,7 +140,12 @@ def recipe_notes(model: Model, recipe: Recipe) -> list[str]:
         if mixer in PACKAGES
     ]
     windows = any(kind.window is not None for kind in model.layer_kinds)
-    if recipe.attention == "sdpa" and model.has_sdpa and windows:
+    if recipe.attention == "sdpa" and masks_text(model, recipe):
+        notes.append(
+            "With images transformers gives sdpa an explicit S x S mask in every layer, at any length: an image sees all of itself. Where S is no "
+            f"multiple of {BIAS_ROWS}, the memory-efficient kernel pads a copy of it."
+        )
+    elif recipe.attention == "sdpa" and model.has_sdpa and windows:
         notes.append(
             "With sdpa, sliding-window layers take an explicit S x S mask beyond their window, and a padded copy of it where S is no multiple"
             f" of {BIAS_ROWS}; --attention flash needs none."
@@ -501,7 +507,9 @@ def answer_notes(answer: Answer) -> list[str]:
     """Position limit passed, CPU RAM short, padded batches, what a larger M would buy."""
     plan = answer.plan
     if answer.s_max == 0:
-        return [f"{strategy_label(answer.strategy)}: not even {SHORTEST} tokens fit: {_shortage(plan)}."]
+        return [
+            f"{strategy_label(answer.strategy)}: not even {format_tokens(plan.seq_len)} tokens fit: {_shortage(plan)}."
+        ]
     notes = position_notes(plan.model, answer.s_max)
     if plan.card.host_bytes is not None:
         on_gpu = longest_sequence(plan.model, plan.recipe, plan.card, plan.chunks)
@@ -622,7 +630,7 @@ def adapter_lines(ways: Sequence[Way]) -> list[str]:
 def nothing_fits_notes(answers: Sequence[Answer], ways_to_fit: Sequence[Way], smallest: Gpu | None) -> list[str]:
     """When no strategy holds even the shortest sequence: what is missing, and the smallest card where it would be enough."""
     plan = nearest_plan([answer.plan for answer in answers])
-    lines = [f"Nothing fits, not even {SHORTEST} tokens: {_shortage(plan)}."]
+    lines = [f"Nothing fits, not even {format_tokens(plan.seq_len)} tokens: {_shortage(plan)}."]
     if all(way.adapters is not None for way in ways_to_fit):
         last_words = f" The smallest GPU that holds it: {smallest.name}." if smallest else " No single GPU holds it."
         tried = changes_do_not_help(tries_adapters(plan), adapters_help=bool(ways_to_fit))

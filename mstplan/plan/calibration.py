@@ -97,6 +97,7 @@ def family_of(recipe: Recipe) -> dict[str, Any]:
 
 _YOUNGER_FIELDS = (
     ", stand_in=None",
+    ", vision=None",
     ", release=None",
     ", published=('', False)",
     ", head_bias=False",

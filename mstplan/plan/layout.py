@@ -14,7 +14,8 @@ from ..step.kernels import runs_sdpa
 from ..step.recipe import Recipe
 from ..step.steps import Chunks, Layout, Sizes, Step, kernels_of, step, tape_of
 from ..step.tape import workspace_starts
-from ..step.workspaces import Spans, span_at
+from ..step.towers import masks_text
+from ..step.workspaces import Span, Spans, span_at
 from . import calibration
 from .calibration import Calibration
 
@@ -27,7 +28,7 @@ def window_of(model: Model, recipe: Recipe) -> int | None:
     """The length from which sdpa needs explicit masks; None: never."""
     if not runs_sdpa(recipe.attention) or not model.has_sdpa:
         return None
-    if recipe.packing > 1:
+    if recipe.packing > 1 or masks_text(model, recipe):
         return 1
     windows = {kind.window for kind in model.layer_kinds if kind.window is not None}
     if any(kind.causal_mask for kind in model.layer_kinds):
@@ -73,7 +74,9 @@ def layout_of_no_length(
         masked,
         platform=platform,
         groups=chunks.groups,
-        several_rows=recipe.rows > 1 and (recipe.layer_in_chunks or recipe.sharers > 1 or copies_rows(model)),
+        masks_all=masks_text(model, recipe),
+        several_rows=recipe.rows > 1
+        and (recipe.layer_in_chunks or recipe.sharers > 1 or copies_rows(model) or recipe.images == 1),
     )
     return layout._replace(padded=is_odd and pads_masks(model, layout))
 
@@ -99,7 +102,7 @@ def in_spans(model: Model, layout: Layout, sizes: Sizes) -> Layout:
     """The layout, in the spans that the tokens lie in."""
     starts, (_, bs, bc, bk, *_) = _workspace_starts(model, layout), sizes.units
     spans = {name: span_at(starts.get(name, ()), tokens) for name, tokens in (("bs", bs), ("bc", bc), ("bk", bk))}
-    return layout._replace(spans=Spans(**spans))
+    return layout._replace(spans=Spans(**spans, b=Span(sizes.batch, sizes.batch)))
 
 
 @lru_cache(maxsize=256)
@@ -110,9 +113,11 @@ def _workspace_starts(model: Model, layout: Layout) -> dict[str, set[int]]:
 
 def span_starts(model: Model, layout: Layout, batch: int, chunks: Chunks) -> list[int]:
     """Lengths from which a step lies in other spans, from 0."""
-    pieces = {"bs": 1, "bc": chunks.mlp, "bk": chunks.loss}
+    pieces = {"bs": 1, "bc": chunks.mlp, "bk": chunks.loss}  # what depends on the number of sequences has one span
     starts = _workspace_starts(model, layout)
-    return sorted({0, *(pieces[name] * (-(-n // batch) - 1) + 1 for name in starts for n in starts[name])})
+    return sorted(
+        {0, *(n * (-(-each // batch) - 1) + 1 for name, n in pieces.items() for each in starts.get(name, ()))}
+    )
 
 
 def step_of(model: Model, recipe: Recipe, card: Card, chunks: Chunks, seq_len: int) -> Step:

@@ -22,9 +22,10 @@ from ..step.simulation import Usage
 from ..step.steps import Chunks, Entry, InstantPeak, Layout, Sizes, Step, evaluate, kernels_of, stored_inputs
 from ..step.tape import ITEMSIZE, MIXER_CHUNKS, MOST_CHOSEN, Vector
 from ..step.timing import attention_copies, step_seconds
+from ..step.towers import check_length, shortest_length
 from ..step.ulysses import shares_groups
 from ..step.workspaces import IDS_PER_PARTIAL_SUM, MULTIPROCESSORS
-from ..units import LONGEST, SHORTEST, format_gib, format_tokens, trainable_tokens
+from ..units import LONGEST, SHORTEST, format_gib, format_tokens
 from .allocation import longest_that_runs, usage_up_to
 from .calibration import Calibration
 from .layout import (
@@ -173,7 +174,7 @@ class Plan(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """S_max of one strategy: the longest sequence that runs. `plan` is the step at S_max; at `SHORTEST` tokens when even those do not fit (s_max 0)."""
+    """S_max of one strategy: the longest sequence that runs. `plan` is the step at S_max; at the shortest when not even that fits (s_max 0)."""
 
     strategy: str
     s_max: int
@@ -206,8 +207,13 @@ class Answer(NamedTuple):
 
 
 def longest_sequence(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
-    """S_max in tokens for fixed chunks: it and every shorter length fit, and one more does not; 0 when not even `SHORTEST` fits."""
-    return trainable_tokens(_longest_within_budget(model, recipe, card, chunks))
+    """S_max in tokens for fixed chunks: it and every shorter length fit, and one more does not; 0 when not even the shortest fits."""
+    return _trainable(model, recipe, _longest_within_budget(model, recipe, card, chunks))
+
+
+def _trainable(model: Model, recipe: Recipe, tokens: int) -> int:
+    """As many tokens as there are, 0 where that is less than a sequence has at least, which may have images."""
+    return tokens if tokens >= shortest_length(model, recipe) else 0
 
 
 def _longest_within_budget(model: Model, recipe: Recipe, card: Card, chunks: Chunks) -> int:
@@ -525,6 +531,7 @@ def plan_at(model: Model, recipe: Recipe, card: Card, seq_len: int, chunks: Chun
         raise UnitError(
             f"seq_len must be a whole number of tokens between {SHORTEST} and {LONGEST:,}, not {seq_len!r}."
         )
+    check_length(model, recipe, seq_len)
     if chunks is not None and not all(isinstance(m, int) and m >= 1 for m in chunks):
         raise RecipeError(f"chunks must be whole numbers from 1, not {tuple(chunks)!r}.")
     chosen = Chunks(*chunks) if chunks is not None else choose_chunks(model, recipe, card, seq_len)
@@ -577,12 +584,13 @@ def _timed(plan: Plan) -> tuple[Step, Recipe, Gpu, Sizes, Chunks]:
 def max_seq(model: Model, recipe: Recipe, card: Card, strategy: str = "custom") -> Answer:
     """The longest sequence that runs with `recipe` on `card`, and fits in CPU RAM where that is known."""
     s_max_tensors, chunks = max_seq_of_tensors(model, recipe, card)
-    s_max = trainable_tokens(longest_that_runs(model, recipe, card, chunks, s_max_tensors))
+    shortest = shortest_length(model, recipe)
+    s_max = _trainable(model, recipe, longest_that_runs(model, recipe, card, chunks, s_max_tensors))
     if s_max_tensors and not s_max:  # in pieces that suit a short sequence one may run all the same
-        chunks = recommend_chunks_at(model, recipe, card, SHORTEST)
+        chunks = recommend_chunks_at(model, recipe, card, shortest)
         fitting = min(s_max_tensors, longest_sequence(model, recipe, card, chunks))
-        s_max = trainable_tokens(longest_that_runs(model, recipe, card, chunks, fitting))
-    return Answer(strategy, s_max, plan_at(model, recipe, card, max(SHORTEST, s_max), chunks), s_max_tensors)
+        s_max = _trainable(model, recipe, longest_that_runs(model, recipe, card, chunks, fitting))
+    return Answer(strategy, s_max, plan_at(model, recipe, card, max(shortest, s_max), chunks), s_max_tensors)
 
 
 def max_seq_of_tensors(model: Model, recipe: Recipe, card: Card) -> tuple[int, Chunks]:
@@ -590,7 +598,7 @@ def max_seq_of_tensors(model: Model, recipe: Recipe, card: Card) -> tuple[int, C
     chunks = recommend_chunks(model, recipe, card)
     s_max = longest_sequence(model, recipe, card, chunks)
     if s_max and card.host_bytes is not None:
-        s_max = trainable_tokens(min(s_max, _longest_on_host(model, recipe, card, chunks)))
+        s_max = _trainable(model, recipe, min(s_max, _longest_on_host(model, recipe, card, chunks)))
     return s_max, chunks
 
 

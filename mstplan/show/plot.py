@@ -26,6 +26,7 @@ from ..spec.model import Model
 from ..step.instants import Instant
 from ..step.recipe import Recipe, recipe_in_words, strategy_label
 from ..step.steps import Chunks
+from ..step.towers import shortest_length
 from ..units import GIB, format_gib, format_tokens
 from .floor import Band, bands, merged
 from .formats import FORMATS
@@ -149,7 +150,8 @@ def curves(answers: Sequence[Answer], longest: int | None = None, points: int = 
     reached = sorted(a.s_max for a in answers if a.s_max)
     if longest is None:
         longest = _longest(reached[-1] if reached else 0, answers[0].plan.model.context)
-    first = min(SHORTEST, max(1, longest // 4))
+    shortest = max(shortest_length(a.plan.model, a.plan.recipe) for a in answers)
+    first = max(min(SHORTEST, max(1, longest // 4)), shortest if shortest > 2 else 1)
     if reached and reached[0] < first:
         first = 1 << (reached[0].bit_length() - 1)
     grid = _spaced(first, longest, points)

@@ -32,6 +32,7 @@ from mstplan.spec.model import (
 from mstplan.spec.own_sizes import attention_of_layers, cuts_of_layers, shares_of_layers, width_of, widths_of_layers
 from mstplan.spec.releases import parse_release, release
 from mstplan.spec.towers import Tower, towers_of
+from mstplan.spec.vision import vision_of
 
 _LARGEST_SIZE = 2**31  # of any size; far beyond every model, small enough that a slip of the keyboard is caught
 _MAX_LAYERS = 1000  # eight times as many as the deepest published one
@@ -128,6 +129,7 @@ def read_config(
     _refuse_non_decoders(config, name)
     notes: list[str] = []
     towers, assume = (None, None) if assume == TEXT_ALONE else (towers_of(config), assume)
+    vision = vision_of(config) if towers else None
     nested = (part := _find_part(config)) is not None
     if nested:
         if part == "text_config":  # as transformers writes it
@@ -163,7 +165,7 @@ def read_config(
     model = _in_release(_model(f, model_type), f.family, transformers)
     published = _published_quantisation(f.config)
     notes = [*_quantised_notes(f), *notes, *_field_notes(f)]
-    return model._replace(published=published, towers=towers or (), notes=tuple(notes))
+    return model._replace(published=published, towers=towers or (), vision=vision, notes=tuple(notes))
 
 
 def waiting(towers: tuple[Tower, ...]) -> str:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from .releases import Release
 from .towers import Tower
+from .vision import Vision
 
 Norm = Literal["rms", "rms-fp32-weight", "rms-fp32", "rms-wide-weight", "gemma", "layer", "layer-1p", "centred"]
 """rms-fp32-weight: normed in fp32 times the weight as it is, cast last. rms-fp32: times a copy of the weight in fp32 (Gemma 4)."""
@@ -236,6 +237,7 @@ class Model(NamedTuple):
     idle_window: int | None = None  # the length from which a mask is made that no layer uses (Qwen2-MoE)
     release: Release | None = None  # of transformers, where what is planned depends on it
     towers: tuple[Tower, ...] = ()  # what text does not go through, where it is counted
+    vision: Vision | None = None  # the tower whose step is laid out, where images come
 
     def __repr__(self) -> str:
         return f"<Model {self.name}: {self.model_type}, {self.layers} layers of {self.hidden}>"

@@ -39,7 +39,7 @@ def towers_of(config: Mapping[str, object]) -> tuple[Tower, ...] | None:
     if rule is None or not isinstance(vision, Mapping) or not isinstance(text, Mapping):
         return None
     try:
-        towers = rule(_Fields(config), _Fields(vision), _Fields(text))
+        towers = rule(Fields(config), Fields(vision), Fields(text))
     except (KeyError, TypeError):
         return None
     return None if towers is None else tuple(Tower(kind, tuple(weights)) for kind, weights in towers.items())
@@ -48,7 +48,7 @@ def towers_of(config: Mapping[str, object]) -> tuple[Tower, ...] | None:
 Towers = dict[TowerKind, list[TowerWeight]]
 
 
-class _Fields:
+class Fields:
     """Sizes of a configuration: KeyError for one that is not there, TypeError for one that is none."""
 
     def __init__(self, fields: Mapping[str, Any]):
@@ -63,6 +63,12 @@ class _Fields:
     def flag(self, name: str, default: bool) -> bool:
         value = self.fields.get(name, default)
         if not isinstance(value, bool):
+            raise TypeError(name)
+        return value
+
+    def word(self, name: str, default: str) -> str:
+        value = self.fields.get(name, default)
+        if not isinstance(value, str):
             raise TypeError(name)
         return value
 
@@ -95,7 +101,7 @@ def _layer_norms(width: int, copies: int) -> TowerWeight:
 # ---- encoders -------------------------------------------------------------------------------------------------------------
 
 
-def _vit_layers(v: _Fields, hidden: int, width: int, layers: int) -> Iterator[TowerWeight]:
+def _vit_layers(v: Fields, hidden: int, width: int, layers: int) -> Iterator[TowerWeight]:
     """Layers of CLIP, SigLIP and Llama-4: four projections, an MLP of two matrices, two layer norms, biases throughout."""
     yield from _linear(hidden, hidden, True, 4 * layers)
     yield from _linear(hidden, width, True, layers)
@@ -103,7 +109,7 @@ def _vit_layers(v: _Fields, hidden: int, width: int, layers: int) -> Iterator[To
     yield _layer_norms(hidden, 2 * layers)
 
 
-def _clip(v: _Fields) -> Iterator[TowerWeight]:
+def _clip(v: Fields) -> Iterator[TowerWeight]:
     hidden, patch = v.size("hidden_size", 768), v.size("patch_size", 32)
     yield TowerWeight((hidden, v.size("num_channels", 3), patch, patch))
     yield TowerWeight((hidden,))  # of the class
@@ -112,7 +118,7 @@ def _clip(v: _Fields) -> Iterator[TowerWeight]:
     yield from _vit_layers(v, hidden, v.size("intermediate_size", 3072), v.size("num_hidden_layers", 12))
 
 
-def _siglip(v: _Fields) -> Iterator[TowerWeight]:
+def _siglip(v: Fields) -> Iterator[TowerWeight]:
     hidden, width, patch = v.size("hidden_size", 768), v.size("intermediate_size", 3072), v.size("patch_size", 16)
     yield TowerWeight((hidden, v.size("num_channels", 3), patch, patch))
     yield TowerWeight((hidden,))
@@ -129,7 +135,7 @@ def _siglip(v: _Fields) -> Iterator[TowerWeight]:
         yield from _linear(width, hidden, True)
 
 
-def _pixtral(v: _Fields) -> Iterator[TowerWeight]:
+def _pixtral(v: Fields) -> Iterator[TowerWeight]:
     hidden, width, patch = v.size("hidden_size", 1024), v.size("intermediate_size", 4096), v.size("patch_size", 16)
     layers = v.size("num_hidden_layers", 24)
     yield TowerWeight((hidden, v.size("num_channels", 3), patch, patch))
@@ -139,14 +145,14 @@ def _pixtral(v: _Fields) -> Iterator[TowerWeight]:
     yield TowerWeight((hidden,), 2 * layers + 1)
 
 
-_ENCODERS: Mapping[str, Callable[[_Fields], Iterator[TowerWeight]]] = {
+_ENCODERS: Mapping[str, Callable[[Fields], Iterator[TowerWeight]]] = {
     "clip_vision_model": _clip,
     "siglip_vision_model": _siglip,
     "pixtral": _pixtral,
 }
 
 
-def _encoder(v: _Fields) -> tuple[list[TowerWeight], int]:
+def _encoder(v: Fields) -> tuple[list[TowerWeight], int]:
     """An encoder's weights, and its width. KeyError for one without a rule."""
     weights = list(_ENCODERS[str(v.fields.get("model_type"))](v))
     return weights, weights[0].shape[0]
@@ -155,7 +161,7 @@ def _encoder(v: _Fields) -> tuple[list[TowerWeight], int]:
 # ---- families: whole, vision, text ----------------------------------------------------------------------------------------
 
 
-def _llava(w: _Fields, v: _Fields, t: _Fields) -> Towers:
+def _llava(w: Fields, v: Fields, t: Fields) -> Towers:
     weights, width = _encoder(v)
     hidden, bias = t.size("hidden_size"), w.flag("multimodal_projector_bias", True)
     projector = [
@@ -165,13 +171,13 @@ def _llava(w: _Fields, v: _Fields, t: _Fields) -> Towers:
     return {"vision": weights, "projector": projector}
 
 
-def _llava_next(w: _Fields, v: _Fields, t: _Fields) -> Towers:
+def _llava_next(w: Fields, v: Fields, t: Fields) -> Towers:
     towers = _llava(w, v, t)
     towers["projector"].append(TowerWeight((t.size("hidden_size"),)))  # image_newline
     return towers
 
 
-def _mistral3(w: _Fields, v: _Fields, t: _Fields) -> Towers:
+def _mistral3(w: Fields, v: Fields, t: Fields) -> Towers:
     weights, width = _encoder(v)
     hidden, bias = t.size("hidden_size"), w.flag("multimodal_projector_bias", False)
     projector = [
@@ -183,12 +189,12 @@ def _mistral3(w: _Fields, v: _Fields, t: _Fields) -> Towers:
     return {"vision": weights, "projector": projector}
 
 
-def _gemma3(w: _Fields, v: _Fields, t: _Fields) -> Towers:
+def _gemma3(w: Fields, v: Fields, t: Fields) -> Towers:
     weights, width = _encoder(v)
     return {"vision": weights, "projector": [TowerWeight((width, t.size("hidden_size", 2304))), TowerWeight((width,))]}
 
 
-def _llama4(w: _Fields, v: _Fields, t: _Fields) -> Towers:
+def _llama4(w: Fields, v: Fields, t: Fields) -> Towers:
     hidden, width, patch = v.size("hidden_size", 768), v.size("intermediate_size", 5632), v.size("patch_size", 14)
     inner, outer = v.size("projector_input_dim", 4096), v.size("projector_output_dim", 4096)
     vision = [
@@ -206,7 +212,7 @@ def _llama4(w: _Fields, v: _Fields, t: _Fields) -> Towers:
     }
 
 
-def _patches(v: _Fields, hidden: int, patch: int) -> TowerWeight:
+def _patches(v: Fields, hidden: int, patch: int) -> TowerWeight:
     """The filter of Qwen-VL's, over frames, rows and columns."""
     return TowerWeight((hidden, v.size("in_channels", 3), v.size("temporal_patch_size", 2), patch, patch))
 
@@ -220,7 +226,7 @@ def _merger(merged: int, outer: int, norm: int, norms: int, copies: int = 1) -> 
     ]
 
 
-def _qwen2_vl(w: _Fields, v: _Fields, t: _Fields) -> Towers:
+def _qwen2_vl(w: Fields, v: Fields, t: Fields) -> Towers:
     hidden, layers = v.size("embed_dim", 1280), v.size("depth", 32)
     width = hidden * v.size("mlp_ratio", 4)
     vision = [
@@ -235,7 +241,7 @@ def _qwen2_vl(w: _Fields, v: _Fields, t: _Fields) -> Towers:
     return {"vision": vision, "projector": _merger(merged, v.size("hidden_size", 3584), hidden, 2)}
 
 
-def _qwen2_5_vl(w: _Fields, v: _Fields, t: _Fields) -> Towers:
+def _qwen2_5_vl(w: Fields, v: Fields, t: Fields) -> Towers:
     hidden, width, layers = v.size("hidden_size", 3584), v.size("intermediate_size", 3420), v.size("depth", 32)
     vision = [
         _patches(v, hidden, v.size("patch_size", 14)),
@@ -249,7 +255,7 @@ def _qwen2_5_vl(w: _Fields, v: _Fields, t: _Fields) -> Towers:
     return {"vision": vision, "projector": _merger(merged, v.size("out_hidden_size", 3584), hidden, 1)}
 
 
-def _qwen3_vl(w: _Fields, v: _Fields, t: _Fields) -> Towers:
+def _qwen3_vl(w: Fields, v: Fields, t: Fields) -> Towers:
     hidden, width, layers = v.size("hidden_size", 1152), v.size("intermediate_size", 4304), v.size("depth", 27)
     vision = [
         _patches(v, hidden, v.size("patch_size", 16)),
@@ -269,15 +275,15 @@ def _qwen3_vl(w: _Fields, v: _Fields, t: _Fields) -> Towers:
     }
 
 
-def _gemma4(w: _Fields, v: _Fields, t: _Fields) -> Towers:
+def _gemma4(w: Fields, v: Fields, t: Fields) -> Towers:
     towers: Towers = {"vision": list(_gemma4_vision(v, t.size("hidden_size", 2304)))}
     audio = w.fields.get("audio_config")
     if isinstance(audio, Mapping):
-        towers["audio"] = list(_gemma4_audio(_Fields(audio), t.size("hidden_size", 2304)))
+        towers["audio"] = list(_gemma4_audio(Fields(audio), t.size("hidden_size", 2304)))
     return towers
 
 
-def _gemma4_vision(v: _Fields, outer: int) -> Iterator[TowerWeight]:
+def _gemma4_vision(v: Fields, outer: int) -> Iterator[TowerWeight]:
     hidden, width, layers = (
         v.size("hidden_size", 768),
         v.size("intermediate_size", 3072),
@@ -296,7 +302,7 @@ def _gemma4_vision(v: _Fields, outer: int) -> Iterator[TowerWeight]:
     yield from _linear(hidden, outer, False)
 
 
-def _gemma4_audio(a: _Fields, outer: int) -> Iterator[TowerWeight]:
+def _gemma4_audio(a: Fields, outer: int) -> Iterator[TowerWeight]:
     """A conformer: convolutions, then layers of two MLPs around attention and a convolution."""
     hidden, layers, width = (
         a.size("hidden_size", 1024),
@@ -304,7 +310,7 @@ def _gemma4_audio(a: _Fields, outer: int) -> Iterator[TowerWeight]:
         a.size("output_proj_dims", 1536),
     )
     first, second = a.fields.get("subsampling_conv_channels", (128, 32))
-    channels = _Fields({"first": first, "second": second})
+    channels = Fields({"first": first, "second": second})
     first, second = channels.size("first"), channels.size("second")
     yield TowerWeight((first, 1, 3, 3))
     yield TowerWeight((second, first, 3, 3))
@@ -322,7 +328,7 @@ def _gemma4_audio(a: _Fields, outer: int) -> Iterator[TowerWeight]:
     yield from _linear(width, outer, False)
 
 
-RULES: Mapping[str, Callable[[_Fields, _Fields, _Fields], Towers | None]] = {
+RULES: Mapping[str, Callable[[Fields, Fields, Fields], Towers | None]] = {
     "gemma3": _gemma3,
     "gemma4": _gemma4,
     "llama4": _llama4,

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from .tape import NONE, Op, Part, Receiver, Tape, Tensor, sums_of
+from .instants import Stage
+from .tape import NONE, Op, Part, Receiver, Tape, Tensor, Weight, sums_of
 
 
 def record_step(tape: Tape, leaf: Tensor | None = None) -> Tape:
@@ -57,11 +58,16 @@ def _without_dead_ends(ops: list[Op], outputs: tuple[Tensor, ...]) -> list[Op]:
         held = tuple(dict.fromkeys(kept for tensor in (*op.reads, *op.holds) for kept in graphs.get(tensor, ())))
         if not lives:
             graphs.update(dict.fromkeys(op.makes, (*held, *op.keeps)))
-            op = replace(_unrecorded(op), weights=())  # noqa: PLW2901
+            op = replace(_unrecorded(op), weights=_idle(op))  # noqa: PLW2901
         elif op.joins_gradients:
             op = replace(op, back_temps=op.back_temps + tuple(_zeros(t) for t in op.makes if t not in reached))  # noqa: PLW2901
         found.append(replace(op, graph_holds=op.graph_holds + held) if held else op)
     return found
+
+
+def _idle(op: Op) -> tuple[Weight, ...]:
+    """Weights of an operation to which no backward comes: of a layer's part they are trained where another part uses them."""
+    return () if op.stage is None else tuple(replace(weight, trained=False) for weight in op.weights)
 
 
 def _zeros(tensor: Tensor) -> Tensor:
@@ -132,16 +138,22 @@ _LONGEST_PERIOD = 8
 
 
 def _with_interior(ops: list[Op]) -> tuple[Op, ...]:
-    """The operations, with those layers marked whose moments lie between their neighbours'."""
-    places = [i for i, op in enumerate(ops) if op.part is not None and not op.part.chunked]
-    tapes = [(id(op.part.tape), op.part.recompute) for op in ops if op.part is not None and not op.part.chunked]
-    borrowing = any(len(op.part.tape.outputs) > 1 for op in ops if op.part is not None and not op.part.chunked)
+    """The operations, with those layers marked whose moments lie between their neighbours': of the same row, of a tower's or of text's."""
+    for is_before in (True, False):
+        _mark_interior(ops, [i for i, op in enumerate(ops) if (op.stage is Stage.EMBEDDING) is is_before])
+    return tuple(ops)
+
+
+def _mark_interior(ops: list[Op], row: list[int]) -> None:
+    places = [i for i in row if (part := ops[i].part) is not None and not part.chunked]
+    parts = [part for i in places if (part := ops[i].part) is not None]
+    tapes = [(id(part.tape), part.recompute) for part in parts]
+    borrowing = any(len(part.tape.outputs) > 1 for part in parts)
     for n, i in enumerate(places):
         interior = any(_lies_between(tapes, n, period, borrowing) for period in range(1, _LONGEST_PERIOD + 1))
         part = ops[i].part
         assert part is not None
         ops[i] = replace(ops[i], part=replace(part, interior=interior))
-    return tuple(ops)
 
 
 def _lies_between(tapes: list[tuple[int, bool]], i: int, period: int, borrowing: bool) -> bool:

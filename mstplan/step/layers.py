@@ -63,6 +63,7 @@ class Numerics(NamedTuple):
         False  # sliding-window layers get an explicit mask (sdpa beyond the window), with several samples all layers
     )
     samples: int = 1  # in a row, told apart
+    masks_all: bool = False  # with several samples or images all layers, not those of a window alone
     padded: bool = False  # its rows are padded
     several_rows: bool = False  # sequences, of which copies are made: of pieces, of heads for products
     platform: Platform = AMPERE  # by which sdpa chooses its kernel
@@ -89,7 +90,7 @@ class Numerics(NamedTuple):
 
     def masks(self, kind: LayerKind) -> bool:
         """Whether a layer's attention is given an explicit mask beside causality."""
-        return runs_sdpa(self.attention) and self.masked and (self.samples > 1 or kind.asks_mask)
+        return runs_sdpa(self.attention) and self.masked and (self.samples > 1 or self.masks_all or kind.asks_mask)
 
 
 class Writer:
@@ -124,6 +125,9 @@ class Writer:
         self.in_chunks = False  # does the layer around attention run over pieces?
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
         # axes of position ids, which packed rows have each of its own; pieces of several rows are counted as if they had
+        self.rows = (
+            1  # tokens that there are for one of what shapes count by their basis: of images, whose number is known
+        )
         own_places = numerics.samples > 1 or numerics.ranks > 1 or numerics.ring is not None
         self.places = "s" if not own_places and tokens == "b s" else tokens
 
@@ -293,7 +297,7 @@ class Writer:
             grads=((x, self.tape.grad(x)),),
             weights=weights,
             workspaces=tuple(self.sum_over_tokens(each, y) for each in weights[1:]),
-            flops=((y.basis, 2 * inner * outer),),
+            flops=((y.basis, 2 * self.rows * inner * outer),),
             cast=bool(copies) and copy is None,
             defers=defers,
             product=not (
@@ -304,7 +308,8 @@ class Writer:
 
     def sum_over_tokens(self, weight: Weight, x: Tensor) -> WeightWorkspace:
         """The workspace while gradients of x's shape are added up to the weight's."""
-        return WeightWorkspace(weight, SumOverTokens(weight.numel, self.width(x) // weight.numel), BASIS[x.basis])
+        rows = self.rows * self.width(x) // weight.numel
+        return WeightWorkspace(weight, SumOverTokens(weight.numel, rows), BASIS[x.basis])
 
     def _last(self, x: Tensor) -> int:
         axis = x.shape.rsplit(" ", 1)[1]
@@ -965,6 +970,21 @@ class Writer:
         return mixed
 
     @property
+    def rounded_rows(self) -> str:
+        """Axes of tokens, those of each row rounded up as `r` says."""
+        return "b r"
+
+    def attention_flops(self, window: int | None = None, is_masked: bool = False) -> tuple[tuple[int, int], ...]:
+        """Two products of 2 operations; causality masks half of the scores, which a mask that is a tensor does not spare; a window what
+        is further away."""
+        a = self.model.attention
+        per_pair = a.heads * (a.head_dim + a.v_head_dim)
+        if is_masked:
+            return ((4, 2 * per_pair),)
+        full = ((4, per_pair),)
+        return full if window is None else (*full, (1, 2 * window * per_pair))
+
+    @property
     def heads_here(self) -> int:
         """Heads that this card attends with: of a sequence that it shares, its part of them."""
         return self.model.attention.heads // self.numerics.ranks
@@ -1067,6 +1087,10 @@ class Writer:
             return y
         if name == "xielu":
             return self._xielu(x, y)
+        if name == "quick_gelu":  # x sigmoid(1.702 x), in Python
+            scaled, sigmoid = (self.tape.new(f"MLP {part}", x.shape, x.dtype) for part in ("input, scaled", "sigmoid"))
+            self.pointwise("sigmoid", self.pointwise("scale", x, scaled), sigmoid, sigmoid)
+            return self.multiply("x * sigmoid", x, sigmoid, y)
         if name == "relu2":
             relu = self.tape.new("MLP relu", x.shape, x.dtype)
             y = self.pointwise("square", self.pointwise("relu", x, relu, relu), y, relu, back_temps=2)

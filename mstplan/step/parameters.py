@@ -25,7 +25,7 @@ def parameter_count(model: Model) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def trained_count(model: Model, recipe: Recipe) -> int:
     """Parameters that a recipe trains. Raises RecipeError for patterns that match none."""
-    fields = ("train", "freeze", "lora_rank", "lora_targets", "lora_modules_to_save", "dora", "quantize")
+    fields = ("images", "train", "freeze", "lora_rank", "lora_targets", "lora_modules_to_save", "dora", "quantize")
     chosen = STRATEGIES["standard"].changed(**{field: getattr(recipe, field) for field in fields})
     weights = step_weights(build(model, Layout(chosen, False, False, False)).ops)
     return sum(weight.numel * n for weight, n in weights if weight.trained)

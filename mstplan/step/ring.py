@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import RecipeError
 from .kernels import SDPA, chosen
-from .kernels.base import AttentionCall, RingTemps, flops, heads_first, tokens_first
+from .kernels.base import AttentionCall, RingTemps, heads_first, tokens_first
 from .roles import Role
 from .tape import BASIS, ITEMSIZE, ForGradients
 
@@ -116,7 +116,7 @@ def attend(w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tenso
             grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
             for_gradients=ForGradients(all=True),
             back_temps=blocks.largest_in_backward(kernel.ring_temps),
-            flops=flops(a),
+            flops=w.attention_flops(),
         )
         tape.name_kernel(kernel.name, start, kernel.one_operation)
         return tokens_first(w, out)

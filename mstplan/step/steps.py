@@ -7,6 +7,7 @@ largest: vectors over batch, tokens, chunk tokens and their squares. Peaks and S
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -75,6 +76,8 @@ from .tape import (
     undominated,
     weight_gradient,
 )
+from .towers import check_images, images_of_batch, numbers_of_patches, see
+from .towers.base import Images, Seen
 from .workspaces import IDS_PER_PARTIAL_SUM, SortedLookups, Spans
 from .zero import Zero, check_dtypes, weights_in_order
 from .zero3 import Record, Visit, Zero3, check_calls
@@ -102,10 +105,11 @@ class Layout(NamedTuple):
     groups: int = 1  # of heads, over which attention runs one after the other
     several_rows: bool = False  # sequences, where that makes copies: a layer in pieces, heads that products broadcast
     alternative: int = 0  # which of the ranks that may hold most, where several may
+    masks_all: bool = False  # images make all layers' masks explicit
 
     def masks(self, kind: LayerKind) -> bool:
         """Whether layers of a kind carry an explicit mask."""
-        return self.masked and (self.recipe.packing > 1 or kind.asks_mask)
+        return self.masked and (self.recipe.packing > 1 or self.masks_all or kind.asks_mask)
 
 
 class Copies(NamedTuple):
@@ -191,7 +195,8 @@ class Step:
         self.parameters = sum(w.numel * n for w, n in self.weights)
         own_weights = tensor_parallel.weights_of_a_rank(self.weights, layout.recipe.tensor_parallel)
         self.card_weights = card_weights(self.tape, own_weights, layout.recipe)
-        self.towers = [] if layout.recipe.weights_on_host else tower_weights(model, layout.recipe)
+        laid_out = layout.recipe.weights_on_host or layout.recipe.images  # with images they are on the tape
+        self.towers = [] if laid_out else tower_weights(model, layout.recipe)
         self.zero = self._partitions()
         self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
         if self.zero is not None:  # of which each optimizer steps a part, in fp32
@@ -403,6 +408,7 @@ class Step:
         tables = (
             Stored("causality of positions", "bool", model.causality**2),
             Stored("sinusoids of positions", "float32", 4 * model.sinusoids * model.layers),
+            Stored("numbers of patches", "int64", numbers_of_patches(model, self.layout.recipe)),
         )
         return tuple(table for table in tables if table.bytes)
 
@@ -443,9 +449,10 @@ class Step:
         outside: dict[Weight, None] = {}
         weights: list[Weight] = []
         for op in self.tape.ops:
-            own = list(_op_weights(op)) if op.is_layer else [w for w in _op_weights(op) if w not in outside]
-            weights += own if op.is_layer else dict.fromkeys(own)
-            outside.update(dict.fromkeys(() if op.is_layer else own))
+            is_layer = op.is_layer or op.is_tower_layer
+            own = list(_op_weights(op)) if is_layer else [w for w in _op_weights(op) if w not in outside]
+            weights += own if is_layer else dict.fromkeys(own)
+            outside.update(dict.fromkeys(() if is_layer else own))
         on_card = tensor_parallel.weights_of_a_rank(
             [(weight, 1) for weight in weights], self.layout.recipe.tensor_parallel
         )
@@ -486,7 +493,8 @@ class Step:
         shape = "b s"
         if recipe.context_parallel > 1:  # each has the memory of whole sequences (mstplan/train/ring.py)
             names, shape = (*names, "shifted labels", "attention mask"), f"b s {recipe.context_parallel}"
-        return [tensor_of(self.tape.dims, name, shape, "int64", role=Role.BATCH) for name in names]
+        tensors = [tensor_of(self.tape.dims, name, shape, "int64", role=Role.BATCH) for name in names]
+        return [*tensors, *images_of_batch(self.model, recipe)]
 
     def constants(self) -> tuple[Entry, ...]:
         """Weights, gradients and optimizer states: W_mem of the theorem."""
@@ -578,12 +586,14 @@ def tower_weights(model: Model, recipe: Recipe) -> list[tuple[str, list[tuple[We
 
 
 def adds_bias(tape: Tape, again: bool = False) -> bool:
-    """Whether one of its products adds a bias. again: in a part that is run again in backward."""
-    return any(
-        (op.adds_bias and not again)
-        or (op.part is not None and adds_bias(op.part.tape, again and not op.part.recompute))
-        for op in tape.ops
-    )
+    """Whether one of its products adds a bias. again: in a part that is run again in backward, as those that are recorded are."""
+
+    def in_part(part: Part) -> bool:
+        if again and part.recompute and not part.records:
+            return False
+        return adds_bias(part.tape, again and not part.recompute)
+
+    return any((op.adds_bias and not again) or (op.part is not None and in_part(op.part)) for op in tape.ops)
 
 
 def labels(tensors: Iterable[Tensor]) -> Alive:
@@ -714,6 +724,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         attention=attention_kernel(model, recipe),
         masked=layout.masked,
         samples=recipe.packing,
+        masks_all=layout.masks_all,
         padded=layout.padded,
         several_rows=layout.several_rows,
         platform=layout.platform,
@@ -737,7 +748,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     loss = LOSSES[recipe.loss]
     in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks
     check_towers(model, recipe)
-    frozen = frozen or frozen_names(model, training_of(recipe), adapters)
+    frozen = frozen or frozen_names(model, training_of(model, recipe), adapters, recipe.images)
     w = Writer(model, numerics, stage=Stage.EMBEDDING, frozen=frozen.outside)
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
     table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
@@ -750,7 +761,10 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
                 copied = numerics.autocast and numerics.weights != "bfloat16"
                 # DeepSpeed's own linear makes no view (zero/linear.py)
                 joins_view = loss.gradient_is_view and not in_pieces and not copied and recipe.zero_stage != 3
-                hidden, variables = _embedding(w, table, joins_view, recipe.gives_positions)
+                images = None
+                if recipe.images and model.vision is not None:
+                    images = Images(w, model.vision, recipe, frozen.towers, layout.several_rows)
+                hidden, variables, seen = _embedding(w, table, joins_view, recipe.gives_positions, images)
             per_layer = _per_layer_inputs(w, hidden)
             with w.tape.assign_role(Role.POSITIONS):
                 shared = _shared(w, variables[0], layout)
@@ -781,6 +795,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
                 hidden = norm_in_chunks(w, hidden, "final norm") if chunks.layer else w.norm(hidden, "final norm")
             w.hold(
                 *variables,
+                *seen.held,
                 *per_layer,
                 *streams,
                 *lent,
@@ -790,7 +805,8 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
         loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
         _head(w, hidden, table, layout, in_pieces)
-    tape = record_step(w.tape.build_tape(), variables[1] if recipe.input_gradients else None)
+        w.hold(*seen.returned)
+    tape = record_step(w.tape.build_tape(), seen.embedded if recipe.input_gradients else None)
     if recipe.checkpoint == "reentrant" and any(op.is_layer and _trains_alone(op.part) for op in tape.ops):
         raise RecipeError(
             "reentrant checkpoints train no layer whose input wants no gradient, as it is here where embeddings are frozen.\n"
@@ -799,7 +815,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     tape = with_escapes(tape)
     if (
         chunks.layer or recipe.checkpoint == "reentrant"
-    ):  # the nodes of pieces, or of layers, hold on to what these are given
+    ):  # nodes of pieces, or of layers, hold on to what these are given
         held = dict.fromkeys((*(tensor for row in rows for tensor in row.arguments), *per_layer))
         tape = replace(tape, held=tuple(held))
     if inputs := [op.reads[0] for op in tape.ops if op.fetches]:
@@ -865,10 +881,11 @@ def adapters_of(recipe: Recipe, model: Model) -> Adapters | None:
     return Adapters(*plain, parameters, list_linears(model))
 
 
-def training_of(recipe: Recipe) -> Selection:
-    """Which weights of the text part a recipe trains: with adapters those and the modules that are saved, where it says no more. Of a
-    step with images, which the trace answers, nothing is told."""
-    said = Selection() if recipe.images else Selection(recipe.train, recipe.freeze).of_text()
+def training_of(model: Model, recipe: Recipe) -> Selection:
+    """Which weights a recipe trains, of a step on text alone those of the text part: with adapters those and the modules that are saved,
+    where it says no more. Of images that the trace alone answers nothing is told."""
+    said = Selection() if recipe.images and model.vision is None else Selection(recipe.train, recipe.freeze)
+    said = said if recipe.images else said.of_text()
     if not recipe.lora_rank:
         return said
     own = (*MATRICES, MAGNITUDE) if recipe.dora else MATRICES
@@ -903,18 +920,16 @@ def check_saved(model: Model, recipe: Recipe) -> None:
 
 
 class Frozen(NamedTuple):
-    """Names of the weights that a recipe does not train: outside of layers, and within each layer."""
+    """Names of the weights that a recipe does not train: outside of layers, and within each layer; of towers whole ones."""
 
     outside: Names
     layers: tuple[Names, ...]
+    towers: Names = frozenset()
 
 
 def check_towers(model: Model, recipe: Recipe) -> None:
-    """Check that images are not left to the formula, and that the towers that a recipe names are the model's. Raises RecipeError."""
-    if recipe.images and model.stand_in is None:
-        raise RecipeError(
-            "what images take is counted by the trace alone, not by the formula.\nGive --images as an option of max-seq, plan or trace."
-        )
+    """Check that images are counted, and that the towers that a recipe names are the model's. Raises RecipeError."""
+    check_images(model, recipe)
     kinds = {tower.kind for tower in model.towers}
     for option in ("train", "freeze"):
         for word in getattr(recipe, option):
@@ -930,18 +945,37 @@ def _none_frozen(model: Model) -> Frozen:
 
 
 @lru_cache(maxsize=256)
-def frozen_names(model: Model, selection: Selection, adapters: Adapters | None = None) -> Frozen:
-    """Names of the weights that a selection freezes. Raises RecipeError for one that makes no sense for the model."""
+def frozen_names(model: Model, selection: Selection, adapters: Adapters | None = None, images: int = 0) -> Frozen:
+    """Names of the weights that a selection freezes; images: in each sequence. Raises RecipeError for one that makes no sense for the model."""
     if not selection:
         return _none_frozen(model)
     prefixes = [family_of(model.model_type).weight_names[LAYER].format(n) for n in range(model.layers)]
     weights = named_weights(model, adapters)
+    towers = named_in_towers(model) if images else ()
+    in_whole = [_in_whole(weight) for weight in weights] if images else weights
     if adapters is not None:
         _check_adapters(model, adapters, selection, weights)
-    selection.check(weights, model.name)
-    names = [weight.names[0] for weight in weights if not selection.trains(weight)]
+    selection.check([*in_whole, *towers], model.name)
+    names = [w.names[0] for w, known_as in zip(weights, in_whole, strict=True) if not selection.trains(known_as)]
     inside = [frozenset(n.removeprefix(prefix) for n in names if n.startswith(prefix)) for prefix in prefixes]
-    return Frozen(frozenset(n for n in names if not n.startswith(tuple(prefixes))), tuple(inside))
+    outside = frozenset(n for n in names if not n.startswith(tuple(prefixes)))
+    return Frozen(outside, tuple(inside), frozenset(w.names[0] for w in towers if not selection.trains(w)))
+
+
+def _in_whole(weight: Named) -> Named:
+    """A weight of the text part, by its names in the whole that the part is of."""
+    return weight._replace(names=tuple(re.sub(r"^model\.", "model.language_model.", name) for name in weight.names))
+
+
+@lru_cache(maxsize=64)
+def named_in_towers(model: Model) -> tuple[Named, ...]:
+    """Weights of a model's towers, as transformers calls them."""
+    if model.vision is None:
+        return ()
+    w = Writer(model, Numerics(), stage=Stage.EMBEDDING)
+    images = Images(w, model.vision, STRATEGIES["standard"].model_copy(update={"images": 1}), frozenset(), False)
+    see(images, w.hidden())
+    return tuple(images.named)
 
 
 def _check_adapters(model: Model, adapters: Adapters, selection: Selection, weights: Sequence[Named]) -> None:
@@ -995,9 +1029,9 @@ def named_weights(model: Model, adapters: Adapters | None = None) -> tuple[Named
 
 def embeddings_are_frozen(model: Model, recipe: Recipe) -> bool:
     """Whether no gradient is wanted of what the layers are given."""
-    selection = training_of(recipe)
+    selection = training_of(model, recipe)
     tables = [weight for weight in named_weights(with_copies(model, recipe)) if WeightKind.EMBEDDINGS in weight.kinds]
-    return not any(map(selection.trains, tables))
+    return not any(map(selection.trains, map(_in_whole, tables) if recipe.images else tables))
 
 
 def attention_kernel(model: Model, recipe: Recipe) -> str:
@@ -1026,9 +1060,11 @@ def kernels_of(model: Model, layout: Layout) -> tuple[Kernel, ...]:
     return tuple(dict.fromkeys(chosen(attention, asked) for asked in calls))
 
 
-def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The first hidden states, and what the model's code still holds beside them: position ids, what the embedding gave. joins_view: the gradient that a tied
-    head made of the table is a view. packed: position ids come with the batch."""
+def _embedding(
+    w: Writer, table: Weight, joins_view: bool, packed: bool, images: Images | None
+) -> tuple[Tensor, tuple[Tensor, ...], Seen]:
+    """The first hidden states, what the model's code still holds beside them: position ids, what the embedding gave; and what comes of images.
+    joins_view: the gradient that a tied head made of the table is a view. packed: position ids come with the batch."""
     model, tape = w.model, w.tape
     places = w.t if w.code.counts_positions else w.places
     with tape.assign_role(Role.POSITIONS):
@@ -1046,6 +1082,10 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.hidden())
         variables = [hidden]
+    seen = Seen(hidden, hidden)
+    if images is not None:
+        seen = see(images, hidden)
+        hidden, variables = seen.hidden, [seen.hidden]
     if w.code.counts_positions:
         ones = tape.new("ones for tokens", places, "float32")
         tape.op("ones for tokens", [], ones)
@@ -1078,7 +1118,7 @@ def _embedding(w: Writer, table: Weight, joins_view: bool, packed: bool) -> tupl
     if dropout:
         with tape.assign_role(Role.LAYER_INPUT):
             hidden = w.dropout(hidden, dropout, HIDDEN, operation="embedding dropout")
-    return hidden, (ids, *variables)
+    return hidden, (ids, *variables), seen
 
 
 def _per_layer_inputs(w: Writer, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -1179,6 +1219,9 @@ def _mask(w: Writer, kind: LayerKind, layout: Layout) -> tuple[Tensor, ...]:
         mask = w.tape.new("causal mask", "b s s", layout.recipe.used_dtype)
     elif layout.masked and layout.recipe.packing > 1:
         mask = w.tape.new("mask of packed samples", "b s s", "bool")
+    elif layout.masked and layout.masks_all:
+        mask = w.tape.new("mask of text and images", "b s s", "bool")
+        parts = (mask,) * 2
     elif kind.causal_mask and runs_sdpa(attention):
         mask = w.tape.new("causal mask", "s s", "bool")
     elif kind.window is not None and layout.masked:

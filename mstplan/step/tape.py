@@ -278,6 +278,11 @@ class Op:
         return self.part is not None and self.stage is not None and self.stage.is_layer
 
     @property
+    def is_tower_layer(self) -> bool:
+        """Whether it is a layer of a tower."""
+        return self.part is not None and self.stage is Stage.EMBEDDING and not self.part.chunked
+
+    @property
     def where(self) -> str:
         """Text that its inner operations' names begin with: nothing for a layer, which the instant tells already."""
         return "" if self.is_layer else self.name

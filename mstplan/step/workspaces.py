@@ -32,11 +32,13 @@ class Span(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Spans of the tokens of a batch, and of those in a piece of the MLP and of the loss: by what `tape.BASIS` calls them."""
+    """Spans of the tokens of a batch, and of those in a piece of the MLP and of the loss; and the number of sequences, which is one: by what
+    `tape.BASIS` calls them."""
 
     bs: Span
     bc: Span
     bk: Span
+    b: Span
 
 
 class Size(NamedTuple):
@@ -177,7 +179,7 @@ class SumOverTokens(Workspace):
         parts, height, name = self.parts(span.first), self._block[1], "parts of a sum over tokens"
         if not parts:
             return ()
-        if parts == self._most_parts and self.parts(span.last) == parts:
+        if span.first == span.last or (parts == self._most_parts and self.parts(span.last) == parts):
             return (Size(name, f"{parts} {self.columns}", "float32", parts * self._bytes_of_part),)
         rows = height * (MOST_VALUES if parts > self._most_parts else LEAST_VALUES)
         return (Size(name, f"t {self.columns}", "float32", -(-self._bytes_of_part * self.rows // rows), "t"),)

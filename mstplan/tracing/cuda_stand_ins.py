@@ -70,18 +70,21 @@ class _Dropout(torch.autograd.Function):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """CUDA's layer norm of 16-bit rows, whose mean and deviation are fp32."""
+    """CUDA's layer norm of 16-bit rows, whose mean and deviation are fp32. It copies rows whose numbers do not lie in order, as a vision
+    tower's patches, and so does its backward; what it makes lies in order."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
+        rows = x.contiguous()
+        out = torch.empty_like(rows)
         ctx.save_for_backward(x, weight, *(x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2)))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, weight, *_ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        rows, _gradient = x.contiguous(), grads[0].contiguous()
+        return torch.empty_like(rows), torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _attention_on_cuda(

@@ -20,6 +20,7 @@ from ..spec.hardware import Card
 from ..spec.model import Model
 from ..step.recipe import Recipe
 from ..step.steps import Chunks
+from ..step.towers import shortest_length
 from ..units import LONGEST, SHORTEST, trainable_tokens
 from .simulation import fits_on, required_bytes
 from .trace import Trace
@@ -80,7 +81,7 @@ def try_each(names: Iterable[str], attempt: Callable[[str], T], left_out: list[s
 
 def find_longest(model: Model, recipe: Recipe, card: Card, trace_at: TraceAt, strategy: str) -> SearchResult:
     """The longest sequence that runs, with the formula's recommended chunks. Host memory limits it as well."""
-    shortest = SHORTEST if model.stand_in is None else max(SHORTEST, model.stand_in.shortest)
+    shortest = shortest_length(model, recipe) if model.stand_in is None else max(SHORTEST, model.stand_in.shortest)
     near_card = card if model.stand_in is None else _card_for_stand_in(model, recipe, card, trace_at)
     start = solve.max_seq(model, recipe, near_card, strategy)
     chunks = start.plan.chunks if start.s_max else solve.recommend_chunks(model, recipe, near_card)

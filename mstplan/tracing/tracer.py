@@ -36,6 +36,7 @@ from ..step.runnable import check_runnable
 from ..step.saved_tensors import IN_FLIGHT
 from ..step.selection import Kinds
 from ..step.steps import checkpointed_layers, every_nth, segment_length
+from ..step.towers import image_notes
 from ..train import locate
 from ..train.checkpoint import segments_of
 from ..train.images import image_batch, image_of
@@ -250,15 +251,10 @@ def with_images(model: Model, config: Mapping[str, Any], recipe: Recipe, code_fr
     mstplan does not know how to give images, or images that it cannot have."""
     image = image_of(read_settings(config, code_from, whole=True), recipe)
     taken = recipe.images * image.tokens
-    pixels = " x ".join(f"{size:,}" for size in image.pixels)
-    tokens = f"of each sequence's tokens {taken:,} are {recipe.images:,} images' ({image.tokens:,} each, of pixel_values {pixels} in fp32)"
-    parts = (
-        "towers and projectors run forward and backward, where trained with gradients and optimizer states; their layers are not "
-        "checkpointed nor run in pieces. Not in: tokens that a processor puts around images (they are text), audio, video"
-    )
     notes = [note for note in model.notes if note != waiting(model.towers)]
     assert model.stand_in is not None
-    return model._replace(stand_in=model.stand_in._replace(shortest=taken + 1), notes=(*notes, tokens, parts))
+    notes += image_notes(recipe, image.tokens, image.pixels)
+    return model._replace(stand_in=model.stand_in._replace(shortest=taken + 1), notes=tuple(notes))
 
 
 def attention_of(recipe: Recipe, settings: PreTrainedConfig, on: str) -> str:

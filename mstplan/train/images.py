@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import RecipeError, quoted
 from ..step.recipe import Recipe
+from ..step.towers import check_room, check_tokens
 
 PLAIN_TOKEN = 3
 """Stands for all text: an id that no family uses for images."""
@@ -56,11 +57,7 @@ def image_batch(settings: PreTrainedConfig, recipe: Recipe, seq_len: int) -> Ima
     """A batch whose sequences begin with their images. Raises RecipeError where these do not fit."""
     image = image_of(settings, recipe)
     taken = recipe.images * image.tokens
-    if taken >= seq_len:
-        raise RecipeError(
-            f"{recipe.images:,} images of {image.tokens:,} tokens take {taken:,} of a sequence's tokens, and leave none of {seq_len:,} for text.\n"
-            f"Give a --seq-len from {taken + 1:,}, fewer --images, or smaller ones."
-        )
+    check_room(recipe, image.tokens, seq_len)
     ids = torch.full((recipe.batch, seq_len), PLAIN_TOKEN)
     types = torch.zeros_like(ids)
     for n in range(recipe.images):  # text between them, where there is room, tells them apart
@@ -87,10 +84,7 @@ def _size(recipe: Recipe) -> tuple[int, int] | None:
 
 def _fixed(settings: PreTrainedConfig, recipe: Recipe, tokens: int, types: str = "") -> Image:
     """Whatever size an image has, it is resized to the tower's."""
-    if recipe.image_tokens not in (None, tokens):
-        raise RecipeError(
-            f"--image-tokens {recipe.image_tokens:,}: every image is {tokens:,} tokens in {settings.model_type}.\nLeave it out."
-        )
+    check_tokens(settings.model_type, recipe, tokens)
     vision: Any = settings.vision_config
     return Image(tokens, (1, 3, vision.image_size, vision.image_size), types=types)
 

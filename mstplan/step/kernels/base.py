@@ -91,13 +91,6 @@ class Kernel:
         raise NotImplementedError
 
 
-def flops(a: Attention, window: int | None = None) -> tuple[tuple[int, int], ...]:
-    """Two products of 2 operations; causality masks half of the scores, a window what is further away."""
-    per_pair = a.heads * (a.head_dim + a.v_head_dim)
-    full = ((4, per_pair),)
-    return full if window is None else (*full, (1, 2 * window * per_pair))
-
-
 def output(w: Writer, q: Tensor) -> Tensor:
     """What a kernel makes that lays its output out as q is."""
     a = w.model.attention

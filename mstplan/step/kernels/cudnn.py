@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ...spec.platform import Platform
 from ..cuda import cudnn_row_sums
 from ..tape import ForGradients
-from .base import AttentionCall, Kernel, flops, mask_as_bias, output, repeated, tokens_first
+from .base import AttentionCall, Kernel, mask_as_bias, output, repeated, tokens_first
 
 if TYPE_CHECKING:
     from ...spec.model import LayerKind
@@ -57,7 +57,7 @@ class Cudnn(Kernel):
             grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
             for_gradients=ForGradients(all=True),
             back_temps=(tape.new(name, f"{w.t} {row_sums}", "uint8"),),
-            flops=((4, 2 * a.heads * (a.head_dim + a.v_head_dim)),) if masked else flops(a),
+            flops=w.attention_flops(is_masked=masked),
         )
         return tokens_first(w, out)
 

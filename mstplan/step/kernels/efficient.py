@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..cuda import efficient_accumulates, efficient_workspace
 from ..tape import ITEMSIZE, ForGradients
-from .base import AttentionCall, Kernel, flops, mask_as_bias, repeated
+from .base import AttentionCall, Kernel, mask_as_bias, repeated
 
 if TYPE_CHECKING:
     from ...spec.model import LayerKind
@@ -50,10 +50,9 @@ def _efficient(w: Writer, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Ten
     space, heads = efficient_workspace(*sizes), w.heads_here
     back = (
         tape.new("row sums of dO * O", f"{w.t} H", "float32"),
-        tape.new("dQ accumulator in tiles", f"b r {heads * space.of_row}", "uint8"),
+        tape.new("dQ accumulator in tiles", f"{w.rounded_rows} {heads * space.of_row}", "uint8"),
         tape.new("dK and dV of the blocks at work", str(heads * space.blocks_at_work(heads) * space.of_keys), "uint8"),
     )
-    pairs = a.heads * (a.head_dim + a.v_head_dim)
     return tape.op(
         "masked attention" if bias else "memory-efficient attention",
         [q, k, v, *bias],
@@ -64,5 +63,5 @@ def _efficient(w: Writer, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Ten
         grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
         for_gradients=ForGradients(all=True),
         back_temps=tuple(t for t in back if t.bytes),
-        flops=((4, 2 * pairs),) if bias else flops(a),  # a mask that is a tensor skips nothing
+        flops=w.attention_flops(is_masked=bool(bias)),
     )

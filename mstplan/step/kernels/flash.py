@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..cuda import FLASH_ROWS, flash_head_size
 from ..selection import WeightKind
 from ..tape import ForGradients
-from .base import AttentionCall, Kernel, flops, heads_first, tokens_first
+from .base import AttentionCall, Kernel, heads_first, tokens_first
 
 if TYPE_CHECKING:
     from ...spec.model import LayerKind
@@ -47,7 +47,7 @@ class Flash(Kernel):
         rounded = flash_head_size(a.head_dim)
         sinks = (w.weight("sinks", a.heads, kinds=(WeightKind.ATTENTION,), name=""),) if a.sinks else ()
         samples = w.numerics.samples
-        rows_shape = "b r" if samples == 1 else w.t
+        rows_shape = w.rounded_rows if samples == 1 else w.t
         heads = "H" if w.heads_here == a.heads else str(w.heads_here)  # whose rows are rounded up
         temps = [
             tape.new("dQ accumulator", f"{rows_shape} {heads} {rounded}", "float32"),
@@ -73,7 +73,7 @@ class Flash(Kernel):
             grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
             for_gradients=ForGradients(all=True),
             back_temps=tuple(temps),
-            flops=flops(a, window),
+            flops=w.attention_flops(window),
             weights=sinks,
         )
         if not narrow:
