@@ -375,6 +375,10 @@ class Recipe(BaseModel):
                 "images in packed samples are not planned: leave --packing and --padding-free out, or --images",
             ),
             (
+                bool(self.images) and self.checkpoint == "reentrant",
+                "images with reentrant checkpoints, which towers would have too, are not planned: set checkpoint='layer' (--checkpoint layer)",
+            ),
+            (
                 bool(self.images) and (self.sharding != "none" or self.optimizer_on_host or self.weights_on_host),
                 "images with several GPUs, or with weights or optimizer in CPU RAM, are not planned: leave one of the two out",
             ),

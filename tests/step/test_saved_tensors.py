@@ -204,6 +204,7 @@ def test_packed_samples_take_a_mask_at_any_length() -> None:
         ({"checkpoint": "every-2", "gpus": 2, "sharding": "fsdp1"}, "--checkpoint layer"),
         ({"checkpoint": "selective", "gpus": 2, "sharding": "fsdp1"}, "--checkpoint layer"),
         ({"checkpoint": 2, "gpus": 2, "sharding": "fsdp"}, "--checkpoint layer"),
+        ({"checkpoint": "reentrant", "images": 1}, "--checkpoint layer"),
         ({"checkpoint": "reentrant", "offload": "saved-tensors"}, "--checkpoint layer"),
         ({"offload": "saved-tensors", "gpus": 2, "sharding": "fsdp"}, "--offload layer-inputs"),
         ({"offload": "saved-tensors", "mlp_chunks": 4}, "--no-recompute"),
