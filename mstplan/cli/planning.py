@@ -107,8 +107,8 @@ def _compare_ways_of_gpus(options: MaxSeqOptions, model: Model, card: Card) -> N
     gpus = options.gpus or (base_recipe(options).gpus if options.recipe is not None else 1)
     if gpus < 2:
         raise RecipeError("--sharding all compares ways to use several GPUs: add --gpus 8.")
-    alone = options.changed(sharding=None, gpus=None, sequence_parallel=None)
-    ways = list(several_gpus.list_ways(gpus, options.sequence_parallel))
+    alone = options.changed(sharding=None, gpus=None, sequence_parallel=None, tensor_parallel=None)
+    ways = list(several_gpus.list_ways(gpus, options.sequence_parallel, options.tensor_parallel))
     compared = several_gpus.compare(model, card, recipes_of(alone, model=model), ways)
     from ..show import planning as reports
 

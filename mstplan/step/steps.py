@@ -28,7 +28,7 @@ from .autograd import record_step
 from .clipping import clipping
 from .cuda import CUBLASLT_WORKSPACE, flash_rows, pinned_bytes
 from .expert_adapters import check_recipe, list_linears, list_parameters
-from .fsdp import card_weights, flat_shards, groups_of, into_groups, reduced_dtype, shards_of
+from .fsdp import card_weights, flat_shards, groups_of, into_groups, reduced_dtype, shard_of, shards_of
 from .indexer import check_recipe as check_indexer
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
@@ -188,8 +188,7 @@ class Step:
         self.replayed, self.on_host = saved  # the tape as it is replayed, and saved tensors in CPU RAM
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
-        own_weights = tensor_parallel.weights_of_a_rank(self.weights, layout.recipe.tensor_parallel)
-        self.card_weights = card_weights(self.tape, own_weights, layout.recipe)
+        self.card_weights = card_weights(self.tape, self.weights, layout.recipe)
         self.towers = [] if layout.recipe.weights_on_host else tower_weights(model, layout.recipe)
         self.zero = self._partitions()
         self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
@@ -442,10 +441,7 @@ class Step:
             own = list(_op_weights(op)) if op.is_layer else [w for w in _op_weights(op) if w not in outside]
             weights += own if op.is_layer else dict.fromkeys(own)
             outside.update(dict.fromkeys(() if op.is_layer else own))
-        on_card = tensor_parallel.weights_of_a_rank(
-            [(weight, 1) for weight in weights], self.layout.recipe.tensor_parallel
-        )
-        return [weight for weight, _ in shards_of(on_card, self.layout.recipe)]
+        return [shard_of(weight, self.layout.recipe) for weight in weights]
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
@@ -467,7 +463,8 @@ class Step:
         if self.zero is not None:
             return self.zero.gradients(between=always_alive)
         gradients = self._as_trained("gradients", Role.WEIGHT_GRADIENT)
-        more = tensor_parallel.gradient_beyond(self.weights, recipe.tensor_parallel) * recipe.weight_bytes
+        beyond = 0 if recipe.sharded else tensor_parallel.gradient_beyond(self.weights, recipe.tensor_parallel)
+        more = beyond * recipe.weight_bytes
         whole = constant("gradient of the embedding's other rows", recipe.weight_dtype, more, Role.WEIGHT_GRADIENT)
         return [*gradients, whole] if more else gradients
 

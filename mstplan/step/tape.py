@@ -303,6 +303,9 @@ class Group:
     all_reduced: bool  # what was scattered is summed over replicas, and held until all of backward is over
     temporaries: Tensor  # of the optimizer, where it steps in backward
     flat: Flat | None = None  # FSDP1's, whose weights are one tensor
+    cut: tuple[
+        tuple[Tensor, Tensor], ...
+    ] = ()  # gradients that are whole where cards split the weight, and this card's part, a copy
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -802,6 +805,10 @@ class _Groups:
 
     def _scatter(self, group: Group, where: str, listed: bool) -> None:
         ledger, whole = self.ledger, self.ledger.rules.whole
+        for gradient, part in group.cut:
+            ledger.put(part)
+            ledger.mark(_within(where, "cut the gradient"))
+            ledger.drop(gradient)
         if whole in ("between", "last") and group.accumulated:  # these are added to, in place
             for gradient in group.gradients:
                 ledger.drop(gradient)

@@ -20,6 +20,16 @@ def test_every_sharding_is_listed_with_every_way_to_share_sequences():
     assert {fields["sequence_parallel"] for fields in (way.fields for way in list_ways(8, ranks=4))} == {4}
 
 
+def test_matrices_are_split_over_all_gpus_or_over_some_that_share_the_parts():
+    ways = [way for way in list_ways(8) if way.fields.get("tensor_parallel", 1) != 1]
+    assert [way.name for way in ways] == ["fsdp, matrices over 2", "fsdp, matrices over 4", "matrices over 8"]
+    assert [way.name for way in list_ways(8, splits=4)] == ["fsdp, matrices over 4"]
+    assert not [way for way in list_ways(8, ranks=2) if "tensor_parallel" in way.fields]
+    found = compare(load_model("qwen3-8b"), card("h100"), RECIPES, ways)
+    assert {answer.strategy for _, answer in found.answers} == {"checkpoint"} and not found.left_out
+    assert len(found.answers) == 3 and min(answer.s_max for _, answer in found.answers) > 20_000
+
+
 def test_each_answer_is_that_of_its_recipe_and_the_longest_is_first():
     found = compare(MODEL, CARD, RECIPES, list(list_ways(2)))
     lengths = [answer.s_max for _, answer in found.answers]
