@@ -627,10 +627,6 @@ class Recipe(BaseModel):
                 f"{option} with saved tensors in CPU RAM is not planned: set offload='layer-inputs' (--offload layer-inputs)",
             ),
             (
-                self.checkpoint == "selective",
-                f"{option} with selective checkpoints is not planned: set checkpoint='layer' (--checkpoint layer)",
-            ),
-            (
                 bool(self.images),
                 f"{option} with images is not planned: leave one of the two out",
             ),
