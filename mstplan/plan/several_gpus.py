@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..errors import RecipeError, one_line
 from ..spec.hardware import Card
 from ..spec.model import Model
-from ..step.recipe import Recipe, planned
+from ..step.recipe import OF_ZERO, OF_ZERO_3, Recipe, planned
 from .solve import Answer, max_seq, max_seq_of_tensors
 
 ON_HOST: Mapping[str, object] = {"optimizer_on_host": True, "weights_on_host": True}
@@ -20,11 +20,14 @@ class GpusWay(NamedTuple):
     fields: Mapping[str, object]
 
     @property
+    def sharding(self) -> str:
+        return str(self.fields["sharding"])
+
+    @property
     def name(self) -> str:
         """'fsdp, sequences over 4, weights in CPU RAM'."""
-        ranks, sharding = self.fields["sequence_parallel"], self.fields["sharding"]
-        splits = self.fields.get("tensor_parallel", 1)
-        words = [str(sharding)] if sharding != "none" else []
+        ranks, splits = self.fields["sequence_parallel"], self.fields.get("tensor_parallel", 1)
+        words = [self.sharding] if self.sharding != "none" else []
         words += [f"sequences over {ranks:,}"] if ranks != 1 else []
         words += [f"matrices over {splits:,}"] if splits != 1 else []
         return ", ".join([*words, *(["weights in CPU RAM"] if "weights_on_host" in self.fields else [])])
@@ -36,6 +39,24 @@ class Compared(NamedTuple):
 
     answers: tuple[tuple[GpusWay, Answer], ...]
     left_out: Mapping[str, tuple[str, ...]]
+
+
+OF_SHARDINGS: Mapping[str, tuple[str, ...]] = {
+    "zero1": OF_ZERO,
+    "zero2": OF_ZERO,
+    "zero3": (*OF_ZERO, *OF_ZERO_3),
+    "fsdp": ("sync_each_batch", "reduce_dtype", "replicas"),
+    "fsdp1": ("backward_prefetch", "reduce_dtype"),
+}
+"""Fields of a recipe that mean something under these shardings alone."""
+
+
+def with_own_fields(ways: Iterable[GpusWay], fields: Mapping[str, object]) -> list[GpusWay]:
+    """Ways with those of the fields that mean something under their sharding."""
+    return [
+        GpusWay({**way.fields, **{name: fields[name] for name in OF_SHARDINGS.get(way.sharding, ()) if name in fields}})
+        for way in ways
+    ]
 
 
 def list_ways(gpus: int, ranks: int | None = None, splits: int | None = None) -> Iterator[GpusWay]:

@@ -725,7 +725,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         raise RecipeError(
             f"fsdp1 is not planned beside towers, which {model.name} has.\nUse --sharding fsdp, or --assume no-towers."
         )
-    ulysses.check(model, recipe.sequence_parallel, layout.masked, layout.groups)
+    ulysses.check(model, recipe.sequence_parallel, layout.masked, layout.groups, recipe.gpus)
     ring.check(model, recipe, layout.platform)
     loss = LOSSES[recipe.loss]
     in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks

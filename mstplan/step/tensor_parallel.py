@@ -36,6 +36,21 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Whose plans are those above, and nothing else."""
 
 
+def can_split(model: Model, ranks: int) -> bool:
+    """Whether so many ranks can split a model's matrices evenly."""
+    return not any(size % ranks for size in _sizes(model))
+
+
+def _sizes(model: Model) -> tuple[int, ...]:
+    """What is split evenly."""
+    return (
+        model.attention.heads,
+        model.attention.kv_heads,
+        model.mlp.width if model.mlp is not None else 1,
+        model.vocab,
+    )
+
+
 def check(model: Model, recipe: Recipe) -> None:
     """Check that a recipe's ranks can split a model. Raises RecipeError with the numbers of ranks that can, or what else would do."""
     ranks, a = recipe.tensor_parallel, model.attention
@@ -57,10 +72,9 @@ def check(model: Model, recipe: Recipe) -> None:
         raise RecipeError(
             f"--tensor-parallel: {model.name} has {what}, which is not planned.\nPlanned are {', '.join(FAMILIES)} without tied embeddings."
         )
-    sizes = (a.heads, a.kv_heads, model.mlp.width, model.vocab)
-    if any(size % ranks for size in sizes):
+    if not can_split(model, ranks):
         shared = recipe.gpus if recipe.sharded else 0  # which these numbers divide, too
-        *others, last = (str(n) for n in range(1, a.kv_heads + 1) if not any(size % n for size in (*sizes, shared)))
+        *others, last = (str(n) for n in range(1, a.kv_heads + 1) if shared % n == 0 and can_split(model, n))
         raise RecipeError(
             f"--tensor-parallel {ranks}: {model.name} has {a.heads} heads of queries, {a.kv_heads} of keys, an MLP {model.mlp.width:,} wide and "
             f"{model.vocab:,} tokens to tell apart, which {ranks} GPUs cannot split evenly.\nUse {', '.join(others)}{' or ' if others else ''}{last}."
