@@ -40,7 +40,7 @@ def parse_count(text: str, name: str = "") -> int:
         raise UnitError(
             f"cannot read {name + ' ' if name else ''}{quoted(text)} as a whole number.\nWrite it like 5e8 or 500,000,000, with at most 18 digits."
         )
-    return int(digits) * 10**zeros
+    return int(digits + "0" * zeros)
 
 
 def _match_text(pattern: str, text: object) -> re.Match[str] | None:

@@ -713,7 +713,19 @@ def test_ranks_that_divide_no_gpus_are_told_those_that_do_of_this_model(run: Run
 
 def test_what_deepspeed_calls_a_bucket_goes_to_its_ways_alone(run: Run) -> None:
     """And is written as its files write it."""
-    asked = ("max-seq", "-m", "llama3.2-1b", "--gpu", "rtx-4090", "--gpus", "2", "-s", "checkpoint", "--sharding", "all")
+    asked = (
+        "max-seq",
+        "-m",
+        "llama3.2-1b",
+        "--gpu",
+        "rtx-4090",
+        "--gpus",
+        "2",
+        "-s",
+        "checkpoint",
+        "--sharding",
+        "all",
+    )
     more = ("--sequence-parallel", "1", "--prefetch-bucket-size", "auto", "--sub-group-size", "1e8", "--json")
     ways = {way["recipe"]["sharding"]: way["recipe"] for way in run(*asked, *more).json["ways"]}
     assert {ways[name]["sub_group_size"] for name in ("zero2", "fsdp")} == {10**9}
