@@ -30,6 +30,19 @@ def parse_whole(text: str, name: str = "") -> int:
     return _parse_digits(match[1])
 
 
+def parse_count(text: str, name: str = "") -> int:
+    """The same, or a power of ten as DeepSpeed's files write it: 1e9, 2.5e8. Raises UnitError."""
+    match = _match_text(rf"([0-9]{{1,18}}){_FRACTION}e\+?([0-9]{{1,2}})", text)
+    if match is None:
+        return parse_whole(text, name)
+    digits, zeros = match[1] + (match[2] or ""), int(match[3]) - len(match[2] or "")
+    if zeros < 0 or len(digits) + zeros > 18:
+        raise UnitError(
+            f"cannot read {name + ' ' if name else ''}{quoted(text)} as a whole number.\nWrite it like 5e8 or 500,000,000, with at most 18 digits."
+        )
+    return int(digits + "0" * zeros)
+
+
 def _match_text(pattern: str, text: object) -> re.Match[str] | None:
     return re.fullmatch(rf"\s*{pattern}\s*", text, re.IGNORECASE | re.ASCII) if isinstance(text, str) else None
 

@@ -14,6 +14,7 @@ from mstplan.units import (
     format_count,
     format_gib,
     format_seconds,
+    parse_count,
     parse_length,
     parse_memory,
     parse_share,
@@ -91,6 +92,19 @@ def test_what_is_no_whole_number(text: str) -> None:
 
 def test_memory_is_read_to_the_byte() -> None:
     assert parse_memory("0.000000001GB") == 1 and parse_memory("999999999999999999B") == 10**18 - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e9", 10**9), ("5E8", 5 * 10**8), ("2.5e+8", 250_000_000), ("1,000", 1000)]
+)
+def test_counts_as_deepspeed_writes_them(text, number):
+    assert parse_count(text) == number
+
+
+@pytest.mark.parametrize("text", ["1.5e0", "1e-3", "1e99", "e9", "1e", "1.e9"])
+def test_counts_that_are_not_whole(text):
+    with pytest.raises(UnitError, match=r"cannot read --m .*whole number"):
+        parse_count(text, "--m")
 
 
 @pytest.mark.parametrize("parse", [parse_memory, parse_length, parse_whole])

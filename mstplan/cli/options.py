@@ -803,7 +803,7 @@ def changes_of(options: StepOptions) -> dict[str, object]:
 
 def _varied(options: VariedOptions) -> dict[str, object]:
     from ..step.recipe import OF_ZERO_3, option_of
-    from ..units import parse_whole
+    from ..units import parse_count, parse_whole
 
     changes: dict[str, object] = {}
     if options.no_recompute:
@@ -811,7 +811,7 @@ def _varied(options: VariedOptions) -> dict[str, object]:
     for name in ("reduce_bucket_size", *OF_ZERO_3):
         if (size := getattr(options, name)) is not None:
             may_be_auto = name not in ("max_live_parameters", "max_reuse_distance", "sub_group_size")
-            changes[name] = size if size == "auto" and may_be_auto else parse_whole(size, option_of(name))
+            changes[name] = size if size == "auto" and may_be_auto else parse_count(size, option_of(name))
     if (groups := options.attention_groups) is not None:
         changes["attention_groups"] = groups if groups == "auto" else parse_whole(groups, "--attention-groups")
     if (how := options.checkpoint) is not None:
@@ -862,7 +862,35 @@ def applied(
         changes["loss_chunks"] = 1
     elif not base.loss_in_chunks:
         changes.setdefault("loss_chunks", "auto")
+    if model is not None:
+        _check_ranks(model, base, changes)
     return changed(base, changes)
+
+
+def _check_ranks(model: Model, base: Recipe, changes: Mapping[str, object]) -> None:
+    """Check that GPUs which share sequences or split matrices divide all GPUs. Raises RecipeError with the numbers that can of this model."""
+    from ..errors import RecipeError
+    from ..step import tensor_parallel, ulysses
+    from ..step.recipe import option_of
+
+    gpus = changes.get("gpus", base.gpus)
+    for field, can, of in (
+        ("sequence_parallel", ulysses.can_share, "heads"),
+        ("tensor_parallel", tensor_parallel.can_split, "matrices"),
+    ):
+        ranks, option = changes.get(field), option_of(field)
+        if not isinstance(gpus, int) or not isinstance(ranks, int) or ranks < 2 or gpus < 2 or gpus % ranks == 0:
+            continue
+        if model.stand_in is not None or gpus > 65_536:
+            continue
+        numbers = ", ".join(str(n) for n in range(2, gpus + 1) if gpus % n == 0 and can(model, n))
+        ways = [f"--gpus {-(-gpus // ranks) * ranks}"] if can(model, ranks) else []
+        ways += [f"{option} {numbers}"] if numbers else []
+        raise RecipeError(
+            f"{option} {ranks} does not divide {gpus:,} gpus"
+            + ("" if can(model, ranks) else f", nor the {of} of {model.name}")
+            + (f": use {' or '.join(ways)}" if ways else f".\nLeave {option} out.")
+        )
 
 
 def changed(base: Recipe, changes: Mapping[str, object]) -> Recipe:

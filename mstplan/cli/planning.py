@@ -107,8 +107,12 @@ def _compare_ways_of_gpus(options: MaxSeqOptions, model: Model, card: Card) -> N
     gpus = options.gpus or (base_recipe(options).gpus if options.recipe is not None else 1)
     if gpus < 2:
         raise RecipeError("--sharding all compares ways to use several GPUs: add --gpus 8.")
-    alone = options.changed(sharding=None, gpus=None, sequence_parallel=None)
-    ways = list(several_gpus.list_ways(gpus, options.sequence_parallel))
+    of_some = {name for names in several_gpus.OF_SHARDINGS.values() for name in names}
+    given = {name: value for name, value in changes_of(options).items() if name in of_some}
+    not_given = {name: False if value is True else None for name, value in given.items()}
+    alone = options.changed(sharding=None, gpus=None, sequence_parallel=None, tensor_parallel=None, **not_given)
+    listed_ways = several_gpus.list_ways(gpus, options.sequence_parallel, options.tensor_parallel)
+    ways = several_gpus.with_own_fields(listed_ways, given)
     compared = several_gpus.compare(model, card, recipes_of(alone, model=model), ways)
     from ..show import planning as reports
 

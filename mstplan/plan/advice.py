@@ -378,9 +378,11 @@ def replica_notes(recipe: Recipe) -> list[str]:
 def _sequences_of_each(recipe: Recipe, where: str = "") -> str:
     sequences, ranks = "sequences" if recipe.batch > 1 else "sequence", recipe.sharers
     if recipe.tensor_parallel > 1:
+        split = recipe.tensor_parallel
+        which = "which have" if split == recipe.gpus else f"of which {split:,} have"
         return (
-            f"Per GPU, of {recipe.gpus:,}, which have the same {sequences}: matrices are split as transformers' tp_plan does it, norms, hidden states "
-            "and logits are whole on each, and the embedding's gradient is, for torch makes it so"
+            f"Per GPU, of {recipe.gpus:,}{where}, {which} the same {sequences}: matrices are split as transformers' tp_plan does it, norms, hidden "
+            "states and logits are whole on each, and the embedding's gradient is, for torch makes it so"
         )
     if ranks == 1:
         return f"Per GPU, of {recipe.gpus:,}{where}, each with its own {sequences}"

@@ -1,14 +1,14 @@
-"""The ways to train on several GPUs beside each other: how they share weights and sequences, and what lies in CPU RAM."""
+"""The ways to train on several GPUs beside each other: how they share weights, sequences and matrices, and what lies in CPU RAM."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..errors import RecipeError, one_line
 from ..spec.hardware import Card
 from ..spec.model import Model
-from ..step.recipe import Recipe, planned
+from ..step.recipe import OF_ZERO, OF_ZERO_3, Recipe, planned
 from .solve import Answer, max_seq, max_seq_of_tensors
 
 ON_HOST: Mapping[str, object] = {"optimizer_on_host": True, "weights_on_host": True}
@@ -20,11 +20,16 @@ class GpusWay(NamedTuple):
     fields: Mapping[str, object]
 
     @property
+    def sharding(self) -> str:
+        return str(self.fields["sharding"])
+
+    @property
     def name(self) -> str:
         """'fsdp, sequences over 4, weights in CPU RAM'."""
-        ranks, sharding = self.fields["sequence_parallel"], self.fields["sharding"]
-        words = [str(sharding)] if sharding != "none" else []
+        ranks, splits = self.fields["sequence_parallel"], self.fields.get("tensor_parallel", 1)
+        words = [self.sharding] if self.sharding != "none" else []
         words += [f"sequences over {ranks:,}"] if ranks != 1 else []
+        words += [f"matrices over {splits:,}"] if splits != 1 else []
         return ", ".join([*words, *(["weights in CPU RAM"] if "weights_on_host" in self.fields else [])])
 
 
@@ -36,10 +41,33 @@ class Compared(NamedTuple):
     left_out: Mapping[str, tuple[str, ...]]
 
 
-def list_ways(gpus: int, ranks: int | None = None) -> Iterator[GpusWay]:
-    """All ways there are for so many GPUs, those that make no sense among them. ranks: GPUs that share each sequence; None: powers of two
-    that divide `gpus`, and all of them."""
-    shared = [ranks] if ranks is not None else sorted({1, gpus} | {n for n in _POWERS if n < gpus and gpus % n == 0})
+OF_SHARDINGS: Mapping[str, tuple[str, ...]] = {
+    "zero1": OF_ZERO,
+    "zero2": OF_ZERO,
+    "zero3": (*OF_ZERO, *OF_ZERO_3),
+    "fsdp": ("sync_each_batch", "reduce_dtype", "replicas"),
+    "fsdp1": ("backward_prefetch", "reduce_dtype"),
+}
+"""Fields of a recipe that mean something under these shardings alone."""
+
+
+def with_own_fields(ways: Iterable[GpusWay], fields: Mapping[str, object]) -> list[GpusWay]:
+    """Ways with those of the fields that mean something under their sharding."""
+    return [
+        GpusWay({**way.fields, **{name: fields[name] for name in OF_SHARDINGS.get(way.sharding, ()) if name in fields}})
+        for way in ways
+    ]
+
+
+def list_ways(gpus: int, ranks: int | None = None, splits: int | None = None) -> Iterator[GpusWay]:
+    """All ways there are for so many GPUs, those that make no sense among them. ranks: GPUs that share each sequence, splits: those that split
+    each matrix; None: powers of two that divide `gpus`, and all of them."""
+    usual = sorted({1, gpus} | {n for n in _POWERS if n < gpus and gpus % n == 0})
+    if ranks in (None, 1):
+        yield from _list_splits(gpus, [splits] if splits is not None else usual)
+    if splits not in (None, 1):
+        return
+    shared = [ranks] if ranks is not None else usual
     for sharding in planned("sharding")[0]:
         for n in shared:
             if sharding == "none" and n == 1:  # a GPU alone
@@ -47,6 +75,16 @@ def list_ways(gpus: int, ranks: int | None = None) -> Iterator[GpusWay]:
             fields = {"gpus": gpus, "sharding": sharding, "sequence_parallel": n}
             yield GpusWay(fields)
             yield GpusWay({**fields, **ON_HOST})
+
+
+def _list_splits(gpus: int, numbers: Sequence[int]) -> Iterator[GpusWay]:
+    """Ways to split matrices: over all GPUs, as the loop over weights alone trains; or over some, which share the parts with the others."""
+    for n in numbers:
+        fields = {"gpus": gpus, "sequence_parallel": 1, "tensor_parallel": n}
+        if n == gpus:
+            yield GpusWay({**fields, "sharding": "none", "adamw_kernel": "for-loop"})
+        elif n > 1:
+            yield GpusWay({**fields, "sharding": "fsdp"})
 
 
 _POWERS = [1 << n for n in range(1, 17)]

@@ -801,7 +801,9 @@ def _quantised_notes(f: _Fields) -> list[str]:
     what = (
         f"the published weights are quantised{how}, which is not planned: this is full fine-tuning of unquantised ones"
     )
-    return [f"{what}; nearest: --lora 16 --quantize nf4"]
+    return [
+        what if f.family.indexed else f"{what}; nearest: --lora 16 --quantize nf4"
+    ]  # indexers are not counted in 4 bits
 
 
 def _model_type(config: Mapping[str, object], name: str) -> str:

@@ -41,6 +41,7 @@ from .recipe import Recipe
 from .roles import Role
 from .storage import packed_rows
 from .tape import ITEMSIZE, Flat, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
+from .tensor_parallel import part_of
 
 REST = "embedding, norm and head"
 
@@ -52,7 +53,8 @@ def is_sharded(weight: Weight, recipe: Recipe) -> bool:
 
 
 def shard_of(weight: Weight, recipe: Recipe) -> Weight:
-    """The first card's share, padded, as it is kept; or the whole weight, where it is not split."""
+    """The first card's share, padded, as it is kept; or the whole weight, where it is not split. Where cards split matrices, of its part of it."""
+    weight = part_of(weight, recipe.tensor_parallel)
     if not is_sharded(weight, recipe):
         return weight
     if weight.quantised:
@@ -188,7 +190,9 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     reduced = sum(shard_bytes(weight, summed) for weight in trained)
     stepping = bytes_to_step(recipe)
     temporaries = max((stepping(shard_of(weight, recipe)) for weight in trained), default=0)
-    gradients = weights_gradients(trained, recipe.used_dtype)
+    parts = [part_of(weight, recipe.tensor_parallel) for weight in trained]
+    gradients = weights_gradients(parts, recipe.used_dtype)
+    made = weights_gradients(trained, recipe.used_dtype)
     accumulated = weights_gradients(trained, summed, own=False) if trained and summed != used(trained[0]) else ()
     scattered = accumulated if recipe.keeps_whole_gradients and accumulated else gradients
     return Group(
@@ -214,6 +218,7 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
             temporaries if recipe.optimizer_in_backward else 0,
             role=Role.UPDATE,
         ),
+        cut=tuple((whole, part) for whole, part in zip(made, gradients, strict=True) if whole.bytes != part.bytes),
     )
 
 

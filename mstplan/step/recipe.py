@@ -301,10 +301,10 @@ class Recipe(BaseModel):
             ),
             *self._bad_packing(),
             *self._bad_images(),
+            *self._bad_tensor_parallel(),
             *self._bad_sharding(),
             *self._bad_sequence_parallel(),
             *self._bad_context_parallel(),
-            *self._bad_tensor_parallel(),
         ):
             if bad:
                 raise ValueError(message)
@@ -430,11 +430,13 @@ class Recipe(BaseModel):
             return (few, *self._bad_zero())
         optimizer = OPTIMIZERS[self.optimizer]
         stepping = " or ".join(name for name, each in OPTIMIZERS.items() if not each.no_shards)
+        sharing = self.gpus // self.tensor_parallel
+        sharers = "gpus" if self.tensor_parallel == 1 else f"groups of {self.tensor_parallel:,} gpus"
         return (
             few,
             (
-                self.gpus % self.replicas != 0 or self.shards < 2,
-                f"{self.replicas:,} replicas of {self.gpus:,} gpus leave no whole number of 2 or more for shards: {_replicas_that_do(self.gpus)}",
+                sharing % self.replicas != 0 or self.shards < 2,
+                f"{self.replicas:,} replicas of {sharing:,} {sharers} leave no whole number of 2 or more for shards: {_replicas_that_do(sharing)}",
             ),
             (
                 self.offload == "saved-tensors",
@@ -661,10 +663,6 @@ class Recipe(BaseModel):
                 f"{option} with saved tensors in CPU RAM is not planned: set offload='layer-inputs' (--offload layer-inputs)",
             ),
             (
-                self.checkpoint == "selective",
-                f"{option} with selective checkpoints is not planned: set checkpoint='layer' (--checkpoint layer)",
-            ),
-            (
                 bool(self.images),
                 f"{option} with images is not planned: leave one of the two out",
             ),
@@ -676,7 +674,6 @@ class Recipe(BaseModel):
             return ()
         option = f"tensor_parallel={ranks} (--tensor-parallel {ranks})"
         beside = {
-            "sharding": "none",
             "autocast": False,
             "kernels": "torch",
             "lora_rank": 0,
@@ -693,7 +690,7 @@ class Recipe(BaseModel):
             "freeze": (),
         }
         other = next((name for name, value in beside.items() if getattr(self, name) != value), "")
-        other = other or ("precision" if self.precision == "mixed" else "")
+        other = other or ("precision" if self.precision == "mixed" and not self.sharded else "")
         return (
             (
                 self.sharers > 1,
@@ -701,12 +698,24 @@ class Recipe(BaseModel):
             ),
             (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--tensor-parallel')}"),
             (
-                self.gpus != ranks,
-                f"{option} of {self.gpus} gpus leaves {self.gpus // ranks} copies of the model, which are not planned beside it: add --gpus {ranks}",
+                self.gpus != ranks and self.sharding == "none",
+                f"{option} of {self.gpus} gpus leaves {self.gpus // ranks} copies of the model: add sharding='fsdp' (--sharding fsdp), or --gpus {ranks}",
+            ),
+            (
+                self.gpus == ranks and self.sharding != "none",
+                f"{option} of {self.gpus} gpus leaves none to share weights: add --gpus {2 * ranks}, or leave --sharding out",
+            ),
+            (
+                self.sharding == "ddp",
+                f"{option} beside ddp does not run, torch's DistributedDataParallel refuses split matrices: take sharding='fsdp' (--sharding fsdp)",
+            ),
+            (
+                self.sharding not in ("none", "fsdp"),
+                f"{option} with sharding={self.sharding!r} is not planned: take --sharding fsdp, or leave it out",
             ),
             (
                 self.max_grad_norm is not None,
-                f"{option} has no clipping, torch's clip_grad_norm_ refuses norms beside DTensors: leave --max-grad-norm out",
+                f"{option} has no clipping, torch's clip_grad_norm_ refuses norms beside split matrices: leave --max-grad-norm out",
             ),
             (
                 bool(other),
@@ -772,7 +781,7 @@ class Recipe(BaseModel):
     @property
     def shards(self) -> int:
         """Parts that each weight is split into."""
-        return self.gpus // self.replicas if self.sharded else 1
+        return self.gpus // self.replicas // self.tensor_parallel if self.sharded else 1
 
     @property
     def processes_per_node(self) -> int:

@@ -19,6 +19,7 @@ most, but of two ranks one has either kind: both are laid out, and the larger co
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import RecipeError
@@ -101,16 +102,15 @@ def attend(w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tenso
         kernel = chosen(SDPA, AttentionCall.from_attention(a, w.numerics.compute, False, w.numerics.platform))
         blocks = _Blocks(w, ring, k, q.dtype)
         start = len(tape.ops)
-        merged, rows = (
-            tape.new("attention merged, fp32", f"{w.t} H e", "float32"),
-            tape.new("log-sum-exp", f"{w.t} H", "float32"),
-        )
-        tape.op("attend to blocks in turn", [q, k, v], merged, rows, temps=blocks.largest_in_forward())
+        merged = tape.new("attention merged, fp32", f"{w.t} H e", "float32")
+        rows, sums = (tape.new(name, f"{w.t} H", "float32") for name in ("log-sum-exp", "log-sum-exp so far"))
+        tape.op("attend to blocks in turn", [q, k, v], merged, temps=(sums, *blocks.largest_in_forward()))
         out = tape.new("attention mixed", "b H s e" if ring.has_half_queries else f"{w.t} H e", q.dtype)
         tape.op(
             "ring attention",
-            [q, k, v, merged, rows],
+            [q, k, v, merged],
             out,
+            rows,
             temps=blocks.received(),
             keeps=(q, k, v, out, rows),
             grads=tuple((x, tape.grad(x)) for x in (q, k, v)),
@@ -119,6 +119,9 @@ def attend(w: Writer, q: Tensor, k: Tensor, v: Tensor, kind: LayerKind) -> Tenso
             flops=w.attention_flops(),
         )
         tape.name_kernel(kernel.name, start, kernel.one_operation)
+        tape.ops[start] = replace(
+            tape.ops[start], selected=kernel.one_operation
+        )  # torch's dispatcher sees one operation in both
         return tokens_first(w, out)
 
 

@@ -30,7 +30,7 @@ from .autograd import record_step
 from .clipping import clipping
 from .cuda import CUBLASLT_WORKSPACE, flash_rows, pinned_bytes
 from .expert_adapters import check_recipe, list_linears, list_parameters
-from .fsdp import card_weights, flat_shards, groups_of, into_groups, reduced_dtype, shards_of
+from .fsdp import card_weights, flat_shards, groups_of, into_groups, reduced_dtype, shard_of, shards_of
 from .indexer import check_recipe as check_indexer
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
@@ -193,8 +193,7 @@ class Step:
         self.replayed, self.on_host = saved  # the tape as it is replayed, and saved tensors in CPU RAM
         self.weights = step_weights(self.tape.ops)
         self.parameters = sum(w.numel * n for w, n in self.weights)
-        own_weights = tensor_parallel.weights_of_a_rank(self.weights, layout.recipe.tensor_parallel)
-        self.card_weights = card_weights(self.tape, own_weights, layout.recipe)
+        self.card_weights = card_weights(self.tape, self.weights, layout.recipe)
         laid_out = layout.recipe.weights_on_host or layout.recipe.images  # with images they are on the tape
         self.towers = [] if laid_out else tower_weights(model, layout.recipe)
         self.zero = self._partitions()
@@ -453,10 +452,7 @@ class Step:
             own = list(_op_weights(op)) if is_layer else [w for w in _op_weights(op) if w not in outside]
             weights += own if is_layer else dict.fromkeys(own)
             outside.update(dict.fromkeys(() if is_layer else own))
-        on_card = tensor_parallel.weights_of_a_rank(
-            [(weight, 1) for weight in weights], self.layout.recipe.tensor_parallel
-        )
-        return [weight for weight, _ in shards_of(on_card, self.layout.recipe)]
+        return [shard_of(weight, self.layout.recipe) for weight in weights]
 
     def _gathered(self) -> int:
         """Parameters on the device at once when weights live on the host: the largest unit and the one fetched ahead."""
@@ -478,7 +474,8 @@ class Step:
         if self.zero is not None:
             return self.zero.gradients(between=always_alive)
         gradients = self._as_trained("gradients", Role.WEIGHT_GRADIENT)
-        more = tensor_parallel.gradient_beyond(self.weights, recipe.tensor_parallel) * recipe.weight_bytes
+        beyond = 0 if recipe.sharded else tensor_parallel.gradient_beyond(self.weights, recipe.tensor_parallel)
+        more = beyond * recipe.weight_bytes
         whole = constant("gradient of the embedding's other rows", recipe.weight_dtype, more, Role.WEIGHT_GRADIENT)
         return [*gradients, whole] if more else gradients
 
@@ -743,7 +740,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         raise RecipeError(
             f"fsdp1 is not planned beside towers, which {model.name} has.\nUse --sharding fsdp, or --assume no-towers."
         )
-    ulysses.check(model, recipe.sequence_parallel, layout.masked, layout.groups)
+    ulysses.check(model, recipe.sequence_parallel, layout.masked, layout.groups, recipe.gpus)
     ring.check(model, recipe, layout.platform)
     loss = LOSSES[recipe.loss]
     in_pieces = recipe.loss_in_chunks and layout.several_loss_chunks

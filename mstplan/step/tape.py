@@ -308,6 +308,9 @@ class Group:
     all_reduced: bool  # what was scattered is summed over replicas, and held until all of backward is over
     temporaries: Tensor  # of the optimizer, where it steps in backward
     flat: Flat | None = None  # FSDP1's, whose weights are one tensor
+    cut: tuple[
+        tuple[Tensor, Tensor], ...
+    ] = ()  # gradients that are whole where cards split the weight, and this card's part, a copy
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -811,6 +814,10 @@ class _Groups:
 
     def _scatter(self, group: Group, where: str, listed: bool) -> None:
         ledger, whole = self.ledger, self.ledger.rules.whole
+        for gradient, part in group.cut:
+            ledger.put(part)
+            ledger.mark(_within(where, "cut the gradient"))
+            ledger.drop(gradient)
         if whole in ("between", "last") and group.accumulated:  # these are added to, in place
             for gradient in group.gradients:
                 ledger.drop(gradient)
@@ -1055,17 +1062,18 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     mine: dict[Tensor, None] = {}  # as a set, in order
     cached: list[Tensor] = []
     uses: dict[Tensor, int] = {}
-    for op in tape.ops:
+    selected, between = _selected(tape) if rules.selective else (set[Tensor](), set[Tensor]())
+    ops = [op for op in tape.ops if not (recomputing and between.issuperset(op.makes))] if between else tape.ops
+    for op in ops:
         for tensor in _used_by(op, keep):
             uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
     for tensor in tape.outputs if not recomputing else ():
         uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
-    last = max((i for i, op in enumerate(tape.ops) if holds_for_backward(op)), default=-1) if recomputing else None
+    last = max((i for i, op in enumerate(ops) if holds_for_backward(op)), default=-1) if recomputing else None
     saved = {tensor.storage for tensor in (*tape.held, *(t for op in tape.ops for t in kept_by(op)))} if keep else set()
     saved.update(lingering_of(tape) if recomputing else ())
     there: set[Tensor] = set()  # what the first run left
     if rules.selective:
-        selected = {tensor.storage for op in tape.ops if op.selected for tensor in op.makes}
         saved, there = (saved, selected) if recomputing else (saved | (set() if keep else selected), there)
     groups = _groups_of(tape, ledger)
     ledger.stage = tape.ops[0].stage
@@ -1077,7 +1085,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         for tensor in casts:
             ledger.put(tensor)
     transferring = None
-    for i, op in enumerate(tape.ops):
+    for i, op in enumerate(ops):
         ledger.stage = op.stage
         if rules.events and op.stage is Stage.LOSS and transferring is None and tape.in_transfer is not None:
             transferring = tape.in_transfer  # of the last layer, on its way to the host
@@ -1126,6 +1134,14 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
                 ledger.drop(tensor)
         cached = []
     return ledger.replay(cached)
+
+
+def _selected(tape: Tape) -> tuple[set[Tensor], set[Tensor]]:
+    """What a selective checkpoint keeps; and what one of its operations makes for the next, which goes, and is not made again either."""
+    ops = [op for op in tape.ops if op.selected]
+    made = {tensor.storage for op in ops for tensor in op.makes}
+    between = made & {t.storage for op in ops for t in op.reads} - {t.storage for op in ops for t in op.keeps}
+    return made - between, between
 
 
 def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool) -> tuple[Tensor, ...]:

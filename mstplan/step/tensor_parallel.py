@@ -10,6 +10,10 @@ rows, embedding and head by the vocabulary. Norms, and hidden states between lay
 - a rank's logits are gathered from all, in order of ranks and then joined in order of tokens; their gradient is cut, in a copy.
 
 torch's fused and foreach AdamW refuse tensors beside DTensors, as which transformers leaves norms: the loop over weights trains.
+
+Beside FSDP2 (fsdp.py) each rank's part of a matrix is in shards over the ranks that have the same part, split along dimension 0 once more
+(_StridedShard), and so are norms, which no rank splits. All weights are DTensors then, and every kernel of AdamW steps them. The whole gradient
+of the embedding is cut before it is scattered, in a copy (FSDPParam._get_grad_inner_tensor).
 """
 
 from __future__ import annotations
@@ -32,17 +36,33 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Whose plans are those above, and nothing else."""
 
 
+def can_split(model: Model, ranks: int) -> bool:
+    """Whether so many ranks can split a model's matrices evenly."""
+    return not any(size % ranks for size in _sizes(model))
+
+
+def _sizes(model: Model) -> tuple[int, ...]:
+    """What is split evenly."""
+    return (
+        model.attention.heads,
+        model.attention.kv_heads,
+        model.mlp.width if model.mlp is not None else 1,
+        model.vocab,
+    )
+
+
 def check(model: Model, recipe: Recipe) -> None:
     """Check that a recipe's ranks can split a model. Raises RecipeError with the numbers of ranks that can, or what else would do."""
     ranks, a = recipe.tensor_parallel, model.attention
     if ranks == 1:
         return
-    if (recipe.optimizer, recipe.adamw_kernel) != ("adamw", "for-loop"):
+    if recipe.optimizer != "adamw":
+        raise RecipeError("--tensor-parallel is planned with AdamW alone.\nUse --optimizer adamw.")
+    if recipe.adamw_kernel != "for-loop" and not recipe.sharded:
         raise RecipeError(
-            f"--tensor-parallel {ranks} trains with AdamW's loop alone: torch's other kernels refuse norms beside DTensors.\n"
-            "Add --adamw-kernel for-loop."
+            f"--tensor-parallel {ranks} without shards trains with AdamW's loop alone: torch's other kernels refuse norms beside DTensors.\n"
+            "Add --adamw-kernel for-loop, or --sharding fsdp."
         )
-    start = f"--tensor-parallel {ranks}: {model.name} has"
     if model.model_type not in FAMILIES or model.tied or a.out_bias or model.mlp is None:
         what = (
             "embeddings tied to its head"
@@ -50,14 +70,14 @@ def check(model: Model, recipe: Recipe) -> None:
             else f"a plan ({model.model_type}) with more than columns and rows"
         )
         raise RecipeError(
-            f"{start} {what}, which is not planned.\nPlanned are {', '.join(FAMILIES)} without tied embeddings."
+            f"--tensor-parallel: {model.name} has {what}, which is not planned.\nPlanned are {', '.join(FAMILIES)} without tied embeddings."
         )
-    sizes = (a.heads, a.kv_heads, model.mlp.width, model.vocab)
-    if any(size % ranks for size in sizes):
-        *others, last = (str(n) for n in range(1, a.kv_heads + 1) if not any(size % n for size in sizes))
+    if not can_split(model, ranks):
+        shared = recipe.gpus if recipe.sharded else 0  # which these numbers divide, too
+        *others, last = (str(n) for n in range(1, a.kv_heads + 1) if shared % n == 0 and can_split(model, n))
         raise RecipeError(
-            f"{start} {a.heads} heads of queries, {a.kv_heads} of keys, an MLP {model.mlp.width:,} wide and {model.vocab:,} tokens to tell apart, "
-            f"which {ranks} GPUs cannot split evenly.\nUse {', '.join(others)}{' or ' if others else ''}{last}."
+            f"--tensor-parallel {ranks}: {model.name} has {a.heads} heads of queries, {a.kv_heads} of keys, an MLP {model.mlp.width:,} wide and "
+            f"{model.vocab:,} tokens to tell apart, which {ranks} GPUs cannot split evenly.\nUse {', '.join(others)}{' or ' if others else ''}{last}."
         )
 
 
@@ -89,14 +109,11 @@ def gathered(w: Writer, part: Tensor, whole: Tensor) -> Tensor:
     return w.tape.op(f"gather {part.name}", [part], whole, temps=(buffer,), grads=((part, w.tape.grad(part)),))
 
 
-def weights_of_a_rank(weights: list[tuple[Weight, int]], ranks: int) -> list[tuple[Weight, int]]:
-    """Weights as a rank keeps them: of the embedding, whose gradient is whole, its rows."""
-    if ranks == 1:
-        return weights
-    return [
-        (replace(w, shape=(w.shape[0] // ranks, *w.shape[1:])) if WeightKind.EMBEDDINGS in w.kinds else w, n)
-        for w, n in weights
-    ]
+def part_of(weight: Weight, ranks: int) -> Weight:
+    """A weight as a rank keeps it: of the embedding, whose gradient is whole, its rows."""
+    if ranks == 1 or WeightKind.EMBEDDINGS not in weight.kinds:
+        return weight
+    return replace(weight, shape=(weight.shape[0] // ranks, *weight.shape[1:]))
 
 
 def gradient_beyond(weights: list[tuple[Weight, int]], ranks: int) -> int:

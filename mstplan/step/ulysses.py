@@ -29,18 +29,23 @@ if TYPE_CHECKING:
     from .tape import Tensor
 
 
-def check(model: Model, ranks: int, masked: bool = False, groups: int = 1) -> None:
+def can_share(model: Model, ranks: int) -> bool:
+    """Whether so many ranks can share a model's heads."""
+    return _divides(ranks, model.attention.heads, model.attention.kv_heads)
+
+
+def check(model: Model, ranks: int, masked: bool = False, groups: int = 1, gpus: int = 0) -> None:
     """Check that so many ranks can share a model's attention; masked: some of its layers need an explicit mask; groups: of heads, one after
-    the other. Raises RecipeError with the numbers of ranks that can, or what else would do."""
+    the other; gpus: that ranks divide. Raises RecipeError with the numbers of ranks that can, or what else would do."""
     a = model.attention
     if ranks == 1:
         return
     start = f"--sequence-parallel {ranks}: {model.name} has"
-    if not _divides(ranks, a.heads, a.kv_heads):
-        *others, last = (str(n) for n in range(1, a.heads + 1) if _divides(n, a.heads, a.kv_heads))
+    if not can_share(model, ranks):
+        *others, last = (str(n) for n in range(1, a.heads + 1) if gpus % n == 0 and can_share(model, n))
         raise RecipeError(
             f"{start} {a.heads} heads of queries and {a.kv_heads} of keys, which {ranks} GPUs cannot share evenly.\n"
-            f"Use {', '.join(others)} or {last}."
+            f"Use {', '.join(others)}{' or ' if others else ''}{last}."
         )
     if groups > 1 and not shares_groups(a, groups, ranks):
         raise RecipeError(

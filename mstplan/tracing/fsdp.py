@@ -20,11 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, partialmethod
 from itertools import cycle, pairwise
+from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -42,6 +44,7 @@ from .patches import (
     GATHER_INPUTS,
     GATHERED_OUTPUTS,
     INPUTS_OF_GATHER,
+    JOINED_MESHES,
     SCATTER_BUFFERS,
     SHARDED_GRADIENT,
     MakeReplacement,
@@ -56,12 +59,14 @@ BUFFER = "FSDP: all-gather buffer"
 COPY_IN = "FSDP: shards in bf16"
 SCATTER = "FSDP: reduce-scatter input"
 SHARDS = "FSDP: gradient shards"
+SPLIT = "tp"
+"""The dimension of a mesh along which matrices are split, as accelerate and transformers call it."""
 
 
 @contextmanager
 def first_of_ranks(recipe: Recipe, rank: int = 0) -> Iterator[DeviceMesh | None]:
     """Within the context this process is the first of the recipe's `gpus` ranks, or another, the others of which are not there. Gives the mesh of those that
-    share weights."""
+    share weights or split them."""
     if not recipe.sharded and recipe.sharers == recipe.tensor_parallel == 1:
         yield None
         return
@@ -73,8 +78,13 @@ def first_of_ranks(recipe: Recipe, rank: int = 0) -> Iterator[DeviceMesh | None]
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=recipe.gpus)
     try:
-        with patched({CHUNKS_OF_RANKS: lambda _plain: partial(_first_chunks, rank + 1)}):
-            yield mesh_of("cpu", recipe) if recipe.sharded else None
+        with patched(
+            {
+                CHUNKS_OF_RANKS: lambda _plain: partial(_first_chunks, rank + 1),
+                JOINED_MESHES: lambda plain: staticmethod(unset_fake_temporarily()(plain)),
+            }
+        ):
+            yield mesh_of("cpu", recipe) if recipe.sharded or recipe.tensor_parallel > 1 else None
     finally:
         dist.destroy_process_group()
 
@@ -87,17 +97,25 @@ def _first_chunks(count: int, tensor: torch.Tensor, ranks: int, dim: int) -> lis
 
 
 def mesh_of(device: str, recipe: Recipe) -> DeviceMesh:
-    """Ranks in a row, or in one for each replica."""
-    if recipe.replicas == 1:
-        return init_device_mesh(device, (recipe.gpus,))
-    return init_device_mesh(device, (recipe.replicas, recipe.shards), mesh_dim_names=("replicate", "shard"))
+    """Ranks by what they do: those that split a matrix are neighbours, then come those that share weights, then replicas of these."""
+    ranks = {"shard": recipe.shards, SPLIT: recipe.tensor_parallel}
+    ranks = {"replicate": recipe.gpus // prod(ranks.values()), **ranks}
+    several = {name: number for name, number in ranks.items() if number > 1}
+    return init_device_mesh(device, tuple(several.values()), mesh_dim_names=tuple(several))
+
+
+def part_of_mesh(mesh: DeviceMesh, *names: str) -> DeviceMesh:
+    """The dimensions of a mesh of these names, of those that it has."""
+    with unset_fake_temporarily():  # numbers of ranks are read
+        return mesh[tuple(name for name in mesh.mesh_dim_names or () if name in names)]
 
 
 def shard_model(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
-    """Shard every decoder layer, then the rest, over the ranks of `mesh`; in place. FSDP1 wraps a model where its step is built
-    (mstplan/train/flat_shards.py)."""
+    """Shard every decoder layer, then the rest, over the ranks of `mesh` that share weights; in place. FSDP1 wraps a model where its step is
+    built (mstplan/train/flat_shards.py)."""
     if recipe.flat:
         return
+    sharing = part_of_mesh(mesh, "replicate", "shard")
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=getattr(torch, recipe.reduced_dtype))
         if recipe.gathers_in_bf16
@@ -106,7 +124,7 @@ def shard_model(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
     offload = CPUOffloadPolicy(pin_memory=False) if recipe.weights_on_host else OffloadPolicy()
     whole = {weight for weight in model.parameters() if not is_sharded(weight)}
     for module in (*locate.find_parts(model).layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=whole)
+        fully_shard(module, mesh=sharing, mp_policy=policy, offload_policy=offload, ignored_params=whole)
 
 
 def is_sharded(weight: torch.Tensor) -> bool:
@@ -119,9 +137,10 @@ def shard_shape(shape: tuple[int, ...], gpus: int) -> tuple[int, ...]:
     return (-(-shape[0] // gpus), *shape[1:])
 
 
-def shape_on_rank(weight: torch.Tensor, recipe: Recipe) -> tuple[int, ...]:
-    """Of what rank 0 has of a weight."""
-    return shard_shape(tuple(weight.shape), recipe.shards) if is_sharded(weight) else tuple(weight.shape)
+def shape_on_rank(weight: torch.Tensor, recipe: Recipe, split: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """Of what rank 0 has of a weight. split: the shape of its part of a matrix that ranks split."""
+    shape = split or tuple(weight.shape)
+    return shard_shape(shape, recipe.shards) if is_sharded(weight) else shape
 
 
 def flat_shapes(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -197,7 +216,9 @@ def record_fsdp(recorder: Recorder, on_host: bool = False, flat: bool = False) -
         INPUTS_OF_GATHER: lambda plain: property(partial(_copy_from_host, plain.fget)),
         SHARDED_GRADIENT: lambda plain: partialmethod(_copy_to_host, plain, recorder),
     }
-    with patched({**storage_calls, **named_calls, **(host_calls if on_host else {})}):
+    calls = {**storage_calls, **named_calls, **(host_calls if on_host else {})}
+    with patched(calls), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # a loss of split logits
         yield
 
 

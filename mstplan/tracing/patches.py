@@ -138,6 +138,13 @@ CHUNKS_OF_RANKS = Target(
     _TORCH,
     "it makes a tensor for each rank, of which a trace asks for the first ones alone",
 )
+JOINED_MESHES = Target(
+    "torch.distributed.device_mesh",
+    "DeviceMesh._concatenate",
+    _TORCH,
+    "it reads the numbers of ranks, which fake tensors have not",
+    since=(2, 10),
+)
 FILL = Target(_PARAM, "alloc_storage", _TORCH, "it fills gathered weights in place")
 EMPTY = Target(_PARAM, "free_storage", _TORCH, "it empties gathered weights in place")
 GATHERED_OUTPUTS = Target(_PARAM, "FSDPParam.init_all_gather_outputs", _TORCH, "it makes gathered weights")

@@ -54,7 +54,7 @@ def ring_stand_in(recorder: Recorder, platform: Platform) -> RingKernel:
     ) -> tuple[torch.Tensor, ...]:
         return stand_in(query, key, value).run_back(grad_out, query, key, value, out, recorder)
 
-    return RingKernel(forward, backward)
+    return RingKernel(forward, backward, recorder.kernel_results)
 
 
 class _InFlight:

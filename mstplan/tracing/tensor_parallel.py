@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, VersionError
 from ..step.recipe import Recipe
+from .fsdp import SPLIT, part_of_mesh
 from .patches import COLLECTIVE_WAIT, LAST_AXIS, META_OF_RESULT, patched
 
 SPLIT_AXES = {"colwise": 0, "colwise_gather_output": 0, "embedding_rowwise": 0, "rowwise": 1}
@@ -63,14 +63,11 @@ def shapes_on_a_rank(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[
     return shapes
 
 
-def split_over_ranks(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Split a model's matrices over ranks, in place."""
+def split_over_ranks(model: PreTrainedModel, recipe: Recipe, mesh: DeviceMesh) -> None:
+    """Split a model's matrices over the ranks of `mesh` that do so, in place: before they are sharded."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-    plan = plan_of(model, recipe.tensor_parallel)
-    with unset_fake_temporarily():  # its ranks are numbers that are read
-        mesh = init_device_mesh("cpu", (recipe.tensor_parallel,), mesh_dim_names=("tp",))
-    apply_tensor_parallelism(model, mesh, plan)
+    apply_tensor_parallelism(model, part_of_mesh(mesh, SPLIT), plan_of(model, recipe.tensor_parallel))
 
 
 @contextmanager

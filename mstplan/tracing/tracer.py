@@ -286,10 +286,10 @@ def _record_layers(
     model = _keep_layers(full, locate.find_parts(full).layers, layer_numbers)
     with first_of_ranks(recipe, rank) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
-        if mesh is not None:
+        if mesh is not None and recipe.tensor_parallel > 1:
+            split_over_ranks(model, recipe, mesh)
+        if mesh is not None and recipe.sharded:
             shard_model(model, recipe, mesh)
-        if recipe.tensor_parallel > 1:
-            split_over_ranks(model, recipe)
         begin = [n for n, i in enumerate(layer_numbers) if i in starts]
         trained = {w: name for name, w in model.named_parameters() if w.requires_grad}
         reached: set[torch.Tensor] = set()
@@ -508,7 +508,7 @@ def _parameters_on_rank(
         return
     split = shapes_on_a_rank(model, recipe)
     for name, weight in model.named_parameters():
-        yield name, split.get(name) or shape_on_rank(weight, recipe), weight.dtype, weight
+        yield name, shape_on_rank(weight, recipe, split.get(name)), weight.dtype, weight
 
 
 def _keep_layers(model: PreTrainedModel, layers: list[nn.Module], layer_numbers: list[int]) -> PreTrainedModel:

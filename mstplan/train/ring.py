@@ -23,10 +23,12 @@ from ..errors import ModelError, VersionError
 
 class RingKernel(NamedTuple):
     """A kernel as torch's templates call it. forward: of query, key, value and is_causal, its output, log-sum-exp, and more that backward
-    takes. backward: of grad_out, query, key, value, out, logsumexp, is_causal and `more`, three gradients."""
+    takes. backward: of grad_out, query, key, value, out, logsumexp, is_causal and `more`, three gradients. run_whole: runs a whole ring's forward,
+    which a selective checkpoint keeps as what one kernel makes: so torch's dispatcher, which it asks first, has it."""
 
     forward: Callable[..., tuple[torch.Tensor, ...]]
     backward: Callable[..., tuple[torch.Tensor, ...]]
+    run_whole: Callable[[Callable[[], tuple[torch.Tensor, ...]]], tuple[torch.Tensor, ...]]
 
 
 def torch_ring() -> Any:
@@ -101,9 +103,13 @@ class _Ring(torch.autograd.Function):
         group: dist.ProcessGroup,
         kernel: RingKernel,
     ) -> torch.Tensor:
-        out, log_sum_exp, *_ = torch_ring()._templated_ring_attention(
-            group, 2, kernel.forward, query, key, value, is_causal=True, scale=scale
-        )
+        def run() -> tuple[torch.Tensor, ...]:
+            made = torch_ring()._templated_ring_attention(
+                group, 2, kernel.forward, query, key, value, is_causal=True, scale=scale
+            )
+            return made[0], made[1]
+
+        out, log_sum_exp = kernel.run_whole(run)
         ctx.save_for_backward(query, key, value, out, log_sum_exp)
         ctx.scale, ctx.group, ctx.kernel = scale, group, kernel
         return out
@@ -153,7 +159,9 @@ def _run_back_on_cpu(
     return gradients
 
 
-ON_CPU = RingKernel(_run_on_cpu, _run_back_on_cpu)
+def on_cpu(run_whole: Callable[..., tuple[torch.Tensor, ...]]) -> RingKernel:
+    """The CPU's flash kernel."""
+    return RingKernel(_run_on_cpu, _run_back_on_cpu, run_whole)
 
 
 def with_room_for_all(part: torch.Tensor, ranks: int) -> torch.Tensor:

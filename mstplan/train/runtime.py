@@ -6,20 +6,21 @@ Training takes `RUNTIME`. A step of which only the memory is wanted hands in a s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from ..errors import MissingError, RecipeError, one_line
 from ..spec.hardware import free_host_memory
-from .ring import ON_CPU, RingKernel
+from .ring import RingKernel, on_cpu
 
 
 class Runtime:
@@ -112,7 +113,7 @@ class Runtime:
 
     def ring_kernel(self, device_type: str) -> RingKernel | None:
         """The kernel of attention whose sequences ranks share in a ring; None: the one that torch's dispatcher takes, which knows GPUs'."""
-        return ON_CPU if device_type == "cpu" else None
+        return on_cpu(_keep_whole) if device_type == "cpu" else None
 
     def keep_attention(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """What the first run of a selective checkpoint runs in, and the second, which finds attention's results there."""
@@ -158,17 +159,33 @@ class _Attention(TorchDispatchMode):
     def __init__(self, results: deque[Any], again: bool):
         super().__init__()
         self.results, self.again = results, again
+        self.runs_whole = False  # several kernels, whose result is kept as one's
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not is_attention(func):
-            return func(*args, **(kwargs or {}))
+        run = partial(func, *args, **(kwargs or {}))
+        return self.keep(run) if is_attention(func) and not self.runs_whole else run()
+
+    def keep(self, run: Callable[[], Any]) -> Any:
+        """What `run` makes, which is kept, or what it made before."""
         if not self.again:
-            out = func(*args, **(kwargs or {}))
+            self.runs_whole = True
+            try:
+                out = run()
+            finally:
+                self.runs_whole = False
             self.results.append(tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, out))
             return out
         if not self.results:
             raise RuntimeError("a step with selective checkpoints is backpropagated once")
         return self.results.popleft()
+
+
+def _keep_whole(run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """What several kernels make together, which a selective checkpoint that is entered keeps as one's."""
+    entered = (mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, _Attention))
+    mode = next(entered, None)
+    made: tuple[torch.Tensor, ...] = run() if mode is None else mode.keep(run)
+    return made
 
 
 @contextmanager

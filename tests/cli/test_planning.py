@@ -699,3 +699,34 @@ def test_from_how_many_gpus_a_length_fits(run: Run) -> None:
     more = run(*case, "--gpus", str(fewest), "--sharding", "fsdp", "--json")
     assert more.code == 0 and more.json["fits_from_gpus"] is None
     assert any("--precision mixed --reduce-dtype bf16" in note for note in more.json["notes"])
+
+
+def test_ranks_that_divide_no_gpus_are_told_those_that_do_of_this_model(run: Run) -> None:
+    asked = ("max-seq", "-m", "llama3.1-8b", "--gpu", "h100", "--gpus", "24")
+    said = run(*asked, "--sequence-parallel", "5").err
+    assert "24 gpus, nor the heads of llama3.1-8b: use --sequence-parallel 2, 4, 8\n" in said
+    said = run(*asked, "--sequence-parallel", "16").err
+    assert "does not divide 24 gpus: use --gpus 32 or --sequence-parallel 2, 4, 8\n" in said
+    said = run(*asked, "--sharding", "fsdp", "--tensor-parallel", "5").err
+    assert "nor the matrices of llama3.1-8b: use --tensor-parallel 2, 4, 8\n" in said
+
+
+def test_what_deepspeed_calls_a_bucket_goes_to_its_ways_alone(run: Run) -> None:
+    """And is written as its files write it."""
+    asked = (
+        "max-seq",
+        "-m",
+        "llama3.2-1b",
+        "--gpu",
+        "rtx-4090",
+        "--gpus",
+        "2",
+        "-s",
+        "checkpoint",
+        "--sharding",
+        "all",
+    )
+    more = ("--sequence-parallel", "1", "--prefetch-bucket-size", "auto", "--sub-group-size", "1e8", "--json")
+    ways = {way["recipe"]["sharding"]: way["recipe"] for way in run(*asked, *more).json["ways"]}
+    assert {ways[name]["sub_group_size"] for name in ("zero2", "fsdp")} == {10**9}
+    assert (ways["zero3"]["sub_group_size"], ways["zero3"]["prefetch_bucket_size"]) == (10**8, "auto")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mstplan import load_model
-from mstplan.plan.several_gpus import ON_HOST, GpusWay, compare, list_ways
+from mstplan.plan.several_gpus import ON_HOST, GpusWay, compare, list_ways, with_own_fields
 from mstplan.plan.solve import max_seq
 from mstplan.spec.hardware import card
 from mstplan.step.recipe import STRATEGIES, planned
@@ -18,6 +18,30 @@ def test_every_sharding_is_listed_with_every_way_to_share_sequences():
     assert sorted({fields["sequence_parallel"] for fields in ways}) == [1, 2, 4, 12]
     assert {"gpus": 12, "sharding": "none", "sequence_parallel": 1} not in ways
     assert {fields["sequence_parallel"] for fields in (way.fields for way in list_ways(8, ranks=4))} == {4}
+
+
+def test_matrices_are_split_over_all_gpus_or_over_some_that_share_the_parts():
+    ways = [way for way in list_ways(8) if way.fields.get("tensor_parallel", 1) != 1]
+    assert [way.name for way in ways] == ["fsdp, matrices over 2", "fsdp, matrices over 4", "matrices over 8"]
+    assert [way.name for way in list_ways(8, splits=4)] == ["fsdp, matrices over 4"]
+    assert not [way for way in list_ways(8, ranks=2) if "tensor_parallel" in way.fields]
+    found = compare(load_model("qwen3-8b"), card("h100"), RECIPES, ways)
+    assert {answer.strategy for _, answer in found.answers} == {"checkpoint"} and not found.left_out
+    assert len(found.answers) == 3 and min(answer.s_max for _, answer in found.answers) > 20_000
+
+
+def test_what_means_something_under_some_shardings_goes_to_these():
+    given = {"prefetch_bucket_size": "auto", "reduce_bucket_size": 1000, "replicas": 2}
+    ways = {way.sharding: way.fields for way in with_own_fields(list_ways(8, ranks=1), given)}
+    assert {name: set(given) & set(fields) for name, fields in ways.items()} == {
+        "none": set(),
+        "ddp": set(),
+        "zero1": {"reduce_bucket_size"},
+        "zero2": {"reduce_bucket_size"},
+        "zero3": {"reduce_bucket_size", "prefetch_bucket_size"},
+        "fsdp": {"replicas"},
+        "fsdp1": set(),
+    }
 
 
 def test_each_answer_is_that_of_its_recipe_and_the_longest_is_first():

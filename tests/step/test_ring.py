@@ -30,7 +30,6 @@ MODEL, ON = load_model("llama3.1-8b"), card("h100")
         ({"gpus": 8, "context_parallel": 8, "attention": "eager"}, "use sdpa"),
         ({"gpus": 8, "context_parallel": 8, "packing": 2}, "leave --packing"),
         ({"gpus": 8, "context_parallel": 8, "offload": "saved-tensors"}, "set offload='layer-inputs'"),
-        ({"gpus": 8, "context_parallel": 8, "checkpoint": "selective"}, "set checkpoint='layer'"),
         ({"gpus": 8, "sharding": "fsdp", "rotate_method": "alltoall"}, "add context_parallel=8 (--context-parallel 8)"),
     ],
     ids=str,

@@ -28,10 +28,27 @@ def of(ranks: int, **more: Any) -> Recipe:
         ({"gpus": 8, "tensor_parallel": 3}, "does not divide 8 gpus: add --gpus 9 or --tensor-parallel 2, 4, 8"),
         (
             {"gpus": 8, "tensor_parallel": 4},
-            "leaves 2 copies of the model, which are not planned beside it: add --gpus 4",
+            "leaves 2 copies of the model: add sharding='fsdp' (--sharding fsdp), or --gpus 4",
         ),
         ({"gpus": 8, "tensor_parallel": 4, "context_parallel": 2}, "leave one of the two out"),
-        ({"gpus": 8, "tensor_parallel": 8, "sharding": "fsdp"}, "with sharding='fsdp' is not planned"),
+        ({"gpus": 8, "tensor_parallel": 8, "sharding": "fsdp"}, "leaves none to share weights: add --gpus 16, or"),
+        ({"gpus": 8, "tensor_parallel": 3, "sharding": "fsdp"}, "does not divide 8 gpus: add --gpus 9 or"),
+        (
+            {"gpus": 8, "tensor_parallel": 2, "sharding": "fsdp", "replicas": 4},
+            "4 replicas of 4 groups of 2 gpus leave no whole number of 2 or more for shards: replicas (--replicas) can be 2",
+        ),
+        (
+            {"gpus": 8, "tensor_parallel": 2, "sharding": "ddp"},
+            "torch's DistributedDataParallel refuses split matrices",
+        ),
+        (
+            {"gpus": 8, "tensor_parallel": 2, "sharding": "zero3"},
+            "with sharding='zero3' is not planned: take --sharding",
+        ),
+        (
+            {"gpus": 8, "tensor_parallel": 2, "sharding": "fsdp", "accumulation": 2},
+            "with accumulation=2 is not planned",
+        ),
         ({"gpus": 8, "tensor_parallel": 8, "mlp_chunks": 4}, "with mlp_chunks=4 is not planned"),
         ({"gpus": 8, "tensor_parallel": 8, "precision": "mixed"}, "with precision='mixed' is not planned"),
         ({"gpus": 8, "tensor_parallel": 8, "max_grad_norm": 1.0}, "leave --max-grad-norm out"),
@@ -50,15 +67,17 @@ def test_recipes_that_contradict_themselves(fields: dict[str, Any], said: str) -
     ("model", "recipe", "said"),
     [
         ("llama3.1-8b", of(6), "8 of keys, .* which 6 GPUs cannot split evenly.\nUse 1, 2, 4 or 8."),
+        ("llama3.1-8b", of(3, gpus=12, sharding="fsdp"), "which 3 GPUs cannot split evenly.\nUse 1, 2 or 4."),
         ("llama3.2-1b", of(2), "embeddings tied to its head"),
         ("mixtral-8x7b", of(2), "a plan \\(mixtral\\)"),
         ("phi3-mini-4k", of(2), "a plan \\(phi3\\)"),
+        ("llama3.1-8b", of(2, gpus=4, sharding="fsdp", optimizer="sgd"), "AdamW alone.\nUse --optimizer adamw"),
         ("llama3.1-8b", of(2, adamw_kernel="fused"), "AdamW's loop alone.*\nAdd --adamw-kernel for-loop"),
     ],
     ids=str,
 )
 def test_models_that_are_not_split(model: str, recipe: Recipe, said: str) -> None:
-    with pytest.raises(RecipeError, match=f"--tensor-parallel {recipe.gpus}.*{said}"):
+    with pytest.raises(RecipeError, match=f"--tensor-parallel.*{said}"):
         plan_at(load_model(model), recipe, ON, 2048)
 
 
@@ -69,6 +88,17 @@ def test_norms_are_whole_and_all_else_is_split() -> None:
     assert 8 * (split.card_parameters - norms) + norms == whole.card_parameters
     gradients = sum(t.bytes for t in split._gradients(always_alive=False))
     assert gradients == 2 * (split.card_parameters + 128256 * 4096 * 7 // 8)
+
+
+def test_parts_of_matrices_are_shared_out_as_weights_are() -> None:
+    """Of each a rank of four by two has an eighth; norms, which are not split, are shared over the four."""
+    whole, shared = (
+        step_of(MODEL, recipe, ON, Chunks(1, 1), 4096)
+        for recipe in (strategy("checkpoint"), of(2, gpus=8, sharding="fsdp", adamw_kernel="fused"))
+    )
+    norms = 65 * 4096
+    assert 8 * shared.card_parameters == whole.card_parameters + norms
+    assert sum(t.bytes for t in shared._gradients(always_alive=False)) == 2 * shared.card_parameters
 
 
 def test_hidden_states_and_logits_are_not() -> None:

@@ -54,6 +54,13 @@ def agree(config, recipe, seq_len):
     assert told == {peak.instant: pytest.approx(peak.bytes, rel=EXACT) for peak in traced.peaks}
 
 
+def test_no_4_bits_are_advised_where_they_are_refused():
+    notes = model_of().notes, read_config({**config_of(), "quantization_config": {"quant_method": "fp8"}}, "m").notes
+    assert any("quantised (fp8)" in note for note in notes[1]) and not any(
+        "nf4" in note for each in notes for note in each
+    )
+
+
 @pytest.mark.parametrize("seq_len", [4096, 32768, 262144])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_instant(name, seq_len):

@@ -21,17 +21,23 @@ from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
+from . import four_splitters
 from .real_events import peak, without
 from .two_ranks import TOKENS
 from .two_sharers import seeded, whole_batch
 from .two_splitters import MODELS, recipes
 
+MIXED: dict[str, Any] = {"precision": "mixed", "reduce_dtype": "bf16", "adamw_kernel": "foreach"}
+COPIES: dict[str, Any] = {"precision": "mixed", "replicas": 2}
+IN_SHARDS = four_splitters.recipes()
 LARGE = 8192  # bytes; smaller ones are scalars, token ids and masks of a rank's rows, and the random generator's state that a checkpoint keeps
 NOT_TRACED = re.compile(
-    r"^gloo:|allgather_into_tensor_coalesced_ > empty$|^Optimizer.step.* > (lerp_|addcmul_) > PythonSubclass > clone > empty_strided$"
+    r"^gloo:|allgather_into_tensor_coalesced_ > empty$|c10d::_allgather_base_ > empty$|c10d::_reduce_scatter_base_ > clone > empty_strided$"
+    r"|^Optimizer.step.* > (lerp_|addcmul_) > PythonSubclass > clone > empty_strided$"
 )
-"""gloo's flat copy of what it gathers, and its thread's; a rank's rows of the embedding's whole gradient, which AdamW's loop cuts anew for each
-operation, two at once: no more than the square root and the quotient that it makes of each weight's second moment."""
+"""gloo's flat copy of what it gathers, and its thread's; that of what a reduce-scatter is given, which it all-reduces; a rank's rows of the
+embedding's whole gradient, which AdamW's loop cuts anew for each operation, two at once: no more than the square root and the quotient that it
+makes of each weight's second moment."""
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +50,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def real(folder: Any) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    """What each rank allocated, by recipe: of two that split matrices, and of four that have parts of them in shards as well."""
+    (folder / "four").mkdir()
+    on_two_ranks("tests.tracing.four_splitters", folder / "four", ranks=4)
+    names = [(f"rank{rank}.json", f"four/rank{rank}.json") for rank in range(2)]
+    return [json.loads((folder / one).read_text()) | json.loads((folder / other).read_text()) for one, other in names]
 
 
 def traced(name: str) -> Trace:
-    return trace(MODELS["llama"], recipes()[name], TOKENS, on="cpu", whole=True)
+    return trace(MODELS["llama"], (recipes() | IN_SHARDS)[name], TOKENS, on="cpu", whole=True)
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", [*recipes(), *IN_SHARDS])
 def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
     expected = [made.bytes for made in traced(name).step.storages if made.bytes > LARGE]
     for rank in real:
@@ -59,7 +69,7 @@ def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
         assert expected in ([size for size, *_ in events if size > LARGE] for events in runs)
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", [*recipes(), *IN_SHARDS])
 def test_two_real_ranks_hold_what_the_trace_says(real, name):
     """Within what random generators' states make, which are not followed: 0.05%."""
     found = traced(name)
@@ -76,6 +86,20 @@ def test_two_ranks_train_as_a_single_process_does(folder, name):
     model = seeded(MODELS[name], recipes()["standard"])
     ids, _ = whole_batch(1)
     loss = model(input_ids=ids % 1000, labels=ids % 1000).loss
+    loss.backward()
+    assert float(found["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
+    scale = max(float(weight.grad.abs().max()) for weight in model.parameters())
+    for weight_name, weight in model.named_parameters():
+        assert float((found["gradients"][weight_name] - weight.grad).abs().max()) < 1e-5 * scale, weight_name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_four_ranks_train_as_a_single_process_does(real, folder, name):
+    """Loss and whole gradients of the mean of two rows, of each of which two ranks have parts of all matrices in shards."""
+    found = torch.load(folder / "four" / "trained.pt")[name]
+    model = seeded(MODELS[name], recipes()["standard"])
+    ids = whole_batch(2)[0] % 1000
+    loss = (model(input_ids=ids[:1], labels=ids[:1]).loss + model(input_ids=ids[1:], labels=ids[1:]).loss) / 2
     loss.backward()
     assert float(found["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
     scale = max(float(weight.grad.abs().max()) for weight in model.parameters())
@@ -105,12 +129,23 @@ def test_a_trace_refuses_plans_that_it_does_not_know(model, ranks, said):
         ("h100", "qwen2.5-7b", "standard", 4096, {"tensor_parallel": 4}),
         ("a100-80gb", "qwen3-8b", "checkpoint", 4096, {"tensor_parallel": 8}),
         ("h100", "mistral-7b-v0.3", "checkpoint", 8192, {"tensor_parallel": 8}),
+        ("h100", "llama3.1-8b", "standard", 4096, {"tensor_parallel": 2, "gpus": 8, "sharding": "fsdp"}),
+        ("h100", "qwen3-8b", "checkpoint", 4096, {"tensor_parallel": 4, "gpus": 12, "sharding": "fsdp"}),
+        ("a100-80gb", "qwen2.5-7b", "standard", 2048, {"tensor_parallel": 2, "gpus": 8, "sharding": "fsdp"} | MIXED),
+        (
+            "h100",
+            "mistral-7b-v0.3",
+            "checkpoint",
+            8192,
+            {"tensor_parallel": 4, "gpus": 16, "sharding": "fsdp"} | COPIES,
+        ),
     ],
     ids=str,
 )
 def test_formula_and_trace_agree(on, model, name, tokens, more):
     """Every instant within 0.01%: what differs are weights of norms, rounded up to blocks of 512 bytes."""
-    recipe, of = strategy(name, gpus=more["tensor_parallel"], adamw_kernel="for-loop", **more), card(on)
+    usual = {} if "sharding" in more else {"gpus": more["tensor_parallel"], "adamw_kernel": "for-loop"}
+    recipe, of = strategy(name, **usual, **more), card(on)
     found = trace(load_config(model), recipe, tokens, workspace=of.gpu.workspaces_bytes, platform=of.platform)
     chunks = fixed_chunks(recipe)
     step = step_of(load_model(model), recipe, of, chunks, tokens)

@@ -85,10 +85,11 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def run(recipe: Recipe, runs: int = RUNS, config: dict[str, Any] = CONFIG) -> dict[str, Any]:
     model = build_model(read_settings(config), recipe, recipe.attention, "cpu")
-    if recipe.sharded:
-        shard_model(model, recipe, mesh_of("cpu", recipe))
-    if recipe.tensor_parallel > 1:
-        split_over_ranks(model, recipe)
+    mesh = mesh_of("cpu", recipe) if recipe.sharded or recipe.tensor_parallel > 1 else None
+    if mesh is not None and recipe.tensor_parallel > 1:
+        split_over_ranks(model, recipe, mesh)
+    if mesh is not None and recipe.sharded:
+        shard_model(model, recipe, mesh)
     step = TrainingStep(model, recipe, TOKENS)
     step.run()
     there = resident(step)

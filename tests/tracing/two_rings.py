@@ -27,6 +27,7 @@ def recipes() -> dict[str, Recipe]:
         "standard": strategy("standard", **both),
         "mst": strategy("mst", **both, **CHUNKS),
         "mst-layer": strategy("mst-layer", **both, **CHUNKS, attention_groups=1),
+        "selective": strategy("checkpoint", **both, checkpoint="selective"),
         "two rows, one rank's keys at a time": strategy("checkpoint", **both, batch=2, rotate_method="alltoall"),
         "fsdp": strategy("mst", **both, **CHUNKS, sharding="fsdp"),
     }

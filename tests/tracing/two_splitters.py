@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from mstplan.step.recipe import Recipe, strategy
+from mstplan.tracing.fsdp import mesh_of
 from mstplan.tracing.tensor_parallel import split_over_ranks
 
 from . import two_ranks
@@ -42,7 +43,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     """The loss, and whole gradients, by name."""
     recipe = recipes()["standard"]
     model = seeded(config, recipe)
-    split_over_ranks(model, recipe)  # type: ignore[arg-type]
+    split_over_ranks(model, recipe, mesh_of("cpu", recipe))  # type: ignore[arg-type]
     ids, _ = whole_batch(1)
     loss = model(input_ids=ids % 1000, labels=ids % 1000).loss
     loss.backward()

@@ -1,0 +1,59 @@
+"""One of four real ranks on the CPU, two of which split matrices and two share the parts: `python -m tests.tracing.four_splitters RANK FOLDER`; see
+two_splitters.py. Each trains on a row of a batch of two."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mstplan.step.recipe import Recipe, strategy
+from mstplan.tracing.fsdp import mesh_of, shard_model
+from mstplan.tracing.tensor_parallel import split_over_ranks
+
+from . import two_ranks
+from .two_sharers import seeded, whole_batch
+from .two_splitters import MODELS, whole
+
+
+def recipes() -> dict[str, Recipe]:
+    all_four: dict[str, Any] = {"gpus": 4, "tensor_parallel": 2, "sharding": "fsdp", "precision": "fp32"}
+    return {
+        "in shards": strategy("standard", **all_four),
+        "in shards, checkpoint": strategy("checkpoint", **all_four),
+        "in shards, foreach": strategy("checkpoint", **all_four, adamw_kernel="foreach"),
+        "in shards, for-loop": strategy("checkpoint", **all_four, adamw_kernel="for-loop", batch=2),
+    }
+
+
+def train(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The loss of both rows, and whole gradients of their mean, by name."""
+    recipe = recipes()["in shards"]
+    model, mesh = seeded(config, recipe), mesh_of("cpu", recipe)
+    split_over_ranks(model, recipe, mesh)  # type: ignore[arg-type]
+    shard_model(model, recipe, mesh)
+    ids = whole_batch(2)[0][rank // 2 :][:1] % 1000
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    summed = loss.detach()
+    dist.all_reduce(summed)
+    return {
+        "loss": summed / 4,
+        "gradients": {n: whole(w.grad) for n, w in model.named_parameters() if w.grad is not None},
+    }
+
+
+def main(rank: int, folder: Path) -> None:
+    def and_train() -> None:
+        found = {name: train(config, rank) for name, config in MODELS.items()}
+        if rank == 0:
+            torch.save(found, folder / "trained.pt")
+
+    two_ranks.main(rank, folder, recipes(), runs=6, ranks=4, and_then=and_train, config=MODELS["llama"])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
