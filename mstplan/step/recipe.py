@@ -195,6 +195,12 @@ class Recipe(BaseModel):
     tensor_parallel: int = Field(default=1, ge=1, le=65_536)
     """Cards that split every matrix (transformers' tp_plan="auto"): each has its part of the heads, of the MLP's width and of the vocabulary, and
     all tokens."""
+    expert_parallel: int = Field(default=1, ge=1, le=65_536)
+    """Cards that share out the experts of every layer (transformers' ep_size): each has whole experts, its part of them, and is sent the tokens that
+    are routed to these. Under fsdp, whose cards are the same ones; experts are in shards over gpus / expert_parallel cards."""
+    expert_imbalance: float = Field(default=1.0, ge=1.0, le=65_536.0)
+    """Under expert_parallel how many times the rows of an even router the planned card receives: 1 where the router shares tokens out evenly, at most
+    expert_parallel, where all choose the experts of one card."""
     rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """How keys and values come round under context_parallel (torch's set_rotate_method, accelerate's cp_comm_strategy): allgather, torch's own
     choice, has those of all cards at once; alltoall those of one card more at a time."""
@@ -298,6 +304,7 @@ class Recipe(BaseModel):
             *self._bad_sequence_parallel(),
             *self._bad_context_parallel(),
             *self._bad_tensor_parallel(),
+            *self._bad_expert_parallel(),
         ):
             if bad:
                 raise ValueError(message)
@@ -683,6 +690,70 @@ class Recipe(BaseModel):
             (
                 self.attention not in (SDPA, "cudnn"),
                 f"{option} with {self.attention} attention is not planned: use sdpa (--attention sdpa)",
+            ),
+        )
+
+    def _bad_expert_parallel(self) -> tuple[tuple[bool, str], ...]:
+        ranks, most = self.expert_parallel, self.expert_imbalance
+        if ranks == 1:
+            alone = most != 1
+            return (
+                (
+                    alone,
+                    "expert_imbalance (--expert-imbalance) is of experts over several GPUs: add expert_parallel=8 (--expert-parallel 8)",
+                ),
+            )
+        option = f"expert_parallel={ranks} (--expert-parallel {ranks})"
+        beside = {
+            "sharding": "fsdp",
+            "replicas": 1,
+            "autocast": False,
+            "kernels": "torch",
+            "lora_rank": 0,
+            "loss": "transformers",
+            "mlp_chunks": 1,
+            "layer_in_chunks": False,
+            "offload": "none",
+            "optimizer_in_backward": False,
+            "optimizer_on_host": False,
+            "accumulation": 1,
+            "packing": 1,
+            "padding_free": False,
+            "images": 0,
+            "train": (),
+            "freeze": (),
+        }
+        other = next((name for name, value in beside.items() if getattr(self, name) != value), "")
+        other = other or ("precision" if self.precision == "mixed" else "")
+        return (
+            (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--expert-parallel')}"),
+            (
+                other == "sharding",
+                f"{option} is planned as transformers trains it, with all other weights in shards: add sharding='fsdp' (--sharding fsdp)",
+            ),
+            (
+                most > ranks,
+                f"expert_imbalance={most:g} (--expert-imbalance {most:g}) is more than {ranks} GPUs can send one: set it to {ranks} or less",
+            ),
+            (
+                self.sharers > 1 or self.tensor_parallel > 1,
+                f"{option} beside GPUs that share sequences or split matrices is not planned: leave one of the two out",
+            ),
+            (
+                self.max_grad_norm is not None,
+                f"{option} with clipping is not planned, which transformers' Trainer does mesh by mesh: leave --max-grad-norm out",
+            ),
+            (
+                bool(other),
+                f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies no-checkpointing and checkpointing)",
+            ),
+            (
+                self.checkpoint not in ("none", "layer"),
+                f"{option} with other checkpoints than of each layer is not planned: set checkpoint='layer' (--checkpoint layer)",
+            ),
+            (
+                self.optimizer not in ("adamw", "sgd") or self.adamw_kernel == "foreach",
+                f"{option} is planned with one kernel over all weights of a mesh or one for each: use --optimizer adamw, --adamw-kernel fused",
             ),
         )
 
