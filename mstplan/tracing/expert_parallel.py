@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from fractions import Fraction
-from math import ceil
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, VersionError
-from ..step.expert_parallel import refuse_ranks
+from ..step.expert_parallel import refuse_ranks, rows_of_a_token
 from ..step.recipe import Recipe
 from .patches import COLLECTIVE_WAIT, COUNTS_SENT, DISPATCH, JOINED_MESHES, WAIT_OF_TRANSFORMERS, patched
 from .values import note_values
@@ -88,19 +86,19 @@ def _on_real_tensors(plain: Callable[..., Any]) -> Any:
 def routed_evenly(recipe: Recipe) -> Iterator[None]:
     """Within the context a rank sends as many rows to each expert, and is sent as many from each rank for each of its own, `expert_imbalance` times as
     many as it sends; and a collective's result is what is waited for. Raises VersionError where torch or transformers is another."""
-    sent_rows = 0
+    tokens = per_token = 0
 
     def dispatch(plain: Callable[..., Any]) -> Callable[..., Any]:
         def dispatch_tokens(ranks: Any, x: torch.Tensor, chosen: torch.Tensor, scores: torch.Tensor) -> Any:
-            nonlocal sent_rows
-            sent_rows = chosen.numel()
+            nonlocal tokens, per_token
+            tokens, per_token = chosen.shape
             return plain(ranks, x, chosen, scores)
 
         return dispatch_tokens
 
     def count(received: torch.Tensor, sent: torch.Tensor, group: Any = None) -> None:
-        note_values(sent, _evenly(sent_rows, sent.shape))
-        note_values(received, _evenly(ceil(sent_rows * Fraction(str(recipe.expert_imbalance))), received.shape))
+        note_values(sent, _evenly(tokens * per_token, sent.shape))
+        note_values(received, _evenly(tokens * rows_of_a_token(per_token, recipe.expert_imbalance), received.shape))
 
     with patched(
         {
