@@ -939,8 +939,12 @@ class _ExpertGroups(_Groups):
             self.ledger.drop(self.around.buffer)
 
     def after_forward(self, op: Op) -> None:
-        if any(call.apart for call in op.ends) and not self.recomputing:
+        if not any(call.apart for call in op.ends) or self.there:
+            return
+        if not self.recomputing:
             self.ledger.drop(self.group.gathered)
+        elif not self.group.alone:  # gathered for the layer's backward: it goes with the forward pass that begins and ends here
+            self.ledger.drop(self.group.buffer)
 
     def before_backward(self, op: Op, listed: bool) -> None:
         if not any(call.apart for call in op.ends):
