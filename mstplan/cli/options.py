@@ -560,6 +560,20 @@ class VariedOptions(Options):
         panel="Recipe",
         metavar="N",
     )
+    expert_parallel = option(
+        int,
+        "--expert-parallel",
+        "GPUs that share out the experts of every layer: transformers' ep_size, with --sharding fsdp. Default 1.",
+        panel="Recipe",
+        metavar="N",
+    )
+    expert_imbalance = option(
+        float,
+        "--expert-imbalance",
+        "Rows that the fullest GPU receives for its experts, beside an even router's. Default 1: even.",
+        panel="Recipe",
+        metavar="F",
+    )
     rotate_method = option(
         str,
         "--rotate-method",
@@ -758,6 +772,8 @@ _FIELDS = (
     "sequence_parallel",
     "context_parallel",
     "tensor_parallel",
+    "expert_parallel",
+    "expert_imbalance",
     "rotate_method",
     "kernels",
     "max_grad_norm",
@@ -995,7 +1011,8 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
     several = {"usual": list(USUAL_STRATEGIES), "all": list(STRATEGIES)}
     with _in_options():
         names = several.get(named) or [strategy_name(name.strip()) for name in named.split(",")]
-    transformers_alone = (options.tensor_parallel or 1) > 1 or options.sharding == "fsdp1"  # its own code, in one piece
+    split = max(options.tensor_parallel or 1, options.expert_parallel or 1) > 1
+    transformers_alone = split or options.sharding == "fsdp1"  # its own code, in one piece
     if options.strategy is None and transformers_alone:
         names = ["standard", "checkpoint"]
     return {name: STRATEGIES[name] for name in names}

@@ -108,7 +108,8 @@ def _compare_ways_of_gpus(options: MaxSeqOptions, model: Model, card: Card) -> N
     if gpus < 2:
         raise RecipeError("--sharding all compares ways to use several GPUs: add --gpus 8.")
     alone = options.changed(sharding=None, gpus=None, sequence_parallel=None)
-    ways = list(several_gpus.list_ways(gpus, options.sequence_parallel))
+    experts = model.experts.number if model.experts is not None else 0
+    ways = list(several_gpus.list_ways(gpus, options.sequence_parallel, experts))
     compared = several_gpus.compare(model, card, recipes_of(alone, model=model), ways)
     from ..show import planning as reports
 

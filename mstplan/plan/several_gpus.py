@@ -25,6 +25,7 @@ class GpusWay(NamedTuple):
         ranks, sharding = self.fields["sequence_parallel"], self.fields["sharding"]
         words = [str(sharding)] if sharding != "none" else []
         words += [f"sequences over {ranks:,}"] if ranks != 1 else []
+        words += [f"experts over {self.fields['expert_parallel']:,}"] if "expert_parallel" in self.fields else []
         return ", ".join([*words, *(["weights in CPU RAM"] if "weights_on_host" in self.fields else [])])
 
 
@@ -36,10 +37,11 @@ class Compared(NamedTuple):
     left_out: Mapping[str, tuple[str, ...]]
 
 
-def list_ways(gpus: int, ranks: int | None = None) -> Iterator[GpusWay]:
+def list_ways(gpus: int, ranks: int | None = None, experts: int = 0) -> Iterator[GpusWay]:
     """All ways there are for so many GPUs, those that make no sense among them. ranks: GPUs that share each sequence; None: powers of two
-    that divide `gpus`, and all of them."""
-    shared = [ranks] if ranks is not None else sorted({1, gpus} | {n for n in _POWERS if n < gpus and gpus % n == 0})
+    that divide `gpus`, and all of them. experts: of a layer, which such numbers of GPUs share out as well; 0: there are none."""
+    divisors = sorted({1, gpus} | {n for n in _POWERS if n < gpus and gpus % n == 0})
+    shared = [ranks] if ranks is not None else divisors
     for sharding in planned("sharding")[0]:
         for n in shared:
             if sharding == "none" and n == 1:  # a GPU alone
@@ -47,6 +49,9 @@ def list_ways(gpus: int, ranks: int | None = None) -> Iterator[GpusWay]:
             fields = {"gpus": gpus, "sharding": sharding, "sequence_parallel": n}
             yield GpusWay(fields)
             yield GpusWay({**fields, **ON_HOST})
+    for n in divisors if ranks in (None, 1) else ():
+        if n > 1 and experts and experts % n == 0:
+            yield GpusWay({"gpus": gpus, "sharding": "fsdp", "sequence_parallel": 1, "expert_parallel": n})
 
 
 _POWERS = [1 << n for n in range(1, 17)]

@@ -38,6 +38,7 @@ FAMILIES = (
     "olmoe",
     "qwen2_moe",
     "qwen3_moe",
+    "qwen3_next",
 )
 """Whose experts are held to the trace."""
 

@@ -5,7 +5,7 @@ autograd keeps of it (tools/autograd/derivatives.yaml). Weights are declared whe
 counts, the intermediates and the arithmetic all come from this one description.
 
 Axes: b batch, s tokens (c, k: of one MLP or loss chunk), d hidden, H heads, G key/value heads, e head size, I MLP width,
-V vocabulary, X experts, A experts that a token visits, F their width, r tokens rounded up to 128. `t` stands for the tokens at hand: "b s" or "b c".
+V vocabulary, X experts, A experts that a token visits, F their width, R rows that a card receives for each token, r tokens rounded up to 128. `t` stands for the tokens at hand: "b s" or "b c".
 """
 
 from __future__ import annotations
@@ -1502,7 +1502,7 @@ class Writer:
         """A weight of all experts, or of those that are this card's."""
         cards, share = self.numerics.spread, (e.per_token, e.number)
         w = self.weight(name, e.number // cards, *shape, kinds=(WeightKind.MLP,), name=suffix, active=share)
-        return replace(w, spread_over=cards)
+        return w if cards == 1 else replace(w, spread_over=cards)
 
     def _expert_gate(self, up: Tensor, e: Experts) -> Tensor:
         if not e.gated:

@@ -399,7 +399,7 @@ class Recipe(BaseModel):
         if self.sharding == "none":
             return (
                 (
-                    self.gpus > 1 and self.sharers == self.tensor_parallel == 1,
+                    self.gpus > 1 and self.sharers == self.tensor_parallel == self.expert_parallel == 1,
                     (
                         "several gpus train in shards or each with all: add sharding='fsdp' (--sharding fsdp), "
                         "sharding='zero3' (--sharding zero3) or sharding='ddp' (--sharding ddp)"
@@ -1110,6 +1110,9 @@ def recipe_in_words(recipe: Recipe, kernel: str = "", attends: bool = True) -> s
         words.append(f"sequences over {recipe.context_parallel:,} GPUs (ring, {recipe.rotate_method})")
     if recipe.tensor_parallel > 1:
         words.append(f"matrices over {recipe.tensor_parallel:,} GPUs (tensor parallel)")
+    if recipe.expert_parallel > 1:
+        uneven = f", {recipe.expert_imbalance:g} times an even router's rows" if recipe.expert_imbalance != 1 else ""
+        words.append(f"experts over {recipe.expert_parallel:,} GPUs (expert parallel{uneven})")
     return ", ".join([*words, *([_sharding_in_words(recipe)] if recipe.sharded or recipe.zero_stage else [])])
 
 
