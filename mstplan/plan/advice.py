@@ -453,8 +453,8 @@ def notes_of_experts(model: Model, recipe: Recipe) -> list[str]:
     shards = f", in shards over {recipe.gpus // ranks:,}" if recipe.gpus > ranks else ""
     return [
         (
-            f"{_sequences_of_each(recipe)}: transformers' expert parallel (DistributedConfig(fsdp_size={recipe.gpus}, ep_size={ranks})), {mine} on each{shards}; "
-            "all else as FSDP2 by its own plan, embedding, layers, norm and head a group each. Counted: rows that are sent to experts and received, and "
+            f"{_sequences_of_each(recipe)}: transformers' expert parallel (DistributedConfig(fsdp_size={recipe.gpus}, ep_size={ranks})), {mine} on "
+            f"each{shards}; all else as FSDP2 by its own plan, embedding, layers, norm and head a group each. Counted: rows that are sent to experts and received, and "
             "what comes back (docs/sharding.md)."
         ),
         (

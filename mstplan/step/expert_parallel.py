@@ -124,9 +124,7 @@ def _dispatched(w: Writer, x: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
     return order, sent, received, ids, ones
 
 
-def _of_own_experts(
-    w: Writer, x: Tensor, ids: Tensor, ones: Tensor, e: Experts, around: tuple[Tensor, ...]
-) -> Tensor:
+def _of_own_experts(w: Writer, x: Tensor, ids: Tensor, ones: Tensor, e: Experts, around: tuple[Tensor, ...]) -> Tensor:
     """A rank's own experts on the rows that it has been sent, one expert for each (integrations/moe.py, grouped_mm_experts_forward)."""
     tape, axis = w.tape, x.shape.split()[-1]
 

@@ -5,7 +5,8 @@ autograd keeps of it (tools/autograd/derivatives.yaml). Weights are declared whe
 counts, the intermediates and the arithmetic all come from this one description.
 
 Axes: b batch, s tokens (c, k: of one MLP or loss chunk), d hidden, H heads, G key/value heads, e head size, I MLP width,
-V vocabulary, X experts, A experts that a token visits, F their width, R rows that a card receives for each token, r tokens rounded up to 128. `t` stands for the tokens at hand: "b s" or "b c".
+V vocabulary, X experts, A experts that a token visits, F their width, R rows that a card
+receives for each token, r tokens rounded up to 128. `t` stands for the tokens at hand: "b s" or "b c".
 """
 
 from __future__ import annotations

@@ -372,7 +372,9 @@ class Tape:
     held: tuple[Tensor, ...] = ()  # until the whole graph goes
     returned: tuple[Tensor, ...] = ()  # of a layer, beside its output
     group: Group | None = None  # of the weights that are outside of parts with a group; gathered throughout
-    first_group: Group | None = None  # of the embedding, where that has one of its own, and `group` begins after the layers
+    first_group: Group | None = (
+        None  # of the embedding, where that has one of its own, and `group` begins after the layers
+    )
     around: Group | None = None  # of a layer in which experts are a group apart: that of all else
     in_transfer: Tensor | None = (
         None  # an offloaded input: in backward, of the part before the one at hand; of the last part in the loss
@@ -573,7 +575,9 @@ class Rules(NamedTuple):
     cast_before: bool = False  # a piece before this one filled autocast's cache
     spans: Spans | None = None  # of the tokens, for workspaces of kernels; None: without them
     whole: str = ""  # which micro-batch it is where whole gradients stay between these: first, between, or last, which scatters them
-    experts_there: bool = False  # of a layer that is run again: its experts' weights, a group apart, are gathered already
+    experts_there: bool = (
+        False  # of a layer that is run again: its experts' weights, a group apart, are gathered already
+    )
     selective: bool = False  # checkpoints keep what their selected operations made (torch's CachingTorchDispatchMode)
     reducer: Reducer | Reducer3 | None = None  # of ZeRO's gradients
     visitor: Visitor | None = (
@@ -943,7 +947,9 @@ class _ExpertGroups(_Groups):
             return
         if not self.recomputing:
             self.ledger.drop(self.group.gathered)
-        elif not self.group.alone:  # gathered for the layer's backward: it goes with the forward pass that begins and ends here
+        elif (
+            not self.group.alone
+        ):  # gathered for the layer's backward: it goes with the forward pass that begins and ends here
             self.ledger.drop(self.group.buffer)
 
     def before_backward(self, op: Op, listed: bool) -> None:

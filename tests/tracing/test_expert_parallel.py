@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from mstplan import load_model
 from mstplan.errors import InputError
+from mstplan.plan.layout import step_of, step_sizes
+from mstplan.plan.solve import fixed_chunks
 from mstplan.spec.catalog import load_config
+from mstplan.spec.hardware import card
 from mstplan.step.recipe import strategy
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
@@ -81,3 +85,32 @@ def test_few_layers_written_down_are_all_of_them(name):
 def test_what_cannot_be_shared_out_is_refused(model, ranks, said):
     with pytest.raises(InputError, match=said):
         trace(load_config(model), strategy("checkpoint", gpus=ranks, expert_parallel=ranks, sharding="fsdp"), 1024)
+
+
+@pytest.mark.parametrize(
+    ("on", "model", "name", "gpus", "more"),
+    [
+        ("h100", "qwen3-30b-a3b", "standard", 8, {"expert_parallel": 8}),
+        ("h100", "qwen3-30b-a3b", "checkpoint", 8, {"expert_parallel": 4, "batch": 2}),
+        ("a100-80gb", "mixtral-8x7b", "checkpoint", 8, {"expert_parallel": 8, "expert_imbalance": 2.5}),
+        ("h100", "mixtral-8x7b", "standard", 16, {"expert_parallel": 2, "adamw_kernel": "for-loop"}),
+        ("h100", "qwen1.5-moe-a2.7b", "checkpoint", 8, {"expert_parallel": 4}),
+        ("h100", "gpt-oss-20b", "standard", 8, {"expert_parallel": 4}),
+        ("h100", "gpt-oss-20b", "checkpoint", 8, {"expert_parallel": 8, "expert_imbalance": 1.5}),
+        ("h100", "moonlight-16b-a3b", "checkpoint", 16, {"expert_parallel": 8}),
+        ("h100", "deepseek-v2-lite", "standard", 4, {"expert_parallel": 4}),
+        ("h100", "deepseek-v2-lite", "checkpoint", 8, {"expert_parallel": 2}),
+        ("h100", "olmoe-1b-7b", "checkpoint", 8, {"expert_parallel": 8, "optimizer": "sgd"}),
+        ("h100", "glm-4.5-air", "checkpoint", 8, {"expert_parallel": 8}),
+        ("h100", "qwen3-next-80b-a3b", "checkpoint", 8, {"expert_parallel": 4}),
+    ],
+    ids=str,
+)
+def test_formula_and_trace_agree(on, model, name, gpus, more):
+    """Every instant within 0.01%: what differs are weights of norms and counts of rows, rounded up to blocks of 512 bytes."""
+    recipe, of, tokens = strategy(name, gpus=gpus, sharding="fsdp", **more), card(on), 4096
+    found = trace(load_config(model), recipe, tokens, workspace=of.gpu.workspaces_bytes, platform=of.platform)
+    chunks = fixed_chunks(recipe)
+    step = step_of(load_model(model), recipe, of, chunks, tokens)
+    formula = {instant.name: instant.bytes for instant in step.instants(step_sizes(recipe, tokens, chunks))}
+    assert formula == {p.instant: pytest.approx(p.bytes, rel=1e-4) for p in found.peaks}
