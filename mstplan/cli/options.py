@@ -1011,10 +1011,11 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
     several = {"usual": list(USUAL_STRATEGIES), "all": list(STRATEGIES)}
     with _in_options():
         names = several.get(named) or [strategy_name(name.strip()) for name in named.split(",")]
-    split = max(options.tensor_parallel or 1, options.expert_parallel or 1) > 1
-    transformers_alone = split or options.sharding == "fsdp1"  # its own code, in one piece
+    transformers_alone = (options.tensor_parallel or 1) > 1 or options.sharding == "fsdp1"  # its own code, in one piece
     if options.strategy is None and transformers_alone:
         names = ["standard", "checkpoint"]
+    elif options.strategy is None and (options.expert_parallel or 1) > 1:
+        names = ["standard", "checkpoint", "chunked-loss"]
     return {name: STRATEGIES[name] for name in names}
 
 

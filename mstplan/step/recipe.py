@@ -710,10 +710,8 @@ class Recipe(BaseModel):
             "autocast": False,
             "kernels": "torch",
             "lora_rank": 0,
-            "loss": "transformers",
             "mlp_chunks": 1,
             "layer_in_chunks": False,
-            "offload": "none",
             "optimizer_in_backward": False,
             "optimizer_on_host": False,
             "accumulation": 1,
@@ -725,6 +723,7 @@ class Recipe(BaseModel):
         }
         other = next((name for name, value in beside.items() if getattr(self, name) != value), "")
         other = other or ("precision" if self.precision == "mixed" else "")
+        other = other or ("offload" if self.offload == "saved-tensors" else "")
         return (
             (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--expert-parallel')}"),
             (
@@ -745,7 +744,7 @@ class Recipe(BaseModel):
             ),
             (
                 bool(other),
-                f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies no-checkpointing and checkpointing)",
+                f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies no-checkpointing, checkpointing and chunked-loss)",
             ),
             (
                 self.checkpoint not in ("none", "layer"),

@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary, ref
 
 from .instants import Stage
 from .roles import Purpose, Role
-from .selection import Kinds
+from .selection import Kinds, WeightKind
 from .workspaces import Spans, Workspace
 
 if TYPE_CHECKING:
@@ -884,8 +884,9 @@ class _PlannedGroups(_Groups):
         return
 
     def before_backward(self, op: Op, listed: bool) -> None:
-        if op.stage is Stage.LOSS and op.weights and not self.begun:
-            self._gather(self.order[-1], "backward of the loss", listed=True)
+        with_head = any(WeightKind.HEAD in weight.kinds for weight in op.weights)
+        if not self.begun and (with_head or op.group is not None):  # a head whose gradient is made in forward has no backward
+            self._gather(self.order[-1], "backward of the loss" if with_head else op.where, listed=True)
             self.buffer, self.begun = self.order[-1].buffer, True
         if op.group is None and op.stage is Stage.EMBEDDING and op.weights:
             self.ledger.put(self.first.gathered)
