@@ -744,7 +744,7 @@ class Recipe(BaseModel):
             ),
             (
                 bool(other),
-                f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies no-checkpointing, checkpointing and chunked-loss)",
+                f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies up to chunked-loss)",
             ),
             (
                 self.checkpoint not in ("none", "layer"),

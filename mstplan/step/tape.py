@@ -885,7 +885,9 @@ class _PlannedGroups(_Groups):
 
     def before_backward(self, op: Op, listed: bool) -> None:
         with_head = any(WeightKind.HEAD in weight.kinds for weight in op.weights)
-        if not self.begun and (with_head or op.group is not None):  # a head whose gradient is made in forward has no backward
+        if not self.begun and (
+            with_head or op.group is not None
+        ):  # a head whose gradient is made in forward has no backward
             self._gather(self.order[-1], "backward of the loss" if with_head else op.where, listed=True)
             self.buffer, self.begun = self.order[-1].buffer, True
         if op.group is None and op.stage is Stage.EMBEDDING and op.weights:

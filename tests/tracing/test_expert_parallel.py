@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from mstplan import load_model
 from mstplan.errors import InputError
 from mstplan.plan.layout import step_of, step_sizes
 from mstplan.plan.solve import fixed_chunks
 from mstplan.spec.catalog import load_config
-from mstplan.spec.hardware import card
-from mstplan.step.recipe import strategy
+from mstplan.spec.config import read_config
+from mstplan.spec.hardware import Card, card
+from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
@@ -102,15 +102,26 @@ def test_what_cannot_be_shared_out_is_refused(model, ranks, said):
         ("h100", "deepseek-v2-lite", "checkpoint", 8, {"expert_parallel": 2}),
         ("h100", "olmoe-1b-7b", "checkpoint", 8, {"expert_parallel": 8, "optimizer": "sgd"}),
         ("h100", "glm-4.5-air", "checkpoint", 8, {"expert_parallel": 8}),
-        ("h100", "qwen3-next-80b-a3b", "checkpoint", 8, {"expert_parallel": 4}),
+        ("h100", "qwen3-30b-a3b", "checkpoint", 8, {"expert_parallel": 8, "loss": "trl"}),
+        ("h100", "mixtral-8x7b", "checkpoint", 8, {"expert_parallel": 4, "loss": "liger", "offload": "layer-inputs"}),
+        ("h100", "qwen1.5-moe-a2.7b", "chunked-loss", 8, {"expert_parallel": 2, "loss_chunks": 4}),
     ],
     ids=str,
 )
 def test_formula_and_trace_agree(on, model, name, gpus, more):
     """Every instant within 0.01%: what differs are weights of norms and counts of rows, rounded up to blocks of 512 bytes."""
-    recipe, of, tokens = strategy(name, gpus=gpus, sharding="fsdp", **more), card(on), 4096
-    found = trace(load_config(model), recipe, tokens, workspace=of.gpu.workspaces_bytes, platform=of.platform)
+    check(load_config(model), strategy(name, gpus=gpus, sharding="fsdp", **more), card(on))
+
+
+def test_formula_and_trace_agree_where_few_layers_attend():
+    """Qwen3-Next, of four layers."""
+    config = load_config("qwen3-next-80b-a3b") | {"num_hidden_layers": 4, "layer_types": None}
+    check(config, strategy("checkpoint", gpus=8, sharding="fsdp", expert_parallel=4), card("h100"))
+
+
+def check(config: dict[str, Any], recipe: Recipe, of: Card, tokens: int = 4096) -> None:
+    found = trace(config, recipe, tokens, workspace=of.gpu.workspaces_bytes, platform=of.platform)
     chunks = fixed_chunks(recipe)
-    step = step_of(load_model(model), recipe, of, chunks, tokens)
+    step = step_of(read_config(config, "model"), recipe, of, chunks, tokens)
     formula = {instant.name: instant.bytes for instant in step.instants(step_sizes(recipe, tokens, chunks))}
     assert formula == {p.instant: pytest.approx(p.bytes, rel=1e-4) for p in found.peaks}
