@@ -454,7 +454,7 @@ def notes_of_experts(model: Model, recipe: Recipe) -> list[str]:
     return [
         (
             f"{_sequences_of_each(recipe)}: transformers' expert parallel (DistributedConfig(fsdp_size={recipe.gpus}, ep_size={ranks})), {mine} on "
-            f"each{shards}; all else as FSDP2 by its own plan, embedding, layers, norm and head a group each. Counted: rows sent to experts, received, and what "
+            f"each{shards}; all else as FSDP2 by its own plan, embedding, layers, norm and head a group each. Counted: rows sent and received, and what "
             "comes back (docs/sharding.md)."
         ),
         (
