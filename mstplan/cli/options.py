@@ -560,6 +560,20 @@ class VariedOptions(Options):
         panel="Recipe",
         metavar="N",
     )
+    expert_parallel = option(
+        int,
+        "--expert-parallel",
+        "GPUs that share out the experts of every layer: transformers' ep_size, with --sharding fsdp. Default 1.",
+        panel="Recipe",
+        metavar="N",
+    )
+    expert_imbalance = option(
+        float,
+        "--expert-imbalance",
+        "Rows that the fullest GPU receives for its experts, beside an even router's. Default 1: even.",
+        panel="Recipe",
+        metavar="F",
+    )
     rotate_method = option(
         str,
         "--rotate-method",
@@ -771,6 +785,8 @@ _FIELDS = (
     "sequence_parallel",
     "context_parallel",
     "tensor_parallel",
+    "expert_parallel",
+    "expert_imbalance",
     "rotate_method",
     "kernels",
     "max_grad_norm",
@@ -1040,6 +1056,8 @@ def _named(options: RecipesOptions, usual: str) -> dict[str, Recipe]:
     transformers_alone = (options.tensor_parallel or 1) > 1 or options.sharding == "fsdp1"  # its own code, in one piece
     if options.strategy is None and (transformers_alone or is_part):
         names = ["standard", "checkpoint"]
+    elif options.strategy is None and (options.expert_parallel or 1) > 1:
+        names = ["standard", "checkpoint", "chunked-loss"]
     return {name: STRATEGIES[name] for name in names}
 
 

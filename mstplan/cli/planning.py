@@ -111,7 +111,8 @@ def _compare_ways_of_gpus(options: MaxSeqOptions, model: Model, card: Card) -> N
     given = {name: value for name, value in changes_of(options).items() if name in of_some}
     not_given = {name: False if value is True else None for name, value in given.items()}
     alone = options.changed(sharding=None, gpus=None, sequence_parallel=None, tensor_parallel=None, **not_given)
-    listed_ways = several_gpus.list_ways(gpus, options.sequence_parallel, options.tensor_parallel)
+    experts = model.experts.number if model.experts is not None else 0
+    listed_ways = several_gpus.list_ways(gpus, options.sequence_parallel, options.tensor_parallel, experts)
     ways = several_gpus.with_own_fields(listed_ways, given)
     compared = several_gpus.compare(model, card, recipes_of(alone, model=model), ways)
     from ..show import planning as reports

@@ -18,9 +18,10 @@ from ..spec.hardware import (
     Gpu,
     gpus_of_size,
 )
-from ..spec.model import Mixer, Model
+from ..spec.model import Experts, Mixer, Model
 from ..spec.speeds import speeds_of
 from ..step.cuda import BIAS_ROWS
+from ..step.expert_parallel import most_rows, rows_of_a_token
 from ..step.kernels import SDPA
 from ..step.mixer_packages import VERSIONS, kernels_for, kernels_in_words
 from ..step.optimizers import OPTIMIZERS, stand_ins
@@ -351,6 +352,8 @@ def _savings(plan: Plan, changes: Mapping[str, dict[str, object]]) -> list[str]:
 def _notes_of_several_gpus(model: Model, recipe: Recipe) -> list[str]:
     if recipe.gpus == 1:
         return []
+    if recipe.expert_parallel > 1:
+        return notes_of_experts(model, recipe)
     if recipe.sharded:
         return sharding_notes(model, recipe)
     if recipe.zero_stage:
@@ -449,6 +452,34 @@ def _notes_of_zero_3(model: Model, recipe: Recipe) -> list[str]:
         ),
         "ZeRO-3 gathers and reduces on streams of their own, whose memory torch keeps apart: more is reserved than longest knows of.",
     ]
+
+
+def notes_of_experts(model: Model, recipe: Recipe) -> list[str]:
+    """What a card holds of experts that several share out, and what depends on the router."""
+    ranks, e = recipe.expert_parallel, model.experts
+    assert e is not None
+    rows = rows_of_a_token(e.per_token, recipe.expert_imbalance)
+    most = most_rows(e.per_token, e.number, ranks)
+    mine = f"{e.number // ranks:,} of {e.number:,} experts of every layer"
+    shards = f", in shards over {recipe.gpus // ranks:,}" if recipe.gpus > ranks else ""
+    return [
+        (
+            f"{_sequences_of_each(recipe)}: transformers' expert parallel (DistributedConfig(fsdp_size={recipe.gpus}, ep_size={ranks})), {mine} on "
+            f"each{shards}; all else as FSDP2 by its own plan, embedding, layers, norm and head a group each. Counted: rows sent and received, and what "
+            "comes back (docs/sharding.md)."
+        ),
+        (
+            f"What a GPU receives depends on the router. Counted for each token of its own: {rows:,} rows, {_of_router(e, recipe)}. At worst, all tokens "
+            f"at the experts of one GPU, it is {most:,}: --expert-imbalance {most / e.per_token:g}."
+        ),
+        _NOT_COUNTED,
+    ]
+
+
+def _of_router(e: Experts, recipe: Recipe) -> str:
+    if recipe.expert_imbalance == 1:
+        return "as many as it sends, of a router that shares tokens out evenly"
+    return f"{recipe.expert_imbalance:g} times the {e.per_token:,} of a router that shares tokens out evenly (--expert-imbalance)"
 
 
 def sharding_notes(model: Model, recipe: Recipe) -> list[str]:

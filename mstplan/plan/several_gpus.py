@@ -30,6 +30,7 @@ class GpusWay(NamedTuple):
         words = [self.sharding] if self.sharding != "none" else []
         words += [f"sequences over {ranks:,}"] if ranks != 1 else []
         words += [f"matrices over {splits:,}"] if splits != 1 else []
+        words += [f"experts over {self.fields['expert_parallel']:,}"] if "expert_parallel" in self.fields else []
         return ", ".join([*words, *(["weights in CPU RAM"] if "weights_on_host" in self.fields else [])])
 
 
@@ -59,9 +60,10 @@ def with_own_fields(ways: Iterable[GpusWay], fields: Mapping[str, object]) -> li
     ]
 
 
-def list_ways(gpus: int, ranks: int | None = None, splits: int | None = None) -> Iterator[GpusWay]:
+def list_ways(gpus: int, ranks: int | None = None, splits: int | None = None, experts: int = 0) -> Iterator[GpusWay]:
     """All ways there are for so many GPUs, those that make no sense among them. ranks: GPUs that share each sequence, splits: those that split
-    each matrix; None: powers of two that divide `gpus`, and all of them."""
+    each matrix; None: powers of two that divide `gpus`, and all of them. experts: of a layer, which such numbers of GPUs share out as well; 0:
+    there are none."""
     usual = sorted({1, gpus} | {n for n in _POWERS if n < gpus and gpus % n == 0})
     if ranks in (None, 1):
         yield from _list_splits(gpus, [splits] if splits is not None else usual)
@@ -75,6 +77,9 @@ def list_ways(gpus: int, ranks: int | None = None, splits: int | None = None) ->
             fields = {"gpus": gpus, "sharding": sharding, "sequence_parallel": n}
             yield GpusWay(fields)
             yield GpusWay({**fields, **ON_HOST})
+    for n in usual if ranks in (None, 1) else ():
+        if n > 1 and experts and experts % n == 0:
+            yield GpusWay({"gpus": gpus, "sharding": "fsdp", "sequence_parallel": 1, "expert_parallel": n})
 
 
 def _list_splits(gpus: int, numbers: Sequence[int]) -> Iterator[GpusWay]:

@@ -39,6 +39,7 @@ from .optimizers import OPTIMIZERS, bytes_to_step
 from .optimizers.base import bytes_of, dtype_of
 from .recipe import Recipe
 from .roles import Role
+from .selection import WeightKind
 from .storage import packed_rows
 from .tape import ITEMSIZE, Flat, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
 from .tensor_parallel import part_of
@@ -52,6 +53,11 @@ def is_sharded(weight: Weight, recipe: Recipe) -> bool:
     return recipe.shards > 1 and not (weight.quantised and weight.packed_in == "uint8")
 
 
+def shards_over(weight: Weight, recipe: Recipe) -> int:
+    """Cards that have a weight in shards: all of a replica, or of experts those that have the same ones."""
+    return recipe.shards // weight.spread_over
+
+
 def shard_of(weight: Weight, recipe: Recipe) -> Weight:
     """The first card's share, padded, as it is kept; or the whole weight, where it is not split. Where cards split matrices, of its part of it."""
     weight = part_of(weight, recipe.tensor_parallel)
@@ -59,7 +65,7 @@ def shard_of(weight: Weight, recipe: Recipe) -> Weight:
         return weight
     if weight.quantised:
         return replace(weight, packed_over=recipe.shards)
-    rows = -(-weight.shape[0] // recipe.shards)
+    rows = -(-weight.shape[0] // shards_over(weight, recipe))
     return replace(weight, shape=(rows, *weight.shape[1:]), dtype=shard_dtype(weight, recipe))
 
 
@@ -78,26 +84,60 @@ def shards_of(weights: Iterable[tuple[Weight, int]], recipe: Recipe) -> list[tup
 
 
 def into_groups(tape: Tape, recipe: Recipe) -> Tape:
-    """A step's tape with a group for every layer, and one for the rest."""
+    """A step's tape with a group for every layer, and one for the rest; where experts are shared out, by transformers' plan."""
     layers = [op for op in tape.ops if op.is_layer]
     tapes = [op.part.tape for op in layers if op.part is not None]
     groups: dict[Tape, Group] = {}
     for inner in dict.fromkeys(tapes):
-        weights = [weight for weight, n in step_weights(inner.ops) for _ in range(n)]
-        groups[inner] = _group(weights, recipe, "a layer")
+        groups[inner] = _layer_group([w for w, n in step_weights(inner.ops) for _ in range(n)], recipe)
+    spread = {inner: _around_experts(inner, group) for inner, group in groups.items()}
 
     def in_group(i: int) -> Op:
         # Buffers of the layers on both sides are there with a layer: its moments lie between its neighbours' when theirs are alike.
         interior = 1 < i < len(tapes) - 2 and all(near is tapes[i] for near in tapes[i - 2 : i + 3])
         part = layers[i].part
         assert part is not None
-        return replace(layers[i], part=replace(part, group=groups[tapes[i]], interior=interior))
+        part = replace(part, tape=spread[tapes[i]], group=groups[tapes[i]], interior=interior)
+        return replace(layers[i], part=part)
 
     grouped = {op: in_group(i) for i, op in enumerate(layers)}
     rest = [weight for weight, _ in step_weights([op for op in tape.ops if op not in grouped])]
+    ops = tuple(grouped.get(op, op) for op in tape.ops)
+    if recipe.expert_parallel == 1:
+        return replace(tape, ops=ops, group=_group(rest, recipe, REST, outlived=True))
+    first = [weight for weight in rest if WeightKind.EMBEDDINGS in weight.kinds]
+    last = [weight for weight in rest if weight not in first]
     return replace(
-        tape, ops=tuple(grouped.get(op, op) for op in tape.ops), group=_group(rest, recipe, REST, outlived=True)
+        tape,
+        ops=ops,
+        first_group=_group(first, recipe, "the embedding", outlived=True),
+        group=_group(last, recipe, "norm and head", outlived=True),
     )
+
+
+def _layer_group(weights: list[Weight], recipe: Recipe) -> Group:
+    """Of a layer; its experts are a group apart where cards share them out."""
+    experts = [weight for weight in weights if weight.spread_over > 1]
+    group = _group([weight for weight in weights if weight.spread_over == 1], recipe, "a layer")
+    return replace(group, experts=_expert_group(experts, recipe)) if experts else group
+
+
+def _expert_group(experts: list[Weight], recipe: Recipe) -> Group:
+    """Of a layer's experts, in shards over the cards that have the same ones. Where each card has its own, weights are copied from what is kept, and
+    gradients, joined, are divided into a third tensor (FSDPParamGroup.wait_for_unshard and foreach_reduce of one rank)."""
+    owner, alone = "a layer's experts", shards_over(experts[0], recipe) == 1
+    group = _group(experts, recipe, owner, outlived=not alone)
+    if not alone:
+        return group
+    divided = Tensor(
+        f"divided gradients of {owner}", "", group.scatter.dtype, 0, group.scatter.bytes, role=Role.REDUCED
+    )
+    return replace(group, alone=True, temporaries=divided)
+
+
+def _around_experts(tape: Tape, group: Group) -> Tape:
+    """A layer's tape, with its group where that has experts inside, which are gathered for themselves."""
+    return tape if group.experts is None else replace(tape, around=group)
 
 
 def card_weights(tape: Tape, weights: list[tuple[Weight, int]], recipe: Recipe) -> list[tuple[Weight, int]]:
@@ -173,6 +213,8 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     def shard_bytes(weight: Weight, dtype: str) -> int:
         return numbers_of(shard_of(weight, recipe)) * ITEMSIZE[dtype]
 
+    cards = shards_over(weights[0], recipe) if weights else recipe.shards
+
     def used(weight: Weight) -> str:
         return weight.packed_in if weight.quantised else weight.dtype or recipe.used_dtype
 
@@ -196,13 +238,13 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     accumulated = weights_gradients(trained, summed, own=False) if trained and summed != used(trained[0]) else ()
     scattered = accumulated if recipe.keeps_whole_gradients and accumulated else gradients
     return Group(
-        gathered=tensor("gathered weights", dtype, share * recipe.shards),
-        buffer=tensor("all-gather buffer", dtype, share * recipe.shards),
+        gathered=tensor("gathered weights", dtype, share * cards),
+        buffer=tensor("all-gather buffer", dtype, share * cards),
         from_host=tuple(map(sent, weights)) if recipe.weights_on_host else (),
         copy_in=tensor("shards in bf16", "bfloat16", cast) if cast and not recipe.weights_on_host else None,
         gradients=gradients,
         accumulated=accumulated,
-        scatter=tensor("reduce-scatter input", summed, reduced * recipe.shards, Role.REDUCED),
+        scatter=tensor("reduce-scatter input", summed, reduced * cards, Role.REDUCED),
         last_gradient=scattered[-1] if outlived and scattered else None,
         reduced=tensor("reduce-scatter output", summed, reduced, Role.REDUCED) if summed != kept else None,
         shards=Tensor(

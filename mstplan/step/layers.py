@@ -5,7 +5,8 @@ autograd keeps of it (tools/autograd/derivatives.yaml). Weights are declared whe
 counts, the intermediates and the arithmetic all come from this one description.
 
 Axes: b batch, s tokens (c, k: of one MLP or loss chunk), d hidden, H heads, G key/value heads, e head size, I MLP width,
-V vocabulary, X experts, A experts that a token visits, F their width, r tokens rounded up to 128. `t` stands for the tokens at hand: "b s" or "b c".
+V vocabulary, X experts, A experts that a token visits, F their width, R rows that a card
+receives for each token, r tokens rounded up to 128. `t` stands for the tokens at hand: "b s" or "b c".
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..errors import RecipeError
 from ..spec.families import family_of
 from ..spec.model import Attention, Experts, LayerKind, Mlp, Model
 from ..spec.platform import AMPERE, Platform
-from . import quantised, ring, tensor_parallel, ulysses
+from . import expert_parallel, quantised, ring, tensor_parallel, ulysses
 from .adapters import Adapters, add_adapter, is_read_outside
 from .altup import altup_layer, mlp_of_stream
 from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP, Factors, activate, add_router, add_up, router_delta
@@ -76,6 +77,8 @@ class Numerics(NamedTuple):
     ranks: int = 1  # cards that share a sequence, and in attention the heads
     ring: Ring | None = None  # of cards that share a sequence
     splits: int = 1  # cards that every matrix is split over
+    spread: int = 1  # cards that share out experts
+    imbalance: float = 1.0  # of what they send each other
     in_deepspeeds_linear: bool = False  # which stands in for torch's (ZeRO-3)
 
     @property
@@ -113,6 +116,7 @@ class Writer:
         self.wide = "float32" if model.wide_residual else numerics.weights  # dtype of the residual stream
         self.beside: tuple[Tensor, ...] = ()  # returned by attention with its output: the layer's variable holds it
         self.gate: Tensor | None = None  # of attention's output
+        self.visits = "A"  # axis of what experts are given for each token: a row for each expert that it visits, or what other cards send as well
         self.lent: tuple[Tensor, ...] = ()  # keys and values that the layer lends, or borrows
         self.per_layer: Tensor | None = None  # the layer's own part of what is embedded for each
         self.used: dict[str, Weight] = {}  # in another part of the same layer
@@ -1171,7 +1175,10 @@ class Writer:
         self.hold(*shared)
         outside = (x, scores, chosen, *others, *shared)
         given = self._to_latent(x, e)
-        y = self._routed(given, e, scores, chosen, (*outside, given))
+        if self.numerics.spread > 1:
+            y = expert_parallel.routed(self, given, e, scores, chosen, outside)
+        else:
+            y = self._routed(given, e, scores, chosen, (*outside, given))
         if e.latent is not None:
             y = self.linear(
                 y, self.new("expert outputs, widened", "d"), "from latent", kind=WeightKind.MLP, bias=e.shared_bias
@@ -1505,14 +1512,13 @@ class Writer:
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(product, rows of biases that the code holds on to, the sum of weights and adapter). Biases are gathered by row first and
         added in place."""
-        share = (e.per_token, e.number)
-        w = self.weight(name, e.number, *shape, kinds=(WeightKind.MLP,), name="", active=share)
+        w = self._expert_weight(name, e, *shape)
         adapted = (add_up(self, w, factors[name]),) if name in factors else ()
         x = self.cast(x, self.numerics.weights)
         rows: tuple[Tensor, ...] = ()
         if e.bias:
             rows = (self.tape.new(name + "_bias by row", y.shape, y.dtype),)
-            bias = self.weight(name, e.number, shape[0], kinds=(WeightKind.MLP,), name="_bias", active=share)
+            bias = self._expert_weight(name, e, shape[0], suffix="_bias")
             self.tape.op(name + "_bias", [ids], *rows, keeps=(ids,), weights=(bias,))
         self.tape.op(
             name,
@@ -1522,24 +1528,33 @@ class Writer:
             grads=(*((each, self.tape.grad(each)) for each in (x, *adapted)), *((row, None) for row in rows)),
             weights=() if adapted else (w,),
             holds=rows,
-            flops=((y.basis, 2 * e.per_token * shape[0] * shape[1]),),
+            flops=((y.basis, 2 * self.tape.dims[self.visits] * shape[0] * shape[1]),),
         )
         return y, rows, adapted
+
+    def _expert_weight(self, name: str, e: Experts, *shape: int, suffix: str = "") -> Weight:
+        """A weight of all experts, or of those that are this card's."""
+        cards, share = self.numerics.spread, (e.per_token, e.number)
+        w = self.weight(name, e.number // cards, *shape, kinds=(WeightKind.MLP,), name=suffix, active=share)
+        return w if cards == 1 else replace(w, spread_over=cards)
 
     def _expert_gate(self, up: Tensor, e: Experts) -> Tensor:
         if not e.gated:
             return self.activation(up, e.activation)
-        gate, linear = self._split(up, ("expert gate", f"{self.t} A F"), ("expert up", f"{self.t} A F"))
+        shape = f"{self.t} {self.visits} F"
+        gate, linear = self._split(up, ("expert gate", shape), ("expert up", shape))
         active = self.activation(gate, e.activation)
-        return self.multiply("expert gate * up", active, linear, self.new("expert product", "A F", active.dtype))
+        product = self.new("expert product", f"{self.visits} F", active.dtype)
+        return self.multiply("expert gate * up", active, linear, product)
 
     def _clamped_gate(self, up: Tensor) -> Tensor:
         """gpt-oss: (clamp(up) + 1) * clamp(gate) * sigmoid(alpha * clamp(gate)), gate and up interleaved."""
 
         def like(name: str) -> Tensor:
-            return self.new(name, "A F", up.dtype)
+            return self.new(name, f"{self.visits} F", up.dtype)
 
-        gate, linear = self.slice(up, "expert gate", f"{self.t} A F"), self.slice(up, "expert up", f"{self.t} A F")
+        shape = f"{self.t} {self.visits} F"
+        gate, linear = self.slice(up, "expert gate", shape), self.slice(up, "expert up", shape)
         gate = self.pointwise("clamp gate", gate, like("clamped gate"), gate)
         linear = self.pointwise("clamp up", linear, like("clamped up"), linear)
         scaled = self.pointwise("alpha * gate", gate, like("scaled gate"))

@@ -408,14 +408,12 @@ _OPTIONS = (
     Advice("sp sp-size sequence-parallel-size sequence-parallel-degree ulysses* alst", "", {"sequence_parallel": None}),
     Advice("tp tp-size tp-plan tensor-parallel-size tensor-parallel-degree", "", {"tensor_parallel": None}),
     Advice(
-        "ep ep-size expert-parallel* expert-model-parallel*",
-        "expert parallel is not planned, for what a GPU holds depends on the router",
-        _FSDP,
-        "which shares out the experts' weights, too",
+        "ep ep-size expert-parallel-size expert-parallel-degree expert-model-parallel*", "", {"expert_parallel": None}
     ),
+    Advice("moe-imbalance expert-load-imbalance router-imbalance capacity-factor", "", {"expert_imbalance": None}),
     Advice(
         "pp pp-size pipeline-parallel*",
-        "of several GPUs, FSDP2, DDP, Ulysses, ring attention and tensor parallel are planned",
+        "of several GPUs, FSDP2, DDP, Ulysses, ring attention, tensor and expert parallel are planned",
         _FSDP,
         "which shares out the weights, not a matrix product",
     ),

@@ -198,6 +198,12 @@ class Recipe(BaseModel):
     tensor_parallel: int = Field(default=1, ge=1, le=65_536)
     """Cards that split every matrix (transformers' tp_plan="auto"): each has its part of the heads, of the MLP's width and of the vocabulary, and
     all tokens."""
+    expert_parallel: int = Field(default=1, ge=1, le=65_536)
+    """Cards that share out the experts of every layer (transformers' ep_size): each has whole experts, its part of them, and is sent the tokens that
+    are routed to these. Under fsdp, whose cards are the same ones; experts are in shards over gpus / expert_parallel cards."""
+    expert_imbalance: float = Field(default=1.0, ge=1.0, le=65_536.0)
+    """Under expert_parallel how many times the rows of an even router the planned card receives: 1 where the router shares tokens out evenly, at most
+    expert_parallel, where all choose the experts of one card."""
     rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """How keys and values come round under context_parallel (torch's set_rotate_method, accelerate's cp_comm_strategy): allgather, torch's own
     choice, has those of all cards at once; alltoall those of one card more at a time."""
@@ -305,6 +311,7 @@ class Recipe(BaseModel):
             *self._bad_sharding(),
             *self._bad_sequence_parallel(),
             *self._bad_context_parallel(),
+            *self._bad_expert_parallel(),
         ):
             if bad:
                 raise ValueError(message)
@@ -403,7 +410,7 @@ class Recipe(BaseModel):
         if self.sharding == "none":
             return (
                 (
-                    self.gpus > 1 and self.sharers == self.tensor_parallel == 1,
+                    self.gpus > 1 and self.sharers == self.tensor_parallel == self.expert_parallel == 1,
                     (
                         "several gpus train in shards or each with all: add sharding='fsdp' (--sharding fsdp), "
                         "sharding='zero3' (--sharding zero3) or sharding='ddp' (--sharding ddp)"
@@ -728,6 +735,69 @@ class Recipe(BaseModel):
             (
                 self.attention not in (SDPA, "cudnn"),
                 f"{option} with {self.attention} attention is not planned: use sdpa (--attention sdpa)",
+            ),
+        )
+
+    def _bad_expert_parallel(self) -> tuple[tuple[bool, str], ...]:
+        ranks, most = self.expert_parallel, self.expert_imbalance
+        if ranks == 1:
+            alone = most != 1
+            return (
+                (
+                    alone,
+                    "expert_imbalance (--expert-imbalance) is of experts over several GPUs: add expert_parallel=8 (--expert-parallel 8)",
+                ),
+            )
+        option = f"expert_parallel={ranks} (--expert-parallel {ranks})"
+        beside = {
+            "sharding": "fsdp",
+            "replicas": 1,
+            "autocast": False,
+            "kernels": "torch",
+            "lora_rank": 0,
+            "mlp_chunks": 1,
+            "layer_in_chunks": False,
+            "optimizer_in_backward": False,
+            "optimizer_on_host": False,
+            "accumulation": 1,
+            "packing": 1,
+            "padding_free": False,
+            "images": 0,
+            "train": (),
+            "freeze": (),
+        }
+        other = next((name for name, value in beside.items() if getattr(self, name) != value), "")
+        other = other or ("precision" if self.precision == "mixed" else "")
+        other = other or ("offload" if self.offload == "saved-tensors" else "")
+        return (
+            (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--expert-parallel')}"),
+            (
+                other == "sharding",
+                f"{option} is planned as transformers trains it, with all other weights in shards: add sharding='fsdp' (--sharding fsdp)",
+            ),
+            (
+                most > ranks,
+                f"expert_imbalance={most:g} (--expert-imbalance {most:g}) is more than {ranks} GPUs can send one: set it to {ranks} or less",
+            ),
+            (
+                self.sharers > 1 or self.tensor_parallel > 1,
+                f"{option} beside GPUs that share sequences or split matrices is not planned: leave one of the two out",
+            ),
+            (
+                self.max_grad_norm is not None,
+                f"{option} with clipping is not planned, which transformers' Trainer does mesh by mesh: leave --max-grad-norm out",
+            ),
+            (
+                bool(other),
+                f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies up to chunked-loss)",
+            ),
+            (
+                self.checkpoint not in ("none", "layer"),
+                f"{option} with other checkpoints than of each layer is not planned: set checkpoint='layer' (--checkpoint layer)",
+            ),
+            (
+                self.optimizer not in ("adamw", "sgd") or self.adamw_kernel == "foreach",
+                f"{option} is planned with one kernel over all weights of a mesh or one for each: use --optimizer adamw, --adamw-kernel fused",
             ),
         )
 
@@ -1089,6 +1159,9 @@ def recipe_in_words(recipe: Recipe, kernel: str = "", attends: bool = True) -> s
         words.append(f"sequences over {recipe.context_parallel:,} GPUs (ring, {recipe.rotate_method})")
     if recipe.tensor_parallel > 1:
         words.append(f"matrices over {recipe.tensor_parallel:,} GPUs (tensor parallel)")
+    if recipe.expert_parallel > 1:
+        uneven = f", {recipe.expert_imbalance:g} times an even router's rows" if recipe.expert_imbalance != 1 else ""
+        words.append(f"experts over {recipe.expert_parallel:,} GPUs (expert parallel{uneven})")
     return ", ".join([*words, *([_sharding_in_words(recipe)] if recipe.sharded or recipe.zero_stage else [])])
 
 

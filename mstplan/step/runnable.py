@@ -77,6 +77,10 @@ def check_measurable(recipe: Recipe) -> None:
         raise RecipeError(
             "split matrices are planned and traced, and not run here.\nUse mstplan plan or mstplan trace, or leave --tensor-parallel out."
         )
+    if recipe.expert_parallel > 1:
+        raise RecipeError(
+            "experts over several GPUs are planned and traced, and not run here.\nUse mstplan plan or mstplan trace, or leave --expert-parallel out."
+        )
     if recipe.flat:
         raise RecipeError(
             "FSDP1 is planned and traced, and not run here.\nUse mstplan plan or mstplan trace, or --sharding fsdp, which is FSDP2."

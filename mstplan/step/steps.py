@@ -22,7 +22,7 @@ from ..spec.families import family_of
 from ..spec.families.base import LAYER
 from ..spec.model import LayerKind, Model
 from ..spec.platform import AMPERE, Platform
-from . import ring, tensor_parallel, ulysses
+from . import expert_parallel, ring, tensor_parallel, ulysses
 from .adapters import DOWN, MAGNITUDE, MATRICES, WORDS, Adapters
 from .altup import check_recipe as check_altup
 from .altup import into_streams, out_of_streams
@@ -703,6 +703,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     recipe = layout.recipe
     model = with_copies(model, recipe)
     tensor_parallel.check(model, recipe)
+    expert_parallel.check(model, recipe)
     model = tensor_parallel.of_a_rank(model, recipe)
     check_mixers(model, recipe, layout.several_mlp_chunks)
     check_indexer(model, recipe)
@@ -734,6 +735,8 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         ranks=recipe.sequence_parallel,
         ring=ring_of(layout),
         splits=recipe.tensor_parallel,
+        spread=recipe.expert_parallel,
+        imbalance=recipe.expert_imbalance,
         in_deepspeeds_linear=recipe.zero_stage == 3,
     )
     if recipe.flat and model.towers:

@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary, ref
 
 from .instants import Stage
 from .roles import Purpose, Role
-from .selection import Kinds
+from .selection import Kinds, WeightKind
 from .workspaces import Spans, Workspace
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ class Weight:
     packed_in: str = "uint8"  # of 4 bits: the dtype that their bytes pass for (bnb_4bit_quant_storage)
     packed_over: int = 1  # cards that have these bytes in shards
     is_adapter: bool = False
+    spread_over: int = 1  # cards that share out the experts of which this is one card's part
 
     @property
     def numel(self) -> int:
@@ -154,13 +155,14 @@ class Call:
     """A call of one of the model's modules, where hooks on modules run (zero3.py). weights: the module's own, not those of modules in it.
 
     in_backward: a gradient comes to what it returns; passes_on: and one of what it was given is made of that. gathers_itself: it runs when the module
-    has returned, and has its weights gathered without hooks (train/zero.py).
+    has returned, and has its weights gathered without hooks (train/zero.py). apart: FSDP2 has its weights as a group of their own.
     """
 
     weights: tuple[Weight, ...] = ()
     in_backward: bool = True
     passes_on: bool = True
     gathers_itself: bool = False
+    apart: bool = False
 
 
 class ForGradients(NamedTuple):
@@ -311,6 +313,8 @@ class Group:
     cut: tuple[
         tuple[Tensor, Tensor], ...
     ] = ()  # gradients that are whole where cards split the weight, and this card's part, a copy
+    experts: Group | None = None  # of weights inside of its own, which are a group apart
+    alone: bool = False  # of one card: weights are copied from shards that are whole, without a buffer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -378,6 +382,10 @@ class Tape:
     held: tuple[Tensor, ...] = ()  # until the whole graph goes
     returned: tuple[Tensor, ...] = ()  # of a layer, beside its output
     group: Group | None = None  # of the weights that are outside of parts with a group; gathered throughout
+    first_group: Group | None = (
+        None  # of the embedding, where that has one of its own, and `group` begins after the layers
+    )
+    around: Group | None = None  # of a layer in which experts are a group apart: that of all else
     in_transfer: Tensor | None = (
         None  # an offloaded input: in backward, of the part before the one at hand; of the last part in the loss
     )
@@ -454,6 +462,7 @@ class TapeWriter:
         *,
         passes_on: bool = True,
         gathers_itself: bool = False,
+        apart: bool = False,
         weights: tuple[Weight, ...] = (),
     ) -> Iterator[list[Weight]]:
         """Write inside what a module does when it is called. weights: its own, where they are in parts; else those used inside. Gives a list for those of
@@ -465,7 +474,7 @@ class TapeWriter:
             return
         of_others = {weight for op in self.ops[start:] for call in op.begins for weight in call.weights}
         own = dict.fromkeys(weight for op in self.ops[start:] for weight in op.weights if weight not in of_others)
-        call = Call(weights or (*own, *external), in_backward, passes_on, gathers_itself)
+        call = Call(weights or (*own, *external), in_backward, passes_on, gathers_itself, apart)
         self.ops[start] = replace(self.ops[start], begins=(call, *self.ops[start].begins))
         self.ops[-1] = replace(self.ops[-1], ends=(*self.ops[-1].ends, call))
 
@@ -578,6 +587,9 @@ class Rules(NamedTuple):
     cast_before: bool = False  # a piece before this one filled autocast's cache
     spans: Spans | None = None  # of the tokens, for workspaces of kernels; None: without them
     whole: str = ""  # which micro-batch it is where whole gradients stay between these: first, between, or last, which scatters them
+    experts_there: bool = (
+        False  # of a layer that is run again: its experts' weights, a group apart, are gathered already
+    )
     selective: bool = False  # checkpoints keep what their selected operations made (torch's CachingTorchDispatchMode)
     reducer: Reducer | Reducer3 | None = None  # of ZeRO's gradients
     visitor: Visitor | None = (
@@ -720,6 +732,7 @@ class _Groups:
         self.buffer: Tensor | None = None
         self.scatter: Tensor | None = None
         self.all_reduced: list[Tensor] = []
+        self.there = False  # of `_ExpertGroups`
         self.late: Group | None = None  # scattered when all is over, for no gradient of the layer's input tells when
 
     def begin_forward(self) -> None:
@@ -855,6 +868,138 @@ class _Groups:
         self.scatter = group.scatter
 
 
+class _PlannedGroups(_Groups):
+    """The same by transformers' own plan: embedding, layers, and final norm and head each have a group, and experts have one inside of their layer's. Those
+    of a layer are replayed with it (`_ExpertGroups`)."""
+
+    def __init__(self, tape: Tape, ledger: _Ledger):
+        super().__init__(tape, ledger)
+        assert tape.first_group is not None and self.rest is not None
+        self.first, self.last = tape.first_group, self.rest
+        self.order.insert(0, self.first)
+        self.begun = False  # has the pass come to the last group?
+        self.final_norm = next(op for op in tape.ops if op.stage is Stage.LOSS and op.grads)
+
+    def begin_forward(self) -> None:
+        self._gather_now(self.first, "embedding", listed=True)
+
+    def before_forward(self, op: Op, listed: bool) -> None:
+        if op.stage is Stage.LOSS and not self.begun:
+            self._gather_now(self.last, op.name, listed=True)
+            self.begun = True
+        super().before_forward(op, listed)
+
+    def after_forward(self, op: Op) -> None:
+        super().after_forward(op)
+        if op.group is not None and op.group.experts is not None:
+            self.buffer = None if op.group.experts.alone else op.group.experts.buffer
+        elif op.group is None and op.stage is Stage.EMBEDDING and op.weights:
+            self.ledger.drop(self.first.gathered)
+
+    def begin_backward(self) -> None:
+        return
+
+    def before_backward(self, op: Op, listed: bool) -> None:
+        with_head = any(WeightKind.HEAD in weight.kinds for weight in op.weights)
+        if not self.begun and (
+            with_head or op.group is not None
+        ):  # a head whose gradient is made in forward has no backward
+            self._gather(self.order[-1], "backward of the loss" if with_head else op.where, listed=True)
+            self.buffer, self.begun = self.order[-1].buffer, True
+        if op.group is None and op.stage is Stage.EMBEDDING and op.weights:
+            self.ledger.put(self.first.gathered)
+            self.ledger.mark("copy out of the all-gather")
+            self._replace_buffer(None)
+        elif op.group is not None and op.group.experts is not None:
+            self.order.pop()
+            self.ledger.put(op.group.gathered)
+            self._replace_buffer(None)
+            if not op.group.experts.alone:
+                self._gather(op.group.experts, op.where, listed)
+        else:
+            super().before_backward(op, listed)
+
+    def after_backward(self, op: Op, listed: bool) -> None:
+        if op.group is not None and op.group.experts is not None:
+            self.buffer, self.scatter = self.order[-1].buffer, op.group.experts.scatter
+        super().after_backward(op, listed)
+        if op is self.final_norm:
+            self._scatter(self.last, "", listed=True)
+
+    def end_backward(self) -> None:
+        self._scatter(self.first, "backward of embedding", listed=True)
+        if self.scatter is not None:
+            self.ledger.drop(self.scatter)
+
+
+class _ExpertGroups(_Groups):
+    """The group of experts inside of a layer whose other weights are gathered around it. next_buffer: of the group that backward comes to after the layer;
+    scattered: the reduce-scatter's input of the group before it; there: the weights are gathered already."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        ledger: _Ledger,
+        recomputing: bool,
+        next_buffer: Tensor | None,
+        scattered: Tensor | None,
+    ):
+        super().__init__(tape, ledger)
+        assert tape.around is not None and tape.around.experts is not None
+        self.around, self.group = tape.around, tape.around.experts
+        self.recomputing, self.there = recomputing, recomputing and ledger.rules.experts_there
+        self.next_buffer, self.scatter = next_buffer, scattered
+        start = next(n for n, op in enumerate(tape.ops) if _begins_apart(op))
+        self.ends_backward = next(op for op in tape.ops[start:] if op.grads)
+
+    def before_forward(self, op: Op, listed: bool) -> None:
+        if not _begins_apart(op) or self.there:
+            return
+        if not self.recomputing and not self.group.alone:
+            self._gather(self.group, "", listed)
+        self._copy_out()
+        if not self.recomputing:
+            self.ledger.drop(self.around.buffer)
+
+    def after_forward(self, op: Op) -> None:
+        if not any(call.apart for call in op.ends) or self.there:
+            return
+        if not self.recomputing:
+            self.ledger.drop(self.group.gathered)
+        elif (
+            not self.group.alone
+        ):  # gathered for the layer's backward: it goes with the forward pass that begins and ends here
+            self.ledger.drop(self.group.buffer)
+
+    def before_backward(self, op: Op, listed: bool) -> None:
+        if not any(call.apart for call in op.ends):
+            return
+        if not self.there:
+            self._copy_out()
+            if not self.group.alone:
+                self.ledger.drop(self.group.buffer)
+            self.there = True
+        if self.next_buffer is not None:
+            self.ledger.put(self.next_buffer)
+            self.ledger.mark("all-gather")
+
+    def after_backward(self, op: Op, listed: bool) -> None:
+        if op is self.ends_backward:
+            self._scatter(self.group, "", listed=True)
+
+    def end_backward(self) -> None:
+        return
+
+    def _copy_out(self) -> None:
+        self.ledger.put(self.group.gathered)
+        self.ledger.mark("copy out of the all-gather")
+
+
+def _begins_apart(op: Op) -> bool:
+    """Whether it is the first operation of a module whose weights are a group apart."""
+    return any(call.apart for call in op.begins)
+
+
 class _FlatGroups(_Groups):
     """The same under FSDP1: weights are views of a flat tensor that is gathered as it is, and so is no buffer; in backward the group before is
     gathered first where it is prefetched (_prefetch_handle). The gradients of a group wait for each other, and are joined (the backward of torch.split)."""
@@ -912,7 +1057,12 @@ class _FlatGroups(_Groups):
             ledger.drop(tensor)
 
 
-def _groups_of(tape: Tape, ledger: _Ledger) -> _Groups:
+def _groups_of(tape: Tape, ledger: _Ledger, recomputing: bool = False, outer: Outer | None = None) -> _Groups:
+    outer = outer or NOTHING
+    if tape.around is not None:
+        return _ExpertGroups(tape, ledger, recomputing, outer.next_buffer, outer.scattered)
+    if tape.first_group is not None:
+        return _PlannedGroups(tape, ledger)
     is_flat = tape.group is not None and tape.group.flat is not None
     return _FlatGroups(tape, ledger) if is_flat else _Groups(tape, ledger)
 
@@ -937,11 +1087,14 @@ def finish_reducing(rules: Rules) -> Replay:
 
 class Outer(NamedTuple):
     """Gradients that a part of a tape shares with what is around it. shares: the incoming one is somebody else's, too, and stays. adds: of
-    these inputs, by number, there is one already, which the part's own are added to as they come. outputs: those that one comes in of; None: all."""
+    these inputs, by number, there is one already, which the part's own are added to as they come. outputs: those that one comes in of; None: all.
+    next_buffer, scattered: as of `_ExpertGroups`."""
 
     shares: bool = False
     adds: tuple[int, ...] = ()
     outputs: tuple[int, ...] | None = None
+    next_buffer: Tensor | None = None
+    scattered: Tensor | None = None
 
 
 NOTHING = Outer()
@@ -1075,7 +1228,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     there: set[Tensor] = set()  # what the first run left
     if rules.selective:
         saved, there = (saved, selected) if recomputing else (saved | (set() if keep else selected), there)
-    groups = _groups_of(tape, ledger)
+    groups = _groups_of(tape, ledger, recomputing)
     ledger.stage = tape.ops[0].stage
     groups.begin_forward()
 
@@ -1328,7 +1481,7 @@ def _backward(
             ledger.put(tensor)
         return before
 
-    groups = _groups_of(tape, ledger)
+    groups = _groups_of(tape, ledger, outer=outer)
     ledger.stage = tape.ops[-1].stage
     groups.begin_backward()
     moving = tape.in_transfer
@@ -1360,7 +1513,8 @@ def _backward(
             if op.part is not None and not (op.part.recompute or op.part.chunked):
                 end_of = again  # the first operation that kept something is in there
             else:
-                _run_again(again, rules, fetch, ledger)
+                _run_again(again, rules._replace(experts_there=groups.there), fetch, ledger)
+                groups.there = True
             again = None
         arrivals: list[tuple[Tensor, Tensor]] = []
         outdated = fetch_for(op)
@@ -1377,6 +1531,8 @@ def _backward(
                     if rules.in_place and tensor in op.part.wanted and holders.get(pending.get(tensor, tensor)) == 1
                 )
                 outer = Outer(shared, adds, tuple(n for n, tensor in enumerate(op.makes) if tensor in incoming))
+            if op.group is not None and op.group.experts is not None:
+                outer = outer._replace(next_buffer=groups.order[-1].buffer, scattered=groups.scatter)
             for n in outer.adds:
                 ledger.rename(pending.pop(op.reads[n]), grad_of(op.reads[n]))
             _part_backward(op, op.part, tuple(incoming), ledger, rules, end_of, fetch, inside, outer, used_again)

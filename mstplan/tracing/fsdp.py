@@ -38,6 +38,7 @@ from .patches import (
     EMPTY,
     EMPTY_FLAT,
     FILL,
+    FILL_ALONE,
     FILL_FLAT,
     FLAT_GRADIENT,
     GATHER_BUFFER,
@@ -210,6 +211,7 @@ def record_fsdp(recorder: Recorder, on_host: bool = False, flat: bool = False) -
     }
     storage_calls = {
         FILL: lambda plain: partial(_fill_storage, plain, recorder),
+        FILL_ALONE: lambda plain: partial(_fill_storage, plain, recorder),
         EMPTY: lambda plain: partial(_empty_storage, plain, recorder),
     }
     host_calls: dict[Target, Any] = {

@@ -147,6 +147,12 @@ JOINED_MESHES = Target(
 )
 FILL = Target(_PARAM, "alloc_storage", _TORCH, "it fills gathered weights in place")
 EMPTY = Target(_PARAM, "free_storage", _TORCH, "it empties gathered weights in place")
+FILL_ALONE = Target(
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group",
+    "alloc_storage",
+    _TORCH,
+    "it fills weights that one rank has whole in place",
+)
 GATHERED_OUTPUTS = Target(_PARAM, "FSDPParam.init_all_gather_outputs", _TORCH, "it makes gathered weights")
 GATHER_INPUTS = Target(_COLLECTIVES, "_get_param_all_gather_inputs", _TORCH, "it casts shards before they are gathered")
 INPUTS_OF_GATHER = Target(
@@ -197,6 +203,22 @@ LAST_AXIS = Target(
     since=(5, 20),
 )
 COLLECTIVE_WAIT = Target(_FUNCTIONAL, "wait_tensor", _TORCH, "on fake tensors it makes a copy")
+
+# ---- experts over several ranks (expert_parallel.py) -----------------------------------------------------------------------
+
+_EXPERTS = "transformers.distributed.expert_parallel"
+
+JOINED_MESHES = Target(
+    "torch.distributed.device_mesh",
+    "DeviceMesh._concatenate",
+    _TORCH,
+    "it makes a tensor of ranks, which would be fake",
+)
+DISPATCH = Target(_EXPERTS, "AllToAllEP._dispatch_tokens", _TRANSFORMERS, "how many rows it sends is to be known")
+COUNTS_SENT = Target(_EXPERTS, "all_to_all_single", _TRANSFORMERS, "on fake tensors nobody says how many rows come")
+WAIT_OF_TRANSFORMERS = Target(
+    "transformers.distributed.parallel_utils", "wait_tensor", _TRANSFORMERS, "on fake tensors it makes a copy"
+)
 
 # ---- products with quantised weights (quantised.py) --------------------------------------------------------------------
 

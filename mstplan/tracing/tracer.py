@@ -48,6 +48,7 @@ from ..train.text_part import is_part, model_class, tower_tensors, towers_in, to
 from .cpu import KernelBuffers
 from .cuda_stand_ins import as_on_cuda, clipping_on_cuda, on_fake_tensors
 from .cuda_workspaces import KernelWorkspaces
+from .expert_parallel import routed_evenly, shapes_of_experts, spread_experts
 from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
 from .fsdp import first_of_ranks, flat_shapes, record_fsdp, shape_on_rank, shard_model
@@ -288,7 +289,9 @@ def _record_layers(
         _make_fake(model)
         if mesh is not None and recipe.tensor_parallel > 1:
             split_over_ranks(model, recipe, mesh)
-        if mesh is not None and recipe.sharded:
+        if recipe.expert_parallel > 1:
+            spread_experts(model, recipe)
+        elif mesh is not None and recipe.sharded:
             shard_model(model, recipe, mesh)
         begin = [n for n, i in enumerate(layer_numbers) if i in starts]
         trained = {w: name for name, w in model.named_parameters() if w.requires_grad}
@@ -353,7 +356,8 @@ def record_passes(
     liger = liger_kernels(model) if recipe.kernels == "liger" and on == "cuda" else nullcontext()
     ring = ring_without_ranks() if recipe.context_parallel > 1 else nullcontext()
     splits = splits_without_ranks() if recipe.tensor_parallel > 1 else nullcontext()
-    with device, liger, ring, splits:
+    routing = routed_evenly(recipe) if recipe.expert_parallel > 1 else nullcontext()
+    with device, liger, ring, splits, routing:
         bare = {"optimizer": "sgd", "fp32_embedding_states": False}
         bare_recipe = recipe if recipe.optimizer_in_backward else recipe.changed(**bare)
         packages = StandInPackages() if on == "cuda" else NoPackages()
@@ -506,7 +510,7 @@ def _parameters_on_rank(
     if recipe.flat:
         yield from ((*flat, None) for flat in flat_shapes(model, recipe))
         return
-    split = shapes_on_a_rank(model, recipe)
+    split = shapes_on_a_rank(model, recipe) | shapes_of_experts(model, recipe)
     for name, weight in model.named_parameters():
         yield name, shape_on_rank(weight, recipe, split.get(name)), weight.dtype, weight
 

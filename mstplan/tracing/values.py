@@ -91,6 +91,11 @@ def note_tokens(tokens: torch.Tensor) -> None:
     setattr(tokens, _NOTE, _Tokens(tokens._version))
 
 
+def note_values(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Let a fake tensor have these values until it is changed."""
+    setattr(tensor, _NOTE, _Note(lambda: values, version=tensor._version))
+
+
 def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation on fake tensors; where it needs values, on those. Raises UnknownValues where they are not known."""
     try:

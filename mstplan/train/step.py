@@ -210,7 +210,7 @@ class TrainingStep:
         elif recipe.flat:
             self.replica = flat_shards(model, recipe)
         make = packages.make_optimizer(recipe, kinds_in(model))
-        self.optimizer = None if recipe.optimizer_in_backward else make(weights_to_train(model))
+        self.optimizer = None if recipe.optimizer_in_backward else make(groups_of(weights_to_train(model)))
         self.backward_optimizers = step_in_backward(model, make) if recipe.optimizer_in_backward else []
         vocabulary = vocabulary_of(model)
         shape = recipe.rows, recipe.row_tokens(seq_len)
@@ -332,6 +332,15 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 def weights_to_train(model: nn.Module) -> list[nn.Parameter]:
     """Weights that get gradients; some families have others, such as routers' corrections."""
     return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def groups_of(weights: list[nn.Parameter]) -> Any:
+    """What an optimizer is given: the weights, or where these are on several device meshes a group for each, for no kernel steps two meshes at
+    once (transformers' Trainer.create_optimizer)."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for weight in weights:
+        groups.setdefault(getattr(weight, "device_mesh", None), []).append(weight)
+    return weights if len(groups) == 1 else [{"params": group} for group in groups.values()]
 
 
 def step_in_backward(model: nn.Module, make_optimizer: Make) -> list[torch.optim.Optimizer]:

@@ -19,10 +19,13 @@ import torch.distributed as dist
 
 from mstplan.measuring.allocations import record_allocations
 from mstplan.step.recipe import Recipe, strategy
+from mstplan.tracing.expert_parallel import spread_experts
 from mstplan.tracing.fsdp import mesh_of, shard_model
 from mstplan.tracing.recorder import local_tensor
 from mstplan.tracing.tensor_parallel import split_over_ranks
 from mstplan.train.step import TrainingStep, build_model, read_settings
+
+from .even_router import route_evenly
 
 TOKENS = 96
 # Not to be divided by two: the vocabulary. Weights are larger than what a layer makes of 96 tokens, so that sizes tell them apart.
@@ -85,10 +88,14 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def run(recipe: Recipe, runs: int = RUNS, config: dict[str, Any] = CONFIG) -> dict[str, Any]:
     model = build_model(read_settings(config), recipe, recipe.attention, "cpu")
-    mesh = mesh_of("cpu", recipe) if recipe.sharded or recipe.tensor_parallel > 1 else None
+    spread = recipe.expert_parallel > 1
+    mesh = mesh_of("cpu", recipe) if not spread and (recipe.sharded or recipe.tensor_parallel > 1) else None
     if mesh is not None and recipe.tensor_parallel > 1:
         split_over_ranks(model, recipe, mesh)
-    if mesh is not None and recipe.sharded:
+    if spread:
+        spread_experts(model, recipe)
+        route_evenly(model)
+    elif mesh is not None and recipe.sharded:
         shard_model(model, recipe, mesh)
     step = TrainingStep(model, recipe, TOKENS)
     step.run()
