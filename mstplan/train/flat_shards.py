@@ -1,12 +1,15 @@
 """FSDP1: torch's `FullyShardedDataParallel` of every decoder layer and of the model, as transformers' Trainer and accelerate ran it
-(Accelerator.prepare_model): full shards, weights of a group one flat parameter."""
+(Accelerator.prepare_model): full shards, weights of a group one flat parameter. Beside frozen weights each module without children whose
+weight is trained is wrapped by itself (peft utils/other.py, fsdp_auto_wrap_policy)."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from transformers import PreTrainedModel
@@ -16,8 +19,8 @@ from . import locate
 
 
 def flat_shards(model: PreTrainedModel, recipe: Recipe) -> FullyShardedDataParallel:
-    """The model, whose layers are wrapped in place, with its weights in flat shards over all ranks."""
-    layers = set(locate.find_parts(model).layers)
+    """The model, whose layers and adapters' matrices are wrapped in place, with its weights in flat shards over all ranks."""
+    apart = {module for modules in wrapped_apart(model, recipe).values() for module in modules}
     dtypes = (
         MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=getattr(torch, recipe.reduced_dtype))
         if recipe.gathers_in_bf16
@@ -25,7 +28,7 @@ def flat_shards(model: PreTrainedModel, recipe: Recipe) -> FullyShardedDataParal
     )
     wrapped = FullyShardedDataParallel(
         model,
-        auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in layers),
+        auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in apart),
         mixed_precision=dtypes,
         backward_prefetch=BackwardPrefetch.BACKWARD_PRE if recipe.backward_prefetch == "pre" else None,
         device_id=next(model.parameters()).device,
@@ -35,3 +38,17 @@ def flat_shards(model: PreTrainedModel, recipe: Recipe) -> FullyShardedDataParal
         warnings.simplefilter("ignore")
         wrapped.check_is_root()  # makes the empty tensors that are filled in each step, which its first forward would
     return wrapped
+
+
+def wrapped_apart(model: PreTrainedModel, recipe: Recipe) -> dict[nn.Module, list[nn.Module]]:
+    """Layers, each with the modules of a flat parameter of their own: itself, and before it the matrices of adapters in it, in the order of modules."""
+    return {
+        layer: [*(_trained_leaves(layer) if recipe.lora_rank else ()), layer] for layer in locate.find_parts(model).layers
+    }
+
+
+def _trained_leaves(module: nn.Module) -> Iterator[nn.Module]:
+    for part in module.modules():
+        weight = getattr(part, "weight", None)
+        if not [*part.children()] and isinstance(weight, nn.Parameter) and weight.requires_grad:
+            yield part
