@@ -8,9 +8,10 @@ from typing import Any
 
 from mstplan.step.recipe import Recipe, strategy
 
-from .two_ranks import main
+from . import two_ranks
 
 RUNS = 4
+CONFIG = {**two_ranks.CONFIG, "num_hidden_layers": 3}
 RANK = 48
 """Of adapters: their sizes are no other tensor's."""
 ALL: dict[str, Any] = {"lora_rank": RANK, "lora_targets": ("all-linear",)}
@@ -21,11 +22,9 @@ def recipes() -> dict[str, Recipe]:
     return {
         "standard": strategy("standard", **both, **ALL),
         "checkpoint": strategy("checkpoint", **both, **ALL),
-        "of attention": strategy("checkpoint", **both, lora_rank=RANK),
         "of attention, not ahead": strategy("checkpoint", **both, lora_rank=RANK, backward_prefetch="none"),
-        "not ahead": strategy("checkpoint", **both, **ALL, backward_prefetch="none"),
-        "inputs with gradients": strategy("checkpoint", **both, **ALL, input_gradients=True),
-        "accumulation": strategy("checkpoint", **both, **ALL, accumulation=3),
+        "not ahead": strategy("checkpoint", **both, **ALL, backward_prefetch="none", input_gradients=True),
+        "accumulation": strategy("checkpoint", **both, lora_rank=RANK, accumulation=2, input_gradients=True),
     }
 
 
@@ -36,7 +35,6 @@ def mixed_recipes() -> dict[str, Recipe]:
     return {
         "adapters in fp32 beside bf16": adapters,
         "adapters gathered in bf16": adapters.changed(autocast=True, reduce_dtype="bf16"),
-        "the same, not ahead": adapters.changed(autocast=True, backward_prefetch="none"),
         "beside 4 bits": adapters.changed(autocast=True, reduce_dtype="bf16", quantize="nf4", quant_storage="bf16"),
         "in bf16 beside 4 bits": adapters.changed(
             quantize="fp4", double_quantize=True, quant_storage="bf16", adapter_dtype="bf16"
@@ -46,4 +44,4 @@ def mixed_recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), {**recipes(), **mixed_recipes()}, runs=RUNS)
+    two_ranks.main(int(sys.argv[1]), Path(sys.argv[2]), {**recipes(), **mixed_recipes()}, runs=RUNS, config=CONFIG)
