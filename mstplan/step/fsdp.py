@@ -105,20 +105,22 @@ def _into_flat_groups(tape: Tape, recipe: Recipe) -> Tape:
 
     In backward the first one in a layer has the layer before gathered ahead, so that layers that are alike are told apart by what is before them."""
     ops: list[Op] = []
-    made: dict[tuple[Tape, Tape | None], Op] = {}
-    before: Op | None = None  # a layer that backward comes to
+    alike: dict[Tape, Part] = {}
+    made: dict[tuple[Tape, Group | None], Tape] = {}
+    before: Group | None = None  # of a layer that backward comes to
     for op in tape.ops:
         part = op.part
         if not op.is_layer or part is None:
             ops.append(op)
             continue
-        key = part.tape, before.part.tape if before is not None and before.part is not None else None
+        if part.tape not in alike:
+            alike[part.tape] = _with_flat_adapters(part, recipe)
+        grouped = alike[part.tape]
+        key = part.tape, before
         if key not in made:
-            made[key] = _with_flat_adapters(op, part, recipe, before.group if before is not None else None)
-        alike = made[key].part
-        assert alike is not None
-        ops.append(replace(op, part=replace(part, tape=alike.tape, group=alike.group)))
-        before = replace(op, part=replace(part, group=alike.group)) if part.records else before
+            made[key] = _gather_ahead(grouped.tape, before)
+        ops.append(replace(op, part=replace(part, tape=made[key], group=grouped.group)))
+        before = grouped.group if part.records else before
     rest = [weight for weight, _ in step_weights([op for op in tape.ops if not op.is_layer])]
     return replace(tape, ops=_with_flat_interior(ops), group=_flat_group(rest, recipe, REST))
 
@@ -135,8 +137,8 @@ def _with_flat_interior(ops: list[Op]) -> tuple[Op, ...]:
     return tuple(ops)
 
 
-def _with_flat_adapters(layer: Op, part: Part, recipe: Recipe, before: Group | None) -> Op:
-    """A layer with its groups. before: the one of the layer before it, if backward comes to that."""
+def _with_flat_adapters(part: Part, recipe: Recipe) -> Part:
+    """A layer with its groups. Raises RecipeError for adapters of which modules hold no matrices of their own."""
     weights = [weight for weight, n in step_weights(part.tape.ops) for _ in range(n)]
     matrices = [op for op in part.tape.ops if any(weight.is_adapter for weight in op.weights)]
     if sum(len(op.weights) for op in matrices) != sum(weight.is_adapter for weight in weights):
@@ -144,14 +146,22 @@ def _with_flat_adapters(layer: Op, part: Part, recipe: Recipe, before: Group | N
             "fsdp1 with adapters of experts or inside of pieces is not planned.\nUse --sharding fsdp, which is FSDP2."
         )
     aparts: dict[Op, Apart] = {}
-    ahead = before
+    ahead: Group | None = None
     for op in matrices:
-        group = _flat_group(list(op.weights), recipe, op.weights[0].name)
-        aparts[op] = Apart(group, ahead, last=op is matrices[-1])
-        ahead = group
+        aparts[op] = Apart(_flat_group(list(op.weights), recipe, op.weights[0].name), ahead, last=op is matrices[-1])
+        ahead = aparts[op].group
     frozen = _flat_group([weight for weight in weights if not weight.is_adapter], recipe, "a layer")
     ops = tuple(replace(op, apart=aparts.get(op)) for op in part.tape.ops)
-    return replace(layer, part=replace(part, tape=replace(part.tape, ops=ops), group=frozen))
+    return replace(part, tape=replace(part.tape, ops=ops), group=frozen)
+
+
+def _gather_ahead(tape: Tape, before: Group | None) -> Tape:
+    """A layer's tape, whose first matrix of an adapter has the layer before gathered ahead of its backward."""
+    first = next((op for op in tape.ops if op.apart is not None), None)
+    if first is None or first.apart is None:
+        return tape
+    ahead = replace(first, apart=replace(first.apart, ahead=before))
+    return replace(tape, ops=tuple(ahead if op is first else op for op in tape.ops))
 
 
 def card_weights(tape: Tape, weights: list[tuple[Weight, int]], recipe: Recipe) -> list[tuple[Weight, int]]:

@@ -26,9 +26,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp._common_utils import HandleTrainingState
 from torch.distributed.fsdp._runtime_utils import _reshard, _should_free_in_backward
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from ..errors import RecipeError
 from ..step.recipe import Recipe
@@ -45,9 +51,9 @@ from .patches import (
     GATHER_INPUTS,
     GATHERED_OUTPUTS,
     INPUTS_OF_GATHER,
+    RESHARD_REST,
     SCATTER_BUFFERS,
     SHARDED_GRADIENT,
-    RESHARD_REST,
     MakeReplacement,
     Target,
     patched,
@@ -184,7 +190,11 @@ def _record_flat(recorder: Recorder) -> dict[Target, MakeReplacement]:
 
         def reshard(state: Any) -> None:
             handle = state._handle
-            if handle and handle.flat_param.untyped_storage()._cdata != handle.flat_param._local_shard.untyped_storage()._cdata:
+            if (
+                handle
+                and handle.flat_param.untyped_storage()._cdata
+                != handle.flat_param._local_shard.untyped_storage()._cdata
+            ):
                 _reshard(state, handle, _should_free_in_backward(state, handle))
 
         return reshard

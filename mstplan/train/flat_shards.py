@@ -43,7 +43,8 @@ def flat_shards(model: PreTrainedModel, recipe: Recipe) -> FullyShardedDataParal
 def wrapped_apart(model: PreTrainedModel, recipe: Recipe) -> dict[nn.Module, list[nn.Module]]:
     """Layers, each with the modules of a flat parameter of their own: itself, and before it the matrices of adapters in it, in the order of modules."""
     return {
-        layer: [*(_trained_leaves(layer) if recipe.lora_rank else ()), layer] for layer in locate.find_parts(model).layers
+        layer: [*(_trained_leaves(layer) if recipe.lora_rank else ()), layer]
+        for layer in locate.find_parts(model).layers
     }
 
 

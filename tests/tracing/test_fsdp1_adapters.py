@@ -109,7 +109,9 @@ def test_what_is_refused_says_what_would_do(more, way_out):
         strategy("checkpoint", **{"gpus": 8, "sharding": "fsdp1", **more})
 
 
-@pytest.mark.parametrize("more", [{"quant_storage": "fp32"}, {"kbit_preparation": True}, {"precision": "mixed"}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"quant_storage": "fp32"}, {"kbit_preparation": True}, {"precision": "mixed"}], ids=str
+)
 def test_four_bits_beside_weights_of_another_dtype_are_no_flat_tensor(more):
     recipe = strategy("checkpoint", **{"gpus": 8, "sharding": "fsdp1", **FOUR_BITS, **more})
     with pytest.raises(RecipeError, match="--sharding fsdp"):
