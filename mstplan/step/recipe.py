@@ -804,9 +804,8 @@ class Recipe(BaseModel):
 
     @property
     def runs_autocast(self) -> bool:
-        """Whether products cast to bf16 what they are given. Beside FSDP1's MixedPrecision accelerate has autocast on, too, which finds weights in bf16
-        (Accelerator.prepare_model); beside FSDP2's it has not."""
-        return (self.flat or not self.sharded) and (self.autocast or self.precision == "mixed")
+        """Whether products cast to bf16 what they are given."""
+        return not self.sharded and (self.autocast or self.precision == "mixed")
 
     @property
     def runs_in_fp32(self) -> bool:

@@ -28,12 +28,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FullyShardedDataParallel,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.fsdp._common_utils import HandleTrainingState
 from torch.distributed.fsdp._runtime_utils import _reshard, _should_free_in_backward
 
 from ..errors import RecipeError
@@ -149,21 +147,6 @@ def flat_shapes(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, tuple[i
     for name, weights in (("flat rest", rest), *flats):
         numbers = sum(weight.numel() for weight in weights)
         yield name, (-(-numbers // recipe.shards),), weights[0].dtype, weights[0].requires_grad
-
-
-def gather_once(wrapped: FullyShardedDataParallel) -> None:
-    """Gather FSDP1's flat weights, group by group, as a first step does: from then on those that a module is asked for between its runs, as peft asks
-    for the dtype of an adapter's, are views in the dtype in which they are used (FlatParamHandle._use_unsharded_views)."""
-    for state in FullyShardedDataParallel.fsdp_modules(wrapped):
-        if (handle := state._handle) is None:
-            continue
-        before, handle._training_state = handle._training_state, HandleTrainingState.FORWARD
-        handle.pre_unshard()
-        handle.unshard()
-        handle.post_unshard()
-        handle.reshard(True)
-        handle.post_reshard()
-        handle._training_state = before
 
 
 def _record_flat(recorder: Recorder) -> dict[Target, MakeReplacement]:

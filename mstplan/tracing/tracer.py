@@ -49,7 +49,7 @@ from .cuda_stand_ins import as_on_cuda, clipping_on_cuda, on_fake_tensors
 from .cuda_workspaces import KernelWorkspaces
 from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
-from .fsdp import first_of_ranks, flat_shapes, gather_once, record_fsdp, shape_on_rank, shard_model
+from .fsdp import first_of_ranks, flat_shapes, record_fsdp, shape_on_rank, shard_model
 from .fused_losses import NoPackages, StandInPackages
 from .kernels import STAND_INS
 from .kernels.flash import FLASH
@@ -364,7 +364,6 @@ def record_passes(
         step = TrainingStep(model, bare_recipe, seq_len, runtime, packages)
         if isinstance(step.replica, FullyShardedDataParallel):
             _label_wrappers(recorder, step.replica)
-            gather_once(step.replica)
         if (checkpoints := checkpoints_of(model)) is not None:
             checkpoints.segments = segments_of(recipe, starts, units)
         if not first:

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision
+from torch.distributed.fsdp._common_utils import HandleTrainingState
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from transformers import PreTrainedModel
 
@@ -37,7 +38,23 @@ def flat_shards(model: PreTrainedModel, recipe: Recipe) -> FullyShardedDataParal
     with warnings.catch_warnings():  # fake tensors' pointers are compared
         warnings.simplefilter("ignore")
         wrapped.check_is_root()  # makes the empty tensors that are filled in each step, which its first forward would
+        _gather_once(wrapped)
     return wrapped
+
+
+def _gather_once(wrapped: FullyShardedDataParallel) -> None:
+    """Gather FSDP1's flat weights, group by group, as a first step does: from then on those that a module is asked for between its runs, as peft asks
+    for the dtype of an adapter's, are views in the dtype in which they are used (FlatParamHandle._use_unsharded_views)."""
+    for state in FullyShardedDataParallel.fsdp_modules(wrapped):
+        if (handle := state._handle) is None:
+            continue
+        before, handle._training_state = handle._training_state, HandleTrainingState.FORWARD
+        handle.pre_unshard()
+        handle.unshard()
+        handle.post_unshard()
+        handle.reshard(True)
+        handle.post_reshard()
+        handle._training_state = before
 
 
 def wrapped_apart(model: PreTrainedModel, recipe: Recipe) -> dict[nn.Module, list[nn.Module]]:
