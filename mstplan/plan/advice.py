@@ -419,6 +419,9 @@ def partition_notes(model: Model, recipe: Recipe) -> list[str]:
     ]
 
 
+_ORIGINAL_ADAPTERS = ", and the copies of inputs in fp32 that peft makes of it"
+
+
 def flat_notes(recipe: Recipe) -> list[str]:
     """What a card holds under FSDP1, and what is not counted."""
     runs = "the layer that runs" + (", in backward the one before it" if recipe.backward_prefetch == "pre" else "")
@@ -426,13 +429,14 @@ def flat_notes(recipe: Recipe) -> list[str]:
         (
             f"{_sequences_of_each(recipe)}: FSDP1 over every layer and the model (FullyShardedDataParallel; --backward-prefetch none is Trainer's "
             f"default). Counted: flat shards, padded; {runs}, and embedding, norm and head throughout; a group's gradients and "
-            "their joined copy, and that in the dtype they are summed in (docs/sharding.md). Not counted: what use_orig_params=True pads."
+            "their joined copy, and that in the dtype they are summed in (docs/sharding.md). Not counted: what use_orig_params=True pads"
+            f"{_ORIGINAL_ADAPTERS if recipe.lora_rank and recipe.gathers_in_bf16 and recipe.quantize == 'none' else ''}."
         ),
         _NOT_COUNTED,
     ]
     if recipe.keeps_whole_gradients:
         notes.append(
-            f"Accumulation under no_sync keeps whole gradients of all weights on every GPU, {ITEMSIZE[recipe.used_dtype]} bytes each, until the last "
+            f"Accumulation under no_sync keeps whole gradients of all that is trained on every GPU, {ITEMSIZE[recipe.used_dtype]} bytes each, until the last "
             "micro-batch, as accelerate and Trainer do."
         )
     return notes

@@ -41,7 +41,7 @@ from .recipe import Recipe
 from .roles import Role
 from .selection import WeightKind
 from .storage import packed_rows
-from .tape import ITEMSIZE, Flat, Group, Op, Tape, Tensor, Weight, step_weights, weight_gradient
+from .tape import ITEMSIZE, Apart, Flat, Group, Op, Part, Tape, Tensor, Weight, step_weights, weight_gradient
 from .tensor_parallel import part_of
 
 REST = "embedding, norm and head"
@@ -85,6 +85,8 @@ def shards_of(weights: Iterable[tuple[Weight, int]], recipe: Recipe) -> list[tup
 
 def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     """A step's tape with a group for every layer, and one for the rest; where experts are shared out, by transformers' plan."""
+    if recipe.flat and recipe.lora_rank:
+        return _into_flat_groups(tape, recipe)
     layers = [op for op in tape.ops if op.is_layer]
     tapes = [op.part.tape for op in layers if op.part is not None]
     groups: dict[Tape, Group] = {}
@@ -140,6 +142,70 @@ def _around_experts(tape: Tape, group: Group) -> Tape:
     return tape if group.experts is None else replace(tape, around=group)
 
 
+def _into_flat_groups(tape: Tape, recipe: Recipe) -> Tape:
+    """The same of frozen layers with adapters under FSDP1: each of their matrices is a group of its own, that of its layer is all else.
+
+    In backward the first one in a layer has the layer before gathered ahead, so that layers that are alike are told apart by what is before them."""
+    ops: list[Op] = []
+    alike: dict[Tape, Part] = {}
+    made: dict[tuple[Tape, Group | None], Tape] = {}
+    before: Group | None = None  # of a layer that backward comes to
+    for op in tape.ops:
+        part = op.part
+        if not op.is_layer or part is None:
+            ops.append(op)
+            continue
+        if part.tape not in alike:
+            alike[part.tape] = _with_flat_adapters(part, recipe)
+        grouped = alike[part.tape]
+        key = part.tape, before
+        if key not in made:
+            made[key] = _gather_ahead(grouped.tape, before)
+        ops.append(replace(op, part=replace(part, tape=made[key], group=grouped.group)))
+        before = grouped.group if part.records else before
+    rest = [weight for weight, _ in step_weights([op for op in tape.ops if not op.is_layer])]
+    return replace(tape, ops=_with_flat_interior(ops), group=_flat_group(rest, recipe, REST))
+
+
+def _with_flat_interior(ops: list[Op]) -> tuple[Op, ...]:
+    """The operations, with layers marked whose moments lie between their neighbours'."""
+    places = [i for i, op in enumerate(ops) if op.is_layer]
+    tapes = [op.part.tape for op in ops if op.is_layer and op.part is not None]
+    for n, i in enumerate(places):
+        interior = 1 < n < len(tapes) - 2 and all(near is tapes[n] for near in tapes[n - 2 : n + 3])
+        part = ops[i].part
+        assert part is not None
+        ops[i] = replace(ops[i], part=replace(part, interior=interior))
+    return tuple(ops)
+
+
+def _with_flat_adapters(part: Part, recipe: Recipe) -> Part:
+    """A layer with its groups. Raises RecipeError for adapters of which modules hold no matrices of their own."""
+    weights = [weight for weight, n in step_weights(part.tape.ops) for _ in range(n)]
+    matrices = [op for op in part.tape.ops if any(weight.is_adapter for weight in op.weights)]
+    if sum(len(op.weights) for op in matrices) != sum(weight.is_adapter for weight in weights):
+        raise RecipeError(
+            "fsdp1 with adapters of experts or inside of pieces is not planned.\nUse --sharding fsdp, which is FSDP2."
+        )
+    aparts: dict[Op, Apart] = {}
+    ahead: Group | None = None
+    for op in matrices:
+        aparts[op] = Apart(_flat_group(list(op.weights), recipe, op.weights[0].name), ahead, last=op is matrices[-1])
+        ahead = aparts[op].group
+    frozen = _flat_group([weight for weight in weights if not weight.is_adapter], recipe, "a layer")
+    ops = tuple(replace(op, apart=aparts.get(op)) for op in part.tape.ops)
+    return replace(part, tape=replace(part.tape, ops=ops), group=frozen)
+
+
+def _gather_ahead(tape: Tape, before: Group | None) -> Tape:
+    """A layer's tape, whose first matrix of an adapter has the layer before gathered ahead of its backward."""
+    first = next((op for op in tape.ops if op.apart is not None), None)
+    if first is None or first.apart is None:
+        return tape
+    ahead = replace(first, apart=replace(first.apart, ahead=before))
+    return replace(tape, ops=tuple(ahead if op is first else op for op in tape.ops))
+
+
 def card_weights(tape: Tape, weights: list[tuple[Weight, int]], recipe: Recipe) -> list[tuple[Weight, int]]:
     """Weights of a step, as (weight, how many), as one card has them: whole, in shards, or in FSDP1's flat shards, one of a group."""
     if not recipe.flat:
@@ -148,25 +214,26 @@ def card_weights(tape: Tape, weights: list[tuple[Weight, int]], recipe: Recipe) 
 
 
 def flat_shards(tape: Tape) -> list[Weight]:
-    """FSDP1's shards in the order of the modules: the rest's, then those of layers."""
+    """FSDP1's shards in the order of the modules: the rest's, then those of layers, each before its adapters'."""
     return [group.flat.shard for group in groups_of(tape) if group.flat is not None]
 
 
 def groups_of(tape: Tape) -> list[Group]:
-    """Groups of a step: the rest's, then those of layers."""
-    groups = (tape.group, *(op.group for op in tape.ops if op.is_layer))
+    """Groups of a step: the rest's, then those of layers, each before its adapters'."""
+    groups = [tape.group]
+    for op in tape.ops:
+        if op.is_layer and op.part is not None:
+            groups += [op.group, *(inner.apart.group for inner in op.part.tape.ops if inner.apart is not None)]
     return [group for group in groups if group is not None]
 
 
 def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
-    """A group whose weights are one flat tensor, padded at its end (FlatParamHandle.flatten_tensors, _get_shard)."""
-    if any(weight.dtype not in ("", recipe.used_dtype) for weight in weights):
-        raise RecipeError(
-            "fsdp1 joins weights of one dtype, and this model has others.\nUse --sharding fsdp, which is FSDP2."
-        )
-    kept, used, summed = recipe.weight_dtype, recipe.used_dtype, recipe.reduced_dtype
-    numbers = sum(weight.numel for weight in weights)
+    """A group whose weights are one flat tensor, padded at its end (FlatParamHandle.flatten_tensors, _get_shard): all of them trained, or none."""
+    kept, used = _flat_dtypes(weights, recipe)
+    summed = recipe.reduced_dtype if recipe.gathers_in_bf16 else kept
+    numbers = sum(map(numbers_of, weights))
     share = -(-numbers // recipe.shards)
+    trained = all(weight.trained for weight in weights)
 
     def tensor(name: str, dtype: str, numbers: int, role: Role) -> Tensor:
         return Tensor(f"{name} of {owner}", "", dtype, 0, numbers * ITEMSIZE[dtype], role=role)
@@ -175,8 +242,10 @@ def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
         return tensor(*of_tensor) if needed else None
 
     nothing = tensor("nothing", used, 0, Role.GATHERED)
+    adapter = all(weight.is_adapter for weight in weights)
+    own = kept if kept != recipe.weight_dtype else ""
     flat = Flat(
-        Weight(f"flat weights of {owner}", (share,)),
+        Weight(f"flat weights of {owner}", (share,), trained=trained, dtype=own, is_adapter=adapter),
         tensor("joined gradients", used, numbers, Role.WEIGHT_GRADIENT),
         where(summed != used, "gradients to be summed", summed, numbers, Role.REDUCED),
         where(numbers % recipe.shards > 0, "padded gradients", summed, share * recipe.shards, Role.REDUCED),
@@ -187,7 +256,7 @@ def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
         buffer=nothing,
         copy_in=where(kept != used, "shards in bf16", used, share, Role.GATHERED),
         from_host=(),
-        gradients=weights_gradients(weights, used),
+        gradients=weights_gradients(weights, used) if trained else (),
         accumulated=(),
         scatter=nothing,
         reduced=where(summed != kept, "reduce-scatter output", summed, share, Role.REDUCED),
@@ -198,6 +267,18 @@ def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
         temporaries=nothing,
         flat=flat,
     )
+
+
+def _flat_dtypes(weights: list[Weight], recipe: Recipe) -> tuple[str, str]:
+    """Dtypes in which a flat tensor of these weights is kept, and is used. Raises RecipeError where they have several: torch's FlatParamHandle takes
+    one (_validate_tensors_to_flatten)."""
+    kept = {shard_dtype(weight, recipe) for weight in weights}
+    used = {weight.packed_in if weight.quantised else weight.dtype or recipe.used_dtype for weight in weights}
+    if len(kept) > 1 or len(used) > 1:
+        raise RecipeError(
+            f"fsdp1 joins weights of one dtype, and here are {' and '.join(sorted(kept | used))}.\nUse --sharding fsdp, which is FSDP2."
+        )
+    return kept.pop(), used.pop()
 
 
 def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool = False) -> Group:

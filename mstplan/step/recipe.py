@@ -479,7 +479,7 @@ class Recipe(BaseModel):
                 self.gathers_in_bf16
                 and bool(self.lora_rank)
                 and self.adapter_dtype == "bf16"
-                and self.quantize == "none",
+                and (self.quantize == "none" or self.flat),
                 "under mixed precision accelerate keeps what fsdp trains in fp32: leave --adapter-dtype bf16 out, or --autocast",
             ),
             (
@@ -512,8 +512,16 @@ class Recipe(BaseModel):
                 "fsdp1 is planned with every layer checkpointed or none, inputs on the card: set checkpoint='layer' (--checkpoint layer), leave --offload out",
             ),
             (
-                bool(self.lora_rank or self.train or self.freeze or self.images),
-                f"fsdp1 with adapters, frozen weights or images is not planned yet: {take}",
+                bool(self.train or self.freeze or self.images),
+                f"fsdp1 with a part of the weights or images is not planned: {take}",
+            ),
+            (
+                self.dora,
+                f"fsdp1 with DoRA is not planned: leave --dora out, or {take}",
+            ),
+            (
+                self.quantize != "none" and self.quant_storage == "uint8",
+                "fsdp1 cannot join bytes with other weights ('Cannot flatten integer dtype tensors'): add quant_storage='bf16' (--quant-storage bf16)",
             ),
             (
                 self.sync_each_batch,

@@ -360,7 +360,8 @@ class Step:
         trained = [(weight, n) for weight, n in self.weights if weight.trained]
         recipe = self.layout.recipe
         if recipe.flat:
-            return tuple((group.flat.gradient.label, 1) for group in groups_of(self.tape) if group.flat is not None)
+            flats = (group.flat for group in groups_of(self.tape) if group.gradients)
+            return tuple((flat.gradient.label, 1) for flat in flats if flat is not None)
         return tuple((weight_gradient(weight, reduced_dtype(weight, recipe)).label, n) for weight, n in trained)
 
     # ---- what is alive besides the tape's tensors ---------------------------------------------------------------------
@@ -382,6 +383,7 @@ class Step:
             stored = (Stored("weights gathered from the host", dtype, recipe.weight_bytes * self._gathered()),)
         else:
             stored = in_sum(self.card_weights, dtype)
+            stored += scales_of(self.weights, dtype) if recipe.flat else ()
         stored += in_sum(self.originals(), dtype)
         libraries = (WORKSPACES, self.workspace), (LT_WORKSPACES, self.workspaces_bytes - self.workspace)
         stored += self._buffers()

@@ -253,6 +253,7 @@ class Op:
     fetched_alone: bool = False  # they go when its backward is done; else when the next one's is that any come back for
     begins: tuple[Call, ...] = ()  # of modules, whose first operation it is, outermost first
     ends: tuple[Call, ...] = ()  # whose last, innermost first
+    apart: Apart | None = None  # its weights are a flat tensor of their own, within a layer
 
     @property
     def trained(self) -> tuple[Weight, ...]:
@@ -319,13 +320,26 @@ class Group:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Flat:
-    """What FSDP1 makes of the gradients of a group (`fsdp.py`)."""
+    """What FSDP1 makes of the gradients of a group (`fsdp.py`); where it is frozen, nothing."""
 
     shard: Weight  # of its weights, as it is kept
     gradient: Tensor  # of all its weights, joined
     cast: Tensor | None  # the same in the dtype in which it is summed
     padded: Tensor | None  # the same, where cards do not divide its numbers
     prefetched: bool  # before the backward of the group after it
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Apart:
+    """A matrix of an adapter, which FSDP1 has in a flat tensor of its own within the layer's (peft's fsdp_auto_wrap_policy).
+
+    ahead: what ran before it, which its backward gathers first where groups are prefetched: of the layer's first, the layer before, if backward
+    comes to that. last: the layer's last.
+    """
+
+    group: Group
+    ahead: Group | None
+    last: bool
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -743,7 +757,8 @@ class _Groups:
         if op.group is not None:
             self._gather_now(op.group, op.where, listed)
 
-    def after_forward(self, op: Op) -> None:
+    def after_forward(self, op: Op, stops: bool = False) -> None:
+        """stops: the layer is run again no further."""
         if op.group is not None:
             self.ledger.drop(op.group.gathered)
 
@@ -889,8 +904,8 @@ class _PlannedGroups(_Groups):
             self.begun = True
         super().before_forward(op, listed)
 
-    def after_forward(self, op: Op) -> None:
-        super().after_forward(op)
+    def after_forward(self, op: Op, stops: bool = False) -> None:
+        super().after_forward(op, stops)
         if op.group is not None and op.group.experts is not None:
             self.buffer = None if op.group.experts.alone else op.group.experts.buffer
         elif op.group is None and op.stage is Stage.EMBEDDING and op.weights:
@@ -961,7 +976,7 @@ class _ExpertGroups(_Groups):
         if not self.recomputing:
             self.ledger.drop(self.around.buffer)
 
-    def after_forward(self, op: Op) -> None:
+    def after_forward(self, op: Op, stops: bool = False) -> None:
         if not any(call.apart for call in op.ends) or self.there:
             return
         if not self.recomputing:
@@ -1002,16 +1017,47 @@ def _begins_apart(op: Op) -> bool:
 
 class _FlatGroups(_Groups):
     """The same under FSDP1: weights are views of a flat tensor that is gathered as it is, and so is no buffer; in backward the group before is
-    gathered first where it is prefetched (_prefetch_handle). The gradients of a group wait for each other, and are joined (the backward of torch.split)."""
+    gathered first where it is prefetched (_prefetch_handle). The gradients of a group wait for each other, and are joined (the backward of torch.split).
+
+    A frozen layer's weights go when its input has its gradient, after what the layer before it gathers for that (_post_backward_reshard_only_hook);
+    where no gradient comes to its input, and those of the rest, when backward is over (_catch_all_reshard)."""
+
+    def __init__(self, tape: Tape, ledger: _Ledger):
+        super().__init__(tape, ledger)
+        self.order = [op.group for op in tape.ops if op.group is not None and op.part is not None and op.part.records]
+        self.done: Group | None = None  # a frozen layer whose input has its gradient
 
     def before_backward(self, op: Op, listed: bool) -> None:
-        if op.group is None:
+        if op.group is None or op.part is None:
             return
         group = self.order.pop()
+        last = next((inner.apart.group for inner in reversed(op.part.tape.ops) if inner.apart is not None), None)
         if not self.prefetches:
             self._gather(group, op.where, listed)
+        elif last is not None:
+            self._gather(last, op.where, listed)
         elif self.order:
             self._gather(self.order[-1], op.where, listed)
+        self._let_done_go()
+
+    def after_backward(self, op: Op, listed: bool) -> None:
+        if op.group is None or op.group.gradients:
+            super().after_backward(op, listed)
+        elif op.part is not None and op.part.wanted:
+            self.done = op.group
+            if not self.order:
+                self._let_done_go()
+        else:
+            self.late = op.group
+
+    def end_backward(self) -> None:
+        self._let_done_go()
+        super().end_backward()
+
+    def _let_done_go(self) -> None:
+        if self.done is not None:
+            self.ledger.drop(self.done.gathered)
+        self.done = None
 
     @property
     def prefetches(self) -> bool:
@@ -1038,6 +1084,9 @@ class _FlatGroups(_Groups):
         """The end of a group's backward (_post_backward_hook). Its gradients of a micro-batch before the last stay, in the dtype they have."""
         ledger, whole, flat = self.ledger, self.ledger.rules.whole, group.flat
         assert flat is not None
+        if not group.gradients:
+            ledger.drop(group.gathered)
+            return
         ledger.put(flat.gradient)
         if listed:
             ledger.mark(_within(where, "join gradients"))
@@ -1057,12 +1106,60 @@ class _FlatGroups(_Groups):
             ledger.drop(tensor)
 
 
-def _groups_of(tape: Tape, ledger: _Ledger, recomputing: bool = False, outer: Outer | None = None) -> _Groups:
+class _FlatMatrices(_FlatGroups):
+    """Those of a layer's adapters, each gathered while it runs, in forward and where a checkpoint runs it again, and in backward.
+
+    again: a checkpoint has the layer run again. In backward the last one is there, for the layer's prefetched it; run again, it goes as the others
+    do, unless it is what the layer is run again for: then it stays, and the one before it goes, which it prefetched."""
+
+    def __init__(self, tape: Tape, ledger: _Ledger, again: bool, backward: bool):
+        super().__init__(tape, ledger)
+        aparts = [op.apart for op in tape.ops if op.apart is not None]
+        self.flat = aparts[-1].group.flat
+        asks = [op for op in tape.ops if again and holds_for_backward(op)]
+        self.is_asked = bool(asks) and asks[-1].apart is aparts[-1]
+        self.gathered: set[Group] = set()
+        if self.prefetches and (self.is_asked or again != backward):
+            self.gathered.add(aparts[-1].group)
+        if again and not backward and self.is_asked:
+            self.gathered.update(each.group for each in (aparts[-2:] if self.prefetches else aparts[-1:]))
+
+    @property
+    def prefetches(self) -> bool:
+        return self.flat is not None and self.flat.prefetched
+
+    def before_forward(self, op: Op, listed: bool) -> None:
+        if op.apart is not None and op.apart.group not in self.gathered:
+            self._gather(op.apart.group, op.name, listed=True)
+
+    def after_forward(self, op: Op, stops: bool = False) -> None:
+        if op.apart is not None and not stops:
+            self.ledger.drop(op.apart.group.gathered)
+
+    def before_backward(self, op: Op, listed: bool) -> None:
+        if op.apart is None:
+            return
+        if op.apart.group not in self.gathered:
+            self._gather(op.apart.group, op.name, listed=True)
+        if self.prefetches and op.apart.ahead is not None:
+            self._gather(op.apart.ahead, op.name, listed=True)
+            if not (op.apart.last and self.is_asked):
+                self.gathered.add(op.apart.ahead)
+
+    def after_backward(self, op: Op, listed: bool) -> None:
+        if op.apart is not None:
+            self._scatter(op.apart.group, op.name, listed=True)
+
+
+def _groups_of(tape: Tape, ledger: _Ledger, *, again: bool, backward: bool, outer: Outer | None = None) -> _Groups:
+    """again: of a layer that a checkpoint runs again."""
     outer = outer or NOTHING
     if tape.around is not None:
-        return _ExpertGroups(tape, ledger, recomputing, outer.next_buffer, outer.scattered)
+        return _ExpertGroups(tape, ledger, again and not backward, outer.next_buffer, outer.scattered)
     if tape.first_group is not None:
         return _PlannedGroups(tape, ledger)
+    if any(op.apart is not None for op in tape.ops):
+        return _FlatMatrices(tape, ledger, again, backward)
     is_flat = tape.group is not None and tape.group.flat is not None
     return _FlatGroups(tape, ledger) if is_flat else _Groups(tape, ledger)
 
@@ -1228,7 +1325,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
     there: set[Tensor] = set()  # what the first run left
     if rules.selective:
         saved, there = (saved, selected) if recomputing else (saved | (set() if keep else selected), there)
-    groups = _groups_of(tape, ledger, recomputing)
+    groups = _groups_of(tape, ledger, again=recomputing, backward=False)
     ledger.stage = tape.ops[0].stage
     groups.begin_forward()
 
@@ -1266,7 +1363,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
             ledger.mark(op.name)
             for tensor in temps:
                 ledger.drop(tensor)
-        groups.after_forward(op)
+        groups.after_forward(op, stop)
         if stop:
             break
         if rules.visitor is not None:
@@ -1481,7 +1578,7 @@ def _backward(
             ledger.put(tensor)
         return before
 
-    groups = _groups_of(tape, ledger, outer=outer)
+    groups = _groups_of(tape, ledger, again=again is not None, backward=True, outer=outer)
     ledger.stage = tape.ops[-1].stage
     groups.begin_backward()
     moving = tape.in_transfer

@@ -28,11 +28,18 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.fsdp._runtime_utils import _reshard, _should_free_in_backward
 
 from ..errors import RecipeError
 from ..step.recipe import Recipe
 from ..train import locate
+from ..train.flat_shards import wrapped_apart
 from .patches import (
     CHUNKS_OF_RANKS,
     EMPTY,
@@ -46,6 +53,7 @@ from .patches import (
     GATHERED_OUTPUTS,
     INPUTS_OF_GATHER,
     JOINED_MESHES,
+    RESHARD_REST,
     SCATTER_BUFFERS,
     SHARDED_GRADIENT,
     MakeReplacement,
@@ -144,14 +152,21 @@ def shape_on_rank(weight: torch.Tensor, recipe: Recipe, split: tuple[int, ...] |
     return shard_shape(shape, recipe.shards) if is_sharded(weight) else shape
 
 
-def flat_shapes(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """(name, shape on rank 0, dtype) of FSDP1's flat parameters: the rest's first, as the model that it wraps has them."""
-    layers = locate.find_parts(model).layers  # type: ignore[arg-type]
-    inside = [list(layer.parameters()) for layer in layers]
-    of_layers = {weight for weights in inside for weight in weights}
-    rest = [weight for weight in model.parameters() if weight not in of_layers]
-    for name, weights in (("flat rest", rest), *((f"flat layer {n}", weights) for n, weights in enumerate(inside))):
-        yield name, (-(-sum(weight.numel() for weight in weights) // recipe.shards),), weights[0].dtype
+def flat_shapes(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, bool]]:
+    """(name, shape on rank 0, dtype, whether it is trained) of FSDP1's flat parameters: the rest's first, then those of layers, each before its adapters'."""
+    inside: set[nn.Parameter] = set()
+    flats: list[tuple[str, list[nn.Parameter]]] = []
+    for n, modules in enumerate(wrapped_apart(model, recipe).values()):  # type: ignore[arg-type]
+        own: list[list[nn.Parameter]] = []
+        for module in modules:
+            own.append([weight for weight in module.parameters() if weight not in inside])
+            inside.update(own[-1])
+        flats.append((f"flat layer {n}", own.pop()))
+        flats += [(f"flat matrix {i} of adapters in layer {n}", weights) for i, weights in enumerate(own)]
+    rest = [weight for weight in model.parameters() if weight not in inside]
+    for name, weights in (("flat rest", rest), *flats):
+        numbers = sum(weight.numel() for weight in weights)
+        yield name, (-(-numbers // recipe.shards),), weights[0].dtype, weights[0].requires_grad
 
 
 def _record_flat(recorder: Recorder) -> dict[Target, MakeReplacement]:
@@ -173,7 +188,22 @@ def _record_flat(recorder: Recorder) -> dict[Target, MakeReplacement]:
 
         return make
 
+    def reshard_the_rest(_plain: Callable[..., None]) -> Callable[[Any], None]:
+        """Of what backward left gathered, as real pointers tell it; those of fake tensors are all alike."""
+
+        def reshard(state: Any) -> None:
+            handle = state._handle
+            if (
+                handle
+                and handle.flat_param.untyped_storage()._cdata
+                != handle.flat_param._local_shard.untyped_storage()._cdata
+            ):
+                _reshard(state, handle, _should_free_in_backward(state, handle))
+
+        return reshard
+
     return {
+        RESHARD_REST: reshard_the_rest,
         FILL_FLAT: fill,
         EMPTY_FLAT: lambda plain: partial(_empty_storage, plain, recorder),
         FLAT_GRADIENT: named(SHARDS, Category.GRADIENTS),

@@ -167,6 +167,9 @@ SHARDED_GRADIENT = Target(
 _FLAT = "torch.distributed.fsdp._flat_param"
 FILL_FLAT = Target(_FLAT, "_alloc_storage", _TORCH, "it fills flat weights in place")
 EMPTY_FLAT = Target(_FLAT, "_free_storage", _TORCH, "it empties flat weights in place")
+RESHARD_REST = Target(
+    "torch.distributed.fsdp._runtime_utils", "_catch_all_reshard", _TORCH, "it compares pointers of flat weights"
+)
 FLAT_GRADIENT = Target(
     "torch.distributed.fsdp._runtime_utils",
     "_get_reduce_scatter_tensors",

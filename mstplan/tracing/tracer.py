@@ -362,7 +362,7 @@ def record_passes(
         bare_recipe = recipe if recipe.optimizer_in_backward else recipe.changed(**bare)
         packages = StandInPackages() if on == "cuda" else NoPackages()
         step = TrainingStep(model, bare_recipe, seq_len, runtime, packages)
-        if recipe.flat and step.replica is not None:
+        if isinstance(step.replica, FullyShardedDataParallel):
             _label_wrappers(recorder, step.replica)
         if (checkpoints := checkpoints_of(model)) is not None:
             checkpoints.segments = segments_of(recipe, starts, units)
@@ -493,8 +493,8 @@ def _layer_signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashabl
 def _describe_weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
     """Parameters and buffers; of sharded ones this card's share."""
     parameters = [
-        (name, shape, dtype, weight is None or weight.requires_grad, recipe.weights_on_host)
-        for name, shape, dtype, weight in _parameters_on_rank(model, recipe)
+        (name, shape, dtype, trained, recipe.weights_on_host)
+        for name, shape, dtype, trained, _ in _parameters_on_rank(model, recipe)
     ]
     buffers = [(name, tuple(t.shape), t.dtype, t.requires_grad, False) for name, t in model.named_buffers()]
     return tuple(
@@ -505,14 +505,14 @@ def _describe_weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, .
 
 def _parameters_on_rank(
     model: PreTrainedModel, recipe: Recipe
-) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, nn.Parameter | None]]:
-    """(name, this card's shape, dtype, the weight) of parameters; FSDP1's flat ones are many weights each, all trained."""
+) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, bool, nn.Parameter | None]]:
+    """(name, this card's shape, dtype, whether it is trained, the weight) of parameters; FSDP1's flat ones are many weights each."""
     if recipe.flat:
         yield from ((*flat, None) for flat in flat_shapes(model, recipe))
         return
     split = shapes_on_a_rank(model, recipe) | shapes_of_experts(model, recipe)
     for name, weight in model.named_parameters():
-        yield name, shape_on_rank(weight, recipe, split.get(name)), weight.dtype, weight
+        yield name, shape_on_rank(weight, recipe, split.get(name)), weight.dtype, weight.requires_grad, weight
 
 
 def _keep_layers(model: PreTrainedModel, layers: list[nn.Module], layer_numbers: list[int]) -> PreTrainedModel:
@@ -607,8 +607,8 @@ def _sizes(model: PreTrainedModel, recipe: Recipe) -> list[tuple[str, tuple[tupl
     asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
     return [
         (name, (shape, dtype, kinds_of(weight) if asks and weight is not None else frozenset()))
-        for name, shape, dtype, weight in _parameters_on_rank(model, recipe)
-        if weight is None or weight.requires_grad
+        for name, shape, dtype, trained, weight in _parameters_on_rank(model, recipe)
+        if trained
     ]
 
 

@@ -209,13 +209,13 @@ def test_what_is_held_while_a_layer_runs():
     assert len([m for m in found.step.storages if m.operation == SHARDS]) == CONFIG["num_hidden_layers"] + 1
 
 
-def check_formula(name: str, recipe: Recipe, tokens: int) -> None:
-    """Every instant within 1%, the peak within 0.2%."""
+def check_formula(name: str, recipe: Recipe, tokens: int, worst: float = 0.01) -> None:
+    """Every instant within 1%, or `worst`, the peak within 0.2%."""
     found = trace(load_config(name), recipe, tokens, workspace=GPU.workspaces_bytes, platform=ON.platform)
     chunks = fixed_chunks(recipe)
     step = step_of(load_model(name), recipe, ON, chunks, tokens)
     formula = {instant.name: instant.bytes for instant in step.instants(step_sizes(recipe, tokens, chunks))}
-    assert formula == {p.instant: pytest.approx(p.bytes, rel=0.01) for p in found.peaks}
+    assert formula == {p.instant: pytest.approx(p.bytes, rel=worst) for p in found.peaks}
     assert max(formula.values()) == pytest.approx(found.peak.bytes, rel=0.002)
 
 

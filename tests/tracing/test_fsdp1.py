@@ -115,7 +115,6 @@ def test_a_flat_shard_is_padded_once(gpus):
 @pytest.mark.parametrize(
     ("more", "way_out"),
     [
-        ({"lora_rank": 16}, "--sharding fsdp"),
         ({"freeze": ("embeddings",)}, "--sharding fsdp"),
         ({"loss": "chunked", "loss_chunks": 4}, "--sharding fsdp"),
         ({"mlp_chunks": 4, "mlp_recompute": True}, "--sharding fsdp"),
