@@ -134,17 +134,28 @@ _LONGEST_PERIOD = 8
 def _with_interior(ops: list[Op]) -> tuple[Op, ...]:
     """The operations, with those layers marked whose moments lie between their neighbours'."""
     places = [i for i, op in enumerate(ops) if op.part is not None and not op.part.chunked]
-    tapes = [(id(op.part.tape), op.part.recompute) for op in ops if op.part is not None and not op.part.chunked]
-    borrowing = any(len(op.part.tape.outputs) > 1 for op in ops if op.part is not None and not op.part.chunked)
+    layers: list[_Alike] = []
+    borrowing, given = False, ""
+    for i in places:
+        part = ops[i].part
+        assert part is not None
+        layers.append((id(part.tape), part.recompute, given if part.offload else ""))
+        given = ops[i].reads[0].dtype
+        borrowing |= len(part.tape.outputs) > 1
     for n, i in enumerate(places):
-        interior = any(_lies_between(tapes, n, period, borrowing) for period in range(1, _LONGEST_PERIOD + 1))
+        interior = any(_lies_between(layers, n, period, borrowing) for period in range(1, _LONGEST_PERIOD + 1))
         part = ops[i].part
         assert part is not None
         ops[i] = replace(ops[i], part=replace(part, interior=interior))
     return tuple(ops)
 
 
-def _lies_between(tapes: list[tuple[int, bool]], i: int, period: int, borrowing: bool) -> bool:
+_Alike = tuple[int, bool, str]
+"""What layers have in common that do the same: the tape, whether it is run again, and the dtype of the layer's input before it, which comes
+back from CPU RAM meanwhile."""
+
+
+def _lies_between(tapes: list[_Alike], i: int, period: int, borrowing: bool) -> bool:
     """Whether a layer's moments lie between those of the layers a period before and after it. What is alive beside it grows
     or shrinks by the same from one to the next where the layers on both sides are the same. The first layer and the last are instants of
     their own, and what a kind of layers is given goes with the first of them. borrowing: gradients of what some layers take of others come
