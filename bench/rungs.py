@@ -1,8 +1,11 @@
 """The formula rung against the trace: a step's peak on both, for shipped models, strategies and lengths.
 
-    python bench/rungs.py                                    all of them: 3,000 traces, about two hours on one core
+    python bench/rungs.py --results rungs.jsonl              all of them: 2,100 traces, about half an hour on one core
     python bench/rungs.py --models gpt2 qwen3-4b --lengths 4k 32k --strategies mst
-    python bench/rungs.py --markdown docs/rungs.md           writes the table that the documentation shows
+    python bench/rungs.py --results rungs.jsonl --markdown docs/rungs.md     writes the table that the documentation shows
+
+What stands in the results file is not run again; each case is added to it as soon as it is done. A million tokens are traced of one model
+of each family. What a model's layers cannot do (pieces of an MLP that shares its input with experts) is left out.
 
 Exits with 1 where a peak is further off than 2% (dense) or 5% (mixture of experts).
 """
@@ -10,6 +13,7 @@ Exits with 1 where a peak is further off than 2% (dense) or 5% (mixture of exper
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import sys
 import time
@@ -18,18 +22,24 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from math import gcd
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 
 import mstplan
-from mstplan.checking.rungs import PEAK_BOUNDS, Rungs, compare_rungs
+from mstplan.checking.rungs import PEAK_BOUNDS, PeakPair, Rungs, compare_rungs
 from mstplan.spec.catalog import load_model
-from mstplan.step.recipe import STRATEGIES, Recipe
+from mstplan.spec.model import Model
+from mstplan.step.instants import Instant
+from mstplan.step.recipe import STRATEGIES, USUAL_STRATEGIES, Recipe
 
 CARD = "h100"
-LENGTHS = ("4k", "32k", "256k", "1M")
+LENGTHS = ("4k", "32k", "256k")
+LONGEST = "1M"
+"""Of one model of each family."""
+SLOW = {"gated delta": ("4k",)}
+"""Mixers whose plain code loops over chunks of 64 tokens: a trace of one step at 32k tokens takes minutes, one at 256k hours."""
 
 
 class Case(NamedTuple):
@@ -40,17 +50,22 @@ class Case(NamedTuple):
     rungs: Rungs
 
 
-def run(names: Sequence[str], strategies: Sequence[str], lengths: Sequence[str], chunks: mstplan.Chunks) -> list[Case]:
-    """All of them, a line printed for each model as soon as it is done."""
+def run(
+    names: Sequence[str], strategies: Sequence[str], lengths: Sequence[str] | None, chunks: mstplan.Chunks, kept: Kept
+) -> list[Case]:
+    """All of them, a line printed for each model as soon as it is done. lengths: None, those that suit the model."""
     card, cases = mstplan.card(CARD), []
     for name in names:
-        started, mine = time.perf_counter(), []
+        started, mine, model = time.perf_counter(), [], load_model(name)
         for plan in strategies:
-            recipe = _in_chunks(mstplan.strategy(plan), chunks, load_model(name).attention.kv_heads)
-            mine += [
-                Case(plan, length, compare_rungs(name, recipe, mstplan.parse_length(length), card))
-                for length in lengths
-            ]
+            recipe = _in_chunks(mstplan.strategy(plan), chunks, model)
+            if why_not(recipe, model) is not None:
+                continue
+            for length in lengths or _lengths_of(model):
+                if (case := kept.find(name, plan, length)) is None:
+                    case = Case(plan, length, compare_rungs(name, recipe, mstplan.parse_length(length), card))
+                    kept.add(case)
+                mine.append(case)
         print(
             f"{name:18s} {mine[0].rungs.kind:8s} {'   '.join(worst_of(mine))}   {time.perf_counter() - started:5.1f} s",
             flush=True,
@@ -59,13 +74,56 @@ def run(names: Sequence[str], strategies: Sequence[str], lengths: Sequence[str],
     return cases
 
 
-def _in_chunks(recipe: Recipe, chunks: mstplan.Chunks, kv_heads: int) -> Recipe:
-    """The recipe in so many pieces; attention over two groups of heads, where these make two."""
+def _lengths_of(model: Model) -> tuple[str, ...]:
+    for kind in model.layer_kinds:
+        if kind.mixer in SLOW:
+            return SLOW[kind.mixer]
+    first = next(name for name in mstplan.model_names() if load_model(name).model_type == model.model_type)
+    return (*LENGTHS, LONGEST) if model.name == first else LENGTHS
+
+
+def why_not(recipe: Recipe, model: Model) -> str | None:
+    """What of a recipe the formula refuses for a model."""
+    try:
+        mstplan.plan_at(model, recipe, mstplan.card(CARD), 4096)
+    except mstplan.RecipeError as e:
+        return str(e)
+    return None
+
+
+def _in_chunks(recipe: Recipe, chunks: mstplan.Chunks, model: Model) -> Recipe:
+    """The recipe in so many pieces, the MLP where there is one; attention over two groups of heads, where these make two."""
     if recipe.mlp_recompute:
-        recipe = recipe.changed(mlp_chunks=chunks.mlp)
+        recipe = recipe.changed(mlp_chunks=1 if model.mlp is None else chunks.mlp)
     if recipe.layer_in_chunks:
-        recipe = recipe.changed(attention_groups=gcd(kv_heads, 2))
+        recipe = recipe.changed(attention_groups=gcd(model.attention.kv_heads, 2))
     return recipe.changed(loss_chunks=chunks.loss) if recipe.loss_in_chunks else recipe
+
+
+class Kept:
+    """Cases of earlier runs, in a file of a JSON object a line; None: none are kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.cases = path, dict[tuple[str, str, str], Case]()
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                case = _case_from(json.loads(line))
+                self.cases[_name(case), case.strategy, case.length] = case
+
+    def find(self, name: str, strategy: str, length: str) -> Case | None:
+        return self.cases.get((name, strategy, length))
+
+    def add(self, case: Case) -> None:
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(case) + "\n")
+
+
+def _case_from(data: list[Any]) -> Case:
+    """The case that json.dumps made lists of."""
+    strategy, length, (model, kind, seq_len, peak, instants) = data
+    pairs = [PeakPair(Instant(instant), formula, traced) for instant, formula, traced in (peak, *instants)]
+    return Case(strategy, length, Rungs(model, kind, seq_len, pairs[0], tuple(pairs[1:])))
 
 
 def by_peak(case: Case) -> float:
@@ -146,8 +204,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Callable[..., object] = parser.add_argument
     add("--models", nargs="+", default=mstplan.model_names(), choices=mstplan.model_names(), metavar="NAME")
-    add("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES), metavar="NAME")
-    add("--lengths", nargs="+", default=LENGTHS, metavar="TOKENS")
+    add("--strategies", nargs="+", default=list(USUAL_STRATEGIES), choices=list(STRATEGIES), metavar="NAME")
+    add("--lengths", nargs="+", metavar="TOKENS", help="default: those that suit the model")
     add(
         "--chunks",
         type=pair_of_numbers,
@@ -155,6 +213,7 @@ def main() -> None:
         metavar="MLP,LOSS",
         help="pieces for strategies in chunks",
     )
+    add("--results", type=Path, metavar="FILE", help="cases of earlier runs, to which this one adds its own")
     add("--markdown", type=Path, metavar="FILE")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -163,7 +222,7 @@ def main() -> None:
     print(
         f"mstplan {mstplan.__version__}, torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}, {CARD}"
     )
-    cases = run(asked.models, asked.strategies, asked.lengths, asked.chunks)
+    cases = run(asked.models, asked.strategies, asked.lengths, asked.chunks, Kept(asked.results))
     print("all   " + "   ".join(worst_of(cases)))
     if asked.markdown is not None:
         asked.markdown.write_text(page(cases, asked.chunks), encoding="utf-8")

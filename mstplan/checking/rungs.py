@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from .. import profiles
 from ..plan.layout import layout_of, step_sizes
 from ..plan.solve import fixed_chunks
-from ..spec.catalog import load_model
+from ..spec.catalog import load_config
+from ..spec.config import read_config
 from ..spec.hardware import Card
 from ..step.instants import Instant
 from ..step.recipe import Recipe
@@ -50,11 +50,13 @@ class Rungs(NamedTuple):
         return abs(self.peak.difference) <= PEAK_BOUNDS[self.kind]
 
 
-def compare_rungs(name: str, recipe: Recipe, seq_len: int, card: Card) -> Rungs:
-    """A shipped model's step of `recipe`, its chunks given as numbers, at `seq_len` tokens on `card`. The formula's own word:
-    calibrations are left aside."""
-    config = json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
-    model, chunks = load_model(name), fixed_chunks(recipe)
+def compare_rungs(
+    name: str, recipe: Recipe, seq_len: int, card: Card, config: Mapping[str, object] | None = None
+) -> Rungs:
+    """A model's step of `recipe`, its chunks given as numbers, at `seq_len` tokens on `card`. The formula's own word:
+    calibrations are left aside. config: of a model that does not ship."""
+    config = load_config(name) if config is None else config
+    model, chunks = read_config(config, name), fixed_chunks(recipe)
     formula_step = step(model, layout_of(model, recipe, chunks, seq_len, card.platform), card.gpu.workspaces_bytes)
     sizes = step_sizes(recipe, seq_len, chunks)
     traced = trace(config, recipe, seq_len, workspace=card.gpu.workspaces_bytes, platform=card.platform)

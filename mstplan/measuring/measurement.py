@@ -313,8 +313,12 @@ def _shorten(config: Mapping[str, Any], count: int, layers: int) -> dict[str, An
     for name, value in config.items():
         if name in ("num_hidden_layers", "n_layer") and value == count:
             shortened[name] = layers
-        elif isinstance(value, list) and len(value) == count:
+        elif (isinstance(value, list) or (name == "hybrid_override_pattern" and isinstance(value, str))) and len(
+            value
+        ) == count:
             shortened[name] = value[:layers]
+        elif name == "num_kv_shared_layers" and isinstance(value, int):  # of the last ones, which go first
+            shortened[name] = max(0, value - (count - layers))
         elif name in TEXT_PARTS and isinstance(value, dict):
             shortened[name] = _shorten(value, count, layers)
     return shortened

@@ -33,7 +33,7 @@ from ..step.towers import masks_text
 from ..units import GIB, format_count, format_gib, format_seconds, format_tokens
 from . import calibration
 from .allocation import longest_that_runs
-from .layout import check_counted, window_of
+from .layout import check_counted, pieces_that_there_are, window_of
 from .solve import (
     Answer,
     Plan,
@@ -678,7 +678,8 @@ def nothing_fits_notes(answers: Sequence[Answer], ways_to_fit: Sequence[Way], sm
 def larger_chunks_note(answer: Answer) -> list[str]:
     """What doubling the recommended chunk counts would buy and cost."""
     plan = answer.plan
-    mlp, loss = plan.recipe.mlp_chunks == "auto", plan.recipe.loss_chunks == "auto"
+    recipe = pieces_that_there_are(plan.model, plan.recipe)
+    mlp, loss = recipe.mlp_chunks == "auto", recipe.loss_chunks == "auto"
     if not (mlp or loss) or answer.s_max_tensors is None:
         return []
     m, n, groups = plan.chunks

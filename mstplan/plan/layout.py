@@ -81,8 +81,14 @@ def layout_of_no_length(
     return layout._replace(padded=is_odd and pads_masks(model, layout))
 
 
+def pieces_that_there_are(model: Model, recipe: Recipe) -> Recipe:
+    """The recipe, which leaves pieces of an MLP to us only where a layer has one."""
+    return recipe if model.feeds_forward or recipe.mlp_chunks != "auto" else recipe.changed(mlp_chunks=1)
+
+
 def check_counted(model: Model, recipe: Recipe) -> None:
     """Raise RecipeError where the formula does not count a model with a recipe, whatever the length."""
+    recipe = pieces_that_there_are(model, recipe)
     several = (1 if given == 1 else 2 for given in (recipe.mlp_chunks, recipe.loss_chunks))
     step(model, layout_of_no_length(model, recipe, Chunks(*several), AMPERE), 0)
 

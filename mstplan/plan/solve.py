@@ -37,6 +37,7 @@ from .layout import (
     in_spans,
     layout_of,
     layout_of_no_length,
+    pieces_that_there_are,
     row_sizes,
     span_starts,
     step_of,
@@ -393,6 +394,7 @@ def _power_below(n: int) -> int:
 def recommend_chunks(model: Model, recipe: Recipe, card: Card) -> Chunks:
     """The smallest chunk counts (powers of two) beyond which S_max grows by less than `MIN_GAIN`, none so large that a
     chunk's matrix products stop being compute-bound on the card."""
+    recipe = pieces_that_there_are(model, recipe)
     if recipe.attention_groups == "auto":
         for groups in _groups(model, recipe):
             chunks = recommend_chunks(model, _in_groups(recipe, groups), card)
@@ -470,6 +472,7 @@ def _smallest_power(limit: int, is_enough: Callable[[int], bool]) -> int:
 
 def recommend_chunks_at(model: Model, recipe: Recipe, card: Card, seq_len: int) -> Chunks:
     """The smallest chunk counts whose peak at this length is within `MIN_GAIN` of the lowest, all chunks compute-bound."""
+    recipe = pieces_that_there_are(model, recipe)
     if recipe.attention_groups == "auto":
         recipe = _in_groups(recipe, groups_of_heads(model, recipe, recipe.padded(seq_len)))
     if not recipe.is_open:

@@ -146,17 +146,27 @@ def _with_interior(ops: list[Op]) -> tuple[Op, ...]:
 
 def _mark_interior(ops: list[Op], row: list[int]) -> None:
     places = [i for i in row if (part := ops[i].part) is not None and not part.chunked]
-    parts = [part for i in places if (part := ops[i].part) is not None]
-    tapes = [(id(part.tape), part.recompute) for part in parts]
-    borrowing = any(len(part.tape.outputs) > 1 for part in parts)
+    layers: list[_Alike] = []
+    borrowing, given = False, ""
+    for i in places:
+        part = ops[i].part
+        assert part is not None
+        layers.append((id(part.tape), part.recompute, given if part.offload else ""))
+        given = ops[i].reads[0].dtype
+        borrowing |= len(part.tape.outputs) > 1
     for n, i in enumerate(places):
-        interior = any(_lies_between(tapes, n, period, borrowing) for period in range(1, _LONGEST_PERIOD + 1))
+        interior = any(_lies_between(layers, n, period, borrowing) for period in range(1, _LONGEST_PERIOD + 1))
         part = ops[i].part
         assert part is not None
         ops[i] = replace(ops[i], part=replace(part, interior=interior))
 
 
-def _lies_between(tapes: list[tuple[int, bool]], i: int, period: int, borrowing: bool) -> bool:
+_Alike = tuple[int, bool, str]
+"""What layers have in common that do the same: the tape, whether it is run again, and the dtype of the layer's input before it, which comes
+back from CPU RAM meanwhile."""
+
+
+def _lies_between(tapes: list[_Alike], i: int, period: int, borrowing: bool) -> bool:
     """Whether a layer's moments lie between those of the layers a period before and after it. What is alive beside it grows
     or shrinks by the same from one to the next where the layers on both sides are the same. The first layer and the last are instants of
     their own, and what a kind of layers is given goes with the first of them. borrowing: gradients of what some layers take of others come

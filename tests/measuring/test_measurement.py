@@ -34,6 +34,7 @@ from mstplan.show import measuring, validating
 from mstplan.show.formats import FORMATS
 from mstplan.spec.catalog import load_config, model_names
 from mstplan.spec.config import read_config
+from mstplan.spec.families import FAMILIES
 
 from .measured import CPU, case, measured
 
@@ -249,14 +250,21 @@ def test_what_makes_a_point_the_same():
         assert key_of(one, {**CPU, **changed}) != key_of(one, CPU)
 
 
+def _first_full(model):
+    """Layers up to the first without a window."""
+    return 1 + [kind.window for kind in model.layer_kinds].index(None)
+
+
 @pytest.mark.parametrize("name", model_names())
 def test_the_first_layers_of_a_model(name):
     config = load_config(name)
-    whole, first = read_config(config, name), read_config(slice_config(config, 2, name), name)
+    whole = read_config(config, name)
+    count = _first_full(whole) if FAMILIES[whole.model_type].full_last else 2
+    first = read_config(slice_config(config, count, name), name)
     experts = (
         whole.experts if any(kind.experts for kind in first.layer_kinds) else None
     )  # deepseek-v3 begins with dense layers
-    assert first == whole._replace(layer_kinds=whole.layer_kinds[:2], experts=experts)
+    assert first == whole._replace(layer_kinds=whole.layer_kinds[:count], experts=experts)
     for layers in (0, whole.layers + 1):
         with pytest.raises(ModelError, match=f"has {whole.layers} layers"):
             slice_config(config, layers, name)

@@ -14,7 +14,9 @@ from mstplan.step.steps import Chunks, Layout, step
 
 OLDER = ("falcon", "opt", "bloom", "gptj", "gpt_bigcode")
 """Families of short contexts, most of which keep matrices of all pairs of tokens: the formula answers for them."""
-MODELS = {name: model for name in model_names() if (model := load_model(name)).model_type not in OLDER}
+NEWER = ("gemma3n_text", "gemma4_text")
+"""Families whose layers differ too much for quick traces: the formula answers for them, too."""
+MODELS = {name: model for name in model_names() if (model := load_model(name)).model_type not in (*OLDER, *NEWER)}
 DENSE = [name for name, model in MODELS.items() if model.experts is None and model.mixer is None]
 """Of layers that mix tokens otherwise than by attention no calibrations ship: the formula answers."""
 ON = card("a100-80gb")

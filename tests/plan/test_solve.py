@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mstplan.errors import UnitError
+from mstplan.errors import RecipeError, UnitError
 from mstplan.plan.layout import cap_chunks, chunk_tokens, step_of, window_of
 from mstplan.plan.solve import (
     MIN_GAIN,
@@ -22,10 +22,11 @@ from mstplan.plan.solve import (
 from mstplan.spec.catalog import load_model, model_names
 from mstplan.spec.hardware import ALLOCATORS, card
 from mstplan.step.cuda import BIAS_ROWS
-from mstplan.step.recipe import STRATEGIES, strategy
+from mstplan.step.recipe import STRATEGIES, USUAL_STRATEGIES, strategy
 from mstplan.step.steps import Chunks
 from mstplan.units import GIB, LONGEST, SHORTEST
 
+from ..recipes import REFUSED, counted_strategies
 from ..step.strategies import POWERS, cards, chunk_counts, models, recipes
 
 A100 = card("a100-80gb")
@@ -138,10 +139,25 @@ def test_what_runs_is_no_longer_than_what_fits(data):
 def test_longest_is_what_it_says_for_shipped_models(name):
     model = load_model(name)
     for gpu in ("a100-80gb", "h200"):
-        for recipe in STRATEGIES.values():
+        for recipe in counted_strategies(model).values():
             for chunks in (fixed_chunks(recipe), fixed_chunks(recipe, 24, 48)):
                 s_max = check_definition(model, recipe, card(gpu), chunks)
                 assert s_max == bisected(model, recipe, card(gpu), chunks)
+
+
+def test_strategies_that_are_refused():
+    refused = {name: STRATEGIES.keys() - counted_strategies(load_model(name)).keys() for name in model_names()}
+    assert {name: which for name, which in refused.items() if which} == REFUSED
+    assert not set(USUAL_STRATEGIES) & set().union(*REFUSED.values())
+
+
+def test_a_model_without_an_mlp_has_no_pieces_of_it():
+    """They are left to us: one. Two that are asked for are refused by name."""
+    mamba, on = load_model("mamba2-2.7b"), card("h200")
+    assert max_seq(mamba, STRATEGIES["mst"], on).plan.chunks.mlp == 1
+    assert plan_at(mamba, STRATEGIES["mst-offload"], on, 32768).chunks.mlp == 1
+    with pytest.raises(RecipeError, match="has no MLP to run in pieces"):
+        plan_at(mamba, STRATEGIES["mst"].changed(mlp_chunks=2), on, 32768)
 
 
 @pytest.mark.parametrize("pad_to", [4096, 65536, 100_000])
@@ -216,7 +232,8 @@ def test_mst_needs_no_more_than_checkpointing(name):
     checkpointing, mst = STRATEGIES["checkpoint"], STRATEGIES["mst"]
     for seq_len in (512, 8192, 100_000):
         plain = peak(model, checkpointing, A100, seq_len, Chunks(1, 1))
-        for chunks in (Chunks(2, 2), Chunks(2, 16), Chunks(16, 2), Chunks(64, 64)):
+        for mlp, loss in ((2, 2), (2, 16), (16, 2), (64, 64)):
+            chunks = Chunks(mlp if model.feeds_forward else 1, loss)
             sums = fp32_sums(model, mst, chunks, seq_len)
             assert peak(model, mst, A100, seq_len, chunks) <= plain + max(sums), (seq_len, chunks)
 

@@ -38,7 +38,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_index_and_files_agree():
-    assert set(NAMES) == set(INDEX) and "index" not in NAMES and len(NAMES) == 122
+    assert set(NAMES) == set(INDEX) and "index" not in NAMES and len(NAMES) == 136
     assert all(name == name.lower() for name in NAMES)
     assert all(set(facts) == {"hub_id", "parameters", "note"} for facts in INDEX.values())
 

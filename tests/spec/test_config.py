@@ -53,6 +53,11 @@ def shipped(name):
     return json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def of_layers(config):
+    """The config of layers with a window, where kinds of layers have one each (Gemma 4)."""
+    return config.per_layer_config["sliding_attention"] if config.model_type == "gemma4_text" else config
+
+
 def theirs(config):
     return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
 
@@ -75,7 +80,7 @@ def their_kv_heads(config):
     """Heads of keys, as the modelling code of transformers takes them."""
     if config.model_type == "falcon":
         return config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return getattr(of_layers(config), "num_key_value_heads", None) or config.num_attention_heads
 
 
 NEEDED = {
@@ -123,26 +128,27 @@ def test_shipped_model_is_what_transformers_reads(name):
     assert model.vocab == config.vocab_size
     assert model.context == getattr(config, "max_position_embeddings", None)
     assert model.tied is config.tie_word_embeddings
-    assert model.attention.heads == config.num_attention_heads
-    assert model.attention.kv_heads == their_kv_heads(config)
+    if model.attends:
+        assert model.attention.heads == config.num_attention_heads
+        assert model.attention.kv_heads == their_kv_heads(config)
     assert [kind.window for kind in model.layer_kinds] == their_windows(config)
     if model.attention.latent is None:
-        derived = config.hidden_size // config.num_attention_heads
-        assert model.attention.head_dim == (getattr(config, "head_dim", None) or derived)
+        if model.attends:
+            derived = config.hidden_size // config.num_attention_heads
+            assert model.attention.head_dim == (getattr(of_layers(config), "head_dim", None) or derived)
     else:
         assert model.attention.head_dim == config.qk_head_dim
         assert model.attention.v_head_dim == config.v_head_dim
     rope = getattr(config, "rope_parameters", None) or {}
-    if FAMILIES[model.model_type].positions == "rotary" and model.attention.latent is None:
+    if FAMILIES[model.model_type].positions == "rotary" and model.attention.latent is None and model.attends:
         turned = getattr(config, "position_embedding_type", "rope") == "rope"
         share = rope.get("partial_rotary_factor", 1.0) if turned else 0
         width = FAMILIES[model.model_type].rotary_width
         turns = int(model.attention.head_dim * share) if width is None else getattr(config, width)
         assert model.attention.rotary_dim == turns
     if model.mlp is not None and not FAMILIES[model.model_type].adjusted_width:
-        assert model.mlp.width == (
-            getattr(config, FAMILIES[model.model_type].mlp_width, None) or 4 * config.hidden_size
-        )
+        width = getattr(config, FAMILIES[model.model_type].mlp_width, None) or 4 * config.hidden_size
+        assert model.mlp.width == (width[0] if isinstance(width, list) else width)
     if model.experts is not None:
         assert model.experts.per_token == config.num_experts_per_tok
         numbers = [getattr(config, name, None) for name in _ALIASES["num_experts"]]

@@ -19,6 +19,7 @@ from mstplan.step.steps import CALIBRATED, Chunks, Layout, Sizes, Step, evaluate
 from mstplan.step.tape import BASIS, Moment, undominated
 from mstplan.units import GIB
 
+from ..recipes import counted_strategies
 from .strategies import cards, chunk_counts, models, recipes
 
 A100 = card("a100-80gb")
@@ -169,8 +170,7 @@ def check_instants(built, where):
 @pytest.mark.parametrize("name", model_names())
 def test_entries_add_up(name):
     model = load_model(name)
-    for plan in STRATEGIES:
-        recipe = strategy(plan)
+    for recipe in counted_strategies(model).values():
         chunks = chunks_of(recipe, 16)
         check_instants(step_of(model, recipe, A100, chunks, 32768), step_sizes(recipe, 32768, chunks))
 

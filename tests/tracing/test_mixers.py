@@ -129,6 +129,15 @@ def test_a_quarter_of_a_million_tokens():
         agree(config_of(name), recipe_of(name, "mst-offload"), 262144)
 
 
+def test_layer_inputs_of_two_dtypes_on_their_way():
+    """Hidden states are fp32 from the second layer on: while the third runs, what comes back is twice what comes back for the first."""
+    family, changes = MODELS["mamba2"]
+    config = json.loads(
+        CONFIG_MAPPING[family](**{**SIZES, **changes, "num_hidden_layers": 7}).to_json_string(use_diff=False)
+    )
+    agree(config, recipe_of("mamba2", "mst-offload"), 65536)
+
+
 ATTENTION_ALONE = {"layer_types": ["full_attention"] * 3, "num_hidden_layers": 3}
 GATED = {
     "qwen3_next": ("qwen3_next", {**DELTA, **ATTENTION_ALONE}),
