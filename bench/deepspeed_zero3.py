@@ -95,6 +95,9 @@ CASES += [
         (2, "lora", "none", False, 1, False, ""),
         (2, "without embeddings, with input gradients", "auto", False, 1, True, ""),
         (2, "lora with input gradients", "middle", False, 2, True, "optimizer"),
+        (2, "lora with input gradients", "auto", False, 2, "reentrant", ""),
+        (2, "lora of attention", "small", False, 1, "reentrant", ""),
+        (2, "lora with input gradients", "default", False, 1, "reentrant", ""),
         (4, "lora with input gradients", "auto", True, 1, True, ""),
     )
 ]
