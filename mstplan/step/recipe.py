@@ -325,8 +325,7 @@ class Recipe(BaseModel):
             "adapter_dtype",
             "kbit_preparation",
         )
-        usual = Recipe.model_fields
-        alone = next((n for n in of_adapters if not self.lora_rank and getattr(self, n) != usual[n].default), "")
+        alone = "" if self.lora_rank else self._first_set(*of_adapters)
         on_head = {"lm_head", "embed_out", "output"} & set(self.lora_targets)
         why = (
             ""
@@ -392,18 +391,16 @@ class Recipe(BaseModel):
         )
 
     def _bad_sharding(self) -> tuple[tuple[bool, str], ...]:
-        of_fsdp = ("sync_each_batch", "reduce_dtype", "replicas")
-        usual = Recipe.model_fields
-        alone = "" if self.sharded else next((n for n in of_fsdp if getattr(self, n) != usual[n].default), "")
+        alone = "" if self.sharded else self._first_set("sync_each_batch", "reduce_dtype", "replicas")
         if alone:
             message = f"{alone} ({option_of(alone)}) is of fsdp: add sharding='fsdp' (--sharding fsdp), or leave it out"
             return ((True, message),)
-        if self.backward_prefetch != usual["backward_prefetch"].default and not self.flat:
+        if self._first_set("backward_prefetch") and not self.flat:
             message = "backward_prefetch (--backward-prefetch) is of fsdp1: add sharding='fsdp1' (--sharding fsdp1), or leave it out"
             return ((True, message),)
         of_stages = {"ZeRO": OF_ZERO if not self.zero_stage else (), "ZeRO-3": OF_ZERO_3 if self.zero_stage < 3 else ()}
         for stage, fields in of_stages.items():
-            if alone := next((name for name in fields if getattr(self, name) != usual[name].default), ""):
+            if alone := self._first_set(*fields):
                 name = "zero3" if stage == "ZeRO-3" else "zero2"
                 message = f"{alone} ({option_of(alone)}) is of {stage}: add sharding={name!r} (--sharding {name}), or leave it out"
                 return ((True, message),)
@@ -688,23 +685,7 @@ class Recipe(BaseModel):
         if ranks == 1:
             return ()
         option = f"tensor_parallel={ranks} (--tensor-parallel {ranks})"
-        beside = {
-            "autocast": False,
-            "kernels": "torch",
-            "lora_rank": 0,
-            "loss": "transformers",
-            "mlp_chunks": 1,
-            "offload": "none",
-            "optimizer_in_backward": False,
-            "optimizer_on_host": False,
-            "accumulation": 1,
-            "packing": 1,
-            "padding_free": False,
-            "images": 0,
-            "train": (),
-            "freeze": (),
-        }
-        other = next((name for name, value in beside.items() if getattr(self, name) != value), "")
+        other = self._first_set("loss", "offload", *_OF_OTHER_STEPS)
         other = other or ("precision" if self.precision == "mixed" and not self.sharded else "")
         return (
             (
@@ -746,6 +727,11 @@ class Recipe(BaseModel):
             ),
         )
 
+    def _first_set(self, *fields: str) -> str:
+        """The first of the fields that is not as it comes; "": all are."""
+        usual = Recipe.model_fields
+        return next((name for name in fields if getattr(self, name) != usual[name].default), "")
+
     def _bad_expert_parallel(self) -> tuple[tuple[bool, str], ...]:
         ranks, most = self.expert_parallel, self.expert_imbalance
         if ranks == 1:
@@ -757,24 +743,7 @@ class Recipe(BaseModel):
                 ),
             )
         option = f"expert_parallel={ranks} (--expert-parallel {ranks})"
-        beside = {
-            "sharding": "fsdp",
-            "replicas": 1,
-            "autocast": False,
-            "kernels": "torch",
-            "lora_rank": 0,
-            "mlp_chunks": 1,
-            "layer_in_chunks": False,
-            "optimizer_in_backward": False,
-            "optimizer_on_host": False,
-            "accumulation": 1,
-            "packing": 1,
-            "padding_free": False,
-            "images": 0,
-            "train": (),
-            "freeze": (),
-        }
-        other = next((name for name, value in beside.items() if getattr(self, name) != value), "")
+        other = "sharding" if self.sharding != "fsdp" else self._first_set("replicas", *_OF_OTHER_STEPS)
         other = other or ("precision" if self.precision == "mixed" else "")
         other = other or ("offload" if self.offload == "saved-tensors" else "")
         return (
@@ -1030,6 +999,19 @@ def _replicas_that_do(gpus: int) -> str:
     return f"replicas (--replicas) can be {', '.join(numbers[:8])}{', ...' if len(numbers) > 8 else ''}"
 
 
+_OF_OTHER_STEPS = (
+    *(
+        "autocast",
+        "kernels",
+        "lora_rank",
+        "mlp_chunks",
+        "layer_in_chunks",
+        "optimizer_in_backward",
+        "optimizer_on_host",
+    ),
+    *("accumulation", "packing", "padding_free", "images", "train", "freeze"),
+)
+"""What changes how a step runs: neither split matrices nor shared experts are planned with any of it."""
 _MUST_BE = {
     "reduce_bucket_size": "must be 'auto' or a whole number from 1",
     **dict.fromkeys(("prefetch_bucket_size", "param_persistence_threshold"), "must be 'auto' or a whole number from 0"),
