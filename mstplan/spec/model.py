@@ -156,6 +156,11 @@ class Mamba2(NamedTuple):
     norm: GatedNorm = "after the gate"
     scaled: bool = False  # its input and what its first product gives are multiplied by numbers (Falcon-H1)
 
+    @property
+    def projected(self) -> int:
+        """Width of what the product before it gives: gate, x, B, C and dt."""
+        return 2 * self.heads * self.head_dim + 2 * self.groups * self.state + self.heads
+
 
 Mixing = ShortConv | GatedDelta | Mamba2
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ..errors import RecipeError, did_you_mean, quoted
 from ..spec.families import family_of
 from ..spec.families.base import LAYER
-from ..spec.model import LayerKind, Model
+from ..spec.model import LayerKind, Mamba2, Model
 from ..spec.platform import AMPERE, Platform
 from . import expert_parallel, ring, tensor_parallel, ulysses
 from .adapters import DOWN, MAGNITUDE, MATRICES, WORDS, Adapters
@@ -48,6 +48,7 @@ from .selection import TOWERS, Named, Selection, WeightKind
 from .storage import Stored, in_sum, scales_of
 from .tape import (
     BASIS,
+    ITEMSIZE,
     MIXER_CHUNKS,
     MOST_CHOSEN,
     ZERO,
@@ -405,8 +406,11 @@ class Step:
         ]
 
     def _buffers(self) -> tuple[Stored, ...]:
-        model = self.model
+        model, dtype = self.model, self.layout.recipe.weight_dtype
+        scaled = model.mixer if isinstance(model.mixer, Mamba2) and model.mixer.scaled else None
+        multipliers = model.layers * scaled.projected if scaled is not None else 0  # Falcon-H1's mup_vector
         tables = (
+            Stored("multipliers of what Mamba-2 is given", dtype, ITEMSIZE[dtype] * multipliers),
             Stored("causality of positions", "bool", model.causality**2),
             Stored("sinusoids of positions", "float32", 4 * model.sinusoids * model.layers),
             Stored("numbers of patches", "int64", numbers_of_patches(model, self.layout.recipe)),

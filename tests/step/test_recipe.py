@@ -43,7 +43,7 @@ def test_json_round_trip(name: str, tmp_path: Path) -> None:
         ({"batch": "2"}, "batch"),
         ({"optimizer": "adam"}, "adamw"),
         ({"checkpoint": 0}, "checkpoint"),
-        ({"checkpoint": "some"}, "none, layer, sqrt"),
+        ({"checkpoint": "some"}, "none, layer, reentrant, sqrt"),
         ({"mlp_chunks": 0}, "mlp_chunks"),
         ({"mlp_chunks": "many"}, "mlp_chunks"),
         ({"loss_chunks": 4}, "loss='chunked'"),

@@ -56,7 +56,7 @@ class _Mamba2:
         inner, shared = s.heads * s.head_dim, s.groups * s.state
         width = inner + 2 * shared
         name = f"{self.module}.in_proj"
-        whole = w.new("gate, x, B, C and dt", str(inner + width + s.heads))
+        whole = w.new("gate, x, B, C and dt", str(s.projected))
         given = w.scaled(x) if s.scaled else x
         projected = w.linear(given, whole, name, kind=kind, bias=s.bias)
         if s.scaled:
