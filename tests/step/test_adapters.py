@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mstplan.plan import solve
 from mstplan.plan.layout import layout_of, step_sizes
 from mstplan.spec.catalog import load_model, model_names
+from mstplan.spec.families import family_of
 from mstplan.spec.hardware import card
 from mstplan.step.instants import Instant
 from mstplan.step.parameters import trained_count
@@ -15,8 +16,14 @@ from mstplan.step.recipe import STRATEGIES, Recipe, strategy
 from mstplan.step.roles import Role
 from mstplan.step.steps import Chunks, Step, step
 
+from ..recipes import REFUSED
+
 H100 = card("h100")
-DENSE = [name for name in model_names() if load_model(name).experts is None]
+DENSE = [
+    name
+    for name, model in ((name, load_model(name)) for name in model_names() if name not in REFUSED)
+    if model.experts is None and not family_of(model.model_type).code.bars_out_proj
+]
 STRATEGY = st.sampled_from(sorted(STRATEGIES))
 LENGTHS = st.integers(1, 64).map(lambda n: 256 * n)
 QUANTISED = ("nf4", "fp4", "int8")
