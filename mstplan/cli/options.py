@@ -730,7 +730,11 @@ def _with_images(model: Model, options: RecipesOptions, assume: str | None) -> M
     from ..step.towers import uncounted, with_images
 
     if assume == TEXT_ALONE or not (model.towers or NO_TOWERS in model.notes):
-        raise RecipeError(f"--images: {model.name} is planned as a model of text alone.\nLeave --images out.")
+        whole = f" Its published config.json has the tower: pass that, or its id {model.hub_id}."
+        is_part = model.model_type.endswith("_text") and model.hub_id
+        raise RecipeError(
+            f"--images: {model.name} is planned as a model of text alone.\nLeave --images out.{whole if is_part else ''}"
+        )
     recipes = list(recipes_of(options, model=model).values())
     by_trace = "--rung trace" if getattr(options, "rung", None) == "trace" else ""
     if what := next(filter(None, (by_trace, *(uncounted(model, recipe) for recipe in recipes))), ""):
