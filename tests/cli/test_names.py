@@ -30,6 +30,8 @@ USERS_OWN = {
     "--sequence-parallel": "2",
     "--context-parallel": "2",
     "--tensor-parallel": "2",
+    "--expert-parallel": "8",
+    "--expert-imbalance": "2",
     "--rotate-method": "alltoall",
     "--model": "gpt2",
     "--gpu": "h200",
@@ -118,6 +120,9 @@ def taken(run: Run, options: tuple[str, ...]) -> bool:
         more = ("--gpus", "8", "--sharding", "fsdp1", "-s", "checkpointing")
     elif "fsdp1" in options:  # which runs all in one piece
         more = (*more, "-s", "checkpointing")
+    if {"--expert-parallel", "--expert-imbalance"} & {*options}:  # which are of experts
+        more = ("--gpus", "8", "--sharding", "fsdp", "-m", "qwen3-30b-a3b", "-s", "checkpointing")
+        more = (*more, *(() if "--expert-parallel" in options else ("--expert-parallel", "8")))
     if {"--double-quantize", "--quant-storage"} & {*options}:
         more = (*more, "--quantize", "nf4")
     if OF_ADAPTERS & {*options} and "--lora" not in options:

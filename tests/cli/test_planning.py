@@ -284,7 +284,7 @@ def test_models_are_told_apart(run: Run) -> None:
     named = [
         m["name"] for m in run("models", "Qwen/", "a3b", "--json").json["models"]
     ]  # a part of the id, and of the name
-    assert named == ["qwen3-30b-a3b", "qwen3-30b-a3b-2507", "qwen3-next-80b-a3b"]
+    assert named == ["qwen3-30b-a3b", "qwen3-30b-a3b-2507", "qwen3-next-80b-a3b", "qwen3.5-35b-a3b"]
 
 
 def test_models_that_fit_are_those_that_plan_says_fit(run: Run) -> None:
@@ -295,13 +295,14 @@ def test_models_that_fit_are_those_that_plan_says_fit(run: Run) -> None:
         "qwen3-1.7b": "checkpointing",
         "qwen3-4b": "chunked-loss",
         "qwen3-8b": "chunked-loss",
+        "qwen3.5-9b": "mst-offload",
     }
-    for name in ("qwen3-0.6b", "qwen3-8b", "qwen3-14b"):
+    for name in ("qwen3-0.6b", "qwen3-8b", "qwen3-14b", "qwen3.5-9b"):
         planned = run("plan", "-m", name, "--gpu", "rtx-4090", "--lora", "16", "--seq-len", "8k")
         assert planned.code == (name not in fit)
     assert "qwen3-32b" in run("models", "qwen3", "--fits", "rtx-4090", "--lora", "16", "--quantize", "nf4").out
     none = run("models", "qwen3", "--fits", "t4", "--seq-len", "1M", "-s", "standard")
-    assert none.code == 1 and "0 of 12 train on t4 at 1,048,576 tokens" in " ".join(none.out.split())
+    assert none.code == 1 and "0 of 15 train on t4 at 1,048,576 tokens" in " ".join(none.out.split())
 
 
 def test_what_cannot_be_planned_is_left_out_of_the_models_that_fit_and_named(run: Run) -> None:
@@ -451,13 +452,13 @@ BAD = [
     (("max-seq", *CASE, "--chunks", "1,2,3"), "--chunks"),
     (("max-seq", *CASE, "--optimizer", "adam"), "adamw"),
     (("max-seq", *CASE, "--precision", "fp8"), "bf16"),
-    (("max-seq", *CASE, "--checkpoint", "lots"), "none, layer, sqrt"),
+    (("max-seq", *CASE, "--checkpoint", "lots"), "none, layer, reentrant, sqrt"),
     (("max-seq", *CASE, "--offload", "layer-inputs"), "needs checkpointing"),
     (("max-seq", *CASE, "--optimizer-in-backward", "--accumulation", "4"), "cannot accumulate"),
     (("max-seq", *CASE, "--weights-on-host"), "needs --optimizer-on-host"),
     (("max-seq", *CASE, "--recipe", "nowhere.json"), "there is no file 'nowhere.json'"),
     (("max-seq", *CASE, "--recipe", "pipe"), "is not a file"),
-    (("max-seq", *CASE, "--checkpoint", "²"), "none, layer, sqrt"),
+    (("max-seq", *CASE, "--checkpoint", "²"), "none, layer, reentrant, sqrt"),
     (("max-seq", *CASE, "--checkpoint", "9" * 5000), "whole number"),
     (("max-seq", *CASE, "--chunks", "9" * 5000), "--chunks"),
     (("max-seq", *CASE, "--chunks", "²"), "--chunks"),
