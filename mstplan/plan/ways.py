@@ -419,8 +419,11 @@ def fewest_gpus(start: Plan) -> int | None:
 
 
 def master_weights(start: Plan) -> Plan | None:
-    """The plan as accelerate's mixed_precision bf16 has it, which keeps shards in fp32; None where it is not asked for."""
+    """The plan as accelerate's mixed_precision bf16 has it, which keeps shards in fp32; None where it is not asked for, or not planned."""
     if not start.recipe.sharded or start.recipe.precision != "bf16" or start.recipe.lora_rank:
         return None
-    mixed = start.recipe.changed(precision="mixed", reduce_dtype="bf16")
-    return plan_at(start.model, mixed, start.card, start.seq_len)
+    try:
+        mixed = start.recipe.changed(precision="mixed", reduce_dtype="bf16")
+        return plan_at(start.model, mixed, start.card, start.seq_len)
+    except RecipeError:  # experts over several GPUs
+        return None

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from mstplan import load_model
 from mstplan.errors import RecipeError
 from mstplan.plan.advice import recipe_notes
+from mstplan.plan.findings import assess_length
 from mstplan.plan.layout import step_of, step_sizes
 from mstplan.plan.several_gpus import compare, list_ways
 from mstplan.plan.solve import fixed_chunks, longest_sequence, plan_at
+from mstplan.plan.ways import master_weights
 from mstplan.spec.hardware import card
 from mstplan.step.expert_parallel import most_rows, rows_of_a_token
 from mstplan.step.recipe import Recipe, strategy
@@ -153,3 +155,11 @@ def test_ways_of_several_gpus_list_it_where_there_are_experts() -> None:
 def test_steps_are_not_run() -> None:
     with pytest.raises(RecipeError, match="planned and traced, and not run here"):
         check_measurable(of(8))
+
+
+def test_a_plan_tries_nothing_that_is_refused() -> None:
+    """Notes and ways to fit of a plan vary its recipe, also to what experts over several GPUs do not go with."""
+    for tokens in (512, 400_000):
+        plan = plan_at(MODEL, of(8), ON, tokens)
+        assert master_weights(plan) is None
+        assert plan.fits is (tokens == 512) and assess_length({"checkpoint": plan}, "checkpoint").notes
