@@ -510,9 +510,10 @@ def _parameters_on_rank(
     if recipe.flat:
         yield from ((*flat, None) for flat in flat_shapes(model, recipe))
         return
-    split = shapes_on_a_rank(model, recipe) | shapes_of_experts(model, recipe)
+    split, experts = shapes_on_a_rank(model, recipe), shapes_of_experts(model, recipe)
     for name, weight in model.named_parameters():
-        yield name, shape_on_rank(weight, recipe, split.get(name)), weight.dtype, weight.requires_grad, weight
+        shape = experts.get(name) or shape_on_rank(weight, recipe, split.get(name))
+        yield name, shape, weight.dtype, weight.requires_grad, weight
 
 
 def _keep_layers(model: PreTrainedModel, layers: list[nn.Module], layer_numbers: list[int]) -> PreTrainedModel:
