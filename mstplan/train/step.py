@@ -340,7 +340,11 @@ def groups_of(weights: list[nn.Parameter]) -> Any:
     groups: dict[Any, list[nn.Parameter]] = {}
     for weight in weights:
         groups.setdefault(getattr(weight, "device_mesh", None), []).append(weight)
-    return weights if len(groups) == 1 else [{"params": group} for group in groups.values()]
+    if (
+        len(groups.keys() - {None}) < 2
+    ):  # beside one mesh there are plain tensors, which a loop over weights steps (tensor parallel)
+        return weights
+    return [{"params": group} for group in groups.values()]
 
 
 def step_in_backward(model: nn.Module, make_optimizer: Make) -> list[torch.optim.Optimizer]:
