@@ -95,11 +95,9 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     spread = {inner: _around_experts(inner, group) for inner, group in groups.items()}
 
     def in_group(i: int) -> Op:
-        # Buffers of the layers on both sides are there with a layer: its moments lie between its neighbours' when theirs are alike.
-        interior = 1 < i < len(tapes) - 2 and all(near is tapes[i] for near in tapes[i - 2 : i + 3])
         part = layers[i].part
         assert part is not None
-        part = replace(part, tape=spread[tapes[i]], group=groups[tapes[i]], interior=interior)
+        part = replace(part, tape=spread[tapes[i]], group=groups[tapes[i]], interior=_lies_between(tapes, i))
         return replace(layers[i], part=part)
 
     grouped = {op: in_group(i) for i, op in enumerate(layers)}
@@ -172,11 +170,15 @@ def _with_flat_interior(ops: list[Op]) -> tuple[Op, ...]:
     places = [i for i, op in enumerate(ops) if op.is_layer]
     tapes = [op.part.tape for op in ops if op.is_layer and op.part is not None]
     for n, i in enumerate(places):
-        interior = 1 < n < len(tapes) - 2 and all(near is tapes[n] for near in tapes[n - 2 : n + 3])
         part = ops[i].part
         assert part is not None
-        ops[i] = replace(ops[i], part=replace(part, interior=interior))
+        ops[i] = replace(ops[i], part=replace(part, interior=_lies_between(tapes, n)))
     return tuple(ops)
+
+
+def _lies_between(tapes: list[Tape], i: int) -> bool:
+    """Whether a layer's moments lie between its neighbours': buffers of the layers on both sides are there with it, and theirs are alike."""
+    return 1 < i < len(tapes) - 2 and all(near is tapes[i] for near in tapes[i - 2 : i + 3])
 
 
 def _with_flat_adapters(part: Part, recipe: Recipe) -> Part:

@@ -1725,17 +1725,17 @@ def _part_backward(
             ledger.rename(grad_of(op.reads[n]), grad_of(part.tape.sources[n]))
         if part.reentrant:
             _reentrant_backward(op, part, ledger, rules, moments, outer)
-            return
-        replay = backward(
-            part.tape,
-            rules,
-            recompute=part.recompute,
-            fetch=fetch if end_of else part.offload,
-            end_of=end_of,
-            guests=guests,
-            outer=outer,
-        )
-        ledger.splice(replay, op.where, moments=moments)
+        else:
+            replay = backward(
+                part.tape,
+                rules,
+                recompute=part.recompute,
+                fetch=fetch if end_of else part.offload,
+                end_of=end_of,
+                guests=guests,
+                outer=outer,
+            )
+            ledger.splice(replay, op.where, moments=moments)
         for tensor, source in zip(op.reads, part.tape.sources, strict=True):
             if tensor in part.wanted:
                 ledger.rename(grad_of(source), grad_of(tensor))
@@ -1790,9 +1790,6 @@ def _reentrant_backward(op: Op, part: Part, ledger: _Ledger, rules: Rules, momen
         ledger.drop(source)
     for n in outer.outputs or () if not outer.shares else ():
         ledger.drop(grad_of(part.tape.outputs[n]))
-    for tensor, made in zip(op.reads, part.tape.sources, strict=True):
-        if tensor in part.wanted:
-            ledger.rename(grad_of(made), grad_of(tensor))
 
 
 def _used_again(tape: Tape) -> dict[Weight, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from types import MethodType
@@ -115,10 +115,14 @@ class Checkpoints:
             finally:
                 self.recomputing = None
 
-        with ExitStack() as entered:
-            if self.host_copies is not None and torch.is_grad_enabled():
-                entered.enter_context(self.host_copies.keep_on_host(index, len(self.segments)))
+        with self._input_on_host(index):
             return torch_checkpoint.checkpoint(layer, *args, use_reentrant=True)
+
+    def _input_on_host(self, index: int) -> AbstractContextManager[None]:
+        """Within the context what is saved, the input of the checkpoint that layer `index` begins, is kept on the host, if inputs are."""
+        if self.host_copies is None or not torch.is_grad_enabled():
+            return nullcontext()
+        return self.host_copies.keep_on_host(index, len(self.segments))
 
     def _trains(self, index: int) -> bool:
         return any(weight.requires_grad for weight in self.layers[index].parameters())
@@ -144,8 +148,7 @@ class Checkpoints:
                 self.recomputing, self.discards_output = None, False
 
         with ExitStack() as entered:  # left again if the host has no room for the input
-            if self.host_copies is not None and torch.is_grad_enabled():
-                entered.enter_context(self.host_copies.keep_on_host(index, len(self.segments)))
+            entered.enter_context(self._input_on_host(index))
             entered.enter_context(_checkpoint(recompute, hidden, self.contexts))
             self._segment = entered.pop_all()
 
