@@ -44,32 +44,6 @@ WARM_UP, ROUNDS, RUNS = 2, 12, 16
 """Steps before any is recorded, and those that are: gloo's thread may hold on to a buffer for a moment more, and what it gives back the profiler does not
 see; but not in all of so many."""
 BUCKETS = {"all": 10_000_000, "some": 350_000, "auto": 256 * 256}
-CASES: list[dict[str, Any]] = [
-    {
-        "ranks": ranks,
-        "tied": tied,
-        "stage": stage,
-        "bucket": bucket,
-        "accumulation": accumulation,
-        "overlap": overlap,
-        "host": host,
-    }
-    for ranks, tied, bucket, accumulation, overlap, host in (
-        (2, False, "all", 1, False, False),
-        (2, False, "some", 1, False, False),
-        (2, False, "auto", 1, False, False),
-        (2, False, "some", 3, False, False),
-        (2, True, "auto", 2, False, False),
-        (2, False, "some", 1, True, False),
-        (2, False, "some", 2, True, False),
-        (2, False, "some", 1, False, True),
-        (2, False, "auto", 2, False, True),
-        (3, False, "some", 1, False, False),
-        (3, False, "auto", 2, False, False),
-        (3, True, "all", 1, False, False),
-    )
-    for stage in (1, 2)
-]
 PART: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 96, "lora_targets": ["all-linear"]},
     "lora with input gradients": {"lora_rank": 96, "lora_targets": ["all-linear"], "input_gradients": True},
@@ -82,30 +56,34 @@ PART: dict[str, dict[str, Any]] = {
     "mlp": {"train": ["mlp"]},
 }
 """What trains a part of a model's weights, as fields of a recipe."""
-CASES += [
-    {
-        "ranks": ranks,
-        "tied": tied,
-        "stage": stage,
-        "bucket": bucket,
-        "accumulation": accumulation,
-        "overlap": overlap,
-        "host": host,
-        "part": part,
-    }
-    for ranks, part, tied, bucket, accumulation, overlap, host in (
-        (2, "lora", False, "all", 1, False, False),
-        (2, "lora", False, "auto", 2, False, False),
-        (2, "lora", True, "some", 1, True, False),
-        (2, "lora", False, "some", 2, False, True),
-        (2, "lora of attention", True, "auto", 1, False, False),
-        (2, "lora and head", False, "some", 2, False, False),
-        (2, "qlora", False, "auto", 2, False, False),
-        (2, "qlora in bf16", False, "all", 1, False, False),
-        (2, "without embeddings", False, "some", 2, False, False),
-        (2, "mlp", False, "some", 1, False, False),
-        (3, "lora", False, "some", 2, False, False),
-        (3, "qlora", False, "all", 1, False, False),
+NAMES = ("ranks", "tied", "bucket", "accumulation", "overlap", "host", "part")
+CASES: list[dict[str, Any]] = [
+    {**dict(zip(NAMES, row, strict=False)), "stage": stage}
+    for row in (
+        (2, False, "all", 1, False, False),
+        (2, False, "some", 1, False, False),
+        (2, False, "auto", 1, False, False),
+        (2, False, "some", 3, False, False),
+        (2, True, "auto", 2, False, False),
+        (2, False, "some", 1, True, False),
+        (2, False, "some", 2, True, False),
+        (2, False, "some", 1, False, True),
+        (2, False, "auto", 2, False, True),
+        (3, False, "some", 1, False, False),
+        (3, False, "auto", 2, False, False),
+        (3, True, "all", 1, False, False),
+        (2, False, "all", 1, False, False, "lora"),
+        (2, False, "auto", 2, False, False, "lora"),
+        (2, True, "some", 1, True, False, "lora"),
+        (2, False, "some", 2, False, True, "lora"),
+        (2, True, "auto", 1, False, False, "lora of attention"),
+        (2, False, "some", 2, False, False, "lora and head"),
+        (2, False, "auto", 2, False, False, "qlora"),
+        (2, False, "all", 1, False, False, "qlora in bf16"),
+        (2, False, "some", 2, False, False, "without embeddings"),
+        (2, False, "some", 1, False, False, "mlp"),
+        (3, False, "some", 2, False, False, "lora"),
+        (3, False, "all", 1, False, False, "qlora"),
     )
     for stage in (1, 2)
 ]

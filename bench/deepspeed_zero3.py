@@ -42,16 +42,10 @@ SETTINGS: dict[str, dict[str, int]] = {
     },
 }
 """DeepSpeed's settings; auto: what transformers fills in for hidden states of 256."""
+NAMES = ("ranks", "settings", "tied", "accumulation", "checkpoint", "host", "part")
 CASES: list[dict[str, Any]] = [
-    {
-        "ranks": ranks,
-        "settings": settings,
-        "tied": tied,
-        "accumulation": accumulation,
-        "checkpoint": checkpoint,
-        "host": host,
-    }
-    for ranks, settings, tied, accumulation, checkpoint, host in (
+    dict(zip(NAMES, row, strict=False))
+    for row in (
         (2, "default", False, 1, False, ""),
         (2, "auto", False, 1, False, ""),
         (2, "auto", False, 2, True, ""),
@@ -74,31 +68,18 @@ CASES: list[dict[str, Any]] = [
         (4, "middle", False, 1, False, ""),
         (4, "auto", False, 1, True, ""),
         (4, "small", False, 2, True, ""),
-    )
-]
-CASES += [
-    {
-        "ranks": ranks,
-        "settings": settings,
-        "tied": tied,
-        "accumulation": accumulation,
-        "checkpoint": checkpoint,
-        "host": host,
-        "part": part,
-    }
-    for ranks, part, settings, tied, accumulation, checkpoint, host in (
-        (2, "lora", "default", False, 1, False, ""),
-        (2, "lora with input gradients", "default", False, 1, True, ""),
-        (2, "lora with input gradients", "auto", False, 2, True, ""),
-        (2, "lora with input gradients", "auto", False, 1, True, ""),
-        (2, "lora of attention", "small", False, 2, True, ""),
-        (2, "lora", "none", False, 1, False, ""),
-        (2, "without embeddings, with input gradients", "auto", False, 1, True, ""),
-        (2, "lora with input gradients", "middle", False, 2, True, "optimizer"),
-        (2, "lora with input gradients", "auto", False, 2, "reentrant", ""),
-        (2, "lora of attention", "small", False, 1, "reentrant", ""),
-        (2, "lora with input gradients", "default", False, 1, "reentrant", ""),
-        (4, "lora with input gradients", "auto", True, 1, True, ""),
+        (2, "default", False, 1, False, "", "lora"),
+        (2, "default", False, 1, True, "", "lora with input gradients"),
+        (2, "auto", False, 2, True, "", "lora with input gradients"),
+        (2, "auto", False, 1, True, "", "lora with input gradients"),
+        (2, "small", False, 2, True, "", "lora of attention"),
+        (2, "none", False, 1, False, "", "lora"),
+        (2, "auto", False, 1, True, "", "without embeddings, with input gradients"),
+        (2, "middle", False, 2, True, "optimizer", "lora with input gradients"),
+        (2, "auto", False, 2, "reentrant", "", "lora with input gradients"),
+        (2, "small", False, 1, "reentrant", "", "lora of attention"),
+        (2, "default", False, 1, "reentrant", "", "lora with input gradients"),
+        (4, "auto", True, 1, True, "", "lora with input gradients"),
     )
 ]
 OF_STAGE_3 = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")

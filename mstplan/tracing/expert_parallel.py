@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError, VersionError
 from ..step.expert_parallel import refuse_ranks, rows_of_a_token
 from ..step.recipe import Recipe
-from .patches import COLLECTIVE_WAIT, COUNTS_SENT, DISPATCH, JOINED_MESHES, WAIT_OF_TRANSFORMERS, patched
+from .patches import COLLECTIVE_WAIT, COUNTS_SENT, DISPATCH, WAIT_OF_TRANSFORMERS, patched
 from .values import note_values
 
 _AXES = ("pp", "dp_replicate", "fsdp", "tp"), ("pp", "dp_replicate", "efsdp", "ep")
@@ -69,17 +69,8 @@ def spread_experts(model: PreTrainedModel, recipe: Recipe) -> None:
         )
         expert_mesh, alone = meshes.get_mesh("ep"), meshes.get_mesh("tp")
     model.config.distributed_config = config
-    with patched({JOINED_MESHES: _on_real_tensors}):
-        apply_expert_parallelism(model, expert_mesh, alone, experts)
-        apply_fully_sharded_data_parallelism(model, meshes, groups, experts)
-
-
-def _on_real_tensors(plain: Callable[..., Any]) -> Any:
-    def run(*args: Any) -> Any:
-        with unset_fake_temporarily():
-            return plain(*args)
-
-    return staticmethod(run)
+    apply_expert_parallelism(model, expert_mesh, alone, experts)
+    apply_fully_sharded_data_parallelism(model, meshes, groups, experts)
 
 
 @contextmanager

@@ -211,12 +211,6 @@ COLLECTIVE_WAIT = Target(_FUNCTIONAL, "wait_tensor", _TORCH, "on fake tensors it
 
 _EXPERTS = "transformers.distributed.expert_parallel"
 
-JOINED_MESHES = Target(
-    "torch.distributed.device_mesh",
-    "DeviceMesh._concatenate",
-    _TORCH,
-    "it makes a tensor of ranks, which would be fake",
-)
 DISPATCH = Target(_EXPERTS, "AllToAllEP._dispatch_tokens", _TRANSFORMERS, "how many rows it sends is to be known")
 COUNTS_SENT = Target(_EXPERTS, "all_to_all_single", _TRANSFORMERS, "on fake tensors nobody says how many rows come")
 WAIT_OF_TRANSFORMERS = Target(
