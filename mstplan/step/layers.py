@@ -128,10 +128,9 @@ class Writer:
         self.cuts_gates = False  # of the MLP
         self.in_chunks = False  # does the layer around attention run over pieces?
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
+        # tokens that there are for one of what shapes count by their basis: of images, whose number is known
+        self.rows = 1
         # axes of position ids, which packed rows have each of its own; pieces of several rows are counted as if they had
-        self.rows = (
-            1  # tokens that there are for one of what shapes count by their basis: of images, whose number is known
-        )
         own_places = numerics.samples > 1 or numerics.ranks > 1 or numerics.ring is not None
         self.places = "s" if not own_places and tokens == "b s" else tokens
 

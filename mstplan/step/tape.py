@@ -311,9 +311,8 @@ class Group:
     all_reduced: bool  # what was scattered is summed over replicas, and held until all of backward is over
     temporaries: Tensor  # of the optimizer, where it steps in backward
     flat: Flat | None = None  # FSDP1's, whose weights are one tensor
-    cut: tuple[
-        tuple[Tensor, Tensor], ...
-    ] = ()  # gradients that are whole where cards split the weight, and this card's part, a copy
+    # gradients that are whole where cards split the weight, and this card's part, a copy
+    cut: tuple[tuple[Tensor, Tensor], ...] = ()
     experts: Group | None = None  # of weights inside of its own, which are a group apart
     alone: bool = False  # of one card: weights are copied from shards that are whole, without a buffer
 
@@ -916,9 +915,8 @@ class _PlannedGroups(_Groups):
 
     def before_backward(self, op: Op, listed: bool) -> None:
         with_head = any(WeightKind.HEAD in weight.kinds for weight in op.weights)
-        if not self.begun and (
-            with_head or op.group is not None
-        ):  # a head whose gradient is made in forward has no backward
+        # a head whose gradient is made in forward has no backward
+        if not self.begun and (with_head or op.group is not None):
             self._gather(self.order[-1], "backward of the loss" if with_head else op.where, listed=True)
             self.buffer, self.begun = self.order[-1].buffer, True
         if op.group is None and op.stage is Stage.EMBEDDING and op.weights:
@@ -981,9 +979,8 @@ class _ExpertGroups(_Groups):
             return
         if not self.recomputing:
             self.ledger.drop(self.group.gathered)
-        elif (
-            not self.group.alone
-        ):  # gathered for the layer's backward: it goes with the forward pass that begins and ends here
+        elif not self.group.alone:
+            # gathered for the layer's backward: it goes with the forward pass that begins and ends here
             self.ledger.drop(self.group.buffer)
 
     def before_backward(self, op: Op, listed: bool) -> None:
