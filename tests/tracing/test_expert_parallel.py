@@ -19,12 +19,11 @@ from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
-from .real_events import peak, without
+from .real_events import check_held, check_order
 from .test_fsdp import KNOWN
 from .two_experts import MODELS, of_four, recipes
 from .two_ranks import TOKENS
 
-LARGE = 8192  # bytes; smaller ones are scalars, numbers of rows and of experts, and the random generator's state that a checkpoint keeps
 NOT_TRACED = re.compile("|".join(("^gloo:", *KNOWN.values())))
 """gloo's copies; two experts over four ranks pad nothing."""
 RECIPES = {**recipes(), **of_four()}
@@ -50,20 +49,12 @@ def traced(name: str) -> Trace:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
-    expected = [made.bytes for made in traced(name).step.storages if made.bytes > LARGE]
-    for rank in real:
-        runs = (without(events, NOT_TRACED) for events in rank[name]["runs"])
-        assert expected in ([size for size, *_ in events if size > LARGE] for events in runs)
+    check_order(traced(name), [rank[name] for rank in real], NOT_TRACED)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_real_ranks_hold_what_the_trace_says(real, name):
-    """Within what random generators' states make, which are not followed: 0.05%."""
-    found = traced(name)
-    for rank in real:
-        assert rank[name]["resident"] == sum(alive.bytes for alive in found.resident)
-        most = peak([without(events, NOT_TRACED) for events in rank[name]["runs"]])
-        assert max(found.live) == pytest.approx(rank[name]["resident"] + most, rel=0.0005)
+    check_held(traced(name), [rank[name] for rank in real], NOT_TRACED)
 
 
 @pytest.mark.parametrize("name", ["standard", "checkpoint"])

@@ -22,7 +22,7 @@ from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
 from . import four_splitters
-from .real_events import peak, without
+from .real_events import check_held, check_order
 from .two_ranks import TOKENS
 from .two_sharers import seeded, whole_batch
 from .two_splitters import MODELS, recipes
@@ -30,7 +30,6 @@ from .two_splitters import MODELS, recipes
 MIXED: dict[str, Any] = {"precision": "mixed", "reduce_dtype": "bf16", "adamw_kernel": "foreach"}
 COPIES: dict[str, Any] = {"precision": "mixed", "replicas": 2}
 IN_SHARDS = four_splitters.recipes()
-LARGE = 8192  # bytes; smaller ones are scalars, token ids and masks of a rank's rows, and the random generator's state that a checkpoint keeps
 NOT_TRACED = re.compile(
     r"^gloo:|allgather_into_tensor_coalesced_ > empty$|c10d::_allgather_base_ > empty$|c10d::_reduce_scatter_base_ > clone > empty_strided$"
     r"|^Optimizer.step.* > (lerp_|addcmul_) > PythonSubclass > clone > empty_strided$"
@@ -63,20 +62,12 @@ def traced(name: str) -> Trace:
 
 @pytest.mark.parametrize("name", [*recipes(), *IN_SHARDS])
 def test_two_real_ranks_allocate_what_the_trace_says_in_that_order(real, name):
-    expected = [made.bytes for made in traced(name).step.storages if made.bytes > LARGE]
-    for rank in real:
-        runs = (without(events, NOT_TRACED) for events in rank[name]["runs"])  # in some, gloo's thread makes one more
-        assert expected in ([size for size, *_ in events if size > LARGE] for events in runs)
+    check_order(traced(name), [rank[name] for rank in real], NOT_TRACED)
 
 
 @pytest.mark.parametrize("name", [*recipes(), *IN_SHARDS])
 def test_two_real_ranks_hold_what_the_trace_says(real, name):
-    """Within what random generators' states make, which are not followed: 0.05%."""
-    found = traced(name)
-    for rank in real:
-        assert rank[name]["resident"] == sum(alive.bytes for alive in found.resident)
-        most = peak([without(events, NOT_TRACED) for events in rank[name]["runs"]])
-        assert max(found.live) == pytest.approx(rank[name]["resident"] + most, rel=0.0005)
+    check_held(traced(name), [rank[name] for rank in real], NOT_TRACED)
 
 
 @pytest.mark.parametrize("name", MODELS)
