@@ -115,6 +115,8 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
     import torch
 
     from mstplan.step.recipe import strategy
+    from mstplan.tracing.fused_losses import COMPUTES
+    from mstplan.train.fused import compute_loss_by
     from mstplan.train.step import build_model, read_settings
 
     fields = PART.get(case.get("part", ""), {})
@@ -123,6 +125,8 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
         "standard", **{**fields, "lora_rank": 0, "lora_targets": ["all-linear"]} if is_wrapped else fields
     )
     model: Any = build_model(read_settings(TIED if case["tied"] else CONFIG), recipe, "eager", "cpu")
+    if case.get("loss"):
+        compute_loss_by(model, with_numbers(COMPUTES[case["loss"]]))
     if is_wrapped:
         model = with_peft(model, fields)
     if case.get("checkpoint"):
@@ -145,6 +149,18 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
             engine.step()
 
     return engine, step
+
+
+def with_numbers(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A stand-in for a loss, with gradients that are zero: it computes none, and DeepSpeed skips a step of what is no number."""
+
+    def computed(hidden: Any, weight: Any, *more: Any) -> Any:
+        for each in (hidden, weight):
+            if each.requires_grad:
+                each.register_hook(lambda gradient: gradient.zero_())
+        return compute(hidden, weight, *more)
+
+    return computed
 
 
 def with_peft(model: Any, fields: dict[str, Any]) -> Any:

@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, int]] = {
     },
 }
 """DeepSpeed's settings; auto: what transformers fills in for hidden states of 256."""
-NAMES = ("ranks", "settings", "tied", "accumulation", "checkpoint", "host", "part")
+NAMES = ("ranks", "settings", "tied", "accumulation", "checkpoint", "host", "part", "loss")
 CASES: list[dict[str, Any]] = [
     dict(zip(NAMES, row, strict=False))
     for row in (
@@ -80,6 +80,14 @@ CASES: list[dict[str, Any]] = [
         (2, "small", False, 1, "reentrant", "", "lora of attention"),
         (2, "default", False, 1, "reentrant", "", "lora with input gradients"),
         (4, "auto", True, 1, True, "", "lora with input gradients"),
+        (2, "default", False, 1, True, "", "", "liger"),
+        (2, "auto", False, 2, True, "", "", "liger"),
+        (2, "small", False, 2, False, "", "", "liger"),
+        (2, "middle", False, 1, "reentrant", "all", "", "liger"),
+        (2, "none", False, 1, True, "", "", "liger"),
+        (2, "auto", True, 2, True, "", "", "liger"),
+        (2, "auto", False, 1, True, "", "lora with input gradients", "liger"),
+        (2, "small", False, 2, "reentrant", "", "lora of attention", "liger"),
     )
 ]
 OF_STAGE_3 = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")

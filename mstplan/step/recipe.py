@@ -602,10 +602,6 @@ class Recipe(BaseModel):
                 "zero3 with saved tensors in CPU RAM is not planned: set offload='layer-inputs' (--offload layer-inputs)",
             ),
             (
-                self.loss not in ("transformers", "chunked"),
-                f"zero3 with the loss {self.loss} is not planned, which uses the head's weights beside its module: take loss='chunked' (--loss chunked)",
-            ),
-            (
                 self.layer_in_chunks,
                 "zero3 with layers in pieces is not planned: take the strategy mst-offload (-s mst-offload)",
             ),

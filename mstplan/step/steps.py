@@ -759,7 +759,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
     kinds = (WeightKind.EMBEDDINGS, WeightKind.HEAD) if model.tied else (WeightKind.EMBEDDINGS,)
     table = w.weight("embed_tokens", model.vocab, model.hidden, kinds=kinds)
     around = [w.tape.call() for _ in range(2 if adapters is not None else 0)]  # peft's classes
-    with ExitStack() as wrapped, w.tape.call():  # of the class with a head, of the model in it
+    with ExitStack() as wrapped, w.tape.call() as external:  # of the class with a head, of the model in it
         for call in around:
             wrapped.enter_context(call)
         with w.tape.call():
@@ -810,7 +810,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
             )  # until the model's forward returns
         below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
         loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
-        _head(w, hidden, table, layout, in_pieces)
+        external += _head(w, hidden, table, layout, in_pieces)
         w.hold(*seen.returned)
     tape = record_step(w.tape.build_tape(), seen.embedded if recipe.input_gradients else None)
     if recipe.checkpoint == "reentrant" and any(op.is_layer and _trains_alone(op.part) for op in tape.ops):
@@ -1412,8 +1412,8 @@ def _taken(tape: TapeWriter, per_layer: Tensor, source: Tensor) -> Tensor:
     return tape.op("take the layer's own input", [per_layer], own, grads=((per_layer, tape.grad(per_layer)),))
 
 
-def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: bool) -> None:
-    """LM head and loss; with the chunked loss as a part of its own."""
+def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: bool) -> tuple[Weight, ...]:
+    """LM head and loss; with the chunked loss as a part of its own. Gives the weights that the class with a head reads without a call of their module."""
     model, tape, recipe = w.model, w.tape, layout.recipe
     rows = model.vocab // recipe.tensor_parallel
     weight = table if model.tied else w.weight("lm_head", rows, model.hidden, kinds=(WeightKind.HEAD,))
@@ -1422,7 +1422,7 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
         labels = without_bytes(labels)
     if not in_pieces:
         _loss(w, hidden, weight, recipe.loss, labels, defers=model.tied)
-        return
+        return (weight,) if LOSSES[recipe.loss].is_fused else ()
     variable = hidden
     if model.wide_residual:  # before the head is called
         with tape.assign_role(Role.LOSS):
@@ -1437,6 +1437,7 @@ def _head(w: Writer, hidden: Tensor, table: Weight, layout: Layout, in_pieces: b
     holds = (labels, variable) if variable is not hidden else (labels,)
     with tape.call(gathers_itself=True, weights=(weight,)):
         tape.add(Op("loss chunk", (hidden,), (loss,), part=part, defers=defers, holds=holds, stage=stage))
+    return ()
 
 
 def _loss(w: Writer, hidden: Tensor, head: Weight, loss: str, *labels: Tensor, defers: bool = False) -> None:

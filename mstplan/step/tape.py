@@ -487,7 +487,7 @@ class TapeWriter:
             return
         of_others = {weight for op in self.ops[start:] for call in op.begins for weight in call.weights}
         own = dict.fromkeys(weight for op in self.ops[start:] for weight in op.weights if weight not in of_others)
-        call = Call(weights or (*own, *external), in_backward, passes_on, gathers_itself, apart)
+        call = Call(weights or tuple(dict.fromkeys((*own, *external))), in_backward, passes_on, gathers_itself, apart)
         self.ops[start] = replace(self.ops[start], begins=(call, *self.ops[start].begins))
         self.ops[-1] = replace(self.ops[-1], ends=(*self.ops[-1].ends, call))
 

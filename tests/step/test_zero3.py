@@ -66,7 +66,7 @@ def step_of_case(case: dict[str, Any]) -> Step:
     sizes = SETTINGS[case["settings"]]
     if case["settings"] == "auto":
         sizes = dict.fromkeys(sizes, "auto")  # type: ignore[arg-type]
-    fields |= PART.get(case.get("part", ""), {})
+    fields |= PART.get(case.get("part", ""), {}) | ({"loss": case["loss"]} if case.get("loss") else {})
     recipe = Recipe(
         checkpoint={False: "none", True: "layer"}.get(case["checkpoint"], case["checkpoint"]),
         gpus=case["ranks"],
