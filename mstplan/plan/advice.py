@@ -454,7 +454,7 @@ def _notes_of_zero_3(model: Model, recipe: Recipe) -> list[str]:
             f"{recipe.max_live_parameters:,} are there (--max-live-parameters); a bucket of {recipe.bucket_values(model.hidden):,} gradients "
             "(--reduce-bucket-size), and a copy of it (docs/sharding.md)."
         ),
-        "ZeRO-3 gathers and reduces on streams of their own, whose memory torch keeps apart: more is reserved than longest knows of.",
+        "ZeRO-3 gathers and reduces on streams of their own, whose memory torch keeps apart, and so does longest (docs/sharding.md).",
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import InputError
 from ..profiles import ROOT
 from ..spec.catalog import load_model
-from ..spec.hardware import NCCL_BYTES, Card, card
+from ..spec.hardware import EXPANDABLE, NCCL_BYTES, Card, card
 from ..spec.model import Model
 from ..step.recipe import Recipe
 from ..units import GIB
@@ -40,6 +40,7 @@ class Run:
     runs: bool | None  # of a verdict
     published_device_gib: float | None  # what nvidia-smi is said to have shown at a longest length
     known_stack: bool  # the code that ran is the code that is planned
+    allocator: str  # how torch's is set, as `card` has it
     explained_by: tuple[str, ...]
     missing: str  # what of the recipe is not planned yet; empty: nothing
     stands_for: str  # what the recipe next to it has in place of what is missing
@@ -72,7 +73,8 @@ def runs() -> tuple[Run, ...]:
 
 def _compare(row: dict[str, Any]) -> Run:
     figure, read_as = row["figure"], row["read_as"]
-    model, gpu = load_model(read_as["model"]), card(read_as["gpu"], reserve=NCCL_BYTES)
+    allocator = read_as.get("allocator", EXPANDABLE)
+    model, gpu = load_model(read_as["model"]), card(read_as["gpu"], reserve=NCCL_BYTES, allocator=allocator)
     recipe, missing, stands_for = _recipe_of(read_as, model, gpu, row["seq_len"])
     facts = {
         name: row[name] for name in ("model", "gpus", "hardware", "case", "source", "batch", "seq_len", "known_stack")
@@ -85,6 +87,7 @@ def _compare(row: dict[str, Any]) -> Run:
         published=figure.get("value"),
         runs=figure.get("runs"),
         published_device_gib=figure.get("nvidia_smi_gib"),
+        allocator=allocator,
         explained_by=tuple(row["explained_by"]),
         missing=missing,
         stands_for=stands_for,

@@ -12,7 +12,11 @@ named below, with its default settings; constants as in the headers of torch 2.1
     free_block        a free block joins its free neighbours; its segment stays reserved
     release_blocks    wholly free segments, or wholly free pages of expandable ones, go back to the card
 
-Left out: other streams, CUDA graphs and private pools, and everything that a setting other than `expandable_segments` turns
+Every stream has free blocks and segments of its own (BlockComparatorSize, find_expandable_block): what one lets go of, no other gets, until the
+card is full, when the cache of all is released. A block that another stream used (record_stream) is free when it is let go of: on a card it is a
+moment later, when that stream has come so far.
+
+Left out: CUDA graphs and private pools, and everything that a setting other than `expandable_segments` turns
 on (max_split_size_mb, roundup_power2_divisions, garbage_collection_threshold, large_segment_size_mb, per_process_memory_fraction).
 """
 
@@ -117,7 +121,7 @@ class _Block:
 
 
 class _Pool:
-    """The free blocks of the small or of the large pool."""
+    """The free blocks of one stream in the small or in the large pool."""
 
     def __init__(self, small: bool, expandable: bool) -> None:
         self.small = small
@@ -152,7 +156,7 @@ class _Pool:
 
 
 class Allocator:
-    """One device, one stream. `limit`: bytes that the card has for it; without one, memory never ends.
+    """One device. `limit`: bytes that the card has for it; without one, memory never ends.
 
     All sizes are bytes. `allocated` counts what torch.cuda.memory_allocated does, `reserved` what memory_reserved does, and
     the peaks are since the beginning or since `reset_peaks`. `retries` counts how often the cache had to be released to go on.
@@ -165,13 +169,12 @@ class Allocator:
         self._expandable = expandable
         self._limit = limit
         self._watch = watch
-        self._small = _Pool(True, expandable)
-        self._large = _Pool(False, expandable)
+        self._pools: dict[int, tuple[_Pool, _Pool]] = {}  # of each stream: the large, the small
         self._live: dict[int, _Block | None] = {}
         self._next_address = _FIRST_ADDRESS
 
-    def allocate(self, key: int, size: int) -> OutOfMemory | None:
-        """Allocate `size` bytes under a name of the caller's, any int that is not in use; None when that went well."""
+    def allocate(self, key: int, size: int, stream: int = 0) -> OutOfMemory | None:
+        """Allocate `size` bytes under a name of the caller's, any int that is not in use; None when that went well. stream: any number."""
         if key in self._live:
             raise ValueError(f"{key} is allocated already")
         if size <= 0:
@@ -180,7 +183,8 @@ class Allocator:
             self._live[key] = None  # torch hands out a null pointer
             return None
         rounded = round_size(size)
-        pool = self._small if rounded <= SMALL_SIZE else self._large
+        pools = self._pools.get(stream) or self._open(stream)
+        pool = pools[rounded <= SMALL_SIZE]
         block = pool.best_fit(rounded) or self._grow(pool, rounded)
         if block is None:
             self.retries += 1
@@ -215,7 +219,7 @@ class Allocator:
 
     def empty_cache(self) -> None:
         """Give back to the card what is wholly free (release_cached_blocks, torch.cuda.empty_cache)."""
-        for pool in (self._large, self._small):
+        for pool in self._all_pools():
             for block in pool.free.copy():
                 if self._expandable:
                     self._unmap(block)
@@ -229,13 +233,23 @@ class Allocator:
 
     def free_sizes(self) -> tuple[int, ...]:
         """Bytes reserved, and of each free block, smallest first: alike after two steps, a third finds what the second found."""
-        return (self.reserved, *(rank >> _ADDRESS_BITS for pool in (self._large, self._small) for rank in pool.ranks))
+        return (self.reserved, *(rank >> _ADDRESS_BITS for pool in self._all_pools() for rank in pool.ranks))
 
     def segments(self) -> list[Segment]:
         """Segments that the card holds now, in order of addresses."""
-        blocks = [*self._small.free, *self._large.free, *(block for block in self._live.values() if block is not None)]
+        blocks = [block for pool in self._all_pools() for block in pool.free]
+        blocks += [block for block in self._live.values() if block is not None]
         heads = [block for block in blocks if block.before is None or not block.before.mapped]
         return [self._segment(head) for head in sorted(heads, key=attrgetter("address"))]
+
+    def _open(self, stream: int) -> tuple[_Pool, _Pool]:
+        """The pools of a stream that allocates for the first time."""
+        self._pools[stream] = _Pool(False, self._expandable), _Pool(True, self._expandable)
+        return self._pools[stream]
+
+    def _all_pools(self) -> list[_Pool]:
+        """Large ones first, of which release_cached_blocks lets go first."""
+        return [pools[small] for small in (False, True) for pools in self._pools.values()]
 
     def _segment(self, head: _Block) -> Segment:
         blocks: list[Block] = []

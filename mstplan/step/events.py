@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from .fsdp import last_stream
 from .optimizers import optimizer_memory, states_in_order
 from .optimizers.base import Held
 from .roles import Role
-from .simulation import RELEASED, Allocations
+from .simulation import RELEASED, Allocations, Stream
 from .tape import BASIS, Change, Event, Happening, Repeat, Rules, Tensor, backward, finish_reducing, forward, grad_of
 
 if TYPE_CHECKING:
@@ -27,14 +28,14 @@ class Events(NamedTuple):
     """Allocations and releases: (which one it is, index of its size in `sizes` or RELEASED).
 
     before: of what stays, before the first step. step: of one optimizer step. states: of optimizer states, which come in the first
-    step, after its event number `states_at`. sizes: (index into BASIS, bytes per unit of it).
+    step, after its event number `states_at`. sizes: (index into BASIS, bytes per unit of it, stream).
     """
 
     before: tuple[tuple[int, int], ...]
     step: tuple[tuple[int, int], ...]
     states: tuple[tuple[int, int], ...]
     states_at: int
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int, Stream], ...]
 
     total: int  # of allocations
 
@@ -42,11 +43,11 @@ class Events(NamedTuple):
         """Events in bytes, at a length."""
         units = sizes.units
         table = [
-            *(units[basis] * each for basis, each in self.sizes),
-            RELEASED,
+            *((units[basis] * each, int(stream)) for basis, each, stream in self.sizes),
+            (RELEASED, 0),
         ]  # RELEASED is the last one's index, too
         before, step, states = (
-            [(number, table[size]) for number, size in events] for events in (self.before, self.step, self.states)
+            [(number, *table[size]) for number, size in events] for events in (self.before, self.step, self.states)
         )
         first = [*step[: self.states_at], *states, *step[self.states_at :]]
         return Allocations(before, first, step, self.total)
@@ -57,7 +58,7 @@ class _Follower:
 
     def __init__(self, pieces: dict[int, int]):
         self.pieces = pieces  # numbers of pieces by the basis of what is alike in a piece
-        self.sizes: dict[tuple[int, int], int] = {}
+        self.sizes: dict[tuple[int, int, Stream], int] = {}
         self.alive: dict[object, list[int]] = {}  # those of one identity, the newest last
         self.count = 0
         self.events: list[tuple[int, int]] = []
@@ -67,8 +68,8 @@ class _Follower:
         taken, self.events = tuple(self.events), []
         return taken
 
-    def allocate(self, basis: int, size: int, identity: object) -> None:
-        self.events.append((self.count, self.sizes.setdefault((basis, size), len(self.sizes))))
+    def allocate(self, basis: int, size: int, identity: object, stream: Stream = Stream.COMPUTE) -> None:
+        self.events.append((self.count, self.sizes.setdefault((basis, size, stream), len(self.sizes))))
         self.alive.setdefault(identity, []).append(self.count)
         self.count += 1
 
@@ -77,7 +78,7 @@ class _Follower:
 
     def put(self, *tensors: Tensor) -> None:
         for tensor in tensors:
-            self.allocate(tensor.basis, tensor.bytes, tensor.identity)
+            self.allocate(tensor.basis, tensor.bytes, tensor.identity, tensor.stream)
 
     def mark(self, _operation: str, _has_workspace: bool = False) -> None:
         """A moment of a replay: nothing comes or goes."""
@@ -176,7 +177,9 @@ class _Assembly:
 
     def _states(self) -> None:
         """A weight's states come together."""
-        self._allocate(states_in_order(self.recipe, self.trained))
+        steps_there = self.recipe.sharding == "fsdp" and self.recipe.optimizer_in_backward
+        stream = last_stream(self.recipe) if steps_there else Stream.COMPUTE
+        self._allocate(states_in_order(self.recipe, self.trained), stream)
 
     def _make_and_release(self, made: Iterable[Held]) -> list[int]:
         """Temporaries of a step over all weights: all at once. Returns which allocations these are."""
@@ -184,12 +187,12 @@ class _Assembly:
         self.follower.events += [(number, RELEASED) for number in numbers]
         return numbers
 
-    def _allocate(self, made: Iterable[Held]) -> list[int]:
+    def _allocate(self, made: Iterable[Held], stream: Stream = Stream.COMPUTE) -> list[int]:
         """Allocate each copy for itself. Returns which allocations these are."""
         first = self.follower.count
         for held in made:
             for _ in range(held.copies):
-                self.follower.allocate(0, held.bytes // held.copies, held)
+                self.follower.allocate(0, held.bytes // held.copies, held, stream)
         return list(range(first, self.follower.count))
 
     def _of_weights(self, tensor: Tensor, numbers: Sequence[int]) -> None:

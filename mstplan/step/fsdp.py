@@ -21,6 +21,9 @@ Where a part is trained, adapters above all, only that has gradients, and frozen
 differ (_get_all_gather_input_metadatas). A layer whose input gets no gradient, the lowest that is trained, is scattered last of all, after the
 rest (_root_post_backward_final_callback).
 
+All-gathers' buffers are made on a stream of their own, as is what a reduce-scatter gives; gathered weights and whole gradients are not
+(foreach_all_gather, foreach_reduce).
+
 Each weight is split along dimension 0 and padded to a multiple of the cards, in shards and gathered (FSDPParam). The first
 card's share is counted: no other holds more. Experts that are one tensor (number, ., .) are split by their number: with more
 cards than experts most of what is gathered is padding (FSDP2's shard_placement_fn can split them along another dimension).
@@ -40,6 +43,7 @@ from .optimizers.base import bytes_of, dtype_of
 from .recipe import Recipe
 from .roles import Role
 from .selection import WeightKind
+from .simulation import Stream
 from .storage import packed_rows
 from .tape import ITEMSIZE, Apart, Flat, Group, Op, Part, Tape, Tensor, Weight, step_weights, weight_gradient
 from .tensor_parallel import part_of
@@ -130,7 +134,13 @@ def _expert_group(experts: list[Weight], recipe: Recipe) -> Group:
     if not alone:
         return group
     divided = Tensor(
-        f"divided gradients of {owner}", "", group.scatter.dtype, 0, group.scatter.bytes, role=Role.REDUCED
+        f"divided gradients of {owner}",
+        "",
+        group.scatter.dtype,
+        0,
+        group.scatter.bytes,
+        role=Role.REDUCED,
+        stream=Stream.REDUCE,
     )
     return replace(group, alone=True, temporaries=divided)
 
@@ -229,6 +239,15 @@ def groups_of(tape: Tape) -> list[Group]:
     return [group for group in groups if group is not None]
 
 
+_STREAMS_OF_FLAT = {Role.GATHERED: Stream.GATHER, Role.REDUCED: Stream.REDUCE}
+"""Under FSDP1 (_unshard, _post_backward_hook)."""
+
+
+def last_stream(recipe: Recipe) -> Stream:
+    """The stream on which FSDP2 is done with a gradient (post_reduce_stream): where it is cast to what is kept, and where weights are stepped in backward."""
+    return Stream.ALL_REDUCE if recipe.replicas > 1 else Stream.REDUCE
+
+
 def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
     """A group whose weights are one flat tensor, padded at its end (FlatParamHandle.flatten_tensors, _get_shard): all of them trained, or none."""
     kept, used = _flat_dtypes(weights, recipe)
@@ -237,8 +256,9 @@ def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
     share = -(-numbers // recipe.shards)
     trained = all(weight.trained for weight in weights)
 
-    def tensor(name: str, dtype: str, numbers: int, role: Role) -> Tensor:
-        return Tensor(f"{name} of {owner}", "", dtype, 0, numbers * ITEMSIZE[dtype], role=role)
+    def tensor(name: str, dtype: str, numbers: int, role: Role, stream: Stream | None = None) -> Tensor:
+        stream = stream if stream is not None else _STREAMS_OF_FLAT.get(role, Stream.COMPUTE)
+        return Tensor(f"{name} of {owner}", "", dtype, 0, numbers * ITEMSIZE[dtype], role=role, stream=stream)
 
     def where(needed: bool, *of_tensor: Any) -> Tensor | None:
         return tensor(*of_tensor) if needed else None
@@ -256,7 +276,7 @@ def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
     return Group(
         gathered=tensor("gathered weights", used, share * recipe.shards, Role.GATHERED),
         buffer=nothing,
-        copy_in=where(kept != used, "shards in bf16", used, share, Role.GATHERED),
+        copy_in=where(kept != used, "shards in bf16", used, share, Role.GATHERED, Stream.CAST),
         from_host=(),
         gradients=weights_gradients(weights, used) if trained else (),
         accumulated=(),
@@ -290,8 +310,8 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     weights = [weight for weight in weights if is_sharded(weight, recipe)]
     trained = [weight for weight in weights if weight.trained]
 
-    def tensor(name: str, dtype: str, size: int, role: Role = Role.GATHERED) -> Tensor:
-        return Tensor(f"{name} of {owner}", "", dtype, 0, size, role=role)
+    def tensor(name: str, dtype: str, size: int, role: Role = Role.GATHERED, stream: Stream = Stream.COMPUTE) -> Tensor:
+        return Tensor(f"{name} of {owner}", "", dtype, 0, size, role=role, stream=stream)
 
     def shard_bytes(weight: Weight, dtype: str) -> int:
         return numbers_of(shard_of(weight, recipe)) * ITEMSIZE[dtype]
@@ -304,8 +324,8 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     def sent(weight: Weight) -> tuple[Tensor, Tensor | None]:
         """A shard as it is gathered; and as it came from CPU RAM before, where that has another dtype."""
         kept, name = shard_dtype(weight, recipe), "shards from CPU RAM"
-        wide = tensor(name, kept, shard_bytes(weight, kept)) if kept != used(weight) else None
-        return tensor(name, used(weight), shard_bytes(weight, used(weight))), wide
+        wide = tensor(name, kept, shard_bytes(weight, kept), stream=Stream.GATHER) if kept != used(weight) else None
+        return tensor(name, used(weight), shard_bytes(weight, used(weight)), stream=Stream.GATHER), wide
 
     cast = sum(shard_bytes(w, used(w)) for w in weights if shard_dtype(w, recipe) != used(w))
     share = sum(shard_bytes(weight, used(weight)) for weight in weights)
@@ -322,16 +342,26 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     scattered = accumulated if recipe.keeps_whole_gradients and accumulated else gradients
     return Group(
         gathered=tensor("gathered weights", dtype, share * cards),
-        buffer=tensor("all-gather buffer", dtype, share * cards),
+        buffer=tensor("all-gather buffer", dtype, share * cards, stream=Stream.GATHER),
         from_host=tuple(map(sent, weights)) if recipe.weights_on_host else (),
-        copy_in=tensor("shards in bf16", "bfloat16", cast) if cast and not recipe.weights_on_host else None,
+        copy_in=tensor("shards in bf16", "bfloat16", cast, stream=Stream.GATHER)
+        if cast and not recipe.weights_on_host
+        else None,
         gradients=gradients,
         accumulated=accumulated,
         scatter=tensor("reduce-scatter input", summed, reduced * cards, Role.REDUCED),
         last_gradient=scattered[-1] if outlived and scattered else None,
-        reduced=tensor("reduce-scatter output", summed, reduced, Role.REDUCED) if summed != kept else None,
+        reduced=tensor("reduce-scatter output", summed, reduced, Role.REDUCED, Stream.REDUCE)
+        if summed != kept
+        else None,
         shards=Tensor(
-            "gradient shards", "", kept, 0, sum(shard_bytes(weight, kept) for weight in trained), role=Role.REDUCED
+            "gradient shards",
+            "",
+            kept,
+            0,
+            sum(shard_bytes(weight, kept) for weight in trained),
+            role=Role.REDUCED,
+            stream=last_stream(recipe) if summed != kept else Stream.REDUCE,
         ),
         stay=not (recipe.finds_gradients or recipe.optimizer_in_backward or recipe.weights_on_host),
         all_reduced=recipe.replicas > 1,
@@ -342,6 +372,7 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
             0,
             temporaries if recipe.optimizer_in_backward else 0,
             role=Role.UPDATE,
+            stream=last_stream(recipe),
         ),
         cut=tuple((whole, part) for whole, part in zip(made, gradients, strict=True) if whole.bytes != part.bytes),
     )

@@ -7,6 +7,7 @@ it as an earlier one did.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from typing import NamedTuple
 
 from .allocator import Allocator, OutOfMemory
@@ -16,8 +17,18 @@ RELEASED = -1
 MOST_STEPS = 6
 """Steps that are simulated where none leaves the free memory as an earlier one did."""
 
-AllocatorEvent = tuple[int, int]
-"""Which allocation, by a number of its own, and its bytes or RELEASED."""
+AllocatorEvent = tuple[int, int, int]
+"""Which allocation, by a number of its own, its bytes or RELEASED, and the stream that it is made on."""
+
+
+class Stream(IntEnum):
+    """Streams of a GPU by what they do. Memory of each is kept apart."""
+
+    COMPUTE = 0
+    GATHER = 1  # weights of other GPUs
+    REDUCE = 2  # sums gradients over GPUs that share weights
+    ALL_REDUCE = 3  # and over replicas of these
+    CAST = 4  # FSDP1's shards, before they are gathered
 
 
 class Allocations(NamedTuple):
@@ -72,10 +83,10 @@ def simulate_steps(
 
 def _run(allocator: Allocator, events: Iterable[AllocatorEvent], offset: int) -> OutOfMemory | None:
     allocate, free = allocator.allocate, allocator.free
-    for number, size in events:
+    for number, size, stream in events:
         if size < 0:
             free(number + offset)
-        elif (failure := allocate(number + offset, size)) is not None:
+        elif (failure := allocate(number + offset, size, stream)) is not None:
             return failure
     return None
 

@@ -810,7 +810,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
             )  # until the model's forward returns
         below = any(weight.trained for op in w.tape.ops for weight in _op_weights(op))
         loss.check(recipe, model.model_type, head_alone=not (below or recipe.input_gradients))
-        external += _head(w, hidden, table, layout, in_pieces)
+        external.extend(_head(w, hidden, table, layout, in_pieces))
         w.hold(*seen.returned)
     tape = record_step(w.tape.build_tape(), seen.embedded if recipe.input_gradients else None)
     if recipe.checkpoint == "reentrant" and any(op.is_layer and _trains_alone(op.part) for op in tape.ops):

@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary, ref
 from .instants import Stage
 from .roles import Purpose, Role
 from .selection import Kinds, WeightKind
+from .simulation import Stream
 from .workspaces import Spans, Workspace
 
 if TYPE_CHECKING:
@@ -89,10 +90,10 @@ class Tensor:
     """A tensor of a step. `shape` names its axes, e.g. "b s I"; `bytes` are per unit of BASIS[basis].
 
     A view shares the `storage` of another tensor. `cached`: a cast weight that autocast keeps until the end of forward.
-    `gradient_of`: of a gradient that comes and goes under objects of its own, whose it is.
+    `gradient_of`: of a gradient that comes and goes under objects of its own, whose it is. `stream`: that it is allocated on.
     """
 
-    __slots__ = ("basis", "bytes", "cached", "dtype", "gradient_of", "name", "role", "shape", "storage")
+    __slots__ = ("basis", "bytes", "cached", "dtype", "gradient_of", "name", "role", "shape", "storage", "stream")
 
     def __init__(
         self,
@@ -106,10 +107,11 @@ class Tensor:
         role: Purpose | None = None,
         cached: bool = False,
         gradient_of: Tensor | Weight | None = None,
+        stream: Stream = Stream.COMPUTE,
     ):
         self.name, self.shape, self.dtype, self.basis, self.bytes = name, shape, dtype, basis, bytes
         self.storage: Tensor = base.storage if base is not None else self
-        self.cached, self.role, self.gradient_of = cached, role, gradient_of
+        self.cached, self.role, self.gradient_of, self.stream = cached, role, gradient_of, stream
 
     @property
     def identity(self) -> object:

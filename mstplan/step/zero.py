@@ -34,6 +34,7 @@ from .optimizers import OPTIMIZERS, optimizer_memory
 from .optimizers.base import bytes_of
 from .roles import Purpose, Role
 from .selection import WeightKind
+from .simulation import Stream
 from .tape import ITEMSIZE, Op, Tape, Tensor, Weight, weight_gradient
 
 if TYPE_CHECKING:
@@ -210,8 +211,8 @@ def _shares(numels: Iterable[int], slices: Iterable[Sequence[Slice]]) -> dict[in
     return shares
 
 
-def _tensor(name: str, dtype: str, numel: int, role: Purpose) -> Tensor:
-    return Tensor(name, "", dtype, 0, numel * ITEMSIZE[dtype], role=role)
+def _tensor(name: str, dtype: str, numel: int, role: Purpose, stream: Stream = Stream.COMPUTE) -> Tensor:
+    return Tensor(name, "", dtype, 0, numel * ITEMSIZE[dtype], role=role, stream=stream)
 
 
 def _wide(numel: int) -> Tensor:
@@ -311,9 +312,11 @@ class Reducer:
                 numel, count = 0, 0
 
     def _sum(self, numel: int, count: int, ledger: Ledger) -> None:
-        flat = [_tensor("slices of the bucket, flat", "bfloat16", numel, Role.REDUCED)] if count > 1 else []
-        if self.zero.recipe.sequence_parallel > 1:
-            flat.append(_tensor("slices of the bucket, fp32", "float32", numel, Role.REDUCED))
+        recipe = self.zero.recipe
+        stream = Stream.REDUCE if recipe.overlap_comm else Stream.COMPUTE
+        flat = [_tensor("slices of the bucket, flat", "bfloat16", numel, Role.REDUCED, stream)] if count > 1 else []
+        if recipe.sequence_parallel > 1:
+            flat.append(_tensor("slices of the bucket, fp32", "float32", numel, Role.REDUCED, stream))
         for tensor in flat:
             ledger.put(tensor)
         ledger.mark("reduce the bucket of gradients")

@@ -24,7 +24,8 @@ With the optimizer in CPU RAM (offload_optimizer) the GPU has no fp32 weights, s
 there, is added to, and in the last micro-batch is there in fp64, for its norm, and in fp32, to be copied. With the weights there as well
 (offload_param) each part comes to the GPU to be gathered.
 
-On a GPU gathering and reducing have streams of their own, whose memory the allocator keeps apart: what is reserved is more than is allocated.
+On a GPU gathering and reducing have streams of their own (overlap_comm, as it comes), whose memory the allocator keeps apart: what hooks gather, and what
+comes of a bucket that is reduced, is theirs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from .cuda import pinned_bytes
 from .optimizers import OPTIMIZERS, optimizer_memory
 from .optimizers.base import bytes_of
 from .roles import Purpose, Role
+from .simulation import Stream
 from .tape import ITEMSIZE, Call, Op, Tensor, Weight
 from .zero import BF16, FP32, FP64, Ledger
 
@@ -348,9 +350,9 @@ class Coordinator:
         self.live += sum(weight.numel for _, weight in params)
         shares = [self.zero.share(weight) for _, weight in params]
         name = "gathered weight" if len(params) == 1 else "all-gather buffer"
-        buffer = _tensor(name, "bfloat16", self.zero.ranks * sum(shares), Role.GATHERED)
+        buffer = _tensor(name, "bfloat16", self.zero.ranks * sum(shares), Role.GATHERED, Stream.GATHER)
         self._put(buffer)
-        from_host = [_tensor(SHARD_FROM_HOST, "bfloat16", share, Role.GATHERED) for share in shares]
+        from_host = [_tensor(SHARD_FROM_HOST, "bfloat16", share, Role.GATHERED, Stream.GATHER) for share in shares]
         if not self.zero.recipe.weights_on_host:
             from_host = []
         for tensor in from_host:
@@ -370,7 +372,7 @@ class Coordinator:
                 self._drop(tensor)
             return
         for param in handle.params if not handle.is_copied else ():
-            self.there[param] = _tensor("gathered weight", "bfloat16", param[1].numel, Role.GATHERED)
+            self.there[param] = _tensor("gathered weight", "bfloat16", param[1].numel, Role.GATHERED, Stream.GATHER)
             self._put(self.there[param])
         handle.is_copied = True
         if not handle.waiting:
@@ -582,7 +584,9 @@ class Reducer3:
         shares = [self.zero.share(weight) for weight in weights]
         is_view = len(weights) == 1 and weights[0].numel % self.zero.ranks == 0
         name = "gradients in the order of the GPUs"
-        flat = [] if is_view else [_tensor(name, "bfloat16", self.zero.ranks * sum(shares), Role.REDUCED)]
+        flat = (
+            [] if is_view else [_tensor(name, "bfloat16", self.zero.ranks * sum(shares), Role.REDUCED, Stream.REDUCE)]
+        )
         for tensor in flat:
             ledger.put(tensor)
         ledger.mark("reduce the bucket of gradients")
@@ -598,15 +602,15 @@ class Reducer3:
         for share in shares:
             if held is not None and self.first:
                 ledger.drop(held)
-            sum_of_part = _tensor(FROM_HOST, "bfloat16", share, Role.REDUCED)
+            sum_of_part = _tensor(FROM_HOST, "bfloat16", share, Role.REDUCED, Stream.REDUCE)
             ledger.put(sum_of_part)
             ledger.mark("gradient from CPU RAM")
             if held is not None and not self.first:
                 ledger.drop(held)  # a variable had it
             held = sum_of_part
             if self.last:
-                fp32 = _tensor("part of a gradient, fp32", "float32", share, Role.REDUCED)
-                for tensor in (_wide(min(share, NORM_BUFFER)), fp32):
+                fp32 = _tensor("part of a gradient, fp32", "float32", share, Role.REDUCED, Stream.REDUCE)
+                for tensor in (_wide(min(share, NORM_BUFFER), Stream.REDUCE), fp32):
                     ledger.put(tensor)
                     ledger.mark("norm of a gradient")
                     ledger.drop(tensor)
@@ -648,12 +652,13 @@ def check_calls(model: Model) -> None:
         )
 
 
-def _tensor(name: str, dtype: str, numel: int, role: Purpose) -> Tensor:
-    return Tensor(name, "", dtype, 0, numel * ITEMSIZE[dtype], role=role)
+def _tensor(name: str, dtype: str, numel: int, role: Purpose, stream: Stream = Stream.COMPUTE) -> Tensor:
+    return Tensor(name, "", dtype, 0, numel * ITEMSIZE[dtype], role=role, stream=stream)
 
 
-def _wide(numel: int) -> Tensor:
-    return Tensor("one gradient in fp64, for its norm", "", "float64", 0, FP64 * numel, role=Role.UPDATE)
+def _wide(numel: int, stream: Stream = Stream.COMPUTE) -> Tensor:
+    name = "one gradient in fp64, for its norm"
+    return Tensor(name, "", "float64", 0, FP64 * numel, role=Role.UPDATE, stream=stream)
 
 
 def _fp32(stepped: Weight) -> Tensor:

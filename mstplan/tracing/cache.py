@@ -24,7 +24,7 @@ from ..spec.releases import parse_release
 from ..step.recipe import Recipe
 from .trace import Trace
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _LARGEST = 100_000_000  # bytes; of the largest models some 100,000
 PACKAGES = ("torch", "transformers")
 

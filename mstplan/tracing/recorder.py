@@ -59,6 +59,8 @@ class Recorder(TorchDispatchMode):
         self.recording = Recording()
         self.labels, self.units, self.in_place = labels, units, in_place
         self._indices: dict[int, int] = {}  # storage: index into the recording's
+        # FSDP enters streams on a CPU as on a GPU, where they are objects without use
+        self._streams = {torch.cpu.current_stream(): 0}
         self._resident: set[int] = set()  # storages that were there before
         self._label_stack: list[ModuleLabel] = [ROOT]
         self._run, self._unit, self._latest_label = Pass.FORWARD, -1, ROOT
@@ -174,7 +176,13 @@ class Recorder(TorchDispatchMode):
         operation, category = self._purpose or (_operation_name(func), None)
         dtype = str(tensor.dtype).removeprefix("torch.")
         new_storage = Storage(
-            storage.nbytes(), tuple(tensor.shape), dtype, operation, label.path, category or label.category
+            storage.nbytes(),
+            tuple(tensor.shape),
+            dtype,
+            operation,
+            label.path,
+            category or label.category,
+            stream=self._streams.setdefault(torch.cpu.current_stream(), len(self._streams)),
         )
         self._indices[key] = self.recording.add(new_storage)
         weakref.finalize(storage, self._record_release, key).atexit = False

@@ -52,6 +52,7 @@ class Storage:
     module: str  # its path in the model; in backward that of the module whose forward made the node
     category: Category = Category.OTHER
     host: bool = False  # in CPU RAM
+    stream: int = 0  # on which it is allocated; 0: that which computes, others in the order in which they come
 
 
 @dataclass
@@ -111,7 +112,8 @@ class Recording:
         """Plain data for JSON."""
         return {
             "made": [
-                [m.bytes, list(m.shape), m.dtype, m.operation, m.module, m.category, m.host] for m in self.storages
+                [m.bytes, list(m.shape), m.dtype, m.operation, m.module, m.category, m.host, m.stream]
+                for m in self.storages
             ],
             "events": [[index, sign] for index, sign in self.events],
             "places": [[place.run, place.unit, start] for place, start in self.places],
@@ -121,7 +123,7 @@ class Recording:
     def from_data(cls, data: RecordingData) -> Recording:
         """Recording of plain data. Raises ValueError for what is none."""
         storages = [
-            Storage(fields[0], tuple(fields[1]), *fields[2:5], Category(fields[5]), fields[6]) for fields in data.made
+            Storage(fields[0], tuple(fields[1]), *fields[2:5], Category(fields[5]), *fields[6:]) for fields in data.made
         ]
         recording = cls(
             storages, list(data.events), [(Place(Pass(run), unit), start) for run, unit, start in data.places]
@@ -149,7 +151,7 @@ class Recording:
 class RecordingData(NamedTuple):
     """A recording as JSON has it."""
 
-    made: list[tuple[Size, list[Size], str, str, str, str, bool]]
+    made: list[tuple[Size, list[Size], str, str, str, str, bool, Annotated[int, Field(ge=0)]]]
     events: list[tuple[int, Literal[1, -1]]]
     places: list[tuple[Literal["forward", "recompute", "backward", "optimizer"], int, int]]
 

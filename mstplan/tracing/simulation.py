@@ -7,7 +7,16 @@ from collections.abc import Collection, Iterable, Iterator
 from ..spec.hardware import CUBLAS_HANDLES, Card
 from ..step.cuda import CUBLASLT_WORKSPACE
 from ..step.instants import Pass
-from ..step.simulation import MOST_STEPS, RELEASED, Allocations, AllocatorEvent, Usage, least_limit, simulate_steps
+from ..step.simulation import (
+    MOST_STEPS,
+    RELEASED,
+    Allocations,
+    AllocatorEvent,
+    Stream,
+    Usage,
+    least_limit,
+    simulate_steps,
+)
 from ..units import MIB
 from .recording import Category, Recording
 from .trace import Trace
@@ -15,7 +24,7 @@ from .trace import Trace
 
 def simulate(trace: Trace, *, expandable: bool, limit: int | None = None, most_steps: int = MOST_STEPS) -> Usage:
     """Simulate what the allocator holds of training, step after step. limit: bytes of the card beside its CUDA context."""
-    return simulate_steps(_allocations(trace), expandable=expandable, limit=limit, most_steps=most_steps)
+    return simulate_steps(allocations_of(trace), expandable=expandable, limit=limit, most_steps=most_steps)
 
 
 def fits_on(trace: Trace, card: Card) -> bool:
@@ -26,13 +35,13 @@ def fits_on(trace: Trace, card: Card) -> bool:
 
 def required_bytes(trace: Trace, expandable: bool = True, precision: int = 2 * MIB) -> int:
     """The least room, to `precision` bytes, in which the allocator runs training."""
-    return least_limit(_allocations(trace), expandable=expandable, precision=precision)
+    return least_limit(allocations_of(trace), expandable=expandable, precision=precision)
 
 
 def all_events(trace: Trace, steps: int = 2) -> Iterator[tuple[int, int, int]]:
     """Allocations and releases of a run of a few steps: (key, bytes, +1 or -1)."""
-    allocations, sizes = _allocations(trace), dict[int, int]()
-    for key, size in _in_order(allocations, steps):
+    allocations, sizes = allocations_of(trace), dict[int, int]()
+    for key, size, _stream in _in_order(allocations, steps):
         if size == RELEASED:
             yield key, sizes.pop(key), -1
         else:
@@ -44,7 +53,7 @@ def _in_order(allocations: Allocations, steps: int) -> Iterator[AllocatorEvent]:
     yield from allocations.before
     for n in range(steps):
         events, offset = allocations.of_step(n)
-        yield from ((number + offset, size) for number, size in events)
+        yield from ((number + offset, size, stream) for number, size, stream in events)
 
 
 def frame_names(trace: Trace, key: int) -> list[str]:
@@ -67,16 +76,16 @@ def frame_names(trace: Trace, key: int) -> list[str]:
 _WEIGHT, _STATE, _WORKSPACE, _STORAGE = range(4)
 
 
-def _allocations(trace: Trace) -> Allocations:
+def allocations_of(trace: Trace) -> Allocations:
     """The trace's events on the device. Of an optimizer step's micro-batches the first two are followed: more find what the second found."""
     step, first, states = trace.step, trace.first_passes, trace.held_states
     update = next((start for place, start in step.places if place.run == Pass.OPTIMIZER), len(step.events))
     passes, updating = _on_device(step, step.events[:update]), _on_device(step, step.events[update:])
-    new_states = [(4 * n + _STATE, state.bytes) for n, state in enumerate(states)]
+    new_states = [(4 * n + _STATE, state.bytes, Stream.COMPUTE) for n, state in enumerate(states)]
     total = 4 * len(step.storages)
     if first is None:
         return Allocations(_before(trace), _closed(passes + new_states + updating), _closed(passes + updating), total)
-    first_passes = [(number + total, size) for number, size in _on_device(first, first.events)]
+    first_passes = [(number + total, size, stream) for number, size, stream in _on_device(first, first.events)]
     total += 4 * len(first.storages)
     kept = {4 * (i + len(step.storages)) + _STORAGE for i, made in enumerate(first.storages) if made.category in _STAY}
     if trace.recipe.optimizer_in_backward:  # whose states come one by one
@@ -91,7 +100,7 @@ _STAY = (Category.GRADIENTS, Category.STATES)
 def _on_device(recording: Recording, events: Iterable[tuple[int, int]]) -> list[AllocatorEvent]:
     storages = recording.storages
     return [
-        (4 * index + _STORAGE, storages[index].bytes if sign > 0 else RELEASED)
+        (4 * index + _STORAGE, storages[index].bytes if sign > 0 else RELEASED, storages[index].stream)
         for index, sign in events
         if not storages[index].host
     ]
@@ -100,12 +109,12 @@ def _on_device(recording: Recording, events: Iterable[tuple[int, int]]) -> list[
 def _closed(events: list[AllocatorEvent], kept: Collection[int] = ()) -> list[AllocatorEvent]:
     """Events, and the release of what they leave, such as gradients and the batch, but for states and what is kept."""
     alive: dict[int, None] = {}
-    for number, size in events:
+    for number, size, _stream in events:
         if size == RELEASED:
             del alive[number]
         elif number % 4 != _STATE:
             alive[number] = None
-    return [*events, *((number, RELEASED) for number in sorted(alive.keys() - set(kept)))]
+    return [*events, *((number, RELEASED, Stream.COMPUTE) for number in sorted(alive.keys() - set(kept)))]
 
 
 def _before(trace: Trace) -> list[AllocatorEvent]:
@@ -114,9 +123,10 @@ def _before(trace: Trace) -> list[AllocatorEvent]:
     buckets = enumerate(trace.gradient_buckets.values(), len(trace.weights))
     handles = range(CUBLAS_HANDLES) if trace.workspace else ()
     lt = range(CUBLAS_HANDLES, CUBLAS_HANDLES + trace.lt_handles)
-    return [
+    made = [
         *weights,
         *((4 * n + _WEIGHT, size) for n, size in buckets),
         *((4 * n + _WORKSPACE, trace.workspace // CUBLAS_HANDLES) for n in handles),
         *((4 * n + _WORKSPACE, CUBLASLT_WORKSPACE) for n in lt),
     ]
+    return [(number, size, Stream.COMPUTE) for number, size in made]

@@ -149,7 +149,7 @@ def test_rows_of_many_lengths_reserve_more_than_the_longest() -> None:
         formula = step(model, layout_of(model, series.recipe, chunks, tokens), gpu.gpu.workspaces_bytes)
         events = events_of(formula, chunks).at(step_sizes(series.recipe, tokens, chunks))
         offset += 0 if first else events.total
-        for number, size in [*events.before, *events.first] if first else events.step:
+        for number, size, _stream in [*events.before, *events.first] if first else events.step:
             if size < 0:
                 allocator.free(number + offset)
             else:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mstplan.step.allocator import (
@@ -337,6 +337,37 @@ def test_what_a_watcher_sees():
         ("segment_unmap", 2 * MIB),
         ("oom", 22 * MIB),
     ]
+
+
+@BOTH
+def test_a_stream_gets_nothing_that_another_let_go_of(expandable):
+    allocator = Allocator(expandable)
+    assert allocator.allocate(0, 40 * MIB, stream=1) is None
+    allocator.free(0)
+    assert allocator.allocate(1, 40 * MIB, stream=2) is None and allocator.reserved == 80 * MIB
+    assert allocator.allocate(2, 40 * MIB, stream=1) is None and allocator.reserved == 80 * MIB
+
+
+@BOTH
+def test_a_full_card_lets_go_of_what_all_streams_cached(expandable):
+    allocator = Allocator(expandable, 100 * MIB)
+    assert allocator.allocate(0, 60 * MIB, stream=1) is None
+    allocator.free(0)
+    assert allocator.allocate(1, 80 * MIB) is None
+    assert (allocator.reserved, allocator.retries) == (80 * MIB, 1)
+
+
+@settings(max_examples=50)
+@given(expandable=st.booleans(), steps=st.lists(st.tuples(st.integers(1, 60 * MIB), st.integers(0, 2), st.booleans())))
+def test_streams_are_as_allocators_of_their_own_while_there_is_room(expandable, steps):
+    together, apart = Allocator(expandable), [Allocator(expandable) for _ in range(3)]
+    for key, (size, stream, stays) in enumerate(steps):
+        for allocator, number in ((together, stream), (apart[stream], 0)):
+            assert allocator.allocate(key, size, number) is None
+            if not stays:
+                allocator.free(key)
+    assert together.reserved == sum(each.reserved for each in apart)
+    assert together.allocated == sum(each.allocated for each in apart)
 
 
 def test_torch_is_not_needed():

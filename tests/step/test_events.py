@@ -60,7 +60,7 @@ def running_peak(events: Events, sizes: Sizes) -> tuple[int, int, int]:
     """(peak, bytes before, bytes after) of a step that is not the first."""
     allocations = events.at(sizes)
     first = dict[int, int]()
-    for number, size in (*allocations.before, *allocations.first):
+    for number, size, _stream in (*allocations.before, *allocations.first):
         if size == RELEASED:
             del first[number]
         else:
@@ -68,7 +68,7 @@ def running_peak(events: Events, sizes: Sizes) -> tuple[int, int, int]:
     before = sum(first.values())
     live = peak = before
     alive: dict[int, int] = {}
-    for number, size in allocations.step:
+    for number, size, _stream in allocations.step:
         assert (number in alive) == (size == RELEASED)
         change = -alive.pop(number) if size == RELEASED else alive.setdefault(number, size)
         live += change

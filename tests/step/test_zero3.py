@@ -287,7 +287,6 @@ REFUSED = [
     ({"checkpoint": 4}, "--checkpoint layer"),
     ({"checkpoint": "selective"}, "--checkpoint layer"),
     ({"offload": "saved-tensors"}, "--offload layer-inputs"),
-    ({"loss": "liger"}, "--loss chunked"),
     ({"max_live_parameters": -1}, "whole number from 0"),
     ({"prefetch_bucket_size": -1}, "'auto' or a whole number from 0"),
     ({"gpus": 1}, "2 gpus or more"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -17,9 +18,13 @@ from mstplan.errors import RecipeError
 from mstplan.plan.layout import step_of, step_sizes
 from mstplan.plan.solve import fixed_chunks
 from mstplan.spec.catalog import load_config
+from mstplan.spec.config import read_config
 from mstplan.spec.hardware import card
+from mstplan.step.events import events_of
 from mstplan.step.recipe import Recipe, strategy
+from mstplan.step.simulation import AllocatorEvent, Stream
 from mstplan.tracing.fsdp import BUFFER, COPY_IN, GATHERED, SCATTER, SHARDS, first_of_ranks, shard_shape
+from mstplan.tracing.simulation import allocations_of
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
@@ -121,6 +126,28 @@ def peak_of(events: list[list[Any]], phase: str, resident: int) -> int:
 
 def pass_of(run: str) -> str:
     return "backward" if run == "recompute" else run
+
+
+@pytest.mark.parametrize("name", {**RECIPES, **mixed_recipes()})
+def test_the_formula_knows_what_is_on_which_stream(name):
+    check_streams({**RECIPES, **mixed_recipes()}[name])
+
+
+def check_streams(recipe: Recipe) -> None:
+    """Bytes that a step allocates on each stream beside the one that computes: those that torch's code enters, which have no names, and the formula's."""
+    chunks = fixed_chunks(recipe, TOKENS)
+    formula = step_of(read_config(CONFIG, "tiny"), recipe, ON, chunks, TOKENS)
+    planned = bytes_by_stream(events_of(formula, chunks).at(step_sizes(recipe, TOKENS, chunks)).step)
+    real = bytes_by_stream(allocations_of(traced(recipe)).step)
+    assert len(real) >= 2 and sorted(real.values()) == sorted(planned.values())
+
+
+def bytes_by_stream(events: Iterable[AllocatorEvent]) -> Counter[int]:
+    found = Counter[int]()
+    for _, size, stream in events:
+        if size > 0 and stream != Stream.COMPUTE:
+            found[stream] += size
+    return found
 
 
 @pytest.mark.parametrize("name", RECIPES)

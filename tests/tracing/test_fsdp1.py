@@ -18,7 +18,7 @@ from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
 from .real_events import without
-from .test_fsdp import LARGE, ON, check_formula, check_peaks, pass_of, traced
+from .test_fsdp import LARGE, ON, check_formula, check_peaks, check_streams, pass_of, traced
 from .two_ranks import CONFIG, TOKENS
 from .two_ranks_flat import mixed_recipes, recipes
 
@@ -53,6 +53,11 @@ def test_two_real_ranks_hold_what_the_trace_says(real, name):
     check_peaks(
         traced(recipes()[name]), real[name]["resident"], [without(events, OF_GLOO) for events in real[name]["runs"]]
     )
+
+
+@pytest.mark.parametrize("name", {**recipes(), **mixed_recipes()})
+def test_the_formula_knows_what_is_on_which_stream(name):
+    check_streams({**recipes(), **mixed_recipes()}[name])
 
 
 @pytest.mark.parametrize("name", mixed_recipes())
