@@ -15,6 +15,7 @@ from ..roles import Role
 from ..tape import Tensor, tensor_of
 from . import clip, siglip
 from .base import Images, Seen
+from .encoder import cast_pixels, outside
 
 if TYPE_CHECKING:
     from ...spec.model import Model
@@ -41,9 +42,16 @@ def masks_text(model: Model, recipe: Recipe) -> bool:
     return bool(recipe.images) and model.vision is not None and model.vision.family in MASKED
 
 
+def cast_inputs(images: Images) -> None:
+    """FSDP2's policy of bf16 casts what the whole model is given before it runs (FSDPState._pre_forward)."""
+    if images.recipe.gathers_in_bf16:
+        images.pixels = cast_pixels(images.writer(outside(images), images.vision.encoder.patches))
+
+
 def see(images: Images, hidden: Tensor) -> Seen:
     """Lay out all that is done with a step's images. hidden: what was embedded (b, s, d)."""
-    return TOWERS[images.vision.family].see(images, hidden)
+    seen = TOWERS[images.vision.family].see(images, hidden)
+    return seen._replace(returned=(*seen.returned, *images.pixels))
 
 
 def check_reached(images: Images, recipe: Recipe) -> None:

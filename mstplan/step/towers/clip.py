@@ -58,7 +58,8 @@ def _run_unused(images: Images, tokens: int, used: Tensor) -> tuple[Tensor, ...]
             inputs.append(last)
             last = images.layer(section._replace(is_idle=True), tokens, last, partial(write_layer, copies_rows=False))
         else:
-            last = write_layer(images.writer(section, tokens), last, copies_rows=False)
+            with main.call(apart=True):
+                last = write_layer(images.writer(section, tokens), last, copies_rows=False)
     w = images.writer(outside(images), 1)
     w.copies_rows = True
     w.norm(w.slice(last, "class", f"{w.t} d"), "post_layernorm")
