@@ -102,11 +102,11 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
 
     grouped = {op: in_group(i) for i, op in enumerate(layers)}
     inside: set[Op] = set()
-    for layer in _layers_written_out(tape):
-        group = _group([weight for weight, _ in step_weights(layer)], recipe, "a layer")
-        first, last = layer[0], layer[-1]
-        grouped[first], grouped[last] = replace(first, gathers=group), replace(last, lets_go=group)
-        inside.update(layer)
+    for written in _layers_written_out(tape):
+        group = _group([weight for weight, _ in step_weights(written)], recipe, "a layer")
+        begin, end = written[0], written[-1]
+        grouped[begin], grouped[end] = replace(begin, gathers=group), replace(end, lets_go=group)
+        inside.update(written)
     rest = [weight for weight, _ in step_weights([op for op in tape.ops if op not in grouped and op not in inside])]
     ops = tuple(grouped.get(op, op) for op in tape.ops)
     if recipe.expert_parallel == 1:
