@@ -1,7 +1,7 @@
 """FSDP2 (ZeRO-3) in closed form: the groups of weights that are gathered and scattered together, and what a card makes for each.
 
-Groups are those of `fully_shard(layer)` for every decoder layer and `fully_shard(model)` for the rest: embedding, final norm,
-head. What is held when follows torch/distributed/fsdp/_fully_shard (torch 2.13); `tape.py` replays it:
+Groups are those of `fully_shard(layer)` for every decoder layer, with images for every layer of a tower, and `fully_shard(model)` for the rest: embedding,
+final norm, projector, head. What is held when follows torch/distributed/fsdp/_fully_shard (torch 2.13); `tape.py` replays it:
 
 - forward: a group's all-gather makes a flat buffer, which is copied out into the weights; the weights go when the layer has
   run, the buffer when the next group's weights are there (_fsdp_param_group.py, wait_for_unshard: three times a layer then).

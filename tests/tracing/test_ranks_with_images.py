@@ -30,13 +30,17 @@ from mstplan.tracing.allocation_diff import (
     differences,
     unexplained,
 )
+from mstplan.tracing.fsdp import BUFFER
 from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace, whole_model
+from mstplan.train.locate import find_parts, layers_of_towers
 from mstplan.train.step import TrainingStep, build_model, read_settings
 
 from ..processes import on_two_ranks
 from ..recipes import in_chunks
 from .test_fsdp import check_peaks, without_known
+from .test_images import CONFIGS as PICTURED
+from .test_images import with_two
 from .test_towers import CONFIGS, agree
 from .two_ranks import TOKENS
 from .two_ranks_with_images import config_of, recipes
@@ -51,6 +55,7 @@ BIAS_IN_PLACE = KnownBuffer(
     what=EXTRA,
     inside=False,
 )
+FEW_AND_MANY: tuple[dict[str, Any], ...] = ({}, {"gpus": 2, "sharding": "fsdp"}, {"gpus": 8, "sharding": "fsdp"})
 KNOWN = (*(known._replace(inside=False) for known in KNOWN_ON_CPU), BIAS_IN_PLACE)
 
 
@@ -100,6 +105,30 @@ def test_ddp_waits_for_gradients_that_do_not_come(tmp_path: Path):
     ):
         with pytest.raises(RecipeError, match=r"(?s)no gradient comes to .*ddp waits for it\.\n.*--freeze vision"):
             answer()
+
+
+@pytest.mark.parametrize("family", sorted(PICTURED))
+def test_units_are_the_layers_that_transformers_does_not_split(family):
+    """`_no_split_modules`, by which accelerate wraps; there SigLIP's and CLIP's embeddings are units as well, here they are the root's."""
+    model = whole_model(read_settings(PICTURED[family], whole=True), Recipe(images=1), "cuda", False)
+    parts = find_parts(model)
+    units = {*layers_of_towers(parts), *parts.layers}
+    unsplit = {module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())}
+    others = {type(module).__name__ for module in unsplit ^ units}
+    assert others <= {"SiglipVisionEmbeddings", "CLIPVisionEmbeddings", "SiglipMultiheadAttentionPoolingHead"}
+    assert len(units) > len(parts.layers)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_towers_that_the_trace_alone_knows_are_sharded_as_well(family):
+    one, two, many = (
+        trace(PICTURED[family], with_two(family, "checkpoint", **fields), 1055) for fields in FEW_AND_MANY
+    )
+    weights = [sum(weight.bytes for weight in each.weights if "visual" in weight.name) for each in (one, two, many)]
+    assert weights[0] == pytest.approx(2 * weights[1], rel=0.01) and weights[0] == pytest.approx(
+        8 * weights[2], rel=0.02
+    )
+    assert any("visual.blocks.1" in made.module for made in two.step.storages if made.operation == BUFFER)
 
 
 # ---- the formula beside the trace -----------------------------------------------------------------------------------
