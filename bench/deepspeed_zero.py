@@ -40,6 +40,28 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
 }
 TIED = {**CONFIG, "tie_word_embeddings": True}
+_TEXT = {
+    name: CONFIG[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+}
+_TEXT |= {"intermediate_size": 640, "vocab_size": 1001, "max_position_embeddings": 512, "pad_token_id": 0}
+_TOWER = {"image_size": 28, "patch_size": 14, "hidden_size": 128, "intermediate_size": 384}
+_TOWER |= {"num_hidden_layers": 3, "num_attention_heads": 4}
+WITH_IMAGES: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "model_type": "gemma3",
+        "mm_tokens_per_image": 4,
+        "text_config": {**_TEXT, "model_type": "gemma3_text", "head_dim": 64, "query_pre_attn_scalar": 64},
+        "vision_config": {**_TOWER, "model_type": "siglip_vision_model", "vision_use_head": False},
+    },
+    "llava": {
+        "model_type": "llava",
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {**_TOWER, "model_type": "clip_vision_model"},
+    },
+}
+"""Models whose sequences have an image, of pixels that are smaller than LEAST. Their towers are not trained: oneDNN has buffers of its own for the gradient
+of a convolution."""
+TOKENS_WITH_IMAGE = 7
 WARM_UP, ROUNDS, RUNS = 2, 12, 16
 """Steps before any is recorded, and those that are: gloo's thread may hold on to a buffer for a moment more, and what it gives back the profiler does not
 see; but not in all of so many."""
@@ -54,9 +76,10 @@ PART: dict[str, dict[str, Any]] = {
     "without embeddings": {"freeze": ["embeddings"]},
     "without embeddings, with input gradients": {"freeze": ["embeddings"], "input_gradients": True},
     "mlp": {"train": ["mlp"]},
+    "without vision": {"freeze": ["vision"]},
 }
 """What trains a part of a model's weights, as fields of a recipe."""
-NAMES = ("ranks", "tied", "bucket", "accumulation", "overlap", "host", "part")
+NAMES = ("ranks", "tied", "bucket", "accumulation", "overlap", "host", "part", "images")
 CASES: list[dict[str, Any]] = [
     {**dict(zip(NAMES, row, strict=False)), "stage": stage}
     for row in (
@@ -82,11 +105,35 @@ CASES: list[dict[str, Any]] = [
         (2, False, "all", 1, False, False, "qlora in bf16"),
         (2, False, "some", 2, False, False, "without embeddings"),
         (2, False, "some", 1, False, False, "mlp"),
+        (2, True, "some", 1, True, False, "lora of attention", "gemma3"),
+        (2, False, "some", 2, False, False, "without vision", "llava"),
+        (2, False, "auto", 1, False, False, "without vision", "llava"),
         (3, False, "some", 2, False, False, "lora"),
         (3, False, "all", 1, False, False, "qlora"),
     )
     for stage in (1, 2)
 ]
+
+
+def config_of(case: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a case's model."""
+    if "images" in case:
+        return {**WITH_IMAGES[case["images"]], "image_token_id": 1000, "image_token_index": 1000}
+    return TIED if case["tied"] else CONFIG
+
+
+def tokens_of(case: dict[str, Any]) -> int:
+    return TOKENS_WITH_IMAGE if "images" in case else TOKENS
+
+
+def attention_of(case: dict[str, Any]) -> str:
+    """Eager attention is not counted with images."""
+    return "sdpa" if "images" in case else "eager"
+
+
+def fields_of(case: dict[str, Any]) -> dict[str, Any]:
+    """What a case is beside its sharding, as fields of a recipe."""
+    return PART.get(case.get("part", ""), {}) | ({"images": 1} if "images" in case else {})
 
 
 def settings_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -117,14 +164,16 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
     from mstplan.step.recipe import strategy
     from mstplan.tracing.fused_losses import COMPUTES
     from mstplan.train.fused import compute_loss_by
+    from mstplan.train.images import image_batch
     from mstplan.train.step import build_model, read_settings
 
-    fields = PART.get(case.get("part", ""), {})
+    fields = fields_of(case)
     is_wrapped = "stage" not in case and "lora_rank" in fields  # ZeRO-3's hooks meet peft's own classes as well
     recipe = strategy(
         "standard", **{**fields, "lora_rank": 0, "lora_targets": ["all-linear"]} if is_wrapped else fields
     )
-    model: Any = build_model(read_settings(TIED if case["tied"] else CONFIG), recipe, "eager", "cpu")
+    settings_of_model = read_settings(config_of(case), whole="images" in case)
+    model: Any = build_model(settings_of_model, recipe, attention_of(case), "cpu")
     if case.get("loss"):
         compute_loss_by(model, with_numbers(COMPUTES[case["loss"]]))
     if is_wrapped:
@@ -135,12 +184,15 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    ids = torch.randint(0, 1000, (1, TOKENS))
+    inputs: dict[str, Any] = {"input_ids": torch.randint(0, 1000, (1, TOKENS))}
+    if "images" in case:
+        ids, numbers, pixels = image_batch(model.config, recipe, TOKENS_WITH_IMAGE)
+        inputs = {"input_ids": ids, **numbers, "pixel_values": torch.rand(pixels)}
 
     def step(mark: Any = lambda _: None) -> None:
         for number in range(case["accumulation"]):
             mark(f"forward {number}")
-            loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = engine(labels=inputs["input_ids"], use_cache=False, **inputs).loss
             mark(f"backward {number}")
             engine.backward(loss)
             del loss

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .commands import Options, arguments, flags_given, option
 
@@ -735,11 +735,25 @@ def _with_images(model: Model, options: RecipesOptions, assume: str | None) -> M
         raise RecipeError(
             f"--images: {model.name} is planned as a model of text alone.\nLeave --images out.{whole if is_part else ''}"
         )
-    recipes = list(recipes_of(options, model=model).values())
+    asked = of_one_gpu(options)[0] if options.sharding == "all" else options
+    recipes = list(recipes_of(asked, model=model).values())
     by_trace = "--rung trace" if getattr(options, "rung", None) == "trace" else ""
     if what := next(filter(None, (by_trace, *(uncounted(model, recipe) for recipe in recipes))), ""):
         raise UnreadError(model.name, f"images with {what} are counted by the trace alone.", f"{BY_TRACE}.")
     return with_images(model, recipes[0], waiting(model.towers))
+
+
+AnyRecipes = TypeVar("AnyRecipes", bound=RecipesOptions)
+
+
+def of_one_gpu(options: AnyRecipes) -> tuple[AnyRecipes, dict[str, Any]]:
+    """Options without those that say how several GPUs are used, all ways of which --sharding all tries; and those of single shardings, by field."""
+    from ..plan.several_gpus import OF_SHARDINGS
+
+    of_some = {name for names in OF_SHARDINGS.values() for name in names}
+    given = {name: value for name, value in changes_of(options).items() if name in of_some}
+    not_given = {name: False if value is True else None for name, value in given.items()}
+    return options.changed(sharding=None, gpus=None, sequence_parallel=None, tensor_parallel=None, **not_given), given
 
 
 def card_of(options: CardOptions) -> Card:

@@ -31,6 +31,7 @@ from .options import (
     memory,
     model_of,
     model_or_stand_in,
+    of_one_gpu,
     one_of,
     plans_of,
     recipes_of,
@@ -107,10 +108,7 @@ def _compare_ways_of_gpus(options: MaxSeqOptions, model: Model, card: Card) -> N
     gpus = options.gpus or (base_recipe(options).gpus if options.recipe is not None else 1)
     if gpus < 2:
         raise RecipeError("--sharding all compares ways to use several GPUs: add --gpus 8.")
-    of_some = {name for names in several_gpus.OF_SHARDINGS.values() for name in names}
-    given = {name: value for name, value in changes_of(options).items() if name in of_some}
-    not_given = {name: False if value is True else None for name, value in given.items()}
-    alone = options.changed(sharding=None, gpus=None, sequence_parallel=None, tensor_parallel=None, **not_given)
+    alone, given = of_one_gpu(options)
     experts = model.experts.number if model.experts is not None else 0
     listed_ways = several_gpus.list_ways(gpus, options.sequence_parallel, options.tensor_parallel, experts)
     ways = several_gpus.with_own_fields(listed_ways, given)

@@ -1,7 +1,7 @@
 """FSDP2 (ZeRO-3) in closed form: the groups of weights that are gathered and scattered together, and what a card makes for each.
 
-Groups are those of `fully_shard(layer)` for every decoder layer and `fully_shard(model)` for the rest: embedding, final norm,
-head. What is held when follows torch/distributed/fsdp/_fully_shard (torch 2.13); `tape.py` replays it:
+Groups are those of `fully_shard(layer)` for every decoder layer, with images for every layer of a tower, and `fully_shard(model)` for the rest: embedding,
+final norm, projector, head. What is held when follows torch/distributed/fsdp/_fully_shard (torch 2.13); `tape.py` replays it:
 
 - forward: a group's all-gather makes a flat buffer, which is copied out into the weights; the weights go when the layer has
   run, the buffer when the next group's weights are there (_fsdp_param_group.py, wait_for_unshard: three times a layer then).
@@ -32,7 +32,7 @@ cards than experts most of what is gathered is padding (FSDP2's shard_placement_
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,7 +91,7 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     """A step's tape with a group for every layer, and one for the rest; where experts are shared out, by transformers' plan."""
     if recipe.flat and recipe.lora_rank:
         return _into_flat_groups(tape, recipe)
-    layers = [op for op in tape.ops if op.is_layer]
+    layers = [op for op in tape.ops if op.is_layer or op.is_tower_layer]
     tapes = [op.part.tape for op in layers if op.part is not None]
     groups: dict[Tape, Group] = {}
     for inner in dict.fromkeys(tapes):
@@ -105,7 +105,13 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
         return replace(layers[i], part=part)
 
     grouped = {op: in_group(i) for i, op in enumerate(layers)}
-    rest = [weight for weight, _ in step_weights([op for op in tape.ops if op not in grouped])]
+    inside: set[Op] = set()
+    for written in _layers_written_out(tape):
+        group = _group([weight for weight, _ in step_weights(written)], recipe, "a layer")
+        begin, end = written[0], written[-1]
+        grouped[begin], grouped[end] = replace(begin, gathers=group), replace(end, lets_go=group)
+        inside.update(written)
+    rest = [weight for weight, _ in step_weights([op for op in tape.ops if op not in grouped and op not in inside])]
     ops = tuple(grouped.get(op, op) for op in tape.ops)
     if recipe.expert_parallel == 1:
         return replace(tape, ops=ops, group=_group(rest, recipe, REST, outlived=True))
@@ -117,6 +123,14 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
         first_group=_group(first, recipe, "the embedding", outlived=True),
         group=_group(last, recipe, "norm and head", outlived=True),
     )
+
+
+def _layers_written_out(tape: Tape) -> Iterator[list[Op]]:
+    """Operations of each layer that is no part of the tape: of towers, those from which no feature comes."""
+    starts = [n for n, op in enumerate(tape.ops) if any(call.apart for call in op.begins)]
+    ends = [n for n, op in enumerate(tape.ops) if any(call.apart for call in op.ends)]
+    for start, end in zip(starts, ends, strict=True):
+        yield list(tape.ops[start : end + 1])
 
 
 def _layer_group(weights: list[Weight], recipe: Recipe) -> Group:

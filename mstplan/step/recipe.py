@@ -385,8 +385,16 @@ class Recipe(BaseModel):
                 "images with reentrant checkpoints, which towers would have too, are not planned: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
-                bool(self.images) and (self.sharding != "none" or self.optimizer_on_host or self.weights_on_host),
-                "images with several GPUs, or with weights or optimizer in CPU RAM, are not planned: leave one of the two out",
+                bool(self.images) and (self.optimizer_on_host or self.weights_on_host),
+                "images with weights or optimizer in CPU RAM are not planned: leave one of the two out",
+            ),
+            (
+                bool(self.images) and self.sharding == "zero3",
+                "images with zero3 are not planned: take sharding='fsdp' (--sharding fsdp), which shares weights out as well",
+            ),
+            (
+                bool(self.images) and max(self.sharers, self.tensor_parallel, self.expert_parallel) > 1,
+                "images with GPUs that share sequences, matrices or experts are not planned: share weights alone (--sharding fsdp), or leave images out",
             ),
         )
 

@@ -77,7 +77,15 @@ from .tape import (
     undominated,
     weight_gradient,
 )
-from .towers import check_images, images_of_batch, numbers_of_patches, see
+from .towers import (
+    cast_inputs,
+    check_images,
+    check_reached,
+    images_of_batch,
+    modules_of_towers,
+    numbers_of_patches,
+    see,
+)
 from .towers.base import Images, Seen
 from .workspaces import IDS_PER_PARTIAL_SUM, SortedLookups, Spans
 from .zero import Zero, check_dtypes, weights_in_order
@@ -233,7 +241,7 @@ class Step:
         if not recipe.zero_stage:
             return None
         segments = segment_length(recipe, self.model.layers) > 1
-        weights = weights_in_order(self.tape, segments)
+        weights = weights_in_order(self.tape, segments, modules_of_towers(self.model))
         if recipe.zero_stage == 3:
             check_calls(self.model)
         check_dtypes(weights, recipe)
@@ -1079,6 +1087,8 @@ def _embedding(
     own = w.numerics.weights
     looked_up = w.new("embeddings", "d", own) if changed else w.hidden(own)
     joins = Joined(table, joins_view) if model.tied else None
+    if images is not None:
+        cast_inputs(images)
     workspace = WeightWorkspace(table, SortedLookups(model.vocab, model.hidden), "bs")
     with tape.call(passes_on=False):  # of numbers of tokens
         tape.op("embedding", [], looked_up, weights=(table,), workspaces=(workspace,), joins=joins)
@@ -1091,6 +1101,7 @@ def _embedding(
     seen = Seen(hidden, hidden)
     if images is not None:
         seen = see(images, hidden)
+        check_reached(images, images.recipe)
         hidden, variables = seen.hidden, [seen.hidden]
     if w.code.counts_positions:
         ones = tape.new("ones for tokens", places, "float32")

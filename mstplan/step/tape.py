@@ -256,6 +256,8 @@ class Op:
     begins: tuple[Call, ...] = ()  # of modules, whose first operation it is, outermost first
     ends: tuple[Call, ...] = ()  # whose last, innermost first
     apart: Apart | None = None  # its weights are a flat tensor of their own, within a layer
+    gathers: Group | None = None  # of a layer that is written out, and that no backward comes to: its first operation
+    lets_go: Group | None = None  # the same, with its last operation
 
     @property
     def trained(self) -> tuple[Weight, ...]:
@@ -275,7 +277,7 @@ class Op:
     @property
     def group(self) -> Group | None:
         """Weights that are gathered for it."""
-        return self.part.group if self.part is not None else None
+        return self.part.group if self.part is not None else self.gathers
 
     @property
     def is_layer(self) -> bool:
@@ -745,10 +747,14 @@ class _Groups:
         self.rest, self.ledger = tape.group, ledger
         self.order = [op.group for op in tape.ops if op.group is not None]
         self.buffer: Tensor | None = None
+        self.for_nothing: list[
+            tuple[int, Tensor]
+        ] = []  # buffers of layers that no backward comes to, with their place in the order
         self.scatter: Tensor | None = None
         self.all_reduced: list[Tensor] = []
         self.there = False  # of `_ExpertGroups`
         self.late: Group | None = None  # scattered when all is over, for no gradient of the layer's input tells when
+        self.place_of_late = 0  # in the order
 
     def begin_forward(self) -> None:
         if self.rest is not None:
@@ -760,8 +766,9 @@ class _Groups:
 
     def after_forward(self, op: Op, stops: bool = False) -> None:
         """stops: the layer is run again no further."""
-        if op.group is not None:
-            self.ledger.drop(op.group.gathered)
+        over = op.lets_go if op.part is None else op.group
+        if over is not None:
+            self.ledger.drop(over.gathered)
 
     def end_forward(self) -> None:
         self._replace_buffer(None)
@@ -775,6 +782,9 @@ class _Groups:
         if op.group is None:
             return
         self.order.pop()
+        if self.buffer is None:  # another one was gathered ahead, for nothing
+            self._gather(op.group, op.where, listed)
+            self.buffer = op.group.buffer
         self.ledger.put(op.group.gathered)
         if listed:
             self.ledger.mark(_within(op.where, "copy out of the all-gather"))
@@ -787,16 +797,31 @@ class _Groups:
         if op.group is None:
             return
         if op.part is not None and not op.part.wanted:
-            self.late = op.group
+            self.late, self.place_of_late = op.group, len(self.order)
         else:
             self._scatter(op.group, op.where, listed)
 
+    def pass_over(self, op: Op) -> None:
+        """No backward comes to an operation. What was gathered ahead for a layer stays until backward is over (finalize_backward)."""
+        if op.group is None or not self.order:
+            return
+        self.order.pop()
+        if self.buffer is not None:
+            self.for_nothing.append((len(self.order), self.buffer))
+            self.buffer = None
+
     def end_backward(self) -> None:
+        """Layer by layer, in their order."""
         if self.rest is not None:
             self._scatter(self.rest, "backward of embedding", listed=True)
+        for place, buffer in self.for_nothing:
+            if place < self.place_of_late:
+                self.ledger.drop(buffer)
         if self.late is not None:
             self._scatter(self.late, "", listed=True)
-        self._replace_buffer(None)  # of a layer that no backward came to
+        for place, buffer in self.for_nothing:
+            if place >= self.place_of_late:
+                self.ledger.drop(buffer)
         if self.scatter is not None:
             self.ledger.drop(self.scatter)
         for tensor in self.all_reduced:
@@ -1025,6 +1050,9 @@ class _FlatGroups(_Groups):
         super().__init__(tape, ledger)
         self.order = [op.group for op in tape.ops if op.group is not None and op.part is not None and op.part.records]
         self.done: Group | None = None  # a frozen layer whose input has its gradient
+
+    def pass_over(self, op: Op) -> None:
+        """Only layers that backward comes to are gathered ahead."""
 
     def before_backward(self, op: Op, listed: bool) -> None:
         if op.group is None or op.part is None:
@@ -1326,7 +1354,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         saved, there = (saved, selected) if recomputing else (saved | (set() if keep else selected), there)
     groups = _groups_of(tape, ledger, again=recomputing, backward=False)
     ledger.stage = tape.ops[0].stage
-    groups.begin_forward()
+    begun = False  # what a model is given may be cast before
 
     if rules.cast_before:
         casts = [tensor for op in tape.ops for tensor in op.makes if tensor.cached and tensor not in saved]
@@ -1339,6 +1367,9 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         if rules.events and op.stage is Stage.LOSS and transferring is None and tape.in_transfer is not None:
             transferring = tape.in_transfer  # of the last layer, on its way to the host
             ledger.put(transferring)
+        if not begun and (op.weights or op.part is not None):
+            groups.begin_forward()
+            begun = True
         groups.before_forward(op, rules.every_moment or not op.interior)
         if rules.visitor is not None:
             rules.visitor.before_forward(op, ledger)
@@ -1589,6 +1620,7 @@ def _backward(
         saved = kept
         incoming = {tensor: pending.pop(tensor) for tensor in op.makes if tensor in pending}
         if not incoming:
+            groups.pass_over(op)
             continue
         ledger.stage = op.stage
         groups.before_backward(op, rules.every_moment or not op.interior)

@@ -26,6 +26,7 @@ GPUs hold different parts, so one may hold more than another. Counted is the mos
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import RecipeError
@@ -44,6 +45,7 @@ ALIGNMENT = 2
 """Values that each partition is a multiple of (nccl_start_alignment_factor)."""
 BF16, FP32, FP64 = ITEMSIZE["bfloat16"], ITEMSIZE["float32"], 8
 OF_PARTITION = "gradients of the partition"
+IN_TOWERS = frozenset({WeightKind.VISION, WeightKind.PROJECTOR})
 
 
 class Ledger(Protocol):
@@ -376,18 +378,31 @@ class Reducer:
         self.most = tensor
 
 
-def weights_in_order(tape: Tape, segments: bool) -> list[Weight]:
-    """Weights as the model has them; in layers norms come last. segments: layers of the tape are several, checkpointed together."""
+def weights_in_order(tape: Tape, segments: bool, modules: Sequence[str] = ()) -> list[Weight]:
+    """Weights as the model has them: of towers first; in layers of text norms come last. segments: layers of the tape are several, checkpointed
+    together. modules: of towers, in the order in which their code makes them."""
     weights: list[Weight] = []
+    of_towers: list[tuple[tuple[bool, int, int], Weight]] = []  # with the place of each
     outside: dict[Weight, None] = {}
+    layers_before = 0
     for op in tape.ops:
         if op.is_layer and op.part is not None:
             layers = [inner for inner in op.part.tape.ops if inner.part is not None] if segments else [op]
             weights += [weight for layer in layers for weight in _as_registered(_within(layer))]
-        else:
-            weights += [weight for weight in dict.fromkeys(_within(op)) if weight not in outside]
-            outside.update(dict.fromkeys(_within(op)))
-    return weights
+            continue
+        own = [weight for weight in dict.fromkeys(_within(op)) if op.is_tower_layer or weight not in outside]
+        layers_before += op.is_tower_layer
+        for weight in own:
+            if weight.kinds & IN_TOWERS:
+                place = next(n for n, name in enumerate(modules) if weight.name.startswith(name))
+                is_projector = WeightKind.PROJECTOR in weight.kinds
+                after = layers_before + (not op.is_tower_layer and layers_before > 0)
+                of_towers.append(((is_projector, after, place), weight))
+            else:
+                weights.append(weight)
+        if not op.is_tower_layer:
+            outside.update(dict.fromkeys(own))
+    return [*(weight for _, weight in sorted(of_towers, key=itemgetter(0))), *weights]
 
 
 def _within(op: Op) -> list[Weight]:

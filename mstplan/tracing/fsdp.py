@@ -120,8 +120,8 @@ def part_of_mesh(mesh: DeviceMesh, *names: str) -> DeviceMesh:
 
 
 def shard_model(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
-    """Shard every decoder layer, then the rest, over the ranks of `mesh` that share weights; in place. FSDP1 wraps a model where its step is
-    built (mstplan/train/flat_shards.py)."""
+    """Shard every decoder layer, with images every layer of a tower as well, then the rest, over the ranks of `mesh` that share weights; in place.
+    FSDP1 wraps a model where its step is built (mstplan/train/flat_shards.py)."""
     if recipe.flat:
         return
     sharing = part_of_mesh(mesh, "replicate", "shard")
@@ -132,7 +132,9 @@ def shard_model(model: nn.Module, recipe: Recipe, mesh: DeviceMesh) -> None:
     )
     offload = CPUOffloadPolicy(pin_memory=False) if recipe.weights_on_host else OffloadPolicy()
     whole = {weight for weight in model.parameters() if not is_sharded(weight)}
-    for module in (*locate.find_parts(model).layers, model):
+    parts = locate.find_parts(model)
+    towers = locate.layers_of_towers(parts) if recipe.images else []
+    for module in (*towers, *parts.layers, model):
         fully_shard(module, mesh=sharing, mp_policy=policy, offload_policy=offload, ignored_params=whole)
 
 

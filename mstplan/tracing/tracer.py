@@ -36,7 +36,7 @@ from ..step.runnable import check_runnable
 from ..step.saved_tensors import IN_FLIGHT
 from ..step.selection import Kinds
 from ..step.steps import checkpointed_layers, every_nth, segment_length
-from ..step.towers import image_notes
+from ..step.towers import check_idle, image_notes
 from ..train import locate
 from ..train.checkpoint import segments_of
 from ..train.images import image_batch, image_of
@@ -179,6 +179,8 @@ def _trace_settings(
 
         short, found_idle = record(model)
         idle = _idle_in_all(found_idle, names, kinds, layer_numbers)
+        if recipe.images:
+            check_idle(sorted(idle), recipe)
         stepped = Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE})
         update, states = _record_update(tuple(size for name, size in sizes if name not in idle), stepped, on)
         if recipe.optimizer_on_host:

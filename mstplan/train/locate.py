@@ -60,6 +60,12 @@ def find_parts(model: nn.Module) -> ModelParts:
     raise ModelError(f"{name} has no decoder layers (transformers' GradientCheckpointingLayer, or a list of layers).")
 
 
+def layers_of_towers(parts: ModelParts) -> list[nn.Module]:
+    """Layers of towers of images or sound, in the order of the model: transformers' checkpointable layers outside of the decoder's."""
+    text = set(parts.layers)
+    return [m for m in parts.model.modules() if isinstance(m, GradientCheckpointingLayer) and m not in text]
+
+
 def find_mlps(parts: ModelParts, layers: Sequence[nn.Module] | None = None) -> list[tuple[nn.Module, LayerMlp]]:
     """Layers, all or some, and their MLPs; layers that only mix tokens have none. Raises ModelError when no layer of all has one, or
     when a layer owns matrices that are neither."""

@@ -81,3 +81,13 @@ def test_a_model_that_ships_as_its_text_says_where_its_tower_is(run: Run) -> Non
     assert part.code == plain.code == 2
     assert part.err.endswith("pass that, or its id google/gemma-3-4b-it.\n") and len(part.err.splitlines()) == 2
     assert plain.err.endswith("Leave --images out.\n")
+
+
+def test_all_ways_to_use_several_gpus(run: Run, models: None, without_torch: None) -> None:
+    options = ("max-seq", "-m", "gemma3.json", *IMAGES, "-s", "mst", "--gpus", "8")
+    answer = run(*options, "--sharding", "all", "--format", "json")
+    facts = json.loads(answer.out)
+    reached = {row["way"] for row in facts["ways"]}
+    assert answer.code == 0 and reached == {"fsdp", "ddp", "zero1", "zero2"}
+    refused = run(*options, "--sharding", "zero3")
+    assert refused.code == 2 and "take --sharding fsdp" in refused.err and len(refused.err.splitlines()) == 1

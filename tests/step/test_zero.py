@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.deepspeed_zero import BUCKETS, CONFIG, LEAST, PART, TIED, TOKENS
+from bench.deepspeed_zero import BUCKETS, LEAST, TOKENS, attention_of, config_of, fields_of, tokens_of
 from mstplan.errors import RecipeError
 from mstplan.plan.layout import step_of, step_sizes
 from mstplan.plan.solve import host_bytes, max_seq
@@ -89,13 +89,15 @@ class Live:
 def recipe_of(case: dict[str, Any]) -> Recipe:
     fields = {"reduce_bucket_size": BUCKETS[case["bucket"]] if case["bucket"] != "auto" else "auto"}
     fields |= {"accumulation": case["accumulation"], "overlap_comm": case["overlap"], "optimizer_on_host": case["host"]}
-    fields |= PART.get(case.get("part", ""), {})
-    return strategy("standard", gpus=case["ranks"], sharding=f"zero{case['stage']}", attention="eager", **fields)
+    fields |= fields_of(case)
+    return strategy(
+        "standard", gpus=case["ranks"], sharding=f"zero{case['stage']}", attention=attention_of(case), **fields
+    )
 
 
-def follow(step: Step, accumulation: int) -> tuple[dict[str, int], list[int]]:
+def follow(step: Step, accumulation: int, tokens: int = TOKENS) -> tuple[dict[str, int], list[int]]:
     """The most bytes by phase of a step, and what slices were flattened."""
-    live = Live(step_sizes(step.layout.recipe, TOKENS, ONE).units)
+    live = Live(step_sizes(step.layout.recipe, tokens, ONE).units)
     peaks: dict[str, int] = {}
     for number in [0, None] if accumulation > 1 else [None]:
         rules = step.rules(events=True, number=number)
@@ -120,9 +122,8 @@ def words(case: dict[str, Any]) -> str:
 @pytest.mark.parametrize("case", RECORDED["cases"], ids=words)
 def test_deepspeeds_engine_holds_as_much_in_each_phase(case: dict[str, Any]) -> None:
     """To the byte: the most of all ranks, in the first backward, the last, and the step."""
-    model = read_config(TIED if case["tied"] else CONFIG, "tiny")
-    step = built(recipe_of(case), model, TOKENS)
-    peaks, flattened = follow(step, case["accumulation"])
+    step = built(recipe_of(case), read_config(config_of(case), "tiny"), tokens_of(case))
+    peaks, flattened = follow(step, case["accumulation"], tokens_of(case))
     last = case["accumulation"] - 1
     names = {"backward 0": "backward 0", "last backward": f"backward {last}", "step": "step"}
     assert peaks == {name: max(rank["peaks"].get(real, 0) for rank in case["found"]) for name, real in names.items()}
@@ -132,7 +133,7 @@ def test_deepspeeds_engine_holds_as_much_in_each_phase(case: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("case", [case for case in RECORDED["cases"] if not case["host"]], ids=words)
 def test_deepspeeds_engine_has_partitions_as_large(case: dict[str, Any]) -> None:
-    step = built(recipe_of(case), read_config(TIED if case["tied"] else CONFIG, "tiny"), TOKENS)
+    step = built(recipe_of(case), read_config(config_of(case), "tiny"), tokens_of(case))
     assert step.zero is not None
     for number, rank in enumerate(case["found"]):
         assert (2 * step.zero.flat, 4 * step.zero.partition) == (rank["flat"], rank["partition"])

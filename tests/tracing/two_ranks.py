@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def run(recipe: Recipe, runs: int = RUNS, config: dict[str, Any] = CONFIG) -> dict[str, Any]:
-    model = build_model(read_settings(config), recipe, recipe.attention, "cpu")
+    settings = read_settings(config, whole=bool(recipe.images))
+    model = build_model(settings, recipe, recipe.attention, "cpu")
     spread = recipe.expert_parallel > 1
     mesh = mesh_of("cpu", recipe) if not spread and (recipe.sharded or recipe.tensor_parallel > 1) else None
     if mesh is not None and recipe.tensor_parallel > 1:
@@ -104,6 +106,7 @@ def run(recipe: Recipe, runs: int = RUNS, config: dict[str, Any] = CONFIG) -> di
     def again(mark: Any) -> None:
         mark("forward")
         step.renew_batch()
+        step.images = {name: tensor.clone() for name, tensor in step.images.items()}
         step.run(mark)
 
     seen = [record_allocations(again).events for _ in range(runs)]
@@ -122,12 +125,14 @@ def main(
     ranks: int = 2,
     and_then: Callable[[], None] = lambda: None,
     config: dict[str, Any] = CONFIG,
+    configs: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> None:
+    """configs: of recipes whose model is another, by their names."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
-    found = {name: run(recipe, runs, config) for name, recipe in recipes.items()}
+    found = {name: run(recipe, runs, configs.get(name, config)) for name, recipe in recipes.items()}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     and_then()
     dist.barrier()

@@ -6,22 +6,33 @@ A new one is a rule in `spec/vision.py`, and a file here with a function and a l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import RecipeError
 from ...units import SHORTEST
 from ..recipe import Recipe
 from ..roles import Role
 from ..tape import Tensor, tensor_of
+from . import clip, siglip
 from .base import Images, Seen
-from .clip import see_by_clip
-from .siglip import see_by_siglip
+from .encoder import cast_pixels, outside
 
 if TYPE_CHECKING:
     from ...spec.model import Model
 
-TOWERS: Mapping[str, Callable[[Images, Tensor], Seen]] = {"gemma3": see_by_siglip, "llava": see_by_clip}
-"""What lays out the tower and projector of a family, and puts their features into the embeddings (b, s, d)."""
+
+class Family(NamedTuple):
+    """see: lays out tower and projector, and puts their features into the embeddings (b, s, d). modules: those with weights, in the order in
+    which the model makes them, of layers in that of one."""
+
+    see: Callable[[Images, Tensor], Seen]
+    modules: Sequence[str]
+
+
+TOWERS: Mapping[str, Family] = {
+    "gemma3": Family(siglip.see_by_siglip, siglip.MODULES),
+    "llava": Family(clip.see_by_clip, clip.MODULES),
+}
 MASKED = frozenset({"gemma3"})
 """Families whose layers are given explicit masks with images: these see all of themselves."""
 
@@ -31,9 +42,37 @@ def masks_text(model: Model, recipe: Recipe) -> bool:
     return bool(recipe.images) and model.vision is not None and model.vision.family in MASKED
 
 
+def cast_inputs(images: Images) -> None:
+    """FSDP2's policy of bf16 casts what the whole model is given before it runs (FSDPState._pre_forward)."""
+    if images.recipe.gathers_in_bf16:
+        images.pixels = cast_pixels(images.writer(outside(images), images.vision.encoder.patches))
+
+
 def see(images: Images, hidden: Tensor) -> Seen:
     """Lay out all that is done with a step's images. hidden: what was embedded (b, s, d)."""
-    return TOWERS[images.vision.family](images, hidden)
+    seen = TOWERS[images.vision.family].see(images, hidden)
+    return seen._replace(returned=(*seen.returned, *images.pixels))
+
+
+def check_reached(images: Images, recipe: Recipe) -> None:
+    """Check that gradients come to all that is trained, where others wait for them. Raises RecipeError."""
+    check_idle([named.names[0] for named in images.unused if named.names[0] not in images.frozen], recipe)
+
+
+def check_idle(names: Sequence[str], recipe: Recipe) -> None:
+    """The same of the names of trained weights that no gradient comes to. DDP waits for them in its second step, and raises an error
+    (find_unused_parameters=False); what ZeRO makes of them is not counted. Raises RecipeError."""
+    if names and (recipe.has_gradient_buckets or recipe.zero_stage):
+        what = "waits for it" if recipe.has_gradient_buckets else "wants it in its partitions"
+        raise RecipeError(
+            f"no gradient comes to {names[0]}, from which no feature of an image is made, and {recipe.sharding} {what}.\n"
+            "Freeze the tower (--freeze vision), or take --sharding fsdp."
+        )
+
+
+def modules_of_towers(model: Model) -> Sequence[str]:
+    """Modules of a model's tower and projector, in the order in which they are made."""
+    return TOWERS[model.vision.family].modules if model.vision is not None else ()
 
 
 def uncounted(model: Model, recipe: Recipe) -> str:
@@ -49,7 +88,6 @@ def uncounted(model: Model, recipe: Recipe) -> str:
         "--attention eager": recipe.attention == "eager" or model.eager_only,
         f"--precision {recipe.precision}": recipe.runs_autocast and recipe.used_dtype != "bfloat16",
         "--checkpoint children": recipe.checkpoint == "children",
-        "several GPUs": recipe.gpus > 1,
     }
     return next((option for option, asked in options.items() if asked), "")
 

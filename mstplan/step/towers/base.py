@@ -42,13 +42,16 @@ class Images:
     """A step's images, while what is done with them is written on the tape of `w`.
 
     frozen: names of weights of towers that are not trained. several: are there more sequences than one? named: the weights that were
-    written, by their names in the whole model.
+    written, by their names in the whole model; unused: of these, those from which no feature comes. pixels:
+    in the weights' dtype, where they are cast before all else.
     """
 
     def __init__(self, w: Writer, vision: Vision, recipe: Recipe, frozen: frozenset[str], several: bool):
         self.w, self.vision, self.recipe, self.frozen = w, vision, recipe, frozen
         self.count, self.several = recipe.images, several or recipe.images > 1
         self.named: list[Named] = []
+        self.unused: list[Named] = []
+        self.pixels: tuple[Tensor, ...] = ()
         self._layers: dict[frozenset[str], Tape] = {}
 
     def writer(self, section: Section, tokens: int, onto: TapeWriter | None = None) -> TowerWriter:

@@ -10,6 +10,12 @@ from .base import Images, Section, Seen, TowerWriter, sizes_of
 from .encoder import add_positions, embed_patches, of_layer, outside, run_layers, write_layer
 
 PROJECTOR = "model.multi_modal_projector."
+MODULES = (
+    *("embeddings.class_embedding", "embeddings.patch_embedding", "embeddings.position_embedding", "pre_layrnorm"),
+    *(f"self_attn.{each}_proj" for each in ("k", "v", "q", "out")),
+    *("layer_norm1", "mlp.fc1", "mlp.fc2", "layer_norm2", "post_layernorm", "linear_1", "linear_2"),
+)
+"""Those with weights, in the order in which they are made."""
 
 
 def see_by_clip(images: Images, hidden: Tensor) -> Seen:
@@ -42,7 +48,7 @@ def _embed(w: TowerWriter, tokens: int) -> Tensor:
 def _run_unused(images: Images, tokens: int, used: Tensor) -> tuple[Tensor, ...]:
     """Layers whose output no feature comes from, and the norm of the class behind them: a graph is made of them, and let go with what they gave.
     Returns that, and inputs that checkpoints hold as long."""
-    vision, main = images.vision, images.w.tape
+    vision, main, start = images.vision, images.w.tape, len(images.named)
     checkpoints = images.recipe.checkpoints_layers
     last = main.op("hand on", [used], main.view(used, used.name, used.shape)) if checkpoints else used
     inputs: list[Tensor] = []
@@ -52,10 +58,12 @@ def _run_unused(images: Images, tokens: int, used: Tensor) -> tuple[Tensor, ...]
             inputs.append(last)
             last = images.layer(section._replace(is_idle=True), tokens, last, partial(write_layer, copies_rows=False))
         else:
-            last = write_layer(images.writer(section, tokens), last, copies_rows=False)
+            with main.call(apart=True):
+                last = write_layer(images.writer(section, tokens), last, copies_rows=False)
     w = images.writer(outside(images), 1)
     w.copies_rows = True
     w.norm(w.slice(last, "class", f"{w.t} d"), "post_layernorm")
+    images.unused += images.named[start:]
     return last, *(inputs if images.trains(WeightKind.VISION) else ())
 
 

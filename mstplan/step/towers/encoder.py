@@ -53,14 +53,19 @@ def write_layer(w: TowerWriter, x: Tensor, copies_rows: bool) -> Tensor:
     return y
 
 
+def cast_pixels(w: TowerWriter) -> tuple[Tensor, ...]:
+    """Pixels in the weights' dtype; nothing where they have it: processors make them in fp32."""
+    encoder, dtype = w.images.vision.encoder, w.numerics.weights
+    if dtype == "float32":
+        return ()
+    inputs = w.images.count * encoder.channels * encoder.side**2
+    return (w.tape.op("cast pixels", [], w.tape.new("pixels", f"b {inputs}", dtype)),)
+
+
 def embed_patches(w: TowerWriter, has_bias: bool) -> Tensor:
     """A convolution whose steps are as wide as its filters, of pixels in the weights' dtype. cuDNN's workspace for it is not counted."""
     encoder, tape = w.images.vision.encoder, w.tape
-    pixels: tuple[Tensor, ...] = ()
-    inputs = encoder.channels * encoder.side**2
-    if w.numerics.weights != "float32":
-        cast = tape.new("pixels", f"b {w.images.count * inputs}", w.numerics.weights)
-        pixels = (tape.op("cast pixels", [], cast),)
+    pixels = w.images.pixels or cast_pixels(w)
     shape = encoder.hidden, encoder.channels, encoder.patch, encoder.patch
     filters = w.weight("patches", *shape, kinds=())
     biases: tuple[Weight, ...] = (w.weight("patches", encoder.hidden, kinds=(), name=".bias"),) if has_bias else ()

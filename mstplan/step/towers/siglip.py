@@ -8,6 +8,12 @@ from .base import Images, Section, Seen, sizes_of
 from .encoder import add_positions, embed_patches, outside, run_layers
 
 PROJECTOR = "model.multi_modal_projector."
+MODULES = (
+    *("embeddings.patch_embedding", "embeddings.position_embedding", "layer_norm1"),
+    *(f"self_attn.{each}_proj" for each in ("k", "v", "q", "out")),
+    *("layer_norm2", "mlp.fc1", "mlp.fc2", "post_layernorm", "mm_input_projection_weight", "mm_soft_emb_norm"),
+)
+"""Those with weights, in the order in which they are made."""
 
 
 def see_by_siglip(images: Images, hidden: Tensor) -> Seen:
