@@ -91,13 +91,14 @@ def routed(w: Writer, x: Tensor, e: Experts, scores: Tensor, chosen: Tensor, out
     """What the experts of all ranks make of x, chosen before; outside: variables of the code around."""
     tape = w.tape
     tape.dims["R"] = rows_of_a_token(e.per_token, w.numerics.imbalance)
+    given = w.cast(scores, x.dtype, "scores given to experts") if w.numerics.policy else scores
     with tape.call(apart=True):
         order, sent, received, ids, ones = _dispatched(w, x, chosen)
         w.hold(*outside, order, sent)
         around = (*outside, order, received, ids, ones)
         made = _of_own_experts(w, received, ids, ones, e, around)
         w.hold(*around)
-        y = _combined(w, made, scores, order, x.dtype)
+        y = _combined(w, made, given, order, x.dtype)
         w.hold(*around, made)
     w.hold(*outside)
     return y

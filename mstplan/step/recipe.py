@@ -743,8 +743,8 @@ class Recipe(BaseModel):
                 ),
             )
         option = f"expert_parallel={ranks} (--expert-parallel {ranks})"
-        other = "sharding" if self.sharding != "fsdp" else self._first_set("replicas", *_OF_OTHER_STEPS)
-        other = other or ("precision" if self.precision == "mixed" else "")
+        refused = [name for name in _OF_OTHER_STEPS if name not in _BESIDE_EXPERTS]
+        other = "sharding" if self.sharding != "fsdp" else self._first_set("replicas", "reduce_dtype", *refused)
         other = other or ("offload" if self.offload == "saved-tensors" else "")
         return (
             (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--expert-parallel')}"),
@@ -759,10 +759,6 @@ class Recipe(BaseModel):
             (
                 self.sharers > 1 or self.tensor_parallel > 1,
                 f"{option} beside GPUs that share sequences or split matrices is not planned: leave one of the two out",
-            ),
-            (
-                self.max_grad_norm is not None,
-                f"{option} with clipping is not planned, which transformers' Trainer does mesh by mesh: leave --max-grad-norm out",
             ),
             (
                 bool(other),
@@ -1011,7 +1007,9 @@ _OF_OTHER_STEPS = (
     ),
     *("accumulation", "packing", "padding_free", "images", "train", "freeze"),
 )
-"""What changes how a step runs: neither split matrices nor shared experts are planned with any of it."""
+"""What changes how a step runs: split matrices are planned with none of it."""
+_BESIDE_EXPERTS = frozenset({"accumulation"})
+"""What of it experts over several GPUs are planned with."""
 _MUST_BE = {
     "reduce_bucket_size": "must be 'auto' or a whole number from 1",
     **dict.fromkeys(("prefetch_bucket_size", "param_persistence_threshold"), "must be 'auto' or a whole number from 0"),

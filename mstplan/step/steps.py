@@ -743,6 +743,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         splits=recipe.tensor_parallel,
         spread=recipe.expert_parallel,
         imbalance=recipe.expert_imbalance,
+        policy=recipe.gathers_in_bf16,
         in_deepspeeds_linear=recipe.zero_stage == 3,
     )
     if recipe.flat and model.towers:

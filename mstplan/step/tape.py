@@ -996,8 +996,12 @@ class _ExpertGroups(_Groups):
             self.ledger.mark("all-gather")
 
     def after_backward(self, op: Op, listed: bool) -> None:
-        if op is self.ends_backward:
-            self._scatter(self.group, "", listed=True)
+        if op is not self.ends_backward:
+            return
+        if self.ledger.rules.gradients == "added":
+            for gradient in self.group.gradients:
+                self.ledger.drop(gradient)
+        self._scatter(self.group, "", listed=True)
 
     def end_backward(self) -> None:
         return
@@ -1939,7 +1943,8 @@ def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> N
         ledger.put(temps)
         ledger.mark("optimizer step of " + weight.name)
         ledger.drop(temps)
-    if rules.gradients != "kept":
+    # experts shared out reach theirs when all of the module's backward is over: it made their weights local first (_use_local_dtensor_params)
+    if rules.gradients != "kept" and weight.spread_over == 1:
         ledger.drop(gradient)
 
 

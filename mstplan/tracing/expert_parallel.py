@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from ..errors import ModelError, VersionError
 from ..step.expert_parallel import refuse_ranks, rows_of_a_token
 from ..step.recipe import Recipe
-from .patches import COLLECTIVE_WAIT, COUNTS_SENT, DISPATCH, WAIT_OF_TRANSFORMERS, patched
+from .patches import COLLECTIVE_WAIT, COUNTS_SENT, DISPATCH, META_OF_RESULT, WAIT_OF_TRANSFORMERS, patched
+from .tensor_parallel import unseen
 from .values import note_values
 
 _AXES = ("pp", "dp_replicate", "fsdp", "tp"), ("pp", "dp_replicate", "efsdp", "ep")
@@ -29,7 +30,12 @@ def _plans(model: PreTrainedModel, recipe: Recipe) -> tuple[Any, dict[str, str],
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
 
-        config = DistributedConfig(fsdp_size=recipe.gpus, ep_size=recipe.expert_parallel)
+        config = DistributedConfig(
+            fsdp_size=recipe.gpus,
+            ep_size=recipe.expert_parallel,
+            fsdp_mixed_precision=recipe.gathers_in_bf16,
+            fsdp_cpu_offload=recipe.weights_on_host,
+        )
         _, experts, groups = model._resolve_parallel_plans(config)  # type: ignore[attr-defined]
     except (ImportError, AttributeError, TypeError):
         raise VersionError("transformers' ep_plan is read as 5.23 has it.\nInstall transformers 5.23.") from None
@@ -97,6 +103,7 @@ def routed_evenly(recipe: Recipe) -> Iterator[None]:
             COUNTS_SENT: lambda _: count,
             COLLECTIVE_WAIT: lambda _: lambda made: made,
             WAIT_OF_TRANSFORMERS: lambda _: lambda made: made,
+            META_OF_RESULT: unseen,
         }
     ):
         yield
