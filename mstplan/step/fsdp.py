@@ -126,13 +126,13 @@ def _expert_group(experts: list[Weight], recipe: Recipe) -> Group:
     """Of a layer's experts, in shards over the cards that have the same ones. Where each card has its own, weights are copied from what is kept, and
     gradients, joined, are divided into a third tensor (FSDPParamGroup.wait_for_unshard and foreach_reduce of one rank)."""
     owner, alone = "a layer's experts", shards_over(experts[0], recipe) == 1
-    group = _group(experts, recipe, owner, outlived=not alone)
+    group = _group(experts, recipe, owner, outlived=not alone, alone=alone)
     if not alone:
         return group
     divided = Tensor(
         f"divided gradients of {owner}", "", group.scatter.dtype, 0, group.scatter.bytes, role=Role.REDUCED
     )
-    return replace(group, alone=True, temporaries=divided)
+    return replace(group, temporaries=divided)
 
 
 def _around_experts(tape: Tape, group: Group) -> Tape:
@@ -283,8 +283,8 @@ def _flat_dtypes(weights: list[Weight], recipe: Recipe) -> tuple[str, str]:
     return kept.pop(), used.pop()
 
 
-def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool = False) -> Group:
-    """owner: for people; outlived: the last gradient is held until all is done, and counts."""
+def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool = False, alone: bool = False) -> Group:
+    """owner: for people; outlived: the last gradient is held until all is done, and counts; alone: of one card."""
     if recipe.flat:
         return _flat_group(weights, recipe, owner)
     weights = [weight for weight in weights if is_sharded(weight, recipe)]
@@ -304,7 +304,8 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     def sent(weight: Weight) -> tuple[Tensor, Tensor | None]:
         """A shard as it is gathered; and as it came from CPU RAM before, where that has another dtype."""
         kept, name = shard_dtype(weight, recipe), "shards from CPU RAM"
-        wide = tensor(name, kept, shard_bytes(weight, kept)) if kept != used(weight) else None
+        moves = recipe.weights_on_host and kept != used(weight)
+        wide = tensor(name, kept, shard_bytes(weight, kept)) if moves else None
         return tensor(name, used(weight), shard_bytes(weight, used(weight))), wide
 
     cast = sum(shard_bytes(w, used(w)) for w in weights if shard_dtype(w, recipe) != used(w))
@@ -323,8 +324,8 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     return Group(
         gathered=tensor("gathered weights", dtype, share * cards),
         buffer=tensor("all-gather buffer", dtype, share * cards),
-        from_host=tuple(map(sent, weights)) if recipe.weights_on_host else (),
-        copy_in=tensor("shards in bf16", "bfloat16", cast) if cast and not recipe.weights_on_host else None,
+        from_host=tuple(map(sent, weights)) if recipe.weights_on_host or (alone and cast) else (),
+        copy_in=tensor("shards in bf16", "bfloat16", cast) if cast and not (recipe.weights_on_host or alone) else None,
         gradients=gradients,
         accumulated=accumulated,
         scatter=tensor("reduce-scatter input", summed, reduced * cards, Role.REDUCED),
@@ -343,6 +344,7 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
             temporaries if recipe.optimizer_in_backward else 0,
             role=Role.UPDATE,
         ),
+        alone=alone,
         cut=tuple((whole, part) for whole, part in zip(made, gradients, strict=True) if whole.bytes != part.bytes),
     )
 

@@ -1008,7 +1008,7 @@ _OF_OTHER_STEPS = (
     *("accumulation", "packing", "padding_free", "images", "train", "freeze"),
 )
 """What changes how a step runs: split matrices are planned with none of it."""
-_BESIDE_EXPERTS = frozenset({"accumulation"})
+_BESIDE_EXPERTS = frozenset({"accumulation", "train", "freeze", "optimizer_on_host", "lora_rank"})
 """What of it experts over several GPUs are planned with."""
 _MUST_BE = {
     "reduce_bucket_size": "must be 'auto' or a whole number from 1",

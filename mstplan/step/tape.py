@@ -781,6 +781,9 @@ class _Groups:
             self._gather(self.order[-1], op.where, listed)
             self.buffer = self.order[-1].buffer
 
+    def before_sums(self, op: Op) -> None:
+        """Before the gradients that an operation has made are added to those that there are."""
+
     def after_backward(self, op: Op, listed: bool) -> None:
         if op.group is None:
             return
@@ -963,7 +966,7 @@ class _ExpertGroups(_Groups):
         self.recomputing, self.there = recomputing, recomputing and ledger.rules.experts_there
         self.next_buffer, self.scatter = next_buffer, scattered
         start = next(n for n, op in enumerate(tape.ops) if _begins_apart(op))
-        self.ends_backward = next(op for op in tape.ops[start:] if op.grads)
+        self.ends_backward = next((op for op in tape.ops[start:] if op.grads), None)
 
     def before_forward(self, op: Op, listed: bool) -> None:
         if not _begins_apart(op) or self.there:
@@ -995,7 +998,7 @@ class _ExpertGroups(_Groups):
             self.ledger.put(self.next_buffer)
             self.ledger.mark("all-gather")
 
-    def after_backward(self, op: Op, listed: bool) -> None:
+    def before_sums(self, op: Op) -> None:
         if op is not self.ends_backward:
             return
         if self.ledger.rules.gradients == "added":
@@ -1003,12 +1006,33 @@ class _ExpertGroups(_Groups):
                 self.ledger.drop(gradient)
         self._scatter(self.group, "", listed=True)
 
+    def after_backward(self, op: Op, listed: bool) -> None:
+        return
+
     def end_backward(self) -> None:
         return
 
     def _copy_out(self) -> None:
-        self.ledger.put(self.group.gathered)
-        self.ledger.mark("copy out of the all-gather")
+        """Copy weights out of a buffer; or of one rank, one by one, out of what is kept: there a copy that was made for it stays until the
+        next weight's is (wait_for_unshard's loop)."""
+        ledger, copied = self.ledger, list[Tensor]()
+        before: Tensor | None = None
+        for kept, from_host in self.group.from_host if self.group.alone else ():
+            for tensor in (from_host, kept):
+                if tensor is not None:
+                    ledger.put(tensor)
+            ledger.mark("copy the weights of one rank")
+            for tensor in (from_host, before):
+                if tensor is not None:
+                    ledger.drop(tensor)
+            before = kept
+            copied.append(Tensor(self.group.gathered.name, "", kept.dtype, 0, kept.bytes, role=Role.GATHERED))
+            ledger.put(copied[-1])
+            ledger.mark("copy the weights of one rank")
+        for tensor in (*copied, *([before] if before is not None else [])):
+            ledger.drop(tensor)
+        ledger.put(self.group.gathered)
+        ledger.mark("copy out of the all-gather")
 
 
 def _begins_apart(op: Op) -> bool:
@@ -1677,6 +1701,7 @@ def _backward(
                 _accumulate(weight, op, ledger, rules)
         if rules.visitor is not None:
             rules.visitor.after_backward(op, ledger)
+        groups.before_sums(op)
         for tensor, gradient in arrivals:
             arrive(tensor, gradient)
         groups.after_backward(op, rules.every_moment or not op.interior)

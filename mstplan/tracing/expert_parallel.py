@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ from transformers import PreTrainedModel
 from ..errors import ModelError, VersionError
 from ..step.expert_parallel import refuse_ranks, rows_of_a_token
 from ..step.recipe import Recipe
-from .patches import COLLECTIVE_WAIT, COUNTS_SENT, DISPATCH, META_OF_RESULT, WAIT_OF_TRANSFORMERS, patched
+from .patches import (
+    COLLECTIVE_WAIT,
+    COUNTS_SENT,
+    DISPATCH,
+    HOST_POLICY,
+    META_OF_RESULT,
+    WAIT_OF_TRANSFORMERS,
+    patched,
+)
 from .tensor_parallel import unseen
 from .values import note_values
 
@@ -76,7 +85,8 @@ def spread_experts(model: PreTrainedModel, recipe: Recipe) -> None:
         expert_mesh, alone = meshes.get_mesh("ep"), meshes.get_mesh("tp")
     model.config.distributed_config = config
     apply_expert_parallelism(model, expert_mesh, alone, experts)
-    apply_fully_sharded_data_parallelism(model, meshes, groups, experts)
+    with patched({HOST_POLICY: lambda plain: partial(plain, pin_memory=False)}):
+        apply_fully_sharded_data_parallelism(model, meshes, groups, experts)
 
 
 @contextmanager
