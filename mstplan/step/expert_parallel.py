@@ -20,7 +20,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
-from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP
+from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP, list_parameters
 from .tape import ForGradients
 
 if TYPE_CHECKING:
@@ -79,6 +79,10 @@ def check(model: Model, recipe: Recipe) -> None:
     if model.tied:
         raise RecipeError(
             f"{start} ties its embedding to its head, for which transformers' groups of weights are not planned.\nLeave --expert-parallel out."
+        )
+    if recipe.lora_rank and list_parameters(model, recipe.lora_targets, recipe.lora_rank):
+        raise RecipeError(
+            f"{start} has adapters on experts or router: peft makes them for all experts, and each GPU has a part of these.\nUse --lora-targets attention."
         )
     if rows_of_a_token(e.per_token, recipe.expert_imbalance) > (most := most_rows(e.per_token, e.number, ranks)):
         raise RecipeError(

@@ -50,7 +50,8 @@ REST = "embedding, norm and head"
 def is_sharded(weight: Weight, recipe: Recipe) -> bool:
     """Whether FSDP2 splits a weight at all: accelerate leaves bitsandbytes' 4-bit weights in bytes out (fsdp2_prepare_model, ignored_params), but
     not those that pass for numbers."""
-    return recipe.shards > 1 and not (weight.quantised and weight.packed_in == "uint8")
+    whole = weight.is_adapter and recipe.adapters_are_whole
+    return recipe.shards > 1 and not whole and not (weight.quantised and weight.packed_in == "uint8")
 
 
 def shards_over(weight: Weight, recipe: Recipe) -> int:
@@ -136,8 +137,17 @@ def _expert_group(experts: list[Weight], recipe: Recipe) -> Group:
 
 
 def _around_experts(tape: Tape, group: Group) -> Tape:
-    """A layer's tape, with its group where that has experts inside, which are gathered for themselves."""
-    return tape if group.experts is None else replace(tape, around=group)
+    """A layer's tape, with its group where that has experts inside, which are gathered for themselves. Raises RecipeError for experts that are trained and
+    whose input wants no gradient: FSDP2 would scatter theirs when its module's other input has its own, before they are made."""
+    if group.experts is None:
+        return tape
+    start = next(n for n, op in enumerate(tape.ops) if any(call.apart for call in op.begins))
+    product = next(n for n, op in enumerate(tape.ops) if n > start and op.weights)
+    if group.experts.gradients and not any(op.grads for op in tape.ops[start:product]):
+        raise RecipeError(
+            "experts over several GPUs are not planned where all before them is frozen.\nTrain embeddings, too, or freeze these experts."
+        )
+    return replace(tape, around=group)
 
 
 def _into_flat_groups(tape: Tape, recipe: Recipe) -> Tape:

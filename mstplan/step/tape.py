@@ -895,6 +895,7 @@ class _PlannedGroups(_Groups):
         self.first, self.last = tape.first_group, self.rest
         self.order.insert(0, self.first)
         self.begun = False  # has the pass come to the last group?
+        self.first_layer = next(op.stage for op in tape.ops if op.group is not None)
         self.final_norm = next(op for op in tape.ops if op.stage is Stage.LOSS and op.grads)
 
     def begin_forward(self) -> None:
@@ -924,7 +925,9 @@ class _PlannedGroups(_Groups):
             self.buffer, self.begun = self.order[-1].buffer, True
         if op.group is None and op.stage is Stage.EMBEDDING and op.weights:
             self.ledger.put(self.first.gathered)
+            self.ledger.stage = op.stage if op.trained else self.first_layer  # of whose backward it is the end where nothing more is run
             self.ledger.mark("copy out of the all-gather")
+            self.ledger.stage = op.stage
             self._replace_buffer(None)
         elif op.group is not None and op.group.experts is not None:
             self.order.pop()

@@ -58,7 +58,7 @@ from ..train.text_part import is_part, model_class, tower_tensors, towers_in, to
 from .cpu import KernelBuffers
 from .cuda_stand_ins import as_on_cuda, clipping_on_cuda, on_fake_tensors
 from .cuda_workspaces import KernelWorkspaces
-from .expert_parallel import routed_evenly, shapes_of_experts, spread_experts
+from .expert_parallel import routed_evenly, shapes_apart, spread_experts
 from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
 from .fsdp import first_of_ranks, flat_shapes, record_fsdp, shape_on_rank, shard_model
@@ -520,7 +520,7 @@ def _parameters_on_rank(
     if recipe.flat:
         yield from ((*flat, None) for flat in flat_shapes(model, recipe))
         return
-    split, experts = shapes_on_a_rank(model, recipe), shapes_of_experts(model, recipe)
+    split, experts = shapes_on_a_rank(model, recipe), shapes_apart(model, recipe)
     for name, weight in model.named_parameters():
         shape = experts.get(name) or shape_on_rank(weight, recipe, split.get(name))
         yield name, shape, weight.dtype, weight.requires_grad, weight
@@ -618,7 +618,7 @@ def _sizes(
 ) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds, bool]]]:
     """Of the weights that are trained, by name, in shards; their kinds, where the optimizer asks for them; whether they are on a mesh of their own."""
     asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
-    apart = shapes_of_experts(model, recipe)
+    apart = shapes_apart(model, recipe)
     return [
         (name, (shape, dtype, kinds_of(weight) if asks and weight is not None else frozenset(), name in apart))
         for name, shape, dtype, trained, weight in _parameters_on_rank(model, recipe)

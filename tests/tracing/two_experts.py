@@ -42,6 +42,9 @@ def recipes() -> dict[str, Recipe]:
         "two rows": strategy("checkpoint", **both, batch=2),
         "clipping": strategy("checkpoint", **both, max_grad_norm=1.0),
         "accumulation": strategy("checkpoint", **both, accumulation=3, max_grad_norm=1.0),
+        "adapters": strategy("standard", **both, lora_rank=8, lora_targets=("attention",), max_grad_norm=1.0),
+        "experts frozen": strategy("checkpoint", **both, freeze=("mlp",)),
+        "experts and norms trained": strategy("standard", **both, train=("mlp", "norms")),
     }
 
 

@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from mstplan.errors import InputError
-from mstplan.step.recipe import strategy
+from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.expert_parallel import spread_experts
 from mstplan.train import minisequence
+from mstplan.train.adapters import add_adapters, is_adapter
 from mstplan.train.step import clip_gradients, groups_of, weights_to_train
 
 from ..tracing.even_router import EXPERTS, route_evenly
@@ -62,6 +65,8 @@ CASES: dict[str, dict[str, Any]] = {
     "loss in chunks": {"wrap": {"mlp_chunks": 1, "loss_chunks": 3}},
     "layer inputs on the host": {"wrap": {"mlp_chunks": 1, "loss_chunks": 3, "offload": True}},
     "MLPs in chunks": {"wrap": {"mlp_chunks": 2, "loss_chunks": 3}},
+    "adapters on attention": {"adapters": True},
+    "adapters on attention, checkpoints": {"adapters": True, "wrap": {"mlp_chunks": 1, "loss_chunks": 3}},
     "a row lost": {"lost": True},
 }
 
@@ -74,6 +79,7 @@ def run(
     most: float | None = None,
     micro_batches: int = 1,
     wrap: dict[str, Any] | None = None,
+    adapters: bool = False,
     lost: bool = False,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """(loss, whole gradients by name) of a rank's row, averaged over ranks; rank None: of both rows in one process, as transformers trains."""
@@ -81,8 +87,10 @@ def run(
     model: Any = seeded(FAMILIES[name], recipe)
     if rank is not None:
         spread_experts(model, recipe)
-        if wrap is not None:
-            minisequence(model, **wrap)
+    if adapters:
+        adapt(model, recipe)
+    if rank is not None and wrap is not None:
+        minisequence(model, **wrap)
     if even:
         route_evenly(model)
     rows = slice(None) if rank is None else slice(0, 1) if lost else slice(rank, rank + 1)
@@ -99,7 +107,20 @@ def run(
     if rank is not None:
         dist.all_reduce(summed)
         summed /= 2
+        if adapters:  # which are whole on each rank: transformers' Trainer averages their gradients
+            for weight in weights_to_train(model):
+                dist.all_reduce(weight.grad)
+                weight.grad /= 2
     return float(summed), {n: whole(w.grad) for n, w in model.named_parameters() if w.grad is not None}
+
+
+def adapt(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Add adapters on attention, none of which is 0, to a model that may be in shards already."""
+    torch.manual_seed(2)
+    add_adapters(model, recipe.changed(lora_rank=4, lora_targets=("attention",)))
+    for name, weight in model.named_parameters():
+        if is_adapter(name):
+            nn.init.normal_(weight, std=0.1)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
