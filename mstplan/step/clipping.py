@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .optimizers.base import Held, bytes_of, by_mesh_of_cards, dtype_of, itemsize_of
+from .optimizers.base import Held, by_mesh_of_cards, bytes_of, dtype_of, itemsize_of
 from .recipe import Recipe
 from .tape import Weight
 

@@ -925,7 +925,9 @@ class _PlannedGroups(_Groups):
             self.buffer, self.begun = self.order[-1].buffer, True
         if op.group is None and op.stage is Stage.EMBEDDING and op.weights:
             self.ledger.put(self.first.gathered)
-            self.ledger.stage = op.stage if op.trained else self.first_layer  # of whose backward it is the end where nothing more is run
+            self.ledger.stage = (
+                op.stage if op.trained else self.first_layer
+            )  # of whose backward it is the end where nothing more is run
             self.ledger.mark("copy out of the all-gather")
             self.ledger.stage = op.stage
             self._replace_buffer(None)

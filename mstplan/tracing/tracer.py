@@ -28,8 +28,8 @@ from ..spec.model import Model
 from ..spec.platform import AMPERE, Platform
 from ..spec.published import as_transformers_has_it
 from ..step.instants import Pass
-from ..step.meshes import by_mesh
 from ..step.kernels import NO_SDPA, SDPA, runs_sdpa
+from ..step.meshes import by_mesh
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
 from ..step.ring import ranks_that_differ

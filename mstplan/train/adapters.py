@@ -44,13 +44,8 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
             f"peft cannot add these adapters: {one_line(e, 200)}\n--lora-targets takes {ALL_LINEAR}, {ATTENTION}, or names of modules."
         ) from None
     for name, weight in model.named_parameters():
-        if is_adapter(name) and recipe.adapter_dtype == "bf16":  # beside quantised weights peft makes them in fp32
+        if "lora_" in name and recipe.adapter_dtype == "bf16":  # beside quantised weights peft makes them in fp32
             weight.data = weight.data.to(torch.bfloat16)
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a weight of this name is an adapter's."""
-    return "lora_" in name
 
 
 def _tower_modules(model: PreTrainedModel) -> str | None:

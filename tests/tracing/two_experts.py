@@ -55,7 +55,9 @@ def of_four() -> dict[str, Recipe]:
         "one of four": strategy("checkpoint", **both, expert_parallel=4),
         "two by two": strategy("checkpoint", **both, expert_parallel=2),
         "two by two, nothing run again": strategy("standard", **both, expert_parallel=2),
-        "two by two, accumulation": strategy("checkpoint", **both, expert_parallel=2, accumulation=3, max_grad_norm=1.0),
+        "two by two, accumulation": strategy(
+            "checkpoint", **both, expert_parallel=2, accumulation=3, max_grad_norm=1.0
+        ),
     }
 
 
