@@ -337,7 +337,10 @@ def weights_to_train(model: nn.Module) -> list[nn.Parameter]:
 
 
 def groups_of(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The weights of each device mesh; plain tensors, as which tensor parallelism leaves norms, are on none."""
+    """The weights of each device mesh. Beside one mesh plain tensors, as which tensor parallelism leaves norms, are stepped with the others, by a loop."""
+    meshes = {getattr(weight, "device_mesh", None) for weight in weights}
+    if len(meshes - {None}) < 2:
+        return [weights]
     return by_mesh(weights, lambda weight: getattr(weight, "device_mesh", None))
 
 
@@ -348,8 +351,8 @@ def to_step(groups: list[list[nn.Parameter]]) -> Any:
 
 def clip_gradients(groups: list[list[nn.Parameter]], most: float) -> None:
     """Scale gradients down, in place, to a norm of `most`, those of all meshes together (transformers' Trainer._mixed_mesh_grad_norm)."""
-    if len(groups) == 1:
-        nn.utils.clip_grad_norm_(groups[0], most)
+    if len(groups) < 2:
+        nn.utils.clip_grad_norm_([weight for group in groups for weight in group], most)
         return
     norms = []
     for group in groups:
