@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .optimizers.base import Held, dtype_of, itemsize_of
+from .optimizers.base import Held, by_mesh_of_cards, bytes_of, dtype_of, itemsize_of
 from .recipe import Recipe
 from .tape import Weight
 
@@ -15,8 +15,13 @@ def clipping(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> tuple[Hel
     """What is made of the gradients of weights, given as (weight, how many): they are scaled in place, their norms are one number each.
     torch._foreach_norm adds up in fp32, with room in every tensor for as many parts as the largest has
     (aten native/cuda/ForeachReduceOp.cu, output_per_tensor)."""
-    if recipe.max_grad_norm is None or not weights:
+    if recipe.max_grad_norm is None:
         return ()
+    return max((_norms(recipe, group) for group in by_mesh_of_cards(weights)), key=bytes_of, default=())
+
+
+def _norms(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> tuple[Held, ...]:
+    """What is made for those of one mesh, whose norm alone stays."""
     by_dtype: dict[str, list[tuple[Weight, int]]] = {}
     for weight, n in weights:
         by_dtype.setdefault(dtype_of(recipe, weight), []).append((weight, n))

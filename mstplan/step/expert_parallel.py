@@ -20,7 +20,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
-from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP
+from .expert_adapters import EXPERTS_DOWN, GATE_AND_UP, list_parameters
 from .tape import ForGradients
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ def check(model: Model, recipe: Recipe) -> None:
         raise RecipeError(
             f"{start} ties its embedding to its head, for which transformers' groups of weights are not planned.\nLeave --expert-parallel out."
         )
+    if recipe.lora_rank and list_parameters(model, recipe.lora_targets, recipe.lora_rank):
+        raise RecipeError(
+            f"{start} has adapters on experts or router: peft makes them for all experts, and each GPU has a part of these.\nUse --lora-targets attention."
+        )
     if rows_of_a_token(e.per_token, recipe.expert_imbalance) > (most := most_rows(e.per_token, e.number, ranks)):
         raise RecipeError(
             f"--expert-imbalance {recipe.expert_imbalance:g}: of {ranks:,} GPUs, whose tokens visit {e.per_token:,} of {e.number:,} experts each, one "
@@ -91,13 +95,14 @@ def routed(w: Writer, x: Tensor, e: Experts, scores: Tensor, chosen: Tensor, out
     """What the experts of all ranks make of x, chosen before; outside: variables of the code around."""
     tape = w.tape
     tape.dims["R"] = rows_of_a_token(e.per_token, w.numerics.imbalance)
+    given = w.cast(scores, x.dtype, "scores given to experts") if w.numerics.policy else scores
     with tape.call(apart=True):
         order, sent, received, ids, ones = _dispatched(w, x, chosen)
         w.hold(*outside, order, sent)
         around = (*outside, order, received, ids, ones)
         made = _of_own_experts(w, received, ids, ones, e, around)
         w.hold(*around)
-        y = _combined(w, made, scores, order, x.dtype)
+        y = _combined(w, made, given, order, x.dtype)
         w.hold(*around, made)
     w.hold(*outside)
     return y

@@ -54,7 +54,8 @@ REST = "embedding, norm and head"
 def is_sharded(weight: Weight, recipe: Recipe) -> bool:
     """Whether FSDP2 splits a weight at all: accelerate leaves bitsandbytes' 4-bit weights in bytes out (fsdp2_prepare_model, ignored_params), but
     not those that pass for numbers."""
-    return recipe.shards > 1 and not (weight.quantised and weight.packed_in == "uint8")
+    whole = weight.is_adapter and recipe.adapters_are_whole
+    return recipe.shards > 1 and not whole and not (weight.quantised and weight.packed_in == "uint8")
 
 
 def shards_over(weight: Weight, recipe: Recipe) -> int:
@@ -144,7 +145,7 @@ def _expert_group(experts: list[Weight], recipe: Recipe) -> Group:
     """Of a layer's experts, in shards over the cards that have the same ones. Where each card has its own, weights are copied from what is kept, and
     gradients, joined, are divided into a third tensor (FSDPParamGroup.wait_for_unshard and foreach_reduce of one rank)."""
     owner, alone = "a layer's experts", shards_over(experts[0], recipe) == 1
-    group = _group(experts, recipe, owner, outlived=not alone)
+    group = _group(experts, recipe, owner, outlived=not alone, alone=alone)
     if not alone:
         return group
     divided = Tensor(
@@ -156,12 +157,21 @@ def _expert_group(experts: list[Weight], recipe: Recipe) -> Group:
         role=Role.REDUCED,
         stream=Stream.REDUCE,
     )
-    return replace(group, alone=True, temporaries=divided)
+    return replace(group, temporaries=divided)
 
 
 def _around_experts(tape: Tape, group: Group) -> Tape:
-    """A layer's tape, with its group where that has experts inside, which are gathered for themselves."""
-    return tape if group.experts is None else replace(tape, around=group)
+    """A layer's tape, with its group where that has experts inside, which are gathered for themselves. Raises RecipeError for experts that are trained and
+    whose input wants no gradient: FSDP2 would scatter theirs when its module's other input has its own, before they are made."""
+    if group.experts is None:
+        return tape
+    start = next(n for n, op in enumerate(tape.ops) if any(call.apart for call in op.begins))
+    product = next(n for n, op in enumerate(tape.ops) if n > start and op.weights)
+    if group.experts.gradients and not any(op.grads for op in tape.ops[start:product]):
+        raise RecipeError(
+            "experts over several GPUs are not planned where all before them is frozen.\nTrain embeddings, too, or freeze these experts."
+        )
+    return replace(tape, around=group)
 
 
 def _into_flat_groups(tape: Tape, recipe: Recipe) -> Tape:
@@ -317,8 +327,8 @@ def _flat_dtypes(weights: list[Weight], recipe: Recipe) -> tuple[str, str]:
     return kept.pop(), used.pop()
 
 
-def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool = False) -> Group:
-    """owner: for people; outlived: the last gradient is held until all is done, and counts."""
+def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool = False, alone: bool = False) -> Group:
+    """owner: for people; outlived: the last gradient is held until all is done, and counts; alone: of one card."""
     if recipe.flat:
         return _flat_group(weights, recipe, owner)
     weights = [weight for weight in weights if is_sharded(weight, recipe)]
@@ -335,11 +345,14 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     def used(weight: Weight) -> str:
         return weight.packed_in if weight.quantised else weight.dtype or recipe.used_dtype
 
+    gathering = Stream.COMPUTE if alone else Stream.GATHER  # wait_for_unshard copies what one card has
+
     def sent(weight: Weight) -> tuple[Tensor, Tensor | None]:
         """A shard as it is gathered; and as it came from CPU RAM before, where that has another dtype."""
         kept, name = shard_dtype(weight, recipe), "shards from CPU RAM"
-        wide = tensor(name, kept, shard_bytes(weight, kept), stream=Stream.GATHER) if kept != used(weight) else None
-        return tensor(name, used(weight), shard_bytes(weight, used(weight)), stream=Stream.GATHER), wide
+        moves = recipe.weights_on_host and kept != used(weight)
+        wide = tensor(name, kept, shard_bytes(weight, kept), stream=gathering) if moves else None
+        return tensor(name, used(weight), shard_bytes(weight, used(weight)), stream=gathering), wide
 
     cast = sum(shard_bytes(w, used(w)) for w in weights if shard_dtype(w, recipe) != used(w))
     share = sum(shard_bytes(weight, used(weight)) for weight in weights)
@@ -357,9 +370,9 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     return Group(
         gathered=tensor("gathered weights", dtype, share * cards),
         buffer=tensor("all-gather buffer", dtype, share * cards, stream=Stream.GATHER),
-        from_host=tuple(map(sent, weights)) if recipe.weights_on_host else (),
+        from_host=tuple(map(sent, weights)) if recipe.weights_on_host or (alone and cast) else (),
         copy_in=tensor("shards in bf16", "bfloat16", cast, stream=Stream.GATHER)
-        if cast and not recipe.weights_on_host
+        if cast and not (recipe.weights_on_host or alone)
         else None,
         gradients=gradients,
         accumulated=accumulated,
@@ -388,6 +401,7 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
             role=Role.UPDATE,
             stream=last_stream(recipe),
         ),
+        alone=alone,
         cut=tuple((whole, part) for whole, part in zip(made, gradients, strict=True) if whole.bytes != part.bytes),
     )
 

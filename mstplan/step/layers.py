@@ -79,6 +79,7 @@ class Numerics(NamedTuple):
     splits: int = 1  # cards that every matrix is split over
     spread: int = 1  # cards that share out experts
     imbalance: float = 1.0  # of what they send each other
+    policy: bool = False  # FSDP2's MixedPrecisionPolicy: what its modules are given is cast to bf16
     in_deepspeeds_linear: bool = False  # which stands in for torch's (ZeRO-3)
 
     @property

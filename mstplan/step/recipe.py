@@ -747,9 +747,12 @@ class Recipe(BaseModel):
                 ),
             )
         option = f"expert_parallel={ranks} (--expert-parallel {ranks})"
-        other = "sharding" if self.sharding != "fsdp" else self._first_set("replicas", *_OF_OTHER_STEPS)
-        other = other or ("precision" if self.precision == "mixed" else "")
+        refused = [name for name in _OF_OTHER_STEPS if name not in _BESIDE_EXPERTS]
+        other = "sharding" if self.sharding != "fsdp" else self._first_set("replicas", "reduce_dtype", *refused)
         other = other or ("offload" if self.offload == "saved-tensors" else "")
+        beside = ""
+        if self.lora_rank:
+            beside = "precision" if self.precision == "mixed" else self._first_set(*_NOT_BESIDE_WHOLE_ADAPTERS)
         return (
             (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--expert-parallel')}"),
             (
@@ -765,12 +768,12 @@ class Recipe(BaseModel):
                 f"{option} beside GPUs that share sequences or split matrices is not planned: leave one of the two out",
             ),
             (
-                self.max_grad_norm is not None,
-                f"{option} with clipping is not planned, which transformers' Trainer does mesh by mesh: leave --max-grad-norm out",
-            ),
-            (
                 bool(other),
                 f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies up to chunked-loss)",
+            ),
+            (
+                bool(beside),
+                f"{option} with adapters and {beside}={getattr(self, beside or 'gpus')!r} is not planned: leave it out",
             ),
             (
                 self.checkpoint not in ("none", "layer"),
@@ -848,6 +851,12 @@ class Recipe(BaseModel):
     def finds_gradients(self) -> bool:
         """Whether gradients of the micro-batches before are there throughout a micro-batch, in the form in which the optimizer has them."""
         return self.accumulation > 1 and not self.keeps_whole_gradients
+
+    @property
+    def adapters_are_whole(self) -> bool:
+        """Whether adapters are whole on every card beside weights in shards: they come to a model that transformers has sharded as it loaded it
+        (Trainer, _sync_replicated_trainable_parameters)."""
+        return self.lora_rank > 0 and self.expert_parallel > 1
 
     @property
     def packed_in(self) -> str:
@@ -1015,7 +1024,14 @@ _OF_OTHER_STEPS = (
     ),
     *("accumulation", "packing", "padding_free", "images", "train", "freeze"),
 )
-"""What changes how a step runs: neither split matrices nor shared experts are planned with any of it."""
+"""What changes how a step runs: split matrices are planned with none of it."""
+_BESIDE_EXPERTS = frozenset({"accumulation", "train", "freeze", "optimizer_on_host", "lora_rank"})
+"""What of it experts over several GPUs are planned with."""
+_NOT_BESIDE_WHOLE_ADAPTERS = (
+    *("optimizer_on_host", "dora", "lora_modules_to_save", "quantize", "kbit_preparation"),
+    *("train", "freeze"),
+)
+"""What these are not planned with where there are adapters, too."""
 _MUST_BE = {
     "reduce_bucket_size": "must be 'auto' or a whole number from 1",
     **dict.fromkeys(("prefetch_bucket_size", "param_persistence_threshold"), "must be 'auto' or a whole number from 0"),

@@ -273,7 +273,8 @@ class Step:
         whole = ""
         if recipe.keeps_whole_gradients:
             whole = "last" if number == last else "between" if number else "first"
-        if recipe.sharded and (recipe.flat or not (whole and recipe.reduced_dtype == recipe.used_dtype)):
+        in_groups = recipe.sharded and not recipe.adapters_are_whole
+        if in_groups and (recipe.flat or not (whole and recipe.reduced_dtype == recipe.used_dtype)):
             gradients = "kept"  # until a group's backward is over
         reducer = visitor = None
         if self.zero is not None:
@@ -751,6 +752,7 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         splits=recipe.tensor_parallel,
         spread=recipe.expert_parallel,
         imbalance=recipe.expert_imbalance,
+        policy=recipe.gathers_in_bf16,
         in_deepspeeds_linear=recipe.zero_stage == 3,
     )
     if recipe.flat and model.towers:

@@ -793,6 +793,9 @@ class _Groups:
             self._gather(self.order[-1], op.where, listed)
             self.buffer = self.order[-1].buffer
 
+    def before_sums(self, op: Op) -> None:
+        """Before the gradients that an operation has made are added to those that there are."""
+
     def after_backward(self, op: Op, listed: bool) -> None:
         if op.group is None:
             return
@@ -919,6 +922,7 @@ class _PlannedGroups(_Groups):
         self.first, self.last = tape.first_group, self.rest
         self.order.insert(0, self.first)
         self.begun = False  # has the pass come to the last group?
+        self.first_layer = next(op.stage for op in tape.ops if op.group is not None)
         self.final_norm = next(op for op in tape.ops if op.stage is Stage.LOSS and op.grads)
 
     def begin_forward(self) -> None:
@@ -948,7 +952,11 @@ class _PlannedGroups(_Groups):
             self.buffer, self.begun = self.order[-1].buffer, True
         if op.group is None and op.stage is Stage.EMBEDDING and op.weights:
             self.ledger.put(self.first.gathered)
+            self.ledger.stage = (
+                op.stage if op.trained else self.first_layer
+            )  # of whose backward it is the end where nothing more is run
             self.ledger.mark("copy out of the all-gather")
+            self.ledger.stage = op.stage
             self._replace_buffer(None)
         elif op.group is not None and op.group.experts is not None:
             self.order.pop()
@@ -990,7 +998,7 @@ class _ExpertGroups(_Groups):
         self.recomputing, self.there = recomputing, recomputing and ledger.rules.experts_there
         self.next_buffer, self.scatter = next_buffer, scattered
         start = next(n for n, op in enumerate(tape.ops) if _begins_apart(op))
-        self.ends_backward = next(op for op in tape.ops[start:] if op.grads)
+        self.ends_backward = next((op for op in tape.ops[start:] if op.grads), None)
 
     def before_forward(self, op: Op, listed: bool) -> None:
         if not _begins_apart(op) or self.there:
@@ -1022,16 +1030,41 @@ class _ExpertGroups(_Groups):
             self.ledger.put(self.next_buffer)
             self.ledger.mark("all-gather")
 
+    def before_sums(self, op: Op) -> None:
+        if op is not self.ends_backward:
+            return
+        if self.ledger.rules.gradients == "added":
+            for gradient in self.group.gradients:
+                self.ledger.drop(gradient)
+        self._scatter(self.group, "", listed=True)
+
     def after_backward(self, op: Op, listed: bool) -> None:
-        if op is self.ends_backward:
-            self._scatter(self.group, "", listed=True)
+        return
 
     def end_backward(self) -> None:
         return
 
     def _copy_out(self) -> None:
-        self.ledger.put(self.group.gathered)
-        self.ledger.mark("copy out of the all-gather")
+        """Copy weights out of a buffer; or of one rank, one by one, out of what is kept: there a copy that was made for it stays until the
+        next weight's is (wait_for_unshard's loop)."""
+        ledger, copied = self.ledger, list[Tensor]()
+        before: Tensor | None = None
+        for kept, from_host in self.group.from_host if self.group.alone else ():
+            for tensor in (from_host, kept):
+                if tensor is not None:
+                    ledger.put(tensor)
+            ledger.mark("copy the weights of one rank")
+            for tensor in (from_host, before):
+                if tensor is not None:
+                    ledger.drop(tensor)
+            before = kept
+            copied.append(Tensor(self.group.gathered.name, "", kept.dtype, 0, kept.bytes, role=Role.GATHERED))
+            ledger.put(copied[-1])
+            ledger.mark("copy the weights of one rank")
+        for tensor in (*copied, *([before] if before is not None else [])):
+            ledger.drop(tensor)
+        ledger.put(self.group.gathered)
+        ledger.mark("copy out of the all-gather")
 
 
 def _begins_apart(op: Op) -> bool:
@@ -1707,6 +1740,7 @@ def _backward(
                 _accumulate(weight, op, ledger, rules)
         if rules.visitor is not None:
             rules.visitor.after_backward(op, ledger)
+        groups.before_sums(op)
         for tensor, gradient in arrivals:
             arrive(tensor, gradient)
         groups.after_backward(op, rules.every_moment or not op.interior)
@@ -1973,7 +2007,8 @@ def _reach(weight: Weight, gradient: Tensor, ledger: _Ledger, rules: Rules) -> N
         ledger.put(temps)
         ledger.mark("optimizer step of " + weight.name)
         ledger.drop(temps)
-    if rules.gradients != "kept":
+    # experts shared out reach theirs when all of the module's backward is over: it made their weights local first (_use_local_dtensor_params)
+    if rules.gradients != "kept" and weight.spread_over == 1:
         ledger.drop(gradient)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,18 @@ from transformers import PreTrainedModel
 from ..errors import ModelError, VersionError
 from ..step.expert_parallel import refuse_ranks, rows_of_a_token
 from ..step.recipe import Recipe
-from .patches import COLLECTIVE_WAIT, COUNTS_SENT, DISPATCH, WAIT_OF_TRANSFORMERS, patched
+from ..train.adapters import is_adapter
+from .patches import (
+    COLLECTIVE_WAIT,
+    COUNTS_SENT,
+    DISPATCH,
+    FULLY_SHARD,
+    HOST_POLICY,
+    META_OF_RESULT,
+    WAIT_OF_TRANSFORMERS,
+    patched,
+)
+from .tensor_parallel import unseen
 from .values import note_values
 
 _AXES = ("pp", "dp_replicate", "fsdp", "tp"), ("pp", "dp_replicate", "efsdp", "ep")
@@ -29,7 +41,12 @@ def _plans(model: PreTrainedModel, recipe: Recipe) -> tuple[Any, dict[str, str],
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
 
-        config = DistributedConfig(fsdp_size=recipe.gpus, ep_size=recipe.expert_parallel)
+        config = DistributedConfig(
+            fsdp_size=recipe.gpus,
+            ep_size=recipe.expert_parallel,
+            fsdp_mixed_precision=recipe.gathers_in_bf16,
+            fsdp_cpu_offload=recipe.weights_on_host,
+        )
         _, experts, groups = model._resolve_parallel_plans(config)  # type: ignore[attr-defined]
     except (ImportError, AttributeError, TypeError):
         raise VersionError("transformers' ep_plan is read as 5.23 has it.\nInstall transformers 5.23.") from None
@@ -37,12 +54,16 @@ def _plans(model: PreTrainedModel, recipe: Recipe) -> tuple[Any, dict[str, str],
         raise ModelError(
             f"transformers has no ep_plan for {type(model).__name__}.\nLeave --expert-parallel out."
         ) from None
+    if not any(experts.get(name) == "grouped_gemm" for name, _ in model.named_parameters()):
+        raise ModelError(
+            f"transformers shares out no experts of {type(model).__name__} that have adapters.\nUse --lora-targets attention."
+        )
     return config, experts, groups
 
 
-def shapes_of_experts(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """Shapes of rank 0's shards of experts, by name: of its part of the experts, what FSDP2 leaves it. Raises ModelError as above, and for numbers of
-    experts that the ranks do not divide."""
+def shapes_apart(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Shapes on rank 0 of what is not in shards over all ranks, by name: experts, its part of them, or what FSDP2 leaves it of that; adapters, which are
+    whole. Raises ModelError as above, and for numbers of experts that the ranks do not divide."""
     ranks = recipe.expert_parallel
     if ranks == 1:
         return {}
@@ -52,11 +73,14 @@ def shapes_of_experts(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple
         if plan.get(name) == "grouped_gemm":
             refuse_ranks(type(model).__name__, weight.shape[0], ranks)
             shapes[name] = (-(-weight.shape[0] // recipe.gpus), *weight.shape[1:])
+        elif is_adapter(name):
+            shapes[name] = tuple(weight.shape)
     return shapes
 
 
 def spread_experts(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Share out a model's experts, and all weights in shards, over ranks, in place, as `from_pretrained(distributed_config=...)` does."""
+    """Share out a model's experts, and all weights in shards, over ranks, in place, as `from_pretrained(distributed_config=...)` does; adapters, which
+    come afterwards there, stay whole."""
     from transformers.distributed.expert_parallel import apply_expert_parallelism
     from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
     from transformers.distributed.utils import TransformersDeviceMesh
@@ -70,7 +94,14 @@ def spread_experts(model: PreTrainedModel, recipe: Recipe) -> None:
         expert_mesh, alone = meshes.get_mesh("ep"), meshes.get_mesh("tp")
     model.config.distributed_config = config
     apply_expert_parallelism(model, expert_mesh, alone, experts)
-    apply_fully_sharded_data_parallelism(model, meshes, groups, experts)
+    adapters = {weight for name, weight in model.named_parameters() if is_adapter(name)}
+    with patched(
+        {
+            HOST_POLICY: lambda plain: partial(plain, pin_memory=False),
+            FULLY_SHARD: lambda plain: partial(plain, ignored_params=adapters),
+        }
+    ):
+        apply_fully_sharded_data_parallelism(model, meshes, groups, experts)
 
 
 @contextmanager
@@ -97,6 +128,7 @@ def routed_evenly(recipe: Recipe) -> Iterator[None]:
             COUNTS_SENT: lambda _: count,
             COLLECTIVE_WAIT: lambda _: lambda made: made,
             WAIT_OF_TRANSFORMERS: lambda _: lambda made: made,
+            META_OF_RESULT: unseen,
         }
     ):
         yield

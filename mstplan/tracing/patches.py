@@ -213,6 +213,15 @@ _EXPERTS = "transformers.distributed.expert_parallel"
 
 DISPATCH = Target(_EXPERTS, "AllToAllEP._dispatch_tokens", _TRANSFORMERS, "how many rows it sends is to be known")
 COUNTS_SENT = Target(_EXPERTS, "all_to_all_single", _TRANSFORMERS, "on fake tensors nobody says how many rows come")
+FULLY_SHARD = Target(
+    "transformers.distributed.fsdp",
+    "fully_shard",
+    _TRANSFORMERS,
+    "it takes adapters for weights that were there before",
+)
+HOST_POLICY = Target(
+    "transformers.distributed.fsdp", "CPUOffloadPolicy", _TRANSFORMERS, "it pins CPU RAM, which fake tensors have not"
+)
 WAIT_OF_TRANSFORMERS = Target(
     "transformers.distributed.parallel_utils", "wait_tensor", _TRANSFORMERS, "on fake tensors it makes a copy"
 )

@@ -76,7 +76,7 @@ def splits_without_ranks() -> Iterator[None]:
     is what is waited for. Raises VersionError where torch or transformers is another."""
     with patched(
         {
-            META_OF_RESULT: _unseen,
+            META_OF_RESULT: unseen,
             LAST_AXIS: lambda _: staticmethod(_by_last_axis),
             COLLECTIVE_WAIT: lambda _: lambda made: made,
         }
@@ -84,7 +84,9 @@ def splits_without_ranks() -> Iterator[None]:
         yield
 
 
-def _unseen(plain: Callable[..., Any]) -> Callable[..., Any]:
+def unseen(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch works shapes of DTensors out with, as the recorder does not see it."""
+
     def propagate(*args: Any) -> Any:
         with _disable_current_modes():
             return plain(*args)

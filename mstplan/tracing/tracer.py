@@ -29,6 +29,7 @@ from ..spec.platform import AMPERE, Platform
 from ..spec.published import as_transformers_has_it
 from ..step.instants import Pass
 from ..step.kernels import NO_SDPA, SDPA, runs_sdpa
+from ..step.meshes import by_mesh
 from ..step.optimizers import OPTIMIZERS
 from ..step.recipe import Recipe
 from ..step.ring import ranks_that_differ
@@ -43,12 +44,21 @@ from ..train.images import image_batch, image_of
 from ..train.quiet import quiet_packages
 from ..train.selecting import kinds_in
 from ..train.stand_in import stand_in
-from ..train.step import TrainingStep, build_model, build_towers, make_states, read_settings, weights_to_train
+from ..train.step import (
+    TrainingStep,
+    build_model,
+    build_towers,
+    clip_gradients,
+    make_states,
+    read_settings,
+    to_step,
+    weights_to_train,
+)
 from ..train.text_part import is_part, model_class, tower_tensors, towers_in, towers_of
 from .cpu import KernelBuffers
 from .cuda_stand_ins import as_on_cuda, clipping_on_cuda, on_fake_tensors
 from .cuda_workspaces import KernelWorkspaces
-from .expert_parallel import routed_evenly, shapes_of_experts, spread_experts
+from .expert_parallel import routed_evenly, shapes_apart, spread_experts
 from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
 from .fsdp import first_of_ranks, flat_shapes, record_fsdp, shape_on_rank, shard_model
@@ -65,7 +75,7 @@ from .tensor_parallel import shapes_on_a_rank, split_over_ranks, splits_without_
 from .trace import State, Trace, Weight
 from .values import UnknownValues, note_tokens
 
-Sizes = tuple[tuple[tuple[int, ...], torch.dtype, Kinds], ...]
+Sizes = tuple[tuple[tuple[int, ...], torch.dtype, Kinds, bool], ...]
 Names = frozenset[str]
 _OF_UPDATE = (
     "precision",
@@ -512,7 +522,7 @@ def _parameters_on_rank(
     if recipe.flat:
         yield from ((*flat, None) for flat in flat_shapes(model, recipe))
         return
-    split, experts = shapes_on_a_rank(model, recipe), shapes_of_experts(model, recipe)
+    split, experts = shapes_on_a_rank(model, recipe), shapes_apart(model, recipe)
     for name, weight in model.named_parameters():
         shape = experts.get(name) or shape_on_rank(weight, recipe, split.get(name))
         yield name, shape, weight.dtype, weight.requires_grad, weight
@@ -605,11 +615,14 @@ def _optimizer_states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str
     return list({id(t): (name, t) for name, t in named}.values())
 
 
-def _sizes(model: PreTrainedModel, recipe: Recipe) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds]]]:
-    """Of the weights that are trained, by name, in shards; and their kinds, where the optimizer asks for them."""
+def _sizes(
+    model: PreTrainedModel, recipe: Recipe
+) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds, bool]]]:
+    """Of the weights that are trained, by name, in shards; their kinds, where the optimizer asks for them; whether they are on a mesh of their own."""
     asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
+    apart = shapes_apart(model, recipe)
     return [
-        (name, (shape, dtype, kinds_of(weight) if asks and weight is not None else frozenset()))
+        (name, (shape, dtype, kinds_of(weight) if asks and weight is not None else frozenset(), name in apart))
         for name, shape, dtype, trained, weight in _parameters_on_rank(model, recipe)
         if trained
     ]
@@ -627,18 +640,20 @@ def _record_update(sizes: Sizes, recipe: Recipe, on: str) -> tuple[Recording, tu
     with FakeTensorMode() if fused else nullcontext(), clipping_on_cuda(recorder) if on == "cuda" else nullcontext():
         weights = [
             nn.Parameter(torch.empty(shape, dtype=dtype, device="cpu" if fused else "meta"))
-            for shape, dtype, _ in sizes
+            for shape, dtype, *_ in sizes
         ]
-        kinds = {weight: kinds for weight, (_, _, kinds) in zip(weights, sizes, strict=True)}
+        kinds = {weight: kinds for weight, (_, _, kinds, _) in zip(weights, sizes, strict=True)}
+        meshes = {weight: mesh for weight, (*_, mesh) in zip(weights, sizes, strict=True)}
+        groups = by_mesh(weights, meshes.__getitem__)
         make = make_fake_optimizer(recipe, kinds.__getitem__)
         for weight in weights:
             weight.grad = torch.empty_like(weight)
-        optimizers = [make(group) for group in ([[w] for w in weights] if apart else [weights])]
+        optimizers = [make([weight]) for weight in weights] if apart else [make(to_step(groups))]
         recorder.add_residents(t for w in weights for t in (w, w.grad) if t is not None)
         with recorder:
             recorder.begin_pass(Pass.OPTIMIZER)
             if recipe.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)
+                clip_gradients(groups, recipe.max_grad_norm)
             for each in optimizers:
                 each.step()
         states = tuple(

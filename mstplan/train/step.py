@@ -15,6 +15,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,6 +25,7 @@ from ..spec.config import TEXT_TYPES, WHOLE_TYPES, describes_towers, text_of
 from ..spec.published import as_transformers_has_it
 from ..step.instants import Pass
 from ..step.losses import LOSSES
+from ..step.meshes import by_mesh
 from ..step.recipe import Recipe
 from ..step.runnable import check_runnable
 from ..step.selection import Selection
@@ -210,7 +212,7 @@ class TrainingStep:
         elif recipe.flat:
             self.replica = flat_shards(model, recipe)
         make = packages.make_optimizer(recipe, kinds_in(model))
-        self.optimizer = None if recipe.optimizer_in_backward else make(groups_of(weights_to_train(model)))
+        self.optimizer = None if recipe.optimizer_in_backward else make(to_step(groups_of(weights_to_train(model))))
         self.backward_optimizers = step_in_backward(model, make) if recipe.optimizer_in_backward else []
         vocabulary = vocabulary_of(model)
         shape = recipe.rows, recipe.row_tokens(seq_len)
@@ -317,7 +319,7 @@ class TrainingStep:
         """Clipping and the optimizer's step; gradients go."""
         if self.optimizer is not None:
             if self.recipe.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(weights_to_train(self.model), self.recipe.max_grad_norm)
+                clip_gradients(groups_of(weights_to_train(self.model)), self.recipe.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -334,17 +336,31 @@ def weights_to_train(model: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def groups_of(weights: list[nn.Parameter]) -> Any:
-    """What an optimizer is given: the weights, or where these are on several device meshes a group for each, for no kernel steps two meshes at
-    once (transformers' Trainer.create_optimizer)."""
-    groups: dict[Any, list[nn.Parameter]] = {}
-    for weight in weights:
-        groups.setdefault(getattr(weight, "device_mesh", None), []).append(weight)
-    if (
-        len(groups.keys() - {None}) < 2
-    ):  # beside one mesh there are plain tensors, which a loop over weights steps (tensor parallel)
-        return weights
-    return [{"params": group} for group in groups.values()]
+def groups_of(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The weights of each device mesh. Beside one mesh plain tensors, as which tensor parallelism leaves norms, are stepped with the others, by a loop."""
+    meshes = {getattr(weight, "device_mesh", None) for weight in weights}
+    if len(meshes - {None}) < 2:
+        return [weights]
+    return by_mesh(weights, lambda weight: getattr(weight, "device_mesh", None))
+
+
+def to_step(groups: list[list[nn.Parameter]]) -> Any:
+    """What an optimizer is given of weights on several meshes: a group for each (transformers' Trainer.create_optimizer)."""
+    return [{"params": group} for group in groups] if len(groups) > 1 else groups[0] if groups else []
+
+
+def clip_gradients(groups: list[list[nn.Parameter]], most: float) -> None:
+    """Scale gradients down, in place, to a norm of `most`, those of all meshes together (transformers' Trainer._mixed_mesh_grad_norm)."""
+    if len(groups) < 2:
+        nn.utils.clip_grad_norm_([weight for group in groups for weight in group], most)
+        return
+    norms = []
+    for group in groups:
+        norm = nn.utils.get_total_norm([weight.grad for weight in group if weight.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups:
+        nn.utils.clip_grads_with_norm_(group, most, norm)
 
 
 def step_in_backward(model: nn.Module, make_optimizer: Make) -> list[torch.optim.Optimizer]:

@@ -17,7 +17,9 @@ from mstplan.plan.several_gpus import compare, list_ways
 from mstplan.plan.solve import fixed_chunks, longest_sequence, plan_at
 from mstplan.plan.ways import master_weights
 from mstplan.spec.hardware import card
+from mstplan.step.clipping import clipping
 from mstplan.step.expert_parallel import most_rows, rows_of_a_token
+from mstplan.step.optimizers.base import bytes_of
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.step.runnable import check_measurable
 from mstplan.step.steps import Chunks, Step
@@ -50,9 +52,22 @@ def peak(recipe: Recipe, tokens: int = 4096) -> int:
         ({"expert_parallel": 8, "sequence_parallel": 2}, "leave one of the two out"),
         ({"expert_parallel": 8, "replicas": 2}, "with replicas=2 is not planned"),
         ({"expert_parallel": 8, "mlp_chunks": 4}, "with mlp_chunks=4 is not planned"),
-        ({"expert_parallel": 8, "lora_rank": 8}, "with lora_rank=8 is not planned"),
-        ({"expert_parallel": 8, "precision": "mixed"}, "with precision='mixed' is not planned"),
-        ({"expert_parallel": 8, "max_grad_norm": 1.0}, "leave --max-grad-norm out"),
+        ({"expert_parallel": 8, "lora_rank": 8, "autocast": True}, "with autocast=True is not planned"),
+        ({"expert_parallel": 8, "kernels": "liger"}, "with kernels='liger' is not planned"),
+        (
+            {"expert_parallel": 8, "precision": "mixed", "reduce_dtype": "bf16"},
+            "with reduce_dtype='bf16' is not planned",
+        ),
+        ({"expert_parallel": 8, "optimizer_in_backward": True}, "with optimizer_in_backward=True is not planned"),
+        ({"expert_parallel": 8, "lora_rank": 8, "dora": True}, "with adapters and dora=True is not planned"),
+        (
+            {"expert_parallel": 8, "lora_rank": 8, "precision": "mixed"},
+            "with adapters and precision='mixed' is not planned",
+        ),
+        (
+            {"expert_parallel": 8, "lora_rank": 8, "quantize": "nf4"},
+            "with adapters and quantize='nf4' is not planned",
+        ),
         ({"expert_parallel": 8, "checkpoint": "selective"}, "set checkpoint='layer'"),
         ({"expert_parallel": 8, "adamw_kernel": "foreach"}, "--adamw-kernel fused"),
     ],
@@ -70,6 +85,8 @@ def test_recipes_that_contradict_themselves(fields: dict[str, Any], said: str) -
         ("qwen1.5-moe-a2.7b", of(8), "60 experts, which 8 GPUs cannot share out evenly.\nUse 2, 3, 4, 5, 6, 10, 12,"),
         ("llama3.1-8b", of(8), "llama3.1-8b has no experts.\nLeave --expert-parallel out."),
         ("llama4-scout", of(8), "a family \\(llama4_text\\) .*\nPlanned are deepseek_v2, "),
+        ("mixtral-8x7b", of(8, lora_rank=8), "each GPU has a part of these.\nUse --lora-targets attention."),
+        ("qwen3-30b-a3b", of(8, train=("mlp",)), "where all before them is frozen.\nTrain embeddings, too"),
         ("mixtral-8x7b", of(8, expert_imbalance=6.0), "at most 4 times as many rows as it sends.\nUse 4 or less."),
     ],
     ids=str,
@@ -124,6 +141,26 @@ def test_no_router_sends_more_than_all_rows(per_token: int, ranks: int, experts:
     even, most = rows_of_a_token(per_token, 1.0), most_rows(per_token, experts, ranks)
     assert even == per_token <= most <= ranks * per_token
     assert most <= ranks * (experts // ranks)
+
+
+def test_clipping_takes_the_norms_of_one_mesh_at_a_time() -> None:
+    """Of experts, and of all else: each mesh has as many norms as weights, and room for the squares of the largest of its own."""
+    clipped, plain = laid_out(of(8, max_grad_norm=1.0)), laid_out(of(8))
+    assert not plain.clipping
+    counts = [sum(n for w, n in clipped.trained_on_card if (w.spread_over > 1) is own) for own in (True, False)]
+    norms = next(held for held in clipped.clipping if held.name == "norms of gradients")
+    assert norms.copies in counts and counts[0] == 2 * 48
+    alone = clipping(of(8, max_grad_norm=1.0), [(w, n) for w, n in clipped.trained_on_card if w.spread_over == 1])
+    assert bytes_of(clipped.clipping) >= bytes_of(alone)
+
+
+def test_adapters_are_whole_on_every_gpu() -> None:
+    """They come to a model that is in shards already, as transformers' Trainer has it: with more GPUs none gets smaller."""
+    adapters = [
+        [(w.shape, n) for w, n in laid_out(of(8, gpus, lora_rank=8, lora_targets=("attention",))).trained_on_card]
+        for gpus in (8, 64)
+    ]
+    assert adapters[0] == adapters[1] and sum(n for _, n in adapters[0]) == 48 * 2 * 4
 
 
 def test_answers_say_what_the_router_decides() -> None:

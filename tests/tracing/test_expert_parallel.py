@@ -96,12 +96,60 @@ def test_what_cannot_be_shared_out_is_refused(model, ranks, said):
         ("h100", "qwen3-30b-a3b", "checkpoint", 8, {"expert_parallel": 8, "loss": "trl"}),
         ("h100", "mixtral-8x7b", "checkpoint", 8, {"expert_parallel": 4, "loss": "liger", "offload": "layer-inputs"}),
         ("h100", "qwen1.5-moe-a2.7b", "chunked-loss", 8, {"expert_parallel": 2, "loss_chunks": 4}),
+        ("h100", "qwen3-30b-a3b", "checkpoint", 8, {"expert_parallel": 8, "loss": "liger", "max_grad_norm": 1.0}),
     ],
     ids=str,
 )
 def test_formula_and_trace_agree(on, model, name, gpus, more):
     """Every instant within 0.01%: what differs are weights of norms and counts of rows, rounded up to blocks of 512 bytes."""
     check(load_config(model), strategy(name, gpus=gpus, sharding="fsdp", **more), card(on))
+
+
+TRAINED: list[dict[str, Any]] = [
+    {"accumulation": 3, "max_grad_norm": 1.0},
+    {"accumulation": 2, "sync_each_batch": True},
+    {"precision": "mixed"},
+    {"precision": "mixed", "accumulation": 2, "max_grad_norm": 1.0},
+    {"freeze": ("mlp",)},
+    {"train": ("layers.[23].*",)},
+    {"train": ("attention", "norms"), "accumulation": 3},
+    {"optimizer_on_host": True, "weights_on_host": True},
+    {"optimizer_on_host": True, "weights_on_host": True, "precision": "mixed", "accumulation": 2},
+    {"lora_rank": 16, "lora_targets": ("attention",)},
+    {"lora_rank": 16, "lora_targets": ("attention",), "accumulation": 3, "max_grad_norm": 1.0},
+    {"lora_rank": 16, "lora_targets": ("attention",), "accumulation": 2, "sync_each_batch": True},
+    {"lora_rank": 16, "lora_targets": ("attention",), "input_gradients": True},
+]
+"""What people train with."""
+FAMILIES = (
+    "qwen3-30b-a3b",
+    "mixtral-8x7b",
+    "deepseek-v2-lite",
+    "glm-4.5-air",
+    "gpt-oss-20b",
+    "olmoe-1b-7b",
+    "qwen1.5-moe-a2.7b",
+)
+ROTATION = [
+    (FAMILIES[n % len(FAMILIES)], ("checkpoint", "standard")[n // 2 % 2], (8, 4)[n % 2], (256, 4096)[n // 4 % 2], more)
+    for n, more in enumerate(TRAINED * 2)
+]
+"""Each twice: every family, both strategies, experts whole on a GPU and in shards of two, few tokens, for which weights are the peak, and many."""
+
+
+@pytest.mark.parametrize(("model", "name", "ranks", "tokens", "more"), ROTATION, ids=str)
+def test_formula_and_trace_agree_on_what_people_train_with(model, name, ranks, tokens, more):
+    """Four layers."""
+    ranks = 4 if ranks == 8 and model == "qwen1.5-moe-a2.7b" else ranks  # 60 experts
+    config = load_config(model) | {"num_hidden_layers": 4, "layer_types": None}
+    check(config, strategy(name, gpus=8, sharding="fsdp", expert_parallel=ranks, **more), card("h100"), tokens)
+
+
+def test_mixed_precision_casts_the_scores_that_experts_are_given():
+    """FSDP2's policy casts what its modules are given: DeepSeek's scores are in fp32, and what is weighed with them would be."""
+    config = load_config("moonlight-16b-a3b") | {"num_hidden_layers": 3}
+    recipe = strategy("standard", gpus=8, sharding="fsdp", expert_parallel=8, precision="mixed")
+    check(config, recipe, card("h100"))
 
 
 def test_formula_and_trace_agree_where_few_layers_attend():

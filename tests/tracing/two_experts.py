@@ -40,6 +40,11 @@ def recipes() -> dict[str, Recipe]:
         "standard": strategy("standard", **both),
         "checkpoint": strategy("checkpoint", **both),
         "two rows": strategy("checkpoint", **both, batch=2),
+        "clipping": strategy("checkpoint", **both, max_grad_norm=1.0),
+        "accumulation": strategy("checkpoint", **both, accumulation=3, max_grad_norm=1.0),
+        "adapters": strategy("standard", **both, lora_rank=8, lora_targets=("attention",), max_grad_norm=1.0),
+        "experts frozen": strategy("checkpoint", **both, freeze=("mlp",)),
+        "experts and norms trained": strategy("standard", **both, train=("mlp", "norms")),
     }
 
 
@@ -50,6 +55,9 @@ def of_four() -> dict[str, Recipe]:
         "one of four": strategy("checkpoint", **both, expert_parallel=4),
         "two by two": strategy("checkpoint", **both, expert_parallel=2),
         "two by two, nothing run again": strategy("standard", **both, expert_parallel=2),
+        "two by two, accumulation": strategy(
+            "checkpoint", **both, expert_parallel=2, accumulation=3, max_grad_norm=1.0
+        ),
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from ..meshes import by_mesh
 from .adafactor import Adafactor
 from .adamw import AdamW
 from .adamw_4bit import AdamW4bit
@@ -61,6 +62,7 @@ def states_in_order(recipe: Recipe, weights: Sequence[Weight]) -> list[Held]:
         return []
     optimizer = OPTIMIZERS[recipe.optimizer]
     groups = [[weight] for weight in weights] if recipe.optimizer_in_backward else [weights]  # of an optimizer each
+    groups = [part for group in groups for part in by_mesh(group, lambda weight: weight.spread_over)]
     return [
         held
         for group in groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .base import Held, Optimizer, dtype_of, itemsize_of
+from .base import Held, Optimizer, bytes_of, dtype_of, itemsize_of
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -40,10 +40,23 @@ class AdamW(Optimizer):
 
     def step(self, recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> tuple[Held, ...]:
         """foreach makes the square roots of all weights at once (_multi_tensor_adam): of one dtype after the other, and it holds those
-        of one until it has those of the next."""
+        of one until it has those of the next. The loop holds the quotient of the weight before (_single_tensor_adam): in a mesh of experts alone
+        that is no small one."""
+        if recipe.adamw_kernel == "for-loop" and all(weight.spread_over > 1 for weight, _ in weights):
+            before = [weights[-1][0], *(weight for weight, _ in weights)]
+            held = (
+                (*self.one_step(recipe, w), self._quotient(recipe, b))
+                for (w, _), b in zip(weights, before, strict=False)
+            )
+            return max(held, key=bytes_of, default=())
         if recipe.adamw_kernel != "foreach":
             return super().step(recipe, weights)
         return tuple(held.times(count) for weight, count in weights for held in self.one_step(recipe, weight))
+
+    def _quotient(self, recipe: Recipe, weight: Weight) -> Held:
+        return Held(
+            "quotient of the weight before", dtype_of(recipe, weight), itemsize_of(recipe, weight) * weight.numel
+        )
 
     def traffic(self, recipe: Recipe, weights: int, states: int) -> int:
         """Eight passes but for the fused kernel (torch/optim/adam.py, _multi_tensor_adam and _single_tensor_adam): decay of the

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from ..meshes import by_mesh
+
 if TYPE_CHECKING:
     import torch
 
@@ -93,7 +95,8 @@ class Optimizer:
             states += [held.times(count) for shared, count in alone for held in shared]
         else:
             states += self.shared_states(recipe, [weight for weight, _ in weights])
-        return Memory(summed(states), self.step(recipe, weights))
+        steps = (self.step(recipe, group) for group in by_mesh_of_cards(weights))
+        return Memory(summed(states), max(steps, key=bytes_of, default=()))
 
     def traffic(self, recipe: Recipe, weights: int, states: int) -> int:
         """Bytes that a step reads and writes, of so many bytes of weights, as many of gradients, and states: in one go it reads
@@ -115,6 +118,11 @@ class Optimizer:
     def is_fused(self, recipe: Recipe) -> bool:
         """Whether one kernel steps all weights: it knows no meta tensors, and counts its steps on the device."""
         return False
+
+
+def by_mesh_of_cards(weights: Iterable[tuple[Weight, int]]) -> list[list[tuple[Weight, int]]]:
+    """Weights, given as (weight, how many), by mesh: experts that cards share out are on another than all else."""
+    return by_mesh(weights, lambda each: each[0].spread_over)
 
 
 def dtype_of(recipe: Recipe, weight: Weight) -> str:
