@@ -505,7 +505,7 @@ class Recipe(BaseModel):
                 f"fsdp1's weights are views of flat ones, which pieces of the sequence do not serve: {take}",
             ),
             (
-                self.checkpoint not in ("none", "layer", 1) or self.offload != "none",
+                self.checkpoint not in ("none", "layer", "reentrant", 1) or self.offload != "none",
                 "fsdp1 is planned with every layer checkpointed or none, inputs on the card: set checkpoint='layer' (--checkpoint layer), leave --offload out",
             ),
             (
@@ -521,20 +521,12 @@ class Recipe(BaseModel):
                 "fsdp1 cannot join bytes with other weights ('Cannot flatten integer dtype tensors'): add quant_storage='bf16' (--quant-storage bf16)",
             ),
             (
-                self.sync_each_batch,
-                f"fsdp1 with gradients scattered in each micro-batch is not planned: leave --sync-each-batch out, or {take}",
-            ),
-            (
                 self.replicas > 1 or self.weights_on_host or self.optimizer_in_backward,
                 f"fsdp1 with replicas, weights in CPU RAM or an optimizer that steps in backward is not planned: {take}",
             ),
             (
                 self.sharers > 1 or self.tensor_parallel > 1,
                 f"fsdp1 with sequences or matrices over several GPUs is not planned: {take}",
-            ),
-            (
-                self.max_grad_norm is not None,
-                "fsdp1 clips by norms of its own (FullyShardedDataParallel.clip_grad_norm_), which are not planned: leave --max-grad-norm out",
             ),
         )
 

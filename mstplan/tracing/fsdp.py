@@ -35,6 +35,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp._runtime_utils import _reshard, _should_free_in_backward
+from torch.distributed.fsdp.fully_sharded_data_parallel import _get_grad_norm
 
 from ..errors import RecipeError
 from ..step.recipe import Recipe
@@ -167,6 +168,16 @@ def flat_shapes(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, tuple[i
     for name, weights in (("flat rest", rest), *flats):
         numbers = sum(weight.numel() for weight in weights)
         yield name, (-(-numbers // recipe.shards),), weights[0].dtype, weights[0].requires_grad
+
+
+def clip_flat(weights: list[nn.Parameter], norm: float) -> None:
+    """What FSDP1's clip_grad_norm_ does on one rank, over its flat weights, but for the all-reduce of a number."""
+    zero = torch.zeros((), device=weights[0].device)
+    total = _get_grad_norm(weights, 2.0, zero, zero.device) ** 2.0
+    scale = torch.clamp(norm / (total**0.5 + 1e-6), max=1.0)
+    for weight in weights:
+        assert weight.grad is not None
+        weight.grad.mul_(scale.to(weight.grad.device, weight.grad.dtype))
 
 
 def _record_flat(recorder: Recorder) -> dict[Target, MakeReplacement]:

@@ -51,7 +51,7 @@ from .cuda_workspaces import KernelWorkspaces
 from .expert_parallel import routed_evenly, shapes_of_experts, spread_experts
 from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
-from .fsdp import first_of_ranks, flat_shapes, record_fsdp, shape_on_rank, shard_model
+from .fsdp import clip_flat, first_of_ranks, flat_shapes, record_fsdp, shape_on_rank, shard_model
 from .fused_losses import NoPackages, StandInPackages
 from .kernels import STAND_INS
 from .kernels.flash import FLASH
@@ -180,7 +180,7 @@ def _trace_settings(
         short, found_idle = record(model)
         idle = _idle_in_all(found_idle, names, kinds, layer_numbers)
         stepped = Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE})
-        update, states = _record_update(tuple(size for name, size in sizes if name not in idle), stepped, on)
+        update, states = _record_update(tuple(size for name, size in sizes if name not in idle), stepped, on, recipe.flat)
         if recipe.optimizer_on_host:
             update = Recording()
         return Trace(
@@ -614,8 +614,9 @@ def _sizes(model: PreTrainedModel, recipe: Recipe) -> list[tuple[str, tuple[tupl
 
 
 @lru_cache(maxsize=16)
-def _record_update(sizes: Sizes, recipe: Recipe, on: str) -> tuple[Recording, tuple[State, ...]]:
-    """What clipping and the optimizer's step make and let go of, over weights of these sizes, once it has its states; and the states.
+def _record_update(sizes: Sizes, recipe: Recipe, on: str, flat: bool) -> tuple[Recording, tuple[State, ...]]:
+    """What clipping and the optimizer's step make and let go of, over weights of these sizes, once it has its states; and the states. flat: they are
+    FSDP1's.
 
     The first step is run, and what it leaves behind are the states. On meta tensors, which take a fraction of fake ones' time;
     fused kernels know no meta tensors, and step one by one over CPU's.
@@ -636,7 +637,7 @@ def _record_update(sizes: Sizes, recipe: Recipe, on: str) -> tuple[Recording, tu
         with recorder:
             recorder.begin_pass(Pass.OPTIMIZER)
             if recipe.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)
+                (clip_flat if flat else nn.utils.clip_grad_norm_)(weights, recipe.max_grad_norm)
             for each in optimizers:
                 each.step()
         states = tuple(

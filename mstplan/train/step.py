@@ -317,9 +317,16 @@ class TrainingStep:
         """Clipping and the optimizer's step; gradients go."""
         if self.optimizer is not None:
             if self.recipe.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(weights_to_train(self.model), self.recipe.max_grad_norm)
+                self.clip(self.recipe.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def clip(self, norm: float) -> None:
+        """Scale gradients down to this norm, in place, where theirs is larger."""
+        if isinstance(self.replica, FullyShardedDataParallel):
+            self.replica.clip_grad_norm_(norm)
+        else:
+            nn.utils.clip_grad_norm_(weights_to_train(self.model), norm)
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

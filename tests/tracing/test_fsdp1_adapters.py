@@ -85,6 +85,7 @@ FOUR_BITS = {**ALL, "quantize": "nf4", "quant_storage": "bf16"}
         ("llama3.2-1b", "checkpoint", {**FOUR_BITS, "autocast": True, "double_quantize": True}),
         ("llama3.2-1b", "standard", {**FOUR_BITS, "adapter_dtype": "bf16", "accumulation": 2}),
         ("qwen3-4b", "checkpoint", {**FOUR_BITS, "autocast": True, "backward_prefetch": "none", "gpus": 2}),
+        ("llama3.2-1b", "checkpoint", {**LORA, "accumulation": 2, "sync_each_batch": True, "max_grad_norm": 1.0}),
         ("gpt2", "checkpoint", LORA),
     ],
     ids=str,

@@ -25,6 +25,7 @@ def recipes() -> dict[str, Recipe]:
         "of attention, not ahead": strategy("checkpoint", **both, lora_rank=RANK, backward_prefetch="none"),
         "not ahead": strategy("checkpoint", **both, **ALL, backward_prefetch="none", input_gradients=True),
         "accumulation": strategy("checkpoint", **both, lora_rank=RANK, accumulation=2, input_gradients=True),
+        "clipped": strategy("checkpoint", **both, **ALL, max_grad_norm=1.0),
     }
 
 
