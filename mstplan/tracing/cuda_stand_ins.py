@@ -213,7 +213,10 @@ def clipping_on_cuda(recorder: Recorder) -> Iterator[None]:
     def one_norms_parts(tensor: torch.Tensor, *_: object, **__: object) -> tuple[str, torch.Tensor]:
         return "parts of a norm", tensor.new_empty(parts_of_norm(tensor.numel()), dtype=torch.uint8)
 
-    norms = {torch.ops.aten._foreach_norm: norm_parts, torch.ops.aten.linalg_vector_norm: one_norms_parts}
+    norms: dict[Any, Callable[..., tuple[str, torch.Tensor | None]]] = {
+        torch.ops.aten._foreach_norm: norm_parts,
+        torch.ops.aten.linalg_vector_norm: one_norms_parts,
+    }
     recorder.temporaries = {**recorder.temporaries, **norms}
     with patched({FOREACH: lambda _plain: lambda _tensors, _device: True}):
         yield

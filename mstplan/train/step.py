@@ -295,7 +295,8 @@ class TrainingStep:
 
     def forward(self) -> torch.Tensor:
         model = self.model if self.replica is None else self.replica
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.runs_autocast):
+        on = self.recipe.runs_autocast or self.recipe.runs_beside_autocast
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on):
             beside = {"position_ids": self.positions} if self.positions is not None else {}
             if self.group is not None:  # of whole sequences labels are shifted
                 beside |= {"shift_labels": self.labels, **self.beside}

@@ -111,13 +111,15 @@ def test_one_layer_is_gathered_at_a_time_and_in_backward_the_one_before_it():
         ("llama3.1-8b", "checkpoint", {"precision": "mixed", "backward_prefetch": "none"}),
         ("llama3.2-1b", "checkpoint", {"max_grad_norm": 1.0}),
         ("llama3.2-1b", "checkpoint", {"precision": "mixed", "accumulation": 3, "sync_each_batch": True}),
+        ("llama3.2-1b", "checkpoint", {"use_orig_params": True, "precision": "mixed", "accumulation": 3, "gpus": 7}),
+        ("gpt2", "checkpoint", {"gpus": 5, "use_orig_params": True, "max_grad_norm": 1.0}),
         ("gpt2", "checkpoint", {"gpus": 5}),
         ("mixtral-8x7b", "checkpoint", {"gpus": 64}),
     ],
     ids=str,
 )
 def test_formula_and_trace_agree(model, name, more):
-    check_formula(model, strategy(name, **{"gpus": 8, "sharding": "fsdp1", **more}), 1024)
+    check_formula(model, strategy(name, **{"gpus": 8, "sharding": "fsdp1", **more}), 1024, worst=0.001)
 
 
 @pytest.mark.parametrize("gpus", [2, 3, 8, 1000, 65_536])
@@ -142,12 +144,20 @@ def test_a_flat_shard_is_padded_once(gpus):
         ({"gpus": 8, "replicas": 2}, "--sharding fsdp"),
         ({"optimizer_on_host": True, "weights_on_host": True}, "--sharding fsdp"),
         ({"sequence_parallel": 8}, "--sharding fsdp"),
+        ({"accumulation": 2, "sync_each_batch": True, "use_orig_params": True}, "--use-orig-params"),
+        ({"sharding": "fsdp", "use_orig_params": True}, "--sharding fsdp1"),
     ],
     ids=str,
 )
 def test_what_is_refused_says_what_would_do(more, way_out):
     with pytest.raises(RecipeError, match=way_out):
         strategy("checkpoint", **{"gpus": 8, "sharding": "fsdp1", **more})
+
+
+def test_reentrant_checkpoints_of_all_weights_are_left_to_the_trace():
+    recipe = strategy("checkpoint", gpus=8, sharding="fsdp1", checkpoint="reentrant")
+    with pytest.raises(RecipeError, match="--rung trace"):
+        step_of(load_model("llama3.2-1b"), recipe, ON, fixed_chunks(recipe), 512)
 
 
 def test_weights_of_two_dtypes_are_no_flat_tensor():

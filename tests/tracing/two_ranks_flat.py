@@ -21,6 +21,9 @@ def recipes() -> dict[str, Recipe]:
         "no prefetch": strategy("checkpoint", **both, backward_prefetch="none"),
         "accumulation": strategy("checkpoint", **both, accumulation=3),
         "clipped": strategy("checkpoint", **both, max_grad_norm=1.0),
+        "views of weights, clipped": strategy("checkpoint", **both, use_orig_params=True, max_grad_norm=1.0),
+        "views of weights, accumulation": strategy("checkpoint", **both, use_orig_params=True, accumulation=3),
+        "reentrant": strategy("checkpoint", **both, checkpoint="reentrant"),
     }
 
 
