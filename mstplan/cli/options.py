@@ -476,6 +476,13 @@ class VariedOptions(Options):
         metavar="NAME",
         choices=_planned("backward_prefetch"),
     )
+    use_orig_params = option(
+        bool,
+        "--use-orig-params",
+        "Under fsdp1, the optimizer steps views of each weight: use_orig_params=True, Trainer's default.",
+        False,
+        panel="Recipe",
+    )
     sync_each_batch = option(
         bool,
         "--sync-each-batch",

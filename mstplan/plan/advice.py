@@ -419,7 +419,7 @@ def partition_notes(model: Model, recipe: Recipe) -> list[str]:
     ]
 
 
-_ORIGINAL_ADAPTERS = ", and the copies of inputs in fp32 that peft makes of it"
+_WITHOUT_ORIGINALS = ". use_orig_params=True, Trainer's default, is --use-orig-params"
 
 
 def flat_notes(recipe: Recipe) -> list[str]:
@@ -429,8 +429,7 @@ def flat_notes(recipe: Recipe) -> list[str]:
         (
             f"{_sequences_of_each(recipe)}: FSDP1 over every layer and the model (FullyShardedDataParallel; --backward-prefetch none is Trainer's "
             f"default). Counted: flat shards, padded; {runs}, and embedding, norm and head throughout; a group's gradients and "
-            "their joined copy, and that in the dtype they are summed in (docs/sharding.md). Not counted: what use_orig_params=True pads"
-            f"{_ORIGINAL_ADAPTERS if recipe.lora_rank and recipe.gathers_in_bf16 and recipe.quantize == 'none' else ''}."
+            f"their joined copy, and that in the dtype they are summed in (docs/sharding.md){'' if recipe.use_orig_params else _WITHOUT_ORIGINALS}."
         ),
         _NOT_COUNTED,
     ]

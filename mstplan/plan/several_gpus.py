@@ -47,7 +47,7 @@ OF_SHARDINGS: Mapping[str, tuple[str, ...]] = {
     "zero2": OF_ZERO,
     "zero3": (*OF_ZERO, *OF_ZERO_3),
     "fsdp": ("sync_each_batch", "reduce_dtype", "replicas"),
-    "fsdp1": ("backward_prefetch", "reduce_dtype"),
+    "fsdp1": ("backward_prefetch", "use_orig_params", "sync_each_batch", "reduce_dtype"),
 }
 """Fields of a recipe that mean something under these shardings alone."""
 

@@ -106,7 +106,11 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
 
 
 _SYNCED: dict[str, object] = {"sync_each_batch": True}
-_IN_SHARDS: dict[str, object] = {"sharding": "fsdp", "backward_prefetch": "pre"}  # which is of FSDP1
+_IN_SHARDS: dict[str, object] = {
+    "sharding": "fsdp",
+    "backward_prefetch": "pre",
+    "use_orig_params": False,
+}  # which are of FSDP1
 
 
 def _token_levers(start: Plan) -> tuple[Lever, ...]:

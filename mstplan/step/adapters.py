@@ -29,7 +29,8 @@ MATRICES, MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude_vector"
 
 class Adapters(NamedTuple):
     """Adapters of a step. dtype: of their weights. parameters: of a mixture's experts and router that get one, each with its rank;
-    as_parameters: names of linear layers that peft takes for those (expert_adapters.py)."""
+    as_parameters: names of linear layers that peft takes for those (expert_adapters.py). inputs: dtype to which peft casts their inputs, where that
+    is another than theirs, to which autocast casts them then; quantised_inputs: does peft cast those of 4-bit layers?"""
 
     rank: int
     targets: tuple[str, ...]
@@ -38,6 +39,8 @@ class Adapters(NamedTuple):
     dtype: str
     parameters: tuple[tuple[str, int], ...] = ()
     as_parameters: tuple[str, ...] = ()
+    inputs: str = ""
+    quantised_inputs: bool = True
 
     def targets_module(self, module: str, kind: WeightKind | None) -> bool:
         """Whether a linear layer gets one. module: its path in a layer, as transformers calls it; kind: None where no word means it."""
@@ -74,9 +77,9 @@ def add_adapter(
     if quantised:
         copy = tape.new(base.name, base.shape, base.dtype)
         base = tape.op("clone " + base.name, [base], copy, grads=((base, None),))
-    casts = not (quantised and w.numerics.autocast)
-    wide = w.cast(x, adapters.dtype, f"{x.name} for {module}") if casts else x
-    out = w.numerics.compute if w.numerics.autocast else wide.dtype
+    casts = not quantised or (adapters.quantised_inputs and not w.numerics.autocast)
+    wide = w.cast(x, adapters.inputs or adapters.dtype, f"{x.name} for {module}") if casts else x
+    out = w.numerics.compute if w.numerics.autocast else adapters.dtype if adapters.inputs else wide.dtype
     made = _with_magnitude if adapters.dora else _scaled
     with tape.call():
         dropped = _dropped(w, wide, adapters.dropout)
@@ -119,7 +122,9 @@ def _low_rank(w: Writer, x: Tensor, y: Tensor, module: str, kind: WeightKind | N
     up = w.weight(module, w.width(y), adapters.rank, kinds=_kinds(kind), name=UP, dtype=adapters.dtype, is_adapter=True)
     low = tape.new(f"{y.name}, rank {adapters.rank}", f"{w.t} {adapters.rank}", out)
     with tape.call():
-        w.product(x, low, module + ".lora_A", down)
+        taken = w.cast(x, adapters.dtype) if adapters.inputs else x
+        w.product(taken, low, module + ".lora_A", down)
+        w.hold(x)
     with tape.call():
         return w.product(low, tape.new(f"{y.name} of the adapter", y.shape, out), module + ".lora_B", up)
 

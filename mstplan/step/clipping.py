@@ -1,4 +1,5 @@
-"""Clipping of gradients by their norm, as torch.nn.utils.clip_grad_norm_ does it on a card (torch/nn/utils/clip_grad.py)."""
+"""Clipping of gradients by their norm, as torch.nn.utils.clip_grad_norm_ does it on a card (torch/nn/utils/clip_grad.py), or FSDP1's own
+(torch/distributed/fsdp/fully_sharded_data_parallel.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from .optimizers.base import Held, by_mesh_of_cards, bytes_of, dtype_of, itemsize_of
 from .recipe import Recipe
 from .tape import Weight
+from .workspaces import SumOverTokens
 
 CHUNK = 65_536  # values whose squares one block of threads adds up (aten native/cuda/MultiTensorApply.cuh, kChunkSize)
 
@@ -17,6 +19,8 @@ def clipping(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> tuple[Hel
     (aten native/cuda/ForeachReduceOp.cu, output_per_tensor)."""
     if recipe.max_grad_norm is None:
         return ()
+    if recipe.flat:
+        return _flat_clipping(weights)
     return max((_norms(recipe, group) for group in by_mesh_of_cards(weights)), key=bytes_of, default=())
 
 
@@ -31,6 +35,21 @@ def _norms(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> tuple[Held,
         Held("parts of gradients' norms", "float32", 4 * parts),
         *(Held("norms of gradients", dtype, size * count, copies=count) for size, dtype, count in norms),
     )
+
+
+def _flat_clipping(weights: Sequence[tuple[Weight, int]]) -> tuple[Held, ...]:
+    """The same under FSDP1: norms of one gradient after the other, in fp32 whatever their dtype, joined (_get_grad_norm)."""
+    count = sum(n for _, n in weights)
+    parts = max(parts_of_norm(weight.numel) for weight, _ in weights)
+    return (
+        Held("parts of a gradient's norm, or norms joined", "float32", max(parts, 4 * count)),
+        Held("norms of gradients", "float32", 4 * count, copies=count),
+    )
+
+
+def parts_of_norm(numbers: int) -> int:
+    """Bytes of what blocks of threads add up to one number (aten native/cuda/Reduce.cuh)."""
+    return SumOverTokens(columns=1).bytes(numbers)
 
 
 def _parts(weights: Sequence[tuple[Weight, int]]) -> int:

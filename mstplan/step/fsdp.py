@@ -37,6 +37,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import RecipeError
+from ..spec.model import Model
 from .cuda import pinned_bytes
 from .optimizers import OPTIMIZERS, bytes_to_step
 from .optimizers.base import bytes_of, dtype_of
@@ -47,6 +48,7 @@ from .simulation import Stream
 from .storage import packed_rows
 from .tape import ITEMSIZE, Apart, Flat, Group, Op, Part, Tape, Tensor, Weight, step_weights, weight_gradient
 from .tensor_parallel import part_of
+from .zero import as_registered
 
 REST = "embedding, norm and head"
 
@@ -92,6 +94,13 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     """A step's tape with a group for every layer, and one for the rest; where experts are shared out, by transformers' plan."""
     if recipe.flat and recipe.lora_rank:
         return _into_flat_groups(tape, recipe)
+    if (
+        recipe.flat and recipe.checkpoint == "reentrant"
+    ):  # gradients are joined while the checkpoint still holds what it was given
+        raise RecipeError(
+            "fsdp1 with reentrant checkpoints is counted by the formula with adapters only.\n"
+            "Set checkpoint='layer' (--checkpoint layer), or ask for --rung trace."
+        )
     layers = [op for op in tape.ops if op.is_layer or op.is_tower_layer]
     tapes = [op.part.tape for op in layers if op.part is not None]
     groups: dict[Tape, Group] = {}
@@ -193,7 +202,8 @@ def _into_flat_groups(tape: Tape, recipe: Recipe) -> Tape:
         key = part.tape, before
         if key not in made:
             made[key] = _gather_ahead(grouped.tape, before)
-        ops.append(replace(op, part=replace(part, tape=made[key], group=grouped.group)))
+        hooked = part.reentrant and bool(part.wanted)
+        ops.append(replace(op, part=replace(part, tape=made[key], group=grouped.group, hooked=hooked)))
         before = grouped.group if part.records else before
     rest = [weight for weight, _ in step_weights([op for op in tape.ops if not op.is_layer])]
     return replace(tape, ops=_with_flat_interior(ops), group=_flat_group(rest, recipe, REST))
@@ -233,6 +243,25 @@ def _with_flat_adapters(part: Part, recipe: Recipe) -> Part:
     return replace(part, tape=replace(part.tape, ops=ops), group=frozen)
 
 
+def check_beside_autocast(model: Model, recipe: Recipe) -> None:
+    """Check that autocast beside weights in bf16 makes no more than the copies of adapters' inputs, and that all of these are made. Raises RecipeError:
+    where a checkpoint runs a layer again, peft sees what was gathered ahead of that in bf16, and casts nothing."""
+    others = (
+        model.norm != "rms" or model.experts or model.mixer or model.altup or model.per_layer or model.logit_softcap
+    )
+    ahead = recipe.checkpoint != "none" and recipe.prefetches_flat and recipe.quantize == "none"
+    changes = (
+        (ahead, "groups gathered ahead", "Set --backward-prefetch none, as Trainer does"),
+        (recipe.attention == "eager", "--attention eager", "Leave that out"),
+        (bool(others), f"layers of {model.name}", "Leave --use-orig-params out"),
+    )
+    for applies, what, way_out in changes:
+        if applies:
+            raise RecipeError(
+                f"fsdp1 with --use-orig-params and adapters has autocast on, which the formula does not count with {what}.\n{way_out}, or ask for --rung trace."
+            )
+
+
 def _gather_ahead(tape: Tape, before: Group | None) -> Tape:
     """A layer's tape, whose first matrix of an adapter has the layer before gathered ahead of its backward."""
     first = next((op for op in tape.ops if op.apart is not None), None)
@@ -254,6 +283,12 @@ def flat_shards(tape: Tape) -> list[Weight]:
     return [group.flat.shard for group in groups_of(tape) if group.flat is not None]
 
 
+def stepped(tape: Tape) -> list[tuple[Weight, int]]:
+    """What the optimizer steps of FSDP1's shards, as (weight, how many): those that are trained, or the pieces of weights in them."""
+    trained = [group.flat for group in groups_of(tape) if group.flat is not None and group.flat.shard.trained]
+    return list(Counter(piece for flat in trained for piece in flat.pieces or (flat.shard,)).items())
+
+
 def groups_of(tape: Tape) -> list[Group]:
     """Groups of a step: the rest's, then those of layers, each before its adapters'."""
     groups = [tape.group]
@@ -273,10 +308,12 @@ def last_stream(recipe: Recipe) -> Stream:
 
 
 def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
-    """A group whose weights are one flat tensor, padded at its end (FlatParamHandle.flatten_tensors, _get_shard): all of them trained, or none."""
+    """A group whose weights are one flat tensor, padded at its end (FlatParamHandle.flatten_tensors, _get_shard): all of them trained, or none. In
+    the order of modules."""
+    weights = as_registered(weights)
     kept, used = _flat_dtypes(weights, recipe)
     summed = recipe.reduced_dtype if recipe.gathers_in_bf16 else kept
-    numbers = sum(map(numbers_of, weights))
+    numbers, ends = _places(weights, recipe, used)
     share = -(-numbers // recipe.shards)
     trained = all(weight.trained for weight in weights)
 
@@ -295,7 +332,8 @@ def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
         tensor("joined gradients", used, numbers, Role.WEIGHT_GRADIENT),
         where(summed != used, "gradients to be summed", summed, numbers, Role.REDUCED),
         where(numbers % recipe.shards > 0, "padded gradients", summed, share * recipe.shards, Role.REDUCED),
-        prefetched=recipe.backward_prefetch == "pre",
+        prefetched=recipe.prefetches_flat,
+        pieces=tuple(_pieces(weights, ends, share, own)) if recipe.use_orig_params and trained else (),
     )
     return Group(
         gathered=tensor("gathered weights", used, share * recipe.shards, Role.GATHERED),
@@ -313,6 +351,30 @@ def _flat_group(weights: list[Weight], recipe: Recipe, owner: str) -> Group:
         temporaries=nothing,
         flat=flat,
     )
+
+
+ALIGNMENT = 16
+"""Bytes that each weight begins at a multiple of, where the optimizer steps views of it (_flat_param.py, _get_aligned_numel)."""
+
+
+def _places(weights: Sequence[Weight], recipe: Recipe, used: str) -> tuple[int, list[int]]:
+    """Numbers of a flat tensor, and where each weight ends in it. Of views of weights they are padded to a multiple of the cards
+    (_init_flat_param_and_metadata)."""
+    step = ALIGNMENT // ITEMSIZE[used] if recipe.use_orig_params else 1
+    ends: list[int] = []
+    end = 0
+    for weight in weights:
+        end = -(-end // step) * step + numbers_of(weight)
+        ends.append(end)
+    return (-(-end // recipe.shards) * recipe.shards if recipe.use_orig_params else end), ends
+
+
+def _pieces(weights: Sequence[Weight], ends: Sequence[int], share: int, dtype: str) -> Iterator[Weight]:
+    """What the first card's shard, of so many numbers of this dtype, has of each weight."""
+    for weight, end in zip(weights, ends, strict=True):
+        numbers = min(share, end) - (end - numbers_of(weight))
+        if numbers > 0:
+            yield replace(weight, shape=(numbers,), dtype=dtype)
 
 
 def _flat_dtypes(weights: list[Weight], recipe: Recipe) -> tuple[str, str]:

@@ -507,6 +507,7 @@ _OPTIONS = (
     Advice("use-8bit-adam 8bit-adam adamw-8bit adam-8bit", "", {"optimizer": "adamw-8bit"}),
     Advice("fused fused-adamw adamw-fused", "", {"optimizer": "adamw", "adamw_kernel": "fused"}),
     Advice("gradient-clipping gradient-clip-val clip-grad* clipping", "", {"max_grad_norm": None}),
+    Advice("fsdp-use-orig-params orig-params", "", {"use_orig_params": True}),
     Advice("optimizer-in-bwd fused-backward", "", {"optimizer_in_backward": True}),
     Advice(
         "num-gpus n-gpus n-gpu ngpu ngpus gpu-count num-gpu nproc-per-node num-processes world-size devices num-devices",

@@ -180,6 +180,9 @@ class Recipe(BaseModel):
     backward_prefetch: Literal["pre", "none"] = "pre"
     """Whether fsdp1 gathers the group before while backward runs one (BACKWARD_PRE, torch's own choice and that of accelerate's questionnaire),
     or each when it is asked for (NO_PREFETCH, which transformers' Trainer has where fsdp_config does not say)."""
+    use_orig_params: bool = False
+    """fsdp1's optimizer steps views of each weight (use_orig_params=True, which transformers' Trainer has where fsdp_config does not say), not
+    flat ones: each begins at 16 bytes in the flat tensor, and peft finds adapters in the dtype of their shards."""
     sync_each_batch: bool = False
     """With accumulation fsdp scatters the gradients of each micro-batch (accelerate's gradient_accumulation_kwargs). Without it, as in
     accelerate and transformers' Trainer, whole gradients of all weights stay on every card until the last micro-batch scatters them."""
@@ -403,8 +406,10 @@ class Recipe(BaseModel):
         if alone:
             message = f"{alone} ({option_of(alone)}) is of fsdp: add sharding='fsdp' (--sharding fsdp), or leave it out"
             return ((True, message),)
-        if self._first_set("backward_prefetch") and not self.flat:
-            message = "backward_prefetch (--backward-prefetch) is of fsdp1: add sharding='fsdp1' (--sharding fsdp1), or leave it out"
+        if (alone := self._first_set("backward_prefetch", "use_orig_params")) and not self.flat:
+            message = (
+                f"{alone} ({option_of(alone)}) is of fsdp1: add sharding='fsdp1' (--sharding fsdp1), or leave it out"
+            )
             return ((True, message),)
         of_stages = {"ZeRO": OF_ZERO if not self.zero_stage else (), "ZeRO-3": OF_ZERO_3 if self.zero_stage < 3 else ()}
         for stage, fields in of_stages.items():
@@ -513,8 +518,8 @@ class Recipe(BaseModel):
                 f"fsdp1's weights are views of flat ones, which pieces of the sequence do not serve: {take}",
             ),
             (
-                self.checkpoint not in ("none", "layer", 1) or self.offload != "none",
-                "fsdp1 is planned with every layer checkpointed or none, inputs on the card: set checkpoint='layer' (--checkpoint layer), leave --offload out",
+                self.checkpoint not in ("none", "layer", "reentrant", 1) or self.offload != "none",
+                "fsdp1 is planned with every layer checkpointed, also reentrant, or none: set checkpoint='layer' (--checkpoint layer), leave --offload out",
             ),
             (
                 bool(self.train or self.freeze or self.images),
@@ -525,12 +530,12 @@ class Recipe(BaseModel):
                 f"fsdp1 with DoRA is not planned: leave --dora out, or {take}",
             ),
             (
-                self.quantize != "none" and self.quant_storage == "uint8",
-                "fsdp1 cannot join bytes with other weights ('Cannot flatten integer dtype tensors'): add quant_storage='bf16' (--quant-storage bf16)",
+                self.use_orig_params and self.sync_each_batch,
+                "fsdp1 with views of weights and gradients scattered in each micro-batch is not planned: leave --use-orig-params or --sync-each-batch out",
             ),
             (
-                self.sync_each_batch,
-                f"fsdp1 with gradients scattered in each micro-batch is not planned: leave --sync-each-batch out, or {take}",
+                self.quantize != "none" and self.quant_storage == "uint8",
+                "fsdp1 cannot join bytes with other weights ('Cannot flatten integer dtype tensors'): add quant_storage='bf16' (--quant-storage bf16)",
             ),
             (
                 self.replicas > 1 or self.weights_on_host or self.optimizer_in_backward,
@@ -539,10 +544,6 @@ class Recipe(BaseModel):
             (
                 self.sharers > 1 or self.tensor_parallel > 1,
                 f"fsdp1 with sequences or matrices over several GPUs is not planned: {take}",
-            ),
-            (
-                self.max_grad_norm is not None,
-                "fsdp1 clips by norms of its own (FullyShardedDataParallel.clip_grad_norm_), which are not planned: leave --max-grad-norm out",
             ),
         )
 
@@ -905,6 +906,23 @@ class Recipe(BaseModel):
         return self.adapter_dtype == "bf16" or self.gathers_in_bf16 or self.zero_stage > 0
 
     @property
+    def prefetches_flat(self) -> bool:
+        """Whether FSDP1 gathers the group before while backward runs one: not where reentrant checkpoints are around the groups, for they run and are
+        noted again in backward, and what ran without a graph asks for no weights ahead (_get_handle_to_prefetch, _needs_pre_backward_unshard)."""
+        return self.backward_prefetch == "pre" and self.checkpoint != "reentrant"
+
+    @property
+    def hooks_inputs(self) -> bool:
+        """Whether FSDP1's hooks on inputs of frozen layers, which reentrant checkpoints run again, hold all of these until backward is over."""
+        return self.flat and bool(self.lora_rank) and self.checkpoint == "reentrant"
+
+    @property
+    def runs_beside_autocast(self) -> bool:
+        """Whether autocast is on though weights are gathered in bf16: accelerate has it so under FSDP1. It tells where peft sees the shards of adapters
+        in fp32: it casts their inputs to that, but for those of 4-bit layers, and autocast casts them back."""
+        return self.use_orig_params and self.gathers_in_bf16 and bool(self.lora_rank)
+
+    @property
     def runs_autocast(self) -> bool:
         """Whether products cast to bf16 what they are given."""
         return not self.sharded and (self.autocast or self.precision == "mixed")
@@ -1242,6 +1260,7 @@ SWITCHES = (
     "kbit_preparation",
     "padding_free",
     "sync_each_batch",
+    "use_orig_params",
     "overlap_comm",
 )
 """Fields that are an option without a value, of the same name."""

@@ -30,7 +30,17 @@ from .autograd import record_step
 from .clipping import clipping
 from .cuda import CUBLASLT_WORKSPACE, flash_rows, pinned_bytes
 from .expert_adapters import check_recipe, list_linears, list_parameters
-from .fsdp import card_weights, flat_shards, groups_of, into_groups, reduced_dtype, shard_of, shards_of
+from .fsdp import (
+    card_weights,
+    check_beside_autocast,
+    flat_shards,
+    groups_of,
+    into_groups,
+    reduced_dtype,
+    shard_of,
+    shards_of,
+    stepped,
+)
 from .indexer import check_recipe as check_indexer
 from .instants import Instant, Stage
 from .kernels import KERNELS, NO_SDPA, chosen, runs_sdpa
@@ -209,8 +219,9 @@ class Step:
         self.trained_on_card = [(w, n) for w, n in self.card_weights if w.trained]
         if self.zero is not None:  # of which each optimizer steps a part, in fp32
             self.trained_on_card = [(stepped, 1) for stepped in self.zero.steps]
-        self.optimizer = optimizer_memory(layout.recipe, self.trained_on_card)
-        self.clipping = () if self.zero is not None else clipping(layout.recipe, self.trained_on_card)
+        steps = stepped(self.tape) if layout.recipe.flat else self.trained_on_card
+        self.optimizer = optimizer_memory(layout.recipe, steps)
+        self.clipping = () if self.zero is not None else clipping(layout.recipe, steps)
         self.card_parameters = sum(
             w.numel * n for w, n in self.card_weights
         )  # parameters on one card: all, or its share
@@ -755,6 +766,8 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         policy=recipe.gathers_in_bf16,
         in_deepspeeds_linear=recipe.zero_stage == 3,
     )
+    if recipe.runs_beside_autocast:
+        check_beside_autocast(model, recipe)
     if recipe.flat and model.towers:
         raise RecipeError(
             f"fsdp1 is not planned beside towers, which {model.name} has.\nUse --sharding fsdp, or --assume no-towers."
@@ -894,7 +907,8 @@ def adapters_of(recipe: Recipe, model: Model) -> Adapters | None:
     dtype = "bfloat16" if recipe.uses_adapters_in_bf16 else "float32"
     parameters = list_parameters(model, recipe.lora_targets, recipe.lora_rank)
     plain = recipe.lora_rank, recipe.lora_targets, recipe.lora_dropout, recipe.dora, dtype
-    return Adapters(*plain, parameters, list_linears(model))
+    inputs = "float32" if recipe.runs_beside_autocast else ""
+    return Adapters(*plain, parameters, list_linears(model), inputs, quantised_inputs=not inputs)
 
 
 def training_of(model: Model, recipe: Recipe) -> Selection:

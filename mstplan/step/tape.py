@@ -330,6 +330,7 @@ class Flat:
     cast: Tensor | None  # the same in the dtype in which it is summed
     padded: Tensor | None  # the same, where cards do not divide its numbers
     prefetched: bool  # before the backward of the group after it
+    pieces: tuple[Weight, ...] = ()  # of its weights that lie in the shard, where the optimizer steps these
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -363,6 +364,7 @@ class Part:
     interior: neighbours on both sides run the same part: its moments lie between theirs.
     group: its weights are gathered for it.
     packed: what it keeps of its input is in its operation's `keeps` (saved_tensors.py).
+    hooked: FSDP1's hook on its input holds that and its gradient until backward is over (register_multi_grad_hook; `fsdp.py`).
     """
 
     tape: Tape
@@ -381,6 +383,7 @@ class Part:
     interior: bool = False
     group: Group | None = None
     packed: bool = False
+    hooked: bool = False
 
     @property
     def trained(self) -> tuple[Weight, ...]:
@@ -1152,9 +1155,9 @@ class _FlatGroups(_Groups):
             ledger.mark(_within(where, "join gradients"))
         for gradient in group.gradients:
             ledger.drop(gradient)
-        if whole in ("between", "last"):
-            ledger.drop(flat.gradient)  # added to the one that is there
         ledger.drop(group.gathered)
+        if whole == "between":
+            ledger.drop(flat.gradient)  # added to the one that is there
         if whole in ("first", "between"):
             return
         made = [each for each in (flat.cast, flat.padded, group.reduced) if each is not None]
@@ -1162,7 +1165,8 @@ class _FlatGroups(_Groups):
             ledger.put(tensor)
         if listed:
             ledger.mark(_within(where, "reduce-scatter"))
-        for tensor in (*made, flat.gradient, *(() if group.stay else (group.shards,))):
+        added = (flat.gradient,) if whole else ()  # to the one that is there; autograd has it until the hook is over
+        for tensor in (*made, flat.gradient, *added, *(() if group.stay else (group.shards,))):
             ledger.drop(tensor)
 
 
@@ -1596,6 +1600,8 @@ def _backward(
 
     lingering: list[Tensor] = []  # of parts that were run again
     lingering_arguments = tuple(tensor for op in tape.ops if op.part is not None for tensor in op.part.lingering)
+    lingering_arguments += tuple(op.reads[0] for op in tape.ops if op.part is not None and op.part.hooked)
+    hooked_gradients: list[Tensor] = []
     for tensor in lingering_arguments:
         keepers[tensor.storage] = keepers.get(tensor.storage, 0) + 1
     first_part = next((op for op in tape.ops if op.is_layer), None)
@@ -1608,6 +1614,9 @@ def _backward(
         for tensor in lingering:
             ledger.drop(tensor)
         release(lingering_arguments)
+        for gradient in hooked_gradients:
+            let_go(gradient)
+        hooked_gradients.clear()
         lingering, lingering_arguments = [], ()
 
     def arrive(tensor: Tensor, gradient: Tensor) -> None:
@@ -1701,6 +1710,9 @@ def _backward(
             for tensor in op.part.wanted:
                 input_gradient = grad_of(tensor)
                 holders[input_gradient] = 1
+                if op.part.hooked:
+                    holders[input_gradient] += 1
+                    hooked_gradients.append(input_gradient)
                 arrivals.append((tensor, input_gradient))
             if op.part.recompute and not op.part.chunked:
                 lingering += lingering_of(op.part.tape, op.part.offload)

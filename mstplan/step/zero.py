@@ -388,7 +388,7 @@ def weights_in_order(tape: Tape, segments: bool, modules: Sequence[str] = ()) ->
     for op in tape.ops:
         if op.is_layer and op.part is not None:
             layers = [inner for inner in op.part.tape.ops if inner.part is not None] if segments else [op]
-            weights += [weight for layer in layers for weight in _as_registered(_within(layer))]
+            weights += [weight for layer in layers for weight in as_registered(_within(layer))]
             continue
         own = [weight for weight in dict.fromkeys(_within(op)) if op.is_tower_layer or weight not in outside]
         layers_before += op.is_tower_layer
@@ -411,6 +411,6 @@ def _within(op: Op) -> list[Weight]:
     return list(dict.fromkeys(weight for inner in op.part.tape.ops for weight in _within(inner)))
 
 
-def _as_registered(weights: Sequence[Weight]) -> list[Weight]:
+def as_registered(weights: Sequence[Weight]) -> list[Weight]:
     """Weights of a layer in the order of its modules: attention and MLP are made before their norms."""
     return sorted(weights, key=lambda weight: WeightKind.NORMS in weight.kinds)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from ..spec.platform import AMPERE, Platform
-from ..step.clipping import CHUNK
+from ..step.clipping import CHUNK, parts_of_norm
 from ..step.kernels import NO_SDPA, SDPA, chosen, runs_sdpa
 from ..step.kernels.base import AttentionCall
 from ..train.lazy import LazyTensor
@@ -204,13 +204,20 @@ def as_on_cuda(
 
 @contextmanager
 def clipping_on_cuda(recorder: Recorder) -> Iterator[None]:
-    """Within the context torch's clip_grad_norm_ of tensors without values makes what it does on a card. Raises VersionError as above."""
+    """Within the context torch's clip_grad_norm_ of tensors without values, or FSDP1's, makes what it does on a card. Raises VersionError as above."""
 
     def norm_parts(tensors: Sequence[torch.Tensor], *_: object) -> tuple[str, torch.Tensor]:
         parts = max(-(-tensor.numel() // CHUNK) for tensor in tensors)
         return "parts of norms", tensors[0].new_empty(len(tensors), parts, dtype=torch.float32)
 
-    recorder.temporaries = {**recorder.temporaries, torch.ops.aten._foreach_norm: norm_parts}
+    def one_norms_parts(tensor: torch.Tensor, *_: object, **__: object) -> tuple[str, torch.Tensor]:
+        return "parts of a norm", tensor.new_empty(parts_of_norm(tensor.numel()), dtype=torch.uint8)
+
+    norms: dict[Any, Callable[..., tuple[str, torch.Tensor | None]]] = {
+        torch.ops.aten._foreach_norm: norm_parts,
+        torch.ops.aten.linalg_vector_norm: one_norms_parts,
+    }
+    recorder.temporaries = {**recorder.temporaries, **norms}
     with patched({FOREACH: lambda _plain: lambda _tensors, _device: True}):
         yield
 

@@ -35,6 +35,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp._runtime_utils import _reshard, _should_free_in_backward
+from torch.distributed.fsdp.fully_sharded_data_parallel import _get_grad_norm
 
 from ..errors import RecipeError
 from ..step.recipe import Recipe
@@ -154,8 +155,38 @@ def shape_on_rank(weight: torch.Tensor, recipe: Recipe, split: tuple[int, ...] |
     return shard_shape(shape, recipe.shards) if is_sharded(weight) else shape
 
 
-def flat_shapes(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, bool]]:
+FlatShape = tuple[str, tuple[int, ...], torch.dtype, bool]
+
+
+def flat_shapes(model: nn.Module, recipe: Recipe) -> Iterator[FlatShape]:
     """(name, shape on rank 0, dtype, whether it is trained) of FSDP1's flat parameters: the rest's first, then those of layers, each before its adapters'."""
+    for name, weights in _flat_weights(model, recipe):
+        end = _places(weights, recipe)[-1][1]
+        yield name, (-(-end // recipe.shards),), weights[0].dtype, weights[0].requires_grad
+
+
+def flat_pieces(model: nn.Module, recipe: Recipe) -> Iterator[FlatShape]:
+    """The same of what lies in them of each weight, which the optimizer steps where it has views of weights."""
+    for name, weights in _flat_weights(model, recipe):
+        places = _places(weights, recipe)
+        share = -(-places[-1][1] // recipe.shards)
+        for n, (weight, (start, end)) in enumerate(zip(weights, places, strict=True)):
+            if start < share:
+                yield f"{name}, weight {n}", (min(end, share) - start,), weight.dtype, weight.requires_grad
+
+
+def _places(weights: list[nn.Parameter], recipe: Recipe) -> list[tuple[int, int]]:
+    """(start, end) of each weight in a flat parameter. Of views of weights each begins at a multiple of 16 bytes (_get_aligned_numel)."""
+    used = torch.bfloat16 if recipe.gathers_in_bf16 else weights[0].dtype
+    step = 16 // used.itemsize if recipe.use_orig_params else 1
+    places: list[tuple[int, int]] = []
+    for weight in weights:
+        start = -(-places[-1][1] // step) * step if places else 0
+        places.append((start, start + weight.numel()))
+    return places
+
+
+def _flat_weights(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, list[nn.Parameter]]]:
     inside: set[nn.Parameter] = set()
     flats: list[tuple[str, list[nn.Parameter]]] = []
     for n, modules in enumerate(wrapped_apart(model, recipe).values()):  # type: ignore[arg-type]
@@ -166,9 +197,17 @@ def flat_shapes(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, tuple[i
         flats.append((f"flat layer {n}", own.pop()))
         flats += [(f"flat matrix {i} of adapters in layer {n}", weights) for i, weights in enumerate(own)]
     rest = [weight for weight in model.parameters() if weight not in inside]
-    for name, weights in (("flat rest", rest), *flats):
-        numbers = sum(weight.numel() for weight in weights)
-        yield name, (-(-numbers // recipe.shards),), weights[0].dtype, weights[0].requires_grad
+    yield from (("flat rest", rest), *flats)
+
+
+def clip_flat(weights: list[nn.Parameter], norm: float) -> None:
+    """What FSDP1's clip_grad_norm_ does on one rank, over its flat weights, but for the all-reduce of a number."""
+    zero = torch.zeros((), device=weights[0].device)
+    total = _get_grad_norm(weights, 2.0, zero, zero.device) ** 2.0
+    scale = torch.clamp(norm / (total**0.5 + 1e-6), max=1.0)
+    for weight in weights:
+        assert weight.grad is not None
+        weight.grad.mul_(scale.to(weight.grad.device, weight.grad.dtype))
 
 
 def _record_flat(recorder: Recorder) -> dict[Target, MakeReplacement]:

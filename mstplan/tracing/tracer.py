@@ -61,7 +61,7 @@ from .cuda_workspaces import KernelWorkspaces
 from .expert_parallel import routed_evenly, shapes_apart, spread_experts
 from .extend import Unlike, layers_to_run, make_row
 from .fake_runtime import FEW_CHUNKS, FakeCardRuntime, FakeRuntime
-from .fsdp import first_of_ranks, flat_shapes, record_fsdp, shape_on_rank, shard_model
+from .fsdp import clip_flat, first_of_ranks, flat_pieces, flat_shapes, record_fsdp, shape_on_rank, shard_model
 from .fused_losses import NoPackages, StandInPackages
 from .kernels import STAND_INS
 from .kernels.flash import FLASH
@@ -192,7 +192,9 @@ def _trace_settings(
         if recipe.images:
             check_idle(sorted(idle), recipe)
         stepped = Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE})
-        update, states = _record_update(tuple(size for name, size in sizes if name not in idle), stepped, on)
+        update, states = _record_update(
+            tuple(size for name, size in sizes if name not in idle), stepped, on, recipe.flat
+        )
         if recipe.optimizer_on_host:
             update = Recording()
         return Trace(
@@ -212,7 +214,9 @@ def _trace_settings(
         )
 
     layer_numbers = (
-        all_layers if whole or recipe.keeps_whole_gradients else layers_to_run(make_row(kinds, every, reach))
+        all_layers
+        if whole or recipe.keeps_whole_gradients or recipe.hooks_inputs
+        else layers_to_run(make_row(kinds, every, reach))
     )
     try:
         step_trace = trace_layers(full, layer_numbers)
@@ -381,8 +385,7 @@ def record_passes(
         if not first:
             make_states(step.backward_optimizers)
         if recipe.finds_gradients and not first:
-            for weight in weights_to_train(model):
-                weight.grad = torch.empty_like(weight)
+            _make_gradients(model)
         recorder.add_residents(_resident_tensors(model, step.backward_optimizers))
         kernel_buffers = KernelBuffers(recorder) if on == "cpu" else KernelWorkspaces(recorder)
         fsdp = record_fsdp(recorder, recipe.weights_on_host, recipe.flat) if recipe.sharded else nullcontext()
@@ -408,6 +411,19 @@ def record_passes(
             for name, state in _optimizer_states(step.backward_optimizers):
                 recorder.set_category(state, Category.STATES, host=name in on_host)
     return recorder.close()
+
+
+def _make_gradients(model: nn.Module) -> None:
+    """Give weights that are trained gradients, in shards those of the micro-batches before; views of FSDP1's are given views of these."""
+    handles = [handle for each in FullyShardedDataParallel.fsdp_modules(model) if (handle := each._handle) is not None]
+    if not any(handle._use_orig_params for handle in handles):
+        for weight in weights_to_train(model):
+            weight.grad = torch.empty_like(weight)
+        return
+    for handle in handles:
+        if handle.flat_param.requires_grad:
+            handle.flat_param.grad = torch.empty_like(handle.flat_param)
+            handle._use_sharded_grad_views()
 
 
 def _label_wrappers(recorder: Recorder, wrapped: nn.Module) -> None:
@@ -619,6 +635,9 @@ def _sizes(
     model: PreTrainedModel, recipe: Recipe
 ) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds, bool]]]:
     """Of the weights that are trained, by name, in shards; their kinds, where the optimizer asks for them; whether they are on a mesh of their own."""
+    if recipe.use_orig_params:
+        pieces = flat_pieces(model, recipe)
+        return [(name, (shape, dtype, frozenset(), False)) for name, shape, dtype, trained in pieces if trained]
     asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
     apart = shapes_apart(model, recipe)
     return [
@@ -629,8 +648,9 @@ def _sizes(
 
 
 @lru_cache(maxsize=16)
-def _record_update(sizes: Sizes, recipe: Recipe, on: str) -> tuple[Recording, tuple[State, ...]]:
-    """What clipping and the optimizer's step make and let go of, over weights of these sizes, once it has its states; and the states.
+def _record_update(sizes: Sizes, recipe: Recipe, on: str, flat: bool) -> tuple[Recording, tuple[State, ...]]:
+    """What clipping and the optimizer's step make and let go of, over weights of these sizes, once it has its states; and the states. flat: they are
+    FSDP1's.
 
     The first step is run, and what it leaves behind are the states. On meta tensors, which take a fraction of fake ones' time;
     fused kernels know no meta tensors, and step one by one over CPU's.
@@ -653,7 +673,10 @@ def _record_update(sizes: Sizes, recipe: Recipe, on: str) -> tuple[Recording, tu
         with recorder:
             recorder.begin_pass(Pass.OPTIMIZER)
             if recipe.max_grad_norm is not None:
-                clip_gradients(groups, recipe.max_grad_norm)
+                if flat:
+                    clip_flat(weights, recipe.max_grad_norm)
+                else:
+                    clip_gradients(groups, recipe.max_grad_norm)
             for each in optimizers:
                 each.step()
         states = tuple(

@@ -5,8 +5,9 @@ weight is trained is wrapped by itself (peft utils/other.py, fsdp_auto_wrap_poli
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,13 +34,30 @@ def flat_shards(model: PreTrainedModel, recipe: Recipe) -> FullyShardedDataParal
         mixed_precision=dtypes,
         backward_prefetch=BackwardPrefetch.BACKWARD_PRE if recipe.backward_prefetch == "pre" else None,
         device_id=next(model.parameters()).device,
-        use_orig_params=False,
+        use_orig_params=recipe.use_orig_params,
     )
     with warnings.catch_warnings():  # fake tensors' pointers are compared
         warnings.simplefilter("ignore")
         wrapped.check_is_root()  # makes the empty tensors that are filled in each step, which its first forward would
         _gather_once(wrapped)
+    if recipe.checkpoint == "reentrant":
+        _checkpoint_around(wrapped)
     return wrapped
+
+
+def _checkpoint_around(wrapped: FullyShardedDataParallel) -> None:
+    """Have checkpoints of layers begin before FSDP1 gathers them, as transformers had it before 5: it called the checkpoint, and that the layer, in
+    its place in the model (gradient_checkpointing_func(layer.__call__, ...) in modeling_llama.py); today's layers checkpoint themselves, within."""
+    for state in FullyShardedDataParallel.fsdp_modules(wrapped):
+        layer: Any = state.module
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.gradient_checkpointing = False
+            around = partial(_run_around, state.forward, layer._gradient_checkpointing_func)
+            state.forward = around  # type: ignore[method-assign]
+
+
+def _run_around(forward: Callable[..., Any], checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(partial(forward, **kwargs), *args)
 
 
 def _gather_once(wrapped: FullyShardedDataParallel) -> None:

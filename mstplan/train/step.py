@@ -297,7 +297,8 @@ class TrainingStep:
 
     def forward(self) -> torch.Tensor:
         model = self.model if self.replica is None else self.replica
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.runs_autocast):
+        on = self.recipe.runs_autocast or self.recipe.runs_beside_autocast
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on):
             beside = {"position_ids": self.positions} if self.positions is not None else {}
             if self.group is not None:  # of whole sequences labels are shifted
                 beside |= {"shift_labels": self.labels, **self.beside}
@@ -319,9 +320,16 @@ class TrainingStep:
         """Clipping and the optimizer's step; gradients go."""
         if self.optimizer is not None:
             if self.recipe.max_grad_norm is not None:
-                clip_gradients(groups_of(weights_to_train(self.model)), self.recipe.max_grad_norm)
+                self.clip(self.recipe.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def clip(self, norm: float) -> None:
+        """Scale gradients down to this norm, in place, where theirs is larger."""
+        if isinstance(self.replica, FullyShardedDataParallel):
+            self.replica.clip_grad_norm_(norm)
+        else:
+            clip_gradients(groups_of(weights_to_train(self.model)), norm)
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

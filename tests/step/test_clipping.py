@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mstplan.errors import RecipeError
-from mstplan.step.clipping import CHUNK, clipping
+from mstplan.step.clipping import CHUNK, clipping, parts_of_norm
 from mstplan.step.optimizers.base import bytes_of
 from mstplan.step.recipe import Recipe
 from mstplan.step.tape import Weight
@@ -38,6 +38,12 @@ def test_dtypes_are_clipped_one_after_the_other():
 
 def test_weights_of_7b_parameters_are_clipped_in_less_than_8_mib():
     assert bytes_of(clipping(CLIPPED, [(Weight("w", (4096, 4096)), 400)])) < 8 << 20
+
+
+def test_flat_gradients_have_norms_in_fp32_one_after_the_other():
+    made = clipping(CLIPPED.changed(gpus=2, sharding="fsdp1"), [(Weight("flat", (1 << 20,)), 33)])
+    assert [(held.dtype, held.bytes) for held in made] == [("float32", parts_of_norm(1 << 20)), ("float32", 4 * 33)]
+    assert 4 * 33 < parts_of_norm(1 << 20) < 1 << 10
 
 
 def test_an_optimizer_in_backward_has_nothing_to_clip():

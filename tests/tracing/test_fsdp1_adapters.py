@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from mstplan.errors import RecipeError
-from mstplan.plan.layout import step_of
+from mstplan.plan.layout import step_of, step_sizes
 from mstplan.plan.solve import fixed_chunks
 from mstplan.spec.catalog import load_model
+from mstplan.step.instants import Instant
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.fsdp import GATHERED, SHARDS
 from mstplan.tracing.trace import Trace
@@ -70,6 +71,8 @@ def test_two_real_ranks_gather_and_sum_several_dtypes(real, name):
 
 LORA = {"lora_rank": 16}
 ALL = {**LORA, "lora_targets": ("all-linear",)}
+REENTRANT = {**LORA, "checkpoint": "reentrant", "input_gradients": True}
+VIEWS = {**LORA, "use_orig_params": True, "autocast": True}
 FOUR_BITS = {**ALL, "quantize": "nf4", "quant_storage": "bf16"}
 
 
@@ -85,6 +88,12 @@ FOUR_BITS = {**ALL, "quantize": "nf4", "quant_storage": "bf16"}
         ("llama3.2-1b", "checkpoint", {**FOUR_BITS, "autocast": True, "double_quantize": True}),
         ("llama3.2-1b", "standard", {**FOUR_BITS, "adapter_dtype": "bf16", "accumulation": 2}),
         ("qwen3-4b", "checkpoint", {**FOUR_BITS, "autocast": True, "backward_prefetch": "none", "gpus": 2}),
+        ("llama3.2-1b", "checkpoint", {**LORA, "accumulation": 2, "sync_each_batch": True, "max_grad_norm": 1.0}),
+        ("llama3.2-1b", "checkpoint", {**REENTRANT, "lora_dropout": 0.1, "use_orig_params": True, "autocast": True}),
+        ("llama3.2-1b", "checkpoint", {**REENTRANT, "backward_prefetch": "none"}),
+        ("llama3.2-1b", "checkpoint", {**VIEWS, "backward_prefetch": "none", "lora_dropout": 0.1}),
+        ("llama3.2-1b", "standard", {**VIEWS, **ALL, "reduce_dtype": "bf16"}),
+        ("qwen3-4b", "checkpoint", {**FOUR_BITS, **VIEWS, "gpus": 2}),
         ("gpt2", "checkpoint", LORA),
     ],
     ids=str,
@@ -107,6 +116,39 @@ def test_formula_and_trace_agree(model, name, more):
 def test_what_is_refused_says_what_would_do(more, way_out):
     with pytest.raises(RecipeError, match=way_out):
         strategy("checkpoint", **{"gpus": 8, "sharding": "fsdp1", **more})
+
+
+@pytest.mark.parametrize("prefetch", ["pre", "none"])
+def test_reentrant_checkpoints_of_frozen_layers_leave_inputs_and_their_gradients(prefetch):
+    """Each layer's, until backward is over, as FSDP1's hooks on them do, to the byte; other checkpoints let go of both."""
+    both = {"gpus": 2, "sharding": "fsdp1", **LORA, "input_gradients": True, "backward_prefetch": prefetch}
+    model, tokens = load_model("llama3.2-1b"), 4096
+
+    def first_layer(checkpoint: str, layers: int) -> int:
+        recipe = strategy("checkpoint", **both, checkpoint=checkpoint)
+        chunks = fixed_chunks(recipe)
+        step = step_of(model._replace(layer_kinds=model.layer_kinds[:layers]), recipe, ON, chunks, tokens)
+        instants = step.instants(step_sizes(recipe, tokens, chunks))
+        return next(instant.bytes for instant in instants if instant.name is Instant.FIRST_LAYER)
+
+    reentrant, other = (first_layer(name, 16) - first_layer(name, 12) for name in ("reentrant", "layer"))
+    assert reentrant - other == 4 * 2 * (2 * tokens * model.hidden)
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "way_out"),
+    [
+        ("llama3.2-1b", {}, "--backward-prefetch none"),
+        ("llama3.2-1b", {"backward_prefetch": "none", "attention": "eager"}, "--attention eager"),
+        ("gpt2", {"backward_prefetch": "none"}, "--use-orig-params"),
+        ("gemma2-2b", {"backward_prefetch": "none"}, "--use-orig-params"),
+    ],
+    ids=str,
+)
+def test_what_the_formula_does_not_count_beside_autocast_is_left_to_the_trace(model, more, way_out):
+    recipe = strategy("checkpoint", **{"gpus": 8, "sharding": "fsdp1", **VIEWS, **more})
+    with pytest.raises(RecipeError, match=f"(?s){way_out}.*--rung trace"):
+        step_of(load_model(model), recipe, ON, fixed_chunks(recipe), 512)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,17 @@ def recipes() -> dict[str, Recipe]:
         "checkpoint": strategy("checkpoint", **both),
         "no prefetch": strategy("checkpoint", **both, backward_prefetch="none"),
         "accumulation": strategy("checkpoint", **both, accumulation=3),
+        "clipped": strategy("checkpoint", **both, max_grad_norm=1.0),
+        "views of weights, clipped": strategy("checkpoint", **both, use_orig_params=True, max_grad_norm=1.0),
+        "views of weights, accumulation": strategy("checkpoint", **both, use_orig_params=True, accumulation=3),
+        "reentrant": strategy("checkpoint", **both, checkpoint="reentrant"),
     }
+
+
+def synced_recipes() -> dict[str, Recipe]:
+    """Of which a trace has the last micro-batch."""
+    both: dict[str, Any] = {"gpus": 2, "sharding": "fsdp1", "precision": "fp32", "attention": "eager"}
+    return {"each batch scattered": strategy("checkpoint", **both, accumulation=2, sync_each_batch=True)}
 
 
 def mixed_recipes() -> dict[str, Recipe]:
@@ -34,4 +44,4 @@ def mixed_recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), {**recipes(), **mixed_recipes()}, runs=RUNS)
+    main(int(sys.argv[1]), Path(sys.argv[2]), {**recipes(), **synced_recipes(), **mixed_recipes()}, runs=RUNS)

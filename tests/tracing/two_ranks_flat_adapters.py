@@ -25,6 +25,9 @@ def recipes() -> dict[str, Recipe]:
         "of attention, not ahead": strategy("checkpoint", **both, lora_rank=RANK, backward_prefetch="none"),
         "not ahead": strategy("checkpoint", **both, **ALL, backward_prefetch="none", input_gradients=True),
         "accumulation": strategy("checkpoint", **both, lora_rank=RANK, accumulation=2, input_gradients=True),
+        "clipped": strategy("checkpoint", **both, **ALL, max_grad_norm=1.0),
+        "views of weights": strategy("checkpoint", **both, **ALL, use_orig_params=True),
+        "reentrant": strategy("checkpoint", **both, **ALL, checkpoint="reentrant", input_gradients=True),
     }
 
 
@@ -40,6 +43,12 @@ def mixed_recipes() -> dict[str, Recipe]:
             quantize="fp4", double_quantize=True, quant_storage="bf16", adapter_dtype="bf16"
         ),
         "fp32 beneath adapters": adapters.changed(precision="mixed"),
+        "beside autocast": adapters.changed(
+            autocast=True, reduce_dtype="bf16", use_orig_params=True, backward_prefetch="none"
+        ),
+        "beside autocast and 4 bits": adapters.changed(
+            autocast=True, reduce_dtype="bf16", use_orig_params=True, quantize="nf4", quant_storage="bf16"
+        ),
     }
 
 
