@@ -40,6 +40,37 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
 }
 TIED = {**CONFIG, "tie_word_embeddings": True}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_GROUPS = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128, "sliding_window": None},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 192},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 64},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128, "head_dim": 64},
+    "glm4_moe": {**_EXPERTS, **_GROUPS, "head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "deepseek_v3": {
+        **_EXPERTS,
+        **_GROUPS,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+    },
+}
+"""Mixtures of experts, as they differ from that. Of the last two the first layer is dense."""
+
+
+def config_of(case: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a case's model."""
+    if "model" in case:
+        return {**CONFIG, **MIXTURES[case["model"]], "model_type": case["model"]}
+    return TIED if case["tied"] else CONFIG
+
+
 WARM_UP, ROUNDS, RUNS = 2, 12, 16
 """Steps before any is recorded, and those that are: gloo's thread may hold on to a buffer for a moment more, and what it gives back the profiler does not
 see; but not in all of so many."""
@@ -122,7 +153,7 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
     recipe = strategy(
         "standard", **{**fields, "lora_rank": 0, "lora_targets": ["all-linear"]} if is_wrapped else fields
     )
-    model: Any = build_model(read_settings(TIED if case["tied"] else CONFIG), recipe, "eager", "cpu")
+    model: Any = build_model(read_settings(config_of(case)), recipe, "eager", "cpu")
     if is_wrapped:
         model = with_peft(model, fields)
     if case.get("checkpoint"):

@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, int]] = {
     },
 }
 """DeepSpeed's settings; auto: what transformers fills in for hidden states of 256."""
-NAMES = ("ranks", "settings", "tied", "accumulation", "checkpoint", "host", "part")
+NAMES = ("ranks", "settings", "tied", "accumulation", "checkpoint", "host", "part", "model")
 CASES: list[dict[str, Any]] = [
     dict(zip(NAMES, row, strict=False))
     for row in (
@@ -80,6 +80,21 @@ CASES: list[dict[str, Any]] = [
         (2, "small", False, 1, "reentrant", "", "lora of attention"),
         (2, "default", False, 1, "reentrant", "", "lora with input gradients"),
         (4, "auto", True, 1, True, "", "lora with input gradients"),
+        (2, "default", False, 1, True, "", "", "qwen3_moe"),
+        (2, "middle", False, 2, True, "", "", "qwen3_moe"),
+        (2, "auto", False, 1, False, "", "", "qwen3_moe"),
+        (2, "small", False, 1, True, "", "", "mixtral"),
+        (2, "none", False, 1, False, "", "", "mixtral"),
+        (2, "small", False, 2, False, "", "", "qwen2_moe"),
+        (2, "middle", False, 1, True, "", "", "qwen2_moe"),
+        (2, "auto", False, 1, True, "", "", "deepseek_v3"),
+        (2, "small", False, 1, False, "", "", "deepseek_v3"),
+        (2, "middle", False, 2, True, "", "", "glm4_moe"),
+        (2, "none", False, 1, False, "", "", "glm4_moe"),
+        (2, "small", False, 1, True, "", "", "gpt_oss"),
+        (2, "none", False, 1, False, "", "", "gpt_oss"),
+        (2, "middle", False, 1, False, "", "", "olmoe"),
+        (2, "auto", False, 1, True, "", "", "granitemoe"),
     )
 ]
 OF_STAGE_3 = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")

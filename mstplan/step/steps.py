@@ -233,7 +233,8 @@ class Step:
         if not recipe.zero_stage:
             return None
         segments = segment_length(recipe, self.model.layers) > 1
-        weights = weights_in_order(self.tape, segments)
+        routed = family_of(self.model.model_type).experts
+        weights = weights_in_order(self.tape, segments, routed is not None and routed.experts_first)
         if recipe.zero_stage == 3:
             check_calls(self.model)
         check_dtypes(weights, recipe)
@@ -270,7 +271,7 @@ class Step:
         reducer = visitor = None
         if self.zero is not None:
             gradients, reducer = "reduced", self.zero.reducer(number == 0, number == last)
-            visitor = self.zero.visitor()
+            visitor = self.zero.visitor(reducer)
         spans = self.layout.spans
         stepping = bytes_to_step(recipe) if recipe.optimizer_in_backward else None
         return Rules(

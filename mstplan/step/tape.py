@@ -155,7 +155,9 @@ class Call:
     """A call of one of the model's modules, where hooks on modules run (zero3.py). weights: the module's own, not those of modules in it.
 
     in_backward: a gradient comes to what it returns; passes_on: and one of what it was given is made of that. gathers_itself: it runs when the module
-    has returned, and has its weights gathered without hooks (train/zero.py). apart: FSDP2 has its weights as a group of their own.
+    has returned, and has its weights gathered without hooks (train/zero.py). apart: FSDP2 has its weights as a group of their own. is_leaf: hooks are on the
+    module alone, of those in it none, whose weights are then among its own, and whose gradients wait until its backward is over
+    (deepspeed/utils/z3_leaf_module.py).
     """
 
     weights: tuple[Weight, ...] = ()
@@ -163,6 +165,7 @@ class Call:
     passes_on: bool = True
     gathers_itself: bool = False
     apart: bool = False
+    is_leaf: bool = False
 
 
 class ForGradients(NamedTuple):
@@ -233,6 +236,7 @@ class Op:
     ] = ()  # (input or weight, what is kept and becomes its gradient, in place)
     flops: tuple[tuple[int, int], ...] = ()  # (basis, operations) of its forward; of several, the least holds
     cast: bool = False  # its weights are used through autocast's bf16 copies
+    transposes: bool = False  # its weights, of which autograd saves views
     product: bool = False  # of its weights as they are: their gradients can go into a sum (mstplan/train/grad_sums.py)
     adds_bias: bool = False  # in the product itself, by cuBLASLt
     joins_gradients: bool = (
@@ -253,6 +257,7 @@ class Op:
     fetched_alone: bool = False  # they go when its backward is done; else when the next one's is that any come back for
     begins: tuple[Call, ...] = ()  # of modules, whose first operation it is, outermost first
     ends: tuple[Call, ...] = ()  # whose last, innermost first
+    passes_back: tuple[Call, ...] = ()  # that begin with operations of no gradient: it is their first that makes one of what they were given
     apart: Apart | None = None  # its weights are a flat tensor of their own, within a layer
 
     @property
@@ -476,6 +481,7 @@ class TapeWriter:
         passes_on: bool = True,
         gathers_itself: bool = False,
         apart: bool = False,
+        is_leaf: bool = False,
         weights: tuple[Weight, ...] = (),
     ) -> Iterator[list[Weight]]:
         """Write inside what a module does when it is called. weights: its own, where they are in parts; else those used inside. Gives a list for those of
@@ -485,11 +491,24 @@ class TapeWriter:
         yield external
         if len(self.ops) == start:
             return
+        if is_leaf:
+            self.ops[start:] = [replace(op, begins=(), ends=(), passes_back=()) for op in self.ops[start:]]
         of_others = {weight for op in self.ops[start:] for call in op.begins for weight in call.weights}
         own = dict.fromkeys(weight for op in self.ops[start:] for weight in op.weights if weight not in of_others)
-        call = Call(weights or (*own, *external), in_backward, passes_on, gathers_itself, apart)
+        call = Call(weights or (*own, *external), in_backward, passes_on, gathers_itself, apart, is_leaf)
         self.ops[start] = replace(self.ops[start], begins=(call, *self.ops[start].begins))
         self.ops[-1] = replace(self.ops[-1], ends=(*self.ops[-1].ends, call))
+        if not (self.ops[start].grads or self.ops[start].part):
+            self._pass_back(call, start)
+
+    def _pass_back(self, call: Call, start: int) -> None:
+        """Mark the first operation since then whose backward makes a gradient of what the module was given."""
+        made: set[Tensor] = set()
+        for n, op in enumerate(self.ops[start:], start):
+            if any(tensor not in made for tensor, _ in op.grads):
+                self.ops[n] = replace(op, passes_back=(call, *op.passes_back))
+                return
+            made.update(op.makes)
 
     @contextmanager
     def assign_role(self, role: Purpose | None) -> Iterator[None]:
@@ -1364,7 +1383,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         if stop:
             break
         if rules.visitor is not None:
-            rules.visitor.after_forward(op, ledger, recomputing)
+            rules.visitor.after_forward(op, ledger, keep, recomputing)
         for tensor in _used_by(op, keep):
             uses[tensor.storage] -= 1
         for tensor in dict.fromkeys(t.storage for t in (*_used_by(op, keep), *op.makes)):

@@ -43,6 +43,8 @@ ALIGNMENT = 2
 """Values that each partition is a multiple of (nccl_start_alignment_factor)."""
 BF16, FP32, FP64 = ITEMSIZE["bfloat16"], ITEMSIZE["float32"], 8
 OF_PARTITION = "gradients of the partition"
+EXPERTS, SHARED, BIASES = ".experts.", ".shared_", "_bias"
+"""What names of weights have: those of experts, of the expert that every token visits, and of biases in experts."""
 
 
 class Ledger(Protocol):
@@ -110,7 +112,7 @@ class Zero:
         """What becomes of the gradients of a micro-batch of an optimizer step."""
         return Reducer(self, first, last)
 
-    def visitor(self) -> None:
+    def visitor(self, _: Reducer) -> None:
         """Weights are whole: nobody gathers them."""
 
     def away(self) -> list[Tensor]:
@@ -373,14 +375,15 @@ class Reducer:
         self.most = tensor
 
 
-def weights_in_order(tape: Tape, segments: bool) -> list[Weight]:
-    """Weights as the model has them; in layers norms come last. segments: layers of the tape are several, checkpointed together."""
+def weights_in_order(tape: Tape, segments: bool, experts_first: bool) -> list[Weight]:
+    """Weights as the model has them; in layers norms come last. segments: layers of the tape are several, checkpointed together. experts_first: experts
+    come before their router."""
     weights: list[Weight] = []
     outside: dict[Weight, None] = {}
     for op in tape.ops:
         if op.is_layer and op.part is not None:
             layers = [inner for inner in op.part.tape.ops if inner.part is not None] if segments else [op]
-            weights += [weight for layer in layers for weight in _as_registered(_within(layer))]
+            weights += [weight for layer in layers for weight in _as_registered(_within(layer), experts_first)]
         else:
             weights += [weight for weight in dict.fromkeys(_within(op)) if weight not in outside]
             outside.update(dict.fromkeys(_within(op)))
@@ -393,6 +396,23 @@ def _within(op: Op) -> list[Weight]:
     return list(dict.fromkeys(weight for inner in op.part.tape.ops for weight in _within(inner)))
 
 
-def _as_registered(weights: Sequence[Weight]) -> list[Weight]:
-    """Weights of a layer in the order of its modules: attention and MLP are made before their norms."""
-    return sorted(weights, key=lambda weight: WeightKind.NORMS in weight.kinds)
+def _as_registered(weights: Sequence[Weight], experts_first: bool) -> list[Weight]:
+    """Weights of a layer in the order of its modules: attention and MLP are made before their norms, projections before norms of queries and keys, experts
+    before the expert that is shared."""
+    first: dict[str, int] = {}
+    for n, weight in enumerate(weights):
+        first.setdefault(weight.name.removesuffix(BIASES), n)
+
+    def place(weight: Weight) -> tuple[int, bool, int, bool]:
+        name, is_norm = weight.name, WeightKind.NORMS in weight.kinds
+        if is_norm and name.count(".") == 1:
+            module = 4
+        elif WeightKind.MLP not in weight.kinds:
+            module = 0
+        elif SHARED in name:
+            module = 3
+        else:
+            module = 1 + ((EXPERTS in name) != experts_first)
+        return module, is_norm, first[name.removesuffix(BIASES)], name.endswith(BIASES)
+
+    return sorted(weights, key=place)

@@ -33,7 +33,6 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import RecipeError
@@ -42,7 +41,7 @@ from .optimizers import OPTIMIZERS, optimizer_memory
 from .optimizers.base import bytes_of
 from .roles import Purpose, Role
 from .tape import ITEMSIZE, Call, Op, Tensor, Weight
-from .zero import BF16, FP32, FP64, Ledger
+from .zero import BF16, FP32, FP64, Ledger, Reducer
 
 if TYPE_CHECKING:
     from ..spec.model import Model
@@ -59,7 +58,7 @@ class Visitor(Protocol):
 
     def before_forward(self, op: Op, ledger: Ledger) -> None: ...
 
-    def after_forward(self, op: Op, ledger: Ledger, recomputing: bool) -> None: ...
+    def after_forward(self, op: Op, ledger: Ledger, keep: bool, recomputing: bool) -> None: ...
 
     def before_backward(self, op: Op, ledger: Ledger) -> None: ...
 
@@ -128,7 +127,8 @@ class _Walk:
         if op.is_layer:
             self.layer = op
 
-    def after_forward(self, op: Op, ledger: Ledger, recomputing: bool) -> None:
+    def after_forward(self, op: Op, ledger: Ledger, keep: bool, recomputing: bool) -> None:
+        """keep: autograd records."""
         if op.is_layer:
             self.layer = None
         for call in op.ends:
@@ -150,7 +150,7 @@ class _Walk:
         if op.is_layer:
             self.layer = None
         gives = bool(op.part.wanted if op.part is not None else op.grads)  # a gradient to what it reads
-        for call in reversed(op.begins):
+        for call in reversed((*op.passes_back, *op.begins)):
             if call.in_backward and call.passes_on and gives:
                 self.active.pop((self.layer, call))
                 self.visit(Visit(Hook.RELEASE, call, self.layer, in_backward=True), ledger)
@@ -185,18 +185,20 @@ class Gathering(_Walk):
 
     Where a checkpoint runs a layer again, it holds detached tensors of what autograd saves, trained weights as well (torch.utils.checkpoint): what was
     gathered for them lives until their backward, though DeepSpeed lets go of it, and gathers it anew. Frozen ones it holds as they are, and so nothing of
-    what was gathered for them.
+    what was gathered for them. Of experts autograd itself saves a view, which holds what was gathered in any case.
     """
 
-    def __init__(self, planned: Sequence[tuple[Visit, Sequence[Change]]]):
+    def __init__(self, planned: Sequence[tuple[Visit, Sequence[Change]]], reducer: Reducer3):
         super().__init__()
         self.planned = iter(planned)
+        self.reducer = reducer
         self.saved: dict[Param, list[Tensor]] = {}  # what is held so, of each weight that a checkpoint saves
 
-    def after_forward(self, op: Op, ledger: Ledger, recomputing: bool) -> None:
-        if recomputing:
-            self.saved.update({(self.layer, weight): [] for weight in op.trained})
-        super().after_forward(op, ledger, recomputing)
+    def after_forward(self, op: Op, ledger: Ledger, keep: bool, recomputing: bool) -> None:
+        if keep and (op.grads or op.trained):
+            held = [weight for weight in op.weights if op.transposes or (recomputing and weight.trained)]
+            self.saved.update({(self.layer, weight): [] for weight in held})
+        super().after_forward(op, ledger, keep, recomputing)
 
     def release_saved(self, op: Op, ledger: Ledger) -> None:
         for weight in op.weights:
@@ -206,6 +208,8 @@ class Gathering(_Walk):
     def visit(self, visit: Visit, ledger: Ledger) -> None:
         expected, changes = next(self.planned)
         assert visit == expected, "modules are called in another order than before"
+        if visit.call.is_leaf and visit.in_backward and visit.hook is not Hook.FETCH:
+            self.reducer.finish_leaf(ledger)
         grown = False
         for comes, tensor, param in changes:
             if grown and not comes:
@@ -246,6 +250,43 @@ def _places(weights: Sequence[Weight], queue: Iterable[tuple[Param, int]]) -> di
     return {param: (number(param), last[param[1]]) for param in params}
 
 
+def _inside(visits: Iterable[Visit]) -> dict[Module, list[Param]]:
+    """Weights of each module and of those in it (iter_params, recurse=True), by what its forward calls. What it reads of another's is listed twice."""
+    inside: dict[Module, dict[tuple[Param, bool], None]] = {}
+    running: list[Module] = []
+    for visit in visits:
+        if visit.in_backward or visit.hook not in (Hook.FETCH, Hook.RELEASE):
+            continue
+        if visit.hook is Hook.RELEASE:
+            running.pop()
+            continue
+        running.append(visit.module)
+        inside.setdefault(visit.module, {})
+        for module in running:
+            is_own = module is running[-1]
+            inside[module].update(dict.fromkeys((param, is_own) for param in visit.params))
+    return {module: [param for param, _ in params] for module, params in inside.items()}
+
+
+class _Ahead:
+    """What weights modules have that are called from a step on. Sizes are in values."""
+
+    def __init__(self, modules: Iterable[Sequence[Param]]):
+        """modules: weights of those, in the order of their calls."""
+        self.traversed = [0]
+        self.uses: dict[Param, list[int]] = defaultdict(list)
+        for step, params in enumerate(modules):
+            self.traversed.append(self.traversed[-1] + sum(weight.numel for _, weight in params))
+            for param in dict.fromkeys(params):
+                self.uses[param].append(step)
+
+    def is_used(self, param: Param, step: int, distance: int) -> bool:
+        """Whether a weight is used from a step on, before so many values are."""
+        uses = self.uses[param]
+        later = bisect_left(uses, step)
+        return later < len(uses) and self.traversed[uses[later]] - self.traversed[step] < distance
+
+
 class Coordinator:
     """Follows PartitionedParameterCoordinator through a micro-batch. Sizes are in values."""
 
@@ -253,13 +294,20 @@ class Coordinator:
         """kept: what visits let go of, by their number, where that was found before (an lru_cache has it); whole: what persists is there."""
         self.zero, self.visits, self.whole = zero, visits, whole
         self.kept = dict(kept or {})
-        fetches = [visit.params for visit in visits if visit.hook is Hook.FETCH]
-        self.queue = [(param, step) for step, params in enumerate(fetches) for param in params]
+        fetches = [visit for visit in visits if visit.hook is Hook.FETCH]
+        places = {weight: n for n, weight in enumerate(zero.weights)}
+        self.queue = [
+            (param, step)
+            for step, visit in enumerate(fetches)
+            for param in sorted(visit.params, key=lambda param: places[param[1]])
+        ]
         self.places = _places(zero.weights, self.queue)
-        self.uses: dict[Param, list[int]] = defaultdict(list)
-        for param, step in self.queue:
-            self.uses[param].append(step)
-        self.traversed = [0, *accumulate(sum(weight.numel for _, weight in params) for params in fetches)]
+        # of modules to come a leaf is told the weights of all in them, and any other module those of their own: none of a leaf's
+        inside = _inside(visits)
+        self.ahead = {
+            True: _Ahead(inside[visit.module] for visit in fetches),
+            False: _Ahead([] if visit.call.is_leaf else visit.params for visit in fetches),
+        }
         self.next = 0  # place in the queue
         self.step = 0  # modules fetched for so far
         self.live = 0  # values that are gathered
@@ -393,7 +441,7 @@ class Coordinator:
     def _release(self, visit: Visit, number: int) -> None:
         going = self.kept.get(number)
         if going is None:
-            going = self.kept[number] = frozenset(param for param in visit.params if self._goes(param, visit.hook))
+            going = self.kept[number] = frozenset(param for param in visit.params if self._goes(param, visit))
         again = self.again.pop(visit.module, []) if visit.in_backward else []
         going = going.union(param for param in again if not self._persists(param))
         for param in dict.fromkeys((*visit.params, *again)):
@@ -402,19 +450,15 @@ class Coordinator:
                 self.changes.append(Change(False, self.there.pop(param), param))
                 self.live -= param[1].numel
 
-    def _goes(self, param: Param, hook: Hook) -> bool:
+    def _goes(self, param: Param, visit: Visit) -> bool:
         """Whether a weight is let go (__params_to_release): it is not used again soon, nor was that use passed over when weights were gathered ahead."""
         if self._persists(param):
             return False
-        if hook is Hook.LEAVE:
+        if visit.hook is Hook.LEAVE:
             return True
         if self.fetched_for.get(param, -1) > self.step:
             return False
-        uses = self.uses[param]
-        later = bisect_left(uses, self.step)
-        if later == len(uses):
-            return True
-        return self.traversed[uses[later]] - self.traversed[self.step] >= self.zero.recipe.max_reuse_distance
+        return not self.ahead[visit.call.is_leaf].is_used(param, self.step, self.zero.recipe.max_reuse_distance)
 
 
 class Zero3:
@@ -438,6 +482,7 @@ class Zero3:
         persistent = [weight.numel for weight in weights if weight.numel <= self.threshold]
         self.persistent = _tensor(PERSISTENT, "bfloat16", sum(map(self._padded, persistent)), Role.GATHERED)
         self.visits: Sequence[Visit] = ()
+        self.in_leaves: frozenset[Weight] = frozenset()
         self._planned: Sequence[tuple[Visit, Sequence[Change]]] = ()
 
     def share(self, weight: Weight) -> int:
@@ -453,14 +498,16 @@ class Zero3:
     def learn(self, visits: Sequence[Visit]) -> None:
         """Plan what is gathered when, of the order in which modules are called."""
         self.visits = visits
+        self.in_leaves = frozenset(weight for visit in visits if visit.call.is_leaf for weight in visit.call.weights)
         # What is let go is settled in the first micro-batch after the one that was recorded; before a first step nothing persists yet.
         first = Coordinator(self, visits, None, whole=self.recipe.accumulation == 1)
         first.plan()
         self._planned = Coordinator(self, visits, first.kept, whole=True).plan()
 
-    def visitor(self) -> Visitor:
-        """Who gathers weights in a micro-batch."""
-        return Gathering(self._planned)
+    def visitor(self, reducer: Reducer | Reducer3) -> Visitor:
+        """Who gathers weights in a micro-batch, and tells who reduces gradients when a leaf's backward is over."""
+        assert isinstance(reducer, Reducer3)
+        return Gathering(self._planned, reducer)
 
     def reducer(self, first: bool, last: bool) -> Reducer3:
         """What becomes of the gradients of a micro-batch of an optimizer step."""
@@ -558,9 +605,22 @@ class Reducer3:
         self.inside: list[int] = []  # the bucket: numbers of weights
         self.values = 0
         self.large: Tensor | None = None  # the gradient that is in it, and too large for it
+        self.waiting: list[tuple[Weight, Tensor]] = []  # gradients of a leaf's weights
 
     def arrive(self, weight: Weight, gradient: Tensor, ledger: Ledger) -> None:
         """A weight has its gradient."""
+        if weight in self.zero.in_leaves:
+            self.waiting.append((weight, gradient))
+        else:
+            self._take(weight, gradient, ledger)
+
+    def finish_leaf(self, ledger: Ledger) -> None:
+        """The backward of a leaf is over (reduce_leaf_module_grads)."""
+        waiting, self.waiting = self.waiting, []
+        for weight, gradient in sorted(waiting, key=lambda each: self.zero.weights.index(each[0])):
+            self._take(weight, gradient, ledger)
+
+    def _take(self, weight: Weight, gradient: Tensor, ledger: Ledger) -> None:
         if self.values + weight.numel > self.zero.bucket:
             self._reduce(ledger)
         self.inside.append(self.left[weight].pop())  # layers come last first
@@ -633,10 +693,12 @@ CHECKED = frozenset(
         *("llama", "arcee", "cwm", "granite", "hyperclovax", "jais2", "hunyuan_v1_dense", "internlm3", "iquestcoder"),
         *("smollm3", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "vaultgemma", "olmo2"),
         *("olmo3", "starcoder2", "glm", "glm4", "ernie4_5", "helium", "exaone4", "cohere", "cohere2", "falcon"),
-        "seed_oss",
+        *("seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "olmoe", "granitemoe"),
     )
 )
 """Families whose modules are known to be called in the order in which they are laid out (tests/tracing/test_calls.py)."""
+LEAVES = frozenset(("mixtral", "qwen2_moe", "qwen3_moe"))
+"""Of these, those whose experts with their router are one module to its hooks (deepspeed/runtime/zero/leaf_module_config.py)."""
 
 
 def check_calls(model: Model) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.deepspeed_zero import CONFIG, LEAST, PART, TIED, TOKENS
+from bench.deepspeed_zero import LEAST, PART, TOKENS, config_of
 from bench.deepspeed_zero3 import SETTINGS
 from mstplan.errors import RecipeError
 from mstplan.plan.layout import step_of, step_sizes
@@ -75,7 +75,7 @@ def step_of_case(case: dict[str, Any]) -> Step:
         **fields,
         **sizes,
     )
-    return built(recipe, read_config(TIED if case["tied"] else CONFIG, "tiny"), TOKENS)
+    return built(recipe, read_config(config_of(case), "tiny"), TOKENS)
 
 
 def sizes_of(step: Step, events: Iterable[Event]) -> Iterator[int]:
