@@ -360,8 +360,7 @@ class Coordinator:
             if visit.owner is not None and not param[1].trained:
                 self.again[visit.owner].append(param)
                 self.active[param].add(visit.owner)
-            if param in self.under_way:
-                self._wait(self.under_way.pop(param))
+        self._wait([self.under_way.pop(param) for param in params if param in self.under_way])
         self._skip({param for param in params if self.fetched_for.get(param, -1) < self.step})
         self._prefetch()
         self.step += 1
@@ -409,20 +408,26 @@ class Coordinator:
         handle = _Handle(buffer, params, from_host if len(params) == 1 else ())
         self.under_way.update(dict.fromkeys(params, handle))
 
-    def _wait(self, handle: _Handle) -> None:
-        """A weight of an all-gather is used."""
-        handle.waiting -= 1
-        if len(handle.params) == 1:
-            self.there[handle.params[0]] = handle.buffer
-            for tensor in handle.from_host:  # which the call holds on to
+    def _wait(self, handles: Sequence[_Handle]) -> None:
+        """Weights of all-gathers are used, one for each time that a handle is named. DeepSpeed has them in a set, in an order of chance: this is the one
+        that holds most."""
+        for handle in handles:
+            handle.waiting -= 1
+            if len(handle.params) == 1:
+                self.there[handle.params[0]] = handle.buffer
+            elif not handle.is_copied:
+                self._copy(handle)
+        for handle in dict.fromkeys(handles):
+            for tensor in handle.from_host:  # which the call of a single one holds on to
                 self._drop(tensor)
-            return
-        for param in handle.params if not handle.is_copied else ():
+            if handle.is_copied and not handle.waiting:
+                self._drop(handle.buffer)
+
+    def _copy(self, handle: _Handle) -> None:
+        handle.is_copied = True
+        for param in handle.params:
             self.there[param] = _tensor("gathered weight", "bfloat16", param[1].numel, Role.GATHERED)
             self._put(self.there[param])
-        handle.is_copied = True
-        if not handle.waiting:
-            self._drop(handle.buffer)
 
     def _gather_itself(self, params: Iterable[Param]) -> None:
         """Gather what is not there, each into a tensor of its own, at once (_allgather_params_coalesced)."""
