@@ -82,11 +82,21 @@ PART: dict[str, dict[str, Any]] = {
     "lora and head": {"lora_rank": 96, "lora_targets": ["all-linear"], "lora_modules_to_save": ["lm_head"]},
     "qlora": {"lora_rank": 96, "lora_targets": ["all-linear"], "quantize": "nf4"},
     "qlora in bf16": {"lora_rank": 96, "lora_targets": ["all-linear"], "quantize": "nf4", "quant_storage": "bf16"},
+    "qlora in bf16, with input gradients": {
+        "lora_rank": 96,
+        "lora_targets": ["all-linear"],
+        "quantize": "nf4",
+        "quant_storage": "bf16",
+        "input_gradients": True,
+    },
     "without embeddings": {"freeze": ["embeddings"]},
     "without embeddings, with input gradients": {"freeze": ["embeddings"], "input_gradients": True},
     "mlp": {"train": ["mlp"]},
+    "mlp, with input gradients": {"train": ["mlp"], "input_gradients": True},
 }
 """What trains a part of a model's weights, as fields of a recipe."""
+BARE = {"lora_rank": 0, "lora_targets": ["all-linear"], "quantize": "none", "quant_storage": "uint8"}
+"""Of these, what leaves a model as transformers builds it."""
 NAMES = ("ranks", "tied", "bucket", "accumulation", "overlap", "host", "part")
 CASES: list[dict[str, Any]] = [
     {**dict(zip(NAMES, row, strict=False)), "stage": stage}
@@ -146,14 +156,16 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
     import torch
 
     from mstplan.step.recipe import strategy
+    from mstplan.train.quantise import quantise
     from mstplan.train.step import build_model, read_settings
 
     fields = PART.get(case.get("part", ""), {})
     is_wrapped = "stage" not in case and "lora_rank" in fields  # ZeRO-3's hooks meet peft's own classes as well
-    recipe = strategy(
-        "standard", **{**fields, "lora_rank": 0, "lora_targets": ["all-linear"]} if is_wrapped else fields
-    )
-    model: Any = build_model(read_settings(config_of(case)), recipe, "eager", "cpu")
+    recipe = strategy("standard", **fields)
+    bare = recipe.changed(**BARE) if is_wrapped else recipe
+    model: Any = build_model(read_settings(config_of(case)), bare, "eager", "cpu")
+    if is_wrapped and recipe.quantize != "none":
+        quantise(model, recipe)
     if is_wrapped:
         model = with_peft(model, fields)
     if case.get("checkpoint"):

@@ -95,6 +95,23 @@ CASES: list[dict[str, Any]] = [
         (2, "none", False, 1, False, "", "", "gpt_oss"),
         (2, "middle", False, 1, False, "", "", "olmoe"),
         (2, "auto", False, 1, True, "", "", "granitemoe"),
+        (2, "auto", False, 2, "reentrant", "", "", "qwen3_moe"),
+        (2, "small", False, 1, True, "all", "", "mixtral"),
+        (2, "none", False, 1, True, "", "", "qwen2_moe"),
+        (4, "auto", False, 1, True, "", "", "deepseek_v3"),
+        (4, "small", False, 1, True, "", "", "qwen3_moe"),
+        (2, "auto", False, 1, True, "", "lora of attention", "qwen3_moe"),
+        (2, "small", False, 1, False, "", "lora of attention", "mixtral"),
+        (2, "none", False, 1, "reentrant", "", "lora of attention", "qwen2_moe"),
+        (2, "middle", False, 1, True, "", "lora of attention", "glm4_moe"),
+        (2, "small", False, 2, True, "", "lora of attention", "gpt_oss"),
+        (2, "none", False, 1, False, "", "lora of attention", "olmoe"),
+        (2, "auto", False, 1, True, "", "without embeddings, with input gradients", "granitemoe"),
+        (2, "small", False, 1, False, "", "mlp, with input gradients", "qwen3_moe"),
+        (2, "auto", False, 1, False, "", "qlora in bf16"),
+        (2, "small", False, 1, True, "", "qlora in bf16, with input gradients"),
+        (2, "auto", False, 2, "reentrant", "", "qlora in bf16, with input gradients"),
+        (2, "none", False, 1, True, "", "qlora in bf16, with input gradients"),
     )
 ]
 OF_STAGE_3 = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")

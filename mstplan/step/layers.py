@@ -1166,7 +1166,8 @@ class Writer:
         return y
 
     def experts(self, x: Tensor, e: Experts) -> Tensor:
-        with self.tape.assign_role(Role.MLP), self.tape.call(is_leaf=self.model.model_type in LEAVES):
+        is_leaf = self.numerics.in_deepspeeds_linear and self.model.model_type in LEAVES
+        with self.tape.assign_role(Role.MLP), self.tape.call(is_leaf=is_leaf):
             return self._experts(x, e)
 
     def _experts(self, x: Tensor, e: Experts) -> Tensor:

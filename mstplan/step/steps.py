@@ -236,7 +236,7 @@ class Step:
         routed = family_of(self.model.model_type).experts
         weights = weights_in_order(self.tape, segments, routed is not None and routed.experts_first)
         if recipe.zero_stage == 3:
-            check_calls(self.model)
+            check_calls(self.model, self.layout.several_mlp_chunks)
         check_dtypes(weights, recipe)
         if recipe.zero_stage < 3:
             return Zero(recipe, [weight for weight in weights if weight.trained], self.model.hidden)
@@ -378,7 +378,7 @@ class Step:
         stored: tuple[Stored, ...]
         if recipe.zero_stage:
             frozen = [(w, n) for w, n in self.card_weights if not w.trained]
-            stored = in_sum(frozen, dtype) if recipe.zero_stage < 3 else ()
+            stored = in_sum(frozen, dtype) if recipe.zero_stage < 3 else scales_of(frozen, dtype)
         elif recipe.weights_on_host and recipe.sharded:
             stored = scales_of(self.card_weights, dtype)
         elif recipe.weights_on_host:

@@ -40,6 +40,7 @@ from .cuda import pinned_bytes
 from .optimizers import OPTIMIZERS, optimizer_memory
 from .optimizers.base import bytes_of
 from .roles import Purpose, Role
+from .storage import packed_rows
 from .tape import ITEMSIZE, Call, Op, Tensor, Weight
 from .zero import BF16, FP32, FP64, Ledger, Reducer
 
@@ -185,7 +186,8 @@ class Gathering(_Walk):
 
     Where a checkpoint runs a layer again, it holds detached tensors of what autograd saves, trained weights as well (torch.utils.checkpoint): what was
     gathered for them lives until their backward, though DeepSpeed lets go of it, and gathers it anew. Frozen ones it holds as they are, and so nothing of
-    what was gathered for them. Of experts autograd itself saves a view, which holds what was gathered in any case.
+    what was gathered for them. Of experts autograd itself saves a view, which holds what was gathered in any case. Of 4-bit weights bitsandbytes'
+    product holds a view by itself (autograd/_functions.py, MatMul4Bit: ctx.tensors), past checkpoints that are not reentrant: until the graph goes.
     """
 
     def __init__(self, planned: Sequence[tuple[Visit, Sequence[Change]]], reducer: Reducer3):
@@ -193,11 +195,15 @@ class Gathering(_Walk):
         self.planned = iter(planned)
         self.reducer = reducer
         self.saved: dict[Param, list[Tensor]] = {}  # what is held so, of each weight that a checkpoint saves
+        self.escaping: set[Param] = set()  # weights of which what is there now stays with the graph
+        self.escaped: list[Tensor] = []
 
     def after_forward(self, op: Op, ledger: Ledger, keep: bool, recomputing: bool) -> None:
         if keep and (op.grads or op.trained):
             held = [weight for weight in op.weights if op.transposes or (recomputing and weight.trained)]
             self.saved.update({(self.layer, weight): [] for weight in held})
+        if op.grads and not recomputing and (keep or self.reducer.zero.recipe.checkpoint == "layer"):
+            self.escaping.update((self.layer, weight) for weight in op.weights if weight.quantised)
         super().after_forward(op, ledger, keep, recomputing)
 
     def release_saved(self, op: Op, ledger: Ledger) -> None:
@@ -219,10 +225,19 @@ class Gathering(_Walk):
                 ledger.put(tensor)
             elif param in self.saved:
                 self.saved[param].append(tensor)
+            elif param in self.escaping:
+                self.escaping.remove(param)
+                self.escaped.append(tensor)
             else:
                 ledger.drop(tensor)
         if grown:
             ledger.mark("gather weights")
+
+
+    def finish(self, ledger: Ledger) -> None:
+        super().finish(ledger)
+        for tensor in self.escaped:
+            ledger.drop(tensor)
 
 
 class _Handle:
@@ -248,6 +263,11 @@ def _places(weights: Sequence[Weight], queue: Iterable[tuple[Param, int]]) -> di
         return -1 if last[weight] < first else len(layers)
 
     return {param: (number(param), last[param[1]]) for param in params}
+
+
+def values_of(weight: Weight) -> int:
+    """Values of a weight as DeepSpeed finds it: of 4 bits so many as its bytes pass for."""
+    return packed_rows(weight) if weight.quantised else weight.numel
 
 
 def _inside(visits: Iterable[Visit]) -> dict[Module, list[Param]]:
@@ -276,7 +296,7 @@ class _Ahead:
         self.traversed = [0]
         self.uses: dict[Param, list[int]] = defaultdict(list)
         for step, params in enumerate(modules):
-            self.traversed.append(self.traversed[-1] + sum(weight.numel for _, weight in params))
+            self.traversed.append(self.traversed[-1] + sum(values_of(weight) for _, weight in params))
             for param in dict.fromkeys(params):
                 self.uses[param].append(step)
 
@@ -338,7 +358,7 @@ class Coordinator:
         return planned
 
     def _persists(self, param: Param) -> bool:
-        return param[1].numel <= self.zero.threshold
+        return values_of(param[1]) <= self.zero.threshold
 
     def _is_whole(self, param: Param) -> bool:
         return param in self.there or (self.whole and self._persists(param))
@@ -385,14 +405,14 @@ class Coordinator:
             self.fetched_for[param] = max(self.fetched_for.get(param, -1), step)
             if self._is_missing(param) and param not in params:
                 params.append(param)
-                size += param[1].numel
+                size += values_of(param[1])
         self._gather(params)
 
     def _gather(self, asked: Sequence[Param]) -> None:
         if not asked:
             return
         params = sorted(asked, key=self.places.__getitem__)
-        self.live += sum(weight.numel for _, weight in params)
+        self.live += sum(values_of(weight) for _, weight in params)
         shares = [self.zero.share(weight) for _, weight in params]
         name = "gathered weight" if len(params) == 1 else "all-gather buffer"
         buffer = _tensor(name, "bfloat16", self.zero.ranks * sum(shares), Role.GATHERED)
@@ -426,7 +446,7 @@ class Coordinator:
     def _copy(self, handle: _Handle) -> None:
         handle.is_copied = True
         for param in handle.params:
-            self.there[param] = _tensor("gathered weight", "bfloat16", param[1].numel, Role.GATHERED)
+            self.there[param] = _tensor("gathered weight", "bfloat16", values_of(param[1]), Role.GATHERED)
             self._put(self.there[param])
 
     def _gather_itself(self, params: Iterable[Param]) -> None:
@@ -453,7 +473,7 @@ class Coordinator:
             self.active[param].discard(visit.module)
             if param in going and param in self.there and not self.active[param]:
                 self.changes.append(Change(False, self.there.pop(param), param))
-                self.live -= param[1].numel
+                self.live -= values_of(param[1])
 
     def _goes(self, param: Param, visit: Visit) -> bool:
         """Whether a weight is let go (__params_to_release): it is not used again soon, nor was that use passed over when weights were gathered ahead."""
@@ -484,14 +504,14 @@ class Zero3:
         self.largest = max(shares)
         self.groups = sub_groups(shares, recipe.sub_group_size)
         self.steps = [Weight(f"sub-group {n}", (sum(group),), dtype="float32") for n, group in enumerate(self.groups)]
-        persistent = [weight.numel for weight in weights if weight.numel <= self.threshold]
+        persistent = [values for weight in weights if (values := values_of(weight)) <= self.threshold]
         self.persistent = _tensor(PERSISTENT, "bfloat16", sum(map(self._padded, persistent)), Role.GATHERED)
         self.visits: Sequence[Visit] = ()
         self.in_leaves: frozenset[Weight] = frozenset()
         self._planned: Sequence[tuple[Visit, Sequence[Change]]] = ()
 
     def share(self, weight: Weight) -> int:
-        return -(-weight.numel // self.ranks)
+        return -(-values_of(weight) // self.ranks)
 
     def _padded(self, numel: int) -> int:
         return -(-numel // self.ranks) * self.ranks
@@ -503,6 +523,12 @@ class Zero3:
     def learn(self, visits: Sequence[Visit]) -> None:
         """Plan what is gathered when, of the order in which modules are called."""
         self.visits = visits
+        for visit in visits:
+            if visit.hook is Hook.LEAVE and visit.call.is_leaf and any(weight.trained for weight in visit.call.weights):
+                raise RecipeError(
+                    "zero3 with experts trained in a lowest layer whose input gets no gradient fails in DeepSpeed 0.19.8, which reduces their gradients "
+                    "before they are made.\nSet --input-gradients, or use --sharding fsdp."
+                )
         self.in_leaves = frozenset(weight for visit in visits if visit.call.is_leaf for weight in visit.call.weights)
         # What is let go is settled in the first micro-batch after the one that was recorded; before a first step nothing persists yet.
         first = Coordinator(self, visits, None, whole=self.recipe.accumulation == 1)
@@ -706,12 +732,17 @@ LEAVES = frozenset(("mixtral", "qwen2_moe", "qwen3_moe"))
 """Of these, those whose experts with their router are one module to its hooks (deepspeed/runtime/zero/leaf_module_config.py)."""
 
 
-def check_calls(model: Model) -> None:
-    """Check that the order in which a model's modules are called is known. Raises RecipeError."""
+def check_calls(model: Model, in_pieces: bool) -> None:
+    """Check that the order in which a model's modules are called is known. in_pieces: MLPs run so. Raises RecipeError."""
     if model.model_type not in CHECKED:
         raise RecipeError(
             f"ZeRO-3 gathers weights ahead in the order of a model's modules, which is not known of {model.name} ({model.model_type}).\n"
             "Use --sharding fsdp, FSDP2, or zero2."
+        )
+    if in_pieces and model.experts is not None:
+        raise RecipeError(
+            f"zero3 with experts in pieces of the sequence is not planned, as {model.name} has them.\n"
+            "Take the strategy checkpointing or chunked-loss (-s checkpointing,chunked-loss), or --sharding fsdp."
         )
 
 
