@@ -82,6 +82,13 @@ PART: dict[str, dict[str, Any]] = {
     "lora and head": {"lora_rank": 96, "lora_targets": ["all-linear"], "lora_modules_to_save": ["lm_head"]},
     "qlora": {"lora_rank": 96, "lora_targets": ["all-linear"], "quantize": "nf4"},
     "qlora in bf16": {"lora_rank": 96, "lora_targets": ["all-linear"], "quantize": "nf4", "quant_storage": "bf16"},
+    "qlora of attention in bf16": {
+        "lora_rank": 100,
+        "lora_targets": ["attention"],
+        "quantize": "nf4",
+        "quant_storage": "bf16",
+        "input_gradients": True,
+    },
     "qlora in bf16, with input gradients": {
         "lora_rank": 96,
         "lora_targets": ["all-linear"],

@@ -106,12 +106,14 @@ CASES: list[dict[str, Any]] = [
         (2, "middle", False, 1, True, "", "lora of attention", "glm4_moe"),
         (2, "small", False, 2, True, "", "lora of attention", "gpt_oss"),
         (2, "none", False, 1, False, "", "lora of attention", "olmoe"),
-        (2, "auto", False, 1, True, "", "without embeddings, with input gradients", "granitemoe"),
+        (2, "auto", False, 1, False, "", "lora", "granitemoe"),
         (2, "small", False, 1, False, "", "mlp, with input gradients", "qwen3_moe"),
         (2, "auto", False, 1, False, "", "qlora in bf16"),
         (2, "small", False, 1, True, "", "qlora in bf16, with input gradients"),
         (2, "auto", False, 2, "reentrant", "", "qlora in bf16, with input gradients"),
         (2, "none", False, 1, True, "", "qlora in bf16, with input gradients"),
+        (4, "small", False, 1, "reentrant", "", "qlora in bf16, with input gradients"),
+        (2, "small", False, 1, True, "", "qlora of attention in bf16", "qwen3_moe"),
     )
 ]
 OF_STAGE_3 = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")

@@ -202,7 +202,7 @@ class Gathering(_Walk):
         if keep and (op.grads or op.trained):
             held = [weight for weight in op.weights if op.transposes or (recomputing and weight.trained)]
             self.saved.update({(self.layer, weight): [] for weight in held})
-        if op.grads and not recomputing and (keep or self.reducer.zero.recipe.checkpoint == "layer"):
+        if op.grads and not recomputing and self.reducer.zero.recipe.checkpoint != "reentrant":
             self.escaping.update((self.layer, weight) for weight in op.weights if weight.quantised)
         super().after_forward(op, ledger, keep, recomputing)
 
