@@ -1089,7 +1089,8 @@ def _embedding(
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.hidden())
         variables = [hidden]
-    seen = Seen(hidden, hidden)
+    outside = w.code.scales_logits  # its module gives embeddings before they are multiplied
+    seen = Seen(looked_up if outside else hidden, hidden)
     if images is not None:
         seen = see(images, hidden)
         hidden, variables = seen.hidden, [seen.hidden]
