@@ -724,7 +724,8 @@ CHECKED = frozenset(
         *("llama", "arcee", "cwm", "granite", "hyperclovax", "jais2", "hunyuan_v1_dense", "internlm3", "iquestcoder"),
         *("smollm3", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "vaultgemma", "olmo2"),
         *("olmo3", "starcoder2", "glm", "glm4", "ernie4_5", "helium", "exaone4", "cohere", "cohere2", "falcon"),
-        *("seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "olmoe", "granitemoe"),
+        *("seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"),
+        *("gpt_oss", "olmoe", "flex_olmo", "granitemoe", "dots1", "exaone_moe", "mellum", "minimax_m2", "solar_open"),
     )
 )
 """Families whose modules are known to be called in the order in which they are laid out (tests/tracing/test_calls.py)."""
