@@ -566,7 +566,9 @@ class Writer:
         return self.pointwise("scale " + x.name, x, self.tape.new(x.name + ", scaled", x.shape, x.dtype))
 
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
-        by_name = self.model.attention.sinks  # is how gpt-oss' layers give it x, which hooks on modules do not see: weights of its own tell
+        by_name = (
+            self.model.attention.sinks
+        )  # is how gpt-oss' layers give it x, which hooks on modules do not see: weights of its own tell
         with self.tape.call(passes_on=not by_name):
             q, k, v, *others = self.attention_inputs(x, kind)
             return self.attention_output(self.attend(q, k, v, kind), x, q, k, v, *others)

@@ -257,7 +257,9 @@ class Op:
     fetched_alone: bool = False  # they go when its backward is done; else when the next one's is that any come back for
     begins: tuple[Call, ...] = ()  # of modules, whose first operation it is, outermost first
     ends: tuple[Call, ...] = ()  # whose last, innermost first
-    passes_back: tuple[Call, ...] = ()  # that begin with operations of no gradient: it is their first that makes one of what they were given
+    passes_back: tuple[
+        Call, ...
+    ] = ()  # that begin with operations of no gradient: it is their first that makes one of what they were given
     apart: Apart | None = None  # its weights are a flat tensor of their own, within a layer
 
     @property

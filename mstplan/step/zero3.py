@@ -33,6 +33,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import RecipeError
@@ -233,7 +234,6 @@ class Gathering(_Walk):
         if grown:
             ledger.mark("gather weights")
 
-
     def finish(self, ledger: Ledger) -> None:
         super().finish(ledger)
         for tensor in self.escaped:
@@ -274,8 +274,8 @@ def _inside(visits: Iterable[Visit]) -> dict[Module, list[Param]]:
     """Weights of each module and of those in it (iter_params, recurse=True), by what its forward calls. What it reads of another's is listed twice."""
     inside: dict[Module, dict[tuple[Param, bool], None]] = {}
     running: list[Module] = []
-    for visit in visits:
-        if visit.in_backward or visit.hook not in (Hook.FETCH, Hook.RELEASE):
+    for visit in takewhile(lambda visit: not visit.in_backward, visits):  # layers that are run again may stop half way
+        if visit.hook not in (Hook.FETCH, Hook.RELEASE):
             continue
         if visit.hook is Hook.RELEASE:
             running.pop()
