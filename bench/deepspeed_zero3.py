@@ -1,4 +1,4 @@
-"""What DeepSpeed's own engine allocates under ZeRO-3, in which order: processes over gloo on the CPU, a small Llama in bf16.
+"""What DeepSpeed's own engine allocates under ZeRO-3, in which order: processes over gloo on the CPU, a small Llama or mixture of experts in bf16.
 
     python -m bench.deepspeed_zero3 -o tests/step/deepspeed_zero3.json
 
@@ -107,6 +107,7 @@ CASES: list[dict[str, Any]] = [
         (2, "small", False, 2, True, "", "lora of attention", "gpt_oss"),
         (2, "none", False, 1, False, "", "lora of attention", "olmoe"),
         (2, "auto", False, 1, False, "", "lora", "granitemoe"),
+        (2, "auto", False, 1, True, "", "without embeddings, with input gradients", "granitemoe"),
         (2, "small", False, 1, False, "", "mlp, with input gradients", "qwen3_moe"),
         (2, "auto", False, 1, False, "", "qlora in bf16"),
         (2, "small", False, 1, True, "", "qlora in bf16, with input gradients"),

@@ -38,6 +38,7 @@ from .tape import ITEMSIZE, Op, Tape, Tensor, Weight, weight_gradient
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+    from .zero3 import Reducer3
 
 ALIGNMENT = 2
 """Values that each partition is a multiple of (nccl_start_alignment_factor)."""
@@ -112,7 +113,7 @@ class Zero:
         """What becomes of the gradients of a micro-batch of an optimizer step."""
         return Reducer(self, first, last)
 
-    def visitor(self, _: Reducer) -> None:
+    def visitor(self, _: Reducer | Reducer3) -> None:
         """Weights are whole: nobody gathers them."""
 
     def away(self) -> list[Tensor]:

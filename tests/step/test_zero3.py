@@ -334,6 +334,16 @@ def test_all_experts_of_a_layer_are_gathered_at_once() -> None:
     assert gathered[0] >= 2 * experts > 1 << 30 > gathered[1]
 
 
+@pytest.mark.parametrize("checkpoint", ["none", "layer", "reentrant"])
+def test_experts_are_let_go_where_their_next_use_is_far(checkpoint: str) -> None:
+    """Of 48 layers at most as many values are there as may live, with a layer's experts beside them: but what autograd saves, without checkpoints."""
+    assert MIXTURE.experts is not None
+    experts = 2 * 3 * MIXTURE.experts.number * MIXTURE.experts.width * MIXTURE.hidden
+    for found in instants(zero(checkpoint=checkpoint), MIXTURE).values():
+        gathered = sum(entry.bytes for entry in found.entries if entry.role is Role.GATHERED)
+        assert (gathered > 4 * 10**9 + 2 * experts) <= (checkpoint == "none")
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
