@@ -112,6 +112,7 @@ class Writer:
         self.model, self.numerics, self.t = model, numerics, tokens
         family = family_of(model.model_type)
         self.code, self.names, self.frozen = family.code, family.weight_names, frozen
+        self.experts_first = family.experts is not None and family.experts.experts_first
         dims = {"d": model.hidden, "V": model.vocab, "H": a.heads, "G": a.kv_heads, "e": a.head_dim, "ev": a.v_head_dim}
         self.tape = TapeWriter({**dims, "He": a.heads * a.head_dim, "Ge": a.kv_heads * a.head_dim}, stage)
         self.wide = "float32" if model.wide_residual else numerics.weights  # dtype of the residual stream
@@ -206,8 +207,10 @@ class Writer:
     ) -> Weight:
         """The weight of a part of the step, as its family has it; name: what its own name ends in; dtype: its own, where it has one."""
         whole = self.names.get(module, module) + name
+        place = _place(whole, kinds, self.experts_first)
+        trained = whole not in self.frozen
         return self.used.get(whole) or Weight(
-            whole, shape, active, frozenset(kinds), whole not in self.frozen, dtype=dtype, is_adapter=is_adapter
+            whole, shape, active, frozenset(kinds), trained, dtype=dtype, is_adapter=is_adapter, place=place
         )
 
     def cast_weight(self, weight: Weight) -> tuple[Tensor, ...]:
@@ -1576,6 +1579,20 @@ class Writer:
         product = self.multiply("(up + 1) * gated", plus, glu, like("expert product"))
         self.hold(gate, linear, glu)
         return product
+
+
+def _place(name: str, kinds: tuple[WeightKind, ...], experts_first: bool) -> int:
+    """Where a weight lies among those of its layer: attention and MLP are made before their norms, projections before norms of queries and keys, experts
+    before the expert that is shared, and before their router or after it."""
+    if WeightKind.NORMS in kinds:
+        return 9 if name.count(".") == 1 else 1
+    if WeightKind.MLP not in kinds:
+        return 0
+    if ".shared_" in name:
+        return 8
+    if ".experts." not in name:
+        return 7 if experts_first else 2
+    return 3 + 2 * (".down_proj" in name) + name.endswith("_bias")
 
 
 class _CheckpointingWriter(Writer):

@@ -233,8 +233,7 @@ class Step:
         if not recipe.zero_stage:
             return None
         segments = segment_length(recipe, self.model.layers) > 1
-        routed = family_of(self.model.model_type).experts
-        weights = weights_in_order(self.tape, segments, routed is not None and routed.experts_first)
+        weights = weights_in_order(self.tape, segments)
         if recipe.zero_stage == 3:
             check_calls(self.model, self.layout.several_mlp_chunks)
         check_dtypes(weights, recipe)

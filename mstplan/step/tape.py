@@ -136,6 +136,7 @@ class Weight:
     packed_in: str = "uint8"  # of 4 bits: the dtype that their bytes pass for (bnb_4bit_quant_storage)
     packed_over: int = 1  # cards that have these bytes in shards
     is_adapter: bool = False
+    place: int = 0  # among those of its layer, as its modules are registered; those of one place lie as they are used
     spread_over: int = 1  # cards that share out the experts of which this is one card's part
 
     @property

@@ -33,7 +33,6 @@ from .cuda import pinned_bytes
 from .optimizers import OPTIMIZERS, optimizer_memory
 from .optimizers.base import bytes_of
 from .roles import Purpose, Role
-from .selection import WeightKind
 from .tape import ITEMSIZE, Op, Tape, Tensor, Weight, weight_gradient
 
 if TYPE_CHECKING:
@@ -44,8 +43,6 @@ ALIGNMENT = 2
 """Values that each partition is a multiple of (nccl_start_alignment_factor)."""
 BF16, FP32, FP64 = ITEMSIZE["bfloat16"], ITEMSIZE["float32"], 8
 OF_PARTITION = "gradients of the partition"
-EXPERTS, SHARED, BIASES = ".experts.", ".shared_", "_bias"
-"""What names of weights have: those of experts, of the expert that every token visits, and of biases in experts."""
 
 
 class Ledger(Protocol):
@@ -376,15 +373,14 @@ class Reducer:
         self.most = tensor
 
 
-def weights_in_order(tape: Tape, segments: bool, experts_first: bool) -> list[Weight]:
-    """Weights as the model has them; in layers norms come last. segments: layers of the tape are several, checkpointed together. experts_first: experts
-    come before their router."""
+def weights_in_order(tape: Tape, segments: bool) -> list[Weight]:
+    """Weights as the model has them; in layers norms come last. segments: layers of the tape are several, checkpointed together."""
     weights: list[Weight] = []
     outside: dict[Weight, None] = {}
     for op in tape.ops:
         if op.is_layer and op.part is not None:
             layers = [inner for inner in op.part.tape.ops if inner.part is not None] if segments else [op]
-            weights += [weight for layer in layers for weight in _as_registered(_within(layer), experts_first)]
+            weights += [weight for layer in layers for weight in _as_registered(_within(layer))]
         else:
             weights += [weight for weight in dict.fromkeys(_within(op)) if weight not in outside]
             outside.update(dict.fromkeys(_within(op)))
@@ -397,23 +393,6 @@ def _within(op: Op) -> list[Weight]:
     return list(dict.fromkeys(weight for inner in op.part.tape.ops for weight in _within(inner)))
 
 
-def _as_registered(weights: Sequence[Weight], experts_first: bool) -> list[Weight]:
-    """Weights of a layer in the order of its modules: attention and MLP are made before their norms, projections before norms of queries and keys, experts
-    before the expert that is shared."""
-    first: dict[str, int] = {}
-    for n, weight in enumerate(weights):
-        first.setdefault(weight.name.removesuffix(BIASES), n)
-
-    def place(weight: Weight) -> tuple[int, bool, int, bool]:
-        name, is_norm = weight.name, WeightKind.NORMS in weight.kinds
-        if is_norm and name.count(".") == 1:
-            module = 4
-        elif WeightKind.MLP not in weight.kinds:
-            module = 0
-        elif SHARED in name:
-            module = 3
-        else:
-            module = 1 + ((EXPERTS in name) != experts_first)
-        return module, is_norm, first[name.removesuffix(BIASES)], name.endswith(BIASES)
-
-    return sorted(weights, key=place)
+def _as_registered(weights: Sequence[Weight]) -> list[Weight]:
+    """Weights of a layer in the order of its modules."""
+    return sorted(weights, key=lambda weight: weight.place)
