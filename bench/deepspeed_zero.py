@@ -62,6 +62,28 @@ WITH_IMAGES: dict[str, dict[str, Any]] = {
 """Models whose sequences have an image, of pixels that are smaller than LEAST. Their towers are not trained: oneDNN has buffers of its own for the gradient
 of a convolution."""
 TOKENS_WITH_IMAGE = 7
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_GROUPS = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128, "sliding_window": None},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 192},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 64},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128, "head_dim": 64},
+    "glm4_moe": {**_EXPERTS, **_GROUPS, "head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "deepseek_v3": {
+        **_EXPERTS,
+        **_GROUPS,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+    },
+}
+"""Mixtures of experts, as they differ from that. Of the last two the first layer is dense."""
 WARM_UP, ROUNDS, RUNS = 2, 12, 16
 """Steps before any is recorded, and those that are: gloo's thread may hold on to a buffer for a moment more, and what it gives back the profiler does not
 see; but not in all of so many."""
@@ -73,12 +95,29 @@ PART: dict[str, dict[str, Any]] = {
     "lora and head": {"lora_rank": 96, "lora_targets": ["all-linear"], "lora_modules_to_save": ["lm_head"]},
     "qlora": {"lora_rank": 96, "lora_targets": ["all-linear"], "quantize": "nf4"},
     "qlora in bf16": {"lora_rank": 96, "lora_targets": ["all-linear"], "quantize": "nf4", "quant_storage": "bf16"},
+    "qlora of attention in bf16": {
+        "lora_rank": 100,
+        "lora_targets": ["attention"],
+        "quantize": "nf4",
+        "quant_storage": "bf16",
+        "input_gradients": True,
+    },
+    "qlora in bf16, with input gradients": {
+        "lora_rank": 96,
+        "lora_targets": ["all-linear"],
+        "quantize": "nf4",
+        "quant_storage": "bf16",
+        "input_gradients": True,
+    },
     "without embeddings": {"freeze": ["embeddings"]},
     "without embeddings, with input gradients": {"freeze": ["embeddings"], "input_gradients": True},
     "mlp": {"train": ["mlp"]},
     "without vision": {"freeze": ["vision"]},
+    "mlp, with input gradients": {"train": ["mlp"], "input_gradients": True},
 }
 """What trains a part of a model's weights, as fields of a recipe."""
+BARE = {"lora_rank": 0, "lora_targets": ["all-linear"], "quantize": "none", "quant_storage": "uint8"}
+"""Of these, what leaves a model as transformers builds it."""
 NAMES = ("ranks", "tied", "bucket", "accumulation", "overlap", "host", "part", "images")
 CASES: list[dict[str, Any]] = [
     {**dict(zip(NAMES, row, strict=False)), "stage": stage}
@@ -119,6 +158,8 @@ def config_of(case: dict[str, Any]) -> dict[str, Any]:
     """The config.json of a case's model."""
     if "images" in case:
         return {**WITH_IMAGES[case["images"]], "image_token_id": 1000, "image_token_index": 1000}
+    if case.get("model"):
+        return {**CONFIG, **MIXTURES[case["model"]], "model_type": case["model"]}
     return TIED if case["tied"] else CONFIG
 
 
@@ -165,15 +206,17 @@ def begin(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Callable
     from mstplan.tracing.fused_losses import COMPUTES
     from mstplan.train.fused import compute_loss_by
     from mstplan.train.images import image_batch
+    from mstplan.train.quantise import quantise
     from mstplan.train.step import build_model, read_settings
 
     fields = fields_of(case)
     is_wrapped = "stage" not in case and "lora_rank" in fields  # ZeRO-3's hooks meet peft's own classes as well
-    recipe = strategy(
-        "standard", **{**fields, "lora_rank": 0, "lora_targets": ["all-linear"]} if is_wrapped else fields
-    )
+    recipe = strategy("standard", **fields)
+    bare = recipe.changed(**BARE) if is_wrapped else recipe
     settings_of_model = read_settings(config_of(case), whole="images" in case)
-    model: Any = build_model(settings_of_model, recipe, attention_of(case), "cpu")
+    model: Any = build_model(settings_of_model, bare, attention_of(case), "cpu")
+    if is_wrapped and recipe.quantize != "none":
+        quantise(model, recipe)
     if case.get("loss"):
         compute_loss_by(model, with_numbers(COMPUTES[case["loss"]]))
     if is_wrapped:

@@ -1,4 +1,4 @@
-"""What DeepSpeed's own engine allocates under ZeRO-3, in which order: processes over gloo on the CPU, a small Llama in bf16.
+"""What DeepSpeed's own engine allocates under ZeRO-3, in which order: processes over gloo on the CPU, a small Llama or mixture of experts in bf16.
 
     python -m bench.deepspeed_zero3 -o tests/step/deepspeed_zero3.json
 
@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, int]] = {
     },
 }
 """DeepSpeed's settings; auto: what transformers fills in for hidden states of 256."""
-NAMES = ("ranks", "settings", "tied", "accumulation", "checkpoint", "host", "part", "loss")
+NAMES = ("ranks", "settings", "tied", "accumulation", "checkpoint", "host", "part", "model", "loss")
 CASES: list[dict[str, Any]] = [
     dict(zip(NAMES, row, strict=False))
     for row in (
@@ -80,14 +80,49 @@ CASES: list[dict[str, Any]] = [
         (2, "small", False, 1, "reentrant", "", "lora of attention"),
         (2, "default", False, 1, "reentrant", "", "lora with input gradients"),
         (4, "auto", True, 1, True, "", "lora with input gradients"),
-        (2, "default", False, 1, True, "", "", "liger"),
-        (2, "auto", False, 2, True, "", "", "liger"),
-        (2, "small", False, 2, False, "", "", "liger"),
-        (2, "middle", False, 1, "reentrant", "all", "", "liger"),
-        (2, "none", False, 1, True, "", "", "liger"),
-        (2, "auto", True, 2, True, "", "", "liger"),
-        (2, "auto", False, 1, True, "", "lora with input gradients", "liger"),
-        (2, "small", False, 2, "reentrant", "", "lora of attention", "liger"),
+        (2, "default", False, 1, True, "", "", "qwen3_moe"),
+        (2, "middle", False, 2, True, "", "", "qwen3_moe"),
+        (2, "auto", False, 1, False, "", "", "qwen3_moe"),
+        (2, "small", False, 1, True, "", "", "mixtral"),
+        (2, "none", False, 1, False, "", "", "mixtral"),
+        (2, "small", False, 2, False, "", "", "qwen2_moe"),
+        (2, "middle", False, 1, True, "", "", "qwen2_moe"),
+        (2, "auto", False, 1, True, "", "", "deepseek_v3"),
+        (2, "small", False, 1, False, "", "", "deepseek_v3"),
+        (2, "middle", False, 2, True, "", "", "glm4_moe"),
+        (2, "none", False, 1, False, "", "", "glm4_moe"),
+        (2, "small", False, 1, True, "", "", "gpt_oss"),
+        (2, "none", False, 1, False, "", "", "gpt_oss"),
+        (2, "middle", False, 1, False, "", "", "olmoe"),
+        (2, "auto", False, 1, True, "", "", "granitemoe"),
+        (2, "auto", False, 2, "reentrant", "", "", "qwen3_moe"),
+        (2, "small", False, 1, True, "all", "", "mixtral"),
+        (2, "none", False, 1, True, "", "", "qwen2_moe"),
+        (4, "auto", False, 1, True, "", "", "deepseek_v3"),
+        (4, "small", False, 1, True, "", "", "qwen3_moe"),
+        (2, "auto", False, 1, True, "", "lora of attention", "qwen3_moe"),
+        (2, "small", False, 1, False, "", "lora of attention", "mixtral"),
+        (2, "none", False, 1, "reentrant", "", "lora of attention", "qwen2_moe"),
+        (2, "middle", False, 1, True, "", "lora of attention", "glm4_moe"),
+        (2, "small", False, 2, True, "", "lora of attention", "gpt_oss"),
+        (2, "none", False, 1, False, "", "lora of attention", "olmoe"),
+        (2, "auto", False, 1, False, "", "lora", "granitemoe"),
+        (2, "auto", False, 1, True, "", "without embeddings, with input gradients", "granitemoe"),
+        (2, "small", False, 1, False, "", "mlp, with input gradients", "qwen3_moe"),
+        (2, "auto", False, 1, False, "", "qlora in bf16"),
+        (2, "small", False, 1, True, "", "qlora in bf16, with input gradients"),
+        (2, "auto", False, 2, "reentrant", "", "qlora in bf16, with input gradients"),
+        (2, "none", False, 1, True, "", "qlora in bf16, with input gradients"),
+        (4, "small", False, 1, "reentrant", "", "qlora in bf16, with input gradients"),
+        (2, "small", False, 1, True, "", "qlora of attention in bf16", "qwen3_moe"),
+        (2, "default", False, 1, True, "", "", "", "liger"),
+        (2, "auto", False, 2, True, "", "", "", "liger"),
+        (2, "small", False, 2, False, "", "", "", "liger"),
+        (2, "middle", False, 1, "reentrant", "all", "", "", "liger"),
+        (2, "none", False, 1, True, "", "", "", "liger"),
+        (2, "auto", True, 2, True, "", "", "", "liger"),
+        (2, "auto", False, 1, True, "", "lora with input gradients", "", "liger"),
+        (2, "small", False, 2, "reentrant", "", "lora of attention", "", "liger"),
     )
 ]
 OF_STAGE_3 = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
@@ -114,6 +149,7 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
 def record(case: dict[str, Any]) -> dict[str, Any]:
     """What one rank allocates in a step of a case."""
     engine, step = begin(case, settings_of(case))
+    hold_most(engine.module)
     for _ in range(WARM_UP):
         step()
     kept_whole = (each.data.untyped_storage().nbytes() for each in engine.optimizer.persistent_parameters)
@@ -123,6 +159,32 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
     found["events"] = {phase: commonest(whole, phase, peak) for phase, peak in found["peaks"].items()}
     engine.destroy()
     return found
+
+
+def hold_most(module: Any) -> None:
+    """Have DeepSpeed's sets of a module's weights, whose order is one of addresses in memory, in the order that holds most: first a weight of each
+    all-gather of several that is not yet copied, whose copies are made then, and only then those with which buffers go."""
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    class Ordered(set):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter(in_order(set.__iter__(self)))
+
+    def in_order(members: Any) -> list[Any]:
+        members = list(members)
+        if not all(hasattr(member, "ds_id") for member in members):
+            return members
+        copied: set[int] = set()
+        first, later = [], []
+        for param in sorted(members, key=lambda each: each.ds_id):
+            handle = module.ds_inflight_param_registry.get(param)
+            several = getattr(handle, "handles", ())
+            copies = not all(getattr(each, "complete", True) for each in several) and id(handle) not in copied
+            copied.add(id(handle))
+            (first if copies else later).append(param)
+        return first + later
+
+    vars(partitioned_param_coordinator)["set"] = Ordered
 
 
 def commonest(whole: list[list[Any]], phase: str, peak: int) -> str:

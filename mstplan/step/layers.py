@@ -49,6 +49,7 @@ from .tape import (
     tensor_of,
 )
 from .workspaces import MULTIPROCESSORS, SumOverTokens
+from .zero3 import LEAVES
 
 HIDDEN = "layer input"
 PER_LAYER = "per-layer input"
@@ -112,6 +113,7 @@ class Writer:
         self.model, self.numerics, self.t = model, numerics, tokens
         family = family_of(model.model_type)
         self.code, self.names, self.frozen = family.code, family.weight_names, frozen
+        self.experts_first = family.experts is not None and family.experts.experts_first
         dims = {"d": model.hidden, "V": model.vocab, "H": a.heads, "G": a.kv_heads, "e": a.head_dim, "ev": a.v_head_dim}
         self.tape = TapeWriter({**dims, "He": a.heads * a.head_dim, "Ge": a.kv_heads * a.head_dim}, stage)
         self.wide = "float32" if model.wide_residual else numerics.weights  # dtype of the residual stream
@@ -206,8 +208,10 @@ class Writer:
     ) -> Weight:
         """The weight of a part of the step, as its family has it; name: what its own name ends in; dtype: its own, where it has one."""
         whole = self.names.get(module, module) + name
+        place = _place(whole, kinds, self.experts_first)
+        trained = whole not in self.frozen
         return self.used.get(whole) or Weight(
-            whole, shape, active, frozenset(kinds), whole not in self.frozen, dtype=dtype, is_adapter=is_adapter
+            whole, shape, active, frozenset(kinds), trained, dtype=dtype, is_adapter=is_adapter, place=place
         )
 
     def cast_weight(self, weight: Weight) -> tuple[Tensor, ...]:
@@ -457,6 +461,10 @@ class Writer:
             self.hold(mean)
         return normed, mean
 
+    def _latent_norm(self, x: Tensor, name: str) -> Tensor:
+        with self.tape.call():
+            return self._rms_norm(x, name, late_cast=False)
+
     def _rms_norm(self, x: Tensor, name: str, late_cast: bool) -> Tensor:
         """LlamaRMSNorm: weight * normed.to(dtype); with late_cast (weight * normed).to(dtype)."""
         normed, mean = self._root_mean_square(self.cast(x, "float32", f"{name} input in fp32"), name)
@@ -562,7 +570,10 @@ class Writer:
         return self.pointwise("scale " + x.name, x, self.tape.new(x.name + ", scaled", x.shape, x.dtype))
 
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
-        with self.tape.call():
+        by_name = (
+            self.model.attention.sinks
+        )  # is how gpt-oss' layers give it x, which hooks on modules do not see: weights of its own tell
+        with self.tape.call(passes_on=not by_name):
             q, k, v, *others = self.attention_inputs(x, kind)
             return self.attention_output(self.attend(q, k, v, kind), x, q, k, v, *others)
 
@@ -927,7 +938,7 @@ class Writer:
         if latent.q_rank is not None:
             dims["q_rank"] = latent.q_rank
             low = self.linear(x, self.new("Q latent", "q_rank"), "q_a_proj", kind=WeightKind.ATTENTION, bias=a.qkv_bias)
-            q_in = self._rms_norm(low, "q_a_layernorm", late_cast=False)
+            q_in = self._latent_norm(low, "q_a_layernorm")
         q = self.linear(
             q_in, self.new("Q", "H e"), "q_b_proj" if latent.q_rank is not None else "q_proj", kind=WeightKind.ATTENTION
         )
@@ -940,7 +951,7 @@ class Writer:
             bias=a.qkv_bias,
         )
         low, k_turned = self._split(both, ("KV latent", f"{t} kv_rank"), ("K rotary part", f"{t} 1 rope"))
-        low = self._rms_norm(low, "kv_a_layernorm", late_cast=False)
+        low = self._latent_norm(low, "kv_a_layernorm")
         q_turned = self._rotary(q_turned, "H", latent.rope_dim, latent.rope_dim)
         k_turned = self._rotary(k_turned, "1", latent.rope_dim, latent.rope_dim)
         q_whole = self.tape.new("Q after rotary", self.by_head("H", "e"), q_turned.dtype)
@@ -1161,7 +1172,8 @@ class Writer:
         return y
 
     def experts(self, x: Tensor, e: Experts) -> Tensor:
-        with self.tape.assign_role(Role.MLP):
+        is_leaf = self.numerics.in_deepspeeds_linear and self.model.model_type in LEAVES
+        with self.tape.assign_role(Role.MLP), self.tape.call(is_leaf=is_leaf):
             return self._experts(x, e)
 
     def _experts(self, x: Tensor, e: Experts) -> Tensor:
@@ -1171,14 +1183,16 @@ class Writer:
             return self._all_experts(x, e)
         first = self.code.shared_first and e.shared_width > 0
         shared: tuple[Tensor, ...] = (self._shared_expert(x, e),) if first else ()
-        scores, chosen, *others = self._router(x, e)
+        with self.tape.call():
+            scores, chosen, *others = self._router(x, e)
         self.hold(*shared)
         outside = (x, scores, chosen, *others, *shared)
         given = self._to_latent(x, e)
         if self.numerics.spread > 1:
             y = expert_parallel.routed(self, given, e, scores, chosen, outside)
         else:
-            y = self._routed(given, e, scores, chosen, (*outside, given))
+            with self.tape.call():
+                y = self._routed(given, e, scores, chosen, (*outside, given))
         if e.latent is not None:
             y = self.linear(
                 y, self.new("expert outputs, widened", "d"), "from latent", kind=WeightKind.MLP, bias=e.shared_bias
@@ -1313,7 +1327,7 @@ class Writer:
     def _gated(self, x: Tensor, shared: Tensor) -> Tensor:
         """The sigmoid of a product of one column, times what the shared expert made (models/qwen2_moe/modeling_qwen2_moe.py)."""
         logit = self.linear(x, self.new("shared gate", "1"), "shared gate", kind=WeightKind.MLP)
-        gate = self.activation(logit, "sigmoid")
+        gate = self._activation(logit, "sigmoid")
         return self.multiply("gate * shared", gate, shared, self.new("shared expert, gated", "d", shared.dtype))
 
     def _routed(self, x: Tensor, e: Experts, scores: Tensor, chosen: Tensor, outside: tuple[Tensor, ...]) -> Tensor:
@@ -1420,8 +1434,7 @@ class Writer:
                 tape.op("cast router.weight", [], copy)
         logits = self.new("router logits", "X", dtype)
         if delta is None:
-            kind = WeightKind.MLP
-            self.linear(x_in, logits, "router", kind=kind, weight=weight, bias=e.bias, copy=copy)
+            self._linear(x_in, logits, "router", WeightKind.MLP, e.bias, weight, copy, defers=False)
         else:
             self._adapted_logits(x_in, logits, add_router(self, weight, delta), delta)
         return self.cast(logits, "float32", "router logits in fp32") if self.code.fp32_router_logits else logits
@@ -1527,6 +1540,7 @@ class Writer:
             for_gradients=ForGradients((*((x, each) for each in adapted or (w,)), *((each, x) for each in adapted))),
             grads=(*((each, self.tape.grad(each)) for each in (x, *adapted)), *((row, None) for row in rows)),
             weights=() if adapted else (w,),
+            transposes=not (adapted or e.clamped),  # gpt-oss has them transposed (integrations/moe.py, is_transposed)
             holds=rows,
             flops=((y.basis, 2 * self.tape.dims[self.visits] * shape[0] * shape[1]),),
         )
@@ -1566,6 +1580,20 @@ class Writer:
         product = self.multiply("(up + 1) * gated", plus, glu, like("expert product"))
         self.hold(gate, linear, glu)
         return product
+
+
+def _place(name: str, kinds: tuple[WeightKind, ...], experts_first: bool) -> int:
+    """Where a weight lies among those of its layer: attention and MLP are made before their norms, projections before norms of queries and keys, experts
+    before the expert that is shared, and before their router or after it."""
+    if WeightKind.NORMS in kinds:
+        return 9 if name.count(".") == 1 else 1
+    if WeightKind.MLP not in kinds:
+        return 0
+    if ".shared_" in name:
+        return 8
+    if ".experts." not in name:
+        return 7 if experts_first else 2
+    return 3 + 2 * (".down_proj" in name) + name.endswith("_bias")
 
 
 class _CheckpointingWriter(Writer):

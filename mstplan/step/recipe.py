@@ -615,8 +615,8 @@ class Recipe(BaseModel):
                 "zero3 with layers in pieces is not planned: take the strategy mst-offload (-s mst-offload)",
             ),
             (
-                self.quantize != "none",
-                "zero3 with quantised weights is not planned: take zero2 (--sharding zero2), or fsdp with quant_storage='bf16' (--quant-storage bf16)",
+                self.quantize in ("nf4", "fp4") and self.quant_storage == "uint8",
+                "zero3 with 4-bit weights in bytes is not planned: set quant_storage='bf16' (--quant-storage bf16), as peft says",
             ),
             (
                 bool(self.lora_modules_to_save),

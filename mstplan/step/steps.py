@@ -254,7 +254,7 @@ class Step:
         segments = segment_length(recipe, self.model.layers) > 1
         weights = weights_in_order(self.tape, segments, modules_of_towers(self.model))
         if recipe.zero_stage == 3:
-            check_calls(self.model)
+            check_calls(self.model, self.layout.several_mlp_chunks)
         check_dtypes(weights, recipe)
         if recipe.zero_stage < 3:
             return Zero(recipe, [weight for weight in weights if weight.trained], self.model.hidden)
@@ -290,7 +290,7 @@ class Step:
         reducer = visitor = None
         if self.zero is not None:
             gradients, reducer = "reduced", self.zero.reducer(number == 0, number == last)
-            visitor = self.zero.visitor()
+            visitor = self.zero.visitor(reducer)
         spans = self.layout.spans
         stepping = bytes_to_step(recipe) if recipe.optimizer_in_backward else None
         return Rules(
@@ -397,7 +397,7 @@ class Step:
         stored: tuple[Stored, ...]
         if recipe.zero_stage:
             frozen = [(w, n) for w, n in self.card_weights if not w.trained]
-            stored = in_sum(frozen, dtype) if recipe.zero_stage < 3 else ()
+            stored = in_sum(frozen, dtype) if recipe.zero_stage < 3 else scales_of(frozen, dtype)
         elif recipe.weights_on_host and recipe.sharded:
             stored = scales_of(self.card_weights, dtype)
         elif recipe.weights_on_host:
@@ -1114,7 +1114,8 @@ def _embedding(
     if model.scaled_embedding:
         hidden = w.pointwise("embedding scale", looked_up, w.hidden())
         variables = [hidden]
-    seen = Seen(hidden, hidden)
+    outside = w.code.scales_logits  # its module gives embeddings before they are multiplied
+    seen = Seen(looked_up if outside else hidden, hidden)
     if images is not None:
         seen = see(images, hidden)
         check_reached(images, images.recipe)

@@ -138,6 +138,7 @@ class Weight:
     packed_in: str = "uint8"  # of 4 bits: the dtype that their bytes pass for (bnb_4bit_quant_storage)
     packed_over: int = 1  # cards that have these bytes in shards
     is_adapter: bool = False
+    place: int = 0  # among those of its layer, as its modules are registered; those of one place lie as they are used
     spread_over: int = 1  # cards that share out the experts of which this is one card's part
 
     @property
@@ -157,7 +158,9 @@ class Call:
     """A call of one of the model's modules, where hooks on modules run (zero3.py). weights: the module's own, not those of modules in it.
 
     in_backward: a gradient comes to what it returns; passes_on: and one of what it was given is made of that. gathers_itself: it runs when the module
-    has returned, and has its weights gathered without hooks (train/zero.py). apart: FSDP2 has its weights as a group of their own.
+    has returned, and has its weights gathered without hooks (train/zero.py). apart: FSDP2 has its weights as a group of their own. is_leaf: hooks are on the
+    module alone, of those in it none, whose weights are then among its own, and whose gradients wait until its backward is over
+    (deepspeed/utils/z3_leaf_module.py).
     """
 
     weights: tuple[Weight, ...] = ()
@@ -165,6 +168,7 @@ class Call:
     passes_on: bool = True
     gathers_itself: bool = False
     apart: bool = False
+    is_leaf: bool = False
 
 
 class ForGradients(NamedTuple):
@@ -235,6 +239,7 @@ class Op:
     ] = ()  # (input or weight, what is kept and becomes its gradient, in place)
     flops: tuple[tuple[int, int], ...] = ()  # (basis, operations) of its forward; of several, the least holds
     cast: bool = False  # its weights are used through autocast's bf16 copies
+    transposes: bool = False  # its weights, of which autograd saves views
     product: bool = False  # of its weights as they are: their gradients can go into a sum (mstplan/train/grad_sums.py)
     adds_bias: bool = False  # in the product itself, by cuBLASLt
     joins_gradients: bool = (
@@ -255,6 +260,9 @@ class Op:
     fetched_alone: bool = False  # they go when its backward is done; else when the next one's is that any come back for
     begins: tuple[Call, ...] = ()  # of modules, whose first operation it is, outermost first
     ends: tuple[Call, ...] = ()  # whose last, innermost first
+    passes_back: tuple[
+        Call, ...
+    ] = ()  # that begin with operations of no gradient: it is their first that makes one of what they were given
     apart: Apart | None = None  # its weights are a flat tensor of their own, within a layer
     gathers: Group | None = None  # of a layer that is written out, and that no backward comes to: its first operation
     lets_go: Group | None = None  # the same, with its last operation
@@ -483,6 +491,7 @@ class TapeWriter:
         passes_on: bool = True,
         gathers_itself: bool = False,
         apart: bool = False,
+        is_leaf: bool = False,
         weights: tuple[Weight, ...] = (),
     ) -> Iterator[list[Weight]]:
         """Write inside what a module does when it is called. weights: its own, where they are in parts; else those used inside. Gives a list for those of
@@ -492,11 +501,25 @@ class TapeWriter:
         yield external
         if len(self.ops) == start:
             return
+        if is_leaf:
+            self.ops[start:] = [replace(op, begins=(), ends=(), passes_back=()) for op in self.ops[start:]]
         of_others = {weight for op in self.ops[start:] for call in op.begins for weight in call.weights}
         own = dict.fromkeys(weight for op in self.ops[start:] for weight in op.weights if weight not in of_others)
-        call = Call(weights or tuple(dict.fromkeys((*own, *external))), in_backward, passes_on, gathers_itself, apart)
+        weights = weights or tuple(dict.fromkeys((*own, *external)))
+        call = Call(weights, in_backward, passes_on, gathers_itself, apart, is_leaf)
         self.ops[start] = replace(self.ops[start], begins=(call, *self.ops[start].begins))
         self.ops[-1] = replace(self.ops[-1], ends=(*self.ops[-1].ends, call))
+        if not (self.ops[start].grads or self.ops[start].part):
+            self._pass_back(call, start)
+
+    def _pass_back(self, call: Call, start: int) -> None:
+        """Mark the first operation since then whose backward makes a gradient of what the module was given."""
+        made: set[Tensor] = set()
+        for n, op in enumerate(self.ops[start:], start):
+            if any(tensor not in made for tensor, _ in op.grads):
+                self.ops[n] = replace(op, passes_back=(call, *op.passes_back))
+                return
+            made.update(op.makes)
 
     @contextmanager
     def assign_role(self, role: Purpose | None) -> Iterator[None]:
@@ -1434,7 +1457,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         if stop:
             break
         if rules.visitor is not None:
-            rules.visitor.after_forward(op, ledger, recomputing)
+            rules.visitor.after_forward(op, ledger, keep, recomputing)
         for tensor in _used_by(op, keep):
             uses[tensor.storage] -= 1
         for tensor in dict.fromkeys(t.storage for t in (*_used_by(op, keep), *op.makes)):

@@ -40,6 +40,7 @@ from .tape import ITEMSIZE, Op, Tape, Tensor, Weight, weight_gradient
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+    from .zero3 import Reducer3
 
 ALIGNMENT = 2
 """Values that each partition is a multiple of (nccl_start_alignment_factor)."""
@@ -113,7 +114,7 @@ class Zero:
         """What becomes of the gradients of a micro-batch of an optimizer step."""
         return Reducer(self, first, last)
 
-    def visitor(self) -> None:
+    def visitor(self, _: Reducer | Reducer3) -> None:
         """Weights are whole: nobody gathers them."""
 
     def away(self) -> list[Tensor]:
@@ -412,5 +413,5 @@ def _within(op: Op) -> list[Weight]:
 
 
 def as_registered(weights: Sequence[Weight]) -> list[Weight]:
-    """Weights of a layer in the order of its modules: attention and MLP are made before their norms."""
-    return sorted(weights, key=lambda weight: WeightKind.NORMS in weight.kinds)
+    """Weights of a layer in the order of its modules."""
+    return sorted(weights, key=lambda weight: weight.place)

@@ -34,7 +34,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from itertools import accumulate
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import RecipeError
@@ -43,8 +43,9 @@ from .optimizers import OPTIMIZERS, optimizer_memory
 from .optimizers.base import bytes_of
 from .roles import Purpose, Role
 from .simulation import Stream
+from .storage import packed_rows
 from .tape import ITEMSIZE, Call, Op, Tensor, Weight
-from .zero import BF16, FP32, FP64, Ledger
+from .zero import BF16, FP32, FP64, Ledger, Reducer
 
 if TYPE_CHECKING:
     from ..spec.model import Model
@@ -61,7 +62,7 @@ class Visitor(Protocol):
 
     def before_forward(self, op: Op, ledger: Ledger) -> None: ...
 
-    def after_forward(self, op: Op, ledger: Ledger, recomputing: bool) -> None: ...
+    def after_forward(self, op: Op, ledger: Ledger, keep: bool, recomputing: bool) -> None: ...
 
     def before_backward(self, op: Op, ledger: Ledger) -> None: ...
 
@@ -130,7 +131,8 @@ class _Walk:
         if op.is_layer:
             self.layer = op
 
-    def after_forward(self, op: Op, ledger: Ledger, recomputing: bool) -> None:
+    def after_forward(self, op: Op, ledger: Ledger, keep: bool, recomputing: bool) -> None:
+        """keep: autograd records."""
         if op.is_layer:
             self.layer = None
         for call in op.ends:
@@ -152,7 +154,7 @@ class _Walk:
         if op.is_layer:
             self.layer = None
         gives = bool(op.part.wanted if op.part is not None else op.grads)  # a gradient to what it reads
-        for call in reversed(op.begins):
+        for call in reversed((*op.passes_back, *op.begins)):
             if call.in_backward and call.passes_on and gives:
                 self.active.pop((self.layer, call))
                 self.visit(Visit(Hook.RELEASE, call, self.layer, in_backward=True), ledger)
@@ -187,18 +189,25 @@ class Gathering(_Walk):
 
     Where a checkpoint runs a layer again, it holds detached tensors of what autograd saves, trained weights as well (torch.utils.checkpoint): what was
     gathered for them lives until their backward, though DeepSpeed lets go of it, and gathers it anew. Frozen ones it holds as they are, and so nothing of
-    what was gathered for them.
+    what was gathered for them. Of experts autograd itself saves a view, which holds what was gathered in any case. Of 4-bit weights bitsandbytes'
+    product holds a view by itself (autograd/_functions.py, MatMul4Bit: ctx.tensors), past checkpoints that are not reentrant: until the graph goes.
     """
 
-    def __init__(self, planned: Sequence[tuple[Visit, Sequence[Change]]]):
+    def __init__(self, planned: Sequence[tuple[Visit, Sequence[Change]]], reducer: Reducer3):
         super().__init__()
         self.planned = iter(planned)
+        self.reducer = reducer
         self.saved: dict[Param, list[Tensor]] = {}  # what is held so, of each weight that a checkpoint saves
+        self.escaping: set[Param] = set()  # weights of which what is there now stays with the graph
+        self.escaped: list[Tensor] = []
 
-    def after_forward(self, op: Op, ledger: Ledger, recomputing: bool) -> None:
-        if recomputing:
-            self.saved.update({(self.layer, weight): [] for weight in op.trained})
-        super().after_forward(op, ledger, recomputing)
+    def after_forward(self, op: Op, ledger: Ledger, keep: bool, recomputing: bool) -> None:
+        if keep and (op.grads or op.trained):
+            held = [weight for weight in op.weights if op.transposes or (recomputing and weight.trained)]
+            self.saved.update({(self.layer, weight): [] for weight in held})
+        if op.grads and not recomputing and self.reducer.zero.recipe.checkpoint != "reentrant":
+            self.escaping.update((self.layer, weight) for weight in op.weights if weight.quantised)
+        super().after_forward(op, ledger, keep, recomputing)
 
     def release_saved(self, op: Op, ledger: Ledger) -> None:
         for weight in op.weights:
@@ -208,6 +217,8 @@ class Gathering(_Walk):
     def visit(self, visit: Visit, ledger: Ledger) -> None:
         expected, changes = next(self.planned)
         assert visit == expected, "modules are called in another order than before"
+        if visit.call.is_leaf and visit.in_backward and visit.hook is not Hook.FETCH:
+            self.reducer.finish_leaf(ledger)
         grown = False
         for comes, tensor, param in changes:
             if grown and not comes:
@@ -217,10 +228,18 @@ class Gathering(_Walk):
                 ledger.put(tensor)
             elif param in self.saved:
                 self.saved[param].append(tensor)
+            elif param in self.escaping:
+                self.escaping.remove(param)
+                self.escaped.append(tensor)
             else:
                 ledger.drop(tensor)
         if grown:
             ledger.mark("gather weights")
+
+    def finish(self, ledger: Ledger) -> None:
+        super().finish(ledger)
+        for tensor in self.escaped:
+            ledger.drop(tensor)
 
 
 class _Handle:
@@ -248,6 +267,48 @@ def _places(weights: Sequence[Weight], queue: Iterable[tuple[Param, int]]) -> di
     return {param: (number(param), last[param[1]]) for param in params}
 
 
+def values_of(weight: Weight) -> int:
+    """Values of a weight as DeepSpeed finds it: of 4 bits so many as its bytes pass for."""
+    return packed_rows(weight) if weight.quantised else weight.numel
+
+
+def _inside(visits: Iterable[Visit]) -> dict[Module, list[Param]]:
+    """Weights of each module and of those in it (iter_params, recurse=True), by what its forward calls. What it reads of another's is listed twice."""
+    inside: dict[Module, dict[tuple[Param, bool], None]] = {}
+    running: list[Module] = []
+    for visit in takewhile(lambda visit: not visit.in_backward, visits):  # layers that are run again may stop half way
+        if visit.hook not in (Hook.FETCH, Hook.RELEASE):
+            continue
+        if visit.hook is Hook.RELEASE:
+            running.pop()
+            continue
+        running.append(visit.module)
+        inside.setdefault(visit.module, {})
+        for module in running:
+            is_own = module is running[-1]
+            inside[module].update(dict.fromkeys((param, is_own) for param in visit.params))
+    return {module: [param for param, _ in params] for module, params in inside.items()}
+
+
+class _Ahead:
+    """What weights modules have that are called from a step on. Sizes are in values."""
+
+    def __init__(self, modules: Iterable[Sequence[Param]]):
+        """modules: weights of those, in the order of their calls."""
+        self.traversed = [0]
+        self.uses: dict[Param, list[int]] = defaultdict(list)
+        for step, params in enumerate(modules):
+            self.traversed.append(self.traversed[-1] + sum(values_of(weight) for _, weight in params))
+            for param in dict.fromkeys(params):
+                self.uses[param].append(step)
+
+    def is_used(self, param: Param, step: int, distance: int) -> bool:
+        """Whether a weight is used from a step on, before so many values are."""
+        uses = self.uses[param]
+        later = bisect_left(uses, step)
+        return later < len(uses) and self.traversed[uses[later]] - self.traversed[step] < distance
+
+
 class Coordinator:
     """Follows PartitionedParameterCoordinator through a micro-batch. Sizes are in values."""
 
@@ -255,13 +316,20 @@ class Coordinator:
         """kept: what visits let go of, by their number, where that was found before (an lru_cache has it); whole: what persists is there."""
         self.zero, self.visits, self.whole = zero, visits, whole
         self.kept = dict(kept or {})
-        fetches = [visit.params for visit in visits if visit.hook is Hook.FETCH]
-        self.queue = [(param, step) for step, params in enumerate(fetches) for param in params]
+        fetches = [visit for visit in visits if visit.hook is Hook.FETCH]
+        places = {weight: n for n, weight in enumerate(zero.weights)}
+        self.queue = [
+            (param, step)
+            for step, visit in enumerate(fetches)
+            for param in sorted(visit.params, key=lambda param: places[param[1]])
+        ]
         self.places = _places(zero.weights, self.queue)
-        self.uses: dict[Param, list[int]] = defaultdict(list)
-        for param, step in self.queue:
-            self.uses[param].append(step)
-        self.traversed = [0, *accumulate(sum(weight.numel for _, weight in params) for params in fetches)]
+        # of modules to come a leaf is told the weights of all in them, and any other module those of their own: none of a leaf's
+        inside = _inside(visits)
+        self.ahead = {
+            True: _Ahead(inside[visit.module] for visit in fetches),
+            False: _Ahead([] if visit.call.is_leaf else visit.params for visit in fetches),
+        }
         self.next = 0  # place in the queue
         self.step = 0  # modules fetched for so far
         self.live = 0  # values that are gathered
@@ -292,7 +360,7 @@ class Coordinator:
         return planned
 
     def _persists(self, param: Param) -> bool:
-        return param[1].numel <= self.zero.threshold
+        return values_of(param[1]) <= self.zero.threshold
 
     def _is_whole(self, param: Param) -> bool:
         return param in self.there or (self.whole and self._persists(param))
@@ -314,8 +382,7 @@ class Coordinator:
             if visit.owner is not None and not param[1].trained:
                 self.again[visit.owner].append(param)
                 self.active[param].add(visit.owner)
-            if param in self.under_way:
-                self._wait(self.under_way.pop(param))
+        self._wait([self.under_way.pop(param) for param in params if param in self.under_way])
         self._skip({param for param in params if self.fetched_for.get(param, -1) < self.step})
         self._prefetch()
         self.step += 1
@@ -340,14 +407,14 @@ class Coordinator:
             self.fetched_for[param] = max(self.fetched_for.get(param, -1), step)
             if self._is_missing(param) and param not in params:
                 params.append(param)
-                size += param[1].numel
+                size += values_of(param[1])
         self._gather(params)
 
     def _gather(self, asked: Sequence[Param]) -> None:
         if not asked:
             return
         params = sorted(asked, key=self.places.__getitem__)
-        self.live += sum(weight.numel for _, weight in params)
+        self.live += sum(values_of(weight) for _, weight in params)
         shares = [self.zero.share(weight) for _, weight in params]
         name = "gathered weight" if len(params) == 1 else "all-gather buffer"
         buffer = _tensor(name, "bfloat16", self.zero.ranks * sum(shares), Role.GATHERED, Stream.GATHER)
@@ -363,20 +430,28 @@ class Coordinator:
         handle = _Handle(buffer, params, from_host if len(params) == 1 else ())
         self.under_way.update(dict.fromkeys(params, handle))
 
-    def _wait(self, handle: _Handle) -> None:
-        """A weight of an all-gather is used."""
-        handle.waiting -= 1
-        if len(handle.params) == 1:
-            self.there[handle.params[0]] = handle.buffer
-            for tensor in handle.from_host:  # which the call holds on to
+    def _wait(self, handles: Sequence[_Handle]) -> None:
+        """Weights of all-gathers are used, one for each time that a handle is named. DeepSpeed has them in a set, in an order of chance: this is the one
+        that holds most."""
+        for handle in handles:
+            handle.waiting -= 1
+            if len(handle.params) == 1:
+                self.there[handle.params[0]] = handle.buffer
+            elif not handle.is_copied:
+                self._copy(handle)
+        for handle in dict.fromkeys(handles):
+            for tensor in handle.from_host:  # which the call of a single one holds on to
                 self._drop(tensor)
-            return
-        for param in handle.params if not handle.is_copied else ():
-            self.there[param] = _tensor("gathered weight", "bfloat16", param[1].numel, Role.GATHERED, Stream.GATHER)
-            self._put(self.there[param])
+            if handle.is_copied and not handle.waiting:
+                self._drop(handle.buffer)
+
+    def _copy(self, handle: _Handle) -> None:
         handle.is_copied = True
-        if not handle.waiting:
-            self._drop(handle.buffer)
+        for param in handle.params:
+            self.there[param] = _tensor(
+                "gathered weight", "bfloat16", values_of(param[1]), Role.GATHERED, Stream.GATHER
+            )
+            self._put(self.there[param])
 
     def _gather_itself(self, params: Iterable[Param]) -> None:
         """Gather what is not there, each into a tensor of its own, at once (_allgather_params_coalesced)."""
@@ -395,28 +470,24 @@ class Coordinator:
     def _release(self, visit: Visit, number: int) -> None:
         going = self.kept.get(number)
         if going is None:
-            going = self.kept[number] = frozenset(param for param in visit.params if self._goes(param, visit.hook))
+            going = self.kept[number] = frozenset(param for param in visit.params if self._goes(param, visit))
         again = self.again.pop(visit.module, []) if visit.in_backward else []
         going = going.union(param for param in again if not self._persists(param))
         for param in dict.fromkeys((*visit.params, *again)):
             self.active[param].discard(visit.module)
             if param in going and param in self.there and not self.active[param]:
                 self.changes.append(Change(False, self.there.pop(param), param))
-                self.live -= param[1].numel
+                self.live -= values_of(param[1])
 
-    def _goes(self, param: Param, hook: Hook) -> bool:
+    def _goes(self, param: Param, visit: Visit) -> bool:
         """Whether a weight is let go (__params_to_release): it is not used again soon, nor was that use passed over when weights were gathered ahead."""
         if self._persists(param):
             return False
-        if hook is Hook.LEAVE:
+        if visit.hook is Hook.LEAVE:
             return True
         if self.fetched_for.get(param, -1) > self.step:
             return False
-        uses = self.uses[param]
-        later = bisect_left(uses, self.step)
-        if later == len(uses):
-            return True
-        return self.traversed[uses[later]] - self.traversed[self.step] >= self.zero.recipe.max_reuse_distance
+        return not self.ahead[visit.call.is_leaf].is_used(param, self.step, self.zero.recipe.max_reuse_distance)
 
 
 class Zero3:
@@ -437,13 +508,14 @@ class Zero3:
         self.largest = max(shares)
         self.groups = sub_groups(shares, recipe.sub_group_size)
         self.steps = [Weight(f"sub-group {n}", (sum(group),), dtype="float32") for n, group in enumerate(self.groups)]
-        persistent = [weight.numel for weight in weights if weight.numel <= self.threshold]
+        persistent = [values for weight in weights if (values := values_of(weight)) <= self.threshold]
         self.persistent = _tensor(PERSISTENT, "bfloat16", sum(map(self._padded, persistent)), Role.GATHERED)
         self.visits: Sequence[Visit] = ()
+        self.in_leaves: frozenset[Weight] = frozenset()
         self._planned: Sequence[tuple[Visit, Sequence[Change]]] = ()
 
     def share(self, weight: Weight) -> int:
-        return -(-weight.numel // self.ranks)
+        return -(-values_of(weight) // self.ranks)
 
     def _padded(self, numel: int) -> int:
         return -(-numel // self.ranks) * self.ranks
@@ -455,14 +527,22 @@ class Zero3:
     def learn(self, visits: Sequence[Visit]) -> None:
         """Plan what is gathered when, of the order in which modules are called."""
         self.visits = visits
+        for visit in visits:
+            if visit.hook is Hook.LEAVE and visit.call.is_leaf and any(weight.trained for weight in visit.call.weights):
+                raise RecipeError(
+                    "zero3 with experts trained in a lowest layer whose input gets no gradient fails in DeepSpeed 0.19.8, which reduces their gradients "
+                    "before they are made.\nSet --input-gradients, or use --sharding fsdp."
+                )
+        self.in_leaves = frozenset(weight for visit in visits if visit.call.is_leaf for weight in visit.call.weights)
         # What is let go is settled in the first micro-batch after the one that was recorded; before a first step nothing persists yet.
         first = Coordinator(self, visits, None, whole=self.recipe.accumulation == 1)
         first.plan()
         self._planned = Coordinator(self, visits, first.kept, whole=True).plan()
 
-    def visitor(self) -> Visitor:
-        """Who gathers weights in a micro-batch."""
-        return Gathering(self._planned)
+    def visitor(self, reducer: Reducer | Reducer3) -> Visitor:
+        """Who gathers weights in a micro-batch, and tells who reduces gradients when a leaf's backward is over."""
+        assert isinstance(reducer, Reducer3)
+        return Gathering(self._planned, reducer)
 
     def reducer(self, first: bool, last: bool) -> Reducer3:
         """What becomes of the gradients of a micro-batch of an optimizer step."""
@@ -560,9 +640,22 @@ class Reducer3:
         self.inside: list[int] = []  # the bucket: numbers of weights
         self.values = 0
         self.large: Tensor | None = None  # the gradient that is in it, and too large for it
+        self.waiting: list[tuple[Weight, Tensor]] = []  # gradients of a leaf's weights
 
     def arrive(self, weight: Weight, gradient: Tensor, ledger: Ledger) -> None:
         """A weight has its gradient."""
+        if weight in self.zero.in_leaves:
+            self.waiting.append((weight, gradient))
+        else:
+            self._take(weight, gradient, ledger)
+
+    def finish_leaf(self, ledger: Ledger) -> None:
+        """The backward of a leaf is over (reduce_leaf_module_grads)."""
+        waiting, self.waiting = self.waiting, []
+        for weight, gradient in sorted(waiting, key=lambda each: self.zero.weights.index(each[0])):
+            self._take(weight, gradient, ledger)
+
+    def _take(self, weight: Weight, gradient: Tensor, ledger: Ledger) -> None:
         if self.values + weight.numel > self.zero.bucket:
             self._reduce(ledger)
         self.inside.append(self.left[weight].pop())  # layers come last first
@@ -637,18 +730,26 @@ CHECKED = frozenset(
         *("llama", "arcee", "cwm", "granite", "hyperclovax", "jais2", "hunyuan_v1_dense", "internlm3", "iquestcoder"),
         *("smollm3", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "vaultgemma", "olmo2"),
         *("olmo3", "starcoder2", "glm", "glm4", "ernie4_5", "helium", "exaone4", "cohere", "cohere2", "falcon"),
-        "seed_oss",
+        *("seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"),
+        *("gpt_oss", "olmoe", "flex_olmo", "granitemoe", "dots1", "exaone_moe", "mellum", "minimax_m2", "solar_open"),
     )
 )
 """Families whose modules are known to be called in the order in which they are laid out (tests/tracing/test_calls.py)."""
+LEAVES = frozenset(("mixtral", "qwen2_moe", "qwen3_moe"))
+"""Of these, those whose experts with their router are one module to its hooks (deepspeed/runtime/zero/leaf_module_config.py)."""
 
 
-def check_calls(model: Model) -> None:
-    """Check that the order in which a model's modules are called is known. Raises RecipeError."""
+def check_calls(model: Model, in_pieces: bool) -> None:
+    """Check that the order in which a model's modules are called is known. in_pieces: MLPs run so. Raises RecipeError."""
     if model.model_type not in CHECKED:
         raise RecipeError(
             f"ZeRO-3 gathers weights ahead in the order of a model's modules, which is not known of {model.name} ({model.model_type}).\n"
             "Use --sharding fsdp, FSDP2, or zero2."
+        )
+    if in_pieces and model.experts is not None:
+        raise RecipeError(
+            f"zero3 with experts in pieces of the sequence is not planned, as {model.name} has them.\n"
+            "Take the strategy checkpointing or chunked-loss (-s checkpointing,chunked-loss), or --sharding fsdp."
         )
 
 

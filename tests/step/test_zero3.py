@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.deepspeed_zero import CONFIG, LEAST, PART, TIED, TOKENS
+from bench.deepspeed_zero import LEAST, PART, TOKENS, config_of
+from bench.deepspeed_zero3 import CASES as ASKED
 from bench.deepspeed_zero3 import SETTINGS
 from mstplan.errors import RecipeError
 from mstplan.plan.layout import step_of, step_sizes
+from mstplan.plan.several_gpus import compare, list_ways
 from mstplan.plan.solve import host_bytes, max_seq
 from mstplan.spec.catalog import load_model
 from mstplan.spec.config import read_config
@@ -27,7 +29,7 @@ from mstplan.step.recipe import Recipe, strategy
 from mstplan.step.roles import Role
 from mstplan.step.steps import Chunks, InstantPeak, Step
 from mstplan.step.tape import Change, Event, Happening, backward, finish_reducing, forward
-from mstplan.step.zero3 import FROM_HOST, FROZEN_PARTS, PARTS, PERSISTENT, SHARD_FROM_HOST, Zero3, sub_groups
+from mstplan.step.zero3 import FROM_HOST, FROZEN_PARTS, PARTS, PERSISTENT, SHARD_FROM_HOST, Zero3, sub_groups, values_of
 
 ON, ONE = card("h100"), Chunks(1, 1)
 MODEL = load_model("qwen3-0.6b")
@@ -75,7 +77,7 @@ def step_of_case(case: dict[str, Any]) -> Step:
         **fields,
         **sizes,
     )
-    return built(recipe, read_config(TIED if case["tied"] else CONFIG, "tiny"), TOKENS)
+    return built(recipe, read_config(config_of(case), "tiny"), TOKENS)
 
 
 def sizes_of(step: Step, events: Iterable[Event]) -> Iterator[int]:
@@ -109,6 +111,11 @@ def words(case: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in case.items() if name != "found")
 
 
+def test_what_is_recorded_is_what_the_script_asks() -> None:
+    recorded = [{name: case[name] for name in case if name != "found"} for case in RECORDED["cases"]]
+    assert recorded == sorted(ASKED, key=lambda case: case["ranks"])
+
+
 CASES = pytest.mark.parametrize("case", RECORDED["cases"], ids=words)
 
 
@@ -134,7 +141,7 @@ def test_deepspeeds_engine_holds_as_much_in_each_phase(case: dict[str, Any]) -> 
     assert live == 0
     stepping = [sum(t.bytes for t in made if t.bytes >= LEAST) for _, made in zero_of(step).step_moments()[:-1]]
     state = zero_of(step)
-    whole = (2 * weight.numel for weight in state.weights if weight.numel <= state.threshold)
+    whole = (2 * values for values in map(values_of, state.weights) if values <= state.threshold)
     moments = [made for _, made in state.step_moments()[:-1]]
     stepping = [sum(tensor.bytes for tensor in made if tensor.bytes >= LEAST) for made in moments]
     peaks["step"] = max(*stepping, sum(size for size in whole if size >= LEAST))  # at its end that is gathered anew
@@ -279,7 +286,8 @@ REFUSED = [
     ({"optimizer_in_backward": True}, "leave one of the two out"),
     ({"weights_on_host": True}, "--optimizer-on-host"),
     ({"lora_rank": 8, "dora": True}, "leave --dora out"),
-    ({"lora_rank": 8, "quantize": "nf4"}, "--sharding zero2"),
+    ({"lora_rank": 8, "quantize": "nf4"}, "--quant-storage bf16"),
+    ({"lora_rank": 8, "quantize": "int8"}, "--quantize nf4"),
     ({"lora_rank": 8, "lora_modules_to_save": ("lm_head",)}, "leave --lora-modules-to-save out"),
     ({"lora_rank": 8, "loss": "chunked"}, "-s checkpointing"),
     ({"freeze": ("embeddings",), "mlp_chunks": 4}, "-s checkpointing"),
@@ -306,6 +314,72 @@ def test_what_is_not_planned_is_refused(fields: dict[str, object], says: str) ->
 def test_models_whose_modules_are_not_known_are_refused() -> None:
     with pytest.raises(RecipeError, match="order of a model's modules"):
         built(zero(), load_model("gpt2"))
+
+
+# ---- experts ------------------------------------------------------------------------------------------------------------
+
+
+MIXTURE = load_model("qwen3-30b-a3b")
+
+
+def test_all_experts_of_a_layer_are_gathered_at_once() -> None:
+    """They are two weights, of which each is whole, whatever may live; of a dense model one matrix at a time."""
+    few = {"max_live_parameters": 0, "prefetch_bucket_size": 0, "max_reuse_distance": 0, "reduce_bucket_size": 1}
+    gathered = []
+    for model in (MIXTURE, MODEL):
+        entries = instants(zero(**few), model)[Instant.LAST_LAYER].entries
+        gathered.append(sum(entry.bytes for entry in entries if entry.role is Role.GATHERED))
+    assert MIXTURE.experts is not None
+    experts = 3 * MIXTURE.experts.number * MIXTURE.experts.width * MIXTURE.hidden
+    assert gathered[0] >= 2 * experts > 1 << 30 > gathered[1]
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "layer", "reentrant"])
+def test_experts_are_let_go_where_their_next_use_is_far(checkpoint: str) -> None:
+    """Of 48 layers at most as many values are there as may live, with a layer's experts beside them: but what autograd saves, without checkpoints."""
+    assert MIXTURE.experts is not None
+    experts = 2 * 3 * MIXTURE.experts.number * MIXTURE.experts.width * MIXTURE.hidden
+    for found in instants(zero(checkpoint=checkpoint), MIXTURE).values():
+        gathered = sum(entry.bytes for entry in found.entries if entry.role is Role.GATHERED)
+        assert (gathered > 4 * 10**9 + 2 * experts) <= (checkpoint == "none")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"mlp_chunks": 4}, "experts in pieces"),
+        ({"train": ("mlp",)}, "--input-gradients"),
+        ({"lora_rank": 8, "lora_targets": ("all-linear", "experts")}, "attention"),
+    ],
+    ids=str,
+)
+def test_what_is_not_planned_of_mixtures_is_refused(fields: dict[str, object], says: str) -> None:
+    with pytest.raises(RecipeError, match=says) as caught:
+        step_of(MIXTURE, zero(**fields), ON, Chunks(4 if "mlp_chunks" in fields else 1, 1), 1024)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_mixtures_are_compared_under_zero_3_too() -> None:
+    ways = [way for way in list_ways(8, ranks=1) if way.fields["sharding"] == "zero3"]
+    compared = compare(MIXTURE, card("h200"), {"checkpoint": strategy("checkpoint")}, ways)
+    assert [way.name for way, _ in compared.answers] == ["zero3, weights in CPU RAM", "zero3"] and not compared.left_out
+
+
+# ---- quantised weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "layer", "reentrant"])
+def test_a_product_of_4_bits_holds_what_was_gathered_for_it_but_in_reentrant_checkpoints(checkpoint: str) -> None:
+    """bitsandbytes' node has a view of it, until the graph goes: where the last layer's backward begins all packed weights are there."""
+    fields = {"lora_rank": 8, "quantize": "nf4", "quant_storage": "bf16", "input_gradients": True}
+    few = {"max_live_parameters": 0, "prefetch_bucket_size": 0, "max_reuse_distance": 0}
+    step = built(zero(**fields, **few, checkpoint=checkpoint))
+    found = {each.name: each for each in step.instants(step_sizes(step.layout.recipe, 1024, ONE))}
+    entries = found[Instant.LAST_LAYER].entries
+    gathered = sum(entry.bytes for entry in entries if entry.role is Role.GATHERED)
+    packed = sum(2 * n * values_of(weight) for weight, n in step.weights if weight.quantised)
+    assert packed == sum(n * weight.numel // 2 for weight, n in step.weights if weight.quantised)
+    assert (gathered >= packed) == (checkpoint != "reentrant")
 
 
 # ---- adapters ---------------------------------------------------------------------------------------------------------

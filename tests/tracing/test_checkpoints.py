@@ -55,6 +55,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("llama3.2-1b", 4, {**REENTRANT, "optimizer_in_backward": True}),
     ("llama3.2-1b", 4, {**REENTRANT, "attention": "eager"}),
     ("llama3.2-1b", 4, {**REENTRANT, "attention": "flash", "kernels": "liger", "loss": "liger"}),
+    ("granite3.3-2b", 2, {**REENTRANT, "lora_rank": 8, "input_gradients": True}),
     ("gpt2", 2, REENTRANT),
     ("pythia-1.4b", 2, REENTRANT),
     ("gemma2-9b", 12, REENTRANT),

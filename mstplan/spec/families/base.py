@@ -120,6 +120,7 @@ class Routed(NamedTuple):
     linear_router: bool = (
         False  # its router is a linear layer that gives more than its product: peft's adapter breaks it
     )
+    experts_first: bool = False  # they are registered before their router
     linears: tuple[str, ...] = ()
     """Gate, up and down as transformers 4 called an expert's linear layers, by which names peft adapts them still."""
 

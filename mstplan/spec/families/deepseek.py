@@ -17,7 +17,9 @@ DEEPSEEK_V3 = Family(
         **LATENT,
     ),
     latent=True,
-    experts=Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS),
+    experts=Routed(
+        router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS, experts_first=True
+    ),
     code=Code(rotary="halves"),
 )
 
@@ -31,7 +33,7 @@ FAMILIES = {
             **LATENT,
         ),
         latent=True,
-        experts=Routed(method="topk_method", fp32=True, normalised=False, linears=LINEARS),
+        experts=Routed(method="topk_method", fp32=True, normalised=False, linears=LINEARS, experts_first=True),
         uncounted=("mlp_bias",),
         code=Code(rotary="complex"),
         tiny={"num_experts_per_tok": 2, "moe_intermediate_size": 384},
@@ -42,7 +44,14 @@ FAMILIES = {
         indexed=True,
         always_masked=True,
         only={"index_topk": 2048},  # step/tape.py, MOST_CHOSEN
-        experts=Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", listed=True, linears=LINEARS),
+        experts=Routed(
+            router="sigmoid-groups",
+            fp32=True,
+            normalised="norm_topk_prob",
+            listed=True,
+            linears=LINEARS,
+            experts_first=True,
+        ),
     ),
     "youtu": LLAMA._replace(
         defaults=defaults(2048, 32, 16, 16, 128256, 6144, tie_word_embeddings=True, **LATENT),

@@ -11,7 +11,9 @@ FAMILIES = {
         ),
         qk_norm="head",
         windows="late",
-        experts=Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS),
+        experts=Routed(
+            router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS, experts_first=True
+        ),
         tiny={"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 384},
     ),
 }

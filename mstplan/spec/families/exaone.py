@@ -36,6 +36,7 @@ FAMILIES = {
             listed=True,
             fields=("num_shared_experts",),
             linears=LINEARS,
+            experts_first=True,
         ),
     ),
 }

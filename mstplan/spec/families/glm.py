@@ -11,7 +11,7 @@ GLM = Family(
     fused_mlp=True,
     code=Code(interleaved_tables=True, joins_rotary=True),
 )
-EXPERTS = Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS)
+EXPERTS = Routed(router="sigmoid-groups", fp32=True, normalised="norm_topk_prob", linears=LINEARS, experts_first=True)
 GLM4_MOE = Family(
     defaults(
         *(4096, 46, 96, 8, 151552, 10944),

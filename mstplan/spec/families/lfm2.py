@@ -50,7 +50,12 @@ LFM2_MOE = LFM2._replace(
     ),
     adjusted_width=False,
     attention_by="layer_types",
-    experts=Routed(router="sigmoid", normalised="norm_topk_prob", fields=("num_dense_layers", "use_expert_bias")),
+    experts=Routed(
+        router="sigmoid",
+        normalised="norm_topk_prob",
+        fields=("num_dense_layers", "use_expert_bias"),
+        experts_first=True,
+    ),
     code=Code(plain_router=True),
     names={
         **LFM2.names,

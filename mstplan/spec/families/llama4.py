@@ -29,6 +29,7 @@ FAMILIES = {
             shared_width="intermediate_size",
             fields=("moe_layers", "interleave_moe_layer_step"),
             linear_router=True,
+            experts_first=True,
         ),
         code=Code(rotary="complex", frees_normed=True, holds_attended=True, softmax_as_scores=True),
         names={

@@ -57,6 +57,7 @@ FAMILIES = {
             shared_width="moe_shared_expert_intermediate_size",
             latent="moe_latent_size",
             fields=("moe_shared_expert_overlap", "moe_latent_size"),
+            experts_first=True,
         ),
         code=Code(mixes_samples=True, bars_out_proj=True, widens_logits=True),
         names={

@@ -30,7 +30,7 @@ QWEN3_MOE = QWEN3._replace(
         moe_intermediate_size=768,
     ),
     windows="every",
-    experts=Routed(may_be_none=True, normalised="norm_topk_prob", linears=LINEARS),
+    experts=Routed(may_be_none=True, normalised="norm_topk_prob", linears=LINEARS, experts_first=True),
 )
 
 QWEN2_MOE = QWEN2._replace(
@@ -163,7 +163,7 @@ FAMILIES = {
         windows="listed",
         period=1,
         window_switch=False,
-        experts=Routed(normalised="norm_topk_prob", listed=True, linears=LINEARS),
+        experts=Routed(normalised="norm_topk_prob", listed=True, linears=LINEARS, experts_first=True),
         code=Code(local_rotary=True),
     ),
     "qwen3_5_moe_text": QWEN3_5_MOE,
