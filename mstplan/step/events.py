@@ -149,6 +149,9 @@ class _Assembly:
         follower.put(*step.batch())
         for n in range(self.recipe.accumulation):
             self._follow_passes(step.rules(events=True, number=n))
+            if n == 0 and self.recipe.sharded and not self.recipe.adapters_are_whole:
+                for tensor in step.gradients_between():
+                    self._of_weights(tensor, [weight.numel for weight in self.trained], Stream.REDUCE)
         if step.zero is not None and not self.recipe.optimizer_on_host:
             step.zero.follow_step(follower)
         gone = set(self._make_and_release(step.clipping)) if step.steps_at_end else set()
@@ -195,10 +198,10 @@ class _Assembly:
                 self.follower.allocate(0, held.bytes // held.copies, held, stream)
         return list(range(first, self.follower.count))
 
-    def _of_weights(self, tensor: Tensor, numbers: Sequence[int]) -> None:
+    def _of_weights(self, tensor: Tensor, numbers: Sequence[int], stream: Stream = Stream.COMPUTE) -> None:
         """Allocate what the step model counts in sum, a tensor for each weight."""
         for size in self._divided(tensor, numbers):
-            self.follower.allocate(0, size, tensor)
+            self.follower.allocate(0, size, tensor, stream)
 
     @staticmethod
     def _divided(tensor: Tensor, numbers: Sequence[int]) -> list[int]:

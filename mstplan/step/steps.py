@@ -389,7 +389,7 @@ class Step:
 
     def _resident(self) -> list[Tensor]:
         """Weights, optimizer states, cuBLAS' workspaces, and gradients where they outlive a backward pass."""
-        return [*self.stays(), *self.states(), *self._gradients(always_alive=True)]
+        return [*self.stays(), *self.states(), *self.gradients_between()]
 
     def stays(self) -> list[Tensor]:
         """What is there before the first step: weights, and cuBLAS' workspaces."""
@@ -492,6 +492,10 @@ class Step:
         outer = [0] + [n for op in self.tape.ops if op.part is None or op.part.in_forward for n in units(op)]
         layers = [0] + [n for op in self.tape.ops if op.part is not None and not op.part.in_forward for n in units(op)]
         return max(outer) + 2 * max(layers)
+
+    def gradients_between(self) -> list[Tensor]:
+        """Gradients that stay from one micro-batch to the next, as the optimizer has them."""
+        return self._gradients(always_alive=True)
 
     def _gradients(self, always_alive: bool) -> list[Tensor]:
         recipe = self.layout.recipe

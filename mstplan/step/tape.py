@@ -639,6 +639,11 @@ class Rules(NamedTuple):
         None  # of calls of modules, which gathers their weights; such a replay is not to be had again
     )
 
+    def lists(self, op: Op) -> bool:
+        """Whether moments of an operation are listed. Those of layers between their like are no larger; but with ZeRO what is gathered and reduced as one runs
+        depends on what came before."""
+        return self.every_moment or self.reducer is not None or not op.interior
+
 
 class _Ledger:
     """A running sum of live bytes and its moments."""
@@ -841,8 +846,7 @@ class _Groups:
 
     def end_backward(self) -> None:
         """Layer by layer, in their order."""
-        if self.rest is not None:
-            self._scatter(self.rest, "backward of embedding", listed=True)
+        self._scatter_first()
         for place, buffer in self.for_nothing:
             if place < self.place_of_late:
                 self.ledger.drop(buffer)
@@ -855,6 +859,11 @@ class _Groups:
             self.ledger.drop(self.scatter)
         for tensor in self.all_reduced:
             self.ledger.drop(tensor)
+
+    def _scatter_first(self) -> None:
+        """Scatter the group that the embedding is in."""
+        if self.rest is not None:
+            self._scatter(self.rest, "backward of embedding", listed=True)
 
     def _gather(self, group: Group, where: str, listed: bool) -> None:
         ledger = self.ledger
@@ -948,6 +957,7 @@ class _PlannedGroups(_Groups):
         self.first, self.last = tape.first_group, self.rest
         self.order.insert(0, self.first)
         self.begun = False  # has the pass come to the last group?
+        self.embeds = False  # has backward come to the embedding?
         self.first_layer = next(op.stage for op in tape.ops if op.group is not None)
         self.final_norm = next(op for op in tape.ops if op.stage is Stage.LOSS and op.grads)
 
@@ -977,6 +987,7 @@ class _PlannedGroups(_Groups):
             self._gather(self.order[-1], "backward of the loss" if with_head else op.where, listed=True)
             self.buffer, self.begun = self.order[-1].buffer, True
         if op.group is None and op.stage is Stage.EMBEDDING and op.weights:
+            self.embeds = True
             self.ledger.put(self.first.gathered)
             self.ledger.stage = (
                 op.stage if op.trained else self.first_layer
@@ -995,15 +1006,19 @@ class _PlannedGroups(_Groups):
 
     def after_backward(self, op: Op, listed: bool) -> None:
         if op.group is not None and op.group.experts is not None:
-            self.buffer, self.scatter = self.order[-1].buffer, op.group.experts.scatter
+            self.buffer = self.order[-1].buffer
+            keeps = self.ledger.rules.whole in ("first", "between") or not op.group.experts.gradients
+            self.scatter = None if keeps else op.group.experts.scatter
         super().after_backward(op, listed)
         if op is self.final_norm:
             self._scatter(self.last, "", listed=True)
 
-    def end_backward(self) -> None:
-        self._scatter(self.first, "backward of embedding", listed=True)
-        if self.scatter is not None:
-            self.ledger.drop(self.scatter)
+    def _scatter_first(self) -> None:
+        """As long as no backward comes to the embedding, what was gathered for that stays until all is over."""
+        if self.embeds:
+            self._scatter(self.first, "backward of embedding", listed=True)
+        elif self.buffer is not None:
+            self.for_nothing.append((self.place_of_late, self.buffer))
 
 
 class _ExpertGroups(_Groups):
@@ -1430,7 +1445,7 @@ def _forward(tape: Tape, rules: Rules, keep: bool, recomputing: bool) -> Replay:
         if not begun and (op.weights or op.part is not None):
             groups.begin_forward()
             begun = True
-        groups.before_forward(op, rules.every_moment or not op.interior)
+        groups.before_forward(op, rules.lists(op))
         if rules.visitor is not None:
             rules.visitor.before_forward(op, ledger)
         stop = i == last
@@ -1502,7 +1517,7 @@ def _part_forward(op: Op, ledger: _Ledger, rules: Rules, keep: bool, stop: bool)
         rules = rules._replace(cast_before=True)
     inner = forward(part.tape, rules, keep=keep_inside, recomputing=stop and not part.chunked)
     if not part.chunked:
-        ledger.splice(inner, op.where, moments=rules.every_moment or not op.interior)
+        ledger.splice(inner, op.where, moments=rules.lists(op))
         if not stop:
             lent, outputs = lent_by(op, keep), part.tape.outputs
             for output, made in zip(outputs, op.makes, strict=False):
@@ -1688,7 +1703,7 @@ def _backward(
             groups.pass_over(op)
             continue
         ledger.stage = op.stage
-        groups.before_backward(op, rules.every_moment or not op.interior)
+        groups.before_backward(op, rules.lists(op))
         if rules.visitor is not None:
             rules.visitor.before_backward(op, ledger)
         if op in fetching[:1] and moving is not None:
@@ -1745,6 +1760,8 @@ def _backward(
                 holders[gradient] -= 1
                 if outer.shares:
                     ledger.rename(grad_of(op.part.tape.output), gradient)
+                    if not holders[gradient]:  # whoever shared it left meanwhile
+                        ledger.drop(gradient)
                 elif holders[gradient]:  # the part let go of it, but somebody else holds it too
                     ledger.put(gradient)
         else:
@@ -1778,7 +1795,7 @@ def _backward(
         groups.before_sums(op)
         for tensor, gradient in arrivals:
             arrive(tensor, gradient)
-        groups.after_backward(op, rules.every_moment or not op.interior)
+        groups.after_backward(op, rules.lists(op))
     groups.end_backward()
     leave()
     release(tape.held)
@@ -1818,7 +1835,7 @@ def _part_backward(
             _accumulate(weight, op, ledger, rules)
         return
     if not part.chunked:
-        moments = rules.every_moment or not op.interior
+        moments = rules.lists(op)
         for n in outer.outputs or ():
             ledger.rename(grad_of(op.makes[n]), grad_of(part.tape.outputs[n]))
         for n in outer.adds:
