@@ -83,11 +83,11 @@ def list_ways(gpus: int, ranks: int | None = None, splits: int | None = None, ex
 
 
 def _list_splits(gpus: int, numbers: Sequence[int]) -> Iterator[GpusWay]:
-    """Ways to split matrices: over all GPUs, as the loop over weights alone trains; or over some, which share the parts with the others."""
+    """Ways to split matrices: over all GPUs; or over some, which share the parts with the others."""
     for n in numbers:
         fields = {"gpus": gpus, "sequence_parallel": 1, "tensor_parallel": n}
         if n == gpus:
-            yield GpusWay({**fields, "sharding": "none", "adamw_kernel": "for-loop"})
+            yield GpusWay({**fields, "sharding": "none"})
         elif n > 1:
             yield GpusWay({**fields, "sharding": "fsdp"})
 

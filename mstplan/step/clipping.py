@@ -21,7 +21,7 @@ def clipping(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> tuple[Hel
         return ()
     if recipe.flat:
         return _flat_clipping(weights)
-    return max((_norms(recipe, group) for group in by_mesh_of_cards(weights)), key=bytes_of, default=())
+    return max((_norms(recipe, group) for group in by_mesh_of_cards(recipe, weights)), key=bytes_of, default=())
 
 
 def _norms(recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> tuple[Held, ...]:

@@ -161,7 +161,8 @@ class _Assembly:
                 slice(-1, None) if step.zero is not None else slice(None)
             )  # partitions are stepped one after the other
             each = [(weight, 1) for weight in self.trained[last]]  # in their order
-            gone |= set(self._make_and_release(optimizer_memory(self.recipe, each).temporaries))
+            temporaries = (*optimizer_memory(self.recipe, each).temporaries, *step.rows_to_step)
+            gone |= set(self._make_and_release(temporaries))
         alive = [number for numbers in follower.alive.values() for number in numbers]
         first = len(before)
         follower.events += [(n, RELEASED) for n in sorted(alive) if n >= first and n not in gone]

@@ -29,7 +29,7 @@ _CHUNKED, _LAYER, _FSDP, _MIXED = (
 )
 _ULYSSES: dict[str, object] = {"gpus": 8, "sequence_parallel": 8}
 _RING: dict[str, object] = {"gpus": 8, "context_parallel": 8}
-_SPLIT: dict[str, object] = {"gpus": 8, "tensor_parallel": 8, "adamw_kernel": "for-loop"}
+_SPLIT: dict[str, object] = {"gpus": 8, "tensor_parallel": 8}
 _OFFLOADED = {"checkpoint": "layer", "offload": "layer-inputs"}
 _SAVED = {"offload": "saved-tensors"}
 _SELECTIVE = {"checkpoint": "selective"}

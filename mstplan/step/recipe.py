@@ -715,10 +715,6 @@ class Recipe(BaseModel):
                 f"{option} with sharding={self.sharding!r} is not planned: take --sharding fsdp, or leave it out",
             ),
             (
-                self.max_grad_norm is not None,
-                f"{option} has no clipping, torch's clip_grad_norm_ refuses norms beside split matrices: leave --max-grad-norm out",
-            ),
-            (
                 bool(other),
                 f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies no-checkpointing and checkpointing)",
             ),

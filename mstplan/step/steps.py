@@ -220,7 +220,9 @@ class Step:
         if self.zero is not None:  # of which each optimizer steps a part, in fp32
             self.trained_on_card = [(stepped, 1) for stepped in self.zero.steps]
         steps = stepped(self.tape) if layout.recipe.flat else self.trained_on_card
-        self.optimizer = optimizer_memory(layout.recipe, steps)
+        optimizer = optimizer_memory(layout.recipe, steps)
+        self.rows_to_step = tensor_parallel.rows_to_step(layout.recipe, steps)
+        self.optimizer = optimizer._replace(temporaries=(*optimizer.temporaries, *self.rows_to_step))
         self.clipping = () if self.zero is not None else clipping(layout.recipe, steps)
         self.card_parameters = sum(
             w.numel * n for w, n in self.card_weights

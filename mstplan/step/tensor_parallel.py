@@ -9,7 +9,7 @@ rows, embedding and head by the vocabulary. Norms, and hidden states between lay
   no sharding by rows (torch/distributed/tensor/_ops/_embedding_ops.py), so that the whole vocabulary's stays until the optimizer has stepped;
 - a rank's logits are gathered from all, in order of ranks and then joined in order of tokens; their gradient is cut, in a copy.
 
-torch's fused and foreach AdamW refuse tensors beside DTensors, as which transformers leaves norms: the loop over weights trains.
+No operation of torch spans DTensors and plain tensors, as which transformers leaves norms: its Trainer clips, and steps, one after the other.
 
 Beside FSDP2 (fsdp.py) each rank's part of a matrix is in shards over the ranks that have the same part, split along dimension 0 once more
 (_StridedShard), and so are norms, which no rank splits. All weights are DTensors then, and every kernel of AdamW steps them. The whole gradient
@@ -22,9 +22,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
+from .optimizers.base import Held, dtype_of, itemsize_of
 from .selection import WeightKind
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..spec.model import Model
     from .layers import Writer
     from .recipe import Recipe
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 COLUMNS = frozenset({"q_proj", "k_proj", "v_proj", "mlp.gate_proj", "mlp.up_proj"})
 ROWS = frozenset({"o_proj", "mlp.down_proj"})
+ROWS_TO_STEP = "rows of the embedding's gradient"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Whose plans are those above, and nothing else."""
 
@@ -58,11 +62,6 @@ def check(model: Model, recipe: Recipe) -> None:
         return
     if recipe.optimizer != "adamw":
         raise RecipeError("--tensor-parallel is planned with AdamW alone.\nUse --optimizer adamw.")
-    if recipe.adamw_kernel != "for-loop" and not recipe.sharded:
-        raise RecipeError(
-            f"--tensor-parallel {ranks} without shards trains with AdamW's loop alone: torch's other kernels refuse norms beside DTensors.\n"
-            "Add --adamw-kernel for-loop, or --sharding fsdp."
-        )
     if model.model_type not in FAMILIES or model.tied or a.out_bias or model.mlp is None:
         what = (
             "embeddings tied to its head"
@@ -114,6 +113,15 @@ def part_of(weight: Weight, ranks: int) -> Weight:
     if ranks == 1 or WeightKind.EMBEDDINGS not in weight.kinds:
         return weight
     return replace(weight, shape=(weight.shape[0] // ranks, *weight.shape[1:]))
+
+
+def rows_to_step(recipe: Recipe, weights: Iterable[tuple[Weight, int]]) -> tuple[Held, ...]:
+    """A rank's rows of the embedding's whole gradient, which torch's fused AdamW has cut, in a copy, while it steps. Of weights as a rank keeps them, given
+    as (weight, how many). The other kernels have them cut for each operation, and at most two at once, which is less than they make themselves."""
+    if recipe.tensor_parallel == 1 or recipe.sharded or recipe.adamw_kernel != "fused":
+        return ()
+    tables = (weight for weight, _ in weights if WeightKind.EMBEDDINGS in weight.kinds)
+    return tuple(Held(ROWS_TO_STEP, dtype_of(recipe, w), w.numel * itemsize_of(recipe, w)) for w in tables)
 
 
 def gradient_beyond(weights: list[tuple[Weight, int]], ranks: int) -> int:

@@ -75,7 +75,7 @@ from .tensor_parallel import shapes_on_a_rank, split_over_ranks, splits_without_
 from .trace import State, Trace, Weight
 from .values import UnknownValues, note_tokens
 
-Sizes = tuple[tuple[tuple[int, ...], torch.dtype, Kinds, bool], ...]
+Sizes = tuple[tuple[tuple[int, ...], torch.dtype, Kinds, tuple[bool, bool]], ...]
 Names = frozenset[str]
 _OF_UPDATE = (
     "precision",
@@ -192,8 +192,9 @@ def _trace_settings(
         if recipe.images:
             check_idle(sorted(idle), recipe)
         stepped = Recipe(**{name: getattr(recipe, name) for name in _OF_UPDATE})
+        rows = _rows_to_step(model, recipe, dict(sizes))
         update, states = _record_update(
-            tuple(size for name, size in sizes if name not in idle), stepped, on, recipe.flat
+            tuple(size for name, size in sizes if name not in idle), stepped, on, recipe.flat, rows
         )
         if recipe.optimizer_on_host:
             update = Recording()
@@ -633,24 +634,45 @@ def _optimizer_states(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str
 
 def _sizes(
     model: PreTrainedModel, recipe: Recipe
-) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds, bool]]]:
+) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype, Kinds, tuple[bool, bool]]]]:
     """Of the weights that are trained, by name, in shards; their kinds, where the optimizer asks for them; whether they are on a mesh of their own."""
     if recipe.use_orig_params:
         pieces = flat_pieces(model, recipe)
-        return [(name, (shape, dtype, frozenset(), False)) for name, shape, dtype, trained in pieces if trained]
+        return [
+            (name, (shape, dtype, frozenset(), (False, False))) for name, shape, dtype, trained in pieces if trained
+        ]
     asks, kinds_of = OPTIMIZERS[recipe.optimizer].asks_kinds(recipe), kinds_in(model)
-    apart = shapes_apart(model, recipe)
+    apart, split = shapes_apart(model, recipe), shapes_on_a_rank(model, recipe)
     return [
-        (name, (shape, dtype, kinds_of(weight) if asks and weight is not None else frozenset(), name in apart))
+        (
+            name,
+            (
+                shape,
+                dtype,
+                kinds_of(weight) if asks and weight is not None else frozenset(),
+                (name in apart, name in split),
+            ),
+        )
         for name, shape, dtype, trained, weight in _parameters_on_rank(model, recipe)
         if trained
     ]
 
 
+def _rows_to_step(model: PreTrainedModel, recipe: Recipe, sizes: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of a rank's rows of the embedding's whole gradient, where torch's fused AdamW has them cut (mstplan/step/tensor_parallel.py)."""
+    if recipe.tensor_parallel == 1 or recipe.sharded or recipe.adamw_kernel != "fused":
+        return ()
+    table = model.get_input_embeddings().weight
+    shape: tuple[int, ...] = next(sizes[name][0] for name, weight in model.named_parameters() if weight is table)
+    return shape
+
+
 @lru_cache(maxsize=16)
-def _record_update(sizes: Sizes, recipe: Recipe, on: str, flat: bool) -> tuple[Recording, tuple[State, ...]]:
+def _record_update(
+    sizes: Sizes, recipe: Recipe, on: str, flat: bool, rows: tuple[int, ...] = ()
+) -> tuple[Recording, tuple[State, ...]]:
     """What clipping and the optimizer's step make and let go of, over weights of these sizes, once it has its states; and the states. flat: they are
-    FSDP1's.
+    FSDP1's. rows: shape of what is cut of a gradient meanwhile.
 
     The first step is run, and what it leaves behind are the states. On meta tensors, which take a fraction of fake ones' time;
     fused kernels know no meta tensors, and step one by one over CPU's.
@@ -677,8 +699,10 @@ def _record_update(sizes: Sizes, recipe: Recipe, on: str, flat: bool) -> tuple[R
                     clip_flat(weights, recipe.max_grad_norm)
                 else:
                     clip_gradients(groups, recipe.max_grad_norm)
+            cut = torch.empty(rows, dtype=weights[0].dtype, device=weights[0].device) if rows else None
             for each in optimizers:
                 each.step()
+            del cut
         states = tuple(
             State(name, _dtype_name(t.dtype), t.numel() * t.element_size()) for name, t in _optimizer_states(optimizers)
         )

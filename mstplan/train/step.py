@@ -345,10 +345,7 @@ def weights_to_train(model: nn.Module) -> list[nn.Parameter]:
 
 
 def groups_of(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The weights of each device mesh. Beside one mesh plain tensors, as which tensor parallelism leaves norms, are stepped with the others, by a loop."""
-    meshes = {getattr(weight, "device_mesh", None) for weight in weights}
-    if len(meshes - {None}) < 2:
-        return [weights]
+    """The weights of each device mesh, and plain tensors, as which tensor parallelism leaves norms."""
     return by_mesh(weights, lambda weight: getattr(weight, "device_mesh", None))
 
 

@@ -51,7 +51,6 @@ def of(ranks: int, **more: Any) -> Recipe:
         ),
         ({"gpus": 8, "tensor_parallel": 8, "mlp_chunks": 4}, "with mlp_chunks=4 is not planned"),
         ({"gpus": 8, "tensor_parallel": 8, "precision": "mixed"}, "with precision='mixed' is not planned"),
-        ({"gpus": 8, "tensor_parallel": 8, "max_grad_norm": 1.0}, "leave --max-grad-norm out"),
         ({"gpus": 8, "tensor_parallel": 8, "checkpoint": "sqrt"}, "set checkpoint='layer'"),
         ({"gpus": 8, "tensor_parallel": 8, "attention": "eager"}, "use sdpa"),
     ],
@@ -72,7 +71,6 @@ def test_recipes_that_contradict_themselves(fields: dict[str, Any], said: str) -
         ("mixtral-8x7b", of(2), "a plan \\(mixtral\\)"),
         ("phi3-mini-4k", of(2), "a plan \\(phi3\\)"),
         ("llama3.1-8b", of(2, gpus=4, sharding="fsdp", optimizer="sgd"), "AdamW alone.\nUse --optimizer adamw"),
-        ("llama3.1-8b", of(2, adamw_kernel="fused"), "AdamW's loop alone.*\nAdd --adamw-kernel for-loop"),
     ],
     ids=str,
 )

@@ -25,6 +25,7 @@ def recipes() -> dict[str, Recipe]:
         "in shards": strategy("standard", **all_four),
         "in shards, checkpoint": strategy("checkpoint", **all_four),
         "in shards, foreach": strategy("checkpoint", **all_four, adamw_kernel="foreach"),
+        "in shards, clipped": strategy("checkpoint", **all_four, max_grad_norm=1.0),
         "in shards, for-loop": strategy("checkpoint", **all_four, adamw_kernel="for-loop", batch=2),
     }
 

@@ -32,11 +32,11 @@ COPIES: dict[str, Any] = {"precision": "mixed", "replicas": 2}
 IN_SHARDS = four_splitters.recipes()
 NOT_TRACED = re.compile(
     r"^gloo:|allgather_into_tensor_coalesced_ > empty$|c10d::_allgather_base_ > empty$|c10d::_reduce_scatter_base_ > clone > empty_strided$"
-    r"|^Optimizer.step.* > (lerp_|addcmul_) > PythonSubclass > clone > empty_strided$"
+    r"|^Optimizer.step.* > (lerp_|addcmul_|_foreach_lerp_|_foreach_addcmul_) > PythonSubclass > clone > empty_strided$"
 )
 """gloo's flat copy of what it gathers, and its thread's; that of what a reduce-scatter is given, which it all-reduces; a rank's rows of the
-embedding's whole gradient, which AdamW's loop cuts anew for each operation, two at once: no more than the square root and the quotient that it
-makes of each weight's second moment."""
+embedding's whole gradient, which AdamW's loop and its foreach kernel cut anew for each operation, two at once: no more than the square root and the
+quotient that they make of second moments."""
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,23 @@ def test_a_trace_refuses_plans_that_it_does_not_know(model, ranks, said):
         ("h100", "qwen2.5-7b", "standard", 4096, {"tensor_parallel": 4}),
         ("a100-80gb", "qwen3-8b", "checkpoint", 4096, {"tensor_parallel": 8}),
         ("h100", "mistral-7b-v0.3", "checkpoint", 8192, {"tensor_parallel": 8}),
+        (
+            "h100",
+            "llama3.1-8b",
+            "checkpoint",
+            4096,
+            {"tensor_parallel": 4, "adamw_kernel": "fused", "max_grad_norm": 1.0},
+        ),
+        ("h100", "qwen3-8b", "checkpoint", 2048, {"tensor_parallel": 2, "adamw_kernel": "foreach"}),
+        ("h100", "qwen2.5-7b", "standard", 2048, {"tensor_parallel": 4, "adamw_kernel": "fused", "batch": 2}),
         ("h100", "llama3.1-8b", "standard", 4096, {"tensor_parallel": 2, "gpus": 8, "sharding": "fsdp"}),
+        (
+            "h100",
+            "qwen3-8b",
+            "checkpoint",
+            4096,
+            {"tensor_parallel": 2, "gpus": 8, "sharding": "fsdp", "max_grad_norm": 1.0},
+        ),
         ("h100", "qwen3-8b", "checkpoint", 4096, {"tensor_parallel": 4, "gpus": 12, "sharding": "fsdp"}),
         ("a100-80gb", "qwen2.5-7b", "standard", 2048, {"tensor_parallel": 2, "gpus": 8, "sharding": "fsdp"} | MIXED),
         (
@@ -136,7 +152,7 @@ def test_a_trace_refuses_plans_that_it_does_not_know(model, ranks, said):
 def test_formula_and_trace_agree(on, model, name, tokens, more):
     """Every instant within 0.01%: what differs are weights of norms, rounded up to blocks of 512 bytes."""
     usual = {} if "sharding" in more else {"gpus": more["tensor_parallel"], "adamw_kernel": "for-loop"}
-    recipe, of = strategy(name, **usual, **more), card(on)
+    recipe, of = strategy(name, **{**usual, **more}), card(on)
     found = trace(load_config(model), recipe, tokens, workspace=of.gpu.workspaces_bytes, platform=of.platform)
     chunks = fixed_chunks(recipe)
     step = step_of(load_model(model), recipe, of, chunks, tokens)

@@ -32,6 +32,8 @@ def recipes() -> dict[str, Recipe]:
         "standard": strategy("standard", **both),
         "checkpoint": strategy("checkpoint", **both),
         "two rows": strategy("checkpoint", **both, batch=2),
+        "fused, clipped": strategy("checkpoint", **both | {"adamw_kernel": "fused"}, max_grad_norm=1.0),
+        "foreach": strategy("checkpoint", **both | {"adamw_kernel": "foreach"}),
     }
 
 

@@ -15,7 +15,7 @@ from .adamw import AdamW
 from .adamw_4bit import AdamW4bit
 from .adamw_8bit import AdamW8bit
 from .adamw_8bit_torchao import TorchaoAdamW8bit
-from .base import Held, Memory, Optimizer, bytes_of
+from .base import Held, Memory, Optimizer, bytes_of, mesh_of
 from .lion import Lion
 from .lion_8bit import Lion8bit
 from .muon import Muon
@@ -62,7 +62,7 @@ def states_in_order(recipe: Recipe, weights: Sequence[Weight]) -> list[Held]:
         return []
     optimizer = OPTIMIZERS[recipe.optimizer]
     groups = [[weight] for weight in weights] if recipe.optimizer_in_backward else [weights]  # of an optimizer each
-    groups = [part for group in groups for part in by_mesh(group, lambda weight: weight.spread_over)]
+    groups = [part for group in groups for part in by_mesh(group, lambda weight: mesh_of(recipe, weight))]
     return [
         held
         for group in groups

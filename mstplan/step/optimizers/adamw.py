@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .base import Held, Optimizer, bytes_of, dtype_of, itemsize_of
+from ..selection import WeightKind
+from .base import OF_ALL, Held, Optimizer, bytes_of, dtype_of, itemsize_of, mesh_of
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -40,12 +41,14 @@ class AdamW(Optimizer):
 
     def step(self, recipe: Recipe, weights: Sequence[tuple[Weight, int]]) -> tuple[Held, ...]:
         """foreach makes the square roots of all weights at once (_multi_tensor_adam): of one dtype after the other, and it holds those
-        of one until it has those of the next. The loop holds the quotient of the weight before (_single_tensor_adam): in a mesh of experts alone
+        of one until it has those of the next. The loop holds the quotient of the weight before (_single_tensor_adam): in a mesh of matrices alone
         that is no small one."""
-        if recipe.adamw_kernel == "for-loop" and all(weight.spread_over > 1 for weight, _ in weights):
-            before = [weights[-1][0], *(weight for weight, _ in weights)]
+        if recipe.adamw_kernel == "for-loop" and any(mesh_of(recipe, weight) != OF_ALL for weight, _ in weights):
+            first = weights[0][0]
+            # of layers the last one's of the layer before
+            before = [None if WeightKind.EMBEDDINGS in first.kinds else weights[-1][0], *(w for w, _ in weights)]
             held = (
-                (*self.one_step(recipe, w), self._quotient(recipe, b))
+                (*self.one_step(recipe, w), *((self._quotient(recipe, b),) if b is not None else ()))
                 for (w, _), b in zip(weights, before, strict=False)
             )
             return max(held, key=bytes_of, default=())

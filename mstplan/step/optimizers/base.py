@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ..meshes import by_mesh
+from ..selection import WeightKind
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,7 @@ class Optimizer:
             states += [held.times(count) for shared, count in alone for held in shared]
         else:
             states += self.shared_states(recipe, [weight for weight, _ in weights])
-        steps = (self.step(recipe, group) for group in by_mesh_of_cards(weights))
+        steps = (self.step(recipe, group) for group in by_mesh_of_cards(recipe, weights))
         return Memory(summed(states), max(steps, key=bytes_of, default=()))
 
     def traffic(self, recipe: Recipe, weights: int, states: int) -> int:
@@ -120,9 +121,17 @@ class Optimizer:
         return False
 
 
-def by_mesh_of_cards(weights: Iterable[tuple[Weight, int]]) -> list[list[tuple[Weight, int]]]:
-    """Weights, given as (weight, how many), by mesh: experts that cards share out are on another than all else."""
-    return by_mesh(weights, lambda each: each[0].spread_over)
+def by_mesh_of_cards(recipe: Recipe, weights: Iterable[tuple[Weight, int]]) -> list[list[tuple[Weight, int]]]:
+    """Weights, given as (weight, how many), by mesh."""
+    return by_mesh(weights, lambda each: mesh_of(recipe, each[0]))
+
+
+OF_ALL = (1, False)
+
+
+def mesh_of(recipe: Recipe, weight: Weight) -> tuple[int, bool]:
+    """What tells a weight's mesh from others: experts that cards share out are on another than all else, as are matrices that they split than norms."""
+    return weight.spread_over, recipe.tensor_parallel > 1 and WeightKind.NORMS not in weight.kinds
 
 
 def dtype_of(recipe: Recipe, weight: Weight) -> str:
