@@ -44,8 +44,8 @@ ALST's recipes say how far they are from what mstplan plans (ArcticTraining: `mo
   1.86 GiB in bf16), a bucket of 5 x 10^8 gradients (`reduce_bucket_size`, 0.93 GiB) and its copy. It gathers and reduces on streams of their own, whose
   memory torch's allocator, and the simulated one, keeps apart. What the simulated one has back at once a GPU has a moment later (`record_stream`), and
   2 GiB stand for NCCL, of 8 GPUs as of 64: with them the bytes are 3 to 10% below nvidia-smi's.
-- **The longest length that runs is not one that runs fast.** With 5% fewer tokens the allocator never asks twice; at the longest it gives back what
-  it cached some ten to fifty times a step, each of which waits for the GPU.
+- **The longest length that runs is not one that runs fast.** Close to it the allocator gives back what it cached many times a step, to go on (`retries` in
+  `plan --json`), each of which waits for the GPU.
 - **What makes no difference there.** TiledMLP makes its output in parts and joins them (two hidden states for a moment), and a gradient of
   its own; Liger's loss makes the hidden states' gradient and one chunk of logits. Neither is alive as attention's backward runs, which is the peak.
 """
