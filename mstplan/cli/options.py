@@ -737,7 +737,7 @@ def _with_images(model: Model, options: RecipesOptions, assume: str | None) -> M
     from ..step.towers import uncounted, with_images
 
     if assume == TEXT_ALONE or not (model.towers or NO_TOWERS in model.notes):
-        whole = f" Its published config.json has the tower: pass that, or its id {model.hub_id}."
+        whole = f" Its published config.json has the tower: download that of {model.hub_id}, and pass its path."
         is_part = model.model_type.endswith("_text") and model.hub_id
         raise RecipeError(
             f"--images: {model.name} is planned as a model of text alone.\nLeave --images out.{whole if is_part else ''}"
@@ -987,9 +987,7 @@ def recipes_of(options: RecipesOptions, usual: str = "usual", model: Model | Non
         raise RecipeError(
             f"--strategy and {name} exclude each other: a recipe says what a strategy says.\nLeave one of the two out."
         )
-    bases = _named(options, usual)
-    if options.strategy is None and model is not None and not model.runs_mlps_in_chunks:
-        bases = {name: base for name, base in bases.items() if not base.mlp_recompute}
+    bases = _bases(options, usual, model)
     none_in_chunks = not any(map(runs_in_chunks, bases.values()))
     some_in_layers = any(base.layer_in_chunks for base in bases.values())
     made = {
@@ -997,6 +995,35 @@ def recipes_of(options: RecipesOptions, usual: str = "usual", model: Model | Non
     }
     recipes = _possible(made, model) if options.strategy == "all" else {name: make() for name, make in made.items()}
     return {_name_of(name, recipe, alone=len(recipes) == 1): recipe for name, recipe in recipes.items()}
+
+
+def _bases(options: RecipesOptions, usual: str, model: Model | None) -> dict[str, Recipe]:
+    """Strategies by name: those that --strategy names; else the usual ones, without pieces of MLPs where the model's do not run so."""
+    bases = _named(options, usual)
+    experts_whole = model is not None and model.experts is not None and options.sharding == "zero3"
+    if options.strategy is None and model is not None and (experts_whole or not model.runs_mlps_in_chunks):
+        bases = {name: base for name, base in bases.items() if not base.mlp_recompute}
+    return bases
+
+
+def left_out_notes(options: RecipesOptions, model: Model) -> tuple[str, ...]:
+    """Which of the usual strategies an answer leaves out that names none, and why: they do not go with its other options."""
+    from ..errors import RecipeError
+    from ..plan.layout import check_counted
+    from ..step.recipe import STRATEGIES, USUAL_STRATEGIES, strategy_label
+
+    if options.strategy is not None or flags_given(options, DESCRIBING):
+        return ()
+    given = _bases(options, "usual", model)
+    reasons: dict[str, list[str]] = {}
+    for name in USUAL_STRATEGIES:
+        if name in given:
+            continue
+        try:
+            check_counted(model, applied(STRATEGIES[name], options, False, model, False))
+        except RecipeError as e:
+            reasons.setdefault(str(e).splitlines()[0].rstrip("."), []).append(strategy_label(name))
+    return tuple(f"Left out, {'; '.join(names)}: {why}." for why, names in reasons.items())
 
 
 def _possible(made: Mapping[str, Callable[[], Recipe]], model: Model | None) -> dict[str, Recipe]:

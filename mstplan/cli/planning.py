@@ -26,6 +26,7 @@ from .options import (
     card_of,
     changed,
     changes_of,
+    left_out_notes,
     length,
     listed,
     memory,
@@ -90,7 +91,7 @@ def max_seq(options: MaxSeqOptions) -> None:
         return
     _refuse_tracing(options, "Add --rung trace, or leave it out.")
     longest = findings.find_longest(model, card, recipes)
-    longest = longest._replace(notes=(*assumptions_of(options), *longest.notes))
+    longest = longest._replace(notes=(*assumptions_of(options), *left_out_notes(options, model), *longest.notes))
     from ..show import planning as reports
 
     emit(options, reports.max_seq(longest, options.tensors))
@@ -162,10 +163,15 @@ class PlanOptions(PlannedOptions, TensorsOptions, FormatOptions):
 )
 def plan(options: PlanOptions) -> None:
     from .. import files
+    from ..errors import RecipeError
     from ..plan import findings
 
     if options.write_recipe is not None:
         files.check_writable(options.write_recipe, options.force)
+    if options.sharding == "all":
+        raise RecipeError(
+            "--sharding all compares ways to use several GPUs, which max-seq does.\nName one here: --sharding fsdp."
+        )
     card, model = card_of(options), model_or_stand_in(options)
     if model.stand_in is not None:
         from .tracing import plan_by_trace
@@ -179,7 +185,7 @@ def plan(options: PlanOptions) -> None:
     plans = plans_of(options, model, card)
     name = simplest(plans)
     finding = findings.assess_length(plans, name)
-    finding = finding._replace(notes=(*assumptions_of(options), *finding.notes))
+    finding = finding._replace(notes=(*assumptions_of(options), *left_out_notes(options, model), *finding.notes))
     if options.write_recipe is not None:
         finding.plan.recipe.write(options.write_recipe, options.force)
     from ..show import planning as reports

@@ -130,10 +130,19 @@ def _token_levers(start: Plan) -> tuple[Lever, ...]:
         (Change("fused AdamW", "", 0, {"adamw_kernel": "fused"}),),
         (Change("the loss in chunks", "", 0, {"loss": "chunked", "loss_chunks": "auto"}),),
         (Change("batch 1, accumulated", "large matrix products", 2, {"batch": 1, **accumulation}),),
-        (Change("checkpoint every layer", "time: a second forward pass", 3, {"checkpoint": "layer"}),),
+        _checkpoint_lever(recipe),
         (*back_to_gpu, Change("layer inputs in CPU RAM", "CPU RAM", 3, {"offload": "layer-inputs"})),
         _piece_lever(recipe),
     )
+
+
+def _checkpoint_lever(recipe: Recipe) -> Lever:
+    """Reentrant ones let go of 4-bit weights that ZeRO-3 gathered, which bitsandbytes' product holds until backward is over."""
+    every_layer = Change("checkpoint every layer", "time: a second forward pass", 3, {"checkpoint": "layer"})
+    if recipe.zero_stage != 3 or recipe.quantize == "none":
+        return (every_layer,)
+    cost = "" if recipe.checkpoint == "layer" else every_layer.gives_up
+    return (every_layer, Change("reentrant checkpoints", cost, 3 * bool(cost), {"checkpoint": "reentrant"}))
 
 
 def _sharing_levers(start: Plan) -> tuple[Lever, ...]:

@@ -73,7 +73,7 @@ def check_recipe(model: Model, recipe: Recipe, several_mlp_chunks: bool) -> None
     if refused:
         raise RecipeError(no_variants(model.name, refused))
     adapted = f"adapters on the experts or the router of {model.name}"
-    if recipe.zero_stage:
+    if recipe.zero_stage or recipe.flat:
         raise RecipeError(
             f"{adapted} are not planned with {recipe.sharding}.\nUse --lora-targets attention, or --sharding fsdp or ddp."
         )

@@ -98,8 +98,7 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
         recipe.flat and recipe.checkpoint == "reentrant"
     ):  # gradients are joined while the checkpoint still holds what it was given
         raise RecipeError(
-            "fsdp1 with reentrant checkpoints is counted by the formula with adapters only.\n"
-            "Set checkpoint='layer' (--checkpoint layer), or ask for --rung trace."
+            "fsdp1 with reentrant checkpoints is planned with adapters only.\nSet checkpoint='layer' (--checkpoint layer)."
         )
     layers = [op for op in tape.ops if op.is_layer or op.is_tower_layer]
     tapes = [op.part.tape for op in layers if op.part is not None]
@@ -258,7 +257,7 @@ def check_beside_autocast(model: Model, recipe: Recipe) -> None:
     for applies, what, way_out in changes:
         if applies:
             raise RecipeError(
-                f"fsdp1 with --use-orig-params and adapters has autocast on, which the formula does not count with {what}.\n{way_out}, or ask for --rung trace."
+                f"fsdp1 with --use-orig-params and adapters has autocast on, which is not planned with {what}.\n{way_out}."
             )
 
 

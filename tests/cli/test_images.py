@@ -79,7 +79,10 @@ def test_images_of_another_size_than_the_towers(run: Run, models: None) -> None:
 def test_a_model_that_ships_as_its_text_says_where_its_tower_is(run: Run) -> None:
     part, plain = (run("max-seq", "-m", name, *IMAGES) for name in ("gemma3-4b", "llama3.1-8b"))
     assert part.code == plain.code == 2
-    assert part.err.endswith("pass that, or its id google/gemma-3-4b-it.\n") and len(part.err.splitlines()) == 2
+    assert (
+        part.err.endswith("download that of google/gemma-3-4b-it, and pass its path.\n")
+        and len(part.err.splitlines()) == 2
+    )
     assert plain.err.endswith("Leave --images out.\n")
 
 
