@@ -624,8 +624,7 @@ class Recipe(BaseModel):
             ),
             (
                 is_part and (self.mlp_chunks != 1 or self.loss_in_chunks),
-                "zero3 with adapters or frozen weights is not planned in pieces of the sequence: take the strategy checkpointing (-s checkpointing), with --loss liger for longer "
-                "ones, or zero2",
+                "zero3 with adapters or frozen weights is not planned in pieces: use strategy checkpointing (-s checkpointing), with --loss liger, or zero2",
             ),
             (
                 is_part and self.weights_on_host,
