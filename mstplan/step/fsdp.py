@@ -94,9 +94,8 @@ def into_groups(tape: Tape, recipe: Recipe) -> Tape:
     """A step's tape with a group for every layer, and one for the rest; where experts are shared out, by transformers' plan."""
     if recipe.flat and recipe.lora_rank:
         return _into_flat_groups(tape, recipe)
-    if (
-        recipe.flat and recipe.checkpoint == "reentrant"
-    ):  # gradients are joined while the checkpoint still holds what it was given
+    if recipe.flat and recipe.checkpoint == "reentrant":
+        # gradients are joined while the checkpoint still holds what it was given
         raise RecipeError(
             "fsdp1 with reentrant checkpoints is planned with adapters only.\nSet checkpoint='layer' (--checkpoint layer)."
         )

@@ -260,9 +260,8 @@ class Op:
     fetched_alone: bool = False  # they go when its backward is done; else when the next one's is that any come back for
     begins: tuple[Call, ...] = ()  # of modules, whose first operation it is, outermost first
     ends: tuple[Call, ...] = ()  # whose last, innermost first
-    passes_back: tuple[
-        Call, ...
-    ] = ()  # that begin with operations of no gradient: it is their first that makes one of what they were given
+    # of modules that begin with operations of no gradient: it is their first that makes one of what they were given
+    passes_back: tuple[Call, ...] = ()
     apart: Apart | None = None  # its weights are a flat tensor of their own, within a layer
     gathers: Group | None = None  # of a layer that is written out, and that no backward comes to: its first operation
     lets_go: Group | None = None  # the same, with its last operation
@@ -778,9 +777,8 @@ class _Groups:
         self.rest, self.ledger = tape.group, ledger
         self.order = [op.group for op in tape.ops if op.group is not None]
         self.buffer: Tensor | None = None
-        self.for_nothing: list[
-            tuple[int, Tensor]
-        ] = []  # buffers of layers that no backward comes to, with their place in the order
+        # buffers of layers that no backward comes to, with their place in the order
+        self.for_nothing: list[tuple[int, Tensor]] = []
         self.scatter: Tensor | None = None
         self.all_reduced: list[Tensor] = []
         self.there = False  # of `_ExpertGroups`
@@ -989,9 +987,8 @@ class _PlannedGroups(_Groups):
         if op.group is None and op.stage is Stage.EMBEDDING and op.weights:
             self.embeds = True
             self.ledger.put(self.first.gathered)
-            self.ledger.stage = (
-                op.stage if op.trained else self.first_layer
-            )  # of whose backward it is the end where nothing more is run
+            # of the first layer's backward it is the end where nothing more is run
+            self.ledger.stage = op.stage if op.trained else self.first_layer
             self.ledger.mark("copy out of the all-gather")
             self.ledger.stage = op.stage
             self._replace_buffer(None)
