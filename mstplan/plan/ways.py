@@ -81,7 +81,14 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
     if start.recipe.keeps_whole_gradients:
         several += ((Change("gradients scattered each time", "a reduce-scatter a micro-batch", 1, _SYNCED),),)
     if start.recipe.gpus > 1 and (start.recipe.flat or not start.recipe.sharded):
-        several += ((Change("weights in shards (FSDP2)", "an all-gather a layer", 2, _IN_SHARDS),),)
+        in_shards = start.recipe.flat or start.recipe.zero_stage == 3
+        several += (
+            (Change("weights in shards (FSDP2)", "" if in_shards else "an all-gather a layer", 2, _IN_SHARDS),),
+        )
+    if start.recipe.expert_parallel > 1:
+        several += (
+            (Change("experts in shards, whole where they run", "an all-gather of them a layer", 2, _TOGETHER),),
+        )
     return (
         *several,
         (Change("weights and moments in bf16", "exact updates", 8, {"precision": "bf16"}),),
@@ -106,6 +113,7 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
 
 
 _SYNCED: dict[str, object] = {"sync_each_batch": True}
+_TOGETHER: dict[str, object] = {"expert_parallel": 1, "expert_imbalance": 1}
 _IN_SHARDS: dict[str, object] = {
     "sharding": "fsdp",
     "backward_prefetch": "pre",
