@@ -1186,11 +1186,13 @@ def recipe_in_words(recipe: Recipe, kernel: str = "", attends: bool = True) -> s
     if recipe.expert_parallel > 1:
         uneven = f", {recipe.expert_imbalance:g} times an even router's rows" if recipe.expert_imbalance != 1 else ""
         words.append(f"experts over {recipe.expert_parallel:,} GPUs (expert parallel{uneven})")
-    return ", ".join([*words, *([_sharding_in_words(recipe)] if recipe.sharded or recipe.zero_stage else [])])
+    return ", ".join([*words, *([_sharding_in_words(recipe)] if recipe.sharding != "none" else [])])
 
 
 def _sharding_in_words(recipe: Recipe) -> str:
-    """'FSDP2 over 16 GPUs in 2 replicas, weights in CPU RAM, whole gradients between micro-batches', 'ZeRO-2 over 8 GPUs'."""
+    """'FSDP2 over 16 GPUs in 2 replicas, weights in CPU RAM, whole gradients between micro-batches', 'ZeRO-2 over 8 GPUs', 'DDP over 8 GPUs'."""
+    if recipe.sharding == "ddp":
+        return f"DDP over {recipe.gpus:,} GPUs"
     if recipe.zero_stage:
         host = ", weights in CPU RAM" if recipe.weights_on_host else ""
         return f"ZeRO-{recipe.zero_stage} over {recipe.gpus:,} GPUs (DeepSpeed), fp32 weights in the optimizer{host}"
