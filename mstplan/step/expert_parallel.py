@@ -53,10 +53,10 @@ def most_rows(per_token: int, experts: int, ranks: int) -> int:
     return ranks * min(per_token, experts // ranks)
 
 
-def refuse_ranks(name: str, experts: int, ranks: int) -> None:
-    """Check that ranks divide a model's experts. Raises RecipeError with the numbers of ranks that do."""
+def refuse_ranks(name: str, experts: int, ranks: int, gpus: int) -> None:
+    """Check that ranks divide a model's experts. Raises RecipeError with the numbers of ranks that do, and divide all GPUs."""
     if experts % ranks:
-        *others, last = (f"{n:,}" for n in range(2, experts + 1) if experts % n == 0)
+        *others, last = [f"{n:,}" for n in range(2, experts + 1) if experts % n == gpus % n == 0] or ["another --gpus"]
         raise RecipeError(
             f"--expert-parallel {ranks:,}: {name} has {experts:,} experts, which {ranks:,} GPUs cannot share out evenly.\n"
             f"Use {', '.join(others)}{' or ' if others else ''}{last}."
@@ -71,7 +71,7 @@ def check(model: Model, recipe: Recipe) -> None:
     start = f"--expert-parallel {ranks:,}: {model.name}"
     if e is None:
         raise RecipeError(f"{start} has no experts.\nLeave --expert-parallel out.")
-    refuse_ranks(model.name, e.number, ranks)
+    refuse_ranks(model.name, e.number, ranks, recipe.gpus)
     if model.model_type not in FAMILIES:
         raise RecipeError(
             f"{start} is of a family ({model.model_type}) whose experts are not shared out here.\nPlanned are {', '.join(FAMILIES)}."

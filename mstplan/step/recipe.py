@@ -751,7 +751,7 @@ class Recipe(BaseModel):
         if self.lora_rank:
             beside = "precision" if self.precision == "mixed" else self._first_set(*_NOT_BESIDE_WHOLE_ADAPTERS)
         return (
-            (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--expert-parallel')}"),
+            (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--expert-parallel', more=False)}"),
             (
                 other == "sharding",
                 f"{option} is planned as transformers trains it, with all other weights in shards: add sharding='fsdp' (--sharding fsdp)",
@@ -782,9 +782,11 @@ class Recipe(BaseModel):
             ),
         )
 
-    def _divides_no_gpus(self, ranks: int, option: str) -> str:
-        """What is wrong with ranks that share, and the numbers that would do."""
+    def _divides_no_gpus(self, ranks: int, option: str, more: bool = True) -> str:
+        """What is wrong with ranks that share, and the numbers that would do. more: so would more GPUs."""
         divisors = [str(n) for n in range(2, self.gpus + 1) if self.gpus % n == 0]
+        if divisors and not more:
+            return f"does not divide {self.gpus} gpus: set {option} {', '.join(divisors)}"
         will_do = f" or {option} {', '.join(divisors)}" if divisors else ""
         return f"does not divide {self.gpus} gpus: add --gpus {ranks * max(1, -(-self.gpus // ranks))}{will_do}"
 

@@ -71,7 +71,7 @@ def shapes_apart(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[int,
     shapes = {}
     for name, weight in model.named_parameters():
         if plan.get(name) == "grouped_gemm":
-            refuse_ranks(type(model).__name__, weight.shape[0], ranks)
+            refuse_ranks(type(model).__name__, weight.shape[0], ranks, recipe.gpus)
             shapes[name] = (-(-weight.shape[0] // recipe.gpus), *weight.shape[1:])
         elif is_adapter(name):
             shapes[name] = tuple(weight.shape)

@@ -43,7 +43,7 @@ def peak(recipe: Recipe, tokens: int = 4096) -> int:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"expert_parallel": 3}, "does not divide 8 gpus: add --gpus 9 or --expert-parallel 2, 4, 8"),
+        ({"expert_parallel": 3}, "does not divide 8 gpus: set --expert-parallel 2, 4, 8"),
         ({"expert_parallel": 8, "sharding": "ddp"}, "with all other weights in shards: add sharding='fsdp'"),
         ({"expert_parallel": 8, "sharding": "none"}, "with all other weights in shards: add sharding='fsdp'"),
         ({"expert_parallel": 8, "expert_imbalance": 9.0}, "more than 8 GPUs can send one: set it to 8 or less"),
@@ -82,7 +82,7 @@ def test_recipes_that_contradict_themselves(fields: dict[str, Any], said: str) -
 @pytest.mark.parametrize(
     ("model", "recipe", "said"),
     [
-        ("qwen1.5-moe-a2.7b", of(8), "60 experts, which 8 GPUs cannot share out evenly.\nUse 2, 3, 4, 5, 6, 10, 12,"),
+        ("qwen1.5-moe-a2.7b", of(8), "60 experts, which 8 GPUs cannot share out evenly.\nUse 2 or 4."),
         ("llama3.1-8b", of(8), "llama3.1-8b has no experts.\nLeave --expert-parallel out."),
         ("llama4-scout", of(8), "a family \\(llama4_text\\) .*\nPlanned are deepseek_v2, "),
         ("mixtral-8x7b", of(8, lora_rank=8), "each GPU has a part of these.\nUse --lora-targets attention."),
