@@ -159,9 +159,9 @@ def test_what_is_refused_says_what_would_do(more, way_out):
         strategy("checkpoint", **{"gpus": 8, "sharding": "fsdp1", **more})
 
 
-def test_reentrant_checkpoints_of_all_weights_are_left_to_the_trace():
+def test_reentrant_checkpoints_of_all_weights_are_refused():
     recipe = strategy("checkpoint", gpus=8, sharding="fsdp1", checkpoint="reentrant")
-    with pytest.raises(RecipeError, match="--rung trace"):
+    with pytest.raises(RecipeError, match="--checkpoint layer"):
         step_of(load_model("llama3.2-1b"), recipe, ON, fixed_chunks(recipe), 512)
 
 
