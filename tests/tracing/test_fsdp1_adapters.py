@@ -145,7 +145,7 @@ def test_reentrant_checkpoints_of_frozen_layers_leave_inputs_and_their_gradients
     ],
     ids=str,
 )
-def test_what_the_formula_does_not_count_beside_autocast_is_left_to_the_trace(model, more, way_out):
+def test_what_is_not_counted_beside_autocast_is_refused(model, more, way_out):
     recipe = strategy("checkpoint", **{"gpus": 8, "sharding": "fsdp1", **VIEWS, **more})
     with pytest.raises(RecipeError, match=f"(?s){way_out}"):
         step_of(load_model(model), recipe, ON, fixed_chunks(recipe), 512)
