@@ -116,7 +116,7 @@ def taken(run: Run, options: tuple[str, ...]) -> bool:
         more = (*more, "--attention", "flash")
     if {"--replicas", "--reduce-dtype"} & {*options} and "fsdp" not in options:
         more = ("--gpus", "8", "--sharding", "fsdp", "--precision", "mixed")
-    if "--backward-prefetch" in options:
+    if {"--backward-prefetch", "--use-orig-params"} & {*options}:
         more = ("--gpus", "8", "--sharding", "fsdp1", "-s", "checkpointing")
     elif "fsdp1" in options:  # which runs all in one piece
         more = (*more, "-s", "checkpointing")
