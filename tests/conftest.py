@@ -44,6 +44,12 @@ LONGEST_FIRST = (
     "step/test_steps.py",
     "plan/test_ways.py",
     "measuring/test_worker.py",
+    "tracing/test_mixers.py",
+    "tracing/test_expert_parallel.py",
+    "tracing/test_tensor_parallel.py",
+    "tracing/test_ranks_with_images.py",
+    "train/test_expert_ranks.py",
+    "train/test_distributed_images.py",
 )
 """Files that take 20 seconds or more, of two workers that take a file each: the last one to begin must not be one of these."""
 
