@@ -570,9 +570,8 @@ class Writer:
         return self.pointwise("scale " + x.name, x, self.tape.new(x.name + ", scaled", x.shape, x.dtype))
 
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
-        by_name = (
-            self.model.attention.sinks
-        )  # is how gpt-oss' layers give it x, which hooks on modules do not see: weights of its own tell
+        # gpt-oss' layers, whose weights tell them, give it x by name, which hooks on modules do not see
+        by_name = self.model.attention.sinks
         with self.tape.call(passes_on=not by_name):
             q, k, v, *others = self.attention_inputs(x, kind)
             return self.attention_output(self.attend(q, k, v, kind), x, q, k, v, *others)

@@ -105,7 +105,7 @@ class Zero:
         self.gathered = max(share.gathered for share in self.shares.values())
         self.stepped = Weight("the partition", (self.partition,), dtype="float32")
         self.steps = [self.stepped]
-        self.buckets = [_tensor("bucket of gradients", "bfloat16", self.bucket, Role.REDUCED)] * (
+        self.buckets = [flat_tensor("bucket of gradients", "bfloat16", self.bucket, Role.REDUCED)] * (
             1 + recipe.overlap_comm
         )
         self.partition_gradients = self.held(BF16 * self.gathered)
@@ -131,10 +131,10 @@ class Zero:
 
     def stays(self) -> list[Tensor]:
         """What is there before the first step."""
-        flat = _tensor("weights, flat", "bfloat16", self.flat, Role.WEIGHT)
+        flat = flat_tensor("weights, flat", "bfloat16", self.flat, Role.WEIGHT)
         if self.on_host:
-            return [flat, _tensor("room for one gradient from CPU RAM", "bfloat16", self.largest, Role.REDUCED)]
-        return [flat, _tensor("fp32 weights of the partition", "float32", self.partition, Role.WEIGHT)]
+            return [flat, flat_tensor("room for one gradient from CPU RAM", "bfloat16", self.largest, Role.REDUCED)]
+        return [flat, flat_tensor("fp32 weights of the partition", "float32", self.partition, Role.WEIGHT)]
 
     def gradients(self, between: bool) -> list[Tensor]:
         """Gradients when a backward is over. between: as the next micro-batch finds them, else the optimizer."""
@@ -155,12 +155,16 @@ class Zero:
         ]
 
     def fp32_gradients(self) -> Tensor:
-        return _tensor("gradients of the partition, fp32", "float32", self.partition, Role.UPDATE)
+        return flat_tensor("gradients of the partition, fp32", "float32", self.partition, Role.UPDATE)
 
     def joined_gradients(self) -> list[Tensor]:
         """A copy of the partition's gradients where there are several (_flatten_dense_tensors)."""
         several = max(share.parts for share in self.shares.values()) > 1
-        return [_tensor("gradients of the partition, flat", "bfloat16", self.partition, Role.UPDATE)] if several else []
+        return (
+            [flat_tensor("gradients of the partition, flat", "bfloat16", self.partition, Role.UPDATE)]
+            if several
+            else []
+        )
 
     def temporaries(self) -> list[Tensor]:
         """The optimizer's, as it steps the partition."""
@@ -214,7 +218,8 @@ def _shares(numels: Iterable[int], slices: Iterable[Sequence[Slice]]) -> dict[in
     return shares
 
 
-def _tensor(name: str, dtype: str, numel: int, role: Purpose, stream: Stream = Stream.COMPUTE) -> Tensor:
+def flat_tensor(name: str, dtype: str, numel: int, role: Purpose, stream: Stream = Stream.COMPUTE) -> Tensor:
+    """A tensor of so many values, the same at all lengths."""
     return Tensor(name, "", dtype, 0, numel * ITEMSIZE[dtype], role=role, stream=stream)
 
 
@@ -280,7 +285,7 @@ class Reducer:
             return
         self.large = gradient
         if self.on_host:  # DeepSpeed makes sure that it has the memory for itself
-            copy = _tensor("copy of a large gradient", "bfloat16", numel, Role.REDUCED)
+            copy = flat_tensor("copy of a large gradient", "bfloat16", numel, Role.REDUCED)
             ledger.put(copy)
             ledger.mark("copy a large gradient")
             ledger.drop(copy)
@@ -317,9 +322,9 @@ class Reducer:
     def _sum(self, numel: int, count: int, ledger: Ledger) -> None:
         recipe = self.zero.recipe
         stream = Stream.REDUCE if recipe.overlap_comm else Stream.COMPUTE
-        flat = [_tensor("slices of the bucket, flat", "bfloat16", numel, Role.REDUCED, stream)] if count > 1 else []
+        flat = [flat_tensor("slices of the bucket, flat", "bfloat16", numel, Role.REDUCED, stream)] if count > 1 else []
         if recipe.sequence_parallel > 1:
-            flat.append(_tensor("slices of the bucket, fp32", "float32", numel, Role.REDUCED, stream))
+            flat.append(flat_tensor("slices of the bucket, fp32", "float32", numel, Role.REDUCED, stream))
         for tensor in flat:
             ledger.put(tensor)
         ledger.mark("reduce the bucket of gradients")

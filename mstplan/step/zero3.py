@@ -44,8 +44,8 @@ from .optimizers.base import bytes_of
 from .roles import Purpose, Role
 from .simulation import Stream
 from .storage import packed_rows
-from .tape import ITEMSIZE, Call, Op, Tensor, Weight
-from .zero import BF16, FP32, FP64, Ledger, Reducer
+from .tape import Call, Op, Tensor, Weight
+from .zero import BF16, FP32, FP64, Ledger, Reducer, flat_tensor
 
 if TYPE_CHECKING:
     from ..spec.model import Model
@@ -417,9 +417,9 @@ class Coordinator:
         self.live += sum(values_of(weight) for _, weight in params)
         shares = [self.zero.share(weight) for _, weight in params]
         name = "gathered weight" if len(params) == 1 else "all-gather buffer"
-        buffer = _tensor(name, "bfloat16", self.zero.ranks * sum(shares), Role.GATHERED, Stream.GATHER)
+        buffer = flat_tensor(name, "bfloat16", self.zero.ranks * sum(shares), Role.GATHERED, Stream.GATHER)
         self._put(buffer)
-        from_host = [_tensor(SHARD_FROM_HOST, "bfloat16", share, Role.GATHERED, Stream.GATHER) for share in shares]
+        from_host = [flat_tensor(SHARD_FROM_HOST, "bfloat16", share, Role.GATHERED, Stream.GATHER) for share in shares]
         if not self.zero.recipe.weights_on_host:
             from_host = []
         for tensor in from_host:
@@ -448,7 +448,7 @@ class Coordinator:
     def _copy(self, handle: _Handle) -> None:
         handle.is_copied = True
         for param in handle.params:
-            self.there[param] = _tensor(
+            self.there[param] = flat_tensor(
                 "gathered weight", "bfloat16", values_of(param[1]), Role.GATHERED, Stream.GATHER
             )
             self._put(self.there[param])
@@ -458,7 +458,7 @@ class Coordinator:
         for param in params:
             if self._is_missing(param):
                 size = self.zero.ranks * self.zero.share(param[1])
-                self.there[param] = _tensor("gathered weight", "bfloat16", size, Role.GATHERED)
+                self.there[param] = flat_tensor("gathered weight", "bfloat16", size, Role.GATHERED)
                 self.own.append(param)
                 self._put(self.there[param])
 
@@ -509,7 +509,7 @@ class Zero3:
         self.groups = sub_groups(shares, recipe.sub_group_size)
         self.steps = [Weight(f"sub-group {n}", (sum(group),), dtype="float32") for n, group in enumerate(self.groups)]
         persistent = [values for weight in weights if (values := values_of(weight)) <= self.threshold]
-        self.persistent = _tensor(PERSISTENT, "bfloat16", sum(map(self._padded, persistent)), Role.GATHERED)
+        self.persistent = flat_tensor(PERSISTENT, "bfloat16", sum(map(self._padded, persistent)), Role.GATHERED)
         self.visits: Sequence[Visit] = ()
         self.in_leaves: frozenset[Weight] = frozenset()
         self._planned: Sequence[tuple[Visit, Sequence[Change]]] = ()
@@ -552,8 +552,8 @@ class Zero3:
         """What is there before the first step."""
         parts = [] if self.recipe.weights_on_host else [self._parts(PARTS, "bfloat16", Role.WEIGHT)]
         if self.frozen:
-            parts.append(_tensor(FROZEN_PARTS, "bfloat16", self.frozen, Role.WEIGHT))
-        bucket = _tensor("bucket of gradients", "bfloat16", self.bucket, Role.REDUCED)
+            parts.append(flat_tensor(FROZEN_PARTS, "bfloat16", self.frozen, Role.WEIGHT))
+        bucket = flat_tensor("bucket of gradients", "bfloat16", self.bucket, Role.REDUCED)
         persistent = [self.persistent] if self.persistent.bytes else []
         if self.on_host:
             return [*parts, *persistent, bucket]
@@ -571,7 +571,7 @@ class Zero3:
         return [self.persistent] if self.persistent.bytes else []
 
     def _parts(self, name: str, dtype: str, role: Purpose) -> Tensor:
-        return _tensor(name, dtype, self.partition, role)
+        return flat_tensor(name, dtype, self.partition, role)
 
     def gradients(self, between: bool) -> list[Tensor]:
         """Gradients beside what stays: none."""
@@ -678,7 +678,9 @@ class Reducer3:
         is_view = len(weights) == 1 and weights[0].numel % self.zero.ranks == 0
         name = "gradients in the order of the GPUs"
         flat = (
-            [] if is_view else [_tensor(name, "bfloat16", self.zero.ranks * sum(shares), Role.REDUCED, Stream.REDUCE)]
+            []
+            if is_view
+            else [flat_tensor(name, "bfloat16", self.zero.ranks * sum(shares), Role.REDUCED, Stream.REDUCE)]
         )
         for tensor in flat:
             ledger.put(tensor)
@@ -695,14 +697,14 @@ class Reducer3:
         for share in shares:
             if held is not None and self.first:
                 ledger.drop(held)
-            sum_of_part = _tensor(FROM_HOST, "bfloat16", share, Role.REDUCED, Stream.REDUCE)
+            sum_of_part = flat_tensor(FROM_HOST, "bfloat16", share, Role.REDUCED, Stream.REDUCE)
             ledger.put(sum_of_part)
             ledger.mark("gradient from CPU RAM")
             if held is not None and not self.first:
                 ledger.drop(held)  # a variable had it
             held = sum_of_part
             if self.last:
-                fp32 = _tensor("part of a gradient, fp32", "float32", share, Role.REDUCED, Stream.REDUCE)
+                fp32 = flat_tensor("part of a gradient, fp32", "float32", share, Role.REDUCED, Stream.REDUCE)
                 for tensor in (_wide(min(share, NORM_BUFFER), Stream.REDUCE), fp32):
                     ledger.put(tensor)
                     ledger.mark("norm of a gradient")
@@ -753,19 +755,17 @@ def check_calls(model: Model, in_pieces: bool) -> None:
         )
 
 
-def _tensor(name: str, dtype: str, numel: int, role: Purpose, stream: Stream = Stream.COMPUTE) -> Tensor:
-    return Tensor(name, "", dtype, 0, numel * ITEMSIZE[dtype], role=role, stream=stream)
-
-
 def _wide(numel: int, stream: Stream = Stream.COMPUTE) -> Tensor:
     name = "one gradient in fp64, for its norm"
     return Tensor(name, "", "float64", 0, FP64 * numel, role=Role.UPDATE, stream=stream)
 
 
 def _fp32(stepped: Weight) -> Tensor:
-    return _tensor("gradients of the sub-group, fp32", "float32", stepped.numel, Role.UPDATE)
+    return flat_tensor("gradients of the sub-group, fp32", "float32", stepped.numel, Role.UPDATE)
 
 
 def _joined(group: Sequence[int]) -> list[Tensor]:
     """A copy of a sub-group's gradients where there are several (_flatten_dense_tensors)."""
-    return [_tensor("gradients of the sub-group, flat", "bfloat16", sum(group), Role.UPDATE)] if len(group) > 1 else []
+    return (
+        [flat_tensor("gradients of the sub-group, flat", "bfloat16", sum(group), Role.UPDATE)] if len(group) > 1 else []
+    )
