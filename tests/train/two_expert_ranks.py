@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from mstplan.errors import InputError
@@ -30,6 +29,7 @@ from ..tracing.even_router import EXPERTS, route_evenly
 from ..tracing.two_experts import MODELS
 from ..tracing.two_ranks import CONFIG
 from ..tracing.two_sharers import seeded, whole_batch
+from ..tracing.two_splitters import whole
 
 MOST = 0.01
 """The norm to which gradients are scaled down, which is less than they have."""
@@ -121,10 +121,6 @@ def adapt(model: PreTrainedModel, recipe: Recipe) -> None:
     for name, weight in model.named_parameters():
         if is_adapter(name):
             nn.init.normal_(weight, std=0.1)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def difference(found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[float, dict[str, torch.Tensor]]) -> float:
