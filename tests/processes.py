@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -36,3 +37,10 @@ def on_two_ranks(module: str, folder: Path, timeout: float = 240, ranks: int = 2
             process.wait()
             output.close()
     assert not any(codes), "".join((folder / f"output{rank}").read_text()[-2000:] for rank in range(ranks))
+
+
+def differences_of(module: str, folder: Path, timeout: float = 240) -> dict[str, float | str]:
+    """What two ranks find that compare cases with one process (tests/ranks.py): by case how far they are off, or the error."""
+    on_two_ranks(module, folder, timeout)
+    found: dict[str, float | str] = json.loads((folder / "differences.json").read_text())
+    return found

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 from .two_experts import MODELS, of_four
 from .two_ranks import main
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), of_four(), runs=6, ranks=4, config=MODELS["qwen3_moe"])
+    main(of_four(), runs=6, ranks=4, config=MODELS["qwen3_moe"])

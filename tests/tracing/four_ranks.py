@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from mstplan.step.recipe import Recipe, strategy
@@ -21,4 +19,4 @@ def recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), recipes(), runs=6, ranks=4)
+    main(recipes(), runs=6, ranks=4)

@@ -3,7 +3,6 @@ two_splitters.py. Each trains on a row of a batch of two."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,11 @@ def train(config: dict[str, Any], rank: int) -> dict[str, Any]:
     }
 
 
-def main(rank: int, folder: Path) -> None:
-    def and_train() -> None:
-        found = {name: train(config, rank) for name, config in MODELS.items()}
-        if rank == 0:
-            torch.save(found, folder / "trained.pt")
-
-    two_ranks.main(rank, folder, recipes(), runs=6, ranks=4, and_then=and_train, config=MODELS["llama"])
+def and_train(rank: int, folder: Path) -> None:
+    found = {name: train(config, rank) for name, config in MODELS.items()}
+    if rank == 0:
+        torch.save(found, folder / "trained.pt")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    two_ranks.main(recipes(), runs=6, ranks=4, and_then=and_train, config=MODELS["llama"])

@@ -3,8 +3,6 @@ replaced (even_router.py)."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from mstplan.step.recipe import Recipe, strategy
@@ -62,4 +60,4 @@ def of_four() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    two_ranks.main(int(sys.argv[1]), Path(sys.argv[2]), recipes(), runs=6, config=MODELS["qwen3_moe"])
+    two_ranks.main(recipes(), runs=6, config=MODELS["qwen3_moe"])

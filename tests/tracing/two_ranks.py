@@ -7,16 +7,12 @@ allocated; those of two_replicas.py run under DDP.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mstplan.measuring.allocations import record_allocations
 from mstplan.step.recipe import Recipe, strategy
@@ -26,6 +22,7 @@ from mstplan.tracing.recorder import local_tensor
 from mstplan.tracing.tensor_parallel import split_over_ranks
 from mstplan.train.step import TrainingStep, build_model, read_settings
 
+from ..ranks import in_group
 from .even_router import route_evenly
 
 TOKENS = 96
@@ -118,26 +115,22 @@ def run(recipe: Recipe, runs: int = RUNS, config: dict[str, Any] = CONFIG) -> di
 
 
 def main(
-    rank: int,
-    folder: Path,
     recipes: Mapping[str, Recipe],
     runs: int = RUNS,
     ranks: int = 2,
-    and_then: Callable[[], None] = lambda: None,
+    and_then: Callable[[int, Path], None] = lambda rank, folder: None,
     config: dict[str, Any] = CONFIG,
     configs: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> None:
     """configs: of recipes whose model is another, by their names."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
-    found = {name: run(recipe, runs, configs.get(name, config)) for name, recipe in recipes.items()}
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    and_then()
-    dist.barrier()
-    os._exit(0)  # all is written: on a busy machine gloo's threads may end a process that tears them down
+
+    def record(rank: int, folder: Path) -> None:
+        found = {name: run(recipe, runs, configs.get(name, config)) for name, recipe in recipes.items()}
+        (folder / f"rank{rank}.json").write_text(json.dumps(found))
+        and_then(rank, folder)
+
+    in_group(record, ranks)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), {**recipes(), **mixed_recipes()})
+    main({**recipes(), **mixed_recipes()})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from mstplan.step.recipe import Recipe, strategy
@@ -44,4 +42,4 @@ def mixed_recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), {**recipes(), **synced_recipes(), **mixed_recipes()}, runs=RUNS)
+    main({**recipes(), **synced_recipes(), **mixed_recipes()}, runs=RUNS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from mstplan.step.recipe import Recipe, strategy
@@ -63,4 +61,4 @@ def recipes() -> dict[str, Recipe]:
 
 if __name__ == "__main__":
     configs = {name: config_of(name) for name in recipes()}
-    main(int(sys.argv[1]), Path(sys.argv[2]), recipes(), runs=RUNS, configs=configs)
+    main(recipes(), runs=RUNS, configs=configs)

@@ -3,7 +3,6 @@ on its part of a batch, for whose loss and gradients tests/tracing/test_ulysses.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,16 +79,15 @@ def record_and_train(
     train: Callable[[dict[str, Any], Recipe, int], dict[str, Any]],
 ) -> None:
     """What `python -m MODULE RANK FOLDER` runs: steps of all recipes, then training of every model, by those whose weights are not shared out."""
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 
-    def and_train() -> None:
+    def and_train(rank: int, folder: Path) -> None:
         found = {
             (model, name): train(CONFIG | models[model], recipes[name], rank) for model, name in pairs(recipes, models)
         }
         if rank == 0:
             torch.save(found, folder / "trained.pt")
 
-    two_ranks.main(rank, folder, recipes, and_then=and_train)
+    two_ranks.main(recipes, and_then=and_train)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ on a batch, for whose loss and gradients tests/tracing/test_tensor_parallel.py h
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +54,11 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(rank: int, folder: Path) -> None:
-    def and_train() -> None:
-        found = {name: train(config) for name, config in MODELS.items()}
-        if rank == 0:
-            torch.save(found, folder / "trained.pt")
-
-    two_ranks.main(rank, folder, recipes(), and_then=and_train, config=MODELS["llama"])
+def and_train(rank: int, folder: Path) -> None:
+    found = {name: train(config) for name, config in MODELS.items()}
+    if rank == 0:
+        torch.save(found, folder / "trained.pt")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    two_ranks.main(recipes(), and_then=and_train, config=MODELS["llama"])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from ..processes import on_two_ranks
+from ..processes import differences_of
 from .two_processes import cases
 
 EXACT = 1e-10  # float64; two halves are averaged in another order than the whole is summed
@@ -21,9 +19,7 @@ REFUSED = {  # and what the message says
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory) -> dict[str, float | str]:
-    folder = tmp_path_factory.mktemp("processes")
-    on_two_ranks("tests.train.two_processes", folder, 120)
-    return json.loads((folder / "differences.json").read_text())
+    return differences_of("tests.train.two_processes", tmp_path_factory.mktemp("processes"), 120)
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if "lost" not in case and case not in REFUSED])

@@ -3,11 +3,9 @@ one."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from ..processes import on_two_ranks
+from ..processes import differences_of
 from .two_processes_with_images import cases
 
 EXACT = {
@@ -19,9 +17,7 @@ WRONG = "llava, pixels of another"
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory) -> dict[str, float | str]:
-    folder = tmp_path_factory.mktemp("processes")
-    on_two_ranks("tests.train.two_processes_with_images", folder, 180)
-    return json.loads((folder / "differences.json").read_text())
+    return differences_of("tests.train.two_processes_with_images", tmp_path_factory.mktemp("processes"), 180)
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if case != WRONG])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from mstplan.errors import ModelError, RecipeError
 from mstplan.train import minisequence
 from mstplan.train.ulysses import Sharing
 
-from ..processes import on_two_ranks
+from ..processes import differences_of
 from .llama import CHUNKS, small_llama
 from .two_sharers import cases
 
@@ -36,10 +35,7 @@ REFUSED = {  # by all ranks, and what the message says
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
-    folder = tmp_path_factory.mktemp("sharers")
-    on_two_ranks("tests.train.two_sharers", folder, 200)
-    found: dict[str, float | str] = json.loads((folder / "differences.json").read_text())
-    return found
+    return differences_of("tests.train.two_sharers", tmp_path_factory.mktemp("sharers"), 200)
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if "lost" not in case and case not in REFUSED])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from mstplan.train import minisequence
 from mstplan.train.zero import _LEAF
 
-from ..processes import on_two_ranks
+from ..processes import differences_of
 from .llama import CHUNKS, small_llama
 
 REFUSED = {
@@ -27,10 +26,7 @@ with_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deep
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
-    folder = tmp_path_factory.mktemp("shards")
-    on_two_ranks("tests.train.two_shards", folder, 300)
-    found: dict[str, float | str] = json.loads((folder / "differences.json").read_text())
-    return found
+    return differences_of("tests.train.two_shards", tmp_path_factory.mktemp("shards"), 300)
 
 
 @with_deepspeed

@@ -1,16 +1,12 @@
 """One of two processes on the CPU that share out a model's experts: `python -m tests.train.two_expert_ranks RANK FOLDER`.
 
 Each trains on its row of a batch of two for every case below, as transformers' `DistributedConfig(fsdp_size=2, ep_size=2)` has it. Rank 0 writes to
-FOLDER/found.json, by family and case, how far loss and whole gradients are from those of one process with both rows, or the error.
+FOLDER/differences.json, by family and case, how far loss and whole gradients are from those of one process with both rows, or the error.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from datetime import timedelta
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,13 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from mstplan.errors import InputError
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.expert_parallel import spread_experts
 from mstplan.train import minisequence
 from mstplan.train.adapters import add_adapters, is_adapter
 from mstplan.train.step import clip_gradients, groups_of, weights_to_train
 
+from ..ranks import compare
 from ..tracing.even_router import EXPERTS, route_evenly
 from ..tracing.two_experts import MODELS
 from ..tracing.two_ranks import CONFIG
@@ -131,25 +127,12 @@ def difference(found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[float
     return max(abs(found[0] - wanted[0]) / wanted[0], gradients / scale)
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    found: dict[str, dict[str, float | str]] = {}
-    for name in FAMILIES:
-        found[name] = {}
-        for case, how in CASES.items():
-            alone = run(name, None, **{key: value for key, value in how.items() if key not in ("wrap", "lost")})
-            try:
-                found[name][case] = difference(run(name, rank, **how), alone)
-            except (InputError, RuntimeError) as error:
-                found[name][case] = f"{type(error).__name__}: {error}"
-    if rank == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # all is written: on a busy machine gloo's threads may end a process that tears them down
+def off(name: str, rank: int) -> float:
+    family, case = name.split(", ", 1)
+    how = CASES[case]
+    alone = run(family, None, **{key: value for key, value in how.items() if key not in ("wrap", "lost")})
+    return difference(run(family, rank, **how), alone)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    compare(map(", ".join, product(FAMILIES, CASES)), off)

@@ -6,12 +6,8 @@ loss and gathered gradients are from those of one process with the whole batch, 
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mstplan.errors import ModelError
 from mstplan.train import minisequence
 
-from .llama import CHUNKS, difference, small_llama, step, tokens
+from ..ranks import compare
+from .llama import CHUNKS, Step, difference, small_llama, step, tokens
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "none": {"checkpoint": "none"},
@@ -88,7 +84,7 @@ def cases() -> dict[str, Callable[[], nn.Module]]:
     return found
 
 
-def half_step(model: nn.Module, ids: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+def half_step(model: nn.Module, ids: torch.Tensor) -> Step:
     """Loss, averaged over the processes, and whole gradients under the names of the model itself."""
     loss, gradients = step(model, ids)
     mean = torch.tensor(loss, dtype=torch.float64)
@@ -100,24 +96,16 @@ def half_step(model: nn.Module, ids: torch.Tensor) -> tuple[float, dict[str, tor
     return mean.item() / 2, {name.removeprefix("module."): gradient for name, gradient in whole.items()}
 
 
-def main(rank: int, folder: Path) -> None:
-    store = (folder / "rendezvous").as_uri()  # a file: no port to be taken
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    ids = tokens(4, 13)
-    wanted = step(small_llama(), ids)
-    found: dict[str, float | str] = {}
-    for name, make in cases().items():
-        mine = ids[2 * rank : 2 * rank + 2, : 12 if "lost" in name else 13]
-        try:
-            model = make()
-            found[name] = max(difference(half_step(model, mine), wanted) for _ in range(2))
-        except (ModelError, RuntimeError) as error:
-            found[name] = f"{type(error).__name__}: {error}"
-        if rank == 0:
-            (folder / "differences.json").write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # all is written: on a busy machine gloo's threads may end a process that tears them down
+@cache
+def whole_step() -> Step:
+    return step(small_llama(), tokens(4, 13))
+
+
+def off(name: str, rank: int) -> float:
+    mine = tokens(4, 13)[2 * rank : 2 * rank + 2, : 12 if "lost" in name else 13]
+    model = cases()[name]()
+    return max(difference(half_step(model, mine), whole_step()) for _ in range(2))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    compare(cases(), off)

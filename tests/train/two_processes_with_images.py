@@ -6,25 +6,20 @@ FOLDER/differences.json, by case, how far loss and gathered gradients are from t
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from mstplan.errors import ModelError
 from mstplan.step.recipe import Recipe
 from mstplan.tracing.fsdp import mesh_of, shard_model
 from mstplan.train import minisequence
 from mstplan.train.images import image_batch
 from mstplan.train.step import build_model, read_settings
 
+from ..ranks import compare
 from ..tracing.two_ranks_with_images import CONFIGS, IMAGE
 from .llama import CHUNKS, Step, difference, exact_loss
 from .two_processes import CHECKPOINTS
@@ -97,28 +92,18 @@ def cases() -> dict[str, tuple[str, str, Callable[[Any], nn.Module]]]:
     return found
 
 
-def main(rank: int, folder: Path) -> None:
-    store = (folder / "rendezvous").as_uri()  # a file: no port to be taken
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    found: dict[str, float | str] = {}
-    for name, (family, frozen, wrap) in cases().items():
-        inputs = batch(family)
-        wanted = step(small_model(family, frozen), inputs)
-        mine = {key: values[2 * rank : 2 * rank + 2] for key, values in inputs.items()}
-        if name.endswith("pixels of another"):
-            mine["pixel_values"] = mine["pixel_values"].flip(0)
-        try:
-            loss, gradients = step(wrap(small_model(family, frozen)), mine)
-            mean = torch.tensor(loss, dtype=torch.float64)
-            dist.all_reduce(mean)
-            found[name] = difference((mean.item() / 2, gradients), wanted)
-        except (ModelError, RuntimeError) as error:
-            found[name] = f"{type(error).__name__}: {error}"
-        if rank == 0:
-            (folder / "differences.json").write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # all is written: on a busy machine gloo's threads may end a process that tears them down
+def off(name: str, rank: int) -> float:
+    family, frozen, wrap = cases()[name]
+    inputs = batch(family)
+    wanted = step(small_model(family, frozen), inputs)
+    mine = {key: values[2 * rank : 2 * rank + 2] for key, values in inputs.items()}
+    if name.endswith("pixels of another"):
+        mine["pixel_values"] = mine["pixel_values"].flip(0)
+    loss, gradients = step(wrap(small_model(family, frozen)), mine)
+    mean = torch.tensor(loss, dtype=torch.float64)
+    dist.all_reduce(mean)
+    return difference((mean.item() / 2, gradients), wanted)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    compare(cases(), off)

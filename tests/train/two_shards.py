@@ -6,11 +6,9 @@ from those of one process with the whole batch, or the error.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -18,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mstplan.errors import ModelError
 from mstplan.train import minisequence
 
+from ..ranks import compare
 from .llama import CHUNKS, small_llama, tokens
 from .two_processes import CHECKPOINTS
 
@@ -93,27 +91,12 @@ def shared(case: Case, ids: torch.Tensor) -> list[float]:
     return losses
 
 
-def check(case: Case, rank: int) -> float | str:
-    ids = tokens(4, 13)
-    try:
-        found = shared(case, ids[2 * rank : 2 * rank + 2, : 12 if case.losing else 13])
-    except (ModelError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
+def off(name: str, rank: int) -> float:
+    case, ids = cases()[name], tokens(4, 13)
+    found = shared(case, ids[2 * rank : 2 * rank + 2, : 12 if case.losing else 13])
     return max(abs(a - b) / abs(b) for a, b in zip(found, alone(case, ids), strict=True))
 
 
-def main(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
-    store = (folder / "rendezvous").as_uri()  # a file: no port to be taken
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=store, rank=rank, world_size=2)
-    found = {}
-    for name, case in cases().items():
-        found[name] = check(case, rank)
-        if rank == 0:
-            (folder / "differences.json").write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # all is written: on a busy machine gloo's threads may end a process that tears them down
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    compare(cases(), off)

@@ -6,12 +6,7 @@ gradients, averaged over the ranks, are from those of one process with whole seq
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mstplan import Recipe, strategy
-from mstplan.errors import ModelError, RecipeError
 from mstplan.train import minisequence
 
+from ..ranks import compare
 from .llama import CHUNKS, Step, difference, small_llama, tokens
 from .two_processes import CHECKPOINTS, shard
 
@@ -145,7 +140,7 @@ def trained(model: nn.Module, batch: Batch) -> Step:
 def of_parts(model: nn.Module, batch: Batch, losing: bool, reduced: bool) -> Step:
     """Loss and gradients of a step on this rank's part, averaged over ranks. reduced: are gradients so already?"""
     part = minisequence.part(model, batch)
-    if losing and dist.get_rank() == 1:
+    if losing:
         part["shift_labels"][:, 3] = -100
     loss, gradients = trained(model, part)
     mean = torch.tensor(loss, dtype=torch.float64)
@@ -160,36 +155,22 @@ def of_parts(model: nn.Module, batch: Batch, losing: bool, reduced: bool) -> Ste
     return mean.item() / 2, found
 
 
-def check(name: str, case: Case) -> float | str:
-    implementation = {"attn_implementation": FLASH} if case.flash else {}
+def off(name: str, rank: int) -> float:
+    case = cases()[name]
     models = [small_llama(**case.model) for _ in range(2)]
-    for model in models if implementation else ():
+    for model in models if case.flash else ():
         model.config._attn_implementation = FLASH  # whose package need not be installed
-    try:
-        wrapped = case.wrap(models[1])
-        wanted = trained(models[0], case.batch)
-        reduced = name.startswith(("DDP", "FSDP"))
-        worst = max(difference(of_parts(wrapped, case.batch, case.losing, reduced), wanted) for _ in range(2))
-        minisequence.undo(wrapped)
-        plain = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
-        again = difference(trained(plain, case.batch), wanted) if not reduced else 0.0
-        return max(worst, again)
-    except (ModelError, RecipeError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def main(rank: int, folder: Path) -> None:
-    store = (folder / "rendezvous").as_uri()  # a file: no port to be taken
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    ALL_ATTENTION_FUNCTIONS[FLASH] = attend_to_samples
-    found = {}
-    for name, case in cases().items():
-        found[name] = check(name, case)
-        if rank == 0:
-            (folder / "differences.json").write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # all is written: on a busy machine gloo's threads may end a process that tears them down
+    wrapped = case.wrap(models[1])
+    wanted = trained(models[0], case.batch)
+    reduced = name.startswith(("DDP", "FSDP"))
+    losing = case.losing and rank == 1
+    worst = max(difference(of_parts(wrapped, case.batch, losing, reduced), wanted) for _ in range(2))
+    minisequence.undo(wrapped)
+    plain = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+    again = difference(trained(plain, case.batch), wanted) if not reduced else 0.0
+    return max(worst, again)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    ALL_ATTENTION_FUNCTIONS[FLASH] = attend_to_samples
+    compare(cases(), off)
