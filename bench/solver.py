@@ -1,4 +1,4 @@
-"""How long the planner takes from Python: one S_max, a recommendation, and grids.
+"""How long the planner takes from Python: one S_max, a recommendation, grids, and the simulated allocator at one length.
 
     python bench/solver.py
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 import mstplan
-from mstplan.plan import solve
+from mstplan.plan import allocation, solve
 from mstplan.step import layers, steps
 
 MODEL, CARD = mstplan.load_model("llama3.1-8b"), mstplan.card("h100")
@@ -52,6 +52,12 @@ def grid() -> object:
     ]
 
 
+def simulated() -> object:
+    """Steps at one length, event by event: of these a longest sequence that does not ship takes a dozen."""
+    allocation.usage_at.cache_clear()
+    return allocation.usage_at(MODEL, mstplan.strategy("mst"), CARD, 80_000, mstplan.Chunks(4, 16))
+
+
 def main() -> None:
     print(f"mstplan {mstplan.__version__}, Python {platform.python_version()}, {MODEL.name} on {CARD.gpu.name}")
     fixed, auto = mstplan.strategy("mst", mlp_chunks=8, loss_chunks=32), mstplan.strategy("mst")
@@ -61,6 +67,7 @@ def main() -> None:
     measure("S_max of mst with its plan, chunks given", lambda: mstplan.max_seq(MODEL, fixed, CARD), 500)
     measure("S_max of mst, chunks recommended", lambda: mstplan.max_seq(MODEL, auto, CARD), 200)
     measure("S_max of checkpoint, first question of a process", cold, 50)
+    measure("the allocator's steps at one length", simulated, 20)
     measure("peak at one length", lambda: solve.peak_at(MODEL, fixed, CARD, 65536, mstplan.Chunks(8, 32)), 1000)
     measure("10,000 S_max (100 cards x 4 batches x 25 chunk counts)", grid, 1)
     lengths = range(1024, 1024 + 10_000 * 64, 64)

@@ -93,7 +93,7 @@ def allocation_size(size: int) -> int:
 class _Block:
     """A piece of a segment, linked to its neighbours; `key` is None while it is free."""
 
-    __slots__ = ("address", "after", "before", "key", "mapped", "pool", "requested", "size")
+    __slots__ = ("address", "after", "before", "key", "mapped", "pool", "rank", "requested", "size")
 
     def __init__(self, pool: _Pool, address: int, size: int, mapped: bool = True) -> None:
         self.pool = pool
@@ -102,6 +102,7 @@ class _Block:
         self.mapped = mapped  # is there memory behind it? Only in expandable segments there may be none.
         self.key: int | None = None
         self.requested = 0
+        self.rank = 0  # among the pool's free ones, while it is one of them
         self.before: _Block | None = None
         self.after: _Block | None = None
 
@@ -132,27 +133,24 @@ class _Pool:
         self.ranks: list[int] = []
         self.free: list[_Block] = []
         self.unmapped: list[_Block] = []  # address space without memory, lowest first
+        self.unused: list[_Block] = []  # objects of blocks that joined others: to take one is faster than to make one
 
     def put(self, block: _Block) -> None:
-        rank = block.size << _ADDRESS_BITS | block.address
+        block.rank = rank = block.size << _ADDRESS_BITS | block.address
         at = bisect_left(self.ranks, rank)
         self.ranks.insert(at, rank)
         self.free.insert(at, block)
 
     def take(self, block: _Block) -> None:
-        at = bisect_left(self.ranks, block.size << _ADDRESS_BITS | block.address)
+        at = bisect_left(self.ranks, block.rank)
         del self.ranks[at], self.free[at]
 
-    def best_fit(self, size: int) -> _Block | None:
-        """Takes the block that a request of `size` bytes gets, if there is one (get_free_block)."""
+    def spare_growing(self, at: int) -> int:
+        """Of the free blocks from number `at` on, the one to take, so that what can still grow is spared (get_free_block)."""
         free = self.free
-        at = bisect_left(self.ranks, size << _ADDRESS_BITS)
-        if at == len(free):
-            return None
         while at + 1 < len(free) and free[at + 1].reach() < free[at].reach():
-            at += 1  # spare the block that can still grow
-        del self.ranks[at]
-        return free.pop(at)
+            at += 1
+        return at
 
 
 class Allocator:
@@ -175,28 +173,52 @@ class Allocator:
 
     def allocate(self, key: int, size: int, stream: int = 0) -> OutOfMemory | None:
         """Allocate `size` bytes under a name of the caller's, any int that is not in use; None when that went well. stream: any number."""
-        if key in self._live:
+        live = self._live
+        if key in live:
             raise ValueError(f"{key} is allocated already")
         if size <= 0:
             if size < 0:
                 raise ValueError(f"{size} bytes cannot be allocated")
-            self._live[key] = None  # torch hands out a null pointer
+            live[key] = None  # torch hands out a null pointer
             return None
-        rounded = round_size(size)
+        rounded = (size + MIN_BLOCK - 1) & -MIN_BLOCK  # round_size, without a call
         pools = self._pools.get(stream) or self._open(stream)
         pool = pools[rounded <= SMALL_SIZE]
-        block = pool.best_fit(rounded) or self._grow(pool, rounded)
-        if block is None:
-            self.retries += 1
-            self.empty_cache()
-            block = self._grow(pool, rounded)
-            if block is None:
+        ranks, free = pool.ranks, pool.free
+        at = bisect_left(ranks, rounded << _ADDRESS_BITS)
+        if at < len(ranks):  # get_free_block
+            block = free[at]
+            after = block.after
+            if after is not None and not after.mapped:
+                at = pool.spare_growing(at)
+                block = free[at]
+            del ranks[at], free[at]
+        else:
+            grown = self._grow(pool, rounded) or self._retry(pool, rounded)
+            if grown is None:
                 return self._out_of_memory(size, rounded)
-        if block.size - rounded >= pool.least_rest:
-            pool.put(block.cut(rounded))
+            block = grown
+        left = block.size - rounded
+        if left >= pool.least_rest:
+            unused = pool.unused
+            rest = unused.pop() if unused else _Block(pool, 0, 0)
+            rest.address = address = block.address + rounded
+            rest.size = left
+            rest.before = block
+            rest.after = after = block.after
+            if after is not None:
+                after.before = rest
+            block.after = rest
+            block.size = rounded
+            rest.rank = rank = left << _ADDRESS_BITS | address
+            at = bisect_left(ranks, rank)
+            ranks.insert(at, rank)
+            free.insert(at, rest)
+            self.allocated += rounded
+        else:
+            self.allocated += block.size
         block.key, block.requested = key, size
-        self._live[key] = block
-        self.allocated += block.size
+        live[key] = block
         if self.allocated > self.peak_allocated:
             self.peak_allocated = self.allocated
         if self._watch is not None:
@@ -213,9 +235,36 @@ class Allocator:
             self._watch("free_requested", block.address, block.requested)
             self._watch("free_completed", block.address, block.requested)
         block.key, block.requested = None, 0
-        self._join(block, block.before)
-        self._join(block, block.after)
-        block.pool.put(block)
+        pool, before, after = block.pool, block.before, block.after
+        ranks, free = pool.ranks, pool.free
+        # as _join, of what is mapped, and into the lower one
+        if before is not None and before.key is None and before.mapped:
+            at = bisect_left(ranks, before.rank)
+            del ranks[at], free[at]
+            pool.unused.append(block)
+            before.size += block.size
+            before.after = after
+            if after is not None:
+                after.before = before
+            block = before
+        if after is not None and after.key is None and after.mapped:
+            at = bisect_left(ranks, after.rank)
+            del ranks[at], free[at]
+            pool.unused.append(after)
+            block.size += after.size
+            block.after = after = after.after
+            if after is not None:
+                after.before = block
+        block.rank = rank = block.size << _ADDRESS_BITS | block.address
+        at = bisect_left(ranks, rank)
+        ranks.insert(at, rank)
+        free.insert(at, block)
+
+    def _retry(self, pool: _Pool, size: int) -> _Block | None:
+        """Grow once what is cached has been given back."""
+        self.retries += 1
+        self.empty_cache()
+        return self._grow(pool, size)
 
     def empty_cache(self) -> None:
         """Give back to the card what is wholly free (release_cached_blocks, torch.cuda.empty_cache)."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mstplan.step.allocator import (
@@ -26,6 +26,8 @@ from mstplan.step.allocator import (
     round_size,
 )
 from mstplan.units import GIB, KIB, MIB
+
+from .plain_allocator import PlainAllocator
 
 BOTH = pytest.mark.parametrize("expandable", [False, True])
 
@@ -512,6 +514,40 @@ def test_what_always_holds(expandable, limit, actions):
     assert follower.allocator.allocated == 0
     follower.allocator.empty_cache()
     assert (follower.allocator.reserved, follower.allocator.segments()) == (0, [])
+
+
+STREAMS = st.integers(0, 2)
+
+
+@settings(max_examples=300)
+@example(True, None, [(6 * MIB, 0), (10 * MIB, 0), (0.0, 0), (3 * MIB, 0)])  # what can still grow is spared
+@given(
+    st.booleans(),
+    LIMITS,
+    st.lists(st.tuples(st.one_of(SIZES, SIZES, FREE, FREE, st.just("empty")), STREAMS), max_size=60),
+)
+def test_it_is_the_plain_allocator(expandable, limit, actions):
+    """Whatever comes and goes: the same answer to each request, all in the same places, with as many retries."""
+    fast, plain = Allocator(expandable, limit), PlainAllocator(expandable, limit)
+    live: list[int] = []
+    for key, (action, stream) in enumerate(actions):
+        if action == "empty":
+            fast.empty_cache()
+            plain.empty_cache()
+        elif isinstance(action, int):
+            answer = fast.allocate(key, action, stream)
+            assert answer == plain.allocate(key, action, stream)
+            if answer is None:
+                live.append(key)
+        elif live:
+            gone = live.pop(int(action * len(live)))
+            fast.free(gone)
+            plain.free(gone)
+        blocks = [block for segment in fast.segments() for block in segment.blocks]
+        assert {b.key: (b.address, b.size) for b in blocks if b.key is not None} == plain.in_use()
+        assert [(b.address, b.size) for b in blocks if b.key is None] == plain.free_pieces()
+        for field in ("allocated", "reserved", "retries", "peak_allocated", "peak_reserved"):
+            assert getattr(fast, field) == getattr(plain, field)
 
 
 @given(ACTIONS)
