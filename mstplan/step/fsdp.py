@@ -422,11 +422,12 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
     reduced = sum(shard_bytes(weight, summed) for weight in trained)
     stepping = bytes_to_step(recipe)
     temporaries = max((stepping(shard_of(weight, recipe)) for weight in trained), default=0)
-    parts = [part_of(weight, recipe.tensor_parallel) for weight in trained]
-    gradients = weights_gradients(parts, recipe.used_dtype)
-    made = weights_gradients(trained, recipe.used_dtype)
+    gradients = weights_gradients(trained, recipe.used_dtype)
     accumulated = weights_gradients(trained, summed, own=False) if trained and summed != used(trained[0]) else ()
-    scattered = accumulated if recipe.keeps_whole_gradients and accumulated else gradients
+    keeps = recipe.keeps_whole_gradients and bool(accumulated)
+    scattered = accumulated if keeps else gradients
+    parts = [part_of(weight, recipe.tensor_parallel) for weight in trained]
+    cut = weights_gradients(parts, summed, own=False) if keeps else weights_gradients(parts, recipe.used_dtype)
     return Group(
         gathered=tensor("gathered weights", dtype, share * cards),
         buffer=tensor("all-gather buffer", dtype, share * cards, stream=Stream.GATHER),
@@ -462,7 +463,7 @@ def _group(weights: list[Weight], recipe: Recipe, owner: str, *, outlived: bool 
             stream=last_stream(recipe),
         ),
         alone=alone,
-        cut=tuple((whole, part) for whole, part in zip(made, gradients, strict=True) if whole.bytes != part.bytes),
+        cut=tuple((whole, part) for whole, part in zip(scattered, cut, strict=True) if whole.bytes != part.bytes),
     )
 
 

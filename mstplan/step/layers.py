@@ -277,7 +277,7 @@ class Writer:
             else:
                 self.product(x, base, name, w, *biases, copy=copy, defers=defers)
         if numerics.splits > 1 and name in tensor_parallel.ROWS:
-            return tensor_parallel.summed(self, y, self.tape.new(y.name, y.shape, y.dtype))
+            return tensor_parallel.summed(self, y, self.tape.new(y.name, y.shape, y.dtype), x)
         return add_adapter(self, x, base, y, name, kind, is_quantised) if targeted else y
 
     def product(

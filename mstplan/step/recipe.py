@@ -690,8 +690,8 @@ class Recipe(BaseModel):
         if ranks == 1:
             return ()
         option = f"tensor_parallel={ranks} (--tensor-parallel {ranks})"
-        other = self._first_set("loss", "offload", *_OF_OTHER_STEPS)
-        other = other or ("precision" if self.precision == "mixed" and not self.sharded else "")
+        other = self._first_set("loss", *(name for name in _OF_OTHER_STEPS if name not in _BESIDE_SPLITS))
+        other = other or ("offload" if self.offload == "saved-tensors" else "")
         return (
             (
                 self.sharers > 1,
@@ -719,8 +719,8 @@ class Recipe(BaseModel):
                 f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies no-checkpointing and checkpointing)",
             ),
             (
-                self.checkpoint not in ("none", "layer"),
-                f"{option} with other checkpoints than of each layer is not planned: set checkpoint='layer' (--checkpoint layer)",
+                self.checkpoint in ("sqrt", "children") or isinstance(self.checkpoint, int),
+                f"{option} with checkpoint={self.checkpoint!r} is not planned: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
                 self.attention not in (SDPA, "cudnn"),
@@ -1040,7 +1040,9 @@ _OF_OTHER_STEPS = (
     ),
     *("accumulation", "packing", "padding_free", "images", "train", "freeze"),
 )
-"""What changes how a step runs: split matrices are planned with none of it."""
+"""What changes how a step runs."""
+_BESIDE_SPLITS = frozenset({"accumulation", "autocast"})
+"""What of it matrices over several GPUs are planned with."""
 _BESIDE_EXPERTS = frozenset({"accumulation", "train", "freeze", "optimizer_on_host", "lora_rank"})
 """What of it experts over several GPUs are planned with."""
 _NOT_BESIDE_WHOLE_ADAPTERS = (

@@ -904,10 +904,6 @@ class _Groups:
 
     def _scatter(self, group: Group, where: str, listed: bool) -> None:
         ledger, whole = self.ledger, self.ledger.rules.whole
-        for gradient, part in group.cut:
-            ledger.put(part)
-            ledger.mark(_within(where, "cut the gradient"))
-            ledger.drop(gradient)
         if whole in ("between", "last") and group.accumulated:  # these are added to, in place
             for gradient in group.gradients:
                 ledger.drop(gradient)
@@ -917,6 +913,11 @@ class _Groups:
         if whole in ("first", "between"):
             self._keep_whole(group, where)
             return
+        for gradient, part in group.cut:
+            ledger.put(part)
+            ledger.mark(_within(where, "cut the gradient"))
+            ledger.drop(gradient)
+        parts = dict(group.cut)
         ledger.drop(group.gathered)
         if self.scatter is not None:
             ledger.drop(self.scatter)
@@ -927,7 +928,7 @@ class _Groups:
         if listed:
             ledger.mark(_within(where, "copy in of the reduce-scatter"))
         for gradient in (whole and group.accumulated) or group.gradients:
-            ledger.drop(gradient)
+            ledger.drop(parts.get(gradient, gradient))
         last_gradients = [group.last_gradient] if group.last_gradient is not None else []
         reduced = [group.reduced] if group.reduced is not None else []
         for tensor in (*last_gradients, *reduced, group.shards, group.temporaries):

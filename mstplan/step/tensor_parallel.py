@@ -97,9 +97,9 @@ def enter(w: Writer, x: Tensor) -> Tensor:
     return tape.op(f"{x.name}, to columns", [x], tape.view(x, x.name, x.shape), grads=((x, tape.grad(x)),))
 
 
-def summed(w: Writer, part: Tensor, whole: Tensor) -> Tensor:
-    """The sum over ranks of what each has made."""
-    return w.tape.op(f"all-reduce {part.name}", [part], whole, grads=((part, None),))
+def summed(w: Writer, part: Tensor, whole: Tensor, *given: Tensor) -> Tensor:
+    """The sum over ranks of what each has made of what its module was given, which is there until then."""
+    return w.tape.op(f"all-reduce {part.name}", [part], whole, grads=((part, None),), holds=given)
 
 
 def gathered(w: Writer, part: Tensor, whole: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
@@ -68,6 +68,18 @@ def split_over_ranks(model: PreTrainedModel, recipe: Recipe, mesh: DeviceMesh) -
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     apply_tensor_parallelism(model, part_of_mesh(mesh, SPLIT), plan_of(model, recipe.tensor_parallel))
+
+
+def has_whole_gradient(model: PreTrainedModel, weight: torch.nn.Parameter | None, recipe: Recipe) -> bool:
+    """Whether a weight is the embedding, of which the optimizer is given a whole gradient beside a rank's rows."""
+    return recipe.tensor_parallel > 1 and not recipe.sharded and weight is model.get_input_embeddings().weight
+
+
+def whole_gradient(weight: torch.Tensor) -> torch.Tensor:
+    """A gradient that is whole on every rank, of a weight that is split."""
+    assert isinstance(weight, DTensor)
+    local = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return DTensor.from_local(local, weight.device_mesh, [Replicate()], run_check=False)
 
 
 @contextmanager

@@ -38,6 +38,8 @@ class Weight(NamedTuple):
     bytes: Size
     trained: bool
     on_host: bool = False
+    beyond: Size = 0
+    """Bytes that its gradient has more than it."""
 
 
 class State(NamedTuple):
@@ -210,9 +212,8 @@ class Trace:
         for name in dict.fromkeys(state.name for state in self.held_states):
             entries += group(Category.STATES, name, [(s.dtype, s.bytes) for s in self.held_states if s.name == name])
         if self.recipe.finds_gradients:
-            entries += group(
-                Category.GRADIENTS, "gradients", [(w.dtype, w.bytes) for w in self.held_weights if w.trained]
-            )
+            gradients = [(w.dtype, w.bytes + w.beyond) for w in self.held_weights if w.trained]
+            entries += group(Category.GRADIENTS, "gradients", gradients)
         for dtype, size in self.gradient_buckets.items():
             entries.append(
                 Alive(Category.GRADIENTS, "", GRADIENT_BUCKETS, (), dtype, 1, self.rounded(size), resident=True)
@@ -264,7 +265,7 @@ class Trace:
         sizes = [0 if made.host else made.bytes for made in step.storages]
         fixed = sum(w.bytes for w in self.held_weights) + sum(s.bytes for s in self.held_states)
         fixed += sum(self.gradient_buckets.values()) + self.workspace + self.lt_handles * CUBLASLT_WORKSPACE
-        fixed += sum(w.bytes for w in self.held_weights if w.trained) if self.recipe.finds_gradients else 0
+        fixed += sum(w.bytes + w.beyond for w in self.held_weights if w.trained) if self.recipe.finds_gradients else 0
         return [fixed + total for total in accumulate(sign * sizes[index] for index, sign in step.events)]
 
     @cached_property

@@ -71,7 +71,13 @@ from .quantised import on_fake_weights
 from .recorder import ModuleLabel, Recorder, checkpoints_of
 from .recording import Category, Recording
 from .ring import ring_without_ranks
-from .tensor_parallel import shapes_on_a_rank, split_over_ranks, splits_without_ranks
+from .tensor_parallel import (
+    has_whole_gradient,
+    shapes_on_a_rank,
+    split_over_ranks,
+    splits_without_ranks,
+    whole_gradient,
+)
 from .trace import State, Trace, Weight
 from .values import UnknownValues, note_tokens
 
@@ -386,7 +392,7 @@ def record_passes(
         if not first:
             make_states(step.backward_optimizers)
         if recipe.finds_gradients and not first:
-            _make_gradients(model)
+            _make_gradients(model, recipe)
         recorder.add_residents(_resident_tensors(model, step.backward_optimizers))
         kernel_buffers = KernelBuffers(recorder) if on == "cpu" else KernelWorkspaces(recorder)
         fsdp = record_fsdp(recorder, recipe.weights_on_host, recipe.flat) if recipe.sharded else nullcontext()
@@ -414,12 +420,14 @@ def record_passes(
     return recorder.close()
 
 
-def _make_gradients(model: nn.Module) -> None:
+def _make_gradients(model: PreTrainedModel, recipe: Recipe) -> None:
     """Give weights that are trained gradients, in shards those of the micro-batches before; views of FSDP1's are given views of these."""
     handles = [handle for each in FullyShardedDataParallel.fsdp_modules(model) if (handle := each._handle) is not None]
     if not any(handle._use_orig_params for handle in handles):
         for weight in weights_to_train(model):
-            weight.grad = torch.empty_like(weight)
+            weight.grad = (
+                whole_gradient(weight) if has_whole_gradient(model, weight, recipe) else torch.empty_like(weight)
+            )
         return
     for handle in handles:
         if handle.flat_param.requires_grad:
@@ -522,13 +530,15 @@ def _layer_signature(layer: nn.Module, numbers: set[tuple[str, str]]) -> Hashabl
 def _describe_weights(model: PreTrainedModel, recipe: Recipe) -> tuple[Weight, ...]:
     """Parameters and buffers; of sharded ones this card's share."""
     parameters = [
-        (name, shape, dtype, trained, recipe.weights_on_host)
-        for name, shape, dtype, trained, _ in _parameters_on_rank(model, recipe)
+        (name, shape, dtype, trained, recipe.weights_on_host, has_whole_gradient(model, weight, recipe))
+        for name, shape, dtype, trained, weight in _parameters_on_rank(model, recipe)
     ]
-    buffers = [(name, tuple(t.shape), t.dtype, t.requires_grad, False) for name, t in model.named_buffers()]
+    buffers = [(name, tuple(t.shape), t.dtype, t.requires_grad, False, False) for name, t in model.named_buffers()]
+    others = recipe.tensor_parallel - 1
     return tuple(
-        Weight(name, shape, _dtype_name(dtype), prod(shape) * dtype.itemsize, trained, on_host)
-        for name, shape, dtype, trained, on_host in parameters + buffers
+        Weight(name, shape, _dtype_name(dtype), size, trained, on_host, size * others if whole else 0)
+        for name, shape, dtype, trained, on_host, whole in parameters + buffers
+        for size in (prod(shape) * dtype.itemsize,)
     )
 
 

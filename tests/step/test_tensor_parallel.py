@@ -46,12 +46,18 @@ def of(ranks: int, **more: Any) -> Recipe:
             "with sharding='zero3' is not planned: take --sharding",
         ),
         (
-            {"gpus": 8, "tensor_parallel": 2, "sharding": "fsdp", "accumulation": 2},
-            "with accumulation=2 is not planned",
+            {"gpus": 8, "tensor_parallel": 2, "sharding": "fsdp", "padding_free": True, "attention": "flash"},
+            "with padding_free=True is not planned",
         ),
         ({"gpus": 8, "tensor_parallel": 8, "mlp_chunks": 4}, "with mlp_chunks=4 is not planned"),
-        ({"gpus": 8, "tensor_parallel": 8, "precision": "mixed"}, "with precision='mixed' is not planned"),
-        ({"gpus": 8, "tensor_parallel": 8, "checkpoint": "sqrt"}, "set checkpoint='layer'"),
+        (
+            {"gpus": 8, "tensor_parallel": 8, "checkpoint": "layer", "offload": "saved-tensors"},
+            "with offload='saved-tensors'",
+        ),
+        (
+            {"gpus": 8, "tensor_parallel": 8, "checkpoint": "sqrt"},
+            "checkpoint='sqrt' is not planned: set checkpoint='layer'",
+        ),
         ({"gpus": 8, "tensor_parallel": 8, "attention": "eager"}, "use sdpa"),
     ],
     ids=str,

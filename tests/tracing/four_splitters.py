@@ -15,7 +15,7 @@ from mstplan.tracing.tensor_parallel import split_over_ranks
 
 from . import two_ranks
 from .two_sharers import seeded, whole_batch
-from .two_splitters import MODELS, whole
+from .two_splitters import MODELS, whole_gradients
 
 
 def recipes() -> dict[str, Recipe]:
@@ -26,11 +26,13 @@ def recipes() -> dict[str, Recipe]:
         "in shards, foreach": strategy("checkpoint", **all_four, adamw_kernel="foreach"),
         "in shards, clipped": strategy("checkpoint", **all_four, max_grad_norm=1.0),
         "in shards, for-loop": strategy("checkpoint", **all_four, adamw_kernel="for-loop", batch=2),
+        "in shards, accumulated": strategy("checkpoint", **all_four, accumulation=3),
+        "in shards, scattered each time": strategy("standard", **all_four, accumulation=2, sync_each_batch=True),
     }
 
 
 def train(config: dict[str, Any], rank: int) -> dict[str, Any]:
-    """The loss of both rows, and whole gradients of their mean, by name."""
+    """The loss of both rows, and whole gradients of their mean, by name; and of the sum of two batches, the first of which is not scattered."""
     recipe = recipes()["in shards"]
     model, mesh = seeded(config, recipe), mesh_of("cpu", recipe)
     split_over_ranks(model, recipe, mesh)  # type: ignore[arg-type]
@@ -40,10 +42,12 @@ def train(config: dict[str, Any], rank: int) -> dict[str, Any]:
     loss.backward()
     summed = loss.detach()
     dist.all_reduce(summed)
-    return {
-        "loss": summed / 4,
-        "gradients": {n: whole(w.grad) for n, w in model.named_parameters() if w.grad is not None},
-    }
+    gradients = whole_gradients(model)
+    model.zero_grad()
+    for batch, is_last in ((ids, False), (ids.flip(1), True)):
+        model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        model(input_ids=batch, labels=batch).loss.backward()
+    return {"loss": summed / 4, "gradients": gradients, "accumulated": whole_gradients(model)}
 
 
 def and_train(rank: int, folder: Path) -> None:

@@ -28,6 +28,7 @@ from .two_sharers import seeded, whole_batch
 from .two_splitters import MODELS, recipes
 
 MIXED: dict[str, Any] = {"precision": "mixed", "reduce_dtype": "bf16", "adamw_kernel": "foreach"}
+IN_PAIRS: dict[str, Any] = {"gpus": 8, "sharding": "fsdp"}
 COPIES: dict[str, Any] = {"precision": "mixed", "replicas": 2}
 IN_SHARDS = four_splitters.recipes()
 NOT_TRACED = re.compile(
@@ -73,29 +74,27 @@ def test_two_real_ranks_hold_what_the_trace_says(real, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_train_as_a_single_process_does(folder, name):
     """Loss and whole gradients, in fp32, summed in another order."""
-    found = torch.load(folder / "trained.pt")[name]
-    model = seeded(MODELS[name], recipes()["standard"])
-    ids, _ = whole_batch(1)
-    loss = model(input_ids=ids % 1000, labels=ids % 1000).loss
-    loss.backward()
-    assert float(found["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
-    scale = max(float(weight.grad.abs().max()) for weight in model.parameters())
-    for weight_name, weight in model.named_parameters():
-        assert float((found["gradients"][weight_name] - weight.grad).abs().max()) < 1e-5 * scale, weight_name
+    check_trained(torch.load(folder / "trained.pt")[name], MODELS[name], rows=1)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_four_ranks_train_as_a_single_process_does(real, folder, name):
     """Loss and whole gradients of the mean of two rows, of each of which two ranks have parts of all matrices in shards."""
-    found = torch.load(folder / "four" / "trained.pt")[name]
-    model = seeded(MODELS[name], recipes()["standard"])
-    ids = whole_batch(2)[0] % 1000
-    loss = (model(input_ids=ids[:1], labels=ids[:1]).loss + model(input_ids=ids[1:], labels=ids[1:]).loss) / 2
-    loss.backward()
-    assert float(found["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
-    scale = max(float(weight.grad.abs().max()) for weight in model.parameters())
-    for weight_name, weight in model.named_parameters():
-        assert float((found["gradients"][weight_name] - weight.grad).abs().max()) < 1e-5 * scale, weight_name
+    check_trained(torch.load(folder / "four" / "trained.pt")[name], MODELS[name], rows=2)
+
+
+def check_trained(found: dict[str, Any], config: dict[str, Any], rows: int) -> None:
+    """Check loss and gradients of a batch, and the gradients' sum with those of the same tokens backwards."""
+    model = seeded(config, recipes()["standard"])
+    ids = whole_batch(rows)[0] % 1000
+    for key, batch in (("gradients", ids), ("accumulated", ids.flip(1))):
+        loss = torch.stack([model(input_ids=row, labels=row).loss for row in batch.split(1)]).mean()
+        loss.backward()
+        if key == "gradients":
+            assert float(found["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
+        scale = max(float(weight.grad.abs().max()) for weight in model.parameters())
+        for name, weight in model.named_parameters():
+            assert float((found[key][name] - weight.grad).abs().max()) < 1e-5 * scale, (key, name)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +145,47 @@ def test_a_trace_refuses_plans_that_it_does_not_know(model, ranks, said):
             8192,
             {"tensor_parallel": 4, "gpus": 16, "sharding": "fsdp"} | COPIES,
         ),
+        ("h100", "llama3.1-8b", "checkpoint", 4096, {"tensor_parallel": 4, "accumulation": 3}),
+        ("h100", "qwen3-8b", "standard", 2048, {"tensor_parallel": 2, "adamw_kernel": "fused", "accumulation": 2}),
+        (
+            "h100",
+            "llama3.1-8b",
+            "checkpoint",
+            4096,
+            {"tensor_parallel": 2, "gpus": 8, "sharding": "fsdp", "accumulation": 3},
+        ),
+        (
+            "h100",
+            "llama3.1-8b",
+            "standard",
+            2048,
+            {"tensor_parallel": 4, "gpus": 8, "sharding": "fsdp", "accumulation": 2, "sync_each_batch": True},
+        ),
+        (
+            "h100",
+            "qwen3-8b",
+            "checkpoint",
+            4096,
+            {"tensor_parallel": 2, "gpus": 8, "sharding": "fsdp", "accumulation": 3, "precision": "mixed"},
+        ),
+        ("h100", "llama3.1-8b", "checkpoint", 4096, {"tensor_parallel": 4, "precision": "mixed"}),
+        (
+            "h100",
+            "qwen3-8b",
+            "checkpoint",
+            2048,
+            {"tensor_parallel": 2, "precision": "mixed", "adamw_kernel": "fused", "accumulation": 2, "batch": 2},
+        ),
+        ("h100", "qwen2.5-7b", "standard", 2048, {"tensor_parallel": 2, "autocast": True}),
+        ("h100", "llama3.1-8b", "checkpoint", 4096, {"tensor_parallel": 4, "checkpoint": "selective"}),
+        ("h100", "qwen3-8b", "checkpoint", 2048, {"tensor_parallel": 2, "checkpoint": "selective"}),
+        ("h100", "llama3.1-8b", "checkpoint", 4096, {"tensor_parallel": 4, "checkpoint": "reentrant"}),
+        ("h100", "qwen3-8b", "checkpoint", 4096, {"tensor_parallel": 4, "checkpoint": "every-2"}),
+        ("h100", "llama3.1-8b", "checkpoint", 4096, {"tensor_parallel": 4, "offload": "layer-inputs"}),
+        ("h100", "qwen3-8b", "checkpoint", 4096, {"tensor_parallel": 2, "offload": "layer-inputs"} | IN_PAIRS),
+        ("h100", "llama3.1-8b", "checkpoint", 4096, {"tensor_parallel": 2, "checkpoint": "selective"} | IN_PAIRS),
+        ("h100", "qwen3-8b", "checkpoint", 2048, {"tensor_parallel": 2, "checkpoint": "reentrant"} | IN_PAIRS),
+        ("h100", "llama3.1-8b", "checkpoint", 2048, {"tensor_parallel": 2, "checkpoint": "every-2"} | IN_PAIRS),
     ],
     ids=str,
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mstplan.step.recipe import Recipe, strategy
@@ -33,6 +34,14 @@ def recipes() -> dict[str, Recipe]:
         "two rows": strategy("checkpoint", **both, batch=2),
         "fused, clipped": strategy("checkpoint", **both | {"adamw_kernel": "fused"}, max_grad_norm=1.0),
         "foreach": strategy("checkpoint", **both | {"adamw_kernel": "foreach"}),
+        "accumulated": strategy("standard", **both, accumulation=2),
+        "accumulated, fused, clipped": strategy(
+            "standard", **both | {"adamw_kernel": "fused"}, accumulation=3, max_grad_norm=1.0
+        ),
+        "autocast": strategy("checkpoint", **both | {"precision": "mixed"}),
+        "selective": strategy("checkpoint", **both, checkpoint="selective"),
+        "reentrant": strategy("checkpoint", **both, checkpoint="reentrant"),
+        "every second": strategy("checkpoint", **both, checkpoint="every-2"),
     }
 
 
@@ -40,18 +49,21 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(weight.grad).clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
 def train(config: dict[str, Any]) -> dict[str, Any]:
-    """The loss, and whole gradients, by name."""
+    """The loss, and whole gradients, by name; and their sum with those of the same tokens backwards."""
     recipe = recipes()["standard"]
     model = seeded(config, recipe)
     split_over_ranks(model, recipe, mesh_of("cpu", recipe))  # type: ignore[arg-type]
-    ids, _ = whole_batch(1)
-    loss = model(input_ids=ids % 1000, labels=ids % 1000).loss
+    ids = whole_batch(1)[0] % 1000
+    loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return {
-        "loss": loss.detach(),
-        "gradients": {n: whole(w.grad) for n, w in model.named_parameters() if w.grad is not None},
-    }
+    gradients = whole_gradients(model)
+    model(input_ids=ids.flip(1), labels=ids.flip(1)).loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients, "accumulated": whole_gradients(model)}
 
 
 def and_train(rank: int, folder: Path) -> None:
