@@ -26,7 +26,7 @@ def recipes() -> dict[str, Recipe]:
         "in shards, foreach": strategy("checkpoint", **all_four, adamw_kernel="foreach"),
         "in shards, clipped": strategy("checkpoint", **all_four, max_grad_norm=1.0),
         "in shards, for-loop": strategy("checkpoint", **all_four, adamw_kernel="for-loop", batch=2),
-        "in shards, accumulated": strategy("checkpoint", **all_four, accumulation=3),
+        "in shards, accumulated": strategy("standard", **all_four, accumulation=3),
         "in shards, scattered each time": strategy("standard", **all_four, accumulation=2, sync_each_batch=True),
     }
 
