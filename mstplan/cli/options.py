@@ -567,6 +567,20 @@ class VariedOptions(Options):
         panel="Recipe",
         metavar="N",
     )
+    sequence_parallel_norms = option(
+        bool,
+        "--sequence-parallel-norms",
+        "With --tensor-parallel, norms share out tokens: Megatron's sequence parallelism, torch's SequenceParallel.",
+        False,
+        panel="Recipe",
+    )
+    loss_parallel = option(
+        bool,
+        "--loss-parallel",
+        "With that, each GPU has its part of the logits alone: torch's loss_parallel.",
+        False,
+        panel="Recipe",
+    )
     expert_parallel = option(
         int,
         "--expert-parallel",
@@ -760,6 +774,7 @@ def of_one_gpu(options: AnyRecipes) -> tuple[AnyRecipes, dict[str, Any]]:
     of_some = {name for names in OF_SHARDINGS.values() for name in names}
     given = {name: value for name, value in changes_of(options).items() if name in of_some}
     not_given = {name: False if value is True else None for name, value in given.items()}
+    not_given |= {"sequence_parallel_norms": False, "loss_parallel": False}
     return options.changed(sharding=None, gpus=None, sequence_parallel=None, tensor_parallel=None, **not_given), given
 
 

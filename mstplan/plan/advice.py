@@ -383,9 +383,15 @@ def _sequences_of_each(recipe: Recipe, where: str = "") -> str:
     if recipe.tensor_parallel > 1:
         split = recipe.tensor_parallel
         which = "which have" if split == recipe.gpus else f"of which {split:,} have"
+        how = "transformers' tp_plan does it, norms, hidden states and logits are whole on each"
+        if recipe.sequence_parallel_norms:
+            loss = "each GPU has its part of the logits" if recipe.loss_parallel else "logits are whole on each"
+            how = (
+                f"torchtitan does it, norms and hidden states between layers are of 1 / {split:,} of the tokens, {loss}"
+            )
         return (
-            f"Per GPU, of {recipe.gpus:,}{where}, {which} the same {sequences}: matrices are split as transformers' tp_plan does it, norms, hidden "
-            "states and logits are whole on each, and the embedding's gradient is, for torch makes it so"
+            f"Per GPU, of {recipe.gpus:,}{where}, {which} the same {sequences}: matrices are split as {how}, and the embedding's gradient is whole, for torch "
+            "makes it so"
         )
     if ranks == 1:
         return f"Per GPU, of {recipe.gpus:,}{where}, each with its own {sequences}"

@@ -13,7 +13,7 @@ from ..step.cuda import BIAS_ROWS
 from ..step.kernels import runs_sdpa
 from ..step.recipe import Recipe
 from ..step.steps import Chunks, Layout, Sizes, Step, kernels_of, step, tape_of
-from ..step.tape import workspace_starts
+from ..step.tape import BASIS, workspace_starts
 from ..step.towers import masks_text
 from ..step.workspaces import Span, Spans, span_at
 from . import calibration
@@ -76,7 +76,13 @@ def layout_of_no_length(
         groups=chunks.groups,
         masks_all=masks_text(model, recipe),
         several_rows=recipe.rows > 1
-        and (recipe.layer_in_chunks or recipe.sharers > 1 or copies_rows(model) or recipe.images == 1),
+        and (
+            recipe.layer_in_chunks
+            or recipe.sharers > 1
+            or recipe.norm_sharers > 1
+            or copies_rows(model)
+            or recipe.images == 1
+        ),
     )
     return layout._replace(padded=is_odd and pads_masks(model, layout))
 
@@ -106,8 +112,8 @@ def pads_masks(model: Model, layout: Layout) -> bool:
 
 def in_spans(model: Model, layout: Layout, sizes: Sizes) -> Layout:
     """The layout, in the spans that the tokens lie in."""
-    starts, (_, bs, bc, bk, *_) = _workspace_starts(model, layout), sizes.units
-    spans = {name: span_at(starts.get(name, ()), tokens) for name, tokens in (("bs", bs), ("bc", bc), ("bk", bk))}
+    starts, units = _workspace_starts(model, layout), dict(zip(BASIS, sizes.units, strict=True))
+    spans = {name: span_at(starts.get(name, ()), units[name]) for name in ("bs", "bc", "bk", "bq")}
     return layout._replace(spans=Spans(**spans, b=Span(sizes.batch, sizes.batch)))
 
 
@@ -119,7 +125,8 @@ def _workspace_starts(model: Model, layout: Layout) -> dict[str, set[int]]:
 
 def span_starts(model: Model, layout: Layout, batch: int, chunks: Chunks) -> list[int]:
     """Lengths from which a step lies in other spans, from 0."""
-    pieces = {"bs": 1, "bc": chunks.mlp, "bk": chunks.loss}  # what depends on the number of sequences has one span
+    # what depends on the number of sequences has one span
+    pieces = {"bs": 1, "bc": chunks.mlp, "bk": chunks.loss, "bq": layout.recipe.norm_sharers}
     starts = _workspace_starts(model, layout)
     return sorted(
         {0, *(n * (-(-each // batch) - 1) + 1 for name, n in pieces.items() for each in starts.get(name, ()))}
@@ -175,7 +182,9 @@ def step_sizes(recipe: Recipe, seq_len: int, chunks: Chunks) -> Sizes:
 def row_sizes(recipe: Recipe, tokens: int, chunks: Chunks) -> Sizes:
     """Sizes of a step whose rows have so many tokens on a card."""
     in_chunks = chunk_tokens(tokens, chunks.mlp), chunk_tokens(tokens, chunks.loss)
-    return Sizes(recipe.rows, tokens, *in_chunks, recipe.sequence_parallel, recipe.context_parallel)
+    return Sizes(
+        recipe.rows, tokens, *in_chunks, recipe.sequence_parallel, recipe.context_parallel, recipe.norm_sharers
+    )
 
 
 def hardest_lengths(model: Model, recipe: Recipe, seq_len: int) -> tuple[int, ...]:

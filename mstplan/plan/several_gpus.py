@@ -29,7 +29,8 @@ class GpusWay(NamedTuple):
         ranks, splits = self.fields["sequence_parallel"], self.fields.get("tensor_parallel", 1)
         words = [self.sharding] if self.sharding != "none" else []
         words += [f"sequences over {ranks:,}"] if ranks != 1 else []
-        words += [f"matrices over {splits:,}"] if splits != 1 else []
+        norms = ", norms over tokens, loss over the vocabulary" if "loss_parallel" in self.fields else ""
+        words += [f"matrices over {splits:,}{norms}"] if splits != 1 else []
         words += [f"experts over {self.fields['expert_parallel']:,}"] if "expert_parallel" in self.fields else []
         return ", ".join([*words, *(["weights in CPU RAM"] if "weights_on_host" in self.fields else [])])
 
@@ -83,13 +84,17 @@ def list_ways(gpus: int, ranks: int | None = None, splits: int | None = None, ex
 
 
 def _list_splits(gpus: int, numbers: Sequence[int]) -> Iterator[GpusWay]:
-    """Ways to split matrices: over all GPUs; or over some, which share the parts with the others."""
+    """Ways to split matrices, as transformers and as torchtitan do it: over all GPUs; or over some, which share the parts with the others."""
     for n in numbers:
-        fields = {"gpus": gpus, "sequence_parallel": 1, "tensor_parallel": n}
-        if n == gpus:
-            yield GpusWay({**fields, "sharding": "none"})
-        elif n > 1:
-            yield GpusWay({**fields, "sharding": "fsdp"})
+        fields = {
+            "gpus": gpus,
+            "sequence_parallel": 1,
+            "tensor_parallel": n,
+            "sharding": "none" if n == gpus else "fsdp",
+        }
+        if n > 1:
+            yield GpusWay(fields)
+            yield GpusWay({**fields, "sequence_parallel_norms": True, "loss_parallel": True})
 
 
 _POWERS = [1 << n for n in range(1, 17)]

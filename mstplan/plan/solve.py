@@ -275,7 +275,7 @@ def _longest_of_step(step: Step, recipe: Recipe, chunks: Chunks, budget: int) ->
     """Each moment's bytes are a s^2 + b s + const but for rounding up to chunks and to 128: dropping the rounding gives
     an upper bound in closed form, taking it at its most a lower one; the exact length between them is bisected."""
     vectors = [moment.live for moments in step.moments.values() for moment in moments]
-    sizes = recipe.batch, recipe.sequence_parallel, chunks
+    sizes = recipe.batch, recipe.sequence_parallel, recipe.norm_sharers, chunks
     high = min(_largest_root(_polynomial(v, *sizes, 0), budget) for v in vectors)
     low = min(_largest_root(_polynomial(v, *sizes, 1), budget) for v in vectors)
     low = max(0, min(low, high))
@@ -293,23 +293,29 @@ def _longest_of_step(step: Step, recipe: Recipe, chunks: Chunks, budget: int) ->
     return low
 
 
-def _polynomial(vector: Vector, batch: int, ranks: int, chunks: Chunks, rounding: int) -> tuple[int, int, int, int]:
-    """(a, b, c, d) with bytes = (a s^2 + b s + c) / d, over a common denominator d of the chunk counts and tens.
+def _polynomial(
+    vector: Vector, batch: int, ranks: int, norm_sharers: int, chunks: Chunks, rounding: int
+) -> tuple[int, int, int, int]:
+    """(a, b, c, d) with bytes = (a s^2 + b s + c) / d, over a common denominator d of the chunk counts, tens and cards that share out norms.
 
-    rounding 0: chunks, 128-row blocks and tens of tokens are taken as small as rounding can make them, and no keys as chosen; 1: as large, and
+    rounding 0: chunks, their parts, 128-row blocks and tens of tokens are taken as small as rounding can make them, and no keys as chosen; 1: as large, and
     as many keys as can be.
     """
-    const, bs, bc, bk, bss, ss, s, br, p, b, bx, by, bz, bu, bv, buu, bvv, bsw = vector
+    const, bs, bc, bk, bss, ss, s, br, p, b, bx, by, bz, bu, bv, buu, bvv, bsw, bq = vector
     few, some, most = MIXER_CHUNKS.values()
-    d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM * most * most
+    d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM * most * most * norm_sharers
     over = 1 + rounding  # (s / tokens + over)^2 is what a square of chunks and one more is at least, or at most
     square = (bss * batch + ss * ranks) * ranks * d + (buu * d // some**2 + bvv * d // most**2) * batch
-    linear = (bs + br * ranks) * batch * d + s * d + (bc * d // chunks.mlp + bk * d // chunks.loss) * batch
+    linear = (
+        (bs + br * ranks) * batch * d
+        + s * d
+        + (bc * d // chunks.mlp + bk * d // chunks.loss + bq * d // norm_sharers) * batch
+    )
     linear += p * batch * d // IDS_PER_PARTIAL_SUM
     linear += (bx * d // few + (by + bu + 2 * over * buu) * d // some + (bz + bv + 2 * over * bvv) * d // most) * batch
     linear += bsw * MOST_CHOSEN * rounding * batch * d
     begun = (bx + by + bz) * rounding + (bu + bv) * over + (buu + bvv) * over**2
-    extra = ((br * 127 + bc + bk) * rounding + begun) * batch * d - p * d * (1 - rounding)
+    extra = ((br * 127 + bc + bk + bq) * rounding + begun) * batch * d - p * d * (1 - rounding)
     return square, linear, (const + b * batch) * d + extra, d
 
 

@@ -78,6 +78,8 @@ class Numerics(NamedTuple):
     ranks: int = 1  # cards that share a sequence, and in attention the heads
     ring: Ring | None = None  # of cards that share a sequence
     splits: int = 1  # cards that every matrix is split over
+    norm_sharers: int = 1  # of these, cards that norm a part of the tokens each
+    loss_parallel: bool = False  # each of which has its part of the logits
     spread: int = 1  # cards that share out experts
     imbalance: float = 1.0  # of what they send each other
     policy: bool = False  # FSDP2's MixedPrecisionPolicy: what its modules are given is cast to bf16
@@ -133,6 +135,9 @@ class Writer:
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
         # tokens that there are for one of what shapes count by their basis: of images, whose number is known
         self.rows = 1
+        self.between = (
+            "b q" if numerics.norm_sharers > 1 and tokens == "b s" else tokens
+        )  # of hidden states between layers, and norms
         # axes of position ids, which packed rows have each of its own; pieces of several rows are counted as if they had
         own_places = numerics.samples > 1 or numerics.ranks > 1 or numerics.ring is not None
         self.places = "s" if not own_places and tokens == "b s" else tokens
@@ -148,7 +153,7 @@ class Writer:
         shape: str = "d",
     ) -> Tensor:
         with self.tape.assign_role(role):
-            self.tape.sources.append(self.new(name, shape, dtype or self.wide))
+            self.tape.sources.append(self.tape.new(name, f"{self.between} {shape}", dtype or self.wide))
         return self.tape.sources[-1]
 
     def source_per_layer(self, is_view: bool = True) -> tuple[Tensor, ...]:
@@ -177,7 +182,7 @@ class Writer:
     def hidden(self, dtype: str = "") -> Tensor:
         """Hidden states as they go from layer to layer. dtype: that of the embedding, where it is another."""
         with self.tape.assign_role(Role.LAYER_INPUT):
-            return self.new(HIDDEN, "d", dtype or self.wide)
+            return self.tape.new(HIDDEN, f"{self.between} d", dtype or self.wide)
 
     def hold(self, *tensors: Tensor) -> None:
         """Variables of the code at hand that live at least until the latest operation is done."""
@@ -260,7 +265,7 @@ class Writer:
         defers: bool,
     ) -> Tensor:
         numerics, module = self.numerics, self.names.get(name, name)
-        if numerics.splits > 1 and name in tensor_parallel.COLUMNS:
+        if numerics.splits > 1 and numerics.norm_sharers == 1 and name in tensor_parallel.COLUMNS:
             x = tensor_parallel.enter(self, x)
         is_quantised = bool(numerics.quantised) and weight is None
         adapters = numerics.adapters if weight is None else None
@@ -277,7 +282,7 @@ class Writer:
             else:
                 self.product(x, base, name, w, *biases, copy=copy, defers=defers)
         if numerics.splits > 1 and name in tensor_parallel.ROWS:
-            return tensor_parallel.summed(self, y, self.tape.new(y.name, y.shape, y.dtype), x)
+            return tensor_parallel.summed(self, y, self.tape.new(y.name, f"{self.between} d", y.dtype), x)
         return add_adapter(self, x, base, y, name, kind, is_quantised) if targeted else y
 
     def product(
@@ -377,8 +382,9 @@ class Writer:
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """The model's norm; the caller's variable holds x until it returns."""
-        with self.tape.call():
-            y = self._norm(x, name)
+        shared_out = self.numerics.norm_sharers > 1
+        with self.tape.call(), self.tape.distributed() if shared_out else nullcontext():
+            y = self._norm(tensor_parallel.as_part(self, x) if shared_out else x, name)
         self.hold(x)
         return y
 
@@ -572,9 +578,13 @@ class Writer:
     def attention(self, x: Tensor, kind: LayerKind) -> Tensor:
         # gpt-oss' layers, whose weights tell them, give it x by name, which hooks on modules do not see
         by_name = self.model.attention.sinks
+        given = tensor_parallel.all_tokens(self, x)
         with self.tape.call(passes_on=not by_name):
-            q, k, v, *others = self.attention_inputs(x, kind)
-            return self.attention_output(self.attend(q, k, v, kind), x, q, k, v, *others)
+            q, k, v, *others = self.attention_inputs(given, kind)
+            y = self.attention_output(self.attend(q, k, v, kind), given, q, k, v, *others)
+        if given is not x:  # the layer's variable
+            self.hold(x)
+        return y
 
     def attention_inputs(self, x: Tensor, kind: LayerKind) -> tuple[Tensor, ...]:
         """q, k, v, and what else the code's variables hold until attention is done."""
@@ -1014,7 +1024,11 @@ class Writer:
 
     def mlp(self, x: Tensor, mlp: Mlp, name: str = "mlp") -> Tensor:
         with self.tape.assign_role(Role.MLP), self.tape.call():
-            return self._mlp(x, mlp, name)
+            given = tensor_parallel.all_tokens(self, x)
+            y = self._mlp(given, mlp, name)
+        if given is not x:  # the layer's variable
+            self.hold(x)
+        return y
 
     def _mlp(self, x: Tensor, mlp: Mlp, name: str) -> Tensor:
         self.tape.dims["I"] = mlp.width
@@ -1734,7 +1748,7 @@ def _after_attention(
         w.add(x, attended, w.hidden())
         w.hold(attended)
         return w.tape.build_tape()
-    middle = w.add(x, _scaled(w, attended), w.new("hidden states after attention", "d", w.wide))
+    middle = w.add(x, _scaled(w, attended), w.tape.new("hidden states after attention", f"{w.between} d", w.wide))
     w.hold(attended, *w.inside)
     w.inside = ()
     return _after_residual(w, middle, attended, normed, kind, chunks)

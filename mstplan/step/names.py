@@ -406,6 +406,16 @@ _OPTIONS = (
     Advice("cp cp-size context-parallel-size context-parallel-degree ring-attention*", "", {"context_parallel": None}),
     Advice("cp-comm-strategy cp-rotate-method set-rotate-method", "", {"rotate_method": None}),
     Advice("sp sp-size sequence-parallel-size sequence-parallel-degree ulysses* alst", "", {"sequence_parallel": None}),
+    Advice(
+        "enable-sequence-parallel megatron-sequence-parallel",
+        "is norms over tokens beside split matrices",
+        {**_SPLIT, "sequence_parallel_norms": True},
+    ),
+    Advice(
+        "enable-loss-parallel parallel-loss vocab-parallel*",
+        "",
+        {**_SPLIT, "sequence_parallel_norms": True, "loss_parallel": True},
+    ),
     Advice("tp tp-size tp-plan tensor-parallel-size tensor-parallel-degree", "", {"tensor_parallel": None}),
     Advice(
         "ep ep-size expert-parallel-size expert-parallel-degree expert-model-parallel*", "", {"expert_parallel": None}

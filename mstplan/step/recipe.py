@@ -201,6 +201,11 @@ class Recipe(BaseModel):
     tensor_parallel: int = Field(default=1, ge=1, le=65_536)
     """Cards that split every matrix (transformers' tp_plan="auto"): each has its part of the heads, of the MLP's width and of the vocabulary, and
     all tokens."""
+    sequence_parallel_norms: bool = False
+    """Cards that split matrices share out the tokens of norms and of hidden states between layers (Megatron's sequence parallelism, torch's
+    SequenceParallel as torchtitan plans it). Lengths are padded to a multiple of tensor_parallel."""
+    loss_parallel: bool = False
+    """Beside sequence_parallel_norms the loss is computed of each card's part of the vocabulary (torch's loss_parallel), and no card has all logits."""
     expert_parallel: int = Field(default=1, ge=1, le=65_536)
     """Cards that share out the experts of every layer (transformers' ep_size): each has whole experts, its part of them, and is sent the tokens that
     are routed to these. Under fsdp, whose cards are the same ones; experts are in shards over gpus / expert_parallel cards."""
@@ -688,11 +693,21 @@ class Recipe(BaseModel):
     def _bad_tensor_parallel(self) -> tuple[tuple[bool, str], ...]:
         ranks = self.tensor_parallel
         if ranks == 1:
-            return ()
+            alone = "loss_parallel" if self.loss_parallel else "sequence_parallel_norms"
+            return (
+                (
+                    self.sequence_parallel_norms or self.loss_parallel,
+                    f"{alone} (--{alone.replace('_', '-')}) is of GPUs that split matrices: add tensor_parallel=8 (--tensor-parallel 8)",
+                ),
+            )
         option = f"tensor_parallel={ranks} (--tensor-parallel {ranks})"
         other = self._first_set("loss", *(name for name in _OF_OTHER_STEPS if name not in _BESIDE_SPLITS))
         other = other or ("offload" if self.offload == "saved-tensors" else "")
         return (
+            (
+                self.loss_parallel and not self.sequence_parallel_norms,
+                "loss_parallel (--loss-parallel) is planned where norms share out tokens: add sequence_parallel_norms=True (--sequence-parallel-norms)",
+            ),
             (
                 self.sharers > 1,
                 f"{option} beside GPUs that share sequences is not planned: leave one of the two out",
@@ -962,7 +977,7 @@ class Recipe(BaseModel):
     @property
     def gives_positions(self) -> bool:
         """Whether position ids come with the batch."""
-        return self.packing > 1 or self.sharers > 1
+        return self.packing > 1 or self.sharers > 1 or self.sequence_parallel_norms
 
     def row_tokens(self, seq_len: int) -> int:
         """Tokens that a card has in a row of a micro-batch whose sequences have `seq_len`."""
@@ -978,10 +993,15 @@ class Recipe(BaseModel):
         return self.sequence_parallel * self.context_parallel
 
     @property
+    def norm_sharers(self) -> int:
+        """Cards that share out the tokens of norms and hidden states between layers, and have all of them elsewhere."""
+        return self.tensor_parallel if self.sequence_parallel_norms else 1
+
+    @property
     def multiple(self) -> int:
         """Tokens that lengths are a multiple of: what batches are padded to, and each card's part is as long as another's."""
         pieces = 2 * self.context_parallel if self.context_parallel > 1 else 1
-        return lcm(self.pad_to, self.sequence_parallel, pieces)
+        return lcm(self.pad_to, self.sequence_parallel, pieces, self.norm_sharers)
 
     def padded(self, tokens: int) -> int:
         """The length that a batch of so many tokens is run at."""
@@ -1186,7 +1206,9 @@ def recipe_in_words(recipe: Recipe, kernel: str = "", attends: bool = True) -> s
     if recipe.context_parallel > 1:
         words.append(f"sequences over {recipe.context_parallel:,} GPUs (ring, {recipe.rotate_method})")
     if recipe.tensor_parallel > 1:
-        words.append(f"matrices over {recipe.tensor_parallel:,} GPUs (tensor parallel)")
+        norms = ", norms over tokens" if recipe.sequence_parallel_norms else ""
+        loss = ", loss over the vocabulary" if recipe.loss_parallel else ""
+        words.append(f"matrices over {recipe.tensor_parallel:,} GPUs (tensor parallel{norms}{loss})")
     if recipe.expert_parallel > 1:
         uneven = f", {recipe.expert_imbalance:g} times an even router's rows" if recipe.expert_imbalance != 1 else ""
         words.append(f"experts over {recipe.expert_parallel:,} GPUs (expert parallel{uneven})")
@@ -1264,6 +1286,8 @@ SWITCHES = (
     "sync_each_batch",
     "use_orig_params",
     "overlap_comm",
+    "sequence_parallel_norms",
+    "loss_parallel",
 )
 """Fields that are an option without a value, of the same name."""
 _OPTIONS = {"lora_rank": "--lora"}

@@ -175,7 +175,8 @@ class Chunks(NamedTuple):
 
 class Sizes(NamedTuple):
     """Sizes at which a vector is evaluated. Counts of sequences and of the tokens that a card has of each; ranks: cards that share a
-    sequence, each of which attends to all of it with its part of the heads; ring: the same of cards to which all of it comes round."""
+    sequence, each of which attends to all of it with its part of the heads; ring: the same of cards to which all of it comes round;
+    norm_sharers: cards that norm a part of it each."""
 
     batch: int
     seq_len: int
@@ -183,6 +184,7 @@ class Sizes(NamedTuple):
     loss_chunk_tokens: int
     ranks: int = 1
     ring: int = 1
+    norm_sharers: int = 1
 
     @property
     def units(self) -> tuple[int, ...]:
@@ -193,7 +195,19 @@ class Sizes(NamedTuple):
         chosen = b * s * min(s, MOST_CHOSEN)
         tens = b * s // IDS_PER_PARTIAL_SUM
         scores = b * s * whole * self.ring, whole * whole  # of all heads, a card has those of its own; of none
-        return (1, b * s, *in_chunks, *scores, s, b * flash_rows(whole), tens, b, *in_mixers, chosen)
+        return (
+            1,
+            b * s,
+            *in_chunks,
+            *scores,
+            s,
+            b * flash_rows(whole),
+            tens,
+            b,
+            *in_mixers,
+            chosen,
+            b * -(-s // self.norm_sharers),
+        )
 
 
 def evaluate(vector: Vector, units: tuple[int, ...]) -> int:
@@ -522,7 +536,8 @@ class Step:
         shape = "b s"
         if recipe.context_parallel > 1:  # each has the memory of whole sequences (mstplan/train/ring.py)
             names, shape = (*names, "shifted labels", "attention mask"), f"b s {recipe.context_parallel}"
-        tensors = [tensor_of(self.tape.dims, name, shape, "int64", role=Role.BATCH) for name in names]
+        shapes = {POSITION_IDS: "s"} if recipe.sequence_parallel_norms else {}  # of all rows
+        tensors = [tensor_of(self.tape.dims, name, shapes.get(name, shape), "int64", role=Role.BATCH) for name in names]
         return [*tensors, *images_of_batch(self.model, recipe)]
 
     def constants(self) -> tuple[Entry, ...]:
@@ -767,6 +782,8 @@ def build(model: Model, layout: Layout, frozen: Frozen | None = None) -> Tape:
         ranks=recipe.sequence_parallel,
         ring=ring_of(layout),
         splits=recipe.tensor_parallel,
+        norm_sharers=recipe.norm_sharers,
+        loss_parallel=recipe.loss_parallel,
         spread=recipe.expert_parallel,
         imbalance=recipe.expert_imbalance,
         policy=recipe.gathers_in_bf16,
@@ -1107,7 +1124,7 @@ def _embedding(
         ids = tape.new("alibi", "b H s", w.wide) if model.alibi else tape.new(POSITION_IDS, places, "int64")
     changed = model.scaled_embedding or model.learned_positions or model.embedding_norm
     own = w.numerics.weights
-    looked_up = w.new("embeddings", "d", own) if changed else w.hidden(own)
+    looked_up = w.new("embeddings", "d", own) if changed or w.numerics.norm_sharers > 1 else w.hidden(own)
     joins = Joined(table, joins_view) if model.tied else None
     if images is not None:
         cast_inputs(images)

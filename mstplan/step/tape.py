@@ -49,15 +49,36 @@ ITEMSIZE = {
 
 # What bytes can grow with: b sequences, s tokens each, c tokens in an MLP chunk, k in a loss chunk,
 # r = s rounded up to 128 (the rows of a flash-attention workspace), p = whole tens of the b s tokens, x, y and z chunks of
-# `MIXER_CHUNKS` tokens, begun ones included, u and v one more than y and z, w = s, or `MOST_CHOSEN` where that is less.
-BASIS = ("", "bs", "bc", "bk", "bss", "ss", "s", "br", "p", "b", "bx", "by", "bz", "bu", "bv", "buu", "bvv", "bsw")
+# `MIXER_CHUNKS` tokens, begun ones included, u and v one more than y and z, w = s, or `MOST_CHOSEN` where that is less,
+# q those of s that a card norms, where several share them out.
+BASIS = (
+    "",
+    "bs",
+    "bc",
+    "bk",
+    "bss",
+    "ss",
+    "s",
+    "br",
+    "p",
+    "b",
+    "bx",
+    "by",
+    "bz",
+    "bu",
+    "bv",
+    "buu",
+    "bvv",
+    "bsw",
+    "bq",
+)
 MOST_CHOSEN = 2048
 """Keys that a query sees of those before it, where an indexer chooses them (DeepSeek-V3.2)."""
 MIXER_CHUNKS = {"x": 64, "y": 128, "z": 256}
 """Tokens of a chunk of what mixes them otherwise than by attention, by the axis that counts chunks."""
 Vector = tuple[int, ...]
 ZERO: Vector = (0,) * len(BASIS)
-_SYMBOLS = frozenset("bsckrpwxyzuv")
+_SYMBOLS = frozenset("bsckrpwxyzuvq")
 
 
 def add(u: Vector, v: Vector) -> Vector:
@@ -68,7 +89,7 @@ def add(u: Vector, v: Vector) -> Vector:
 def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
     """(index into BASIS, the axes whose sizes do not change) of a shape such as "b s d"."""
     axes = shape.split()
-    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckprswxyzuv".index))
+    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckprswxyzuvq".index))
     return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
 
 
@@ -90,10 +111,13 @@ class Tensor:
     """A tensor of a step. `shape` names its axes, e.g. "b s I"; `bytes` are per unit of BASIS[basis].
 
     A view shares the `storage` of another tensor. `cached`: a cast weight that autocast keeps until the end of forward.
-    `gradient_of`: of a gradient that comes and goes under objects of its own, whose it is. `stream`: that it is allocated on.
+    `gradient_of`: of a gradient that comes and goes under objects of its own, whose it is. `stream`: that it is allocated on. `is_part`: of a DTensor,
+    whose gradients autograd sums up in a new tensor (isTensorSubclassLike in torch/csrc/autograd/input_buffer.cpp).
     """
 
-    __slots__ = ("basis", "bytes", "cached", "dtype", "gradient_of", "name", "role", "shape", "storage", "stream")
+    __slots__ = (
+        *("basis", "bytes", "cached", "dtype", "gradient_of", "is_part", "name", "role", "shape", "storage", "stream"),
+    )
 
     def __init__(
         self,
@@ -108,10 +132,12 @@ class Tensor:
         cached: bool = False,
         gradient_of: Tensor | Weight | None = None,
         stream: Stream = Stream.COMPUTE,
+        is_part: bool = False,
     ):
         self.name, self.shape, self.dtype, self.basis, self.bytes = name, shape, dtype, basis, bytes
         self.storage: Tensor = base.storage if base is not None else self
         self.cached, self.role, self.gradient_of, self.stream = cached, role, gradient_of, stream
+        self.is_part = is_part
 
     @property
     def identity(self) -> object:
@@ -431,12 +457,13 @@ class Tape:
 class TapeWriter:
     """A tape while it is written. dims: sizes of the axes that do not change.
 
-    role: of the tensors that are made from now on; stage: of the operations. `build_tape` gives the tape.
+    role: of the tensors that are made from now on; parts: whether they are those of DTensors; stage: of the operations. `build_tape` gives the tape.
     """
 
     def __init__(self, dims: dict[str, int], stage: Stage | None = None):
         self.dims, self.stage = dims, stage
         self.role: Purpose | None = None
+        self.parts = False
         self.ops: list[Op] = []
         self.sources: list[Tensor] = []
         self.outputs: tuple[Tensor, ...] = ()
@@ -447,7 +474,9 @@ class TapeWriter:
 
     def new(self, name: str, shape: str, dtype: str, base: Tensor | None = None, *, cached: bool = False) -> Tensor:
         """base: the tensor that it is a view of; cached: as of `Tensor`."""
-        return tensor_of(self.dims, name, shape, dtype, base, role=self.role, cached=cached)
+        made = tensor_of(self.dims, name, shape, dtype, base, role=self.role, cached=cached)
+        made.is_part = self.parts
+        return made
 
     def grad(self, tensor: Tensor) -> Tensor:
         return _like_grad(tensor)
@@ -519,6 +548,15 @@ class TapeWriter:
                 self.ops[n] = replace(op, passes_back=(call, *op.passes_back))
                 return
             made.update(op.makes)
+
+    @contextmanager
+    def distributed(self) -> Iterator[None]:
+        """Let tensors that are made inside be those of DTensors."""
+        before, self.parts = self.parts, True
+        try:
+            yield
+        finally:
+            self.parts = before
 
     @contextmanager
     def assign_role(self, role: Purpose | None) -> Iterator[None]:
@@ -1659,7 +1697,7 @@ def _backward(
         earlier = pending.get(tensor)
         if earlier is None:
             pending[tensor] = gradient
-        elif rules.in_place and holders[earlier] == 1:
+        elif rules.in_place and not tensor.is_part and holders[earlier] == 1:
             let_go(gradient)
         else:
             gradient_sum = grad_of(tensor)

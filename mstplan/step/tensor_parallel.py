@@ -97,15 +97,81 @@ def enter(w: Writer, x: Tensor) -> Tensor:
     return tape.op(f"{x.name}, to columns", [x], tape.view(x, x.name, x.shape), grads=((x, tape.grad(x)),))
 
 
+def as_part(w: Writer, x: Tensor) -> Tensor:
+    """A rank's tensor as that of a DTensor."""
+    return w.tape.op(f"{x.name} as a part", [x], w.tape.view(x, x.name, x.shape), grads=((x, None),))
+
+
+def all_tokens(w: Writer, x: Tensor) -> Tensor:
+    """All tokens of what each rank has normed a part of: an all-gather, and in backward a reduce-scatter of the gradient's parts."""
+    if w.numerics.norm_sharers == 1 or not x.shape.startswith("b q"):
+        return x
+    with w.tape.distributed():
+        whole = w.new(f"{x.name}, all tokens", "d", x.dtype)
+    by_rank = w.new(f"gradient of {whole.name}, by rank", "d", x.dtype)
+    temps = _as_gathered(w, whole)
+    return w.tape.op(f"gather {x.name}", [x], whole, temps=temps, grads=((x, w.tape.grad(x)),), back_temps=(by_rank,))
+
+
 def summed(w: Writer, part: Tensor, whole: Tensor, *given: Tensor) -> Tensor:
-    """The sum over ranks of what each has made of what its module was given, which is there until then."""
-    return w.tape.op(f"all-reduce {part.name}", [part], whole, grads=((part, None),), holds=given)
+    """The sum over ranks of what each has made of what its module was given, which is there until then; of norms' tokens where these are shared out."""
+    if w.numerics.norm_sharers == 1:
+        return w.tape.op(f"all-reduce {part.name}", [part], whole, grads=((part, None),), holds=given)
+    by_rank = w.new(f"{part.name}, by rank", "d", part.dtype)
+    return w.tape.op(
+        f"reduce-scatter {part.name}",
+        [part],
+        whole,
+        temps=(by_rank,),
+        grads=((part, w.tape.grad(part)),),
+        back_temps=_as_gathered(w, part),
+        holds=given,
+    )
+
+
+def _as_gathered(w: Writer, whole: Tensor) -> tuple[Tensor, ...]:
+    """What an all-gather makes of several rows, whose tokens are not one after the other, before they are put in order."""
+    return (w.new(f"{whole.name}, by rank", "d", whole.dtype),) if w.numerics.several_rows else ()
 
 
 def gathered(w: Writer, part: Tensor, whole: Tensor) -> Tensor:
     """What all ranks have made, joined along the last axis."""
     buffer = w.tape.new(f"{part.name}, of all ranks", whole.shape, whole.dtype)
     return w.tape.op(f"gather {part.name}", [part], whole, temps=(buffer,), grads=((part, w.tape.grad(part)),))
+
+
+def cross_entropy(w: Writer, wide: Tensor, labels: tuple[Tensor, ...], variables: tuple[Tensor, ...]) -> None:
+    """torch.nn.functional.cross_entropy of a rank's part of fp32 logits (torch/distributed/tensor/parallel/loss.py): logits less their largest, then the
+    log-softmax; in backward zeros for the labels, their sum with its exponential, and the product with the loss's gradient, which is that of logits."""
+    tape = w.tape
+    log_probs, shifted = (
+        tape.new(name, wide.shape, wide.dtype)
+        for name in ("log-softmax of a rank's logits", "logits less their largest")
+    )
+    of_tokens = tuple(
+        w.new(name, "", "float32") for name in ("largest logits", "sums of exponentials", "their logarithms")
+    )
+    tape.op(
+        "log-softmax",
+        [wide],
+        log_probs,
+        keeps=(log_probs,),
+        temps=(shifted, *of_tokens),
+        grads=((wide, None),),
+        holds=variables,
+    )
+    zeros, summed_up = (
+        tape.new(name, wide.shape, wide.dtype) for name in ("gradient of picked logits", "the same and probabilities")
+    )
+    tape.op(
+        "negative log-likelihood",
+        [log_probs, *labels],
+        tape.new("loss", "", "float32"),
+        keeps=(log_probs, *labels),
+        grads=((log_probs, tape.grad(log_probs)),),
+        holds=(*variables, wide),
+        back_temps=(zeros, summed_up),
+    )
 
 
 def part_of(weight: Weight, ranks: int) -> Weight:

@@ -32,12 +32,13 @@ class Span(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Spans of the tokens of a batch, and of those in a piece of the MLP and of the loss; and the number of sequences, which is one: by what
-    `tape.BASIS` calls them."""
+    """Spans of the tokens of a batch, of those in a piece of the MLP and of the loss, and of those that a card norms; and the number of sequences, which is
+    one: by what `tape.BASIS` calls them."""
 
     bs: Span
     bc: Span
     bk: Span
+    bq: Span
     b: Span
 
 

@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..step.workspaces import SortedLookups, SumOverTokens
@@ -31,7 +32,9 @@ class KernelWorkspaces(TorchDispatchMode):
         super().__init__()
         self.recorder = recorder
 
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again for the shard that is here
         if func is _aten.embedding_dense_backward.default:
             return self._embedding_gradient(func, args)
         if func is _aten.addmm.default and args[0].dim() == 1:

@@ -72,6 +72,9 @@ class Recorder(TorchDispatchMode):
         self.temporaries: Mapping[Any, MakeTemporary] = {}  # what kernels make for themselves beside their results
         self._purpose: tuple[str, Category | None] | None = None  # what a stand-in says it allocates for
         self._selection: tuple[Results, bool] | None = None  # of a selective checkpoint, and whether it is run again
+        self._of_parts: Any = (
+            None  # the operation of DTensors that comes next for those here: autograd adds none of these in place
+        )
         self._pending_sum: tuple[int, int] | None = (
             None  # a sum of gradients just made: (its storage, that of its first summand)
         )
@@ -141,6 +144,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
+            self._of_parts = func
             return NotImplemented  # it comes again for the shard that is here
         if func.namespace == "profiler":
             return func(*args, **(kwargs or {}))  # a name for what follows: it makes nothing, and is at no place
@@ -153,9 +157,12 @@ class Recorder(TorchDispatchMode):
             e.module = label.path
             raise
         self._pending_sum = None
+        of_parts = func is self._of_parts
+        if of_parts:
+            self._of_parts = None
         if isinstance(out, torch.Tensor):
             self._record_storage(out, func, label)
-            if self.in_place and self._run == Pass.BACKWARD and self._adds_in_place(func, args):
+            if self.in_place and not of_parts and self._run == Pass.BACKWARD and self._adds_in_place(func, args):
                 self._pending_sum = (out.untyped_storage()._cdata, args[0].untyped_storage()._cdata)
         else:
             for value in tree_iter(out):

@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
@@ -67,7 +75,41 @@ def split_over_ranks(model: PreTrainedModel, recipe: Recipe, mesh: DeviceMesh) -
     """Split a model's matrices over the ranks of `mesh` that do so, in place: before they are sharded."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
+    if recipe.sequence_parallel_norms:
+        parallelize_module(model, part_of_mesh(mesh, SPLIT), styles_of(model, recipe))  # type: ignore[arg-type]
+        return
     apply_tensor_parallelism(model, part_of_mesh(mesh, SPLIT), plan_of(model, recipe.tensor_parallel))
+
+
+def styles_of(model: PreTrainedModel, recipe: Recipe) -> dict[str, ParallelStyle]:
+    """torch's styles of a model's modules where norms share out tokens, as torchtitan plans them: what transformers splits is split, and hidden states
+    between are in pieces of the sequence."""
+    plan, styles = plan_of(model, recipe.tensor_parallel), dict[str, ParallelStyle]()
+    tokens, whole = Shard(1), Replicate()
+    for name, module in model.named_modules():
+        style, owner = plan.get(f"{name}.weight"), name.rpartition(".")[0]
+        if style == "colwise_gather_output":
+            logits = Shard(-1) if recipe.loss_parallel else whole
+            styles[name] = ColwiseParallel(
+                input_layouts=tokens, output_layouts=logits, use_local_output=not recipe.loss_parallel
+            )
+        elif style == "embedding_rowwise":
+            styles[name] = RowwiseParallel(input_layouts=whole, output_layouts=tokens)
+        elif style == "rowwise":
+            styles[name] = RowwiseParallel(output_layouts=tokens)
+        elif style == "colwise":
+            styles[name] = ColwiseParallel()
+            by_name = "hidden_states" if owner.endswith("attn") else None
+            styles[owner] = (
+                PrepareModuleInput(input_kwarg_layouts={by_name: tokens}, desired_input_kwarg_layouts={by_name: whole})
+                if by_name
+                else PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(whole,))
+            )
+        elif style in WHOLE:  # of each head
+            styles[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
+        elif getattr(module, "weight", None) is not None:
+            styles[name] = SequenceParallel()
+    return styles
 
 
 def has_whole_gradient(model: PreTrainedModel, weight: torch.nn.Parameter | None, recipe: Recipe) -> bool:

@@ -406,7 +406,7 @@ def record_passes(
             passes = min(recipe.accumulation, _MICRO_BATCHES) if recipe.keeps_whole_gradients else 1
             for n in range(passes):
                 recorder.begin_pass(Pass.FORWARD)
-                with step.offloading, step.ring, step.reduced_later(n + 1 < passes):
+                with step.offloading, step.ring, step.split_loss, step.reduced_later(n + 1 < passes):
                     loss = step.forward()
                     recorder.begin_pass(Pass.BACKWARD)
                     loss.backward()
@@ -660,7 +660,7 @@ def _sizes(
                 shape,
                 dtype,
                 kinds_of(weight) if asks and weight is not None else frozenset(),
-                (name in apart, name in split),
+                (name in apart, name in split and not recipe.sequence_parallel_norms),  # else norms are on theirs
             ),
         )
         for name, shape, dtype, trained, weight in _parameters_on_rank(model, recipe)

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -254,6 +255,8 @@ class TrainingStep:
                 pieces = whole.chunk(2 * ranks)
                 return torch.cat([pieces[rank], pieces[-1 - rank]]).repeat(rows, 1)
             return whole.chunk(ranks)[rank].repeat(rows, 1)
+        if self.recipe.sequence_parallel_norms:  # a model would count those that a rank has
+            return torch.arange(tokens, device=self.device)[None]
         if samples == 1:
             return None
         return (torch.arange(tokens, device=self.device) % -(-tokens // samples)).repeat(rows, 1)
@@ -266,10 +269,15 @@ class TrainingStep:
         kernel = self.runtime.ring_kernel(self.device.type)
         return ring_attention(self.group, self.device, self.recipe.rotate_method, kernel)
 
+    @property
+    def split_loss(self) -> AbstractContextManager[None]:
+        """Within the context, of both passes, cross-entropy is computed of each rank's part of the vocabulary."""
+        return loss_parallel() if self.recipe.loss_parallel else nullcontext()
+
     def run(self, begin: Callable[[Pass], Any] = lambda _pass: None) -> torch.Tensor:
         """One optimizer step; `begin` is told when each pass of it begins. Returns the loss of the last micro-batch, detached."""
         for n in range(self.recipe.accumulation):
-            with self.offloading, self.ring, self.reduced_later(n + 1 < self.recipe.accumulation):
+            with self.offloading, self.ring, self.split_loss, self.reduced_later(n + 1 < self.recipe.accumulation):
                 begin(Pass.FORWARD)
                 loss = self.forward()
                 begin(Pass.BACKWARD)

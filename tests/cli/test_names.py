@@ -100,7 +100,9 @@ def taken(run: Run, options: tuple[str, ...]) -> bool:
     shared = {"--sequence-parallel", "--context-parallel", "--tensor-parallel"}
     several = {"fsdp", "fsdp1", "ddp", "zero1", "zero2", "zero3", *shared} & {*options}
     more = ("--gpus", "8") if several and "--gpus" not in options else ()
-    if "--tensor-parallel" in options and "--gpus" not in options:
+    if {"--sequence-parallel-norms", "--loss-parallel"} & {*options} and "--tensor-parallel" not in options:
+        more = ("--gpus", "2", "--tensor-parallel", "2", "--sequence-parallel-norms", "-m", "llama3.1-8b")
+    elif "--tensor-parallel" in options and "--gpus" not in options:
         more = ("--gpus", "2", "-m", "llama3.1-8b", "--adamw-kernel", "for-loop")
     elif "--tensor-parallel" in options:  # which splits few families
         more = ("-m", "llama3.1-8b")

@@ -22,12 +22,17 @@ def test_every_sharding_is_listed_with_every_way_to_share_sequences():
 
 def test_matrices_are_split_over_all_gpus_or_over_some_that_share_the_parts():
     ways = [way for way in list_ways(8) if way.fields.get("tensor_parallel", 1) != 1]
-    assert [way.name for way in ways] == ["fsdp, matrices over 2", "fsdp, matrices over 4", "matrices over 8"]
-    assert [way.name for way in list_ways(8, splits=4)] == ["fsdp, matrices over 4"]
+    splits, shared_out = (
+        ["fsdp, matrices over 2", "fsdp, matrices over 4", "matrices over 8"],
+        "norms over tokens, loss over the vocabulary",
+    )
+    assert [way.name for way in ways] == [name for split in splits for name in (split, f"{split}, {shared_out}")]
+    assert [way.name for way in list_ways(8, splits=4)] == [splits[1], f"{splits[1]}, {shared_out}"]
     assert not [way for way in list_ways(8, ranks=2) if "tensor_parallel" in way.fields]
     found = compare(load_model("qwen3-8b"), card("h100"), RECIPES, ways)
     assert {answer.strategy for _, answer in found.answers} == {"checkpoint"} and not found.left_out
-    assert len(found.answers) == 3 and min(answer.s_max for _, answer in found.answers) > 20_000
+    assert len(found.answers) == 6 and min(answer.s_max for _, answer in found.answers) > 20_000
+    assert found.answers[0][0].name == f"matrices over 8, {shared_out}"
 
 
 def test_what_means_something_under_some_shardings_goes_to_these():

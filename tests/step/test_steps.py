@@ -111,7 +111,13 @@ def test_the_same_holds_where_kinds_of_layers_repeat(data):
 @given(
     st.lists(st.tuples(*[st.integers(-300, 900)] * 2, *[st.integers(0, 2)] * (len(BASIS) - 2)), max_size=40),
     st.lists(
-        st.builds(Sizes, *[st.integers(1, top) for top in (4, 50, 50, 50)], ranks=st.just(1), ring=st.just(1)),
+        st.builds(
+            Sizes,
+            *[st.integers(1, top) for top in (4, 50, 50, 50)],
+            ranks=st.just(1),
+            ring=st.just(1),
+            norm_sharers=st.integers(1, 4),
+        ),
         min_size=30,
         max_size=30,
     ),

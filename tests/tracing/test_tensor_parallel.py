@@ -21,18 +21,19 @@ from mstplan.tracing.trace import Trace
 from mstplan.tracing.tracer import trace
 
 from ..processes import on_two_ranks
-from . import four_splitters
+from . import four_splitters, two_splitters
 from .real_events import check_held, check_order
 from .two_ranks import TOKENS
 from .two_sharers import seeded, whole_batch
-from .two_splitters import MODELS, recipes
+from .two_splitters import LOSS, MODELS, NORMS, recipes
 
 MIXED: dict[str, Any] = {"precision": "mixed", "reduce_dtype": "bf16", "adamw_kernel": "foreach"}
 IN_PAIRS: dict[str, Any] = {"gpus": 8, "sharding": "fsdp"}
 COPIES: dict[str, Any] = {"precision": "mixed", "replicas": 2}
 IN_SHARDS = four_splitters.recipes()
 NOT_TRACED = re.compile(
-    r"^gloo:|allgather_into_tensor_coalesced_ > empty$|c10d::_allgather_base_ > empty$|c10d::_reduce_scatter_base_ > clone > empty_strided$"
+    r"^gloo:|allgather_into_tensor_coalesced_ > empty$|c10d::_allgather_base_ > empty$"
+    r"|c10d::(_reduce_scatter_base_|reduce_scatter_tensor_coalesced_) > clone > empty_strided$"
     r"|^Optimizer.step.* > (lerp_|addcmul_|_foreach_lerp_|_foreach_addcmul_) > PythonSubclass > clone > empty_strided$"
 )
 """gloo's flat copy of what it gathers, and its thread's; that of what a reduce-scatter is given, which it all-reduces; a rank's rows of the
@@ -71,16 +72,18 @@ def test_two_real_ranks_hold_what_the_trace_says(real, name):
     check_held(traced(name), [rank[name] for rank in real], NOT_TRACED)
 
 
+@pytest.mark.parametrize("way", two_splitters.TRAINED)
 @pytest.mark.parametrize("name", MODELS)
-def test_two_ranks_train_as_a_single_process_does(folder, name):
+def test_two_ranks_train_as_a_single_process_does(folder, name, way):
     """Loss and whole gradients, in fp32, summed in another order."""
-    check_trained(torch.load(folder / "trained.pt")[name], MODELS[name], rows=1)
+    check_trained(torch.load(folder / "trained.pt")[name, way], MODELS[name], rows=1)
 
 
+@pytest.mark.parametrize("way", four_splitters.TRAINED)
 @pytest.mark.parametrize("name", MODELS)
-def test_four_ranks_train_as_a_single_process_does(real, folder, name):
+def test_four_ranks_train_as_a_single_process_does(real, folder, name, way):
     """Loss and whole gradients of the mean of two rows, of each of which two ranks have parts of all matrices in shards."""
-    check_trained(torch.load(folder / "four" / "trained.pt")[name], MODELS[name], rows=2)
+    check_trained(torch.load(folder / "four" / "trained.pt")[name, way], MODELS[name], rows=2)
 
 
 def check_trained(found: dict[str, Any], config: dict[str, Any], rows: int) -> None:
@@ -131,6 +134,25 @@ def test_a_trace_refuses_plans_that_it_does_not_know(model, ranks, said):
             {"tensor_parallel": 4, "adamw_kernel": "fused", "max_grad_norm": 1.0},
         ),
         ("h100", "qwen3-8b", "checkpoint", 2048, {"tensor_parallel": 2, "adamw_kernel": "foreach"}),
+        ("h100", "llama3.1-8b", "checkpoint", 4096, {"tensor_parallel": 4, **NORMS}),
+        ("h100", "qwen3-8b", "standard", 4096, {"tensor_parallel": 2, "batch": 2, **NORMS}),
+        (
+            "h100",
+            "qwen2.5-7b",
+            "checkpoint",
+            4096,
+            {"tensor_parallel": 4, "max_grad_norm": 1.0, "adamw_kernel": "fused", **NORMS},
+        ),
+        (
+            "h100",
+            "llama3.1-8b",
+            "checkpoint",
+            4096,
+            {"tensor_parallel": 2, "gpus": 8, "sharding": "fsdp", "accumulation": 2, **NORMS},
+        ),
+        ("h100", "llama3.1-8b", "checkpoint", 4096, {"tensor_parallel": 4, **LOSS}),
+        ("a100-80gb", "mistral-7b-v0.3", "standard", 2048, {"tensor_parallel": 2, "batch": 2, **LOSS}),
+        ("h100", "qwen3-8b", "checkpoint", 8192, {"tensor_parallel": 2, "gpus": 8, "sharding": "fsdp", **LOSS} | MIXED),
         ("h100", "qwen2.5-7b", "standard", 2048, {"tensor_parallel": 4, "adamw_kernel": "fused", "batch": 2}),
         ("h100", "llama3.1-8b", "standard", 4096, {"tensor_parallel": 2, "gpus": 8, "sharding": "fsdp"}),
         (

@@ -3,12 +3,14 @@ on a batch, for whose loss and gradients tests/tracing/test_tensor_parallel.py h
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
 
 from mstplan.step.recipe import Recipe, strategy
 from mstplan.tracing.fsdp import mesh_of
@@ -24,6 +26,9 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"vocab_size": 1000, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 64},
 }
 """With vocabularies that two ranks divide; Qwen3 norms each head's queries and keys."""
+
+NORMS: dict[str, Any] = {"sequence_parallel_norms": True}
+LOSS: dict[str, Any] = {**NORMS, "loss_parallel": True}
 
 
 def recipes() -> dict[str, Recipe]:
@@ -42,7 +47,19 @@ def recipes() -> dict[str, Recipe]:
         "selective": strategy("checkpoint", **both, checkpoint="selective"),
         "reentrant": strategy("checkpoint", **both, checkpoint="reentrant"),
         "every second": strategy("checkpoint", **both, checkpoint="every-2"),
+        "norms over tokens": strategy("standard", **both, **NORMS),
+        "norms over tokens, two rows": strategy("checkpoint", **both, **NORMS, batch=2, accumulation=2),
+        "norms over tokens, fused, clipped": strategy(
+            "checkpoint", **both | NORMS | {"adamw_kernel": "fused"}, max_grad_norm=1.0
+        ),
+        "loss over the vocabulary": strategy("standard", **both, **LOSS),
+        "loss over the vocabulary, two rows": strategy(
+            "checkpoint", **both | LOSS | {"adamw_kernel": "foreach"}, batch=2
+        ),
     }
+
+
+TRAINED = ("standard", "norms over tokens", "loss over the vocabulary")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,21 +70,28 @@ def whole_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(weight.grad).clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def train(config: dict[str, Any]) -> dict[str, Any]:
+def loss_of(model: nn.Module, ids: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """The loss of tokens, when its backward is done."""
+    places = {"position_ids": torch.arange(ids.shape[1])[None]} if recipe.sequence_parallel_norms else {}
+    with loss_parallel() if recipe.loss_parallel else nullcontext():
+        loss = model(input_ids=ids, labels=ids, **places).loss
+        loss.backward()
+    return whole(loss.detach())
+
+
+def train(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The loss, and whole gradients, by name; and their sum with those of the same tokens backwards."""
-    recipe = recipes()["standard"]
     model = seeded(config, recipe)
     split_over_ranks(model, recipe, mesh_of("cpu", recipe))  # type: ignore[arg-type]
     ids = whole_batch(1)[0] % 1000
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
+    loss = loss_of(model, ids, recipe)
     gradients = whole_gradients(model)
-    model(input_ids=ids.flip(1), labels=ids.flip(1)).loss.backward()
-    return {"loss": loss.detach(), "gradients": gradients, "accumulated": whole_gradients(model)}
+    loss_of(model, ids.flip(1), recipe)
+    return {"loss": loss, "gradients": gradients, "accumulated": whole_gradients(model)}
 
 
 def and_train(rank: int, folder: Path) -> None:
-    found = {name: train(config) for name, config in MODELS.items()}
+    found = {(name, way): train(config, recipes()[way]) for name, config in MODELS.items() for way in TRAINED}
     if rank == 0:
         torch.save(found, folder / "trained.pt")
 

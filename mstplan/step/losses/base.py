@@ -45,9 +45,12 @@ class Loss:
 def logits_of(w: Writer, hidden: Tensor, head: Weight, defers: bool) -> Tensor:
     """Logits (t, V), soft-capped where the model does so, in the dtype that the head computes in."""
     if w.numerics.splits > 1:
-        hidden = tensor_parallel.enter(w, hidden)
+        enter = tensor_parallel.all_tokens if w.numerics.norm_sharers > 1 else tensor_parallel.enter
+        hidden = enter(w, hidden)
         part = w.new("logits of a rank", str(head.shape[0]), w.numerics.compute)
         w.linear(hidden, part, "lm_head", kind=WeightKind.HEAD, weight=head)
+        if w.numerics.loss_parallel:
+            return part
         return tensor_parallel.gathered(w, part, w.new("logits", "V", part.dtype))
     logits = w.new("logits", "V", w.numerics.compute)
     if w.model.wide_residual:
@@ -69,6 +72,9 @@ def logits_of(w: Writer, hidden: Tensor, head: Weight, defers: bool) -> Tensor:
 def cross_entropy(w: Writer, wide: Tensor, labels: tuple[Tensor, ...], variables: tuple[Tensor, ...]) -> None:
     """torch.nn.functional.cross_entropy of fp32 logits (t, V); variables: tensors that variables hold meanwhile."""
     tape = w.tape
+    if w.numerics.loss_parallel:
+        tensor_parallel.cross_entropy(w, wide, labels, variables)
+        return
     log_probs = w.new("log-softmax of logits", "V", "float32")
     tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=variables)
     tape.op(

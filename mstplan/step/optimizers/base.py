@@ -130,8 +130,10 @@ OF_ALL = (1, False)
 
 
 def mesh_of(recipe: Recipe, weight: Weight) -> tuple[int, bool]:
-    """What tells a weight's mesh from others: experts that cards share out are on another than all else, as are matrices that they split than norms."""
-    return weight.spread_over, recipe.tensor_parallel > 1 and WeightKind.NORMS not in weight.kinds
+    """What tells a weight's mesh from others: experts that cards share out are on another than all else, as are matrices that they split than norms, unless
+    these are DTensors of the same cards."""
+    norms_apart = recipe.tensor_parallel > 1 and not recipe.sequence_parallel_norms
+    return weight.spread_over, norms_apart and WeightKind.NORMS not in weight.kinds
 
 
 def dtype_of(recipe: Recipe, weight: Weight) -> str:
