@@ -29,7 +29,7 @@ class GpusWay(NamedTuple):
         ranks, splits = self.fields["sequence_parallel"], self.fields.get("tensor_parallel", 1)
         words = [self.sharding] if self.sharding != "none" else []
         words += [f"sequences over {ranks:,}"] if ranks != 1 else []
-        norms = ", norms over tokens, loss over the vocabulary" if "loss_parallel" in self.fields else ""
+        norms = ", norms and loss in parts" if "loss_parallel" in self.fields else ""
         words += [f"matrices over {splits:,}{norms}"] if splits != 1 else []
         words += [f"experts over {self.fields['expert_parallel']:,}"] if "expert_parallel" in self.fields else []
         return ", ".join([*words, *(["weights in CPU RAM"] if "weights_on_host" in self.fields else [])])

@@ -24,7 +24,7 @@ def test_matrices_are_split_over_all_gpus_or_over_some_that_share_the_parts():
     ways = [way for way in list_ways(8) if way.fields.get("tensor_parallel", 1) != 1]
     splits, shared_out = (
         ["fsdp, matrices over 2", "fsdp, matrices over 4", "matrices over 8"],
-        "norms over tokens, loss over the vocabulary",
+        "norms and loss in parts",
     )
     assert [way.name for way in ways] == [name for split in splits for name in (split, f"{split}, {shared_out}")]
     assert [way.name for way in list_ways(8, splits=4)] == [splits[1], f"{splits[1]}, {shared_out}"]
