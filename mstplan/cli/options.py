@@ -775,7 +775,8 @@ def of_one_gpu(options: AnyRecipes) -> tuple[AnyRecipes, dict[str, Any]]:
     given = {name: value for name, value in changes_of(options).items() if name in of_some}
     not_given = {name: False if value is True else None for name, value in given.items()}
     not_given |= {"sequence_parallel_norms": False, "loss_parallel": False}
-    return options.changed(sharding=None, gpus=None, sequence_parallel=None, tensor_parallel=None, **not_given), given
+    not_given |= dict.fromkeys(("sharding", "gpus", "sequence_parallel", "tensor_parallel"))
+    return options.changed(**not_given), given
 
 
 def card_of(options: CardOptions) -> Card:

@@ -298,19 +298,16 @@ def _polynomial(
 ) -> tuple[int, int, int, int]:
     """(a, b, c, d) with bytes = (a s^2 + b s + c) / d, over a common denominator d of the chunk counts, tens and cards that share out norms.
 
-    rounding 0: chunks, their parts, 128-row blocks and tens of tokens are taken as small as rounding can make them, and no keys as chosen; 1: as large, and
-    as many keys as can be.
+    rounding 0: chunks, parts that cards norm, 128-row blocks and tens of tokens are taken as small as rounding can make them, and no keys as
+    chosen; 1: as large, and as many keys as can be.
     """
     const, bs, bc, bk, bss, ss, s, br, p, b, bx, by, bz, bu, bv, buu, bvv, bsw, bq = vector
     few, some, most = MIXER_CHUNKS.values()
     d = chunks.mlp * chunks.loss * IDS_PER_PARTIAL_SUM * most * most * norm_sharers
     over = 1 + rounding  # (s / tokens + over)^2 is what a square of chunks and one more is at least, or at most
     square = (bss * batch + ss * ranks) * ranks * d + (buu * d // some**2 + bvv * d // most**2) * batch
-    linear = (
-        (bs + br * ranks) * batch * d
-        + s * d
-        + (bc * d // chunks.mlp + bk * d // chunks.loss + bq * d // norm_sharers) * batch
-    )
+    linear = (bs + br * ranks) * batch * d + s * d + (bc * d // chunks.mlp + bk * d // chunks.loss) * batch
+    linear += bq * batch * d // norm_sharers
     linear += p * batch * d // IDS_PER_PARTIAL_SUM
     linear += (bx * d // few + (by + bu + 2 * over * buu) * d // some + (bz + bv + 2 * over * bvv) * d // most) * batch
     linear += bsw * MOST_CHOSEN * rounding * batch * d

@@ -135,9 +135,8 @@ class Writer:
         self.liger = kernels_for(model.model_type) if numerics.kernels == "liger" else None
         # tokens that there are for one of what shapes count by their basis: of images, whose number is known
         self.rows = 1
-        self.between = (
-            "b q" if numerics.norm_sharers > 1 and tokens == "b s" else tokens
-        )  # of hidden states between layers, and norms
+        # axes of tokens of hidden states between layers, and of norms
+        self.between = "b q" if numerics.norm_sharers > 1 and tokens == "b s" else tokens
         # axes of position ids, which packed rows have each of its own; pieces of several rows are counted as if they had
         own_places = numerics.samples > 1 or numerics.ranks > 1 or numerics.ring is not None
         self.places = "s" if not own_places and tokens == "b s" else tokens
@@ -265,7 +264,7 @@ class Writer:
         defers: bool,
     ) -> Tensor:
         numerics, module = self.numerics, self.names.get(name, name)
-        if numerics.splits > 1 and numerics.norm_sharers == 1 and name in tensor_parallel.COLUMNS:
+        if numerics.splits > 1 and name in tensor_parallel.COLUMNS:
             x = tensor_parallel.enter(self, x)
         is_quantised = bool(numerics.quantised) and weight is None
         adapters = numerics.adapters if weight is None else None

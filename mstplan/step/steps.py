@@ -520,8 +520,7 @@ class Step:
         if self.zero is not None:
             return self.zero.gradients(between=always_alive)
         gradients = self._as_trained("gradients", Role.WEIGHT_GRADIENT)
-        beyond = 0 if recipe.sharded else tensor_parallel.gradient_beyond(self.weights, recipe.tensor_parallel)
-        more = beyond * recipe.weight_bytes
+        more = tensor_parallel.gradient_beyond(self.weights, recipe) * recipe.weight_bytes
         whole = constant("gradient of the embedding's other rows", recipe.weight_dtype, more, Role.WEIGHT_GRADIENT)
         return [*gradients, whole] if more else gradients
 

@@ -53,24 +53,7 @@ ITEMSIZE = {
 # q those of s that a card norms, where several share them out.
 BASIS = (
     "",
-    "bs",
-    "bc",
-    "bk",
-    "bss",
-    "ss",
-    "s",
-    "br",
-    "p",
-    "b",
-    "bx",
-    "by",
-    "bz",
-    "bu",
-    "bv",
-    "buu",
-    "bvv",
-    "bsw",
-    "bq",
+    *["bs", "bc", "bk", "bss", "ss", "s", "br", "p", "b", "bx", "by", "bz", "bu", "bv", "buu", "bvv", "bsw", "bq"],
 )
 MOST_CHOSEN = 2048
 """Keys that a query sees of those before it, where an indexer chooses them (DeepSeek-V3.2)."""
@@ -78,7 +61,7 @@ MIXER_CHUNKS = {"x": 64, "y": 128, "z": 256}
 """Tokens of a chunk of what mixes them otherwise than by attention, by the axis that counts chunks."""
 Vector = tuple[int, ...]
 ZERO: Vector = (0,) * len(BASIS)
-_SYMBOLS = frozenset("bsckrpwxyzuvq")
+_SYMBOLS = tuple("bckprswxyzuvq")  # in the order in which `BASIS` has them
 
 
 def add(u: Vector, v: Vector) -> Vector:
@@ -89,7 +72,7 @@ def add(u: Vector, v: Vector) -> Vector:
 def axes_of(shape: str) -> tuple[int, tuple[str, ...]]:
     """(index into BASIS, the axes whose sizes do not change) of a shape such as "b s d"."""
     axes = shape.split()
-    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key="bckprswxyzuvq".index))
+    symbols = "".join(sorted((a for a in axes if a in _SYMBOLS), key=_SYMBOLS.index))
     return BASIS.index(symbols), tuple(a for a in axes if a not in _SYMBOLS)
 
 
@@ -474,9 +457,7 @@ class TapeWriter:
 
     def new(self, name: str, shape: str, dtype: str, base: Tensor | None = None, *, cached: bool = False) -> Tensor:
         """base: the tensor that it is a view of; cached: as of `Tensor`."""
-        made = tensor_of(self.dims, name, shape, dtype, base, role=self.role, cached=cached)
-        made.is_part = self.parts
-        return made
+        return tensor_of(self.dims, name, shape, dtype, base, role=self.role, cached=cached, is_part=self.parts)
 
     def grad(self, tensor: Tensor) -> Tensor:
         return _like_grad(tensor)
@@ -577,13 +558,14 @@ def tensor_of(
     *,
     role: Purpose | None = None,
     cached: bool = False,
+    is_part: bool = False,
 ) -> Tensor:
     """A tensor whose bytes follow from its shape; base: the one that it is a view of."""
     basis, axes = axes_of(shape)
     size = ITEMSIZE[dtype]
     for axis in axes:
         size *= int(axis) if axis.isdigit() else dims[axis]
-    return Tensor(name, shape, dtype, basis, size, base, role=role, cached=cached)
+    return Tensor(name, shape, dtype, basis, size, base, role=role, cached=cached, is_part=is_part)
 
 
 def _like_grad(tensor: Tensor, gradient_of: Tensor | None = None) -> Tensor:

@@ -92,8 +92,10 @@ def of_a_rank(model: Model, recipe: Recipe) -> Model:
 
 
 def enter(w: Writer, x: Tensor) -> Tensor:
-    """The input of a product by columns; of its gradient every rank makes a part, and an all-reduce the sum."""
+    """The input of a product by columns; of its gradient every rank makes a part, and an all-reduce the sum, unless `all_tokens` gathered it."""
     tape = w.tape
+    if w.numerics.norm_sharers > 1:
+        return x
     return tape.op(f"{x.name}, to columns", [x], tape.view(x, x.name, x.shape), grads=((x, tape.grad(x)),))
 
 
@@ -104,7 +106,7 @@ def as_part(w: Writer, x: Tensor) -> Tensor:
 
 def all_tokens(w: Writer, x: Tensor) -> Tensor:
     """All tokens of what each rank has normed a part of: an all-gather, and in backward a reduce-scatter of the gradient's parts."""
-    if w.numerics.norm_sharers == 1 or not x.shape.startswith("b q"):
+    if w.numerics.norm_sharers == 1:
         return x
     with w.tape.distributed():
         whole = w.new(f"{x.name}, all tokens", "d", x.dtype)
@@ -140,38 +142,25 @@ def gathered(w: Writer, part: Tensor, whole: Tensor) -> Tensor:
     return w.tape.op(f"gather {part.name}", [part], whole, temps=(buffer,), grads=((part, w.tape.grad(part)),))
 
 
-def cross_entropy(w: Writer, wide: Tensor, labels: tuple[Tensor, ...], variables: tuple[Tensor, ...]) -> None:
-    """torch.nn.functional.cross_entropy of a rank's part of fp32 logits (torch/distributed/tensor/parallel/loss.py): logits less their largest, then the
-    log-softmax; in backward zeros for the labels, their sum with its exponential, and the product with the loss's gradient, which is that of logits."""
+def log_softmax(w: Writer, wide: Tensor, variables: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The log-softmax of a rank's part of fp32 logits, of logits less their largest; and what the loss makes in backward before the gradient of logits:
+    zeros for the labels, and their sum with its exponential (torch/distributed/tensor/parallel/loss.py). variables: tensors that variables hold meanwhile."""
     tape = w.tape
-    log_probs, shifted = (
-        tape.new(name, wide.shape, wide.dtype)
-        for name in ("log-softmax of a rank's logits", "logits less their largest")
+    names = (
+        "log-softmax of a rank's logits",
+        "logits less their largest",
+        "gradient of picked logits",
+        "the same and probabilities",
     )
+    log_probs, shifted, zeros, summed_up = (tape.new(name, wide.shape, wide.dtype) for name in names)
     of_tokens = tuple(
         w.new(name, "", "float32") for name in ("largest logits", "sums of exponentials", "their logarithms")
     )
+    grads = ((wide, None),)  # that of its result, which the loss makes
     tape.op(
-        "log-softmax",
-        [wide],
-        log_probs,
-        keeps=(log_probs,),
-        temps=(shifted, *of_tokens),
-        grads=((wide, None),),
-        holds=variables,
+        "log-softmax", [wide], log_probs, keeps=(log_probs,), temps=(shifted, *of_tokens), grads=grads, holds=variables
     )
-    zeros, summed_up = (
-        tape.new(name, wide.shape, wide.dtype) for name in ("gradient of picked logits", "the same and probabilities")
-    )
-    tape.op(
-        "negative log-likelihood",
-        [log_probs, *labels],
-        tape.new("loss", "", "float32"),
-        keeps=(log_probs, *labels),
-        grads=((log_probs, tape.grad(log_probs)),),
-        holds=(*variables, wide),
-        back_temps=(zeros, summed_up),
-    )
+    return log_probs, (zeros, summed_up)
 
 
 def part_of(weight: Weight, ranks: int) -> Weight:
@@ -181,15 +170,28 @@ def part_of(weight: Weight, ranks: int) -> Weight:
     return replace(weight, shape=(weight.shape[0] // ranks, *weight.shape[1:]))
 
 
+def keeps_whole(recipe: Recipe) -> bool:
+    """Whether the optimizer is given the embedding's whole gradient, not that of a rank's rows."""
+    return recipe.tensor_parallel > 1 and not recipe.sharded
+
+
+def cuts_rows(recipe: Recipe) -> bool:
+    """Whether torch's fused AdamW has a rank's rows of it cut, in a copy, while it steps."""
+    return keeps_whole(recipe) and recipe.adamw_kernel == "fused"
+
+
 def rows_to_step(recipe: Recipe, weights: Iterable[tuple[Weight, int]]) -> tuple[Held, ...]:
     """A rank's rows of the embedding's whole gradient, which torch's fused AdamW has cut, in a copy, while it steps. Of weights as a rank keeps them, given
     as (weight, how many). The other kernels have them cut for each operation, and at most two at once, which is less than they make themselves."""
-    if recipe.tensor_parallel == 1 or recipe.sharded or recipe.adamw_kernel != "fused":
+    if not cuts_rows(recipe):
         return ()
     tables = (weight for weight, _ in weights if WeightKind.EMBEDDINGS in weight.kinds)
     return tuple(Held(ROWS_TO_STEP, dtype_of(recipe, w), w.numel * itemsize_of(recipe, w)) for w in tables)
 
 
-def gradient_beyond(weights: list[tuple[Weight, int]], ranks: int) -> int:
+def gradient_beyond(weights: list[tuple[Weight, int]], recipe: Recipe) -> int:
     """Numbers that gradients have more than a rank's weights: those of the embedding's other rows."""
+    if not keeps_whole(recipe):
+        return 0
+    ranks = recipe.tensor_parallel
     return sum(w.numel * n // ranks * (ranks - 1) for w, n in weights if WeightKind.EMBEDDINGS in w.kinds)

@@ -14,11 +14,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..step.workspaces import SortedLookups, SumOverTokens
-from .recorder import Recorder
+from .recorder import Recorder, of_dtensors
 from .trace import BIAS_PRODUCT, PARTS_OF_SUM, SORTED_IDS, SUMS_OF_IDS
 
 _aten = torch.ops.aten
@@ -33,7 +32,7 @@ class KernelWorkspaces(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
+        if of_dtensors(types):
             return NotImplemented  # it comes again for the shard that is here
         if func is _aten.embedding_dense_backward.default:
             return self._embedding_gradient(func, args)

@@ -72,9 +72,8 @@ class Recorder(TorchDispatchMode):
         self.temporaries: Mapping[Any, MakeTemporary] = {}  # what kernels make for themselves beside their results
         self._purpose: tuple[str, Category | None] | None = None  # what a stand-in says it allocates for
         self._selection: tuple[Results, bool] | None = None  # of a selective checkpoint, and whether it is run again
-        self._of_parts: Any = (
-            None  # the operation of DTensors that comes next for those here: autograd adds none of these in place
-        )
+        # the operation of DTensors that comes next for what is here of them: autograd adds none of these in place
+        self._of_parts: Any = None
         self._pending_sum: tuple[int, int] | None = (
             None  # a sum of gradients just made: (its storage, that of its first summand)
         )
@@ -143,7 +142,7 @@ class Recorder(TorchDispatchMode):
     # ---- events -------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
+        if of_dtensors(types):
             self._of_parts = func
             return NotImplemented  # it comes again for the shard that is here
         if func.namespace == "profiler":
@@ -351,6 +350,11 @@ def _owns_storage(summand: torch.Tensor) -> bool:
     return (
         not torch.is_grad_enabled() and not summand._is_view() and torch.ops.aten.is_non_overlapping_and_dense(summand)
     )
+
+
+def of_dtensors(types: Iterable[type]) -> bool:
+    """Whether an operation that is dispatched is of DTensors; it comes again for what is on this device."""
+    return any(issubclass(kind, DTensor) for kind in types)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

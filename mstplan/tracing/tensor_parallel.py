@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError, VersionError
 from ..step.recipe import Recipe
+from ..step.tensor_parallel import keeps_whole
 from .fsdp import SPLIT, part_of_mesh
 from .patches import COLLECTIVE_WAIT, LAST_AXIS, META_OF_RESULT, patched
 
@@ -75,23 +76,23 @@ def split_over_ranks(model: PreTrainedModel, recipe: Recipe, mesh: DeviceMesh) -
     """Split a model's matrices over the ranks of `mesh` that do so, in place: before they are sharded."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
+    splitting, plan = part_of_mesh(mesh, SPLIT), plan_of(model, recipe.tensor_parallel)
     if recipe.sequence_parallel_norms:
-        parallelize_module(model, part_of_mesh(mesh, SPLIT), styles_of(model, recipe))  # type: ignore[arg-type]
-        return
-    apply_tensor_parallelism(model, part_of_mesh(mesh, SPLIT), plan_of(model, recipe.tensor_parallel))
+        parallelize_module(model, splitting, _styles(model, plan, recipe.loss_parallel))  # type: ignore[arg-type]
+    else:
+        apply_tensor_parallelism(model, splitting, plan)
 
 
-def styles_of(model: PreTrainedModel, recipe: Recipe) -> dict[str, ParallelStyle]:
-    """torch's styles of a model's modules where norms share out tokens, as torchtitan plans them: what transformers splits is split, and hidden states
-    between are in pieces of the sequence."""
-    plan, styles = plan_of(model, recipe.tensor_parallel), dict[str, ParallelStyle]()
-    tokens, whole = Shard(1), Replicate()
+def _styles(model: PreTrainedModel, plan: dict[str, str], loss_parallel: bool) -> dict[str, ParallelStyle]:
+    """torch's styles of a model's modules where norms share out tokens, as torchtitan plans them: what transformers' plan splits is split, and hidden
+    states between are in pieces of the sequence. loss_parallel: logits stay in parts of the vocabulary."""
+    styles: dict[str, ParallelStyle] = {}
+    tokens, whole, logits = Shard(1), Replicate(), Shard(-1) if loss_parallel else Replicate()
     for name, module in model.named_modules():
         style, owner = plan.get(f"{name}.weight"), name.rpartition(".")[0]
         if style == "colwise_gather_output":
-            logits = Shard(-1) if recipe.loss_parallel else whole
             styles[name] = ColwiseParallel(
-                input_layouts=tokens, output_layouts=logits, use_local_output=not recipe.loss_parallel
+                input_layouts=tokens, output_layouts=logits, use_local_output=not loss_parallel
             )
         elif style == "embedding_rowwise":
             styles[name] = RowwiseParallel(input_layouts=whole, output_layouts=tokens)
@@ -99,10 +100,11 @@ def styles_of(model: PreTrainedModel, recipe: Recipe) -> dict[str, ParallelStyle
             styles[name] = RowwiseParallel(output_layouts=tokens)
         elif style == "colwise":
             styles[name] = ColwiseParallel()
-            by_name = "hidden_states" if owner.endswith("attn") else None
             styles[owner] = (
-                PrepareModuleInput(input_kwarg_layouts={by_name: tokens}, desired_input_kwarg_layouts={by_name: whole})
-                if by_name
+                PrepareModuleInput(
+                    input_kwarg_layouts={"hidden_states": tokens}, desired_input_kwarg_layouts={"hidden_states": whole}
+                )
+                if owner.endswith("attn")
                 else PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(whole,))
             )
         elif style in WHOLE:  # of each head
@@ -114,7 +116,7 @@ def styles_of(model: PreTrainedModel, recipe: Recipe) -> dict[str, ParallelStyle
 
 def has_whole_gradient(model: PreTrainedModel, weight: torch.nn.Parameter | None, recipe: Recipe) -> bool:
     """Whether a weight is the embedding, of which the optimizer is given a whole gradient beside a rank's rows."""
-    return recipe.tensor_parallel > 1 and not recipe.sharded and weight is model.get_input_embeddings().weight
+    return keeps_whole(recipe) and weight is model.get_input_embeddings().weight
 
 
 def whole_gradient(weight: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ from ..step.runnable import check_runnable
 from ..step.saved_tensors import IN_FLIGHT
 from ..step.selection import Kinds
 from ..step.steps import checkpointed_layers, every_nth, segment_length
+from ..step.tensor_parallel import cuts_rows
 from ..step.towers import check_idle, image_notes
 from ..train import locate
 from ..train.checkpoint import segments_of
@@ -670,7 +671,7 @@ def _sizes(
 
 def _rows_to_step(model: PreTrainedModel, recipe: Recipe, sizes: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of a rank's rows of the embedding's whole gradient, where torch's fused AdamW has them cut (mstplan/step/tensor_parallel.py)."""
-    if recipe.tensor_parallel == 1 or recipe.sharded or recipe.adamw_kernel != "fused":
+    if not cuts_rows(recipe):
         return ()
     table = model.get_input_embeddings().weight
     shape: tuple[int, ...] = next(sizes[name][0] for name, weight in model.named_parameters() if weight is table)

@@ -45,8 +45,7 @@ class Loss:
 def logits_of(w: Writer, hidden: Tensor, head: Weight, defers: bool) -> Tensor:
     """Logits (t, V), soft-capped where the model does so, in the dtype that the head computes in."""
     if w.numerics.splits > 1:
-        enter = tensor_parallel.all_tokens if w.numerics.norm_sharers > 1 else tensor_parallel.enter
-        hidden = enter(w, hidden)
+        hidden = tensor_parallel.enter(w, tensor_parallel.all_tokens(w, hidden))
         part = w.new("logits of a rank", str(head.shape[0]), w.numerics.compute)
         w.linear(hidden, part, "lm_head", kind=WeightKind.HEAD, weight=head)
         if w.numerics.loss_parallel:
@@ -72,11 +71,12 @@ def logits_of(w: Writer, hidden: Tensor, head: Weight, defers: bool) -> Tensor:
 def cross_entropy(w: Writer, wide: Tensor, labels: tuple[Tensor, ...], variables: tuple[Tensor, ...]) -> None:
     """torch.nn.functional.cross_entropy of fp32 logits (t, V); variables: tensors that variables hold meanwhile."""
     tape = w.tape
+    back_temps: tuple[Tensor, ...] = ()
     if w.numerics.loss_parallel:
-        tensor_parallel.cross_entropy(w, wide, labels, variables)
-        return
-    log_probs = w.new("log-softmax of logits", "V", "float32")
-    tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=variables)
+        log_probs, back_temps = tensor_parallel.log_softmax(w, wide, variables)
+    else:
+        log_probs = w.new("log-softmax of logits", "V", "float32")
+        tape.op("log-softmax", [wide], log_probs, keeps=(log_probs,), grads=((wide, tape.grad(wide)),), holds=variables)
     tape.op(
         "negative log-likelihood",
         [log_probs, *labels],
@@ -84,4 +84,5 @@ def cross_entropy(w: Writer, wide: Tensor, labels: tuple[Tensor, ...], variables
         keeps=(log_probs, *labels),
         grads=((log_probs, tape.grad(log_probs)),),
         holds=(*variables, wide),
+        back_temps=back_temps,
     )
