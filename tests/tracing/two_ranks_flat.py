@@ -42,4 +42,4 @@ def mixed_recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    main({**recipes(), **synced_recipes(), **mixed_recipes()}, runs=RUNS)
+    main({**recipes(), **synced_recipes()}, runs=RUNS, once=mixed_recipes())

@@ -51,4 +51,4 @@ def mixed_recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    two_ranks.main({**recipes(), **mixed_recipes()}, runs=RUNS, config=CONFIG)
+    two_ranks.main(recipes(), runs=RUNS, config=CONFIG, once=mixed_recipes())

@@ -44,4 +44,4 @@ def mixed_recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    main({**recipes(), **mixed_recipes()}, runs=RUNS)
+    main(recipes(), runs=RUNS, once=mixed_recipes())
