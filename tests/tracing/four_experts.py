@@ -6,4 +6,4 @@ from .two_experts import MODELS, of_four
 from .two_ranks import main
 
 if __name__ == "__main__":
-    main(of_four(), runs=6, ranks=4, config=MODELS["qwen3_moe"])
+    main(of_four(), ranks=4, config=MODELS["qwen3_moe"])

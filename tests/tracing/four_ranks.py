@@ -19,4 +19,4 @@ def recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    main(recipes(), runs=6, ranks=4)
+    main(recipes(), ranks=4)

@@ -60,4 +60,4 @@ def and_train(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    two_ranks.main(recipes(), runs=6, ranks=4, and_then=and_train, config=MODELS["llama"])
+    two_ranks.main(recipes(), ranks=4, and_then=and_train, config=MODELS["llama"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -29,35 +29,46 @@ def without(events: list[list[Any]], made_by: re.Pattern[str]) -> list[list[Any]
 
 
 def peak(runs: list[list[list[Any]]]) -> int:
-    """The most bytes at once beyond those of the beginning, where each tensor goes at the earliest place of all runs: gloo's thread lets go of
-    what it has sent when it gets round to it. Of runs whose allocations differ, the most that are alike count."""
-    by_sizes: dict[tuple[int, ...], list[list[tuple[int, int]]]] = {}
+    """The most bytes at once beyond those of the beginning."""
+    return max(peaks(runs).values())
+
+
+def peaks(runs: list[list[list[Any]]]) -> dict[str, int]:
+    """The same of each phase that allocates, where each tensor goes at the earliest place of all runs: gloo's thread lets go of what it has sent when
+    it gets round to it. Of runs whose allocations differ, the most that are alike count."""
+    by_sizes: dict[tuple[int, ...], list[list[_Life]]] = {}
     for life in map(_lives, runs):
-        by_sizes.setdefault(tuple(size for size, _ in life), []).append(life)
+        by_sizes.setdefault(tuple(one.bytes for one in life), []).append(life)
     alike = max(by_sizes.values(), key=len)
-    changes = [0] * (len(alike[0]) + 1)
+    gone = [0] * (len(alike[0]) + 1)
     for tensors in zip(*alike, strict=True):
-        size, gone = tensors[0][0], min(end for _, end in tensors)
-        changes[gone] -= size
-    most = now = 0
-    for (size, _), change in zip(alike[0], changes, strict=False):
-        now += change + max(size, 0)
-        most = max(most, now)
+        gone[min(one.end for one in tensors)] += tensors[0].bytes
+    most: dict[str, int] = {}
+    now = 0
+    for one, given_back in zip(alike[0], gone, strict=False):
+        now += one.bytes - given_back
+        most[one.phase] = max(most.get(one.phase, 0), now)
     return most
 
 
-def _lives(events: list[list[Any]]) -> list[tuple[int, int]]:
-    """(bytes, number of allocations before it goes) of every tensor that is made. Of one that was there before: no bytes made."""
-    lives: list[tuple[int, int]] = []
+class _Life(NamedTuple):
+    bytes: int
+    phase: str
+    end: int  # how many tensors have been made when it goes
+
+
+def _lives(events: list[list[Any]]) -> list[_Life]:
+    """Every tensor that is made."""
+    lives: list[_Life] = []
     there: dict[int, int] = {}
-    for size, _, address, _ in events:
+    for size, phase, address, _ in events:
         if size > 0:
             there[address] = len(lives)
-            lives.append((size, -1))
+            lives.append(_Life(size, phase, -1))
         elif address in there:
             number = there.pop(address)
-            lives[number] = (lives[number][0], len(lives))
-    return [(size, end if end >= 0 else len(lives)) for size, end in lives]
+            lives[number] = lives[number]._replace(end=len(lives))
+    return [one if one.end >= 0 else one._replace(end=len(lives)) for one in lives]
 
 
 def check_order(found: Trace, ranks: list[dict[str, Any]], made_by: re.Pattern[str]) -> None:

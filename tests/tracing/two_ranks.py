@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-RUNS = 12
+RUNS = 5
 """gloo's thread may hold on to a finished collective's buffers for a moment more; it does not in all of so many steps."""
 CHUNKS = {"mlp_chunks": 3, "loss_chunks": 2}
 
@@ -127,7 +127,9 @@ def main(
 
     def record(rank: int, folder: Path) -> None:
         of_all = [(recipes, runs), (once, 1)]
-        found = {name: run(one, times, configs.get(name, config)) for some, times in of_all for name, one in some.items()}
+        found = {
+            name: run(one, times, configs.get(name, config)) for some, times in of_all for name, one in some.items()
+        }
         (folder / f"rank{rank}.json").write_text(json.dumps(found))
         and_then(rank, folder)
 

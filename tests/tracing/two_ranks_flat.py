@@ -8,8 +8,6 @@ from mstplan.step.recipe import Recipe, strategy
 
 from .two_ranks import main
 
-RUNS = 6
-
 
 def recipes() -> dict[str, Recipe]:
     both: dict[str, Any] = {"gpus": 2, "sharding": "fsdp1", "precision": "fp32", "attention": "eager"}
@@ -42,4 +40,4 @@ def mixed_recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    main({**recipes(), **synced_recipes()}, runs=RUNS, once=mixed_recipes())
+    main({**recipes(), **synced_recipes()}, once=mixed_recipes())

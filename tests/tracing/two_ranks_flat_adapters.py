@@ -8,7 +8,6 @@ from mstplan.step.recipe import Recipe, strategy
 
 from . import two_ranks
 
-RUNS = 4
 CONFIG = {**two_ranks.CONFIG, "num_hidden_layers": 3}
 RANK = 48
 """Of adapters: their sizes are no other tensor's."""
@@ -51,4 +50,4 @@ def mixed_recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    two_ranks.main(recipes(), runs=RUNS, config=CONFIG, once=mixed_recipes())
+    two_ranks.main(recipes(), config=CONFIG, once=mixed_recipes())

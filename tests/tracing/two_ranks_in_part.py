@@ -8,7 +8,6 @@ from mstplan.step.recipe import Recipe, strategy
 
 from .two_ranks import CHUNKS, main
 
-RUNS = 4
 RANK = 48
 """Of adapters: their sizes are no other tensor's."""
 
@@ -44,4 +43,4 @@ def mixed_recipes() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    main(recipes(), runs=RUNS, once=mixed_recipes())
+    main(recipes(), once=mixed_recipes())

@@ -8,7 +8,6 @@ from mstplan.step.recipe import Recipe, strategy
 
 from .two_ranks import CONFIG, main
 
-RUNS = 8
 IMAGE = 1000  # its token id
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 TEXT = {**{name: CONFIG[name] for name in (*SIZES, "vocab_size")}, "max_position_embeddings": 512, "pad_token_id": 0}
@@ -61,4 +60,4 @@ def recipes() -> dict[str, Recipe]:
 
 if __name__ == "__main__":
     configs = {name: config_of(name) for name in recipes()}
-    main(recipes(), runs=RUNS, configs=configs)
+    main(recipes(), configs=configs)
