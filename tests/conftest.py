@@ -50,6 +50,14 @@ LONGEST_FIRST = (
     "tracing/test_ranks_with_images.py",
     "train/test_expert_ranks.py",
     "train/test_distributed_images.py",
+    "tracing/test_fsdp1_adapters.py",
+    "tracing/test_fsdp_in_part.py",
+    "tracing/test_fsdp1.py",
+    "tracing/test_ulysses.py",
+    "tracing/test_ring.py",
+    "tracing/test_ddp.py",
+    "cli/test_planning.py",
+    "step/test_events.py",
 )
 """Files that take 20 seconds or more, of two workers that take a file each: the last one to begin must not be one of these."""
 
