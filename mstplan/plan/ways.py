@@ -102,7 +102,7 @@ def _state_levers(start: Plan) -> tuple[Lever, ...]:
             *back_to_gpu,
             Change(
                 "the optimizer in CPU RAM",
-                "step time (CPUOffloadPolicy)" if start.recipe.sharded else "step time (DeepSpeed offload)",
+                "step time: the optimizer steps on the CPU",
                 10,
                 {"optimizer_on_host": True, "optimizer_in_backward": False},
             ),
