@@ -51,22 +51,22 @@ def _parse_digits(text: str) -> int:
     return int(text.replace(",", "").replace("_", ""))
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of '80GB', '79.15GiB' or '24576MiB'. Raises UnitError.
+def parse_memory(text: str, name: str = "") -> int:
+    """Bytes of '80GB', '79.15GiB' or '24576MiB'; `name` says in messages what it is. Raises UnitError.
 
     Memory is sold in powers of two: a card sold as 80 GB holds 80 GiB, so GB is read as GiB, MB as MiB.
     """
     match = _match_text(rf"([0-9]{{1,18}}){_FRACTION}\s*([kmgt]i?b|b)", text)
     if match is None:
         raise UnitError(
-            f"cannot read {quoted(text)} as an amount of memory.\nWrite it like 80GB, 79.15GiB or 24576MiB."
+            f"cannot read {name + ' ' if name else ''}{quoted(text)} as an amount of memory.\nWrite it like 80GB, 79.15GiB or 24576MiB."
         )
     fraction = match[2] or ""
     scale: int = 10 ** len(fraction)
     size = int(match[1] + fraction) * _MEMORY_UNITS[match[3].upper()] // scale
     if size >= MOST_MEMORY:
         raise UnitError(
-            f"{quoted(text)} is more memory than any machine has.\nWrite it like 80GB, 79.15GiB or 24576MiB."
+            f"{name + ' ' if name else ''}{quoted(text)} is more memory than any machine has.\nWrite it like 80GB, 79.15GiB or 24576MiB."
         )
     return size
 

@@ -95,11 +95,15 @@ def main() -> None:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
+_NO_WHOLE_NUMBER = ("Input should be a valid integer, unable to parse string as an integer", "must be a whole number")
+"""What typer says of an option's value, and what mstplan says."""
+
+
 def _misused(error: Any) -> int:
     """Says what is wrong with the command line, in two lines. `error` is click's UsageError, wherever typer has it from."""
     from ..errors import one_line
 
-    message = " ".join(error.format_message().split())
+    message = " ".join(error.format_message().split()).replace(*_NO_WHOLE_NUMBER)
     if type(error).__name__ != "NoArgsIsHelpError":
         named = next((argument for argument in sys.argv[1:] if argument in COMMANDS), "")
         refusal = (

@@ -241,7 +241,7 @@ def command(
 
     def register(run: Callable[[Taken], None]) -> Callable[[Taken], None]:
         def called(**values_typed: Any) -> None:
-            from ..errors import MstplanError
+            from ..errors import MstplanError, RecipeError
 
             try:
                 values = {key: one.value(values_typed.get(key)) for key, one in options.items()}
@@ -254,7 +254,9 @@ def command(
                     raise typer.Exit(2)
                 run(settle_format(taken(**values)))
             except MstplanError as e:
-                complain(str(e))
+                from ..step.names import in_options
+
+                complain(in_options(str(e)) if isinstance(e, RecipeError) else str(e))
                 raise typer.Exit(2) from None
 
         def add() -> None:

@@ -782,10 +782,10 @@ def of_one_gpu(options: AnyRecipes) -> tuple[AnyRecipes, dict[str, Any]]:
 def card_of(options: CardOptions) -> Card:
     from ..spec.hardware import EXPANDABLE, NCCL_BYTES, card
 
-    reserve = memory(options.reserve)
+    reserve = memory(options.reserve, "--reserve")
     if reserve is None:
         reserve = NCCL_BYTES if _gpus_of(options) > 1 else 0
-    sizes = memory(options.gpu_mem), reserve, memory(options.host_mem)
+    sizes = memory(options.gpu_mem, "--gpu-mem"), reserve, memory(options.host_mem, "--host-mem")
     return card(options.gpu, *sizes, allocator=options.allocator or EXPANDABLE, torch=options.torch)
 
 
@@ -799,11 +799,11 @@ def _gpus_of(options: CardOptions) -> int:
     return gpus if gpus is not None else base_recipe(options).gpus
 
 
-def memory(text: str | None) -> int | None:
-    """Bytes; None where nothing was said."""
+def memory(text: str | None, name: str = "") -> int | None:
+    """Bytes; None where nothing was said. name: of the option."""
     from ..units import parse_memory
 
-    return parse_memory(text) if text is not None else None
+    return parse_memory(text, name) if text is not None else None
 
 
 _FIELDS = (
@@ -925,29 +925,76 @@ def applied(
 
 
 def _check_ranks(model: Model, base: Recipe, changes: Mapping[str, object]) -> None:
-    """Check that GPUs which share sequences or split matrices divide all GPUs. Raises RecipeError with the numbers that can of this model."""
+    """Check that GPUs which share sequences, matrices or experts divide all GPUs, and what they share of this model. Raises RecipeError with
+    numbers that do, and are taken beside all else."""
     from ..errors import RecipeError
     from ..step import tensor_parallel, ulysses
     from ..step.recipe import option_of
 
-    gpus = changes.get("gpus", base.gpus)
+    experts = model.experts.number if model.experts is not None else 0
+    a, gpus = model.attention, changes.get("gpus", base.gpus)
+    if model.stand_in is not None or not isinstance(gpus, int) or not 2 <= gpus <= 65_536:
+        return
     for field, can, of in (
-        ("sequence_parallel", ulysses.can_share, "heads"),
-        ("tensor_parallel", tensor_parallel.can_split, "matrices"),
+        (
+            "sequence_parallel",
+            ulysses.can_share,
+            f"heads of {model.name} ({a.heads:,} of queries, {a.kv_heads:,} of keys)",
+        ),
+        ("context_parallel", lambda _, n: True, ""),
+        ("tensor_parallel", tensor_parallel.can_split, f"matrices of {model.name}"),
+        ("expert_parallel", lambda _, n: experts % n == 0, f"{experts:,} experts of {model.name}"),
     ):
-        ranks, option = changes.get(field), option_of(field)
-        if not isinstance(gpus, int) or not isinstance(ranks, int) or ranks < 2 or gpus < 2 or gpus % ranks == 0:
+        ranks = changes.get(field, getattr(base, field))
+        if not isinstance(ranks, int) or ranks < 2 or (gpus % ranks == 0 and can(model, ranks)):
             continue
-        if model.stand_in is not None or gpus > 65_536:
-            continue
-        numbers = ", ".join(str(n) for n in range(2, gpus + 1) if gpus % n == 0 and can(model, n))
-        ways = [f"--gpus {-(-gpus // ranks) * ranks}"] if can(model, ranks) else []
-        ways += [f"{option} {numbers}"] if numbers else []
+        ways = _ways_to_share(model, base, changes, field, gpus, ranks, lambda n, can=can: can(model, n))  # type: ignore[misc]
+        option = option_of(field)
+        if not ways and not _is_taken(model, base, {**changes, field: 1}):
+            continue  # more is in the way than these numbers
+        which = [f"{gpus:,} gpus"] if gpus % ranks else []
+        which += [] if can(model, ranks) else [f"the {of}"]
         raise RecipeError(
-            f"{option} {ranks} does not divide {gpus:,} gpus"
-            + ("" if can(model, ranks) else f", nor the {of} of {model.name}")
+            f"{option} {ranks:,} does not divide {', nor '.join(which)}"
             + (f": use {' or '.join(ways)}" if ways else f".\nLeave {option} out.")
         )
+
+
+def _ways_to_share(
+    model: Model,
+    base: Recipe,
+    changes: Mapping[str, object],
+    field: str,
+    gpus: int,
+    ranks: int,
+    can: Callable[[int], bool],
+) -> list[str]:
+    """Options in place of ranks that do not divide: other GPUs, other ranks; where neither does, both."""
+    from ..step.recipe import option_of
+
+    option = option_of(field)
+
+    def does(gpus: int, n: int) -> bool:
+        return gpus % n == 0 and can(n) and _is_taken(model, base, {**changes, "gpus": gpus, field: n})
+
+    more = -(-gpus // ranks) * ranks
+    ways = [f"--gpus {n}" for n in dict.fromkeys((more, ranks)) if n != gpus and does(n, ranks)][:1]
+    numbers = ", ".join(str(n) for n in range(2, gpus + 1) if does(gpus, n))
+    ways += [f"{option} {numbers}"] if numbers else []
+    both = next((n for n in range(min(ranks, gpus), 1, -1) if does(n, n)), None) if not ways else None
+    return ways if both is None else [f"--gpus {both} {option} {both}"]
+
+
+def _is_taken(model: Model, base: Recipe, changes: Mapping[str, object]) -> bool:
+    """Whether a recipe with these changes contradicts neither itself nor the model."""
+    from ..errors import RecipeError
+    from ..plan.layout import check_counted
+
+    try:
+        check_counted(model, base.changed(**changes))
+    except RecipeError:
+        return False
+    return True
 
 
 def changed(base: Recipe, changes: Mapping[str, object]) -> Recipe:
@@ -975,8 +1022,9 @@ strategy; where there are none of them, the others vary every strategy."""
 
 
 def base_recipe(options: StepOptions) -> Recipe:
-    """What a custom recipe starts from: the recipe file or a trainer's defaults, else the standard strategy."""
-    from ..errors import RecipeError
+    """What a custom recipe starts from: the recipe file or a trainer's defaults, else the standard strategy. Raises RecipeError, and InputError of a
+    file, whose fields are said as they stand there."""
+    from ..errors import InputError, RecipeError
     from ..step.recipe import Recipe
 
     if options.like is not None:
@@ -988,7 +1036,10 @@ def base_recipe(options: StepOptions) -> Recipe:
             )
         recipe = trainer_named(options.like).recipe
         return recipe.changed(**_UNDER_DEEPSPEED) if _runs_deepspeed(options) else recipe
-    return Recipe.read(options.recipe) if options.recipe is not None else Recipe.model_construct()
+    try:
+        return Recipe.read(options.recipe) if options.recipe is not None else Recipe.model_construct()
+    except RecipeError as e:
+        raise InputError(str(e)) from None
 
 
 def recipes_of(options: RecipesOptions, usual: str = "usual", model: Model | None = None) -> dict[str, Recipe]:
@@ -1036,7 +1087,8 @@ def left_out_notes(options: RecipesOptions, model: Model) -> tuple[str, ...]:
         if name in given:
             continue
         try:
-            check_counted(model, applied(STRATEGIES[name], options, False, model, False))
+            with _in_options():
+                check_counted(model, applied(STRATEGIES[name], options, False, model, False))
         except RecipeError as e:
             reasons.setdefault(str(e).splitlines()[0].rstrip("."), []).append(strategy_label(name))
     return tuple(f"Left out, {'; '.join(names)}: {why}." for why, names in reasons.items())

@@ -262,7 +262,7 @@ def _overrides(options: TheoremOptions) -> dict[str, int | None]:
     def number(name: str, text: str | None) -> int | None:
         return parse_whole(text, f"--{name}") if text is not None else None
 
-    sizes = {"w_mem": memory(options.w_mem), "m_max": memory(options.m_max)}
+    sizes = {"w_mem": memory(options.w_mem, "--w-mem"), "m_max": memory(options.m_max, "--m-max")}
     counts = {
         "i_mem": number("i-mem", options.i_mem),
         "a_mem": number("a-mem", options.a_mem),

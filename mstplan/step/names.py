@@ -572,7 +572,7 @@ def _find_advice(table: Collection[Advice], typed: str) -> Advice | None:
     return next(named, None) or next(like, None)
 
 
-_FLAGS = {"lora_rank": "--lora", "mlp_chunks": "--chunks", "loss_chunks": "--chunks"}
+_FLAGS = {"lora_rank": "--lora", "mlp_chunks": "--chunks", "loss_chunks": "--chunks", "layer_in_chunks": "-s mst-layer"}
 _OTHERS = (
     "strategy",
     "model",
@@ -606,19 +606,24 @@ def _as_fields(advice: Advice) -> str:
     return f"{', '.join(fields)} ({_as_options(advice)})" if fields else _as_options(advice)
 
 
-_FIELD = re.compile(r"(\w+)=(?:'([^']*)'|(\w+))")
-_BOTH = re.compile(rf"{_FIELD.pattern}(?:, {_FIELD.pattern})* \((--[^()]+)\)")
+_FIELD = re.compile(r"\b(\w+)=('[^']*'|\([^()]*\)|[\w.]+)")
+_BOTH = re.compile(rf"{_FIELD.pattern}(?:, {_FIELD.pattern})* \((--?[a-z][^()]*)\)")
 
 
 def in_options(message: str) -> str:
-    """What is said of a recipe's fields, in the command line's words alone: `loss='chunked' (--loss chunked)` is --loss chunked there."""
+    """What is said of a recipe's fields, in the command line's words alone: `loss='chunked' (--loss chunked)` is --loss chunked there, and so is
+    `loss='chunked'`."""
     from .recipe import Recipe
 
     def flag(match: re.Match[str]) -> str:
         name = match[1]
         return _FLAGS.get(name, "--" + name.replace("_", "-")) if name in Recipe.model_fields else match[0]
 
-    message = _BOTH.sub(lambda match: match[match.lastindex or 0], message)
+    def words(match: re.Match[str]) -> str:
+        value = match[2].strip("'")
+        return match[0] if (named := flag(match)) == match[0] else named + f" {value}" * (value != "True")
+
+    message = _FIELD.sub(words, _BOTH.sub(lambda match: match[match.lastindex or 0], message))
     message = re.sub(
         r"\b(\w+) \((--[\w-]+)\)", lambda match: match[2] if flag(match) == match[2] else match[0], message
     )

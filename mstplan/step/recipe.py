@@ -109,13 +109,13 @@ class Recipe(BaseModel):
     """torch: the operations of the model's own code. liger: Liger's kernels for RMSNorm, rotary embedding and SwiGLU or GeGLU. Packages that
     transformers calls where they are installed: fla (flash-linear-attention's gated delta rule), causal-conv1d (short convolutions), or both;
     mamba-ssm (Mamba-2, with causal-conv1d)."""
-    max_grad_norm: float | None = Field(default=None, gt=0)
+    max_grad_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this norm before the optimizer steps; None: they are not."""
     lora_rank: int = Field(default=0, ge=0, le=65_536)
     """Rank of LoRA adapters (peft's); 0: none. With them the model's own weights are frozen."""
     lora_targets: Patterns = ("all-linear",)
     """Modules that get an adapter: all-linear (every linear layer but the head), attention, or names such as q_proj."""
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, allow_inf_nan=False)
     """Dropout of an adapter's input."""
     lora_modules_to_save: Patterns = ()
     """Modules that are trained whole, in a copy beside the frozen one (peft's modules_to_save): embed_tokens, lm_head."""
@@ -209,7 +209,7 @@ class Recipe(BaseModel):
     expert_parallel: int = Field(default=1, ge=1, le=65_536)
     """Cards that share out the experts of every layer (transformers' ep_size): each has whole experts, its part of them, and is sent the tokens that
     are routed to these. Under fsdp, whose cards are the same ones; experts are in shards over gpus / expert_parallel cards."""
-    expert_imbalance: float = Field(default=1.0, ge=1.0, le=65_536.0)
+    expert_imbalance: float = Field(default=1.0, ge=1.0, le=65_536.0, allow_inf_nan=False)
     """Under expert_parallel how many times the rows of an even router the planned card receives: 1 where the router shares tokens out evenly, at most
     expert_parallel, where all choose the experts of one card."""
     rotate_method: Literal["allgather", "alltoall"] = "allgather"
@@ -254,7 +254,7 @@ class Recipe(BaseModel):
             (not self.loss_in_chunks and self.loss_chunks != 1, "loss_chunks needs loss='chunked' (--loss chunked)"),
             (
                 self.layer_in_chunks and not self.mlp_recompute,
-                "layers in chunks are recomputed chunk by chunk: set mlp_recompute, leave --no-recompute out",
+                "layers in chunks are recomputed chunk by chunk: leave mlp_recompute=False (--no-recompute) out",
             ),
             (
                 self.layer_in_chunks and self.offload == "saved-tensors",
@@ -311,7 +311,7 @@ class Recipe(BaseModel):
             *self._bad_adapters(),
             (
                 self.offload == "saved-tensors" and self.mlp_chunks != 1 and not self.mlp_recompute,
-                "with saved tensors in CPU RAM each MLP chunk is recomputed by itself: set mlp_recompute, leave --no-recompute out",
+                "with saved tensors in CPU RAM each MLP chunk is recomputed by itself: leave mlp_recompute=False (--no-recompute) out",
             ),
             *self._bad_packing(),
             *self._bad_images(),
@@ -382,7 +382,7 @@ class Recipe(BaseModel):
             (bool(alone), f"{alone} (--{alone.replace('_', '-')}) is of images: add images=1 (--images 1)"),
             (
                 bool(self.image_tokens and self.image_size),
-                "image_tokens and image_size (--image-tokens, --image-size) both say how large an image is: leave one of the two out",
+                "image_tokens (--image-tokens) and image_size (--image-size) both say how large an image is: leave one of the two out",
             ),
             (
                 bool(self.images) and (self.packing > 1 or self.padding_free),
@@ -727,21 +727,28 @@ class Recipe(BaseModel):
             ),
             (
                 self.sharding not in ("none", "fsdp"),
-                f"{option} with sharding={self.sharding!r} is not planned: take --sharding fsdp, or leave it out",
+                f"{option} with {self._given('sharding')} is not planned: take --sharding fsdp, or leave it out",
             ),
             (
                 bool(other),
-                f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies no-checkpointing and checkpointing)",
+                f"{option} with {self._given(other)} is not planned: leave it out (strategies no-checkpointing and checkpointing)",
             ),
             (
                 self.checkpoint in ("sqrt", "children") or isinstance(self.checkpoint, int),
-                f"{option} with checkpoint={self.checkpoint!r} is not planned: set checkpoint='layer' (--checkpoint layer)",
+                f"{option} with {self._given('checkpoint')} is not planned: set checkpoint='layer' (--checkpoint layer)",
             ),
             (
                 self.attention not in (SDPA, "cudnn"),
                 f"{option} with {self.attention} attention is not planned: use sdpa (--attention sdpa)",
             ),
         )
+
+    def _given(self, field: str) -> str:
+        """A field as it is, in the words of Python and of the command line: packing=4 (--packing 4)."""
+        if not field:
+            return ""
+        words = ["-s", "mst-layer"] if field == "layer_in_chunks" else words_of(self, [field])
+        return f"{field}={getattr(self, field)!r} ({shlex.join(words)})"
 
     def _first_set(self, *fields: str) -> str:
         """The first of the fields that is not as it comes; "": all are."""
@@ -766,11 +773,11 @@ class Recipe(BaseModel):
         if self.lora_rank:
             beside = "precision" if self.precision == "mixed" else self._first_set(*_NOT_BESIDE_WHOLE_ADAPTERS)
         return (
-            (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--expert-parallel', more=False)}"),
             (
                 other == "sharding",
                 f"{option} is planned as transformers trains it, with all other weights in shards: add sharding='fsdp' (--sharding fsdp)",
             ),
+            (self.gpus % ranks != 0, f"{option} {self._divides_no_gpus(ranks, '--expert-parallel', more=False)}"),
             (
                 most > ranks,
                 f"expert_imbalance={most:g} (--expert-imbalance {most:g}) is more than {ranks} GPUs can send one: set it to {ranks} or less",
@@ -781,11 +788,11 @@ class Recipe(BaseModel):
             ),
             (
                 bool(other),
-                f"{option} with {other}={getattr(self, other or 'gpus')!r} is not planned: leave it out (strategies up to chunked-loss)",
+                f"{option} with {self._given(other)} is not planned: leave it out (strategies up to chunked-loss)",
             ),
             (
                 bool(beside),
-                f"{option} with adapters and {beside}={getattr(self, beside or 'gpus')!r} is not planned: leave it out",
+                f"{option} with adapters and {self._given(beside)} is not planned: leave it out",
             ),
             (
                 self.checkpoint not in ("none", "layer"),
@@ -799,11 +806,16 @@ class Recipe(BaseModel):
 
     def _divides_no_gpus(self, ranks: int, option: str, more: bool = True) -> str:
         """What is wrong with ranks that share, and the numbers that would do. more: so would more GPUs."""
-        divisors = [str(n) for n in range(2, self.gpus + 1) if self.gpus % n == 0]
-        if divisors and not more:
-            return f"does not divide {self.gpus} gpus: set {option} {', '.join(divisors)}"
-        will_do = f" or {option} {', '.join(divisors)}" if divisors else ""
-        return f"does not divide {self.gpus} gpus: add --gpus {ranks * max(1, -(-self.gpus // ranks))}{will_do}"
+        splits = option == "--tensor-parallel"
+        least = 2 if splits and self.sharded else 1  # groups of ranks: weights are shared out among these
+        numbers = [n for n in range(2, self.gpus // least + 1) if self.gpus % n == 0]
+        gpus = ranks * max(least, -(-self.gpus // ranks))
+        if splits and not self.sharded:  # one group of all
+            numbers, gpus = [self.gpus] if self.gpus > 1 else [], ranks
+        will_do = f"{option} {', '.join(map(str, numbers))}" if numbers else ""
+        if will_do and not more:
+            return f"does not divide {self.gpus} gpus: set {will_do}"
+        return f"does not divide {self.gpus} gpus: add --gpus {gpus}{f' or {will_do}' if will_do else ''}"
 
     def __repr__(self) -> str:
         return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.unusual_fields())})"
@@ -1073,6 +1085,9 @@ _NOT_BESIDE_WHOLE_ADAPTERS = (
 _MUST_BE = {
     "reduce_bucket_size": "must be 'auto' or a whole number from 1",
     **dict.fromkeys(("prefetch_bucket_size", "param_persistence_threshold"), "must be 'auto' or a whole number from 0"),
+    "max_grad_norm": "must be a number greater than 0; --max-grad-norm 0 does not clip",
+    "expert_imbalance": "must be a number from 1 to 65,536",
+    "lora_dropout": "must be a number from 0, less than 1",
     "checkpoint": "must be none, layer, reentrant, sqrt, selective, children, every-n (every-2), or a number of layers from 1",
     **dict.fromkeys(CHUNK_FIELDS, "must be 'auto' or a whole number from 1"),
 }
@@ -1290,7 +1305,7 @@ SWITCHES = (
     "loss_parallel",
 )
 """Fields that are an option without a value, of the same name."""
-_OPTIONS = {"lora_rank": "--lora"}
+_OPTIONS = {"lora_rank": "--lora", "mlp_chunks": "--chunks", "loss_chunks": "--chunks"}
 
 
 def option_of(field: str) -> str:

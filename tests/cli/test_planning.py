@@ -705,7 +705,7 @@ def test_from_how_many_gpus_a_length_fits(run: Run) -> None:
 def test_ranks_that_divide_no_gpus_are_told_those_that_do_of_this_model(run: Run) -> None:
     asked = ("max-seq", "-m", "llama3.1-8b", "--gpu", "h100", "--gpus", "24")
     said = run(*asked, "--sequence-parallel", "5").err
-    assert "24 gpus, nor the heads of llama3.1-8b: use --sequence-parallel 2, 4, 8\n" in said
+    assert "24 gpus, nor the heads of llama3.1-8b (32 of queries, 8 of keys): use --sequence-parallel 2, 4, 8\n" in said
     said = run(*asked, "--sequence-parallel", "16").err
     assert "does not divide 24 gpus: use --gpus 32 or --sequence-parallel 2, 4, 8\n" in said
     said = run(*asked, "--sharding", "fsdp", "--tensor-parallel", "5").err

@@ -25,7 +25,7 @@ def of(ranks: int, **more: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"gpus": 8, "tensor_parallel": 3}, "does not divide 8 gpus: add --gpus 9 or --tensor-parallel 2, 4, 8"),
+        ({"gpus": 8, "tensor_parallel": 3}, "does not divide 8 gpus: add --gpus 3 or --tensor-parallel 8"),
         (
             {"gpus": 8, "tensor_parallel": 4},
             "leaves 2 copies of the model: add sharding='fsdp' (--sharding fsdp), or --gpus 4",
@@ -43,20 +43,20 @@ def of(ranks: int, **more: Any) -> Recipe:
         ),
         (
             {"gpus": 8, "tensor_parallel": 2, "sharding": "zero3"},
-            "with sharding='zero3' is not planned: take --sharding",
+            "with sharding='zero3' (--sharding zero3) is not planned: take --sharding",
         ),
         (
             {"gpus": 8, "tensor_parallel": 2, "sharding": "fsdp", "padding_free": True, "attention": "flash"},
-            "with padding_free=True is not planned",
+            "with padding_free=True (--padding-free) is not planned",
         ),
-        ({"gpus": 8, "tensor_parallel": 8, "mlp_chunks": 4}, "with mlp_chunks=4 is not planned"),
+        ({"gpus": 8, "tensor_parallel": 8, "mlp_chunks": 4}, "with mlp_chunks=4 (--chunks 4) is not planned"),
         (
             {"gpus": 8, "tensor_parallel": 8, "checkpoint": "layer", "offload": "saved-tensors"},
             "with offload='saved-tensors'",
         ),
         (
             {"gpus": 8, "tensor_parallel": 8, "checkpoint": "sqrt"},
-            "checkpoint='sqrt' is not planned: set checkpoint='layer'",
+            "checkpoint='sqrt' (--checkpoint sqrt) is not planned: set checkpoint='layer'",
         ),
         ({"gpus": 8, "tensor_parallel": 8, "attention": "eager"}, "use sdpa"),
     ],
