@@ -111,7 +111,14 @@ def _compare_ways_of_gpus(options: MaxSeqOptions, model: Model, card: Card) -> N
         raise RecipeError("--sharding all compares ways to use several GPUs: add --gpus 8.")
     alone, given = of_one_gpu(options)
     experts = model.experts.number if model.experts is not None else 0
-    listed_ways = several_gpus.list_ways(gpus, options.sequence_parallel, options.tensor_parallel, experts)
+    in_parts = {name: True for name in ("sequence_parallel_norms", "loss_parallel") if getattr(options, name)}
+    listed_ways = several_gpus.list_ways(
+        gpus,
+        options.sequence_parallel,
+        options.tensor_parallel,
+        experts,
+        [in_parts] if in_parts else several_gpus.IN_PARTS,
+    )
     ways = several_gpus.with_own_fields(listed_ways, given)
     compared = several_gpus.compare(model, card, recipes_of(alone, model=model), ways)
     from ..show import planning as reports

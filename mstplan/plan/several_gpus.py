@@ -14,6 +14,11 @@ from .solve import Answer, max_seq, max_seq_of_tensors
 ON_HOST: Mapping[str, object] = {"optimizer_on_host": True, "weights_on_host": True}
 
 
+_IN_PARTS = {"sequence_parallel_norms": "norms", "loss_parallel": "loss"}
+IN_PARTS: Sequence[Mapping[str, object]] = ({}, dict.fromkeys(_IN_PARTS, True))
+"""Fields of GPUs that split matrices as transformers does, and as torchtitan does."""
+
+
 class GpusWay(NamedTuple):
     """A way to use several GPUs. fields: of a recipe, by which it differs from others."""
 
@@ -29,7 +34,8 @@ class GpusWay(NamedTuple):
         ranks, splits = self.fields["sequence_parallel"], self.fields.get("tensor_parallel", 1)
         words = [self.sharding] if self.sharding != "none" else []
         words += [f"sequences over {ranks:,}"] if ranks != 1 else []
-        norms = ", norms and loss in parts" if "loss_parallel" in self.fields else ""
+        in_parts = [words for field, words in _IN_PARTS.items() if self.fields.get(field)]
+        norms = f", {' and '.join(in_parts)} in parts" if in_parts else ""
         words += [f"matrices over {splits:,}{norms}"] if splits != 1 else []
         words += [f"experts over {self.fields['expert_parallel']:,}"] if "expert_parallel" in self.fields else []
         return ", ".join([*words, *(["weights in CPU RAM"] if "weights_on_host" in self.fields else [])])
@@ -61,13 +67,19 @@ def with_own_fields(ways: Iterable[GpusWay], fields: Mapping[str, object]) -> li
     ]
 
 
-def list_ways(gpus: int, ranks: int | None = None, splits: int | None = None, experts: int = 0) -> Iterator[GpusWay]:
+def list_ways(
+    gpus: int,
+    ranks: int | None = None,
+    splits: int | None = None,
+    experts: int = 0,
+    in_parts: Sequence[Mapping[str, object]] = IN_PARTS,
+) -> Iterator[GpusWay]:
     """All ways there are for so many GPUs, those that make no sense among them. ranks: GPUs that share each sequence, splits: those that split
     each matrix; None: powers of two that divide `gpus`, and all of them. experts: of a layer, which such numbers of GPUs share out as well; 0:
-    there are none."""
+    there are none. in_parts: what else is in parts where matrices are, in turn."""
     usual = sorted({1, gpus} | {n for n in _POWERS if n < gpus and gpus % n == 0})
     if ranks in (None, 1):
-        yield from _list_splits(gpus, [splits] if splits is not None else usual)
+        yield from _list_splits(gpus, [splits] if splits is not None else usual, in_parts)
     if splits not in (None, 1):
         return
     shared = [ranks] if ranks is not None else usual
@@ -83,8 +95,8 @@ def list_ways(gpus: int, ranks: int | None = None, splits: int | None = None, ex
             yield GpusWay({"gpus": gpus, "sharding": "fsdp", "sequence_parallel": 1, "expert_parallel": n})
 
 
-def _list_splits(gpus: int, numbers: Sequence[int]) -> Iterator[GpusWay]:
-    """Ways to split matrices, as transformers and as torchtitan do it: over all GPUs; or over some, which share the parts with the others."""
+def _list_splits(gpus: int, numbers: Sequence[int], in_parts: Sequence[Mapping[str, object]]) -> Iterator[GpusWay]:
+    """Ways to split matrices: over all GPUs; or over some, which share the parts with the others."""
     for n in numbers:
         fields = {
             "gpus": gpus,
@@ -93,8 +105,7 @@ def _list_splits(gpus: int, numbers: Sequence[int]) -> Iterator[GpusWay]:
             "sharding": "none" if n == gpus else "fsdp",
         }
         if n > 1:
-            yield GpusWay(fields)
-            yield GpusWay({**fields, "sequence_parallel_norms": True, "loss_parallel": True})
+            yield from (GpusWay({**fields, **more}) for more in in_parts)
 
 
 _POWERS = [1 << n for n in range(1, 17)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plan.findings import LengthFinding, LengthsFinding, LongestFinding, provenance
+from ..step.names import in_options
 from ..step.recipe import options_of, strategy_label
 from ..units import GIB, format_gib, format_tokens
 from . import parts, payload
@@ -63,7 +64,9 @@ def ways_of_gpus(model: Model, card: Card, compared: Compared, notes: Sequence[s
         for way, answer in compared.answers
     ]
     table = Table("ways", columns, tuple(rows))
-    left_out = [f"Left out, {'; '.join(names)}: {why.rstrip('.')}." for why, names in compared.left_out.items()]
+    left_out = [
+        f"Left out, {'; '.join(names)}: {in_options(why.rstrip('.'))}." for why, names in compared.left_out.items()
+    ]
     best = [answer for _, answer in compared.answers[:1] if answer.s_max]
     said = [
         "longest: of the whole sequence, per GPU where each has its own; with the strategy of those asked for that reaches furthest.",

@@ -28,6 +28,8 @@ def test_matrices_are_split_over_all_gpus_or_over_some_that_share_the_parts():
     )
     assert [way.name for way in ways] == [name for split in splits for name in (split, f"{split}, {shared_out}")]
     assert [way.name for way in list_ways(8, splits=4)] == [splits[1], f"{splits[1]}, {shared_out}"]
+    alone = [way.name for way in list_ways(8, splits=4, in_parts=[{"sequence_parallel_norms": True}])]
+    assert alone == [f"{splits[1]}, norms in parts"]
     assert not [way for way in list_ways(8, ranks=2) if "tensor_parallel" in way.fields]
     found = compare(load_model("qwen3-8b"), card("h100"), RECIPES, ways)
     assert {answer.strategy for _, answer in found.answers} == {"checkpoint"} and not found.left_out
