@@ -120,8 +120,12 @@ def _compare_ways_of_gpus(options: MaxSeqOptions, model: Model, card: Card) -> N
         [in_parts] if in_parts else several_gpus.IN_PARTS,
     )
     ways = several_gpus.with_own_fields(listed_ways, given)
-    compared = several_gpus.compare(model, card, recipes_of(alone, model=model), ways)
+    recipes = recipes_of(alone, model=model)
     from ..show import planning as reports
+    from .processes import in_processes
+
+    with in_processes("comparing ways", [way.name for way in ways]) as map_each:
+        compared = several_gpus.compare(model, card, recipes, ways, map_each)
 
     emit(options, reports.ways_of_gpus(model, card, compared, assumptions_of(options)))
     if not any(answer.s_max for _, answer in compared.answers):

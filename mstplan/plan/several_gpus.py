@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from ..errors import RecipeError, one_line
@@ -111,27 +112,35 @@ def _list_splits(gpus: int, numbers: Sequence[int], in_parts: Sequence[Mapping[s
 _POWERS = [1 << n for n in range(1, 17)]
 
 
-def compare(model: Model, card: Card, recipes: Mapping[str, Recipe], ways: Sequence[GpusWay]) -> Compared:
-    """The longest sequences of each way, with the strategy of `recipes` that reaches furthest."""
+def compare(
+    model: Model,
+    card: Card,
+    recipes: Mapping[str, Recipe],
+    ways: Sequence[GpusWay],
+    map_each: Callable[[Callable[[GpusWay], Answer | str], Sequence[GpusWay]], Iterable[Answer | str]] = map,
+) -> Compared:
+    """The longest sequences of each way, with the strategy of `recipes` that reaches furthest. map_each: calls a function for every way, in order, as
+    map does; another one may do so in several processes."""
     if all(recipe.weights_on_host for recipe in recipes.values()):  # in every way
         ways = [way for way in ways if "weights_on_host" in way.fields]
     answers: list[tuple[GpusWay, Answer]] = []
     left_out: dict[str, tuple[str, ...]] = {}
-    for way in ways:
-        reaches, why = _reaches(model, card, recipes, way)
-        if not reaches:
-            left_out[why] = (*left_out.get(why, ()), way.name)
-            continue
-        name = max(reaches, key=lambda each: reaches[each])
-        answers.append((way, max_seq(model, recipes[name].changed(**way.fields), card, name)))
+    for way, found in zip(ways, map_each(partial(_longest_of, model, card, recipes), ways), strict=True):
+        if isinstance(found, str):
+            left_out[found] = (*left_out.get(found, ()), way.name)
+        else:
+            answers.append((way, found))
     return Compared(tuple(sorted(answers, key=lambda each: -each[1].s_max)), left_out)
 
 
-def _reaches(model: Model, card: Card, recipes: Mapping[str, Recipe], way: GpusWay) -> tuple[dict[str, int], str]:
-    """Tokens whose tensors fit, of each strategy that can go a way; and what is in the way of the first that cannot."""
+def _longest_of(model: Model, card: Card, recipes: Mapping[str, Recipe], way: GpusWay) -> Answer | str:
+    """The longest sequences with the strategy that reaches furthest a way; or what is in the way of the first, where all are refused."""
     found = {name: _reach(model, card, recipe, way) for name, recipe in recipes.items()}
-    why = next((each for each in found.values() if isinstance(each, str)), "")
-    return {name: each for name, each in found.items() if isinstance(each, int)}, why
+    reaches = {name: each for name, each in found.items() if isinstance(each, int)}
+    if not reaches:
+        return next(each for each in found.values() if isinstance(each, str))
+    name = max(reaches, key=lambda each: reaches[each])
+    return max_seq(model, recipes[name].changed(**way.fields), card, name)
 
 
 def _reach(model: Model, card: Card, recipe: Recipe, way: GpusWay) -> int | str:
