@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -30,6 +31,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@cache
 def traced(name: str) -> Trace:
     return trace(CONFIG, recipes()[name], TOKENS, on="cpu", whole=True)
 

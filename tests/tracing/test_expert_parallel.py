@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -43,6 +44,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ]
 
 
+@cache
 def traced(name: str) -> Trace:
     return trace(MODELS["qwen3_moe"], RECIPES[name], TOKENS, on="cpu", whole=True)
 

@@ -28,17 +28,22 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+FEW_EXPERTS = {
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "deepseek_v3": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+}
 
 
 def narrow(name: str, layers: int) -> dict[str, Any]:
-    """A shipped configuration with its layers as they are, but narrow and fewer, of dense ones before experts two."""
+    """A shipped configuration with its layers as they are, but narrow and fewer, of dense ones before experts two; with eight experts."""
     config = json.loads((profiles.ROOT / "models" / f"{name}.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][:layers]
     if config.get("first_k_dense_replace"):
         config["first_k_dense_replace"] = 2
-    return {**config, **SMALL, "num_hidden_layers": layers}
+    experts = FEW_EXPERTS.get(config["model_type"], {})
+    return {**config, **SMALL, **experts, "num_hidden_layers": layers}
 
 
 def happened(traced: Trace) -> Iterator[tuple[Place, int, Storage]]:

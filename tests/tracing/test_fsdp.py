@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -87,6 +88,7 @@ def without_known(events: list[list[Any]]) -> tuple[list[list[Any]], Counter[str
     return kept, count
 
 
+@cache
 def traced(recipe: Recipe) -> Trace:
     return trace(CONFIG, recipe, TOKENS, on="cpu", whole=True)
 
@@ -193,18 +195,23 @@ def test_more_ranks_need_no_more_each(name):
     chunks |= {"attention_groups": 2} if name == "mst-layer" else {}
     config = load_config("llama3.1-8b")
     peaks = [
-        trace(config, strategy(name, gpus=gpus, sharding="fsdp", **chunks), 4096).peak.bytes
-        for gpus in (2, 8, 64, 1024)
+        trace(config, strategy(name, gpus=gpus, sharding="fsdp", **chunks), 4096).peak.bytes for gpus in (2, 8, 1024)
     ]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.3 * peaks[1]
 
 
-@pytest.mark.parametrize(
-    "more",
-    [{}, {"precision": "mixed"}, {"accumulation": 2, "sync_each_batch": True}, {"optimizer_in_backward": True}],
-    ids=str,
-)
-@pytest.mark.parametrize("name", ["standard", "checkpoint", "mst", "mst-offload"])
+# Each strategy in two of these ways, each way with two strategies.
+IN_FEW_LAYERS = [
+    (name, more)
+    for n, name in enumerate(("standard", "checkpoint", "mst", "mst-offload"))
+    for m, more in enumerate(
+        ({}, {"precision": "mixed"}, {"accumulation": 2, "sync_each_batch": True}, {"optimizer_in_backward": True})
+    )
+    if (n + m) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("name", "more"), IN_FEW_LAYERS, ids=str)
 def test_few_layers_tell_all(name, more):
     chunks = {"mlp_chunks": 4, "loss_chunks": 3} if name.startswith("mst") else {}
     recipe = strategy(name, gpus=8, sharding="fsdp", **chunks, **more)
@@ -267,7 +274,7 @@ def test_formula_and_trace_agree(model, name, tokens, gpus):
         ("llama3.1-8b", {"precision": "mixed"}),
         ("qwen3-4b", {"accumulation": 2, "sync_each_batch": True}),
         ("qwen3-0.6b", {"accumulation": 2}),
-        ("qwen3-0.6b", {"accumulation": 8, "precision": "mixed", "gpus": 3}),
+        ("qwen3-0.6b", {"accumulation": 4, "precision": "mixed", "gpus": 3}),
         ("llama3.2-1b", {"accumulation": 3, "precision": "mixed", "reduce_dtype": "bf16"}),
         ("qwen3-0.6b", {"precision": "mixed", "reduce_dtype": "bf16"}),
         ("qwen3-0.6b", {"gpus": 16, "replicas": 2}),

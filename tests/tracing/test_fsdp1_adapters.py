@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@cache
 def traced(recipe: Recipe) -> Trace:
     return trace(CONFIG, recipe, TOKENS, on="cpu", whole=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@cache
 def traced(name: str) -> Trace:
     return trace(config_of(name), recipes()[name], TOKENS, on="cpu", whole=True)
 

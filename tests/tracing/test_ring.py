@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import product
 from typing import Any
 from unittest.mock import patch
@@ -62,6 +63,7 @@ def only(rank: int) -> Iterator[None]:
         yield
 
 
+@cache
 def traced(name: str, rank: int) -> Trace:
     with only(rank):
         return trace(CONFIG, recipes()[name], TOKENS, on="cpu", whole=True)

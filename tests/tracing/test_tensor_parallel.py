@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -58,6 +59,7 @@ def real(folder: Any) -> list[dict[str, Any]]:
     return [json.loads((folder / one).read_text()) | json.loads((folder / other).read_text()) for one, other in names]
 
 
+@cache
 def traced(name: str) -> Trace:
     return trace(MODELS["llama"], (recipes() | IN_SHARDS)[name], TOKENS, on="cpu", whole=True)
 

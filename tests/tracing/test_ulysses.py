@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ def real(folder: Any) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@cache
 def traced(name: str) -> Trace:
     return trace(CONFIG, recipes()[name], TOKENS, on="cpu", whole=True)
 
