@@ -175,6 +175,8 @@ def process() -> None:
     except BaseException:  # noqa: BLE001  a defect of mstplan's: say where
         sys.excepthook(*sys.exc_info())
         code = 70  # EX_SOFTWARE
+    if f"{__name__}.processes" in sys.modules:  # it has semaphores to give back
+        raise SystemExit(code)
     os._exit(
         code if isinstance(code, int) else int(code is not None)
     )  # all is written; tearing down takes as long as answering
