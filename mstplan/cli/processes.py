@@ -7,19 +7,17 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any
 
 from ..show.progress import progress
 
-One, Result = TypeVar("One"), TypeVar("Result")
+MapEach = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 MOST = 8
 """Processes: each takes some 100 MB of CPU RAM."""
 
 
 @contextmanager
-def in_processes(
-    what: str, names: Sequence[str]
-) -> Iterator[Callable[[Callable[[One], Result], Iterable[One]], Iterator[Result]]]:
+def in_processes(what: str, names: Sequence[str]) -> Iterator[MapEach]:
     """A function like `map`, for things with these names; ends its processes when it is left, by Ctrl-C as well."""
     number = min(MOST, len(names), _processors())
     with (
@@ -27,7 +25,7 @@ def in_processes(
         progress(what, len(names)) as advance,
     ):
 
-        def map_each(run: Callable[[One], Result], things: Iterable[One]) -> Iterator[Result]:
+        def map_each(run: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[Any]:
             for name, result in zip(names, pool.imap(run, things), strict=False):
                 advance(name, 1)
                 yield result
