@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from itertools import cycle, islice, repeat
 from typing import Any
 
@@ -19,6 +20,7 @@ from mstplan.checking.rungs import PEAK_BOUNDS, Rungs, compare_rungs
 from mstplan.plan.layout import layout_of, step_of
 from mstplan.plan.solve import fixed_chunks, host_bytes
 from mstplan.spec.catalog import load_config, load_model
+from mstplan.spec.model import Model
 from mstplan.step.layers import Writer, layer
 from mstplan.step.recipe import STRATEGIES, Recipe
 from mstplan.step.steps import step
@@ -44,13 +46,18 @@ EXACT = 0.0001
 """What separates the rungs: blocks of 512 bytes, of which a small model's norms fill some only in part (smollm2-135m, 0.01%)."""
 
 
+@cache
+def model_named(name: str) -> Model:
+    return load_model(name)
+
+
 def family(name: str) -> str:
-    return mstplan.load_model(name).model_type
+    return model_named(name).model_type
 
 
 def can(name: str, plan: str, seq_len: int) -> bool:
     """Whether the formula counts a strategy for a model, and a trace of that length is quick."""
-    model = mstplan.load_model(name)
+    model = model_named(name)
     return plan not in REFUSED.get(name, ()) and all(
         seq_len in SLOW.get(kind.mixer, LENGTHS) for kind in model.layer_kinds
     )
@@ -63,9 +70,7 @@ def in_rotation() -> list[tuple[str, str, int]]:
     sqrt = cycle(("checkpoint-sqrt", seq_len) for seq_len in LENGTHS)
     cases = []
     for kind in dict.fromkeys(map(family, NAMES)):
-        models = sorted(
-            (name for name in NAMES if family(name) == kind), key=lambda name: mstplan.load_model(name).layers
-        )
+        models = sorted((name for name in NAMES if family(name) == kind), key=lambda name: model_named(name).layers)
         count = max(len(models), 3)
         plans = [sqrt, *repeat(others, count - 1)]
         cases += [
@@ -132,7 +137,7 @@ def test_every_model_strategy_and_length_comes() -> None:
     for kind in map(family, NAMES):
         mine = [plan for name, plan, _ in cases if family(name) == kind]
         assert len(mine) >= 3 and len(set(mine)) >= 3
-        first = min((n for n in NAMES if family(n) == kind), key=lambda n: mstplan.load_model(n).layers)
+        first = min((n for n in NAMES if family(n) == kind), key=lambda n: model_named(n).layers)
         assert "checkpoint-sqrt" in mine or "checkpoint-sqrt" in REFUSED.get(first, ())
 
 
