@@ -1,9 +1,8 @@
-"""The formula rung against the trace. All of it is bench/rungs.py; here every family with two strategies, and every strategy with every length."""
+"""The formula rung against the trace. All of it is bench/rungs.py; here every family, and every strategy with every length."""
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import cycle, islice, repeat
@@ -107,13 +106,13 @@ def off(rungs: Rungs, blocks: int = BLOCKS) -> dict[str, float]:
 
 
 def chosen() -> list[tuple[str, str, int]]:
-    """Of the rotation two of each family, and what has a strategy with a length for the first time."""
-    of_family, pairs = Counter[str](), set()
+    """Of the rotation the first of each family, and what has a strategy with a length for the first time."""
+    families, pairs = set(), set()
     cases = []
     for name, plan, seq_len in in_rotation():
-        if of_family[family(name)] < 2 or (plan, seq_len) not in pairs:
+        if family(name) not in families or (plan, seq_len) not in pairs:
             cases.append((name, plan, seq_len))
-            of_family[family(name)] += 1
+            families.add(family(name))
             pairs.add((plan, seq_len))
     return cases
 

@@ -30,7 +30,7 @@ from ..recipes import REFUSED, counted_strategies
 from ..step.strategies import POWERS, cards, chunk_counts, models, recipes
 
 A100 = card("a100-80gb")
-quick = settings(max_examples=150)
+quick = settings(max_examples=100)
 fewer = settings(quick, max_examples=40)
 
 

@@ -62,6 +62,7 @@ def instants(
     config["num_hidden_layers" if "num_hidden_layers" in config else "n_layer"] = LAYERS
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:LAYERS]
+    config |= {number: 16 for number in ("num_experts", "n_routed_experts") if number in config}
     workspace = CARD.gpu.workspaces_bytes
     traced = trace(config, recipe, seq_len, platform=CARD.platform, workspace=workspace, whole=True)
     model = read_config(config, name)
