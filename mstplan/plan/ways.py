@@ -15,6 +15,7 @@ from ..step.expert_adapters import has_adapted_experts
 from ..step.optimizers import stand_ins
 from ..step.recipe import Recipe
 from . import calibration
+from .layout import step_of
 from .solve import Plan, max_seq, max_seq_of_tensors, plan_at, recommend_chunks_at
 
 _MLP_AGAIN_PRICE = "time: the MLPs run twice"
@@ -186,12 +187,13 @@ def ways_to_fit(start: Plan) -> tuple[Way, ...]:
     each other the smallest."""
     adapters = adapter_way(start)
     ways: list[Way] = []
+    too_much: set[Recipe] = set()
     for changes in _change_sets(start):
         if len(ways) == MAX_WAYS:
             break
-        if any(_change_names(way.changes) <= _change_names(changes) for way in ways) or not _seems_to_fit(
-            start, changes
-        ):
+        if any(_change_names(way.changes) <= _change_names(changes) for way in ways):
+            continue
+        if not _seems_to_fit(start, changes, too_much):
             continue
         if (way := _way_that_fits(start, changes)) is not None:
             ways.append(way)
@@ -387,17 +389,38 @@ def _changed_recipe(recipe: Recipe, changes: Iterable[Change]) -> Recipe | None:
         return None
 
 
-def _seems_to_fit(start: Plan, changes: tuple[Change, ...]) -> bool:
-    """Whether it fits by the chunks that are best at this length alone, which is quicker than to plan it."""
+def _seems_to_fit(start: Plan, changes: tuple[Change, ...], too_much: set[Recipe] | None = None) -> bool:
+    """Whether it fits by the chunks that are best at this length alone, which is quicker than to plan it. too_much: takes recipes, whatever their
+    optimizer, whose step alone is more than the card holds, beside weights, gradients and states; these are not tried again."""
     recipe = _changed_recipe(start.recipe, changes)
     if recipe is None:
+        return False
+    with_any_optimizer = recipe.model_copy(update=_ANY_OPTIMIZER)
+    if too_much is not None and with_any_optimizer in too_much:
         return False
     try:
         chunks = recommend_chunks_at(start.model, recipe, start.card, start.seq_len)
         plan = plan_at(start.model, recipe, start.card, start.seq_len, chunks)
     except RecipeError:  # the model's attention cannot be so
         return False
+    if too_much is not None and plan.peak_bytes - _bytes_of_states(plan) > plan.budget_bytes:
+        too_much.add(with_any_optimizer)
     return plan.tensors_fit and plan.fits_host
+
+
+_ANY_OPTIMIZER = {
+    "optimizer": "adamw",
+    "adamw_kernel": "fused",
+    "optimizer_in_backward": False,
+    "optimizer_on_host": False,
+    "weights_on_host": False,
+}
+
+
+def _bytes_of_states(plan: Plan) -> int:
+    """Of weights, gradients and optimizer states."""
+    built = step_of(plan.model, plan.recipe, plan.card, plan.chunks, plan.recipe.padded(plan.seq_len))
+    return sum(entry.bytes for entry in built.constants())
 
 
 def smallest_gpu(start: Plan) -> Gpu | None:
