@@ -33,7 +33,7 @@ test: .venv-test/.ready  ## run the tests: make test PYTEST_ARGS='tests/plan -x'
 	.venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not survey" $(PYTEST_ARGS)
 
 surveys: .venv-test/.ready  ## run the tests that try every class of transformers and every family
-	.venv-test/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m survey tests/tracing/test_survey.py tests/spec/test_survey.py tests/step/test_frozen.py tests/checking/test_measured_lengths.py
+	.venv-test/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m survey tests/tracing/test_survey.py tests/train/test_survey.py tests/spec/test_survey.py tests/step/test_frozen.py tests/checking/test_measured_lengths.py
 
 lint: .venv-test/.ready  ## ruff: likely mistakes, and code that is laid out otherwise than its formatter does
 	.venv-test/bin/ruff check .

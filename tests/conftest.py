@@ -39,7 +39,6 @@ LONGEST_FIRST = (
     "plan/test_solve.py",
     "cli/test_measuring.py",
     "spec/test_survey.py",
-    "train/test_survey.py",
     "train/test_adapters.py",
     "step/test_steps.py",
     "plan/test_ways.py",

@@ -85,7 +85,7 @@ def _that_can(name: str, plans: list[Iterator[tuple[str, int]]], others: Iterato
 
 
 def recipe_of(plan: str) -> Recipe:
-    return in_chunks(mstplan.strategy(plan), 16, 32)
+    return in_chunks(mstplan.strategy(plan), 4, 8)
 
 
 def in_blocks(name: str) -> int:
@@ -191,7 +191,7 @@ def test_layers_in_pieces(name: str, groups: int, changes: dict[str, object]) ->
     """With attention over groups of heads: of a single head nothing is copied, of several rows each piece is."""
     every_n = changes.get("checkpoint") in ("sqrt", "every-2")
     recipe = mstplan.strategy("mst-layer-offload" if every_n else "mst-layer", attention_groups=groups, **changes)
-    rungs = compare_rungs(name, in_chunks(recipe, 16, 32), 8192, CARD)
+    rungs = compare_rungs(name, in_chunks(recipe, 4, 8), 8192, CARD)
     assert not off(rungs), off(rungs)
 
 
@@ -211,7 +211,7 @@ ON_HOST = [
 def test_attention_from_the_host(name: str, groups: int, changes: dict[str, object]) -> None:
     """On the device, and what is on the host to a byte."""
     recipe = mstplan.strategy("mst-layer-offload", attention_groups=groups, attention_on_host=True, **changes)
-    recipe = in_chunks(recipe, 16, 32)
+    recipe = in_chunks(recipe, 4, 8)
     rungs = compare_rungs(name, recipe, 8192, CARD)
     assert not off(rungs), off(rungs)
     model, chunks = load_model(name), fixed_chunks(recipe)

@@ -19,7 +19,7 @@ SHARE = 0.9  # of all classes must train exactly
 LAYERS_CLAIM = "With their layers in chunks N train exactly, N are refused by name"
 LAYERS_SHARE = 0.8
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.survey]
 
 
 @pytest.fixture(scope="module")
