@@ -21,7 +21,7 @@ from .two_ranks import CONFIG
 from .two_sharers import seeded, whole_batch
 
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": CONFIG | {"vocab_size": 1000, "num_hidden_layers": 3},
+    "llama": CONFIG | {"vocab_size": 1000},
     "qwen3": CONFIG
     | {
         "vocab_size": 1000,
