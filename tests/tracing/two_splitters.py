@@ -23,13 +23,7 @@ from .two_sharers import seeded, whole_batch
 MODELS: dict[str, dict[str, Any]] = {
     "llama": CONFIG | {"vocab_size": 1000},
     "qwen3": CONFIG
-    | {
-        "vocab_size": 1000,
-        "num_hidden_layers": 3,
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "head_dim": 64,
-    },
+    | {"vocab_size": 1000, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 64},
 }
 """With vocabularies that two ranks divide; Qwen3 norms each head's queries and keys."""
 
