@@ -74,7 +74,7 @@ class MaxSeqOptions(RungOptions, RecipesOptions, CardOptions, TensorsOptions, Fo
         "mstplan max-seq -m llama3.1-8b --gpu rtx-4090 --lora 16 --quantize nf4",
         "mstplan max-seq -m qwen3-0.6b --gpu-mem 24GB --checkpoint layer --chunks 8,32",
         "mstplan max-seq -m qwen3-4b --gpu h100 --rung trace",
-        "mstplan max-seq -m qwen3-8b --gpu h100 --gpus 4 --sharding all",
+        "mstplan max-seq -m qwen3-8b --gpu h100 --gpus 2 --sharding all",
     ),
 )
 def max_seq(options: MaxSeqOptions) -> None:
