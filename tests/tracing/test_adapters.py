@@ -120,7 +120,7 @@ ROTATION = [
     for n, name in enumerate(FAMILIES)
     for m, strategy_name in enumerate(name for name in STRATEGIES if not STRATEGIES[name].layer_in_chunks)
     for v, variant in enumerate(VARIANTS)
-    if (n + m + v) % 3 == 0
+    if (n + m + v) % 6 == 0
 ]
 
 
