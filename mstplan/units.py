@@ -25,7 +25,7 @@ def parse_whole(text: str, name: str = "") -> int:
     match = _match_text(f"({_WHOLE_NUMBER})", text)
     if match is None:
         raise UnitError(
-            f"cannot read {name + ' ' if name else ''}{quoted(text)} as a whole number.\nWrite it like 32 or 1,000, with at most 18 digits."
+            f"cannot read {_said(text, name)} as a whole number.\nWrite it like 32 or 1,000, with at most 18 digits."
         )
     return _parse_digits(match[1])
 
@@ -38,7 +38,7 @@ def parse_count(text: str, name: str = "") -> int:
     digits, zeros = match[1] + (match[2] or ""), int(match[3]) - len(match[2] or "")
     if zeros < 0 or len(digits) + zeros > 18:
         raise UnitError(
-            f"cannot read {name + ' ' if name else ''}{quoted(text)} as a whole number.\nWrite it like 5e8 or 500,000,000, with at most 18 digits."
+            f"cannot read {_said(text, name)} as a whole number.\nWrite it like 5e8 or 500,000,000, with at most 18 digits."
         )
     return int(digits + "0" * zeros)
 
@@ -51,6 +51,11 @@ def _parse_digits(text: str) -> int:
     return int(text.replace(",", "").replace("_", ""))
 
 
+def _said(text: str, name: str) -> str:
+    """What was typed, after what it is, where that is known."""
+    return f"{name} {quoted(text)}".lstrip()
+
+
 def parse_memory(text: str, name: str = "") -> int:
     """Bytes of '80GB', '79.15GiB' or '24576MiB'; `name` says in messages what it is. Raises UnitError.
 
@@ -59,14 +64,14 @@ def parse_memory(text: str, name: str = "") -> int:
     match = _match_text(rf"([0-9]{{1,18}}){_FRACTION}\s*([kmgt]i?b|b)", text)
     if match is None:
         raise UnitError(
-            f"cannot read {name + ' ' if name else ''}{quoted(text)} as an amount of memory.\nWrite it like 80GB, 79.15GiB or 24576MiB."
+            f"cannot read {_said(text, name)} as an amount of memory.\nWrite it like 80GB, 79.15GiB or 24576MiB."
         )
     fraction = match[2] or ""
     scale: int = 10 ** len(fraction)
     size = int(match[1] + fraction) * _MEMORY_UNITS[match[3].upper()] // scale
     if size >= MOST_MEMORY:
         raise UnitError(
-            f"{name + ' ' if name else ''}{quoted(text)} is more memory than any machine has.\nWrite it like 80GB, 79.15GiB or 24576MiB."
+            f"{_said(text, name)} is more memory than any machine has.\nWrite it like 80GB, 79.15GiB or 24576MiB."
         )
     return size
 

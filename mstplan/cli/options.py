@@ -927,6 +927,8 @@ def applied(
 def _check_ranks(model: Model, base: Recipe, changes: Mapping[str, object]) -> None:
     """Check that GPUs which share sequences, matrices or experts divide all GPUs, and what they share of this model. Raises RecipeError with
     numbers that do, and are taken beside all else."""
+    from functools import partial
+
     from ..errors import RecipeError
     from ..step import tensor_parallel, ulysses
     from ..step.recipe import option_of
@@ -948,7 +950,7 @@ def _check_ranks(model: Model, base: Recipe, changes: Mapping[str, object]) -> N
         ranks = changes.get(field, getattr(base, field))
         if not isinstance(ranks, int) or ranks < 2 or (gpus % ranks == 0 and can(model, ranks)):
             continue
-        ways = _ways_to_share(model, base, changes, field, gpus, ranks, lambda n, can=can: can(model, n))  # type: ignore[misc]
+        ways = _ways_to_share(model, base, changes, field, gpus, ranks, partial(can, model))
         option = option_of(field)
         if not ways and not _is_taken(model, base, {**changes, field: 1}):
             continue  # more is in the way than these numbers

@@ -572,7 +572,6 @@ def _find_advice(table: Collection[Advice], typed: str) -> Advice | None:
     return next(named, None) or next(like, None)
 
 
-_FLAGS = {"lora_rank": "--lora", "mlp_chunks": "--chunks", "loss_chunks": "--chunks", "layer_in_chunks": "-s mst-layer"}
 _OTHERS = (
     "strategy",
     "model",
@@ -589,7 +588,7 @@ _OTHERS = (
 
 def flags_of(advice: Advice) -> list[str]:
     """The options that an advice says to write."""
-    return [_FLAGS.get(field, "--" + field.replace("_", "-")) for field in advice.write]
+    return [_flag(field) for field in advice.write]
 
 
 def _as_options(advice: Advice) -> str:
@@ -606,6 +605,13 @@ def _as_fields(advice: Advice) -> str:
     return f"{', '.join(fields)} ({_as_options(advice)})" if fields else _as_options(advice)
 
 
+def _flag(field: str) -> str:
+    """The option for a field; where a strategy alone decides it, that."""
+    from .recipe import option_of
+
+    return "-s mst-layer" if field == "layer_in_chunks" else option_of(field)
+
+
 _FIELD = re.compile(r"\b(\w+)=('[^']*'|\([^()]*\)|[\w.]+)")
 _BOTH = re.compile(rf"{_FIELD.pattern}(?:, {_FIELD.pattern})* \((--?[a-z][^()]*)\)")
 
@@ -617,7 +623,7 @@ def in_options(message: str) -> str:
 
     def flag(match: re.Match[str]) -> str:
         name = match[1]
-        return _FLAGS.get(name, "--" + name.replace("_", "-")) if name in Recipe.model_fields else match[0]
+        return _flag(name) if name in Recipe.model_fields else match[0]
 
     def words(match: re.Match[str]) -> str:
         value = match[2].strip("'")

@@ -19,7 +19,6 @@ from mstplan.checking.rungs import PEAK_BOUNDS, Rungs, compare_rungs
 from mstplan.plan.layout import layout_of, step_of
 from mstplan.plan.solve import fixed_chunks, host_bytes
 from mstplan.spec.catalog import load_model
-from mstplan.spec.model import Model
 from mstplan.step.layers import Writer, layer
 from mstplan.step.recipe import STRATEGIES, Recipe
 from mstplan.step.steps import step
@@ -46,9 +45,7 @@ EXACT = 0.0001
 """What separates the rungs: blocks of 512 bytes, of which a small model's norms fill some only in part (smollm2-135m, 0.01%)."""
 
 
-@cache
-def model_named(name: str) -> Model:
-    return load_model(name)
+model_named = cache(load_model)
 
 
 def family(name: str) -> str:
@@ -120,7 +117,7 @@ def chosen() -> list[tuple[str, str, int]]:
 
 @pytest.mark.parametrize(("name", "plan", "seq_len"), chosen())
 def test_the_formula_agrees_with_the_trace(name: str, plan: str, seq_len: int) -> None:
-    tokens = min(seq_len, *(SHORT.get(kind.mixer, seq_len) for kind in load_model(name).layer_kinds))
+    tokens = min(seq_len, *(SHORT.get(kind.mixer, seq_len) for kind in model_named(name).layer_kinds))
     rungs = compare_rungs(name, recipe_of(plan), tokens, CARD)
     further = off(rungs, BLOCKS // 2 + in_blocks(name))
     assert rungs.holds and not further, (rungs.peak, further)
